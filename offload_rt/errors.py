@@ -1,0 +1,44 @@
+"""The errors a user can meet. Each says what was wrong, the numbers, and what to do."""
+
+
+class OffloadError(Exception):
+    """Base of all errors of this package; the command line prints it without a traceback.
+
+    Attributes:
+        exit_code: what `offload-run` exits with (2 usage or configuration, 3 no plan fits, 4 bad
+            model files).
+    """
+
+    exit_code = 2
+
+
+class ConfigError(OffloadError):
+    """An option or a combination of options cannot be used."""
+
+
+class ProfileError(OffloadError):
+    """A hardware profile cannot be read or does not belong to this machine."""
+
+
+class PlanError(OffloadError):
+    """No placement fits the memory limits; the message names the smallest change that would."""
+
+    exit_code = 3
+
+
+class CapacityError(OffloadError):
+    """A request needs more KV rows than the plan set aside."""
+
+
+class CheckpointError(OffloadError):
+    """Model files are missing, damaged, unsafe, not supported, or changed while running."""
+
+    exit_code = 4
+
+
+class DeviceError(OffloadError):
+    """The device refused something: no such device, memory that cannot be pinned or allocated."""
+
+
+class StreamOrderError(OffloadError):
+    """An access to device memory was not ordered by an event, or layers came in a wrong order."""

@@ -1,0 +1,135 @@
+"""What a run measured, as records; `generate --json` prints them with these very names."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timings:
+    """Where the time went.
+
+    Attributes:
+        load_s: building the network, reading resident layers, filling the ring.
+        ttft_s: from the start of the prompt's pass to the first token.
+        decode_s: from the first token to the last.
+        s_per_token: decode time per token after the first; None when there is none.
+        tokens_per_s: its inverse.
+    """
+
+    load_s: float
+    ttft_s: float
+    decode_s: float
+    s_per_token: float | None
+    tokens_per_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Speculation:
+    """How drafting went.
+
+    Attributes:
+        passes: target passes, the prompt's included.
+        drafted: tokens proposed.
+        accepted: of them, tokens kept.
+        acceptance_rate: accepted / drafted; None when nothing was drafted.
+        tokens_per_pass: tokens emitted / passes.
+    """
+
+    drafter: str
+    accept_rule: str
+    passes: int
+    drafted: int
+    accepted: int
+    acceptance_rate: float | None
+    tokens_per_pass: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """What crossed the link.
+
+    Attributes:
+        bytes_total: bytes that arrived from the first pass on, layers fetched ahead included.
+        bytes_per_pass: bytes of the streamed layers.
+        achieved_bytes_per_s: bytes of the decode passes over their time (of the prompt's pass when
+            there was no other).
+        link_bytes_per_s: bytes that arrived over the time in which at least one copy was in flight.
+        stall_s: time computation waited for copies.
+        overlap_ratio: of the time that copying and computing could have run side by side, the part
+            in which they did: (copying + computing - wall) / min(copying, computing).
+    """
+
+    bytes_total: int
+    bytes_per_pass: int
+    achieved_bytes_per_s: float
+    link_bytes_per_s: float
+    stall_s: float
+    overlap_ratio: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Memory:
+    """What was where.
+
+    Attributes:
+        device_limit_bytes: what the run was allowed.
+        device_planned_bytes: what the placement counted on.
+        device_peak_bytes: what it used at most; on CPU the growth of the process from the moment
+            the device was opened.
+        host_peak_bytes: peak of the whole process, imports and tokenizer included.
+        ledger: bytes of everything that was allocated once, by purpose.
+    """
+
+    device_limit_bytes: int
+    device_planned_bytes: int
+    device_peak_bytes: int
+    host_peak_bytes: int
+    resident_layers: int
+    streamed_layers: int
+    slots: int
+    slot_bytes: int
+    ledger: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """Everything measured in one run of the engine."""
+
+    timings: Timings
+    speculation: Speculation
+    transfer: Transfer
+    memory: Memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counters:
+    """Running totals of a device at one moment; a phase is the difference of two.
+
+    Attributes:
+        at_s: clock.
+        bytes_copied: bytes that arrived.
+        busy_s: time with a copy in flight.
+        stalled_s: time computation waited.
+    """
+
+    at_s: float
+    bytes_copied: int
+    busy_s: float
+    stalled_s: float
+
+    def since(self, start: "Counters") -> "Counters":
+        """The phase from `start` to here."""
+        return Counters(
+            at_s=self.at_s - start.at_s,
+            bytes_copied=self.bytes_copied - start.bytes_copied,
+            busy_s=self.busy_s - start.busy_s,
+            stalled_s=self.stalled_s - start.stalled_s,
+        )
+
+
+def overlap_ratio(phase: Counters) -> float:
+    """Of the time copying and computing could have shared, the part they did."""
+    computing_s = phase.at_s - phase.stalled_s
+    possible_s = min(phase.busy_s, computing_s)
+    if possible_s <= 0.0:
+        return 0.0
+    return min(1.0, max(0.0, (phase.busy_s + computing_s - phase.at_s) / possible_s))
