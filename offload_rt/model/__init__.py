@@ -1,0 +1,1 @@
+"""The target network: its files, its configuration, its layers."""

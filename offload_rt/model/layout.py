@@ -1,0 +1,265 @@
+"""How the tensors of one layer lie in a device buffer, and which file bytes go where.
+
+The image of a layer is one buffer. `Packing.FILE` keeps file runs as they are, each at an offset
+equal to its file offset modulo the page size, so that a direct read lands in place.
+`Packing.DEVICE` starts every tensor at a multiple of 256 bytes, as GPU kernels like it; reads are
+then copied piece by piece while the home is filled. No torch here: `plan` sizes slots from it.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from math import prod
+from pathlib import Path
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import DTYPE_BYTES, TensorExtent
+
+PAGE_BYTES = 4096
+DEVICE_ALIGN_BYTES = 256
+CACHE_LINE_BYTES = 64
+
+FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+_CODES = {name: code for code, name in FLOATS.items()}
+
+# Tensors old checkpoints carry although the network computes them itself.
+_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
+# Since transformers 5 some modules have other names than in the files: Mixtral, GPT-NeoX.
+_RENAMED = (("block_sparse_moe.", "mlp."), ("embed_out.", "lm_head."))
+_EXPERT = re.compile(
+    r"(?P<moe>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w[123]|(?:gate|up|down)_proj)\.weight$"
+)
+# There the experts of a layer are one parameter too: gate rows, then up rows.
+_FUSED = {
+    "w1": ("gate_up_proj", 0),
+    "gate_proj": ("gate_up_proj", 0),
+    "w3": ("gate_up_proj", 1),
+    "up_proj": ("gate_up_proj", 1),
+    "w2": ("down_proj", 0),
+    "down_proj": ("down_proj", 0),
+}
+
+
+class Packing(StrEnum):
+    """What the layout of a layer is made for."""
+
+    FILE = "file"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Where a parameter lies in the image.
+
+    Attributes:
+        name: its name below the layer (or below the model, for what is in no layer).
+        dtype: torch's name of its number format on the device.
+        offset: bytes from the start of the image.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Size in the image."""
+        return prod(self.shape) * DTYPE_BYTES[_CODES.get(self.dtype, "F32")]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FileRun:
+    """Consecutive file bytes that go to consecutive image bytes.
+
+    Attributes:
+        in_place: file and image offset agree modulo the page size and the pages are this run's
+            alone, so that whole pages can be read straight into the image.
+        convert: safetensors and torch names of the formats to convert between, or None.
+    """
+
+    path: Path
+    file_offset: int
+    nbytes: int
+    image_offset: int
+    in_place: bool
+    convert: tuple[str, str] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerLayout:
+    """The image of a layer: its size, what lies where, and where the bytes come from."""
+
+    nbytes: int
+    placements: tuple[Placement, ...]
+    runs: tuple[FileRun, ...]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read for it, page padding not counted."""
+        return sum(run.nbytes for run in self.runs)
+
+
+def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: str) -> str:
+    """Choose the number format of the computation.
+
+    Args:
+        stated: what config.json says, or None.
+        extents: the checkpoint's tensors; the first floating one decides when nothing is stated.
+        wanted: the user's choice; `auto` is the checkpoint's own.
+    """
+    if wanted != "auto":
+        return wanted
+    if stated in _CODES:
+        return stated
+    found = next((FLOATS[e.dtype] for e in extents if e.dtype in FLOATS), None)
+    if found is None:
+        raise CheckpointError("the checkpoint has no bf16, fp16 or fp32 tensors to compute with")
+    return found
+
+
+def plan_layout(
+    extents: Sequence[TensorExtent], prefix: str, dtype: str, packing: Packing
+) -> LayerLayout:
+    """Lay out the tensors of one layer (or of what is in no layer).
+
+    Args:
+        extents: the tensors, in file order.
+        prefix: what to strip from their names, `model.layers.3.`.
+        dtype: torch's name of the format floating tensors get on the device.
+        packing: what the layout is for.
+
+    Raises:
+        CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
+            do not fit together.
+    """
+    builder = _Builder(dtype, packing)
+    experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
+    for extent in extents:
+        name = extent.name.removeprefix(prefix)
+        for old, new in _RENAMED:
+            name = name.replace(old, new)
+        if _COMPUTED.search(name):
+            continue
+        if match := _EXPERT.match(name):
+            target, part = _FUSED[match["part"]]
+            key = f"{match['moe']}.{target}"
+            experts.setdefault(key, []).append((int(match["expert"]), part, extent))
+        else:
+            builder.add(name, extent)
+    for name, pieces in experts.items():
+        builder.add_fused(name, sorted(pieces, key=lambda piece: piece[:2]))
+    return builder.finish()
+
+
+class _Builder:
+    """Grows an image tensor by tensor."""
+
+    def __init__(self, dtype: str, packing: Packing) -> None:
+        self._dtype, self._packing = dtype, packing
+        self._end = 0
+        self._placements: list[Placement] = []
+        self._runs: list[FileRun] = []
+
+    def add(self, name: str, extent: TensorExtent) -> None:
+        """Place one tensor behind what is there."""
+        dtype = self._device_dtype(extent)
+        element_bytes = DTYPE_BYTES[_CODES[dtype]]
+        as_is = FLOATS[extent.dtype] == dtype and self._packing is Packing.FILE
+        if as_is and extent.offset % element_bytes == 0:
+            offset = self._append_in_place(extent)
+        else:
+            offset = self._reserve(prod(extent.shape) * element_bytes)
+            self._runs.append(self._piece(extent, dtype, offset))
+        self._placements.append(
+            Placement(name=name, dtype=dtype, shape=extent.shape, offset=offset)
+        )
+
+    def add_fused(self, name: str, pieces: Sequence[tuple[int, int, TensorExtent]]) -> None:
+        """Place the experts of a layer as one parameter [experts, parts * rows, columns]."""
+        rows, columns = pieces[0][2].shape
+        parts = 1 + max(part for _, part, _ in pieces)
+        experts = len(pieces) // parts
+        expected = [(e, p, (rows, columns)) for e in range(experts) for p in range(parts)]
+        if [(e, p, extent.shape) for e, p, extent in pieces] != expected:
+            raise CheckpointError(
+                f"{name}: the {len(pieces)} expert tensors are not {experts} experts of "
+                f"{parts} x {rows} x {columns} each: download the checkpoint again"
+            )
+        dtype = self._device_dtype(pieces[0][2])
+        piece_bytes = rows * columns * DTYPE_BYTES[_CODES[dtype]]
+        start = self._reserve(piece_bytes * len(pieces))
+        for index, (_, _, extent) in enumerate(pieces):
+            self._runs.append(self._piece(extent, dtype, start + index * piece_bytes))
+        shape = (experts, parts * rows, columns)
+        self._placements.append(Placement(name=name, dtype=dtype, shape=shape, offset=start))
+
+    def finish(self) -> LayerLayout:
+        """Return the image, its end rounded up to a page."""
+        return LayerLayout(
+            nbytes=_round_up(self._end, PAGE_BYTES),
+            placements=tuple(self._placements),
+            runs=tuple(self._runs),
+        )
+
+    def _device_dtype(self, extent: TensorExtent) -> str:
+        if extent.dtype not in FLOATS:
+            raise CheckpointError(
+                f"tensor {extent.name} in {extent.path.name} is {extent.dtype}: only BF16, F16 and "
+                "F32 weights are supported, take an unquantised checkpoint"
+            )
+        return self._dtype
+
+    def _append_in_place(self, extent: TensorExtent) -> int:
+        last = self._runs[-1] if self._runs else None
+        follows = (
+            last is not None
+            and last.in_place
+            and last.path == extent.path
+            and last.file_offset + last.nbytes == extent.offset
+        )
+        if last is not None and follows:
+            offset = last.image_offset + last.nbytes
+            self._runs[-1] = FileRun(
+                path=last.path,
+                file_offset=last.file_offset,
+                nbytes=last.nbytes + extent.nbytes,
+                image_offset=last.image_offset,
+                in_place=True,
+            )
+        else:
+            offset = _round_up(self._end, PAGE_BYTES) + extent.offset % PAGE_BYTES
+            self._runs.append(
+                FileRun(
+                    path=extent.path,
+                    file_offset=extent.offset,
+                    nbytes=extent.nbytes,
+                    image_offset=offset,
+                    in_place=True,
+                )
+            )
+        # The last page of a run is read whole: nothing else may lie in it.
+        self._end = _round_up(offset + extent.nbytes, PAGE_BYTES)
+        return offset
+
+    def _reserve(self, nbytes: int) -> int:
+        align = DEVICE_ALIGN_BYTES if self._packing is Packing.DEVICE else CACHE_LINE_BYTES
+        offset = _round_up(self._end, align)
+        self._end = offset + nbytes
+        return offset
+
+    def _piece(self, extent: TensorExtent, dtype: str, offset: int) -> FileRun:
+        same = FLOATS[extent.dtype] == dtype
+        return FileRun(
+            path=extent.path,
+            file_offset=extent.offset,
+            nbytes=extent.nbytes,
+            image_offset=offset,
+            in_place=False,
+            convert=None if same else (extent.dtype, dtype),
+        )
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

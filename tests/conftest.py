@@ -1,0 +1,83 @@
+"""Tiny random checkpoints, written once per test session; nothing is downloaded."""
+
+import json
+
+import pytest
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+SHAPE = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+
+
+def write_model(folder, model_type="llama", *, dtype="float32", **config):
+    """Write a random model of a family transformers knows; sizes it does not take are ignored."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    made = AutoConfig.for_model(model_type, **(SHAPE | config))
+    model = AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
+    for name, parameter in model.named_parameters():
+        if "norm" in name:  # away from one, so that a norm that is left out shows
+            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
+        elif parameter.dim() == 2:  # wide enough that the tokens of an answer differ
+            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 2)
+    model.save_pretrained(folder)
+    return folder
+
+
+def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
+    """Write a byte-level tokenizer with a chat template and make `<|im_end|>` end an answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 9], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    ends = {"eos_token_id": SPECIAL.index("<|im_end|>")}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_tiny(tmp_path_factory):
+    """Write a tiny random model of any family; the same arguments give the same folder."""
+    made = {}
+
+    def make(model_type="llama", *, tokenizer=False, **config):
+        key = json.dumps([model_type, tokenizer, config], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(model_type)
+            write_model(folder, model_type, **config)
+            made[key] = write_tokenizer(folder) if tokenizer else folder
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(make_tiny):
+    """A Llama of 4 layers in fp32 with a byte-level tokenizer; tests must not change it."""
+    return make_tiny("llama", tokenizer=True)
