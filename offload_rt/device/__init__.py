@@ -1,0 +1,1 @@
+"""Where computation happens: one small contract, three machines (CPU, CUDA, simulated)."""

@@ -1,0 +1,184 @@
+"""The contract every device keeps. Nothing here imports torch.
+
+A device has memory (buffers), a compute stream and a copy stream. Streams are in-order queues; an
+event is a point in a queue that another queue, or the host, can wait for. On CUDA these are CUDA's
+own; on the CPU computation is synchronous and copies are done by reader threads; on the simulated
+device both only advance a clock. The code above the device is the same for all three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+    from offload_rt.device.cpu import HostBuffer
+
+# A piece of 4 MiB (measured: streaming/files.py) and the rests of its first and last page.
+STAGING_BYTES = 4 * 2**20 + 2 * 4096
+
+BufferT = TypeVar("BufferT", contravariant=True)
+SourceT = TypeVar("SourceT", contravariant=True)
+
+
+class Event(Protocol):
+    """A point in a stream."""
+
+    def synchronize(self) -> None:
+        """Block the host until the point is reached; raises what the work before it raised."""
+
+
+class Stream(Protocol):
+    """An in-order queue of work."""
+
+    def record(self) -> Event:
+        """Return an event for all work enqueued so far."""
+
+    def wait(self, event: Event) -> None:
+        """Order all later work of this stream after `event`."""
+
+
+class ComputeStream(Stream, Protocol):
+    """The queue kernels run in."""
+
+    def stalled_s(self) -> float:
+        """Seconds this stream has spent waiting for copies; call it after a host sync."""
+
+
+class CopyStream(Stream, Protocol[BufferT, SourceT]):
+    """The queue that fills device buffers from their home."""
+
+    def copy(self, dst: BufferT, src: SourceT) -> None:
+        """Enqueue filling `dst` with the bytes of `src`; `dst` must live until the copy is done."""
+
+    def statistics(self) -> CopyStatistics:
+        """What has been copied so far."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyStatistics:
+    """Totals of a copy stream since it was made.
+
+    Attributes:
+        bytes_copied: bytes that arrived, alignment padding not counted.
+        busy_s: seconds in which at least one copy was in flight.
+    """
+
+    bytes_copied: int
+    busy_s: float
+
+
+class DeviceBuffer(Protocol):
+    """A stretch of device memory of fixed size, allocated once."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """[nbytes] uint8 view of the memory."""
+
+
+class HomeSource(Protocol):
+    """The bytes of one layer at their home, in the layout they have on the device."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross the link."""
+
+    @property
+    def image(self) -> DeviceBuffer | None:
+        """The host memory that holds the whole image, or None if the home is a file."""
+
+    def blocks(self, dst: DeviceBuffer) -> Sequence[CopyBlock]:
+        """Split a copy into host memory into independent blocks, for any order."""
+
+    def pieces(self) -> Sequence[CopyPiece]:
+        """Split a copy through staging buffers into independent pieces, for any order."""
+
+    def check(self) -> None:
+        """Raise if the home changed under the copy (a replaced or truncated file)."""
+
+
+@dataclass(frozen=True, slots=True)
+class CopyBlock:
+    """One part of a copy: call `run` on any thread; it moves `nbytes` bytes."""
+
+    nbytes: int
+    run: Callable[[], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPiece:
+    """One part of a copy that goes through a staging buffer of at least `STAGING_BYTES`.
+
+    Attributes:
+        offset: where it belongs in the image.
+        image_bytes: bytes it has there.
+        nbytes: bytes that are moved for it; fewer or more where the number format changes.
+        load: brings it into a staging buffer, on any thread; returns [image_bytes] uint8 of it.
+    """
+
+    offset: int
+    image_bytes: int
+    nbytes: int
+    load: Callable[[HostBuffer], torch.Tensor]
+
+
+class Device(Protocol):
+    """A place to compute, with its memory, its two queues and its bookkeeping."""
+
+    @property
+    def name(self) -> str:
+        """`cpu`, `cuda:0`, ..."""
+
+    @property
+    def torch_device(self) -> torch.device:
+        """Where tensors of this device live."""
+
+    @property
+    def compute(self) -> ComputeStream:
+        """The compute stream."""
+
+    @property
+    def copy(self) -> CopyStream[DeviceBuffer, HomeSource]:
+        """The copy stream."""
+
+    @property
+    def load(self) -> CopyStream[DeviceBuffer, HomeSource]:
+        """The queue that fills resident memory at the start, at full speed."""
+
+    def allocate(self, nbytes: int, purpose: str) -> DeviceBuffer:
+        """Allocate device memory for the whole run and enter it in the ledger.
+
+        Raises:
+            DeviceError: the device has not that much memory.
+        """
+
+    def ledger(self) -> dict[str, int]:
+        """Bytes allocated so far by purpose."""
+
+    def peak_bytes(self) -> int:
+        """Most device memory this run has used at once, everything counted."""
+
+    def free_bytes(self) -> int:
+        """Device memory that is free now."""
+
+    def pin(self, buffer: HostBuffer) -> None:
+        """Take filled host memory as the home of a layer, not counted as the device's.
+
+        Where it makes copies faster the memory is page-locked, unless the system refuses.
+        """
+
+    def upload(self, values: Sequence[int]) -> torch.Tensor:
+        """Return [len(values)] int64 on the device, without making the host wait."""
+
+    def download(self, values: torch.Tensor) -> list[int]:
+        """Return the values of an integer tensor; the one host sync of a step."""
+
+    def close(self) -> None:
+        """Stop threads and release the queues; buffers die with their last reference."""

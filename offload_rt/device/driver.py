@@ -1,0 +1,69 @@
+"""What the CUDA device asks of CUDA: about a dozen calls, so that a double can stand in for them.
+
+`cuda.TorchDriver` is the real one, `tests/fake_cuda.py` one for machines without a GPU.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+
+class DriverEvent(Protocol):
+    """A recorded CUDA event with a time stamp."""
+
+    def synchronize(self) -> None:
+        """Block the host until it is reached."""
+
+    def done(self) -> bool:
+        """Whether it is reached."""
+
+    def seconds_until(self, later: "DriverEvent") -> float:
+        """Seconds from this event to a later one; both are reached."""
+
+
+class DriverStream(Protocol):
+    """A CUDA stream."""
+
+    def record(self) -> DriverEvent:
+        """Record an event behind all work enqueued so far."""
+
+    def wait(self, event: DriverEvent) -> None:
+        """Order all later work after `event`."""
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        """Enqueue a copy from host memory [n] to device memory [n]; both live until it is done."""
+
+    def synchronize(self) -> None:
+        """Block the host until all work enqueued so far is done."""
+
+
+class Driver(Protocol):
+    """What is asked of CUDA and of torch's CUDA memory."""
+
+    def missing(self, index: int) -> str | None:
+        """Why GPU `index` cannot be used and what to do, or None if it can."""
+
+    def open(self, device: torch.device) -> tuple[DriverStream, DriverStream]:
+        """Return the current stream and a new one, and restart the count of peak memory."""
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Return [nbytes] uint8 of device memory, or raise torch.OutOfMemoryError."""
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        """Free and total bytes of device memory."""
+
+    def peak_bytes(self, device: torch.device) -> int:
+        """Most bytes allocated at once since `open`."""
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        """Pin host memory; returns the reason if it is refused, and leaves no error behind."""
+
+    def unregister(self, address: int) -> None:
+        """Unpin host memory."""
+
+    def upload(self, values: Sequence[int], device: torch.device) -> torch.Tensor:
+        """Return [len(values)] int64 on the device; the host does not wait."""
+
+    def download(self, values: torch.Tensor) -> list[int]:
+        """Return the values of an integer tensor; the host waits for the current stream."""

@@ -1,0 +1,63 @@
+"""What the NVIDIA driver says of the GPUs, without torch and without touching them."""
+
+from dataclasses import dataclass
+
+import pynvml
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gpu:
+    """One GPU as the driver describes it."""
+
+    name: str
+    total_bytes: int
+    free_bytes: int
+    capability: tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """The NVIDIA driver and its GPUs.
+
+    Attributes:
+        cuda_version: newest CUDA it can run, such as (12, 8).
+    """
+
+    version: str
+    cuda_version: tuple[int, int]
+    gpus: tuple[Gpu, ...]
+
+
+def find_driver() -> Driver | None:
+    """Ask the driver; None when there is none or it does not answer."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        count = pynvml.nvmlDeviceGetCount()
+        cuda = pynvml.nvmlSystemGetCudaDriverVersion()  # 12080 is 12.8
+        return Driver(
+            version=_text(pynvml.nvmlSystemGetDriverVersion()),
+            cuda_version=(cuda // 1000, cuda % 1000 // 10),
+            gpus=tuple(_gpu(pynvml.nvmlDeviceGetHandleByIndex(i)) for i in range(count)),
+        )
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _gpu(handle: object) -> Gpu:
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)
+    return Gpu(
+        name=_text(pynvml.nvmlDeviceGetName(handle)),
+        total_bytes=int(memory.total),
+        free_bytes=int(memory.free),
+        capability=(major, minor),
+    )
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode() if isinstance(value, bytes) else value

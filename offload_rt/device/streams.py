@@ -1,0 +1,209 @@
+"""The two queues of a GPU: kernels in one, copies into device memory in the other.
+
+Layers in pinned host memory are copied straight from there: the host only enqueues. All others
+(layers in files, host memory that could not be pinned) are brought piece by piece into small pinned
+staging buffers by threads, and copied from there.
+"""
+
+from collections import deque
+from dataclasses import dataclass, field
+from functools import partial
+from threading import Event as Flag
+from threading import Lock
+
+import torch
+
+from offload_rt.device.base import (
+    CopyBlock,
+    CopyPiece,
+    CopyStatistics,
+    DeviceBuffer,
+    Event,
+    HomeSource,
+)
+from offload_rt.device.cpu import HostBuffer, LinkMeter
+from offload_rt.device.driver import DriverEvent, DriverStream
+from offload_rt.device.ordered import Action, OrderedQueue, nothing
+from offload_rt.device.pinned import PinnedMemory, Staging, StagingBuffer
+
+UNSETTLED_SPANS = 64  # timing events kept before finished ones are looked for
+
+
+class CudaEvent:
+    """A point in a stream that the driver may not know yet.
+
+    A copy out of a file is enqueued to the driver by the thread that has read it. Until then there
+    is nothing in the GPU's queue to wait for, so who waits has to wait on the host first. Copies
+    out of pinned memory are enqueued at once and never make the host wait.
+    """
+
+    def __init__(self, event: DriverEvent | None = None) -> None:
+        self._known = Flag()
+        self._event: DriverEvent | None = None
+        self._error: BaseException | None = None
+        if event is not None:
+            self.settle(event, None)
+
+    def settle(self, event: DriverEvent | None, error: BaseException | None) -> None:
+        """Say that all work before it is enqueued, or has failed."""
+        self._event, self._error = event, error
+        self._known.set()
+
+    def enqueued(self) -> DriverEvent:
+        """Return the driver's event; raise what the work before it raised on the host."""
+        self._known.wait()
+        if self._error is not None:
+            raise self._error
+        assert self._event is not None
+        return self._event
+
+    def synchronize(self) -> None:
+        """Block the host until the point is reached."""
+        self.enqueued().synchronize()
+
+
+@dataclass(slots=True)
+class Spans:
+    """Times between pairs of events of one stream, added up once the GPU is past them."""
+
+    total_s: float = 0.0
+    nbytes: int = 0
+    _open: deque[tuple[DriverEvent, DriverEvent, int]] = field(default_factory=deque)
+    _lock: Lock = field(default_factory=Lock)
+
+    def add(self, start: DriverEvent, end: DriverEvent, nbytes: int = 0) -> None:
+        """Note a span and the bytes that arrive in it."""
+        self._open.append((start, end, nbytes))
+        if len(self._open) > UNSETTLED_SPANS:
+            self.settle()
+
+    def settle(self) -> None:
+        """Add up the spans that are over."""
+        with self._lock:
+            while self._open and self._open[0][1].done():
+                start, end, nbytes = self._open.popleft()
+                self.total_s += start.seconds_until(end)
+                self.nbytes += nbytes
+
+
+class CudaComputeStream:
+    """The stream kernels run in."""
+
+    def __init__(self, stream: DriverStream) -> None:
+        self._stream = stream
+        self._stalls = Spans()
+
+    def record(self) -> CudaEvent:
+        """Return an event behind all kernels enqueued so far."""
+        return CudaEvent(self._stream.record())
+
+    def wait(self, event: Event) -> None:
+        """Order later kernels after `event`; the time the GPU idles there is a stall."""
+        assert isinstance(event, CudaEvent)
+        # Before the host waits: the GPU may run dry meanwhile, and that is a stall too.
+        idle_from = self._stream.record()
+        self._stream.wait(event.enqueued())
+        self._stalls.add(idle_from, self._stream.record())
+
+    def stalled_s(self) -> float:
+        """Seconds spent waiting, as far as the GPU has come."""
+        self._stalls.settle()
+        return self._stalls.total_s
+
+
+class CudaCopyStream:
+    """The stream that fills device memory.
+
+    What is asked of it reaches the driver in the order it was asked, whichever thread enqueues it:
+    a copy into a slot therefore comes after the wait for that slot's `drained` event and before
+    the record of its `filled` event. A staging buffer is filled again only after the event behind
+    the copy out of it. Pinned sources live as long as the device.
+
+    Args:
+        stream: the driver's.
+        pinned: knows which sources the copy engine can read directly.
+        readers: pieces that are read at once.
+    """
+
+    def __init__(self, stream: DriverStream, pinned: PinnedMemory, readers: int) -> None:
+        self._stream, self._pinned = stream, pinned
+        self._copies = Spans()
+        self._reads = LinkMeter()
+        # One more thread than reads: a wait whose turn has not come holds a thread.
+        self._queue = OrderedQueue(readers + 1, lambda: Staging(pinned))
+
+    def copy(self, dst: DeviceBuffer, src: HomeSource) -> None:
+        """Fill device memory, or the host memory of a layer's home, with the bytes of `src`."""
+        image = src.image
+        if isinstance(dst, HostBuffer):
+            for block in src.blocks(dst):
+                self._queue.prepare(partial(self._run_block, block))
+        elif image is not None and self._pinned.holds(image.tensor):
+            target = dst.tensor[: image.nbytes]
+            self._queue.act(partial(self._copy_pinned, target, image.tensor))
+        else:
+            for piece in src.pieces():
+                target = dst.tensor[piece.offset : piece.offset + piece.image_bytes]
+                self._queue.prepare(partial(self._stage, piece, target))
+        self._queue.act(src.check)
+
+    def record(self) -> CudaEvent:
+        """Return an event behind all copies asked for so far."""
+        event = CudaEvent()
+        self._queue.act(partial(self._settle, event), always=True)
+        return event
+
+    def wait(self, event: Event) -> None:
+        """Order later copies after `event`."""
+        assert isinstance(event, CudaEvent)
+        self._queue.act(partial(self._stream.wait, event.enqueued()))
+
+    def statistics(self) -> CopyStatistics:
+        """Bytes that arrived, and the time it took them.
+
+        Busy are the copy engine with pinned sources, and the reads (files, or memory that could not
+        be pinned) with all others: the slower of the two roads they take.
+        """
+        self._copies.settle()
+        read = self._reads.statistics()
+        return CopyStatistics(
+            bytes_copied=self._copies.nbytes + read.bytes_copied,
+            busy_s=self._copies.total_s + read.busy_s,
+        )
+
+    def close(self) -> None:
+        """Drop what is not enqueued and wait for the rest, so that buffers may die."""
+        self._queue.close()
+        self._stream.synchronize()
+
+    def _settle(self, event: CudaEvent) -> None:
+        if self._queue.error is not None:
+            event.settle(None, self._queue.error)
+            return
+        try:
+            event.settle(self._stream.record(), None)
+        except BaseException as error:
+            event.settle(None, error)  # whoever waits for it must not wait for ever
+            raise
+
+    def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
+        start = self._stream.record()
+        self._stream.copy(target, source)
+        self._copies.add(start, self._stream.record(), source.numel())
+
+    def _run_block(self, block: CopyBlock, _: Staging) -> Action:
+        with self._reads.measure(block.nbytes):
+            block.run()
+        return nothing
+
+    def _stage(self, piece: CopyPiece, target: torch.Tensor, staging: Staging) -> Action:
+        buffer = staging.take()
+        with self._reads.measure(piece.nbytes):
+            source = piece.load(buffer.memory)
+        return partial(self._copy_staged, target, source, buffer)
+
+    def _copy_staged(
+        self, target: torch.Tensor, source: torch.Tensor, buffer: StagingBuffer
+    ) -> None:
+        self._stream.copy(target, source)
+        buffer.drained = self._stream.record()

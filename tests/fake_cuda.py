@@ -1,0 +1,257 @@
+"""A GPU that is not there: the driver of `device/cuda.py` as a double that records and checks.
+
+Kernels: under `FakeTensorMode` torch computes shapes and devices of tensors on `cuda:0` without a
+GPU. It raises by itself when devices are mixed or a value is read back (`.item()`). On top of it
+`FakeKernels` sees every operation, notes which device buffers it reads and writes, and refuses
+copies between host and device that do not go through the driver: on a GPU those make the host wait.
+
+Streams: those of `device.sim`, with a vector clock each. An access that no event orders after the
+work it depends on raises `StreamOrderError`. The host threads that fill staging buffers are streams
+too: they know what they have waited for with `synchronize`.
+"""
+
+import threading
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from offload_rt.device.sim import SimBuffer, SimEvent, SimStream
+
+GIB = 2**30
+KERNEL_S = 1e-6
+LINK_BYTES_PER_S = 1e9
+
+
+class HiddenSyncError(AssertionError):
+    """A copy between host and device that makes the host wait."""
+
+
+@dataclass(frozen=True, slots=True)
+class FakeEvent:
+    """A point in a simulated stream; a host thread that synchronises learns what came before."""
+
+    gpu: "FakeCuda"
+    event: SimEvent
+
+    def synchronize(self):
+        with self.gpu.lock:
+            self.gpu.host_syncs[threading.current_thread().name] += 1
+            self.gpu.host().wait(self.event)
+
+    def done(self):
+        return True
+
+    def seconds_until(self, later):
+        return later.event.time_s - self.event.time_s
+
+
+@dataclass(frozen=True, slots=True)
+class FakeStream:
+    """A simulated stream behind the driver's protocol."""
+
+    gpu: "FakeCuda"
+    sim: SimStream
+
+    def record(self):
+        with self.gpu.lock:
+            self.gpu.trace.append(("record", self.sim.name))
+            return FakeEvent(self.gpu, self.sim.record())
+
+    def wait(self, event):
+        with self.gpu.lock:
+            self.gpu.trace.append(("wait", self.sim.name))
+            self.sim.wait(event.event)
+
+    def copy(self, dst, src):
+        assert (dst.shape, dst.dtype, src.dtype) == (src.shape, torch.uint8, torch.uint8)
+        assert dst.is_contiguous() and src.is_contiguous()
+        if threading.current_thread() is threading.main_thread():  # elsewhere the mode is not ours
+            assert (dst.device, src.device) == (self.gpu.device, torch.device("cpu"))
+        with self.gpu.lock:
+            slot, source = self.gpu.buffers[key(dst)], self.gpu.host_buffer(src)
+            self.gpu.trace.append(("copy", self.gpu.names[key(dst)]))
+            self.gpu.copied_bytes += src.numel()
+            self.gpu.unpinned_copies += not self.gpu.is_registered(src)
+            seconds = src.numel() / LINK_BYTES_PER_S
+            self.gpu.enqueue(self.sim)
+            self.sim.kernel(reads=[source], writes=[slot], seconds=seconds)
+
+    def synchronize(self):
+        FakeEvent(self.gpu, self.sim.record()).synchronize()
+
+
+@dataclass(eq=False)
+class FakeCuda:
+    """The driver double.
+
+    Attributes:
+        gpus: devices this machine pretends to have; 0 pretends that torch has no CUDA.
+        free_bytes: device memory that is left.
+        refuse_from: buffers of at least this many bytes cannot be pinned.
+        strict: refuse copies that pass the driver by (while a step runs).
+    """
+
+    gpus: int = 2
+    free_bytes: int = 8 * GIB
+    refuse_from: int = 64 * GIB
+    strict: bool = False
+    inside: bool = False
+    device: torch.device | None = None
+    trace: list = field(default_factory=list)
+    buffers: dict = field(default_factory=dict)
+    names: dict = field(default_factory=dict)
+    registered: dict = field(default_factory=dict)
+    unregistered: list = field(default_factory=list)
+    host_syncs: Counter = field(default_factory=Counter)
+    downloads: int = 0
+    copied_bytes: int = 0
+    unpinned_copies: int = 0
+
+    def __post_init__(self):
+        self.lock = threading.RLock()
+        self.compute = SimStream("compute")
+        self.copies = SimStream("copy")
+        self._hosts, self._host_buffers = {}, WeakIdKeyDictionary()
+
+    def missing(self, index):
+        if index >= self.gpus:
+            return f"this machine has {self.gpus} GPUs"
+        return None
+
+    def open(self, device):
+        self.device = device
+        return FakeStream(self, self.compute), FakeStream(self, self.copies)
+
+    def allocate(self, nbytes, device):
+        if nbytes > self.free_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        self.free_bytes -= nbytes
+        tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.buffers[key(tensor)] = SimBuffer(nbytes)
+        self.names[key(tensor)] = f"buffer {len(self.names)}"
+        return tensor
+
+    def memory(self, device):
+        return self.free_bytes, 8 * GIB
+
+    def peak_bytes(self, device):
+        return 8 * GIB - self.free_bytes
+
+    def register(self, address, nbytes):
+        if nbytes >= self.refuse_from:
+            return "out of memory"
+        self.registered[address] = nbytes
+        return None
+
+    def unregister(self, address):
+        del self.registered[address]
+        self.unregistered.append(address)
+
+    def upload(self, values, device):
+        with self.inside_driver():
+            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+    def download(self, values):
+        assert values.device == self.device, f"{values.device} is not {self.device}"
+        self.downloads += 1
+        self.host().wait(self.compute.record())
+        return [5] * values.numel()
+
+    @contextmanager
+    def inside_driver(self):
+        self.inside = True
+        try:
+            yield
+        finally:
+            self.inside = False
+
+    def host(self):
+        """The clock of the calling thread."""
+        name = f"host {threading.current_thread().name}"
+        return self._hosts.setdefault(name, SimStream(name))
+
+    def enqueue(self, stream):
+        """What is enqueued now comes after everything the calling thread has waited for."""
+        stream.wait(self.host().record())
+
+    def host_buffer(self, tensor):
+        """The host memory a tensor is a view of; what was allocated together counts as one."""
+        owner = tensor if tensor._base is None else tensor._base
+        return self._host_buffers.setdefault(owner, SimBuffer(owner.numel()))
+
+    def host_write(self, tensor):
+        """The calling thread overwrites host memory that copies read."""
+        with self.lock:
+            self.host().kernel(reads=[], writes=[self.host_buffer(tensor)], seconds=0.0)
+
+    def is_registered(self, tensor):
+        return tensor.untyped_storage().data_ptr() in self.registered
+
+    def kernel(self, func, arguments):
+        """An operation of the network: note which device buffers it touches."""
+        reads, writes = [], []
+        for declared, values in arguments:
+            touched = writes if declared.alias_info and declared.alias_info.is_write else reads
+            keys = map(key, tensors_in(values))
+            touched += [self.buffers[k] for k in keys if k in self.buffers]
+        with self.lock:
+            self.trace.append(("kernel", str(func), len(reads), len(writes)))
+            self.enqueue(self.compute)
+            self.compute.kernel(reads=reads, writes=writes, seconds=KERNEL_S)
+
+
+class FakeKernels(TorchDispatchMode):
+    """Shows the double every operation torch runs."""
+
+    def __init__(self, gpu):
+        super().__init__()
+        self.gpu = gpu
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self.gpu.inside or func.namespace == "prim":
+            return result
+        given, made = tensors_in((args, kwargs)), tensors_in(result)
+        devices = {t.device.type for t in [*given, *made] if t.dim()}
+        if self.gpu.strict and {"cpu", "cuda"} <= devices:
+            raise HiddenSyncError(f"{func} between host and device passes the driver by")
+        is_view = func.is_view and {*map(key, made)} <= {*map(key, given)}
+        if "cuda" in devices and not is_view:
+            schema = func._schema.arguments
+            named = [(a, kwargs[a.name]) for a in schema if a.name in kwargs]
+            self.gpu.kernel(func, [*zip(schema, args, strict=False), *named])
+        return result
+
+
+def tensors_in(values):
+    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+
+
+def key(tensor):
+    """Identifies the memory a tensor is a view of."""
+    return tensor.untyped_storage()._cdata
+
+
+@contextmanager
+def fake_gpu(gpu):
+    """Run everything inside on the double."""
+    # Rotary tables are made before; they become fake where the network is attached to the device.
+    with FakeTensorMode(allow_non_fake_inputs=True), FakeKernels(gpu):
+        yield gpu
+
+
+def build_for_real(make):
+    """Let `make` build something outside the double: modules on the meta device want no modes."""
+
+    def build(*arguments):
+        with _disable_current_modes():
+            return make(*arguments)
+
+    return build

@@ -1,0 +1,118 @@
+"""The CUDA device over CPU memory: what it copies gives the same logits bit for bit."""
+
+import pytest
+import torch
+from engines import all_logits, engine_for
+
+from offload_rt import engine as engine_module
+from offload_rt.config import HomeKind
+from offload_rt.device import pinned as pinned_module
+from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.cpu import CpuDevice, allocate_host
+from offload_rt.device.cuda import CudaDevice
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.model.network import Network
+from offload_rt.streaming import files as files_module
+from offload_rt.streaming import home as home_module
+from offload_rt.streaming.files import FileSource, WeightFiles
+
+
+class Eager:
+    """A driver whose streams do everything at once, an event and a stream of it included."""
+
+    def __init__(self, *, pin=True):
+        self.pin = pin
+
+    def missing(self, index):
+        return None
+
+    def open(self, device):
+        return self, self
+
+    def allocate(self, nbytes, device):
+        return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN, if it were read
+
+    def memory(self, device):
+        return 2**30, 2**30
+
+    def register(self, address, nbytes):
+        return None if self.pin else "refused by the test"
+
+    def unregister(self, address):
+        pass
+
+    def upload(self, values, device):
+        return torch.tensor(values)
+
+    def record(self):
+        return self
+
+    def wait(self, event):
+        pass
+
+    def copy(self, dst, src):
+        dst.copy_(src)
+
+    def synchronize(self):
+        pass
+
+    def done(self):
+        return True
+
+    def seconds_until(self, later):
+        return 0.0
+
+
+@pytest.fixture
+def open_as(monkeypatch):
+    """Let the engine open this device, computing on the CPU, with layers laid out for a GPU."""
+
+    def use(device):
+        device.torch_device = torch.device("cpu")
+        monkeypatch.setattr(engine_module, "open_device", lambda _: (device, Packing.DEVICE))
+
+    return use
+
+
+@pytest.mark.parametrize(
+    ("home", "pin", "dtype"),
+    [
+        (HomeKind.HOST, True, "bfloat16"),
+        (HomeKind.HOST, False, "float32"),
+        (HomeKind.DISK, True, "bfloat16"),
+    ],
+)
+def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, pin, dtype):
+    open_as(CpuDevice())
+    with engine_for(tiny_model, dtype=dtype, resident_layers=4) as engine:
+        resident = all_logits(engine)
+    for module in (files_module, home_module):  # many pieces per tensor
+        monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(pinned_module, "STAGING_BYTES", 20_000 + 2 * 4096)
+    open_as(CudaDevice(0, driver=Eager(pin=pin)))
+    with engine_for(tiny_model, dtype=dtype, slots=2, resident_layers=1, home=home) as engine:
+        assert torch.equal(all_logits(engine), resident)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "auto")]
+)
+def test_pieces_and_blocks_make_the_same_image(make_tiny, monkeypatch, stored, dtype):
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", 20_000)
+    checkpoint = open_checkpoint(make_tiny(dtype=stored))
+    layout = Network(checkpoint, dtype, Packing.DEVICE).layouts[1]
+    files = WeightFiles(checkpoint.files)
+    source = FileSource(layout, files)
+    by_blocks, by_pieces = allocate_host(layout.nbytes), allocate_host(layout.nbytes)
+    for block in source.blocks(by_blocks):
+        block.run()
+    staging = allocate_host(STAGING_BYTES)
+    for piece in reversed(source.pieces()):
+        data = piece.load(staging)
+        assert data.numel() == piece.image_bytes <= 20_000
+        by_pieces.tensor[piece.offset : piece.offset + piece.image_bytes].copy_(data)
+    assert by_blocks.tensor.any()
+    assert torch.equal(by_blocks.tensor, by_pieces.tensor)
+    assert sum(p.nbytes for p in source.pieces()) == source.nbytes
+    files.close()

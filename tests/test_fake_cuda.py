@@ -1,0 +1,280 @@
+"""The whole engine on a GPU that is not there: devices, event order, host syncs, allocations."""
+
+import threading
+
+import pytest
+import torch
+from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu
+from torch._subclasses.fake_tensor import DataDependentOutputException
+
+from offload_rt import engine as engine_module
+from offload_rt.config import GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.device import cuda, streams
+from offload_rt.device import pinned as pinned_module
+from offload_rt.device.base import STAGING_BYTES
+from offload_rt.engine import Engine
+from offload_rt.errors import CheckpointError, StreamOrderError
+from offload_rt.kv import resident
+from offload_rt.kv.base import KVShape
+from offload_rt.model import attention
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.streaming import files
+from offload_rt.streaming import home as home_module
+from offload_rt.streaming.files import WeightFiles
+
+PROMPTS = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24])
+STEPS = 2
+SAMPLED = SamplingConfig(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """The double, behind `open_device`."""
+    double = FakeCuda()
+    monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
+    monkeypatch.setattr(engine_module, "TorchDriver", lambda: double)
+    monkeypatch.setattr(engine_module, "make_generator", lambda *_: torch.Generator())
+    monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
+    into = WeightFiles._read_into
+
+    def read_into(self, file, run, start, nbytes, staging):
+        double.host_write(staging.tensor)
+        return into(self, file, run, start, nbytes, staging)
+
+    monkeypatch.setattr(WeightFiles, "_read_into", read_into)
+    return double
+
+
+@pytest.fixture
+def tiny(make_tiny):
+    return make_tiny(num_hidden_layers=3)
+
+
+def generate(gpu, folder, *, sampling=SAMPLED, after_step=lambda engine: None, **config):
+    """Prefill two prompts in chunks and make some steps."""
+    options = {"device": "cuda:0", "home": HomeKind.HOST, "resident_layers": 1, "slots": 2}
+    runtime = RuntimeConfig(prefill_chunk_tokens=8, **(options | config))
+    with (
+        fake_gpu(gpu),
+        Engine(open_checkpoint(folder), runtime, capacities=[20, 20], prompt_tokens=14) as engine,
+    ):
+        run = engine.start(PROMPTS, sampling, GenerationConfig(max_tokens=STEPS + 1))
+        gpu.strict = True
+        for advance in [run.prefill, *[run.step] * STEPS]:
+            assert [e.token_ids for e in advance()] == [[5], [5]]
+            after_step(engine)
+        gpu.strict = False
+        assert not run.active
+        return run.report()
+
+
+@pytest.mark.parametrize(
+    ("family", "home", "device"),
+    [
+        ("llama", HomeKind.HOST, "cuda:0"),
+        ("gemma3_text", HomeKind.HOST, "cuda:0"),
+        ("qwen2", HomeKind.DISK, "cuda:0"),
+        ("llama", HomeKind.DISK, "cuda:1"),
+    ],
+)
+def test_the_engine_runs_on_a_gpu(gpu, make_tiny, family, home, device):
+    report = generate(gpu, make_tiny(family, num_hidden_layers=3), home=home, device=device)
+    assert gpu.device == torch.device(device)
+    assert (report.memory.streamed_layers, report.memory.resident_layers) == (2, 1)
+    assert gpu.unpinned_copies == 0
+    assert report.transfer.stall_s > 0
+    assert report.transfer.bytes_total >= STEPS * report.transfer.bytes_per_pass
+
+
+@pytest.mark.parametrize(("slots", "resident"), [(1, 1), (2, 0), (3, 0)])
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+def test_every_access_is_ordered(gpu, tiny, slots, resident, home):
+    generate(gpu, tiny, slots=slots, resident_layers=resident, home=home)
+
+
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
+def test_one_host_sync_per_step(gpu, tiny, home, sampling):
+    counts = []
+
+    def count(_):
+        counts.append((gpu.downloads, gpu.host_syncs[threading.current_thread().name]))
+
+    generate(gpu, tiny, home=home, sampling=sampling, after_step=count)
+    assert [downloads for downloads, _ in counts] == [1, 2, 3]
+    assert len({waits for _, waits in counts}) == 1, "the program waited for an event in a step"
+
+
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+def test_buffers_are_allocated_once(gpu, tiny, home):
+    ledgers, pinned = [], []
+
+    def note(engine):
+        ledgers.append((engine.device.ledger(), len(gpu.buffers)))
+        pinned.append(dict(gpu.registered))
+
+    generate(gpu, tiny, home=home, after_step=note)
+    assert all(ledger == ledgers[0] for ledger in ledgers)
+    assert home is HomeKind.DISK or all(map(pinned[0].__eq__, pinned))  # readers start when needed
+    images = [nbytes for nbytes in pinned[0].values() if nbytes != STAGING_BYTES]
+    assert len(images) == (2 if home is HomeKind.HOST else 0)
+    assert not gpu.registered
+
+
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+@pytest.mark.parametrize("waiting", ["CudaComputeStream", "CudaCopyStream"])
+def test_without_either_wait_the_order_breaks(gpu, tiny, monkeypatch, waiting, home):
+    def forget(self, event):
+        event.enqueued()
+
+    monkeypatch.setattr(getattr(streams, waiting), "wait", forget)
+    with pytest.raises(StreamOrderError, match="buffer"):
+        generate(gpu, tiny, home=home)
+
+
+def test_staging_is_not_overwritten_while_copied_from(gpu, make_tiny, monkeypatch):
+    folder = make_tiny(num_hidden_layers=8)
+    generate(gpu, folder, home=HomeKind.DISK)
+
+    def forget(self):
+        assert isinstance(self, FakeEvent)
+
+    monkeypatch.setattr(FakeEvent, "synchronize", forget)
+    with pytest.raises(StreamOrderError, match="overwritten while being read"):
+        generate(gpu, folder, home=HomeKind.DISK)
+
+
+def test_layers_that_cannot_be_pinned_go_through_pinned_staging(gpu, tiny, monkeypatch, caplog):
+    gpu.refuse_from = 2**16
+    monkeypatch.setattr(home_module, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(files, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(pinned_module, "STAGING_BYTES", 2**15)
+    generate(gpu, tiny)
+    assert "refused" in caplog.text
+    assert gpu.unpinned_copies == 0
+
+
+def test_everything_works_pageable(gpu, tiny, caplog):
+    gpu.refuse_from = 0
+    generate(gpu, tiny)
+    assert "refused" in caplog.text
+    assert gpu.unpinned_copies > 0
+
+
+def test_a_cache_on_the_host_is_found(gpu, tiny, monkeypatch):
+    allocate = cuda.CudaDevice.allocate
+
+    def misplace(self, nbytes, purpose):
+        if purpose == "KV cache":
+            return cuda.CudaBuffer(torch.empty(nbytes, dtype=torch.uint8))
+        return allocate(self, nbytes, purpose)
+
+    monkeypatch.setattr(cuda.CudaDevice, "allocate", misplace)
+    with pytest.raises((HiddenSyncError, RuntimeError), match="between host and device|device"):
+        generate(gpu, tiny)
+
+
+@pytest.mark.parametrize("wrong", ["cpu", "cuda:1"])
+def test_tokens_on_another_device_are_found(gpu, tiny, monkeypatch, wrong):
+    upload = FakeCuda.upload
+    monkeypatch.setattr(FakeCuda, "upload", lambda self, values, _: upload(self, values, wrong))
+    with pytest.raises((HiddenSyncError, RuntimeError), match="device"):
+        generate(gpu, tiny)
+
+
+def plant(monkeypatch, change):
+    """Let the attention function do something more."""
+    rows = attention.attend_rows
+
+    def planted(query, key, value, spec):
+        change(query)
+        return rows(query, key, value, spec)
+
+    monkeypatch.setattr(resident, "attend_rows", planted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda query: query.sum().item(),
+        lambda query: query[0, 0].tolist(),
+        lambda query: bool((query > 0).any()),
+        lambda query: float(query.max()),
+    ],
+    ids=["item", "tolist", "bool", "float"],
+)
+def test_reading_a_value_back_is_found(gpu, tiny, monkeypatch, change):
+    plant(monkeypatch, change)
+    with pytest.raises((DataDependentOutputException, HiddenSyncError)):
+        generate(gpu, tiny)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda query: torch.tensor([1, 2], device=query.device),
+        lambda query: query.cpu(),
+        lambda query: query.new_tensor([0.5, 1.0]),
+        lambda query: query[:, [0, 0]],
+        lambda query: query.to(device="cpu", non_blocking=True),
+    ],
+    ids=["tensor", "cpu", "new_tensor", "index", "to"],
+)
+def test_a_copy_past_the_driver_is_found(gpu, tiny, monkeypatch, change):
+    plant(monkeypatch, change)
+    with pytest.raises(HiddenSyncError):
+        generate(gpu, tiny)
+
+
+def test_a_read_that_fails_reaches_the_program(gpu, tiny, monkeypatch):
+    read, calls = WeightFiles._read, []
+
+    def fail_late(self, *arguments):
+        calls.append(1)
+        if len(calls) > 60:
+            raise CheckpointError("the disk is gone")
+        return read(self, *arguments)
+
+    monkeypatch.setattr(WeightFiles, "_read", fail_late)
+    with pytest.raises(CheckpointError, match="the disk is gone"):
+        generate(gpu, tiny, home=HomeKind.DISK)
+    assert not gpu.registered
+
+
+def test_a_failed_pass_leaves_the_engine_usable(gpu, tiny, monkeypatch):
+    rows, calls = attention.attend_rows, []
+
+    def fail_once(*arguments):
+        calls.append(1)
+        if len(calls) == 8:
+            raise KeyboardInterrupt
+        return rows(*arguments)
+
+    monkeypatch.setattr(resident, "attend_rows", fail_once)
+    config = RuntimeConfig(device="cuda:0", slots=2, resident_layers=1, prefill_chunk_tokens=8)
+    checkpoint = open_checkpoint(tiny)
+    with (
+        fake_gpu(gpu),
+        Engine(checkpoint, config, capacities=[20, 20], prompt_tokens=14) as engine,
+    ):
+        for _ in range(2):
+            run = engine.start(PROMPTS, SamplingConfig(), GenerationConfig(max_tokens=2))
+            try:
+                run.prefill()
+            except KeyboardInterrupt:
+                continue
+            run.step()
+        assert not run.active
+
+
+def test_keeping_a_path_of_a_tree_does_not_make_the_host_wait(gpu):
+    device = cuda.CudaDevice(0, driver=gpu)
+    shape = KVShape(heads=2, key_dim=4, value_dim=4)
+    with fake_gpu(gpu):
+        cache = resident.ResidentKV(device, [shape], torch.float32, capacity=8)
+        rows = torch.empty(2, 5, 4, device="cuda:0")
+        gpu.strict = True
+        cache.append(0, rows, rows)
+        cache.commit([0, 2, 4])
+    assert cache.length == 3
+    device.close()
