@@ -1,0 +1,1 @@
+"""Weights on their way from home to the device."""
