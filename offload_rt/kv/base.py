@@ -1,0 +1,95 @@
+"""What every KV cache owes its caller.
+
+A pass *appends* rows layer by layer, *attends* to them, and at its end the engine *commits* the
+rows that are kept. Until then they are pending: visible to this pass, forgotten by the next.
+`commit` is the only place `length` grows, so a rejected draft costs nothing and a layer can never
+leave a cache half-advanced.
+
+Layout, stated here once: keys and values of a layer are [K, T, D], heads outermost, so that the
+rows of one head are consecutive and a prefix of tokens is a view. Letters: `model/attention.py`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpec:
+    """How one layer attends.
+
+    Attributes:
+        scaling: factor on query-key products.
+        window: a token sees itself and this many minus one before it; None sees all.
+        softcap: products are squashed to softcap * tanh(product / softcap); None leaves them.
+        sinks: [H] a logit per head that takes probability and gives no value (GPT-OSS), or None.
+    """
+
+    scaling: float
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVShape:
+    """Sizes of one layer's cache: K heads of D_k and D_v numbers."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numbers_per_token(self) -> int:
+        """Numbers one token takes in this layer."""
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+class KVCache(Protocol):
+    """Keys and values of one sequence, all layers."""
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for, pending ones included."""
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add pending rows.
+
+        Args:
+            layer: layer index.
+            key: [K, S, D] rotated keys.
+            value: [K, S, D].
+
+        Raises:
+            CapacityError: there is no room; nothing was written.
+        """
+
+    def attend(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Attend from the last S rows appended to `layer` to all rows before and among them.
+
+        Args:
+            layer: layer index.
+            query: [H, S, D].
+            spec: how the layer attends.
+
+        Returns:
+            [S, H, D].
+        """
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Keep the pending rows with these indices, in this order; forget the rest.
+
+        A chain of which n rows are accepted is `range(n)`, a path of a tree is its node indices.
+
+        Raises:
+            CapacityError: an index is not a pending row.
+        """
+
+    def truncate(self, length: int) -> None:
+        """Forget pending rows and all committed rows from `length` on."""

@@ -1,0 +1,81 @@
+"""A KV cache that lies on the device, one stretch of memory per sequence."""
+
+from collections.abc import Sequence
+
+import torch
+
+from offload_rt.device.base import Device
+from offload_rt.errors import CapacityError
+from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.model.attention import attend_rows
+
+
+class ResidentKV:
+    """Keys and values of one sequence on the device.
+
+    Args:
+        device: where the memory is taken.
+        shapes: sizes per layer.
+        dtype: number format of keys and values.
+        capacity: tokens to set aside room for.
+    """
+
+    def __init__(
+        self, device: Device, shapes: Sequence[KVShape], dtype: torch.dtype, capacity: int
+    ) -> None:
+        self.capacity = capacity
+        self._device = device
+        self._length = 0
+        numbers = sum(shape.numbers_per_token for shape in shapes) * capacity
+        memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
+        self._keys: list[torch.Tensor] = []  # per layer [K, capacity, D]
+        self._values: list[torch.Tensor] = []
+        self._pending = [0] * len(shapes)
+        offset = 0
+        for shape in shapes:
+            for store, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
+                size = shape.heads * capacity * dim
+                store.append(memory[offset : offset + size].view(shape.heads, capacity, dim))
+                offset += size
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self._length
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add pending rows: key [K, S, D], value [K, S, D]."""
+        start = self._length + self._pending[layer]
+        stop = start + key.shape[1]
+        if stop > self.capacity:
+            raise CapacityError(
+                f"the KV cache has room for {self.capacity} tokens, {stop} are needed: "
+                "raise --context"
+            )
+        self._keys[layer][:, start:stop] = key
+        self._values[layer][:, start:stop] = value
+        self._pending[layer] = stop - self._length
+
+    def attend(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
+        stop = self._length + self._pending[layer]
+        return attend_rows(query, self._keys[layer][:, :stop], self._values[layer][:, :stop], spec)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Keep these pending rows, in this order; forget the rest."""
+        pending = min(self._pending)
+        if any(not 0 <= row < pending for row in keep):
+            raise CapacityError(f"cannot keep rows {list(keep)}: {pending} rows are pending")
+        if list(keep) != list(range(len(keep))):
+            rows = self._device.upload([self._length + row for row in keep])
+            for store in (*self._keys, *self._values):
+                store[:, self._length : self._length + len(keep)] = store[:, rows]
+        self._length += len(keep)
+        self._pending = [0] * len(self._pending)
+
+    def truncate(self, length: int) -> None:
+        """Forget pending rows and all committed rows from `length` on."""
+        if not 0 <= length <= self._length:
+            raise CapacityError(f"cannot go back to {length} tokens: {self._length} are cached")
+        self._length = length
+        self._pending = [0] * len(self._pending)

@@ -1,0 +1,424 @@
+"""The target network: transformers' own modules on the meta device, weights borrowed per layer.
+
+Nothing of a family is rewritten. The modules are built without memory, each decoder layer's forward
+is wrapped so that it borrows its weights from a store for as long as it runs, and HF's own forward
+is called: masks, rotary tables and per-layer types stay theirs. What a family must do for this is
+checked by one pass over meta tensors (`_probe`), not by a list of names.
+
+A prompt is prefilled layer-major: the wrapped layer works through the rows in chunks before the
+next layer is touched, so weights are borrowed once per pass, whatever its length.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from accelerate import init_empty_weights
+from torch.utils._pytree import tree_map
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from offload_rt.device.base import DeviceBuffer
+from offload_rt.errors import CheckpointError
+from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.model.attention import (
+    ATTENTION_NAME,
+    CONTEXT_KEYWORD,
+    PassContext,
+    Segment,
+    attend_packed,
+)
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
+
+AttentionInterface.register(ATTENTION_NAME, attend_packed)
+
+PROBE_TOKENS = 3
+
+
+class Weights(Protocol):
+    """Whoever lends the image of a layer on the device."""
+
+    def weights(self, layer: int) -> AbstractContextManager[DeviceBuffer]:
+        """Lend the image of `layer`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenBatch:
+    """The new tokens of a pass.
+
+    Attributes:
+        token_ids: [S] int64, all sequences packed.
+        positions: [S] int64, the place of each token in its own sequence.
+        segments: the sequences, in packed order.
+        logit_rows: [R] int64, packed rows whose logits are wanted.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    segments: Sequence[Segment]
+    logit_rows: torch.Tensor
+
+
+class Network:
+    """A decoder-only network whose weights are elsewhere.
+
+    Args:
+        checkpoint: headers of the model folder.
+        dtype: `auto` or torch's name of a number format.
+        packing: how layer images are laid out.
+
+    Attributes:
+        layouts: the image of each layer.
+        base: the image of what is in no layer (embedding, final norm, head).
+        kv_shapes: cache sizes of each layer.
+        dtype: number format of the computation.
+
+    Raises:
+        CheckpointError: transformers does not know the family, the family cannot be streamed, or
+            its tensors are not those the network needs.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: str, packing: Packing) -> None:
+        name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+        self.dtype: torch.dtype = getattr(torch, name)
+        self._model = _build(checkpoint, self.dtype)
+        prefix, layers = _find_layers(self._model, checkpoint.config.num_layers)
+        self._layers = layers
+        self.layouts = tuple(
+            plan_layout(extents, f"{prefix}.{i}.", name, packing)
+            for i, extents in enumerate(checkpoint.layers)
+        )
+        self.base = plan_layout(checkpoint.others, "", name, packing)
+        self._tied = _check_names(self._model, layers, self.layouts, self.base)
+        self.kv_shapes = _probe(self._model, layers, checkpoint.config.model_type)
+        self._holes = [_holes(layer, self.layouts[i]) for i, layer in enumerate(layers)]
+        self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
+
+    def attach(
+        self, weights: Weights, base: DeviceBuffer, device: torch.device, chunk_tokens: int
+    ) -> None:
+        """Connect the network to its memory.
+
+        Args:
+            weights: lends the image of each layer.
+            base: holds the image of `self.base`.
+            device: where passes run.
+            chunk_tokens: rows that go through a layer at once.
+        """
+        for hole, tensor in _bind(_holes(self._model, self.base), self.base.placements, base):
+            hole.fill(tensor)
+        if self._tied:
+            head, embedding = _ends(self._model)
+            head.weight = embedding.weight
+        for module in self._model.modules():
+            for key, buffer in list(module._buffers.items()):
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[key] = buffer.to(device)
+        for index, layer in enumerate(self._layers):
+            layer.forward = partial(
+                self._run_layer, index, layer.forward, weights=weights, chunk_tokens=chunk_tokens
+            )
+
+    def forward(self, batch: TokenBatch) -> torch.Tensor:
+        """Run one pass; rows are appended to the caches and stay pending.
+
+        Returns:
+            [R, V] logits of the wanted rows.
+        """
+        output = self._model(
+            input_ids=batch.token_ids[None],
+            position_ids=batch.positions[None],
+            use_cache=False,
+            logits_to_keep=batch.logit_rows,
+            **{CONTEXT_KEYWORD: PassContext(batch.segments)},
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+    def _run_layer(
+        self,
+        index: int,
+        forward: Callable[..., torch.Tensor],
+        hidden: torch.Tensor,
+        *,
+        weights: Weights,
+        chunk_tokens: int,
+        **options: object,
+    ) -> torch.Tensor:
+        """Borrow the weights of a layer and take all rows [1, S, E] through it, chunk by chunk."""
+        context = options[CONTEXT_KEYWORD]
+        assert isinstance(context, PassContext)
+        rows = hidden.shape[1]
+        with weights.weights(index) as image, self._bound(index, image):
+            if rows <= chunk_tokens:
+                return forward(hidden, **options)
+            for start in range(0, rows, chunk_tokens):
+                context.rows = range(start, min(start + chunk_tokens, rows))
+                cut = partial(_rows_of, rows=rows, part=slice(start, context.rows.stop))
+                # A chunk depends on nothing after it, so its result may replace its input.
+                part = hidden[:, start : context.rows.stop]
+                part.copy_(forward(part, **tree_map(cut, options)))
+            context.rows = range(rows)
+            return hidden
+
+    @contextmanager
+    def _bound(self, index: int, image: DeviceBuffer) -> Iterator[None]:
+        """Put the weights in `image` into the modules of a layer, and take them out again."""
+        key = (index, id(image))
+        if key not in self._bindings:
+            placements = self.layouts[index].placements
+            self._bindings[key] = _bind(self._holes[index], placements, image)
+        for hole, tensor in self._bindings[key]:
+            hole.fill(tensor)
+        try:
+            yield
+        finally:
+            for hole, _ in self._bindings[key]:
+                hole.fill(hole.meta)
+
+
+@dataclass(frozen=True, slots=True)
+class _Hole:
+    """A place in a module where a parameter or buffer goes.
+
+    Attributes:
+        meta: what is there while nothing is lent: a use outside the loan then fails instead of
+            reading stale bytes.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    name: str
+    meta: torch.Tensor
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        """Put a tensor there."""
+        self.tensors[self.name] = tensor
+
+
+def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
+    """Build HF's modules: parameters on meta, computed buffers (rotary tables) real."""
+    raw = dict(checkpoint.config.raw)
+    model_type = checkpoint.config.model_type
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        config = AutoConfig.for_model(model_type, **{k: raw[k] for k in raw if k != "model_type"})
+        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=ATTENTION_NAME
+            )
+    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"{checkpoint.folder.name}: transformers cannot build a {model_type!r} model that "
+            f"generates text from config.json: {reason}"
+        ) from error
+    model.tie_weights()  # type: ignore[operator]  # building on meta unties
+    return model.eval()
+
+
+def _find_layers(model: torch.nn.Module, num_layers: int) -> tuple[str, Sequence[torch.nn.Module]]:
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
+            return name, list(module)
+    raise CheckpointError(
+        f"{type(model).__name__} has no list of {num_layers} decoder layers: this family cannot "
+        "be streamed layer by layer"
+    )
+
+
+def _check_names(
+    model: torch.nn.Module,
+    layers: Sequence[torch.nn.Module],
+    layouts: Sequence[LayerLayout],
+    base: LayerLayout,
+) -> bool:
+    """Compare the tensors of the files with those of the network; returns whether the head is tied.
+
+    Raises:
+        CheckpointError: one is missing, left over, or of another shape.
+    """
+    for index, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
+        _compare(f"layer {index}", _state(layer), layout.placements)
+    inside = {id(tensor) for layer in layers for tensor in _state(layer).values()}
+    needed = {name: t for name, t in _state(model).items() if id(t) not in inside}
+    head, embedding = _ends(model)
+    found = {placement.name for placement in base.placements}
+    heads = [name for name, t in needed.items() if t is head.weight and name not in found]
+    tied = head.weight is embedding.weight or bool(heads)
+    if tied and head.weight.shape != embedding.weight.shape:
+        raise CheckpointError("the files have no output head, and the embedding has another shape")
+    if bool(heads) and head.weight is not embedding.weight:
+        raise CheckpointError(
+            f"{heads[0]} is missing from the files although config.json does not tie it to the "
+            "embedding: download the checkpoint again"
+        )
+    for name in heads:
+        del needed[name]
+    _compare("the model", needed, base.placements)
+    return tied
+
+
+def _ends(model: torch.nn.Module) -> tuple[Any, Any]:
+    """The output head and the embedding, as modules with a `weight`."""
+    return model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+
+
+def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers by name, shared ones under each name."""
+    return dict(module.state_dict(keep_vars=True))
+
+
+def _compare(where: str, needed: dict[str, torch.Tensor], placements: Sequence[Placement]) -> None:
+    found = {placement.name: placement for placement in placements}
+    missing, extra = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys())
+    for problem, names in (("lacks", missing), ("has no use for", extra)):
+        if names:
+            raise CheckpointError(
+                f"{where} {problem} {len(names)} tensors, such as {names[0]}: the files are not "
+                "of the architecture config.json names, or of a version transformers renames"
+            )
+    for name, placement in found.items():
+        if tuple(needed[name].shape) != placement.shape:
+            raise CheckpointError(
+                f"{where}: tensor {name} is {list(placement.shape)} in the files, config.json "
+                f"makes it {list(needed[name].shape)}"
+            )
+
+
+def _holes(module: torch.nn.Module, layout: LayerLayout) -> list[_Hole]:
+    holes = []
+    for placement in layout.placements:
+        path, _, leaf = placement.name.rpartition(".")
+        owner = module.get_submodule(path)
+        tensors: dict[str, Any] = owner._buffers
+        if leaf in owner._parameters:
+            tensors = owner._parameters
+        holes.append(_Hole(tensors, leaf, tensors[leaf]))
+    return holes
+
+
+def _bind(
+    holes: Sequence[_Hole], placements: Sequence[Placement], image: DeviceBuffer
+) -> list[tuple[_Hole, torch.Tensor]]:
+    """Pair each hole with its part of an image."""
+    pairs = []
+    for hole, placement in zip(holes, placements, strict=True):
+        dtype: torch.dtype = getattr(torch, placement.dtype)
+        data = image.tensor[placement.offset : placement.offset + placement.nbytes]
+        view = data.view(dtype).view(placement.shape)
+        is_parameter = isinstance(hole.meta, torch.nn.Parameter)
+        pairs.append((hole, torch.nn.Parameter(view, False) if is_parameter else view))
+    return pairs
+
+
+def _rows_of(value: object, *, rows: int, part: slice) -> object:
+    """Cut a tensor that has one entry per row, [1, S, ...]; leave everything else."""
+    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == rows:
+        return value[:, part]
+    return value
+
+
+class _ProbeCache:
+    """Stands for a cache in the probe: notes the shapes it is given."""
+
+    length, capacity = 0, PROBE_TOKENS
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Note the shapes of key [K, S, D] and value [K, S, D]."""
+        shape = KVShape(heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
+        if self.shapes.setdefault(layer, shape) != shape:
+            raise CheckpointError(f"layer {layer} attends twice, with caches of different shapes")
+
+    def attend(self, layer: int, query: torch.Tensor, spec: object) -> torch.Tensor:
+        """Return something of the right shape: query [H, S, D] gives [S, H, D_v]."""
+        heads, rows, _ = query.shape
+        return query.new_empty(rows, heads, self.shapes[layer].value_dim)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def truncate(self, length: int) -> None:
+        """Nothing to forget."""
+
+
+def _probe(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
+) -> tuple[KVShape, ...]:
+    """Run one pass over meta tensors and see whether the family can be streamed.
+
+    Raises:
+        CheckpointError: it cannot, with the reason.
+    """
+    cache = _ProbeCache()
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, options: calls.append((args, options)), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        logits = _meta_pass(model, cache)
+        _check_calls(calls, len(layers))
+        if logits.shape[:2] != (1, 1):
+            raise CheckpointError("their output head ignores which rows are wanted")
+        if sorted(cache.shapes) != list(range(len(layers))):
+            raise CheckpointError(f"{len(cache.shapes)} of {len(layers)} layers use a KV cache")
+    except CheckpointError as error:
+        raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(cache.shapes[layer] for layer in range(len(layers)))
+
+
+def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
+    """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    context = PassContext([Segment(cache, PROBE_TOKENS)], strict=True)
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    model.to("meta")
+    experts = model.config._experts_implementation  # type: ignore[union-attr]
+    if experts is not None:  # the default's kernel has no shape-only form for every number format
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    try:
+        with torch.no_grad():
+            output = model(
+                input_ids=ids,
+                position_ids=ids,
+                use_cache=False,
+                logits_to_keep=ids[0, :1],
+                **{CONTEXT_KEYWORD: context},
+            )
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"their forward pass does not run on shapes alone ({reason})"
+        ) from error
+    finally:
+        if experts is not None:
+            model.set_experts_implementation(experts)  # type: ignore[operator]
+        for module, saved in buffers:
+            module._buffers.update(saved)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:
+    if len(calls) != layers:
+        raise CheckpointError(f"a pass runs {len(calls)} decoder layers instead of {layers}")
+    for args, options in calls:
+        hidden = args[0] if len(args) == 1 else None
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != (1, PROBE_TOKENS):
+            raise CheckpointError("their decoder layers are not called with a hidden state alone")
+        if CONTEXT_KEYWORD not in options:
+            raise CheckpointError("they do not pass keywords on to their decoder layers")
