@@ -1,0 +1,1 @@
+"""What lives where, decided before anything is allocated. No torch here."""

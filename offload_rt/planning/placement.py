@@ -1,0 +1,167 @@
+"""Decide which layers stay on the device and how many slots the others share.
+
+One function, `place`, that a searching planner can replace: as many resident layers as the limit
+allows, spread evenly between the streamed ones so that the link never idles while they compute.
+"""
+
+from dataclasses import dataclass
+
+from offload_rt.config import HomeKind
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.units import format_size
+
+MIN_SLOTS, MAX_AUTO_SLOTS = 2, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """What a run needs on the device.
+
+    Attributes:
+        layer_bytes: image of each layer.
+        base_bytes: what is in no layer: embedding, final norm, head.
+        kv_bytes: KV caches of all sequences.
+        workspace_bytes: activations, logits and the runtime's own needs, at most.
+    """
+
+    layer_bytes: tuple[int, ...]
+    base_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What is there whatever the placement."""
+        return self.base_bytes + self.kv_bytes + self.workspace_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """What lives where.
+
+    Attributes:
+        resident: layers kept on the device.
+        streamed: layers that are copied in each pass, in order.
+        slots: slots they share; 0 when none is streamed.
+        slot_bytes: size of a slot.
+        demand: what the placement was made for.
+        device_limit_bytes: the limit it keeps to.
+        home: where the streamed layers live.
+    """
+
+    resident: tuple[int, ...]
+    streamed: tuple[int, ...]
+    slots: int
+    slot_bytes: int
+    demand: Demand
+    device_limit_bytes: int
+    home: HomeKind = HomeKind.DISK
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the resident layers."""
+        return sum(self.demand.layer_bytes[i] for i in self.resident)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory the run takes, at most."""
+        return self.demand.fixed_bytes + self.resident_bytes + self.slots * self.slot_bytes
+
+
+def place(
+    demand: Demand,
+    device_limit_bytes: int,
+    *,
+    slots: int | None = None,
+    resident_layers: int | None = None,
+) -> Placement:
+    """Choose resident layers and slots within a limit.
+
+    Args:
+        demand: what the run needs.
+        device_limit_bytes: device memory it may take.
+        slots: slots of the ring; None chooses.
+        resident_layers: layers to keep on the device; None keeps as many as fit.
+
+    Raises:
+        ConfigError: a count is not possible for this model.
+        PlanError: it does not fit; the message names the limit that would do.
+    """
+    candidates = _candidates(demand, device_limit_bytes, slots, resident_layers)
+    for placement in candidates:
+        if placement.device_bytes <= device_limit_bytes:
+            return _with_spare_slots(placement, slots)
+    raise PlanError(_why_not(_smallest(candidates), demand))
+
+
+def smallest_bytes(
+    demand: Demand, *, slots: int | None = None, resident_layers: int | None = None
+) -> int:
+    """The lowest limit for which `place` finds a placement."""
+    return _smallest(_candidates(demand, 0, slots, resident_layers)).device_bytes
+
+
+def _candidates(
+    demand: Demand, limit: int, slots: int | None, resident_layers: int | None
+) -> list[Placement]:
+    """Every placement to consider, best first."""
+    layers = len(demand.layer_bytes)
+    if resident_layers is not None and resident_layers > layers:
+        raise ConfigError(f"--resident-layers is {resident_layers}, the model has {layers} layers")
+    counts = range(layers, -1, -1) if resident_layers is None else [resident_layers]
+    found = [_arrange(demand, limit, n, slots or MIN_SLOTS) for n in counts]
+    if slots is None:  # one slot works too, copying and computing in turn
+        found.append(_arrange(demand, limit, counts[-1], 1))
+    return found
+
+
+def _smallest(candidates: list[Placement]) -> Placement:
+    return min(candidates, key=lambda placement: placement.device_bytes)
+
+
+def _arrange(demand: Demand, limit: int, resident: int, slots: int) -> Placement:
+    """Keep `resident` layers, spread evenly between the streamed ones."""
+    layers = len(demand.layer_bytes)
+    kept = tuple(sorted({(2 * i + 1) * layers // (2 * resident) for i in range(resident)}))
+    streamed = tuple(i for i in range(layers) if i not in set(kept))
+    return Placement(
+        resident=kept,
+        streamed=streamed,
+        slots=min(slots, len(streamed)),
+        slot_bytes=max((demand.layer_bytes[i] for i in streamed), default=0),
+        demand=demand,
+        device_limit_bytes=limit,
+    )
+
+
+def _with_spare_slots(placement: Placement, slots: int | None) -> Placement:
+    """Use what is left of the limit for more slots: they even out the disk's bad moments."""
+    if slots is not None or not placement.streamed:
+        return placement
+    spare = (placement.device_limit_bytes - placement.device_bytes) // placement.slot_bytes
+    ring = min(placement.slots + spare, MAX_AUTO_SLOTS, len(placement.streamed))
+    return Placement(
+        resident=placement.resident,
+        streamed=placement.streamed,
+        slots=max(placement.slots, ring),
+        slot_bytes=placement.slot_bytes,
+        demand=placement.demand,
+        device_limit_bytes=placement.device_limit_bytes,
+    )
+
+
+def _why_not(smallest: Placement, demand: Demand) -> str:
+    parts = {
+        "embedding and head": demand.base_bytes,
+        "KV cache": demand.kv_bytes,
+        "workspace": demand.workspace_bytes,
+        f"{len(smallest.resident)} resident layers": smallest.resident_bytes,
+        f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
+    }
+    listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
+    mib = -(-smallest.device_bytes // 2**20)
+    return (
+        f"needs {format_size(smallest.device_bytes)} of device memory at least ({listed}), the "
+        f"limit is {format_size(smallest.device_limit_bytes)}: use --device-memory {mib}MiB, or "
+        "make room with a shorter prompt, a smaller --max-tokens or --context"
+    )
