@@ -1,0 +1,109 @@
+"""Logits to probabilities to tokens, without waiting for the device.
+
+Nothing here reads a value back to the host, so all of it can be queued behind a pass. Logits are
+not checked for that reason: a row with NaN, +inf, or nothing but -inf gives NaN probabilities, and
+a token drawn from them is arbitrary but inside the vocabulary.
+"""
+
+import os
+
+import torch
+
+from offload_rt.config import SamplingConfig
+
+
+def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
+    """The distribution a token is drawn from: temperature, then top-k, top-p, min-p.
+
+    Same order and rules as the logits warpers of transformers. Ties: top-k keeps every token as
+    likely as the k-th, as transformers does; top-p takes the lower id first (transformers leaves it
+    to an unstable sort); temperature 0 takes the lowest id. At least one token is always kept.
+
+    Args:
+        logits: [S, V] any float type.
+        config: how to warp; its seed is not used here.
+
+    Returns:
+        [S, V] fp32, each row sums to 1; one-hot when greedy.
+    """
+    if config.greedy:
+        probs = torch.zeros_like(logits, dtype=torch.float32)
+        return probs.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    scores = logits.float()
+    # Before the division: a temperature of 1e-37 must not turn the largest score into inf.
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+    if 0 < config.top_k < scores.shape[-1]:
+        kth = scores.topk(config.top_k, dim=-1).values[:, -1:]  # [S, 1]
+        scores = scores.masked_fill(scores < kth, -torch.inf)
+    probs = scores.softmax(dim=-1)
+    if config.top_p < 1.0:
+        probs = _keep_top_p(probs, config.top_p)
+    if config.min_p > 0.0:
+        # The share of the largest one is the same before and after normalising.
+        probs = probs.masked_fill(probs < config.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+    return probs / probs.sum(dim=-1, keepdim=True)
+
+
+def sample(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw one token per row by inverting the cumulative distribution.
+
+    One fp64 number per row. In fp32 a uniform number near 1 has a grid of 6e-8, and so has its
+    logarithm, so neither this method nor the usual race of probabilities against exponentials
+    would give tokens below 1e-7 their share. There can be 1e5 of them, and output is to be exact.
+
+    Args:
+        probs: [S, V] fp32, not necessarily normalised; a one-hot row gives exactly its token.
+        generator: source of randomness, on the device of `probs`.
+
+    Returns:
+        [S] int64 token ids on the device of `probs`.
+    """
+    cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [S, V]
+    total = cumulative[:, -1:]  # [S, 1]
+    uniform = torch.rand(
+        total.shape, dtype=torch.float64, device=probs.device, generator=generator
+    )  # [S, 1] in [0, 1)
+    # The first entry above the point is never a token of probability zero. There is one: uniform is
+    # at most 1 - 2^-53, and for every total that product rounds to less than total.
+    tokens = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
+    return tokens.clamp(max=probs.shape[-1] - 1)  # only NaN rows reach past the end
+
+
+def next_tokens(
+    logits: torch.Tensor, config: SamplingConfig, generator: torch.Generator
+) -> torch.Tensor:
+    """Choose one token per row; greedy takes the argmax and leaves the generator alone.
+
+    Args:
+        logits: [S, V] any float type.
+        config: how to choose.
+        generator: source of randomness, on the device of `logits`.
+
+    Returns:
+        [S] int64 token ids on the device of `logits`.
+    """
+    if config.greedy:
+        return logits.argmax(dim=-1)
+    return sample(target_probs(logits, config), generator)
+
+
+def make_generator(seed: int, device: torch.device | str) -> torch.Generator:
+    """A generator on `device` that starts at `seed`."""
+    return torch.Generator(device=device).manual_seed(seed)
+
+
+def resolve_seed(seed: int | None) -> int:
+    """The given seed, or one from the operating system, for the report to name."""
+    if seed is not None:
+        return seed
+    return int.from_bytes(os.urandom(8), "little") >> 1  # below 2^63
+
+
+def _keep_top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Zero all but the smallest set of likeliest tokens with probability `top_p`; [S, V]."""
+    ordered, ids = probs.sort(dim=-1, descending=True, stable=True)
+    # fp64: the one-row scan of CUDA adds in no fixed order, which must not move the border.
+    before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
+    # `before` of the first entry is exactly 0, so at least one token stays.
+    dropped = torch.empty_like(probs, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
+    return probs.masked_fill(dropped, 0.0)
