@@ -1,0 +1,54 @@
+"""Small helpers to run the engine in tests."""
+
+import gc
+from contextlib import contextmanager
+
+import torch
+
+from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.engine import Engine
+from offload_rt.model.checkpoint import open_checkpoint
+
+ROOMY = 512 * 2**20
+PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
+
+
+@contextmanager
+def engine_for(folder, *, prompts=(PROMPT,), tokens=16, **config):
+    """An engine with room for these prompts and that many tokens after each."""
+    config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
+    checkpoint = open_checkpoint(folder)
+    gc.collect()  # memory of an earlier engine must not be counted as there before this one
+    with Engine(
+        checkpoint,
+        RuntimeConfig(**config),
+        capacities=[len(p) + tokens for p in prompts],
+        prompt_tokens=sum(len(p) for p in prompts),
+    ) as engine:
+        yield engine
+
+
+def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):
+    """All tokens of each prompt's answer."""
+    options = GenerationConfig(max_tokens=tokens, **generation)
+    run = engine.start(prompts, sampling or SamplingConfig(), options)
+    run.prefill()
+    while run.active:
+        run.step()
+    return [s.emitted for s in run.sequences]
+
+
+def all_logits(engine, prompt=PROMPT, steps=3):
+    """Logits after the prompt and after each of a few fixed tokens: [1 + steps, V]."""
+    rows = [engine.forward([(0, prompt)], reuse=True)]
+    rows += [engine.forward([(0, [prompt[i]])], reuse=False) for i in range(steps)]
+    return torch.cat(rows).clone()
+
+
+def reference_model(folder, dtype=torch.float32):
+    """The same model in transformers, eager attention."""
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation="eager"
+    ).eval()

@@ -1,0 +1,178 @@
+"""Laws 1 and 6: streaming changes no bit, moves each byte once, and keeps to the plan."""
+
+import os
+import random
+import threading
+import time
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate
+
+from offload_rt.config import GenerationConfig, HomeKind, SamplingConfig
+from offload_rt.errors import CapacityError, CheckpointError, PlanError
+from offload_rt.streaming import files as files_module
+
+MANY = 10
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny):
+    return make_tiny("llama", num_hidden_layers=MANY, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def resident_logits(model):
+    with engine_for(model) as engine:
+        assert not engine.placement.streamed
+        return all_logits(engine)
+
+
+@pytest.mark.parametrize("resident", [0, 1, 4, 9])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
+def test_streamed_equals_resident_bit_for_bit(model, resident_logits, resident, slots, home):
+    with engine_for(model, resident_layers=resident, slots=slots, home=home) as engine:
+        assert len(engine.placement.resident) == resident
+        assert torch.equal(all_logits(engine), resident_logits)
+
+
+def test_order_of_completion_changes_nothing(model, resident_logits, monkeypatch):
+    """Small blocks that finish in any order, short reads among them."""
+    dice, lock = random.Random(5), threading.Lock()
+
+    def preadv(fd, buffers, offset):
+        with lock:
+            delay, share = dice.random() * 2e-3, dice.randint(1, 4)
+        time.sleep(delay)
+        size = len(buffers[0])
+        part = size if size < 2 * 4096 else max(4096, size // share // 4096 * 4096)
+        return os.preadv(fd, [buffers[0][:part]], offset)
+
+    monkeypatch.setattr(files_module, "BLOCK_BYTES", 16384)
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    with engine_for(model, resident_layers=2, slots=2, readers=5) as engine:
+        assert torch.equal(all_logits(engine), resident_logits)
+
+
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_conversion_on_the_way_is_a_plain_cast(model, monkeypatch, direct, dtype):
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "direct", direct)
+    with engine_for(model, dtype=dtype) as engine:
+        expected = all_logits(engine)
+    with engine_for(model, dtype=dtype, resident_layers=3, slots=2) as engine:
+        assert engine._files.direct is direct
+        assert torch.equal(all_logits(engine), expected)
+
+
+def test_chunks_of_the_prompt_change_nothing_but_rounding(model):
+    with engine_for(model, dtype="float32", resident_layers=0, prefill_chunk_tokens=99) as engine:
+        whole = all_logits(engine)
+    for chunk in (1, 2, 7, 16):
+        config = {"dtype": "float32", "resident_layers": 0, "prefill_chunk_tokens": chunk}
+        with engine_for(model, **config) as engine:
+            assert torch.allclose(all_logits(engine), whole, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 40, 300])
+def test_a_prompt_moves_each_streamed_byte_once(model, prompt_tokens):
+    prompt = [(i * 7) % 250 for i in range(prompt_tokens)]
+    with engine_for(model, prompts=[prompt], resident_layers=4, slots=2) as engine:
+        engine.device.copy.record().synchronize()
+        layer_bytes = engine.bytes_per_pass // len(engine.placement.streamed)
+        ring_full = engine.counters().bytes_copied
+        engine.forward([(0, prompt)], reuse=True)
+        engine.device.copy.record().synchronize()
+        moved = engine.counters().bytes_copied - ring_full
+        assert moved == engine.bytes_per_pass == 6 * layer_bytes
+
+
+def test_an_interrupted_pass_leaves_no_trace(model, resident_logits):
+    with engine_for(model, resident_layers=3, slots=2) as engine:
+        layer = engine.network._layers[6]
+        forward = layer.forward
+        layer.forward = lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward([(0, PROMPT)], reuse=True)
+        layer.forward = forward
+        assert torch.equal(all_logits(engine), resident_logits)
+
+
+def test_a_read_error_ends_the_run_with_a_sentence(model, monkeypatch):
+    reads = []
+
+    def preadv(fd, buffers, offset):
+        reads.append(offset)
+        if len(reads) > 30:
+            raise OSError(5, "Input/output error")
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    config = {"resident_layers": 0, "slots": 2}
+    with (
+        engine_for(model, **config) as engine,
+        pytest.raises(CheckpointError, match="Input/output error; check the disk"),
+    ):
+        generate(engine)
+
+
+def test_weights_are_gone_outside_the_loan(model):
+    with engine_for(model, resident_layers=0) as engine:
+        all_logits(engine)
+        assert all(p.is_meta for p in engine.network._layers[0].parameters())
+
+
+def test_the_ledger_is_the_plan(model):
+    limit = 100 * 2**20
+    with engine_for(model, resident_layers=3, slots=2, device_limit_bytes=limit) as engine:
+        generate(engine)
+        placement, ledger = engine.placement, engine.device.ledger()
+        assert ledger == {
+            "embedding and head": placement.demand.base_bytes,
+            "resident layers": placement.resident_bytes,
+            "slots": placement.slots * placement.slot_bytes,
+            "KV cache": placement.demand.kv_bytes,
+        }
+        assert engine.memory().device_peak_bytes <= placement.device_bytes <= limit
+
+
+def test_a_home_in_host_memory_is_not_counted_as_the_devices(make_tiny):
+    folder = make_tiny(
+        "llama", hidden_size=512, intermediate_size=4096, dtype="bfloat16", num_hidden_layers=8
+    )
+    with engine_for(folder, resident_layers=0, slots=2, home=HomeKind.HOST) as engine:
+        generate(engine)
+        memory = engine.memory()
+        home_bytes = sum(engine.placement.demand.layer_bytes)
+        assert memory.device_peak_bytes <= memory.device_planned_bytes < 64 * 2**20 + home_bytes
+
+
+def test_peak_memory_falls_with_the_number_of_resident_layers(make_tiny):
+    folder = make_tiny(
+        "llama", hidden_size=512, intermediate_size=4096, dtype="bfloat16", num_hidden_layers=8
+    )
+    peaks = []
+    for resident in (8, 4, 0):
+        with engine_for(folder, resident_layers=resident, slots=2) as engine:
+            generate(engine)
+            peaks.append(engine.memory().device_peak_bytes)
+            assert peaks[-1] <= engine.placement.device_bytes
+    assert peaks[0] > peaks[1] > peaks[2]
+
+
+def test_the_limit_named_by_a_refusal_works(model):
+    refusal = pytest.raises(PlanError, match=r"--device-memory (\d+)MiB")
+    with refusal as caught, engine_for(model, device_limit_bytes=1 * 2**20):
+        pass
+    named = int(str(caught.value).split("--device-memory ")[1].split("MiB")[0]) * 2**20
+    with engine_for(model, device_limit_bytes=named) as engine:
+        generate(engine)
+    with pytest.raises(PlanError), engine_for(model, device_limit_bytes=named - 2**20):
+        pass
+
+
+def test_a_prompt_longer_than_the_cache_is_refused_with_both_numbers(model):
+    refusal = pytest.raises(CapacityError, match="the prompt has 9 tokens.* 7 ")
+    with engine_for(model, prompts=[[1] * 4], tokens=3) as engine, refusal:
+        engine.start([[1] * 9], SamplingConfig(), GenerationConfig())
