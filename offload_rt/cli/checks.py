@@ -1,0 +1,195 @@
+"""What `doctor` makes of a machine: each check judges facts, none looks anything up."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from offload_rt.cli.machine import Machine
+from offload_rt.units import format_rate, format_size
+
+_PYTHON, _TORCH, _TRANSFORMERS = (3, 11), (2, 6), (5, 3)  # as in pyproject.toml
+_SMALL_FREE_BYTES = 2 * 2**30
+_SLOW_READ_BYTES_PER_S = 0.2e9  # a disk with platters; 1 GB of layers would take 5 s per token
+_NETWORK_KINDS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "drvfs", "ceph", "glusterfs")
+_INSTALL = "run `bash tools/setup.sh`"
+
+
+class Level(StrEnum):
+    """How bad it is."""
+
+    OK = "ok"
+    WARN = "warn"
+    FAIL = "fail"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line of the diagnosis.
+
+    Attributes:
+        what: what was looked at.
+        detail: what was found.
+        fix: what to do; empty when nothing needs to be done.
+    """
+
+    level: Level
+    what: str
+    detail: str
+    fix: str = ""
+
+
+def diagnose(machine: Machine) -> list[Finding]:
+    """All findings about a machine."""
+    return [check(machine) for check in _CHECKS]
+
+
+def check_python(machine: Machine) -> Finding:
+    """Whether Python is new enough."""
+    if _release(machine.python) < _PYTHON:
+        return Finding(Level.FAIL, "Python", machine.python, "use Python 3.11 or newer")
+    return Finding(Level.OK, "Python", machine.python)
+
+
+def check_torch(machine: Machine) -> Finding:
+    """Whether torch can be imported and is new enough."""
+    if machine.torch is None:
+        return Finding(Level.FAIL, "torch", f"not usable: {machine.torch_error}", _INSTALL)
+    build = f"CUDA {machine.torch.cuda_build}" if machine.torch.cuda_build else "CPU only"
+    detail = f"{machine.torch.version} ({build})"
+    if _release(machine.torch.version) < _TORCH:
+        return Finding(Level.FAIL, "torch", detail, f"2.6 or newer is needed: {_INSTALL}")
+    return Finding(Level.OK, "torch", detail)
+
+
+def check_transformers(machine: Machine) -> Finding:
+    """Whether transformers is there and new enough."""
+    if machine.transformers is None:
+        return Finding(Level.FAIL, "transformers", "not installed", _INSTALL)
+    if _release(machine.transformers) < _TRANSFORMERS:
+        fix = f"5.3 or newer is needed: {_INSTALL}"
+        return Finding(Level.FAIL, "transformers", machine.transformers, fix)
+    return Finding(Level.OK, "transformers", machine.transformers)
+
+
+def check_cpu(machine: Machine) -> Finding:
+    """Whether the processor computes bf16 itself."""
+    detail = f"{machine.cpu}, {machine.cores} cores"
+    if machine.bf16_flag:
+        return Finding(Level.OK, "processor", f"{detail}, bf16 by {machine.bf16_flag}")
+    fix = "bf16 models compute slowly on the CPU here: try --dtype float32 if memory allows"
+    return Finding(Level.WARN, "processor", f"{detail}, no bf16 instructions", fix)
+
+
+def check_memory(machine: Machine) -> Finding:
+    """Whether there is memory to work with."""
+    free, total = format_size(machine.free_bytes), format_size(machine.ram_bytes)
+    detail = f"{free} free of {total}"
+    if machine.free_bytes < _SMALL_FREE_BYTES:
+        fix = "close other programs; --device-memory bounds what a run takes"
+        return Finding(Level.WARN, "memory", detail, fix)
+    return Finding(Level.OK, "memory", detail)
+
+
+def check_cgroup(machine: Machine) -> Finding:
+    """Whether a container limits memory below what the machine has."""
+    limit = machine.cgroup_bytes
+    if limit is None or limit >= machine.ram_bytes:
+        return Finding(Level.OK, "container", "no memory limit below the machine's")
+    detail = f"memory limit {format_size(limit)} of {format_size(machine.ram_bytes)}"
+    fix = "runs keep to it; raise it where the container is started, `docker run --memory`"
+    return Finding(Level.WARN, "container", detail, fix)
+
+
+def check_gpu(machine: Machine) -> Finding:
+    """Whether there is a GPU and torch can use it."""
+    driver, torch = machine.driver, machine.torch
+    if driver is None or not driver.gpus:
+        return Finding(Level.OK, "GPU", "no NVIDIA GPU: runs use the CPU")
+    gpus = ", ".join(
+        f"{gpu.name} ({format_size(gpu.free_bytes)} free of {format_size(gpu.total_bytes)})"
+        for gpu in driver.gpus
+    )
+    detail = f"{gpus}, driver {driver.version}"
+    if torch is None or torch.sees_gpu:
+        return Finding(Level.OK, "GPU", detail)
+    if torch.cuda_build is None:
+        fix = "install a CUDA build: `pip install torch --index-url https://download.pytorch.org/whl/cu128`"
+        return Finding(Level.FAIL, "GPU", f"{detail}, but torch was built for CPU only", fix)
+    newest = ".".join(map(str, driver.cuda_version))
+    if _release(torch.cuda_build) > driver.cuda_version:
+        fix = f"update the NVIDIA driver, or install torch for CUDA {newest} or older"
+        why = f"the driver runs CUDA up to {newest}, torch needs {torch.cuda_build}"
+        return Finding(Level.FAIL, "GPU", f"{detail}, but {why}", fix)
+    fix = "check CUDA_VISIBLE_DEVICES and the permissions of /dev/nvidia*"
+    return Finding(Level.FAIL, "GPU", f"{detail}, but torch cannot use it", fix)
+
+
+def check_pinning(machine: Machine) -> Finding:
+    """Whether the limit on locked memory lets layers be pinned."""
+    limit = machine.memlock_bytes
+    if limit is None:
+        return Finding(Level.OK, "pinning", "no limit on locked memory")
+    detail = f"up to {format_size(limit)} of locked memory (ulimit -l)"
+    if limit >= machine.ram_bytes // 2 or machine.driver is None:
+        return Finding(Level.OK, "pinning", detail)
+    fix = "raise memlock in /etc/security/limits.conf, or `docker run --ulimit memlock=-1`"
+    return Finding(Level.WARN, "pinning", f"{detail}: layers may not be pinned", fix)
+
+
+def check_wsl(machine: Machine) -> Finding:
+    """Whether this is Windows' Linux, where memory and pinning are scarce."""
+    if not machine.wsl:
+        return Finding(Level.OK, "system", "Linux")
+    fix = "set memory= in .wslconfig, and keep models inside WSL, not under /mnt/c"
+    detail = "WSL: half of the memory by default, and less of it can be pinned"
+    return Finding(Level.WARN, "system", detail, fix)
+
+
+def check_disk(machine: Machine) -> Finding:
+    """Whether layers can be read quickly from where the model is."""
+    disk = machine.disk
+    parts = [f"{disk.folder} on {disk.kind}", f"{format_size(disk.free_bytes)} free"]
+    if disk.direct_reads is not None:
+        parts.append("direct reads" if disk.direct_reads else "no direct reads")
+    if disk.read_bytes_per_s is not None:
+        parts.append(f"{format_rate(disk.read_bytes_per_s)}, one read at a time")
+    detail = ", ".join(parts)
+    if disk.kind.startswith(_NETWORK_KINDS):
+        fix = "copy the model to a local disk: streaming runs at the speed of the network"
+    elif disk.kind in ("tmpfs", "ramfs"):
+        fix = "copy the model to a disk: here it takes memory that the run could use"
+    elif disk.read_bytes_per_s is not None and disk.read_bytes_per_s < _SLOW_READ_BYTES_PER_S:
+        fix = "copy the model to an NVMe disk, or use --home host if it fits memory"
+    elif disk.direct_reads is False:
+        fix = "reads go through the page cache here: keep the model on ext4 or xfs"
+    else:
+        return Finding(Level.OK, "disk", detail)
+    return Finding(Level.WARN, "disk", detail, fix)
+
+
+def check_demo(machine: Machine) -> Finding:
+    """Whether the demo model is there."""
+    if machine.demo:
+        return Finding(Level.OK, "demo model", "present: offload-run generate demo")
+    return Finding(Level.WARN, "demo model", "not downloaded", "run `bash tools/demo.sh`")
+
+
+def _release(version: str) -> tuple[int, int]:
+    """Major and minor number of a version such as `2.14.1+cpu`."""
+    numbers = [int("".join(filter(str.isdigit, part)) or 0) for part in version.split(".")[:2]]
+    return numbers[0], numbers[1] if len(numbers) > 1 else 0
+
+
+_CHECKS: tuple[Callable[[Machine], Finding], ...] = (
+    check_python,
+    check_torch,
+    check_transformers,
+    check_cpu,
+    check_memory,
+    check_cgroup,
+    check_gpu,
+    check_pinning,
+    check_wsl,
+    check_disk,
+    check_demo,
+)

@@ -1,0 +1,123 @@
+"""Standard output for the answer, standard error for the rest."""
+
+import logging
+import os
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import click
+
+from offload_rt.cli.options import Output
+
+# What a terminal would act on: a model must not move the cursor or set the window's title.
+_CONTROLS = {
+    code: "\ufffd" for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\n\t"
+}
+_POLL_S = 0.1
+
+_QUIET_LIBRARIES = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",
+}
+
+
+def quiet_libraries(output: Output) -> None:
+    """Keep libraries off the network and off our stderr; call it before they are imported."""
+    os.environ.update(_QUIET_LIBRARIES)
+    warnings.simplefilter("default" if output.verbose else "ignore")
+    root = logging.getLogger()
+    if output.verbose:
+        logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
+        logging.getLogger("offload_rt").setLevel(logging.DEBUG)
+    elif not root.handlers:
+        root.addHandler(logging.NullHandler())  # without one Python prints warnings itself
+
+
+def write_answer(text: str) -> None:
+    """Write a piece of the answer to stdout at once; exactly, unless it is a terminal."""
+    if sys.stdout.isatty():
+        text = text.translate(_CONTROLS)
+    click.echo(text, nl=False, color=True)  # color: do not strip what is part of the answer
+    sys.stdout.flush()
+
+
+@dataclass(slots=True)
+class Gauge:
+    """What a progress bar shows.
+
+    Attributes:
+        done: bytes so far; called from another thread.
+        total: bytes in the end; 0 when nobody knows.
+    """
+
+    done: Callable[[], int] = int
+    total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Console:
+    """Messages on stderr."""
+
+    output: Output
+
+    def note(self, sentence: str) -> None:
+        """One line about something the user should know."""
+        if not self.output.quiet:
+            click.echo(f"offload-run: {sentence}", err=True)
+
+    def block(self, text: str) -> None:
+        """Lines that need no prefix."""
+        if not self.output.quiet:
+            click.echo(text, err=True)
+
+    @contextmanager
+    def progress(self, label: str) -> Iterator[Gauge]:
+        """Show a bar while the body runs; on a terminal only, and gone afterwards."""
+        gauge = Gauge()
+        if self.output.quiet or not draws(sys.stderr.isatty()):
+            yield gauge
+            return
+        from rich.console import Console as RichConsole
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f} %"),
+            TimeElapsedColumn(),
+            console=RichConsole(stderr=True),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
+        )
+        task, ended = bar.add_task(label, total=None), threading.Event()
+
+        def follow() -> None:
+            while not ended.wait(_POLL_S):
+                if gauge.total:
+                    bar.update(task, completed=min(gauge.done(), gauge.total), total=gauge.total)
+
+        thread = threading.Thread(target=follow, name="progress", daemon=True)
+        with bar:
+            thread.start()
+            try:
+                yield gauge
+            finally:
+                ended.set()
+                thread.join()
+
+
+def draws(is_terminal: bool) -> bool:
+    """Whether bars and colours are wanted: on a terminal that can, unless NO_COLOR says no."""
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return is_terminal and not plain

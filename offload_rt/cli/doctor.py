@@ -1,0 +1,48 @@
+"""`offload-run doctor`: what this machine offers, what is wrong, and how to fix it."""
+
+import dataclasses
+import json as json_format
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.checks import Finding, Level, diagnose
+from offload_rt.cli.console import quiet_libraries
+from offload_rt.cli.machine import inspect_machine
+from offload_rt.cli.options import Output
+from offload_rt.model.checkpoint import resolve_model
+
+_WHAT_WIDTH = 13
+
+
+@click.command()
+@click.argument("model", required=False)
+@options.json_option
+def doctor(model: str | None, json: bool) -> int:
+    """Check this machine; with MODEL also the disk it is on.
+
+    Exit code 0 when runs are possible (there may be warnings), 1 when something is broken.
+    """
+    quiet_libraries(Output())
+    findings = diagnose(inspect_machine(resolve_model(model) if model else None))
+    broken = any(finding.level is Level.FAIL for finding in findings)
+    if json:
+        records = [dataclasses.asdict(finding) for finding in findings]
+        click.echo(json_format.dumps({"usable": not broken, "findings": records}))
+    else:
+        click.echo("\n".join(map(_line, findings)))
+        click.echo(_verdict(findings))
+    return 1 if broken else 0
+
+
+def _line(finding: Finding) -> str:
+    head = f"{finding.level:<6}{finding.what:<{_WHAT_WIDTH}}{finding.detail}"
+    return f"{head}\n{'':<6}{'':<{_WHAT_WIDTH}}-> {finding.fix}" if finding.fix else head
+
+
+def _verdict(findings: list[Finding]) -> str:
+    failures = sum(finding.level is Level.FAIL for finding in findings)
+    warnings = sum(finding.level is Level.WARN for finding in findings)
+    if failures:
+        return f"not usable: {failures} broken, {warnings} to look at"
+    return f"usable, {warnings} to look at" if warnings else "usable"

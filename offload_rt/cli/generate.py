@@ -1,0 +1,92 @@
+"""`offload-run generate`: one prompt, one answer."""
+
+import json
+from typing import Any
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.console import Console, quiet_libraries, write_answer
+from offload_rt.cli.interrupts import Interrupts
+from offload_rt.cli.options import Settings, settings_of
+from offload_rt.cli.prompt import read_prompt
+from offload_rt.cli.session import (
+    Answering,
+    Model,
+    context_limit,
+    open_model,
+    seeded,
+    started_engine,
+)
+from offload_rt.cli.stats import as_json, format_stats
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+
+
+@click.command()
+@click.argument("model")
+@click.option("-p", "--prompt", default=None, help="The prompt.", show_default="read stdin")
+@click.option(
+    "-f",
+    "--prompt-file",
+    default=None,
+    show_default="read stdin",
+    help="File with the prompt; - is stdin. One final line break is left out.",
+)
+@options.answer_options
+@click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
+@options.sampling_options
+@options.placement_options
+@options.runtime_options
+@options.json_option
+@options.output_options
+@click.pass_obj
+def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
+    """Answer one prompt.
+
+    The answer goes to stdout as it is made, followed by one line break; everything else goes to
+    stderr. Ctrl-C ends the answer early: what there is stays, exit code 130.
+    """
+    settings = settings_of(values)
+    quiet_libraries(settings.output)
+    checkpoint = open_checkpoint(resolve_model(model))
+    prompt = read_prompt(values["prompt"], values["prompt_file"])
+    from offload_rt.text import build_prompt
+
+    opened, console = open_model(checkpoint), Console(settings.output)
+    ids = build_prompt(opened.tokenizer, prompt, system=settings.system, raw=settings.raw)
+    capacity = _capacity(opened, settings, len(ids), console)
+    with started_engine(
+        opened, settings, console, capacity=capacity, prompt_tokens=len(ids)
+    ) as engine:
+        answering = Answering(opened, engine, settings, console, interrupts)
+        answer = answering.answer(ids, seeded(settings.sampling))
+        if settings.output.json:
+            write_answer(json.dumps(as_json(answering, answer)) + "\n")
+        else:
+            console.block(format_stats(answering, answer))
+    return interrupts.exit_code if answer.finish_reason == "abort" else 0
+
+
+def _capacity(opened: Model, settings: Settings, prompt_tokens: int, console: Console) -> int:
+    """KV rows for prompt and answer.
+
+    Raises:
+        ConfigError: the prompt alone is too long.
+    """
+    context, wanted = settings.runtime.context_tokens, settings.generation.max_tokens
+    room = context_limit(opened, context)
+    limit = f"{opened.name} was made for up to {room} with the answer"
+    if context is not None:
+        limit = f"--context sets memory aside for {room} with the answer"
+    if prompt_tokens >= room:
+        advice = "" if context is None else " or raise --context"
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, {limit}: shorten the prompt{advice}"
+        )
+    if prompt_tokens + wanted > room:
+        console.note(
+            f"the answer is limited to {room - prompt_tokens} of {wanted} tokens: the prompt has "
+            f"{prompt_tokens}, {limit}"
+        )
+    return min(prompt_tokens + wanted, room) if context is None else room

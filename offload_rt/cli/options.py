@@ -1,0 +1,291 @@
+"""The options of the verbs, in groups, and the records they become.
+
+A default is that of the record's field; nothing is repeated here.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import click
+
+from offload_rt.config import DType, GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.errors import ConfigError
+from offload_rt.units import parse_size
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+Values = Mapping[str, Any]
+
+
+class _Size(click.ParamType):
+    """A memory size, as bytes."""
+
+    name = "size"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int:
+        try:
+            return value if isinstance(value, int) else parse_size(str(value))
+        except (ConfigError, OverflowError) as error:
+            self.fail(str(error), param, ctx)
+
+
+class _AutoCount(click.ParamType):
+    """A whole number, or None for `auto`."""
+
+    name = "auto|n"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            return int(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
+
+
+_SIZE, _AUTO = _Size(), _AutoCount()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What is printed besides the answer.
+
+    Attributes:
+        json: one JSON object instead of text.
+        verbose: log to stderr.
+        quiet: nothing on stderr but errors.
+    """
+
+    json: bool = False
+    verbose: bool = False
+    quiet: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verbose and self.quiet:
+            raise ConfigError("-v and -q contradict each other: give one of them")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """Everything a command line sets for answering.
+
+    Attributes:
+        system: system prompt, or None.
+        raw: give the prompt to the model without its chat template.
+    """
+
+    sampling: SamplingConfig
+    generation: GenerationConfig
+    runtime: RuntimeConfig
+    output: Output
+    system: str | None
+    raw: bool
+
+
+def _default(record: type, name: str) -> Any:  # noqa: ANN401 - a field may have any type
+    """The default of a field; `auto` for None."""
+    value = next(field.default for field in dataclasses.fields(record) if field.name == name)
+    return "auto" if value is None else value
+
+
+def _group(*options: Callable[[CommandT], CommandT]) -> Callable[[CommandT], CommandT]:
+    def apply(command: CommandT) -> CommandT:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return apply
+
+
+sampling_options = _group(
+    click.option(
+        "--temperature",
+        type=float,
+        default=_default(SamplingConfig, "temperature"),
+        help="Randomness of the answer. 0 is greedy: the likeliest token always, exact and "
+        "repeatable. The model's own generation settings are not used.",
+    ),
+    click.option(
+        "--top-k",
+        type=int,
+        default=_default(SamplingConfig, "top_k"),
+        help="Sample from the K likeliest tokens; 0 turns it off.",
+    ),
+    click.option(
+        "--top-p",
+        type=float,
+        default=_default(SamplingConfig, "top_p"),
+        help="Sample from the fewest tokens with this probability together; 1 turns it off.",
+    ),
+    click.option(
+        "--min-p",
+        type=float,
+        default=_default(SamplingConfig, "min_p"),
+        help="Drop tokens below this share of the likeliest one's probability; 0 turns it off.",
+    ),
+    click.option(
+        "--seed",
+        type=int,
+        default=None,
+        show_default="drawn, and reported",
+        help="Source of randomness; the same seed gives the same answer on one machine.",
+    ),
+)
+
+answer_options = _group(
+    click.option(
+        "-n",
+        "--max-tokens",
+        type=int,
+        default=_default(GenerationConfig, "max_tokens"),
+        help="Most tokens of an answer.",
+    ),
+    click.option(
+        "--stop",
+        multiple=True,
+        show_default="none",
+        help="Text that ends the answer and is not part of it; may be given several times.",
+    ),
+    click.option(
+        "--ignore-eos",
+        is_flag=True,
+        default=_default(GenerationConfig, "ignore_eos"),
+        help="Go on after the model's end-of-text token, for measuring.",
+    ),
+    click.option(
+        "--system",
+        default=None,
+        show_default="none",
+        help="System prompt; the model must have a chat template.",
+    ),
+)
+
+placement_options = _group(
+    click.option(
+        "--device",
+        default=_default(RuntimeConfig, "device"),
+        help="auto, cpu, cuda or cuda:N.",
+    ),
+    click.option(
+        "--device-memory",
+        "device_limit_bytes",
+        type=_SIZE,
+        default=None,
+        show_default="what is free",
+        help="All memory of the run on the device: 2GiB, 1500MiB, or bytes.",
+    ),
+    click.option(
+        "--host-memory",
+        "host_limit_bytes",
+        type=_SIZE,
+        default=None,
+        show_default="what is free",
+        help="Host memory for streamed layers, with --home host.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice([str(name) for name in DType]),
+        default=str(_default(RuntimeConfig, "dtype")),
+        help="Number format of the computation; auto is the checkpoint's own.",
+    ),
+    click.option(
+        "--slots",
+        type=_AUTO,
+        default=_default(RuntimeConfig, "slots"),
+        help="Device buffers that streamed layers share.",
+    ),
+    click.option(
+        "--resident-layers",
+        type=_AUTO,
+        default=_default(RuntimeConfig, "resident_layers"),
+        help="Layers kept on the device; auto is as many as fit, 0 streams all.",
+    ),
+    click.option(
+        "--home",
+        type=click.Choice([str(kind) for kind in HomeKind]),
+        default=str(_default(RuntimeConfig, "home")),
+        help="Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
+    ),
+    click.option(
+        "--context",
+        "context_tokens",
+        type=_AUTO,
+        default=_default(RuntimeConfig, "context_tokens"),
+        help="Tokens of prompt and answer to set memory aside for.",
+    ),
+)
+
+runtime_options = _group(
+    click.option(
+        "--link-bandwidth",
+        type=click.FloatRange(min=0, min_open=True),
+        default=None,
+        show_default="none",
+        help="Emulate a link of this many GB/s; CPU with --home host only.",
+    ),
+    click.option(
+        "--readers",
+        type=int,
+        default=_default(RuntimeConfig, "readers"),
+        help="File reads kept in flight.",
+    ),
+)
+
+json_option = click.option(
+    "--json", is_flag=True, help="Print one JSON object on stdout instead of text."
+)
+
+output_options = _group(
+    click.option("-v", "--verbose", is_flag=True, help="Log to stderr."),
+    click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
+)
+
+
+def settings_of(values: Values) -> Settings:
+    """The records a parsed command line stands for.
+
+    Raises:
+        ConfigError: a value is out of range, or an option would have no effect.
+    """
+    return Settings(
+        sampling=_sampling(values),
+        generation=GenerationConfig(
+            max_tokens=values["max_tokens"],
+            stop=tuple(values["stop"]),
+            ignore_eos=values["ignore_eos"],
+        ),
+        runtime=runtime_of(values),
+        output=Output(
+            json=values.get("json", False), verbose=values["verbose"], quiet=values["quiet"]
+        ),
+        system=values["system"],
+        raw=values.get("raw", False),
+    )
+
+
+def runtime_of(values: Values) -> RuntimeConfig:
+    """Where the model runs; a verb that lacks an option leaves its default."""
+    link_gb_per_s = values.get("link_bandwidth")
+    names = {field.name for field in dataclasses.fields(RuntimeConfig)}
+    given = {name: value for name, value in values.items() if name in names}
+    given |= {"dtype": DType(values["dtype"]), "home": HomeKind(values["home"])}
+    link = None if link_gb_per_s is None else link_gb_per_s * 1e9
+    return RuntimeConfig(**given, link_bytes_per_s=link)
+
+
+def _sampling(values: Values) -> SamplingConfig:
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    config = SamplingConfig(**{name: values[name] for name in names})
+    for name in ("top_k", "top_p", "min_p"):
+        if config.greedy and values[name] != _default(SamplingConfig, name):
+            flag = "--" + name.replace("_", "-")
+            raise ConfigError(
+                f"{flag} {values[name]} has no effect on a greedy answer: "
+                "add a --temperature above 0"
+            )
+    return config

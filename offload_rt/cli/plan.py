@@ -1,0 +1,194 @@
+"""`offload-run plan`: what would live where, from headers alone; needs no torch."""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from textwrap import shorten
+from typing import Any
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
+from offload_rt.cli.options import runtime_of
+from offload_rt.cli.stats import layer_ranges
+from offload_rt.config import RuntimeConfig
+from offload_rt.device.host import free_memory_bytes
+from offload_rt.device.nvml import find_driver
+from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.planning.placement import Placement, smallest_bytes
+from offload_rt.planning.run import FreeMemory, bytes_per_pass, place_run
+from offload_rt.units import format_size
+
+_DETAIL_WIDTH = 60
+_CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
+
+
+@click.command()
+@click.argument("model")
+@options.placement_options
+@options.json_option
+def plan(model: str, **values: Any) -> int:  # noqa: ANN401
+    """Show what would live where.
+
+    Reads configuration and headers only. --context auto is what `chat` takes: 4096 tokens, or what
+    the model was made for if that is less; the whole of it is counted as one prompt.
+    """
+    config = runtime_of(values)
+    checkpoint = open_checkpoint(resolve_model(model))
+    outlook = _look_ahead(checkpoint, config)
+    if values["json"]:
+        click.echo(json.dumps(_as_json(outlook)))
+    else:
+        click.echo(_as_table(outlook))
+    return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outlook:
+    """A placement and what it was made from."""
+
+    checkpoint: Checkpoint
+    config: RuntimeConfig
+    packing: Packing
+    context_tokens: int
+    placement: Placement
+
+    @property
+    def bytes_per_pass(self) -> int:
+        return bytes_per_pass(self.checkpoint, self.config, self.packing, self.placement)
+
+    @property
+    def smallest_bytes(self) -> int:
+        return smallest_bytes(
+            self.placement.demand,
+            slots=self.config.slots,
+            resident_layers=self.config.resident_layers,
+        )
+
+    @property
+    def dtype(self) -> str:
+        tensors = self.checkpoint.tensors.values()
+        return compute_dtype(self.checkpoint.config.dtype, tensors, self.config.dtype)
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.packing is Packing.DEVICE else "cpu"
+
+    @property
+    def home(self) -> str:
+        return str(self.placement.home)
+
+
+def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig) -> _Outlook:
+    positions = checkpoint.config.max_positions
+    context = config.context_tokens or min(positions, AUTO_CONTEXT_TOKENS)
+    if context > positions:
+        raise ConfigError(
+            f"--context is {context}, {checkpoint.folder.name} was made for up to {positions} "
+            "tokens: lower it"
+        )
+    packing, free = _device(config)
+    placement = place_run(
+        checkpoint, config, packing, capacities=[context], prompt_tokens=context, free=free
+    )
+    return _Outlook(
+        checkpoint=checkpoint,
+        config=config,
+        packing=packing,
+        context_tokens=context,
+        placement=placement,
+    )
+
+
+def _device(config: RuntimeConfig) -> tuple[Packing, FreeMemory]:
+    """How layers are laid out on the device, and what is free there and on the host."""
+    host = free_memory_bytes()
+    driver = find_driver() if config.device != "cpu" else None
+    name = config.device
+    if name == "auto":
+        name = "cuda" if driver is not None and driver.gpus else "cpu"
+    if name == "cpu":
+        return Packing.FILE, FreeMemory(device_bytes=host, host_bytes=host)
+    match = _CUDA.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"--device {config.device} is not known: use auto, cpu, cuda or cuda:N")
+    if config.device_limit_bytes is not None:
+        return Packing.DEVICE, FreeMemory(device_bytes=config.device_limit_bytes, host_bytes=host)
+    index = int(match[1] or 0)
+    if driver is None or index >= len(driver.gpus):
+        raise DeviceError(
+            f"--device {config.device}: no such NVIDIA GPU here; "
+            "to plan for one, give --device-memory"
+        )
+    return Packing.DEVICE, FreeMemory(device_bytes=driver.gpus[index].free_bytes, host_bytes=host)
+
+
+def _as_json(outlook: _Outlook) -> dict[str, Any]:
+    placement, checkpoint = outlook.placement, outlook.checkpoint
+    return {
+        "model": str(checkpoint.folder),
+        "family": checkpoint.config.model_type,
+        "weights_bytes": checkpoint.total_bytes,
+        "dtype": outlook.dtype,
+        "device": outlook.device,
+        "home": outlook.home,
+        "context_tokens": outlook.context_tokens,
+        "resident": list(placement.resident),
+        "streamed": list(placement.streamed),
+        "slots": placement.slots,
+        "slot_bytes": placement.slot_bytes,
+        "resident_bytes": placement.resident_bytes,
+        "base_bytes": placement.demand.base_bytes,
+        "kv_bytes": placement.demand.kv_bytes,
+        "workspace_bytes": placement.demand.workspace_bytes,
+        "device_bytes": placement.device_bytes,
+        "device_limit_bytes": placement.device_limit_bytes,
+        "smallest_device_bytes": outlook.smallest_bytes,
+        "bytes_per_pass": outlook.bytes_per_pass,
+    }
+
+
+def _as_table(outlook: _Outlook) -> str:
+    placement, checkpoint = outlook.placement, outlook.checkpoint
+    demand = placement.demand
+    rows = [
+        ("embedding, head", demand.base_bytes, ""),
+        _layers("resident", placement.resident, placement.resident_bytes),
+        ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens"),
+        ("workspace", demand.workspace_bytes, "at most"),
+    ]
+    if placement.slots:
+        each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
+        rows.insert(2, ("slots", placement.slots * placement.slot_bytes, each))
+    limit = format_size(placement.device_limit_bytes)
+    rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
+    smallest_mib = -(-outlook.smallest_bytes // 2**20)  # rounded up: it must work when typed
+    rows.append(
+        ("smallest", outlook.smallest_bytes, f"--device-memory {smallest_mib}MiB works too")
+    )
+    head = (
+        f"{checkpoint.folder.name}: {checkpoint.config.model_type}, "
+        f"{format_size(checkpoint.total_bytes)}, {checkpoint.config.num_layers} layers, "
+        f"computed in {outlook.dtype}"
+    )
+    away = "host memory" if outlook.home == "host" else "the model's files"
+    lines = [head, f"on the device ({outlook.device})", *map(_row, rows)]
+    if not placement.streamed:
+        return "\n".join([*lines, "nothing is streamed"])
+    streamed = _layers("streamed", placement.streamed, outlook.bytes_per_pass)
+    return "\n".join([*lines, f"in {away}, copied to the device in each pass", _row(streamed)])
+
+
+def _layers(kind: str, layers: Sequence[int], nbytes: int) -> tuple[str, int, str]:
+    """A row about layers; a long list of them is cut, `--json` has all."""
+    which = shorten(layer_ranges(layers), _DETAIL_WIDTH, placeholder=" ...")
+    return f"{len(layers)} {kind} layers", nbytes, which
+
+
+def _row(cells: tuple[str, int, str]) -> str:
+    what, nbytes, detail = cells
+    return f"  {what:<20}{format_size(nbytes):>9}  {detail}".rstrip()

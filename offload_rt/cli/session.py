@@ -1,0 +1,190 @@
+"""What `generate` and `chat` share: a model opened, an engine started, an answer streamed."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload_rt.cli.console import Console, write_answer
+from offload_rt.cli.interrupts import Interrupted, Interrupts
+from offload_rt.cli.options import Settings
+from offload_rt.config import SamplingConfig
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.report import RunReport
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from offload_rt.engine import Engine, Run, SequenceState
+    from offload_rt.text import TextStream
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A model folder, opened.
+
+    Attributes:
+        end_tokens: tokens that end an answer.
+    """
+
+    checkpoint: Checkpoint
+    tokenizer: "PreTrainedTokenizerBase"
+    end_tokens: frozenset[int]
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return self.checkpoint.folder.name
+
+    @property
+    def max_positions(self) -> int:
+        """Longest sequence it was made for."""
+        return self.checkpoint.config.max_positions
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of a prompt.
+
+    Attributes:
+        token_ids: tokens up to the one that completed a stop string.
+        finish_reason: `stop`, `length` or `abort`.
+        seed: what sampling started from; None for a greedy answer without one.
+        report: what the run measured.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    seed: int | None
+    report: RunReport
+
+
+def open_model(checkpoint: Checkpoint) -> Model:
+    """Load the tokenizer that belongs to a checkpoint."""
+    from offload_rt.text import end_token_ids, load_tokenizer
+
+    tokenizer = load_tokenizer(checkpoint.folder)
+    return Model(checkpoint, tokenizer, end_token_ids(tokenizer, checkpoint.folder))
+
+
+def context_limit(model: Model, context_tokens: int | None) -> int:
+    """Longest conversation that is possible: --context, or all the model was made for.
+
+    Raises:
+        ConfigError: --context is longer than that.
+    """
+    if context_tokens is not None and context_tokens > model.max_positions:
+        raise ConfigError(
+            f"--context is {context_tokens}, {model.name} was made for up to "
+            f"{model.max_positions} tokens: lower it"
+        )
+    return context_tokens or model.max_positions
+
+
+def seeded(sampling: SamplingConfig) -> SamplingConfig:
+    """The same with a seed drawn when sampling needs one and none was given."""
+    if sampling.greedy or sampling.seed is not None:
+        return sampling
+    from offload_rt.sampling import resolve_seed
+
+    return dataclasses.replace(sampling, seed=resolve_seed(None))
+
+
+@contextmanager
+def started_engine(
+    model: Model, settings: Settings, console: Console, *, capacity: int, prompt_tokens: int
+) -> Iterator["Engine"]:
+    """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    from offload_rt.engine import Engine
+
+    with console.progress(f"loading {model.name}") as gauge:
+
+        def show(engine: Engine) -> None:
+            gauge.done = lambda: engine.device.load.statistics().bytes_copied
+            gauge.total = engine.load_bytes
+
+        engine = Engine(
+            model.checkpoint,
+            settings.runtime,
+            capacities=[capacity],
+            prompt_tokens=prompt_tokens,
+            on_placed=show,
+        )
+    with engine:
+        yield engine
+
+
+@dataclass(frozen=True, slots=True)
+class Answering:
+    """Everything that stays the same from one answer to the next."""
+
+    model: Model
+    engine: "Engine"
+    settings: Settings
+    console: Console
+    interrupts: Interrupts
+
+    def answer(self, prompt_ids: Sequence[int], sampling: SamplingConfig) -> Answer:
+        """Answer a prompt; text goes to stdout as it comes, unless JSON is wanted.
+
+        A Ctrl-C ends the answer: what there is of it is returned with the reason `abort`.
+        """
+        from offload_rt.text import TextStream
+
+        stream = TextStream(self.model.tokenizer, self.settings.generation.stop)
+        run = self.engine.start(
+            [prompt_ids], sampling, self.settings.generation, self.model.end_tokens
+        )
+        (sequence,) = run.sequences
+        with self.interrupts.raising(False):
+            self._generate(run, sequence, stream)
+            rest = stream.finish()
+            if not self.settings.output.json:
+                write_answer(rest + "\n")
+        assert sequence.finish_reason is not None
+        return Answer(
+            text=stream.text,
+            token_ids=tuple(sequence.emitted[: stream.kept_tokens]),
+            prompt_tokens=sequence.prompt_tokens,
+            finish_reason="stop" if stream.stopped is not None else sequence.finish_reason.value,
+            seed=sampling.seed,
+            report=run.report(),
+        )
+
+    def _generate(self, run: "Run", sequence: "SequenceState", stream: "TextStream") -> None:
+        """Run passes until the sequence ends; only a pass can be interrupted, not what follows."""
+        from offload_rt.engine import FinishReason
+
+        try:
+            with self.interrupts.raising(True):
+                self._prefill(run)
+            self._show(stream, sequence)
+            while run.active:
+                with self.interrupts.raising(True):
+                    run.step()
+                self._show(stream, sequence)
+        except Interrupted:
+            sequence.finish(FinishReason.ABORT)
+            self._show(stream, sequence)
+
+    def _prefill(self, run: "Run") -> None:
+        engine = self.engine
+        copied = engine.device.copy.statistics().bytes_copied
+        with self.console.progress("reading the prompt") as gauge:
+            gauge.done = lambda: engine.device.copy.statistics().bytes_copied - copied
+            gauge.total = engine.bytes_per_pass
+            run.prefill()
+
+    def _show(self, stream: "TextStream", sequence: "SequenceState") -> None:
+        """Push the tokens the stream has not seen; a stop string in them ends the sequence."""
+        from offload_rt.engine import FinishReason
+
+        piece = stream.push(sequence.emitted[stream.kept_tokens :])
+        if piece and not self.settings.output.json:
+            write_answer(piece)
+        if stream.stopped is not None:
+            sequence.finish(FinishReason.STOP)

@@ -1,0 +1,136 @@
+"""What a run measured, as a block of lines and as the JSON object."""
+
+import dataclasses
+import platform
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+from offload_rt.cli.session import Answer, Answering
+from offload_rt.units import format_rate, format_size
+
+_LABEL_WIDTH = 9
+
+
+def format_stats(answering: Answering, answer: Answer) -> str:
+    """The block shown after an answer."""
+    report, engine = answer.report, answering.engine
+    timings, transfer, memory = report.timings, report.transfer, report.memory
+    layers = memory.resident_layers + memory.streamed_layers
+    placement = f"all {layers} layers resident"
+    if memory.streamed_layers:
+        ring = _count(memory.slots, "slot")
+        placement = (
+            f"{memory.resident_layers} of {layers} layers resident, "
+            f"{memory.streamed_layers} streamed through {ring} of {format_size(memory.slot_bytes)}"
+        )
+    lines = [
+        ("model", f"{answering.model.name}, {_dtype(engine)} on {engine.device.name}"),
+        ("layers", placement),
+        ("tokens", _tokens(answer)),
+        ("speed", _speed(answer)),
+    ]
+    if memory.streamed_layers:
+        share = transfer.stall_s / max(timings.ttft_s + timings.decode_s, 1e-9)
+        lines += [
+            (
+                "link",
+                f"{format_size(transfer.bytes_per_pass)} per pass, achieved "
+                f"{format_rate(transfer.achieved_bytes_per_s)} of the link's "
+                f"{format_rate(transfer.link_bytes_per_s)}",
+            ),
+            (
+                "waiting",
+                f"{transfer.stall_s:.2f} s for copies ({share:.0%} of the time), "
+                f"overlap {transfer.overlap_ratio:.0%}",
+            ),
+        ]
+    lines.append(
+        (
+            "memory",
+            f"peak {format_size(memory.device_peak_bytes)}, planned "
+            f"{format_size(memory.device_planned_bytes)}, limit "
+            f"{format_size(memory.device_limit_bytes)}; "
+            f"whole process {format_size(memory.host_peak_bytes)}",
+        )
+    )
+    return "\n".join(f"  {label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
+
+
+def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
+    """The object of `generate --json`; names are stable, more may be added."""
+    engine, report = answering.engine, answer.report
+    return {
+        "model": str(answering.model.checkpoint.folder),
+        "text": answer.text,
+        "token_ids": list(answer.token_ids),
+        "prompt_tokens": answer.prompt_tokens,
+        "completion_tokens": len(answer.token_ids),
+        "finish_reason": answer.finish_reason,
+        "seed": answer.seed,
+        "device": engine.device.name,
+        "dtype": _dtype(engine),
+        "versions": versions(),
+        **dataclasses.asdict(report),
+        "plan": _plan(answering),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of what takes part in an answer."""
+    packages = ("offload-rt", "torch", "transformers")
+    found = {name.replace("-", "_"): version(name) for name in packages}
+    return found | {"python": platform.python_version()}
+
+
+def layer_ranges(layers: Sequence[int]) -> str:
+    """Layer numbers, runs of them as ranges: `0-3, 7`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def _plan(answering: Answering) -> dict[str, Any]:
+    placement = answering.engine.placement
+    return {
+        "resident": list(placement.resident),
+        "streamed": list(placement.streamed),
+        "slots": placement.slots,
+        "slot_bytes": placement.slot_bytes,
+        "resident_bytes": placement.resident_bytes,
+        "base_bytes": placement.demand.base_bytes,
+        "kv_bytes": placement.demand.kv_bytes,
+        "workspace_bytes": placement.demand.workspace_bytes,
+        "device_bytes": placement.device_bytes,
+        "device_limit_bytes": placement.device_limit_bytes,
+        "home": str(placement.home),
+        "predicted_s_per_token": None,
+    }
+
+
+def _tokens(answer: Answer) -> str:
+    seed = "" if answer.seed is None else f", seed {answer.seed}"
+    return (
+        f"{answer.prompt_tokens} in, {len(answer.token_ids)} out, ended by "
+        f"{answer.finish_reason}, {answer.report.speculation.accept_rule}{seed}"
+    )
+
+
+def _speed(answer: Answer) -> str:
+    timings = answer.report.timings
+    start = f"first token after {timings.ttft_s:.2f} s, loaded in {timings.load_s:.2f} s"
+    if timings.s_per_token is None or timings.tokens_per_s is None:
+        return start
+    return f"{timings.tokens_per_s:.2f} tokens/s, {timings.s_per_token:.3f} s/token, {start}"
+
+
+def _dtype(engine: Any) -> str:  # noqa: ANN401 - naming the type would need torch
+    return str(engine.network.dtype).removeprefix("torch.")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -1,0 +1,138 @@
+"""`doctor`: each faked fault has its line and its fix, and decides the exit code."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from offload_rt.cli import run
+from offload_rt.cli.checks import Level, diagnose
+from offload_rt.cli.machine import DiskFacts, Machine, TorchFacts, inspect_machine
+from offload_rt.device.nvml import Driver, Gpu
+
+GIB = 2**30
+DISK = DiskFacts(
+    folder=Path("/models/x"),
+    kind="ext4",
+    free_bytes=100 * GIB,
+    direct_reads=True,
+    read_bytes_per_s=3e9,
+)
+TORCH = TorchFacts(version="2.14.1+cu128", cuda_build="12.8", sees_gpu=True)
+GPU = Gpu(name="GPU X", total_bytes=24 * GIB, free_bytes=23 * GIB, capability=(8, 9))
+DRIVER = Driver(version="570.1", cuda_version=(12, 8), gpus=(GPU,))
+HEALTHY = Machine(
+    python="3.12.4",
+    torch=TORCH,
+    torch_error="",
+    transformers="5.23.0",
+    cpu="CPU Y",
+    cores=8,
+    bf16_flag="amx_bf16",
+    ram_bytes=64 * GIB,
+    free_bytes=60 * GIB,
+    cgroup_bytes=None,
+    memlock_bytes=None,
+    driver=DRIVER,
+    wsl=False,
+    disk=DISK,
+    demo=True,
+)
+
+
+def torch_with(**changed):
+    return {"torch": replace(TORCH, **changed)}
+
+
+def disk_with(**changed):
+    return {"disk": replace(DISK, **changed)}
+
+
+FAULTS = [
+    ({"python": "3.10.2"}, Level.FAIL, "Python", "3.11"),
+    (
+        {"torch": None, "torch_error": "libX.so is missing"},
+        Level.FAIL,
+        "libX.so is missing",
+        "setup.sh",
+    ),
+    (torch_with(version="2.5.1"), Level.FAIL, "2.5.1", "2.6 or newer"),
+    ({"transformers": None}, Level.FAIL, "not installed", "setup.sh"),
+    ({"transformers": "4.57.1"}, Level.FAIL, "4.57.1", "5.3 or newer"),
+    ({"bf16_flag": ""}, Level.WARN, "no bf16 instructions", "--dtype float32"),
+    ({"free_bytes": GIB}, Level.WARN, "1.00 GiB free of 64.0 GiB", "--device-memory"),
+    ({"cgroup_bytes": 8 * GIB}, Level.WARN, "8.00 GiB of 64.0 GiB", "docker run --memory"),
+    (
+        torch_with(sees_gpu=False, cuda_build=None),
+        Level.FAIL,
+        "built for CPU only",
+        "pip install torch",
+    ),
+    (
+        torch_with(sees_gpu=False, cuda_build="13.0"),
+        Level.FAIL,
+        "runs CUDA up to 12.8, torch needs 13.0",
+        "update the NVIDIA driver",
+    ),
+    (torch_with(sees_gpu=False), Level.FAIL, "torch cannot use it", "CUDA_VISIBLE_DEVICES"),
+    ({"memlock_bytes": 65536}, Level.WARN, "64.0 KiB of locked memory", "limits.conf"),
+    ({"wsl": True}, Level.WARN, "WSL", ".wslconfig"),
+    (disk_with(kind="nfs4"), Level.WARN, "nfs4", "local disk"),
+    (disk_with(kind="tmpfs"), Level.WARN, "tmpfs", "takes memory"),
+    (disk_with(read_bytes_per_s=1e8), Level.WARN, "0.10 GB/s", "NVMe"),
+    (disk_with(direct_reads=False), Level.WARN, "no direct reads", "ext4"),
+    ({"demo": False}, Level.WARN, "not downloaded", "demo.sh"),
+]
+
+
+@pytest.fixture
+def doctor(monkeypatch, capsys):
+    def call(machine, *arguments):
+        monkeypatch.setattr("offload_rt.cli.doctor.inspect_machine", lambda model: machine)
+        code = run(["doctor", *arguments])
+        return code, capsys.readouterr().out
+
+    return call
+
+
+def test_a_healthy_machine(doctor):
+    code, out = doctor(HEALTHY)
+    assert code == 0
+    assert out.endswith("\nusable\n")
+    assert "->" not in out and "GPU X (23.0 GiB free of 24.0 GiB), driver 570.1" in out
+
+
+def test_no_gpu_is_no_fault():
+    findings = diagnose(replace(HEALTHY, driver=None))
+    assert {finding.level for finding in findings} == {Level.OK}
+    assert any("no NVIDIA GPU" in finding.detail for finding in findings)
+
+
+@pytest.mark.parametrize(("fault", "level", "detail", "fix"), FAULTS)
+def test_each_fault_has_its_line_and_fix(fault, level, detail, fix, doctor):
+    machine = replace(HEALTHY, **fault)
+    (finding,) = [f for f in diagnose(machine) if f.level is not Level.OK]
+    assert finding.level is level
+    assert detail in f"{finding.what} {finding.detail}" and fix in finding.fix
+    code, out = doctor(machine)
+    assert code == (1 if level is Level.FAIL else 0)
+    assert f"-> {finding.fix}" in out
+    code, out = doctor(machine, "--json")
+    record = json.loads(out)
+    assert record["usable"] is (code == 0)
+    assert [f["fix"] for f in record["findings"] if f["fix"]] == [finding.fix]
+
+
+def test_this_machine_with_a_model(tiny_model):
+    machine = inspect_machine(tiny_model)
+    assert machine.torch is not None and machine.cores >= 1
+    assert 0 < machine.free_bytes <= machine.ram_bytes
+    assert machine.disk.kind != "unknown"
+    assert machine.disk.read_bytes_per_s > 0
+    assert len(diagnose(machine)) == 11
+
+
+def test_missing_model(capsys):
+    assert run(["doctor", "/no/such/folder"]) == 4
+    assert "/no/such/folder" in capsys.readouterr().err
