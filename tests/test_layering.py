@@ -1,0 +1,252 @@
+"""Imports point down, what must start fast imports no torch, and nothing unpickles or evals."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).parent.parent
+ROOT = PROJECT / "offload_rt"
+# Low to high; the longest matching prefix of a module's name decides. A module may import modules
+# of a lower rank and of its own package, so two packages of one rank do not know each other.
+RANKS = [
+    ["errors"],
+    ["units"],
+    ["config", "report", "model.config", "profiling.profile"],
+    ["model.checkpoint", "model.layout"],
+    ["planning", "device"],
+    ["kv.base"],  # the protocol the network's attention reads
+    ["model", "sampling"],
+    ["kv"],
+    ["streaming", "profiling"],
+    ["speculative.base", "speculative.tree"],
+    ["medusa", "text"],
+    ["speculative"],
+    ["engine"],
+    ["baselines", "serve"],
+    ["cli", "__main__"],
+]
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
+TORCH_FREE |= {"model.layout", "device.host", "device.nvml"}
+TORCH_FREE |= {"profiling.profile", "planning", "device.base", "device.sim", "cli", "__main__"}
+# The finder refuses torch and notes the nearest line of our own that asked for it, so an import
+# inside try/except is found too. transformers and accelerate import torch.
+PROBE = """
+import importlib, os, sys, traceback
+
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "transformers", "accelerate"}:
+            here = os.getcwd() + os.sep
+            stack = [f for f in traceback.extract_stack() if "site-packages" not in f.filename]
+            frames = [f for f in stack if f.filename.startswith(here)]
+            at = f"{frames[-1].filename.removeprefix(here)}:{frames[-1].lineno}" if frames else "?"
+            print(f"  {module}: {name} is imported at {at}")
+            raise ImportError(name)
+
+sys.path.insert(0, os.getcwd())
+sys.meta_path.insert(0, Watch())
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(f"  {module}: {error}")
+"""
+
+
+def name_of(path):
+    """The module's name without `offload_rt.`; "" is the package itself."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+
+
+def covering(table, module):
+    """The most specific name in `table` that covers `module`, or None."""
+    covers = [name for name in table if module == name or module.startswith(name + ".")]
+    return max(covers, key=len, default=None)
+
+
+def rank_of(module):
+    name = covering(RANK, module)
+    assert name is not None, (
+        f"offload_rt.{module} has no rank: add it to RANKS in tests/test_layering.py"
+    )
+    return RANK[name]
+
+
+def same_package(one, other):
+    return one.split(".")[0] == other.split(".")[0]
+
+
+def targets(node, module, is_package):
+    """Full names of the modules that an import statement in `module` names."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        base = node.module or ""
+        if node.level:
+            here = ["offload_rt", *filter(None, module.split("."))]
+            here = here[: len(here) - node.level + is_package]
+            base = ".".join([*here, base] if base else here)
+        if base == "offload_rt" or base.startswith("offload_rt."):
+            inner = base.removeprefix("offload_rt").removeprefix(".")
+            for alias in node.names:  # `from offload_rt import units` names a module
+                name = f"{inner}.{alias.name}".removeprefix(".")
+                yield f"offload_rt.{name}" if name in FILES else base
+        else:
+            yield base
+
+
+def upward_imports(source, module, is_package=False):
+    """What breaks the rule, as sentences."""
+    mine, wrong = rank_of(module), []
+    for node in ast.walk(ast.parse(source)):
+        for target in dict.fromkeys(targets(node, module, is_package)):
+            other = target.removeprefix("offload_rt.")
+            inside = other != target and not same_package(module, other)
+            if inside and rank_of(other) >= mine:
+                wrong.append(f"line {node.lineno}: offload_rt.{module} imports {target}")
+    return wrong
+
+
+def find_heavy(folder, names):
+    """Import modules in a fresh Python; a line for each that imports torch, with the place."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *names],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def unsafe_uses(source):
+    """Ways to run code that came with a model, as sentences."""
+    modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
+    wrong = []
+    for node in ast.walk(ast.parse(source)):
+        for target in targets(node, "", False):
+            if target.split(".")[0] in modules:
+                wrong.append(f"line {node.lineno}: imports {target}")
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            if any(alias.name == "load" for alias in node.names):
+                wrong.append(f"line {node.lineno}: imports torch.load")
+        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
+            wrong.append(f"line {node.lineno}: torch.load")
+        elif isinstance(node, ast.Name) and node.id in {"eval", "exec"}:
+            wrong.append(f"line {node.lineno}: {node.id}()")
+        elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
+            wrong += [f"line {node.lineno}: {node.arg}"] * (ast.unparse(node.value) != "False")
+    return wrong
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name])
+def test_imports_point_down(module):
+    path = FILES[module]
+    wrong = upward_imports(path.read_text(), module, is_package=path.name == "__init__.py")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_torch_at_import_time():
+    names = [name for name in FILES if name == "" or covering(TORCH_FREE, name)]
+    found = find_heavy(PROJECT, [f"offload_rt.{name}".rstrip(".") for name in names])
+    assert not found, f"these must import without torch:\n{found}"
+
+
+@pytest.mark.parametrize("module", FILES)
+def test_nothing_is_unpickled_or_evaluated(module):
+    wrong = unsafe_uses(FILES[module].read_text())
+    assert not wrong, f"offload_rt.{module}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("planning.cost", "import offload_rt.engine"),
+        ("planning.cost", "from offload_rt import engine"),
+        ("planning.cost", "def f():\n    from offload_rt.cli.plan import x"),
+        ("planning.cost", "from ..engine import Engine"),
+        ("kv.base", "from offload_rt.model.attention import attend"),
+        ("kv.base", "from offload_rt.speculative import tree"),
+        ("model.attention", "import offload_rt.kv.resident"),
+        ("config", "from offload_rt.report import Report"),
+        ("errors", "import offload_rt.config"),
+        ("speculative.base", "import offload_rt.medusa.heads"),
+    ],
+)
+def test_planted_upward_imports_are_found(module, source, monkeypatch):
+    monkeypatch.setitem(FILES, "engine", ROOT / "engine.py")
+    assert upward_imports(source, module)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("planning.cost", "from offload_rt.model.checkpoint import extents"),
+        ("planning.cost", "from offload_rt.planning.simulate import x\nimport torch, math"),
+        ("planning.cost", "from .simulate import x"),
+        ("kv.resident", "from offload_rt.model.attention import attend"),
+        ("model.attention", "from offload_rt.kv.base import KVCache"),
+        ("kv.base", "from offload_rt.device.base import Buffer\nfrom offload_rt import errors"),
+        ("medusa.heads", "import offload_rt.speculative.tree"),
+        ("speculative.medusa", "import offload_rt.medusa.heads"),
+        ("cli.plan", "import offload_rt.engine, offload_rt.serve.app, offload_rt"),
+    ],
+)
+def test_downward_imports_are_accepted(module, source):
+    assert upward_imports(source, module) == []
+
+
+def test_a_module_without_rank_is_named():
+    with pytest.raises(AssertionError, match="offload_rt.novelty.part has no rank"):
+        upward_imports("import json", "novelty.part")
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import torch", True),
+        ("try:\n    import torch.nn as nn\nexcept ImportError:\n    pass", True),
+        ("class A:\n    from transformers import AutoConfig", True),
+        ("from safetensors.torch import load_file", True),
+        ("from planted.other import x", True),
+        ("def f():\n    import torch", False),
+        ("TYPE_CHECKING = False\nif TYPE_CHECKING:\n    import torch", False),
+        ("import json, safetensors", False),
+    ],
+)
+def test_planted_heavy_imports_are_found(source, found, tmp_path):
+    package = tmp_path / "planted"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "other.py").write_text("import torch\nx = 1\n")
+    (package / "light.py").write_text(source)
+    assert bool(find_heavy(tmp_path, ["planted.light"])) is found
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ("import pickle", True),
+        ("from marshal import loads", True),
+        ("def f():\n    import dill.source", True),
+        ("state = torch.load(path, weights_only=True)", True),
+        ("from torch import load", True),
+        ("eval('1')", True),
+        ("exec(code)", True),
+        ("M.from_pretrained(x, trust_remote_code=True)", True),
+        ("M.from_pretrained(x, trust_remote_code=flag)", True),
+        ("M.from_pretrained(x, trust_remote_code=False)", False),
+        ("model.eval()\ntorch.save\nsafetensors.torch.load_file(p)", False),
+    ],
+)
+def test_planted_unsafe_uses_are_found(source, found):
+    assert bool(unsafe_uses(source)) is found

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Every check of this project: style, types, tests. Stops at the first that fails.
+# Usage: bash tools/test.sh [option of pytest]...        e.g. -k pipeline, -x
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$root"
+bash tools/setup.sh
+python=.venv/bin/python
+
+step() {
+  local name=$1
+  shift
+  printf '== %s\n' "$name"
+  if ! "$@"; then
+    printf '== %s: FAILED\n' "$name" >&2
+    exit 1
+  fi
+}
+
+step "ruff check" "$python" -m ruff check .
+step "ruff format --check" "$python" -m ruff format --check .
+step "mypy" "$python" -m mypy
+step "pytest" "$python" -m pytest -q "$@"
+printf '== all checks passed\n'
