@@ -24,6 +24,105 @@ class HomeKind(StrEnum):
     DISK = "disk"
 
 
+class KVPlace(StrEnum):
+    """Where committed keys and values live: on the device, in host memory, or in a file."""
+
+    AUTO = "auto"
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
+class AcceptRule(StrEnum):
+    """When a drafted token stands.
+
+    `lossless` keeps the target's distribution, `greedy` its likeliest tokens; `typical` is Medusa's
+    threshold and changes the distribution.
+    """
+
+    LOSSLESS = "lossless"
+    GREEDY = "greedy"
+    TYPICAL = "typical"
+
+
+class DraftShape(StrEnum):
+    """Whether a draft model drafts one continuation or several at once."""
+
+    AUTO = "auto"
+    CHAIN = "chain"
+    TREE = "tree"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftConfig:
+    """Who drafts, and how much.
+
+    Attributes:
+        draft: `none`, `ngram` or `model:MODEL`.
+        draft_tokens: nodes of a draft; None takes the drafter's own default.
+        shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
+        accept: when a drafted token stands.
+    """
+
+    draft: str = "none"
+    draft_tokens: int | None = None
+    shape: DraftShape = DraftShape.AUTO
+    accept: AcceptRule = AcceptRule.LOSSLESS
+
+    def __post_init__(self) -> None:
+        kind, _, model = self.draft.partition(":")
+        if kind not in ("none", "ngram", "model") or (kind == "model") != bool(model):
+            raise ConfigError(f"--draft {self.draft} is not known: use none, ngram or model:MODEL")
+        tokens = self.draft_tokens
+        tokens_ok = tokens is None or 1 <= tokens <= 1024
+        _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
+        if kind == "none" and tokens is not None:
+            raise ConfigError("--draft-tokens has no effect without --draft")
+        if kind != "model" and self.shape is not DraftShape.AUTO:
+            raise ConfigError("--draft-shape is for --draft model:MODEL")
+        if kind == "none" and self.accept is AcceptRule.TYPICAL:
+            raise ConfigError("--accept typical has no effect without --draft")
+
+    @property
+    def kind(self) -> str:
+        """`none`, `ngram` or `model`."""
+        return self.draft.partition(":")[0]
+
+    @property
+    def model(self) -> str:
+        """The draft model, as the user named it; empty for other drafters."""
+        return self.draft.partition(":")[2]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes of a draft, at most."""
+        if self.kind == "none":
+            return 0
+        return self.draft_tokens or {"ngram": 16, "model": 64}[self.kind]
+
+    @property
+    def tree_breadth(self) -> int:
+        """Nodes a draft model is fed in one pass while a tree grows."""
+        return 8 if self.nodes <= 64 else 16
+
+    @property
+    def tree_passes(self) -> int:
+        """Draft passes for a tree: 15 for 64 nodes, 20 for 256, as deep as such trees get."""
+        return max(2, math.floor(2.5 * math.log2(self.nodes)))
+
+    @property
+    def scratch_rows(self) -> int:
+        """Rows a draft model's cache needs beyond the sequence itself."""
+        return self.tree_passes * self.tree_breadth if self.as_tree else self.nodes
+
+    @property
+    def as_tree(self) -> bool:
+        """Whether a draft model grows a tree."""
+        if self.shape is DraftShape.AUTO:
+            return self.nodes > 8
+        return self.shape is DraftShape.TREE
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingConfig:
     """How a token is drawn from logits.
@@ -90,6 +189,10 @@ class RuntimeConfig:
         home: where streamed layers live; `auto` is pinned memory on CUDA where it
             suffices, else the files.
         context_tokens: KV rows set aside per sequence; None sizes them by the request.
+        kv: where committed keys and values live; `auto` is the device if they fit there, else
+            pinned memory for CUDA and a file for the CPU.
+        kv_block_tokens: tokens of KV that are copied to the device at once; None chooses.
+        kv_folder: where the file for KV is made; None takes $TMPDIR or /var/tmp.
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
         link_bytes_per_s: emulate a link of this bandwidth (CPU with home `host` only).
         readers: file reads kept in flight.
@@ -103,6 +206,9 @@ class RuntimeConfig:
     resident_layers: int | None = None
     home: HomeKind = HomeKind.AUTO
     context_tokens: int | None = None
+    kv: KVPlace = KVPlace.AUTO
+    kv_block_tokens: int | None = None
+    kv_folder: str | None = None
     prefill_chunk_tokens: int = 512
     link_bytes_per_s: float | None = None
     readers: int = 4
@@ -114,6 +220,12 @@ class RuntimeConfig:
         _require(resident_ok, "--resident-layers", self.resident_layers, "auto or 0 or more")
         context_ok = self.context_tokens is None or self.context_tokens >= 1
         _require(context_ok, "--context", self.context_tokens, "auto or 1 or more")
+        block_ok = self.kv_block_tokens is None or self.kv_block_tokens >= 1
+        _require(block_ok, "--kv-block-tokens", self.kv_block_tokens, "auto or 1 or more")
+        if self.kv_folder is not None and self.kv not in (KVPlace.AUTO, KVPlace.DISK):
+            raise ConfigError("--kv-folder is where KV lives on disk: add --kv disk")
+        if self.kv_block_tokens is not None and self.kv is KVPlace.DEVICE:
+            raise ConfigError("--kv-block-tokens has no effect with --kv device")
         chunk = self.prefill_chunk_tokens
         _require(chunk >= 1, "prefill_chunk_tokens", chunk, "1 or more")
         link_ok = self.link_bytes_per_s is None or self.link_bytes_per_s > 0

@@ -1,93 +1,56 @@
-"""The engine: prefill, then one pass per step for every active sequence.
-
-    run = engine.start(prompts, sampling, generation)
-    run.prefill()
-    while run.active:
-        run.step()
-
-Each call returns the tokens it emitted. Whoever reads them may end a sequence (`finish`), as a stop
-string does.
-"""
+"""The engine: a model on a device, and the passes it makes. How answers are made: `decoding`."""
 
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from enum import StrEnum
+from dataclasses import dataclass
 
 import torch
 
-from offload_rt.config import GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.config import (
+    DraftConfig,
+    GenerationConfig,
+    HomeKind,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
 from offload_rt.device.base import Device, HomeSource
 from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
-from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.allocate import allocate_caches
+from offload_rt.kv.base import KVCache
 from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
-from offload_rt.planning.demand import kv_bytes_per_token
-from offload_rt.planning.run import FreeMemory, place_run
-from offload_rt.report import (
-    Counters,
-    Memory,
-    RunReport,
-    Speculation,
-    Timings,
-    Transfer,
-    overlap_ratio,
-)
-from offload_rt.sampling import make_generator, next_tokens
+from offload_rt.planning.demand import Drafting, kv_bytes_per_token
+from offload_rt.planning.run import FreeMemory, RunLoad, place_run
+from offload_rt.report import Counters, Memory
+from offload_rt.sampling import make_generator
+from offload_rt.speculative.base import Drafter
+from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
+from offload_rt.speculative.ngram import NgramDrafter
+from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.tree import TokenTree, pending_tree
 from offload_rt.streaming.files import FileSource, WeightFiles
 from offload_rt.streaming.home import HostSource, LayerStore
 
+__all__ = ["Emitted", "Engine", "FinishReason", "Run", "SequenceState", "open_device"]
 
-class FinishReason(StrEnum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-
-
-@dataclass(slots=True)
-class SequenceState:
-    """One sequence of a run.
-
-    Attributes:
-        index: its place among the prompts.
-        ids: prompt and emitted tokens.
-        prompt_tokens: how many of them are the prompt's.
-        max_tokens: emitted tokens at which it ends.
-        finish_reason: None while it is active.
-    """
-
-    index: int
-    ids: list[int]
-    prompt_tokens: int
-    max_tokens: int
-    generator: torch.Generator
-    finish_reason: FinishReason | None = None
-
-    @property
-    def emitted(self) -> list[int]:
-        """Tokens generated so far."""
-        return self.ids[self.prompt_tokens :]
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the sequence; it takes part in no further pass."""
-        self.finish_reason = self.finish_reason or reason
+NO_DRAFT = DraftConfig()
 
 
 @dataclass(frozen=True, slots=True)
-class Emitted:
-    """Tokens one sequence gained in a pass."""
+class _Rows:
+    """New tokens of one sequence: in a row (logits of the last), or a root and a tree (of all)."""
 
-    sequence: SequenceState
-    token_ids: list[int]
+    index: int
+    tokens: Sequence[int]
+    tree: TokenTree | None = None
 
 
 class Engine:
@@ -98,6 +61,7 @@ class Engine:
         config: where it runs and what it may use.
         capacities: KV rows to set aside, one number per sequence that runs at once.
         prompt_tokens: tokens of the largest prompt pass, all sequences together.
+        draft: who drafts, and how much.
         on_placed: called once what lives where is decided, before weights are read; `load_bytes`
             and the device's `load` statistics then tell how far reading is.
 
@@ -113,10 +77,13 @@ class Engine:
         *,
         capacities: Sequence[int],
         prompt_tokens: int,
+        draft: DraftConfig = NO_DRAFT,
         on_placed: Callable[["Engine"], None] | None = None,
     ) -> None:
         start = time.perf_counter()
-        self.checkpoint, self.config = checkpoint, config
+        self.checkpoint, self.config, self.draft = checkpoint, config, draft
+        self._capacities = tuple(capacities)
+        drafting = open_draft_checkpoint(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
@@ -127,15 +94,23 @@ class Engine:
                 checkpoint,
                 config,
                 packing,
-                capacities=capacities,
-                prompt_tokens=prompt_tokens,
+                load=RunLoad(
+                    capacities=capacities,
+                    prompt_tokens=prompt_tokens,
+                    drafting=Drafting(draft, drafting),
+                ),
                 free=free,
             )
             if on_placed is not None:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
             self._store = self._load_weights()
-            self._caches = self._allocate_caches(capacities)
+            self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
+            self._draft_model: DraftModel | None = None
+            if drafting is not None:
+                chunk = config.prefill_chunk_tokens
+                self._draft_model = DraftModel(drafting, self.device, packing, chunk)
+            self._drafters: list[Drafter | None] = [None] * len(capacities)
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start
@@ -160,26 +135,28 @@ class Engine:
         """
         if len(prompts) > len(self._caches):
             raise CapacityError(f"{len(prompts)} prompts, room for {len(self._caches)} sequences")
-        for ids, cache in zip(prompts, self._caches, strict=False):
+        for ids, capacity in zip(prompts, self._capacities, strict=False):
             if not ids:
                 raise ConfigError("a prompt is empty: give at least one token")
-            if len(ids) >= cache.capacity:
+            if len(ids) >= capacity:
                 raise CapacityError(
                     f"the prompt has {len(ids)} tokens, the KV cache has room for "
-                    f"{cache.capacity} with the answer: raise --context or shorten the prompt"
+                    f"{capacity} with the answer: raise --context or shorten the prompt"
                 )
         sequences = [
             SequenceState(
                 index=i,
                 ids=list(ids),
                 prompt_tokens=len(ids),
-                max_tokens=min(generation.max_tokens, self._caches[i].capacity - len(ids)),
+                max_tokens=min(generation.max_tokens, self._capacities[i] - len(ids)),
                 generator=make_generator((sampling.seed or 0) + i, self.device.torch_device),
             )
             for i, ids in enumerate(prompts)
         ]
+        for sequence in sequences:
+            sequence.drafter = self._drafter(sequence, sampling)
         ends = frozenset() if generation.ignore_eos else end_tokens
-        return Run(self, sequences, sampling, ends)
+        return Run(self, sequences, sampling, ends, self.draft.accept, self.draft.kind)
 
     def forward(self, rows: Sequence[tuple[int, Sequence[int]]], *, reuse: bool) -> torch.Tensor:
         """Run one pass and commit all its rows.
@@ -191,31 +168,77 @@ class Engine:
         Returns:
             [len(rows), V] logits after the last token of each.
         """
-        ids: list[int] = []
-        positions: list[int] = []
-        segments, last = [], []
+        fresh = []
         for index, tokens in rows:
-            cache, known = self._caches[index], self._cached_ids[index]
             if reuse:
-                common = _common_prefix(known, tokens[:-1])
+                common = _common_prefix(self._cached_ids[index], tokens[:-1])
                 self.truncate(index, common)
                 tokens = tokens[common:]
-            ids += tokens
-            positions += range(cache.length, cache.length + len(tokens))
-            last.append(len(ids) - 1)
-            segments.append((index, Segment(cache, len(tokens)), tokens))
-        batch = TokenBatch(
-            self.device.upload(ids),
-            self.device.upload(positions),
-            [segment for _, segment, _ in segments],
-            self.device.upload(last),
-        )
-        with torch.inference_mode(), self._whole_pass():
-            logits = self.network.forward(batch)
-        for index, segment, tokens in segments:
-            segment.cache.commit(range(len(tokens)))
-            self._cached_ids[index] += tokens
+            fresh.append((index, tokens))
+        logits = self._pass([_Rows(index, tokens) for index, tokens in fresh])
+        for index, tokens in fresh:
+            self.commit(index, tokens, range(len(tokens)))
         return logits
+
+    def check(self, rows: Sequence[tuple[int, int, TokenTree]]) -> list[torch.Tensor]:
+        """Run one pass over drafts; rows stay pending until `commit`.
+
+        Args:
+            rows: cache index, root token and drafted tree of each sequence.
+
+        Returns:
+            For each sequence [N + 1, V] logits, after the root and after each node.
+        """
+        logits = self._pass(
+            [_Rows(index, [root, *tree.tokens], tree) for index, root, tree in rows]
+        )
+        return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
+
+    def commit(self, index: int, tokens: Sequence[int], keep: Sequence[int]) -> None:
+        """Keep these pending rows of a cache; `tokens` are theirs."""
+        self._caches[index].commit(keep)
+        self._cached_ids[index] += tokens
+
+    def _pass(self, rows: Sequence["_Rows"]) -> torch.Tensor:
+        """Run one pass; returns the wanted logits of all sequences, one after the other."""
+        ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        segments = []
+        for part in rows:
+            cache, first = self._caches[part.index], len(ids)
+            ids += part.tokens
+            start = cache.length
+            if part.tree is None:
+                offsets, tree = list(range(len(part.tokens))), None
+                wanted.append(first + len(part.tokens) - 1)
+            else:
+                offsets = [0, *part.tree.depths]
+                places = [start + offset for offset in offsets]
+                tree = None
+                if not part.tree.is_chain:
+                    tree = pending_tree(self.device, part.tree.visible(), places)
+                wanted += range(first, len(ids))
+            positions += [start + offset for offset in offsets]
+            segments.append(Segment(cache, len(part.tokens), tree))
+        upload = self.device.upload
+        batch = TokenBatch(upload(ids), upload(positions), segments, upload(wanted))
+        with torch.inference_mode(), self._whole_pass():
+            return self.network.forward(batch)
+
+    def _drafter(self, sequence: SequenceState, sampling: SamplingConfig) -> Drafter | None:
+        """The drafter of a sequence; a draft model's keeps its cache from one run to the next."""
+        if self.draft.kind == "ngram":
+            return NgramDrafter(self.draft.nodes)
+        if self._draft_model is None:
+            return None
+        drafter = self._drafters[sequence.index]
+        if not isinstance(drafter, DraftModelDrafter):
+            capacity = self._capacities[sequence.index]
+            drafter = DraftModelDrafter(self._draft_model, self.draft, capacity)
+            self._drafters[sequence.index] = drafter
+        drafter.begin(sampling, sequence.generator)
+        return drafter
 
     def truncate(self, index: int, length: int) -> None:
         """Forget all rows of a cache from `length` on."""
@@ -290,7 +313,7 @@ class Engine:
         self.network.attach(store, base, self.device.torch_device, self.config.prefill_chunk_tokens)
         return store
 
-    def _allocate_caches(self, capacities: Sequence[int]) -> list[ResidentKV]:
+    def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
         """Set aside KV rows, after a check that the plan counted what the network appends."""
         shapes, dtype = self.network.kv_shapes, self.network.dtype
         needed = sum(shape.numbers_per_token for shape in shapes) * dtype.itemsize
@@ -300,7 +323,10 @@ class Engine:
                 f"the network keeps {needed} bytes of KV per token, the head counts in config.json "
                 f"make {counted}: correct num_key_value_heads or head_dim there"
             )
-        return [ResidentKV(self.device, shapes, dtype, capacity) for capacity in capacities]
+        folder, plan = self.config.kv_folder, self.placement.demand.kv
+        return allocate_caches(
+            self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
+        )
 
     @contextmanager
     def _whole_pass(self):  # type: ignore[no-untyped-def] # noqa: ANN202
@@ -312,96 +338,6 @@ class Engine:
                 cache.truncate(cache.length)
             self._store.restart()
             raise
-
-
-@dataclass(slots=True)
-class Run:
-    """Answers in the making."""
-
-    engine: Engine
-    sequences: list[SequenceState]
-    sampling: SamplingConfig
-    end_tokens: frozenset[int]
-    passes: int = 0
-    _marks: list[Counters] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._marks = [self.engine.counters()]
-
-    @property
-    def active(self) -> list[SequenceState]:
-        """Sequences that have not ended."""
-        return [s for s in self.sequences if s.finish_reason is None]
-
-    def prefill(self) -> list[Emitted]:
-        """Take the prompts through the model in one pass and emit the first tokens."""
-        self._marks = [self.engine.counters()]
-        return self._advance([(s.index, s.ids) for s in self.sequences], reuse=True)
-
-    def step(self) -> list[Emitted]:
-        """Make one pass for all active sequences and emit one token each."""
-        return self._advance([(s.index, s.ids[-1:]) for s in self.active], reuse=False)
-
-    def report(self) -> RunReport:
-        """What the run measured so far."""
-        start, first, last = self._marks[0], self._marks[1:2], self._marks[-1]
-        whole = last.since(start)
-        prefill = (first[0] if first else last).since(start)
-        decode = last.since(first[0] if first else last)
-        emitted = sum(len(s.emitted) for s in self.sequences)
-        later = emitted - len(self.sequences) if first else 0
-        decode_passes = max(0, self.passes - 1)
-        timed = (decode_passes, decode) if decode_passes else (min(1, self.passes), prefill)
-        moved = timed[0] * self.engine.bytes_per_pass
-        return RunReport(
-            timings=Timings(
-                load_s=self.engine.load_s,
-                ttft_s=prefill.at_s,
-                decode_s=decode.at_s,
-                s_per_token=decode.at_s / later if later > 0 else None,
-                tokens_per_s=later / decode.at_s if later > 0 else None,
-            ),
-            speculation=Speculation(
-                drafter="none",
-                accept_rule="greedy" if self.sampling.greedy else "lossless",
-                passes=self.passes,
-                drafted=0,
-                accepted=0,
-                acceptance_rate=None,
-                tokens_per_pass=emitted / self.passes if self.passes else 0.0,
-            ),
-            transfer=Transfer(
-                bytes_total=whole.bytes_copied,
-                bytes_per_pass=self.engine.bytes_per_pass,
-                achieved_bytes_per_s=moved / timed[1].at_s if timed[1].at_s else 0.0,
-                link_bytes_per_s=whole.bytes_copied / whole.busy_s if whole.busy_s else 0.0,
-                stall_s=whole.stalled_s,
-                overlap_ratio=overlap_ratio(whole),
-            ),
-            memory=self.engine.memory(),
-        )
-
-    def _advance(self, rows: Sequence[tuple[int, Sequence[int]]], *, reuse: bool) -> list[Emitted]:
-        logits = self.engine.forward(rows, reuse=reuse)
-        drawn = torch.cat(
-            [
-                next_tokens(logits[k : k + 1], self.sampling, self.sequences[index].generator)
-                for k, (index, _) in enumerate(rows)
-            ]
-        )
-        tokens = self.engine.device.download(drawn)  # host sync
-        self.passes += 1
-        self._marks.append(self.engine.counters())
-        emitted = []
-        for (index, _), token in zip(rows, tokens, strict=True):
-            sequence = self.sequences[index]
-            sequence.ids.append(token)
-            emitted.append(Emitted(sequence, [token]))
-            if token in self.end_tokens:
-                sequence.finish(FinishReason.STOP)
-            elif len(sequence.emitted) >= sequence.max_tokens:
-                sequence.finish(FinishReason.LENGTH)
-        return emitted
 
 
 def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:

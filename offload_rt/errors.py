@@ -21,9 +21,17 @@ class ProfileError(OffloadError):
 
 
 class PlanError(OffloadError):
-    """No placement fits the memory limits; the message names the smallest change that would."""
+    """No placement fits the memory limits; the message names the smallest change that would.
+
+    Attributes:
+        needed_bytes: the smallest device limit that would do, where that is what binds.
+    """
 
     exit_code = 3
+
+    def __init__(self, message: str, needed_bytes: int = 0) -> None:
+        super().__init__(message)
+        self.needed_bytes = needed_bytes
 
 
 class CapacityError(OffloadError):

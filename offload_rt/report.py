@@ -9,14 +9,14 @@ class Timings:
 
     Attributes:
         load_s: building the network, reading resident layers, filling the ring.
-        ttft_s: from the start of the prompt's pass to the first token.
+        ttft_s: from the start of the prompt's pass to the first token; None if there is none.
         decode_s: from the first token to the last.
         s_per_token: decode time per token after the first; None when there is none.
         tokens_per_s: its inverse.
     """
 
     load_s: float
-    ttft_s: float
+    ttft_s: float | None
     decode_s: float
     s_per_token: float | None
     tokens_per_s: float | None
@@ -32,6 +32,9 @@ class Speculation:
         accepted: of them, tokens kept.
         acceptance_rate: accepted / drafted; None when nothing was drafted.
         tokens_per_pass: tokens emitted / passes.
+        acceptance_per_depth: for each depth of a draft, how often a node stood there of the times
+            all before it had.
+        draft_s: time spent drafting; the link goes on meanwhile.
     """
 
     drafter: str
@@ -41,6 +44,8 @@ class Speculation:
     accepted: int
     acceptance_rate: float | None
     tokens_per_pass: float
+    acceptance_per_depth: list[float]
+    draft_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,6 +1,9 @@
 """Tiny random checkpoints, written once per test session; nothing is downloaded."""
 
+import io
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -81,3 +84,18 @@ def make_tiny(tmp_path_factory):
 def tiny_model(make_tiny):
     """A Llama of 4 layers in fp32 with a byte-level tokenizer; tests must not change it."""
     return make_tiny("llama", tokenizer=True)
+
+
+@pytest.fixture
+def offload_run(capsys, monkeypatch):
+    """Run a command line with bytes on stdin; returns exit code, stdout and stderr."""
+
+    from offload_rt.cli import run
+
+    def call(*arguments, stdin=b""):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        code = run([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return SimpleNamespace(code=code, out=out, err=err)
+
+    return call

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
-from offload_rt.engine import Engine
+from offload_rt.engine import NO_DRAFT, Engine
 from offload_rt.model.checkpoint import open_checkpoint
 
 ROOMY = 512 * 2**20
@@ -14,7 +14,7 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 
 
 @contextmanager
-def engine_for(folder, *, prompts=(PROMPT,), tokens=16, **config):
+def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config):
     """An engine with room for these prompts and that many tokens after each."""
     config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
     checkpoint = open_checkpoint(folder)
@@ -24,6 +24,7 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, **config):
         RuntimeConfig(**config),
         capacities=[len(p) + tokens for p in prompts],
         prompt_tokens=sum(len(p) for p in prompts),
+        draft=draft,
     ) as engine:
         yield engine
 

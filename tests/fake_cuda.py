@@ -71,6 +71,9 @@ class FakeStream:
     def copy(self, dst, src):
         assert (dst.shape, dst.dtype, src.dtype) == (src.shape, torch.uint8, torch.uint8)
         assert dst.is_contiguous() and src.is_contiguous()
+        if key(src) in self.gpu.buffers:
+            self._copy_back(dst, src)
+            return
         if threading.current_thread() is threading.main_thread():  # elsewhere the mode is not ours
             assert (dst.device, src.device) == (self.gpu.device, torch.device("cpu"))
         with self.gpu.lock:
@@ -81,6 +84,17 @@ class FakeStream:
             seconds = src.numel() / LINK_BYTES_PER_S
             self.gpu.enqueue(self.sim)
             self.sim.kernel(reads=[source], writes=[slot], seconds=seconds)
+
+    def _copy_back(self, dst, src):
+        assert dst.device == torch.device("cpu")
+        with self.gpu.lock:
+            home, source = self.gpu.host_buffer(dst), self.gpu.buffers[key(src)]
+            self.gpu.trace.append(("copy back", self.gpu.names[key(src)]))
+            self.gpu.copied_back_bytes += src.numel()
+            self.gpu.unpinned_copies += not self.gpu.is_registered(dst)
+            self.gpu.enqueue(self.sim)
+            seconds = src.numel() / LINK_BYTES_PER_S
+            self.sim.kernel(reads=[source], writes=[home], seconds=seconds)
 
     def synchronize(self):
         FakeEvent(self.gpu, self.sim.record()).synchronize()
@@ -111,6 +125,7 @@ class FakeCuda:
     host_syncs: Counter = field(default_factory=Counter)
     downloads: int = 0
     copied_bytes: int = 0
+    copied_back_bytes: int = 0
     unpinned_copies: int = 0
 
     def __post_init__(self):
@@ -127,6 +142,9 @@ class FakeCuda:
     def open(self, device):
         self.device = device
         return FakeStream(self, self.compute), FakeStream(self, self.copies)
+
+    def stream(self, device):
+        return FakeStream(self, SimStream("kv"))
 
     def allocate(self, nbytes, device):
         if nbytes > self.free_bytes:

@@ -186,7 +186,7 @@ def plant(monkeypatch, change):
     """Let the attention function do something more."""
     rows = attention.attend_rows
 
-    def planted(query, key, value, spec):
+    def planted(query, key, value, spec, tree=None):
         change(query)
         return rows(query, key, value, spec)
 

@@ -45,6 +45,7 @@ FAMILIES = {
     "phi": ("phi", {}),
     "phi3": ("phi3", {}),
     "olmo2": ("olmo2", {}),
+    "granite-whole-number": ("granite", {"attention_multiplier": 1}),
     "granite": (
         "granite",
         {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.7},
@@ -122,6 +123,15 @@ def test_several_sequences_in_one_pass_equal_each_alone(make_tiny):
         ("gpt2", {}, "gpt2 models cannot be streamed"),
         ("mamba", {}, "cannot"),
         ("llama", rope("dynamic", factor=2.0), "does not run on shapes alone"),
+        # these would run, and compute something else: their masks say more than their attention
+        (
+            "qwen2_moe",
+            WINDOW | MIXED | {"use_sliding_window": True, "num_experts": 4, "max_window_layers": 0},
+            "give a sliding mask to an attention with window None",
+        ),
+        ("llama4_text", HEAD | {"attention_chunk_size": 8}, "attend by create_chunked_causal_mask"),
+        ("gemma3_text", HEAD | {"use_bidirectional_attention": True}, "cannot be streamed"),
+        ("diffllama", {}, "attends more than once|cannot be streamed"),
     ],
 )
 def test_families_that_cannot_be_streamed_are_refused_by_name(

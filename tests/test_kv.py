@@ -147,10 +147,12 @@ def test_attention_equals_its_definition(rows, past, window, softcap, sinks, kv_
 
 
 def test_explicit_attention_is_the_same_in_blocks(monkeypatch):
+    from offload_rt.kv import partial
     from offload_rt.model import attention
 
     query, key, value = torch.randn(HEADS, 9, 8), torch.randn(2, 12, 8), torch.randn(2, 12, 8)
     spec = AttentionSpec(scaling=0.3, softcap=2.0)
     whole = attend_rows(query, key, value, spec)
-    monkeypatch.setattr(attention, "SCORE_BYTES", HEADS * 12 * 4 * 2)
+    monkeypatch.setattr(partial, "SCORE_BYTES", HEADS * 12 * 4 * 2)
+    monkeypatch.setattr(attention, "KEY_BLOCK", 5)
     assert torch.allclose(attend_rows(query, key, value, spec), whole, atol=1e-6)

@@ -16,21 +16,23 @@ RANKS = [
     ["units"],
     ["config", "report", "model.config", "profiling.profile"],
     ["model.checkpoint", "model.layout"],
+    ["device.base"],  # protocols and constants
     ["planning", "device"],
-    ["kv.base"],  # the protocol the network's attention reads
+    ["kv.base", "kv.partial"],  # what the network's attention reads and calls
     ["model", "sampling"],
     ["kv"],
     ["streaming", "profiling"],
     ["speculative.base", "speculative.tree"],
     ["medusa", "text"],
     ["speculative"],
-    ["engine"],
+    ["engine", "decoding"],
     ["baselines", "serve"],
     ["cli", "__main__"],
 ]
+ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
-TORCH_FREE |= {"model.layout", "device.host", "device.nvml"}
+TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {"profiling.profile", "planning", "device.base", "device.sim", "cli", "__main__"}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
@@ -81,7 +83,8 @@ def rank_of(module):
 
 
 def same_package(one, other):
-    return one.split(".")[0] == other.split(".")[0]
+    first, second = (name.split(".")[0] for name in (one, other))
+    return ONE_PART.get(first, first) == ONE_PART.get(second, second)
 
 
 def targets(node, module, is_package):

@@ -32,7 +32,7 @@ counts = st.none() | st.integers(1, 6)
 def try_place(demand, limit, **options):
     try:
         return place(demand, limit, **options)
-    except PlanError:
+    except (PlanError, ConfigError):
         return None
 
 
@@ -47,7 +47,7 @@ def test_a_placement_keeps_its_limit_and_covers_each_layer_once(demand, limit, s
     assert placement.slots <= len(placement.streamed)
     assert bool(placement.slots) == bool(placement.streamed)
     if slots is not None:
-        assert placement.slots == min(slots, len(placement.streamed))
+        assert placement.slots == slots
 
 
 @given(demand=demands(), limit=limits, more=st.integers(0, 10 * 2**30))
@@ -58,16 +58,16 @@ def test_more_memory_never_keeps_fewer_layers(demand, limit, more):
         assert len(large.resident) >= len(small.resident)
 
 
-@given(demand=demands(), limit=limits, slots=counts)
-def test_a_refusal_names_a_limit_that_works_and_one_mib_less_does_not(demand, limit, slots):
+@given(demand=demands(), limit=limits)
+def test_a_refusal_names_a_limit_that_works_and_one_mib_less_does_not(demand, limit):
     try:
-        place(demand, limit, slots=slots)
+        place(demand, limit)
     except PlanError as error:
         named = int(re.search(r"--device-memory (\d+)MiB", str(error))[1]) * MIB
-        assert place(demand, named, slots=slots).device_bytes <= named
+        assert place(demand, named).device_bytes <= named
         if named > MIB:
             with pytest.raises(PlanError):
-                place(demand, named - MIB, slots=slots)
+                place(demand, named - MIB)
 
 
 @given(layers=st.integers(2, 80), resident=st.integers(1, 79))

@@ -1,5 +1,6 @@
 """Laws 1 and 6: streaming changes no bit, moves each byte once, and keeps to the plan."""
 
+import itertools
 import os
 import random
 import threading
@@ -10,7 +11,7 @@ import torch
 from engines import PROMPT, all_logits, engine_for, generate
 
 from offload_rt.config import GenerationConfig, HomeKind, SamplingConfig
-from offload_rt.errors import CapacityError, CheckpointError, PlanError
+from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.streaming import files as files_module
 
 MANY = 10
@@ -28,8 +29,9 @@ def resident_logits(model):
         return all_logits(engine)
 
 
-@pytest.mark.parametrize("resident", [0, 1, 4, 9])
-@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("resident", "slots"), [*itertools.product([0, 1, 4], [1, 2, 3]), (8, 2), (9, 1)]
+)
 @pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
 def test_streamed_equals_resident_bit_for_bit(model, resident_logits, resident, slots, home):
     with engine_for(model, resident_layers=resident, slots=slots, home=home) as engine:
@@ -99,6 +101,53 @@ def test_an_interrupted_pass_leaves_no_trace(model, resident_logits):
         assert torch.equal(all_logits(engine), resident_logits)
 
 
+def test_rows_a_cache_already_has_are_reused_and_nothing_else(model):
+    """Prompts that share a beginning, with an interrupted one between, against fresh engines."""
+    prompts = [PROMPT, PROMPT[:9] + PROMPT[3:7], PROMPT[:4], PROMPT[::-1], PROMPT]
+    fresh = []
+    for prompt in prompts:
+        with engine_for(model) as engine:
+            fresh.append(engine.forward([(0, prompt)], reuse=True))
+    with engine_for(model, resident_layers=3, slots=2) as engine:
+        for turn, (prompt, expected) in enumerate(zip(prompts, fresh, strict=True)):
+            got = engine.forward([(0, prompt)], reuse=True)
+            assert torch.allclose(got, expected, atol=0.05, rtol=0.05)  # bf16, other chunks
+            engine.network.poll = interrupt_after(turn)
+            with pytest.raises(KeyboardInterrupt):
+                engine.forward([(0, PROMPT[:12][::-1])], reuse=True)
+            engine.network.poll = lambda: None
+
+
+def interrupt_after(calls):
+    left = iter(range(calls + 1))
+
+    def poll():
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+
+    return poll
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"slots": 3, "resident_layers": 8}, "--slots is 3, but 2 layers are streamed"),
+        ({"slots": 3}, "--slots is 3, but 0 layers are streamed"),
+        ({"home": HomeKind.HOST}, "--home has no effect, all layers fit"),
+    ],
+)
+def test_options_that_would_do_nothing_are_errors(model, config, message):
+    with pytest.raises(ConfigError, match=message), engine_for(model, **config):
+        pass
+
+
+def test_more_memory_than_is_free_is_not_promised(model, monkeypatch):
+    monkeypatch.setattr("offload_rt.device.cpu.free_memory_bytes", lambda: 50 * 2**20)
+    config = {"device_limit_bytes": 900 * 2**30}
+    with pytest.raises(PlanError, match="50.0 MiB are free"), engine_for(model, **config):
+        pass
+
+
 def test_a_read_error_ends_the_run_with_a_sentence(model, monkeypatch):
     reads = []
 
@@ -153,8 +202,8 @@ def test_peak_memory_falls_with_the_number_of_resident_layers(make_tiny):
         "llama", hidden_size=512, intermediate_size=4096, dtype="bfloat16", num_hidden_layers=8
     )
     peaks = []
-    for resident in (8, 4, 0):
-        with engine_for(folder, resident_layers=resident, slots=2) as engine:
+    for resident, slots in ((8, None), (4, 2), (0, 2)):
+        with engine_for(folder, resident_layers=resident, slots=slots) as engine:
             generate(engine)
             peaks.append(engine.memory().device_peak_bytes)
             assert peaks[-1] <= engine.placement.device_bytes

@@ -104,6 +104,27 @@ class HomeSource(Protocol):
         """Raise if the home changed under the copy (a replaced or truncated file)."""
 
 
+class HomeTarget(Protocol):
+    """Where bytes of the device go."""
+
+    @property
+    def image(self) -> DeviceBuffer | None:
+        """The host memory that takes them, or None if it is a file."""
+
+    def write_blocks(self, src: torch.Tensor) -> Sequence[CopyBlock]:
+        """Split a copy of `src`, [nbytes] uint8 in host memory, into independent blocks."""
+
+
+class TwoWayStream(CopyStream["DeviceBuffer", "HomeSource"], Protocol):
+    """A copy stream of its own, for what also goes back to its home."""
+
+    def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
+        """Enqueue writing `src`, [nbytes] uint8 on the device; it must stay until that is done."""
+
+    def close(self) -> None:
+        """Drop what is not started and wait for what is in flight."""
+
+
 @dataclass(frozen=True, slots=True)
 class CopyBlock:
     """One part of a copy: call `run` on any thread; it moves `nbytes` bytes."""
@@ -151,6 +172,9 @@ class Device(Protocol):
     @property
     def load(self) -> CopyStream[DeviceBuffer, HomeSource]:
         """The queue that fills resident memory at the start, at full speed."""
+
+    def new_copy_stream(self) -> TwoWayStream:
+        """Open another copy queue over the same link; who opens it closes it before the device."""
 
     def allocate(self, nbytes: int, purpose: str) -> DeviceBuffer:
         """Allocate device memory for the whole run and enter it in the ledger.

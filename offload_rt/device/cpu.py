@@ -17,7 +17,14 @@ from queue import SimpleQueue
 import psutil
 import torch
 
-from offload_rt.device.base import CopyBlock, CopyStatistics, DeviceBuffer, Event, HomeSource
+from offload_rt.device.base import (
+    CopyBlock,
+    CopyStatistics,
+    DeviceBuffer,
+    Event,
+    HomeSource,
+    HomeTarget,
+)
 from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
@@ -189,7 +196,9 @@ class CpuCopyStream:
 
     def __init__(self, threads: int, run: Callable[[CopyBlock], None]) -> None:
         self._run = run
-        self._queue: SimpleQueue[tuple[CopyBlock, Copies, HomeSource] | None] = SimpleQueue()
+        self._queue: SimpleQueue[tuple[CopyBlock, Copies, Callable[[], None]] | None] = (
+            SimpleQueue()
+        )
         self._meter = LinkMeter()
         self._pending: list[Copies] = []
         self._closed = threading.Event()
@@ -202,12 +211,11 @@ class CpuCopyStream:
 
     def copy(self, dst: DeviceBuffer, src: HomeSource) -> None:
         """Enqueue all blocks of `src`."""
-        blocks = src.blocks(dst)
-        copies = Copies(len(blocks))
-        self._pending = [c for c in self._pending if not c.done.is_set() or c.error]
-        self._pending.append(copies)
-        for block in blocks:
-            self._queue.put((block, copies, src))
+        self._enqueue(src.blocks(dst), src.check)
+
+    def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
+        """Enqueue all blocks of a copy to `dst`."""
+        self._enqueue(dst.write_blocks(src), lambda: None)
 
     def record(self) -> CpuEvent:
         """Return an event for all copies enqueued so far."""
@@ -229,13 +237,20 @@ class CpuCopyStream:
         for thread in self._threads:
             thread.join()
 
+    def _enqueue(self, blocks: Sequence[CopyBlock], check: Callable[[], None]) -> None:
+        copies = Copies(len(blocks))
+        self._pending = [c for c in self._pending if not c.done.is_set() or c.error]
+        self._pending.append(copies)
+        for block in blocks:
+            self._queue.put((block, copies, check))
+
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
-            block, copies, src = item
+            block, copies, check = item
             error = self._run_block(block) if copies.error is None else copies.error
             if copies.finish_block(error):
                 try:
-                    src.check()
+                    check()
                 except Exception as changed:  # noqa: BLE001 - handed to whoever waits for the copy
                     copies.error = copies.error or changed
                 copies.done.set()
@@ -263,13 +278,20 @@ class CpuDevice:
     torch_device = torch.device("cpu")
 
     def __init__(self, *, readers: int = 4, link_bytes_per_s: float | None = None) -> None:
-        self.load = self.copy = CpuCopyStream(readers, lambda block: block.run())
-        if link_bytes_per_s is not None:
-            self.copy = CpuCopyStream(1, Pacer(link_bytes_per_s).run)
+        self._readers = readers
+        self._pacer = None if link_bytes_per_s is None else Pacer(link_bytes_per_s)
+        self.load = CpuCopyStream(readers, lambda block: block.run())
+        self.copy = self.load if self._pacer is None else self.new_copy_stream()
         self.compute = CpuComputeStream()
         self._ledger: dict[str, int] = {}
         self._home_bytes = 0
         self._memory = MemoryMeter()
+
+    def new_copy_stream(self) -> CpuCopyStream:
+        """Start more reader threads; an emulated link is shared by all its streams."""
+        if self._pacer is not None:
+            return CpuCopyStream(1, self._pacer.run)
+        return CpuCopyStream(self._readers, lambda block: block.run())
 
     def allocate(self, nbytes: int, purpose: str) -> HostBuffer:
         """Allocate memory for the whole run and enter it in the ledger."""

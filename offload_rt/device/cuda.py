@@ -59,7 +59,7 @@ class TorchStream:
         self.stream.wait_event(event.event)
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        """Enqueue a copy from the host to the device."""
+        """Enqueue a copy between host and device."""
         with torch.cuda.stream(self.stream):
             dst.copy_(src, non_blocking=True)
 
@@ -95,6 +95,10 @@ class TorchDriver:
         return TorchStream(torch.cuda.current_stream(device)), TorchStream(
             torch.cuda.Stream(device)
         )
+
+    def stream(self, device: torch.device) -> TorchStream:
+        """Return one more new stream."""
+        return TorchStream(torch.cuda.Stream(device))
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Return [nbytes] uint8 of device memory."""
@@ -173,10 +177,14 @@ class CudaDevice:
             raise DeviceError(f"--device {self.name} cannot be used: {reason}")
         self.torch_device = torch.device(self.name)
         compute, copy = self._driver.open(self.torch_device)
-        self._pinned = PinnedMemory(self._driver)
+        self._pinned, self._readers = PinnedMemory(self._driver), readers
         self.compute = CudaComputeStream(compute)
         self.load = self.copy = CudaCopyStream(copy, self._pinned, readers)
         self._ledger: dict[str, int] = {}
+
+    def new_copy_stream(self) -> CudaCopyStream:
+        """Open another stream for copies both ways."""
+        return CudaCopyStream(self._driver.stream(self.torch_device), self._pinned, self._readers)
 
     def allocate(self, nbytes: int, purpose: str) -> CudaBuffer:
         """Allocate device memory for the whole run and enter it in the ledger."""

@@ -32,7 +32,7 @@ class DriverStream(Protocol):
         """Order all later work after `event`."""
 
     def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
-        """Enqueue a copy from host memory [n] to device memory [n]; both live until it is done."""
+        """Enqueue a copy of [n] bytes between host and device; both live until it is done."""
 
     def synchronize(self) -> None:
         """Block the host until all work enqueued so far is done."""
@@ -46,6 +46,9 @@ class Driver(Protocol):
 
     def open(self, device: torch.device) -> tuple[DriverStream, DriverStream]:
         """Return the current stream and a new one, and restart the count of peak memory."""
+
+    def stream(self, device: torch.device) -> DriverStream:
+        """Return one more new stream."""
 
     def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
         """Return [nbytes] uint8 of device memory, or raise torch.OutOfMemoryError."""

@@ -47,8 +47,12 @@ class PinnedMemory:
         )
 
     def holds(self, tensor: torch.Tensor) -> bool:
-        """Whether the memory of a whole buffer is pinned."""
-        return tensor.data_ptr() in self._held
+        """Whether the memory of a buffer, or of a part of one, is pinned."""
+        address = tensor.data_ptr()
+        if address in self._held:
+            return True
+        ends = ((start, start + held.nbytes) for start, held in self._held.items())
+        return any(start <= address < end for start, end in ends)
 
     def release(self) -> None:
         """Unregister everything."""

@@ -56,6 +56,10 @@ class SimStream:
         self._busy_s += seconds
         self._bytes_copied += src.nbytes
 
+    def store(self, dst: SimBuffer, src: SimBuffer) -> None:
+        """Enqueue a copy back to a home; it costs what a copy of `src` costs."""
+        self.copy(dst, src)
+
     def kernel(
         self, *, reads: Sequence[SimBuffer], writes: Sequence[SimBuffer], seconds: float
     ) -> None:

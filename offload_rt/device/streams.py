@@ -20,6 +20,7 @@ from offload_rt.device.base import (
     DeviceBuffer,
     Event,
     HomeSource,
+    HomeTarget,
 )
 from offload_rt.device.cpu import HostBuffer, LinkMeter
 from offload_rt.device.driver import DriverEvent, DriverStream
@@ -146,6 +147,12 @@ class CudaCopyStream:
                 target = dst.tensor[piece.offset : piece.offset + piece.image_bytes]
                 self._queue.prepare(partial(self._stage, piece, target))
         self._queue.act(src.check)
+
+    def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
+        """Copy device memory into the host memory of a home, in its turn in the driver's queue."""
+        image = dst.image
+        assert image is not None  # the planner keeps no file home for a GPU
+        self._queue.act(partial(self._copy_pinned, image.tensor, src))
 
     def record(self) -> CudaEvent:
         """Return an event behind all copies asked for so far."""

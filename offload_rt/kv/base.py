@@ -47,6 +47,19 @@ class KVShape:
         return self.heads * (self.key_dim + self.value_dim)
 
 
+@dataclass(frozen=True, slots=True)
+class PendingTree:
+    """Which pending rows the newest S rows may look at, when they are not simply in a row.
+
+    Attributes:
+        visible: [S, P] bool over all P pending rows, the S newest last; a row sees itself.
+        positions: [P] int64, the place in the sequence each pending row stands for.
+    """
+
+    visible: torch.Tensor
+    positions: torch.Tensor
+
+
 class KVCache(Protocol):
     """Keys and values of one sequence, all layers."""
 
@@ -70,13 +83,20 @@ class KVCache(Protocol):
             CapacityError: there is no room; nothing was written.
         """
 
-    def attend(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+    ) -> torch.Tensor:
         """Attend from the last S rows appended to `layer` to all rows before and among them.
 
         Args:
             layer: layer index.
             query: [H, S, D].
             spec: how the layer attends.
+            tree: which pending rows each of them sees; None: all before it, and itself.
 
         Returns:
             [S, H, D].

@@ -6,7 +6,7 @@ import torch
 
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
 from offload_rt.model.attention import attend_rows
 
 
@@ -56,10 +56,18 @@ class ResidentKV:
         self._values[layer][:, start:stop] = value
         self._pending[layer] = stop - self._length
 
-    def attend(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+    ) -> torch.Tensor:
         """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
         stop = self._length + self._pending[layer]
-        return attend_rows(query, self._keys[layer][:, :stop], self._values[layer][:, :stop], spec)
+        return attend_rows(
+            query, self._keys[layer][:, :stop], self._values[layer][:, :stop], spec, tree
+        )
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows, in this order; forget the rest."""

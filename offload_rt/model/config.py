@@ -80,6 +80,11 @@ class ModelConfig:
     sliding_window: int | None
     raw: Mapping[str, object] = field(repr=False)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether its MLPs are mixtures of experts."""
+        return any(isinstance(self.raw.get(name), int) for name in _NUMBERS["experts"][0])
+
 
 def load_model_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a model folder.

@@ -24,7 +24,7 @@ FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {name: code for code, name in FLOATS.items()}
 
 # Tensors old checkpoints carry although the network computes them itself.
-_COMPUTED = re.compile(r"(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
 # Since transformers 5 some modules have other names than in the files: Mixtral, GPT-NeoX.
 _RENAMED = (("block_sparse_moe.", "mlp."), ("embed_out.", "lm_head."))
 _EXPERT = re.compile(

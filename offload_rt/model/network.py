@@ -10,6 +10,8 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 """
 
 import logging
+import re
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -28,16 +30,26 @@ from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.model.attention import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
+    MaskKind,
     PassContext,
     Segment,
     attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
+from offload_rt.model.packed import can_pack, pack_linears
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
 PROBE_TOKENS = 3
+_MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
+_MASK_KINDS = {
+    "create_causal_mask": MaskKind.CAUSAL,
+    "create_sliding_window_causal_mask": MaskKind.SLIDING,
+}
+_MASK_OPTIONS = frozenset(
+    {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
+)
 
 
 class Weights(Protocol):
@@ -77,6 +89,7 @@ class Network:
         base: the image of what is in no layer (embedding, final norm, head).
         kv_shapes: cache sizes of each layer.
         dtype: number format of the computation.
+        poll: called before each layer and chunk of a pass; may raise to end the pass there.
 
     Raises:
         CheckpointError: transformers does not know the family, the family cannot be streamed, or
@@ -89,6 +102,7 @@ class Network:
         self._model = _build(checkpoint, self.dtype)
         prefix, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._layers = layers
+        self.poll: Callable[[], None] = lambda: None
         self.layouts = tuple(
             plan_layout(extents, f"{prefix}.{i}.", name, packing)
             for i, extents in enumerate(checkpoint.layers)
@@ -99,13 +113,29 @@ class Network:
         self._holes = [_holes(layer, self.layouts[i]) for i, layer in enumerate(layers)]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
+    def keep(self, index: int, image: DeviceBuffer) -> None:
+        """Let a layer have its weights for good; if the network `packs`, as reordered copies.
+
+        Then nothing refers to `image` any more.
+        """
+        for hole, tensor in _bind(self._holes[index], self.layouts[index].placements, image):
+            hole.fill(tensor)
+        if self.packs:
+            pack_linears(self._layers[index])
+            self._holes[index] = []
+
+    @property
+    def packs(self) -> bool:
+        """Whether kept weights are reordered copies."""
+        return can_pack(self.dtype, torch.device("cpu"))
+
     def attach(
-        self, weights: Weights, base: DeviceBuffer, device: torch.device, chunk_tokens: int
+        self, weights: Weights | None, base: DeviceBuffer, device: torch.device, chunk_tokens: int
     ) -> None:
         """Connect the network to its memory.
 
         Args:
-            weights: lends the image of each layer.
+            weights: lends the image of each layer; None if the layers have theirs (`keep`).
             base: holds the image of `self.base`.
             device: where passes run.
             chunk_tokens: rows that go through a layer at once.
@@ -146,7 +176,7 @@ class Network:
         forward: Callable[..., torch.Tensor],
         hidden: torch.Tensor,
         *,
-        weights: Weights,
+        weights: Weights | None,
         chunk_tokens: int,
         **options: object,
     ) -> torch.Tensor:
@@ -154,10 +184,12 @@ class Network:
         context = options[CONTEXT_KEYWORD]
         assert isinstance(context, PassContext)
         rows = hidden.shape[1]
-        with weights.weights(index) as image, self._bound(index, image):
+        self.poll()
+        with self._lent(index, weights):
             if rows <= chunk_tokens:
                 return forward(hidden, **options)
             for start in range(0, rows, chunk_tokens):
+                self.poll()
                 context.rows = range(start, min(start + chunk_tokens, rows))
                 cut = partial(_rows_of, rows=rows, part=slice(start, context.rows.stop))
                 # A chunk depends on nothing after it, so its result may replace its input.
@@ -165,6 +197,15 @@ class Network:
                 part.copy_(forward(part, **tree_map(cut, options)))
             context.rows = range(rows)
             return hidden
+
+    @contextmanager
+    def _lent(self, index: int, weights: Weights | None) -> Iterator[None]:
+        """Have the weights of a layer in its modules."""
+        if weights is None:
+            yield
+            return
+        with weights.weights(index) as image, self._bound(index, image):
+            yield
 
     @contextmanager
     def _bound(self, index: int, image: DeviceBuffer) -> Iterator[None]:
@@ -212,7 +253,7 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION_NAME
             )
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"{checkpoint.folder.name}: transformers cannot build a {model_type!r} model that "
@@ -334,11 +375,14 @@ class _ProbeCache:
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Note the shapes of key [K, S, D] and value [K, S, D]."""
+        if layer in self.shapes:
+            raise CheckpointError(f"layer {layer} attends more than once")
         shape = KVShape(heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
-        if self.shapes.setdefault(layer, shape) != shape:
-            raise CheckpointError(f"layer {layer} attends twice, with caches of different shapes")
+        self.shapes[layer] = shape
 
-    def attend(self, layer: int, query: torch.Tensor, spec: object) -> torch.Tensor:
+    def attend(
+        self, layer: int, query: torch.Tensor, spec: object, tree: object = None
+    ) -> torch.Tensor:
         """Return something of the right shape: query [H, S, D] gives [S, H, D_v]."""
         heads, rows, _ = query.shape
         return query.new_empty(rows, heads, self.shapes[layer].value_dim)
@@ -391,7 +435,7 @@ def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
     if experts is not None:  # the default's kernel has no shape-only form for every number format
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _marked_masks(model):
             output = model(
                 input_ids=ids,
                 position_ids=ids,
@@ -399,7 +443,9 @@ def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
                 logits_to_keep=ids[0, :1],
                 **{CONTEXT_KEYWORD: context},
             )
-    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+    except CheckpointError:
+        raise
+    except Exception as error:
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
             f"their forward pass does not run on shapes alone ({reason})"
@@ -411,6 +457,31 @@ def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
             module._buffers.update(saved)
     logits: torch.Tensor = output.logits
     return logits
+
+
+@contextmanager
+def _marked_masks(model: torch.nn.Module) -> Iterator[None]:
+    """Have HF's mask functions tell which mask they would have made.
+
+    With no mask function registered under our name they return None, and a window, chunk or
+    direction that a family applies by its mask alone would be lost without a word.
+    """
+    module = sys.modules[type(model).__module__]
+    saved = {name: made for name, made in vars(module).items() if _MASK_FUNCTION.fullmatch(name)}
+    for name in saved:
+        setattr(module, name, partial(_mark, name))
+    try:
+        yield
+    finally:
+        for name, made in saved.items():
+            setattr(module, name, made)
+
+
+def _mark(name: str, *args: object, **options: object) -> MaskKind:
+    extra = sorted(k for k, v in options.items() if v is not None and k not in _MASK_OPTIONS)
+    if name not in _MASK_KINDS or args[6:] or extra:
+        raise CheckpointError(f"they attend by {name}({', '.join(extra)})")
+    return _MASK_KINDS[name]
 
 
 def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:

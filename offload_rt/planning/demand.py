@@ -1,8 +1,10 @@
 """How much device memory a run needs, from headers and configuration alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.device.base import STAGING_BYTES
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.layout import FLOATS, Packing, compute_dtype, plan_layout
@@ -12,6 +14,8 @@ from offload_rt.planning.placement import Demand
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
+EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
+DRAW_ROWS = 16  # rows of probabilities at once, see speculative/verifier.py
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,33 +35,89 @@ class PassShape:
     longest: int
 
 
+@dataclass(frozen=True, slots=True)
+class Drafting:
+    """Who drafts.
+
+    Attributes:
+        config: how much.
+        checkpoint: headers of the draft model, if one drafts.
+    """
+
+    config: DraftConfig = DraftConfig()
+    checkpoint: Checkpoint | None = None
+
+
+NO_DRAFTING = Drafting()
+
+
 def demand_of(
     checkpoint: Checkpoint,
-    *,
-    dtype: str,
+    runtime: RuntimeConfig,
     packing: Packing,
+    *,
     capacities: Sequence[int],
     shape: PassShape,
+    drafting: Drafting = NO_DRAFTING,
 ) -> Demand:
     """Size everything a run keeps on the device.
 
     Args:
         checkpoint: headers of the model.
-        dtype: `auto` or torch's name of the number format of the computation.
+        runtime: number format, reads in flight.
         packing: how layer images are laid out.
         capacities: KV rows of each sequence.
         shape: the largest pass.
+        drafting: who drafts.
     """
-    config = checkpoint.config
+    config, dtype = checkpoint.config, runtime.dtype
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
-    number_bytes = DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
+    number_bytes = number_bytes_of(checkpoint, dtype)
     layers = [plan_layout(layer, "", name, packing).nbytes for layer in checkpoint.layers]
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=plan_layout(checkpoint.others, "", name, packing).nbytes,
-        kv_bytes=kv_bytes_per_token(config, number_bytes) * sum(capacities),
-        workspace_bytes=workspace_bytes(config, number_bytes, shape),
+        kv_bytes=kv_bytes_per_token(config, number_bytes)
+        * sum(capacity + drafting.config.nodes for capacity in capacities),
+        workspace_bytes=workspace_bytes(config, number_bytes, shape)
+        + staging_bytes(checkpoint, name, packing, runtime.readers)
+        + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
+        drafter_bytes=drafter_bytes(drafting, packing, capacities, shape),
     )
+
+
+def staging_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing, readers: int) -> int:
+    """What readers on a CPU read through when bytes cannot land in place; a GPU's is pinned."""
+    if packing is Packing.DEVICE:
+        return 0
+    groups = (*checkpoint.layers, checkpoint.others)
+    runs = (run for group in groups for run in plan_layout(group, "", dtype, packing).runs)
+    return 0 if all(run.in_place for run in runs) else 2 * readers * STAGING_BYTES
+
+
+def drafter_bytes(
+    drafting: Drafting, packing: Packing, capacities: Sequence[int], shape: PassShape
+) -> int:
+    """What a draft model takes: weights, a cache per sequence, and the workspace of its passes."""
+    checkpoint, config = drafting.checkpoint, drafting.config
+    if checkpoint is None:
+        return 0
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    number_bytes = number_bytes_of(checkpoint, "auto")
+    groups = (*checkpoint.layers, checkpoint.others)
+    weights = [plan_layout(group, "", name, packing).nbytes for group in groups]
+    rows = sum(capacity + config.scratch_rows for capacity in capacities)
+    passes = replace(shape, logit_rows=config.tree_breadth)
+    # A layer is read into memory of its own before its reordered copy is made.
+    kv = kv_bytes_per_token(checkpoint.config, number_bytes)
+    workspace = workspace_bytes(checkpoint.config, number_bytes, passes)
+    return sum(weights) + max(weights[:-1]) + rows * kv + workspace
+
+
+def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of a number in the format the model computes in."""
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    return DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
 
 
 def kv_bytes_per_token(config: ModelConfig, number_bytes: int) -> int:
@@ -71,8 +131,8 @@ def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) ->
     All rows: the hidden state twice (a layer's input and what replaces it), a normalised copy and
     the rotary tables. One chunk: fp32 copies of the norm, query, key, value and their rotated
     copies, the MLP's three products and a packed copy of its largest weight, the attention mask as
-    bool and as numbers, and a block of scores. Read rows: logits, and for sampling their fp32
-    copies, an fp64 sum and a sort order.
+    bool (with copies while it is made) and as numbers, and blocks of scores. Read rows: logits, and
+    for sampling their fp32 copies, an fp64 sum and a sort order.
     """
     chunk = min(shape.chunk_rows, shape.rows)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -81,8 +141,9 @@ def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) ->
         8 * config.hidden_size + (2 * heads + 4 * config.intermediate_size) * number_bytes
     )
     packed_weight = config.intermediate_size * config.hidden_size * number_bytes if chunk > 1 else 0
-    mask = chunk * shape.longest * (1 + number_bytes) if chunk > 1 else 0
-    logits = shape.logit_rows * config.vocab_size * (number_bytes + 32)
+    mask = chunk * shape.longest * (3 + number_bytes) if chunk > 1 else 0
+    drawn_rows = min(shape.logit_rows, DRAW_ROWS)
+    logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn_rows * 32)
     return (
         RUNTIME_BYTES
         + shape.rows * per_row

@@ -4,10 +4,11 @@ One function, `place`, that a searching planner can replace: as many resident la
 allows, spread evenly between the streamed ones so that the link never idles while they compute.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind
 from offload_rt.errors import ConfigError, PlanError
+from offload_rt.planning.kv import KVPlan
 from offload_rt.units import format_size
 
 MIN_SLOTS, MAX_AUTO_SLOTS = 2, 4
@@ -22,17 +23,21 @@ class Demand:
         base_bytes: what is in no layer: embedding, final norm, head.
         kv_bytes: KV caches of all sequences.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
+        drafter_bytes: a draft model with its caches.
+        kv: how the caches are kept outside the device; None keeps them there.
     """
 
     layer_bytes: tuple[int, ...]
     base_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    drafter_bytes: int = 0
+    kv: KVPlan | None = None
 
     @property
     def fixed_bytes(self) -> int:
         """What is there whatever the placement."""
-        return self.base_bytes + self.kv_bytes + self.workspace_bytes
+        return self.base_bytes + self.kv_bytes + self.workspace_bytes + self.drafter_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +95,14 @@ def place(
     candidates = _candidates(demand, device_limit_bytes, slots, resident_layers)
     for placement in candidates:
         if placement.device_bytes <= device_limit_bytes:
+            if slots is not None and slots > len(placement.streamed):
+                raise ConfigError(
+                    f"--slots is {slots}, but {len(placement.streamed)} layers are streamed: "
+                    "lower it or leave it out"
+                )
             return _with_spare_slots(placement, slots)
-    raise PlanError(_why_not(_smallest(candidates), demand))
+    smallest = _smallest(candidates)
+    raise PlanError(_why_not(smallest, demand), smallest.device_bytes)
 
 
 def smallest_bytes(
@@ -140,14 +151,7 @@ def _with_spare_slots(placement: Placement, slots: int | None) -> Placement:
         return placement
     spare = (placement.device_limit_bytes - placement.device_bytes) // placement.slot_bytes
     ring = min(placement.slots + spare, MAX_AUTO_SLOTS, len(placement.streamed))
-    return Placement(
-        resident=placement.resident,
-        streamed=placement.streamed,
-        slots=max(placement.slots, ring),
-        slot_bytes=placement.slot_bytes,
-        demand=placement.demand,
-        device_limit_bytes=placement.device_limit_bytes,
-    )
+    return replace(placement, slots=max(placement.slots, ring))
 
 
 def _why_not(smallest: Placement, demand: Demand) -> str:
@@ -155,6 +159,7 @@ def _why_not(smallest: Placement, demand: Demand) -> str:
         "embedding and head": demand.base_bytes,
         "KV cache": demand.kv_bytes,
         "workspace": demand.workspace_bytes,
+        "draft model": demand.drafter_bytes,
         f"{len(smallest.resident)} resident layers": smallest.resident_bytes,
         f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
     }

@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import HomeKind, RuntimeConfig
+from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing, compute_dtype, plan_layout
-from offload_rt.planning.demand import PassShape, demand_of
-from offload_rt.planning.placement import Placement, place
+from offload_rt.planning.demand import (
+    NO_DRAFTING,
+    Drafting,
+    PassShape,
+    demand_of,
+    kv_bytes_per_token,
+    number_bytes_of,
+)
+from offload_rt.planning.kv import KVPlan, kv_places, plan_kv
+from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.units import format_size
 
 FREE_SHARE = 0.85  # of free memory, when no limit is given: the rest is left to others
@@ -22,13 +30,27 @@ class FreeMemory:
     host_bytes: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunLoad:
+    """What a run must be able to do.
+
+    Attributes:
+        capacities: tokens of each sequence that runs at once, answer included.
+        prompt_tokens: tokens of the largest prompt pass, all sequences together.
+        drafting: who drafts.
+    """
+
+    capacities: Sequence[int]
+    prompt_tokens: int
+    drafting: Drafting = NO_DRAFTING
+
+
 def place_run(
     checkpoint: Checkpoint,
     config: RuntimeConfig,
     packing: Packing,
     *,
-    capacities: Sequence[int],
-    prompt_tokens: int,
+    load: RunLoad,
     free: FreeMemory,
 ) -> Placement:
     """Decide what lives where for a run of this shape.
@@ -37,32 +59,109 @@ def place_run(
         checkpoint: headers of the model.
         config: limits and choices of the user.
         packing: how layer images are laid out on the device.
-        capacities: KV rows to set aside, one number per sequence that runs at once.
-        prompt_tokens: tokens of the largest prompt pass, all sequences together.
+        load: what the run must be able to do.
         free: memory that is free now.
 
     Raises:
         ConfigError: an option does not go with the home of the streamed layers.
         PlanError: it does not fit the device limit, or its home the host limit.
     """
+    checked_rows = len(load.capacities) * (1 + load.drafting.config.nodes)
     shape = PassShape(
-        rows=max(prompt_tokens, len(capacities)),
+        rows=max(load.prompt_tokens, checked_rows),
         chunk_rows=config.prefill_chunk_tokens,
-        logit_rows=len(capacities),
-        longest=max(capacities),
+        logit_rows=checked_rows,
+        longest=max(load.capacities),
     )
     demand = demand_of(
-        checkpoint, dtype=config.dtype, packing=packing, capacities=capacities, shape=shape
+        checkpoint,
+        config,
+        packing,
+        capacities=load.capacities,
+        shape=shape,
+        drafting=load.drafting,
     )
     limit = config.device_limit_bytes or int(free.device_bytes * FREE_SHARE)
-    placement = place(demand, limit, slots=config.slots, resident_layers=config.resident_layers)
+    kv_plans = [
+        _plan_kv(kv, checkpoint, config, packing, load) for kv in kv_places(config, packing)
+    ]
+    placement = _place_with_kv(demand, limit, config, kv_plans)
+    _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
-    home = choose_home(config.home, packing, placement, host_limit)
+    kv_host_bytes = _kv_host_bytes(placement, host_limit)
+    home = choose_home(config.home, packing, placement, host_limit - kv_host_bytes)
     on_gpu = packing is Packing.DEVICE  # there the limit may be why the home is the disk
     unused = config.home is HomeKind.DISK or (home is HomeKind.DISK and not on_gpu)
-    if unused and config.host_limit_bytes is not None:
+    if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory) -> None:
+    """Refuse options that would do nothing, and limits the machine cannot keep."""
+    if not placement.streamed:
+        for flag, value in (("--link-bandwidth", config.link_bytes_per_s), ("--home", config.home)):
+            if value is not None and value != HomeKind.AUTO:
+                raise ConfigError(
+                    f"{flag} has no effect, all layers fit on the device: lower --device-memory or "
+                    "--resident-layers"
+                )
+    if placement.device_bytes > free.device_bytes:
+        raise PlanError(
+            f"needs {format_size(placement.device_bytes)} of device memory, "
+            f"{format_size(free.device_bytes)} are free: use --device-memory "
+            f"{free.device_bytes // 2**20}MiB or less, or end other programs"
+        )
+
+
+def _plan_kv(
+    kv: KVPlace,
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    packing: Packing,
+    load: RunLoad,
+) -> KVPlan | None:
+    model, nodes = checkpoint.config, load.drafting.config.nodes
+    per_token = kv_bytes_per_token(model, number_bytes_of(checkpoint, config.dtype))
+    return plan_kv(
+        kv,
+        config,
+        packing,
+        row_bytes=[per_token // model.num_layers] * model.num_layers,
+        capacities=[capacity + nodes for capacity in load.capacities],
+        scratch_tokens=1 + nodes,
+    )
+
+
+def _place_with_kv(
+    demand: Demand, limit: int, config: RuntimeConfig, kv_plans: Sequence[KVPlan | None]
+) -> Placement:
+    """Take the first place for KV with which it fits; else the refusal that asks for least."""
+    refusals = []
+    for kv in kv_plans:
+        if kv is not None:
+            demand = replace(demand, kv_bytes=kv.device_bytes, kv=kv)
+        try:
+            return place(demand, limit, slots=config.slots, resident_layers=config.resident_layers)
+        except PlanError as refusal:
+            refusals.append(refusal)
+    raise min(refusals, key=lambda refusal: refusal.needed_bytes)
+
+
+def _kv_host_bytes(placement: Placement, host_limit: int) -> int:
+    """Host memory KV takes as its home.
+
+    Raises:
+        PlanError: it is more than the limit.
+    """
+    kv = placement.demand.kv
+    host_bytes = 0 if kv is None else kv.host_bytes
+    if host_bytes > host_limit:
+        raise PlanError(
+            f"the KV cache needs {format_size(host_bytes)} of host memory, the limit is "
+            f"{format_size(host_limit)}: raise --host-memory or lower --context"
+        )
+    return host_bytes
 
 
 def bytes_per_pass(

@@ -1,0 +1,279 @@
+"""Answers in the making: draft, verify with one pass over the target, commit.
+
+    run = engine.start(prompts, sampling, generation)
+    run.prefill()
+    while run.active:
+        run.step()
+
+Plain decoding is the same loop with an empty draft. Each call returns the tokens it emitted;
+whoever reads them may end a sequence (`finish`), as a stop string does.
+"""
+
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import torch
+
+from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.report import (
+    Counters,
+    RunReport,
+    Speculation,
+    Timings,
+    Transfer,
+    overlap_ratio,
+)
+from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.speculative.verifier import draw, walk
+
+if TYPE_CHECKING:
+    from offload_rt.engine import Engine
+
+_log = logging.getLogger(__name__)
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+
+
+@dataclass(slots=True)
+class SequenceState:
+    """One sequence of a run.
+
+    Attributes:
+        index: its place among the prompts, and the cache it uses.
+        ids: prompt and emitted tokens.
+        prompt_tokens: how many of them are the prompt's.
+        max_tokens: emitted tokens at which it ends.
+        generator: its own source of randomness.
+        drafter: who drafts for it; None decodes token by token.
+        finish_reason: None while it is active.
+    """
+
+    index: int
+    ids: list[int]
+    prompt_tokens: int
+    max_tokens: int
+    generator: torch.Generator
+    drafter: Drafter | None = None
+    finish_reason: FinishReason | None = None
+
+    @property
+    def emitted(self) -> list[int]:
+        """Tokens generated so far."""
+        return self.ids[self.prompt_tokens :]
+
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still emit."""
+        return self.max_tokens - (len(self.ids) - self.prompt_tokens)
+
+    def finish(self, reason: FinishReason) -> None:
+        """End the sequence; it takes part in no further pass."""
+        self.finish_reason = self.finish_reason or reason
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """Tokens one sequence gained in a pass."""
+
+    sequence: SequenceState
+    token_ids: list[int]
+
+
+@dataclass(slots=True)
+class DraftCounts:
+    """How drafting went so far.
+
+    Attributes:
+        drafted: nodes proposed.
+        accepted: nodes kept.
+        reached: per depth, drafts that had a node there whose ancestors all stood.
+        stood: per depth, drafts of which a node stood there.
+        draft_s: time spent proposing.
+    """
+
+    drafted: int = 0
+    accepted: int = 0
+    reached: list[int] = field(default_factory=list)
+    stood: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+
+    def add(self, draft: Draft, verdict: Verdict) -> None:
+        """Count one draft."""
+        self.drafted += len(draft.tree)
+        self.accepted += len(verdict.path)
+        depth = min(len(verdict.path) + 1, max(draft.tree.depths, default=0))
+        while len(self.reached) < depth:
+            self.reached.append(0)
+            self.stood.append(0)
+        for level in range(depth):
+            self.reached[level] += 1
+            self.stood[level] += level < len(verdict.path)
+
+
+@dataclass(slots=True)
+class Run:
+    """Answers in the making.
+
+    Attributes:
+        accept: when a drafted token stands.
+        drafter: what the report calls whoever drafts.
+        passes: target passes so far, the prompt's included.
+    """
+
+    engine: "Engine"
+    sequences: list[SequenceState]
+    sampling: SamplingConfig
+    end_tokens: frozenset[int]
+    accept: AcceptRule
+    drafter: str
+    passes: int = 0
+    counts: DraftCounts = field(default_factory=DraftCounts)
+    _marks: list[Counters] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._marks = [self.engine.counters()]
+
+    @property
+    def active(self) -> list[SequenceState]:
+        """Sequences that have not ended."""
+        return [s for s in self.sequences if s.finish_reason is None]
+
+    def prefill(self) -> list[Emitted]:
+        """Take the prompts through the model in one pass and emit the first tokens."""
+        self._marks = [self.engine.counters()]
+        logits = self.engine.forward([(s.index, s.ids) for s in self.sequences], reuse=True)
+        rows = list(logits.split(1))
+        drafts = [Draft()] * len(rows)
+        verdicts = self._verify(self.sequences, drafts, rows)
+        return self._emit(self.sequences, [[verdict.token] for verdict in verdicts])
+
+    def step(self) -> list[Emitted]:
+        """Draft for all active sequences, check the drafts in one pass, emit what stands."""
+        active = self.active
+        drafts = [self._propose(sequence) for sequence in active]
+        logits = self.engine.check(
+            [(s.index, s.ids[-1], draft.tree) for s, draft in zip(active, drafts, strict=True)]
+        )
+        verdicts = self._verify(active, drafts, logits)
+        emitted = []
+        for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
+            path = [draft.tree.tokens[node] for node in verdict.path]
+            keep = [0, *(node + 1 for node in verdict.path)]
+            self.engine.commit(sequence.index, [sequence.ids[-1], *path], keep)
+            self.counts.add(draft, verdict)
+            if sequence.drafter is not None:
+                sequence.drafter.observe(draft, verdict)
+            emitted.append([*path, verdict.token])
+        return self._emit(active, emitted)
+
+    def _propose(self, sequence: SequenceState) -> Draft:
+        """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
+        if sequence.drafter is None or sequence.remaining <= 1:
+            return Draft()
+        start = time.perf_counter()
+        try:
+            return sequence.drafter.propose(sequence.ids, sequence.remaining - 1)
+        except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
+            name, sequence.drafter = sequence.drafter.name, None
+            _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)
+            return Draft()
+        finally:
+            self.counts.draft_s += time.perf_counter() - start
+
+    def _verify(
+        self,
+        sequences: Sequence[SequenceState],
+        drafts: Sequence[Draft],
+        logits: Sequence[torch.Tensor],
+    ) -> list[Verdict]:
+        """Decide about all drafts with one host sync."""
+        drawn = [
+            draw(draft, rows, self.sampling, self.accept, sequence.generator)
+            for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
+        ]
+        numbers = self.engine.device.download(torch.cat(drawn))  # host sync
+        self.passes += 1
+        self._marks.append(self.engine.counters())
+        verdicts = []
+        for draft, part in zip(drafts, drawn, strict=True):
+            own, numbers = numbers[: part.numel()], numbers[part.numel() :]
+            verdicts.append(walk(draft, own, self.sampling, self.accept))
+        return verdicts
+
+    def _emit(
+        self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]]
+    ) -> list[Emitted]:
+        """Append tokens to their sequences, up to whatever ends them."""
+        emitted = []
+        for sequence, new in zip(sequences, tokens, strict=True):
+            gained: list[int] = []
+            for token in new:
+                gained.append(token)
+                if token in self.end_tokens:
+                    sequence.finish(FinishReason.STOP)
+                elif len(gained) >= sequence.remaining:
+                    sequence.finish(FinishReason.LENGTH)
+                if sequence.finish_reason is not None:
+                    break
+            sequence.ids += gained
+            emitted.append(Emitted(sequence, gained))
+        return emitted
+
+    def report(self) -> RunReport:
+        """What the run measured so far."""
+        start = self._marks[0]
+        first = self._marks[1] if self.passes else self.engine.counters()  # cut off in the prompt
+        last = self._marks[-1] if self.passes else first
+        whole, prefill, decode = last.since(start), first.since(start), last.since(first)
+        later = max(0, sum(len(s.emitted) for s in self.sequences) - len(self.sequences))
+        passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
+        moved = passes * self.engine.bytes_per_pass
+        return RunReport(
+            timings=Timings(
+                load_s=self.engine.load_s,
+                ttft_s=prefill.at_s if self.passes else None,
+                decode_s=decode.at_s,
+                s_per_token=decode.at_s / later if later > 0 else None,
+                tokens_per_s=later / decode.at_s if later > 0 else None,
+            ),
+            speculation=self._speculation(),
+            transfer=Transfer(
+                bytes_total=whole.bytes_copied,
+                bytes_per_pass=self.engine.bytes_per_pass,
+                achieved_bytes_per_s=moved / timed.at_s if timed.at_s else 0.0,
+                link_bytes_per_s=whole.bytes_copied / whole.busy_s if whole.busy_s else 0.0,
+                stall_s=whole.stalled_s,
+                overlap_ratio=overlap_ratio(whole),
+            ),
+            memory=self.engine.memory(),
+        )
+
+    def _speculation(self) -> Speculation:
+        counts = self.counts
+        emitted = sum(len(s.emitted) for s in self.sequences)
+        rule = self.accept
+        if self.sampling.greedy and rule is AcceptRule.LOSSLESS:
+            rule = AcceptRule.GREEDY
+        return Speculation(
+            drafter=self.drafter,
+            accept_rule=rule,
+            passes=self.passes,
+            drafted=counts.drafted,
+            accepted=counts.accepted,
+            acceptance_rate=counts.accepted / counts.drafted if counts.drafted else None,
+            tokens_per_pass=emitted / self.passes if self.passes else 0.0,
+            acceptance_per_depth=[
+                stood / reached for stood, reached in zip(counts.stood, counts.reached, strict=True)
+            ],
+            draft_s=counts.draft_s,
+        )

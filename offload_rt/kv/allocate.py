@@ -1,0 +1,53 @@
+"""Make the caches of a run as they were planned."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from offload_rt.config import KVPlace
+from offload_rt.device.base import Device
+from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.kv.home import FileHome, RamHome
+from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
+from offload_rt.kv.resident import ResidentKV
+from offload_rt.planning.kv import KVPlan
+
+
+def allocate_caches(
+    device: Device,
+    shapes: Sequence[KVShape],
+    dtype: torch.dtype,
+    *,
+    plan: KVPlan | Sequence[int],
+    folder: str | None,
+    undo: ExitStack,
+) -> list[KVCache]:
+    """Take memory, and a home if there is one, for every sequence.
+
+    Args:
+        device: where the memory is taken.
+        shapes: sizes per layer.
+        dtype: number format of keys and values.
+        plan: how they are kept outside the device, or KV rows of each sequence on it.
+        folder: where a file is made.
+        undo: gives back homes and copies, before the device is closed.
+
+    Raises:
+        PlanError: the disk has no room.
+        DeviceError: memory or a file cannot be had.
+    """
+    if not isinstance(plan, KVPlan):
+        return [ResidentKV(device, shapes, dtype, capacity) for capacity in plan]
+    plan = plan.of_rows([shape.numbers_per_token * dtype.itemsize for shape in shapes])
+    space = KVSpace(device, max(sizes.staging_bytes for sizes in plan.sizes))
+    undo.callback(space.close)
+    options = KVOptions(attend_on_host=plan.attend_on_host)
+    caches: list[KVCache] = []
+    for sizes in plan.sizes:
+        where = Path(folder) if folder is not None else None
+        home = FileHome(sizes, where) if plan.place is KVPlace.DISK else RamHome(device, sizes)
+        space.own(home)
+        caches.append(OffloadedKV(space, shapes, dtype, sizes, home, options))
+    return caches

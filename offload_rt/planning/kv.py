@@ -1,0 +1,214 @@
+"""Sizes of a KV cache whose committed rows live at a home outside the device. No torch here.
+
+The same record sizes the cache (`kv/offloaded.py`) and the plan, so that they cannot differ.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from offload_rt.config import KVPlace, RuntimeConfig
+from offload_rt.errors import ConfigError
+from offload_rt.model.layout import Packing
+
+PAGE_BYTES = 4096
+# Rows gather on the device and go home this many at a time: a write for each token would be a
+# small disk request per layer, and the ring would hold a stale last block after each step.
+WRITE_TOKENS = 32
+# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (streaming/files.py).
+# A pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks of
+# 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
+BLOCK_BYTES = 4 * 2**20
+MIN_BLOCK_TOKENS = 512
+KV_SLOTS = 4
+MIN_SCRATCH_TOKENS = 32
+# Rows on their way to a file pass through memory of this size, one per reader thread.
+WRITE_PIECE_BYTES = 2**20
+
+
+def block_tokens_for(row_bytes: int) -> int:
+    """Tokens of a block that is large enough for the link to be fast."""
+    return max(MIN_BLOCK_TOKENS, BLOCK_BYTES // row_bytes // MIN_BLOCK_TOKENS * MIN_BLOCK_TOKENS)
+
+
+def spread_layers(count: int, layers: int) -> frozenset[int]:
+    """`count` layers of `layers`, evenly between the others."""
+    return frozenset((2 * i + 1) * layers // (2 * count) for i in range(count))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVSizes:
+    """What one sequence's offloaded cache takes.
+
+    Attributes:
+        row_bytes: per layer, keys and values of one token.
+        capacity: tokens there is room for.
+        block_tokens: tokens that are copied at once.
+        slots: device buffers for blocks.
+        scratch_tokens: pending rows that stay on the device in every layer; more are a prompt.
+        resident: layers whose rows stay on the device.
+    """
+
+    row_bytes: tuple[int, ...]
+    capacity: int
+    block_tokens: int
+    slots: int = KV_SLOTS
+    scratch_tokens: int = 64
+    resident: frozenset[int] = frozenset()
+
+    @property
+    def offloaded(self) -> tuple[int, ...]:
+        """Layers whose rows live at the home."""
+        return tuple(i for i in range(len(self.row_bytes)) if i not in self.resident)
+
+    @property
+    def write_tokens(self) -> int:
+        """Rows that go home at once: whole pages in every layer, at most a block."""
+        pages = [PAGE_BYTES // math.gcd(PAGE_BYTES, self.row_bytes[i]) for i in self.offloaded]
+        unit = math.lcm(*pages)
+        return min(-(-WRITE_TOKENS // unit) * unit, self.block_tokens)
+
+    def home_rows(self, length: int) -> int:
+        """Rows at the home when `length` are committed; the others wait on the device."""
+        whole = length - length % self.block_tokens
+        rest = length - whole
+        return whole + rest - rest % self.write_tokens
+
+    @property
+    def recent_tokens(self) -> int:
+        """Rows per layer that stay on the device: those that wait for a write, and pending ones."""
+        return self.write_tokens + self.scratch_tokens
+
+    def block_stride(self, layer: int) -> int:
+        """Bytes from one block of a layer to the next at the home: whole pages."""
+        return -(-self.block_tokens * self.row_bytes[layer] // PAGE_BYTES) * PAGE_BYTES
+
+    def layer_home_bytes(self, layer: int) -> int:
+        """Bytes a layer takes at the home."""
+        return -(-self.capacity // self.block_tokens) * self.block_stride(layer)
+
+    @property
+    def home_bytes(self) -> int:
+        """Bytes at the home."""
+        return sum(self.layer_home_bytes(i) for i in self.offloaded)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one device block."""
+        return max((self.block_stride(i) for i in self.offloaded), default=0)
+
+    @property
+    def recent_bytes(self) -> int:
+        """Bytes of the rows of offloaded layers that stay on the device."""
+        return self.recent_tokens * sum(self.row_bytes[i] for i in self.offloaded)
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of the layers that stay on the device."""
+        return self.capacity * sum(self.row_bytes[i] for i in self.resident)
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of this sequence: ring, recent rows, resident layers."""
+        return self.slots * self.slot_bytes + self.recent_bytes + self.resident_bytes
+
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory for all rows of one layer while a prompt goes through it."""
+        return self.capacity * max((self.row_bytes[i] for i in self.offloaded), default=0)
+
+
+def shared_kv_bytes(sizes: Sequence[KVSizes], *, writers: int) -> int:
+    """Device memory all sequences share.
+
+    Args:
+        sizes: of each sequence.
+        writers: threads that write to a file, each through memory of its own; 0 without a file.
+    """
+    return max((s.staging_bytes for s in sizes), default=0) + writers * WRITE_PIECE_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KVPlan:
+    """Where the keys and values of a run live, outside the device.
+
+    Attributes:
+        place: `host` or `disk`.
+        sizes: of each sequence.
+        writers: threads that write to the file; 0 without one.
+        attend_on_host: attend where they lie, copying nothing.
+    """
+
+    place: KVPlace
+    sizes: tuple[KVSizes, ...]
+    writers: int
+    attend_on_host: bool
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of all sequences."""
+        own = sum(sizes.device_bytes for sizes in self.sizes)
+        return own + shared_kv_bytes(self.sizes, writers=self.writers)
+
+    @property
+    def host_bytes(self) -> int:
+        """Host memory they take as home."""
+        return sum(s.home_bytes for s in self.sizes) if self.place is KVPlace.HOST else 0
+
+    def of_rows(self, row_bytes: Sequence[int]) -> "KVPlan":
+        """The same plan for rows of the sizes the network has, at most those planned."""
+        sizes = tuple(replace(s, row_bytes=tuple(row_bytes)) for s in self.sizes)
+        return replace(self, sizes=sizes)
+
+
+def kv_places(config: RuntimeConfig, packing: Packing) -> tuple[KVPlace, ...]:
+    """Places to try, best first.
+
+    Raises:
+        ConfigError: the device cannot read KV from there.
+    """
+    on_gpu = packing is Packing.DEVICE
+    if config.kv is KVPlace.DISK and on_gpu:
+        raise ConfigError("--kv disk is for --device cpu: use --kv host")
+    if config.kv is not KVPlace.AUTO:
+        return (config.kv,)
+    return KVPlace.DEVICE, KVPlace.HOST if on_gpu else KVPlace.DISK
+
+
+def plan_kv(
+    place: KVPlace,
+    config: RuntimeConfig,
+    packing: Packing,
+    *,
+    row_bytes: Sequence[int],
+    capacities: Sequence[int],
+    scratch_tokens: int,
+) -> KVPlan | None:
+    """Size offloaded caches; None if `place` is the device.
+
+    Args:
+        place: where committed rows live.
+        config: choices of the user.
+        packing: tells a GPU from a CPU.
+        row_bytes: keys and values of one token in each layer.
+        capacities: KV rows of each sequence.
+        scratch_tokens: rows a step may leave pending.
+    """
+    if place is KVPlace.DEVICE:
+        return None
+    # Host memory is the CPU's own, unless a link to it is emulated.
+    on_cpu = packing is not Packing.DEVICE
+    attend_on_host = on_cpu and place is KVPlace.HOST and config.link_bytes_per_s is None
+    block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes))
+    sizes = tuple(
+        KVSizes(
+            row_bytes=tuple(row_bytes),
+            capacity=capacity,
+            block_tokens=min(capacity, block_tokens),
+            slots=0 if attend_on_host else KV_SLOTS,
+            scratch_tokens=max(MIN_SCRATCH_TOKENS, scratch_tokens),
+        )
+        for capacity in capacities
+    )
+    writers = config.readers if place is KVPlace.DISK else 0
+    return KVPlan(place=place, sizes=sizes, writers=writers, attend_on_host=attend_on_host)

@@ -1,0 +1,1 @@
+"""Drafting and exact verification: more tokens for each pass over the target."""

@@ -1,0 +1,55 @@
+"""What a drafter owes the engine, and what it is told."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload_rt.speculative.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """Tokens proposed for one step.
+
+    Attributes:
+        tree: what is proposed.
+        probs: [N, V] the distribution each token was drawn from, after temperature and filters,
+            earlier siblings taken out; None when the tokens were not drawn but chosen.
+    """
+
+    tree: TokenTree = TokenTree()
+    probs: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What became of a draft.
+
+    Attributes:
+        path: accepted nodes, from the root down; may be empty.
+        token: the target's own next token after them.
+    """
+
+    path: tuple[int, ...]
+    token: int
+
+
+class Drafter(Protocol):
+    """Proposes tokens for one sequence."""
+
+    @property
+    def name(self) -> str:
+        """What the report calls it."""
+
+    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+        """Propose what may follow.
+
+        Args:
+            ids: the sequence so far; its last token is the root of the tree.
+            max_depth: deeper nodes cannot be of use.
+        """
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Learn what became of the last proposal."""

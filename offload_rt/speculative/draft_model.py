@@ -1,0 +1,268 @@
+"""A small model with the target's tokenizer drafts, as a chain or as a tree grown best first.
+
+The draft model stays on the device. Rows of a draft that were not accepted are forgotten by
+comparing token ids before the next draft, so there is no bookkeeping of what was kept.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.device.base import Device, DeviceBuffer
+from offload_rt.device.cpu import allocate_host
+from offload_rt.kv.base import PendingTree
+from offload_rt.kv.resident import ResidentKV
+from offload_rt.model.attention import Segment
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.model.network import Network, TokenBatch
+from offload_rt.sampling import sample, target_probs
+from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
+from offload_rt.streaming.files import FileSource, WeightFiles
+
+BRANCHES = 8  # children of a node that are looked at
+PURPOSE = "draft model"
+
+
+class DraftModel:
+    """A network that lies on the device whole, shared by the drafters of all sequences.
+
+    Args:
+        checkpoint: headers of the draft model.
+        device: where it runs.
+        packing: how layer images are laid out there.
+        chunk_tokens: prompt rows that go through a layer at once.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, device: Device, packing: Packing, chunk_tokens: int
+    ) -> None:
+        self.device, self.vocab_size = device, checkpoint.config.vocab_size
+        self.network = Network(checkpoint, "auto", packing)
+        files = WeightFiles(checkpoint.files)
+        try:
+            base = self._fill(FileSource(self.network.base, files))
+            for index, layout in enumerate(self.network.layouts):
+                self.network.keep(index, self._fill(FileSource(layout, files), index))
+        finally:
+            files.close()
+        self.network.attach(None, base, device.torch_device, chunk_tokens)
+
+    def forward(
+        self,
+        cache: ResidentKV,
+        tokens: Sequence[int],
+        *,
+        positions: Sequence[int],
+        tree: PendingTree | None = None,
+        all_rows: bool = False,
+    ) -> torch.Tensor:
+        """Run one pass of one sequence; rows stay pending.
+
+        Returns:
+            [S, V] logits, or [1, V] of the last row.
+        """
+        rows = range(len(tokens)) if all_rows else [len(tokens) - 1]
+        upload = self.device.upload
+        batch = TokenBatch(
+            upload(tokens),
+            upload(positions),
+            [Segment(cache, len(tokens), tree)],
+            upload(list(rows)),
+        )
+        with torch.inference_mode():
+            return self.network.forward(batch)
+
+    def _fill(self, source: FileSource, layer: int | None = None) -> DeviceBuffer:
+        """Read an image; if the network keeps a reordered copy, into memory that is let go."""
+        nbytes = source.layout.nbytes
+        if layer is not None and self.network.packs and self.device.name == "cpu":
+            image: DeviceBuffer = allocate_host(nbytes)
+        else:
+            image = self.device.allocate(nbytes, PURPOSE)
+        self.device.load.copy(image, source)
+        self.device.load.record().synchronize()
+        return image
+
+
+@dataclass(slots=True)
+class _Candidate:
+    """A node that may become part of the draft."""
+
+    token: int
+    parent: int
+    depth: int
+    score: float  # log of the probability of its path
+    row: int = -1  # its pending row in the draft model's cache, once it was fed
+
+
+class DraftModelDrafter:
+    """Drafts for one sequence.
+
+    Args:
+        model: the shared draft model.
+        config: how many nodes, chain or tree.
+        capacity: tokens of the longest sequence.
+    """
+
+    name = "model"
+
+    def __init__(self, model: DraftModel, config: DraftConfig, capacity: int) -> None:
+        self._model, self._config = model, config
+        self._sampling = SamplingConfig()
+        self._generator: torch.Generator | None = None
+        rows = capacity + config.scratch_rows
+        self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
+        self._ids: list[int] = []  # tokens whose rows are in the cache
+
+    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+        """Start a new answer.
+
+        Args:
+            sampling: a sampled chain is drawn from the same filtered distribution as the target's.
+            generator: source of its randomness.
+        """
+        self._sampling, self._generator = sampling, generator
+
+    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+        """Draft a chain, or grow a tree best first."""
+        depth = min(max_depth, self._config.nodes)
+        if depth < 1:
+            return Draft()
+        logits = self._catch_up(ids)
+        if not self._config.as_tree:
+            return self._chain(logits, depth)
+        return Draft(self._grow(logits, depth))
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
+
+    def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
+        """Bring the cache up to `ids`; returns [1, V] logits after the last token."""
+        common = 0
+        for ours, theirs in zip(self._ids, ids[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        self._cache.truncate(common)
+        del self._ids[common:]
+        return self._feed(ids[common:])
+
+    def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
+        start = self._cache.length
+        positions = range(start, start + len(tokens))
+        logits = self._model.forward(self._cache, tokens, positions=positions)
+        self._cache.commit(range(len(tokens)))
+        self._ids += tokens
+        return logits
+
+    def _chain(self, logits: torch.Tensor, depth: int) -> Draft:
+        """The draft model's own continuation: likeliest tokens, or drawn ones."""
+        tokens: list[int] = []
+        probs: list[torch.Tensor] = []
+        while True:
+            if self._sampling.greedy:
+                drawn = logits.argmax(dim=-1)
+            else:
+                probs.append(target_probs(logits, self._sampling))
+                assert self._generator is not None  # begin set it
+                drawn = sample(probs[-1], self._generator)
+            tokens += self._model.device.download(drawn)  # host sync
+            if len(tokens) == depth:
+                return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
+            logits = self._feed(tokens[-1:])
+
+    def _grow(self, logits: torch.Tensor, max_depth: int) -> TokenTree:
+        """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
+
+        What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
+        """
+        budget = self._config.nodes
+        growth = _Growth(self._cache.length)
+        growth.add(ROOT, *self._children(logits)[0])
+        for _ in range(self._config.tree_passes - 1):
+            chosen = growth.choose(budget, self._config.tree_breadth, max_depth)
+            if not chosen:
+                break
+            places, visible = growth.feed(chosen)
+            tree = pending_tree(self._model.device, visible, places)
+            rows = places[-len(chosen) :]
+            tokens = [growth.nodes[node].token for node in chosen]
+            logits = self._model.forward(
+                self._cache, tokens, positions=rows, tree=tree, all_rows=True
+            )
+            for node, (found, logprobs) in zip(chosen, self._children(logits), strict=True):
+                growth.add(node, found, logprobs)
+        self._cache.commit(())
+        return growth.best(budget)
+
+    def _children(self, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
+        """The likeliest tokens after each row and the logs of their probabilities."""
+        temperature = self._sampling.temperature or 1.0
+        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
+        best = logprobs.topk(BRANCHES, dim=-1)
+        packed = torch.cat([best.indices.double(), best.values.double()], dim=-1)
+        rows = packed.tolist()  # host sync
+        return [([int(t) for t in row[:BRANCHES]], row[BRANCHES:]) for row in rows]
+
+
+@dataclass(slots=True)
+class _Growth:
+    """All nodes seen while a tree grows, and which of them are rows of the cache.
+
+    Attributes:
+        length: committed rows of the cache; the root is the last of them.
+    """
+
+    length: int
+    nodes: list[_Candidate] = field(default_factory=list)
+    fed: list[int] = field(default_factory=list)
+
+    def add(self, parent: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
+        """Add the children of a node."""
+        depth, score = 1, 0.0
+        if parent != ROOT:
+            depth, score = self.nodes[parent].depth + 1, self.nodes[parent].score
+        for token, logprob in zip(tokens, logprobs, strict=True):
+            if logprob > float("-inf"):
+                self.nodes.append(_Candidate(token, parent, depth, score + logprob))
+
+    def choose(self, budget: int, count: int, max_depth: int) -> list[int]:
+        """The likeliest of the best `budget` nodes that may and do not yet have children."""
+        ranked = self._ranked()[:budget]
+        able = [n for n in ranked if self.nodes[n].row < 0 and self.nodes[n].depth < max_depth]
+        return able[:count]
+
+    def feed(self, chosen: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+        """Make nodes the next pending rows.
+
+        Returns:
+            Positions of all pending rows, and [S, P] which of them the new ones see.
+        """
+        for node in chosen:
+            self.nodes[node].row = len(self.fed)
+            self.fed.append(node)
+        visible = torch.zeros(len(chosen), len(self.fed), dtype=torch.bool)
+        for row, node in enumerate(chosen):
+            while node != ROOT:
+                visible[row, self.nodes[node].row] = True
+                node = self.nodes[node].parent
+        positions = [self.length - 1 + self.nodes[node].depth for node in self.fed]
+        return positions, visible
+
+    def best(self, budget: int) -> TokenTree:
+        """The likeliest nodes as a tree; a parent is never less likely than its child."""
+        place = {ROOT: ROOT}
+        tokens: list[int] = []
+        parents: list[int] = []
+        for node in self._ranked()[:budget]:
+            place[node] = len(tokens)
+            tokens.append(self.nodes[node].token)
+            parents.append(place[self.nodes[node].parent])
+        return TokenTree(tuple(tokens), tuple(parents))
+
+    def _ranked(self) -> list[int]:
+        return sorted(range(len(self.nodes)), key=lambda n: (-self.nodes[n].score, n))

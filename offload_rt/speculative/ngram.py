@@ -1,0 +1,73 @@
+"""Draft from the sequence itself: what followed the same few tokens before."""
+
+from collections.abc import Sequence
+
+from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.tree import ROOT, TokenTree
+
+MAX_SUFFIX, MIN_SUFFIX = 4, 2
+CONTINUATIONS = 3
+
+
+class NgramDrafter:
+    """Suffix lookup over prompt and output; several continuations become a tree.
+
+    Args:
+        draft_tokens: nodes of a draft, at most.
+    """
+
+    name = "ngram"
+
+    def __init__(self, draft_tokens: int) -> None:
+        self._draft_tokens = draft_tokens
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where it ended, ascending
+
+    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+        """Propose what followed the longest suffixes of `ids` that occurred before."""
+        self._read(ids)
+        continuations: list[Sequence[int]] = []
+        for size in range(MAX_SUFFIX, MIN_SUFFIX - 1, -1):
+            for end in reversed(self._ends.get(tuple(ids[-size:]), ())[:-1]):
+                following = ids[end : end + min(max_depth, self._draft_tokens)]
+                known = any(list(following) == list(c[: len(following)]) for c in continuations)
+                if following and not known:
+                    continuations.append(following)
+                if len(continuations) == CONTINUATIONS:
+                    return Draft(merge(continuations, self._draft_tokens))
+        return Draft(merge(continuations, self._draft_tokens))
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Nothing to learn: the tokens themselves come with the next call."""
+
+    def _read(self, ids: Sequence[int]) -> None:
+        """Bring the index up to `ids`; start over if they are another sequence."""
+        if list(ids[: len(self._ids)]) != self._ids:
+            self._ids, self._ends = [], {}
+        for end in range(len(self._ids) + 1, len(ids) + 1):
+            for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
+                self._ends.setdefault(tuple(ids[end - size : end]), []).append(end)
+        self._ids = list(ids)
+
+
+def merge(continuations: Sequence[Sequence[int]], max_nodes: int) -> TokenTree:
+    """Join continuations into one tree, common beginnings once.
+
+    The first gets half of the nodes, or all if it is alone; the others share the rest.
+    """
+    tokens: list[int] = []
+    parents: list[int] = []
+    known: dict[tuple[int, int], int] = {}
+    for index, continuation in enumerate(continuations):
+        rest = max_nodes - len(tokens)
+        share = rest if index == len(continuations) - 1 else -(-rest // 2)
+        node, last = ROOT, len(tokens) + share
+        for token in continuation:
+            if (node, token) not in known:
+                if len(tokens) >= last:
+                    break
+                known[node, token] = len(tokens)
+                tokens.append(token)
+                parents.append(node)
+            node = known[node, token]
+    return TokenTree(tuple(tokens), tuple(parents))

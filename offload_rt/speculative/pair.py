@@ -1,0 +1,54 @@
+"""Whether a model may draft for another: token ids must mean the same to both. No torch here."""
+
+from collections.abc import Mapping
+
+from offload_rt.config import DraftConfig
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+
+PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
+_SAME = "take a draft model with the same tokenizer"
+
+
+def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint | None:
+    """Open the draft model, if one drafts.
+
+    Raises:
+        ConfigError: its token ids mean something else than the target's.
+        CheckpointError: its files cannot be used.
+    """
+    if not config.model:
+        return None
+    draft = open_checkpoint(resolve_model(config.model))
+    sizes = target.config.vocab_size, draft.config.vocab_size
+    rows = target.embedding.shape[0], draft.embedding.shape[0]
+    if abs(sizes[0] - sizes[1]) > PADDING_TOKENS:
+        raise ConfigError(
+            f"--draft model: {draft.folder.name} has {sizes[1]} tokens (embedding of {rows[1]} "
+            f"rows), the target {sizes[0]} (of {rows[0]}): {_SAME}"
+        )
+    return draft
+
+
+def check_vocabularies(target: Mapping[str, int], draft: Mapping[str, int], name: str) -> None:
+    """Refuse a draft model to which an id means another token.
+
+    Ids that only one of them uses are padding to the other and may be there.
+
+    Args:
+        target: token to id of the target's tokenizer.
+        draft: the same of the draft model's.
+        name: of the draft model.
+
+    Raises:
+        ConfigError: both know an id and disagree about it.
+    """
+    known = {token_id: token for token, token_id in target.items()}
+    for token, token_id in sorted(draft.items(), key=lambda item: item[1]):
+        theirs = known.get(token_id, token)
+        if theirs != token:
+            raise ConfigError(
+                f"--draft model: the tokenizer of {name} has {len(draft)} tokens, the target's "
+                f"{len(target)}, and token {token_id} is {token!r} there and {theirs!r} in the "
+                f"target's: {_SAME}"
+            )

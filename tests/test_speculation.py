@@ -1,0 +1,449 @@
+"""Laws 3, 4 and 5 with drafters: the same text, the same distribution, the same caches."""
+
+import pytest
+import torch
+from engines import PROMPT, engine_for, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_rt.config import AcceptRule, DraftConfig, DraftShape, SamplingConfig
+from offload_rt.errors import ConfigError
+from offload_rt.sampling import make_generator, target_probs
+from offload_rt.speculative import verifier
+from offload_rt.speculative.base import Draft
+from offload_rt.speculative.ngram import NgramDrafter, merge
+from offload_rt.speculative.tree import ROOT, TokenTree
+from offload_rt.speculative.verifier import draw, walk
+
+REPEATS = PROMPT * 3
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+@st.composite
+def trees(draw_from, max_nodes=9, vocab=6):
+    nodes = draw_from(st.integers(0, max_nodes))
+    parents = [draw_from(st.integers(ROOT, node - 1)) for node in range(nodes)]
+    tokens = [draw_from(st.integers(0, vocab - 1)) for _ in range(nodes)]
+    return TokenTree(tuple(tokens), tuple(parents))
+
+
+# --- trees ---------------------------------------------------------------------------------------
+
+
+@given(tree=trees())
+def test_a_node_sees_exactly_its_path(tree):
+    seen = tree.visible()
+    assert seen[0].nonzero().flatten().tolist() == [0]
+    for node in range(len(tree)):
+        expected = [0, *(n + 1 for n in tree.path(node))]
+        assert seen[node + 1].nonzero().flatten().tolist() == expected
+        assert tree.depths[node] == len(expected) - 1
+    assert tree.is_chain == (tree == TokenTree.chain(tree.tokens))
+
+
+@pytest.mark.parametrize("parents", [(0,), (-2,), (-1, 1), (-1, -1, 5)])
+def test_a_parent_must_come_before_its_child(parents):
+    with pytest.raises(ConfigError, match="cannot continue"):
+        TokenTree((1,) * len(parents), parents)
+
+
+@settings(deadline=None, max_examples=25)
+@given(tree=trees(max_nodes=7, vocab=250))
+def test_checking_a_tree_equals_checking_each_path(tiny_engines, tree):
+    for engine in tiny_engines:
+        engine.truncate(0, 0)
+        engine.forward([(0, PROMPT)], reuse=False)
+        together = engine.check([(0, 77, tree)])[0]
+        for node in range(len(tree)):
+            engine._caches[0].truncate(len(PROMPT))
+            path = [77, *(tree.tokens[n] for n in tree.path(node))]
+            alone = engine.check([(0, path[0], TokenTree.chain(path[1:]))])[0]
+            assert torch.allclose(together[node + 1], alone[-1], atol=2e-4)
+        engine._caches[0].truncate(len(PROMPT))
+
+
+@settings(deadline=None, max_examples=25)
+@given(tree=trees(max_nodes=7, vocab=250), data=st.data())
+def test_after_keeping_any_path_a_cache_equals_a_fresh_prefill(tiny_engines, tree, data):
+    """Law 5: the logits after the kept path are those of a prompt that ends in it."""
+    node = data.draw(st.integers(ROOT, len(tree) - 1))
+    for engine in tiny_engines:
+        engine.truncate(0, 0)
+        engine.forward([(0, PROMPT)], reuse=False)
+        engine.check([(0, 77, tree)])
+        path = tree.path(node)
+        tokens = [77, *(tree.tokens[n] for n in path)]
+        engine.commit(0, tokens, [0, *(n + 1 for n in path)])
+        after = engine.forward([(0, [123])], reuse=False)
+        engine.truncate(0, 0)
+        fresh = engine.forward([(0, [*PROMPT, *tokens, 123])], reuse=False)
+        assert torch.allclose(after, fresh, atol=2e-4)
+
+
+@pytest.fixture(scope="module")
+def tiny_engines(make_tiny):
+    """A full-attention and a sliding-window model, streamed."""
+    window = {"head_dim": 16, "sliding_window": 6}
+    window["layer_types"] = ["sliding_attention", "full_attention"] * 2
+    options = {"tokens": 40, "resident_layers": 1, "slots": 2}
+    with (
+        engine_for(make_tiny("llama", **IDS), **options) as llama,
+        engine_for(make_tiny("gemma2", **IDS, **window), **options) as gemma,
+    ):
+        yield [llama, gemma]
+
+
+# --- the verifier --------------------------------------------------------------------------------
+
+VOCAB = 5
+
+
+def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
+    """Counts of the first two emitted tokens, when the target's rows are decided by token ids."""
+    counts = torch.zeros(VOCAB, VOCAB)
+    for seed in range(seeds):
+        generator = make_generator(seed, "cpu")
+        draft = draft_for(generator)
+        rows = [target_logits[VOCAB], *(target_logits[t] for t in draft.tree.tokens)]
+        logits = torch.stack(rows)
+        verdict = walk(
+            draft, draw(draft, logits, sampling, rule, generator).tolist(), sampling, rule
+        )
+        tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
+        if len(tokens) < 2:  # the next pass starts after the first token
+            last = target_probs(target_logits[tokens[-1]][None], sampling)[0]
+            tokens.append(int(torch.multinomial(last, 1, generator=generator)))
+        counts[tokens[0], tokens[1]] += 1
+    return counts
+
+
+def chi_square(counts, expected):
+    """Survival probability of the statistic, by Wilson and Hilferty's approximation."""
+    mask = expected > 0
+    assert counts[~mask].sum() == 0
+    statistic = float(((counts - expected)[mask] ** 2 / expected[mask]).sum())
+    freedom = int(mask.sum()) - 1
+    z = ((statistic / freedom) ** (1 / 3) - (1 - 2 / (9 * freedom))) / (2 / (9 * freedom)) ** 0.5
+    return 0.5 * torch.erfc(torch.tensor(z / 2**0.5)).item()
+
+
+@pytest.fixture(scope="module")
+def world():
+    """Target and draft logits after each token, and after the root (last row)."""
+    generator = torch.Generator().manual_seed(4)
+    target = torch.randn(VOCAB + 1, VOCAB, generator=generator) * 1.2
+    draft = target + torch.randn(VOCAB + 1, VOCAB, generator=generator)
+    return target, draft
+
+
+def sampled_chain(draft_logits, sampling):
+    def make(generator):
+        tokens, probs, row = [], [], VOCAB
+        for _ in range(2):
+            probs.append(target_probs(draft_logits[row][None], sampling)[0])
+            row = int(torch.multinomial(probs[-1], 1, generator=generator))
+            tokens.append(row)
+        return Draft(TokenTree.chain(tokens), torch.stack(probs))
+
+    return make
+
+
+def sampled_tree(draft_logits, sampling):
+    """Two siblings drawn without replacement, each with two children drawn likewise."""
+
+    def siblings(row, generator):
+        left = target_probs(draft_logits[row][None], sampling)[0]
+        for _ in range(2):
+            if left.sum() <= 0:
+                return
+            probs = left / left.sum()
+            token = int(torch.multinomial(probs, 1, generator=generator))
+            yield token, probs
+            left = probs.clone()
+            left[token] = 0.0
+
+    def make(generator):
+        tokens, parents, probs = [], [], []
+        for parent in (ROOT, 0, 1):
+            if parent >= len(tokens):
+                continue
+            row = VOCAB if parent == ROOT else tokens[parent]
+            for token, prob in list(siblings(row, generator)):
+                tokens.append(token)
+                parents.append(parent)
+                probs.append(prob)
+        order = sorted(range(len(tokens)), key=lambda n: parents[n])
+        assert order == list(range(len(tokens)))
+        return Draft(TokenTree(tuple(tokens), tuple(parents)), torch.stack(probs))
+
+    return make
+
+
+def chosen_tree(draft_logits, sampling):
+    tree = TokenTree((0, 1, 2, 3, 0, 2), (ROOT, ROOT, 0, 0, 1, 1))
+    return lambda generator: Draft(tree)
+
+
+KINDS = {"chain": sampled_chain, "tree": sampled_tree, "chosen": chosen_tree}
+SAMPLINGS = [
+    SamplingConfig(temperature=1.0, seed=0),
+    SamplingConfig(temperature=0.7, top_k=4, seed=0),
+    SamplingConfig(temperature=1.3, top_p=0.85, min_p=0.05, seed=0),
+]
+SEEDS = 3000
+
+
+def expected_counts(target, sampling):
+    first = target_probs(target[VOCAB][None], sampling)[0]
+    second = target_probs(target[:VOCAB], sampling)
+    return first[:, None] * second * SEEDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["plain", "top-k", "top-p"])
+def test_lossless_keeps_the_joint_distribution_of_the_first_tokens(world, kind, sampling):
+    target, draft = world
+    make = KINDS[kind](draft, sampling)
+    counts = emitted_first_two(make, target, sampling, AcceptRule.LOSSLESS, SEEDS)
+    assert chi_square(counts, expected_counts(target, sampling)) > 1e-4
+
+
+@pytest.mark.parametrize("kind", ["chain", "tree"])
+def test_wrong_draft_probabilities_fail_the_same_test(world, kind):
+    """The negative control: a drafter that lies about what it drew from."""
+    target, draft = world
+    sampling = SAMPLINGS[0]
+    honest = KINDS[kind](draft, sampling)
+
+    def liar(generator):
+        told = honest(generator)
+        return Draft(told.tree, torch.full_like(told.probs, 1 / VOCAB))
+
+    counts = emitted_first_two(liar, target, sampling, AcceptRule.LOSSLESS, SEEDS)
+    assert chi_square(counts, expected_counts(target, sampling)) < 1e-6
+
+
+def test_sampling_the_target_instead_of_the_residual_fails_the_same_test(world, monkeypatch):
+    """The published TriForce's rule at its first level (reference: triforce.md 1.4)."""
+    target, draft = world
+    sampling = SAMPLINGS[0]
+    monkeypatch.setattr(torch.Tensor, "clamp", lambda self, min=0.0, max=None: self)
+    monkeypatch.setattr(torch, "where", lambda mask, one, other: other)
+    make = sampled_chain(draft, sampling)
+    counts = emitted_first_two(make, target, sampling, AcceptRule.LOSSLESS, SEEDS)
+    assert chi_square(counts, expected_counts(target, sampling)) < 1e-6
+
+
+@settings(deadline=None)
+@given(tree=trees(vocab=VOCAB), seed=st.integers(0, 10**6))
+def test_greedy_follows_the_targets_likeliest_tokens(tree, seed):
+    logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed))
+    sampling, draft = SamplingConfig(), Draft(tree)
+    for rule in AcceptRule:
+        drawn = draw(draft, logits, sampling, rule, make_generator(0, "cpu")).tolist()
+        verdict = walk(draft, drawn, sampling, rule)
+        at = ROOT
+        for node in verdict.path:
+            assert tree.parents[node] == at
+            assert tree.tokens[node] == int(logits[at + 1].argmax())
+            at = node
+        assert verdict.token == int(logits[at + 1].argmax())
+        assert not any(
+            parent == at and tree.tokens[node] == verdict.token
+            for node, parent in enumerate(tree.parents)
+        )
+
+
+@settings(deadline=None)
+@given(tree=trees(vocab=VOCAB), seed=st.integers(0, 10**6), temperature=st.floats(0.3, 2.0))
+def test_typical_equals_its_formula(tree, seed, temperature):
+    logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+    sampling = SamplingConfig(temperature=temperature, seed=0)
+    draft = Draft(tree)
+    drawn = draw(draft, logits, sampling, AcceptRule.TYPICAL, make_generator(0, "cpu")).tolist()
+    verdict = walk(draft, drawn, sampling, AcceptRule.TYPICAL)
+    best = (0, 0.0, ())
+    for node in range(len(tree)):
+        path, score, stands = tree.path(node), 0.0, True
+        for step in path:
+            p = torch.softmax(logits[tree.parents[step] + 1].double() / temperature, 0)
+            entropy = -(p * (p + 1e-5).log()).sum()
+            stands &= bool(p[tree.tokens[step]] > min(0.09, 0.3 * torch.exp(-entropy)))
+            score += float(p[tree.tokens[step]].log())
+        if stands and (len(path), score) > (
+            best[0],
+            best[1] + 1e-4 if best[0] == len(path) else -1e9,
+        ):
+            best = (len(path), score, path)
+    assert len(verdict.path) == best[0]
+    end = verdict.path[-1] if verdict.path else ROOT
+    assert verdict.token == int(logits[end + 1].argmax())
+
+
+def test_rows_are_drawn_in_blocks_without_changing_the_law(world, monkeypatch):
+    monkeypatch.setattr(verifier, "DRAW_ROWS", 2)
+    target, draft = world
+    make = chosen_tree(draft, SAMPLINGS[0])
+    counts = emitted_first_two(make, target, SAMPLINGS[0], AcceptRule.LOSSLESS, SEEDS)
+    assert chi_square(counts, expected_counts(target, SAMPLINGS[0])) > 1e-4
+
+
+# --- n-grams -------------------------------------------------------------------------------------
+
+
+def test_ngram_proposes_what_followed_before():
+    drafter = NgramDrafter(6)
+    ids = [1, 2, 3, 4, 5, 9, 9, 1, 2, 3]
+    assert drafter.propose(ids, 3).tree == TokenTree.chain([4, 5, 9])
+    assert drafter.propose([*ids, 7], 3).tree == TokenTree()
+    branching = [1, 2, 8, 1, 2, 9, 9, 1, 2]
+    assert NgramDrafter(6).propose(branching, 2).tree == TokenTree((9, 9, 8, 1), (-1, 0, -1, 2))
+
+
+@given(
+    continuations=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=4),
+    max_nodes=st.integers(1, 12),
+)
+def test_merged_continuations_are_paths_of_the_tree(continuations, max_nodes):
+    tree = merge(continuations, max_nodes)
+    assert len(tree) <= max_nodes
+    paths = {tuple(tree.tokens[n] for n in tree.path(node)) for node in range(len(tree))}
+    assert len(paths) == len(tree)  # no path twice
+    prefixes = {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
+    assert paths <= prefixes
+
+
+@given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=40), cut=st.integers(0, 40))
+def test_the_index_does_not_depend_on_how_the_sequence_grew(ids, cut):
+    grown = NgramDrafter(8)
+    grown.propose(ids[:cut] or [5], 4)
+    assert grown.propose(ids, 4) == NgramDrafter(8).propose(ids, 4)
+
+
+# --- whole runs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def drafts(make_tiny):
+    small = str(make_tiny("llama", num_hidden_layers=1, hidden_size=32, **IDS))
+    same = str(make_tiny("llama", **IDS))
+    return {
+        "ngram": DraftConfig(draft="ngram", draft_tokens=6),
+        "chain": DraftConfig(draft=f"model:{small}", draft_tokens=3),
+        "tree": DraftConfig(draft=f"model:{small}", draft_tokens=12),
+        "oracle-chain": DraftConfig(draft=f"model:{same}", draft_tokens=4),
+        "oracle-tree": DraftConfig(draft=f"model:{same}", draft_tokens=6, shape=DraftShape.TREE),
+    }
+
+
+NAMES = ["ngram", "chain", "tree", "oracle-chain", "oracle-tree"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("resident", [None, 1])
+def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, name, resident):
+    folder = make_tiny("llama", **IDS)
+    prompts = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
+    with engine_for(folder, prompts=prompts, tokens=30) as engine:
+        plain = generate(engine, prompts, tokens=30)
+    options = {"resident_layers": resident, "slots": None if resident is None else 2}
+    with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **options) as engine:
+        for tokens in (30, 7, 1):
+            run_tokens = generate(engine, prompts, tokens=tokens)
+            assert run_tokens == [answer[:tokens] for answer in plain]
+
+
+def test_a_drafter_that_is_the_target_is_always_right(make_tiny, drafts):
+    folder = make_tiny("llama", **IDS)
+    with engine_for(folder, tokens=21, draft=drafts["oracle-chain"]) as engine:
+        run = start(engine, 21)
+        report = run.report().speculation
+        assert report.acceptance_rate == 1.0
+        assert report.passes == 1 + 4  # the prompt's, then 5 tokens each
+        assert report.drafted == report.accepted == 16
+        assert report.acceptance_per_depth == [1.0] * 4
+
+
+def start(engine, tokens, sampling=None):
+    from offload_rt.config import GenerationConfig
+
+    run = engine.start([PROMPT], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run.prefill()
+    while run.active:
+        run.step()
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name):
+    folder = make_tiny("llama", **IDS)
+    with engine_for(folder, tokens=30) as engine:
+        plain = generate(engine, tokens=30)[0]
+    end = plain[8]
+    with engine_for(folder, tokens=30, draft=drafts[name]) as engine:
+        from offload_rt.config import GenerationConfig
+
+        run = engine.start(
+            [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=30), frozenset([end])
+        )
+        run.prefill()
+        while run.active:
+            run.step()
+    assert run.sequences[0].emitted == plain[: plain.index(end) + 1]
+    assert run.sequences[0].finish_reason == "stop"
+
+
+def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
+    sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
+    for name in ("chain", "tree", "ngram"):
+        with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
+            answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
+        assert answers[0] == answers[1]
+
+
+def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(make_tiny, drafts, caplog):
+    folder = make_tiny("llama", **IDS)
+    with engine_for(folder, tokens=12) as engine:
+        plain = generate(engine, tokens=12)
+    with engine_for(folder, tokens=12, draft=drafts["chain"]) as engine:
+        engine._draft_model.network.forward = lambda batch: 1 / 0
+        assert generate(engine, tokens=12) == plain
+    told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
+    assert len(told) == 1
+
+
+def test_a_draft_model_with_another_vocabulary_is_refused_with_both_sizes(make_tiny):
+    other = make_tiny("llama", vocab_size=900, **IDS)
+    draft = DraftConfig(draft=f"model:{other}")
+    with (
+        pytest.raises(ConfigError, match="has 900 tokens.* the target 300"),
+        engine_for(make_tiny("llama", **IDS), draft=draft),
+    ):
+        pass
+
+
+def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
+    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
+    folder = make_tiny("llama", **config)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=16)
+    with engine_for(folder, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:
+        generate(engine, tokens=20)
+        memory = engine.memory()
+        assert engine.placement.demand.drafter_bytes > 4 * 2**20
+        assert memory.device_peak_bytes <= memory.device_planned_bytes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"draft": "eagle"}, "--draft eagle is not known"),
+        ({"draft": "model:"}, "not known"),
+        ({"draft": "ngram", "draft_tokens": 0}, "--draft-tokens is 0"),
+        ({"draft_tokens": 4}, "no effect without --draft"),
+        ({"draft": "ngram", "shape": DraftShape.TREE}, "for --draft model"),
+        ({"accept": AcceptRule.TYPICAL}, "no effect without --draft"),
+    ],
+)
+def test_draft_options_that_mean_nothing_are_errors(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DraftConfig(**options)
