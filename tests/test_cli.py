@@ -1,6 +1,5 @@
 """The command line in this process: what it prints, what it refuses, what it exits with."""
 
-import io
 import json
 import os
 import pty
@@ -15,25 +14,12 @@ import pytest
 from offload_rt.cli import run
 from offload_rt.cli.console import write_answer
 from offload_rt.cli.options import settings_of
-from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.engine import Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.text import build_prompt, end_token_ids, load_tokenizer
 
 PROMPT = "hello there"
-
-
-@pytest.fixture
-def offload_run(capsys, monkeypatch):
-    """Run a command line with bytes on stdin; returns exit code, stdout and stderr."""
-
-    def call(*arguments, stdin=b""):
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
-        code = run([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        return SimpleNamespace(code=code, out=out, err=err)
-
-    return call
 
 
 def engine_tokens(folder, max_tokens, **sampling):
@@ -116,6 +102,8 @@ def test_json(tiny_model, offload_run):
             "accepted": "int",
             "acceptance_rate": "NoneType",
             "tokens_per_pass": "float",
+            "acceptance_per_depth": "list",
+            "draft_s": "float",
         },
         "transfer": {
             "bytes_total": "int",
@@ -373,6 +361,7 @@ def test_every_option_is_explained_and_has_its_records_default():
     assert settings.sampling == SamplingConfig()
     assert settings.generation == GenerationConfig()
     assert settings.runtime == RuntimeConfig()
+    assert settings.draft == DraftConfig()
 
 
 def test_every_flag_of_the_verbs_has_a_default_in_help(offload_run):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import click
 
+from offload_rt.cli.bench import bench
 from offload_rt.cli.chat import chat
 from offload_rt.cli.doctor import doctor
 from offload_rt.cli.generate import generate
@@ -41,7 +42,7 @@ def cli() -> None:
     """
 
 
-for _verb in (generate, chat, plan, doctor):
+for _verb in (generate, chat, plan, bench, doctor):
     cli.add_command(_verb)
 
 

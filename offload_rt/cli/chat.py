@@ -43,6 +43,8 @@ _HELP = """\
 @click.argument("model")
 @options.answer_options
 @options.sampling_options
+@options.draft_options
+@options.accept_option
 @options.placement_options
 @options.runtime_options
 @options.output_options

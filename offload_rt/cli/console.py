@@ -35,12 +35,17 @@ def quiet_libraries(output: Output) -> None:
     """Keep libraries off the network and off our stderr; call it before they are imported."""
     os.environ.update(_QUIET_LIBRARIES)
     warnings.simplefilter("default" if output.verbose else "ignore")
-    root = logging.getLogger()
+    root, ours = logging.getLogger(), logging.getLogger("offload_rt")
+    for handler in [h for h in ours.handlers if isinstance(h, _Notes)]:
+        ours.removeHandler(handler)  # of an earlier command line in this process
     if output.verbose:
         logging.basicConfig(level=logging.WARNING, format="%(name)s: %(message)s")
-        logging.getLogger("offload_rt").setLevel(logging.DEBUG)
-    elif not root.handlers:
+        ours.setLevel(logging.DEBUG)
+        return
+    if not root.handlers:
         root.addHandler(logging.NullHandler())  # without one Python prints warnings itself
+    if not output.quiet:
+        ours.addHandler(_Notes(Console(output)))
 
 
 def write_answer(text: str) -> None:
@@ -115,6 +120,21 @@ class Console:
             finally:
                 ended.set()
                 thread.join()
+
+
+class _Notes(logging.Handler):
+    """Shows each warning of our own code once, as a line like any other."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.WARNING)
+        self._console = console
+        self._seen: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sentence = " ".join(record.getMessage().split())
+        if sentence not in self._seen:
+            self._seen.add(sentence)
+            self._console.note(sentence)
 
 
 def draws(is_terminal: bool) -> bool:

@@ -8,18 +8,16 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
-from offload_rt.cli.options import Settings, settings_of
+from offload_rt.cli.options import settings_of
 from offload_rt.cli.prompt import read_prompt
 from offload_rt.cli.session import (
     Answering,
-    Model,
-    context_limit,
+    answer_capacity,
     open_model,
     seeded,
     started_engine,
 )
 from offload_rt.cli.stats import as_json, format_stats
-from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 
 
@@ -36,6 +34,8 @@ from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 @options.answer_options
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
 @options.sampling_options
+@options.draft_options
+@options.accept_option
 @options.placement_options
 @options.runtime_options
 @options.json_option
@@ -55,7 +55,7 @@ def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa:
 
     opened, console = open_model(checkpoint), Console(settings.output)
     ids = build_prompt(opened.tokenizer, prompt, system=settings.system, raw=settings.raw)
-    capacity = _capacity(opened, settings, len(ids), console)
+    capacity = answer_capacity(opened, settings, len(ids), console)
     with started_engine(
         opened, settings, console, capacity=capacity, prompt_tokens=len(ids)
     ) as engine:
@@ -66,27 +66,3 @@ def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa:
         else:
             console.block(format_stats(answering, answer))
     return interrupts.exit_code if answer.finish_reason == "abort" else 0
-
-
-def _capacity(opened: Model, settings: Settings, prompt_tokens: int, console: Console) -> int:
-    """KV rows for prompt and answer.
-
-    Raises:
-        ConfigError: the prompt alone is too long.
-    """
-    context, wanted = settings.runtime.context_tokens, settings.generation.max_tokens
-    room = context_limit(opened, context)
-    limit = f"{opened.name} was made for up to {room} with the answer"
-    if context is not None:
-        limit = f"--context sets memory aside for {room} with the answer"
-    if prompt_tokens >= room:
-        advice = "" if context is None else " or raise --context"
-        raise ConfigError(
-            f"the prompt has {prompt_tokens} tokens, {limit}: shorten the prompt{advice}"
-        )
-    if prompt_tokens + wanted > room:
-        console.note(
-            f"the answer is limited to {room - prompt_tokens} of {wanted} tokens: the prompt has "
-            f"{prompt_tokens}, {limit}"
-        )
-    return min(prompt_tokens + wanted, room) if context is None else room

@@ -10,7 +10,17 @@ from typing import Any, TypeVar
 
 import click
 
-from offload_rt.config import DType, GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    DraftShape,
+    DType,
+    GenerationConfig,
+    HomeKind,
+    KVPlace,
+    RuntimeConfig,
+    SamplingConfig,
+)
 from offload_rt.errors import ConfigError
 from offload_rt.units import parse_size
 
@@ -82,6 +92,7 @@ class Settings:
     sampling: SamplingConfig
     generation: GenerationConfig
     runtime: RuntimeConfig
+    draft: DraftConfig
     output: Output
     system: str | None
     raw: bool
@@ -185,7 +196,7 @@ placement_options = _group(
         type=_SIZE,
         default=None,
         show_default="what is free",
-        help="Host memory for streamed layers, with --home host.",
+        help="Host memory for streamed layers and KV, with --home host or --kv host.",
     ),
     click.option(
         "--dtype",
@@ -218,6 +229,25 @@ placement_options = _group(
         default=_default(RuntimeConfig, "context_tokens"),
         help="Tokens of prompt and answer to set memory aside for.",
     ),
+    click.option(
+        "--kv",
+        type=click.Choice([str(place) for place in KVPlace]),
+        default=str(_default(RuntimeConfig, "kv")),
+        help="Where keys and values of past tokens live; auto is the device if they fit there, "
+        "else host memory for CUDA and a file for the CPU.",
+    ),
+    click.option(
+        "--kv-block-tokens",
+        type=_AUTO,
+        default=_default(RuntimeConfig, "kv_block_tokens"),
+        help="Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB.",
+    ),
+    click.option(
+        "--kv-folder",
+        default=None,
+        show_default="$TMPDIR or /var/tmp",
+        help="Where the file for --kv disk is made; it has no name and leaves nothing behind.",
+    ),
 )
 
 runtime_options = _group(
@@ -236,6 +266,40 @@ runtime_options = _group(
     ),
 )
 
+draft_options = _group(
+    click.option(
+        "--draft",
+        default=_default(DraftConfig, "draft"),
+        help="Who drafts tokens that one pass then checks: none, ngram (what followed the same "
+        "tokens before) or model:MODEL, a small model with the same tokenizer.",
+    ),
+    click.option(
+        "--draft-tokens",
+        type=_AUTO,
+        default=_default(DraftConfig, "draft_tokens"),
+        help="Tokens of a draft; auto is "
+        f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
+        "a model.",
+    ),
+    click.option(
+        "--draft-shape",
+        "shape",
+        type=click.Choice([str(shape) for shape in DraftShape]),
+        default=str(_default(DraftConfig, "shape")),
+        help="Whether a draft model drafts one continuation or a tree of several; auto is a tree "
+        "from 9 tokens on.",
+    ),
+)
+
+accept_option = click.option(
+    "--accept",
+    type=click.Choice([str(rule) for rule in AcceptRule]),
+    default=str(_default(DraftConfig, "accept")),
+    help="When a drafted token stands: lossless keeps the model's distribution (the same tokens "
+    "where the answer is greedy), greedy is for --temperature 0 only, typical changes the "
+    "distribution.",
+)
+
 json_option = click.option(
     "--json", is_flag=True, help="Print one JSON object on stdout instead of text."
 )
@@ -252,14 +316,17 @@ def settings_of(values: Values) -> Settings:
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.
     """
+    sampling, draft = _sampling(values), draft_of(values)
+    _check_accept(sampling, draft)
     return Settings(
-        sampling=_sampling(values),
+        sampling=sampling,
         generation=GenerationConfig(
             max_tokens=values["max_tokens"],
             stop=tuple(values["stop"]),
             ignore_eos=values["ignore_eos"],
         ),
         runtime=runtime_of(values),
+        draft=draft,
         output=Output(
             json=values.get("json", False), verbose=values["verbose"], quiet=values["quiet"]
         ),
@@ -274,8 +341,31 @@ def runtime_of(values: Values) -> RuntimeConfig:
     names = {field.name for field in dataclasses.fields(RuntimeConfig)}
     given = {name: value for name, value in values.items() if name in names}
     given |= {"dtype": DType(values["dtype"]), "home": HomeKind(values["home"])}
+    given |= {"kv": KVPlace(values["kv"])}
     link = None if link_gb_per_s is None else link_gb_per_s * 1e9
     return RuntimeConfig(**given, link_bytes_per_s=link)
+
+
+def draft_of(values: Values) -> DraftConfig:
+    """Who drafts; a verb that lacks an option leaves its default."""
+    names = {field.name for field in dataclasses.fields(DraftConfig)}
+    given = {name: value for name, value in values.items() if name in names}
+    given |= {"shape": DraftShape(values["shape"])}
+    if "accept" in values:
+        given |= {"accept": AcceptRule(values["accept"])}
+    return DraftConfig(**given)
+
+
+def _check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
+    if draft.accept is AcceptRule.GREEDY and not sampling.greedy:
+        raise ConfigError(
+            f"--accept greedy contradicts --temperature {sampling.temperature}: use --accept "
+            "lossless, or --temperature 0"
+        )
+    if draft.accept is AcceptRule.TYPICAL and sampling.greedy:
+        raise ConfigError(
+            "--accept typical has no effect on a greedy answer: add a --temperature above 0"
+        )
 
 
 def _sampling(values: Values) -> SamplingConfig:

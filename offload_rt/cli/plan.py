@@ -11,16 +11,19 @@ import click
 
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
-from offload_rt.cli.options import runtime_of
+from offload_rt.cli.options import draft_of, runtime_of
 from offload_rt.cli.stats import layer_ranges
-from offload_rt.config import RuntimeConfig
+from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.planning.demand import Drafting
+from offload_rt.planning.kv import KVPlan
 from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import FreeMemory, bytes_per_pass, place_run
+from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass, place_run
+from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.units import format_size
 
 _DETAIL_WIDTH = 60
@@ -30,6 +33,7 @@ _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 @click.command()
 @click.argument("model")
 @options.placement_options
+@options.draft_options
 @options.json_option
 def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     """Show what would live where.
@@ -39,7 +43,7 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     """
     config = runtime_of(values)
     checkpoint = open_checkpoint(resolve_model(model))
-    outlook = _look_ahead(checkpoint, config)
+    outlook = _look_ahead(checkpoint, config, draft_of(values))
     if values["json"]:
         click.echo(json.dumps(_as_json(outlook)))
     else:
@@ -53,6 +57,7 @@ class _Outlook:
 
     checkpoint: Checkpoint
     config: RuntimeConfig
+    drafting: Drafting
     packing: Packing
     context_tokens: int
     placement: Placement
@@ -83,7 +88,7 @@ class _Outlook:
         return str(self.placement.home)
 
 
-def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig) -> _Outlook:
+def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig) -> _Outlook:
     positions = checkpoint.config.max_positions
     context = config.context_tokens or min(positions, AUTO_CONTEXT_TOKENS)
     if context > positions:
@@ -92,12 +97,13 @@ def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig) -> _Outlook:
             "tokens: lower it"
         )
     packing, free = _device(config)
-    placement = place_run(
-        checkpoint, config, packing, capacities=[context], prompt_tokens=context, free=free
-    )
+    drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft))
+    load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
+    placement = place_run(checkpoint, config, packing, load=load, free=free)
     return _Outlook(
         checkpoint=checkpoint,
         config=config,
+        drafting=drafting,
         packing=packing,
         context_tokens=context,
         placement=placement,
@@ -139,10 +145,14 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "context_tokens": outlook.context_tokens,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
+        "drafter": outlook.drafting.config.draft,
+        "draft_tokens": outlook.drafting.config.nodes,
+        "drafter_bytes": placement.demand.drafter_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.demand.base_bytes,
+        "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
         "kv_bytes": placement.demand.kv_bytes,
         "workspace_bytes": placement.demand.workspace_bytes,
         "device_bytes": placement.device_bytes,
@@ -152,18 +162,28 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
     }
 
 
+def _kv_home(kv: KVPlan | None) -> str:
+    if kv is None:
+        return ""
+    size = format_size(sum(sizes.home_bytes for sizes in kv.sizes))
+    return f", {size} of it in {'host memory' if kv.host_bytes else 'a file'}"
+
+
 def _as_table(outlook: _Outlook) -> str:
     placement, checkpoint = outlook.placement, outlook.checkpoint
     demand = placement.demand
     rows = [
         ("embedding, head", demand.base_bytes, ""),
         _layers("resident", placement.resident, placement.resident_bytes),
-        ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens"),
+        ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
         ("workspace", demand.workspace_bytes, "at most"),
     ]
     if placement.slots:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         rows.insert(2, ("slots", placement.slots * placement.slot_bytes, each))
+    if outlook.drafting.checkpoint is not None:
+        name = outlook.drafting.checkpoint.folder.name
+        rows.append(("draft model", demand.drafter_bytes, f"{name}, its KV cache, workspace"))
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     smallest_mib = -(-outlook.smallest_bytes // 2**20)  # rounded up: it must work when typed

@@ -1,6 +1,7 @@
-"""What `generate` and `chat` share: a model opened, an engine started, an answer streamed."""
+"""What verbs that answer share: a model opened, an engine started, an answer streamed."""
 
 import dataclasses
+import filecmp
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,10 +10,11 @@ from typing import TYPE_CHECKING
 from offload_rt.cli.console import Console, write_answer
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Settings
-from offload_rt.config import SamplingConfig
+from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.report import RunReport
+from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -71,6 +73,25 @@ def open_model(checkpoint: Checkpoint) -> Model:
     return Model(checkpoint, tokenizer, end_token_ids(tokenizer, checkpoint.folder))
 
 
+def check_drafter(model: Model, draft: DraftConfig) -> None:
+    """Refuse a draft model that does not speak the model's tokens.
+
+    Raises:
+        ConfigError: it has another tokenizer.
+        CheckpointError: its files cannot be used.
+    """
+    checkpoint = open_draft_checkpoint(model.checkpoint, draft)
+    if checkpoint is None:
+        return
+    ours, theirs = (c.folder / "tokenizer.json" for c in (model.checkpoint, checkpoint))
+    if ours.exists() and theirs.exists() and filecmp.cmp(ours, theirs, shallow=False):
+        return  # loading one takes seconds
+    from offload_rt.text import load_tokenizer
+
+    other = load_tokenizer(checkpoint.folder)
+    check_vocabularies(model.tokenizer.get_vocab(), other.get_vocab(), checkpoint.folder.name)
+
+
 def context_limit(model: Model, context_tokens: int | None) -> int:
     """Longest conversation that is possible: --context, or all the model was made for.
 
@@ -83,6 +104,30 @@ def context_limit(model: Model, context_tokens: int | None) -> int:
             f"{model.max_positions} tokens: lower it"
         )
     return context_tokens or model.max_positions
+
+
+def answer_capacity(model: Model, settings: Settings, prompt_tokens: int, console: Console) -> int:
+    """KV rows for a prompt and its answer.
+
+    Raises:
+        ConfigError: the prompt alone is too long.
+    """
+    context, wanted = settings.runtime.context_tokens, settings.generation.max_tokens
+    room = context_limit(model, context)
+    limit = f"{model.name} was made for up to {room} with the answer"
+    if context is not None:
+        limit = f"--context sets memory aside for {room} with the answer"
+    if prompt_tokens >= room:
+        advice = "" if context is None else " or raise --context"
+        raise ConfigError(
+            f"the prompt has {prompt_tokens} tokens, {limit}: shorten the prompt{advice}"
+        )
+    if prompt_tokens + wanted > room:
+        console.note(
+            f"the answer is limited to {room - prompt_tokens} of {wanted} tokens: the prompt has "
+            f"{prompt_tokens}, {limit}"
+        )
+    return min(prompt_tokens + wanted, room) if context is None else room
 
 
 def seeded(sampling: SamplingConfig) -> SamplingConfig:
@@ -99,6 +144,7 @@ def started_engine(
     model: Model, settings: Settings, console: Console, *, capacity: int, prompt_tokens: int
 ) -> Iterator["Engine"]:
     """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    check_drafter(model, settings.draft)
     from offload_rt.engine import Engine
 
     with console.progress(f"loading {model.name}") as gauge:
@@ -112,6 +158,7 @@ def started_engine(
             settings.runtime,
             capacities=[capacity],
             prompt_tokens=prompt_tokens,
+            draft=settings.draft,
             on_placed=show,
         )
     with engine:

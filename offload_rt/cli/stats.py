@@ -4,12 +4,15 @@ import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from offload_rt.cli.session import Answer, Answering
+from offload_rt.config import AcceptRule, DraftConfig
 from offload_rt.units import format_rate, format_size
 
 _LABEL_WIDTH = 9
+_SHOWN_DEPTHS = 5
 
 
 def format_stats(answering: Answering, answer: Answer) -> str:
@@ -25,13 +28,15 @@ def format_stats(answering: Answering, answer: Answer) -> str:
             f"{memory.streamed_layers} streamed through {ring} of {format_size(memory.slot_bytes)}"
         )
     lines = [
-        ("model", f"{answering.model.name}, {_dtype(engine)} on {engine.device.name}"),
+        ("model", f"{answering.model.name}, {dtype_name(engine)} on {engine.device.name}"),
         ("layers", placement),
         ("tokens", _tokens(answer)),
         ("speed", _speed(answer)),
     ]
+    if answering.settings.draft.kind != "none":
+        lines.append(("drafting", _drafting(answering, answer)))
     if memory.streamed_layers:
-        share = transfer.stall_s / max(timings.ttft_s + timings.decode_s, 1e-9)
+        share = transfer.stall_s / max((timings.ttft_s or 0.0) + timings.decode_s, 1e-9)
         lines += [
             (
                 "link",
@@ -69,7 +74,7 @@ def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "seed": answer.seed,
         "device": engine.device.name,
-        "dtype": _dtype(engine),
+        "dtype": dtype_name(engine),
         "versions": versions(),
         **dataclasses.asdict(report),
         "plan": _plan(answering),
@@ -97,12 +102,16 @@ def layer_ranges(layers: Sequence[int]) -> str:
 def _plan(answering: Answering) -> dict[str, Any]:
     placement = answering.engine.placement
     return {
+        "drafter": answering.engine.draft.draft,
+        "draft_tokens": answering.engine.draft.nodes,
+        "drafter_bytes": placement.demand.drafter_bytes,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.demand.base_bytes,
+        "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
         "kv_bytes": placement.demand.kv_bytes,
         "workspace_bytes": placement.demand.workspace_bytes,
         "device_bytes": placement.device_bytes,
@@ -116,19 +125,45 @@ def _tokens(answer: Answer) -> str:
     seed = "" if answer.seed is None else f", seed {answer.seed}"
     return (
         f"{answer.prompt_tokens} in, {len(answer.token_ids)} out, ended by "
-        f"{answer.finish_reason}, {answer.report.speculation.accept_rule}{seed}"
+        f"{answer.finish_reason}, {rule_name(answer.report.speculation.accept_rule)}{seed}"
     )
+
+
+def _drafting(answering: Answering, answer: Answer) -> str:
+    speculation, decode_s = answer.report.speculation, answer.report.timings.decode_s
+    name = drafter_name(answering.settings.draft)
+    if speculation.acceptance_rate is None:
+        return f"{name}, nothing was drafted"
+    depths = speculation.acceptance_per_depth[:_SHOWN_DEPTHS]
+    return (
+        f"{name}, {speculation.accepted} of {speculation.drafted} drafted accepted "
+        f"({speculation.acceptance_rate:.0%}), {speculation.tokens_per_pass:.2f} tokens/pass, "
+        f"by depth {' '.join(f'{rate:.0%}' for rate in depths)}, drafting took "
+        f"{speculation.draft_s / max(decode_s, 1e-9):.0%} of the time after the first token"
+    )
+
+
+def drafter_name(draft: DraftConfig) -> str:
+    """Who drafts, in few words; a model by its folder's name."""
+    return f"model {Path(draft.model).name}" if draft.kind == "model" else draft.kind
+
+
+def rule_name(rule: str) -> str:
+    """The accept rule; one that changes the distribution says so."""
+    return f"{rule} (changes the distribution)" if rule == AcceptRule.TYPICAL else rule
 
 
 def _speed(answer: Answer) -> str:
     timings = answer.report.timings
-    start = f"first token after {timings.ttft_s:.2f} s, loaded in {timings.load_s:.2f} s"
+    first = "no token" if timings.ttft_s is None else f"first token after {timings.ttft_s:.2f} s"
+    start = f"{first}, loaded in {timings.load_s:.2f} s"
     if timings.s_per_token is None or timings.tokens_per_s is None:
         return start
     return f"{timings.tokens_per_s:.2f} tokens/s, {timings.s_per_token:.3f} s/token, {start}"
 
 
-def _dtype(engine: Any) -> str:  # noqa: ANN401 - naming the type would need torch
+def dtype_name(engine: Any) -> str:  # noqa: ANN401 - naming the type would need torch
+    """The number format an engine computes in."""
     return str(engine.network.dtype).removeprefix("torch.")
 
 

@@ -1,0 +1,255 @@
+"""`offload-run bench`: a set of prompts through one model, measured."""
+
+import dataclasses
+import gc
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.bench_report import as_json, as_markdown
+from offload_rt.cli.bench_results import BASELINE, DRAFTED, BenchReport, EngineFacts, Measured
+from offload_rt.cli.console import Console, quiet_libraries
+from offload_rt.cli.interrupts import Interrupted, Interrupts
+from offload_rt.cli.options import Output, Settings, settings_of
+from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
+from offload_rt.cli.session import (
+    Answer,
+    Answering,
+    Model,
+    answer_capacity,
+    check_drafter,
+    open_model,
+    seeded,
+    started_engine,
+)
+from offload_rt.cli.stats import dtype_name, versions
+from offload_rt.config import DraftConfig
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+
+
+@click.command()
+@click.argument("model")
+@click.option(
+    "--prompts",
+    required=True,
+    help="File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a prompt "
+    "in each line.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="all",
+    help="Take at most this many prompts, evenly spread over the file.",
+)
+@click.option(
+    "--rounds",
+    type=click.IntRange(min=1),
+    default=1,
+    help="Times everything is measured; the report has medians.",
+)
+@click.option(
+    "--against-none",
+    is_flag=True,
+    help="Measure without drafting too, in turns: each round makes an engine without and one with "
+    "the drafter, each with the whole memory limit to itself.",
+)
+@click.option(
+    "--output",
+    "directory",
+    default=None,
+    show_default="none",
+    help="Folder for bench.md and bench.json; made if missing.",
+)
+@options.answer_options
+@click.option("--raw", is_flag=True, help="Give prompts as they are, without the chat template.")
+@options.sampling_options
+@options.draft_options
+@options.accept_option
+@options.placement_options
+@options.runtime_options
+@options.json_option
+@options.output_options
+@click.pass_obj
+def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
+    """Measure answers to a set of prompts.
+
+    Prints a Markdown table on stdout. Prompts are answered one after the other, each from an empty
+    KV cache. Ctrl-C prints what is done, exit code 130.
+    """
+    settings = settings_of(values)
+    if values["against_none"] and settings.draft.kind == "none":
+        raise ConfigError(
+            "--against-none compares with a drafter: add --draft ngram or model:MODEL"
+        )
+    quiet_libraries(settings.output)
+    checkpoint = open_checkpoint(resolve_model(model))
+    items = read_prompt_set(values["prompts"])
+    directory = _made(values["directory"])
+    opened, console = open_model(checkpoint), Console(settings.output)
+    settings = dataclasses.replace(settings, sampling=seeded(settings.sampling))
+    check_drafter(opened, settings.draft)
+    chosen = spread(items, values["limit"])
+    prompts = _encode(opened, settings, chosen)
+    measuring = _Measuring(opened, settings, console, interrupts, prompts)
+    interrupted = measuring.run(values["rounds"], values["against_none"])
+    report = BenchReport(
+        model=opened.name,
+        settings=settings,
+        prompt_file=Path(values["prompts"]).name,
+        prompts_in_file=len(items),
+        prompts_chosen=len(chosen),
+        rounds=values["rounds"],
+        interrupted=interrupted,
+        versions=versions(),
+        engines=measuring.engines,
+        runs=measuring.runs,
+    )
+    _write(report, directory)
+    return interrupts.exit_code if interrupted else 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """A prompt and its token ids."""
+
+    item: PromptItem
+    ids: Sequence[int]
+
+
+@dataclass(slots=True)
+class _Measuring:
+    """Prompts, and what was measured so far.
+
+    Attributes:
+        engines: facts about the engine of each phase.
+        runs: finished answers; one that was interrupted is not among them.
+    """
+
+    model: Model
+    settings: Settings
+    console: Console
+    interrupts: Interrupts
+    prompts: Sequence[_Encoded]
+    engines: dict[str, EngineFacts] = field(default_factory=dict)
+    runs: list[Measured] = field(default_factory=list)
+
+    def run(self, rounds: int, against_none: bool) -> bool:
+        """Measure everything; returns whether it was interrupted.
+
+        Raises:
+            Interrupted: before anything was measured.
+        """
+        plain = dataclasses.replace(self.settings, draft=DraftConfig())
+        phases = [(DRAFTED if self.settings.draft.kind != "none" else BASELINE, self.settings)]
+        if against_none:
+            phases.insert(0, (BASELINE, plain))
+        longest = max(len(prompt.ids) for prompt in self.prompts)
+        capacity = answer_capacity(self.model, self.settings, longest, self.console)
+        # One engine after the other: both at once would have to share the memory limit.
+        per_engine = 1 if against_none else rounds
+        try:
+            for first in range(0, rounds, per_engine):
+                for phase, settings in phases:
+                    numbers = range(first, first + per_engine)
+                    self._measure(phase, settings, numbers, capacity, longest)
+                    gc.collect()  # or the next engine finds less free memory
+        except Interrupted:
+            if not self.runs:
+                raise
+            return True
+        return False
+
+    def _measure(
+        self, phase: str, settings: Settings, rounds: range, capacity: int, longest: int
+    ) -> None:
+        """Answer all prompts in one engine, as often as there are rounds for it."""
+        silent = dataclasses.replace(settings, output=Output(json=True, quiet=True))
+        with started_engine(
+            self.model, settings, self.console, capacity=capacity, prompt_tokens=longest
+        ) as engine:
+            answering = Answering(
+                self.model, engine, silent, Console(silent.output), self.interrupts
+            )
+            with self.console.progress(f"measuring {phase}") as gauge:
+                done = _Count()
+                gauge.done, gauge.total = done, len(self.prompts) * len(rounds)
+                for number in rounds:
+                    for prompt in self.prompts:
+                        engine.truncate(0, 0)
+                        answer = answering.answer(prompt.ids, settings.sampling)
+                        if answer.finish_reason == "abort":
+                            raise Interrupted
+                        self.runs.append(_measured(phase, number, prompt.item, answer))
+                        done.value += 1
+                        self.engines[phase] = EngineFacts(
+                            device=engine.device.name,
+                            dtype=dtype_name(engine),
+                            placement=engine.placement,
+                            memory=answer.report.memory,
+                            bytes_per_pass=engine.bytes_per_pass,
+                            load_s=engine.load_s,
+                        )
+
+
+@dataclass(slots=True)
+class _Count:
+    """A number a progress bar reads."""
+
+    value: int = 0
+
+    def __call__(self) -> int:
+        return self.value
+
+
+def _measured(phase: str, number: int, item: PromptItem, answer: Answer) -> Measured:
+    return Measured(
+        phase=phase,
+        round=number,
+        item=item,
+        prompt_tokens=answer.prompt_tokens,
+        token_ids=answer.token_ids,
+        finish_reason=answer.finish_reason,
+        timings=answer.report.timings,
+        speculation=answer.report.speculation,
+    )
+
+
+def _encode(model: Model, settings: Settings, items: Sequence[PromptItem]) -> list[_Encoded]:
+    from offload_rt.text import build_prompt
+
+    return [
+        _Encoded(
+            item,
+            build_prompt(model.tokenizer, item.text, system=settings.system, raw=settings.raw),
+        )
+        for item in items
+    ]
+
+
+def _made(directory: str | None) -> Path | None:
+    """The folder for the output; it is made before anything is measured."""
+    if directory is None:
+        return None
+    try:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
+    return Path(directory)
+
+
+def _write(report: BenchReport, directory: Path | None) -> None:
+    table, record = as_markdown(report), json.dumps(as_json(report))
+    for name, text in (("bench.md", table), ("bench.json", record)):
+        if directory is not None:
+            try:
+                (directory / name).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ConfigError(f"cannot write {directory / name}: {error.strerror}") from error
+    click.echo(record if report.settings.output.json else table)
