@@ -245,6 +245,12 @@ class Engine:
         self._caches[index].truncate(length)
         del self._cached_ids[index][length:]
 
+    def poll_with(self, poll: Callable[[], None]) -> None:
+        """Have passes call `poll` before each layer; what it raises ends the pass in good order."""
+        self.network.poll = poll
+        if self._draft_model is not None:
+            self._draft_model.network.poll = poll
+
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
         copied = self.device.copy.statistics()

@@ -257,8 +257,11 @@ def test_ctrl_c_prints_what_is_done(
 
 
 def test_ctrl_c_before_anything_is_done(tiny_model, offload_run, questions, monkeypatch):
-    def interrupted(self, *_, **__):
+    forward = Engine.forward
+
+    def interrupted(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
+        return forward(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "forward", interrupted)
     done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 6)

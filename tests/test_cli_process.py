@@ -247,3 +247,11 @@ def test_chat_on_a_terminal(endless_model):
     process.send_signal(signal.SIGINT)
     assert terminal.wait_for_end(process) == 130
     assert b"Traceback" not in terminal.shown
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_standard_streams_are_no_traceback(tiny_model, closed):
+    command = f"{PROGRAM} generate {tiny_model} -p hello -n 3 --device cpu {closed}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr

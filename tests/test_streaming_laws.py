@@ -225,3 +225,33 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_both_numbers(model):
     refusal = pytest.raises(CapacityError, match="the prompt has 9 tokens.* 7 ")
     with engine_for(model, prompts=[[1] * 4], tokens=3) as engine, refusal:
         engine.start([[1] * 9], SamplingConfig(), GenerationConfig())
+
+
+WIDE = {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 256}
+EXPERTS = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "head_dim": 64}
+LONG = {"max_position_embeddings": 20000, "num_hidden_layers": 2, "dtype": "bfloat16"}
+TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512}
+
+
+@pytest.mark.parametrize(
+    ("family", "model_config", "rows", "options"),
+    [
+        ("gemma2", WIDE | TYPES, 5000, {}),
+        ("mistral", {"sliding_window": 700}, 12000, {}),
+        ("mixtral", EXPERTS, 480, {}),
+        ("llama", {"hidden_size": 512}, 300, {"dtype": "float32", "readers": 32}),
+    ],
+)
+def test_peak_memory_keeps_the_smallest_limit_that_is_named(
+    make_tiny, family, model_config, rows, options
+):
+    """The cases a plan forgets first: soft caps, windows, experts, conversion by many readers."""
+    folder = make_tiny(family, **(LONG | model_config))
+    prompts = [[3 + i * 7 % 250 for i in range(rows)]]
+    options = {"prompts": prompts, "tokens": 3, "prefill_chunk_tokens": 512, **options}
+    with pytest.raises(PlanError) as refusal, engine_for(folder, device_limit_bytes=1, **options):
+        pass
+    limit = -(-refusal.value.needed_bytes // 2**20) * 2**20
+    with engine_for(folder, device_limit_bytes=limit, **options) as engine:
+        generate(engine, prompts, tokens=3)
+        assert engine.memory().device_peak_bytes <= limit

@@ -6,6 +6,7 @@ line on stderr, with `--json` too. Importing this package imports nothing heavy;
 when they need it.
 """
 
+import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,10 +14,19 @@ from collections.abc import Sequence
 
 def main() -> int:
     """Run the command line of this process; returns the exit code."""
+    _reopen_standard_streams()
     code = run(sys.argv[1:])
     # What is left is the interpreter's end: a Ctrl-C there must not print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
+
+
+def _reopen_standard_streams() -> None:
+    """Give closed standard streams to /dev/null, lest a model file gets their number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        if getattr(sys, name) is None:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
 def run(arguments: Sequence[str]) -> int:

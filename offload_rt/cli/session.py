@@ -203,16 +203,18 @@ class Answering:
         )
 
     def _generate(self, run: "Run", sequence: "SequenceState", stream: "TextStream") -> None:
-        """Run passes until the sequence ends; only a pass can be interrupted, not what follows."""
+        """Run passes until the sequence ends; an interrupt ends a pass between two layers.
+
+        Anywhere else it could leave a copy half enqueued, and whoever waits for it would wait on.
+        """
         from offload_rt.engine import FinishReason
 
+        self.engine.poll_with(self.interrupts.check)
         try:
-            with self.interrupts.raising(True):
-                self._prefill(run)
+            self._prefill(run)
             self._show(stream, sequence)
             while run.active:
-                with self.interrupts.raising(True):
-                    run.step()
+                run.step()
                 self._show(stream, sequence)
         except Interrupted:
             sequence.finish(FinishReason.ABORT)

@@ -81,6 +81,12 @@ class ModelConfig:
     raw: Mapping[str, object] = field(repr=False)
 
     @property
+    def writes_out_scores(self) -> bool:
+        """Whether attention has a soft cap or sinks, which fused kernels do not know."""
+        capped = self.raw.get("attn_logit_softcapping") is not None
+        return capped or self.model_type == "gpt_oss"
+
+    @property
     def has_experts(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
         return any(isinstance(self.raw.get(name), int) for name in _NUMBERS["experts"][0])
