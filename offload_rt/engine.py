@@ -109,7 +109,10 @@ class Engine:
             self._draft_model: DraftModel | None = None
             if drafting is not None:
                 chunk = config.prefill_chunk_tokens
-                self._draft_model = DraftModel(drafting, self.device, packing, chunk)
+                width = (checkpoint.head or checkpoint.embedding).shape[0]
+                self._draft_model = DraftModel(
+                    drafting, self.device, packing, chunk_tokens=chunk, target_ids=width
+                )
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]

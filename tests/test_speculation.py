@@ -422,6 +422,21 @@ def test_a_draft_model_with_another_vocabulary_is_refused_with_both_sizes(make_t
         pass
 
 
+@pytest.mark.parametrize("ids", [260, 340])
+@pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
+def test_a_vocabulary_padded_otherwise_changes_nothing(make_tiny, ids, shape):
+    """A draft model may know fewer or more ids; those only one side has are never drafted."""
+    folder = make_tiny("llama", **IDS)
+    other = make_tiny("llama", vocab_size=ids, num_hidden_layers=1, **IDS)
+    draft = DraftConfig(draft=f"model:{other}", draft_tokens=6, shape=shape)
+    with engine_for(folder, tokens=16) as engine:
+        plain = generate(engine, tokens=16)
+    sampling = SamplingConfig(temperature=1.5, seed=3)
+    with engine_for(folder, tokens=16, draft=draft) as engine:
+        assert generate(engine, tokens=16) == plain
+        assert len(start(engine, 16, sampling).sequences[0].emitted) == 16
+
+
 def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
     config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
     folder = make_tiny("llama", **config)

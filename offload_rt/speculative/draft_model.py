@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch.nn.functional import pad
 
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.cpu import allocate_host
+from offload_rt.errors import ConfigError
 from offload_rt.kv.base import PendingTree
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention import Segment
@@ -35,12 +37,20 @@ class DraftModel:
         device: where it runs.
         packing: how layer images are laid out there.
         chunk_tokens: prompt rows that go through a layer at once.
+        target_ids: width of the target's logits; ids from there on are never drafted.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, device: Device, packing: Packing, chunk_tokens: int
+        self,
+        checkpoint: Checkpoint,
+        device: Device,
+        packing: Packing,
+        *,
+        chunk_tokens: int,
+        target_ids: int,
     ) -> None:
-        self.device, self.vocab_size = device, checkpoint.config.vocab_size
+        self.device, self.target_ids = device, target_ids
+        self.known_ids = checkpoint.embedding.shape[0]
         self.network = Network(checkpoint, "auto", packing)
         files = WeightFiles(checkpoint.files)
         try:
@@ -63,8 +73,13 @@ class DraftModel:
         """Run one pass of one sequence; rows stay pending.
 
         Returns:
-            [S, V] logits, or [1, V] of the last row.
+            [S, V] logits, or [1, V] of the last row; V is at most the width of the target's.
+
+        Raises:
+            ConfigError: a token is unknown to this model (families pad vocabularies differently).
         """
+        if max(tokens) >= self.known_ids:
+            raise ConfigError(f"token {max(tokens)} is not among its {self.known_ids}")
         rows = range(len(tokens)) if all_rows else [len(tokens) - 1]
         upload = self.device.upload
         batch = TokenBatch(
@@ -74,7 +89,7 @@ class DraftModel:
             upload(list(rows)),
         )
         with torch.inference_mode():
-            return self.network.forward(batch)
+            return self.network.forward(batch)[:, : self.target_ids]
 
     def _fill(self, source: FileSource, layer: int | None = None) -> DeviceBuffer:
         """Read an image; if the network keeps a reordered copy, into memory that is let go."""
@@ -167,7 +182,8 @@ class DraftModelDrafter:
             if self._sampling.greedy:
                 drawn = logits.argmax(dim=-1)
             else:
-                probs.append(target_probs(logits, self._sampling))
+                spare = self._model.target_ids - logits.shape[1]
+                probs.append(pad(target_probs(logits, self._sampling), (0, spare)))
                 assert self._generator is not None  # begin set it
                 drawn = sample(probs[-1], self._generator)
             tokens += self._model.device.download(drawn)  # host sync
