@@ -104,6 +104,7 @@ class Engine:
             if on_placed is not None:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
+            self._check_kv()
             self._store = self._load_weights()
             self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
             self._draft_model: DraftModel | None = None
@@ -322,16 +323,25 @@ class Engine:
         self.network.attach(store, base, self.device.torch_device, self.config.prefill_chunk_tokens)
         return store
 
-    def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
-        """Set aside KV rows, after a check that the plan counted what the network appends."""
+    def _check_kv(self) -> None:
+        """See that the plan counted what the network keeps per token.
+
+        Raises:
+            CheckpointError: the family's cache is not what its head counts make.
+        """
         shapes, dtype = self.network.kv_shapes, self.network.dtype
         needed = sum(shape.numbers_per_token for shape in shapes) * dtype.itemsize
         counted = kv_bytes_per_token(self.checkpoint.config, dtype.itemsize)
         if needed > counted:
+            family = self.checkpoint.config.model_type
             raise CheckpointError(
-                f"the network keeps {needed} bytes of KV per token, the head counts in config.json "
-                f"make {counted}: correct num_key_value_heads or head_dim there"
+                f"{family} models cannot be streamed yet: they keep {needed} bytes of KV per token "
+                f"where the head counts in config.json make {counted}"
             )
+
+    def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
+        """Set aside KV rows of all sequences."""
+        shapes, dtype = self.network.kv_shapes, self.network.dtype
         folder, plan = self.config.kv_folder, self.placement.demand.kv
         return allocate_caches(
             self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
