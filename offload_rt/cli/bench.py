@@ -67,15 +67,9 @@ from offload_rt.model.checkpoint import open_checkpoint, resolve_model
     show_default="none",
     help="Folder for bench.md and bench.json; made if missing.",
 )
-@options.answer_options
 @click.option("--raw", is_flag=True, help="Give prompts as they are, without the chat template.")
-@options.sampling_options
-@options.draft_options
-@options.accept_option
-@options.placement_options
-@options.runtime_options
 @options.json_option
-@options.output_options
+@options.run_options
 @click.pass_obj
 def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Measure answers to a set of prompts.

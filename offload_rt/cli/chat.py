@@ -41,13 +41,7 @@ _HELP = """\
 
 @click.command()
 @click.argument("model")
-@options.answer_options
-@options.sampling_options
-@options.draft_options
-@options.accept_option
-@options.placement_options
-@options.runtime_options
-@options.output_options
+@options.run_options
 @click.pass_obj
 def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Talk with a model.

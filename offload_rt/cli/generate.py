@@ -31,15 +31,9 @@ from offload_rt.model.checkpoint import open_checkpoint, resolve_model
     show_default="read stdin",
     help="File with the prompt; - is stdin. One final line break is left out.",
 )
-@options.answer_options
 @click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
-@options.sampling_options
-@options.draft_options
-@options.accept_option
-@options.placement_options
-@options.runtime_options
 @options.json_option
-@options.output_options
+@options.run_options
 @click.pass_obj
 def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Answer one prompt.

@@ -309,6 +309,17 @@ output_options = _group(
     click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
 )
 
+# What every verb that answers takes.
+run_options = _group(
+    answer_options,
+    sampling_options,
+    draft_options,
+    accept_option,
+    placement_options,
+    runtime_options,
+    output_options,
+)
+
 
 def settings_of(values: Values) -> Settings:
     """The records a parsed command line stands for.

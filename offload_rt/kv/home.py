@@ -79,15 +79,7 @@ class RamRows:
 
     def pieces(self) -> Sequence[CopyPiece]:
         """The memory copies that bring the rows through staging buffers."""
-        return [
-            CopyPiece(
-                offset=start,
-                image_bytes=stop - start,
-                nbytes=stop - start,
-                load=partial(self._load, start, stop),
-            )
-            for start, stop in _cut(self.nbytes, READ_PIECE_BYTES)
-        ]
+        return _pieces(self.nbytes, self._load)
 
     def check(self) -> None:
         """Memory of this process does not change under us."""
@@ -266,15 +258,7 @@ class FileRows:
 
     def pieces(self) -> Sequence[CopyPiece]:
         """The reads that bring the rows through staging buffers."""
-        return [
-            CopyPiece(
-                offset=start,
-                image_bytes=stop - start,
-                nbytes=stop - start,
-                load=partial(self._load, start, stop),
-            )
-            for start, stop in _cut(self.nbytes, READ_PIECE_BYTES)
-        ]
+        return _pieces(self.nbytes, self._load)
 
     def check(self) -> None:
         """Nobody else can reach a file without a name."""
@@ -306,6 +290,21 @@ class FileRuns:
             for offset, at, nbytes in self.runs
             for start, stop in _cut(nbytes, WRITE_PIECE_BYTES)
         ]
+
+
+def _pieces(
+    nbytes: int, load: Callable[[int, int, HostBuffer], torch.Tensor]
+) -> Sequence[CopyPiece]:
+    """Pieces of a copy of which bytes `start` to `stop` come by `load(start, stop, staging)`."""
+    return [
+        CopyPiece(
+            offset=start,
+            image_bytes=stop - start,
+            nbytes=stop - start,
+            load=partial(load, start, stop),
+        )
+        for start, stop in _cut(nbytes, READ_PIECE_BYTES)
+    ]
 
 
 def _cut(nbytes: int, piece: int) -> list[tuple[int, int]]:
