@@ -436,6 +436,13 @@ def test_chat_that_outgrows_its_context_goes_on(tiny_model, offload_run):
     assert halves[0] == halves[1] != ""
 
 
+def test_chat_says_when_an_answer_is_cut_by_the_context(tiny_model, offload_run):
+    roomy = offload_run("chat", tiny_model, "-n", 40, "--context", 200, stdin=b"hello\n")
+    assert "fills its" not in roomy.err
+    tight = offload_run("chat", tiny_model, "-n", 40, "--context", 26, stdin=b"hello\n")
+    assert "ends here because the conversation fills its 26 tokens" in tight.err
+
+
 def test_chat_survives_a_line_that_is_not_utf8(tiny_model, offload_run):
     done = offload_run("chat", tiny_model, "-n", 4, "-q", stdin=b"a\xff\nhello\n/stats\n")
     assert done.code == 0 and done.out

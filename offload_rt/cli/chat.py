@@ -149,6 +149,12 @@ class _Session:
         self.last = answering.answer(ids, self._turn_sampling())
         if self.last.text:
             self.history = [*turns, Message(role="assistant", content=self.last.text)]
+        full = len(ids) + len(self.last.token_ids) >= self.capacity
+        if full and self.last.finish_reason == "length":
+            answering.console.note(
+                f"the answer ends here because the conversation fills its {self.capacity} tokens: "
+                "/clear forgets it, or start again with a larger --context"
+            )
 
     def _turn_sampling(self) -> SamplingConfig:
         """The session's sampling with a seed of this turn's own, so that turns differ."""
