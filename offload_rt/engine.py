@@ -2,7 +2,7 @@
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -348,7 +348,7 @@ class Engine:
         )
 
     @contextmanager
-    def _whole_pass(self):  # type: ignore[no-untyped-def] # noqa: ANN202
+    def _whole_pass(self) -> Iterator[None]:
         """Undo a pass that does not end: pending rows go, the ring starts over."""
         try:
             yield

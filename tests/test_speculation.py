@@ -462,3 +462,34 @@ def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
 def test_draft_options_that_mean_nothing_are_errors(options, message):
     with pytest.raises(ConfigError, match=message):
         DraftConfig(**options)
+
+
+@pytest.mark.parametrize("name", ["chain", "tree", "ngram"])
+def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, drafts, name):
+    """Law 4 end to end: the joint distribution of three tokens, eight sequences at a time."""
+    folder, together, runs = make_tiny("llama", **IDS), 8, 45
+    sampling = SamplingConfig(temperature=1.0, top_k=3, seed=0)
+    expected, names = torch.zeros(3, 3, 3), {}
+    with engine_for(folder, tokens=8) as engine:
+        first, ids = names[()] = top_three(engine, [], sampling)
+        for i, a in enumerate(ids):
+            second, after = names[a,] = top_three(engine, [a], sampling)
+            for j, b in enumerate(after):
+                third, _ = names[a, b] = top_three(engine, [a, b], sampling)
+                expected[i, j] = first[i] * second[j] * third
+    counts = torch.zeros(3, 3, 3)
+    prompts = [PROMPT] * together
+    with engine_for(folder, prompts=prompts, tokens=8, draft=drafts[name]) as engine:
+        for number in range(runs):
+            seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * together)
+            for a, b, c in generate(engine, prompts, tokens=3, sampling=seeded):
+                at = tuple(names[p][1].index(t) for p, t in (((), a), ((a,), b), ((a, b), c)))
+                counts[at] += 1
+    assert chi_square(counts, expected * runs * together) > 1e-4
+
+
+def top_three(engine, tokens, sampling):
+    """Probabilities and ids of the only three tokens that may follow."""
+    probs = target_probs(engine.forward([(0, PROMPT + tokens)], reuse=True), sampling)[0]
+    ids = probs.topk(3).indices.tolist()
+    return probs[ids], ids

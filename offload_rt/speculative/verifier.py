@@ -12,7 +12,7 @@ Work is split in two so that a step has one host sync: `draw` enqueues on the de
 numbers, `walk` follows the tree with what was downloaded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -63,7 +63,7 @@ def walk(draft: Draft, drawn: Sequence[int], sampling: SamplingConfig, rule: Acc
     return _follow(tree, lambda node, row: bool(drawn[node]), drawn[nodes:])
 
 
-def _follow(tree: TokenTree, stands, tokens: Sequence[int]) -> Verdict:  # type: ignore[no-untyped-def] # noqa: ANN001
+def _follow(tree: TokenTree, stands: Callable[[int, int], bool], tokens: Sequence[int]) -> Verdict:
     """Go down as long as a child stands; `tokens[row]` ends the path at that row."""
     children, at, path = tree.children(), ROOT, []
     while (child := next((c for c in children.get(at, ()) if stands(c, at + 1)), None)) is not None:
