@@ -87,6 +87,7 @@ class Engine:
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
+            self._check_tied_head()
             self.device, packing = open_device(config)
             undo.callback(self.device.close)
             free = FreeMemory(device_bytes=self.device.free_bytes(), host_bytes=free_memory_bytes())
@@ -322,6 +323,19 @@ class Engine:
         store = LayerStore(self.device, layouts, sources, self.placement.slots, self._files)
         self.network.attach(store, base, self.device.torch_device, self.config.prefill_chunk_tokens)
         return store
+
+    def _check_tied_head(self) -> None:
+        """Compare a stored head in full with the embedding it is tied to.
+
+        Raises:
+            CheckpointError: they differ; samples alone had not shown it.
+        """
+        head, embedding = self.checkpoint.tied_head, self.checkpoint.embedding
+        if head is not None and not self._files.equal(head, embedding):
+            raise CheckpointError(
+                f"config.json ties {head.name} to {embedding.name}, but the files hold two "
+                "different tensors: set tie_word_embeddings to false there to use both"
+            )
 
     def _check_kv(self) -> None:
         """See that the plan counted what the network keeps per token.

@@ -186,6 +186,32 @@ def test_a_file_system_without_direct_reads_is_read_plainly(model, device, monke
     assert all(torch.equal(got[name], expected[name]) for name in got)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+def test_a_tied_head_that_differs_in_one_byte_is_noticed(make_tiny, tmp_path, direct):
+    """Also where samples do not look: a stored head must be the embedding it is tied to."""
+    from engines import engine_for
+    from safetensors.torch import save_file
+
+    folder = make_tiny("llama", vocab_size=40000, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    copy = tmp_path / "model"
+    copy.mkdir()
+    (copy / "config.json").write_bytes((folder / "config.json").read_bytes())
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, copy / "model.safetensors")
+    checkpoint = open_checkpoint(copy)
+    assert checkpoint.tied_head is not None
+    files = WeightFiles(checkpoint.files, direct=direct)
+    assert files.equal(checkpoint.tied_head, checkpoint.embedding)
+    files.close()
+    head[12345, 6] += 1.0
+    save_file(tensors | {"lm_head.weight": head}, copy / "model.safetensors")
+    assert open_checkpoint(copy).tied_head is not None  # samples see nothing
+    refusal = pytest.raises(CheckpointError, match="ties lm_head.weight to model.embed_tokens")
+    with refusal, engine_for(copy):
+        pass
+
+
 def test_host_memory_is_exactly_what_was_asked_for():
     for nbytes in (1, 4096, 5_000_000):
         buffer = allocate_host(nbytes)

@@ -19,7 +19,7 @@ import torch
 from offload_rt.device.base import STAGING_BYTES, CopyBlock, CopyPiece, DeviceBuffer
 from offload_rt.device.cpu import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
-from offload_rt.model.checkpoint import FileIdentity
+from offload_rt.model.checkpoint import FileIdentity, TensorExtent
 from offload_rt.model.layout import FLOATS, PAGE_BYTES, FileRun, LayerLayout
 
 # Measured with 1, 4 and 16 MiB and 1 to 8 reads in flight on a 2-core machine with a virtual disk:
@@ -124,6 +124,24 @@ class WeightFiles:
                 nbytes=nbytes,
                 load=partial(self._stage, file, run, start, nbytes),
             )
+
+    def equal(self, one: TensorExtent, other: TensorExtent) -> bool:
+        """Compare the bytes of two tensors of one size, reading both in full."""
+        runs = [
+            FileRun(
+                path=extent.path,
+                file_offset=extent.offset,
+                nbytes=extent.nbytes,
+                image_offset=0,
+                in_place=False,
+            )
+            for extent in (one, other)
+        ]
+        ours, theirs = allocate_host(STAGING_BYTES), allocate_host(STAGING_BYTES)
+        return all(
+            torch.equal(a.load(ours), b.load(theirs))
+            for a, b in zip(*map(self.pieces, runs), strict=True)
+        )
 
     def _blocks_in_place(
         self, file: OpenFile, run: FileRun, image: HostBuffer
