@@ -493,3 +493,19 @@ def top_three(engine, tokens, sampling):
     probs = target_probs(engine.forward([(0, PROMPT + tokens)], reuse=True), sampling)[0]
     ids = probs.topk(3).indices.tolist()
     return probs[ids], ids
+
+
+def test_packed_linears_compute_the_same_and_are_for_cpus_only():
+    from offload_rt.model.packed import PackedLinear, can_pack
+
+    assert not can_pack(torch.bfloat16, torch.device("cuda:0"))
+    assert not can_pack(torch.float32, torch.device("cpu"))
+    if not can_pack(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this CPU has no bf16 instructions")
+    for bias in (True, False):
+        plain = torch.nn.Linear(96, 160, bias=bias, dtype=torch.bfloat16)
+        for rows in (1, 3, 16, 40):
+            x = torch.randn(1, rows, 96, dtype=torch.bfloat16)
+            with torch.inference_mode():
+                got, expected = PackedLinear(plain)(x), plain(x)
+            assert torch.allclose(got.float(), expected.float(), atol=0.02, rtol=0.02)

@@ -37,7 +37,7 @@ from offload_rt.model.attention import (
 )
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
-from offload_rt.model.packed import can_pack, pack_linears
+from offload_rt.model.packed import pack_linears
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
@@ -113,21 +113,19 @@ class Network:
         self._holes = [_holes(layer, self.layouts[i]) for i, layer in enumerate(layers)]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
-    def keep(self, index: int, image: DeviceBuffer) -> None:
-        """Let a layer have its weights for good; if the network `packs`, as reordered copies.
+    def keep(self, index: int, image: DeviceBuffer, *, pack: bool) -> None:
+        """Let a layer have its weights for good.
 
-        Then nothing refers to `image` any more.
+        Args:
+            index: layer index.
+            image: holds them.
+            pack: keep reordered copies; nothing refers to `image` then (`model/packed.py`).
         """
         for hole, tensor in _bind(self._holes[index], self.layouts[index].placements, image):
             hole.fill(tensor)
-        if self.packs:
+        if pack:
             pack_linears(self._layers[index])
             self._holes[index] = []
-
-    @property
-    def packs(self) -> bool:
-        """Whether kept weights are reordered copies."""
-        return can_pack(self.dtype, torch.device("cpu"))
 
     def attach(
         self, weights: Weights | None, base: DeviceBuffer, device: torch.device, chunk_tokens: int

@@ -10,7 +10,7 @@ PACK_FOR_ROWS = 16
 
 
 class PackedLinear(torch.nn.Module):
-    """Computes what the given linear does, bit for bit, from a reordered copy of its weight.
+    """Computes what the given linear does from a reordered copy of its weight.
 
     Args:
         linear: weight [O, I] in bf16 on the CPU, bias [O] or None.

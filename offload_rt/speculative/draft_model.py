@@ -20,6 +20,7 @@ from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
+from offload_rt.model.packed import can_pack
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
@@ -52,11 +53,13 @@ class DraftModel:
         self.device, self.target_ids = device, target_ids
         self.known_ids = checkpoint.embedding.shape[0]
         self.network = Network(checkpoint, "auto", packing)
+        self._packs = can_pack(self.network.dtype, device.torch_device)
         files = WeightFiles(checkpoint.files)
         try:
             base = self._fill(FileSource(self.network.base, files))
             for index, layout in enumerate(self.network.layouts):
-                self.network.keep(index, self._fill(FileSource(layout, files), index))
+                image = self._fill(FileSource(layout, files), passing=self._packs)
+                self.network.keep(index, image, pack=self._packs)
         finally:
             files.close()
         self.network.attach(None, base, device.torch_device, chunk_tokens)
@@ -91,13 +94,11 @@ class DraftModel:
         with torch.inference_mode():
             return self.network.forward(batch)[:, : self.target_ids]
 
-    def _fill(self, source: FileSource, layer: int | None = None) -> DeviceBuffer:
-        """Read an image; if the network keeps a reordered copy, into memory that is let go."""
+    def _fill(self, source: FileSource, *, passing: bool = False) -> DeviceBuffer:
+        """Read an image; one of which only a reordered copy is kept is no entry of the ledger."""
         nbytes = source.layout.nbytes
-        if layer is not None and self.network.packs and self.device.name == "cpu":
-            image: DeviceBuffer = allocate_host(nbytes)
-        else:
-            image = self.device.allocate(nbytes, PURPOSE)
+        image: DeviceBuffer
+        image = allocate_host(nbytes) if passing else self.device.allocate(nbytes, PURPOSE)
         self.device.load.copy(image, source)
         self.device.load.record().synchronize()
         return image
