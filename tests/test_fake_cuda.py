@@ -8,7 +8,7 @@ from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from offload_rt import engine as engine_module
-from offload_rt.config import GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
 from offload_rt.device import cuda, streams
 from offload_rt.device import pinned as pinned_module
 from offload_rt.device.base import STAGING_BYTES
@@ -18,6 +18,8 @@ from offload_rt.kv import resident
 from offload_rt.kv.base import KVShape
 from offload_rt.model import attention
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.speculative.base import Draft
+from offload_rt.speculative.tree import TokenTree
 from offload_rt.streaming import files
 from offload_rt.streaming import home as home_module
 from offload_rt.streaming.files import WeightFiles
@@ -278,3 +280,34 @@ def test_keeping_a_path_of_a_tree_does_not_make_the_host_wait(gpu):
         cache.commit([0, 2, 4])
     assert cache.length == 3
     device.close()
+
+
+@pytest.mark.parametrize("drawn", [False, True], ids=["chosen", "drawn"])
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
+def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch, drawn, sampling):
+    """Tree masks, positions and the verifier's numbers all go up and come down in order."""
+    folder = make_tiny("gemma3_text", num_hidden_layers=3)
+    tree = TokenTree((11, 12, 13, 14), (-1, -1, 0, 2))
+
+    def propose(self, ids, max_depth):
+        probs = torch.full((4, 300), 1 / 300, device="cuda:0") if drawn else None
+        return Draft(tree, probs)
+
+    monkeypatch.setattr(engine_module.NgramDrafter, "propose", propose)
+    runtime = RuntimeConfig(
+        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
+    )
+    draft, checkpoint = DraftConfig(draft="ngram", draft_tokens=4), open_checkpoint(folder)
+    with (
+        fake_gpu(gpu),
+        Engine(checkpoint, runtime, capacities=[40, 40], prompt_tokens=14, draft=draft) as engine,
+    ):
+        run = engine.start(PROMPTS, sampling, GenerationConfig(max_tokens=20))
+        gpu.strict = True
+        run.prefill()
+        for step in range(1, 4):
+            gained = [emitted.token_ids for emitted in run.step()]
+            stood = [11, 13, 14] if drawn and not sampling.greedy else []
+            assert gained == [[*stood, 5]] * 2
+            assert gpu.downloads == 1 + step
+        gpu.strict = False

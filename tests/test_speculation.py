@@ -32,7 +32,7 @@ def trees(draw_from, max_nodes=9, vocab=6):
 
 @given(tree=trees())
 def test_a_node_sees_exactly_its_path(tree):
-    seen = tree.visible()
+    seen = torch.tensor(tree.visible())
     assert seen[0].nonzero().flatten().tolist() == [0]
     for node in range(len(tree)):
         expected = [0, *(n + 1 for n in tree.path(node))]

@@ -253,7 +253,7 @@ class _Growth:
         able = [n for n in ranked if self.nodes[n].row < 0 and self.nodes[n].depth < max_depth]
         return able[:count]
 
-    def feed(self, chosen: Sequence[int]) -> tuple[list[int], torch.Tensor]:
+    def feed(self, chosen: Sequence[int]) -> tuple[list[int], list[list[bool]]]:
         """Make nodes the next pending rows.
 
         Returns:
@@ -262,10 +262,10 @@ class _Growth:
         for node in chosen:
             self.nodes[node].row = len(self.fed)
             self.fed.append(node)
-        visible = torch.zeros(len(chosen), len(self.fed), dtype=torch.bool)
+        visible = [[False] * len(self.fed) for _ in chosen]
         for row, node in enumerate(chosen):
             while node != ROOT:
-                visible[row, self.nodes[node].row] = True
+                visible[row][self.nodes[node].row] = True
                 node = self.nodes[node].parent
         positions = [self.length - 1 + self.nodes[node].depth for node in self.fed]
         return positions, visible

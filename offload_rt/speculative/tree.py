@@ -71,24 +71,25 @@ class TokenTree:
             node = self.parents[node]
         return tuple(reversed(nodes))
 
-    def visible(self) -> torch.Tensor:
-        """[N + 1, N + 1] bool: row 0 is the root; a node sees its ancestors and itself."""
+    def visible(self) -> list[list[bool]]:
+        """[N + 1, N + 1]: row 0 is the root; a node sees its ancestors and itself."""
         size = len(self) + 1
-        seen = torch.zeros(size, size, dtype=torch.bool)
-        seen[0, 0] = True
+        seen = [[True] + [False] * (size - 1)]
         for node, parent in enumerate(self.parents):
-            seen[node + 1] = seen[parent + 1]
-            seen[node + 1, node + 1] = True
+            seen.append(seen[parent + 1][:])
+            seen[-1][node + 1] = True
         return seen
 
 
-def pending_tree(device: Device, visible: torch.Tensor, positions: Sequence[int]) -> PendingTree:
+def pending_tree(
+    device: Device, visible: Sequence[Sequence[bool]], positions: Sequence[int]
+) -> PendingTree:
     """Bring what pending rows see to the device, without making the host wait.
 
     Args:
         device: where attention runs.
-        visible: [S, P] bool on the host.
+        visible: [S, P], on the host.
         positions: P places in the sequence.
     """
-    seen = device.upload(visible.flatten().tolist()).view(visible.shape).to(torch.bool)
-    return PendingTree(seen, device.upload(positions))
+    flat = device.upload([int(seen) for row in visible for seen in row])
+    return PendingTree(flat.view(len(visible), -1).to(torch.bool), device.upload(positions))
