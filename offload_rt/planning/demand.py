@@ -7,7 +7,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
-from offload_rt.model.layout import FLOATS, Packing, compute_dtype, plan_layout
+from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
 from offload_rt.planning.placement import Demand
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
@@ -73,26 +73,27 @@ def demand_of(
     config, dtype = checkpoint.config, runtime.dtype
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     number_bytes = number_bytes_of(checkpoint, dtype)
-    layers = [plan_layout(layer, "", name, packing).nbytes for layer in checkpoint.layers]
+    groups = (*checkpoint.layers, checkpoint.others)
+    *layouts, base = [plan_layout(group, "", name, packing) for group in groups]
+    layers = [layout.nbytes for layout in layouts]
     return Demand(
         layer_bytes=tuple(layers),
-        base_bytes=plan_layout(checkpoint.others, "", name, packing).nbytes,
+        base_bytes=base.nbytes,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
         * sum(capacity + drafting.config.nodes for capacity in capacities),
         workspace_bytes=workspace_bytes(config, number_bytes, shape)
-        + staging_bytes(checkpoint, name, packing, runtime.readers)
+        + staging_bytes([*layouts, base], packing, runtime.readers)
         + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
         drafter_bytes=drafter_bytes(drafting, packing, capacities, shape),
     )
 
 
-def staging_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing, readers: int) -> int:
+def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int) -> int:
     """What readers on a CPU read through when bytes cannot land in place; a GPU's is pinned."""
     if packing is Packing.DEVICE:
         return 0
-    groups = (*checkpoint.layers, checkpoint.others)
-    runs = (run for group in groups for run in plan_layout(group, "", dtype, packing).runs)
-    return 0 if all(run.in_place for run in runs) else 2 * readers * STAGING_BYTES
+    in_place = all(run.in_place for layout in layouts for run in layout.runs)
+    return 0 if in_place else 2 * readers * STAGING_BYTES
 
 
 def drafter_bytes(
