@@ -7,6 +7,11 @@ from enum import StrEnum
 from offload_rt.errors import ConfigError
 
 
+def _require(ok: bool, flag: str, value: object, accepted: str) -> None:
+    if not ok or (isinstance(value, float) and math.isnan(value)):
+        raise ConfigError(f"{flag} is {value}, accepted is {accepted}")
+
+
 class DType(StrEnum):
     """Number format the model computes in; `auto` is the checkpoint's own."""
 
@@ -54,38 +59,84 @@ class DraftShape(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalConfig:
+    """The retrieval cache of TriForce (arXiv:2404.11912, section 4): what a draft pass may read.
+
+    Attributes:
+        budget_tokens: context it holds after a build, of each layer and KV head.
+        chunk_tokens: consecutive tokens that are kept or left together.
+        recent_share: part of the budget that is the newest tokens; 1 keeps the first chunk and the
+            newest tokens only, as a sink cache does.
+        rebuild_tokens: it is built anew after so many tokens, and when drafts are accepted less.
+    """
+
+    budget_tokens: int = 1024
+    chunk_tokens: int = 8
+    recent_share: float = 0.25
+    rebuild_tokens: int = 64
+
+    def __post_init__(self) -> None:
+        chunk, budget, rebuild = self.chunk_tokens, self.budget_tokens, self.rebuild_tokens
+        _require(1 <= chunk <= 1024, "--retrieval-chunk", chunk, "1 to 1024")
+        if not 4 * chunk <= budget <= 2**20:
+            raise ConfigError(
+                f"--retrieval-budget is {budget}, accepted is {4 * chunk} (4 chunks of {chunk}) "
+                f"to {2**20}"
+            )
+        share = self.recent_share
+        _require(0.0 <= share <= 1.0, "--retrieval-recent", share, "0 to 1")
+        _require(1 <= rebuild <= 2**20, "--retrieval-rebuild", rebuild, f"1 to {2**20}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
     """Who drafts, and how much.
 
     Attributes:
-        draft: `none`, `ngram` or `model:MODEL`.
+        draft: `none`, `ngram`, `model:MODEL`, `triforce` or `triforce:MODEL`.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
         accept: when a drafted token stands.
+        inner_tokens: with triforce, nodes its own drafter proposes per retrieval pass; None takes
+            that drafter's default.
+        retrieval: with triforce, what its passes read.
     """
 
     draft: str = "none"
     draft_tokens: int | None = None
     shape: DraftShape = DraftShape.AUTO
     accept: AcceptRule = AcceptRule.LOSSLESS
+    inner_tokens: int | None = None
+    retrieval: RetrievalConfig = RetrievalConfig()
 
     def __post_init__(self) -> None:
-        kind, _, model = self.draft.partition(":")
-        if kind not in ("none", "ngram", "model") or (kind == "model") != bool(model):
-            raise ConfigError(f"--draft {self.draft} is not known: use none, ngram or model:MODEL")
+        kind, colon, model = self.draft.partition(":")
+        kinds = {"none": "", "ngram": "", "model": ":", "triforce": colon}
+        if colon != kinds.get(kind) or bool(colon) != bool(model):
+            raise ConfigError(
+                f"--draft {self.draft} is not known: use none, ngram, model:MODEL, triforce or "
+                "triforce:MODEL"
+            )
         tokens = self.draft_tokens
         tokens_ok = tokens is None or 1 <= tokens <= 1024
         _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
         if kind == "none" and tokens is not None:
             raise ConfigError("--draft-tokens has no effect without --draft")
-        if kind != "model" and self.shape is not DraftShape.AUTO:
-            raise ConfigError("--draft-shape is for --draft model:MODEL")
+        if not model and self.shape is not DraftShape.AUTO:
+            raise ConfigError("--draft-shape is for drafting with a MODEL")
+        inner = self.inner_tokens
+        inner_ok = inner is None or 1 <= inner <= 256
+        _require(inner_ok, "--inner-gamma", inner, "auto or 1 to 256")
+        if kind != "triforce" and inner is not None:
+            raise ConfigError("--inner-gamma is for --draft triforce")
+        if kind != "triforce" and self.retrieval != RetrievalConfig():
+            raise ConfigError("--retrieval-... options are for --draft triforce")
         if kind == "none" and self.accept is AcceptRule.TYPICAL:
             raise ConfigError("--accept typical has no effect without --draft")
 
     @property
     def kind(self) -> str:
-        """`none`, `ngram` or `model`."""
+        """`none`, `ngram`, `model` or `triforce`."""
         return self.draft.partition(":")[0]
 
     @property
@@ -98,7 +149,14 @@ class DraftConfig:
         """Nodes of a draft, at most."""
         if self.kind == "none":
             return 0
-        return self.draft_tokens or {"ngram": 16, "model": 64}[self.kind]
+        return self.draft_tokens or {"ngram": 16, "model": 64, "triforce": 16}[self.kind]
+
+    @property
+    def inner(self) -> "DraftConfig":
+        """Who drafts for the retrieval passes of triforce."""
+        tokens = self.inner_tokens or (4 if self.model else 8)
+        draft = f"model:{self.model}" if self.model else "ngram"
+        return DraftConfig(draft=draft, draft_tokens=tokens, shape=self.shape)
 
     @property
     def tree_breadth(self) -> int:
@@ -231,8 +289,3 @@ class RuntimeConfig:
         link_ok = self.link_bytes_per_s is None or self.link_bytes_per_s > 0
         _require(link_ok, "--link-bandwidth", self.link_bytes_per_s, "above 0")
         _require(1 <= self.readers <= 64, "--readers", self.readers, "1 to 64")
-
-
-def _require(ok: bool, flag: str, value: object, accepted: str) -> None:
-    if not ok or (isinstance(value, float) and math.isnan(value)):
-        raise ConfigError(f"{flag} is {value}, accepted is {accepted}")

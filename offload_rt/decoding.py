@@ -21,6 +21,7 @@ import torch
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.report import (
     Counters,
+    RetrievalCounts,
     RunReport,
     Speculation,
     Timings,
@@ -55,6 +56,7 @@ class SequenceState:
         max_tokens: emitted tokens at which it ends.
         generator: its own source of randomness.
         drafter: who drafts for it; None decodes token by token.
+        retrieval: with triforce, its drafter's counts.
         finish_reason: None while it is active.
     """
 
@@ -64,6 +66,7 @@ class SequenceState:
     max_tokens: int
     generator: torch.Generator
     drafter: Drafter | None = None
+    retrieval: RetrievalCounts | None = None
     finish_reason: FinishReason | None = None
 
     @property
@@ -276,4 +279,17 @@ class Run:
                 stood / reached for stood, reached in zip(counts.stood, counts.reached, strict=True)
             ],
             draft_s=counts.draft_s,
+            retrieval=self._retrieval(),
+        )
+
+    def _retrieval(self) -> RetrievalCounts | None:
+        """The drafting below triforce's drafts, of all sequences."""
+        found = [c for s in self.sequences if (c := s.retrieval) is not None]
+        if not found:
+            return None
+        return RetrievalCounts(
+            passes=sum(c.passes for c in found),
+            drafted=sum(c.drafted for c in found),
+            accepted=sum(c.accepted for c in found),
+            builds=sum(c.builds for c in found),
         )

@@ -23,11 +23,13 @@ from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches
 from offload_rt.kv.base import KVCache
+from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.planning.demand import Drafting, kv_bytes_per_token
+from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad, place_run
 from offload_rt.report import Counters, Memory
 from offload_rt.sampling import make_generator
@@ -36,6 +38,7 @@ from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.ngram import NgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.speculative.tree import TokenTree, pending_tree
+from offload_rt.speculative.triforce import TriForceDrafter
 from offload_rt.streaming.files import FileSource, WeightFiles
 from offload_rt.streaming.home import HostSource, LayerStore
 
@@ -46,9 +49,9 @@ NO_DRAFT = DraftConfig()
 
 @dataclass(frozen=True, slots=True)
 class _Rows:
-    """New tokens of one sequence: in a row (logits of the last), or a root and a tree (of all)."""
+    """New tokens for a cache: in a row (logits of the last), or a root and a tree (of all)."""
 
-    index: int
+    cache: KVCache
     tokens: Sequence[int]
     tree: TokenTree | None = None
 
@@ -180,7 +183,7 @@ class Engine:
                 self.truncate(index, common)
                 tokens = tokens[common:]
             fresh.append((index, tokens))
-        logits = self._pass([_Rows(index, tokens) for index, tokens in fresh])
+        logits = self._pass([_Rows(self._caches[index], tokens) for index, tokens in fresh])
         for index, tokens in fresh:
             self.commit(index, tokens, range(len(tokens)))
         return logits
@@ -195,9 +198,17 @@ class Engine:
             For each sequence [N + 1, V] logits, after the root and after each node.
         """
         logits = self._pass(
-            [_Rows(index, [root, *tree.tokens], tree) for index, root, tree in rows]
+            [_Rows(self._caches[index], [root, *tree.tokens], tree) for index, root, tree in rows]
         )
         return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
+
+    def draft_pass(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
+        """Run one pass of the target over a cache of a drafter's own; rows stay pending.
+
+        Returns:
+            [N + 1, V] logits, after the root and after each node.
+        """
+        return self._pass([_Rows(cache, [root, *tree.tokens], tree)])
 
     def commit(self, index: int, tokens: Sequence[int], keep: Sequence[int]) -> None:
         """Keep these pending rows of a cache; `tokens` are theirs."""
@@ -211,7 +222,9 @@ class Engine:
         wanted: list[int] = []
         segments = []
         for part in rows:
-            cache, first = self._caches[part.index], len(ids)
+            cache, first = part.cache, len(ids)
+            if isinstance(cache, FollowedKV):
+                cache.begin_pass(len(part.tokens), keeps_all=part.tree is None)
             ids += part.tokens
             start = cache.length
             if part.tree is None:
@@ -232,15 +245,31 @@ class Engine:
             return self.network.forward(batch)
 
     def _drafter(self, sequence: SequenceState, sampling: SamplingConfig) -> Drafter | None:
-        """The drafter of a sequence; a draft model's keeps its cache from one run to the next."""
-        if self.draft.kind == "ngram":
-            return NgramDrafter(self.draft.nodes)
+        """The drafter of a sequence, ready for a new answer."""
+        if self.draft.kind != "triforce":
+            return self._plain_drafter(self.draft, sequence, sampling)
+        inner = self._plain_drafter(self.draft.inner, sequence, sampling)
+        cache = self._caches[sequence.index]
+        assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
+        triforce = TriForceDrafter(self.device, self.draft_pass, cache, inner, self.draft)
+        triforce.begin(sampling, sequence.generator)
+        sequence.retrieval = cache.counts = triforce.counts
+        return triforce
+
+    def _plain_drafter(
+        self, draft: DraftConfig, sequence: SequenceState, sampling: SamplingConfig
+    ) -> Drafter | None:
+        """A drafter without another below; a draft model's keeps its cache between runs."""
+        if draft.kind == "ngram":
+            return NgramDrafter(draft.nodes)
         if self._draft_model is None:
             return None
         drafter = self._drafters[sequence.index]
         if not isinstance(drafter, DraftModelDrafter):
             capacity = self._capacities[sequence.index]
-            drafter = DraftModelDrafter(self._draft_model, self.draft, capacity)
+            if draft is not self.draft:
+                capacity += self.draft.nodes  # the sequence goes on in triforce's own draft
+            drafter = DraftModelDrafter(self._draft_model, draft, capacity)
             self._drafters[sequence.index] = drafter
         drafter.begin(sampling, sequence.generator)
         return drafter
@@ -357,9 +386,17 @@ class Engine:
         """Set aside KV rows of all sequences."""
         shapes, dtype = self.network.kv_shapes, self.network.dtype
         folder, plan = self.config.kv_folder, self.placement.demand.kv
-        return allocate_caches(
+        caches = allocate_caches(
             self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
         )
+        if self.draft.kind != "triforce":
+            return list(caches)
+        row_bytes = [shape.numbers_per_token * dtype.itemsize for shape in shapes]
+        return [
+            FollowedKV(full, RetrievalKV(self.device, shapes, dtype, sizes))
+            for full, capacity in zip(caches, self._capacities, strict=True)
+            if (sizes := retrieval_sizes(self.draft, row_bytes, capacity))
+        ]
 
     @contextmanager
     def _whole_pass(self) -> Iterator[None]:

@@ -22,6 +22,29 @@ class Timings:
     tokens_per_s: float | None
 
 
+@dataclass(slots=True, kw_only=True)
+class RetrievalCounts:
+    """How the drafting below TriForce's drafts went.
+
+    Attributes:
+        passes: of the target over the retrieval cache.
+        drafted: tokens proposed to those passes.
+        accepted: of them, tokens kept.
+        builds: times the retrieval cache was built, the prompt's included.
+    """
+
+    passes: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    builds: int = 0
+
+    def add(self, *, drafted: int, accepted: int) -> None:
+        """Count one pass."""
+        self.passes += 1
+        self.drafted += drafted
+        self.accepted += accepted
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Speculation:
     """How drafting went.
@@ -35,6 +58,7 @@ class Speculation:
         acceptance_per_depth: for each depth of a draft, how often a node stood there of the times
             all before it had.
         draft_s: time spent drafting; the link goes on meanwhile.
+        retrieval: with triforce, the drafting below its drafts.
     """
 
     drafter: str
@@ -46,6 +70,7 @@ class Speculation:
     tokens_per_pass: float
     acceptance_per_depth: list[float]
     draft_s: float
+    retrieval: RetrievalCounts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

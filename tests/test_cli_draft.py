@@ -97,6 +97,28 @@ def test_the_block_has_a_line_about_drafting(tiny_model, offload_run):
     assert "drafting ngram, nothing was drafted" in nothing.err
 
 
+def test_triforce_says_what_its_passes_read(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 24)
+    plain = offload_run(*base)
+    some = ("--draft", "triforce", "--retrieval-budget", 20, "--retrieval-chunk", 4)
+    done = offload_run(*base, *some, "--retrieval-rebuild", 8)
+    assert done.out == plain.out
+    assert "within --retrieval-budget" not in done.err
+    assert re.search(
+        r"retrieve \d+ passes over at most 20 tokens in chunks of 4, chosen \d+ times; "
+        r"\d+ of \d+ tokens drafted by ngram accepted",
+        done.err,
+    )
+    whole = offload_run(*base, "--draft", f"triforce:{tiny_model}", "--inner-gamma", 2)
+    assert whole.out == plain.out
+    assert re.search(r"the prompt's \d+ tokens are within --retrieval-budget 1024", whole.err)
+    assert "chosen once" in whole.err and f"drafted by model {tiny_model.name}" in whole.err
+    record = json.loads(offload_run(*base, *some, "--json").out)["speculation"]
+    assert record["drafter"] == "triforce" and record["retrieval"]["passes"] > 0
+    plan = json.loads(offload_run("plan", tiny_model, *some, "--json").out)
+    assert plan["drafter_bytes"] > 0
+
+
 def test_typical_says_that_it_changes_the_distribution(tiny_model, offload_run):
     base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--temperature", 1, "--draft", "ngram")
     done = offload_run(*base, "--accept", "typical")
@@ -120,12 +142,16 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--draft", "magic"], "--draft magic is not known: use none, ngram or model:MODEL"),
+        (["--draft", "magic"], "--draft magic is not known: use none, ngram, model:MODEL, triforce"),
         (["--draft", "model:"], "is not known"),
         (["--draft-tokens", "4"], "--draft-tokens has no effect without --draft"),
         (["--draft", "ngram", "--draft-tokens", "0"], "--draft-tokens is 0"),
         (["--draft", "ngram", "--draft-tokens", "few"], "neither auto nor a whole number"),
-        (["--draft", "ngram", "--draft-shape", "tree"], "--draft-shape is for --draft model"),
+        (["--draft", "ngram", "--draft-shape", "tree"], "--draft-shape is for drafting with"),
+        (["--draft", "triforce", "--retrieval-budget", "9"], "--retrieval-budget is 9, accepted"),
+        (["--draft", "triforce", "--retrieval-chunk", "0"], "--retrieval-chunk is 0"),
+        (["--draft", "triforce", "--inner-gamma", "0"], "--inner-gamma is 0"),
+        (["--draft", "ngram", "--retrieval-recent", "0.5"], "options are for --draft triforce"),
         (["--accept", "typical", "--temperature", "1"], "typical has no effect without --draft"),
         (["--draft", "ngram", "--accept", "typical"], "no effect on a greedy answer"),
         (

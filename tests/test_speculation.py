@@ -6,7 +6,13 @@ from engines import PROMPT, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.config import AcceptRule, DraftConfig, DraftShape, SamplingConfig
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    DraftShape,
+    RetrievalConfig,
+    SamplingConfig,
+)
 from offload_rt.errors import ConfigError
 from offload_rt.sampling import make_generator, target_probs
 from offload_rt.speculative import verifier
@@ -333,20 +339,31 @@ def drafts(make_tiny):
         "tree": DraftConfig(draft=f"model:{small}", draft_tokens=12),
         "oracle-chain": DraftConfig(draft=f"model:{same}", draft_tokens=4),
         "oracle-tree": DraftConfig(draft=f"model:{same}", draft_tokens=6, shape=DraftShape.TREE),
+        "triforce": DraftConfig(draft="triforce", draft_tokens=5, retrieval=LITTLE),
+        "triforce-model": DraftConfig(
+            draft=f"triforce:{small}", draft_tokens=5, inner_tokens=2, retrieval=LITTLE
+        ),
+        "triforce-tree": DraftConfig(
+            draft=f"triforce:{same}", draft_tokens=7, inner_tokens=12, retrieval=LITTLE
+        ),
     }
 
 
+LITTLE = RetrievalConfig(budget_tokens=20, chunk_tokens=3, recent_share=0.4, rebuild_tokens=6)
 NAMES = ["ngram", "chain", "tree", "oracle-chain", "oracle-tree"]
+NAMES += ["triforce", "triforce-model", "triforce-tree"]
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("resident", [None, 1])
-def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, name, resident):
+@pytest.mark.parametrize("kv", ["device", "disk"])
+def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, name, resident, kv):
     folder = make_tiny("llama", **IDS)
     prompts = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
     with engine_for(folder, prompts=prompts, tokens=30) as engine:
         plain = generate(engine, prompts, tokens=30)
     options = {"resident_layers": resident, "slots": None if resident is None else 2}
+    options |= {"kv": kv, "kv_block_tokens": 16 if kv == "disk" else None}
     with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **options) as engine:
         for tokens in (30, 7, 1):
             run_tokens = generate(engine, prompts, tokens=tokens)
@@ -395,19 +412,20 @@ def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name)
 
 def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
     sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
-    for name in ("chain", "tree", "ngram"):
+    for name in ("chain", "tree", "ngram", "triforce", "triforce-model"):
         with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
             answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
 
 
-def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(make_tiny, drafts, caplog):
+@pytest.mark.parametrize("name", ["chain", "triforce-model"])
+def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(make_tiny, drafts, caplog, name):
     folder = make_tiny("llama", **IDS)
-    with engine_for(folder, tokens=12) as engine:
-        plain = generate(engine, tokens=12)
-    with engine_for(folder, tokens=12, draft=drafts["chain"]) as engine:
+    with engine_for(folder, tokens=60) as engine:
+        plain = generate(engine, tokens=60)
+    with engine_for(folder, tokens=60, draft=drafts[name]) as engine:
         engine._draft_model.network.forward = lambda batch: 1 / 0
-        assert generate(engine, tokens=12) == plain
+        assert generate(engine, tokens=60) == plain
     told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
     assert len(told) == 1
 
@@ -455,8 +473,14 @@ def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
         ({"draft": "model:"}, "not known"),
         ({"draft": "ngram", "draft_tokens": 0}, "--draft-tokens is 0"),
         ({"draft_tokens": 4}, "no effect without --draft"),
-        ({"draft": "ngram", "shape": DraftShape.TREE}, "for --draft model"),
+        ({"draft": "ngram", "shape": DraftShape.TREE}, "for drafting with a MODEL"),
         ({"accept": AcceptRule.TYPICAL}, "no effect without --draft"),
+        ({"draft": "triforce:"}, "not known"),
+        ({"draft": "ngram:x"}, "not known"),
+        ({"draft": "ngram", "inner_tokens": 4}, "--inner-gamma is for --draft triforce"),
+        ({"draft": "triforce", "inner_tokens": 0}, "--inner-gamma is 0"),
+        ({"draft": "triforce", "shape": DraftShape.TREE}, "for drafting with a MODEL"),
+        ({"draft": "model:x", "retrieval": LITTLE}, "--retrieval-... options are for"),
     ],
 )
 def test_draft_options_that_mean_nothing_are_errors(options, message):
@@ -464,7 +488,7 @@ def test_draft_options_that_mean_nothing_are_errors(options, message):
         DraftConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["chain", "tree", "ngram"])
+@pytest.mark.parametrize("name", ["chain", "tree", "ngram", "triforce", "triforce-model"])
 def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, drafts, name):
     """Law 4 end to end: the joint distribution of three tokens, eight sequences at a time."""
     folder, together, runs = make_tiny("llama", **IDS), 8, 45

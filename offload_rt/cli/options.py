@@ -18,6 +18,7 @@ from offload_rt.config import (
     GenerationConfig,
     HomeKind,
     KVPlace,
+    RetrievalConfig,
     RuntimeConfig,
     SamplingConfig,
 )
@@ -271,7 +272,8 @@ draft_options = _group(
         "--draft",
         default=_default(DraftConfig, "draft"),
         help="Who drafts tokens that one pass then checks: none, ngram (what followed the same "
-        "tokens before) or model:MODEL, a small model with the same tokenizer.",
+        "tokens before), model:MODEL, a small model with the same tokenizer, or triforce[:MODEL], "
+        "this model itself over a part of a long context, with ngram or MODEL drafting for it.",
     ),
     click.option(
         "--draft-tokens",
@@ -279,7 +281,7 @@ draft_options = _group(
         default=_default(DraftConfig, "draft_tokens"),
         help="Tokens of a draft; auto is "
         f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
-        "a model.",
+        f"a model, {DraftConfig(draft='triforce').nodes} for triforce.",
     ),
     click.option(
         "--draft-shape",
@@ -288,6 +290,44 @@ draft_options = _group(
         default=str(_default(DraftConfig, "shape")),
         help="Whether a draft model drafts one continuation or a tree of several; auto is a tree "
         "from 9 tokens on.",
+    ),
+    click.option(
+        "--inner-gamma",
+        "inner_tokens",
+        type=_AUTO,
+        default=_default(DraftConfig, "inner_tokens"),
+        help="With triforce: tokens drafted for each of its own passes; auto is "
+        f"{DraftConfig(draft='triforce').inner.nodes} for ngram, "
+        f"{DraftConfig(draft='triforce:m').inner.nodes} for a model.",
+    ),
+    click.option(
+        "--retrieval-budget",
+        "budget_tokens",
+        type=int,
+        default=_default(RetrievalConfig, "budget_tokens"),
+        help="With triforce: tokens of context its passes read.",
+    ),
+    click.option(
+        "--retrieval-chunk",
+        "chunk_tokens",
+        type=int,
+        default=_default(RetrievalConfig, "chunk_tokens"),
+        help="With triforce: consecutive tokens that are read or left out together.",
+    ),
+    click.option(
+        "--retrieval-recent",
+        "recent_share",
+        type=float,
+        default=_default(RetrievalConfig, "recent_share"),
+        help="With triforce: part of the budget that is the newest tokens; 1 leaves nothing else "
+        "but the very first.",
+    ),
+    click.option(
+        "--retrieval-rebuild",
+        "rebuild_tokens",
+        type=int,
+        default=_default(RetrievalConfig, "rebuild_tokens"),
+        help="With triforce: choose anew what is read after so many tokens.",
     ),
 )
 
@@ -362,6 +402,8 @@ def draft_of(values: Values) -> DraftConfig:
     names = {field.name for field in dataclasses.fields(DraftConfig)}
     given = {name: value for name, value in values.items() if name in names}
     given |= {"shape": DraftShape(values["shape"])}
+    chosen = {field.name: values[field.name] for field in dataclasses.fields(RetrievalConfig)}
+    given |= {"retrieval": RetrievalConfig(**chosen)}
     if "accept" in values:
         given |= {"accept": AcceptRule(values["accept"])}
     return DraftConfig(**given)

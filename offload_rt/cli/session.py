@@ -145,6 +145,12 @@ def started_engine(
 ) -> Iterator["Engine"]:
     """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
     check_drafter(model, settings.draft)
+    draft = settings.draft
+    if draft.kind == "triforce" and prompt_tokens <= draft.retrieval.budget_tokens:
+        console.note(
+            f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "
+            f"{draft.retrieval.budget_tokens}: drafts read all of it"
+        )
     from offload_rt.engine import Engine
 
     with console.progress(f"loading {model.name}") as gauge:

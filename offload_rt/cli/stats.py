@@ -9,6 +9,7 @@ from typing import Any
 
 from offload_rt.cli.session import Answer, Answering
 from offload_rt.config import AcceptRule, DraftConfig
+from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size
 
 _LABEL_WIDTH = 9
@@ -35,6 +36,8 @@ def format_stats(answering: Answering, answer: Answer) -> str:
     ]
     if answering.settings.draft.kind != "none":
         lines.append(("drafting", _drafting(answering, answer)))
+    if (counts := report.speculation.retrieval) is not None:
+        lines.append(("retrieve", _retrieval(answering, counts)))
     if memory.streamed_layers:
         share = transfer.stall_s / max((timings.ttft_s or 0.0) + timings.decode_s, 1e-9)
         lines += [
@@ -143,9 +146,24 @@ def _drafting(answering: Answering, answer: Answer) -> str:
     )
 
 
+def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
+    config = answering.settings.draft
+    chosen = config.retrieval
+    share = f" ({counts.accepted / counts.drafted:.0%})" if counts.drafted else ""
+    builds = "once" if counts.builds == 1 else f"{counts.builds} times"
+    return (
+        f"{_count(counts.passes, 'pass')} over at most {chosen.budget_tokens} tokens in chunks of "
+        f"{chosen.chunk_tokens}, chosen {builds}; {counts.accepted} of {counts.drafted} tokens "
+        f"drafted by {drafter_name(config.inner)} accepted{share}"
+    )
+
+
 def drafter_name(draft: DraftConfig) -> str:
     """Who drafts, in few words; a model by its folder's name."""
-    return f"model {Path(draft.model).name}" if draft.kind == "model" else draft.kind
+    name = Path(draft.model).name
+    return {"model": f"model {name}", "triforce": f"triforce {name}".rstrip()}.get(
+        draft.kind, draft.kind
+    )
 
 
 def rule_name(rule: str) -> str:
@@ -168,4 +186,5 @@ def dtype_name(engine: Any) -> str:  # noqa: ANN401 - naming the type would need
 
 
 def _count(number: int, what: str) -> str:
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+    plural = f"{what}es" if what.endswith("s") else f"{what}s"
+    return f"{number} {what}" if number == 1 else f"{number} {plural}"

@@ -8,10 +8,11 @@ import torch
 
 from offload_rt.config import KVPlace
 from offload_rt.device.base import Device
-from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.retrieval import WatchedCache
 from offload_rt.planning.kv import KVPlan
 
 
@@ -23,7 +24,7 @@ def allocate_caches(
     plan: KVPlan | Sequence[int],
     folder: str | None,
     undo: ExitStack,
-) -> list[KVCache]:
+) -> list[WatchedCache]:
     """Take memory, and a home if there is one, for every sequence.
 
     Args:
@@ -44,7 +45,7 @@ def allocate_caches(
     space = KVSpace(device, max(sizes.staging_bytes for sizes in plan.sizes))
     undo.callback(space.close)
     options = KVOptions(attend_on_host=plan.attend_on_host)
-    caches: list[KVCache] = []
+    caches: list[WatchedCache] = []
     for sizes in plan.sizes:
         where = Path(folder) if folder is not None else None
         home = FileHome(sizes, where) if plan.place is KVPlace.DISK else RamHome(device, sizes)

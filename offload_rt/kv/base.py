@@ -60,6 +60,20 @@ class PendingTree:
     positions: torch.Tensor
 
 
+class RowWatcher(Protocol):
+    """Whoever looks at the rows a cache attends to."""
+
+    def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Look at rows [K, T, D] while they are lent; work is enqueued on the compute stream.
+
+        Args:
+            layer: layer index.
+            first: position of the first of them.
+            key: [K, T, D] rotated.
+            value: [K, T, D].
+        """
+
+
 class KVCache(Protocol):
     """Keys and values of one sequence, all layers."""
 

@@ -22,7 +22,7 @@ import torch
 
 from offload_rt.device.base import Device, Event, HomeSource
 from offload_rt.errors import CapacityError, ConfigError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
+from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree, RowWatcher
 from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import KVHome
 from offload_rt.kv.partial import PartialAttention
@@ -107,6 +107,18 @@ class KVSpace:
         self.copy.close()
         for home in self._homes:
             home.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Renamed:
+    """A watcher to whom a layer of `ResidentKV` is called by its index in the network."""
+
+    watcher: RowWatcher
+    layer: int
+
+    def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Look at rows [K, T, D]."""
+        self.watcher.see(self.layer, first, key, value)
 
 
 @dataclass(eq=False, slots=True)
@@ -289,19 +301,25 @@ class OffloadedKV:
         query: torch.Tensor,
         spec: AttentionSpec,
         tree: PendingTree | None = None,
+        watcher: RowWatcher | None = None,
     ) -> torch.Tensor:
         """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
         if layer in self._kept:
             assert self._resident is not None
-            return self._resident.attend(self._kept[layer], query, spec, tree)
+            shown = watcher and _Renamed(watcher, layer)
+            return self._resident.attend(self._kept[layer], query, spec, tree, shown)
         state = self._layers[layer]
         state.window = spec.window
         if self._is_staged(state):
-            rows = self._staging(state)[: state.total]
-            return attend_rows(query, *state.format.views(rows), spec, tree)
+            keys, values = state.format.views(self._staging(state)[: state.total])
+            if watcher is not None:
+                watcher.see(layer, 0, keys, values)
+            return attend_rows(query, keys, values, spec, tree)
         keys, values = state.format.views(state.local())
         assert state.count >= query.shape[1]  # each layer attends right after it appended
         if state.home_rows == 0:
+            if watcher is not None:
+                watcher.see(layer, 0, keys, values)
             return attend_rows(query, keys, values, spec, tree)
         local_tree = tree and PendingTree(tree.visible, tree.positions - state.home_rows)
         parts = PartialAttention(query, state.format.shape.heads, spec)
@@ -322,6 +340,10 @@ class OffloadedKV:
                 behind = at[:, None] - torch.arange(start, start + rows.shape[0], device=device)
                 visible = behind < spec.window
             parts.add(*state.format.views(rows), visible)
+            if watcher is not None:
+                watcher.see(layer, start, *state.format.views(rows))
+        if watcher is not None:
+            watcher.see(layer, state.home_rows, keys, values)
         return parts.result()
 
     def commit(self, keep: Sequence[int]) -> None:

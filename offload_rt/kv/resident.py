@@ -6,7 +6,7 @@ import torch
 
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
+from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree, RowWatcher
 from offload_rt.model.attention import attend_rows
 
 
@@ -62,12 +62,14 @@ class ResidentKV:
         query: torch.Tensor,
         spec: AttentionSpec,
         tree: PendingTree | None = None,
+        watcher: RowWatcher | None = None,
     ) -> torch.Tensor:
         """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
         stop = self._length + self._pending[layer]
-        return attend_rows(
-            query, self._keys[layer][:, :stop], self._values[layer][:, :stop], spec, tree
-        )
+        keys, values = self._keys[layer][:, :stop], self._values[layer][:, :stop]
+        if watcher is not None:
+            watcher.see(layer, 0, keys, values)
+        return attend_rows(query, keys, values, spec, tree)
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows, in this order; forget the rest."""

@@ -9,6 +9,7 @@ from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
 from offload_rt.planning.placement import Demand
+from offload_rt.planning.retrieval import retrieval_sizes
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
@@ -84,7 +85,8 @@ def demand_of(
         workspace_bytes=workspace_bytes(config, number_bytes, shape)
         + staging_bytes([*layouts, base], packing, runtime.readers)
         + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
-        drafter_bytes=drafter_bytes(drafting, packing, capacities, shape),
+        drafter_bytes=drafter_bytes(drafting, packing, capacities, shape)
+        + retrieval_bytes(config, drafting.config, number_bytes, capacities),
     )
 
 
@@ -103,16 +105,31 @@ def drafter_bytes(
     checkpoint, config = drafting.checkpoint, drafting.config
     if checkpoint is None:
         return 0
+    longer = 0  # a draft below another's begins behind that
+    if config.kind == "triforce":
+        config, longer = config.inner, config.nodes
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
     number_bytes = number_bytes_of(checkpoint, "auto")
     groups = (*checkpoint.layers, checkpoint.others)
     weights = [plan_layout(group, "", name, packing).nbytes for group in groups]
-    rows = sum(capacity + config.scratch_rows for capacity in capacities)
+    rows = sum(capacity + longer + config.scratch_rows for capacity in capacities)
     passes = replace(shape, logit_rows=config.tree_breadth)
     # A layer is read into memory of its own before its reordered copy is made.
     kv = kv_bytes_per_token(checkpoint.config, number_bytes)
     workspace = workspace_bytes(checkpoint.config, number_bytes, passes)
     return sum(weights) + max(weights[:-1]) + rows * kv + workspace
+
+
+def retrieval_bytes(
+    model: ModelConfig, draft: DraftConfig, number_bytes: int, capacities: Sequence[int]
+) -> int:
+    """What triforce's retrieval caches take, and what building one takes for a moment."""
+    if draft.kind != "triforce":
+        return 0
+    per_token = kv_bytes_per_token(model, number_bytes)
+    row_bytes = [per_token // model.num_layers] * model.num_layers
+    sizes = [retrieval_sizes(draft, row_bytes, capacity) for capacity in capacities]
+    return sum(s.device_bytes for s in sizes) + max(s.build_bytes for s in sizes)
 
 
 def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:

@@ -1,0 +1,402 @@
+"""The retrieval cache of TriForce: chunks of a long context that matter now, and the newest rows.
+
+After "TriForce" (arXiv:2404.11912, section 4.1): per layer and KV head, chunks of consecutive
+tokens are scored by their mean rotated key against the query; the first chunk and the best others
+are kept, at their own positions. Here the queries of a group of heads are summed for their KV head,
+several rows' queries may ask, and the newest tokens are always there.
+
+It is built while a pass over the full cache reads every row anyway (`see`): a running best-of over
+the rows as they come by, so nothing of the full cache is read twice and none of it is held. Between
+two builds it follows the full cache: the rows a pass adds there are added here (`FollowedKV`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from offload_rt.device.base import Device
+from offload_rt.errors import CapacityError
+from offload_rt.kv.base import AttentionSpec, KVCache, KVShape, PendingTree, RowWatcher
+from offload_rt.model.attention import attend_rows
+from offload_rt.planning.retrieval import RetrievalSizes
+from offload_rt.report import RetrievalCounts
+
+PINNED = float("inf")
+ASKING_ROWS = 16  # newest rows of a pass whose queries are asked
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """What the rows of every layer are.
+
+    Attributes:
+        chunks: chunks that are kept, the first one included.
+        tail_start: position of the first row behind them; from there on no position is missing.
+    """
+
+    chunks: int = 0
+    tail_start: int = 0
+
+
+@dataclass(slots=True)
+class _Build:
+    """A layer that is being built.
+
+    Attributes:
+        query: [K, D] what the chunks are scored against; None keeps the newest.
+        scores: [K, chunks] of what was kept so far.
+        filled: chunks kept so far.
+        carry: rows of a chunk whose other rows have not come yet: [K, c, D] keys and values.
+        next_row: position of the row that comes next.
+    """
+
+    query: torch.Tensor | None
+    scores: torch.Tensor
+    filled: int = 0
+    carry: tuple[torch.Tensor, torch.Tensor] | None = None
+    next_row: int = 0
+
+
+class RetrievalKV:
+    """Selected keys and values of one sequence, on the device.
+
+    Positions are those of the sequence and keys are rotated by them, so the order of rows does not
+    matter to attention. `length` counts the whole sequence, whatever is kept of it.
+
+    Args:
+        device: where the memory is taken.
+        shapes: sizes per layer.
+        dtype: number format of keys and values.
+        sizes: what it takes, as the plan counted it.
+
+    Attributes:
+        built_at: tokens of the sequence it was last built from; None while it is not built.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        shapes: Sequence[KVShape],
+        dtype: torch.dtype,
+        sizes: RetrievalSizes,
+    ) -> None:
+        self.capacity = sizes.capacity
+        self._device, self._sizes = device, sizes
+        memory = device.allocate(sizes.device_bytes, "retrieval cache").tensor.view(dtype)
+        self._keys: list[torch.Tensor] = []  # per layer [K, rows, D]
+        self._values: list[torch.Tensor] = []
+        offset = 0
+        for shape in shapes:
+            for store, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
+                size = shape.heads * sizes.rows * dim
+                store.append(memory[offset : offset + size].view(shape.heads, sizes.rows, dim))
+                offset += size
+        self._length = 0
+        self._layout = _Layout()
+        self._pending = [0] * len(shapes)
+        self._builds: dict[int, _Build] = {}
+        self._build_rows = 0  # rows of the full cache that a build sees; 0 between builds
+        self.built_at: int | None = None
+
+    @property
+    def length(self) -> int:
+        """Committed tokens of the sequence, kept or not."""
+        return self._length
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was never built, or so many tokens ago that it is to be built again."""
+        if self.built_at is None:
+            return True
+        sizes = self._sizes
+        if self._layout.tail_start == 0 and self._length + 2 * sizes.scratch_tokens <= sizes.rows:
+            return False  # all of the context is there, with room for more
+        return self._length - self.built_at >= sizes.config.rebuild_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing of the context is left out."""
+        layout = self._layout
+        return layout.tail_start == layout.chunks * self._sizes.config.chunk_tokens
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add pending rows: key [K, S, D], value [K, S, D]."""
+        start = self._row_of(self._length) + self._pending[layer]
+        stop = start + key.shape[1]
+        if stop > self._sizes.rows:
+            raise CapacityError(
+                f"the retrieval cache has {self._sizes.rows} rows, {stop} are needed"
+            )
+        self._keys[layer][:, start:stop] = key
+        self._values[layer][:, start:stop] = value
+        self._pending[layer] += key.shape[1]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+    ) -> torch.Tensor:
+        """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
+        length = self._length + self._pending[layer]
+        first, stop = 0, self._row_of(length)
+        if spec.window is not None and not self.is_complete:
+            # A window is counted in rows, so only rows without a gap may be there: the kept chunks
+            # of such a layer are the newest ones, but for the first.
+            first = self._sizes.config.chunk_tokens
+        if tree is not None:
+            tree = PendingTree(tree.visible, tree.positions - (length - stop + first))
+        keys, values = (store[layer][:, first:stop] for store in (self._keys, self._values))
+        return attend_rows(query, keys, values, spec, tree)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Keep these pending rows, in this order; forget the rest."""
+        pending = min(self._pending)
+        if any(not 0 <= row < pending for row in keep):
+            raise CapacityError(f"cannot keep rows {list(keep)}: {pending} rows are pending")
+        start = self._row_of(self._length)
+        if list(keep) != list(range(len(keep))):
+            rows = self._device.upload([start + row for row in keep])
+            for store in (*self._keys, *self._values):
+                store[:, start : start + len(keep)] = store[:, rows]
+        self._set_length(self._length + len(keep))
+
+    def truncate(self, length: int) -> None:
+        """Forget pending rows and all committed rows from `length` on; may leave it unbuilt."""
+        if self._build_rows or length < self._layout.tail_start:
+            self._builds, self._build_rows, self.built_at = {}, 0, None
+        self._set_length(length)
+
+    def begin_build(self, length: int) -> None:
+        """Begin to choose anew from the first `length` rows of the sequence, in every layer."""
+        sizes = self._sizes
+        start = sizes.tail_start(length)
+        chunks = min(sizes.max_chunks, start // sizes.config.chunk_tokens)
+        self._layout, self._build_rows, self._builds = _Layout(chunks, start), length, {}
+        self._set_length(length)
+
+    def end_build(self) -> None:
+        """Use what was chosen."""
+        self.built_at, self._build_rows, self._builds = self._build_rows, 0, {}
+
+    def begin_layer(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> None:
+        """Begin to choose for a layer.
+
+        Args:
+            layer: layer index.
+            query: [H, S, D] of the rows that ask.
+            spec: how the layer attends; with a window its newest chunks are kept.
+        """
+        heads = self._keys[layer].shape[0]
+        asked = None
+        if spec.window is None:
+            asked = query[:, -ASKING_ROWS:].float().unflatten(0, (heads, -1)).sum(dim=(1, 2))
+        scores = torch.empty(heads, self._layout.chunks, device=query.device)
+        self._builds[layer] = _Build(asked, scores)
+
+    def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Choose from rows [K, T, D] of the full cache, from position `first` on, in order."""
+        build, layout = self._builds[layer], self._layout
+        count = min(first + key.shape[1], self._build_rows) - first
+        newest = layout.tail_start
+        if build.query is None:  # the kept chunks are the newest, but for the pinned first
+            pinned = 0 if self.is_complete else 1
+            newest -= (layout.chunks - pinned) * self._sizes.config.chunk_tokens
+        start = max(first, newest)
+        if start < first + count:
+            rows = slice(self._row_of(start), self._row_of(first + count))
+            self._keys[layer][:, rows] = key[:, start - first : count]
+            self._values[layer][:, rows] = value[:, start - first : count]
+        count = min(first + count, layout.tail_start) - first
+        if build.query is None or count <= 0:
+            return
+        assert build.next_row == first
+        build.next_row = first + count
+        self._choose(layer, build, first, key[:, :count], value[:, :count])
+
+    def _choose(
+        self, layer: int, build: _Build, first: int, key: torch.Tensor, value: torch.Tensor
+    ) -> None:
+        """Cut rows into chunks; those of a chunk that is not whole wait for the others."""
+        size = self._sizes.config.chunk_tokens
+        if build.carry is not None:
+            lacking = size - build.carry[0].shape[1]
+            joined = [
+                torch.cat([old, new[:, :lacking]], dim=1)
+                for old, new in zip(build.carry, (key, value), strict=True)
+            ]
+            build.carry = None
+            self._choose(layer, build, first, joined[0], joined[1])
+            first, key, value = first + size, key[:, lacking:], value[:, lacking:]
+        whole = key.shape[1] // size
+        if key.shape[1] % size:
+            build.carry = key[:, whole * size :].clone(), value[:, whole * size :].clone()
+        if whole:
+            chunks = [rows[:, : whole * size].unflatten(1, (whole, size)) for rows in (key, value)]
+            self._keep_best(layer, build, first // size, chunks[0], chunks[1])
+
+    def _keep_best(
+        self, layer: int, build: _Build, number: int, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Let chunks [K, M, c, D], from chunk `number` on, compete with those kept."""
+        kept, size = self._layout.chunks, self._sizes.config.chunk_tokens
+        assert build.query is not None
+        means = keys.mean(dim=2, dtype=torch.float32)  # [K, M, D]
+        scores = torch.matmul(means, build.query[..., None])[..., 0]
+        if number == 0:
+            scores[:, 0] = PINNED
+        stores = [
+            store[layer][:, : kept * size].unflatten(1, (kept, size))
+            for store in (self._keys, self._values)
+        ]
+        free = min(kept - build.filled, keys.shape[1])
+        if free:
+            start, build.filled = build.filled, build.filled + free
+            build.scores[:, start : build.filled] = scores[:, :free]
+            for store, offered in zip(stores, (keys, values), strict=True):
+                store[:, start : build.filled] = offered[:, :free]
+        if free < keys.shape[1]:
+            slots, chunks, real = _exchange(build.scores, scores[:, free:])
+            heads = torch.arange(keys.shape[0], device=keys.device)[:, None]
+            build.scores[heads, slots] = torch.where(
+                real, scores[:, free:][heads, chunks], build.scores[heads, slots]
+            )
+            for store, offered in zip(stores, (keys, values), strict=True):
+                store[heads, slots] = torch.where(
+                    real[..., None, None], offered[:, free:][heads, chunks], store[heads, slots]
+                )
+
+    def _set_length(self, length: int) -> None:
+        self._length = length
+        self._pending = [0] * len(self._pending)
+
+    def _row_of(self, position: int) -> int:
+        """The row of a token from `tail_start` on; of a layer with a window, before it too."""
+        layout = self._layout
+        return layout.chunks * self._sizes.config.chunk_tokens + position - layout.tail_start
+
+
+def _exchange(
+    kept: torch.Tensor, offered: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pair what leaves with what comes in, so that the best of both are there afterwards.
+
+    Args:
+        kept: [K, N] scores.
+        offered: [K, M] scores.
+
+    Returns:
+        slots [K, W] of `kept`, chunks [K, W] of `offered`, and [K, W] whether the pair changes
+        places; the host does not wait, except on a CPU, where W is only as large as it must be.
+    """
+    count = kept.shape[1]
+    best = torch.cat([kept, offered], dim=1).topk(count, dim=1).indices
+    chosen = torch.zeros(
+        kept.shape[0], count + offered.shape[1], dtype=torch.int32, device=kept.device
+    ).scatter_(1, best, 1)
+    stays, comes = chosen[:, :count], chosen[:, count:]
+    number = comes.sum(dim=1, keepdim=True)  # of exchanges, per head
+    width = min(count, offered.shape[1])
+    if kept.device.type == "cpu":
+        width = int(number.max())
+    slots = stays.argsort(dim=1, stable=True)[:, :width]
+    chunks = comes.argsort(dim=1, descending=True, stable=True)[:, :width]
+    return slots, chunks, torch.arange(width, device=kept.device) < number
+
+
+class WatchedCache(KVCache, Protocol):
+    """A full cache that shows the rows it attends to."""
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+        watcher: RowWatcher | None = None,
+    ) -> torch.Tensor:
+        """Attend as any cache does, and let `watcher` see every row, oldest first."""
+
+
+class FollowedKV:
+    """A full cache with a retrieval cache that keeps up with it.
+
+    A pass over the full cache either adds its rows to both, or builds the other one anew, or both.
+    The rows it adds are exact, where those of a draft pass are the retrieval cache's own.
+
+    Args:
+        full: all rows.
+        retrieval: some of them.
+    """
+
+    def __init__(self, full: WatchedCache, retrieval: RetrievalKV) -> None:
+        self.full, self.retrieval = full, retrieval
+        self.wants_build = False
+        self.counts = RetrievalCounts()  # whose builds are counted
+        self._follows = self._builds = False
+        self._rows = 0
+        self._appended: dict[int, int] = {}
+
+    @property
+    def length(self) -> int:
+        """Committed tokens."""
+        return self.full.length
+
+    @property
+    def capacity(self) -> int:
+        """Tokens there is room for, pending ones included."""
+        return self.full.capacity
+
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Say what the next pass is.
+
+        Args:
+            rows: rows it appends.
+            keeps_all: a prompt, of which all rows will be kept; a build then sees them too.
+        """
+        self._rows, self._appended = rows, {}
+        self._builds = keeps_all or self.wants_build or self.retrieval.is_due
+        self._follows = not keeps_all
+        if self._builds:
+            self.retrieval.begin_build(self.length + (rows if keeps_all else 0))
+        else:
+            self.retrieval.truncate(self.length)
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Add pending rows: key [K, S, D], value [K, S, D]."""
+        self.full.append(layer, key, value)
+        self._appended[layer] = self._appended.get(layer, 0) + key.shape[1]
+        if self._follows:
+            self.retrieval.append(layer, key, value)
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+    ) -> torch.Tensor:
+        """Attend to all rows; behind the last of the pass the retrieval cache sees them."""
+        if not self._builds or self._appended[layer] < self._rows:
+            return self.full.attend(layer, query, spec, tree)
+        self.retrieval.begin_layer(layer, query, spec)
+        return self.full.attend(layer, query, spec, tree, self.retrieval)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Keep these pending rows of both, in this order; forget the rest."""
+        self.full.commit(keep)
+        if self._follows:
+            self.retrieval.commit(keep)
+        if self._builds:
+            self.retrieval.end_build()
+            self.wants_build, self._builds = False, False
+            self.counts.builds += 1
+
+    def truncate(self, length: int) -> None:
+        """Forget pending rows and all committed rows from `length` on."""
+        self.full.truncate(length)
+        self.retrieval.truncate(length)
+        self._builds = False

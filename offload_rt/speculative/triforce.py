@@ -1,0 +1,121 @@
+"""TriForce: the target's own weights draft from a retrieval cache, and are drafted for themselves.
+
+After arXiv:2404.11912. The outer draft is made by the same draft-verify loop as the answer, with
+other parts: a drafter proposes a few tokens (`inner`), one pass of the target over the retrieval
+cache checks them with the one verifier, and what stands is the next piece of the outer draft. Its
+law is therefore exactly that of the target over the retrieval cache, which makes those
+probabilities a legal proposal for the outer verification. (The published code samples the
+retrieval model's distribution instead of the residual at a rejection, and is not exact.)
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from offload_rt.config import AcceptRule, DraftConfig, SamplingConfig
+from offload_rt.device.base import Device
+from offload_rt.kv.base import KVCache
+from offload_rt.kv.retrieval import FollowedKV
+from offload_rt.report import RetrievalCounts
+from offload_rt.sampling import target_probs
+from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.speculative.tree import TokenTree
+from offload_rt.speculative.verifier import draw, walk
+
+# The retrieval cache is built anew when, over so many drafts, less than that share was accepted.
+# Both are guesses; a build is nearly free, since the pass it is part of is made anyway.
+ROLLING_DRAFTS, REBUILD_BELOW = 4, 0.5
+
+
+class TargetPass(Protocol):
+    """A pass of the target over another cache than the answer's."""
+
+    def __call__(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
+        """Return [N + 1, V] logits after the root and after each node; rows stay pending."""
+
+
+class TriForceDrafter:
+    """Drafts a chain for one sequence.
+
+    Args:
+        device: where passes run.
+        target: runs the target's weights over the retrieval cache.
+        cache: the sequence's full cache and the retrieval cache that follows it.
+        inner: proposes tokens for the draft.
+        config: how many.
+    """
+
+    name = "triforce"
+
+    def __init__(
+        self,
+        device: Device,
+        target: TargetPass,
+        cache: FollowedKV,
+        inner: Drafter,
+        config: DraftConfig,
+    ) -> None:
+        self._device, self._target, self._cache, self._inner = device, target, cache, inner
+        self._gamma, self._inner_gamma = config.nodes, config.inner.nodes
+        self._sampling = SamplingConfig()
+        self._generator: torch.Generator | None = None
+        self._rates: deque[float] = deque(maxlen=ROLLING_DRAFTS)
+        self.counts = RetrievalCounts()
+
+    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+        """Start a new answer.
+
+        Args:
+            sampling: draft tokens are drawn from the same filtered distribution as the target's.
+            generator: source of randomness.
+        """
+        self._sampling, self._generator = sampling, generator
+
+    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+        """Generate a chain with the retrieval cache; nothing while that is not built."""
+        depth, retrieval = min(max_depth, self._gamma), self._cache.retrieval
+        if depth < 1 or retrieval.built_at is None:
+            return Draft()
+        tokens: list[int] = []
+        probs: list[torch.Tensor] = []
+        while len(tokens) < depth:
+            found, laws = self._extend([*ids, *tokens], depth - len(tokens))
+            tokens += found
+            probs += laws
+        retrieval.truncate(len(ids) - 1)
+        return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Have the retrieval cache built anew when less of what it drafts is accepted."""
+        if not len(draft.tree):
+            return
+        self._rates.append(len(verdict.path) / len(draft.tree))
+        if len(self._rates) == ROLLING_DRAFTS and sum(self._rates) < REBUILD_BELOW * ROLLING_DRAFTS:
+            self._cache.wants_build = True
+            self._rates.clear()
+
+    def _extend(self, ids: Sequence[int], room: int) -> tuple[list[int], list[torch.Tensor]]:
+        """One draft-verify step of the retrieval model.
+
+        Returns:
+            At least one and at most `room` tokens, and, unless greedy, [1, V] the distribution each
+            was drawn from.
+        """
+        assert self._generator is not None  # begin set it
+        retrieval, sampling, rule = self._cache.retrieval, self._sampling, AcceptRule.LOSSLESS
+        draft = Draft()
+        if room > 1:
+            draft = self._inner.propose(ids, min(self._inner_gamma, room - 1))
+        logits = self._target(retrieval, ids[-1], draft.tree)
+        drawn = draw(draft, logits, sampling, rule, self._generator)
+        verdict = walk(draft, self._device.download(drawn), sampling, rule)  # host sync
+        retrieval.commit([0, *(node + 1 for node in verdict.path)])
+        self._inner.observe(draft, verdict)
+        self.counts.add(drafted=len(draft.tree), accepted=len(verdict.path))
+        tokens = [*(draft.tree.tokens[node] for node in verdict.path), verdict.token]
+        if sampling.greedy:
+            return tokens, []
+        rows = [0, *(node + 1 for node in verdict.path)]  # whose logits each token came from
+        return tokens, [target_probs(logits[row : row + 1], sampling) for row in rows]

@@ -1,0 +1,410 @@
+"""The retrieval cache, and TriForce's two levels: what is kept, and that both levels are exact."""
+
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import PROMPT, engine_for, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_speculation import SAMPLINGS, SEEDS, VOCAB, chi_square, expected_counts
+
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    GenerationConfig,
+    RetrievalConfig,
+    SamplingConfig,
+)
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.errors import CapacityError, ConfigError
+from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.retrieval import ASKING_ROWS, FollowedKV, RetrievalKV
+from offload_rt.model.attention import attend_rows
+from offload_rt.planning.retrieval import RetrievalSizes
+from offload_rt.sampling import make_generator, target_probs
+from offload_rt.speculative import triforce
+from offload_rt.speculative.base import Draft
+from offload_rt.speculative.tree import TokenTree
+from offload_rt.speculative.triforce import TriForceDrafter
+from offload_rt.speculative.verifier import draw, walk
+
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+HEADS, DIM = 2, 4
+SHAPE = KVShape(heads=HEADS, key_dim=DIM, value_dim=DIM)
+SPEC = AttentionSpec(scaling=0.5)
+
+
+# --- what is kept --------------------------------------------------------------------------------
+
+
+@st.composite
+def retrievals(draw_from):
+    chunk = draw_from(st.integers(1, 6))
+    budget = draw_from(st.integers(4 * chunk, 40))
+    share = draw_from(st.sampled_from([0.0, 0.25, 0.6, 1.0]))
+    return RetrievalConfig(
+        budget_tokens=budget, chunk_tokens=chunk, recent_share=share, rebuild_tokens=9
+    )
+
+
+def sizes_for(config, capacity=400, scratch=12):
+    row = SHAPE.numbers_per_token * 4
+    return RetrievalSizes(
+        row_bytes=(row,), config=config, capacity=capacity, scratch_tokens=scratch
+    )
+
+
+def rows_of(retrieval, layer=0):
+    """Positions of the rows each head holds, told by values that are the positions."""
+    stop = retrieval._row_of(retrieval.length)
+    return retrieval._values[layer][:, :stop, 0].to(torch.int64).tolist()
+
+
+def numbered(length, seed):
+    """Keys at random, and values that say which position they are of: [K, T, D]."""
+    keys = torch.randn(HEADS, length, DIM, generator=torch.Generator().manual_seed(seed))
+    return keys, torch.arange(length).float().view(1, -1, 1).repeat(HEADS, 1, DIM)
+
+
+def best_chunks(config, sizes, keys, query, length):
+    """What should be kept, written out: positions per head."""
+    start, size = sizes.tail_start(length), config.chunk_tokens
+    kept = []
+    for head in range(HEADS):
+        asked = query.view(HEADS, -1, query.shape[1], DIM)[head].sum(dim=(0, 1))
+        scores = {
+            c: float("inf")
+            if c == 0
+            else float(keys[head, c * size : c * size + size].mean(0) @ asked)
+            for c in range(start // size)
+        }
+        best = sorted(scores, key=scores.get, reverse=True)[: sizes.max_chunks]
+        chunks = {p for c in best for p in range(c * size, c * size + size)}
+        kept.append(chunks | set(range(start, length)))
+    return kept
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    config=retrievals(),
+    length=st.integers(1, 120),
+    seed=st.integers(0, 1000),
+    cuts=st.lists(st.integers(1, 119), max_size=6),
+    asking=st.integers(1, 3),
+)
+def test_the_best_chunks_are_kept_however_the_rows_come_by(config, length, seed, cuts, asking):
+    sizes = sizes_for(config)
+    with closing(CpuDevice(readers=1)) as device:
+        retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes)
+        keys, values = numbered(length, seed)
+        query = torch.randn(2 * HEADS, asking, DIM, generator=torch.Generator().manual_seed(seed))
+        retrieval.begin_build(length)
+        retrieval.begin_layer(0, query, SPEC)
+        borders = sorted({0, length, *(cut for cut in cuts if cut < length)})
+        for first, stop in zip(borders, borders[1:], strict=False):
+            retrieval.see(0, first, keys[:, first:stop], values[:, first:stop])
+        retrieval.end_build()
+        held = rows_of(retrieval)
+        for head, positions in enumerate(best_chunks(config, sizes, keys, query, length)):
+            assert len(held[head]) == len(set(held[head]))
+            assert set(held[head]) == positions
+            assert len(positions) <= config.budget_tokens or length <= config.budget_tokens
+            rows = torch.tensor(held[head])
+            assert torch.equal(retrieval._keys[0][head, : len(rows)], keys[head][rows])
+        assert retrieval.length == length
+
+
+@settings(deadline=None, max_examples=60)
+@given(config=retrievals(), data=st.data())
+def test_it_follows_the_full_cache_and_never_outgrows_its_memory(config, data):
+    """Any mix of drafts, rejections and passes over the full cache; the newest rows are there."""
+    sizes = sizes_for(config)
+    with closing(CpuDevice(readers=1)) as device:
+        full = ResidentKV(device, [SHAPE], torch.float32, 400)
+        cache = FollowedKV(full, RetrievalKV(device, [SHAPE], torch.float32, sizes))
+        keys, values = numbered(400, 5)
+
+        def run(rows, keep, *, keeps_all):
+            cache.begin_pass(rows, keeps_all=keeps_all)
+            start = cache.length
+            part = slice(start, start + rows)
+            cache.append(0, keys[:, part], values[:, part])
+            cache.attend(0, torch.ones(2 * HEADS, rows, DIM), SPEC)
+            cache.commit(range(keep))
+
+        prompt = data.draw(st.integers(1, 60))
+        run(prompt, prompt, keeps_all=True)
+        for _ in range(data.draw(st.integers(0, 25))):
+            drafted = data.draw(st.integers(0, 11))
+            retrieval = cache.retrieval
+            at = retrieval.length
+            wrong = torch.full((HEADS, drafted, DIM), -1.0)
+            retrieval.append(0, wrong, wrong)  # what a draft pass computes need not be exact
+            retrieval.commit(range(drafted))
+            if data.draw(st.booleans()):  # a draft that was broken off leaves its rows
+                retrieval.truncate(at)
+            run(drafted + 1, data.draw(st.integers(1, drafted + 1)), keeps_all=False)
+            held = rows_of(retrieval)
+            start = retrieval._layout.tail_start
+            for head in held:
+                assert head[-(retrieval.length - start) :] == list(range(start, retrieval.length))
+                assert len(head) == len(set(head)) and min(head) == 0
+            assert retrieval.length == cache.length
+            assert retrieval.length - retrieval.built_at < 9 + 12 or start == 0
+
+
+@pytest.mark.parametrize("inner", ["", "tree"])
+def test_a_window_is_counted_in_positions(make_tiny, inner):
+    """A layer with a window sees just that, so drafts that read all of it are never wrong."""
+    folder = make_tiny("mistral", head_dim=16, sliding_window=10, **IDS)
+    prompt = PROMPT * 5
+    config = RetrievalConfig(budget_tokens=32, chunk_tokens=4, recent_share=0.25, rebuild_tokens=8)
+    options = (
+        {"draft": f"triforce:{folder}", "inner_tokens": 12} if inner else {"draft": "triforce"}
+    )
+    draft = DraftConfig(draft_tokens=5, retrieval=config, **options)
+    for kv in ({}, {"kv": "disk", "kv_block_tokens": 16}):
+        with engine_for(folder, prompts=[prompt], tokens=40, draft=draft, **kv) as engine:
+            run = finished(engine, prompt, 40)
+            assert run.report().speculation.acceptance_rate == 1.0
+            assert inner == "" or run.report().speculation.retrieval.accepted > 10
+
+
+def test_with_a_window_the_pinned_chunk_is_not_taken_for_a_recent_one():
+    config = RetrievalConfig(budget_tokens=24, chunk_tokens=4, recent_share=0.25)
+    with closing(CpuDevice(readers=1)) as device:
+        retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes_for(config))
+        keys, values = numbered(100, 2)
+        query = torch.randn(4, 1, DIM, generator=torch.Generator().manual_seed(1))
+        spec = AttentionSpec(scaling=0.5, window=60)
+        retrieval.begin_build(99)
+        retrieval.begin_layer(0, query, spec)
+        retrieval.see(0, 0, keys[:, :99], values[:, :99])
+        retrieval.end_build()
+        retrieval.append(0, keys[:, 99:], values[:, 99:])
+        newest = retrieval._layout.tail_start - 4 * (retrieval._layout.chunks - 1)
+        expected = attend_rows(query, keys[:, newest:], values[:, newest:], spec)
+        assert 99 - newest >= 16
+        assert torch.allclose(retrieval.attend(0, query, spec), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_greedy_with_triforce_equals_greedy_without(make_tiny, family, streamed):
+    config = {"head_dim": 16, **IDS}
+    if family in ("gemma2", "gpt_oss"):
+        config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
+    folder = make_tiny(family, **config)
+    prompts = [PROMPT * 4, PROMPT[:3], PROMPT[::-1] * 3]
+    with engine_for(folder, prompts=prompts, tokens=70) as engine:
+        plain = generate(engine, prompts, tokens=70)
+    options = {"resident_layers": 1, "slots": 2} if streamed else {}
+    retrieval = RetrievalConfig(budget_tokens=32, chunk_tokens=5, rebuild_tokens=11)
+    draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=retrieval)
+    for kv in ({}, {"kv": "host"}, {"kv": "disk", "kv_block_tokens": 18}):
+        with engine_for(folder, prompts=prompts, tokens=70, draft=draft, **kv, **options) as engine:
+            assert generate(engine, prompts, tokens=70) == plain
+            again = [PROMPT * 4 + [8, 9], PROMPT[:3] + [4], PROMPT]  # caches are used again
+            longer = generate(engine, again, tokens=20)
+        with engine_for(folder, prompts=prompts, tokens=70, **kv) as engine:
+            assert longer == generate(engine, again, tokens=20)
+
+
+def finished(engine, prompt, tokens, sampling=None):
+    options = GenerationConfig(max_tokens=tokens)
+    run = engine.start([prompt], sampling or SamplingConfig(), options)
+    run.prefill()
+    while run.active:
+        run.step()
+    return run
+
+
+def test_a_budget_larger_than_the_prompt_holds_all_of_it(make_tiny):
+    """Every draft is then right, as long as nothing had to be left out."""
+    draft = DraftConfig(draft="triforce", draft_tokens=4, inner_tokens=2)
+    with engine_for(make_tiny("llama", **IDS), tokens=40, draft=draft) as engine:
+        report = finished(engine, PROMPT, 40).report().speculation
+    assert report.acceptance_rate == 1.0
+    assert report.retrieval.builds == 1
+    assert report.passes == 1 + 8  # 39 tokens in steps of 5
+    assert report.retrieval.passes <= report.drafted
+
+
+def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
+    config = {"hidden_size": 256, "intermediate_size": 512, "dtype": "bfloat16", **IDS}
+    folder = make_tiny("llama", max_position_embeddings=4096, **config)
+    prompt = PROMPT * 100
+    retrieval = RetrievalConfig(budget_tokens=512, chunk_tokens=8)
+    draft = DraftConfig(draft="triforce", draft_tokens=8, retrieval=retrieval)
+    with engine_for(
+        folder, prompts=[prompt], tokens=60, draft=draft, kv="disk", prefill_chunk_tokens=256
+    ) as engine:
+        generate(engine, [prompt], tokens=60)
+        memory = engine.memory()
+        sizes = engine._caches[0].retrieval._sizes
+        assert memory.ledger["retrieval cache"] == sizes.device_bytes
+        assert engine.placement.demand.drafter_bytes == sizes.device_bytes + sizes.build_bytes
+        assert memory.device_peak_bytes <= memory.device_planned_bytes
+
+
+def test_too_many_pending_rows_are_refused_before_anything_is_written():
+    sizes = sizes_for(RetrievalConfig(budget_tokens=8, chunk_tokens=2, rebuild_tokens=1), scratch=2)
+    with closing(CpuDevice(readers=1)) as device:
+        retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes)
+        rows = torch.zeros(HEADS, sizes.rows + 1, DIM)
+        with pytest.raises(CapacityError, match=f"{sizes.rows} rows, {sizes.rows + 1} are needed"):
+            retrieval.append(0, rows, rows)
+        assert retrieval._pending == [0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget_tokens": 31}, "--retrieval-budget is 31, accepted is 32"),
+        ({"chunk_tokens": 0}, "--retrieval-chunk is 0"),
+        ({"recent_share": 1.01}, "--retrieval-recent is 1.01"),
+        ({"recent_share": float("nan")}, "--retrieval-recent is nan"),
+        ({"rebuild_tokens": 0}, "--retrieval-rebuild is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        RetrievalConfig(**options)
+
+
+def test_asking_rows_are_the_newest():
+    """A build behind a long prompt asks what the last rows ask, however long their chunk was."""
+    config = RetrievalConfig(budget_tokens=16, chunk_tokens=2, recent_share=0.0)
+    held = []
+    for rows in (ASKING_ROWS, 60):
+        with closing(CpuDevice(readers=1)) as device:
+            retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes_for(config))
+            query = torch.randn(4, 60, DIM, generator=torch.Generator().manual_seed(1))
+            keys, values = numbered(100, 2)
+            retrieval.begin_build(100)
+            retrieval.begin_layer(0, query[:, -rows:], SPEC)
+            retrieval.see(0, 0, keys, values)
+            retrieval.end_build()
+            held.append(rows_of(retrieval))
+    assert held[0] == held[1]
+
+
+# --- both levels are exact -----------------------------------------------------------------------
+
+
+class World:
+    """A target, a retrieval model and a draft model whose logits depend on the last token only."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(4)
+        self.target = torch.randn(VOCAB + 1, VOCAB, generator=generator) * 1.2
+        noise = torch.randn(VOCAB + 1, VOCAB, generator=generator)
+        self.retrieval = self.target + 0.7 * noise
+        self.draft = self.target + torch.randn(VOCAB + 1, VOCAB, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return World()
+
+
+class SampledInner:
+    """A level 1 that draws a chain of up to two tokens."""
+
+    name = "inner"
+
+    def __init__(self, logits, sampling, generator):
+        self._logits, self._sampling, self._generator = logits, sampling, generator
+
+    def propose(self, ids, max_depth):
+        tokens, probs, row = [], [], ids[-1]
+        for _ in range(min(max_depth, 2)):
+            probs.append(target_probs(self._logits[row][None], self._sampling)[0])
+            row = int(torch.multinomial(probs[-1], 1, generator=self._generator))
+            tokens.append(row)
+        return Draft(TokenTree.chain(tokens), torch.stack(probs) if probs else None)
+
+    def observe(self, draft, verdict):
+        pass
+
+
+class ChosenInner(SampledInner):
+    """A level 1 that proposes the same tree whatever came before."""
+
+    def propose(self, ids, max_depth):
+        deep = TokenTree((0, 1, 2, 3), (-1, -1, 0, 1))
+        return Draft(deep if max_depth > 1 else TokenTree((2,), (-1,)))
+
+
+def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
+    """The outer draft, and the target's verdict on it: the first two tokens."""
+    cache = SimpleNamespace(built_at=0, truncate=lambda n: None, commit=lambda keep: None)
+    device = SimpleNamespace(download=lambda tensor: tensor.tolist())
+
+    def over_retrieval(cache, root, tree):
+        return torch.stack([world.retrieval[root], *(world.retrieval[t] for t in tree.tokens)])
+
+    drafter = TriForceDrafter(
+        device,
+        over_retrieval,
+        SimpleNamespace(retrieval=cache),
+        inner(world.draft, sampling, generator),
+        DraftConfig(draft="triforce", draft_tokens=gamma, inner_tokens=2),
+    )
+    drafter.begin(sampling, generator)
+    return drafter.propose([VOCAB], gamma)
+
+
+def joint_counts(world, inner, sampling):
+    counts = torch.zeros(VOCAB, VOCAB)
+    for seed in range(SEEDS):
+        generator = make_generator(seed, "cpu")
+        draft = drafted_by_triforce(world, inner, sampling, generator)
+        assert len(draft.tree) == 3 and draft.probs.shape == (3, VOCAB)
+        logits = torch.stack([world.target[VOCAB], *(world.target[t] for t in draft.tree.tokens)])
+        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, generator).tolist()
+        verdict = walk(draft, drawn, sampling, AcceptRule.LOSSLESS)
+        tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
+        if len(tokens) < 2:
+            last = target_probs(world.target[tokens[-1]][None], sampling)[0]
+            tokens.append(int(torch.multinomial(last, 1, generator=generator)))
+        counts[tokens[0], tokens[1]] += 1
+    return counts
+
+
+@pytest.mark.parametrize("inner", [SampledInner, ChosenInner])
+@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["plain", "top-k", "top-p"])
+def test_the_composed_law_is_the_targets(world, inner, sampling):
+    counts = joint_counts(world, inner, sampling)
+    assert chi_square(counts, expected_counts(world.target, sampling)) > 1e-4
+
+
+def test_the_inner_law_is_that_of_the_retrieval_model(world):
+    """Level 1 must be exact for level 2 to be: the draft's tokens follow what it says they do."""
+    sampling = SAMPLINGS[0]
+    counts = torch.zeros(VOCAB, VOCAB)
+    for seed in range(SEEDS):
+        draft = drafted_by_triforce(world, SampledInner, sampling, make_generator(seed, "cpu"))
+        counts[draft.tree.tokens[0], draft.tree.tokens[1]] += 1
+    assert chi_square(counts, expected_counts(world.retrieval, sampling)) > 1e-4
+
+
+def published_rule(draft, logits, sampling, rule, generator):
+    """The released code's level 1: at a rejection the verifier's distribution is sampled."""
+    probs = target_probs(logits, sampling)
+    nodes = len(draft.tree)
+    coins = torch.rand(nodes, generator=generator)
+    own = torch.arange(nodes), torch.tensor(draft.tree.tokens, dtype=torch.int64)
+    stands = coins * draft.probs[own] < probs[own] if nodes else torch.zeros(0)
+    ends = torch.multinomial(probs, 1, generator=generator)[:, 0]
+    return torch.cat([stands.to(torch.int64), ends])
+
+
+def test_the_published_level_1_rule_fails_the_same_test(world, monkeypatch):
+    """Negative control: no residual at level 1 (reference: triforce.md 1.4)."""
+    monkeypatch.setattr(triforce, "draw", published_rule)
+    counts = joint_counts(world, SampledInner, SAMPLINGS[0])
+    assert chi_square(counts, expected_counts(world.target, SAMPLINGS[0])) < 1e-6
