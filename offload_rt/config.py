@@ -53,6 +53,9 @@ class DraftShape(StrEnum):
     TREE = "tree"
 
 
+SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DraftConfig:
     """Who drafts, and how much.
@@ -61,12 +64,15 @@ class DraftConfig:
         draft: `none`, `ngram` or `model:MODEL`.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
+        draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
+            and the newest; 0 shows it all, None takes the drafter's own default.
         accept: when a drafted token stands.
     """
 
     draft: str = "none"
     draft_tokens: int | None = None
     shape: DraftShape = DraftShape.AUTO
+    draft_window: int | None = None
     accept: AcceptRule = AcceptRule.LOSSLESS
 
     def __post_init__(self) -> None:
@@ -80,6 +86,9 @@ class DraftConfig:
             raise ConfigError("--draft-tokens has no effect without --draft")
         if kind != "model" and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for --draft model:MODEL")
+        if kind != "model" and self.draft_window is not None:
+            raise ConfigError("--draft-window is for --draft model:MODEL")
+        self._check_window()
         if kind == "none" and self.accept is AcceptRule.TYPICAL:
             raise ConfigError("--accept typical has no effect without --draft")
 
@@ -99,6 +108,15 @@ class DraftConfig:
         if self.kind == "none":
             return 0
         return self.draft_tokens or {"ngram": 16, "model": 64}[self.kind]
+
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of the sequence a draft model sees at most; None: all."""
+        return self.draft_window or None
+
+    def cache_rows(self, tokens: int) -> int:
+        """Rows of a draft model's cache for a sequence of so many tokens."""
+        return min(tokens, self.window_tokens or tokens) + self.scratch_rows
 
     @property
     def tree_breadth(self) -> int:
@@ -121,6 +139,15 @@ class DraftConfig:
         if self.shape is DraftShape.AUTO:
             return self.nodes > 8
         return self.shape is DraftShape.TREE
+
+    def _check_window(self) -> None:
+        window, least = self.window_tokens, SINK_TOKENS + self.nodes + 1
+        if window is not None and window < least:
+            raise ConfigError(
+                f"--draft-window is {window}, accepted is auto, full or {least} or more: the first "
+                f"{SINK_TOKENS} tokens, the {self.nodes} of a draft and one to go on from; "
+                "raise it or lower --draft-tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -104,6 +104,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
     return {
         "drafter": answering.engine.draft.draft,
         "draft_tokens": answering.engine.draft.nodes,
+        "draft_window": answering.engine.draft.window_tokens,
         "drafter_bytes": placement.demand.drafter_bytes,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
