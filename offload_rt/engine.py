@@ -21,7 +21,7 @@ from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
-from offload_rt.kv.allocate import allocate_caches
+from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
@@ -262,9 +262,14 @@ class Engine:
         return Counters(
             at_s=time.perf_counter(),
             bytes_copied=copied.bytes_copied,
+            kv_bytes_copied=kv_bytes_copied(self._caches),
             busy_s=copied.busy_s,
             stalled_s=self.device.compute.stalled_s(),
         )
+
+    def link_bytes(self) -> int:
+        """Bytes of layers and KV that have crossed the link so far; waits for nothing."""
+        return self.device.copy.statistics().bytes_copied + kv_bytes_copied(self._caches)
 
     @property
     def load_bytes(self) -> int:

@@ -51,3 +51,9 @@ def allocate_caches(
         space.own(home)
         caches.append(OffloadedKV(space, shapes, dtype, sizes, home, options))
     return caches
+
+
+def kv_bytes_copied(caches: Sequence[KVCache]) -> int:
+    """Bytes these caches have moved between device and home so far, both ways."""
+    streams = {cache.copies for cache in caches if isinstance(cache, OffloadedKV)}
+    return sum(stream.statistics().bytes_copied for stream in streams)
