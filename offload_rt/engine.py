@@ -250,6 +250,14 @@ class Engine:
         self._caches[index].truncate(length)
         del self._cached_ids[index][length:]
 
+    def forget(self) -> None:
+        """Forget every sequence, drafters' caches too: the next prompt starts as the first did."""
+        for index in range(len(self._caches)):
+            self.truncate(index, 0)
+        for drafter in self._drafters:
+            if drafter is not None:
+                drafter.forget()
+
     def poll_with(self, poll: Callable[[], None]) -> None:
         """Have passes call `poll` before each layer; what it raises ends the pass in good order."""
         self.network.poll = poll

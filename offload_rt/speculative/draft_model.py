@@ -159,6 +159,11 @@ class DraftModelDrafter:
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
 
+    def forget(self) -> None:
+        """Drop all rows of the cache."""
+        self._cache.truncate(0)
+        self._ids.clear()
+
     def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
         """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
         seen = seen_tokens(ids, self._config.window_tokens)
