@@ -58,6 +58,10 @@ class DraftShape(StrEnum):
     TREE = "tree"
 
 
+INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
+SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RetrievalConfig:
     """The retrieval cache of TriForce (arXiv:2404.11912, section 4): what a draft pass may read.
@@ -96,6 +100,8 @@ class DraftConfig:
         draft: `none`, `ngram`, `model:MODEL`, `triforce` or `triforce:MODEL`.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
+        draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
+            and the newest; 0 shows it all, None takes the drafter's own default.
         accept: when a drafted token stands.
         inner_tokens: with triforce, nodes its own drafter proposes per retrieval pass; None takes
             that drafter's default.
@@ -105,6 +111,7 @@ class DraftConfig:
     draft: str = "none"
     draft_tokens: int | None = None
     shape: DraftShape = DraftShape.AUTO
+    draft_window: int | None = None
     accept: AcceptRule = AcceptRule.LOSSLESS
     inner_tokens: int | None = None
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -124,6 +131,8 @@ class DraftConfig:
             raise ConfigError("--draft-tokens has no effect without --draft")
         if not model and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL")
+        if not model and self.draft_window is not None:
+            raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
         inner_ok = inner is None or 1 <= inner <= 256
         _require(inner_ok, "--inner-gamma", inner, "auto or 1 to 256")
@@ -131,6 +140,10 @@ class DraftConfig:
             raise ConfigError("--inner-gamma is for --draft triforce")
         if kind != "triforce" and self.retrieval != RetrievalConfig():
             raise ConfigError("--retrieval-... options are for --draft triforce")
+        if kind == "triforce":
+            _ = self.inner  # checks its own part
+        else:
+            self._check_window()
         if kind == "none" and self.accept is AcceptRule.TYPICAL:
             raise ConfigError("--accept typical has no effect without --draft")
 
@@ -155,8 +168,26 @@ class DraftConfig:
     def inner(self) -> "DraftConfig":
         """Who drafts for the retrieval passes of triforce."""
         tokens = self.inner_tokens or (4 if self.model else 8)
-        draft = f"model:{self.model}" if self.model else "ngram"
-        return DraftConfig(draft=draft, draft_tokens=tokens, shape=self.shape)
+        if not self.model:
+            return DraftConfig(draft="ngram", draft_tokens=tokens)
+        window = self.draft_window
+        if window is None:
+            window = max(INNER_WINDOW_TOKENS, SINK_TOKENS + 4 * tokens)
+        return DraftConfig(
+            draft=f"model:{self.model}",
+            draft_tokens=tokens,
+            shape=self.shape,
+            draft_window=window,
+        )
+
+    @property
+    def window_tokens(self) -> int | None:
+        """Tokens of the sequence a draft model sees at most; None: all."""
+        return self.draft_window or None
+
+    def cache_rows(self, tokens: int) -> int:
+        """Rows of a draft model's cache for a sequence of so many tokens."""
+        return min(tokens, self.window_tokens or tokens) + self.scratch_rows
 
     @property
     def tree_breadth(self) -> int:
@@ -179,6 +210,15 @@ class DraftConfig:
         if self.shape is DraftShape.AUTO:
             return self.nodes > 8
         return self.shape is DraftShape.TREE
+
+    def _check_window(self) -> None:
+        window, least = self.window_tokens, SINK_TOKENS + self.nodes + 1
+        if window is not None and window < least:
+            raise ConfigError(
+                f"--draft-window is {window}, accepted is auto, full or {least} or more: the first "
+                f"{SINK_TOKENS} tokens, the {self.nodes} of a draft and one to go on from; "
+                "raise it or lower --draft-tokens"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,6 +102,7 @@ class DraftCounts:
         reached: per depth, drafts that had a node there whose ancestors all stood.
         stood: per depth, drafts of which a node stood there.
         draft_s: time spent proposing.
+        draft_link_bytes: bytes that crossed the link meanwhile.
     """
 
     drafted: int = 0
@@ -109,6 +110,7 @@ class DraftCounts:
     reached: list[int] = field(default_factory=list)
     stood: list[int] = field(default_factory=list)
     draft_s: float = 0.0
+    draft_link_bytes: int = 0
 
     def add(self, draft: Draft, verdict: Verdict) -> None:
         """Count one draft."""
@@ -183,7 +185,7 @@ class Run:
         """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
         if sequence.drafter is None or sequence.remaining <= 1:
             return Draft()
-        start = time.perf_counter()
+        start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
             return sequence.drafter.propose(sequence.ids, sequence.remaining - 1)
         except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
@@ -192,6 +194,7 @@ class Run:
             return Draft()
         finally:
             self.counts.draft_s += time.perf_counter() - start
+            self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
 
     def _verify(
         self,
@@ -249,9 +252,10 @@ class Run:
                 s_per_token=decode.at_s / later if later > 0 else None,
                 tokens_per_s=later / decode.at_s if later > 0 else None,
             ),
-            speculation=self._speculation(),
+            speculation=self._speculation(decode.at_s),
             transfer=Transfer(
-                bytes_total=whole.bytes_copied,
+                bytes_total=whole.bytes_copied + whole.kv_bytes_copied,
+                kv_bytes_total=whole.kv_bytes_copied,
                 bytes_per_pass=self.engine.bytes_per_pass,
                 achieved_bytes_per_s=moved / timed.at_s if timed.at_s else 0.0,
                 link_bytes_per_s=whole.bytes_copied / whole.busy_s if whole.busy_s else 0.0,
@@ -261,7 +265,7 @@ class Run:
             memory=self.engine.memory(),
         )
 
-    def _speculation(self) -> Speculation:
+    def _speculation(self, decode_s: float) -> Speculation:
         counts = self.counts
         emitted = sum(len(s.emitted) for s in self.sequences)
         rule = self.accept
@@ -279,6 +283,8 @@ class Run:
                 stood / reached for stood, reached in zip(counts.stood, counts.reached, strict=True)
             ],
             draft_s=counts.draft_s,
+            draft_share=counts.draft_s / decode_s if counts.draft_s and decode_s else None,
+            draft_link_bytes=counts.draft_link_bytes,
             retrieval=self._retrieval(),
         )
 

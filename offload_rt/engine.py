@@ -21,7 +21,7 @@ from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
-from offload_rt.kv.allocate import allocate_caches
+from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import Segment
@@ -279,6 +279,14 @@ class Engine:
         self._caches[index].truncate(length)
         del self._cached_ids[index][length:]
 
+    def forget(self) -> None:
+        """Forget every sequence, drafters' caches too: the next prompt starts as the first did."""
+        for index in range(len(self._caches)):
+            self.truncate(index, 0)
+        for drafter in self._drafters:
+            if drafter is not None:
+                drafter.forget()
+
     def poll_with(self, poll: Callable[[], None]) -> None:
         """Have passes call `poll` before each layer; what it raises ends the pass in good order."""
         self.network.poll = poll
@@ -291,9 +299,14 @@ class Engine:
         return Counters(
             at_s=time.perf_counter(),
             bytes_copied=copied.bytes_copied,
+            kv_bytes_copied=kv_bytes_copied(self._caches),
             busy_s=copied.busy_s,
             stalled_s=self.device.compute.stalled_s(),
         )
+
+    def link_bytes(self) -> int:
+        """Bytes of layers and KV that have crossed the link so far; waits for nothing."""
+        return self.device.copy.statistics().bytes_copied + kv_bytes_copied(self._caches)
 
     @property
     def load_bytes(self) -> int:

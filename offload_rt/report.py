@@ -58,6 +58,8 @@ class Speculation:
         acceptance_per_depth: for each depth of a draft, how often a node stood there of the times
             all before it had.
         draft_s: time spent drafting; the link goes on meanwhile.
+        draft_share: that time / `decode_s`; None when nothing was asked of a drafter.
+        draft_link_bytes: bytes of layers and KV that crossed the link in `draft_s`.
         retrieval: with triforce, the drafting below its drafts.
     """
 
@@ -70,25 +72,32 @@ class Speculation:
     tokens_per_pass: float
     acceptance_per_depth: list[float]
     draft_s: float
+    draft_share: float | None
+    draft_link_bytes: int
     retrieval: RetrievalCounts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Transfer:
-    """What crossed the link.
+    """What crossed the link. Rates and overlap are those of the layers, without the KV cache.
 
     Attributes:
-        bytes_total: bytes that arrived from the first pass on, layers fetched ahead included.
+        bytes_total: all bytes that arrived from the first pass to the end of the last: layers,
+            those fetched ahead included, and `kv_bytes_total`.
+        kv_bytes_total: of them, keys and values of an offloaded KV cache, written to its home or
+            read back (not those attended to where they are); 0 where the cache is on the device.
         bytes_per_pass: bytes of the streamed layers.
         achieved_bytes_per_s: bytes of the decode passes over their time (of the prompt's pass when
             there was no other).
-        link_bytes_per_s: bytes that arrived over the time in which at least one copy was in flight.
+        link_bytes_per_s: bytes of layers that arrived over the time in which at least one of their
+            copies was in flight.
         stall_s: time computation waited for copies.
         overlap_ratio: of the time that copying and computing could have run side by side, the part
             in which they did: (copying + computing - wall) / min(copying, computing).
     """
 
     bytes_total: int
+    kv_bytes_total: int
     bytes_per_pass: int
     achieved_bytes_per_s: float
     link_bytes_per_s: float
@@ -136,13 +145,15 @@ class Counters:
 
     Attributes:
         at_s: clock.
-        bytes_copied: bytes that arrived.
+        bytes_copied: bytes of layers that arrived.
+        kv_bytes_copied: bytes of the KV cache that arrived, at its home or back from there.
         busy_s: time with a copy in flight.
         stalled_s: time computation waited.
     """
 
     at_s: float
     bytes_copied: int
+    kv_bytes_copied: int
     busy_s: float
     stalled_s: float
 
@@ -151,6 +162,7 @@ class Counters:
         return Counters(
             at_s=self.at_s - start.at_s,
             bytes_copied=self.bytes_copied - start.bytes_copied,
+            kv_bytes_copied=self.kv_bytes_copied - start.kv_bytes_copied,
             busy_s=self.busy_s - start.busy_s,
             stalled_s=self.stalled_s - start.stalled_s,
         )

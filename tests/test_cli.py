@@ -104,9 +104,12 @@ def test_json(tiny_model, offload_run):
             "tokens_per_pass": "float",
             "acceptance_per_depth": "list",
             "draft_s": "float",
+            "draft_share": "NoneType",
+            "draft_link_bytes": "int",
         },
         "transfer": {
             "bytes_total": "int",
+            "kv_bytes_total": "int",
             "bytes_per_pass": "int",
             "achieved_bytes_per_s": "float",
             "link_bytes_per_s": "float",

@@ -11,6 +11,7 @@ import pytest
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.decoding import Run
 from offload_rt.engine import Engine
+from offload_rt.speculative.draft_model import DraftModelDrafter
 
 MT_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["first turn", "second turn"]},
@@ -266,3 +267,26 @@ def test_ctrl_c_before_anything_is_done(tiny_model, offload_run, questions, monk
     monkeypatch.setattr(Engine, "forward", interrupted)
     done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 6)
     assert (done.code, done.out, done.err) == (130, "", "offload-run: interrupted\n")
+
+
+def test_every_answer_of_every_round_starts_cold(tiny_model, offload_run, questions, monkeypatch):
+    """The draft model reads the whole prompt again each time; so does the target."""
+    feed, forward, drafted, read = DraftModelDrafter._feed, Engine._pass, [], []
+
+    def noted_feed(self, tokens):
+        if len(tokens) > 6:  # a draft's own tokens come one by one
+            drafted.append((self._cache.length, len(tokens)))
+        return feed(self, tokens)
+
+    def noted_pass(self, rows):
+        if rows[0].tree is None:
+            read.append((self._caches[0].length, len(rows[0].tokens)))
+        return forward(self, rows)
+
+    monkeypatch.setattr(DraftModelDrafter, "_feed", noted_feed)
+    monkeypatch.setattr(Engine, "_pass", noted_pass)
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 6, "--limit", 1)
+    done = offload_run(*base, *drafting(tiny_model), "--rounds", 3, "--json")
+    (row,) = json.loads(done.out)["rows"]
+    assert read == [(0, row["prompt_tokens"])] * 3
+    assert drafted == [(0, row["prompt_tokens"] + 1)] * 3

@@ -337,6 +337,8 @@ def drafts(make_tiny):
         "ngram": DraftConfig(draft="ngram", draft_tokens=6),
         "chain": DraftConfig(draft=f"model:{small}", draft_tokens=3),
         "tree": DraftConfig(draft=f"model:{small}", draft_tokens=12),
+        "windowed-chain": DraftConfig(draft=f"model:{small}", draft_tokens=3, draft_window=21),
+        "windowed-tree": DraftConfig(draft=f"model:{small}", draft_tokens=12, draft_window=30),
         "oracle-chain": DraftConfig(draft=f"model:{same}", draft_tokens=4),
         "oracle-tree": DraftConfig(draft=f"model:{same}", draft_tokens=6, shape=DraftShape.TREE),
         "triforce": DraftConfig(draft="triforce", draft_tokens=5, retrieval=LITTLE),
@@ -350,7 +352,8 @@ def drafts(make_tiny):
 
 
 LITTLE = RetrievalConfig(budget_tokens=20, chunk_tokens=3, recent_share=0.4, rebuild_tokens=6)
-NAMES = ["ngram", "chain", "tree", "oracle-chain", "oracle-tree"]
+NAMES = ["ngram", "chain", "tree", "windowed-chain", "windowed-tree"]
+NAMES += ["oracle-chain", "oracle-tree"]
 NAMES += ["triforce", "triforce-model", "triforce-tree"]
 
 
@@ -412,7 +415,7 @@ def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name)
 
 def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
     sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
-    for name in ("chain", "tree", "ngram", "triforce", "triforce-model"):
+    for name in ("chain", "tree", "ngram", "windowed-chain", "triforce", "triforce-model"):
         with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
             answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
@@ -474,6 +477,10 @@ def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
         ({"draft": "ngram", "draft_tokens": 0}, "--draft-tokens is 0"),
         ({"draft_tokens": 4}, "no effect without --draft"),
         ({"draft": "ngram", "shape": DraftShape.TREE}, "for drafting with a MODEL"),
+        ({"draft": "ngram", "draft_window": 64}, "--draft-window is for drafting with a MODEL"),
+        ({"draft": "model:m", "draft_window": 80}, "full or 81 or more.* the 64 of a draft"),
+        ({"draft": "model:m", "draft_tokens": 2, "draft_window": -1}, "-window is -1, .* 19 or"),
+        ({"draft": "triforce:m", "draft_window": 20}, "-window is 20, .* 21 or"),
         ({"accept": AcceptRule.TYPICAL}, "no effect without --draft"),
         ({"draft": "triforce:"}, "not known"),
         ({"draft": "ngram:x"}, "not known"),
@@ -491,30 +498,36 @@ def test_draft_options_that_mean_nothing_are_errors(options, message):
 @pytest.mark.parametrize("name", ["chain", "tree", "ngram", "triforce", "triforce-model"])
 def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, drafts, name):
     """Law 4 end to end: the joint distribution of three tokens, eight sequences at a time."""
-    folder, together, runs = make_tiny("llama", **IDS), 8, 45
+    folder = make_tiny("llama", **IDS)
+    assert likelihood_of_three_tokens(folder, PROMPT, drafts[name]) > 1e-4
+
+
+def likelihood_of_three_tokens(folder, prompt, draft):
+    """Chi-square survival of the first three sampled tokens, against the target's own passes."""
+    together, runs = 8, 45
     sampling = SamplingConfig(temperature=1.0, top_k=3, seed=0)
     expected, names = torch.zeros(3, 3, 3), {}
-    with engine_for(folder, tokens=8) as engine:
-        first, ids = names[()] = top_three(engine, [], sampling)
+    with engine_for(folder, prompts=[prompt], tokens=8) as engine:
+        first, ids = names[()] = top_three(engine, prompt, sampling)
         for i, a in enumerate(ids):
-            second, after = names[a,] = top_three(engine, [a], sampling)
+            second, after = names[a,] = top_three(engine, [*prompt, a], sampling)
             for j, b in enumerate(after):
-                third, _ = names[a, b] = top_three(engine, [a, b], sampling)
+                third, _ = names[a, b] = top_three(engine, [*prompt, a, b], sampling)
                 expected[i, j] = first[i] * second[j] * third
     counts = torch.zeros(3, 3, 3)
-    prompts = [PROMPT] * together
-    with engine_for(folder, prompts=prompts, tokens=8, draft=drafts[name]) as engine:
+    prompts = [prompt] * together
+    with engine_for(folder, prompts=prompts, tokens=8, draft=draft) as engine:
         for number in range(runs):
             seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * together)
             for a, b, c in generate(engine, prompts, tokens=3, sampling=seeded):
                 at = tuple(names[p][1].index(t) for p, t in (((), a), ((a,), b), ((a, b), c)))
                 counts[at] += 1
-    assert chi_square(counts, expected * runs * together) > 1e-4
+    return chi_square(counts, expected * runs * together)
 
 
-def top_three(engine, tokens, sampling):
+def top_three(engine, ids, sampling):
     """Probabilities and ids of the only three tokens that may follow."""
-    probs = target_probs(engine.forward([(0, PROMPT + tokens)], reuse=True), sampling)[0]
+    probs = target_probs(engine.forward([(0, ids)], reuse=True), sampling)[0]
     ids = probs.topk(3).indices.tolist()
     return probs[ids], ids
 

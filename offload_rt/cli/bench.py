@@ -74,8 +74,8 @@ from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Measure answers to a set of prompts.
 
-    Prints a Markdown table on stdout. Prompts are answered one after the other, each from an empty
-    KV cache. Ctrl-C prints what is done, exit code 130.
+    Prints a Markdown table on stdout. Prompts are answered one after the other, each from empty
+    KV caches, a draft model's too. Ctrl-C prints what is done, exit code 130.
     """
     settings = settings_of(values)
     if values["against_none"] and settings.draft.kind == "none":
@@ -176,7 +176,7 @@ class _Measuring:
                 gauge.done, gauge.total = done, len(self.prompts) * len(rounds)
                 for number in rounds:
                     for prompt in self.prompts:
-                        engine.truncate(0, 0)
+                        engine.forget()
                         answer = answering.answer(prompt.ids, settings.sampling)
                         if answer.finish_reason == "abort":
                             raise Interrupted

@@ -34,7 +34,8 @@ def as_json(report: BenchReport) -> dict[str, Any]:
         },
         "rounds": report.rounds,
         "interrupted": report.interrupted,
-        "draft": dataclasses.asdict(settings.draft) | {"draft_tokens": settings.draft.nodes},
+        "draft": dataclasses.asdict(settings.draft)
+        | {"draft_tokens": settings.draft.nodes, "draft_window": settings.draft.window_tokens},
         "sampling": dataclasses.asdict(settings.sampling),
         "generation": dataclasses.asdict(settings.generation),
         "raw": settings.raw,
@@ -122,9 +123,11 @@ def _header(report: BenchReport) -> str:
     ]
     if draft.kind != "none":
         shape = ("tree" if draft.as_tree else "chain") + " of" if draft.kind == "model" else "up to"
+        window = f", window of {draft.window_tokens} tokens" if draft.window_tokens else ""
         rule = report.runs[-1].speculation.accept_rule
         lines.append(
-            f"draft: {drafter_name(draft)}, {shape} {draft.nodes} tokens, accept {rule_name(rule)}"
+            f"draft: {drafter_name(draft)}, {shape} {draft.nodes} tokens{window}, "
+            f"accept {rule_name(rule)}"
         )
     lines += [f"{phase}: {_engine_line(engine)}" for phase, engine in report.engines.items()]
     if report.compares:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 import click
 
 from offload_rt.config import (
+    INNER_WINDOW_TOKENS,
+    SINK_TOKENS,
     AcceptRule,
     DraftConfig,
     DraftShape,
@@ -57,6 +59,26 @@ class _AutoCount(click.ParamType):
             return int(str(value))
         except ValueError:
             self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
+
+
+class _Window(click.ParamType):
+    """A whole number, None for `auto` or 0 for `full`."""
+
+    name = "auto|full|n"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> int | None:
+        if value is None or value == "auto":
+            return None
+        if value == "full":
+            return 0
+        try:
+            if (window := int(str(value))) > 0:
+                return window
+        except ValueError:
+            pass
+        self.fail(f"{value!r} is neither auto nor full nor a number of tokens", param, ctx)
 
 
 _SIZE, _AUTO = _Size(), _AutoCount()
@@ -328,6 +350,13 @@ draft_options = _group(
         type=int,
         default=_default(RetrievalConfig, "rebuild_tokens"),
         help="With triforce: choose anew what is read after so many tokens.",
+    ),
+    click.option(
+        "--draft-window",
+        type=_Window(),
+        default=_default(DraftConfig, "draft_window"),
+        help=f"Tokens a draft model sees at most: the first {SINK_TOKENS} and the newest; full is "
+        f"the whole sequence, auto is full, or {INNER_WINDOW_TOKENS} below triforce.",
     ),
 )
 

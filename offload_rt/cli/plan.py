@@ -147,6 +147,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "streamed": list(placement.streamed),
         "drafter": outlook.drafting.config.draft,
         "draft_tokens": outlook.drafting.config.nodes,
+        "draft_window": outlook.drafting.config.window_tokens,
         "drafter_bytes": placement.demand.drafter_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,

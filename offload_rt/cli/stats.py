@@ -53,6 +53,15 @@ def format_stats(answering: Answering, answer: Answer) -> str:
                 f"overlap {transfer.overlap_ratio:.0%}",
             ),
         ]
+    if transfer.kv_bytes_total:
+        passes = max(1, report.speculation.passes)
+        lines.append(
+            (
+                "kv",
+                f"{format_size(transfer.kv_bytes_total)} over the link, written and read back, "
+                f"{format_size(transfer.kv_bytes_total // passes)} per pass",
+            )
+        )
     lines.append(
         (
             "memory",
@@ -107,6 +116,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
     return {
         "drafter": answering.engine.draft.draft,
         "draft_tokens": answering.engine.draft.nodes,
+        "draft_window": answering.engine.draft.window_tokens,
         "drafter_bytes": placement.demand.drafter_bytes,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
@@ -133,16 +143,19 @@ def _tokens(answer: Answer) -> str:
 
 
 def _drafting(answering: Answering, answer: Answer) -> str:
-    speculation, decode_s = answer.report.speculation, answer.report.timings.decode_s
+    speculation = answer.report.speculation
     name = drafter_name(answering.settings.draft)
     if speculation.acceptance_rate is None:
         return f"{name}, nothing was drafted"
     depths = speculation.acceptance_per_depth[:_SHOWN_DEPTHS]
+    moved = format_size(speculation.draft_link_bytes)
+    meanwhile = f", {moved} came in meanwhile" if speculation.draft_link_bytes else ""
     return (
         f"{name}, {speculation.accepted} of {speculation.drafted} drafted accepted "
         f"({speculation.acceptance_rate:.0%}), {speculation.tokens_per_pass:.2f} tokens/pass, "
-        f"by depth {' '.join(f'{rate:.0%}' for rate in depths)}, drafting took "
-        f"{speculation.draft_s / max(decode_s, 1e-9):.0%} of the time after the first token"
+        f"by depth {' '.join(f'{rate:.0%}' for rate in depths)}, drafting "
+        f"{speculation.draft_s:.2f} s ({speculation.draft_share or 0.0:.0%} of the time after the "
+        f"first token){meanwhile}"
     )
 
 

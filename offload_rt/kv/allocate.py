@@ -8,11 +8,11 @@ import torch
 
 from offload_rt.config import KVPlace
 from offload_rt.device.base import Device
-from offload_rt.kv.base import KVShape
+from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.kv.retrieval import WatchedCache
+from offload_rt.kv.retrieval import FollowedKV, WatchedCache
 from offload_rt.planning.kv import KVPlan
 
 
@@ -52,3 +52,10 @@ def allocate_caches(
         space.own(home)
         caches.append(OffloadedKV(space, shapes, dtype, sizes, home, options))
     return caches
+
+
+def kv_bytes_copied(caches: Sequence[KVCache]) -> int:
+    """Bytes these caches have moved between device and home so far, both ways."""
+    full = [cache.full if isinstance(cache, FollowedKV) else cache for cache in caches]
+    streams = {cache.copies for cache in full if isinstance(cache, OffloadedKV)}
+    return sum(stream.statistics().bytes_copied for stream in streams)

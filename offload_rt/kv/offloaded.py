@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload_rt.device.base import Device, Event, HomeSource
+from offload_rt.device.base import Device, Event, HomeSource, TwoWayStream
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree, RowWatcher
 from offload_rt.kv.blocks import Block, BlockPipeline
@@ -268,6 +268,11 @@ class OffloadedKV:
     def length(self) -> int:
         """Committed tokens."""
         return self._length
+
+    @property
+    def copies(self) -> TwoWayStream:
+        """The stream its rows cross the link in, shared by all sequences."""
+        return self._space.copy
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""

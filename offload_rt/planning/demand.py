@@ -112,8 +112,11 @@ def drafter_bytes(
     number_bytes = number_bytes_of(checkpoint, "auto")
     groups = (*checkpoint.layers, checkpoint.others)
     weights = [plan_layout(group, "", name, packing).nbytes for group in groups]
-    rows = sum(capacity + longer + config.scratch_rows for capacity in capacities)
+    rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
     passes = replace(shape, logit_rows=config.tree_breadth)
+    if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
+        seen = min(shape.longest, config.window_tokens)
+        passes = replace(passes, rows=seen, longest=seen)
     # A layer is read into memory of its own before its reordered copy is made.
     kv = kv_bytes_per_token(checkpoint.config, number_bytes)
     workspace = workspace_bytes(checkpoint.config, number_bytes, passes)

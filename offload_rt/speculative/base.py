@@ -53,3 +53,6 @@ class Drafter(Protocol):
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Learn what became of the last proposal."""
+
+    def forget(self) -> None:
+        """Drop what is kept of the sequence, so that the next proposal starts cold."""

@@ -1,7 +1,8 @@
 """A small model with the target's tokenizer drafts, as a chain or as a tree grown best first.
 
 The draft model stays on the device. Rows of a draft that were not accepted are forgotten by
-comparing token ids before the next draft, so there is no bookkeeping of what was kept.
+comparing token ids before the next draft, so there is no bookkeeping of what was kept. The rows of
+a context that has jumped (`window`) are forgotten the same way.
 """
 
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from offload_rt.model.packed import can_pack
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
+from offload_rt.speculative.window import seen_tokens
 from offload_rt.streaming.files import FileSource, WeightFiles
 
 BRANCHES = 8  # children of a node that are looked at
@@ -120,7 +122,7 @@ class DraftModelDrafter:
 
     Args:
         model: the shared draft model.
-        config: how many nodes, chain or tree.
+        config: how many nodes, chain or tree, and how much of the sequence it sees.
         capacity: tokens of the longest sequence.
     """
 
@@ -130,9 +132,10 @@ class DraftModelDrafter:
         self._model, self._config = model, config
         self._sampling = SamplingConfig()
         self._generator: torch.Generator | None = None
-        rows = capacity + config.scratch_rows
+        rows = config.cache_rows(capacity)
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
-        self._ids: list[int] = []  # tokens whose rows are in the cache
+        # Tokens whose rows are in the cache; a row is decided by its token and those before it.
+        self._ids: list[int] = []
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
         """Start a new answer.
@@ -156,16 +159,22 @@ class DraftModelDrafter:
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
 
+    def forget(self) -> None:
+        """Drop all rows of the cache."""
+        self._cache.truncate(0)
+        self._ids.clear()
+
     def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
-        """Bring the cache up to `ids`; returns [1, V] logits after the last token."""
+        """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
+        seen = seen_tokens(ids, self._config.window_tokens)
         common = 0
-        for ours, theirs in zip(self._ids, ids[:-1], strict=False):
+        for ours, theirs in zip(self._ids, seen[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
         self._cache.truncate(common)
         del self._ids[common:]
-        return self._feed(ids[common:])
+        return self._feed(seen[common:])
 
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
         start = self._cache.length

@@ -40,6 +40,11 @@ class NgramDrafter:
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing to learn: the tokens themselves come with the next call."""
 
+    def forget(self) -> None:
+        """Empty the index."""
+        self._ids.clear()
+        self._ends.clear()
+
     def _read(self, ids: Sequence[int]) -> None:
         """Bring the index up to `ids`; start over if they are another sequence."""
         if list(ids[: len(self._ids)]) != self._ids:

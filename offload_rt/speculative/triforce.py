@@ -96,6 +96,11 @@ class TriForceDrafter:
             self._cache.wants_build = True
             self._rates.clear()
 
+    def forget(self) -> None:
+        """Forget what the drafter below kept; the retrieval cache goes with the full one."""
+        self._inner.forget()
+        self._rates.clear()
+
     def _extend(self, ids: Sequence[int], room: int) -> tuple[list[int], list[torch.Tensor]]:
         """One draft-verify step of the retrieval model.
 
