@@ -28,6 +28,7 @@ from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
+from offload_rt.model.packed import can_pack
 from offload_rt.planning.demand import Drafting, kv_bytes_per_token
 from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad, place_run
@@ -349,6 +350,7 @@ class Engine:
         base = self.device.allocate(self.network.base.nbytes, "embedding and head")
         self.device.load.copy(base, FileSource(self.network.base, self._files))
         layouts = self.network.layouts
+        self._keep_packed()
         sources: dict[int, HomeSource] = {
             i: FileSource(layouts[i], self._files) for i in self.placement.streamed
         }
@@ -362,9 +364,35 @@ class Engine:
                 event.synchronize()
                 self.device.pin(image)  # while later layers are still being read
             sources = dict(zip(sources, map(HostSource, images), strict=True))
-        store = LayerStore(self.device, layouts, sources, self.placement.slots, self._files)
+        store = LayerStore(
+            self.device, layouts, sources, self.placement.slots, self._files, self.network.kept
+        )
         self.network.attach(store, base, self.device.torch_device, self.config.prefill_chunk_tokens)
         return store
+
+    def _keep_packed(self) -> None:
+        """Give the network its resident layers reordered, where that is faster and exact.
+
+        They are read through memory for one layer. There is room for it: the ring, or the caches
+        and the workspace of a pass, come later.
+        """
+        network, placement = self.network, self.placement
+        if not placement.resident or not can_pack(network.dtype, self.device.torch_device):
+            return
+        nbytes = max(network.layouts[i].nbytes for i in placement.resident)
+        later = placement.slots * placement.slot_bytes
+        later += placement.demand.kv_bytes + placement.demand.workspace_bytes
+        if nbytes > later:
+            return
+        image = allocate_host(nbytes)
+        for index in placement.resident:
+            layout = network.layouts[index]
+            self.device.load.copy(image, FileSource(layout, self._files))
+            self.device.load.record().synchronize()
+            if not network.kept and not network.packs_exactly(index, image):
+                return
+            network.keep(index, image, pack=True)
+            self.device.enter(layout.nbytes, "resident layers")
 
     def _check_tied_head(self) -> None:
         """Compare a stored head in full with the embedding it is tied to.

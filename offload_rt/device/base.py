@@ -183,6 +183,9 @@ class Device(Protocol):
             DeviceError: the device has not that much memory.
         """
 
+    def enter(self, nbytes: int, purpose: str) -> None:
+        """Enter in the ledger what something else allocated for the whole run."""
+
     def ledger(self) -> dict[str, int]:
         """Bytes allocated so far by purpose."""
 

@@ -296,8 +296,12 @@ class CpuDevice:
     def allocate(self, nbytes: int, purpose: str) -> HostBuffer:
         """Allocate memory for the whole run and enter it in the ledger."""
         buffer = allocate_host(nbytes)
-        self._ledger[purpose] = self._ledger.get(purpose, 0) + nbytes
+        self.enter(nbytes, purpose)
         return buffer
+
+    def enter(self, nbytes: int, purpose: str) -> None:
+        """Enter in the ledger what something else allocated for the whole run."""
+        self._ledger[purpose] = self._ledger.get(purpose, 0) + nbytes
 
     def ledger(self) -> dict[str, int]:
         """Bytes allocated so far by purpose."""

@@ -200,12 +200,16 @@ class CudaDevice:
             ) from error
         # torch may hand out memory that kernels enqueued before still use.
         self.copy.wait(self.compute.record())
-        self._ledger[purpose] = self._ledger.get(purpose, 0) + nbytes
+        self.enter(nbytes, purpose)
         return CudaBuffer(tensor)
 
     def free_bytes(self) -> int:
         """Device memory that may still be taken."""
         return self._driver.memory(self.torch_device)[0]
+
+    def enter(self, nbytes: int, purpose: str) -> None:
+        """Enter in the ledger what something else allocated for the whole run."""
+        self._ledger[purpose] = self._ledger.get(purpose, 0) + nbytes
 
     def ledger(self) -> dict[str, int]:
         """Bytes allocated so far by purpose."""

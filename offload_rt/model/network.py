@@ -37,7 +37,7 @@ from offload_rt.model.attention import (
 )
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
-from offload_rt.model.packed import pack_linears
+from offload_rt.model.packed import computes_the_same, pack_linears
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
@@ -89,6 +89,7 @@ class Network:
         base: the image of what is in no layer (embedding, final norm, head).
         kv_shapes: cache sizes of each layer.
         dtype: number format of the computation.
+        kept: layers that have their weights for good.
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
 
     Raises:
@@ -103,6 +104,7 @@ class Network:
         prefix, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._layers = layers
         self.poll: Callable[[], None] = lambda: None
+        self.kept: set[int] = set()
         self.layouts = tuple(
             plan_layout(extents, f"{prefix}.{i}.", name, packing)
             for i, extents in enumerate(checkpoint.layers)
@@ -126,6 +128,18 @@ class Network:
         if pack:
             pack_linears(self._layers[index])
             self._holes[index] = []
+        self.kept.add(index)
+
+    def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
+        """Whether a layer whose weights are in `image` computes the same when it is packed."""
+        pairs = _bind(self._holes[index], self.layouts[index].placements, image)
+        for hole, tensor in pairs:
+            hole.fill(tensor)
+        with torch.inference_mode():
+            same = computes_the_same(self._layers[index])
+        for hole, _ in pairs:
+            hole.fill(hole.meta)
+        return same
 
     def attach(
         self, weights: Weights | None, base: DeviceBuffer, device: torch.device, chunk_tokens: int
@@ -133,7 +147,8 @@ class Network:
         """Connect the network to its memory.
 
         Args:
-            weights: lends the image of each layer; None if the layers have theirs (`keep`).
+            weights: lends the image of each layer but those that have theirs (`keep`); None if
+                all have.
             base: holds the image of `self.base`.
             device: where passes run.
             chunk_tokens: rows that go through a layer at once.
@@ -148,8 +163,9 @@ class Network:
                 if buffer is not None and not buffer.is_meta:
                     module._buffers[key] = buffer.to(device)
         for index, layer in enumerate(self._layers):
+            lender = None if index in self.kept else weights
             layer.forward = partial(
-                self._run_layer, index, layer.forward, weights=weights, chunk_tokens=chunk_tokens
+                self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
             )
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:

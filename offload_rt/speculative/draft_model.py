@@ -97,10 +97,14 @@ class DraftModel:
             return self.network.forward(batch)[:, : self.target_ids]
 
     def _fill(self, source: FileSource, *, passing: bool = False) -> DeviceBuffer:
-        """Read an image; one of which only a reordered copy is kept is no entry of the ledger."""
+        """Read an image, for good or until a reordered copy of it is made."""
         nbytes = source.layout.nbytes
         image: DeviceBuffer
-        image = allocate_host(nbytes) if passing else self.device.allocate(nbytes, PURPOSE)
+        if passing:
+            image = allocate_host(nbytes)
+            self.device.enter(nbytes, PURPOSE)
+        else:
+            image = self.device.allocate(nbytes, PURPOSE)
         self.device.load.copy(image, source)
         self.device.load.record().synchronize()
         return image

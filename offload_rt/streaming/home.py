@@ -1,6 +1,6 @@
 """Where the bytes of layers live, and the store a network borrows them from."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +66,7 @@ class LayerStore:
         sources: the home of each streamed layer; a layer without one is resident.
         slots: number of slots of the ring.
         files: where resident layers are read from, once.
+        elsewhere: resident layers that are not lent: the network has their weights.
     """
 
     def __init__(
@@ -75,13 +76,14 @@ class LayerStore:
         sources: Mapping[int, HomeSource],
         slots: int,
         files: WeightFiles,
+        elsewhere: Collection[int] = (),
     ) -> None:
         self.layouts = layouts
         self.streamed = tuple(sorted(sources))
         self.bytes_per_pass = sum(sources[i].nbytes for i in self.streamed)
         self._resident: dict[int, DeviceBuffer] = {}
         for layer, layout in enumerate(layouts):
-            if layer not in sources:
+            if layer not in sources and layer not in elsewhere:
                 self._resident[layer] = device.allocate(layout.nbytes, "resident layers")
                 device.load.copy(self._resident[layer], FileSource(layout, files))
         self._pipeline: LayerPipeline[DeviceBuffer, HomeSource] | None = None
