@@ -1,9 +1,10 @@
 """The retrieval cache of TriForce: chunks of a long context that matter now, and the newest rows.
 
 After "TriForce" (arXiv:2404.11912, section 4.1): per layer and KV head, chunks of consecutive
-tokens are scored by their mean rotated key against the query; the first chunk and the best others
-are kept, at their own positions. Here the queries of a group of heads are summed for their KV head,
-several rows' queries may ask, and the newest tokens are always there.
+tokens are scored against a query; the first chunk and the best others are kept, at their own
+positions. The paper scores a chunk by its mean key. Here it is the attention the chunk receives,
+summed over the query heads of its KV head: it costs as much as one more row of attention, and on
+Qwen2.5-Coder-1.5B more drafts stood (README, results). The newest tokens are always there.
 
 It is built while a pass over the full cache reads every row anyway (`see`): a running best-of over
 the rows as they come by, so nothing of the full cache is read twice and none of it is held. Between
@@ -24,7 +25,8 @@ from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.report import RetrievalCounts
 
 PINNED = float("inf")
-ASKING_ROWS = 16  # newest rows of a pass whose queries are asked
+KEY_BLOCK = 4096  # keys whose fp32 copies are made at once
+ASKING_ROWS = 1  # newest rows of a pass whose queries are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +47,34 @@ class _Build:
     """A layer that is being built.
 
     Attributes:
-        query: [K, D] what the chunks are scored against; None keeps the newest.
-        scores: [K, chunks] of what was kept so far.
+        query: [K, R, D] the R rows of each KV head's group that ask, times the scaling; None keeps
+            the newest.
+        softcap: of the layer.
+        masses: [K, chunks, R] of what was kept so far: log of the sum of exponentials in a chunk.
+        total: [K, R] the same of all rows so far.
         filled: chunks kept so far.
-        carry: rows of a chunk whose other rows have not come yet: [K, c, D] keys and values.
+        carry: keys, values and logits of a chunk whose other rows have not come yet: [K, c, *].
         next_row: position of the row that comes next.
     """
 
     query: torch.Tensor | None
-    scores: torch.Tensor
+    softcap: float | None
+    masses: torch.Tensor
+    total: torch.Tensor
     filled: int = 0
-    carry: tuple[torch.Tensor, torch.Tensor] | None = None
+    carry: Sequence[torch.Tensor] | None = None
     next_row: int = 0
+
+    def logits(self, keys: torch.Tensor) -> torch.Tensor:
+        """[K, T, R] products with keys [K, T, D], in fp32."""
+        assert self.query is not None
+        asking = self.query.transpose(1, 2)
+        found = torch.cat([torch.matmul(k.float(), asking) for k in keys.split(KEY_BLOCK, 1)], 1)
+        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+
+    def scores(self, masses: torch.Tensor) -> torch.Tensor:
+        """[K, M] the attention chunks receive, from their masses [K, M, R]."""
+        return torch.exp(masses - self.total[:, None]).sum(dim=2)
 
 
 class RetrievalKV:
@@ -190,12 +208,15 @@ class RetrievalKV:
             query: [H, S, D] of the rows that ask.
             spec: how the layer attends; with a window its newest chunks are kept.
         """
-        heads = self._keys[layer].shape[0]
+        heads, chunks = self._keys[layer].shape[0], self._layout.chunks
         asked = None
         if spec.window is None:
-            asked = query[:, -ASKING_ROWS:].float().unflatten(0, (heads, -1)).sum(dim=(1, 2))
-        scores = torch.empty(heads, self._layout.chunks, device=query.device)
-        self._builds[layer] = _Build(asked, scores)
+            grouped = query[:, -ASKING_ROWS:].unflatten(0, (heads, -1))  # [K, G, S, D]
+            asked = grouped.flatten(1, 2).float() * spec.scaling
+        rows = 0 if asked is None else asked.shape[1]
+        masses = torch.empty(heads, chunks, rows, device=query.device)
+        total = torch.full((heads, rows), float("-inf"), device=query.device)
+        self._builds[layer] = _Build(asked, spec.softcap, masses, total)
 
     def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Choose from rows [K, T, D] of the full cache, from position `first` on, in order."""
@@ -210,64 +231,63 @@ class RetrievalKV:
             rows = slice(self._row_of(start), self._row_of(first + count))
             self._keys[layer][:, rows] = key[:, start - first : count]
             self._values[layer][:, rows] = value[:, start - first : count]
-        count = min(first + count, layout.tail_start) - first
-        if build.query is None or count <= 0:
+        old = min(first + count, layout.tail_start) - first
+        if build.query is None or old <= 0:
             return
         assert build.next_row == first
-        build.next_row = first + count
-        self._choose(layer, build, first, key[:, :count], value[:, :count])
+        build.next_row = first + old
+        logits = build.logits(key[:, :count])
+        build.total = torch.logaddexp(build.total, logits.logsumexp(dim=1))
+        self._choose(layer, build, first, [key[:, :old], value[:, :old], logits[:, :old]])
 
-    def _choose(
-        self, layer: int, build: _Build, first: int, key: torch.Tensor, value: torch.Tensor
-    ) -> None:
-        """Cut rows into chunks; those of a chunk that is not whole wait for the others."""
+    def _choose(self, layer: int, build: _Build, first: int, rows: Sequence[torch.Tensor]) -> None:
+        """Cut keys, values and logits [K, T, *] into chunks; a part of one waits for the rest."""
         size = self._sizes.config.chunk_tokens
         if build.carry is not None:
             lacking = size - build.carry[0].shape[1]
-            joined = [
-                torch.cat([old, new[:, :lacking]], dim=1)
-                for old, new in zip(build.carry, (key, value), strict=True)
-            ]
+            pairs = zip(build.carry, rows, strict=True)
+            joined = [torch.cat([old, new[:, :lacking]], dim=1) for old, new in pairs]
             build.carry = None
-            self._choose(layer, build, first, joined[0], joined[1])
-            first, key, value = first + size, key[:, lacking:], value[:, lacking:]
-        whole = key.shape[1] // size
-        if key.shape[1] % size:
-            build.carry = key[:, whole * size :].clone(), value[:, whole * size :].clone()
+            self._choose(layer, build, first, joined)
+            first, rows = first + size, [part[:, lacking:] for part in rows]
+        whole, rest = divmod(rows[0].shape[1], size)
+        if rest:
+            build.carry = [part[:, whole * size :].clone() for part in rows]
         if whole:
-            chunks = [rows[:, : whole * size].unflatten(1, (whole, size)) for rows in (key, value)]
-            self._keep_best(layer, build, first // size, chunks[0], chunks[1])
+            cut = [part[:, : whole * size].unflatten(1, (whole, size)) for part in rows]
+            self._keep_best(layer, build, first // size, *cut)
 
     def _keep_best(
-        self, layer: int, build: _Build, number: int, keys: torch.Tensor, values: torch.Tensor
+        self,
+        layer: int,
+        build: _Build,
+        number: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        logits: torch.Tensor,
     ) -> None:
-        """Let chunks [K, M, c, D], from chunk `number` on, compete with those kept."""
+        """Let chunks [K, M, c, *], from chunk `number` on, compete with those kept."""
         kept, size = self._layout.chunks, self._sizes.config.chunk_tokens
-        assert build.query is not None
-        means = keys.mean(dim=2, dtype=torch.float32)  # [K, M, D]
-        scores = torch.matmul(means, build.query[..., None])[..., 0]
+        masses = logits.logsumexp(dim=2)  # [K, M, R]
         if number == 0:
-            scores[:, 0] = PINNED
-        stores = [
-            store[layer][:, : kept * size].unflatten(1, (kept, size))
-            for store in (self._keys, self._values)
-        ]
+            masses[:, 0] = PINNED
+        offers = [(build.masses, masses)]
+        for store, offered in ((self._keys, keys), (self._values, values)):
+            offers.append((store[layer][:, : kept * size].unflatten(1, (kept, size)), offered))
         free = min(kept - build.filled, keys.shape[1])
         if free:
             start, build.filled = build.filled, build.filled + free
-            build.scores[:, start : build.filled] = scores[:, :free]
-            for store, offered in zip(stores, (keys, values), strict=True):
-                store[:, start : build.filled] = offered[:, :free]
+            for place, offered in offers:
+                place[:, start : build.filled] = offered[:, :free]
         if free < keys.shape[1]:
-            slots, chunks, real = _exchange(build.scores, scores[:, free:])
-            heads = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            build.scores[heads, slots] = torch.where(
-                real, scores[:, free:][heads, chunks], build.scores[heads, slots]
+            slots, chunks, real = _exchange(
+                build.scores(build.masses), build.scores(masses[:, free:])
             )
-            for store, offered in zip(stores, (keys, values), strict=True):
-                store[heads, slots] = torch.where(
-                    real[..., None, None], offered[:, free:][heads, chunks], store[heads, slots]
-                )
+            heads = torch.arange(keys.shape[0], device=keys.device)[:, None]
+            for place, offered in offers:
+                changes = real.view(*real.shape, *[1] * (place.dim() - 2))
+                coming = offered[:, free:][heads, chunks]
+                place[heads, slots] = torch.where(changes, coming, place[heads, slots])
 
     def _set_length(self, length: int) -> None:
         self._length = length
