@@ -36,7 +36,8 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {"profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"}
-TORCH_FREE |= {"profiling.identity", "planning", "device.base", "device.sim", "cli", "__main__"}
+TORCH_FREE |= {"profiling.identity", "profiling.effort"}
+TORCH_FREE |= {"planning", "device.base", "device.sim", "cli", "__main__"}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """
