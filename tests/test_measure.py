@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from offload_rt.device import nvml
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.host import file_system
 from offload_rt.errors import DeviceError, ProfileError
@@ -371,6 +372,59 @@ def test_links_in_a_whole_measurement(monkeypatch, on_disk):
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {False} and made.pinning is None
     assert made.notes == ("no pinned memory was measured: it was refused (ulimit)",)
+
+
+class Nvml:
+    """The NVIDIA driver's library; the link is slow until it has been asked before."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+    nvmlSystemGetCudaDriverVersion = staticmethod(lambda: 12080)
+    nvmlSystemGetDriverVersion = staticmethod(lambda: "570.1")
+    nvmlDeviceGetCount = staticmethod(lambda: 1)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetMemoryInfo = staticmethod(lambda handle: SimpleNamespace(total=2**34, free=2**33))
+    nvmlDeviceGetCudaComputeCapability = staticmethod(lambda handle: (8, 9))
+    nvmlDeviceGetName = staticmethod(lambda handle: "GPU X")
+    nvmlDeviceGetCurrPcieLinkWidth = staticmethod(lambda handle: 16)
+    copying = False
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlShutdown(self):
+        pass
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle):
+        return 4 if self.copying else 1
+
+
+class Hidden(Nvml):
+    """In a virtual machine that hides the link."""
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle):
+        raise self.NVMLError
+
+    nvmlDeviceGetCurrPcieLinkWidth = nvmlDeviceGetCurrPcieLinkGeneration
+
+
+def test_the_link_is_identified_while_bytes_cross_it(monkeypatch, on_disk):
+    library = Nvml()
+    monkeypatch.setattr(nvml, "pynvml", library)
+    monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1))
+    monkeypatch.setattr(measure_module, "CudaDevice", lambda index: CpuDevice())
+    while_copying = link.while_copying
+
+    def watched(roads, ask):
+        library.copying = True
+        while_copying(roads, ask)
+        library.copying = False
+
+    monkeypatch.setattr(link, "while_copying", watched)
+    (gpu,) = measure("here", folder=on_disk, effort=QUICK).machine.gpus
+    assert (gpu.name, gpu.link_generation, gpu.link_width) == ("GPU X", 4, 16)
+    monkeypatch.setattr(nvml, "pynvml", Hidden())
+    (gpu,) = measure("here", device="cpu", folder=on_disk, effort=QUICK).machine.gpus
+    assert (gpu.link_generation, gpu.link_width, gpu.memory_bytes) == (0, 0, 2**34)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

@@ -76,8 +76,8 @@ def shape(scale):
         heads=4 * scale,
         kv_heads=2 * scale,
         head_dim=16,
-        dtype="bfloat16",
-        weight_bytes=scale**2 * 2 * 64 * (2 * 16 * 6 + 3 * 128),
+        dtype="float32",
+        weight_bytes=scale**2 * 4 * 64 * (2 * 16 * 6 + 3 * 128),
     )
 
 
@@ -446,6 +446,8 @@ def test_links_are_told_apart():
 def test_an_answer_is_as_good_as_the_worst_number_it_rests_on():
     made = profile(links=(link(MIB, assumed(1e9)), link(4 * MIB, measured(1e9))))
     assert link_bytes_per_s(made, 4 * MIB).obtained is Obtained.MEASURED
+    made = profile(links=(link(MIB, measured(1e9)), link(4 * MIB, assumed(1e9))))
+    assert link_bytes_per_s(made, MIB).obtained is Obtained.MEASURED
     between = link_bytes_per_s(made, 2 * MIB)
     assert (between.obtained, between.source) == (Obtained.ASSUMED, "a guess")
 
@@ -506,7 +508,7 @@ def test_one_measured_layer_scales_in_proportion_and_grows_with_tokens():
     double = LayerWork(weight_bytes=2 * work.weight_bytes, flops_per_token=3 * work.flops_per_token)
     found = [layer_s(made, double, n, processor=Processor.CPU).value for n in (1, 8, 16)]
     assert found == pytest.approx([2.0, 2.0 + 3 * 2.0, 2.0 + 3 * 5.0])
-    assert shape(1).work.flops_per_token == work.weight_bytes  # bf16: two bytes, two flops
+    assert 2 * work.flops_per_token == work.weight_bytes  # four bytes, two flops
 
 
 def test_layers_are_told_apart():
@@ -578,3 +580,5 @@ def test_each_change_is_a_sentence(machine, versions, says):
 def test_an_idle_link_or_other_memory_is_no_change(machine):
     made = profile(machine=MACHINE, versions=VERSIONS)
     assert compare(made, dataclasses.replace(MACHINE, **machine), VERSIONS) == []
+    unknown = profile(machine=MACHINE, versions=Versions())
+    assert compare(unknown, MACHINE, VERSIONS) == []
