@@ -18,7 +18,9 @@ RANKS = [
     ["profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"],
     ["model.checkpoint", "model.layout"],
     ["device.base"],  # protocols and constants
-    ["planning", "device"],
+    ["device"],
+    ["streaming.pipeline"],  # the planner runs it on the simulated device
+    ["planning"],
     ["kv.base", "kv.partial"],  # what the network's attention reads and calls
     ["model", "sampling"],
     ["kv"],
@@ -37,7 +39,7 @@ TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.chec
 TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {"profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"}
 TORCH_FREE |= {"profiling.identity", "profiling.effort"}
-TORCH_FREE |= {"planning", "device.base", "device.sim", "cli", "__main__"}
+TORCH_FREE |= {"streaming.pipeline", "planning", "device.base", "device.sim", "cli", "__main__"}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """
