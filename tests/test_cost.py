@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT, curve, measured, profile, shape
 
@@ -43,6 +43,7 @@ def times_of(seconds, bytes_per_s=1000.0, head_s=0.0):
     slots=st.integers(1, 5),
     between_s=st.floats(0, 5),
 )
+@settings(deadline=None)
 def test_a_pass_takes_at_least_its_copies_or_kernels_and_at_most_both(
     seconds, streamed, slots, between_s
 ):

@@ -15,7 +15,7 @@ import torch
 
 from offload_rt.device import nvml
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.device.host import file_system
+from offload_rt.device.host import cores, file_system
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link
@@ -59,6 +59,12 @@ QUICK = Effort(
 
 def nothing():
     pass
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Whatever else runs on the machine of the tests."""
+    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
 
 
 @pytest.fixture
@@ -351,6 +357,13 @@ def test_a_whole_measurement(on_disk):
     assert len(made.disk) == 2 and len(made.attention) == 2 and made.layers
     assert made.notes == ("no link was measured: on the CPU weights need not cross one",)
     assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1
+
+
+def test_a_busy_machine_is_a_note(monkeypatch, on_disk):
+    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.6 * cores(), 0.0, 0.0))
+    made = measure("here", device="cpu", folder=on_disk, effort=QUICK)
+    expected = f"other work was running (load average {0.6 * cores():.1f} on {cores()} cores)"
+    assert made.notes[0].startswith(expected)
 
 
 def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk):

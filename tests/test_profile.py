@@ -489,6 +489,7 @@ def layer_model(work, tokens, start_s=1e-4, bytes_per_s=1e10, flops=1e12):
     weight_bytes=st.integers(1, shape(8).work.weight_bytes),
     flops=st.integers(1, shape(8).work.flops_per_token),
 )
+@settings(deadline=None)
 def test_a_layer_of_any_shape_follows_the_model(tokens, weight_bytes, flops):
     counts = (1, 4, 64)
     made = profile(

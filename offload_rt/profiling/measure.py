@@ -2,6 +2,7 @@
 
 import datetime
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -15,7 +16,7 @@ from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.driver import Driver
-from offload_rt.device.host import processor
+from offload_rt.device.host import cores, processor
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.packed import can_pack
@@ -39,6 +40,8 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.timing import Tick
+
+_QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +97,11 @@ def measure(
     session = _Session(effort or Effort())
     driver: Driver = TorchDriver()
     gpus = _choose_gpus(driver, device)
+    if (load := os.getloadavg()[0]) > _QUIET_LOAD * cores():
+        session.notes.append(
+            f"other work was running (load average {load:.1f} on {cores()} cores): measure again "
+            "when the machine is quiet"
+        )
     began = time.perf_counter()
     with _open_devices(gpus) as devices:
         parts = _parts(session, driver, gpus, devices, folder)
