@@ -14,14 +14,18 @@ ROOT = PROJECT / "offload_rt"
 RANKS = [
     ["errors"],
     ["units"],
-    ["config", "report", "model.config", "profiling.profile"],
+    ["config", "report", "model.config"],
+    ["profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"],
     ["model.checkpoint", "model.layout"],
     ["device.base"],  # protocols and constants
-    ["planning", "device"],
+    ["device"],
+    ["streaming.pipeline"],  # the planner runs it on the simulated device
+    ["planning"],
     ["kv.base", "kv.partial"],  # what the network's attention reads and calls
     ["model", "sampling"],
     ["kv"],
-    ["streaming", "profiling"],
+    ["streaming"],
+    ["profiling"],  # what measures a machine uses the parts it measures
     ["speculative.base", "speculative.tree"],
     ["medusa", "text"],
     ["speculative"],
@@ -33,7 +37,9 @@ ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
-TORCH_FREE |= {"profiling.profile", "planning", "device.base", "device.sim", "cli", "__main__"}
+TORCH_FREE |= {"profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"}
+TORCH_FREE |= {"profiling.identity", "profiling.effort"}
+TORCH_FREE |= {"streaming.pipeline", "planning", "device.base", "device.sim", "cli", "__main__"}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """

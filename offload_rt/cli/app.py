@@ -13,6 +13,7 @@ from offload_rt.cli.doctor import doctor
 from offload_rt.cli.generate import generate
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.plan import plan
+from offload_rt.cli.profile import profile
 from offload_rt.errors import OffloadError
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
@@ -42,7 +43,7 @@ def cli() -> None:
     """
 
 
-for _verb in (generate, chat, plan, bench, doctor):
+for _verb in (generate, chat, plan, profile, bench, doctor):
     cli.add_command(_verb)
 
 

@@ -11,13 +11,18 @@ from pathlib import Path
 
 import psutil
 
-from offload_rt.device.host import cgroup_limit_bytes, cores, free_memory_bytes
+from offload_rt.device.host import (
+    cgroup_limit_bytes,
+    cores,
+    file_system,
+    free_memory_bytes,
+    processor,
+)
 from offload_rt.device.nvml import Driver, find_driver
 from offload_rt.model.checkpoint import demo_folder
 
 _READ_BYTES, _READ_LIMIT_S = 256 * 2**20, 2.0
 _BLOCK_BYTES = 4 * 2**20
-_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +88,7 @@ def inspect_machine(model: Path | None) -> Machine:
     """Look at this machine; with a model folder its disk is read for up to two seconds."""
     torch, torch_error = _torch()
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    cpu, bf16_flag = _cpu()
+    cpu, bf16_flag = processor()
     return Machine(
         python=platform.python_version(),
         torch=torch,
@@ -123,19 +128,6 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> tuple[str, str]:
-    """The processor's name, and its bf16 instruction or nothing."""
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    for line in _read("/proc/cpuinfo").splitlines():
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
-    return name, next((flag for flag in _BF16_FLAGS if flag in flags), "")
-
-
 def _read(path: str) -> str:
     try:
         return Path(path).read_text(errors="replace")
@@ -153,18 +145,11 @@ def _disk(model: Path | None) -> DiskFacts:
     direct, rate = _read_rate(largest) if largest else (None, None)
     return DiskFacts(
         folder=folder,
-        kind=_file_system(real),
+        kind=file_system(real),
         free_bytes=psutil.disk_usage(str(real)).free,
         direct_reads=direct,
         read_bytes_per_s=rate,
     )
-
-
-def _file_system(folder: Path) -> str:
-    """Type of the file system a folder is on, by the longest mount point above it."""
-    mounts = [line.split() for line in _read("/proc/self/mounts").splitlines()]
-    above = [(len(m[1]), i) for i, m in enumerate(mounts) if folder.is_relative_to(m[1])]
-    return mounts[max(above)[1]][2] if above else "unknown"
 
 
 def _read_rate(path: Path) -> tuple[bool, float | None]:

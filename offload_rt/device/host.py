@@ -1,8 +1,12 @@
 """What the operating system says of this process's memory and cores. No torch here."""
 
 import os
+import platform
+from pathlib import Path
 
 import psutil
+
+_BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
 
 
 def free_memory_bytes() -> int:
@@ -31,6 +35,33 @@ def peak_rss_bytes() -> int:
 def cores() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0))
+
+
+def processor() -> tuple[str, str]:
+    """The processor's name, and its bf16 instruction or nothing."""
+    name, flags = platform.processor() or platform.machine(), set[str]()
+    for line in _lines("/proc/cpuinfo"):
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            name = value.strip()
+        elif key.strip() in ("flags", "Features"):
+            flags = set(value.split())
+            break
+    return name, next((flag for flag in _BF16_FLAGS if flag in flags), "")
+
+
+def file_system(folder: Path) -> str:
+    """Type of the file system a resolved folder is on, by the longest mount point above it."""
+    mounts = [line.split() for line in _lines("/proc/self/mounts")]
+    above = [(len(m[1]), i) for i, m in enumerate(mounts) if folder.is_relative_to(m[1])]
+    return mounts[max(above)[1]][2] if above else "unknown"
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(errors="replace").splitlines()
+    except OSError:
+        return []
 
 
 def _cgroup_rests() -> list[int]:

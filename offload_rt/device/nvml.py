@@ -1,5 +1,6 @@
 """What the NVIDIA driver says of the GPUs, without torch and without touching them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import pynvml
@@ -7,12 +8,19 @@ import pynvml
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
-    """One GPU as the driver describes it."""
+    """One GPU as the driver describes it.
+
+    Attributes:
+        link_generation: of PCIe, as it is now: an idle link saves power with a lower one.
+        link_width: PCIe lanes in use; 0 (of both) when the driver does not say.
+    """
 
     name: str
     total_bytes: int
     free_bytes: int
     capability: tuple[int, int]
+    link_generation: int = 0
+    link_width: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +64,17 @@ def _gpu(handle: object) -> Gpu:
         total_bytes=int(memory.total),
         free_bytes=int(memory.free),
         capability=(major, minor),
+        link_generation=_link(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
+        link_width=_link(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
     )
+
+
+def _link(ask: Callable[[object], int], handle: object) -> int:
+    """A number about the link; 0 where it is not PCIe, or a virtual machine hides it."""
+    try:
+        return int(ask(handle))
+    except pynvml.NVMLError:
+        return 0
 
 
 def _text(value: str | bytes) -> str:

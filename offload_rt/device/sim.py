@@ -8,7 +8,7 @@ buffer remembers who wrote and who read it last; touching it without having wait
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from offload_rt.device.base import CopyStatistics
+from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.errors import StreamOrderError
 
 Access = tuple[str, int]  # stream name, number of the operation in that stream
@@ -86,8 +86,9 @@ class SimStream:
         """Return an event for all work enqueued so far."""
         return SimEvent(dict(self._clock), self.time_s)
 
-    def wait(self, event: SimEvent) -> None:
+    def wait(self, event: Event) -> None:
         """Order later work in this stream after `event`."""
+        assert isinstance(event, SimEvent)
         for stream, tick in event.clock.items():
             self._clock[stream] = max(self._clock.get(stream, 0), tick)
         self._stalled_s += max(0.0, event.time_s - self.time_s)

@@ -1,0 +1,127 @@
+"""`offload-run profile`: measure this machine, or show a profile."""
+
+from pathlib import Path
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.console import Console, Gauge, quiet_libraries
+from offload_rt.cli.options import Output
+from offload_rt.cli.profile_table import profile_table
+from offload_rt.errors import ConfigError
+from offload_rt.profiling.codec import encode
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.identity import find_changes
+from offload_rt.profiling.profile import HardwareProfile
+from offload_rt.profiling.store import (
+    check_writable,
+    find_profile,
+    load_profile,
+    machine_name,
+    save_profile,
+    user_folder,
+)
+
+EFFORT = Effort()  # what is measured; tests put a small one here
+
+_DEVICES = ("auto", "cpu", "cuda")
+
+
+@click.command()
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="profiles/HOST.json in ~/.local/share/offload-rt",
+    help="File to write, ending in .json; its name is the profile's name.",
+)
+@click.option(
+    "--device",
+    type=click.Choice(_DEVICES),
+    default=None,
+    show_default=_DEVICES[0],
+    help="cuda measures every GPU and the CPU, cpu the CPU only; auto is cuda where there is one.",
+)
+@click.option(
+    "--folder",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="$TMPDIR or /var/tmp",
+    help="The disk to measure. A folder with safetensors files has these read; elsewhere 1 GiB is "
+    "written for a moment.",
+)
+@click.option(
+    "--show",
+    is_flag=False,
+    flag_value="",
+    default=None,
+    metavar="[NAME]",
+    help="Measure nothing; print the profile of that name, or a file's; without NAME this "
+    "machine's, and what has changed since.",
+)
+@options.json_option
+@options.output_options
+def profile(
+    output: Path | None,
+    device: str | None,
+    folder: Path | None,
+    show: str | None,
+    **values: bool,
+) -> int:
+    """Measure this machine and keep the numbers in a profile.
+
+    Links, disk, host memory, layers and attention, in one to two minutes; end other work first. A
+    profile is looked for by name in ./profiles, in the user's folder (--output writes there unless
+    told otherwise) and among those that come with this package.
+    """
+    printed = Output(**values)
+    if show is not None:
+        given = {"--output": output, "--device": device, "--folder": folder}
+        _refuse_unused([name for name, value in given.items() if value is not None])
+        return _show(show, printed)
+    path = output or user_folder() / f"{machine_name()}.json"
+    _check_name(path)
+    check_writable(path)
+    made = _measure(path.stem, device or _DEVICES[0], folder, printed)
+    save_profile(made, path)
+    _print(made, printed)
+    Console(printed).note(f"written to {path}")
+    return 0
+
+
+def _refuse_unused(names: list[str]) -> None:
+    if names:
+        raise ConfigError(f"{names[0]} has no effect with --show, which measures nothing: drop one")
+
+
+def _check_name(path: Path) -> None:
+    if path.suffix != ".json" or not path.stem.isprintable():
+        raise ConfigError(f"--output {str(path)!r} must be a file name that ends in .json")
+
+
+def _show(name: str, printed: Output) -> int:
+    shown = load_profile(find_profile(name or machine_name()))
+    _print(shown, printed)
+    console = Console(printed)
+    for change in [] if name else find_changes(shown):
+        console.note(f"{change}: measure again with `offload-run profile`")
+    return 0
+
+
+def _measure(name: str, device: str, folder: Path | None, printed: Output) -> HardwareProfile:
+    quiet_libraries(printed)
+    with Console(printed).progress("measuring") as gauge:
+        from offload_rt.profiling.measure import measure
+
+        def report(done: int, total: int) -> None:
+            _advance(gauge, done, total)
+
+        return measure(name, device=device, folder=folder, effort=EFFORT, report=report)
+
+
+def _advance(gauge: Gauge, done: int, total: int) -> None:
+    gauge.done, gauge.total = lambda: done, total
+
+
+def _print(shown: HardwareProfile, printed: Output) -> None:
+    click.echo(encode(shown) if printed.json else profile_table(shown), nl=not printed.json)

@@ -1,0 +1,173 @@
+"""Times of a real decoder layer and of attention, through the code that runs models.
+
+The layer is transformers' own Llama layer with our attention function and a cache of ours; what it
+does besides the matrix products (norms, rotary embedding, appending keys) is in its time.
+"""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
+
+import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from offload_rt.device.base import Device
+from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.resident import ResidentKV
+from offload_rt.model.attention import (
+    ATTENTION_NAME,
+    CONTEXT_KEYWORD,
+    PassContext,
+    Segment,
+    attend_rows,
+)
+from offload_rt.model.network import Network  # noqa: F401 - registers our attention function
+from offload_rt.model.packed import pack_linears
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.profile import (
+    AttentionSpeed,
+    LayerCurve,
+    LayerShape,
+    LayerTime,
+    Processor,
+    WeightOrder,
+)
+from offload_rt.profiling.timing import Tick, measured, take_samples, timed
+
+_RANDOM_NUMBERS = 2**18
+_HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
+
+
+class TimedLayer:
+    """Copies of one random layer, used in turn so that no cache holds their weights.
+
+    Args:
+        shape: its sizes.
+        device: where it computes.
+        dtype: number format.
+        weights: plain or packed.
+        effort: how many bytes the copies have together, and the largest pass.
+    """
+
+    def __init__(
+        self,
+        shape: LayerShape,
+        device: Device,
+        dtype: torch.dtype,
+        weights: WeightOrder,
+        effort: Effort,
+    ) -> None:
+        self._device = device
+        config = _config(shape)
+        self._rotary = LlamaRotaryEmbedding(config).to(device.torch_device)
+        kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
+        self._cache = ResidentKV(device, [kv], dtype, max(effort.tokens))
+        first = _random_layer(config, device.torch_device, dtype)
+        copies = max(1, -(-effort.cold_bytes // shape.weight_bytes))
+        self._layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+        if weights is WeightOrder.PACKED:
+            for layer in self._layers:
+                pack_linears(layer)
+        self._turns = cycle(self._layers)
+        self._inputs = torch.randn(
+            1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device
+        )
+
+    def pass_over(self, tokens: int) -> Callable[[], None]:
+        """Prepare a pass of so many tokens; calling it runs the pass and waits for it."""
+        hidden = self._inputs[:, :tokens]
+        positions = torch.arange(tokens, device=hidden.device)[None]
+        angles = self._rotary(hidden, positions)
+
+        def run() -> None:
+            context = PassContext([Segment(self._cache, tokens)])
+            options = {"position_embeddings": angles, CONTEXT_KEYWORD: context}
+            next(self._turns)(hidden, **options)
+            self._cache.commit([])
+            self._device.compute.record().synchronize()
+
+        return run
+
+
+@torch.inference_mode()
+def measure_layer(
+    shape: LayerShape, device: Device, weights: WeightOrder, effort: Effort, tick: Tick
+) -> LayerCurve:
+    """Time a layer by tokens in the pass; weights lie on the device."""
+    counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
+    layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
+    times = []
+    for tokens in counts:
+        seconds = take_samples(timed(layer.pass_over(tokens)), effort)
+        times.append(LayerTime(tokens=tokens, layer_s=measured(seconds)))
+        tick()
+    return LayerCurve(
+        processor=Processor(device.torch_device.type),
+        weights=weights,
+        shape=shape,
+        times=tuple(times),
+    )
+
+
+@torch.inference_mode()
+def measure_attention(
+    device: Device, dtype_name: str, effort: Effort, tick: Tick
+) -> tuple[AttentionSpeed, ...]:
+    """Time attention of a few rows to many cached ones."""
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    row_bytes = 2 * _KV_HEADS * _HEAD_DIM * dtype.itemsize
+    cached = max(max(effort.query_tokens), effort.kv_bytes // row_bytes)
+    draw = partial(torch.randn, dtype=dtype, device=device.torch_device)
+    key, value = (draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2))
+    spec = AttentionSpec(scaling=_HEAD_DIM**-0.5)
+    speeds = []
+    for rows in effort.query_tokens:
+        query = draw(_HEADS, rows, _HEAD_DIM)
+
+        def run(query: torch.Tensor = query) -> None:
+            attend_rows(query, key, value, spec)
+            device.compute.record().synchronize()
+
+        seconds = take_samples(timed(run), effort)
+        speeds.append(
+            AttentionSpeed(
+                processor=Processor(device.torch_device.type),
+                query_tokens=rows,
+                queries_per_head=_HEADS // _KV_HEADS,
+                kv_bytes=cached * row_bytes,
+                s_per_kv_byte=measured([s / (cached * row_bytes) for s in seconds]),
+            )
+        )
+        tick()
+    return tuple(speeds)
+
+
+def _config(shape: LayerShape) -> LlamaConfig:
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.kv_heads,
+        head_dim=shape.head_dim,
+        num_hidden_layers=1,
+    )
+    config._attn_implementation = ATTENTION_NAME
+    return config
+
+
+def _random_layer(
+    config: LlamaConfig, device: torch.device, dtype: torch.dtype
+) -> LlamaDecoderLayer:
+    """A layer whose weights are one random block over and over: drawing all takes too long."""
+    with torch.device("meta"):
+        layer = LlamaDecoderLayer(config, 0)
+    layer = layer.to(dtype).to_empty(device=device).requires_grad_(False)
+    block = (torch.randn(_RANDOM_NUMBERS) * config.hidden_size**-0.5).to(dtype).to(device)
+    for parameter in layer.parameters():
+        flat = parameter.view(-1)
+        for start in range(0, flat.numel(), _RANDOM_NUMBERS):
+            part = flat[start : start + _RANDOM_NUMBERS]
+            part.copy_(block[: part.numel()])
+    return layer.eval()

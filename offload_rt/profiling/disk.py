@@ -1,0 +1,233 @@
+"""Disk reads by queue depth, with the readers and the O_DIRECT files that stream weights.
+
+Read is a model's own files, or a file of random bytes made for it, which has lost its name before
+they are written: however the process ends, nothing is left behind. The page cache is told to forget
+the file before each sample, and asked once whether it does: a speed of memory is refused. What a
+virtual machine's host keeps in its memory cannot be seen from here.
+"""
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+
+from offload_rt.device.base import CopyBlock, CopyPiece, DeviceBuffer
+from offload_rt.device.cpu import CpuCopyStream, HostBuffer, allocate_host
+from offload_rt.device.host import file_system
+from offload_rt.errors import CheckpointError, ProfileError
+from offload_rt.model.files import FileIdentity
+from offload_rt.model.layout import PAGE_BYTES, FileRun
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.profile import DiskSpeed
+from offload_rt.profiling.timing import Tick, measured_rate, take_samples, timed
+from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
+from offload_rt.units import format_size
+
+_IN_MEMORY = ("tmpfs", "ramfs")
+_SMALLEST_BYTES = 256 * 2**10
+_RANDOM_BYTES = 16 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    """A stretch of a file that one sample reads; a source for a copy stream."""
+
+    run: FileRun
+    files: WeightFiles
+    fd: int  # through the page cache, to ask and to clear it
+
+    @property
+    def nbytes(self) -> int:
+        return self.run.nbytes
+
+    @property
+    def image(self) -> None:
+        return None
+
+    def blocks(self, dst: DeviceBuffer) -> Sequence[CopyBlock]:
+        assert isinstance(dst, HostBuffer)
+        return list(self.files.blocks(self.run, dst))
+
+    def pieces(self) -> Sequence[CopyPiece]:
+        return list(self.files.pieces(self.run))
+
+    def check(self) -> None:
+        """What a file that is only timed holds does not matter."""
+
+    def forget(self) -> None:
+        """Drop the file from the page cache, all of it: part of a large folio would stay."""
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def require_forgetting(self) -> None:
+        """See once that the page cache does forget.
+
+        Raises:
+            ProfileError: the stretch stays there.
+        """
+        start, nbytes = self.run.file_offset, self.run.nbytes
+        os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)  # asking must not read ahead
+        self.forget()
+        pages = {start, start + nbytes // 2 // PAGE_BYTES * PAGE_BYTES, start + nbytes - PAGE_BYTES}
+        if all(_cached(self.fd, page) for page in pages):
+            raise _in_memory(self.run.path.parent)
+
+
+def default_folder() -> Path:
+    """Where runs keep large temporary files: $TMPDIR or /var/tmp (/tmp is often memory)."""
+    lasting = Path("/var/tmp")
+    given = "TMPDIR" in os.environ or not os.access(lasting, os.W_OK)
+    return Path(tempfile.gettempdir()) if given else lasting
+
+
+def measure_disk(folder: Path, effort: Effort, tick: Tick) -> tuple[DiskSpeed, ...]:
+    """Measure the disk of a folder; a folder with safetensors files has these read.
+
+    Raises:
+        ProfileError: the folder is not on a disk, is full, or cannot be written.
+    """
+    kind = _checked_kind(folder)
+    try:
+        with _open_windows(folder, effort) as windows:
+            return tuple(_measure(windows, kind, effort, tick))
+    except (OSError, CheckpointError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ProfileError(
+            f"the disk of {folder} cannot be measured: {reason}; give a folder that can be "
+            "written, or a model's, with --folder"
+        ) from error
+
+
+def _measure(
+    windows: Sequence[_Window], kind: str, effort: Effort, tick: Tick
+) -> Iterator[DiskSpeed]:
+    nbytes = windows[0].nbytes
+    image = allocate_host(nbytes)
+    image.tensor.zero_()
+    turns = cycle(windows)
+    windows[0].require_forgetting()
+    for depth in effort.disk_depths:
+        stream = CpuCopyStream(depth, lambda block: block.run())
+
+        def sample_s(stream: CpuCopyStream = stream) -> float:
+            window = next(turns)
+            window.forget()
+            return timed(lambda: _read(stream, window, image))()
+
+        try:
+            seconds = take_samples(sample_s, effort)
+        finally:
+            stream.close()
+        yield DiskSpeed(
+            file_system=kind,
+            direct=windows[0].files.direct,
+            block_bytes=min(BLOCK_BYTES, nbytes),
+            queue_depth=depth,
+            bytes_per_s=measured_rate(nbytes, seconds),
+        )
+        tick()
+
+
+def _read(stream: CpuCopyStream, window: _Window, image: HostBuffer) -> None:
+    stream.copy(image, window)
+    stream.record().synchronize()
+
+
+def _checked_kind(folder: Path) -> str:
+    if not folder.is_dir():
+        raise ProfileError(f"{folder} is no folder: give one on the disk to measure with --folder")
+    kind = file_system(folder.resolve())
+    if kind in _IN_MEMORY:
+        raise _in_memory(folder)
+    return kind
+
+
+@contextmanager
+def _open_windows(folder: Path, effort: Effort) -> Iterator[list[_Window]]:
+    """Cut the folder's weights, or a temporary file, into stretches of one size."""
+    models = [
+        p for p in sorted(folder.glob("*.safetensors")) if p.stat().st_size >= _SMALLEST_BYTES
+    ]
+    if not models:
+        with _temporary(folder, effort.disk_file_bytes) as (path, files, fd):
+            nbytes = min(effort.disk_sample_bytes, effort.disk_file_bytes)
+            yield _cut(files, path, fd, effort.disk_file_bytes, nbytes)
+        return
+    sizes = {path: path.stat() for path in models}
+    files = WeightFiles({path: FileIdentity.of(path, size) for path, size in sizes.items()})
+    fds = [os.open(path, os.O_RDONLY | os.O_CLOEXEC) for path in models]
+    try:
+        largest = max(size.st_size for size in sizes.values()) // PAGE_BYTES * PAGE_BYTES
+        nbytes = min(effort.disk_sample_bytes, largest)
+        yield [
+            window
+            for path, fd in zip(models, fds, strict=True)
+            for window in _cut(files, path, fd, sizes[path].st_size, nbytes)
+        ]
+    finally:
+        files.close()
+        for fd in fds:
+            os.close(fd)
+
+
+def _cut(files: WeightFiles, path: Path, fd: int, size: int, nbytes: int) -> list[_Window]:
+    starts = range(0, size - nbytes + 1, nbytes)
+    runs = (
+        FileRun(path=path, file_offset=start, nbytes=nbytes, image_offset=0, in_place=True)
+        for start in starts
+    )
+    return [_Window(run, files, fd) for run in runs]
+
+
+@contextmanager
+def _temporary(folder: Path, nbytes: int) -> Iterator[tuple[Path, WeightFiles, int]]:
+    """A file of random bytes on the disk; its name is gone before they are written."""
+    status = os.statvfs(folder)
+    free = status.f_bavail * status.f_frsize
+    if free < 2 * nbytes:
+        raise ProfileError(
+            f"{folder} has {format_size(free)} free, measuring its disk takes "
+            f"{format_size(2 * nbytes)} for a moment: give another folder, or that of a model, "
+            "with --folder"
+        )
+    fd, name = tempfile.mkstemp(prefix=".offload-run-profile-", dir=folder)
+    path = Path(name)
+    try:
+        os.truncate(fd, nbytes)
+        files = WeightFiles({path: FileIdentity.of(path, os.fstat(fd))})
+    except BaseException:
+        os.close(fd)
+        raise
+    finally:
+        path.unlink()
+    try:
+        _fill(fd, nbytes)
+        yield path, files, fd
+    finally:
+        files.close()
+        os.close(fd)
+
+
+def _fill(fd: int, nbytes: int) -> None:
+    """Write bytes no disk can compress, and wait until it has them."""
+    block = os.urandom(min(_RANDOM_BYTES, nbytes))
+    done = 0
+    while done < nbytes:
+        done += os.pwrite(fd, block[: nbytes - done], done)
+    os.fsync(fd)
+
+
+def _cached(fd: int, offset: int) -> bool:
+    """Whether a page is in the page cache: a read that must not wait succeeds."""
+    with suppress(OSError):  # it would have to wait, or the file system does not know this read
+        return os.preadv(fd, [bytearray(PAGE_BYTES)], offset, os.RWF_NOWAIT) > 0
+    return False
+
+
+def _in_memory(folder: Path) -> ProfileError:
+    return ProfileError(
+        f"{folder} is served from memory ({file_system(folder.resolve())}): give a folder on a "
+        "disk with --folder"
+    )

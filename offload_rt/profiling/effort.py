@@ -1,0 +1,72 @@
+"""How much is measured: block sizes, layer shapes, samples. No torch here."""
+
+from dataclasses import dataclass
+
+from offload_rt.profiling.profile import LayerShape
+
+KIB, MIB, GIB = 2**10, 2**20, 2**30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """What a measurement does; the defaults take one to two minutes on two cores.
+
+    Attributes:
+        least_samples: of each number, however long they take.
+        most_samples: of each number.
+        number_s: after so many seconds no further sample of a number is begun.
+        link_blocks: sizes of copies to and from a GPU.
+        link_sample_bytes: a sample copies a block until so many bytes have crossed.
+        disk_depths: reads in flight.
+        disk_file_bytes: size of the temporary file, where no model is given.
+        disk_sample_bytes: read in one sample.
+        memory_bytes: host memory that is read or copied.
+        pin_bytes: host memory that is page-locked.
+        shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
+        cold_bytes: copies of a layer that are used in turn have so many bytes together, so that no
+            cache holds their weights.
+        tokens: in a pass through a layer.
+        packed_tokens: in a step of a draft model.
+        kv_bytes: keys and values of a layer that are attended to.
+        query_tokens: rows that attend to them.
+    """
+
+    least_samples: int = 3
+    most_samples: int = 9
+    number_s: float = 1.0
+    link_blocks: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
+    link_sample_bytes: int = 256 * MIB
+    disk_depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)
+    disk_file_bytes: int = GIB
+    disk_sample_bytes: int = 256 * MIB
+    memory_bytes: int = 256 * MIB
+    pin_bytes: int = GIB
+    # Layers of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B: a draft model's, and two targets'.
+    shapes: tuple[tuple[int, int, int, int, int], ...] = (
+        (896, 4864, 14, 2, 64),
+        (2048, 8192, 32, 8, 64),
+        (4096, 14336, 32, 8, 128),
+    )
+    cold_bytes: int = 256 * MIB
+    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    packed_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    kv_bytes: int = 64 * MIB
+    query_tokens: tuple[int, ...] = (1, 16, 64)
+
+    def layer_shapes(self, dtype: str, itemsize: int) -> tuple[LayerShape, ...]:
+        """The layers that are timed, in a number format of so many bytes."""
+        made = []
+        for hidden, intermediate, heads, kv_heads, head_dim in self.shapes:
+            weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * intermediate
+            made.append(
+                LayerShape(
+                    hidden=hidden,
+                    intermediate=intermediate,
+                    heads=heads,
+                    kv_heads=kv_heads,
+                    head_dim=head_dim,
+                    dtype=dtype,
+                    weight_bytes=weights * itemsize,
+                )
+            )
+        return tuple(made)

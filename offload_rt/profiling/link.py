@@ -1,0 +1,195 @@
+"""Links between host memory and GPUs, and page-locking, through the calls that run models make.
+
+Times are those of events on the copy stream. A link is measured by block size, both ways, from
+pinned and pageable memory; then all GPUs at once, and with every core copying memory meanwhile.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from offload_rt.device.cpu import HostBuffer, allocate_host
+from offload_rt.device.driver import Driver, DriverStream
+from offload_rt.device.host import cores
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.profile import Direction, LinkLoad, LinkSpeed, PinSpeed
+from offload_rt.profiling.timing import Tick, measured_rate, take_samples
+
+_LOAD_BYTES = 64 * 2**20
+_MOST_GPUS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Road:
+    """One GPU's link: a stream, and memory at both ends.
+
+    Attributes:
+        host: as large as the largest block.
+        device: [n] uint8, as large.
+    """
+
+    gpu: int
+    stream: DriverStream
+    host: HostBuffer
+    device: torch.Tensor
+
+
+def count_gpus(driver: Driver) -> int:
+    """GPUs that torch can use."""
+    return next(i for i in range(_MOST_GPUS + 1) if i == _MOST_GPUS or driver.missing(i))
+
+
+def open_roads(driver: Driver, gpus: int, effort: Effort) -> list[Road]:
+    """Take the memory for measuring all links; it is pageable."""
+    nbytes = max(effort.link_blocks)
+    roads = []
+    for gpu in range(gpus):
+        device = torch.device(f"cuda:{gpu}")
+        _, stream = driver.open(device)
+        host = allocate_host(nbytes)
+        host.tensor.zero_()
+        roads.append(Road(gpu, stream, host, driver.allocate(nbytes, device)))
+    return roads
+
+
+@contextmanager
+def pinned(driver: Driver, roads: Sequence[Road]) -> Iterator[str | None]:
+    """Page-lock the host memory of all roads while the body runs; gives the reason if refused."""
+    held: list[int] = []
+    reason = None
+    try:
+        for road in roads:
+            address = road.host.tensor.data_ptr()
+            reason = reason or driver.register(address, road.host.nbytes)
+            if reason is None:
+                held.append(address)
+        yield reason
+    finally:
+        for address in held:
+            driver.unregister(address)
+
+
+def measure_links(
+    roads: Sequence[Road], effort: Effort, tick: Tick, *, is_pinned: bool
+) -> tuple[LinkSpeed, ...]:
+    """Measure each link alone; if pinned, also all at once and with busy cores."""
+    found = [
+        speed
+        for road in roads
+        for direction in Direction
+        for block in effort.link_blocks
+        for speed in _measure([road], block, direction, LinkLoad.ALONE, is_pinned, effort)
+    ]
+    if is_pinned:
+        largest = max(effort.link_blocks)
+        for direction in Direction:
+            if len(roads) > 1:
+                found += _measure(roads, largest, direction, LinkLoad.TOGETHER, True, effort)
+            with _busy_cores():
+                for road in roads:
+                    found += _measure([road], largest, direction, LinkLoad.CPU_BUSY, True, effort)
+    tick()
+    return tuple(found)
+
+
+def measure_pinning(driver: Driver, effort: Effort, tick: Tick) -> tuple[PinSpeed, ...]:
+    """Page-lock memory that was touched before; nothing if that is refused."""
+    memory = allocate_host(effort.pin_bytes)
+    memory.tensor.zero_()
+    address, refused = memory.tensor.data_ptr(), False
+
+    def sample_s() -> float:
+        nonlocal refused
+        start = time.perf_counter()
+        refused = refused or driver.register(address, memory.nbytes) is not None
+        took = time.perf_counter() - start
+        if not refused:
+            driver.unregister(address)
+        return took
+
+    seconds = take_samples(sample_s, effort)
+    tick()
+    if refused:
+        return ()
+    rate = measured_rate(memory.nbytes, seconds)
+    return (PinSpeed(block_bytes=memory.nbytes, bytes_per_s=rate),)
+
+
+def while_copying(roads: Sequence[Road], ask: Callable[[], None]) -> None:
+    """Call `ask` while bytes cross all links: an idle one shows less than it can do."""
+    for _ in range(16):
+        for road in roads:
+            road.stream.copy(road.device, road.host.tensor)
+    ask()
+    for road in roads:
+        road.stream.synchronize()
+
+
+def _measure(
+    roads: Sequence[Road],
+    block: int,
+    direction: Direction,
+    load: LinkLoad,
+    is_pinned: bool,
+    effort: Effort,
+) -> Iterator[LinkSpeed]:
+    """Time copies of one block size on several links at once; a number for each."""
+    repeats = max(1, effort.link_sample_bytes // block)
+    taken: list[list[float]] = []
+
+    def sample_s() -> float:
+        seconds = _copy_s(roads, block, direction, repeats)
+        taken.append(seconds)
+        return max(seconds)
+
+    kept = len(take_samples(sample_s, effort))
+    for road, seconds in zip(roads, zip(*taken[-kept:], strict=True), strict=True):
+        yield LinkSpeed(
+            gpu=road.gpu,
+            direction=direction,
+            pinned=is_pinned,
+            load=load,
+            block_bytes=block,
+            bytes_per_s=measured_rate(repeats * block, seconds),
+        )
+
+
+def _copy_s(roads: Sequence[Road], block: int, direction: Direction, repeats: int) -> list[float]:
+    """Seconds of the copies by each link's own events."""
+    starts = [road.stream.record() for road in roads]
+    for _ in range(repeats):
+        for road in roads:
+            host, device = road.host.tensor[:block], road.device[:block]
+            if direction is Direction.H2D:
+                road.stream.copy(device, host)
+            else:
+                road.stream.copy(host, device)
+    ends = [road.stream.record() for road in roads]
+    for end in ends:
+        end.synchronize()
+    return [start.seconds_until(end) for start, end in zip(starts, ends, strict=True)]
+
+
+@contextmanager
+def _busy_cores() -> Iterator[None]:
+    """Let every core but one copy memory; that one enqueues."""
+    stop = threading.Event()
+
+    def copy_memory() -> None:
+        source, target = (allocate_host(_LOAD_BYTES).tensor for _ in range(2))
+        while not stop.is_set():
+            target.copy_(source)
+
+    threads = [threading.Thread(target=copy_memory, daemon=True) for _ in range(cores() - 1)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()

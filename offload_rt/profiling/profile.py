@@ -1,0 +1,270 @@
+"""What the parts of one machine can do, and how each number is known. No torch here.
+
+A profile is one JSON file whose keys are the fields below, units in their names. The planner looks
+numbers up through `rates.py`; `store.py` reads and writes files, `codec.py` checks what it reads.
+"""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+SCHEMA_VERSION = 1
+
+
+class Obtained(StrEnum):
+    """How a number is known, best first."""
+
+    MEASURED = "measured"
+    PUBLISHED = "published"
+    ASSUMED = "assumed"
+
+
+class Processor(StrEnum):
+    """Who computes; GPUs of one machine count as equal."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Direction(StrEnum):
+    """The way bytes cross a link."""
+
+    H2D = "h2d"
+    D2H = "d2h"
+
+
+class LinkLoad(StrEnum):
+    """What else the machine does while a link is used.
+
+    `together`: all GPUs copy at once, and the number is that of each. `cpu_busy`: every core copies
+    memory meanwhile.
+    """
+
+    ALONE = "alone"
+    TOGETHER = "together"
+    CPU_BUSY = "cpu_busy"
+
+
+class MemoryUse(StrEnum):
+    """What is done with host memory: only read it, or copy it (bytes copied, not bytes moved)."""
+
+    READ = "read"
+    COPY = "copy"
+
+
+class WeightOrder(StrEnum):
+    """How a layer's weights lie: as in the checkpoint, or reordered (`model/packed.py`)."""
+
+    PLAIN = "plain"
+    PACKED = "packed"
+
+
+def _up_to(most: float, least: float = 1) -> Any:  # noqa: ANN401 - a field may have any type
+    """A number that is checked when a profile is read."""
+    return field(metadata={"least": least, "most": most})
+
+
+_BYTES = 2**50
+_BYTES_PER_S = 10e12  # ten times the HBM of 2026; no link or disk comes near
+_COUNT = 2**24
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Number:
+    """One number; the unit is in the name of the field that holds it.
+
+    Attributes:
+        value: the median, if measured.
+        spread: difference between the quartiles of the samples, in the unit of `value`.
+        samples: how many were measured.
+        source: where a published number is from, or why an assumed one is reasonable.
+    """
+
+    value: float
+    obtained: Obtained
+    spread: float | None = None
+    samples: int = field(default=0, metadata={"least": 0, "most": _COUNT})
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Versions:
+    """What the numbers were measured with; empty where that is not installed or not known."""
+
+    offload_rt: str = ""
+    python: str = ""
+    torch: str = ""
+    transformers: str = ""
+    driver: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuIdentity:
+    """One GPU and its link.
+
+    Attributes:
+        link_generation: of PCIe, read while bytes crossed it: an idle link shows a lower one.
+        link_width: PCIe lanes in use; 0 (of both) when the driver does not say.
+    """
+
+    name: str
+    memory_bytes: int = _up_to(_BYTES)
+    link_generation: int = field(default=0, metadata={"least": 0, "most": 16})
+    link_width: int = field(default=0, metadata={"least": 0, "most": 64})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """What the numbers belong to.
+
+    Attributes:
+        cores: those this process may use.
+    """
+
+    cpu: str
+    cores: int = _up_to(_COUNT)
+    ram_bytes: int = _up_to(_BYTES)
+    gpus: tuple[GpuIdentity, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkSpeed:
+    """Copies of one block size between host memory and a GPU.
+
+    Attributes:
+        pinned: the host memory is page-locked.
+    """
+
+    gpu: int = _up_to(63, least=0)
+    direction: Direction
+    pinned: bool
+    load: LinkLoad
+    block_bytes: int = _up_to(_BYTES)
+    bytes_per_s: Number = _up_to(_BYTES_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSpeed:
+    """Reads of one block size with so many in flight.
+
+    Attributes:
+        direct: past the page cache (O_DIRECT).
+    """
+
+    file_system: str
+    direct: bool
+    block_bytes: int = _up_to(_BYTES)
+    queue_depth: int = _up_to(_COUNT)
+    bytes_per_s: Number = _up_to(_BYTES_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemorySpeed:
+    """Host memory used by so many threads."""
+
+    use: MemoryUse
+    threads: int = _up_to(_COUNT)
+    block_bytes: int = _up_to(_BYTES)
+    bytes_per_s: Number = _up_to(_BYTES_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinSpeed:
+    """Page-locking of host memory that was touched before."""
+
+    block_bytes: int = _up_to(_BYTES)
+    bytes_per_s: Number = _up_to(_BYTES_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerWork:
+    """What one token asks of a decoder layer, attention to past tokens not counted.
+
+    Attributes:
+        weight_bytes: read once per pass, whatever the number of tokens.
+        flops_per_token: two per weight that takes part.
+    """
+
+    weight_bytes: int
+    flops_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerShape:
+    """A decoder layer as Llama's: four attention projections and a gated MLP."""
+
+    hidden: int = _up_to(_COUNT)
+    intermediate: int = _up_to(_COUNT)
+    heads: int = _up_to(_COUNT)
+    kv_heads: int = _up_to(_COUNT)
+    head_dim: int = _up_to(_COUNT)
+    dtype: str
+    weight_bytes: int = _up_to(_BYTES)
+
+    @property
+    def work(self) -> LayerWork:
+        """What the layer costs to compute."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        weights = attention + 3 * self.hidden * self.intermediate
+        return LayerWork(weight_bytes=self.weight_bytes, flops_per_token=2 * weights)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerTime:
+    """One pass of so many tokens through a layer."""
+
+    tokens: int = _up_to(_COUNT)
+    layer_s: Number = _up_to(3600)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerCurve:
+    """The verify curve of one layer: its time by tokens in the pass, weights where they compute."""
+
+    processor: Processor
+    weights: WeightOrder
+    shape: LayerShape
+    times: tuple[LayerTime, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionSpeed:
+    """Attention of so many query rows to cached keys and values of one layer.
+
+    Attributes:
+        kv_bytes: keys and values attended to.
+        queries_per_head: query heads per KV head; each reads the same bytes.
+    """
+
+    processor: Processor
+    query_tokens: int = _up_to(_COUNT)
+    queries_per_head: int = _up_to(_COUNT)
+    kv_bytes: int = _up_to(_BYTES)
+    s_per_kv_byte: Number = _up_to(1e-3)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HardwareProfile:
+    """One machine.
+
+    Attributes:
+        name: that of its file.
+        date: ISO 8601 day.
+        method: a sentence on how the numbers came about.
+        notes: what could not be measured, and why.
+        pinning: None on a machine without a GPU.
+    """
+
+    schema_version: int = _up_to(_COUNT)
+    name: str
+    date: str
+    method: str
+    notes: tuple[str, ...] = ()
+    versions: Versions
+    machine: Machine
+    links: tuple[LinkSpeed, ...] = ()
+    disk: tuple[DiskSpeed, ...] = ()
+    host_memory: tuple[MemorySpeed, ...] = ()
+    pinning: PinSpeed | None = None
+    layers: tuple[LayerCurve, ...] = ()
+    attention: tuple[AttentionSpeed, ...] = ()

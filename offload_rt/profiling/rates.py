@@ -1,0 +1,189 @@
+"""Numbers between the measured ones: what the planner asks a profile.
+
+Each answer keeps the provenance of the worst number it rests on; its spread and samples are those
+of that number. Every interpolation is of *times*, which add up: a copy is a fixed cost plus bytes
+at a rate, a layer is reading its weights plus arithmetic per token.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+
+from offload_rt.errors import ProfileError
+from offload_rt.profiling.profile import (
+    Direction,
+    HardwareProfile,
+    LayerCurve,
+    LayerWork,
+    LinkLoad,
+    MemoryUse,
+    Number,
+    Obtained,
+    Processor,
+    WeightOrder,
+)
+
+_WORSE = list(Obtained)
+
+
+def link_bytes_per_s(
+    profile: HardwareProfile,
+    block_bytes: int,
+    *,
+    gpu: int = 0,
+    direction: Direction = Direction.H2D,
+    pinned: bool = True,
+    load: LinkLoad = LinkLoad.ALONE,
+) -> Number:
+    """Bandwidth of copies of `block_bytes`: straight lines between the times of measured sizes.
+
+    Above the largest size its bandwidth holds; below the smallest the fixed cost stays.
+
+    Raises:
+        ProfileError: the profile has no such link.
+    """
+    wanted = (gpu, direction, pinned, load)
+    speeds = {
+        link.block_bytes: link.bytes_per_s
+        for link in profile.links
+        if (link.gpu, link.direction, link.pinned, link.load) == wanted
+    }
+    memory = "pinned" if pinned else "pageable"
+    _require(profile, speeds, f"speed of GPU {gpu}'s link ({direction}, {memory}, {load})")
+    return _rate(speeds, block_bytes)
+
+
+def disk_bytes_per_s(profile: HardwareProfile, queue_depth: int) -> Number:
+    """Disk bandwidth with so many reads in flight, in blocks of the measured size.
+
+    Straight lines between measured depths; beyond them the nearest measured one holds.
+
+    Raises:
+        ProfileError: the profile has no disk.
+    """
+    speeds = {disk.queue_depth: disk.bytes_per_s for disk in profile.disk}
+    _require(profile, speeds, "disk speed")
+    depth = min(max(queue_depth, min(speeds)), max(speeds))
+    return _between(speeds, depth)
+
+
+def memory_bytes_per_s(profile: HardwareProfile, use: MemoryUse, threads: int) -> Number:
+    """Host memory bandwidth with so many threads; more than were measured are no faster.
+
+    Raises:
+        ProfileError: the profile has no such number.
+    """
+    speeds = {m.threads: m.bytes_per_s for m in profile.host_memory if m.use is use}
+    _require(profile, speeds, f"host memory bandwidth ({use})")
+    return _between(speeds, min(max(threads, min(speeds)), max(speeds)))
+
+
+def pin_bytes_per_s(profile: HardwareProfile) -> Number:
+    """How fast host memory is page-locked.
+
+    Raises:
+        ProfileError: the profile has no such number.
+    """
+    if profile.pinning is None:
+        raise _lacking(profile, "pin rate")
+    return profile.pinning.bytes_per_s
+
+
+def layer_s(
+    profile: HardwareProfile,
+    work: LayerWork,
+    tokens: int,
+    *,
+    processor: Processor,
+    weights: WeightOrder = WeightOrder.PLAIN,
+) -> Number:
+    """Time of a pass of `tokens` through a layer of any shape, its weights where they compute.
+
+    A measured layer's time is taken apart: that of one token is what reading the weights (and
+    starting the kernels) costs, what more tokens add is arithmetic. The first part is interpolated
+    between the measured layers by weight bytes, the second by flops per token; so a mixture of
+    experts may give the bytes of all and the flops of the chosen experts. With one measured layer
+    both scale in proportion. Between measured token counts times lie on straight lines, above the
+    largest they grow with the tokens. Arithmetic is that of the measured number format.
+
+    Raises:
+        ProfileError: the profile has no such layer.
+    """
+    curves = [c for c in profile.layers if (c.processor, c.weights) == (processor, weights)]
+    if not curves:
+        raise _lacking(profile, f"time of a layer ({processor}, {weights} weights)")
+    first = {c.shape.work.weight_bytes: _curve_s(c, 1) for c in curves}
+    reading = _between(first, work.weight_bytes)
+    more = {c.shape.work.flops_per_token: _arithmetic_s(c, tokens) for c in curves}
+    computing = _between(more, work.flops_per_token)
+    return replace(_worst([reading, computing]), value=reading.value + computing.value)
+
+
+def attention_s(
+    profile: HardwareProfile, kv_bytes: int, query_tokens: int, *, processor: Processor
+) -> Number:
+    """Time of attention from `query_tokens` rows to `kv_bytes` of keys and values.
+
+    Proportional to the bytes; by query rows straight lines, above the largest count in proportion.
+
+    Raises:
+        ProfileError: the profile has no attention by this processor.
+    """
+    speeds = {
+        a.query_tokens: a.s_per_kv_byte for a in profile.attention if a.processor is processor
+    }
+    _require(profile, speeds, f"attention time ({processor})")
+    per_byte = _between(speeds, query_tokens)
+    return replace(per_byte, value=per_byte.value * kv_bytes)
+
+
+def _curve_s(curve: LayerCurve, tokens: int) -> Number:
+    return _between({time.tokens: time.layer_s for time in curve.times}, tokens)
+
+
+def _arithmetic_s(curve: LayerCurve, tokens: int) -> Number:
+    """What more tokens than one add; noise may not make it negative."""
+    one, all_s = _curve_s(curve, 1), _curve_s(curve, tokens)
+    return replace(_worst([one, all_s]), value=max(0.0, all_s.value - one.value))
+
+
+def _rate(speeds: Mapping[int, Number], nbytes: int) -> Number:
+    """Bandwidth at a size, through the times."""
+    times = {size: replace(rate, value=size / rate.value) for size, rate in speeds.items()}
+    time = _between(times, nbytes)
+    return replace(time, value=nbytes / time.value)
+
+
+def _between(points: Mapping[int, Number], x: int) -> Number:
+    """Straight lines between points; in proportion to x above the last.
+
+    Below the first the first line goes on, but its value at 0 stays between 0 and the first's.
+    """
+    places = sorted(points)
+    last = places[-1]
+    if x >= last or len(places) == 1:
+        return replace(points[last], value=points[last].value * x / last)
+    above = next(i for i, place in enumerate(places) if i > 0 and place > x)
+    low, high = places[above - 1], places[above]
+    start, end = points[low], points[high]
+    worst = start if x == low else _worst([start, end])
+    slope = (end.value - start.value) / (high - low)
+    if x >= low:
+        return replace(worst, value=start.value + slope * (x - low))
+    fixed = min(max(start.value - slope * low, 0.0), start.value)
+    return replace(worst, value=fixed + (start.value - fixed) * x / low)
+
+
+def _worst(numbers: Iterable[Number]) -> Number:
+    return max(numbers, key=lambda number: _WORSE.index(number.obtained))
+
+
+def _require(profile: HardwareProfile, found: Mapping[int, Number], what: str) -> None:
+    if not found:
+        raise _lacking(profile, what)
+
+
+def _lacking(profile: HardwareProfile, what: str) -> ProfileError:
+    return ProfileError(
+        f"profile {profile.name} has no {what}: measure one with `offload-run profile`, "
+        "or choose another profile"
+    )

@@ -1,0 +1,175 @@
+"""Profile files: where they are looked for, how they are read, and how they are replaced."""
+
+import os
+import platform
+import re
+import stat
+import sysconfig
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+from offload_rt.errors import ProfileError
+from offload_rt.profiling.codec import MalformedError, decode, encode
+from offload_rt.profiling.profile import HardwareProfile
+
+_LARGEST_BYTES = 2**20  # a measured one has about 30 KiB
+_SUFFIX = ".json"
+_FILE_MODE = 0o644
+
+
+def machine_name() -> str:
+    """The name this machine's profile has if nobody says otherwise: that of the host."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", platform.node().lower()).strip(".-")
+    return name or "this-machine"
+
+
+def user_folder() -> Path:
+    """Where measured profiles go: under $XDG_DATA_HOME or ~/.local/share."""
+    import platformdirs
+
+    return platformdirs.user_data_path("offload-rt") / "profiles"
+
+
+def search_folders() -> tuple[Path, ...]:
+    """Where a profile is looked for by name, first match wins.
+
+    `./profiles`, the user's folder, then those that come with this package: next to it in a source
+    tree, under `share` of the environment where it is installed.
+    """
+    source_tree = Path(__file__).parents[2] / "profiles"
+    installed = Path(sysconfig.get_path("data"), "share", "offload-rt", "profiles")
+    return (Path("profiles"), user_folder(), source_tree, installed)
+
+
+def list_profiles() -> dict[str, Path]:
+    """All names that can be asked for, and the file each stands for."""
+    found: dict[str, Path] = {}
+    for folder in search_folders():
+        with suppress(OSError):
+            for path in sorted(folder.glob(f"*{_SUFFIX}")):
+                found.setdefault(path.stem, path)
+    return dict(sorted(found.items()))
+
+
+def find_profile(name: str) -> Path:
+    """The file of a profile given by name or by path (with a slash, or ending in `.json`).
+
+    Raises:
+        ProfileError: there is none; the message lists the names there are.
+    """
+    if "/" in name or name.endswith(_SUFFIX):
+        return Path(name)
+    known = list_profiles()
+    if name not in known:
+        names = ", ".join(known) or "none"
+        raise ProfileError(
+            f"there is no profile {name!r} (there are: {names}): make this machine's with "
+            "`offload-run profile`, or give the path of a file"
+        )
+    return known[name]
+
+
+def load_profile(path: Path) -> HardwareProfile:
+    """Read a profile.
+
+    Raises:
+        ProfileError: the file cannot be read, or is no profile this version knows.
+    """
+    try:
+        return decode(_read_text(path))
+    except MalformedError as error:
+        raise ProfileError(
+            f"{path} is not a usable profile: {error}; make a new one with "
+            f"`offload-run profile --output {path}`"
+        ) from error
+
+
+def save_profile(profile: HardwareProfile, path: Path) -> None:
+    """Write a profile so that whatever happens the file is the old or the new one, whole.
+
+    Raises:
+        ProfileError: the profile would not be read again, or the folder cannot be written.
+    """
+    text = encode(profile)
+    try:
+        decode(text)
+    except MalformedError as error:
+        raise ProfileError(
+            f"{path} is not written, what was measured cannot be right: {error}; "
+            "measure again with `offload-run profile` when the machine is quiet"
+        ) from error
+    check_writable(path)
+    try:
+        _replace(path, text)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """See, before minutes of measuring, that the file could be written; makes its folder.
+
+    Raises:
+        ProfileError: it could not.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ProfileError:
+    reason = error.strerror or str(error)
+    return ProfileError(
+        f"the profile cannot be written to {path} ({reason}): choose another place with --output"
+    )
+
+
+def _replace(path: Path, text: str) -> None:
+    """Write a temporary file beside `path`, bring it to the disk, and give it the name."""
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fchmod(file.fileno(), _FILE_MODE)
+            os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(name)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        # Not blocking: a pipe of that name would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ProfileError(
+            f"profile {path} cannot be read ({reason}): give the name or the path of a profile, or "
+            "make one with `offload-run profile`"
+        ) from error
+    try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise MalformedError("it is not a file")
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(_LARGEST_BYTES + 1)
+    finally:
+        os.close(handle)
+    if len(data) > _LARGEST_BYTES:
+        raise MalformedError(f"it has more than the {_LARGEST_BYTES} bytes a profile may have")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise MalformedError(f"it is not text ({error.reason} at byte {error.start})") from error

@@ -1,0 +1,53 @@
+"""Repeating a measurement until its median is worth something."""
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.profile import Number, Obtained
+
+Tick = Callable[[], None]  # called after each number, for a progress bar
+
+
+def take_samples(sample_s: Callable[[], float], effort: Effort) -> list[float]:
+    """Seconds of several runs after one that only warms up; `sample_s` runs once and times it."""
+    began = time.perf_counter()
+    sample_s()
+    taken: list[float] = []
+    while len(taken) < effort.most_samples:
+        late = time.perf_counter() - began > effort.number_s
+        if late and len(taken) >= effort.least_samples:
+            break
+        taken.append(sample_s())
+    return taken
+
+
+def timed(run: Callable[[], object]) -> Callable[[], float]:
+    """Turn work of this thread into a sample."""
+
+    def sample_s() -> float:
+        start = time.perf_counter()
+        run()
+        return time.perf_counter() - start
+
+    return sample_s
+
+
+def measured(values: Sequence[float]) -> Number:
+    """Median of samples, and the difference between their quartiles."""
+    spread = 0.0
+    if len(values) > 1:
+        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+        spread = high - low
+    return Number(
+        value=statistics.median(values),
+        obtained=Obtained.MEASURED,
+        spread=spread,
+        samples=len(values),
+    )
+
+
+def measured_rate(nbytes: int, seconds: Sequence[float]) -> Number:
+    """Bandwidth from the times of `nbytes`."""
+    return measured([nbytes / s for s in seconds])

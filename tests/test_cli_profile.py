@@ -1,0 +1,203 @@
+"""`profile`: what it prints and writes, what it refuses, and that an end never harms a file."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_measure import QUICK
+
+from offload_rt.cli import profile as verb
+from offload_rt.cli.profile_table import profile_table
+from offload_rt.device.host import file_system
+from offload_rt.profiling.codec import decode
+from offload_rt.profiling.store import load_profile, machine_name, save_profile
+
+LIMIT_S = 60
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """A small measurement, and a user's folder of its own."""
+    monkeypatch.setattr(verb, "EFFORT", QUICK)
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "data" / "offload-rt" / "profiles"
+
+
+def test_a_measurement_is_written_and_printed(quick, offload_run):
+    done = offload_run("profile", "--device", "cpu")
+    path = quick / f"{machine_name()}.json"
+    assert done.code == 0, done.err
+    assert done.err == f"offload-run: written to {path}\n"
+    made = load_profile(path)
+    assert made.name == machine_name() and made.layers and os.listdir(quick) == [path.name]
+    for text in (made.machine.cpu, "host memory, GB/s", "layers, ms", "measured", "attention"):
+        assert text in done.out
+    shown = offload_run("profile", "--show")
+    assert (shown.code, shown.out, shown.err) == (0, done.out, "")
+
+
+def test_json_is_the_file(quick, offload_run, tmp_path):
+    path = tmp_path / "new" / "mine.json"
+    done = offload_run("profile", "--device", "cpu", "--output", path, "--json", "-q")
+    assert (done.code, done.err) == (0, "")
+    assert done.out == path.read_text() and decode(done.out).name == "mine"
+    assert not quick.exists()
+    assert offload_run("profile", "--show", path, "--json").out == done.out
+
+
+def test_show_says_what_has_changed(quick, offload_run):
+    offload_run("profile", "--device", "cpu")
+    path = quick / f"{machine_name()}.json"
+    made = load_profile(path)
+    save_profile(replace(made, versions=replace(made.versions, torch="1.0")), path)
+    done = offload_run("profile", "--show")
+    assert done.code == 0
+    expected = f"offload-run: torch was 1.0 in profile {made.name}, is {made.versions.torch} here"
+    assert done.err == f"{expected}: measure again with `offload-run profile`\n"
+    assert offload_run("profile", "--show", machine_name()).err == ""
+
+
+@pytest.mark.parametrize("name", ["rtx4090-pcie4x16", "2x-rtx4090-pcie4x8", "a100-80gb-pcie4x16"])
+def test_show_a_shipped_profile(name, quick, offload_run):
+    done = offload_run("profile", "--show", name)
+    assert (done.code, done.err) == (0, "")
+    assert done.out.startswith(f"{name}, ") and "(assumed" in done.out
+    assert all(len(line) < 200 for line in done.out.splitlines())
+    assert ("GPU 1 h2d pinned, together" in done.out) is name.startswith("2x")
+
+
+def test_a_table_row():
+    path = Path(__file__).parent.parent / "profiles" / "rtx4090-pcie4x16.json"
+    table = profile_table(load_profile(path))
+    disk = table.splitlines()[table.splitlines().index("disk, GB/s by reads in flight") + 1]
+    assert disk.split() == ["ext4,", "direct", "1:", "2.8", "4:", "5.04", "32:", "5.6", "(assumed)"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--show", "absent"], "no profile 'absent' (there are: 2x-rtx4090-pcie4x16"),
+        (["--show", "/no/such.json"], "/no/such.json cannot be read (No such file"),
+        (["--show"], "no profile"),
+        (["--show", "x", "--device", "cpu"], "--device has no effect with --show"),
+        (["--show", "x", "--folder", "/tmp"], "--folder has no effect with --show"),
+        (["--show", "x", "--output", "y.json"], "--output has no effect with --show"),
+        (["--output", "x"], "--output 'x' must be a file name that ends in .json"),
+        (["--output", "/dev/null/x.json"], "cannot be written to /dev/null/x.json"),
+        (["--output", "folder.json"], "cannot be written to folder.json (it is a folder)"),
+        (["--folder", "/no/such"], "/no/such is no folder"),
+        (["-q", "-v"], "contradict"),
+    ],
+)
+def test_refusals_are_a_sentence(arguments, says, quick, offload_run, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    done = offload_run("profile", *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert says in done.err and len(done.err.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", [["--output", "x"], ["--output", "/dev/null/x.json"]])
+def test_a_bad_place_is_refused_before_anything_is_measured(
+    arguments, quick, offload_run, monkeypatch
+):
+    monkeypatch.setattr("offload_rt.profiling.measure.measure", None)  # calling it would fail
+    assert offload_run("profile", *arguments).code == 2
+
+
+def test_a_damaged_profile_is_a_sentence_with_the_way_out(quick, offload_run):
+    quick.mkdir(parents=True)
+    path = quick / f"{machine_name()}.json"
+    path.write_text('{"schema_version": 9}')
+    done = offload_run("profile", "--show")
+    assert done.code == 2
+    assert done.err == (
+        f"offload-run: error: {path} is not a usable profile: schema_version is 9, this program "
+        f"reads 1; make a new one with `offload-run profile --output {path}`\n"
+    )
+    assert offload_run("profile", "--device", "cpu").code == 0  # and that works
+
+
+ENDLESS = """
+import sys
+from dataclasses import replace
+sys.path.insert(0, sys.argv[1])
+from test_measure import QUICK
+from offload_rt.cli import profile, run
+profile.EFFORT = replace(QUICK, most_samples=10**7, number_s=600.0)
+sys.exit(run(["profile", "--device", "cpu", "-v", "--output", sys.argv[2]]))
+"""
+SAVING = """
+import os, signal, sys
+from pathlib import Path
+from offload_rt.profiling import store
+made = store.load_profile(store.find_profile("rtx4090-pcie4x16"))
+if sys.argv[1]:
+    setattr(store.os, sys.argv[1], lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+store.save_profile(made, Path(sys.argv[2]))
+"""
+
+
+def python(program, *arguments, folder):
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+    return subprocess.Popen(command, **pipes, env=environment)
+
+
+def measuring(path):
+    """A process that measures for minutes, and has begun to."""
+    process = python(ENDLESS, Path(__file__).parent, path, folder=path.parent)
+    seen = b""
+    while b"measuring disk" not in seen:
+        seen += (new := process.stderr.read1())
+        assert new, seen
+    return process
+
+
+@pytest.fixture
+def old(tmp_path):
+    """A file that is there already; tests look at its bytes."""
+    if file_system(tmp_path) in ("tmpfs", "ramfs"):
+        pytest.skip("the folder for tests is in memory")
+    path = tmp_path / "mine.json"
+    path.write_text("the old one")
+    return path
+
+
+def test_an_interrupted_measurement_leaves_the_old_file_and_nothing_else(old):
+    process = measuring(old)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 130
+    assert err.endswith(b"offload-run: interrupted\n") and b"Traceback" not in err
+    assert old.read_text() == "the old one" and os.listdir(old.parent) == [old.name]
+
+
+def test_a_killed_measurement_leaves_the_old_file_and_nothing_else(old):
+    process = measuring(old)
+    process.kill()
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == -signal.SIGKILL
+    assert old.read_text() == "the old one" and os.listdir(old.parent) == [old.name]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_process_killed_while_it_saves_leaves_the_old_file(where, old):
+    process = python(SAVING, where, old, folder=old.parent)
+    process.communicate(timeout=LIMIT_S)
+    assert process.returncode == -signal.SIGKILL
+    assert old.read_text() == "the old one"
+
+
+def test_the_same_process_left_alone_replaces_it(old):
+    process = python(SAVING, "", old, folder=old.parent)
+    _, err = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, err
+    assert json.loads(old.read_text())["name"] == "rtx4090-pcie4x16"

@@ -1,0 +1,449 @@
+"""Measuring: each part against a machine whose speeds are known, and what it leaves behind."""
+
+import ctypes
+import mmap
+import os
+import statistics
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from offload_rt.device import nvml
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.host import cores, file_system
+from offload_rt.errors import DeviceError, ProfileError
+from offload_rt.profiling import disk as disk_module
+from offload_rt.profiling import link
+from offload_rt.profiling import measure as measure_module
+from offload_rt.profiling.compute import TimedLayer, measure_attention, measure_layer
+from offload_rt.profiling.disk import measure_disk
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.measure import measure
+from offload_rt.profiling.memory import measure_memory, thread_counts
+from offload_rt.profiling.profile import (
+    Direction,
+    LinkLoad,
+    MemoryUse,
+    Obtained,
+    Processor,
+    WeightOrder,
+)
+from offload_rt.profiling.timing import measured, take_samples
+from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
+
+KIB, MIB = 2**10, 2**20
+QUICK = Effort(
+    least_samples=2,
+    most_samples=2,
+    number_s=0.0,
+    link_blocks=(KIB, 4 * KIB),
+    link_sample_bytes=8 * KIB,
+    disk_depths=(1, 2),
+    disk_file_bytes=4 * MIB,
+    disk_sample_bytes=MIB,
+    memory_bytes=MIB,
+    pin_bytes=MIB,
+    shapes=((64, 128, 4, 2, 16),),
+    cold_bytes=200 * KIB,
+    tokens=(1, 4),
+    packed_tokens=(1, 2),
+    kv_bytes=64 * KIB,
+    query_tokens=(1, 4),
+)
+
+
+def nothing():
+    pass
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch):
+    """Whatever else runs on the machine of the tests."""
+    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+
+
+@pytest.fixture
+def on_disk(tmp_path):
+    if file_system(tmp_path) in ("tmpfs", "ramfs"):
+        pytest.skip("the folder for tests is in memory")
+    return tmp_path
+
+
+def test_samples_stop_when_time_or_count_is_reached():
+    runs = []
+
+    def sample_s():
+        runs.append(time.sleep(0.002))
+        return float(len(runs))
+
+    effort = Effort(least_samples=3, most_samples=5, number_s=60.0)
+    assert take_samples(sample_s, effort) == [2.0, 3.0, 4.0, 5.0, 6.0]  # the first warms up
+    runs.clear()
+    assert take_samples(sample_s, replace(effort, number_s=0.001)) == [2.0, 3.0, 4.0]
+
+
+def test_a_number_is_the_median_with_the_distance_of_the_quartiles():
+    number = measured([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (number.value, number.spread, number.samples) == (3.0, 2.0, 5)
+    assert number.obtained is Obtained.MEASURED
+    assert measured([7.0]).spread == 0.0
+
+
+class SlowDisk:
+    """A disk whose reads take equally long, however many are in flight."""
+
+    def __init__(self, monkeypatch, read_s):
+        self.read_s, self.now, self.most = read_s, 0, 0
+        files = partial(WeightFiles, preadv=self.preadv)
+        monkeypatch.setattr(disk_module, "WeightFiles", files)
+
+    def preadv(self, fd, buffers, offset):
+        self.now += 1
+        self.most = max(self.most, self.now)
+        time.sleep(self.read_s)
+        self.now -= 1
+        return os.preadv(fd, buffers, offset)
+
+
+def test_disk_by_queue_depth(on_disk, monkeypatch):
+    slow = SlowDisk(monkeypatch, 0.02)
+    effort = replace(QUICK, disk_sample_bytes=4 * BLOCK_BYTES, disk_file_bytes=4 * BLOCK_BYTES)
+    one, four = measure_disk(on_disk, replace(effort, disk_depths=(1, 4)), nothing)
+    assert slow.most == 4
+    assert [one.queue_depth, four.queue_depth] == [1, 4]
+    assert one.block_bytes == BLOCK_BYTES and one.direct
+    assert one.bytes_per_s.value <= BLOCK_BYTES / 0.02
+    assert four.bytes_per_s.value > 2 * one.bytes_per_s.value
+
+
+def test_the_temporary_file_has_no_name_while_it_is_read(on_disk):
+    seen = []
+    measure_disk(on_disk, QUICK, lambda: seen.append(os.listdir(on_disk)))
+    assert seen == [[], []]
+
+
+def test_a_model_is_read_and_nothing_is_written(on_disk, monkeypatch):
+    path = on_disk / "model.safetensors"
+    path.write_bytes(os.urandom(3 * MIB + 123))
+    reads = []
+
+    def preadv(fd, buffers, offset):
+        reads.append((os.readlink(f"/proc/self/fd/{fd}"), offset))
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(disk_module, "WeightFiles", partial(WeightFiles, preadv=preadv))
+    monkeypatch.setattr(disk_module, "_fill", None)  # calling it would fail
+    before = path.stat().st_mtime_ns
+    measure_disk(on_disk, QUICK, nothing)
+    assert {name for name, _ in reads} == {str(path)}
+    assert {offset for _, offset in reads} == {0, MIB, 2 * MIB}  # turns over all of the file
+    assert os.listdir(on_disk) == [path.name] and path.stat().st_mtime_ns == before
+
+
+def cached_pages(path):
+    """How many pages of a file the page cache holds, without touching them."""
+    with open(path, "r+b") as file, mmap.mmap(file.fileno(), 0) as view:
+        found = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        address = ctypes.addressof(anchor := ctypes.c_char.from_buffer(view))
+        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), len(view), found) == 0
+        del anchor
+        return sum(page & 1 for page in found)
+
+
+def test_the_page_cache_holds_nothing_of_what_is_timed(on_disk, monkeypatch):
+    path = on_disk / "model.safetensors"
+    path.write_bytes(os.urandom(2 * MIB))
+    os.sync()
+    timed, cached = disk_module.timed, []
+
+    def look(run):
+        cached.append(cached_pages(path))
+        path.read_bytes()  # somebody else wants it in the cache
+        return timed(run)
+
+    path.read_bytes()
+    assert cached_pages(path) == 2 * MIB // mmap.PAGESIZE
+    monkeypatch.setattr(disk_module, "timed", look)
+    measure_disk(on_disk, QUICK, nothing)
+    assert cached == [0] * 6
+
+
+def test_a_speed_of_memory_is_refused(on_disk, monkeypatch):
+    monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
+    with pytest.raises(ProfileError, match="served from memory.*--folder"):
+        measure_disk(on_disk, QUICK, nothing)
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no folder in memory")
+def test_a_folder_in_memory_is_refused():
+    with pytest.raises(ProfileError, match="/dev/shm is served from memory .tmpfs.*--folder"):
+        measure_disk(Path("/dev/shm"), QUICK, nothing)
+
+
+def test_a_missing_or_full_folder_is_a_sentence(on_disk):
+    with pytest.raises(ProfileError, match="absent is no folder.*--folder"):
+        measure_disk(on_disk / "absent", QUICK, nothing)
+    with pytest.raises(ProfileError, match="free, measuring its disk takes 2.00 EiB|2097152 TiB"):
+        measure_disk(on_disk, replace(QUICK, disk_file_bytes=2**60), nothing)
+
+
+def test_host_memory_by_threads():
+    threads = torch.get_num_threads()
+    speeds = measure_memory(QUICK, nothing)
+    assert [(s.use, s.threads) for s in speeds] == [
+        (use, count) for count in thread_counts() for use in MemoryUse
+    ]
+    assert all(s.bytes_per_s.samples == 2 for s in speeds)
+    assert torch.get_num_threads() == threads
+
+
+class Links:
+    """A machine with GPUs whose links need a fixed time for a copy, then run at a rate."""
+
+    FIXED_S = 1e-5
+    RATES = {("h2d", True): 2e10, ("d2h", True): 1.5e10, ("h2d", False): 5e9, ("d2h", False): 4e9}
+
+    def __init__(self, gpus=1, refuse=None):
+        self.gpus, self.refuse = gpus, refuse
+        self.registered, self.on_device, self.busy = {}, set(), 0
+
+    def missing(self, index):
+        return None if index < self.gpus else "no such GPU"
+
+    def open(self, device):
+        return None, Stream(self, slower=1 + device.index)
+
+    def allocate(self, nbytes, device):
+        memory = torch.empty(nbytes, dtype=torch.uint8)
+        self.on_device.add(memory.data_ptr())
+        return memory
+
+    def register(self, address, nbytes):
+        if self.refuse is None:
+            self.registered[address] = nbytes
+        return self.refuse
+
+    def unregister(self, address):
+        del self.registered[address]
+
+    def copy_s(self, dst, src):
+        h2d = dst.data_ptr() in self.on_device
+        host = src if h2d else dst
+        assert (src.data_ptr() in self.on_device) is not h2d
+        pinned = host.data_ptr() in self.registered
+        return self.FIXED_S + src.numel() / self.RATES["h2d" if h2d else "d2h", pinned]
+
+
+class Stream:
+    """A queue with a clock of its own; a stream of GPU n is n + 1 times as slow."""
+
+    def __init__(self, machine, slower):
+        self.machine, self.slower, self.now_s = machine, slower, 0.0
+
+    def record(self):
+        at = self.now_s
+        return SimpleNamespace(
+            at=at, synchronize=nothing, seconds_until=lambda later: later.at - at
+        )
+
+    def copy(self, dst, src):
+        self.now_s += self.slower * self.machine.copy_s(dst, src)
+
+    def synchronize(self):
+        pass
+
+
+def links_of(machine, *, is_pinned):
+    roads = link.open_roads(machine, machine.gpus, QUICK)
+    if not is_pinned:
+        return link.measure_links(roads, QUICK, nothing, is_pinned=False)
+    with link.pinned(machine, roads) as refused:
+        assert refused is None
+        return link.measure_links(roads, QUICK, nothing, is_pinned=True)
+
+
+@pytest.mark.parametrize("is_pinned", [True, False])
+def test_links_by_block_size_direction_and_memory(is_pinned):
+    machine = Links(gpus=2)
+    found = links_of(machine, is_pinned=is_pinned)
+    for speed in found:
+        rate = Links.RATES[str(speed.direction), is_pinned]
+        seconds = (1 + speed.gpu) * (Links.FIXED_S + speed.block_bytes / rate)
+        assert speed.bytes_per_s.value == pytest.approx(speed.block_bytes / seconds)
+        assert speed.pinned is is_pinned
+    alone = {(s.gpu, s.direction, s.block_bytes) for s in found if s.load is LinkLoad.ALONE}
+    assert alone == {(g, d, b) for g in (0, 1) for d in Direction for b in QUICK.link_blocks}
+    loads = {s.load for s in found}
+    assert loads == (set(LinkLoad) if is_pinned else {LinkLoad.ALONE})
+    assert machine.registered == {}
+
+
+def test_one_gpu_is_not_measured_together_with_itself():
+    found = links_of(Links(), is_pinned=True)
+    assert {s.load for s in found} == {LinkLoad.ALONE, LinkLoad.CPU_BUSY}
+
+
+def test_page_locking_and_its_refusal():
+    machine = Links()
+    (speed,) = link.measure_pinning(machine, QUICK, nothing)
+    assert speed.block_bytes == MIB and speed.bytes_per_s.value > 0 and machine.registered == {}
+    assert link.measure_pinning(Links(refuse="out of memory"), QUICK, nothing) == ()
+
+
+@pytest.fixture
+def cpu():
+    device = CpuDevice()
+    yield device
+    device.close()
+
+
+def test_the_timed_layer_is_the_shape_it_claims(cpu):
+    (shape,) = QUICK.layer_shapes("float32", 4)
+    layer = TimedLayer(shape, cpu, torch.float32, WeightOrder.PLAIN, QUICK)
+    linears = [m for m in layer._layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    weights = sum(m.weight.numel() for m in linears)
+    assert shape.weight_bytes == 4 * weights
+    assert shape.work.flops_per_token == 2 * weights
+    assert len(layer._layers) == -(-QUICK.cold_bytes // shape.weight_bytes) > 1
+    addresses = {
+        m.weight.data_ptr() for one in layer._layers for m in one.modules() if m in linears
+    }
+    assert len(addresses) == len(linears)
+
+
+@torch.inference_mode()
+def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
+    (shape,) = QUICK.layer_shapes("float32", 4)
+    layer = TimedLayer(shape, cpu, torch.float32, WeightOrder.PLAIN, QUICK)
+    seen = []
+    for index, one in enumerate(layer._layers):
+        one.register_forward_hook(lambda *_, index=index: seen.append(index))
+    run = layer.pass_over(4)
+    for _ in range(3 * len(layer._layers)):
+        run()  # more rows than the cache has room for, if they stayed
+    assert seen == [*range(len(layer._layers))] * 3
+    assert layer._cache.length == 0 and set(layer._cache._pending) == {0}
+
+
+def test_layer_curves_and_attention(cpu):
+    (shape,) = QUICK.layer_shapes("float32", 4)
+    ticks = []
+    curve = measure_layer(shape, cpu, WeightOrder.PLAIN, QUICK, lambda: ticks.append(1))
+    assert [t.tokens for t in curve.times] == list(QUICK.tokens) and len(ticks) == 2
+    assert all(t.layer_s.value > 0 and t.layer_s.samples == 2 for t in curve.times)
+    speeds = measure_attention(cpu, "float32", QUICK, nothing)
+    assert [s.query_tokens for s in speeds] == [1, 4]
+    assert {s.kv_bytes for s in speeds} == {QUICK.kv_bytes}
+    assert {s.processor for s in speeds} == {Processor.CPU}
+
+
+def test_a_whole_measurement(on_disk):
+    reports = []
+    made = measure(
+        "here",
+        device="cpu",
+        folder=on_disk,
+        effort=QUICK,
+        report=lambda done, total: reports.append((done, total)),
+    )
+    done = [d for d, _ in reports]
+    assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
+    assert made.name == "here" and made.links == () and made.pinning is None
+    assert len(made.disk) == 2 and len(made.attention) == 2 and made.layers
+    assert made.notes == ("no link was measured: on the CPU weights need not cross one",)
+    assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1
+
+
+def test_a_busy_machine_is_a_note(monkeypatch, on_disk):
+    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.6 * cores(), 0.0, 0.0))
+    made = measure("here", device="cpu", folder=on_disk, effort=QUICK)
+    expected = f"other work was running (load average {0.6 * cores():.1f} on {cores()} cores)"
+    assert made.notes[0].startswith(expected)
+
+
+def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk):
+    monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
+    monkeypatch.setattr(measure_module, "default_folder", lambda: on_disk)
+    made = measure("here", device="cpu", effort=QUICK)
+    assert made.disk == () and "served from memory" in made.notes[0] and made.layers
+    with pytest.raises(ProfileError, match="served from memory"):
+        measure("here", device="cpu", folder=on_disk, effort=QUICK)
+
+
+def test_links_in_a_whole_measurement(monkeypatch, on_disk):
+    monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1))
+    monkeypatch.setattr(measure_module, "CudaDevice", lambda index: CpuDevice())
+    made = measure("here", folder=on_disk, effort=QUICK)
+    assert {s.pinned for s in made.links} == {True, False}
+    assert made.pinning is not None and made.notes == ()
+    monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1, refuse="ulimit"))
+    made = measure("here", folder=on_disk, effort=QUICK)
+    assert {s.pinned for s in made.links} == {False} and made.pinning is None
+    assert made.notes == ("no pinned memory was measured: it was refused (ulimit)",)
+
+
+class Nvml:
+    """The NVIDIA driver's library; the link is slow until it has been asked before."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+    nvmlSystemGetCudaDriverVersion = staticmethod(lambda: 12080)
+    nvmlSystemGetDriverVersion = staticmethod(lambda: "570.1")
+    nvmlDeviceGetCount = staticmethod(lambda: 1)
+    nvmlDeviceGetHandleByIndex = staticmethod(lambda index: index)
+    nvmlDeviceGetMemoryInfo = staticmethod(lambda handle: SimpleNamespace(total=2**34, free=2**33))
+    nvmlDeviceGetCudaComputeCapability = staticmethod(lambda handle: (8, 9))
+    nvmlDeviceGetName = staticmethod(lambda handle: "GPU X")
+    nvmlDeviceGetCurrPcieLinkWidth = staticmethod(lambda handle: 16)
+    copying = False
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlShutdown(self):
+        pass
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle):
+        return 4 if self.copying else 1
+
+
+class Hidden(Nvml):
+    """In a virtual machine that hides the link."""
+
+    def nvmlDeviceGetCurrPcieLinkGeneration(self, handle):
+        raise self.NVMLError
+
+    nvmlDeviceGetCurrPcieLinkWidth = nvmlDeviceGetCurrPcieLinkGeneration
+
+
+def test_the_link_is_identified_while_bytes_cross_it(monkeypatch, on_disk):
+    library = Nvml()
+    monkeypatch.setattr(nvml, "pynvml", library)
+    monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1))
+    monkeypatch.setattr(measure_module, "CudaDevice", lambda index: CpuDevice())
+    while_copying = link.while_copying
+
+    def watched(roads, ask):
+        library.copying = True
+        while_copying(roads, ask)
+        library.copying = False
+
+    monkeypatch.setattr(link, "while_copying", watched)
+    (gpu,) = measure("here", folder=on_disk, effort=QUICK).machine.gpus
+    assert (gpu.name, gpu.link_generation, gpu.link_width) == ("GPU X", 4, 16)
+    monkeypatch.setattr(nvml, "pynvml", Hidden())
+    (gpu,) = measure("here", device="cpu", folder=on_disk, effort=QUICK).machine.gpus
+    assert (gpu.link_generation, gpu.link_width, gpu.memory_bytes) == (0, 0, 2**34)
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=0))
+    with pytest.raises(DeviceError, match="--device cuda cannot be measured: no such GPU"):
+        measure("here", device="cuda", effort=QUICK)
+    assert measure_module._choose_gpus(Links(gpus=0), "auto") == 0
+    assert measure_module._choose_gpus(Links(gpus=2), "auto") == 2
+    assert measure_module._choose_gpus(Links(gpus=2), "cpu") == 0
