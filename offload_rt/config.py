@@ -77,7 +77,7 @@ class RetrievalConfig:
     budget_tokens: int = 1024
     chunk_tokens: int = 8
     recent_share: float = 0.25
-    rebuild_tokens: int = 64
+    rebuild_tokens: int = 16
 
     def __post_init__(self) -> None:
         chunk, budget, rebuild = self.chunk_tokens, self.budget_tokens, self.rebuild_tokens

@@ -21,7 +21,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import AttentionSpec, KVShape
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.kv.retrieval import ASKING_ROWS, FollowedKV, RetrievalKV
+from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import attend_rows
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.sampling import make_generator, target_probs
@@ -74,7 +74,7 @@ def best_chunks(config, sizes, keys, query, length):
     start, size = sizes.tail_start(length), config.chunk_tokens
     kept = []
     for head in range(HEADS):
-        asked = query.view(HEADS, -1, query.shape[1], DIM)[head, :, -ASKING_ROWS:].reshape(-1, DIM)
+        asked = query.view(HEADS, -1, DIM)[head]
         received = torch.softmax(asked @ keys[head, :length].T * SPEC.scaling, dim=-1).sum(0)
         scores = {
             c: float("inf") if c == 0 else float(received[c * size : c * size + size].sum())
@@ -101,7 +101,7 @@ def test_the_best_chunks_are_kept_however_the_rows_come_by(config, length, seed,
         retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes)
         keys, values = numbered(length, seed)
         noise = torch.Generator().manual_seed(seed)
-        query = 3 * torch.randn(group * HEADS, 4, DIM, generator=noise)
+        query = 3 * torch.randn(group * HEADS, 1, DIM, generator=noise)
         retrieval.begin_build(length)
         retrieval.begin_layer(0, query, SPEC)
         borders = sorted({0, length, *(cut for cut in cuts if cut < length and group == 1)})
@@ -276,21 +276,52 @@ def test_values_out_of_range_are_refused(options, message):
         RetrievalConfig(**options)
 
 
-def test_asking_rows_are_the_newest():
-    """A build behind a long prompt asks what the last rows ask, however long their chunk was."""
-    config = RetrievalConfig(budget_tokens=16, chunk_tokens=2, recent_share=0.0)
-    held = []
-    for rows in (ASKING_ROWS, 60):
-        with closing(CpuDevice(readers=1)) as device:
-            retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes_for(config))
-            query = torch.randn(4, 60, DIM, generator=torch.Generator().manual_seed(1))
-            keys, values = numbered(100, 2)
-            retrieval.begin_build(100)
-            retrieval.begin_layer(0, query[:, -rows:], SPEC)
-            retrieval.see(0, 0, keys, values)
-            retrieval.end_build()
-            held.append(rows_of(retrieval))
-    assert held[0] == held[1]
+@pytest.mark.parametrize("keeps_all", [True, False])
+def test_who_asks_is_the_newest_row_that_is_sure_to_stay(keeps_all):
+    """A prompt's last row, also behind chunks; a draft's root."""
+    config = RetrievalConfig(budget_tokens=16, chunk_tokens=2, recent_share=0.0, rebuild_tokens=1)
+    sizes = sizes_for(config)
+    keys, values = numbered(108, 2)
+    query = 3 * torch.randn(2 * HEADS, 8, DIM, generator=torch.Generator().manual_seed(1))
+    with closing(CpuDevice(readers=1)) as device:
+        full = ResidentKV(device, [SHAPE], torch.float32, 400)
+        cache = FollowedKV(full, RetrievalKV(device, [SHAPE], torch.float32, sizes))
+        for start, stop, builds in ((0, 100, True), (100, 108, keeps_all)):
+            cache.wants_build = True
+            cache.begin_pass(stop - start, keeps_all=builds)
+            for first in range(start, stop, 4 if builds else 8):
+                last = min(stop, first + (4 if builds else 8))
+                cache.append(0, keys[:, first:last], values[:, first:last])
+                asking = query[:, : last - first] if last < stop else query[:, first - stop :]
+                cache.attend(0, asking, SPEC)
+            cache.commit(range(stop - start))
+        length, asked = (108, query[:, -1:]) if keeps_all else (100, query[:, :1])
+        for head, kept in enumerate(best_chunks(config, sizes, keys, asked, length)):
+            assert set(rows_of(cache.retrieval)[head]) == kept | set(range(length, 108))
+
+
+def test_several_retrieval_caches_may_follow_one(make_tiny):
+    configs = [RetrievalConfig(budget_tokens=b, chunk_tokens=3, rebuild_tokens=5) for b in (20, 32)]
+    keys, values = numbered(90, 3)
+
+    def followed(configs):
+        cache = ResidentKV(device, [SHAPE], torch.float32, 400)
+        for config in configs:
+            cache = FollowedKV(
+                cache, RetrievalKV(device, [SHAPE], torch.float32, sizes_for(config))
+            )
+        for start, stop in ((0, 60), (60, 66), (66, 72), (72, 90)):
+            cache.begin_pass(stop - start, keeps_all=start == 0)
+            cache.append(0, keys[:, start:stop], values[:, start:stop])
+            cache.attend(0, torch.ones(2 * HEADS, stop - start, DIM), SPEC)
+            cache.commit(range(stop - start))
+        return cache
+
+    with closing(CpuDevice(readers=1)) as device:
+        both = followed(configs)
+        alone = [followed([config]) for config in configs]
+        assert rows_of(both.full.retrieval) == rows_of(alone[0].retrieval)
+        assert rows_of(both.retrieval) == rows_of(alone[1].retrieval)
 
 
 # --- both levels are exact -----------------------------------------------------------------------

@@ -26,7 +26,6 @@ from offload_rt.report import RetrievalCounts
 
 PINNED = float("inf")
 KEY_BLOCK = 4096  # keys whose fp32 copies are made at once
-ASKING_ROWS = 1  # newest rows of a pass whose queries are asked
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,13 +204,13 @@ class RetrievalKV:
 
         Args:
             layer: layer index.
-            query: [H, S, D] of the rows that ask.
+            query: [H, S, D] of the S rows that ask.
             spec: how the layer attends; with a window its newest chunks are kept.
         """
         heads, chunks = self._keys[layer].shape[0], self._layout.chunks
         asked = None
         if spec.window is None:
-            grouped = query[:, -ASKING_ROWS:].unflatten(0, (heads, -1))  # [K, G, S, D]
+            grouped = query.unflatten(0, (heads, -1))  # [K, G, S, D]
             asked = grouped.flatten(1, 2).float() * spec.scaling
         rows = 0 if asked is None else asked.shape[1]
         masses = torch.empty(heads, chunks, rows, device=query.device)
@@ -341,14 +340,28 @@ class WatchedCache(KVCache, Protocol):
         """Attend as any cache does, and let `watcher` see every row, oldest first."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """Two watchers of the same rows."""
+
+    one: RowWatcher
+    other: RowWatcher
+
+    def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Look at rows [K, T, D]."""
+        self.one.see(layer, first, key, value)
+        self.other.see(layer, first, key, value)
+
+
 class FollowedKV:
     """A full cache with a retrieval cache that keeps up with it.
 
     A pass over the full cache either adds its rows to both, or builds the other one anew, or both.
-    The rows it adds are exact, where those of a draft pass are the retrieval cache's own.
+    The rows it adds are exact, where those of a draft pass are the retrieval cache's own. A build
+    asks with the newest row that is sure to stay: a prompt's last, a draft's root.
 
     Args:
-        full: all rows.
+        full: all rows; may itself be followed, so that several retrieval caches share it.
         retrieval: some of them.
     """
 
@@ -377,6 +390,8 @@ class FollowedKV:
             rows: rows it appends.
             keeps_all: a prompt, of which all rows will be kept; a build then sees them too.
         """
+        if isinstance(self.full, FollowedKV):
+            self.full.begin_pass(rows, keeps_all=keeps_all)
         self._rows, self._appended = rows, {}
         self._builds = keeps_all or self.wants_build or self.retrieval.is_due
         self._follows = not keeps_all
@@ -398,12 +413,14 @@ class FollowedKV:
         query: torch.Tensor,
         spec: AttentionSpec,
         tree: PendingTree | None = None,
+        watcher: RowWatcher | None = None,
     ) -> torch.Tensor:
         """Attend to all rows; behind the last of the pass the retrieval cache sees them."""
-        if not self._builds or self._appended[layer] < self._rows:
-            return self.full.attend(layer, query, spec, tree)
-        self.retrieval.begin_layer(layer, query, spec)
-        return self.full.attend(layer, query, spec, tree, self.retrieval)
+        if self._builds and self._appended[layer] == self._rows:
+            asking = query[:, :1] if self._follows else query[:, -1:]
+            self.retrieval.begin_layer(layer, asking, spec)
+            watcher = self.retrieval if watcher is None else _Both(watcher, self.retrieval)
+        return self.full.attend(layer, query, spec, tree, watcher)
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows of both, in this order; forget the rest."""
