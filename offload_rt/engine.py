@@ -12,6 +12,7 @@ from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
     HomeKind,
+    KVPlace,
     RuntimeConfig,
     SamplingConfig,
 )
@@ -458,8 +459,11 @@ def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
         ConfigError: it is not known, or an option does not go with it.
         DeviceError: it is not there.
     """
-    if config.link_bytes_per_s is not None and config.home is not HomeKind.HOST:
-        raise ConfigError("--link-bandwidth emulates a link to host memory: add --home host")
+    in_host = config.home is HomeKind.HOST or config.kv is KVPlace.HOST
+    if config.link_bytes_per_s is not None and not in_host:
+        raise ConfigError(
+            "--link-bandwidth emulates a link to host memory: add --home host or --kv host"
+        )
     name = config.device
     if name == "auto":
         name = "cpu" if TorchDriver().missing(0) else "cuda:0"

@@ -100,7 +100,8 @@ def place_run(
 def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory) -> None:
     """Refuse options that would do nothing, and limits the machine cannot keep."""
     if not placement.streamed:
-        for flag, value in (("--link-bandwidth", config.link_bytes_per_s), ("--home", config.home)):
+        link = None if config.kv is KVPlace.HOST else config.link_bytes_per_s
+        for flag, value in (("--link-bandwidth", link), ("--home", config.home)):
             if value is not None and value != HomeKind.AUTO:
                 raise ConfigError(
                     f"{flag} has no effect, all layers fit on the device: lower --device-memory or "
