@@ -58,7 +58,7 @@ class DraftConfig:
     """Who drafts, and how much.
 
     Attributes:
-        draft: `none`, `ngram` or `model:MODEL`.
+        draft: `none`, `ngram`, `model:MODEL` or `medusa:HEADS`.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
         accept: when a drafted token stands.
@@ -71,8 +71,11 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         kind, _, model = self.draft.partition(":")
-        if kind not in ("none", "ngram", "model") or (kind == "model") != bool(model):
-            raise ConfigError(f"--draft {self.draft} is not known: use none, ngram or model:MODEL")
+        known = kind in ("none", "ngram", "model", "medusa")
+        if not known or (kind in ("model", "medusa")) != bool(model):
+            raise ConfigError(
+                f"--draft {self.draft} is not known: use none, ngram, model:MODEL or medusa:HEADS"
+            )
         tokens = self.draft_tokens
         tokens_ok = tokens is None or 1 <= tokens <= 1024
         _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
@@ -85,20 +88,25 @@ class DraftConfig:
 
     @property
     def kind(self) -> str:
-        """`none`, `ngram` or `model`."""
+        """`none`, `ngram`, `model` or `medusa`."""
         return self.draft.partition(":")[0]
 
     @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
-        return self.draft.partition(":")[2]
+        return self.draft.partition(":")[2] if self.kind == "model" else ""
+
+    @property
+    def heads(self) -> str:
+        """The Medusa heads, as the user named them; empty for other drafters."""
+        return self.draft.partition(":")[2] if self.kind == "medusa" else ""
 
     @property
     def nodes(self) -> int:
         """Nodes of a draft, at most."""
         if self.kind == "none":
             return 0
-        return self.draft_tokens or {"ngram": 16, "model": 64}[self.kind]
+        return self.draft_tokens or {"ngram": 16, "model": 64, "medusa": 63}[self.kind]
 
     @property
     def tree_breadth(self) -> int:

@@ -120,7 +120,10 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--draft", "magic"], "--draft magic is not known: use none, ngram or model:MODEL"),
+        (
+            ["--draft", "magic"],
+            "--draft magic is not known: use none, ngram, model:MODEL or medusa:HEADS",
+        ),
         (["--draft", "model:"], "is not known"),
         (["--draft-tokens", "4"], "--draft-tokens has no effect without --draft"),
         (["--draft", "ngram", "--draft-tokens", "0"], "--draft-tokens is 0"),

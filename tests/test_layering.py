@@ -33,6 +33,9 @@ ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
+TORCH_FREE |= {
+    f"medusa.{part}" for part in ("names", "pickled", "checkpoint", "trees", "calibration")
+}
 TORCH_FREE |= {"profiling.profile", "planning", "device.base", "device.sim", "cli", "__main__"}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.

@@ -271,7 +271,8 @@ draft_options = _group(
         "--draft",
         default=_default(DraftConfig, "draft"),
         help="Who drafts tokens that one pass then checks: none, ngram (what followed the same "
-        "tokens before) or model:MODEL, a small model with the same tokenizer.",
+        "tokens before), model:MODEL, a small model with the same tokenizer, or medusa:HEADS, "
+        "heads trained on this model's hidden state.",
     ),
     click.option(
         "--draft-tokens",
@@ -279,7 +280,7 @@ draft_options = _group(
         default=_default(DraftConfig, "draft_tokens"),
         help="Tokens of a draft; auto is "
         f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
-        "a model.",
+        f"a model, {DraftConfig(draft='medusa:m').nodes} for heads.",
     ),
     click.option(
         "--draft-shape",

@@ -145,7 +145,8 @@ def _drafting(answering: Answering, answer: Answer) -> str:
 
 def drafter_name(draft: DraftConfig) -> str:
     """Who drafts, in few words; a model by its folder's name."""
-    return f"model {Path(draft.model).name}" if draft.kind == "model" else draft.kind
+    name = Path(draft.model or draft.heads).name
+    return f"{draft.kind} {name}" if name else draft.kind
 
 
 def rule_name(rule: str) -> str:
