@@ -272,6 +272,11 @@ class Engine:
         if self._draft_model is not None:
             self._draft_model.network.poll = poll
 
+    @property
+    def sequences(self) -> int:
+        """How many may run at once."""
+        return len(self._caches)
+
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
         copied = self.device.copy.statistics()

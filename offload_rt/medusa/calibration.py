@@ -122,7 +122,7 @@ def tree_for(folder: Path, heads: int, nodes: int) -> MedusaTree:
     if len(calibration.places) != heads:
         raise CheckpointError(
             f"{folder / CALIBRATION_FILE} is of {len(calibration.places)} heads, there are "
-            f"{heads}: remove it, or calibrate again with `offload-run medusa calibrate`"
+            f"{heads}: remove it, and calibrate again with `offload-run medusa calibrate`"
         )
     return best_trees(calibration.accuracy, nodes).tree(nodes)
 
@@ -137,7 +137,7 @@ def read_calibration(folder: Path) -> Calibration | None:
     if not os.path.lexists(path):
         return None
     raw = read_json_object(folder, CALIBRATION_FILE, _LIMIT_BYTES)
-    again = "calibrate again with `offload-run medusa calibrate`"
+    again = "remove it, and calibrate again with `offload-run medusa calibrate`"
     if raw.get("version") != _VERSION:
         raise CheckpointError(
             f"{path} has version {shown(raw.get('version'))}, known is {_VERSION}: {again}"

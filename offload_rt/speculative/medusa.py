@@ -46,6 +46,7 @@ class Medusa:
         nodes: of a draft, at most.
 
     Attributes:
+        heads: how many.
         tree: what drafts look like.
         on_kept: called with a sequence and the hidden states, [E] each, of tokens it committed; of
             a prompt only the last one's. For calibration.
@@ -60,7 +61,8 @@ class Medusa:
         *,
         nodes: int,
     ) -> None:
-        self.tree = tree_for(checkpoint.folder, checkpoint.names.shape.heads, nodes)
+        self.heads = checkpoint.names.shape.heads
+        self.tree = tree_for(checkpoint.folder, self.heads, nodes)
         self._device = device
         self._known_ids = network.head_rows
         self._heads = load_heads(checkpoint, device, packing, network.dtype, network.head_logits)
