@@ -212,6 +212,7 @@ class _Machine:
         self._memo: dict[int, Any] = {}
         self._steps: dict[str, Callable[[Any], None]] = {
             "PROTO": lambda _: None,
+            "STOP": lambda _: None,
             "MARK": lambda _: self._stack.append(_MARK),
             "NONE": lambda _: self._stack.append(None),
             "NEWTRUE": lambda _: self._stack.append(True),
@@ -241,18 +242,13 @@ class _Machine:
             _UnknownError: the program is not one that a dictionary of tensors makes.
         """
         try:
-            for operation, argument, _ in pickletools.genops(program):
-                if operation.name == "STOP":
-                    return self._result()
-                step = self._steps.get(operation.name)
-                if step is None:
+            for operation, argument, _ in pickletools.genops(program):  # ends after STOP
+                if operation.name not in self._steps:
                     raise _UnknownError(f"asks for {operation.name}, which tensors do not need")
-                step(argument)
+                self._steps[operation.name](argument)
+            return self._result()
         except (ValueError, TypeError, IndexError, KeyError) as error:
-            raise _UnknownError(
-                "does not describe tensors in a way that torch.save does"
-            ) from error
-        raise _UnknownError("ends in the middle of its description of tensors")
+            raise _UnknownError("does not describe tensors as torch.save does") from error
 
     def _result(self) -> dict[str, PickledTensor]:
         (found,) = self._stack
