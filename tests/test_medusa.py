@@ -522,6 +522,23 @@ def test_heads_of_another_model_are_refused_with_the_numbers(
         pass
 
 
+def test_more_nodes_than_there_is_a_tree_for_are_refused(llama, tmp_path):
+    folder = write_shared(tmp_path, heads=2)
+    message = "--draft-tokens is 39, the tree of these heads has 38 nodes: lower it, or"
+    with (
+        pytest.raises(ConfigError, match=message),
+        engine_for(llama, draft=draft_of(folder, draft_tokens=39)),
+    ):
+        pass
+    for more in ({"draft_tokens": 38}, {}):  # the default is as many as there are
+        with engine_for(llama, draft=draft_of(folder, **more)) as engine:
+            assert len(engine.medusa.tree) == 38
+    hits = (tuple([1] * 30), tuple([1] * 30))
+    write_calibration(Calibration(model="m", dtype="f", places=(30, 30), hits=hits), folder)
+    with engine_for(llama, draft=draft_of(folder, draft_tokens=300)) as engine:
+        assert (len(engine.medusa.tree), engine.medusa.tree.ranks) == (300, 30)
+
+
 def test_heads_with_numbers_that_are_not_finite_are_refused(llama, tmp_path):
     tensors = random_heads()
     tensors["2.0.linear.bias"][7] = float("nan")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from offload_rt.config import DraftConfig
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.medusa.calibration import read_calibration, tree_for
 from offload_rt.medusa.names import TOKEN_MAP, Names, read_names
 from offload_rt.medusa.pickled import PickledTensor, open_pickled
 from offload_rt.model.checkpoint import DTYPE_BYTES, MEDUSA_PREFIX, Checkpoint, resolve_model
@@ -169,6 +170,7 @@ def open_draft_heads(target: Checkpoint, draft: DraftConfig) -> HeadsCheckpoint 
             f"which its token_map uses {heads.token_map.shape[0]}: leave out the others with "
             f"`offload-run medusa convert {heads.folder} NEW_FOLDER --to vllm`"
         )
+    _check_tree(heads, draft)
     return heads
 
 
@@ -191,6 +193,22 @@ def heads_bytes(
     hidden = states * shape.hidden_size * 4 * number_bytes
     token_map = 8 * shape.head_rows if shape.truncated else 0
     return heads.layout(name, packing).nbytes + token_map + logits + hidden
+
+
+def _check_tree(heads: HeadsCheckpoint, draft: DraftConfig) -> None:
+    """Refuse more nodes than there is a tree for; a calibrated tree may be as large as is of use.
+
+    Raises:
+        ConfigError: they are more.
+        CheckpointError: the calibration cannot be used.
+    """
+    tree = tree_for(heads.folder, heads.names.shape.heads, draft.nodes)
+    calibrated = read_calibration(heads.folder) is not None
+    if not calibrated and draft.draft_tokens is not None and draft.draft_tokens > len(tree):
+        raise ConfigError(
+            f"--draft-tokens is {draft.draft_tokens}, the tree of these heads has {len(tree)} "
+            "nodes: lower it, or find larger trees with `offload-run medusa calibrate`"
+        )
 
 
 def _open_safetensors(folder: Path) -> HeadsCheckpoint:
@@ -221,8 +239,10 @@ def _open_safetensors(folder: Path) -> HeadsCheckpoint:
 
 def _open_pickles(folder: Path, pickles: Sequence[str]) -> HeadsSource:
     found: dict[str, StoredTensor] = {}
+    file_bytes = 0
     for name in pickles:
         with open_pickled(folder, name) as file:
+            file_bytes += file.identity.size
             for tensor, place in file.tensors.items():
                 if tensor in found:
                     raise CheckpointError(
@@ -236,6 +256,12 @@ def _open_pickles(folder: Path, pickles: Sequence[str]) -> HeadsSource:
     shapes = {name: tensor.shape for name, tensor in found.items()}
     names = read_names(shapes, str(folder), one_head_for_all=_shares(config))
     tensors = {ours: found[stored] for ours, stored in names.stored.items()}
+    claimed = sum(tensor.place.nbytes for tensor in tensors.values())
+    if claimed > file_bytes:  # a small file must not make a large one
+        raise CheckpointError(
+            f"{folder}: the heads' tensors claim {claimed} bytes of files that have {file_bytes}: "
+            "some share theirs, download the heads again"
+        )
     _check_dtypes(folder, {name: tensor.dtype for name, tensor in tensors.items()})
     return HeadsSource(folder=folder, names=names, tensors=tensors, config=config, pickled=True)
 
