@@ -436,6 +436,10 @@ def test_a_calibration_next_to_the_heads_shapes_the_tree(llama, plain, heads, tm
     draft = draft_of(folder, draft_tokens=3)
     with engine_for(llama, prompts=PROMPTS, tokens=ANSWER, draft=draft) as engine:
         assert engine.medusa.tree.choices == ((5,), (5, 1), (5, 1, 2))
+        hidden = torch.ones(2, 64)
+        all_three = engine.medusa.ranked(hidden, 7)
+        assert all_three.shape == (2, 3, 7)
+        assert torch.equal(engine.medusa.ranked(hidden, 7, 2), all_three[:, :2])
         assert generate(engine, PROMPTS, tokens=ANSWER) == plain
 
 

@@ -55,35 +55,37 @@ class MedusaHeads(nn.Module):
         elif shape.lm_head is LmHead.COMMON:
             self.lm_head = nn.Linear(size, rows, bias=False)
 
-    def states(self, hidden: torch.Tensor) -> torch.Tensor:
+    def states(self, hidden: torch.Tensor, heads: int) -> torch.Tensor:
         """The state of each head before its output head.
 
         Args:
             hidden: [R, E] hidden states after the model's final norm: what its output head is fed.
+            heads: the first K are evaluated.
 
         Returns:
             [K, R, E].
         """
         states = []
-        for blocks in self.blocks:
+        for blocks in self.blocks[:heads]:
             state = hidden
             for block in blocks:  # type: ignore[attr-defined]  # a ModuleList of ResBlocks
                 state = block(state)
             states.append(state)
         return torch.stack(states)
 
-    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden: torch.Tensor, heads: int | None = None) -> torch.Tensor:
         """Logits of the tokens 2, 3, ... places after the one that made each hidden state.
 
         Args:
             hidden: [R, E], see `states`.
+            heads: how many of them are evaluated; None is all.
 
         Returns:
             [K, R, V]; of a truncated vocabulary, V are its rows.
         """
-        states = self.states(hidden)
+        states = self.states(hidden, self.shape.heads if heads is None else heads)
         if self.shape.lm_head is LmHead.OWN:
-            pairs = zip(self.lm_heads, states, strict=True)
+            pairs = zip(self.lm_heads[: len(states)], states, strict=True)
             return torch.stack([head(state) for head, state in pairs])
         if self.shape.lm_head is LmHead.COMMON:
             logits: torch.Tensor = self.lm_head(states)

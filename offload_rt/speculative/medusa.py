@@ -117,18 +117,19 @@ class Medusa:
             self._guess()
         return self._guesses[index]
 
-    def ranked(self, hidden: torch.Tensor, ranks: int) -> torch.Tensor:
+    def ranked(self, hidden: torch.Tensor, ranks: int, heads: int | None = None) -> torch.Tensor:
         """The likeliest tokens of each head.
 
         Args:
             hidden: [R, E].
             ranks: how many.
+            heads: the first K; None is all.
 
         Returns:
             [R, K, ranks] int64 ids, the likeliest first.
         """
         with torch.inference_mode():
-            logits = self._heads(hidden)  # [K, R, V]
+            logits = self._heads(hidden, heads)  # [K, R, V]
             if self._token_map is None:
                 logits = logits[..., : self._known_ids]
             best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
@@ -142,7 +143,7 @@ class Medusa:
         """Evaluate the heads for all sequences that have moved."""
         moved = [index for index in self._states if index not in self._guesses]
         hidden = torch.stack([self._states[index].hidden for index in moved])
-        ids = self.ranked(hidden, self.tree.ranks)
+        ids = self.ranked(hidden, self.tree.ranks, self.tree.heads)
         flat, (_, heads, ranks) = self._device.download(ids.flatten()), ids.shape  # host sync
         for index in moved:
             own, flat = flat[: heads * ranks], flat[heads * ranks :]
