@@ -97,7 +97,7 @@ class DraftConfig:
     """Who drafts, and how much.
 
     Attributes:
-        draft: `none`, `ngram`, `model:MODEL`, `triforce` or `triforce:MODEL`.
+        draft: `none`, `ngram`, `model:MODEL`, `medusa:HEADS`, `triforce` or `triforce:MODEL`.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
         draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
@@ -117,21 +117,21 @@ class DraftConfig:
     retrieval: RetrievalConfig = RetrievalConfig()
 
     def __post_init__(self) -> None:
-        kind, colon, model = self.draft.partition(":")
-        kinds = {"none": "", "ngram": "", "model": ":", "triforce": colon}
-        if colon != kinds.get(kind) or bool(colon) != bool(model):
+        kind, colon, name = self.draft.partition(":")
+        kinds = {"none": "", "ngram": "", "model": ":", "medusa": ":", "triforce": colon}
+        if colon != kinds.get(kind) or bool(colon) != bool(name):
             raise ConfigError(
-                f"--draft {self.draft} is not known: use none, ngram, model:MODEL, triforce or "
-                "triforce:MODEL"
+                f"--draft {self.draft} is not known: use none, ngram, model:MODEL, medusa:HEADS, "
+                "triforce or triforce:MODEL"
             )
         tokens = self.draft_tokens
         tokens_ok = tokens is None or 1 <= tokens <= 1024
         _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
         if kind == "none" and tokens is not None:
             raise ConfigError("--draft-tokens has no effect without --draft")
-        if not model and self.shape is not DraftShape.AUTO:
+        if not self.model and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL")
-        if not model and self.draft_window is not None:
+        if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
         inner_ok = inner is None or 1 <= inner <= 256
@@ -149,20 +149,26 @@ class DraftConfig:
 
     @property
     def kind(self) -> str:
-        """`none`, `ngram`, `model` or `triforce`."""
+        """`none`, `ngram`, `model`, `medusa` or `triforce`."""
         return self.draft.partition(":")[0]
 
     @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
-        return self.draft.partition(":")[2]
+        return "" if self.kind == "medusa" else self.draft.partition(":")[2]
+
+    @property
+    def heads(self) -> str:
+        """The Medusa heads, as the user named them; empty for other drafters."""
+        return self.draft.partition(":")[2] if self.kind == "medusa" else ""
 
     @property
     def nodes(self) -> int:
         """Nodes of a draft, at most."""
         if self.kind == "none":
             return 0
-        return self.draft_tokens or {"ngram": 16, "model": 64, "triforce": 16}[self.kind]
+        default = {"ngram": 16, "model": 64, "medusa": 63, "triforce": 16}
+        return self.draft_tokens or default[self.kind]
 
     @property
     def inner(self) -> "DraftConfig":

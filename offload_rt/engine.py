@@ -25,6 +25,7 @@ from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
+from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
@@ -37,6 +38,7 @@ from offload_rt.report import Counters, Memory
 from offload_rt.sampling import make_generator
 from offload_rt.speculative.base import Drafter
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
+from offload_rt.speculative.medusa import Medusa
 from offload_rt.speculative.ngram import NgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.speculative.tree import TokenTree, pending_tree
@@ -89,12 +91,15 @@ class Engine:
         self.checkpoint, self.config, self.draft = checkpoint, config, draft
         self._capacities = tuple(capacities)
         drafting = open_draft_checkpoint(checkpoint, draft)
+        heads = open_draft_heads(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
             self._check_tied_head()
             self.device, packing = open_device(config)
             undo.callback(self.device.close)
+            sequences = len(capacities)
+            heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences)
             free = FreeMemory(device_bytes=self.device.free_bytes(), host_bytes=free_memory_bytes())
             self.placement = place_run(
                 checkpoint,
@@ -103,7 +108,7 @@ class Engine:
                 load=RunLoad(
                     capacities=capacities,
                     prompt_tokens=prompt_tokens,
-                    drafting=Drafting(draft, drafting),
+                    drafting=Drafting(draft, drafting, heads_device_bytes),
                 ),
                 free=free,
             )
@@ -120,6 +125,9 @@ class Engine:
                 self._draft_model = DraftModel(
                     drafting, self.device, packing, chunk_tokens=chunk, target_ids=width
                 )
+            self.medusa: Medusa | None = None
+            if heads is not None:
+                self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
@@ -216,6 +224,8 @@ class Engine:
         """Keep these pending rows of a cache; `tokens` are theirs."""
         self._caches[index].commit(keep)
         self._cached_ids[index] += tokens
+        if self.medusa is not None:
+            self.medusa.committed(index, keep, len(self._cached_ids[index]))
 
     def _pass(self, rows: Sequence["_Rows"]) -> torch.Tensor:
         """Run one pass; returns the wanted logits of all sequences, one after the other."""
@@ -244,7 +254,12 @@ class Engine:
         upload = self.device.upload
         batch = TokenBatch(upload(ids), upload(positions), segments, upload(wanted))
         with torch.inference_mode(), self._whole_pass():
-            return self.network.forward(batch)
+            logits = self.network.forward(batch)
+        if self.medusa is not None:
+            counts = [1 if part.tree is None else len(part.tokens) for part in rows]
+            indices = [self._caches.index(part.cache) for part in rows]
+            self.medusa.passed(list(zip(indices, counts, strict=True)))
+        return logits
 
     def _drafter(self, sequence: SequenceState, sampling: SamplingConfig) -> Drafter | None:
         """The drafter of a sequence, ready for a new answer."""
@@ -264,6 +279,8 @@ class Engine:
         """A drafter without another below; a draft model's keeps its cache between runs."""
         if draft.kind == "ngram":
             return NgramDrafter(draft.nodes)
+        if self.medusa is not None:
+            return self.medusa.drafter(sequence.index)
         if self._draft_model is None:
             return None
         drafter = self._drafters[sequence.index]
@@ -294,6 +311,11 @@ class Engine:
         self.network.poll = poll
         if self._draft_model is not None:
             self._draft_model.network.poll = poll
+
+    @property
+    def sequences(self) -> int:
+        """How many may run at once."""
+        return len(self._caches)
 
     def counters(self) -> Counters:
         """Totals of the device at this moment."""

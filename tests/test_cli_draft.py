@@ -145,7 +145,7 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
     [
         (
             ["--draft", "magic"],
-            "--draft magic is not known: use none, ngram, model:MODEL",
+            "--draft magic is not known: use none, ngram, model:MODEL, medusa:HEADS, triforce or",
         ),
         (["--draft", "model:"], "is not known"),
         (["--draft-tokens", "4"], "--draft-tokens has no effect without --draft"),

@@ -40,6 +40,9 @@ TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {"profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"}
 TORCH_FREE |= {"profiling.identity", "profiling.effort"}
 TORCH_FREE |= {"streaming.pipeline", "planning", "device.base", "device.sim", "cli", "__main__"}
+TORCH_FREE |= {
+    f"medusa.{part}" for part in ("names", "pickled", "checkpoint", "trees", "calibration")
+}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """

@@ -12,6 +12,7 @@ from offload_rt.cli.chat import chat
 from offload_rt.cli.doctor import doctor
 from offload_rt.cli.generate import generate
 from offload_rt.cli.interrupts import Interrupts
+from offload_rt.cli.medusa import medusa
 from offload_rt.cli.plan import plan
 from offload_rt.cli.profile import profile
 from offload_rt.errors import OffloadError
@@ -43,7 +44,7 @@ def cli() -> None:
     """
 
 
-for _verb in (generate, chat, plan, profile, bench, doctor):
+for _verb in (generate, chat, plan, profile, bench, medusa, doctor):
     cli.add_command(_verb)
 
 

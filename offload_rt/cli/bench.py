@@ -80,7 +80,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     settings = settings_of(values)
     if values["against_none"] and settings.draft.kind == "none":
         raise ConfigError(
-            "--against-none compares with a drafter: add --draft ngram or model:MODEL"
+            "--against-none compares with a drafter: add --draft ngram, model:MODEL or medusa:HEADS"
         )
     quiet_libraries(settings.output)
     checkpoint = open_checkpoint(resolve_model(model))

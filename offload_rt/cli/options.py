@@ -294,8 +294,9 @@ draft_options = _group(
         "--draft",
         default=_default(DraftConfig, "draft"),
         help="Who drafts tokens that one pass then checks: none, ngram (what followed the same "
-        "tokens before), model:MODEL, a small model with the same tokenizer, or triforce[:MODEL], "
-        "this model itself over a part of a long context, with ngram or MODEL drafting for it.",
+        "tokens before), model:MODEL, a small model with the same tokenizer, medusa:HEADS, heads "
+        "trained on this model's hidden state, or triforce[:MODEL], this model itself over a part "
+        "of a long context, with ngram or MODEL drafting for it.",
     ),
     click.option(
         "--draft-tokens",
@@ -303,7 +304,8 @@ draft_options = _group(
         default=_default(DraftConfig, "draft_tokens"),
         help="Tokens of a draft; auto is "
         f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
-        f"a model, {DraftConfig(draft='triforce').nodes} for triforce.",
+        f"a model, {DraftConfig(draft='medusa:m').nodes} for heads, "
+        f"{DraftConfig(draft='triforce').nodes} for triforce.",
     ),
     click.option(
         "--draft-shape",

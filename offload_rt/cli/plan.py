@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
@@ -17,6 +18,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
 from offload_rt.planning.demand import Drafting
@@ -97,7 +99,9 @@ def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfi
             "tokens: lower it"
         )
     packing, free = _device(config)
-    drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft))
+    heads = open_draft_heads(checkpoint, draft)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
+    drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft), nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
     placement = place_run(checkpoint, config, packing, load=load, free=free)
     return _Outlook(
@@ -185,6 +189,8 @@ def _as_table(outlook: _Outlook) -> str:
     if outlook.drafting.checkpoint is not None:
         name = outlook.drafting.checkpoint.folder.name
         rows.append(("draft model", demand.drafter_bytes, f"{name}, its KV cache, workspace"))
+    if heads := outlook.drafting.config.heads:
+        rows.append(("Medusa heads", demand.drafter_bytes, f"{Path(heads).name}, their logits"))
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     smallest_mib = -(-outlook.smallest_bytes // 2**20)  # rounded up: it must work when typed

@@ -173,10 +173,8 @@ def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
 
 def drafter_name(draft: DraftConfig) -> str:
     """Who drafts, in few words; a model by its folder's name."""
-    name = Path(draft.model).name
-    return {"model": f"model {name}", "triforce": f"triforce {name}".rstrip()}.get(
-        draft.kind, draft.kind
-    )
+    name = Path(draft.model or draft.heads).name
+    return f"{draft.kind} {name}" if name else draft.kind
 
 
 def rule_name(rule: str) -> str:

@@ -34,6 +34,7 @@ _log = logging.getLogger(__name__)
 # integers and booleans are masks and counters of older checkpoints; other floats are not streamed
 _UNSUPPORTED_DTYPES = {"F64", "C64", *(name for name in DTYPE_BYTES if name.startswith("F8"))}
 
+MEDUSA_PREFIX = "medusa_head."  # of heads that a full model carries; medusa/ reads them
 _CONTAINERS = ("layers", "h", "blocks", "layer", "block")
 _LAYER_NAME = re.compile(r"(?P<prefix>[^.]+(?:\.[^.]+)*?)\.(?P<index>0|[1-9][0-9]{0,5})\..+")
 _EMBEDDINGS = (
@@ -106,6 +107,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     index = find_weights(folder)
     config = load_model_config(folder)
     tensors, files = read_shards(folder, index)
+    tensors = {n: e for n, e in tensors.items() if not n.startswith(MEDUSA_PREFIX)}
     _check_dtypes(tensors.values())
     layers = _group_layers(folder, tensors.values(), config.num_layers)
     in_layers = {extent.name for layer in layers for extent in layer}

@@ -168,6 +168,21 @@ class Network:
                 self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
             )
 
+    @property
+    def head_rows(self) -> int:
+        """Rows of the output head: ids the model can answer with."""
+        return int(_ends(self._model)[0].weight.shape[0])
+
+    def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The output head alone: [..., E] after the final norm to [..., V], before any scaling."""
+        head = _ends(self._model)[0]
+        return torch.nn.functional.linear(hidden, head.weight, head.bias)
+
+    def watch_head(self, watch: Callable[[torch.Tensor], None]) -> None:
+        """Have each pass call `watch` with [R, E], what the output head is fed."""
+        head = _ends(self._model)[0]
+        head.register_forward_pre_hook(lambda _, fed: watch(fed[0][0]))
+
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """Run one pass; rows are appended to the caches and stay pending.
 

@@ -43,10 +43,12 @@ class Drafting:
     Attributes:
         config: how much.
         checkpoint: headers of the draft model, if one drafts.
+        heads_bytes: Medusa heads with what they compute, if they draft.
     """
 
     config: DraftConfig = DraftConfig()
     checkpoint: Checkpoint | None = None
+    heads_bytes: int = 0
 
 
 NO_DRAFTING = Drafting()
@@ -101,10 +103,13 @@ def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int
 def drafter_bytes(
     drafting: Drafting, packing: Packing, capacities: Sequence[int], shape: PassShape
 ) -> int:
-    """What a draft model takes: weights, a cache per sequence, and the workspace of its passes."""
+    """What a draft model takes: weights, a cache per sequence, and the workspace of its passes.
+
+    Medusa heads have no cache and no passes of their own.
+    """
     checkpoint, config = drafting.checkpoint, drafting.config
     if checkpoint is None:
-        return 0
+        return drafting.heads_bytes
     longer = 0  # a draft below another's begins behind that
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes

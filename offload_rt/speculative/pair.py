@@ -17,7 +17,7 @@ def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint
         ConfigError: its token ids mean something else than the target's.
         CheckpointError: its files cannot be used.
     """
-    if not config.model:
+    if not config.model:  # Medusa heads are no model: see medusa/checkpoint.py
         return None
     draft = open_checkpoint(resolve_model(config.model))
     sizes = target.config.vocab_size, draft.config.vocab_size

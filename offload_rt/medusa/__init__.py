@@ -1,0 +1,1 @@
+"""Medusa heads: their checkpoint formats, their trees, and how often they are right."""

@@ -1,0 +1,196 @@
+"""Medusa heads draft: a tree of fixed shape is filled with their likeliest tokens.
+
+The heads need the hidden state the model's output head was fed for the last committed token. A hook
+on the output head keeps those of a pass; the engine says which rows a sequence keeps (`committed`),
+and the last of them is what the next draft is made from. So heads are evaluated at one place per
+sequence and step, for all sequences together. Which tokens stand is the verifier's business alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload_rt.device.base import Device
+from offload_rt.medusa.calibration import tree_for
+from offload_rt.medusa.checkpoint import HeadsCheckpoint
+from offload_rt.medusa.load import load_heads, load_token_map
+from offload_rt.medusa.trees import MedusaTree
+from offload_rt.model.layout import Packing
+from offload_rt.model.network import Network
+from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.tree import TokenTree
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """Where a sequence stands.
+
+    Attributes:
+        length: committed tokens.
+        hidden: [E] hidden state of the last of them, after the final norm.
+    """
+
+    length: int
+    hidden: torch.Tensor
+
+
+class Medusa:
+    """Heads on the device, shared by the drafters of all sequences.
+
+    Args:
+        checkpoint: headers of the heads.
+        network: the model; its output head is watched from now on.
+        device: where both are.
+        packing: how the heads are laid out there.
+        nodes: of a draft, at most.
+
+    Attributes:
+        heads: how many.
+        tree: what drafts look like.
+        on_kept: called with a sequence and the hidden states, [E] each, of tokens it committed; of
+            a prompt only the last one's. For calibration.
+    """
+
+    def __init__(
+        self,
+        checkpoint: HeadsCheckpoint,
+        network: Network,
+        device: Device,
+        packing: Packing,
+        *,
+        nodes: int,
+    ) -> None:
+        self.heads = checkpoint.names.shape.heads
+        self.tree = tree_for(checkpoint.folder, self.heads, nodes)
+        self._device = device
+        self._known_ids = network.head_rows
+        self._heads = load_heads(checkpoint, device, packing, network.dtype, network.head_logits)
+        self._token_map = load_token_map(checkpoint, device, self._known_ids)
+        self._fed: torch.Tensor | None = None
+        self._passed: dict[int, torch.Tensor] = {}  # [rows, E] per sequence
+        self._states: dict[int, _State] = {}
+        self._guesses: dict[int, list[list[int]]] = {}
+        self.on_kept: Callable[[int, Sequence[torch.Tensor]], None] = lambda index, kept: None
+        network.watch_head(self._keep)
+
+    def drafter(self, index: int) -> "MedusaDrafter":
+        """The drafter of a sequence."""
+        return MedusaDrafter(self, index)
+
+    def passed(self, parts: Sequence[tuple[int, int]]) -> None:
+        """A pass is done.
+
+        Args:
+            parts: sequence and rows of logits, in their order.
+        """
+        assert self._fed is not None  # every pass goes through the output head
+        rows = self._fed.split([count for _, count in parts])
+        self._passed = {index: part for (index, _), part in zip(parts, rows, strict=True)}
+        self._fed = None
+
+    def committed(self, index: int, keep: Sequence[int], length: int) -> None:
+        """Rows of the last pass are kept.
+
+        Args:
+            index: the sequence.
+            keep: its rows; of a prompt only the last one's hidden state is known.
+            length: committed tokens now.
+        """
+        rows = self._passed.pop(index, None)
+        if rows is None or not keep:
+            return
+        kept = [rows[0]] if len(rows) == 1 else [rows[row] for row in keep]
+        self._states[index] = _State(length, kept[-1].clone())
+        self._guesses.pop(index, None)
+        self.on_kept(index, kept)
+
+    def top_tokens(self, index: int, length: int) -> list[list[int]] | None:
+        """The likeliest tokens of each head, [K][ranks], after a sequence of that many tokens.
+
+        None if the model has not read exactly those.
+        """
+        state = self._states.get(index)
+        if state is None or state.length != length or not self.tree.ranks:
+            return None
+        if index not in self._guesses:
+            self._guess()
+        return self._guesses[index]
+
+    def ranked(self, hidden: torch.Tensor, ranks: int, heads: int | None = None) -> torch.Tensor:
+        """The likeliest tokens of each head.
+
+        Args:
+            hidden: [R, E].
+            ranks: how many.
+            heads: the first K; None is all.
+
+        Returns:
+            [R, K, ranks] int64 ids, the likeliest first.
+        """
+        with torch.inference_mode():
+            logits = self._heads(hidden, heads)  # [K, R, V]
+            if self._token_map is None:
+                logits = logits[..., : self._known_ids]
+            best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
+            ids = best if self._token_map is None else self._token_map[best]
+            return ids.transpose(0, 1)
+
+    def _keep(self, fed: torch.Tensor) -> None:
+        self._fed = fed
+
+    def _guess(self) -> None:
+        """Evaluate the heads for all sequences that have moved."""
+        moved = [index for index in self._states if index not in self._guesses]
+        hidden = torch.stack([self._states[index].hidden for index in moved])
+        ids = self.ranked(hidden, self.tree.ranks, self.tree.heads)
+        flat, (_, heads, ranks) = self._device.download(ids.flatten()), ids.shape  # host sync
+        for index in moved:
+            own, flat = flat[: heads * ranks], flat[heads * ranks :]
+            self._guesses[index] = [own[i : i + ranks] for i in range(0, len(own), ranks)]
+
+
+class MedusaDrafter:
+    """Drafts for one sequence.
+
+    Args:
+        medusa: the shared heads.
+        index: the sequence.
+    """
+
+    name = "medusa"
+
+    def __init__(self, medusa: Medusa, index: int) -> None:
+        self._medusa, self._index = medusa, index
+
+    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+        """Fill the tree, down to `max_depth`; empty if the hidden state is not that of `ids`."""
+        found = self._medusa.top_tokens(self._index, len(ids) - 1)
+        return Draft() if found is None else Draft(fill(self._medusa.tree, found, max_depth))
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Nothing: what was kept comes by `Medusa.committed`."""
+
+    def forget(self) -> None:
+        """Nothing: the next prompt's pass leaves a hidden state of its own."""
+
+
+def fill(tree: MedusaTree, tokens: Sequence[Sequence[int]], max_depth: int) -> TokenTree:
+    """Put tokens where a tree has ranks.
+
+    Args:
+        tree: the shape.
+        tokens: [K][ranks] of each head; a rank a small vocabulary lacks is left out.
+        max_depth: deeper nodes are left out.
+    """
+    place = {-1: -1}
+    found: list[int] = []
+    parents: list[int] = []
+    for node in range(tree.down_to(max_depth)):
+        choice, parent = tree.choices[node], tree.parents[node]
+        guesses = tokens[len(choice) - 1]
+        if parent in place and choice[-1] < len(guesses):
+            place[node] = len(found)
+            found.append(guesses[choice[-1]])
+            parents.append(place[parent])
+    return TokenTree(tuple(found), tuple(parents))
