@@ -556,11 +556,12 @@ PLACES = [
     {"kv": KVPlace.DISK},
     {"kv": KVPlace.HOST},
     {"kv": KVPlace.HOST, "home": HomeKind.HOST, "resident_layers": 1, "link_bytes_per_s": 1e9},
+    {"kv": KVPlace.HOST, "link_bytes_per_s": 1e9},
 ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link"])
+@pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
 def test_answers_are_those_of_a_resident_cache(make_tiny, family, place):
     model = make_tiny(family, num_hidden_layers=3, sliding_window=32)
     prompts, second = [LONG, PROMPT], [[*LONG, 5, 6, 7], LONG[:30]]
@@ -578,7 +579,7 @@ def test_answers_are_those_of_a_resident_cache(make_tiny, family, place):
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link"])
+@pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
 def test_streamed_weights_and_streamed_kv(make_tiny, place):
     model = make_tiny("llama", num_hidden_layers=4)
     config = {"prompts": [LONG], "tokens": 40, "prefill_chunk_tokens": 100, "resident_layers": 1}
