@@ -25,7 +25,7 @@ from offload_rt.device.base import (
     HomeSource,
     HomeTarget,
 )
-from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
+from offload_rt.device.host import free_memory_bytes, give_back_large_blocks, peak_rss_bytes
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
 
@@ -284,6 +284,7 @@ class CpuDevice:
         self.copy = self.load if self._pacer is None else self.new_copy_stream()
         self.compute = CpuComputeStream()
         self._ledger: dict[str, int] = {}
+        give_back_large_blocks()
         self._home_bytes = 0
         self._memory = MemoryMeter()
 

@@ -1,5 +1,6 @@
 """What the operating system says of this process's memory and cores. No torch here."""
 
+import ctypes
 import os
 import platform
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import psutil
 
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def free_memory_bytes() -> int:
@@ -85,3 +87,18 @@ def _cgroup_memory() -> list[tuple[int, int]]:
         except (OSError, ValueError):
             continue  # this kind of cgroup is not here, or it sets no limit ("max")
     return [pair for pair in found if pair[0] < 2**60]
+
+
+def give_back_large_blocks() -> None:
+    """Have malloc return freed blocks of 16 MiB and more to the system at once.
+
+    glibc raises that border to the largest block freed so far, up to 32 MiB, and keeps what lies
+    below it. Where weights are reordered one after the other, that left 90 MiB of holes beside 3 GB
+    of a 1.5B model. Does nothing where the C library has no such border.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
+    mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
