@@ -8,7 +8,14 @@ from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from offload_rt import engine as engine_module
-from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
+from offload_rt.config import (
+    DraftConfig,
+    GenerationConfig,
+    HomeKind,
+    RetrievalConfig,
+    RuntimeConfig,
+    SamplingConfig,
+)
 from offload_rt.device import cuda, streams
 from offload_rt.device import pinned as pinned_module
 from offload_rt.device.base import STAGING_BYTES
@@ -310,4 +317,34 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
             stood = [11, 13, 14] if drawn and not sampling.greedy else []
             assert gained == [[*stood, 5]] * 2
             assert gpu.downloads == 1 + step
+        gpu.strict = False
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
+def test_triforce_downloads_once_a_pass_and_builds_without_waiting(gpu, make_tiny, sampling):
+    """Choosing chunks, following the full cache and both levels' verdicts stay on the device."""
+    folder = make_tiny("llama", num_hidden_layers=3)
+    runtime = RuntimeConfig(
+        device="cuda:0",
+        home=HomeKind.HOST,
+        resident_layers=1,
+        slots=2,
+        prefill_chunk_tokens=9,
+    )
+    retrieval = RetrievalConfig(budget_tokens=12, chunk_tokens=3, rebuild_tokens=2)
+    draft = DraftConfig(draft="triforce", draft_tokens=3, inner_tokens=2, retrieval=retrieval)
+    prompts = [[(7 * i) % 290 for i in range(40)], [3, 4, 5]]
+    checkpoint = open_checkpoint(folder)
+    with (
+        fake_gpu(gpu),
+        Engine(checkpoint, runtime, capacities=[70, 30], prompt_tokens=43, draft=draft) as engine,
+    ):
+        run = engine.start(prompts, sampling, GenerationConfig(max_tokens=20))
+        gpu.strict = True
+        run.prefill()
+        for step in range(1, 4):
+            run.step()
+            inner = sum(s.retrieval.passes for s in run.sequences)
+            assert inner >= 2 * step and gpu.downloads == 1 + step + inner
+        assert run.sequences[0].retrieval.builds > 1
         gpu.strict = False
