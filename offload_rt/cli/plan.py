@@ -186,11 +186,7 @@ def _as_table(outlook: _Outlook) -> str:
     if placement.slots:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         rows.insert(2, ("slots", placement.slots * placement.slot_bytes, each))
-    if outlook.drafting.checkpoint is not None:
-        name = outlook.drafting.checkpoint.folder.name
-        rows.append(("draft model", demand.drafter_bytes, f"{name}, its KV cache, workspace"))
-    if heads := outlook.drafting.config.heads:
-        rows.append(("Medusa heads", demand.drafter_bytes, f"{Path(heads).name}, their logits"))
+    rows += _drafting_rows(outlook.drafting, demand.drafter_bytes)
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     smallest_mib = -(-outlook.smallest_bytes // 2**20)  # rounded up: it must work when typed
@@ -208,6 +204,19 @@ def _as_table(outlook: _Outlook) -> str:
         return "\n".join([*lines, "nothing is streamed"])
     streamed = _layers("streamed", placement.streamed, outlook.bytes_per_pass)
     return "\n".join([*lines, f"in {away}, copied to the device in each pass", _row(streamed)])
+
+
+def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:
+    """What drafting takes, if anything drafts that takes memory."""
+    config, parts = drafting.config, []
+    if config.kind == "triforce":
+        parts.append(f"{config.retrieval.budget_tokens} tokens of KV")
+    if drafting.checkpoint is not None:
+        parts.append(f"{drafting.checkpoint.folder.name}, its KV cache, workspace")
+    if config.heads:
+        parts.append(f"{Path(config.heads).name}, their logits")
+    names = {"model": "draft model", "triforce": "retrieval", "medusa": "Medusa heads"}
+    return [(names[config.kind], nbytes, "; ".join(parts))] if parts else []
 
 
 def _layers(kind: str, layers: Sequence[int], nbytes: int) -> tuple[str, int, str]:

@@ -23,7 +23,7 @@ class Demand:
         base_bytes: what is in no layer: embedding, final norm, head.
         kv_bytes: KV caches of all sequences.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
-        drafter_bytes: a draft model with its caches.
+        drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         kv: how the caches are kept outside the device; None keeps them there.
     """
 
@@ -159,7 +159,7 @@ def _why_not(smallest: Placement, demand: Demand) -> str:
         "embedding and head": demand.base_bytes,
         "KV cache": demand.kv_bytes,
         "workspace": demand.workspace_bytes,
-        "draft model": demand.drafter_bytes,
+        "drafting": demand.drafter_bytes,
         f"{len(smallest.resident)} resident layers": smallest.resident_bytes,
         f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
     }
