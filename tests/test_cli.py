@@ -106,6 +106,7 @@ def test_json(tiny_model, offload_run):
             "draft_s": "float",
             "draft_share": "NoneType",
             "draft_link_bytes": "int",
+            "retrieval": "NoneType",
         },
         "transfer": {
             "bytes_total": "int",

@@ -560,7 +560,7 @@ def test_heads_with_numbers_that_are_not_finite_are_refused(llama, tmp_path):
     [
         ({"draft": "medusa"}, "is not known"),
         ({"draft": "medusa:"}, "is not known"),
-        ({"draft": "medusa:x", "shape": DraftShape.TREE}, "is for --draft model"),
+        ({"draft": "medusa:x", "shape": DraftShape.TREE}, "is for drafting with a MODEL"),
         ({"draft": "medusa:x", "draft_tokens": 0}, "--draft-tokens is 0"),
     ],
 )
