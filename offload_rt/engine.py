@@ -36,7 +36,7 @@ from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad, place_run
 from offload_rt.report import Counters, Memory
 from offload_rt.sampling import make_generator
-from offload_rt.speculative.base import Drafter
+from offload_rt.speculative.base import Drafter, common_prefix
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
 from offload_rt.speculative.ngram import NgramDrafter
@@ -189,7 +189,7 @@ class Engine:
         fresh = []
         for index, tokens in rows:
             if reuse:
-                common = _common_prefix(self._cached_ids[index], tokens[:-1])
+                common = common_prefix(self._cached_ids[index], tokens[:-1])
                 self.truncate(index, common)
                 tokens = tokens[common:]
             fresh.append((index, tokens))
@@ -499,12 +499,3 @@ def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
     if config.link_bytes_per_s is not None:
         raise ConfigError("--link-bandwidth emulates a GPU's link: add --device cpu")
     return CudaDevice(int(match[1] or 0), readers=config.readers), Packing.DEVICE
-
-
-def _common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    length = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        length += 1
-    return length

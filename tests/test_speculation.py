@@ -1,5 +1,7 @@
 """Laws 3, 4 and 5 with drafters: the same text, the same distribution, the same caches."""
 
+import os
+
 import pytest
 import torch
 from engines import PROMPT, engine_for, generate
@@ -16,7 +18,7 @@ from offload_rt.config import (
 from offload_rt.errors import ConfigError
 from offload_rt.sampling import make_generator, target_probs
 from offload_rt.speculative import verifier
-from offload_rt.speculative.base import Draft
+from offload_rt.speculative.base import Draft, common_prefix
 from offload_rt.speculative.ngram import NgramDrafter, merge
 from offload_rt.speculative.tree import ROOT, TokenTree
 from offload_rt.speculative.verifier import draw, walk
@@ -324,6 +326,22 @@ def test_the_index_does_not_depend_on_how_the_sequence_grew(ids, cut):
     grown = NgramDrafter(8)
     grown.propose(ids[:cut] or [5], 4)
     assert grown.propose(ids, 4) == NgramDrafter(8).propose(ids, 4)
+
+
+@given(
+    ids=st.lists(st.integers(0, 2), max_size=30),
+    others=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=12), max_size=4),
+    cut=st.integers(0, 30),
+)
+def test_the_index_goes_back_as_if_it_had_never_read_further(ids, others, cut):
+    """Below triforce the sequence goes on in drafts that are then dropped."""
+    grown, fresh = NgramDrafter(8), NgramDrafter(8)
+    for other in others:
+        read = [*ids[:cut], *other]
+        grown.propose(read, 4)
+        assert common_prefix(read, ids) == len(os.path.commonprefix([read, ids]))
+    assert grown.propose([*ids, 1], 4) == fresh.propose([*ids, 1], 4)
+    assert grown._ends == fresh._ends
 
 
 # --- whole runs ----------------------------------------------------------------------------------

@@ -3,8 +3,11 @@
 After "TriForce" (arXiv:2404.11912, section 4.1): per layer and KV head, chunks of consecutive
 tokens are scored against a query; the first chunk and the best others are kept, at their own
 positions. The paper scores a chunk by its mean key. Here it is the attention the chunk receives,
-summed over the query heads of its KV head: it costs as much as one more row of attention, and on
-Qwen2.5-Coder-1.5B more drafts stood (README, results). The newest tokens are always there.
+summed over the query heads of its KV head. It costs as much as one more row of attention; with
+Qwen2.5-Coder-1.5B, 6,000 tokens of a novel and a budget of 1,024, 0.87 of a summary's tokens were
+then predicted right, 0.79 with mean keys, 0.64 with a sink cache. The newest tokens are always
+there. Of several heads the sum is exact if all rows come at once; block by block their shares are
+those of the rows seen so far.
 
 It is built while a pass over the full cache reads every row anyway (`see`): a running best-of over
 the rows as they come by, so nothing of the full cache is read twice and none of it is held. Between

@@ -23,7 +23,7 @@ from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
 from offload_rt.sampling import sample, target_probs
-from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
 from offload_rt.speculative.window import seen_tokens
 from offload_rt.streaming.files import FileSource, WeightFiles
@@ -171,11 +171,7 @@ class DraftModelDrafter:
     def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
         """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
         seen = seen_tokens(ids, self._config.window_tokens)
-        common = 0
-        for ours, theirs in zip(self._ids, seen[:-1], strict=False):
-            if ours != theirs:
-                break
-            common += 1
+        common = common_prefix(self._ids, seen[:-1])
         self._cache.truncate(common)
         del self._ids[common:]
         return self._feed(seen[common:])

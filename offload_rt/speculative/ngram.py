@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree
 
 MAX_SUFFIX, MIN_SUFFIX = 4, 2
@@ -46,10 +46,16 @@ class NgramDrafter:
         self._ends.clear()
 
     def _read(self, ids: Sequence[int]) -> None:
-        """Bring the index up to `ids`; start over if they are another sequence."""
-        if list(ids[: len(self._ids)]) != self._ids:
-            self._ids, self._ends = [], {}
-        for end in range(len(self._ids) + 1, len(ids) + 1):
+        """Bring the index up to `ids`: what they do not begin with is taken out again."""
+        known = self._ids
+        common = common_prefix(known, ids)
+        for end in range(len(known), common, -1):
+            for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
+                ngram = tuple(known[end - size : end])
+                self._ends[ngram].pop()  # the latest of them, as ends ascend
+                if not self._ends[ngram]:
+                    del self._ends[ngram]
+        for end in range(common + 1, len(ids) + 1):
             for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
                 self._ends.setdefault(tuple(ids[end - size : end]), []).append(end)
         self._ids = list(ids)
