@@ -456,10 +456,10 @@ class Engine:
         if self.draft.kind != "triforce":
             return list(caches)
         row_bytes = [shape.numbers_per_token * dtype.itemsize for shape in shapes]
+        sizes = [retrieval_sizes(self.draft, row_bytes, tokens) for tokens in self._capacities]
         return [
-            FollowedKV(full, RetrievalKV(self.device, shapes, dtype, sizes))
-            for full, capacity in zip(caches, self._capacities, strict=True)
-            if (sizes := retrieval_sizes(self.draft, row_bytes, capacity))
+            FollowedKV(full, RetrievalKV(self.device, shapes, dtype, own))
+            for full, own in zip(caches, sizes, strict=True)
         ]
 
     @contextmanager

@@ -31,19 +31,7 @@ _NODES = DraftConfig(draft="medusa:m").nodes
 @click.command()
 @click.argument("heads")
 @click.argument("model")
-@click.option(
-    "--prompts",
-    required=True,
-    help="File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a prompt "
-    "in each line.",
-)
-@click.option(
-    "--limit",
-    type=click.IntRange(min=1),
-    default=None,
-    show_default="all",
-    help="Take at most this many prompts, evenly spread over the file.",
-)
+@options.prompt_set_options
 @click.option(
     "-n",
     "--max-tokens",

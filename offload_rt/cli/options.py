@@ -371,6 +371,22 @@ accept_option = click.option(
     "distribution.",
 )
 
+prompt_set_options = _group(
+    click.option(
+        "--prompts",
+        required=True,
+        help="File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a "
+        "prompt in each line.",
+    ),
+    click.option(
+        "--limit",
+        type=click.IntRange(min=1),
+        default=None,
+        show_default="all",
+        help="Take at most this many prompts, evenly spread over the file.",
+    ),
+)
+
 json_option = click.option(
     "--json", is_flag=True, help="Print one JSON object on stdout instead of text."
 )

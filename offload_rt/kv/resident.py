@@ -28,15 +28,8 @@ class ResidentKV:
         self._length = 0
         numbers = sum(shape.numbers_per_token for shape in shapes) * capacity
         memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
-        self._keys: list[torch.Tensor] = []  # per layer [K, capacity, D]
-        self._values: list[torch.Tensor] = []
+        self._keys, self._values = split_rows(memory, shapes, capacity)
         self._pending = [0] * len(shapes)
-        offset = 0
-        for shape in shapes:
-            for store, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
-                size = shape.heads * capacity * dim
-                store.append(memory[offset : offset + size].view(shape.heads, capacity, dim))
-                offset += size
 
     @property
     def length(self) -> int:
@@ -89,3 +82,18 @@ class ResidentKV:
             raise CapacityError(f"cannot go back to {length} tokens: {self._length} are cached")
         self._length = length
         self._pending = [0] * len(self._pending)
+
+
+def split_rows(
+    memory: torch.Tensor, shapes: Sequence[KVShape], rows: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Cut one stretch of numbers into keys and values of each layer: [K, rows, D] views."""
+    keys: list[torch.Tensor] = []
+    values: list[torch.Tensor] = []
+    offset = 0
+    for shape in shapes:
+        for store, dim in ((keys, shape.key_dim), (values, shape.value_dim)):
+            size = shape.heads * rows * dim
+            store.append(memory[offset : offset + size].view(shape.heads, rows, dim))
+            offset += size
+    return keys, values

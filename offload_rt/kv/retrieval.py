@@ -23,6 +23,7 @@ import torch
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
 from offload_rt.kv.base import AttentionSpec, KVCache, KVShape, PendingTree, RowWatcher
+from offload_rt.kv.resident import split_rows
 from offload_rt.model.attention import attend_rows
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.report import RetrievalCounts
@@ -105,14 +106,7 @@ class RetrievalKV:
         self.capacity = sizes.capacity
         self._device, self._sizes = device, sizes
         memory = device.allocate(sizes.device_bytes, "retrieval cache").tensor.view(dtype)
-        self._keys: list[torch.Tensor] = []  # per layer [K, rows, D]
-        self._values: list[torch.Tensor] = []
-        offset = 0
-        for shape in shapes:
-            for store, dim in ((self._keys, shape.key_dim), (self._values, shape.value_dim)):
-                size = shape.heads * sizes.rows * dim
-                store.append(memory[offset : offset + size].view(shape.heads, sizes.rows, dim))
-                offset += size
+        self._keys, self._values = split_rows(memory, shapes, sizes.rows)
         self._length = 0
         self._layout = _Layout()
         self._pending = [0] * len(shapes)
