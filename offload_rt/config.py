@@ -1,7 +1,7 @@
 """What a user sets, as frozen records. A default lives here and nowhere else."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from offload_rt.errors import ConfigError
@@ -30,12 +30,16 @@ class HomeKind(StrEnum):
 
 
 class KVPlace(StrEnum):
-    """Where committed keys and values live: on the device, in host memory, or in a file."""
+    """Where committed keys and values live: on the device, in host memory, or in a file.
+
+    `none` is for reading texts only (`Engine.hidden`): a layer's are gone once the next begins.
+    """
 
     AUTO = "auto"
     DEVICE = "device"
     HOST = "host"
     DISK = "disk"
+    NONE = "none"
 
 
 class AcceptRule(StrEnum):
@@ -97,7 +101,8 @@ class DraftConfig:
     """Who drafts, and how much.
 
     Attributes:
-        draft: `none`, `ngram`, `model:MODEL`, `medusa:HEADS`, `triforce` or `triforce:MODEL`.
+        draft: `none`, `ngram`, `model:MODEL`, `medusa:HEADS`, `triforce` or `triforce:MODEL`;
+            `auto` lets the planner choose among those that need no folder.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
         draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
@@ -118,17 +123,24 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         kind, colon, name = self.draft.partition(":")
-        kinds = {"none": "", "ngram": "", "model": ":", "medusa": ":", "triforce": colon}
+        kinds = {
+            "auto": "",
+            "none": "",
+            "ngram": "",
+            "model": ":",
+            "medusa": ":",
+            "triforce": colon,
+        }
         if colon != kinds.get(kind) or bool(colon) != bool(name):
             raise ConfigError(
-                f"--draft {self.draft} is not known: use none, ngram, model:MODEL, medusa:HEADS, "
-                "triforce or triforce:MODEL"
+                f"--draft {self.draft} is not known: use auto, none, ngram, model:MODEL, "
+                "medusa:HEADS, triforce or triforce:MODEL"
             )
         tokens = self.draft_tokens
         tokens_ok = tokens is None or 1 <= tokens <= 1024
         _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
-        if kind == "none" and tokens is not None:
-            raise ConfigError("--draft-tokens has no effect without --draft")
+        if kind in ("none", "auto") and tokens is not None:
+            raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
         if not self.model and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL")
         if not self.model and self.draft_window is not None:
@@ -149,7 +161,7 @@ class DraftConfig:
 
     @property
     def kind(self) -> str:
-        """`none`, `ngram`, `model`, `medusa` or `triforce`."""
+        """`auto`, `none`, `ngram`, `model`, `medusa` or `triforce`."""
         return self.draft.partition(":")[0]
 
     @property
@@ -165,7 +177,7 @@ class DraftConfig:
     @property
     def nodes(self) -> int:
         """Nodes of a draft, at most."""
-        if self.kind == "none":
+        if self.kind in ("none", "auto"):
             return 0
         default = {"ngram": 16, "model": 64, "medusa": 63, "triforce": 16}
         return self.draft_tokens or default[self.kind]
@@ -185,6 +197,12 @@ class DraftConfig:
             shape=self.shape,
             draft_window=window,
         )
+
+    def limited(self, nodes: int | None) -> "DraftConfig":
+        """The same with at most so many nodes."""
+        if nodes is None or nodes >= self.nodes:
+            return self
+        return replace(self, draft_tokens=nodes)
 
     @property
     def window_tokens(self) -> int | None:
@@ -290,6 +308,7 @@ class RuntimeConfig:
         dtype: number format of the computation.
         slots: slots of the ring; None lets the placement choose.
         resident_layers: layers kept on the device; None keeps as many as fit.
+        resident: these very layers, as a plan names them; None chooses.
         home: where streamed layers live; `auto` is pinned memory on CUDA where it
             suffices, else the files.
         context_tokens: KV rows set aside per sequence; None sizes them by the request.
@@ -308,6 +327,7 @@ class RuntimeConfig:
     dtype: DType = DType.AUTO
     slots: int | None = None
     resident_layers: int | None = None
+    resident: tuple[int, ...] | None = None
     home: HomeKind = HomeKind.AUTO
     context_tokens: int | None = None
     kv: KVPlace = KVPlace.AUTO

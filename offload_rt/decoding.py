@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.planning.drafting import Outcome
 from offload_rt.report import (
     Counters,
     RetrievalCounts,
@@ -164,8 +165,11 @@ class Run:
 
     def step(self) -> list[Emitted]:
         """Draft for all active sequences, check the drafts in one pass, emit what stands."""
-        active = self.active
-        drafts = [self._propose(sequence) for sequence in active]
+        active, controller = self.active, self.engine.controller
+        nodes = self.engine.draft.nodes if controller is None else controller.nodes
+        start = time.perf_counter()
+        drafts = [self._propose(sequence, nodes) for sequence in active]
+        drafted_at = time.perf_counter()
         logits = self.engine.check(
             [(s.index, s.ids[-1], draft.tree) for s, draft in zip(active, drafts, strict=True)]
         )
@@ -179,15 +183,25 @@ class Run:
             if sequence.drafter is not None:
                 sequence.drafter.observe(draft, verdict)
             emitted.append([*path, verdict.token])
+        outcomes = [
+            Outcome(drafted=len(draft.tree), path=verdict.path, nested=draft.nested)
+            for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True)
+            if not _is_cut(draft, sequence.remaining - 1, nodes)
+        ]
+        for outcome in outcomes if nodes else []:
+            self.engine.tally.add(nodes, outcome)
+        if controller is not None and outcomes:
+            pass_s = self._marks[-1].at_s - drafted_at
+            controller.observe(nodes, outcomes, draft_s=drafted_at - start, pass_s=pass_s)
         return self._emit(active, emitted)
 
-    def _propose(self, sequence: SequenceState) -> Draft:
+    def _propose(self, sequence: SequenceState, nodes: int) -> Draft:
         """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
-        if sequence.drafter is None or sequence.remaining <= 1:
+        if sequence.drafter is None or sequence.remaining <= 1 or not nodes:
             return Draft()
         start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
-            return sequence.drafter.propose(sequence.ids, sequence.remaining - 1)
+            return sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
         except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
             name, sequence.drafter = sequence.drafter.name, None
             _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)
@@ -299,3 +313,8 @@ class Run:
             accepted=sum(c.accepted for c in found),
             builds=sum(c.builds for c in found),
         )
+
+
+def _is_cut(draft: Draft, room: int, nodes: int) -> bool:
+    """Whether the end of the answer kept a draft from its size, so that it tells nothing of it."""
+    return room < nodes and max(draft.tree.depths, default=0) >= room

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -24,6 +25,7 @@ from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
+from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention import Segment
@@ -31,9 +33,12 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
+from offload_rt.planning.controller import Controller
 from offload_rt.planning.demand import Drafting, kv_bytes_per_token
+from offload_rt.planning.drafting import Tally
+from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
-from offload_rt.planning.run import FreeMemory, RunLoad, place_run
+from offload_rt.planning.run import FreeMemory, RunLoad
 from offload_rt.report import Counters, Memory
 from offload_rt.sampling import make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
@@ -69,6 +74,9 @@ class Engine:
         capacities: KV rows to set aside, one number per sequence that runs at once.
         prompt_tokens: tokens of the largest prompt pass, all sequences together.
         draft: who drafts, and how much.
+        means: gives what a planner needs to choose what is left open, for a device of that
+            packing; None: as many layers stay on the device as fit, and a drafter's default number
+            of tokens is drafted.
         on_placed: called once what lives where is decided, before weights are read; `load_bytes`
             and the device's `load` statistics then tell how far reading is.
 
@@ -77,7 +85,7 @@ class Engine:
         CheckpointError: the files cannot be used.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a run is made of, all by keyword
         self,
         checkpoint: Checkpoint,
         config: RuntimeConfig,
@@ -85,10 +93,11 @@ class Engine:
         capacities: Sequence[int],
         prompt_tokens: int,
         draft: DraftConfig = NO_DRAFT,
+        means: Callable[[Packing], Means] | None = None,
         on_placed: Callable[["Engine"], None] | None = None,
     ) -> None:
         start = time.perf_counter()
-        self.checkpoint, self.config, self.draft = checkpoint, config, draft
+        self.checkpoint = checkpoint
         self._capacities = tuple(capacities)
         drafting = open_draft_checkpoint(checkpoint, draft)
         heads = open_draft_heads(checkpoint, draft)
@@ -101,17 +110,21 @@ class Engine:
             sequences = len(capacities)
             heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences)
             free = FreeMemory(device_bytes=self.device.free_bytes(), host_bytes=free_memory_bytes())
-            self.placement = place_run(
+            load = RunLoad(
+                capacities=capacities,
+                prompt_tokens=prompt_tokens,
+                drafting=Drafting(draft, drafting, heads_device_bytes),
+            )
+            self.plan = make_plan(
                 checkpoint,
                 config,
                 packing,
-                load=RunLoad(
-                    capacities=capacities,
-                    prompt_tokens=prompt_tokens,
-                    drafting=Drafting(draft, drafting, heads_device_bytes),
-                ),
+                load=load,
                 free=free,
+                means=None if means is None else means(packing),
             )
+            self.config, self.placement = self.plan.runtime, self.plan.placement
+            self.draft = draft = self.plan.drafting.config
             if on_placed is not None:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
@@ -129,6 +142,9 @@ class Engine:
             if heads is not None:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
             self._drafters: list[Drafter | None] = [None] * len(capacities)
+            outlooks = self.plan.outlooks
+            self.controller = Controller(outlooks, draft.nodes) if outlooks else None
+            self.tally = Tally()
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start
@@ -211,6 +227,33 @@ class Engine:
             [_Rows(self._caches[index], [root, *tree.tokens], tree) for index, root, tree in rows]
         )
         return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
+
+    def hidden(
+        self, texts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
+    ) -> torch.Tensor:
+        """Read texts in one pass and forget them; the engine was made with `KVPlace.NONE`.
+
+        Args:
+            texts: tokens of each, no more than its sequence has room for.
+            wanted: places of each, counted from 0.
+
+        Returns:
+            [R, E] hidden states of the wanted places, text after text: after the final norm, as
+            the output head is fed them.
+        """
+        ids = [token for text in texts for token in text]
+        positions = [place for text in texts for place in range(len(text))]
+        starts = accumulate((len(text) for text in texts), initial=0)
+        rows = [start + at for start, places in zip(starts, wanted, strict=False) for at in places]
+        caches = self._caches[: len(texts)]
+        segments = [Segment(c, len(text)) for c, text in zip(caches, texts, strict=True)]
+        upload = self.device.upload
+        batch = TokenBatch(upload(ids), upload(positions), segments, upload(rows))
+        with torch.inference_mode(), self._whole_pass():
+            hidden = self.network.hidden(batch)
+        for cache in caches:
+            cache.truncate(0)
+        return hidden
 
     def draft_pass(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
         """Run one pass of the target over a cache of a drafter's own; rows stay pending.
@@ -439,6 +482,8 @@ class Engine:
         shapes, dtype = self.network.kv_shapes, self.network.dtype
         needed = sum(shape.numbers_per_token for shape in shapes) * dtype.itemsize
         counted = kv_bytes_per_token(self.checkpoint.config, dtype.itemsize)
+        if self.config.kv is KVPlace.NONE:  # planned is an average layer, allocated the largest
+            needed = max(shape.numbers_per_token for shape in shapes) * len(shapes) * dtype.itemsize
         if needed > counted:
             family = self.checkpoint.config.model_type
             raise CheckpointError(
@@ -449,6 +494,8 @@ class Engine:
     def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
         """Set aside KV rows of all sequences."""
         shapes, dtype = self.network.kv_shapes, self.network.dtype
+        if self.config.kv is KVPlace.NONE:
+            return [PassingKV(self.device, shapes, dtype, rows) for rows in capacities]
         folder, plan = self.config.kv_folder, self.placement.demand.kv
         caches = allocate_caches(
             self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo

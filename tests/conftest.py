@@ -6,21 +6,13 @@ import sys
 from types import SimpleNamespace
 
 import pytest
+from tiny import SHAPE
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-SHAPE = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
 
 
 def write_model(folder, model_type="llama", *, dtype="float32", **config):
@@ -62,6 +54,12 @@ def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
     ends = {"eos_token_id": SPECIAL.index("<|im_end|>")}
     (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder
+
+
+@pytest.fixture(autouse=True)
+def own_data_folder(tmp_path, monkeypatch):
+    """Keep profiles and what drafting gave away from the user's own."""
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
 
 
 @pytest.fixture(scope="session")

@@ -73,7 +73,8 @@ def test_streamed_is_the_same_and_the_block_says_so(tiny_model, offload_run):
 def test_json(tiny_model, offload_run):
     tokens, text = engine_tokens(tiny_model, 12)
     done = offload_run(
-        "generate", tiny_model, "-p", PROMPT, "-n", 12, "--json", "--resident-layers", 2
+        "generate",
+        *(tiny_model, "-p", PROMPT, "-n", 12, "--json", "--resident-layers", 2, "--draft", "none"),
     )
     assert done.err == ""
     record = json.loads(done.out)
@@ -365,7 +366,7 @@ def test_every_option_is_explained_and_has_its_records_default():
     assert settings.sampling == SamplingConfig()
     assert settings.generation == GenerationConfig()
     assert settings.runtime == RuntimeConfig()
-    assert settings.draft == DraftConfig()
+    assert settings.draft == DraftConfig(draft="auto")
 
 
 def test_every_flag_of_the_verbs_has_a_default_in_help(offload_run):

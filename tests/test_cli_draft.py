@@ -84,7 +84,7 @@ def test_a_stop_string_of_a_random_model_cuts_as_without_drafting(tiny_model, of
 def test_the_block_has_a_line_about_drafting(tiny_model, offload_run):
     base = ("generate", tiny_model, "-p", PROMPT, "-n", 12)
     done = offload_run(*base, *chain_of(tiny_model))
-    plain = offload_run(*base)
+    plain = offload_run(*base, "--draft", "none")
     assert done.out == plain.out
     assert "drafting" not in plain.err
     # The first token, then 4 + 1, 4 + 1, and 1: the last draft has nothing to propose.
@@ -145,10 +145,13 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
     [
         (
             ["--draft", "magic"],
-            "--draft magic is not known: use none, ngram, model:MODEL, medusa:HEADS, triforce or",
+            "--draft magic is not known: use auto, none, ngram, model:MODEL, medusa:HEADS, trif",
         ),
         (["--draft", "model:"], "is not known"),
-        (["--draft-tokens", "4"], "--draft-tokens has no effect without --draft"),
+        (
+            ["--draft-tokens", "4"],
+            "--draft-tokens has no effect with --draft auto: name",
+        ),
         (["--draft", "ngram", "--draft-tokens", "0"], "--draft-tokens is 0"),
         (["--draft", "ngram", "--draft-tokens", "few"], "neither auto nor a whole number"),
         (["--draft", "ngram", "--draft-shape", "tree"], "--draft-shape is for drafting with"),
@@ -250,7 +253,7 @@ def test_chat_drafts(tiny_model, offload_run):
 
 def test_plan_counts_the_draft_model(tiny_model, offload_run):
     base = ("--context", 64, "--device-memory", "300MiB", "--json")
-    plain = json.loads(offload_run("plan", tiny_model, *base).out)
+    plain = json.loads(offload_run("plan", tiny_model, *base, "--draft", "none").out)
     planned = json.loads(offload_run("plan", tiny_model, *base, *chain_of(tiny_model)).out)
     assert (plain["drafter"], plain["drafter_bytes"]) == ("none", 0)
     assert planned["drafter"] == f"model:{tiny_model}" and planned["draft_tokens"] == 4

@@ -119,16 +119,12 @@ def gpu_pass(name, layer_bytes, layers, streamed, tokens=1):
     return cost_of(load, pass_times(made, load, Processor.CUDA, rate))
 
 
-def test_published_passes_on_a_4090():
+def test_a_published_pass_on_a_4090():
     # Sequoia's baseline (project page). The link rate was derived from it, so what this checks is
-    # that kernels and pipeline add nothing to a pass that its bytes do not explain.
+    # that kernels and pipeline add nothing to a pass that its bytes do not explain. More published
+    # times: test_published.py.
     sequoia = gpu_pass("rtx4090-pcie4x16", 1_711_276_032, 80, 69)
     assert sequoia.pass_s == pytest.approx(4.54, rel=0.02)
-    # SubSpec (NeurIPS 2025, figure): 338 ms of transfer and 24 ms of kernels for a pass over
-    # Qwen2.5-7B; with 26 GB/s these are 19 of 28 layers. Here kernels hide behind the transfer.
-    subspec = gpu_pass("rtx4090-pcie4x16", 466_000_000, 28, 19)
-    assert subspec.pass_s == pytest.approx(0.338, rel=0.03)
-    assert subspec.compute_s == pytest.approx(0.024, rel=0.25)
 
 
 @pytest.mark.parametrize(("kernels_s", "measured_s"), [(1.72 - 1.25, 1.72), (1.70 - 0.43, 1.70)])
@@ -147,4 +143,4 @@ def test_a_cost_is_quick_enough_to_search_with():
     load, times = load_of(80, range(80), 4), times_of([0.1] * 80)
     start = time.process_time()
     cost_of(load, times)
-    assert time.process_time() - start < 0.5
+    assert time.process_time() - start < 0.1

@@ -296,7 +296,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
     folder = make_tiny("gemma3_text", num_hidden_layers=3)
     tree = TokenTree((11, 12, 13, 14), (-1, -1, 0, 2))
 
-    def propose(self, ids, max_depth):
+    def propose(self, ids, max_depth, max_nodes=None):
         probs = torch.full((4, 300), 1 / 300, device="cuda:0") if drawn else None
         return Draft(tree, probs)
 

@@ -15,11 +15,11 @@ RANKS = [
     ["errors"],
     ["units"],
     ["config", "report", "model.config"],
-    ["profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"],
-    ["model.checkpoint", "model.layout"],
+    [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
+    ["model.checkpoint", "model.layout", "model.outline"],
     ["device.base"],  # protocols and constants
     ["device"],
-    ["streaming.pipeline"],  # the planner runs it on the simulated device
+    ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device
     ["planning"],
     ["kv.base", "kv.partial"],  # what the network's attention reads and calls
     ["model", "sampling"],
@@ -30,16 +30,30 @@ RANKS = [
     ["medusa", "text"],
     ["speculative"],
     ["engine", "decoding"],
+    ["training"],  # settings and talks are for the command line too, and free of torch
     ["baselines", "serve"],
     ["cli", "__main__"],
 ]
 ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
-TORCH_FREE |= {"model.layout", "device.host", "device.nvml", "speculative.pair"}
-TORCH_FREE |= {"profiling.profile", "profiling.codec", "profiling.rates", "profiling.store"}
-TORCH_FREE |= {"profiling.identity", "profiling.effort"}
-TORCH_FREE |= {"streaming.pipeline", "planning", "device.base", "device.sim", "cli", "__main__"}
+TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
+TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
+TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
+TORCH_FREE |= {
+    "streaming.pipeline",
+    "kv.blocks",
+    "planning",
+    "device.base",
+    "device.sim",
+    "cli",
+    "__main__",
+}
+TORCH_FREE |= {"training.settings", "training.talks"}
+TORCH_FREE |= {
+    f"baselines.{part}"
+    for part in ("cap", "comparison", "engines", "pagecache", "process", "rows", "summary")
+}
 TORCH_FREE |= {
     f"medusa.{part}" for part in ("names", "pickled", "checkpoint", "trees", "calibration")
 }

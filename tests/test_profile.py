@@ -379,7 +379,10 @@ def test_an_unknown_name_lists_the_known_ones(folders):
 def test_shipped_profiles_are_installed():
     config = tomllib.loads((PROJECT / "pyproject.toml").read_text())
     files = config["tool"]["setuptools"]["data-files"]
-    assert files == {"share/offload-rt/profiles": ["profiles/*.json"]}
+    assert files == {
+        "share/offload-rt/profiles": ["profiles/*.json"],
+        "share/offload-rt/profiles/published": ["profiles/published/*.json"],
+    }
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)

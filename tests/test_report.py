@@ -66,7 +66,7 @@ def test_kv_on_the_device_crosses_no_link(make_tiny):
 def test_what_comes_in_while_the_drafter_works(make_tiny, monkeypatch, draft_s, least, most):
     """A pass of bytes takes 50 ms; a slow drafter gives the ring time to fill, a fast one none."""
 
-    def propose(self, ids, max_depth):
+    def propose(self, ids, max_depth, max_nodes=None):
         time.sleep(draft_s)
         return Draft()
 

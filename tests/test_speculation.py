@@ -493,7 +493,7 @@ def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
         ({"draft": "eagle"}, "--draft eagle is not known"),
         ({"draft": "model:"}, "not known"),
         ({"draft": "ngram", "draft_tokens": 0}, "--draft-tokens is 0"),
-        ({"draft_tokens": 4}, "no effect without --draft"),
+        ({"draft_tokens": 4}, "no effect with --draft none"),
         ({"draft": "ngram", "shape": DraftShape.TREE}, "for drafting with a MODEL"),
         ({"draft": "ngram", "draft_window": 64}, "--draft-window is for drafting with a MODEL"),
         ({"draft": "model:m", "draft_window": 80}, "full or 81 or more.* the 64 of a draft"),

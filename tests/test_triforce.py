@@ -354,7 +354,7 @@ class SampledInner:
     def __init__(self, logits, sampling, generator):
         self._logits, self._sampling, self._generator = logits, sampling, generator
 
-    def propose(self, ids, max_depth):
+    def propose(self, ids, max_depth, max_nodes=None):
         tokens, probs, row = [], [], ids[-1]
         for _ in range(min(max_depth, 2)):
             probs.append(target_probs(self._logits[row][None], self._sampling)[0])
@@ -369,7 +369,7 @@ class SampledInner:
 class ChosenInner(SampledInner):
     """A level 1 that proposes the same tree whatever came before."""
 
-    def propose(self, ids, max_depth):
+    def propose(self, ids, max_depth, max_nodes=None):
         deep = TokenTree((0, 1, 2, 3), (-1, -1, 0, 1))
         return Draft(deep if max_depth > 1 else TokenTree((2,), (-1,)))
 

@@ -9,12 +9,15 @@ import click
 
 from offload_rt.cli.bench import bench
 from offload_rt.cli.chat import chat
+from offload_rt.cli.compare import compare
 from offload_rt.cli.doctor import doctor
 from offload_rt.cli.generate import generate
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.medusa import medusa
 from offload_rt.cli.plan import plan
 from offload_rt.cli.profile import profile
+from offload_rt.cli.simulate import simulate_verb
+from offload_rt.cli.train import train_medusa
 from offload_rt.errors import OffloadError
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
@@ -44,7 +47,18 @@ def cli() -> None:
     """
 
 
-for _verb in (generate, chat, plan, profile, bench, medusa, doctor):
+for _verb in (
+    generate,
+    chat,
+    plan,
+    simulate_verb,
+    profile,
+    bench,
+    compare,
+    medusa,
+    train_medusa,
+    doctor,
+):
     cli.add_command(_verb)
 
 

@@ -55,7 +55,7 @@ from offload_rt.model.checkpoint import open_checkpoint, resolve_model
     show_default="none",
     help="Folder for bench.md and bench.json; made if missing.",
 )
-@click.option("--raw", is_flag=True, help="Give prompts as they are, without the chat template.")
+@options.raw_option
 @options.json_option
 @options.run_options
 @click.pass_obj
@@ -128,7 +128,7 @@ class _Measuring:
         Raises:
             Interrupted: before anything was measured.
         """
-        plain = dataclasses.replace(self.settings, draft=DraftConfig())
+        plain = dataclasses.replace(self.settings, draft=DraftConfig(), plan=None)
         phases = [(DRAFTED if self.settings.draft.kind != "none" else BASELINE, self.settings)]
         if against_none:
             phases.insert(0, (BASELINE, plain))
@@ -171,6 +171,7 @@ class _Measuring:
                         self.runs.append(_measured(phase, number, prompt.item, answer))
                         done.value += 1
                         self.engines[phase] = EngineFacts(
+                            draft=engine.draft,
                             device=engine.device.name,
                             dtype=dtype_name(engine),
                             placement=engine.placement,

@@ -34,8 +34,8 @@ def as_json(report: BenchReport) -> dict[str, Any]:
         },
         "rounds": report.rounds,
         "interrupted": report.interrupted,
-        "draft": dataclasses.asdict(settings.draft)
-        | {"draft_tokens": settings.draft.nodes, "draft_window": settings.draft.window_tokens},
+        "draft": dataclasses.asdict(report.draft)
+        | {"draft_tokens": report.draft.nodes, "draft_window": report.draft.window_tokens},
         "sampling": dataclasses.asdict(settings.sampling),
         "generation": dataclasses.asdict(settings.generation),
         "raw": settings.raw,
@@ -106,7 +106,7 @@ def as_markdown(report: BenchReport) -> str:
 
 def _header(report: BenchReport) -> str:
     settings, facts = report.settings, next(iter(report.engines.values()))
-    sampling, draft = settings.sampling, settings.draft
+    sampling, draft = settings.sampling, report.draft
     how = "greedy"
     if not sampling.greedy:
         how = f"temperature {sampling.temperature}, seed {sampling.seed}"

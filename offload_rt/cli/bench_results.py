@@ -6,6 +6,7 @@ from statistics import mean, median, stdev
 
 from offload_rt.cli.options import Settings
 from offload_rt.cli.prompt_set import PromptItem
+from offload_rt.config import DraftConfig
 from offload_rt.planning.placement import Placement
 from offload_rt.report import Memory, Speculation, Timings
 
@@ -37,9 +38,11 @@ class EngineFacts:
     """What a phase ran on.
 
     Attributes:
+        draft: who drafted, and how much at most, as planned.
         memory: after the phase's last answer.
     """
 
+    draft: DraftConfig
     device: str
     dtype: str
     placement: Placement
@@ -72,6 +75,11 @@ class BenchReport:
     def phase(self) -> str:
         """What the table is about: with drafting where that was measured."""
         return DRAFTED if DRAFTED in self.engines else BASELINE
+
+    @property
+    def draft(self) -> DraftConfig:
+        """Who drafted, as planned."""
+        return self.engines[self.phase].draft
 
     @property
     def compares(self) -> bool:

@@ -61,12 +61,14 @@ class Gauge:
     """What a progress bar shows.
 
     Attributes:
-        done: bytes so far; called from another thread.
+        done: bytes so far, or whatever is counted; called from another thread.
         total: bytes in the end; 0 when nobody knows.
+        detail: what is shown behind the label; called from another thread.
     """
 
     done: Callable[[], int] = int
     total: int = 0
+    detail: Callable[[], str] = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,9 @@ class Console:
         def follow() -> None:
             while not ended.wait(_POLL_S):
                 if gauge.total:
-                    bar.update(task, completed=min(gauge.done(), gauge.total), total=gauge.total)
+                    shown = f"{label}: {detail}" if (detail := gauge.detail()) else label
+                    done = min(gauge.done(), gauge.total)
+                    bar.update(task, completed=done, total=gauge.total, description=shown)
 
         thread = threading.Thread(target=follow, name="progress", daemon=True)
         with bar:

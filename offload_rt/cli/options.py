@@ -6,10 +6,12 @@ A default is that of the record's field; nothing is repeated here.
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
 
+from offload_rt.cli.planning import with_plan
 from offload_rt.config import (
     INNER_WINDOW_TOKENS,
     SINK_TOKENS,
@@ -25,6 +27,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
+from offload_rt.planning.plan_file import PlanFile
 from offload_rt.units import parse_size
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -81,7 +84,7 @@ class _Window(click.ParamType):
         self.fail(f"{value!r} is neither auto nor full nor a number of tokens", param, ctx)
 
 
-_SIZE, _AUTO = _Size(), _AutoCount()
+SIZE, _AUTO = _Size(), _AutoCount()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +113,8 @@ class Settings:
     Attributes:
         system: system prompt, or None.
         raw: give the prompt to the model without its chat template.
+        profile: speeds to plan with; None: this machine's.
+        plan: what --plan says; its values are among the others.
     """
 
     sampling: SamplingConfig
@@ -119,6 +124,8 @@ class Settings:
     output: Output
     system: str | None
     raw: bool
+    profile: str | None = None
+    plan: PlanFile | None = None
 
 
 def _default(record: type, name: str) -> Any:  # noqa: ANN401 - a field may have any type
@@ -171,32 +178,42 @@ sampling_options = _group(
     ),
 )
 
+max_tokens_option = click.option(
+    "-n",
+    "--max-tokens",
+    type=int,
+    default=_default(GenerationConfig, "max_tokens"),
+    help="Most tokens of an answer.",
+)
+
+ignore_eos_option = click.option(
+    "--ignore-eos",
+    is_flag=True,
+    default=_default(GenerationConfig, "ignore_eos"),
+    help="Go on after the model's end-of-text token, for measuring.",
+)
+
+system_option = click.option(
+    "--system",
+    default=None,
+    show_default="none",
+    help="System prompt; the model must have a chat template.",
+)
+
+raw_option = click.option(
+    "--raw", is_flag=True, help="Give prompts as they are, without the chat template."
+)
+
 answer_options = _group(
-    click.option(
-        "-n",
-        "--max-tokens",
-        type=int,
-        default=_default(GenerationConfig, "max_tokens"),
-        help="Most tokens of an answer.",
-    ),
+    max_tokens_option,
     click.option(
         "--stop",
         multiple=True,
         show_default="none",
         help="Text that ends the answer and is not part of it; may be given several times.",
     ),
-    click.option(
-        "--ignore-eos",
-        is_flag=True,
-        default=_default(GenerationConfig, "ignore_eos"),
-        help="Go on after the model's end-of-text token, for measuring.",
-    ),
-    click.option(
-        "--system",
-        default=None,
-        show_default="none",
-        help="System prompt; the model must have a chat template.",
-    ),
+    ignore_eos_option,
+    system_option,
 )
 
 placement_options = _group(
@@ -208,7 +225,7 @@ placement_options = _group(
     click.option(
         "--device-memory",
         "device_limit_bytes",
-        type=_SIZE,
+        type=SIZE,
         default=None,
         show_default="what is free",
         help="All memory of the run on the device: 2GiB, 1500MiB, or bytes.",
@@ -216,7 +233,7 @@ placement_options = _group(
     click.option(
         "--host-memory",
         "host_limit_bytes",
-        type=_SIZE,
+        type=SIZE,
         default=None,
         show_default="what is free",
         help="Host memory for streamed layers and KV, with --home host or --kv host.",
@@ -254,7 +271,7 @@ placement_options = _group(
     ),
     click.option(
         "--kv",
-        type=click.Choice([str(place) for place in KVPlace]),
+        type=click.Choice([str(place) for place in KVPlace if place is not KVPlace.NONE]),
         default=str(_default(RuntimeConfig, "kv")),
         help="Where keys and values of past tokens live; auto is the device if they fit there, "
         "else host memory for CUDA and a file for the CPU.",
@@ -292,8 +309,9 @@ runtime_options = _group(
 draft_options = _group(
     click.option(
         "--draft",
-        default=_default(DraftConfig, "draft"),
-        help="Who drafts tokens that one pass then checks: none, ngram (what followed the same "
+        default="auto",
+        help="Who drafts tokens that one pass then checks: auto (whichever of those without a "
+        "folder should be fastest), none, ngram (what followed the same "
         "tokens before), model:MODEL, a small model with the same tokenizer, medusa:HEADS, heads "
         "trained on this model's hidden state, or triforce[:MODEL], this model itself over a part "
         "of a long context, with ngram or MODEL drafting for it.",
@@ -302,7 +320,8 @@ draft_options = _group(
         "--draft-tokens",
         type=_AUTO,
         default=_default(DraftConfig, "draft_tokens"),
-        help="Tokens of a draft; auto is "
+        help="Tokens of a draft; auto is the number that should give most tokens a second, "
+        "corrected while running. With sampling and --seed auto is a fixed number: "
         f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
         f"a model, {DraftConfig(draft='medusa:m').nodes} for heads, "
         f"{DraftConfig(draft='triforce').nodes} for triforce.",
@@ -371,19 +390,41 @@ accept_option = click.option(
     "distribution.",
 )
 
+
+_PROMPTS_HELP = (
+    "File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a prompt in "
+    "each line."
+)
+
+_limit_option = click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=None,
+    show_default="all",
+    help="Take at most this many prompts, evenly spread over the file.",
+)
+
 prompt_set_options = _group(
+    click.option("--prompts", required=True, help=_PROMPTS_HELP), _limit_option
+)
+optional_prompt_set_options = _group(
+    click.option("--prompts", default=None, show_default="none", help=_PROMPTS_HELP), _limit_option
+)
+
+plan_options = _group(
     click.option(
-        "--prompts",
-        required=True,
-        help="File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a "
-        "prompt in each line.",
+        "--plan",
+        "plan_path",
+        type=click.Path(path_type=Path),
+        default=None,
+        show_default="made anew",
+        help="Do what a plan says, from `offload-run plan --output`.",
     ),
     click.option(
-        "--limit",
-        type=click.IntRange(min=1),
+        "--profile",
         default=None,
-        show_default="all",
-        help="Take at most this many prompts, evenly spread over the file.",
+        show_default="this machine's",
+        help="Plan with the speeds of this profile: its name, or a file.",
     ),
 )
 
@@ -404,6 +445,7 @@ run_options = _group(
     accept_option,
     placement_options,
     runtime_options,
+    plan_options,
     output_options,
 )
 
@@ -414,6 +456,7 @@ def settings_of(values: Values) -> Settings:
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.
     """
+    values, plan = with_plan(values)
     sampling, draft = _sampling(values), draft_of(values)
     _check_accept(sampling, draft)
     return Settings(
@@ -430,6 +473,8 @@ def settings_of(values: Values) -> Settings:
         ),
         system=values["system"],
         raw=values.get("raw", False),
+        profile=values.get("profile"),
+        plan=plan,
     )
 
 

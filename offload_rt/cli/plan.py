@@ -1,5 +1,6 @@
 """`offload-run plan`: what would live where, from headers alone; needs no torch."""
 
+import dataclasses
 import json
 import re
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.options import draft_of, runtime_of
+from offload_rt.cli.plan_speed import speed_lines
+from offload_rt.cli.planning import check_plan, means_for, speeds_for, with_plan
 from offload_rt.cli.stats import layer_ranges
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import ConfigError, DeviceError
@@ -23,8 +26,11 @@ from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_mod
 from offload_rt.model.layout import Packing, compute_dtype
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.kv import KVPlan
-from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass, place_run
+from offload_rt.planning.placement import Placement
+from offload_rt.planning.plan_file import plan_file, write_plan
+from offload_rt.planning.planner import Plan, Prediction, plan_run
+from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass
+from offload_rt.planning.speeds import Speeds
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.units import format_size
 
@@ -36,16 +42,29 @@ _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 @click.argument("model")
 @options.placement_options
 @options.draft_options
+@options.plan_options
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="none",
+    help="File to write the plan to, for --plan of this and other verbs.",
+)
 @options.json_option
 def plan(model: str, **values: Any) -> int:  # noqa: ANN401
-    """Show what would live where.
+    """Show what would live where, who would draft, and how fast that should be.
 
     Reads configuration and headers only. --context auto is what `chat` takes: 4096 tokens, or what
-    the model was made for if that is less; the whole of it is counted as one prompt.
+    the model was made for if that is less; the whole of it is counted as one prompt. Answers are
+    taken to be greedy.
     """
+    values, given = with_plan(values)
     config = runtime_of(values)
     checkpoint = open_checkpoint(resolve_model(model))
-    outlook = _look_ahead(checkpoint, config, draft_of(values))
+    check_plan(given, checkpoint)
+    outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"])
+    if values["output"] is not None:
+        write_plan(values["output"], plan_file(checkpoint, outlook.plan))
     if values["json"]:
         click.echo(json.dumps(_as_json(outlook)))
     else:
@@ -58,11 +77,22 @@ class _Outlook:
     """A placement and what it was made from."""
 
     checkpoint: Checkpoint
-    config: RuntimeConfig
-    drafting: Drafting
+    plan: Plan
+    speeds: Speeds
     packing: Packing
     context_tokens: int
-    placement: Placement
+
+    @property
+    def config(self) -> RuntimeConfig:
+        return self.plan.runtime
+
+    @property
+    def drafting(self) -> Drafting:
+        return self.plan.drafting
+
+    @property
+    def placement(self) -> Placement:
+        return self.plan.placement
 
     @property
     def bytes_per_pass(self) -> int:
@@ -70,11 +100,7 @@ class _Outlook:
 
     @property
     def smallest_bytes(self) -> int:
-        return smallest_bytes(
-            self.placement.demand,
-            slots=self.config.slots,
-            resident_layers=self.config.resident_layers,
-        )
+        return self.plan.smallest_bytes
 
     @property
     def dtype(self) -> str:
@@ -90,7 +116,9 @@ class _Outlook:
         return str(self.placement.home)
 
 
-def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig) -> _Outlook:
+def _look_ahead(
+    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, profile: str | None
+) -> _Outlook:
     positions = checkpoint.config.max_positions
     context = config.context_tokens or min(positions, AUTO_CONTEXT_TOKENS)
     if context > positions:
@@ -103,14 +131,14 @@ def _look_ahead(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfi
     nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
     drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft), nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
-    placement = place_run(checkpoint, config, packing, load=load, free=free)
+    speeds = speeds_for(profile, packing)
+    means = means_for(checkpoint, SamplingConfig(), speeds, draft)
     return _Outlook(
         checkpoint=checkpoint,
-        config=config,
-        drafting=drafting,
+        plan=plan_run(checkpoint, config, packing, load=load, free=free, means=means),
+        speeds=speeds,
         packing=packing,
         context_tokens=context,
-        placement=placement,
     )
 
 
@@ -164,7 +192,24 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "device_limit_bytes": placement.device_limit_bytes,
         "smallest_device_bytes": outlook.smallest_bytes,
         "bytes_per_pass": outlook.bytes_per_pass,
+        "profile": outlook.speeds.profile.name,
+        "predicted": _prediction(outlook.plan.prediction),
+        "considered": [
+            {
+                "draft": c.draft.draft,
+                "draft_tokens": c.draft.nodes,
+                "predicted": _prediction(c.prediction),
+                "refusal": c.refusal,
+            }
+            for c in outlook.plan.considered
+        ],
     }
+
+
+def _prediction(prediction: Prediction | None) -> dict[str, Any] | None:
+    if prediction is None:
+        return None
+    return dataclasses.asdict(prediction) | {"limit": prediction.limit}
 
 
 def _kv_home(kv: KVPlan | None) -> str:
@@ -200,10 +245,12 @@ def _as_table(outlook: _Outlook) -> str:
     )
     away = "host memory" if outlook.home == "host" else "the model's files"
     lines = [head, f"on the device ({outlook.device})", *map(_row, rows)]
-    if not placement.streamed:
-        return "\n".join([*lines, "nothing is streamed"])
-    streamed = _layers("streamed", placement.streamed, outlook.bytes_per_pass)
-    return "\n".join([*lines, f"in {away}, copied to the device in each pass", _row(streamed)])
+    if placement.streamed:
+        streamed = _layers("streamed", placement.streamed, outlook.bytes_per_pass)
+        lines += [f"in {away}, copied to the device in each pass", _row(streamed)]
+    else:
+        lines.append("nothing is streamed")
+    return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:

@@ -40,12 +40,12 @@ def read_prompt_set(path: str) -> list[PromptItem]:
     Raises:
         ConfigError: not readable, not UTF-8, a line is not what it should be, or there is none.
     """
-    lines = _read_lines(path)
+    lines = read_lines(path)
     if not lines:
         raise ConfigError(f"{path} has no prompts: give a file with one in each line")
     if not lines[0][1].startswith(b"{"):
-        return [_item({"prompt": _decode(line, path, n)}, path, n) for n, line in lines]
-    return [_item(_parse(line, path, number), path, number) for number, line in lines]
+        return [read_item({"prompt": decode_line(line, path, n)}, path, n) for n, line in lines]
+    return [read_item(parse_object(line, path, number), path, number) for number, line in lines]
 
 
 def spread(items: Sequence[ItemT], limit: int | None) -> list[ItemT]:
@@ -55,8 +55,12 @@ def spread(items: Sequence[ItemT], limit: int | None) -> list[ItemT]:
     return [items[i * len(items) // limit] for i in range(limit)]
 
 
-def _read_lines(path: str) -> list[tuple[int, bytes]]:
-    """Numbers and bytes of the lines that are not blank."""
+def read_lines(path: str) -> list[tuple[int, bytes]]:
+    """Numbers, from 1, and bytes of the lines that are not blank.
+
+    Raises:
+        ConfigError: not readable, or too large.
+    """
     try:
         with Path(path).open("rb") as file:
             data = file.read(_LIMIT_BYTES + 1)
@@ -69,7 +73,12 @@ def _read_lines(path: str) -> list[tuple[int, bytes]]:
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
-def _decode(line: bytes, path: str, number: int) -> str:
+def decode_line(line: bytes, path: str, number: int) -> str:
+    """The text of a line.
+
+    Raises:
+        ConfigError: it is not UTF-8.
+    """
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -79,9 +88,14 @@ def _decode(line: bytes, path: str, number: int) -> str:
         ) from error
 
 
-def _parse(line: bytes, path: str, number: int) -> dict[str, Any]:
+def parse_object(line: bytes, path: str, number: int) -> dict[str, Any]:
+    """The JSON object in a line.
+
+    Raises:
+        ConfigError: there is none.
+    """
     try:
-        record = json.loads(_decode(line, path, number))
+        record = json.loads(decode_line(line, path, number))
     except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}, line {number} is not JSON: {error}") from error
     if not isinstance(record, dict):
@@ -89,7 +103,12 @@ def _parse(line: bytes, path: str, number: int) -> dict[str, Any]:
     return record
 
 
-def _item(record: dict[str, Any], path: str, number: int) -> PromptItem:
+def read_item(record: dict[str, Any], path: str, number: int) -> PromptItem:
+    """The prompt an object of MT-Bench's or HumanEval's kind holds.
+
+    Raises:
+        ConfigError: it holds none.
+    """
     turns = record.get("turns")
     text = turns[0] if isinstance(turns, list) and turns else record.get("prompt")
     if not isinstance(text, str) or not text.strip():

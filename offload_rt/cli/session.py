@@ -10,9 +10,19 @@ from typing import TYPE_CHECKING
 from offload_rt.cli.console import Console, write_answer
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Settings
+from offload_rt.cli.planning import (
+    check_plan,
+    experience_path,
+    means_for,
+    reproducible,
+    speeds_for,
+)
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.planning.experience import add_seen, experience_key
+from offload_rt.planning.planner import Means
 from offload_rt.report import RunReport
 from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
 
@@ -144,8 +154,9 @@ def started_engine(
     model: Model, settings: Settings, console: Console, *, capacity: int, prompt_tokens: int
 ) -> Iterator["Engine"]:
     """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft)
-    draft = settings.draft
+    draft = reproducible(settings.draft, settings.sampling)
     if draft.kind == "triforce" and prompt_tokens <= draft.retrieval.budget_tokens:
         console.note(
             f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "
@@ -159,16 +170,31 @@ def started_engine(
             gauge.done = lambda: engine.device.load.statistics().bytes_copied
             gauge.total = engine.load_bytes
 
+        def means(packing: Packing) -> Means:
+            speeds = speeds_for(settings.profile, packing)
+            return means_for(model.checkpoint, settings.sampling, speeds, draft)
+
         engine = Engine(
             model.checkpoint,
             settings.runtime,
             capacities=[capacity],
             prompt_tokens=prompt_tokens,
-            draft=settings.draft,
+            draft=draft,
+            means=means,
             on_placed=show,
         )
     with engine:
-        yield engine
+        try:
+            yield engine
+        finally:
+            _keep_seen(model, settings, engine)
+
+
+def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
+    """Add what drafting gave to what is known of it."""
+    drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
+    key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
+    add_seen(experience_path(), key, engine.tally.seen())
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from offload_rt.cli.session import Answer, Answering
 from offload_rt.config import AcceptRule, DraftConfig
+from offload_rt.planning.planner import Plan
 from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size
 
@@ -34,7 +35,9 @@ def format_stats(answering: Answering, answer: Answer) -> str:
         ("tokens", _tokens(answer)),
         ("speed", _speed(answer)),
     ]
-    if answering.settings.draft.kind != "none":
+    if engine.plan.prediction is not None:
+        lines.append(("plan", _planned(engine.plan)))
+    if engine.draft.kind != "none":
         lines.append(("drafting", _drafting(answering, answer)))
     if (counts := report.speculation.retrieval) is not None:
         lines.append(("retrieve", _retrieval(answering, counts)))
@@ -112,7 +115,7 @@ def layer_ranges(layers: Sequence[int]) -> str:
 
 
 def _plan(answering: Answering) -> dict[str, Any]:
-    placement = answering.engine.placement
+    placement, prediction = answering.engine.placement, answering.engine.plan.prediction
     return {
         "drafter": answering.engine.draft.draft,
         "draft_tokens": answering.engine.draft.nodes,
@@ -130,8 +133,21 @@ def _plan(answering: Answering) -> dict[str, Any]:
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
         "home": str(placement.home),
-        "predicted_s_per_token": None,
+        "predicted_s_per_token": prediction.s_per_token if prediction else None,
+        "prediction": dataclasses.asdict(prediction) if prediction else None,
     }
+
+
+def _planned(plan: Plan) -> str:
+    """What the planner expected, and what of."""
+    prediction = plan.prediction
+    assert prediction is not None
+    chosen = drafter_name(plan.drafting.config)
+    if plan.drafting.config.nodes:
+        chosen += f", {'up to ' if plan.outlooks else ''}{plan.drafting.config.nodes} tokens"
+    return (
+        f"{chosen}; predicted {prediction.s_per_token:.3f} s/token, most of it {prediction.limit}"
+    )
 
 
 def _tokens(answer: Answer) -> str:
@@ -144,7 +160,7 @@ def _tokens(answer: Answer) -> str:
 
 def _drafting(answering: Answering, answer: Answer) -> str:
     speculation = answer.report.speculation
-    name = drafter_name(answering.settings.draft)
+    name = drafter_name(answering.engine.draft)
     if speculation.acceptance_rate is None:
         return f"{name}, nothing was drafted"
     depths = speculation.acceptance_per_depth[:_SHOWN_DEPTHS]
@@ -160,7 +176,7 @@ def _drafting(answering: Answering, answer: Answer) -> str:
 
 
 def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
-    config = answering.settings.draft
+    config = answering.engine.draft
     chosen = config.retrieval
     share = f" ({counts.accepted / counts.drafted:.0%})" if counts.drafted else ""
     builds = "once" if counts.builds == 1 else f"{counts.builds} times"

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.errors import StreamOrderError
 
+_ROUNDING_S = 1e-12  # less is no time
+
 Access = tuple[str, int]  # stream name, number of the operation in that stream
 
 
@@ -34,17 +36,73 @@ class SimEvent:
         """Return at once: simulated work is done when it is enqueued."""
 
 
+class SimLink:
+    """One direction of a link that several copy streams share: it carries one byte at a time.
+
+    A copy takes the time from when it is ready that the copies enqueued before it leave free, in
+    pieces if need be: so the link never idles while a copy is ready, and no enqueued copy is put
+    back by a later one. (Copy engines of a GPU share a link more evenly; when the last one ends is
+    the same.)
+
+    Attributes:
+        busy_s: time it has carried bytes.
+    """
+
+    def __init__(self) -> None:
+        self.busy_s = 0.0
+        self._end_s = 0.0
+        self._gaps: list[tuple[float, float]] = []  # free times before the end
+        self._streams: list[SimStream] = []
+
+    def join(self, stream: "SimStream") -> None:
+        """Let a stream's copies cross here."""
+        self._streams.append(stream)
+
+    def carry(self, ready_s: float, seconds: float) -> float:
+        """Carry a copy that is ready at a time and takes so long; returns when it is done."""
+        self.busy_s += seconds
+        oldest_s = min(stream.time_s for stream in self._streams)
+        gaps, self._gaps, rest_s, done_s = self._gaps, [], seconds, ready_s
+        for start_s, end_s in gaps:
+            begin_s = max(start_s, ready_s)
+            used_s = min(rest_s, max(0.0, end_s - begin_s))
+            if used_s > _ROUNDING_S:
+                rest_s, done_s = rest_s - used_s, begin_s + used_s
+            pieces = ((start_s, min(begin_s, end_s)), (begin_s + used_s, end_s))
+            self._gaps += [(a, b) for a, b in pieces if b > max(a, oldest_s)]
+        if rest_s > _ROUNDING_S:
+            begin_s = max(self._end_s, ready_s)
+            if begin_s > self._end_s:
+                self._gaps.append((self._end_s, begin_s))
+            self._end_s = done_s = begin_s + rest_s
+        return done_s
+
+
 class SimStream:
     """An in-order queue; as compute stream it runs `kernel`s, as copy stream `copy`s.
 
     Args:
         name: shown in errors.
         bytes_per_s: speed of `copy`.
+        link: carries the copies, if others share it.
+        back_bytes_per_s: speed of `store`, which has a direction of the link for itself; None: that
+            of `copy`.
     """
 
-    def __init__(self, name: str, bytes_per_s: float = 1.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        bytes_per_s: float = 1.0,
+        *,
+        link: SimLink | None = None,
+        back_bytes_per_s: float | None = None,
+    ) -> None:
         self.name, self.bytes_per_s = name, bytes_per_s
+        self.back_bytes_per_s = back_bytes_per_s or bytes_per_s
         self.time_s = 0.0
+        self._link = link
+        if link is not None:
+            link.join(self)
         self._clock: dict[str, int] = {name: 0}
         self._stalled_s = self._busy_s = 0.0
         self._bytes_copied = 0
@@ -52,13 +110,19 @@ class SimStream:
     def copy(self, dst: SimBuffer, src: SimBuffer) -> None:
         """Enqueue a copy; `dst` must be idle."""
         seconds = src.nbytes / self.bytes_per_s
-        self.kernel(reads=[src], writes=[dst], seconds=seconds)
+        done_s = self.time_s + seconds
+        if self._link is not None:
+            done_s = self._link.carry(self.time_s, seconds)
+        self.kernel(reads=[src], writes=[dst], seconds=done_s - self.time_s)
         self._busy_s += seconds
         self._bytes_copied += src.nbytes
 
     def store(self, dst: SimBuffer, src: SimBuffer) -> None:
-        """Enqueue a copy back to a home; it costs what a copy of `src` costs."""
-        self.copy(dst, src)
+        """Enqueue a copy of `src` back to a home."""
+        seconds = src.nbytes / self.back_bytes_per_s
+        self.kernel(reads=[src], writes=[dst], seconds=seconds)
+        self._busy_s += seconds
+        self._bytes_copied += src.nbytes
 
     def kernel(
         self, *, reads: Sequence[SimBuffer], writes: Sequence[SimBuffer], seconds: float

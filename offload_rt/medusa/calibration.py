@@ -7,7 +7,6 @@ is never worth more than its parent, so taking the best node of all again and ag
 tree of every size, each the beginning of the next. No torch here.
 """
 
-import heapq
 import json
 import math
 import os
@@ -18,6 +17,7 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.medusa.trees import DEFAULT_TREE, Choice, MedusaTree, cut, named_trees
 from offload_rt.model.files import read_json_object, shown
+from offload_rt.planning.acceptance import grow_tree
 
 CALIBRATION_FILE = "medusa_calibration.json"
 RANKS = 32  # ranks that are counted; upstream counts 20 and uses 10
@@ -81,28 +81,8 @@ def best_trees(accuracy: Sequence[Sequence[float]], nodes: int) -> NestedTrees:
         accuracy: [K][R] of each head at each rank.
         nodes: at most.
     """
-    # Chance can make a later rank more accurate than an earlier one: siblings go by accuracy.
-    orders = [[r for _, r in sorted((-a, r) for r, a in enumerate(row))] for row in accuracy]
-    choices: list[Choice] = []
-    values: list[float] = []
-    heap: list[tuple[float, int, Choice, int, float]] = []
-
-    def offer(parent: Choice, place: int, parent_value: float) -> None:
-        depth = len(parent)
-        if depth < len(orders) and place < len(orders[depth]):
-            rank = orders[depth][place]
-            value = parent_value * accuracy[depth][rank]
-            if value > 0.0:
-                heapq.heappush(heap, (-value, depth + 1, (*parent, rank), place, parent_value))
-
-    offer((), 0, 1.0)
-    while heap and len(choices) < nodes:
-        negative, _, choice, place, parent_value = heapq.heappop(heap)
-        choices.append(choice)
-        values.append(-negative)
-        offer(choice[:-1], place + 1, parent_value)
-        offer(choice, 0, -negative)
-    return NestedTrees(tuple(choices), tuple(values))
+    grown = grow_tree(accuracy, nodes)
+    return NestedTrees(grown.choices, grown.values)
 
 
 def tree_for(folder: Path, heads: int, nodes: int) -> MedusaTree:

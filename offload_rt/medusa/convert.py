@@ -28,6 +28,7 @@ from offload_rt.medusa.checkpoint import (
 from offload_rt.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.files import open_inside
+from offload_rt.model.header import TensorExtent
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -81,13 +82,16 @@ def read_heads(source: HeadsSource) -> Heads:
 
 def read_output_head(model: Checkpoint) -> torch.Tensor:
     """The output head of a model, [V, E]."""
-    extent = model.head or model.embedding
-    with open_inside(model.folder, extent.path.name) as file:
-        data = file.read(extent.nbytes, extent.offset)
-    stored = StoredTensor(
-        dtype=extent.dtype, shape=extent.shape, place=extent, file=extent.path.name
-    )
-    return _tensor(data, stored)
+    return _of_model(model, model.head or model.embedding)
+
+
+def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
+    """The bias of a model's output head, [V], if it has one."""
+    if model.head is None:
+        return None
+    name = model.head.name.removesuffix("weight") + "bias"
+    found = next((extent for extent in model.others if extent.name == name), None)
+    return None if found is None else _of_model(model, found)
 
 
 def with_output_head(heads: Heads, output_head: torch.Tensor) -> Heads:
@@ -131,6 +135,15 @@ def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:
     except OSError as error:
         raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
     return folder / name
+
+
+def _of_model(model: Checkpoint, extent: TensorExtent) -> torch.Tensor:
+    with open_inside(model.folder, extent.path.name) as file:
+        data = file.read(extent.nbytes, extent.offset)
+    stored = StoredTensor(
+        dtype=extent.dtype, shape=extent.shape, place=extent, file=extent.path.name
+    )
+    return _tensor(data, stored)
 
 
 def _tensor(data: bytes, stored: StoredTensor) -> torch.Tensor:

@@ -73,6 +73,21 @@ class MedusaHeads(nn.Module):
             states.append(state)
         return torch.stack(states)
 
+    def head(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of one head, [R, E] to [R, V]: what training computes at a time."""
+        state = hidden
+        for block in self.blocks[index]:  # type: ignore[attr-defined]  # as in `states`
+            state = block(state)
+        logits: torch.Tensor
+        if self.shape.lm_head is LmHead.OWN:
+            logits = self.lm_heads[index](state)
+        elif self.shape.lm_head is LmHead.COMMON:
+            logits = self.lm_head(state)
+        else:
+            assert self._model_head is not None
+            logits = self._model_head(state)
+        return logits
+
     def forward(self, hidden: torch.Tensor, heads: int | None = None) -> torch.Tensor:
         """Logits of the tokens 2, 3, ... places after the one that made each hidden state.
 

@@ -51,9 +51,9 @@ _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Checkpoint:
-    """The files of a model: what lies where.
+    """The files of a model: what lies where. One is equal to itself only, and so can be a key.
 
     Attributes:
         folder: the model folder.

@@ -199,6 +199,26 @@ class Network:
         logits: torch.Tensor = output.logits[0]
         return logits
 
+    def hidden(self, batch: TokenBatch) -> torch.Tensor:
+        """Run one pass that leaves the output head out.
+
+        Returns:
+            [R, E] what the output head would be fed for the wanted rows.
+        """
+        head, fed = _ends(self._model)[0], []
+
+        def keep(rows: torch.Tensor) -> torch.Tensor:
+            fed.append(rows[0])
+            return rows[..., :0]  # families scale or squash logits: they may do so with none
+
+        head.forward = keep
+        try:
+            self.forward(batch)
+        finally:
+            del head.forward
+        (rows,) = fed
+        return rows
+
     def _run_layer(
         self,
         index: int,

@@ -1,27 +1,43 @@
 """What a pass costs: the real pipeline, run on the simulated device with a profile's times.
 
-There is no second formula for overlap that could drift from what runs: `LayerPipeline` itself
-enqueues the copies, waits and kernels of a few passes, and the virtual clock says how long one
-takes once the ring is full. How long each copy and each layer takes comes from the profile.
+There is no second formula for overlap that could drift from what runs: `replay.py` has the
+pipelines themselves enqueue the copies, waits and kernels of a few passes, and the virtual clock
+says how long one takes once the rings are full. How long each copy and each layer takes comes from
+the profile.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 
-from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.errors import ConfigError
+from offload_rt.planning.replay import ReplayLayer, ReplayPass, replay
 from offload_rt.profiling.profile import (
+    Direction,
     HardwareProfile,
     LayerWork,
+    LinkLoad,
     Number,
     Obtained,
     Processor,
+    WeightOrder,
 )
-from offload_rt.profiling.rates import attention_s, layer_s
-from offload_rt.streaming.pipeline import LayerPipeline
+from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s
 
-# The lead of the copies over the kernels settles within a few passes; a period may span several.
-_WARM_PASSES, _TIMED_PASSES = 8, 4
+# Transfer and kernels take turns if together they fill so much of a pass and each so much of it.
+_APART, _PART = 0.9, 0.25
+
+
+class Limit(StrEnum):
+    """What a pass spends its time on.
+
+    `latency`: transfer and kernels take turns; more slots would let them overlap.
+    """
+
+    TRANSFER = "transfer"
+    COMPUTE = "compute"
+    DRAFTING = "drafting"
+    LATENCY = "latency"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,11 +48,19 @@ class LayerLoad:
         work: its weights and arithmetic.
         home_bytes: what crosses the link if it is streamed.
         kv_bytes: cached keys and values on the device that the pass attends to.
+        kv_home_bytes: those at the home, which cross the link in blocks.
+        kv_back_bytes: new ones that go home, per pass.
+        device: that holds the layer.
+        weights: how they lie where they compute.
     """
 
     work: LayerWork
     home_bytes: int
     kv_bytes: int = 0
+    kv_home_bytes: int = 0
+    kv_back_bytes: int = 0
+    device: int = 0
+    weights: WeightOrder = WeightOrder.PLAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +70,15 @@ class PassLoad:
     Attributes:
         layers: in order.
         streamed: indices of those whose home is elsewhere, ascending.
-        slots: device buffers they share.
+        slots: device buffers they share, on each device.
         tokens: that go through the layers at once.
         head: final projection, for as many rows; None to leave it out.
         between_s: what the device computes before the next pass, a drafter's time for one: the
             ring is refilled meanwhile.
+        kv_slots: device buffers that blocks of KV share, on each device.
+        kv_block_bytes: of such a block.
+        hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
+            first one has embedding and head.
     """
 
     layers: Sequence[LayerLoad]
@@ -59,6 +87,31 @@ class PassLoad:
     tokens: int = 1
     head: LayerWork | None = None
     between_s: float = 0.0
+    kv_slots: int = 0
+    kv_block_bytes: int = 0
+    hop_bytes: int = 0
+
+    @property
+    def devices(self) -> int:
+        """Devices that hold layers."""
+        return 1 + max((layer.device for layer in self.layers), default=0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinkRates:
+    """Bytes a second of all that crosses links.
+
+    Attributes:
+        home: weights, by device.
+        kv: blocks of KV; None if it stays on the device.
+        back: KV that goes home.
+        hop_s: seconds until a hidden state is on another device; None with one device.
+    """
+
+    home: tuple[Number, ...]
+    kv: Number | None = None
+    back: Number | None = None
+    hop_s: Number | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +123,22 @@ class PassTimes:
         head_s: the head's.
         home_bytes_per_s: of the link or disk that streamed layers come over.
         numbers: all that the times rest on.
+        kv_s: each layer's attention to KV from the home; empty if there is none.
+        device_bytes_per_s: of each device's own link; empty: all have `home_bytes_per_s`.
+        kv_bytes_per_s: of blocks of KV.
+        back_bytes_per_s: of KV on its way home.
+        hop_s: until a hidden state is on another device.
     """
 
     layer_s: tuple[float, ...]
     head_s: float
     home_bytes_per_s: float
     numbers: tuple[Number, ...]
+    kv_s: tuple[float, ...] = ()
+    device_bytes_per_s: tuple[float, ...] = ()
+    kv_bytes_per_s: float | None = None
+    back_bytes_per_s: float | None = None
+    hop_s: float = 0.0
 
     @property
     def obtained(self) -> Obtained:
@@ -89,10 +152,14 @@ class PassCost:
 
     Attributes:
         pass_s: from its begin to the begin of the next.
-        compute_s: in which kernels run.
-        stall_s: in which the compute stream waits for a copy.
-        home_bytes: that cross the link.
+        compute_s: in which kernels run, `between_s` included.
+        stall_s: in which no kernel runs: a copy or a hop is waited for.
+        home_bytes: weights that cross the link.
         obtained: how the worst number behind it is known.
+        transfer_s: in which the busiest link carries weights or KV to its device.
+        between_s: of which the drafter takes, see `PassLoad`.
+        kv_home_bytes: KV that crosses the link.
+        kv_back_bytes: KV that goes home.
     """
 
     pass_s: float
@@ -100,10 +167,64 @@ class PassCost:
     stall_s: float
     home_bytes: int
     obtained: Obtained
+    transfer_s: float = 0.0
+    between_s: float = 0.0
+    kv_home_bytes: int = 0
+    kv_back_bytes: int = 0
+
+    @property
+    def limit(self) -> Limit:
+        """What would have to be faster: the longest part, unless the parts take turns."""
+        kernels_s = self.compute_s - self.between_s
+        apart_s, inside_s = self.transfer_s + kernels_s, self.pass_s - self.between_s
+        if min(self.transfer_s, kernels_s) > _PART * inside_s >= _PART * _APART * apart_s:
+            return Limit.LATENCY
+        busy = {
+            Limit.TRANSFER: self.transfer_s,
+            Limit.COMPUTE: kernels_s,
+            Limit.DRAFTING: self.between_s,
+        }
+        return max(busy, key=lambda limit: busy[limit])
+
+
+def link_rates(
+    profile: HardwareProfile, load: PassLoad, *, together: bool | None = None
+) -> LinkRates:
+    """Look up the speeds of GPUs' links, for pinned memory and copies of the sizes there are.
+
+    Args:
+        profile: of the machine.
+        load: the pass.
+        together: other links carry bytes at the same time; None: if layers are on several devices.
+
+    Raises:
+        ProfileError: the profile lacks a link.
+    """
+    several = load.devices > 1 if together is None else together
+    busy = LinkLoad.TOGETHER if several else LinkLoad.ALONE
+    layer_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=2**28)
+    gpus = range(load.devices)
+    rates = LinkRates(
+        home=tuple(link_bytes_per_s(profile, layer_bytes, gpu=i, load=busy) for i in gpus),
+        hop_s=_hop_s(profile, load.hop_bytes) if load.devices > 1 else None,
+    )
+    size = load.kv_block_bytes
+    if not size:
+        return rates
+    back = link_bytes_per_s(profile, size, direction=Direction.D2H, load=busy)
+    return replace(rates, kv=link_bytes_per_s(profile, size, load=busy), back=back)
+
+
+def _hop_s(profile: HardwareProfile, nbytes: int) -> Number:
+    """Two copies, by way of host memory: consumer GPUs do not reach each other directly."""
+    out = link_bytes_per_s(profile, max(1, nbytes), direction=Direction.D2H)
+    back = link_bytes_per_s(profile, max(1, nbytes), gpu=1)
+    worst = max(out, back, key=lambda number: list(Obtained).index(number.obtained))
+    return replace(worst, value=nbytes / out.value + nbytes / back.value)
 
 
 def pass_times(
-    profile: HardwareProfile, load: PassLoad, processor: Processor, rate: Number
+    profile: HardwareProfile, load: PassLoad, processor: Processor, rate: Number | LinkRates
 ) -> PassTimes:
     """Look up how long each part of a pass takes.
 
@@ -114,82 +235,98 @@ def pass_times(
         load: the pass.
         processor: who computes it.
         rate: bytes a second of the home: `rates.link_bytes_per_s` at the size of a layer, or
-            `rates.disk_bytes_per_s` with the reads in flight.
+            `rates.disk_bytes_per_s` with the reads in flight; with streamed KV or several devices
+            those of all links.
 
     Raises:
         ProfileError: the profile lacks a number.
     """
-    numbers, seconds = [rate], []
-    known: dict[tuple[LayerWork, int], tuple[float, list[Number]]] = {}
-    for layer in load.layers:
-        key = (layer.work, layer.kv_bytes)
-        if key not in known:
-            parts = [layer_s(profile, layer.work, load.tokens, processor=processor)]
-            if layer.kv_bytes:
-                kv = attention_s(profile, layer.kv_bytes, load.tokens, processor=processor)
-                parts.append(kv)
-            known[key] = sum(part.value for part in parts), parts
-            numbers += known[key][1]
-        seconds.append(known[key][0])
-    head = None
-    if load.head is not None:
-        head = layer_s(profile, load.head, load.tokens, processor=processor)
-        numbers.append(head)
+    rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
+    numbers = [n for n in (*rates.home, rates.kv, rates.back, rates.hop_s) if n is not None]
+    works = {(layer.work, layer.weights) for layer in load.layers}
+    works |= {(load.head, WeightOrder.PLAIN)} if load.head else set()
+    sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
+    work_s = {
+        (work, order): layer_s(profile, work, load.tokens, processor=processor, weights=order)
+        for work, order in works
+    }
+    kv_s = {n: attention_s(profile, n, load.tokens, processor=processor) for n in sizes}
+    numbers += [*work_s.values(), *kv_s.values()]
+    seconds = {key: number.value for key, number in work_s.items()}
+    attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
     return PassTimes(
-        layer_s=tuple(seconds),
-        head_s=0.0 if head is None else head.value,
-        home_bytes_per_s=rate.value,
+        layer_s=tuple(
+            seconds[layer.work, layer.weights] + attending[layer.kv_bytes] for layer in load.layers
+        ),
+        head_s=seconds[load.head, WeightOrder.PLAIN] if load.head else 0.0,
+        home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
+        kv_s=tuple(attending[layer.kv_home_bytes] for layer in load.layers),
+        device_bytes_per_s=tuple(number.value for number in rates.home),
+        kv_bytes_per_s=rates.kv.value if rates.kv else None,
+        back_bytes_per_s=rates.back.value if rates.back else None,
+        hop_s=rates.hop_s.value if rates.hop_s else 0.0,
     )
 
 
 def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
-    """Run a few passes of the pipeline in virtual time and take the steady ones' mean.
+    """Run passes of the pipelines in virtual time until they repeat themselves.
 
     Raises:
-        ConfigError: layers are streamed, but there is no slot.
+        ConfigError: layers or KV are streamed, but there is no slot, or no speed.
     """
-    if load.streamed and load.slots < 1:
-        raise ConfigError(f"{len(load.streamed)} layers are streamed through {load.slots} slots")
-    copy, compute = SimStream("copy", times.home_bytes_per_s), SimStream("compute")
-    pipeline = _pipeline(load, copy, compute)
-    for _ in range(_WARM_PASSES):
-        _run_pass(load, times, pipeline, compute)
-    start_s, stalled_s = compute.time_s, compute.stalled_s()
-    for _ in range(_TIMED_PASSES):
-        _run_pass(load, times, pipeline, compute)
+    _check(load, times)
+    rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
+    work = ReplayPass(
+        layers=_replay_layers(load, times),
+        slots=load.slots,
+        kv_slots=load.kv_slots,
+        kv_block_bytes=load.kv_block_bytes,
+        home_bytes_per_s=rates,
+        kv_bytes_per_s=times.kv_bytes_per_s or times.home_bytes_per_s,
+        back_bytes_per_s=times.back_bytes_per_s or times.home_bytes_per_s,
+        hop_s=times.hop_s,
+        end_s=times.head_s + load.between_s,
+    )
+    done = replay(work)
+    kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + load.between_s
     return PassCost(
-        pass_s=(compute.time_s - start_s) / _TIMED_PASSES,
-        compute_s=sum(times.layer_s) + times.head_s + load.between_s,
-        stall_s=(compute.stalled_s() - stalled_s) / _TIMED_PASSES,
+        pass_s=done.pass_s,
+        compute_s=kernels_s,
+        stall_s=max(0.0, done.pass_s - kernels_s),
         home_bytes=sum(load.layers[i].home_bytes for i in load.streamed),
         obtained=times.obtained,
+        transfer_s=done.transfer_s,
+        between_s=load.between_s,
+        kv_home_bytes=sum(layer.kv_home_bytes for layer in load.layers),
+        kv_back_bytes=sum(layer.kv_back_bytes for layer in load.layers),
     )
 
 
-def _pipeline(
-    load: PassLoad, copy: SimStream, compute: SimStream
-) -> LayerPipeline[SimBuffer, SimBuffer] | None:
-    if not load.streamed:
-        return None
-    home = {i: SimBuffer(load.layers[i].home_bytes) for i in load.streamed}
-    slot_bytes = max(buffer.nbytes for buffer in home.values())
-    ring = [SimBuffer(slot_bytes) for _ in range(load.slots)]
-    return LayerPipeline(load.streamed, home, ring, copy, compute)
+def _check(load: PassLoad, times: PassTimes) -> None:
+    if load.streamed and load.slots < 1:
+        raise ConfigError(f"{len(load.streamed)} layers are streamed through {load.slots} slots")
+    offloaded = sum(layer.kv_home_bytes > 0 for layer in load.layers)
+    if offloaded and (load.kv_slots < 1 or load.kv_block_bytes < 1):
+        raise ConfigError(
+            f"the KV of {offloaded} layers is streamed through {load.kv_slots} slots of "
+            f"{load.kv_block_bytes} bytes"
+        )
+    speeds = len(times.device_bytes_per_s) or load.devices
+    if speeds < load.devices:
+        raise ConfigError(f"there are {load.devices} devices, but the speeds of {speeds} links")
 
 
-def _run_pass(
-    load: PassLoad,
-    times: PassTimes,
-    pipeline: LayerPipeline[SimBuffer, SimBuffer] | None,
-    compute: SimStream,
-) -> None:
+def _replay_layers(load: PassLoad, times: PassTimes) -> list[ReplayLayer]:
     streamed = set(load.streamed)
-    for index, seconds in enumerate(times.layer_s):
-        if index not in streamed:
-            compute.kernel(reads=[], writes=[], seconds=seconds)
-            continue
-        assert pipeline is not None
-        with pipeline.weights(index) as weights:
-            compute.kernel(reads=[weights], writes=[], seconds=seconds)
-    compute.kernel(reads=[], writes=[], seconds=times.head_s + load.between_s)
+    return [
+        ReplayLayer(
+            kernel_s=times.layer_s[index],
+            home_bytes=layer.home_bytes if index in streamed else None,
+            kv_bytes=layer.kv_home_bytes,
+            kv_kernel_s=times.kv_s[index] if times.kv_s else 0.0,
+            back_bytes=layer.kv_back_bytes,
+            device=layer.device,
+        )
+        for index, layer in enumerate(load.layers)
+    ]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.base import STAGING_BYTES
@@ -74,10 +75,8 @@ def demand_of(
         drafting: who drafts.
     """
     config, dtype = checkpoint.config, runtime.dtype
-    name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     number_bytes = number_bytes_of(checkpoint, dtype)
-    groups = (*checkpoint.layers, checkpoint.others)
-    *layouts, base = [plan_layout(group, "", name, packing) for group in groups]
+    *layouts, base = layouts_of(checkpoint, dtype, packing)
     layers = [layout.nbytes for layout in layouts]
     return Demand(
         layer_bytes=tuple(layers),
@@ -90,6 +89,19 @@ def demand_of(
         drafter_bytes=drafter_bytes(drafting, packing, capacities, shape)
         + retrieval_bytes(config, drafting.config, number_bytes, capacities),
     )
+
+
+@lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
+def layouts_of(checkpoint: Checkpoint, dtype: str, packing: Packing) -> tuple[LayerLayout, ...]:
+    """The image of each layer, and last of what is in no layer."""
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    groups = (*checkpoint.layers, checkpoint.others)
+    return tuple(plan_layout(group, "", name, packing) for group in groups)
+
+
+def image_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing) -> list[int]:
+    """Sizes of the same."""
+    return [layout.nbytes for layout in layouts_of(checkpoint, dtype, packing)]
 
 
 def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int) -> int:
@@ -113,10 +125,8 @@ def drafter_bytes(
     longer = 0  # a draft below another's begins behind that
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
     number_bytes = number_bytes_of(checkpoint, "auto")
-    groups = (*checkpoint.layers, checkpoint.others)
-    weights = [plan_layout(group, "", name, packing).nbytes for group in groups]
+    weights = image_bytes(checkpoint, "auto", packing)
     rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
     passes = replace(shape, logit_rows=config.tree_breadth)
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt

@@ -184,7 +184,7 @@ def plan_kv(
     capacities: Sequence[int],
     scratch_tokens: int,
 ) -> KVPlan | None:
-    """Size offloaded caches; None if `place` is the device.
+    """Size offloaded caches; None if `place` is the device, or rows are not kept.
 
     Args:
         place: where committed rows live.
@@ -194,7 +194,7 @@ def plan_kv(
         capacities: KV rows of each sequence.
         scratch_tokens: rows a step may leave pending.
     """
-    if place is KVPlace.DEVICE:
+    if place in (KVPlace.DEVICE, KVPlace.NONE):
         return None
     # Host memory is the CPU's own, unless a link to it is emulated.
     on_cpu = packing is not Packing.DEVICE

@@ -4,6 +4,7 @@ One function, `place`, that a searching planner can replace: as many resident la
 allows, spread evenly between the streamed ones so that the link never idles while they compute.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind
@@ -79,6 +80,7 @@ def place(
     *,
     slots: int | None = None,
     resident_layers: int | None = None,
+    resident: Sequence[int] | None = None,
 ) -> Placement:
     """Choose resident layers and slots within a limit.
 
@@ -87,12 +89,16 @@ def place(
         device_limit_bytes: device memory it may take.
         slots: slots of the ring; None chooses.
         resident_layers: layers to keep on the device; None keeps as many as fit.
+        resident: which layers; None spreads them evenly.
 
     Raises:
         ConfigError: a count is not possible for this model.
         PlanError: it does not fit; the message names the limit that would do.
     """
-    candidates = _candidates(demand, device_limit_bytes, slots, resident_layers)
+    if resident is None:
+        candidates = _candidates(demand, device_limit_bytes, slots, resident_layers)
+    else:
+        candidates = [_with_layers(demand, device_limit_bytes, slots, resident)]
     for placement in candidates:
         if placement.device_bytes <= device_limit_bytes:
             if slots is not None and slots > len(placement.streamed):
@@ -130,13 +136,35 @@ def _smallest(candidates: list[Placement]) -> Placement:
     return min(candidates, key=lambda placement: placement.device_bytes)
 
 
+def _with_layers(
+    demand: Demand, limit: int, slots: int | None, resident: Sequence[int]
+) -> Placement:
+    """Keep these layers.
+
+    Raises:
+        ConfigError: the model lacks one.
+    """
+    layers = len(demand.layer_bytes)
+    for layer in resident:
+        if not 0 <= layer < layers:
+            raise ConfigError(
+                f"the plan keeps layer {layer} on the device, the model has layers 0 to "
+                f"{layers - 1}: edit the plan, or make a new one with `offload-run plan --output`"
+            )
+    return _keep(demand, limit, sorted(set(resident)), slots or MIN_SLOTS)
+
+
 def _arrange(demand: Demand, limit: int, resident: int, slots: int) -> Placement:
     """Keep `resident` layers, spread evenly between the streamed ones."""
     layers = len(demand.layer_bytes)
-    kept = tuple(sorted({(2 * i + 1) * layers // (2 * resident) for i in range(resident)}))
-    streamed = tuple(i for i in range(layers) if i not in set(kept))
+    kept = sorted({(2 * i + 1) * layers // (2 * resident) for i in range(resident)})
+    return _keep(demand, limit, kept, slots)
+
+
+def _keep(demand: Demand, limit: int, kept: Sequence[int], slots: int) -> Placement:
+    streamed = tuple(i for i in range(len(demand.layer_bytes)) if i not in set(kept))
     return Placement(
-        resident=kept,
+        resident=tuple(kept),
         streamed=streamed,
         slots=min(slots, len(streamed)),
         slot_bytes=max((demand.layer_bytes[i] for i in streamed), default=0),

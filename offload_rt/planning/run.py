@@ -6,13 +6,14 @@ from dataclasses import dataclass, replace
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing, compute_dtype, plan_layout
+from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import (
     NO_DRAFTING,
     Drafting,
     PassShape,
     demand_of,
     kv_bytes_per_token,
+    layouts_of,
     number_bytes_of,
 )
 from offload_rt.planning.kv import KVPlan, kv_places, plan_kv
@@ -81,6 +82,8 @@ def place_run(
         shape=shape,
         drafting=load.drafting,
     )
+    if config.kv is KVPlace.NONE:
+        demand = replace(demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers)
     limit = config.device_limit_bytes or int(free.device_bytes * FREE_SHARE)
     kv_plans = [
         _plan_kv(kv, checkpoint, config, packing, load) for kv in kv_places(config, packing)
@@ -143,7 +146,13 @@ def _place_with_kv(
         if kv is not None:
             demand = replace(demand, kv_bytes=kv.device_bytes, kv=kv)
         try:
-            return place(demand, limit, slots=config.slots, resident_layers=config.resident_layers)
+            return place(
+                demand,
+                limit,
+                slots=config.slots,
+                resident_layers=config.resident_layers,
+                resident=config.resident,
+            )
         except PlanError as refusal:
             refusals.append(refusal)
     raise min(refusals, key=lambda refusal: refusal.needed_bytes)
@@ -171,9 +180,8 @@ def bytes_per_pass(
     """Bytes of the streamed layers, which cross the link in each pass."""
     if placement.home is HomeKind.HOST:
         return sum(placement.demand.layer_bytes[i] for i in placement.streamed)
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), config.dtype)
-    layers = [checkpoint.layers[i] for i in placement.streamed]
-    return sum(plan_layout(layer, "", name, packing).file_bytes for layer in layers)
+    layouts = layouts_of(checkpoint, config.dtype, packing)
+    return sum(layouts[i].file_bytes for i in placement.streamed)
 
 
 def choose_home(

@@ -37,9 +37,14 @@ def search_folders() -> tuple[Path, ...]:
     `./profiles`, the user's folder, then those that come with this package: next to it in a source
     tree, under `share` of the environment where it is installed.
     """
+    return (Path("profiles"), user_folder(), *shipped_folders())
+
+
+def shipped_folders() -> tuple[Path, Path]:
+    """Where those that come with this package are: in a source tree, or installed."""
     source_tree = Path(__file__).parents[2] / "profiles"
     installed = Path(sysconfig.get_path("data"), "share", "offload-rt", "profiles")
-    return (Path("profiles"), user_folder(), source_tree, installed)
+    return source_tree, installed
 
 
 def list_profiles() -> dict[str, Path]:

@@ -17,10 +17,12 @@ class Draft:
         tree: what is proposed.
         probs: [N, V] the distribution each token was drawn from, after temperature and filters,
             earlier siblings taken out; None when the tokens were not drawn but chosen.
+        nested: the first m nodes are what would have been proposed with m as limit, or nearly so.
     """
 
     tree: TokenTree = TokenTree()
     probs: torch.Tensor | None = None
+    nested: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +45,14 @@ class Drafter(Protocol):
     def name(self) -> str:
         """What the report calls it."""
 
-    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Propose what may follow.
 
         Args:
             ids: the sequence so far; its last token is the root of the tree.
             max_depth: deeper nodes cannot be of use.
+            max_nodes: propose no more, at least 1; None is the drafter's own number, which this
+                never exceeds.
         """
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:

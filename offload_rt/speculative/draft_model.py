@@ -150,15 +150,16 @@ class DraftModelDrafter:
         """
         self._sampling, self._generator = sampling, generator
 
-    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first."""
-        depth = min(max_depth, self._config.nodes)
+        config = self._config.limited(max_nodes)
+        depth = min(max_depth, config.nodes)
         if depth < 1:
             return Draft()
         logits = self._catch_up(ids)
-        if not self._config.as_tree:
+        if not config.as_tree:
             return self._chain(logits, depth)
-        return Draft(self._grow(logits, depth))
+        return Draft(self._grow(logits, depth, config))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
@@ -201,16 +202,16 @@ class DraftModelDrafter:
                 return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
             logits = self._feed(tokens[-1:])
 
-    def _grow(self, logits: torch.Tensor, max_depth: int) -> TokenTree:
+    def _grow(self, logits: torch.Tensor, max_depth: int, config: DraftConfig) -> TokenTree:
         """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
 
         What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
         """
-        budget = self._config.nodes
+        budget = config.nodes
         growth = _Growth(self._cache.length)
         growth.add(ROOT, *self._children(logits)[0])
-        for _ in range(self._config.tree_passes - 1):
-            chosen = growth.choose(budget, self._config.tree_breadth, max_depth)
+        for _ in range(config.tree_passes - 1):
+            chosen = growth.choose(budget, config.tree_breadth, max_depth)
             if not chosen:
                 break
             places, visible = growth.feed(chosen)

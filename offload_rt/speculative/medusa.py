@@ -62,7 +62,9 @@ class Medusa:
         nodes: int,
     ) -> None:
         self.heads = checkpoint.names.shape.heads
-        self.tree = tree_for(checkpoint.folder, self.heads, nodes)
+        self._folder = checkpoint.folder
+        self._trees = {nodes: tree_for(self._folder, self.heads, nodes)}
+        self.tree = self._trees[nodes]
         self._device = device
         self._known_ids = network.head_rows
         self._heads = load_heads(checkpoint, device, packing, network.dtype, network.head_logits)
@@ -73,6 +75,14 @@ class Medusa:
         self._guesses: dict[int, list[list[int]]] = {}
         self.on_kept: Callable[[int, Sequence[torch.Tensor]], None] = lambda index, kept: None
         network.watch_head(self._keep)
+
+    def tree_of(self, nodes: int | None) -> MedusaTree:
+        """The tree of at most that many nodes; None is the largest."""
+        if nodes is None or nodes >= len(self.tree):
+            return self.tree
+        if nodes not in self._trees:
+            self._trees[nodes] = tree_for(self._folder, self.heads, nodes)
+        return self._trees[nodes]
 
     def drafter(self, index: int) -> "MedusaDrafter":
         """The drafter of a sequence."""
@@ -163,10 +173,13 @@ class MedusaDrafter:
     def __init__(self, medusa: Medusa, index: int) -> None:
         self._medusa, self._index = medusa, index
 
-    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Fill the tree, down to `max_depth`; empty if the hidden state is not that of `ids`."""
         found = self._medusa.top_tokens(self._index, len(ids) - 1)
-        return Draft() if found is None else Draft(fill(self._medusa.tree, found, max_depth))
+        if found is None:
+            return Draft()
+        tree = self._medusa.tree_of(max_nodes)
+        return Draft(fill(tree, found, max_depth), nested=False)  # nodes go by depth
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: what was kept comes by `Medusa.committed`."""

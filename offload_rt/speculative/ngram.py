@@ -23,19 +23,20 @@ class NgramDrafter:
         self._ids: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where it ended, ascending
 
-    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Propose what followed the longest suffixes of `ids` that occurred before."""
         self._read(ids)
+        nodes = self._draft_tokens if max_nodes is None else min(max_nodes, self._draft_tokens)
         continuations: list[Sequence[int]] = []
         for size in range(MAX_SUFFIX, MIN_SUFFIX - 1, -1):
             for end in reversed(self._ends.get(tuple(ids[-size:]), ())[:-1]):
-                following = ids[end : end + min(max_depth, self._draft_tokens)]
+                following = ids[end : end + min(max_depth, nodes)]
                 known = any(list(following) == list(c[: len(following)]) for c in continuations)
                 if following and not known:
                     continuations.append(following)
                 if len(continuations) == CONTINUATIONS:
-                    return Draft(merge(continuations, self._draft_tokens))
-        return Draft(merge(continuations, self._draft_tokens))
+                    return _joined(continuations, nodes)
+        return _joined(continuations, nodes)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing to learn: the tokens themselves come with the next call."""
@@ -59,6 +60,11 @@ class NgramDrafter:
             for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
                 self._ends.setdefault(tuple(ids[end - size : end]), []).append(end)
         self._ids = list(ids)
+
+
+def _joined(continuations: Sequence[Sequence[int]], nodes: int) -> Draft:
+    """A draft of them; with several, fewer nodes are shared differently."""
+    return Draft(merge(continuations, nodes), nested=len(continuations) < 2)
 
 
 def merge(continuations: Sequence[Sequence[int]], max_nodes: int) -> TokenTree:

@@ -20,6 +20,16 @@ def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint
     if not config.model:  # Medusa heads are no model: see medusa/checkpoint.py
         return None
     draft = open_checkpoint(resolve_model(config.model))
+    check_sizes(target, draft)
+    return draft
+
+
+def check_sizes(target: Checkpoint, draft: Checkpoint) -> None:
+    """Refuse a draft model whose vocabulary cannot be the target's, by its size.
+
+    Raises:
+        ConfigError: they differ by more than padding.
+    """
     sizes = target.config.vocab_size, draft.config.vocab_size
     rows = target.embedding.shape[0], draft.embedding.shape[0]
     if abs(sizes[0] - sizes[1]) > PADDING_TOKENS:
@@ -27,7 +37,6 @@ def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint
             f"--draft model: {draft.folder.name} has {sizes[1]} tokens (embedding of {rows[1]} "
             f"rows), the target {sizes[0]} (of {rows[0]}): {_SAME}"
         )
-    return draft
 
 
 def check_vocabularies(target: Mapping[str, int], draft: Mapping[str, int], name: str) -> None:

@@ -73,9 +73,10 @@ class TriForceDrafter:
         """
         self._sampling, self._generator = sampling, generator
 
-    def propose(self, ids: Sequence[int], max_depth: int) -> Draft:
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Generate a chain with the retrieval cache; nothing while that is not built."""
-        depth, retrieval = min(max_depth, self._gamma), self._cache.retrieval
+        gamma = self._gamma if max_nodes is None else min(max_nodes, self._gamma)
+        depth, retrieval = min(max_depth, gamma), self._cache.retrieval
         if depth < 1 or retrieval.built_at is None:
             return Draft()
         tokens: list[int] = []

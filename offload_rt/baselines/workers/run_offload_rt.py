@@ -1,0 +1,105 @@
+"""Worker: offload_rt itself, with or without a drafter, in our own environment."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_rt.baselines.workers.harness import Clock, serve, versions
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    DraftShape,
+    DType,
+    GenerationConfig,
+    HomeKind,
+    KVPlace,
+    RetrievalConfig,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.engine import Engine
+from offload_rt.model.checkpoint import open_checkpoint
+
+
+class OffloadRt:
+    """One engine with room for as many sequences as a batch has."""
+
+    def load(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Place and load the model."""
+        runtime, draft = runtime_config(settings["runtime"]), draft_config(settings["draft"])
+        self.engine = Engine(
+            open_checkpoint(Path(settings["model"])),
+            runtime,
+            capacities=[settings["longest_tokens"]] * settings["batch"],
+            prompt_tokens=settings["prompt_tokens"],
+            draft=draft,
+        )
+        self.on_cpu = self.engine.device.torch_device.type == "cpu"
+        placement = self.engine.placement
+        return {
+            "config": {
+                "runtime": settings["runtime"],
+                "draft": settings["draft"],
+                "resident_layers": len(placement.resident),
+                "streamed_layers": len(placement.streamed),
+                "slots": placement.slots,
+                "bytes_per_pass": self.engine.bytes_per_pass,
+                "planned_device_bytes": placement.device_bytes,
+                "home": str(placement.home),
+            },
+            "threads": torch.get_num_threads(),
+            "versions": versions("offload-rt", "torch", "transformers"),
+        }
+
+    def answer(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        end_tokens: frozenset[int],
+        clock: Clock,
+    ) -> list[list[int]]:
+        """Continue all prompts at once, each from empty caches."""
+        self.engine.forget()
+        generation = GenerationConfig(max_tokens=max_tokens)
+        run = self.engine.start(prompts, SamplingConfig(), generation, end_tokens)
+        clock.tick(0)
+        run.prefill()
+        clock.tick(sum(len(s.emitted) for s in run.sequences))
+        while run.active:
+            run.step()
+            clock.tick(sum(len(s.emitted) for s in run.sequences))
+        return [sequence.emitted for sequence in run.sequences]
+
+    def gap(self, ids: Sequence[int], tokens: Sequence[int]) -> dict[str, Any]:
+        """Logits after a sequence."""
+        self.engine.forget()
+        logits = self.engine.forward([(0, ids)], reuse=False)[0].float()
+        return {"logits": [float(logits[token]) for token in tokens], "best": int(logits.argmax())}
+
+    def device_peak_bytes(self) -> int | None:
+        """Most memory the engine took of its device; on the CPU the process tells, as for all."""
+        return None if self.on_cpu else self.engine.device.peak_bytes()
+
+    def link_bytes(self) -> int:
+        """Bytes of layers and KV that crossed the link."""
+        return self.engine.link_bytes()
+
+
+def runtime_config(values: Mapping[str, Any]) -> RuntimeConfig:
+    """The record that a JSON object stands for."""
+    kinds = {"dtype": DType, "home": HomeKind, "kv": KVPlace}
+    return RuntimeConfig(**(dict(values) | {n: kind(values[n]) for n, kind in kinds.items()}))
+
+
+def draft_config(values: Mapping[str, Any]) -> DraftConfig:
+    """The record that a JSON object stands for."""
+    kinds = {"shape": DraftShape, "accept": AcceptRule}
+    given = dict(values) | {name: kind(values[name]) for name, kind in kinds.items()}
+    return DraftConfig(**(given | {"retrieval": RetrievalConfig(**values["retrieval"])}))
+
+
+if __name__ == "__main__":
+    sys.exit(serve(OffloadRt()))

@@ -1,0 +1,79 @@
+"""How fast a plan should be and why it was chosen, as lines of text."""
+
+from collections.abc import Sequence
+
+from offload_rt.cli.stats import drafter_name
+from offload_rt.planning.planner import Considered, Plan, Prediction
+from offload_rt.planning.speeds import Speeds
+from offload_rt.units import format_size
+
+_SHOWN = 6  # ways of drafting
+
+
+def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
+    """A plan's prediction with its parts, then the other ways that were looked at."""
+    if plan.prediction is None:
+        return []
+    name = speeds.profile.name
+    source = f"profile {name}"
+    if not speeds.own:
+        source += "; measure this machine with `offload-run profile`"
+    chosen = plan.prediction
+    lines = [
+        f"predicted ({source})",
+        _line("speed", f"{chosen.s_per_token:.3f} s/token", _yield(chosen)),
+        _line("a pass", f"{chosen.pass_s:.3f} s", _parts(chosen)),
+    ]
+    if chosen.draft_s:
+        lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", "before each pass"))
+    lines.append(_line("bound by", chosen.limit, _advice(chosen)))
+    others = _others(plan)
+    return [*lines, *(["other ways", *others] if others else [])]
+
+
+def _yield(prediction: Prediction) -> str:
+    return f"{prediction.tokens_per_pass:.2f} tokens per pass, {prediction.obtained} speeds"
+
+
+def _parts(prediction: Prediction) -> str:
+    parts = f"computing {prediction.compute_s:.3f} s, waiting {prediction.stall_s:.3f} s"
+    if prediction.home_bytes:
+        parts += f" for {format_size(prediction.home_bytes)}"
+    return parts
+
+
+def _advice(prediction: Prediction) -> str:
+    if prediction.limit == "transfer":
+        return "more --device-memory keeps more layers there, more draft tokens share a pass"
+    if prediction.limit == "drafting":
+        return "a smaller draft model or fewer draft tokens"
+    return "arithmetic and reading weights on the device"
+
+
+def _others(plan: Plan) -> Sequence[str]:
+    """The best of each drafter, the sizes next to the chosen one, and what does not fit."""
+    chosen = plan.drafting.config
+    rest = [
+        c for c in plan.considered if (c.draft.draft, c.draft.nodes) != (chosen.draft, chosen.nodes)
+    ]
+    fitting = [c for c in rest if c.prediction is not None]
+    fitting.sort(key=lambda c: c.prediction.s_per_token if c.prediction else 0.0)
+    none = [c for c in fitting if c.draft.kind == "none"]
+    shown = [*none, *(c for c in fitting if c not in none)][:_SHOWN]
+    lines = [_considered(c) for c in shown]
+    refused = [c for c in rest if c.prediction is None]
+    return [*lines, *(_line(_label(c), "", c.refusal) for c in refused[:1])]
+
+
+def _considered(way: Considered) -> str:
+    assert way.prediction is not None
+    return _line(_label(way), f"{way.prediction.s_per_token:.3f} s/token", _yield(way.prediction))
+
+
+def _label(way: Considered) -> str:
+    name = drafter_name(way.draft)
+    return f"{name} {way.draft.nodes}" if way.draft.nodes else "no drafting"
+
+
+def _line(what: str, number: str, detail: str) -> str:
+    return f"  {what:<20}{number:>15}  {detail}".rstrip()

@@ -1,0 +1,158 @@
+"""What verbs need to plan: the machine's profile, what drafting gave before, and plans as files."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.device.host import processor
+from offload_rt.device.nvml import find_driver
+from offload_rt.errors import ConfigError
+from offload_rt.medusa.calibration import best_trees, read_calibration
+from offload_rt.medusa.checkpoint import open_draft_heads
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
+from offload_rt.planning.experience import experience_key, read_seen
+from offload_rt.planning.plan_file import PlanFile, read_plan
+from offload_rt.planning.planner import Means
+from offload_rt.planning.speeds import Speeds
+from offload_rt.profiling.profile import HardwareProfile, Processor
+from offload_rt.profiling.store import (
+    find_profile,
+    list_profiles,
+    load_profile,
+    machine_name,
+    user_folder,
+)
+from offload_rt.speculative.pair import open_draft_checkpoint
+
+_STAND_IN_CPU, _STAND_IN_GPU = "cpu-2core-avx512bf16", "rtx4090-pcie4x16"
+
+
+def experience_path() -> Path:
+    """The file in which what drafting gave is kept, beside the user's profiles."""
+    return user_folder().parent / "drafting.json"
+
+
+def speeds_for(profile: str | None, packing: Packing) -> Speeds:
+    """Speeds of this machine, or of a profile that is asked for.
+
+    Without a profile of its own the machine is planned for with a shipped one: a GPU's of the same
+    name, else one that stands in.
+
+    Raises:
+        ProfileError: there is no such profile, or it is damaged.
+    """
+    who = Processor.CUDA if packing is Packing.DEVICE else Processor.CPU
+    name = profile or machine_name()
+    own = profile is not None or name in list_profiles()
+    if not own:
+        name = _stand_in(who)
+    found = load_profile(find_profile(name))
+    packs = who is Processor.CPU and bool(processor()[1])
+    return Speeds(profile=found, processor=who, packs=packs and _has_packed(found), own=own)
+
+
+def means_for(
+    checkpoint: Checkpoint, sampling: SamplingConfig, speeds: Speeds, draft: DraftConfig
+) -> Means:
+    """Everything the planner asks: speeds, and what drafting gives with these models."""
+    drafter = open_draft_checkpoint(checkpoint, draft)
+    known: dict[str, Yield] = {}
+    own = _calibrated(checkpoint, draft)
+
+    def yields(config: DraftConfig) -> Yield:
+        if config.kind not in known:
+            key = experience_key(checkpoint, config, drafter, sampling)
+            seen = read_seen(experience_path(), key)
+            known[config.kind] = expected_yield(config.kind, seen, own)
+        return known[config.kind]
+
+    return Means(speeds=speeds, yields=yields)
+
+
+def with_plan(values: Mapping[str, Any]) -> tuple[dict[str, Any], PlanFile | None]:
+    """The values of a command line, with those of its --plan in place of what was left open.
+
+    Raises:
+        ConfigError: the plan cannot be used, or an option contradicts it.
+    """
+    path = values.get("plan_path")
+    if path is None:
+        return dict(values), None
+    plan = read_plan(path)
+    return _merged(values, plan, path) | {"resident": plan.resident}, plan
+
+
+def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
+    """Refuse a plan of another model.
+
+    Raises:
+        ConfigError: the models have different numbers of layers.
+    """
+    if plan is not None and plan.layers != checkpoint.config.num_layers:
+        raise ConfigError(
+            f"the plan is for {plan.model} of {plan.layers} layers, {checkpoint.folder.name} has "
+            f"{checkpoint.config.num_layers}: make one for it with `offload-run plan --output`"
+        )
+
+
+def _merged(values: Mapping[str, Any], plan: PlanFile, path: Path) -> dict[str, Any]:
+    context = click.get_current_context()
+    merged = dict(values)
+    for name, value in plan.options.items():
+        if name not in values:
+            continue  # this verb has no such option
+        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+        if given and str(values[name]) != str(value):
+            flag = next(p.opts[-1] for p in context.command.params if p.name == name)
+            raise ConfigError(
+                f"{flag} is {values[name]}, --plan {path} has {value}: leave out one of them, or "
+                "edit the plan"
+            )
+        merged[name] = value
+    if context.get_parameter_source("resident_layers") is ParameterSource.COMMANDLINE:
+        raise ConfigError(
+            f"--resident-layers contradicts --plan {path}, which names the layers: leave out one"
+        )
+    return merged
+
+
+def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
+    """Fix what measured times would decide if a seed is to bring the same answer again."""
+    if sampling.greedy or sampling.seed is None:
+        return draft
+    if draft.kind == "auto":
+        return dataclasses.replace(draft, draft="none")
+    return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
+
+
+def _stand_in(who: Processor) -> str:
+    if who is Processor.CPU:
+        return _STAND_IN_CPU
+    driver = find_driver()
+    names = [gpu.name for gpu in driver.gpus[:1]] if driver is not None else []
+    for name, path in list_profiles().items():
+        gpus = load_profile(path).machine.gpus if names else ()
+        if gpus and gpus[0].name == names[0]:
+            return name
+    return _STAND_IN_GPU
+
+
+def _has_packed(found: HardwareProfile) -> bool:
+    return any(curve.weights == "packed" for curve in found.layers)
+
+
+def _calibrated(checkpoint: Checkpoint, draft: DraftConfig) -> Points | None:
+    """What a calibration says of Medusa heads, if they have one."""
+    heads = open_draft_heads(checkpoint, draft)
+    calibration = None if heads is None else read_calibration(heads.folder)
+    if calibration is None:
+        return None
+    trees = best_trees(calibration.accuracy, SIZES[-1])
+    return tuple((size, trees.tokens_per_pass(size) - 1.0) for size in SIZES)

@@ -1,0 +1,291 @@
+"""`offload-run simulate`: what a run would take on a machine one need not own; needs no torch."""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from offload_rt.cli import options
+from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
+from offload_rt.cli.options import draft_of, runtime_of
+from offload_rt.cli.simulate_table import (
+    comparisons_table,
+    model_table,
+    prediction_table,
+    scenario_help,
+)
+from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.errors import ConfigError
+from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
+from offload_rt.model.checkpoint import Checkpoint, resolve_model
+from offload_rt.model.outline import open_or_outline
+from offload_rt.planning.demand import Drafting, kv_bytes_per_token, number_bytes_of
+from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
+from offload_rt.planning.outlook import Seat, pass_load, price, seat_for
+from offload_rt.planning.placement import Placement
+from offload_rt.planning.published import Comparison, compare_published
+from offload_rt.planning.run import RunLoad, place_run
+from offload_rt.planning.scenario import load_scenario
+from offload_rt.planning.simulate import Prediction, over_retrieval, predict, simulate
+from offload_rt.profiling.adjust import NAMES, adjust_profile
+from offload_rt.profiling.profile import HardwareProfile
+from offload_rt.profiling.store import find_profile, load_profile, machine_name
+from offload_rt.speculative.pair import check_sizes
+
+_MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}
+
+
+@click.command("simulate")
+@click.argument("model", required=False)
+@click.option(
+    "--profile",
+    "profile_name",
+    default=None,
+    show_default="this machine's",
+    help="The machine: a profile by name, or its file; takes the place of a scenario's.",
+)
+@click.option(
+    "--profile-set",
+    multiple=True,
+    metavar="KEY=VALUE",
+    show_default="none",
+    help=f"Change a number of the profile: {', '.join(NAMES)}, or a place in the file as "
+    "links[0].bytes_per_s; may be given several times.",
+)
+@click.option(
+    "--scenario",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Take everything from a scenario file instead of MODEL and options.",
+)
+@click.option("--scenario-help", is_flag=True, help="Explain the keys of a scenario file.")
+@click.option(
+    "--validate", is_flag=True, help="Predict the published runs that come along; show both times."
+)
+@click.option(
+    "--acceptance",
+    default=None,
+    metavar="RATES",
+    help="How often a drafted token stands if those before it do: a rate for each depth (0.8,0.7; "
+    "the last goes on), for trees the rates of the ranks (0.6/0.2,0.5/0.1).",
+)
+@click.option(
+    "--inner-acceptance",
+    default=None,
+    metavar="RATES",
+    help="The same for what is drafted for triforce's own passes; without it nothing is.",
+)
+@click.option(
+    "--tokens-per-pass",
+    type=click.FloatRange(min=1, max=2**20),
+    default=None,
+    help="Tokens a pass emits, if that is what is known.",
+)
+@options.placement_options
+@options.draft_options
+@options.json_option
+@click.pass_context
+def simulate_verb(context: click.Context, model: str | None, **values: Any) -> int:  # noqa: ANN401
+    """Predict what a run would take, from a profile and sizes alone.
+
+    MODEL needs no weights: of most families config.json suffices. Layers are placed as a run would
+    place them on the profile's machine if nothing else used it; then the real pipelines run in
+    virtual time. Nothing is measured here: the answer is as good as the profile. Without --draft
+    nothing drafts.
+    """
+    mode = _mode(context, model)
+    if mode == "scenario_help":
+        click.echo(scenario_help())
+    elif mode == "validate":
+        _validate(values["json"])
+    elif mode == "scenario":
+        _scenario(values)
+    else:
+        assert model is not None  # _mode saw to it
+        if context.get_parameter_source("draft") is not ParameterSource.COMMANDLINE:
+            values["draft"] = "none"
+        _model(model, values)
+    return 0
+
+
+def _mode(context: click.Context, model: str | None) -> str:
+    """Which of the four things to do.
+
+    Raises:
+        ConfigError: none or several of them are asked for, or an option that has no effect.
+    """
+    given = [
+        name
+        for name in context.params
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    ]
+    modes = [name for name in _MODES if name in given]
+    if len(modes) + (model is not None) != 1:
+        wanted = ", ".join(["MODEL", *_MODES.values()])
+        raise ConfigError(f"simulate needs one of {wanted}")
+    if not modes:
+        return "model"
+    allowed = {modes[0], "json"}
+    if modes[0] == "scenario":
+        allowed |= {"profile_name", "profile_set"}
+    for name in given:
+        if name not in allowed:
+            raise ConfigError(
+                f"{_flag_of(context, name)} has no effect with {_MODES[modes[0]]}: leave it out"
+            )
+    return modes[0]
+
+
+def _flag_of(context: click.Context, name: str) -> str:
+    """The option as it is typed."""
+    found = (p.opts[0] for p in context.command.params if p.name == name)
+    return next(found, name)
+
+
+def _validate(as_json: bool) -> None:
+    rows = compare_published()
+    click.echo(json.dumps([_row(row) for row in rows]) if as_json else comparisons_table(rows))
+
+
+def _row(row: Comparison) -> dict[str, Any]:
+    return {
+        "scenario": row.scenario.name,
+        "profile": row.scenario.profile,
+        "per": row.per,
+        "published_s": row.found_s,
+        "predicted_s": row.predicted_s,
+        "error": row.error,
+        "hit": row.hit,
+        "assumed_inputs": list(row.assumed),
+        "source": row.scenario.found.source if row.scenario.found else "",
+        "prediction": dataclasses.asdict(row.prediction),
+    }
+
+
+def _scenario(values: dict[str, Any]) -> None:
+    scenario = load_scenario(values["scenario"])
+    name = values["profile_name"] or scenario.profile
+    profile = adjust_profile(load_profile(find_profile(name)), values["profile_set"])
+    made = simulate(scenario, profile)
+    if values["json"]:
+        known = {"scenario": scenario.name, "profile": profile.name}
+        click.echo(json.dumps(known | dataclasses.asdict(made)))
+    else:
+        head = f"{scenario.name}, {scenario.model.layers} layers, on {profile.name}"
+        click.echo("\n".join([head, *prediction_table(made)]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outlook:
+    """A simulated run and what it was made from."""
+
+    checkpoint: Checkpoint
+    from_files: bool
+    profile: HardwareProfile
+    placement: Placement
+    context_tokens: int
+    draft: DraftConfig
+    device: str
+    prediction: Prediction
+
+
+def _model(model: str, values: dict[str, Any]) -> None:
+    config, draft = runtime_of(values), draft_of(values)
+    name = values["profile_name"] or machine_name()
+    profile = adjust_profile(load_profile(find_profile(name)), values["profile_set"])
+    seat = seat_for(profile, config.device)
+    acceptance = Acceptance(
+        ranks=parse_ranks(values["acceptance"], "--acceptance") if values["acceptance"] else (),
+        inner=parse_ranks(values["inner_acceptance"], "--inner-acceptance")
+        if values["inner_acceptance"]
+        else (),
+        tokens_per_pass=values["tokens_per_pass"],
+    )
+    checkpoint, from_files = open_or_outline(resolve_model(model))
+    context = config.context_tokens or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS)
+    drafting = _drafting(checkpoint, config, draft, seat)
+    placement = place_run(
+        checkpoint,
+        config,
+        seat.packing,
+        load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
+        free=seat.free,
+    )
+    expected = expect(
+        draft,
+        acceptance,
+        seat,
+        draft_model=drafting.checkpoint,
+        heads_bytes=drafting.heads_bytes,
+        context_tokens=context,
+    )
+    load = pass_load(
+        checkpoint,
+        config,
+        seat,
+        placement,
+        context_tokens=context,
+        tokens=1 + draft.nodes,
+    )
+    step = None
+    if draft.kind == "triforce":
+        rows = kv_bytes_per_token(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
+        kept = min(context, draft.retrieval.budget_tokens) * rows // checkpoint.config.num_layers
+        step = over_retrieval(load, kept, 1 + (draft.inner.nodes if acceptance.inner else 0))
+    outlook = _Outlook(
+        checkpoint=checkpoint,
+        from_files=from_files,
+        profile=profile,
+        placement=placement,
+        context_tokens=context,
+        draft=draft,
+        device=str(seat.processor),
+        prediction=predict(load, expected, price(seat, config, placement), step),
+    )
+    click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
+
+
+def _drafting(
+    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, seat: Seat
+) -> Drafting:
+    """The drafter's sizes; of a draft model config.json suffices too."""
+    heads = open_draft_heads(checkpoint, draft)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, seat.packing, sequences=1)
+    if not draft.model:
+        return Drafting(draft, None, nbytes)
+    small, _ = open_or_outline(resolve_model(draft.model))
+    check_sizes(checkpoint, small)
+    return Drafting(draft, small, nbytes)
+
+
+def _as_json(outlook: _Outlook) -> dict[str, Any]:
+    placement = outlook.placement
+    known = {
+        "model": str(outlook.checkpoint.folder),
+        "weights_read": outlook.from_files,
+        "profile": outlook.profile.name,
+        "device": outlook.device,
+        "context_tokens": outlook.context_tokens,
+        "drafter": outlook.draft.draft,
+        "draft_tokens": outlook.draft.nodes,
+        "home": str(placement.home),
+        "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
+        "slots": placement.slots,
+        "device_bytes": placement.device_bytes,
+        "device_limit_bytes": placement.device_limit_bytes,
+    }
+    return known | dataclasses.asdict(outlook.prediction)
+
+
+def _as_table(outlook: _Outlook) -> str:
+    return model_table(
+        outlook.checkpoint,
+        outlook.placement,
+        outlook.prediction,
+        source="headers" if outlook.from_files else "config.json alone",
+        machine=f"{outlook.profile.name} ({outlook.device})",
+    )

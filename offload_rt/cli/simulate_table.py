@@ -1,0 +1,152 @@
+"""How `simulate` shows predictions, comparisons and the keys of a scenario."""
+
+import dataclasses
+import inspect
+import re
+import types
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from textwrap import wrap
+from typing import Any, get_args, get_origin, get_type_hints
+
+from offload_rt.config import HomeKind
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.planning.placement import Placement
+from offload_rt.planning.published import TOLERANCE, Comparison
+from offload_rt.planning.scenario import SCENARIO_VERSION, Scenario
+from offload_rt.planning.simulate import Prediction
+from offload_rt.profiling.profile import Obtained
+from offload_rt.units import format_size
+
+_HELP_WIDTH = 100
+_ATTRIBUTE = re.compile(r"(\w+): (.*)")
+_PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+
+
+def model_table(
+    checkpoint: Checkpoint, placement: Placement, made: Prediction, *, source: str, machine: str
+) -> str:
+    """A placed model and what its pass would take."""
+    demand, kv = placement.demand, placement.demand.kv
+    kept = "" if kv is None else f"the rest in {'host memory' if kv.host_bytes else 'a file'}"
+    lines = [
+        f"{checkpoint.folder.name}: {checkpoint.config.model_type}, "
+        f"{format_size(checkpoint.total_bytes)}, {checkpoint.config.num_layers} layers "
+        f"(from {source})",
+        f"on {machine}, as if nothing else ran there",
+        _memory(f"{made.resident_layers} resident layers", placement.resident_bytes),
+        _memory(f"{placement.slots} slots", placement.slots * placement.slot_bytes),
+        _memory("KV on the device", demand.kv_bytes, kept),
+        _memory("embedding, workspace", demand.base_bytes + demand.workspace_bytes),
+    ]
+    if demand.drafter_bytes:
+        lines.append(_memory("drafting", demand.drafter_bytes))
+    limit = f"the limit is {format_size(placement.device_limit_bytes)}"
+    lines.append(_memory("device memory", placement.device_bytes, limit))
+    if placement.streamed:
+        away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
+        nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)
+        lines.append(_memory("streamed layers", nbytes, f"in {away}"))
+    return "\n".join([*lines, *prediction_table(made)])
+
+
+def prediction_table(made: Prediction) -> Iterator[str]:
+    """The parts of a pass, a line each."""
+    back = f", {_gb(made.back_bytes_per_pass)} back" if made.back_bytes_per_pass else ""
+    yield "predicted, per pass in the steady state"
+    yield _time("token", made.s_per_token, f"{made.tokens_per_pass:.2f} tokens per pass")
+    yield _time("pass", made.s_per_pass, f"limited by {made.limit}")
+    yield _time("  transfer", made.transfer_s, _gb(made.bytes_per_pass) + back)
+    yield _time("  compute", made.compute_s, f"{made.streamed_layers} layers streamed")
+    yield _time("  drafting", made.drafting_s, "")
+    yield _time("  waiting", made.stall_s, "nothing computes")
+    if made.obtained is not Obtained.MEASURED:
+        yield f"rests on {made.obtained} numbers of the profile"
+
+
+def comparisons_table(rows: Sequence[Comparison]) -> str:
+    """Published and predicted times; what was assumed stands behind."""
+    lines = [f"{'seconds per token':<46}{'published':>10}{'predicted':>10}{'error':>8}"]
+    for row in rows:
+        name = row.scenario.name + (" (pass)" if row.per == "pass" else "")
+        assumed = f"  assumed: {', '.join(row.assumed)}" if row.assumed else ""
+        verdict = "" if row.hit else "  MISS"
+        lines.append(
+            f"{name:<46}{row.found_s:>10.4g}{row.predicted_s:>10.4g}{row.error:>+8.0%}"
+            f"{verdict}{assumed}"
+        )
+    hits = sum(row.hit for row in rows)
+    lines.append(f"{hits} of {len(rows)} within {TOLERANCE:.0%}")
+    return "\n".join(lines)
+
+
+def scenario_help() -> str:
+    """All keys of a scenario file, with units, bounds and defaults."""
+    lines = [
+        f"A scenario is a JSON object; schema_version is {SCENARIO_VERSION}. "
+        "Units are in the names of the keys.",
+    ]
+    waiting: list[tuple[str, Any]] = [("", Scenario)]
+    while waiting:
+        prefix, record = waiting.pop(0)
+        summary, docs = _attributes(record)
+        title = prefix.rstrip(".") or "the object"
+        lines += ["", *wrap(f"{title}: {summary}", _HELP_WIDTH)]
+        for field in dataclasses.fields(record):
+            kind, inner = _kind(get_type_hints(record)[field.name])
+            lines += _help_lines(field, kind, docs.get(field.name, ""))
+            if inner is not None and (f"{prefix}{field.name}.", inner) not in waiting:
+                waiting.append((f"{prefix}{field.name}.", inner))
+    return "\n".join(lines)
+
+
+def _help_lines(field: "dataclasses.Field[Any]", kind: str, doc: str) -> list[str]:
+    default = ""
+    if field.default is dataclasses.MISSING:
+        default = ", needed"
+    elif not dataclasses.is_dataclass(field.default) and field.default not in (None, ()):
+        default = f", {field.default} if left out"
+    text = f"{field.name} ({kind}{default})" + (f": {doc}" if doc else "")
+    return wrap(text, _HELP_WIDTH, initial_indent="  ", subsequent_indent="      ")
+
+
+def _kind(hint: Any) -> tuple[str, Any]:  # noqa: ANN401
+    """How a type is called in JSON, and the record it holds, if any."""
+    if isinstance(hint, types.UnionType):
+        (hint,) = [option for option in get_args(hint) if option is not types.NoneType]
+    if get_origin(hint) is tuple:
+        name, inner = _kind(get_args(hint)[0])
+        return f"list of {name}", inner
+    if dataclasses.is_dataclass(hint):
+        return "object", hint
+    if issubclass(hint, StrEnum):
+        return "one of " + ", ".join(hint), None
+    return _PLAIN[hint], None
+
+
+def _attributes(record: Any) -> tuple[str, dict[str, str]]:  # noqa: ANN401
+    """The summary of a record's docstring, and what it says of each attribute."""
+    text = inspect.getdoc(record) or ""
+    summary, _, rest = text.partition("Attributes:")
+    docs: dict[str, str] = {}
+    name = ""
+    for line in rest.splitlines():
+        match = _ATTRIBUTE.fullmatch(line.strip())
+        if match and line.startswith("    ") and not line.startswith("     "):
+            name = match[1]
+            docs[name] = match[2]
+        elif name and line.strip():
+            docs[name] += " " + line.strip()
+    return " ".join(summary.split()), docs
+
+
+def _memory(what: str, nbytes: int, detail: str = "") -> str:
+    return f"  {what:<22}{format_size(nbytes):>9}  {detail}".rstrip()
+
+
+def _time(what: str, seconds: float, detail: str) -> str:
+    return f"  {what:<22}{seconds:>9.4g} s  {detail}".rstrip()
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.3g} GB"

@@ -1,0 +1,222 @@
+"""A checkpoint's sizes from `config.json` alone, for planning a model one has not downloaded.
+
+Names, shapes and formats are those the files have (a test compares them with what transformers
+writes); where the bytes lie is made up, so nothing can be read through such a checkpoint: `files`
+is empty. No torch here.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import MappingProxyType
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, open_checkpoint
+from offload_rt.model.config import ModelConfig, load_model_config
+from offload_rt.model.files import shown
+
+Shapes = dict[str, tuple[int, ...]]
+
+_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+_DEFAULT_DTYPE = "bfloat16"
+_FILE = "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class _Family:
+    """What a layer has, and what of it the configuration may leave out.
+
+    Attributes:
+        norms: of the hidden size.
+        attention: made from the configuration.
+        mlp: made from the configuration.
+        tied: whether the embedding is the head where the file does not say.
+    """
+
+    norms: tuple[str, ...]
+    attention: Callable[[ModelConfig], Shapes]
+    mlp: Callable[[ModelConfig], Shapes]
+    tied: bool = False
+
+
+def open_or_outline(folder: Path) -> tuple[Checkpoint, bool]:
+    """Open a model folder; where it holds no weights, take the sizes from `config.json`.
+
+    Returns:
+        The checkpoint, and whether it was read from weight files.
+
+    Raises:
+        CheckpointError: what is there cannot be used, or the family's sizes are not known.
+    """
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return open_checkpoint(folder), True  # it says what is wrong
+    if "config.json" in names and not any(".safetensors" in name for name in names):
+        return outline_checkpoint(folder), False
+    return open_checkpoint(folder), True
+
+
+def outline_checkpoint(folder: Path) -> Checkpoint:
+    """Derive names, shapes and formats of all tensors from `config.json`.
+
+    Raises:
+        CheckpointError: the file cannot be used, or the family's sizes are not known.
+    """
+    folder = Path(os.path.abspath(folder))
+    config = load_model_config(folder)
+    family = _FAMILIES.get(config.model_type)
+    if family is None:
+        raise CheckpointError(
+            f"{folder} holds no weights, and of {shown(config.model_type)} models config.json "
+            f"alone does not tell the sizes (it does of {', '.join(sorted(_FAMILIES))}): give a "
+            "folder with the weights"
+        )
+    shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
+    for layer in range(config.num_layers):
+        parts = {f"{name}.weight": (config.hidden_size,) for name in family.norms}
+        for name, shape in (parts | family.attention(config) | family.mlp(config)).items():
+            shapes[f"model.layers.{layer}.{name}"] = shape
+    shapes["model.norm.weight"] = (config.hidden_size,)
+    tied = family.tied if config.tie_word_embeddings is None else config.tie_word_embeddings
+    if not tied:
+        shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
+    return _checkpoint(folder, config, shapes)
+
+
+def _checkpoint(
+    folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> Checkpoint:
+    code, offset, tensors = _CODES[config.dtype or _DEFAULT_DTYPE], 0, {}
+    for name, shape in shapes.items():
+        nbytes = prod(shape) * DTYPE_BYTES[code]
+        tensors[name] = TensorExtent(
+            name=name, dtype=code, shape=shape, path=folder / _FILE, offset=offset, nbytes=nbytes
+        )
+        offset += nbytes
+    prefixes = [f"model.layers.{layer}." for layer in range(config.num_layers)]
+    by_layer: dict[str, list[TensorExtent]] = {prefix: [] for prefix in ("", *prefixes)}
+    for name, extent in tensors.items():
+        parts = name.split(".")
+        prefix = ".".join(parts[:3]) + "." if parts[1] == "layers" else ""
+        by_layer[prefix].append(extent)
+    return Checkpoint(
+        folder=folder,
+        config=config,
+        tensors=MappingProxyType(tensors),
+        layers=tuple(tuple(by_layer[prefix]) for prefix in prefixes),
+        others=tuple(by_layer[""]),
+        embedding=tensors["model.embed_tokens.weight"],
+        head=tensors.get("lm_head.weight"),
+        tied_head=None,
+        files=MappingProxyType({}),
+    )
+
+
+def _flag(config: ModelConfig, name: str, default: bool = False) -> bool:
+    value = config.raw.get(name)
+    return default if value is None else bool(value)
+
+
+def _attention(
+    config: ModelConfig, *, bias: bool = False, out_bias: bool = False, head_norms: bool = False
+) -> Shapes:
+    query, key = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: Shapes = {}
+    for name, rows in (("q_proj", query), ("k_proj", key), ("v_proj", key)):
+        shapes[f"self_attn.{name}.weight"] = (rows, config.hidden_size)
+        if bias:
+            shapes[f"self_attn.{name}.bias"] = (rows,)
+    shapes["self_attn.o_proj.weight"] = (config.hidden_size, query)
+    if out_bias:
+        shapes["self_attn.o_proj.bias"] = (config.hidden_size,)
+    if head_norms:
+        shapes |= {f"self_attn.{name}.weight": (config.head_dim,) for name in ("q_norm", "k_norm")}
+    return shapes
+
+
+def _biased(config: ModelConfig) -> Shapes:
+    """Biases on all projections, or on none."""
+    bias = _flag(config, "attention_bias")
+    return _attention(config, bias=bias, out_bias=bias)
+
+
+def _normed(config: ModelConfig) -> Shapes:
+    """The same, with norms of each head."""
+    bias = _flag(config, "attention_bias")
+    return _attention(config, bias=bias, out_bias=bias, head_norms=True)
+
+
+def _plain(config: ModelConfig) -> Shapes:
+    return _attention(config)
+
+
+def _qwen2(config: ModelConfig) -> Shapes:
+    return _attention(config, bias=True)
+
+
+def _seed_oss(config: ModelConfig) -> Shapes:
+    bias = _flag(config, "attention_bias", default=True)
+    return _attention(config, bias=bias, out_bias=_flag(config, "attention_out_bias"))
+
+
+def _olmo2(config: ModelConfig) -> Shapes:
+    shapes = _biased(config)
+    for name, heads in (("q_norm", config.num_heads), ("k_norm", config.num_kv_heads)):
+        shapes[f"self_attn.{name}.weight"] = (heads * config.head_dim,)
+    return shapes
+
+
+def _phi3(config: ModelConfig) -> Shapes:
+    query = config.num_heads * config.head_dim
+    rows = query + 2 * config.num_kv_heads * config.head_dim
+    return {
+        "self_attn.qkv_proj.weight": (rows, config.hidden_size),
+        "self_attn.o_proj.weight": (config.hidden_size, query),
+    }
+
+
+def _gated(config: ModelConfig) -> Shapes:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "mlp.gate_proj.weight": (inner, hidden),
+        "mlp.up_proj.weight": (inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+def _gated_biased(config: ModelConfig) -> Shapes:
+    """The same, with biases if the configuration says so."""
+    shapes = _gated(config)
+    if _flag(config, "mlp_bias"):
+        shapes |= {name.replace(".weight", ".bias"): shape[:1] for name, shape in shapes.items()}
+    return shapes
+
+
+def _fused_gate(config: ModelConfig) -> Shapes:
+    hidden, inner = config.hidden_size, config.intermediate_size
+    return {
+        "mlp.gate_up_proj.weight": (2 * inner, hidden),
+        "mlp.down_proj.weight": (hidden, inner),
+    }
+
+
+_TWO = ("input_layernorm", "post_attention_layernorm")
+_FOUR = (*_TWO, "pre_feedforward_layernorm", "post_feedforward_layernorm")
+_AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(_TWO, _biased, _gated_biased),
+    "mistral": _Family(_TWO, _plain, _gated),
+    "ministral": _Family(_TWO, _plain, _gated),
+    "qwen2": _Family(_TWO, _qwen2, _gated),
+    "qwen3": _Family(_TWO, _normed, _gated),
+    "gemma2": _Family(_FOUR, _biased, _gated, tied=True),
+    "gemma3_text": _Family(_FOUR, _normed, _gated, tied=True),
+    "granite": _Family(_TWO, _biased, _gated_biased),
+    "olmo2": _Family(_AFTER, _olmo2, _gated),
+    "phi3": _Family(_TWO, _phi3, _fused_gate),
+    "seed_oss": _Family(_TWO, _seed_oss, _gated_biased),
+    "smollm3": _Family(_TWO, _biased, _gated_biased, tied=True),
+}

@@ -1,0 +1,160 @@
+"""What drafts give: tokens accepted, as expected at first and then as seen. No torch here."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from offload_rt.planning.acceptance import chain_tokens
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
+_PRIOR_STEPS = 8.0  # steps an expectation counts for against what was seen
+
+Points = tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of the draft of one sequence.
+
+    Attributes:
+        drafted: nodes that were proposed; a drafter may find none.
+        path: those that stood, from the root down.
+        nested: the first m nodes are what the drafter would have proposed had it been asked for m.
+    """
+
+    drafted: int
+    path: Sequence[int]
+    nested: bool
+
+
+# Tokens accepted per draft that was found, by nodes. They only decide until something was seen.
+# model: Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy (README).
+_MODEL: Points = ((1, 0.75), (2, 1.35), (4, 2.1), (8, 2.9), (16, 3.7), (64, 5.3), (256, 7.0))
+# medusa: 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
+_MEDUSA: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
+# ngram: assumed; a chain of what followed the same words before.
+_NGRAM_RATE, _NGRAM_HITS = 0.6, 0.3
+# triforce: 0.87 to 0.98 were seen over 6k tokens with a budget of 1024 (README).
+_TRIFORCE_RATE = 0.88
+
+
+def _chain(rate: float) -> Points:
+    return tuple((size, chain_tokens([rate], size) - 1.0) for size in SIZES)
+
+
+_EXPECTED: Mapping[str, Points] = {
+    "model": _MODEL,
+    "medusa": _MEDUSA,
+    "ngram": _chain(_NGRAM_RATE),
+    "triforce": _chain(_TRIFORCE_RATE),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seen:
+    """What drafting gave so far on this machine.
+
+    Attributes:
+        accepted: per number of nodes, steps it counts for and tokens accepted in each.
+        hits: share of the steps in which the drafter found something, and steps that counts for.
+    """
+
+    accepted: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    hits: tuple[float, float] = (0.0, 0.0)
+
+
+NOTHING_SEEN = Seen()
+
+
+@dataclass(frozen=True, slots=True)
+class Yield:
+    """Tokens that drafts of one drafter give.
+
+    Attributes:
+        points: nodes and tokens accepted per draft that was found, by nodes.
+        hits: share of the steps in which one is found.
+    """
+
+    points: Points
+    hits: float = 1.0
+
+    def accepted(self, nodes: int) -> float:
+        """Tokens accepted of a draft of that size; straight lines over the logarithm of the nodes.
+
+        Above the last point it stays, below the first it falls to 0 with the nodes.
+        """
+        places = [(0.0, 0.0), *((math.log2(1 + n), value) for n, value in self.points)]
+        x = math.log2(1 + nodes)
+        for (low, start), (high, end) in zip(places, places[1:], strict=False):
+            if x <= high:
+                return start + (end - start) * (x - low) / (high - low)
+        return places[-1][1]
+
+    def tokens(self, nodes: int) -> float:
+        """Tokens per step, the model's own one included."""
+        return 1.0 + self.hits * self.accepted(nodes)
+
+
+def expected_yield(kind: str, seen: Seen = NOTHING_SEEN, own: Points | None = None) -> Yield:
+    """What to expect of a drafter.
+
+    Args:
+        kind: `model`, `medusa`, `ngram` or `triforce`.
+        seen: what it gave on this machine.
+        own: what is known of this very drafter, in place of what its kind gives.
+    """
+    prior = Yield(own or _EXPECTED[kind])
+    points = [(size, _corrected(size, prior, seen)) for size in _sizes(prior, seen)]
+    steps, share = seen.hits
+    hits = _NGRAM_HITS if kind == "ngram" else 1.0
+    hits = (steps * share + _PRIOR_STEPS * hits) / (steps + _PRIOR_STEPS)
+    rising, most = [], 0.0
+    for size, value in points:  # more nodes never give less; chance may say so
+        most = max(most, value)
+        rising.append((size, most))
+    return Yield(tuple(rising), hits)
+
+
+class Tally:
+    """Counts what drafts gave."""
+
+    def __init__(self) -> None:
+        self._steps: dict[int, int] = {}
+        self._stood: dict[int, int] = {}
+        self._asked = self._found = 0
+
+    def add(self, asked: int, outcome: Outcome) -> None:
+        """Count a draft that was asked for, of at most `asked` nodes."""
+        self._asked += 1
+        self._found += bool(outcome.drafted)
+        if not outcome.drafted:
+            return
+        smaller = [size for size in SIZES if size < asked] if outcome.nested else []
+        for size in [*smaller, asked]:
+            self._steps[size] = self._steps.get(size, 0) + 1
+            stood = sum(node < size for node in outcome.path)
+            self._stood[size] = self._stood.get(size, 0) + stood
+
+    def seen(self) -> Seen:
+        """The counts as shares."""
+        return Seen(
+            accepted={n: (steps, self._stood[n] / steps) for n, steps in self._steps.items()},
+            hits=(self._asked, self._found / self._asked) if self._asked else (0.0, 0.0),
+        )
+
+
+def _sizes(prior: Yield, seen: Seen) -> Sequence[int]:
+    return sorted({size for size, _ in prior.points} | set(seen.accepted))
+
+
+def _corrected(size: int, prior: Yield, seen: Seen) -> float:
+    """Blend what was seen of a size with what its nearest seen neighbour tells of it."""
+    expected = prior.accepted(size)
+    others = [s for s in seen.accepted if s != size]
+    if others:
+        near = min(others, key=lambda s: abs(math.log2(1 + s) - math.log2(1 + size)))
+        steps, value = seen.accepted[near]
+        trust = steps / (steps + _PRIOR_STEPS)
+        expected *= 1.0 + trust * (value / max(prior.accepted(near), 1e-9) - 1.0)
+    steps, value = seen.accepted.get(size, (0.0, 0.0))
+    return (steps * value + _PRIOR_STEPS * expected) / (steps + _PRIOR_STEPS)

@@ -1,0 +1,129 @@
+"""What drafting gave on this machine, kept from run to run in one small file. No torch here.
+
+A damaged file is put aside as if there were none: it only makes the first guess better.
+"""
+
+import json
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.planning.drafting import NOTHING_SEEN, Seen
+
+_VERSION = 1
+_LIMIT_BYTES = 2**20
+_MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
+_MOST_ENTRIES = 500
+
+_log = logging.getLogger(__name__)
+
+
+def experience_key(
+    target: Checkpoint, draft: DraftConfig, drafter: Checkpoint | None, sampling: SamplingConfig
+) -> str:
+    """What counts belong to: both models by name and size, the drafter's shape, greedy or not."""
+    parts = [_named(target), draft.kind]
+    if drafter is not None:
+        parts.append(_named(drafter))
+    if draft.heads:
+        parts.append(Path(draft.heads).name)
+    if draft.model:
+        parts += [str(draft.shape), f"window {draft.window_tokens or 'full'}"]
+    if draft.kind == "triforce":
+        kept = draft.retrieval
+        parts.append(f"{kept.budget_tokens} tokens in chunks of {kept.chunk_tokens}")
+    parts.append("greedy" if sampling.greedy else f"temperature {sampling.temperature:g}")
+    return ", ".join(parts)
+
+
+def read_seen(path: Path, key: str) -> Seen:
+    """What was seen under a key; nothing if there is none or the file cannot be used."""
+    entry = _read(path).get(key)
+    return NOTHING_SEEN if entry is None else entry
+
+
+def add_seen(path: Path, key: str, new: Seen) -> None:
+    """Add counts to those of a key, and replace the file whole; what goes wrong is only logged."""
+    if not new.accepted:
+        return
+    entries = dict(_read(path))
+    entries[key] = _added(entries.pop(key, NOTHING_SEEN), new)  # the latest is last
+    for old in list(entries)[:-_MOST_ENTRIES]:
+        del entries[old]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _replace(path, json.dumps({"version": _VERSION, "entries": _as_json(entries)}, indent=1))
+    except OSError as error:
+        _log.info("what drafting gave was not kept in %s: %s", path, error.strerror or error)
+
+
+def _named(checkpoint: Checkpoint) -> str:
+    return f"{checkpoint.folder.name} of {checkpoint.total_bytes} bytes"
+
+
+def _added(old: Seen, new: Seen) -> Seen:
+    accepted = dict(old.accepted)
+    for size, counted in new.accepted.items():
+        accepted[size] = _mean(accepted.get(size, (0.0, 0.0)), counted)
+    return Seen(accepted=accepted, hits=_mean(old.hits, new.hits))
+
+
+def _mean(old: tuple[float, float], new: tuple[float, float]) -> tuple[float, float]:
+    kept = min(old[0], max(0.0, _MOST_STEPS - new[0]))
+    whole = kept + new[0]
+    return whole, (kept * old[1] + new[0] * new[1]) / whole if whole else 0.0
+
+
+def _as_json(entries: Mapping[str, Seen]) -> dict[str, object]:
+    return {
+        key: {"accepted": {str(n): list(v) for n, v in seen.accepted.items()}, "hits": seen.hits}
+        for key, seen in entries.items()
+    }
+
+
+def _read(path: Path) -> Mapping[str, Seen]:
+    try:
+        if not path.is_file() or path.stat().st_size > _LIMIT_BYTES:
+            return {}
+        raw = json.loads(path.read_text("utf-8"))
+        if raw["version"] != _VERSION:
+            return {}
+        return {str(key): _seen(**entry) for key, entry in raw["entries"].items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        _log.info("%s is not used: %s", path, error)
+        return {}
+
+
+def _seen(accepted: Mapping[str, object], hits: object) -> Seen:
+    sizes = {int(size): pair for size, pair in accepted.items()}
+    return Seen(
+        accepted={size: _pair(pair, size) for size, pair in sizes.items()},
+        hits=_pair(hits, 1),
+    )
+
+
+def _pair(pair: object, most: float) -> tuple[float, float]:
+    if not isinstance(pair, list) or len(pair) != 2:
+        raise ValueError(f"{pair!r} is not a number of steps and a mean")
+    steps, value = (float(number) for number in pair)
+    if not (0.0 <= steps < math.inf and 0.0 <= value <= most):  # NaN too
+        raise ValueError(f"{pair!r} cannot be")
+    return min(steps, _MOST_STEPS), value
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(name, path)
+    except BaseException:
+        with suppress(OSError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,176 @@
+"""Plans as files: what a planner chose, to be looked at, edited and replayed. No torch here.
+
+A plan names options of the command line with their values, so that it says nothing a flag could
+not, and every check of a flag is one of the plan. Beside them it keeps which layers stay on the
+device, the model's name and number of layers, and what was predicted (for the reader only).
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.planning.planner import Plan
+
+SCHEMA_VERSION = 1
+_LIMIT_BYTES = 2**20
+
+Value = str | int | float | None
+
+# Options a plan may fix, by the name of their field, and what their values may be.
+OPTIONS: Mapping[str, tuple[type, ...]] = {
+    "device": (str,),
+    "device_limit_bytes": (int,),
+    "host_limit_bytes": (int, type(None)),
+    "dtype": (str,),
+    "slots": (int, type(None)),
+    "home": (str,),
+    "context_tokens": (int, type(None)),
+    "kv": (str,),
+    "draft": (str,),
+    "draft_tokens": (int, type(None)),
+    "shape": (str,),
+    "draft_window": (int, type(None)),
+    "inner_tokens": (int, type(None)),
+    "budget_tokens": (int,),
+    "chunk_tokens": (int,),
+    "recent_share": (float, int),
+    "rebuild_tokens": (int,),
+}
+_KEYS = {"schema_version", "model", "layers", "options", "resident", "predicted"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanFile:
+    """A plan as it is written.
+
+    Attributes:
+        model: name of the model's folder.
+        layers: how many it has.
+        options: values of command-line options, by the names of `OPTIONS`.
+        resident: layers that stay on the device.
+        predicted: what a step should take; for the reader.
+    """
+
+    model: str
+    layers: int
+    options: Mapping[str, Value]
+    resident: tuple[int, ...]
+    predicted: Mapping[str, object] | None = None
+
+
+def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
+    """What of a plan is written."""
+    runtime, draft = plan.runtime, plan.drafting.config
+    kv = plan.placement.demand.kv
+    options: dict[str, Value] = {
+        "device": runtime.device,
+        "device_limit_bytes": plan.placement.device_limit_bytes,
+        "host_limit_bytes": runtime.host_limit_bytes,
+        "dtype": str(runtime.dtype),
+        "slots": plan.placement.slots or None,
+        "home": str(plan.placement.home if plan.placement.streamed else runtime.home),
+        "context_tokens": runtime.context_tokens,
+        "kv": str(kv.place) if kv else "device",
+        "draft": draft.draft,
+        "draft_tokens": draft.nodes or None,
+    }
+    if draft.model:
+        options |= {"shape": str(draft.shape), "draft_window": draft.draft_window}
+    if draft.kind == "triforce":
+        options |= {"inner_tokens": draft.inner_tokens, **asdict(draft.retrieval)}
+    return PlanFile(
+        model=checkpoint.folder.name,
+        layers=checkpoint.config.num_layers,
+        options=options,
+        resident=plan.placement.resident,
+        predicted=asdict(plan.prediction) if plan.prediction else None,
+    )
+
+
+def write_plan(path: Path, plan: PlanFile) -> None:
+    """Write a plan, whole or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    text = json.dumps({"schema_version": SCHEMA_VERSION} | asdict(plan), indent=1) + "\n"
+    name = ""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    except OSError as error:
+        with suppress(OSError):
+            os.unlink(name)
+        raise ConfigError(f"the plan cannot be written to {path}: {error.strerror}") from error
+
+
+def read_plan(path: Path) -> PlanFile:
+    """Read a plan.
+
+    Raises:
+        ConfigError: it cannot be read, or is none this version knows.
+    """
+    raw = _read_object(path)
+    unknown = sorted(set(raw) - _KEYS)
+    if unknown:
+        raise _unusable(path, f"it has {unknown[0]!r}, which no plan has")
+    if raw.get("schema_version") != SCHEMA_VERSION:
+        version = raw.get("schema_version")
+        raise _unusable(path, f"schema_version is {version!r}, known is {SCHEMA_VERSION}")
+    model, layers, resident = raw.get("model"), raw.get("layers"), raw.get("resident")
+    if not isinstance(model, str) or not _is_count(layers):
+        raise _unusable(path, "model must be a name and layers a number")
+    if not isinstance(resident, list) or not all(_is_count(layer) for layer in resident):
+        raise _unusable(path, "resident must be a list of layers")
+    return PlanFile(
+        model=model,
+        layers=layers,  # type: ignore[arg-type]
+        options=_options(path, raw.get("options")),
+        resident=tuple(resident),
+    )
+
+
+def _options(path: Path, raw: object) -> Mapping[str, Value]:
+    if not isinstance(raw, dict):
+        raise _unusable(path, "options must be an object")
+    for name, value in raw.items():
+        if name not in OPTIONS:
+            raise _unusable(path, f"options has {name!r}; known are {', '.join(OPTIONS)}")
+        if type(value) not in OPTIONS[name]:
+            raise _unusable(path, f"options.{name} cannot be {json.dumps(value)}")
+    return raw
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    try:
+        if not path.is_file():
+            raise _unusable(path, "there is no such file")
+        if path.stat().st_size > _LIMIT_BYTES:
+            raise _unusable(path, f"it has more than the {_LIMIT_BYTES} bytes a plan may have")
+        raw = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise _unusable(path, error.strerror or str(error)) from error
+    except (ValueError, RecursionError) as error:
+        raise _unusable(path, f"it is not JSON ({error})") from error
+    if not isinstance(raw, dict):
+        raise _unusable(path, "it is not a JSON object")
+    return raw
+
+
+def _unusable(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"--plan {path} is not a usable plan: {why}; make one with `offload-run plan --output`"
+    )

@@ -1,0 +1,470 @@
+"""Choose what lives where, who drafts, and how much, by predicted seconds per token. No torch here.
+
+Every candidate is placed within the memory there is (`run.place_run`), its pass is run by the real
+pipeline on the simulated device with the profile's times (`cost.cost_of`), and what a draft gives
+comes from what drafting gave before (`drafting`). What the user fixed is fixed in all candidates.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from offload_rt.config import DraftConfig, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.planning.acceptance import triforce_tokens
+from offload_rt.planning.controller import StepOutlook
+from offload_rt.planning.cost import (
+    LayerLoad,
+    LinkRates,
+    PassCost,
+    PassLoad,
+    cost_of,
+    pass_times,
+)
+from offload_rt.planning.demand import Drafting, image_bytes, kv_bytes_per_token, number_bytes_of
+from offload_rt.planning.drafting import SIZES, Yield
+from offload_rt.planning.kv import KVPlan, KVSizes
+from offload_rt.planning.placement import Placement, smallest_bytes
+from offload_rt.planning.run import FreeMemory, RunLoad, place_run
+from offload_rt.planning.speeds import Speeds
+from offload_rt.profiling.profile import LayerWork, Obtained
+
+MAX_SIZES = {"ngram": 32, "model": 256, "medusa": 256, "triforce": 64}
+SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
+_REFINED = 4  # candidates whose rings are varied
+_HEADROOM = 1.05  # a larger draft that costs no more than that leaves the controller room
+
+NGRAM_S = 3e-4  # a look-up, measured: 0.1 to 0.5 ms
+_STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
+_INNER_RATES = {"ngram": 0.4, "model": 0.7}  # below triforce; assumed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a step of the main loop should take.
+
+    Attributes:
+        s_per_token: seconds per token after the first.
+        pass_s: the pass over the target, from the end of drafting to its logits.
+        draft_s: drafting, while the ring goes on filling.
+        tokens_per_pass: emitted per step.
+        compute_s: of the pass, kernels.
+        stall_s: of the pass, waiting for copies.
+        home_bytes: that cross the link in it.
+        obtained: how the worst number behind it is known.
+    """
+
+    s_per_token: float
+    pass_s: float
+    draft_s: float
+    tokens_per_pass: float
+    compute_s: float
+    stall_s: float
+    home_bytes: int
+    obtained: Obtained
+
+    @property
+    def limit(self) -> str:
+        """What takes most of the step."""
+        parts = {"drafting": self.draft_s, "compute": self.compute_s, "transfer": self.stall_s}
+        return max(parts, key=lambda name: parts[name])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Considered:
+    """A way to run that was looked at.
+
+    Attributes:
+        draft: who drafts, and how much.
+        prediction: of its best placement; None where it does not fit.
+        refusal: why it does not.
+    """
+
+    draft: DraftConfig
+    prediction: Prediction | None = None
+    refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What was chosen.
+
+    Attributes:
+        runtime: with slots and place of KV as chosen.
+        drafting: who drafts, and how much at most.
+        placement: what lives where.
+        prediction: what a step should take; None without a profile.
+        outlooks: what drafts of each size should give and take, for the controller; empty if the
+            number of tokens is fixed.
+        considered: the best way with each drafter and size.
+        smallest_bytes: the lowest limit of device memory under which one of them fits.
+    """
+
+    runtime: RuntimeConfig
+    drafting: Drafting
+    placement: Placement
+    prediction: Prediction | None = None
+    outlooks: tuple[StepOutlook, ...] = ()
+    considered: tuple[Considered, ...] = ()
+    smallest_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Means:
+    """What the planner may use.
+
+    Attributes:
+        speeds: of the machine.
+        yields: what drafts of a kind of drafter give.
+    """
+
+    speeds: Speeds
+    yields: Callable[[DraftConfig], Yield]
+
+
+def make_plan(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    packing: Packing,
+    *,
+    load: RunLoad,
+    free: FreeMemory,
+    means: Means | None,
+) -> Plan:
+    """Plan a run: `plan_run`, or, where nothing is known of the machine, as it is asked for.
+
+    Raises:
+        ConfigError: an option has no effect; or nothing is known, and the drafter is left open.
+        PlanError: it does not fit.
+        ProfileError: the profile lacks a number.
+    """
+    if means is not None:
+        return plan_run(checkpoint, runtime, packing, load=load, free=free, means=means)
+    if load.drafting.config.kind == "auto":
+        raise ConfigError("--draft auto needs speeds of the machine: name a drafter, or none")
+    placement = place_run(checkpoint, runtime, packing, load=load, free=free)
+    return Plan(
+        runtime=runtime,
+        drafting=load.drafting,
+        placement=placement,
+        smallest_bytes=_smallest(placement, runtime),
+    )
+
+
+def _smallest(placement: Placement, runtime: RuntimeConfig) -> int:
+    if runtime.resident is not None:
+        return placement.device_bytes
+    return smallest_bytes(
+        placement.demand, slots=runtime.slots, resident_layers=runtime.resident_layers
+    )
+
+
+def plan_run(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    packing: Packing,
+    *,
+    load: RunLoad,
+    free: FreeMemory,
+    means: Means,
+) -> Plan:
+    """Search for the fastest way to run.
+
+    Args:
+        checkpoint: headers of the model.
+        runtime: limits and choices of the user.
+        packing: how layer images are laid out on the device.
+        load: capacities, prompt, and the user's choice of drafting: `auto` leaves the drafter open,
+            no tokens their number.
+        free: memory that is free now.
+        means: speeds of the machine, and what drafting gives.
+
+    Raises:
+        ConfigError: an option has no effect or contradicts another.
+        PlanError: nothing fits; the refusal that asks for least.
+        ProfileError: the profile lacks a number.
+    """
+    draft = load.drafting.config
+    search = _Search(checkpoint, runtime, packing, load, free, means)
+    found: list[_Candidate] = []
+    refusals: list[tuple[DraftConfig, PlanError]] = []
+    for config in _drafts(draft, runtime, load):
+        try:
+            found.append(search.candidate(config, runtime))
+        except PlanError as refusal:
+            refusals.append((config, refusal))
+    if not found:
+        raise min((refusal for _, refusal in refusals), key=lambda r: r.needed_bytes)
+    chosen = _choose(search.refined(found))
+    considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
+    considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
+    return Plan(
+        runtime=chosen.runtime,
+        drafting=chosen.drafting,
+        placement=chosen.placement,
+        prediction=chosen.prediction,
+        outlooks=() if _is_fixed(draft) else tuple(search.outlooks(chosen)),
+        considered=tuple(considered),
+        smallest_bytes=min(
+            *(_smallest(c.placement, runtime) for c in found),
+            *(refusal.needed_bytes for _, refusal in refusals),
+            chosen.placement.device_bytes,
+        ),
+    )
+
+
+def _is_fixed(draft: DraftConfig) -> bool:
+    return draft.kind == "none" or draft.draft_tokens is not None
+
+
+def _drafts(draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad) -> Iterator[DraftConfig]:
+    """Every drafter and size to look at."""
+    if _is_fixed(draft):
+        yield draft
+        return
+    kinds = [draft.draft]
+    if draft.kind == "auto":
+        yield replace(draft, draft="none")
+        kinds = ["ngram"]
+        offloads = runtime.kv is not KVPlace.DEVICE
+        if offloads and load.prompt_tokens > draft.retrieval.budget_tokens:
+            kinds.append("triforce")
+    for name in kinds:
+        sized = replace(draft, draft=name)
+        most = min(MAX_SIZES[sized.kind], max(load.capacities))
+        for size in SIZES:
+            if size <= most and _has_room(sized, size):
+                yield replace(sized, draft_tokens=size)
+
+
+def _has_room(draft: DraftConfig, size: int) -> bool:
+    try:
+        replace(draft, draft_tokens=size)
+    except ConfigError:  # a window too small for so many
+        return False
+    return True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    runtime: RuntimeConfig
+    drafting: Drafting
+    placement: Placement
+    prediction: Prediction
+
+    @property
+    def draft(self) -> DraftConfig:
+        return self.drafting.config
+
+    @property
+    def s_per_token(self) -> float:
+        return self.prediction.s_per_token
+
+
+def _choose(found: Sequence[_Candidate]) -> _Candidate:
+    """The fastest, or the next larger draft if that costs hardly more: it can shrink in the run."""
+    best = min(found, key=lambda c: (c.s_per_token, c.draft.nodes))
+    larger = [
+        c
+        for c in found
+        if c.draft.draft == best.draft.draft
+        and c.draft.nodes > best.draft.nodes > 0
+        and c.s_per_token <= _HEADROOM * best.s_per_token
+    ]
+    return min(larger, key=lambda c: (c.draft.nodes, c.s_per_token), default=best)
+
+
+class _Search:
+    """Places and prices candidates."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runtime: RuntimeConfig,
+        packing: Packing,
+        load: RunLoad,
+        free: FreeMemory,
+        means: Means,
+    ) -> None:
+        self._checkpoint, self._runtime, self._packing = checkpoint, runtime, packing
+        self._load, self._free, self._means = load, free, means
+        self._model = _ModelWork.of(checkpoint, runtime.dtype, packing)
+
+    def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
+        """Place one and price it."""
+        drafting = replace(self._load.drafting, config=draft)
+        load = replace(self._load, drafting=drafting)
+        placement = place_run(self._checkpoint, runtime, self._packing, load=load, free=self._free)
+        prediction = self._predict(drafting, placement, draft.nodes)
+        return _Candidate(
+            runtime=runtime, drafting=drafting, placement=placement, prediction=prediction
+        )
+
+    def refined(self, found: Sequence[_Candidate]) -> list[_Candidate]:
+        """The same, and the best of them with other rings."""
+        best = sorted(found, key=lambda c: c.s_per_token)[:_REFINED]
+        more = []
+        for candidate in best:
+            streamed = len(candidate.placement.streamed)
+            if self._runtime.slots is not None or not candidate.prediction.draft_s:
+                continue
+            for slots in SLOT_CHOICES:
+                if slots > streamed or slots == candidate.placement.slots:
+                    continue
+                try:
+                    runtime = replace(self._runtime, slots=slots)
+                    more.append(self.candidate(candidate.draft, runtime))
+                except (PlanError, ConfigError):  # the ring is larger than what it would stream
+                    continue
+        return [*found, *more]
+
+    def outlooks(self, chosen: _Candidate) -> Iterator[StepOutlook]:
+        """What drafts of the sizes there is room for should give and take."""
+        draft = chosen.draft
+        limits = [0, *(size for size in SIZES if size < draft.nodes), draft.nodes]
+        for size in limits if draft.kind != "none" else []:
+            drafting = replace(chosen.drafting, config=draft.limited(size) if size else draft)
+            gives = self._means.yields(draft).accepted(size) if size else 0.0
+            draft_s = self._draft_s(drafting, chosen.placement, size)
+            cost = self._pass(chosen.placement, size + 1, self._context, draft_s)
+            yield StepOutlook(
+                nodes=size,
+                tokens=1.0 + gives,
+                draft_s=draft_s,
+                pass_s=cost.pass_s - draft_s + _STEP_S,
+            )
+
+    def _predict(self, drafting: Drafting, placement: Placement, nodes: int) -> Prediction:
+        draft_s = self._draft_s(drafting, placement, nodes)
+        cost = self._pass(placement, nodes + 1, self._context, draft_s)
+        hits, tokens, seconds = 1.0, 1.0, cost.pass_s
+        if nodes:
+            gives = self._means.yields(drafting.config)
+            hits, tokens = gives.hits, gives.tokens(nodes)
+        if hits < 1.0:
+            plain = self._pass(placement, 1, self._context, 0.0)
+            seconds = hits * cost.pass_s + (1.0 - hits) * plain.pass_s
+        return Prediction(
+            s_per_token=(seconds + _STEP_S) / tokens,
+            pass_s=seconds - hits * draft_s,
+            draft_s=hits * draft_s,
+            tokens_per_pass=tokens,
+            compute_s=cost.compute_s - draft_s,
+            stall_s=cost.stall_s,
+            home_bytes=cost.home_bytes,
+            obtained=cost.obtained,
+        )
+
+    @property
+    def _context(self) -> int:
+        """Cached tokens of all sequences a pass attends to, about."""
+        return self._load.prompt_tokens
+
+    def _draft_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
+        """Time to draft that many nodes for each sequence."""
+        config, sequences = drafting.config, len(self._load.capacities)
+        if not nodes or config.kind == "none":
+            return 0.0
+        if config.kind == "triforce":
+            return sequences * self._triforce_s(drafting, placement, nodes)
+        if config.kind == "medusa":
+            work = LayerWork(
+                weight_bytes=drafting.heads_bytes, flops_per_token=drafting.heads_bytes
+            )
+            return self._means.speeds.layer_s(work, 1, resident=False).value
+        return sequences * self._plain_draft_s(drafting, config.limited(nodes))
+
+    def _plain_draft_s(self, drafting: Drafting, config: DraftConfig) -> float:
+        if drafting.checkpoint is None:
+            return NGRAM_S
+        model = _ModelWork.of(drafting.checkpoint, "auto", self._packing)
+        context = min(self._context, config.window_tokens or self._context)
+        passes, rows = config.nodes, 1
+        if config.as_tree:
+            passes, rows = config.tree_passes, config.tree_breadth
+        return passes * model.resident_pass_s(self._means.speeds, rows, context)
+
+    def _triforce_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
+        config = drafting.config
+        inner = config.inner
+        work = triforce_tokens([1.0], nodes, [_INNER_RATES[inner.kind]], inner.nodes)
+        budget = min(config.retrieval.budget_tokens, self._context)
+        rows = min(inner.nodes, nodes) + 1
+        # It reads the retrieval cache, which is on the device, whatever holds the full one.
+        demand = replace(placement.demand, kv=None)
+        each = self._pass(replace(placement, demand=demand), rows, budget, 0.0).pass_s
+        inner_s = self._plain_draft_s(drafting, inner)
+        return work.retrieval_passes * (each + inner_s)
+
+    def _pass(self, placement: Placement, rows: int, context: int, between_s: float) -> PassCost:
+        """A pass of so many rows per sequence over so many cached tokens."""
+        speeds, model, kv = self._means.speeds, self._model, placement.demand.kv
+        tokens, kv_bytes = rows * len(self._load.capacities), model.kv_row_bytes * context
+        sizes = None if kv is None or kv.attend_on_host else kv.sizes[0]
+        resident = set(placement.resident)
+        kept_kv = range(len(model.layers)) if sizes is None else sizes.resident
+        load = PassLoad(
+            layers=[
+                LayerLoad(
+                    work=work,
+                    home_bytes=placement.demand.layer_bytes[i],
+                    kv_bytes=kv_bytes if i in kept_kv else 0,
+                    kv_home_bytes=0 if i in kept_kv else kv_bytes,
+                    weights=speeds.order(resident=i in resident),
+                )
+                for i, work in enumerate(model.layers)
+            ],
+            streamed=placement.streamed,
+            slots=placement.slots,
+            tokens=tokens,
+            head=model.head,
+            between_s=between_s,
+            kv_slots=sizes.slots if sizes else 0,
+            kv_block_bytes=sizes.slot_bytes if sizes else 0,
+        )
+        rates = self._rates(placement, kv, sizes)
+        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, rates))
+
+    def _rates(self, placement: Placement, kv: KVPlan | None, sizes: KVSizes | None) -> LinkRates:
+        speeds, runtime = self._means.speeds, self._runtime
+        layers = placement.demand.layer_bytes
+        block = max((layers[i] for i in placement.streamed), default=max(layers))
+        home = speeds.home_bytes_per_s(placement.home, runtime, block)
+        if kv is None or sizes is None:
+            return LinkRates(home=(home,))
+        where = HomeKind.HOST if kv.place is KVPlace.HOST else HomeKind.DISK
+        rate = speeds.home_bytes_per_s(where, runtime, sizes.slot_bytes)
+        return LinkRates(home=(home,), kv=rate, back=rate)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelWork:
+    """What a token asks of a model's parts."""
+
+    layers: tuple[LayerWork, ...]
+    head: LayerWork
+    kv_row_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, dtype: str, packing: Packing) -> "_ModelWork":
+        number_bytes = number_bytes_of(checkpoint, dtype)
+        *layers, _ = image_bytes(checkpoint, dtype, packing)
+        config = checkpoint.config
+        head = number_bytes * checkpoint.embedding.shape[0] * config.hidden_size
+        return cls(
+            layers=tuple(_work(nbytes, number_bytes) for nbytes in layers),
+            head=_work(head, number_bytes),
+            kv_row_bytes=kv_bytes_per_token(config, number_bytes) // config.num_layers,
+        )
+
+    def resident_pass_s(self, speeds: Speeds, rows: int, context: int) -> float:
+        """A pass of this model where all of it is on the device."""
+        layers = sum(speeds.layer_s(work, rows, resident=True).value for work in self.layers)
+        attention = speeds.attention_s(self.kv_row_bytes * context, rows).value * len(self.layers)
+        return layers + attention + speeds.layer_s(self.head, rows, resident=False).value
+
+
+def _work(nbytes: int, number_bytes: int) -> LayerWork:
+    """All weights take part in every token; of a layer of experts that is too much."""
+    return LayerWork(weight_bytes=nbytes, flops_per_token=2 * nbytes // number_bytes)

@@ -1,0 +1,242 @@
+"""`offload-run compare`: its options, report and Ctrl-C; the real workers of our environment."""
+
+import json
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from offload_rt.baselines import engines
+from offload_rt.baselines.engines import EngineSpec
+from offload_rt.cli import compare_chart
+
+FAKE = Path(__file__).with_name("fake_worker.py")
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Engines `good`, `other`, ... that compute nothing; ours is one of them."""
+    for name in ("offload-rt", "offload-rt+draft", "good", "slow", "other", "crash", "hang"):
+        behaviour = "good" if name.startswith("offload-rt") else name
+        spec = EngineSpec(
+            name=name, arguments=(str(FAKE), behaviour), environment=name, module="json"
+        )
+        monkeypatch.setitem(engines.KNOWN, name, spec)
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    path.write_text('{"prompt": "the quick fox"}\n{"prompt": "a lazy dog | and more"}\n')
+    return path
+
+
+@pytest.fixture
+def compare(offload_run, tiny_model, questions, tmp_path):
+    def call(*more, output="out", memory="256MiB"):
+        base = ("compare", tiny_model, "--prompts", questions, "-n", 6, "--rounds", 2)
+        return offload_run(
+            *base,
+            "--device-memory",
+            memory,
+            "--output",
+            tmp_path / output,
+            "--device",
+            "cpu",
+            *more,
+        )
+
+    return call
+
+
+def sections(markdown):
+    parts = re.split(r"^## (.*)$", markdown, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def rows_of(section):
+    lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
+    return [[c.strip() for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
+
+
+def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):
+    done = compare("--against", "slow,other,crash", "--batch", "2,1", "--draft", "ngram")
+    assert done.code == 0
+    assert "crash, batch 1: not run (warm-up: ended with exit code 1" in done.err
+    out = tmp_path / "out"
+    assert (out / "report.md").read_text() == done.out
+    found = sections(done.out)
+    assert done.out.startswith(f"# offload-run compare: {tiny_model.name}\n")
+    for fact in (
+        "device memory: 256 MiB",
+        "memory cap: 2.25 GiB",
+        "prompts: 2 of questions.jsonl",
+        "answers: up to 6 tokens, greedy",
+        "batch sizes: 1, 2",
+        "offload-rt+draft: --draft ngram",
+        "dropped from it before each process",
+    ):
+        assert fact in done.out
+    table = rows_of(found["Engines"])
+    order = ["offload-rt", "offload-rt+draft", "slow", "other"]
+    assert [(row[0], row[1], row[2]) for row in table] == [
+        (name, batch, "2") for batch in ("1", "2") for name in order
+    ]
+    slow = table[2]
+    assert slow[3:7] == ["1.000", "1.00", "2.00", "2.00"]
+    assert [row[-1] for row in table[:4]] == ["-", "2 of 2", "2 of 2", "0 of 2"]
+    assert [row[:3] for row in rows_of(found["Not run"])] == [
+        ["crash", "1", "1"],
+        ["crash", "2", "1"],
+    ]
+    assert rows_of(found["Most tokens a second"])[1][0] == "2"
+    differences = rows_of(found["Different texts"])
+    assert {(row[0], row[1], row[3]) for row in differences} == {("other", b, "2") for b in "12"}
+    assert all(row[-1] == "16.000, 15.875, near" for row in differences)
+    assert "ZeRO-Inference" in found["Fairness"] and "large batches" in found["Fairness"]
+    record = json.loads((out / "report.json").read_text())
+    assert [(e["engine"], e["batch"]) for e in record["engines"]] == [
+        (r[0], int(r[1])) for r in table
+    ]
+    assert record["failed"][0]["reason"].endswith("ValueError: no such layer")
+    assert sorted(p.name for p in (out / "logs").iterdir())[0].startswith("crash-batch1-round1")
+
+
+def test_weights_that_were_in_memory_are_reported(compare, fakes, offload_run, tmp_path):
+    assert "## Doubtful" not in compare("--against", "slow").out
+    path = tmp_path / "out" / "raw.jsonl"
+    setup, *rows = map(json.loads, path.read_text().splitlines())
+    for row in rows:
+        if row["run"]["engine"] == "slow":
+            row |= {"cached_bytes": setup["weights_bytes"]} if row["kind"] == "loaded" else {}
+            row["host_peak_bytes"] = setup["cap_bytes"] + 1
+    path.write_text("".join(json.dumps(line) + "\n" for line in (setup, *rows)))
+    doubtful = sections(offload_run("compare", "--report-only", path.parent).out)["Doubtful"]
+    assert "- slow, batch 1 had 2.25 GiB in memory, more than the cap" in doubtful
+    assert "- slow, batch 1 began with" in doubtful and "offload-rt" not in doubtful
+
+
+def test_report_only_makes_the_same_report(compare, fakes, offload_run, tmp_path):
+    done = compare("--against", "slow,crash")
+    out = tmp_path / "out"
+    kept = {name: (out / name).read_bytes() for name in ("report.md", "report.json")}
+    for name in kept:
+        (out / name).unlink()
+    again = offload_run("compare", "--report-only", out)
+    assert (again.code, again.out) == (0, done.out)
+    assert kept == {name: (out / name).read_bytes() for name in kept}
+    with (out / "raw.jsonl").open("ab") as file:
+        file.write(b'{"kind"')
+    torn = offload_run("compare", "--report-only", out)
+    assert (torn.code, torn.out) == (0, done.out) and "has no end and is left out" in torn.err
+    assert json.loads(offload_run("compare", "--report-only", out, "--json").out)["rows"] == 14
+
+
+def test_ctrl_c_keeps_the_rows_and_the_same_command_goes_on(compare, fakes, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
+
+    def interrupt():
+        until = threading.Event()
+        while not (tmp_path / "pids").exists():
+            until.wait(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    done = compare("--against", "slow,hang")
+    thread.join()
+    assert done.code == 130
+    assert "interrupted: 7 rows are in" in done.err and "Traceback" not in done.err
+    assert [row[0] for row in rows_of(sections(done.out)["Engines"])] == ["offload-rt", "slow"]
+    pid = (tmp_path / "pids").read_text().split()[0]
+    assert not Path(f"/proc/{pid}").exists()
+    assert not (tmp_path / "out" / "scratch").exists()
+    monkeypatch.setitem(engines.KNOWN, "hang", engines.KNOWN["good"])
+    more = compare("--against", "slow,hang")
+    assert more.code == 2 and "its engines are others" in more.err
+    spec = engines.KNOWN["good"]
+    mended = EngineSpec(name="hang", arguments=spec.arguments, environment="", module="json")
+    monkeypatch.setitem(engines.KNOWN, "hang", mended)
+    more = compare("--against", "slow,hang")
+    assert more.code == 0
+    assert [row[2] for row in rows_of(sections(more.out)["Engines"])] == ["2", "2", "2"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--against", "vllm"], "--against vllm is not known: use deepspeed, "),
+        (["--against", "offload-rt"], "--against offload-rt is not known"),
+        (["--against", "transformers-assisted"], "needs a --draft model:MODEL"),
+        (["--batch", "1,x"], "--batch is 1,x, accepted are numbers from 1 to 1024"),
+        (["--batch", "0"], "--batch is 0"),
+        (["--memory-cap", "100MiB"], "--memory-cap is 100 MiB, on the CPU --device-memory"),
+        (["-n", "1"], "--max-tokens is 1, accepted is 2 or more"),
+        (["-n", "9999"], "the longest prompt has"),
+        (["--engine-python", "deepspeed"], "--engine-python is deepspeed, accepted is ENGINE=PATH"),
+        (["--engine-python", "deepspeed=/no"], "/no is no program that can be run"),
+        (["--engine-python", "x=/bin/sh"], "--engine-python x=... has no effect: compared are"),
+        (["--rounds", "0"], "--rounds"),
+        (["--timeout", "0"], "--timeout"),
+        (["--draft", "what"], "--draft what is not known"),
+        (["--report-only", "x"], "--report-only needs the rows of its folder only"),
+    ],
+)
+def test_bad_usage(arguments, message, compare):
+    done = compare(*arguments)
+    assert (done.code, done.out) == (2, "")
+    assert message in done.err and "Traceback" not in done.err
+    assert done.err.count("\n") <= 4
+
+
+@pytest.mark.parametrize("missing", ["--output", "--prompts", "--device-memory", "MODEL"])
+def test_what_is_missing_is_named(missing, offload_run, tiny_model, questions, tmp_path):
+    given = {"--output": tmp_path, "--prompts": questions, "--device-memory": "1GiB"}
+    arguments = [part for flag, value in given.items() if flag != missing for part in (flag, value)]
+    model = [] if missing == "MODEL" else [tiny_model]
+    done = offload_run("compare", *model, *arguments)
+    assert (done.code, done.out) == (2, "")
+    assert re.fullmatch(rf"offload-run: error: {missing} is missing: [^\n]+\n", done.err)
+
+
+def test_a_folder_without_rows_is_refused(offload_run, tmp_path):
+    done = offload_run("compare", "--report-only", tmp_path)
+    assert done.code == 2 and re.search(r"cannot read .*raw.jsonl: No such file", done.err)
+    (tmp_path / "raw.jsonl").touch()
+    done = offload_run("compare", "--report-only", tmp_path)
+    assert done.code == 2 and "has no rows: run the comparison first" in done.err
+
+
+def test_the_chart(compare, fakes, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    done = compare("--against", "slow", "--batch", "1,2")
+    assert (done.code, "no chart" in done.err) == (0, False)
+    assert (tmp_path / "out" / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_there_is_a_note_and_no_chart(compare, fakes, tmp_path, monkeypatch):
+    monkeypatch.setattr(compare_chart.importlib.util, "find_spec", lambda name: None)
+    done = compare("--against", "", "--draft", "ngram")
+    assert done.code == 0 and "no chart: matplotlib is not installed" in done.err
+    assert not (tmp_path / "out" / "chart.png").exists()
+
+
+@pytest.mark.slow
+def test_the_real_engines_of_this_environment_write_the_same_text(compare, tmp_path, monkeypatch):
+    """fp32, prompts of two lengths as one batch; accelerate keeps some modules on disk."""
+    monkeypatch.setattr(engines, "baselines_folder", lambda: tmp_path)
+    done = compare(
+        "--against", "accelerate,transformers,deepspeed-nvme", "--rounds", 1, "--batch", 2,
+        memory="128.4MiB",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    table = rows_of(sections(done.out)["Engines"])
+    assert [row[0] for row in table] == ["offload-rt", "accelerate", "transformers"], done.out
+    assert [row[-1] for row in table[1:]] == ["2 of 2"] * 2
+    ((name, *_, reason),) = rows_of(sections(done.out)["Not run"])
+    assert name == "deepspeed-nvme" and "tools/setup_baselines.sh" in reason
+    record = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "disk" in record["configurations"]["accelerate, batch 2"]["config"]["modules"]

@@ -1,0 +1,284 @@
+"""`simulate`: a machine one does not own, a scenario, the published table; and what it refuses."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from test_outline import LLAMA_70B
+from test_profile import PROJECT
+from test_scenario import CHAIN, LAYER_70B, tree_of
+
+from offload_rt.planning.scenario import DrafterShape, ModelShape, PlacementShape, Scenario
+
+GPU = "rtx4090-pcie4x16"
+PARTS = {
+    "s_per_token",
+    "s_per_pass",
+    "tokens_per_pass",
+    "bytes_per_pass",
+    "transfer_s",
+    "compute_s",
+    "stall_s",
+    "drafting_s",
+    "limit",
+}
+
+
+@pytest.fixture
+def big(tmp_path):
+    """Llama-2-70B's configuration, and nothing else."""
+    folder = tmp_path / "llama-70b"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B))
+    return folder
+
+
+@pytest.fixture
+def small(tmp_path):
+    """A configuration of TinyLlama's size."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    sizes = {"num_hidden_layers": 22, "hidden_size": 2048, "intermediate_size": 5632}
+    heads = {"num_attention_heads": 32, "num_key_value_heads": 4}
+    (folder / "config.json").write_text(json.dumps(LLAMA_70B | sizes | heads))
+    return folder
+
+
+@pytest.fixture
+def answer(offload_run):
+    def ask(*arguments):
+        done = offload_run("simulate", *arguments, "--json")
+        assert done.code == 0, done.err
+        return json.loads(done.out)
+
+    return ask
+
+
+def scenario_file(folder, **changed):
+    path = folder / "scenario.json"
+    path.write_text(json.dumps(tree_of(profile=GPU, **changed)))
+    return path
+
+
+def test_seventy_billion_weights_on_a_gpu_nobody_has(answer, big):
+    made = answer(big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB")
+    assert made.keys() >= PARTS and made["weights_read"] is False
+    assert made["home"] == "host" and made["tokens_per_pass"] == 1
+    layers = made["streamed_layers"] * LAYER_70B
+    assert made["bytes_per_pass"] == pytest.approx(layers, rel=1e-4)  # norms besides
+    assert made["s_per_token"] == pytest.approx(made["bytes_per_pass"] / 26e9, rel=0.01)
+    slow = answer(
+        big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB", "--profile-set",
+        "h2d_bytes_per_s=13e9",
+    )  # fmt: skip
+    assert slow["s_per_token"] == pytest.approx(2 * made["s_per_token"], rel=0.01)
+
+
+def test_it_is_quick_and_needs_no_torch(big):
+    code = (
+        "import sys, time; from offload_rt.cli import run;"
+        f"code = run(['simulate', {str(big)!r}, '--profile', {GPU!r}]);"
+        "assert 'torch' not in sys.modules; assert time.process_time() < 2; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # 128 GiB of RAM do not hold 69 layers: they come from the disk, and that is said.
+    assert "in the model's files" in done.stdout and "config.json alone" in done.stdout
+
+
+def test_the_same_numbers_as_a_scenario(answer, big, tmp_path):
+    sets = ("--profile-set", "ram_bytes=256GiB")
+    place = ("--resident-layers", 8, "--slots", 2, "--context", 1000)
+    made = answer(big, "--profile", GPU, *sets, *place)
+    written = scenario_file(
+        tmp_path, context_tokens=1000, placement={"resident_layers": 8, "slots": 2}
+    )
+    other = answer("--scenario", written)
+    for key in ("s_per_token", "transfer_s", "compute_s"):
+        assert made[key] == pytest.approx(other[key], rel=0.002)
+
+
+def test_a_draft_model_takes_memory_and_time_and_gives_tokens(answer, big, small):
+    base = (big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB")
+    plain = answer(*base)
+    chain = ("--draft-tokens", 8, "--draft-shape", "chain", "--acceptance", "0.9,0.8")
+    made = answer(*base, "--draft", f"model:{small}", *chain)
+    assert made["resident_layers"] < plain["resident_layers"]
+    assert made["tokens_per_pass"] == pytest.approx(1 + 0.9 * sum(0.8**n for n in range(8)))
+    # 22 layers start their kernels in 0.59 ms each, as the profile says, and the head.
+    assert made["drafting_s"] == pytest.approx(8 * (22 * 0.59e-3 + 0.6e-3), rel=0.05)
+    tree = ("--draft-tokens", 64, "--acceptance", "0.6/0.2/0.1")
+    wide = answer(*base, "--draft", f"model:{small}", *tree)
+    assert wide["tokens_per_pass"] > 1 + 0.6 + 0.3
+    known = answer(*base, "--draft", f"model:{small}", "--tokens-per-pass", 9.9)
+    assert known["tokens_per_pass"] == 9.9 and known["s_per_token"] < plain["s_per_token"]
+
+
+def test_a_draft_model_needs_a_vocabulary_that_can_be_the_same(offload_run, big, small):
+    tree = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(tree | {"vocab_size": 50000}))
+    draft = ("--draft", f"model:{small}", "--tokens-per-pass", 4)
+    done = offload_run("simulate", big, "--profile", GPU, *draft)
+    assert done.code == 2 and "50000 tokens" in done.err and "the target 32000" in done.err
+
+
+def test_ngrams_cost_nothing_and_triforce_its_own_passes(answer, big):
+    base = (big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB", "--context", 4096)
+    free = answer(*base, "--draft", "ngram", "--acceptance", "0.5")
+    assert free["drafting_s"] == 0 and free["tokens_per_pass"] > 1.9
+    # Weights that are streamed are streamed for every draft pass: it cannot pay.
+    dear = answer(*base, "--draft", "triforce", "--draft-tokens", 4, "--acceptance", "0.9")
+    assert dear["drafting_s"] > 3 * dear["transfer_s"]
+    inner = ("--inner-acceptance", "0.9")
+    cheaper = answer(
+        *base, "--draft", "triforce", "--draft-tokens", 4, "--acceptance", "0.9", *inner
+    )
+    assert cheaper["drafting_s"] < dear["drafting_s"]
+
+
+def test_offloaded_kv_is_streamed(answer, big):
+    base = (big, "--profile", GPU, "--profile-set", "ram_bytes=512GiB", "--context", 4096)
+    home = answer(*base, "--kv", "host", "--resident-layers", 4)
+    near = answer(*base, "--kv", "device", "--resident-layers", 4)
+    assert home["bytes_per_pass"] == near["bytes_per_pass"] + 80 * 4096 * 4096
+    assert home["back_bytes_per_pass"] == 80 * 4096 and home["kv"] == "host"
+
+
+def test_on_the_cpu_the_disk_is_the_link(answer, tiny_model):
+    made = answer(tiny_model, "--profile", "cpu-2core-avx512bf16", "--resident-layers", 0)
+    assert made["device"] == "cpu" and made["home"] == "disk" and made["weights_read"]
+    assert made["transfer_s"] > 0
+
+
+def test_the_same_numbers_as_a_plan(answer, offload_run, tiny_model):
+    name = "cpu-2core-avx512bf16"
+    place = ("--context", 64, "--resident-layers", 1, "--device-memory", "512MiB")
+    made = answer(tiny_model, "--profile", name, *place)
+    done = offload_run(
+        "plan",
+        tiny_model,
+        "--device",
+        "cpu",
+        "--draft",
+        "none",
+        "--profile",
+        name,
+        *place,
+        "--json",
+    )
+    planned = json.loads(done.out)["predicted"]
+    assert made["compute_s"] == pytest.approx(planned["compute_s"])
+    assert made["s_per_pass"] == pytest.approx(planned["pass_s"], abs=1.1e-3)  # and its bookkeeping
+
+
+def test_tables_show_what_the_object_has(offload_run, big, small, tmp_path):
+    done = offload_run(
+        "simulate", big, "--profile", GPU, "--draft", f"model:{small}", "--tokens-per-pass", 4
+    )
+    for text in ("resident layers", "tokens per pass", "transfer", "drafting", "limited by"):
+        assert text in done.out
+    done = offload_run("simulate", "--scenario", scenario_file(tmp_path, draft=CHAIN))
+    assert done.code == 0 and "3.36 tokens per pass" in done.out
+    assert "rests on assumed numbers" in done.out
+
+
+def test_published_runs_are_shown_with_their_misses(offload_run, answer):
+    rows = answer("--validate")
+    done = offload_run("simulate", "--validate")
+    assert done.code == 0 and len(done.out.splitlines()) == len(rows) + 2
+    missed = [row["scenario"] for row in rows if not row["hit"]]
+    for row in rows:
+        line = next(x for x in done.out.splitlines() if x.startswith(row["scenario"] + " "))
+        assert ("MISS" in line) == (row["scenario"] in missed)
+    assert f"{len(rows) - len(missed)} of {len(rows)} within 15%" in done.out
+
+
+def test_every_key_of_a_scenario_is_explained(offload_run):
+    done = offload_run("simulate", "--scenario-help")
+    assert done.code == 0
+    for record in (Scenario, ModelShape, PlacementShape, DrafterShape):
+        for name in record.__dataclass_fields__:
+            assert f"  {name} (" in done.out
+    assert "2.0 if left out" in done.out and "one of none, chain, tree, triforce" in done.out
+
+
+BAD = [
+    ((), "simulate needs one of MODEL, --scenario, --validate, --scenario-help"),
+    (("x", "--validate"), "simulate needs one of"),
+    (("--validate", "--context", "9"), "--context has no effect with --validate"),
+    (("--scenario", "S", "--draft", "ngram"), "--draft has no effect with --scenario"),
+    (("--scenario-help", "--profile", "x"), "--profile has no effect with --scenario-help"),
+    (("--scenario", "none.json"), "scenario none.json cannot be read"),
+    (("B", "--profile", "nothing"), "there is no profile 'nothing'"),
+    (("B", "--profile", "G", "--profile-set", "speed=3"), "'speed' is no number of a profile"),
+    (("B", "--profile", "G", "--profile-set", "h2d_bytes_per_s=-3"), "give a number above 0"),
+    (("B", "--profile", "G", "--device", "cuda:1"), "--device cuda:1 is not known"),
+    (("B", "--profile", "cpu-2core-avx512bf16", "--device", "cuda"), "has no GPU"),
+    (("B", "--profile", "G", "--draft", "ngram"), "needs one of --acceptance and --tokens-per"),
+    (("B", "--profile", "G", "--acceptance", "0.5"), "have no effect without --draft"),
+    (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "much"), "write a rate for each"),
+    (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "1.5"), "rates are from 0 to 1"),
+    (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "nan"), "rates are from 0 to 1"),
+    (("B", "--profile", "G", "--draft", "ngram", "--acceptance", ".5/.2"), "drafts chains"),
+    (
+        ("B", "--profile", "G", "--draft", "ngram", "--acceptance", ".5", "--tokens-per-pass", "2"),
+        "both are given",
+    ),
+    (
+        (
+            "B",
+            "--profile",
+            "G",
+            "--draft",
+            "ngram",
+            "--acceptance",
+            ".5",
+            "--inner-acceptance",
+            ".5",
+        ),
+        "--inner-acceptance is for --draft triforce",
+    ),
+    (("B", "--profile", "G", "--resident-layers", "99"), "the model has 80 layers"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "says"), BAD)
+def test_wrong_command_lines_are_one_sentence(offload_run, big, tmp_path, arguments, says):
+    names = {"B": big, "G": GPU, "S": scenario_file(tmp_path)}
+    done = offload_run("simulate", *(names.get(a, a) for a in arguments))
+    assert done.code == 2 and says in done.err and done.out == ""
+    assert done.err.count("\n") == 1 and "Traceback" not in done.err
+
+
+def test_what_fits_nowhere_and_broken_files_have_their_codes(offload_run, big, tmp_path):
+    done = offload_run("simulate", big, "--profile", GPU, "--device-memory", "1GiB")
+    assert done.code == 3 and "needs" in done.err
+    (big / "config.json").write_text("{")
+    done = offload_run("simulate", big, "--profile", GPU)
+    assert done.code == 4 and done.err.count("\n") == 1
+    path = scenario_file(tmp_path, placement={"devices": 2})
+    done = offload_run("simulate", "--scenario", path)
+    assert done.code == 2 and "has 1 GPUs" in done.err
+    path.write_text(json.dumps(tree_of(profile=GPU, placement={"resident_layers": 81})))
+    done = offload_run("simulate", "--scenario", path)
+    assert done.code == 2 and "placement.resident_layers is 81" in done.err
+    assert done.err.count("\n") == 1
+
+
+def test_a_hostile_profile_is_refused(offload_run, big, tmp_path):
+    path = tmp_path / "p.json"
+    text = (PROJECT / "profiles" / f"{GPU}.json").read_text()
+    for old, new in [
+        ('"value": 26000000000.0', '"value": -1'),
+        ('"value": 26000000000.0', '"value": NaN'),
+        ('"schema_version": 1', '"schema_version": 9'),
+        ('"cores": 16', '"cores": 1e99'),
+    ]:
+        path.write_text(text.replace(old, new))
+        done = offload_run("simulate", big, "--profile", path)
+        assert done.code == 2 and done.err.count("\n") == 1, done.err
+    shutil.rmtree(big)
+    done = offload_run("simulate", big, "--profile", GPU)
+    assert done.code == 4 and "does not exist" in done.err

@@ -1,0 +1,198 @@
+"""The planner's choice is the fastest of what it may choose, and nothing fixed is changed."""
+
+import dataclasses
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_profile import PROJECT
+
+from offload_rt.config import DraftConfig, KVPlace, RuntimeConfig
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.planning.demand import Drafting
+from offload_rt.planning.drafting import SIZES, Seen, Yield, expected_yield
+from offload_rt.planning.planner import MAX_SIZES, Means, make_plan, plan_run
+from offload_rt.planning.run import FreeMemory, RunLoad
+from offload_rt.planning.speeds import Speeds
+from offload_rt.profiling.profile import Processor
+from offload_rt.profiling.store import load_profile
+
+GIB, MIB = 2**30, 2**20
+FREE = FreeMemory(device_bytes=8 * GIB, host_bytes=8 * GIB)
+PROFILE = load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json")
+LAYERS = 12
+
+
+@pytest.fixture(scope="module")
+def checkpoint(make_tiny):
+    return open_checkpoint(
+        make_tiny("llama", num_hidden_layers=LAYERS, max_position_embeddings=8192)
+    )
+
+
+def speeds(disk=None, processor=Processor.CPU):
+    made = PROFILE
+    if disk is not None:
+        rates = [
+            dataclasses.replace(d, bytes_per_s=dataclasses.replace(d.bytes_per_s, value=disk))
+            for d in PROFILE.disk
+        ]
+        made = dataclasses.replace(PROFILE, disk=tuple(rates))
+    return Speeds(profile=made, processor=processor, packs=True)
+
+
+def plan(checkpoint, draft="auto", *, disk=None, gives=None, prompt=100, drafter=None, **runtime):
+    """Plan with a yield for all drafters, or what each kind's prior is."""
+    config = draft if isinstance(draft, DraftConfig) else DraftConfig(draft=draft)
+    drafting = Drafting(config, drafter)
+    return plan_run(
+        checkpoint,
+        RuntimeConfig(device="cpu", **runtime),
+        Packing.FILE,
+        load=RunLoad(capacities=[prompt + 50], prompt_tokens=prompt, drafting=drafting),
+        free=FREE,
+        means=Means(speeds=speeds(disk), yields=lambda c: gives or expected_yield(c.kind)),
+    )
+
+
+def layer_bytes(checkpoint):
+    return plan(checkpoint).placement.demand.layer_bytes[0]
+
+
+def limit_for(checkpoint, resident, slots=2):
+    """A limit under which so many layers stay on the device when nothing drafts."""
+    fixed = plan(checkpoint, "none").placement.demand.fixed_bytes
+    return fixed + (resident + slots) * layer_bytes(checkpoint) + 1000
+
+
+def test_it_takes_the_best_of_everything_it_looked_at(checkpoint):
+    for limit in (None, limit_for(checkpoint, 4)):
+        made = plan(checkpoint, device_limit_bytes=limit, disk=1e7)
+        best = min(c.prediction.s_per_token for c in made.considered)
+        assert made.prediction.s_per_token <= best * 1.05  # it may leave the controller room
+        assert made.placement.device_bytes <= (limit or 8 * GIB)
+
+
+@given(
+    disk=st.floats(1e6, 1e9),
+    rate=st.floats(0.0, 0.95),
+    hits=st.floats(0.1, 1.0),
+    resident=st.integers(0, LAYERS - 3),
+)
+@settings(max_examples=10, deadline=None)
+def test_no_number_of_tokens_and_no_ring_would_be_faster(checkpoint, disk, rate, hits, resident):
+    points = tuple((n, sum(rate ** (i + 1) for i in range(n))) for n in SIZES)
+    gives, limit = Yield(points, hits), limit_for(checkpoint, resident)
+    made = plan(checkpoint, disk=disk, gives=gives, device_limit_bytes=limit)
+    assert made.placement.device_bytes <= limit
+    known = {"disk": disk, "gives": gives, "device_limit_bytes": limit}
+    alone = [plan(checkpoint, "none", **known)]
+    for tokens, slots in itertools.product((1, 4, 16, 32), (None, 2, 4)):
+        config = DraftConfig(draft="ngram", draft_tokens=tokens)
+        try:
+            alone.append(plan(checkpoint, config, slots=slots, **known))
+        except (PlanError, ConfigError):
+            continue
+    best = min(p.prediction.s_per_token for p in alone)
+    assert made.prediction.s_per_token <= best * 1.051
+
+
+def test_what_is_given_is_kept(checkpoint):
+    config = DraftConfig(draft="ngram", draft_tokens=5)
+    made = plan(checkpoint, config, slots=3, resident_layers=2)
+    assert (made.drafting.config, made.outlooks) == (config, ())
+    assert (made.placement.slots, len(made.placement.resident)) == (3, 2)
+    assert plan(checkpoint, "none").drafting.config.kind == "none"
+    made = plan(checkpoint, "ngram", gives=Yield(((1, 0.0),)))  # asked for, though it loses
+    assert made.drafting.config.kind == "ngram" and made.outlooks[0].nodes == 0
+
+
+def test_drafting_that_gives_nothing_is_not_chosen(checkpoint):
+    assert plan(checkpoint, gives=Yield(((1, 0.0),))).drafting.config.kind == "none"
+    slow = {"disk": 1e6, "device_limit_bytes": limit_for(checkpoint, 4)}
+    much = plan(checkpoint, gives=Yield(((1, 1.0), (32, 32.0))), **slow)
+    assert much.drafting.config.nodes == MAX_SIZES["ngram"]
+
+
+def test_the_controllers_sizes_are_those_there_is_room_for(checkpoint):
+    made = plan(checkpoint, "ngram", disk=1e6, device_limit_bytes=limit_for(checkpoint, 0))
+    nodes = [outlook.nodes for outlook in made.outlooks]
+    assert nodes[0] == 0 and nodes[-1] == made.drafting.config.nodes
+    assert nodes == sorted(set(nodes))
+    assert made.outlooks[0].tokens == 1.0
+
+
+def test_a_slow_link_is_said_to_bind_and_a_fast_one_not(checkpoint):
+    limit = limit_for(checkpoint, 2)
+    slow = plan(checkpoint, "none", disk=1e5, device_limit_bytes=limit).prediction
+    fast = plan(checkpoint, "none", disk=1e13, device_limit_bytes=limit).prediction
+    assert (slow.limit, fast.limit) == ("transfer", "compute")
+    assert slow.home_bytes == fast.home_bytes > 0 and slow.s_per_token > fast.s_per_token
+
+
+def test_a_draft_model_takes_room_and_time(checkpoint):
+    own = plan(checkpoint, "model:self", drafter=checkpoint, disk=1e6)
+    assert own.placement.demand.drafter_bytes > 0
+    assert own.prediction.draft_s > 0.0
+
+
+def test_triforce_is_looked_at_where_kv_is_offloaded(checkpoint):
+    far = plan(checkpoint, prompt=4000, kv=KVPlace.DISK)
+    kinds = {c.draft.kind for c in far.considered}
+    assert kinds == {"none", "ngram", "triforce"}
+    near = plan(checkpoint, prompt=4000, kv=KVPlace.DEVICE)
+    assert {c.draft.kind for c in near.considered} == {"none", "ngram"}
+
+
+def test_nothing_fits_and_the_refusal_names_a_limit_that_does(checkpoint):
+    with pytest.raises(PlanError, match="use --device-memory") as refused:
+        plan(checkpoint, device_limit_bytes=MIB)
+    needed = refused.value.needed_bytes
+    made = plan(checkpoint, device_limit_bytes=needed)
+    assert made.placement.device_bytes <= needed
+    assert made.smallest_bytes == needed
+
+
+def test_without_speeds_a_drafter_must_be_named(checkpoint):
+    load = RunLoad(capacities=[50], prompt_tokens=20, drafting=Drafting(DraftConfig(draft="auto")))
+    with pytest.raises(ConfigError, match="name a drafter"):
+        make_plan(checkpoint, RuntimeConfig(), Packing.FILE, load=load, free=FREE, means=None)
+
+
+def test_named_layers_stay_and_missing_ones_are_refused(checkpoint):
+    made = plan(checkpoint, "none", resident=(0, 3, 4))
+    assert made.placement.resident == (0, 3, 4)
+    with pytest.raises(ConfigError, match=f"layer {LAYERS} .* layers 0 to {LAYERS - 1}"):
+        plan(checkpoint, "none", resident=(0, LAYERS))
+    with pytest.raises(PlanError, match="12 resident layers"):
+        limit = limit_for(checkpoint, 4)
+        plan(checkpoint, "none", resident=tuple(range(12)), device_limit_bytes=limit)
+
+
+@given(
+    nodes=st.integers(0, 400),
+    more=st.integers(1, 50),
+    kind=st.sampled_from(["model", "medusa", "ngram", "triforce"]),
+    seen=st.dictionaries(
+        st.sampled_from(SIZES), st.tuples(st.floats(0, 500), st.floats(0, 1)), max_size=4
+    ),
+)
+def test_more_nodes_never_give_less(nodes, more, kind, seen):
+    counted = {size: (steps, share * size) for size, (steps, share) in seen.items()}
+    gives = expected_yield(kind, Seen(accepted=counted, hits=(10.0, 0.5)))
+    assert gives.accepted(0) == 0.0
+    assert gives.accepted(nodes + more) >= gives.accepted(nodes) - 1e-9
+    assert 0.0 <= gives.hits <= 1.0
+
+
+def test_what_was_seen_takes_the_place_of_what_was_expected():
+    prior = expected_yield("model")
+    seen = expected_yield("model", Seen(accepted={16: (500.0, 9.0)}, hits=(500.0, 1.0)))
+    assert seen.accepted(16) == pytest.approx(9.0, rel=0.05)
+    # Neighbours move with it, in proportion.
+    ratio = seen.accepted(64) / prior.accepted(64)
+    assert ratio == pytest.approx(9.0 / prior.accepted(16), rel=0.1)
+    assert expected_yield("ngram", Seen(hits=(1000.0, 0.9))).hits == pytest.approx(0.9, abs=0.01)

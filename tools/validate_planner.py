@@ -1,0 +1,311 @@
+"""Predicted against measured seconds per token, over a grid of plans on this machine.
+
+    python tools/validate_planner.py --small SMOLLM2 --target QWEN15 --drafter QWEN05 \
+        --large BENCH3B --prompts mt_bench.jsonl --output results/
+
+Each plan fixes the device memory, who drafts and how much, so nothing is corrected while it runs.
+How many drafted tokens stand is counted first, once per pair of models and with everything on the
+device, on the same prompts: what is judged is the prediction of time, not of text. The profile is
+this machine's (`offload-run profile`) unless --profile names one. Plans are measured in rounds, one
+after the other; medians are compared.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload_rt.cli.planning import speeds_for
+from offload_rt.cli.prompt_set import read_prompt_set, spread
+from offload_rt.config import (
+    DraftConfig,
+    GenerationConfig,
+    HomeKind,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.engine import Engine
+from offload_rt.errors import OffloadError
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.layout import Packing
+from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
+from offload_rt.planning.planner import Means
+from offload_rt.report import RunReport
+from offload_rt.text import build_prompt, load_tokenizer
+from offload_rt.units import parse_size
+
+_MOST_NODES = {"model": 64, "ngram": 16}
+_GREEDY = SamplingConfig()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One plan to predict and to measure.
+
+    Attributes:
+        model: which of the models given.
+        memory: device memory, or None for what is free.
+        draft: `none`, `ngram` or `model`.
+        tokens: of a draft.
+        link_gb_per_s: of an emulated link to host memory; None streams from disk.
+    """
+
+    model: str
+    memory: str | None
+    draft: str = "none"
+    tokens: int | None = None
+    link_gb_per_s: float | None = None
+
+    @property
+    def label(self) -> str:
+        """In a table."""
+        link = f", link {self.link_gb_per_s:g} GB/s" if self.link_gb_per_s else ""
+        return f"{self.model}, {self.memory or 'all resident'}{link}"
+
+    @property
+    def drafting(self) -> str:
+        """In a table."""
+        return f"{self.draft} {self.tokens}" if self.tokens else self.draft
+
+
+def cases(models: Mapping[str, Path]) -> Iterator[Case]:
+    """The grid: small, middle and large model; streamed from disk, over a paced link, resident."""
+    pairs: list[tuple[str, int | None]] = [("none", None), ("ngram", 8)]
+    for memory, link in ((None, None), ("220MiB", None), ("220MiB", 0.4)):
+        for draft, tokens in pairs:
+            yield Case(model="small", memory=memory, draft=draft, tokens=tokens, link_gb_per_s=link)
+    drafted = [("model", tokens) for tokens in (4, 16, 64)] if "drafter" in models else []
+    for memory in ("1800MiB", "2GiB", "3GiB", None):
+        for draft, tokens in [*pairs, *drafted]:
+            yield Case(model="target", memory=memory, draft=draft, tokens=tokens)
+    for draft, tokens in [pairs[0], *drafted[1:2]]:
+        yield Case(model="target", memory="2GiB", draft=draft, tokens=tokens, link_gb_per_s=1.0)
+    for memory, (draft, tokens) in (("2GiB", pairs[0]), ("4GiB", pairs[0]), ("2GiB", pairs[1])):
+        yield Case(model="large", memory=memory, draft=draft, tokens=tokens)
+
+
+@dataclass(slots=True)
+class Bench:
+    """Models, prompts and what was counted."""
+
+    models: Mapping[str, Path]
+    prompts: Mapping[str, Sequence[Sequence[int]]]
+    answer: int
+    profile: str | None
+
+    def seen(self, model: str, draft: str) -> Seen:
+        """Count accepted tokens of a drafter, with everything on the device."""
+        case = Case(model=model, memory=None, draft=draft, tokens=_MOST_NODES[draft])
+        with self._engine(case, NOTHING_SEEN) as engine:
+            for prompt in self.prompts[model]:
+                self._run(engine, prompt)
+            return engine.tally.seen()
+
+    def measure(self, case: Case, seen: Seen) -> dict[str, object]:
+        """Predict and measure one plan."""
+        with self._engine(case, seen) as engine:
+            prediction = engine.plan.prediction
+            assert prediction is not None
+            reports = [self._run(engine, prompt) for prompt in self.prompts[case.model]]
+            tokens = sum(later for _, later in reports)
+            steps = sum(report.speculation.passes - 1 for report, _ in reports)
+            decode_s = sum(report.timings.decode_s for report, _ in reports)
+            draft_s = sum(report.speculation.draft_s for report, _ in reports)
+            stall_s = engine.device.compute.stalled_s()
+            return {
+                "case": case.label,
+                "drafting": case.drafting,
+                "predicted_s_per_token": prediction.s_per_token,
+                "measured_s_per_token": decode_s / tokens,
+                "predicted_tokens_per_pass": prediction.tokens_per_pass,
+                "measured_tokens_per_pass": tokens / steps,
+                "predicted_pass_s": prediction.pass_s,
+                "measured_pass_s": (decode_s - draft_s) / steps,
+                "predicted_draft_s": prediction.draft_s,
+                "measured_draft_s": draft_s / steps,
+                "streamed_layers": len(engine.placement.streamed),
+                "slots": engine.placement.slots,
+                "stalled_s": stall_s,
+            }
+
+    def _engine(self, case: Case, seen: Seen) -> Engine:
+        prompts = self.prompts[case.model]
+        longest = max(map(len, prompts))
+        draft = case.draft
+        if draft == "model":
+            draft = f"model:{self.models['drafter']}"
+        runtime = RuntimeConfig(
+            device="cpu",
+            device_limit_bytes=parse_size(case.memory) if case.memory else None,
+            home=HomeKind.HOST if case.link_gb_per_s else HomeKind.AUTO,
+            link_bytes_per_s=case.link_gb_per_s * 1e9 if case.link_gb_per_s else None,
+        )
+
+        def means(packing: Packing) -> Means:
+            def yields(config: DraftConfig) -> Yield:
+                return expected_yield(config.kind, seen)
+
+            return Means(speeds=speeds_for(self.profile, packing), yields=yields)
+
+        return Engine(
+            _opened(self.models[case.model]),
+            runtime,
+            capacities=[longest + self.answer],
+            prompt_tokens=longest,
+            draft=DraftConfig(draft=draft, draft_tokens=case.tokens),
+            means=means,
+        )
+
+    def _run(self, engine: Engine, prompt: Sequence[int]) -> tuple[RunReport, int]:
+        """What a run measured, and its tokens after the first."""
+        engine.forget()
+        generation = GenerationConfig(max_tokens=self.answer, ignore_eos=True)
+        run = engine.start([prompt], _GREEDY, generation)
+        run.prefill()
+        while run.active:
+            run.step()
+        return run.report(), len(run.sequences[0].emitted) - 1
+
+
+def _opened(folder: Path) -> Checkpoint:
+    return open_checkpoint(resolve_model(str(folder)))
+
+
+def summarise(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
+    """One row per plan: medians over the rounds, and the error of the prediction."""
+    plans: dict[tuple[object, object], list[Mapping[str, object]]] = {}
+    for row in rows:
+        plans.setdefault((row["case"], row["drafting"]), []).append(row)
+    made = []
+    for group in plans.values():
+        keys = [key for key, value in group[0].items() if isinstance(value, int | float)]
+        merged: dict[str, object] = dict(group[0])
+        merged |= {key: statistics.median(row[key] for row in group) for key in keys}  # type: ignore[type-var]
+        merged["rounds"] = len(group)
+        predicted, measured = (merged[f"{k}_s_per_token"] for k in ("predicted", "measured"))
+        merged["error"] = predicted / measured - 1.0  # type: ignore[operator]
+        made.append(merged)
+    return made
+
+
+def as_table(plans: Sequence[Mapping[str, object]]) -> str:
+    """Markdown, and the errors' quantiles."""
+    lines = [
+        "| plan | drafting | streamed | predicted s/token | measured | error |"
+        " pass predicted / measured | drafting predicted / measured |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for p in plans:
+        lines.append(
+            f"| {p['case']} | {p['drafting']} | {p['streamed_layers']} |"
+            f" {p['predicted_s_per_token']:.4f} | {p['measured_s_per_token']:.4f} |"
+            f" {p['error']:+.0%} | {p['predicted_pass_s']:.3f} / {p['measured_pass_s']:.3f} |"
+            f" {p['predicted_draft_s']:.3f} / {p['measured_draft_s']:.3f} |"
+        )
+    errors = sorted(abs(float(p["error"])) for p in plans)  # type: ignore[arg-type]
+    at90 = errors[min(len(errors) - 1, round(0.9 * (len(errors) - 1)))]
+    lines.append(
+        f"\n{len(plans)} plans: median error {statistics.median(errors):.1%}, 90th percentile "
+        f"{at90:.1%}, largest {errors[-1]:.1%}"
+    )
+    return "\n".join(lines)
+
+
+def plot(plans: Sequence[Mapping[str, object]], path: Path) -> None:
+    """Scatter plot of predicted against measured."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 6), layout="constrained")
+    for kind, marker in (("none", "o"), ("ngram", "^"), ("model", "s")):
+        points = [p for p in plans if str(p["drafting"]).startswith(kind)]
+        axes.scatter(
+            [p["measured_s_per_token"] for p in points],
+            [p["predicted_s_per_token"] for p in points],
+            marker=marker,
+            label={"none": "no drafting"}.get(kind, f"{kind} drafts"),
+        )
+    values = [float(p[k]) for p in plans for k in ("measured_s_per_token", "predicted_s_per_token")]  # type: ignore[arg-type]
+    low, high = 0.8 * min(values), 1.25 * max(values)
+    axes.plot([low, high], [low, high], color="0.5", linewidth=1)
+    for factor in (0.9, 1.1):
+        axes.plot([low, high], [factor * low, factor * high], color="0.8", linewidth=1)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(low, high),
+        ylim=(low, high),
+        xlabel="measured s/token",
+        ylabel="predicted s/token",
+        title="Plans on this machine (grey: equal, and 10 % off)",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> int:
+    """Measure, or only remake the table from the rows."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    for name in ("small", "target", "drafter", "large"):
+        parser.add_argument(f"--{name}", type=Path, help="model folder")
+    parser.add_argument("--prompts", type=Path, help="prompt set, as for `offload-run bench`")
+    parser.add_argument("--limit", type=int, default=2, help="prompts")
+    parser.add_argument("--answer", type=int, default=32, help="tokens of each answer")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--profile", help="default: this machine's")
+    parser.add_argument("--output", type=Path, required=True, help="folder for rows, table, plot")
+    parser.add_argument("--report-only", action="store_true")
+    given = parser.parse_args()
+    given.output.mkdir(parents=True, exist_ok=True)
+    rows_path = given.output / "rows.jsonl"
+    if not given.report_only:
+        measure(given, rows_path)
+    rows = [json.loads(line) for line in rows_path.read_text().splitlines()]
+    plans = summarise(rows)
+    table = as_table(plans)
+    (given.output / "table.md").write_text(table + "\n")
+    print(table)
+    plot(plans, given.output / "predicted.png")
+    return 0
+
+
+def measure(given: argparse.Namespace, rows_path: Path) -> None:
+    """Run all plans, round after round; each row is written as it is known."""
+    names = ("small", "target", "drafter", "large")
+    models = {name: getattr(given, name) for name in names if getattr(given, name)}
+    items = spread(read_prompt_set(str(given.prompts)), given.limit)
+    prompts = {}
+    for name in models:
+        if name != "drafter":
+            tokenizer = load_tokenizer(_opened(models[name]).folder)
+            prompts[name] = [build_prompt(tokenizer, item.text) for item in items]
+    bench = Bench(models, prompts, given.answer, given.profile)
+    grid = [case for case in cases(models) if case.model in models]
+    counted: dict[tuple[str, str], Seen] = {}
+    with rows_path.open("a") as file:
+        for number in range(given.rounds):
+            for case in grid:
+                key = (case.model, case.draft)
+                if case.draft != "none" and key not in counted:
+                    counted[key] = bench.seen(*key)
+                try:
+                    row = bench.measure(case, counted.get(key, NOTHING_SEEN))
+                except OffloadError as error:
+                    print(f"{case.label}, {case.drafting}: {error}", file=sys.stderr)
+                    continue
+                file.write(json.dumps(row | {"round": number}) + "\n")
+                file.flush()
+                print(
+                    f"{case.label:<40} {case.drafting:<10} {row['predicted_s_per_token']:.4f}"
+                    f" {row['measured_s_per_token']:.4f}",
+                    file=sys.stderr,
+                )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
