@@ -38,6 +38,7 @@ from offload_rt.model.attention import (
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
 from offload_rt.model.packed import computes_the_same, pack_linears
+from offload_rt.model.wide import widen_linears, widens
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
@@ -158,6 +159,8 @@ class Network:
         if self._tied:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight
+        if widens(self.dtype, device):
+            widen_linears(self._model)
         for module in self._model.modules():
             for key, buffer in list(module._buffers.items()):
                 if buffer is not None and not buffer.is_meta:
@@ -211,11 +214,11 @@ class Network:
             fed.append(rows[0])
             return rows[..., :0]  # families scale or squash logits: they may do so with none
 
-        head.forward = keep
+        saved, head.forward = head.forward, keep
         try:
             self.forward(batch)
         finally:
-            del head.forward
+            head.forward = saved
         (rows,) = fed
         return rows
 

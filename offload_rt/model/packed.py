@@ -9,6 +9,8 @@ so resident layers of the target may be packed too; `computes_the_same` makes su
 
 import torch
 
+from offload_rt.model.wide import widens
+
 PACK_FOR_ROWS = 16
 COMPARED_ROWS = (1, 2, 17, 65)  # kernels differ by the number of rows
 
@@ -39,6 +41,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return (
         device.type == "cpu"
         and dtype is torch.bfloat16
+        and not widens(dtype, device)
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     )

@@ -25,6 +25,7 @@ from offload_rt.model.attention import (
 )
 from offload_rt.model.network import Network  # noqa: F401 - registers our attention function
 from offload_rt.model.packed import pack_linears
+from offload_rt.model.wide import widen_linears, widens
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (
     AttentionSpeed,
@@ -70,6 +71,9 @@ class TimedLayer:
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
                 pack_linears(layer)
+        elif widens(dtype, device.torch_device):
+            for layer in self._layers:
+                widen_linears(layer)
         self._turns = cycle(self._layers)
         self._inputs = torch.randn(
             1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device

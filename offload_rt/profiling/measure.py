@@ -16,7 +16,7 @@ from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.driver import Driver
-from offload_rt.device.host import cores, processor
+from offload_rt.device.host import cores
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.packed import can_pack
@@ -175,9 +175,9 @@ def _compute_parts(effort: Effort, device: Device) -> Iterator[Part]:
 
 
 def _dtype(device: Device) -> str:
-    """The 16-bit format the device computes in hardware; float32 on a CPU that has none."""
+    """The 16-bit format models have; any CPU computes bf16, see `model/wide.py`."""
     if device.torch_device.type == "cpu":
-        return "bfloat16" if processor()[1] else "float32"
+        return "bfloat16"
     nvml = find_driver()
     old = nvml is not None and bool(nvml.gpus) and nvml.gpus[0].capability < (8, 0)
     return "float16" if old else "bfloat16"

@@ -1,0 +1,53 @@
+"""Linear layers in bf16 on a CPU without instructions for bf16.
+
+There oneDNN takes bf16 products apart number by number. For a few rows that does not matter, since
+reading the weights takes longer; for more, this is faster: the weight is widened to fp32 in blocks
+that stay in the cache, and fp32 kernels multiply. Sums are then kept in fp32 and rounded once, as
+bf16 instructions do. Measured on two cores with AVX-512 but not its BF16 part, the 28 layers of
+Qwen2.5-1.5B: 1.4 against 3.1 s for 64 rows, about the same for 8, slower for fewer.
+"""
+
+from functools import partial
+
+import torch
+
+from offload_rt.device.host import processor
+
+BLOCK_NUMBERS = 2**20  # of a weight, widened at once: 4 MiB, the second caches of two cores
+LEAST_ROWS = 8
+ROW_MULTIPLE = 16  # kernels write whole vectors of outputs
+
+
+def widens(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether linear layers of that format are computed in fp32 blocks there."""
+    return device.type == "cpu" and dtype is torch.bfloat16 and not processor()[1]
+
+
+def widen_linears(module: torch.nn.Module) -> None:
+    """Have every linear below `module` compute that way; its weight stays as it is."""
+    for child in module.modules():
+        if type(child) is torch.nn.Linear:
+            child.forward = partial(_forward, child)  # type: ignore[method-assign]
+
+
+def wide_linear(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """[..., I] through weight [O, I] and bias [O] gives [..., O], all in bf16."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    if flat.shape[0] < LEAST_ROWS:
+        return torch.nn.functional.linear(rows, weight, bias)
+    wide = flat.float()
+    out = rows.new_empty(flat.shape[0], weight.shape[0])
+    step = max(ROW_MULTIPLE, BLOCK_NUMBERS // weight.shape[1] // ROW_MULTIPLE * ROW_MULTIPLE)
+    for start in range(0, weight.shape[0], step):
+        part = slice(start, start + step)
+        if bias is None:
+            out[:, part] = wide @ weight[part].float().t()
+        else:
+            out[:, part] = torch.addmm(bias[part].float(), wide, weight[part].float().t())
+    return out.view(*rows.shape[:-1], -1)
+
+
+def _forward(linear: torch.nn.Linear, rows: torch.Tensor) -> torch.Tensor:
+    return wide_linear(rows, linear.weight, linear.bias)
