@@ -62,6 +62,15 @@ class DraftShape(StrEnum):
     TREE = "tree"
 
 
+class DraftWeights(StrEnum):
+    """How the weights of a draft model are kept: as in its files, or rounded to 8 or 4 bits."""
+
+    AUTO = "auto"
+    SAME = "same"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
 SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
 
@@ -107,6 +116,8 @@ class DraftConfig:
         shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
         draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
             and the newest; 0 shows it all, None takes the drafter's own default.
+        draft_weights: how a draft model's weights are kept; `auto` is int8 for bf16 on a CPU, else
+            as they are.
         accept: when a drafted token stands.
         inner_tokens: with triforce, nodes its own drafter proposes per retrieval pass; None takes
             that drafter's default.
@@ -117,6 +128,7 @@ class DraftConfig:
     draft_tokens: int | None = None
     shape: DraftShape = DraftShape.AUTO
     draft_window: int | None = None
+    draft_weights: DraftWeights = DraftWeights.AUTO
     accept: AcceptRule = AcceptRule.LOSSLESS
     inner_tokens: int | None = None
     retrieval: RetrievalConfig = RetrievalConfig()
@@ -143,6 +155,8 @@ class DraftConfig:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
         if not self.model and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL")
+        if not self.model and self.draft_weights is not DraftWeights.AUTO:
+            raise ConfigError("--draft-weights is for drafting with a MODEL")
         if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
@@ -196,6 +210,7 @@ class DraftConfig:
             draft_tokens=tokens,
             shape=self.shape,
             draft_window=window,
+            draft_weights=self.draft_weights,
         )
 
     def limited(self, nodes: int | None) -> "DraftConfig":

@@ -34,7 +34,7 @@ from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
 from offload_rt.planning.controller import Controller
-from offload_rt.planning.demand import Drafting, kv_bytes_per_token
+from offload_rt.planning.demand import Drafting, draft_weights_of, kv_bytes_per_token
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
@@ -129,15 +129,10 @@ class Engine:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
             self._check_kv()
+            # First, as rounding takes memory for a moment that the target's weights fill later.
+            self._draft_model = self._load_draft_model(drafting, packing)
             self._store = self._load_weights()
             self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
-            self._draft_model: DraftModel | None = None
-            if drafting is not None:
-                chunk = config.prefill_chunk_tokens
-                width = (checkpoint.head or checkpoint.embedding).shape[0]
-                self._draft_model = DraftModel(
-                    drafting, self.device, packing, chunk_tokens=chunk, target_ids=width
-                )
             self.medusa: Medusa | None = None
             if heads is not None:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
@@ -411,6 +406,20 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _load_draft_model(
+        self, checkpoint: Checkpoint | None, packing: Packing
+    ) -> DraftModel | None:
+        if checkpoint is None:
+            return None
+        return DraftModel(
+            checkpoint,
+            self.device,
+            packing,
+            chunk_tokens=self.config.prefill_chunk_tokens,
+            target_ids=(self.checkpoint.head or self.checkpoint.embedding).shape[0],
+            weights=draft_weights_of(checkpoint, self.draft, packing),
+        )
 
     def _load_weights(self) -> LayerStore:
         base = self.device.allocate(self.network.base.nbytes, "embedding and head")

@@ -8,7 +8,7 @@ from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from tiny import SHAPE
 
-from offload_rt.config import DraftConfig, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
@@ -99,7 +99,9 @@ def test_a_tree_takes_as_many_passes_as_the_drafter_makes(small):
     ranks = Acceptance(ranks=((0.6, 0.2), (0.5, 0.1)))
     tree = expected("model:x", ranks, small, draft_tokens=64)
     assert tree.steps == DraftConfig(draft="model:x", draft_tokens=64).tree_passes == 15
-    assert tree.step_s == pytest.approx(model_step_s(small, GPU, CONTEXT, 8), rel=0.05)
+    assert tree.step_s == pytest.approx(
+        model_step_s(small, GPU, CONTEXT, 8, DraftWeights.SAME), rel=0.05
+    )
     chain = expected("model:x", Acceptance(ranks=((0.6,),)), small, draft_tokens=8)
     assert chain.steps == 8 and chain.tokens_per_pass == pytest.approx((1 - 0.6**9) / 0.4)
 

@@ -18,6 +18,7 @@ from offload_rt.config import (
     AcceptRule,
     DraftConfig,
     DraftShape,
+    DraftWeights,
     DType,
     GenerationConfig,
     HomeKind,
@@ -379,6 +380,13 @@ draft_options = _group(
         help=f"Tokens a draft model sees at most: the first {SINK_TOKENS} and the newest; full is "
         f"the whole sequence, auto is full, or {INNER_WINDOW_TOKENS} below triforce.",
     ),
+    click.option(
+        "--draft-weights",
+        type=click.Choice([str(kind) for kind in DraftWeights]),
+        default=str(_default(DraftConfig, "draft_weights")),
+        help="How a draft model's weights are kept: as in its files, or rounded, which is faster "
+        "and smaller and changes guesses, never answers; auto is int8 for bf16 models on a CPU.",
+    ),
 )
 
 accept_option = click.option(
@@ -494,6 +502,7 @@ def draft_of(values: Values) -> DraftConfig:
     names = {field.name for field in dataclasses.fields(DraftConfig)}
     given = {name: value for name, value in values.items() if name in names}
     given |= {"shape": DraftShape(values["shape"])}
+    given |= {"draft_weights": DraftWeights(values["draft_weights"])}
     chosen = {field.name: values[field.name] for field in dataclasses.fields(RetrievalConfig)}
     given |= {"retrieval": RetrievalConfig(**chosen)}
     if "accept" in values:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.cli.session import Answer, Answering
-from offload_rt.config import AcceptRule, DraftConfig
+from offload_rt.config import AcceptRule, DraftConfig, DraftWeights
 from offload_rt.planning.planner import Plan
 from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size
@@ -120,6 +120,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
         "drafter": answering.engine.draft.draft,
         "draft_tokens": answering.engine.draft.nodes,
         "draft_window": answering.engine.draft.window_tokens,
+        "draft_weights": weights_name(answering.engine.draft),
         "drafter_bytes": placement.demand.drafter_bytes,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
@@ -188,9 +189,15 @@ def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
 
 
 def drafter_name(draft: DraftConfig) -> str:
-    """Who drafts, in few words; a model by its folder's name."""
+    """Who drafts, in few words; a model by its folder's name, and how its weights are rounded."""
     name = Path(draft.model or draft.heads).name
-    return f"{draft.kind} {name}" if name else draft.kind
+    rounded = draft.draft_weights in (DraftWeights.INT8, DraftWeights.INT4)
+    return " ".join([draft.kind, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounded])
+
+
+def weights_name(draft: DraftConfig) -> str | None:
+    """How a draft model's weights are kept; None without one."""
+    return str(draft.draft_weights) if draft.model else None
 
 
 def rule_name(rule: str) -> str:

@@ -24,6 +24,7 @@ from accelerate import init_empty_weights
 from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
+from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import KVCache, KVShape
@@ -37,7 +38,8 @@ from offload_rt.model.attention import (
 )
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
-from offload_rt.model.packed import computes_the_same, pack_linears
+from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
+from offload_rt.model.quantized import rounded_linear
 from offload_rt.model.wide import widen_linears, widens
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
@@ -116,20 +118,38 @@ class Network:
         self._holes = [_holes(layer, self.layouts[i]) for i, layer in enumerate(layers)]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
-    def keep(self, index: int, image: DeviceBuffer, *, pack: bool) -> None:
+    def keep(
+        self,
+        index: int,
+        image: DeviceBuffer,
+        *,
+        pack: bool = False,
+        weights: DraftWeights = DraftWeights.SAME,
+    ) -> None:
         """Let a layer have its weights for good.
 
         Args:
             index: layer index.
             image: holds them.
-            pack: keep reordered copies; nothing refers to `image` then (`model/packed.py`).
+            pack: keep reordered copies (`model/packed.py`).
+            weights: keep rounded copies (`model/quantized.py`). Nothing refers to `image` after
+                either.
         """
         for hole, tensor in _bind(self._holes[index], self.layouts[index].placements, image):
             hole.fill(tensor)
-        if pack:
+        if weights is not DraftWeights.SAME:
+            replace_linears(self._layers[index], partial(rounded_linear, weights=weights))
+        elif pack:
             pack_linears(self._layers[index])
+        if pack or weights is not DraftWeights.SAME:
             self._holes[index] = []
         self.kept.add(index)
+
+    def round_head(self, weights: DraftWeights) -> None:
+        """Have a rounded copy of the output head compute logits; after `attach`."""
+        head = _ends(self._model)[0]
+        if type(head) is torch.nn.Linear and (made := rounded_linear(head, weights)) is not None:
+            self._model.set_output_embeddings(made)  # type: ignore[operator]
 
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""

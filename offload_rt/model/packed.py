@@ -7,6 +7,8 @@ On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit 
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
 """
 
+from collections.abc import Callable
+
 import torch
 
 from offload_rt.model.wide import widens
@@ -67,10 +69,23 @@ def computes_the_same(module: torch.nn.Module) -> bool:
 
 def pack_linears(module: torch.nn.Module) -> None:
     """Replace every linear below `module`; its other parameters become memory of their own."""
+    replace_linears(module, PackedLinear)
+
+
+def replace_linears(
+    module: torch.nn.Module, make: Callable[[torch.nn.Linear], torch.nn.Module | None]
+) -> None:
+    """Put other modules in place of linears, so that nothing refers to the memory of their weights.
+
+    Args:
+        module: what they are below.
+        make: what stands for a linear; None leaves it, with a copy of its parameters.
+    """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear:
-                setattr(parent, name, PackedLinear(child))
+            if type(child) is torch.nn.Linear and (made := make(child)) is not None:
+                setattr(parent, name, made)
+                child._parameters.clear()  # it is among the modules listed above
         for key, parameter in list(parent._parameters.items()):
             if parameter is not None:
                 parent._parameters[key] = torch.nn.Parameter(parameter.detach().clone(), False)

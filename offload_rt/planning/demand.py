@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
+from offload_rt.planning.weights import layer_bytes, matrix_bytes, resolve_weights, takes
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
@@ -126,16 +127,49 @@ def drafter_bytes(
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes
     number_bytes = number_bytes_of(checkpoint, "auto")
-    weights = image_bytes(checkpoint, "auto", packing)
     rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
     passes = replace(shape, logit_rows=config.tree_breadth)
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
         seen = min(shape.longest, config.window_tokens)
         passes = replace(passes, rows=seen, longest=seen)
-    # A layer is read into memory of its own before its reordered copy is made.
     kv = kv_bytes_per_token(checkpoint.config, number_bytes)
     workspace = workspace_bytes(checkpoint.config, number_bytes, passes)
-    return sum(weights) + max(weights[:-1]) + rows * kv + workspace
+    return draft_weight_bytes(checkpoint, config, packing) + rows * kv + workspace
+
+
+def draft_weights_of(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> DraftWeights:
+    """How a draft model's weights are kept.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    return resolve_weights(config.draft_weights, dtype, packing)
+
+
+def settled(drafting: Drafting, packing: Packing) -> Drafting:
+    """The same with the format of a draft model's weights chosen.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    if drafting.checkpoint is None:
+        return drafting
+    weights = draft_weights_of(drafting.checkpoint, drafting.config, packing)
+    return replace(drafting, config=replace(drafting.config, draft_weights=weights))
+
+
+def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
+    """What a draft model's weights take, with the memory its layers are read into first.
+
+    A rounded output head is a copy: rows of the embedding are still looked up as they are.
+    """
+    weights = draft_weights_of(checkpoint, config, packing)
+    *layers, base = layouts_of(checkpoint, "auto", packing)
+    head = (checkpoint.head or checkpoint.embedding).shape
+    rounded = matrix_bytes(weights, *head) if takes(weights, *head) else 0
+    kept = sum(layer_bytes(layout, weights) for layout in layers)
+    return kept + base.nbytes + rounded + max(layout.nbytes for layout in layers)
 
 
 def retrieval_bytes(

@@ -7,12 +7,17 @@ from the profile and the draft model's sizes. No torch here.
 import math
 from dataclasses import dataclass, replace
 
-from offload_rt.config import DraftConfig
+from offload_rt.config import DraftConfig, DraftWeights
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.acceptance import chain_tokens, grow_tree, triforce_tokens
 from offload_rt.planning.cost import LayerLoad, PassLoad, cost_of, pass_times
-from offload_rt.planning.demand import kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.planning.demand import (
+    draft_weights_of,
+    kv_bytes_per_token,
+    layouts_of,
+    number_bytes_of,
+)
 from offload_rt.planning.outlook import Seat, layer_works
 from offload_rt.planning.simulate import DraftOutlook
 from offload_rt.profiling.profile import LayerWork, Number, Obtained
@@ -88,7 +93,9 @@ def expect(
     step_s, steps = 0.0, 1.0
     if draft_model is not None:
         breadth = config.tree_breadth if config.as_tree else 1
-        step_s = model_step_s(draft_model, seat, config.cache_rows(context_tokens), breadth)
+        weights = draft_weights_of(draft_model, config, seat.packing)
+        rows = config.cache_rows(context_tokens)
+        step_s = model_step_s(draft_model, seat, rows, breadth, weights)
         steps = float(config.tree_passes if config.as_tree else config.nodes)
     elif config.heads:
         work = LayerWork(weight_bytes=heads_bytes, flops_per_token=heads_bytes)
@@ -96,30 +103,29 @@ def expect(
     return DraftOutlook(tokens_per_pass=_tokens(config, acceptance), steps=steps, step_s=step_s)
 
 
-def model_step_s(model: Checkpoint, seat: Seat, kv_rows: int, tokens: int) -> float:
-    """Seconds of a pass of a model that lies on the device whole."""
+def model_step_s(
+    model: Checkpoint, seat: Seat, kv_rows: int, tokens: int, weights: DraftWeights
+) -> float:
+    """Seconds of a pass of a draft model, which lies on the device whole."""
     number_bytes = number_bytes_of(model, "auto")
     *layouts, _ = layouts_of(model, "auto", seat.packing)
     row_bytes = kv_bytes_per_token(model.config, number_bytes) // model.config.num_layers
     head = model.head or model.embedding
     layers = [
-        LayerLoad(
-            work=work,
-            home_bytes=0,
-            kv_bytes=kv_rows * row_bytes,
-            weights=seat.speeds.order(resident=True),
-        )
+        LayerLoad(work=cost, home_bytes=0, kv_bytes=kv_rows * row_bytes, weights=order)
         for work in layer_works(model, layouts)
+        for cost, order in [seat.speeds.draft_work(work, weights)]
     ]
+    whole_head = LayerWork(
+        weight_bytes=math.prod(head.shape) * number_bytes,
+        flops_per_token=2 * math.prod(head.shape),
+    )
     load = PassLoad(
         layers=layers,
         streamed=(),
         slots=0,
         tokens=tokens,
-        head=LayerWork(
-            weight_bytes=math.prod(head.shape) * number_bytes,
-            flops_per_token=2 * math.prod(head.shape),
-        ),
+        head=seat.speeds.draft_work(whole_head, weights)[0],
     )
     nothing = Number(value=1.0, obtained=Obtained.ASSUMED, source="no byte crosses a link")
     return cost_of(load, pass_times(seat.profile, load, seat.processor, nothing)).pass_s
@@ -167,5 +173,6 @@ def _two_levels(
     made = DraftOutlook(tokens_per_pass=_tokens(config, acceptance), steps=below.retrieval_passes)
     if draft_model is None:
         return made
-    step_s = model_step_s(draft_model, seat, inner.cache_rows(inner.window_tokens or 0), 1)
+    weights = draft_weights_of(draft_model, inner, seat.packing)
+    step_s = model_step_s(draft_model, seat, inner.cache_rows(inner.window_tokens or 0), 1, weights)
     return replace(made, inner_s=below.draft_steps * step_s)

@@ -35,6 +35,7 @@ def experience_key(
         parts.append(Path(draft.heads).name)
     if draft.model:
         parts += [str(draft.shape), f"window {draft.window_tokens or 'full'}"]
+        parts.append(f"weights {draft.draft_weights}")
     if draft.kind == "triforce":
         kept = draft.retrieval
         parts.append(f"{kept.budget_tokens} tokens in chunks of {kept.chunk_tokens}")

@@ -36,6 +36,7 @@ OPTIONS: Mapping[str, tuple[type, ...]] = {
     "draft_tokens": (int, type(None)),
     "shape": (str,),
     "draft_window": (int, type(None)),
+    "draft_weights": (str,),
     "inner_tokens": (int, type(None)),
     "budget_tokens": (int,),
     "chunk_tokens": (int,),
@@ -82,6 +83,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     }
     if draft.model:
         options |= {"shape": str(draft.shape), "draft_window": draft.draft_window}
+        options |= {"draft_weights": str(draft.draft_weights)}
     if draft.kind == "triforce":
         options |= {"inner_tokens": draft.inner_tokens, **asdict(draft.retrieval)}
     return PlanFile(

@@ -8,7 +8,7 @@ comes from what drafting gave before (`drafting`). What the user fixed is fixed 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import DraftConfig, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
@@ -22,7 +22,14 @@ from offload_rt.planning.cost import (
     cost_of,
     pass_times,
 )
-from offload_rt.planning.demand import Drafting, image_bytes, kv_bytes_per_token, number_bytes_of
+from offload_rt.planning.demand import (
+    Drafting,
+    draft_weights_of,
+    image_bytes,
+    kv_bytes_per_token,
+    number_bytes_of,
+    settled,
+)
 from offload_rt.planning.drafting import SIZES, Yield
 from offload_rt.planning.kv import KVPlan, KVSizes
 from offload_rt.planning.placement import Placement, smallest_bytes
@@ -143,6 +150,7 @@ def make_plan(
         return plan_run(checkpoint, runtime, packing, load=load, free=free, means=means)
     if load.drafting.config.kind == "auto":
         raise ConfigError("--draft auto needs speeds of the machine: name a drafter, or none")
+    load = replace(load, drafting=settled(load.drafting, packing))
     placement = place_run(checkpoint, runtime, packing, load=load, free=free)
     return Plan(
         runtime=runtime,
@@ -185,6 +193,7 @@ def plan_run(
         PlanError: nothing fits; the refusal that asks for least.
         ProfileError: the profile lacks a number.
     """
+    load = replace(load, drafting=settled(load.drafting, packing))
     draft = load.drafting.config
     search = _Search(checkpoint, runtime, packing, load, free, means)
     found: list[_Candidate] = []
@@ -383,7 +392,8 @@ class _Search:
         passes, rows = config.nodes, 1
         if config.as_tree:
             passes, rows = config.tree_passes, config.tree_breadth
-        return passes * model.resident_pass_s(self._means.speeds, rows, context)
+        weights = draft_weights_of(drafting.checkpoint, config, self._packing)
+        return passes * model.resident_pass_s(self._means.speeds, rows, context, weights)
 
     def _triforce_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
         config = drafting.config
@@ -458,11 +468,15 @@ class _ModelWork:
             kv_row_bytes=kv_bytes_per_token(config, number_bytes) // config.num_layers,
         )
 
-    def resident_pass_s(self, speeds: Speeds, rows: int, context: int) -> float:
-        """A pass of this model where all of it is on the device."""
-        layers = sum(speeds.layer_s(work, rows, resident=True).value for work in self.layers)
+    def resident_pass_s(
+        self, speeds: Speeds, rows: int, context: int, weights: DraftWeights
+    ) -> float:
+        """A pass of this model where all of it is on the device, to draft."""
+        layers = sum(speeds.draft_layer_s(work, rows, weights).value for work in self.layers)
         attention = speeds.attention_s(self.kv_row_bytes * context, rows).value * len(self.layers)
-        return layers + attention + speeds.layer_s(self.head, rows, resident=False).value
+        if weights is DraftWeights.SAME:
+            return layers + attention + speeds.layer_s(self.head, rows, resident=False).value
+        return layers + attention + speeds.draft_layer_s(self.head, rows, weights).value
 
 
 def _work(nbytes: int, number_bytes: int) -> LayerWork:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from offload_rt.config import HomeKind, RuntimeConfig
+from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
 from offload_rt.profiling.profile import (
     HardwareProfile,
     LayerWork,
@@ -19,6 +19,8 @@ from offload_rt.profiling.rates import (
     link_bytes_per_s,
     memory_bytes_per_s,
 )
+
+_ROUNDED_SHARE = {DraftWeights.INT8: 0.5, DraftWeights.INT4: 0.3}  # of the bytes of 16-bit weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,30 @@ class Speeds:
         """Time of `tokens` through a layer; one that stays on the device may be reordered."""
         order = self.order(resident=resident)
         return layer_s(self.profile, work, tokens, processor=self.processor, weights=order)
+
+    def draft_layer_s(self, work: LayerWork, tokens: int, weights: DraftWeights) -> Number:
+        """Time of `tokens` through a layer of a draft model."""
+        work, order = self.draft_work(work, weights)
+        return layer_s(self.profile, work, tokens, processor=self.processor, weights=order)
+
+    def draft_work(self, work: LayerWork, weights: DraftWeights) -> tuple[LayerWork, WeightOrder]:
+        """What a layer of a draft model costs, and in which of the timed orders.
+
+        Args:
+            work: that of the unrounded weights.
+            weights: how they are kept. Where those were not timed they count as fewer bytes.
+        """
+        if weights is DraftWeights.SAME:
+            return work, self.order(resident=True)
+        timed = {c.weights for c in self.profile.layers if c.processor is self.processor}
+        if (order := WeightOrder(weights)) in timed:
+            return work, order
+        share = _ROUNDED_SHARE[weights]
+        fewer = LayerWork(
+            weight_bytes=int(work.weight_bytes * share),
+            flops_per_token=int(work.flops_per_token * share),
+        )
+        return fewer, self.order(resident=True)
 
     def order(self, *, resident: bool) -> WeightOrder:
         """How weights lie where they compute."""

@@ -13,6 +13,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
 from offload_rt.kv.base import AttentionSpec, KVShape
 from offload_rt.kv.resident import ResidentKV
@@ -24,7 +25,8 @@ from offload_rt.model.attention import (
     attend_rows,
 )
 from offload_rt.model.network import Network  # noqa: F401 - registers our attention function
-from offload_rt.model.packed import pack_linears
+from offload_rt.model.packed import pack_linears, replace_linears
+from offload_rt.model.quantized import rounded_linear
 from offload_rt.model.wide import widen_linears, widens
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (
@@ -38,6 +40,7 @@ from offload_rt.profiling.profile import (
 from offload_rt.profiling.timing import Tick, measured, take_samples, timed
 
 _RANDOM_NUMBERS = 2**18
+_ROUNDED = {WeightOrder.INT8: DraftWeights.INT8, WeightOrder.INT4: DraftWeights.INT4}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
 
 
@@ -48,7 +51,7 @@ class TimedLayer:
         shape: its sizes.
         device: where it computes.
         dtype: number format.
-        weights: plain or packed.
+        weights: plain, packed or rounded.
         effort: how many bytes the copies have together, and the largest pass.
     """
 
@@ -71,6 +74,9 @@ class TimedLayer:
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
                 pack_linears(layer)
+        elif weights in _ROUNDED:
+            for layer in self._layers:
+                replace_linears(layer, partial(rounded_linear, weights=_ROUNDED[weights]))
         elif widens(dtype, device.torch_device):
             for layer in self._layers:
                 widen_linears(layer)

@@ -157,6 +157,9 @@ def _compute_parts(effort: Effort, device: Device) -> Iterator[Part]:
     orders = {WeightOrder.PLAIN: effort.tokens}
     if packs:
         orders[WeightOrder.PACKED] = effort.packed_tokens
+    if device.torch_device.type == "cpu":
+        orders[WeightOrder.INT8] = effort.packed_tokens
+    orders[WeightOrder.INT4] = effort.packed_tokens
     for shape in effort.layer_shapes(dtype, getattr(torch, dtype).itemsize):
         for order, counts in orders.items():
 

@@ -53,10 +53,16 @@ class MemoryUse(StrEnum):
 
 
 class WeightOrder(StrEnum):
-    """How a layer's weights lie: as in the checkpoint, or reordered (`model/packed.py`)."""
+    """How a layer's weights lie: as in the checkpoint, reordered, or rounded.
+
+    See `model/packed.py` and `model/quantized.py`; a rounded layer's shape still tells the bytes of
+    what was rounded.
+    """
 
     PLAIN = "plain"
     PACKED = "packed"
+    INT8 = "int8"
+    INT4 = "int4"
 
 
 def _up_to(most: float, least: float = 1) -> Any:  # noqa: ANN401 - a field may have any type

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn.functional import pad
 
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
-from offload_rt.device.cpu import allocate_host
 from offload_rt.errors import ConfigError
 from offload_rt.kv.base import PendingTree
 from offload_rt.kv.resident import ResidentKV
@@ -22,6 +21,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
+from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
@@ -41,6 +41,7 @@ class DraftModel:
         packing: how layer images are laid out there.
         chunk_tokens: prompt rows that go through a layer at once.
         target_ids: width of the target's logits; ids from there on are never drafted.
+        weights: how its matrices are kept, `auto` settled.
     """
 
     def __init__(
@@ -51,20 +52,22 @@ class DraftModel:
         *,
         chunk_tokens: int,
         target_ids: int,
+        weights: DraftWeights = DraftWeights.SAME,
     ) -> None:
         self.device, self.target_ids = device, target_ids
         self.known_ids = checkpoint.embedding.shape[0]
         self.network = Network(checkpoint, "auto", packing)
-        self._packs = can_pack(self.network.dtype, device.torch_device)
         files = WeightFiles(checkpoint.files)
         try:
-            base = self._fill(FileSource(self.network.base, files))
-            for index, layout in enumerate(self.network.layouts):
-                image = self._fill(FileSource(layout, files), passing=self._packs)
-                self.network.keep(index, image, pack=self._packs)
+            base = device.allocate(self.network.base.nbytes, PURPOSE)
+            self._fill(base, FileSource(self.network.base, files))
+            self._keep_layers(files, weights)
         finally:
             files.close()
         self.network.attach(None, base, device.torch_device, chunk_tokens)
+        if weights is not DraftWeights.SAME:
+            with torch.inference_mode():
+                self.network.round_head(weights)
 
     def forward(
         self,
@@ -96,18 +99,25 @@ class DraftModel:
         with torch.inference_mode():
             return self.network.forward(batch)[:, : self.target_ids]
 
-    def _fill(self, source: FileSource, *, passing: bool = False) -> DeviceBuffer:
-        """Read an image, for good or until a reordered copy of it is made."""
-        nbytes = source.layout.nbytes
-        image: DeviceBuffer
-        if passing:
-            image = allocate_host(nbytes)
-            self.device.enter(nbytes, PURPOSE)
-        else:
-            image = self.device.allocate(nbytes, PURPOSE)
+    def _keep_layers(self, files: WeightFiles, weights: DraftWeights) -> None:
+        """Bring the layers in, each for good or through one image of which copies are made."""
+        network, device, layouts = self.network, self.device, self.network.layouts
+        packs = weights is DraftWeights.SAME and can_pack(network.dtype, device.torch_device)
+        passing: DeviceBuffer | None = None
+        if packs or weights is not DraftWeights.SAME:
+            passing = device.allocate(max(layout.nbytes for layout in layouts), PURPOSE)
+        for index, layout in enumerate(layouts):
+            image = passing or device.allocate(layout.nbytes, PURPOSE)
+            self._fill(image, FileSource(layout, files))
+            with torch.inference_mode():
+                network.keep(index, image, pack=packs, weights=weights)
+            if passing is not None:
+                device.load.wait(device.compute.record())  # until it has been read
+                device.enter(layer_bytes(layout, weights), PURPOSE)
+
+    def _fill(self, image: DeviceBuffer, source: FileSource) -> None:
         self.device.load.copy(image, source)
         self.device.load.record().synchronize()
-        return image
 
 
 @dataclass(slots=True)

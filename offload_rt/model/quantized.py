@@ -1,0 +1,113 @@
+"""Linear layers with weights of 8 or 4 bits, for models that only draft.
+
+A drafter may be wrong, so its weights may be rounded: that changes which tokens are proposed, never
+which are emitted. Fewer bytes make a draft pass faster and leave the target more memory.
+
+`int8`: a scale per output, activations rounded to 8 bits on the fly (a scale per call), products in
+integers. For the CPU, whose integer instructions are several times as fast as others.
+`int4`: a scale and an offset per `GROUP` inputs, activations stay as they are. For CPU and CUDA.
+
+Measured on two cores with AVX-512 VNNI, linears and head of Qwen2.5-0.5B, ms for 1 / 8 / 16 rows:
+bf16 93 / 308 / 402, int8 37 / 44 / 56, int4 23 / 69 / 145. Of its likeliest tokens on 9 answers of
+its 1.5B sibling 0.80 and 0.88 (chat, code) were right in bf16, 0.78 and 0.87 in int8.
+"""
+
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from offload_rt.config import DraftWeights
+from offload_rt.planning.weights import GROUP, takes
+
+_LEVELS = 15  # of 4 bits, from 0
+_MIDDLE = 8  # the kernels take (number - 8) * scale + offset
+_BLOCK_NUMBERS = 2**20  # of a weight that are rounded at once
+_BLOCK_ROWS = 64  # what is packed in one go is a multiple of that, as kernels tile outputs
+_CUDA_TILES = (8, 4, 2)  # by how many 16 inputs CUDA's kernel may tile
+
+
+class Int8Linear(torch.nn.Module):
+    """Computes what the given linear does, nearly, from 8-bit weights; on the CPU.
+
+    Args:
+        linear: weight [O, I], bias [O] or None; both are copied.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        scales = weight.new_empty(weight.shape[0], dtype=torch.float32)
+        rounded = torch.empty(weight.shape, dtype=torch.int8)
+        for part in _blocks(weight):
+            wide = weight[part].float()
+            scales[part] = wide.abs().amax(dim=1).clamp(min=1e-12) / 127
+            rounded[part] = (wide / scales[part, None]).round().to(torch.int8)
+        zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
+        bias = None if linear.bias is None else linear.bias.detach().float()
+        with warnings.catch_warnings():  # torch tells where its quantisation tools went
+            warnings.simplefilter("ignore")
+            made = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
+            self._packed = torch.ops.quantized.linear_prepack(made, bias)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., I] gives [..., O]."""
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic(rows.float(), self._packed)
+        return out.to(rows.dtype)
+
+
+class Int4Linear(torch.nn.Module):
+    """Computes what the given linear does, nearly, from 4-bit weights.
+
+    Args:
+        linear: weight [O, I], bias [O] or None; both are copied.
+    """
+
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        outputs, inputs = weight.shape
+        self._on_cpu = weight.device.type == "cpu"
+        affine = weight.new_empty(inputs // GROUP, outputs, 2)  # scale and offset
+        packed = []
+        for part in _blocks(weight):
+            groups = weight[part].float().unflatten(1, (-1, GROUP))
+            low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
+            scale = (high - low).clamp(min=1e-12) / _LEVELS
+            numbers = ((groups - low) / scale).round().to(torch.int32).flatten(1)
+            packed.append(self._pack(numbers))
+            pair = torch.cat([scale, low + _MIDDLE * scale], dim=2)
+            affine[:, part] = pair.transpose(0, 1).to(weight.dtype)
+        self.weight, self.affine = torch.cat(packed), affine
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()
+
+    def _pack(self, numbers: torch.Tensor) -> torch.Tensor:
+        """Numbers [rows, I] of 0 to 15 in the order the kernel reads; rows are outermost."""
+        if self._on_cpu:
+            return torch._convert_weight_to_int4pack_for_cpu(numbers, 1)
+        pairs = (numbers[:, ::2] << 4 | numbers[:, 1::2]).to(torch.uint8)
+        tiles = next(tiles for tiles in _CUDA_TILES if numbers.shape[1] % (16 * tiles) == 0)
+        return torch._convert_weight_to_int4pack(pairs, tiles)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., I] gives [..., O]."""
+        product = torch._weight_int4pack_mm
+        if self._on_cpu:
+            product = torch._weight_int4pack_mm_for_cpu
+        out = product(rows.reshape(-1, rows.shape[-1]), self.weight, GROUP, self.affine)
+        out = out.view(*rows.shape[:-1], -1)
+        return out if self.bias is None else out + self.bias
+
+
+_KINDS = {DraftWeights.INT8: Int8Linear, DraftWeights.INT4: Int4Linear}
+
+
+def rounded_linear(linear: torch.nn.Linear, weights: DraftWeights) -> torch.nn.Module | None:
+    """A rounded copy of a linear; None where its sizes do not suit the kernels."""
+    return _KINDS[weights](linear) if takes(weights, *linear.weight.shape) else None
+
+
+def _blocks(weight: torch.Tensor) -> Iterator[slice]:
+    outputs, inputs = weight.shape
+    step = max(_BLOCK_ROWS, _BLOCK_NUMBERS // inputs // _BLOCK_ROWS * _BLOCK_ROWS)
+    return (slice(start, start + step) for start in range(0, outputs, step))

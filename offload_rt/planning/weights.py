@@ -1,0 +1,59 @@
+"""In which format the weights of a model that only drafts are kept, and its size. No torch here."""
+
+from offload_rt.config import DraftWeights
+from offload_rt.errors import ConfigError
+from offload_rt.model.layout import LayerLayout, Packing
+
+GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
+_INT4_OUTPUTS = 16  # the kernels take whole multiples of so many outputs
+_SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4
+
+
+def resolve_weights(asked: DraftWeights, dtype: str, packing: Packing) -> DraftWeights:
+    """Settle `auto`: on a CPU bf16 models are rounded to int8, everything else stays as it is.
+
+    Args:
+        asked: what the user says.
+        dtype: torch's name of the draft model's number format.
+        packing: tells a GPU from a CPU.
+
+    Raises:
+        ConfigError: the device or the number format has no such kernels.
+    """
+    on_gpu = packing is Packing.DEVICE
+    if asked is DraftWeights.AUTO:
+        rounds = dtype == "bfloat16" and not on_gpu
+        return DraftWeights.INT8 if rounds else DraftWeights.SAME
+    if asked is DraftWeights.INT8 and on_gpu:
+        raise ConfigError("--draft-weights int8 is for the CPU: use int4 or same on a GPU")
+    if asked is DraftWeights.INT4 and on_gpu and dtype != "bfloat16":
+        raise ConfigError(
+            f"--draft-weights int4 on a GPU is for bf16 draft models, this one is {dtype}: use same"
+        )
+    return asked
+
+
+def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:
+    """Whether a weight [outputs, inputs] can be rounded so."""
+    if weights is DraftWeights.INT4:
+        return outputs % _INT4_OUTPUTS == 0 and inputs % GROUP == 0
+    return weights is DraftWeights.INT8
+
+
+def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
+    """Bytes of a rounded weight [outputs, inputs]."""
+    if weights is DraftWeights.INT4:
+        return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
+    return outputs * (inputs + _SCALE_BYTES)
+
+
+def layer_bytes(layout: LayerLayout, weights: DraftWeights) -> int:
+    """Bytes of a layer whose matrices are rounded where they can be."""
+    if weights is DraftWeights.SAME:
+        return layout.nbytes
+    total = 0
+    for placement in layout.placements:
+        shape = placement.shape
+        rounds = len(shape) == 2 and takes(weights, *shape)
+        total += matrix_bytes(weights, *shape) if rounds else placement.nbytes
+    return total

@@ -1,0 +1,200 @@
+"""Rounded weights of draft models: what they compute, what they take, what they change."""
+
+import json
+
+import pytest
+import torch
+from engines import PROMPT, engine_for, generate
+from fake_cuda import build_for_real, fake_gpu
+from test_fake_cuda import gpu  # noqa: F401 - a fixture
+from test_speculation import IDS
+
+from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, RuntimeConfig
+from offload_rt.engine import Engine
+from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.model import quantized
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.layout import Packing
+from offload_rt.model.packed import replace_linears
+from offload_rt.model.quantized import rounded_linear
+from offload_rt.planning.demand import draft_weight_bytes
+from offload_rt.planning.weights import GROUP, matrix_bytes, resolve_weights
+from offload_rt.speculative import draft_model
+
+INT4, INT8 = DraftWeights.INT4, DraftWeights.INT8
+ROUNDED = [INT8, INT4]
+
+
+def linear(outputs, inputs, bias):
+    torch.manual_seed(outputs)
+    return torch.nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+
+
+def by_hand(layer, weights):
+    """The weight in fp64, rounded number by number."""
+    weight = layer.weight.detach().double()
+    if weights is INT8:
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127
+        return torch.round(weight / scale) * scale
+    made = torch.empty_like(weight)
+    for start in range(0, weight.shape[1], GROUP):
+        group = weight[:, start : start + GROUP]
+        low, high = group.min(dim=1, keepdim=True)[0], group.max(dim=1, keepdim=True)[0]
+        scale = (high - low) / 15
+        made[:, start : start + GROUP] = low + torch.round((group - low) / scale) * scale
+    return made
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_computes_with_weights_rounded_by_hand(weights, bias, rows, monkeypatch):
+    monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 128 * 96)  # the last block is a short one
+    layer = linear(320, 96, bias)
+    x = torch.randn(1, rows, 96).bfloat16()
+    expected = x.double() @ by_hand(layer, weights).t() + (layer.bias.double() if bias else 0)
+    with torch.inference_mode():
+        got = rounded_linear(layer, weights)(x)
+    assert got.dtype is torch.bfloat16 and got.shape == (1, rows, 320)
+    error = (got.double() - expected).abs().max() / expected.abs().max()
+    # int8 rounds the activations too, int4 its scales and offsets to bf16; plain rounding is 0.06
+    assert error < 0.02
+    with torch.inference_mode():
+        assert (layer(x).double() - expected).abs().max() / expected.abs().max() > error / 4
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+def test_blocks_change_nothing(weights, monkeypatch):
+    layer, x = linear(320, 96, False), torch.randn(5, 96).bfloat16()
+    with torch.inference_mode():
+        whole = rounded_linear(layer, weights)(x)
+        monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 1)
+        assert torch.equal(rounded_linear(layer, weights)(x), whole)
+
+
+def test_what_kernels_do_not_take_stays_as_it_is():
+    assert rounded_linear(linear(32, 40, False), INT4) is None  # 40 is not in groups of 32
+    assert rounded_linear(linear(24, 64, False), INT4) is None
+    module = torch.nn.Sequential(linear(32, 40, True), linear(32, 32, True))
+    odd = module[0].weight
+    replace_linears(module, lambda layer: rounded_linear(layer, INT4))
+    assert torch.equal(module[0].weight, odd) and module[0].weight.data_ptr() != odd.data_ptr()
+    assert type(module[1]) is quantized.Int4Linear
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+@pytest.mark.parametrize("nodes", [3, 12], ids=["chain", "tree"])
+def test_answers_do_not_change(make_tiny, weights, nodes):
+    """Law 3, and the draft model is used: the target's own weights, rounded, are often right."""
+    folder = make_tiny("llama", **(IDS | {"vocab_size": 320}))
+    with engine_for(folder, tokens=24) as engine:
+        plain = generate(engine, tokens=24)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=nodes, draft_weights=weights)
+    with engine_for(folder, tokens=24, draft=draft, resident_layers=1) as engine:
+        kinds = {type(m) for m in engine._draft_model.network._model.modules()}
+        assert {INT8: quantized.Int8Linear, INT4: quantized.Int4Linear}[weights] in kinds
+        assert torch.nn.Linear not in kinds  # the head is rounded too
+        run = engine.start([PROMPT], engine_sampling(), GenerationConfig(max_tokens=24))
+        run.prefill()
+        while run.active:
+            run.step()
+        assert [s.emitted for s in run.sequences] == plain
+        assert run.report().speculation.accepted > 2  # a random model: nearly all tokens are close
+
+
+def engine_sampling():
+    from offload_rt.config import SamplingConfig
+
+    return SamplingConfig()
+
+
+def test_what_is_planned_is_what_is_kept(make_tiny):
+    shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
+    folder = make_tiny("llama", tie_word_embeddings=True, **shape)
+    checkpoint = open_checkpoint(folder)
+    sizes = {}
+    for weights in (DraftWeights.SAME, *ROUNDED):
+        draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_weights=weights)
+        sizes[weights] = draft_weight_bytes(checkpoint, draft, Packing.FILE)
+        with engine_for(folder, draft=draft, resident_layers=0, slots=2) as engine:
+            network = engine._draft_model.network
+            held = sum(module_bytes(m) for m in network._model.modules())
+            image = max(layout.nbytes for layout in network.layouts)
+            assert held <= sizes[weights] - image <= held * 1.02 + 2**16
+            generate(engine)
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+    assert sizes[INT4] < sizes[INT8] < sizes[DraftWeights.SAME]
+
+
+def module_bytes(module):
+    """Bytes of a module's own tensors, rounded or not."""
+    if isinstance(module, quantized.Int8Linear):
+        weight, bias = torch.ops.quantized.linear_unpack(module._packed)
+        return matrix_bytes(INT8, *weight.shape) + (0 if bias is None else bias.nbytes)
+    tensors = [*module._parameters.values()]
+    if isinstance(module, torch.nn.Linear) and module.weight.shape[0] == 3200:
+        tensors = []  # the embedding's
+    if isinstance(module, quantized.Int4Linear):
+        tensors = [module.weight, module.affine, module.bias]
+    if type(module).__name__ == "PackedLinear":
+        return module.weight.numel() * 2
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def test_auto_is_int8_for_bf16_on_a_cpu():
+    auto = DraftWeights.AUTO
+    assert resolve_weights(auto, "bfloat16", Packing.FILE) is INT8
+    assert resolve_weights(auto, "float32", Packing.FILE) is DraftWeights.SAME
+    assert resolve_weights(auto, "bfloat16", Packing.DEVICE) is DraftWeights.SAME
+    assert resolve_weights(INT4, "float32", Packing.FILE) is INT4
+    with pytest.raises(ConfigError, match="int8 is for the CPU"):
+        resolve_weights(INT8, "bfloat16", Packing.DEVICE)
+    with pytest.raises(ConfigError, match="this one is float16"):
+        resolve_weights(INT4, "float16", Packing.DEVICE)
+
+
+def test_the_flag_reaches_the_draft_model_and_nothing_else(offload_run, tiny_model, tmp_path):
+    common = ("generate", tiny_model, "-p", "the quick brown", "-n", 8, "--device-memory", "256MiB")
+    for draft in ("ngram", "triforce", "none", "auto"):
+        done = offload_run(*common, "--draft", draft, "--draft-weights", "int4")
+        assert done.code == 2 and "--draft-weights is for drafting with a MODEL" in done.err
+    done = offload_run(
+        *common, "--draft", f"model:{tiny_model}", "--draft-weights", "int4", "--json"
+    )
+    assert done.code == 0 and json.loads(done.out)["plan"]["draft_weights"] == "int4"
+    plan = tmp_path / "plan.json"
+    done = offload_run(
+        "plan", tiny_model, "--draft", f"model:{tiny_model}", "--draft-weights", "int4",
+        "--device", "cpu", "--device-memory", "256MiB", "--context", 64, "--output", plan,
+    )  # fmt: skip
+    assert done.code == 0
+    assert json.loads(plan.read_text())["options"]["draft_weights"] == "int4"
+
+
+def test_int4_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
+    """The whole path on fake tensors: packing, passes of the draft model, no hidden host sync."""
+    monkeypatch.setattr(draft_model, "Network", build_for_real(draft_model.Network))
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=INT4)
+    runtime = RuntimeConfig(device="cuda:0", resident_layers=1, slots=1, prefill_chunk_tokens=8)
+    with (
+        fake_gpu(gpu),
+        Engine(
+            open_checkpoint(folder), runtime, capacities=[40], prompt_tokens=9, draft=draft
+        ) as engine,
+    ):
+        run = engine.start([PROMPT[:9]], engine_sampling(), GenerationConfig(max_tokens=12))
+        run.prefill()
+        run.step()
+        kinds = {type(m) for m in engine._draft_model.network._model.modules()}
+        assert quantized.Int4Linear in kinds
+
+
+def test_int8_on_a_gpu_is_refused_before_weights_are_read(gpu, make_tiny):  # noqa: F811
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=INT8)
+    runtime = RuntimeConfig(device="cuda:0")
+    refused = pytest.raises(OffloadError, match="int8 is for the CPU")
+    with fake_gpu(gpu), refused:
+        Engine(open_checkpoint(folder), runtime, capacities=[40], prompt_tokens=9, draft=draft)
