@@ -260,7 +260,7 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
     if config.kind == "triforce":
         parts.append(f"{config.retrieval.budget_tokens} tokens of KV")
     if drafting.checkpoint is not None:
-        parts.append(f"{drafting.checkpoint.folder.name}, its KV cache, workspace")
+        parts.append(f"{drafting.checkpoint.folder.name} and its KV cache")
     if config.heads:
         parts.append(f"{Path(config.heads).name}, their logits")
     names = {"model": "draft model", "triforce": "retrieval", "medusa": "Medusa heads"}

@@ -84,10 +84,14 @@ def demand_of(
         base_bytes=base.nbytes,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
         * sum(capacity + drafting.config.nodes for capacity in capacities),
-        workspace_bytes=workspace_bytes(config, number_bytes, shape)
+        workspace_bytes=max(
+            workspace_bytes(config, number_bytes, shape),
+            draft_workspace_bytes(drafting, packing, shape),
+            loading_bytes(drafting, packing) - base.nbytes,
+        )
         + staging_bytes([*layouts, base], packing, runtime.readers)
         + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
-        drafter_bytes=drafter_bytes(drafting, packing, capacities, shape)
+        drafter_bytes=drafter_bytes(drafting, packing, capacities)
         + retrieval_bytes(config, drafting.config, number_bytes, capacities),
     )
 
@@ -113,13 +117,8 @@ def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int
     return 0 if in_place else 2 * readers * STAGING_BYTES
 
 
-def drafter_bytes(
-    drafting: Drafting, packing: Packing, capacities: Sequence[int], shape: PassShape
-) -> int:
-    """What a draft model takes: weights, a cache per sequence, and the workspace of its passes.
-
-    Medusa heads have no cache and no passes of their own.
-    """
+def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int]) -> int:
+    """What a draft model takes: weights and a cache per sequence. Medusa heads have no cache."""
     checkpoint, config = drafting.checkpoint, drafting.config
     if checkpoint is None:
         return drafting.heads_bytes
@@ -128,13 +127,34 @@ def drafter_bytes(
         config, longer = config.inner, config.nodes
     number_bytes = number_bytes_of(checkpoint, "auto")
     rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
+    kv = kv_bytes_per_token(checkpoint.config, number_bytes)
+    return draft_weight_bytes(checkpoint, config, packing) + rows * kv
+
+
+def draft_workspace_bytes(drafting: Drafting, packing: Packing, shape: PassShape) -> int:
+    """What a pass of a draft model takes; it comes when the target has none."""
+    checkpoint, config = drafting.checkpoint, drafting.config
+    if checkpoint is None:
+        return 0
+    if config.kind == "triforce":
+        config = config.inner
     passes = replace(shape, logit_rows=config.tree_breadth)
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
         seen = min(shape.longest, config.window_tokens)
         passes = replace(passes, rows=seen, longest=seen)
-    kv = kv_bytes_per_token(checkpoint.config, number_bytes)
-    workspace = workspace_bytes(checkpoint.config, number_bytes, passes)
-    return draft_weight_bytes(checkpoint, config, packing) + rows * kv + workspace
+    return workspace_bytes(checkpoint.config, number_bytes_of(checkpoint, "auto"), passes)
+
+
+def loading_bytes(drafting: Drafting, packing: Packing) -> int:
+    """What a draft model takes only while it is loaded, before the target's weights are.
+
+    A layer is read into memory of its own before a copy is made of it, and an output head is
+    rounded before it is packed.
+    """
+    if drafting.checkpoint is None:
+        return 0
+    *layers, _ = image_bytes(drafting.checkpoint, "auto", packing)
+    return max(layers) + _rounded_head_bytes(drafting.checkpoint, drafting.config, packing)
 
 
 def draft_weights_of(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> DraftWeights:
@@ -160,16 +180,21 @@ def settled(drafting: Drafting, packing: Packing) -> Drafting:
 
 
 def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
-    """What a draft model's weights take, with the memory its layers are read into first.
+    """What a draft model's weights take.
 
     A rounded output head is a copy: rows of the embedding are still looked up as they are.
     """
     weights = draft_weights_of(checkpoint, config, packing)
     *layers, base = layouts_of(checkpoint, "auto", packing)
-    head = (checkpoint.head or checkpoint.embedding).shape
-    rounded = matrix_bytes(weights, *head) if takes(weights, *head) else 0
     kept = sum(layer_bytes(layout, weights) for layout in layers)
-    return kept + base.nbytes + rounded + max(layout.nbytes for layout in layers)
+    return kept + base.nbytes + _rounded_head_bytes(checkpoint, config, packing)
+
+
+def _rounded_head_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
+    """What the rounded copy of a draft model's output head takes; 0 if it is not rounded."""
+    weights = draft_weights_of(checkpoint, config, packing)
+    head = (checkpoint.head or checkpoint.embedding).shape
+    return matrix_bytes(weights, *head) if takes(weights, *head) else 0
 
 
 def retrieval_bytes(
