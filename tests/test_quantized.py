@@ -1,7 +1,9 @@
 """Rounded weights of draft models: what they compute, what they take, what they change."""
 
+import ctypes
 import json
 
+import psutil
 import pytest
 import torch
 from engines import PROMPT, engine_for, generate
@@ -139,6 +141,22 @@ def module_bytes(module):
     if type(module).__name__ == "PackedLinear":
         return module.weight.numel() * 2
     return sum(t.nbytes for t in tensors if t is not None)
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
+def test_nothing_else_is_kept(weights):
+    """Of the process, too: a kernel's library may keep a weight beside its packed form."""
+    layer = linear(4096, 2048, False)
+    with torch.inference_mode():
+        rounded_linear(layer, weights)(torch.randn(1, 2048).bfloat16())  # libraries start up
+        ctypes.CDLL(None).malloc_trim(0)
+        before = psutil.Process().memory_info().rss
+        made = [rounded_linear(layer, weights) for _ in range(24)]
+        for one in made:
+            one(torch.randn(1, 2048).bfloat16())
+    grown = psutil.Process().memory_info().rss - before
+    kept = len(made) * matrix_bytes(weights, 4096, 2048)
+    assert 0.5 * kept < grown < 1.3 * kept + 2**24
 
 
 def test_auto_is_int8_for_bf16_on_a_cpu():

@@ -14,6 +14,7 @@ its 1.5B sibling 0.80 and 0.88 (chat, code) were right in bf16, 0.78 and 0.87 in
 
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +25,7 @@ _LEVELS = 15  # of 4 bits, from 0
 _MIDDLE = 8  # the kernels take (number - 8) * scale + offset
 _BLOCK_NUMBERS = 2**20  # of a weight that are rounded at once
 _BLOCK_ROWS = 64  # what is packed in one go is a multiple of that, as kernels tile outputs
+_FBGEMM = "fbgemm"
 _CUDA_TILES = (8, 4, 2)  # by how many 16 inputs CUDA's kernel may tile
 
 
@@ -41,12 +43,13 @@ class Int8Linear(torch.nn.Module):
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         for part in _blocks(weight):
             wide = weight[part].float()
-            scales[part] = wide.abs().amax(dim=1).clamp(min=1e-12) / 127
-            rounded[part] = (wide / scales[part, None]).round().to(torch.int8)
+            low, high = wide.aminmax(dim=1)
+            scales[part] = torch.maximum(-low, high).clamp(min=1e-12) / 127
+            rounded[part] = wide.div_(scales[part, None]).round_()
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         bias = None if linear.bias is None else linear.bias.detach().float()
-        with warnings.catch_warnings():  # torch tells where its quantisation tools went
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(), _lean_kernels():
+            warnings.simplefilter("ignore")  # torch tells where its quantisation tools went
             made = torch._make_per_channel_quantized_tensor(rounded, scales.double(), zeros, 0)
             self._packed = torch.ops.quantized.linear_prepack(made, bias)
 
@@ -105,6 +108,18 @@ _KINDS = {DraftWeights.INT8: Int8Linear, DraftWeights.INT4: Int4Linear}
 def rounded_linear(linear: torch.nn.Linear, weights: DraftWeights) -> torch.nn.Module | None:
     """A rounded copy of a linear; None where its sizes do not suit the kernels."""
     return _KINDS[weights](linear) if takes(weights, *linear.weight.shape) else None
+
+
+@contextmanager
+def _lean_kernels() -> Iterator[None]:
+    """Pack weights for FBGEMM where it is there: oneDNN keeps what it packed beside the result."""
+    engine = torch.backends.quantized.engine
+    if _FBGEMM in torch.backends.quantized.supported_engines:
+        torch.backends.quantized.engine = _FBGEMM
+    try:
+        yield
+    finally:
+        torch.backends.quantized.engine = engine
 
 
 def _blocks(weight: torch.Tensor) -> Iterator[slice]:
