@@ -265,7 +265,7 @@ def test_plan_counts_the_draft_model(tiny_model, offload_run):
     used = json.loads(ran.out)["plan"]["drafter_bytes"]
     assert 0 < used <= planned["drafter_bytes"]  # the prompt is shorter than the context
     table = offload_run("plan", tiny_model, *chain_of(tiny_model)).out
-    assert re.search(rf"draft model +\d.* {tiny_model.name}, its KV cache", table)
+    assert re.search(rf"draft model +\d.* {tiny_model.name} and its KV cache", table)
 
 
 def test_plan_with_a_draft_model_imports_no_torch(tiny_model):
