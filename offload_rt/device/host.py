@@ -3,6 +3,7 @@
 import ctypes
 import os
 import platform
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -102,3 +103,13 @@ def give_back_large_blocks() -> None:
         return
     mallopt(_M_MMAP_THRESHOLD, 16 * 2**20)
     mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
+
+
+def give_back_holes() -> None:
+    """Return freed memory between what is still used to the system.
+
+    Rounding the weights of a 0.5B model left 250 to 500 MB of it. Does nothing where the C library
+    cannot.
+    """
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

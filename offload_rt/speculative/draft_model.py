@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
+from offload_rt.device.host import give_back_holes
 from offload_rt.errors import ConfigError
 from offload_rt.kv.base import PendingTree
 from offload_rt.kv.resident import ResidentKV
@@ -68,6 +69,7 @@ class DraftModel:
         if weights is not DraftWeights.SAME:
             with torch.inference_mode():
                 self.network.round_head(weights)
+            give_back_holes()
 
     def forward(
         self,
@@ -114,6 +116,7 @@ class DraftModel:
             if passing is not None:
                 device.load.wait(device.compute.record())  # until it has been read
                 device.enter(layer_bytes(layout, weights), PURPOSE)
+                give_back_holes()
 
     def _fill(self, image: DeviceBuffer, source: FileSource) -> None:
         self.device.load.copy(image, source)
