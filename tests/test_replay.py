@@ -1,6 +1,7 @@
 """Passes in virtual time: one link for weights and KV, two devices, and when a pass is steady."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -108,6 +109,20 @@ def test_streamed_kv_costs_its_bytes_and_two_slots_hide_attention():
     # With one slot only the first block of a layer comes in while another layer's kernels run.
     assert one.pass_s == pytest.approx(4 * (1.0 + 0.1))
     assert two.pass_s == pytest.approx(4.0, rel=0.1) and two.pass_s > 3.99
+
+
+@pytest.mark.parametrize("draft_s", [1.0, 15.0, 40.0, 90.0])
+@pytest.mark.parametrize("weights", [False, True])
+def test_while_a_drafter_works_both_rings_go_on_filling(draft_s, weights):
+    """As many blocks and layers as there are slots come in meanwhile, the rest after it."""
+    home_bytes, slots = (6, 2) if weights else (None, 0)
+    layers = kv_layers(4, 10, home_bytes=home_bytes)
+    layers = [replace(layer, kernel_s=0.0, kv_kernel_s=0.0) for layer in layers]
+    work = ReplayPass(layers=layers, slots=slots, kv_slots=3, kv_block_bytes=5, end_s=draft_s)
+    copies_s, ahead_s = 4 * 10.0, 3 * 5.0
+    if weights:
+        copies_s, ahead_s = copies_s + 4 * 6.0, ahead_s + 2 * 6.0
+    assert replay(work).pass_s == pytest.approx(max(copies_s, draft_s + copies_s - ahead_s))
 
 
 def test_larger_blocks_for_the_replay_change_nothing_that_matters(monkeypatch):

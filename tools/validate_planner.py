@@ -4,8 +4,8 @@
         --large BENCH3B --prompts mt_bench.jsonl --output results/
 
 Each plan fixes the device memory, who drafts and how much, so nothing is corrected while it runs.
-How many drafted tokens stand is counted first, once per pair of models and with everything on the
-device, on the same prompts: what is judged is the prediction of time, not of text. The profile is
+How many drafted tokens stand is counted first, once per drafter and number of tokens, with
+everything on the device, on the same prompts: what is judged is the prediction of time, not of text. The profile is
 this machine's (`offload-run profile`) unless --profile names one. Plans are measured in rounds, one
 after the other; medians are compared.
 """
@@ -37,7 +37,6 @@ from offload_rt.report import RunReport
 from offload_rt.text import build_prompt, load_tokenizer
 from offload_rt.units import parse_size
 
-_MOST_NODES = {"model": 64, "ngram": 16}
 _GREEDY = SamplingConfig()
 
 
@@ -96,9 +95,9 @@ class Bench:
     answer: int
     profile: str | None
 
-    def seen(self, model: str, draft: str) -> Seen:
+    def seen(self, model: str, draft: str, tokens: int | None) -> Seen:
         """Count accepted tokens of a drafter, with everything on the device."""
-        case = Case(model=model, memory=None, draft=draft, tokens=_MOST_NODES[draft])
+        case = Case(model=model, memory=None, draft=draft, tokens=tokens)
         with self._engine(case, NOTHING_SEEN) as engine:
             for prompt in self.prompts[model]:
                 self._run(engine, prompt)
@@ -146,7 +145,7 @@ class Bench:
 
         def means(packing: Packing) -> Means:
             def yields(config: DraftConfig) -> Yield:
-                return expected_yield(config.kind, seen)
+                return _counted(seen) or expected_yield(config.kind)
 
             return Means(speeds=speeds_for(self.profile, packing), yields=yields)
 
@@ -168,6 +167,14 @@ class Bench:
         while run.active:
             run.step()
         return run.report(), len(run.sequences[0].emitted) - 1
+
+
+def _counted(seen: Seen) -> Yield | None:
+    """What was counted and nothing else; None if nothing was."""
+    if not seen.accepted:
+        return None
+    points = sorted((nodes, accepted) for nodes, (_, accepted) in seen.accepted.items())
+    return Yield(tuple(points), seen.hits[1])
 
 
 def _opened(folder: Path) -> Checkpoint:
@@ -286,11 +293,11 @@ def measure(given: argparse.Namespace, rows_path: Path) -> None:
             prompts[name] = [build_prompt(tokenizer, item.text) for item in items]
     bench = Bench(models, prompts, given.answer, given.profile)
     grid = [case for case in cases(models) if case.model in models]
-    counted: dict[tuple[str, str], Seen] = {}
+    counted: dict[tuple[str, str, int | None], Seen] = {}
     with rows_path.open("a") as file:
         for number in range(given.rounds):
             for case in grid:
-                key = (case.model, case.draft)
+                key = (case.model, case.draft, case.tokens)
                 if case.draft != "none" and key not in counted:
                     counted[key] = bench.seen(*key)
                 try:

@@ -41,8 +41,9 @@ class Effort:
     disk_sample_bytes: int = 256 * MIB
     memory_bytes: int = 256 * MIB
     pin_bytes: int = GIB
-    # Layers of Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B: a draft model's, and two targets'.
+    # Layers of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B: draft models', targets'.
     shapes: tuple[tuple[int, int, int, int, int], ...] = (
+        (576, 1536, 9, 3, 64),
         (896, 4864, 14, 2, 64),
         (2048, 8192, 32, 8, 64),
         (4096, 14336, 32, 8, 128),

@@ -159,7 +159,8 @@ def _compute_parts(effort: Effort, device: Device) -> Iterator[Part]:
         orders[WeightOrder.PACKED] = effort.packed_tokens
     if device.torch_device.type == "cpu":
         orders[WeightOrder.INT8] = effort.packed_tokens
-    orders[WeightOrder.INT4] = effort.packed_tokens
+    if dtype == "bfloat16":  # a GPU's kernels for 4 bits know no other
+        orders[WeightOrder.INT4] = effort.packed_tokens
     for shape in effort.layer_shapes(dtype, getattr(torch, dtype).itemsize):
         for order, counts in orders.items():
 
