@@ -21,5 +21,6 @@ step() {
 step "ruff check" "$python" -m ruff check .
 step "ruff format --check" "$python" -m ruff format --check .
 step "mypy" "$python" -m mypy
-step "pytest" "$python" -m pytest -q "$@"
+# One thread of arithmetic for each of the processes that share the tests, or they wait for each other.
+step "pytest" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -n auto --maxprocesses 4 "$@"
 printf '== all checks passed\n'

@@ -5,9 +5,9 @@
 
 Each plan fixes the device memory, who drafts and how much, so nothing is corrected while it runs.
 How many drafted tokens stand is counted first, once per drafter and number of tokens, with
-everything on the device, on the same prompts: what is judged is the prediction of time, not of text. The profile is
-this machine's (`offload-run profile`) unless --profile names one. Plans are measured in rounds, one
-after the other; medians are compared.
+everything on the device, on the same prompts: what is judged is the prediction of time, not of
+text. The profile is this machine's (`offload-run profile`) unless --profile names one. Plans are
+measured in rounds, one after the other; medians are compared.
 """
 
 import argparse

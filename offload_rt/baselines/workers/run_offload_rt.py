@@ -12,6 +12,7 @@ from offload_rt.config import (
     AcceptRule,
     DraftConfig,
     DraftShape,
+    DraftWeights,
     DType,
     GenerationConfig,
     HomeKind,
@@ -96,7 +97,7 @@ def runtime_config(values: Mapping[str, Any]) -> RuntimeConfig:
 
 def draft_config(values: Mapping[str, Any]) -> DraftConfig:
     """The record that a JSON object stands for."""
-    kinds = {"shape": DraftShape, "accept": AcceptRule}
+    kinds = {"shape": DraftShape, "accept": AcceptRule, "draft_weights": DraftWeights}
     given = dict(values) | {name: kind(values[name]) for name, kind in kinds.items()}
     return DraftConfig(**(given | {"retrieval": RetrievalConfig(**values["retrieval"])}))
 
