@@ -66,6 +66,18 @@ def test_computes_with_weights_rounded_by_hand(weights, bias, rows, monkeypatch)
 
 
 @pytest.mark.parametrize("weights", ROUNDED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_given_weight_is_left_alone(weights, dtype):
+    """A tied head is the embedding, too."""
+    layer, x = linear(64, 96, True).to(dtype), torch.randn(3, 96).to(dtype)
+    before = layer.weight.detach().clone()
+    with torch.inference_mode():
+        got, plain = rounded_linear(layer, weights)(x), layer(x)
+    assert torch.equal(layer.weight, before)
+    assert got.dtype is dtype and (got - plain).abs().max() < 0.15 * plain.abs().max()
+
+
+@pytest.mark.parametrize("weights", ROUNDED)
 def test_blocks_change_nothing(weights, monkeypatch):
     layer, x = linear(320, 96, False), torch.randn(5, 96).bfloat16()
     with torch.inference_mode():

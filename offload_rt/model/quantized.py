@@ -45,7 +45,7 @@ class Int8Linear(torch.nn.Module):
             wide = weight[part].float()
             low, high = wide.aminmax(dim=1)
             scales[part] = torch.maximum(-low, high).clamp(min=1e-12) / 127
-            rounded[part] = wide.div_(scales[part, None]).round_()
+            rounded[part] = (wide / scales[part, None]).round_()  # `wide` may be the weight itself
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         bias = None if linear.bias is None else linear.bias.detach().float()
         with warnings.catch_warnings(), _lean_kernels():

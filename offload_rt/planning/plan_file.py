@@ -11,8 +11,10 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from pathlib import Path
 
+from offload_rt.config import DraftShape, DraftWeights, DType, HomeKind, KVPlace
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.planner import Plan
@@ -42,6 +44,13 @@ OPTIONS: Mapping[str, tuple[type, ...]] = {
     "chunk_tokens": (int,),
     "recent_share": (float, int),
     "rebuild_tokens": (int,),
+}
+_CHOICES: Mapping[str, type[StrEnum]] = {
+    "dtype": DType,
+    "home": HomeKind,
+    "kv": KVPlace,
+    "shape": DraftShape,
+    "draft_weights": DraftWeights,
 }
 _KEYS = {"schema_version", "model", "layers", "options", "resident", "predicted"}
 
@@ -149,6 +158,11 @@ def _options(path: Path, raw: object) -> Mapping[str, Value]:
             raise _unusable(path, f"options has {name!r}; known are {', '.join(OPTIONS)}")
         if type(value) not in OPTIONS[name]:
             raise _unusable(path, f"options.{name} cannot be {json.dumps(value)}")
+        choices = [str(c) for c in _CHOICES.get(name, ()) if c is not KVPlace.NONE]
+        if choices and value not in choices:
+            raise _unusable(
+                path, f"options.{name} is {json.dumps(value)}; known are {', '.join(choices)}"
+            )
     return raw
 
 
