@@ -108,6 +108,10 @@ def test_bad_prompt_files(content, message, tiny_model, offload_run, tmp_path):
             ["--prompts", "SET", "--against-none", "--draft", "none"],
             "compares with a drafter: add --draft",
         ),
+        (
+            ["--prompts", "SET", "--against-none", "--temperature", "1", "--seed", "3"],
+            "--against-none has nothing to compare",
+        ),
         (["--prompts", "SET", "--context", "16"], "tokens, --context sets memory aside for 16"),
         (["--prompts", "SET", "--output", "SET"], "cannot make the folder"),
     ],
@@ -217,6 +221,16 @@ def test_against_none_shows_where_texts_differ(tiny_model, offload_run, question
     assert (table[-1][0], table[-1][-1]) == ("81", "token 3")
     assert "same budget: the two engines ran one after the other" in done.out
     assert re.search(r"draft: ngram, up to \d+ tokens, accept greedy", done.out)
+
+
+def test_a_seed_that_was_drawn_does_not_turn_drafting_off(tiny_model, offload_run, questions):
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 4, "--limit", 1)
+    sampled = (*base, "--temperature", 1, "--draft", f"model:{tiny_model}", "--json")
+    record = json.loads(offload_run(*sampled).out)
+    assert type(record["sampling"]["seed"]) is int
+    free = record["draft"]["draft_tokens"]
+    fixed = json.loads(offload_run(*sampled, "--seed", 3).out)["draft"]["draft_tokens"]
+    assert fixed == 64 and free != fixed
 
 
 def test_sampled_texts_are_not_compared(tiny_model, offload_run, questions):

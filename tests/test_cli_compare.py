@@ -153,7 +153,7 @@ def test_ctrl_c_keeps_the_rows_and_the_same_command_goes_on(compare, fakes, tmp_
     assert [row[0] for row in rows_of(sections(done.out)["Engines"])] == ["offload-rt", "slow"]
     pid = (tmp_path / "pids").read_text().split()[0]
     assert not Path(f"/proc/{pid}").exists()
-    assert not (tmp_path / "out" / "scratch").exists()
+    assert not (tmp_path / "out" / ".offload-run-scratch").exists()
     monkeypatch.setitem(engines.KNOWN, "hang", engines.KNOWN["good"])
     more = compare("--against", "slow,hang")
     assert more.code == 2 and "its engines are others" in more.err

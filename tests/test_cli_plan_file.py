@@ -162,6 +162,23 @@ def test_what_drafting_gave_is_kept_and_read_again(tiny_model, offload_run):
     assert one["predicted"]["tokens_per_pass"] > 1.8  # 1.75 if nothing had been learned
 
 
+def test_that_nothing_was_found_is_kept_too(tmp_path):
+    path = tmp_path / "drafting.json"
+    add_seen(path, "k", Seen(accepted={4: (2.0, 1.5)}, hits=(10.0, 1.0)))
+    add_seen(path, "k", Seen(accepted={}, hits=(30.0, 0.0)))
+    assert read_seen(path, "k").hits == (40.0, 0.25)
+
+
+def test_a_plan_keeps_blocks_and_folder_of_kv(tiny_model, offload_run, tmp_path):
+    kv = ("--kv", "disk", "--kv-block-tokens", 64, "--kv-folder", tmp_path)
+    plan = tmp_path / "plan.json"
+    assert offload_run("plan", tiny_model, "--context", 90, *kv, "--output", plan).code == 0
+    kept = json.loads(plan.read_text())["options"]
+    assert (kept["kv_block_tokens"], kept["kv_folder"]) == (64, str(tmp_path))
+    done = offload_run("generate", tiny_model, "-p", "x", "-n", 2, "--plan", plan)
+    assert done.code == 0, done.err
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"version": 1, "entries": {"k": 3}}', "[" * 9999])
 def test_a_damaged_memory_is_like_none(text, tmp_path):
     path = tmp_path / "drafting.json"

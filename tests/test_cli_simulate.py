@@ -175,6 +175,13 @@ def test_the_same_numbers_as_a_plan(answer, offload_run, tiny_model, monkeypatch
     assert made["s_per_pass"] == pytest.approx(planned["pass_s"], abs=1.1e-3)  # and its bookkeeping
 
 
+def test_a_flag_counts_more_than_the_scenarios_own_change(answer, tmp_path):
+    slow, fast = ["h2d_bytes_per_s=1e9"], "h2d_bytes_per_s=9e9"
+    own = answer("--scenario", scenario_file(tmp_path, set=slow))
+    asked = answer("--scenario", scenario_file(tmp_path, set=slow), "--profile-set", fast)
+    assert asked["s_per_pass"] < own["s_per_pass"]
+
+
 def test_tables_show_what_the_object_has(offload_run, big, small, tmp_path):
     done = offload_run(
         "simulate", big, "--profile", GPU, "--draft", f"model:{small}", "--tokens-per-pass", 4

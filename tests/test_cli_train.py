@@ -353,6 +353,11 @@ def test_the_curve_is_drawn(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "x"}]}\n', "turn 1 answers nothing"),
         ('{"messages": [{"role": "user", "content": " "}]}\n', "turn 1 is empty"),
         ('{"messages": [{"role": "system", "content": "x"}]}\n', "has no turn of a user"),
+        (
+            '{"messages": [{"role": "user", "content": "x"},'
+            ' {"role": "assistant", "content": "\\ud83d"}]}\n',
+            "turn 2 holds half a character",
+        ),
         ('{"prompt": "x"}\n', "line 1 has a prompt but no answer: add --self-distill"),
         (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "line 2 is not UTF-8"),
     ],

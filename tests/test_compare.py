@@ -91,8 +91,11 @@ def comparison(folder, engines, batches=(1,), timeout_s=20.0, said=None):
 
 
 def test_rounds_are_interleaved_and_every_engine_gets_every_prompt(tmp_path):
+    (tmp_path / "scratch").mkdir()
+    (tmp_path / "scratch" / "mine").touch()
     one = comparison(tmp_path, [fake(OURS), fake("b", "slow"), fake("c")], batches=(1, 2))
     one.run(2)
+    assert (tmp_path / "scratch" / "mine").exists()  # a folder of the user's
     rows = one.raw.answers()
     order = list(dict.fromkeys((r.run.round, r.run.batch, r.run.engine) for r in rows))
     engines = (OURS, "b", "c")
@@ -102,7 +105,7 @@ def test_rounds_are_interleaved_and_every_engine_gets_every_prompt(tmp_path):
         assert mine == ([[0], [1], [2]] if run.batch == 1 else [[0, 1], [2, 0]])
     loads = [row.run for row in one.raw.loads()]
     assert loads == list(dict.fromkeys(row.run for row in rows))
-    assert not (tmp_path / "scratch").exists()
+    assert not (tmp_path / ".offload-run-scratch").exists()
 
 
 def test_the_summary_is_the_median_over_prompts_then_rounds(tmp_path):

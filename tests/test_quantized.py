@@ -173,6 +173,23 @@ def test_nothing_else_is_kept(weights):
     assert 0.5 * kept < grown < 1.3 * kept + 2**24
 
 
+@pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx2", "avx512bw"})])
+def test_activations_have_seven_bits_where_products_would_overflow(flags, monkeypatch):
+    """255 levels times 127, twice, is more than 16 bits hold; it is what FBGEMM adds up there."""
+    monkeypatch.setattr(quantized, "processor_flags", lambda: flags)
+    layer, x = linear(64, 96, False), torch.randn(1, 96).bfloat16()
+    seen = []
+    real = torch.ops.quantized.linear_dynamic
+    monkeypatch.setattr(
+        torch.ops.quantized, "linear_dynamic", lambda *a: seen.append(a[2]) or real(*a)
+    )
+    with torch.inference_mode():
+        rounded_linear(layer, INT8)(x)
+        monkeypatch.setattr(quantized, "processor_flags", lambda: frozenset({"avx512_vnni"}))
+        rounded_linear(layer, INT8)(x)
+    assert seen == [True, False]
+
+
 def test_auto_is_int8_for_bf16_on_a_cpu():
     auto = DraftWeights.AUTO
     assert resolve_weights(auto, "bfloat16", Packing.FILE) is INT8

@@ -511,3 +511,14 @@ def test_history_is_json(tmp_path):
 
 settings.register_profile("quick", max_examples=60, deadline=None)
 settings.load_profile("quick")
+
+
+def test_a_loss_that_is_no_number_ends_the_training():
+    from offload_rt.training.frozen import Tally
+
+    tally = Tally.empty(2, torch.device("cpu"))
+    tally.steps = 4
+    assert tally.note(9)["loss"] == 0.0
+    tally.loss += float("nan")
+    with pytest.raises(ConfigError, match="the loss is nan after step 9.*lower --lr"):
+        tally.note(9)

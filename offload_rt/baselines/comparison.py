@@ -32,6 +32,7 @@ from offload_rt.baselines.rows import (
     same_tokens,
 )
 
+_SCRATCH = ".offload-run-scratch"  # in the output folder, where users have files of their own
 _WEIGHTS, _PACKAGES = "weights", "packages"  # in the scratch folder
 _WARM_UP_TOKENS = 3  # DeepSpeed records the order of modules in its second pass
 
@@ -132,7 +133,7 @@ class Comparison:
             raise WorkerFailedError(python)
         if spec.largest_batch is not None and run.batch > spec.largest_batch:
             raise WorkerFailedError(f"it takes {spec.largest_batch} sequence at once")
-        logs, scratch = self.folder / "logs", self.folder / "scratch"
+        logs, scratch = self.folder / "logs", self.folder / _SCRATCH
         logs.mkdir(exist_ok=True)
         shutil.rmtree(scratch, ignore_errors=True)
         (scratch / _WEIGHTS).mkdir(parents=True)
@@ -156,7 +157,7 @@ class Comparison:
         request = {
             "do": "load",
             "model": str(given.model),
-            "scratch": str(self.folder / "scratch" / _WEIGHTS),
+            "scratch": str(self.folder / _SCRATCH / _WEIGHTS),
             "batch": batch,
             "longest_tokens": longest,
             "prompt_tokens": max(groups),

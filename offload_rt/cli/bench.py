@@ -16,6 +16,7 @@ from offload_rt.cli.bench_results import BASELINE, DRAFTED, BenchReport, EngineF
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, Settings, settings_of
+from offload_rt.cli.planning import reproducible
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.cli.session import (
     Answer,
@@ -28,7 +29,7 @@ from offload_rt.cli.session import (
     started_engine,
 )
 from offload_rt.cli.stats import dtype_name, versions
-from offload_rt.config import DraftConfig
+from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 
@@ -75,15 +76,22 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     items = read_prompt_set(values["prompts"])
     directory = _made(values["directory"])
     opened, console = open_model(checkpoint), Console(settings.output)
-    settings = dataclasses.replace(settings, sampling=seeded(settings.sampling))
+    # Only a seed of the user's fixes what is drafted; one that is drawn for him does not.
+    settings = dataclasses.replace(settings, draft=reproducible(settings.draft, settings.sampling))
+    if values["against_none"] and settings.draft.kind == "none":
+        raise ConfigError(
+            "--against-none has nothing to compare: with --seed, --draft auto drafts nothing, so "
+            "name a drafter or leave --seed out"
+        )
+    sampling = seeded(settings.sampling)
     check_drafter(opened, settings.draft)
     chosen = spread(items, values["limit"])
     prompts = _encode(opened, settings, chosen)
-    measuring = _Measuring(opened, settings, console, interrupts, prompts)
+    measuring = _Measuring(opened, settings, sampling, console, interrupts, prompts)
     interrupted = measuring.run(values["rounds"], values["against_none"])
     report = BenchReport(
         model=opened.name,
-        settings=settings,
+        settings=dataclasses.replace(settings, sampling=sampling),
         prompt_file=Path(values["prompts"]).name,
         prompts_in_file=len(items),
         prompts_chosen=len(chosen),
@@ -110,12 +118,14 @@ class _Measuring:
     """Prompts, and what was measured so far.
 
     Attributes:
+        sampling: that of `settings`, with a seed.
         engines: facts about the engine of each phase.
         runs: finished answers; one that was interrupted is not among them.
     """
 
     model: Model
     settings: Settings
+    sampling: SamplingConfig
     console: Console
     interrupts: Interrupts
     prompts: Sequence[_Encoded]
@@ -165,7 +175,7 @@ class _Measuring:
                 for number in rounds:
                     for prompt in self.prompts:
                         engine.forget()
-                        answer = answering.answer(prompt.ids, settings.sampling)
+                        answer = answering.answer(prompt.ids, self.sampling)
                         if answer.finish_reason == "abort":
                             raise Interrupted
                         self.runs.append(_measured(phase, number, prompt.item, answer))

@@ -175,7 +175,9 @@ sampling_options = _group(
         type=int,
         default=None,
         show_default="drawn, and reported",
-        help="Source of randomness; the same seed gives the same answer on one machine.",
+        help="Source of randomness; the same seed gives the same answer on one machine. Given one, "
+        "measured times decide nothing about drafting, so an answer whose seed was drawn may not "
+        "come again.",
     ),
 )
 

@@ -169,8 +169,9 @@ def _row(row: Comparison) -> dict[str, Any]:
 def _scenario(values: dict[str, Any]) -> None:
     scenario = load_scenario(values["scenario"])
     name = values["profile_name"] or scenario.profile
-    profile = adjust_profile(load_profile(find_profile(name)), values["profile_set"])
-    made = simulate(scenario, profile)
+    profile = load_profile(find_profile(name))
+    scenario = dataclasses.replace(scenario, set=(*scenario.set, *values["profile_set"]))
+    made = simulate(scenario, profile)  # the flags come last, so they count
     if values["json"]:
         known = {"scenario": scenario.name, "profile": profile.name}
         click.echo(json.dumps(known | dataclasses.asdict(made)))

@@ -96,6 +96,15 @@ def _turns(found: object, role_key: str, text_key: str, where: str) -> tuple[tup
     return tuple(turns)
 
 
+def _is_unicode(text: str) -> bool:
+    """JSON may escape half of a character of two; no tokenizer takes that."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def _check_order(turns: Sequence[tuple[str, str]], where: str) -> None:
     """An answer needs a question before it, and a question needs words."""
     previous = ""
@@ -106,6 +115,8 @@ def _check_order(turns: Sequence[tuple[str, str]], where: str) -> None:
             )
         if role == USER and not text.strip():
             raise ConfigError(f"{where}, turn {place} is empty")
+        if not _is_unicode(text):
+            raise ConfigError(f"{where}, turn {place} holds half a character, which is no text")
         previous = role
     if USER not in {role for role, _ in turns}:
         raise ConfigError(f"{where} has no turn of a user")

@@ -42,15 +42,20 @@ def cores() -> int:
 
 def processor() -> tuple[str, str]:
     """The processor's name, and its bf16 instruction or nothing."""
-    name, flags = platform.processor() or platform.machine(), set[str]()
-    for line in _lines("/proc/cpuinfo"):
-        key, _, value = line.partition(":")
-        if key.strip() == "model name":
-            name = value.strip()
-        elif key.strip() in ("flags", "Features"):
-            flags = set(value.split())
-            break
+    name = _cpuinfo("model name") or platform.processor() or platform.machine()
+    flags = processor_flags()
     return name, next((flag for flag in _BF16_FLAGS if flag in flags), "")
+
+
+def processor_flags() -> frozenset[str]:
+    """What the processor can do, by Linux's names; empty where that is not told."""
+    return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def _cpuinfo(wanted: str) -> str:
+    """The first value of that name in /proc/cpuinfo."""
+    pairs = (line.partition(":") for line in _lines("/proc/cpuinfo"))
+    return next((value.strip() for key, _, value in pairs if key.strip() == wanted), "")
 
 
 def file_system(folder: Path) -> str:

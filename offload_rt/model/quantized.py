@@ -19,6 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from offload_rt.config import DraftWeights
+from offload_rt.device.host import processor_flags
 from offload_rt.planning.weights import GROUP, takes
 
 _LEVELS = 15  # of 4 bits, from 0
@@ -46,6 +47,8 @@ class Int8Linear(torch.nn.Module):
             low, high = wide.aminmax(dim=1)
             scales[part] = torch.maximum(-low, high).clamp(min=1e-12) / 127
             rounded[part] = (wide / scales[part, None]).round_()  # `wide` may be the weight itself
+        # Without VNNI products are added up in 16 bits, which activations of 8 bits overflow.
+        self._narrow = "avx512_vnni" not in processor_flags()
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
         bias = None if linear.bias is None else linear.bias.detach().float()
         with warnings.catch_warnings(), _lean_kernels():
@@ -55,7 +58,8 @@ class Int8Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
-        out: torch.Tensor = torch.ops.quantized.linear_dynamic(rows.float(), self._packed)
+        narrow = self._narrow
+        out: torch.Tensor = torch.ops.quantized.linear_dynamic(rows.float(), self._packed, narrow)
         return out.to(rows.dtype)
 
 

@@ -51,7 +51,7 @@ def read_seen(path: Path, key: str) -> Seen:
 
 def add_seen(path: Path, key: str, new: Seen) -> None:
     """Add counts to those of a key, and replace the file whole; what goes wrong is only logged."""
-    if not new.accepted:
+    if not new.accepted and not new.hits[0]:
         return
     entries = dict(_read(path))
     entries[key] = _added(entries.pop(key, NOTHING_SEEN), new)  # the latest is last

@@ -34,6 +34,8 @@ OPTIONS: Mapping[str, tuple[type, ...]] = {
     "home": (str,),
     "context_tokens": (int, type(None)),
     "kv": (str,),
+    "kv_block_tokens": (int, type(None)),
+    "kv_folder": (str, type(None)),
     "draft": (str,),
     "draft_tokens": (int, type(None)),
     "shape": (str,),
@@ -78,15 +80,19 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     """What of a plan is written."""
     runtime, draft = plan.runtime, plan.drafting.config
     kv = plan.placement.demand.kv
+    # A home on disk, once it is named, leaves a limit of host memory nothing to limit.
+    limits_host = plan.placement.home is HomeKind.HOST or (kv is not None and kv.host_bytes > 0)
     options: dict[str, Value] = {
         "device": runtime.device,
         "device_limit_bytes": plan.placement.device_limit_bytes,
-        "host_limit_bytes": runtime.host_limit_bytes,
+        "host_limit_bytes": runtime.host_limit_bytes if limits_host else None,
         "dtype": str(runtime.dtype),
         "slots": plan.placement.slots or None,
         "home": str(plan.placement.home if plan.placement.streamed else runtime.home),
         "context_tokens": runtime.context_tokens,
         "kv": str(kv.place) if kv else "device",
+        "kv_block_tokens": runtime.kv_block_tokens if kv else None,
+        "kv_folder": runtime.kv_folder if kv else None,
         "draft": draft.draft,
         "draft_tokens": draft.nodes or None,
     }

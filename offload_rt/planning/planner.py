@@ -5,6 +5,7 @@ pipeline on the simulated device with the profile's times (`cost.cost_of`), and 
 comes from what drafting gave before (`drafting`). What the user fixed is fixed in all candidates.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -204,7 +205,8 @@ def plan_run(
         except PlanError as refusal:
             refusals.append((config, refusal))
     if not found:
-        raise min((refusal for _, refusal in refusals), key=lambda r: r.needed_bytes)
+        # One about other memory than the device's names no bytes of it.
+        raise min((r for _, r in refusals), key=lambda r: r.needed_bytes or math.inf)
     chosen = _choose(search.refined(found))
     considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
     considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
@@ -217,7 +219,7 @@ def plan_run(
         considered=tuple(considered),
         smallest_bytes=min(
             *(_smallest(c.placement, runtime) for c in found),
-            *(refusal.needed_bytes for _, refusal in refusals),
+            *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
     )

@@ -57,7 +57,8 @@ def write_json(path: Path, record: Mapping[str, object]) -> None:
         ConfigError: it could not be written.
     """
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(record, indent=1, allow_nan=False)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def read_json(path: Path) -> dict[str, object] | None:

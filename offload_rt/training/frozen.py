@@ -6,6 +6,7 @@ Heads do not depend on each other: each is differentiated before the next is eva
 head's logits are in memory at a time.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from offload_rt.errors import ConfigError
 from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.training.cache import StateCache
 from offload_rt.training.corpus import NO_LABEL
@@ -53,9 +55,19 @@ class Tally:
         self.places[head] += known.sum()
 
     def note(self, step: int) -> dict[str, object]:
-        """The means."""
+        """The means.
+
+        Raises:
+            ConfigError: the loss is no number any more.
+        """
         top = self.right / self.places.clamp(min=1)
-        return {"step": step, "loss": float(self.loss) / max(1, self.steps), "top1": top.tolist()}
+        loss = float(self.loss) / max(1, self.steps)
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"the loss is {loss} after step {step}, training has gone astray: lower --lr and "
+                "give --output a new folder"
+            )
+        return {"step": step, "loss": loss, "top1": top.tolist()}
 
 
 class FrozenTrainer:

@@ -22,10 +22,10 @@ _STEP_BYTES = 128 * 2**20  # activations and logits of a pass, and the allocator
 def memory_map(settings: dict[str, Any]) -> dict[str | int, int]:
     """What accelerate may fill with weights.
 
-    Of the device it gets all but the layer that is being computed, KV, and a little for a pass.
+    Of the device it gets all but KV and a little for a pass. It leaves room for its largest module
+    by itself.
     """
-    kept = settings["device_bytes"] - settings["largest_layer_bytes"] - settings["kv_bytes"]
-    weights = max(0, kept - _STEP_BYTES)
+    weights = max(0, settings["device_bytes"] - settings["kv_bytes"] - _STEP_BYTES)
     if settings["device"] == "cpu":
         return {"cpu": weights}
     return {torch.device(settings["device"]).index or 0: weights, "cpu": settings["host_bytes"]}

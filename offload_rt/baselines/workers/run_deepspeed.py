@@ -65,6 +65,8 @@ class ZeroInference:
         limit_device_memory(self.device, settings["device_bytes"])
         spending = spend(settings, resident_bytes())
         config = zero_config(settings, spending)
+        if self.device != "cpu":  # by that DeepSpeed chooses its GPU
+            os.environ["LOCAL_RANK"] = str(torch.device(self.device).index or 0)
         deepspeed.init_distributed(
             "gloo" if self.device == "cpu" else "nccl",
             auto_mpi_discovery=False,

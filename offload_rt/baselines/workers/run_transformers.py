@@ -39,12 +39,21 @@ class Transformers:
         options = {"dtype": dtype, "local_files_only": True, "trust_remote_code": False}
         self.model = AutoModelForCausalLM.from_pretrained(settings["model"], **options)
         self.model.to(self.device).eval()
+        # `generate` fills what a config leaves open from the model's own, such as a penalty of
+        # repetition; of that nothing shall count.
+        self.model.generation_config = GenerationConfig()
         self.assistant = None
         if settings["draft_model"]:
             self.assistant = AutoModelForCausalLM.from_pretrained(
                 settings["draft_model"], **options
             )
             self.assistant.to(self.device).eval()
+            given = self.assistant.generation_config
+            self.assistant.generation_config = GenerationConfig(
+                num_assistant_tokens=given.num_assistant_tokens,
+                num_assistant_tokens_schedule=given.num_assistant_tokens_schedule,
+                assistant_confidence_threshold=given.assistant_confidence_threshold,
+            )
         config = {"attention": self.model.config._attn_implementation, "device": self.device}
         if self.assistant is not None:
             own = self.assistant.generation_config
@@ -87,7 +96,6 @@ class Transformers:
     def _assisted(
         self, ids: Sequence[int], max_tokens: int, end_tokens: frozenset[int], clock: Clock
     ) -> list[int]:
-        # Made here: a model's own generation settings may sample or penalise repetition.
         config = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_tokens,
