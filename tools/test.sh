@@ -21,6 +21,16 @@ step() {
 step "ruff check" "$python" -m ruff check .
 step "ruff format --check" "$python" -m ruff format --check .
 step "mypy" "$python" -m mypy
-# One thread of arithmetic for each of the processes that share the tests, or they wait for each other.
-step "pytest" env OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -n auto --maxprocesses 4 "$@"
+# The tests are shared out to processes, each with one thread of arithmetic, or they wait for each other. Some time things
+# or look at the page cache, which the others disturb: what failed beside others has to pass alone.
+run_tests() {
+  local code=0
+  OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -n auto --maxprocesses 4 "$@" || code=$?
+  if ((code != 1)); then
+    return "$code"
+  fi
+  printf '== pytest: what failed, alone\n'
+  "$python" -m pytest -q --last-failed "$@"
+}
+step "pytest" run_tests "$@"
 printf '== all checks passed\n'

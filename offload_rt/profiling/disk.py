@@ -8,6 +8,7 @@ virtual machine's host keeps in its memory cannot be seen from here.
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from offload_rt.units import format_size
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _SMALLEST_BYTES = 256 * 2**10
+_FORGETTINGS, _FORGETTING_S = 10, 0.05  # until a file system is thought to be memory
 _RANDOM_BYTES = 16 * 2**20
 
 
@@ -69,10 +71,13 @@ class _Window:
         """
         start, nbytes = self.run.file_offset, self.run.nbytes
         os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)  # asking must not read ahead
-        self.forget()
         pages = {start, start + nbytes // 2 // PAGE_BYTES * PAGE_BYTES, start + nbytes - PAGE_BYTES}
-        if all(_cached(self.fd, page) for page in pages):
-            raise _in_memory(self.run.path.parent)
+        for _ in range(_FORGETTINGS):  # pages another core still holds a list of stay at first
+            self.forget()
+            if not all(_cached(self.fd, page) for page in pages):
+                return
+            time.sleep(_FORGETTING_S)
+        raise _in_memory(self.run.path.parent)
 
 
 def default_folder() -> Path:
