@@ -34,7 +34,7 @@ from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
 from offload_rt.planning.controller import Controller
-from offload_rt.planning.demand import Drafting, draft_weights_of, kv_bytes_per_token
+from offload_rt.planning.demand import Drafting, kv_bytes_per_token
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
@@ -418,7 +418,7 @@ class Engine:
             packing,
             chunk_tokens=self.config.prefill_chunk_tokens,
             target_ids=(self.checkpoint.head or self.checkpoint.embedding).shape[0],
-            weights=draft_weights_of(checkpoint, self.draft, packing),
+            weights=self.draft.draft_weights,  # settled by the plan
         )
 
     def _load_weights(self) -> LayerStore:

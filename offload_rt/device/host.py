@@ -4,6 +4,7 @@ import ctypes
 import os
 import platform
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 import psutil
@@ -47,6 +48,7 @@ def processor() -> tuple[str, str]:
     return name, next((flag for flag in _BF16_FLAGS if flag in flags), "")
 
 
+@cache  # asked for every matrix that is rounded
 def processor_flags() -> frozenset[str]:
     """What the processor can do, by Linux's names; empty where that is not told."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
