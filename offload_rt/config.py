@@ -72,6 +72,7 @@ class DraftWeights(StrEnum):
 
 
 INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
+RECENT_SHARES = (0.25, 1.0)  # what a text says where, and a sink cache; tried in this order
 SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
 
 
@@ -83,13 +84,14 @@ class RetrievalConfig:
         budget_tokens: context it holds after a build, of each layer and KV head.
         chunk_tokens: consecutive tokens that are kept or left together.
         recent_share: part of the budget that is the newest tokens; 1 keeps the first chunk and the
-            newest tokens only, as a sink cache does.
+            newest tokens only, as a sink cache does. None tries both for each answer and keeps to
+            the one of which more is accepted.
         rebuild_tokens: it is built anew after so many tokens, and when drafts are accepted less.
     """
 
     budget_tokens: int = 1024
     chunk_tokens: int = 8
-    recent_share: float = 0.25
+    recent_share: float | None = None
     rebuild_tokens: int = 16
 
     def __post_init__(self) -> None:
@@ -101,8 +103,14 @@ class RetrievalConfig:
                 f"to {2**20}"
             )
         share = self.recent_share
-        _require(0.0 <= share <= 1.0, "--retrieval-recent", share, "0 to 1")
+        share_ok = share is None or 0.0 <= share <= 1.0
+        _require(share_ok, "--retrieval-recent", share, "auto or 0 to 1")
         _require(1 <= rebuild <= 2**20, "--retrieval-rebuild", rebuild, f"1 to {2**20}")
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Shares of recent tokens a build may have."""
+        return RECENT_SHARES if self.recent_share is None else (self.recent_share,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -312,6 +312,7 @@ class Run:
             drafted=sum(c.drafted for c in found),
             accepted=sum(c.accepted for c in found),
             builds=sum(c.builds for c in found),
+            newest_builds=sum(c.newest_builds for c in found),
         )
 
 

@@ -31,12 +31,14 @@ class RetrievalCounts:
         drafted: tokens proposed to those passes.
         accepted: of them, tokens kept.
         builds: times the retrieval cache was built, the prompt's included.
+        newest_builds: of them, how often of the newest tokens only, as a sink cache is.
     """
 
     passes: int = 0
     drafted: int = 0
     accepted: int = 0
     builds: int = 0
+    newest_builds: int = 0
 
     def add(self, *, drafted: int, accepted: int) -> None:
         """Count one pass."""

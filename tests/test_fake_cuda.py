@@ -12,6 +12,7 @@ from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
     HomeKind,
+    KVPlace,
     RetrievalConfig,
     RuntimeConfig,
     SamplingConfig,
@@ -23,8 +24,10 @@ from offload_rt.engine import Engine
 from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
 from offload_rt.kv.base import KVShape
+from offload_rt.kv.home import RamHome
 from offload_rt.model import attention
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.planning import kv as kv_sizes
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.tree import TokenTree
 from offload_rt.streaming import files
@@ -320,9 +323,15 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
         gpu.strict = False
 
 
+@pytest.mark.parametrize("kv", [KVPlace.DEVICE, KVPlace.HOST], ids=["on-gpu", "offloaded"])
 @pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
-def test_triforce_downloads_once_a_pass_and_builds_without_waiting(gpu, make_tiny, sampling):
+def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
+    gpu, make_tiny, monkeypatch, sampling, kv
+):
     """Choosing chunks, following the full cache and both levels' verdicts stay on the device."""
+    # A part of host memory is to be real, with an address, and known as part of the whole.
+    monkeypatch.setattr(RamHome, "_part", build_for_real(RamHome._part))
+    monkeypatch.setattr(kv_sizes, "PAGE_BYTES", 64)
     folder = make_tiny("llama", num_hidden_layers=3)
     runtime = RuntimeConfig(
         device="cuda:0",
@@ -330,6 +339,8 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(gpu, make_tin
         resident_layers=1,
         slots=2,
         prefill_chunk_tokens=9,
+        kv=kv,
+        kv_block_tokens=16 if kv is KVPlace.HOST else None,
     )
     retrieval = RetrievalConfig(budget_tokens=12, chunk_tokens=3, rebuild_tokens=2)
     draft = DraftConfig(draft="triforce", draft_tokens=3, inner_tokens=2, retrieval=retrieval)

@@ -23,6 +23,7 @@ from offload_rt.kv.base import AttentionSpec, KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import attend_rows
+from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.sampling import make_generator, target_probs
 from offload_rt.speculative import triforce
@@ -44,7 +45,7 @@ SPEC = AttentionSpec(scaling=0.5)
 def retrievals(draw_from):
     chunk = draw_from(st.integers(1, 6))
     budget = draw_from(st.integers(4 * chunk, 40))
-    share = draw_from(st.sampled_from([0.0, 0.25, 0.6, 1.0]))
+    share = draw_from(st.sampled_from([0.0, 0.25, 0.6, 1.0, None]))
     return RetrievalConfig(
         budget_tokens=budget, chunk_tokens=chunk, recent_share=share, rebuild_tokens=9
     )
@@ -71,7 +72,8 @@ def numbered(length, seed):
 
 def best_chunks(config, sizes, keys, query, length):
     """What should be kept, written out: the chunks with most attention, and the newest rows."""
-    start, size = sizes.tail_start(length), config.chunk_tokens
+    (share, *_), size = config.shares, config.chunk_tokens
+    start = sizes.tail_start(length, share)
     kept = []
     for head in range(HEADS):
         asked = query.view(HEADS, -1, DIM)[head]
@@ -80,7 +82,7 @@ def best_chunks(config, sizes, keys, query, length):
             c: float("inf") if c == 0 else float(received[c * size : c * size + size].sum())
             for c in range(start // size)
         }
-        best = sorted(scores, key=scores.get, reverse=True)[: sizes.max_chunks]
+        best = sorted(scores, key=scores.get, reverse=True)[: sizes.max_chunks(share)]
         chunks = {p for c in best for p in range(c * size, c * size + size)}
         kept.append(chunks | set(range(start, length)))
     return kept
@@ -102,7 +104,7 @@ def test_the_best_chunks_are_kept_however_the_rows_come_by(config, length, seed,
         keys, values = numbered(length, seed)
         noise = torch.Generator().manual_seed(seed)
         query = 3 * torch.randn(group * HEADS, 1, DIM, generator=noise)
-        retrieval.begin_build(length)
+        retrieval.begin_build(length, config.shares[0])
         retrieval.begin_layer(0, query, SPEC)
         borders = sorted({0, length, *(cut for cut in cuts if cut < length and group == 1)})
         for first, stop in zip(borders, borders[1:], strict=False):
@@ -181,7 +183,7 @@ def test_with_a_window_the_pinned_chunk_is_not_taken_for_a_recent_one():
         keys, values = numbered(100, 2)
         query = torch.randn(4, 1, DIM, generator=torch.Generator().manual_seed(1))
         spec = AttentionSpec(scaling=0.5, window=60)
-        retrieval.begin_build(99)
+        retrieval.begin_build(99, 0.25)
         retrieval.begin_layer(0, query, spec)
         retrieval.see(0, 0, keys[:, :99], values[:, :99])
         retrieval.end_build()
@@ -385,7 +387,7 @@ def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
     drafter = TriForceDrafter(
         device,
         over_retrieval,
-        SimpleNamespace(retrieval=cache),
+        SimpleNamespace(retrieval=cache, choice=RecentChoice([0.25])),
         inner(world.draft, sampling, generator),
         DraftConfig(draft="triforce", draft_tokens=gamma, inner_tokens=2),
     )

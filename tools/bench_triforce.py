@@ -5,7 +5,7 @@ Usage:
   bench_triforce.py speed MODEL --prompts long16k.jsonl [--draft triforce] [--draft-tokens 16]
       [--device-memory 4GiB] [--link-gb-per-s X] [--rounds 3] [--answer 96]
   bench_triforce.py acceptance MODEL --prompts long6k.jsonl [--budgets 256,512,1024,2048]
-      [--chunks 8,32,64] [--shares 0.25] [--rebuild 16] [--answer 256] [--json]
+      [--chunks 8,32,64] [--shares 0.25,auto] [--rebuild 16] [--answer 256] [--json]
 
 `prompts` makes three prompts from a part of a text: summarise it, continue it, and repeat a code
 hidden in its middle; `offload-run bench --prompts` reads them too.
@@ -14,7 +14,8 @@ hidden in its middle; `offload-run bench --prompts` reads them too.
 question follows the same passes over the full cache, eight tokens at a time, and before each the
 model predicts those tokens from that cache alone, given the right ones before them. What is printed
 is the share it predicted right, to the end of the answer: the acceptance per token of level 2 with
-gamma 8. A budget of which everything is recent is a sink cache: the first chunk and newest rows.
+gamma 8. A budget of which everything is recent is a sink cache: the first chunk and newest rows;
+one whose share is auto tries that and the default share, and keeps to the better.
 
 `speed` reads each prompt once, then answers with and without drafting in turns (A B A B ...), on
 one engine whose KV cache is on disk, or in host memory behind a link of the given bandwidth.
@@ -34,6 +35,7 @@ import torch
 
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set
 from offload_rt.config import (
+    RECENT_SHARES,
     DraftConfig,
     GenerationConfig,
     KVPlace,
@@ -96,18 +98,18 @@ def make_prompts(text: str, tokenizer_folder: Path, tokens: int, skip: int) -> l
 
 def follow(
     engine: Engine, full: WatchedCache, configs: Sequence[RetrievalConfig]
-) -> tuple[WatchedCache, list[RetrievalKV]]:
+) -> tuple[WatchedCache, list[FollowedKV]]:
     """Put a retrieval cache of each kind behind a full one."""
     shapes, dtype = engine.network.kv_shapes, engine.network.dtype
     row_bytes = tuple(shape.numbers_per_token * dtype.itemsize for shape in shapes)
-    caches = []
+    followed = []
     for config in configs:
         sizes = RetrievalSizes(
             row_bytes=row_bytes, config=config, capacity=full.capacity, scratch_tokens=GAMMA + 1
         )
-        caches.append(RetrievalKV(engine.device, shapes, dtype, sizes))
-        full = FollowedKV(full, caches[-1])
-    return full, caches
+        full = FollowedKV(full, RetrievalKV(engine.device, shapes, dtype, sizes))
+        followed.append(full)
+    return full, followed
 
 
 def answer_of(engine: Engine, cache: WatchedCache, first: int, count: int) -> list[int]:
@@ -136,8 +138,8 @@ def measure(
     """Predict one prompt's answer from each kind of retrieval cache."""
     full = engine._caches[0]  # the engine's own stays; the followers are this tool's
     assert isinstance(full, ResidentKV)  # there is room, or the run ends before
-    followed, caches = follow(engine, full, configs)
-    engine._caches[0] = followed
+    outermost, caches = follow(engine, full, configs)
+    engine._caches[0] = outermost
     try:
         logits = engine.forward([(0, ids)], reuse=False)
         answer = answer_of(engine, full, int(logits[0].argmax()), answer_tokens)
@@ -147,9 +149,14 @@ def measure(
             truth = torch.tensor(answer[at + 1 : at + 1 + len(given)])
             tree = TokenTree.chain(given[1:])
             for cache, own in zip(caches, hits, strict=True):
-                guesses = engine.draft_pass(cache, given[0], tree).argmax(dim=-1)
-                own += (guesses == truth).tolist()
-                cache.truncate(cache.length)
+                retrieval = cache.retrieval
+                guesses = engine.draft_pass(retrieval, given[0], tree).argmax(dim=-1)
+                found = (guesses == truth).tolist()
+                accepted = [*found, False].index(False)
+                judged = min(accepted + 1, len(found))
+                cache.choice.note(cache.choice.current, accepted=accepted, judged=judged)
+                own += found
+                retrieval.truncate(retrieval.length)
             engine.check([(0, given[0], tree)])
             engine.commit(0, given, range(len(given)))
     finally:
@@ -174,7 +181,7 @@ def run(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
     items = read_prompt_set(options.prompts)
     prompts = [build_prompt(tokenizer, [Message(role="user", content=item.text)]) for item in items]
     budgets, chunks = numbers(options.budgets), numbers(options.chunks)
-    shares = [float(part) for part in options.shares.split(",")]
+    shares = [None if s == "auto" else float(s) for s in options.shares.split(",")]
     configs = []
     for budget in budgets:
         configs.append(
@@ -351,9 +358,8 @@ def table(rows: Sequence[Row]) -> str:
         own = {row.prompt: row for row in rows if row.retrieval == config}
         shares = [f"{own[name].right / own[name].predicted:.3f}" for name in names]
         kind = "sink" if config.recent_share == 1.0 else str(config.chunk_tokens)
-        lines.append(
-            f"| {config.budget_tokens} | {kind} | {config.recent_share:g} | {' | '.join(shares)} |"
-        )
+        recent = "auto" if config.recent_share is None else f"{config.recent_share:g}"
+        lines.append(f"| {config.budget_tokens} | {kind} | {recent} | {' | '.join(shares)} |")
     return "\n".join(lines)
 
 
@@ -373,7 +379,7 @@ def main() -> None:
     acceptance.add_argument("--prompts", required=True)
     acceptance.add_argument("--budgets", default="256,512,1024,2048")
     acceptance.add_argument("--chunks", default="8,32,64")
-    acceptance.add_argument("--shares", default=str(RetrievalConfig().recent_share))
+    acceptance.add_argument("--shares", default=f"{RECENT_SHARES[0]},auto")
     acceptance.add_argument("--rebuild", type=int, default=RetrievalConfig().rebuild_tokens)
     acceptance.add_argument("--answer", type=int, default=256, help="tokens of an answer at most")
     acceptance.add_argument("--device", default="auto")

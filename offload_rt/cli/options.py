@@ -14,6 +14,7 @@ import click
 from offload_rt.cli.planning import with_plan
 from offload_rt.config import (
     INNER_WINDOW_TOKENS,
+    RECENT_SHARES,
     SINK_TOKENS,
     AcceptRule,
     DraftConfig,
@@ -63,6 +64,22 @@ class _AutoCount(click.ParamType):
             return int(str(value))
         except ValueError:
             self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
+
+
+class _AutoShare(click.ParamType):
+    """A number, or None for `auto`."""
+
+    name = "auto|share"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float | None:
+        if value is None or value == "auto":
+            return None
+        try:
+            return float(str(value))
+        except ValueError:
+            self.fail(f"{value!r} is neither auto nor a number", param, ctx)
 
 
 class _Window(click.ParamType):
@@ -363,10 +380,11 @@ draft_options = _group(
     click.option(
         "--retrieval-recent",
         "recent_share",
-        type=float,
+        type=_AutoShare(),
         default=_default(RetrievalConfig, "recent_share"),
         help="With triforce: part of the budget that is the newest tokens; 1 leaves nothing else "
-        "but the very first.",
+        f"but the very first. auto tries {' and '.join(f'{s:g}' for s in RECENT_SHARES)} and keeps "
+        "to the one of which more is accepted.",
     ),
     click.option(
         "--retrieval-rebuild",

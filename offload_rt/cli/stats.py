@@ -181,6 +181,8 @@ def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
     chosen = config.retrieval
     share = f" ({counts.accepted / counts.drafted:.0%})" if counts.drafted else ""
     builds = "once" if counts.builds == 1 else f"{counts.builds} times"
+    if counts.newest_builds:
+        builds += f", {counts.newest_builds} of them the newest only"
     return (
         f"{_count(counts.passes, 'pass')} over at most {chosen.budget_tokens} tokens in chunks of "
         f"{chosen.chunk_tokens}, chosen {builds}; {counts.accepted} of {counts.drafted} tokens "

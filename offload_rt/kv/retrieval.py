@@ -25,6 +25,7 @@ from offload_rt.errors import CapacityError
 from offload_rt.kv.base import AttentionSpec, KVCache, KVShape, PendingTree, RowWatcher
 from offload_rt.kv.resident import split_rows
 from offload_rt.model.attention import attend_rows
+from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.report import RetrievalCounts
 
@@ -93,6 +94,7 @@ class RetrievalKV:
         sizes: what it takes, as the plan counted it.
 
     Attributes:
+        shares: parts of the budget that may be the newest tokens.
         built_at: tokens of the sequence it was last built from; None while it is not built.
     """
 
@@ -103,7 +105,7 @@ class RetrievalKV:
         dtype: torch.dtype,
         sizes: RetrievalSizes,
     ) -> None:
-        self.capacity = sizes.capacity
+        self.capacity, self.shares = sizes.capacity, sizes.config.shares
         self._device, self._sizes = device, sizes
         memory = device.allocate(sizes.device_bytes, "retrieval cache").tensor.view(dtype)
         self._keys, self._values = split_rows(memory, shapes, sizes.rows)
@@ -184,11 +186,16 @@ class RetrievalKV:
             self._builds, self._build_rows, self.built_at = {}, 0, None
         self._set_length(length)
 
-    def begin_build(self, length: int) -> None:
-        """Begin to choose anew from the first `length` rows of the sequence, in every layer."""
+    def begin_build(self, length: int, recent_share: float) -> None:
+        """Begin to choose anew in every layer.
+
+        Args:
+            length: rows of the sequence to choose from, the first ones.
+            recent_share: part of the budget that is the newest of them.
+        """
         sizes = self._sizes
-        start = sizes.tail_start(length)
-        chunks = min(sizes.max_chunks, start // sizes.config.chunk_tokens)
+        start = sizes.tail_start(length, recent_share)
+        chunks = min(sizes.max_chunks(recent_share), start // sizes.config.chunk_tokens)
         self._layout, self._build_rows, self._builds = _Layout(chunks, start), length, {}
         self._set_length(length)
 
@@ -360,10 +367,14 @@ class FollowedKV:
     Args:
         full: all rows; may itself be followed, so that several retrieval caches share it.
         retrieval: some of them.
+
+    Attributes:
+        choice: what part of the retrieval cache is the newest tokens, corrected by who drafts.
     """
 
     def __init__(self, full: WatchedCache, retrieval: RetrievalKV) -> None:
         self.full, self.retrieval = full, retrieval
+        self.choice = RecentChoice(retrieval.shares)
         self.wants_build = False
         self.counts = RetrievalCounts()  # whose builds are counted
         self._follows = self._builds = False
@@ -393,7 +404,8 @@ class FollowedKV:
         self._builds = keeps_all or self.wants_build or self.retrieval.is_due
         self._follows = not keeps_all
         if self._builds:
-            self.retrieval.begin_build(self.length + (rows if keeps_all else 0))
+            length = self.length + (rows if keeps_all else 0)
+            self.retrieval.begin_build(length, self.choice.next())
         else:
             self.retrieval.truncate(self.length)
 
@@ -428,6 +440,7 @@ class FollowedKV:
             self.retrieval.end_build()
             self.wants_build, self._builds = False, False
             self.counts.builds += 1
+            self.counts.newest_builds += self.choice.current == 1.0
 
     def truncate(self, length: int) -> None:
         """Forget pending rows and all committed rows from `length` on."""

@@ -44,7 +44,7 @@ OPTIONS: Mapping[str, tuple[type, ...]] = {
     "inner_tokens": (int, type(None)),
     "budget_tokens": (int,),
     "chunk_tokens": (int,),
-    "recent_share": (float, int),
+    "recent_share": (float, int, type(None)),
     "rebuild_tokens": (int,),
 }
 _CHOICES: Mapping[str, type[StrEnum]] = {

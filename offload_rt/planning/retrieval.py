@@ -27,24 +27,23 @@ class RetrievalSizes:
     capacity: int
     scratch_tokens: int
 
-    @property
-    def max_chunks(self) -> int:
+    def max_chunks(self, recent_share: float) -> int:
         """Chunks there is room for, the pinned first one included.
 
         Recent tokens begin at the border of a chunk, so there are up to a chunk more of them than
         their share.
         """
         config = self.config
-        recent = int(config.budget_tokens * config.recent_share) + config.chunk_tokens - 1
+        recent = int(config.budget_tokens * recent_share) + config.chunk_tokens - 1
         return max(1, (config.budget_tokens - recent) // config.chunk_tokens)
 
-    def tail_start(self, length: int) -> int:
+    def tail_start(self, length: int, recent_share: float) -> int:
         """Where the recent tokens begin after a build at this length: at the border of a chunk."""
         config = self.config
         if length <= config.budget_tokens:
             return 0  # all of the context fits, in its own order
         chunk = config.chunk_tokens
-        recent = config.budget_tokens - self.max_chunks * chunk - (chunk - 1)
+        recent = config.budget_tokens - self.max_chunks(recent_share) * chunk - (chunk - 1)
         return (length - recent) // chunk * chunk
 
     @property
