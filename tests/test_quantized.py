@@ -96,6 +96,32 @@ def test_what_kernels_do_not_take_stays_as_it_is():
     assert type(module[1]) is quantized.Int4Linear
 
 
+class Scaled(torch.nn.Embedding):
+    """As Gemma's: what a row gives is scaled."""
+
+    def forward(self, ids):
+        return super().forward(ids) * 3.0
+
+
+@pytest.mark.parametrize("kind", [torch.nn.Embedding, Scaled])
+@pytest.mark.parametrize("shape", [(1, 7), (3,)])
+def test_looks_up_rows_rounded_by_hand(kind, shape, monkeypatch):
+    monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 128 * 96)  # the last block is a short one
+    torch.manual_seed(3)
+    embedding = kind(320, 96, padding_idx=300, dtype=torch.bfloat16)
+    weight, factor = embedding.weight.detach().clone(), 3.0 if kind is Scaled else 1.0
+    ids = torch.randint(0, 320, shape)
+    scale = weight.double().abs().amax(dim=1, keepdim=True) / 127
+    expected = (torch.round(weight.double() / scale) * scale).bfloat16()[ids] * factor
+    rounded = quantized.RoundedEmbedding(embedding)
+    with torch.inference_mode():
+        got = rounded(ids)
+    assert got.dtype is torch.bfloat16 and got.shape == (*shape, 96)
+    assert torch.allclose(got, expected, rtol=2**-7, atol=1e-6)
+    assert not torch.equal(got, weight[ids] * factor)  # it is rounded
+    assert all(p.numel() == 0 for p in rounded.parameters())  # and nothing else is kept
+
+
 @pytest.mark.parametrize("weights", ROUNDED)
 @pytest.mark.parametrize("nodes", [3, 12], ids=["chain", "tree"])
 def test_answers_do_not_change(make_tiny, weights, nodes):
@@ -146,6 +172,8 @@ def module_bytes(module):
     if isinstance(module, quantized.Int8Linear):
         weight, bias = torch.ops.quantized.linear_unpack(module._packed)
         return matrix_bytes(INT8, *weight.shape) + (0 if bias is None else bias.nbytes)
+    if isinstance(module, quantized.RoundedEmbedding):
+        return module._rounded.nbytes + module._scales.nbytes
     tensors = [*module._parameters.values()]
     if isinstance(module, torch.nn.Linear) and module.weight.shape[0] == 3200:
         tensors = []  # the embedding's

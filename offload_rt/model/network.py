@@ -39,7 +39,7 @@ from offload_rt.model.attention import (
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
-from offload_rt.model.quantized import rounded_linear
+from offload_rt.model.quantized import RoundedEmbedding, rounded_linear
 from offload_rt.model.wide import widen_linears, widens
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
@@ -145,11 +145,23 @@ class Network:
             self._holes[index] = []
         self.kept.add(index)
 
-    def round_head(self, weights: DraftWeights) -> None:
-        """Have a rounded copy of the output head compute logits; after `attach`."""
-        head = _ends(self._model)[0]
-        if type(head) is torch.nn.Linear and (made := rounded_linear(head, weights)) is not None:
-            self._model.set_output_embeddings(made)  # type: ignore[operator]
+    def round_ends(self, weights: DraftWeights) -> None:
+        """Use rounded copies of the output head and the embedding, where the head can be rounded.
+
+        After `attach`; then nothing refers to the image of `base`.
+        """
+        head, embedding = _ends(self._model)
+        made = rounded_linear(head, weights) if type(head) is torch.nn.Linear else None
+        if made is None or not isinstance(embedding, torch.nn.Embedding):
+            return
+        for hole in _holes(self._model, self.base):
+            if not any(hole.tensors is end._parameters for end in (head, embedding)):
+                copy = hole.meta.detach().clone()
+                is_parameter = isinstance(hole.meta, torch.nn.Parameter)
+                hole.fill(torch.nn.Parameter(copy, False) if is_parameter else copy)
+        self._model.set_output_embeddings(made)  # type: ignore[operator]
+        self._model.set_input_embeddings(RoundedEmbedding(embedding))  # type: ignore[operator]
+        head._parameters.clear()
 
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
@@ -300,8 +312,8 @@ class _Hole:
     """A place in a module where a parameter or buffer goes.
 
     Attributes:
-        meta: what is there while nothing is lent: a use outside the loan then fails instead of
-            reading stale bytes.
+        meta: what was there when it was looked up. For a layer that is what is there while nothing
+            is lent: a use outside the loan then fails instead of reading stale bytes.
     """
 
     tensors: dict[str, torch.Tensor]

@@ -1,4 +1,4 @@
-"""Linear layers with weights of 8 or 4 bits, for models that only draft.
+"""Linear layers and embeddings with weights of 8 or 4 bits, for models that only draft.
 
 A drafter may be wrong, so its weights may be rounded: that changes which tokens are proposed, never
 which are emitted. Fewer bytes make a draft pass faster and leave the target more memory.
@@ -43,10 +43,8 @@ class Int8Linear(torch.nn.Module):
         scales = weight.new_empty(weight.shape[0], dtype=torch.float32)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
         for part in _blocks(weight):
-            wide = weight[part].float()
-            low, high = wide.aminmax(dim=1)
-            scales[part] = torch.maximum(-low, high).clamp(min=1e-12) / 127
-            rounded[part] = (wide / scales[part, None]).round_()  # `wide` may be the weight itself
+            rounded[part], scale = _rounded_rows(weight[part])
+            scales[part] = scale[:, 0]
         # Without VNNI products are added up in 16 bits, which activations of 8 bits overflow.
         self._narrow = "avx512_vnni" not in processor_flags()
         zeros = torch.zeros(weight.shape[0], dtype=torch.int64)
@@ -61,6 +59,38 @@ class Int8Linear(torch.nn.Module):
         narrow = self._narrow
         out: torch.Tensor = torch.ops.quantized.linear_dynamic(rows.float(), self._packed, narrow)
         return out.to(rows.dtype)
+
+
+class RoundedEmbedding(torch.nn.Module):
+    """Looks up what the given embedding does, nearly, from rows of 8 bits with a scale each.
+
+    Args:
+        embedding: weight [V, E]; it computes what its class does with a row (families scale them),
+            but keeps no weight.
+    """
+
+    def __init__(self, embedding: torch.nn.Embedding) -> None:
+        super().__init__()
+        weight = embedding.weight.detach()
+        self._rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        self._scales = weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
+        for part in _blocks(weight):
+            self._rounded[part], self._scales[part] = _rounded_rows(weight[part])
+        self._dtype, self._embedding = weight.dtype, embedding
+        self._embedding.weight = torch.nn.Parameter(weight[:0].to("meta"), False)
+        self._embedding.padding_idx = None  # of training; a row's number is another one here
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] ids give [..., E]."""
+        rows = (self._rounded[ids] * self._scales[ids]).to(self._dtype).flatten(0, -2)
+        numbers = torch.arange(rows.shape[0], device=ids.device).view(ids.shape)
+        saved = self._embedding.weight
+        self._embedding.weight = torch.nn.Parameter(rows, False)
+        try:
+            found: torch.Tensor = self._embedding(numbers)
+        finally:
+            self._embedding.weight = saved
+        return found
 
 
 class Int4Linear(torch.nn.Module):
@@ -112,6 +142,14 @@ _KINDS = {DraftWeights.INT8: Int8Linear, DraftWeights.INT4: Int4Linear}
 def rounded_linear(linear: torch.nn.Linear, weights: DraftWeights) -> torch.nn.Module | None:
     """A rounded copy of a linear; None where its sizes do not suit the kernels."""
     return _KINDS[weights](linear) if takes(weights, *linear.weight.shape) else None
+
+
+def _rounded_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows [N, I] as whole numbers of -127 to 127, and the scale [N, 1] of each row."""
+    wide = rows.float()
+    low, high = wide.aminmax(dim=1, keepdim=True)
+    scale = torch.maximum(-low, high).clamp(min=1e-12) / 127
+    return (wide / scale).round_(), scale  # `wide` may be the rows themselves
 
 
 @contextmanager

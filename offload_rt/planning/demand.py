@@ -11,7 +11,13 @@ from offload_rt.model.config import ModelConfig
 from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
-from offload_rt.planning.weights import layer_bytes, matrix_bytes, resolve_weights, takes
+from offload_rt.planning.weights import (
+    embedding_bytes,
+    layer_bytes,
+    matrix_bytes,
+    resolve_weights,
+    takes,
+)
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
@@ -148,13 +154,15 @@ def draft_workspace_bytes(drafting: Drafting, packing: Packing, shape: PassShape
 def loading_bytes(drafting: Drafting, packing: Packing) -> int:
     """What a draft model takes only while it is loaded, before the target's weights are.
 
-    A layer is read into memory of its own before a copy is made of it, and an output head is
-    rounded before it is packed.
+    A layer is read into memory of its own before a copy is made of it. Embedding and head are
+    there whole until both are rounded.
     """
     if drafting.checkpoint is None:
         return 0
-    *layers, _ = image_bytes(drafting.checkpoint, "auto", packing)
-    return max(layers) + _rounded_head_bytes(drafting.checkpoint, drafting.config, packing)
+    *layers, base = image_bytes(drafting.checkpoint, "auto", packing)
+    weights = draft_weights_of(drafting.checkpoint, drafting.config, packing)
+    rounds = draft_base_bytes(drafting.checkpoint, weights, packing) != base
+    return max(layers) + (base if rounds else 0)
 
 
 def draft_weights_of(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> DraftWeights:
@@ -180,21 +188,28 @@ def settled(drafting: Drafting, packing: Packing) -> Drafting:
 
 
 def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
-    """What a draft model's weights take.
-
-    A rounded output head is a copy: rows of the embedding are still looked up as they are.
-    """
+    """What a draft model's weights take."""
+    *layers, _ = layouts_of(checkpoint, "auto", packing)
     weights = draft_weights_of(checkpoint, config, packing)
-    *layers, base = layouts_of(checkpoint, "auto", packing)
     kept = sum(layer_bytes(layout, weights) for layout in layers)
-    return kept + base.nbytes + _rounded_head_bytes(checkpoint, config, packing)
+    return kept + draft_base_bytes(checkpoint, weights, packing)
 
 
-def _rounded_head_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
-    """What the rounded copy of a draft model's output head takes; 0 if it is not rounded."""
-    weights = draft_weights_of(checkpoint, config, packing)
-    head = (checkpoint.head or checkpoint.embedding).shape
-    return matrix_bytes(weights, *head) if takes(weights, *head) else 0
+def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Packing) -> int:
+    """What of a draft model is in no layer; where its head is rounded, its embedding is, too.
+
+    Args:
+        checkpoint: headers of the draft model.
+        weights: how they are kept, `auto` settled.
+        packing: how images are laid out.
+    """
+    *_, base = layouts_of(checkpoint, "auto", packing)
+    embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
+    if not takes(weights, *head.shape):
+        return base.nbytes
+    ends = {embedding.name, head.name}
+    others = sum(p.nbytes for p in base.placements if p.name not in ends)
+    return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 
 
 def retrieval_bytes(

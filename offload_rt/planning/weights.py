@@ -6,6 +6,7 @@ from offload_rt.model.layout import LayerLayout, Packing
 
 GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
 _INT4_OUTPUTS = 16  # the kernels take whole multiples of so many outputs
+_ROW_SCALE_BYTES = 4
 _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4
 
 
@@ -45,6 +46,11 @@ def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
     if weights is DraftWeights.INT4:
         return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
     return outputs * (inputs + _SCALE_BYTES)
+
+
+def embedding_bytes(rows: int, width: int) -> int:
+    """Bytes of a rounded embedding [rows, width]: 8 bits a number, and a scale per row."""
+    return rows * (width + _ROW_SCALE_BYTES)
 
 
 def layer_bytes(layout: LayerLayout, weights: DraftWeights) -> int:

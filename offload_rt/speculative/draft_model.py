@@ -22,6 +22,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
+from offload_rt.planning.demand import draft_base_bytes
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
@@ -59,8 +60,11 @@ class DraftModel:
         self.known_ids = checkpoint.embedding.shape[0]
         self.network = Network(checkpoint, "auto", packing)
         files = WeightFiles(checkpoint.files)
+        base_bytes = draft_base_bytes(checkpoint, weights, packing)
         try:
+            # In the ledger is what stays: embedding and head may be rounded when all is there.
             base = device.allocate(self.network.base.nbytes, PURPOSE)
+            device.enter(base_bytes - self.network.base.nbytes, PURPOSE)
             self._fill(base, FileSource(self.network.base, files))
             self._keep_layers(files, weights)
         finally:
@@ -68,7 +72,8 @@ class DraftModel:
         self.network.attach(None, base, device.torch_device, chunk_tokens)
         if weights is not DraftWeights.SAME:
             with torch.inference_mode():
-                self.network.round_head(weights)
+                self.network.round_ends(weights)
+            del base
             give_back_holes()
 
     def forward(
