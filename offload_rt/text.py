@@ -8,7 +8,7 @@ time limit.
 import ctypes
 import json
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,8 @@ _REPLACEMENT = "\ufffd"  # what decoders write for bytes that are not, or not ye
 # A character is at most 4 bytes, so at most 4 tokens; a window that grows past this holds bytes
 # that never become one.
 _WINDOW_TOKENS = 32
+
+_MARKS = ("first 7391", "second 7391", "third 7391")  # no template writes that by itself
 
 # Templates of known models render in under 50 ms, compiling included.
 _TEMPLATE_LIMIT_S = 2.0
@@ -291,6 +293,36 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase, folder: Path) -> frozenset
         if tokenizer.convert_ids_to_tokens(token_id) == "<|endoftext|>":
             ids.add(token_id)
     return frozenset(ids)
+
+
+def answer_end_token(
+    tokenizer: PreTrainedTokenizerBase, end_tokens: Collection[int], *, raw: bool = False
+) -> int | None:
+    """The token behind an answer in a text the model was trained on.
+
+    It is what the chat template writes there: Gemma and Phi-3 end a turn with another token than
+    the tokenizer's own end of a text.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        end_tokens: all tokens that end an answer (`end_token_ids`).
+        raw: texts are given without the chat template.
+
+    Returns:
+        The tokenizer's own where no template tells; None if there is no end token at all.
+    """
+    own = tokenizer.eos_token_id
+    fallback = min(end_tokens, default=None) if own is None else int(own)
+    if raw or tokenizer.chat_template is None:
+        return fallback
+    turns = [("user", _MARKS[0]), ("assistant", _MARKS[1]), ("user", _MARKS[2])]
+    try:
+        text = _render(tokenizer, [Message(role=role, content=mark) for role, mark in turns])
+    except CheckpointError:
+        return fallback  # a template for other roles
+    behind = text.rpartition(_MARKS[1])[2].partition(_MARKS[2])[0]
+    ids = tokenizer.encode(behind, add_special_tokens=False, verbose=False)
+    return next((token for token in ids if token in end_tokens), fallback)
 
 
 def _stable_chars(text: str, crowded: bool) -> int:

@@ -12,7 +12,14 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.text import Message, TextStream, build_prompt, end_token_ids, load_tokenizer
+from offload_rt.text import (
+    Message,
+    TextStream,
+    answer_end_token,
+    build_prompt,
+    end_token_ids,
+    load_tokenizer,
+)
 
 CORPUS = [
     "the quick brown fox jumps over the lazy dog, then the dog sleeps. " * 3,
@@ -488,3 +495,38 @@ def test_a_damaged_generation_config_is_one_sentence(folder, content):
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="generation_config.json"):
         end_token_ids(byte_level(), folder)
+
+
+def ending(template, eos="<|endoftext|>"):
+    """A tokenizer whose own end of a text is not that of a turn."""
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_level()._tokenizer, eos_token=eos)
+    made.chat_template = template
+    return made
+
+
+STRICT = "{% if (messages | length) > 2 %}{{ raise_exception('one turn') }}{% endif %}" + TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("template", "options", "expected"),
+    [
+        (TEMPLATE, {}, "<|im_end|>"),
+        (TEMPLATE.replace("<|im_end|>", "<|endoftext|>"), {}, "<|endoftext|>"),
+        (TEMPLATE.replace("<|im_end|>", "</turn>"), {}, "<|endoftext|>"),  # no token ends it
+        (TEMPLATE.replace("<|im_end|>", " x<|im_end|><|endoftext|>"), {}, "<|im_end|>"),
+        (TEMPLATE, {"raw": True}, "<|endoftext|>"),
+        (None, {}, "<|endoftext|>"),
+        (STRICT, {}, "<|endoftext|>"),
+    ],
+)
+def test_an_answer_ends_as_the_chat_template_ends_it(template, options, expected):
+    tokenizer = ending(template)
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    found = answer_end_token(tokenizer, ends, **options)
+    assert tokenizer.convert_ids_to_tokens(found) == expected
+
+
+def test_without_an_end_token_of_its_own_the_first_of_the_folders_ends_an_answer():
+    tokenizer = ending(None, eos=None)
+    assert answer_end_token(tokenizer, [7, 5]) == 5
+    assert answer_end_token(tokenizer, []) is None
