@@ -12,6 +12,7 @@ import pytest
 from offload_rt.baselines import engines
 from offload_rt.baselines.engines import EngineSpec
 from offload_rt.cli import compare_chart
+from offload_rt.cli.held import held
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 
@@ -60,6 +61,22 @@ def sections(markdown):
 def rows_of(section):
     lines = [line for line in section.splitlines() if line.startswith("| ")][2:]
     return [[c.strip() for c in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
+
+
+def test_a_comparison_goes_on_with_the_same_placement_only(compare, fakes):
+    assert compare("--against", "good").code == 0
+    done = compare("--against", "good", "--slots", "2")
+    assert done.code == 2
+    assert "another comparison (its options for memory and placement are others)" in done.err
+
+
+def test_a_folder_is_written_by_one_comparison_at_a_time(compare, fakes, tmp_path):
+    (tmp_path / "out").mkdir()
+    with held(tmp_path / "out", "--output"):
+        done = compare("--against", "good")
+        assert done.code == 2 and "another run is writing in" in done.err
+        assert not list((tmp_path / "out").iterdir())
+    assert compare("--against", "good").code == 0
 
 
 def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):

@@ -16,6 +16,7 @@ import torch
 from engines import reference_model
 from safetensors.torch import load_file
 
+from offload_rt.cli.held import held
 from offload_rt.cli.talks import read_talks
 from offload_rt.medusa.calibration import read_calibration
 from offload_rt.training.frozen import FrozenTrainer
@@ -308,6 +309,21 @@ def test_medusa_2_resumes_to_the_same_weights(
     assert offload_run(*command(tiny_model, heads, prompts, *DISTILL, *options)).code == 0
     for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
         assert (whole / name).read_bytes() == (heads / name).read_bytes()
+
+
+@pytest.mark.parametrize("taken", ["--output", "--cache"])
+def test_a_folder_is_written_by_one_training_at_a_time(
+    tiny_model, offload_run, prompts, tmp_path, taken
+):
+    folders = {"--output": tmp_path / "heads", "--cache": tmp_path / "cache"}
+    arguments = command(tiny_model, folders["--output"], prompts, "--cache", folders["--cache"])
+    folders[taken].mkdir()
+    with held(folders[taken], taken):
+        done = offload_run(*arguments, *DISTILL)
+    assert done.code == 2
+    assert f"another run is writing in {folders[taken]}" in done.err
+    assert f"give another {taken}" in done.err
+    assert offload_run(*arguments, *DISTILL).code == 0
 
 
 def test_what_is_missing_is_a_sentence(tiny_model, offload_run, prompts, tmp_path, monkeypatch):

@@ -50,6 +50,7 @@ class Setup:
         page_cache: what is done about cached weights.
         ends: whether an end token ends an answer.
         draft: drafter of the drafting engines; empty without them.
+        runtime: where our own engines run and what they may use, as JSON.
         batches: numbers of sequences that run at once.
         engines: in the order of a round.
         machine: processor, cores, memory, GPUs.
@@ -72,6 +73,7 @@ class Setup:
     max_tokens: int
     ends: bool
     draft: str
+    runtime: str = ""
     batches: list[int]
     engines: list[str]
     machine: dict[str, Any]
@@ -303,6 +305,8 @@ def _difference(before: Setup, now: Setup) -> str | None:
         if one.name == "command" or was == wanted:
             continue
         what = one.name.replace("_", " ")
+        if one.name == "runtime":
+            return "its options for memory and placement are others"
         if isinstance(was, list | dict):
             return f"its {what} are others"
         return f"its {what} is {was!r}, now {wanted!r}"

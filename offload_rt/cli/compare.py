@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from offload_rt.cli import options
 from offload_rt.cli.compare_chart import draw
 from offload_rt.cli.compare_report import as_json, as_markdown
 from offload_rt.cli.console import Console, quiet_libraries
+from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
@@ -124,14 +126,15 @@ def compare(interrupts: Interrupts, model: str | None, **values: Any) -> int:  #
             raise ConfigError("--report-only needs the rows of its folder only: leave out the rest")
         _report(read(Path(folder) / RAW), Path(folder), console)
         return 0
-    job = _prepare(model, values, console)
     interrupted = False
-    try:
-        job.run(values["rounds"])
-    except Interrupted:
-        interrupted = True
-        console.note(f"interrupted: {len(job.raw.rows)} rows are in {job.raw.path}")
-    _report(job.raw, job.folder, console)
+    with ExitStack() as undo:
+        job = _prepare(model, values, console, undo)
+        try:
+            job.run(values["rounds"])
+        except Interrupted:
+            interrupted = True
+            console.note(f"interrupted: {len(job.raw.rows)} rows are in {job.raw.path}")
+        _report(job.raw, job.folder, console)
     return interrupts.exit_code if interrupted else 0
 
 
@@ -147,7 +150,9 @@ class _Asked:
     cap_bytes: int | None
 
 
-def _prepare(model: str | None, values: Mapping[str, Any], console: Console) -> Comparison:
+def _prepare(
+    model: str | None, values: Mapping[str, Any], console: Console, undo: ExitStack
+) -> Comparison:
     """Check everything before anything is measured, then open the rows."""
     for name, flag in (("model", "MODEL"), ("directory", "--output"), ("prompts", "--prompts")):
         if (model if name == "model" else values[name]) is None:
@@ -158,6 +163,7 @@ def _prepare(model: str | None, values: Mapping[str, Any], console: Console) -> 
     checkpoint = open_checkpoint(resolve_model(model))
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
     folder = _made(values["directory"])
+    undo.enter_context(held(folder, "--output"))
     opened = open_model(checkpoint)
     check_drafter(opened, asked.draft)
     prompts = _encoded(opened, items, values)
@@ -281,6 +287,7 @@ def _setup(
         max_tokens=values["max_tokens"],
         ends=not values["ignore_eos"],
         draft=json.dumps(dataclasses.asdict(asked.draft)) if asked.draft.kind != "none" else "",
+        runtime=json.dumps(dataclasses.asdict(asked.runtime)),
         batches=asked.batches,
         engines=[spec.name for spec in asked.engines],
         machine=json.loads(json.dumps(dataclasses.asdict(this_machine(find_driver())))),

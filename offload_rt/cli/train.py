@@ -3,8 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import click
 
 from offload_rt.cli import options
 from offload_rt.cli.console import Console, Gauge, quiet_libraries
+from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, runtime_of
 from offload_rt.cli.session import Model, context_limit, open_model
@@ -86,7 +87,7 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
         _show(job.output.result, job.output.path, output)
         return 0
     try:
-        with interrupts.raising(False):
+        with _folders_held(job), interrupts.raising(False):
             result = _train(job, opened, talks, context)
     except Interrupted:
         console.note(f"stopped; what is done is kept in {job.output.path}: run the same again")
@@ -95,15 +96,21 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
     return 0
 
 
+@contextmanager
+def _folders_held(job: "Job") -> Iterator[None]:
+    """Keep other trainings from the folders of this one."""
+    with held(job.output.path, "--output"), held(job.cache.path, "--cache"):
+        yield
+
+
 def _train(job: "Job", opened: Model, talks: list[Talk], context: int) -> Mapping[str, object]:
     """All stages; returns what came of them."""
+    from offload_rt.text import answer_end_token
     from offload_rt.training.corpus import Dropped, Encoder
     from offload_rt.training.job import finish, make_corpus, read_states, train
 
-    end = opened.tokenizer.eos_token_id
     ends = opened.end_tokens
-    if end is None and ends:
-        end = min(ends)
+    end = answer_end_token(opened.tokenizer, ends, raw=job.corpus.raw)
     if end is None:
         raise ConfigError(f"{opened.name} names no token that ends an answer: it cannot be trained")
     encoder = Encoder(opened.tokenizer, end, context, job.corpus.raw, Dropped())
