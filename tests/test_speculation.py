@@ -341,7 +341,7 @@ def test_the_index_goes_back_as_if_it_had_never_read_further(ids, others, cut):
         grown.propose(read, 4)
         assert common_prefix(read, ids) == len(os.path.commonprefix([read, ids]))
     assert grown.propose([*ids, 1], 4) == fresh.propose([*ids, 1], 4)
-    assert grown._ends == fresh._ends
+    assert grown._index._ends == fresh._index._ends
 
 
 # --- whole runs ----------------------------------------------------------------------------------

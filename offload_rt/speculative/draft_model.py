@@ -1,5 +1,9 @@
 """A small model with the target's tokenizer drafts, as a chain or as a tree grown best first.
 
+While a tree grows, what followed the same few tokens before in the text is fed ahead, behind the
+likeliest node: where the draft model agrees, one pass makes the tree several tokens deeper, as
+deep as answers that quote their prompt need.
+
 The draft model stays on the device. Rows of a draft that were not accepted are forgotten by
 comparing token ids before the next draft, so there is no bookkeeping of what was kept. The rows of
 a context that has jumped (`window`) are forgotten the same way.
@@ -26,11 +30,14 @@ from offload_rt.planning.demand import draft_base_bytes
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.ngram import MAX_SUFFIX, SuffixIndex
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
 from offload_rt.speculative.window import seen_tokens
 from offload_rt.streaming.files import FileSource, WeightFiles
 
 BRANCHES = 8  # children of a node that are looked at
+QUOTED_SUFFIX = 3  # tokens that must have occurred before
+UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there yet, or lack it
 PURPOSE = "draft model"
 
 
@@ -135,7 +142,7 @@ class _Candidate:
     token: int
     parent: int
     depth: int
-    score: float  # log of the probability of its path
+    score: float  # log of the probability of its path; or `UNKNOWN`
     row: int = -1  # its pending row in the draft model's cache, once it was fed
 
 
@@ -158,6 +165,7 @@ class DraftModelDrafter:
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
         # Tokens whose rows are in the cache; a row is decided by its token and those before it.
         self._ids: list[int] = []
+        self._text = SuffixIndex()
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
         """Start a new answer.
@@ -177,7 +185,8 @@ class DraftModelDrafter:
         logits = self._catch_up(ids)
         if not config.as_tree:
             return self._chain(logits, depth)
-        return Draft(self._grow(logits, depth, config))
+        self._text.read(ids)
+        return Draft(self._grow(logits, ids, depth, config))
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
@@ -186,6 +195,7 @@ class DraftModelDrafter:
         """Drop all rows of the cache."""
         self._cache.truncate(0)
         self._ids.clear()
+        self._text.forget()
 
     def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
         """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
@@ -220,26 +230,33 @@ class DraftModelDrafter:
                 return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
             logits = self._feed(tokens[-1:])
 
-    def _grow(self, logits: torch.Tensor, max_depth: int, config: DraftConfig) -> TokenTree:
+    def _grow(
+        self, logits: torch.Tensor, ids: Sequence[int], max_depth: int, config: DraftConfig
+    ) -> TokenTree:
         """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
 
         What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
         """
-        budget = config.nodes
+        budget, breadth = config.nodes, config.tree_breadth
         growth = _Growth(self._cache.length)
         growth.add(ROOT, *self._children(logits)[0])
         for _ in range(config.tree_passes - 1):
-            chosen = growth.choose(budget, config.tree_breadth, max_depth)
+            chosen = growth.choose(budget, breadth, max_depth)
             if not chosen:
                 break
-            places, visible = growth.feed(chosen)
+            path = growth.path(chosen[0])
+            room = min(breadth // 2, max_depth - 1 - len(path))  # a child is no deeper
+            suffix = [*ids[-MAX_SUFFIX:], *path][-MAX_SUFFIX:]
+            quoted = next(self._text.after(suffix, room, QUOTED_SUFFIX), []) if room else []
+            fed = [*chosen[: breadth - len(quoted)], *growth.guess(chosen[0], quoted)]
+            places, visible = growth.feed(fed)
             tree = pending_tree(self._model.device, visible, places)
-            rows = places[-len(chosen) :]
-            tokens = [growth.nodes[node].token for node in chosen]
+            rows = places[-len(fed) :]
+            tokens = [growth.nodes[node].token for node in fed]
             logits = self._model.forward(
                 self._cache, tokens, positions=rows, tree=tree, all_rows=True
             )
-            for node, (found, logprobs) in zip(chosen, self._children(logits), strict=True):
+            for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
         self._cache.commit(())
         return growth.best(budget)
@@ -265,15 +282,39 @@ class _Growth:
     length: int
     nodes: list[_Candidate] = field(default_factory=list)
     fed: list[int] = field(default_factory=list)
+    guessed: dict[int, int] = field(default_factory=dict)  # a node's child that was fed unseen
 
     def add(self, parent: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
-        """Add the children of a node."""
+        """Add the children of a node, in the order nodes were fed; of a wrong guess none."""
         depth, score = 1, 0.0
         if parent != ROOT:
             depth, score = self.nodes[parent].depth + 1, self.nodes[parent].score
+        guess = self.guessed.get(parent)
         for token, logprob in zip(tokens, logprobs, strict=True):
-            if logprob > float("-inf"):
+            if score + logprob == UNKNOWN:
+                continue
+            if guess is not None and self.nodes[guess].token == token:
+                self.nodes[guess].score = score + logprob
+            else:
                 self.nodes.append(_Candidate(token, parent, depth, score + logprob))
+
+    def guess(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """Add a chain behind a node without children, before its logits are there."""
+        made = []
+        for token in tokens:
+            self.nodes.append(_Candidate(token, node, self.nodes[node].depth + 1, UNKNOWN))
+            made.append(len(self.nodes) - 1)
+            self.guessed[node] = made[-1]
+            node = made[-1]
+        return made
+
+    def path(self, node: int) -> list[int]:
+        """Tokens from the root's child down to a node."""
+        tokens = []
+        while node != ROOT:
+            tokens.append(self.nodes[node].token)
+            node = self.nodes[node].parent
+        return tokens[::-1]
 
     def choose(self, budget: int, count: int, max_depth: int) -> list[int]:
         """The likeliest of the best `budget` nodes that may and do not yet have children."""
@@ -310,4 +351,5 @@ class _Growth:
         return TokenTree(tuple(tokens), tuple(parents))
 
     def _ranked(self) -> list[int]:
-        return sorted(range(len(self.nodes)), key=lambda n: (-self.nodes[n].score, n))
+        known = (n for n, node in enumerate(self.nodes) if node.score > UNKNOWN)
+        return sorted(known, key=lambda n: (-self.nodes[n].score, n))

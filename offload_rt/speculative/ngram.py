@@ -1,6 +1,6 @@
 """Draft from the sequence itself: what followed the same few tokens before."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree
@@ -9,44 +9,14 @@ MAX_SUFFIX, MIN_SUFFIX = 4, 2
 CONTINUATIONS = 3
 
 
-class NgramDrafter:
-    """Suffix lookup over prompt and output; several continuations become a tree.
+class SuffixIndex:
+    """Where the last few tokens of a sequence occurred in it before."""
 
-    Args:
-        draft_tokens: nodes of a draft, at most.
-    """
-
-    name = "ngram"
-
-    def __init__(self, draft_tokens: int) -> None:
-        self._draft_tokens = draft_tokens
+    def __init__(self) -> None:
         self._ids: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where it ended, ascending
 
-    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
-        """Propose what followed the longest suffixes of `ids` that occurred before."""
-        self._read(ids)
-        nodes = self._draft_tokens if max_nodes is None else min(max_nodes, self._draft_tokens)
-        continuations: list[Sequence[int]] = []
-        for size in range(MAX_SUFFIX, MIN_SUFFIX - 1, -1):
-            for end in reversed(self._ends.get(tuple(ids[-size:]), ())[:-1]):
-                following = ids[end : end + min(max_depth, nodes)]
-                known = any(list(following) == list(c[: len(following)]) for c in continuations)
-                if following and not known:
-                    continuations.append(following)
-                if len(continuations) == CONTINUATIONS:
-                    return _joined(continuations, nodes)
-        return _joined(continuations, nodes)
-
-    def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing to learn: the tokens themselves come with the next call."""
-
-    def forget(self) -> None:
-        """Empty the index."""
-        self._ids.clear()
-        self._ends.clear()
-
-    def _read(self, ids: Sequence[int]) -> None:
+    def read(self, ids: Sequence[int]) -> None:
         """Bring the index up to `ids`: what they do not begin with is taken out again."""
         known = self._ids
         common = common_prefix(known, ids)
@@ -60,6 +30,59 @@ class NgramDrafter:
             for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
                 self._ends.setdefault(tuple(ids[end - size : end]), []).append(end)
         self._ids = list(ids)
+
+    def after(
+        self, suffix: Sequence[int], count: int, shortest: int = MIN_SUFFIX
+    ) -> Iterator[list[int]]:
+        """What followed the same tokens, longest suffixes first, then the latest.
+
+        Args:
+            suffix: tokens to look for; its own place in the sequence does not count.
+            count: tokens of a continuation, at most.
+            shortest: end of `suffix` that has to be found.
+        """
+        for size in range(min(MAX_SUFFIX, len(suffix)), shortest - 1, -1):
+            for end in reversed(self._ends.get(tuple(suffix[-size:]), ())):
+                if following := self._ids[end : end + count]:
+                    yield following
+
+    def forget(self) -> None:
+        """Empty the index."""
+        self._ids.clear()
+        self._ends.clear()
+
+
+class NgramDrafter:
+    """Suffix lookup over prompt and output; several continuations become a tree.
+
+    Args:
+        draft_tokens: nodes of a draft, at most.
+    """
+
+    name = "ngram"
+
+    def __init__(self, draft_tokens: int) -> None:
+        self._draft_tokens = draft_tokens
+        self._index = SuffixIndex()
+
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
+        """Propose what followed the longest suffixes of `ids` that occurred before."""
+        self._index.read(ids)
+        nodes = self._draft_tokens if max_nodes is None else min(max_nodes, self._draft_tokens)
+        continuations: list[Sequence[int]] = []
+        for following in self._index.after(ids[-MAX_SUFFIX:], min(max_depth, nodes)):
+            if not any(following == list(known[: len(following)]) for known in continuations):
+                continuations.append(following)
+            if len(continuations) == CONTINUATIONS:
+                break
+        return _joined(continuations, nodes)
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Nothing to learn: the tokens themselves come with the next call."""
+
+    def forget(self) -> None:
+        """Empty the index."""
+        self._index.forget()
 
 
 def _joined(continuations: Sequence[Sequence[int]], nodes: int) -> Draft:

@@ -1,0 +1,162 @@
+"""Trees of a draft model: the likeliest nodes, whatever is fed ahead of what is known."""
+
+import heapq
+from contextlib import contextmanager
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_rt.config import DraftConfig, DraftShape
+from offload_rt.speculative import draft_model
+from offload_rt.speculative.draft_model import BRANCHES, DraftModelDrafter
+from offload_rt.speculative.tree import TokenTree
+
+VOCAB = 12
+
+
+class Rows:
+    """A cache that only counts."""
+
+    def __init__(self, *_):
+        self.length = 0
+
+    def truncate(self, length):
+        self.length = length
+
+    def commit(self, keep):
+        self.length += len(keep)
+
+
+class Known:
+    """A draft model whose logits are a function of the path below the root."""
+
+    device, target_ids = None, VOCAB
+
+    def __init__(self, law):
+        self.law, self.fed, self.passes = law, [], []
+
+    class network:
+        kv_shapes, dtype = (), torch.float32
+
+    def forward(self, cache, tokens, *, positions, tree=None, all_rows=False):
+        if tree is None:
+            self.fed, self.passes = [], []
+            return self.law(())[None]
+        self.fed += tokens
+        self.passes.append(len(tokens))
+        assert len(positions) == len(tokens) == len(tree)
+        rows = []
+        for visible, position in zip(tree, positions, strict=True):
+            path = tuple(token for token, seen in zip(self.fed, visible, strict=True) if seen)
+            assert position == cache.length - 1 + len(path)
+            rows.append(self.law(path))
+        return torch.stack(rows)
+
+
+@contextmanager
+def drafting(law, passes=None):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(draft_model, "ResidentKV", Rows)
+        patch.setattr(draft_model, "pending_tree", lambda device, visible, places: visible)
+        if passes is not None:
+            patch.setattr(DraftConfig, "tree_passes", property(lambda _: passes))
+        yield lambda nodes: DraftModelDrafter(
+            Known(law),
+            DraftConfig(draft="model:x", draft_tokens=nodes, shape=DraftShape.TREE),
+            100,
+        )
+
+
+def random_law(seed):
+    def law(path):
+        noise = torch.Generator().manual_seed(hash((seed, path)) % 2**31)
+        return 2 * torch.randn(VOCAB, generator=noise)
+
+    return law
+
+
+def likeliest(law, nodes, depth):
+    """Paths of the likeliest nodes, of which a child is among the likeliest of its parent."""
+    found, heap = [], [(0.0, ())]
+    while heap and len(found) < nodes + 1:
+        score, path = heapq.heappop(heap)
+        found.append(path)
+        if len(path) < depth:
+            logprobs = torch.log_softmax(law(path), dim=-1)
+            best = logprobs.topk(BRANCHES)
+            for token, logprob in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                heapq.heappush(heap, (score - logprob, (*path, token)))
+    return {path for path in found if path}
+
+
+def paths_of(tree):
+    return {tuple(tree.tokens[n] for n in tree.path(node)) for node in range(len(tree))}
+
+
+@settings(deadline=None, max_examples=80)
+@given(
+    seed=st.integers(0, 10_000),
+    ids=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    nodes=st.integers(2, 20),
+    depth=st.integers(1, 9),
+)
+def test_with_passes_enough_it_is_the_likeliest_nodes_whatever_the_text_says(
+    seed, ids, nodes, depth
+):
+    law = random_law(seed)
+    with drafting(law, passes=80) as drafter_for:
+        tree = drafter_for(nodes).propose(ids, depth).tree
+    assert paths_of(tree) == likeliest(law, nodes, min(depth, nodes))
+    assert len(paths_of(tree)) == len(tree)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    ids=st.lists(st.integers(0, 1), min_size=1, max_size=60),
+    nodes=st.integers(9, 100),
+)
+def test_no_pass_and_no_cache_is_larger_than_planned(seed, ids, nodes):
+    with drafting(random_law(seed)) as drafter_for:
+        drafter = drafter_for(nodes)
+        drafter.propose(ids, 100)
+        config, made = drafter._config, drafter._model.passes
+    assert max(made) <= config.tree_breadth and len(made) < config.tree_passes
+    assert sum(made) <= config.scratch_rows
+
+
+def counting(path):
+    """Goes on counting, nearly surely: from the last token, 9 before the root."""
+    logits = torch.zeros(VOCAB)
+    logits[((path[-1] if path else 9) + 1) % 10] = 12.0
+    return logits
+
+
+def test_what_the_text_said_before_makes_a_tree_deeper_than_its_passes():
+    with drafting(counting) as drafter_for:
+        drafter = drafter_for(24)
+        quoting = drafter.propose([*range(10)] * 3, 100).tree
+        alone = drafter.propose([11] * 5, 100).tree
+        passes = drafter._config.tree_passes
+        assert drafter.propose([*range(10)] * 3, 6).tree.depths[-1] <= 6
+    assert max(alone.depths) == passes
+    assert quoting == TokenTree.chain([token % 10 for token in range(24)])
+
+
+def test_a_text_that_goes_on_otherwise_is_not_believed():
+    text = [0, 1, 2, 3, 7, 7, 7, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
+    with drafting(counting) as drafter_for:
+        tree = drafter_for(24).propose(text, 100).tree
+    assert (0, 1, 2, 3, 4) in paths_of(tree)
+    assert (0, 1, 2, 3, 7, 7) not in paths_of(tree)
+
+
+def test_a_forgotten_text_is_not_quoted():
+    with drafting(counting) as drafter_for:
+        drafter = drafter_for(24)
+        drafter.propose([*range(10)] * 3, 100)
+        drafter.forget()
+        tree = drafter.propose([11] * 5, 100).tree
+        assert max(tree.depths) == drafter._config.tree_passes
