@@ -139,6 +139,17 @@ def test_ngrams_cost_nothing_and_triforce_its_own_passes(answer, big):
     assert cheaper["drafting_s"] < dear["drafting_s"]
 
 
+def test_below_triforce_a_draft_model_sees_its_window_or_all(answer, offload_run, big, small):
+    base = (big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB", "--context", 4096)
+    rates = ("--acceptance", "0.9", "--inner-acceptance", "0.5")
+    draft = ("--draft", f"triforce:{small}", "--draft-tokens", 4)
+    windowed = answer(*base, *draft, *rates)
+    whole = answer(*base, *draft, *rates, "--draft-window", "full")
+    assert whole["drafting_s"] > windowed["drafting_s"]
+    done = offload_run("simulate", *base, *draft, "--acceptance", "0.9")
+    assert done.code == 2 and "needs --inner-acceptance" in done.err
+
+
 def test_offloaded_kv_is_streamed(answer, big):
     base = (big, "--profile", GPU, "--profile-set", "ram_bytes=512GiB", "--context", 4096)
     home = answer(*base, "--kv", "host", "--resident-layers", 4)

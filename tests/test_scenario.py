@@ -73,6 +73,23 @@ def test_as_many_layers_are_resident_as_fit():
         simulate(scenario(placement={"device_memory_bytes": 10**9}), GPU)
 
 
+def test_a_ring_of_many_slots_leaves_room_for_fewer_layers():
+    usual = simulate(scenario(placement={"reserved_bytes": 10**9}), GPU)
+    for slots in (1, 3, 5):
+        made = simulate(scenario(placement={"reserved_bytes": 10**9, "slots": slots}), GPU)
+        assert made.resident_layers == usual.resident_layers + 2 - slots
+    assert simulate(scenario(model=LLAMA_7B, placement={"slots": 5}), GPU).streamed_layers == 0
+
+
+def test_two_gpus_share_the_one_disk():
+    base = {"resident_layers": 0, "slots": 2, "home": "disk", "reads": 4}
+    rate = disk_bytes_per_s(TWO, 4).value
+    one = simulate(scenario(placement=base), TWO)
+    two = simulate(scenario(placement=base | {"devices": 2}), TWO)
+    assert one.s_per_pass == pytest.approx(80 * LAYER_70B / rate, rel=0.01)
+    assert two.s_per_pass == pytest.approx(one.s_per_pass, rel=0.02)
+
+
 def test_drafting_is_the_pass_and_the_steps_over_the_tokens():
     place = {"resident_layers": 0, "slots": 1}
     plain = simulate(scenario(placement=place), GPU)

@@ -89,7 +89,7 @@ def expect(
         return DraftOutlook()
     _check(config, acceptance)
     if config.kind == "triforce":
-        return _two_levels(config, acceptance, seat, draft_model)
+        return _two_levels(config, acceptance, seat, draft_model, context_tokens)
     step_s, steps = 0.0, 1.0
     if draft_model is not None:
         breadth = config.tree_breadth if config.as_tree else 1
@@ -145,6 +145,11 @@ def _check(config: DraftConfig, acceptance: Acceptance) -> None:
         )
     if acceptance.inner and config.kind != "triforce":
         raise ConfigError("--inner-acceptance is for --draft triforce")
+    if config.kind == "triforce" and config.model and not acceptance.inner:
+        raise ConfigError(
+            f"--draft {config.draft} needs --inner-acceptance: how often the draft model is right "
+            "decides how many passes over the retrieval cache there are"
+        )
     chain = config.kind in ("ngram", "triforce") or (config.kind == "model" and not config.as_tree)
     if chain and any(len(row) > 1 for row in acceptance.ranks):
         raise ConfigError(
@@ -165,7 +170,11 @@ def _tokens(config: DraftConfig, acceptance: Acceptance) -> float:
 
 
 def _two_levels(
-    config: DraftConfig, acceptance: Acceptance, seat: Seat, draft_model: Checkpoint | None
+    config: DraftConfig,
+    acceptance: Acceptance,
+    seat: Seat,
+    draft_model: Checkpoint | None,
+    context_tokens: int,
 ) -> DraftOutlook:
     """Steps are passes over the retrieval cache; their seconds are those of the target."""
     inner, rates = config.inner, [row[0] for row in acceptance.inner] or [0.0]
@@ -174,5 +183,5 @@ def _two_levels(
     if draft_model is None:
         return made
     weights = draft_weights_of(draft_model, inner, seat.packing)
-    step_s = model_step_s(draft_model, seat, inner.cache_rows(inner.window_tokens or 0), 1, weights)
+    step_s = model_step_s(draft_model, seat, inner.cache_rows(context_tokens), 1, weights)
     return replace(made, inner_s=below.draft_steps * step_s)

@@ -29,7 +29,7 @@ from offload_rt.planning.cost import (
     pass_times,
 )
 from offload_rt.planning.kv import block_tokens_for, spread_layers
-from offload_rt.planning.placement import Demand, place
+from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.planning.scenario import (
     DrafterShape,
     DraftKind,
@@ -249,9 +249,14 @@ def _fitting_layers(scenario: Scenario, profile: HardwareProfile, share: int) ->
             kv_bytes=-(-on_device // striped) * scenario.context_tokens * row_bytes + ring,
             workspace_bytes=shape.reserved_bytes,
         )
-        placed = place(demand, limit or machine.ram_bytes, slots=None)
-        found += len(placed.resident)
+        found += len(_placed(demand, limit or machine.ram_bytes, shape.slots).resident)
     return found
+
+
+def _placed(demand: Demand, limit: int, slots: int) -> Placement:
+    """Place as many layers as fit beside a ring of so many slots, if it needs that many."""
+    freely = place(demand, limit)
+    return freely if len(freely.streamed) <= slots else place(demand, limit, slots=slots)
 
 
 def _cost(scenario: Scenario, profile: HardwareProfile, load: PassLoad) -> PassCost:
@@ -264,7 +269,8 @@ def _cost(scenario: Scenario, profile: HardwareProfile, load: PassLoad) -> PassC
 def _rates(shape: PlacementShape, profile: HardwareProfile, load: PassLoad) -> LinkRates:
     if shape.home is Home.DISK:
         disk = disk_bytes_per_s(profile, shape.reads)
-        return LinkRates(home=(disk,) * load.devices, kv=disk, back=disk)
+        share = replace(disk, value=disk.value / load.devices)  # each reads its own layers
+        return LinkRates(home=(share,) * load.devices, kv=disk, back=disk)
     return link_rates(profile, load, together=shape.devices > 1)
 
 
