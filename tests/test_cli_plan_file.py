@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+from offload_rt.cli import planning
 from offload_rt.cli.planning import experience_path
 from offload_rt.planning.drafting import NOTHING_SEEN, Outcome, Seen, Tally
 from offload_rt.planning.experience import add_seen, read_seen
@@ -116,6 +117,19 @@ def test_the_plan_says_how_fast_and_why(tiny_model, offload_run):
     assert record["predicted"]["s_per_token"] > 0
     drafters = {way["draft"] for way in record["considered"]}
     assert drafters == {"none", "ngram"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "name"), [("avx512_bf16", "cpu-2core-avx512bf16"), ("", "cpu-2core-avx512")]
+)
+def test_the_shipped_profile_that_stands_in_is_of_a_like_cpu(
+    tiny_model, offload_run, monkeypatch, flag, name
+):
+    """Without instructions for bf16 more rows cost much more, and nothing is reordered."""
+    monkeypatch.setattr(planning, "machine_name", lambda: "a-machine-without-a-profile")
+    monkeypatch.setattr(planning, "processor", lambda: ("a CPU", flag))
+    done = offload_run("plan", tiny_model, "--context", 64, "--device", "cpu", "--json")
+    assert json.loads(done.out)["profile"] == name
 
 
 def test_a_profile_can_be_named(tiny_model, offload_run):

@@ -32,6 +32,7 @@ from offload_rt.profiling.store import (
 from offload_rt.speculative.pair import open_draft_checkpoint
 
 _STAND_IN_CPU, _STAND_IN_GPU = "cpu-2core-avx512bf16", "rtx4090-pcie4x16"
+_STAND_IN_WITHOUT_BF16 = "cpu-2core-avx512"  # where the CPU has no instructions for it
 
 
 def experience_path() -> Path:
@@ -134,7 +135,7 @@ def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
 
 def _stand_in(who: Processor) -> str:
     if who is Processor.CPU:
-        return _STAND_IN_CPU
+        return _STAND_IN_CPU if processor()[1] else _STAND_IN_WITHOUT_BF16
     driver = find_driver()
     names = [gpu.name for gpu in driver.gpus[:1]] if driver is not None else []
     for name, path in list_profiles().items():
