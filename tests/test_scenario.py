@@ -78,6 +78,10 @@ def test_a_ring_of_many_slots_leaves_room_for_fewer_layers():
     for slots in (1, 3, 5):
         made = simulate(scenario(placement={"reserved_bytes": 10**9, "slots": slots}), GPU)
         assert made.resident_layers == usual.resident_layers + 2 - slots
+    room = 2 * 2 * 32000 * 8192 + 78 * LAYER_70B + 10**6  # two layers too few
+    for slots in (2, 5, 64):
+        made = simulate(scenario(placement={"device_memory_bytes": room, "slots": slots}), GPU)
+        assert made.resident_layers == 78 - slots
     assert simulate(scenario(model=LLAMA_7B, placement={"slots": 5}), GPU).streamed_layers == 0
 
 
@@ -85,9 +89,19 @@ def test_two_gpus_share_the_one_disk():
     base = {"resident_layers": 0, "slots": 2, "home": "disk", "reads": 4}
     rate = disk_bytes_per_s(TWO, 4).value
     one = simulate(scenario(placement=base), TWO)
-    two = simulate(scenario(placement=base | {"devices": 2}), TWO)
     assert one.s_per_pass == pytest.approx(80 * LAYER_70B / rate, rel=0.01)
-    assert two.s_per_pass == pytest.approx(one.s_per_pass, rel=0.02)
+    for split in ("layers", "heads"):
+        two = simulate(scenario(placement=base | {"devices": 2, "split": split}), TWO)
+        assert two.s_per_pass == pytest.approx(one.s_per_pass, rel=0.02)
+    few = base | {"resident_layers": 79, "devices": 2}  # only one of them reads
+    assert simulate(scenario(placement=few), TWO).transfer_s == pytest.approx(LAYER_70B / rate)
+    away = {"kv_home_layers": 32, "resident_layers": 32, "home": "disk", "reads": 4}
+    long = {"model": LLAMA_7B, "context_tokens": 50_000}
+    one = simulate(scenario(**long, placement=away), TWO)
+    for split in ("layers", "heads"):
+        both = away | {"devices": 2, "split": split}
+        two = simulate(scenario(**long, placement=both), TWO)
+        assert 0.8 * one.s_per_pass < two.s_per_pass < 1.05 * one.s_per_pass  # not half
 
 
 def test_drafting_is_the_pass_and_the_steps_over_the_tokens():

@@ -77,7 +77,8 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     "--inner-acceptance",
     default=None,
     metavar="RATES",
-    help="The same for what is drafted for triforce's own passes; without it nothing is.",
+    help="The same for what is drafted for triforce's own passes; without it nothing is. "
+    "With triforce:MODEL it has to be given.",
 )
 @click.option(
     "--tokens-per-pass",

@@ -254,9 +254,9 @@ def _fitting_layers(scenario: Scenario, profile: HardwareProfile, share: int) ->
 
 
 def _placed(demand: Demand, limit: int, slots: int) -> Placement:
-    """Place as many layers as fit beside a ring of so many slots, if it needs that many."""
+    """Place all layers, or as many as fit beside a ring of so many slots."""
     freely = place(demand, limit)
-    return freely if len(freely.streamed) <= slots else place(demand, limit, slots=slots)
+    return place(demand, limit, slots=slots) if freely.streamed else freely
 
 
 def _cost(scenario: Scenario, profile: HardwareProfile, load: PassLoad) -> PassCost:
@@ -269,8 +269,13 @@ def _cost(scenario: Scenario, profile: HardwareProfile, load: PassLoad) -> PassC
 def _rates(shape: PlacementShape, profile: HardwareProfile, load: PassLoad) -> LinkRates:
     if shape.home is Home.DISK:
         disk = disk_bytes_per_s(profile, shape.reads)
-        share = replace(disk, value=disk.value / load.devices)  # each reads its own layers
-        return LinkRates(home=(share,) * load.devices, kv=disk, back=disk)
+        # Layers come in on all devices at once. A ring of KV blocks reaches but a little ahead of
+        # the layer at work, so of striped layers one reads at a time.
+        by_head = shape.devices if shape.split is Split.HEADS else 1
+        readers = max(by_head, len({load.layers[index].device for index in load.streamed}))
+        home = replace(disk, value=disk.value / readers)
+        kv = replace(disk, value=disk.value / by_head)
+        return LinkRates(home=(home,) * load.devices, kv=kv, back=kv)
     return link_rates(profile, load, together=shape.devices > 1)
 
 
