@@ -324,6 +324,9 @@ def test_a_folder_is_written_by_one_training_at_a_time(
     assert f"another run is writing in {folders[taken]}" in done.err
     assert f"give another {taken}" in done.err
     assert offload_run(*arguments, *DISTILL).code == 0
+    with held(folders["--output"], "--output"):  # what is trained may be asked for meanwhile
+        done = offload_run(*arguments, *DISTILL)
+    assert done.code == 0
 
 
 def test_what_is_missing_is_a_sentence(tiny_model, offload_run, prompts, tmp_path, monkeypatch):

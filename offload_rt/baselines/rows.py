@@ -302,7 +302,8 @@ def _difference(before: Setup, now: Setup) -> str | None:
     """What makes two setups different, in words."""
     for one in dataclasses.fields(Setup):
         was, wanted = getattr(before, one.name), getattr(now, one.name)
-        if one.name == "command" or was == wanted:
+        unknown = one.name == "runtime" and not was  # rows of an older version do not tell
+        if one.name == "command" or was == wanted or unknown:
             continue
         what = one.name.replace("_", " ")
         if one.name == "runtime":

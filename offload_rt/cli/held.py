@@ -23,7 +23,10 @@ def held(folder: Path, flag: str) -> Iterator[None]:
     Raises:
         ConfigError: another process has it.
     """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError as error:
+        raise ConfigError(f"cannot use the folder {folder}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,7 +36,7 @@ def held(folder: Path, flag: str) -> Iterator[None]:
             ) from error
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                raise
+                raise ConfigError(f"cannot lock {folder}: {error.strerror}") from error
         yield
     finally:
         with suppress(OSError):

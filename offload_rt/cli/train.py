@@ -3,8 +3,8 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,6 +32,7 @@ from offload_rt.training.settings import (
 from offload_rt.training.talks import Talk
 
 if TYPE_CHECKING:
+    from offload_rt.training.corpus import Encoder
     from offload_rt.training.job import Job
 
 RECORD, CORPUS_RECORD, CACHE = "training.json", "corpus.json", "cache"
@@ -80,41 +81,47 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
         require_answers(talks, values["data"])
     opened = open_model(checkpoint)
     context = context_limit(opened, runtime.context_tokens)
+    from offload_rt.training.corpus import Dropped, Encoder  # imports torch
+
+    encoder = Encoder(opened.tokenizer, _end_of(opened, corpus.raw), context, corpus.raw, Dropped())
     watch = _Watch(console, interrupts)
-    job = _job(opened, (corpus, config, runtime), values, context, watch)
-    if job.output.result is not None:
-        console.note(f"{job.output.path} is trained already, with these settings")
-        _show(job.output.result, job.output.path, output)
-        return 0
-    try:
-        with _folders_held(job), interrupts.raising(False):
-            result = _train(job, opened, talks, context)
-    except Interrupted:
-        console.note(f"stopped; what is done is kept in {job.output.path}: run the same again")
-        raise
+    with ExitStack() as folders:
+        job = _job(opened, (corpus, config, runtime), values, encoder, watch, folders)
+        if job.output.result is not None:
+            console.note(f"{job.output.path} is trained already, with these settings")
+            _show(job.output.result, job.output.path, output)
+            return 0
+        try:
+            with interrupts.raising(False):
+                result = _train(job, opened, talks, encoder)
+        except Interrupted:
+            console.note(f"stopped; what is done is kept in {job.output.path}: run the same again")
+            raise
     _show(result, job.output.path, output)
     return 0
 
 
-@contextmanager
-def _folders_held(job: "Job") -> Iterator[None]:
-    """Keep other trainings from the folders of this one."""
-    with held(job.output.path, "--output"), held(job.cache.path, "--cache"):
-        yield
+def _end_of(opened: Model, raw: bool) -> int:
+    """The token behind an answer.
 
-
-def _train(job: "Job", opened: Model, talks: list[Talk], context: int) -> Mapping[str, object]:
-    """All stages; returns what came of them."""
+    Raises:
+        ConfigError: the model has none.
+    """
     from offload_rt.text import answer_end_token
-    from offload_rt.training.corpus import Dropped, Encoder
-    from offload_rt.training.job import finish, make_corpus, read_states, train
 
-    ends = opened.end_tokens
-    end = answer_end_token(opened.tokenizer, ends, raw=job.corpus.raw)
+    end = answer_end_token(opened.tokenizer, opened.end_tokens, raw=raw)
     if end is None:
         raise ConfigError(f"{opened.name} names no token that ends an answer: it cannot be trained")
-    encoder = Encoder(opened.tokenizer, end, context, job.corpus.raw, Dropped())
-    corpus = make_corpus(job, encoder, talks, ends)
+    return end
+
+
+def _train(
+    job: "Job", opened: Model, talks: list[Talk], encoder: "Encoder"
+) -> Mapping[str, object]:
+    """All stages; returns what came of them."""
+    from offload_rt.training.job import finish, make_corpus, read_states, train
+
+    corpus = make_corpus(job, encoder, talks, opened.end_tokens)
     caches = None if _skips_states(job.config) else read_states(job, corpus)
     try:
         trained = train(job, corpus, caches)
@@ -136,13 +143,14 @@ def _job(
     opened: Model,
     configs: tuple[CorpusConfig, TrainConfig, RuntimeConfig],
     values: Mapping[str, Any],
-    context: int,
+    encoder: "Encoder",
     watch: _Watch,
+    folders: ExitStack,
 ) -> "Job":
-    """The training with its folders, made or gone on with.
+    """The training with its folders, made or gone on with and ours until `folders` ends.
 
     Raises:
-        ConfigError: a folder was made with other settings.
+        ConfigError: a folder was made with other settings, or another training is at it.
     """
     from offload_rt.training.folder import model_identity, open_folder
     from offload_rt.training.job import Job
@@ -152,17 +160,20 @@ def _job(
     of_corpus: dict[str, object] = {
         "MODEL": f"{opened.name} ({model_identity(opened.checkpoint)[:12]})",
         "--data": f"{Path(values['data']).name} ({_digest(values['data'])[:12]})",
-        "--context": context,
+        "--context": encoder.context_tokens,
+        "end of an answer": encoder.end_token,
         "--dtype": str(runtime.dtype),
         **flags(corpus),
     }
     settings = of_corpus | flags(config) | flags(config.joint)
-    output = open_folder(folder, RECORD, settings, "--output")
-    cache = output
+    output = cache = open_folder(folder, RECORD, settings, "--output")
     if output.result is None:
-        cache = open_folder(
-            Path(values["cache"] or folder / CACHE), CORPUS_RECORD, of_corpus, "--cache"
-        )
+        folders.enter_context(held(folder, "--output"))
+        output = cache = open_folder(folder, RECORD, settings, "--output")  # may be done by now
+    if output.result is None:
+        path = Path(values["cache"] or folder / CACHE)
+        cache = open_folder(path, CORPUS_RECORD, of_corpus, "--cache")
+        folders.enter_context(held(path, "--cache"))
     return Job(opened.checkpoint, runtime, corpus, config, output, cache, watch)
 
 
