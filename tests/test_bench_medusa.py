@@ -8,9 +8,15 @@ import sysconfig
 from pathlib import Path
 
 import pytest
-from medusa_heads import write_own
+import torch
+from medusa_heads import write_own, write_shared
+from torch.nn.functional import pad
 
 from offload_rt.errors import ConfigError
+from offload_rt.medusa.calibration import CALIBRATION_FILE
+from offload_rt.medusa.checkpoint import open_source
+from offload_rt.medusa.convert import read_heads
+from offload_rt.medusa.heads import MedusaHeads
 
 TOOL = Path(__file__).parent.parent / "tools" / "bench_medusa.py"
 
@@ -80,3 +86,29 @@ def test_prompts_are_split_for_good_and_made_of_code(bench, tmp_path):
     bench("split", data, "--share", 0.75, "--train", train, "--test", test)
     one, two = (path.read_text().splitlines() for path in (train, test))
     assert len(one) == 30 and sorted(one + two) == sorted(out.splitlines())
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own-head", "models-head"])
+def test_widened_heads_say_the_same_of_a_padded_state(bench, make_tiny, tmp_path, own):
+    narrow = (write_own if own else write_shared)(tmp_path / "narrow", size=48, bias=True)
+    (narrow / CALIBRATION_FILE).write_text("{}")
+    model = make_tiny("llama", hidden_size=64)
+    bench("widen", narrow, model, "--output", tmp_path / "wide")
+    assert (tmp_path / "wide" / CALIBRATION_FILE).read_text() == "{}"
+    hidden, output = torch.randn(5, 48), torch.randn(300, 64)
+    found = []
+    for folder, rows in ((narrow, hidden), (tmp_path / "wide", pad(hidden, (0, 16)))):
+        stored = read_heads(open_source(folder))
+        width = stored.shape.hidden_size
+        heads = MedusaHeads(stored.shape, lambda state, w=width: state @ output[:, :w].T)
+        heads.load_state_dict(stored.tensors)
+        with torch.inference_mode():
+            found.append(heads(rows))
+    assert width == 64
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_heads_are_not_made_narrower(bench, make_tiny, tmp_path):
+    heads = write_own(tmp_path / "heads", size=96)
+    with pytest.raises(ConfigError, match="a hidden state of 64 numbers, the heads a wider"):
+        bench("widen", heads, make_tiny("llama", hidden_size=64), "--output", tmp_path / "x")

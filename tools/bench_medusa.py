@@ -6,6 +6,7 @@ Usage:
   bench_medusa.py split PROMPTS --share 0.67 --train TRAIN --test TEST [--seed 0]
   bench_medusa.py trees MODEL HEADS --prompts TEST [--measure 64] [--replay 16,32,64,128,256]
       [--limit N] [--answer 128] [--together 8] [--device-memory 2GiB] [--json]
+  bench_medusa.py widen HEADS MODEL --output WIDE
 
 `chat` has an instruction-tuned model make up what users ask: it is given the chat template up to
 where the user speaks, and goes on from there (as in Magpie, arXiv:2406.08464). `code` takes heads
@@ -19,16 +20,21 @@ that made the answers it then replays the same answers with trees of other sizes
 the same whoever drafts, so which tokens each pass would have accepted is known. Beside it stands
 what the calibration of the heads predicts; they differ by what the prompts differ from those it
 was made on. Speed is `offload-run bench ... --draft medusa:HEADS --against-none`.
+
+`widen` pads heads of a small model with zeros for a large one that computes the same function
+(`make_bench_model.py`): its hidden state is the small one's and zeros. So heads that took minutes
+to train draft for gigabytes of streamed weights.
 """
 
 import argparse
 import ast
 import json
 import random
+import shutil
 import sys
 import sysconfig
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -37,7 +43,15 @@ from offload_rt.cli.prompt_set import read_lines, read_prompt_set, spread
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.engine import Engine
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.medusa.calibration import RANKS, best_trees, read_calibration
+from offload_rt.medusa.calibration import (
+    CALIBRATION_FILE,
+    RANKS,
+    best_trees,
+    read_calibration,
+)
+from offload_rt.medusa.checkpoint import open_source
+from offload_rt.medusa.convert import Heads, Layout, read_heads, write_heads
+from offload_rt.medusa.names import LmHead
 from offload_rt.medusa.trees import Choice
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.text import build_prompt, end_token_ids, load_tokenizer
@@ -251,6 +265,25 @@ def trees(options: argparse.Namespace) -> None:
         )
 
 
+def widen(folder: str, model: str, output: str) -> None:
+    """Write heads padded with zeros to the width of a model's hidden state."""
+    source = open_source(Path(folder))
+    heads, hidden = read_heads(source), open_checkpoint(resolve_model(model)).config.hidden_size
+    shape = replace(heads.shape, hidden_size=hidden)
+    tensors = dict(heads.tensors)
+    for name, size in shape.tensors().items():
+        corner = heads.tensors[name]
+        if any(small > large for small, large in zip(corner.shape, size, strict=True)):
+            raise ConfigError(f"{model} has a hidden state of {hidden} numbers, the heads a wider")
+        tensors[name] = corner.new_zeros(size)
+        tensors[name][tuple(slice(count) for count in corner.shape)] = corner
+    layout = Layout.SHARED if shape.lm_head is LmHead.MODEL else Layout.TGI
+    wide = Heads(shape=shape, tensors=tensors, base=None)
+    write_heads(wide, Path(output), Layout.VLLM if shape.truncated else layout)
+    if (source.folder / CALIBRATION_FILE).exists():
+        shutil.copyfile(source.folder / CALIBRATION_FILE, Path(output) / CALIBRATION_FILE)
+
+
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
@@ -277,6 +310,10 @@ def parse() -> argparse.Namespace:
     measured.add_argument("--together", type=int, default=8)
     measured.add_argument("--device-memory", type=parse_size)
     measured.add_argument("--json", action="store_true")
+    wider = verbs.add_parser("widen")
+    wider.add_argument("heads")
+    wider.add_argument("model")
+    wider.add_argument("--output", required=True)
     return parser.parse_args()
 
 
@@ -285,6 +322,8 @@ def main() -> None:
     options = parse()
     if options.verb == "trees":
         trees(options)
+    elif options.verb == "widen":
+        widen(options.heads, options.model, options.output)
     elif options.verb == "chat":
         for n, text in enumerate(make_questions(options.model, options.count, options.seed)):
             print(json.dumps({"task_id": f"chat/{n}", "prompt": text}), flush=True)
