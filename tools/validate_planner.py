@@ -11,7 +11,9 @@ measured in rounds, one after the other; medians are compared.
 """
 
 import argparse
+import gc
 import json
+import re
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -96,12 +98,19 @@ class Bench:
     profile: str | None
 
     def seen(self, model: str, draft: str, tokens: int | None) -> Seen:
-        """Count accepted tokens of a drafter, with everything on the device."""
+        """Count accepted tokens of a drafter, with everything on the device.
+
+        All steps count, those at the end of an answer too, as they do in what is measured.
+        """
         case = Case(model=model, memory=None, draft=draft, tokens=tokens)
         with self._engine(case, NOTHING_SEEN) as engine:
-            for prompt in self.prompts[model]:
-                self._run(engine, prompt)
-            return engine.tally.seen()
+            reports = [self._run(engine, prompt) for prompt in self.prompts[model]]
+            hits = engine.tally.seen().hits
+        steps = sum(report.speculation.passes - 1 for report, _ in reports)
+        accepted = sum(report.speculation.accepted for report, _ in reports)
+        drafts = steps * (hits[1] if hits[0] else 1.0)
+        nodes = tokens or 0
+        return Seen(accepted={nodes: (steps, accepted / max(drafts, 1.0))}, hits=hits)
 
     def measure(self, case: Case, seen: Seen) -> dict[str, object]:
         """Predict and measure one plan."""
@@ -131,6 +140,7 @@ class Bench:
             }
 
     def _engine(self, case: Case, seen: Seen) -> Engine:
+        gc.collect()  # weights of the engine before, which its modules hold in circles
         prompts = self.prompts[case.model]
         longest = max(map(len, prompts))
         draft = case.draft
@@ -264,6 +274,7 @@ def main() -> int:
     parser.add_argument("--limit", type=int, default=2, help="prompts")
     parser.add_argument("--answer", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--only", default="", help="plans whose name has this regular expression")
     parser.add_argument("--profile", help="default: this machine's")
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table, plot")
     parser.add_argument("--report-only", action="store_true")
@@ -292,7 +303,11 @@ def measure(given: argparse.Namespace, rows_path: Path) -> None:
             tokenizer = load_tokenizer(_opened(models[name]).folder)
             prompts[name] = [build_prompt(tokenizer, item.text) for item in items]
     bench = Bench(models, prompts, given.answer, given.profile)
-    grid = [case for case in cases(models) if case.model in models]
+    grid = [
+        case
+        for case in cases(models)
+        if case.model in models and re.search(given.only, f"{case.label}, {case.drafting}")
+    ]
     counted: dict[tuple[str, str, int | None], Seen] = {}
     with rows_path.open("a") as file:
         for number in range(given.rounds):
