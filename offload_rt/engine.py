@@ -306,6 +306,7 @@ class Engine:
         inner = self._plain_drafter(self.draft.inner, sequence, sampling)
         cache = self._caches[sequence.index]
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
+        cache.choice.forget()
         triforce = TriForceDrafter(self.device, self.draft_pass, cache, inner, self.draft)
         triforce.begin(sampling, sequence.generator)
         sequence.retrieval = cache.counts = triforce.counts

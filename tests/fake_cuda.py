@@ -119,6 +119,7 @@ class FakeCuda:
     device: torch.device | None = None
     trace: list = field(default_factory=list)
     buffers: dict = field(default_factory=dict)
+    kept: list = field(default_factory=list)
     names: dict = field(default_factory=dict)
     registered: dict = field(default_factory=dict)
     unregistered: list = field(default_factory=list)
@@ -151,6 +152,7 @@ class FakeCuda:
             raise torch.OutOfMemoryError("CUDA out of memory")
         self.free_bytes -= nbytes
         tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.kept.append(tensor)  # what is freed must not lend its key to something else
         self.buffers[key(tensor)] = SimBuffer(nbytes)
         self.names[key(tensor)] = f"buffer {len(self.names)}"
         return tensor

@@ -382,7 +382,7 @@ def test_plan_table_and_json_agree(tiny_model, offload_run):
     record = json.loads(offload_run(*arguments, "--json").out)
     assert (record["context_tokens"], record["home"], record["device"]) == (64, "disk", "cpu")
     assert record["resident"] == [2] and record["streamed"] == [0, 1, 3]
-    parts = ("base_bytes", "resident_bytes", "kv_bytes", "workspace_bytes")
+    parts = ("base_bytes", "resident_bytes", "kv_bytes", "workspace_bytes", "drafter_bytes")
     total = sum(record[part] for part in parts) + record["slots"] * record["slot_bytes"]
     assert total == record["device_bytes"] <= record["device_limit_bytes"]
     assert "1 resident layers" in table and "0-1, 3" in table and "64 tokens" in table

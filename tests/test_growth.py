@@ -32,7 +32,7 @@ class Rows:
 class Known:
     """A draft model whose logits are a function of the path below the root."""
 
-    device, target_ids = None, VOCAB
+    device, target_ids, known_ids = None, VOCAB, VOCAB
 
     def __init__(self, law):
         self.law, self.fed, self.passes = law, [], []
@@ -153,10 +153,25 @@ def test_a_text_that_goes_on_otherwise_is_not_believed():
     assert (0, 1, 2, 3, 7, 7) not in paths_of(tree)
 
 
+def test_a_wrong_guess_is_in_no_tree_even_where_there_is_room_for_it():
+    def sure(path):
+        logits = torch.full((VOCAB,), float("-inf"))
+        logits[((path[-1] if path else 9) + 1) % 10] = 0.0
+        return logits
+
+    text = [0, 1, 2, 7, 1, 2, 3, 7, 2, 3, 4, 7, 3, 4, 5, 7, 9]
+    with drafting(sure) as drafter_for:
+        drafter = drafter_for(24)
+        tree = drafter.propose(text, 100).tree
+        assert sum(drafter._model.passes) > len(drafter._model.passes)  # some rows were guesses
+    assert tree == TokenTree.chain([token % 10 for token in range(len(tree))])
+
+
 def test_a_forgotten_text_is_not_quoted():
     with drafting(counting) as drafter_for:
         drafter = drafter_for(24)
         drafter.propose([*range(10)] * 3, 100)
         drafter.forget()
+        assert not drafter._text._ends and not drafter._text._ids
         tree = drafter.propose([11] * 5, 100).tree
         assert max(tree.depths) == drafter._config.tree_passes

@@ -19,7 +19,7 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.packed import replace_linears
 from offload_rt.model.quantized import rounded_linear
-from offload_rt.planning.demand import draft_weight_bytes
+from offload_rt.planning.demand import draft_base_bytes, draft_weight_bytes
 from offload_rt.planning.weights import GROUP, matrix_bytes, resolve_weights
 from offload_rt.speculative import draft_model
 
@@ -167,6 +167,28 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     assert sizes[INT4] < sizes[INT8] < sizes[DraftWeights.SAME]
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi", "gemma2"])
+@pytest.mark.parametrize("weights", ROUNDED)
+@pytest.mark.parametrize("vocabulary", [320, 323], ids=["fits", "odd"])
+def test_ends_take_what_is_planned_in_every_family(make_tiny, family, weights, vocabulary):
+    """Untied heads, heads with a bias or another name in the files, embeddings that scale."""
+    more = {"llama": {"tie_word_embeddings": False}, "gpt_neox": {"num_key_value_heads": 4}}
+    own = more.get(family, {})
+    folder = make_tiny(family, dtype="bfloat16", vocab_size=vocabulary, **own)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=12, draft_weights=weights)
+    planned = draft_base_bytes(open_checkpoint(folder), weights, Packing.FILE)
+    with engine_for(folder, draft=draft) as engine:
+        model = engine._draft_model.network._model
+        layers = {id(p) for p in engine._draft_model.network._layers for p in p.modules()}
+        outside = [m for m in model.modules() if id(m) not in layers]
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        if type(head) is torch.nn.Linear and head.weight is embedding.weight:
+            outside.remove(head)
+        held = sum(map(module_bytes, outside))
+        assert abs(held - planned) < 2**14  # pages of images; a bias is fp32 beside int8
+        generate(engine)
+
+
 def module_bytes(module):
     """Bytes of a module's own tensors, rounded or not."""
     if isinstance(module, quantized.Int8Linear):
@@ -251,7 +273,7 @@ def test_the_flag_reaches_the_draft_model_and_nothing_else(offload_run, tiny_mod
 def test_int4_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
     """The whole path on fake tensors: packing, passes of the draft model, no hidden host sync."""
     monkeypatch.setattr(draft_model, "Network", build_for_real(draft_model.Network))
-    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2, vocab_size=320)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=INT4)
     runtime = RuntimeConfig(device="cuda:0", resident_layers=1, slots=1, prefill_chunk_tokens=8)
     with (
@@ -264,7 +286,8 @@ def test_int4_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
         run.prefill()
         run.step()
         kinds = {type(m) for m in engine._draft_model.network._model.modules()}
-        assert quantized.Int4Linear in kinds
+        assert {quantized.Int4Linear, quantized.RoundedEmbedding} <= kinds
+        assert torch.nn.Linear not in kinds
 
 
 def test_int8_on_a_gpu_is_refused_before_weights_are_read(gpu, make_tiny):  # noqa: F811

@@ -59,6 +59,31 @@ def test_while_nothing_is_judged_nothing_is_tried():
     assert choice.next() == 0.25
 
 
+def test_a_share_is_not_given_up_before_its_drafts_are_judged():
+    """Builds may follow each other while nothing is drafted; late notes are of the build before."""
+    choice = RecentChoice(SHARES)
+    choice.next()
+    choice.note(0.25, accepted=9, judged=10)
+    assert choice.next() == 1.0
+    choice.note(0.25, accepted=1, judged=2)
+    assert choice.next() == 1.0
+    choice.note(1.0, accepted=1, judged=2)
+    assert choice.next() == 0.25
+    for _ in range(20):  # no trial is spent on builds that taught nothing
+        assert choice.next() == 0.25
+
+
+def test_a_late_note_of_the_better_share_does_not_end_a_trial():
+    choice, tries = RecentChoice(SHARES), 0
+    for _ in range(200):
+        if choice.next() == 1.0:
+            tries += 1
+            choice.note(0.25, accepted=5, judged=6)  # of a draft that was made before the build
+            assert choice.next() == 1.0
+        choice.note(choice.current, accepted=5 if choice.current == 0.25 else 1, judged=6)
+    assert tries > 3
+
+
 def test_one_share_is_no_choice():
     choice = RecentChoice([0.5])
     for _ in range(40):

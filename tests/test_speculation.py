@@ -402,10 +402,10 @@ def test_a_drafter_that_is_the_target_is_always_right(make_tiny, drafts):
         assert report.acceptance_per_depth == [1.0] * 4
 
 
-def start(engine, tokens, sampling=None):
+def start(engine, tokens, sampling=None, prompt=PROMPT):
     from offload_rt.config import GenerationConfig
 
-    run = engine.start([PROMPT], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run = engine.start([prompt], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens))
     run.prefill()
     while run.active:
         run.step()
@@ -437,6 +437,22 @@ def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
         with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
             answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
+
+
+def test_what_one_answer_taught_does_not_change_the_next(make_tiny):
+    """Which share of recent tokens is tried depends on what was accepted; a seed repeats all."""
+    sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
+    retrieval = RetrievalConfig(budget_tokens=12, chunk_tokens=3, rebuild_tokens=3)
+    draft = DraftConfig(draft="triforce", draft_tokens=4, retrieval=retrieval)
+    folder, answers, newest = make_tiny("llama", **IDS), [], []
+    with engine_for(folder, prompts=[REPEATS], tokens=40, draft=draft) as engine:
+        for _ in range(3):
+            run = start(engine, 40, sampling, REPEATS)
+            answers.append(run.sequences[0].emitted)
+            newest.append((run.sequences[0].retrieval.builds, run.sequences[0].retrieval.passes))
+            assert 0 < run.sequences[0].retrieval.newest_builds < newest[-1][0]
+    assert answers[0] == answers[1] == answers[2]
+    assert newest[0] == newest[1] == newest[2]
 
 
 @pytest.mark.parametrize("name", ["chain", "triforce-model"])

@@ -25,6 +25,7 @@ from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
+from offload_rt.planning.suffixes import SHORTEST, index_bytes
 from offload_rt.sampling import make_generator, target_probs
 from offload_rt.speculative import triforce
 from offload_rt.speculative.base import Draft
@@ -252,7 +253,9 @@ def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
         memory = engine.memory()
         sizes = engine._caches[0].retrieval._sizes
         assert memory.ledger["retrieval cache"] == sizes.device_bytes
-        assert engine.placement.demand.drafter_bytes == sizes.device_bytes + sizes.build_bytes
+        index = index_bytes(engine._capacities[0] + draft.nodes, SHORTEST)
+        drafter_bytes = engine.placement.demand.drafter_bytes
+        assert drafter_bytes == sizes.device_bytes + sizes.build_bytes + index
         assert memory.device_peak_bytes <= memory.device_planned_bytes
 
 
@@ -378,7 +381,9 @@ class ChosenInner(SampledInner):
 
 def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
     """The outer draft, and the target's verdict on it: the first two tokens."""
-    cache = SimpleNamespace(built_at=0, truncate=lambda n: None, commit=lambda keep: None)
+    cache = SimpleNamespace(
+        built_at=0, is_complete=False, truncate=lambda n: None, commit=lambda keep: None
+    )
     device = SimpleNamespace(download=lambda tensor: tensor.tolist())
 
     def over_retrieval(cache, root, tree):

@@ -137,6 +137,10 @@ class RetrievalKV:
         layout = self._layout
         return layout.tail_start == layout.chunks * self._sizes.config.chunk_tokens
 
+    def leaves_out(self, length: int) -> bool:
+        """Whether a build from so many rows keeps but a part of them."""
+        return length > self._sizes.config.budget_tokens
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""
         start = self._row_of(self._length) + self._pending[layer]
@@ -377,7 +381,7 @@ class FollowedKV:
         self.choice = RecentChoice(retrieval.shares)
         self.wants_build = False
         self.counts = RetrievalCounts()  # whose builds are counted
-        self._follows = self._builds = False
+        self._follows = self._builds = self._newest = False
         self._rows = 0
         self._appended: dict[int, int] = {}
 
@@ -405,7 +409,9 @@ class FollowedKV:
         self._follows = not keeps_all
         if self._builds:
             length = self.length + (rows if keeps_all else 0)
-            self.retrieval.begin_build(length, self.choice.next())
+            chooses = self.retrieval.leaves_out(length)
+            self.retrieval.begin_build(length, self.choice.next() if chooses else 0.0)
+            self._newest = chooses and self.choice.current == 1.0
         else:
             self.retrieval.truncate(self.length)
 
@@ -440,7 +446,7 @@ class FollowedKV:
             self.retrieval.end_build()
             self.wants_build, self._builds = False, False
             self.counts.builds += 1
-            self.counts.newest_builds += self.choice.current == 1.0
+            self.counts.newest_builds += self._newest
 
     def truncate(self, length: int) -> None:
         """Forget pending rows and all committed rows from `length` on."""

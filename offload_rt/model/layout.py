@@ -119,6 +119,13 @@ def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: s
     return found
 
 
+def image_name(name: str) -> str:
+    """What a tensor of a file is called in an image, and in the network."""
+    for old, new in _RENAMED:
+        name = name.replace(old, new)
+    return name
+
+
 def plan_layout(
     extents: Sequence[TensorExtent], prefix: str, dtype: str, packing: Packing
 ) -> LayerLayout:
@@ -137,9 +144,7 @@ def plan_layout(
     builder = _Builder(dtype, packing)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
-        name = extent.name.removeprefix(prefix)
-        for old, new in _RENAMED:
-            name = name.replace(old, new)
+        name = image_name(extent.name.removeprefix(prefix))
         if _COMPUTED.search(name):
             continue
         if match := _EXPERT.match(name):

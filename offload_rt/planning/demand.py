@@ -8,9 +8,17 @@ from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
-from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
+from offload_rt.model.layout import (
+    FLOATS,
+    LayerLayout,
+    Packing,
+    compute_dtype,
+    image_name,
+    plan_layout,
+)
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
+from offload_rt.planning.suffixes import SHORTEST, SHORTEST_QUOTED, index_bytes
 from offload_rt.planning.weights import (
     embedding_bytes,
     layer_bytes,
@@ -124,17 +132,24 @@ def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int
 
 
 def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int]) -> int:
-    """What a draft model takes: weights and a cache per sequence. Medusa heads have no cache."""
+    """What a drafter takes: weights, a cache per sequence, an index of its tokens.
+
+    Medusa heads have no cache. On a GPU the index is in host memory, which has room for it.
+    """
     checkpoint, config = drafting.checkpoint, drafting.config
-    if checkpoint is None:
-        return drafting.heads_bytes
     longer = 0  # a draft below another's begins behind that
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes
+    index, quotes = 0, config.kind == "model" and config.as_tree
+    if packing is Packing.FILE and (quotes or config.kind == "ngram"):
+        shortest = SHORTEST_QUOTED if quotes else SHORTEST
+        index = sum(index_bytes(capacity + longer, shortest) for capacity in capacities)
+    if checkpoint is None:
+        return drafting.heads_bytes + index
     number_bytes = number_bytes_of(checkpoint, "auto")
     rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
     kv = kv_bytes_per_token(checkpoint.config, number_bytes)
-    return draft_weight_bytes(checkpoint, config, packing) + rows * kv
+    return draft_weight_bytes(checkpoint, config, packing) + rows * kv + index
 
 
 def draft_workspace_bytes(drafting: Drafting, packing: Packing, shape: PassShape) -> int:
@@ -207,7 +222,7 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Pac
     embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
     if not takes(weights, *head.shape):
         return base.nbytes
-    ends = {embedding.name, head.name}
+    ends = {image_name(embedding.name), image_name(head.name)}
     others = sum(p.nbytes for p in base.placements if p.name not in ends)
     return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 

@@ -51,7 +51,7 @@ class RecentChoice:
         self._judged = {share: _Judged() for share in self._judged}
         self._order = list(self._judged)  # the one tried longest ago comes first
         self.current = self._order[0]
-        self._begun = False
+        self._begun = self._noted = False
         self._wait = self._until_try = _FIRST_WAIT
         self._tried: float | None = None
 
@@ -64,19 +64,18 @@ class RecentChoice:
             judged: those and the first that did not, if one did not.
         """
         self._judged[share].add(accepted, judged)
+        self._noted |= share == self.current
 
     def next(self) -> float:
         """The share to build with now."""
-        if self._begun:
-            self.current = self._chosen()
-        self._begun = True
+        if not self._begun or self._noted:  # else nothing was learnt from the last build
+            self.current = self._chosen() if self._begun else self.current
+        self._begun, self._noted = True, False
         self._order.remove(self.current)
         self._order.append(self.current)
         return self.current
 
     def _chosen(self) -> float:
-        if not self._judged[self.current].tokens:
-            return self.current  # nothing was learnt from it yet
         untried = [share for share, judged in self._judged.items() if not judged.tokens]
         if untried:
             return untried[0]

@@ -11,6 +11,7 @@ a context that has jumped (`window`) are forgotten the same way.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 import torch
 from torch.nn.functional import pad
@@ -27,16 +28,16 @@ from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
 from offload_rt.planning.demand import draft_base_bytes
+from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
-from offload_rt.speculative.ngram import MAX_SUFFIX, SuffixIndex
+from offload_rt.speculative.ngram import SuffixIndex
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
 from offload_rt.speculative.window import seen_tokens
 from offload_rt.streaming.files import FileSource, WeightFiles
 
 BRANCHES = 8  # children of a node that are looked at
-QUOTED_SUFFIX = 3  # tokens that must have occurred before
 UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there yet, or lack it
 PURPOSE = "draft model"
 
@@ -165,7 +166,7 @@ class DraftModelDrafter:
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
         # Tokens whose rows are in the cache; a row is decided by its token and those before it.
         self._ids: list[int] = []
-        self._text = SuffixIndex()
+        self._text = SuffixIndex(SHORTEST_QUOTED)
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
         """Start a new answer.
@@ -240,15 +241,14 @@ class DraftModelDrafter:
         budget, breadth = config.nodes, config.tree_breadth
         growth = _Growth(self._cache.length)
         growth.add(ROOT, *self._children(logits)[0])
+        wrong = False  # whether what was fed ahead in the last pass was
         for _ in range(config.tree_passes - 1):
             chosen = growth.choose(budget, breadth, max_depth)
             if not chosen:
                 break
-            path = growth.path(chosen[0])
-            room = min(breadth // 2, max_depth - 1 - len(path))  # a child is no deeper
-            suffix = [*ids[-MAX_SUFFIX:], *path][-MAX_SUFFIX:]
-            quoted = next(self._text.after(suffix, room, QUOTED_SUFFIX), []) if room else []
-            fed = [*chosen[: breadth - len(quoted)], *growth.guess(chosen[0], quoted)]
+            room = 0 if wrong else breadth // 2
+            guessed = growth.guess(chosen[0], self._quoted(growth, ids, chosen[0], max_depth, room))
+            fed = [*chosen[: breadth - len(guessed)], *guessed]
             places, visible = growth.feed(fed)
             tree = pending_tree(self._model.device, visible, places)
             rows = places[-len(fed) :]
@@ -258,8 +258,21 @@ class DraftModelDrafter:
             )
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
+            wrong = any(growth.nodes[node].score == UNKNOWN for node in guessed[:1])
         self._cache.commit(())
         return growth.best(budget)
+
+    def _quoted(
+        self, growth: "_Growth", ids: Sequence[int], node: int, max_depth: int, room: int
+    ) -> list[int]:
+        """What followed the last few tokens up to a node before, at most `room` tokens of it."""
+        path = growth.path(node)
+        count = min(room, max_depth - 1 - len(path))  # the last of them may still have children
+        if count <= 0:
+            return []
+        suffix = [*ids[-LONGEST:], *path][-LONGEST:]
+        found = next(self._text.after(suffix, count), [])
+        return list(takewhile(lambda token: token < self._model.known_ids, found))
 
     def _children(self, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
         """The likeliest tokens after each row and the logs of their probabilities."""

@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator, Sequence
 
+from offload_rt.planning.suffixes import LONGEST, SHORTEST
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree
 
-MAX_SUFFIX, MIN_SUFFIX = 4, 2
 CONTINUATIONS = 3
 
 
 class SuffixIndex:
-    """Where the last few tokens of a sequence occurred in it before."""
+    """Where the last few tokens of a sequence occurred in it before.
 
-    def __init__(self) -> None:
+    Args:
+        shortest: fewer tokens are not looked up.
+    """
+
+    def __init__(self, shortest: int = SHORTEST) -> None:
+        self._shortest = shortest
         self._ids: list[int] = []
         self._ends: dict[tuple[int, ...], list[int]] = {}  # n-gram -> where it ended, ascending
 
@@ -21,27 +26,24 @@ class SuffixIndex:
         known = self._ids
         common = common_prefix(known, ids)
         for end in range(len(known), common, -1):
-            for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
+            for size in range(self._shortest, min(LONGEST, end) + 1):
                 ngram = tuple(known[end - size : end])
                 self._ends[ngram].pop()  # the latest of them, as ends ascend
                 if not self._ends[ngram]:
                     del self._ends[ngram]
         for end in range(common + 1, len(ids) + 1):
-            for size in range(MIN_SUFFIX, min(MAX_SUFFIX, end) + 1):
+            for size in range(self._shortest, min(LONGEST, end) + 1):
                 self._ends.setdefault(tuple(ids[end - size : end]), []).append(end)
         self._ids = list(ids)
 
-    def after(
-        self, suffix: Sequence[int], count: int, shortest: int = MIN_SUFFIX
-    ) -> Iterator[list[int]]:
+    def after(self, suffix: Sequence[int], count: int) -> Iterator[list[int]]:
         """What followed the same tokens, longest suffixes first, then the latest.
 
         Args:
             suffix: tokens to look for; its own place in the sequence does not count.
             count: tokens of a continuation, at most.
-            shortest: end of `suffix` that has to be found.
         """
-        for size in range(min(MAX_SUFFIX, len(suffix)), shortest - 1, -1):
+        for size in range(min(LONGEST, len(suffix)), self._shortest - 1, -1):
             for end in reversed(self._ends.get(tuple(suffix[-size:]), ())):
                 if following := self._ids[end : end + count]:
                     yield following
@@ -70,7 +72,7 @@ class NgramDrafter:
         self._index.read(ids)
         nodes = self._draft_tokens if max_nodes is None else min(max_nodes, self._draft_tokens)
         continuations: list[Sequence[int]] = []
-        for following in self._index.after(ids[-MAX_SUFFIX:], min(max_depth, nodes)):
+        for following in self._index.after(ids[-LONGEST:], min(max_depth, nodes)):
             if not any(following == list(known[: len(following)]) for known in continuations):
                 continuations.append(following)
             if len(continuations) == CONTINUATIONS:

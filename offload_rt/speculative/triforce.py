@@ -62,7 +62,7 @@ class TriForceDrafter:
         self._sampling = SamplingConfig()
         self._generator: torch.Generator | None = None
         self._rates: deque[float] = deque(maxlen=ROLLING_DRAFTS)
-        self._share = cache.choice.current  # with which the draft in question was made
+        self._share: float | None = None  # of the build the last draft was made with, if it matters
         self.counts = RetrievalCounts()
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
@@ -80,7 +80,7 @@ class TriForceDrafter:
         depth, retrieval = min(max_depth, gamma), self._cache.retrieval
         if depth < 1 or retrieval.built_at is None:
             return Draft()
-        self._share = self._cache.choice.current
+        self._share = None if retrieval.is_complete else self._cache.choice.current
         tokens: list[int] = []
         probs: list[torch.Tensor] = []
         while len(tokens) < depth:
@@ -95,8 +95,9 @@ class TriForceDrafter:
         drafted, accepted = len(draft.tree), len(verdict.path)
         if not drafted:
             return
-        judged = min(accepted + 1, drafted)
-        self._cache.choice.note(self._share, accepted=accepted, judged=judged)
+        if self._share is not None:
+            judged = min(accepted + 1, drafted)
+            self._cache.choice.note(self._share, accepted=accepted, judged=judged)
         self._rates.append(accepted / drafted)
         if len(self._rates) == ROLLING_DRAFTS and sum(self._rates) < REBUILD_BELOW * ROLLING_DRAFTS:
             self._cache.wants_build = True
@@ -105,7 +106,6 @@ class TriForceDrafter:
     def forget(self) -> None:
         """Forget what the drafter below kept; the retrieval cache goes with the full one."""
         self._inner.forget()
-        self._cache.choice.forget()
         self._rates.clear()
 
     def _extend(self, ids: Sequence[int], room: int) -> tuple[list[int], list[torch.Tensor]]:
