@@ -50,36 +50,27 @@ class _Size(click.ParamType):
             self.fail(str(error), param, ctx)
 
 
-class _AutoCount(click.ParamType):
-    """A whole number, or None for `auto`."""
+class _Auto(click.ParamType):
+    """A number, or None for `auto`.
 
-    name = "auto|n"
+    Args:
+        read: makes the number of a text.
+        name: as the help shows it.
+        what: the number in words.
+    """
 
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if value is None or value == "auto":
-            return None
-        try:
-            return int(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither auto nor a whole number", param, ctx)
-
-
-class _AutoShare(click.ParamType):
-    """A number, or None for `auto`."""
-
-    name = "auto|share"
+    def __init__(self, read: Callable[[str], int | float], name: str, what: str) -> None:
+        self._read, self.name, self._what = read, name, what
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float | None:
+    ) -> int | float | None:
         if value is None or value == "auto":
             return None
         try:
-            return float(str(value))
+            return self._read(str(value))
         except ValueError:
-            self.fail(f"{value!r} is neither auto nor a number", param, ctx)
+            self.fail(f"{value!r} is neither auto nor {self._what}", param, ctx)
 
 
 class _Window(click.ParamType):
@@ -102,7 +93,8 @@ class _Window(click.ParamType):
         self.fail(f"{value!r} is neither auto nor full nor a number of tokens", param, ctx)
 
 
-SIZE, _AUTO = _Size(), _AutoCount()
+SIZE, _AUTO = _Size(), _Auto(int, "auto|n", "a whole number")
+_AUTO_SHARE = _Auto(float, "auto|share", "a number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -380,7 +372,7 @@ draft_options = _group(
     click.option(
         "--retrieval-recent",
         "recent_share",
-        type=_AutoShare(),
+        type=_AUTO_SHARE,
         default=_default(RetrievalConfig, "recent_share"),
         help="With triforce: part of the budget that is the newest tokens; 1 leaves nothing else "
         f"but the very first. auto tries {' and '.join(f'{s:g}' for s in RECENT_SHARES)} and keeps "

@@ -265,8 +265,12 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
         parts.append(f"{Path(config.heads).name}, their logits")
     if config.kind == "ngram" and nbytes:
         parts.append("where the sequence's tokens occurred")
-    names = {"ngram": "n-grams", "model": "draft model", "triforce": "retrieval"}
-    names["medusa"] = "Medusa heads"
+    names = {
+        "ngram": "n-grams",
+        "model": "draft model",
+        "triforce": "retrieval",
+        "medusa": "Medusa heads",
+    }
     return [(names[config.kind], nbytes, "; ".join(parts))] if parts else []
 
 
