@@ -51,7 +51,7 @@ class RecentChoice:
         self._judged = {share: _Judged() for share in self._judged}
         self._order = list(self._judged)  # the one tried longest ago comes first
         self.current = self._order[0]
-        self._begun = self._noted = False
+        self._noted = False  # whether a draft of the last build was judged
         self._wait = self._until_try = _FIRST_WAIT
         self._tried: float | None = None
 
@@ -68,9 +68,9 @@ class RecentChoice:
 
     def next(self) -> float:
         """The share to build with now."""
-        if not self._begun or self._noted:  # else nothing was learnt from the last build
-            self.current = self._chosen() if self._begun else self.current
-        self._begun, self._noted = True, False
+        if self._noted:  # else nothing was learnt from the last build, or there was none
+            self.current = self._chosen()
+        self._noted = False
         self._order.remove(self.current)
         self._order.append(self.current)
         return self.current
