@@ -399,8 +399,11 @@ class Engine:
         )
 
     def close(self) -> None:
-        """Stop copies and close the files."""
+        """Stop copies, close the files and let go of the weights; counts can still be read."""
         self._resources.close()
+        self.network.release()
+        if self._draft_model is not None:
+            self._draft_model.network.release()
 
     def __enter__(self) -> "Engine":
         return self

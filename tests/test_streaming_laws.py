@@ -1,16 +1,19 @@
 """Laws 1 and 6: streaming changes no bit, moves each byte once, and keeps to the plan."""
 
+import gc
 import itertools
 import os
 import random
 import threading
 import time
+import weakref
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
 
-from offload_rt.config import GenerationConfig, HomeKind, SamplingConfig
+from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, SamplingConfig
+from offload_rt.device import cpu as cpu_module
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.streaming import files as files_module
 
@@ -255,3 +258,30 @@ def test_peak_memory_keeps_the_smallest_limit_that_is_named(
     with engine_for(folder, device_limit_bytes=limit, **options) as engine:
         generate(engine, prompts, tokens=3)
         assert engine.memory().device_peak_bytes <= limit
+
+
+@pytest.mark.parametrize("draft", ["none", "model:{}", "triforce", "triforce:{}"])
+def test_a_closed_engine_gives_its_memory_back_at_once(model, draft, monkeypatch):
+    """Without waiting until Python looks for cycles."""
+    held = []
+    allocate = cpu_module.CpuDevice.allocate
+
+    def watched(device, nbytes, purpose):
+        buffer = allocate(device, nbytes, purpose)
+        held.append((purpose, weakref.ref(buffer.tensor)))
+        return buffer
+
+    monkeypatch.setattr(cpu_module.CpuDevice, "allocate", watched)
+    config = DraftConfig(draft=draft.format(model))
+    gc.collect()
+    gc.disable()
+    try:
+        with engine_for(model, resident_layers=4, slots=2, draft=config) as engine:
+            generate(engine, tokens=4)
+            layers = engine.network._layers  # packed weights are theirs, not a buffer's
+            held += [("modules", weakref.ref(part)) for layer in layers for part in layer.modules()]
+        del engine, layers
+        assert [purpose for purpose, there in held if there() is not None] == []
+    finally:
+        gc.enable()
+    assert {"modules", "slots", "embedding and head"} <= {purpose for purpose, _ in held}

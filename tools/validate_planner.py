@@ -11,7 +11,6 @@ measured in rounds, one after the other; medians are compared.
 """
 
 import argparse
-import gc
 import json
 import re
 import statistics
@@ -140,7 +139,6 @@ class Bench:
             }
 
     def _engine(self, case: Case, seen: Seen) -> Engine:
-        gc.collect()  # weights of the engine before, which its modules hold in circles
         prompts = self.prompts[case.model]
         longest = max(map(len, prompts))
         draft = case.draft

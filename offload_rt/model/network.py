@@ -203,6 +203,14 @@ class Network:
                 self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
             )
 
+    def release(self) -> None:
+        """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""
+        for layer in self._layers:
+            layer.__dict__.pop("forward", None)  # refers to the layer and to this network
+        self._model, self._layers, self._holes = torch.nn.Module(), (), []
+        self._bindings.clear()
+        self.poll = lambda: None
+
     @property
     def head_rows(self) -> int:
         """Rows of the output head: ids the model can answer with."""
