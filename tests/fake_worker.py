@@ -63,6 +63,9 @@ def main():
             peaks = {"host_peak_bytes": 5 * 2**20, "device_peak_bytes": 2**20}
             if request["do"] == "load":
                 facts = {"config": {"scratch": request["scratch"]}, "versions": {}}
+                if load := os.environ.get("FAKE_LOAD"):
+                    with open(load, "w") as file:
+                        json.dump(request, file)
                 reply(load_s=0.25, facts=facts, **peaks)
             elif request["do"] == "gap":
                 reply(logits=[16.0, 15.875], best=request["tokens"][0])

@@ -79,6 +79,16 @@ def test_a_folder_is_written_by_one_comparison_at_a_time(compare, fakes, tmp_pat
     assert compare("--against", "good").code == 0
 
 
+def test_sizes_are_those_of_the_format_computed_in(compare, fakes, tmp_path, monkeypatch):
+    seen = {}
+    for dtype in ("bfloat16", "float32"):
+        monkeypatch.setenv("FAKE_LOAD", str(tmp_path / dtype))
+        assert compare("--against", "good", "--dtype", dtype, output=f"out-{dtype}").code == 0
+        seen[dtype] = json.loads((tmp_path / dtype).read_text())
+    for size in ("item_bytes", "largest_layer_bytes", "largest_layer_tensor_bytes", "kv_bytes"):
+        assert seen["float32"][size] == 2 * seen["bfloat16"][size] > 0
+
+
 def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):
     done = compare("--against", "slow,other,crash", "--batch", "2,1", "--draft", "ngram")
     assert done.code == 0

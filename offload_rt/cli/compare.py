@@ -9,6 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -319,6 +320,8 @@ def _conditions(
 ) -> Conditions:
     checkpoint, tokenizer = model.checkpoint, model.tokenizer
     dtype = _dtype(checkpoint, asked.runtime)
+    item_bytes = _ITEM_BYTES[dtype]
+    sizes = [[item_bytes * prod(e.shape) for e in layer] for layer in checkpoint.layers]
     runtime = dataclasses.asdict(asked.runtime)
     assisting = asked.draft.model if asked.draft.kind == "model" else ""
     return Conditions(
@@ -329,16 +332,16 @@ def _conditions(
         end_tokens=[] if values["ignore_eos"] else sorted(model.end_tokens),
         load={
             "dtype": dtype,
-            "item_bytes": _ITEM_BYTES[dtype],
+            "item_bytes": item_bytes,
             "device": asked.runtime.device,
             "device_bytes": asked.device_bytes,
             "cap_bytes": asked.cap_bytes,
             "host_bytes": asked.cap_bytes or this_machine(None).ram_bytes,
-            "largest_layer_bytes": checkpoint.largest_layer_bytes,
-            "largest_layer_tensor_bytes": max(e.nbytes for one in checkpoint.layers for e in one),
-            "tensors_per_layer": max(map(len, checkpoint.layers)),
+            "largest_layer_bytes": max(map(sum, sizes)),
+            "largest_layer_tensor_bytes": max(map(max, sizes)),
+            "tensors_per_layer": max(map(len, sizes)),
         },
-        kv_bytes_per_token=kv_bytes_per_token(checkpoint.config, _ITEM_BYTES[dtype]),
+        kv_bytes_per_token=kv_bytes_per_token(checkpoint.config, item_bytes),
         runtime=runtime,
         draft=dataclasses.asdict(asked.draft),
         no_draft=dataclasses.asdict(DraftConfig()),

@@ -87,11 +87,6 @@ class Checkpoint:
         """Bytes of the tensors that belong to no layer."""
         return _nbytes(self.others)
 
-    @property
-    def largest_layer_bytes(self) -> int:
-        """Bytes of the largest layer: what a slot must hold."""
-        return max(_nbytes(layer) for layer in self.layers)
-
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one layer."""
         return _nbytes(self.layers[layer])
