@@ -88,6 +88,15 @@ def test_what_is_left_of_the_limit_becomes_slots():
     assert place(demand, 13 * MIB).slots == 1  # copying and computing in turn, but it runs
 
 
+@pytest.mark.parametrize(("mib", "slots"), [(100, 2), (16, 2), (10, 3), (7, 4), (1, 4)])
+def test_small_layers_get_a_ring_that_keeps_the_link_busy(mib, slots):
+    demand = Demand(layer_bytes=(mib * MIB,) * 30, base_bytes=0, kv_bytes=0, workspace_bytes=0)
+    limit = (10 + slots) * mib * MIB  # no room to spare
+    placement = place(demand, limit)
+    assert (placement.slots, len(placement.resident)) == (slots, 10)
+    assert place(demand, limit, slots=2).slots == 2
+
+
 def test_more_resident_layers_than_the_model_has_is_an_error():
     demand = Demand(layer_bytes=(MIB,) * 3, base_bytes=0, kv_bytes=0, workspace_bytes=0)
     with pytest.raises(ConfigError, match="--resident-layers is 4, the model has 3 layers"):
