@@ -504,6 +504,25 @@ def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
 
 
 @pytest.mark.parametrize(
+    ("nodes", "shape", "sampling"),
+    [
+        (200, DraftShape.CHAIN, SamplingConfig(temperature=1.0, seed=3)),
+        (64, DraftShape.TREE, SamplingConfig(temperature=1.0, top_p=0.9, seed=3)),
+        (128, DraftShape.TREE, SamplingConfig()),
+    ],
+)
+def test_probabilities_of_a_large_vocabulary_stay_within_the_plan(
+    make_tiny, nodes, shape, sampling
+):
+    folder = make_tiny("llama", vocab_size=120_000, num_hidden_layers=1, dtype="bfloat16")
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=nodes, shape=shape)
+    with engine_for(folder, tokens=nodes + 2, draft=draft, device_limit_bytes=2**30) as engine:
+        generate(engine, tokens=6 if draft.as_tree else nodes + 2, sampling=sampling)
+        memory = engine.memory()
+        assert memory.device_peak_bytes <= memory.device_planned_bytes
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"draft": "eagle"}, "--draft eagle is not known"),

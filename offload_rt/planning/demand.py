@@ -32,7 +32,7 @@ from offload_rt.planning.weights import (
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
-DRAW_ROWS = 16  # rows of probabilities at once, see speculative/verifier.py
+DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,14 +93,15 @@ def demand_of(
     number_bytes = number_bytes_of(checkpoint, dtype)
     *layouts, base = layouts_of(checkpoint, dtype, packing)
     layers = [layout.nbytes for layout in layouts]
+    kept_probs = 4 * config.vocab_size * _drawn_nodes(drafting.config)
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
         * sum(capacity + drafting.config.nodes for capacity in capacities),
         workspace_bytes=max(
-            workspace_bytes(config, number_bytes, shape),
-            draft_workspace_bytes(drafting, packing, shape),
+            workspace_bytes(config, number_bytes, shape) + kept_probs,
+            draft_workspace_bytes(drafting, packing, shape) + 2 * kept_probs,  # also side by side
             loading_bytes(drafting, packing) - base.nbytes,
         )
         + staging_bytes([*layouts, base], packing, runtime.readers)
@@ -164,6 +165,13 @@ def draft_workspace_bytes(drafting: Drafting, packing: Packing, shape: PassShape
         seen = min(shape.longest, config.window_tokens)
         passes = replace(passes, rows=seen, longest=seen)
     return workspace_bytes(checkpoint.config, number_bytes_of(checkpoint, "auto"), passes)
+
+
+def _drawn_nodes(config: DraftConfig) -> int:
+    """Nodes whose probabilities are kept until they are verified, where tokens are drawn."""
+    if config.kind == "triforce":
+        return config.nodes + _drawn_nodes(config.inner)
+    return config.nodes if config.kind == "model" and not config.as_tree else 0
 
 
 def loading_bytes(drafting: Drafting, packing: Packing) -> int:

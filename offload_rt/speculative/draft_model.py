@@ -27,7 +27,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
-from offload_rt.planning.demand import draft_base_bytes
+from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import sample, target_probs
@@ -277,10 +277,12 @@ class DraftModelDrafter:
     def _children(self, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
         """The likeliest tokens after each row and the logs of their probabilities."""
         temperature = self._sampling.temperature or 1.0
-        logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-        best = logprobs.topk(BRANCHES, dim=-1)
-        packed = torch.cat([best.indices.double(), best.values.double()], dim=-1)
-        rows = packed.tolist()  # host sync
+        packed = []
+        for part in logits.split(DRAW_ROWS):
+            logprobs = torch.log_softmax(part.float() / temperature, dim=-1)
+            best = logprobs.topk(BRANCHES, dim=-1)
+            packed.append(torch.cat([best.indices.double(), best.values.double()], dim=-1))
+        rows = torch.cat(packed).tolist()  # host sync
         return [([int(t) for t in row[:BRANCHES]], row[BRANCHES:]) for row in rows]
 
 

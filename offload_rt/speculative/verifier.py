@@ -17,11 +17,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.planning.demand import DRAW_ROWS
 from offload_rt.sampling import next_tokens, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree
 
-DRAW_ROWS = 16  # rows whose probabilities are made at once, to bound the memory they take
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's posterior_threshold and posterior_alpha
 
 
