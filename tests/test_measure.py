@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,7 +34,7 @@ from offload_rt.profiling.profile import (
     Processor,
     WeightOrder,
 )
-from offload_rt.profiling.timing import measured, take_samples
+from offload_rt.profiling.timing import measured, take_in_turns, take_samples
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 
 KIB, MIB = 2**10, 2**20
@@ -85,6 +86,15 @@ def test_samples_stop_when_time_or_count_is_reached():
     assert take_samples(sample_s, effort) == [2.0, 3.0, 4.0, 5.0, 6.0]  # the first warms up
     runs.clear()
     assert take_samples(sample_s, replace(effort, number_s=0.001)) == [2.0, 3.0, 4.0]
+
+
+def test_what_is_compared_takes_turns():
+    """Two that are equally fast at each moment look equal, however the moments differ."""
+    clock = count()
+    effort = replace(QUICK, least_samples=2, most_samples=3, number_s=60.0)
+    both = [lambda: float(next(clock) // 2)] * 2
+    assert take_in_turns(both, effort) == [[1.0, 2.0, 3.0]] * 2
+    assert take_in_turns(both, replace(effort, number_s=0.0)) == [[5.0, 6.0]] * 2
 
 
 def test_a_number_is_the_median_with_the_distance_of_the_quartiles():

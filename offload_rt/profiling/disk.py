@@ -10,8 +10,9 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from offload_rt.model.files import FileIdentity
 from offload_rt.model.layout import PAGE_BYTES, FileRun
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import DiskSpeed
-from offload_rt.profiling.timing import Tick, measured_rate, take_samples, timed
+from offload_rt.profiling.timing import Tick, measured_rate, take_in_turns, timed
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 from offload_rt.units import format_size
 
@@ -113,18 +114,18 @@ def _measure(
     image.tensor.zero_()
     turns = cycle(windows)
     windows[0].require_forgetting()
-    for depth in effort.disk_depths:
-        stream = CpuCopyStream(depth, lambda block: block.run())
 
-        def sample_s(stream: CpuCopyStream = stream) -> float:
-            window = next(turns)
-            window.forget()
-            return timed(lambda: _read(stream, window, image))()
+    def sample_s(stream: CpuCopyStream) -> float:
+        window = next(turns)
+        window.forget()
+        return timed(lambda: _read(stream, window, image))()
 
-        try:
-            seconds = take_samples(sample_s, effort)
-        finally:
-            stream.close()
+    with ExitStack() as undo:
+        streams = [CpuCopyStream(depth, lambda block: block.run()) for depth in effort.disk_depths]
+        for stream in streams:
+            undo.callback(stream.close)
+        taken = take_in_turns([partial(sample_s, stream) for stream in streams], effort)
+    for depth, seconds in zip(effort.disk_depths, taken, strict=True):
         yield DiskSpeed(
             file_system=kind,
             direct=windows[0].files.direct,

@@ -23,6 +23,20 @@ def take_samples(sample_s: Callable[[], float], effort: Effort) -> list[float]:
     return taken
 
 
+def take_in_turns(samples: Sequence[Callable[[], float]], effort: Effort) -> list[list[float]]:
+    """The same of several that are to be compared, A B C A B C: a bad moment is shared by all."""
+    began, most_s = time.perf_counter(), effort.number_s * len(samples)
+    for sample_s in samples:
+        sample_s()
+    taken: list[list[float]] = [[] for _ in samples]
+    for number in range(effort.most_samples):
+        if number >= effort.least_samples and time.perf_counter() - began > most_s:
+            break
+        for own, sample_s in zip(taken, samples, strict=True):
+            own.append(sample_s())
+    return taken
+
+
 def timed(run: Callable[[], object]) -> Callable[[], float]:
     """Turn work of this thread into a sample."""
 
