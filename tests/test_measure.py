@@ -19,7 +19,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.host import cores, file_system
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.profiling import disk as disk_module
-from offload_rt.profiling import link
+from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.compute import TimedLayer, measure_attention, measure_layer
 from offload_rt.profiling.disk import measure_disk
@@ -34,7 +34,7 @@ from offload_rt.profiling.profile import (
     Processor,
     WeightOrder,
 )
-from offload_rt.profiling.timing import measured, take_in_turns, take_samples
+from offload_rt.profiling.timing import measured, take_in_turns, take_samples, timed
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 
 KIB, MIB = 2**10, 2**20
@@ -51,6 +51,7 @@ QUICK = Effort(
     pin_bytes=MIB,
     shapes=((64, 128, 4, 2, 16),),
     cold_bytes=200 * KIB,
+    compute_sample_s=0.0,
     tokens=(1, 4),
     packed_tokens=(1, 2),
     kv_bytes=64 * KIB,
@@ -86,6 +87,16 @@ def test_samples_stop_when_time_or_count_is_reached():
     assert take_samples(sample_s, effort) == [2.0, 3.0, 4.0, 5.0, 6.0]  # the first warms up
     runs.clear()
     assert take_samples(sample_s, replace(effort, number_s=0.001)) == [2.0, 3.0, 4.0]
+
+
+def test_a_sample_of_something_short_is_the_mean_of_many_runs(monkeypatch):
+    clock = count()
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
+    runs = []
+    assert timed(lambda: runs.append(next(clock)), least_s=6.0)() == 2.0
+    assert len(runs) == 3
+    assert timed(lambda: runs.append(next(clock)))() == 2.0
+    assert len(runs) == 4
 
 
 def test_what_is_compared_takes_turns():

@@ -37,7 +37,7 @@ from offload_rt.profiling.profile import (
     Processor,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Tick, measured, take_samples, timed
+from offload_rt.profiling.timing import Tick, measured, take_in_turns, take_samples, timed
 
 _RANDOM_NUMBERS = 2**18
 _ROUNDED = {WeightOrder.INT8: DraftWeights.INT8, WeightOrder.INT4: DraftWeights.INT4}
@@ -108,9 +108,9 @@ def measure_layer(
     """Time a layer by tokens in the pass; weights lie on the device."""
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
     layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
+    passes = [timed(layer.pass_over(tokens), effort.compute_sample_s) for tokens in counts]
     times = []
-    for tokens in counts:
-        seconds = take_samples(timed(layer.pass_over(tokens)), effort)
+    for tokens, seconds in zip(counts, take_in_turns(passes, effort), strict=True):
         times.append(LayerTime(tokens=tokens, layer_s=measured(seconds)))
         tick()
     return LayerCurve(
@@ -140,7 +140,7 @@ def measure_attention(
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
-        seconds = take_samples(timed(run), effort)
+        seconds = take_samples(timed(run, effort.compute_sample_s), effort)
         speeds.append(
             AttentionSpeed(
                 processor=Processor(device.torch_device.type),

@@ -25,6 +25,7 @@ class Effort:
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
         cold_bytes: copies of a layer that are used in turn have so many bytes together, so that no
             cache holds their weights.
+        compute_sample_s: a sample repeats a pass until so many seconds are over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
         kv_bytes: keys and values of a layer that are attended to.
@@ -49,6 +50,7 @@ class Effort:
         (4096, 14336, 32, 8, 128),
     )
     cold_bytes: int = 256 * MIB
+    compute_sample_s: float = 0.02
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     packed_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
     kv_bytes: int = 64 * MIB

@@ -37,13 +37,16 @@ def take_in_turns(samples: Sequence[Callable[[], float]], effort: Effort) -> lis
     return taken
 
 
-def timed(run: Callable[[], object]) -> Callable[[], float]:
-    """Turn work of this thread into a sample."""
+def timed(run: Callable[[], object], least_s: float = 0.0) -> Callable[[], float]:
+    """Turn work of this thread into a sample: the mean of as many runs as fill `least_s`."""
 
     def sample_s() -> float:
-        start = time.perf_counter()
-        run()
-        return time.perf_counter() - start
+        start, runs, elapsed = time.perf_counter(), 0, 0.0
+        while not runs or elapsed < least_s:
+            run()
+            runs += 1
+            elapsed = time.perf_counter() - start
+        return elapsed / runs
 
     return sample_s
 
