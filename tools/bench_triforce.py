@@ -13,9 +13,10 @@ hidden in its middle; `offload-run bench --prompts` reads them too.
 `acceptance` lets the model answer greedily with all of its context. Then every retrieval cache in
 question follows the same passes over the full cache, eight tokens at a time, and before each the
 model predicts those tokens from that cache alone, given the right ones before them. What is printed
-is the share it predicted right, to the end of the answer: the acceptance per token of level 2 with
-gamma 8. A budget of which everything is recent is a sink cache: the first chunk and newest rows;
-one whose share is auto tries that and the default share, and keeps to the better.
+is the share it predicted right, to the end of the answer, and in brackets that of its second half:
+the acceptance per token of level 2 with gamma 8. A budget of which everything is recent is a sink
+cache: the first chunk and newest rows; one whose share is auto tries that and the default share,
+and keeps to the better.
 
 `speed` reads each prompt once, then answers with and without drafting in turns (A B A B ...), on
 one engine whose KV cache is on disk, or in host memory behind a link of the given bandwidth.
@@ -76,6 +77,16 @@ class Row:
     predicted: int
     right: int
     later_right: int
+
+    @property
+    def right_share(self) -> float:
+        """Acceptance per token."""
+        return self.right / self.predicted
+
+    @property
+    def later_share(self) -> float:
+        """The same in the second half."""
+        return self.later_right / (self.predicted - self.predicted // 2)
 
 
 def make_prompts(text: str, tokenizer_folder: Path, tokens: int, skip: int) -> list[dict[str, str]]:
@@ -349,14 +360,14 @@ def numbers(text: str) -> list[int]:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """A Markdown table: a line per retrieval cache, a column per prompt."""
+    """A Markdown table: a line per retrieval cache, a column per prompt, its second half beside."""
     names = list(dict.fromkeys(row.prompt for row in rows))
     tokens = {row.prompt: (row.prompt_tokens, row.predicted) for row in rows}
     head = [f"{name} ({tokens[name][0]} in, {tokens[name][1]} predicted)" for name in names]
     lines = [f"| budget | chunk | recent | {' | '.join(head)} |", "|---" * (3 + len(names)) + "|"]
     for config in dict.fromkeys(row.retrieval for row in rows):
         own = {row.prompt: row for row in rows if row.retrieval == config}
-        shares = [f"{own[name].right / own[name].predicted:.3f}" for name in names]
+        shares = [f"{own[n].right_share:.3f} ({own[n].later_share:.3f})" for n in names]
         kind = "sink" if config.recent_share == 1.0 else str(config.chunk_tokens)
         recent = "auto" if config.recent_share is None else f"{config.recent_share:g}"
         lines.append(f"| {config.budget_tokens} | {kind} | {recent} | {' | '.join(shares)} |")

@@ -104,12 +104,14 @@ class Bench:
         case = Case(model=model, memory=None, draft=draft, tokens=tokens)
         with self._engine(case, NOTHING_SEEN) as engine:
             reports = [self._run(engine, prompt) for prompt in self.prompts[model]]
-            hits = engine.tally.seen().hits
+            seen = engine.tally.seen()
+            hits = seen.hits
         steps = sum(report.speculation.passes - 1 for report, _ in reports)
         accepted = sum(report.speculation.accepted for report, _ in reports)
         drafts = steps * (hits[1] if hits[0] else 1.0)
         nodes = tokens or 0
-        return Seen(accepted={nodes: (steps, accepted / max(drafts, 1.0))}, hits=hits)
+        accepted_per_step = {nodes: (steps, accepted / max(drafts, 1.0))}
+        return Seen(accepted=accepted_per_step, hits=hits, made=seen.made)
 
     def measure(self, case: Case, seen: Seen) -> dict[str, object]:
         """Predict and measure one plan."""

@@ -72,7 +72,7 @@ def _added(old: Seen, new: Seen) -> Seen:
     accepted = dict(old.accepted)
     for size, counted in new.accepted.items():
         accepted[size] = _mean(accepted.get(size, (0.0, 0.0)), counted)
-    return Seen(accepted=accepted, hits=_mean(old.hits, new.hits))
+    return Seen(accepted=accepted, hits=_mean(old.hits, new.hits), made=_mean(old.made, new.made))
 
 
 def _mean(old: tuple[float, float], new: tuple[float, float]) -> tuple[float, float]:
@@ -83,7 +83,11 @@ def _mean(old: tuple[float, float], new: tuple[float, float]) -> tuple[float, fl
 
 def _as_json(entries: Mapping[str, Seen]) -> dict[str, object]:
     return {
-        key: {"accepted": {str(n): list(v) for n, v in seen.accepted.items()}, "hits": seen.hits}
+        key: {
+            "accepted": {str(n): list(v) for n, v in seen.accepted.items()},
+            "hits": seen.hits,
+            "made": seen.made,
+        }
         for key, seen in entries.items()
     }
 
@@ -101,11 +105,12 @@ def _read(path: Path) -> Mapping[str, Seen]:
         return {}
 
 
-def _seen(accepted: Mapping[str, object], hits: object) -> Seen:
+def _seen(accepted: Mapping[str, object], hits: object, made: object = None) -> Seen:
     sizes = {int(size): pair for size, pair in accepted.items()}
     return Seen(
         accepted={size: _pair(pair, size) for size, pair in sizes.items()},
         hits=_pair(hits, 1),
+        made=(0.0, 0.0) if made is None else _pair(made, 1),  # older files lack it
     )
 
 

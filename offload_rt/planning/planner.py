@@ -391,9 +391,10 @@ class _Search:
             return NGRAM_S
         model = _ModelWork.of(drafting.checkpoint, "auto", self._packing)
         context = min(self._context, config.window_tokens or self._context)
-        passes, rows = config.nodes, 1
+        passes, rows = float(config.nodes), 1
         if config.as_tree:
-            passes, rows = config.tree_passes, config.tree_breadth
+            made = self._means.yields(drafting.config).made if config.kind == "model" else 1.0
+            passes, rows = config.tree_passes * made, config.tree_breadth
         weights = draft_weights_of(drafting.checkpoint, config, self._packing)
         return passes * model.resident_pass_s(self._means.speeds, rows, context, weights)
 

@@ -18,11 +18,13 @@ class Draft:
         probs: [N, V] the distribution each token was drawn from, after temperature and filters,
             earlier siblings taken out; None when the tokens were not drawn but chosen.
         nested: the first m nodes are what would have been proposed with m as limit, or nearly so.
+        made: of the passes a draft model may make for a tree of that size, the share it did make.
     """
 
     tree: TokenTree = TokenTree()
     probs: torch.Tensor | None = None
     nested: bool = True
+    made: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ from offload_rt.model.packed import can_pack
 from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED
 from offload_rt.planning.weights import layer_bytes
-from offload_rt.sampling import sample, target_probs
+from offload_rt.sampling import likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.ngram import SuffixIndex
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
@@ -187,7 +187,8 @@ class DraftModelDrafter:
         if not config.as_tree:
             return self._chain(logits, depth)
         self._text.read(ids)
-        return Draft(self._grow(logits, ids, depth, config))
+        tree, passes = self._grow(logits, ids, depth, config)
+        return Draft(tree, made=(1 + passes) / config.tree_passes)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
@@ -220,7 +221,7 @@ class DraftModelDrafter:
         probs: list[torch.Tensor] = []
         while True:
             if self._sampling.greedy:
-                drawn = logits.argmax(dim=-1)
+                drawn = likeliest(logits)
             else:
                 spare = self._model.target_ids - logits.shape[1]
                 probs.append(pad(target_probs(logits, self._sampling), (0, spare)))
@@ -233,16 +234,20 @@ class DraftModelDrafter:
 
     def _grow(
         self, logits: torch.Tensor, ids: Sequence[int], max_depth: int, config: DraftConfig
-    ) -> TokenTree:
+    ) -> tuple[TokenTree, int]:
         """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
 
         What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
+        Passes end early when all of them have children.
+
+        Returns:
+            The tree, and how many passes it took.
         """
         budget, breadth = config.nodes, config.tree_breadth
         growth = _Growth(self._cache.length)
         growth.add(ROOT, *self._children(logits)[0])
-        wrong = False  # whether what was fed ahead in the last pass was
-        for _ in range(config.tree_passes - 1):
+        wrong, passes = False, 0  # whether what was fed ahead in the last pass was
+        while passes < config.tree_passes - 1:
             chosen = growth.choose(budget, breadth, max_depth)
             if not chosen:
                 break
@@ -256,11 +261,12 @@ class DraftModelDrafter:
             logits = self._model.forward(
                 self._cache, tokens, positions=rows, tree=tree, all_rows=True
             )
+            passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
             wrong = any(growth.nodes[node].score == UNKNOWN for node in guessed[:1])
         self._cache.commit(())
-        return growth.best(budget)
+        return growth.best(budget), passes
 
     def _quoted(
         self, growth: "_Growth", ids: Sequence[int], node: int, max_depth: int, room: int
