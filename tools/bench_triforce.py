@@ -125,8 +125,8 @@ def follow(
 
 def answer_of(engine: Engine, cache: WatchedCache, first: int, count: int) -> list[int]:
     """The greedy answer behind a prompt whose rows are in `cache`; they alone are left there."""
-    start, answer = cache.length, [first]
-    while len(answer) < count and answer[-1] not in engine_ends(engine):
+    start, answer, ends = cache.length, [first], engine_ends(engine)
+    while len(answer) < count and answer[-1] not in ends:
         logits = engine.draft_pass(cache, answer[-1], TokenTree())
         cache.commit([0])
         answer.append(int(logits[0].argmax()))
