@@ -393,7 +393,7 @@ class _Search:
         context = min(self._context, config.window_tokens or self._context)
         passes, rows = float(config.nodes), 1
         if config.as_tree:
-            made = self._means.yields(drafting.config).made if config.kind == "model" else 1.0
+            made = self._means.yields(drafting.config).made
             passes, rows = config.tree_passes * made, config.tree_breadth
         weights = draft_weights_of(drafting.checkpoint, config, self._packing)
         return passes * model.resident_pass_s(self._means.speeds, rows, context, weights)

@@ -12,15 +12,7 @@ Tick = Callable[[], None]  # called after each number, for a progress bar
 
 def take_samples(sample_s: Callable[[], float], effort: Effort) -> list[float]:
     """Seconds of several runs after one that only warms up; `sample_s` runs once and times it."""
-    began = time.perf_counter()
-    sample_s()
-    taken: list[float] = []
-    while len(taken) < effort.most_samples:
-        late = time.perf_counter() - began > effort.number_s
-        if late and len(taken) >= effort.least_samples:
-            break
-        taken.append(sample_s())
-    return taken
+    return take_in_turns([sample_s], effort)[0]
 
 
 def take_in_turns(samples: Sequence[Callable[[], float]], effort: Effort) -> list[list[float]]:

@@ -18,7 +18,7 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.planning.demand import DRAW_ROWS
-from offload_rt.sampling import next_tokens, sample, target_probs
+from offload_rt.sampling import likeliest, next_tokens, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree
 
@@ -103,7 +103,7 @@ def _draw_typical(tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfi
     A node is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)) at its parent
     and so do all its ancestors; the deepest wins, of equally deep ones the likeliest path.
     """
-    likeliest = logits.argmax(dim=-1)
+    after = likeliest(logits)
     scores = [torch.zeros((), device=logits.device)]  # per row: log-likelihood of its path
     ranks = scores[:]
     for node, parent in enumerate(tree.parents):
@@ -116,4 +116,4 @@ def _draw_typical(tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfi
         # An accepted token adds more than -69, so depth decides first and likelihood then.
         ranks.append(scores[-1] + 100.0 * tree.depths[node])
     best = torch.stack(ranks).argmax(dim=0, keepdim=True)
-    return torch.cat([best - 1, likeliest])
+    return torch.cat([best - 1, after])
