@@ -63,7 +63,7 @@ class DraftShape(StrEnum):
 
 
 class DraftWeights(StrEnum):
-    """How the weights of a draft model are kept: as in its files, or rounded to 8 or 4 bits."""
+    """How weights that only draft are kept: as in their files, or rounded to 8 or 4 bits."""
 
     AUTO = "auto"
     SAME = "same"
@@ -87,12 +87,16 @@ class RetrievalConfig:
             newest tokens only, as a sink cache does. None tries both for each answer and keeps to
             the one of which more is accepted.
         rebuild_tokens: it is built anew after so many tokens, and when drafts are accepted less.
+        retrieval_weights: the target drafts from it with its own weights (`same`), or with copies
+            rounded to 8 or 4 bits that stay on the device whole, which is faster and, where its own
+            are streamed, streams nothing. `auto` lets the planner choose; without one it is `same`.
     """
 
     budget_tokens: int = 1024
     chunk_tokens: int = 8
     recent_share: float | None = None
     rebuild_tokens: int = 16
+    retrieval_weights: DraftWeights = DraftWeights.AUTO
 
     def __post_init__(self) -> None:
         chunk, budget, rebuild = self.chunk_tokens, self.budget_tokens, self.rebuild_tokens
@@ -111,6 +115,11 @@ class RetrievalConfig:
     def shares(self) -> tuple[float, ...]:
         """Shares of recent tokens a build may have."""
         return RECENT_SHARES if self.recent_share is None else (self.recent_share,)
+
+    @property
+    def rounded(self) -> bool:
+        """Whether rounded copies of the target's weights draft."""
+        return self.retrieval_weights in (DraftWeights.INT8, DraftWeights.INT4)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

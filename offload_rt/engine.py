@@ -18,7 +18,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
-from offload_rt.device.base import Device, HomeSource
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
@@ -129,9 +129,12 @@ class Engine:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
             self._check_kv()
-            # First, as rounding takes memory for a moment that the target's weights fill later.
+            # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = self._load_draft_model(drafting, packing)
-            self._store = self._load_weights()
+            base = self.device.allocate(self.network.base.nbytes, "embedding and head")
+            self.device.load.copy(base, FileSource(self.network.base, self._files))
+            self._rounded_copy = self._load_rounded_copy(base, packing)
+            self._store = self._load_weights(base)
             self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
             self.medusa: Medusa | None = None
             if heads is not None:
@@ -251,12 +254,15 @@ class Engine:
         return hidden
 
     def draft_pass(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
-        """Run one pass of the target over a cache of a drafter's own; rows stay pending.
+        """Run one pass of the target or its rounded copy over a drafter's cache; rows stay pending.
 
         Returns:
             [N + 1, V] logits, after the root and after each node.
         """
-        return self._pass([_Rows(cache, [root, *tree.tokens], tree)])
+        if self._rounded_copy is None:
+            return self._pass([_Rows(cache, [root, *tree.tokens], tree)])
+        with self._whole_pass():
+            return self._rounded_copy.check(cache, root, tree)
 
     def commit(self, index: int, tokens: Sequence[int], keep: Sequence[int]) -> None:
         """Keep these pending rows of a cache; `tokens` are theirs."""
@@ -347,9 +353,13 @@ class Engine:
 
     def poll_with(self, poll: Callable[[], None]) -> None:
         """Have passes call `poll` before each layer; what it raises ends the pass in good order."""
-        self.network.poll = poll
-        if self._draft_model is not None:
-            self._draft_model.network.poll = poll
+        for network in self._networks:
+            network.poll = poll
+
+    @property
+    def _networks(self) -> Sequence[Network]:
+        models = [m for m in (self._draft_model, self._rounded_copy) if m is not None]
+        return [self.network, *(model.network for model in models)]
 
     @property
     def sequences(self) -> int:
@@ -377,7 +387,8 @@ class Engine:
         demand = self.placement.demand
         in_host = self.placement.streamed if self.placement.home is HomeKind.HOST else ()
         held = sum(demand.layer_bytes[i] for i in in_host)
-        return demand.base_bytes + self.placement.resident_bytes + held
+        copied = sum(demand.layer_bytes) if self.draft.retrieval.rounded else 0
+        return demand.base_bytes + self.placement.resident_bytes + held + copied
 
     @property
     def bytes_per_pass(self) -> int:
@@ -401,9 +412,8 @@ class Engine:
     def close(self) -> None:
         """Stop copies, close the files and let go of the weights; counts can still be read."""
         self._resources.close()
-        self.network.release()
-        if self._draft_model is not None:
-            self._draft_model.network.release()
+        for network in self._networks:
+            network.release()
 
     def __enter__(self) -> "Engine":
         return self
@@ -421,13 +431,31 @@ class Engine:
             self.device,
             packing,
             chunk_tokens=self.config.prefill_chunk_tokens,
-            target_ids=(self.checkpoint.head or self.checkpoint.embedding).shape[0],
+            target_ids=self._target_ids,
             weights=self.draft.draft_weights,  # settled by the plan
         )
 
-    def _load_weights(self) -> LayerStore:
-        base = self.device.allocate(self.network.base.nbytes, "embedding and head")
-        self.device.load.copy(base, FileSource(self.network.base, self._files))
+    def _load_rounded_copy(self, base: DeviceBuffer, packing: Packing) -> DraftModel | None:
+        """What triforce drafts with instead of the target's own weights."""
+        if not self.draft.retrieval.rounded:
+            return None
+        self.device.load.record().synchronize()  # the embedding is there
+        return DraftModel(
+            self.checkpoint,
+            self.device,
+            packing,
+            chunk_tokens=self.config.prefill_chunk_tokens,
+            target_ids=self._target_ids,
+            weights=self.draft.retrieval.retrieval_weights,
+            dtype=self.config.dtype,
+            target_base=base,
+        )
+
+    @property
+    def _target_ids(self) -> int:
+        return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
+
+    def _load_weights(self, base: DeviceBuffer) -> LayerStore:
         layouts = self.network.layouts
         self._keep_packed()
         sources: dict[int, HomeSource] = {

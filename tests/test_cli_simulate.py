@@ -139,6 +139,19 @@ def test_ngrams_cost_nothing_and_triforce_its_own_passes(answer, big):
     assert cheaper["drafting_s"] < dear["drafting_s"]
 
 
+def test_rounded_copies_stream_nothing_to_draft(answer, offload_run, small):
+    base = (small, "--profile", GPU, "--context", 1024, "--resident-layers", 2)
+    base = (*base, "--dtype", "bfloat16")
+    draft = ("--draft", "triforce", "--draft-tokens", 4, "--acceptance", "0.9")
+    own = answer(*base, *draft)
+    copies = answer(*base, *draft, "--retrieval-weights", "int4")
+    assert copies["drafting_s"] < own["drafting_s"] / 2
+    assert copies["transfer_s"] == own["transfer_s"]
+    assert copies["device_bytes"] > own["device_bytes"] + 2**29  # 1.1e9 weights in 4 bits
+    done = offload_run("simulate", *base, *draft, "--retrieval-weights", "int8")
+    assert done.code == 2 and "--retrieval-weights int8 is for the CPU" in done.err
+
+
 def test_below_triforce_a_draft_model_sees_its_window_or_all(answer, offload_run, big, small):
     base = (big, "--profile", GPU, "--profile-set", "ram_bytes=256GiB", "--context", 4096)
     rates = ("--acceptance", "0.9", "--inner-acceptance", "0.5")

@@ -248,7 +248,7 @@ def test_auto_is_int8_for_bf16_on_a_cpu():
     assert resolve_weights(INT4, "float32", Packing.FILE) is INT4
     with pytest.raises(ConfigError, match="int8 is for the CPU"):
         resolve_weights(INT8, "bfloat16", Packing.DEVICE)
-    with pytest.raises(ConfigError, match="this one is float16"):
+    with pytest.raises(ConfigError, match="the one that drafts is float16"):
         resolve_weights(INT4, "float16", Packing.DEVICE)
 
 

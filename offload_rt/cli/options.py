@@ -386,6 +386,14 @@ draft_options = _group(
         help="With triforce: choose anew what is read after so many tokens.",
     ),
     click.option(
+        "--retrieval-weights",
+        type=click.Choice([str(kind) for kind in DraftWeights]),
+        default=str(_default(RetrievalConfig, "retrieval_weights")),
+        help="With triforce: draft with the model's own weights (same) or with rounded copies of "
+        "them that stay on the device: faster, and nothing is streamed to draft; answers stay the "
+        "same. auto takes what is predicted to be faster.",
+    ),
+    click.option(
         "--draft-window",
         type=_Window(),
         default=_default(DraftConfig, "draft_window"),
@@ -516,6 +524,7 @@ def draft_of(values: Values) -> DraftConfig:
     given |= {"shape": DraftShape(values["shape"])}
     given |= {"draft_weights": DraftWeights(values["draft_weights"])}
     chosen = {field.name: values[field.name] for field in dataclasses.fields(RetrievalConfig)}
+    chosen |= {"retrieval_weights": DraftWeights(values["retrieval_weights"])}
     given |= {"retrieval": RetrievalConfig(**chosen)}
     if "accept" in values:
         given |= {"accept": AcceptRule(values["accept"])}

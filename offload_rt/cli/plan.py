@@ -16,7 +16,7 @@ from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.options import draft_of, runtime_of
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.planning import check_plan, means_for, speeds_for, with_plan
-from offload_rt.cli.stats import layer_ranges, weights_name
+from offload_rt.cli.stats import layer_ranges, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
@@ -181,6 +181,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "draft_tokens": outlook.drafting.config.nodes,
         "draft_window": outlook.drafting.config.window_tokens,
         "draft_weights": weights_name(outlook.drafting.config),
+        "retrieval_weights": retrieval_weights_name(outlook.drafting.config),
         "drafter_bytes": placement.demand.drafter_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
@@ -259,6 +260,8 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
     config, parts = drafting.config, []
     if config.kind == "triforce":
         parts.append(f"{config.retrieval.budget_tokens} tokens of KV")
+        if config.retrieval.rounded:
+            parts.append(f"{config.retrieval.retrieval_weights} copies of all layers")
     if drafting.checkpoint is not None:
         parts.append(f"{drafting.checkpoint.folder.name} and its KV cache")
     if config.heads:

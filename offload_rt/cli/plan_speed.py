@@ -53,9 +53,7 @@ def _advice(prediction: Prediction) -> str:
 def _others(plan: Plan) -> Sequence[str]:
     """The best of each drafter, the sizes next to the chosen one, and what does not fit."""
     chosen = plan.drafting.config
-    rest = [
-        c for c in plan.considered if (c.draft.draft, c.draft.nodes) != (chosen.draft, chosen.nodes)
-    ]
+    rest = [c for c in plan.considered if c.draft != chosen]
     fitting = [c for c in rest if c.prediction is not None]
     fitting.sort(key=lambda c: c.prediction.s_per_token if c.prediction else 0.0)
     none = [c for c in fitting if c.draft.kind == "none"]

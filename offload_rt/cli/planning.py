@@ -68,11 +68,10 @@ def means_for(
     own = _calibrated(checkpoint, draft)
 
     def yields(config: DraftConfig) -> Yield:
-        if config.kind not in known:
-            key = experience_key(checkpoint, config, drafter, sampling)
-            seen = read_seen(experience_path(), key)
-            known[config.kind] = expected_yield(config.kind, seen, own)
-        return known[config.kind]
+        key = experience_key(checkpoint, config, drafter, sampling)
+        if key not in known:
+            known[key] = expected_yield(config.kind, read_seen(experience_path(), key), own)
+        return known[key]
 
     return Means(speeds=speeds, yields=yields)
 

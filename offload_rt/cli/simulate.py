@@ -30,7 +30,7 @@ from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import Comparison, compare_published
 from offload_rt.planning.run import RunLoad, place_run
 from offload_rt.planning.scenario import load_scenario
-from offload_rt.planning.simulate import Prediction, over_retrieval, predict, simulate
+from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, predict, simulate
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import find_profile, load_profile, machine_name
@@ -238,6 +238,8 @@ def _model(model: str, values: dict[str, Any]) -> None:
         rows = kv_bytes_per_token(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
         kept = min(context, draft.retrieval.budget_tokens) * rows // checkpoint.config.num_layers
         step = over_retrieval(load, kept, 1 + (draft.inner.nodes if acceptance.inner else 0))
+        if draft.retrieval.rounded:
+            step = in_copies(step, seat.speeds, draft.retrieval.retrieval_weights)
     outlook = _Outlook(
         checkpoint=checkpoint,
         from_files=from_files,

@@ -121,6 +121,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
         "draft_tokens": answering.engine.draft.nodes,
         "draft_window": answering.engine.draft.window_tokens,
         "draft_weights": weights_name(answering.engine.draft),
+        "retrieval_weights": retrieval_weights_name(answering.engine.draft),
         "drafter_bytes": placement.demand.drafter_bytes,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
@@ -184,22 +185,30 @@ def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
     if counts.newest_builds:
         builds += f", {counts.newest_builds} of them the newest only"
     return (
-        f"{_count(counts.passes, 'pass')} over at most {chosen.budget_tokens} tokens in chunks of "
+        f"{_count(counts.passes, 'pass')}"
+        f"{f' of {chosen.retrieval_weights} copies' if chosen.rounded else ''}"
+        f" over at most {chosen.budget_tokens} tokens in chunks of "
         f"{chosen.chunk_tokens}, chosen {builds}; {counts.accepted} of {counts.drafted} tokens "
         f"drafted by {drafter_name(config.inner)} accepted{share}"
     )
 
 
 def drafter_name(draft: DraftConfig) -> str:
-    """Who drafts, in few words; a model by its folder's name, and how its weights are rounded."""
+    """Who drafts, in few words; a model by its folder's name, and how weights are rounded."""
     name = Path(draft.model or draft.heads).name
+    words = [draft.kind, *[f"({draft.retrieval.retrieval_weights})"] * draft.retrieval.rounded]
     rounded = draft.draft_weights in (DraftWeights.INT8, DraftWeights.INT4)
-    return " ".join([draft.kind, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounded])
+    return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounded])
 
 
 def weights_name(draft: DraftConfig) -> str | None:
     """How a draft model's weights are kept; None without one."""
     return str(draft.draft_weights) if draft.model else None
+
+
+def retrieval_weights_name(draft: DraftConfig) -> str | None:
+    """Which weights triforce drafts with over its retrieval cache; None without it."""
+    return str(draft.retrieval.retrieval_weights) if draft.kind == "triforce" else None
 
 
 def rule_name(rule: str) -> str:

@@ -163,6 +163,14 @@ class Network:
         self._model.set_input_embeddings(RoundedEmbedding(embedding))  # type: ignore[operator]
         head._parameters.clear()
 
+    def round_head(self, weights: DraftWeights) -> None:
+        """Use a rounded copy of the output head, where it can be rounded; after `attach`."""
+        head, _ = _ends(self._model)
+        made = rounded_linear(head, weights) if type(head) is torch.nn.Linear else None
+        if made is not None:
+            self._model.set_output_embeddings(made)  # type: ignore[operator]
+            head._parameters.clear()
+
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
         pairs = _bind(self._holes[index], self.layouts[index].placements, image)

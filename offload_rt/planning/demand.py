@@ -103,11 +103,14 @@ def demand_of(
             workspace_bytes(config, number_bytes, shape) + kept_probs,
             draft_workspace_bytes(drafting, packing, shape) + 2 * kept_probs,  # also side by side
             loading_bytes(drafting, packing) - base.nbytes,
+            # A copy's output head is there twice while it is made; the target's layers come later.
+            head_bytes(checkpoint, rounded_copy_weights(drafting.config)),
         )
         + staging_bytes([*layouts, base], packing, runtime.readers)
         + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
         drafter_bytes=drafter_bytes(drafting, packing, capacities)
-        + retrieval_bytes(config, drafting.config, number_bytes, capacities),
+        + retrieval_bytes(config, drafting.config, number_bytes, capacities)
+        + rounded_copy_bytes(checkpoint, drafting.config, dtype, packing),
     )
 
 
@@ -245,6 +248,37 @@ def retrieval_bytes(
     row_bytes = [per_token // model.num_layers] * model.num_layers
     sizes = [retrieval_sizes(draft, row_bytes, capacity) for capacity in capacities]
     return sum(s.device_bytes for s in sizes) + max(s.build_bytes for s in sizes)
+
+
+def rounded_copy_bytes(
+    checkpoint: Checkpoint, draft: DraftConfig, dtype: str, packing: Packing
+) -> int:
+    """What rounded copies of the target's weights take that triforce drafts with, if it does.
+
+    The embedding, and what else is in no layer but the head, is the target's own.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    weights = rounded_copy_weights(draft)
+    if weights is DraftWeights.SAME:
+        return 0
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    resolve_weights(weights, name, packing, "--retrieval-weights")
+    *layers, _ = layouts_of(checkpoint, dtype, packing)
+    return sum(layer_bytes(layout, weights) for layout in layers) + head_bytes(checkpoint, weights)
+
+
+def rounded_copy_weights(draft: DraftConfig) -> DraftWeights:
+    """How the copies are kept with which triforce drafts; `same`: it uses the target's own."""
+    rounds = draft.kind == "triforce" and draft.retrieval.rounded
+    return draft.retrieval.retrieval_weights if rounds else DraftWeights.SAME
+
+
+def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
+    """A rounded output head; 0 where it stays as it is."""
+    shape = (checkpoint.head or checkpoint.embedding).shape
+    return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
 
 
 def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:

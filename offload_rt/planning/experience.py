@@ -39,6 +39,8 @@ def experience_key(
     if draft.kind == "triforce":
         kept = draft.retrieval
         parts.append(f"{kept.budget_tokens} tokens in chunks of {kept.chunk_tokens}")
+        if kept.rounded:
+            parts.append(f"target in {kept.retrieval_weights}")
     parts.append("greedy" if sampling.greedy else f"temperature {sampling.temperature:g}")
     return ", ".join(parts)
 

@@ -46,6 +46,7 @@ OPTIONS: Mapping[str, tuple[type, ...]] = {
     "chunk_tokens": (int,),
     "recent_share": (float, int, type(None)),
     "rebuild_tokens": (int,),
+    "retrieval_weights": (str,),
 }
 _CHOICES: Mapping[str, type[StrEnum]] = {
     "dtype": DType,
@@ -53,6 +54,7 @@ _CHOICES: Mapping[str, type[StrEnum]] = {
     "kv": KVPlace,
     "shape": DraftShape,
     "draft_weights": DraftWeights,
+    "retrieval_weights": DraftWeights,
 }
 _KEYS = {"schema_version", "model", "layers", "options", "resident", "predicted"}
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing
+from offload_rt.model.layout import Packing, compute_dtype
 from offload_rt.planning.acceptance import triforce_tokens
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.cost import (
@@ -29,6 +29,7 @@ from offload_rt.planning.demand import (
     image_bytes,
     kv_bytes_per_token,
     number_bytes_of,
+    rounded_copy_weights,
     settled,
 )
 from offload_rt.planning.drafting import SIZES, Yield
@@ -36,6 +37,7 @@ from offload_rt.planning.kv import KVPlan, KVSizes
 from offload_rt.planning.placement import Placement, smallest_bytes
 from offload_rt.planning.run import FreeMemory, RunLoad, place_run
 from offload_rt.planning.speeds import Speeds
+from offload_rt.planning.weights import rounded_kind
 from offload_rt.profiling.profile import LayerWork, Obtained
 
 MAX_SIZES = {"ngram": 32, "model": 256, "medusa": 256, "triforce": 64}
@@ -152,6 +154,11 @@ def make_plan(
     if load.drafting.config.kind == "auto":
         raise ConfigError("--draft auto needs speeds of the machine: name a drafter, or none")
     load = replace(load, drafting=settled(load.drafting, packing))
+    config = load.drafting.config
+    if config.kind == "triforce":
+        weights = _retrieval_weights(config, checkpoint, runtime, packing)[0]
+        config = _drafting_in(config, weights)
+        load = replace(load, drafting=replace(load.drafting, config=config))
     placement = place_run(checkpoint, runtime, packing, load=load, free=free)
     return Plan(
         runtime=runtime,
@@ -199,7 +206,8 @@ def plan_run(
     search = _Search(checkpoint, runtime, packing, load, free, means)
     found: list[_Candidate] = []
     refusals: list[tuple[DraftConfig, PlanError]] = []
-    for config in _drafts(draft, runtime, load):
+    weights = _retrieval_weights(draft, checkpoint, runtime, packing)
+    for config in _drafts(draft, runtime, load, weights):
         try:
             found.append(search.candidate(config, runtime))
         except PlanError as refusal:
@@ -229,8 +237,37 @@ def _is_fixed(draft: DraftConfig) -> bool:
     return draft.kind == "none" or draft.draft_tokens is not None
 
 
-def _drafts(draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad) -> Iterator[DraftConfig]:
-    """Every drafter and size to look at."""
+def _retrieval_weights(
+    draft: DraftConfig, checkpoint: Checkpoint, runtime: RuntimeConfig, packing: Packing
+) -> tuple[DraftWeights, ...]:
+    """Weights triforce may draft with: as asked for, or the target's own and rounded copies."""
+    asked = draft.retrieval.retrieval_weights
+    if asked is not DraftWeights.AUTO:
+        return (asked,)
+    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
+    rounded = rounded_kind(dtype, packing)
+    return (DraftWeights.SAME, *([rounded] if rounded else ()))
+
+
+def _drafting_in(draft: DraftConfig, weights: DraftWeights) -> DraftConfig:
+    """The same with those weights over the retrieval cache."""
+    return replace(draft, retrieval=replace(draft.retrieval, retrieval_weights=weights))
+
+
+def _drafts(
+    draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad, weights: Sequence[DraftWeights]
+) -> Iterator[DraftConfig]:
+    """Every drafter and size to look at; triforce with each of `weights`."""
+    for config in _sized_drafts(draft, runtime, load):
+        if config.kind == "triforce":
+            yield from (_drafting_in(config, kind) for kind in weights)
+        else:
+            yield config
+
+
+def _sized_drafts(
+    draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad
+) -> Iterator[DraftConfig]:
     if _is_fixed(draft):
         yield draft
         return
@@ -279,7 +316,7 @@ def _choose(found: Sequence[_Candidate]) -> _Candidate:
     larger = [
         c
         for c in found
-        if c.draft.draft == best.draft.draft
+        if (c.draft.draft, c.draft.retrieval) == (best.draft.draft, best.draft.retrieval)
         and c.draft.nodes > best.draft.nodes > 0
         and c.s_per_token <= _HEADROOM * best.s_per_token
     ]
@@ -404,9 +441,12 @@ class _Search:
         work = triforce_tokens([1.0], nodes, [_INNER_RATES[inner.kind]], inner.nodes)
         budget = min(config.retrieval.budget_tokens, self._context)
         rows = min(inner.nodes, nodes) + 1
-        # It reads the retrieval cache, which is on the device, whatever holds the full one.
-        demand = replace(placement.demand, kv=None)
-        each = self._pass(replace(placement, demand=demand), rows, budget, 0.0).pass_s
+        if (weights := rounded_copy_weights(config)) is not DraftWeights.SAME:
+            each = self._model.resident_pass_s(self._means.speeds, rows, budget, weights)
+        else:
+            # It reads the retrieval cache, which is on the device, whatever holds the full one.
+            demand = replace(placement.demand, kv=None)
+            each = self._pass(replace(placement, demand=demand), rows, budget, 0.0).pass_s
         inner_s = self._plain_draft_s(drafting, inner)
         return work.retrieval_passes * (each + inner_s)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
+from offload_rt.config import DraftWeights
 from offload_rt.errors import ConfigError
 from offload_rt.planning.acceptance import (
     chain_tokens,
@@ -40,6 +41,7 @@ from offload_rt.planning.scenario import (
     Scenario,
     Split,
 )
+from offload_rt.planning.speeds import Speeds
 from offload_rt.profiling.adjust import adjust_profile
 from offload_rt.profiling.profile import HardwareProfile, Obtained, Processor
 from offload_rt.profiling.rates import attention_s, disk_bytes_per_s, layer_s
@@ -342,3 +344,14 @@ def over_retrieval(load: PassLoad, kv_bytes: int, tokens: int) -> PassLoad:
         replace(layer, kv_bytes=kv_bytes, kv_home_bytes=0, kv_back_bytes=0) for layer in load.layers
     ]
     return replace(load, layers=layers, tokens=tokens, kv_block_bytes=0)
+
+
+def in_copies(load: PassLoad, speeds: Speeds, weights: DraftWeights) -> PassLoad:
+    """The same pass with rounded copies of all weights, which lie on the device whole."""
+    works = [speeds.draft_work(layer.work, weights) for layer in load.layers]
+    layers = [
+        replace(layer, work=work, weights=order)
+        for layer, (work, order) in zip(load.layers, works, strict=True)
+    ]
+    head = load.head and speeds.draft_work(load.head, weights)[0]
+    return replace(load, layers=layers, head=head, streamed=(), slots=0)

@@ -10,13 +10,16 @@ _ROW_SCALE_BYTES = 4
 _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4
 
 
-def resolve_weights(asked: DraftWeights, dtype: str, packing: Packing) -> DraftWeights:
+def resolve_weights(
+    asked: DraftWeights, dtype: str, packing: Packing, flag: str = "--draft-weights"
+) -> DraftWeights:
     """Settle `auto`: on a CPU bf16 models are rounded to int8, everything else stays as it is.
 
     Args:
         asked: what the user says.
-        dtype: torch's name of the draft model's number format.
+        dtype: torch's name of the drafting model's number format.
         packing: tells a GPU from a CPU.
+        flag: that says it.
 
     Raises:
         ConfigError: the device or the number format has no such kernels.
@@ -26,12 +29,24 @@ def resolve_weights(asked: DraftWeights, dtype: str, packing: Packing) -> DraftW
         rounds = dtype == "bfloat16" and not on_gpu
         return DraftWeights.INT8 if rounds else DraftWeights.SAME
     if asked is DraftWeights.INT8 and on_gpu:
-        raise ConfigError("--draft-weights int8 is for the CPU: use int4 or same on a GPU")
+        raise ConfigError(f"{flag} int8 is for the CPU: use int4 or same on a GPU")
     if asked is DraftWeights.INT4 and on_gpu and dtype != "bfloat16":
         raise ConfigError(
-            f"--draft-weights int4 on a GPU is for bf16 draft models, this one is {dtype}: use same"
+            f"{flag} int4 on a GPU is for bf16 models, the one that drafts is {dtype}: use same"
         )
     return asked
+
+
+def rounded_kind(dtype: str, packing: Packing) -> DraftWeights | None:
+    """To what a model's own weights are rounded for drafting where that may be worth while.
+
+    Args:
+        dtype: torch's name of the model's number format.
+        packing: tells a GPU from a CPU.
+    """
+    if dtype != "bfloat16":
+        return None
+    return DraftWeights.INT4 if packing is Packing.DEVICE else DraftWeights.INT8
 
 
 def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:

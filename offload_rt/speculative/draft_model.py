@@ -20,14 +20,14 @@ from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.host import give_back_holes
 from offload_rt.errors import ConfigError
-from offload_rt.kv.base import PendingTree
+from offload_rt.kv.base import KVCache, PendingTree
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
-from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes
+from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes, head_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import likeliest, sample, target_probs
@@ -39,7 +39,7 @@ from offload_rt.streaming.files import FileSource, WeightFiles
 
 BRANCHES = 8  # children of a node that are looked at
 UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there yet, or lack it
-PURPOSE = "draft model"
+PURPOSE, COPY_PURPOSE = "draft model", "rounded copy"  # in the ledger of device memory
 
 
 class DraftModel:
@@ -52,9 +52,12 @@ class DraftModel:
         chunk_tokens: prompt rows that go through a layer at once.
         target_ids: width of the target's logits; ids from there on are never drafted.
         weights: how its matrices are kept, `auto` settled.
+        dtype: number format it computes in.
+        target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
+            but for the output head.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a model is made of, most of it by keyword
         self,
         checkpoint: Checkpoint,
         device: Device,
@@ -63,30 +66,45 @@ class DraftModel:
         chunk_tokens: int,
         target_ids: int,
         weights: DraftWeights = DraftWeights.SAME,
+        dtype: str = "auto",
+        target_base: DeviceBuffer | None = None,
     ) -> None:
         self.device, self.target_ids = device, target_ids
         self.known_ids = checkpoint.embedding.shape[0]
-        self.network = Network(checkpoint, "auto", packing)
+        self.network = Network(checkpoint, dtype, packing)
+        self._purpose = PURPOSE if target_base is None else COPY_PURPOSE
         files = WeightFiles(checkpoint.files)
-        base_bytes = draft_base_bytes(checkpoint, weights, packing)
         try:
-            # In the ledger is what stays: embedding and head may be rounded when all is there.
-            base = device.allocate(self.network.base.nbytes, PURPOSE)
-            device.enter(base_bytes - self.network.base.nbytes, PURPOSE)
-            self._fill(base, FileSource(self.network.base, files))
+            base = target_base or self._load_base(checkpoint, packing, files, weights)
             self._keep_layers(files, weights)
         finally:
             files.close()
         self.network.attach(None, base, device.torch_device, chunk_tokens)
         if weights is not DraftWeights.SAME:
             with torch.inference_mode():
-                self.network.round_ends(weights)
+                if target_base is None:
+                    self.network.round_ends(weights)
+                else:
+                    self.network.round_head(weights)
+                    device.enter(head_bytes(checkpoint, weights), self._purpose)
             del base
             give_back_holes()
 
+    def check(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
+        """Run one pass over a root and a draft behind it; rows stay pending.
+
+        Returns:
+            [N + 1, V] logits, after the root and after each node.
+        """
+        places = [cache.length + offset for offset in (0, *tree.depths)]
+        pending = None if tree.is_chain else pending_tree(self.device, tree.visible(), places)
+        return self.forward(
+            cache, [root, *tree.tokens], positions=places, tree=pending, all_rows=True
+        )
+
     def forward(
         self,
-        cache: ResidentKV,
+        cache: KVCache,
         tokens: Sequence[int],
         *,
         positions: Sequence[int],
@@ -114,22 +132,34 @@ class DraftModel:
         with torch.inference_mode():
             return self.network.forward(batch)[:, : self.target_ids]
 
+    def _load_base(
+        self, checkpoint: Checkpoint, packing: Packing, files: WeightFiles, weights: DraftWeights
+    ) -> DeviceBuffer:
+        """Bring in what is in no layer; in the ledger is what stays when its ends are rounded."""
+        base = self.device.allocate(self.network.base.nbytes, PURPOSE)
+        kept_bytes = draft_base_bytes(checkpoint, weights, packing)
+        self.device.enter(kept_bytes - self.network.base.nbytes, PURPOSE)
+        self._fill(base, FileSource(self.network.base, files))
+        return base
+
     def _keep_layers(self, files: WeightFiles, weights: DraftWeights) -> None:
         """Bring the layers in, each for good or through one image of which copies are made."""
         network, device, layouts = self.network, self.device, self.network.layouts
         packs = weights is DraftWeights.SAME and can_pack(network.dtype, device.torch_device)
         passing: DeviceBuffer | None = None
         if packs or weights is not DraftWeights.SAME:
-            passing = device.allocate(max(layout.nbytes for layout in layouts), PURPOSE)
+            passing = device.allocate(max(layout.nbytes for layout in layouts), self._purpose)
         for index, layout in enumerate(layouts):
-            image = passing or device.allocate(layout.nbytes, PURPOSE)
+            image = passing or device.allocate(layout.nbytes, self._purpose)
             self._fill(image, FileSource(layout, files))
             with torch.inference_mode():
                 network.keep(index, image, pack=packs, weights=weights)
             if passing is not None:
                 device.load.wait(device.compute.record())  # until it has been read
-                device.enter(layer_bytes(layout, weights), PURPOSE)
+                device.enter(layer_bytes(layout, weights), self._purpose)
                 give_back_holes()
+        if passing is not None:
+            device.enter(-passing.nbytes, self._purpose)  # it goes now
 
     def _fill(self, image: DeviceBuffer, source: FileSource) -> None:
         self.device.load.copy(image, source)

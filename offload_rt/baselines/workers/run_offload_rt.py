@@ -99,7 +99,9 @@ def draft_config(values: Mapping[str, Any]) -> DraftConfig:
     """The record that a JSON object stands for."""
     kinds = {"shape": DraftShape, "accept": AcceptRule, "draft_weights": DraftWeights}
     given = dict(values) | {name: kind(values[name]) for name, kind in kinds.items()}
-    return DraftConfig(**(given | {"retrieval": RetrievalConfig(**values["retrieval"])}))
+    kept = dict(values["retrieval"])
+    kept["retrieval_weights"] = DraftWeights(kept["retrieval_weights"])
+    return DraftConfig(**(given | {"retrieval": RetrievalConfig(**kept)}))
 
 
 if __name__ == "__main__":
