@@ -141,7 +141,7 @@ class Engine:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             outlooks = self.plan.outlooks
-            self.controller = Controller(outlooks, draft.nodes) if outlooks else None
+            self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
             self.tally = Tally()
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]

@@ -46,6 +46,22 @@ def test_a_plan_is_replayed(planned, tiny_model, offload_run):
     assert (again["resident"], again["slots"], again["draft_tokens"]) == ([2], 3, 5)
 
 
+def test_a_plan_fixes_what_a_run_would_begin_with(tiny_model, offload_run, tmp_path):
+    path = tmp_path / "plan.json"
+    common = (tiny_model, "--draft", "ngram", "--device-memory", "100MiB")
+    made = json.loads(offload_run("plan", *common, "--context", 64, "--json", "--output", path).out)
+    assert made["draft_tokens"] > made["first_draft_tokens"] > 0
+    shown = offload_run("plan", *common, "--context", 64).out
+    first, most = made["first_draft_tokens"], made["draft_tokens"]
+    assert f"ngram, {first} tokens at first, up to {most} a pass" in shown
+    assert json.loads(path.read_text())["options"]["draft_tokens"] == first
+    run = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--json")
+    open_run = json.loads(offload_run(*run, *common[1:]).out)["plan"]
+    assert open_run["draft_tokens"] > open_run["first_draft_tokens"]
+    fixed = json.loads(offload_run(*run, "--plan", path).out)["plan"]
+    assert fixed["draft_tokens"] == fixed["first_draft_tokens"] == first
+
+
 def test_an_edited_plan_is_followed(planned, tiny_model, offload_run):
     edited(planned, resident=[0, 3], slots=2, draft="none", draft_tokens=None)
     done = offload_run("generate", tiny_model, "-p", PROMPT, "-n", 4, "--plan", planned, "--json")

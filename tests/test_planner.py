@@ -72,7 +72,7 @@ def test_it_takes_the_best_of_everything_it_looked_at(checkpoint):
     for limit in (None, limit_for(checkpoint, 4)):
         made = plan(checkpoint, device_limit_bytes=limit, disk=1e7)
         best = min(c.prediction.s_per_token for c in made.considered)
-        assert made.prediction.s_per_token <= best * 1.05  # it may leave the controller room
+        assert made.prediction.s_per_token <= best * 1.021  # it may leave the controller room
         assert made.placement.device_bytes <= (limit or 8 * GIB)
 
 
@@ -97,7 +97,7 @@ def test_no_number_of_tokens_and_no_ring_would_be_faster(checkpoint, disk, rate,
         except (PlanError, ConfigError):
             continue
     best = min(p.prediction.s_per_token for p in alone)
-    assert made.prediction.s_per_token <= best * 1.051
+    assert made.prediction.s_per_token <= best * 1.05  # rings are tried for the best few only
 
 
 def test_what_is_given_is_kept(checkpoint):
@@ -123,6 +123,36 @@ def test_the_controllers_sizes_are_those_there_is_room_for(checkpoint):
     assert nodes[0] == 0 and nodes[-1] == made.drafting.config.nodes
     assert nodes == sorted(set(nodes))
     assert made.outlooks[0].tokens == 1.0
+
+
+def best_at(nodes):
+    """A drafter that gives no more beyond so many nodes."""
+    return Yield(((1, 1.0), (nodes, nodes / 2)))
+
+
+def test_a_run_may_draft_more_than_it_begins_with(checkpoint):
+    """Acceptance was a guess: with memory to spare the controller has sizes above it to try."""
+    made = plan(checkpoint, "model:self", drafter=checkpoint, gives=best_at(8), disk=1e7)
+    assert made.first_nodes < made.drafting.config.nodes <= 4 * made.first_nodes
+    assert [o.nodes for o in made.outlooks][-1] == made.drafting.config.nodes
+    fixed = DraftConfig(draft="model:self", draft_tokens=made.first_nodes)
+    alone = plan(checkpoint, fixed, drafter=checkpoint, gives=best_at(8), disk=1e7)
+    assert made.prediction.s_per_token == pytest.approx(alone.prediction.s_per_token, rel=0.02)
+    assert made.prediction.tokens_per_pass == alone.prediction.tokens_per_pass
+    assert alone.first_nodes == alone.drafting.config.nodes == made.first_nodes
+
+
+@given(limit=st.integers(0, 40), nodes=st.sampled_from([2, 4, 8, 16]))
+@settings(max_examples=15, deadline=None)
+def test_room_for_more_costs_the_first_steps_next_to_nothing(checkpoint, limit, nodes):
+    smallest = plan(checkpoint, "model:self", drafter=checkpoint).smallest_bytes
+    memory = smallest + limit * layer_bytes(checkpoint) // 4
+    known = {"drafter": checkpoint, "gives": best_at(nodes), "disk": 1e7}
+    made = plan(checkpoint, "model:self", device_limit_bytes=memory, **known)
+    fixed = DraftConfig(draft="model:self", draft_tokens=made.first_nodes)
+    alone = plan(checkpoint, fixed, device_limit_bytes=memory, **known)
+    assert made.placement.device_bytes <= memory
+    assert made.prediction.s_per_token <= 1.021 * alone.prediction.s_per_token
 
 
 def test_a_slow_link_is_said_to_bind_and_a_fast_one_not(checkpoint):

@@ -179,6 +179,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "streamed": list(placement.streamed),
         "drafter": outlook.drafting.config.draft,
         "draft_tokens": outlook.drafting.config.nodes,
+        "first_draft_tokens": outlook.plan.first_nodes,
         "draft_window": outlook.drafting.config.window_tokens,
         "draft_weights": weights_name(outlook.drafting.config),
         "retrieval_weights": retrieval_weights_name(outlook.drafting.config),

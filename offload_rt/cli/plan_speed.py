@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from offload_rt.cli.stats import drafter_name
+from offload_rt.cli.stats import drafter_name, drafts_name
 from offload_rt.planning.planner import Considered, Plan, Prediction
 from offload_rt.planning.speeds import Speeds
 from offload_rt.units import format_size
@@ -25,7 +25,7 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
         _line("a pass", f"{chosen.pass_s:.3f} s", _parts(chosen)),
     ]
     if chosen.draft_s:
-        lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", "before each pass"))
+        lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", f"{drafts_name(plan)} a pass"))
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
     others = _others(plan)
     return [*lines, *(["other ways", *others] if others else [])]
@@ -52,7 +52,7 @@ def _advice(prediction: Prediction) -> str:
 
 def _others(plan: Plan) -> Sequence[str]:
     """The best of each drafter, the sizes next to the chosen one, and what does not fit."""
-    chosen = plan.drafting.config
+    chosen = plan.drafting.config.limited(plan.first_nodes)
     rest = [c for c in plan.considered if c.draft != chosen]
     fitting = [c for c in rest if c.prediction is not None]
     fitting.sort(key=lambda c: c.prediction.s_per_token if c.prediction else 0.0)

@@ -119,6 +119,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
     return {
         "drafter": answering.engine.draft.draft,
         "draft_tokens": answering.engine.draft.nodes,
+        "first_draft_tokens": answering.engine.plan.first_nodes,
         "draft_window": answering.engine.draft.window_tokens,
         "draft_weights": weights_name(answering.engine.draft),
         "retrieval_weights": retrieval_weights_name(answering.engine.draft),
@@ -144,11 +145,9 @@ def _planned(plan: Plan) -> str:
     """What the planner expected, and what of."""
     prediction = plan.prediction
     assert prediction is not None
-    chosen = drafter_name(plan.drafting.config)
-    if plan.drafting.config.nodes:
-        chosen += f", {'up to ' if plan.outlooks else ''}{plan.drafting.config.nodes} tokens"
     return (
-        f"{chosen}; predicted {prediction.s_per_token:.3f} s/token, most of it {prediction.limit}"
+        f"{drafts_name(plan)}; predicted {prediction.s_per_token:.3f} s/token, most of it "
+        f"{prediction.limit}"
     )
 
 
@@ -199,6 +198,15 @@ def drafter_name(draft: DraftConfig) -> str:
     words = [draft.kind, *[f"({draft.retrieval.retrieval_weights})"] * draft.retrieval.rounded]
     rounded = draft.draft_weights in (DraftWeights.INT8, DraftWeights.INT4)
     return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounded])
+
+
+def drafts_name(plan: Plan) -> str:
+    """Who drafts, how many tokens, and to how many a run may come."""
+    name, first, most = drafter_name(plan.drafting.config), plan.first_nodes, plan.drafting
+    if not first:
+        return name
+    later = f" at first, up to {most.config.nodes}" if most.config.nodes > first else ""
+    return f"{name}, {first} tokens{later}"
 
 
 def weights_name(draft: DraftConfig) -> str | None:

@@ -96,7 +96,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "kv_block_tokens": runtime.kv_block_tokens if kv else None,
         "kv_folder": runtime.kv_folder if kv else None,
         "draft": draft.draft,
-        "draft_tokens": draft.nodes or None,
+        "draft_tokens": plan.first_nodes or None,
     }
     if draft.model:
         options |= {"shape": str(draft.shape), "draft_window": draft.draft_window}

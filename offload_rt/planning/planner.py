@@ -43,7 +43,9 @@ from offload_rt.profiling.profile import LayerWork, Obtained
 MAX_SIZES = {"ngram": 32, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
-_HEADROOM = 1.05  # a larger draft that costs no more than that leaves the controller room
+# A run may draft up to so many times the tokens it begins with, if room for them costs its first
+# steps no more than that.
+_MOST_ROOM, _ROOM_COST = 4, 1.02
 
 NGRAM_S = 3e-4  # a look-up, measured: 0.1 to 0.5 ms
 _STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
@@ -103,8 +105,9 @@ class Plan:
     Attributes:
         runtime: with slots and place of KV as chosen.
         drafting: who drafts, and how much at most.
+        first_nodes: how much at first.
         placement: what lives where.
-        prediction: what a step should take; None without a profile.
+        prediction: what a step should take, of the first ones; None without a profile.
         outlooks: what drafts of each size should give and take, for the controller; empty if the
             number of tokens is fixed.
         considered: the best way with each drafter and size.
@@ -113,6 +116,7 @@ class Plan:
 
     runtime: RuntimeConfig
     drafting: Drafting
+    first_nodes: int
     placement: Placement
     prediction: Prediction | None = None
     outlooks: tuple[StepOutlook, ...] = ()
@@ -163,6 +167,7 @@ def make_plan(
     return Plan(
         runtime=runtime,
         drafting=load.drafting,
+        first_nodes=load.drafting.config.nodes,
         placement=placement,
         smallest_bytes=_smallest(placement, runtime),
     )
@@ -215,12 +220,14 @@ def plan_run(
     if not found:
         # One about other memory than the device's names no bytes of it.
         raise min((r for _, r in refusals), key=lambda r: r.needed_bytes or math.inf)
-    chosen = _choose(search.refined(found))
+    best = min(search.refined(found), key=lambda c: (c.s_per_token, c.draft.nodes))
+    chosen = best if _is_fixed(draft) else search.with_room(best)
     considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
     considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
     return Plan(
         runtime=chosen.runtime,
         drafting=chosen.drafting,
+        first_nodes=best.draft.nodes,
         placement=chosen.placement,
         prediction=chosen.prediction,
         outlooks=() if _is_fixed(draft) else tuple(search.outlooks(chosen)),
@@ -280,10 +287,16 @@ def _sized_drafts(
             kinds.append("triforce")
     for name in kinds:
         sized = replace(draft, draft=name)
-        most = min(MAX_SIZES[sized.kind], max(load.capacities))
-        for size in SIZES:
-            if size <= most and _has_room(sized, size):
-                yield replace(sized, draft_tokens=size)
+        for size in _sizes(sized, load):
+            yield replace(sized, draft_tokens=size)
+
+
+def _sizes(draft: DraftConfig, load: RunLoad) -> Sequence[int]:
+    """Numbers of tokens a drafter may be asked for."""
+    if draft.kind == "none":
+        return ()
+    most = min(MAX_SIZES[draft.kind], max(load.capacities))
+    return [size for size in SIZES if size <= most and _has_room(draft, size)]
 
 
 def _has_room(draft: DraftConfig, size: int) -> bool:
@@ -308,19 +321,6 @@ class _Candidate:
     @property
     def s_per_token(self) -> float:
         return self.prediction.s_per_token
-
-
-def _choose(found: Sequence[_Candidate]) -> _Candidate:
-    """The fastest, or the next larger draft if that costs hardly more: it can shrink in the run."""
-    best = min(found, key=lambda c: (c.s_per_token, c.draft.nodes))
-    larger = [
-        c
-        for c in found
-        if (c.draft.draft, c.draft.retrieval) == (best.draft.draft, best.draft.retrieval)
-        and c.draft.nodes > best.draft.nodes > 0
-        and c.s_per_token <= _HEADROOM * best.s_per_token
-    ]
-    return min(larger, key=lambda c: (c.draft.nodes, c.s_per_token), default=best)
 
 
 class _Search:
@@ -366,6 +366,23 @@ class _Search:
                 except (PlanError, ConfigError):  # the ring is larger than what it would stream
                     continue
         return [*found, *more]
+
+    def with_room(self, best: _Candidate) -> _Candidate:
+        """The same with room for larger drafts, which the controller may come to, if it is cheap.
+
+        Its prediction is that of the first steps, whose drafts are as large as before.
+        """
+        for size in reversed(_sizes(best.draft, self._load)):
+            if not best.draft.nodes < size <= _MOST_ROOM * best.draft.nodes:
+                continue
+            try:
+                roomy = self.candidate(replace(best.draft, draft_tokens=size), best.runtime)
+            except (PlanError, ConfigError):  # the ring is larger than what it would stream
+                continue
+            prediction = self._predict(best.drafting, roomy.placement, best.draft.nodes)
+            if prediction.s_per_token <= _ROOM_COST * best.s_per_token:
+                return replace(roomy, prediction=prediction)
+        return best
 
     def outlooks(self, chosen: _Candidate) -> Iterator[StepOutlook]:
         """What drafts of the sizes there is room for should give and take."""
