@@ -3,9 +3,10 @@
 Usage:
   bench_triforce.py prompts TEXT --tokenizer MODEL --tokens 6000 > long6k.jsonl
   bench_triforce.py speed MODEL --prompts long16k.jsonl [--draft triforce] [--draft-tokens 16]
-      [--device-memory 4GiB] [--link-gb-per-s X] [--rounds 3] [--answer 96]
+      [--device-memory 4GiB] [--link-gb-per-s X] [--rounds 3] [--answer 96] [--weights int8]
   bench_triforce.py acceptance MODEL --prompts long6k.jsonl [--budgets 256,512,1024,2048]
-      [--chunks 8,32,64] [--shares 0.25,auto] [--rebuild 16] [--answer 256] [--json]
+      [--chunks 8,32,64] [--shares 0.25,auto] [--rebuild 16] [--answer 256] [--weights int8]
+      [--json]
 
 `prompts` makes three prompts from a part of a text: summarise it, continue it, and repeat a code
 hidden in its middle; `offload-run bench --prompts` reads them too.
@@ -16,7 +17,8 @@ model predicts those tokens from that cache alone, given the right ones before t
 is the share it predicted right, to the end of the answer, and in brackets that of its second half:
 the acceptance per token of level 2 with gamma 8. A budget of which everything is recent is a sink
 cache: the first chunk and newest rows; one whose share is auto tries that and the default share,
-and keeps to the better.
+and keeps to the better. With `--weights` rounded copies of the weights predict instead of the
+model's own.
 
 `speed` reads each prompt once, then answers with and without drafting in turns (A B A B ...), on
 one engine whose KV cache is on disk, or in host memory behind a link of the given bandwidth.
@@ -38,6 +40,7 @@ from offload_rt.cli.prompt_set import PromptItem, read_prompt_set
 from offload_rt.config import (
     RECENT_SHARES,
     DraftConfig,
+    DraftWeights,
     GenerationConfig,
     KVPlace,
     RetrievalConfig,
@@ -147,9 +150,13 @@ def measure(
     answer_tokens: int,
 ) -> list[Row]:
     """Predict one prompt's answer from each kind of retrieval cache."""
-    full = engine._caches[0]  # the engine's own stays; the followers are this tool's
+    full = own = engine._caches[0]  # the engine's own stays; the followers are this tool's
+    if isinstance(full, FollowedKV):
+        full = full.full
     assert isinstance(full, ResidentKV)  # there is room, or the run ends before
     outermost, caches = follow(engine, full, configs)
+    copies, engine._rounded_copy = engine._rounded_copy, None  # the answer is the model's own
+    guess = engine.draft_pass if copies is None else copies.check
     engine._caches[0] = outermost
     try:
         logits = engine.forward([(0, ids)], reuse=False)
@@ -159,30 +166,30 @@ def measure(
             given = answer[at : min(at + GAMMA, len(answer) - 1)]
             truth = torch.tensor(answer[at + 1 : at + 1 + len(given)])
             tree = TokenTree.chain(given[1:])
-            for cache, own in zip(caches, hits, strict=True):
+            for cache, mine in zip(caches, hits, strict=True):
                 retrieval = cache.retrieval
-                guesses = engine.draft_pass(retrieval, given[0], tree).argmax(dim=-1)
+                guesses = guess(retrieval, given[0], tree).argmax(dim=-1)
                 found = (guesses == truth).tolist()
                 accepted = [*found, False].index(False)
                 judged = min(accepted + 1, len(found))
                 cache.choice.note(cache.choice.current, accepted=accepted, judged=judged)
-                own += found
+                mine += found
                 retrieval.truncate(retrieval.length)
             engine.check([(0, given[0], tree)])
             engine.commit(0, given, range(len(given)))
     finally:
-        engine._caches[0] = full
+        engine._caches[0], engine._rounded_copy = own, copies
         engine.truncate(0, 0)
     return [
         Row(
             prompt=item.name,
             prompt_tokens=len(ids),
             retrieval=config,
-            predicted=len(own),
-            right=sum(own),
-            later_right=sum(own[len(own) // 2 :]),
+            predicted=len(found),
+            right=sum(found),
+            later_right=sum(found[len(found) // 2 :]),
         )
-        for config, own in zip(configs, hits, strict=True)
+        for config, found in zip(configs, hits, strict=True)
     ]
 
 
@@ -220,11 +227,20 @@ def run(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
         RuntimeConfig(device=options.device, kv=KVPlace.DEVICE),
         capacities=[longest + options.answer + 2 * GAMMA],
         prompt_tokens=longest,
+        draft=_copies(options.weights),
     ) as engine:
         for item, ids in zip(items, prompts, strict=True):
             rows += measure(engine, item, ids, configs, options.answer)
             print(f"{item.name}: {rows[-1].predicted} tokens predicted", file=sys.stderr)
     return rows
+
+
+def _copies(weights: str) -> DraftConfig:
+    """What makes an engine have rounded copies of its weights; nothing for its own."""
+    if DraftWeights(weights) is DraftWeights.SAME:
+        return DraftConfig()
+    kept = RetrievalConfig(retrieval_weights=DraftWeights(weights))
+    return DraftConfig(draft="triforce", draft_tokens=1, inner_tokens=1, retrieval=kept)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -296,6 +312,7 @@ def run_speed(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Timed
         budget_tokens=numbers(options.budgets)[0],
         chunk_tokens=numbers(options.chunks)[0],
         rebuild_tokens=options.rebuild,
+        retrieval_weights=DraftWeights(options.weights),
     )
     draft = DraftConfig(
         draft=options.draft,
@@ -394,6 +411,7 @@ def main() -> None:
     acceptance.add_argument("--rebuild", type=int, default=RetrievalConfig().rebuild_tokens)
     acceptance.add_argument("--answer", type=int, default=256, help="tokens of an answer at most")
     acceptance.add_argument("--device", default="auto")
+    acceptance.add_argument("--weights", default="same", choices=["same", "int8", "int4"])
     acceptance.add_argument("--json", action="store_true")
     speed = verbs.add_parser("speed")
     speed.add_argument("model")
@@ -404,6 +422,7 @@ def main() -> None:
     speed.add_argument("--budgets", default=str(RetrievalConfig().budget_tokens))
     speed.add_argument("--chunks", default=str(RetrievalConfig().chunk_tokens))
     speed.add_argument("--rebuild", type=int, default=RetrievalConfig().rebuild_tokens)
+    speed.add_argument("--weights", default="same", choices=["same", "int8", "int4"])
     speed.add_argument("--device-memory", default="4GiB")
     speed.add_argument("--link-gb-per-s", type=float, help="emulate a link to host memory")
     speed.add_argument("--rounds", type=int, default=3)
