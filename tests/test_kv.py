@@ -1,5 +1,7 @@
 """Law 5: after any commit a cache equals a fresh prefill of the same tokens."""
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.model import attention
 from offload_rt.model.attention import attend_rows
 
 SHAPES = [KVShape(heads=2, key_dim=8, value_dim=8), KVShape(heads=1, key_dim=8, value_dim=4)]
@@ -130,8 +133,11 @@ def plain_attention(query, key, value, spec):
     sinks=st.booleans(),
     kv_heads=st.sampled_from([1, 2, 4]),
     value_dim=st.sampled_from([8, 4]),
+    grouped=st.booleans(),
 )
-def test_attention_equals_its_definition(rows, past, window, softcap, sinks, kv_heads, value_dim):
+def test_attention_equals_its_definition(
+    rows, past, window, softcap, sinks, kv_heads, value_dim, grouped
+):
     generator = torch.Generator().manual_seed(rows * 100 + past)
     query = torch.randn(HEADS, rows, 8, generator=generator)
     key = torch.randn(kv_heads, rows + past, 8, generator=generator)
@@ -142,8 +148,43 @@ def test_attention_equals_its_definition(rows, past, window, softcap, sinks, kv_
         softcap=softcap,
         sinks=torch.randn(HEADS, generator=generator) if sinks else None,
     )
-    ours = attend_rows(query, key, value, spec)
+    with mock.patch.object(attention, "GROUPED_FROM", 1 if grouped else 100):
+        ours = attend_rows(query, key, value, spec)
     assert torch.allclose(ours, plain_attention(query, key, value, spec), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    rows=st.integers(2, 7),
+    more=st.integers(0, 5),
+    past=st.integers(1, 30),
+    window=st.none() | st.integers(20, 60),
+    data=st.data(),
+)
+def test_rows_of_a_tree_taken_apart_attend_as_together(rows, more, past, window, data):
+    """With and without the way of many committed rows: any rows of a tree, any of them pending."""
+    generator = torch.Generator().manual_seed(rows * 100 + past)
+    pending = rows + more
+    query = torch.randn(HEADS, rows, 8, generator=generator)
+    key = torch.randn(2, past + pending, 8, generator=generator)
+    value = torch.randn(2, past + pending, 8, generator=generator)
+    seen = data.draw(
+        st.lists(
+            st.lists(st.booleans(), min_size=pending, max_size=pending),
+            min_size=rows,
+            max_size=rows,
+        )
+    )
+    visible = torch.tensor(seen)
+    visible[:, more:] |= torch.eye(rows, dtype=torch.bool)
+    visible &= torch.ones(rows, pending, dtype=torch.bool).tril(more)
+    positions = past + torch.arange(pending)
+    spec, tree = AttentionSpec(scaling=0.4, window=window), PendingTree(visible, positions)
+    with mock.patch.object(attention, "GROUPED_FROM", 1000):
+        together = attend_rows(query, key, value, spec, tree)
+    with mock.patch.object(attention, "GROUPED_FROM", 1):
+        apart = attend_rows(query, key, value, spec, tree)
+    assert torch.allclose(apart, together, atol=1e-5)
 
 
 def test_explicit_attention_is_the_same_in_blocks(monkeypatch):

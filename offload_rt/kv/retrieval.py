@@ -30,7 +30,8 @@ from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.report import RetrievalCounts
 
 PINNED = float("inf")
-KEY_BLOCK = 4096  # keys whose fp32 copies are made at once
+KEY_BLOCK = 2048  # keys whose fp32 copies are made at once, so that they stay in the CPU's cache
+EMPTY = -1.0  # score of a place that nothing is kept in yet: below every chunk's
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ class _Build:
         softcap: of the layer.
         masses: [K, chunks, R] of what was kept so far: log of the sum of exponentials in a chunk.
         total: [K, R] the same of all rows so far.
-        filled: chunks kept so far.
+        empty: [K, chunks] which places nothing is kept in yet.
         carry: keys, values and logits of a chunk whose other rows have not come yet: [K, c, *].
         next_row: position of the row that comes next.
     """
@@ -65,16 +66,18 @@ class _Build:
     softcap: float | None
     masses: torch.Tensor
     total: torch.Tensor
-    filled: int = 0
+    empty: torch.Tensor
     carry: Sequence[torch.Tensor] | None = None
     next_row: int = 0
 
     def logits(self, keys: torch.Tensor) -> torch.Tensor:
-        """[K, T, R] products with keys [K, T, D], in fp32."""
+        """[K, T, R] products with keys [K, T, D], in fp32; those of one row lie side by side."""
         assert self.query is not None
-        asking = self.query.transpose(1, 2)
-        found = torch.cat([torch.matmul(k.float(), asking) for k in keys.split(KEY_BLOCK, 1)], 1)
-        return found if self.softcap is None else torch.tanh(found / self.softcap) * self.softcap
+        blocks = keys.split(KEY_BLOCK, dim=1)
+        found = torch.cat([torch.matmul(self.query, k.float().transpose(1, 2)) for k in blocks], 2)
+        if self.softcap is not None:
+            found = torch.tanh(found / self.softcap) * self.softcap
+        return found.transpose(1, 2)
 
     def scores(self, masses: torch.Tensor) -> torch.Tensor:
         """[K, M] the attention chunks receive, from their masses [K, M, R]."""
@@ -221,9 +224,10 @@ class RetrievalKV:
             grouped = query.unflatten(0, (heads, -1))  # [K, G, S, D]
             asked = grouped.flatten(1, 2).float() * spec.scaling
         rows = 0 if asked is None else asked.shape[1]
-        masses = torch.empty(heads, chunks, rows, device=query.device)
+        masses = torch.zeros(heads, chunks, rows, device=query.device)
         total = torch.full((heads, rows), float("-inf"), device=query.device)
-        self._builds[layer] = _Build(asked, spec.softcap, masses, total)
+        empty = torch.ones(heads, chunks, dtype=torch.bool, device=query.device)
+        self._builds[layer] = _Build(asked, spec.softcap, masses, total, empty)
 
     def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Choose from rows [K, T, D] of the full cache, from position `first` on, in order."""
@@ -275,26 +279,28 @@ class RetrievalKV:
     ) -> None:
         """Let chunks [K, M, c, *], from chunk `number` on, compete with those kept."""
         kept, size = self._layout.chunks, self._sizes.config.chunk_tokens
-        masses = logits.logsumexp(dim=2)  # [K, M, R]
+        if not kept:
+            return
+        masses = _chunk_masses(logits)  # [K, M, R]
         if number == 0:
             masses[:, 0] = PINNED
-        offers = [(build.masses, masses)]
+        held = build.scores(build.masses).masked_fill(build.empty, EMPTY)
+        slots, chunks, real = _exchange(held, build.scores(masses))
+        heads = torch.arange(keys.shape[0], device=keys.device)[:, None].expand_as(slots)
+        if keys.device.type == "cpu":  # only what changes places is read and written
+            heads, slots, chunks = heads[real], slots[real], chunks[real]
+        offers = [
+            (build.masses, masses),
+            (build.empty, torch.zeros_like(masses[..., 0], dtype=torch.bool)),
+        ]
         for store, offered in ((self._keys, keys), (self._values, values)):
             offers.append((store[layer][:, : kept * size].unflatten(1, (kept, size)), offered))
-        free = min(kept - build.filled, keys.shape[1])
-        if free:
-            start, build.filled = build.filled, build.filled + free
-            for place, offered in offers:
-                place[:, start : build.filled] = offered[:, :free]
-        if free < keys.shape[1]:
-            slots, chunks, real = _exchange(
-                build.scores(build.masses), build.scores(masses[:, free:])
-            )
-            heads = torch.arange(keys.shape[0], device=keys.device)[:, None]
-            for place, offered in offers:
+        for place, offered in offers:
+            coming = offered[heads, chunks]
+            if slots.dim() > 1:
                 changes = real.view(*real.shape, *[1] * (place.dim() - 2))
-                coming = offered[:, free:][heads, chunks]
-                place[heads, slots] = torch.where(changes, coming, place[heads, slots])
+                coming = torch.where(changes, coming, place[heads, slots])
+            place[heads, slots] = coming
 
     def _set_length(self, length: int) -> None:
         self._length = length
@@ -304,6 +310,18 @@ class RetrievalKV:
         """The row of a token from `tail_start` on; of a layer with a window, before it too."""
         layout = self._layout
         return layout.chunks * self._sizes.config.chunk_tokens + position - layout.tail_start
+
+
+def _chunk_masses(logits: torch.Tensor) -> torch.Tensor:
+    """Log of the sum of exponentials in each chunk: [K, M, c, R] gives [K, M, R].
+
+    Against the largest of all, which takes one pass less than against the largest of each; what is
+    so far below it that it becomes 0 receives no attention.
+    """
+    by_row = logits.permute(0, 3, 1, 2)  # [K, R, M, c]
+    top = by_row.amax(dim=(2, 3), keepdim=True)
+    sums = torch.exp(by_row - top).sum(dim=3)
+    return (sums.log() + top[..., 0]).transpose(1, 2).contiguous()
 
 
 def _exchange(

@@ -29,6 +29,10 @@ _KNOWN_OPTIONS = frozenset(
 )
 
 KEY_BLOCK = 1024  # keys whose scores are written out at once
+# On a CPU so few rows behind so many others are taken apart (`_attend_grouped`). Measured with 2 to
+# 65 rows, 32 heads over 8 KV heads: 0.9 to 1.7 times as fast behind 1,024 rows, 1.2 to 2.2 behind
+# 8,192; behind 512 and less mostly slower.
+GROUPED_ROWS, GROUPED_FROM = 128, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +202,10 @@ def attend_rows(
             grouped[None], key[None], value[None], scale=spec.scaling
         )
         return out.reshape(1, heads, -1)
+    pending = rows if tree is None else tree.positions.numel()
+    few = rows <= GROUPED_ROWS and cached - pending >= GROUPED_FROM
+    if few and not windowed and query.device.type == "cpu":
+        return _attend_grouped(query, key, value, spec, tree, cached - pending)
     causal = rows == cached and not windowed and tree is None
     mask = None if causal else visible_rows(rows, cached, spec.window, query.device, tree)
     out = functional.scaled_dot_product_attention(
@@ -210,6 +218,28 @@ def attend_rows(
         enable_gqa=heads != kv_heads,
     )
     return out[0].transpose(0, 1)
+
+
+def _attend_grouped(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spec: AttentionSpec,
+    tree: PendingTree | None,
+    committed: int,
+) -> torch.Tensor:
+    """Attend to what all rows see without a mask, heads of a group together, and then to the rest.
+
+    The CPU's kernel reads keys once per query head where there is a mask, else once per KV head.
+    """
+    attention = PartialAttention(query, key.shape[0], spec)
+    attention.add(key[:, :committed], value[:, :committed])
+    if tree is None:
+        visible = visible_rows(query.shape[1], key.shape[1] - committed, None, query.device)
+    else:
+        visible = tree.visible
+    attention.add(key[:, committed:], value[:, committed:], visible)
+    return attention.result()
 
 
 def visible_rows(
