@@ -30,9 +30,9 @@ _KNOWN_OPTIONS = frozenset(
 
 KEY_BLOCK = 1024  # keys whose scores are written out at once
 # On a CPU so few rows behind so many others are taken apart (`_attend_grouped`). Measured with 2 to
-# 65 rows, 32 heads over 8 KV heads: 0.9 to 1.7 times as fast behind 1,024 rows, 1.2 to 2.2 behind
-# 8,192; behind 512 and less mostly slower.
-GROUPED_ROWS, GROUPED_FROM = 128, 1024
+# 65 rows, 32 heads over 8 KV heads: 1.2 to 2.0 times as fast behind 2,048 rows, 1.2 to 2.2 behind
+# 8,192; behind 1,024 and less sometimes slower.
+GROUPED_ROWS, GROUPED_FROM = 128, 2048
 
 
 @dataclass(frozen=True, slots=True)
