@@ -71,8 +71,8 @@ class DraftWeights(StrEnum):
     INT4 = "int4"
 
 
-# Eight rows with the root, for which a CPU's 8-bit products take as long as for one (measured: 1.9 ms
-# a layer of 1.5B for 1 to 8 rows, 3.3 ms for 9).
+# Eight rows with the root, for which a CPU's 8-bit products take as long as for one (measured: 1.9
+# ms a layer of 1.5B for 1 to 8 rows, 3.3 ms for 9).
 INNER_NGRAM_TOKENS = 7
 INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
 RECENT_SHARES = (0.25, 1.0)  # what a text says where, and a sink cache; tried in this order
