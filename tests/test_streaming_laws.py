@@ -7,13 +7,22 @@ import random
 import threading
 import time
 import weakref
+from contextlib import closing
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
 
-from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, SamplingConfig
+from offload_rt.config import (
+    DraftConfig,
+    DraftWeights,
+    GenerationConfig,
+    HomeKind,
+    RetrievalConfig,
+    SamplingConfig,
+)
 from offload_rt.device import cpu as cpu_module
+from offload_rt.device.base import CopyBlock
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.streaming import files as files_module
 
@@ -260,7 +269,37 @@ def test_peak_memory_keeps_the_smallest_limit_that_is_named(
         assert engine.memory().device_peak_bytes <= limit
 
 
-@pytest.mark.parametrize("draft", ["none", "model:{}", "triforce", "triforce:{}"])
+def test_a_copy_that_is_done_holds_on_to_nothing():
+    """Nor do the threads that made it while they wait for another: it may be a layer."""
+
+    class Image:
+        """What a copy goes to."""
+
+        def read(self):
+            """Nothing to do."""
+
+    class Source:
+        nbytes = 3
+
+        def blocks(self, dst):
+            return [CopyBlock(1, image.read) for image in dst]
+
+        def check(self):
+            """It has not changed."""
+
+    images = [Image() for _ in range(3)]
+    held = [weakref.ref(image) for image in images]
+    with closing(cpu_module.CpuDevice(readers=3)) as device:
+        device.load.copy(images, Source())
+        device.load.record().synchronize()
+        del images
+        end = time.monotonic() + 5
+        while any(there() is not None for there in held) and time.monotonic() < end:
+            time.sleep(0.01)  # a thread may have a few instructions left
+        assert [there() for there in held] == [None] * 3
+
+
+@pytest.mark.parametrize("draft", ["none", "model:{}", "triforce", "triforce:{}", "copies"])
 def test_a_closed_engine_gives_its_memory_back_at_once(model, draft, monkeypatch):
     """Without waiting until Python looks for cycles."""
     held = []
@@ -272,7 +311,11 @@ def test_a_closed_engine_gives_its_memory_back_at_once(model, draft, monkeypatch
         return buffer
 
     monkeypatch.setattr(cpu_module.CpuDevice, "allocate", watched)
-    config = DraftConfig(draft=draft.format(model))
+    if draft == "copies":
+        kept = RetrievalConfig(retrieval_weights=DraftWeights.INT8)
+        config = DraftConfig(draft="triforce", retrieval=kept)
+    else:
+        config = DraftConfig(draft=draft.format(model))
     gc.collect()
     gc.disable()
     try:

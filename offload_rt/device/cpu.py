@@ -245,15 +245,22 @@ class CpuCopyStream:
             self._queue.put((block, copies, check))
 
     def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            block, copies, check = item
-            error = self._run_block(block) if copies.error is None else copies.error
-            if copies.finish_block(error):
-                try:
-                    check()
-                except Exception as changed:  # noqa: BLE001 - handed to whoever waits for the copy
-                    copies.error = copies.error or changed
-                copies.done.set()
+        while True:
+            item = self._queue.get()
+            if item is None:
+                return
+            self._finish(*item)
+            del item  # nothing of it is held on to while waiting for the next: it may be a layer
+
+    def _finish(self, block: CopyBlock, copies: Copies, check: Callable[[], None]) -> None:
+        """Run a block, and with the last of a copy say how that went."""
+        error = self._run_block(block) if copies.error is None else copies.error
+        if copies.finish_block(error):
+            try:
+                check()
+            except Exception as changed:  # noqa: BLE001 - handed to whoever waits for the copy
+                copies.error = copies.error or changed
+            copies.done.set()
 
     def _run_block(self, block: CopyBlock) -> BaseException | None:
         if self._closed.is_set():
