@@ -50,30 +50,30 @@ def finished(engine, prompt, tokens, sampling=None):
     return run
 
 
-@pytest.mark.parametrize("weights", [INT8, INT4])
-@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
 @pytest.mark.parametrize(
-    "place",
-    [{}, {"kv": "disk", "kv_block_tokens": 18}, {"resident_layers": 1, "slots": 2}],
-    ids=["resident", "kv-on-disk", "streamed"],
+    ("family", "weights", "place"),
+    [
+        ("llama", INT4, {}),
+        ("gemma2", INT8, {"kv": "disk", "kv_block_tokens": 18}),
+        ("phi", INT8, {"resident_layers": 1, "slots": 2}),
+    ],
 )
 def test_answers_do_not_change(make_tiny, family, weights, place):
-    """Law 3, whatever is below, and it is the copies that draft."""
+    """Law 3, and it is the copies that draft. More of it: `test_speculation.py`."""
     config = {"head_dim": 16, **IDS}
     if family == "gemma2":
         config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
     folder = make_tiny(family, **(config if family != "phi" else IDS))
     with engine_for(folder, prompts=[LONG], tokens=30) as engine:
         plain = generate(engine, [LONG], tokens=30)
-    for draft in ("triforce", f"triforce:{folder}"):
-        drafting = triforce(weights, draft)
-        with engine_for(folder, prompts=[LONG], tokens=30, draft=drafting, **place) as engine:
-            kinds = {type(m) for m in engine._rounded_copy.network._model.modules()}
-            assert MODULES[weights] in kinds and torch.nn.Linear not in kinds
-            run = finished(engine, LONG, 30)
-            assert [s.emitted for s in run.sequences] == plain
-            if weights is INT8:  # 4 bits change a random model of this size too much
-                assert run.report().speculation.accepted > 2
+    draft = triforce(weights)
+    with engine_for(folder, prompts=[LONG], tokens=30, draft=draft, **place) as engine:
+        kinds = {type(m) for m in engine._rounded_copy.network._model.modules()}
+        assert MODULES[weights] in kinds and torch.nn.Linear not in kinds
+        run = finished(engine, LONG, 30)
+        assert [s.emitted for s in run.sequences] == plain
+        if weights is INT8:  # 4 bits change a random model of this size too much
+            assert run.report().speculation.accepted > 2
 
 
 def test_a_draft_that_leaves_nothing_out_is_mostly_right(make_tiny):

@@ -1,6 +1,7 @@
 """Laws 3, 4 and 5 with drafters: the same text, the same distribution, the same caches."""
 
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from offload_rt.config import (
     AcceptRule,
     DraftConfig,
     DraftShape,
+    DraftWeights,
     RetrievalConfig,
     SamplingConfig,
 )
@@ -366,13 +368,19 @@ def drafts(make_tiny):
         "triforce-tree": DraftConfig(
             draft=f"triforce:{same}", draft_tokens=7, inner_tokens=12, retrieval=LITTLE
         ),
+        "triforce-copies": DraftConfig(
+            draft=f"triforce:{small}",
+            draft_tokens=5,
+            inner_tokens=2,
+            retrieval=replace(LITTLE, retrieval_weights=DraftWeights.INT8),
+        ),
     }
 
 
 LITTLE = RetrievalConfig(budget_tokens=20, chunk_tokens=3, recent_share=0.4, rebuild_tokens=6)
 NAMES = ["ngram", "chain", "tree", "windowed-chain", "windowed-tree"]
 NAMES += ["oracle-chain", "oracle-tree"]
-NAMES += ["triforce", "triforce-model", "triforce-tree"]
+NAMES += ["triforce", "triforce-model", "triforce-tree", "triforce-copies"]
 
 
 @pytest.mark.parametrize("name", NAMES)

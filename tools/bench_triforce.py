@@ -2,8 +2,9 @@
 
 Usage:
   bench_triforce.py prompts TEXT --tokenizer MODEL --tokens 6000 > long6k.jsonl
-  bench_triforce.py speed MODEL --prompts long16k.jsonl [--draft triforce] [--draft-tokens 16]
-      [--device-memory 4GiB] [--link-gb-per-s X] [--rounds 3] [--answer 96] [--weights int8]
+  bench_triforce.py speed MODEL --prompts long16k.jsonl [--draft triforce]
+      [--draft-tokens 4,8,16,auto] [--device-memory 4GiB] [--link-gb-per-s X] [--rounds 3]
+      [--answer 96] [--weights int8]
   bench_triforce.py acceptance MODEL --prompts long6k.jsonl [--budgets 256,512,1024,2048]
       [--chunks 8,32,64] [--shares 0.25,auto] [--rebuild 16] [--answer 256] [--weights int8]
       [--json]
@@ -20,8 +21,10 @@ cache: the first chunk and newest rows; one whose share is auto tries that and t
 and keeps to the better. With `--weights` rounded copies of the weights predict instead of the
 model's own.
 
-`speed` reads each prompt once, then answers with and without drafting in turns (A B A B ...), on
-one engine whose KV cache is on disk, or in host memory behind a link of the given bandwidth.
+`speed` reads each prompt once, then answers without drafting and with drafts of each size in turns
+(A B C A B C ...), on one engine whose KV cache is on disk, or in host memory behind a link of the
+given bandwidth. With `auto` among the sizes the engine is planned with this machine's profile, and
+that one is corrected by a controller of its own in each answer.
 """
 
 import argparse
@@ -30,12 +33,14 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from statistics import median
 
 import torch
 
+from offload_rt.cli.planning import means_for, speeds_for
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set
 from offload_rt.config import (
     RECENT_SHARES,
@@ -52,6 +57,9 @@ from offload_rt.errors import OffloadError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV, WatchedCache
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.layout import Packing
+from offload_rt.planning.controller import Controller
+from offload_rt.planning.planner import Means
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.speculative.tree import TokenTree
 from offload_rt.text import Message, build_prompt, end_token_ids, load_tokenizer
@@ -235,6 +243,11 @@ def run(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
+def _means(checkpoint: Checkpoint, draft: DraftConfig, packing: Packing) -> Means:
+    """What a run on this machine is planned with."""
+    return means_for(checkpoint, SamplingConfig(), speeds_for(None, packing), draft)
+
+
 def _copies(weights: str) -> DraftConfig:
     """What makes an engine have rounded copies of its weights; nothing for its own."""
     if DraftWeights(weights) is DraftWeights.SAME:
@@ -248,13 +261,14 @@ class Timed:
     """One answer.
 
     Attributes:
+        draft_tokens: how many were drafted, `none` or `auto`.
         s_per_token: time after the first token, per token after it.
         pass_s: time per pass over the full cache without what drafting took.
         draft_s: time drafting took per pass.
     """
 
     prompt: str
-    drafted: bool
+    draft_tokens: str
     tokens: tuple[int, ...]
     s_per_token: float
     pass_s: float
@@ -263,15 +277,29 @@ class Timed:
     acceptance: float | None
 
 
+class Fixed:
+    """Has the same number of tokens drafted in each step."""
+
+    def __init__(self, nodes: int) -> None:
+        self.nodes = nodes
+
+    def observe(self, *_: object, **__: object) -> None:
+        """Nothing changes it."""
+
+
 def timed_answer(
-    engine: Engine, item: PromptItem, ids: Sequence[int], count: int, *, drafted: bool
+    engine: Engine, item: PromptItem, ids: Sequence[int], count: int, draft_tokens: str
 ) -> Timed:
     """Answer a prompt whose rows are in the cache already, but for the last."""
     followed = engine._caches[0]
     assert isinstance(followed, FollowedKV)
     ends = engine_ends(engine)
     run = engine.start([ids], SamplingConfig(), GenerationConfig(max_tokens=count), ends)
-    if not drafted:
+    if draft_tokens == "auto":
+        engine.controller = Controller(engine.plan.outlooks, engine.plan.first_nodes)
+    elif draft_tokens != "none":
+        engine.controller = Fixed(int(draft_tokens))  # type: ignore[assignment]
+    else:
         run.sequences[0].drafter = None
         engine._caches[0] = followed.full  # nothing is chosen for a drafter that is not there
     try:
@@ -285,7 +313,7 @@ def timed_answer(
     assert report.timings.s_per_token is not None
     return Timed(
         prompt=item.name,
-        drafted=drafted,
+        draft_tokens=draft_tokens,
         tokens=tuple(run.sequences[0].emitted),
         s_per_token=report.timings.s_per_token,
         pass_s=(report.timings.decode_s - report.speculation.draft_s) / steps,
@@ -314,9 +342,11 @@ def run_speed(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Timed
         rebuild_tokens=options.rebuild,
         retrieval_weights=DraftWeights(options.weights),
     )
+    sizes = options.draft_tokens.split(",")
+    planned = "auto" in sizes
     draft = DraftConfig(
         draft=options.draft,
-        draft_tokens=options.draft_tokens,
+        draft_tokens=None if planned else max(map(int, sizes)),
         inner_tokens=options.inner_gamma,
         retrieval=retrieval,
     )
@@ -326,15 +356,21 @@ def run_speed(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Timed
         capacities=[longest + options.answer],
         prompt_tokens=longest,
         draft=draft,
+        means=partial(_means, checkpoint, draft) if planned else None,
     ) as engine:
+        if too_large := [s for s in sizes if s != "auto" and int(s) > engine.draft.nodes]:
+            print(f"the plan has room for {engine.draft.nodes} tokens, left out: {too_large}")
+            sizes = [size for size in sizes if size not in too_large]
+        print(engine.draft, engine.plan.first_nodes, engine.plan.prediction, file=sys.stderr)
         for item, ids in zip(items, prompts, strict=True):
             start = time.perf_counter()
             engine.forward([(0, ids)], reuse=False)
             print(f"{item.name}: read in {time.perf_counter() - start:.0f} s", file=sys.stderr)
             for _ in range(options.rounds):
-                for drafted in (False, True):
-                    count = options.answer if drafted else options.plain_answer or options.answer
-                    timed.append(timed_answer(engine, item, ids, count, drafted=drafted))
+                for size in ("none", *sizes):
+                    plain = options.plain_answer if size == "none" else None
+                    count = plain or options.answer
+                    timed.append(timed_answer(engine, item, ids, count, size))
                     print(replace(timed[-1], tokens=()), file=sys.stderr)
             engine.truncate(0, 0)
         print(engine.memory(), file=sys.stderr)
@@ -342,21 +378,24 @@ def run_speed(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Timed
 
 
 def speed_table(timed: Sequence[Timed]) -> str:
-    """A Markdown table of medians, a line per prompt."""
+    """A Markdown table of medians, a line per prompt and number of drafted tokens."""
     lines = [
-        "| prompt | s/token without | with | ratio (min-max) | s/pass without | with | "
+        "| prompt | drafted | s/token without | with | ratio (min-max) | s/pass without | with | "
         "drafting s/pass | tokens/pass | accepted | same tokens |",
-        "|---" * 10 + "|",
+        "|---" * 11 + "|",
     ]
-    for name in dict.fromkeys(t.prompt for t in timed):
+    for name, size in dict.fromkeys((t.prompt, t.draft_tokens) for t in timed):
+        if size == "none":
+            continue
         plain, drafted = (
-            [t for t in timed if t.prompt == name and t.drafted is d] for d in (False, True)
+            [t for t in timed if t.prompt == name and t.draft_tokens == d] for d in ("none", size)
         )
         ratios = [p.s_per_token / d.s_per_token for p, d in zip(plain, drafted, strict=True)]
         pairs = zip(plain[0].tokens, drafted[0].tokens, strict=False)
         alike = all(one == other for one, other in pairs)  # as far as both go
         cells = [
             name,
+            size,
             f"{median(t.s_per_token for t in plain):.3f}",
             f"{median(t.s_per_token for t in drafted):.3f}",
             f"{median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})",
@@ -417,12 +456,12 @@ def main() -> None:
     speed.add_argument("model")
     speed.add_argument("--prompts", required=True)
     speed.add_argument("--draft", default="triforce")
-    speed.add_argument("--draft-tokens", type=int)
+    speed.add_argument("--draft-tokens", default="16", help="sizes, separated by commas, or auto")
     speed.add_argument("--inner-gamma", type=int)
     speed.add_argument("--budgets", default=str(RetrievalConfig().budget_tokens))
     speed.add_argument("--chunks", default=str(RetrievalConfig().chunk_tokens))
     speed.add_argument("--rebuild", type=int, default=RetrievalConfig().rebuild_tokens)
-    speed.add_argument("--weights", default="same", choices=["same", "int8", "int4"])
+    speed.add_argument("--weights", default="same", choices=["same", "int8", "int4", "auto"])
     speed.add_argument("--device-memory", default="4GiB")
     speed.add_argument("--link-gb-per-s", type=float, help="emulate a link to host memory")
     speed.add_argument("--rounds", type=int, default=3)
