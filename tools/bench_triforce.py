@@ -265,6 +265,8 @@ class Timed:
         s_per_token: time after the first token, per token after it.
         pass_s: time per pass over the full cache without what drafting took.
         draft_s: time drafting took per pass.
+        draft_passes: over the retrieval cache, per pass over the full one.
+        level_1: tokens drafted for those and accepted, in all; None without triforce.
     """
 
     prompt: str
@@ -275,6 +277,8 @@ class Timed:
     draft_s: float
     tokens_per_pass: float
     acceptance: float | None
+    draft_passes: float = 0.0
+    level_1: tuple[int, int] | None = None
 
 
 class Fixed:
@@ -309,7 +313,7 @@ def timed_answer(
     finally:
         engine._caches[0] = followed
     report = run.report()
-    steps = max(1, report.speculation.passes - 1)
+    steps, below = max(1, report.speculation.passes - 1), report.speculation.retrieval
     assert report.timings.s_per_token is not None
     return Timed(
         prompt=item.name,
@@ -320,6 +324,8 @@ def timed_answer(
         draft_s=report.speculation.draft_s / steps,
         tokens_per_pass=(len(run.sequences[0].emitted) - 1) / steps,
         acceptance=report.speculation.acceptance_rate,
+        draft_passes=0.0 if below is None else below.passes / steps,
+        level_1=None if below is None else (below.drafted, below.accepted),
     )
 
 
