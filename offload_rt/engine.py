@@ -44,10 +44,10 @@ from offload_rt.sampling import make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
-from offload_rt.speculative.ngram import NgramDrafter
+from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.speculative.tree import TokenTree, pending_tree
-from offload_rt.speculative.triforce import TriForceDrafter
+from offload_rt.speculative.triforce import WORTHWHILE, TriForceDrafter
 from offload_rt.streaming.files import FileSource, WeightFiles
 from offload_rt.streaming.home import HostSource, LayerStore
 
@@ -309,7 +309,12 @@ class Engine:
         """The drafter of a sequence, ready for a new answer."""
         if self.draft.kind != "triforce":
             return self._plain_drafter(self.draft, sequence, sampling)
-        inner = self._plain_drafter(self.draft.inner, sequence, sampling)
+        inner: Drafter | None
+        if self.draft.model:
+            inner = self._plain_drafter(self.draft.inner, sequence, sampling)
+        else:
+            worthwhile = WORTHWHILE[self.device.torch_device.type]
+            inner = SelectiveNgramDrafter(self.draft.inner.nodes, worthwhile)
         cache = self._caches[sequence.index]
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
         cache.choice.forget()

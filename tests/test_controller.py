@@ -157,3 +157,30 @@ def test_the_first_draft_after_a_rest_is_not_timed():
 def test_drafting_nothing_must_be_possible():
     with pytest.raises(ValueError, match="drafting nothing"):
         Controller(outlooks()[1:])
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        {"rate": 0.7, "node_s": 0.1, "row_s": 0.01, "pass_s": 0.1},
+        {"rate": 0.9, "node_s": 0.04, "row_s": 0.01, "pass_s": 0.3},
+    ],
+)
+def test_trying_what_should_lose_costs_little_of_a_short_answer(costs):
+    """What is expected is true, so a try is a loss: without a limit it was 3.7 and 2.6 %."""
+    controller, world = Controller(outlooks(**costs)), World(noise=0.0, **costs)
+    seconds = tokens = 0.0
+    for _ in range(60):
+        asked = world.truth[controller.nodes]
+        seconds, tokens = seconds + asked.draft_s + asked.pass_s, tokens + asked.tokens
+        world.step(controller)
+    assert seconds / tokens <= 1.02 * world.best()
+
+
+def test_a_size_that_might_pay_is_tried_all_the_same():
+    controller, world = Controller(outlooks(rate=0.6)), World(rate=0.6)
+    asked = set()
+    for _ in range(300):
+        asked.add(controller.nodes)
+        world.step(controller)
+    assert len(asked) > 2

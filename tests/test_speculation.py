@@ -14,14 +14,17 @@ from offload_rt.config import (
     DraftConfig,
     DraftShape,
     DraftWeights,
+    GenerationConfig,
     RetrievalConfig,
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
 from offload_rt.sampling import make_generator, target_probs
+from offload_rt.speculative import ngram as ngram_module
+from offload_rt.speculative import triforce as triforce_module
 from offload_rt.speculative import verifier
-from offload_rt.speculative.base import Draft, common_prefix
-from offload_rt.speculative.ngram import NgramDrafter, merge
+from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter, merge
 from offload_rt.speculative.tree import ROOT, TokenTree
 from offload_rt.speculative.verifier import draw, walk
 
@@ -347,6 +350,75 @@ def test_the_index_goes_back_as_if_it_had_never_read_further(ids, others, cut):
 
 
 # --- whole runs ----------------------------------------------------------------------------------
+
+
+def offered(drafter, ids, tokens):
+    """Have a text come token by token, or as drafts stand; returns what stood of each offer."""
+    ids, stood = list(ids), []
+    while tokens:
+        draft = drafter.propose(ids, 6)
+        node, path = -1, []
+        for token in tokens[:-1]:
+            children = (n for n, p in enumerate(draft.tree.parents) if p == node)
+            node = next((n for n in children if draft.tree.tokens[n] == token), None)
+            if node is None:
+                break
+            path.append(node)
+        if len(draft.tree):
+            stood.append(len(path))
+        drafter.observe(draft, Verdict(tuple(path), 0))
+        count = min(len(path) + 1, len(tokens))
+        ids, tokens = ids + tokens[:count], tokens[count:]
+    return stood
+
+
+def test_ngrams_that_do_not_stand_are_kept_back_until_they_would():
+    """A pair that was seen before goes on another way each time; then the text quotes itself."""
+    wrong = [t for n in range(30) for t in (1, 2, 100 + n)]
+    ever, drafter = NgramDrafter(6), SelectiveNgramDrafter(6, 0.6)
+    assert len(offered(ever, wrong[:9], wrong[9:])) == 27
+    made = offered(drafter, wrong[:9], wrong[9:])
+    assert 3 < len(made) < 12 and sum(made) == 0
+    text = list(range(200, 260))
+    drafter.propose([*wrong, *text], 6)
+    assert sum(offered(drafter, [*wrong, *text], text)) > 30  # it begins to quote
+    drafter.forget()
+    assert len(offered(drafter, wrong[:9], wrong[9:])) == len(made)  # as if it were new
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    prompt=st.lists(st.integers(0, 3), min_size=2, max_size=30),
+    answer=st.lists(st.integers(0, 3), min_size=2, max_size=40),
+)
+def test_what_is_kept_back_is_judged_as_if_it_had_been_offered(prompt, answer):
+    """The last offers may not be decided when the text ends."""
+    kept = SelectiveNgramDrafter(6, 0.6)
+    kept._stood, kept._worthwhile, judged = 0.0, 1e9, []
+    kept._note = judged.append
+    offered(kept, prompt, answer)
+    real = offered(NgramDrafter(6), prompt, answer)
+    assert judged[: len(real) - 1] == real[: len(judged)][: len(real) - 1]
+    assert len(real) - 1 <= len(judged) <= len(real)
+
+
+def test_which_ngrams_are_kept_back_changes_no_answer(make_tiny, monkeypatch):
+    folder = make_tiny("llama", **IDS)
+    with engine_for(folder, prompts=[REPEATS], tokens=30) as engine:
+        plain = generate(engine, [REPEATS], tokens=30)
+    monkeypatch.setattr(ngram_module, "_MEMORY", 1)
+    drafted = []
+    for worthwhile in (0.0, 0.6, 9.0):
+        monkeypatch.setitem(triforce_module.WORTHWHILE, "cpu", worthwhile)
+        draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=LITTLE)
+        with engine_for(folder, prompts=[REPEATS], tokens=30, draft=draft) as engine:
+            run = engine.start([REPEATS], SamplingConfig(), GenerationConfig(max_tokens=30))
+            run.prefill()
+            while run.active:
+                run.step()
+            drafted.append(run.report().speculation.retrieval.drafted)
+            assert [s.emitted for s in run.sequences] == plain
+    assert drafted[0] >= drafted[1] >= drafted[2] and drafted[0] > drafted[2]
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ beginnings are drafts themselves tells what its smaller sizes would have given, 
 size scale what is expected of the others, and now and then a neighbour is tried.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from offload_rt.planning.drafting import Outcome
@@ -18,6 +18,7 @@ _OUTLIER = 3.0  # a time above that many averages counts as that many: somebody 
 _WORTHWHILE = 0.03  # of the tokens of a step, which a change must gain
 _PROBE_STEPS = 3
 _FIRST_PROBE, _LAST_PROBE = 12, 96  # steps between tries; it doubles while they gain nothing
+_PROBE_COST = 0.02  # of the time since the last try, which the next one may be expected to lose
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,6 +95,7 @@ class Controller:
         self._current = best if nodes is None else self._size(nodes)
         self._interval, self._until_probe = _FIRST_PROBE, _FIRST_PROBE
         self._probe: int | None = None
+        self._since_probe_s = 0.0
         self._tries = 0
         self._rested = False  # the last step drafted nothing
 
@@ -151,6 +153,7 @@ class Controller:
             if expected.draft_s > 0.0:
                 self._draft_scale.add_time(draft_s / expected.draft_s)
         self._rested = not asked
+        self._since_probe_s += draft_s + pass_s
         self._choose()
 
     def _time(self, size: int, pass_s: float) -> None:
@@ -197,10 +200,14 @@ class Controller:
         if self._probe is None:
             others = [size for size in self._sizes if size != self._current]
             hopeful = max(others, key=gain, default=None)
-            self._probe = hopeful if self._tries % 2 else self._neighbour()
-            self._tries, self._until_probe = self._tries + 1, _PROBE_STEPS
+            probe = hopeful if self._tries % 2 else self._neighbour()
+            if probe is not None and self._loss_s(expected, probe) <= (
+                _PROBE_COST * self._since_probe_s
+            ):
+                self._probe = probe
+                self._tries, self._until_probe = self._tries + 1, _PROBE_STEPS
         else:
-            self._probe = None
+            self._probe, self._since_probe_s = None, 0.0
             self._interval = min(2 * self._interval, _LAST_PROBE)
             self._until_probe = self._interval
 
@@ -210,6 +217,11 @@ class Controller:
         tokens = hits * drafting.tokens + (1.0 - hits) * plain.tokens
         seconds = hits * (drafting.draft_s + drafting.pass_s) + (1.0 - hits) * plain.pass_s
         return tokens / max(seconds, 1e-9)
+
+    def _loss_s(self, expected: Mapping[int, StepOutlook], probe: int) -> float:
+        """Time that trying a size is expected to lose against the one in use."""
+        lost_s = expected[probe].s_per_token - expected[self._current].s_per_token
+        return _PROBE_STEPS * expected[probe].tokens * lost_s
 
     def _neighbour(self) -> int | None:
         """A size next to the one in use, above and below in turn."""

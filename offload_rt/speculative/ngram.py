@@ -7,6 +7,7 @@ from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.tree import ROOT, TokenTree
 
 CONTINUATIONS = 3
+_MEMORY = 8  # drafts the mean of what stood looks back, about
 
 
 class SuffixIndex:
@@ -85,6 +86,68 @@ class NgramDrafter:
     def forget(self) -> None:
         """Empty the index."""
         self._index.forget()
+
+
+class SelectiveNgramDrafter:
+    """The same, kept back while so little of it stands that checking it costs more than it saves.
+
+    What is kept back is compared with the tokens that come, so a text that begins to quote is
+    noticed. Tokens alone decide, no times: a seeded answer stays the same.
+
+    Args:
+        draft_tokens: nodes of a draft, at most.
+        worthwhile: tokens of a draft that must stand, on average.
+    """
+
+    name = "ngram"
+
+    def __init__(self, draft_tokens: int, worthwhile: float) -> None:
+        self._drafter, self._worthwhile = NgramDrafter(draft_tokens), worthwhile
+        self._stood = 2.0 * worthwhile  # mean over the latest drafts; hopeful at first
+        self._held: tuple[int, TokenTree] | None = None  # where it begins, what was kept back
+
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
+        """Propose what an `NgramDrafter` does, or nothing."""
+        if self._held is not None and not self._judge(ids):
+            return Draft()
+        draft = self._drafter.propose(ids, max_depth, max_nodes)
+        if self._stood >= self._worthwhile or not len(draft.tree):
+            return draft
+        self._held = (len(ids), draft.tree)
+        return Draft()
+
+    def observe(self, draft: Draft, verdict: Verdict) -> None:
+        """Note what stood."""
+        if len(draft.tree):
+            self._note(len(verdict.path))
+
+    def forget(self) -> None:
+        """Empty the index, and hope again."""
+        self._drafter.forget()
+        self._stood, self._held = 2.0 * self._worthwhile, None
+
+    def _judge(self, ids: Sequence[int]) -> bool:
+        """Compare what was kept back with what came; returns whether that is decided."""
+        assert self._held is not None
+        start, tree = self._held
+        nodes = zip(tree.parents, tree.tokens, strict=True)
+        children = {place: node for node, place in enumerate(nodes)}
+        node, stood = ROOT, 0
+        for token in ids[start:]:
+            found = children.get((node, token))
+            if found is None:
+                break
+            node, stood = found, stood + 1
+        else:
+            if len(ids) >= start:  # all of it right so far; a token that is not there decides
+                return False
+        if len(ids) > start:  # else the tokens behind it were taken back
+            self._note(stood)
+        self._held = None
+        return True
+
+    def _note(self, stood: int) -> None:
+        self._stood += (stood - self._stood) / _MEMORY
 
 
 def _joined(continuations: Sequence[Sequence[int]], nodes: int) -> Draft:
