@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.device.host import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine
 from offload_rt.model.checkpoint import open_checkpoint
 
@@ -19,6 +20,7 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config
     config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
     checkpoint = open_checkpoint(folder)
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
+    give_back_holes()
     with Engine(
         checkpoint,
         RuntimeConfig(**config),
