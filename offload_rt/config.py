@@ -70,6 +70,11 @@ class DraftWeights(StrEnum):
     INT8 = "int8"
     INT4 = "int4"
 
+    @property
+    def rounds(self) -> bool:
+        """Whether they are rounded copies; `auto` is not settled yet."""
+        return self in (DraftWeights.INT8, DraftWeights.INT4)
+
 
 # Eight rows with the root, for which a CPU's 8-bit products take as long as for one (measured: 1.9
 # ms a layer of 1.5B for 1 to 8 rows, 3.3 ms for 9).
@@ -122,7 +127,7 @@ class RetrievalConfig:
     @property
     def rounded(self) -> bool:
         """Whether rounded copies of the target's weights draft."""
-        return self.retrieval_weights in (DraftWeights.INT8, DraftWeights.INT4)
+        return self.retrieval_weights.rounds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

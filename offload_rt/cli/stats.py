@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.cli.session import Answer, Answering
-from offload_rt.config import AcceptRule, DraftConfig, DraftWeights
+from offload_rt.config import AcceptRule, DraftConfig
 from offload_rt.planning.planner import Plan
 from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size
@@ -196,8 +196,8 @@ def drafter_name(draft: DraftConfig) -> str:
     """Who drafts, in few words; a model by its folder's name, and how weights are rounded."""
     name = Path(draft.model or draft.heads).name
     words = [draft.kind, *[f"({draft.retrieval.retrieval_weights})"] * draft.retrieval.rounded]
-    rounded = draft.draft_weights in (DraftWeights.INT8, DraftWeights.INT4)
-    return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounded])
+    rounds = draft.draft_weights.rounds
+    return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounds])
 
 
 def drafts_name(plan: Plan) -> str:
