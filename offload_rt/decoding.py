@@ -29,6 +29,7 @@ from offload_rt.report import (
     Transfer,
     overlap_ratio,
 )
+from offload_rt.sampling import Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
 from offload_rt.speculative.verifier import draw, walk
 
@@ -55,7 +56,7 @@ class SequenceState:
         ids: prompt and emitted tokens.
         prompt_tokens: how many of them are the prompt's.
         max_tokens: emitted tokens at which it ends.
-        generator: its own source of randomness.
+        dice: its own source of randomness.
         drafter: who drafts for it; None decodes token by token.
         retrieval: with triforce, its drafter's counts.
         finish_reason: None while it is active.
@@ -65,7 +66,7 @@ class SequenceState:
     ids: list[int]
     prompt_tokens: int
     max_tokens: int
-    generator: torch.Generator
+    dice: Dice
     drafter: Drafter | None = None
     retrieval: RetrievalCounts | None = None
     finish_reason: FinishReason | None = None
@@ -220,16 +221,18 @@ class Run:
     ) -> list[Verdict]:
         """Decide about all drafts with one host sync."""
         drawn = [
-            draw(draft, rows, self.sampling, self.accept, sequence.generator)
+            draw(draft, rows, self.sampling, self.accept, sequence.dice)
             for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
         ]
         numbers = self.engine.device.download(torch.cat(drawn))  # host sync
         self.passes += 1
         self._marks.append(self.engine.counters())
         verdicts = []
-        for draft, part in zip(drafts, drawn, strict=True):
+        for sequence, draft, part in zip(sequences, drafts, drawn, strict=True):
             own, numbers = numbers[: part.numel()], numbers[part.numel() :]
-            verdicts.append(walk(draft, own, self.sampling, self.accept))
+            verdict = walk(draft, own, self.sampling, self.accept)
+            sequence.dice.advance(len(verdict.path) + 1)
+            verdicts.append(verdict)
         return verdicts
 
     def _emit(

@@ -40,7 +40,7 @@ from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad
 from offload_rt.report import Counters, Memory
-from offload_rt.sampling import make_generator
+from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
@@ -175,13 +175,14 @@ class Engine:
                     f"the prompt has {len(ids)} tokens, the KV cache has room for "
                     f"{capacity} with the answer: raise --context or shorten the prompt"
                 )
+        device = self.device.torch_device
         sequences = [
             SequenceState(
                 index=i,
                 ids=list(ids),
                 prompt_tokens=len(ids),
                 max_tokens=min(generation.max_tokens, self._capacities[i] - len(ids)),
-                generator=make_generator((sampling.seed or 0) + i, self.device.torch_device),
+                dice=Dice(make_generator((sampling.seed or 0) + i, device), device),
             )
             for i, ids in enumerate(prompts)
         ]
@@ -319,7 +320,7 @@ class Engine:
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
         cache.choice.forget()
         triforce = TriForceDrafter(self.device, self.draft_pass, cache, inner, self.draft)
-        triforce.begin(sampling, sequence.generator)
+        triforce.begin(sampling, sequence.dice.generator)
         sequence.retrieval = cache.counts = triforce.counts
         return triforce
 
@@ -340,7 +341,7 @@ class Engine:
                 capacity += self.draft.nodes  # the sequence goes on in triforce's own draft
             drafter = DraftModelDrafter(self._draft_model, draft, capacity)
             self._drafters[sequence.index] = drafter
-        drafter.begin(sampling, sequence.generator)
+        drafter.begin(sampling, sequence.dice.generator)
         return drafter
 
     def truncate(self, index: int, length: int) -> None:

@@ -46,12 +46,46 @@ def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     return probs / probs.sum(dim=-1, keepdim=True)
 
 
-def sample(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Draw one token per row by inverting the cumulative distribution.
+class Dice:
+    """One random number for each place of an answer, in order; it decides what is drawn there.
 
-    One fp64 number per row. In fp32 a uniform number near 1 has a grid of 6e-8, and so has its
-    logarithm, so neither this method nor the usual race of probabilities against exponentials
-    would give tokens below 1e-7 their share. There can be 1e5 of them, and output is to be exact.
+    A place may be looked at many times: behind each of several drafted tokens, of which one stands,
+    and again in the next step if it was beyond what stood. The same number decides every time, so
+    what is drawn is a matter of the seed and the model, not of who drafts or how much. As numbers
+    of places are independent and the one that stands was decided by those before it, the
+    distribution is that of a number drawn on the spot. (Common random numbers; for draft models
+    that draw, "drafter invariance", Daliri et al., arXiv:2408.07978.)
+
+    Args:
+        generator: where numbers come from, and whatever else about an answer is random.
+        device: where they are wanted; None is the generator's.
+    """
+
+    def __init__(self, generator: torch.Generator, device: torch.device | None = None) -> None:
+        self.generator = generator
+        device = device or generator.device
+        self._numbers = torch.empty(0, dtype=torch.float64, device=device)
+
+    def ahead(self, count: int) -> torch.Tensor:
+        """Numbers of the next places: [count] fp64 in [0, 1)."""
+        while len(self._numbers) < count:  # by blocks: on a GPU, how many are drawn at once matters
+            more = torch.rand(
+                _BLOCK,
+                dtype=torch.float64,
+                device=self._numbers.device,
+                generator=self.generator,
+            )
+            self._numbers = torch.cat([self._numbers, more])
+        return self._numbers[:count]
+
+    def advance(self, count: int) -> None:
+        """Go on by so many places, the tokens of which are there now."""
+        self.ahead(count)
+        self._numbers = self._numbers[count:]
+
+
+def sample(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Draw one token per row.
 
     Args:
         probs: [S, V] fp32, not necessarily normalised; a one-hot row gives exactly its token.
@@ -60,33 +94,48 @@ def sample(probs: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     Returns:
         [S] int64 token ids on the device of `probs`.
     """
+    uniform = torch.rand(len(probs), dtype=torch.float64, device=probs.device, generator=generator)
+    return pick(probs, uniform)
+
+
+def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """Take one token per row by inverting the cumulative distribution.
+
+    One fp64 number per row. In fp32 a uniform number near 1 has a grid of 6e-8, and so has its
+    logarithm, so neither this method nor the usual race of probabilities against exponentials
+    would give tokens below 1e-7 their share. There can be 1e5 of them, and output is to be exact.
+
+    Args:
+        probs: [S, V] fp32, not necessarily normalised; a one-hot row gives exactly its token.
+        uniform: [S] fp64 in [0, 1).
+
+    Returns:
+        [S] int64 token ids on the device of `probs`.
+    """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [S, V]
     total = cumulative[:, -1:]  # [S, 1]
-    uniform = torch.rand(
-        total.shape, dtype=torch.float64, device=probs.device, generator=generator
-    )  # [S, 1] in [0, 1)
     # The first entry above the point is never a token of probability zero. There is one: uniform is
     # at most 1 - 2^-53, and for every total that product rounds to less than total.
-    tokens = torch.searchsorted(cumulative, uniform * total, right=True).squeeze(-1)
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).squeeze(-1)
     return tokens.clamp(max=probs.shape[-1] - 1)  # only NaN rows reach past the end
 
 
 def next_tokens(
-    logits: torch.Tensor, config: SamplingConfig, generator: torch.Generator
+    logits: torch.Tensor, config: SamplingConfig, uniform: torch.Tensor
 ) -> torch.Tensor:
-    """Choose one token per row; greedy takes the argmax and leaves the generator alone.
+    """Choose one token per row; greedy takes the argmax.
 
     Args:
         logits: [S, V] any float type.
         config: how to choose.
-        generator: source of randomness, on the device of `logits`.
+        uniform: [S] fp64 in [0, 1), on the device of `logits`; what decides in each row.
 
     Returns:
         [S] int64 token ids on the device of `logits`.
     """
     if config.greedy:
         return likeliest(logits)
-    return sample(target_probs(logits, config), generator)
+    return pick(target_probs(logits, config), uniform)
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.medusa.calibration import Calibration, write_calibration
 from offload_rt.medusa.judge import Judge
 from offload_rt.medusa.trees import DEFAULT_TREE, MedusaTree, named_trees
-from offload_rt.sampling import make_generator, next_tokens, target_probs
+from offload_rt.sampling import Dice, make_generator, next_tokens, target_probs
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.medusa import fill
 from offload_rt.speculative.tree import TokenTree
@@ -285,7 +285,7 @@ def test_padding_is_never_accepted(name, rule):
     wrong = upstream_greedy(shape, tree.tokens, targets, padding_is_token_0=True)
     assert -1 in wrong and len(wrong) > len(nodes)  # the control: the mistake would show here
     sampling = SamplingConfig(temperature=0.0 if rule is AcceptRule.GREEDY else 0.3, seed=1)
-    drawn = draw(Draft(tree), logits, sampling, rule, make_generator(0, "cpu")).tolist()
+    drawn = draw(Draft(tree), logits, sampling, rule, Dice(make_generator(0, "cpu"))).tolist()
     verdict = walk(Draft(tree), drawn, sampling, rule)
     assert [n + 1 for n in verdict.path] == nodes
     assert verdict.token == 0
@@ -320,7 +320,7 @@ def test_typical_takes_the_longest_then_likeliest_of_the_padded_paths(name, seed
             score, length = score + math.log(p), length + 1
         best = max(best, (length, score if length else 0.0))
     sampling = SamplingConfig(temperature=temperature, seed=0)
-    drawn = draw(Draft(tree), logits, sampling, AcceptRule.TYPICAL, generator).tolist()
+    drawn = draw(Draft(tree), logits, sampling, AcceptRule.TYPICAL, Dice(generator)).tolist()
     verdict = walk(Draft(tree), drawn, sampling, AcceptRule.TYPICAL)
     rows = [0, *(n + 1 for n in verdict.path)]
     pairs = zip(rows, verdict.path, strict=False)
@@ -382,11 +382,15 @@ def test_sampling_with_heads_keeps_the_targets_distribution(llama, heads, expect
 def test_drawing_a_token_for_each_path_fails_the_same_test(llama, heads, expected, monkeypatch):
     """Upstream's nucleus mode: a node in several paths is drawn for several times."""
 
-    def draw_per_path(draft, logits, sampling, rule, generator):
-        found = next_tokens(logits, sampling, generator)
+    def draw_per_path(draft, logits, sampling, rule, dice):
+        def drawn(rows):
+            numbers = torch.rand(len(rows), dtype=torch.float64, generator=dice.generator)
+            return next_tokens(rows, sampling, numbers)
+
+        found = drawn(logits)
         for node, parent in enumerate(draft.tree.parents):
             for _ in range(4):
-                again = next_tokens(logits[parent + 1 : parent + 2], sampling, generator)
+                again = drawn(logits[parent + 1 : parent + 2])
                 if int(again) == draft.tree.tokens[node]:
                     found[parent + 1] = again
         return found
@@ -404,6 +408,16 @@ def test_sampled_answers_are_repeatable(llama, heads):
         with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
             answers = [start(engine, ANSWER, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
+
+
+def test_a_seeded_answer_is_that_without_heads(llama, heads):
+    sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
+    runs = []
+    for draft in (DraftConfig(), draft_of(heads["knowing"])):
+        with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
+            runs.append(start(engine, ANSWER, sampling))
+    assert runs[0].sequences[0].emitted == runs[1].sequences[0].emitted
+    assert runs[1].counts.accepted > 0
 
 
 # --- calibration ---------------------------------------------------------------------------------

@@ -15,9 +15,11 @@ from transformers.generation.logits_process import (
 
 from offload_rt.config import SamplingConfig
 from offload_rt.sampling import (
+    Dice,
     likeliest,
     make_generator,
     next_tokens,
+    pick,
     resolve_seed,
     sample,
     target_probs,
@@ -118,11 +120,8 @@ def test_the_likeliest_is_the_first_largest(vocabulary, levels, seed, dtype):
 def test_greedy_takes_the_lowest_id_among_equals():
     logits = torch.tensor([[0.0, 7.0, 7.0, 1.0], [5.0, 5.0, 5.0, 5.0]], dtype=torch.bfloat16)
     config = SamplingConfig()
-    generator = make_generator(0, "cpu")
-    before = generator.get_state()
-
-    assert next_tokens(logits, config, generator).tolist() == [1, 0]
-    assert torch.equal(generator.get_state(), before)
+    numbers = torch.rand(2, dtype=torch.float64)
+    assert next_tokens(logits, config, numbers).tolist() == [1, 0]
     assert target_probs(logits, config).tolist() == [[0.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
 
 
@@ -160,7 +159,7 @@ def test_negative_control_a_wrong_distribution_is_noticed():
     assert chi_square(counts[possible], PROBS[possible]) > CHI_SQUARE_LIMIT
 
 
-def test_rare_tokens_get_their_share(monkeypatch):
+def test_rare_tokens_get_their_share():
     """50,000 tokens of 1e-8 behind a likely one: fp32 sums would never reach them."""
     rare, draws = 50_000, 100
     probs = torch.full((rare + 1,), 1e-8)
@@ -169,31 +168,39 @@ def test_rare_tokens_get_their_share(monkeypatch):
     # Evenly spaced draws from the end of the distribution that belongs to the rare tokens.
     share = (torch.arange(draws, dtype=torch.float64) + 0.5) / draws
     uniform = 1.0 - share * (1.0 - probs[0].double() / total)
-    monkeypatch.setattr(torch, "rand", lambda shape, **_: uniform.reshape(shape))
-    tokens = sample(probs.expand(draws, -1), torch.Generator())
+    tokens = pick(probs.expand(draws, -1), uniform)
     torch.testing.assert_close(tokens, (rare * (1.0 - share)).long(), atol=2, rtol=0)
 
 
-def test_edges_of_the_uniform_draw_stay_on_possible_tokens(monkeypatch):
+def test_edges_of_the_uniform_draw_stay_on_possible_tokens():
     probs = torch.tensor([[0.0, 0.4, 0.0, 0.6, 0.0]])
-    for draw, token in ((0.0, 1), (1.0 - 2**-53, 3)):
-        monkeypatch.setattr(
-            torch,
-            "rand",
-            lambda shape, draw=draw, **_: torch.full(shape, draw, dtype=torch.float64),
-        )
+    for number, token in ((0.0, 1), (1.0 - 2**-53, 3)):
         for scale in (0.3, 1.0, 1.0 + 2**-23, 1.7, 2.0, 3.0):
-            assert sample(probs * scale, torch.Generator()).tolist() == [token]
+            drawn = pick(probs * scale, torch.tensor([number], dtype=torch.float64))
+            assert drawn.tolist() == [token]
 
 
 def test_a_seed_gives_the_same_tokens_and_another_seed_others():
     logits = torch.randn(256, 100, generator=torch.Generator().manual_seed(0))
     config = SamplingConfig(temperature=1.0)
     first, again, other = (
-        next_tokens(logits, config, make_generator(seed, "cpu")) for seed in (7, 7, 8)
+        next_tokens(logits, config, Dice(make_generator(seed, "cpu")).ahead(256))
+        for seed in (7, 7, 8)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@given(counts=st.lists(st.integers(1, 300), max_size=20), ahead=st.integers(0, 300))
+@settings(max_examples=50, deadline=None)
+def test_the_number_of_a_place_does_not_depend_on_who_looked_at_it(counts, ahead):
+    dice, all_at_once = (Dice(make_generator(5, "cpu")) for _ in range(2))
+    numbers = all_at_once.ahead(sum(counts))
+    for count in counts:
+        dice.ahead(ahead)
+        assert torch.equal(dice.ahead(count), numbers[:count])
+        dice.advance(count)
+        numbers = numbers[count:]
 
 
 def test_resolve_seed_keeps_a_given_one_and_draws_others():
@@ -208,7 +215,7 @@ def test_unusable_logits_give_a_token_of_the_vocabulary():
     logits = torch.full((4, 5), 0.0)
     logits[0, 2], logits[1, 3], logits[2] = torch.nan, torch.inf, -torch.inf
     for config in (SamplingConfig(), SAMPLED):
-        tokens = next_tokens(logits, config, make_generator(0, "cpu"))
+        tokens = next_tokens(logits, config, torch.rand(4, dtype=torch.float64))
         assert ((tokens >= 0) & (tokens < 5)).all()
     assert target_probs(logits, SAMPLED)[:3].isnan().all()
 
@@ -220,7 +227,7 @@ def test_nothing_waits_for_the_device(config):
         logits = torch.empty(3, 100)
         with pytest.raises(DataDependentOutputException):
             logits.sum().item()
-        tokens = next_tokens(logits, config, torch.Generator())
+        tokens = next_tokens(logits, config, Dice(torch.Generator()).ahead(3))
         probs = target_probs(logits, config)
     assert (tokens.shape, tokens.dtype) == ((3,), torch.int64)
     assert (probs.shape, probs.dtype) == ((3, 100), torch.float32)

@@ -19,7 +19,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
-from offload_rt.sampling import make_generator, target_probs
+from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import ngram as ngram_module
 from offload_rt.speculative import triforce as triforce_module
 from offload_rt.speculative import verifier
@@ -120,7 +120,7 @@ def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
         rows = [target_logits[VOCAB], *(target_logits[t] for t in draft.tree.tokens)]
         logits = torch.stack(rows)
         verdict = walk(
-            draft, draw(draft, logits, sampling, rule, generator).tolist(), sampling, rule
+            draft, draw(draft, logits, sampling, rule, Dice(generator)).tolist(), sampling, rule
         )
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:  # the next pass starts after the first token
@@ -253,7 +253,7 @@ def test_greedy_follows_the_targets_likeliest_tokens(tree, seed):
     logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed))
     sampling, draft = SamplingConfig(), Draft(tree)
     for rule in AcceptRule:
-        drawn = draw(draft, logits, sampling, rule, make_generator(0, "cpu")).tolist()
+        drawn = draw(draft, logits, sampling, rule, Dice(make_generator(0, "cpu"))).tolist()
         verdict = walk(draft, drawn, sampling, rule)
         at = ROOT
         for node in verdict.path:
@@ -273,7 +273,8 @@ def test_typical_equals_its_formula(tree, seed, temperature):
     logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     sampling = SamplingConfig(temperature=temperature, seed=0)
     draft = Draft(tree)
-    drawn = draw(draft, logits, sampling, AcceptRule.TYPICAL, make_generator(0, "cpu")).tolist()
+    dice = Dice(make_generator(0, "cpu"))
+    drawn = draw(draft, logits, sampling, AcceptRule.TYPICAL, dice).tolist()
     verdict = walk(draft, drawn, sampling, AcceptRule.TYPICAL)
     best = (0, 0.0, ())
     for node in range(len(tree)):

@@ -26,7 +26,7 @@ from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.planning.suffixes import SHORTEST, index_bytes
-from offload_rt.sampling import make_generator, target_probs
+from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import triforce
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.tree import TokenTree
@@ -384,7 +384,9 @@ def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
     cache = SimpleNamespace(
         built_at=0, is_complete=False, truncate=lambda n: None, commit=lambda keep: None
     )
-    device = SimpleNamespace(download=lambda tensor: tensor.tolist())
+    device = SimpleNamespace(
+        download=lambda tensor: tensor.tolist(), torch_device=torch.device("cpu")
+    )
 
     def over_retrieval(cache, root, tree):
         return torch.stack([world.retrieval[root], *(world.retrieval[t] for t in tree.tokens)])
@@ -407,7 +409,7 @@ def joint_counts(world, inner, sampling):
         draft = drafted_by_triforce(world, inner, sampling, generator)
         assert len(draft.tree) == 3 and draft.probs.shape == (3, VOCAB)
         logits = torch.stack([world.target[VOCAB], *(world.target[t] for t in draft.tree.tokens)])
-        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, generator).tolist()
+        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, Dice(generator)).tolist()
         verdict = walk(draft, drawn, sampling, AcceptRule.LOSSLESS)
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:
@@ -434,14 +436,14 @@ def test_the_inner_law_is_that_of_the_retrieval_model(world):
     assert chi_square(counts, expected_counts(world.retrieval, sampling)) > 1e-4
 
 
-def published_rule(draft, logits, sampling, rule, generator):
+def published_rule(draft, logits, sampling, rule, dice):
     """The released code's level 1: at a rejection the verifier's distribution is sampled."""
     probs = target_probs(logits, sampling)
     nodes = len(draft.tree)
-    coins = torch.rand(nodes, generator=generator)
+    coins = torch.rand(nodes, generator=dice.generator)
     own = torch.arange(nodes), torch.tensor(draft.tree.tokens, dtype=torch.int64)
     stands = coins * draft.probs[own] < probs[own] if nodes else torch.zeros(0)
-    ends = torch.multinomial(probs, 1, generator=generator)[:, 0]
+    ends = torch.multinomial(probs, 1, generator=dice.generator)[:, 0]
     return torch.cat([stands.to(torch.int64), ends])
 
 

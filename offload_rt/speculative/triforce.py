@@ -19,7 +19,7 @@ from offload_rt.device.base import Device
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.retrieval import FollowedKV
 from offload_rt.report import RetrievalCounts
-from offload_rt.sampling import target_probs
+from offload_rt.sampling import Dice, target_probs
 from offload_rt.speculative.base import Draft, Drafter, Verdict
 from offload_rt.speculative.tree import TokenTree
 from offload_rt.speculative.verifier import draw, walk
@@ -64,7 +64,7 @@ class TriForceDrafter:
         self._device, self._target, self._cache, self._inner = device, target, cache, inner
         self._gamma, self._inner_gamma = config.nodes, config.inner.nodes
         self._sampling = SamplingConfig()
-        self._generator: torch.Generator | None = None
+        self._dice: Dice | None = None
         self._rates: deque[float] = deque(maxlen=ROLLING_DRAFTS)
         self._share: float | None = None  # of the build the last draft was made with, if it matters
         self.counts = RetrievalCounts()
@@ -76,7 +76,8 @@ class TriForceDrafter:
             sampling: draft tokens are drawn from the same filtered distribution as the target's.
             generator: source of randomness.
         """
-        self._sampling, self._generator = sampling, generator
+        self._sampling = sampling
+        self._dice = Dice(generator, self._device.torch_device)  # the answer has another
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Generate a chain with the retrieval cache; nothing while that is not built."""
@@ -119,14 +120,15 @@ class TriForceDrafter:
             At least one and at most `room` tokens, and, unless greedy, [1, V] the distribution each
             was drawn from.
         """
-        assert self._generator is not None  # begin set it
+        assert self._dice is not None  # begin set it
         retrieval, sampling, rule = self._cache.retrieval, self._sampling, AcceptRule.LOSSLESS
         draft = Draft()
         if room > 1:
             draft = self._inner.propose(ids, min(self._inner_gamma, room - 1))
         logits = self._target(retrieval, ids[-1], draft.tree)
-        drawn = draw(draft, logits, sampling, rule, self._generator)
+        drawn = draw(draft, logits, sampling, rule, self._dice)
         verdict = walk(draft, self._device.download(drawn), sampling, rule)  # host sync
+        self._dice.advance(len(verdict.path) + 1)
         retrieval.commit([0, *(node + 1 for node in verdict.path)])
         self._inner.observe(draft, verdict)
         self.counts.add(drafted=len(draft.tree), accepted=len(verdict.path))

@@ -2,7 +2,8 @@
 
 Three rules. `greedy` keeps what the target itself would have taken as likeliest. `lossless` keeps
 the target's distribution exactly: where tokens were *chosen*, one token is drawn from the target at
-every node and the tree is followed as long as the draws agree with it (SpecExec, arXiv:2406.02532);
+every node and the tree is followed as long as the draws agree with it (SpecExec, arXiv:2406.02532),
+one number deciding at all nodes of a depth, so that the answer is the one without drafting;
 where tokens were *drawn*, siblings are tried in order, accepted with probability min(1, target /
 draft) and else replaced by the residual (Leviathan et al. 2023, Algorithm 1; for siblings drawn
 without replacement, Sequoia, arXiv:2402.12374). `typical` is Medusa's threshold (arXiv:2401.10774,
@@ -18,7 +19,7 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.planning.demand import DRAW_ROWS
-from offload_rt.sampling import likeliest, next_tokens, sample, target_probs
+from offload_rt.sampling import Dice, likeliest, next_tokens, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree
 
@@ -30,7 +31,7 @@ def draw(
     logits: torch.Tensor,
     sampling: SamplingConfig,
     rule: AcceptRule,
-    generator: torch.Generator,
+    dice: Dice,
 ) -> torch.Tensor:
     """Enqueue everything random or numeric about a verification.
 
@@ -39,7 +40,8 @@ def draw(
         logits: [N + 1, V] of the target; row 0 is after the root, row i + 1 after node i.
         sampling: how the target's tokens are drawn.
         rule: when a drafted token stands.
-        generator: source of randomness, on the device of `logits`.
+        dice: source of randomness, on the device of `logits`; whoever keeps what is decided goes on
+            by so many places (`Dice.advance`).
 
     Returns:
         int64 on the device, for `walk`.
@@ -47,9 +49,10 @@ def draw(
     if rule is AcceptRule.TYPICAL and not sampling.greedy:
         return _draw_typical(draft.tree, logits, sampling)
     if draft.probs is None or sampling.greedy:
-        rows = logits.split(DRAW_ROWS)
-        return torch.cat([next_tokens(part, sampling, generator) for part in rows])
-    return _draw_residual(draft.tree, draft.probs, logits, sampling, generator)
+        if sampling.greedy:
+            return torch.cat([likeliest(part) for part in logits.split(DRAW_ROWS)])
+        return _draw_tokens(draft.tree, logits, sampling, dice)
+    return _draw_residual(draft.tree, draft.probs, logits, sampling, dice.generator)
 
 
 def walk(draft: Draft, drawn: Sequence[int], sampling: SamplingConfig, rule: AcceptRule) -> Verdict:
@@ -70,6 +73,17 @@ def _follow(tree: TokenTree, stands: Callable[[int, int], bool], tokens: Sequenc
         path.append(child)
         at = child
     return Verdict(tuple(path), tokens[at + 1])
+
+
+def _draw_tokens(
+    tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfig, dice: Dice
+) -> torch.Tensor:
+    """[N + 1] a token of the target after each row; rows of a depth share their number."""
+    numbers = dice.ahead(max(tree.depths, default=0) + 1)
+    if not tree.is_chain:
+        numbers = torch.stack([numbers[depth] for depth in (0, *tree.depths)])
+    parts = zip(logits.split(DRAW_ROWS), numbers.split(DRAW_ROWS), strict=True)
+    return torch.cat([next_tokens(part, sampling, uniform) for part, uniform in parts])
 
 
 def _draw_residual(
