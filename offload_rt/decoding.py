@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -31,6 +32,7 @@ from offload_rt.report import (
 )
 from offload_rt.sampling import Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.speculative.followers import Likely, pack_likely
 from offload_rt.speculative.verifier import draw, walk
 
 if TYPE_CHECKING:
@@ -80,6 +82,11 @@ class SequenceState:
     def remaining(self) -> int:
         """Tokens it may still emit."""
         return self.max_tokens - (len(self.ids) - self.prompt_tokens)
+
+    @property
+    def learns(self) -> bool:
+        """Whether its drafter wants to know what the model finds likely."""
+        return self.drafter is not None and self.drafter.learns
 
     def finish(self, reason: FinishReason) -> None:
         """End the sequence; it takes part in no further pass."""
@@ -219,20 +226,26 @@ class Run:
         drafts: Sequence[Draft],
         logits: Sequence[torch.Tensor],
     ) -> list[Verdict]:
-        """Decide about all drafts with one host sync."""
-        drawn = [
-            draw(draft, rows, self.sampling, self.accept, sequence.dice)
-            for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
-        ]
-        numbers = self.engine.device.download(torch.cat(drawn))  # host sync
+        """Decide about all drafts, and let drafters learn from them, with one host sync."""
+        parts = []
+        for sequence, draft, rows in zip(sequences, drafts, logits, strict=True):
+            parts.append(draw(draft, rows, self.sampling, self.accept, sequence.dice))
+            parts.append(pack_likely(rows) if sequence.learns else parts[-1].new_empty(0))
+        flat = self.engine.device.download(torch.cat(parts))  # host sync
         self.passes += 1
         self._marks.append(self.engine.counters())
+        ends = list(accumulate(part.numel() for part in parts))
+        numbers = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
         verdicts = []
-        for sequence, draft, part in zip(sequences, drafts, drawn, strict=True):
-            own, numbers = numbers[: part.numel()], numbers[part.numel() :]
-            verdict = walk(draft, own, self.sampling, self.accept)
+        for sequence, draft, drawn, likely in zip(
+            sequences, drafts, numbers[::2], numbers[1::2], strict=True
+        ):
+            verdict = walk(draft, drawn, self.sampling, self.accept)
             sequence.dice.advance(len(verdict.path) + 1)
             verdicts.append(verdict)
+            if sequence.drafter is not None and likely:
+                found = Likely.read(likely, len(draft.tree) + 1)
+                sequence.drafter.learn(sequence.ids, draft.tree, found)
         return verdicts
 
     def _emit(

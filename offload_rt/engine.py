@@ -39,6 +39,7 @@ from offload_rt.planning.drafting import Tally
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad
+from offload_rt.planning.suffixes import most_contexts
 from offload_rt.report import Counters, Memory
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
@@ -315,7 +316,7 @@ class Engine:
             inner = self._plain_drafter(self.draft.inner, sequence, sampling)
         else:
             worthwhile = WORTHWHILE[self.device.torch_device.type]
-            inner = SelectiveNgramDrafter(self.draft.inner.nodes, worthwhile)
+            inner = SelectiveNgramDrafter(self._ngrams(sequence.index), worthwhile)
         cache = self._caches[sequence.index]
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
         cache.choice.forget()
@@ -329,7 +330,9 @@ class Engine:
     ) -> Drafter | None:
         """A drafter without another below; a draft model's keeps its cache between runs."""
         if draft.kind == "ngram":
-            return NgramDrafter(draft.nodes)
+            ngrams = self._drafters[sequence.index] or self._ngrams(sequence.index)
+            self._drafters[sequence.index] = ngrams  # what it has learned holds for the next answer
+            return ngrams
         if self.medusa is not None:
             return self.medusa.drafter(sequence.index)
         if self._draft_model is None:
@@ -343,6 +346,13 @@ class Engine:
             self._drafters[sequence.index] = drafter
         drafter.begin(sampling, sequence.dice.generator)
         return drafter
+
+    def _ngrams(self, index: int) -> NgramDrafter:
+        draft, tokens = self.draft, self._capacities[index]
+        rows_are_free = self.device.torch_device.type == "cuda" and draft.kind == "ngram"
+        if draft.kind == "triforce":  # below it the sequence goes on in drafts
+            draft, tokens = draft.inner, tokens + draft.nodes
+        return NgramDrafter(draft.nodes, most_contexts(tokens), explores=rows_are_free)
 
     def truncate(self, index: int, length: int) -> None:
         """Forget all rows of a cache from `length` on."""

@@ -55,7 +55,7 @@ def test_a_plan_fixes_what_a_run_would_begin_with(tiny_model, offload_run, tmp_p
     first, most = made["first_draft_tokens"], made["draft_tokens"]
     assert f"ngram, {first} tokens at first, up to {most} a pass" in shown
     assert json.loads(path.read_text())["options"]["draft_tokens"] == first
-    run = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--json")
+    run = ("generate", tiny_model, "-p", PROMPT, "-n", 56, "--json")
     open_run = json.loads(offload_run(*run, *common[1:]).out)["plan"]
     assert open_run["draft_tokens"] > open_run["first_draft_tokens"]
     fixed = json.loads(offload_run(*run, "--plan", path).out)["plan"]

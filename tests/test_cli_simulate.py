@@ -254,7 +254,7 @@ BAD = [
     (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "much"), "write a rate for each"),
     (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "1.5"), "rates are from 0 to 1"),
     (("B", "--profile", "G", "--draft", "ngram", "--acceptance", "nan"), "rates are from 0 to 1"),
-    (("B", "--profile", "G", "--draft", "ngram", "--acceptance", ".5/.2"), "drafts chains"),
+    (("B", "--profile", "G", "--draft", "triforce", "--acceptance", ".5/.2"), "drafts chains"),
     (
         ("B", "--profile", "G", "--draft", "ngram", "--acceptance", ".5", "--tokens-per-pass", "2"),
         "both are given",

@@ -62,14 +62,14 @@ def layer_bytes(checkpoint):
     return plan(checkpoint).placement.demand.layer_bytes[0]
 
 
-def limit_for(checkpoint, resident, slots=2):
-    """A limit under which so many layers stay on the device when nothing drafts."""
-    fixed = plan(checkpoint, "none").placement.demand.fixed_bytes
+def limit_for(checkpoint, resident, slots=2, draft="none"):
+    """A limit under which so many layers stay on the device with that drafter."""
+    fixed = plan(checkpoint, draft).placement.demand.fixed_bytes
     return fixed + (resident + slots) * layer_bytes(checkpoint) + 1000
 
 
 def test_it_takes_the_best_of_everything_it_looked_at(checkpoint):
-    for limit in (None, limit_for(checkpoint, 4)):
+    for limit in (None, limit_for(checkpoint, 4, draft="ngram")):
         made = plan(checkpoint, device_limit_bytes=limit, disk=1e7)
         best = min(c.prediction.s_per_token for c in made.considered)
         assert made.prediction.s_per_token <= best * 1.021  # it may leave the controller room
@@ -110,15 +110,19 @@ def test_what_is_given_is_kept(checkpoint):
     assert made.drafting.config.kind == "ngram" and made.outlooks[0].nodes == 0
 
 
-def test_drafting_that_gives_nothing_is_not_chosen(checkpoint):
+def test_drafting_that_gives_nothing_is_not_chosen(checkpoint, make_tiny):
     assert plan(checkpoint, gives=Yield(((1, 0.0),))).drafting.config.kind == "none"
-    slow = {"disk": 1e6, "device_limit_bytes": limit_for(checkpoint, 4)}
-    much = plan(checkpoint, gives=Yield(((1, 1.0), (32, 32.0))), **slow)
+    wide = make_tiny("llama", num_hidden_layers=LAYERS, intermediate_size=4096)
+    checkpoint = open_checkpoint(wide)  # whose layers are larger than what n-grams take
+    most = DraftConfig(draft="ngram", draft_tokens=MAX_SIZES["ngram"])
+    slow = {"disk": 1e6, "device_limit_bytes": limit_for(checkpoint, 4, draft=most)}
+    much = plan(checkpoint, gives=Yield(((1, 1.0), (64, 64.0))), **slow)
     assert much.drafting.config.nodes == MAX_SIZES["ngram"]
 
 
 def test_the_controllers_sizes_are_those_there_is_room_for(checkpoint):
-    made = plan(checkpoint, "ngram", disk=1e6, device_limit_bytes=limit_for(checkpoint, 0))
+    limit = limit_for(checkpoint, 0, draft="ngram")
+    made = plan(checkpoint, "ngram", disk=1e6, device_limit_bytes=limit)
     nodes = [outlook.nodes for outlook in made.outlooks]
     assert nodes[0] == 0 and nodes[-1] == made.drafting.config.nodes
     assert nodes == sorted(set(nodes))

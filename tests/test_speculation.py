@@ -1,6 +1,7 @@
 """Laws 3, 4 and 5 with drafters: the same text, the same distribution, the same caches."""
 
 import os
+from array import array
 from dataclasses import replace
 
 import pytest
@@ -24,7 +25,8 @@ from offload_rt.speculative import ngram as ngram_module
 from offload_rt.speculative import triforce as triforce_module
 from offload_rt.speculative import verifier
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
-from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter, merge
+from offload_rt.speculative.followers import RANKS, Followers, Likely, pack_likely
+from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.tree import ROOT, TokenTree
 from offload_rt.speculative.verifier import draw, walk
 
@@ -273,8 +275,9 @@ def test_typical_equals_its_formula(tree, seed, temperature):
     logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
     sampling = SamplingConfig(temperature=temperature, seed=0)
     draft = Draft(tree)
-    dice = Dice(make_generator(0, "cpu"))
-    drawn = draw(draft, logits, sampling, AcceptRule.TYPICAL, dice).tolist()
+    drawn = draw(
+        draft, logits, sampling, AcceptRule.TYPICAL, Dice(make_generator(0, "cpu"))
+    ).tolist()
     verdict = walk(draft, drawn, sampling, AcceptRule.TYPICAL)
     best = (0, 0.0, ())
     for node in range(len(tree)):
@@ -306,32 +309,122 @@ def test_rows_are_drawn_in_blocks_without_changing_the_law(world, monkeypatch):
 
 
 def test_ngram_proposes_what_followed_before():
-    drafter = NgramDrafter(6)
+    drafter = NgramDrafter(6, 99)
     ids = [1, 2, 3, 4, 5, 9, 9, 1, 2, 3]
     assert drafter.propose(ids, 3).tree == TokenTree.chain([4, 5, 9])
     assert drafter.propose([*ids, 7], 3).tree == TokenTree()
     branching = [1, 2, 8, 1, 2, 9, 9, 1, 2]
-    assert NgramDrafter(6).propose(branching, 2).tree == TokenTree((9, 9, 8, 1), (-1, 0, -1, 2))
+    assert NgramDrafter(4, 99).propose(branching, 2).tree == TokenTree((9, 9, 8, 1), (-1, 0, -1, 2))
+
+
+LEARNED = st.lists(
+    st.tuples(
+        st.lists(st.integers(0, 3), min_size=1, max_size=3),
+        st.permutations(range(4)),
+        st.lists(st.floats(0.0, 1.0), min_size=4, max_size=4),
+    ),
+    max_size=8,
+)
+
+
+@settings(deadline=None)
+@given(
+    ids=st.lists(st.integers(0, 3), min_size=1, max_size=30),
+    learned=LEARNED,
+    depth=st.integers(1, 5),
+    sizes=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    explores=st.booleans(),
+)
+def test_an_ngram_tree_begins_as_a_smaller_one_and_has_no_path_twice(
+    ids, learned, depth, sizes, explores
+):
+    drafter = NgramDrafter(20, 99, explores=explores)
+    for context, tokens, probs in learned:
+        shares = sorted((p / max(1e-9, sum(probs)) for p in probs), reverse=True)
+        drafter.learn(context, TokenTree(), Likely([tokens], [shares]))
+    small, large = (drafter.propose(ids, depth, size).tree for size in sorted(sizes))
+    assert small.tokens == large.tokens[: len(small)]
+    assert small.parents == large.parents[: len(small)]
+    assert len(small) == min(min(sizes), len(large)) and max(large.depths, default=0) <= depth
+    paths = {tuple(large.tokens[n] for n in large.path(node)) for node in range(len(large))}
+    assert len(paths) == len(large)
+
+
+def test_what_was_likely_after_the_same_tokens_is_drafted():
+    drafter, tree = NgramDrafter(8, 99), TokenTree((5, 6), (ROOT, ROOT))
+    drafter.learn(
+        [1, 2], tree, Likely([[5, 6], [7, 8], [8, 7]], [[0.9, 0.1], [0.6, 0.4], [0.8, 0.2]])
+    )
+    expected = TokenTree((5, 7, 8, 6, 8, 7), (ROOT, 0, 0, ROOT, 3, 3))
+    assert drafter.propose([3, 1, 2], 2).tree == expected  # by two tokens
+    assert drafter.propose([3, 4, 2], 1).tree == TokenTree((5, 6), (ROOT, ROOT))  # by the last
+    drafter.learn([4, 2], TokenTree(), Likely([[9]], [[1.0]]))
+    assert drafter.propose([3, 4, 2], 1).tree == TokenTree((9,), (ROOT,))
+    assert drafter.propose([3, 1, 2], 2).tree == expected  # still what followed these two
+    drafter.forget()
+    assert drafter.propose([3, 1, 2], 2).tree == TokenTree()
+
+
+def test_nodes_left_over_find_out_what_follows_tokens_that_were_likely():
+    drafter, likely = NgramDrafter(4, 99, explores=True), Likely([[5, 6, 7]], [[0.6, 0.3, 0.1]])
+    drafter.learn([1, 2], TokenTree(), likely)
+    tree = drafter.propose([1, 9], 4).tree
+    assert tree == TokenTree((5, 6, 7), (ROOT, ROOT, ROOT))
+    drafter.learn([1, 9], tree, Likely([[8], [3], [4], [2]], [[1.0]] * 4))
+    # 8 and what followed 7, 6 and 5 are new; 2 is known.
+    assert drafter.propose([30, 31], 4).tree == TokenTree((4, 3, 8), (ROOT, ROOT, ROOT))
+    assert drafter.propose([1, 6], 2).tree.tokens[0] == 4
+    assert NgramDrafter(4, 99).propose([1, 9], 4).tree == TokenTree()
+
+
+def test_the_text_and_what_was_likely_are_one_tree():
+    drafter = NgramDrafter(3, 99)
+    ids = [1, 2, 3, 9, 1, 2, 3]
+    drafter.learn(ids, TokenTree(), Likely([[8, 9]], [[0.6, 0.4]]))
+    assert drafter.propose(ids, 1).tree == TokenTree((8, 9), (ROOT, ROOT))  # 0.48 and 0.45
+    drafter.learn(ids, TokenTree(), Likely([[8, 9]], [[0.5, 0.5]]))
+    assert drafter.propose(ids, 1).tree == TokenTree((9, 8), (ROOT, ROOT))
+
+
+def test_the_longer_a_quote_the_surer_it_is():
+    """Twelve equal tokens say more than four, so a long quote is drafted deep."""
+    text = list(range(100, 140))
+    deep = NgramDrafter(16, 99).propose([*text, *text[:12]], 30).tree
+    assert deep == TokenTree.chain(text[12:28])
+
+
+def test_followers_keep_the_latest_contexts():
+    kept = Followers(most=4)
+    for token in range(6):
+        kept.learn([10 + token, token], [token + 1], [1.0])
+    assert kept.after([14, 4]) == (2, array("q", [5]), array("f", [1.0]))
+    assert kept.after([0, 4])[0] == 1 and kept.after([0, 3]) == (0, (), ())
+    kept.learn([14, 4], [6], [0.5])  # again: it is the latest now
+    kept.learn([16, 6], [7], [1.0])
+    assert list(kept.after([14, 4])[1]) == [6] and kept.after([15, 5])[0] == 0
 
 
 @given(
-    continuations=st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=4),
-    max_nodes=st.integers(1, 12),
+    rows=st.integers(1, 4),
+    vocab=st.integers(1, 30),
+    seed=st.integers(0, 99),
+    warm=st.floats(0.5, 3),
 )
-def test_merged_continuations_are_paths_of_the_tree(continuations, max_nodes):
-    tree = merge(continuations, max_nodes)
-    assert len(tree) <= max_nodes
-    paths = {tuple(tree.tokens[n] for n in tree.path(node)) for node in range(len(tree))}
-    assert len(paths) == len(tree)  # no path twice
-    prefixes = {tuple(c[: i + 1]) for c in continuations for i in range(len(c))}
-    assert paths <= prefixes
+def test_likely_tokens_come_with_the_verdict(rows, vocab, seed, warm):
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * warm
+    likely = Likely.read(pack_likely(logits).tolist(), rows)
+    best = logits.topk(min(RANKS, vocab))
+    assert likely.tokens == best.indices.tolist()
+    torch.testing.assert_close(
+        torch.tensor(likely.probs), best.values.softmax(-1), atol=2e-6, rtol=0
+    )
 
 
 @given(ids=st.lists(st.integers(0, 3), min_size=1, max_size=40), cut=st.integers(0, 40))
 def test_the_index_does_not_depend_on_how_the_sequence_grew(ids, cut):
-    grown = NgramDrafter(8)
+    grown = NgramDrafter(8, 99)
     grown.propose(ids[:cut] or [5], 4)
-    assert grown.propose(ids, 4) == NgramDrafter(8).propose(ids, 4)
+    assert grown.propose(ids, 4) == NgramDrafter(8, 99).propose(ids, 4)
 
 
 @given(
@@ -341,7 +434,7 @@ def test_the_index_does_not_depend_on_how_the_sequence_grew(ids, cut):
 )
 def test_the_index_goes_back_as_if_it_had_never_read_further(ids, others, cut):
     """Below triforce the sequence goes on in drafts that are then dropped."""
-    grown, fresh = NgramDrafter(8), NgramDrafter(8)
+    grown, fresh = NgramDrafter(8, 99), NgramDrafter(8, 99)
     for other in others:
         read = [*ids[:cut], *other]
         grown.propose(read, 4)
@@ -374,17 +467,17 @@ def offered(drafter, ids, tokens):
 
 
 def test_ngrams_that_do_not_stand_are_kept_back_until_they_would():
-    """A pair that was seen before goes on another way each time; then the text quotes itself."""
-    wrong = [t for n in range(30) for t in (1, 2, 100 + n)]
-    ever, drafter = NgramDrafter(6), SelectiveNgramDrafter(6, 0.6)
-    assert len(offered(ever, wrong[:9], wrong[9:])) == 27
-    made = offered(drafter, wrong[:9], wrong[9:])
+    """A token that was seen before is followed by another each time; then the text quotes."""
+    wrong = [t for n in range(30) for t in (1, 100 + n)]
+    ever, drafter = NgramDrafter(6, 99), SelectiveNgramDrafter(NgramDrafter(6, 99), 0.6)
+    assert len(offered(ever, wrong[:6], wrong[6:])) == 27
+    made = offered(drafter, wrong[:6], wrong[6:])
     assert 3 < len(made) < 12 and sum(made) == 0
     text = list(range(200, 260))
     drafter.propose([*wrong, *text], 6)
     assert sum(offered(drafter, [*wrong, *text], text)) > 30  # it begins to quote
     drafter.forget()
-    assert len(offered(drafter, wrong[:9], wrong[9:])) == len(made)  # as if it were new
+    assert len(offered(drafter, wrong[:6], wrong[6:])) == len(made)  # as if it were new
 
 
 @settings(deadline=None, max_examples=60)
@@ -394,11 +487,11 @@ def test_ngrams_that_do_not_stand_are_kept_back_until_they_would():
 )
 def test_what_is_kept_back_is_judged_as_if_it_had_been_offered(prompt, answer):
     """The last offers may not be decided when the text ends."""
-    kept = SelectiveNgramDrafter(6, 0.6)
+    kept = SelectiveNgramDrafter(NgramDrafter(6, 99), 0.6)
     kept._stood, kept._worthwhile, judged = 0.0, 1e9, []
     kept._note = judged.append
     offered(kept, prompt, answer)
-    real = offered(NgramDrafter(6), prompt, answer)
+    real = offered(NgramDrafter(6, 99), prompt, answer)
     assert judged[: len(real) - 1] == real[: len(judged)][: len(real) - 1]
     assert len(real) - 1 <= len(judged) <= len(real)
 
@@ -518,6 +611,21 @@ def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
         with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
             answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("name", ["ngram", "tree"])
+def test_a_seeded_answer_is_the_models_whoever_drafts(make_tiny, name):
+    """Where draft tokens are chosen, one number decides at each place: seed and model are all."""
+    folder, answers = make_tiny("llama", **IDS), {}
+    sampling = SamplingConfig(temperature=0.7, top_k=2, seed=11)
+    drafting = DraftConfig(draft="ngram" if name == "ngram" else f"model:{folder}", draft_tokens=12)
+    for draft in (DraftConfig(), drafting, replace(drafting, draft_tokens=9)):
+        with engine_for(folder, prompts=[REPEATS], tokens=120, draft=draft) as engine:
+            runs = [start(engine, 120, sampling, REPEATS) for _ in range(2)]
+            answers[draft] = runs[0].sequences[0].emitted
+            assert runs[1].sequences[0].emitted == answers[draft]  # whatever the first one taught
+            assert runs[0].counts.accepted > 0 or draft.kind == "none"
+    assert len(set(map(tuple, answers.values()))) == 1
 
 
 def test_what_one_answer_taught_does_not_change_the_next(make_tiny):

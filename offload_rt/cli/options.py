@@ -323,10 +323,10 @@ draft_options = _group(
         "--draft",
         default="auto",
         help="Who drafts tokens that one pass then checks: auto (whichever of those without a "
-        "folder should be fastest), none, ngram (what followed the same "
-        "tokens before), model:MODEL, a small model with the same tokenizer, medusa:HEADS, heads "
-        "trained on this model's hidden state, or triforce[:MODEL], this model itself over a part "
-        "of a long context, with ngram or MODEL drafting for it.",
+        "folder should be fastest), none, ngram (what followed the same tokens before, and what "
+        "the model found likely then), model:MODEL, a small model with the same tokenizer, "
+        "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
+        "itself over a part of a long context, with ngram or MODEL drafting for it.",
     ),
     click.option(
         "--draft-tokens",

@@ -268,7 +268,7 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
     if config.heads:
         parts.append(f"{Path(config.heads).name}, their logits")
     if config.kind == "ngram" and nbytes:
-        parts.append("where the sequence's tokens occurred")
+        parts.append("where tokens occurred, and what was likely after them")
     names = {
         "ngram": "n-grams",
         "model": "draft model",

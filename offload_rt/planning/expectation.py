@@ -150,7 +150,7 @@ def _check(config: DraftConfig, acceptance: Acceptance) -> None:
             f"--draft {config.draft} needs --inner-acceptance: how often the draft model is right "
             "decides how many passes over the retrieval cache there are"
         )
-    chain = config.kind in ("ngram", "triforce") or (config.kind == "model" and not config.as_tree)
+    chain = config.kind == "triforce" or (config.kind == "model" and not config.as_tree)
     if chain and any(len(row) > 1 for row in acceptance.ranks):
         raise ConfigError(
             f"--draft {config.draft} drafts chains: give --acceptance one rate for each depth"
@@ -162,10 +162,11 @@ def _check(config: DraftConfig, acceptance: Acceptance) -> None:
 def _tokens(config: DraftConfig, acceptance: Acceptance) -> float:
     if acceptance.tokens_per_pass is not None:
         return acceptance.tokens_per_pass
-    tree = config.heads or (config.model and config.as_tree)
+    tree = config.kind == "ngram" or config.heads or (config.model and config.as_tree)
     if not tree or config.kind == "triforce":
         return chain_tokens([row[0] for row in acceptance.ranks], config.nodes)
-    depth = len(acceptance.ranks) if config.heads else config.tree_passes
+    depths = {"medusa": len(acceptance.ranks), "model": config.tree_passes}
+    depth = depths.get(config.kind, config.nodes)
     return grow_tree(acceptance.ranks, config.nodes, depth).tokens(config.nodes)
 
 

@@ -21,6 +21,8 @@ _LIMIT_BYTES = 2**20
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
 
+_KINDS = {"ngram": "ngram trees"}  # what chains gave before says nothing of them
+
 _log = logging.getLogger(__name__)
 
 
@@ -28,7 +30,7 @@ def experience_key(
     target: Checkpoint, draft: DraftConfig, drafter: Checkpoint | None, sampling: SamplingConfig
 ) -> str:
     """What counts belong to: both models by name and size, the drafter's shape, greedy or not."""
-    parts = [_named(target), draft.kind]
+    parts = [_named(target), _KINDS.get(draft.kind, draft.kind)]
     if drafter is not None:
         parts.append(_named(drafter))
     if draft.heads:

@@ -40,7 +40,7 @@ from offload_rt.planning.speeds import Speeds
 from offload_rt.planning.weights import rounded_kind
 from offload_rt.profiling.profile import LayerWork, Obtained
 
-MAX_SIZES = {"ngram": 32, "model": 256, "medusa": 256, "triforce": 64}
+MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
 # A run may draft up to so many times the tokens it begins with, if room for them costs its first

@@ -1,13 +1,26 @@
-"""Suffixes of a sequence that are looked up in it, and what the index of them takes. No torch here.
+"""Last tokens of a sequence that are looked up, and what the indexes of them take. No torch here.
 
-The index of `speculative/ngram.py` holds, for each length, a tuple for every place of a sequence.
+That of `speculative/ngram.py` holds, for each length, a tuple for every place of a sequence; that
+of `speculative/followers.py` what a model found likely after them.
 """
 
-LONGEST, SHORTEST = 4, 2
+LONGEST, SHORTEST = 4, 1
 SHORTEST_QUOTED = 3  # where a draft model decides anyway, rarer and surer ones do
+_MOST_CONTEXTS, _CONTEXTS_PER_TOKEN = 16384, 32
 _ENTRY_BYTES = 256  # tuple, list, place in the dictionary; measured 130 to 225 with CPython 3.11
+_CONTEXT_BYTES = 512  # the same, two arrays more; measured 380
 
 
 def index_bytes(tokens: int, shortest: int) -> int:
     """Host memory of the index of a sequence."""
     return tokens * (LONGEST - shortest + 1) * _ENTRY_BYTES
+
+
+def most_contexts(tokens: int) -> int:
+    """For how many last tokens it is kept what was likely then, of a sequence of so many tokens."""
+    return min(_MOST_CONTEXTS, _CONTEXTS_PER_TOKEN * tokens)
+
+
+def ngram_bytes(tokens: int) -> int:
+    """Host memory of what n-grams are drafted from, for a sequence of so many tokens."""
+    return index_bytes(tokens, SHORTEST) + most_contexts(tokens) * _CONTEXT_BYTES

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from offload_rt.speculative.followers import Likely
 from offload_rt.speculative.tree import TokenTree
 
 
@@ -40,6 +41,15 @@ class Verdict:
     token: int
 
 
+class Unlearned:
+    """Of drafters that do not want to know what a model found likely."""
+
+    learns = False
+
+    def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
+        """Nothing."""
+
+
 class Drafter(Protocol):
     """Proposes tokens for one sequence."""
 
@@ -56,6 +66,13 @@ class Drafter(Protocol):
             max_nodes: propose no more, at least 1; None is the drafter's own number, which this
                 never exceeds.
         """
+
+    @property
+    def learns(self) -> bool:
+        """Whether it wants to `learn`."""
+
+    def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
+        """Learn what the model found likely after the last of `ids` and after each node behind."""
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Learn what became of the last proposal."""

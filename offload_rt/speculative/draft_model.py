@@ -31,7 +31,7 @@ from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes, head_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import likeliest, sample, target_probs
-from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.ngram import SuffixIndex
 from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
 from offload_rt.speculative.window import seen_tokens
@@ -177,7 +177,7 @@ class _Candidate:
     row: int = -1  # its pending row in the draft model's cache, once it was fed
 
 
-class DraftModelDrafter:
+class DraftModelDrafter(Unlearned):
     """Drafts for one sequence.
 
     Args:
@@ -307,7 +307,7 @@ class DraftModelDrafter:
         if count <= 0:
             return []
         suffix = [*ids[-LONGEST:], *path][-LONGEST:]
-        found = next(self._text.after(suffix, count), [])
+        _, found = next(self._text.after(suffix, count), (0, []))
         return list(takewhile(lambda token: token < self._model.known_ids, found))
 
     def _children(self, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:

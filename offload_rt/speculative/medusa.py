@@ -18,7 +18,7 @@ from offload_rt.medusa.load import load_heads, load_token_map
 from offload_rt.medusa.trees import MedusaTree
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
-from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.base import Draft, Unlearned, Verdict
 from offload_rt.speculative.tree import TokenTree
 
 
@@ -160,7 +160,7 @@ class Medusa:
             self._guesses[index] = [own[i : i + ranks] for i in range(0, len(own), ranks)]
 
 
-class MedusaDrafter:
+class MedusaDrafter(Unlearned):
     """Drafts for one sequence.
 
     Args:

@@ -20,7 +20,8 @@ from offload_rt.kv.base import KVCache
 from offload_rt.kv.retrieval import FollowedKV
 from offload_rt.report import RetrievalCounts
 from offload_rt.sampling import Dice, target_probs
-from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
+from offload_rt.speculative.followers import Likely, pack_likely
 from offload_rt.speculative.tree import TokenTree
 from offload_rt.speculative.verifier import draw, walk
 
@@ -40,7 +41,7 @@ class TargetPass(Protocol):
         """Return [N + 1, V] logits after the root and after each node; rows stay pending."""
 
 
-class TriForceDrafter:
+class TriForceDrafter(Unlearned):
     """Drafts a chain for one sequence.
 
     Args:
@@ -127,7 +128,14 @@ class TriForceDrafter:
             draft = self._inner.propose(ids, min(self._inner_gamma, room - 1))
         logits = self._target(retrieval, ids[-1], draft.tree)
         drawn = draw(draft, logits, sampling, rule, self._dice)
-        verdict = walk(draft, self._device.download(drawn), sampling, rule)  # host sync
+        count, learns = drawn.numel(), self._inner.learns
+        if learns:
+            drawn = torch.cat([drawn, pack_likely(logits)])
+        numbers = self._device.download(drawn)  # host sync
+        verdict = walk(draft, numbers[:count], sampling, rule)
+        if learns:
+            likely = Likely.read(numbers[count:], len(logits))
+            self._inner.learn(ids, draft.tree, likely)
         self._dice.advance(len(verdict.path) + 1)
         retrieval.commit([0, *(node + 1 for node in verdict.path)])
         self._inner.observe(draft, verdict)
