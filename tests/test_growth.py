@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.config import DraftConfig, DraftShape
+from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
 from offload_rt.speculative import draft_model
 from offload_rt.speculative.draft_model import BRANCHES, DraftModelDrafter
 from offload_rt.speculative.tree import TokenTree
 
-VOCAB = 12
+VOCAB = 32
 
 
 class Rows:
@@ -129,21 +129,48 @@ def test_no_pass_and_no_cache_is_larger_than_planned(seed, ids, nodes):
 
 
 def counting(path):
-    """Goes on counting, nearly surely: from the last token, 9 before the root."""
+    """Goes on counting, nearly surely: from the last token, 29 before the root."""
     logits = torch.zeros(VOCAB)
-    logits[((path[-1] if path else 9) + 1) % 10] = 12.0
+    logits[((path[-1] if path else 29) + 1) % 30] = 12.0
     return logits
 
 
 def test_what_the_text_said_before_makes_a_tree_deeper_than_its_passes():
     with drafting(counting) as drafter_for:
         drafter = drafter_for(24)
-        quoting = drafter.propose([*range(10)] * 3, 100).tree
-        alone = drafter.propose([11] * 5, 100).tree
+        alone = drafter.propose([31] * 5, 100).tree
+        drafter.begin(SamplingConfig(), torch.Generator())
+        quoting = drafter.propose([*range(30)] * 2, 100).tree
         passes = drafter._config.tree_passes
-        assert drafter.propose([*range(10)] * 3, 6).tree.depths[-1] <= 6
+        assert drafter.propose([*range(30)] * 2, 6).tree.depths[-1] <= 6
     assert max(alone.depths) == passes
-    assert quoting == TokenTree.chain([token % 10 for token in range(24)])
+    assert quoting == TokenTree.chain(range(24))
+
+
+def test_what_was_likely_before_makes_a_tree_deeper_than_its_passes():
+    with drafting(counting) as drafter_for:
+        drafter = drafter_for(24)
+        first, again = (drafter.propose([31], 100) for _ in range(2))
+        drafter.begin(SamplingConfig(), torch.Generator())
+        anew = drafter.propose([31], 100)
+    assert max(first.tree.depths) == drafter._config.tree_passes
+    assert max(again.tree.depths) > drafter._config.tree_passes + 5
+    assert anew == first
+
+
+def test_what_was_hardly_likely_is_not_fed_ahead():
+    def unsure(path):
+        logits = torch.full((VOCAB,), float("-inf"))
+        logits[[2, 3, 4]] = torch.tensor([1.0, 0.9, 0.8])  # none has half of it
+        return logits
+
+    with drafting(unsure) as drafter_for:
+        drafter = drafter_for(24)
+        fed = []
+        for _ in range(2):
+            drafter.propose([31], 100)
+            fed.append(drafter._model.fed)
+    assert fed[0] == fed[1]
 
 
 def test_a_text_that_goes_on_otherwise_is_not_believed():
@@ -171,8 +198,9 @@ def test_a_wrong_guess_is_in_no_tree_even_where_there_is_room_for_it():
 def test_a_forgotten_text_is_not_quoted():
     with drafting(counting) as drafter_for:
         drafter = drafter_for(24)
-        drafter.propose([*range(10)] * 3, 100)
+        drafter.propose([*range(30)] * 2, 100)
         drafter.forget()
         assert not drafter._text._ends and not drafter._text._ids
-        tree = drafter.propose([11] * 5, 100).tree
+        assert not drafter._followers._kept
+        tree = drafter.propose([31] * 5, 100).tree
         assert max(tree.depths) == drafter._config.tree_passes

@@ -25,7 +25,7 @@ from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
-from offload_rt.planning.suffixes import ngram_bytes
+from offload_rt.planning.suffixes import SHORTEST, lookup_bytes
 from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import triforce
 from offload_rt.speculative.base import Draft, Unlearned
@@ -253,7 +253,7 @@ def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
         memory = engine.memory()
         sizes = engine._caches[0].retrieval._sizes
         assert memory.ledger["retrieval cache"] == sizes.device_bytes
-        index = ngram_bytes(engine._capacities[0] + draft.nodes)
+        index = lookup_bytes(engine._capacities[0] + draft.nodes, SHORTEST)
         drafter_bytes = engine.placement.demand.drafter_bytes
         assert drafter_bytes == sizes.device_bytes + sizes.build_bytes + index
         assert memory.device_peak_bytes <= memory.device_planned_bytes

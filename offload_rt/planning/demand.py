@@ -18,7 +18,7 @@ from offload_rt.model.layout import (
 )
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
-from offload_rt.planning.suffixes import SHORTEST_QUOTED, index_bytes, ngram_bytes
+from offload_rt.planning.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
 from offload_rt.planning.weights import (
     embedding_bytes,
     layer_bytes,
@@ -147,10 +147,9 @@ def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes
     index, quotes = 0, config.kind == "model" and config.as_tree
-    if packing is Packing.FILE and quotes:
-        index = sum(index_bytes(capacity + longer, SHORTEST_QUOTED) for capacity in capacities)
-    elif packing is Packing.FILE and config.kind == "ngram":
-        index = sum(ngram_bytes(capacity + longer) for capacity in capacities)
+    if packing is Packing.FILE and (quotes or config.kind == "ngram"):
+        shortest = SHORTEST_QUOTED if quotes else SHORTEST
+        index = sum(lookup_bytes(capacity + longer, shortest) for capacity in capacities)
     if checkpoint is None:
         return drafting.heads_bytes + index
     number_bytes = number_bytes_of(checkpoint, "auto")

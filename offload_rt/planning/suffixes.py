@@ -21,6 +21,6 @@ def most_contexts(tokens: int) -> int:
     return min(_MOST_CONTEXTS, _CONTEXTS_PER_TOKEN * tokens)
 
 
-def ngram_bytes(tokens: int) -> int:
-    """Host memory of what n-grams are drafted from, for a sequence of so many tokens."""
-    return index_bytes(tokens, SHORTEST) + most_contexts(tokens) * _CONTEXT_BYTES
+def lookup_bytes(tokens: int, shortest: int) -> int:
+    """Host memory of both indexes of a sequence of so many tokens."""
+    return index_bytes(tokens, shortest) + most_contexts(tokens) * _CONTEXT_BYTES

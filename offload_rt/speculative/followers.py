@@ -15,7 +15,7 @@ from itertools import islice
 import torch
 
 RANKS = 8  # tokens kept of a row
-ORDERS = 2  # tokens a row is found by, at most
+ORDERS = (1, 2)  # numbers of last tokens a row is found by
 _LATE, _LIKELIEST = 200, 4  # contexts and tokens of each that are looked at for unknown ones
 _UNITS = 2**20  # parts of a probability, which so comes with the ids in one download
 
@@ -62,16 +62,17 @@ class Followers:
 
     Args:
         most: contexts that are kept, the latest.
+        orders: by how many last tokens, ascending.
     """
 
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, most: int, orders: Sequence[int] = ORDERS) -> None:
+        self._most, self._orders = most, orders
         self._kept: OrderedDict[tuple[int, ...], tuple[array[int], array[float]]] = OrderedDict()
 
     def learn(self, context: Sequence[int], tokens: Sequence[int], probs: Sequence[float]) -> None:
         """Keep what was likely after the last tokens of a context."""
         found = array("q", tokens), array("f", probs)
-        for order in range(1, min(ORDERS, len(context)) + 1):
+        for order in self._within(context):
             key = tuple(context[-order:])
             self._kept[key] = found
             self._kept.move_to_end(key)
@@ -84,7 +85,7 @@ class Followers:
         Returns:
             By how many of them it was found, 0 if it was not; tokens and their probabilities.
         """
-        for order in range(min(ORDERS, len(context)), 0, -1):
+        for order in reversed(self._within(context)):
             if (found := self._kept.get(tuple(context[-order:]))) is not None:
                 return order, *found
         return 0, (), ()
@@ -101,3 +102,6 @@ class Followers:
     def forget(self) -> None:
         """Keep nothing."""
         self._kept.clear()
+
+    def _within(self, context: Sequence[int]) -> Sequence[int]:
+        return [order for order in self._orders if order <= len(context)]
