@@ -29,6 +29,7 @@ that one is corrected by a controller of its own in each answer.
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -479,8 +480,11 @@ def main() -> None:
         if options.verb == "prompts":
             text = options.text.read_text(encoding="utf-8")
             folder = resolve_model(options.tokenizer)
-            for made in make_prompts(text, folder, options.tokens, options.skip):
-                print(json.dumps(made))
+            made = make_prompts(text, folder, options.tokens, options.skip)
+            try:
+                print("\n".join(map(json.dumps, made)), flush=True)
+            except BrokenPipeError:  # `| head -1` wants no more
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return
         checkpoint = open_checkpoint(resolve_model(options.model))
         if options.verb == "speed":
