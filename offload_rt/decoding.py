@@ -273,7 +273,7 @@ class Run:
         first = self._marks[1] if self.passes else self.engine.counters()  # cut off in the prompt
         last = self._marks[-1] if self.passes else first
         whole, prefill, decode = last.since(start), first.since(start), last.since(first)
-        later = max(0, sum(len(s.emitted) for s in self.sequences) - len(self.sequences))
+        later = self._later
         passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
         moved = passes * self.engine.bytes_per_pass
         return RunReport(
@@ -297,9 +297,13 @@ class Run:
             memory=self.engine.memory(),
         )
 
+    @property
+    def _later(self) -> int:
+        """Tokens emitted by the passes after the prompts'."""
+        return max(0, sum(len(s.emitted) for s in self.sequences) - len(self.sequences))
+
     def _speculation(self, decode_s: float) -> Speculation:
         counts = self.counts
-        emitted = sum(len(s.emitted) for s in self.sequences)
         rule = self.accept
         if self.sampling.greedy and rule is AcceptRule.LOSSLESS:
             rule = AcceptRule.GREEDY
@@ -310,7 +314,7 @@ class Run:
             drafted=counts.drafted,
             accepted=counts.accepted,
             acceptance_rate=counts.accepted / counts.drafted if counts.drafted else None,
-            tokens_per_pass=emitted / self.passes if self.passes else 0.0,
+            tokens_per_pass=self._later / (self.passes - 1) if self.passes > 1 else None,
             acceptance_per_depth=[
                 stood / reached for stood, reached in zip(counts.stood, counts.reached, strict=True)
             ],

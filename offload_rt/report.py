@@ -56,7 +56,8 @@ class Speculation:
         drafted: tokens proposed.
         accepted: of them, tokens kept.
         acceptance_rate: accepted / drafted; None when nothing was drafted.
-        tokens_per_pass: tokens emitted / passes.
+        tokens_per_pass: tokens emitted / passes, the prompt's pass and what it emitted left out (it
+            drafts nothing); None if there was no other.
         acceptance_per_depth: for each depth of a draft, how often a node stood there of the times
             all before it had.
         draft_s: time spent drafting; the link goes on meanwhile.
@@ -71,7 +72,7 @@ class Speculation:
     drafted: int
     accepted: int
     acceptance_rate: float | None
-    tokens_per_pass: float
+    tokens_per_pass: float | None
     acceptance_per_depth: list[float]
     draft_s: float
     draft_share: float | None

@@ -121,6 +121,7 @@ def test_the_summary_is_the_median_over_prompts_then_rounds(tmp_path):
     assert found["b", 1].read_bytes_per_s.median == 1e9
     assert (found["b", 1].rounds, found["b", 1].answers) == (3, 9)
     assert (found["b", 2].same, found["b", 2].compared) == (4, 4)
+    assert found["b", 2].tokens_per_pass.median == 1.0  # of each of the two
 
 
 def answered(engine, number, group, s_per_token):

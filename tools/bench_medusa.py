@@ -15,11 +15,12 @@ into one to train on and one that stays unseen. With `offload-run train-medusa -
 is all that training heads needs.
 
 `trees` answers unseen prompts greedily, drafting with trees of one size, and prints the tokens per
-pass: emitted tokens / passes a sequence took part in, the prompt's included. From the hidden states
-that made the answers it then replays the same answers with trees of other sizes: a greedy answer is
-the same whoever drafts, so which tokens each pass would have accepted is known. Beside it stands
-what the calibration of the heads predicts; they differ by what the prompts differ from those it
-was made on. Speed is `offload-run bench ... --draft medusa:HEADS --against-none`.
+pass: emitted tokens / passes a sequence took part in, the prompt's pass and the token it gives left
+out. From the hidden states that made the answers it then replays the same answers with trees of
+other sizes: a greedy answer is the same whoever drafts, so which tokens each pass would have
+accepted is known. Beside it stands what the calibration of the heads predicts; they differ by what
+the prompts differ from those it was made on. Speed is `offload-run bench ... --draft medusa:HEADS
+--against-none`.
 
 `widen` pads heads of a small model with zeros for a large one that computes the same function
 (`make_bench_model.py`): its hidden state is the small one's and zeros. So heads that took minutes
@@ -83,8 +84,8 @@ class Measured:
     """Passes that were made.
 
     Attributes:
-        tokens: emitted.
-        passes: that sequences took part in.
+        tokens: emitted after the prompts' passes.
+        passes: that sequences took part in, those over prompts left out.
         answers: what was written.
     """
 
@@ -172,8 +173,7 @@ def measure(
     states: list[list[torch.Tensor]] = [[] for _ in prompts]
     heads.on_kept = lambda index, kept: states[index].extend(kept)
     run = engine.start(prompts, SamplingConfig(), GenerationConfig(max_tokens=answer), ends)
-    into.tokens += sum(len(emitted.token_ids) for emitted in run.prefill())
-    into.passes += len(run.sequences)
+    run.prefill()
     while run.active:
         into.passes += len(run.active)
         into.tokens += sum(len(emitted.token_ids) for emitted in run.step())
@@ -188,8 +188,8 @@ def measure(
 
 
 def replay(answer: Written, choices: frozenset[Choice]) -> int:
-    """Passes an answer takes when drafts are that tree, the prompt's included."""
-    last, passes, end = 0, 1, len(answer.tokens) - 1
+    """Passes an answer takes when drafts are that tree, the prompt's left out."""
+    last, passes, end = 0, 0, len(answer.tokens) - 1
     while last < end:
         path: Choice = ()
         for rank in answer.ranks[last][: end - last - 1]:  # a pass adds a token of its own

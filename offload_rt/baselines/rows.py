@@ -159,6 +159,12 @@ class Answered:
         return len(self.token_ids) / rate if rate else None
 
     @property
+    def tokens_per_pass(self) -> float | None:
+        """Of each sequence, in the passes after the prompts'; None if there was none."""
+        steps = (self.passes - 1) * len(self.token_ids)
+        return (self.tokens - self.first_tokens) / steps if steps else None
+
+    @property
     def read_bytes_per_s(self) -> float | None:
         """From disks, in the passes after the prompts'."""
         return self.decode_read_bytes / self.decode_s if self.decode_s > 0 else None

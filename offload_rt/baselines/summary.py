@@ -39,7 +39,7 @@ class Summary:
         read_bytes_per_token: read from disks for a token of a sequence after the first.
         read_bytes_per_s: meanwhile.
         link_bytes_per_token: that crossed the link, of engines that count it.
-        tokens_per_pass: emitted / passes, for each sequence.
+        tokens_per_pass: emitted / passes for each sequence, after the prompts' pass.
         load_s: from the request to being ready; imports are not in it.
         load_peak_bytes: of the process until it was ready, mapped files included.
         host_peak_bytes: of the process while it answered, imports and mapped files included.
@@ -151,7 +151,7 @@ def _summary(raw: RawRows, engine: str, batch: int, own: Sequence[Answered]) -> 
         read_bytes_per_token=figure(lambda row: _per_token(row, row.decode_read_bytes)),
         read_bytes_per_s=figure(lambda row: row.read_bytes_per_s),
         link_bytes_per_token=figure(lambda row: _per_token(row, row.decode_link_bytes)),
-        tokens_per_pass=figure(lambda row: row.tokens / row.passes / batch),
+        tokens_per_pass=figure(lambda row: row.tokens_per_pass),
         load_s=_figure({load.run.round: [load.load_s] for load in loads}),
         load_peak_bytes=max((load.host_peak_bytes for load in loads), default=0),
         host_peak_bytes=max(row.host_peak_bytes for row in own),

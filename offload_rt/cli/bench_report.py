@@ -162,7 +162,7 @@ def _categories(report: BenchReport) -> str:
             _cell(one.category),
             str(one.prompts),
             str(one.tokens),
-            f"{one.tokens_per_pass:.2f}",
+            _number(one.tokens_per_pass, ".2f"),
             _number(one.acceptance_rate, ".0%"),
             _with_spread(one),
         ]
@@ -195,10 +195,10 @@ def _prompts(report: BenchReport) -> str:
 
 def _legend(report: BenchReport) -> str:
     text = (
-        "All numbers are measured. tokens/pass: emitted tokens / passes over the model, the "
-        "prompt's included. acceptance: accepted / drafted tokens. tokens/s: decoding without the "
-        "prompt's pass, median of the rounds for each prompt, then mean ± standard deviation over "
-        "prompts."
+        "All numbers are measured. tokens/pass and tokens/s are of decoding, without the "
+        "prompt's pass and the token it gives. tokens/pass: emitted tokens / passes over the "
+        "model. acceptance: accepted / drafted tokens. tokens/s: median of the rounds for each "
+        "prompt, then mean ± standard deviation over prompts."
     )
     if report.compares:
         text += (

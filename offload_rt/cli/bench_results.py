@@ -142,7 +142,8 @@ class Summary:
 
     Attributes:
         tokens: emitted, all rounds together.
-        tokens_per_pass: emitted tokens / target passes, the prompt's included.
+        tokens_per_pass: emitted tokens / target passes, first tokens and prompts' passes left out;
+            None if no pass is left.
         acceptance_rate: accepted / drafted tokens.
         tokens_per_s: mean over prompts, in decoding.
         tokens_per_s_spread: standard deviation over prompts.
@@ -155,7 +156,7 @@ class Summary:
     category: str
     prompts: int
     tokens: int
-    tokens_per_pass: float
+    tokens_per_pass: float | None
     acceptance_rate: float | None
     tokens_per_s: float | None
     tokens_per_s_spread: float | None
@@ -179,8 +180,8 @@ def _summary(category: str, rows: Sequence[PromptRow], report: BenchReport) -> S
     runs = [run for row in rows for run in row.of(report.phase)]
     drafted = sum(run.speculation.drafted for run in runs)
     accepted = sum(run.speculation.accepted for run in runs)
-    passes = sum(run.speculation.passes for run in runs)
-    tokens = sum(len(run.token_ids) for run in runs)
+    steps = sum(max(0, run.speculation.passes - 1) for run in runs)
+    later = sum(max(0, len(run.token_ids) - 1) for run in runs)
     rates = _known([row.tokens_per_s(report.phase) for row in rows])
     plain = _known([row.tokens_per_s(BASELINE) for row in rows])
     ratios = _known([row.ratio for row in rows])
@@ -188,8 +189,8 @@ def _summary(category: str, rows: Sequence[PromptRow], report: BenchReport) -> S
     return Summary(
         category=category,
         prompts=len(rows),
-        tokens=tokens,
-        tokens_per_pass=tokens / passes if passes else 0.0,
+        tokens=sum(len(run.token_ids) for run in runs),
+        tokens_per_pass=later / steps if steps else None,
         acceptance_rate=accepted / drafted if drafted else None,
         tokens_per_s=mean(rates) if rates else None,
         tokens_per_s_spread=stdev(rates) if len(rates) > 1 else None,

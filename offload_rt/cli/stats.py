@@ -162,7 +162,7 @@ def _tokens(answer: Answer) -> str:
 def _drafting(answering: Answering, answer: Answer) -> str:
     speculation = answer.report.speculation
     name = drafter_name(answering.engine.draft)
-    if speculation.acceptance_rate is None:
+    if speculation.acceptance_rate is None or speculation.tokens_per_pass is None:
         return f"{name}, nothing was drafted"
     depths = speculation.acceptance_per_depth[:_SHOWN_DEPTHS]
     moved = format_size(speculation.draft_link_bytes)
