@@ -206,21 +206,22 @@ def module_bytes(module):
     return sum(t.nbytes for t in tensors if t is not None)
 
 
+@pytest.mark.parametrize("inputs", [2048, 608])  # of the latter int8 kernels fill up a block
 @pytest.mark.parametrize("weights", ROUNDED)
-def test_nothing_else_is_kept(weights):
+def test_nothing_else_is_kept(weights, inputs):
     """Of the process, too: a kernel's library may keep a weight beside its packed form."""
-    layer = linear(4096, 2048, False)
+    layer = linear(4096, inputs, False)
     with torch.inference_mode():
-        rounded_linear(layer, weights)(torch.randn(1, 2048).bfloat16())  # libraries start up
+        rounded_linear(layer, weights)(torch.randn(1, inputs).bfloat16())  # libraries start up
         ctypes.CDLL(None).malloc_trim(0)
         before = psutil.Process().memory_info().rss
         made = [rounded_linear(layer, weights) for _ in range(24)]
         for one in made:
-            one(torch.randn(1, 2048).bfloat16())
+            one(torch.randn(1, inputs).bfloat16())
         ctypes.CDLL(None).malloc_trim(0)
     grown = psutil.Process().memory_info().rss - before
-    kept = len(made) * matrix_bytes(weights, 4096, 2048)
-    assert 0.5 * kept < grown < 1.3 * kept + 2**24
+    kept = len(made) * matrix_bytes(weights, 4096, inputs)
+    assert 0.5 * kept < grown < 1.1 * kept + 2**23
 
 
 @pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx2", "avx512bw"})])

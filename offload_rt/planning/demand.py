@@ -31,7 +31,7 @@ from offload_rt.planning.weights import (
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
-MOST_SLACK_BYTES, SLACK_PART = 64 * 2**20, 8
+MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
 DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
 
@@ -243,8 +243,8 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Pac
 def slack_bytes(checkpoint: Checkpoint, drafting: Drafting, dtype: str, packing: Packing) -> int:
     """What many small copies of weights cost a CPU's allocator besides their sizes.
 
-    With Qwen2.5-0.5B in int8 (168 matrices) the process grew by 42 MB more than they have, and by
-    60 MB more, which it could give back, while it drafted.
+    With Qwen2.5-0.5B in int8 (168 matrices) the process had 40 MB more while it drafted, which it
+    could give back.
     """
     if packing is Packing.DEVICE:
         return 0

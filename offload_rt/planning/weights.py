@@ -6,6 +6,7 @@ from offload_rt.model.layout import LayerLayout, Packing
 
 GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
 _INT4_OUTPUTS = 16  # the kernels take whole multiples of so many outputs
+_INT8_INPUTS, _INT8_OUTPUTS = 512, 48  # FBGEMM's kernels for VNNI fill up blocks of these sizes
 _ROW_SCALE_BYTES = 4
 _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4
 
@@ -57,10 +58,15 @@ def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:
 
 
 def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
-    """Bytes of a rounded weight [outputs, inputs]."""
+    """Bytes of a rounded weight [outputs, inputs]; of int8 at most, as kernels differ by CPU."""
     if weights is DraftWeights.INT4:
         return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
-    return outputs * (inputs + _SCALE_BYTES)
+    filled = _whole(outputs, _INT8_OUTPUTS) * _whole(inputs, _INT8_INPUTS)
+    return filled + outputs * _SCALE_BYTES
+
+
+def _whole(count: int, block: int) -> int:
+    return -(-count // block) * block
 
 
 def embedding_bytes(rows: int, width: int) -> int:
