@@ -26,7 +26,7 @@ from itertools import product
 
 import torch
 
-from offload_rt.cli.prompt_set import read_prompt_set
+from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig, SamplingConfig
 from offload_rt.engine import open_device
 from offload_rt.errors import ConfigError, OffloadError
@@ -88,7 +88,7 @@ def known_answers(options: argparse.Namespace) -> Iterator[Known]:
         raise ConfigError(f"{options.answers} was sampled: only greedy answers can be replayed")
     tokenizer = load_tokenizer(resolve_model(options.model))
     items = [item for item in read_prompt_set(options.prompts) if item.name in found]
-    for item in items[: options.limit]:
+    for item in spread(items, options.limit):
         run = found[item.name]
         ids = build_prompt(tokenizer, [Message(role="user", content=item.text)])
         yield Known(ids, run["token_ids"], most)
