@@ -14,7 +14,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,8 +31,7 @@ from offload_rt.report import (
 )
 from offload_rt.sampling import Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
-from offload_rt.speculative.followers import Likely, pack_likely
-from offload_rt.speculative.verifier import draw, walk
+from offload_rt.speculative.deciding import Checked, decide
 
 if TYPE_CHECKING:
     from offload_rt.engine import Engine
@@ -82,11 +80,6 @@ class SequenceState:
     def remaining(self) -> int:
         """Tokens it may still emit."""
         return self.max_tokens - (len(self.ids) - self.prompt_tokens)
-
-    @property
-    def learns(self) -> bool:
-        """Whether its drafter wants to know what the model finds likely."""
-        return self.drafter is not None and self.drafter.learns
 
     def finish(self, reason: FinishReason) -> None:
         """End the sequence; it takes part in no further pass."""
@@ -185,8 +178,7 @@ class Run:
         emitted = []
         for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
             path = [draft.tree.tokens[node] for node in verdict.path]
-            keep = [0, *(node + 1 for node in verdict.path)]
-            self.engine.commit(sequence.index, [sequence.ids[-1], *path], keep)
+            self.engine.commit(sequence.index, [sequence.ids[-1], *path], verdict.rows)
             self.counts.add(draft, verdict)
             if sequence.drafter is not None:
                 sequence.drafter.observe(draft, verdict)
@@ -227,25 +219,13 @@ class Run:
         logits: Sequence[torch.Tensor],
     ) -> list[Verdict]:
         """Decide about all drafts, and let drafters learn from them, with one host sync."""
-        parts = []
-        for sequence, draft, rows in zip(sequences, drafts, logits, strict=True):
-            parts.append(draw(draft, rows, self.sampling, self.accept, sequence.dice))
-            parts.append(pack_likely(rows) if sequence.learns else parts[-1].new_empty(0))
-        flat = self.engine.device.download(torch.cat(parts))  # host sync
+        checked = [
+            Checked(sequence.ids, draft, rows, sequence.dice, sequence.drafter)
+            for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
+        ]
+        verdicts = decide(checked, self.engine.device, self.sampling, self.accept)
         self.passes += 1
         self._marks.append(self.engine.counters())
-        ends = list(accumulate(part.numel() for part in parts))
-        numbers = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-        verdicts = []
-        for sequence, draft, drawn, likely in zip(
-            sequences, drafts, numbers[::2], numbers[1::2], strict=True
-        ):
-            verdict = walk(draft, drawn, self.sampling, self.accept)
-            sequence.dice.advance(len(verdict.path) + 1)
-            verdicts.append(verdict)
-            if sequence.drafter is not None and likely:
-                found = Likely.read(likely, len(draft.tree) + 1)
-                sequence.drafter.learn(sequence.ids, draft.tree, found)
         return verdicts
 
     def _emit(

@@ -12,13 +12,13 @@ from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from safetensors.torch import load_file, save_file
 from test_speculation import IDS, chi_square, start
 
-from offload_rt import decoding
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.medusa.calibration import Calibration, write_calibration
 from offload_rt.medusa.judge import Judge
 from offload_rt.medusa.trees import DEFAULT_TREE, MedusaTree, named_trees
 from offload_rt.sampling import Dice, make_generator, next_tokens, target_probs
+from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.medusa import fill
 from offload_rt.speculative.tree import TokenTree
@@ -395,7 +395,7 @@ def test_drawing_a_token_for_each_path_fails_the_same_test(llama, heads, expecte
                     found[parent + 1] = again
         return found
 
-    monkeypatch.setattr(decoding, "draw", draw_per_path)
+    monkeypatch.setattr(deciding, "draw", draw_per_path)
     probs, names = expected
     counts = sampled_counts(llama, heads, names)
     assert chi_square(counts, probs * RUNS * TOGETHER) < 1e-6

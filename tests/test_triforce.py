@@ -27,7 +27,7 @@ from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.planning.suffixes import SHORTEST, lookup_bytes
 from offload_rt.sampling import Dice, make_generator, target_probs
-from offload_rt.speculative import triforce
+from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft, Unlearned
 from offload_rt.speculative.tree import TokenTree
 from offload_rt.speculative.triforce import TriForceDrafter
@@ -449,6 +449,6 @@ def published_rule(draft, logits, sampling, rule, dice):
 
 def test_the_published_level_1_rule_fails_the_same_test(world, monkeypatch):
     """Negative control: no residual at level 1 (reference: triforce.md 1.4)."""
-    monkeypatch.setattr(triforce, "draw", published_rule)
+    monkeypatch.setattr(deciding, "draw", published_rule)
     counts = joint_counts(world, SampledInner, SAMPLINGS[0])
     assert chi_square(counts, expected_counts(world.target, SAMPLINGS[0])) < 1e-6

@@ -40,6 +40,11 @@ class Verdict:
     path: tuple[int, ...]
     token: int
 
+    @property
+    def rows(self) -> list[int]:
+        """Rows of the pass that stay: the root's and those of accepted nodes."""
+        return [0, *(node + 1 for node in self.path)]
+
 
 class Unlearned:
     """Of drafters that do not want to know what a model found likely."""

@@ -21,9 +21,8 @@ from offload_rt.kv.retrieval import FollowedKV
 from offload_rt.report import RetrievalCounts
 from offload_rt.sampling import Dice, target_probs
 from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
-from offload_rt.speculative.followers import Likely, pack_likely
+from offload_rt.speculative.deciding import Checked, decide
 from offload_rt.speculative.tree import TokenTree
-from offload_rt.speculative.verifier import draw, walk
 
 # The retrieval cache is built anew when, over so many drafts, less than that share was accepted.
 # Both are guesses; a build is nearly free, since the pass it is part of is made anyway.
@@ -122,26 +121,17 @@ class TriForceDrafter(Unlearned):
             was drawn from.
         """
         assert self._dice is not None  # begin set it
-        retrieval, sampling, rule = self._cache.retrieval, self._sampling, AcceptRule.LOSSLESS
+        retrieval, sampling = self._cache.retrieval, self._sampling
         draft = Draft()
         if room > 1:
             draft = self._inner.propose(ids, min(self._inner_gamma, room - 1))
         logits = self._target(retrieval, ids[-1], draft.tree)
-        drawn = draw(draft, logits, sampling, rule, self._dice)
-        count, learns = drawn.numel(), self._inner.learns
-        if learns:
-            drawn = torch.cat([drawn, pack_likely(logits)])
-        numbers = self._device.download(drawn)  # host sync
-        verdict = walk(draft, numbers[:count], sampling, rule)
-        if learns:
-            likely = Likely.read(numbers[count:], len(logits))
-            self._inner.learn(ids, draft.tree, likely)
-        self._dice.advance(len(verdict.path) + 1)
-        retrieval.commit([0, *(node + 1 for node in verdict.path)])
+        checked = Checked(ids, draft, logits, self._dice, self._inner)
+        (verdict,) = decide([checked], self._device, sampling, AcceptRule.LOSSLESS)
+        retrieval.commit(verdict.rows)
         self._inner.observe(draft, verdict)
         self.counts.add(drafted=len(draft.tree), accepted=len(verdict.path))
         tokens = [*(draft.tree.tokens[node] for node in verdict.path), verdict.token]
         if sampling.greedy:
             return tokens, []
-        rows = [0, *(node + 1 for node in verdict.path)]  # whose logits each token came from
-        return tokens, [target_probs(logits[row : row + 1], sampling) for row in rows]
+        return tokens, [target_probs(logits[row : row + 1], sampling) for row in verdict.rows]

@@ -1,0 +1,69 @@
+"""What a pass over drafts decides: which tokens stand, and what their drafters learn from it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+
+from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.device.base import Device
+from offload_rt.sampling import Dice
+from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.speculative.followers import Likely, pack_likely
+from offload_rt.speculative.verifier import draw, walk
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A draft behind a sequence, and what a model says of it.
+
+    Attributes:
+        ids: the sequence; its last token is the root of the draft.
+        draft: N nodes, or none.
+        logits: [N + 1, V] after the root and after each node.
+        dice: the sequence's randomness.
+        drafter: learns what the model found likely, if it wants to.
+    """
+
+    ids: Sequence[int]
+    draft: Draft
+    logits: torch.Tensor
+    dice: Dice
+    drafter: Drafter | None = None
+
+    @property
+    def learns(self) -> bool:
+        """Whether its drafter wants to know what the model finds likely."""
+        return self.drafter is not None and self.drafter.learns
+
+
+def decide(
+    checked: Sequence[Checked], device: Device, sampling: SamplingConfig, rule: AcceptRule
+) -> list[Verdict]:
+    """Decide about drafts of several sequences with one host sync.
+
+    Dice go on by the tokens each sequence gains, and drafters learn.
+
+    Args:
+        checked: drafts and logits.
+        device: that the logits are on.
+        sampling: how the model's tokens are drawn.
+        rule: when a drafted token stands.
+    """
+    parts = []
+    for one in checked:
+        parts.append(draw(one.draft, one.logits, sampling, rule, one.dice))
+        parts.append(pack_likely(one.logits) if one.learns else parts[-1].new_empty(0))
+    flat = device.download(torch.cat(parts))  # host sync
+    ends = list(accumulate(part.numel() for part in parts))
+    numbers = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    verdicts = []
+    for one, drawn, likely in zip(checked, numbers[::2], numbers[1::2], strict=True):
+        verdict = walk(one.draft, drawn, sampling, rule)
+        one.dice.advance(len(verdict.path) + 1)
+        verdicts.append(verdict)
+        if one.drafter is not None and likely:
+            found = Likely.read(likely, len(one.logits))
+            one.drafter.learn(one.ids, one.draft.tree, found)
+    return verdicts
