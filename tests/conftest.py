@@ -97,3 +97,24 @@ def offload_run(capsys, monkeypatch):
         return SimpleNamespace(code=code, out=out, err=err)
 
     return call
+
+
+@pytest.fixture
+def run_tool(capsys, monkeypatch):
+    """Run a program of `tools/` (`tool_runs.loaded`) with arguments; returns its output."""
+
+    def run(tool, *arguments):
+        monkeypatch.setattr(sys, "argv", [tool.__file__, *map(str, arguments)])
+        capsys.readouterr()
+        tool.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def prompt_file(tmp_path):
+    """A file with four prompts."""
+    path = tmp_path / "prompts.txt"
+    path.write_text("".join(f"the {word} fox\n" for word in ["quick", "brown", "lazy", "dog"]))
+    return path

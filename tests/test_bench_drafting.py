@@ -1,50 +1,33 @@
 """The bench of drafts: a replay takes the passes that are made, and other answers are refused."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
-
-TOOL = Path(__file__).parent.parent / "tools" / "bench_drafting.py"
+from tool_runs import loaded
 
 
 @pytest.fixture
-def bench(capsys, monkeypatch):
+def bench(run_tool, capsys):
     """Run a command line of the tool; returns what it printed, on stdout or as an error."""
-    spec = importlib.util.spec_from_file_location("bench_drafting", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
+    with loaded("bench_drafting") as tool:
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            module.main()
-        except SystemExit as ended:
-            assert ended.code == 2
-            return capsys.readouterr().err
-        return capsys.readouterr().out
+        def run(*arguments):
+            try:
+                return run_tool(tool, *arguments)
+            except SystemExit as ended:
+                assert ended.code == 2
+                return capsys.readouterr().err
 
-    return run
-
-
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"the {word} fox\n" for word in ["quick", "brown", "lazy", "dog"]))
-    return path
+        yield run
 
 
 @pytest.mark.parametrize("nodes", [3, 24])
 @pytest.mark.parametrize("window", ["full", 44])
 def test_a_replay_takes_the_passes_that_are_made(
-    bench, make_tiny, offload_run, prompts, tmp_path, nodes, window
+    bench, make_tiny, offload_run, prompt_file, tmp_path, nodes, window
 ):
     model = small = make_tiny("llama", tokenizer=True)  # a window makes it err
-    common = ("bench", model, "--prompts", prompts, "-n", 40, "--device-memory", "400MiB", "-q")
+    common = ("bench", model, "--prompts", prompt_file, "-n", 40, "--device-memory", "400MiB", "-q")
     drafting = ("--draft", f"model:{small}", "--draft-tokens", nodes, "--draft-window", window)
     for name, more in (("plain", ("--draft", "none")), ("drafted", drafting)):
         assert offload_run(*common, *more, "--output", tmp_path / name).code == 0
@@ -53,17 +36,17 @@ def test_a_replay_takes_the_passes_that_are_made(
     )
     sizes = ("--nodes", nodes, "--windows", window, "--json")
     answers = tmp_path / "plain" / "bench.json"
-    (row,) = json.loads(bench(model, small, "--prompts", prompts, "--answers", answers, *sizes))
+    (row,) = json.loads(bench(model, small, "--prompts", prompt_file, "--answers", answers, *sizes))
     assert plain["totals"]["tokens_per_pass"] == 1
     assert row["tokens_per_pass"] == pytest.approx(drafted["totals"]["tokens_per_pass"])
     assert row["answers"] == 4 and row["lowest"] <= row["tokens_per_pass"] <= row["highest"]
     assert row["nodes"] == nodes and row["draft_passes"] >= 1
 
 
-def test_what_is_no_greedy_bench_is_refused(bench, make_tiny, offload_run, prompts, tmp_path):
+def test_what_is_no_greedy_bench_is_refused(bench, make_tiny, offload_run, prompt_file, tmp_path):
     model = make_tiny("llama", tokenizer=True)
-    asked = (model, model, "--prompts", prompts, "--answers")
-    assert "is not what `offload-run bench` writes" in bench(*asked, prompts)
-    common = ("bench", model, "--prompts", prompts, "-n", 3, "-q", "--output", tmp_path)
+    asked = (model, model, "--prompts", prompt_file, "--answers")
+    assert "is not what `offload-run bench` writes" in bench(*asked, prompt_file)
+    common = ("bench", model, "--prompts", prompt_file, "-n", 3, "-q", "--output", tmp_path)
     assert offload_run(*common, "--temperature", 1).code == 0
     assert "was sampled" in bench(*asked, tmp_path / "bench.json")

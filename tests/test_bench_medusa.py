@@ -1,15 +1,15 @@
 """The bench of Medusa heads: replayed passes are those that are made, prompts are as promised."""
 
 import ast
-import importlib.util
 import json
-import sys
 import sysconfig
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from medusa_heads import write_own, write_shared
+from tool_runs import loaded
 from torch.nn.functional import pad
 
 from offload_rt.errors import ConfigError
@@ -18,45 +18,27 @@ from offload_rt.medusa.checkpoint import open_source
 from offload_rt.medusa.convert import read_heads
 from offload_rt.medusa.heads import MedusaHeads
 
-TOOL = Path(__file__).parent.parent / "tools" / "bench_medusa.py"
-
 
 @pytest.fixture
-def bench(capsys, monkeypatch):
+def bench(run_tool):
     """Run a command line of the tool; returns what it printed."""
-    spec = importlib.util.spec_from_file_location("bench_medusa", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", [str(TOOL), *map(str, arguments)])
-        capsys.readouterr()
-        module.main()
-        return capsys.readouterr().out
-
-    return run
+    with loaded("bench_medusa") as tool:
+        yield partial(run_tool, tool)
 
 
-@pytest.fixture
-def prompts(tmp_path):
-    path = tmp_path / "prompts.txt"
-    path.write_text("".join(f"the {word} fox\n" for word in ["quick", "brown", "lazy", "dog"]))
-    return path
-
-
-def test_replayed_passes_are_those_that_are_made(bench, tiny_model, offload_run, prompts, tmp_path):
+def test_replayed_passes_are_those_that_are_made(
+    bench, tiny_model, offload_run, prompt_file, tmp_path
+):
     heads = tmp_path / "heads"
     options = ("--epochs", 20, "--heads", 3, "--self-distill", "--answer-tokens", 30, "-q")
     done = offload_run(
-        *("train-medusa", tiny_model, "--output", heads, "--data", prompts, *options),
+        *("train-medusa", tiny_model, "--output", heads, "--data", prompt_file, *options),
         *("--device", "cpu", "--device-memory", "400MiB", "--lr", 0.01),
     )
     assert done.code == 0, done.err
     more = ("--answer", 30, "--device-memory", "400MiB", "--json", "--together", 3)
-    out = bench(
-        "trees", tiny_model, heads, "--prompts", prompts, "--measure", 9, "--replay", "3,30", *more
-    )
+    sizes = ("--measure", 9, "--replay", "3,30")
+    out = bench("trees", tiny_model, heads, "--prompts", prompt_file, *sizes, *more)
     found = json.loads(out)
     assert found["passes"] < found["tokens"]  # drafts stood, so there is something to replay
     three, nine, thirty = found["trees"]
@@ -66,10 +48,10 @@ def test_replayed_passes_are_those_that_are_made(bench, tiny_model, offload_run,
     assert three["measured"] is None and three["replayed"] <= thirty["replayed"]
 
 
-def test_heads_without_calibration_are_refused(bench, tiny_model, prompts, tmp_path):
+def test_heads_without_calibration_are_refused(bench, tiny_model, prompt_file, tmp_path):
     heads = write_own(tmp_path / "heads")
     with pytest.raises(ConfigError, match="is not calibrated"):
-        bench("trees", tiny_model, heads, "--prompts", prompts)
+        bench("trees", tiny_model, heads, "--prompts", prompt_file)
 
 
 def test_prompts_are_split_for_good_and_made_of_code(bench, tmp_path):

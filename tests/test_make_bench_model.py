@@ -1,27 +1,20 @@
 """The padded benchmark model computes what its source computes, whatever its shape."""
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tool_runs import loaded
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-TOOL = Path(__file__).parent.parent / "tools" / "make_bench_model.py"
 VOCAB, HIDDEN, LAYERS = 97, 32, 2
 
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("make_bench_model", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    with loaded("make_bench_model") as module:
+        yield module
 
 
 def write_source(folder, *, tied=True, dtype=torch.float32):

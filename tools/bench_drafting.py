@@ -27,15 +27,16 @@ from itertools import product
 import torch
 
 from offload_rt.cli.prompt_set import read_prompt_set, spread
-from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig, SamplingConfig
+from offload_rt.config import AcceptRule, DraftConfig, DraftWeights, RuntimeConfig, SamplingConfig
 from offload_rt.engine import open_device
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.demand import draft_weights_of
-from offload_rt.speculative.base import Drafter
+from offload_rt.speculative.base import Draft, Drafter
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.pair import check_sizes
-from offload_rt.speculative.tree import ROOT, TokenTree
+from offload_rt.speculative.tree import TokenTree
+from offload_rt.speculative.verifier import walk
 from offload_rt.text import Message, build_prompt, load_tokenizer
 
 
@@ -94,16 +95,10 @@ def known_answers(options: argparse.Namespace) -> Iterator[Known]:
         yield Known(ids, run["token_ids"], most)
 
 
-def accepted(tree: TokenTree, truth: Sequence[int]) -> int:
-    """How many tokens of a draft the answer goes along with."""
-    node, depth = ROOT, 0
-    children = {
-        (parent, token): n
-        for n, (parent, token) in enumerate(zip(tree.parents, tree.tokens, strict=True))
-    }
-    while depth < len(truth) and (node, truth[depth]) in children:
-        node, depth = children[node, truth[depth]], depth + 1
-    return depth
+def accepted(tree: TokenTree, truth: Sequence[int]) -> tuple[int, ...]:
+    """The nodes of a draft that a greedy answer goes along with."""
+    after = [truth[depth] if depth < len(truth) else -1 for depth in (0, *tree.depths)]
+    return walk(Draft(tree), after, SamplingConfig(), AcceptRule.LOSSLESS).path
 
 
 def replay(drafter: Drafter, known: Known, nodes: int) -> tuple[int, float]:
@@ -115,13 +110,11 @@ def replay(drafter: Drafter, known: Known, nodes: int) -> tuple[int, float]:
         start = time.perf_counter()
         tree = drafter.propose(ids, room, nodes).tree if room else TokenTree()
         drafting += time.perf_counter() - start
-        done, passes = done + accepted(tree, truth) + 1, passes + 1
+        done, passes = done + len(accepted(tree, truth)) + 1, passes + 1
     return passes, drafting
 
 
-def measure(
-    model: DraftModel, config: DraftConfig, answers: Sequence[Known], weights: DraftWeights
-) -> Row:
+def measure(model: DraftModel, config: DraftConfig, answers: Sequence[Known]) -> Row:
     """Replay all answers with drafts of one kind."""
     made, real = 0, model.forward
 
@@ -146,7 +139,7 @@ def measure(
     each = [count / steps for count, steps in zip(tokens, passes, strict=True)]
     return Row(
         nodes=config.nodes,
-        weights=str(weights),
+        weights=str(config.draft_weights),
         window=config.window_tokens,
         answers=len(answers),
         tokens_per_pass=sum(tokens) / sum(passes),
@@ -179,7 +172,7 @@ def run(options: argparse.Namespace, target: Checkpoint, small: Checkpoint) -> I
             config = DraftConfig(
                 draft=base.draft, draft_tokens=nodes, draft_window=window, draft_weights=weights
             )
-            yield measure(model, config, answers, weights)
+            yield measure(model, config, answers)
         del model
         device.close()
 
