@@ -16,7 +16,7 @@ RANKS = [
     ["units"],
     ["config", "report", "model.config"],
     [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
-    ["model.checkpoint", "model.layout", "model.outline"],
+    ["model.adapter", "model.checkpoint", "model.layout", "model.outline"],
     ["device.base"],  # protocols and constants
     ["device"],
     ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device
@@ -37,6 +37,7 @@ RANKS = [
 ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
+TORCH_FREE |= {"model.adapter"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}

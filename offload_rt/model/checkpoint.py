@@ -13,6 +13,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError
+from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
@@ -100,6 +101,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """
     folder = Path(os.path.abspath(folder))
     index = find_weights(folder)
+    if (found := adapter_beside(folder)) is not None:
+        _log.warning(
+            "%s holds an adapter (%s) beside the model: it is not applied", folder.name, found
+        )
     config = load_model_config(folder)
     tensors, files = read_shards(folder, index)
     tensors = {n: e for n, e in tensors.items() if not n.startswith(MEDUSA_PREFIX)}
