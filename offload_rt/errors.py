@@ -1,8 +1,12 @@
 """The errors a user can meet. Each says what was wrong, the numbers, and what to do."""
 
+from offload_rt.printable import printable
+
 
 class OffloadError(Exception):
     """Base of all errors of this package; the command line prints it without a traceback.
+
+    Its message is one line that is safe to show: names and texts of a model are in many of them.
 
     Attributes:
         exit_code: what `offload-run` exits with (2 usage or configuration, 3 no plan fits, 4 bad
@@ -10,6 +14,9 @@ class OffloadError(Exception):
     """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split("\n"))))
 
 
 class ConfigError(OffloadError):

@@ -12,6 +12,7 @@ ROOT = PROJECT / "offload_rt"
 # Low to high; the longest matching prefix of a module's name decides. A module may import modules
 # of a lower rank and of its own package, so two packages of one rank do not know each other.
 RANKS = [
+    ["printable"],
     ["errors"],
     ["units"],
     ["config", "report", "model.config"],
@@ -38,6 +39,7 @@ ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter"}
+TORCH_FREE |= {"printable"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}

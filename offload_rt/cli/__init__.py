@@ -36,8 +36,10 @@ def run(arguments: Sequence[str]) -> int:
     with Interrupts() as interrupts:
         try:
             from offload_rt.cli.app import run_verb
+            from offload_rt.cli.console import guarded_streams
 
-            return run_verb(arguments, interrupts)
+            with guarded_streams():
+                return run_verb(arguments, interrupts)
         except Interrupted:
             sys.stderr.write("offload-run: interrupted\n")
             return interrupts.exit_code

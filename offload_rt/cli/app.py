@@ -19,6 +19,7 @@ from offload_rt.cli.profile import profile
 from offload_rt.cli.simulate import simulate_verb
 from offload_rt.cli.train import train_medusa
 from offload_rt.errors import OffloadError
+from offload_rt.printable import printable
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -95,8 +96,7 @@ def run_verb(arguments: Sequence[str], interrupts: Interrupts) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    one_line = " ".join(sentence.splitlines())
-    click.echo(f"offload-run: error: {one_line}", err=True)
+    click.echo(f"offload-run: error: {printable(sentence)}", err=True)
     return code
 
 

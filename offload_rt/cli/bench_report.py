@@ -1,7 +1,6 @@
 """What `bench` measured, as Markdown and as JSON."""
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 from offload_rt.cli.bench_results import (
@@ -14,6 +13,7 @@ from offload_rt.cli.bench_results import (
     Summary,
     summaries,
 )
+from offload_rt.cli.markdown import bullets, heading, table
 from offload_rt.cli.stats import drafter_name, rule_name
 from offload_rt.units import format_size
 
@@ -97,7 +97,7 @@ def _run_json(run: Measured) -> dict[str, Any]:
 
 def as_markdown(report: BenchReport) -> str:
     """What decides the numbers, a table per category, and in a comparison one per prompt."""
-    parts = [f"# offload-run bench: {report.model}", _header(report), _categories(report)]
+    parts = [heading(f"offload-run bench: {report.model}"), _header(report), _categories(report)]
     if report.compares:
         parts.append(_prompts(report))
     parts.append(_legend(report))
@@ -137,7 +137,7 @@ def _header(report: BenchReport) -> str:
         )
     known = ", ".join(f"{name} {number}" for name, number in report.versions.items())
     lines.append(f"versions: {known}")
-    return "\n".join(f"- {line}" for line in lines)
+    return bullets(lines)
 
 
 def _engine_line(facts: EngineFacts) -> str:
@@ -159,7 +159,7 @@ def _categories(report: BenchReport) -> str:
     lines = []
     for one in summaries(report):
         cells = [
-            _cell(one.category),
+            one.category,
             str(one.prompts),
             str(one.tokens),
             _number(one.tokens_per_pass, ".2f"),
@@ -170,7 +170,7 @@ def _categories(report: BenchReport) -> str:
             same = f"{one.same} of {one.compared}" if report.settings.sampling.greedy else "-"
             cells += [_number(one.baseline_tokens_per_s, ".2f"), _number(one.ratio, ".2f"), same]
         lines.append(cells)
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _prompts(report: BenchReport) -> str:
@@ -182,15 +182,15 @@ def _prompts(report: BenchReport) -> str:
             difference = "-"
         lines.append(
             [
-                _cell(row.item.name),
-                _cell(row.item.category),
+                row.item.name,
+                row.item.category,
                 _number(row.tokens_per_s(DRAFTED), ".2f"),
                 _number(row.tokens_per_s(BASELINE), ".2f"),
                 _number(row.ratio, ".2f"),
                 difference,
             ]
         )
-    return _table(head, lines)
+    return table(head, lines)
 
 
 def _legend(report: BenchReport) -> str:
@@ -208,11 +208,6 @@ def _legend(report: BenchReport) -> str:
     return text
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if column == 0 else "---:" for column in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
-
-
 def _with_spread(summary: Summary) -> str:
     spread = summary.tokens_per_s_spread
     text = _number(summary.tokens_per_s, ".2f")
@@ -221,8 +216,3 @@ def _with_spread(summary: Summary) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _cell(text: str) -> str:
-    """Text that does not end its cell."""
-    return " ".join(text.split()).replace("|", "\\|")

@@ -17,6 +17,7 @@ from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, Samp
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import RANKS, Calibration, best_trees, write_calibration
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.printable import printable
 
 if TYPE_CHECKING:
     import torch
@@ -189,4 +190,4 @@ def _show(calibration: Calibration, path: Path, output: Output) -> None:
         shares = f"{row[0]:.0%} at once, {sum(row[:5]):.0%} among 5 tokens"
         click.echo(f"head {head}  right {shares}, of {calibration.places[head - 1]} places")
     click.echo(f"a tree of {_NODES} nodes is expected to give {expected:.2f} tokens/pass")
-    click.echo(f"kept in {path}")
+    click.echo(f"kept in {printable(str(path))}")

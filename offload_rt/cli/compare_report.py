@@ -15,6 +15,7 @@ from offload_rt.baselines.summary import (
     per_prompt,
     summaries,
 )
+from offload_rt.cli.markdown import bullets, code, heading, table
 from offload_rt.units import format_size
 
 _SHOWN_CHARACTERS = 60
@@ -58,7 +59,7 @@ def as_json(raw: RawRows) -> dict[str, Any]:
 def as_markdown(raw: RawRows) -> str:
     """Conditions, a table of engines, who could not run, prompts, differences, configurations."""
     found = summaries(raw)
-    parts = [f"# offload-run compare: {raw.setup.model}", _header(raw)]
+    parts = [heading(f"offload-run compare: {raw.setup.model}"), _header(raw)]
     parts.append(_engines(found) if found else "Nothing was measured.")
     parts += [part for part in (_warnings(raw, found), _best(found), _failures(raw)) if part]
     if 1 in raw.setup.batches and found:
@@ -88,12 +89,11 @@ def _header(raw: RawRows) -> str:
         "tokens",
         f"answers: up to {setup.max_tokens} tokens, greedy{ends}",
         f"batch sizes: {', '.join(map(str, setup.batches))}",
-        f"command: `{setup.command}`",
     ]
     if setup.draft:
         draft = json.loads(setup.draft)
-        lines.insert(-1, f"{DRAFTED}: --draft {draft['draft']}, {_draft_tokens(draft)}")
-    return "\n".join(f"- {line}" for line in lines)
+        lines.append(f"{DRAFTED}: --draft {draft['draft']}, {_draft_tokens(draft)}")
+    return f"{bullets(lines)}\n- command: {code(setup.command)}"
 
 
 def _draft_tokens(draft: dict[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _engines(found: Sequence[Summary]) -> str:
             "-" if one.engine == OURS else f"{one.same} of {one.compared}",
         ]
         lines.append(cells)
-    return "## Engines\n\n" + _table(head, lines)
+    return "## Engines\n\n" + table(head, lines)
 
 
 def _warnings(raw: RawRows, found: Sequence[Summary]) -> str:
@@ -161,7 +161,7 @@ def _best(found: Sequence[Summary]) -> str:
         ]
         for rate, engine in sorted(known, reverse=True)[:1]:
             lines.append([str(batch), engine, f"{rate:.2f}"])
-    return "## Most tokens a second\n\n" + _table(["batch", "engine", "tokens/s"], lines)
+    return "## Most tokens a second\n\n" + table(["batch", "engine", "tokens/s"], lines)
 
 
 def _failures(raw: RawRows) -> str:
@@ -173,13 +173,13 @@ def _failures(raw: RawRows) -> str:
             row.run.engine,
             str(row.run.batch),
             str(row.run.round + 1),
-            _cell(row.stage),
-            _cell(row.reason),
+            row.stage,
+            " ".join(row.reason.split()),
         ]
         for row in rows
     ]
-    table = _table(["engine", "batch", "round", "while", "reason"], lines)
-    return f"## Not run\n\n{table}\n\nAn engine that failed is not tried again with that batch."
+    made = table(["engine", "batch", "round", "while", "reason"], lines)
+    return f"## Not run\n\n{made}\n\nAn engine that failed is not tried again with that batch."
 
 
 def _prompts(raw: RawRows) -> str:
@@ -189,8 +189,8 @@ def _prompts(raw: RawRows) -> str:
     for number, prompt in enumerate(raw.setup.prompts):
         figures = [per_prompt(raw, engine, number) for engine in engines]
         cells = [_with_range(figure, ".3f") for figure in figures]
-        lines.append([_cell(prompt.name), str(prompt.tokens), *cells])
-    return "## Prompts: s/token, batch 1\n\n" + _table(head, lines)
+        lines.append([prompt.name, str(prompt.tokens), *cells])
+    return "## Prompts: s/token, batch 1\n\n" + table(head, lines)
 
 
 def _per_prompt(raw: RawRows, engine: str) -> list[Figure | None]:
@@ -206,10 +206,10 @@ def _differences(raw: RawRows) -> str:
     for one in found:
         name = raw.setup.prompts[one.prompt].name
         texts = [_around(text, one.texts) for text in one.texts]
-        cells = [one.engine, str(one.batch), _cell(name), str(one.index), *texts, _gap(one)]
+        cells = [one.engine, str(one.batch), name, str(one.index), *texts, _gap(one)]
         lines.append(cells)
     return (
-        f"## Different texts\n\n{_table(head, lines)}\n\n"
+        f"## Different texts\n\n{table(head, lines)}\n\n"
         "token: index of the first that differs. logits: of our token and theirs in a pass of "
         "ours over what both agree on; tokens within a step or two of the number format are a tie "
         "that sums rounded in another order decide."
@@ -222,7 +222,7 @@ def _around(text: str, both: tuple[str, str]) -> str:
     parting = next((i for i, (a, b) in pairs if a != b), min(map(len, both)))
     start = max(0, parting - _SHOWN_CHARACTERS // 2)
     piece = text[start : start + _SHOWN_CHARACTERS]
-    return _cell(("..." if start else "") + json.dumps(piece, ensure_ascii=False)[1:-1])
+    return ("..." if start else "") + piece
 
 
 def _gap(one: Difference) -> str:
@@ -260,11 +260,6 @@ _LEGEND = (
 )
 
 
-def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if column == 0 else "---:" for column in range(len(head))]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
-
-
 def _with_range(figure: Figure | None, form: str) -> str:
     if figure is None:
         return "-"
@@ -276,8 +271,3 @@ def _with_range(figure: Figure | None, form: str) -> str:
 
 def _number(figure: Figure | None, form: str, unit: float = 1.0) -> str:
     return "-" if figure is None else format(figure.median / unit, form)
-
-
-def _cell(text: str) -> str:
-    """Text that does not end its cell."""
-    return " ".join(text.split()).replace("|", "\\|")

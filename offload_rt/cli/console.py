@@ -5,18 +5,16 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any, TextIO, cast
 
 import click
 
 from offload_rt.cli.options import Output
+from offload_rt.printable import encodable, printable, printable_lines, printable_prose
 
-# What a terminal would act on: a model must not move the cursor or set the window's title.
-_CONTROLS = {
-    code: "\ufffd" for code in [*range(0x20), *range(0x7F, 0xA0)] if chr(code) not in "\n\t"
-}
 _POLL_S = 0.1
 
 _QUIET_LIBRARIES = {
@@ -48,12 +46,61 @@ def quiet_libraries(output: Output) -> None:
         ours.addHandler(_Notes(Console(output)))
 
 
+class _Guarded:
+    """A standard stream that shows whatever is written to it: nothing steers the terminal.
+
+    Tables, notes, errors, log records, tracebacks and what libraries print all pass here. JSON
+    passes as it is, for it is ASCII without controls. What the stream's encoding lacks is escaped.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self.unguarded = stream
+
+    @property
+    def encoding(self) -> str:
+        """Never ASCII, for click goes around a stream of that and writes UTF-8 beside it."""
+        real = _encoding(self.unguarded)
+        return "utf-8" if encodable("\u00b1", real) != "\u00b1" else real
+
+    def write(self, text: str) -> int:
+        self.unguarded.write(encodable(printable_lines(text), _encoding(self.unguarded)))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever the stream has
+        return getattr(self.unguarded, name)
+
+
+@contextmanager
+def guarded_streams() -> Iterator[None]:
+    """Let everything the body writes to stdout and stderr be safe to show."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, _Guarded(stream)) for stream in before)
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def unguarded(stream: TextIO) -> TextIO:
+    """The stream itself, for who moves the cursor and makes safe what it shows between."""
+    return stream.unguarded if isinstance(stream, _Guarded) else stream
+
+
+def _encoding(stream: TextIO) -> str:
+    return stream.encoding or "utf-8"  # None where a test or a notebook reads along
+
+
 def write_answer(text: str) -> None:
     """Write a piece of the answer to stdout at once; exactly, unless it is a terminal."""
     if sys.stdout.isatty():
-        text = text.translate(_CONTROLS)
-    click.echo(text, nl=False, color=True)  # color: do not strip what is part of the answer
-    sys.stdout.flush()
+        text = printable_prose(text)
+    stdout = unguarded(sys.stdout)
+    stdout.write(encodable(text, _encoding(stdout)))
+    stdout.flush()
 
 
 @dataclass(slots=True)
@@ -80,7 +127,7 @@ class Console:
     def note(self, sentence: str) -> None:
         """One line about something the user should know."""
         if not self.output.quiet:
-            click.echo(f"offload-run: {sentence}", err=True)
+            click.echo(f"offload-run: {printable(sentence)}", err=True)
 
     def block(self, text: str) -> None:
         """Lines that need no prefix."""
@@ -98,21 +145,23 @@ class Console:
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         bar = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn("{task.percentage:>3.0f} %"),
             TimeElapsedColumn(),
-            console=RichConsole(stderr=True),
+            console=RichConsole(file=unguarded(sys.stderr)),
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
         )
+        label = printable(label)
         task, ended = bar.add_task(label, total=None), threading.Event()
 
         def follow() -> None:
             while not ended.wait(_POLL_S):
                 if gauge.total:
-                    shown = f"{label}: {detail}" if (detail := gauge.detail()) else label
+                    detail = printable(gauge.detail())
+                    shown = f"{label}: {detail}" if detail else label
                     done = min(gauge.done(), gauge.total)
                     bar.update(task, completed=done, total=gauge.total, description=shown)
 

@@ -11,6 +11,7 @@ from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.options import Output
 from offload_rt.model.checkpoint import resolve_model
+from offload_rt.printable import printable
 
 _WHAT_WIDTH = 13
 
@@ -36,8 +37,9 @@ def doctor(model: str | None, json: bool) -> int:
 
 
 def _line(finding: Finding) -> str:
-    head = f"{finding.level:<6}{finding.what:<{_WHAT_WIDTH}}{finding.detail}"
-    return f"{head}\n{'':<6}{'':<{_WHAT_WIDTH}}-> {finding.fix}" if finding.fix else head
+    head = printable(f"{finding.level:<6}{finding.what:<{_WHAT_WIDTH}}{finding.detail}")
+    fix = printable(finding.fix)
+    return f"{head}\n{'':<6}{'':<{_WHAT_WIDTH}}-> {fix}" if fix else head
 
 
 def _verdict(findings: list[Finding]) -> str:

@@ -21,6 +21,7 @@ from offload_rt.medusa.checkpoint import HeadsSource, base_model, open_source, s
 from offload_rt.medusa.names import TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.medusa.trees import DEFAULT_TREE, cut, named_trees
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.printable import printable
 from offload_rt.units import format_size
 
 _WHAT_WIDTH = 14
@@ -50,7 +51,7 @@ def info(heads: str, json: bool) -> int:
         click.echo(_as_json(source, calibration))
     else:
         rows = [*_rows(source), *_worth(source.names.shape, calibration)]
-        click.echo("\n".join(f"{what:<{_WHAT_WIDTH}}{detail}" for what, detail in rows))
+        click.echo("\n".join(f"{what:<{_WHAT_WIDTH}}{printable(detail)}" for what, detail in rows))
     return 0
 
 
@@ -95,7 +96,7 @@ def convert(heads: str, folder: str, layout: str, model: str | None) -> int:
     if model is not None:
         read = with_output_head(read, read_output_head(open_checkpoint(resolve_model(model))))
     path = write_heads(read, Path(folder), Layout(layout))
-    click.echo(f"{path} ({format_size(path.stat().st_size)})")
+    click.echo(f"{printable(str(path))} ({format_size(path.stat().st_size)})")
     return 0
 
 

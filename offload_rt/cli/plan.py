@@ -31,6 +31,7 @@ from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, Prediction, plan_run
 from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass
 from offload_rt.planning.speeds import Speeds
+from offload_rt.printable import printable
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.units import format_size
 
@@ -253,7 +254,7 @@ def _as_table(outlook: _Outlook) -> str:
         lines += [f"in {away}, copied to the device in each pass", _row(streamed)]
     else:
         lines.append("nothing is streamed")
-    return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
+    return "\n".join(map(printable, [*lines, *speed_lines(outlook.plan, outlook.speeds)]))
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:

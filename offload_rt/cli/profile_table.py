@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
+from offload_rt.printable import printable
 from offload_rt.profiling.profile import (
     HardwareProfile,
     Machine,
@@ -20,20 +21,21 @@ Cell = tuple[str, float, Number]  # where on the curve, the value as shown, what
 
 def profile_table(profile: HardwareProfile) -> str:
     """All numbers of a profile, one row a curve."""
-    lines = [f"{profile.name}, {profile.date}: {profile.method}", _machine(profile.machine)]
-    lines += [line for line in (*_gpus(profile.machine), _versions(profile.versions)) if line]
+    head = (f"{profile.name}, {profile.date}: {profile.method}", _machine(profile.machine))
+    heads = (*head, *_gpus(profile.machine), _versions(profile.versions))
+    lines = [printable(line) for line in heads if line]
     for title, rows in _sections(profile):
         made = list(rows)
         if made:
             lines += [title, *made]
-    return "\n".join([*lines, *(f"note: {note}" for note in profile.notes)])
+    return "\n".join([*lines, *(f"note: {printable(note)}" for note in profile.notes)])
 
 
 def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
     yield "link, GB/s by block size", _links(profile)
     disk = [(str(d.queue_depth), _gb(d.bytes_per_s), d.bytes_per_s) for d in profile.disk]
     kinds = {f"{d.file_system}, {'direct' if d.direct else 'page cache'}" for d in profile.disk}
-    yield "disk, GB/s by reads in flight", [_row(k, disk) for k in sorted(kinds)]
+    yield "disk, GB/s by reads in flight", [_row(printable(kind), disk) for kind in sorted(kinds)]
     yield "host memory, GB/s by threads", _memory(profile)
     if profile.pinning is not None:
         rate = profile.pinning.bytes_per_s

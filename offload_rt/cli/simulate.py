@@ -31,6 +31,7 @@ from offload_rt.planning.published import Comparison, compare_published
 from offload_rt.planning.run import RunLoad, place_run
 from offload_rt.planning.scenario import load_scenario
 from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, predict, simulate
+from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import find_profile, load_profile, machine_name
@@ -178,7 +179,7 @@ def _scenario(values: dict[str, Any]) -> None:
         click.echo(json.dumps(known | dataclasses.asdict(made)))
     else:
         head = f"{scenario.name}, {scenario.model.layers} layers, on {profile.name}"
-        click.echo("\n".join([head, *prediction_table(made)]))
+        click.echo("\n".join([printable(head), *prediction_table(made)]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

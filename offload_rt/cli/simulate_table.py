@@ -15,6 +15,7 @@ from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import TOLERANCE, Comparison
 from offload_rt.planning.scenario import SCENARIO_VERSION, Scenario
 from offload_rt.planning.simulate import Prediction
+from offload_rt.printable import printable
 from offload_rt.profiling.profile import Obtained
 from offload_rt.units import format_size
 
@@ -47,7 +48,7 @@ def model_table(
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
         nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)
         lines.append(_memory("streamed layers", nbytes, f"in {away}"))
-    return "\n".join([*lines, *prediction_table(made)])
+    return "\n".join(map(printable, [*lines, *prediction_table(made)]))
 
 
 def prediction_table(made: Prediction) -> Iterator[str]:
@@ -77,7 +78,7 @@ def comparisons_table(rows: Sequence[Comparison]) -> str:
         )
     hits = sum(row.hit for row in rows)
     lines.append(f"{hits} of {len(rows)} within {TOLERANCE:.0%}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def scenario_help() -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from offload_rt.cli.session import Answer, Answering
 from offload_rt.config import AcceptRule, DraftConfig
 from offload_rt.planning.planner import Plan
+from offload_rt.printable import printable
 from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size
 
@@ -74,7 +75,7 @@ def format_stats(answering: Answering, answer: Answer) -> str:
             f"whole process {format_size(memory.host_peak_bytes)}",
         )
     )
-    return "\n".join(f"  {label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
+    return "\n".join(f"  {label:<{_LABEL_WIDTH}}{printable(text)}" for label, text in lines)
 
 
 def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:

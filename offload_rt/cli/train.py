@@ -23,6 +23,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.printable import printable
 from offload_rt.training.settings import (
     CorpusConfig,
     Method,
@@ -195,7 +196,7 @@ def _show(result: Mapping[str, Any], folder: Path, output: Output) -> None:
             record["tokens_per_pass"] = {str(_NODES): expected}
         click.echo(json.dumps(record))
         return
-    click.echo("\n".join(_lines(result, folder, expected)))
+    click.echo("\n".join(map(printable, _lines(result, folder, expected))))
 
 
 def _lines(result: Mapping[str, Any], folder: Path, expected: float | None) -> list[str]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn, Self
 
 from offload_rt.errors import CheckpointError
+from offload_rt.printable import printable
 from offload_rt.units import format_size
 
 _AGAIN = "download it again"
@@ -172,7 +173,7 @@ def shown(value: object) -> str:
         return f"a list of {len(value)}"
     if isinstance(value, dict):
         return f"an object of {len(value)}"
-    text = repr(value)
+    text = printable(repr(value))
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
