@@ -359,6 +359,7 @@ class RuntimeConfig:
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
         link_bytes_per_s: emulate a link of this bandwidth (CPU with home `host` only).
         readers: file reads kept in flight.
+        threads: of the CPU that compute; None is what torch takes for this machine.
     """
 
     device: str = "auto"
@@ -376,8 +377,11 @@ class RuntimeConfig:
     prefill_chunk_tokens: int = 512
     link_bytes_per_s: float | None = None
     readers: int = 4
+    threads: int | None = None
 
     def __post_init__(self) -> None:
+        threads_ok = self.threads is None or 1 <= self.threads <= 1024
+        _require(threads_ok, "--threads", self.threads, "auto or 1 to 1024")
         slots_ok = self.slots is None or 1 <= self.slots <= 64
         _require(slots_ok, "--slots", self.slots, "auto or 1 to 64")
         resident_ok = self.resident_layers is None or self.resident_layers >= 0

@@ -590,6 +590,8 @@ def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
         raise ConfigError(
             "--link-bandwidth emulates a link to host memory: add --home host or --kv host"
         )
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
     name = config.device
     if name == "auto":
         name = "cpu" if TorchDriver().missing(0) else "cuda:0"

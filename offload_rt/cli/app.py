@@ -4,34 +4,101 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import click
 
-from offload_rt.cli.bench import bench
-from offload_rt.cli.chat import chat
-from offload_rt.cli.compare import compare
-from offload_rt.cli.doctor import doctor
-from offload_rt.cli.generate import generate
+from offload_rt.cli.columns import columns
+from offload_rt.cli.habits import verb_advice
 from offload_rt.cli.interrupts import Interrupts
-from offload_rt.cli.medusa import medusa
-from offload_rt.cli.plan import plan
-from offload_rt.cli.profile import profile
-from offload_rt.cli.simulate import simulate_verb
-from offload_rt.cli.train import train_medusa
+from offload_rt.cli.pages import VERBS, load_verb
+from offload_rt.cli.verb import MODEL_FLAGS, Verb, option_name, write_examples, write_pairs
 from offload_rt.errors import OffloadError
+from offload_rt.model.locate import means_model
 from offload_rt.printable import printable
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 _OUT_OF_MEMORY = "out of memory: lower --device-memory or --context, or free memory"
+_HELP = {"-h", "--help", "--help-all"}
+_START = (
+    ("offload-run doctor", "What this machine offers, what is wrong."),
+    ("offload-run plan MODEL --device-memory 8GiB", "How fast it would be; reads headers only."),
+    ('offload-run MODEL "Why is the sky blue?"', "An answer on stdout."),
+    ("offload-run MODEL", "A conversation."),
+)
 
 
-@click.group(
+class Verbs(click.Group):
+    """The verbs, each imported when it is used; a MODEL in the place of one is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The verbs in the order of the help."""
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The verb of that name."""
+        if cmd_name not in self.commands and (found := load_verb(cmd_name)) is not None:
+            self.add_command(found, cmd_name)
+        return self.commands.get(cmd_name)
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Read options before a verb; with others than the group's own `run` is meant."""
+        own = {name for param in self.get_params(ctx) for name in param.opts}
+        first = next((i for i, word in enumerate(args) if word not in own), len(args))
+        if first < len(args) and args[first].startswith("-"):
+            args = [*args[:first], "run", *args[first:]]
+        return super().parse_args(ctx, args)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the verb, or run a MODEL; a verb of another tool is answered with ours."""
+        word = args[0]
+        if word not in VERBS and means_model(word):
+            word, args = "run", ["run", *args]
+        if word == "run":
+            word = self._way_to_run(ctx, args[1:])
+        command = self.get_command(ctx, word)
+        if command is not None or ctx.resilient_parsing:
+            return word if command else None, command, args[1:]
+        if (advice := verb_advice(word)) is not None:
+            ctx.fail(f"no verb {word} here: {advice}")
+        alike = get_close_matches(word, VERBS)
+        hint = f"did you mean {' or '.join(alike)}?" if alike else "`offload-run help` lists them"
+        ctx.fail(f"{word} is no verb and no model that is here: {hint}")
+
+    def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the ways to call the program."""
+        formatter.write_usage(ctx.command_path, 'MODEL ["PROMPT"] [OPTIONS]')
+        formatter.write(f"{'':<7}{ctx.command_path} VERB ...\n")
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write how to start, the verbs, and the options."""
+        write_examples(formatter, "Start here", _START)
+        with formatter.section("Verbs"):
+            write_pairs(formatter, [(name, what) for name, (_, _, what) in VERBS.items()])
+        click.Command.format_options(self, ctx, formatter)
+
+    def _way_to_run(self, ctx: click.Context, args: Sequence[str]) -> str:
+        """Whether `run` answers a prompt, or talks: on a terminal, where no prompt is given."""
+        run, chat = self.get_command(ctx, "run"), self.get_command(ctx, "chat")
+        assert isinstance(run, Verb) and isinstance(chat, Verb)
+        options, words = run.sorted_words(ctx, args)
+        spoken = {name for param in chat.get_params(ctx) for name in param.opts} - _HELP
+        names = {option_name(word) for word in options.values()}
+        has_prompt = len(words) > (0 if names & MODEL_FLAGS else 1)
+        others = names - spoken - MODEL_FLAGS  # of a single answer, help, or wrong in both
+        return "run" if has_prompt or others or not sys.stdin.isatty() else "chat"
+
+
+@click.command(
+    cls=Verbs,
     context_settings={
         "help_option_names": ["-h", "--help"],
         "max_content_width": 100,
         "show_default": True,
-    }
+    },
 )
 @click.version_option(
     package_name="offload-rt", prog_name="offload-run", message="%(prog)s %(version)s"
@@ -48,26 +115,13 @@ def cli() -> None:
     """
 
 
-for _verb in (
-    generate,
-    chat,
-    plan,
-    simulate_verb,
-    profile,
-    bench,
-    compare,
-    medusa,
-    train_medusa,
-    doctor,
-):
-    cli.add_command(_verb)
-
-
 def run_verb(arguments: Sequence[str], interrupts: Interrupts) -> int:
     """Run one command line; returns the exit code."""
     try:
         # Not cli.main(): it has its own idea of what becomes of a closed pipe.
-        with cli.make_context("offload-run", list(arguments), obj=interrupts) as context:
+        with cli.make_context(
+            "offload-run", list(arguments), obj=interrupts, terminal_width=columns()
+        ) as context:
             code: int = cli.invoke(context)
         sys.stdout.flush()
         return code

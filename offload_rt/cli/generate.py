@@ -1,7 +1,8 @@
 """`offload-run generate`: one prompt, one answer."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import click
 
@@ -10,30 +11,42 @@ from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import settings_of
 from offload_rt.cli.prompt import read_prompt
-from offload_rt.cli.session import (
-    Answering,
-    answer_capacity,
-    open_model,
-    seeded,
-    started_engine,
-)
-from offload_rt.cli.stats import as_json, format_stats
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+
+CommandT = TypeVar("CommandT", bound=Callable[..., Any])
+
+
+def _answering(command: CommandT) -> CommandT:
+    """Give a command what `generate` takes."""
+    for add in (
+        options.run_options,
+        options.json_option,
+        click.option(
+            "--raw", is_flag=True, help="Give the prompt as it is, without the chat template."
+        ),
+        click.option(
+            "-f",
+            "--prompt-file",
+            default=None,
+            show_default="read stdin",
+            help="File with the prompt; - is stdin. One final line break is left out.",
+        ),
+        click.option(
+            "-p",
+            "--prompt",
+            default=None,
+            show_default="read stdin",
+            help="The prompt, if not the words behind MODEL.",
+        ),
+        click.argument("words", metavar="[PROMPT]...", nargs=-1),
+        click.argument("model"),
+    ):
+        command = add(command)
+    return command
 
 
 @click.command()
-@click.argument("model")
-@click.option("-p", "--prompt", default=None, help="The prompt.", show_default="read stdin")
-@click.option(
-    "-f",
-    "--prompt-file",
-    default=None,
-    show_default="read stdin",
-    help="File with the prompt; - is stdin. One final line break is left out.",
-)
-@click.option("--raw", is_flag=True, help="Give the prompt as it is, without the chat template.")
-@options.json_option
-@options.run_options
+@_answering
 @click.pass_obj
 def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Answer one prompt.
@@ -41,10 +54,34 @@ def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa:
     The answer goes to stdout as it is made, followed by one line break; everything else goes to
     stderr. Ctrl-C ends the answer early: what there is stays, exit code 130.
     """
+    return _answer(interrupts, model, values)
+
+
+@click.command()
+@_answering
+@click.pass_obj
+def run(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
+    """Answer a prompt as `generate` does, or talk as `chat` does.
+
+    With a PROMPT, -p, -f or text on stdin it answers once; on a terminal without any it talks.
+    `run` itself may be left out. Options are those of `generate` and `chat`.
+    """
+    return _answer(interrupts, model, values)
+
+
+def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     settings = settings_of(values)
     quiet_libraries(settings.output)
     checkpoint = open_checkpoint(resolve_model(model))
-    prompt = read_prompt(values["prompt"], values["prompt_file"])
+    prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
+    from offload_rt.cli.session import (
+        Answering,
+        answer_capacity,
+        open_model,
+        seeded,
+        started_engine,
+    )
+    from offload_rt.cli.stats import as_json, format_stats
     from offload_rt.text import build_prompt
 
     opened, console = open_model(checkpoint), Console(settings.output)

@@ -4,14 +4,14 @@ A default is that of the record's field; nothing is repeated here.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from offload_rt.cli.planning import with_plan
 from offload_rt.config import (
     INNER_WINDOW_TOKENS,
     RECENT_SHARES,
@@ -29,8 +29,11 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
-from offload_rt.planning.plan_file import PlanFile
+from offload_rt.model.locate import means_model
 from offload_rt.units import parse_size
+
+if TYPE_CHECKING:
+    from offload_rt.planning.plan_file import PlanFile
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 Values = Mapping[str, Any]
@@ -93,6 +96,39 @@ class _Window(click.ParamType):
         self.fail(f"{value!r} is neither auto nor full nor a number of tokens", param, ctx)
 
 
+class _DTypeChoice(click.Choice[str]):
+    """A number format, by torch's name or a short one."""
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        return str(super().convert(_SHORT_DTYPES.get(str(value), value), param, ctx))
+
+
+class _Drafter(click.ParamType):
+    """Who drafts; the folder or hub id of a model means `model:`."""
+
+    name = "drafter"
+
+    def convert(
+        self, value: object, param: click.Parameter | None, ctx: click.Context | None
+    ) -> str:
+        text = str(value)
+        kind = text.partition(":")[0]
+        if kind in _DRAFTERS:
+            return text
+        if text.isdecimal():
+            self.fail(f"{text} is no drafter: --draft-tokens {text} is how much is drafted")
+        is_model = means_model(text) and (":" not in text or os.path.lexists(text))
+        return f"model:{text}" if is_model else text
+
+
+_DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
+_SHORT_DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+}
 SIZE, _AUTO = _Size(), _Auto(int, "auto|n", "a whole number")
 _AUTO_SHARE = _Auto(float, "auto|share", "a number")
 
@@ -135,7 +171,7 @@ class Settings:
     system: str | None
     raw: bool
     profile: str | None = None
-    plan: PlanFile | None = None
+    plan: "PlanFile | None" = None
 
 
 def _default(record: type, name: str) -> Any:  # noqa: ANN401 - a field may have any type
@@ -155,7 +191,9 @@ def _group(*options: Callable[[CommandT], CommandT]) -> Callable[[CommandT], Com
 
 sampling_options = _group(
     click.option(
+        "--temp",
         "--temperature",
+        "temperature",
         type=float,
         default=_default(SamplingConfig, "temperature"),
         help="Randomness of the answer. 0 is greedy: the likeliest token always, exact and "
@@ -180,6 +218,7 @@ sampling_options = _group(
         help="Drop tokens below this share of the likeliest one's probability; 0 turns it off.",
     ),
     click.option(
+        "-s",
         "--seed",
         type=int,
         default=None,
@@ -252,9 +291,10 @@ placement_options = _group(
     ),
     click.option(
         "--dtype",
-        type=click.Choice([str(name) for name in DType]),
+        type=_DTypeChoice([str(name) for name in DType]),
         default=str(_default(RuntimeConfig, "dtype")),
-        help="Number format of the computation; auto is the checkpoint's own.",
+        help="Number format of the computation, bf16, fp16 and fp32 for short; auto is the "
+        "checkpoint's own.",
     ),
     click.option(
         "--slots",
@@ -275,6 +315,8 @@ placement_options = _group(
         help="Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
     ),
     click.option(
+        "-c",
+        "--ctx-size",
         "--context",
         "context_tokens",
         type=_AUTO,
@@ -316,15 +358,23 @@ runtime_options = _group(
         default=_default(RuntimeConfig, "readers"),
         help="File reads kept in flight.",
     ),
+    click.option(
+        "-t",
+        "--threads",
+        type=_AUTO,
+        default=_default(RuntimeConfig, "threads"),
+        help="Threads of the CPU that compute.",
+    ),
 )
 
 draft_options = _group(
     click.option(
         "--draft",
+        type=_Drafter(),
         default="auto",
         help="Who drafts tokens that one pass then checks: auto (whichever of those without a "
         "folder should be fastest), none, ngram (what followed the same tokens before, and what "
-        "the model found likely then), model:MODEL, a small model with the same tokenizer, "
+        "the model found likely then), MODEL or model:MODEL, a small one with the same tokenizer, "
         "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
         "itself over a part of a long context, with ngram or MODEL drafting for it.",
     ),
@@ -465,6 +515,27 @@ output_options = _group(
     click.option("-q", "--quiet", is_flag=True, help="Nothing on stderr but errors."),
 )
 
+# Options of the shared groups by the section of the help they are in.
+_SECTIONS = {
+    "Answer": answer_options,
+    "Sampling": sampling_options,
+    "Memory and placement": _group(placement_options, runtime_options),
+    "Drafting": _group(draft_options, accept_option),
+    "Planning": plan_options,
+    "Output": _group(json_option, output_options),
+}
+
+
+def section_names() -> dict[str, str]:
+    """The section of each option that verbs share, by the option's name."""
+    found: dict[str, str] = {}
+    for title, group in _SECTIONS.items():
+        command = click.Command(title)
+        group(command)
+        found |= {option.name: title for option in command.params if option.name}
+    return found
+
+
 # What every verb that answers takes.
 run_options = _group(
     answer_options,
@@ -484,6 +555,8 @@ def settings_of(values: Values) -> Settings:
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.
     """
+    from offload_rt.cli.planning import with_plan
+
     values, plan = with_plan(values)
     sampling, draft = _sampling(values), draft_of(values)
     _check_accept(sampling, draft)

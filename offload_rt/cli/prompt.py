@@ -1,6 +1,7 @@
 """Where the prompt comes from: an argument, a file, or standard input."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from offload_rt.errors import ConfigError
@@ -8,7 +9,7 @@ from offload_rt.errors import ConfigError
 _LIMIT_BYTES = 64 * 2**20  # some 15 million tokens, more than any model takes
 
 
-def read_prompt(text: str | None, path: str | None) -> str:
+def read_prompt(text: str | None, path: str | None, words: Sequence[str] = ()) -> str:
     """The prompt of a command line, from exactly one source.
 
     One line break at the end of a file or of standard input is left out: `echo` and editors write
@@ -17,19 +18,26 @@ def read_prompt(text: str | None, path: str | None) -> str:
     Args:
         text: value of --prompt.
         path: value of --prompt-file; `-` is standard input.
+        words: the prompt as arguments.
 
     Raises:
         ConfigError: no source or two, not readable, not UTF-8, or nothing in it.
     """
-    if text is not None and path is not None:
-        raise ConfigError("-p and -f both give a prompt: leave out one of them")
+    given = {"-p": text is not None, "-f": path is not None, repr(" ".join(words)): bool(words)}
+    sources = [name for name, there in given.items() if there]
+    if len(sources) > 1:
+        raise ConfigError(f"{' and '.join(sources)} both give a prompt: leave out one of them")
+    if words:
+        text = " ".join(words)
     if text is not None:
         where, prompt = "--prompt", text
     elif path is not None and path != "-":
         where, prompt = path, decode(_read_file(path), path)
     else:
         if path is None and sys.stdin.isatty():
-            raise ConfigError("no prompt: give -p TEXT or -f FILE, or pipe text to stdin")
+            raise ConfigError(
+                "no prompt: give -p TEXT or -f FILE, write it behind MODEL, or pipe text to stdin"
+            )
         where, prompt = "stdin", decode(sys.stdin.buffer.read(_LIMIT_BYTES + 1), "stdin")
     if not prompt.strip():
         raise ConfigError(f"the prompt from {where} is empty: give some text")

@@ -144,7 +144,7 @@ def _mode(context: click.Context, model: str | None) -> str:
 
 def _flag_of(context: click.Context, name: str) -> str:
     """The option as it is typed."""
-    found = (p.opts[0] for p in context.command.params if p.name == name)
+    found = (p.opts[-1] for p in context.command.params if p.name == name)
     return next(found, name)
 
 

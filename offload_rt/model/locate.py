@@ -94,3 +94,19 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path:
 def _read_ref(repository: Path, name: str) -> str:
     with open_inside(repository, name) as file:
         return file.read(_REF_LIMIT_BYTES).decode("ascii", errors="replace").strip()
+
+
+def cached_ids() -> list[str]:
+    """Hub ids of the models in the local Hugging Face cache, whole or not."""
+    try:
+        names = sorted(path.name for path in _hub_cache().iterdir())
+    except OSError:
+        return []
+    return [name[8:].replace("--", "/") for name in names if name.startswith("models--")]
+
+
+def means_model(word: str) -> bool:
+    """Whether a word of the command line can only be meant as MODEL."""
+    if word == _DEMO or "/" in word or word.endswith((".gguf", ".safetensors")):
+        return True
+    return bool(word) and "\0" not in word and (os.path.lexists(word) or word in cached_ids())
