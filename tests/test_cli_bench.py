@@ -249,7 +249,7 @@ def test_one_token_answers_have_no_rate(tiny_model, offload_run, questions):
 def test_raw_and_names_that_would_break_the_table(tiny_model, offload_run, tmp_path):
     file = write_lines(tmp_path / "set", [{"prompt": "x", "category": "a|b\nc"}])
     done = offload_run("bench", tiny_model, "--prompts", file, "-n", 2, "--raw")
-    assert "| a\\|b c | 1 | 2 |" in done.out
+    assert r"| a\|b\nc | 1 | 2 |" in done.out
     assert "up to 1 tokens, raw" in done.out
 
 
