@@ -58,8 +58,9 @@ def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
 
 @pytest.fixture(autouse=True)
 def own_data_folder(tmp_path, monkeypatch):
-    """Keep profiles and what drafting gave away from the user's own."""
+    """Keep profiles, what drafting gave, and defaults away from the user's own."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
 
 
 @pytest.fixture(scope="session")

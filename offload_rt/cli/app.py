@@ -2,17 +2,22 @@
 
 import errno
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
 from offload_rt.cli.columns import columns
+from offload_rt.cli.completion import answer_shell, model_items
+from offload_rt.cli.defaults import WITHOUT_DEFAULTS, defaults_of, read_config
 from offload_rt.cli.habits import verb_advice
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.pages import VERBS, load_verb
-from offload_rt.cli.verb import MODEL_FLAGS, Verb, option_name, write_examples, write_pairs
+from offload_rt.cli.verb import MODEL_FLAGS, ORIGINS, Verb, option_name, write_examples, write_pairs
 from offload_rt.errors import OffloadError
 from offload_rt.model.locate import means_model
 from offload_rt.printable import printable
@@ -60,6 +65,8 @@ class Verbs(click.Group):
         if word == "run":
             word = self._way_to_run(ctx, args[1:])
         command = self.get_command(ctx, word)
+        if command is not None and not ctx.resilient_parsing:
+            _set_defaults(ctx, word, command, args[1:])
         if command is not None or ctx.resilient_parsing:
             return word if command else None, command, args[1:]
         if (advice := verb_advice(word)) is not None:
@@ -67,6 +74,11 @@ class Verbs(click.Group):
         alike = get_close_matches(word, VERBS)
         hint = f"did you mean {' or '.join(alike)}?" if alike else "`offload-run help` lists them"
         ctx.fail(f"{word} is no verb and no model that is here: {hint}")
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        """What completes the first word: a verb, or a MODEL that has begun."""
+        items = super().shell_complete(ctx, incomplete)
+        return [*(model_items(incomplete) if incomplete else []), *items]
 
     def format_usage(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the ways to call the program."""
@@ -92,6 +104,19 @@ class Verbs(click.Group):
         return "run" if has_prompt or others or not sys.stdin.isatty() else "chat"
 
 
+def _set_defaults(
+    ctx: click.Context, verb: str, command: click.Command, args: Sequence[str]
+) -> None:
+    """Have click take the user's defaults; help shows what is built in, whatever they are."""
+    if verb in WITHOUT_DEFAULTS or _HELP.intersection(args):
+        return
+    file = None if ctx.params.get("no_config") else read_config()
+    defaults = defaults_of(verb, command, file)
+    ctx.default_map = {verb: {name: default.value for name, default in defaults.items()}}
+    flags = {param.name: param.opts[-1] for param in command.params}
+    ctx.meta[ORIGINS] = {name: (flags[name], known.origin) for name, known in defaults.items()}
+
+
 @click.command(
     cls=Verbs,
     context_settings={
@@ -103,7 +128,8 @@ class Verbs(click.Group):
 @click.version_option(
     package_name="offload-rt", prog_name="offload-run", message="%(prog)s %(version)s"
 )
-def cli() -> None:
+@click.option("--no-config", is_flag=True, help="Leave the file out that `config` is about.")
+def cli(no_config: bool) -> None:
     """Run language models that do not fit in device memory.
 
     Layers that do not fit are streamed through a ring of slots; the output is that of the whole
@@ -116,23 +142,29 @@ def cli() -> None:
 
 
 def run_verb(arguments: Sequence[str], interrupts: Interrupts) -> int:
-    """Run one command line; returns the exit code."""
+    """Run one command line, or complete one for a shell; returns the exit code."""
+    code = answer_shell(cli)
+    return _run(arguments, interrupts) if code is None else code
+
+
+def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
+    meta: dict[str, Any] = {}
     try:
         # Not cli.main(): it has its own idea of what becomes of a closed pipe.
         with cli.make_context(
             "offload-run", list(arguments), obj=interrupts, terminal_width=columns()
         ) as context:
-            code: int = cli.invoke(context)
+            meta = context.meta
+            code = int(cli.invoke(context))
         sys.stdout.flush()
         return code
     except click.exceptions.Exit as leave:  # --help and --version
         sys.stdout.flush()
         return leave.exit_code
     except click.ClickException as error:
-        error.show()
-        return error.exit_code
+        return _refuse(error, meta)
     except OffloadError as error:
-        return _fail(str(error), error.exit_code)
+        return _fail(str(error) + _origins(str(error), meta), error.exit_code)
     except MemoryError:
         return _fail(_OUT_OF_MEMORY, OffloadError.exit_code)
     except BrokenPipeError:
@@ -147,6 +179,23 @@ def run_verb(arguments: Sequence[str], interrupts: Interrupts) -> int:
         if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
             raise
         return _fail(_OUT_OF_MEMORY, OffloadError.exit_code)
+
+
+def _refuse(error: click.ClickException, meta: Mapping[str, Any]) -> int:
+    error.show()
+    if origins := _origins(error.format_message(), meta):
+        click.echo(origins.removeprefix("; "), err=True)
+    return error.exit_code
+
+
+def _origins(sentence: str, meta: Mapping[str, Any]) -> str:
+    """Where the options come from that a sentence names and nobody typed."""
+    found = [
+        f"; {flag} comes from {origin}"
+        for flag, origin in meta.get(ORIGINS, {}).values()
+        if re.search(rf"{flag}(?![\w-])", sentence)
+    ]
+    return "".join(found)
 
 
 def _fail(sentence: str, code: int) -> int:

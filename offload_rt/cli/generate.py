@@ -27,6 +27,7 @@ def _answering(command: CommandT) -> CommandT:
         click.option(
             "-f",
             "--prompt-file",
+            type=click.Path(),
             default=None,
             show_default="read stdin",
             help="File with the prompt; - is stdin. One final line break is left out.",

@@ -107,6 +107,8 @@ _VERBS = {
     "show info inspect describe": "`offload-run plan MODEL` shows its sizes and what would live "
     "where",
     "rm remove delete prune": "`hf cache rm` removes models of the hub's cache, folders are yours",
+    "create modelfile": "--system, --temperature and others are options; `offload-run config` says "
+    "where their defaults are kept",
     "push cp copy publish": "models are folders and ids of the hub's cache; copy those",
     "quantize quant quantise convert export merge fuse": "models are run as they are; "
     "--draft-weights int8 rounds copies that only draft",
@@ -122,6 +124,8 @@ _VERBS = {
     "tokenize tokenise detokenize": "`generate --json` has the answer's token ids",
     "version": "use `offload-run --version`",
     "update upgrade self-update": "update it as you installed it",
+    "settings options set defaults": "use `offload-run config`",
+    "completions autocomplete": "use `offload-run completion bash`",
     "check test diagnose env collect-env": "use `offload-run doctor`",
     "estimate predict fit": "use `offload-run plan MODEL`, or `simulate` for another machine",
 }

@@ -7,11 +7,16 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+from click.core import ParameterSource
+from click.shell_completion import CompletionItem
 
+from offload_rt.cli.completion import model_items
+from offload_rt.cli.verb import option_key
 from offload_rt.config import (
     INNER_WINDOW_TOKENS,
     RECENT_SHARES,
@@ -30,6 +35,7 @@ from offload_rt.config import (
 )
 from offload_rt.errors import ConfigError
 from offload_rt.model.locate import means_model
+from offload_rt.profiling.store import list_profiles
 from offload_rt.units import parse_size
 
 if TYPE_CHECKING:
@@ -122,6 +128,26 @@ class _Drafter(click.ParamType):
         is_model = means_model(text) and (":" not in text or os.path.lexists(text))
         return f"model:{text}" if is_model else text
 
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """Who can draft by name, and the models that begin so."""
+        names = [name for name in _DRAFTERS if name.startswith(incomplete)]
+        return [*model_items(incomplete), *map(CompletionItem, names)]
+
+
+class _Profile(click.ParamType):
+    """A profile: its name, or a file."""
+
+    name = "profile"
+
+    def shell_complete(
+        self, ctx: click.Context, param: click.Parameter, incomplete: str
+    ) -> list[CompletionItem]:
+        """The profiles that begin so; the shell adds files."""
+        names = [name for name in list_profiles() if name.startswith(incomplete)]
+        return [CompletionItem(incomplete, type="file"), *map(CompletionItem, names)]
+
 
 _DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
 _SHORT_DTYPES = {
@@ -129,6 +155,7 @@ _SHORT_DTYPES = {
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
     **dict.fromkeys(("fp32", "f32", "float"), "float32"),
 }
+PROFILE = _Profile()
 SIZE, _AUTO = _Size(), _Auto(int, "auto|n", "a whole number")
 _AUTO_SHARE = _Auto(float, "auto|share", "a number")
 
@@ -338,6 +365,7 @@ placement_options = _group(
     ),
     click.option(
         "--kv-folder",
+        type=click.Path(),
         default=None,
         show_default="$TMPDIR or /var/tmp",
         help="Where the file for --kv disk is made; it has no name and leaves nothing behind.",
@@ -483,10 +511,14 @@ _limit_option = click.option(
 )
 
 prompt_set_options = _group(
-    click.option("--prompts", required=True, help=_PROMPTS_HELP), _limit_option
+    click.option("--prompts", type=click.Path(), required=True, help=_PROMPTS_HELP),
+    _limit_option,
 )
 optional_prompt_set_options = _group(
-    click.option("--prompts", default=None, show_default="none", help=_PROMPTS_HELP), _limit_option
+    click.option(
+        "--prompts", type=click.Path(), default=None, show_default="none", help=_PROMPTS_HELP
+    ),
+    _limit_option,
 )
 
 plan_options = _group(
@@ -500,6 +532,7 @@ plan_options = _group(
     ),
     click.option(
         "--profile",
+        type=PROFILE,
         default=None,
         show_default="this machine's",
         help="Plan with the speeds of this profile: its name, or a file.",
@@ -526,13 +559,24 @@ _SECTIONS = {
 }
 
 
-def section_names() -> dict[str, str]:
-    """The section of each option that verbs share, by the option's name."""
+@cache
+def shared_options() -> Mapping[str, click.Parameter]:
+    """The options that verbs share, by all their long names without dashes."""
+    command = click.Command("all")
+    for group in reversed(_SECTIONS.values()):
+        group(command)
+    found = reversed(command.params)
+    return {n.removeprefix("--"): o for o in found for n in o.opts if n.startswith("--")}
+
+
+@cache
+def section_names() -> Mapping[str, str]:
+    """The section of each option that verbs share, by the option's key."""
     found: dict[str, str] = {}
     for title, group in _SECTIONS.items():
         command = click.Command(title)
         group(command)
-        found |= {option.name: title for option in command.params if option.name}
+        found |= {option_key(option): title for option in reversed(command.params)}
     return found
 
 
@@ -617,13 +661,24 @@ def _check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
 
 
 def _sampling(values: Values) -> SamplingConfig:
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    config = SamplingConfig(**{name: values[name] for name in names})
+    given = {field.name: values[field.name] for field in dataclasses.fields(SamplingConfig)}
+    config = SamplingConfig(**given)
+    if not config.greedy:
+        return config
     for name in ("top_k", "top_p", "min_p"):
-        if config.greedy and values[name] != _default(SamplingConfig, name):
+        default = _default(SamplingConfig, name)
+        if values[name] != default and _typed(name):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"{flag} {values[name]} has no effect on a greedy answer: "
                 "add a --temperature above 0"
             )
-    return config
+        given[name] = default  # the user's default for answers that are not greedy
+    return SamplingConfig(**given)
+
+
+def _typed(name: str) -> bool:
+    """Whether an option is on the command line itself."""
+    context = click.get_current_context(silent=True)
+    source = None if context is None else context.get_parameter_source(name)
+    return source in (None, ParameterSource.COMMANDLINE)

@@ -23,6 +23,12 @@ VERBS = {
     "compare": ("offload_rt.cli.compare", "compare", "Measure other runtimes side by side."),
     "medusa": ("offload_rt.cli.medusa", "medusa", "Look at Medusa heads, convert, calibrate."),
     "train-medusa": ("offload_rt.cli.train", "train_medusa", "Train Medusa heads for a model."),
+    "config": (
+        "offload_rt.cli.config",
+        "config",
+        "Defaults of your own, where they are from.",
+    ),
+    "completion": ("offload_rt.cli.completion", "completion", "Complete words in your shell."),
     "help": ("offload_rt.cli.help", "help_verb", "Explain a verb."),
 }
 
@@ -107,6 +113,22 @@ PAGES = {
                 "offload-run train-medusa MODEL --output HEADS --data prompts.jsonl --self-distill",
                 "Learns from the model's own answers.",
             ),
+        ),
+    ),
+    "config": Page(
+        examples=(
+            ("offload-run config", "What is in force."),
+            (
+                "offload-run config --template > ~/.config/offload-rt/config.toml",
+                "A file with all options as comments, to be edited.",
+            ),
+            ("OFFLOAD_RT_DEVICE_MEMORY=8GiB offload-run MODEL", "The same by a variable."),
+        ),
+    ),
+    "completion": Page(
+        examples=(
+            ('eval "$(offload-run completion bash)"', "In ~/.bashrc; zsh likewise in ~/.zshrc."),
+            ("offload-run completion fish | source", "In ~/.config/fish/config.fish."),
         ),
     ),
     "help": Page(examples=(("offload-run help generate", "What `generate --help` says."),)),

@@ -45,6 +45,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
 @click.option(
     "--profile",
     "profile_name",
+    type=options.PROFILE,
     default=None,
     show_default="this machine's",
     help="The machine: a profile by name, or its file; takes the place of a scenario's.",
@@ -108,7 +109,7 @@ def simulate_verb(context: click.Context, model: str | None, **values: Any) -> i
         _scenario(values)
     else:
         assert model is not None  # _mode saw to it
-        if context.get_parameter_source("draft") is not ParameterSource.COMMANDLINE:
+        if context.get_parameter_source("draft") is ParameterSource.DEFAULT:
             values["draft"] = "none"
         _model(model, values)
     return 0

@@ -5,14 +5,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import click
+from click.core import ParameterSource
 
 from offload_rt.cli.columns import hanging
+from offload_rt.cli.completion import ModelName
 from offload_rt.cli.habits import option_advice
 
 _NUMBER = re.compile(r"[-+]?[0-9.].*")
 _MODEL = click.Option(["-m", "--model"])
 MODEL_FLAGS = frozenset(_MODEL.opts)
+ORIGINS = "offload_rt.origins"  # in a context's meta: where defaults of the user's come from
 _OTHER = "Options"
+_TYPED = ParameterSource.COMMANDLINE
 _HELP = frozenset({"--help", "--help-all"})
 _SIDE_BY_SIDE = 66  # columns from which on explanations stand beside the options
 
@@ -51,6 +55,9 @@ class Verb(click.Command):
             context_settings=command.context_settings,
         )
         verb.page = page
+        for param in verb.params:
+            if isinstance(param, click.Argument) and param.name == "model":
+                param.type = ModelName()
         if page.common:
             shown = click.Option(
                 ["--help-all"],
@@ -69,7 +76,12 @@ class Verb(click.Command):
         if not ctx.resilient_parsing:
             for word in self.sorted_words(ctx, args)[0].values():
                 self._check(ctx, word)
-        return super().parse_args(ctx, args)
+        rest = super().parse_args(ctx, args)
+        origins: dict[str, tuple[str, str]] = ctx.meta.get(ORIGINS, {})
+        for param in self.params:
+            if param.name in origins and ctx.get_parameter_source(param.name) is _TYPED:
+                del origins[param.name]
+        return rest
 
     def sorted_words(
         self, ctx: click.Context, args: Sequence[str]
@@ -166,6 +178,11 @@ def sort_words(
     return options, plain
 
 
+def option_key(option: click.Parameter) -> str:
+    """What the user's file calls an option: its long name without dashes."""
+    return option.opts[-1].lstrip("-")
+
+
 def option_name(word: str) -> str:
     """The option in a word: without `=VALUE`, or a value glued to a short option."""
     return word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -185,7 +202,7 @@ def _sections(options: Sequence[click.Option]) -> list[tuple[str, list[click.Opt
     found: dict[str, list[click.Option]] = {}
     names = section_names()
     for option in options:
-        found.setdefault(names.get(option.name or "", _OTHER), []).append(option)
+        found.setdefault(names.get(option_key(option), _OTHER), []).append(option)
     return list(found.items())
 
 
