@@ -180,7 +180,7 @@ def test_bytes_are_those_safetensors_reads(tmp_path):
 def test_family_names(tmp_path):
     shapes = {"wte.weight": [VOCAB, HIDDEN], "wpe.weight": [64, HIDDEN], "ln_f.weight": [HIDDEN]}
     shapes |= {f"h.{i}.mlp.experts.{j}.weight": [HIDDEN] for i in range(LAYERS) for j in range(2)}
-    checkpoint = open_checkpoint(make_model(tmp_path, {"tie_word_embeddings": None}, shapes))
+    checkpoint = open_checkpoint(make_model(tmp_path, {"tie_word_embeddings": True}, shapes))
     assert [len(layer) for layer in checkpoint.layers] == [2, 2, 2]
     assert (checkpoint.embedding.name, checkpoint.head) == ("wte.weight", None)
 

@@ -40,6 +40,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter"}
 TORCH_FREE |= {"printable"}
+TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}

@@ -78,7 +78,7 @@ def test_weights_are_read_where_there_are_some(tiny_model):
     [
         ({"model_type": "gpt_neox"}, "holds no weights, and of 'gpt_neox' models config.json"),
         ({"model_type": "llama", "num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantized"),
+        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised .AWQ"),
     ],
 )
 def test_what_the_configuration_does_not_tell_is_refused(tmp_path, config, says):

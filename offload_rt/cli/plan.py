@@ -124,8 +124,8 @@ def _look_ahead(
     context = config.context_tokens or min(positions, AUTO_CONTEXT_TOKENS)
     if context > positions:
         raise ConfigError(
-            f"--context is {context}, {checkpoint.folder.name} was made for up to {positions} "
-            "tokens: lower it"
+            f"--context is {context}, {checkpoint.folder.name} was made for up to "
+            f"{checkpoint.config.longest} tokens: lower it"
         )
     packing, free = _device(config)
     heads = open_draft_heads(checkpoint, draft)

@@ -111,7 +111,7 @@ def context_limit(model: Model, context_tokens: int | None) -> int:
     if context_tokens is not None and context_tokens > model.max_positions:
         raise ConfigError(
             f"--context is {context_tokens}, {model.name} was made for up to "
-            f"{model.max_positions} tokens: lower it"
+            f"{model.checkpoint.config.longest} tokens: lower it"
         )
     return context_tokens or model.max_positions
 
@@ -124,7 +124,7 @@ def answer_capacity(model: Model, settings: Settings, prompt_tokens: int, consol
     """
     context, wanted = settings.runtime.context_tokens, settings.generation.max_tokens
     room = context_limit(model, context)
-    limit = f"{model.name} was made for up to {room} with the answer"
+    limit = f"{model.name} was made for up to {model.checkpoint.config.longest} with the answer"
     if context is not None:
         limit = f"--context sets memory aside for {room} with the answer"
     if prompt_tokens >= room:

@@ -48,6 +48,7 @@ _EMBEDDINGS = (
     "embeddings.weight",
 )
 _HEADS = ("lm_head.weight", "embed_out.weight")
+_TEXT_PART = "language_model."
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
@@ -108,6 +109,12 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     config = load_model_config(folder)
     tensors, files = read_shards(folder, index)
     tensors = {n: e for n, e in tensors.items() if not n.startswith(MEDUSA_PREFIX)}
+    if config.part_of and not any(_TEXT_PART in name for name in tensors):
+        raise CheckpointError(
+            f"{folder}: config.json is of a {shown(config.part_of)} model with a text part, but no "
+            f"tensor is named like {_TEXT_PART}model.layers.0.x: files and config are not of one "
+            "model"
+        )
     _check_dtypes(tensors.values())
     layers = _group_layers(folder, tensors.values(), config.num_layers)
     in_layers = {extent.name for layer in layers for extent in layer}

@@ -1,18 +1,32 @@
-"""Read a model's `config.json` as untrusted input: numbers in range, nothing that asks for code."""
+"""Read a model's `config.json` as untrusted input, by the rules of the family's own class.
 
+transformers builds the family's configuration class from the file. So a name that the class lacks
+means nothing, one it has by `attribute_map` counts, and what the file leaves out is the class's
+default (`model/config_class.py`). Numbers are bounded, and nothing here or later runs or picks code
+because the file says so.
+"""
+
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError
+from offload_rt.model.config_class import ConfigClass, find_config_class, generates_text
 from offload_rt.model.files import read_json_object, shown
+from offload_rt.model.kinds import READ, find_kind, weights_note
+
+_log = logging.getLogger(__name__)
 
 _CONFIG_NAME = "config.json"
 _CONFIG_LIMIT_BYTES = 4 * 2**20  # the largest seen, with a label table, has 0.3 MB
+_TEXT_PART = "text_config"
 
-# Names a number goes by in the families, and the range that is accepted. The upper ends are a few
-# times the largest published models; they bound what a hostile file can make us allocate.
+# Names a number goes by in the families, the standard one first, and the range that is accepted.
+# The upper ends are a few times the largest published models; they bound what a hostile file can
+# make us allocate.
 _NUMBERS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "num_layers": (("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 1, 1000),
     "hidden_size": (("hidden_size", "n_embd", "d_model"), 1, 2**17),
@@ -20,21 +34,32 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "num_kv_heads": (("num_key_value_heads", "num_kv_heads"), 1, 2**12),
     "head_dim": (("head_dim",), 1, 4096),
     "vocab_size": (("vocab_size",), 1, 2**22),
-    "max_positions": (("max_position_embeddings", "n_positions"), 1, 2**28),
+    "max_positions": (("max_position_embeddings", "n_positions", "max_seq_len"), 1, 2**28),
+    "original_positions": (("original_max_position_embeddings",), 1, 2**28),
     "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim"), 1, 2**20),
     "moe_intermediate_size": (("moe_intermediate_size",), 1, 2**20),
     "experts_per_token": (("num_experts_per_tok", "num_experts_per_token"), 0, 2**12),
     "experts": (("num_experts", "num_local_experts", "n_routed_experts"), 0, 2**12),
     "sliding_window": (("sliding_window",), 1, 2**28),
 }
-_ROPE_KEYS = ("rope_theta", "factor", "rope_local_base_freq")
+_ROPE_KEYS = ("rope_theta", "factor", "rope_local_base_freq", "original_max_position_embeddings")
 _ROPE_LIMIT = 1e12
+# Kinds of rotary scaling whose factor a file may add to a max_position_embeddings left as it was;
+# of llama3 it is part of that number already.
+_STRETCHED = ("yarn", "linear", "dynamic", "longrope", "su")
 _DTYPES = ("bfloat16", "float16", "float32")
-_CODE_KEYS = ("auto_map", "_attn_implementation_internal", "trust_remote_code")
-# harmless leftovers of a saved config, but transformers acts on them
+_DTYPE_KEYS = ("dtype", "torch_dtype")
+_DTYPE_NAMES = {"half": "float16", "float": "float32"}  # as torch has them
+# Of a model made of several networks: what counts for its text model, too.
+_TIE = "tie_word_embeddings"
+_OF_THE_WHOLE = (_TIE, *_DTYPE_KEYS, "quantization_config", "compression_config", "quantization")
+# Never passed on, at any depth: what asks for code of the folder or for an implementation, and
+# leftovers of a saved config that transformers acts on.
 _DROPPED = (
-    *_CODE_KEYS,
+    "auto_map",
+    "trust_remote_code",
     "custom_pipelines",
+    "_attn_implementation_internal",
     "_attn_implementation",
     "attn_implementation",
     "_experts_implementation",
@@ -44,6 +69,18 @@ _DROPPED = (
     "_name_or_path",
     "name_or_path",
 )
+
+
+class QuantisedError(CheckpointError):
+    """The weights are of a kind that is not read.
+
+    Attributes:
+        original: the model with 16-bit weights, as far as the file tells.
+    """
+
+    def __init__(self, message: str, original: "ModelConfig | None" = None) -> None:
+        super().__init__(message)
+        self.original = original
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,11 +96,16 @@ class ModelConfig:
         head_dim: size of a head.
         vocab_size: token ids are below it.
         max_positions: longest sequence the model was made for.
-        tie_word_embeddings: whether the head is the embedding; None when the file does not say.
+        tie_word_embeddings: whether the head is the embedding; None when neither the file nor the
+            family says.
         intermediate_size: widest MLP; sizes the workspace.
         dtype: `bfloat16`, `float16`, `float32`, or None when the file does not say.
         sliding_window: window of the layers that have one, or None.
-        raw: the file's object, read-only, without what makes transformers run or pick code.
+        raw: what the family's class is built from: the file's object (or its part about the text
+            model), read-only, without what makes transformers run or pick code.
+        defaults: what the family's class sets where `raw` says nothing.
+        positions_note: where `max_positions` comes from if not from the file's own number, else "".
+        part_of: the family whose text part this is, as of a vision-language model, or None.
     """
 
     model_type: str
@@ -79,35 +121,58 @@ class ModelConfig:
     dtype: str | None
     sliding_window: int | None
     raw: Mapping[str, object] = field(repr=False)
+    defaults: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
+    positions_note: str = ""
+    part_of: str | None = None
+
+    def setting(self, name: str) -> object:
+        """A value of the family's class: the file's, else the class's default, else None."""
+        return self.raw[name] if name in self.raw else self.defaults.get(name)
+
+    @property
+    def longest(self) -> str:
+        """The longest sequence in words, with what it comes from if the file has no such number."""
+        note = f" ({self.positions_note})" if self.positions_note else ""
+        return f"{self.max_positions}{note}"
 
     @property
     def writes_out_scores(self) -> bool:
         """Whether attention has a soft cap or sinks, which fused kernels do not know."""
-        capped = self.raw.get("attn_logit_softcapping") is not None
+        capped = self.setting("attn_logit_softcapping") is not None
         return capped or self.model_type == "gpt_oss"
 
     @property
     def has_experts(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
-        return any(isinstance(self.raw.get(name), int) for name in _NUMBERS["experts"][0])
+        return any(isinstance(self.setting(name), int) for name in _NUMBERS["experts"][0])
 
 
 def load_model_config(folder: Path) -> ModelConfig:
     """Read `config.json` of a model folder.
 
     Raises:
+        QuantisedError: the weights are of a kind that is not read.
         CheckpointError: missing, malformed, a number out of range, or a kind of model that is not
             supported.
     """
-    reader = _Reader(
-        path=folder / _CONFIG_NAME,
-        raw=read_json_object(folder, _CONFIG_NAME, _CONFIG_LIMIT_BYTES),
+    path = folder / _CONFIG_NAME
+    raw = read_json_object(folder, _CONFIG_NAME, _CONFIG_LIMIT_BYTES, lenient=True)
+    reader, part_of = _text_part(_reader_of(path, raw))
+    kind = find_kind(folder, reader.raw)
+    if kind is None:
+        return _model_config(reader, part_of)
+    try:
+        original = _model_config(reader, part_of)
+    except CheckpointError:
+        original = None  # what is wrong with it matters less
+    raise QuantisedError(
+        f"{folder}: its weights are quantised ({kind}, says {kind.said}){weights_note(folder)}: "
+        f"{READ}, {kind.instead}",
+        original,
     )
-    model_type = reader.raw.get("model_type")
-    if not isinstance(model_type, str) or not model_type:
-        raise reader.error(f"model_type is {shown(model_type)}, expected the name of a family")
-    _refuse_code(reader, model_type)
-    _refuse_kinds(reader, model_type)
+
+
+def _model_config(reader: "_Reader", part_of: str | None) -> ModelConfig:
     _check_nested_numbers(reader)
     hidden_size = reader.number("hidden_size")
     num_heads = reader.number("num_heads")
@@ -118,21 +183,25 @@ def load_model_config(folder: Path) -> ModelConfig:
             "does not divide"
         )
     num_layers = reader.number("num_layers")
-    _check_layer_types(reader, num_layers)
+    _check_layers(reader, num_layers)
+    max_positions, note = _longest(reader, reader.number("max_positions"))
     return ModelConfig(
-        model_type=model_type,
+        model_type=reader.model_type,
         num_layers=num_layers,
         hidden_size=hidden_size,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=_head_dim(reader, hidden_size, num_heads),
         vocab_size=reader.number("vocab_size"),
-        max_positions=reader.number("max_positions"),
+        max_positions=max_positions,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         intermediate_size=_intermediate_size(reader, hidden_size),
         dtype=_dtype(reader),
         sliding_window=_sliding_window(reader),
-        raw=MappingProxyType({k: v for k, v in reader.raw.items() if k not in _DROPPED}),
+        raw=MappingProxyType(_plain(reader.raw)),
+        defaults=reader.family.defaults,
+        positions_note=note,
+        part_of=part_of,
     )
 
 
@@ -141,6 +210,8 @@ class _Reader:
     """The parsed file, with the checks that name key, value and accepted range."""
 
     path: Path
+    model_type: str
+    family: ConfigClass
     raw: dict[str, object]
 
     def error(self, what: str) -> CheckpointError:
@@ -158,23 +229,101 @@ class _Reader:
         return default
 
     def optional_number(self, what: str) -> int | None:
-        names, low, high = _NUMBERS[what]
-        given = {name: self.raw[name] for name in names if self.raw.get(name) is not None}
-        for name, value in given.items():
+        """The number that the family's class would have, or None."""
+        _, low, high = _NUMBERS[what]
+        for name in self._names(what):
+            value = self.stated(name)
+            if value is None:
+                continue
             if type(value) is not int or not low <= value <= high:
                 raise self.error(
                     f"{name} is {shown(value)}, accepted is a whole number from {low} to {high}"
                 )
-        if len(set(given.values())) > 1:
-            both = ", ".join(f"{name} {value}" for name, value in given.items())
-            raise self.error(f"names for one number disagree ({both}): keep the right one")
-        return next((value for value in given.values() if type(value) is int), None)
+            return value
+        return None
 
     def flag(self, name: str) -> bool | None:
-        value = self.raw.get(name)
+        value = self.stated(name)
         if value is None or isinstance(value, bool):
             return value
         raise self.error(f"{name} is {shown(value)}, accepted is true or false")
+
+    def stated(self, name: str) -> object:
+        """The file's value, else the default of the class; null only where the class takes it."""
+        default = self.family.defaults.get(name)
+        if name in self.raw and self.raw[name] is None and name in self.family.never_null:
+            raise self.error(f"{name} is null: leave it out for {self.model_type}'s {default!r}")
+        return self.raw.get(name, default)
+
+    def _names(self, what: str) -> list[str]:
+        """What the class calls a number, by what counts first; all names if it has none of them."""
+        names, _, _ = _NUMBERS[what]
+        known = [name for name in names if self.family.has(name)]
+        if not known:  # many classes read head_dim where a file has it, none key-value heads
+            return [] if what == "num_kv_heads" and self.family.defaults else [*names]
+        return list(dict.fromkeys(n for name in known for n in self.family.names(name)))
+
+
+def _reader_of(path: Path, raw: dict[str, object]) -> _Reader:
+    """A reader by the rules of the family that the object names.
+
+    Raises:
+        CheckpointError: it names none, or one that transformers lacks.
+    """
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or not model_type:
+        raise CheckpointError(
+            f"{path}: model_type is {shown(model_type)}, expected the name of a family"
+        )
+    family = find_config_class(model_type)
+    if family is None:
+        own = ", and the folder's own code (auto_map) is never run" if raw.get("auto_map") else ""
+        raise CheckpointError(
+            f"{path}: the installed transformers has no family {shown(model_type)}{own}: a newer "
+            "version may have it (pip install -U transformers), or use another model"
+        )
+    if raw.get("auto_map"):
+        _log.info("%s: auto_map is not used, transformers has %s itself", path, shown(model_type))
+    return _Reader(path=path, model_type=model_type, family=family, raw=_drop_code(raw))
+
+
+def _text_part(reader: _Reader) -> tuple[_Reader, str | None]:
+    """The reader of the text model, and the family it is a part of, if it is one.
+
+    The number formats, ties and quantisation of the whole count for its part too.
+
+    Raises:
+        CheckpointError: another kind of network than one that writes text.
+    """
+    family = reader.model_type
+    if reader.flag("is_encoder_decoder"):
+        raise reader.error(
+            f"{shown(family)} is an encoder-decoder model, only decoder-only models are supported"
+        )
+    nested = [
+        key
+        for key, value in reader.raw.items()
+        if isinstance(value, dict) and ("model_type" in value or key.endswith(_TEXT_PART))
+    ]
+    if not nested:
+        return reader, None
+    text = reader.raw.get(_TEXT_PART)
+    text_type = text.get("model_type", f"{family}_text") if isinstance(text, dict) else None
+    if (
+        not isinstance(text, dict)
+        or not isinstance(text_type, str)
+        or not generates_text(text_type)
+    ):
+        raise reader.error(
+            f"{shown(family)} is made of several networks ({', '.join(map(shown, nested))}), and "
+            "transformers has no class for its text model alone: use the text-only version of "
+            "this model"
+        )
+    whole = {k: v for k, v in reader.raw.items() if k in _OF_THE_WHOLE and v is not None}
+    tied = {key: value for key, value in reader.family.defaults.items() if key == _TIE}
+    part = _reader_of(reader.path, {**tied, **text, **whole, "model_type": text_type})
+    _log.warning("%s: only the text part of a %s model is used", reader.path, shown(family))
+    return part, family
 
 
 def _head_dim(reader: _Reader, hidden_size: int, num_heads: int) -> int:
@@ -205,57 +354,70 @@ def _sliding_window(reader: _Reader) -> int | None:
 
 
 def _dtype(reader: _Reader) -> str | None:
-    stated = {key: reader.raw.get(key) for key in ("dtype", "torch_dtype")}
-    for key, value in stated.items():
-        if value is not None and value not in _DTYPES:
-            raise reader.error(f"{key} is {shown(value)}, accepted is {', '.join(_DTYPES)}")
-    value = stated["dtype"] or stated["torch_dtype"]
-    return value if isinstance(value, str) else None
+    """The format of the weights; the first key that names one counts."""
+    for key in _DTYPE_KEYS:
+        value = reader.raw.get(key)
+        name = _dtype_name(value)
+        if name in _DTYPES:
+            return name
+        if name is not None:
+            raise reader.error(f"{key} is {shown(value)}, accepted is {', '.join(_DTYPES)}, auto")
+    return None
 
 
-def _refuse_code(reader: _Reader, model_type: str) -> None:
-    for key, value in _walk(reader.raw):
-        if key not in _CODE_KEYS or value is None or value is False or value == {}:
+def _dtype_name(value: object) -> str | None:
+    """Torch's name of a number format, without `torch.`; None where the file's tensors decide."""
+    if not isinstance(value, str):
+        return None if value is None else str(value)
+    name = value.removeprefix("torch.")
+    return None if name == "auto" else _DTYPE_NAMES.get(name, name)
+
+
+def _plain(raw: Mapping[str, object]) -> dict[str, object]:
+    """The object with its number formats as transformers spells them, left out for `auto`."""
+    spelled = {
+        k: _dtype_name(v) if k in _DTYPE_KEYS and v is not None else v for k, v in raw.items()
+    }
+    return {k: v for k, v in spelled.items() if v is not None or raw[k] is None}
+
+
+def _longest(reader: _Reader, stated: int) -> tuple[int, str]:
+    """Longest sequence with rotary scaling, and a note of how it came about.
+
+    A file that scales may leave max_position_embeddings as it was trained (the recipe of Qwen's
+    model cards) or have the product there (DeepSeek, Llama 3.1): the larger of the two counts.
+    """
+    rope = reader.raw.get("rope_scaling") or reader.raw.get("rope_parameters")
+    # Some families have an object for each kind of layer.
+    parts = [part for part in (rope, *_values(rope)) if isinstance(part, dict)]
+    longest, note = stated, ""
+    for part in parts:
+        kind, factor = part.get("rope_type", part.get("type")), part.get("factor")
+        if kind not in _STRETCHED or not isinstance(factor, int | float):
             continue
-        if key == "auto_map":
+        original = part.get("original_max_position_embeddings")
+        if reader.family.has("original_max_position_embeddings") or original is None:
+            original = reader.optional_number("original_positions") or stated
+        if not isinstance(original, int):
             raise reader.error(
-                "auto_map says that the model needs its own Python code, which is never run: if "
-                f"transformers itself has {shown(model_type)}, delete auto_map from the file"
+                f"original_max_position_embeddings is {shown(original)}, accepted is a whole number"
             )
-        raise reader.error(
-            f"{key} is {shown(value)}, which asks for code from outside to be run: it never is, "
-            "use another copy of this model"
-        )
+        _, _, high = _NUMBERS["max_positions"]
+        if factor * original > high:
+            raise reader.error(f"rope factor {factor:g} x {original} positions is above {high}")
+        if factor * original > longest:
+            longest, note = int(factor * original), f"{kind} factor {factor:g} x {original}"
+    return longest, note
 
 
-def _refuse_kinds(reader: _Reader, model_type: str) -> None:
-    for key in ("quantization_config", "compression_config"):
-        stated = reader.raw.get(key)
-        if stated is None:
-            continue
-        method = stated.get("quant_method") if isinstance(stated, dict) else None
-        raise reader.error(
-            f"{key} says the weights are quantized (method {shown(method)}): this version streams "
-            "bfloat16, float16 and float32 weights only, use the original model"
-        )
-    if reader.flag("is_encoder_decoder"):
-        raise reader.error(
-            f"{shown(model_type)} is an encoder-decoder model, only decoder-only models are "
-            "supported"
-        )
-    for key, value in reader.raw.items():
-        nested = isinstance(value, dict) and ("model_type" in value or key.endswith("text_config"))
-        if nested:
-            raise reader.error(
-                f"{shown(model_type)} is made of several networks ({shown(key)}), only plain text "
-                "models are supported: use the text-only version of this model"
-            )
+def _values(value: object) -> list[object]:
+    return list(value.values()) if isinstance(value, dict) else []
 
 
 def _check_nested_numbers(reader: _Reader) -> None:
     """Numbers nobody here uses, but which transformers computes or allocates with."""
     reader.optional_number("experts")
-    for key, value in _walk(reader.raw):
+    for key, value in chain.from_iterable(one.items() for one in _objects(reader.raw)):
         if key not in _ROPE_KEYS or value is None:
             continue
         number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -265,21 +427,31 @@ def _check_nested_numbers(reader: _Reader) -> None:
             )
 
 
-def _check_layer_types(reader: _Reader, num_layers: int) -> None:
+def _check_layers(reader: _Reader, num_layers: int) -> None:
     kinds = reader.raw.get("layer_types")
     if isinstance(kinds, list) and len(kinds) != num_layers:
         raise reader.error(
             f"layer_types lists {len(kinds)} layers, num_hidden_layers is {num_layers}"
         )
+    if reader.raw.get("per_layer_config"):
+        raise reader.error("per_layer_config gives layers sizes of their own: not supported")
 
 
-def _walk(root: object) -> Iterator[tuple[str, object]]:
-    """Every key with its value, at any depth; a loop, so that depth cannot exhaust the stack."""
+def _drop_code(root: dict[str, object]) -> dict[str, object]:
+    """The object, just parsed, without what asks for code, at any depth."""
+    for value in _objects(root):
+        for key in _DROPPED:
+            value.pop(key, None)
+    return root
+
+
+def _objects(root: object) -> Iterator[dict[str, object]]:
+    """Every object, at any depth; a loop, so that depth cannot exhaust the stack."""
     waiting = [root]
     while waiting:
         value = waiting.pop()
         if isinstance(value, dict):
-            yield from value.items()
+            yield value
             waiting.extend(value.values())
         elif isinstance(value, list):
             waiting.extend(value)

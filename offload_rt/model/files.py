@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self
 
 from offload_rt.errors import CheckpointError
 from offload_rt.printable import printable
@@ -108,7 +108,9 @@ def open_inside(folder: Path, name: str) -> Iterator[OpenFile]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def read_json_object(folder: Path, name: str, limit_bytes: int) -> dict[str, object]:
+def read_json_object(
+    folder: Path, name: str, limit_bytes: int, *, lenient: bool = False
+) -> dict[str, object]:
     """Read a small JSON file of the model folder; see `parse_json_object`."""
     path = folder / name
     with open_inside(folder, name) as file:
@@ -123,15 +125,17 @@ def read_json_object(folder: Path, name: str, limit_bytes: int) -> dict[str, obj
         raise CheckpointError(f"{path} is empty ({len(data)} bytes): {_AGAIN}")
     if kind := foreign_format(data[:64]):
         raise CheckpointError(f"{path} {kind}")
-    return parse_json_object(data, str(path))
+    return parse_json_object(data, str(path), lenient=lenient)
 
 
-def parse_json_object(data: bytes, where: str) -> dict[str, object]:
+def parse_json_object(data: bytes, where: str, *, lenient: bool = False) -> dict[str, object]:
     """Parse UTF-8 JSON strictly: an object, no name twice, finite numbers, not too many values.
 
     Args:
         data: the text.
         where: what the error message calls it.
+        lenient: as Python reads it, and so transformers: the last of several values of a name
+            counts, and numbers need not be finite.
 
     Raises:
         CheckpointError: the text is anything else.
@@ -143,12 +147,7 @@ def parse_json_object(data: bytes, where: str) -> dict[str, object]:
             f"{_AGAIN}"
         )
     try:
-        value = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=_unique,
-            parse_constant=_refuse_constant,
-            parse_float=_finite,
-        )
+        value = json.loads(data.decode("utf-8"), **({} if lenient else _STRICT))
     except RecursionError as error:
         raise CheckpointError(f"{where} is nested too deeply to be genuine: {_AGAIN}") from error
     except ValueError as error:
@@ -216,3 +215,10 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{shown(text)} is too large for a number")
     return value
+
+
+_STRICT: dict[str, Any] = {
+    "object_pairs_hook": _unique,
+    "parse_constant": _refuse_constant,
+    "parse_float": _finite,
+}

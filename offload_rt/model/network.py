@@ -9,7 +9,6 @@ A prompt is prefilled layer-major: the wrapped layer works through the rows in c
 next layer is touched, so weights are borrowed once per pass, whatever its length.
 """
 
-import logging
 import re
 import sys
 import warnings
@@ -22,7 +21,7 @@ from typing import Any, Protocol
 import torch
 from accelerate import init_empty_weights
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
@@ -37,6 +36,7 @@ from offload_rt.model.attention import (
     attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.hf_config import build_hf_config, reason_of
 from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
 from offload_rt.model.quantized import RoundedEmbedding, rounded_linear
@@ -343,21 +343,18 @@ class _Hole:
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
     """Build HF's modules: parameters on meta, computed buffers (rotary tables) real."""
-    raw = dict(checkpoint.config.raw)
-    model_type = checkpoint.config.model_type
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    config = build_hf_config(checkpoint.config, checkpoint.folder)
     try:
-        config = AutoConfig.for_model(model_type, **{k: raw[k] for k in raw if k != "model_type"})
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: torch.nn.Module = AutoModelForCausalLM.from_config(
                 config, dtype=dtype, attn_implementation=ATTENTION_NAME
             )
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"{checkpoint.folder.name}: transformers cannot build a {model_type!r} model that "
-            f"generates text from config.json: {reason}"
+            f"{checkpoint.folder.name}: transformers cannot build a "
+            f"{checkpoint.config.model_type!r} model that generates text from config.json: "
+            f"{reason_of(error)}"
         ) from error
     model.tie_weights()  # type: ignore[operator]  # building on meta unties
     return model.eval()

@@ -1,0 +1,66 @@
+"""The family's own configuration class, built from what `config.json` says."""
+
+import logging
+import warnings
+from typing import TYPE_CHECKING
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+# What the class calls a number that `config.py` has read without it.
+_COMPARED = {
+    "num_hidden_layers": "num_layers",
+    "hidden_size": "hidden_size",
+    "num_attention_heads": "num_heads",
+    "vocab_size": "vocab_size",
+}
+
+
+def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
+    """Build transformers' configuration; imports torch.
+
+    Args:
+        config: what was read of the file.
+        folder: names the model in errors.
+
+    Raises:
+        CheckpointError: the class refuses a value of the file, or reads another number than we did.
+    """
+    from transformers import AutoConfig
+
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    fields = {key: value for key, value in config.raw.items() if key != "model_type"}
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            made = AutoConfig.for_model(config.model_type, **fields)
+    except Exception as error:
+        raise CheckpointError(
+            f"{folder}/config.json: transformers' {config.model_type} takes no such configuration: "
+            f"{reason_of(error)}"
+        ) from error
+    for theirs, ours in _COMPARED.items():
+        found, read = getattr(made, theirs, None), getattr(config, ours)
+        if isinstance(found, int) and found != read:
+            raise CheckpointError(
+                f"{folder}/config.json: {config.model_type} of transformers has {theirs} {found}, "
+                f"here it was read as {read}: this family is not supported"
+            )
+    return made
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of transformers says, on one line.
+
+    Its first line may be an introduction that ends in a colon ("Class validation error ...:"),
+    the next then is the reason.
+    """
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    while len(lines) > 1 and lines[0].endswith(":"):
+        lines.pop(0)
+    text = lines[0] if lines else type(error).__name__
+    name, _, rest = text.partition(": ")
+    return rest if name.endswith("Error") and name.isidentifier() and rest else text
