@@ -359,7 +359,7 @@ class RuntimeConfig:
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
         link_bytes_per_s: emulate a link of this bandwidth (CPU with home `host` only).
         readers: file reads kept in flight.
-        threads: of the CPU that compute; None is what torch takes for this machine.
+        threads: of the CPU that compute; None is what affinity and the cgroup's quota allow.
     """
 
     device: str = "auto"

@@ -21,7 +21,7 @@ from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
-from offload_rt.device.host import free_memory_bytes, peak_rss_bytes
+from offload_rt.device.host import compute_threads, free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
@@ -590,8 +590,7 @@ def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
         raise ConfigError(
             "--link-bandwidth emulates a link to host memory: add --home host or --kv host"
         )
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+    torch.set_num_threads(config.threads or compute_threads())
     name = config.device
     if name == "auto":
         name = "cpu" if TorchDriver().missing(0) else "cuda:0"

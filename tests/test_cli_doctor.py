@@ -8,8 +8,17 @@ import pytest
 
 from offload_rt.cli import run
 from offload_rt.cli.checks import Level, diagnose
-from offload_rt.cli.machine import DiskFacts, Machine, TorchFacts, inspect_machine
-from offload_rt.device.nvml import Driver, Gpu
+from offload_rt.cli.machine import (
+    CpuFacts,
+    DiskFacts,
+    Machine,
+    MemoryFacts,
+    ProfileFacts,
+    TorchFacts,
+    inspect_machine,
+)
+from offload_rt.device.cgroup import MemoryGroup
+from offload_rt.device.nvml import Driver, Gpu, GpuProcess
 
 GIB = 2**30
 DISK = DiskFacts(
@@ -22,19 +31,25 @@ DISK = DiskFacts(
 TORCH = TorchFacts(version="2.14.1+cu128", cuda_build="12.8", sees_gpu=True)
 GPU = Gpu(name="GPU X", total_bytes=24 * GIB, free_bytes=23 * GIB, capability=(8, 9))
 DRIVER = Driver(version="570.1", cuda_version=(12, 8), gpus=(GPU,))
+CPU = CpuFacts(name="CPU Y", bf16_flag="amx_bf16", all_cores=8, cores=8, quota=None, threads=8)
+MEMORY = MemoryFacts(
+    ram_bytes=64 * GIB,
+    free_bytes=60 * GIB,
+    cgroup=None,
+    swap_bytes=8 * GIB,
+    swap_used_bytes=GIB // 8,
+    locked_bytes=None,
+)
+PROFILE = ProfileFacts(name="box", found=True)
 HEALTHY = Machine(
     python="3.12.4",
     torch=TORCH,
     torch_error="",
     transformers="5.23.0",
-    cpu="CPU Y",
-    cores=8,
-    bf16_flag="amx_bf16",
-    ram_bytes=64 * GIB,
-    free_bytes=60 * GIB,
-    cgroup_bytes=None,
-    memlock_bytes=None,
+    cpu=CPU,
+    memory=MEMORY,
     driver=DRIVER,
+    profile=PROFILE,
     wsl=False,
     disk=DISK,
     demo=True,
@@ -43,6 +58,27 @@ HEALTHY = Machine(
 
 def torch_with(**changed):
     return {"torch": replace(TORCH, **changed)}
+
+
+def cpu_with(**changed):
+    return {"cpu": replace(CPU, **changed)}
+
+
+def memory_with(**changed):
+    return {"memory": replace(MEMORY, **changed)}
+
+
+def group(limit_bytes, used_bytes=0):
+    return memory_with(cgroup=MemoryGroup(limit_bytes=limit_bytes, used_bytes=used_bytes))
+
+
+def profile_with(**changed):
+    return {"profile": replace(PROFILE, **changed)}
+
+
+def used_by(*processes):
+    gpu = replace(GPU, processes=tuple(GpuProcess(pid=p, used_bytes=n) for p, n in processes))
+    return {"driver": replace(DRIVER, gpus=(gpu,))}
 
 
 def disk_with(**changed):
@@ -60,9 +96,37 @@ FAULTS = [
     (torch_with(version="2.5.1"), Level.FAIL, "2.5.1", "2.6 or newer"),
     ({"transformers": None}, Level.FAIL, "not installed", "setup.sh"),
     ({"transformers": "4.57.1"}, Level.FAIL, "4.57.1", "5.3 or newer"),
-    ({"bf16_flag": ""}, Level.WARN, "no bf16 instructions", "--dtype float32"),
-    ({"free_bytes": GIB}, Level.WARN, "1.00 GiB free of 64.0 GiB", "--device-memory"),
-    ({"cgroup_bytes": 8 * GIB}, Level.WARN, "8.00 GiB of 64.0 GiB", "docker run --memory"),
+    (cpu_with(bf16_flag=""), Level.WARN, "no bf16 instructions", "--dtype float32"),
+    (memory_with(free_bytes=GIB), Level.WARN, "1.00 GiB free of 64.0 GiB", "--device-memory"),
+    (group(8 * GIB, 3 * GIB), Level.WARN, "8.00 GiB of 64.0 GiB, 3.00 GiB", "docker run --memory"),
+    (
+        cpu_with(quota=1.5, threads=1),
+        Level.WARN,
+        "1 for computing, CPU quota of 1.5 cores (cgroup)",
+        "docker run --cpus",
+    ),
+    (
+        cpu_with(all_cores=64, quota=0.5, threads=8),
+        Level.WARN,
+        "affinity to 8 of 64 cores, CPU quota of 0.5",
+        "unset OMP_NUM_THREADS, or set 1",
+    ),
+    (
+        memory_with(swap_used_bytes=6 * GIB),
+        Level.WARN,
+        "swap 6.00 GiB in use of 8.00 GiB",
+        "--device-memory",
+    ),
+    (
+        used_by((12, 9 * GIB), (7, 0)),
+        Level.WARN,
+        "process 12 on GPU 0 (9.00 GiB), process 7 on GPU 0",
+        "--device cuda:N",
+    ),
+    (profile_with(found=False), Level.WARN, "none: plans use another", "offload-run profile"),
+    (profile_with(problem="x is damaged"), Level.WARN, "x is damaged", "offload-run profile"),
+    (profile_with(changes=("torch was 1",)), Level.WARN, "torch was 1", "offload-run profile"),
+    (profile_with(notes=("other work",)), Level.WARN, "other work", "offload-run profile"),
     (
         torch_with(sees_gpu=False, cuda_build=None),
         Level.FAIL,
@@ -76,7 +140,7 @@ FAULTS = [
         "update the NVIDIA driver",
     ),
     (torch_with(sees_gpu=False), Level.FAIL, "torch cannot use it", "CUDA_VISIBLE_DEVICES"),
-    ({"memlock_bytes": 65536}, Level.WARN, "64.0 KiB of locked memory", "limits.conf"),
+    (memory_with(locked_bytes=65536), Level.WARN, "64.0 KiB of locked memory", "limits.conf"),
     ({"wsl": True}, Level.WARN, "WSL", ".wslconfig"),
     (disk_with(kind="nfs4"), Level.WARN, "nfs4", "local disk"),
     (disk_with(kind="tmpfs"), Level.WARN, "tmpfs", "takes memory"),
@@ -126,11 +190,11 @@ def test_each_fault_has_its_line_and_fix(fault, level, detail, fix, doctor):
 
 def test_this_machine_with_a_model(tiny_model):
     machine = inspect_machine(tiny_model)
-    assert machine.torch is not None and machine.cores >= 1
-    assert 0 < machine.free_bytes <= machine.ram_bytes
+    assert machine.torch is not None and machine.cpu.threads >= 1
+    assert 0 < machine.memory.free_bytes <= machine.memory.ram_bytes
     assert machine.disk.kind != "unknown"
     assert machine.disk.read_bytes_per_s > 0
-    assert len(diagnose(machine)) == 11
+    assert len(diagnose(machine)) == 15
 
 
 def test_missing_model(capsys):

@@ -315,3 +315,20 @@ def test_a_hostile_profile_is_refused(offload_run, big, tmp_path):
     shutil.rmtree(big)
     done = offload_run("simulate", big, "--profile", GPU)
     assert done.code == 4 and "does not exist" in done.err
+
+
+def test_without_a_profile_of_its_own_it_takes_the_stand_in_of_plan(tiny_model, offload_run):
+    """And says so in the same words."""
+    place = ("--device", "cpu", "--context", 64)
+    planned = json.loads(offload_run("plan", tiny_model, *place, "--draft", "none", "--json").out)
+    simulated = json.loads(offload_run("simulate", tiny_model, *place, "--json").out)
+    assert simulated["own_profile"] is planned["own_profile"] is False
+    assert simulated["profile"] == planned["profile"]
+    words = f"{planned['profile']}; measure this machine with `offload-run profile`"
+    assert words in offload_run("simulate", tiny_model, *place).out
+    assert words in offload_run("plan", tiny_model, *place).out
+
+
+def test_a_stand_in_for_a_gpu_that_is_asked_for(tiny_model, offload_run):
+    done = offload_run("simulate", tiny_model, "--device", "cuda", "--context", 64, "--json")
+    assert json.loads(done.out)["profile"] == "rtx4090-pcie4x16"

@@ -42,6 +42,7 @@ TORCH_FREE |= {"model.adapter"}
 TORCH_FREE |= {"printable"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
+TORCH_FREE |= {"device.cgroup"}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {

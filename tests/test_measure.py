@@ -420,6 +420,9 @@ class Nvml:
     nvmlDeviceGetCudaComputeCapability = staticmethod(lambda handle: (8, 9))
     nvmlDeviceGetName = staticmethod(lambda handle: "GPU X")
     nvmlDeviceGetCurrPcieLinkWidth = staticmethod(lambda handle: 16)
+    nvmlDeviceGetComputeRunningProcesses = staticmethod(
+        lambda handle: [SimpleNamespace(pid=pid, usedGpuMemory=None) for pid in (1, os.getpid())]
+    )
     copying = False
 
     def nvmlInit(self):
@@ -459,6 +462,12 @@ def test_the_link_is_identified_while_bytes_cross_it(monkeypatch, on_disk):
     monkeypatch.setattr(nvml, "pynvml", Hidden())
     (gpu,) = measure("here", device="cpu", folder=on_disk, effort=QUICK).machine.gpus
     assert (gpu.link_generation, gpu.link_width, gpu.memory_bytes) == (0, 0, 2**34)
+
+
+def test_others_that_compute_on_a_gpu_are_named(monkeypatch):
+    monkeypatch.setattr(nvml, "pynvml", Nvml())
+    (gpu,) = nvml.find_driver().gpus
+    assert gpu.processes == (nvml.GpuProcess(pid=1, used_bytes=0),)
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):

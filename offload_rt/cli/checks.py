@@ -10,6 +10,8 @@ from offload_rt.units import format_rate, format_size
 _PYTHON, _TORCH, _TRANSFORMERS = (3, 11), (2, 6), (5, 3)  # as in pyproject.toml
 _SMALL_FREE_BYTES = 2 * 2**30
 _SLOW_READ_BYTES_PER_S = 0.2e9  # a disk with platters; 1 GB of layers would take 5 s per token
+_SWAPPED_SHARE = 0.05  # of memory; less has lain there since the machine was started
+_SHOWN_PROCESSES = 3
 _NETWORK_KINDS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "drvfs", "ceph", "glusterfs")
 _INSTALL = "run `bash tools/setup.sh`"
 
@@ -73,31 +75,64 @@ def check_transformers(machine: Machine) -> Finding:
 
 def check_cpu(machine: Machine) -> Finding:
     """Whether the processor computes bf16 itself."""
-    detail = f"{machine.cpu}, {machine.cores} cores"
-    if machine.bf16_flag:
-        return Finding(Level.OK, "processor", f"{detail}, bf16 by {machine.bf16_flag}")
+    cpu = machine.cpu
+    detail = f"{cpu.name}, {cpu.all_cores} cores"
+    if cpu.bf16_flag:
+        return Finding(Level.OK, "processor", f"{detail}, bf16 by {cpu.bf16_flag}")
     fix = "bf16 models compute slowly on the CPU here: try --dtype float32 if memory allows"
     return Finding(Level.WARN, "processor", f"{detail}, no bf16 instructions", fix)
 
 
+def check_threads(machine: Machine) -> Finding:
+    """How many threads compute, and what narrows that."""
+    cpu = machine.cpu
+    limits = []
+    if cpu.cores < cpu.all_cores:
+        limits.append(f"affinity to {cpu.cores} of {cpu.all_cores} cores")
+    if narrow := cpu.quota is not None and cpu.quota < cpu.cores:
+        limits.append(f"CPU quota of {cpu.quota:g} cores (cgroup)")
+    detail = ", ".join([f"{cpu.threads} for computing", *limits])
+    if cpu.quota is not None and cpu.threads > (most := max(1, int(cpu.quota))):
+        fix = f"threads above the quota wait for each other: unset OMP_NUM_THREADS, or set {most}"
+        return Finding(Level.WARN, "threads", detail, fix)
+    if narrow:
+        fix = "raise it where the container is started, `docker run --cpus`, if it may have more"
+        return Finding(Level.WARN, "threads", detail, fix)
+    return Finding(Level.OK, "threads", detail)
+
+
 def check_memory(machine: Machine) -> Finding:
     """Whether there is memory to work with."""
-    free, total = format_size(machine.free_bytes), format_size(machine.ram_bytes)
+    memory = machine.memory
+    free, total = format_size(memory.free_bytes), format_size(memory.ram_bytes)
     detail = f"{free} free of {total}"
-    if machine.free_bytes < _SMALL_FREE_BYTES:
+    if memory.free_bytes < _SMALL_FREE_BYTES:
         fix = "close other programs; --device-memory bounds what a run takes"
         return Finding(Level.WARN, "memory", detail, fix)
     return Finding(Level.OK, "memory", detail)
 
 
 def check_cgroup(machine: Machine) -> Finding:
-    """Whether a container limits memory below what the machine has."""
-    limit = machine.cgroup_bytes
-    if limit is None or limit >= machine.ram_bytes:
-        return Finding(Level.OK, "container", "no memory limit below the machine's")
-    detail = f"memory limit {format_size(limit)} of {format_size(machine.ram_bytes)}"
-    fix = "runs keep to it; raise it where the container is started, `docker run --memory`"
-    return Finding(Level.WARN, "container", detail, fix)
+    """Whether a cgroup limits memory below what the machine has."""
+    group, total = machine.memory.cgroup, machine.memory.ram_bytes
+    if group is None or group.limit_bytes >= total:
+        return Finding(Level.OK, "cgroup", "no memory limit below the machine's")
+    limit, used = format_size(group.limit_bytes), format_size(group.used_bytes)
+    detail = f"memory limit {limit} of {format_size(total)}, {used} of it in use"
+    fix = "runs keep to it; raise it where the process is started: `docker run --memory`, MemoryMax"
+    return Finding(Level.WARN, "cgroup", detail, fix)
+
+
+def check_swap(machine: Machine) -> Finding:
+    """Whether other programs have been pushed out of memory."""
+    total, used = machine.memory.swap_bytes, machine.memory.swap_used_bytes
+    if not total:
+        return Finding(Level.OK, "swap", "none")
+    detail = f"{format_size(used)} in use of {format_size(total)}"
+    if used < _SWAPPED_SHARE * machine.memory.ram_bytes:
+        return Finding(Level.OK, "swap", detail)
+    fix = "programs wait for the disk that layers stream from: end some, or lower --device-memory"
+    return Finding(Level.WARN, "swap", detail, fix)
 
 
 def check_gpu(machine: Machine) -> Finding:
@@ -124,13 +159,41 @@ def check_gpu(machine: Machine) -> Finding:
     return Finding(Level.FAIL, "GPU", f"{detail}, but torch cannot use it", fix)
 
 
+def check_gpu_processes(machine: Machine) -> Finding:
+    """Whether others compute on the GPUs."""
+    gpus = () if machine.driver is None else machine.driver.gpus
+    found = [
+        f"process {one.pid} on GPU {index} ({format_size(one.used_bytes)})"
+        for index, gpu in enumerate(gpus)
+        for one in gpu.processes
+    ]
+    if not found:
+        return Finding(Level.OK, "GPU use", "nobody else computes there" if gpus else "no GPU")
+    shown = ", ".join(found[:_SHOWN_PROCESSES])
+    more = f" and {len(found) - _SHOWN_PROCESSES} more" if len(found) > _SHOWN_PROCESSES else ""
+    fix = "its memory and time are taken: end it, choose --device cuda:N, or set --device-memory"
+    return Finding(Level.WARN, "GPU use", shown + more, fix)
+
+
+def check_profile(machine: Machine) -> Finding:
+    """Whether plans rest on what was measured here."""
+    profile, measure = machine.profile, "run `offload-run profile`, one to two minutes"
+    if not profile.found:
+        return Finding(Level.WARN, "profile", "none: plans use another machine's speeds", measure)
+    if profile.problem:
+        return Finding(Level.WARN, "profile", profile.problem, measure)
+    if wrong := [*profile.changes, *profile.notes]:
+        return Finding(Level.WARN, "profile", "; ".join(wrong), measure)
+    return Finding(Level.OK, "profile", f"{profile.name}, measured here")
+
+
 def check_pinning(machine: Machine) -> Finding:
     """Whether the limit on locked memory lets layers be pinned."""
-    limit = machine.memlock_bytes
+    limit = machine.memory.locked_bytes
     if limit is None:
         return Finding(Level.OK, "pinning", "no limit on locked memory")
     detail = f"up to {format_size(limit)} of locked memory (ulimit -l)"
-    if limit >= machine.ram_bytes // 2 or machine.driver is None:
+    if limit >= machine.memory.ram_bytes // 2 or machine.driver is None:
         return Finding(Level.OK, "pinning", detail)
     fix = "raise memlock in /etc/security/limits.conf, or `docker run --ulimit memlock=-1`"
     return Finding(Level.WARN, "pinning", f"{detail}: layers may not be pinned", fix)
@@ -185,11 +248,15 @@ _CHECKS: tuple[Callable[[Machine], Finding], ...] = (
     check_torch,
     check_transformers,
     check_cpu,
+    check_threads,
     check_memory,
     check_cgroup,
+    check_swap,
     check_gpu,
+    check_gpu_processes,
     check_pinning,
     check_wsl,
     check_disk,
+    check_profile,
     check_demo,
 )

@@ -13,6 +13,7 @@ from typing import Any, TextIO, cast
 import click
 
 from offload_rt.cli.options import Output
+from offload_rt.device.host import wait_asleep
 from offload_rt.printable import encodable, printable, printable_lines, printable_prose
 
 _POLL_S = 0.1
@@ -32,6 +33,7 @@ _QUIET_LIBRARIES = {
 def quiet_libraries(output: Output) -> None:
     """Keep libraries off the network and off our stderr; call it before they are imported."""
     os.environ.update(_QUIET_LIBRARIES)
+    wait_asleep()
     warnings.simplefilter("default" if output.verbose else "ignore")
     root, ours = logging.getLogger(), logging.getLogger("offload_rt")
     for handler in [h for h in ours.handlers if isinstance(h, _Notes)]:

@@ -11,15 +11,20 @@ from pathlib import Path
 
 import psutil
 
+from offload_rt.device.cgroup import MemoryGroup, cpu_quota
 from offload_rt.device.host import (
-    cgroup_limit_bytes,
+    compute_threads,
     cores,
     file_system,
     free_memory_bytes,
+    narrowest_memory,
     processor,
 )
 from offload_rt.device.nvml import Driver, find_driver
+from offload_rt.errors import ProfileError
 from offload_rt.model.checkpoint import demo_folder
+from offload_rt.profiling.identity import compare, these_versions, this_machine
+from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
 
 _READ_BYTES, _READ_LIMIT_S = 256 * 2**20, 2.0
 _BLOCK_BYTES = 4 * 2**20
@@ -57,13 +62,69 @@ class DiskFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CpuFacts:
+    """Who computes.
+
+    Attributes:
+        bf16_flag: processor instruction that computes bf16, or empty.
+        all_cores: of the machine.
+        cores: this process may run on.
+        quota: cores its cgroup may keep busy; None for no limit.
+        threads: that compute.
+    """
+
+    name: str
+    bf16_flag: str
+    all_cores: int
+    cores: int
+    quota: float | None
+    threads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryFacts:
+    """What memory there is.
+
+    Attributes:
+        free_bytes: this process may still take.
+        cgroup: the group that leaves least, or None.
+        swap_bytes: of swap space, and how much of it is in use.
+        locked_bytes: memory one may pin; None for no limit.
+    """
+
+    ram_bytes: int
+    free_bytes: int
+    cgroup: MemoryGroup | None
+    swap_bytes: int
+    swap_used_bytes: int
+    locked_bytes: int | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileFacts:
+    """The profile plans rest on.
+
+    Attributes:
+        name: it is looked for by.
+        found: whether there is one.
+        problem: why it cannot be used, or empty.
+        changes: what is different now, a sentence each.
+        notes: that it carries of other work while it was measured.
+    """
+
+    name: str
+    found: bool
+    problem: str = ""
+    changes: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Everything `doctor` looks at.
 
     Attributes:
         torch: None when torch cannot be imported, with the reason in `torch_error`.
-        bf16_flag: processor instruction that computes bf16, or empty.
-        memlock_bytes: memory one may pin; None for no limit.
         driver: None when no NVIDIA driver answers.
     """
 
@@ -71,14 +132,10 @@ class Machine:
     torch: TorchFacts | None
     torch_error: str
     transformers: str | None
-    cpu: str
-    cores: int
-    bf16_flag: str
-    ram_bytes: int
-    free_bytes: int
-    cgroup_bytes: int | None
-    memlock_bytes: int | None
+    cpu: CpuFacts
+    memory: MemoryFacts
     driver: Driver | None
+    profile: ProfileFacts
     wsl: bool
     disk: DiskFacts
     demo: bool
@@ -87,25 +144,58 @@ class Machine:
 def inspect_machine(model: Path | None) -> Machine:
     """Look at this machine; with a model folder its disk is read for up to two seconds."""
     torch, torch_error = _torch()
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    cpu, bf16_flag = processor()
+    driver = find_driver()
     return Machine(
         python=platform.python_version(),
         torch=torch,
         torch_error=torch_error,
         transformers=_version("transformers"),
-        cpu=cpu,
-        cores=cores(),
-        bf16_flag=bf16_flag,
-        ram_bytes=psutil.virtual_memory().total,
-        free_bytes=free_memory_bytes(),
-        cgroup_bytes=cgroup_limit_bytes(),
-        memlock_bytes=None if soft == resource.RLIM_INFINITY else soft,
-        driver=find_driver(),
+        cpu=_cpu(),
+        memory=_memory(),
+        driver=driver,
+        profile=_profile(driver),
         wsl="microsoft" in _read("/proc/version").lower(),
         disk=_disk(model),
         demo=(demo_folder() / "config.json").is_file(),
     )
+
+
+def _cpu() -> CpuFacts:
+    name, bf16_flag = processor()
+    return CpuFacts(
+        name=name,
+        bf16_flag=bf16_flag,
+        all_cores=os.cpu_count() or cores(),
+        cores=cores(),
+        quota=cpu_quota(),
+        threads=compute_threads(),
+    )
+
+
+def _memory() -> MemoryFacts:
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    swap = psutil.swap_memory()
+    return MemoryFacts(
+        ram_bytes=psutil.virtual_memory().total,
+        free_bytes=free_memory_bytes(),
+        cgroup=narrowest_memory(),
+        swap_bytes=swap.total,
+        swap_used_bytes=swap.used,
+        locked_bytes=None if soft == resource.RLIM_INFINITY else soft,
+    )
+
+
+def _profile(driver: Driver | None) -> ProfileFacts:
+    name = machine_name()
+    if name not in list_profiles():
+        return ProfileFacts(name=name, found=False)
+    try:
+        profile = load_profile(find_profile(name))
+    except ProfileError as error:
+        return ProfileFacts(name=name, found=True, problem=str(error))
+    changes = compare(profile, this_machine(driver), these_versions(driver))
+    busy = tuple(note for note in profile.notes if note.startswith(BUSY))
+    return ProfileFacts(name=name, found=True, changes=tuple(changes), notes=busy)
 
 
 def _torch() -> tuple[TorchFacts | None, str]:

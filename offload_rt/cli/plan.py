@@ -197,6 +197,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "smallest_device_bytes": outlook.smallest_bytes,
         "bytes_per_pass": outlook.bytes_per_pass,
         "profile": outlook.speeds.profile.name,
+        "own_profile": outlook.speeds.own,
         "predicted": _prediction(outlook.plan.prediction),
         "considered": [
             {

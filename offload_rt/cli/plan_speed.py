@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from offload_rt.cli.planning import profile_source
 from offload_rt.cli.stats import drafter_name, drafts_name
 from offload_rt.planning.planner import Considered, Plan, Prediction
 from offload_rt.planning.speeds import Speeds
@@ -14,10 +15,7 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     """A plan's prediction with its parts, then the other ways that were looked at."""
     if plan.prediction is None:
         return []
-    name = speeds.profile.name
-    source = f"profile {name}"
-    if not speeds.own:
-        source += "; measure this machine with `offload-run profile`"
+    source = f"profile {profile_source(speeds.profile.name, speeds.own)}"
     chosen = plan.prediction
     lines = [
         f"predicted ({source})",

@@ -40,8 +40,8 @@ def experience_path() -> Path:
     return user_folder().parent / "drafting.json"
 
 
-def speeds_for(profile: str | None, packing: Packing) -> Speeds:
-    """Speeds of this machine, or of a profile that is asked for.
+def profile_for(profile: str | None, who: Processor) -> tuple[HardwareProfile, bool]:
+    """This machine's profile, or the one that is asked for; and whether it is either of them.
 
     Without a profile of its own the machine is planned for with a shipped one: a GPU's of the same
     name, else one that stands in.
@@ -49,12 +49,32 @@ def speeds_for(profile: str | None, packing: Packing) -> Speeds:
     Raises:
         ProfileError: there is no such profile, or it is damaged.
     """
-    who = Processor.CUDA if packing is Packing.DEVICE else Processor.CPU
     name = profile or machine_name()
     own = profile is not None or name in list_profiles()
-    if not own:
-        name = _stand_in(who)
-    found = load_profile(find_profile(name))
+    return load_profile(find_profile(name if own else _stand_in(who))), own
+
+
+def asked_processor(device: str) -> Processor:
+    """Who will compute for a --device: the GPU where one is asked for, or there is one."""
+    if device == "auto":
+        driver = find_driver()
+        return Processor.CUDA if driver is not None and driver.gpus else Processor.CPU
+    return Processor.CPU if device == "cpu" else Processor.CUDA
+
+
+def profile_source(name: str, own: bool) -> str:
+    """How output calls the profile that a prediction rests on."""
+    return name if own else f"{name}; measure this machine with `offload-run profile`"
+
+
+def speeds_for(profile: str | None, packing: Packing) -> Speeds:
+    """Speeds of the profile that `profile_for` finds, for who computes there.
+
+    Raises:
+        ProfileError: there is no such profile, or it is damaged.
+    """
+    who = Processor.CUDA if packing is Packing.DEVICE else Processor.CPU
+    found, own = profile_for(profile, who)
     packs = who is Processor.CPU and bool(processor()[1])
     return Speeds(profile=found, processor=who, packs=packs and _has_packed(found), own=own)
 

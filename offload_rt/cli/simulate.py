@@ -12,6 +12,7 @@ from click.core import ParameterSource
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.options import draft_of, runtime_of
+from offload_rt.cli.planning import asked_processor, profile_for, profile_source
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,
@@ -34,7 +35,7 @@ from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, 
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.profile import HardwareProfile
-from offload_rt.profiling.store import find_profile, load_profile, machine_name
+from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.speculative.pair import check_sizes
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}
@@ -47,7 +48,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     "profile_name",
     type=options.PROFILE,
     default=None,
-    show_default="this machine's",
+    show_default="this machine's, else one that stands in for it",
     help="The machine: a profile by name, or its file; takes the place of a scenario's.",
 )
 @click.option(
@@ -190,6 +191,7 @@ class _Outlook:
     checkpoint: Checkpoint
     from_files: bool
     profile: HardwareProfile
+    own: bool
     placement: Placement
     context_tokens: int
     draft: DraftConfig
@@ -199,8 +201,8 @@ class _Outlook:
 
 def _model(model: str, values: dict[str, Any]) -> None:
     config, draft = runtime_of(values), draft_of(values)
-    name = values["profile_name"] or machine_name()
-    profile = adjust_profile(load_profile(find_profile(name)), values["profile_set"])
+    found, own = profile_for(values["profile_name"], asked_processor(config.device))
+    profile = adjust_profile(found, values["profile_set"])
     seat = seat_for(profile, config.device)
     acceptance = Acceptance(
         ranks=parse_ranks(values["acceptance"], "--acceptance") if values["acceptance"] else (),
@@ -246,6 +248,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         checkpoint=checkpoint,
         from_files=from_files,
         profile=profile,
+        own=own,
         placement=placement,
         context_tokens=context,
         draft=draft,
@@ -274,6 +277,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "model": str(outlook.checkpoint.folder),
         "weights_read": outlook.from_files,
         "profile": outlook.profile.name,
+        "own_profile": outlook.own,
         "device": outlook.device,
         "context_tokens": outlook.context_tokens,
         "drafter": outlook.draft.draft,
@@ -293,5 +297,5 @@ def _as_table(outlook: _Outlook) -> str:
         outlook.placement,
         outlook.prediction,
         source="headers" if outlook.from_files else "config.json alone",
-        machine=f"{outlook.profile.name} ({outlook.device})",
+        machine=f"{profile_source(outlook.profile.name, outlook.own)} ({outlook.device})",
     )

@@ -277,7 +277,7 @@ class CpuDevice:
     """RAM within a limit, computed on by this process.
 
     Args:
-        readers: reads kept in flight.
+        readers: reads kept in flight; they wait for the disk, so no quota of cores bounds them.
         link_bytes_per_s: emulate a link of this bandwidth between host memory and the device.
     """
 

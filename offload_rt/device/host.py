@@ -9,19 +9,22 @@ from pathlib import Path
 
 import psutil
 
+from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups, unescaped
+
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
+_SPIN_LIMITS = {"GOMP_SPINCOUNT": "1000", "KMP_BLOCKTIME": "0"}  # of GNU's OpenMP, and LLVM's
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
 def free_memory_bytes() -> int:
-    """Memory this process may still take: what the system has free, or its cgroup's rest."""
-    return min([psutil.virtual_memory().available, *_cgroup_rests()])
+    """Memory this process may still take: what the system has free, or the rest of its cgroup."""
+    rests = [group.rest_bytes for group in memory_groups()]
+    return min([psutil.virtual_memory().available, *rests])
 
 
-def cgroup_limit_bytes() -> int | None:
-    """The memory limit of this process's cgroup, or None when it has none."""
-    limits = [limit for limit, _ in _cgroup_memory()]
-    return min(limits, default=None)
+def narrowest_memory() -> MemoryGroup | None:
+    """The cgroup around this process that leaves it least memory, or None without a limit."""
+    return min(memory_groups(), key=lambda group: group.rest_bytes, default=None)
 
 
 def peak_rss_bytes() -> int:
@@ -37,8 +40,46 @@ def peak_rss_bytes() -> int:
 
 
 def cores() -> int:
-    """Processor cores this process may use."""
+    """Processor cores this process may run on: its affinity, which a cpuset narrows too."""
     return len(os.sched_getaffinity(0))
+
+
+def compute_threads() -> int:
+    """Threads that compute: OMP_NUM_THREADS, else one for each core within the cgroup's quota.
+
+    A quota of 1.5 cores gives 1: two threads would wait for each other while the group is held up.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if asked.isdecimal() and int(asked) > 0:
+        return int(asked)
+    return max(1, min(cores(), int(cpu_quota() or cores())))
+
+
+def wait_asleep() -> None:
+    """Have threads that wait for others sleep instead of spin; call it before torch is imported.
+
+    Beside other work a thread that spins holds the core its partner needs: passes of a small model
+    took ten times as long on two cores with two other programs. Whoever sets a policy keeps it.
+    """
+    if not {"OMP_WAIT_POLICY", *_SPIN_LIMITS} & set(os.environ):
+        os.environ.update(_SPIN_LIMITS)
+
+
+def waiting_s() -> float | None:
+    """Seconds this process's threads were ready but other work had the cores, all together.
+
+    None where the kernel does not count them. Threads that have ended are not in it.
+    """
+    waited = [_waited_ns(path) for path in Path("/proc/self/task").glob("*/schedstat")]
+    known = [ns for ns in waited if ns is not None]
+    return sum(known) / 1e9 if known else None
+
+
+def _waited_ns(path: Path) -> int | None:
+    try:
+        return int(path.read_text().split()[1])
+    except (OSError, ValueError, IndexError):  # the thread has just ended, or nothing is counted
+        return None
 
 
 def processor() -> tuple[str, str]:
@@ -63,7 +104,8 @@ def _cpuinfo(wanted: str) -> str:
 def file_system(folder: Path) -> str:
     """Type of the file system a resolved folder is on, by the longest mount point above it."""
     mounts = [line.split() for line in _lines("/proc/self/mounts")]
-    above = [(len(m[1]), i) for i, m in enumerate(mounts) if folder.is_relative_to(m[1])]
+    points = [unescaped(mount[1]) for mount in mounts]
+    above = [(len(point), i) for i, point in enumerate(points) if folder.is_relative_to(point)]
     return mounts[max(above)[1]][2] if above else "unknown"
 
 
@@ -72,29 +114,6 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(errors="replace").splitlines()
     except OSError:
         return []
-
-
-def _cgroup_rests() -> list[int]:
-    return [limit - used for limit, used in _cgroup_memory() if limit > used]
-
-
-def _cgroup_memory() -> list[tuple[int, int]]:
-    """Limit and use of each memory cgroup that sets a limit."""
-    pairs = (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
-    )
-    found = []
-    for limit_path, usage_path in pairs:
-        try:
-            with open(limit_path) as limit, open(usage_path) as usage:
-                found.append((int(limit.read()), int(usage.read())))
-        except (OSError, ValueError):
-            continue  # this kind of cgroup is not here, or it sets no limit ("max")
-    return [pair for pair in found if pair[0] < 2**60]
 
 
 def give_back_large_blocks() -> None:

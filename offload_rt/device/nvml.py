@@ -1,5 +1,6 @@
 """What the NVIDIA driver says of the GPUs, without torch and without touching them."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -7,10 +8,23 @@ import pynvml
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuProcess:
+    """A process that computes on a GPU.
+
+    Attributes:
+        used_bytes: of the GPU's memory; 0 where the driver does not say.
+    """
+
+    pid: int
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Gpu:
     """One GPU as the driver describes it.
 
     Attributes:
+        processes: that compute on it, this one left out.
         link_generation: of PCIe, as it is now: an idle link saves power with a lower one.
         link_width: PCIe lanes in use; 0 (of both) when the driver does not say.
     """
@@ -21,6 +35,7 @@ class Gpu:
     capability: tuple[int, int]
     link_generation: int = 0
     link_width: int = 0
+    processes: tuple[GpuProcess, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +81,20 @@ def _gpu(handle: object) -> Gpu:
         capability=(major, minor),
         link_generation=_link(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, handle),
         link_width=_link(pynvml.nvmlDeviceGetCurrPcieLinkWidth, handle),
+        processes=_processes(handle),
+    )
+
+
+def _processes(handle: object) -> tuple[GpuProcess, ...]:
+    """Who else computes there; nobody where the driver keeps that to itself."""
+    try:
+        running = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    except pynvml.NVMLError:
+        return ()
+    return tuple(
+        GpuProcess(pid=int(one.pid), used_bytes=int(one.usedGpuMemory or 0))
+        for one in running
+        if one.pid != os.getpid()
     )
 
 

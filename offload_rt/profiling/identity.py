@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import psutil
 
-from offload_rt.device.host import cores, processor
+from offload_rt.device.host import compute_threads, processor
 from offload_rt.device.nvml import Driver, find_driver
 from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, Versions
 
@@ -16,7 +16,7 @@ def this_machine(driver: Driver | None) -> Machine:
     gpus = () if driver is None else driver.gpus
     return Machine(
         cpu=processor()[0],
-        cores=cores(),
+        cores=compute_threads(),
         ram_bytes=psutil.virtual_memory().total,
         gpus=tuple(
             GpuIdentity(

@@ -16,7 +16,7 @@ from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.driver import Driver
-from offload_rt.device.host import cores
+from offload_rt.device.host import compute_threads, cores
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.packed import can_pack
@@ -125,6 +125,7 @@ def _choose_gpus(driver: Driver, device: str) -> int:
 def _open_devices(gpus: int) -> Iterator[list[Device]]:
     """The CPU, and the first GPU if there is one."""
     devices: list[Device] = [CpuDevice()]
+    torch.set_num_threads(compute_threads())
     with ExitStack() as stack:
         stack.callback(devices[0].close)
         if gpus:

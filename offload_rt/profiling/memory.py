@@ -5,15 +5,16 @@ from collections.abc import Iterator
 import torch
 
 from offload_rt.device.cpu import allocate_host
-from offload_rt.device.host import cores
+from offload_rt.device.host import compute_threads
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import MemorySpeed, MemoryUse
 from offload_rt.profiling.timing import Tick, measured_rate, take_samples, timed
 
 
 def thread_counts() -> list[int]:
-    """How many threads are measured: one, half of the cores, all."""
-    return sorted({1, max(1, cores() // 2), cores()})
+    """How many threads are measured: one, half of those that compute, all."""
+    most = compute_threads()
+    return sorted({1, max(1, most // 2), most})
 
 
 def measure_memory(effort: Effort, tick: Tick) -> tuple[MemorySpeed, ...]:

@@ -124,7 +124,7 @@ class Machine:
     """What the numbers belong to.
 
     Attributes:
-        cores: those this process may use.
+        cores: threads that compute: those this process may use, within its cgroup's quota.
     """
 
     cpu: str

@@ -13,6 +13,8 @@ from offload_rt.errors import ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.profile import HardwareProfile
 
+BUSY = "other work was running"  # how the note begins that a profile then carries
+
 _LARGEST_BYTES = 2**20  # a measured one has about 30 KiB
 _SUFFIX = ".json"
 _FILE_MODE = 0o644

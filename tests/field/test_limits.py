@@ -1,0 +1,241 @@
+"""Limits that a machine's groups set, wherever they are mounted: memory, cores, and what is used.
+
+The layouts are made below a folder that stands for `/`; one test joins a group of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from offload_rt.device import host
+from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups
+
+MIB = 2**20
+
+
+class Root:
+    """A folder that stands for `/`, with the groups a kernel would show there."""
+
+    def __init__(self, path):
+        self.path, self.mounts = path, []
+        (path / "proc/self").mkdir(parents=True)
+
+    def member(self, *lines):
+        (self.path / "proc/self/cgroup").write_text("".join(f"{line}\n" for line in lines))
+        return self
+
+    def mount(self, point, controllers="", shown="/"):
+        """Mount a controller's groups, "" is version 2; `shown` is the group at the mount."""
+        kind = f"cgroup cgroup rw,{controllers}" if controllers else "cgroup2 cgroup2 rw"
+        shown, written = (text.replace(" ", "\\040") for text in (shown, point))
+        self.mounts.append(f"40 30 0:35 {shown} {written} rw,nosuid shared:9 - {kind}\n")
+        (self.path / "proc/self/mountinfo").write_text("".join(self.mounts))
+        return self
+
+    def group(self, place, **files):
+        folder = self.path / place.lstrip("/")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name.replace("__", ".")).write_text(f"{text}\n")
+        return self
+
+
+@pytest.fixture
+def root(tmp_path):
+    return Root(tmp_path)
+
+
+def least(root):
+    return min((group.rest_bytes for group in memory_groups(root.path)), default=None)
+
+
+def test_no_groups_are_no_limit(root):
+    assert memory_groups(root.path) == [] and cpu_quota(root.path) is None
+    root.member("0::/").mount("/sys/fs/cgroup").group("/sys/fs/cgroup")
+    assert memory_groups(root.path) == [] and cpu_quota(root.path) is None
+
+
+@pytest.mark.parametrize("place", ["/", "/user.slice", "/user.slice/user-1.slice/run-9.scope"])
+def test_version_2_in_any_group_of_the_path(root, place):
+    """systemd-run, Slurm and user slices put a process below the top; each group above counts."""
+    path = "/user.slice/user-1.slice/run-9.scope"
+    root.member(f"0::{path}").mount("/sys/fs/cgroup")
+    root.group(f"/sys/fs/cgroup{path}", memory__max="max", cpu__max="max 100000")
+    limited = {"memory__max": 900 * MIB, "memory__current": 300 * MIB, "cpu__max": "150000 100000"}
+    stat = f"anon {200 * MIB}\ninactive_file {100 * MIB}\nactive_file {50 * MIB}"
+    root.group(f"/sys/fs/cgroup{place}", memory__stat=stat, **limited)
+    assert least(root) == 700 * MIB
+    assert cpu_quota(root.path) == 1.5
+
+
+@pytest.mark.parametrize("point", ["/sys/fs/cgroup/memory", "/cgroup/mem and more"])
+def test_version_1_wherever_it_is_mounted(root, point):
+    root.member("9:memory:/slurm/job 7", "1:cpu,cpuacct:/slurm")
+    root.mount(point, "memory").mount("/sys/fs/cgroup/cpu", "cpu,cpuacct")
+    root.group(f"{point}/slurm", memory__limit_in_bytes=2**63 - 4096)
+    root.group(
+        f"{point}/slurm/job 7",
+        memory__limit_in_bytes=512 * MIB,
+        memory__usage_in_bytes=400 * MIB,
+        memory__stat=f"cache 9\ntotal_inactive_file {60 * MIB}",
+    )
+    quota = {"cpu__cfs_quota_us": 50000, "cpu__cfs_period_us": 100000}
+    root.group("/sys/fs/cgroup/cpu", cpu__cfs_quota_us=-1, cpu__cfs_period_us=100000)
+    root.group("/sys/fs/cgroup/cpu/slurm", **quota)
+    assert memory_groups(root.path) == [MemoryGroup(limit_bytes=512 * MIB, used_bytes=340 * MIB)]
+    assert cpu_quota(root.path) == 0.5
+
+
+def test_a_container_sees_its_own_group_at_the_mount(root):
+    """The path is the host's, the mount begins at the container's group."""
+    root.member("0::/docker/abc/inner").mount("/sys/fs/cgroup", shown="/docker/abc")
+    root.group("/sys/fs/cgroup", memory__max=8 * MIB, memory__current=MIB)
+    root.group("/sys/fs/cgroup/inner", memory__max=4 * MIB, memory__current=MIB)
+    assert [group.limit_bytes for group in memory_groups(root.path)] == [4 * MIB, 8 * MIB]
+
+
+@pytest.mark.parametrize("path", ["/", "/../other", "/kubepods/pod1/abc"])
+def test_a_group_that_is_not_below_the_mount_takes_its_top(root, path):
+    root.member(f"5:memory:{path}").mount("/m", "memory", shown="/docker/abc")
+    root.group("/m", memory__limit_in_bytes=8 * MIB, memory__usage_in_bytes=3 * MIB)
+    assert least(root) == 5 * MIB
+
+
+def test_both_versions_beside_each_other(root):
+    root.member("4:memory:/a", "0::/b").mount("/c/memory", "memory").mount("/c/unified")
+    root.group("/c/memory/a", memory__limit_in_bytes=9 * MIB, memory__usage_in_bytes=MIB)
+    root.group("/c/unified/b", cpu__max="300000 100000")
+    assert (least(root), cpu_quota(root.path)) == (8 * MIB, 3.0)
+
+
+def test_limits_of_groups_that_are_not_mounted_count(root):
+    root.member("4:memory:/a/b").mount("/m", "memory", shown="/a/b")
+    root.group(
+        "/m",
+        memory__limit_in_bytes=2**62,
+        memory__usage_in_bytes=MIB,
+        memory__stat=f"hierarchical_memory_limit {7 * MIB}",
+    )
+    assert least(root) == 6 * MIB
+
+
+def test_slowing_down_is_a_limit_too(root):
+    root.member("0::/").mount("/g")
+    root.group("/g", memory__max="max", memory__high=5 * MIB, memory__current=MIB)
+    assert least(root) == 4 * MIB
+
+
+def test_use_above_the_limit_leaves_nothing(root, monkeypatch):
+    root.member("0::/").mount("/g")
+    root.group("/g", memory__max=3 * MIB, memory__current=5 * MIB)
+    (group,) = memory_groups(root.path)
+    monkeypatch.setattr(host, "memory_groups", lambda: [group])
+    assert group.rest_bytes == 0 == host.free_memory_bytes()
+    assert host.narrowest_memory() == group
+
+
+@pytest.mark.parametrize(
+    "text", ["", "0", "nonsense", "0::", "x:y", "0:::", "9:memory", "\0", "0::/a (deleted)"]
+)
+def test_files_that_say_something_else_are_no_limit(root, text):
+    root.member(text).mount("/g").group("/g", memory__max=text, cpu__max=text)
+    assert memory_groups(root.path) == [] and cpu_quota(root.path) is None
+    (root.path / "proc/self/mountinfo").write_text(f"{text}\n - \n1 2 3 - cgroup2\n")
+    assert memory_groups(root.path) == []
+
+
+@pytest.mark.parametrize(
+    ("quota", "asked", "threads"),
+    [
+        (None, "", 8),
+        (0.5, "", 1),
+        (1.9, "", 1),
+        (2.0, "", 2),
+        (64.0, "", 8),
+        (0.5, "3", 3),
+        (None, "2,1", 2),
+        (2.5, "0", 2),
+        (2.5, "many", 2),
+    ],
+)
+def test_threads_that_compute(quota, asked, threads, monkeypatch):
+    """No more than the quota gives whole cores, unless the user says so."""
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    monkeypatch.setattr(host, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert host.compute_threads() == threads
+
+
+def test_waiting_threads_sleep_unless_somebody_said_how(monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.delenv(name, raising=False)
+    host.wait_asleep()
+    assert int(os.environ["GOMP_SPINCOUNT"]) <= 10_000
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("KMP_BLOCKTIME")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    host.wait_asleep()
+    assert "GOMP_SPINCOUNT" not in os.environ
+
+
+def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
+    import torch
+
+    from offload_rt import engine
+    from offload_rt.config import RuntimeConfig
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(engine, "compute_threads", lambda: 3)
+    try:
+        for config, threads in ((RuntimeConfig(), 3), (RuntimeConfig(threads=2), 2)):
+            device, _ = engine.open_device(config)
+            device.close()
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+JOIN = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
+ASK = JOIN + (
+    "from offload_rt.device.cgroup import cpu_quota; from offload_rt.device.host import "
+    "free_memory_bytes, narrowest_memory; "
+    "print(free_memory_bytes(), narrowest_memory().limit_bytes, cpu_quota())"
+)
+
+
+def own_group(controller, name, limit):
+    """A group below this process's with a limit, or None where none can be made."""
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controller not in controllers.split(","):
+            continue
+        mount = Path("/sys/fs/cgroup", controller)
+        folder = Path(f"{mount}{path.rstrip('/')}", f"offload-run-test-{os.getpid()}")
+        try:
+            folder.mkdir()
+            (folder / name).write_text(limit)
+        except OSError:
+            if folder.is_dir():
+                folder.rmdir()
+            return None
+        return folder
+    return None
+
+
+def test_a_process_in_a_group_of_this_kernel():
+    limit = 256 * MIB
+    group = own_group("memory", "memory.limit_in_bytes", str(limit)) or own_group(
+        "", "memory.max", str(limit)
+    )
+    if group is None:
+        pytest.skip("no memory cgroup can be made here")
+    try:
+        command = [sys.executable, "-c", ASK, group / "cgroup.procs"]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    finally:
+        group.rmdir()
+    free, found, _ = done.stdout.split()
+    assert int(found) == limit and 0 < int(free) < limit
