@@ -37,3 +37,10 @@ def format_size(nbytes: float) -> str:
 def format_rate(bytes_per_s: float) -> str:
     """Write a bandwidth in decimal gigabytes a second: `2.31 GB/s`."""
     return f"{bytes_per_s / 1e9:.2f} GB/s"
+
+
+def format_speed(s_per_token: float) -> str:
+    """Write seconds per token as tokens a second, with three digits: `2.91 tokens/s`."""
+    rate = 1.0 / max(s_per_token, 1e-9)
+    digits = max(0, 2 - math.floor(math.log10(rate)))
+    return f"{rate:.{digits}f} tokens/s"

@@ -1,34 +1,45 @@
 """Text that fits the terminal: lines are broken between words, behind a hanging indent."""
 
-import shutil
+import os
 from textwrap import wrap
 
-_LEAST, _MOST = 40, 100
+from offload_rt.printable import printable
+
+_LEAST, _MOST, _USUAL = 40, 100, 80
 
 
-def columns() -> int:
-    """Width to write for: the terminal's, or 80 where there is none."""
-    return min(max(shutil.get_terminal_size((80, 24)).columns, _LEAST), _MOST)
+def columns(file: int = 1) -> int:
+    """Width to write for: $COLUMNS, a terminal's, or 80 where there is none.
+
+    Args:
+        file: number of the open file.
+    """
+    try:
+        width = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size(file).columns
+    except ValueError:
+        try:
+            width = os.get_terminal_size(file).columns
+        except OSError:
+            width = _USUAL
+    except OSError:
+        width = _USUAL
+    return min(max(width or _USUAL, _LEAST), _MOST)
 
 
 def hanging(text: str, indent: int, width: int | None = None) -> str:
-    """Break a line so that what follows the first stands below column `indent`.
+    """Make one line printable and break it; what follows begins below column `indent`.
 
     Words are not cut and their hyphens are kept, so options can be copied.
     """
-    width = columns() if width is None else width
+    width, text = columns() if width is None else width, printable(text)
     if len(text) <= width:
         return text
-    if indent > width // 2:
-        indent = 4
     return "\n".join(
         wrap(
             text,
             width,
-            subsequent_indent=" " * indent,
+            subsequent_indent=" " * (indent if indent <= width // 2 else 4),
             break_long_words=False,
             break_on_hyphens=False,
-            replace_whitespace=False,
-            drop_whitespace=True,
         )
     )

@@ -12,6 +12,7 @@ from typing import Any, TextIO, cast
 
 import click
 
+from offload_rt.cli.columns import columns, hanging
 from offload_rt.cli.options import Output
 from offload_rt.device.host import wait_asleep
 from offload_rt.printable import encodable, printable, printable_lines, printable_prose
@@ -131,10 +132,14 @@ class Console:
         if not self.output.quiet:
             click.echo(f"offload-run: {printable(sentence)}", err=True)
 
-    def block(self, text: str) -> None:
-        """Lines that need no prefix."""
-        if not self.output.quiet:
-            click.echo(text, err=True)
+    def block(self, text: str, indent: int = 0) -> None:
+        """Lines that need no prefix; a terminal's are broken, and go on below column `indent`."""
+        if self.output.quiet:
+            return
+        if sys.stderr.isatty():
+            width = columns(2)
+            text = "\n".join(hanging(line, indent, width) for line in text.splitlines())
+        click.echo(text, err=True)
 
     @contextmanager
     def progress(self, label: str) -> Iterator[Gauge]:

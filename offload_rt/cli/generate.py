@@ -82,7 +82,7 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
         seeded,
         started_engine,
     )
-    from offload_rt.cli.stats import as_json, format_stats
+    from offload_rt.cli.stats import STATS_INDENT, as_json, format_stats
     from offload_rt.text import build_prompt
 
     opened, console = open_model(checkpoint), Console(settings.output)
@@ -96,5 +96,5 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
         if settings.output.json:
             write_answer(json.dumps(as_json(answering, answer)) + "\n")
         else:
-            console.block(format_stats(answering, answer))
+            console.block(format_stats(answering, answer), STATS_INDENT)
     return interrupts.exit_code if answer.finish_reason == "abort" else 0

@@ -6,17 +6,18 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
 
 import click
 
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
+from offload_rt.cli.columns import hanging
+from offload_rt.cli.headline import More, bound_by, headline, more_memory
 from offload_rt.cli.options import draft_of, runtime_of
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.planning import check_plan, means_for, speeds_for, with_plan
-from offload_rt.cli.stats import layer_ranges, retrieval_weights_name, weights_name
+from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
@@ -31,11 +32,10 @@ from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, Prediction, plan_run
 from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass
 from offload_rt.planning.speeds import Speeds
-from offload_rt.printable import printable
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.units import format_size
 
-_DETAIL_WIDTH = 60
+_FEW_CHARS = 24
 _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
 
@@ -75,13 +75,14 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Outlook:
-    """A placement and what it was made from."""
+    """A placement, what it was made from, and what more memory would give."""
 
     checkpoint: Checkpoint
     plan: Plan
     speeds: Speeds
     packing: Packing
     context_tokens: int
+    more: More | None
 
     @property
     def config(self) -> RuntimeConfig:
@@ -134,12 +135,21 @@ def _look_ahead(
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
     speeds = speeds_for(profile, packing)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
+    found = plan_run(checkpoint, config, packing, load=load, free=free, means=means)
+    assert found.prediction is not None  # there are speeds
+
+    def predict(roomy: RuntimeConfig, there: FreeMemory) -> float:
+        made = plan_run(checkpoint, roomy, packing, load=load, free=there, means=means)
+        assert made.prediction is not None
+        return made.prediction.s_per_token
+
     return _Outlook(
         checkpoint=checkpoint,
-        plan=plan_run(checkpoint, config, packing, load=load, free=free, means=means),
+        plan=found,
         speeds=speeds,
         packing=packing,
         context_tokens=context,
+        more=more_memory(config, free, (found.placement, found.prediction.s_per_token), predict),
     )
 
 
@@ -199,6 +209,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
         "predicted": _prediction(outlook.plan.prediction),
+        "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
         "considered": [
             {
                 "draft": c.draft.draft,
@@ -214,7 +225,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
 def _prediction(prediction: Prediction | None) -> dict[str, Any] | None:
     if prediction is None:
         return None
-    return dataclasses.asdict(prediction) | {"limit": prediction.limit}
+    known = {"limit": prediction.limit, "tokens_per_s": 1.0 / prediction.s_per_token}
+    return dataclasses.asdict(prediction) | known
 
 
 def _kv_home(kv: KVPlan | None) -> str:
@@ -229,7 +241,7 @@ def _as_table(outlook: _Outlook) -> str:
     demand = placement.demand
     rows = [
         ("embedding, head", demand.base_bytes, ""),
-        _layers("resident", placement.resident, placement.resident_bytes),
+        _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
         ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
         ("workspace", demand.workspace_bytes, "at most"),
     ]
@@ -249,13 +261,19 @@ def _as_table(outlook: _Outlook) -> str:
         f"computed in {outlook.dtype}"
     )
     away = "host memory" if outlook.home == "host" else "the model's files"
-    lines = [head, f"on the device ({outlook.device})", *map(_row, rows)]
+    lines = [
+        *_headline(outlook),
+        hanging(head, 2),
+        f"on the device ({outlook.device})",
+        *map(_row, rows),
+    ]
     if placement.streamed:
-        streamed = _layers("streamed", placement.streamed, outlook.bytes_per_pass)
+        nbytes = outlook.bytes_per_pass
+        streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
         lines += [f"in {away}, copied to the device in each pass", _row(streamed)]
     else:
         lines.append("nothing is streamed")
-    return "\n".join(map(printable, [*lines, *speed_lines(outlook.plan, outlook.speeds)]))
+    return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:
@@ -280,12 +298,25 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
     return [(names[config.kind], nbytes, "; ".join(parts))] if parts else []
 
 
-def _layers(kind: str, layers: Sequence[int], nbytes: int) -> tuple[str, int, str]:
-    """A row about layers; a long list of them is cut, `--json` has all."""
-    which = shorten(layer_ranges(layers), _DETAIL_WIDTH, placeholder=" ...")
+def _headline(outlook: _Outlook) -> list[str]:
+    prediction, name = outlook.plan.prediction, outlook.checkpoint.folder.name
+    if prediction is None:
+        return []
+    bound = bound_by(prediction.limit, outlook.placement)
+    return [hanging(headline(name, prediction.s_per_token, bound, outlook.more), 2)]
+
+
+def _layers(
+    kind: str, layers: Sequence[int], others: Sequence[int], nbytes: int
+) -> tuple[str, int, str]:
+    """A row about layers; `--json` has their numbers."""
+    which = layer_words(layers)
+    if len(layers) > len(others) > 0 and len(which) > _FEW_CHARS:
+        which = "the others"
     return f"{len(layers)} {kind} layers", nbytes, which
 
 
 def _row(cells: tuple[str, int, str]) -> str:
     what, nbytes, detail = cells
-    return f"  {what:<20}{format_size(nbytes):>9}  {detail}".rstrip()
+    head = f"  {what:<20}{format_size(nbytes):>9}  "
+    return hanging(f"{head}{detail}".rstrip(), len(head))

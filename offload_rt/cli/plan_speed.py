@@ -2,11 +2,13 @@
 
 from collections.abc import Sequence
 
+from offload_rt.cli.columns import hanging
 from offload_rt.cli.planning import profile_source
 from offload_rt.cli.stats import drafter_name, drafts_name
 from offload_rt.planning.planner import Considered, Plan, Prediction
 from offload_rt.planning.speeds import Speeds
-from offload_rt.units import format_size
+from offload_rt.profiling.profile import Obtained
+from offload_rt.units import format_size, format_speed
 
 _SHOWN = 6  # ways of drafting
 
@@ -18,8 +20,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     source = f"profile {profile_source(speeds.profile.name, speeds.own)}"
     chosen = plan.prediction
     lines = [
-        f"predicted ({source})",
-        _line("speed", f"{chosen.s_per_token:.3f} s/token", _yield(chosen)),
+        hanging(f"predicted ({source})", 2),
+        _line("speed", format_speed(chosen.s_per_token), _yield(chosen, chosen.obtained)),
         _line("a pass", f"{chosen.pass_s:.3f} s", _parts(chosen)),
     ]
     if chosen.draft_s:
@@ -29,8 +31,13 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     return [*lines, *(["other ways", *others] if others else [])]
 
 
-def _yield(prediction: Prediction) -> str:
-    return f"{prediction.tokens_per_pass:.2f} tokens per pass, {prediction.obtained} speeds"
+def _yield(prediction: Prediction, obtained: Obtained | None = None) -> str:
+    """Seconds and tokens; how speeds are known, where that is to be said."""
+    known = f", {obtained} speeds" if obtained else ""
+    return (
+        f"{prediction.s_per_token:.3f} s/token, {prediction.tokens_per_pass:.2f} tokens per pass"
+        f"{known}"
+    )
 
 
 def _parts(prediction: Prediction) -> str:
@@ -58,12 +65,12 @@ def _others(plan: Plan) -> Sequence[str]:
     shown = [*none, *(c for c in fitting if c not in none)][:_SHOWN]
     lines = [_considered(c) for c in shown]
     refused = [c for c in rest if c.prediction is None]
-    return [*lines, *(_line(_label(c), "", c.refusal) for c in refused[:1])]
+    return [*lines, *(hanging(f"  {_label(c)}: {c.refusal}", 4) for c in refused[:1])]
 
 
 def _considered(way: Considered) -> str:
     assert way.prediction is not None
-    return _line(_label(way), f"{way.prediction.s_per_token:.3f} s/token", _yield(way.prediction))
+    return _line(_label(way), format_speed(way.prediction.s_per_token), _yield(way.prediction))
 
 
 def _label(way: Considered) -> str:
@@ -72,4 +79,5 @@ def _label(way: Considered) -> str:
 
 
 def _line(what: str, number: str, detail: str) -> str:
-    return f"  {what:<20}{number:>15}  {detail}".rstrip()
+    head = f"  {what:<18}{number:>15}  "
+    return hanging(f"{head}{detail}".rstrip(), len(head))

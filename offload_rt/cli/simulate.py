@@ -11,6 +11,8 @@ from click.core import ParameterSource
 
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
+from offload_rt.cli.columns import hanging
+from offload_rt.cli.headline import More, bound_by, headline, more_memory
 from offload_rt.cli.options import draft_of, runtime_of
 from offload_rt.cli.planning import asked_processor, profile_for, profile_source
 from offload_rt.cli.simulate_table import (
@@ -24,17 +26,17 @@ from offload_rt.errors import ConfigError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
+from offload_rt.planning.cost import PassLoad
 from offload_rt.planning.demand import Drafting, kv_bytes_per_token, number_bytes_of
 from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
 from offload_rt.planning.outlook import Seat, pass_load, price, seat_for
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import Comparison, compare_published
-from offload_rt.planning.run import RunLoad, place_run
+from offload_rt.planning.run import FreeMemory, RunLoad, place_run
 from offload_rt.planning.scenario import load_scenario
 from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, predict, simulate
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
-from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.speculative.pair import check_sizes
 
@@ -185,25 +187,32 @@ def _scenario(values: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outlook:
-    """A simulated run and what it was made from."""
+class _Question:
+    """What is asked about a model on a machine, but for where it runs and what it may use."""
 
     checkpoint: Checkpoint
     from_files: bool
-    profile: HardwareProfile
     own: bool
-    placement: Placement
-    context_tokens: int
+    seat: Seat
     draft: DraftConfig
-    device: str
+    acceptance: Acceptance
+    context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Outlook:
+    """A simulated run, what it was made from, and what more memory would give."""
+
+    question: _Question
+    placement: Placement
     prediction: Prediction
+    more: More | None = None
 
 
 def _model(model: str, values: dict[str, Any]) -> None:
     config, draft = runtime_of(values), draft_of(values)
     found, own = profile_for(values["profile_name"], asked_processor(config.device))
     profile = adjust_profile(found, values["profile_set"])
-    seat = seat_for(profile, config.device)
     acceptance = Acceptance(
         ranks=parse_ranks(values["acceptance"], "--acceptance") if values["acceptance"] else (),
         inner=parse_ranks(values["inner_acceptance"], "--inner-acceptance")
@@ -211,19 +220,47 @@ def _model(model: str, values: dict[str, Any]) -> None:
         else (),
         tokens_per_pass=values["tokens_per_pass"],
     )
+    seat = seat_for(profile, config.device)
     checkpoint, from_files = open_or_outline(resolve_model(model))
-    context = config.context_tokens or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS)
+    question = _Question(
+        checkpoint=checkpoint,
+        from_files=from_files,
+        own=own,
+        seat=seat,
+        draft=draft,
+        acceptance=acceptance,
+        context_tokens=config.context_tokens
+        or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
+    )
+    outlook = _look_ahead(question, config, seat.free)
+
+    def with_limits(roomy: RuntimeConfig, there: FreeMemory) -> float:
+        return _look_ahead(question, roomy, there).prediction.s_per_token
+
+    made = outlook.placement, outlook.prediction.s_per_token
+    more = more_memory(config, seat.free, made, with_limits)
+    outlook = dataclasses.replace(outlook, more=more)
+    click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
+
+
+def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
+    checkpoint, seat, draft, context = (
+        asked.checkpoint,
+        asked.seat,
+        asked.draft,
+        asked.context_tokens,
+    )
     drafting = _drafting(checkpoint, config, draft, seat)
     placement = place_run(
         checkpoint,
         config,
         seat.packing,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
-        free=seat.free,
+        free=free,
     )
     expected = expect(
         draft,
-        acceptance,
+        asked.acceptance,
         seat,
         draft_model=drafting.checkpoint,
         heads_bytes=drafting.heads_bytes,
@@ -237,25 +274,26 @@ def _model(model: str, values: dict[str, Any]) -> None:
         context_tokens=context,
         tokens=1 + draft.nodes,
     )
-    step = None
-    if draft.kind == "triforce":
-        rows = kv_bytes_per_token(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
-        kept = min(context, draft.retrieval.budget_tokens) * rows // checkpoint.config.num_layers
-        step = over_retrieval(load, kept, 1 + (draft.inner.nodes if acceptance.inner else 0))
-        if draft.retrieval.rounded:
-            step = in_copies(step, seat.speeds, draft.retrieval.retrieval_weights)
-    outlook = _Outlook(
-        checkpoint=checkpoint,
-        from_files=from_files,
-        profile=profile,
-        own=own,
+    step = _retrieval_step(asked, config, load)
+    return _Outlook(
+        question=asked,
         placement=placement,
-        context_tokens=context,
-        draft=draft,
-        device=str(seat.processor),
         prediction=predict(load, expected, price(seat, config, placement), step),
     )
-    click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
+
+
+def _retrieval_step(asked: _Question, config: RuntimeConfig, load: PassLoad) -> PassLoad | None:
+    """A pass of triforce's own, over its retrieval cache; None for other drafters."""
+    draft, model = asked.draft, asked.checkpoint
+    if draft.kind != "triforce":
+        return None
+    rows = kv_bytes_per_token(model.config, number_bytes_of(model, config.dtype))
+    budget = min(asked.context_tokens, draft.retrieval.budget_tokens)
+    kept = budget * rows // model.config.num_layers
+    step = over_retrieval(load, kept, 1 + (draft.inner.nodes if asked.acceptance.inner else 0))
+    if draft.retrieval.rounded:
+        step = in_copies(step, asked.seat.speeds, draft.retrieval.retrieval_weights)
+    return step
 
 
 def _drafting(
@@ -272,30 +310,37 @@ def _drafting(
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:
-    placement = outlook.placement
+    placement, asked = outlook.placement, outlook.question
     known = {
-        "model": str(outlook.checkpoint.folder),
-        "weights_read": outlook.from_files,
-        "profile": outlook.profile.name,
-        "own_profile": outlook.own,
-        "device": outlook.device,
-        "context_tokens": outlook.context_tokens,
-        "drafter": outlook.draft.draft,
-        "draft_tokens": outlook.draft.nodes,
+        "model": str(asked.checkpoint.folder),
+        "weights_read": asked.from_files,
+        "profile": asked.seat.profile.name,
+        "own_profile": asked.own,
+        "device": str(asked.seat.processor),
+        "context_tokens": asked.context_tokens,
+        "drafter": asked.draft.draft,
+        "draft_tokens": asked.draft.nodes,
         "home": str(placement.home),
         "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
         "slots": placement.slots,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
+        "tokens_per_s": 1.0 / outlook.prediction.s_per_token,
+        "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
     }
     return known | dataclasses.asdict(outlook.prediction)
 
 
 def _as_table(outlook: _Outlook) -> str:
-    return model_table(
-        outlook.checkpoint,
+    asked, made = outlook.question, outlook.prediction
+    bound = bound_by(made.limit, outlook.placement)
+    name = asked.checkpoint.folder.name
+    first = hanging(headline(name, made.s_per_token, bound, outlook.more), 2)
+    table = model_table(
+        asked.checkpoint,
         outlook.placement,
-        outlook.prediction,
-        source="headers" if outlook.from_files else "config.json alone",
-        machine=f"{profile_source(outlook.profile.name, outlook.own)} ({outlook.device})",
+        made,
+        source="headers" if asked.from_files else "config.json alone",
+        machine=f"{profile_source(asked.seat.profile.name, asked.own)} ({asked.seat.processor})",
     )
+    return f"{first}\n{table}"

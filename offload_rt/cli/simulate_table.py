@@ -9,17 +9,16 @@ from enum import StrEnum
 from textwrap import wrap
 from typing import Any, get_args, get_origin, get_type_hints
 
+from offload_rt.cli.columns import columns, hanging
 from offload_rt.config import HomeKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import TOLERANCE, Comparison
 from offload_rt.planning.scenario import SCENARIO_VERSION, Scenario
 from offload_rt.planning.simulate import Prediction
-from offload_rt.printable import printable
 from offload_rt.profiling.profile import Obtained
-from offload_rt.units import format_size
+from offload_rt.units import format_size, format_speed
 
-_HELP_WIDTH = 100
 _ATTRIBUTE = re.compile(r"(\w+): (.*)")
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
@@ -48,14 +47,16 @@ def model_table(
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
         nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)
         lines.append(_memory("streamed layers", nbytes, f"in {away}"))
-    return "\n".join(map(printable, [*lines, *prediction_table(made)]))
+    lines += prediction_table(made)
+    return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)
 
 
 def prediction_table(made: Prediction) -> Iterator[str]:
     """The parts of a pass, a line each."""
     back = f", {_gb(made.back_bytes_per_pass)} back" if made.back_bytes_per_pass else ""
     yield "predicted, per pass in the steady state"
-    yield _time("token", made.s_per_token, f"{made.tokens_per_pass:.2f} tokens per pass")
+    rate = f"{format_speed(made.s_per_token)}, {made.tokens_per_pass:.2f} tokens per pass"
+    yield _time("token", made.s_per_token, rate)
     yield _time("pass", made.s_per_pass, f"limited by {made.limit}")
     yield _time("  transfer", made.transfer_s, _gb(made.bytes_per_pass) + back)
     yield _time("  compute", made.compute_s, f"{made.streamed_layers} layers streamed")
@@ -78,7 +79,7 @@ def comparisons_table(rows: Sequence[Comparison]) -> str:
         )
     hits = sum(row.hit for row in rows)
     lines.append(f"{hits} of {len(rows)} within {TOLERANCE:.0%}")
-    return "\n".join(map(printable, lines))
+    return "\n".join(hanging(line, 4) for line in lines)
 
 
 def scenario_help() -> str:
@@ -92,7 +93,7 @@ def scenario_help() -> str:
         prefix, record = waiting.pop(0)
         summary, docs = _attributes(record)
         title = prefix.rstrip(".") or "the object"
-        lines += ["", *wrap(f"{title}: {summary}", _HELP_WIDTH)]
+        lines += ["", *wrap(f"{title}: {summary}", columns())]
         for field in dataclasses.fields(record):
             kind, inner = _kind(get_type_hints(record)[field.name])
             lines += _help_lines(field, kind, docs.get(field.name, ""))
@@ -108,7 +109,7 @@ def _help_lines(field: "dataclasses.Field[Any]", kind: str, doc: str) -> list[st
     elif not dataclasses.is_dataclass(field.default) and field.default not in (None, ()):
         default = f", {field.default} if left out"
     text = f"{field.name} ({kind}{default})" + (f": {doc}" if doc else "")
-    return wrap(text, _HELP_WIDTH, initial_indent="  ", subsequent_indent="      ")
+    return wrap(text, columns(), initial_indent="  ", subsequent_indent="      ")
 
 
 def _kind(hint: Any) -> tuple[str, Any]:  # noqa: ANN401

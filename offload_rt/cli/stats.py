@@ -4,6 +4,7 @@ import dataclasses
 import platform
 from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,12 @@ from offload_rt.config import AcceptRule, DraftConfig
 from offload_rt.planning.planner import Plan
 from offload_rt.printable import printable
 from offload_rt.report import RetrievalCounts
-from offload_rt.units import format_rate, format_size
+from offload_rt.units import format_rate, format_size, format_speed
 
 _LABEL_WIDTH = 9
+STATS_INDENT = 2 + _LABEL_WIDTH
 _SHOWN_DEPTHS = 5
+_ORDINALS = {2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st", 32: "nd", 33: "rd"}
 
 
 def format_stats(answering: Answering, answer: Answer) -> str:
@@ -115,6 +118,15 @@ def layer_ranges(layers: Sequence[int]) -> str:
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
+def layer_words(layers: Sequence[int]) -> str:
+    """Layer numbers as ranges, or in few words where they are spread evenly."""
+    gaps = sorted({later - layer for layer, later in pairwise(layers)})
+    if len(layers) < 5 or gaps[0] < 2 or gaps[-1] - gaps[0] > 1:
+        return layer_ranges(layers)
+    steps = " or ".join(f"{gap}{_ORDINALS.get(gap, 'th')}" for gap in gaps)
+    return f"every {steps} from {layers[0]} to {layers[-1]}"
+
+
 def _plan(answering: Answering) -> dict[str, Any]:
     placement, prediction = answering.engine.placement, answering.engine.plan.prediction
     return {
@@ -147,8 +159,8 @@ def _planned(plan: Plan) -> str:
     prediction = plan.prediction
     assert prediction is not None
     return (
-        f"{drafts_name(plan)}; predicted {prediction.s_per_token:.3f} s/token, most of it "
-        f"{prediction.limit}"
+        f"{drafts_name(plan)}; predicted {format_speed(prediction.s_per_token)}, "
+        f"{prediction.s_per_token:.3f} s/token, most of it {prediction.limit}"
     )
 
 

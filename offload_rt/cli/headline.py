@@ -1,0 +1,151 @@
+"""The first line of a prediction: how fast, what binds it, and what more memory would give."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
+from offload_rt.errors import OffloadError
+from offload_rt.planning.placement import Placement
+from offload_rt.planning.run import FREE_SHARE, FreeMemory
+from offload_rt.units import format_size, format_speed
+
+_GAIN = 1.05  # times as fast as before; less is not worth a word
+_STEPS = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class More:
+    """What more memory would give, by planning with it.
+
+    Attributes:
+        memory: `device` or `host`.
+        bytes: how much more.
+        limit_bytes: the limit with it.
+        s_per_token: predicted with that limit.
+    """
+
+    memory: str
+    bytes: int
+    limit_bytes: int
+    s_per_token: float
+
+
+def more_memory(
+    config: RuntimeConfig,
+    free: FreeMemory,
+    found: tuple[Placement, float],
+    predict: Callable[[RuntimeConfig, FreeMemory], float],
+) -> More | None:
+    """Find what more memory makes a run faster, by predicting it with that.
+
+    On the device: the rest, where half as much again holds everything; else a quarter, then twice
+    that, as long as it does not help. On the host: what streamed layers lack to live there instead
+    of in the files, for a GPU. What gives more is told.
+
+    Args:
+        config: what is asked for.
+        free: memory that is free.
+        found: the placement, and its seconds per token.
+        predict: seconds per token with other limits and as much memory; may refuse them.
+    """
+    placement, s_per_token = found
+
+    def try_device(more: int) -> More | None:
+        limit = placement.device_limit_bytes + more
+        roomy = replace(config, device_limit_bytes=limit)
+        there = replace(free, device_bytes=max(free.device_bytes, limit))
+        return _tried("device", more, limit, lambda: predict(roomy, there))
+
+    def try_host(more: int) -> More | None:
+        limit = _host_limit(config, free) + more
+        roomy = replace(config, host_limit_bytes=limit)
+        there = replace(free, host_bytes=max(free.host_bytes, limit))
+        return _tried("host", more, limit, lambda: predict(roomy, there))
+
+    def helps(made: More | None) -> bool:
+        return made is not None and s_per_token >= _GAIN * made.s_per_token
+
+    tries: list[More | None] = [
+        next(filter(helps, map(try_device, _device_steps(placement))), None)
+    ]
+    if lacking := _lacking_on_host(config, free, placement):
+        tries.append(try_host(_round_up(lacking)))
+    return min((made for made in tries if made and helps(made)), key=_seconds, default=None)
+
+
+def _seconds(made: More) -> float:
+    return made.s_per_token
+
+
+def _tried(memory: str, more: int, limit: int, predict: Callable[[], float]) -> More | None:
+    try:
+        s_per_token = predict()
+    except OffloadError:  # what the user fixed does not go with it
+        return None
+    return More(memory=memory, bytes=more, limit_bytes=limit, s_per_token=s_per_token)
+
+
+def _device_steps(placement: Placement) -> list[int]:
+    """How much more device memory to try, in order."""
+    limit, lacking = placement.device_limit_bytes, _lacking_on_device(placement)
+    if not lacking:
+        return []
+    steps = [lacking] if lacking <= limit // 2 else [limit // 4, limit // 2, limit]
+    return list(dict.fromkeys(_round_up(min(step, lacking)) for step in steps))
+
+
+def _lacking_on_device(placement: Placement) -> int:
+    """Device memory that would be needed beyond the limit to stream nothing at all."""
+    demand = placement.demand
+    if not placement.streamed and demand.kv is None:
+        return 0
+    kv_bytes = 0 if demand.kv is None else sum(sizes.home_bytes for sizes in demand.kv.sizes)
+    whole = demand.fixed_bytes + sum(demand.layer_bytes) + kv_bytes
+    return max(0, whole - placement.device_limit_bytes)
+
+
+def _lacking_on_host(config: RuntimeConfig, free: FreeMemory, placement: Placement) -> int:
+    """Host memory that streamed layers of a GPU lack to live there."""
+    from_choice = config.home is HomeKind.AUTO and config.device != "cpu"
+    if not from_choice or placement.home is not HomeKind.DISK or not placement.streamed:
+        return 0
+    needed = sum(placement.demand.layer_bytes[i] for i in placement.streamed)
+    return max(0, needed - _host_limit(config, free))
+
+
+def _host_limit(config: RuntimeConfig, free: FreeMemory) -> int:
+    return config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
+
+
+def bound_by(limit: str, placement: Placement) -> str:
+    """What binds a prediction, in the reader's words."""
+    if limit == "drafting":
+        return "drafting"
+    if limit == "latency":
+        return "copying and computing in turn"
+    if limit != "transfer":
+        return "computing"
+    if placement.streamed:
+        return "the disk" if placement.home is HomeKind.DISK else "the link to host memory"
+    kv = placement.demand.kv
+    return "the disk, which holds the KV cache" if kv and kv.place is KVPlace.DISK else "the link"
+
+
+def headline(name: str, s_per_token: float, bound: str, more: More | None) -> str:
+    """How fast, what binds it, and what more memory would give."""
+    line = f"{name}: {format_speed(s_per_token)}, bound by {bound}"
+    if more is not None:
+        line += (
+            f"; {format_size(more.bytes)} more {more.memory} memory would give "
+            f"{format_speed(more.s_per_token)}"
+        )
+    return line
+
+
+def _round_up(nbytes: int) -> int:
+    """The next size that people would name: 1, 1.5, 2, 3, 4, 6, 8, 12 ... MiB or GiB."""
+    for unit in (2**20, 2**30):
+        for steps in _STEPS:
+            if steps * unit >= nbytes:
+                return int(steps * unit)
+    return nbytes

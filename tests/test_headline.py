@@ -1,0 +1,133 @@
+"""The first line of a prediction, and lines that fit the terminal."""
+
+import json
+import re
+
+import pytest
+
+from offload_rt.cli.columns import hanging
+from offload_rt.cli.stats import layer_words
+from offload_rt.units import format_speed, parse_size
+
+GPU = "rtx4090-pcie4x16"
+
+
+@pytest.fixture(scope="module")
+def llama_70b(tmp_path_factory):
+    """A folder with the sizes of Llama-3-70B and no weights."""
+    folder = tmp_path_factory.mktemp("big") / "llama-70b"
+    folder.mkdir()
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    heads = {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256}
+    more = {"model_type": "llama", "max_position_embeddings": 8192, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(sizes | heads | more))
+    return folder
+
+
+def parts(out):
+    """Name, tokens a second, what binds, what more memory, tokens a second with it."""
+    first = re.match(
+        r"(\S+): (\S+) tokens/s, bound by ([a-z ]+)"
+        r"(?:; (\S+ [MG]iB) more (device|host)\s+memory\s+would\s+give\s+(\S+)\s+tokens/s)?\n",
+        re.sub(r"\n  (?=[a-z0-9])", " ", out, count=1),
+    )
+    assert first, out
+    return first.groups()
+
+
+def test_simulates_first_line_is_what_simulating_with_more_memory_gives(llama_70b, offload_run):
+    base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=256GiB")
+    name, rate, bound, more, memory, with_more = parts(offload_run(*base).out)
+    record = json.loads(offload_run(*base, "--json").out)
+    assert (name, bound) == ("llama-70b", "the link to host memory")
+    assert rate == format_speed(record["s_per_token"]).split()[0]
+    limit = record["device_limit_bytes"] + parse_size(more)
+    assert memory == "device" and limit == record["more_memory"]["limit_bytes"]
+    roomy = json.loads(
+        offload_run(
+            *base,
+            "--profile-set",
+            "machine.gpus[0].memory_bytes=107374182400",
+            "--device-memory",
+            limit,
+            "--json",
+        ).out
+    )
+    assert with_more == format_speed(roomy["s_per_token"]).split()[0]
+    assert float(with_more) > 1.05 * float(rate)
+
+
+def test_a_gpu_whose_layers_do_not_fit_in_host_memory_is_told_so(llama_70b, offload_run):
+    base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=128GiB")
+    _, rate, bound, more, memory, with_more = parts(offload_run(*base).out)
+    assert (bound, memory) == ("the disk", "host")
+    record = json.loads(offload_run(*base, "--json").out)
+    grown = f"ram_bytes={int(record['more_memory']['limit_bytes'] / 0.85) + 1}"
+    roomy = json.loads(offload_run(*base, "--profile-set", grown, "--json").out)
+    assert roomy["home"] == "host"
+    assert with_more == format_speed(roomy["s_per_token"]).split()[0]
+    assert float(with_more) > 3 * float(rate)
+
+
+def test_plans_first_line(make_tiny, offload_run):
+    model = make_tiny("llama", tokenizer=True, num_hidden_layers=8)
+    base = ("plan", model, "--draft", "none", "-c", 64)
+    smallest = json.loads(offload_run(*base, "--json").out)["smallest_device_bytes"]
+    record = json.loads(offload_run(*base, "--device-memory", smallest, "--json").out)
+    predicted, more = record["predicted"], record["more_memory"]
+    assert predicted["tokens_per_s"] == pytest.approx(1 / predicted["s_per_token"])
+    shown = parts(offload_run(*base, "--device-memory", smallest).out)
+    assert shown[1] == format_speed(predicted["s_per_token"]).split()[0]
+    if more is not None:  # the profile's times decide
+        roomy = offload_run(*base, "--device-memory", more["limit_bytes"], "--json")
+        assert json.loads(roomy.out)["predicted"]["s_per_token"] == more["s_per_token"]
+
+
+def test_nothing_is_promised_where_nothing_is_streamed(tiny_model, offload_run):
+    assert parts(offload_run("plan", tiny_model, "--draft", "none").out)[3] is None
+    record = json.loads(offload_run("plan", tiny_model, "--resident-layers", 1, "--json").out)
+    assert record["more_memory"] is None  # the user fixed what is streamed
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_plans_keep_to_the_terminal(width, llama_70b, make_tiny, offload_run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    model = make_tiny("llama", tokenizer=True, num_hidden_layers=8)
+    outs = [
+        offload_run("plan", model, "--device-memory", "300MiB", "--resident-layers", 3).out,
+        offload_run("plan", model, "--draft", "triforce", "--device-memory", "400MiB").out,
+        offload_run("simulate", llama_70b, "--profile", GPU).out,
+    ]
+    for out in outs:
+        assert out and max(map(len, out.splitlines())) <= min(width, 100)
+
+
+def test_refused_ways_are_readable_at_80_columns(make_tiny, offload_run):
+    model = make_tiny("llama", tokenizer=True, max_position_embeddings=4096)
+    base = ("plan", model, "--kv", "disk", "-c", 4096)
+    fits = json.loads(offload_run(*base, "--draft", "none", "--json").out)["smallest_device_bytes"]
+    done = offload_run(*base, "--device-memory", fits)
+    assert done.code == 0
+    assert max(map(len, done.out.splitlines())) <= 80
+    refused = " ".join(done.out[done.out.index("other ways") :].split())
+    assert "needs" in refused and "use --device-memory" in refused
+
+
+def test_tokens_a_second_have_three_digits():
+    found = [format_speed(s) for s in (0.001, 0.0123, 0.345, 4.87, 25.13)]
+    assert [f.split()[0] for f in found] == ["1000", "81.3", "2.90", "0.205", "0.0398"]
+
+
+def test_a_hanging_line_keeps_words_and_shows_no_controls():
+    line = "a\x1b[2J name: use --retrieval-budget-tokens and --device-memory 12GiB or less"
+    broken = hanging(line, 4, 40)
+    assert all(len(part) <= 40 for part in broken.splitlines())
+    assert " ".join(broken.split()) == line.replace("\x1b", "\\x1b")
+    assert "\x1b" not in broken
+
+
+def test_layers_that_are_spread_evenly_are_few_words():
+    assert layer_words([0, 1, 2, 3, 7]) == "0-3, 7"
+    assert layer_words([2, 7, 12, 17, 22]) == "every 5th from 2 to 22"
+    assert layer_words([1, 3, 6, 8, 11]) == "every 2nd or 3rd from 1 to 11"
+    assert layer_words([1, 3, 9, 11, 30]) == "1, 3, 9, 11, 30"
