@@ -112,7 +112,7 @@ def test_files_that_are_no_plans(text, tiny_model, offload_run, tmp_path):
     gone = offload_run("plan", tiny_model, "--plan", tmp_path / "gone.json")
     assert gone.code == 2 and "no such file" in gone.err
     nowhere = offload_run("plan", tiny_model, "--output", tmp_path / "no" / "plan.json")
-    assert nowhere.code == 2 and "cannot be written" in nowhere.err
+    assert nowhere.code == 2 and "is no folder: make it first" in nowhere.err
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ RANKS = [
     ["printable"],
     ["errors"],
     ["units"],
+    ["writing"],
     ["config", "report", "model.config"],
     [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
     ["model.adapter", "model.checkpoint", "model.layout", "model.outline"],
@@ -39,7 +40,7 @@ ONE_PART = {"decoding": "engine"}  # two files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter"}
-TORCH_FREE |= {"printable"}
+TORCH_FREE |= {"printable", "writing"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
 TORCH_FREE |= {"device.cgroup"}

@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.errors import ProfileError
-from offload_rt.profiling import store
+from offload_rt.errors import ConfigError, ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.identity import compare
 from offload_rt.profiling.profile import (
@@ -328,8 +327,8 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
     def refuse(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(store.os, "fsync", refuse)
-    with pytest.raises(ProfileError, match="No space left on device.*--output"):
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(ConfigError, match="machine.json: No space left on device, .* is free"):
         save_profile(profile(), path)
     assert load_profile(path) == FULL and os.listdir(tmp_path) == ["machine.json"]
 
@@ -337,8 +336,8 @@ def test_a_failed_save_keeps_the_old_file(tmp_path, monkeypatch):
 def test_the_name_is_given_only_after_the_bytes_are_on_the_disk(tmp_path, monkeypatch):
     done = []
     fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(store.os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(store.os, "replace", lambda a, b: (done.append("name"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", lambda fd: (done.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("name"), replace(a, b)))
     save_profile(FULL, tmp_path / "machine.json")
     assert done == ["fsync", "name", "fsync"]
 
@@ -366,7 +365,11 @@ def test_search_order(folders):
     save_profile(FULL, user / f"{name}.json")
     assert find_profile(name) == user / f"{name}.json"
     save_profile(FULL, here / f"{name}.json")
-    assert find_profile(name).resolve() == here / f"{name}.json"
+    assert find_profile(name) == user / f"{name}.json"
+    save_profile(FULL, here / "only-here.json")
+    with pytest.raises(ProfileError, match="no profile 'only-here'"):
+        find_profile("only-here")
+    assert find_profile("profiles/only-here.json").resolve() == here / "only-here.json"
     assert find_profile(f"{user}/{name}.json") == user / f"{name}.json"
     assert {path.stem for path in SHIPPED} <= set(list_profiles())
 

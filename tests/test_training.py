@@ -27,7 +27,6 @@ from offload_rt.text import load_tokenizer
 from offload_rt.training.answers import AnswerFile, batches
 from offload_rt.training.cache import CacheShape, StateCache
 from offload_rt.training.corpus import NO_LABEL, Dropped, Encoder, Sample, pack
-from offload_rt.training.files import replacing
 from offload_rt.training.frozen import FrozenTrainer
 from offload_rt.training.loss import Score, rate_factor, token_loss
 from offload_rt.training.settings import CorpusConfig, JointConfig, Method, TrainConfig
@@ -35,6 +34,7 @@ from offload_rt.training.state import Recipe
 from offload_rt.training.states import Reading, read_all, reading_engine
 from offload_rt.training.talks import Talk, split
 from offload_rt.training.vocabulary import OutputHead, choose, new_heads, shape_of
+from offload_rt.writing import replacing
 
 HERE = Path(__file__).parent
 RUNTIME = RuntimeConfig(device="cpu", device_limit_bytes=ROOMY, prefill_chunk_tokens=5)

@@ -31,6 +31,7 @@ from offload_rt.baselines.rows import (
     runs_done,
     same_tokens,
 )
+from offload_rt.writing import make_folder, writing
 
 _SCRATCH = ".offload-run-scratch"  # in the output folder, where users have files of their own
 _WEIGHTS, _PACKAGES = "weights", "packages"  # in the scratch folder
@@ -134,11 +135,12 @@ class Comparison:
         if spec.largest_batch is not None and run.batch > spec.largest_batch:
             raise WorkerFailedError(f"it takes {spec.largest_batch} sequence at once")
         logs, scratch = self.folder / "logs", self.folder / _SCRATCH
-        logs.mkdir(exist_ok=True)
+        make_folder(logs)
         shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / _WEIGHTS).mkdir(parents=True)
-        (scratch / _PACKAGES).mkdir()
-        (scratch / _PACKAGES / "offload_rt").symlink_to(Path(offload_rt.__file__).parent)
+        with writing(scratch):
+            for folder in (scratch, scratch / _WEIGHTS, scratch / _PACKAGES):
+                folder.mkdir(mode=0o700)
+            (scratch / _PACKAGES / "offload_rt").symlink_to(Path(offload_rt.__file__).parent)
         pagecache.drop(self.conditions.files)
         log = logs / f"{run.engine}-batch{run.batch}-round{run.round + 1}.log"
         command = [str(python), *spec.arguments]

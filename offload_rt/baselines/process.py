@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from offload_rt.baselines.cap import Cap
+from offload_rt.writing import open_growing
 
 _LINE_LIMIT_BYTES = 64 * 2**20
 _END_S = 10.0  # to leave by itself once stdin is closed
@@ -38,7 +39,7 @@ class Worker:
     ) -> None:
         self._cap, self._log = cap, log
         self._pending = b""
-        with log.open("wb") as errors:
+        with os.fdopen(open_growing(log, os.O_WRONLY | os.O_TRUNC), "wb") as errors:
             self._process = subprocess.Popen(
                 cap.command(arguments),
                 stdin=subprocess.PIPE,

@@ -7,7 +7,6 @@ and the report is made from nothing else. Imports no torch.
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,9 +14,15 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from offload_rt.errors import ConfigError
+from offload_rt.model.files import shown
+from offload_rt.writing import append, cut_off, writing
 
 VERSION = 1
 _LIMIT_BYTES = 2**30
+_LARGEST = 2**53  # a float has all whole numbers up to it
+_SHORTEST_S = 1e-12
+_MOST_RUNS = 64  # batch sizes, or engines
+_DEEPEST = 64
 
 RowT = TypeVar("RowT")
 
@@ -37,6 +42,26 @@ class PromptRow:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GpuRow:
+    """A GPU of the machine, and its PCIe link (0 where the driver does not say)."""
+
+    name: str
+    memory_bytes: int = 0
+    link_generation: int = 0
+    link_width: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MachineRow:
+    """What a comparison ran on."""
+
+    cpu: str
+    cores: int
+    ram_bytes: int
+    gpus: list[GpuRow]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
     """What is compared under which conditions; a comparison goes on only under the same ones.
 
@@ -53,7 +78,6 @@ class Setup:
         runtime: where our own engines run and what they may use, as JSON.
         batches: numbers of sequences that run at once.
         engines: in the order of a round.
-        machine: processor, cores, memory, GPUs.
         weights_bytes: all weights.
         command: the command line, for the report; another one may go on.
     """
@@ -76,7 +100,7 @@ class Setup:
     runtime: str = ""
     batches: list[int]
     engines: list[str]
-    machine: dict[str, Any]
+    machine: MachineRow
     weights_bytes: int
     command: str
 
@@ -267,8 +291,8 @@ def begin(path: Path, setup: Setup) -> RawRows:
             f"{path} holds another comparison ({what}): give another --output, or remove it"
         )
     if raw.torn_bytes:
-        with path.open("r+b") as file:
-            file.truncate(path.stat().st_size - raw.torn_bytes)
+        with writing(path):
+            cut_off(path, raw.torn_bytes)
     return raw
 
 
@@ -289,19 +313,65 @@ def read(path: Path) -> RawRows:
     if not lines:
         raise ConfigError(f"{path} has no rows: run the comparison first")
     setup = _parse(lines[0], {"setup": Setup}, path, 1)
-    rows = [_parse(line, _KINDS, path, number) for number, line in enumerate(lines[1:], start=2)]
+    _require(_fault_of_setup(setup), path, 1)
+    rows: list[Row] = []
+    for number, line in enumerate(lines[1:], start=2):
+        rows.append(_parse(line, _KINDS, path, number))
+        _require(_fault(rows[-1], setup), path, number)
     return RawRows(path, setup, rows, len(torn))
+
+
+def _require(fault: str, path: Path, number: int) -> None:
+    if fault:
+        raise ConfigError(f"{path}, line {number} cannot be: {fault}")
+
+
+def _fault_of_setup(setup: Setup) -> str:
+    """What keeps a setup from being one; empty if nothing does."""
+    for name, values in (("batches", setup.batches), ("engines", setup.engines)):
+        if not 0 < len(set(values)) == len(values) <= _MOST_RUNS:
+            return f"{name} has {len(values)} values, some of them twice or none"
+    if 0 in setup.batches:
+        return "a batch has 0 sequences"
+    if not setup.prompts:
+        return "there are no prompts"
+    draft = drafter(setup)
+    if draft is not None and type(draft.get("draft")) is not str:
+        return "the drafter has no name"
+    if draft is not None and type(draft.get("draft_tokens")) not in (int, NoneType):
+        return "the drafter's tokens are no number"
+    return ""
+
+
+def drafter(setup: Setup) -> dict[str, Any] | None:
+    """The drafter's settings; None without one, nothing in it where they are damaged."""
+    if not setup.draft:
+        return None
+    try:
+        found = _loads(setup.draft)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _fault(row: Row, setup: Setup) -> str:
+    """What keeps a row from being one of this setup; empty if nothing does."""
+    if isinstance(row, Gap) and not len(row.logits) == len(row.tokens) == 2:
+        return f"{len(row.tokens)} tokens and {len(row.logits)} logits instead of two"
+    if not isinstance(row, Answered):
+        return ""
+    counts = {len(row.prompts), len(row.token_ids), len(row.texts), row.run.batch}
+    if len(counts) > 1:
+        return f"a batch of {row.run.batch} has {len(row.token_ids)} answers"
+    if max(row.prompts, default=0) >= len(setup.prompts):
+        return f"prompt {max(row.prompts)} is asked, there are {len(setup.prompts)}"
+    return "an answer took no pass" if row.passes < 1 else ""
 
 
 def _append(path: Path, row: Row | Setup) -> None:
     line = json.dumps(dataclasses.asdict(row), ensure_ascii=True, allow_nan=False)
-    try:
-        with path.open("a", encoding="ascii") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    with writing(path):
+        append(path, line + "\n")
 
 
 def _difference(before: Setup, now: Setup) -> str | None:
@@ -314,7 +384,7 @@ def _difference(before: Setup, now: Setup) -> str | None:
         what = one.name.replace("_", " ")
         if one.name == "runtime":
             return "its options for memory and placement are others"
-        if isinstance(was, list | dict):
+        if isinstance(was, list | MachineRow):
             return f"its {what} are others"
         return f"its {what} is {was!r}, now {wanted!r}"
     return None
@@ -323,20 +393,49 @@ def _difference(before: Setup, now: Setup) -> str | None:
 def _parse(line: bytes, kinds: "dict[str, type[RowT]]", path: Path, number: int) -> RowT:
     wrong = f"{path}, line {number}"
     try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        values = _loads(line)
+    except RecursionError as error:
+        raise ConfigError(f"{wrong} is nested too deeply") from error
+    except ValueError as error:
         raise ConfigError(f"{wrong} is not JSON: {error}") from error
     kind = values.get("kind") if isinstance(values, dict) else None
     if not isinstance(kind, str) or kind not in kinds:
-        raise ConfigError(f"{wrong} is no row of a comparison: its kind is {kind!r}")
+        raise ConfigError(f"{wrong} is no row of a comparison: its kind is {shown(kind)}")
     if values.get("version", VERSION) != VERSION:
-        raise ConfigError(f"{wrong} is of version {values['version']!r}, this one reads {VERSION}")
+        version = shown(values["version"])
+        raise ConfigError(f"{wrong} is of version {version}, this one reads {VERSION}")
     try:
         row = _record(kinds[kind], values)
     except MalformedError as error:
         raise ConfigError(f"{wrong} is no proper {kind} row: {error}") from error
     assert isinstance(row, kinds[kind])
     return row
+
+
+def _loads(text: bytes | str) -> Any:  # noqa: ANN401 - any JSON
+    """JSON of finite numbers that is not too deep for whoever walks through it.
+
+    Raises:
+        ValueError: it is not.
+        RecursionError: it is too deep.
+    """
+    values = json.loads(text, parse_constant=_finite, parse_float=_finite)
+    _measure_depth(values, _DEEPEST)
+    return values
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{shown(text)} is no finite number")
+    return value
+
+
+def _measure_depth(value: object, left: int) -> None:
+    if not left:
+        raise RecursionError
+    parts = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for part in parts:
+        _measure_depth(part, left - 1)
 
 
 class MalformedError(ValueError):
@@ -382,12 +481,19 @@ def _value(kind: Any, value: object, key: str) -> object:  # noqa: ANN401 - any 
     plain = get_origin(kind) or kind
     number = plain is float and type(value) is int
     if not number and type(value) is not plain:
-        raise MalformedError(f"{key!r} is {str(value)[:60]!r}")
+        raise MalformedError(f"{key!r} is {shown(value)}")
     if isinstance(value, int | float) and plain in (int, float):
-        if not math.isfinite(value) or (value < 0 and key != "logits"):
-            raise MalformedError(f"{key!r} is {value!r}, not finite or below 0")
+        if not _possible(value, key):
+            raise MalformedError(f"{key!r} is {shown(value)}, which cannot be")
         return plain(value)
     return value
+
+
+def _possible(value: float, key: str) -> bool:
+    """Whether a number may be one of a row: no time too short and no count too large to compute."""
+    if key == "logits":
+        return abs(value) <= _LARGEST
+    return value == 0 or _SHORTEST_S <= value <= _LARGEST
 
 
 def runs_done(rows: Iterable[Row]) -> set[tuple[Run, int]]:

@@ -32,6 +32,7 @@ from offload_rt.cli.stats import dtype_name, versions
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.writing import make_folder, write_text
 
 
 @click.command()
@@ -230,19 +231,12 @@ def _made(directory: str | None) -> Path | None:
     """The folder for the output; it is made before anything is measured."""
     if directory is None:
         return None
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
-    return Path(directory)
+    return make_folder(Path(directory))
 
 
 def _write(report: BenchReport, directory: Path | None) -> None:
     table, record = as_markdown(report), json.dumps(as_json(report))
     for name, text in (("bench.md", table), ("bench.json", record)):
         if directory is not None:
-            try:
-                (directory / name).write_text(text + "\n", encoding="utf-8")
-            except OSError as error:
-                raise ConfigError(f"cannot write {directory / name}: {error.strerror}") from error
+            write_text(directory / name, text + "\n")
     click.echo(record if report.settings.output.json else table)

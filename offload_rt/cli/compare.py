@@ -19,7 +19,7 @@ from click.core import ParameterSource
 from offload_rt.baselines.cap import CapKind, find_cap
 from offload_rt.baselines.comparison import Comparison, Conditions
 from offload_rt.baselines.engines import EngineSpec, choose_engines, python_of, read_pythons
-from offload_rt.baselines.rows import PromptRow, RawRows, Setup, begin, read
+from offload_rt.baselines.rows import GpuRow, MachineRow, PromptRow, RawRows, Setup, begin, read
 from offload_rt.cli import options
 from offload_rt.cli.compare_chart import draw
 from offload_rt.cli.compare_report import as_json, as_markdown
@@ -37,6 +37,7 @@ from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.demand import kv_bytes_per_token
 from offload_rt.profiling.identity import this_machine
 from offload_rt.units import format_size
+from offload_rt.writing import make_folder, write_text
 
 RAW, REPORT, RECORD, CHART = "raw.jsonl", "report.md", "report.json", "chart.png"
 _REST_BYTES = 2 * 2**30  # of a process besides --device-memory: libraries, reading ahead, KV
@@ -291,10 +292,24 @@ def _setup(
         runtime=json.dumps(dataclasses.asdict(asked.runtime)),
         batches=asked.batches,
         engines=[spec.name for spec in asked.engines],
-        machine=json.loads(json.dumps(dataclasses.asdict(this_machine(find_driver())))),
+        machine=_machine(),
         weights_bytes=checkpoint.total_bytes,
         command=shlex.join(["offload-run", *sys.argv[1:]]),
     )
+
+
+def _machine() -> MachineRow:
+    found = this_machine(find_driver())
+    gpus = [
+        GpuRow(
+            name=gpu.name,
+            memory_bytes=gpu.memory_bytes,
+            link_generation=gpu.link_generation,
+            link_width=gpu.link_width,
+        )
+        for gpu in found.gpus
+    ]
+    return MachineRow(cpu=found.cpu, cores=found.cores, ram_bytes=found.ram_bytes, gpus=gpus)
 
 
 def _page_cache(checkpoint: Checkpoint, asked: _Asked, cap: CapKind) -> str:
@@ -358,11 +373,7 @@ def _dtype(checkpoint: Checkpoint, runtime: RuntimeConfig) -> str:
 
 
 def _made(directory: str) -> Path:
-    try:
-        Path(directory).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"cannot make the folder {directory}: {error.strerror}") from error
-    return Path(os.path.abspath(directory))
+    return make_folder(Path(os.path.abspath(directory)))
 
 
 def _report(raw: RawRows, folder: Path, console: Console) -> None:
@@ -371,10 +382,7 @@ def _report(raw: RawRows, folder: Path, console: Console) -> None:
         console.note(f"the last line of {raw.path} has no end and is left out")
     table, record = as_markdown(raw), json.dumps(as_json(raw))
     for name, text in ((REPORT, table), (RECORD, record)):
-        try:
-            (folder / name).write_text(text + "\n", encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"cannot write {folder / name}: {error.strerror}") from error
+        write_text(folder / name, text + "\n")
     if (why := draw(raw, folder / CHART)) is not None:
         console.note(why)
     click.echo(record if console.output.json else table)

@@ -5,6 +5,8 @@ from pathlib import Path
 
 from offload_rt.baselines.rows import RawRows
 from offload_rt.baselines.summary import Figure, Summary, summaries
+from offload_rt.printable import printable
+from offload_rt.writing import replacing
 
 _WIDTH_IN, _BAR_IN, _MARGIN_IN = 8.0, 0.42, 1.3
 
@@ -32,11 +34,13 @@ def draw(raw: RawRows, path: Path) -> str | None:
         ecolor="black",
         capsize=3,
     )
-    axes.set_yticks(rows, [_label(s, raw) for s, _ in bars])
+    axes.set_yticks(rows, [printable(_label(s, raw)) for s, _ in bars], parse_math=False)
     axes.invert_yaxis()
     axes.set_xlabel("tokens/s after the first (median of rounds; line: slowest to fastest round)")
-    axes.set_title(f"{raw.setup.model}, {raw.setup.dtype} on {raw.setup.device}")
-    canvas.savefig(path, dpi=120, metadata={"Software": None})  # the same rows, the same bytes
+    title = f"{raw.setup.model}, {raw.setup.dtype} on {raw.setup.device}"
+    axes.set_title(printable(title), parse_math=False)
+    with replacing(path) as temporary:  # without metadata: the same rows, the same bytes
+        canvas.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     return None
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from offload_rt.baselines.engines import DRAFTED, OURS
-from offload_rt.baselines.rows import Loaded, RawRows
+from offload_rt.baselines.rows import Loaded, RawRows, drafter
 from offload_rt.baselines.summary import (
     Difference,
     Figure,
@@ -16,6 +16,7 @@ from offload_rt.baselines.summary import (
     summaries,
 )
 from offload_rt.cli.markdown import bullets, code, heading, table
+from offload_rt.printable import in_markdown
 from offload_rt.units import format_size
 
 _SHOWN_CHARACTERS = 60
@@ -75,13 +76,13 @@ def _header(raw: RawRows) -> str:
     setup = raw.setup
     tokens = [prompt.tokens for prompt in setup.prompts]
     machine = setup.machine
-    gpus = ", ".join(str(gpu["name"]) for gpu in machine["gpus"]) or "no GPU"
+    gpus = ", ".join(gpu.name for gpu in machine.gpus) or "no GPU"
     ends = "" if setup.ends else ", end tokens ignored"
     lines = [
         f"model: {setup.model}, {setup.dtype} on {setup.device}, "
         f"{format_size(setup.weights_bytes)} of weights",
-        f"machine: {machine['cpu']}, {machine['cores']} cores, "
-        f"{format_size(machine['ram_bytes'])} of RAM, {gpus}",
+        f"machine: {machine.cpu}, {machine.cores} cores, "
+        f"{format_size(machine.ram_bytes)} of RAM, {gpus}",
         f"device memory: {format_size(setup.device_bytes)}",
         f"memory cap: {setup.cap}",
         f"page cache: {setup.page_cache}",
@@ -90,8 +91,7 @@ def _header(raw: RawRows) -> str:
         f"answers: up to {setup.max_tokens} tokens, greedy{ends}",
         f"batch sizes: {', '.join(map(str, setup.batches))}",
     ]
-    if setup.draft:
-        draft = json.loads(setup.draft)
+    if (draft := drafter(setup)) is not None:
         lines.append(f"{DRAFTED}: --draft {draft['draft']}, {_draft_tokens(draft)}")
     return f"{bullets(lines)}\n- command: {code(setup.command)}"
 
@@ -135,16 +135,16 @@ def _warnings(raw: RawRows, found: Sequence[Summary]) -> str:
         who = f"{one.engine}, batch {one.batch}"
         if cap is not None and one.host_peak_bytes > cap:
             lines.append(
-                f"- {who} had {format_size(one.host_peak_bytes)} in memory, more than the cap: "
+                f"{who} had {format_size(one.host_peak_bytes)} in memory, more than the cap: "
                 "pages of the model's files that another process has cached count there. Run it "
                 "again while nothing else reads them."
             )
         if one.cached_bytes is not None and one.cached_bytes > much:
             lines.append(
-                f"- {who} began with {format_size(one.cached_bytes)} of the model's files in the "
+                f"{who} began with {format_size(one.cached_bytes)} of the model's files in the "
                 "page cache: another process has them mapped."
             )
-    return "\n".join(["## Doubtful", "", *lines]) if lines else ""
+    return f"## Doubtful\n\n{bullets(lines)}" if lines else ""
 
 
 def _best(found: Sequence[Summary]) -> str:
@@ -235,7 +235,7 @@ def _gap(one: Difference) -> str:
 
 def _configurations(raw: RawRows) -> str:
     blocks = [
-        f"{row.run.engine}, batch {row.run.batch}:\n\n"
+        f"{in_markdown(row.run.engine)}, batch {row.run.batch}:\n\n"
         f"```json\n{json.dumps(row.facts, indent=1)}\n```"
         for row in _first_loads(raw)
     ]

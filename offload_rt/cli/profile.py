@@ -14,13 +14,13 @@ from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.identity import find_changes
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import (
-    check_writable,
     find_profile,
     load_profile,
     machine_name,
     save_profile,
     user_folder,
 )
+from offload_rt.writing import check_target
 
 EFFORT = Effort()  # what is measured; tests put a small one here
 
@@ -71,8 +71,8 @@ def profile(
     """Measure this machine and keep the numbers in a profile.
 
     Links, disk, host memory, layers and attention, in one to two minutes; end other work first. A
-    profile is looked for by name in ./profiles, in the user's folder (--output writes there unless
-    told otherwise) and among those that come with this package.
+    profile is looked for by name in the user's folder (it is written there unless --output says
+    otherwise) and among those that come with this package.
     """
     printed = Output(**values)
     if show is not None:
@@ -81,7 +81,7 @@ def profile(
         return _show(show, printed)
     path = output or user_folder() / f"{machine_name()}.json"
     _check_name(path)
-    check_writable(path)
+    check_target(path)
     made = _measure(path.stem, device or _DEVICES[0], folder, printed)
     save_profile(made, path)
     _print(made, printed)

@@ -31,6 +31,7 @@ from offload_rt.training.settings import (
     WarmUp,
 )
 from offload_rt.training.talks import Talk
+from offload_rt.writing import sweep
 
 if TYPE_CHECKING:
     from offload_rt.training.corpus import Encoder
@@ -170,11 +171,13 @@ def _job(
     output = cache = open_folder(folder, RECORD, settings, "--output")
     if output.result is None:
         folders.enter_context(held(folder, "--output"))
+        sweep(folder)
         output = cache = open_folder(folder, RECORD, settings, "--output")  # may be done by now
     if output.result is None:
         path = Path(values["cache"] or folder / CACHE)
         cache = open_folder(path, CORPUS_RECORD, of_corpus, "--cache")
         folders.enter_context(held(path, "--cache"))
+        sweep(path)
     return Job(opened.checkpoint, runtime, corpus, config, output, cache, watch)
 
 

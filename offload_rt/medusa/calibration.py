@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.errors import CheckpointError
 from offload_rt.medusa.trees import DEFAULT_TREE, Choice, MedusaTree, cut, named_trees
 from offload_rt.model.files import read_json_object, shown
 from offload_rt.planning.acceptance import grow_tree
+from offload_rt.writing import write_text
 
 CALIBRATION_FILE = "medusa_calibration.json"
 RANKS = 32  # ranks that are counted; upstream counts 20 and uses 10
@@ -140,12 +141,7 @@ def write_calibration(calibration: Calibration, folder: Path) -> Path:
         ConfigError: the folder cannot be written to.
     """
     path = folder / CALIBRATION_FILE
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(json.dumps({"version": _VERSION} | asdict(calibration)) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise ConfigError(f"cannot write {path}: {error.strerror}") from error
+    write_text(path, json.dumps({"version": _VERSION} | asdict(calibration)) + "\n")
     return path
 
 

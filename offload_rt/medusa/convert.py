@@ -8,6 +8,7 @@ Upstream and vLLM are Apache-2.0; only their formats are followed.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -29,6 +30,7 @@ from offload_rt.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.files import open_inside
 from offload_rt.model.header import TensorExtent
+from offload_rt.writing import replacing, write_text, writing
 
 _DTYPES = {
     "BF16": torch.bfloat16,
@@ -123,17 +125,21 @@ def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:
         name, tensors, config = HEADS_FILE, _upstream_tensors(heads), _upstream_config(heads)
         if layout is Layout.SHARED:
             config = {"version": "2"} | config
-    try:
+    is_new = not folder.exists()
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for taken in (folder / FULL_MODEL, folder / HEADS_FILE, folder / CONFIG):
-            if taken.exists():
-                raise ConfigError(f"{taken} is already there: give a folder that is new or empty")
-        temporary = folder / f"{name}.tmp"
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        temporary.replace(folder / name)
-    except OSError as error:
-        raise ConfigError(f"cannot write {folder}: {error.strerror or error}") from error
+    for taken in (folder / FULL_MODEL, folder / HEADS_FILE, folder / CONFIG):
+        if os.path.lexists(taken):
+            raise ConfigError(f"{taken} is already there: give a folder that is new or empty")
+    try:
+        with replacing(folder / name) as temporary:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+            write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    except ConfigError:
+        (folder / CONFIG).unlink(missing_ok=True)  # so that the same command may be run again
+        if is_new:
+            folder.rmdir()
+        raise
     return folder / name
 
 

@@ -6,15 +6,14 @@ A damaged file is put aside as if there were none: it only makes the first guess
 import json
 import logging
 import math
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen
+from offload_rt.writing import write_text, writing
 
 _VERSION = 1
 _LIMIT_BYTES = 2**20
@@ -62,10 +61,12 @@ def add_seen(path: Path, key: str, new: Seen) -> None:
     for old in list(entries)[:-_MOST_ENTRIES]:
         del entries[old]
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, json.dumps({"version": _VERSION, "entries": _as_json(entries)}, indent=1))
-    except OSError as error:
-        _log.info("what drafting gave was not kept in %s: %s", path, error.strerror or error)
+        text = json.dumps({"version": _VERSION, "entries": _as_json(entries)}, indent=1)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, text, lasting=False)
+    except ConfigError as error:
+        _log.info("what drafting gave was not kept: %s", error)
 
 
 def _named(checkpoint: Checkpoint) -> str:
@@ -125,15 +126,3 @@ def _pair(pair: object, most: float) -> tuple[float, float]:
     if not (0.0 <= steps < math.inf and 0.0 <= value <= most):  # NaN too
         raise ValueError(f"{pair!r} cannot be")
     return min(steps, _MOST_STEPS), value
-
-
-def _replace(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise

@@ -6,10 +6,7 @@ device, the model's name and number of layers, and what was predicted (for the r
 """
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -18,6 +15,7 @@ from offload_rt.config import DraftShape, DraftWeights, DType, HomeKind, KVPlace
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.planner import Plan
+from offload_rt.writing import write_text
 
 SCHEMA_VERSION = 1
 _LIMIT_BYTES = 2**20
@@ -118,18 +116,8 @@ def write_plan(path: Path, plan: PlanFile) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
-    text = json.dumps({"schema_version": SCHEMA_VERSION} | asdict(plan), indent=1) + "\n"
-    name = ""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except OSError as error:
-        with suppress(OSError):
-            os.unlink(name)
-        raise ConfigError(f"the plan cannot be written to {path}: {error.strerror}") from error
+    text = json.dumps({"schema_version": SCHEMA_VERSION} | asdict(plan), indent=1)
+    write_text(path, text + "\n")
 
 
 def read_plan(path: Path) -> PlanFile:

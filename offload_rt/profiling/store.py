@@ -5,19 +5,18 @@ import platform
 import re
 import stat
 import sysconfig
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.profile import HardwareProfile
+from offload_rt.writing import check_target, write_text
 
 BUSY = "other work was running"  # how the note begins that a profile then carries
 
 _LARGEST_BYTES = 2**20  # a measured one has about 30 KiB
 _SUFFIX = ".json"
-_FILE_MODE = 0o644
 
 
 def machine_name() -> str:
@@ -36,10 +35,11 @@ def user_folder() -> Path:
 def search_folders() -> tuple[Path, ...]:
     """Where a profile is looked for by name, first match wins.
 
-    `./profiles`, the user's folder, then those that come with this package: next to it in a source
-    tree, under `share` of the environment where it is installed.
+    The user's folder, then those that come with this package: next to it in a source tree, under
+    `share` of the environment where it is installed. Not the working folder: whoever made that
+    could put other numbers under a name that plans rest on. A path is taken as it is.
     """
-    return (Path("profiles"), user_folder(), *shipped_folders())
+    return (user_folder(), *shipped_folders())
 
 
 def shipped_folders() -> tuple[Path, Path]:
@@ -96,7 +96,8 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
     """Write a profile so that whatever happens the file is the old or the new one, whole.
 
     Raises:
-        ProfileError: the profile would not be read again, or the folder cannot be written.
+        ProfileError: the profile would not be read again.
+        ConfigError: the file cannot be written.
     """
     text = encode(profile)
     try:
@@ -106,55 +107,8 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
             f"{path} is not written, what was measured cannot be right: {error}; "
             "measure again with `offload-run profile` when the machine is quiet"
         ) from error
-    check_writable(path)
-    try:
-        _replace(path, text)
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def check_writable(path: Path) -> None:
-    """See, before minutes of measuring, that the file could be written; makes its folder.
-
-    Raises:
-        ProfileError: it could not.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(0, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise _unwritable(path, error) from error
-
-
-def _unwritable(path: Path, error: OSError) -> ProfileError:
-    reason = error.strerror or str(error)
-    return ProfileError(
-        f"the profile cannot be written to {path} ({reason}): choose another place with --output"
-    )
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write a temporary file beside `path`, bring it to the disk, and give it the name."""
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fchmod(file.fileno(), _FILE_MODE)
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(name)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    check_target(path)
+    write_text(path, text)
 
 
 def _read_text(path: Path) -> str:

@@ -6,7 +6,6 @@ answers are too.
 """
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +13,8 @@ from pathlib import Path
 from offload_rt.config import GenerationConfig, SamplingConfig
 from offload_rt.engine import Engine
 from offload_rt.errors import CheckpointError
-from offload_rt.training.files import writing
+from offload_rt.training.files import write_text, writing
+from offload_rt.writing import append, cut_off
 
 Prompt = tuple[int, ...]
 
@@ -69,17 +69,12 @@ class AnswerFile:
         if count < len(self._answers):
             del self._answers[count:]
             lines = "".join(map(_line, self._answers))
-            with writing(self.path):
-                temporary = self.path.with_suffix(".tmp")
-                temporary.write_text(lines)
-                temporary.replace(self.path)
+            write_text(self.path, lines, private=True)
 
     def add(self, answers: Sequence[Sequence[int]]) -> None:
         """Append answers; once this returns they are there for good."""
-        with writing(self.path), self.path.open("a") as file:
-            file.write("".join(map(_line, answers)))
-            file.flush()
-            os.fsync(file.fileno())
+        with writing(self.path):
+            append(self.path, "".join(map(_line, answers)))
         self._answers += map(tuple, answers)
 
     def _read(self) -> None:
@@ -97,7 +92,7 @@ class AnswerFile:
             self._answers.append(tuple(ids))
         if rest:  # a line that was being written when the run was killed
             with writing(self.path):
-                os.truncate(self.path, self.path.stat().st_size - len(rest.encode()))
+                cut_off(self.path, len(rest.encode()))
 
 
 def answer_all(

@@ -17,6 +17,7 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.training.files import read_json, write_json, writing
+from offload_rt.writing import open_growing
 
 _LABEL_BYTES = 4
 
@@ -71,8 +72,7 @@ class StateCache:
         if found is not None:
             self._adopt(found)
         with writing(self._paths[0]):
-            flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
-            self._fds = [os.open(path, flags, 0o644) for path in self._paths]
+            self._fds = [open_growing(path, os.O_RDWR) for path in self._paths]
             for fd, nbytes in zip(self._fds, self._lengths(), strict=True):
                 os.ftruncate(fd, nbytes)
 

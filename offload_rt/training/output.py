@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,12 @@ from offload_rt.medusa.checkpoint import CONFIG, FULL_MODEL, HEADS_FILE
 from offload_rt.medusa.convert import Heads, Layout, write_heads
 from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.medusa.names import TOKEN_MAP, LmHead
-from offload_rt.training.files import replacing, writing
+from offload_rt.training.files import replacing, write_text, writing
 from offload_rt.training.vocabulary import Vocabulary
+from offload_rt.writing import temporary_folder
 
 MODEL_FOLDER = "model"
 CURVE, HISTORY = "loss.png", "loss.jsonl"
-_PARTS = "heads.tmp"
 _OF_TOKENIZER = (
     "tokenizer*",
     "vocab.*",
@@ -47,15 +48,12 @@ def put_heads(
     layout = Layout.SHARED if heads.shape.lm_head is LmHead.MODEL else Layout.TGI
     if vocabulary.tokens is not None:
         layout, tensors[TOKEN_MAP] = Layout.VLLM, vocabulary.tokens.cpu()
-    parts = folder / _PARTS
-    with writing(folder):
-        shutil.rmtree(parts, ignore_errors=True)
+    with writing(folder), temporary_folder(folder) as parts:
         for name in (HEADS_FILE, FULL_MODEL):
             (folder / name).unlink(missing_ok=True)
         made = write_heads(Heads(shape=heads.shape, tensors=tensors, base=base), parts, layout)
         (parts / CONFIG).replace(folder / CONFIG)
         made.replace(folder / made.name)
-        parts.rmdir()
 
 
 def put_model(model: Any, source: Path, folder: Path) -> Path:  # noqa: ANN401
@@ -64,15 +62,15 @@ def put_model(model: Any, source: Path, folder: Path) -> Path:  # noqa: ANN401
     Raises:
         ConfigError: the disk is full.
     """
-    parts, final = folder / f"{MODEL_FOLDER}.tmp", folder / MODEL_FOLDER
-    with writing(final):
-        shutil.rmtree(parts, ignore_errors=True)
+    final = folder / MODEL_FOLDER
+    with writing(final), temporary_folder(folder) as parts:
         shutil.rmtree(final, ignore_errors=True)
         model.save_pretrained(parts)
         for pattern in _OF_TOKENIZER:
             for path in source.glob(pattern):
                 if path.is_file():
                     shutil.copyfile(path, parts / path.name)
+        parts.chmod(stat.S_IMODE(folder.stat().st_mode))
         parts.replace(final)
     return final
 
@@ -83,8 +81,7 @@ def put_history(history: Sequence[Mapping[str, object]], folder: Path) -> None:
     Raises:
         ConfigError: the disk is full.
     """
-    with replacing(folder / HISTORY) as temporary:
-        temporary.write_text("".join(json.dumps(note) + "\n" for note in history))
+    write_text(folder / HISTORY, "".join(json.dumps(note) + "\n" for note in history))
 
 
 def draw_curve(history: Sequence[Mapping[str, Any]], folder: Path) -> bool:
