@@ -14,7 +14,7 @@ ROOT = PROJECT / "offload_rt"
 RANKS = [
     ["printable"],
     ["errors"],
-    ["units"],
+    ["units", "reading"],
     ["writing"],
     ["config", "report", "model.config"],
     [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
@@ -55,7 +55,7 @@ TORCH_FREE |= {
     "cli",
     "__main__",
 }
-TORCH_FREE |= {"training.settings", "training.talks"}
+TORCH_FREE |= {"training.settings", "training.talks", "reading", "text"}
 TORCH_FREE |= {
     f"baselines.{part}"
     for part in ("cap", "comparison", "engines", "pagecache", "process", "rows", "summary")

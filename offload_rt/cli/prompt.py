@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from offload_rt.errors import ConfigError
+from offload_rt.reading import decode_text
 
 _LIMIT_BYTES = 64 * 2**20  # some 15 million tokens, more than any model takes
 
@@ -30,7 +31,7 @@ def read_prompt(text: str | None, path: str | None, words: Sequence[str] = ()) -
     if words:
         text = " ".join(words)
     if text is not None:
-        where, prompt = "--prompt", text
+        where, prompt = "--prompt", text.removeprefix("\ufeff")  # "$(cat FILE)" brings it along
     elif path is not None and path != "-":
         where, prompt = path, decode(_read_file(path), path)
     else:
@@ -45,7 +46,7 @@ def read_prompt(text: str | None, path: str | None, words: Sequence[str] = ()) -
 
 
 def decode(data: bytes, where: str) -> str:
-    """Text of a prompt's bytes without one final line break.
+    """Text of a prompt's bytes without one final line break, and without a byte order mark.
 
     Raises:
         ConfigError: too large or not UTF-8; the message names the offset.
@@ -54,13 +55,7 @@ def decode(data: bytes, where: str) -> str:
         raise ConfigError(
             f"the prompt from {where} is larger than {_LIMIT_BYTES} bytes, the most accepted"
         )
-    try:
-        prompt = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"the prompt from {where} is not UTF-8: byte {data[error.start]:#04x} at offset "
-            f"{error.start}; convert it first, with iconv for instance"
-        ) from error
+    prompt = decode_text(data, f"the prompt from {where}")
     return prompt.removesuffix("\n").removesuffix("\r")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from offload_rt.errors import ConfigError
+from offload_rt.reading import decode_text, without_mark
 
 ItemT = TypeVar("ItemT")
 
@@ -69,7 +70,7 @@ def read_lines(path: str) -> list[tuple[int, bytes]]:
         raise ConfigError(f"cannot read the prompts of {path}: {reason}") from error
     if len(data) > _LIMIT_BYTES:
         raise ConfigError(f"{path} is larger than {_LIMIT_BYTES} bytes, the most accepted")
-    lines = enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1)
+    lines = enumerate(without_mark(data).split(b"\n"), start=1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
 
 
@@ -79,13 +80,7 @@ def decode_line(line: bytes, path: str, number: int) -> str:
     Raises:
         ConfigError: it is not UTF-8.
     """
-    try:
-        return line.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{path}, line {number} is not UTF-8: byte {line[error.start]:#04x} at offset "
-            f"{error.start} of it; convert it first"
-        ) from error
+    return decode_text(line, f"{path}, line {number}")
 
 
 def parse_object(line: bytes, path: str, number: int) -> dict[str, Any]:

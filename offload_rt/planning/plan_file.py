@@ -15,6 +15,7 @@ from offload_rt.config import DraftShape, DraftWeights, DType, HomeKind, KVPlace
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.planner import Plan
+from offload_rt.reading import without_mark
 from offload_rt.writing import write_text
 
 SCHEMA_VERSION = 1
@@ -172,7 +173,7 @@ def _read_object(path: Path) -> dict[str, object]:
             raise _unusable(path, "there is no such file")
         if path.stat().st_size > _LIMIT_BYTES:
             raise _unusable(path, f"it has more than the {_LIMIT_BYTES} bytes a plan may have")
-        raw = json.loads(path.read_text("utf-8"))
+        raw = json.loads(without_mark(path.read_bytes()).decode())
     except OSError as error:
         raise _unusable(path, error.strerror or str(error)) from error
     except (ValueError, RecursionError) as error:

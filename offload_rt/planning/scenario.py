@@ -20,6 +20,7 @@ from offload_rt.profiling.records import (
     check_version,
     parse_object,
 )
+from offload_rt.reading import without_mark
 
 SCENARIO_VERSION = 1
 _LARGEST_BYTES = 2**20
@@ -256,7 +257,7 @@ def load_scenario(path: Path) -> Scenario:
     try:
         if len(data) > _LARGEST_BYTES:
             raise MalformedError(f"it has more than {_LARGEST_BYTES} bytes")
-        return read_scenario(data.decode())
+        return read_scenario(without_mark(data).decode())
     except (MalformedError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is no usable scenario: {error}; `offload-run simulate --scenario-help` "

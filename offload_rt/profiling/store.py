@@ -11,6 +11,7 @@ from pathlib import Path
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.profile import HardwareProfile
+from offload_rt.reading import without_mark
 from offload_rt.writing import check_target, write_text
 
 BUSY = "other work was running"  # how the note begins that a profile then carries
@@ -131,6 +132,6 @@ def _read_text(path: Path) -> str:
     if len(data) > _LARGEST_BYTES:
         raise MalformedError(f"it has more than the {_LARGEST_BYTES} bytes a profile may have")
     try:
-        return data.decode()
+        return without_mark(data).decode()
     except UnicodeDecodeError as error:
         raise MalformedError(f"it is not text ({error.reason} at byte {error.start})") from error
