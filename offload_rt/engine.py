@@ -165,12 +165,14 @@ class Engine:
 
         Raises:
             CapacityError: a prompt is longer than its KV cache.
+            ConfigError: a prompt is empty, or the embedding has no row for a token of it.
         """
         if len(prompts) > len(self._caches):
             raise CapacityError(f"{len(prompts)} prompts, room for {len(self._caches)} sequences")
         for ids, capacity in zip(prompts, self._capacities, strict=False):
             if not ids:
                 raise ConfigError("a prompt is empty: give at least one token")
+            self.checkpoint.require_rows(ids)
             if len(ids) >= capacity:
                 raise CapacityError(
                     f"the prompt has {len(ids)} tokens, the KV cache has room for "
@@ -242,6 +244,7 @@ class Engine:
             the output head is fed them.
         """
         ids = [token for text in texts for token in text]
+        self.checkpoint.require_rows(ids)
         positions = [place for text in texts for place in range(len(text))]
         starts = accumulate((len(text) for text in texts), initial=0)
         rows = [start + at for start, places in zip(starts, wanted, strict=False) for at in places]

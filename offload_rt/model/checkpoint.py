@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from offload_rt.errors import CheckpointError
+from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.files import FileIdentity, open_inside, shown
@@ -78,6 +78,20 @@ class Checkpoint:
     head: TensorExtent | None
     tied_head: TensorExtent | None
     files: Mapping[Path, FileIdentity]
+
+    def require_rows(self, ids: Iterable[int]) -> None:
+        """Refuse token ids that the embedding has no row for.
+
+        Raises:
+            ConfigError: there is such an id.
+        """
+        rows = self.embedding.shape[0]
+        for token_id in ids:
+            if not 0 <= token_id < rows:
+                raise ConfigError(
+                    f"token {token_id} has no row in the embedding of {self.folder.name}, which "
+                    f"has {rows}: take the tokenizer these weights came with"
+                )
 
     @property
     def total_bytes(self) -> int:
