@@ -41,9 +41,7 @@ def engine_tokens(folder, max_tokens, **sampling):
         while generating.active:
             generating.step()
         tokens = generating.sequences[0].emitted
-    return tokens, tokenizer.decode(
-        tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
+    return tokens, tokenizer.decode(tokens, skip_special_tokens=True)
 
 
 def kinds(value):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from offload_rt.errors import ConfigError
 from offload_rt.speculative.ngram import NgramDrafter
 from offload_rt.speculative.pair import check_vocabularies
-from offload_rt.text import TextStream, load_tokenizer
+from offload_rt.text import load_tokenizer
 
 PROMPT = "hello there"
 
@@ -68,7 +68,7 @@ def test_a_stop_string_of_a_random_model_cuts_as_without_drafting(tiny_model, of
     whole = json.loads(offload_run(*base).out)
 
     def kept(stop):
-        stream = TextStream(load_tokenizer(tiny_model), [stop])
+        stream = load_tokenizer(tiny_model).stream([stop])
         stream.push(whole["token_ids"])
         return stream.kept_tokens
 

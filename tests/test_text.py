@@ -1,15 +1,13 @@
 """Text: streamed pieces join to what `decode` gives, and a model folder cannot do harm."""
 
 import json
-import threading
-import time
 from functools import cache
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.text import (
@@ -17,6 +15,7 @@ from offload_rt.text import (
     TextStream,
     answer_end_token,
     build_prompt,
+    declared_end_ids,
     end_token_ids,
     load_tokenizer,
 )
@@ -321,20 +320,29 @@ def test_an_empty_stop_string_is_refused():
 # --- prompts ---------------------------------------------------------------------------------
 
 
-def with_template(template: str | None) -> PreTrainedTokenizerFast:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=byte_level()._tokenizer)
-    tokenizer.chat_template = template
-    return tokenizer
+@pytest.fixture
+def loaded(tmp_path):
+    """Save a tokenizer with a chat template and load it as a run does."""
+
+    def load(template, made=None):
+        made = PreTrainedTokenizerFast(tokenizer_object=(made or byte_level())._tokenizer)
+        made.chat_template = template
+        folder = tmp_path / f"of{len(list(tmp_path.iterdir()))}"
+        made.save_pretrained(folder)
+        return load_tokenizer(folder)
+
+    return load
 
 
-def test_a_prompt_goes_through_the_chat_template_and_equals_transformers():
-    tokenizer = with_template(TEMPLATE)
+def test_a_prompt_goes_through_the_chat_template_and_equals_transformers(loaded):
+    tokenizer = loaded(TEMPLATE)
+    local = AutoTokenizer.from_pretrained(tokenizer.folder)
     ids = build_prompt(tokenizer, "héllo", system="be brief")
     conversation = [
         {"role": "system", "content": "be brief"},
         {"role": "user", "content": "héllo"},
     ]
-    assert ids == tokenizer.apply_chat_template(
+    assert ids == local.apply_chat_template(
         conversation, add_generation_prompt=True, return_dict=False
     )
     assert tokenizer.decode(ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
@@ -344,13 +352,13 @@ def test_a_prompt_goes_through_the_chat_template_and_equals_transformers():
     assert build_prompt(tokenizer, turns[1:], system="be brief") == ids
 
 
-def test_a_raw_prompt_and_a_model_without_template_get_plain_text():
+def test_a_raw_prompt_and_a_model_without_template_get_plain_text(loaded):
     plain = byte_level().encode("hello")
-    assert build_prompt(with_template(TEMPLATE), "hello", raw=True) == plain
-    assert build_prompt(with_template(None), "hello") == plain
+    assert build_prompt(loaded(TEMPLATE), "hello", raw=True) == plain
+    assert build_prompt(loaded(None), "hello") == plain
 
 
-def test_the_first_token_of_a_text_is_added_to_plain_text_only():
+def test_the_first_token_of_a_text_is_added_to_plain_text_only(loaded):
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(byte_level()._tokenizer.to_str())
     )
@@ -358,9 +366,8 @@ def test_the_first_token_of_a_text_is_added_to_plain_text_only():
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     plain = byte_level().encode("hello")
-    assert build_prompt(tokenizer, "hello") == [0, *plain]
-    tokenizer.chat_template = "{{ messages[0]['content'] }}"
-    assert build_prompt(tokenizer, "hello") == plain
+    assert build_prompt(loaded(None, tokenizer), "hello") == [0, *plain]
+    assert build_prompt(loaded("{{ messages[0]['content'] }}", tokenizer), "hello") == plain
 
 
 @pytest.mark.parametrize(
@@ -376,9 +383,9 @@ def test_the_first_token_of_a_text_is_added_to_plain_text_only():
         (TEMPLATE, "a\udc80", {}, "not UTF-8 at character 1"),
     ],
 )
-def test_prompts_that_cannot_be_used(template, prompt, options, message):
+def test_prompts_that_cannot_be_used(template, prompt, options, message, loaded):
     with pytest.raises(ConfigError, match=message):
-        build_prompt(with_template(template), prompt, **options)
+        build_prompt(loaded(template), prompt, **options)
 
 
 @pytest.mark.parametrize(
@@ -396,31 +403,25 @@ def test_prompts_that_cannot_be_used(template, prompt, options, message):
         ("{{ 'x' * 30000000 }}", "wrote 30000000 characters, limit for this prompt is 1048608"),
     ],
 )
-def test_a_bad_chat_template_is_one_sentence(template, message):
+def test_a_bad_chat_template_is_one_sentence(template, message, loaded):
     with pytest.raises(CheckpointError, match=message):
-        build_prompt(with_template(template), "hi")
+        build_prompt(loaded(template), "hi")
 
 
-def test_a_template_that_rejects_system_prompts_says_so():
+def test_a_template_that_rejects_system_prompts_says_so(loaded):
     template = (
         "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     )
     with pytest.raises(CheckpointError, match="no system; leave out --system or use --raw"):
-        build_prompt(with_template(template), "hi", system="s")
+        build_prompt(loaded(template), "hi", system="s")
 
 
-def test_an_endless_chat_template_is_stopped(monkeypatch):
-    monkeypatch.setattr("offload_rt.text._TEMPLATE_LIMIT_S", 0.3)
+def test_an_endless_chat_template_is_stopped(monkeypatch, loaded):
+    monkeypatch.setattr("offload_rt.text.tokenizer._RENDER_S", 0.3)
     numbers = "range(100000)"
     template = "".join(f"{{% for i in {numbers} %}}" for _ in range(4)) + "{% endfor %}" * 4
-    start_s = time.perf_counter()
-    with pytest.raises(CheckpointError, match="ran for more than 0.3 s: use --raw"):
-        build_prompt(with_template(template), "hi")
-    assert time.perf_counter() - start_s < 2.0
-    left = [thread for thread in threading.enumerate() if thread.name == "chat-template"]
-    for thread in left:
-        thread.join(5.0)
-        assert not thread.is_alive()
+    with pytest.raises(CheckpointError, match="ran for more than 0.3 s; use --raw"):
+        build_prompt(loaded(template), "hi")
 
 
 # --- model folders ---------------------------------------------------------------------------
@@ -472,36 +473,48 @@ def test_code_of_the_folder_never_runs_and_nothing_is_asked(folder, monkeypatch)
     assert not (folder / "ran").exists()
 
 
-def test_end_tokens_come_from_every_place(folder):
-    tokenizer = byte_level()  # eos is <|im_end|> = 2, <|endoftext|> = 0
+def test_one_file_decides_about_end_tokens(folder):
+    tokenizer = load_tokenizer(folder)  # eos is <|im_end|> = 2, <|endoftext|> = 0
     assert end_token_ids(tokenizer, folder) == {0, 2}
-    (folder / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    (folder / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 4}}))
+    assert end_token_ids(tokenizer, folder) == {4}
+    (folder / "config.json").write_text(
+        json.dumps({"eos_token_id": 5, "text_config": {"eos_token_id": 4}})
+    )
+    assert end_token_ids(tokenizer, folder) == {5}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [6, 7]}))
-    assert end_token_ids(tokenizer, folder) == {0, 2, 5, 6, 7}
+    assert end_token_ids(tokenizer, folder) == {6, 7}
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": None}))
-    assert end_token_ids(tokenizer, folder) == {0, 2, 5}
-    assert end_token_ids(byte_fallback(), folder) == {2, 5}
+    assert end_token_ids(tokenizer, folder) == {5}
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": -1}))
+    assert end_token_ids(tokenizer, folder) == set()
 
 
-@pytest.mark.parametrize("declared", ['"2"', "-1", "true", "1.5", "[1, [2]]", "{}"])
+@pytest.mark.parametrize("declared", ['"2"', "true", "1.5", "[1, [2]]", "{}"])
 def test_end_tokens_that_are_no_ids_are_refused(folder, declared):
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {declared}}}')
     with pytest.raises(CheckpointError, match="eos_token_id in .* expected a token id"):
-        end_token_ids(byte_level(), folder)
+        declared_end_ids(folder)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[1]", "\x00", "[" * 100_000])
 def test_a_damaged_generation_config_is_one_sentence(folder, content):
     (folder / "generation_config.json").write_text(content)
     with pytest.raises(CheckpointError, match="generation_config.json"):
-        end_token_ids(byte_level(), folder)
+        declared_end_ids(folder)
 
 
-def ending(template, eos="<|endoftext|>"):
+@pytest.fixture
+def ending(tmp_path):
     """A tokenizer whose own end of a text is not that of a turn."""
-    made = PreTrainedTokenizerFast(tokenizer_object=byte_level()._tokenizer, eos_token=eos)
-    made.chat_template = template
-    return made
+
+    def make(template, eos="<|endoftext|>"):
+        made = PreTrainedTokenizerFast(tokenizer_object=byte_level()._tokenizer, eos_token=eos)
+        made.chat_template = template
+        made.save_pretrained(tmp_path)
+        return load_tokenizer(tmp_path)
+
+    return make
 
 
 STRICT = "{% if (messages | length) > 2 %}{{ raise_exception('one turn') }}{% endif %}" + TEMPLATE
@@ -519,14 +532,14 @@ STRICT = "{% if (messages | length) > 2 %}{{ raise_exception('one turn') }}{% en
         (STRICT, {}, "<|endoftext|>"),
     ],
 )
-def test_an_answer_ends_as_the_chat_template_ends_it(template, options, expected):
+def test_an_answer_ends_as_the_chat_template_ends_it(template, options, expected, ending):
     tokenizer = ending(template)
-    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    ends = [tokenizer.get_vocab()[name] for name in ("<|im_end|>", "<|endoftext|>")]
     found = answer_end_token(tokenizer, ends, **options)
-    assert tokenizer.convert_ids_to_tokens(found) == expected
+    assert tokenizer.token(found) == expected
 
 
-def test_without_an_end_token_of_its_own_the_first_of_the_folders_ends_an_answer():
+def test_without_an_end_token_of_its_own_the_first_of_the_folders_ends_an_answer(ending):
     tokenizer = ending(None, eos=None)
     assert answer_end_token(tokenizer, [7, 5]) == 5
     assert answer_end_token(tokenizer, []) is None

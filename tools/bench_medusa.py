@@ -98,10 +98,8 @@ def make_questions(model: str, count: int, seed: int) -> Iterator[str]:
     """What a model thinks users ask, no question twice."""
     checkpoint = open_checkpoint(resolve_model(model))
     tokenizer = load_tokenizer(checkpoint.folder)
-    template = tokenizer.apply_chat_template(
-        [{"role": "user", "content": MARK}], tokenize=False, add_generation_prompt=False
-    )
-    before, _, _ = str(template).partition(MARK)
+    template = tokenizer.render([{"role": "user", "content": MARK}], len(MARK))
+    before, _, _ = template.partition(MARK)
     prompt = tokenizer.encode(before, add_special_tokens=False)
     ends = end_token_ids(tokenizer, checkpoint.folder)
     seen: set[str] = set()

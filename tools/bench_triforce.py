@@ -104,7 +104,7 @@ class Row:
 def make_prompts(text: str, tokenizer_folder: Path, tokens: int, skip: int) -> list[dict[str, str]]:
     """Three prompts around `tokens` tokens of a text, from token `skip` on."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"][skip : skip + tokens]
+    ids = tokenizer.encode(text, add_special_tokens=False)[skip : skip + tokens]
     if len(ids) < tokens:
         raise SystemExit(f"the text has {len(ids)} tokens from {skip} on, {tokens} are wanted")
     body, half = tokenizer.decode(ids), tokens // 2

@@ -85,7 +85,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             "name a drafter or leave --seed out"
         )
     sampling = seeded(settings.sampling)
-    check_drafter(opened, settings.draft)
+    check_drafter(opened, settings.draft, raw=settings.raw)
     chosen = spread(items, values["limit"])
     prompts = _encode(opened, settings, chosen)
     measuring = _Measuring(opened, settings, sampling, console, interrupts, prompts)

@@ -166,8 +166,8 @@ def _prepare(
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
     folder = _made(values["directory"])
     undo.enter_context(held(folder, "--output"))
-    opened = open_model(checkpoint)
-    check_drafter(opened, asked.draft)
+    opened = open_model(checkpoint, runs=False)
+    check_drafter(opened, asked.draft, raw=values["raw"])
     prompts = _encoded(opened, items, values)
     cap = find_cap(asked.cap_bytes)
     setup = _setup(opened, asked, cap, items, prompts, values)
@@ -361,9 +361,7 @@ def _conditions(
         draft=dataclasses.asdict(asked.draft),
         no_draft=dataclasses.asdict(DraftConfig()),
         draft_model=os.path.abspath(resolve_model(assisting)) if assisting else None,
-        decode=lambda ids: str(
-            tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        ),
+        decode=tokenizer.decode,
         timeout_s=values["timeout_s"],
     )
 

@@ -25,12 +25,16 @@ from offload_rt.planning.experience import add_seen, experience_key
 from offload_rt.planning.planner import Means
 from offload_rt.report import RunReport
 from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
+from offload_rt.text import (
+    RemoteStream,
+    Tokenizer,
+    end_token_ids,
+    load_tokenizer,
+    template_ids,
+)
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
     from offload_rt.engine import Engine, Run, SequenceState
-    from offload_rt.text import TextStream
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class Model:
     """
 
     checkpoint: Checkpoint
-    tokenizer: "PreTrainedTokenizerBase"
+    tokenizer: Tokenizer
     end_tokens: frozenset[int]
 
     @property
@@ -75,29 +79,41 @@ class Answer:
     report: RunReport
 
 
-def open_model(checkpoint: Checkpoint) -> Model:
-    """Load the tokenizer that belongs to a checkpoint."""
-    from offload_rt.text import end_token_ids, load_tokenizer
+def open_model(checkpoint: Checkpoint, *, runs: bool = True) -> Model:
+    """Load the tokenizer that belongs to a checkpoint.
 
-    tokenizer = load_tokenizer(checkpoint.folder)
+    Args:
+        checkpoint: headers of the model.
+        runs: it will run in this process, so what that needs is imported meanwhile.
+    """
+    tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
+    if runs:
+        import offload_rt.engine  # noqa: F401 - takes as long as the tokenizer's process
+    tokenizer.wait()
     return Model(checkpoint, tokenizer, end_token_ids(tokenizer, checkpoint.folder))
 
 
-def check_drafter(model: Model, draft: DraftConfig) -> None:
+def check_drafter(model: Model, draft: DraftConfig, *, raw: bool) -> None:
     """Refuse a draft model that does not speak the model's tokens.
 
     Raises:
-        ConfigError: it has another tokenizer.
+        ConfigError: it has another tokenizer, or no row for a token of the chat template.
         CheckpointError: its files cannot be used.
     """
     checkpoint = open_draft_checkpoint(model.checkpoint, draft)
     if checkpoint is None:
         return
+    rows = checkpoint.embedding.shape[0]
+    highest = max(template_ids(model.tokenizer, raw=raw), default=0)
+    if highest >= rows:
+        raise ConfigError(
+            f"--draft model: {checkpoint.folder.name} knows {rows} tokens, and the chat template "
+            f"of {model.name} writes token {highest} ({model.tokenizer.token(highest)!r}): it "
+            "could draft nothing, take another draft model or --raw"
+        )
     ours, theirs = (c.folder / "tokenizer.json" for c in (model.checkpoint, checkpoint))
     if ours.exists() and theirs.exists() and filecmp.cmp(ours, theirs, shallow=False):
         return  # loading one takes seconds
-    from offload_rt.text import load_tokenizer
-
     other = load_tokenizer(checkpoint.folder)
     check_vocabularies(model.tokenizer.get_vocab(), other.get_vocab(), checkpoint.folder.name)
 
@@ -155,7 +171,7 @@ def started_engine(
 ) -> Iterator["Engine"]:
     """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
     check_plan(settings.plan, model.checkpoint)
-    check_drafter(model, settings.draft)
+    check_drafter(model, settings.draft, raw=settings.raw)
     draft = reproducible(settings.draft, settings.sampling)
     if draft.kind == "triforce" and prompt_tokens <= draft.retrieval.budget_tokens:
         console.note(
@@ -212,9 +228,7 @@ class Answering:
 
         A Ctrl-C ends the answer: what there is of it is returned with the reason `abort`.
         """
-        from offload_rt.text import TextStream
-
-        stream = TextStream(self.model.tokenizer, self.settings.generation.stop)
+        stream = self.model.tokenizer.stream(self.settings.generation.stop)
         run = self.engine.start(
             [prompt_ids], sampling, self.settings.generation, self.model.end_tokens
         )
@@ -234,7 +248,7 @@ class Answering:
             report=run.report(),
         )
 
-    def _generate(self, run: "Run", sequence: "SequenceState", stream: "TextStream") -> None:
+    def _generate(self, run: "Run", sequence: "SequenceState", stream: RemoteStream) -> None:
         """Run passes until the sequence ends; an interrupt ends a pass between two layers.
 
         Anywhere else it could leave a copy half enqueued, and whoever waits for it would wait on.
@@ -260,7 +274,7 @@ class Answering:
             gauge.total = engine.bytes_per_pass
             run.prefill()
 
-    def _show(self, stream: "TextStream", sequence: "SequenceState") -> None:
+    def _show(self, stream: RemoteStream, sequence: "SequenceState") -> None:
         """Push the tokens the stream has not seen; a stop string in them ends the sequence."""
         from offload_rt.engine import FinishReason
 

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.text import Message, build_prompt
+from offload_rt.text import Message, Tokenizer, build_prompt
 from offload_rt.training.talks import ASSISTANT, Talk
 
 NO_LABEL = -100  # what torch's losses leave out
@@ -90,7 +89,7 @@ class Encoder:
         dropped: counts what was not used.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: Tokenizer
     end_token: int
     context_tokens: int
     raw: bool
@@ -142,7 +141,7 @@ class Encoder:
             if prompt[: len(ids)] != ids:
                 done.append(Sample(ids, answers))
                 answers = ()
-            answer = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+            answer = self.tokenizer.encode(text, add_special_tokens=False)
             ids = (*prompt, *answer, self.end_token)
             answers = (*answers, (len(prompt), len(ids)))
         return [*done, Sample(ids, answers)]
