@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.diagnosis import no_token
+from offload_rt.errors import NumbersError, OffloadError
 from offload_rt.planning.drafting import Outcome
 from offload_rt.report import (
     Counters,
@@ -161,7 +163,10 @@ class Run:
         logits = self.engine.forward([(s.index, s.ids) for s in self.sequences], reuse=True)
         rows = list(logits.split(1))
         drafts = [Draft()] * len(rows)
-        verdicts = self._verify(self.sequences, drafts, rows)
+        try:
+            verdicts = self._verify(self.sequences, drafts, rows)
+        except NumbersError as error:
+            raise self._explained(self.sequences[error.place]) from error
         return self._emit(self.sequences, [[verdict.token] for verdict in verdicts])
 
     def step(self) -> list[Emitted]:
@@ -171,10 +176,7 @@ class Run:
         start = time.perf_counter()
         drafts = [self._propose(sequence, nodes) for sequence in active]
         drafted_at = time.perf_counter()
-        logits = self.engine.check(
-            [(s.index, s.ids[-1], draft.tree) for s, draft in zip(active, drafts, strict=True)]
-        )
-        verdicts = self._verify(active, drafts, logits)
+        drafts, verdicts = self._check(active, drafts)
         emitted = []
         for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
             path = [draft.tree.tokens[node] for node in verdict.path]
@@ -212,6 +214,32 @@ class Run:
             self.counts.draft_s += time.perf_counter() - start
             self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
 
+    def _check(
+        self, sequences: Sequence[SequenceState], drafts: list[Draft]
+    ) -> tuple[list[Draft], list[Verdict]]:
+        """Check drafts in one pass; in one more without any if they spoil it.
+
+        A draft may hold a token after which a number format overflows although the answer never
+        comes to it, and NaN reaches rows before it: masked is multiplied by zero.
+
+        Returns:
+            The drafts that were checked, and what became of them.
+
+        Raises:
+            OffloadError: the model's numbers are NaN or infinite.
+        """
+        rows = zip(sequences, drafts, strict=True)
+        logits = self.engine.check([(s.index, s.ids[-1], draft.tree) for s, draft in rows])
+        try:
+            return drafts, self._verify(sequences, drafts, logits)
+        except NumbersError as error:
+            if not any(len(draft.tree) for draft in drafts):
+                raise self._explained(sequences[error.place]) from error
+        _log.warning("a draft led to NaN or infinite numbers: its pass is made again without it")
+        for sequence in sequences:
+            self.engine.truncate(sequence.index, len(sequence.ids) - 1)
+        return self._check(sequences, [Draft()] * len(drafts))
+
     def _verify(
         self,
         sequences: Sequence[SequenceState],
@@ -227,6 +255,13 @@ class Run:
         self.passes += 1
         self._marks.append(self.engine.counters())
         return verdicts
+
+    def _explained(self, sequence: SequenceState) -> OffloadError:
+        """Why a sequence has no next token; it is named if there are several."""
+        error, count = no_token(self.engine, sequence.index, sequence.ids), len(self.sequences)
+        if count == 1:
+            return error
+        return type(error)(f"answer {sequence.index + 1} of {count}: {error}")
 
     def _emit(
         self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]]

@@ -29,7 +29,7 @@ from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention import Segment
-from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
@@ -229,6 +229,10 @@ class Engine:
             [_Rows(self._caches[index], [root, *tree.tokens], tree) for index, root, tree in rows]
         )
         return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
+
+    def not_finite(self, extent: TensorExtent) -> tuple[int, int]:
+        """How many of a tensor's numbers are NaN or infinite: in its file, and as computed with."""
+        return self._files.not_finite(extent, self.network.dtype)
 
     def hidden(
         self, texts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]

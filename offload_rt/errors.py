@@ -51,6 +51,18 @@ class CheckpointError(OffloadError):
     exit_code = 4
 
 
+class NumbersError(OffloadError):
+    """What a model computes is NaN or infinite, so that no token can be told from it.
+
+    Attributes:
+        place: which of the sequences that were decided about together, from 0.
+    """
+
+    def __init__(self, message: str, place: int = 0) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 class DeviceError(OffloadError):
     """The device refused something: no such device, memory that cannot be pinned or allocated."""
 

@@ -1,8 +1,8 @@
 """Logits to probabilities to tokens, without waiting for the device.
 
-Nothing here reads a value back to the host, so all of it can be queued behind a pass. Logits are
-not checked for that reason: a row with NaN, +inf, or nothing but -inf gives NaN probabilities, and
-a token drawn from them is arbitrary but inside the vocabulary.
+Nothing here reads a value back to the host, so all of it can be queued behind a pass. A row with
+NaN, +inf, or nothing but -inf has no distribution: its probabilities are NaN, and what is chosen
+from it is `NO_TOKEN`. So whoever reads tokens has been told, without a wait of its own.
 """
 
 import os
@@ -11,6 +11,7 @@ import torch
 
 from offload_rt.config import SamplingConfig
 
+NO_TOKEN = -1  # chosen where logits are no numbers
 _BLOCK = 128
 
 
@@ -110,14 +111,14 @@ def pick(probs: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
         uniform: [S] fp64 in [0, 1).
 
     Returns:
-        [S] int64 token ids on the device of `probs`.
+        [S] int64 token ids on the device of `probs`; `NO_TOKEN` for rows of NaN.
     """
     cumulative = probs.cumsum(dim=-1, dtype=torch.float64)  # [S, V]
     total = cumulative[:, -1:]  # [S, 1]
     # The first entry above the point is never a token of probability zero. There is one: uniform is
     # at most 1 - 2^-53, and for every total that product rounds to less than total.
-    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).squeeze(-1)
-    return tokens.clamp(max=probs.shape[-1] - 1)  # only NaN rows reach past the end
+    tokens = torch.searchsorted(cumulative, uniform[:, None] * total, right=True)
+    return tokens.masked_fill_((total > 0).logical_not_(), NO_TOKEN).squeeze(-1)
 
 
 def next_tokens(
@@ -131,7 +132,7 @@ def next_tokens(
         uniform: [S] fp64 in [0, 1), on the device of `logits`; what decides in each row.
 
     Returns:
-        [S] int64 token ids on the device of `logits`.
+        [S] int64 token ids on the device of `logits`; `NO_TOKEN` for rows without a distribution.
     """
     if config.greedy:
         return likeliest(logits)
@@ -139,21 +140,31 @@ def next_tokens(
 
 
 def likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The lowest id of each row's largest logit: [S, V] gives [S].
+    """The lowest id of each row's largest logit: [S, V] gives [S]; `NO_TOKEN` if that is no number.
 
     On a CPU the argmax of 152,000 bf16 numbers takes 0.28 ms, so the largest of each block is
-    sought first, which takes a tenth of that.
+    sought first, which takes a tenth of that. Maxima take NaN for the largest of all.
     """
     vocab = logits.shape[-1]
     whole = vocab // _BLOCK * _BLOCK
     if logits.device.type != "cpu" or whole < 2 * _BLOCK:
-        return logits.argmax(dim=-1)
+        largest, tokens = logits.max(dim=-1)
+        return _unless_finite(largest, tokens)
     tops = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
     if whole < vocab:
         tops = torch.cat([tops, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
-    starts = tops.argmax(dim=1, keepdim=True) * _BLOCK
-    near = (starts + torch.arange(_BLOCK)).clamp_(max=vocab - 1)
-    return (starts + logits.gather(1, near).argmax(dim=1, keepdim=True)).squeeze(1)
+    largest, starts = tops.max(dim=1, keepdim=True)
+    starts *= _BLOCK
+    near = starts + torch.arange(_BLOCK)
+    if whole < vocab:
+        near.clamp_(max=vocab - 1)
+    tokens = logits.gather(1, near).argmax(dim=1, keepdim=True).add_(starts)
+    return _unless_finite(largest, tokens).squeeze(1)
+
+
+def _unless_finite(largest: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    """Put `NO_TOKEN` into `tokens` where the largest logit is NaN or infinite; both are used up."""
+    return tokens.masked_fill_(largest.sub_(largest).ne(0), NO_TOKEN)  # NaN - NaN, inf - inf: NaN
 
 
 def make_generator(seed: int, device: torch.device | str) -> torch.Generator:

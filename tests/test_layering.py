@@ -31,12 +31,12 @@ RANKS = [
     ["speculative.base", "speculative.tree"],
     ["medusa", "text"],
     ["speculative"],
-    ["engine", "decoding"],
+    ["engine", "decoding", "diagnosis"],
     ["training"],  # settings and talks are for the command line too, and free of torch
     ["baselines", "serve"],
     ["cli", "__main__"],
 ]
-ONE_PART = {"decoding": "engine"}  # two files that know each other
+ONE_PART = {"decoding": "engine", "diagnosis": "engine"}  # files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter"}

@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 
 from offload_rt.config import SamplingConfig
 from offload_rt.sampling import (
+    NO_TOKEN,
     Dice,
     likeliest,
     make_generator,
@@ -26,6 +27,9 @@ from offload_rt.sampling import (
 )
 
 SAMPLED = SamplingConfig(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
+ONE_FILTER_EACH = [
+    SamplingConfig(temperature=0.7, **one) for one in ({"top_k": 3}, {"top_p": 0.5}, {"min_p": 0.1})
+]
 
 
 def warped_by_transformers(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
@@ -211,13 +215,41 @@ def test_resolve_seed_keeps_a_given_one_and_draws_others():
     make_generator(max(drawn), "cpu")
 
 
-def test_unusable_logits_give_a_token_of_the_vocabulary():
-    logits = torch.full((4, 5), 0.0)
-    logits[0, 2], logits[1, 3], logits[2] = torch.nan, torch.inf, -torch.inf
-    for config in (SamplingConfig(), SAMPLED):
-        tokens = next_tokens(logits, config, torch.rand(4, dtype=torch.float64))
-        assert ((tokens >= 0) & (tokens < 5)).all()
-    assert target_probs(logits, SAMPLED)[:3].isnan().all()
+@given(
+    rows=st.integers(1, 4),
+    vocabulary=st.one_of(st.integers(1, 700), st.sampled_from([256, 384, 3000])),
+    data=st.data(),
+    bad=st.sampled_from([torch.nan, torch.inf]),
+    dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+    config=st.sampled_from(
+        [SamplingConfig(), SAMPLED, SamplingConfig(temperature=1.3), *ONE_FILTER_EACH]
+    ),
+)
+@settings(max_examples=120, deadline=None)
+def test_one_bad_number_anywhere_takes_the_token_of_its_row(
+    rows, vocabulary, data, bad, dtype, config
+):
+    """Masked ids, which are -inf, and the other rows are not touched."""
+    dice = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randn(rows, vocabulary, generator=dice).to(dtype)
+    masked = data.draw(st.lists(st.integers(1, vocabulary), max_size=3))
+    logits[:, [i for i in masked if i < vocabulary]] = -torch.inf
+    uniform = torch.rand(rows, dtype=torch.float64, generator=dice)
+    good = next_tokens(logits, config, uniform)
+    assert (good >= 0).all() and (good < vocabulary).all()
+    row, place = data.draw(st.integers(0, rows - 1)), data.draw(st.integers(0, vocabulary - 1))
+    logits[row, place] = bad
+    good[row] = NO_TOKEN
+    assert torch.equal(next_tokens(logits, config, uniform), good)
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("vocabulary", [5, 300])
+def test_nothing_but_minus_infinity_gives_no_token(config, vocabulary):
+    logits = torch.full((2, vocabulary), -torch.inf)
+    logits[1, 3] = 0.0
+    tokens = next_tokens(logits, config, torch.rand(2, dtype=torch.float64))
+    assert tokens.tolist() == [NO_TOKEN, 3]
 
 
 @pytest.mark.parametrize("config", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])

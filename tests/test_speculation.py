@@ -412,7 +412,7 @@ def test_followers_keep_the_latest_contexts():
 )
 def test_likely_tokens_come_with_the_verdict(rows, vocab, seed, warm):
     logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed)) * warm
-    likely = Likely.read(pack_likely(logits).tolist(), rows)
+    likely = Likely.read(pack_likely(logits).tolist(), [0] * rows)
     best = logits.topk(min(RANKS, vocab))
     assert likely.tokens == best.indices.tolist()
     torch.testing.assert_close(

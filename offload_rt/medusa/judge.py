@@ -4,7 +4,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from offload_rt.errors import NumbersError
 from offload_rt.medusa.calibration import Calibration
+from offload_rt.sampling import NO_TOKEN
 
 ROWS = 8  # places the heads are evaluated at together: what is planned for is the logits of 8
 
@@ -53,6 +55,11 @@ class Judge:
         """One place: [K][ranks] guesses, and the tokens that came."""
         pairs = zip(guesses, following, strict=False)  # the text may end before the last head
         for head, (tokens, token) in enumerate(pairs):
+            if NO_TOKEN in tokens:
+                raise NumbersError(
+                    f"the logits of head {head + 1} are NaN or infinite, so it has no guesses to "
+                    "judge: use --dtype float32, or other heads"
+                )
             self._places[head] += 1
             if token in tokens:
                 self._hits[head][tokens.index(token)] += 1

@@ -270,6 +270,23 @@ class Network:
         (rows,) = fed
         return rows
 
+    @contextmanager
+    def noting_finite(self) -> Iterator[list[torch.Tensor]]:
+        """Have passes of the body note of each layer whether all that leaves it is finite, [] bool.
+
+        For the search after a failure: a pass reads all it computes once more.
+        """
+        notes: list[torch.Tensor] = []
+        handles = [
+            layer.register_forward_hook(lambda _, given, made: notes.append(made.isfinite().all()))
+            for layer in self._layers
+        ]
+        try:
+            yield notes
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def _run_layer(
         self,
         index: int,

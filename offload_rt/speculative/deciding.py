@@ -8,7 +8,8 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.device.base import Device
-from offload_rt.sampling import Dice
+from offload_rt.errors import NumbersError
+from offload_rt.sampling import NO_TOKEN, Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
 from offload_rt.speculative.followers import Likely, pack_likely
 from offload_rt.speculative.verifier import draw, walk
@@ -50,6 +51,10 @@ def decide(
         device: that the logits are on.
         sampling: how the model's tokens are drawn.
         rule: when a drafted token stands.
+
+    Raises:
+        NumbersError: the path of a sequence ends where its logits are no numbers; no dice have
+            gone on.
     """
     parts = []
     for one in checked:
@@ -58,12 +63,14 @@ def decide(
     flat = device.download(torch.cat(parts))  # host sync
     ends = list(accumulate(part.numel() for part in parts))
     numbers = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    verdicts = []
-    for one, drawn, likely in zip(checked, numbers[::2], numbers[1::2], strict=True):
-        verdict = walk(one.draft, drawn, sampling, rule)
+    pairs = list(zip(checked, numbers[::2], strict=True))
+    verdicts = [walk(one.draft, drawn, sampling, rule) for one, drawn in pairs]
+    for place, verdict in enumerate(verdicts):
+        if verdict.token == NO_TOKEN:
+            raise NumbersError("the logits are NaN or infinite", place)
+    for (one, drawn), likely, verdict in zip(pairs, numbers[1::2], verdicts, strict=True):
         one.dice.advance(len(verdict.path) + 1)
-        verdicts.append(verdict)
         if one.drafter is not None and likely:
-            found = Likely.read(likely, len(one.logits))
+            found = Likely.read(likely, drawn[-len(one.logits) :])
             one.drafter.learn(one.ids, one.draft.tree, found)
     return verdicts

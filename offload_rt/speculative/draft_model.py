@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.host import give_back_holes
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.kv.base import KVCache, PendingTree
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention import Segment
@@ -32,7 +32,7 @@ from offload_rt.model.packed import can_pack
 from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes, head_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
 from offload_rt.planning.weights import layer_bytes
-from offload_rt.sampling import likeliest, sample, target_probs
+from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.followers import Followers
 from offload_rt.speculative.ngram import SuffixIndex
@@ -46,6 +46,7 @@ BRANCHES = 8  # children of a node that are looked at
 SURE = math.log(0.5)
 UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there yet, or lack it
 _SEEN_BEFORE = 2  # last tokens that must be the same
+_NO_NUMBERS = "its logits are NaN or infinite"
 PURPOSE, COPY_PURPOSE = "draft model", "rounded copy"  # in the ledger of device memory
 
 
@@ -268,6 +269,8 @@ class DraftModelDrafter(Unlearned):
                 assert self._generator is not None  # begin set it
                 drawn = sample(probs[-1], self._generator)
             tokens += self._model.device.download(drawn)  # host sync
+            if tokens[-1] == NO_TOKEN:
+                raise NumbersError(_NO_NUMBERS)
             if len(tokens) == depth:
                 return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
             logits = self._feed(tokens[-1:])
@@ -343,6 +346,8 @@ class DraftModelDrafter(Unlearned):
             best = logprobs.topk(BRANCHES, dim=-1)
             packed.append(torch.cat([best.indices.double(), best.values.double()], dim=-1))
         rows = torch.cat(packed).tolist()  # host sync
+        if any(math.isnan(row[BRANCHES]) for row in rows):
+            raise NumbersError(_NO_NUMBERS)
         return [([int(t) for t in row[:BRANCHES]], row[BRANCHES:]) for row in rows]
 
 

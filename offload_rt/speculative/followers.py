@@ -14,6 +14,8 @@ from itertools import islice
 
 import torch
 
+from offload_rt.sampling import NO_TOKEN
+
 RANKS = 8  # tokens kept of a row
 ORDERS = (1, 2)  # numbers of last tokens a row is found by
 _LATE, _LIKELIEST = 200, 4  # contexts and tokens of each that are looked at for unknown ones
@@ -33,10 +35,18 @@ class Likely:
     probs: Sequence[Sequence[float]]
 
     @classmethod
-    def read(cls, numbers: Sequence[int], rows: int) -> "Likely":
-        """Read what `pack_likely` made of so many rows."""
-        width = len(numbers) // rows
-        parts = [numbers[start : start + width] for start in range(0, len(numbers), width)]
+    def read(cls, numbers: Sequence[int], after: Sequence[int]) -> "Likely":
+        """Read what `pack_likely` made.
+
+        Args:
+            numbers: its result.
+            after: the token chosen after each row; where there is none, none is likely.
+        """
+        width = len(numbers) // len(after)
+        parts = [
+            numbers[row * width : (row + 1) * width] if token != NO_TOKEN else []
+            for row, token in enumerate(after)
+        ]
         return cls(
             [part[: width // 2] for part in parts],
             [[share / _UNITS for share in part[width // 2 :]] for part in parts],
@@ -70,7 +80,9 @@ class Followers:
         self._kept: OrderedDict[tuple[int, ...], tuple[array[int], array[float]]] = OrderedDict()
 
     def learn(self, context: Sequence[int], tokens: Sequence[int], probs: Sequence[float]) -> None:
-        """Keep what was likely after the last tokens of a context."""
+        """Keep what was likely after the last tokens of a context; nothing if nothing was."""
+        if not tokens:
+            return
         found = array("q", tokens), array("f", probs)
         for order in self._within(context):
             key = tuple(context[-order:])

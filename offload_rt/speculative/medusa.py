@@ -12,12 +12,14 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.device.base import Device
+from offload_rt.errors import NumbersError
 from offload_rt.medusa.calibration import tree_for
 from offload_rt.medusa.checkpoint import HeadsCheckpoint
 from offload_rt.medusa.load import load_heads, load_token_map
 from offload_rt.medusa.trees import MedusaTree
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
+from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict
 from offload_rt.speculative.tree import TokenTree
 
@@ -136,14 +138,15 @@ class Medusa:
             heads: the first K; None is all.
 
         Returns:
-            [R, K, ranks] int64 ids, the likeliest first.
+            [R, K, ranks] int64 ids, the likeliest first; `NO_TOKEN` where logits are no numbers.
         """
         with torch.inference_mode():
             logits = self._heads(hidden, heads)  # [K, R, V]
             if self._token_map is None:
                 logits = logits[..., : self._known_ids]
-            best = logits.topk(min(ranks, logits.shape[-1]), dim=-1).indices
-            ids = best if self._token_map is None else self._token_map[best]
+            best = logits.topk(min(ranks, logits.shape[-1]), dim=-1)
+            ids = best.indices if self._token_map is None else self._token_map[best.indices]
+            ids = torch.where(best.values[..., :1].isfinite(), ids, NO_TOKEN)
             return ids.transpose(0, 1)
 
     def _keep(self, fed: torch.Tensor) -> None:
@@ -157,6 +160,8 @@ class Medusa:
         flat, (_, heads, ranks) = self._device.download(ids.flatten()), ids.shape  # host sync
         for index in moved:
             own, flat = flat[: heads * ranks], flat[heads * ranks :]
+            if NO_TOKEN in own:
+                raise NumbersError("the logits of a head are NaN or infinite")
             self._guesses[index] = [own[i : i + ranks] for i in range(0, len(own), ranks)]
 
 

@@ -88,11 +88,13 @@ class TriForceDrafter(Unlearned):
         self._share = None if retrieval.is_complete else self._cache.choice.current
         tokens: list[int] = []
         probs: list[torch.Tensor] = []
-        while len(tokens) < depth:
-            found, laws = self._extend([*ids, *tokens], depth - len(tokens))
-            tokens += found
-            probs += laws
-        retrieval.truncate(len(ids) - 1)
+        try:
+            while len(tokens) < depth:
+                found, laws = self._extend([*ids, *tokens], depth - len(tokens))
+                tokens += found
+                probs += laws
+        finally:
+            retrieval.truncate(len(ids) - 1)
         return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:

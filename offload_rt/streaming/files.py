@@ -127,21 +127,21 @@ class WeightFiles:
 
     def equal(self, one: TensorExtent, other: TensorExtent) -> bool:
         """Compare the bytes of two tensors of one size, reading both in full."""
-        runs = [
-            FileRun(
-                path=extent.path,
-                file_offset=extent.offset,
-                nbytes=extent.nbytes,
-                image_offset=0,
-                in_place=False,
-            )
-            for extent in (one, other)
-        ]
         ours, theirs = allocate_host(STAGING_BYTES), allocate_host(STAGING_BYTES)
         return all(
             torch.equal(a.load(ours), b.load(theirs))
-            for a, b in zip(*map(self.pieces, runs), strict=True)
+            for a, b in zip(*(self.pieces(_whole(extent)) for extent in (one, other)), strict=True)
         )
+
+    def not_finite(self, extent: TensorExtent, dtype: torch.dtype) -> tuple[int, int]:
+        """How many numbers of a tensor are NaN or infinite: in the file, and in `dtype`."""
+        staging, stored = allocate_host(STAGING_BYTES), getattr(torch, FLOATS[extent.dtype])
+        counts = torch.zeros(2, dtype=torch.int64)
+        for piece in self.pieces(_whole(extent)):
+            numbers = piece.load(staging).clone().view(stored)  # aligned for it
+            counts += torch.stack([(~n.isfinite()).sum() for n in (numbers, numbers.to(dtype))])
+        in_file, converted = counts.tolist()
+        return in_file, converted
 
     def _blocks_in_place(
         self, file: OpenFile, run: FileRun, image: HostBuffer
@@ -245,6 +245,17 @@ class FileSource:
     def check(self) -> None:
         """Raise if a file of this layer changed since the start."""
         self.files.check({run.path for run in self.layout.runs})
+
+
+def _whole(extent: TensorExtent) -> FileRun:
+    """All bytes of a tensor, as they are."""
+    return FileRun(
+        path=extent.path,
+        file_offset=extent.offset,
+        nbytes=extent.nbytes,
+        image_offset=0,
+        in_place=False,
+    )
 
 
 def _formats(run: FileRun) -> tuple[torch.dtype, torch.dtype]:

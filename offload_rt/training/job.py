@@ -19,7 +19,7 @@ import torch
 
 from offload_rt.config import RuntimeConfig
 from offload_rt.engine import Engine, open_device
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.medusa.calibration import CALIBRATION_FILE, write_calibration
 from offload_rt.medusa.convert import read_output_bias, read_output_head
 from offload_rt.medusa.heads import MedusaHeads
@@ -336,6 +336,7 @@ def _train_joint(
         trainer.run(poll=watch.poll)
     _round(heads, dtype)
     merged = trainer.merge()
+    _require_finite(merged, dtype)
     score = trainer.score(held_out) if held_out else None
     after = joint.perplexity(merged, held_out, device, watch.poll) if held_out else None
     notes = [] if earlier is None else earlier.history
@@ -392,9 +393,24 @@ def _counts(samples: Sequence[Sample]) -> dict[str, int]:
 
 
 def _round(heads: MedusaHeads, dtype: torch.dtype) -> None:
-    """Give parameters the values they will have once stored: what is scored is what runs."""
+    """Give parameters the values they will have once stored: what is scored is what runs.
+
+    Raises:
+        NumbersError: one is no number, or too large for the number format.
+    """
     for parameter in heads.parameters():
         parameter.data = parameter.data.to(dtype).to(torch.float32)
+    _require_finite(heads, dtype)
+
+
+def _require_finite(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """The loss tells of every step but the last, and nothing of rounding."""
+    for name, parameter in module.named_parameters():
+        if not bool(parameter.isfinite().all()):
+            raise NumbersError(
+                f"{name} is NaN or infinite in {str(dtype).removeprefix('torch.')} after the last "
+                "step, training has gone astray: lower --lr and give --output a new folder"
+            )
 
 
 def _detail(history: Sequence[dict[str, Any]]) -> str:

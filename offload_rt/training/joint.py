@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch.nn.functional import kl_div, log_softmax
 
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.training.corpus import Sample, pack
 from offload_rt.training.frozen import SAVE_S, Tally
@@ -31,6 +31,7 @@ from offload_rt.training.vocabulary import Vocabulary
 
 HEADS_RATE = 4  # times the model's learning rate
 _DROPOUT = 0.05
+_MOST_LOSS = 700.0  # whose exponential is still a number
 
 
 def require_peft() -> Any:  # noqa: ANN401 - an optional module
@@ -267,7 +268,11 @@ def perplexity(
     device: torch.device,
     poll: Callable[[], None] = lambda: None,
 ) -> float:
-    """Of the answers in these texts, by a model; each token counts the same."""
+    """Of the answers in these texts, by a model; each token counts the same.
+
+    Raises:
+        NumbersError: the model's loss is no number.
+    """
     total, count = 0.0, 0
     model.eval()
     with torch.inference_mode():
@@ -277,7 +282,13 @@ def perplexity(
             following = torch.tensor([sample.ids[at + 1] for at in sample.places], device=device)
             total += float(token_loss(logits, following)) * len(following)
             count += len(following)
-    return math.exp(total / max(1, count))
+    mean = total / max(1, count)
+    if not math.isfinite(mean):
+        raise NumbersError(
+            f"the model's loss on held-out answers is {mean}: its numbers are NaN or infinite in "
+            f"{str(model.dtype).removeprefix('torch.')}; use --dtype float32, or lower --lr"
+        )
+    return math.exp(min(mean, _MOST_LOSS))
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from offload_rt.config import KVPlace, RuntimeConfig
+from offload_rt.diagnosis import not_numbers
 from offload_rt.engine import Engine
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.training.cache import StateCache
@@ -95,9 +96,22 @@ def read_all(
             # The longest first, as the engine's room is; the states go back into their order.
             order = sorted(range(len(batch)), key=lambda n: len(batch[n].ids), reverse=True)
             texts = [batch[n] for n in order]
-            hidden = engine.hidden([t.ids for t in texts], [t.places for t in texts])
+            hidden = _hidden(engine, texts)
             parts = dict(zip(order, hidden.split([len(t.places) for t in texts]), strict=True))
             labels = [sample.labels(reading.cache.shape.heads) for sample in batch]
             in_order = [parts[n] for n in range(len(batch))]
             reading.cache.add(torch.cat(in_order), torch.cat(labels), len(batch))
             on_done(sum(len(text.ids) for text in texts))
+
+
+def _hidden(engine: Engine, texts: Sequence[Sample]) -> torch.Tensor:
+    """Hidden states of texts.
+
+    Raises:
+        OffloadError: they are no numbers.
+    """
+    ids, places = [t.ids for t in texts], [t.places for t in texts]
+    hidden = engine.hidden(ids, places)
+    if not bool(hidden.isfinite().all()):  # host sync, as is the copy to the cache
+        raise not_numbers(engine, lambda: engine.hidden(ids, places))
+    return hidden

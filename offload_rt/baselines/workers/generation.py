@@ -7,6 +7,8 @@ import torch
 
 from offload_rt.baselines.workers.harness import Clock
 
+_NO_NUMBERS = "the logits are NaN or infinite"
+
 
 def greedy(
     model: Any,  # noqa: ANN401 - whatever calls like a transformers model
@@ -40,9 +42,12 @@ def greedy(
             input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1, **places
         )
         cache = out.past_key_values
-        ids = out.logits[:, -1].argmax(-1, keepdim=True)
-        for index, token in enumerate(ids[:, 0].tolist()):
+        largest, ids = out.logits[:, -1].max(-1, keepdim=True)
+        told = torch.where(largest.isfinite(), ids, -1)
+        for index, token in enumerate(told[:, 0].tolist()):
             if index in active:
+                if token < 0:
+                    raise ArithmeticError(_NO_NUMBERS)
                 answers[index].append(token)
                 if token in end_tokens or len(answers[index]) == max_tokens:
                     active.discard(index)
@@ -60,6 +65,8 @@ def last_logits(
     """Logits of some tokens after a sequence, and the likeliest token."""
     row = torch.tensor([list(ids)], device=device)
     logits = model(input_ids=row, use_cache=False, logits_to_keep=1).logits[0, -1].float()
+    if not logits.amax().isfinite():
+        raise ArithmeticError(_NO_NUMBERS)
     return {"logits": [float(logits[token]) for token in tokens], "best": int(logits.argmax())}
 
 

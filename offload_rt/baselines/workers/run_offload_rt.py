@@ -22,6 +22,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.engine import Engine
+from offload_rt.errors import NumbersError
 from offload_rt.model.checkpoint import open_checkpoint
 
 
@@ -78,6 +79,8 @@ class OffloadRt:
         """Logits after a sequence."""
         self.engine.forget()
         logits = self.engine.forward([(0, ids)], reuse=False)[0].float()
+        if not logits.amax().isfinite():
+            raise NumbersError("the logits are NaN or infinite")
         return {"logits": [float(logits[token]) for token in tokens], "best": int(logits.argmax())}
 
     def device_peak_bytes(self) -> int | None:
