@@ -105,7 +105,6 @@ class Engine:
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
-            self._check_tied_head()
             self.device, packing = open_device(config)
             undo.callback(self.device.close)
             sequences = len(capacities)
@@ -523,19 +522,6 @@ class Engine:
                 return
             network.keep(index, image, pack=True)
             self.device.enter(layout.nbytes, "resident layers")
-
-    def _check_tied_head(self) -> None:
-        """Compare a stored head in full with the embedding it is tied to.
-
-        Raises:
-            CheckpointError: they differ; samples alone had not shown it.
-        """
-        head, embedding = self.checkpoint.tied_head, self.checkpoint.embedding
-        if head is not None and not self._files.equal(head, embedding):
-            raise CheckpointError(
-                f"config.json ties {head.name} to {embedding.name}, but the files hold two "
-                "different tensors: set tie_word_embeddings to false there to use both"
-            )
 
     def _check_kv(self) -> None:
         """See that the plan counted what the network keeps per token.

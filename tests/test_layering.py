@@ -18,7 +18,7 @@ RANKS = [
     ["writing"],
     ["config", "report", "model.config"],
     [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
-    ["model.adapter", "model.checkpoint", "model.layout", "model.outline"],
+    [f"model.{part}" for part in ("adapter", "checkpoint", "family", "layout", "names", "outline")],
     ["device.base"],  # protocols and constants
     ["device"],
     ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device

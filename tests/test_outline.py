@@ -64,7 +64,7 @@ def test_llama_2_70b_has_the_bytes_that_are_known(tmp_path):
     made, from_files = open_or_outline(tmp_path)
     assert not from_files
     assert made.total_bytes == 137_953_296_384  # 68,976,648,192 weights (model card)
-    layouts = [plan_layout(layer, "", "float16", Packing.DEVICE) for layer in made.layers]
+    layouts = [plan_layout(layer, "float16", Packing.DEVICE) for layer in made.layers]
     assert {layout.nbytes for layout in layouts} == {made.layer_bytes(0)}
 
 

@@ -57,7 +57,7 @@ class HeadsCheckpoint:
         """The image of all floating tensors; its placements have the names of the files."""
         extents = [e for name, e in self.extents.items() if name != TOKEN_MAP]
         ordered = sorted(extents, key=lambda e: (e.path, e.offset, e.nbytes))
-        return plan_layout(ordered, "", dtype, packing)
+        return plan_layout(ordered, dtype, packing)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

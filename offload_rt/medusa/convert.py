@@ -89,11 +89,7 @@ def read_output_head(model: Checkpoint) -> torch.Tensor:
 
 def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
     """The bias of a model's output head, [V], if it has one."""
-    if model.head is None:
-        return None
-    name = model.head.name.removesuffix("weight") + "bias"
-    found = next((extent for extent in model.others if extent.name == name), None)
-    return None if found is None else _of_model(model, found)
+    return None if model.head_bias is None else _of_model(model, model.head_bias)
 
 
 def with_output_head(heads: Heads, output_head: torch.Tensor) -> Heads:

@@ -1,12 +1,11 @@
 """A safetensors folder as exact byte extents, layer by layer; every check on untrusted files.
 
-Only headers are read here (and, for a head that should equal the embedding, a few samples).
+Only headers are read here (and, where a head may equal the embedding, both).
 `safetensors` itself maps files; a mapped file that is truncated kills the process, so we do not.
 """
 
 import logging
 import os
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +14,20 @@ from types import MappingProxyType
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
+from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, resolve_model
+from offload_rt.model.names import (
+    EMBEDDINGS,
+    HEADS,
+    ends_in,
+    examples,
+    sort_tensors,
+    worth_saying,
+)
 from offload_rt.model.shards import find_weights, read_shards
+from offload_rt.units import format_size
 
 __all__ = [
     "DTYPE_BYTES",
@@ -35,22 +44,12 @@ _log = logging.getLogger(__name__)
 # integers and booleans are masks and counters of older checkpoints; other floats are not streamed
 _UNSUPPORTED_DTYPES = {"F64", "C64", *(name for name in DTYPE_BYTES if name.startswith("F8"))}
 
+HEAD_DIFFERS = "%s differs from the embedding it is tied to in config.json: it is used as it is"
 MEDUSA_PREFIX = "medusa_head."  # of heads that a full model carries; medusa/ reads them
-_CONTAINERS = ("layers", "h", "blocks", "layer", "block")
-_LAYER_NAME = re.compile(r"(?P<prefix>[^.]+(?:\.[^.]+)*?)\.(?P<index>0|[1-9][0-9]{0,5})\..+")
-_EMBEDDINGS = (
-    "embed_tokens.weight",
-    "wte.weight",
-    "embed_in.weight",
-    "word_embeddings.weight",
-    "tok_embeddings.weight",
-    "embedding.weight",
-    "embeddings.weight",
-)
-_HEADS = ("lm_head.weight", "embed_out.weight")
 _TEXT_PART = "language_model."
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
+_BLOCK_BYTES = 8 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -63,9 +62,12 @@ class Checkpoint:
         tensors: every tensor the network uses, by name.
         layers: tensors of each decoder layer, in the order of their bytes.
         others: tensors of no layer (embedding, final norm, head), in the order of their bytes.
+        container: what numbers the layers in the files, such as `model.layers`.
         embedding: [rows >= vocab_size, hidden_size].
         head: [rows >= vocab_size, hidden_size]; None when the embedding is the head too.
-        tied_head: a copy of the embedding stored as head; ignored and in no other attribute.
+        left_out: tensors of the files that are in no other attribute: the network has no place for
+            them, or they are a copy of the embedding stored as head.
+        family: what transformers says of the family.
         files: what each file was when its header was read.
     """
 
@@ -74,9 +76,11 @@ class Checkpoint:
     tensors: Mapping[str, TensorExtent]
     layers: tuple[tuple[TensorExtent, ...], ...]
     others: tuple[TensorExtent, ...]
+    container: str
     embedding: TensorExtent
     head: TensorExtent | None
-    tied_head: TensorExtent | None
+    left_out: tuple[TensorExtent, ...]
+    family: Family
     files: Mapping[Path, FileIdentity]
 
     def require_rows(self, ids: Iterable[int]) -> None:
@@ -103,6 +107,12 @@ class Checkpoint:
         """Bytes of the tensors that belong to no layer."""
         return _nbytes(self.others)
 
+    @property
+    def head_bias(self) -> TensorExtent | None:
+        """Bias of the head, [rows], where it has one."""
+        heads = {f"{head}.bias" for head in self.family.heads.union(HEADS)}
+        return next((e for e in self.others if ends_in(e.name, heads)), None)
+
     def layer_bytes(self, layer: int) -> int:
         """Bytes of one layer."""
         return _nbytes(self.layers[layer])
@@ -122,33 +132,49 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     config = load_model_config(folder)
     tensors, files = read_shards(folder, index)
-    tensors = {n: e for n, e in tensors.items() if not n.startswith(MEDUSA_PREFIX)}
     if config.part_of and not any(_TEXT_PART in name for name in tensors):
         raise CheckpointError(
             f"{folder}: config.json is of a {shown(config.part_of)} model with a text part, but no "
             f"tensor is named like {_TEXT_PART}model.layers.0.x: files and config are not of one "
             "model"
         )
-    _check_dtypes(tensors.values())
-    layers = _group_layers(folder, tensors.values(), config.num_layers)
-    in_layers = {extent.name for layer in layers for extent in layer}
-    others = [extent for extent in tensors.values() if extent.name not in in_layers]
-    embedding = _embedding(folder, others, config)
-    head, tied_head = _head(folder, others, config, embedding)
-    if tied_head is not None:
-        others.remove(tied_head)
-        del tensors[tied_head.name]
+    family = read_family(config.model_type)
+    parts = sort_tensors(
+        folder,
+        [e for e in tensors.values() if not e.name.startswith(MEDUSA_PREFIX)],
+        config.num_layers,
+        family,
+    )
+    embedding, head, copy = _ends(folder, parts.others, config, family)
+    others = [extent for extent in parts.others if extent is not copy]
+    _check_dtypes(extent for group in (*parts.layers, others) for extent in group)
+    _say_what_is_left_out(folder, worth_saying(parts.left_out, family))
+    used = {extent.name for group in (*parts.layers, others) for extent in group}
     return Checkpoint(
         folder=folder,
         config=config,
-        tensors=MappingProxyType(tensors),
-        layers=layers,
+        tensors=MappingProxyType({name: e for name, e in tensors.items() if name in used}),
+        layers=tuple(map(_in_file_order, parts.layers)),
         others=_in_file_order(others),
+        container=parts.container,
         embedding=embedding,
         head=head,
-        tied_head=tied_head,
+        left_out=(*parts.left_out, *([] if copy is None else [copy])),
+        family=family,
         files=MappingProxyType(files),
     )
+
+
+def _say_what_is_left_out(folder: Path, extents: list[TensorExtent]) -> None:
+    if extents:
+        _log.warning(
+            "%s: %d tensors (%s) are left out, as the text network has no place for them, such as "
+            "%s",
+            shown(folder.name),
+            len(extents),
+            format_size(_nbytes(extents)),
+            examples(extents),
+        )
 
 
 def _nbytes(extents: Iterable[TensorExtent]) -> int:
@@ -168,113 +194,65 @@ def _check_dtypes(extents: Iterable[TensorExtent]) -> None:
             )
 
 
-def _group_layers(
-    folder: Path, extents: Iterable[TensorExtent], num_layers: int
-) -> tuple[tuple[TensorExtent, ...], ...]:
-    """Tensors by layer number, under the one name prefix that numbers exactly all layers."""
-    groups: dict[str, dict[int, list[TensorExtent]]] = {}
-    for extent in extents:
-        if match := _LAYER_NAME.fullmatch(extent.name):
-            by_index = groups.setdefault(match["prefix"], {})
-            by_index.setdefault(int(match["index"]), []).append(extent)
-    wanted = set(range(num_layers))
-    complete = [prefix for prefix, by_index in groups.items() if by_index.keys() == wanted]
-    named = [prefix for prefix in complete if _is_container(prefix)]
-    chosen = named or complete
-    if not chosen:
-        raise CheckpointError(f"{folder}: {_why_no_layers(groups, num_layers)}")
-    if len(chosen) > 1:
-        raise CheckpointError(
-            f"{folder}: {len(chosen)} groups of tensors are numbered as the {num_layers} layers "
-            f"({shown(chosen[0])}, {shown(chosen[1])}): this kind of model is not supported"
-        )
-    by_index = groups[chosen[0]]
-    return tuple(_in_file_order(by_index[i]) for i in range(num_layers))
-
-
-def _is_container(prefix: str) -> bool:
-    return prefix.rpartition(".")[2] in _CONTAINERS
-
-
-def _why_no_layers(groups: Mapping[str, Mapping[int, object]], num_layers: int) -> str:
-    if not groups:
-        return (
-            f"config.json says {num_layers} layers, but no tensor is named like model.layers.0.x: "
-            "files and config are not of one model"
-        )
-    prefix = max(groups, key=lambda name: (_is_container(name), len(groups[name])))
-    found = groups[prefix].keys()
-    wanted = range(num_layers)
-    missing = [i for i in wanted if i not in found]
-    extra = sorted(i for i in found if i not in wanted)
-    differences = [
-        f"{what} {', '.join(map(str, some[:5]))}{' and more' if len(some) > 5 else ''}"
-        for what, some in (("missing are", missing), ("not expected are", extra))
-        if some
-    ]
-    return (
-        f"config.json says {num_layers} layers, the files have {len(found)} under "
-        f"{shown(prefix)} ({'; '.join(differences)}): files and config are not of one model"
-    )
-
-
-def _by_name(extents: Iterable[TensorExtent], names: tuple[str, ...]) -> list[TensorExtent]:
-    endings = tuple(f".{name}" for name in names)
-    return [e for e in extents if e.name in names or e.name.endswith(endings)]
-
-
 def _has_row_per_token(extent: TensorExtent, config: ModelConfig) -> bool:
     rows, width = extent.shape if len(extent.shape) == 2 else (0, 0)
     return rows >= config.vocab_size and width == config.hidden_size
 
 
-def _embedding(folder: Path, extents: list[TensorExtent], config: ModelConfig) -> TensorExtent:
-    named = _by_name(extents, _EMBEDDINGS)
-    fitting = [extent for extent in named if _has_row_per_token(extent, config)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
+def _ends(
+    folder: Path, extents: list[TensorExtent], config: ModelConfig, family: Family
+) -> tuple[TensorExtent, TensorExtent | None, TensorExtent | None]:
+    """Decide, for all of the package, what is the embedding and what is the output head.
+
+    As transformers does (modeling_utils.py, `tie_weights`): a stored head that differs is used
+    whatever config.json says. Unless that says they are two, of equal ones one serves as both, and
+    so does the one that is stored alone.
+
+    Returns:
+        The embedding; the head, None where the embedding is it; a stored copy nobody needs.
+    """
+    embedding = _only(folder, extents, config, EMBEDDINGS, "token embeddings")
+    heads = [f"{name}.weight" for name in family.heads.union(HEADS)]
+    head = _only(folder, extents, config, heads, "heads")
+    tied = config.tie_word_embeddings
+    if embedding is not None and head is not None:
+        if tied is not False and _equal(folder, embedding, head):
+            return embedding, None, head
+        if tied:
+            _log.warning(HEAD_DIFFERS, shown(head.name))
+        return embedding, head, None
+    found = embedding or head
+    if found is None or (embedding is None and tied is False):
         raise CheckpointError(
-            f"{folder} has {len(fitting)} token embeddings ({shown(fitting[0].name)}, "
+            f"{folder} has no token embedding (a tensor named like model.embed_tokens.weight): "
+            "files are missing or this kind of model is not supported"
+        )
+    if tied is False:
+        raise CheckpointError(
+            f"{folder} has no head (lm_head.weight), but tie_word_embeddings is false in "
+            "config.json: download the missing files, or set it to true"
+        )
+    return found, None, None
+
+
+def _only(
+    folder: Path,
+    extents: list[TensorExtent],
+    config: ModelConfig,
+    names: Iterable[str],
+    what: str,
+) -> TensorExtent | None:
+    """The one tensor of these names that has a row for each token."""
+    named = [extent for extent in extents if ends_in(extent.name, names)]
+    fitting = [extent for extent in named if _has_row_per_token(extent, config)]
+    if len(fitting) > 1:
+        raise CheckpointError(
+            f"{folder} has {len(fitting)} {what} ({shown(fitting[0].name)}, "
             f"{shown(fitting[1].name)}): this kind of model is not supported"
         )
-    if named:
+    if named and not fitting:
         raise _misshapen(named[0], config)
-    raise CheckpointError(
-        f"{folder} has no token embedding (a tensor named like model.embed_tokens.weight): files "
-        "are missing or this kind of model is not supported"
-    )
-
-
-def _head(
-    folder: Path, extents: list[TensorExtent], config: ModelConfig, embedding: TensorExtent
-) -> tuple[TensorExtent | None, TensorExtent | None]:
-    """The head, and a stored copy of the embedding that stands in its place.
-
-    As transformers does when the config ties the two but both are stored: equal ones are tied, a
-    head that differs is used (modeling_utils.py, `tie_weights`).
-    """
-    named = _by_name(extents, _HEADS)
-    if len(named) > 1:
-        raise CheckpointError(
-            f"{folder} has {len(named)} heads ({shown(named[0].name)}, {shown(named[1].name)}): "
-            "this kind of model is not supported"
-        )
-    if not named:
-        if config.tie_word_embeddings is False:
-            raise CheckpointError(
-                f"{folder} has no head (lm_head.weight), but tie_word_embeddings is false in "
-                "config.json: download the missing files, or set it to true"
-            )
-        return None, None
-    head = named[0]
-    if not _has_row_per_token(head, config):
-        raise _misshapen(head, config)
-    if config.tie_word_embeddings and _samples_agree(folder, embedding, head):
-        return None, head
-    if config.tie_word_embeddings:
-        _log.warning("%s differs from the embedding it should be: it is used as it is", head.name)
-    return head, None
+    return fitting[0] if fitting else None
 
 
 def _misshapen(extent: TensorExtent, config: ModelConfig) -> CheckpointError:
@@ -285,16 +263,19 @@ def _misshapen(extent: TensorExtent, config: ModelConfig) -> CheckpointError:
     )
 
 
-def _samples_agree(folder: Path, one: TensorExtent, other: TensorExtent) -> bool:
-    """Whether two tensors are equal, judged by samples spread over all of their bytes."""
+def _equal(folder: Path, one: TensorExtent, other: TensorExtent) -> bool:
+    """Whether two tensors are equal; all bytes are read only where samples of them are."""
     if (one.dtype, one.shape) != (other.dtype, other.shape):
         return False
     last = max(0, one.nbytes - _SAMPLE_BYTES)
-    places = [last * i // (_SAMPLES - 1) for i in range(_SAMPLES)]
-    return _samples(folder, one, places) == _samples(folder, other, places)
-
-
-def _samples(folder: Path, extent: TensorExtent, places: list[int]) -> list[bytes]:
-    size = min(_SAMPLE_BYTES, extent.nbytes)
-    with open_inside(folder, extent.path.name) as file:
-        return [file.read(size, extent.offset + place) for place in places]
+    samples = [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
+    blocks = [(start, _BLOCK_BYTES) for start in range(0, one.nbytes, _BLOCK_BYTES)]
+    with (
+        open_inside(folder, one.path.name) as ours,
+        open_inside(folder, other.path.name) as theirs,
+    ):
+        for start, size in (*samples, *blocks):
+            count = min(size, one.nbytes - start)
+            if ours.read(count, one.offset + start) != theirs.read(count, other.offset + start):
+                return False
+    return True

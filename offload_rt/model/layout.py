@@ -14,7 +14,9 @@ from math import prod
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.checkpoint import DTYPE_BYTES, TensorExtent
+from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
+from offload_rt.model.files import shown
+from offload_rt.model.names import EXPERT
 
 PAGE_BYTES = 4096
 DEVICE_ALIGN_BYTES = 256
@@ -23,13 +25,8 @@ CACHE_LINE_BYTES = 64
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 _CODES = {name: code for code, name in FLOATS.items()}
 
-# Tensors old checkpoints carry although the network computes them itself.
-_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|attention\.bias|attention\.masked_bias)$")
 # Since transformers 5 some modules have other names than in the files: Mixtral, GPT-NeoX.
 _RENAMED = (("block_sparse_moe.", "mlp."), ("embed_out.", "lm_head."))
-_EXPERT = re.compile(
-    r"(?P<moe>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w[123]|(?:gate|up|down)_proj)\.weight$"
-)
 # There the experts of a layer are one parameter too: gate rows, then up rows.
 _FUSED = {
     "w1": ("gate_up_proj", 0),
@@ -53,7 +50,8 @@ class Placement:
     """Where a parameter lies in the image.
 
     Attributes:
-        name: its name below the layer (or below the model, for what is in no layer).
+        name: what it is called in the files, as `image_name` changes it; experts of a layer are
+            one parameter.
         dtype: torch's name of its number format on the device.
         offset: bytes from the start of the image.
     """
@@ -126,28 +124,44 @@ def image_name(name: str) -> str:
     return name
 
 
+def plan_layouts(
+    checkpoint: Checkpoint,
+    dtype: str,
+    packing: Packing,
+    stays_fp32: re.Pattern[str] | None = None,
+) -> tuple[LayerLayout, ...]:
+    """Lay out every layer, and last what is in no layer; see `plan_layout`.
+
+    `stays_fp32` is the family's own unless it is given.
+    """
+    stays_fp32 = stays_fp32 or checkpoint.family.stays_fp32(dtype)
+    groups = (*checkpoint.layers, checkpoint.others)
+    return tuple(plan_layout(group, dtype, packing, stays_fp32) for group in groups)
+
+
 def plan_layout(
-    extents: Sequence[TensorExtent], prefix: str, dtype: str, packing: Packing
+    extents: Sequence[TensorExtent],
+    dtype: str,
+    packing: Packing,
+    stays_fp32: re.Pattern[str] | None = None,
 ) -> LayerLayout:
     """Lay out the tensors of one layer (or of what is in no layer).
 
     Args:
         extents: the tensors, in file order.
-        prefix: what to strip from their names, `model.layers.3.`.
         dtype: torch's name of the format floating tensors get on the device.
         packing: what the layout is for.
+        stays_fp32: what names match that get fp32 instead.
 
     Raises:
         CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
             do not fit together.
     """
-    builder = _Builder(dtype, packing)
+    builder = _Builder(dtype, packing, stays_fp32)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
-        name = image_name(extent.name.removeprefix(prefix))
-        if _COMPUTED.search(name):
-            continue
-        if match := _EXPERT.match(name):
+        name = image_name(extent.name)
+        if match := EXPERT.match(name):
             target, part = _FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
             experts.setdefault(key, []).append((int(match["expert"]), part, extent))
@@ -161,15 +175,15 @@ def plan_layout(
 class _Builder:
     """Grows an image tensor by tensor."""
 
-    def __init__(self, dtype: str, packing: Packing) -> None:
-        self._dtype, self._packing = dtype, packing
+    def __init__(self, dtype: str, packing: Packing, stays_fp32: re.Pattern[str] | None) -> None:
+        self._dtype, self._packing, self._stays_fp32 = dtype, packing, stays_fp32
         self._end = 0
         self._placements: list[Placement] = []
         self._runs: list[FileRun] = []
 
     def add(self, name: str, extent: TensorExtent) -> None:
         """Place one tensor behind what is there."""
-        dtype = self._device_dtype(extent)
+        dtype = self._device_dtype(name, extent)
         element_bytes = DTYPE_BYTES[_CODES[dtype]]
         as_is = FLOATS[extent.dtype] == dtype and self._packing is Packing.FILE
         if as_is and extent.offset % element_bytes == 0:
@@ -189,10 +203,10 @@ class _Builder:
         expected = [(e, p, (rows, columns)) for e in range(experts) for p in range(parts)]
         if [(e, p, extent.shape) for e, p, extent in pieces] != expected:
             raise CheckpointError(
-                f"{name}: the {len(pieces)} expert tensors are not {experts} experts of "
+                f"{shown(name)}: the {len(pieces)} expert tensors are not {experts} experts of "
                 f"{parts} x {rows} x {columns} each: download the checkpoint again"
             )
-        dtype = self._device_dtype(pieces[0][2])
+        dtype = self._device_dtype(name, pieces[0][2])
         piece_bytes = rows * columns * DTYPE_BYTES[_CODES[dtype]]
         start = self._reserve(piece_bytes * len(pieces))
         for index, (_, _, extent) in enumerate(pieces):
@@ -208,13 +222,14 @@ class _Builder:
             runs=tuple(self._runs),
         )
 
-    def _device_dtype(self, extent: TensorExtent) -> str:
+    def _device_dtype(self, name: str, extent: TensorExtent) -> str:
         if extent.dtype not in FLOATS:
             raise CheckpointError(
-                f"tensor {extent.name} in {extent.path.name} is {extent.dtype}: only BF16, F16 and "
-                "F32 weights are supported, take an unquantised checkpoint"
+                f"tensor {shown(extent.name)} in {shown(extent.path.name)} is {extent.dtype}: only "
+                "BF16, F16 and F32 weights are supported, take an unquantised checkpoint"
             )
-        return self._dtype
+        stays = self._stays_fp32 is not None and self._stays_fp32.search(name)
+        return "float32" if stays else self._dtype
 
     def _append_in_place(self, extent: TensorExtent) -> int:
         last = self._runs[-1] if self._runs else None

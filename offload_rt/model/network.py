@@ -9,6 +9,7 @@ A prompt is prefilled layer-major: the wrapped layer works through the rows in c
 next layer is touched, so weights are borrowed once per pass, whatever its length.
 """
 
+import os
 import re
 import sys
 import warnings
@@ -37,7 +38,8 @@ from offload_rt.model.attention import (
 )
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.hf_config import build_hf_config, reason_of
-from offload_rt.model.layout import LayerLayout, Packing, Placement, compute_dtype, plan_layout
+from offload_rt.model.layout import Packing, Placement, compute_dtype
+from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
 from offload_rt.model.quantized import RoundedEmbedding, rounded_linear
 from offload_rt.model.wide import widen_linears, widens
@@ -104,18 +106,14 @@ class Network:
         name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
         self.dtype: torch.dtype = getattr(torch, name)
         self._model = _build(checkpoint, self.dtype)
-        prefix, layers = _find_layers(self._model, checkpoint.config.num_layers)
+        container, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._layers = layers
         self.poll: Callable[[], None] = lambda: None
         self.kept: set[int] = set()
-        self.layouts = tuple(
-            plan_layout(extents, f"{prefix}.{i}.", name, packing)
-            for i, extents in enumerate(checkpoint.layers)
-        )
-        self.base = plan_layout(checkpoint.others, "", name, packing)
-        self._tied = _check_names(self._model, layers, self.layouts, self.base)
+        self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
+        self.layouts, self.base = self._places.layouts, self._places.base
         self.kv_shapes = _probe(self._model, layers, checkpoint.config.model_type)
-        self._holes = [_holes(layer, self.layouts[i]) for i, layer in enumerate(layers)]
+        self._holes = [_holes(self._model, places) for places in self._places.of_layers]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
     def keep(
@@ -135,7 +133,7 @@ class Network:
             weights: keep rounded copies (`model/quantized.py`). Nothing refers to `image` after
                 either.
         """
-        for hole, tensor in _bind(self._holes[index], self.layouts[index].placements, image):
+        for hole, tensor in _bind(self._holes[index], image):
             hole.fill(tensor)
         if weights is not DraftWeights.SAME:
             replace_linears(self._layers[index], partial(rounded_linear, weights=weights))
@@ -154,7 +152,7 @@ class Network:
         made = rounded_linear(head, weights) if type(head) is torch.nn.Linear else None
         if made is None or not isinstance(embedding, torch.nn.Embedding):
             return
-        for hole in _holes(self._model, self.base):
+        for hole in _holes(self._model, self._places.of_base):
             if not any(hole.tensors is end._parameters for end in (head, embedding)):
                 copy = hole.meta.detach().clone()
                 is_parameter = isinstance(hole.meta, torch.nn.Parameter)
@@ -173,7 +171,7 @@ class Network:
 
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
-        pairs = _bind(self._holes[index], self.layouts[index].placements, image)
+        pairs = _bind(self._holes[index], image)
         for hole, tensor in pairs:
             hole.fill(tensor)
         with torch.inference_mode():
@@ -194,9 +192,9 @@ class Network:
             device: where passes run.
             chunk_tokens: rows that go through a layer at once.
         """
-        for hole, tensor in _bind(_holes(self._model, self.base), self.base.placements, base):
+        for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
             hole.fill(tensor)
-        if self._tied:
+        if self._places.tied:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight
         if widens(self.dtype, device):
@@ -329,8 +327,7 @@ class Network:
         """Put the weights in `image` into the modules of a layer, and take them out again."""
         key = (index, id(image))
         if key not in self._bindings:
-            placements = self.layouts[index].placements
-            self._bindings[key] = _bind(self._holes[index], placements, image)
+            self._bindings[key] = _bind(self._holes[index], image)
         for hole, tensor in self._bindings[key]:
             hole.fill(tensor)
         try:
@@ -345,12 +342,14 @@ class _Hole:
     """A place in a module where a parameter or buffer goes.
 
     Attributes:
+        placement: what goes there.
         meta: what was there when it was looked up. For a layer that is what is there while nothing
             is lent: a use outside the loan then fails instead of reading stale bytes.
     """
 
     tensors: dict[str, torch.Tensor]
     name: str
+    placement: Placement
     meta: torch.Tensor
 
     def fill(self, tensor: torch.Tensor) -> None:
@@ -373,50 +372,28 @@ def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
             f"{checkpoint.config.model_type!r} model that generates text from config.json: "
             f"{reason_of(error)}"
         ) from error
-    model.tie_weights()  # type: ignore[operator]  # building on meta unties
+    head, embedding = _ends(model)
+    if head is not None and head.weight is embedding.weight:  # `find_places` says whether it is
+        head.weight = torch.nn.Parameter(torch.empty_like(embedding.weight), False)
     return model.eval()
 
 
 def _find_layers(model: torch.nn.Module, num_layers: int) -> tuple[str, Sequence[torch.nn.Module]]:
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers:
-            return name, list(module)
-    raise CheckpointError(
-        f"{type(model).__name__} has no list of {num_layers} decoder layers: this family cannot "
-        "be streamed layer by layer"
-    )
-
-
-def _check_names(
-    model: torch.nn.Module,
-    layers: Sequence[torch.nn.Module],
-    layouts: Sequence[LayerLayout],
-    base: LayerLayout,
-) -> bool:
-    """Compare the tensors of the files with those of the network; returns whether the head is tied.
-
-    Raises:
-        CheckpointError: one is missing, left over, or of another shape.
-    """
-    for index, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
-        _compare(f"layer {index}", _state(layer), layout.placements)
-    inside = {id(tensor) for layer in layers for tensor in _state(layer).values()}
-    needed = {name: t for name, t in _state(model).items() if id(t) not in inside}
-    head, embedding = _ends(model)
-    found = {placement.name for placement in base.placements}
-    heads = [name for name, t in needed.items() if t is head.weight and name not in found]
-    tied = head.weight is embedding.weight or bool(heads)
-    if tied and head.weight.shape != embedding.weight.shape:
-        raise CheckpointError("the files have no output head, and the embedding has another shape")
-    if bool(heads) and head.weight is not embedding.weight:
+    """The list of decoder layers, the one nearest to the embedding, and its name."""
+    embedding = _ends(model)[1]
+    beside = next((name for name, module in model.named_modules() if module is embedding), "")
+    lists = {
+        name: list(module)
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == num_layers
+    }
+    if not lists:
         raise CheckpointError(
-            f"{heads[0]} is missing from the files although config.json does not tie it to the "
-            "embedding: download the checkpoint again"
+            f"{type(model).__name__} has no list of {num_layers} decoder layers: this family "
+            "cannot be streamed layer by layer"
         )
-    for name in heads:
-        del needed[name]
-    _compare("the model", needed, base.placements)
-    return tied
+    name = max(lists, key=lambda name: len(os.path.commonprefix([name, beside])))
+    return name, lists[name]
 
 
 def _ends(model: torch.nn.Module) -> tuple[Any, Any]:
@@ -424,46 +401,23 @@ def _ends(model: torch.nn.Module) -> tuple[Any, Any]:
     return model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
 
 
-def _state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Parameters and persistent buffers by name, shared ones under each name."""
-    return dict(module.state_dict(keep_vars=True))
-
-
-def _compare(where: str, needed: dict[str, torch.Tensor], placements: Sequence[Placement]) -> None:
-    found = {placement.name: placement for placement in placements}
-    missing, extra = sorted(needed.keys() - found.keys()), sorted(found.keys() - needed.keys())
-    for problem, names in (("lacks", missing), ("has no use for", extra)):
-        if names:
-            raise CheckpointError(
-                f"{where} {problem} {len(names)} tensors, such as {names[0]}: the files are not "
-                "of the architecture config.json names, or of a version transformers renames"
-            )
-    for name, placement in found.items():
-        if tuple(needed[name].shape) != placement.shape:
-            raise CheckpointError(
-                f"{where}: tensor {name} is {list(placement.shape)} in the files, config.json "
-                f"makes it {list(needed[name].shape)}"
-            )
-
-
-def _holes(module: torch.nn.Module, layout: LayerLayout) -> list[_Hole]:
+def _holes(model: torch.nn.Module, places: Sequence[Place]) -> list[_Hole]:
     holes = []
-    for placement in layout.placements:
-        path, _, leaf = placement.name.rpartition(".")
-        owner = module.get_submodule(path)
+    for place in places:
+        path, _, leaf = place.key.rpartition(".")
+        owner = model.get_submodule(path)
         tensors: dict[str, Any] = owner._buffers
         if leaf in owner._parameters:
             tensors = owner._parameters
-        holes.append(_Hole(tensors, leaf, tensors[leaf]))
+        holes.append(_Hole(tensors, leaf, place.placement, tensors[leaf]))
     return holes
 
 
-def _bind(
-    holes: Sequence[_Hole], placements: Sequence[Placement], image: DeviceBuffer
-) -> list[tuple[_Hole, torch.Tensor]]:
+def _bind(holes: Sequence[_Hole], image: DeviceBuffer) -> list[tuple[_Hole, torch.Tensor]]:
     """Pair each hole with its part of an image."""
     pairs = []
-    for hole, placement in zip(holes, placements, strict=True):
+    for hole in holes:
+        placement = hole.placement
         dtype: torch.dtype = getattr(torch, placement.dtype)
         data = image.tensor[placement.offset : placement.offset + placement.nbytes]
         view = data.view(dtype).view(placement.shape)

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, open_checkpoint
 from offload_rt.model.config import ModelConfig, load_model_config
+from offload_rt.model.family import read_family
 from offload_rt.model.files import shown
 
 Shapes = dict[str, tuple[int, ...]]
@@ -110,7 +111,9 @@ def _checkpoint(
         others=tuple(by_layer[""]),
         embedding=tensors["model.embed_tokens.weight"],
         head=tensors.get("lm_head.weight"),
-        tied_head=None,
+        container="model.layers",
+        left_out=(),
+        family=read_family(config.model_type),
         files=MappingProxyType({}),
     )
 

@@ -14,7 +14,7 @@ from offload_rt.model.layout import (
     Packing,
     compute_dtype,
     image_name,
-    plan_layout,
+    plan_layouts,
 )
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
@@ -120,8 +120,7 @@ def demand_of(
 def layouts_of(checkpoint: Checkpoint, dtype: str, packing: Packing) -> tuple[LayerLayout, ...]:
     """The image of each layer, and last of what is in no layer."""
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    groups = (*checkpoint.layers, checkpoint.others)
-    return tuple(plan_layout(group, "", name, packing) for group in groups)
+    return plan_layouts(checkpoint, name, packing)
 
 
 def image_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing) -> list[int]:

@@ -521,7 +521,8 @@ class _ModelWork:
         number_bytes = number_bytes_of(checkpoint, dtype)
         *layers, _ = image_bytes(checkpoint, dtype, packing)
         config = checkpoint.config
-        head = number_bytes * checkpoint.embedding.shape[0] * config.hidden_size
+        rows = (checkpoint.head or checkpoint.embedding).shape[0]
+        head = number_bytes * rows * config.hidden_size
         return cls(
             layers=tuple(_work(nbytes, number_bytes) for nbytes in layers),
             head=_work(head, number_bytes),

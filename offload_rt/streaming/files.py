@@ -125,14 +125,6 @@ class WeightFiles:
                 load=partial(self._stage, file, run, start, nbytes),
             )
 
-    def equal(self, one: TensorExtent, other: TensorExtent) -> bool:
-        """Compare the bytes of two tensors of one size, reading both in full."""
-        ours, theirs = allocate_host(STAGING_BYTES), allocate_host(STAGING_BYTES)
-        return all(
-            torch.equal(a.load(ours), b.load(theirs))
-            for a, b in zip(*(self.pieces(_whole(extent)) for extent in (one, other)), strict=True)
-        )
-
     def not_finite(self, extent: TensorExtent, dtype: torch.dtype) -> tuple[int, int]:
         """How many numbers of a tensor are NaN or infinite: in the file, and in `dtype`."""
         staging, stored = allocate_host(STAGING_BYTES), getattr(torch, FLOATS[extent.dtype])

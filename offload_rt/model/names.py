@@ -1,0 +1,221 @@
+"""Which tensors of a folder are the text network's, by what their names are below.
+
+As in transformers, what the network has no place for is left out, and what it lacks is an error.
+Prefixes differ: a backbone saved alone has none, a text part keeps that of the whole.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.family import Family
+from offload_rt.model.files import shown
+from offload_rt.model.header import TensorExtent
+
+EMBEDDINGS = (
+    "embed_tokens.weight",
+    "wte.weight",
+    "embed_in.weight",
+    "word_embeddings.weight",
+    "tok_embeddings.weight",
+    "embedding.weight",
+    "embeddings.weight",
+)
+HEADS = ("lm_head", "embed_out")
+# An expert of a layer; transformers makes one parameter of all of them (`layout`).
+EXPERT = re.compile(
+    r"(?P<moe>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w[123]|(?:gate|up|down)_proj)\.weight$"
+)
+_CONTAINERS = ("layers", "h", "blocks", "layer", "block")
+_LAYER = re.compile(r"(?P<prefix>[^.]+(?:\.[^.]+)*?)\.(?P<index>0|[1-9][0-9]{0,5})\..+")
+_NUMBER = re.compile(r"\.\d+(?=\.)")
+# What old files carry although every family computes it itself; transformers ignores it, too.
+_COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
+_NOT_WEIGHTS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
+
+Groups = Mapping[str, Mapping[int, list[TensorExtent]]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sorted:
+    """The tensors of a folder, told apart.
+
+    Attributes:
+        container: what numbers the layers in the files, such as `model.layers`.
+        layers: tensors of each decoder layer.
+        others: tensors of the text network that are in no layer.
+        left_out: tensors the text network has no place for.
+    """
+
+    container: str
+    layers: tuple[Sequence[TensorExtent], ...]
+    others: list[TensorExtent]
+    left_out: list[TensorExtent]
+
+
+def sort_tensors(
+    folder: Path, extents: Iterable[TensorExtent], num_layers: int, family: Family
+) -> Sorted:
+    """Tell apart the layers, the rest of the text network, and what it has no place for.
+
+    Raises:
+        CheckpointError: no names, or those of several networks, number all layers.
+    """
+    extents = list(extents)
+    groups: dict[str, dict[int, list[TensorExtent]]] = {}
+    for extent in extents:
+        if match := _LAYER.fullmatch(extent.name):
+            by_index = groups.setdefault(match["prefix"], {})
+            by_index.setdefault(int(match["index"]), []).append(extent)
+    embeddings = [e.name for e in extents if ends_in(e.name, EMBEDDINGS)]
+    container = _container(folder, groups, num_layers, embeddings)
+    text = _TextNames(_backbone(container, embeddings), family)
+    layers = tuple([e for e in groups[container][i] if text.has(e)] for i in range(num_layers))
+    outside = [e for e in extents if not e.name.startswith(f"{container}.")]
+    others = [e for e in outside if text.has(e)]
+    kept = {id(extent) for group in (*layers, others) for extent in group}
+    left_out = [extent for extent in extents if id(extent) not in kept]
+    _refuse_quantised(left_out, text, family)
+    return Sorted(container=container, layers=layers, others=others, left_out=left_out)
+
+
+def worth_saying(extents: Iterable[TensorExtent], family: Family) -> list[TensorExtent]:
+    """Those that are not merely what old files carry besides."""
+    return [e for e in extents if not (_COMPUTED.search(e.name) or _is_mask(e, family))]
+
+
+def examples(extents: Sequence[TensorExtent], count: int = 2) -> str:
+    """A few of their names, no two that differ by numbers only."""
+    kinds: dict[str, str] = {}
+    for extent in extents:
+        kinds.setdefault(_NUMBER.sub(".0", extent.name), extent.name)
+    return " and ".join(shown(name) for name in list(kinds.values())[:count])
+
+
+class _TextNames:
+    """Knows the names of a text network.
+
+    Args:
+        backbone: what the names of the files begin with, "" for nothing.
+        family: whose names may follow.
+    """
+
+    def __init__(self, backbone: str, family: Family) -> None:
+        self._prefix = f"{backbone}." if backbone else ""
+        self._family = family
+        heads = family.heads.union(HEADS)
+        self._heads = {f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")}
+        self._known: dict[str, bool] = {}
+
+    def has(self, extent: TensorExtent) -> bool:
+        """Whether the network has a place for a tensor of that name."""
+        kind = _NUMBER.sub(".0", extent.name)
+        if kind not in self._known:
+            self._known[kind] = self._has(extent.name)
+        return self._known[kind] and not _is_mask(extent, self._family)
+
+    def is_below(self, name: str) -> bool:
+        """Whether a name is one of the text network's or a stray among them."""
+        return name.startswith(self._prefix)
+
+    def _has(self, name: str) -> bool:
+        if not name.startswith(self._prefix):
+            return any(
+                name.endswith(head) and self._prefix.startswith(name.removesuffix(head))
+                for head in self._heads
+            )
+        if _COMPUTED.search(name):
+            return False
+        below = name.removeprefix(self._prefix)
+        if below in self._heads or EXPERT.fullmatch(f".{below}"):
+            return True
+        return all(self._family.knows(word) for word in below.split(".") if not word.isdigit())
+
+
+def _is_mask(extent: TensorExtent, family: Family) -> bool:
+    """Whether it is a mask or counter that the family says is of no use."""
+    return extent.dtype in _NOT_WEIGHTS and family.ignores(extent.name)
+
+
+def _refuse_quantised(left_out: Iterable[TensorExtent], text: _TextNames, family: Family) -> None:
+    """Refuse numbers that make up weights together with scales; one in a row is no weight.
+
+    Raises:
+        CheckpointError: there are such.
+    """
+    for extent in left_out:
+        whole = extent.dtype in _NOT_WEIGHTS - {"BOOL"} and len(extent.shape) > 1
+        packed = (whole or extent.dtype.startswith("F8")) and not _COMPUTED.search(extent.name)
+        if packed and text.is_below(extent.name) and not _is_mask(extent, family):
+            raise CheckpointError(
+                f"{extent.path}, tensor {shown(extent.name)}, is {extent.dtype}, as in quantised "
+                "weights: this version streams BF16, F16 and F32 weights only, use the original "
+                "model"
+            )
+
+
+def ends_in(name: str, endings: Iterable[str]) -> bool:
+    """Whether a name is one of these, or one of these below something."""
+    return any(name == ending or name.endswith(f".{ending}") for ending in endings)
+
+
+def _parents(container: str) -> Iterator[str]:
+    while container:
+        container = container.rpartition(".")[0]
+        yield container
+
+
+def _backbone(container: str, embeddings: Sequence[str]) -> str:
+    """What the names of the text network begin with: as far as the embedding's and its layers'."""
+    for parent in _parents(container):
+        if any(name.startswith(f"{parent}." if parent else "") for name in embeddings):
+            return parent
+    return container.rpartition(".")[0]
+
+
+def _container(folder: Path, groups: Groups, num_layers: int, embeddings: Sequence[str]) -> str:
+    """The one prefix that numbers all layers, and lies nearest to an embedding."""
+    wanted = set(range(num_layers))
+    complete = [prefix for prefix, by_index in groups.items() if by_index.keys() >= wanted]
+    named = [prefix for prefix in complete if _is_container(prefix)] or complete
+    if not named:
+        raise CheckpointError(f"{folder}: {_why_no_layers(groups, num_layers)}")
+
+    def distance(prefix: str) -> tuple[int, int]:
+        backbone = _backbone(prefix, embeddings)
+        return _depth(prefix) - _depth(backbone), _depth(prefix)
+
+    nearest = min(map(distance, named))
+    chosen = [prefix for prefix in named if distance(prefix) == nearest]
+    if len(chosen) > 1:
+        raise CheckpointError(
+            f"{folder}: {len(chosen)} groups of tensors are numbered as the {num_layers} layers "
+            f"({shown(chosen[0])}, {shown(chosen[1])}): this kind of model is not supported"
+        )
+    return chosen[0]
+
+
+def _depth(name: str) -> int:
+    return name.count(".") + 1 if name else 0
+
+
+def _is_container(prefix: str) -> bool:
+    return prefix.rpartition(".")[2] in _CONTAINERS
+
+
+def _why_no_layers(groups: Groups, num_layers: int) -> str:
+    if not groups:
+        return (
+            f"config.json says {num_layers} layers, but no tensor is named like model.layers.0.x: "
+            "files and config are not of one model"
+        )
+    prefix = max(groups, key=lambda name: (_is_container(name), len(groups[name])))
+    found = groups[prefix].keys()
+    missing = [i for i in range(num_layers) if i not in found]
+    some = f"{', '.join(map(str, missing[:5]))}{' and more' if len(missing) > 5 else ''}"
+    return (
+        f"config.json says {num_layers} layers, the files have {len(found)} under "
+        f"{shown(prefix)} (missing are {some}): files and config are not of one model"
+    )

@@ -1,0 +1,249 @@
+"""Which parameter of a network a tensor of the files is, by transformers' own rules.
+
+Renamings and prefixes are those of its loader (core_model_loading.py, `rename_source_key`); where
+they lead nowhere, the prefix of the files' layers stands for that of the network's. A tensor that
+is missing is an error; one left over is told. What is the embedding and what the head was decided
+when the files were opened (`checkpoint`): here it is only looked up.
+"""
+
+import logging
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    rename_source_key,
+)
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint
+from offload_rt.model.family import any_of
+from offload_rt.model.files import shown
+from offload_rt.model.layout import LayerLayout, Packing, Placement, image_name, plan_layouts
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A part of an image, and the name of the parameter or buffer it is."""
+
+    key: str
+    placement: Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where all tensors of a network lie.
+
+    Attributes:
+        layouts: the image of each layer.
+        base: the image of what is in no layer.
+        of_layers: what of each layer's image is which parameter.
+        of_base: the same of the other image.
+        tied: whether the embedding is the output head, too.
+    """
+
+    layouts: tuple[LayerLayout, ...]
+    base: LayerLayout
+    of_layers: tuple[tuple[Place, ...], ...]
+    of_base: tuple[Place, ...]
+    tied: bool
+
+
+def find_places(
+    model: Any,  # noqa: ANN401 - what transformers builds is not annotated
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    packing: Packing,
+    container: str,
+) -> Places:
+    """Pair the tensors of the files with the parameters of the network.
+
+    Args:
+        model: transformers' modules, embedding and head apart.
+        checkpoint: headers of the files.
+        dtype: of the computation.
+        packing: what the images are for.
+        container: what numbers the layers in the network, such as `model.layers`.
+
+    Raises:
+        CheckpointError: a tensor is missing, or of another shape.
+    """
+    names = _Names(model, checkpoint, container)
+    name = str(dtype).removeprefix("torch.")
+    layouts = plan_layouts(checkpoint, name, packing)
+    places = [names.places(layout) for layout in layouts]
+    if dtype is not torch.float32:
+        wide = _fp32_names(model, names.state, places, dtype)
+        if wide != {p.name for layout in layouts for p in layout.placements if _is_fp32(p)}:
+            # A rule that only the classes know; the plan has counted a few bytes less.
+            layouts = plan_layouts(checkpoint, name, packing, _exactly(wide))
+            places = [names.places(layout) for layout in layouts]
+    for index, found in enumerate(places[:-1]):
+        _check(f"layer {index}", names.of_layer(index), found)
+    base, tied = names.with_ends(places[-1])
+    _check("the model", names.of_base(tied), base)
+    names.say_strays(layouts)
+    return Places(layouts[:-1], layouts[-1], tuple(map(tuple, places[:-1])), tuple(base), tied)
+
+
+class _Names:
+    """Pairs tensors of files with those of a network."""
+
+    def __init__(self, model: Any, checkpoint: Checkpoint, container: str) -> None:  # noqa: ANN401
+        self.state: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
+        self._model, self._checkpoint, self._container = model, checkpoint, container
+        mapping = get_model_conversion_mapping(model)
+        self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        self._prefixes = _without_common_end(checkpoint.container, container)
+        head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+        keys = {id(tensor): key for key, tensor in self.state.items()}
+        ends = [keys.get(id(getattr(end, "weight", None))) for end in (head, embedding)]
+        if None in ends:
+            raise CheckpointError(
+                f"{type(model).__name__} has no output head or no embedding: this family cannot be "
+                "streamed layer by layer"
+            )
+        self._head, self._embedding = map(str, ends)
+
+    def key_of(self, name: str) -> str | None:
+        """The network's name of a tensor; None if it has no place for it.
+
+        Raises:
+            CheckpointError: transformers changes the tensor's numbers while it loads it.
+        """
+        ours, theirs = self._prefixes
+        swapped = theirs + name.removeprefix(ours)
+        base = self._model.base_model_prefix
+        for candidate in dict.fromkeys((name, swapped)):
+            renamed, _ = rename_source_key(candidate, self._renamings, [], base, self.state)
+            for key in (renamed, candidate):
+                if key in self.state:
+                    if apply_converters(key, self._converters)[1] is not None:
+                        raise CheckpointError(
+                            f"tensor {shown(name)} is one that transformers converts while it is "
+                            "loaded, which cannot be done while weights are streamed"
+                        )
+                    return key
+        return None
+
+    def places(self, layout: LayerLayout) -> list[Place]:
+        """What of an image has a place in the network."""
+        pairs = [(self.key_of(placement.name), placement) for placement in layout.placements]
+        return [Place(key, placement) for key, placement in pairs if key is not None]
+
+    def of_layer(self, index: int) -> dict[str, torch.Tensor]:
+        """What a layer needs."""
+        start = f"{self._container}.{index}."
+        return {key: tensor for key, tensor in self.state.items() if key.startswith(start)}
+
+    def of_base(self, tied: bool) -> dict[str, torch.Tensor]:
+        """What is needed besides the layers."""
+        start = f"{self._container}."
+        needed = {key: t for key, t in self.state.items() if not key.startswith(start)}
+        if tied:
+            del needed[self._head]
+        return needed
+
+    def with_ends(self, places: list[Place]) -> tuple[list[Place], bool]:
+        """See that the network may share what the files share; returns whether they do, too.
+
+        Raises:
+            CheckpointError: config.json does not tie the embedding and the head, and one of them
+                is not there.
+        """
+        checkpoint = self._checkpoint
+        pairs = self._model.get_expanded_tied_weights_keys(all_submodels=True).items()
+        ties = bool(pairs & {(self._head, self._embedding), (self._embedding, self._head)})
+        if checkpoint.head is not None:
+            if ties and checkpoint.config.tie_word_embeddings is None:
+                _log.warning(HEAD_DIFFERS, shown(checkpoint.head.name))
+            return places, False
+        stored = image_name(checkpoint.embedding.name)
+        copied = any(self.key_of(extent.name) == self._head for extent in checkpoint.left_out)
+        if not (ties or copied):
+            lacks = self._embedding if self.key_of(stored) == self._head else self._head
+            raise CheckpointError(
+                f"{lacks} is missing from the files although config.json does not tie the head to "
+                "the embedding: download the checkpoint again"
+            )
+        if self.state[self._head].shape != self.state[self._embedding].shape:
+            raise CheckpointError("the embedding cannot be the output head: it has another shape")
+        return [
+            Place(self._embedding, p.placement) if p.placement.name == stored else p for p in places
+        ], True
+
+    def say_strays(self, layouts: Iterable[LayerLayout]) -> None:
+        """Tell of parts of the images that the network has no place for."""
+        strays = [p for each in layouts for p in each.placements if self.key_of(p.name) is None]
+        if strays:
+            _log.warning(
+                "%s: %d tensors are not used, as the network has no place for them, such as %s",
+                shown(self._checkpoint.folder.name),
+                len(strays),
+                shown(strays[0].name),
+            )
+
+
+def _check(where: str, needed: dict[str, torch.Tensor], places: Sequence[Place]) -> None:
+    """See that all tensors are there, once each, in the shapes of the network."""
+    found = {place.key: place.placement for place in places}
+    missing = sorted(needed.keys() - found.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where} lacks {len(missing)} tensors, such as {missing[0]}: the files are not of the "
+            "architecture config.json names, or of a version transformers renames"
+        )
+    for place in places:
+        if found[place.key] is not place.placement:
+            raise CheckpointError(
+                f"{where}: tensors {shown(place.placement.name)} and "
+                f"{shown(found[place.key].name)} are both {place.key}: download the checkpoint "
+                "again"
+            )
+        if place.key in needed and tuple(needed[place.key].shape) != place.placement.shape:
+            raise CheckpointError(
+                f"{where}: tensor {shown(place.placement.name)} is {list(place.placement.shape)} "
+                f"in the files, config.json makes it {list(needed[place.key].shape)}"
+            )
+
+
+def _fp32_names(
+    model: Any,  # noqa: ANN401
+    state: dict[str, torch.Tensor],
+    places: Iterable[Sequence[Place]],
+    dtype: torch.dtype,
+) -> set[str]:
+    """Tensors that are in fp32 in a model of that format, by the names of the files."""
+    stays = any_of(tuple(model._get_dtype_plan(dtype)))
+    return {
+        place.placement.name
+        for group in places
+        for place in group
+        if state[place.key].dtype is torch.float32 or (stays and stays.search(place.key))
+    }
+
+
+def _is_fp32(placement: Placement) -> bool:
+    return placement.dtype == "float32"
+
+
+def _exactly(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile(f"(?:{'|'.join(map(re.escape, sorted(names)))})$")
+
+
+def _without_common_end(in_files: str, in_model: str) -> tuple[str, str]:
+    """What stands before the part that two prefixes have in common at their ends."""
+    ours, theirs = in_files.split("."), in_model.split(".")
+    while ours and theirs and ours[-1] == theirs[-1]:
+        ours.pop()
+        theirs.pop()
+    return "".join(f"{part}." for part in ours), "".join(f"{part}." for part in theirs)
