@@ -339,15 +339,6 @@ def test_bad_model_files(damage, message, tiny_model, offload_run, tmp_path):
     assert re.fullmatch(rf"offload-run: error: [^\n]*{message}[^\n]*\n", done.err)
 
 
-def test_unknown_faults_keep_their_traceback(tiny_model, monkeypatch):
-    def broken(*_):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("offload_rt.cli.generate.open_checkpoint", broken)
-    with pytest.raises(ZeroDivisionError):
-        run(["generate", str(tiny_model), "-p", "x"])
-
-
 @pytest.mark.parametrize("fault", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
 def test_out_of_memory_is_a_sentence(fault, tiny_model, monkeypatch, offload_run):
     def full(*_):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import resource
 import threading
 from contextlib import contextmanager
 
@@ -486,6 +487,17 @@ def test_a_full_disk_is_met_at_the_start(device, monkeypatch, tmp_path):
     with refusal, offloaded(device, home="file", folder=tmp_path):
         pass
     assert not list(tmp_path.iterdir())
+
+
+def test_a_limit_of_file_sizes_is_no_full_disk(device, tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, before[1]))
+    refusal = pytest.raises(PlanError, match=r"at most 64.0 KiB here \(ulimit -f\): raise that")
+    try:
+        with refusal, offloaded(device, home="file", folder=tmp_path):
+            pass
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def test_a_folder_that_is_not_there_is_named(device, tmp_path):

@@ -1,9 +1,10 @@
 """The program `offload-run`: one file per verb, and the only place that prints.
 
-Exit codes: 0 done, 1 `doctor` found something broken, 2 usage or configuration, 3 no plan fits,
-4 model files, 130 interrupted, 143 terminated, 141 whoever read our output is gone. Errors are one
-line on stderr, with `--json` too. Importing this package imports nothing heavy; verbs load torch
-when they need it.
+Exit codes: 0 done, 1 `doctor` found something broken or an error nobody foresaw, 2 usage or
+configuration, 3 no plan fits, 4 model files, 130 interrupted, 143 terminated, 141 whoever read our
+output is gone. Errors are one line on stderr, with `--json` too; of those nobody foresaw a file
+keeps the traceback. Importing this package imports nothing heavy; verbs load torch when they need
+it.
 """
 
 import os
@@ -43,3 +44,11 @@ def run(arguments: Sequence[str]) -> int:
         except Interrupted:
             sys.stderr.write("offload-run: interrupted\n")
             return interrupts.exit_code
+        except BaseException as error:  # the one place that takes any: it ends the process
+            from offload_rt.cli.console import guarded_streams
+            from offload_rt.cli.faults import is_fault, report_fault
+
+            if not is_fault(error):
+                raise
+            with guarded_streams():
+                return report_fault(error, arguments)

@@ -14,6 +14,7 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.columns import columns
 from offload_rt.cli.completion import answer_shell, model_items
 from offload_rt.cli.defaults import WITHOUT_DEFAULTS, defaults_of, read_config
+from offload_rt.cli.faults import silence, told
 from offload_rt.cli.habits import verb_advice
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.pages import VERBS, load_verb
@@ -21,6 +22,7 @@ from offload_rt.cli.verb import MODEL_FLAGS, ORIGINS, Verb, option_name, write_e
 from offload_rt.errors import OffloadError
 from offload_rt.model.locate import means_model
 from offload_rt.printable import printable
+from offload_rt.writing import size_limit
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -136,8 +138,8 @@ def cli(no_config: bool) -> None:
     model. MODEL is a folder with safetensors files, a hub id in the local Hugging Face cache, or
     `demo`. Nothing is ever downloaded.
 
-    Exit codes: 0 done, 1 doctor found something broken, 2 usage or configuration, 3 no plan fits,
-    4 model files, 130 interrupted.
+    Exit codes: 0 done, 1 doctor found something broken or an error nobody foresaw, 2 usage or
+    configuration, 3 no plan fits, 4 model files, 130 interrupted.
     """
 
 
@@ -151,40 +153,46 @@ def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
     meta: dict[str, Any] = {}
     try:
         # Not cli.main(): it has its own idea of what becomes of a closed pipe.
-        with cli.make_context(
-            "offload-run", list(arguments), obj=interrupts, terminal_width=columns()
-        ) as context:
-            meta = context.meta
-            code = int(cli.invoke(context))
+        try:
+            with cli.make_context(
+                "offload-run", list(arguments), obj=interrupts, terminal_width=columns()
+            ) as context:
+                meta = context.meta
+                code = int(cli.invoke(context))
+        except click.exceptions.Exit as leave:  # --help and --version
+            code = leave.exit_code
         sys.stdout.flush()
         return code
-    except click.exceptions.Exit as leave:  # --help and --version
-        sys.stdout.flush()
-        return leave.exit_code
     except click.ClickException as error:
         return _refuse(error, meta)
     except OffloadError as error:
         return _fail(str(error) + _origins(str(error), meta), error.exit_code)
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY, OffloadError.exit_code)
     except BrokenPipeError:
-        _silence()
+        silence()
         return _PIPE_CLOSED
-    except OSError as error:
-        if error.errno not in _DISK_FULL:
+    except (MemoryError, OSError, RuntimeError) as error:
+        if not (sentence := _of_system(error)):
             raise
-        _silence()
-        return _fail(f"cannot write the output: {error.strerror}", OffloadError.exit_code)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "allocate memory" not in str(error):
-            raise
-        return _fail(_OUT_OF_MEMORY, OffloadError.exit_code)
+        silence()
+        return _fail(sentence, OffloadError.exit_code)
+
+
+def _of_system(error: MemoryError | OSError | RuntimeError) -> str:
+    """What the system is short of; empty where it is not that."""
+    lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if lacks_memory or "allocate memory" in str(error):
+        return _OUT_OF_MEMORY
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG:
+        return f"cannot write the output: {size_limit()}"
+    return f"cannot write the output: {os.strerror(number)}" if number in _DISK_FULL else ""
 
 
 def _refuse(error: click.ClickException, meta: Mapping[str, Any]) -> int:
-    error.show()
-    if origins := _origins(error.format_message(), meta):
-        click.echo(origins.removeprefix("; "), err=True)
+    with told():
+        error.show()
+        if origins := _origins(error.format_message(), meta):
+            click.echo(origins.removeprefix("; "), err=True)
     return error.exit_code
 
 
@@ -199,16 +207,6 @@ def _origins(sentence: str, meta: Mapping[str, Any]) -> str:
 
 
 def _fail(sentence: str, code: int) -> int:
-    click.echo(f"offload-run: error: {printable(sentence)}", err=True)
+    with told():
+        click.echo(f"offload-run: error: {printable(sentence)}", err=True)
     return code
-
-
-def _silence() -> None:
-    """Send what is still buffered nowhere, so that the interpreter's end does not complain."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):
-        try:
-            stream.flush()
-        except OSError:
-            os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)

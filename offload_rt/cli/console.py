@@ -1,5 +1,6 @@
 """Standard output for the answer, standard error for the rest."""
 
+import io
 import logging
 import os
 import sys
@@ -66,7 +67,7 @@ class _Guarded:
         return "utf-8" if encodable("\u00b1", real) != "\u00b1" else real
 
     def write(self, text: str) -> int:
-        self.unguarded.write(encodable(printable_lines(text), _encoding(self.unguarded)))
+        _put(self.unguarded, printable_lines(text))
         return len(text)
 
     def writelines(self, lines: Iterable[str]) -> None:
@@ -97,12 +98,24 @@ def _encoding(stream: TextIO) -> str:
     return stream.encoding or "utf-8"  # None where a test or a notebook reads along
 
 
+def _put(stream: TextIO, text: str) -> None:
+    """Write all of a text, what the encoding lacks escaped."""
+    encoding = _encoding(stream)
+    if not isinstance(raw := getattr(stream, "buffer", None), io.RawIOBase):
+        stream.write(encodable(text, encoding))
+        return
+    # PYTHONUNBUFFERED: Python would write once, and lose what a full disk did not take.
+    data = memoryview(text.encode(encoding, "backslashreplace"))
+    while data:
+        data = data[raw.write(data) or 0 :]
+
+
 def write_answer(text: str) -> None:
     """Write a piece of the answer to stdout at once; exactly, unless it is a terminal."""
     if sys.stdout.isatty():
         text = printable_prose(text)
     stdout = unguarded(sys.stdout)
-    stdout.write(encodable(text, _encoding(stdout)))
+    _put(stdout, text)
     stdout.flush()
 
 

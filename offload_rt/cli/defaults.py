@@ -23,8 +23,9 @@ from offload_rt.errors import ConfigError
 
 PREFIX = "OFFLOAD_RT_"
 COMMON = "common"
-# Variables that are no option's: where the demo model is, which file is read.
-_OTHERS = frozenset({"OFFLOAD_RT_CACHE", "OFFLOAD_RT_CONFIG"})
+# Variables that are no option's: where the demo model is, which file is read, whether tracebacks
+# are shown.
+_OTHERS = frozenset({"OFFLOAD_RT_CACHE", "OFFLOAD_RT_CONFIG", "OFFLOAD_RT_DEBUG"})
 _FILE_LIMIT_BYTES = 2**20
 # How often drafts are right has to be said to `simulate` with them, so no common drafter is its.
 # What train-medusa draws is for training.

@@ -29,6 +29,7 @@ from offload_rt.device.cpu import HostBuffer, allocate_host
 from offload_rt.errors import DeviceError, PlanError
 from offload_rt.planning.kv import PAGE_BYTES, WRITE_PIECE_BYTES, KVSizes
 from offload_rt.units import format_size
+from offload_rt.writing import size_limit
 
 READ_PIECE_BYTES = 4 * 2**20  # measured: streaming/files.py
 
@@ -367,9 +368,11 @@ def _take_room(fd: int, nbytes: int, folder: Path) -> None:
                 f"cannot take {format_size(nbytes)} for the KV cache in {folder}: "
                 f"{error.strerror}; choose another folder with --kv-folder"
             ) from error
+        needs = f"the KV cache needs {format_size(nbytes)} of disk in {folder}, "
+        if error.errno == errno.EFBIG:
+            raise PlanError(f"{needs}{size_limit()}, or give a smaller --context") from error
         stat = os.statvfs(folder)
         raise PlanError(
-            f"the KV cache needs {format_size(nbytes)} of disk in {folder}, "
-            f"{format_size(stat.f_bavail * stat.f_frsize)} is free: choose another folder with "
-            "--kv-folder, or a smaller --context or --max-tokens"
+            f"{needs}{format_size(stat.f_bavail * stat.f_frsize)} is free: choose another folder "
+            "with --kv-folder, or a smaller --context or --max-tokens"
         ) from error

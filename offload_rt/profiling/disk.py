@@ -27,6 +27,7 @@ from offload_rt.profiling.profile import DiskSpeed
 from offload_rt.profiling.timing import Tick, measured_rate, take_in_turns, timed
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 from offload_rt.units import format_size
+from offload_rt.writing import why_not
 
 _IN_MEMORY = ("tmpfs", "ramfs")
 _SMALLEST_BYTES = 256 * 2**10
@@ -99,7 +100,7 @@ def measure_disk(folder: Path, effort: Effort, tick: Tick) -> tuple[DiskSpeed, .
         with _open_windows(folder, effort) as windows:
             return tuple(_measure(windows, kind, effort, tick))
     except (OSError, CheckpointError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = why_not(error, folder) if isinstance(error, OSError) else str(error)
         raise ProfileError(
             f"the disk of {folder} cannot be measured: {reason}; give a folder that can be "
             "written, or a model's, with --folder"

@@ -4,15 +4,19 @@ Nothing but a plain file is replaced, no link is followed, nothing is left behin
 hidden states are their owner's alone.
 """
 
+import errno
+import io
 import json
 import os
 import resource
 import stat
+import sys
 from contextlib import contextmanager
 
 import pytest
 
 from offload_rt.baselines.rows import MachineRow, PromptRow, Setup, begin
+from offload_rt.cli import run
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.store import find_profile, machine_name
 
@@ -194,3 +198,33 @@ def test_what_grows_is_never_written_through_a_link(name, tmp_path):
     with pytest.raises(ConfigError, match=f"{name}.*link|link.*{name}|symbolic"):
         write(tmp_path / "out" / name)
     assert (tmp_path / "real").read_bytes() == b""
+
+
+class Short(io.RawIOBase):
+    """A raw stream that takes little at once, and then no more."""
+
+    def __init__(self, room):
+        self.room, self.got = room, b""
+
+    def writable(self):
+        return True
+
+    def write(self, data):
+        if len(self.got) >= self.room:
+            raise OSError(errno.EFBIG, "File too large")
+        part = bytes(data[:100])
+        self.got += part
+        return len(part)
+
+
+@pytest.mark.parametrize(("room", "code"), [(10**6, 0), (300, 2)])
+def test_stdout_without_a_buffer_gets_all_or_an_error(
+    room, code, tiny_model, offload_run, monkeypatch
+):
+    """As PYTHONUNBUFFERED makes it: Python alone would write once and lose the rest."""
+    raw = Short(room)
+    stream = io.TextIOWrapper(raw, encoding="utf-8", write_through=True)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert run(["plan", str(tiny_model), "--json"]) == code
+    if not code:
+        assert json.loads(raw.got)["resident"] == [0, 1, 2, 3]

@@ -1,0 +1,96 @@
+"""What becomes of an error nobody foresaw: one sentence, and a file with its traceback."""
+
+import os
+import platform
+import shlex
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+
+from offload_rt.errors import ConfigError
+from offload_rt.printable import encodable, printable
+from offload_rt.writing import make_folder, write_text
+
+DEBUG = "OFFLOAD_RT_DEBUG"
+EXIT_CODE = 1
+_NAME = "traceback.txt"
+_PACKAGE = Path(__file__).parents[1]
+_SHOWN_CHARACTERS = 300
+
+
+def is_fault(error: BaseException) -> bool:
+    """Whether it is an error of ours or a library's; Rust's panics are no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def report_fault(error: BaseException, arguments: Sequence[str]) -> int:
+    """Say what happened and where its traceback is; returns the exit code.
+
+    With --verbose or OFFLOAD_RT_DEBUG, or where no file can be written, the traceback is shown.
+    """
+    trace = "".join(traceback.format_exception(error))
+    shows = bool(os.environ.get(DEBUG)) or not {"-v", "--verbose"}.isdisjoint(arguments)
+    with told():
+        try:
+            where = f"its traceback is in {_keep(trace, arguments)}"
+        except ConfigError as failed:
+            shows, where = True, f"its traceback is above: {failed}"
+        if shows:
+            sys.stderr.write(trace)
+        sys.stderr.write(f"offload-run: error: {_sentence(error)}: {where}\n")
+    return EXIT_CODE
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """Let the body write to stderr; where that is closed or full the exit code has to do."""
+    try:
+        yield
+        sys.stderr.flush()
+    except OSError:
+        silence()
+
+
+def silence() -> None:
+    """Send what is still buffered nowhere, so that the interpreter's end does not complain."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
+
+
+def _sentence(error: BaseException) -> str:
+    said = " ".join(str(error).split())
+    if len(said) > _SHOWN_CHARACTERS:
+        said = f"{said[:_SHOWN_CHARACTERS]}..."
+    return printable(f"unexpected {type(error).__name__}{_place(error)}: {said or 'nothing said'}")
+
+
+def _place(error: BaseException) -> str:
+    """The last line of ours that it came by."""
+    frames = traceback.extract_tb(error.__traceback__)
+    ours = [frame for frame in frames if _PACKAGE in Path(frame.filename).parents]
+    if not ours:
+        return ""
+    return f" in {Path(ours[-1].filename).relative_to(_PACKAGE)}:{ours[-1].lineno}"
+
+
+def _keep(trace: str, arguments: Sequence[str]) -> Path:
+    """Write a traceback, its owner's alone as prompts may be in it; returns the file.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    import platformdirs
+
+    path = make_folder(platformdirs.user_data_path("offload-rt")) / _NAME
+    head = f"offload-run {version('offload-rt')}, Python {platform.python_version()}\n"
+    command = printable(shlex.join(["offload-run", *arguments]))
+    write_text(path, encodable(f"{head}{command}\n\n{trace}", "utf-8"), private=True)
+    return path
