@@ -1,6 +1,13 @@
-"""Read files of a model folder as untrusted input: regular, inside it, bounded, strict JSON.
+"""Read files of a model folder as untrusted input: regular, bounded, strict JSON, links by rule.
 
-Nothing here follows a link out of the folder, blocks on a pipe, maps a file or runs what it reads.
+Nothing here blocks on a pipe, maps a file or runs what it reads.
+
+People keep weights on another disk and link them, or move their whole cache and link that. A folder
+that was cloned or unpacked may bring links of its own, and those are the user's by owner. So a link
+out of the folder is judged by where it leads (`_why_not_followed`): to a regular file with the same
+ending or in a `blobs` folder, so that no key or password file becomes a template or a prompt; not
+to what the kernel makes up; and not from another user's link to a third user's file. Whatever is
+read there is read as the user, parsed strictly, and shown to nobody but the user.
 """
 
 import json
@@ -22,6 +29,8 @@ _AGAIN = "download it again"
 # 15 s to parse (measured, python 3.11), so they are counted before parsing.
 _VALUES_LIMIT = 2**22
 
+_SYSTEM = ("/proc", "/dev", "/sys")
+_LINKS_LIMIT = 40  # as the kernel has it
 # (first bytes, what the file is and what to do about it)
 _FOREIGN: tuple[tuple[bytes, str], ...] = (
     (b"<!doc", f"is a web page, not a model file: {_AGAIN}"),
@@ -83,8 +92,8 @@ class OpenFile:
 def open_inside(folder: Path, name: str) -> Iterator[OpenFile]:
     """Open `folder/name` for reading.
 
-    Links are followed only within the folder, or into `blobs/` of the same Hugging Face cache
-    repository, whose snapshots are links.
+    Links are followed within the folder, into `blobs/` of the same Hugging Face cache repository,
+    whose snapshots are links, and by rule to other places; see above.
 
     Raises:
         CheckpointError: missing, not a regular file, outside, or the system refuses; an `OSError`
@@ -182,14 +191,57 @@ def _real_path(folder: Path, path: Path) -> Path:
         real = Path(os.path.realpath(path, strict=True))
     except ValueError as error:  # NUL in the name
         raise CheckpointError(f"{shown(str(path))} is not a file name") from error
-    repository = root.parent.parent
-    in_cache = root.parent.name == "snapshots" and repository.name.startswith("models--")
-    allowed = (root, repository / "blobs") if in_cache else (root,)
-    if not any(real.is_relative_to(place) for place in allowed):
-        raise CheckpointError(
-            f"{path} leads out of the model folder, to {real}: copy the file into the folder"
-        )
+    if any(real.is_relative_to(place) for place in (root, *_blobs(folder, root))):
+        return real
+    reason = _why_not_followed(_links(root, path.relative_to(folder)), path, real)
+    if reason:
+        raise CheckpointError(f"{path} leads out of the model folder, to {real}, {reason}")
     return real
+
+
+def _blobs(folder: Path, root: Path) -> Iterator[Path]:
+    """Where the files of a hub snapshot really are; every part of the cache may be a link."""
+    for snapshot in (root, Path(os.path.abspath(folder))):
+        repository = snapshot.parent.parent
+        if snapshot.parent.name == "snapshots" and repository.name.startswith("models--"):
+            yield Path(os.path.realpath(repository / "blobs"))
+
+
+def _links(root: Path, name: Path) -> list[Path]:
+    """The links that lead from a name in the folder to its file; none for a name with `..`."""
+    found: list[Path] = []
+    place, waiting = root, list(name.parts)
+    while waiting and ".." not in name.parts and len(found) < _LINKS_LIMIT:
+        part = waiting.pop(0)
+        place = place.parent if part == ".." else place / part
+        if place.is_symlink():
+            found.append(place)
+            waiting = [*Path(os.readlink(place)).parts, *waiting]
+            place = place.parent
+    return found
+
+
+def _why_not_followed(links: list[Path], path: Path, real: Path) -> str:
+    """Why links out of the folder are not followed, and what to do; empty if they are."""
+    if not links:
+        return "and no link does: give the folder it is in"
+    if any(real.is_relative_to(place) for place in _SYSTEM):
+        return "which is no file of a model: remove the link"
+    if real.suffix != path.suffix and real.parent.name != "blobs":
+        return (
+            f"which does not end in {path.suffix or 'nothing'} as the link does, so it may be "
+            "anything: copy the file into the folder"
+        )
+    owner = os.stat(real).st_uid
+    foreign = [
+        by for link in links if (by := os.lstat(link).st_uid) not in (os.geteuid(), 0, owner)
+    ]
+    if foreign:
+        return (
+            f"by a link of user {foreign[0]} to a file of user {owner}: make the link yourself, or "
+            "copy the file into the folder"
+        )
+    return ""
 
 
 def _require_regular(path: Path, status: os.stat_result) -> None:
