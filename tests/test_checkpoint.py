@@ -579,12 +579,20 @@ def test_not_a_file(tmp_path, name, kind, expected):
 
 def test_a_link_to_a_file_that_ends_otherwise_is_not_opened(tmp_path, opened):
     folder, _ = make_sharded(tmp_path / "model")
-    (folder / SHARD).rename(tmp_path / "id_rsa")
-    (folder / SHARD).symlink_to(tmp_path / "id_rsa")
+    (folder / "config.json").rename(tmp_path / "id_rsa")
+    (folder / "config.json").symlink_to(tmp_path / "id_rsa")
     opened.clear()
     assert f"leads out of the model folder, to {tmp_path / 'id_rsa'}" in error_of(folder)
     outside = [x for x in opened if x.startswith("open") and str(folder) not in x]
     assert outside == []
+
+
+def test_weights_linked_to_something_else_show_nothing_of_it(tmp_path):
+    folder, _ = make_sharded(tmp_path / "model")
+    (tmp_path / "id_rsa").write_text("-----BEGIN KEY-----\nsecret\n" * 99)
+    replace_by_link(folder, tmp_path / "id_rsa")
+    message = error_of(folder)
+    assert SHARD in message and "secret" not in message and "BEGIN" not in message
 
 
 def test_link_within_the_folder_is_fine(tmp_path):
@@ -635,9 +643,10 @@ def test_links_into_blobs_of_another_repository(tmp_path):
     (snapshot / SHARD).unlink()
     (snapshot / SHARD).symlink_to(f"../../../models--org--other/blobs/{2:064x}")
     check_good(open_checkpoint(snapshot))
-    blobs.rename(blobs.parent / "keys")
     (snapshot / SHARD).unlink()
-    (snapshot / SHARD).symlink_to("../../../models--org--other/keys/id_rsa")
+    (snapshot / SHARD).symlink_to(blobs.rename(blobs.parent / "keys") / f"{2:064x}")
+    (snapshot / "config.json").unlink()
+    (snapshot / "config.json").symlink_to("../../../models--org--other/keys/id_rsa")
     assert "leads out of the model folder" in error_of(snapshot)
 
 

@@ -5,9 +5,10 @@ Nothing here blocks on a pipe, maps a file or runs what it reads.
 People keep weights on another disk and link them, or move their whole cache and link that. A folder
 that was cloned or unpacked may bring links of its own, and those are the user's by owner. So a link
 out of the folder is judged by where it leads (`_why_not_followed`): to a regular file with the same
-ending or in a `blobs` folder, so that no key or password file becomes a template or a prompt; not
-to what the kernel makes up; and not from another user's link to a third user's file. Whatever is
-read there is read as the user, parsed strictly, and shown to nobody but the user.
+ending, or in a `blobs` folder, so that no key or password file becomes a template or a prompt
+(weights may lie under any name: what is no safetensors file is refused without showing any of it);
+not to what the kernel makes up; and not from another user's link to a third user's file. Whatever
+is read there is read as the user, parsed strictly, and shown to nobody but the user.
 """
 
 import json
@@ -227,7 +228,7 @@ def _why_not_followed(links: list[Path], path: Path, real: Path) -> str:
         return "and no link does: give the folder it is in"
     if any(real.is_relative_to(place) for place in _SYSTEM):
         return "which is no file of a model: remove the link"
-    if real.suffix != path.suffix and real.parent.name != "blobs":
+    if path.suffix not in (real.suffix, ".safetensors") and real.parent.name != "blobs":
         return (
             f"which does not end in {path.suffix or 'nothing'} as the link does, so it may be "
             "anything: copy the file into the folder"

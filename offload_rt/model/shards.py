@@ -8,6 +8,8 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import FileIdentity, read_json_object, shown
 from offload_rt.model.header import TensorExtent, read_header
+from offload_rt.model.kinds import READ
+from offload_rt.model.locate import how_to_complete
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -48,17 +50,18 @@ def find_weights(folder: Path) -> dict[str, str]:
         return index
     if _SINGLE in names:
         return {}
-    raise CheckpointError(f"{folder} {_why_no_weights(names)}")
+    complete = how_to_complete(folder) if "config.json" in names else "give a model folder"
+    raise CheckpointError(f"{folder} {_why_no_weights(names, complete)}")
 
 
-def _why_no_weights(names: list[str]) -> str:
+def _why_no_weights(names: list[str], complete: str) -> str:
     weights = [name for name in names if name.endswith(".safetensors")]
     if "adapter_model.safetensors" in weights:
         return "is an adapter (adapter_model.safetensors), not a model: merge it into its model"
     if weights:
         return (
             f"holds {len(weights)} .safetensors files ({shown(weights[0])}) but neither {_SINGLE} "
-            f"nor {_INDEX}: download the missing file"
+            f"nor {_INDEX}, so files are missing: {complete}"
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
@@ -70,10 +73,10 @@ def _why_no_weights(names: list[str]) -> str:
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return (
-            f"holds its weights as GGUF ({shown(gguf[0])}), which is not read: get the original "
-            "model in safetensors format, or convert it with transformers (gguf_file=...)"
+            f"holds its weights as GGUF ({shown(gguf[0])}): {READ}, so take the model it was made "
+            "from"
         )
-    return f"holds no weights ({len(names)} files, none .safetensors): give a model folder"
+    return f"holds no weights ({len(names)} files, none .safetensors): {complete}"
 
 
 def _read_index(folder: Path) -> dict[str, str]:
@@ -99,7 +102,7 @@ def _read_index(folder: Path) -> dict[str, str]:
     if missing:
         raise CheckpointError(
             f"{folder / missing[0]} is missing, {len(missing)} of the {len(shards)} files of the "
-            "model are: download them"
+            f"model are: {how_to_complete(folder)}"
         )
     return weight_map
 

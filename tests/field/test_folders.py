@@ -9,6 +9,7 @@ import pytest
 from offload_rt.errors import CheckpointError
 from offload_rt.model import files
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.model.locate import hub_id_of
 
 COMMIT = "0123456789" * 4
 
@@ -114,3 +115,74 @@ def test_any_part_of_a_cache_may_be_a_link(own_copy, tmp_path, hub, part):
     real = place.rename(tmp_path / "elsewhere")
     place.symlink_to(real)
     assert open_checkpoint(resolve_model("acme/tiny")).files
+
+
+def test_without_a_ref_the_only_snapshot_is_taken(own_copy, hub, caplog):
+    repository = in_cache(own_copy, hub, ref="")
+    assert resolve_model("acme/tiny") == repository / "snapshots" / COMMIT
+    assert "its only snapshot is taken" in caplog.text
+
+
+def test_without_a_ref_several_snapshots_are_named(own_copy, hub):
+    in_cache(own_copy, hub, ref="")
+    in_cache(own_copy, hub, commit="f" * 40, ref="")
+    with pytest.raises(CheckpointError, match=f"there are @{COMMIT}, @{'f' * 40}: download it"):
+        resolve_model("acme/tiny")
+    assert resolve_model(f"acme/tiny@{'f' * 40}").name == "f" * 40
+
+
+def test_what_is_missing_of_a_snapshot_is_named_with_what_gets_it(make_tiny, tmp_path, hub):
+    repository = in_cache(make_tiny("llama"), hub)
+    (repository / "snapshots" / COMMIT / "model.safetensors").unlink()
+    folder = resolve_model("acme/tiny")
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(folder)
+    assert f"`hf download acme/tiny --revision {COMMIT}`, or add --download" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("typed", "found"),
+    [
+        ("https://huggingface.co/acme/tiny", "acme/tiny"),
+        ("https://huggingface.co/acme/tiny/", "acme/tiny"),
+        ("huggingface.co/acme/tiny/tree/main", "acme/tiny@main"),
+        ("https://hf.co/acme/tiny/blob/v2/config.json?download=true#x", "acme/tiny@v2"),
+        ("hf.co/acme/tiny", "acme/tiny"),
+        ("hf://acme/tiny", "acme/tiny"),
+        ("acme/tiny@v2", "acme/tiny@v2"),
+        ("gpt2", "gpt2"),
+    ],
+)
+def test_addresses_of_the_hub_are_ids(hub, typed, found):
+    assert str(hub_id_of(typed)) == found
+    with pytest.raises(CheckpointError, match=f"{found} is neither a folder nor a model in"):
+        resolve_model(typed)
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        (
+            "qwen3:8b",
+            "a name with a tag, as of ollama's GGUF files, which are not read: bf16, fp16",
+        ),
+        ("hf.co/acme/tiny:Q4_K_M", "a name with a tag"),
+        ("https://example.org/acme/tiny", "does not exist: give a model folder or a hub id"),
+        ("https://huggingface.co/acme/tiny/../../x", "does not exist"),
+    ],
+)
+def test_names_of_other_places_get_a_sentence(hub, typed, says):
+    with pytest.raises(CheckpointError) as caught:
+        resolve_model(typed)
+    assert says in str(caught.value)
+
+
+def test_a_file_in_place_of_the_folder(own_copy, tmp_path, monkeypatch):
+    assert resolve_model(str(own_copy / "config.json")) == own_copy
+    monkeypatch.chdir(own_copy)
+    assert open_checkpoint(resolve_model("config.json")).folder == own_copy
+    with pytest.raises(CheckpointError, match=f"is a file of the model folder {own_copy}: give"):
+        resolve_model(str(own_copy / "model.safetensors"))
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + bytes(2**20))
+    with pytest.raises(CheckpointError, match=r"is a GGUF file \(1.00 MiB\): bf16, fp16 and fp32"):
+        resolve_model(str(tmp_path / "x.gguf"))
