@@ -58,6 +58,8 @@ class Verb(click.Command):
         for param in verb.params:
             if isinstance(param, click.Argument) and param.name == "model":
                 param.type = ModelName()
+        if any(isinstance(p, click.Argument) and p.name == "model" for p in verb.params):
+            verb.params = [*verb.params, _download_option()]
         if page.common:
             shown = click.Option(
                 ["--help-all"],
@@ -67,7 +69,7 @@ class Verb(click.Command):
                 callback=_show_all,
                 help="Show this message with all options and exit.",
             )
-            verb.params = [*command.params, shown]
+            verb.params = [*verb.params, shown]
         return verb
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -82,6 +84,19 @@ class Verb(click.Command):
             if param.name in origins and ctx.get_parameter_source(param.name) is _TYPED:
                 del origins[param.name]
         return rest
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Fetch the models that are named, if that is asked for, and do what the verb does."""
+        if ctx.params.pop("download", False):
+            from offload_rt.cli.console import Console
+            from offload_rt.cli.download import download
+            from offload_rt.cli.options import Output
+
+            values = ctx.params
+            asked = ctx.get_parameter_source("download") is _TYPED
+            console = Console(Output(quiet=bool(values.get("quiet"))))
+            download(values.get("model"), values.get("draft") or "none", console, asked=asked)
+        return super().invoke(ctx)
 
     def sorted_words(
         self, ctx: click.Context, args: Sequence[str]
@@ -186,6 +201,15 @@ def option_key(option: click.Parameter) -> str:
 def option_name(word: str) -> str:
     """The option in a word: without `=VALUE`, or a value glued to a short option."""
     return word.partition("=")[0] if word.startswith("--") else word[:2]
+
+
+def _download_option() -> click.Option:
+    return click.Option(
+        ["--download"],
+        is_flag=True,
+        help="Fetch the models named from the Hugging Face hub first, as far as the cache lacks "
+        "them. After an interruption files that are whole are kept.",
+    )
 
 
 def _show_all(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:

@@ -11,8 +11,8 @@ from offload_rt.model.header import TensorExtent, read_header
 from offload_rt.model.kinds import READ
 from offload_rt.model.locate import how_to_complete
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT_BYTES = 64 * 2**20  # DeepSeek-V3, 91,000 tensors, has 9 MB
 _TENSOR_LIMIT = 2**18
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
@@ -40,15 +40,15 @@ def find_weights(folder: Path) -> dict[str, str]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
-    if _INDEX in names:
+    if INDEX in names:
         index = _read_index(folder)
-        if _SINGLE in names and set(index.values()) != {_SINGLE}:
+        if SINGLE in names and set(index.values()) != {SINGLE}:
             raise CheckpointError(
-                f"{folder} holds both {_SINGLE} and {_INDEX} for {len(set(index.values()))} other "
+                f"{folder} holds both {SINGLE} and {INDEX} for {len(set(index.values()))} other "
                 "files: remove the one that is not the model"
             )
         return index
-    if _SINGLE in names:
+    if SINGLE in names:
         return {}
     complete = how_to_complete(folder) if "config.json" in names else "give a model folder"
     raise CheckpointError(f"{folder} {_why_no_weights(names, complete)}")
@@ -60,8 +60,8 @@ def _why_no_weights(names: list[str], complete: str) -> str:
         return "is an adapter (adapter_model.safetensors), not a model: merge it into its model"
     if weights:
         return (
-            f"holds {len(weights)} .safetensors files ({shown(weights[0])}) but neither {_SINGLE} "
-            f"nor {_INDEX}, so files are missing: {complete}"
+            f"holds {len(weights)} .safetensors files ({shown(weights[0])}) but neither {SINGLE} "
+            f"nor {INDEX}, so files are missing: {complete}"
         )
     pickles = [name for name in names if name.endswith(_PICKLES)]
     if pickles:
@@ -80,8 +80,8 @@ def _why_no_weights(names: list[str], complete: str) -> str:
 
 
 def _read_index(folder: Path) -> dict[str, str]:
-    path = folder / _INDEX
-    raw = read_json_object(folder, _INDEX, _INDEX_LIMIT_BYTES)
+    path = folder / INDEX
+    raw = read_json_object(folder, INDEX, _INDEX_LIMIT_BYTES)
     weight_map = raw.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
@@ -118,7 +118,7 @@ def read_shards(
     """
     tensors: dict[str, TensorExtent] = {}
     files: dict[Path, FileIdentity] = {}
-    for shard in sorted(set(index.values())) or [_SINGLE]:
+    for shard in sorted(set(index.values())) or [SINGLE]:
         identity, extents = read_header(folder, shard)
         files[identity.path] = identity
         for extent in extents:
@@ -134,7 +134,7 @@ def read_shards(
 
 
 def _check_index(folder: Path, index: dict[str, str], tensors: Mapping[str, TensorExtent]) -> None:
-    path = folder / _INDEX
+    path = folder / INDEX
     absent = [
         name
         for name, shard in index.items()
@@ -148,6 +148,6 @@ def _check_index(folder: Path, index: dict[str, str], tensors: Mapping[str, Tens
     extra = [name for name in tensors if name not in index]
     if extra:
         raise CheckpointError(
-            f"{tensors[extra[0]].path} holds {shown(extra[0])}, which {_INDEX} does not list "
+            f"{tensors[extra[0]].path} holds {shown(extra[0])}, which {INDEX} does not list "
             f"({len(extra)} tensors): index and files are not of one download"
         )
