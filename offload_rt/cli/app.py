@@ -1,7 +1,5 @@
 """The group of verbs, and what becomes of an error."""
 
-import errno
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,7 +12,7 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.columns import columns
 from offload_rt.cli.completion import answer_shell, model_items
 from offload_rt.cli.defaults import WITHOUT_DEFAULTS, defaults_of, read_config
-from offload_rt.cli.faults import silence, told
+from offload_rt.cli.faults import of_system, silence, told
 from offload_rt.cli.habits import verb_advice
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.pages import VERBS, load_verb
@@ -22,11 +20,8 @@ from offload_rt.cli.verb import MODEL_FLAGS, ORIGINS, Verb, option_name, write_e
 from offload_rt.errors import OffloadError
 from offload_rt.model.locate import means_model
 from offload_rt.printable import printable
-from offload_rt.writing import size_limit
 
 _PIPE_CLOSED = 141  # what a shell shows for a process that SIGPIPE ended
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_OUT_OF_MEMORY = "out of memory: lower --device-memory or --context, or free memory"
 _HELP = {"-h", "--help", "--help-all"}
 _START = (
     ("offload-run doctor", "What this machine offers, what is wrong."),
@@ -171,21 +166,10 @@ def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
         silence()
         return _PIPE_CLOSED
     except (MemoryError, OSError, RuntimeError) as error:
-        if not (sentence := _of_system(error)):
+        if not (sentence := of_system(error)):
             raise
         silence()
         return _fail(sentence, OffloadError.exit_code)
-
-
-def _of_system(error: MemoryError | OSError | RuntimeError) -> str:
-    """What the system is short of; empty where it is not that."""
-    lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if lacks_memory or "allocate memory" in str(error):
-        return _OUT_OF_MEMORY
-    number = error.errno if isinstance(error, OSError) else None
-    if number == errno.EFBIG:
-        return f"cannot write the output: {size_limit()}"
-    return f"cannot write the output: {os.strerror(number)}" if number in _DISK_FULL else ""
 
 
 def _refuse(error: click.ClickException, meta: Mapping[str, Any]) -> int:

@@ -1,5 +1,6 @@
 """What becomes of an error nobody foresaw: one sentence, and a file with its traceback."""
 
+import errno
 import os
 import platform
 import shlex
@@ -12,13 +13,26 @@ from pathlib import Path
 
 from offload_rt.errors import ConfigError
 from offload_rt.printable import encodable, printable
-from offload_rt.writing import make_folder, write_text
+from offload_rt.writing import make_folder, size_limit, write_text
 
 DEBUG = "OFFLOAD_RT_DEBUG"
 EXIT_CODE = 1
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+_OUT_OF_MEMORY = "out of memory: lower --device-memory or --context, or free memory"
 _NAME = "traceback.txt"
 _PACKAGE = Path(__file__).parents[1]
 _SHOWN_CHARACTERS = 300
+
+
+def of_system(error: BaseException) -> str:
+    """What the system is short of; empty where it is not that."""
+    lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if lacks_memory or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+        return _OUT_OF_MEMORY
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.EFBIG:
+        return f"cannot write the output: {size_limit()}"
+    return f"cannot write the output: {os.strerror(number)}" if number in _DISK_FULL else ""
 
 
 def is_fault(error: BaseException) -> bool:
