@@ -206,7 +206,7 @@ class Engine:
         fresh = []
         for index, tokens in rows:
             if reuse:
-                common = common_prefix(self._cached_ids[index], tokens[:-1])
+                common = self.cached_tokens(index, tokens)
                 self.truncate(index, common)
                 tokens = tokens[common:]
             fresh.append((index, tokens))
@@ -360,8 +360,13 @@ class Engine:
             draft, tokens = draft.inner, tokens + draft.nodes
         return NgramDrafter(draft.nodes, most_contexts(tokens), explores=rows_are_free)
 
+    def cached_tokens(self, index: int, tokens: Sequence[int]) -> int:
+        """How many rows of a prompt are in a cache already and would not be computed again."""
+        return common_prefix(self._cached_ids[index], tokens[:-1])
+
     def truncate(self, index: int, length: int) -> None:
-        """Forget all rows of a cache from `length` on."""
+        """Forget the rows of a cache from `length` on, if it has any there."""
+        length = min(length, len(self._cached_ids[index]))
         self._caches[index].truncate(length)
         del self._cached_ids[index][length:]
 

@@ -32,7 +32,7 @@ class Interrupts:
     @property
     def exit_code(self) -> int:
         """What shells expect of a process a signal ended: 130 for Ctrl-C, 143 for SIGTERM."""
-        return 128 + self._signal
+        return 128 + (self._signal or signal.SIGINT)  # a terminal may give Ctrl-C as a key
 
     def check(self) -> None:
         """Raise `Interrupted` if a signal came."""

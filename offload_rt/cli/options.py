@@ -603,7 +603,7 @@ def settings_of(values: Values) -> Settings:
 
     values, plan = with_plan(values)
     sampling, draft = _sampling(values), draft_of(values)
-    _check_accept(sampling, draft)
+    check_accept(sampling, draft)
     return Settings(
         sampling=sampling,
         generation=GenerationConfig(
@@ -648,7 +648,12 @@ def draft_of(values: Values) -> DraftConfig:
     return DraftConfig(**given)
 
 
-def _check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
+def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
+    """Refuse a rule that does not go with how tokens are drawn.
+
+    Raises:
+        ConfigError: it says what to change.
+    """
     if draft.accept is AcceptRule.GREEDY and not sampling.greedy:
         raise ConfigError(
             f"--accept greedy contradicts --temperature {sampling.temperature}: use --accept "

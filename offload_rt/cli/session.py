@@ -234,7 +234,12 @@ class Answering:
         )
         (sequence,) = run.sequences
         with self.interrupts.raising(False):
-            self._generate(run, sequence, stream)
+            try:
+                self._generate(run, sequence, stream)
+            except Exception:
+                if stream.text and not self.settings.output.json:
+                    write_answer("\n")  # what is said of it begins a line
+                raise
             rest = stream.finish()
             if not self.settings.output.json:
                 write_answer(rest + "\n")
