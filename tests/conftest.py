@@ -58,9 +58,10 @@ def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
 
 @pytest.fixture(autouse=True)
 def own_data_folder(tmp_path, monkeypatch):
-    """Keep profiles, what drafting gave, and defaults away from the user's own."""
+    """Keep profiles, what drafting gave, defaults and what is typed away from the user's own."""
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
 
 
 @pytest.fixture(scope="session")
