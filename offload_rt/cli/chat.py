@@ -1,42 +1,44 @@
 """`offload-run chat`: a conversation."""
 
-import dataclasses
+import os
 import sys
-from contextlib import suppress
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.console import Console, quiet_libraries
-from offload_rt.cli.interrupts import Interrupted, Interrupts
-from offload_rt.cli.options import settings_of
-from offload_rt.cli.prompt import decode
-from offload_rt.cli.session import (
-    Answer,
-    Answering,
-    Model,
-    context_limit,
-    open_model,
-    seeded,
-    started_engine,
+from offload_rt.cli.chat_file import read_conversation, read_text, write_conversation
+from offload_rt.cli.chat_history import HistoryFile, history_path
+from offload_rt.cli.chat_lines import LineReader, Reader
+from offload_rt.cli.chat_settings import NAMES, change_settings, show_settings
+from offload_rt.cli.chat_talk import Talk, fullness
+from offload_rt.cli.chat_words import (
+    Order,
+    Refused,
+    Text,
+    as_typed,
+    help_text,
+    read_words,
+    split_path,
+    unmarked,
+    whole_path,
 )
+from offload_rt.cli.console import Console, quiet_libraries
+from offload_rt.cli.faults import of_system, report_fault
+from offload_rt.cli.interrupts import Interrupted, Interrupts
+from offload_rt.cli.options import check_accept, settings_of
+from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
 from offload_rt.cli.stats import format_stats
-from offload_rt.config import SamplingConfig
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
-
-if TYPE_CHECKING:
-    from offload_rt.text import Message
+from offload_rt.printable import printable
 
 AUTO_CONTEXT_TOKENS = 4096
-_SEEDS = 2**63
-_HELP = """\
-  /clear   forget the conversation
-  /stats   measurements of the last answer
-  /exit    leave; Ctrl-D does too, and Ctrl-C at an empty prompt
-  Ctrl-C   stops an answer and keeps what there is of it"""
+_OFFER_CHARS = 20_000  # a longer turn is no use to edit
+_LINES_ONLY = ("", "dumb", "unknown")  # terminals that cannot move their cursor
 
 
 @click.command()
@@ -46,8 +48,10 @@ _HELP = """\
 def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
     """Talk with a model.
 
-    Each line of stdin is a turn; /help lists the commands. With --context auto the conversation
-    may have 4096 tokens, or what the model was made for if that is less.
+    On a terminal a pasted text is one turn, and the arrow keys bring back what was typed before;
+    from a pipe each line is a turn. Lines between two triple quotes belong together, and a
+    backslash at the end of a line adds the next. /help lists the commands. With --context auto the
+    conversation may have 4096 tokens, or what the model was made for if that is less.
     """
     settings = settings_of(values)
     quiet_libraries(settings.output)
@@ -61,11 +65,8 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     with started_engine(
         opened, settings, console, capacity=context, prompt_tokens=context
     ) as engine:
-        sampling = seeded(settings.sampling)
-        session = _Session(
-            Answering(opened, engine, settings, console, interrupts), sampling, context
-        )
-        return session.run()
+        talk = Talk(Answering(opened, engine, settings, console, interrupts), context)
+        return _Session(talk, open_reader(interrupts, console)).run()
 
 
 def auto_context(model: Model, context_tokens: int | None) -> int:
@@ -74,116 +75,215 @@ def auto_context(model: Model, context_tokens: int | None) -> int:
     return limit if context_tokens is not None else min(limit, AUTO_CONTEXT_TOKENS)
 
 
+def open_reader(interrupts: Interrupts, console: Console) -> Reader:
+    """Where turns come from: a terminal with keys, or lines."""
+    shown = sys.stderr.isatty() or sys.stdout.isatty()
+    if not (sys.stdin.isatty() and shown) or os.environ.get("TERM", "") in _LINES_ONLY:
+        return LineReader()
+    from offload_rt.cli.chat_terminal import TerminalReader
+
+    return TerminalReader(interrupts, HistoryFile(history_path()), console.note, NAMES)
+
+
 @dataclass(slots=True)
 class _Session:
-    """A conversation and what was said so far."""
+    """A conversation with who types.
 
-    answering: Answering
-    sampling: SamplingConfig
-    capacity: int
-    history: "list[Message]" = field(default_factory=list)
-    last: Answer | None = None
+    Attributes:
+        offer: a turn that was not answered, shown again to be edited.
+        over: the user wants to leave.
+    """
+
+    talk: Talk
+    reader: Reader
+    offer: str = ""
+    over: bool = False
 
     def run(self) -> int:
         """Take turns until the input ends; returns the exit code."""
-        interrupts, terminal = self.answering.interrupts, sys.stdin.isatty()
-        if terminal:
-            self._welcome()
+        interrupts, interactive = self.talk.answering.interrupts, self.reader.interactive
+        if interactive:
+            self._note(f"talking with {self.talk.answering.model.name}; /help lists the commands")
         warned = False
-        while True:
+        while not self.over:
+            offer, self.offer = self.offer, ""
             try:
-                line = _read_line(terminal)
+                typed = self.reader.read(offer)
                 warned = False
             except Interrupted:
-                if warned or interrupts.terminated or not terminal:
+                if warned or interrupts.terminated or not interactive:
                     return interrupts.exit_code
                 interrupts.clear()
                 warned = True
-                click.echo("\n(Ctrl-C again or Ctrl-D leaves)", err=True)
+                click.echo(f"{self.reader.line_end}(Ctrl-C again or Ctrl-D leaves)", err=True)
                 continue
             except ConfigError as error:
                 _complain(str(error))
                 continue
-            if line is None or line == "/exit":
+            if typed is None:
                 return 0
             with interrupts.raising(False):  # an answer's passes let a signal in again
-                self._take(line)
+                self._attempt(typed)
             if interrupts.terminated:
                 return interrupts.exit_code
             interrupts.clear()
+        return 0
 
-    def _welcome(self) -> None:
-        with suppress(ImportError):
-            import readline  # noqa: F401 - importing it gives input() line editing
-        model = self.answering.model
-        self.answering.console.note(f"talking with {model.name}; /help lists the commands")
+    def _attempt(self, typed: str) -> None:
+        """Do what was typed; an error ends that, not the conversation."""
+        try:
+            self._take(typed)
+        except Interrupted:
+            self._note("stopped")
+        except BrokenPipeError:  # nobody reads the answers
+            raise
+        except Exception as error:
+            sentence = str(error) if isinstance(error, OffloadError) else of_system(error)
+            if not self.reader.offers and (not sentence or self.talk.broken is not None):
+                raise  # nobody is there to type /save
+            if sentence:
+                _complain(sentence)
+            else:
+                report_fault(error, sys.argv[1:])
+        else:
+            return
+        self._offer_again(typed)
 
-    def _take(self, line: str) -> None:
-        """Obey a command or answer a turn; an error ends the turn, not the session."""
-        if line == "/clear":
-            self.history.clear()
-        elif line == "/help":
-            click.echo(_HELP, err=True)
-        elif line == "/stats":
-            stats = format_stats(self.answering, self.last) if self.last else "  no answer yet"
-            click.echo(stats, err=True)
-        elif line.startswith("/"):
-            _complain(f"no command {line.split()[0]}: /help lists them")
-        elif line.strip():
-            try:
-                self._answer(line)
-            except ConfigError as error:
-                _complain(str(error))
+    def _take(self, typed: str) -> None:
+        match read_words(typed):
+            case Text(text):
+                if text.strip():
+                    self._answer(text, typed)
+            case Order(name, argument):
+                _ORDERS[name](self, argument)
+            case Refused(sentence):
+                raise ConfigError(sentence)
 
-    def _answer(self, line: str) -> None:
-        from offload_rt.text import Message, build_prompt
+    def _answer(self, text: str, typed: str) -> None:
+        self.talk.answer(text)
+        if self.talk.unanswered is not None:
+            self._offer_again(typed)
 
-        turns = [*self.history, Message(role="user", content=line)]
-        answering = self.answering
-        ids = build_prompt(answering.model.tokenizer, turns, system=answering.settings.system)
-        if len(ids) >= self.capacity:
-            raise ConfigError(
-                f"the conversation has {len(ids)} tokens, there is room for {self.capacity} with "
-                "the answer: /clear forgets it, or start again with a larger --context"
-            )
-        self.last = answering.answer(ids, self._turn_sampling())
-        if self.last.text:
-            self.history = [*turns, Message(role="assistant", content=self.last.text)]
-        full = len(ids) + len(self.last.token_ids) >= self.capacity
-        if full and self.last.finish_reason == "length":
-            answering.console.note(
-                f"the answer ends here because the conversation fills its {self.capacity} tokens: "
-                "/clear forgets it, or start again with a larger --context"
-            )
+    def _offer_again(self, typed: str) -> None:
+        if len(typed) <= _OFFER_CHARS:
+            self.offer = typed
 
-    def _turn_sampling(self) -> SamplingConfig:
-        """The session's sampling with a seed of this turn's own, so that turns differ."""
-        if self.sampling.seed is None:
-            return self.sampling
-        seed = (self.sampling.seed + len(self.history) // 2) % _SEEDS
-        return dataclasses.replace(self.sampling, seed=seed)
+    def _system(self, argument: str) -> None:
+        if not argument:
+            system = self.talk.settings.system
+            _show("  no system prompt" if system is None else system)
+            return
+        text = unmarked(argument)
+        self.talk.instruct(None if text in ("", '""', "''") else text)
+        done = "removed" if self.talk.settings.system is None else "set"
+        self._note(f"the system prompt is {done}")
+
+    def _set(self, argument: str) -> None:
+        if not argument:
+            _show(show_settings(self.talk.settings))
+            return
+        context = click.get_current_context()
+        self.talk.settings, names = change_settings(self.talk.settings, argument, context)
+        self.talk.answering.console.block(show_settings(self.talk.settings, names))
+
+    def _file(self, argument: str) -> None:
+        path, text = split_path(argument)
+        content = read_text(_path(path))
+        if not content.strip():
+            raise ConfigError(f"{path} is empty: name a file with text")
+        turn = f"{content}\n\n{text}" if text else content
+        self._answer(turn, f"/file {argument}")
+
+    def _regenerate(self, _: str) -> None:
+        self.talk.again()
+
+    def _undo(self, _: str) -> None:
+        turn = self.talk.undo()
+        self._note(f"the last turn is taken back; {self._turns()} left")
+        if self.reader.offers:
+            self._offer_again(as_typed(turn))
+
+    def _clear(self, _: str) -> None:
+        self.talk.clear()
+
+    def _save(self, argument: str) -> None:
+        path = _path(whole_path(argument))
+        write_conversation(path, self.talk.record())
+        self._note(f"{self._turns()} written to {path}")
+
+    def _load(self, argument: str) -> None:
+        path = _path(whole_path(argument))
+        record = read_conversation(path)
+        if record.settings is not None:
+            check_accept(record.settings[0], self.talk.settings.draft)
+        self.talk.resume(record)
+        used, capacity = self.talk.used(), self.talk.capacity
+        name = self.talk.answering.model.name
+        held = f", held with {record.model}" if record.model not in ("", name) else ""
+        self._note(f"{self._turns()} from {path}{held}; {fullness(used, capacity)}")
+        if used >= capacity:
+            self._note(f"the next turn has no room: {self.talk.room_advice()}")
+        if record.unanswered is not None:
+            self._note("the last turn has no answer: /regenerate answers it")
+
+    def _context(self, _: str) -> None:
+        used, capacity = self.talk.used(), self.talk.capacity
+        _show(
+            f"  {fullness(used, capacity)}, {max(0, capacity - used)} tokens left for turns and "
+            f"answers; {self._turns()}"
+        )
+
+    def _stats(self, _: str) -> None:
+        last = self.talk.last
+        _show(format_stats(self.talk.answering, last) if last else "  no answer yet")
+
+    def _help(self, _: str) -> None:
+        _show(help_text())
+
+    def _exit(self, _: str) -> None:
+        self.over = True
+
+    def _turns(self) -> str:
+        count = len(self.talk.said)
+        return "1 turn" if count == 1 else f"{count} turns"
+
+    def _note(self, sentence: str) -> None:
+        self.talk.answering.console.note(sentence)
+
+
+_ORDERS: dict[str, Callable[[_Session, str], None]] = {
+    "system": _Session._system,
+    "set": _Session._set,
+    "file": _Session._file,
+    "regenerate": _Session._regenerate,
+    "undo": _Session._undo,
+    "clear": _Session._clear,
+    "save": _Session._save,
+    "load": _Session._load,
+    "context": _Session._context,
+    "stats": _Session._stats,
+    "help": _Session._help,
+    "exit": _Session._exit,
+}
+
+
+def _path(typed: str) -> Path:
+    """The path of a file.
+
+    Raises:
+        ConfigError: there can be none of that name.
+    """
+    try:
+        if "\0" in typed:
+            raise ConfigError("a NUL character is in the name of the file: leave it out")
+        return Path(typed).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"cannot find {typed}: {error}") from error
 
 
 def _complain(sentence: str) -> None:
-    click.echo(f"offload-run: error: {sentence}", err=True)
+    click.echo(f"offload-run: error: {printable(sentence)}", err=True)
 
 
-def _read_line(terminal: bool) -> str | None:
-    """The next turn without its line break; None at the end of the input.
-
-    Raises:
-        ConfigError: it is not UTF-8.
-    """
-    if not terminal:
-        data = sys.stdin.buffer.readline()
-        return decode(data, "stdin") if data else None
-    try:
-        if sys.stdout.isatty():
-            return input("> ")
-        click.echo("> ", nl=False, err=True)  # stdout is for answers
-        return input()
-    except EOFError:
-        click.echo(err=True)
-        return None
-    except UnicodeDecodeError as error:
-        raise ConfigError("the line is not UTF-8: set the terminal to UTF-8") from error
+def _show(text: str) -> None:
+    click.echo(text, err=True)
