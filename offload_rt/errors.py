@@ -2,6 +2,8 @@
 
 from offload_rt.printable import printable
 
+_MOST_CHARACTERS = 2000
+
 
 class OffloadError(Exception):
     """Base of all errors of this package; the command line prints it without a traceback.
@@ -16,7 +18,10 @@ class OffloadError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(printable(" ".join(message.split("\n"))))
+        text = printable(" ".join(message.split("\n")))
+        if len(text) > _MOST_CHARACTERS:  # a name of a megabyte; what to do is at the end
+            text = f"{text[: _MOST_CHARACTERS // 2]} ... {text[-_MOST_CHARACTERS // 2 :]}"
+        super().__init__(text)
 
 
 class ConfigError(OffloadError):

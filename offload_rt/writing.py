@@ -214,8 +214,8 @@ def why_not(error: OSError | SafetensorError, path: Path) -> str:
         return size_limit()
     if number in (errno.ENOSPC, errno.EDQUOT):
         return f"{reason}, {_free(path)}: make room, or give another place"
-    if number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST) and not path.parent.is_dir():
-        return f"{path.parent} is no folder: make it first, or give another place"
+    if number in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST):
+        return _no_folder(path) or reason
     if number == errno.ELOOP and path.is_symlink():
         return _link(path)
     return "nobody reads from that pipe" if number == errno.ENXIO else reason
@@ -234,6 +234,15 @@ def _free(path: Path) -> str:
         status = os.statvfs(path.parent)
         return f"{format_size(status.f_bavail * status.f_frsize)} is free"
     return "nothing is free"
+
+
+def _no_folder(path: Path) -> str:
+    """What on the way to a file is no folder; empty where all of it is."""
+    way = [*reversed(path.parents), path]
+    wrong = next((place for place in way if not place.is_dir()), path)
+    if os.path.lexists(wrong):
+        return f"{wrong} is no folder: give another place"
+    return f"{wrong} is no folder: make it first, or give another place" if wrong != path else ""
 
 
 def _link(path: Path) -> str:

@@ -7,6 +7,8 @@ and the report is made from nothing else. Imports no torch.
 import dataclasses
 import json
 import math
+import os
+import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -303,7 +305,10 @@ def read(path: Path) -> RawRows:
         ConfigError: it cannot be read, or a line of it is no row.
     """
     try:
-        with path.open("rb") as file:
+        # Not blocking: a pipe of that name would wait for ever.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ConfigError(f"cannot read {path}: it is no plain file")
             data = file.read(_LIMIT_BYTES + 1)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

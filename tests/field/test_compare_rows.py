@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 
 import pytest
 
@@ -163,3 +164,10 @@ def test_names_are_no_markup_of_a_chart(tmp_path):
     rows[0] |= {"model": "$x^{$ \x1b", "engines": [f"$\\frac{{{e}" for e in rows[0]["engines"]]}
     assert draw(read(written(tmp_path, map(json.dumps, rows))), tmp_path / "chart.png") is None
     assert (tmp_path / "chart.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to("/dev/zero")])
+def test_rows_are_a_plain_file(make, tmp_path):
+    make(tmp_path / "raw.jsonl")
+    with pytest.raises(ConfigError, match="raw.jsonl: it is no plain file"):
+        read(tmp_path / "raw.jsonl")

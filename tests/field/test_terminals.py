@@ -12,7 +12,8 @@ import traceback
 import pytest
 
 from offload_rt.cli import run
-from offload_rt.cli.console import Console, Output, guarded_streams
+from offload_rt.cli.console import Console, Output, guarded_streams, write_answer
+from offload_rt.errors import ConfigError
 from offload_rt.printable import printable_lines
 
 EVIL = "\x1b]0;OWNED\x07\x1b[2J\x9b\u202e\u2066\udcfe\x7f"
@@ -140,3 +141,19 @@ def test_a_progress_label_is_no_markup(monkeypatch):
     with Console(Output(json=False, verbose=False, quiet=False)).progress("[bold]\x1b]0;x\x07"):
         pass
     assert "[bold]\\x1b]0;x\\x07" in screen.text()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_answer_that_the_encoding_lacks(terminal, monkeypatch):
+    screen = Screen("latin-1")
+    monkeypatch.setattr(screen, "isatty", lambda: terminal)
+    monkeypatch.setattr(sys, "stdout", screen)
+    with guarded_streams():
+        write_answer("é\u65e5\x1b")
+    assert screen.text() == "é\\u65e5" + ("\\x1b" if terminal else "\x1b")
+
+
+def test_no_message_floods_the_terminal():
+    message = str(ConfigError(f"tensor {'x' * 10**6} is unknown: give another"))
+    assert message.startswith("tensor xxx") and message.endswith("unknown: give another")
+    assert len(message) < 2100
