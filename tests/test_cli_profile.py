@@ -6,23 +6,30 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 
 import pytest
 from test_measure import QUICK
 
 from offload_rt.cli import profile as verb
+from offload_rt.cli.checks import diagnose
+from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.device.host import file_system
+from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.codec import decode
-from offload_rt.profiling.store import load_profile, machine_name, save_profile
+from offload_rt.profiling.store import BUSY, load_profile, machine_name, save_profile
+from offload_rt.profiling.timing import REPAIRED
 
 LIMIT_S = 60
 
 
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """A small measurement, and a user's folder of its own."""
+    """A small measurement on a quiet machine, and a user's folder of its own."""
+    monkeypatch.setattr(measure_module, "_waited_s", lambda: 0.0)
+    monkeypatch.setattr(measure_module, "_stolen_s", lambda: 0.0)
     monkeypatch.setattr(verb, "EFFORT", QUICK)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -41,6 +48,25 @@ def test_a_measurement_is_written_and_printed(quick, offload_run):
         assert text in done.out
     shown = offload_run("profile", "--show")
     assert (shown.code, shown.out, shown.err) == (0, done.out, "")
+
+
+def test_a_busy_machine_is_said_on_stderr_and_kept(quick, offload_run, monkeypatch):
+    waited = count(step=10**6)
+    monkeypatch.setattr(measure_module, "_waited_s", lambda: next(waited))
+    done = offload_run("profile", "--device", "cpu")
+    assert done.err.startswith(f"offload-run: {BUSY} (threads waited for a core")
+    assert f"note: {BUSY}" in offload_run("profile", "--show").out
+    (finding,) = [f for f in diagnose(inspect_machine(None)) if f.what == "profile"]
+    assert finding.detail.startswith(BUSY) and "offload-run profile" in finding.fix
+
+
+def test_a_repaired_number_is_named(offload_run, tmp_path):
+    made = load_profile(Path(__file__).parent.parent / "profiles" / "cpu-2core-avx512.json")
+    curve, path = made.layers[0], tmp_path / "mine.json"
+    wrong = replace(curve.times[0], layer_s=replace(curve.times[0].layer_s, source=REPAIRED))
+    layers = (replace(curve, times=(wrong, *curve.times[1:])), *made.layers[1:])
+    save_profile(replace(made, layers=layers), path)
+    assert offload_run("profile", "--show", path).out.count(", 1 repaired)") == 1
 
 
 def test_json_is_the_file(quick, offload_run, tmp_path):

@@ -16,12 +16,12 @@ import torch
 
 from offload_rt.device import nvml
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.device.host import cores, file_system
+from offload_rt.device.host import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
-from offload_rt.profiling.compute import TimedLayer, measure_attention, measure_layer
+from offload_rt.profiling.compute import TimedLayer, measure_attention, measure_layers
 from offload_rt.profiling.disk import measure_disk
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
@@ -34,7 +34,15 @@ from offload_rt.profiling.profile import (
     Processor,
     WeightOrder,
 )
-from offload_rt.profiling.timing import measured, take_in_turns, take_samples, timed
+from offload_rt.profiling.store import BUSY
+from offload_rt.profiling.timing import (
+    Curve,
+    measured,
+    measured_rate,
+    take_in_turns,
+    take_samples,
+    timed,
+)
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 
 KIB, MIB = 2**10, 2**20
@@ -42,6 +50,7 @@ QUICK = Effort(
     least_samples=2,
     most_samples=2,
     number_s=0.0,
+    again_s=0.0,
     link_blocks=(KIB, 4 * KIB),
     link_sample_bytes=8 * KIB,
     disk_depths=(1, 2),
@@ -66,7 +75,8 @@ def nothing():
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Whatever else runs on the machine of the tests."""
-    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    monkeypatch.setattr(measure_module, "_waited_s", lambda: 0.0)
+    monkeypatch.setattr(measure_module, "_stolen_s", lambda: 0.0)
 
 
 @pytest.fixture
@@ -89,14 +99,34 @@ def test_samples_stop_when_time_or_count_is_reached():
     assert take_samples(sample_s, replace(effort, number_s=0.001)) == [2.0, 3.0, 4.0]
 
 
-def test_a_sample_of_something_short_is_the_mean_of_many_runs(monkeypatch):
-    clock = count()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(clock)))
-    runs = []
-    assert timed(lambda: runs.append(next(clock)), least_s=6.0)() == 2.0
-    assert len(runs) == 3
-    assert timed(lambda: runs.append(next(clock)))() == 2.0
-    assert len(runs) == 4
+def test_a_sample_of_something_short_is_the_lower_quartile_of_many_runs(monkeypatch):
+    now, lengths = [0.0], iter([3.0, 1.0, 2.0, 9.0, 5.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += next(lengths)
+
+    assert timed(run, least_s=6.0)() == 1.5
+    assert timed(run)() == 9.0
+
+
+def test_what_other_work_took_from_those_that_compute_is_taken_out(monkeypatch):
+    """That of the thread that was held up longest; threads that hardly run do not count."""
+    now, seen = [0.0], iter([times_of(0), times_of(1)])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
+
+    def run():
+        now[0] += 5.0
+
+    assert timed(run, computes=True)() == 2.0
+    assert timed(run)() == 5.0
+
+
+def times_of(n):
+    """A main thread, a worker that was held up longer, and one that only shows a bar."""
+    second = n * 10**9
+    return {"1": (second, second), "2": (second, 3 * second), "3": (second // 100, 9 * second)}
 
 
 def test_what_is_compared_takes_turns():
@@ -108,11 +138,29 @@ def test_what_is_compared_takes_turns():
     assert take_in_turns(both, replace(effort, number_s=0.0)) == [[5.0, 6.0]] * 2
 
 
-def test_a_number_is_the_median_with_the_distance_of_the_quartiles():
+def test_each_number_has_its_own_share_of_time(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def lasting(seconds):
+        def sample_s():
+            now[0] += seconds
+            return seconds
+
+        return sample_s
+
+    effort = replace(QUICK, least_samples=2, most_samples=9, number_s=1.0)
+    long, short = take_in_turns([lasting(2.0), lasting(0.25)], effort)
+    assert (len(long), len(short)) == (2, 4)  # the warm-up counts
+
+
+def test_a_number_is_the_lower_quartile_with_the_distance_of_the_quartiles():
     number = measured([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert (number.value, number.spread, number.samples) == (3.0, 2.0, 5)
+    assert (number.value, number.spread, number.samples) == (2.0, 2.0, 5)
     assert number.obtained is Obtained.MEASURED
     assert measured([7.0]).spread == 0.0
+    rate = measured_rate(12, [1.0, 2.0, 3.0, 4.0, 100.0])
+    assert (rate.value, rate.spread, rate.samples) == (6.0, 3.0, 5)
 
 
 class SlowDisk:
@@ -134,7 +182,7 @@ class SlowDisk:
 def test_disk_by_queue_depth(on_disk, monkeypatch):
     slow = SlowDisk(monkeypatch, 0.02)
     effort = replace(QUICK, disk_sample_bytes=4 * BLOCK_BYTES, disk_file_bytes=4 * BLOCK_BYTES)
-    one, four = measure_disk(on_disk, replace(effort, disk_depths=(1, 4)), nothing)
+    one, four = measure_disk(on_disk, Curve(replace(effort, disk_depths=(1, 4))), nothing)
     assert slow.most == 4
     assert [one.queue_depth, four.queue_depth] == [1, 4]
     assert one.block_bytes == BLOCK_BYTES and one.direct
@@ -144,7 +192,7 @@ def test_disk_by_queue_depth(on_disk, monkeypatch):
 
 def test_the_temporary_file_has_no_name_while_it_is_read(on_disk):
     seen = []
-    measure_disk(on_disk, QUICK, lambda: seen.append(os.listdir(on_disk)))
+    measure_disk(on_disk, Curve(QUICK), lambda: seen.append(os.listdir(on_disk)))
     assert seen == [[], []]
 
 
@@ -160,7 +208,7 @@ def test_a_model_is_read_and_nothing_is_written(on_disk, monkeypatch):
     monkeypatch.setattr(disk_module, "WeightFiles", partial(WeightFiles, preadv=preadv))
     monkeypatch.setattr(disk_module, "_fill", None)  # calling it would fail
     before = path.stat().st_mtime_ns
-    measure_disk(on_disk, QUICK, nothing)
+    measure_disk(on_disk, Curve(QUICK), nothing)
     assert {name for name, _ in reads} == {str(path)}
     assert {offset for _, offset in reads} == {0, MIB, 2 * MIB}  # turns over all of the file
     assert os.listdir(on_disk) == [path.name] and path.stat().st_mtime_ns == before
@@ -190,34 +238,34 @@ def test_the_page_cache_holds_nothing_of_what_is_timed(on_disk, monkeypatch):
     path.read_bytes()
     assert cached_pages(path) == 2 * MIB // mmap.PAGESIZE
     monkeypatch.setattr(disk_module, "timed", look)
-    measure_disk(on_disk, QUICK, nothing)
+    measure_disk(on_disk, Curve(QUICK), nothing)
     assert cached == [0] * 6
 
 
 def test_a_speed_of_memory_is_refused(on_disk, monkeypatch):
     monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
     with pytest.raises(ProfileError, match="served from memory.*--folder"):
-        measure_disk(on_disk, QUICK, nothing)
+        measure_disk(on_disk, Curve(QUICK), nothing)
 
 
 @pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="no folder in memory")
 def test_a_folder_in_memory_is_refused():
     with pytest.raises(ProfileError, match="/dev/shm is served from memory .tmpfs.*--folder"):
-        measure_disk(Path("/dev/shm"), QUICK, nothing)
+        measure_disk(Path("/dev/shm"), Curve(QUICK), nothing)
 
 
 def test_a_missing_or_full_folder_is_a_sentence(on_disk):
     with pytest.raises(ProfileError, match="absent is no folder.*--folder"):
-        measure_disk(on_disk / "absent", QUICK, nothing)
+        measure_disk(on_disk / "absent", Curve(QUICK), nothing)
     with pytest.raises(ProfileError, match="free, measuring its disk takes 2.00 EiB|2097152 TiB"):
-        measure_disk(on_disk, replace(QUICK, disk_file_bytes=2**60), nothing)
+        measure_disk(on_disk, Curve(replace(QUICK, disk_file_bytes=2**60)), nothing)
 
 
 def test_host_memory_by_threads():
     threads = torch.get_num_threads()
-    speeds = measure_memory(QUICK, nothing)
+    speeds = measure_memory(Curve(QUICK), nothing)
     assert [(s.use, s.threads) for s in speeds] == [
-        (use, count) for count in thread_counts() for use in MemoryUse
+        (use, count) for use in MemoryUse for count in thread_counts()
     ]
     assert all(s.bytes_per_s.samples == 2 for s in speeds)
     assert torch.get_num_threads() == threads
@@ -282,10 +330,10 @@ class Stream:
 def links_of(machine, *, is_pinned):
     roads = link.open_roads(machine, machine.gpus, QUICK)
     if not is_pinned:
-        return link.measure_links(roads, QUICK, nothing, is_pinned=False)
+        return link.measure_links(roads, Curve(QUICK), nothing, is_pinned=False)
     with link.pinned(machine, roads) as refused:
         assert refused is None
-        return link.measure_links(roads, QUICK, nothing, is_pinned=True)
+        return link.measure_links(roads, Curve(QUICK), nothing, is_pinned=True)
 
 
 @pytest.mark.parametrize("is_pinned", [True, False])
@@ -354,10 +402,12 @@ def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
 def test_layer_curves_and_attention(cpu):
     (shape,) = QUICK.layer_shapes("float32", 4)
     ticks = []
-    curve = measure_layer(shape, cpu, WeightOrder.PLAIN, QUICK, lambda: ticks.append(1))
+    (curve,) = measure_layers(
+        [shape], cpu, WeightOrder.PLAIN, Curve(QUICK), lambda: ticks.append(1)
+    )
     assert [t.tokens for t in curve.times] == list(QUICK.tokens) and len(ticks) == 2
     assert all(t.layer_s.value > 0 and t.layer_s.samples == 2 for t in curve.times)
-    speeds = measure_attention(cpu, "float32", QUICK, nothing)
+    speeds = measure_attention(cpu, "float32", Curve(QUICK), nothing)
     assert [s.query_tokens for s in speeds] == [1, 4]
     assert {s.kv_bytes for s in speeds} == {QUICK.kv_bytes}
     assert {s.processor for s in speeds} == {Processor.CPU}
@@ -370,28 +420,67 @@ def test_a_whole_measurement(on_disk):
         device="cpu",
         folder=on_disk,
         effort=QUICK,
-        report=lambda done, total: reports.append((done, total)),
+        report=lambda done, total, what: reports.append((done, total, what)),
     )
-    done = [d for d, _ in reports]
+    done = [d for d, _, _ in reports]
+    said = dict.fromkeys(what for _, _, what in reports)
+    assert list(said)[:3] == ["disk", "host memory", "cpu, layers with plain weights"]
     assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
     assert made.name == "here" and made.links == () and made.pinning is None
     assert len(made.disk) == 2 and len(made.attention) == 2 and made.layers
-    assert made.notes == ("no link was measured: on the CPU weights need not cross one",)
+    assert made.notes[-1] == "no link was measured: on the CPU weights need not cross one"
     assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1
 
 
-def test_a_busy_machine_is_a_note(monkeypatch, on_disk):
-    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (0.6 * cores(), 0.0, 0.0))
+@pytest.mark.parametrize(
+    ("waited_s", "stolen_s", "load", "scatter", "says"),
+    [
+        (0.04, 0.0, 99.0, 0.9, None),  # the load of others who leave cores to us
+        (2.0, 0.0, 1.0, 0.1, "threads waited for a core 20% of the time, load average 1.0"),
+        (0.5, 2.0, 1.0, 0.1, "threads waited for a core 15% of the time, load average 1.0"),
+        (6.0, 0.0, 1.0, 0.6, "scatter by 60% and are not to be believed: measure again when"),
+        (None, 0.0, 0.9, 0.9, None),
+        (None, 0.0, 1.1, 0.1, "running (load average 1.1 on 2 cores): measure again when"),
+        (None, 0.0, 4.1, 0.9, "not to be believed"),
+    ],
+)
+def test_other_work_is_a_note(waited_s, stolen_s, load, scatter, says, monkeypatch):
+    monkeypatch.setattr(measure_module, "compute_threads", lambda: 1)
+    monkeypatch.setattr(measure_module, "cores", lambda: 2)
+    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(measure_module.time, "perf_counter", lambda: 110.0)
+    monkeypatch.setattr(measure_module, "_waited_s", lambda: waited_s)
+    monkeypatch.setattr(measure_module, "_stolen_s", lambda: stolen_s)
+    before = None if waited_s is None else 0.0
+    note = measure_module.Neighbours(began_s=100.0, waited_s=before, stolen_s=0.0).note(scatter)
+    assert note is None if says is None else says in note and note.startswith(BUSY)
+
+
+def test_a_busy_machine_is_a_note_of_the_profile(monkeypatch, on_disk):
+    waited = count(step=10**6)
+    monkeypatch.setattr(measure_module, "_waited_s", lambda: next(waited))
     made = measure("here", device="cpu", folder=on_disk, effort=QUICK)
-    expected = f"other work was running (load average {0.6 * cores():.1f} on {cores()} cores)"
-    assert made.notes[0].startswith(expected)
+    assert made.notes[0].startswith(BUSY)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/schedstat"), reason="nothing is counted")
+def test_the_kernel_counts_how_long_threads_run_and_wait():
+    start, before = time.perf_counter(), thread_times()[str(os.getpid())]
+    while time.perf_counter() < start + 0.02:
+        pass
+    after = thread_times()[str(os.getpid())]
+    whole_ns = 1e9 * (time.perf_counter() - start)
+    passed = [now - then for now, then in zip(after, before, strict=True)]
+    assert min(passed) >= 0 and 10e6 <= sum(passed) <= whole_ns + 5e6
 
 
 def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk):
     monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
     monkeypatch.setattr(measure_module, "default_folder", lambda: on_disk)
     made = measure("here", device="cpu", effort=QUICK)
-    assert made.disk == () and "served from memory" in made.notes[0] and made.layers
+    assert (
+        made.disk == () and any("served from memory" in note for note in made.notes) and made.layers
+    )
     with pytest.raises(ProfileError, match="served from memory"):
         measure("here", device="cpu", folder=on_disk, effort=QUICK)
 
@@ -401,11 +490,11 @@ def test_links_in_a_whole_measurement(monkeypatch, on_disk):
     monkeypatch.setattr(measure_module, "CudaDevice", lambda index: CpuDevice())
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {True, False}
-    assert made.pinning is not None and made.notes == ()
+    assert made.pinning is not None and not any("pinned" in note for note in made.notes)
     monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1, refuse="ulimit"))
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {False} and made.pinning is None
-    assert made.notes == ("no pinned memory was measured: it was refused (ulimit)",)
+    assert made.notes[-1] == "no pinned memory was measured: it was refused (ulimit)"
 
 
 class Nvml:

@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.console import Console, Gauge, quiet_libraries
+from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.errors import ConfigError
@@ -14,6 +14,7 @@ from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.identity import find_changes
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import (
+    BUSY,
     find_profile,
     load_profile,
     machine_name,
@@ -85,7 +86,11 @@ def profile(
     made = _measure(path.stem, device or _DEVICES[0], folder, printed)
     save_profile(made, path)
     _print(made, printed)
-    Console(printed).note(f"written to {path}")
+    console = Console(printed)
+    for note in made.notes:
+        if note.startswith(BUSY):
+            console.note(note)
+    console.note(f"written to {path}")
     return 0
 
 
@@ -113,14 +118,10 @@ def _measure(name: str, device: str, folder: Path | None, printed: Output) -> Ha
     with Console(printed).progress("measuring") as gauge:
         from offload_rt.profiling.measure import measure
 
-        def report(done: int, total: int) -> None:
-            _advance(gauge, done, total)
+        def report(done: int, total: int, what: str) -> None:
+            gauge.done, gauge.total, gauge.detail = lambda: done, total, lambda: what
 
         return measure(name, device=device, folder=folder, effort=EFFORT, report=report)
-
-
-def _advance(gauge: Gauge, done: int, total: int) -> None:
-    gauge.done, gauge.total = lambda: done, total
 
 
 def _print(shown: HardwareProfile, printed: Output) -> None:

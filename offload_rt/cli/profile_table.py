@@ -95,7 +95,12 @@ def _provenance(numbers: Sequence[Number]) -> str:
     """How the numbers are known, and how far measured ones scatter."""
     kinds = [str(kind) for kind in Obtained if any(n.obtained is kind for n in numbers)]
     scatter = max((n.spread or 0.0) / n.value for n in numbers)
-    return ", ".join(kinds) + (f", quartiles up to {scatter:.0%} apart" if scatter else "")
+    repaired = sum(n.obtained is Obtained.MEASURED and bool(n.source) for n in numbers)
+    return (
+        ", ".join(kinds)
+        + (f", quartiles up to {scatter:.0%} apart" if scatter else "")
+        + (f", {repaired} repaired" if repaired else "")
+    )
 
 
 def _machine(machine: Machine) -> str:

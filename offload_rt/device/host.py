@@ -65,21 +65,19 @@ def wait_asleep() -> None:
         os.environ.update(_SPIN_LIMITS)
 
 
-def waiting_s() -> float | None:
-    """Seconds this process's threads were ready but other work had the cores, all together.
+def thread_times() -> dict[str, tuple[int, int]]:
+    """Per thread of this process: ns that it ran, and ns that it could have but had no core.
 
-    None where the kernel does not count them. Threads that have ended are not in it.
+    Empty where the kernel does not count them.
     """
-    waited = [_waited_ns(path) for path in Path("/proc/self/task").glob("*/schedstat")]
-    known = [ns for ns in waited if ns is not None]
-    return sum(known) / 1e9 if known else None
-
-
-def _waited_ns(path: Path) -> int | None:
-    try:
-        return int(path.read_text().split()[1])
-    except (OSError, ValueError, IndexError):  # the thread has just ended, or nothing is counted
-        return None
+    found = {}
+    with suppress(OSError):
+        for thread in os.listdir("/proc/self/task"):
+            with suppress(OSError, ValueError):  # it has just ended
+                with open(f"/proc/self/task/{thread}/schedstat") as file:
+                    ran, waited, _ = file.read().split()
+                found[thread] = int(ran), int(waited)
+    return found
 
 
 def processor() -> tuple[str, str]:

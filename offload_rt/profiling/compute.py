@@ -5,7 +5,7 @@ does besides the matrix products (norms, rotary embedding, appending keys) is in
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import cycle
 
@@ -28,6 +28,7 @@ from offload_rt.model.network import Network  # noqa: F401 - registers our atten
 from offload_rt.model.packed import pack_linears, replace_linears
 from offload_rt.model.quantized import rounded_linear
 from offload_rt.model.wide import widen_linears, widens
+from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (
     AttentionSpeed,
@@ -37,9 +38,10 @@ from offload_rt.profiling.profile import (
     Processor,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Tick, measured, take_in_turns, take_samples, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, timed
 
 _RANDOM_NUMBERS = 2**18
+_ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
 _ROUNDED = {WeightOrder.INT8: DraftWeights.INT8, WeightOrder.INT4: DraftWeights.INT4}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
 
@@ -102,37 +104,82 @@ class TimedLayer:
 
 
 @torch.inference_mode()
-def measure_layer(
-    shape: LayerShape, device: Device, weights: WeightOrder, effort: Effort, tick: Tick
-) -> LayerCurve:
-    """Time a layer by tokens in the pass; weights lie on the device."""
+def measure_layers(
+    shapes: Sequence[LayerShape], device: Device, weights: WeightOrder, curve: Curve, tick: Tick
+) -> list[LayerCurve]:
+    """Time layers by tokens in the pass, all sizes in turns; weights lie on the device.
+
+    Args:
+        shapes: by size, ascending.
+        device: where they compute.
+        weights: plain, packed or rounded.
+        curve: how much is measured, and what could not be.
+        tick: called after each number.
+    """
+    effort = curve.effort
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
-    layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
-    passes = [timed(layer.pass_over(tokens), effort.compute_sample_s) for tokens in counts]
-    times = []
-    for tokens, seconds in zip(counts, take_in_turns(passes, effort), strict=True):
-        times.append(LayerTime(tokens=tokens, layer_s=measured(seconds)))
-        tick()
-    return LayerCurve(
-        processor=Processor(device.torch_device.type),
-        weights=weights,
-        shape=shape,
-        times=tuple(times),
-    )
+    on_cpu = device.torch_device.type == "cpu"  # a GPU goes on while its host thread waits
+    taken: dict[Place, list[float]] = {}
+    for group in _together(shapes, effort.cold_bytes, device.free_bytes()):
+        layers = {
+            shape: TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
+            for shape in group
+        }
+        taken |= curve.take(
+            {
+                (shape.weight_bytes, tokens): timed(
+                    layer.pass_over(tokens), effort.compute_sample_s, computes=on_cpu
+                )
+                for shape, layer in layers.items()
+                for tokens in counts
+            }
+        )
+        for _ in range(len(group) * len(counts)):
+            tick()
+    numbers = curve.numbers(taken)
+    return [
+        LayerCurve(
+            processor=Processor(device.torch_device.type),
+            weights=weights,
+            shape=shape,
+            times=tuple(
+                LayerTime(tokens=tokens, layer_s=numbers[shape.weight_bytes, tokens])
+                for tokens in counts
+            ),
+        )
+        for shape in shapes
+    ]
+
+
+def _together(
+    shapes: Sequence[LayerShape], cold_bytes: int, free_bytes: int
+) -> Iterator[list[LayerShape]]:
+    """Layers whose copies there is room for at once; each alone where memory is short."""
+    group: list[LayerShape] = []
+    left = most = free_bytes // _ROOM_PART
+    for shape in shapes:
+        needed = max(cold_bytes, shape.weight_bytes)
+        if group and needed > left:
+            yield group
+            group, left = [], most
+        group.append(shape)
+        left -= needed
+    yield group
 
 
 @torch.inference_mode()
 def measure_attention(
-    device: Device, dtype_name: str, effort: Effort, tick: Tick
+    device: Device, dtype_name: str, curve: Curve, tick: Tick
 ) -> tuple[AttentionSpeed, ...]:
     """Time attention of a few rows to many cached ones."""
+    effort = curve.effort
     dtype: torch.dtype = getattr(torch, dtype_name)
     row_bytes = 2 * _KV_HEADS * _HEAD_DIM * dtype.itemsize
     cached = max(max(effort.query_tokens), effort.kv_bytes // row_bytes)
     draw = partial(torch.randn, dtype=dtype, device=device.torch_device)
     key, value = (draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2))
     spec = AttentionSpec(scaling=_HEAD_DIM**-0.5)
-    speeds = []
+    passes: dict[Place, Sample] = {}
     for rows in effort.query_tokens:
         query = draw(_HEADS, rows, _HEAD_DIM)
 
@@ -140,14 +187,22 @@ def measure_attention(
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
-        seconds = take_samples(timed(run, effort.compute_sample_s), effort)
+        passes[(rows,)] = timed(
+            run, effort.compute_sample_s, computes=device.torch_device.type == "cpu"
+        )
+    taken = {
+        place: [s / (cached * row_bytes) for s in seconds]
+        for place, seconds in curve.take(passes).items()
+    }
+    speeds = []
+    for (rows,), s_per_kv_byte in curve.numbers(taken).items():
         speeds.append(
             AttentionSpeed(
                 processor=Processor(device.torch_device.type),
                 query_tokens=rows,
                 queries_per_head=_HEADS // _KV_HEADS,
                 kv_bytes=cached * row_bytes,
-                s_per_kv_byte=measured([s / (cached * row_bytes) for s in seconds]),
+                s_per_kv_byte=s_per_kv_byte,
             )
         )
         tick()

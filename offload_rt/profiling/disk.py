@@ -22,9 +22,10 @@ from offload_rt.device.host import file_system
 from offload_rt.errors import CheckpointError, ProfileError
 from offload_rt.model.files import FileIdentity
 from offload_rt.model.layout import PAGE_BYTES, FileRun
+from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import DiskSpeed
-from offload_rt.profiling.timing import Tick, measured_rate, take_in_turns, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of, timed
 from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 from offload_rt.units import format_size
 from offload_rt.writing import why_not
@@ -89,7 +90,7 @@ def default_folder() -> Path:
     return Path(tempfile.gettempdir()) if given else lasting
 
 
-def measure_disk(folder: Path, effort: Effort, tick: Tick) -> tuple[DiskSpeed, ...]:
+def measure_disk(folder: Path, curve: Curve, tick: Tick) -> tuple[DiskSpeed, ...]:
     """Measure the disk of a folder; a folder with safetensors files has these read.
 
     Raises:
@@ -97,8 +98,8 @@ def measure_disk(folder: Path, effort: Effort, tick: Tick) -> tuple[DiskSpeed, .
     """
     kind = _checked_kind(folder)
     try:
-        with _open_windows(folder, effort) as windows:
-            return tuple(_measure(windows, kind, effort, tick))
+        with _open_windows(folder, curve.effort) as windows:
+            return tuple(_measure(windows, kind, curve, tick))
     except (OSError, CheckpointError) as error:
         reason = why_not(error, folder) if isinstance(error, OSError) else str(error)
         raise ProfileError(
@@ -108,7 +109,7 @@ def measure_disk(folder: Path, effort: Effort, tick: Tick) -> tuple[DiskSpeed, .
 
 
 def _measure(
-    windows: Sequence[_Window], kind: str, effort: Effort, tick: Tick
+    windows: Sequence[_Window], kind: str, curve: Curve, tick: Tick
 ) -> Iterator[DiskSpeed]:
     nbytes = windows[0].nbytes
     image = allocate_host(nbytes)
@@ -122,17 +123,19 @@ def _measure(
         return timed(lambda: _read(stream, window, image))()
 
     with ExitStack() as undo:
-        streams = [CpuCopyStream(depth, lambda block: block.run()) for depth in effort.disk_depths]
-        for stream in streams:
+        passes: dict[Place, Sample] = {}
+        for depth in curve.effort.disk_depths:
+            stream = CpuCopyStream(depth, lambda block: block.run())
             undo.callback(stream.close)
-        taken = take_in_turns([partial(sample_s, stream) for stream in streams], effort)
-    for depth, seconds in zip(effort.disk_depths, taken, strict=True):
+            passes[(-depth,)] = partial(sample_s, stream)
+        taken = curve.take(passes)
+    for (fewer,), time_s in curve.numbers(taken).items():
         yield DiskSpeed(
             file_system=kind,
             direct=windows[0].files.direct,
             block_bytes=min(BLOCK_BYTES, nbytes),
-            queue_depth=depth,
-            bytes_per_s=measured_rate(nbytes, seconds),
+            queue_depth=-fewer,
+            bytes_per_s=rate_of(nbytes, time_s),
         )
         tick()
 

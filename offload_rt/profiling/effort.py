@@ -15,6 +15,7 @@ class Effort:
         least_samples: of each number, however long they take.
         most_samples: of each number.
         number_s: after so many seconds no further sample of a number is begun.
+        again_s: in which the times of a curve that cannot be are measured again.
         link_blocks: sizes of copies to and from a GPU.
         link_sample_bytes: a sample copies a block until so many bytes have crossed.
         disk_depths: reads in flight.
@@ -35,6 +36,7 @@ class Effort:
     least_samples: int = 3
     most_samples: int = 9
     number_s: float = 1.0
+    again_s: float = 8.0
     link_blocks: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
     link_sample_bytes: int = 256 * MIB
     disk_depths: tuple[int, ...] = (1, 2, 4, 8, 16, 32)

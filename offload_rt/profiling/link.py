@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from offload_rt.device.cpu import HostBuffer, allocate_host
 from offload_rt.device.driver import Driver, DriverStream
 from offload_rt.device.host import cores
+from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Direction, LinkLoad, LinkSpeed, PinSpeed
-from offload_rt.profiling.timing import Tick, measured_rate, take_samples
+from offload_rt.profiling.timing import Curve, Sample, Tick, measured_rate, rate_of, take_samples
 
 _LOAD_BYTES = 64 * 2**20
 _MOST_GPUS = 16
@@ -74,15 +76,15 @@ def pinned(driver: Driver, roads: Sequence[Road]) -> Iterator[str | None]:
 
 
 def measure_links(
-    roads: Sequence[Road], effort: Effort, tick: Tick, *, is_pinned: bool
+    roads: Sequence[Road], curve: Curve, tick: Tick, *, is_pinned: bool
 ) -> tuple[LinkSpeed, ...]:
     """Measure each link alone; if pinned, also all at once and with busy cores."""
+    effort = curve.effort
     found = [
         speed
         for road in roads
         for direction in Direction
-        for block in effort.link_blocks
-        for speed in _measure([road], block, direction, LinkLoad.ALONE, is_pinned, effort)
+        for speed in _alone(road, direction, is_pinned, curve)
     ]
     if is_pinned:
         largest = max(effort.link_blocks)
@@ -127,6 +129,27 @@ def while_copying(roads: Sequence[Road], ask: Callable[[], None]) -> None:
     ask()
     for road in roads:
         road.stream.synchronize()
+
+
+def _alone(road: Road, direction: Direction, is_pinned: bool, curve: Curve) -> Iterator[LinkSpeed]:
+    """Time copies of all block sizes over one link, in turns."""
+
+    def copy_s(block: int) -> float:
+        repeats = max(1, curve.effort.link_sample_bytes // block)
+        return _copy_s([road], block, direction, repeats)[0] / repeats
+
+    passes: dict[Place, Sample] = {
+        (block,): partial(copy_s, block) for block in curve.effort.link_blocks
+    }
+    for (block,), time_s in curve.numbers(curve.take(passes)).items():
+        yield LinkSpeed(
+            gpu=road.gpu,
+            direction=direction,
+            pinned=is_pinned,
+            load=LinkLoad.ALONE,
+            block_bytes=block,
+            bytes_per_s=rate_of(block, time_s),
+        )
 
 
 def _measure(

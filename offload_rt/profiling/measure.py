@@ -10,18 +10,19 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
+import psutil
 import torch
 
 from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.driver import Driver
-from offload_rt.device.host import compute_threads, cores
+from offload_rt.device.host import compute_threads, cores, thread_times
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.packed import can_pack
 from offload_rt.profiling import link
-from offload_rt.profiling.compute import measure_attention, measure_layer
+from offload_rt.profiling.compute import measure_attention, measure_layers
 from offload_rt.profiling.disk import default_folder, measure_disk
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.identity import these_versions, this_machine
@@ -32,21 +33,23 @@ from offload_rt.profiling.profile import (
     DiskSpeed,
     HardwareProfile,
     LayerCurve,
-    LayerShape,
     LinkSpeed,
     MemorySpeed,
     PinSpeed,
     Versions,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Tick
+from offload_rt.profiling.store import BUSY
+from offload_rt.profiling.timing import Curve, Tick
 
+_QUIET = 0.05  # of the time threads could have computed: without a core, or to other machines
+_BELIEVABLE = 0.5  # between the quartiles of a number, of its value; the median of all numbers
 _QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
 
 logger = logging.getLogger(__name__)
 
 Record = LinkSpeed | DiskSpeed | MemorySpeed | PinSpeed | LayerCurve | AttentionSpeed
-Report = Callable[[int, int], None]  # numbers done, numbers in all
+Report = Callable[[int, int, str], None]  # numbers done, numbers in all, what is measured now
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +57,7 @@ class Part:
     """One thing to measure.
 
     Attributes:
-        label: for the log.
+        label: what it is, in words.
         ticks: how often `run` calls what it is given.
         run: measures; a ProfileError becomes a note.
     """
@@ -68,7 +71,7 @@ class Part:
 class _Session:
     """What is known of the machine while it is measured."""
 
-    effort: Effort
+    curve: Curve
     notes: list[str] = field(default_factory=list)
     nvml: list[tuple[int, int]] = field(default_factory=list)
 
@@ -79,7 +82,7 @@ def measure(
     device: str = "auto",
     folder: Path | None = None,
     effort: Effort | None = None,
-    report: Report = lambda done, total: None,
+    report: Report = lambda done, total, what: None,
 ) -> HardwareProfile:
     """Measure this machine.
 
@@ -88,28 +91,73 @@ def measure(
         device: auto, cpu or cuda; on a GPU machine `cpu` leaves the GPUs out.
         folder: the disk to measure, or a model on it; None: where temporary files are kept.
         effort: how much is measured.
-        report: called after each number.
+        report: called before each part and after each number.
 
     Raises:
         DeviceError: there is no such device.
         ProfileError: the folder cannot be measured.
     """
-    session = _Session(effort or Effort())
+    session = _Session(Curve(effort or Effort()))
     driver: Driver = TorchDriver()
     gpus = _choose_gpus(driver, device)
-    if (load := os.getloadavg()[0]) > _QUIET_LOAD * cores():
-        session.notes.append(
-            f"other work was running (load average {load:.1f} on {cores()} cores): measure again "
-            "when the machine is quiet"
-        )
-    began = time.perf_counter()
+    began, neighbours = time.perf_counter(), Neighbours()
     with _open_devices(gpus) as devices:
         parts = _parts(session, driver, gpus, devices, folder)
         records = _run(parts, session, report, strict=folder is not None)
+        doubts = session.curve.doubts
+        notes = [neighbours.note(doubts.scatter), doubts.note]
+    session.notes[:0] = [note for note in notes if note is not None]
     if not gpus:
         session.notes.append("no link was measured: on the CPU weights need not cross one")
     seconds = time.perf_counter() - began
     return _assemble(name, session, records, f"measured by offload-run profile in {seconds:.0f} s")
+
+
+@dataclass(slots=True)
+class Neighbours:
+    """How much of the time of this process's threads other work took, from here on."""
+
+    began_s: float = field(default_factory=time.perf_counter)
+    waited_s: float | None = field(default_factory=lambda: _waited_s())
+    stolen_s: float = field(default_factory=lambda: _stolen_s())
+
+    def share(self) -> float | None:
+        """Of the time they could have computed; None where the kernel does not count it."""
+        waited_s = _waited_s()
+        if waited_s is None or self.waited_s is None:
+            return None
+        passed_s = max(time.perf_counter() - self.began_s, 1e-9)
+        lost_s = max(0.0, waited_s - self.waited_s) / compute_threads()
+        return (lost_s + (_stolen_s() - self.stolen_s) / cores()) / passed_s
+
+    def note(self, scatter: float) -> str | None:
+        """A sentence for the profile, if the machine was not quiet.
+
+        Args:
+            scatter: of the numbers, the distance of their quartiles over their value.
+        """
+        share, load = self.share(), os.getloadavg()[0]
+        if share is None:
+            known, busy = "", load > _QUIET_LOAD * cores()
+        else:
+            known, busy = f"threads waited for a core {share:.0%} of the time, ", share > _QUIET
+        if not busy:
+            return None
+        advice = "measure again when the machine is quiet"
+        if scatter > _BELIEVABLE:
+            advice = f"the numbers scatter by {scatter:.0%} and are not to be believed: {advice}"
+        return f"{BUSY} ({known}load average {load:.1f} on {cores()} cores): {advice}"
+
+
+def _waited_s() -> float | None:
+    """Seconds this process's threads were kept from a core, all together."""
+    waits = [waited for _, waited in thread_times().values()]
+    return sum(waits) / 1e9 if waits else None
+
+
+def _stolen_s() -> float:
+    """Seconds of all cores that went to other virtual machines."""
+    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def _choose_gpus(driver: Driver, device: str) -> int:
@@ -137,22 +185,24 @@ def _open_devices(gpus: int) -> Iterator[list[Device]]:
 def _parts(
     session: _Session, driver: Driver, gpus: int, devices: Sequence[Device], folder: Path | None
 ) -> list[Part]:
-    effort = session.effort
+    curve = session.curve
+    effort = curve.effort
     disk = folder or default_folder()
     parts = [
-        Part("disk", len(effort.disk_depths), lambda tick: measure_disk(disk, effort, tick)),
-        Part("host memory", 2 * len(thread_counts()), lambda tick: measure_memory(effort, tick)),
+        Part("disk", len(effort.disk_depths), lambda tick: measure_disk(disk, curve, tick)),
+        Part("host memory", 2 * len(thread_counts()), lambda tick: measure_memory(curve, tick)),
     ]
     if gpus:
         parts.append(Part("links", 2, partial(_measure_links, session, driver, gpus)))
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
-        parts += _compute_parts(effort, device)
+        parts += _compute_parts(curve, device)
     return parts
 
 
-def _compute_parts(effort: Effort, device: Device) -> Iterator[Part]:
+def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
     """Layers and attention on one device; the host's layers too, for a drafter may run there."""
+    effort = curve.effort
     dtype = _dtype(device)
     packs = can_pack(getattr(torch, dtype), device.torch_device)
     orders = {WeightOrder.PLAIN: effort.tokens}
@@ -162,20 +212,18 @@ def _compute_parts(effort: Effort, device: Device) -> Iterator[Part]:
         orders[WeightOrder.INT8] = effort.packed_tokens
     if dtype == "bfloat16":  # a GPU's kernels for 4 bits know no other
         orders[WeightOrder.INT4] = effort.packed_tokens
-    for shape in effort.layer_shapes(dtype, getattr(torch, dtype).itemsize):
-        for order, counts in orders.items():
+    shapes = effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
+    for order, counts in orders.items():
 
-            def run(
-                tick: Tick, shape: LayerShape = shape, order: WeightOrder = order
-            ) -> Sequence[Record]:
-                return [measure_layer(shape, device, order, effort, tick)]
+        def run(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
+            return measure_layers(shapes, device, order, curve, tick)
 
-            label = f"{device.name}: layer of {shape.hidden}, {order} weights"
-            yield Part(label, len(counts), run)
+        label = f"{device.name}, layers with {order} weights"
+        yield Part(label, len(shapes) * len(counts), run)
     yield Part(
-        f"{device.name}: attention",
+        f"{device.name}, attention",
         len(effort.query_tokens),
-        lambda tick: measure_attention(device, dtype, effort, tick),
+        lambda tick: measure_attention(device, dtype, curve, tick),
     )
 
 
@@ -189,15 +237,16 @@ def _dtype(device: Device) -> str:
 
 
 def _measure_links(session: _Session, driver: Driver, gpus: int, tick: Tick) -> Sequence[Record]:
-    roads = link.open_roads(driver, gpus, session.effort)
-    found = link.measure_links(roads, session.effort, tick, is_pinned=False)
+    curve = session.curve
+    roads = link.open_roads(driver, gpus, curve.effort)
+    found = link.measure_links(roads, curve, tick, is_pinned=False)
     with link.pinned(driver, roads) as refused:
         if refused is not None:
             session.notes.append(f"no pinned memory was measured: it was refused ({refused})")
             tick()
             return found
         link.while_copying(roads, lambda: _note_links(session))
-        return found + link.measure_links(roads, session.effort, tick, is_pinned=True)
+        return found + link.measure_links(roads, curve, tick, is_pinned=True)
 
 
 def _note_links(session: _Session) -> None:
@@ -208,16 +257,17 @@ def _note_links(session: _Session) -> None:
 
 def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bool) -> list[Record]:
     total = sum(part.ticks for part in parts)
-    done, records = 0, list[Record]()
+    done, what, records = 0, "", list[Record]()
 
     def tick() -> None:
         nonlocal done
         done += 1
-        report(done, total)
+        report(done, total, what)
 
     for part in parts:
-        start, begin_s = done, time.perf_counter()
-        logger.debug("measuring %s", part.label)
+        start, begin_s, what = done, time.perf_counter(), part.label
+        report(done, total, what)
+        logger.debug("measuring %s", what)
         try:
             records += part.run(tick)
         except ProfileError as error:
@@ -225,7 +275,7 @@ def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bo
                 raise
             session.notes.append(str(error))
         done = start + part.ticks
-        report(done, total)
+        report(done, total, what)
         logger.debug("%s took %.1f s", part.label, time.perf_counter() - begin_s)
     return records
 

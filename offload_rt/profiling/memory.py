@@ -1,14 +1,15 @@
 """Bandwidth of host memory."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 
 from offload_rt.device.cpu import allocate_host
 from offload_rt.device.host import compute_threads
-from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import MemorySpeed, MemoryUse
-from offload_rt.profiling.timing import Tick, measured_rate, take_samples, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of, timed
 
 
 def thread_counts() -> list[int]:
@@ -17,17 +18,18 @@ def thread_counts() -> list[int]:
     return sorted({1, max(1, most // 2), most})
 
 
-def measure_memory(effort: Effort, tick: Tick) -> tuple[MemorySpeed, ...]:
+def measure_memory(curve: Curve, tick: Tick) -> tuple[MemorySpeed, ...]:
     """Read and copy more bytes than caches hold, with one thread up to one per core."""
     before = torch.get_num_threads()
     try:
-        return tuple(_measure(effort, tick))
+        return tuple(_measure(curve, tick))
     finally:
         torch.set_num_threads(before)
 
 
-def _measure(effort: Effort, tick: Tick) -> Iterator[MemorySpeed]:
-    source, target = (allocate_host(effort.memory_bytes).tensor for _ in range(2))
+def _measure(curve: Curve, tick: Tick) -> Iterator[MemorySpeed]:
+    nbytes = curve.effort.memory_bytes
+    source, target = (allocate_host(nbytes).tensor for _ in range(2))
     source.fill_(1)
     target.fill_(1)
     # Of torch's reductions this one waits for memory only, also with one thread.
@@ -35,14 +37,21 @@ def _measure(effort: Effort, tick: Tick) -> Iterator[MemorySpeed]:
         MemoryUse.READ: lambda: source.view(torch.int32).max(),
         MemoryUse.COPY: lambda: target.copy_(source),
     }
-    for threads in thread_counts():
-        torch.set_num_threads(threads)
-        for use, run in runs.items():
-            seconds = take_samples(timed(run), effort)
+    for use, run in runs.items():
+
+        def pass_with(threads: int, run: Callable[[], object] = run) -> None:
+            torch.set_num_threads(threads)
+            run()
+
+        passes: dict[Place, Sample] = {
+            (-threads,): timed(partial(pass_with, threads), computes=True)
+            for threads in thread_counts()
+        }
+        for (fewer,), time_s in curve.numbers(curve.take(passes)).items():
             yield MemorySpeed(
                 use=use,
-                threads=threads,
-                block_bytes=effort.memory_bytes,
-                bytes_per_s=measured_rate(effort.memory_bytes, seconds),
+                threads=-fewer,
+                block_bytes=nbytes,
+                bytes_per_s=rate_of(nbytes, time_s),
             )
             tick()

@@ -80,10 +80,11 @@ class Number:
     """One number; the unit is in the name of the field that holds it.
 
     Attributes:
-        value: the median, if measured.
+        value: what the hardware does undisturbed, if measured: by the lower quartile of the times.
         spread: difference between the quartiles of the samples, in the unit of `value`.
         samples: how many were measured.
-        source: where a published number is from, or why an assumed one is reasonable.
+        source: where a published number is from, why an assumed one is reasonable, how a measured
+            one was repaired.
     """
 
     value: float

@@ -1,62 +1,211 @@
-"""Repeating a measurement until its median is worth something."""
+"""Repeating a measurement until it says what the hardware does when nobody disturbs.
+
+Other work makes times longer and hardly ever shorter, so the lower quartile of the samples counts.
+Where the CPU computes, the time that other work kept a thread from its core is taken out: the
+kernel counts it. Beside eight other programs on two cores layers of 28 to 416 MiB so came within
+15 % of their times on the quiet machine, where the shortest wall times were two to four times that.
+"""
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
+from offload_rt.device.host import thread_times
+from offload_rt.profiling.curves import Place, impossible, monotone
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Number, Obtained
 
 Tick = Callable[[], None]  # called after each number, for a progress bar
+Sample = Callable[[], float]
+ThreadTimes = Mapping[str, tuple[int, int]]
+
+_TAKES_PART = 0.2  # of the running time of the busiest thread
+_SHORTEST_S = 1e-9
+_AGAIN = 3  # times that points are measured again, at most
+REPAIRED = "taken down: more work took less"
 
 
-def take_samples(sample_s: Callable[[], float], effort: Effort) -> list[float]:
+def take_samples(sample_s: Sample, effort: Effort) -> list[float]:
     """Seconds of several runs after one that only warms up; `sample_s` runs once and times it."""
     return take_in_turns([sample_s], effort)[0]
 
 
-def take_in_turns(samples: Sequence[Callable[[], float]], effort: Effort) -> list[list[float]]:
-    """The same of several that are to be compared, A B C A B C: a bad moment is shared by all."""
-    began, most_s = time.perf_counter(), effort.number_s * len(samples)
-    for sample_s in samples:
-        sample_s()
+def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]]:
+    """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
+
+    Each has `least_samples`, and more until it took `number_s`.
+    """
     taken: list[list[float]] = [[] for _ in samples]
+    spent_s = [_spent_s(sample_s) for sample_s in samples]
     for number in range(effort.most_samples):
-        if number >= effort.least_samples and time.perf_counter() - began > most_s:
-            break
-        for own, sample_s in zip(taken, samples, strict=True):
-            own.append(sample_s())
+        for index, sample_s in enumerate(samples):
+            if number < effort.least_samples or spent_s[index] <= effort.number_s:
+                start = time.perf_counter()
+                taken[index].append(sample_s())
+                spent_s[index] += time.perf_counter() - start
     return taken
 
 
-def timed(run: Callable[[], object], least_s: float = 0.0) -> Callable[[], float]:
-    """Turn work of this thread into a sample: the mean of as many runs as fill `least_s`."""
+def _spent_s(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+@dataclass(slots=True)
+class Doubts:
+    """What was found that cannot be.
+
+    Attributes:
+        points: measured.
+        found: times above that of more work.
+        again: of those, measured again.
+        repaired: taken down in the end.
+        scatters: of each number, the distance of its quartiles over its value.
+    """
+
+    points: int = 0
+    found: int = 0
+    again: int = 0
+    repaired: int = 0
+    scatters: list[float] = field(default_factory=list)
+
+    @property
+    def scatter(self) -> float:
+        """The median of them."""
+        return statistics.median(self.scatters) if self.scatters else 0.0
+
+    @property
+    def note(self) -> str | None:
+        """A sentence for the profile, if there is something to say."""
+        if not self.found:
+            return None
+        return (
+            f"{self.found} of {self.points} times could not be (more work took less): "
+            f"{self.again} were measured again, {self.repaired} are taken down"
+        )
+
+
+@dataclass(slots=True)
+class Curve:
+    """Measures the points of a curve in turns, and again where they cannot be.
+
+    Args:
+        effort: how much is measured.
+        doubts: counts what could not be.
+    """
+
+    effort: Effort
+    doubts: Doubts = field(default_factory=Doubts)
+
+    def take(self, samples: Mapping[Place, Sample]) -> dict[Place, list[float]]:
+        """Seconds of each place; what cannot be is measured again beside what contradicts it."""
+        taken = dict(zip(samples, take_in_turns([*samples.values()], self.effort), strict=True))
+        effort = replace(self.effort, most_samples=self.effort.least_samples)
+        until_s = time.perf_counter() + self.effort.again_s
+        wrong: set[Place] = set()
+        repeated: set[Place] = set()
+        for _ in range(_AGAIN):
+            times = {place: undisturbed(own) for place, own in taken.items()}
+            found = impossible(times)
+            wrong |= set(found)
+            chosen = self._affordable([*found, *found.values()], times, until_s)
+            more = take_in_turns([samples[place] for place in chosen], effort)
+            for place, own in zip(chosen, more, strict=True):
+                taken[place] += own
+            repeated |= set(chosen)
+        self.doubts.points += len(samples)
+        self.doubts.found += len(wrong)
+        self.doubts.again += len(wrong & repeated)
+        return taken
+
+    def _affordable(
+        self, places: Sequence[Place], times: Mapping[Place, float], until_s: float
+    ) -> list[Place]:
+        """The quickest of them, as many as there is time for."""
+        left_s, chosen = until_s - time.perf_counter(), []
+        for place in sorted(set(places), key=times.__getitem__):
+            left_s -= (1 + self.effort.least_samples) * max(
+                times[place], self.effort.compute_sample_s
+            )
+            if left_s >= 0.0:
+                chosen.append(place)
+        return chosen
+
+    def numbers(self, taken: Mapping[Place, Sequence[float]]) -> dict[Place, Number]:
+        """A number for each place; more work takes no less."""
+        made = {place: measured(times) for place, times in taken.items()}
+        values = {place: number.value for place, number in made.items()}
+        rising, wrong = monotone(values), impossible(values)
+        self.doubts.repaired += len(wrong)
+        self.doubts.scatters += [(n.spread or 0.0) / n.value for n in made.values()]
+        return {
+            place: replace(number, value=rising[place], source=REPAIRED if place in wrong else "")
+            for place, number in made.items()
+        }
+
+
+def timed(run: Callable[[], object], least_s: float = 0.0, *, computes: bool = False) -> Sample:
+    """Turn work of this thread into a sample: the lower quartile of the runs that fill `least_s`.
+
+    Args:
+        run: the work.
+        least_s: how long to go on.
+        computes: it computes on this process's threads, which share it evenly and wait for each
+            other: what the one that was held up longest lost is taken out.
+    """
+
+    def once_s() -> float:
+        before = thread_times() if computes else {}
+        took_s = _spent_s(run)
+        return took_s - _held_up_s(before, thread_times() if computes else {})
 
     def sample_s() -> float:
-        start, runs, elapsed = time.perf_counter(), 0, 0.0
-        while not runs or elapsed < least_s:
-            run()
-            runs += 1
-            elapsed = time.perf_counter() - start
-        return elapsed / runs
+        start, taken = time.perf_counter(), [once_s()]
+        while time.perf_counter() - start < least_s:
+            taken.append(once_s())
+        return max(undisturbed(taken), _SHORTEST_S)
 
     return sample_s
 
 
-def measured(values: Sequence[float]) -> Number:
-    """Median of samples, and the difference between their quartiles."""
-    spread = 0.0
-    if len(values) > 1:
-        low, _, high = statistics.quantiles(values, n=4, method="inclusive")
-        spread = high - low
-    return Number(
-        value=statistics.median(values),
-        obtained=Obtained.MEASURED,
-        spread=spread,
-        samples=len(values),
-    )
+def _held_up_s(before: ThreadTimes, after: ThreadTimes) -> float:
+    """The longest that one of the threads which did the work had no core."""
+    grown = [
+        (ran - before[thread][0], waited - before[thread][1])
+        for thread, (ran, waited) in after.items()
+        if thread in before
+    ]
+    most = max((ran for ran, _ in grown), default=0)
+    return max((waited for ran, waited in grown if ran >= _TAKES_PART * most), default=0) / 1e9
+
+
+def undisturbed(seconds: Iterable[float]) -> float:
+    """The lower quartile."""
+    return _quartiles([*seconds])[0]
+
+
+def measured(seconds: Sequence[float]) -> Number:
+    """Lower quartile of samples, and the difference between their quartiles."""
+    low, high = _quartiles(seconds)
+    return Number(value=low, obtained=Obtained.MEASURED, spread=high - low, samples=len(seconds))
 
 
 def measured_rate(nbytes: int, seconds: Sequence[float]) -> Number:
     """Bandwidth from the times of `nbytes`."""
-    return measured([nbytes / s for s in seconds])
+    return rate_of(nbytes, measured(seconds))
+
+
+def rate_of(nbytes: int, time_s: Number) -> Number:
+    """Bandwidth from a measured time of `nbytes`."""
+    rate = nbytes / time_s.value
+    slower = nbytes / (time_s.value + (time_s.spread or 0.0))
+    return replace(time_s, value=rate, spread=rate - slower)
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, high

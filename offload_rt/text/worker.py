@@ -150,6 +150,7 @@ class _Served:
         """Load the tokenizer of a folder; returns what the other side asks for often."""
         from transformers import AutoTokenizer
 
+        folder = _spelled(folder)
         with _Warnings() as warnings:
             try:
                 # An explicit False is an error where code would be needed; None would ask on stdin.
@@ -254,6 +255,15 @@ class _Warnings(logging.Handler):
 
     def __exit__(self, *_: object) -> None:
         logging.getLogger(_LIBRARY).removeHandler(self)
+
+
+def _spelled(folder: str) -> str:
+    """A name that the library takes, which knows UTF-8 only."""
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        return f"/proc/self/fd/{os.open(folder, os.O_PATH | os.O_DIRECTORY)}"
+    return folder
 
 
 def _blame_config(folder: str) -> None:
