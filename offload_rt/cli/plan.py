@@ -23,8 +23,9 @@ from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
-from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.kv import KVPlan
 from offload_rt.planning.placement import Placement
@@ -55,13 +56,13 @@ _CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     """Show what would live where, who would draft, and how fast that should be.
 
-    Reads configuration and headers only. --context auto is what `chat` takes: 4096 tokens, or what
-    the model was made for if that is less; the whole of it is counted as one prompt. Answers are
-    taken to be greedy.
+    Reads configuration and headers only; without weights config.json suffices. --context auto is
+    what `chat` takes: 4096 tokens, or what the model was made for if that is less; the whole of it
+    is counted as one prompt. Answers are taken to be greedy.
     """
     values, given = with_plan(values)
     config = runtime_of(values)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint, _ = open_or_outline(resolve_model(model))
     check_plan(given, checkpoint)
     outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"])
     if values["output"] is not None:
@@ -131,7 +132,8 @@ def _look_ahead(
     packing, free = _device(config)
     heads = open_draft_heads(checkpoint, draft)
     nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
-    drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft), nbytes)
+    drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
+    drafting = Drafting(draft, drafter, nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
     speeds = speeds_for(profile, packing)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
@@ -181,6 +183,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
     return {
         "model": str(checkpoint.folder),
         "family": checkpoint.config.model_type,
+        "weights_read": bool(checkpoint.files),
         "weights_bytes": checkpoint.total_bytes,
         "dtype": outlook.dtype,
         "device": outlook.device,
@@ -255,9 +258,10 @@ def _as_table(outlook: _Outlook) -> str:
     rows.append(
         ("smallest", outlook.smallest_bytes, f"--device-memory {smallest_mib}MiB works too")
     )
+    source = "" if checkpoint.files else " (from config.json alone)"
     head = (
         f"{checkpoint.folder.name}: {checkpoint.config.model_type}, "
-        f"{format_size(checkpoint.total_bytes)}, {checkpoint.config.num_layers} layers, "
+        f"{format_size(checkpoint.total_bytes)}{source}, {checkpoint.config.num_layers} layers, "
         f"computed in {outlook.dtype}"
     )
     away = "host memory" if outlook.home == "host" else "the model's files"

@@ -83,7 +83,7 @@ def means_for(
     checkpoint: Checkpoint, sampling: SamplingConfig, speeds: Speeds, draft: DraftConfig
 ) -> Means:
     """Everything the planner asks: speeds, and what drafting gives with these models."""
-    drafter = open_draft_checkpoint(checkpoint, draft)
+    drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     known: dict[str, Yield] = {}
     own = _calibrated(checkpoint, draft)
 

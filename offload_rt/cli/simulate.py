@@ -38,7 +38,7 @@ from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, 
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
-from offload_rt.speculative.pair import check_sizes
+from offload_rt.speculative.pair import open_draft_checkpoint
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}
 
@@ -98,7 +98,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
 def simulate_verb(context: click.Context, model: str | None, **values: Any) -> int:  # noqa: ANN401
     """Predict what a run would take, from a profile and sizes alone.
 
-    MODEL needs no weights: of most families config.json suffices. Layers are placed as a run would
+    MODEL needs no weights: config.json suffices. Layers are placed as a run would
     place them on the profile's machine if nothing else used it; then the real pipelines run in
     virtual time. Nothing is measured here: the answer is as good as the profile. Without --draft
     nothing drafts.
@@ -302,11 +302,7 @@ def _drafting(
     """The drafter's sizes; of a draft model config.json suffices too."""
     heads = open_draft_heads(checkpoint, draft)
     nbytes = heads_bytes(heads, checkpoint, config.dtype, seat.packing, sequences=1)
-    if not draft.model:
-        return Drafting(draft, None, nbytes)
-    small, _ = open_or_outline(resolve_model(draft.model))
-    check_sizes(checkpoint, small)
-    return Drafting(draft, small, nbytes)
+    return Drafting(draft, open_draft_checkpoint(checkpoint, draft, runs=False), nbytes)
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:

@@ -138,6 +138,26 @@ def open_checkpoint(folder: Path) -> Checkpoint:
             f"tensor is named like {_TEXT_PART}model.layers.0.x: files and config are not of one "
             "model"
         )
+    return sort_checkpoint(folder, config, tensors, files)
+
+
+def sort_checkpoint(
+    folder: Path,
+    config: ModelConfig,
+    tensors: Mapping[str, TensorExtent],
+    files: Mapping[Path, FileIdentity],
+) -> Checkpoint:
+    """Tell apart what tensors there are.
+
+    Args:
+        folder: the model folder.
+        config: its `config.json`.
+        tensors: all of them, by name.
+        files: they are in.
+
+    Raises:
+        CheckpointError: one is missing, contradicts another or is not supported.
+    """
     family = read_family(config.model_type)
     parts = sort_tensors(
         folder,
@@ -161,7 +181,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         head=head,
         left_out=(*parts.left_out, *([] if copy is None else [copy])),
         family=family,
-        files=MappingProxyType(files),
+        files=MappingProxyType(dict(files)),
     )
 
 

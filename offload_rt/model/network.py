@@ -12,7 +12,6 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 import os
 import re
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -20,9 +19,8 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from accelerate import init_empty_weights
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, AutoModelForCausalLM
+from transformers import AttentionInterface
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
@@ -37,8 +35,8 @@ from offload_rt.model.attention import (
     attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.hf_config import build_hf_config, reason_of
 from offload_rt.model.layout import Packing, Placement, compute_dtype
+from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
 from offload_rt.model.quantized import RoundedEmbedding, rounded_linear
@@ -88,6 +86,7 @@ class Network:
         checkpoint: headers of the model folder.
         dtype: `auto` or torch's name of a number format.
         packing: how layer images are laid out.
+        model: its modules (`build_modules`), if they are there already.
 
     Attributes:
         layouts: the image of each layer.
@@ -102,10 +101,16 @@ class Network:
             its tensors are not those the network needs.
     """
 
-    def __init__(self, checkpoint: Checkpoint, dtype: str, packing: Packing) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        dtype: str,
+        packing: Packing,
+        model: torch.nn.Module | None = None,
+    ) -> None:
         name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
         self.dtype: torch.dtype = getattr(torch, name)
-        self._model = _build(checkpoint, self.dtype)
+        self._model = _with_own_head(model or _build(checkpoint, self.dtype))
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._layers = layers
         self.poll: Callable[[], None] = lambda: None
@@ -358,22 +363,14 @@ class _Hole:
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:
-    """Build HF's modules: parameters on meta, computed buffers (rotary tables) real."""
-    config = build_hf_config(checkpoint.config, checkpoint.folder)
-    try:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
-                config, dtype=dtype, attn_implementation=ATTENTION_NAME
-            )
-    except Exception as error:
-        raise CheckpointError(
-            f"{checkpoint.folder.name}: transformers cannot build a "
-            f"{checkpoint.config.model_type!r} model that generates text from config.json: "
-            f"{reason_of(error)}"
-        ) from error
+    folder = checkpoint.folder
+    return build_modules(checkpoint.config, folder, dtype, attn_implementation=ATTENTION_NAME)
+
+
+def _with_own_head(model: torch.nn.Module) -> torch.nn.Module:
+    """The modules with embedding and head apart; `find_places` says whether they are one."""
     head, embedding = _ends(model)
-    if head is not None and head.weight is embedding.weight:  # `find_places` says whether it is
+    if head is not None and head.weight is embedding.weight:
         head.weight = torch.nn.Parameter(torch.empty_like(embedding.weight), False)
     return model.eval()
 

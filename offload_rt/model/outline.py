@@ -2,7 +2,7 @@
 
 Names, shapes and formats are those the files have (a test compares them with what transformers
 writes); where the bytes lie is made up, so nothing can be read through such a checkpoint: `files`
-is empty. No torch here.
+is empty. No torch here; other families than those of the table need it (`outline_modules.py`).
 """
 
 import os
@@ -10,19 +10,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from types import MappingProxyType
 
-from offload_rt.errors import CheckpointError
-from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, open_checkpoint
+from offload_rt.model.checkpoint import (
+    DTYPE_BYTES,
+    Checkpoint,
+    TensorExtent,
+    open_checkpoint,
+    sort_checkpoint,
+)
 from offload_rt.model.config import ModelConfig, load_model_config
-from offload_rt.model.family import read_family
-from offload_rt.model.files import shown
+from offload_rt.model.shards import PICKLES
 
 Shapes = dict[str, tuple[int, ...]]
 
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-_DEFAULT_DTYPE = "bfloat16"
+DEFAULT_DTYPE = "bfloat16"
 _FILE = "model.safetensors"
+_WEIGHTS = (".safetensors", ".gguf", *PICKLES)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,13 +37,11 @@ class _Family:
         norms: of the hidden size.
         attention: made from the configuration.
         mlp: made from the configuration.
-        tied: whether the embedding is the head where the file does not say.
     """
 
     norms: tuple[str, ...]
     attention: Callable[[ModelConfig], Shapes]
     mlp: Callable[[ModelConfig], Shapes]
-    tied: bool = False
 
 
 def open_or_outline(folder: Path) -> tuple[Checkpoint, bool]:
@@ -55,7 +57,7 @@ def open_or_outline(folder: Path) -> tuple[Checkpoint, bool]:
         names = os.listdir(folder)
     except OSError:
         return open_checkpoint(folder), True  # it says what is wrong
-    if "config.json" in names and not any(".safetensors" in name for name in names):
+    if "config.json" in names and not any(name.endswith(_WEIGHTS) for name in names):
         return outline_checkpoint(folder), False
     return open_checkpoint(folder), True
 
@@ -63,63 +65,46 @@ def open_or_outline(folder: Path) -> tuple[Checkpoint, bool]:
 def outline_checkpoint(folder: Path) -> Checkpoint:
     """Derive names, shapes and formats of all tensors from `config.json`.
 
+    Of the families in the table below at once; of any other from transformers' own modules, which
+    takes the seconds that importing torch does, and refuses what could not be run.
+
     Raises:
-        CheckpointError: the file cannot be used, or the family's sizes are not known.
+        CheckpointError: the file cannot be used, or the family cannot be streamed.
     """
     folder = Path(os.path.abspath(folder))
     config = load_model_config(folder)
     family = _FAMILIES.get(config.model_type)
     if family is None:
-        raise CheckpointError(
-            f"{folder} holds no weights, and of {shown(config.model_type)} models config.json "
-            f"alone does not tell the sizes (it does of {', '.join(sorted(_FAMILIES))}): give a "
-            "folder with the weights"
-        )
+        from offload_rt.model.outline_modules import outline_modules
+
+        return outline_modules(config, folder)
     shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         parts = {f"{name}.weight": (config.hidden_size,) for name in family.norms}
         for name, shape in (parts | family.attention(config) | family.mlp(config)).items():
             shapes[f"model.layers.{layer}.{name}"] = shape
     shapes["model.norm.weight"] = (config.hidden_size,)
-    tied = family.tied if config.tie_word_embeddings is None else config.tie_word_embeddings
-    if not tied:
+    if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return _checkpoint(folder, config, shapes)
+    return checkpoint_of(folder, config, shapes)
 
 
-def _checkpoint(
+def checkpoint_of(
     folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint:
-    code, offset, tensors = _CODES[config.dtype or _DEFAULT_DTYPE], 0, {}
+    """A checkpoint of these tensors, one behind the other in the format that config.json names."""
+    code, offset, tensors = _CODES[config.dtype or DEFAULT_DTYPE], 0, {}
     for name, shape in shapes.items():
         nbytes = prod(shape) * DTYPE_BYTES[code]
         tensors[name] = TensorExtent(
             name=name, dtype=code, shape=shape, path=folder / _FILE, offset=offset, nbytes=nbytes
         )
         offset += nbytes
-    prefixes = [f"model.layers.{layer}." for layer in range(config.num_layers)]
-    by_layer: dict[str, list[TensorExtent]] = {prefix: [] for prefix in ("", *prefixes)}
-    for name, extent in tensors.items():
-        parts = name.split(".")
-        prefix = ".".join(parts[:3]) + "." if parts[1] == "layers" else ""
-        by_layer[prefix].append(extent)
-    return Checkpoint(
-        folder=folder,
-        config=config,
-        tensors=MappingProxyType(tensors),
-        layers=tuple(tuple(by_layer[prefix]) for prefix in prefixes),
-        others=tuple(by_layer[""]),
-        embedding=tensors["model.embed_tokens.weight"],
-        head=tensors.get("lm_head.weight"),
-        container="model.layers",
-        left_out=(),
-        family=read_family(config.model_type),
-        files=MappingProxyType({}),
-    )
+    return sort_checkpoint(folder, config, tensors, {})
 
 
 def _flag(config: ModelConfig, name: str, default: bool = False) -> bool:
-    value = config.raw.get(name)
+    value = config.setting(name)
     return default if value is None else bool(value)
 
 
@@ -215,11 +200,11 @@ _FAMILIES: Mapping[str, _Family] = {
     "ministral": _Family(_TWO, _plain, _gated),
     "qwen2": _Family(_TWO, _qwen2, _gated),
     "qwen3": _Family(_TWO, _normed, _gated),
-    "gemma2": _Family(_FOUR, _biased, _gated, tied=True),
-    "gemma3_text": _Family(_FOUR, _normed, _gated, tied=True),
+    "gemma2": _Family(_FOUR, _biased, _gated),
+    "gemma3_text": _Family(_FOUR, _normed, _gated),
     "granite": _Family(_TWO, _biased, _gated_biased),
     "olmo2": _Family(_AFTER, _olmo2, _gated),
     "phi3": _Family(_TWO, _phi3, _fused_gate),
     "seed_oss": _Family(_TWO, _seed_oss, _gated_biased),
-    "smollm3": _Family(_TWO, _biased, _gated_biased, tied=True),
+    "smollm3": _Family(_TWO, _biased, _gated_biased),
 }

@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 _INDEX_LIMIT_BYTES = 64 * 2**20  # DeepSeek-V3, 91,000 tensors, has 9 MB
 _TENSOR_LIMIT = 2**18
 _SHARD_NAME = re.compile(r"[A-Za-z0-9._-]+\.safetensors")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def find_weights(folder: Path) -> dict[str, str]:
@@ -63,7 +63,7 @@ def _why_no_weights(names: list[str], complete: str) -> str:
             f"holds {len(weights)} .safetensors files ({shown(weights[0])}) but neither {SINGLE} "
             f"nor {INDEX}, so files are missing: {complete}"
         )
-    pickles = [name for name in names if name.endswith(_PICKLES)]
+    pickles = [name for name in names if name.endswith(PICKLES)]
     if pickles:
         return (
             f"holds its weights as pickles ({shown(pickles[0])}, {len(pickles)} files), which can "

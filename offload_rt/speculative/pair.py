@@ -5,13 +5,21 @@ from collections.abc import Mapping
 from offload_rt.config import DraftConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.outline import open_or_outline
 
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 _SAME = "take a draft model with the same tokenizer"
 
 
-def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint | None:
+def open_draft_checkpoint(
+    target: Checkpoint, config: DraftConfig, *, runs: bool = True
+) -> Checkpoint | None:
     """Open the draft model, if one drafts.
+
+    Args:
+        target: the model it drafts for.
+        config: names it.
+        runs: it will run; otherwise its sizes are enough, and `config.json` for them.
 
     Raises:
         ConfigError: its token ids mean something else than the target's.
@@ -19,7 +27,8 @@ def open_draft_checkpoint(target: Checkpoint, config: DraftConfig) -> Checkpoint
     """
     if not config.model:  # Medusa heads are no model: see medusa/checkpoint.py
         return None
-    draft = open_checkpoint(resolve_model(config.model))
+    folder = resolve_model(config.model)
+    draft = open_checkpoint(folder) if runs else open_or_outline(folder)[0]
     check_sizes(target, draft)
     return draft
 

@@ -175,3 +175,45 @@ def test_what_is_read_of_the_classes_is_what_they_are():
                 compared += 1
         assert theirs.attribute_map == ours.renamed, model_type
     assert compared > 2000
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("llama", {}),
+        ("qwen3_moe", {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    ],
+)
+def test_plan_takes_a_folder_with_config_json_alone(
+    make_tiny, tmp_path, offload_run, family, config
+):
+    folder = make_tiny(family, head_dim=16, **config)
+    (tmp_path / "alone").mkdir()
+    shutil.copy(folder / "config.json", tmp_path / "alone")
+    options = ("--device", "cpu", "--device-memory", "512MiB", "--json")
+    whole, alone = (
+        json.loads(offload_run("plan", place, *options).out)
+        for place in (folder, tmp_path / "alone")
+    )
+    assert (whole["weights_read"], alone["weights_read"]) == (True, False)
+    same = ["weights_bytes", "kv_bytes", "streamed", "resident", "dtype"]
+    assert {key: whole[key] for key in same} == {key: alone[key] for key in same}
+    table = offload_run("plan", tmp_path / "alone", "--device-memory", "512MiB").out
+    assert "(from config.json alone)" in table
+
+
+def test_a_draft_model_may_be_a_config_json_too(make_tiny, tmp_path, offload_run):
+    shutil.copy(make_tiny("llama") / "config.json", tmp_path)
+    done = offload_run(
+        "plan", tmp_path, "--draft", f"model:{tmp_path}", "--device-memory", "512MiB"
+    )
+    assert done.code == 0 and "draft model" in done.out
+
+
+@pytest.mark.parametrize("name", ["x.gguf", "pytorch_model.bin"])
+def test_weights_that_are_not_read_are_not_overlooked(make_tiny, tmp_path, offload_run, name):
+    shutil.copy(make_tiny("llama") / "config.json", tmp_path)
+    (tmp_path / name).touch()
+    for verb in ("plan", "simulate"):
+        done = offload_run(verb, tmp_path)
+        assert done.code == 4 and f"'{name}'" in done.err
