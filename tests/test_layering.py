@@ -29,7 +29,7 @@ RANKS = [
     ["streaming"],
     ["profiling"],  # what measures a machine uses the parts it measures
     ["speculative.base", "speculative.tree"],
-    ["medusa", "text"],
+    ["medusa", "text", "adapters"],
     ["speculative"],
     ["engine", "decoding", "diagnosis"],
     ["training"],  # settings and talks are for the command line too, and free of torch
@@ -39,7 +39,7 @@ RANKS = [
 ONE_PART = {"decoding": "engine", "diagnosis": "engine"}  # files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
-TORCH_FREE |= {"model.adapter"}
+TORCH_FREE |= {"model.adapter", "adapters.reading"}
 TORCH_FREE |= {"printable", "writing"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
 TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}

@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
+from offload_rt.cli.adapters import adapted, open_for_answers
 from offload_rt.cli.bench_report import as_json, as_markdown
 from offload_rt.cli.bench_results import BASELINE, DRAFTED, BenchReport, EngineFacts, Measured
 from offload_rt.cli.console import Console, quiet_libraries
@@ -31,7 +32,6 @@ from offload_rt.cli.session import (
 from offload_rt.cli.stats import dtype_name, versions
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
-from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.writing import make_folder, write_text
 
 
@@ -73,7 +73,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             "--against-none compares with a drafter: add --draft ngram, model:MODEL or medusa:HEADS"
         )
     quiet_libraries(settings.output)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_for_answers(model, settings)
     items = read_prompt_set(values["prompts"])
     directory = _made(values["directory"])
     opened, console = open_model(checkpoint), Console(settings.output)
@@ -88,6 +88,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     check_drafter(opened, settings.draft, raw=settings.raw)
     chosen = spread(items, values["limit"])
     prompts = _encode(opened, settings, chosen)
+    opened = adapted(opened, settings, console)
     measuring = _Measuring(opened, settings, sampling, console, interrupts, prompts)
     interrupted = measuring.run(values["rounds"], values["against_none"])
     report = BenchReport(

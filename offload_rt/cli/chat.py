@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
+from offload_rt.cli.adapters import adapted, open_for_answers
 from offload_rt.cli.chat_file import read_conversation, read_text, write_conversation
 from offload_rt.cli.chat_history import HistoryFile, history_path
 from offload_rt.cli.chat_lines import LineReader, Reader
@@ -33,7 +34,6 @@ from offload_rt.cli.options import check_accept, settings_of
 from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
 from offload_rt.cli.stats import format_stats
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.printable import printable
 
 AUTO_CONTEXT_TOKENS = 4096
@@ -56,12 +56,13 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     settings = settings_of(values)
     quiet_libraries(settings.output)
     console = Console(settings.output)
-    opened = open_model(open_checkpoint(resolve_model(model)))
+    opened = open_model(open_for_answers(model, settings))
     if opened.tokenizer.chat_template is None:
         raise ConfigError(
             f"{opened.name} has no chat template: use `offload-run generate --raw` with one text"
         )
     context = auto_context(opened, settings.runtime.context_tokens)
+    opened = adapted(opened, settings, console)
     with started_engine(
         opened, settings, console, capacity=context, prompt_tokens=context
     ) as engine:

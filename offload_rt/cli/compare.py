@@ -21,6 +21,7 @@ from offload_rt.baselines.comparison import Comparison, Conditions
 from offload_rt.baselines.engines import EngineSpec, choose_engines, python_of, read_pythons
 from offload_rt.baselines.rows import GpuRow, MachineRow, PromptRow, RawRows, Setup, begin, read
 from offload_rt.cli import options
+from offload_rt.cli.adapters import refuse_beside
 from offload_rt.cli.compare_chart import draw
 from offload_rt.cli.compare_report import as_json, as_markdown
 from offload_rt.cli.console import Console, quiet_libraries
@@ -163,6 +164,7 @@ def _prepare(
     pythons = read_pythons(values["engine_pythons"], asked.engines)
     assert model is not None  # checked above
     checkpoint = open_checkpoint(resolve_model(model))
+    refuse_beside(checkpoint.folder, "which transformers applies and compare does not know")
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
     folder = _made(values["directory"])
     undo.enter_context(held(folder, "--output"))

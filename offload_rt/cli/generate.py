@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import click
 
 from offload_rt.cli import options
+from offload_rt.cli.adapters import adapted, open_for_answers
 from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import settings_of
 from offload_rt.cli.prompt import read_prompt
-from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -73,7 +73,7 @@ def run(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN4
 def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     settings = settings_of(values)
     quiet_libraries(settings.output)
-    checkpoint = open_checkpoint(resolve_model(model))
+    checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
     from offload_rt.cli.session import (
         Answering,
@@ -88,6 +88,7 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     opened, console = open_model(checkpoint), Console(settings.output)
     ids = build_prompt(opened.tokenizer, prompt, system=settings.system, raw=settings.raw)
     capacity = answer_capacity(opened, settings, len(ids), console)
+    opened = adapted(opened, settings, console)
     with started_engine(
         opened, settings, console, capacity=capacity, prompt_tokens=len(ids)
     ) as engine:

@@ -68,8 +68,7 @@ _OPTIONS = {
     "--draft-p-min --draft-p-split --confidence-threshold": "leave it out: how much is drafted "
     "is measured and corrected while running",
     "-ngld --gpu-layers-draft --n-gpu-layers-draft -devd": "a draft model is on the device whole",
-    "--lora --lora-path --adapter-path --enable-lora --lora-scaled": "merge the adapter into the "
-    "model first, with peft's merge_and_unload",
+    "--lora --lora-path --adapter-path --enable-lora --lora-scaled": "use --adapter FOLDER",
     "--host --port --api-key --served-model-name --uds --listen": "nothing listens here: "
     "generate --json answers programs",
     "--format --output-format --log-format": "use --json",

@@ -52,7 +52,7 @@ class Model:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return self.checkpoint.folder.name
+        return self.checkpoint.name
 
     @property
     def max_positions(self) -> int:

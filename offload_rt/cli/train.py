@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload_rt.cli import options
+from offload_rt.cli.adapters import refuse_beside
 from offload_rt.cli.console import Console, Gauge, quiet_libraries
 from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
@@ -78,6 +79,7 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
     check_effects(corpus, config, runtime)
     quiet_libraries(output)
     checkpoint, console = open_checkpoint(resolve_model(model)), Console(output)
+    refuse_beside(checkpoint.folder, "and heads are trained for one of the two")
     talks = read_talks(values["data"])
     if not corpus.self_distill:
         require_answers(talks, values["data"])

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_FILES = (CONFIG, WEIGHTS, "adapter_model.bin")
 
 
 def adapter_beside(folder: Path) -> str | None:

@@ -69,6 +69,7 @@ class Checkpoint:
             them, or they are a copy of the embedding stored as head.
         family: what transformers says of the family.
         files: what each file was when its header was read.
+        adapter: name of the adapter that is merged into some of the tensors, if one is.
     """
 
     folder: Path
@@ -82,6 +83,7 @@ class Checkpoint:
     left_out: tuple[TensorExtent, ...]
     family: Family
     files: Mapping[Path, FileIdentity]
+    adapter: str | None = None
 
     def require_rows(self, ids: Iterable[int]) -> None:
         """Refuse token ids that the embedding has no row for.
@@ -96,6 +98,11 @@ class Checkpoint:
                     f"token {token_id} has no row in the embedding of {self.folder.name}, which "
                     f"has {rows}: take the tokenizer these weights came with"
                 )
+
+    @property
+    def name(self) -> str:
+        """How messages call the model."""
+        return self.folder.name + (f" with {self.adapter}" if self.adapter else "")
 
     @property
     def total_bytes(self) -> int:
@@ -118,15 +125,19 @@ class Checkpoint:
         return _nbytes(self.layers[layer])
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_checkpoint(folder: Path, *, says_adapter: bool = True) -> Checkpoint:
     """Read the headers of a model folder and check them against `config.json` and each other.
+
+    Args:
+        folder: the model folder.
+        says_adapter: tell that an adapter beside the model is left out.
 
     Raises:
         CheckpointError: anything is missing, damaged, unsafe, contradictory or not supported.
     """
     folder = Path(os.path.abspath(folder))
     index = find_weights(folder)
-    if (found := adapter_beside(folder)) is not None:
+    if says_adapter and (found := adapter_beside(folder)) is not None:
         _log.warning(
             "%s holds an adapter (%s) beside the model: it is not applied", folder.name, found
         )
@@ -174,8 +185,8 @@ def sort_checkpoint(
         folder=folder,
         config=config,
         tensors=MappingProxyType({name: e for name, e in tensors.items() if name in used}),
-        layers=tuple(map(_in_file_order, parts.layers)),
-        others=_in_file_order(others),
+        layers=tuple(map(in_file_order, parts.layers)),
+        others=in_file_order(others),
         container=parts.container,
         embedding=embedding,
         head=head,
@@ -201,7 +212,8 @@ def _nbytes(extents: Iterable[TensorExtent]) -> int:
     return sum(extent.nbytes for extent in extents)
 
 
-def _in_file_order(extents: Iterable[TensorExtent]) -> tuple[TensorExtent, ...]:
+def in_file_order(extents: Iterable[TensorExtent]) -> tuple[TensorExtent, ...]:
+    """Tensors as their bytes follow each other."""
     return tuple(sorted(extents, key=lambda extent: (extent.path, extent.offset, extent.nbytes)))
 
 

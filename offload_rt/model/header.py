@@ -75,6 +75,11 @@ class TensorExtent:
     offset: int
     nbytes: int
 
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one number."""
+        return DTYPE_BYTES[self.dtype]
+
 
 def read_header(folder: Path, name: str) -> tuple[FileIdentity, tuple[TensorExtent, ...]]:
     """Read the header of `folder/name`.

@@ -23,7 +23,7 @@ DEVICE_ALIGN_BYTES = 256
 CACHE_LINE_BYTES = 64
 
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
-_CODES = {name: code for code, name in FLOATS.items()}
+CODES = {name: code for code, name in FLOATS.items()}
 
 # Since transformers 5 some modules have other names than in the files: Mixtral, GPT-NeoX.
 _RENAMED = (("block_sparse_moe.", "mlp."), ("embed_out.", "lm_head."))
@@ -64,7 +64,7 @@ class Placement:
     @property
     def nbytes(self) -> int:
         """Size in the image."""
-        return prod(self.shape) * DTYPE_BYTES[_CODES.get(self.dtype, "F32")]
+        return prod(self.shape) * DTYPE_BYTES[CODES.get(self.dtype, "F32")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,7 +109,7 @@ def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: s
     """
     if wanted != "auto":
         return wanted
-    if stated in _CODES:
+    if stated in CODES:
         return stated
     found = next((FLOATS[e.dtype] for e in extents if e.dtype in FLOATS), None)
     if found is None:
@@ -184,7 +184,7 @@ class _Builder:
     def add(self, name: str, extent: TensorExtent) -> None:
         """Place one tensor behind what is there."""
         dtype = self._device_dtype(name, extent)
-        element_bytes = DTYPE_BYTES[_CODES[dtype]]
+        element_bytes = DTYPE_BYTES[CODES[dtype]]
         as_is = FLOATS[extent.dtype] == dtype and self._packing is Packing.FILE
         if as_is and extent.offset % element_bytes == 0:
             offset = self._append_in_place(extent)
@@ -207,7 +207,7 @@ class _Builder:
                 f"{parts} x {rows} x {columns} each: download the checkpoint again"
             )
         dtype = self._device_dtype(name, pieces[0][2])
-        piece_bytes = rows * columns * DTYPE_BYTES[_CODES[dtype]]
+        piece_bytes = rows * columns * DTYPE_BYTES[CODES[dtype]]
         start = self._reserve(piece_bytes * len(pieces))
         for index, (_, _, extent) in enumerate(pieces):
             self._runs.append(self._piece(extent, dtype, start + index * piece_bytes))

@@ -133,16 +133,19 @@ def _folder_of(path: Path) -> Path:
     return path
 
 
-def demo_folder() -> Path:
-    """Where `tools/demo.sh` puts the demo model; `OFFLOAD_RT_CACHE` moves the cache."""
+def cache_folder() -> Path:
+    """Where what can be made again is kept; `OFFLOAD_RT_CACHE` moves it."""
     root = os.environ.get("OFFLOAD_RT_CACHE")
     if root:
-        cache = Path(root).expanduser()
-    else:
-        import platformdirs
+        return Path(root).expanduser()
+    import platformdirs
 
-        cache = platformdirs.user_cache_path("offload-rt")
-    return cache / "models" / "smollm2-135m-instruct"
+    return platformdirs.user_cache_path("offload-rt")
+
+
+def demo_folder() -> Path:
+    """Where `tools/demo.sh` puts the demo model."""
+    return cache_folder() / "models" / "smollm2-135m-instruct"
 
 
 def _require_demo() -> Path:

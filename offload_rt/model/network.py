@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -34,8 +35,8 @@ from offload_rt.model.attention import (
     Segment,
     attend_packed,
 )
-from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing, Placement, compute_dtype
+from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.layout import Packing, Placement, compute_dtype, image_name
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
@@ -360,6 +361,27 @@ class _Hole:
     def fill(self, tensor: torch.Tensor) -> None:
         """Put a tensor there."""
         self.tensors[self.name] = tensor
+
+
+def modules_and_tensors(
+    checkpoint: Checkpoint, dtype: torch.dtype
+) -> tuple[torch.nn.Module, dict[str, tuple[TensorExtent, torch.dtype]]]:
+    """Transformers' modules without weights, and the tensor of the files that each parameter is.
+
+    Left out are parameters that are not one tensor, or that share theirs with another. With a
+    tensor comes the number format it is computed with.
+    """
+    model = _with_own_head(_build(checkpoint, dtype))
+    container, _ = _find_layers(model, checkpoint.config.num_layers)
+    places = find_places(model, checkpoint, dtype, Packing.FILE, container)
+    stored = {image_name(name): extent for name, extent in checkpoint.tensors.items()}
+    if places.tied:
+        del stored[image_name(checkpoint.embedding.name)]
+    return model, {
+        place.key: (stored[place.placement.name], getattr(torch, place.placement.dtype))
+        for place in chain(*places.of_layers, places.of_base)
+        if place.placement.name in stored
+    }
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:

@@ -57,7 +57,7 @@ def find_weights(folder: Path) -> dict[str, str]:
 def _why_no_weights(names: list[str], complete: str) -> str:
     weights = [name for name in names if name.endswith(".safetensors")]
     if "adapter_model.safetensors" in weights:
-        return "is an adapter (adapter_model.safetensors), not a model: merge it into its model"
+        return "is an adapter (adapter_model.safetensors): give the model it is for, and --adapter"
     if weights:
         return (
             f"holds {len(weights)} .safetensors files ({shown(weights[0])}) but neither {SINGLE} "

@@ -70,7 +70,7 @@ def add_seen(path: Path, key: str, new: Seen) -> None:
 
 
 def _named(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.folder.name} of {checkpoint.total_bytes} bytes"
+    return f"{checkpoint.name} of {checkpoint.total_bytes} bytes"
 
 
 def _added(old: Seen, new: Seen) -> Seen:

@@ -125,6 +125,13 @@ class WeightFiles:
                 load=partial(self._stage, file, run, start, nbytes),
             )
 
+    def read(self, extent: TensorExtent) -> torch.Tensor:
+        """A tensor of the file, in memory."""
+        staging = allocate_host(STAGING_BYTES)
+        parts = [piece.load(staging).clone() for piece in self.pieces(_whole(extent))]
+        numbers = torch.cat(parts).view(getattr(torch, FLOATS[extent.dtype]))
+        return numbers.view(extent.shape)
+
     def not_finite(self, extent: TensorExtent, dtype: torch.dtype) -> tuple[int, int]:
         """How many numbers of a tensor are NaN or infinite: in the file, and in `dtype`."""
         staging, stored = allocate_host(STAGING_BYTES), getattr(torch, FLOATS[extent.dtype])

@@ -1,0 +1,71 @@
+"""What verbs that answer do about adapters: `--adapter`, and those that lie beside a model."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from offload_rt.adapters.reading import read_adapter
+from offload_rt.cli.console import Console
+from offload_rt.cli.options import NO_ADAPTER, Settings
+from offload_rt.errors import ConfigError
+from offload_rt.model.adapter import adapter_beside
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.files import shown
+
+if TYPE_CHECKING:
+    from offload_rt.cli.session import Model
+
+
+def open_for_answers(model: str, settings: Settings) -> Checkpoint:
+    """Open the model's folder; `adapted` applies the adapter once all else is checked.
+
+    Raises:
+        ConfigError: an adapter lies beside the model, and nobody said what is to become of it.
+            Whether its weights are in the model's already cannot be seen.
+        CheckpointError: the files cannot be used.
+    """
+    folder = resolve_model(model)
+    if settings.adapter is None and (found := adapter_beside(folder)) is not None:
+        raise ConfigError(
+            f"{shown(folder.name)} holds an adapter ({found}) beside the model: add --adapter "
+            f"{folder} to apply it, or --adapter {NO_ADAPTER} to answer without it"
+        )
+    if settings.adapter not in (None, NO_ADAPTER):
+        read_adapter(resolve_model(settings.adapter))  # what is wrong with it is told at once
+    return open_checkpoint(folder, says_adapter=False)
+
+
+def refuse_beside(folder: Path, why: str) -> None:
+    """Refuse an adapter beside a model where transformers would apply it and we do not.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if (found := adapter_beside(folder)) is not None:
+        raise ConfigError(
+            f"{shown(folder.name)} holds an adapter ({found}) beside the model, {why}: move the "
+            "adapter into a folder of its own, or merge it with peft's merge_and_unload"
+        )
+
+
+def adapted(model: "Model", settings: Settings, console: Console) -> "Model":
+    """The model with the adapter the user names in its weights."""
+    if settings.adapter in (None, NO_ADAPTER):
+        return model
+    from offload_rt.adapters.merging import with_adapter
+
+    adapter = read_adapter(resolve_model(settings.adapter))
+    folder = model.checkpoint.folder
+    if adapter.has_tokenizer and adapter.folder.resolve() != folder.resolve():
+        console.note(
+            f"the tokenizer of adapter {shown(adapter.name)} is not used, but that of "
+            f"{shown(folder.name)}"
+        )
+    with console.progress(f"merging {adapter.name}") as gauge:
+
+        def show(total: int, done: Callable[[], int]) -> None:
+            gauge.total, gauge.done = total, done
+
+        made = with_adapter(model.checkpoint, adapter, settings.runtime.dtype, show)
+    return dataclasses.replace(model, checkpoint=made)
