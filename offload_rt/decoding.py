@@ -185,6 +185,7 @@ class Run:
             if sequence.drafter is not None:
                 sequence.drafter.observe(draft, verdict)
             emitted.append([*path, verdict.token])
+        rows = max(len(draft.tree) for draft in drafts)
         outcomes = [
             Outcome(
                 drafted=len(draft.tree), path=verdict.path, nested=draft.nested, made=draft.made
@@ -194,8 +195,10 @@ class Run:
         ]
         for outcome in outcomes if nodes else []:
             self.engine.tally.add(nodes, outcome)
+        pass_s = self._marks[-1].at_s - drafted_at
+        if (expected_s := self.engine.plan.expected_pass_s(rows)) is not None:
+            self.engine.pace.add(pass_s, expected_s)
         if controller is not None and outcomes:
-            pass_s = self._marks[-1].at_s - drafted_at
             controller.observe(nodes, outcomes, draft_s=drafted_at - start, pass_s=pass_s)
         return self._emit(active, emitted)
 

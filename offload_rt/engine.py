@@ -36,6 +36,7 @@ from offload_rt.model.packed import can_pack
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.demand import Drafting, kv_bytes_per_token
 from offload_rt.planning.drafting import Tally
+from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import FreeMemory, RunLoad
@@ -142,7 +143,7 @@ class Engine:
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             outlooks = self.plan.outlooks
             self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
-            self.tally = Tally()
+            self.tally, self.pace = Tally(), Pace()
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start

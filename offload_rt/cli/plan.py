@@ -211,6 +211,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "bytes_per_pass": outlook.bytes_per_pass,
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
+        "level": outlook.plan.level,
         "predicted": _prediction(outlook.plan.prediction),
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
         "considered": [

@@ -18,6 +18,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     if plan.prediction is None:
         return []
     source = f"profile {profile_source(speeds.profile.name, speeds.own)}"
+    if plan.level != 1.0:
+        source += f"; corrected by recent runs: x{plan.level:.2f}"
     chosen = plan.prediction
     lines = [
         hanging(f"predicted ({source})", 2),

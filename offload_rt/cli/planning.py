@@ -1,7 +1,9 @@
 """What verbs need to plan: the machine's profile, what drafting gave before, and plans as files."""
 
 import dataclasses
+import time
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import click
 from click.core import ParameterSource
 
 from offload_rt.config import DraftConfig, SamplingConfig
-from offload_rt.device.host import processor
+from offload_rt.device.host import compute_threads, processor
 from offload_rt.device.nvml import find_driver
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
@@ -18,6 +20,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
 from offload_rt.planning.experience import experience_key, read_seen
+from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile, read_plan
 from offload_rt.planning.planner import Means
 from offload_rt.planning.speeds import Speeds
@@ -38,6 +41,11 @@ _STAND_IN_WITHOUT_BF16 = "cpu-2core-avx512"  # where the CPU has no instructions
 def experience_path() -> Path:
     """The file in which what drafting gave is kept, beside the user's profiles."""
     return user_folder().parent / "drafting.json"
+
+
+def levels_path() -> Path:
+    """The file in which the pace of recent runs is kept, beside it."""
+    return experience_path().with_name("levels.json")
 
 
 def profile_for(profile: str | None, who: Processor) -> tuple[HardwareProfile, bool]:
@@ -93,7 +101,12 @@ def means_for(
             known[key] = expected_yield(config.kind, read_seen(experience_path(), key), own)
         return known[key]
 
-    return Means(speeds=speeds, yields=yields)
+    @cache
+    def level(streams: bool) -> float:
+        key = LevelKey.of(speeds, compute_threads(), checkpoint, streams=streams)
+        return read_level(levels_path(), key, time.time())
+
+    return Means(speeds=speeds, yields=yields, level=level)
 
 
 def with_plan(values: Mapping[str, Any]) -> tuple[dict[str, Any], PlanFile | None]:

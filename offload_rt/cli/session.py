@@ -2,6 +2,7 @@
 
 import dataclasses
 import filecmp
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,20 @@ from offload_rt.cli.options import Settings
 from offload_rt.cli.planning import (
     check_plan,
     experience_path,
+    levels_path,
     means_for,
     reproducible,
     speeds_for,
 )
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.device.host import compute_threads
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.planning.experience import add_seen, experience_key
+from offload_rt.planning.levels import LevelKey, add_level
 from offload_rt.planning.planner import Means
+from offload_rt.planning.speeds import Speeds
 from offload_rt.report import RunReport
 from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
 from offload_rt.text import (
@@ -180,6 +185,7 @@ def started_engine(
         )
     from offload_rt.engine import Engine
 
+    speeds: Speeds | None = None
     with console.progress(f"loading {model.name}") as gauge:
 
         def show(engine: Engine) -> None:
@@ -187,6 +193,7 @@ def started_engine(
             gauge.total = engine.load_bytes
 
         def means(packing: Packing) -> Means:
+            nonlocal speeds
             speeds = speeds_for(settings.profile, packing)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
 
@@ -204,6 +211,7 @@ def started_engine(
             yield engine
         finally:
             _keep_seen(model, settings, engine)
+            _keep_pace(engine, speeds)
 
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
@@ -211,6 +219,17 @@ def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
     drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
     key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
     add_seen(experience_path(), key, engine.tally.seen())
+
+
+def _keep_pace(engine: "Engine", speeds: Speeds | None) -> None:
+    """Add how long passes took to what is known of this hour; of an emulated link it is nothing."""
+    config, ratio = engine.config, engine.pace.ratio
+    emulated = config.link_bytes_per_s is not None or config.threads is not None
+    if speeds is None or ratio is None or emulated:
+        return
+    streams = bool(engine.placement.streamed)
+    key = LevelKey.of(speeds, compute_threads(), engine.checkpoint, streams=streams)
+    add_level(levels_path(), key, ratio * engine.plan.level, time.time())
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,7 @@ class Plan:
             number of tokens is fixed.
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
+        level: times of recent runs over the profile's, by which all predicted ones are corrected.
     """
 
     runtime: RuntimeConfig
@@ -122,6 +123,14 @@ class Plan:
     outlooks: tuple[StepOutlook, ...] = ()
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
+    level: float = 1.0
+
+    def expected_pass_s(self, nodes: int) -> float | None:
+        """What a pass that checks so many drafted tokens should take; None without a profile."""
+        if self.prediction is None:
+            return None
+        near = (step.pass_s for step in self.outlooks if step.nodes >= nodes)
+        return next(near, self.prediction.pass_s)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,10 +140,12 @@ class Means:
     Attributes:
         speeds: of the machine.
         yields: what drafts of a kind of drafter give.
+        level: times of recent runs over those of the speeds, for runs that stream or do not.
     """
 
     speeds: Speeds
     yields: Callable[[DraftConfig], Yield]
+    level: Callable[[bool], float] = lambda streams: 1.0
 
 
 def make_plan(
@@ -237,6 +248,7 @@ def plan_run(
             *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
+        level=means.level(bool(chosen.placement.streamed)),
     )
 
 
@@ -393,11 +405,12 @@ class _Search:
             gives = self._means.yields(draft).accepted(size) if size else 0.0
             draft_s = self._draft_s(drafting, chosen.placement, size)
             cost = self._pass(chosen.placement, size + 1, self._context, draft_s)
+            level = self._means.level(bool(chosen.placement.streamed))
             yield StepOutlook(
                 nodes=size,
                 tokens=1.0 + gives,
-                draft_s=draft_s,
-                pass_s=cost.pass_s - draft_s + _STEP_S,
+                draft_s=level * draft_s,
+                pass_s=level * (cost.pass_s - draft_s + _STEP_S),
             )
 
     def _predict(self, drafting: Drafting, placement: Placement, nodes: int) -> Prediction:
@@ -410,13 +423,14 @@ class _Search:
         if hits < 1.0:
             plain = self._pass(placement, 1, self._context, 0.0)
             seconds = hits * cost.pass_s + (1.0 - hits) * plain.pass_s
+        level = self._means.level(bool(placement.streamed))
         return Prediction(
-            s_per_token=(seconds + _STEP_S) / tokens,
-            pass_s=seconds - hits * draft_s,
-            draft_s=hits * draft_s,
+            s_per_token=level * (seconds + _STEP_S) / tokens,
+            pass_s=level * (seconds - hits * draft_s),
+            draft_s=level * hits * draft_s,
             tokens_per_pass=tokens,
-            compute_s=cost.compute_s - draft_s,
-            stall_s=cost.stall_s,
+            compute_s=level * (cost.compute_s - draft_s),
+            stall_s=level * cost.stall_s,
             home_bytes=cost.home_bytes,
             obtained=cost.obtained,
         )
