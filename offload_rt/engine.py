@@ -1,6 +1,5 @@
 """The engine: a model on a device, and the passes it makes. How answers are made: `decoding`."""
 
-import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.cpu import CpuDevice, allocate_host
 from offload_rt.device.cuda import CudaDevice, TorchDriver
 from offload_rt.device.host import compute_threads, free_memory_bytes, peak_rss_bytes
+from offload_rt.device.present import cuda_index
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
@@ -596,10 +596,7 @@ def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
     if name == "cpu":
         device = CpuDevice(readers=config.readers, link_bytes_per_s=config.link_bytes_per_s)
         return device, Packing.FILE
-    if "," in name:
-        raise ConfigError(f"--device {name}: several devices are not supported yet, name one")
-    if not (match := re.fullmatch(r"cuda(?::(\d{1,4}))?", name)):
-        raise ConfigError(f"--device {name} is not known: use auto, cpu, cuda or cuda:N")
+    index = cuda_index(name)
     if config.link_bytes_per_s is not None:
         raise ConfigError("--link-bandwidth emulates a GPU's link: add --device cpu")
-    return CudaDevice(int(match[1] or 0), readers=config.readers), Packing.DEVICE
+    return CudaDevice(index, readers=config.readers), Packing.DEVICE

@@ -455,7 +455,7 @@ def test_other_models_and_full_disks_are_refused(
 
 
 def test_the_help_names_every_default(offload_run):
-    shown = " ".join(offload_run("train-medusa", "--help").out.split())
+    shown = " ".join(offload_run("train-medusa", "--help").out.split()).replace("- ", "-")
     for part in ("[default: 8192]", "[default: two-stage]", "OUTPUT/cache, removed at the end"):
         assert part in shown
 

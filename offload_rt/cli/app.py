@@ -91,14 +91,18 @@ class Verbs(click.Group):
 
     def _way_to_run(self, ctx: click.Context, args: Sequence[str]) -> str:
         """Whether `run` answers a prompt, or talks: on a terminal, where no prompt is given."""
-        run, chat = self.get_command(ctx, "run"), self.get_command(ctx, "chat")
-        assert isinstance(run, Verb) and isinstance(chat, Verb)
+        run = self.get_command(ctx, "run")
+        assert isinstance(run, Verb)
         options, words = run.sorted_words(ctx, args)
-        spoken = {name for param in chat.get_params(ctx) for name in param.opts} - _HELP
         names = {option_name(word) for word in options.values()}
         has_prompt = len(words) > (0 if names & MODEL_FLAGS else 1)
-        others = names - spoken - MODEL_FLAGS  # of a single answer, help, or wrong in both
-        return "run" if has_prompt or others or not sys.stdin.isatty() else "chat"
+        if has_prompt or not sys.stdin.isatty():
+            return "run"
+        chat = self.get_command(ctx, "chat")
+        assert chat is not None
+        spoken = {name for param in chat.get_params(ctx) for name in param.opts} - _HELP
+        # The rest is of a single answer, asks for help, or is wrong in both.
+        return "run" if names - spoken - MODEL_FLAGS else "chat"
 
 
 def _set_defaults(
@@ -150,7 +154,7 @@ def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
         # Not cli.main(): it has its own idea of what becomes of a closed pipe.
         try:
             with cli.make_context(
-                "offload-run", list(arguments), obj=interrupts, terminal_width=columns()
+                "offload-run", list(arguments), obj=interrupts, terminal_width=columns() - 2
             ) as context:
                 meta = context.meta
                 code = int(cli.invoke(context))

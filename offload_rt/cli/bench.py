@@ -76,7 +76,8 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     checkpoint = open_for_answers(model, settings)
     items = read_prompt_set(values["prompts"])
     directory = _made(values["directory"])
-    opened, console = open_model(checkpoint), Console(settings.output)
+    console = Console(settings.output)
+    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     # Only a seed of the user's fixes what is drafted; one that is drawn for him does not.
     settings = dataclasses.replace(settings, draft=reproducible(settings.draft, settings.sampling))
     if values["against_none"] and settings.draft.kind == "none":

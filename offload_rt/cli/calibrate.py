@@ -66,9 +66,9 @@ def calibrate(interrupts: Interrupts, heads: str, model: str, **values: Any) -> 
     folder = Path(values["directory"] or resolve_model(heads))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: make it first, or leave --output out")
+    opened = open_model(checkpoint, config, console)
     from offload_rt.text import build_prompt
 
-    opened = open_model(checkpoint)
     prompts = [build_prompt(opened.tokenizer, item.text, raw=values["raw"]) for item in items]
     capacity = _capacity(opened, config, prompts, values["max_tokens"])
     engine = _loaded(checkpoint, config, draft, prompts, capacity, console)

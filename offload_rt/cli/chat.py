@@ -56,7 +56,8 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     settings = settings_of(values)
     quiet_libraries(settings.output)
     console = Console(settings.output)
-    opened = open_model(open_for_answers(model, settings))
+    checkpoint = open_for_answers(model, settings)
+    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     if opened.tokenizer.chat_template is None:
         raise ConfigError(
             f"{opened.name} has no chat template: use `offload-run generate --raw` with one text"

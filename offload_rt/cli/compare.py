@@ -168,7 +168,7 @@ def _prepare(
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
     folder = _made(values["directory"])
     undo.enter_context(held(folder, "--output"))
-    opened = open_model(checkpoint, runs=False)
+    opened = open_model(checkpoint, runtime_of(values), console, runs=False)
     check_drafter(opened, asked.draft, raw=values["raw"])
     prompts = _encoded(opened, items, values)
     cap = find_cap(asked.cap_bytes)

@@ -155,6 +155,28 @@ class Console:
         click.echo(text, err=True)
 
     @contextmanager
+    def waiting(self, label: str) -> Iterator[None]:
+        """Say at once what a terminal waits for, before what a bar needs is imported.
+
+        The line is gone afterwards; where nothing is drawn it is a note that stays.
+        """
+        if self.output.quiet or not sys.stderr.isatty():
+            yield
+            return
+        if not draws(True):
+            self.note(label)
+            yield
+            return
+        stderr = unguarded(sys.stderr)
+        stderr.write(f"\r{encodable(printable(label)[: columns(2) - 5], _encoding(stderr))} ...")
+        stderr.flush()
+        try:
+            yield
+        finally:
+            stderr.write("\r\x1b[K")
+            stderr.flush()
+
+    @contextmanager
     def progress(self, label: str) -> Iterator[Gauge]:
         """Show a bar while the body runs; on a terminal only, and gone afterwards."""
         gauge = Gauge()

@@ -82,10 +82,12 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
         seeded,
         started_engine,
     )
+
+    console = Console(settings.output)
+    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     from offload_rt.cli.stats import STATS_INDENT, as_json, format_stats
     from offload_rt.text import build_prompt
 
-    opened, console = open_model(checkpoint), Console(settings.output)
     ids = build_prompt(opened.tokenizer, prompt, system=settings.system, raw=settings.raw)
     capacity = answer_capacity(opened, settings, len(ids), console)
     opened = adapted(opened, settings, console)

@@ -35,7 +35,6 @@ from offload_rt.config import (
 )
 from offload_rt.errors import ConfigError
 from offload_rt.model.locate import means_model
-from offload_rt.profiling.store import list_profiles
 from offload_rt.units import parse_size
 
 if TYPE_CHECKING:
@@ -145,6 +144,8 @@ class _Profile(click.ParamType):
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """The profiles that begin so; the shell adds files."""
+        from offload_rt.profiling.store import list_profiles
+
         names = [name for name in list_profiles() if name.startswith(incomplete)]
         return [CompletionItem(incomplete, type="file"), *map(CompletionItem, names)]
 
@@ -612,9 +613,7 @@ def settings_of(values: Values) -> Settings:
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.
     """
-    from offload_rt.cli.planning import with_plan
-
-    values, plan = with_plan(values)
+    values, plan = _with_plan(values)
     sampling, draft = _sampling(values), draft_of(values)
     check_accept(sampling, draft)
     return Settings(
@@ -635,6 +634,14 @@ def settings_of(values: Values) -> Settings:
         plan=plan,
         adapter=values["adapter"],
     )
+
+
+def _with_plan(values: Values) -> "tuple[Values, PlanFile | None]":
+    if values.get("plan_path") is None:
+        return values, None
+    from offload_rt.cli.planning import with_plan  # slow to import
+
+    return with_plan(values)
 
 
 def runtime_of(values: Values) -> RuntimeConfig:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
+from offload_rt.cli.early import check_context
 from offload_rt.cli.headline import More, bound_by, headline, more_memory
 from offload_rt.cli.options import draft_of, runtime_of
 from offload_rt.cli.plan_speed import speed_lines
@@ -21,7 +21,8 @@ from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_na
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
-from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.device.present import cuda_index
+from offload_rt.errors import DeviceError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
@@ -37,7 +38,6 @@ from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.units import format_size
 
 _FEW_CHARS = 24
-_CUDA = re.compile(r"cuda(?::(\d{1,3}))?")
 
 
 @click.command()
@@ -122,13 +122,9 @@ class _Outlook:
 def _look_ahead(
     checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, profile: str | None
 ) -> _Outlook:
-    positions = checkpoint.config.max_positions
-    context = config.context_tokens or min(positions, AUTO_CONTEXT_TOKENS)
-    if context > positions:
-        raise ConfigError(
-            f"--context is {context}, {checkpoint.folder.name} was made for up to "
-            f"{checkpoint.config.longest} tokens: lower it"
-        )
+    longest = checkpoint.config.max_positions
+    context = config.context_tokens or min(longest, AUTO_CONTEXT_TOKENS)
+    check_context(checkpoint, context)
     packing, free = _device(config)
     heads = open_draft_heads(checkpoint, draft)
     nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
@@ -164,12 +160,9 @@ def _device(config: RuntimeConfig) -> tuple[Packing, FreeMemory]:
         name = "cuda" if driver is not None and driver.gpus else "cpu"
     if name == "cpu":
         return Packing.FILE, FreeMemory(device_bytes=host, host_bytes=host)
-    match = _CUDA.fullmatch(name)
-    if match is None:
-        raise ConfigError(f"--device {config.device} is not known: use auto, cpu, cuda or cuda:N")
+    index = cuda_index(name)
     if config.device_limit_bytes is not None:
         return Packing.DEVICE, FreeMemory(device_bytes=config.device_limit_bytes, host_bytes=host)
-    index = int(match[1] or 0)
     if driver is None or index >= len(driver.gpus):
         raise DeviceError(
             f"--device {config.device}: no such NVIDIA GPU here; "

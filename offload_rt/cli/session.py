@@ -9,25 +9,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_rt.cli.console import Console, write_answer
+from offload_rt.cli.early import check_context, check_early
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Settings
-from offload_rt.cli.planning import (
-    check_plan,
-    experience_path,
-    levels_path,
-    means_for,
-    reproducible,
-    speeds_for,
-)
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import compute_threads
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing
-from offload_rt.planning.experience import add_seen, experience_key
-from offload_rt.planning.levels import LevelKey, add_level
-from offload_rt.planning.planner import Means
-from offload_rt.planning.speeds import Speeds
 from offload_rt.report import RunReport
 from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
 from offload_rt.text import (
@@ -40,6 +28,12 @@ from offload_rt.text import (
 
 if TYPE_CHECKING:
     from offload_rt.engine import Engine, Run, SequenceState
+    from offload_rt.model.layout import Packing
+    from offload_rt.planning.planner import Means
+    from offload_rt.planning.speeds import Speeds
+
+
+NO_DRAFT = DraftConfig()
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +78,35 @@ class Answer:
     report: RunReport
 
 
-def open_model(checkpoint: Checkpoint, *, runs: bool = True) -> Model:
-    """Load the tokenizer that belongs to a checkpoint.
+def open_model(
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    console: Console,
+    draft: DraftConfig = NO_DRAFT,
+    *,
+    runs: bool = True,
+) -> Model:
+    """Load the tokenizer that belongs to a checkpoint; refuse first what is known to be wrong.
 
     Args:
         checkpoint: headers of the model.
+        runtime: where it is to run.
+        console: shows what is waited for.
+        draft: who is to draft.
         runs: it will run in this process, so what that needs is imported meanwhile.
+
+    Raises:
+        ConfigError: as `check_early`.
+        DeviceError: as `check_early`.
+        CheckpointError: the tokenizer or what drafts cannot be used.
     """
-    tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
-    if runs:
-        import offload_rt.engine  # noqa: F401 - takes as long as the tokenizer's process
-    tokenizer.wait()
-    return Model(checkpoint, tokenizer, end_token_ids(tokenizer, checkpoint.folder))
+    check_early(checkpoint, runtime, draft)
+    with console.waiting(f"opening {checkpoint.folder.name}"):
+        tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
+        if runs:
+            import offload_rt.engine  # noqa: F401 - takes as long as the tokenizer's process
+        tokenizer.wait()
+        return Model(checkpoint, tokenizer, end_token_ids(tokenizer, checkpoint.folder))
 
 
 def check_drafter(model: Model, draft: DraftConfig, *, raw: bool) -> None:
@@ -129,11 +140,8 @@ def context_limit(model: Model, context_tokens: int | None) -> int:
     Raises:
         ConfigError: --context is longer than that.
     """
-    if context_tokens is not None and context_tokens > model.max_positions:
-        raise ConfigError(
-            f"--context is {context_tokens}, {model.name} was made for up to "
-            f"{model.checkpoint.config.longest} tokens: lower it"
-        )
+    if context_tokens is not None:
+        check_context(model.checkpoint, context_tokens)
     return context_tokens or model.max_positions
 
 
@@ -175,6 +183,8 @@ def started_engine(
     model: Model, settings: Settings, console: Console, *, capacity: int, prompt_tokens: int
 ) -> Iterator["Engine"]:
     """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    from offload_rt.cli.planning import check_plan, means_for, reproducible, speeds_for
+
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
     draft = reproducible(settings.draft, settings.sampling)
@@ -192,7 +202,7 @@ def started_engine(
             gauge.done = lambda: engine.device.load.statistics().bytes_copied
             gauge.total = engine.load_bytes
 
-        def means(packing: Packing) -> Means:
+        def means(packing: "Packing") -> "Means":
             nonlocal speeds
             speeds = speeds_for(settings.profile, packing)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
@@ -216,13 +226,19 @@ def started_engine(
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
     """Add what drafting gave to what is known of it."""
+    from offload_rt.cli.planning import experience_path
+    from offload_rt.planning.experience import add_seen, experience_key
+
     drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
     key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
     add_seen(experience_path(), key, engine.tally.seen())
 
 
-def _keep_pace(engine: "Engine", speeds: Speeds | None) -> None:
+def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:
     """Add how long passes took to what is known of this hour; of an emulated link it is nothing."""
+    from offload_rt.cli.planning import levels_path
+    from offload_rt.planning.levels import LevelKey, add_level
+
     config, ratio = engine.config, engine.pace.ratio
     emulated = config.link_bytes_per_s is not None or config.threads is not None
     if speeds is None or ratio is None or emulated:
@@ -281,7 +297,7 @@ class Answering:
 
         self.engine.poll_with(self.interrupts.check)
         try:
-            self._prefill(run)
+            self._prefill(run, sequence)
             self._show(stream, sequence)
             while run.active:
                 run.step()
@@ -290,12 +306,28 @@ class Answering:
             sequence.finish(FinishReason.ABORT)
             self._show(stream, sequence)
 
-    def _prefill(self, run: "Run") -> None:
-        engine = self.engine
-        copied = engine.device.copy.statistics().bytes_copied
+    def _prefill(self, run: "Run", sequence: "SequenceState") -> None:
+        """Read the prompt under a bar of its tokens: how far they are through the layers.
+
+        Where layers are streamed to a GPU the host is ahead of it, so what has arrived counts.
+        """
+        engine, prompt = self.engine, sequence.prompt_tokens
+        network, layers = engine.network, self.model.checkpoint.config.num_layers
+        start, copied = network.rows_done, engine.device.copy.statistics().bytes_copied
+        waits = engine.bytes_per_pass if engine.device.name.startswith("cuda") else 0
+
+        def done() -> int:
+            new = network.pass_rows or prompt  # what the cache has already is not read again
+            read = (network.rows_done - start) / layers
+            if waits:
+                arrived = engine.device.copy.statistics().bytes_copied - copied
+                read = min(read, new * arrived / waits)
+            return prompt - new + int(read)
+
+        network.pass_rows = 0
         with self.console.progress("reading the prompt") as gauge:
-            gauge.done = lambda: engine.device.copy.statistics().bytes_copied - copied
-            gauge.total = engine.bytes_per_pass
+            gauge.done, gauge.total = done, prompt
+            gauge.detail = lambda: f"{min(done(), prompt)} of {prompt} tokens"
             run.prefill()
 
     def _show(self, stream: RemoteStream, sequence: "SequenceState") -> None:

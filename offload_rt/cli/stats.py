@@ -6,14 +6,16 @@ from collections.abc import Sequence
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from offload_rt.cli.session import Answer, Answering
 from offload_rt.config import AcceptRule, DraftConfig
-from offload_rt.planning.planner import Plan
 from offload_rt.printable import printable
 from offload_rt.report import RetrievalCounts
 from offload_rt.units import format_rate, format_size, format_speed
+
+if TYPE_CHECKING:
+    from offload_rt.planning.planner import Plan
 
 _LABEL_WIDTH = 9
 STATS_INDENT = 2 + _LABEL_WIDTH
@@ -154,7 +156,7 @@ def _plan(answering: Answering) -> dict[str, Any]:
     }
 
 
-def _planned(plan: Plan) -> str:
+def _planned(plan: "Plan") -> str:
     """What the planner expected, and what of."""
     prediction = plan.prediction
     assert prediction is not None
@@ -213,7 +215,7 @@ def drafter_name(draft: DraftConfig) -> str:
     return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounds])
 
 
-def drafts_name(plan: Plan) -> str:
+def drafts_name(plan: "Plan") -> str:
     """Who drafts, how many tokens, and to how many a run may come."""
     name, first, most = drafter_name(plan.drafting.config), plan.first_nodes, plan.drafting
     if not first:

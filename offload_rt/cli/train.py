@@ -83,7 +83,7 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
     talks = read_talks(values["data"])
     if not corpus.self_distill:
         require_answers(talks, values["data"])
-    opened = open_model(checkpoint)
+    opened = open_model(checkpoint, runtime, console)
     context = context_limit(opened, runtime.context_tokens)
     from offload_rt.training.corpus import Dropped, Encoder  # imports torch
 

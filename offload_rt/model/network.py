@@ -96,6 +96,8 @@ class Network:
         dtype: number format of the computation.
         kept: layers that have their weights for good.
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
+        pass_rows: rows of the newest pass.
+        rows_done: rows that went through a layer, of all passes and layers.
 
     Raises:
         CheckpointError: transformers does not know the family, the family cannot be streamed, or
@@ -115,6 +117,7 @@ class Network:
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._layers = layers
         self.poll: Callable[[], None] = lambda: None
+        self.pass_rows = self.rows_done = 0
         self.kept: set[int] = set()
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
@@ -304,11 +307,13 @@ class Network:
         """Borrow the weights of a layer and take all rows [1, S, E] through it, chunk by chunk."""
         context = options[CONTEXT_KEYWORD]
         assert isinstance(context, PassContext)
-        rows = hidden.shape[1]
+        self.pass_rows = rows = hidden.shape[1]
         self.poll()
         with self._lent(index, weights):
             if rows <= chunk_tokens:
-                return forward(hidden, **options)
+                hidden = forward(hidden, **options)
+                self.rows_done += rows
+                return hidden
             for start in range(0, rows, chunk_tokens):
                 self.poll()
                 context.rows = range(start, min(start + chunk_tokens, rows))
@@ -316,6 +321,7 @@ class Network:
                 # A chunk depends on nothing after it, so its result may replace its input.
                 part = hidden[:, start : context.rows.stop]
                 part.copy_(forward(part, **tree_map(cut, options)))
+                self.rows_done += len(context.rows)
             context.rows = range(rows)
             return hidden
 
