@@ -61,7 +61,7 @@ def test_a_traceback_that_cannot_be_kept_is_shown(
     break_with, tiny_model, offload_run, monkeypatch, tmp_path
 ):
     (tmp_path / "file").touch()
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "file"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "file"))
     break_with(ZeroDivisionError())
     done = offload_run("generate", tiny_model, "-p", "x")
     assert done.code == 1 and "Traceback" in done.err

@@ -27,7 +27,9 @@ _SHOWN_CHARACTERS = 300
 def of_system(error: BaseException) -> str:
     """What the system is short of; empty where it is not that."""
     lacks_memory = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    if lacks_memory or (isinstance(error, RuntimeError) and "allocate memory" in str(error)):
+    if lacks_memory or (
+        isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error)
+    ):
         return _OUT_OF_MEMORY
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.EFBIG:
@@ -103,7 +105,7 @@ def _keep(trace: str, arguments: Sequence[str]) -> Path:
     """
     import platformdirs
 
-    path = make_folder(platformdirs.user_data_path("offload-rt")) / _NAME
+    path = make_folder(platformdirs.user_state_path("offload-rt")) / _NAME
     head = f"offload-run {version('offload-rt')}, Python {platform.python_version()}\n"
     command = printable(shlex.join(["offload-run", *arguments]))
     write_text(path, encodable(f"{head}{command}\n\n{trace}", "utf-8"), private=True)
