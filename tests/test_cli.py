@@ -344,7 +344,7 @@ def test_out_of_memory_is_a_sentence(fault, tiny_model, monkeypatch, offload_run
     def full(*_):
         raise fault
 
-    monkeypatch.setattr("offload_rt.cli.generate.open_checkpoint", full)
+    monkeypatch.setattr("offload_rt.cli.generate.read_prompt", full)
     done = offload_run("generate", tiny_model, "-p", "x")
     assert done.code == 2
     assert "out of memory: lower --device-memory" in done.err

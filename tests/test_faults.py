@@ -23,7 +23,7 @@ def break_with(monkeypatch):
         def broken(*_):
             raise error
 
-        monkeypatch.setattr("offload_rt.cli.generate.open_checkpoint", broken)
+        monkeypatch.setattr("offload_rt.cli.generate.read_prompt", broken)
 
     return set_error
 
