@@ -221,6 +221,21 @@ def test_a_conversation_that_the_template_refuses_is_not_loaded(talk, tiny_model
     assert done.saved["system"] is None and done.turns[0] == "two"
 
 
+@pytest.mark.parametrize(
+    ("lines", "context", "advice"),
+    [
+        (["x" * 300], 64, "shorten the turn, or start again with --context 512"),
+        (["x" * 600], 64, "shorten the turn; the model was made for up to 512"),
+        (["one", "x" * 600], 512, "shorten the turn; the model was made for up to 512"),
+        (["x" * 40] * 2, 64, "/undo takes the last turn back, /clear forgets everything, or /save"),
+    ],
+)
+def test_a_full_context_is_told_with_what_to_do(talk, lines, context, advice):
+    done = talk(*lines, options=(*PLAIN, "--context", context))
+    assert f"there is room for {context} with the answer: {advice}" in done.err
+    assert len(done.turns) == 2 * len(lines) - 1  # the last has no answer
+
+
 @pytest.mark.parametrize("name", ["a\0b", "~no-such-user/x", "x" * 300, "", "/", "no/such/x"])
 def test_names_of_files_that_cannot_be_are_sentences(talk, name):
     done = talk(*(f"/{command} {name}" for command in ("save", "load", "file")), "one")

@@ -434,7 +434,9 @@ def test_chat_that_outgrows_its_context_goes_on(tiny_model, offload_run):
     lines = b"hello\n" + b"word " * 60 + b"\n/nonsense\n/help\n\n/clear\nhello\n"
     done = offload_run("chat", tiny_model, "-n", 4, "--context", 64, stdin=lines)
     assert done.code == 0
-    assert re.search(r"conversation has \d+ tokens, there is room for 64 .* /clear", done.err)
+    assert re.search(
+        r"conversation has \d+ tokens, there is room for 64 .* shorten the turn", done.err
+    )
     assert "no command /nonsense" in done.err and "/stats" in done.err
     halves = done.out[: len(done.out) // 2], done.out[len(done.out) // 2 :]
     assert halves[0] == halves[1] != ""

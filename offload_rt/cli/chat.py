@@ -30,9 +30,9 @@ from offload_rt.cli.chat_words import (
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.faults import of_system, report_fault
 from offload_rt.cli.interrupts import Interrupted, Interrupts
-from offload_rt.cli.options import check_accept, settings_of
+from offload_rt.cli.options import Output, check_accept, settings_of
 from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
-from offload_rt.cli.stats import format_stats
+from offload_rt.cli.stats import STATS_INDENT, format_stats
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.printable import printable
 
@@ -224,7 +224,7 @@ class _Session:
         held = f", held with {record.model}" if record.model not in ("", name) else ""
         self._note(f"{self._turns()} from {path}{held}; {fullness(used, capacity)}")
         if used >= capacity:
-            self._note(f"the next turn has no room: {self.talk.room_advice()}")
+            self._note(f"the next turn has no room: {self.talk.room_advice(used)}")
         if record.unanswered is not None:
             self._note("the last turn has no answer: /regenerate answers it")
 
@@ -237,7 +237,10 @@ class _Session:
 
     def _stats(self, _: str) -> None:
         last = self.talk.last
-        _show(format_stats(self.talk.answering, last) if last else "  no answer yet")
+        if last is None:
+            _show("  no answer yet")
+        else:
+            _show(format_stats(self.talk.answering, last), STATS_INDENT)
 
     def _help(self, _: str) -> None:
         _show(help_text())
@@ -287,5 +290,6 @@ def _complain(sentence: str) -> None:
     click.echo(f"offload-run: error: {printable(sentence)}", err=True)
 
 
-def _show(text: str) -> None:
-    click.echo(text, err=True)
+def _show(text: str, indent: int = 0) -> None:
+    """Show what was asked for, with --quiet too."""
+    Console(Output()).block(text, indent)

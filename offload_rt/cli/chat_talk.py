@@ -9,6 +9,7 @@ from offload_rt.cli.options import Settings
 from offload_rt.cli.session import Answer, Answering, seeded
 from offload_rt.config import SamplingConfig
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.units import format_speed
 
 _SEEDS = 2**63
 
@@ -203,7 +204,7 @@ class Talk:
         if len(ids) >= self.capacity:
             raise ConfigError(
                 f"the conversation has {len(ids)} tokens, there is room for {self.capacity} with "
-                f"the answer: {self.room_advice()}"
+                f"the answer: {self.room_advice(len(ids))}"
             )
         return ids
 
@@ -238,10 +239,10 @@ class Talk:
 
     def _tell(self, answer: Answer, used: int) -> None:
         """One line of numbers, and why the answer ended if it was not over."""
-        count, speed = len(answer.token_ids), answer.report.timings.tokens_per_s
+        count, s_per_token = len(answer.token_ids), answer.report.timings.s_per_token
         parts = ["1 token" if count == 1 else f"{count} tokens"]
-        if speed is not None:
-            parts.append(f"{speed:.3g} tokens/s")
+        if s_per_token is not None:
+            parts.append(format_speed(s_per_token))
         parts.append(fullness(used, self.capacity))
         if answer.finish_reason == "abort":
             parts.append("stopped")
@@ -253,15 +254,25 @@ class Talk:
         if full:
             console.note(
                 f"the answer ends here because the conversation fills its {self.capacity} tokens: "
-                f"{self.room_advice()}"
+                f"{self.room_advice(used)}"
             )
 
-    def room_advice(self) -> str:
-        """What to do when the context is full."""
+    def room_advice(self, needed: int) -> str:
+        """What to do when the context is full.
+
+        Args:
+            needed: tokens that have to fit.
+        """
+        before = self.said[-1].used if self.said else 0
+        if before is not None and needed - before >= self.capacity:
+            advice = "shorten the turn"
+        else:
+            advice = "/undo takes the last turn back, /clear forgets everything"
         most = self.answering.model.max_positions
-        advice = "/undo takes the last turn back, /clear forgets everything"
-        if self.capacity >= most:
-            return f"{advice}; the model was made for no more"
+        if needed >= most:
+            return f"{advice}; the model was made for up to {most}"
+        if not self.said:
+            return f"{advice}, or start again with --context {most}"
         return f"{advice}, or /save FILE and start again with --context {most} and /load FILE"
 
 
