@@ -18,6 +18,7 @@ from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.pages import VERBS, load_verb
 from offload_rt.cli.verb import MODEL_FLAGS, ORIGINS, Verb, option_name, write_examples, write_pairs
 from offload_rt.errors import OffloadError
+from offload_rt.model.config import QuantisedError
 from offload_rt.model.locate import means_model
 from offload_rt.printable import printable
 
@@ -164,6 +165,8 @@ def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
         return code
     except click.ClickException as error:
         return _refuse(error, meta)
+    except QuantisedError as error:
+        return _fail(str(error) + _original(error), error.exit_code)
     except OffloadError as error:
         return _fail(str(error) + _origins(str(error), meta), error.exit_code)
     except BrokenPipeError:
@@ -174,6 +177,12 @@ def _run(arguments: Sequence[str], interrupts: Interrupts) -> int:
             raise
         silence()
         return _fail(sentence, OffloadError.exit_code)
+
+
+def _original(error: QuantisedError) -> str:
+    from offload_rt.cli.original import original_outlook
+
+    return original_outlook(error.original) if error.original else ""
 
 
 def _refuse(error: click.ClickException, meta: Mapping[str, Any]) -> int:

@@ -125,7 +125,7 @@ def _look_ahead(
     longest = checkpoint.config.max_positions
     context = config.context_tokens or min(longest, AUTO_CONTEXT_TOKENS)
     check_context(checkpoint, context)
-    packing, free = _device(config)
+    packing, free = device_there(config)
     heads = open_draft_heads(checkpoint, draft)
     nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
@@ -151,7 +151,7 @@ def _look_ahead(
     )
 
 
-def _device(config: RuntimeConfig) -> tuple[Packing, FreeMemory]:
+def device_there(config: RuntimeConfig) -> tuple[Packing, FreeMemory]:
     """How layers are laid out on the device, and what is free there and on the host."""
     host = free_memory_bytes()
     driver = find_driver() if config.device != "cpu" else None

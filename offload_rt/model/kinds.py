@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from offload_rt.model.files import shown
 from offload_rt.units import format_size
 
 READ = "bf16, fp16 and fp32 weights in safetensors files are read"
@@ -32,13 +33,14 @@ _NAMES = {
     "exl3": "EXL3",
     "hqq": "HQQ",
     "aqlm": "AQLM",
+    "compressed-tensors": "compressed-tensors",
     "gguf": "GGUF",
     "auto-round": "AutoRound",
     "intel/auto-round": "AutoRound",
 }
 _BITS = ("bits", "w_bit", "num_bits", "nbits", "weight_bits")
 _UNKNOWN = "of an unknown method"
-_ORIGINAL = {"MXFP4"}  # published so: there is no 16-bit original to point to
+_ORIGINAL = {"MXFP4", "FP8"}  # often published so: there may be no 16-bit original
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +109,7 @@ def _name(key: str, stated: object) -> str | None:
         # both switches off: left over from training, and what is stored is as it was
         loaded = stated.get("load_in_4bit"), stated.get("load_in_8bit")
         return None if loaded == (False, False) else "bitsandbytes"
-    return _NAMES.get(str(method).lower(), str(method)) if method else _UNKNOWN
+    return _NAMES.get(str(method).lower(), shown(method)) if method else _UNKNOWN
 
 
 def _bits(stated: object) -> float | None:

@@ -73,11 +73,18 @@ def outline_checkpoint(folder: Path) -> Checkpoint:
     """
     folder = Path(os.path.abspath(folder))
     config = load_model_config(folder)
+    if (known := outline_known(config, folder)) is not None:
+        return known
+    from offload_rt.model.outline_modules import outline_modules
+
+    return outline_modules(config, folder)
+
+
+def outline_known(config: ModelConfig, folder: Path) -> Checkpoint | None:
+    """The same for the families of the table; None for others."""
     family = _FAMILIES.get(config.model_type)
     if family is None:
-        from offload_rt.model.outline_modules import outline_modules
-
-        return outline_modules(config, folder)
+        return None
     shapes: Shapes = {"model.embed_tokens.weight": (config.vocab_size, config.hidden_size)}
     for layer in range(config.num_layers):
         parts = {f"{name}.weight": (config.hidden_size,) for name in family.norms}
