@@ -320,6 +320,8 @@ def _text_part(reader: _Reader) -> tuple[_Reader, str | None]:
             "this model"
         )
     whole = {k: v for k, v in reader.raw.items() if k in _OF_THE_WHOLE and v is not None}
+    if any(key in whole for key in _DTYPE_KEYS):
+        text = {key: value for key, value in text.items() if key not in _DTYPE_KEYS}
     tied = {key: value for key, value in reader.family.defaults.items() if key == _TIE}
     part = _reader_of(reader.path, {**tied, **text, **whole, "model_type": text_type})
     _log.warning("%s: only the text part of a %s model is used", reader.path, shown(family))
