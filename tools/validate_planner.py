@@ -6,16 +6,23 @@
 Each plan fixes the device memory, who drafts and how much, so nothing is corrected while it runs.
 How many drafted tokens stand is counted first, once per drafter and number of tokens, with
 everything on the device, on the same prompts: what is judged is the prediction of time, not of
-text. The profile is this machine's (`offload-run profile`) unless --profile names one. Plans are
-measured in rounds, one after the other; medians are compared.
+text. The profile is this machine's (`offload-run profile`) unless --profile names others: then each
+predicts every plan. --make-profiles makes them first, beside a changing number of busy processes,
+and says whether their layer curves rise. Plans are measured in rounds, one after the other; the
+least time of a plan counts, as a prediction is of a machine that nobody disturbs.
 """
 
 import argparse
 import json
+import os
+import random
 import re
 import statistics
+import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,17 +35,24 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.device.host import free_memory_bytes, thread_times, wait_asleep
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import Packing
+from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
-from offload_rt.planning.planner import Means
+from offload_rt.planning.planner import Means, plan_run
+from offload_rt.planning.run import FreeMemory, RunLoad
+from offload_rt.profiling.measure import measure as measure_machine
+from offload_rt.profiling.store import load_profile, save_profile
 from offload_rt.report import RunReport
+from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.text import build_prompt, load_tokenizer
 from offload_rt.units import parse_size
 
 _GREEDY = SamplingConfig()
+_BURN = (sys.executable, "-c", "while True: sum(range(10**6))")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,18 +85,19 @@ class Case:
         return f"{self.draft} {self.tokens}" if self.tokens else self.draft
 
 
-def cases(models: Mapping[str, Path]) -> Iterator[Case]:
+def cases(models: Mapping[str, Path], target_memory: Sequence[str]) -> Iterator[Case]:
     """The grid: small, middle and large model; streamed from disk, over a paced link, resident."""
     pairs: list[tuple[str, int | None]] = [("none", None), ("ngram", 8)]
     for memory, link in ((None, None), ("220MiB", None), ("220MiB", 0.4)):
         for draft, tokens in pairs:
             yield Case(model="small", memory=memory, draft=draft, tokens=tokens, link_gb_per_s=link)
     drafted = [("model", tokens) for tokens in (4, 16, 64)] if "drafter" in models else []
-    for memory in ("1800MiB", "2GiB", "3GiB", None):
+    for memory in (*target_memory, None):
         for draft, tokens in [*pairs, *drafted]:
             yield Case(model="target", memory=memory, draft=draft, tokens=tokens)
     for draft, tokens in [pairs[0], *drafted[1:2]]:
-        yield Case(model="target", memory="2GiB", draft=draft, tokens=tokens, link_gb_per_s=1.0)
+        memory = target_memory[-2]
+        yield Case(model="target", memory=memory, draft=draft, tokens=tokens, link_gb_per_s=1.0)
     for memory, (draft, tokens) in (("2GiB", pairs[0]), ("4GiB", pairs[0]), ("2GiB", pairs[1])):
         yield Case(model="large", memory=memory, draft=draft, tokens=tokens)
 
@@ -94,7 +109,7 @@ class Bench:
     models: Mapping[str, Path]
     prompts: Mapping[str, Sequence[Sequence[int]]]
     answer: int
-    profile: str | None
+    profiles: Sequence[str | None]
 
     def seen(self, model: str, draft: str, tokens: int | None) -> Seen:
         """Count accepted tokens of a drafter, with everything on the device.
@@ -118,13 +133,20 @@ class Bench:
         with self._engine(case, seen) as engine:
             prediction = engine.plan.prediction
             assert prediction is not None
+            others = {str(p): self._predicted_s(p, case, seen) for p in self.profiles}
+            ran_s, waited_s = _times_s()
             reports = [self._run(engine, prompt) for prompt in self.prompts[case.model]]
             tokens = sum(later for _, later in reports)
             steps = sum(report.speculation.passes - 1 for report, _ in reports)
             decode_s = sum(report.timings.decode_s for report, _ in reports)
             draft_s = sum(report.speculation.draft_s for report, _ in reports)
             stall_s = engine.device.compute.stalled_s()
+            ran_s, waited_s = (
+                now - then for now, then in zip(_times_s(), (ran_s, waited_s), strict=True)
+            )
             return {
+                "predicted_by": others,
+                "waited_share": waited_s / max(ran_s + waited_s, 1e-9),
                 "case": case.label,
                 "drafting": case.drafting,
                 "predicted_s_per_token": prediction.s_per_token,
@@ -140,9 +162,27 @@ class Bench:
                 "stalled_s": stall_s,
             }
 
-    def _engine(self, case: Case, seen: Seen) -> Engine:
-        prompts = self.prompts[case.model]
-        longest = max(map(len, prompts))
+    def _predicted_s(self, profile: str | None, case: Case, seen: Seen) -> float:
+        """Seconds per token by a profile; nothing is loaded."""
+        runtime, draft, longest = self._asked(case)
+        checkpoint = _opened(self.models[case.model])
+        drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft))
+        free = FreeMemory(device_bytes=free_memory_bytes(), host_bytes=free_memory_bytes())
+        load = RunLoad(capacities=[longest + self.answer], prompt_tokens=longest, drafting=drafting)
+        means = self._means(profile, Packing.FILE, seen)
+        plan = plan_run(checkpoint, runtime, Packing.FILE, load=load, free=free, means=means)
+        assert plan.prediction is not None
+        return plan.prediction.s_per_token
+
+    def _means(self, profile: str | None, packing: Packing, seen: Seen) -> Means:
+        def yields(config: DraftConfig) -> Yield:
+            return _counted(seen) or expected_yield(config.kind)
+
+        return Means(speeds=speeds_for(profile, packing), yields=yields)
+
+    def _asked(self, case: Case) -> tuple[RuntimeConfig, DraftConfig, int]:
+        """Where a plan runs, who drafts, and the longest prompt."""
+        longest = max(map(len, self.prompts[case.model]))
         draft = case.draft
         if draft == "model":
             draft = f"model:{self.models['drafter']}"
@@ -153,19 +193,17 @@ class Bench:
             link_bytes_per_s=case.link_gb_per_s * 1e9 if case.link_gb_per_s else None,
         )
 
-        def means(packing: Packing) -> Means:
-            def yields(config: DraftConfig) -> Yield:
-                return _counted(seen) or expected_yield(config.kind)
+        return runtime, DraftConfig(draft=draft, draft_tokens=case.tokens), longest
 
-            return Means(speeds=speeds_for(self.profile, packing), yields=yields)
-
+    def _engine(self, case: Case, seen: Seen) -> Engine:
+        runtime, draft, longest = self._asked(case)
         return Engine(
             _opened(self.models[case.model]),
             runtime,
             capacities=[longest + self.answer],
             prompt_tokens=longest,
-            draft=DraftConfig(draft=draft, draft_tokens=case.tokens),
-            means=means,
+            draft=draft,
+            means=lambda packing: self._means(self.profiles[0], packing, seen),
         )
 
     def _run(self, engine: Engine, prompt: Sequence[int]) -> tuple[RunReport, int]:
@@ -187,12 +225,18 @@ def _counted(seen: Seen) -> Yield | None:
     return Yield(tuple(points), seen.hits[1])
 
 
+def _times_s() -> tuple[float, float]:
+    """Seconds that this process's threads ran, and that other work kept them from a core."""
+    ran, waited = zip(*thread_times().values(), strict=True)
+    return sum(ran) / 1e9, sum(waited) / 1e9
+
+
 def _opened(folder: Path) -> Checkpoint:
     return open_checkpoint(resolve_model(str(folder)))
 
 
 def summarise(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
-    """One row per plan: medians over the rounds, and the error of the prediction."""
+    """One row per plan: medians over the rounds, the least time, the errors of predictions."""
     plans: dict[tuple[object, object], list[Mapping[str, object]]] = {}
     for row in rows:
         plans.setdefault((row["case"], row["drafting"]), []).append(row)
@@ -202,8 +246,13 @@ def summarise(rows: Sequence[Mapping[str, object]]) -> list[dict[str, object]]:
         merged: dict[str, object] = dict(group[0])
         merged |= {key: statistics.median(row[key] for row in group) for key in keys}  # type: ignore[type-var]
         merged["rounds"] = len(group)
-        predicted, measured = (merged[f"{k}_s_per_token"] for k in ("predicted", "measured"))
-        merged["error"] = predicted / measured - 1.0  # type: ignore[operator]
+        measured = merged["measured_s_per_token"] = min(
+            float(row["measured_s_per_token"])  # type: ignore[arg-type]
+            for row in group
+        )
+        by: Mapping[str, float] = merged["predicted_by"]  # type: ignore[assignment]
+        merged["errors"] = {name: predicted / measured - 1.0 for name, predicted in by.items()}
+        merged["error"] = merged["predicted_s_per_token"] / measured - 1.0  # type: ignore[operator]
         made.append(merged)
     return made
 
@@ -222,13 +271,74 @@ def as_table(plans: Sequence[Mapping[str, object]]) -> str:
             f" {p['error']:+.0%} | {p['predicted_pass_s']:.3f} / {p['measured_pass_s']:.3f} |"
             f" {p['predicted_draft_s']:.3f} / {p['measured_draft_s']:.3f} |"
         )
-    errors = sorted(abs(float(p["error"])) for p in plans)  # type: ignore[arg-type]
-    at90 = errors[min(len(errors) - 1, round(0.9 * (len(errors) - 1)))]
-    lines.append(
-        f"\n{len(plans)} plans: median error {statistics.median(errors):.1%}, 90th percentile "
-        f"{at90:.1%}, largest {errors[-1]:.1%}"
-    )
+    by_profile: dict[str, list[float]] = {}
+    for p in plans:
+        for name, error in p["errors"].items():  # type: ignore[attr-defined]
+            by_profile.setdefault(name, []).append(error)
+    lines.append("")
+    lines += [f"{Path(name).stem}: {_spread(errors)}" for name, errors in by_profile.items()]
+    if len(by_profile) > 1:
+        lines.append(f"all: {_spread([e for errors in by_profile.values() for e in errors])}")
     return "\n".join(lines)
+
+
+def _spread(errors: Sequence[float]) -> str:
+    sizes = sorted(map(abs, errors))
+    at90 = sizes[min(len(sizes) - 1, round(0.9 * (len(sizes) - 1)))]
+    return (
+        f"{len(sizes)} predictions, median error {statistics.median(sizes):.1%}, 90th percentile "
+        f"{at90:.1%}, largest {sizes[-1]:.1%}"
+    )
+
+
+@contextmanager
+def busy(most: int, seed: int) -> Iterator[None]:
+    """Keep up to `most` processes busy, a changing number of them, while the body runs."""
+    stop, dice = threading.Event(), random.Random(seed)
+
+    def change() -> None:
+        while not stop.is_set():
+            running = [subprocess.Popen(_BURN) for _ in range(dice.randint(0, most))]
+            stop.wait(dice.uniform(1.0, 6.0))
+            for process in running:
+                process.kill()
+                process.wait()
+
+    thread = threading.Thread(target=change, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def make_profiles(count: int, most: int, folder: Path) -> list[str]:
+    """Measure this machine so many times beside other work; returns the files."""
+    made = []
+    for number in range(count):
+        path = folder / f"profile-{number}.json"
+        with busy(most, number):
+            profile = measure_machine(path.stem, device="cpu")
+        save_profile(profile, path)
+        made.append(str(path))
+    return made
+
+
+def describe(path: str) -> str:
+    """Whether a profile's layer curves rise with tokens and size, and what it notes."""
+    profile = load_profile(Path(path))
+    wrong = sum(
+        other.layer_s.value < one.layer_s.value
+        for a in profile.layers
+        for b in profile.layers
+        if (a.processor, a.weights) == (b.processor, b.weights)
+        and a.shape.weight_bytes <= b.shape.weight_bytes
+        for one in a.times
+        for other in b.times
+        if one.tokens <= other.tokens
+    )
+    return f"{Path(path).stem}: {wrong} pairs of layer times fall; {' | '.join(profile.notes)}"
 
 
 def plot(plans: Sequence[Mapping[str, object]], path: Path) -> None:
@@ -267,6 +377,10 @@ def plot(plans: Sequence[Mapping[str, object]], path: Path) -> None:
 
 def main() -> int:
     """Measure, or only remake the table from the rows."""
+    if "GOMP_SPINCOUNT" not in os.environ:  # torch is here already: begin again as offload-run does
+        wait_asleep()
+        os.environ.setdefault("GOMP_SPINCOUNT", "")
+        os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("small", "target", "drafter", "large"):
         parser.add_argument(f"--{name}", type=Path, help="model folder")
@@ -275,11 +389,20 @@ def main() -> int:
     parser.add_argument("--answer", type=int, default=32, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--only", default="", help="plans whose name has this regular expression")
-    parser.add_argument("--profile", help="default: this machine's")
+    parser.add_argument("--profile", action="append", help="may be repeated; default: own")
+    parser.add_argument("--make-profiles", type=int, default=0, metavar="N", help="measure N first")
+    parser.add_argument("--load", type=int, default=4, help="busy processes beside them, at most")
+    parser.add_argument(
+        "--target-memory", default="1800MiB,2GiB,3GiB", help="device memory for the target"
+    )
     parser.add_argument("--output", type=Path, required=True, help="folder for rows, table, plot")
     parser.add_argument("--report-only", action="store_true")
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
+    given.profile = given.profile or []
+    given.profile += make_profiles(given.make_profiles, given.load, given.output)
+    for path in given.profile:
+        print(describe(path))
     rows_path = given.output / "rows.jsonl"
     if not given.report_only:
         measure(given, rows_path)
@@ -302,10 +425,10 @@ def measure(given: argparse.Namespace, rows_path: Path) -> None:
         if name != "drafter":
             tokenizer = load_tokenizer(_opened(models[name]).folder)
             prompts[name] = [build_prompt(tokenizer, item.text) for item in items]
-    bench = Bench(models, prompts, given.answer, given.profile)
+    bench = Bench(models, prompts, given.answer, given.profile or [None])
     grid = [
         case
-        for case in cases(models)
+        for case in cases(models, given.target_memory.split(","))
         if case.model in models and re.search(given.only, f"{case.label}, {case.drafting}")
     ]
     counted: dict[tuple[str, str, int | None], Seen] = {}

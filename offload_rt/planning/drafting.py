@@ -34,10 +34,10 @@ class Outcome:
 _MODEL: Points = ((1, 0.75), (2, 1.35), (4, 2.1), (8, 2.9), (16, 3.7), (64, 5.3), (256, 7.0))
 # medusa: 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
 _MEDUSA: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
-# ngram: half of the way from short answers of SmolLM2 (three questions, 64 tokens: 0.09, 0.19, 0.28
-# and 0.45 with 4, 8, 16 and 32 nodes) to Qwen2.5-Coder-1.5B's summaries, MT-Bench and HumanEval,
-# which quote more (README). Nobody knows before what will be asked.
-_NGRAM: Points = ((1, 0.09), (2, 0.14), (4, 0.21), (8, 0.32), (16, 0.41), (32, 0.62), (64, 0.8))
+# ngram: first answers of SmolLM2, three questions of 30 to 64 tokens: 0.09, 0.19, 0.28 and 0.45 per
+# step with 4, 8, 16 and 32 nodes. Long answers that quote give twice that (README), but nobody
+# knows what will be asked, and a draft that is too large costs more than one that is too small.
+_NGRAM: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
 _NGRAM_HITS = 0.9  # nothing is known at first
 # model: of the passes a tree may take, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on HumanEval.
 _MADE = 0.85
