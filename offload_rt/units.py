@@ -2,11 +2,18 @@
 
 import math
 import re
+from collections.abc import Iterable
 
 from offload_rt.errors import ConfigError
 
 _BINARY = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kmgt])(i?b)?|b)?\s*", re.IGNORECASE)
+
+
+def join_words(words: Iterable[str]) -> str:
+    """Words as a sentence lists them: `one`, `one and two`, `one, two and three`."""
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def parse_size(text: str) -> int:

@@ -19,6 +19,7 @@ from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, Settings, settings_of
 from offload_rt.cli.planning import reproducible
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
+from offload_rt.cli.recommended import with_recommended
 from offload_rt.cli.session import (
     Answer,
     Answering,
@@ -77,6 +78,8 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     items = read_prompt_set(values["prompts"])
     directory = _made(values["directory"])
     console = Console(settings.output)
+    if settings.own_sampling is not None:
+        settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     # Only a seed of the user's fixes what is drafted; one that is drawn for him does not.
     settings = dataclasses.replace(settings, draft=reproducible(settings.draft, settings.sampling))

@@ -31,6 +31,7 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.faults import of_system, report_fault
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, check_accept, settings_of
+from offload_rt.cli.recommended import with_recommended
 from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
 from offload_rt.cli.stats import STATS_INDENT, format_stats
 from offload_rt.errors import ConfigError, OffloadError
@@ -57,6 +58,7 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     quiet_libraries(settings.output)
     console = Console(settings.output)
     checkpoint = open_for_answers(model, settings)
+    settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     if opened.tokenizer.chat_template is None:
         raise ConfigError(

@@ -75,6 +75,7 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     quiet_libraries(settings.output)
     checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
+    from offload_rt.cli.recommended import with_recommended
     from offload_rt.cli.session import (
         Answering,
         answer_capacity,
@@ -84,6 +85,7 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     )
 
     console = Console(settings.output)
+    settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     from offload_rt.cli.stats import STATS_INDENT, as_json, format_stats
     from offload_rt.text import build_prompt

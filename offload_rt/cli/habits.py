@@ -56,7 +56,8 @@ _OPTIONS = {
     "--presence-penalty --frequency-penalty --dry-multiplier --logit-bias": _HISTORY,
     "--mirostat --mirostat-lr --typical --typical-p --tfs --samplers --xtc-probability": _SAMPLERS,
     "--sampling-seq --dynatemp-range --top-nsigma --xtc-threshold --epsilon-cutoff": _SAMPLERS,
-    "--do-sample": "use --temperature above 0",
+    "--do-sample": "use --temperature above 0, or --sampling model",
+    "--generation-config": "use --sampling model",
     "--num-beams --best-of --beam-width": "one answer is drawn; --temperature 0 takes the "
     "likeliest token always",
     "--grammar --grammar-file --json-schema -j --guided-json --guided-regex": "answers are not "
@@ -100,8 +101,8 @@ _VERBS = {
     "the terminal, `generate --json` answers programs",
     "ps stop kill status": "nothing stays loaded between runs; `offload-run doctor` says what is "
     "free",
-    "pull get fetch download install add": "`hf download ORG/NAME` puts a model into the hub's "
-    "cache, then ORG/NAME is a MODEL here",
+    "pull get fetch download install add": "`offload-run ORG/NAME --download` fetches a model "
+    "into the hub's cache first",
     "list ls models": "MODEL is a folder, or an id in the hub's cache, which `hf cache ls` lists",
     "show info inspect describe": "`offload-run plan MODEL` shows its sizes and what would live "
     "where",

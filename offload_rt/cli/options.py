@@ -150,6 +150,7 @@ class _Profile(click.ParamType):
         return [CompletionItem(incomplete, type="file"), *map(CompletionItem, names)]
 
 
+_DRAWING = ("temperature", "top_k", "top_p", "min_p")
 _DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
 _SHORT_DTYPES = {
     **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
@@ -189,6 +190,8 @@ class Settings:
         raw: give the prompt to the model without its chat template.
         profile: speeds to plan with; None: this machine's.
         plan: what --plan says; its values are among the others.
+        own_sampling: with --sampling model, what of `sampling` the user chose; else None.
+        chose_sampling: whether the user chose anything about it.
         adapter: folder of an adapter to apply, `none`, or None where nothing is said.
     """
 
@@ -201,6 +204,8 @@ class Settings:
     raw: bool
     profile: str | None = None
     plan: "PlanFile | None" = None
+    own_sampling: frozenset[str] | None = None
+    chose_sampling: bool = True
     adapter: str | None = None
 
 
@@ -221,13 +226,20 @@ def _group(*options: Callable[[CommandT], CommandT]) -> Callable[[CommandT], Com
 
 sampling_options = _group(
     click.option(
+        "--sampling",
+        type=click.Choice(["greedy", "model"]),
+        default="greedy",
+        help="What is sampled with where --temperature and others do not say: greedy, or what the "
+        "model's authors recommend in generation_config.json.",
+    ),
+    click.option(
         "--temp",
         "--temperature",
         "temperature",
         type=float,
         default=_default(SamplingConfig, "temperature"),
         help="Randomness of the answer. 0 is greedy: the likeliest token always, exact and "
-        "repeatable. The model's own generation settings are not used.",
+        "repeatable.",
     ),
     click.option(
         "--top-k",
@@ -614,8 +626,10 @@ def settings_of(values: Values) -> Settings:
         ConfigError: a value is out of range, or an option would have no effect.
     """
     values, plan = _with_plan(values)
-    sampling, draft = _sampling(values), draft_of(values)
-    check_accept(sampling, draft)
+    own_sampling = _own_sampling(values)
+    sampling, draft = _sampling(values, own_sampling), draft_of(values)
+    if own_sampling is None:
+        check_accept(sampling, draft)
     return Settings(
         sampling=sampling,
         generation=GenerationConfig(
@@ -633,6 +647,8 @@ def settings_of(values: Values) -> Settings:
         profile=values.get("profile"),
         plan=plan,
         adapter=values["adapter"],
+        own_sampling=own_sampling,
+        chose_sampling=any(_is_chosen(name) for name in ("sampling", *_DRAWING)),
     )
 
 
@@ -686,14 +702,27 @@ def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
         )
 
 
-def _sampling(values: Values) -> SamplingConfig:
+def _own_sampling(values: Values) -> frozenset[str] | None:
+    """With --sampling model, the options of sampling that the user set himself.
+
+    If only the user's defaults ask for it, his other defaults are as explicit as that.
+    """
+    if values.get("sampling") != "model":
+        return None
+    is_own = _is_typed if _is_typed("sampling") else _is_chosen
+    return frozenset(name for name in _DRAWING if is_own(name))
+
+
+def _sampling(values: Values, own: frozenset[str] | None = None) -> SamplingConfig:
     given = {field.name: values[field.name] for field in dataclasses.fields(SamplingConfig)}
+    if own is not None:
+        given = {name: v for name, v in given.items() if name == "seed" or name in own}
     config = SamplingConfig(**given)
-    if not config.greedy:
+    if not config.greedy or own is not None and "temperature" not in own:
         return config
-    for name in ("top_k", "top_p", "min_p"):
+    for name in _DRAWING[1:]:
         default = _default(SamplingConfig, name)
-        if values[name] != default and _typed(name):
+        if given.get(name, default) != default and _is_typed(name):
             flag = "--" + name.replace("_", "-")
             raise ConfigError(
                 f"{flag} {values[name]} has no effect on a greedy answer: "
@@ -703,8 +732,16 @@ def _sampling(values: Values) -> SamplingConfig:
     return SamplingConfig(**given)
 
 
-def _typed(name: str) -> bool:
+def _is_typed(name: str) -> bool:
     """Whether an option is on the command line itself."""
+    return _source(name) in (None, ParameterSource.COMMANDLINE)
+
+
+def _is_chosen(name: str) -> bool:
+    """Whether an option has a value of the user's, typed or by default."""
+    return _source(name) is not ParameterSource.DEFAULT
+
+
+def _source(name: str) -> ParameterSource | None:
     context = click.get_current_context(silent=True)
-    source = None if context is None else context.get_parameter_source(name)
-    return source in (None, ParameterSource.COMMANDLINE)
+    return None if context is None else context.get_parameter_source(name)

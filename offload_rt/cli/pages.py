@@ -6,7 +6,7 @@ import click
 
 from offload_rt.cli.verb import Page, Verb
 
-_ANSWERING = ("max_tokens", "system", "temperature", "seed")
+_ANSWERING = ("max_tokens", "system", "sampling", "temperature", "seed")
 _RUNNING = ("context_tokens", "device", "device_limit_bytes", "dtype")
 _DRAFTING = ("draft", "draft_tokens")
 
@@ -48,7 +48,7 @@ PAGES = {
         ),
         common=(
             *("prompt", "prompt_file", *_ANSWERING, *_RUNNING, *_DRAFTING),
-            *("threads", "json", "quiet"),
+            *("json", "quiet"),
         ),
     ),
     "chat": Page(

@@ -94,6 +94,7 @@ def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
         "completion_tokens": len(answer.token_ids),
         "finish_reason": answer.finish_reason,
         "seed": answer.seed,
+        "sampling": dataclasses.asdict(answering.settings.sampling) | {"seed": answer.seed},
         "device": engine.device.name,
         "dtype": dtype_name(engine),
         "versions": versions(),
