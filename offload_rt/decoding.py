@@ -20,7 +20,7 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.diagnosis import no_token
-from offload_rt.errors import NumbersError, OffloadError
+from offload_rt.errors import NumbersError
 from offload_rt.planning.drafting import Outcome
 from offload_rt.report import (
     Counters,
@@ -229,7 +229,7 @@ class Run:
             The drafts that were checked, and what became of them.
 
         Raises:
-            OffloadError: the model's numbers are NaN or infinite.
+            NumbersError: the model's numbers are NaN or infinite.
         """
         rows = zip(sequences, drafts, strict=True)
         logits = self.engine.check([(s.index, s.ids[-1], draft.tree) for s, draft in rows])
@@ -259,7 +259,7 @@ class Run:
         self._marks.append(self.engine.counters())
         return verdicts
 
-    def _explained(self, sequence: SequenceState) -> OffloadError:
+    def _explained(self, sequence: SequenceState) -> NumbersError:
         """Why a sequence has no next token; it is named if there are several."""
         error, count = no_token(self.engine, sequence.index, sequence.ids), len(self.sequences)
         if count == 1:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from offload_rt.errors import CheckpointError, NumbersError, OffloadError
+from offload_rt.errors import NumbersError, WeightsError
 from offload_rt.model.files import shown
 from offload_rt.model.layout import FLOATS
 from offload_rt.speculative.tree import TokenTree
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload_rt.engine import Engine
 
 
-def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> OffloadError:
+def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> NumbersError:
     """What to tell of a sequence after which the logits are no numbers; its cache is emptied.
 
     Args:
@@ -33,7 +33,7 @@ def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> OffloadError:
         engine.truncate(index, 0)  # rows that are no numbers must not be found again
 
 
-def not_numbers(engine: "Engine", again: Callable[[], torch.Tensor]) -> OffloadError:
+def not_numbers(engine: "Engine", again: Callable[[], torch.Tensor]) -> NumbersError:
     """What to tell of results that are no numbers.
 
     Args:
@@ -54,7 +54,7 @@ def not_numbers(engine: "Engine", again: Callable[[], torch.Tensor]) -> OffloadE
     return _of_weights(engine, layer, what) or _of_format(engine.network.dtype, what)
 
 
-def _of_weights(engine: "Engine", layer: int | None, what: str) -> OffloadError | None:
+def _of_weights(engine: "Engine", layer: int | None, what: str) -> NumbersError | None:
     """Whether weights are to blame: those of a layer, and those of none."""
     checkpoint, dtype = engine.checkpoint, engine.network.dtype
     own = () if layer is None else checkpoint.layers[layer]
@@ -62,7 +62,7 @@ def _of_weights(engine: "Engine", layer: int | None, what: str) -> OffloadError 
         broken, converted = engine.not_finite(extent)
         name = f"{shown(extent.name)} in {extent.path.name}"
         if broken:
-            return CheckpointError(
+            return WeightsError(
                 f"{what}: {name} holds {broken} of them, so the file is damaged or the model's "
                 "training went wrong: download it again"
             )
@@ -74,14 +74,14 @@ def _of_weights(engine: "Engine", layer: int | None, what: str) -> OffloadError 
     return None
 
 
-def _of_format(dtype: torch.dtype, what: str) -> OffloadError:
+def _of_format(dtype: torch.dtype, what: str) -> NumbersError:
     largest = torch.finfo(dtype).max
     if dtype is torch.float16:
         return NumbersError(
             f"{what}: they grow beyond {largest:,.0f}, the largest of {_named(dtype)}: use --dtype "
             "float32, or bfloat16"
         )
-    return CheckpointError(
+    return WeightsError(
         f"{what}: they grow beyond {largest:.1e}, the largest of {_named(dtype)}, with weights "
         "that are numbers: the files are damaged or do not belong together, download them again"
     )

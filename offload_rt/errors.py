@@ -68,6 +68,12 @@ class NumbersError(OffloadError):
         self.place = place
 
 
+class WeightsError(NumbersError):
+    """The same, and the model's files are to blame."""
+
+    exit_code = 4
+
+
 class DeviceError(OffloadError):
     """The device refused something: no such device, memory that cannot be pinned or allocated."""
 

@@ -108,7 +108,7 @@ def _hidden(engine: Engine, texts: Sequence[Sample]) -> torch.Tensor:
     """Hidden states of texts.
 
     Raises:
-        OffloadError: they are no numbers.
+        NumbersError: they are no numbers.
     """
     ids, places = [t.ids for t in texts], [t.places for t in texts]
     hidden = engine.hidden(ids, places)

@@ -93,6 +93,7 @@ def test_weights_are_those_peft_merges(make_tiny, make_adapter, kind):
     plain = load_file(folder / "model.safetensors")
     assert changed >= sum(not torch.equal(plain[name], expected[name]) for name in plain) > 0
     parts = [*made.layers, made.others, (made.embedding, made.head)]
+    assert made.total_bytes == checkpoint.total_bytes  # nor does a pass read more
     assert all(extent is made.tensors[extent.name] for part in parts for extent in part)
     assert [len(layer) for layer in made.layers] == [len(layer) for layer in checkpoint.layers]
 

@@ -26,7 +26,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.errors import CheckpointError, NumbersError
+from offload_rt.errors import NumbersError, WeightsError
 from offload_rt.sampling import NO_TOKEN, Dice, make_generator
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.deciding import Checked, decide
@@ -105,7 +105,7 @@ def drafts(model, tmp_path_factory):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SAMPLED], ids=["greedy", "sampled"])
 def test_a_weight_that_is_no_number_is_named(broken, drafts, name, sampling):
-    told = pytest.raises(CheckpointError, match=f"from layer 1 on: '{WEIGHT}' in model.safe")
+    told = pytest.raises(WeightsError, match=f"from layer 1 on: '{WEIGHT}' in model.safe")
     with engine_for(broken, draft=drafts[name]) as engine, told:
         generate(engine, sampling=sampling)
 
@@ -151,7 +151,7 @@ def test_the_answer_that_failed_is_named_and_the_next_starts_afresh(edited):
     prompts = [PROMPT, [*PROMPT, bad], PROMPT[:5]]
     with engine_for(folder, prompts=prompts) as engine:
         first = generate(engine, [PROMPT])
-        with pytest.raises(CheckpointError, match="answer 2 of 3: .*embed_tokens"):
+        with pytest.raises(WeightsError, match="answer 2 of 3: .*embed_tokens"):
             generate(engine, prompts)
         assert generate(engine, [PROMPT, PROMPT])[1] == first[0]
 
@@ -200,7 +200,7 @@ def test_an_answer_that_fails_with_drafts_fails_as_without(edited, model):
             engine._drafter = lambda *_, make=make: Proposes(make)
             run = engine.start([PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
             run.prefill()
-            with pytest.raises(CheckpointError, match="embed_tokens"):
+            with pytest.raises(WeightsError, match="embed_tokens"):
                 while run.active:
                     run.step()
             answers.append(run.sequences[0].emitted)
@@ -272,6 +272,11 @@ def test_broken_heads_end_drafting_and_not_the_answer(model, tmp_path, caplog):
     with engine_for(model, draft=draft) as engine:
         assert generate(engine) == plain
     assert "the medusa drafter failed (the logits of a head are NaN or inf" in caplog.text
+
+
+def test_a_chat_from_a_pipe_ends_with_what_every_turn_would_meet(broken, offload_run):
+    done = offload_run("chat", broken, "--draft", "none", "-n", 2, stdin=b"the fox\na dog\n")
+    assert done.code == 4 and done.err.count(WEIGHT) == 1
 
 
 def test_bench_and_calibration_tell_it_too(model, broken, offload_run, prompt_file, tmp_path):
