@@ -73,3 +73,10 @@ def test_streamed_equals_resident(no_bf16, make_tiny):
     assert max(no_bf16) >= LEAST_ROWS
     with engine_for(folder, resident_layers=1, slots=2, **options) as engine:
         assert torch.equal(all_logits(engine), resident)
+
+
+def test_weights_a_family_keeps_in_fp32_are_left_to_the_library(monkeypatch):
+    layer = torch.nn.Linear(64, 32)
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda *_: "the library's")
+    rows = torch.randn(1, LEAST_ROWS, 64)
+    assert wide_linear(rows, layer.weight, layer.bias) == "the library's"

@@ -25,8 +25,6 @@ CACHE_LINE_BYTES = 64
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CODES = {name: code for code, name in FLOATS.items()}
 
-# Since transformers 5 some modules have other names than in the files: Mixtral, GPT-NeoX.
-_RENAMED = (("block_sparse_moe.", "mlp."), ("embed_out.", "lm_head."))
 # There the experts of a layer are one parameter too: gate rows, then up rows.
 _FUSED = {
     "w1": ("gate_up_proj", 0),
@@ -50,8 +48,7 @@ class Placement:
     """Where a parameter lies in the image.
 
     Attributes:
-        name: what it is called in the files, as `image_name` changes it; experts of a layer are
-            one parameter.
+        name: what it is called in the files; the experts of a layer are one parameter.
         dtype: torch's name of its number format on the device.
         offset: bytes from the start of the image.
     """
@@ -117,13 +114,6 @@ def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: s
     return found
 
 
-def image_name(name: str) -> str:
-    """What a tensor of a file is called in an image, and in the network."""
-    for old, new in _RENAMED:
-        name = name.replace(old, new)
-    return name
-
-
 def plan_layouts(
     checkpoint: Checkpoint,
     dtype: str,
@@ -160,7 +150,7 @@ def plan_layout(
     builder = _Builder(dtype, packing, stays_fp32)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
-        name = image_name(extent.name)
+        name = extent.name
         if match := EXPERT.match(name):
             target, part = _FUSED[match["part"]]
             key = f"{match['moe']}.{target}"

@@ -105,8 +105,7 @@ class _TextNames:
     def __init__(self, backbone: str, family: Family) -> None:
         self._prefix = f"{backbone}." if backbone else ""
         self._family = family
-        heads = family.heads.union(HEADS)
-        self._heads = {f"{head}.{leaf}" for head in heads for leaf in ("weight", "bias")}
+        self._heads = {head.partition(".")[0] for head in family.heads.union(HEADS)}
         self._known: dict[str, bool] = {}
 
     def has(self, extent: TensorExtent) -> bool:
@@ -122,16 +121,19 @@ class _TextNames:
 
     def _has(self, name: str) -> bool:
         if not name.startswith(self._prefix):
-            return any(
-                name.endswith(head) and self._prefix.startswith(name.removesuffix(head))
-                for head in self._heads
-            )
+            return self._is_head(name)
         if _COMPUTED.search(name):
             return False
         below = name.removeprefix(self._prefix)
-        if below in self._heads or EXPERT.fullmatch(f".{below}"):
+        if EXPERT.fullmatch(f".{below}"):
             return True
         return all(self._family.knows(word) for word in below.split(".") if not word.isdigit())
+
+    def _is_head(self, name: str) -> bool:
+        """Whether it is beside the backbone, or beside what the backbone is a part of."""
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if part in self._heads), None)
+        return at is not None and self._prefix.startswith("".join(f"{p}." for p in parts[:at]))
 
 
 def _is_mask(extent: TensorExtent, family: Family) -> bool:

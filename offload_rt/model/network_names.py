@@ -25,7 +25,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint
 from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
-from offload_rt.model.layout import LayerLayout, Packing, Placement, image_name, plan_layouts
+from offload_rt.model.layout import LayerLayout, Packing, Placement, plan_layouts
 
 _log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class _Names:
             if ties and checkpoint.config.tie_word_embeddings is None:
                 _log.warning(HEAD_DIFFERS, shown(checkpoint.head.name))
             return places, False
-        stored = image_name(checkpoint.embedding.name)
+        stored = checkpoint.embedding.name
         copied = any(self.key_of(extent.name) == self._head for extent in checkpoint.left_out)
         if not (ties or copied):
             lacks = self._embedding if self.key_of(stored) == self._head else self._head

@@ -52,6 +52,7 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
 def computes_the_same(module: torch.nn.Module) -> bool:
     """Whether every linear below `module` gives the very same numbers when packed."""
     linears = [child for child in module.modules() if type(child) is torch.nn.Linear]
+    linears = [linear for linear in linears if linear.weight.dtype is torch.bfloat16]
     generator = torch.Generator().manual_seed(0)
     seen = set()
     for linear in linears:
@@ -68,8 +69,12 @@ def computes_the_same(module: torch.nn.Module) -> bool:
 
 
 def pack_linears(module: torch.nn.Module) -> None:
-    """Replace every linear below `module`; its other parameters become memory of their own."""
-    replace_linears(module, PackedLinear)
+    """Replace every linear in bf16 below `module`; all else becomes memory of its own."""
+    replace_linears(module, _packed)
+
+
+def _packed(linear: torch.nn.Linear) -> PackedLinear | None:
+    return PackedLinear(linear) if linear.weight.dtype is torch.bfloat16 else None
 
 
 def replace_linears(

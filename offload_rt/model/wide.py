@@ -37,7 +37,7 @@ def wide_linear(
 ) -> torch.Tensor:
     """[..., I] through weight [O, I] and bias [O] gives [..., O], all in bf16."""
     flat = rows.reshape(-1, rows.shape[-1])
-    if flat.shape[0] < LEAST_ROWS:
+    if flat.shape[0] < LEAST_ROWS or weight.dtype is not torch.bfloat16:  # families keep some wide
         return torch.nn.functional.linear(rows, weight, bias)
     wide = flat.float()
     out = rows.new_empty(flat.shape[0], weight.shape[0])

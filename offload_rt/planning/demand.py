@@ -13,7 +13,6 @@ from offload_rt.model.layout import (
     LayerLayout,
     Packing,
     compute_dtype,
-    image_name,
     plan_layouts,
 )
 from offload_rt.planning.placement import Demand
@@ -234,7 +233,7 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Pac
     embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
     if not takes(weights, *head.shape):
         return base.nbytes
-    ends = {image_name(embedding.name), image_name(head.name)}
+    ends = {embedding.name, head.name}
     others = sum(p.nbytes for p in base.placements if p.name not in ends)
     return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 
