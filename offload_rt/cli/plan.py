@@ -12,9 +12,10 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
+from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.early import check_context
 from offload_rt.cli.headline import More, bound_by, headline, more_memory
-from offload_rt.cli.options import draft_of, runtime_of
+from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.planning import check_plan, means_for, speeds_for, with_plan
 from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
@@ -60,6 +61,7 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     what `chat` takes: 4096 tokens, or what the model was made for if that is less; the whole of it
     is counted as one prompt. Answers are taken to be greedy.
     """
+    quiet_libraries(Output(json=values["json"]))
     values, given = with_plan(values)
     config = runtime_of(values)
     checkpoint, _ = open_or_outline(resolve_model(model))

@@ -12,8 +12,9 @@ from click.core import ParameterSource
 from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
+from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.headline import More, bound_by, headline, more_memory
-from offload_rt.cli.options import draft_of, runtime_of
+from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.planning import asked_processor, profile_for, profile_source
 from offload_rt.cli.simulate_table import (
     comparisons_table,
@@ -210,6 +211,7 @@ class _Outlook:
 
 
 def _model(model: str, values: dict[str, Any]) -> None:
+    quiet_libraries(Output())
     config, draft = runtime_of(values), draft_of(values)
     found, own = profile_for(values["profile_name"], asked_processor(config.device))
     profile = adjust_profile(found, values["profile_set"])

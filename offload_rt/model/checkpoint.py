@@ -143,13 +143,13 @@ def open_checkpoint(folder: Path, *, says_adapter: bool = True) -> Checkpoint:
         )
     config = load_model_config(folder)
     tensors, files = read_shards(folder, index)
-    if config.part_of and not any(_TEXT_PART in name for name in tensors):
+    checkpoint = sort_checkpoint(folder, config, tensors, files)
+    if config.part_of and not (checkpoint.left_out or any(_TEXT_PART in name for name in tensors)):
         raise CheckpointError(
-            f"{folder}: config.json is of a {shown(config.part_of)} model with a text part, but no "
-            f"tensor is named like {_TEXT_PART}model.layers.0.x: files and config are not of one "
-            "model"
+            f"{folder}: config.json is of a {shown(config.part_of)} model with a text part, but "
+            "the files hold a text model alone: files and config are not of one model"
         )
-    return sort_checkpoint(folder, config, tensors, files)
+    return checkpoint
 
 
 def sort_checkpoint(

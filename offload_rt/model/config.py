@@ -14,7 +14,13 @@ from pathlib import Path
 from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.config_class import ConfigClass, find_config_class, generates_text
+from offload_rt.model.config_class import (
+    ConfigClass,
+    find_config_class,
+    generates_text,
+    reads_more_than_text,
+    text_type_of,
+)
 from offload_rt.model.files import read_json_object, shown
 from offload_rt.model.kinds import READ, find_kind, weights_note
 
@@ -106,6 +112,7 @@ class ModelConfig:
         defaults: what the family's class sets where `raw` says nothing.
         positions_note: where `max_positions` comes from if not from the file's own number, else "".
         part_of: the family whose text part this is, as of a vision-language model, or None.
+        whole: what the class of that family is built from.
     """
 
     model_type: str
@@ -124,6 +131,7 @@ class ModelConfig:
     defaults: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
     positions_note: str = ""
     part_of: str | None = None
+    whole: Mapping[str, object] | None = field(default=None, repr=False, compare=False)
 
     def setting(self, name: str) -> object:
         """A value of the family's class: the file's, else the class's default, else None."""
@@ -157,12 +165,12 @@ def load_model_config(folder: Path) -> ModelConfig:
     """
     path = folder / _CONFIG_NAME
     raw = read_json_object(folder, _CONFIG_NAME, _CONFIG_LIMIT_BYTES, lenient=True)
-    reader, part_of = _text_part(_reader_of(path, raw))
+    reader, whole = _text_part(_reader_of(path, raw))
     kind = find_kind(folder, reader.raw)
     if kind is None:
-        return _model_config(reader, part_of)
+        return _model_config(reader, whole)
     try:
-        original = _model_config(reader, part_of)
+        original = _model_config(reader, whole)
     except CheckpointError:
         original = None  # what is wrong with it matters less
     raise QuantisedError(
@@ -172,7 +180,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     )
 
 
-def _model_config(reader: "_Reader", part_of: str | None) -> ModelConfig:
+def _model_config(reader: "_Reader", whole: "_Reader | None") -> ModelConfig:
     _check_nested_numbers(reader)
     hidden_size = reader.number("hidden_size")
     num_heads = reader.number("num_heads")
@@ -201,7 +209,8 @@ def _model_config(reader: "_Reader", part_of: str | None) -> ModelConfig:
         raw=MappingProxyType(_plain(reader.raw)),
         defaults=reader.family.defaults,
         positions_note=note,
-        part_of=part_of,
+        part_of=None if whole is None else whole.model_type,
+        whole=None if whole is None else MappingProxyType(_plain(whole.raw)),
     )
 
 
@@ -287,8 +296,8 @@ def _reader_of(path: Path, raw: dict[str, object]) -> _Reader:
     return _Reader(path=path, model_type=model_type, family=family, raw=_drop_code(raw))
 
 
-def _text_part(reader: _Reader) -> tuple[_Reader, str | None]:
-    """The reader of the text model, and the family it is a part of, if it is one.
+def _text_part(reader: _Reader) -> tuple[_Reader, _Reader | None]:
+    """The reader of the text model, and that of the whole it is a part of, if it is one.
 
     The number formats, ties and quantisation of the whole count for its part too.
 
@@ -308,24 +317,26 @@ def _text_part(reader: _Reader) -> tuple[_Reader, str | None]:
     if not nested:
         return reader, None
     text = reader.raw.get(_TEXT_PART)
-    text_type = text.get("model_type", f"{family}_text") if isinstance(text, dict) else None
-    if (
-        not isinstance(text, dict)
-        or not isinstance(text_type, str)
-        or not generates_text(text_type)
-    ):
+    if text is None:  # older files have its values beside those of the other parts
+        text = {key: value for key, value in reader.raw.items() if key not in nested}
+        text["model_type"] = text_type_of(family)
+    known = reads_more_than_text(family) or generates_text(family)
+    if not (isinstance(text, dict) and known and reader.family.has(_TEXT_PART)):
         raise reader.error(
             f"{shown(family)} is made of several networks ({', '.join(map(shown, nested))}), and "
-            "transformers has no class for its text model alone: use the text-only version of "
+            "transformers has no class that takes its text model: use the text-only version of "
             "this model"
         )
     whole = {k: v for k, v in reader.raw.items() if k in _OF_THE_WHOLE and v is not None}
     if any(key in whole for key in _DTYPE_KEYS):
         text = {key: value for key, value in text.items() if key not in _DTYPE_KEYS}
-    tied = {key: value for key, value in reader.family.defaults.items() if key == _TIE}
-    part = _reader_of(reader.path, {**tied, **text, **whole, "model_type": text_type})
-    _log.warning("%s: only the text part of a %s model is used", reader.path, shown(family))
-    return part, family
+    tied = True if text.get(_TIE) is True else reader.stated(_TIE)  # some save it in the part only
+    whole |= {"model_type": text.get("model_type") or text_type_of(family)}
+    whole |= {} if tied is None else {_TIE: tied}
+    part = _reader_of(reader.path, {**text, **whole})
+    folder = shown(reader.path.parent.name)
+    _log.warning("%s: only the text part of a %s model is used", folder, shown(family))
+    return part, reader
 
 
 def _head_dim(reader: _Reader, hidden_size: int, num_heads: int) -> int:
@@ -351,8 +362,9 @@ def _intermediate_size(reader: _Reader, hidden_size: int) -> int:
 
 
 def _sliding_window(reader: _Reader) -> int | None:
-    window = reader.optional_number("sliding_window")
-    return None if reader.flag("use_sliding_window") is False else window
+    if reader.flag("use_sliding_window") is False:  # some save 0 then
+        return None
+    return reader.optional_number("sliding_window")
 
 
 def _dtype(reader: _Reader) -> str | None:

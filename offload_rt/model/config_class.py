@@ -16,6 +16,11 @@ from pathlib import Path
 
 _CONFIGS, _MODULES = "CONFIG_MAPPING_NAMES", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"
 _GENERATES = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+_MULTIMODAL = (
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+)
+_PARTS = ("sub_configs_defaults", "sub_configs")
 _BASES = ("PreTrainedConfig", "PretrainedConfig")
 
 
@@ -68,6 +73,35 @@ def generates_text(model_type: str) -> bool:
     return model_type in _pairs(_GENERATES)
 
 
+def reads_more_than_text(model_type: str) -> bool:
+    """Whether transformers has a class of this family that answers in text to pictures, sound..."""
+    return any(model_type in _pairs(table) for table in _MULTIMODAL)
+
+
+def text_type_of(model_type: str) -> str | None:
+    """The family of a whole's text part where its configuration does not say; None if unknown."""
+    class_name = _pairs(_CONFIGS).get(model_type, "")
+    module = _pairs(_MODULES).get(model_type, model_type.replace("-", "_"))
+    for path in sorted((_models() / module).glob("configuration_*.py")):
+        found = _find_class(path, class_name)
+        for name, value, _ in () if found is None else _stated(found[1]):
+            if name in _PARTS and isinstance(value, ast.Dict):
+                parts = dict(
+                    zip(map(_literal, filter(None, value.keys)), value.values, strict=True)
+                )
+                return _family_named(parts.get("text_config"))
+    return None
+
+
+def _family_named(spec: ast.expr | None) -> str | None:
+    """The family of a configuration class, or of `SubConfigSpec(..., model_type=...)`."""
+    if isinstance(spec, ast.Call):
+        names = [_literal(word.value) for word in spec.keywords if word.arg == "model_type"]
+        return next((name for name in names if isinstance(name, str)), None)
+    name = spec.id if isinstance(spec, ast.Name) else ""
+    return next((family for family, made in _pairs(_CONFIGS).items() if made == name), None)
+
+
 _NOTHING = ConfigClass({}, {}, frozenset(), frozenset())
 _COMPUTED = object()
 
@@ -84,14 +118,16 @@ def _models() -> Path:
 def _pairs(table: str) -> Mapping[str, str]:
     """A table of texts of transformers' `auto` modules, with what is added to it later."""
     files = ["modeling_auto.py"]
-    if table != _GENERATES:
+    if table in (_CONFIGS, _MODULES):
         files = ["auto_mappings.py", "configuration_auto.py"]
     pairs: dict[str, str] = {}
     for path in (_models() / "auto" / name for name in files):
         for node in _tree(path).body if path.is_file() else ():
             if _changed(node) == table:
                 for part in ast.walk(node):
-                    pairs.update(_texts(_literal(part)))
+                    value = _literal(part)
+                    one = isinstance(value, tuple) and len(value) == 2 and table in _MULTIMODAL
+                    pairs.update(_texts([value] if one else value))
     return pairs
 
 

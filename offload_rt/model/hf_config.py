@@ -20,7 +20,7 @@ _COMPARED = {
 
 
 def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
-    """Build transformers' configuration; imports torch.
+    """Build transformers' configuration, of a text part that of the whole; imports torch.
 
     Args:
         config: what was read of the file.
@@ -32,21 +32,24 @@ def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)
-    fields = {key: value for key, value in config.raw.items() if key != "model_type"}
+    family = config.part_of or config.model_type
+    raw = config.raw if config.whole is None else config.whole
+    fields = {key: value for key, value in raw.items() if key != "model_type"}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            made = AutoConfig.for_model(config.model_type, **fields)
+            made = AutoConfig.for_model(family, **fields)
     except Exception as error:
         raise CheckpointError(
-            f"{folder}/config.json: transformers' {config.model_type} takes no such configuration: "
+            f"{folder}/config.json: transformers' {family} takes no such configuration: "
             f"{reason_of(error)}"
         ) from error
+    text = made if config.whole is None else made.get_text_config()
     for theirs, ours in _COMPARED.items():
-        found, read = getattr(made, theirs, None), getattr(config, ours)
+        found, read = getattr(text, theirs, None), getattr(config, ours)
         if isinstance(found, int) and found != read:
             raise CheckpointError(
-                f"{folder}/config.json: {config.model_type} of transformers has {theirs} {found}, "
+                f"{folder}/config.json: {family} of transformers has {theirs} {found}, "
                 f"here it was read as {read}: this family is not supported"
             )
     return made

@@ -3,10 +3,16 @@
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+)
 from transformers.core_model_loading import revert_weight_conversion
 
 from offload_rt.errors import CheckpointError
@@ -32,7 +38,7 @@ def build_modules(
     try:
         with init_empty_weights(include_buffers=False), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model: torch.nn.Module = AutoModelForCausalLM.from_config(
+            model: torch.nn.Module = _auto_class(made).from_config(
                 made, dtype=dtype, attn_implementation=attn_implementation
             )
     except Exception as error:
@@ -41,6 +47,18 @@ def build_modules(
             f"generates text from config.json: {reason_of(error)}"
         ) from error
     return model
+
+
+def _auto_class(config: PretrainedConfig) -> Any:  # noqa: ANN401
+    """Which of transformers' groups has the class that generates text, that of a whole if it can.
+
+    Its own forward passes then decide what a prompt of text alone comes to.
+    """
+    if config.get_text_config() is not config:
+        for group in (AutoModelForImageTextToText, AutoModelForMultimodalLM):
+            if type(config) in group._model_mapping:
+                return group
+    return AutoModelForCausalLM
 
 
 def file_shapes(model: torch.nn.Module) -> Mapping[str, tuple[int, ...]]:

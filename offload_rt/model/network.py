@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
@@ -36,7 +36,7 @@ from offload_rt.model.attention import (
     attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.layout import Packing, Placement, compute_dtype, image_name
+from offload_rt.model.layout import Packing, Placement, compute_dtype
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
@@ -47,6 +47,7 @@ AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
 PROBE_TOKENS = 3
 _MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
+_CHOOSES_MASKS = "create_masks_for_generate"  # of them, by the kinds of a family's layers
 _MASK_KINDS = {
     "create_causal_mask": MaskKind.CAUSAL,
     "create_sliding_window_causal_mask": MaskKind.SLIDING,
@@ -121,7 +122,8 @@ class Network:
         self.kept: set[int] = set()
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
-        self.kv_shapes = _probe(self._model, layers, checkpoint.config.model_type)
+        family = checkpoint.config.part_of or checkpoint.config.model_type
+        self.kv_shapes = _probe(self._model, layers, family)
         self._holes = [_holes(self._model, places) for places in self._places.of_layers]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
@@ -206,6 +208,7 @@ class Network:
         if self._places.tied:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight
+        self._leave_out_other_parts(device)
         if widens(self.dtype, device):
             widen_linears(self._model)
         for module in self._model.modules():
@@ -217,6 +220,21 @@ class Network:
             layer.forward = partial(
                 self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
             )
+
+    def _leave_out_other_parts(self, device: torch.device) -> None:
+        """Give parameters of no part of the text network nothing, where passes run.
+
+        A whole asks its first parameters where it is; the text of a prompt does not go through
+        them, and a pass that uses one fails.
+        """
+        placed = {place.key for group in self._places.of_layers for place in group}
+        placed |= {place.key for place in self._places.of_base}
+        for name, parameter in list(self._model.named_parameters(remove_duplicate=False)):
+            if parameter.is_meta and name not in placed:
+                path, _, leaf = name.rpartition(".")
+                nothing = torch.empty(0, dtype=parameter.dtype, device=device)
+                owner = self._model.get_submodule(path)
+                owner._parameters[leaf] = torch.nn.Parameter(nothing, False)
 
     def release(self) -> None:
         """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""
@@ -380,9 +398,9 @@ def modules_and_tensors(
     model = _with_own_head(_build(checkpoint, dtype))
     container, _ = _find_layers(model, checkpoint.config.num_layers)
     places = find_places(model, checkpoint, dtype, Packing.FILE, container)
-    stored = {image_name(name): extent for name, extent in checkpoint.tensors.items()}
+    stored = dict(checkpoint.tensors)
     if places.tied:
-        del stored[image_name(checkpoint.embedding.name)]
+        del stored[checkpoint.embedding.name]
     return model, {
         place.key: (stored[place.placement.name], getattr(torch, place.placement.dtype))
         for place in chain(*places.of_layers, places.of_base)
@@ -524,7 +542,8 @@ def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
     context = PassContext([Segment(cache, PROBE_TOKENS)], strict=True)
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     model.to("meta")
-    experts = model.config._experts_implementation  # type: ignore[union-attr]
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    experts = config._experts_implementation
     if experts is not None:  # the default's kernel has no shape-only form for every number format
         model.set_experts_implementation("batched_mm")  # type: ignore[operator]
     try:
@@ -559,15 +578,35 @@ def _marked_masks(model: torch.nn.Module) -> Iterator[None]:
     With no mask function registered under our name they return None, and a window, chunk or
     direction that a family applies by its mask alone would be lost without a word.
     """
-    module = sys.modules[type(model).__module__]
-    saved = {name: made for name, made in vars(module).items() if _MASK_FUNCTION.fullmatch(name)}
-    for name in saved:
-        setattr(module, name, partial(_mark, name))
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    modules = {masking_utils, *(sys.modules[type(part).__module__] for part in parts)}
+    table = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    places: list[dict[str, Any]] = [vars(module) for module in modules]
+    saved = [
+        (place, name, made)
+        for place in places
+        for name, made in place.items()
+        if _MASK_FUNCTION.fullmatch(name) and name != _CHOOSES_MASKS
+    ]
+    patterns = dict(table)
+    for place, name, _ in saved:
+        place[name] = partial(_mark, name)
+    table.update({pattern: _marked(made) for pattern, made in patterns.items()})
     try:
         yield
     finally:
-        for name, made in saved.items():
-            setattr(module, name, made)
+        for place, name, made in saved:
+            place[name] = made
+        table.update(patterns)
+
+
+def _marked(made: Any) -> Any:  # noqa: ANN401 - an entry of transformers' table
+    """What stands for a mask function, for one with options, or for several by name."""
+    if isinstance(made, dict):
+        return {kind: _marked(each) for kind, each in made.items()}
+    if isinstance(made, partial):
+        return partial(_mark, made.func.__name__, **made.keywords)
+    return partial(_mark, made.__name__)
 
 
 def _mark(name: str, *args: object, **options: object) -> MaskKind:

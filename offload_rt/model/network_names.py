@@ -86,10 +86,12 @@ def find_places(
             # A rule that only the classes know; the plan has counted a few bytes less.
             layouts = plan_layouts(checkpoint, name, packing, _exactly(wide))
             places = [names.places(layout) for layout in layouts]
+    what = f"{checkpoint.folder.name}: the text part of {checkpoint.config.part_of}"
+    what = "the model" if checkpoint.config.whole is None else what
     for index, found in enumerate(places[:-1]):
-        _check(f"layer {index}", names.of_layer(index), found)
+        _check(f"layer {index} of {what}", names.of_layer(index), found)
     base, tied = names.with_ends(places[-1])
-    _check("the model", names.of_base(tied), base)
+    _check(what, names.of_base(tied), base)
     names.say_strays(layouts)
     return Places(layouts[:-1], layouts[-1], tuple(map(tuple, places[:-1])), tuple(base), tied)
 
@@ -103,7 +105,10 @@ class _Names:
         mapping = get_model_conversion_mapping(model)
         self._renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
         self._converters = [each for each in mapping if isinstance(each, WeightConverter)]
-        self._prefixes = _without_common_end(checkpoint.container, container)
+        # A whole is loaded by transformers' rules alone: other files may be of another model.
+        self._of_whole = checkpoint.config.whole is not None
+        in_files = container if self._of_whole else checkpoint.container
+        self._prefixes = _without_common_end(in_files, container)
         head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
         keys = {id(tensor): key for key, tensor in self.state.items()}
         ends = [keys.get(id(getattr(end, "weight", None))) for end in (head, embedding)]
@@ -147,8 +152,13 @@ class _Names:
 
     def of_base(self, tied: bool) -> dict[str, torch.Tensor]:
         """What is needed besides the layers."""
-        start = f"{self._container}."
-        needed = {key: t for key, t in self.state.items() if not key.startswith(start)}
+        layers, head = f"{self._container}.", f"{self._head.rpartition('.')[0]}."
+        text = f"{self._container.rpartition('.')[0]}." if self._of_whole else ""
+        needed = {
+            key: tensor
+            for key, tensor in self.state.items()
+            if not key.startswith(layers) and key.startswith((text, head))
+        }
         if tied:
             del needed[self._head]
         return needed

@@ -10,7 +10,7 @@ from offload_rt.model.config import ModelConfig
 from offload_rt.model.family import read_family
 from offload_rt.model.layout import Packing
 from offload_rt.model.modules import build_modules, file_shapes
-from offload_rt.model.names import HEADS
+from offload_rt.model.names import HEADS, ends_in
 from offload_rt.model.network import Network
 from offload_rt.model.outline import DEFAULT_DTYPE, checkpoint_of
 
@@ -25,8 +25,8 @@ def outline_modules(config: ModelConfig, folder: Path) -> Checkpoint:
     model = build_modules(config, folder, dtype, attn_implementation=ATTENTION_NAME)
     shapes = dict(file_shapes(model))
     if config.tie_word_embeddings:
-        for head in read_family(config.model_type).heads.union(HEADS):
-            shapes.pop(f"{head}.weight", None)
+        heads = [f"{h}.weight" for h in read_family(config.model_type).heads.union(HEADS)]
+        shapes = {name: shape for name, shape in shapes.items() if not ends_in(name, heads)}
     checkpoint = checkpoint_of(folder, config, shapes)
     Network(checkpoint, "auto", Packing.FILE, model)  # refuses what could not be run
     return checkpoint
