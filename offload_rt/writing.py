@@ -79,8 +79,8 @@ def replacing(
 
     Args:
         path: a plain file, or nothing yet.
-        private: let nobody but its owner read it; else it is as readable as the file it replaces,
-            or as any new file.
+        private: let nobody but its owner read it; else it is as readable as the file of ours that
+            it replaces, or as any new file.
         lasting: have it on the disk before it gets its name.
         after: what to say behind the reason.
 
@@ -289,7 +289,7 @@ def _open_stream(path: Path) -> int | None:
 def _mode(before: os.stat_result | None, private: bool) -> int:
     if private:
         return _OWNER_ONLY
-    if before is not None:
+    if before is not None and before.st_uid == os.geteuid():  # another's may be open to all
         return stat.S_IMODE(before.st_mode) & 0o777
     umask = os.umask(0o077)  # the only way to ask; meanwhile other threads make private files
     os.umask(umask)

@@ -367,7 +367,9 @@ def test_search_order(folders):
     save_profile(FULL, here / f"{name}.json")
     assert find_profile(name) == user / f"{name}.json"
     save_profile(FULL, here / "only-here.json")
-    with pytest.raises(ProfileError, match="no profile 'only-here'"):
+    with pytest.raises(
+        ProfileError, match="no profile 'only-here'.*give its path, profiles/only-here"
+    ):
         find_profile("only-here")
     assert find_profile("profiles/only-here.json").resolve() == here / "only-here.json"
     assert find_profile(f"{user}/{name}.json") == user / f"{name}.json"

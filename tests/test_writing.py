@@ -56,6 +56,15 @@ def test_a_file_keeps_its_mode_unless_it_is_to_be_private(tmp_path):
     assert mode(path) == 0o600
 
 
+def test_the_mode_of_a_strangers_file_is_not_kept(tmp_path, monkeypatch, umask):
+    path = tmp_path / "a"
+    path.write_text("old")
+    path.chmod(0o666)
+    monkeypatch.setattr(os, "geteuid", lambda: path.stat().st_uid + 1)
+    write_text(path, "new")
+    assert mode(path) == 0o640
+
+
 def test_a_temporary_file_is_private_and_cannot_be_guessed(tmp_path):
     names = set()
     for _ in range(3):

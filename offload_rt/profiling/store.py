@@ -71,9 +71,11 @@ def find_profile(name: str) -> Path:
     known = list_profiles()
     if name not in known:
         names = ", ".join(known) or "none"
+        here = Path("profiles", f"{name}{_SUFFIX}")
+        path = f"its path, {here}" if here.is_file() else "the path of a file"
         raise ProfileError(
             f"there is no profile {name!r} (there are: {names}): make this machine's with "
-            "`offload-run profile`, or give the path of a file"
+            f"`offload-run profile`, or give {path}"
         )
     return known[name]
 

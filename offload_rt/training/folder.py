@@ -11,7 +11,7 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.files import open_inside, shown
 from offload_rt.training.files import read_json, write_json, writing
-from offload_rt.writing import is_temporary
+from offload_rt.writing import is_temporary, make_folder
 
 _VERSION = 1
 _SAMPLE_BYTES = 64 * 2**10
@@ -60,8 +60,7 @@ def open_folder(path: Path, record_name: str, settings: Mapping[str, object], fl
     found = read_json(path / record_name)
     folder = Folder(path, record_name, settings)
     if found is None:
-        with writing(path):
-            path.mkdir(parents=True, exist_ok=True)
+        with writing(make_folder(path)):
             strangers = [name for name in os.listdir(path) if not is_temporary(name)]
         if strangers:
             raise ConfigError(
