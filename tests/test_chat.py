@@ -290,7 +290,6 @@ def test_a_template_that_refuses_a_turn_costs_that_turn(talk, tiny_model, tmp_pa
         (DeviceError("the disk is full"), "the disk is full"),
         (MemoryError(), "out of memory"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "out of memory"),
-        (OSError(28, "No space left on device"), "No space left"),
     ],
 )
 def test_an_error_within_an_answer_costs_that_turn(talk, monkeypatch, error, told):
@@ -321,6 +320,15 @@ def test_a_fault_of_the_program_is_not_hidden_from_a_script(talk, monkeypatch):
     fails_at_pass(monkeypatch, 2, RuntimeError("an index is out of range"))
     done = talk("one", "two")
     assert done.code == 1 and "unexpected RuntimeError" in done.err and done.saved is None
+
+
+def test_answers_that_nobody_gets_end_a_script(talk, type_keys, monkeypatch):
+    fails_at_pass(monkeypatch, 2, OSError(28, "No space left on device"))
+    done = talk("one", "two")
+    assert done.code == 2 and "cannot write the output: No space" in done.err
+    fails_at_pass(monkeypatch, 2, OSError(28, "No space left on device"))
+    done = type_keys("one\r\x15two\r\x04")
+    assert done.code == 0 and "cannot write the output: No space" in done.err and done.out
 
 
 def test_an_engine_that_is_broken_says_so_and_keeps_the_conversation(

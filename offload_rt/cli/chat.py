@@ -34,7 +34,7 @@ from offload_rt.cli.options import Output, check_accept, settings_of
 from offload_rt.cli.recommended import with_recommended
 from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
 from offload_rt.cli.stats import STATS_INDENT, format_stats
-from offload_rt.errors import ConfigError, NumbersError, OffloadError
+from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.printable import printable
 
 AUTO_CONTEXT_TOKENS = 4096
@@ -143,9 +143,9 @@ class _Session:
             raise
         except Exception as error:
             sentence = str(error) if isinstance(error, OffloadError) else of_system(error)
-            ends = not sentence or self.talk.broken is not None
-            if not self.reader.offers and (ends or isinstance(error, NumbersError)):
-                raise  # nobody is there to type /save, or to take other files or another --dtype
+            hopeless = not sentence or self.talk.broken is not None or isinstance(error, OSError)
+            if hopeless and not self.reader.offers:
+                raise  # nobody is there to type /save
             if sentence:
                 _complain(sentence)
             else:
