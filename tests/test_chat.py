@@ -144,6 +144,15 @@ def test_a_system_prompt_that_the_template_refuses_is_not_set(talk, tiny_model, 
     assert done.saved["system"] is None and len(done.turns) == 2
 
 
+def test_a_system_prompt_must_leave_room_and_may_be_removed_to_make_some(talk, tmp_path):
+    long = "word " * 40
+    done = talk("one", f"/system {long}", "two", options=(*PLAIN, "--context", 80))
+    assert "there is room for 80" in done.err and len(done.turns) == 4
+    options = (*PLAIN, "--context", 80, "--system", long)
+    done = talk("one", '/system ""', "one", options=options)
+    assert done.err.count("there is room for 80") == 1 and len(done.turns) == 2
+
+
 def test_settings_are_shown_and_changed(talk):
     done = talk(
         "/set",
@@ -312,6 +321,10 @@ def test_a_failed_turn_can_be_answered_again(talk, monkeypatch):
     fresh = talk("one", "two")
     fails_at_pass(monkeypatch, 7, MemoryError())
     assert talk("one", "two", "/regenerate").turns == fresh.turns
+    fails_at_pass(monkeypatch, 7, MemoryError())
+    done = talk("one", "two", "/undo")
+    assert "the turn without an answer is taken back; 1 turn left" in done.err
+    assert done.turns == fresh.turns[:2]
     fails_at_pass(monkeypatch, 12, MemoryError())
     assert talk("one", "two", "/regenerate").turns == fresh.turns  # the old answer stays
 

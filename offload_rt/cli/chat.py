@@ -203,8 +203,9 @@ class _Session:
         self.talk.again()
 
     def _undo(self, _: str) -> None:
+        what = "the last turn" if self.talk.unanswered is None else "the turn without an answer"
         turn = self.talk.undo()
-        self._note(f"the last turn is taken back; {self._turns()} left")
+        self._note(f"{what} is taken back; {self._turns()} left")
         if self.reader.offers:
             self._offer_again(as_typed(turn))
 

@@ -131,7 +131,7 @@ class Talk:
         self.unanswered = None
 
     def instruct(self, system: str | None) -> None:
-        """Set the system prompt.
+        """Set the system prompt, or remove it.
 
         Raises:
             OffloadError: the model's template has no place for it, or it is too long.
@@ -139,7 +139,10 @@ class Talk:
         before = self.settings
         self.settings = dataclasses.replace(before, system=system)
         try:
-            self._prompt("x" if self.unanswered is None else self.unanswered)
+            if system is None:  # which makes room
+                self._ids("x")
+            else:
+                self._prompt("x")
         except BaseException:
             self.settings = before
             raise
@@ -175,7 +178,7 @@ class Talk:
             raise
 
     def used(self) -> int:
-        """Tokens of the conversation so far.
+        """Tokens of the conversation so far; uncounted ones with the shortest turn that may follow.
 
         Raises:
             OffloadError: it has to be counted, and the model's template refuses it.
