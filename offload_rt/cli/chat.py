@@ -125,13 +125,13 @@ class _Session:
                 _complain(str(error))
                 continue
             if typed is None:
-                return 0
+                break
             with interrupts.raising(False):  # an answer's passes let a signal in again
                 self._attempt(typed)
             if interrupts.terminated:
                 return interrupts.exit_code
             interrupts.clear()
-        return 0
+        return 0 if interactive else self.talk.failure
 
     def _attempt(self, typed: str) -> None:
         """Do what was typed; an error ends that, not the conversation."""

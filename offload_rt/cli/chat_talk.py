@@ -40,6 +40,7 @@ class Talk:
         unanswered: a turn that has got no answer.
         last: the last answer.
         broken: why the engine cannot answer any more.
+        failure: exit code of the last answer that the model or the machine failed to make; 0: none.
     """
 
     answering: Answering
@@ -48,6 +49,7 @@ class Talk:
     unanswered: str | None = None
     last: Answer | None = None
     broken: str | None = None
+    failure: int = 0
 
     @property
     def settings(self) -> Settings:
@@ -232,6 +234,7 @@ class Talk:
 
     def _start_over(self, error: Exception) -> None:
         """Bring the engine back to its start after an error within an answer."""
+        self.failure = (error if isinstance(error, OffloadError) else OffloadError).exit_code
         if not isinstance(error, OffloadError) and not of_system(error):
             self.broken = f"{type(error).__name__}: {error}"
         try:
