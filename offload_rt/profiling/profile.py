@@ -80,7 +80,7 @@ class Number:
     """One number; the unit is in the name of the field that holds it.
 
     Attributes:
-        value: what the hardware does undisturbed, if measured: by the lower quartile of the times.
+        value: what the hardware does undisturbed, if measured: by the lower decile of the times.
         spread: difference between the quartiles of the samples, in the unit of `value`.
         samples: how many were measured.
         source: where a published number is from, why an assumed one is reasonable, how a measured

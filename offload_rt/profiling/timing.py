@@ -1,9 +1,10 @@
 """Repeating a measurement until it says what the hardware does when nobody disturbs.
 
-Other work makes times longer and hardly ever shorter, so the lower quartile of the samples counts.
+Other work makes times longer and hardly ever shorter, so the lower decile of the samples counts.
 Where the CPU computes, the time that other work kept a thread from its core is taken out: the
-kernel counts it. Beside eight other programs on two cores layers of 28 to 416 MiB so came within
-15 % of their times on the quiet machine, where the shortest wall times were two to four times that.
+kernel counts it. Beside nine other programs on two cores layers of 7 to 116 MiB so came out at 0.91
+to 1.17 times their length on the quiet machine (lower quartiles: 1.01 to 1.56), where the shortest
+wall times were two to four times that.
 """
 
 import statistics
@@ -22,6 +23,7 @@ ThreadTimes = Mapping[str, tuple[int, int]]
 
 _TAKES_PART = 0.2  # of the running time of the busiest thread
 _SHORTEST_S = 1e-9
+_LEAST_RUNS = 3
 _AGAIN = 3  # times that points are measured again, at most
 REPAIRED = "taken down: more work took less"
 
@@ -34,17 +36,21 @@ def take_samples(sample_s: Sample, effort: Effort) -> list[float]:
 def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]]:
     """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
 
-    Each has `least_samples`, and more until it took `number_s`.
+    Each has `least_samples`, and more until it took `number_s`; a warm-up as long as that counts.
     """
     taken: list[list[float]] = [[] for _ in samples]
-    spent_s = [_spent_s(sample_s) for sample_s in samples]
-    for number in range(effort.most_samples):
+    spent_s = [0.0] * len(samples)
+    for turn in range(1 + effort.most_samples):
         for index, sample_s in enumerate(samples):
-            if number < effort.least_samples or spent_s[index] <= effort.number_s:
-                start = time.perf_counter()
-                taken[index].append(sample_s())
-                spent_s[index] += time.perf_counter() - start
-    return taken
+            own, is_warm_up = taken[index], turn == 0
+            if turn and len(own) >= effort.least_samples and spent_s[index] > effort.number_s:
+                continue
+            start = time.perf_counter()
+            own.append(sample_s())
+            spent_s[index] += time.perf_counter() - start
+            if is_warm_up and not spent_s[index] > effort.number_s > 0.0:
+                own.clear()
+    return [own[: effort.most_samples] for own in taken]
 
 
 def _spent_s(run: Callable[[], object]) -> float:
@@ -163,9 +169,14 @@ def timed(run: Callable[[], object], least_s: float = 0.0, *, computes: bool = F
 
     def sample_s() -> float:
         start, taken = time.perf_counter(), [once_s()]
-        while time.perf_counter() - start < least_s:
+        # What a thread waited before a run is told in it: of short ones a few are compared.
+        while (
+            time.perf_counter() - start < least_s
+            or len(taken) < _LEAST_RUNS
+            and min(taken) < least_s
+        ):
             taken.append(once_s())
-        return max(undisturbed(taken), _SHORTEST_S)
+        return max(_quartiles(taken)[0], _SHORTEST_S)
 
     return sample_s
 
@@ -182,14 +193,16 @@ def _held_up_s(before: ThreadTimes, after: ThreadTimes) -> float:
 
 
 def undisturbed(seconds: Iterable[float]) -> float:
-    """The lower quartile."""
-    return _quartiles([*seconds])[0]
+    """The lower decile."""
+    values = [*seconds]
+    return statistics.quantiles(values, n=10, method="inclusive")[0] if values[1:] else values[0]
 
 
 def measured(seconds: Sequence[float]) -> Number:
-    """Lower quartile of samples, and the difference between their quartiles."""
+    """Lower decile of samples, and the difference between their quartiles."""
     low, high = _quartiles(seconds)
-    return Number(value=low, obtained=Obtained.MEASURED, spread=high - low, samples=len(seconds))
+    value = undisturbed(seconds)
+    return Number(value=value, obtained=Obtained.MEASURED, spread=high - low, samples=len(seconds))
 
 
 def measured_rate(nbytes: int, seconds: Sequence[float]) -> Number:
