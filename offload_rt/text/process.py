@@ -124,6 +124,11 @@ class TextProcess:
         self._lock = threading.RLock()
         atexit.register(self.close)
 
+    @property
+    def pid(self) -> int | None:
+        """Of the child, while there is one."""
+        return None if self._child is None else self._child.pid
+
     def start(self) -> None:
         """Have it running; it imports what it needs while we do something else."""
         with self._lock:
@@ -238,6 +243,10 @@ class _Child:
             os.close(life)
         assert self._process.stdin is not None and self._process.stdout is not None
         self._requests, self._replies = self._process.stdin, self._process.stdout
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def ours(self) -> bool:

@@ -172,11 +172,7 @@ def _rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> str:
 
 def _render(tokenizer: Tokenizer, turns: Sequence[Message], parts: bool) -> str:
     messages: list[dict[str, object]] = [
-        {
-            "role": turn.role,
-            "content": [{"type": "text", "text": turn.content}] if parts else turn.content,
-        }
-        for turn in turns
+        {"role": turn.role, "content": [_part(turn)] if parts else turn.content} for turn in turns
     ]
     return tokenizer.render(messages, sum(len(turn.content) for turn in turns))
 
@@ -192,6 +188,8 @@ def _lost_turn(
     for index, turn in enumerate(turns):
         if not any(_holds(text, words) for words in _kept_words(turn)):
             return index
+        if parts and _holds(text, repr(_part(turn))):  # written out, as a template for texts does
+            return index
     short = [i for i, turn in enumerate(turns) if len(turn.content.strip()) < _TELLING_CHARS]
     if not short:
         return None
@@ -204,6 +202,10 @@ def _lost_turn(
     except CheckpointError:
         return None  # a template that asks for certain texts; these were there
     return next((i for i, mark in marks.items() if mark not in with_marks), None)
+
+
+def _part(turn: Message) -> dict[str, str]:
+    return {"type": "text", "text": turn.content}
 
 
 def _holds(text: str, words: str) -> bool:

@@ -19,7 +19,7 @@ _MIB = 2**20
 # takes 0.6 to 1.1 s and 160 times its bytes; the largest templates take 50 ms.
 _LOAD_S, _LOAD_S_PER_MIB = 60.0, 10.0
 _LOAD_BYTES, _LOAD_BYTES_PER_BYTE = 1024 * _MIB, 64
-_ENCODE_S, _ENCODE_S_PER_MIB = 10.0, 40.0
+_ENCODE_S, _ENCODE_S_PER_MIB = 10.0, 20.0
 _ENCODE_BYTES, _ENCODE_BYTES_PER_BYTE = 512 * _MIB, 512
 _RENDER_S, _RENDER_S_PER_MIB = 2.0, 5.0
 _RENDER_BYTES, _RENDER_BYTES_PER_BYTE = 256 * _MIB, 64
@@ -124,7 +124,7 @@ class Tokenizer:
             cpu_s=_ENCODE_S + _ENCODE_S_PER_MIB * nbytes / _MIB,
             memory_bytes=_ENCODE_BYTES + _ENCODE_BYTES_PER_BYTE * nbytes,
         )
-        what = f"on {len(text)} characters the tokenizer of {self.folder}"
+        what = f"the tokenizer of {self.folder}, given {len(text)} characters,"
         ids: list[int] = self._ask(what, "encode", limits, text=text, special=add_special_tokens)
         highest = max(ids, default=0)
         if self.rows is not None and highest >= self.rows:

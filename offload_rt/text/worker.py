@@ -5,6 +5,7 @@ of it, and importing it takes seconds and hundreds of MiB.
 """
 
 import fcntl
+import functools
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from offload_rt.units import format_size
 
 _LENGTH_BYTES = 8
 _FILE_BYTES = 1 << 20  # it has nothing to write
-_ERROR_CHARS = 400
+_ERROR_CHARS = 1000
 
 # The largest templates hold some 20 kB of fixed text and repeat a message at most a few times.
 _TEMPLATE_FIXED_CHARS = 1 << 20
@@ -49,6 +50,8 @@ def main(life: int) -> None:
     sys.modules["torch"] = None  # type: ignore[assignment]
     with suppress(ImportError):  # said when it is needed
         from transformers import AutoTokenizer  # noqa: F401 - a second, outside of the limits
+    resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     served = _Served()
     with os.fdopen(requests, "rb") as source, os.fdopen(replies, "wb") as sink:
         while head := source.read(_LENGTH_BYTES):
@@ -109,18 +112,24 @@ def _limit(cpu_s: float, memory_bytes: int | None) -> None:
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     soft = hard
     if memory_bytes is not None:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(os.pread(_own_size(), 32, 0).split()[0])
         soft = pages * resource.getpagesize() + memory_bytes
         soft = soft if hard == resource.RLIM_INFINITY else min(soft, hard)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     signal.setitimer(signal.ITIMER_PROF, cpu_s)
+
+
+@functools.cache
+def _own_size() -> int:
+    """A file whose first number is the pages of address space this process has."""
+    return os.open("/proc/self/statm", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def one_line(error: BaseException) -> str:
     """An error's message on one line, and not endless."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, KeyError):
+        text = f"{text} is missing"
     return text if len(text) <= _ERROR_CHARS else text[: _ERROR_CHARS - 3] + "..."
 
 
