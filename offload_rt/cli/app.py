@@ -136,7 +136,7 @@ def cli(no_config: bool) -> None:
 
     Layers that do not fit are streamed through a ring of slots; the output is that of the whole
     model. MODEL is a folder with safetensors files, a hub id in the local Hugging Face cache, or
-    `demo`. Nothing is ever downloaded.
+    `demo`. Nothing is downloaded without --download.
 
     Exit codes: 0 done, 1 doctor found something broken or an error nobody foresaw, 2 usage or
     configuration, 3 no plan fits, 4 model files, 130 interrupted.

@@ -46,7 +46,7 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "moe_intermediate_size": (("moe_intermediate_size",), 1, 2**20),
     "experts_per_token": (("num_experts_per_tok", "num_experts_per_token"), 0, 2**12),
     "experts": (("num_experts", "num_local_experts", "n_routed_experts"), 0, 2**12),
-    "sliding_window": (("sliding_window",), 1, 2**28),
+    "sliding_window": (("sliding_window",), 0, 2**28),  # 0 is how Qwen2-MoE writes none
 }
 _ROPE_KEYS = ("rope_theta", "factor", "rope_local_base_freq", "original_max_position_embeddings")
 _ROPE_LIMIT = 1e12
@@ -312,7 +312,7 @@ def _text_part(reader: _Reader) -> tuple[_Reader, _Reader | None]:
     nested = [
         key
         for key, value in reader.raw.items()
-        if isinstance(value, dict) and ("model_type" in value or key.endswith(_TEXT_PART))
+        if isinstance(value, dict) and (value.get("model_type") or key.endswith(_TEXT_PART))
     ]
     if not nested:
         return reader, None
@@ -364,7 +364,7 @@ def _intermediate_size(reader: _Reader, hidden_size: int) -> int:
 def _sliding_window(reader: _Reader) -> int | None:
     if reader.flag("use_sliding_window") is False:  # some save 0 then
         return None
-    return reader.optional_number("sliding_window")
+    return reader.optional_number("sliding_window") or None
 
 
 def _dtype(reader: _Reader) -> str | None:
@@ -409,6 +409,8 @@ def _longest(reader: _Reader, stated: int) -> tuple[int, str]:
         kind, factor = part.get("rope_type", part.get("type")), part.get("factor")
         if kind not in _STRETCHED or not isinstance(factor, int | float):
             continue
+        if kind == "linear" and reader.model_type.startswith("gemma3"):
+            continue  # there the class's own number has the factor in it
         original = part.get("original_max_position_embeddings")
         if reader.family.has("original_max_position_embeddings") or original is None:
             original = reader.optional_number("original_positions") or stated

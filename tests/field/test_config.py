@@ -126,6 +126,14 @@ def test_rotary_scaling_makes_room(make_tiny, tmp_path, changes, longest, note):
     assert note in config.longest and (note != "") == ("(" in config.longest)
 
 
+def test_the_number_of_gemma_3_has_its_factor_in_it(tmp_path):
+    rope = {"rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34} | rope
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    config = load_model_config(tmp_path)  # as gemma-3-4b-it has it: all else is left out
+    assert (config.max_positions, config.num_heads, config.head_dim) == (131072, 8, 256)
+
+
 def test_a_prompt_beyond_what_the_file_says_is_answered_as_transformers_does(make_tiny, tmp_path):
     changes = scaling("yarn", 4.0, **{WAS: 16}) | {"max_position_embeddings": 16}
     folder = edited(make_tiny("llama"), tmp_path / "edited", ["rope_parameters"], **changes)

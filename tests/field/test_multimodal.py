@@ -3,6 +3,7 @@
 Tokens are compared with those of transformers' own class of the whole, for prompts of text alone.
 """
 
+import json
 import re
 
 import pytest
@@ -15,6 +16,7 @@ from tiny import SHAPE
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.config import load_model_config
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
 from offload_rt.planning.demand import image_bytes
@@ -158,3 +160,26 @@ def test_a_text_part_that_cannot_be_streamed_is_refused_by_name(tmp_path):
     AutoModelForImageTextToText.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="llama4 models cannot be streamed: .*chunked"):
         Network(open_checkpoint(tmp_path), "auto", Packing.FILE)
+
+
+def test_config_json_alone_tells_its_sizes(whole, tmp_path, offload_run):
+    folder, _ = whole
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    done = offload_run("plan", tmp_path, "--device-memory", "512MiB", "--json")
+    assert json.loads(done.out)["weights_bytes"] == open_checkpoint(folder).total_bytes
+
+
+def test_the_number_format_of_the_whole_counts_for_the_part(tmp_path):
+    config = {"model_type": "mistral3", "text_config": TEXT | {"dtype": "float32"}}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"torch_dtype": "bfloat16"}))
+    assert load_model_config(tmp_path).dtype == "bfloat16"
+
+
+def test_files_of_a_plain_text_model_are_not_its(make_tiny, tmp_path):
+    plain = make_tiny("llama")
+    (tmp_path / "model.safetensors").symlink_to(plain / "model.safetensors")
+    text = json.loads((plain / "config.json").read_text())
+    config = {"model_type": "llava", "text_config": text, "vision_config": None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="of a 'llava' model with a text part, but the files"):
+        open_checkpoint(tmp_path)
