@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 
@@ -131,3 +132,18 @@ def test_layers_that_are_spread_evenly_are_few_words():
     assert layer_words([2, 7, 12, 17, 22]) == "every 5th from 2 to 22"
     assert layer_words([1, 3, 6, 8, 11]) == "every 2nd or 3rd from 1 to 11"
     assert layer_words([1, 3, 9, 11, 30]) == "1, 3, 9, 11, 30"
+
+
+def test_a_model_of_the_hubs_cache_is_called_by_its_id(
+    tiny_model, offload_run, tmp_path, monkeypatch
+):
+    commit = "7e27bd9f95328f0f3b08261d1252705110c806f8"
+    repository = tmp_path / "models--org--small-model"
+    shutil.copytree(tiny_model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    done = offload_run("plan", "org/small-model")
+    assert done.out.startswith("org/small-model: ")
+    assert commit not in done.out
+    assert "org/small-model, float32 on cpu" in offload_run("org/small-model", "x", "-n", 2).err

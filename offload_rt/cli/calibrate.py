@@ -94,7 +94,7 @@ def _loaded(
     from offload_rt.engine import Engine
 
     together = min(SEQUENCES, len(prompts))
-    with console.progress(f"loading {checkpoint.folder.name}") as gauge:
+    with console.progress(f"loading {checkpoint.name}") as gauge:
 
         def show(engine: Engine) -> None:
             gauge.done = lambda: engine.device.load.statistics().bytes_copied
@@ -133,7 +133,7 @@ def listen(
                 judge.add(hidden, written)
             done = start + len(batch)
     dtype = str(engine.network.dtype).removeprefix("torch.")
-    return judge.result(engine.checkpoint.folder.name, dtype)
+    return judge.result(engine.checkpoint.name, dtype)
 
 
 def _answers(

@@ -36,6 +36,6 @@ def check_context(checkpoint: Checkpoint, context_tokens: int) -> None:
     config = checkpoint.config
     if context_tokens > config.max_positions:
         raise ConfigError(
-            f"--context is {context_tokens}, {checkpoint.folder.name} was made for up to "
+            f"--context is {context_tokens}, {checkpoint.name} was made for up to "
             f"{config.longest} tokens: lower it"
         )

@@ -256,7 +256,7 @@ def _as_table(outlook: _Outlook) -> str:
     )
     source = "" if checkpoint.files else " (from config.json alone)"
     head = (
-        f"{checkpoint.folder.name}: {checkpoint.config.model_type}, "
+        f"{checkpoint.name}: {checkpoint.config.model_type}, "
         f"{format_size(checkpoint.total_bytes)}{source}, {checkpoint.config.num_layers} layers, "
         f"computed in {outlook.dtype}"
     )
@@ -284,7 +284,7 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
         if config.retrieval.rounded:
             parts.append(f"{config.retrieval.retrieval_weights} copies of all layers")
     if drafting.checkpoint is not None:
-        parts.append(f"{drafting.checkpoint.folder.name} and its KV cache")
+        parts.append(f"{drafting.checkpoint.name} and its KV cache")
     if config.heads:
         parts.append(f"{Path(config.heads).name}, their logits")
     if config.kind == "ngram" and nbytes:
@@ -299,7 +299,7 @@ def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]
 
 
 def _headline(outlook: _Outlook) -> list[str]:
-    prediction, name = outlook.plan.prediction, outlook.checkpoint.folder.name
+    prediction, name = outlook.plan.prediction, outlook.checkpoint.name
     if prediction is None:
         return []
     bound = bound_by(prediction.limit, outlook.placement)

@@ -130,7 +130,7 @@ def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
     """
     if plan is not None and plan.layers != checkpoint.config.num_layers:
         raise ConfigError(
-            f"the plan is for {plan.model} of {plan.layers} layers, {checkpoint.folder.name} has "
+            f"the plan is for {plan.model} of {plan.layers} layers, {checkpoint.name} has "
             f"{checkpoint.config.num_layers}: make one for it with `offload-run plan --output`"
         )
 

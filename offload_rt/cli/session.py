@@ -101,7 +101,7 @@ def open_model(
         CheckpointError: the tokenizer or what drafts cannot be used.
     """
     check_early(checkpoint, runtime, draft)
-    with console.waiting(f"opening {checkpoint.folder.name}"):
+    with console.waiting(f"opening {checkpoint.name}"):
         tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
         if runs:
             import offload_rt.engine  # noqa: F401 - takes as long as the tokenizer's process
@@ -123,7 +123,7 @@ def check_drafter(model: Model, draft: DraftConfig, *, raw: bool) -> None:
     highest = max(template_ids(model.tokenizer, raw=raw), default=0)
     if highest >= rows:
         raise ConfigError(
-            f"--draft model: {checkpoint.folder.name} knows {rows} tokens, and the chat template "
+            f"--draft model: {checkpoint.name} knows {rows} tokens, and the chat template "
             f"of {model.name} writes token {highest} ({model.tokenizer.token(highest)!r}): it "
             "could draft nothing, take another draft model or --raw"
         )
@@ -131,7 +131,7 @@ def check_drafter(model: Model, draft: DraftConfig, *, raw: bool) -> None:
     if ours.exists() and theirs.exists() and filecmp.cmp(ours, theirs, shallow=False):
         return  # loading one takes seconds
     other = load_tokenizer(checkpoint.folder)
-    check_vocabularies(model.tokenizer.get_vocab(), other.get_vocab(), checkpoint.folder.name)
+    check_vocabularies(model.tokenizer.get_vocab(), other.get_vocab(), checkpoint.name)
 
 
 def context_limit(model: Model, context_tokens: int | None) -> int:

@@ -332,7 +332,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
 def _as_table(outlook: _Outlook) -> str:
     asked, made = outlook.question, outlook.prediction
     bound = bound_by(made.limit, outlook.placement)
-    name = asked.checkpoint.folder.name
+    name = asked.checkpoint.name
     first = hanging(headline(name, made.s_per_token, bound, outlook.more), 2)
     table = model_table(
         asked.checkpoint,

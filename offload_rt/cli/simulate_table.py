@@ -30,7 +30,7 @@ def model_table(
     demand, kv = placement.demand, placement.demand.kv
     kept = "" if kv is None else f"the rest in {'host memory' if kv.host_bytes else 'a file'}"
     lines = [
-        f"{checkpoint.folder.name}: {checkpoint.config.model_type}, "
+        f"{checkpoint.name}: {checkpoint.config.model_type}, "
         f"{format_size(checkpoint.total_bytes)}, {checkpoint.config.num_layers} layers "
         f"(from {source})",
         f"on {machine}, as if nothing else ran there",

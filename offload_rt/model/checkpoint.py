@@ -17,7 +17,7 @@ from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
-from offload_rt.model.locate import demo_folder, resolve_model
+from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (
     EMBEDDINGS,
     HEADS,
@@ -95,14 +95,14 @@ class Checkpoint:
         for token_id in ids:
             if not 0 <= token_id < rows:
                 raise ConfigError(
-                    f"token {token_id} has no row in the embedding of {self.folder.name}, which "
+                    f"token {token_id} has no row in the embedding of {self.name}, which "
                     f"has {rows}: take the tokenizer these weights came with"
                 )
 
     @property
     def name(self) -> str:
         """How messages call the model."""
-        return self.folder.name + (f" with {self.adapter}" if self.adapter else "")
+        return model_name(self.folder) + (f" with {self.adapter}" if self.adapter else "")
 
     @property
     def total_bytes(self) -> int:

@@ -202,6 +202,14 @@ def _read_ref(repository: Path, name: str) -> str:
         return file.read(_REF_LIMIT_BYTES).decode("ascii", errors="replace").strip()
 
 
+def model_name(folder: Path) -> str:
+    """How a model folder is called: the hub id in the hub's cache, else the folder's own name."""
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository[8:].replace("--", "/")
+    return folder.name
+
+
 def cached_ids() -> list[str]:
     """Hub ids of the models in the local Hugging Face cache, whole or not."""
     try:

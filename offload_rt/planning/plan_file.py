@@ -103,7 +103,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     if draft.kind == "triforce":
         options |= {"inner_tokens": draft.inner_tokens, **asdict(draft.retrieval)}
     return PlanFile(
-        model=checkpoint.folder.name,
+        model=checkpoint.name,
         layers=checkpoint.config.num_layers,
         options=options,
         resident=plan.placement.resident,

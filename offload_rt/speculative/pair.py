@@ -43,7 +43,7 @@ def check_sizes(target: Checkpoint, draft: Checkpoint) -> None:
     rows = target.embedding.shape[0], draft.embedding.shape[0]
     if abs(sizes[0] - sizes[1]) > PADDING_TOKENS:
         raise ConfigError(
-            f"--draft model: {draft.folder.name} has {sizes[1]} tokens (embedding of {rows[1]} "
+            f"--draft model: {draft.name} has {sizes[1]} tokens (embedding of {rows[1]} "
             f"rows), the target {sizes[0]} (of {rows[0]}): {_SAME}"
         )
 
