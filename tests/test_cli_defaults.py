@@ -66,7 +66,7 @@ def test_lists_flags_and_short_names(tiny_model, offload_run, config_file, monke
         ("[common]\nslots = true\n", "slots is True, accepted is a text or a number"),
         ("[common]\njson = 1\n", "json is 1, accepted is true or false"),
         ("[common]\nslots = 0\n", "--slots is 0, .* --slots comes from .*config.toml line 2"),
-        ("[common]\nslots = 'x'\n", "neither auto nor a whole number .*line 2, [common]"),
+        ("[common]\nslots = 'x'\n", "neither auto nor a whole number; .*line 2, [common]"),
         ("[common\n", "config.toml is not TOML: .*line 1"),
     ],
 )

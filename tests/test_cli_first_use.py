@@ -63,7 +63,7 @@ def test_without_a_prompt_a_terminal_is_talked_to(tiny_model, monkeypatch):
     assert resolved(folder)[0] == "run"
 
 
-@pytest.mark.parametrize("word", ["MODEL/x", "./x.gguf", "org/name", "demo"])
+@pytest.mark.parametrize("word", ["MODEL/x", "./x.gguf", "org/name", "demo", "qwen3:8b"])
 def test_what_can_only_be_a_model_is_no_unknown_verb(word):
     assert resolved(word, "hi")[0] == "run"
 
@@ -89,6 +89,15 @@ def test_options_of_other_tools_get_a_sentence(name, tiny_model, offload_run):
     done = offload_run("generate", tiny_model, "-p", "x", name, "1")
     assert done.code == 2
     assert f"no option {name} here: {OPTIONS[name]}" in " ".join(done.err.split())
+
+
+def test_a_wrong_command_line_is_one_line(offload_run):
+    for words in (["serve"], ["nonsense"], ["plan"], ["plan", "x", "--slots"], ["plan", "x", "-q"]):
+        done = offload_run(*words)
+        assert (done.code, done.out) == (2, "")
+        assert re.fullmatch(r"offload-run: error: [^\n]+\n", done.err)
+    done = offload_run()
+    assert done.code == 2 and "Start here:" in done.out + done.err
 
 
 def test_one_dash_or_two_and_underscores():

@@ -186,11 +186,16 @@ def _original(error: QuantisedError) -> str:
 
 
 def _refuse(error: click.ClickException, meta: Mapping[str, Any]) -> int:
-    with told():
-        error.show()
-        if origins := _origins(error.format_message(), meta):
-            click.echo(origins.removeprefix("; "), err=True)
-    return error.exit_code
+    """Say what is wrong with a command line, in one line as every error."""
+    sentence = error.format_message()
+    if "\n" in sentence:  # the help, of a command line without words
+        with told():
+            error.show()
+        return error.exit_code
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    more = f"; see `{context.command_path} --help`" if context is not None else ""
+    sentence = sentence.removesuffix(".")
+    return _fail(sentence + _origins(sentence, meta) + more, error.exit_code)
 
 
 def _origins(sentence: str, meta: Mapping[str, Any]) -> str:

@@ -221,6 +221,7 @@ def cached_ids() -> list[str]:
 
 def means_model(word: str) -> bool:
     """Whether a word of the command line can only be meant as MODEL."""
-    if word == _DEMO or "/" in word or word.endswith((".gguf", ".safetensors")):
+    marks = ("/", ":", ".gguf", ".safetensors")  # no verb has any, ollama's tags have a colon
+    if word == _DEMO or any(mark in word for mark in marks):
         return True
     return bool(word) and "\0" not in word and (os.path.lexists(word) or word in cached_ids())
