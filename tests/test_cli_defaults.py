@@ -89,6 +89,7 @@ def test_variables_that_mean_nothing(tiny_model, offload_run, monkeypatch):
     monkeypatch.delenv("OFFLOAD_RT_DEVICE_MEMROY")
     monkeypatch.setenv("OFFLOAD_RT_BENCH_ROUNDS", "3")  # of another verb
     monkeypatch.setenv("OFFLOAD_RT_CACHE", "/nowhere")  # where the demo is, not --cache
+    monkeypatch.setenv("OFFLOAD_RT_DEBUG", "1")
     assert offload_run("plan", tiny_model).code == 0
 
 

@@ -100,6 +100,12 @@ def test_a_wrong_command_line_is_one_line(offload_run):
     assert done.code == 2 and "Start here:" in done.out + done.err
 
 
+def test_all_of_them_are_answered_at_once(tiny_model, offload_run):
+    done = offload_run(tiny_model, "hi", "-ngl", 20, "-fa", "--repeat-penalty", 1.1)
+    for name in ("-ngl", "-fa", "--repeat-penalty"):
+        assert f"no option {name} here: {OPTIONS[name]}" in done.err
+
+
 def test_one_dash_or_two_and_underscores():
     assert option_advice("--ngl") == option_advice("-ngl") is not None
     assert option_advice("--max_new_tokens") == option_advice("--max-new-tokens") is not None

@@ -76,8 +76,10 @@ class Verb(click.Command):
         """Check the words, bring -m to its place, and go on as click does."""
         args = self._with_model_first(ctx, args)
         if not ctx.resilient_parsing:
-            for word in self.sorted_words(ctx, args)[0].values():
-                self._check(ctx, word)
+            words = self.sorted_words(ctx, args)[0].values()
+            wrong = [said for word in words if (said := self._wrong(ctx, word))]
+            if wrong:
+                raise click.UsageError("; ".join(wrong), ctx)
         rest = super().parse_args(ctx, args)
         origins: dict[str, tuple[str, str]] = ctx.meta.get(ORIGINS, {})
         for param in self.params:
@@ -146,25 +148,24 @@ class Verb(click.Command):
         rest = args[:index] + args[index + (1 if glued else 2) :]
         return [value, *rest] if value else rest
 
-    def _check(self, ctx: click.Context, word: str) -> None:
-        """Refuse an option of another tool, and letters glued to a short option."""
+    def _wrong(self, ctx: click.Context, word: str) -> str | None:
+        """What is wrong with an option of another tool, or with letters glued to a short one."""
         params = [*self.get_params(ctx), _MODEL]
         known = {n: p for p in params for n in (*p.opts, *p.secondary_opts)}
         name = word.partition("=")[0]
         if name in known:
-            return
+            return None
         if (advice := option_advice(name)) is not None:
-            raise click.UsageError(f"no option {name} here: {advice}", ctx)
+            return f"no option {name} here: {advice}"
         if word.startswith("--"):
-            return  # click refuses it, and names what is spelled alike
+            return None  # click refuses it, and names what is spelled alike
         option, rest = known.get(word[:2]), word[2:]
         takes_value = isinstance(option, click.Option) and not option.is_flag
-        if takes_value and not _NUMBER.fullmatch(rest):
-            raise click.UsageError(
-                f"no option {word}: write {word[:2]} {rest} if {rest} is the value of "
-                f"{option.opts[-1] if option else word[:2]}",
-                ctx,
-            )
+        if option is None or not takes_value or _NUMBER.fullmatch(rest):
+            return None
+        return (
+            f"no option {word}: write {word[:2]} {rest} if {rest} is the value of {option.opts[-1]}"
+        )
 
 
 def sort_words(
