@@ -1,9 +1,33 @@
 """Bytes that people give us as text: prompts, conversations, plans, profiles, scenarios."""
 
+import os
+import stat
+from pathlib import Path
+
 from offload_rt.errors import ConfigError
 
 _MARK = b"\xef\xbb\xbf"
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+
+def read_plain(path: Path, limit_bytes: int) -> bytes:
+    """The bytes of a plain file; pipes and devices, which may have no end, are refused.
+
+    Raises:
+        ConfigError: it is none, cannot be read, or has more bytes.
+    """
+    try:
+        # Not blocking: a pipe of that name would wait for ever.
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(handle, "rb") as file:
+            if not stat.S_ISREG(os.fstat(handle).st_mode):
+                raise ConfigError(f"cannot read {path}: it is no plain file")
+            data = file.read(limit_bytes + 1)
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    if len(data) > limit_bytes:
+        raise ConfigError(f"{path} is larger than {limit_bytes} bytes, the most accepted")
+    return data
 
 
 def without_mark(data: bytes) -> bytes:

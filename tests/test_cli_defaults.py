@@ -63,6 +63,7 @@ def test_lists_flags_and_short_names(tiny_model, offload_run, config_file, monke
         ("[run]\n", "no verb is called run: write [generate]"),
         ("\nslots = 2\n", "line 2: slots stands in no section: put it below [common]"),
         ("[common]\nslots = [1]\n", r"line 2, [common]: slots is [1], accepted is a text or a n"),
+        ('[common]\nkv-folder = "a\\u0000"\n', r"kv-folder is 'a\x00', a text with a zero byte"),
         ("[common]\nslots = true\n", "slots is True, accepted is a text or a number"),
         ("[common]\njson = 1\n", "json is 1, accepted is true or false"),
         ("[common]\nslots = 0\n", "--slots is 0, .* --slots comes from .*config.toml line 2"),

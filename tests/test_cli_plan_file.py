@@ -79,6 +79,7 @@ def test_an_edited_plan_is_followed(planned, tiny_model, offload_run):
         ({"device_limit_bytes": 2**20}, 3, "use --device-memory"),
         ({"device_limit_bytes": "2GiB"}, 2, 'options.device_limit_bytes cannot be "2GiB"'),
         ({"slots": 0}, 2, "--slots is 0"),
+        ({"kv_folder": "a\0"}, 2, 'kv_folder is "a\\u0000", with a zero byte'),
         ({"slots": True}, 2, "options.slots cannot be true"),
         ({"dtype": "int3"}, 2, 'options.dtype is "int3"; known are auto, bfloat16'),
         ({"kv": "none"}, 2, 'options.kv is "none"; known are auto, device, host, disk'),

@@ -7,8 +7,6 @@ and the report is made from nothing else. Imports no torch.
 import dataclasses
 import json
 import math
-import os
-import stat
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from offload_rt.errors import ConfigError
 from offload_rt.model.files import shown
+from offload_rt.reading import read_plain
 from offload_rt.writing import append, cut_off, writing
 
 VERSION = 1
@@ -304,16 +303,7 @@ def read(path: Path) -> RawRows:
     Raises:
         ConfigError: it cannot be read, or a line of it is no row.
     """
-    try:
-        # Not blocking: a pipe of that name would wait for ever.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ConfigError(f"cannot read {path}: it is no plain file")
-            data = file.read(_LIMIT_BYTES + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    if len(data) > _LIMIT_BYTES:
-        raise ConfigError(f"{path} is larger than {_LIMIT_BYTES} bytes, the most accepted")
+    data = read_plain(path, _LIMIT_BYTES)
     *lines, torn = data.split(b"\n")
     if not lines:
         raise ConfigError(f"{path} has no rows: run the comparison first")

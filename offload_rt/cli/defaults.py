@@ -207,6 +207,8 @@ def _check_type(option: click.Option, value: object, what: str) -> None:
     for one in values:
         if isinstance(one, bool) or not isinstance(one, (str, int, float)):
             raise ConfigError(f"{what} is {one!r}, accepted is a text or a number")
+        if "\0" in str(one):  # an argument or a variable cannot hold one, and no path may
+            raise ConfigError(f"{what} is {one!r}, a text with a zero byte: take it out")
 
 
 def _listed(option: click.Option, value: object) -> object:

@@ -155,6 +155,8 @@ def _options(path: Path, raw: object) -> Mapping[str, Value]:
             raise _unusable(path, f"options has {name!r}; known are {', '.join(OPTIONS)}")
         if type(value) not in OPTIONS[name]:
             raise _unusable(path, f"options.{name} cannot be {json.dumps(value)}")
+        if "\0" in str(value):
+            raise _unusable(path, f"options.{name} is {json.dumps(value)}, with a zero byte")
         choices = [str(c) for c in _CHOICES.get(name, ()) if c is not KVPlace.NONE]
         if choices and value not in choices:
             raise _unusable(

@@ -13,9 +13,11 @@ from pathlib import Path
 from offload_rt.config import GenerationConfig, SamplingConfig
 from offload_rt.engine import Engine
 from offload_rt.errors import CheckpointError
+from offload_rt.reading import read_plain
 from offload_rt.training.files import write_text, writing
 from offload_rt.writing import append, cut_off
 
+_LIMIT_BYTES = 2**32
 Prompt = tuple[int, ...]
 
 
@@ -78,12 +80,12 @@ class AnswerFile:
         self._answers += map(tuple, answers)
 
     def _read(self) -> None:
-        whole, _, rest = self.path.read_text().rpartition("\n")
-        for number, line in enumerate(whole.split("\n") if whole else (), start=1):
+        whole, _, rest = read_plain(self.path, _LIMIT_BYTES).rpartition(b"\n")
+        for number, line in enumerate(whole.split(b"\n") if whole else (), start=1):
             try:
                 ids = json.loads(line)
                 good = isinstance(ids, list) and all(type(token) is int for token in ids)
-            except ValueError:
+            except (ValueError, RecursionError):
                 good = False
             if not good:
                 raise CheckpointError(
@@ -92,7 +94,7 @@ class AnswerFile:
             self._answers.append(tuple(ids))
         if rest:  # a line that was being written when the run was killed
             with writing(self.path):
-                cut_off(self.path, len(rest.encode()))
+                cut_off(self.path, len(rest))
 
 
 def answer_all(

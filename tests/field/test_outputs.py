@@ -17,8 +17,10 @@ import pytest
 
 from offload_rt.baselines.rows import MachineRow, PromptRow, Setup, begin
 from offload_rt.cli import run
-from offload_rt.errors import ConfigError
+from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.profiling.store import find_profile, machine_name
+from offload_rt.training.answers import AnswerFile
+from offload_rt.training.cache import CacheShape, StateCache
 
 HEADS = 2
 
@@ -167,9 +169,6 @@ def test_a_profile_of_the_working_folder_is_not_taken_by_name(
 
 
 def test_answers_and_hidden_states_are_their_owners_alone(tmp_path):
-    from offload_rt.training.answers import AnswerFile
-    from offload_rt.training.cache import CacheShape, StateCache
-
     StateCache(tmp_path, "train", CacheShape(width=4, heads=1, dtype="float32")).close()
     answers = AnswerFile(tmp_path / "answers.jsonl")
     answers.add([[1], [2]])
@@ -180,11 +179,21 @@ def test_answers_and_hidden_states_are_their_owners_alone(tmp_path):
     assert {stat.S_IMODE((tmp_path / name).stat().st_mode) for name in made} == {0o600}
 
 
+@pytest.mark.parametrize("text", [b"\xff\n", b"[" * 10**5 + b"\n", b"[1.5]\n", b"\n\n"])
+def test_answers_that_are_none(text, tmp_path):
+    (tmp_path / "a").write_bytes(text)
+    with pytest.raises(CheckpointError, match="a, line 1 is not an answer"):
+        AnswerFile(tmp_path / "a")
+
+
+def test_answers_in_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(ConfigError, match="a: it is no plain file"):
+        AnswerFile(tmp_path / "a")
+
+
 @pytest.mark.parametrize("name", ["answers.jsonl", "raw.jsonl", "train.labels"])
 def test_what_grows_is_never_written_through_a_link(name, tmp_path):
-    from offload_rt.training.answers import AnswerFile
-    from offload_rt.training.cache import CacheShape, StateCache
-
     (tmp_path / "out").mkdir()
     (tmp_path / "real").touch()
     (tmp_path / "out" / name).symlink_to(tmp_path / "real")
