@@ -23,8 +23,9 @@ def read_plain(path: Path, limit_bytes: int) -> bytes:
             if not stat.S_ISREG(os.fstat(handle).st_mode):
                 raise ConfigError(f"cannot read {path}: it is no plain file")
             data = file.read(limit_bytes + 1)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise ConfigError(f"cannot read {path}: {reason}") from error
     if len(data) > limit_bytes:
         raise ConfigError(f"{path} is larger than {limit_bytes} bytes, the most accepted")
     return data

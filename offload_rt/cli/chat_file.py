@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 from offload_rt.cli.prompt import decode
 from offload_rt.config import GenerationConfig, SamplingConfig
 from offload_rt.errors import ConfigError
+from offload_rt.reading import read_plain
 from offload_rt.writing import replacing, writing
 
 _KIND, _VERSION = "offload-run conversation", 1
@@ -117,16 +117,7 @@ def read_text(path: Path) -> str:
     Raises:
         ConfigError: it cannot be read, is too large or not UTF-8.
     """
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        with os.fdopen(handle, "rb") as file:
-            if not stat.S_ISREG(os.fstat(handle).st_mode):
-                raise ConfigError(f"cannot read {path}: it is not a plain file")
-            data = file.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise ConfigError(f"cannot read {path}: {reason}") from error
-    return decode(data, str(path))
+    return decode(read_plain(path, _MOST_BYTES), str(path))
 
 
 def _check_target(path: Path) -> None:
