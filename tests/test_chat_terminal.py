@@ -1,7 +1,10 @@
 """Turns typed on a terminal: keys go in by a pipe, what would be drawn is not looked at."""
 
 import os
+import pty
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -9,9 +12,13 @@ import pytest
 from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
+from offload_rt.cli.chat import open_reader
 from offload_rt.cli.chat_history import HistoryFile
+from offload_rt.cli.chat_lines import LineReader
 from offload_rt.cli.chat_terminal import TerminalReader
+from offload_rt.cli.console import Console
 from offload_rt.cli.interrupts import Interrupted, Interrupts
+from offload_rt.cli.options import Output
 
 ENTER, ALT_ENTER, TAB, UP, BACK = "\r", "\x1b\r", "\t", "\x1b[A", "\x7f"
 
@@ -115,3 +122,28 @@ def test_sigterm_ends_the_prompt_in_good_order(keyboard):
         keyboard.read("not finished")
     thread.join()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("term", "kind"), [("xterm", TerminalReader), ("dumb", LineReader), ("", LineReader)]
+)
+def test_keys_are_read_from_terminals_that_can_move_their_cursor(monkeypatch, term, kind):
+    outer, inner = pty.openpty()
+    with open(outer, "rb"), open(inner) as source, open(inner, "w", closefd=False) as screen:
+        monkeypatch.setenv("TERM", term)
+        monkeypatch.setattr(sys, "stdin", source)
+        monkeypatch.setattr(sys, "stderr", screen)
+        reader = open_reader(Interrupts(), Console(Output()))
+        monkeypatch.undo()
+    assert type(reader) is kind and reader.interactive
+
+
+def test_prompt_toolkit_is_imported_on_a_terminal_only():
+    source = (
+        "import sys; from offload_rt.cli.chat import open_reader\n"
+        "from offload_rt.cli.interrupts import Interrupts\n"
+        "print(open_reader(Interrupts(), None).interactive, 'prompt_toolkit' in sys.modules)\n"
+    )
+    command = [sys.executable, "-c", source]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert done.stdout == "False False\n", done.stderr
