@@ -85,11 +85,13 @@ def read_family(model_type: str) -> Family:
     names = set(_assigned(tree)) | _TORCH_NAMES
     if shared := _parsed(root / "activations.py"):
         names |= set(_assigned(shared))
+    keys = frozenset({model_type, *(node.name for node in classes)})
+    strict = found[_STRICT] + (_renamed_to(keys, found[_STRICT]) if found[_STRICT] else [])
     return Family(
-        keys=frozenset({model_type, *(node.name for node in classes)}),
+        keys=keys,
         names=frozenset(names),
         heads=frozenset(key.removesuffix(".weight") for key in found[_TIED]),
-        fp32=tuple(found[_STRICT]),
+        fp32=(*strict, *_made_in_fp32(tree)),
         fp32_in_fp16=tuple(found[_LOOSE]),
         ignored=tuple(found[_IGNORED]),
     )
@@ -148,6 +150,16 @@ def _literal(node: ast.expr) -> list[Any]:
     return list(value) if isinstance(value, list | tuple | set | frozenset | dict) else []
 
 
+def _made_in_fp32(tree: ast.Module) -> Iterator[str]:
+    """Patterns of names that are made in fp32 whatever the model's format."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            formats = [word.value for word in node.value.keywords if word.arg == "dtype"]
+            if [ast.unparse(each) for each in formats] == ["torch.float32"]:
+                targets = [t.attr for t in node.targets if isinstance(t, ast.Attribute)]
+                yield from (rf"\.{name}(\.|$)" for name in targets)
+
+
 def _assigned(tree: ast.Module) -> Iterator[str]:
     """Every `self.x = ...` and every name that is registered."""
     for node in ast.walk(tree):
@@ -162,21 +174,47 @@ def _assigned(tree: ast.Module) -> Iterator[str]:
 @lru_cache(maxsize=32)
 def _renamed_words(keys: frozenset[str]) -> frozenset[str]:
     """Every word in what transformers renames for a family or one of its classes."""
+    return frozenset(
+        word
+        for entry in _entries(keys)
+        for text in _texts(entry)
+        for word in _WORD.findall(text.replace(r"\.", " "))
+    )
+
+
+def _renamed_to(keys: frozenset[str], patterns: list[str]) -> list[str]:
+    """Patterns of names in files that are renamed to what these patterns match."""
+    return [
+        found[0]
+        for entry in _entries(keys)
+        for node in ast.walk(entry)
+        if isinstance(node, ast.Call)
+        and ast.unparse(node.func) == "WeightRenaming"
+        and len(found := _texts(node)) == 2
+        and any(re.search(pattern, found[1]) for pattern in patterns)
+    ]
+
+
+@lru_cache(maxsize=32)
+def _entries(keys: frozenset[str]) -> tuple[ast.expr, ...]:
+    """What transformers renames for a family and its classes, and where it refers to."""
     root = _root()
     entries = {} if root is None else _renamings(root)
-    words: set[str] = set()
+    found: list[ast.expr] = []
     waiting, done = [*keys, "legacy"], set[str]()
     while waiting:
         key = waiting.pop()
-        if key in done or key not in entries:
-            continue
-        done.add(key)
-        nodes = [node for entry in entries[key] for node in ast.walk(entry)]
-        values = [node.value for node in nodes if isinstance(node, ast.Constant)]
-        texts = [value for value in values if isinstance(value, str)]
-        waiting += texts  # families refer to each other's entries
-        words.update(word for text in texts for word in _WORD.findall(text.replace(r"\.", " ")))
-    return frozenset(words)
+        if key not in done and key in entries:
+            done.add(key)
+            found += entries[key]
+            waiting += [text for entry in entries[key] for text in _texts(entry)]
+    return tuple(found)
+
+
+def _texts(node: ast.AST) -> list[str]:
+    """All texts in it, in order."""
+    values = [part.value for part in ast.walk(node) if isinstance(part, ast.Constant)]
+    return [value for value in values if isinstance(value, str)]
 
 
 def _renamings(root: Path) -> dict[str, list[ast.expr]]:

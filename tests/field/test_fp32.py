@@ -24,6 +24,8 @@ FAMILIES = {
     "ernie4_5_moe": EXPERTS
     | {"moe_num_experts": 4, "moe_k": 2, "moe_layer_start_index": 1, "moe_num_shared_experts": 1},
     "minimax_m2": HEAD | EXPERTS | {"num_local_experts": 4},
+    "hy_v3": HEAD | EXPERTS | {"num_experts": 4, "first_k_dense_replace": 1},  # renames its bias
+    "hunyuan_v1_moe": HEAD | {"num_experts": 4, "moe_topk": 2},  # makes its router in fp32
     "gpt_oss": HEAD | {"num_local_experts": 4, "num_experts_per_tok": 2},
 }
 

@@ -115,6 +115,29 @@ def test_what_has_no_place_is_left_out_and_said_once(llama, tmp_path, expected, 
     assert "\x1b" not in done.err
 
 
+def test_what_every_family_computes_itself_is_left_out_in_silence(
+    llama, tmp_path, expected, caplog
+):
+    names = [f"model.layers.{i}.self_attn.rotary_emb.inv_freq" for i in range(LAYERS)]
+    computed = dict.fromkeys([*names, "model.rotary_emb.inv_freq"], torch.ones(8))
+    folder = rewritten(llama, tmp_path / "m", lambda tensors: tensors | computed)
+    assert agrees(folder, expected)
+    assert not caplog.text
+
+
+def test_masks_that_a_family_ignores_are_left_out(make_tiny, tmp_path):
+    tiny = make_tiny("gpt_neox", num_hidden_layers=LAYERS, num_key_value_heads=4)
+    mask = torch.ones(1, 1, 8, 8, dtype=torch.uint8)
+    masks = {f"gpt_neox.layers.{i}.attention.bias": mask for i in range(LAYERS)}
+
+    def older(tensors):
+        return {name.replace("lm_head", "embed_out"): t for name, t in tensors.items()} | masks
+
+    folder = rewritten(tiny, tmp_path / "m", older)
+    with torch.no_grad():
+        assert agrees(folder, loaded(folder)[0](torch.tensor([PROMPT])).logits[:, -1])
+
+
 @pytest.mark.parametrize("kind", ["heads for several tokens", "a layer too many", "adapters"])
 def test_plans_count_only_what_is_used(llama, tmp_path, offload_run, kind):
     folder = rewritten(llama, tmp_path / "m", lambda tensors: tensors | strays_of(kind))
