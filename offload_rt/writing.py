@@ -107,16 +107,22 @@ def replacing(
                 _sync(path.parent)
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, *names: str) -> Path:
     """Make a folder for what is written, with those it is in; returns it.
 
+    Args:
+        folder: to be made, if it is missing.
+        names: of files that will be written there after long work.
+
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be made, or one of the files could not be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"cannot make the folder {folder}: {why_not(error, folder)}") from error
+    for name in names:
+        check_target(folder / name)
     return folder
 
 

@@ -35,6 +35,8 @@ from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.writing import make_folder, write_text
 
+_FILES = ("bench.md", "bench.json")
+
 
 @click.command()
 @click.argument("model")
@@ -76,7 +78,8 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     quiet_libraries(settings.output)
     checkpoint = open_for_answers(model, settings)
     items = read_prompt_set(values["prompts"])
-    directory = _made(values["directory"])
+    given = values["directory"]
+    directory = None if given is None else make_folder(Path(given), *_FILES)
     console = Console(settings.output)
     if settings.own_sampling is not None:
         settings = with_recommended(settings, checkpoint.folder, console)
@@ -232,16 +235,12 @@ def _encode(model: Model, settings: Settings, items: Sequence[PromptItem]) -> li
     ]
 
 
-def _made(directory: str | None) -> Path | None:
-    """The folder for the output; it is made before anything is measured."""
-    if directory is None:
-        return None
-    return make_folder(Path(directory))
-
-
 def _write(report: BenchReport, directory: Path | None) -> None:
+    """Print the table and write both files; what cannot be written is on stdout all the same."""
     table, record = as_markdown(report), json.dumps(as_json(report))
-    for name, text in (("bench.md", table), ("bench.json", record)):
-        if directory is not None:
-            write_text(directory / name, text + "\n")
-    click.echo(record if report.settings.output.json else table)
+    try:
+        for name, text in zip(_FILES, (table, record), strict=True):
+            if directory is not None:
+                write_text(directory / name, text + "\n")
+    finally:
+        click.echo(record if report.settings.output.json else table)

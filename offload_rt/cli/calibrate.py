@@ -15,9 +15,16 @@ from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.cli.session import Model, context_limit, open_model
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.calibration import RANKS, Calibration, best_trees, write_calibration
+from offload_rt.medusa.calibration import (
+    CALIBRATION_FILE,
+    RANKS,
+    Calibration,
+    best_trees,
+    write_calibration,
+)
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.printable import printable
+from offload_rt.writing import check_target
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +73,7 @@ def calibrate(interrupts: Interrupts, heads: str, model: str, **values: Any) -> 
     folder = Path(values["directory"] or resolve_model(heads))
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder: make it first, or leave --output out")
+    check_target(folder / CALIBRATION_FILE)
     opened = open_model(checkpoint, config, console)
     from offload_rt.text import build_prompt
 

@@ -166,7 +166,7 @@ def _prepare(
     checkpoint = open_checkpoint(resolve_model(model))
     refuse_beside(checkpoint.folder, "which transformers applies and compare does not know")
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
-    folder = _made(values["directory"])
+    folder = make_folder(Path(os.path.abspath(values["directory"])), REPORT, RECORD, CHART)
     undo.enter_context(held(folder, "--output"))
     opened = open_model(checkpoint, runtime_of(values), console, runs=False)
     check_drafter(opened, asked.draft, raw=values["raw"])
@@ -370,10 +370,6 @@ def _conditions(
 
 def _dtype(checkpoint: Checkpoint, runtime: RuntimeConfig) -> str:
     return compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
-
-
-def _made(directory: str) -> Path:
-    return make_folder(Path(os.path.abspath(directory)))
 
 
 def _report(raw: RawRows, folder: Path, console: Console) -> None:
