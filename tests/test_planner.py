@@ -100,6 +100,20 @@ def test_no_number_of_tokens_and_no_ring_would_be_faster(checkpoint, disk, rate,
     assert made.prediction.s_per_token <= best * 1.05  # rings are tried for the best few only
 
 
+def test_ngrams_begin_small_until_something_was_seen(checkpoint):
+    """A first answer does not draft 32 at a time, of which 1 in 20 may be accepted."""
+    known = {"resident_layers": 4, "disk": 1e6}  # rows are free
+    first = plan(checkpoint, **known)
+    assert first.drafting.config.kind == "ngram" and first.first_nodes == 8
+    assert max(c.draft.nodes for c in first.considered) == 8
+    assert max(step.nodes for step in first.outlooks) > 8  # there is room to go up
+    seen = Seen(accepted={32: (40.0, 3.0), 8: (40.0, 0.5)}, hits=(40.0, 1.0))
+    later = plan(checkpoint, gives=expected_yield("ngram", seen), **known)
+    assert later.first_nodes >= 32
+    asked = plan(checkpoint, DraftConfig(draft="ngram", draft_tokens=32), **known)
+    assert asked.drafting.config.nodes == 32
+
+
 def test_what_is_given_is_kept(checkpoint):
     config = DraftConfig(draft="ngram", draft_tokens=5)
     made = plan(checkpoint, config, slots=3, resident_layers=2)

@@ -83,11 +83,13 @@ class Yield:
         points: nodes and tokens accepted per draft that was found, by nodes.
         hits: share of the steps in which one is found.
         made: share of the passes a draft model may make for a tree that it makes.
+        steps: seen, that it rests on.
     """
 
     points: Points
     hits: float = 1.0
     made: float = _MADE
+    steps: float = math.inf
 
     def accepted(self, nodes: int) -> float:
         """Tokens accepted of a draft of that size; straight lines over the logarithm of the nodes.
@@ -121,7 +123,7 @@ def expected_yield(kind: str, seen: Seen = NOTHING_SEEN, own: Points | None = No
     for size, value in points:  # more nodes never give less; chance may say so
         most = max(most, value)
         rising.append((size, most))
-    return Yield(tuple(rising), hits, _blended(_MADE, seen.made))
+    return Yield(tuple(rising), hits, _blended(_MADE, seen.made), steps=seen.hits[0])
 
 
 class Tally:
