@@ -128,7 +128,7 @@ def test_a_flag_that_contradicts_the_plan(flags, planned, tiny_model, offload_ru
 
 def test_the_plan_says_how_fast_and_why(tiny_model, offload_run):
     table = offload_run("plan", tiny_model, "--context", 64).out
-    for wanted in ("predicted (profile ", "s/token", "bound by", "other ways", "no drafting"):
+    for wanted in ("predicted (profile ", "s/token", "bound by", "other ways", "ngram"):
         assert wanted in table
     record = json.loads(offload_run("plan", tiny_model, "--context", 64, "--json").out)
     assert record["predicted"]["s_per_token"] > 0

@@ -45,7 +45,7 @@ from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yie
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import FreeMemory, RunLoad
 from offload_rt.profiling.measure import measure as measure_machine
-from offload_rt.profiling.store import load_profile, save_profile
+from offload_rt.profiling.store import find_profile, load_profile, save_profile
 from offload_rt.report import RunReport
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.text import build_prompt, load_tokenizer
@@ -325,9 +325,9 @@ def make_profiles(count: int, most: int, folder: Path) -> list[str]:
     return made
 
 
-def describe(path: str) -> str:
+def describe(name: str) -> str:
     """Whether a profile's layer curves rise with tokens and size, and what it notes."""
-    profile = load_profile(Path(path))
+    profile = load_profile(find_profile(name))
     wrong = sum(
         other.layer_s.value < one.layer_s.value
         for a in profile.layers
@@ -338,7 +338,7 @@ def describe(path: str) -> str:
         for other in b.times
         if one.tokens <= other.tokens
     )
-    return f"{Path(path).stem}: {wrong} pairs of layer times fall; {' | '.join(profile.notes)}"
+    return f"{profile.name}: {wrong} pairs of layer times fall; {' | '.join(profile.notes)}"
 
 
 def plot(plans: Sequence[Mapping[str, object]], path: Path) -> None:
@@ -401,8 +401,8 @@ def main() -> int:
     given.output.mkdir(parents=True, exist_ok=True)
     given.profile = given.profile or []
     given.profile += make_profiles(given.make_profiles, given.load, given.output)
-    for path in given.profile:
-        print(describe(path))
+    for name in given.profile:
+        print(describe(name))
     rows_path = given.output / "rows.jsonl"
     if not given.report_only:
         measure(given, rows_path)
