@@ -13,6 +13,7 @@ from offload_rt.config import SamplingConfig
 
 NO_TOKEN = -1  # chosen where logits are no numbers
 _BLOCK = 128
+_WITHIN_BLOCK = torch.arange(_BLOCK)
 
 
 def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
@@ -150,12 +151,12 @@ def likeliest(logits: torch.Tensor) -> torch.Tensor:
     if logits.device.type != "cpu" or whole < 2 * _BLOCK:
         largest, tokens = logits.max(dim=-1)
         return _unless_finite(largest, tokens)
-    tops = logits[:, :whole].unflatten(1, (-1, _BLOCK)).amax(dim=2)
+    tops = logits[:, :whole].view(len(logits), whole // _BLOCK, _BLOCK).amax(dim=2)
     if whole < vocab:
         tops = torch.cat([tops, logits[:, whole:].amax(dim=1, keepdim=True)], dim=1)
     largest, starts = tops.max(dim=1, keepdim=True)
     starts *= _BLOCK
-    near = starts + torch.arange(_BLOCK)
+    near = starts + _WITHIN_BLOCK
     if whole < vocab:
         near.clamp_(max=vocab - 1)
     tokens = logits.gather(1, near).argmax(dim=1, keepdim=True).add_(starts)
