@@ -70,7 +70,7 @@ def sort_tensors(
             by_index = groups.setdefault(match["prefix"], {})
             by_index.setdefault(int(match["index"]), []).append(extent)
     embeddings = [e.name for e in extents if ends_in(e.name, EMBEDDINGS)]
-    container = _container(folder, groups, num_layers, embeddings)
+    container = _container(folder, groups, num_layers, embeddings, family)
     text = _TextNames(_backbone(container, embeddings), family)
     layers = tuple([e for e in groups[container][i] if text.has(e)] for i in range(num_layers))
     outside = [e for e in extents if not e.name.startswith(f"{container}.")]
@@ -127,13 +127,19 @@ class _TextNames:
         below = name.removeprefix(self._prefix)
         if EXPERT.fullmatch(f".{below}"):
             return True
-        return all(self._family.knows(word) for word in below.split(".") if not word.isdigit())
+        return _is_known(below, "", self._family)
 
     def _is_head(self, name: str) -> bool:
         """Whether it is beside the backbone, or beside what the backbone is a part of."""
         parts = name.split(".")
         at = next((i for i, part in enumerate(parts) if part in self._heads), None)
         return at is not None and self._prefix.startswith("".join(f"{p}." for p in parts[:at]))
+
+
+def _is_known(name: str, prefix: str, family: Family) -> bool:
+    """Whether all of a name behind a prefix is what the family calls something."""
+    words = name.removeprefix(prefix).split(".")
+    return all(family.knows(word) for word in words if word and not word.isdigit())
 
 
 def _is_mask(extent: TensorExtent, family: Family) -> bool:
@@ -177,7 +183,9 @@ def _backbone(container: str, embeddings: Sequence[str]) -> str:
     return container.rpartition(".")[0]
 
 
-def _container(folder: Path, groups: Groups, num_layers: int, embeddings: Sequence[str]) -> str:
+def _container(
+    folder: Path, groups: Groups, num_layers: int, embeddings: Sequence[str], family: Family
+) -> str:
     """The one prefix that numbers all layers, and lies nearest to an embedding."""
     wanted = set(range(num_layers))
     complete = [prefix for prefix, by_index in groups.items() if by_index.keys() >= wanted]
@@ -191,6 +199,9 @@ def _container(folder: Path, groups: Groups, num_layers: int, embeddings: Sequen
 
     nearest = min(map(distance, named))
     chosen = [prefix for prefix in named if distance(prefix) == nearest]
+    if len(chosen) > 1:  # no embedding in the files says which: names of the family may
+        known = [p for p in chosen if all(_is_known(e.name, p, family) for e in groups[p][0])]
+        chosen = known or chosen
     if len(chosen) > 1:
         raise CheckpointError(
             f"{folder}: {len(chosen)} groups of tensors are numbered as the {num_layers} layers "

@@ -136,6 +136,17 @@ def test_a_missing_tensor_stays_an_error(whole, tmp_path):
         Network(open_checkpoint(folder), "auto", Packing.FILE)
 
 
+@pytest.mark.parametrize("whole", ["gemma3"], indirect=True)
+def test_a_tied_pair_may_be_stored_under_the_heads_name(whole, expected, tmp_path):
+    def under_the_head(tensors):
+        tied = tensors.pop("language_model.model.embed_tokens.weight")
+        return tensors | {"language_model.lm_head.weight": tied}
+
+    folder = rewritten(whole[0], tmp_path / "m", under_the_head)
+    with engine_for(folder) as engine:
+        assert generate(engine, tokens=12) == [expected]
+
+
 def test_names_of_newer_files_are_read(whole, expected, tmp_path):
     """`save_pretrained` writes the names of the first files; these are the modules' own."""
     folder, model = whole
