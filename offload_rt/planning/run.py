@@ -88,7 +88,12 @@ def place_run(
     kv_plans = [
         _plan_kv(kv, checkpoint, config, packing, load) for kv in kv_places(config, packing)
     ]
-    placement = _place_with_kv(demand, limit, config, kv_plans)
+    try:
+        placement = _place_with_kv(demand, limit, config, kv_plans)
+    except PlanError as refusal:
+        if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
+            raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
+        raise
     _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
@@ -111,11 +116,17 @@ def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory
                     "--resident-layers"
                 )
     if placement.device_bytes > free.device_bytes:
-        raise PlanError(
-            f"needs {format_size(placement.device_bytes)} of device memory, "
-            f"{format_size(free.device_bytes)} are free: use --device-memory "
-            f"{free.device_bytes // 2**20}MiB or less, or end other programs"
-        )
+        raise _not_free(placement.device_bytes, free.device_bytes)
+
+
+def _not_free(needed_bytes: int, free_bytes: int) -> PlanError:
+    """More than the machine, or the group this process is in, has left."""
+    return PlanError(
+        f"needs {format_size(needed_bytes)} of device memory, {format_size(free_bytes)} are free: "
+        "end other programs, raise the limit of the container or job if it has one (`offload-run "
+        "doctor` names it), or use less: a smaller --device-memory, --max-tokens or --context",
+        needed_bytes,
+    )
 
 
 def _plan_kv(

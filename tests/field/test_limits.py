@@ -239,3 +239,13 @@ def test_a_process_in_a_group_of_this_kernel():
         group.rmdir()
     free, found, _ = done.stdout.split()
     assert int(found) == limit and 0 < int(free) < limit
+
+
+@pytest.mark.parametrize("limit", [(), ("--device-memory", "900MiB")])
+def test_a_group_that_is_full_is_a_sentence_that_helps(tiny_model, offload_run, monkeypatch, limit):
+    """Not: use --device-memory with more than is free."""
+    full = MemoryGroup(limit_bytes=256 * MIB, used_bytes=300 * MIB)
+    monkeypatch.setattr(host, "memory_groups", lambda: [full])
+    done = offload_run("plan", tiny_model, "--device", "cpu", "--draft", "none", *limit)
+    assert done.code == 3 and "0 B are free: end other programs" in done.err
+    assert "container or job" in done.err and "use --device-memory" not in done.err
