@@ -7,7 +7,7 @@ import click
 
 from offload_rt.cli import options
 from offload_rt.cli.checks import Finding, Level, diagnose
-from offload_rt.cli.console import quiet_libraries
+from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.options import Output
 from offload_rt.model.checkpoint import resolve_model
@@ -25,7 +25,9 @@ def doctor(model: str | None, json: bool) -> int:
     Exit code 0 when runs are possible (there may be warnings), 1 when something is broken.
     """
     quiet_libraries(Output())
-    findings = diagnose(inspect_machine(resolve_model(model) if model else None))
+    folder = resolve_model(model) if model else None
+    with Console(Output()).waiting("looking at this machine"):
+        findings = diagnose(inspect_machine(folder))
     broken = any(finding.level is Level.FAIL for finding in findings)
     if json:
         records = [dataclasses.asdict(finding) for finding in findings]
