@@ -120,8 +120,10 @@ def test_a_gpu_without_nvml_is_asked_of_cuda(monkeypatch):
         present.check_device("cuda:0,cuda:1")
 
 
-@pytest.mark.parametrize("resident", [4, 1])
-def test_the_prompts_bar_counts_tokens(resident, tiny_model, offload_run, monkeypatch):
+@pytest.mark.parametrize(("resident", "words"), [(4, 20), (1, 20), (4, 300)])
+def test_the_prompts_bar_counts_tokens(resident, words, make_tiny, offload_run, monkeypatch):
+    """Of a resident model too, and of prompts that go through layers in chunks of 512."""
+    model = make_tiny("llama", tokenizer=True, max_position_embeddings=4096)
     seen: dict[str, list] = {}
     gauges = []
 
@@ -138,14 +140,14 @@ def test_the_prompts_bar_counts_tokens(resident, tiny_model, offload_run, monkey
 
     monkeypatch.setattr(Console, "progress", progress)
     monkeypatch.setattr(Interrupts, "check", check)
-    # More than a chunk of 512 rows in one pass is looked at chunk by chunk, too.
-    words = ("-p", "the quick fox " * 20, "-n", 1, "--raw", "--draft", "none")
-    done = offload_run(tiny_model, *words, "--resident-layers", resident)
+    prompt = ("-p", "the quick fox " * words, "-n", 1, "--raw", "--draft", "none")
+    done = offload_run(model, *prompt, "--resident-layers", resident)
     assert done.code == 0, done.err
     steps = seen["reading the prompt"][-5:]
     counts, totals = [s[0] for s in steps], {s[1] for s in steps}
     (total,) = totals
     assert counts == sorted(counts) and 0 < counts[-1] <= total
+    assert (total > 512) is (words == 300)
     assert len(set(counts)) > 2, counts
     assert steps[-1][2] == f"{counts[-1]} of {total} tokens"
     assert gauges[-1][1].done() == total
