@@ -30,6 +30,7 @@ def quick(tmp_path, monkeypatch):
     """A small measurement on a quiet machine, and a user's folder of its own."""
     monkeypatch.setattr(measure_module, "_waited_s", lambda: 0.0)
     monkeypatch.setattr(measure_module, "_stolen_s", lambda: 0.0)
+    monkeypatch.setattr(verb.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(verb, "EFFORT", QUICK)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
@@ -53,8 +54,12 @@ def test_a_measurement_is_written_and_printed(quick, offload_run):
 def test_a_busy_machine_is_said_on_stderr_and_kept(quick, offload_run, monkeypatch):
     waited = count(step=10**6)
     monkeypatch.setattr(measure_module, "_waited_s", lambda: next(waited))
+    monkeypatch.setattr(verb.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     done = offload_run("profile", "--device", "cpu")
-    assert done.err.startswith(f"offload-run: {BUSY} (threads waited for a core")
+    before, after, written = done.err.splitlines()
+    assert before.startswith(f"offload-run: {BUSY} (load average 99.0") and "longer" in before
+    assert after.startswith(f"offload-run: {BUSY} (threads waited for a core")
+    assert written.startswith("offload-run: written to ")
     assert f"note: {BUSY}" in offload_run("profile", "--show").out
     (finding,) = [f for f in diagnose(inspect_machine(None)) if f.what == "profile"]
     assert finding.detail.startswith(BUSY) and "offload-run profile" in finding.fix

@@ -1,5 +1,6 @@
 """`offload-run profile`: measure this machine, or show a profile."""
 
+import os
 from pathlib import Path
 
 import click
@@ -8,6 +9,7 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
+from offload_rt.device.host import cores
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.codec import encode
 from offload_rt.profiling.effort import Effort
@@ -83,10 +85,15 @@ def profile(
     path = output or user_folder() / f"{machine_name()}.json"
     _check_name(path)
     check_target(path)
+    console = Console(printed)
+    if (load := os.getloadavg()[0]) > cores():
+        console.note(
+            f"{BUSY} (load average {load:.1f} on {cores()} cores): measuring takes longer, and is "
+            "worth more when the machine is quiet"
+        )
     made = _measure(path.stem, device or _DEVICES[0], folder, printed)
     save_profile(made, path)
     _print(made, printed)
-    console = Console(printed)
     for note in made.notes:
         if note.startswith(BUSY):
             console.note(note)
