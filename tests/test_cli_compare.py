@@ -1,5 +1,6 @@
 """`offload-run compare`: its options, report and Ctrl-C; the real workers of our environment."""
 
+import dataclasses
 import json
 import os
 import re
@@ -87,6 +88,14 @@ def test_sizes_are_those_of_the_format_computed_in(compare, fakes, tmp_path, mon
         seen[dtype] = json.loads((tmp_path / dtype).read_text())
     for size in ("item_bytes", "largest_layer_bytes", "largest_layer_tensor_bytes", "kv_bytes"):
         assert seen["float32"][size] == 2 * seen["bfloat16"][size] > 0
+
+
+def test_nothing_measured_is_no_success(compare, fakes, monkeypatch):
+    ours = dataclasses.replace(engines.KNOWN["crash"], name="offload-rt")
+    monkeypatch.setitem(engines.KNOWN, "offload-rt", ours)
+    done = compare("--against", "crash")
+    assert done.code == 2 and "Nothing was measured." in done.out
+    assert "nothing was measured: offload-rt: ended with exit code 1" in done.err
 
 
 def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):

@@ -138,7 +138,12 @@ def compare(interrupts: Interrupts, model: str | None, **values: Any) -> int:  #
             interrupted = True
             console.note(f"interrupted: {len(job.raw.rows)} rows are in {job.raw.path}")
         _report(job.raw, job.folder, console)
-    return interrupts.exit_code if interrupted else 0
+    if interrupted:
+        return interrupts.exit_code
+    if (failures := job.raw.failures()) and not job.raw.answers():
+        first = failures[0]
+        raise ConfigError(f"nothing was measured: {first.run.engine}: {first.reason}")
+    return 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

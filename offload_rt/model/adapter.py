@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_FILES = (CONFIG, WEIGHTS, "adapter_model.bin")
+_FILES = (CONFIG, WEIGHTS, "adapter_model.bin", "adapters.safetensors")
 
 
 def adapter_beside(folder: Path) -> str | None:

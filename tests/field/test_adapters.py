@@ -128,7 +128,7 @@ def ask(offload_run, *arguments):
     return offload_run("generate", *arguments, "-p", "the quick", "--raw", "-n", 6)
 
 
-@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapters.safetensors"])
 def test_an_adapter_beside_the_model_asks_what_to_do(
     tiny_model, offload_run, prompt_file, tmp_path, name
 ):
