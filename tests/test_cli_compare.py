@@ -254,7 +254,10 @@ def test_the_chart(compare, fakes, tmp_path, monkeypatch):
 
 
 def test_without_matplotlib_there_is_a_note_and_no_chart(compare, fakes, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare_chart.importlib.util, "find_spec", lambda name: None)
+    find = compare_chart.importlib.util.find_spec
+    monkeypatch.setattr(
+        compare_chart.importlib.util, "find_spec", lambda n: None if n == "matplotlib" else find(n)
+    )
     done = compare("--against", "", "--draft", "ngram")
     assert done.code == 0 and "no chart: matplotlib is not installed" in done.err
     assert not (tmp_path / "out" / "chart.png").exists()
