@@ -6,6 +6,7 @@ with what it was given, so that nothing a user said is dropped or changed in sil
 """
 
 import json
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +18,7 @@ from offload_rt.text.tokenizer import Tokenizer
 _MARKS = ("first 7391", "second 7391", "third 7391")  # no template writes that by itself
 # Shorter texts may be in a template by chance: "a" is in "assistant".
 _TELLING_CHARS = 24
-_THOUGHT_ENDS = (
-    "</think>",
-    "</thinking>",
-    "</thought>",
-    "</reasoning>",
-    "</seed:think>",
-    "[/THINK]",
-)
+_CLOSING = re.compile(r"</[^\s<>/]{1,40}>|\[/[A-Z_]{1,40}\]|\u25c1/\w{1,40}\u25b7")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,15 +179,15 @@ def _lost_turn(
     Templates trim turns, and leave out what an assistant thought in earlier ones. A short text may
     be there by chance, so it is also tried whether a mark in its place would be.
     """
+    marks = {}
     for index, turn in enumerate(turns):
-        if not any(_holds(text, words) for words in _kept_words(turn)):
+        kept = [len(words) for words in _kept_words(turn) if _holds(text, words)]
+        if not kept or (parts and _holds(text, repr(_part(turn)))):  # or written out as Python does
             return index
-        if parts and _holds(text, repr(_part(turn))):  # written out, as a template for texts does
-            return index
-    short = [i for i, turn in enumerate(turns) if len(turn.content.strip()) < _TELLING_CHARS]
-    if not short:
+        if max(kept) < _TELLING_CHARS and turn.content.strip():
+            marks[index] = f"mark {index} 7391"
+    if not marks:
         return None
-    marks = {i: f"mark {i} 7391" for i in short if turns[i].content.strip()}
     marked = [
         Message(role=turn.role, content=marks.get(i, turn.content)) for i, turn in enumerate(turns)
     ]
@@ -214,11 +208,11 @@ def _holds(text: str, words: str) -> bool:
 
 
 def _kept_words(turn: Message) -> list[str]:
-    """What a template must keep of a turn: all of it, or an assistant's words after thinking."""
+    """What a template must keep of a turn: all of it, or of an assistant what follows thinking."""
     whole = turn.content.strip()
     if turn.role != "assistant":
         return [whole]
-    return [whole, *(whole.rpartition(end)[2].strip() for end in _THOUGHT_ENDS if end in whole)]
+    return [whole, *(whole[end.end() :].strip() for end in [*_CLOSING.finditer(whole)][-1:])]
 
 
 def _loss(tokenizer: Tokenizer, turns: Sequence[Message], lost: int) -> CheckpointError:

@@ -5,7 +5,9 @@ does takes more time or memory than its input is worth, ends the process, or out
 """
 
 import json
+import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +31,7 @@ from offload_rt.text import (
     load_tokenizer,
     text_process,
 )
+from offload_rt.text.worker import _Warnings
 
 EACH = "{% for m in messages %}"
 END = "{% endfor %}"
@@ -77,6 +80,14 @@ def edited(plain, tmp_path):
         (EACH + "{{ m.content }}" + END, TALK),
         (EACH + "{{ m.content | trim }}" + END, [Message(role="user", content="  spaced \n")]),
         (EACH + "{{ m.content.split('</think>')[-1] }}" + END, [TALK[0], THINKING, TALK[2]]),
+        (
+            EACH + "{{ m.content.split('\u25c1/think\u25b7')[-1] }}" + END,
+            [
+                TALK[0],
+                Message(role="assistant", content="\u25c1think\u25b7hm\u25c1/think\u25b7yes"),
+                TALK[2],
+            ],
+        ),
         (EACH + "{{ m.content | tojson }}" + END, [Message(role="user", content='a "b"\nc')]),
         (EACH + "{% for p in m.content %}{{ p.text }}{% endfor %}" + END, TALK),
         (EACH + "{{ m.content[0]['text'] + '' }}" + END, TALK),
@@ -92,7 +103,7 @@ def test_turns_that_a_template_writes_are_taken(edited, template, turns):
     tokenizer = load_tokenizer(edited(template))
     text = tokenizer.decode(build_prompt(tokenizer, turns))
     for turn in turns:
-        words = turn.content.rpartition("</think>")[2].strip()
+        words = re.split("</think>|\u25c1/think\u25b7", turn.content)[-1].strip()
         assert words in text or json.dumps(words)[1:-1] in text
     assert "'type'" not in text  # a list of parts written out
 
@@ -104,6 +115,11 @@ def test_turns_that_a_template_writes_are_taken(edited, template, turns):
         (EACH + "assistant of one" + END, [Message(role="user", content="one")], "the prompt"),
         ("{{ messages[-1].content }}", TALK, "turn 1 of 3 (user)"),
         (EACH + "{% if m.role == 'user' %}{{ m.content }}{% endif %}" + END, TALK, "turn 2 of 3"),
+        (
+            EACH + "{% if m.role == 'user' %}{{ m.content }}{% endif %}" + END,
+            [TALK[0], Message(role="assistant", content="what was said is <b>bold</b>"), TALK[2]],
+            "turn 2 of 3 (assistant)",
+        ),
         (EACH + "{{ m.content | upper }}" + END, TALK[:1], "the prompt"),
         (EACH + "{{ m.content[:9] }}" + END, TALK[:1], "the prompt"),
         (
@@ -355,6 +371,17 @@ def test_a_tokenizer_that_a_class_reads_in_another_way_is_told(edited, caplog):
     )
     load_tokenizer(folder)
     assert "reads this tokenizer.json as Qwen2Tokenizer: a line of" in caplog.text
+
+
+def test_only_warnings_that_ids_will_be_wrong_are_kept(caplog):
+    caplog.set_level(logging.WARNING, logger="transformers")  # as in the process of tokenizers
+    log = logging.getLogger("transformers.tokenization")
+    with _Warnings() as warnings:
+        log.warning("loaded with an incorrect regex pattern:\nthis will lead to other ids")
+        log.warning("you are using the default legacy behaviour")
+    log.warning("an incorrect one afterwards")
+    (kept,) = warnings.serious
+    assert kept.startswith("transformers says: loaded with an incorrect regex pattern: this will")
 
 
 def test_a_tokenizer_that_is_read_as_it_is_needs_no_note(plain, caplog):
