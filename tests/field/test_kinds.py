@@ -111,6 +111,8 @@ def test_no_number_that_nobody_computed(tmp_path):
     """What cannot be told without torch is not told, and a broken file is only refused."""
     error = refusal(tmp_path, {"model_type": "mixtral", "quantization_config": KINDS["FP8"]})
     assert original_outlook(error.original) == ""
+    deep = refusal(tmp_path, {"num_hidden_layers": 1000, "quantization_config": KINDS["FP8"]})
+    assert original_outlook(deep.original).endswith(" GiB")  # planning it would take 20 s
     broken = refusal(tmp_path, {"num_hidden_layers": -1, "quantization_config": KINDS["FP8"]})
     assert broken.original is None
     assert isinstance(broken, CheckpointError)
