@@ -89,6 +89,13 @@ def test_gpt2_names(tmp_path):
     )
 
 
+def test_of_two_names_the_one_counts_that_the_class_sets_last(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    both = {"model_type": "gpt2", "n_layer": 12, "num_hidden_layers": 6, "n_head": 12}
+    made = transformers.AutoConfig.for_model(**both)
+    assert load(tmp_path, both).num_layers == made.num_hidden_layers == 6
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
