@@ -57,7 +57,8 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     settings = settings_of(values)
     quiet_libraries(settings.output)
     console = Console(settings.output)
-    checkpoint = open_for_answers(model, settings)
+    with console.waiting(f"opening {model}", stays=False):
+        checkpoint = open_for_answers(model, settings)
     settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     if opened.tokenizer.chat_template is None:

@@ -155,16 +155,17 @@ class Console:
         click.echo(text, err=True)
 
     @contextmanager
-    def waiting(self, label: str) -> Iterator[None]:
+    def waiting(self, label: str, *, stays: bool = True) -> Iterator[None]:
         """Say at once what a terminal waits for, before what a bar needs is imported.
 
-        The line is gone afterwards; where nothing is drawn it is a note that stays.
+        The line is gone afterwards; where nothing is drawn it is a note that `stays`, or nothing.
         """
         if self.output.quiet or not sys.stderr.isatty():
             yield
             return
         if not draws(True):
-            self.note(label)
+            if stays:
+                self.note(label)
             yield
             return
         stderr = unguarded(sys.stderr)

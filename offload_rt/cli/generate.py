@@ -73,7 +73,9 @@ def run(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN4
 def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     settings = settings_of(values)
     quiet_libraries(settings.output)
-    checkpoint = open_for_answers(model, settings)
+    console = Console(settings.output)
+    with console.waiting(f"opening {model}", stays=False):
+        checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
     from offload_rt.cli.recommended import with_recommended
     from offload_rt.cli.session import (
@@ -84,7 +86,6 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
         started_engine,
     )
 
-    console = Console(settings.output)
     settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     from offload_rt.cli.stats import STATS_INDENT, as_json, format_stats
