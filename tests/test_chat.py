@@ -102,6 +102,12 @@ def test_regenerate_with_a_drawn_seed_draws_another(talk):
     assert first != second and "same again" not in done.err and len(done.turns) == 2
 
 
+def test_a_given_seed_counts_turns(talk):
+    lines = ("one", "/stats", "two", "/stats", "/undo", "three", "/stats")
+    done = talk(*lines, options=(*PLAIN, "--temperature", 1, "--seed", 5))
+    assert re.findall(r"seed (\d+)", done.err) == ["5", "6", "6"]
+
+
 @pytest.fixture
 def prompt_passes(monkeypatch):
     """Rows cached before and tokens given of each prompt's pass."""
@@ -151,6 +157,9 @@ def test_a_system_prompt_must_leave_room_and_may_be_removed_to_make_some(talk, t
     options = (*PLAIN, "--context", 80, "--system", long)
     done = talk("one", '/system ""', "one", options=options)
     assert done.err.count("there is room for 80") == 1 and len(done.turns) == 2
+    full = ("-n", 80, *PLAIN[2:], "--context", 40, "--system", "be")
+    done = talk("one", '/system ""', "/context", options=full)
+    assert "error: " not in done.err and done.saved["system"] is None
 
 
 def test_settings_are_shown_and_changed(talk):
@@ -339,6 +348,7 @@ def test_answers_that_nobody_gets_end_a_script(talk, type_keys, monkeypatch):
     fails_at_pass(monkeypatch, 2, OSError(28, "No space left on device"))
     done = talk("one", "two")
     assert done.code == 2 and "cannot write the output: No space" in done.err
+    assert done.saved is None  # the rest was not even read
     fails_at_pass(monkeypatch, 2, OSError(28, "No space left on device"))
     done = type_keys("one\r\x15two\r\x04")
     assert done.code == 0 and "cannot write the output: No space" in done.err and done.out
