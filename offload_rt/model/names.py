@@ -199,7 +199,7 @@ def _container(
 
     nearest = min(map(distance, named))
     chosen = [prefix for prefix in named if distance(prefix) == nearest]
-    if len(chosen) > 1:  # no embedding in the files says which: names of the family may
+    if not embeddings:  # which could tell: names of the family may
         known = [p for p in chosen if all(_is_known(e.name, p, family) for e in groups[p][0])]
         chosen = known or chosen
     if len(chosen) > 1:
