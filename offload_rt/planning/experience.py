@@ -1,37 +1,28 @@
-"""What drafting gave on this machine, kept from run to run in one small file. No torch here.
+"""What drafting gave on this machine, kept from run to run in one small file. No torch here."""
 
-A damaged file is put aside as if there were none: it only makes the first guess better.
-"""
-
-import json
-import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from offload_rt.config import DraftConfig, SamplingConfig
-from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen
-from offload_rt.writing import write_text, writing
+from offload_rt.planning.kept import model_key, read_entries, write_entries
 
-_VERSION = 1
-_LIMIT_BYTES = 2**20
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
 
 _KINDS = {"ngram": "ngram trees"}  # what chains gave before says nothing of them
-
-_log = logging.getLogger(__name__)
 
 
 def experience_key(
     target: Checkpoint, draft: DraftConfig, drafter: Checkpoint | None, sampling: SamplingConfig
 ) -> str:
     """What counts belong to: both models by name and size, the drafter's shape, greedy or not."""
-    parts = [_named(target), _KINDS.get(draft.kind, draft.kind)]
+    parts = [model_key(target), _KINDS.get(draft.kind, draft.kind)]
     if drafter is not None:
-        parts.append(_named(drafter))
+        parts.append(model_key(drafter))
     if draft.heads:
         parts.append(Path(draft.heads).name)
     if draft.model:
@@ -48,7 +39,7 @@ def experience_key(
 
 def read_seen(path: Path, key: str) -> Seen:
     """What was seen under a key; nothing if there is none or the file cannot be used."""
-    entry = _read(path).get(key)
+    entry = read_entries(path, _parsed).get(key)
     return NOTHING_SEEN if entry is None else entry
 
 
@@ -56,21 +47,9 @@ def add_seen(path: Path, key: str, new: Seen) -> None:
     """Add counts to those of a key, and replace the file whole; what goes wrong is only logged."""
     if not new.accepted and not new.hits[0]:
         return
-    entries = dict(_read(path))
+    entries = read_entries(path, _parsed)
     entries[key] = _added(entries.pop(key, NOTHING_SEEN), new)  # the latest is last
-    for old in list(entries)[:-_MOST_ENTRIES]:
-        del entries[old]
-    try:
-        text = json.dumps({"version": _VERSION, "entries": _as_json(entries)}, indent=1)
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, text, lasting=False)
-    except ConfigError as error:
-        _log.info("what drafting gave was not kept: %s", error)
-
-
-def _named(checkpoint: Checkpoint) -> str:
-    return f"{checkpoint.name} of {checkpoint.total_bytes} bytes"
+    write_entries(path, {name: _as_json(seen) for name, seen in entries.items()}, _MOST_ENTRIES)
 
 
 def _added(old: Seen, new: Seen) -> Seen:
@@ -86,28 +65,13 @@ def _mean(old: tuple[float, float], new: tuple[float, float]) -> tuple[float, fl
     return whole, (kept * old[1] + new[0] * new[1]) / whole if whole else 0.0
 
 
-def _as_json(entries: Mapping[str, Seen]) -> dict[str, object]:
-    return {
-        key: {
-            "accepted": {str(n): list(v) for n, v in seen.accepted.items()},
-            "hits": seen.hits,
-            "made": seen.made,
-        }
-        for key, seen in entries.items()
-    }
+def _as_json(seen: Seen) -> dict[str, object]:
+    accepted = {str(n): list(v) for n, v in seen.accepted.items()}
+    return {"accepted": accepted, "hits": seen.hits, "made": seen.made}
 
 
-def _read(path: Path) -> Mapping[str, Seen]:
-    try:
-        if not path.is_file() or path.stat().st_size > _LIMIT_BYTES:
-            return {}
-        raw = json.loads(path.read_text("utf-8"))
-        if raw["version"] != _VERSION:
-            return {}
-        return {str(key): _seen(**entry) for key, entry in raw["entries"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        _log.info("%s is not used: %s", path, error)
-        return {}
+def _parsed(entry: Any) -> Seen:  # noqa: ANN401 - of JSON
+    return _seen(**entry)
 
 
 def _seen(accepted: Mapping[str, object], hits: object, made: object = None) -> Seen:

@@ -8,18 +8,15 @@ not run lately the others' do.
 A damaged file is put aside as if there were none: it only makes predictions better.
 """
 
-import json
-import logging
 import math
 import statistics
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.planning.kept import model_key, read_entries, write_entries
 from offload_rt.planning.speeds import Speeds
-from offload_rt.writing import write_text, writing
 
 LEAST, MOST = 0.5, 4.0  # beyond them it is not the hour that is wrong
 LASTS_S = 4 * 3600.0  # then nobody knows whether the neighbours are still there
@@ -28,10 +25,6 @@ _NEW_SHARE = 0.5  # of the latest run
 _LEAST_PASSES = 8  # of a run that says something
 _LEAST_S = 0.02  # a shorter pass is mostly this program's own work, and tells nothing of others
 _MOST_ENTRIES = 100
-_LIMIT_BYTES = 2**20
-_VERSION = 1
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -73,7 +66,7 @@ class LevelKey:
             machine=f"{profile.name} of {profile.date}, {profile.method}, {speeds.processor}, "
             f"{threads} threads",
             streams=streams,
-            model=f"{model.folder.name} of {model.total_bytes} bytes",
+            model=model_key(model),
         )
 
     @property
@@ -87,7 +80,8 @@ class LevelKey:
 
 def read_level(path: Path, key: LevelKey, now_s: float) -> float:
     """Times of recent runs over predicted ones; 1 where nothing is known or it is about that."""
-    fresh = {name: ratio for name, (ratio, at_s) in _read(path).items() if _lasts(at_s, now_s)}
+    known = read_entries(path, _entry).items()
+    fresh = {name: ratio for name, (ratio, at_s) in known if _lasts(at_s, now_s)}
     others = [ratio for name, ratio in fresh.items() if name.startswith(key.others)]
     ratio = fresh.get(str(key)) or (statistics.median(others) if others else 1.0)
     return ratio if abs(ratio - 1.0) > _SAME else 1.0
@@ -95,40 +89,20 @@ def read_level(path: Path, key: LevelKey, now_s: float) -> float:
 
 def add_level(path: Path, key: LevelKey, ratio: float, now_s: float) -> None:
     """Take in a run, and replace the file whole; what goes wrong is only logged."""
-    entries = dict(_read(path))
+    entries = read_entries(path, _entry)
     before, at_s = entries.pop(str(key), (1.0, -math.inf))
     share = _NEW_SHARE if _lasts(at_s, now_s) else 1.0
     mean = (1.0 - share) * before + share * min(max(ratio, LEAST), MOST)
     entries[str(key)] = mean, now_s  # the latest is last
-    for old in list(entries)[:-_MOST_ENTRIES]:
-        del entries[old]
-    try:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": _VERSION, "entries": entries}, indent=1)
-        write_text(path, text, lasting=False)
-    except ConfigError as error:
-        _log.info("the pace of a run was not kept: %s", error)
+    write_entries(path, entries, _MOST_ENTRIES)
 
 
 def _lasts(at_s: float, now_s: float) -> bool:
     return 0.0 <= now_s - at_s <= LASTS_S
 
 
-def _read(path: Path) -> Mapping[str, tuple[float, float]]:
-    try:
-        if not path.is_file() or path.stat().st_size > _LIMIT_BYTES:
-            return {}
-        raw = json.loads(path.read_text("utf-8"))
-        if raw["version"] != _VERSION:
-            return {}
-        return {str(key): _entry(*entry) for key, entry in raw["entries"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        _log.info("%s is not used: %s", path, error)
-        return {}
-
-
-def _entry(ratio: object, at_s: object) -> tuple[float, float]:
+def _entry(entry: Any) -> tuple[float, float]:  # noqa: ANN401 - of JSON
+    ratio, at_s = entry
     made = float(str(ratio)), float(str(at_s))
     if not (LEAST <= made[0] <= MOST and math.isfinite(made[1])):  # NaN too
         raise ValueError(f"a level of {ratio!r} cannot be")
