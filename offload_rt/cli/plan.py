@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.host import free_memory_bytes
 from offload_rt.device.nvml import find_driver
 from offload_rt.device.present import cuda_index
-from offload_rt.errors import DeviceError
+from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
@@ -36,9 +37,12 @@ from offload_rt.planning.planner import Plan, Prediction, plan_run
 from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass
 from offload_rt.planning.speeds import Speeds
 from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.text.files import check_tokenizer_files
 from offload_rt.units import format_size
 
 _FEW_CHARS = 24
+
+_log = logging.getLogger(__name__)
 
 
 @click.command()
@@ -64,7 +68,9 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     quiet_libraries(Output(json=values["json"]))
     values, given = with_plan(values)
     config = runtime_of(values)
-    checkpoint, _ = open_or_outline(resolve_model(model))
+    checkpoint, from_files = open_or_outline(resolve_model(model))
+    if from_files:
+        _note_tokenizer(checkpoint)
     check_plan(given, checkpoint)
     outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"])
     if values["output"] is not None:
@@ -74,6 +80,14 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     else:
         click.echo(_as_table(outlook))
     return 0
+
+
+def _note_tokenizer(checkpoint: Checkpoint) -> None:
+    """Say now what `generate` would refuse the model's tokenizer for; a plan needs none."""
+    try:
+        check_tokenizer_files(checkpoint.folder)
+    except CheckpointError as error:
+        _log.warning("no text can be generated as it is: %s", error)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -568,3 +568,11 @@ def test_ids_of_callers_are_compared_with_the_embedding(tiny_model):
         for ids in ([1, 300], [1, -1]):
             with pytest.raises(ConfigError, match=r"token (300|-1) has no row .* has 300"):
                 engine.start([ids], SamplingConfig(), GenerationConfig())
+
+
+def test_a_plan_says_what_a_tokenizer_lacks(make_tiny, offload_run, tmp_path):
+    folder = shutil.copytree(make_tiny("llama"), tmp_path / "model")
+    (folder / "tekken.json").write_text("{}")
+    done = offload_run("plan", folder)
+    assert done.code == 0
+    assert "no text can be generated as it is" in done.err and "mistral-common" in done.err
