@@ -49,8 +49,8 @@ _MOST_ROOM, _ROOM_COST = 4, 1.02
 
 # N-grams of which nothing was seen yet begin small: how many tokens they give depends on the text
 # more than on anything that is known before it. The controller goes up as soon as it pays. Over 60
-# random answers each, beginning with 8 instead of 32 took 2.4 % off where little was accepted and
-# added 5 % where half of the tokens came from drafts.
+# simulated answers each, beginning with 8 instead of 32 took 2.4 % off where little was accepted
+# and added 5 % where half of the tokens came from drafts.
 _FIRST_NGRAMS, _KNOWN_STEPS = 8, 16
 NGRAM_S = 3e-4  # a look-up, measured: 0.1 to 0.5 ms
 _STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
