@@ -61,11 +61,16 @@ def find_config_class(model_type: str) -> ConfigClass | None:
         return None
     shared = [name for name, theirs in _pairs(_CONFIGS).items() if theirs == class_name]
     for name in (model_type, *shared):  # the class may be that of another family
-        module = _pairs(_MODULES).get(name, name.replace("-", "_"))
+        module = other_folder(name) or name.replace("-", "_")
         for path in sorted((_models() / module).glob("configuration_*.py")):
             if made := _read_class(path, class_name):
                 return made
     return _NOTHING
+
+
+def other_folder(model_type: str) -> str | None:
+    """The folder of a family that lies in one of another name."""
+    return _pairs(_MODULES).get(model_type)
 
 
 def generates_text(model_type: str) -> bool:
@@ -81,7 +86,7 @@ def reads_more_than_text(model_type: str) -> bool:
 def text_type_of(model_type: str) -> str | None:
     """The family of a whole's text part where its configuration does not say; None if unknown."""
     class_name = _pairs(_CONFIGS).get(model_type, "")
-    module = _pairs(_MODULES).get(model_type, model_type.replace("-", "_"))
+    module = other_folder(model_type) or model_type.replace("-", "_")
     for path in sorted((_models() / module).glob("configuration_*.py")):
         found = _find_class(path, class_name)
         for name, value, _ in () if found is None else _stated(found[1]):

@@ -7,12 +7,14 @@ import torch, for seconds. The network checks what is said here against the clas
 
 import ast
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+from offload_rt.model.config_class import other_folder
 
 _STRICT, _LOOSE = "_keep_in_fp32_modules_strict", "_keep_in_fp32_modules"
 _IGNORED, _TIED = "_keys_to_ignore_on_load_unexpected", "_tied_weights_keys"
@@ -107,20 +109,9 @@ def _modeling_file(root: Path, model_type: str) -> Path:
     plain = model_type.replace("-", "_")
     folder = root / "models" / plain
     if not folder.is_dir():
-        other = _folders(root).get(model_type, plain.removesuffix("_text"))
+        other = other_folder(model_type) or plain.removesuffix("_text")
         folder = root / "models" / other.replace("-", "_")
     return folder / f"modeling_{folder.name}.py"
-
-
-def _folders(root: Path) -> Mapping[str, str]:
-    """Folders of families that are in one of another name."""
-    for file in ("auto_mappings.py", "configuration_auto.py"):
-        tree = _parsed(root / "models" / "auto" / file)
-        for node in () if tree is None else tree.body:
-            names = [t.id for t in getattr(node, "targets", ()) if isinstance(t, ast.Name)]
-            if names == ["SPECIAL_MODEL_TYPE_TO_MODULE_NAME"] and isinstance(node, ast.Assign):
-                return dict(pair for pair in _literal(node.value) if len(pair) == 2)
-    return {}
 
 
 def _parsed(path: Path) -> ast.Module | None:
