@@ -17,11 +17,10 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
-from offload_rt.device.base import Device, DeviceBuffer, HomeSource
-from offload_rt.device.cpu import CpuDevice, allocate_host
-from offload_rt.device.cuda import CudaDevice, TorchDriver
-from offload_rt.device.host import compute_threads, free_memory_bytes, peak_rss_bytes
-from offload_rt.device.present import cuda_index
+from offload_rt.device.base import DeviceBuffer, HomeSource
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.opening import open_device
+from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
@@ -53,7 +52,7 @@ from offload_rt.speculative.triforce import WORTHWHILE, TriForceDrafter
 from offload_rt.streaming.files import FileSource, WeightFiles
 from offload_rt.streaming.home import HostSource, LayerStore
 
-__all__ = ["Emitted", "Engine", "FinishReason", "Run", "SequenceState", "open_device"]
+__all__ = ["Emitted", "Engine", "FinishReason", "Run", "SequenceState"]
 
 NO_DRAFT = DraftConfig()
 
@@ -575,28 +574,3 @@ class Engine:
                 cache.truncate(cache.length)
             self._store.restart()
             raise
-
-
-def open_device(config: RuntimeConfig) -> tuple[Device, Packing]:
-    """Open the device a run asks for.
-
-    Raises:
-        ConfigError: it is not known, or an option does not go with it.
-        DeviceError: it is not there.
-    """
-    in_host = config.home is HomeKind.HOST or config.kv is KVPlace.HOST
-    if config.link_bytes_per_s is not None and not in_host:
-        raise ConfigError(
-            "--link-bandwidth emulates a link to host memory: add --home host or --kv host"
-        )
-    torch.set_num_threads(config.threads or compute_threads())
-    name = config.device
-    if name == "auto":
-        name = "cpu" if TorchDriver().missing(0) else "cuda:0"
-    if name == "cpu":
-        device = CpuDevice(readers=config.readers, link_bytes_per_s=config.link_bytes_per_s)
-        return device, Packing.FILE
-    index = cuda_index(name)
-    if config.link_bytes_per_s is not None:
-        raise ConfigError("--link-bandwidth emulates a GPU's link: add --device cpu")
-    return CudaDevice(index, readers=config.readers), Packing.DEVICE

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
-from offload_rt.device.host import give_back_holes
+from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine
 from offload_rt.model.checkpoint import open_checkpoint
 

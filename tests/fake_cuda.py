@@ -1,4 +1,4 @@
-"""A GPU that is not there: the driver of `device/cuda.py` as a double that records and checks.
+"""A GPU that is not there: the driver of `device/cuda` as a double that records and checks.
 
 Kernels: under `FakeTensorMode` torch computes shapes and devices of tensors on `cuda:0` without a
 GPU. It raises by itself when devices are mixed or a value is read back (`.item()`). On top of it

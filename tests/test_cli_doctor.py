@@ -18,7 +18,7 @@ from offload_rt.cli.machine import (
     inspect_machine,
 )
 from offload_rt.device.cgroup import MemoryGroup
-from offload_rt.device.nvml import Driver, Gpu, GpuProcess
+from offload_rt.device.cuda.nvml import Driver, Gpu, GpuProcess
 
 GIB = 2**30
 DISK = DiskFacts(

@@ -12,7 +12,7 @@ import pytest
 from offload_rt.cli import run
 from offload_rt.cli.console import Console, Gauge
 from offload_rt.device import present
-from offload_rt.device.nvml import Driver, Gpu
+from offload_rt.device.cuda.nvml import Driver, Gpu
 from offload_rt.errors import ConfigError, DeviceError
 
 WRONG = [
@@ -101,7 +101,7 @@ def gpus(count):
 )
 def test_devices_by_what_the_driver_says(name, torch, driver, message, monkeypatch):
     monkeypatch.setattr(present, "version", lambda _: torch)
-    monkeypatch.setattr("offload_rt.device.nvml.find_driver", lambda: driver)
+    monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: driver)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 0)
     if message is None:
         present.check_device(name)
@@ -112,7 +112,7 @@ def test_devices_by_what_the_driver_says(name, torch, driver, message, monkeypat
 
 def test_a_gpu_without_nvml_is_asked_of_cuda(monkeypatch):
     monkeypatch.setattr(present, "version", lambda _: "2.14.1")
-    monkeypatch.setattr("offload_rt.device.nvml.find_driver", lambda: None)
+    monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: None)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 1)
     present.check_device("cuda:0")
     with pytest.raises(DeviceError, match="one GPU"):

@@ -16,7 +16,7 @@ from offload_rt.cli import profile as verb
 from offload_rt.cli.checks import diagnose
 from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.profile_table import profile_table
-from offload_rt.device.host import file_system
+from offload_rt.device.system import file_system
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.codec import decode
 from offload_rt.profiling.store import BUSY, load_profile, machine_name, save_profile

@@ -8,14 +8,15 @@ import pytest
 import torch
 from fake_cuda import GIB, FakeCuda, fake_gpu
 
-from offload_rt import engine
 from offload_rt.config import HomeKind, RuntimeConfig
-from offload_rt.device import cuda, streams
+from offload_rt.device import opening
 from offload_rt.device.base import CopyPiece
-from offload_rt.device.cpu import allocate_host
-from offload_rt.device.cuda import CudaDevice, TorchDriver
-from offload_rt.device.ordered import OrderedQueue, nothing
-from offload_rt.engine import open_device
+from offload_rt.device.cuda import device as cuda
+from offload_rt.device.cuda import streams
+from offload_rt.device.cuda.device import CudaDevice, TorchDriver
+from offload_rt.device.cuda.ordered import OrderedQueue, nothing
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.model.layout import Packing
 from offload_rt.planning.placement import Demand, Placement
@@ -267,7 +268,7 @@ def test_the_reason_of_a_refused_pin_is_cudas_own(monkeypatch):
 )
 def test_names_of_devices(gpu, monkeypatch, name, opened):
     monkeypatch.setattr(cuda, "TorchDriver", lambda: gpu)
-    monkeypatch.setattr(engine, "TorchDriver", lambda: gpu)
+    monkeypatch.setattr(opening, "TorchDriver", lambda: gpu)
     device, packing = open_device(RuntimeConfig(device=name))
     assert (device.name, packing) == (opened, Packing.DEVICE)
     device.close()

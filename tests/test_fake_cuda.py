@@ -17,9 +17,11 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.device import cuda, streams
-from offload_rt.device import pinned as pinned_module
+from offload_rt.device import opening
 from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.cuda import device as cuda
+from offload_rt.device.cuda import pinned as pinned_module
+from offload_rt.device.cuda import streams
 from offload_rt.engine import Engine
 from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
@@ -44,7 +46,7 @@ def gpu(monkeypatch):
     """The double, behind `open_device`."""
     double = FakeCuda()
     monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
-    monkeypatch.setattr(engine_module, "TorchDriver", lambda: double)
+    monkeypatch.setattr(opening, "TorchDriver", lambda: double)
     monkeypatch.setattr(engine_module, "make_generator", lambda *_: torch.Generator())
     monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
     into = WeightFiles._read_into

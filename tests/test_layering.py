@@ -42,8 +42,14 @@ TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.chec
 TORCH_FREE |= {"model.adapter", "adapters.reading"}
 TORCH_FREE |= {"printable", "writing"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
-TORCH_FREE |= {"model.layout", "model.outline", "device.host", "device.nvml", "speculative.pair"}
-TORCH_FREE |= {"device.cgroup", "device.present", "profiling.curves"}
+TORCH_FREE |= {
+    "model.layout",
+    "model.outline",
+    "device.system",
+    "device.cuda.nvml",
+    "speculative.pair",
+}
+TORCH_FREE |= {"device.cgroup", "device.present", "device.link_meter", "profiling.curves"}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {

@@ -10,7 +10,7 @@ from test_planner import FREE, PROFILE, speeds
 
 from offload_rt.cli.planning import levels_path
 from offload_rt.config import DraftConfig, RuntimeConfig
-from offload_rt.device.host import compute_threads
+from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting

@@ -14,9 +14,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offload_rt.device import nvml
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.device.host import file_system, thread_times
+from offload_rt.device.cuda import nvml
+from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing

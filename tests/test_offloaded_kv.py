@@ -24,8 +24,10 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.device import cuda, streams
+from offload_rt.device import opening
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.cuda import device as cuda
+from offload_rt.device.cuda import streams
 from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
@@ -694,7 +696,7 @@ def test_a_gpu_reads_no_kv_from_a_file():
 def gpu(monkeypatch):
     double = FakeCuda()
     monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
-    monkeypatch.setattr(engine_module, "TorchDriver", lambda: double)
+    monkeypatch.setattr(opening, "TorchDriver", lambda: double)
     monkeypatch.setattr(engine_module, "make_generator", lambda *_: torch.Generator())
     monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
     # A part of host memory is to be real, with an address, and known as part of the whole.

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from offload_rt.device.cpu import CpuDevice, allocate_host
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.host_memory import allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import PAGE_BYTES, Packing, plan_layout

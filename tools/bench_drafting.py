@@ -28,7 +28,7 @@ import torch
 
 from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.config import AcceptRule, DraftConfig, DraftWeights, RuntimeConfig, SamplingConfig
-from offload_rt.engine import open_device
+from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.demand import draft_weights_of

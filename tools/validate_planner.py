@@ -35,7 +35,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.device.host import free_memory_bytes, thread_times, wait_asleep
+from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model

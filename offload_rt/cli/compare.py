@@ -31,7 +31,7 @@ from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.cli.session import Model, check_drafter, context_limit, open_model
 from offload_rt.config import DraftConfig, RuntimeConfig
-from offload_rt.device.nvml import find_driver
+from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype

@@ -15,7 +15,7 @@ import click
 
 from offload_rt.cli.columns import columns, hanging
 from offload_rt.cli.options import Output
-from offload_rt.device.host import wait_asleep
+from offload_rt.device.system import wait_asleep
 from offload_rt.printable import encodable, printable, printable_lines, printable_prose
 
 _POLL_S = 0.1

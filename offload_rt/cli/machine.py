@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota
-from offload_rt.device.host import (
+from offload_rt.device.cuda.nvml import Driver, find_driver
+from offload_rt.device.system import (
     compute_threads,
     cores,
     file_system,
@@ -20,7 +21,6 @@ from offload_rt.device.host import (
     narrowest_memory,
     processor,
 )
-from offload_rt.device.nvml import Driver, find_driver
 from offload_rt.errors import ProfileError
 from offload_rt.model.checkpoint import demo_folder
 from offload_rt.profiling.identity import compare, these_versions, this_machine

@@ -21,9 +21,9 @@ from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.planning import check_plan, means_for, speeds_for, with_plan
 from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
-from offload_rt.device.host import free_memory_bytes
-from offload_rt.device.nvml import find_driver
+from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.present import cuda_index
+from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model

@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 
 from offload_rt.config import DraftConfig, SamplingConfig
-from offload_rt.device.host import compute_threads, processor
-from offload_rt.device.nvml import find_driver
+from offload_rt.device.cuda.nvml import find_driver
+from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
 from offload_rt.medusa.checkpoint import open_draft_heads

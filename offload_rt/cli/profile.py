@@ -9,7 +9,7 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
-from offload_rt.device.host import cores
+from offload_rt.device.system import cores
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.codec import encode
 from offload_rt.profiling.effort import Effort

@@ -13,7 +13,7 @@ from offload_rt.cli.early import check_context, check_early
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Settings
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
-from offload_rt.device.host import compute_threads
+from offload_rt.device.system import compute_threads
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.report import RunReport

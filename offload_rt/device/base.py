@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 if TYPE_CHECKING:
     import torch
 
-    from offload_rt.device.cpu import HostBuffer
+    from offload_rt.device.host_memory import HostBuffer
 
 # A piece of 4 MiB (measured: streaming/files.py) and the rests of its first and last page.
 STAGING_BYTES = 4 * 2**20 + 2 * 4096

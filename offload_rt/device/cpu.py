@@ -6,12 +6,10 @@ copy event fires when every block enqueued before it is done. This is all the or
 compute blocks on `filled`; a slot is only enqueued for refilling after its reader returned.
 """
 
-import mmap
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import psutil
@@ -25,49 +23,10 @@ from offload_rt.device.base import (
     HomeSource,
     HomeTarget,
 )
-from offload_rt.device.host import free_memory_bytes, give_back_large_blocks, peak_rss_bytes
+from offload_rt.device.host_memory import HostBuffer, allocate_host
+from offload_rt.device.link_meter import LinkMeter, Pacer
+from offload_rt.device.system import free_memory_bytes, give_back_large_blocks, peak_rss_bytes
 from offload_rt.errors import DeviceError
-from offload_rt.units import format_size
-
-PAGE = mmap.PAGESIZE
-
-
-@dataclass(frozen=True, slots=True)
-class HostBuffer:
-    """Page-aligned anonymous memory of exactly the size asked for.
-
-    Attributes:
-        tensor: [nbytes] uint8 over the memory; views of it keep the memory alive.
-        view: the same bytes for system calls.
-    """
-
-    tensor: torch.Tensor
-    view: memoryview
-
-    @property
-    def nbytes(self) -> int:
-        """Size in bytes."""
-        return self.tensor.numel()
-
-
-def allocate_host(nbytes: int) -> HostBuffer:
-    """Map `nbytes` of zeroed memory; pages are taken when they are first touched.
-
-    Raises:
-        DeviceError: the system refuses the mapping.
-    """
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS  # Python's default, shared, gets no huge pages
-    try:
-        memory = mmap.mmap(-1, max(nbytes, 1), flags=flags)
-    except (OSError, ValueError, OverflowError) as error:
-        raise DeviceError(f"cannot map {format_size(nbytes)} of memory: {error}") from error
-    if nbytes >= 2**21:
-        # A direct read into huge pages is one disk request, into small ones it is hundreds:
-        # 2.8 GB/s against 1.1 to 2.6 here, depending on how scattered the small ones lie.
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    view = memoryview(memory)[:nbytes]
-    tensor = torch.frombuffer(memory, dtype=torch.uint8, count=nbytes) if nbytes else torch.empty(0)
-    return HostBuffer(tensor, view)
 
 
 class Copies:
@@ -122,68 +81,6 @@ class CpuComputeStream:
     def stalled_s(self) -> float:
         """Seconds spent blocked in `wait`."""
         return self._stalled_s
-
-
-@dataclass(slots=True)
-class LinkMeter:
-    """Counts bytes and the time in which anything was in flight."""
-
-    bytes_copied: int = 0
-    busy_s: float = 0.0
-    in_flight: int = 0
-    since: float = 0.0
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def start(self) -> None:
-        """A copy begins."""
-        with self.lock:
-            if self.in_flight == 0:
-                self.since = time.perf_counter()
-            self.in_flight += 1
-
-    def stop(self, nbytes: int) -> None:
-        """A copy has ended; `nbytes` arrived."""
-        with self.lock:
-            self.in_flight -= 1
-            self.bytes_copied += nbytes
-            if self.in_flight == 0:
-                self.busy_s += time.perf_counter() - self.since
-
-    @contextmanager
-    def measure(self, nbytes: int) -> Iterator[None]:
-        """Count what runs inside as one copy; if it raises, nothing arrived."""
-        self.start()
-        try:
-            yield
-        except BaseException:
-            self.stop(0)
-            raise
-        self.stop(nbytes)
-
-    def statistics(self) -> CopyStatistics:
-        """Totals so far, a copy in flight included in the time."""
-        with self.lock:
-            busy_s = self.busy_s
-            if self.in_flight:
-                busy_s += time.perf_counter() - self.since
-            return CopyStatistics(bytes_copied=self.bytes_copied, busy_s=busy_s)
-
-
-class Pacer:
-    """Makes copies take as long as they would over a link of the given bandwidth."""
-
-    def __init__(self, bytes_per_s: float) -> None:
-        self._bytes_per_s = bytes_per_s
-        self._free_at = 0.0
-        self._lock = threading.Lock()
-
-    def run(self, block: CopyBlock) -> None:
-        """Do the copy, then sleep until the emulated link would have finished it."""
-        with self._lock:
-            start = max(time.perf_counter(), self._free_at)
-            self._free_at = end = start + block.nbytes / self._bytes_per_s
-        block.run()
-        time.sleep(max(0.0, end - time.perf_counter()))
 
 
 class CpuCopyStream:

@@ -41,7 +41,7 @@ def cuda_index(name: str) -> int:
 
 
 def _missing(index: int) -> str | None:
-    from offload_rt.device.nvml import find_driver  # not needed for a CPU, and slow to import
+    from offload_rt.device.cuda.nvml import find_driver  # not needed for a CPU, and slow to import
 
     try:
         torch = version("torch")

@@ -25,7 +25,7 @@ from offload_rt.device.base import (
     HomeSource,
     HomeTarget,
 )
-from offload_rt.device.cpu import HostBuffer, allocate_host
+from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import DeviceError, PlanError
 from offload_rt.planning.kv import PAGE_BYTES, WRITE_PIECE_BYTES, KVSizes
 from offload_rt.units import format_size

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 import torch
 
 from offload_rt.config import DraftWeights
-from offload_rt.device.host import processor_flags
+from offload_rt.device.system import processor_flags
 from offload_rt.planning.weights import GROUP, takes
 
 _LEVELS = 15  # of 4 bits, from 0

@@ -12,7 +12,7 @@ from weakref import ref
 
 import torch
 
-from offload_rt.device.host import processor
+from offload_rt.device.system import processor
 
 BLOCK_NUMBERS = 2**20  # of a weight and its outputs at once: 4 MiB, the second caches of two cores
 LEAST_ROWS = 8

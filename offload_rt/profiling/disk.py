@@ -17,8 +17,9 @@ from itertools import cycle
 from pathlib import Path
 
 from offload_rt.device.base import CopyBlock, CopyPiece, DeviceBuffer
-from offload_rt.device.cpu import CpuCopyStream, HostBuffer, allocate_host
-from offload_rt.device.host import file_system
+from offload_rt.device.cpu import CpuCopyStream
+from offload_rt.device.host_memory import HostBuffer, allocate_host
+from offload_rt.device.system import file_system
 from offload_rt.errors import CheckpointError, ProfileError
 from offload_rt.model.files import FileIdentity
 from offload_rt.model.layout import PAGE_BYTES, FileRun

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import psutil
 
-from offload_rt.device.host import compute_threads, processor
-from offload_rt.device.nvml import Driver, find_driver
+from offload_rt.device.cuda.nvml import Driver, find_driver
+from offload_rt.device.system import compute_threads, processor
 from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, Versions
 
 

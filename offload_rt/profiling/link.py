@@ -13,9 +13,9 @@ from functools import partial
 
 import torch
 
-from offload_rt.device.cpu import HostBuffer, allocate_host
-from offload_rt.device.driver import Driver, DriverStream
-from offload_rt.device.host import cores
+from offload_rt.device.cuda.driver import Driver, DriverStream
+from offload_rt.device.host_memory import HostBuffer, allocate_host
+from offload_rt.device.system import cores
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Direction, LinkLoad, LinkSpeed, PinSpeed

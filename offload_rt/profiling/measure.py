@@ -15,10 +15,10 @@ import torch
 
 from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.device.cuda import CudaDevice, TorchDriver
-from offload_rt.device.driver import Driver
-from offload_rt.device.host import compute_threads, cores, thread_times
-from offload_rt.device.nvml import find_driver
+from offload_rt.device.cuda.device import CudaDevice, TorchDriver
+from offload_rt.device.cuda.driver import Driver
+from offload_rt.device.cuda.nvml import find_driver
+from offload_rt.device.system import compute_threads, cores, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.packed import can_pack
 from offload_rt.profiling import link

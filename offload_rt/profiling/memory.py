@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
-from offload_rt.device.cpu import allocate_host
-from offload_rt.device.host import compute_threads
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.system import compute_threads
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import MemorySpeed, MemoryUse
 from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of, timed

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from offload_rt.device.host import thread_times
+from offload_rt.device.system import thread_times
 from offload_rt.profiling.curves import Place, impossible, monotone
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Number, Obtained

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.device.base import Device, DeviceBuffer
-from offload_rt.device.host import give_back_holes
+from offload_rt.device.system import give_back_holes
 from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.kv.base import KVCache, PendingTree
 from offload_rt.kv.resident import ResidentKV

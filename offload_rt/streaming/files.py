@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from offload_rt.device.base import STAGING_BYTES, CopyBlock, CopyPiece, DeviceBuffer
-from offload_rt.device.cpu import HostBuffer, allocate_host
+from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
 from offload_rt.model.layout import FLOATS, PAGE_BYTES, FileRun, LayerLayout

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from offload_rt.device.base import CopyBlock, CopyPiece, Device, DeviceBuffer, HomeSource
-from offload_rt.device.cpu import HostBuffer
+from offload_rt.device.host_memory import HostBuffer
 from offload_rt.model.layout import LayerLayout
 from offload_rt.streaming.files import BLOCK_BYTES, FileSource, WeightFiles
 from offload_rt.streaming.pipeline import LayerPipeline

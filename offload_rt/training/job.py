@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 
 from offload_rt.config import RuntimeConfig
-from offload_rt.engine import Engine, open_device
+from offload_rt.device.opening import open_device
+from offload_rt.engine import Engine
 from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.medusa.calibration import CALIBRATION_FILE, write_calibration
 from offload_rt.medusa.convert import read_output_bias, read_output_head

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.device import host
+from offload_rt.device import system
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups
 
 MIB = 2**20
@@ -132,9 +132,9 @@ def test_use_above_the_limit_leaves_nothing(root, monkeypatch):
     root.member("0::/").mount("/g")
     root.group("/g", memory__max=3 * MIB, memory__current=5 * MIB)
     (group,) = memory_groups(root.path)
-    monkeypatch.setattr(host, "memory_groups", lambda: [group])
-    assert group.rest_bytes == 0 == host.free_memory_bytes()
-    assert host.narrowest_memory() == group
+    monkeypatch.setattr(system, "memory_groups", lambda: [group])
+    assert group.rest_bytes == 0 == system.free_memory_bytes()
+    assert system.narrowest_memory() == group
 
 
 @pytest.mark.parametrize(
@@ -164,34 +164,34 @@ def test_files_that_say_something_else_are_no_limit(root, text):
 def test_threads_that_compute(quota, asked, threads, monkeypatch):
     """No more than the quota gives whole cores, unless the user says so."""
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
-    monkeypatch.setattr(host, "cpu_quota", lambda: quota)
-    monkeypatch.setattr(host.os, "sched_getaffinity", lambda pid: set(range(8)))
-    assert host.compute_threads() == threads
+    monkeypatch.setattr(system, "cpu_quota", lambda: quota)
+    monkeypatch.setattr(system.os, "sched_getaffinity", lambda pid: set(range(8)))
+    assert system.compute_threads() == threads
 
 
 def test_waiting_threads_sleep_unless_somebody_said_how(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    host.wait_asleep()
+    system.wait_asleep()
     assert int(os.environ["GOMP_SPINCOUNT"]) <= 10_000
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.delenv("KMP_BLOCKTIME")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    host.wait_asleep()
+    system.wait_asleep()
     assert "GOMP_SPINCOUNT" not in os.environ
 
 
 def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
     import torch
 
-    from offload_rt import engine
     from offload_rt.config import RuntimeConfig
+    from offload_rt.device import opening
 
     before = torch.get_num_threads()
-    monkeypatch.setattr(engine, "compute_threads", lambda: 3)
+    monkeypatch.setattr(opening, "compute_threads", lambda: 3)
     try:
         for config, threads in ((RuntimeConfig(), 3), (RuntimeConfig(threads=2), 2)):
-            device, _ = engine.open_device(config)
+            device, _ = opening.open_device(config)
             device.close()
             assert torch.get_num_threads() == threads
     finally:
@@ -200,7 +200,7 @@ def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
 
 JOIN = "import os, sys; open(sys.argv[1], 'w').write(str(os.getpid())); "
 ASK = JOIN + (
-    "from offload_rt.device.cgroup import cpu_quota; from offload_rt.device.host import "
+    "from offload_rt.device.cgroup import cpu_quota; from offload_rt.device.system import "
     "free_memory_bytes, narrowest_memory; "
     "print(free_memory_bytes(), narrowest_memory().limit_bytes, cpu_quota())"
 )
@@ -245,7 +245,7 @@ def test_a_process_in_a_group_of_this_kernel():
 def test_a_group_that_is_full_is_a_sentence_that_helps(tiny_model, offload_run, monkeypatch, limit):
     """Not: use --device-memory with more than is free."""
     full = MemoryGroup(limit_bytes=256 * MIB, used_bytes=300 * MIB)
-    monkeypatch.setattr(host, "memory_groups", lambda: [full])
+    monkeypatch.setattr(system, "memory_groups", lambda: [full])
     done = offload_run("plan", tiny_model, "--device", "cpu", "--draft", "none", *limit)
     assert done.code == 3 and "0 B are free: end other programs" in done.err
     assert "container or job" in done.err and "use --device-memory" not in done.err

@@ -5,9 +5,9 @@ import time
 import pytest
 import torch
 
-from offload_rt.device.cpu import allocate_host
-from offload_rt.device.cuda import CudaDevice, TorchDriver
-from offload_rt.device.streams import CudaCopyStream
+from offload_rt.device.cuda.device import CudaDevice, TorchDriver
+from offload_rt.device.cuda.streams import CudaCopyStream
+from offload_rt.device.host_memory import allocate_host
 from offload_rt.errors import DeviceError
 from offload_rt.streaming.home import HostSource
 from offload_rt.streaming.pipeline import LayerPipeline

@@ -5,7 +5,7 @@ import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 
 from offload_rt.config import HomeKind, SamplingConfig
-from offload_rt.device.cuda import TorchDriver
+from offload_rt.device.cuda.device import TorchDriver
 
 ROOMY = 4 * 2**30
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3"]

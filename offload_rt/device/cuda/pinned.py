@@ -6,8 +6,8 @@ from collections import deque
 import torch
 
 from offload_rt.device.base import STAGING_BYTES
-from offload_rt.device.cpu import HostBuffer, allocate_host
-from offload_rt.device.driver import Driver, DriverEvent
+from offload_rt.device.cuda.driver import Driver, DriverEvent
+from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.units import format_size
 
 logger = logging.getLogger(__name__)

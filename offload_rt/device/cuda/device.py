@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.cpu import HostBuffer
-from offload_rt.device.driver import Driver, DriverEvent
-from offload_rt.device.pinned import PinnedMemory
-from offload_rt.device.streams import CudaComputeStream, CudaCopyStream
+from offload_rt.device.cuda.driver import Driver, DriverEvent
+from offload_rt.device.cuda.pinned import PinnedMemory
+from offload_rt.device.cuda.streams import CudaComputeStream, CudaCopyStream
+from offload_rt.device.host_memory import HostBuffer
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
 

@@ -22,10 +22,11 @@ from offload_rt.device.base import (
     HomeSource,
     HomeTarget,
 )
-from offload_rt.device.cpu import HostBuffer, LinkMeter
-from offload_rt.device.driver import DriverEvent, DriverStream
-from offload_rt.device.ordered import Action, OrderedQueue, nothing
-from offload_rt.device.pinned import PinnedMemory, Staging, StagingBuffer
+from offload_rt.device.cuda.driver import DriverEvent, DriverStream
+from offload_rt.device.cuda.ordered import Action, OrderedQueue, nothing
+from offload_rt.device.cuda.pinned import PinnedMemory, Staging, StagingBuffer
+from offload_rt.device.host_memory import HostBuffer
+from offload_rt.device.link_meter import LinkMeter
 
 UNSETTLED_SPANS = 64  # timing events kept before finished ones are looked for
 

@@ -1,0 +1,1 @@
+"""One NVIDIA GPU: the device, its streams, pinned memory, and what the driver tells."""
