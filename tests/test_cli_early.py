@@ -10,10 +10,11 @@ from contextlib import contextmanager
 import pytest
 
 from offload_rt.cli import run
-from offload_rt.cli.console import Console, Gauge
+from offload_rt.cli.console import Console
 from offload_rt.device import present
 from offload_rt.device.cuda.nvml import Driver, Gpu
 from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.session.observer import Gauge
 
 WRONG = [
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),

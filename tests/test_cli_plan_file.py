@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from offload_rt.cli import planning
-from offload_rt.cli.planning import experience_path
+from offload_rt.session import means
+from offload_rt.session.means import experience_path
 from offload_rt.planning.drafting import NOTHING_SEEN, Outcome, Seen, Tally
 from offload_rt.planning.experience import add_seen, read_seen
 
@@ -143,8 +143,8 @@ def test_the_shipped_profile_that_stands_in_is_of_a_like_cpu(
     tiny_model, offload_run, monkeypatch, flag, name
 ):
     """Without instructions for bf16 more rows cost much more, and nothing is reordered."""
-    monkeypatch.setattr(planning, "machine_name", lambda: "a-machine-without-a-profile")
-    monkeypatch.setattr(planning, "processor", lambda: ("a CPU", flag))
+    monkeypatch.setattr(means, "machine_name", lambda: "a-machine-without-a-profile")
+    monkeypatch.setattr(means, "processor", lambda: ("a CPU", flag))
     done = offload_run("plan", tiny_model, "--context", 64, "--device", "cpu", "--json")
     assert json.loads(done.out)["profile"] == name
 

@@ -10,7 +10,7 @@ from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from test_scenario import CHAIN, LAYER_70B, tree_of
 
-from offload_rt.cli import planning
+from offload_rt.session import means
 from offload_rt.planning.scenario import DrafterShape, ModelShape, PlacementShape, Scenario
 
 GPU = "rtx4090-pcie4x16"
@@ -179,7 +179,7 @@ def test_on_the_cpu_the_disk_is_the_link(answer, tiny_model):
 
 def test_the_same_numbers_as_a_plan(answer, offload_run, tiny_model, monkeypatch):
     name = "cpu-2core-avx512bf16"
-    monkeypatch.setattr(planning, "processor", lambda: ("as in the profile", "avx512_bf16"))
+    monkeypatch.setattr(means, "processor", lambda: ("as in the profile", "avx512_bf16"))
     place = ("--context", 64, "--resident-layers", 1, "--device-memory", "512MiB")
     made = answer(tiny_model, "--profile", name, *place)
     done = offload_run(

@@ -33,7 +33,7 @@ RANKS = [
     ["speculative"],
     ["engine", "decoding", "diagnosis"],
     ["training"],  # settings and talks are for the command line too, and free of torch
-    ["baselines", "serve"],
+    ["session", "baselines", "serve"],
     ["cli", "__main__"],
 ]
 ONE_PART = {"decoding": "engine", "diagnosis": "engine"}  # files that know each other
@@ -58,6 +58,7 @@ TORCH_FREE |= {
     "planning",
     "device.base",
     "device.sim",
+    "session",
     "cli",
     "__main__",
 }
@@ -191,6 +192,16 @@ def test_imports_point_down(module):
     path = FILES[module]
     wrong = upward_imports(path.read_text(), module, is_package=path.name == "__init__.py")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("session")])
+def test_a_session_knows_no_command_line(module):
+    named = {
+        target.split(".")[0]
+        for node in ast.walk(ast.parse(FILES[module].read_text()))
+        for target in targets(node, module, FILES[module].name == "__init__.py")
+    }
+    assert not named & {"click", "rich", "prompt_toolkit", "sys", "signal"}
 
 
 def test_no_torch_at_import_time():

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
-from offload_rt.cli.planning import levels_path
+from offload_rt.session.means import levels_path
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint

@@ -41,7 +41,7 @@ from statistics import median
 
 import torch
 
-from offload_rt.cli.planning import means_for, speeds_for
+from offload_rt.session.means import means_for, speeds_for
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set
 from offload_rt.config import (
     RECENT_SHARES,

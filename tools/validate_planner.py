@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_rt.cli.planning import speeds_for
+from offload_rt.session.means import speeds_for
 from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.config import (
     DraftConfig,

@@ -11,25 +11,19 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.cli.bench_report import as_json, as_markdown
 from offload_rt.cli.bench_results import BASELINE, DRAFTED, BenchReport, EngineFacts, Measured
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
-from offload_rt.cli.options import Output, Settings, settings_of
-from offload_rt.cli.planning import reproducible
+from offload_rt.cli.options import Output, output_of, settings_of
+from offload_rt.session.settings import Settings
+from offload_rt.session.means import reproducible
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.cli.recommended import with_recommended
-from offload_rt.cli.session import (
-    Answer,
-    Answering,
-    Model,
-    answer_capacity,
-    check_drafter,
-    open_model,
-    seeded,
-    started_engine,
-)
+from offload_rt.session.recommended import with_recommended
+from offload_rt.cli.answering import Answering
+from offload_rt.session.answering import Answer, seeded, started_engine
+from offload_rt.session.opening import Model, answer_capacity, check_drafter, open_model
 from offload_rt.cli.stats import dtype_name, versions
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
@@ -70,17 +64,17 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     Prints a Markdown table on stdout. Prompts are answered one after the other, each from empty
     KV caches, a draft model's too. Ctrl-C prints what is done, exit code 130.
     """
-    settings = settings_of(values)
+    settings, output = settings_of(values), output_of(values)
     if values["against_none"] and settings.draft.kind == "none":
         raise ConfigError(
             "--against-none compares with a drafter: add --draft ngram, model:MODEL or medusa:HEADS"
         )
-    quiet_libraries(settings.output)
+    quiet_libraries(output)
     checkpoint = open_for_answers(model, settings)
     items = read_prompt_set(values["prompts"])
     given = values["directory"]
     directory = None if given is None else make_folder(Path(given), *_FILES)
-    console = Console(settings.output)
+    console = Console(output)
     if settings.own_sampling is not None:
         settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
@@ -110,7 +104,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         engines=measuring.engines,
         runs=measuring.runs,
     )
-    _write(report, directory)
+    _write(report, directory, output)
     return interrupts.exit_code if interrupted else 0
 
 
@@ -171,12 +165,16 @@ class _Measuring:
         self, phase: str, settings: Settings, rounds: range, capacity: int, longest: int
     ) -> None:
         """Answer all prompts in one engine, as often as there are rounds for it."""
-        silent = dataclasses.replace(settings, output=Output(json=True, quiet=True))
         with started_engine(
             self.model, settings, self.console, capacity=capacity, prompt_tokens=longest
         ) as engine:
             answering = Answering(
-                self.model, engine, silent, Console(silent.output), self.interrupts
+                self.model,
+                engine,
+                settings,
+                Console(Output(quiet=True)),
+                self.interrupts,
+                writes=False,
             )
             with self.console.progress(f"measuring {phase}") as gauge:
                 done = _Count()
@@ -235,7 +233,7 @@ def _encode(model: Model, settings: Settings, items: Sequence[PromptItem]) -> li
     ]
 
 
-def _write(report: BenchReport, directory: Path | None) -> None:
+def _write(report: BenchReport, directory: Path | None, output: Output) -> None:
     """Print the table and write both files; what cannot be written is on stdout all the same."""
     table, record = as_markdown(report), json.dumps(as_json(report))
     try:
@@ -243,4 +241,4 @@ def _write(report: BenchReport, directory: Path | None) -> None:
             if directory is not None:
                 write_text(directory / name, text + "\n")
     finally:
-        click.echo(record if report.settings.output.json else table)
+        click.echo(record if output.json else table)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 
-from offload_rt.cli.options import Settings
+from offload_rt.session.settings import Settings
 from offload_rt.cli.prompt_set import PromptItem
 from offload_rt.config import DraftConfig
 from offload_rt.planning.placement import Placement

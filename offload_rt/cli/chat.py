@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.cli.chat_file import read_conversation, read_text, write_conversation
 from offload_rt.cli.chat_history import HistoryFile, history_path
 from offload_rt.cli.chat_lines import LineReader, Reader
@@ -30,14 +30,16 @@ from offload_rt.cli.chat_words import (
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.faults import of_system, report_fault
 from offload_rt.cli.interrupts import Interrupted, Interrupts
-from offload_rt.cli.options import Output, check_accept, settings_of
-from offload_rt.cli.recommended import with_recommended
-from offload_rt.cli.session import Answering, Model, context_limit, open_model, started_engine
+from offload_rt.cli.options import Output, output_of, settings_of
+from offload_rt.session.recommended import with_recommended
+from offload_rt.cli.answering import Answering
+from offload_rt.session.answering import started_engine
+from offload_rt.session.opening import AUTO_CONTEXT_TOKENS, Model, context_limit, open_model
+from offload_rt.session.settings import check_accept
 from offload_rt.cli.stats import STATS_INDENT, format_stats
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.printable import printable
 
-AUTO_CONTEXT_TOKENS = 4096
 _OFFER_CHARS = 20_000  # a longer turn is no use to edit
 _LINES_ONLY = ("", "dumb", "unknown")  # terminals that cannot move their cursor
 
@@ -54,9 +56,9 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     backslash at the end of a line adds the next. /help lists the commands. With --context auto the
     conversation may have 4096 tokens, or what the model was made for if that is less.
     """
-    settings = settings_of(values)
-    quiet_libraries(settings.output)
-    console = Console(settings.output)
+    settings, output = settings_of(values), output_of(values)
+    quiet_libraries(output)
+    console = Console(output)
     with console.waiting(f"opening {model}", stays=False):
         checkpoint = open_for_answers(model, settings)
     settings = with_recommended(settings, checkpoint.folder, console)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from offload_rt.cli.chat_words import closest
-from offload_rt.cli.options import Settings, check_accept
+from offload_rt.session.settings import Settings, check_accept
 from offload_rt.config import GenerationConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 

@@ -21,7 +21,7 @@ from offload_rt.baselines.comparison import Comparison, Conditions
 from offload_rt.baselines.engines import EngineSpec, choose_engines, python_of, read_pythons
 from offload_rt.baselines.rows import GpuRow, MachineRow, PromptRow, RawRows, Setup, begin, read
 from offload_rt.cli import options
-from offload_rt.cli.adapters import refuse_beside
+from offload_rt.session.adapters import refuse_beside
 from offload_rt.cli.compare_chart import draw
 from offload_rt.cli.compare_report import as_json, as_markdown
 from offload_rt.cli.console import Console, quiet_libraries
@@ -29,7 +29,7 @@ from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.cli.session import Model, check_drafter, context_limit, open_model
+from offload_rt.session.opening import Model, check_drafter, context_limit, open_model
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.errors import ConfigError

@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TextIO, cast
@@ -17,6 +17,7 @@ from offload_rt.cli.columns import columns, hanging
 from offload_rt.cli.options import Output
 from offload_rt.device.system import wait_asleep
 from offload_rt.printable import encodable, printable, printable_lines, printable_prose
+from offload_rt.session.observer import Gauge
 
 _POLL_S = 0.1
 
@@ -117,21 +118,6 @@ def write_answer(text: str) -> None:
     stdout = unguarded(sys.stdout)
     _put(stdout, text)
     stdout.flush()
-
-
-@dataclass(slots=True)
-class Gauge:
-    """What a progress bar shows.
-
-    Attributes:
-        done: bytes so far, or whatever is counted; called from another thread.
-        total: bytes in the end; 0 when nobody knows.
-        detail: what is shown behind the label; called from another thread.
-    """
-
-    done: Callable[[], int] = int
-    total: int = 0
-    detail: Callable[[], str] = str
 
 
 @dataclass(frozen=True, slots=True)

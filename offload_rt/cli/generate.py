@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
-from offload_rt.cli.options import settings_of
+from offload_rt.cli.options import output_of, settings_of
 from offload_rt.cli.prompt import read_prompt
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
@@ -71,20 +71,16 @@ def run(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN4
 
 
 def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
-    settings = settings_of(values)
-    quiet_libraries(settings.output)
-    console = Console(settings.output)
+    settings, output = settings_of(values), output_of(values)
+    quiet_libraries(output)
+    console = Console(output)
     with console.waiting(f"opening {model}", stays=False):
         checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
-    from offload_rt.cli.recommended import with_recommended
-    from offload_rt.cli.session import (
-        Answering,
-        answer_capacity,
-        open_model,
-        seeded,
-        started_engine,
-    )
+    from offload_rt.session.recommended import with_recommended
+    from offload_rt.cli.answering import Answering
+    from offload_rt.session.answering import seeded, started_engine
+    from offload_rt.session.opening import answer_capacity, open_model
 
     settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
@@ -97,9 +93,9 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     with started_engine(
         opened, settings, console, capacity=capacity, prompt_tokens=len(ids)
     ) as engine:
-        answering = Answering(opened, engine, settings, console, interrupts)
+        answering = Answering(opened, engine, settings, console, interrupts, writes=not output.json)
         answer = answering.answer(ids, seeded(settings.sampling))
-        if settings.output.json:
+        if output.json:
             write_answer(json.dumps(as_json(answering, answer)) + "\n")
         else:
             console.block(format_stats(answering, answer), STATS_INDENT)

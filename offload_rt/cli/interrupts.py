@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
+from offload_rt.session.observer import Interrupted
+
+__all__ = ["Interrupted", "Interrupts"]
+
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = "\x1b[?25h"
-
-
-class Interrupted(BaseException):
-    """Raised in the main thread by the first signal; no Exception, so that nothing swallows it."""
 
 
 class Interrupts:

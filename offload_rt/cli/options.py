@@ -35,6 +35,7 @@ from offload_rt.config import (
 )
 from offload_rt.errors import ConfigError
 from offload_rt.model.locate import means_model
+from offload_rt.session.settings import Settings, check_accept
 from offload_rt.units import parse_size
 
 if TYPE_CHECKING:
@@ -179,34 +180,6 @@ class Output:
     def __post_init__(self) -> None:
         if self.verbose and self.quiet:
             raise ConfigError("-v and -q contradict each other: give one of them")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """Everything a command line sets for answering.
-
-    Attributes:
-        system: system prompt, or None.
-        raw: give the prompt to the model without its chat template.
-        profile: speeds to plan with; None: this machine's.
-        plan: what --plan says; its values are among the others.
-        own_sampling: with --sampling model, what of `sampling` the user chose; else None.
-        chose_sampling: whether the user chose anything about it.
-        adapter: folder of an adapter to apply, `none`, or None where nothing is said.
-    """
-
-    sampling: SamplingConfig
-    generation: GenerationConfig
-    runtime: RuntimeConfig
-    draft: DraftConfig
-    output: Output
-    system: str | None
-    raw: bool
-    profile: str | None = None
-    plan: "PlanFile | None" = None
-    own_sampling: frozenset[str] | None = None
-    chose_sampling: bool = True
-    adapter: str | None = None
 
 
 def _default(record: type, name: str) -> Any:  # noqa: ANN401 - a field may have any type
@@ -595,8 +568,6 @@ def section_names() -> Mapping[str, str]:
     return found
 
 
-NO_ADAPTER = "none"
-
 adapter_option = click.option(
     "--adapter",
     default=None,
@@ -639,9 +610,6 @@ def settings_of(values: Values) -> Settings:
         ),
         runtime=runtime_of(values),
         draft=draft,
-        output=Output(
-            json=values.get("json", False), verbose=values["verbose"], quiet=values["quiet"]
-        ),
         system=values["system"],
         raw=values.get("raw", False),
         profile=values.get("profile"),
@@ -652,10 +620,19 @@ def settings_of(values: Values) -> Settings:
     )
 
 
+def output_of(values: Values) -> Output:
+    """What is printed besides the answer.
+
+    Raises:
+        ConfigError: -v and -q are both given.
+    """
+    return Output(json=values.get("json", False), verbose=values["verbose"], quiet=values["quiet"])
+
+
 def _with_plan(values: Values) -> "tuple[Values, PlanFile | None]":
     if values.get("plan_path") is None:
         return values, None
-    from offload_rt.cli.planning import with_plan  # slow to import
+    from offload_rt.cli.plan_option import with_plan  # slow to import
 
     return with_plan(values)
 
@@ -683,23 +660,6 @@ def draft_of(values: Values) -> DraftConfig:
     if "accept" in values:
         given |= {"accept": AcceptRule(values["accept"])}
     return DraftConfig(**given)
-
-
-def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
-    """Refuse a rule that does not go with how tokens are drawn.
-
-    Raises:
-        ConfigError: it says what to change.
-    """
-    if draft.accept is AcceptRule.GREEDY and not sampling.greedy:
-        raise ConfigError(
-            f"--accept greedy contradicts --temperature {sampling.temperature}: use --accept "
-            "lossless, or --temperature 0"
-        )
-    if draft.accept is AcceptRule.TYPICAL and sampling.greedy:
-        raise ConfigError(
-            "--accept typical has no effect on a greedy answer: add a --temperature above 0"
-        )
 
 
 def _own_sampling(values: Values) -> frozenset[str] | None:

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
+from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.plan import device_there
-from offload_rt.cli.planning import means_for, speeds_for
+from offload_rt.session.means import means_for, speeds_for
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.errors import OffloadError
 from offload_rt.model.config import ModelConfig

@@ -15,7 +15,7 @@ from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.headline import More, bound_by, headline, more_memory
 from offload_rt.cli.options import Output, draft_of, runtime_of
-from offload_rt.cli.planning import asked_processor, profile_for, profile_source
+from offload_rt.session.means import asked_processor, profile_for, profile_source
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,

@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_rt.cli.session import Answer, Answering
+from offload_rt.cli.answering import Answering
 from offload_rt.config import AcceptRule, DraftConfig
 from offload_rt.printable import printable
 from offload_rt.report import RetrievalCounts
+from offload_rt.session.answering import Answer
 from offload_rt.units import format_rate, format_size, format_speed
 
 if TYPE_CHECKING:

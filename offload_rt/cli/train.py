@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.cli.adapters import refuse_beside
-from offload_rt.cli.console import Console, Gauge, quiet_libraries
+from offload_rt.session.adapters import refuse_beside
+from offload_rt.cli.console import Console, quiet_libraries
+from offload_rt.session.observer import Gauge
 from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, runtime_of
-from offload_rt.cli.session import Model, context_limit, open_model
+from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.cli.talks import read_talks, require_answers
 from offload_rt.cli.train_options import check_effects, corpus_of, flags, train_of, training_options
 from offload_rt.config import DraftConfig, RuntimeConfig

@@ -1,14 +1,9 @@
-"""What verbs need to plan: the machine's profile, what drafting gave before, and plans as files."""
+"""What a planner needs to know: the machine's profile, and what drafting gave before."""
 
 import dataclasses
 import time
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
-
-import click
-from click.core import ParameterSource
 
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.device.cuda.nvml import find_driver
@@ -21,7 +16,7 @@ from offload_rt.model.layout import Packing
 from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
 from offload_rt.planning.experience import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
-from offload_rt.planning.plan_file import PlanFile, read_plan
+from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
 from offload_rt.planning.speeds import Speeds
 from offload_rt.profiling.profile import HardwareProfile, Processor
@@ -109,19 +104,6 @@ def means_for(
     return Means(speeds=speeds, yields=yields, level=level)
 
 
-def with_plan(values: Mapping[str, Any]) -> tuple[dict[str, Any], PlanFile | None]:
-    """The values of a command line, with those of its --plan in place of what was left open.
-
-    Raises:
-        ConfigError: the plan cannot be used, or an option contradicts it.
-    """
-    path = values.get("plan_path")
-    if path is None:
-        return dict(values), None
-    plan = read_plan(path)
-    return _merged(values, plan, path) | {"resident": plan.resident}, plan
-
-
 def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
     """Refuse a plan of another model.
 
@@ -133,27 +115,6 @@ def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
             f"the plan is for {plan.model} of {plan.layers} layers, {checkpoint.name} has "
             f"{checkpoint.config.num_layers}: make one for it with `offload-run plan --output`"
         )
-
-
-def _merged(values: Mapping[str, Any], plan: PlanFile, path: Path) -> dict[str, Any]:
-    context = click.get_current_context()
-    merged = dict(values)
-    for name, value in plan.options.items():
-        if name not in values:
-            continue  # this verb has no such option
-        given = context.get_parameter_source(name) is ParameterSource.COMMANDLINE
-        if given and str(values[name]) != str(value):
-            flag = next(p.opts[-1] for p in context.command.params if p.name == name)
-            raise ConfigError(
-                f"{flag} is {values[name]}, --plan {path} has {value}: leave out one of them, or "
-                "edit the plan"
-            )
-        merged[name] = value
-    if context.get_parameter_source("resident_layers") is ParameterSource.COMMANDLINE:
-        raise ConfigError(
-            f"--resident-layers contradicts --plan {path}, which names the layers: leave out one"
-        )
-    return merged
 
 
 def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:

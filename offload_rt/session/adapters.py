@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_rt.adapters.reading import read_adapter
-from offload_rt.cli.console import Console
-from offload_rt.cli.options import NO_ADAPTER, Settings
+from offload_rt.session.observer import Observer
+from offload_rt.session.settings import NO_ADAPTER, Settings
 from offload_rt.errors import ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.files import shown
 
 if TYPE_CHECKING:
-    from offload_rt.cli.session import Model
+    from offload_rt.session.opening import Model
 
 
 def open_for_answers(model: str, settings: Settings) -> Checkpoint:
@@ -49,7 +49,7 @@ def refuse_beside(folder: Path, why: str) -> None:
         )
 
 
-def adapted(model: "Model", settings: Settings, console: Console) -> "Model":
+def adapted(model: "Model", settings: Settings, observer: Observer) -> "Model":
     """The model with the adapter the user names in its weights."""
     if settings.adapter in (None, NO_ADAPTER):
         return model
@@ -58,11 +58,11 @@ def adapted(model: "Model", settings: Settings, console: Console) -> "Model":
     adapter = read_adapter(resolve_model(settings.adapter))
     folder = model.checkpoint.folder
     if adapter.has_tokenizer and adapter.folder.resolve() != folder.resolve():
-        console.note(
+        observer.note(
             f"the tokenizer of adapter {shown(adapter.name)} is not used, but that of "
             f"{shown(folder.name)}"
         )
-    with console.progress(f"merging {adapter.name}") as gauge:
+    with observer.progress(f"merging {adapter.name}") as gauge:
 
         def show(total: int, done: Callable[[], int]) -> None:
             gauge.total, gauge.done = total, done

@@ -3,8 +3,8 @@
 import dataclasses
 from pathlib import Path
 
-from offload_rt.cli.console import Console
-from offload_rt.cli.options import Settings, check_accept
+from offload_rt.session.observer import Observer
+from offload_rt.session.settings import Settings, check_accept
 from offload_rt.config import SamplingConfig
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.text.files import DeclaredSampling, declared_sampling
@@ -13,7 +13,7 @@ from offload_rt.units import join_words
 _FIELDS = ("temperature", "top_k", "top_p", "min_p")
 
 
-def with_recommended(settings: Settings, folder: Path, console: Console) -> Settings:
+def with_recommended(settings: Settings, folder: Path, observer: Observer) -> Settings:
     """The same with the model's own sampling where --sampling model asks for it.
 
     What the command line itself says is kept. Where nobody chose, a note names what the authors
@@ -25,7 +25,7 @@ def with_recommended(settings: Settings, folder: Path, console: Console) -> Sett
     """
     if settings.own_sampling is None:
         if not settings.chose_sampling:
-            _offer(folder, console)
+            _offer(folder, observer)
         return settings
     declared = declared_sampling(folder)
     if (found := _recommended(declared)) is None:
@@ -39,11 +39,11 @@ def with_recommended(settings: Settings, folder: Path, console: Console) -> Sett
         sampling = SamplingConfig(seed=sampling.seed)
     check_accept(sampling, settings.draft)
     left_out = f"; {without}" if (without := _not_applied(declared)) else ""
-    console.note(f"sampling with {_words(sampling)}{left_out}")
+    observer.note(f"sampling with {_words(sampling)}{left_out}")
     return dataclasses.replace(settings, sampling=sampling)
 
 
-def _offer(folder: Path, console: Console) -> None:
+def _offer(folder: Path, observer: Observer) -> None:
     try:
         declared = declared_sampling(folder)
     except CheckpointError:
@@ -55,7 +55,7 @@ def _offer(folder: Path, console: Console) -> None:
     except ConfigError:
         return
     left_out = f" ({without})" if (without := _not_applied(declared)) else ""
-    console.note(
+    observer.note(
         f"answers are greedy, the model's authors recommend {words}: --sampling model{left_out}"
     )
 

@@ -1,0 +1,247 @@
+"""Answers in text: an engine started for a model, and what becomes of prompts."""
+
+import dataclasses
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload_rt.config import GenerationConfig, SamplingConfig
+from offload_rt.device.system import compute_threads
+from offload_rt.planning.experience import add_seen, experience_key
+from offload_rt.planning.levels import LevelKey, add_level
+from offload_rt.report import RunReport
+from offload_rt.session.means import (
+    check_plan,
+    experience_path,
+    levels_path,
+    means_for,
+    reproducible,
+    speeds_for,
+)
+from offload_rt.session.observer import Interrupted, Interrupts, Observer
+from offload_rt.session.opening import Model, check_drafter
+from offload_rt.session.settings import Settings
+from offload_rt.speculative.pair import open_draft_checkpoint
+
+if TYPE_CHECKING:
+    from offload_rt.engine import Engine
+    from offload_rt.model.layout import Packing
+    from offload_rt.planning.planner import Means
+    from offload_rt.planning.speeds import Speeds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What came of a prompt.
+
+    Attributes:
+        token_ids: tokens up to the one that completed a stop string.
+        finish_reason: `stop`, `length` or `abort`.
+        seed: what sampling started from; None for a greedy answer without one.
+        report: what the run measured.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    finish_reason: str
+    seed: int | None
+    report: RunReport
+
+
+def seeded(sampling: SamplingConfig) -> SamplingConfig:
+    """The same with a seed drawn when sampling needs one and none was given."""
+    if sampling.greedy or sampling.seed is not None:
+        return sampling
+    from offload_rt.sampling import resolve_seed
+
+    return dataclasses.replace(sampling, seed=resolve_seed(None))
+
+
+@contextmanager
+def started_engine(
+    model: Model, settings: Settings, observer: Observer, *, capacity: int, prompt_tokens: int
+) -> Iterator["Engine"]:
+    """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    check_plan(settings.plan, model.checkpoint)
+    check_drafter(model, settings.draft, raw=settings.raw)
+    draft = reproducible(settings.draft, settings.sampling)
+    if draft.kind == "triforce" and prompt_tokens <= draft.retrieval.budget_tokens:
+        observer.note(
+            f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "
+            f"{draft.retrieval.budget_tokens}: drafts read all of it"
+        )
+    from offload_rt.engine import Engine
+
+    speeds: Speeds | None = None
+    with observer.progress(f"loading {model.name}") as gauge:
+
+        def show(engine: Engine) -> None:
+            gauge.done = lambda: engine.device.load.statistics().bytes_copied
+            gauge.total = engine.load_bytes
+
+        def means(packing: "Packing") -> "Means":
+            nonlocal speeds
+            speeds = speeds_for(settings.profile, packing)
+            return means_for(model.checkpoint, settings.sampling, speeds, draft)
+
+        engine = Engine(
+            model.checkpoint,
+            settings.runtime,
+            capacities=[capacity],
+            prompt_tokens=prompt_tokens,
+            draft=draft,
+            means=means,
+            on_placed=show,
+        )
+    with engine:
+        try:
+            yield engine
+        finally:
+            _keep_seen(model, settings, engine)
+            _keep_pace(engine, speeds)
+
+
+def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
+    """Add what drafting gave to what is known of it."""
+    drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
+    key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
+    add_seen(experience_path(), key, engine.tally.seen())
+
+
+def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:
+    """Add how long passes took to what is known of this hour; of an emulated link it is nothing."""
+    config, ratio = engine.config, engine.pace.ratio
+    emulated = config.link_bytes_per_s is not None or config.threads is not None
+    if speeds is None or ratio is None or emulated:
+        return
+    streams = bool(engine.placement.streamed)
+    key = LevelKey.of(speeds, compute_threads(), engine.checkpoint, streams=streams)
+    add_level(levels_path(), key, ratio * engine.plan.level, time.time())
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Text that an answer has gained.
+
+    Attributes:
+        index: which answer, by the place of its prompt.
+    """
+
+    index: int
+    text: str
+
+
+class Answers:
+    """Answers in the making to prompts that run together: each `advance` is one pass.
+
+    Args:
+        model: whose tokenizer makes text of tokens.
+        engine: has room for the prompts.
+        prompts: token ids, one list per answer.
+        sampling: how tokens are drawn; with a seed unless it is greedy.
+        generation: when answers end.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        engine: "Engine",
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        generation: GenerationConfig,
+    ) -> None:
+        self._model, self._engine, self._sampling = model, engine, sampling
+        self._streams = [model.tokenizer.stream(generation.stop) for _ in prompts]
+        self._run = engine.start(prompts, sampling, generation, model.end_tokens)
+
+    @property
+    def active(self) -> bool:
+        """Whether an answer goes on."""
+        return bool(self._run.active)
+
+    @property
+    def has_text(self) -> bool:
+        """Whether any text has come."""
+        return any(stream.text for stream in self._streams)
+
+    def advance(self, observer: Observer, interrupts: Interrupts) -> list[Piece]:
+        """Make the next pass, the prompts' first; returns the text that is safe to show.
+
+        An interrupt ends a pass between two layers, and with it all answers: their reason is
+        `abort`. Anywhere else it could leave a copy half enqueued, and whoever waits for it would
+        wait on.
+        """
+        from offload_rt.engine import FinishReason
+
+        with interrupts.raising(False):
+            self._engine.poll_with(interrupts.check)
+            try:
+                if self._run.passes:
+                    self._run.step()
+                else:
+                    self._prefill(observer)
+            except Interrupted:
+                for sequence in self._run.active:
+                    sequence.finish(FinishReason.ABORT)
+            return self._pieces()
+
+    def finish(self) -> tuple[list[Piece], list[Answer]]:
+        """The text that was held back, and the answers; none may go on."""
+        rest = [Piece(index, stream.finish()) for index, stream in enumerate(self._streams)]
+        report, answers = self._run.report(), []
+        for sequence, stream in zip(self._run.sequences, self._streams, strict=True):
+            assert sequence.finish_reason is not None
+            stopped = stream.stopped is not None
+            seed = self._sampling.seed
+            answers.append(
+                Answer(
+                    text=stream.text,
+                    token_ids=tuple(sequence.emitted[: stream.kept_tokens]),
+                    prompt_tokens=sequence.prompt_tokens,
+                    finish_reason="stop" if stopped else sequence.finish_reason.value,
+                    seed=None if seed is None else seed + sequence.index,
+                    report=report,
+                )
+            )
+        return [piece for piece in rest if piece.text], answers
+
+    def _prefill(self, observer: Observer) -> None:
+        """Read the prompts under a bar of their tokens: how far they are through the layers.
+
+        Where layers are streamed to a GPU the host is ahead of it, so what has arrived counts.
+        """
+        engine = self._engine
+        prompt = sum(sequence.prompt_tokens for sequence in self._run.sequences)
+        network, layers = engine.network, self._model.checkpoint.config.num_layers
+        start, copied = network.rows_done, engine.device.copy.statistics().bytes_copied
+        waits = engine.bytes_per_pass if engine.device.name.startswith("cuda") else 0
+
+        def done() -> int:
+            new = network.pass_rows or prompt  # what the cache has already is not read again
+            read = (network.rows_done - start) / layers
+            if waits:
+                arrived = engine.device.copy.statistics().bytes_copied - copied
+                read = min(read, new * arrived / waits)
+            return prompt - new + int(read)
+
+        network.pass_rows = 0
+        with observer.progress("reading the prompt") as gauge:
+            gauge.done, gauge.total = done, prompt
+            gauge.detail = lambda: f"{min(done(), prompt)} of {prompt} tokens"
+            self._run.prefill()
+
+    def _pieces(self) -> list[Piece]:
+        """Push the tokens streams have not seen; a stop string in them ends the sequence."""
+        from offload_rt.engine import FinishReason
+
+        pieces = []
+        for sequence, stream in zip(self._run.sequences, self._streams, strict=True):
+            text = stream.push(sequence.emitted[stream.kept_tokens :])
+            if stream.stopped is not None:
+                sequence.finish(FinishReason.STOP)
+            if text:
+                pieces.append(Piece(sequence.index, text))
+        return pieces

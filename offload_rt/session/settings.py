@@ -1,0 +1,62 @@
+"""Everything that is set for answering, in one record."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    GenerationConfig,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from offload_rt.planning.plan_file import PlanFile
+
+NO_ADAPTER = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How a model is run and answers.
+
+    Attributes:
+        system: system prompt, or None.
+        raw: give the prompt to the model without its chat template.
+        profile: speeds to plan with; None: this machine's.
+        plan: what --plan says; its values are among the others.
+        own_sampling: with --sampling model, what of `sampling` the user chose; else None.
+        chose_sampling: whether the user chose anything about it.
+        adapter: folder of an adapter to apply, `none`, or None where nothing is said.
+    """
+
+    sampling: SamplingConfig
+    generation: GenerationConfig
+    runtime: RuntimeConfig
+    draft: DraftConfig
+    system: str | None = None
+    raw: bool = False
+    profile: str | None = None
+    plan: "PlanFile | None" = None
+    own_sampling: frozenset[str] | None = None
+    chose_sampling: bool = True
+    adapter: str | None = None
+
+
+def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
+    """Refuse a rule that does not go with how tokens are drawn.
+
+    Raises:
+        ConfigError: it says what to change.
+    """
+    if draft.accept is AcceptRule.GREEDY and not sampling.greedy:
+        raise ConfigError(
+            f"--accept greedy contradicts --temperature {sampling.temperature}: use --accept "
+            "lossless, or --temperature 0"
+        )
+    if draft.accept is AcceptRule.TYPICAL and sampling.greedy:
+        raise ConfigError(
+            "--accept typical has no effect on a greedy answer: add a --temperature above 0"
+        )
