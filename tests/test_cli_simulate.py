@@ -10,8 +10,8 @@ from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from test_scenario import CHAIN, LAYER_70B, tree_of
 
-from offload_rt.session import means
 from offload_rt.planning.scenario import DrafterShape, ModelShape, PlacementShape, Scenario
+from offload_rt.session import means
 
 GPU = "rtx4090-pcie4x16"
 PARTS = {

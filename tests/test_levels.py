@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
-from offload_rt.session.means import levels_path
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
@@ -18,6 +17,7 @@ from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.levels import LASTS_S, LEAST, MOST, LevelKey, Pace, add_level, read_level
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import RunLoad
+from offload_rt.session.means import levels_path
 
 KEY = LevelKey(machine="box of 2026, cpu, 2 threads", streams=True, model="big of 9 bytes")
 HOUR = 3600.0

@@ -26,7 +26,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from offload_rt.session.means import speeds_for
 from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.config import (
     DraftConfig,
@@ -47,6 +46,7 @@ from offload_rt.planning.run import FreeMemory, RunLoad
 from offload_rt.profiling.measure import measure as measure_machine
 from offload_rt.profiling.store import find_profile, load_profile, save_profile
 from offload_rt.report import RunReport
+from offload_rt.session.means import speeds_for
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.text import build_prompt, load_tokenizer
 from offload_rt.units import parse_size

@@ -11,22 +11,22 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.cli.answering import Answering
 from offload_rt.cli.bench_report import as_json, as_markdown
 from offload_rt.cli.bench_results import BASELINE, DRAFTED, BenchReport, EngineFacts, Measured
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, output_of, settings_of
-from offload_rt.session.settings import Settings
-from offload_rt.session.means import reproducible
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.session.recommended import with_recommended
-from offload_rt.cli.answering import Answering
-from offload_rt.session.answering import Answer, seeded, started_engine
-from offload_rt.session.opening import Model, answer_capacity, check_drafter, open_model
 from offload_rt.cli.stats import dtype_name, versions
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
+from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.answering import Answer, seeded, started_engine
+from offload_rt.session.means import reproducible
+from offload_rt.session.opening import Model, answer_capacity, check_drafter, open_model
+from offload_rt.session.recommended import with_recommended
+from offload_rt.session.settings import Settings
 from offload_rt.writing import make_folder, write_text
 
 _FILES = ("bench.md", "bench.json")

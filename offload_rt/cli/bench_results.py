@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import mean, median, stdev
 
-from offload_rt.session.settings import Settings
 from offload_rt.cli.prompt_set import PromptItem
 from offload_rt.config import DraftConfig
 from offload_rt.planning.placement import Placement
 from offload_rt.report import Memory, Speculation, Timings
+from offload_rt.session.settings import Settings
 
 BASELINE, DRAFTED = "without drafting", "with drafting"
 _TOTAL = "all"

@@ -12,7 +12,6 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import Output, runtime_of
 from offload_rt.cli.prompt_set import read_prompt_set, spread
-from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import (
@@ -24,6 +23,7 @@ from offload_rt.medusa.calibration import (
 )
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.printable import printable
+from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.writing import check_target
 
 if TYPE_CHECKING:

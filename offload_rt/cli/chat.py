@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.cli.answering import Answering
 from offload_rt.cli.chat_file import read_conversation, read_text, write_conversation
 from offload_rt.cli.chat_history import HistoryFile, history_path
 from offload_rt.cli.chat_lines import LineReader, Reader
@@ -31,14 +31,14 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.faults import of_system, report_fault
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, output_of, settings_of
-from offload_rt.session.recommended import with_recommended
-from offload_rt.cli.answering import Answering
-from offload_rt.session.answering import started_engine
-from offload_rt.session.opening import AUTO_CONTEXT_TOKENS, Model, context_limit, open_model
-from offload_rt.session.settings import check_accept
 from offload_rt.cli.stats import STATS_INDENT, format_stats
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.printable import printable
+from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.answering import started_engine
+from offload_rt.session.opening import AUTO_CONTEXT_TOKENS, Model, context_limit, open_model
+from offload_rt.session.recommended import with_recommended
+from offload_rt.session.settings import check_accept
 
 _OFFER_CHARS = 20_000  # a longer turn is no use to edit
 _LINES_ONLY = ("", "dumb", "unknown")  # terminals that cannot move their cursor

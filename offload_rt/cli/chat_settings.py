@@ -8,9 +8,9 @@ from typing import Any
 import click
 
 from offload_rt.cli.chat_words import closest
-from offload_rt.session.settings import Settings, check_accept
 from offload_rt.config import GenerationConfig, SamplingConfig
 from offload_rt.errors import ConfigError
+from offload_rt.session.settings import Settings, check_accept
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
 _FIELDS = (*_SAMPLING, *(field.name for field in dataclasses.fields(GenerationConfig)))

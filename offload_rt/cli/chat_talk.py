@@ -3,13 +3,13 @@
 import dataclasses
 from dataclasses import dataclass, field
 
+from offload_rt.cli.answering import Answering
 from offload_rt.cli.chat_file import Conversation, Exchange
 from offload_rt.cli.faults import of_system
-from offload_rt.session.settings import Settings
-from offload_rt.cli.answering import Answering
-from offload_rt.session.answering import Answer, seeded
 from offload_rt.config import SamplingConfig
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.session.answering import Answer, seeded
+from offload_rt.session.settings import Settings
 from offload_rt.units import format_speed
 
 _SEEDS = 2**63

@@ -21,7 +21,6 @@ from offload_rt.baselines.comparison import Comparison, Conditions
 from offload_rt.baselines.engines import EngineSpec, choose_engines, python_of, read_pythons
 from offload_rt.baselines.rows import GpuRow, MachineRow, PromptRow, RawRows, Setup, begin, read
 from offload_rt.cli import options
-from offload_rt.session.adapters import refuse_beside
 from offload_rt.cli.compare_chart import draw
 from offload_rt.cli.compare_report import as_json, as_markdown
 from offload_rt.cli.console import Console, quiet_libraries
@@ -29,7 +28,6 @@ from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.session.opening import Model, check_drafter, context_limit, open_model
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.errors import ConfigError
@@ -37,6 +35,8 @@ from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_mod
 from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.demand import kv_bytes_per_token
 from offload_rt.profiling.identity import this_machine
+from offload_rt.session.adapters import refuse_beside
+from offload_rt.session.opening import Model, check_drafter, context_limit, open_model
 from offload_rt.units import format_size
 from offload_rt.writing import make_folder, write_text
 

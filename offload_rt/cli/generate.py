@@ -7,11 +7,11 @@ from typing import Any, TypeVar
 import click
 
 from offload_rt.cli import options
-from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.cli.prompt import read_prompt
+from offload_rt.session.adapters import adapted, open_for_answers
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -77,10 +77,10 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     with console.waiting(f"opening {model}", stays=False):
         checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
-    from offload_rt.session.recommended import with_recommended
     from offload_rt.cli.answering import Answering
     from offload_rt.session.answering import seeded, started_engine
     from offload_rt.session.opening import answer_capacity, open_model
+    from offload_rt.session.recommended import with_recommended
 
     settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)

@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.plan import device_there
-from offload_rt.session.means import means_for, speeds_for
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.errors import OffloadError
 from offload_rt.model.config import ModelConfig
@@ -12,6 +10,8 @@ from offload_rt.model.outline import outline_known
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.planner import plan_run
 from offload_rt.planning.run import RunLoad
+from offload_rt.session.means import means_for, speeds_for
+from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.units import format_size
 
 # Llama 405B has 126. Up to 200 layers it takes 0.2 s, with 1000 19 s (measured, one busy core).

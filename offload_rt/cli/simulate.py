@@ -15,7 +15,6 @@ from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.headline import More, bound_by, headline, more_memory
 from offload_rt.cli.options import Output, draft_of, runtime_of
-from offload_rt.session.means import asked_processor, profile_for, profile_source
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,
@@ -39,6 +38,7 @@ from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, 
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
+from offload_rt.session.means import asked_processor, profile_for, profile_source
 from offload_rt.speculative.pair import open_draft_checkpoint
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}

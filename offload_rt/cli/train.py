@@ -12,13 +12,10 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from offload_rt.cli import options
-from offload_rt.session.adapters import refuse_beside
 from offload_rt.cli.console import Console, quiet_libraries
-from offload_rt.session.observer import Gauge
 from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, runtime_of
-from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.cli.talks import read_talks, require_answers
 from offload_rt.cli.train_options import check_effects, corpus_of, flags, train_of, training_options
 from offload_rt.config import DraftConfig, RuntimeConfig
@@ -26,6 +23,9 @@ from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.printable import printable
+from offload_rt.session.adapters import refuse_beside
+from offload_rt.session.observer import Gauge
+from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.training.settings import (
     CorpusConfig,
     Method,

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_rt.adapters.reading import read_adapter
-from offload_rt.session.observer import Observer
-from offload_rt.session.settings import NO_ADAPTER, Settings
 from offload_rt.errors import ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.files import shown
+from offload_rt.session.observer import Observer
+from offload_rt.session.settings import NO_ADAPTER, Settings
 
 if TYPE_CHECKING:
     from offload_rt.session.opening import Model

@@ -3,10 +3,10 @@
 import dataclasses
 from pathlib import Path
 
-from offload_rt.session.observer import Observer
-from offload_rt.session.settings import Settings, check_accept
 from offload_rt.config import SamplingConfig
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.session.observer import Observer
+from offload_rt.session.settings import Settings, check_accept
 from offload_rt.text.files import DeclaredSampling, declared_sampling
 from offload_rt.units import join_words
 
