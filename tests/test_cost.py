@@ -129,8 +129,8 @@ def test_a_published_pass_on_a_4090():
 
 @pytest.mark.parametrize(("kernels_s", "measured_s"), [(1.72 - 1.25, 1.72), (1.70 - 0.43, 1.70)])
 def test_measured_passes_on_two_cores(kernels_s, measured_s):
-    # README, "Results": 24 of 30 layers, 4.83 GB a pass, two slots, raw reads at 2.75 and
-    # 2.72 GB/s; kernels are the pass less its wait.
+    # docs/RESULTS.md, "Streaming against raw reads": 24 of 30 layers, 4.83 GB a pass, two slots,
+    # raw reads at 2.75 and 2.72 GB/s; kernels are the pass less its wait.
     layer_bytes = round(4.83e9 / 24)
     loads = [LayerLoad(work=WORK, home_bytes=layer_bytes) for _ in range(30)]
     streamed = [i for i in range(30) if i % 5]

@@ -27,7 +27,8 @@ from offload_rt.planning.weights import (
 )
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
-# are touched for the first time, thread stacks, allocator slack. Measured on CPU (README, results).
+# are touched for the first time, thread stacks, allocator slack. Measured on CPU
+# (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16

@@ -30,18 +30,20 @@ class Outcome:
 
 
 # Tokens accepted per draft that was found, by nodes. They only decide until something was seen.
-# model: Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy (README).
+# model: Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy, the prompt's
+# pass counted (docs/RESULTS.md, "Tokens per pass by draft size").
 _MODEL: Points = ((1, 0.75), (2, 1.35), (4, 2.1), (8, 2.9), (16, 3.7), (64, 5.3), (256, 7.0))
 # medusa: 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
 _MEDUSA: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
-# ngram: first answers of SmolLM2, three questions of 30 to 64 tokens: 0.09, 0.19, 0.28 and 0.45 per
-# step with 4, 8, 16 and 32 nodes. Long answers that quote give twice that (README), but nobody
-# knows what will be asked, and a draft that is too large costs more than one that is too small.
+# ngram: 0.09, 0.19, 0.28 and 0.45 per step with 4, 8, 16 and 32 nodes; long answers that quote
+# accept twice as many (docs/RESULTS.md, "First answers with n-grams"). Nobody knows what will be
+# asked, and a draft that is too large costs more than one that is too small.
 _NGRAM: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
 _NGRAM_HITS = 0.9  # nothing is known at first
-# model: of the passes a tree may take, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on HumanEval.
+# model: of the draft passes a tree may use, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on
+# HumanEval (docs/RESULTS.md, "Tokens per pass by draft size").
 _MADE = 0.85
-# triforce: 0.87 to 0.98 were seen over 6k tokens with a budget of 1024 (README).
+# triforce: 0.87 to 0.98 were seen (docs/RESULTS.md, "TriForce's prior acceptance rate").
 _TRIFORCE_RATE = 0.88
 
 
