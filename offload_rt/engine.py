@@ -16,6 +16,8 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.machine import FreeMemory
+from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
 from offload_rt.device.base import DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
@@ -33,12 +35,12 @@ from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
 from offload_rt.planning.controller import Controller
-from offload_rt.planning.demand import Drafting, kv_bytes_per_token
+from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.retrieval import retrieval_sizes
-from offload_rt.planning.run import FreeMemory, RunLoad
+from offload_rt.planning.run import RunLoad
 from offload_rt.planning.suffixes import most_contexts
 from offload_rt.report import Counters, Memory
 from offload_rt.sampling import Dice, make_generator

@@ -10,14 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.errors import ConfigError
-from offload_rt.planning.acceptance import (
+from offload_rt.costs.acceptance import (
     chain_tokens,
     grow_tree,
     rate_of_share,
     tree_tokens,
     triforce_tokens,
 )
+from offload_rt.errors import ConfigError
 
 RATE = st.floats(0, 1)
 RATES = st.lists(RATE, min_size=1, max_size=5)

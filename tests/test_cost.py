@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT, curve, measured, profile, shape
 
+from offload_rt.costs.pass_cost import LayerLoad, PassLoad, PassTimes, cost_of, pass_times
 from offload_rt.errors import ConfigError, ProfileError
-from offload_rt.planning.cost import LayerLoad, PassLoad, PassTimes, cost_of, pass_times
 from offload_rt.profiling.profile import (
     AttentionSpeed,
     LayerWork,

@@ -4,11 +4,11 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 
+from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
-from offload_rt.planning.demand import kv_bytes_per_token
 
 HEAD = {"head_dim": 16}
 WINDOW = {"sliding_window": 6}

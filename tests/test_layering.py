@@ -22,6 +22,8 @@ RANKS = [
     ["device.base"],  # protocols and constants
     ["device"],
     ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device
+    ["planning.kv", "planning.placement", "planning.weights"],  # sizes that are priced
+    ["costs"],
     ["planning"],
     ["kv.base", "kv.partial"],  # what the network's attention reads and calls
     ["model", "sampling"],
@@ -55,6 +57,7 @@ TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {
     "streaming.pipeline",
     "kv.blocks",
+    "costs",
     "planning",
     "device.base",
     "device.sim",
@@ -219,10 +222,10 @@ def test_nothing_is_unpickled_or_evaluated(module):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("planning.cost", "import offload_rt.engine"),
-        ("planning.cost", "from offload_rt import engine"),
-        ("planning.cost", "def f():\n    from offload_rt.cli.plan import x"),
-        ("planning.cost", "from ..engine import Engine"),
+        ("costs.pass_cost", "import offload_rt.engine"),
+        ("costs.pass_cost", "from offload_rt import engine"),
+        ("costs.pass_cost", "def f():\n    from offload_rt.cli.plan import x"),
+        ("costs.pass_cost", "from ..engine import Engine"),
         ("kv.base", "from offload_rt.model.attention import attend"),
         ("kv.base", "from offload_rt.speculative import tree"),
         ("model.attention", "import offload_rt.kv.resident"),
@@ -239,9 +242,9 @@ def test_planted_upward_imports_are_found(module, source, monkeypatch):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("planning.cost", "from offload_rt.model.checkpoint import extents"),
-        ("planning.cost", "from offload_rt.planning.simulate import x\nimport torch, math"),
-        ("planning.cost", "from .simulate import x"),
+        ("costs.pass_cost", "from offload_rt.model.checkpoint import extents"),
+        ("costs.pass_cost", "from offload_rt.costs.timeline import x\nimport torch, math"),
+        ("costs.pass_cost", "from .timeline import x"),
         ("kv.resident", "from offload_rt.model.attention import attend"),
         ("model.attention", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.device.base import Buffer\nfrom offload_rt import errors"),

@@ -34,6 +34,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
@@ -42,7 +43,7 @@ from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.planning.run import FreeMemory, RunLoad
+from offload_rt.planning.run import RunLoad
 from offload_rt.profiling.measure import measure as measure_machine
 from offload_rt.profiling.store import find_profile, load_profile, save_profile
 from offload_rt.report import RunReport

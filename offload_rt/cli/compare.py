@@ -29,11 +29,11 @@ from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
-from offload_rt.planning.demand import kv_bytes_per_token
 from offload_rt.profiling.identity import this_machine
 from offload_rt.session.adapters import refuse_beside
 from offload_rt.session.opening import Model, check_drafter, context_limit, open_model

@@ -19,6 +19,7 @@ from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
+from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.present import cuda_index
 from offload_rt.device.system import free_memory_bytes
@@ -32,8 +33,7 @@ from offload_rt.planning.kv import KVPlan
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, Prediction, plan_run
-from offload_rt.planning.run import FreeMemory, RunLoad, bytes_per_pass
-from offload_rt.planning.speeds import Speeds
+from offload_rt.planning.run import RunLoad, bytes_per_pass
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS

@@ -22,17 +22,19 @@ from offload_rt.cli.simulate_table import (
     scenario_help,
 )
 from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.costs.machine import FreeMemory, Seat, seat_for
+from offload_rt.costs.pass_cost import PassLoad
+from offload_rt.costs.sizes import kv_bytes_per_token, number_bytes_of
+from offload_rt.costs.workload import pass_load, price
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
-from offload_rt.planning.cost import PassLoad
-from offload_rt.planning.demand import Drafting, kv_bytes_per_token, number_bytes_of
+from offload_rt.planning.demand import Drafting
 from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
-from offload_rt.planning.outlook import Seat, pass_load, price, seat_for
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import Comparison, compare_published
-from offload_rt.planning.run import FreeMemory, RunLoad, place_run
+from offload_rt.planning.run import RunLoad, place_run
 from offload_rt.planning.scenario import load_scenario
 from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, predict, simulate
 from offload_rt.printable import printable

@@ -2,18 +2,23 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig
-from offload_rt.device.base import STAGING_BYTES
-from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
+from offload_rt.costs.sizes import (
+    PassShape,
+    head_bytes,
+    image_bytes,
+    kv_bytes_per_token,
+    layouts_of,
+    number_bytes_of,
+    staging_bytes,
+    workspace_bytes,
+)
+from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.layout import (
-    FLOATS,
-    LayerLayout,
     Packing,
     compute_dtype,
-    plan_layouts,
 )
 from offload_rt.planning.placement import Demand
 from offload_rt.planning.retrieval import retrieval_sizes
@@ -26,31 +31,8 @@ from offload_rt.planning.weights import (
     takes,
 )
 
-# What a run costs besides what is counted below: code pages and buffers of the math libraries that
-# are touched for the first time, thread stacks, allocator slack. Measured on CPU
-# (docs/RESULTS.md, "Streaming against raw reads").
-RUNTIME_BYTES = 64 * 2**20
-SCORE_BYTES = 64 * 2**20
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
-DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PassShape:
-    """The largest pass a run will make.
-
-    Attributes:
-        rows: tokens of all sequences in it.
-        chunk_rows: tokens that go through a layer at once.
-        logit_rows: rows whose logits are read.
-        longest: tokens of the longest sequence, answer included.
-    """
-
-    rows: int
-    chunk_rows: int
-    logit_rows: int
-    longest: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,26 +96,6 @@ def demand_of(
         + retrieval_bytes(config, drafting.config, number_bytes, capacities)
         + rounded_copy_bytes(checkpoint, drafting.config, dtype, packing),
     )
-
-
-@lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
-def layouts_of(checkpoint: Checkpoint, dtype: str, packing: Packing) -> tuple[LayerLayout, ...]:
-    """The image of each layer, and last of what is in no layer."""
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return plan_layouts(checkpoint, name, packing)
-
-
-def image_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing) -> list[int]:
-    """Sizes of the same."""
-    return [layout.nbytes for layout in layouts_of(checkpoint, dtype, packing)]
-
-
-def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int) -> int:
-    """What readers on a CPU read through when bytes cannot land in place; a GPU's is pinned."""
-    if packing is Packing.DEVICE:
-        return 0
-    in_place = all(run.in_place for layout in layouts for run in layout.runs)
-    return 0 if in_place else 2 * readers * STAGING_BYTES
 
 
 def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int]) -> int:
@@ -288,53 +250,3 @@ def rounded_copy_weights(draft: DraftConfig) -> DraftWeights:
     """How the copies are kept with which triforce drafts; `same`: it uses the target's own."""
     rounds = draft.kind == "triforce" and draft.retrieval.rounded
     return draft.retrieval.retrieval_weights if rounds else DraftWeights.SAME
-
-
-def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
-    """A rounded output head; 0 where it stays as it is."""
-    shape = (checkpoint.head or checkpoint.embedding).shape
-    return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
-
-
-def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:
-    """Bytes of a number in the format the model computes in."""
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
-
-
-def kv_bytes_per_token(config: ModelConfig, number_bytes: int) -> int:
-    """KV bytes one token takes in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * number_bytes
-
-
-def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) -> int:
-    """Upper bound of what a pass allocates and frees again.
-
-    All rows: the hidden state twice (a layer's input and what replaces it), a normalised copy and
-    the rotary tables. One chunk: fp32 copies of the norm, query, key, value and their rotated
-    copies, the MLP's three products and a packed copy of its largest weight, the attention mask as
-    bool (with copies while it is made) and as numbers, and blocks of scores. Read rows: logits, and
-    for sampling their fp32 copies, an fp64 sum and a sort order.
-    """
-    chunk = min(shape.chunk_rows, shape.rows)
-    heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_row = 4 * config.hidden_size * number_bytes + 2 * config.head_dim * 4
-    per_chunk_row = (
-        8 * config.hidden_size + (2 * heads + 4 * config.intermediate_size) * number_bytes
-    )
-    packed_weight = config.intermediate_size * config.hidden_size * number_bytes if chunk > 1 else 0
-    mask = chunk * shape.longest * (3 + number_bytes) if chunk > 1 else 0
-    # Partial results are kept up to eight at a time, then merged (kv/partial.py).
-    partial = 12 * chunk * config.num_heads * config.head_dim * 4 if config.writes_out_scores else 0
-    drawn_rows = min(shape.logit_rows, DRAW_ROWS)
-    logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn_rows * 32)
-    return (
-        RUNTIME_BYTES
-        + shape.rows * per_row
-        + chunk * per_chunk_row
-        + packed_weight
-        + mask
-        + partial
-        + min(SCORE_BYTES, 2 * config.num_heads * chunk * shape.longest * 4)
-        + logits
-    )

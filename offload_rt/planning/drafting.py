@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload_rt.planning.acceptance import chain_tokens
+from offload_rt.costs.acceptance import chain_tokens
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
 _PRIOR_STEPS = 8.0  # steps an expectation counts for against what was seen

@@ -8,17 +8,14 @@ import math
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, DraftWeights
+from offload_rt.costs.acceptance import chain_tokens, grow_tree, triforce_tokens
+from offload_rt.costs.machine import Seat
+from offload_rt.costs.pass_cost import LayerLoad, PassLoad, cost_of, pass_times
+from offload_rt.costs.sizes import kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.workload import layer_works
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.acceptance import chain_tokens, grow_tree, triforce_tokens
-from offload_rt.planning.cost import LayerLoad, PassLoad, cost_of, pass_times
-from offload_rt.planning.demand import (
-    draft_weights_of,
-    kv_bytes_per_token,
-    layouts_of,
-    number_bytes_of,
-)
-from offload_rt.planning.outlook import Seat, layer_works
+from offload_rt.planning.demand import draft_weights_of
 from offload_rt.planning.simulate import DraftOutlook
 from offload_rt.profiling.profile import LayerWork, Number, Obtained
 from offload_rt.profiling.rates import layer_s

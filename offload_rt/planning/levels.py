@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from offload_rt.costs.machine import Speeds
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.kept import model_key, read_entries, write_entries
-from offload_rt.planning.speeds import Speeds
 
 LEAST, MOST = 0.5, 4.0  # beyond them it is not the hour that is wrong
 LASTS_S = 4 * 3600.0  # then nobody knows whether the neighbours are still there

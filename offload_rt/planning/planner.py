@@ -10,12 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
-from offload_rt.errors import ConfigError, PlanError
-from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing, compute_dtype
-from offload_rt.planning.acceptance import triforce_tokens
-from offload_rt.planning.controller import StepOutlook
-from offload_rt.planning.cost import (
+from offload_rt.costs.acceptance import triforce_tokens
+from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.pass_cost import (
     LayerLoad,
     LinkRates,
     PassCost,
@@ -23,20 +20,16 @@ from offload_rt.planning.cost import (
     cost_of,
     pass_times,
 )
-from offload_rt.planning.demand import (
-    Drafting,
-    draft_weights_of,
-    image_bytes,
-    kv_bytes_per_token,
-    number_bytes_of,
-    rounded_copy_weights,
-    settled,
-)
+from offload_rt.costs.sizes import image_bytes, kv_bytes_per_token, number_bytes_of
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.planning.controller import StepOutlook
+from offload_rt.planning.demand import Drafting, draft_weights_of, rounded_copy_weights, settled
 from offload_rt.planning.drafting import SIZES, Yield
 from offload_rt.planning.kv import KVPlan, KVSizes
 from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import FreeMemory, RunLoad, place_run
-from offload_rt.planning.speeds import Speeds
+from offload_rt.planning.run import RunLoad, place_run
 from offload_rt.planning.weights import rounded_kind
 from offload_rt.profiling.profile import LayerWork, Obtained
 

@@ -4,31 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
+from offload_rt.costs.machine import FreeMemory
+from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
-from offload_rt.planning.demand import (
-    NO_DRAFTING,
-    Drafting,
-    PassShape,
-    demand_of,
-    kv_bytes_per_token,
-    layouts_of,
-    number_bytes_of,
-)
+from offload_rt.planning.demand import NO_DRAFTING, Drafting, demand_of
 from offload_rt.planning.kv import KVPlan, kv_places, plan_kv
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.units import format_size
 
 FREE_SHARE = 0.85  # of free memory, when no limit is given: the rest is left to others
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreeMemory:
-    """What is free now; it bounds a run that was given no limit."""
-
-    device_bytes: int
-    host_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

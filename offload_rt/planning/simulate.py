@@ -2,9 +2,9 @@
 
     s_per_token = (pass, with what of the drafting does not hide behind it) / tokens per pass
 
-Tokens per pass follow from acceptance (`acceptance.py`), the pass from the real pipelines in
-virtual time (`cost.py`), drafting from the profile or from seconds that are given. Not modelled:
-the all-reduces of a model split by heads, host syncs, the time a verifier takes.
+Tokens per pass follow from acceptance (`costs/acceptance.py`), the pass from the real pipelines in
+virtual time (`costs/pass_cost.py`), drafting from the profile or from seconds that are given. Not
+modelled: the all-reduces of a model split by heads, host syncs, the time a verifier takes.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from offload_rt.config import DraftWeights
-from offload_rt.errors import ConfigError
-from offload_rt.planning.acceptance import (
+from offload_rt.costs.acceptance import (
     chain_tokens,
     grow_tree,
     rate_of_share,
     triforce_tokens,
 )
-from offload_rt.planning.cost import (
+from offload_rt.costs.machine import Speeds
+from offload_rt.costs.pass_cost import (
     LayerLoad,
     Limit,
     LinkRates,
@@ -29,6 +29,7 @@ from offload_rt.planning.cost import (
     link_rates,
     pass_times,
 )
+from offload_rt.errors import ConfigError
 from offload_rt.planning.kv import block_tokens_for, spread_layers
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.planning.scenario import (
@@ -41,7 +42,6 @@ from offload_rt.planning.scenario import (
     Scenario,
     Split,
 )
-from offload_rt.planning.speeds import Speeds
 from offload_rt.profiling.adjust import adjust_profile
 from offload_rt.profiling.profile import HardwareProfile, Obtained, Processor
 from offload_rt.profiling.rates import attention_s, disk_bytes_per_s, layer_s

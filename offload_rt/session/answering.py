@@ -26,10 +26,10 @@ from offload_rt.session.settings import Settings
 from offload_rt.speculative.pair import open_draft_checkpoint
 
 if TYPE_CHECKING:
+    from offload_rt.costs.machine import Speeds
     from offload_rt.engine import Engine
     from offload_rt.model.layout import Packing
     from offload_rt.planning.planner import Means
-    from offload_rt.planning.speeds import Speeds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.costs.machine import Speeds
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
@@ -18,7 +19,6 @@ from offload_rt.planning.experience import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
-from offload_rt.planning.speeds import Speeds
 from offload_rt.profiling.profile import HardwareProfile, Processor
 from offload_rt.profiling.store import (
     find_profile,

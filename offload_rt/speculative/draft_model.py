@@ -19,6 +19,7 @@ import torch
 from torch.nn.functional import pad
 
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
+from offload_rt.costs.sizes import DRAW_ROWS, head_bytes
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.system import give_back_holes
 from offload_rt.errors import ConfigError, NumbersError
@@ -29,7 +30,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.packed import can_pack
-from offload_rt.planning.demand import DRAW_ROWS, draft_base_bytes, head_bytes
+from offload_rt.planning.demand import draft_base_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
 from offload_rt.planning.weights import layer_bytes
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
-from offload_rt.planning.demand import DRAW_ROWS
+from offload_rt.costs.sizes import DRAW_ROWS
 from offload_rt.sampling import Dice, likeliest, next_tokens, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.tree import ROOT, TokenTree

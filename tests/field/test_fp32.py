@@ -8,10 +8,10 @@ import torch
 from engines import PROMPT, engine_for
 from folders import loaded, rewritten
 
+from offload_rt.costs.sizes import layouts_of
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
-from offload_rt.planning.demand import layouts_of
 
 HEAD = {"head_dim": 16}
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -14,12 +14,12 @@ from folders import rewritten
 from tiny import SHAPE
 
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
+from offload_rt.costs.sizes import image_bytes
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import load_model_config
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
-from offload_rt.planning.demand import image_bytes
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 TEXT = SHAPE | IDS | {"head_dim": 16}

@@ -12,10 +12,10 @@ from engines import PROMPT, engine_for
 from folders import loaded, rewritten
 
 from offload_rt.config import DraftConfig
+from offload_rt.costs.sizes import image_bytes
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
-from offload_rt.planning.demand import image_bytes
 
 LAYERS = 2
 FLAT = {"model.": ""}

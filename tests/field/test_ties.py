@@ -10,11 +10,11 @@ from engines import PROMPT, engine_for
 from folders import loaded, rewritten
 
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, SamplingConfig
+from offload_rt.costs.sizes import image_bytes
 from offload_rt.errors import CheckpointError
 from offload_rt.medusa.convert import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
-from offload_rt.planning.demand import image_bytes
 
 HEADS = ("equal", "different", "absent", "alone")
 ENDS = {"gpt_neox": ("gpt_neox.embed_in.weight", "lm_head.weight")}

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
+from offload_rt.errors import ConfigError
+from offload_rt.model.layout import Packing
 from offload_rt.profiling.profile import (
     HardwareProfile,
     LayerWork,
@@ -85,3 +87,65 @@ class Speeds:
         if self.processor is Processor.CUDA:
             return link_bytes_per_s(self.profile, block_bytes)
         return memory_bytes_per_s(self.profile, MemoryUse.COPY, 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FreeMemory:
+    """What is free now; it bounds a run that was given no limit."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Seat:
+    """Where a run would take place.
+
+    Attributes:
+        profile: of the machine.
+        processor: that computes.
+    """
+
+    profile: HardwareProfile
+    processor: Processor
+
+    @property
+    def packing(self) -> Packing:
+        """How layer images are laid out there."""
+        return Packing.DEVICE if self.processor is Processor.CUDA else Packing.FILE
+
+    @property
+    def speeds(self) -> Speeds:
+        """How long parts of a pass take; a CPU the profile has such times of reorders weights."""
+        curves = self.profile.layers
+        packs = any((c.processor, c.weights) == (Processor.CPU, WeightOrder.PACKED) for c in curves)
+        on_cpu = self.processor is Processor.CPU
+        return Speeds(profile=self.profile, processor=self.processor, packs=packs and on_cpu)
+
+    @property
+    def free(self) -> FreeMemory:
+        """All memory of the machine, as if nothing else ran."""
+        machine = self.profile.machine
+        host = machine.ram_bytes
+        on_gpu = self.processor is Processor.CUDA
+        device = machine.gpus[0].memory_bytes if on_gpu else host
+        return FreeMemory(device_bytes=device, host_bytes=host)
+
+
+def seat_for(profile: HardwareProfile, device: str) -> Seat:
+    """Choose what computes: `auto` is the GPU where the profile has one.
+
+    Raises:
+        ConfigError: there is no such device.
+    """
+    gpus = len(profile.machine.gpus)
+    if device == "cpu" or (device == "auto" and not gpus):
+        return Seat(profile=profile, processor=Processor.CPU)
+    if device not in ("auto", "cuda"):
+        raise ConfigError(
+            f"--device {device} is not known to a simulation: use auto, cpu or cuda, which is the "
+            "profile's first GPU"
+        )
+    if not gpus:
+        raise ConfigError(f"--device cuda: profile {profile.name} has no GPU")
+    return Seat(profile=profile, processor=Processor.CUDA)

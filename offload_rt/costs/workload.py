@@ -5,14 +5,12 @@ tensors' sizes follow the layers' work and the bytes that cross links. No torch 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import prod
 
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
-from offload_rt.errors import ConfigError
-from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.layout import LayerLayout, Packing
-from offload_rt.planning.cost import (
+from offload_rt.costs.machine import Seat
+from offload_rt.costs.pass_cost import (
     LayerLoad,
     LinkRates,
     PassCost,
@@ -20,67 +18,13 @@ from offload_rt.planning.cost import (
     cost_of,
     pass_times,
 )
-from offload_rt.planning.demand import kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.sizes import kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.layout import LayerLayout
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.run import FreeMemory
-from offload_rt.planning.speeds import Speeds
-from offload_rt.profiling.profile import HardwareProfile, LayerWork, Processor, WeightOrder
+from offload_rt.profiling.profile import LayerWork
 
 _EXPERT_MATRICES = 3  # gate, up and down
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """Where a run would take place.
-
-    Attributes:
-        profile: of the machine.
-        processor: that computes.
-    """
-
-    profile: HardwareProfile
-    processor: Processor
-
-    @property
-    def packing(self) -> Packing:
-        """How layer images are laid out there."""
-        return Packing.DEVICE if self.processor is Processor.CUDA else Packing.FILE
-
-    @property
-    def speeds(self) -> Speeds:
-        """How long parts of a pass take; a CPU the profile has such times of reorders weights."""
-        curves = self.profile.layers
-        packs = any((c.processor, c.weights) == (Processor.CPU, WeightOrder.PACKED) for c in curves)
-        on_cpu = self.processor is Processor.CPU
-        return Speeds(profile=self.profile, processor=self.processor, packs=packs and on_cpu)
-
-    @property
-    def free(self) -> FreeMemory:
-        """All memory of the machine, as if nothing else ran."""
-        machine = self.profile.machine
-        host = machine.ram_bytes
-        on_gpu = self.processor is Processor.CUDA
-        device = machine.gpus[0].memory_bytes if on_gpu else host
-        return FreeMemory(device_bytes=device, host_bytes=host)
-
-
-def seat_for(profile: HardwareProfile, device: str) -> Seat:
-    """Choose what computes: `auto` is the GPU where the profile has one.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    gpus = len(profile.machine.gpus)
-    if device == "cpu" or (device == "auto" and not gpus):
-        return Seat(profile=profile, processor=Processor.CPU)
-    if device not in ("auto", "cuda"):
-        raise ConfigError(
-            f"--device {device} is not known to a simulation: use auto, cpu or cuda, which is the "
-            "profile's first GPU"
-        )
-    if not gpus:
-        raise ConfigError(f"--device cuda: profile {profile.name} has no GPU")
-    return Seat(profile=profile, processor=Processor.CUDA)
 
 
 def pass_load(

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.costs import timeline
+from offload_rt.costs.pass_cost import LayerLoad, Limit, PassLoad, PassTimes, cost_of
+from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
 from offload_rt.device.sim import SimBuffer, SimLink, SimStream
 from offload_rt.errors import ConfigError
-from offload_rt.planning import replay as replaying
-from offload_rt.planning.cost import LayerLoad, Limit, PassLoad, PassTimes, cost_of
-from offload_rt.planning.replay import ReplayLayer, ReplayPass, replay
 from offload_rt.profiling.profile import LayerWork, Number, Obtained
 
 SECONDS = st.floats(0, 3)
@@ -88,10 +88,10 @@ def test_a_pass_takes_at_least_its_busiest_part_and_at_most_all_of_them(work):
 @given(work=PASS)
 @settings(deadline=None, max_examples=60)
 def test_a_pass_that_repeats_itself_is_the_long_run_mean(work):
-    devices = [replaying._Device(work, device) for device in range(2)]
+    devices = [timeline._Device(work, device) for device in range(2)]
     ends = []
     for _ in range(120):
-        replaying._run_pass(work, devices)
+        timeline._run_pass(work, devices)
         ends.append(devices[0].compute.time_s)
     mean = (ends[-1] - ends[59]) / 60
     # Where the copies catch up with the kernels by a little each pass it is not steady so soon.
@@ -130,7 +130,7 @@ def test_larger_blocks_for_the_replay_change_nothing_that_matters(monkeypatch):
     rates = {"home_bytes_per_s": (1e4,), "kv_bytes_per_s": 1e4}
     work = ReplayPass(layers=layers, slots=2, kv_slots=4, kv_block_bytes=40, end_s=1.0, **rates)
     coarse = replay(work)
-    monkeypatch.setattr(replaying, "_MOST_BLOCKS", 10**6)
+    monkeypatch.setattr(timeline, "_MOST_BLOCKS", 10**6)
     assert coarse.pass_s == pytest.approx(replay(work).pass_s, rel=0.01)
     assert coarse.transfer_s == pytest.approx(8 * 1.3)
 

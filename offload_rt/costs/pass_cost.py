@@ -1,6 +1,6 @@
 """What a pass costs: the real pipeline, run on the simulated device with a profile's times.
 
-There is no second formula for overlap that could drift from what runs: `replay.py` has the
+There is no second formula for overlap that could drift from what runs: `timeline.py` has the
 pipelines themselves enqueue the copies, waits and kernels of a few passes, and the virtual clock
 says how long one takes once the rings are full. How long each copy and each layer takes comes from
 the profile.
@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
 from offload_rt.errors import ConfigError
-from offload_rt.planning.replay import ReplayLayer, ReplayPass, replay
 from offload_rt.profiling.profile import (
     Direction,
     HardwareProfile,

@@ -9,11 +9,12 @@ from test_profile import PROJECT
 from tiny import SHAPE
 
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
+from offload_rt.costs.machine import seat_for
+from offload_rt.costs.workload import pass_load, price
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.expectation import Acceptance, expect, model_step_s, parse_ranks
-from offload_rt.planning.outlook import pass_load, price, seat_for
 from offload_rt.planning.run import RunLoad, place_run
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile

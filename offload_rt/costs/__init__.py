@@ -1,0 +1,1 @@
+"""From a description of work and a profile to seconds. No torch here."""
