@@ -4,13 +4,13 @@ import pytest
 import torch
 from engines import all_logits, engine_for
 
-from offload_rt import engine as engine_module
 from offload_rt.config import HomeKind
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda.device import CudaDevice
 from offload_rt.device.host_memory import allocate_host
+from offload_rt.engine import engine as engine_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network

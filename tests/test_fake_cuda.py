@@ -7,7 +7,6 @@ import torch
 from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
-from offload_rt import engine as engine_module
 from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
@@ -23,6 +22,7 @@ from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams
 from offload_rt.engine import Engine
+from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
 from offload_rt.kv.base import KVShape
@@ -30,8 +30,8 @@ from offload_rt.kv.home import RamHome
 from offload_rt.model import attention
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning import kv as kv_sizes
+from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
-from offload_rt.speculative.tree import TokenTree
 from offload_rt.streaming import files
 from offload_rt.streaming import home as home_module
 from offload_rt.streaming.files import WeightFiles

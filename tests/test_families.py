@@ -144,7 +144,9 @@ def test_families_that_cannot_be_streamed_are_refused_by_name(
 
 
 def test_more_kv_than_the_configuration_says_is_refused(make_tiny, monkeypatch):
-    monkeypatch.setattr("offload_rt.engine.kv_bytes_per_token", lambda config, number: number)
+    monkeypatch.setattr(
+        "offload_rt.engine.engine.kv_bytes_per_token", lambda config, number: number
+    )
     with (
         pytest.raises(
             CheckpointError, match="llama models cannot be streamed yet: they keep 1024 bytes"

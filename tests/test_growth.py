@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
+from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative import draft_model
 from offload_rt.speculative.draft_model import BRANCHES, DraftModelDrafter
-from offload_rt.speculative.tree import TokenTree
 
 VOCAB = 32
 

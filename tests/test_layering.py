@@ -30,15 +30,15 @@ RANKS = [
     ["kv"],
     ["streaming"],
     ["profiling"],  # what measures a machine uses the parts it measures
-    ["speculative.base", "speculative.tree"],
+    ["runner"],
+    ["speculative.base"],
     ["medusa", "text", "adapters"],
     ["speculative"],
-    ["engine", "decoding", "diagnosis"],
+    ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
     ["session", "baselines", "serve"],
     ["cli", "__main__"],
 ]
-ONE_PART = {"decoding": "engine", "diagnosis": "engine"}  # files that know each other
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter", "adapters.reading"}
@@ -122,8 +122,7 @@ def rank_of(module):
 
 
 def same_package(one, other):
-    first, second = (name.split(".")[0] for name in (one, other))
-    return ONE_PART.get(first, first) == ONE_PART.get(second, second)
+    return one.split(".")[0] == other.split(".")[0]
 
 
 def targets(node, module, is_package):
@@ -227,15 +226,14 @@ def test_nothing_is_unpickled_or_evaluated(module):
         ("costs.pass_cost", "def f():\n    from offload_rt.cli.plan import x"),
         ("costs.pass_cost", "from ..engine import Engine"),
         ("kv.base", "from offload_rt.model.attention import attend"),
-        ("kv.base", "from offload_rt.speculative import tree"),
+        ("kv.base", "from offload_rt.runner import tree"),
         ("model.attention", "import offload_rt.kv.resident"),
         ("config", "from offload_rt.report import Report"),
         ("errors", "import offload_rt.config"),
         ("speculative.base", "import offload_rt.medusa.heads"),
     ],
 )
-def test_planted_upward_imports_are_found(module, source, monkeypatch):
-    monkeypatch.setitem(FILES, "engine", ROOT / "engine.py")
+def test_planted_upward_imports_are_found(module, source):
     assert upward_imports(source, module)
 
 
@@ -248,7 +246,7 @@ def test_planted_upward_imports_are_found(module, source, monkeypatch):
         ("kv.resident", "from offload_rt.model.attention import attend"),
         ("model.attention", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.device.base import Buffer\nfrom offload_rt import errors"),
-        ("medusa.heads", "import offload_rt.speculative.tree"),
+        ("medusa.heads", "import offload_rt.runner.tree"),
         ("speculative.medusa", "import offload_rt.medusa.heads"),
         ("cli.plan", "import offload_rt.engine, offload_rt.serve.app, offload_rt"),
     ],

@@ -20,8 +20,8 @@ from offload_rt.medusa.calibration import (
 )
 from offload_rt.medusa.judge import Judge
 from offload_rt.medusa.trees import DEFAULT_TREE, MedusaTree, check_choices, cut, named_trees
+from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.medusa import fill
-from offload_rt.speculative.tree import TokenTree
 
 # Nodes at each depth and leaves, counted for upstream's file at e2a5d20.
 COUNTED = {

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv import plain_attention
 
-from offload_rt import engine as engine_module
 from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
@@ -30,6 +29,7 @@ from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import streams
 from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
+from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
 from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
 from offload_rt.kv.blocks import Block, BlockPipeline

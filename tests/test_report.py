@@ -8,7 +8,7 @@ import pytest
 from engines import engine_for, generate
 
 from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, KVPlace, SamplingConfig
-from offload_rt.decoding import Run
+from offload_rt.engine.decoding import Run
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.ngram import NgramDrafter
 

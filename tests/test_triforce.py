@@ -26,10 +26,10 @@ from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.planning.suffixes import SHORTEST, lookup_bytes
+from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft, Unlearned
-from offload_rt.speculative.tree import TokenTree
 from offload_rt.speculative.triforce import TriForceDrafter
 from offload_rt.speculative.verifier import draw, walk
 

@@ -61,8 +61,8 @@ from offload_rt.model.layout import Packing
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.planner import Means
 from offload_rt.planning.retrieval import RetrievalSizes
+from offload_rt.runner.tree import TokenTree
 from offload_rt.session.means import means_for, speeds_for
-from offload_rt.speculative.tree import TokenTree
 from offload_rt.text import Message, build_prompt, end_token_ids, load_tokenizer
 from offload_rt.units import parse_size
 

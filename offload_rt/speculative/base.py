@@ -6,8 +6,8 @@ from typing import Protocol
 
 import torch
 
+from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.followers import Likely
-from offload_rt.speculative.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,11 +33,11 @@ from offload_rt.model.packed import can_pack
 from offload_rt.planning.demand import draft_base_bytes
 from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
 from offload_rt.planning.weights import layer_bytes
+from offload_rt.runner.tree import ROOT, TokenTree, pending_tree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.followers import Followers
 from offload_rt.speculative.ngram import SuffixIndex
-from offload_rt.speculative.tree import ROOT, TokenTree, pending_tree
 from offload_rt.speculative.window import seen_tokens
 from offload_rt.streaming.files import FileSource, WeightFiles
 

@@ -19,9 +19,9 @@ from offload_rt.medusa.load import load_heads, load_token_map
 from offload_rt.medusa.trees import MedusaTree
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
+from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict
-from offload_rt.speculative.tree import TokenTree
 
 
 @dataclass(frozen=True, slots=True)

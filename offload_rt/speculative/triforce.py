@@ -19,10 +19,10 @@ from offload_rt.device.base import Device
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.retrieval import FollowedKV
 from offload_rt.report import RetrievalCounts
+from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, target_probs
 from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
 from offload_rt.speculative.deciding import Checked, decide
-from offload_rt.speculative.tree import TokenTree
 
 # The retrieval cache is built anew when, over so many drafts, less than that share was accepted.
 # Both are guesses; a build is nearly free, since the pass it is part of is made anyway.

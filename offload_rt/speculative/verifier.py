@@ -19,9 +19,9 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.costs.sizes import DRAW_ROWS
+from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, likeliest, next_tokens, sample, target_probs
 from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.tree import ROOT, TokenTree
 
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's posterior_threshold and posterior_alpha
 

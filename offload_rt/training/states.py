@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from offload_rt.config import KVPlace, RuntimeConfig
-from offload_rt.diagnosis import not_numbers
 from offload_rt.engine import Engine
+from offload_rt.engine.diagnosis import not_numbers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.training.cache import StateCache
 from offload_rt.training.corpus import Sample, pack

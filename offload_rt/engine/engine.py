@@ -18,11 +18,11 @@ from offload_rt.config import (
 )
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
-from offload_rt.decoding import Emitted, FinishReason, Run, SequenceState
 from offload_rt.device.base import DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.opening import open_device
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
+from offload_rt.engine.decoding import Run, SequenceState
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
@@ -43,18 +43,17 @@ from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import RunLoad
 from offload_rt.planning.suffixes import most_contexts
 from offload_rt.report import Counters, Memory
+from offload_rt.runner.store import LayerStore
+from offload_rt.runner.tree import TokenTree, pending_tree
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
 from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
-from offload_rt.speculative.tree import TokenTree, pending_tree
 from offload_rt.speculative.triforce import WORTHWHILE, TriForceDrafter
 from offload_rt.streaming.files import FileSource, WeightFiles
-from offload_rt.streaming.home import HostSource, LayerStore
-
-__all__ = ["Emitted", "Engine", "FinishReason", "Run", "SequenceState"]
+from offload_rt.streaming.home import HostSource
 
 NO_DRAFT = DraftConfig()
 

@@ -12,10 +12,10 @@ import torch
 from offload_rt.errors import NumbersError, WeightsError
 from offload_rt.model.files import shown
 from offload_rt.model.layout import FLOATS
-from offload_rt.speculative.tree import TokenTree
+from offload_rt.runner.tree import TokenTree
 
 if TYPE_CHECKING:
-    from offload_rt.engine import Engine
+    from offload_rt.engine.engine import Engine
 
 
 def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> NumbersError:

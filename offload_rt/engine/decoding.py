@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
-from offload_rt.diagnosis import no_token
+from offload_rt.engine.diagnosis import no_token
 from offload_rt.errors import NumbersError
 from offload_rt.planning.drafting import Outcome
 from offload_rt.report import (
@@ -36,7 +36,7 @@ from offload_rt.speculative.base import Draft, Drafter, Verdict
 from offload_rt.speculative.deciding import Checked, decide
 
 if TYPE_CHECKING:
-    from offload_rt.engine import Engine
+    from offload_rt.engine.engine import Engine
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""A network with its weights on a device: rows of tokens in, logits out."""

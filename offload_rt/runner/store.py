@@ -1,0 +1,63 @@
+"""The store a network borrows the weights of its layers from."""
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource
+from offload_rt.model.layout import LayerLayout
+from offload_rt.streaming.files import FileSource, WeightFiles
+from offload_rt.streaming.pipeline import LayerPipeline
+
+
+class LayerStore:
+    """Lends the weights of every layer: resident ones at once, streamed ones through the pipeline.
+
+    Args:
+        device: where the weights are computed with.
+        layouts: the image of each layer.
+        sources: the home of each streamed layer; a layer without one is resident.
+        slots: number of slots of the ring.
+        files: where resident layers are read from, once.
+        elsewhere: resident layers that are not lent: the network has their weights.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        layouts: Sequence[LayerLayout],
+        sources: Mapping[int, HomeSource],
+        slots: int,
+        files: WeightFiles,
+        elsewhere: Collection[int] = (),
+    ) -> None:
+        self.layouts = layouts
+        self.streamed = tuple(sorted(sources))
+        self.bytes_per_pass = sum(sources[i].nbytes for i in self.streamed)
+        self._resident: dict[int, DeviceBuffer] = {}
+        for layer, layout in enumerate(layouts):
+            if layer not in sources and layer not in elsewhere:
+                self._resident[layer] = device.allocate(layout.nbytes, "resident layers")
+                device.load.copy(self._resident[layer], FileSource(layout, files))
+        self._pipeline: LayerPipeline[DeviceBuffer, HomeSource] | None = None
+        if sources:
+            slot_bytes = max(layouts[layer].nbytes for layer in sources)
+            ring = [device.allocate(slot_bytes, "slots") for _ in range(slots)]
+            self._pipeline = LayerPipeline(
+                self.streamed, sources, ring, device.copy, device.compute
+            )
+        device.load.record().synchronize()
+
+    def restart(self) -> None:
+        """Make the store ready for a new pass after one that was not finished."""
+        if self._pipeline is not None:
+            self._pipeline.restart()
+
+    @contextmanager
+    def weights(self, layer: int) -> Iterator[DeviceBuffer]:
+        """Lend the image of `layer` on the device."""
+        if layer in self._resident:
+            yield self._resident[layer]
+            return
+        assert self._pipeline is not None
+        with self._pipeline.weights(layer) as buffer:
+            yield buffer
