@@ -7,6 +7,7 @@ import torch
 from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
+from offload_rt.attention import rows as attention
 from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
@@ -27,7 +28,6 @@ from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import RamHome
-from offload_rt.model import attention
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning import kv as kv_sizes
 from offload_rt.runner.tree import TokenTree

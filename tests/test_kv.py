@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.attention import rows as attention
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
+from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.model import attention
-from offload_rt.model.attention import attend_rows
 
 SHAPES = [KVShape(heads=2, key_dim=8, value_dim=8), KVShape(heads=1, key_dim=8, value_dim=4)]
 CAPACITY, HEADS = 24, 4
@@ -188,8 +189,7 @@ def test_rows_of_a_tree_taken_apart_attend_as_together(rows, more, past, window,
 
 
 def test_explicit_attention_is_the_same_in_blocks(monkeypatch):
-    from offload_rt.kv import partial
-    from offload_rt.model import attention
+    from offload_rt.attention import partial
 
     query, key, value = torch.randn(HEADS, 9, 8), torch.randn(2, 12, 8), torch.randn(2, 12, 8)
     spec = AttentionSpec(scaling=0.3, softcap=2.0)

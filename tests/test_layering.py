@@ -20,12 +20,12 @@ RANKS = [
     [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
     [f"model.{part}" for part in ("adapter", "checkpoint", "family", "layout", "names", "outline")],
     ["device.base"],  # protocols and constants
-    ["device"],
+    ["device", "attention"],
     ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device
     ["planning.kv", "planning.placement", "planning.weights"],  # sizes that are priced
     ["costs"],
     ["planning"],
-    ["kv.base", "kv.partial"],  # what the network's attention reads and calls
+    ["kv.base"],  # what the network's attention calls
     ["model", "sampling"],
     ["kv"],
     ["streaming"],
@@ -225,9 +225,10 @@ def test_nothing_is_unpickled_or_evaluated(module):
         ("costs.pass_cost", "from offload_rt import engine"),
         ("costs.pass_cost", "def f():\n    from offload_rt.cli.plan import x"),
         ("costs.pass_cost", "from ..engine import Engine"),
-        ("kv.base", "from offload_rt.model.attention import attend"),
+        ("kv.base", "from offload_rt.model.attention_function import attend_packed"),
+        ("attention.rows", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.runner import tree"),
-        ("model.attention", "import offload_rt.kv.resident"),
+        ("model.attention_function", "import offload_rt.kv.resident"),
         ("config", "from offload_rt.report import Report"),
         ("errors", "import offload_rt.config"),
         ("speculative.base", "import offload_rt.medusa.heads"),
@@ -243,8 +244,8 @@ def test_planted_upward_imports_are_found(module, source):
         ("costs.pass_cost", "from offload_rt.model.checkpoint import extents"),
         ("costs.pass_cost", "from offload_rt.costs.timeline import x\nimport torch, math"),
         ("costs.pass_cost", "from .timeline import x"),
-        ("kv.resident", "from offload_rt.model.attention import attend"),
-        ("model.attention", "from offload_rt.kv.base import KVCache"),
+        ("kv.resident", "from offload_rt.attention.rows import attend_rows"),
+        ("model.attention_function", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.device.base import Buffer\nfrom offload_rt import errors"),
         ("medusa.heads", "import offload_rt.runner.tree"),
         ("speculative.medusa", "import offload_rt.medusa.heads"),

@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv import plain_attention
 
+from offload_rt.attention.partial import PartialAttention
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.config import (
     DraftConfig,
     GenerationConfig,
@@ -31,11 +33,10 @@ from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
+from offload_rt.kv.base import KVShape
 from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
-from offload_rt.kv.partial import PartialAttention
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing

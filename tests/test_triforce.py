@@ -10,6 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_speculation import SAMPLINGS, SEEDS, VOCAB, chi_square, expected_counts
 
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import (
     AcceptRule,
     DraftConfig,
@@ -19,10 +21,9 @@ from offload_rt.config import (
 )
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError, ConfigError
-from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
-from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.planning.suffixes import SHORTEST, lookup_bytes

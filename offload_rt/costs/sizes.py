@@ -93,7 +93,7 @@ def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) ->
     )
     packed_weight = config.intermediate_size * config.hidden_size * number_bytes if chunk > 1 else 0
     mask = chunk * shape.longest * (3 + number_bytes) if chunk > 1 else 0
-    # Partial results are kept up to eight at a time, then merged (kv/partial.py).
+    # Partial results are kept up to eight at a time, then merged (attention/partial.py).
     partial = 12 * chunk * config.num_heads * config.head_dim * 4 if config.writes_out_scores else 0
     drawn_rows = min(shape.logit_rows, DRAW_ROWS)
     logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn_rows * 32)

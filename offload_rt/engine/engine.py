@@ -29,7 +29,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
-from offload_rt.model.attention import Segment
+from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch

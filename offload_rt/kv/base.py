@@ -6,7 +6,7 @@ rows that are kept. Until then they are pending: visible to this pass, forgotten
 leave a cache half-advanced.
 
 Layout, stated here once: keys and values of a layer are [K, T, D], heads outermost, so that the
-rows of one head are consecutive and a prefix of tokens is a view. Letters: `model/attention.py`.
+rows of one head are consecutive and a prefix of tokens is a view. Letters: `attention/spec.py`.
 """
 
 from collections.abc import Sequence
@@ -15,22 +15,7 @@ from typing import Protocol
 
 import torch
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AttentionSpec:
-    """How one layer attends.
-
-    Attributes:
-        scaling: factor on query-key products.
-        window: a token sees itself and this many minus one before it; None sees all.
-        softcap: products are squashed to softcap * tanh(product / softcap); None leaves them.
-        sinks: [H] a logit per head that takes probability and gives no value (GPT-OSS), or None.
-    """
-
-    scaling: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: torch.Tensor | None = None
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,19 +30,6 @@ class KVShape:
     def numbers_per_token(self) -> int:
         """Numbers one token takes in this layer."""
         return self.heads * (self.key_dim + self.value_dim)
-
-
-@dataclass(frozen=True, slots=True)
-class PendingTree:
-    """Which pending rows the newest S rows may look at, when they are not simply in a row.
-
-    Attributes:
-        visible: [S, P] bool over all P pending rows, the S newest last; a row sees itself.
-        positions: [P] int64, the place in the sequence each pending row stands for.
-    """
-
-    visible: torch.Tensor
-    positions: torch.Tensor
 
 
 class RowWatcher(Protocol):

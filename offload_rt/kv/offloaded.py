@@ -3,8 +3,8 @@
 Per offloaded layer there are rows at the home, [0, home_rows), and the newest ones on the device,
 in `recent` memory: those that wait until enough are there for a write, and the pending ones. A pass
 attends to the home's rows block by block as they come in (`blocks.py`), to the recent ones where
-they are, and merges the parts (`partial.py`). Only committed rows of a step go home, so a rejected
-row never does.
+they are, and merges the parts (`attention/partial.py`). Only committed rows of a step go home, so a
+rejected row never does.
 
 A prompt has more pending rows than `recent` holds. It runs layer by layer, so all its rows of one
 layer are staged in one place on the device, shared by all layers and sequences; attention there is
@@ -20,14 +20,15 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload_rt.attention.partial import PartialAttention
+from offload_rt.attention.rows import attend_rows, visible_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device, Event, HomeSource, TwoWayStream
 from offload_rt.errors import CapacityError, ConfigError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree, RowWatcher
+from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import KVHome
-from offload_rt.kv.partial import PartialAttention
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.model.attention import attend_rows, visible_rows
 from offload_rt.planning.kv import KVSizes
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # keys [K, T, D] and values [K, T, D], views

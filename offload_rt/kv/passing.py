@@ -9,10 +9,11 @@ from collections.abc import Sequence
 
 import torch
 
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVShape, PendingTree
-from offload_rt.model.attention import attend_rows
+from offload_rt.kv.base import KVShape
 
 
 class PassingKV:

@@ -20,11 +20,12 @@ from typing import Protocol
 
 import torch
 
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
-from offload_rt.kv.base import AttentionSpec, KVCache, KVShape, PendingTree, RowWatcher
+from offload_rt.kv.base import KVCache, KVShape, RowWatcher
 from offload_rt.kv.resident import split_rows
-from offload_rt.model.attention import attend_rows
 from offload_rt.planning.recent import RecentChoice
 from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.report import RetrievalCounts

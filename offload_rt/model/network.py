@@ -27,7 +27,7 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import KVCache, KVShape
-from offload_rt.model.attention import (
+from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
     MaskKind,

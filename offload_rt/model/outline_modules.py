@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from offload_rt.model.attention import ATTENTION_NAME
+from offload_rt.model.attention_function import ATTENTION_NAME
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.family import read_family

@@ -13,16 +13,17 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
-from offload_rt.kv.base import AttentionSpec, KVShape
+from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.model.attention import (
+from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
     PassContext,
     Segment,
-    attend_rows,
 )
 from offload_rt.model.network import Network  # noqa: F401 - registers our attention function
 from offload_rt.model.packed import pack_linears, replace_linears

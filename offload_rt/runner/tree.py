@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload_rt.attention.spec import PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import ConfigError
-from offload_rt.kv.base import PendingTree
 
 ROOT = -1
 

@@ -18,14 +18,15 @@ from itertools import islice, takewhile
 import torch
 from torch.nn.functional import pad
 
+from offload_rt.attention.spec import PendingTree
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.costs.sizes import DRAW_ROWS, head_bytes
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.system import give_back_holes
 from offload_rt.errors import ConfigError, NumbersError
-from offload_rt.kv.base import KVCache, PendingTree
+from offload_rt.kv.base import KVCache
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.model.attention import Segment
+from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch

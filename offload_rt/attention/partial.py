@@ -7,7 +7,7 @@ the same way). Query heads of a group are rows of their KV head, so keys are nev
 
 import torch
 
-from offload_rt.kv.base import AttentionSpec
+from offload_rt.attention.spec import AttentionSpec
 
 # Scores written out are made for as many query rows as fit in this.
 SCORE_BYTES = 8 * 2**20

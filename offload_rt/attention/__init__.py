@@ -1,0 +1,1 @@
+"""Kernels over rows of keys and values: what caches and networks compute attention with."""
