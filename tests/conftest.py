@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from tiny import SHAPE
+from tool_runs import TOOLS
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
@@ -110,6 +111,24 @@ def run_tool(capsys, monkeypatch):
         capsys.readouterr()
         tool.main()
         return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def convert_medusa(capsys, monkeypatch):
+    """Run `tools/convert_medusa.py` with arguments; returns its exit code and what it printed."""
+    monkeypatch.syspath_prepend(TOOLS)
+    import convert_medusa
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [convert_medusa.__file__, *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            code = convert_medusa.main()
+        except SystemExit as stopped:  # argparse
+            code = stopped.code
+        return SimpleNamespace(code=code, **capsys.readouterr()._asdict())
 
     return run
 

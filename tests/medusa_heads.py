@@ -5,6 +5,8 @@ import json
 import torch
 from safetensors.torch import save_file
 
+from offload_rt.medusa.heads import MedusaHeads
+
 
 def random_heads(heads=3, layers=1, size=64, *, bias=True, rows=300, own=False, seed=1):
     """Tensors under upstream's names: `own` gives each head an output head."""
@@ -64,3 +66,31 @@ def write_vllm(folder, tensors, *, common=False, token_map=None, layers=1, **con
     options = {"model_type": "medusa", "original_lm_head": common} | config
     (folder / "config.json").write_text(json.dumps(options))
     return folder
+
+
+def by_formula(tensors, hidden, model_head=None):
+    """[K, R, V] from upstream's names: W2 (h + SiLU(W1 h + b)), block after block."""
+    heads = 1 + max(int(name.split(".")[0]) for name in tensors)
+    layers = 1 + max(int(n.split(".")[1]) for n in tensors if "linear" in n)
+    logits = []
+    for head in range(heads):
+        state = hidden
+        for layer in range(layers):
+            inner = state @ tensors[f"{head}.{layer}.linear.weight"].T
+            inner = inner + tensors.get(
+                f"{head}.{layer}.linear.bias", torch.zeros(hidden.shape[-1])
+            )
+            state = state + inner * torch.sigmoid(inner)
+        own = tensors.get(f"{head}.{layers}.weight", model_head)
+        logits.append(state @ own.T)
+    return torch.stack(logits)
+
+
+def computed(heads, hidden, model_head=None):
+    """[K, R, V] by the modules, from heads in host memory."""
+    head = None if model_head is None else lambda states: states @ model_head.T
+    module = MedusaHeads(heads.shape, head)
+    state = {name: t for name, t in heads.tensors.items() if name != "token_map"}
+    module.load_state_dict(state)
+    with torch.no_grad():
+        return module(hidden)

@@ -14,9 +14,9 @@ from torch.nn.functional import pad
 
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import CALIBRATION_FILE
-from offload_rt.medusa.checkpoint import open_source
-from offload_rt.medusa.convert import read_heads
+from offload_rt.medusa.checkpoint import open_heads
 from offload_rt.medusa.heads import MedusaHeads
+from offload_rt.medusa.storage import read_heads
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_widened_heads_say_the_same_of_a_padded_state(bench, make_tiny, tmp_path
     hidden, output = torch.randn(5, 48), torch.randn(300, 64)
     found = []
     for folder, rows in ((narrow, hidden), (tmp_path / "wide", pad(hidden, (0, 16)))):
-        stored = read_heads(open_source(folder))
+        stored = read_heads(open_heads(folder))
         width = stored.shape.hidden_size
         heads = MedusaHeads(stored.shape, lambda state, w=width: state @ output[:, :w].T)
         heads.load_state_dict(stored.tensors)

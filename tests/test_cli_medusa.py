@@ -72,40 +72,48 @@ def test_info_shows_what_the_tensors_say(offload_run, tmp_path, shared):
     assert "3, 1 layer each (config.json says 2 heads; the tensors decide)" in shown
     assert "64, with biases" in shown and "the model's\n" in shown and "made for      tiny" in shown
     assert "mc_sim_7b_63, 61 nodes" in shown
-    pickled = write_pickled(tmp_path / "pt", random_heads(heads=5, own=True, layers=2, bias=False))
-    record = json.loads(offload_run("medusa", "info", pickled, "--json").out)
+    own = write_own(tmp_path / "own", heads=5, layers=2, bias=False)
+    record = json.loads(offload_run("medusa", "info", own, "--json").out)
     assert (record["heads"], record["layers"], record["bias"]) == (5, 2, False)
-    assert record["pickled"] and record["lm_head"] == "own" and record["head_rows"] == 300
+    assert record["lm_head"] == "own" and record["head_rows"] == 300
     assert record["bytes"] == 4 * (5 * (2 * 64 * 64 + 300 * 64))
-    assert "`offload-run medusa convert" in offload_run("medusa", "info", pickled).out
+    pickled = write_pickled(tmp_path / "pt", random_heads())
+    refused = offload_run("medusa", "info", pickled)
+    assert refused.code == 4 and "tools/convert_medusa.py" in refused.err
     vllm = write_vllm(tmp_path / "vllm", random_heads(own=True), token_map=[4, 9])
     assert "one stored for each, 300 rows, of which a token map names 2" in (
         offload_run("medusa", "info", vllm).out
     )
 
 
-def test_converted_heads_draft(tiny_model, offload_run, tmp_path):
+def test_converted_heads_draft(tiny_model, offload_run, convert_medusa, tmp_path):
     pickled = write_pickled(tmp_path / "pt", random_heads(own=True))
     run = ("generate", tiny_model, *BASE, "-q", "--draft")
     refused = offload_run(*run, f"medusa:{pickled}")
-    assert refused.code == 4 and "offload-run medusa convert" in refused.err
+    assert (
+        refused.code == 4
+        and f"`python tools/convert_medusa.py {pickled} NEW_FOLDER`" in refused.err
+    )
     plain = offload_run("generate", tiny_model, *BASE).out
     for layout in ("tgi", "vllm"):
         new = tmp_path / layout
-        done = offload_run("medusa", "convert", pickled, new, "--to", layout)
-        assert done.code == 0 and re.match(rf"{new}/\w+\.safetensors \(\d+ KiB\)\n", done.out)
+        done = convert_medusa(pickled, new, "--to", layout)
+        made = "3 heads of 1 layers, hidden size 64, with biases, an output head of 300 rows each"
+        assert done.code == 0 and done.out.startswith(f"{made}\n{new}/")
+        assert re.search(r"/\w+\.safetensors \(\d+ KiB\)\n$", done.out)
+        assert convert_medusa(new).out == f"{made}\n"
         assert offload_run(*run, f"medusa:{new}").out == plain
 
 
-def test_the_models_head_goes_to_vllm(tiny_model, offload_run, tmp_path, shared):
+def test_the_models_head_goes_to_vllm(tiny_model, offload_run, convert_medusa, tmp_path, shared):
     for arguments, message in (
         (["--to", "vllm"], "add --model"),
         (["--to", "tgi", "--model", tiny_model], "--model has no effect"),
     ):
-        done = offload_run("medusa", "convert", shared, tmp_path / "new", *arguments)
+        done = convert_medusa(shared, tmp_path / "new", *arguments)
         assert done.code == 2 and message in done.err and not (tmp_path / "new").exists()
     new = tmp_path / "new"
-    done = offload_run("medusa", "convert", shared, new, "--to", "vllm", "--model", tiny_model)
+    done = convert_medusa(shared, new, "--to", "vllm", "--model", tiny_model)
     assert done.code == 0
     assert "one stored for all, 300 rows" in offload_run("medusa", "info", new).out
 
@@ -157,16 +165,12 @@ def test_bad_usage(tiny_model, offload_run, shared, prompts, tmp_path):
     calibrate = ("medusa", "calibrate", shared, tiny_model, "--prompts")
     bare = shutil.copytree(shared, tmp_path / "bare")
     (bare / "medusa_lm_head.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
-    nan = {n: t.fill_(torch.nan) for n, t in random_heads().items()}
-    write_pickled(tmp_path / "nan", nan)
     write_own(tmp_path / "wide", size=128)
     for arguments, code, message in (
         (("medusa", "info", "/no/such/folder"), 4, "'/no/such/folder' does not exist"),
         (("medusa", "info", tiny_model), 4, "holds no Medusa heads"),
         (("medusa", "info", bare), 4, "holds no Medusa heads"),
-        (("medusa", "convert", tmp_path / "nan", tmp_path / "x"), 4, "not finite"),
-        (("medusa", "convert", shared, shared), 2, "is already there"),
-        (("medusa", "convert", shared, tmp_path / "x", "--to", "pt"), 2, "'pt' is not one of"),
+        (("medusa", "convert", shared, shared), 2, "use `python tools/convert_medusa.py HEADS FOL"),
         ((*calibrate, "/no/such/file"), 2, "cannot read the prompts"),
         ((*calibrate, prompts, "--context", 20), 2, "there is room for 20"),
         (("generate", tiny_model, "-p", "x", "--draft", "medusa:"), 2, "is not known"),
@@ -184,3 +188,16 @@ def test_bad_usage(tiny_model, offload_run, shared, prompts, tmp_path):
         done = offload_run(*arguments)
         assert (done.code, done.out) == (code, ""), done.err
         assert message in done.err and "Traceback" not in done.err
+
+
+def test_bad_usage_of_the_converter(convert_medusa, shared, tmp_path):
+    nan = {n: t.fill_(torch.nan) for n, t in random_heads().items()}
+    write_pickled(tmp_path / "nan", nan)
+    for arguments, code, message in (
+        ((tmp_path / "nan", tmp_path / "x"), 4, "not finite"),
+        ((shared, shared), 2, "is already there"),
+        ((shared, tmp_path / "x", "--to", "pt"), 2, "'pt'"),
+    ):
+        done = convert_medusa(*arguments)
+        assert (done.code, done.err.count("Traceback")) == (code, 0) and message in done.err
+    assert not (tmp_path / "x").exists()

@@ -70,9 +70,7 @@ TORCH_FREE |= {
     f"baselines.{part}"
     for part in ("cap", "comparison", "engines", "pagecache", "process", "rows", "summary")
 }
-TORCH_FREE |= {
-    f"medusa.{part}" for part in ("names", "pickled", "checkpoint", "trees", "calibration")
-}
+TORCH_FREE |= {f"medusa.{part}" for part in ("names", "checkpoint", "trees", "calibration")}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """
@@ -204,6 +202,32 @@ def test_a_session_knows_no_command_line(module):
         for target in targets(node, module, FILES[module].name == "__init__.py")
     }
     assert not named & {"click", "rich", "prompt_toolkit", "sys", "signal"}
+
+
+HARNESS = ("baselines", "cli.compare")  # measures others; the program runs without it
+
+
+def uses_harness(source, module, is_package=False):
+    """Modules of the comparison harness that a module imports."""
+    return [
+        target
+        for node in ast.walk(ast.parse(source))
+        for target in targets(node, module, is_package)
+        if target.removeprefix("offload_rt.").startswith(HARNESS)
+    ]
+
+
+@pytest.mark.parametrize("module", [name for name in FILES if not name.startswith(HARNESS)])
+def test_only_the_comparison_imports_its_harness(module):
+    path = FILES[module]
+    assert uses_harness(path.read_text(), module, path.name == "__init__.py") == []
+
+
+def test_planted_uses_of_the_harness_are_found():
+    source = "def f():\n    from offload_rt.baselines.rows import x\nimport offload_rt.cli.compare"
+    found = ["offload_rt.baselines.rows", "offload_rt.cli.compare"]
+    assert sorted(uses_harness(source, "cli.bench")) == found
+    assert uses_harness("from .compare import y", "cli.bench") == found[1:]
 
 
 def test_no_torch_at_import_time():

@@ -50,9 +50,9 @@ from offload_rt.medusa.calibration import (
     best_trees,
     read_calibration,
 )
-from offload_rt.medusa.checkpoint import open_source
-from offload_rt.medusa.convert import Heads, Layout, read_heads, write_heads
+from offload_rt.medusa.checkpoint import open_heads
 from offload_rt.medusa.names import LmHead
+from offload_rt.medusa.storage import Heads, Layout, read_heads, write_heads
 from offload_rt.medusa.trees import Choice
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.text import build_prompt, end_token_ids, load_tokenizer
@@ -265,7 +265,7 @@ def trees(options: argparse.Namespace) -> None:
 
 def widen(folder: str, model: str, output: str) -> None:
     """Write heads padded with zeros to the width of a model's hidden state."""
-    source = open_source(Path(folder))
+    source = open_heads(Path(folder))
     heads, hidden = read_heads(source), open_checkpoint(resolve_model(model)).config.hidden_size
     shape = replace(heads.shape, hidden_size=hidden)
     tensors = dict(heads.tensors)

@@ -1,26 +1,28 @@
-"""`offload-run medusa`: look at Medusa heads, convert them, measure how often they are right."""
+"""`offload-run medusa`: look at Medusa heads, measure how often they are right."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import click
 
 from offload_rt.cli import options
 from offload_rt.cli.calibrate import calibrate
-from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.options import Output
-from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import (
     CALIBRATION_FILE,
     Calibration,
     best_trees,
     read_calibration,
 )
-from offload_rt.medusa.checkpoint import HeadsSource, base_model, open_source, stated_heads
+from offload_rt.medusa.checkpoint import (
+    CONVERT,
+    HeadsCheckpoint,
+    base_model,
+    open_heads,
+    stated_heads,
+)
 from offload_rt.medusa.names import TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.medusa.trees import DEFAULT_TREE, cut, named_trees
-from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.model.checkpoint import resolve_model
 from offload_rt.printable import printable
 from offload_rt.units import format_size
 
@@ -28,9 +30,20 @@ _WHAT_WIDTH = 14
 _SIZES = (16, 32, 63, 128, 256)
 
 
-@click.group()
+class _Group(click.Group):
+    """Its verbs; one that went says where it is now."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == "convert":
+            ctx.fail(f"no verb convert here: use `{CONVERT} HEADS FOLDER` of the source repository")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_Group)
 def medusa() -> None:
-    """Look at Medusa heads, convert them, measure how often they are right.
+    """Look at Medusa heads, measure how often they are right.
 
     HEADS is a folder with heads, a full model that has them inside, or a hub id in the local cache.
     They draft with `--draft medusa:HEADS`.
@@ -43,9 +56,9 @@ def medusa() -> None:
 def info(heads: str, json: bool) -> int:
     """Show what heads are made of and what they are worth.
 
-    Reads headers only; of PyTorch files too, without unpickling them.
+    Reads headers only.
     """
-    source = open_source(resolve_model(heads))
+    source = open_heads(resolve_model(heads))
     calibration = read_calibration(source.folder)
     if json:
         click.echo(_as_json(source, calibration))
@@ -55,74 +68,29 @@ def info(heads: str, json: bool) -> int:
     return 0
 
 
-@medusa.command()
-@click.argument("heads")
-@click.argument("folder")
-@click.option(
-    "--to",
-    "layout",
-    type=click.Choice(["shared", "tgi", "vllm"]),
-    default="tgi",
-    help="shared: upstream's version 2, for heads that use the model's output head; tgi: "
-    "upstream's names in safetensors, with or without output heads; vllm: vLLM's names.",
-)
-@click.option(
-    "--model",
-    default=None,
-    show_default="none",
-    help="The model the heads are for: vLLM wants its output head stored where heads have none.",
-)
-def convert(heads: str, folder: str, layout: str, model: str | None) -> int:
-    """Write heads into FOLDER in another layout.
-
-    The one way to use heads that come as PyTorch files: they are read without unpickling.
-    """
-    quiet_libraries(Output())
-    source = open_source(resolve_model(heads))
-    from offload_rt.medusa.convert import (
-        Layout,
-        read_heads,
-        read_output_head,
-        with_output_head,
-        write_heads,
-    )
-
-    wants_head = layout == "vllm" and source.names.shape.lm_head is LmHead.MODEL
-    if model is not None and not wants_head:
-        raise ConfigError(
-            "--model has no effect: it is for --to vllm of heads that use the model's output head"
-        )
-    read = read_heads(source)
-    if model is not None:
-        read = with_output_head(read, read_output_head(open_checkpoint(resolve_model(model))))
-    path = write_heads(read, Path(folder), Layout(layout))
-    click.echo(f"{printable(str(path))} ({format_size(path.stat().st_size)})")
-    return 0
-
-
 medusa.add_command(calibrate)
 
 
-def _output_heads(source: HeadsSource) -> str:
+def _output_heads(source: HeadsCheckpoint) -> str:
     shape = source.names.shape
     text = {
         LmHead.MODEL: "the model's",
         LmHead.COMMON: f"one stored for all, {shape.head_rows} rows",
         LmHead.OWN: f"one stored for each, {shape.head_rows} rows",
     }[shape.lm_head]
-    if TOKEN_MAP in source.tensors:
-        text += f", of which a token map names {source.tensors[TOKEN_MAP].shape[0]}"
+    if source.token_map is not None:
+        text += f", of which a token map names {source.token_map.shape[0]}"
     return text
 
 
-def _nbytes(source: HeadsSource) -> int:
-    return sum(tensor.place.nbytes for tensor in source.tensors.values())
+def _nbytes(source: HeadsCheckpoint) -> int:
+    return sum(extent.nbytes for extent in source.extents.values())
 
 
-def _rows(source: HeadsSource) -> list[tuple[str, str]]:
+def _rows(source: HeadsCheckpoint) -> list[tuple[str, str]]:
     shape = source.names.shape
     stated = stated_heads(source.config)
-    dtypes = sorted({t.dtype for name, t in source.tensors.items() if name != TOKEN_MAP})
+    dtypes = sorted({e.dtype for name, e in source.extents.items() if name != TOKEN_MAP})
     heads = f"{shape.heads}, {shape.layers} layer{'s' * (shape.layers > 1)} each"
     if stated is not None and stated != shape.heads:
         heads += f" (config.json says {stated} heads; the tensors decide)"
@@ -134,9 +102,6 @@ def _rows(source: HeadsSource) -> list[tuple[str, str]]:
         ("names", f"{source.names.naming}'s"),
         ("made for", base_model(source.config) or "not stated"),
     ]
-    if source.pickled:
-        new = "`offload-run medusa convert HEADS NEW_FOLDER`"
-        rows.append(("files", f"PyTorch's, which runs do not open: {new}"))
     return rows
 
 
@@ -161,7 +126,7 @@ def _worth(shape: HeadsShape, calibration: Calibration | None) -> list[tuple[str
     return rows
 
 
-def _as_json(source: HeadsSource, calibration: Calibration | None) -> str:
+def _as_json(source: HeadsCheckpoint, calibration: Calibration | None) -> str:
     shape = source.names.shape
     record: dict[str, Any] = {
         "heads": shape.heads,
@@ -175,7 +140,7 @@ def _as_json(source: HeadsSource, calibration: Calibration | None) -> str:
         "bytes": _nbytes(source),
         "base_model": base_model(source.config),
         "config_heads": stated_heads(source.config),
-        "pickled": source.pickled,
+        "pickled": False,
         "calibration": None,
     }
     if calibration is not None:

@@ -1,11 +1,10 @@
 """Open Medusa heads: a folder of heads, or a full model that has them inside. No torch here.
 
-Only headers are read. PyTorch files are refused with the command that converts them; `open_source`,
-for that command and for looking, reads them too (`medusa/pickled.py`).
+Only headers are read. PyTorch files are refused with the command that converts them.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +12,19 @@ from offload_rt.config import DraftConfig
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.medusa.calibration import read_calibration, tree_for
 from offload_rt.medusa.names import TOKEN_MAP, Names, read_names
-from offload_rt.medusa.pickled import PickledTensor, open_pickled
-from offload_rt.model.checkpoint import DTYPE_BYTES, MEDUSA_PREFIX, Checkpoint, resolve_model
-from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
+from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, resolve_model
+from offload_rt.model.files import FileIdentity, read_json_object
 from offload_rt.model.header import TensorExtent, read_header
 from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layout
 from offload_rt.model.shards import find_weights, read_shards
 
 HEADS_FILE, PICKLED_HEADS = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 FULL_MODEL, FULL_INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED_MODEL, PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 CONFIG = "config.json"
+CONVERT = "python tools/convert_medusa.py"
 
 _CONFIG_LIMIT_BYTES = 4 * 2**20
-_PICKLED_MODEL, _PICKLED_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_INDEX_LIMIT_BYTES = 64 * 2**20
 _MAP_DTYPES = {"I64": 8, "I32": 4}
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 
@@ -60,52 +58,6 @@ class HeadsCheckpoint:
         return plan_layout(ordered, dtype, packing)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoredTensor:
-    """A tensor of heads, wherever it lies.
-
-    Attributes:
-        dtype: safetensors name.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    place: TensorExtent | PickledTensor
-    file: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class HeadsSource:
-    """Heads to look at or to convert, in any layout.
-
-    Attributes:
-        tensors: by our names.
-        pickled: whether they lie in PyTorch files.
-    """
-
-    folder: Path
-    names: Names
-    tensors: Mapping[str, StoredTensor]
-    config: Mapping[str, object]
-    pickled: bool
-
-    def read(self, name: str) -> bytes:
-        """The bytes of a tensor.
-
-        Raises:
-            CheckpointError: the file is damaged.
-        """
-        tensor = self.tensors[name]
-        if isinstance(tensor.place, PickledTensor):
-            with open_pickled(self.folder, tensor.file) as file:
-                return file.read(self.names.stored[name])
-        with open_inside(self.folder, tensor.file) as plain:
-            data = plain.read(tensor.place.nbytes, tensor.place.offset)
-        if len(data) != tensor.place.nbytes:
-            raise CheckpointError(f"{tensor.place.path} became shorter while it was read")
-        return data
-
-
 def open_heads(folder: Path) -> HeadsCheckpoint:
     """Read the headers of heads in safetensors files.
 
@@ -113,32 +65,31 @@ def open_heads(folder: Path) -> HeadsCheckpoint:
         CheckpointError: there are none, they are PyTorch files, or something is wrong with them.
     """
     folder = Path(os.path.abspath(folder))
-    if pickles := _pickles(folder):
+    if (pickles := _pickles(folder)) is not None:
         raise CheckpointError(
-            f"{folder} holds its heads as {pickles[0]}, a pickle, which is never opened for a run: "
-            f"convert them with `offload-run medusa convert {folder} NEW_FOLDER`"
+            f"{folder} holds its heads as {pickles}, a pickle, which no run opens: convert them "
+            f"with `{CONVERT} {folder} NEW_FOLDER`, a tool of the source repository"
         )
     return _open_safetensors(folder)
 
 
-def open_source(folder: Path) -> HeadsSource:
-    """Read the headers of heads in any layout, those of PyTorch files too.
+def recognise(
+    folder: Path, tensors: Mapping[str, tuple[tuple[int, ...], str]]
+) -> tuple[Names, Mapping[str, object]]:
+    """What the tensors of a folder are, and what its `config.json` says.
+
+    Args:
+        folder: where they lie.
+        tensors: shape and safetensors dtype of each, by the names of the files.
 
     Raises:
-        CheckpointError: there are none, or something is wrong with them.
+        CheckpointError: they are no heads, or of another number format.
     """
-    folder = Path(os.path.abspath(folder))
-    pickles = _pickles(folder)
-    if pickles:
-        return _open_pickles(folder, pickles)
-    heads = _open_safetensors(folder)
-    tensors = {
-        name: StoredTensor(dtype=e.dtype, shape=e.shape, place=e, file=e.path.name)
-        for name, e in heads.extents.items()
-    }
-    return HeadsSource(
-        folder=folder, names=heads.names, tensors=tensors, config=heads.config, pickled=False
-    )
+    config = _read_config(folder)
+    shapes = {name: shape for name, (shape, _) in tensors.items()}
+    names = read_names(shapes, str(folder), one_head_for_all=_shares(config))
+    _check_dtypes(folder, {ours: tensors[stored][1] for ours, stored in names.stored.items()})
+    return names, config
 
 
 def open_draft_heads(target: Checkpoint, draft: DraftConfig) -> HeadsCheckpoint | None:
@@ -168,7 +119,7 @@ def open_draft_heads(target: Checkpoint, draft: DraftConfig) -> HeadsCheckpoint 
         raise ConfigError(
             f"--draft medusa: {heads.folder.name} stores output heads of {shape.head_rows} rows of "
             f"which its token_map uses {heads.token_map.shape[0]}: leave out the others with "
-            f"`offload-run medusa convert {heads.folder} NEW_FOLDER --to vllm`"
+            f"`{CONVERT} {heads.folder} NEW_FOLDER --to vllm`"
         )
     _check_tree(heads, draft)
     return heads
@@ -222,11 +173,8 @@ def _open_safetensors(folder: Path) -> HeadsCheckpoint:
         )
     else:
         extents, files = read_shards(folder, find_weights(folder))
-    config = _read_config(folder)
-    shapes = {name: e.shape for name, e in extents.items()}
-    names = read_names(shapes, str(folder), one_head_for_all=_shares(config))
+    names, config = recognise(folder, {name: (e.shape, e.dtype) for name, e in extents.items()})
     ours = {name: extents[stored] for name, stored in names.stored.items()}
-    _check_dtypes(folder, {name: e.dtype for name, e in ours.items()})
     used = {e.path for e in ours.values()}
     return HeadsCheckpoint(
         folder=folder,
@@ -237,65 +185,16 @@ def _open_safetensors(folder: Path) -> HeadsCheckpoint:
     )
 
 
-def _open_pickles(folder: Path, pickles: Sequence[str]) -> HeadsSource:
-    found: dict[str, StoredTensor] = {}
-    file_bytes = 0
-    for name in pickles:
-        with open_pickled(folder, name) as file:
-            file_bytes += file.identity.size
-            for tensor, place in file.tensors.items():
-                if tensor in found:
-                    raise CheckpointError(
-                        f"{folder}: tensor {shown(tensor)} is in {found[tensor].file} and in "
-                        f"{name}: download the heads again"
-                    )
-                found[tensor] = StoredTensor(
-                    dtype=place.dtype, shape=place.shape, place=place, file=name
-                )
-    config = _read_config(folder)
-    shapes = {name: tensor.shape for name, tensor in found.items()}
-    names = read_names(shapes, str(folder), one_head_for_all=_shares(config))
-    tensors = {ours: found[stored] for ours, stored in names.stored.items()}
-    claimed = sum(tensor.place.nbytes for tensor in tensors.values())
-    if claimed > file_bytes:  # a small file must not make a large one
-        raise CheckpointError(
-            f"{folder}: the heads' tensors claim {claimed} bytes of files that have {file_bytes}: "
-            "some share theirs, download the heads again"
-        )
-    _check_dtypes(folder, {name: tensor.dtype for name, tensor in tensors.items()})
-    return HeadsSource(folder=folder, names=names, tensors=tensors, config=config, pickled=True)
-
-
-def _pickles(folder: Path) -> list[str]:
-    """PyTorch files that hold the heads, when no safetensors file does."""
+def _pickles(folder: Path) -> str | None:
+    """The PyTorch file that holds the heads, if no safetensors file does."""
     if os.path.lexists(folder / HEADS_FILE):
-        return []
+        return None
     if os.path.lexists(folder / PICKLED_HEADS):
-        return [PICKLED_HEADS]
+        return PICKLED_HEADS
     if _has_model(folder):
-        return []
-    if os.path.lexists(folder / _PICKLED_INDEX):
-        return _indexed_pickles(folder)
-    return [_PICKLED_MODEL] if os.path.lexists(folder / _PICKLED_MODEL) else []
-
-
-def _indexed_pickles(folder: Path) -> list[str]:
-    """The shards of a full model in PyTorch files that hold its heads."""
-    index = read_json_object(folder, _PICKLED_INDEX, _INDEX_LIMIT_BYTES).get("weight_map")
-    if not isinstance(index, dict):
-        raise CheckpointError(f"{folder / _PICKLED_INDEX} has no weight_map: download it again")
-    shards = {shard for name, shard in index.items() if name.startswith(MEDUSA_PREFIX)}
-    if not shards:
-        raise CheckpointError(
-            f"{folder / _PICKLED_INDEX} lists no tensor {MEDUSA_PREFIX}*: this model has no "
-            "Medusa heads"
-        )
-    odd = [
-        shard for shard in shards if not isinstance(shard, str) or os.path.basename(shard) != shard
-    ]
-    if odd:
-        raise CheckpointError(f"{folder / _PICKLED_INDEX} names {shown(odd[0])}, not a file name")
-    return sorted(shards)
+        return None
+    names = (PICKLED_INDEX, PICKLED_MODEL)
+    return next((name for name in names if os.path.lexists(folder / name)), None)
 
 
 def _has_model(folder: Path) -> bool:

@@ -23,6 +23,7 @@ from offload_rt.training.answers import AnswerFile
 from offload_rt.training.cache import CacheShape, StateCache
 
 HEADS = 2
+CONVERT = "convert_medusa"
 
 
 def setup_of():
@@ -83,9 +84,20 @@ def commands(tiny_model, tmp_path, prompt_file):
         "plan.json": lambda target: ["plan", tiny_model, "--output", target],
         "bench.md": lambda target: [*bench(target)[0], target.parent],
         "bench.json": lambda target: [*bench(target)[0], target.parent],
-        "medusa_lm_head.safetensors": lambda target: ["medusa", "convert", heads, target.parent],
-        "config.json": lambda target: ["medusa", "convert", heads, target.parent],
+        "medusa_lm_head.safetensors": lambda target: [CONVERT, heads, target.parent],
+        "config.json": lambda target: [CONVERT, heads, target.parent],
     }
+
+
+@pytest.fixture
+def write(offload_run, convert_medusa):
+    """Run one of them."""
+
+    def run(command):
+        first, *rest = command
+        return convert_medusa(*rest) if first == CONVERT else offload_run(*command)
+
+    return run
 
 
 NAMES = ["plan.json", "bench.md", "bench.json", "medusa_lm_head.safetensors", "config.json"]
@@ -98,13 +110,13 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_no_plain_file_is_left(name, kind, commands, offload_run, tmp_path):
+def test_what_is_no_plain_file_is_left(name, kind, commands, write, tmp_path):
     (tmp_path / "real").write_text("old")
     (tmp_path / "out").mkdir()
     target = tmp_path / "out" / name
     KINDS[kind](target)
     before = os.lstat(target)
-    done = offload_run(*commands[name](target))
+    done = write(commands[name](target))
     assert done.code == 2 and done.err.count("\n") == 1 and name in done.err
     assert (os.lstat(target).st_ino, os.lstat(target).st_mode) == (before.st_ino, before.st_mode)
     assert (tmp_path / "real").read_text() == "old"
@@ -123,22 +135,22 @@ def short_files(nbytes):
 
 
 @pytest.mark.parametrize("name", ["plan.json", "bench.md", "medusa_lm_head.safetensors"])
-def test_a_limit_of_file_sizes_is_told_and_leaves_nothing(name, commands, offload_run, tmp_path):
+def test_a_limit_of_file_sizes_is_told_and_leaves_nothing(name, commands, write, tmp_path):
     (tmp_path / "out").mkdir()
     command = commands[name](tmp_path / "out" / name)
     with short_files(256):
-        done = offload_run(*command)
+        done = write(command)
     assert done.code == 2 and "a file may have at most 256 B here (ulimit -f)" in done.err
     assert os.listdir(tmp_path / "out") == []
     assert ("tokens/s" in done.out) is (name == "bench.md")  # what was measured is not lost
 
 
-def test_convert_leaves_no_folder_it_made(commands, offload_run, tmp_path):
+def test_convert_leaves_no_folder_it_made(commands, write, tmp_path):
     command = commands["config.json"](tmp_path / "out" / "config.json")
     with short_files(256):
-        assert offload_run(*command).code == 2
+        assert write(command).code == 2
     assert not (tmp_path / "out").exists()
-    assert offload_run(*command).code == 0
+    assert write(command).code == 0
 
 
 def test_an_open_file_or_a_device_may_be_named(tiny_model, offload_run, tmp_path):

@@ -12,7 +12,7 @@ from folders import loaded, rewritten
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
 from offload_rt.errors import CheckpointError
-from offload_rt.medusa.convert import read_output_bias, read_output_head
+from offload_rt.medusa.storage import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 

@@ -1,4 +1,4 @@
-"""Write Medusa heads in the layouts that others read.
+"""Medusa heads in host memory: read from safetensors files, written in the layouts runs load.
 
 `shared` is upstream's "version 2" (heads that use the model's output head), `tgi` what Hugging
 Face's TGI loads (upstream's names, heads with or without output heads of their own), `vllm` what
@@ -10,7 +10,7 @@ Upstream and vLLM are Apache-2.0; only their formats are followed.
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
@@ -22,8 +22,7 @@ from offload_rt.medusa.checkpoint import (
     CONFIG,
     FULL_MODEL,
     HEADS_FILE,
-    HeadsSource,
-    StoredTensor,
+    HeadsCheckpoint,
     base_model,
 )
 from offload_rt.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
@@ -63,58 +62,55 @@ class Heads:
     base: str | None = None
 
 
-def read_heads(source: HeadsSource) -> Heads:
-    """Read heads whole, with output heads cut to the rows a token map names.
+def read_heads(checkpoint: HeadsCheckpoint) -> Heads:
+    """Read heads whole.
 
     Raises:
-        CheckpointError: a file is damaged, or a number is not finite.
+        CheckpointError: a file changed, or a number is not finite.
     """
-    tensors = {}
-    for name, stored in source.tensors.items():
-        tensor = _tensor(source.read(name), stored)
+    tensors = {name: _read(checkpoint.folder, e) for name, e in checkpoint.extents.items()}
+    check_finite(tensors, checkpoint.folder)
+    return Heads(shape=checkpoint.names.shape, tensors=tensors, base=base_model(checkpoint.config))
+
+
+def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
+    """Refuse heads with numbers that are NaN or infinite.
+
+    Raises:
+        CheckpointError: there is one.
+    """
+    for name, tensor in tensors.items():
         if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
             raise CheckpointError(
-                f"{source.folder}: {name} holds numbers that are not finite: the heads' training "
-                "went wrong or the file is damaged, get others"
+                f"{folder}: {name} holds numbers that are not finite: the heads' training went "
+                "wrong or the file is damaged, get others"
             )
-        tensors[name] = tensor
-    heads = Heads(shape=source.names.shape, tensors=tensors, base=base_model(source.config))
-    return _without_unused_rows(heads, source.folder) if TOKEN_MAP in tensors else heads
 
 
 def read_output_head(model: Checkpoint) -> torch.Tensor:
     """The output head of a model, [V, E]."""
-    return _of_model(model, model.head or model.embedding)
+    return _read(model.folder, model.head or model.embedding)
 
 
 def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
     """The bias of a model's output head, [V], if it has one."""
-    return None if model.head_bias is None else _of_model(model, model.head_bias)
+    return None if model.head_bias is None else _read(model.folder, model.head_bias)
 
 
-def with_output_head(heads: Heads, output_head: torch.Tensor) -> Heads:
-    """The same heads with the model's output head, [V, E], stored for all of them.
-
-    Raises:
-        ConfigError: it is that of another model.
-    """
-    if output_head.shape[1] != heads.shape.hidden_size:
-        raise ConfigError(
-            f"the heads are for a hidden state of {heads.shape.hidden_size} numbers, --model has "
-            f"{output_head.shape[1]}: take the model they were made for"
-        )
-    shape = replace(heads.shape, lm_head=LmHead.COMMON, head_rows=output_head.shape[0])
-    tensors = {**heads.tensors, COMMON_HEAD: output_head}
-    return Heads(shape=shape, tensors=tensors, base=heads.base)
+def tensor_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """A tensor of stored bytes; `dtype` is a safetensors name."""
+    return torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).view(shape)
 
 
 def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:
     """Write heads into a folder, made if it is missing; returns the file of the tensors.
 
+    The layout is one that holds these heads: only `vllm` has a place for a token map, and
+    `shared` has none for output heads.
+
     Raises:
-        ConfigError: the layout cannot hold these heads, or the folder already has some.
+        ConfigError: the folder already has heads.
     """
-    _check_fits(heads.shape, layout)
     if layout is Layout.VLLM:
         name, tensors, config = FULL_MODEL, _vllm_tensors(heads), _vllm_config(heads)
     else:
@@ -139,58 +135,12 @@ def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:
     return folder / name
 
 
-def _of_model(model: Checkpoint, extent: TensorExtent) -> torch.Tensor:
-    with open_inside(model.folder, extent.path.name) as file:
+def _read(folder: Path, extent: TensorExtent) -> torch.Tensor:
+    with open_inside(folder, extent.path.name) as file:
         data = file.read(extent.nbytes, extent.offset)
-    stored = StoredTensor(
-        dtype=extent.dtype, shape=extent.shape, place=extent, file=extent.path.name
-    )
-    return _tensor(data, stored)
-
-
-def _tensor(data: bytes, stored: StoredTensor) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=_DTYPES[stored.dtype]).view(stored.shape)
-
-
-def _without_unused_rows(heads: Heads, folder: Path) -> Heads:
-    """Output heads of all tokens cut to those of the token map."""
-    shape, tensors = heads.shape, dict(heads.tensors)
-    rows = tensors[TOKEN_MAP].to(torch.int64)
-    if shape.head_rows == len(rows):
-        return heads
-    if rows.numel() == 0 or int(rows.min()) < 0 or int(rows.max()) >= shape.head_rows:
-        raise CheckpointError(
-            f"{folder}: token_map names rows the output heads of {shape.head_rows} rows do not "
-            "have: get the heads again"
-        )
-    for name in tensors:
-        if name.startswith("lm_head"):
-            tensors[name] = tensors[name][rows].clone()
-    return replace(heads, shape=replace(shape, head_rows=len(rows)), tensors=tensors)
-
-
-def _check_fits(shape: HeadsShape, layout: Layout) -> None:
-    """Refuse a layout that would lose something."""
-    if shape.truncated and layout is not Layout.VLLM:
-        raise ConfigError(
-            f"the heads know {shape.head_rows} tokens by a token map, for which the {layout} "
-            "layout has no place: use --to vllm"
-        )
-    if layout is Layout.SHARED and shape.lm_head is not LmHead.MODEL:
-        raise ConfigError(
-            f"the heads have output heads of their own ({shape.head_rows} rows), which the shared "
-            "layout leaves out: use --to tgi or --to vllm"
-        )
-    if layout is Layout.TGI and shape.lm_head is LmHead.MODEL and shape.layers > 1:
-        raise ConfigError(
-            f"TGI takes heads without output heads of their own with 1 layer only, these have "
-            f"{shape.layers}: use --to shared"
-        )
-    if layout is Layout.VLLM and shape.lm_head is LmHead.MODEL:
-        raise ConfigError(
-            "vLLM takes heads with an output head in the file, these use the model's: add --model "
-            "MODEL to store its output head"
-        )
+    if len(data) != extent.nbytes:
+        raise CheckpointError(f"{extent.path} became shorter while it was read: start again")
+    return tensor_of(data, extent.dtype, extent.shape)
 
 
 def _upstream_tensors(heads: Heads) -> dict[str, torch.Tensor]:
