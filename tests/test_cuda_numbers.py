@@ -11,12 +11,12 @@ from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda.device import CudaDevice
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.engine import engine as engine_module
+from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
-from offload_rt.streaming import files as files_module
+from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.streaming import home as home_module
-from offload_rt.streaming.files import FileSource, WeightFiles
 
 
 class Eager:

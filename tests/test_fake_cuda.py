@@ -26,15 +26,15 @@ from offload_rt.engine import Engine
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
+from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import RamHome
+from offload_rt.model import weight_files as files
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning import kv as kv_sizes
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
-from offload_rt.streaming import files
 from offload_rt.streaming import home as home_module
-from offload_rt.streaming.files import WeightFiles
 
 PROMPTS = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24])
 STEPS = 2

@@ -16,23 +16,19 @@ RANKS = [
     ["errors"],
     ["units", "reading"],
     ["writing"],
-    ["config", "report", "model.config"],
-    [f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store", "adjust")],
-    [f"model.{part}" for part in ("adapter", "checkpoint", "family", "layout", "names", "outline")],
-    ["device.base"],  # protocols and constants
+    ["config", "report"],
     ["device", "attention"],
-    ["streaming.pipeline", "kv.blocks"],  # the planner runs them on the simulated device
-    ["planning.kv", "planning.placement", "planning.weights"],  # sizes that are priced
-    ["costs"],
-    ["planning"],
-    ["kv.base"],  # what the network's attention calls
-    ["model", "sampling"],
-    ["kv"],
     ["streaming"],
-    ["profiling"],  # what measures a machine uses the parts it measures
+    ["kv"],
+    ["model", "sampling"],
+    ["device.opening"],
+    ["profiling"],
+    ["planning.placement"],
+    ["costs"],
     ["runner"],
-    ["speculative.base"],
     ["medusa", "text", "adapters"],
+    ["speculative.suffixes"],
+    ["planning"],
     ["speculative"],
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
@@ -57,6 +53,10 @@ TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {
     "streaming.pipeline",
     "kv.blocks",
+    "kv.recent_share",
+    "kv.sizes",
+    "model.formats.base",
+    "speculative.suffixes",
     "costs",
     "planning",
     "device.base",
@@ -252,10 +252,10 @@ def test_nothing_is_unpickled_or_evaluated(module):
         ("kv.base", "from offload_rt.model.attention_function import attend_packed"),
         ("attention.rows", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.runner import tree"),
-        ("model.attention_function", "import offload_rt.kv.resident"),
+        ("kv.resident", "import offload_rt.model.network"),
         ("config", "from offload_rt.report import Report"),
         ("errors", "import offload_rt.config"),
-        ("speculative.base", "import offload_rt.medusa.heads"),
+        ("runner.tree", "import offload_rt.medusa.heads"),
     ],
 )
 def test_planted_upward_imports_are_found(module, source):

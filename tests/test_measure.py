@@ -18,6 +18,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
 from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
+from offload_rt.model.weight_files import BLOCK_BYTES, WeightFiles
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
@@ -43,7 +44,6 @@ from offload_rt.profiling.timing import (
     take_samples,
     timed,
 )
-from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 
 KIB, MIB = 2**10, 2**20
 QUICK = Effort(

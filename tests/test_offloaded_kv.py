@@ -33,15 +33,14 @@ from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
+from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.sizes import KVSizes, block_tokens_for, shared_kv_bytes, spread_layers
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
-from offload_rt.planning import kv as kv_sizes
-from offload_rt.planning.kv import KVSizes, block_tokens_for, shared_kv_bytes, spread_layers
 
 SHAPES = [
     KVShape(heads=2, key_dim=8, value_dim=8),
@@ -686,8 +685,8 @@ def test_options_without_effect_are_refused(options, message):
 
 def test_a_gpu_reads_no_kv_from_a_file():
     with pytest.raises(ConfigError, match="--kv disk is for --device cpu"):
-        kv_sizes.kv_places(RuntimeConfig(kv=KVPlace.DISK), Packing.DEVICE)
-    assert kv_sizes.kv_places(RuntimeConfig(), Packing.DEVICE) == (KVPlace.DEVICE, KVPlace.HOST)
+        kv_sizes.kv_places(RuntimeConfig(kv=KVPlace.DISK), on_gpu=True)
+    assert kv_sizes.kv_places(RuntimeConfig(), on_gpu=True) == (KVPlace.DEVICE, KVPlace.HOST)
 
 
 # The GPU that is not there (`fake_cuda`): order of accesses, host syncs, pinned memory.

@@ -21,8 +21,8 @@ from offload_rt.config import (
 )
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
-from offload_rt.model import quantized
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats import rounded as quantized
 from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting, rounded_copy_bytes
 from offload_rt.planning.drafting import expected_yield

@@ -775,7 +775,7 @@ def top_three(engine, ids, sampling):
 
 
 def test_packed_linears_compute_the_same_and_are_for_cpus_only():
-    from offload_rt.model.packed import PackedLinear, can_pack
+    from offload_rt.model.formats.packed import PackedLinear, can_pack
 
     assert not can_pack(torch.bfloat16, torch.device("cuda:0"))
     assert not can_pack(torch.float32, torch.device("cpu"))

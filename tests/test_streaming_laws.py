@@ -24,7 +24,7 @@ from offload_rt.config import (
 from offload_rt.device import cpu as cpu_module
 from offload_rt.device.base import CopyBlock
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
-from offload_rt.streaming import files as files_module
+from offload_rt.model import weight_files as files_module
 
 MANY = 10
 

@@ -22,15 +22,15 @@ from offload_rt.config import (
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import KVShape
+from offload_rt.kv.recent_share import RecentChoice
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
-from offload_rt.planning.recent import RecentChoice
-from offload_rt.planning.retrieval import RetrievalSizes
-from offload_rt.planning.suffixes import SHORTEST, lookup_bytes
+from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft, Unlearned
+from offload_rt.speculative.suffixes import SHORTEST, lookup_bytes
 from offload_rt.speculative.triforce import TriForceDrafter
 from offload_rt.speculative.verifier import draw, walk
 

@@ -5,9 +5,9 @@ import torch
 from engines import all_logits, engine_for
 from torch.nn.functional import linear
 
-from offload_rt.model import wide
-from offload_rt.model.packed import can_pack
-from offload_rt.model.wide import LEAST_ROWS, wide_linear, widen_linears, widens
+from offload_rt.model.formats import wide
+from offload_rt.model.formats.packed import can_pack
+from offload_rt.model.formats.wide import LEAST_ROWS, wide_linear, widen_linears, widens
 
 CPU = torch.device("cpu")
 

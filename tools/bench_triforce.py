@@ -56,11 +56,11 @@ from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV, WatchedCache
+from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import Packing
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.planner import Means
-from offload_rt.planning.retrieval import RetrievalSizes
 from offload_rt.runner.tree import TokenTree
 from offload_rt.session.means import means_for, speeds_for
 from offload_rt.text import Message, build_prompt, end_token_ids, load_tokenizer

@@ -30,7 +30,7 @@ from offload_rt.model.hf_config import reason_of
 from offload_rt.model.layout import CODES, compute_dtype
 from offload_rt.model.locate import cache_folder
 from offload_rt.model.network import modules_and_tensors
-from offload_rt.streaming.files import WeightFiles
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.units import format_size
 from offload_rt.writing import make_folder, replacing, writing
 

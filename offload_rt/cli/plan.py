@@ -24,12 +24,12 @@ from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.present import cuda_index
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
+from offload_rt.kv.sizes import KVPlan
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import Packing, compute_dtype
 from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.demand import Drafting
-from offload_rt.planning.kv import KVPlan
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, Prediction, plan_run

@@ -32,7 +32,7 @@ class Speeds:
     Attributes:
         profile: of the machine.
         processor: who computes.
-        packs: whether layers that stay on the device are kept reordered (`model/packed.py`).
+        packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
         own: whether the profile was measured here, or stands in for one that was not.
     """
 

@@ -11,8 +11,8 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
+from offload_rt.model.formats.base import matrix_bytes, takes
 from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layouts
-from offload_rt.planning.weights import matrix_bytes, takes
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU

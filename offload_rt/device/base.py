@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from offload_rt.device.host_memory import HostBuffer
 
-# A piece of 4 MiB (measured: streaming/files.py) and the rests of its first and last page.
+# A piece of 4 MiB (measured: model/weight_files.py) and the rests of its first and last page.
 STAGING_BYTES = 4 * 2**20 + 2 * 4096
 
 BufferT = TypeVar("BufferT", contravariant=True)

@@ -28,20 +28,20 @@ from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
+from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
-from offload_rt.model.packed import can_pack
+from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
-from offload_rt.planning.retrieval import retrieval_sizes
 from offload_rt.planning.run import RunLoad
-from offload_rt.planning.suffixes import most_contexts
 from offload_rt.report import Counters, Memory
 from offload_rt.runner.store import LayerStore
 from offload_rt.runner.tree import TokenTree, pending_tree
@@ -51,8 +51,8 @@ from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
 from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.suffixes import most_contexts
 from offload_rt.speculative.triforce import WORTHWHILE, TriForceDrafter
-from offload_rt.streaming.files import FileSource, WeightFiles
 from offload_rt.streaming.home import HostSource
 
 NO_DRAFT = DraftConfig()

@@ -13,7 +13,7 @@ from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, WatchedCache
-from offload_rt.planning.kv import KVPlan
+from offload_rt.kv.sizes import KVPlan
 
 
 def allocate_caches(

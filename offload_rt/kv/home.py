@@ -27,11 +27,11 @@ from offload_rt.device.base import (
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import DeviceError, PlanError
-from offload_rt.planning.kv import PAGE_BYTES, WRITE_PIECE_BYTES, KVSizes
+from offload_rt.kv.sizes import PAGE_BYTES, WRITE_PIECE_BYTES, KVSizes
 from offload_rt.units import format_size
 from offload_rt.writing import size_limit
 
-READ_PIECE_BYTES = 4 * 2**20  # measured: streaming/files.py
+READ_PIECE_BYTES = 4 * 2**20  # measured: model/weight_files.py
 
 PReadV = Callable[[int, Sequence[memoryview], int], int]
 PWrite = Callable[[int, memoryview, int], int]

@@ -29,7 +29,7 @@ from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import KVHome
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.planning.kv import KVSizes
+from offload_rt.kv.sizes import KVSizes
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # keys [K, T, D] and values [K, T, D], views
 

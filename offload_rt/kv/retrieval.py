@@ -25,9 +25,9 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
 from offload_rt.kv.base import KVCache, KVShape, RowWatcher
+from offload_rt.kv.recent_share import RecentChoice
 from offload_rt.kv.resident import split_rows
-from offload_rt.planning.recent import RecentChoice
-from offload_rt.planning.retrieval import RetrievalSizes
+from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.report import RetrievalCounts
 
 PINNED = float("inf")

@@ -11,7 +11,7 @@ from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.model.files import open_inside
 from offload_rt.model.header import TensorExtent
 from offload_rt.model.layout import Packing
-from offload_rt.streaming.files import FileSource, WeightFiles
+from offload_rt.model.weight_files import FileSource, WeightFiles
 
 PURPOSE = "Medusa heads"
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32}

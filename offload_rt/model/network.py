@@ -36,12 +36,12 @@ from offload_rt.model.attention_function import (
     attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.formats.packed import computes_the_same, pack_linears, replace_linears
+from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
+from offload_rt.model.formats.wide import widen_linears, widens
 from offload_rt.model.layout import Packing, Placement, compute_dtype
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
-from offload_rt.model.packed import computes_the_same, pack_linears, replace_linears
-from offload_rt.model.quantized import RoundedEmbedding, rounded_linear
-from offload_rt.model.wide import widen_linears, widens
 
 AttentionInterface.register(ATTENTION_NAME, attend_packed)
 
@@ -140,8 +140,8 @@ class Network:
         Args:
             index: layer index.
             image: holds them.
-            pack: keep reordered copies (`model/packed.py`).
-            weights: keep rounded copies (`model/quantized.py`). Nothing refers to `image` after
+            pack: keep reordered copies (`formats/packed.py`).
+            weights: keep rounded copies (`formats/rounded.py`). Nothing refers to `image` after
                 either.
         """
         for hole, tensor in _bind(self._holes[index], image):

@@ -14,22 +14,22 @@ from offload_rt.costs.sizes import (
     staging_bytes,
     workspace_bytes,
 )
+from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
-from offload_rt.model.layout import (
-    Packing,
-    compute_dtype,
-)
-from offload_rt.planning.placement import Demand
-from offload_rt.planning.retrieval import retrieval_sizes
-from offload_rt.planning.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
-from offload_rt.planning.weights import (
+from offload_rt.model.formats.base import (
     embedding_bytes,
     layer_bytes,
     matrix_bytes,
     resolve_weights,
     takes,
 )
+from offload_rt.model.layout import (
+    Packing,
+    compute_dtype,
+)
+from offload_rt.planning.placement import Demand
+from offload_rt.speculative.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
 
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind
 from offload_rt.errors import ConfigError, PlanError
-from offload_rt.planning.kv import KVPlan
+from offload_rt.kv.sizes import KVPlan
 from offload_rt.units import format_size
 
 MIN_SLOTS, MAX_AUTO_SLOTS = 2, 4

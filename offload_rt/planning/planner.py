@@ -22,15 +22,15 @@ from offload_rt.costs.pass_cost import (
 )
 from offload_rt.costs.sizes import image_bytes, kv_bytes_per_token, number_bytes_of
 from offload_rt.errors import ConfigError, PlanError
+from offload_rt.kv.sizes import KVPlan, KVSizes
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.formats.base import rounded_kind
 from offload_rt.model.layout import Packing, compute_dtype
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.demand import Drafting, draft_weights_of, rounded_copy_weights, settled
 from offload_rt.planning.drafting import SIZES, Yield
-from offload_rt.planning.kv import KVPlan, KVSizes
 from offload_rt.planning.placement import Placement, smallest_bytes
 from offload_rt.planning.run import RunLoad, place_run
-from offload_rt.planning.weights import rounded_kind
 from offload_rt.profiling.profile import LayerWork, Obtained
 
 MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}

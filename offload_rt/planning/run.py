@@ -7,10 +7,10 @@ from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
 from offload_rt.errors import ConfigError, PlanError
+from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import NO_DRAFTING, Drafting, demand_of
-from offload_rt.planning.kv import KVPlan, kv_places, plan_kv
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.units import format_size
 
@@ -72,7 +72,8 @@ def place_run(
         demand = replace(demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers)
     limit = config.device_limit_bytes or int(free.device_bytes * FREE_SHARE)
     kv_plans = [
-        _plan_kv(kv, checkpoint, config, packing, load) for kv in kv_places(config, packing)
+        _plan_kv(kv, checkpoint, config, packing, load)
+        for kv in kv_places(config, on_gpu=packing is Packing.DEVICE)
     ]
     try:
         placement = _place_with_kv(demand, limit, config, kv_plans)
@@ -127,7 +128,7 @@ def _plan_kv(
     return plan_kv(
         kv,
         config,
-        packing,
+        on_gpu=packing is Packing.DEVICE,
         row_bytes=[per_token // model.num_layers] * model.num_layers,
         capacities=[capacity + nodes for capacity in load.capacities],
         scratch_tokens=1 + nodes,

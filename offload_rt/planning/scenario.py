@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.errors import ConfigError
-from offload_rt.planning.kv import KV_SLOTS
+from offload_rt.kv.sizes import KV_SLOTS
 from offload_rt.profiling.profile import LayerShape, LayerWork, Obtained, Processor
 from offload_rt.profiling.records import (
     MalformedError,

@@ -30,7 +30,7 @@ from offload_rt.costs.pass_cost import (
     pass_times,
 )
 from offload_rt.errors import ConfigError
-from offload_rt.planning.kv import block_tokens_for, spread_layers
+from offload_rt.kv.sizes import block_tokens_for, spread_layers
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.planning.scenario import (
     DrafterShape,

@@ -23,11 +23,11 @@ from offload_rt.device.system import file_system
 from offload_rt.errors import CheckpointError, ProfileError
 from offload_rt.model.files import FileIdentity
 from offload_rt.model.layout import PAGE_BYTES, FileRun
+from offload_rt.model.weight_files import BLOCK_BYTES, WeightFiles
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import DiskSpeed
 from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of, timed
-from offload_rt.streaming.files import BLOCK_BYTES, WeightFiles
 from offload_rt.units import format_size
 from offload_rt.writing import why_not
 

@@ -20,7 +20,7 @@ from offload_rt.device.cuda.driver import Driver
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.system import compute_threads, cores, thread_times
 from offload_rt.errors import DeviceError, ProfileError
-from offload_rt.model.packed import can_pack
+from offload_rt.model.formats.packed import can_pack
 from offload_rt.profiling import link
 from offload_rt.profiling.compute import measure_attention, measure_layers
 from offload_rt.profiling.disk import default_folder, measure_disk
@@ -228,7 +228,7 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
 
 def _dtype(device: Device) -> str:
-    """The 16-bit format models have; any CPU computes bf16, see `model/wide.py`."""
+    """The 16-bit format models have; any CPU computes bf16, see `model/formats/wide.py`."""
     if device.torch_device.type == "cpu":
         return "bfloat16"
     nvml = find_driver()

@@ -55,8 +55,8 @@ class MemoryUse(StrEnum):
 class WeightOrder(StrEnum):
     """How a layer's weights lie: as in the checkpoint, reordered, or rounded.
 
-    See `model/packed.py` and `model/quantized.py`; a rounded layer's shape still tells the bytes of
-    what was rounded.
+    See `packed.py` and `rounded.py` in `model/formats/`; a rounded layer's shape still tells the
+    bytes of what was rounded.
     """
 
     PLAIN = "plain"

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.model.layout import LayerLayout
-from offload_rt.streaming.files import FileSource, WeightFiles
+from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.streaming.pipeline import LayerPipeline
 
 

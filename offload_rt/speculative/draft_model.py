@@ -28,19 +28,19 @@ from offload_rt.kv.base import KVCache
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.formats.base import layer_bytes
+from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
-from offload_rt.model.packed import can_pack
+from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.planning.demand import draft_base_bytes
-from offload_rt.planning.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
-from offload_rt.planning.weights import layer_bytes
 from offload_rt.runner.tree import ROOT, TokenTree, pending_tree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.followers import Followers
 from offload_rt.speculative.ngram import SuffixIndex
+from offload_rt.speculative.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
 from offload_rt.speculative.window import seen_tokens
-from offload_rt.streaming.files import FileSource, WeightFiles
 
 BRANCHES = 8  # children of a node that are looked at
 # What is fed ahead must have been so probable. Eight HumanEval answers then took 50 passes instead

@@ -8,7 +8,7 @@ import torch
 
 from offload_rt.device.base import CopyBlock, CopyPiece, DeviceBuffer
 from offload_rt.device.host_memory import HostBuffer
-from offload_rt.streaming.files import BLOCK_BYTES
+from offload_rt.model.weight_files import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from offload_rt.adapters.merging import with_adapter
 from offload_rt.adapters.reading import read_adapter
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.streaming.files import WeightFiles
+from offload_rt.model.weight_files import WeightFiles
 
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 ATTENTION = ["q_proj", "v_proj"]

@@ -14,13 +14,13 @@ from test_speculation import IDS
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, RuntimeConfig
 from offload_rt.engine import Engine
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.model import quantized
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats import rounded as quantized
+from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
+from offload_rt.model.formats.packed import replace_linears
+from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.layout import Packing
-from offload_rt.model.packed import replace_linears
-from offload_rt.model.quantized import rounded_linear
 from offload_rt.planning.demand import draft_base_bytes, draft_weight_bytes
-from offload_rt.planning.weights import GROUP, matrix_bytes, resolve_weights
 from offload_rt.speculative import draft_model
 
 INT4, INT8 = DraftWeights.INT4, DraftWeights.INT8

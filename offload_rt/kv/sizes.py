@@ -1,21 +1,21 @@
-"""Sizes of a KV cache whose committed rows live at a home outside the device. No torch here.
+"""Sizes of KV caches that are not wholly on the device. No torch here.
 
-The same record sizes the cache (`kv/offloaded.py`) and the plan, so that they cannot differ.
+The same records size the caches (`kv/offloaded.py`, `kv/retrieval.py`) and the plan, so that their
+bytes cannot differ.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, KVPlace, RetrievalConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
-from offload_rt.model.layout import Packing
 
 PAGE_BYTES = 4096
 # Rows gather on the device and go home this many at a time: a write for each token would be a
 # small disk request per layer, and the ring would hold a stale last block after each step.
 WRITE_TOKENS = 32
-# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (streaming/files.py).
+# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (model/weight_files.py).
 # A pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks of
 # 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
 BLOCK_BYTES = 4 * 2**20
@@ -161,13 +161,12 @@ class KVPlan:
         return replace(self, sizes=sizes)
 
 
-def kv_places(config: RuntimeConfig, packing: Packing) -> tuple[KVPlace, ...]:
+def kv_places(config: RuntimeConfig, *, on_gpu: bool) -> tuple[KVPlace, ...]:
     """Places to try, best first.
 
     Raises:
         ConfigError: the device cannot read KV from there.
     """
-    on_gpu = packing is Packing.DEVICE
     if config.kv is KVPlace.DISK and on_gpu:
         raise ConfigError("--kv disk is for --device cpu: use --kv host")
     if config.kv is not KVPlace.AUTO:
@@ -178,8 +177,8 @@ def kv_places(config: RuntimeConfig, packing: Packing) -> tuple[KVPlace, ...]:
 def plan_kv(
     place: KVPlace,
     config: RuntimeConfig,
-    packing: Packing,
     *,
+    on_gpu: bool,
     row_bytes: Sequence[int],
     capacities: Sequence[int],
     scratch_tokens: int,
@@ -189,7 +188,7 @@ def plan_kv(
     Args:
         place: where committed rows live.
         config: choices of the user.
-        packing: tells a GPU from a CPU.
+        on_gpu: whether the device is one.
         row_bytes: keys and values of one token in each layer.
         capacities: KV rows of each sequence.
         scratch_tokens: rows a step may leave pending.
@@ -197,8 +196,7 @@ def plan_kv(
     if place in (KVPlace.DEVICE, KVPlace.NONE):
         return None
     # Host memory is the CPU's own, unless a link to it is emulated.
-    on_cpu = packing is not Packing.DEVICE
-    attend_on_host = on_cpu and place is KVPlace.HOST and config.link_bytes_per_s is None
+    attend_on_host = not on_gpu and place is KVPlace.HOST and config.link_bytes_per_s is None
     block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes))
     sizes = tuple(
         KVSizes(
@@ -212,3 +210,73 @@ def plan_kv(
     )
     writers = config.readers if place is KVPlace.DISK else 0
     return KVPlan(place=place, sizes=sizes, writers=writers, attend_on_host=attend_on_host)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RetrievalSizes:
+    """What one sequence's retrieval cache takes.
+
+    Rows of a layer, in order: the kept chunks, then the newest tokens, then pending ones.
+
+    Attributes:
+        row_bytes: per layer, keys and values of one token.
+        config: budget, chunks and how often it is built.
+        capacity: tokens of the longest sequence.
+        scratch_tokens: spare rows for pending tokens.
+    """
+
+    row_bytes: tuple[int, ...]
+    config: RetrievalConfig
+    capacity: int
+    scratch_tokens: int
+
+    def max_chunks(self, recent_share: float) -> int:
+        """Chunks there is room for, the pinned first one included.
+
+        Recent tokens begin at the border of a chunk, so there are up to a chunk more of them than
+        their share.
+        """
+        config = self.config
+        recent = int(config.budget_tokens * recent_share) + config.chunk_tokens - 1
+        return max(1, (config.budget_tokens - recent) // config.chunk_tokens)
+
+    def tail_start(self, length: int, recent_share: float) -> int:
+        """Where the recent tokens begin after a build at this length: at the border of a chunk."""
+        config = self.config
+        if length <= config.budget_tokens:
+            return 0  # all of the context fits, in its own order
+        chunk = config.chunk_tokens
+        recent = config.budget_tokens - self.max_chunks(recent_share) * chunk - (chunk - 1)
+        return (length - recent) // chunk * chunk
+
+    @property
+    def rows(self) -> int:
+        """Rows of a layer; what is generated between two builds enters besides the budget."""
+        between_builds = self.config.budget_tokens + self.config.rebuild_tokens
+        return min(between_builds, self.capacity) + 2 * self.scratch_tokens
+
+    @property
+    def device_bytes(self) -> int:
+        """Device memory of this sequence."""
+        return self.rows * sum(self.row_bytes)
+
+    @property
+    def build_bytes(self) -> int:
+        """Device memory a build allocates and frees again: chunks of a block on their way."""
+        return 4 * min(self.config.budget_tokens, self.capacity) * max(self.row_bytes)
+
+
+def retrieval_sizes(draft: DraftConfig, row_bytes: Sequence[int], capacity: int) -> RetrievalSizes:
+    """Size the retrieval cache of one sequence.
+
+    Args:
+        draft: how much is drafted; pending are the root, a draft, and what is drafted for it.
+        row_bytes: per layer, keys and values of one token.
+        capacity: tokens of the longest sequence.
+    """
+    return RetrievalSizes(
+        row_bytes=tuple(row_bytes),
+        config=draft.retrieval,
+        capacity=capacity,
+        scratch_tokens=1 + draft.nodes + draft.inner.nodes,
+    )

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.planning.recent import RecentChoice
+from offload_rt.kv.recent_share import RecentChoice
 
 SHARES = (0.25, 1.0)
 DRAFTS = 3  # between two builds

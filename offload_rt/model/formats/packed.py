@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from offload_rt.model.wide import widens
+from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
 COMPARED_ROWS = (1, 2, 17, 65)  # kernels differ by the number of rows

@@ -1,7 +1,7 @@
 """Last tokens of a sequence that are looked up, and what the indexes of them take. No torch here.
 
-That of `speculative/ngram.py` holds, for each length, a tuple for every place of a sequence; that
-of `speculative/followers.py` what a model found likely after them.
+That of `ngram.py` holds, for each length, a tuple for every place of a sequence; that
+of `followers.py` what a model found likely after them.
 """
 
 LONGEST, SHORTEST = 4, 1

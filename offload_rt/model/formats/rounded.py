@@ -20,7 +20,7 @@ import torch
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.system import processor_flags
-from offload_rt.planning.weights import GROUP, takes
+from offload_rt.model.formats.base import GROUP, takes
 
 _LEVELS = 15  # of 4 bits, from 0
 _MIDDLE = 8  # the kernels take (number - 8) * scale + offset
