@@ -89,7 +89,7 @@ def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, pin, dt
     with engine_for(tiny_model, dtype=dtype, resident_layers=4) as engine:
         resident = all_logits(engine)
     for module in (files_module, home_module):  # many pieces per tensor
-        monkeypatch.setattr(module, "BLOCK_BYTES", 20_000)
+        monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
     monkeypatch.setattr(pinned_module, "STAGING_BYTES", 20_000 + 2 * 4096)
     open_as(CudaDevice(0, driver=Eager(pin=pin)))
     with engine_for(tiny_model, dtype=dtype, slots=2, resident_layers=1, home=home) as engine:
@@ -100,7 +100,7 @@ def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, pin, dt
     ("stored", "dtype"), [("float32", "bfloat16"), ("bfloat16", "float32"), ("bfloat16", "auto")]
 )
 def test_pieces_and_blocks_make_the_same_image(make_tiny, monkeypatch, stored, dtype):
-    monkeypatch.setattr(files_module, "BLOCK_BYTES", 20_000)
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 20_000)
     checkpoint = open_checkpoint(make_tiny(dtype=stored))
     layout = Network(checkpoint, dtype, Packing.DEVICE).layouts[1]
     files = WeightFiles(checkpoint.files)

@@ -160,8 +160,8 @@ def test_staging_is_not_overwritten_while_copied_from(gpu, make_tiny, monkeypatc
 
 def test_layers_that_cannot_be_pinned_go_through_pinned_staging(gpu, tiny, monkeypatch, caplog):
     gpu.refuse_from = 2**16
-    monkeypatch.setattr(home_module, "BLOCK_BYTES", 2**14)
-    monkeypatch.setattr(files, "BLOCK_BYTES", 2**14)
+    monkeypatch.setattr(home_module, "PIECE_BYTES", 2**14)
+    monkeypatch.setattr(files, "PIECE_BYTES", 2**14)
     monkeypatch.setattr(pinned_module, "STAGING_BYTES", 2**15)
     generate(gpu, tiny)
     assert "refused" in caplog.text

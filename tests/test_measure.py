@@ -14,11 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
 from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
-from offload_rt.model.weight_files import BLOCK_BYTES, WeightFiles
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
@@ -195,12 +196,12 @@ class SlowDisk:
 
 def test_disk_by_queue_depth(on_disk, monkeypatch):
     slow = SlowDisk(monkeypatch, 0.02)
-    effort = replace(QUICK, disk_sample_bytes=4 * BLOCK_BYTES, disk_file_bytes=4 * BLOCK_BYTES)
+    effort = replace(QUICK, disk_sample_bytes=4 * PIECE_BYTES, disk_file_bytes=4 * PIECE_BYTES)
     one, four = measure_disk(on_disk, Curve(replace(effort, disk_depths=(1, 4))), nothing)
     assert slow.most == 4
     assert [one.queue_depth, four.queue_depth] == [1, 4]
-    assert one.block_bytes == BLOCK_BYTES and one.direct
-    assert one.bytes_per_s.value <= BLOCK_BYTES / 0.02
+    assert one.block_bytes == PIECE_BYTES and one.direct
+    assert one.bytes_per_s.value <= PIECE_BYTES / 0.02
     assert four.bytes_per_s.value > 2 * one.bytes_per_s.value
 
 

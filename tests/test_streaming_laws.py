@@ -63,7 +63,7 @@ def test_order_of_completion_changes_nothing(model, resident_logits, monkeypatch
         part = size if size < 2 * 4096 else max(4096, size // share // 4096 * 4096)
         return os.preadv(fd, [buffers[0][:part]], offset)
 
-    monkeypatch.setattr(files_module, "BLOCK_BYTES", 16384)
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 16384)
     monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
     with engine_for(model, resident_layers=2, slots=2, readers=5) as engine:
         assert torch.equal(all_logits(engine), resident_logits)

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import PAGE_BYTES, Packing, plan_layout
+from offload_rt.model.layout import Packing, plan_layout
 from offload_rt.model.weight_files import FileSource, WeightFiles
 
 
@@ -96,15 +97,15 @@ def test_short_reads_are_completed(make_tiny, cuts, block):
         size = min(len(buffers[0]), cuts[len(served) % len(cuts)] + PAGE_BYTES)
         return os.preadv(fd, [buffers[0][: size // PAGE_BYTES * PAGE_BYTES]], offset)
 
-    device, before = CpuDevice(readers=1), files_module.BLOCK_BYTES
-    files_module.BLOCK_BYTES = block * PAGE_BYTES
+    device, before = CpuDevice(readers=1), files_module.PIECE_BYTES
+    files_module.PIECE_BYTES = block * PAGE_BYTES
     try:
         files = WeightFiles(checkpoint.files, preadv=preadv)
         layout = plan_layout(checkpoint.layers[1], "bfloat16", Packing.FILE)
         got = read_layer(checkpoint, layout, files, device)
         assert all(torch.equal(got[name], expected[name]) for name in got)
     finally:
-        files_module.BLOCK_BYTES = before
+        files_module.PIECE_BYTES = before
         device.close()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota
 from offload_rt.device.cuda.nvml import Driver, find_driver
 from offload_rt.device.system import (
@@ -27,7 +28,6 @@ from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
 
 _READ_BYTES, _READ_LIMIT_S = 256 * 2**20, 2.0
-_BLOCK_BYTES = 4 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,7 +244,7 @@ def _disk(model: Path | None) -> DiskFacts:
 
 def _read_rate(path: Path) -> tuple[bool, float | None]:
     """Whether O_DIRECT works on a file, and how fast reading it is, one read at a time."""
-    buffer = mmap.mmap(-1, _BLOCK_BYTES)
+    buffer = mmap.mmap(-1, PIECE_BYTES)
     for flag in (os.O_DIRECT, 0):
         try:
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
@@ -264,7 +264,7 @@ def _rate(fd: int, buffer: mmap.mmap) -> float | None:
     while done < _READ_BYTES and time.perf_counter() - start < _READ_LIMIT_S:
         count = os.preadv(fd, [buffer], done)
         done += count
-        if count < _BLOCK_BYTES:
+        if count < PIECE_BYTES:
             break
     seconds = time.perf_counter() - start
     return done / seconds if done and seconds else None

@@ -17,8 +17,12 @@ if TYPE_CHECKING:
 
     from offload_rt.device.host_memory import HostBuffer
 
-# A piece of 4 MiB (measured: model/weight_files.py) and the rests of its first and last page.
-STAGING_BYTES = 4 * 2**20 + 2 * 4096
+PAGE_BYTES = 4096  # direct reads and writes are whole multiples of it
+# What is copied at once. Measured with 1, 4 and 16 MiB and 1 to 8 reads in flight on a 2-core
+# machine with a virtual disk: 4 MiB is within 4 % of the best everywhere (2.6 to 2.8 GB/s), 1 MiB
+# loses up to 20 %.
+PIECE_BYTES = 4 * 2**20
+STAGING_BYTES = PIECE_BYTES + 2 * PAGE_BYTES  # and the rests of its first and last page
 
 BufferT = TypeVar("BufferT", contravariant=True)
 SourceT = TypeVar("SourceT", contravariant=True)

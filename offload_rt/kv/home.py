@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 
 from offload_rt.device.base import (
+    PAGE_BYTES,
+    PIECE_BYTES,
     CopyBlock,
     CopyPiece,
     Device,
@@ -27,11 +29,9 @@ from offload_rt.device.base import (
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import DeviceError, PlanError
-from offload_rt.kv.sizes import PAGE_BYTES, WRITE_PIECE_BYTES, KVSizes
+from offload_rt.kv.sizes import WRITE_PIECE_BYTES, KVSizes
 from offload_rt.units import format_size
 from offload_rt.writing import size_limit
-
-READ_PIECE_BYTES = 4 * 2**20  # measured: model/weight_files.py
 
 PReadV = Callable[[int, Sequence[memoryview], int], int]
 PWrite = Callable[[int, memoryview, int], int]
@@ -68,14 +68,14 @@ class RamRows:
         """The memory copies that fill `dst`."""
         return [
             CopyBlock(stop - start, partial(_copy, dst.tensor, self.image.tensor, start, stop))
-            for start, stop in _cut(self.nbytes, READ_PIECE_BYTES)
+            for start, stop in _cut(self.nbytes, PIECE_BYTES)
         ]
 
     def write_blocks(self, src: torch.Tensor) -> Sequence[CopyBlock]:
         """The memory copies that put `src` here."""
         return [
             CopyBlock(stop - start, partial(_copy, self.image.tensor, src, start, stop))
-            for start, stop in _cut(self.nbytes, READ_PIECE_BYTES)
+            for start, stop in _cut(self.nbytes, PIECE_BYTES)
         ]
 
     def pieces(self) -> Sequence[CopyPiece]:
@@ -254,7 +254,7 @@ class FileRows:
                 stop - start,
                 partial(self.home.read, dst.view[start:], self.offset + start, stop - start),
             )
-            for start, stop in _cut(self.nbytes, READ_PIECE_BYTES)
+            for start, stop in _cut(self.nbytes, PIECE_BYTES)
         ]
 
     def pieces(self) -> Sequence[CopyPiece]:
@@ -304,7 +304,7 @@ def _pieces(
             nbytes=stop - start,
             load=partial(load, start, stop),
         )
-        for start, stop in _cut(nbytes, READ_PIECE_BYTES)
+        for start, stop in _cut(nbytes, PIECE_BYTES)
     ]
 
 

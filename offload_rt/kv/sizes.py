@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, KVPlace, RetrievalConfig, RuntimeConfig
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.errors import ConfigError
 
-PAGE_BYTES = 4096
 # Rows gather on the device and go home this many at a time: a write for each token would be a
 # small disk request per layer, and the ring would hold a stale last block after each step.
 WRITE_TOKENS = 32
-# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (model/weight_files.py).
+# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (`device/base.py`).
 # A pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks of
 # 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
 BLOCK_BYTES = 4 * 2**20

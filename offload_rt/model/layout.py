@@ -13,12 +13,12 @@ from enum import StrEnum
 from math import prod
 from pathlib import Path
 
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.names import EXPERT
 
-PAGE_BYTES = 4096
 DEVICE_ALIGN_BYTES = 256
 CACHE_LINE_BYTES = 64
 

@@ -16,15 +16,18 @@ from pathlib import Path
 
 import torch
 
-from offload_rt.device.base import STAGING_BYTES, CopyBlock, CopyPiece, DeviceBuffer
+from offload_rt.device.base import (
+    PAGE_BYTES,
+    PIECE_BYTES,
+    STAGING_BYTES,
+    CopyBlock,
+    CopyPiece,
+    DeviceBuffer,
+)
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
-from offload_rt.model.layout import FLOATS, PAGE_BYTES, FileRun, LayerLayout
-
-# Measured with 1, 4 and 16 MiB and 1 to 8 reads in flight on a 2-core machine with a virtual disk:
-# 4 MiB is within 4 % of the best everywhere (2.6 to 2.8 GB/s), 1 MiB loses up to 20 %.
-BLOCK_BYTES = 4 * 2**20
+from offload_rt.model.layout import FLOATS, FileRun, LayerLayout
 
 PreadV = Callable[[int, Sequence[memoryview], int], int]
 
@@ -107,15 +110,15 @@ class WeightFiles:
         if run.in_place:
             yield from self._blocks_in_place(file, run, image)
             return
-        for start in range(0, run.nbytes, BLOCK_BYTES):
-            nbytes = min(BLOCK_BYTES, run.nbytes - start)
+        for start in range(0, run.nbytes, PIECE_BYTES):
+            nbytes = min(PIECE_BYTES, run.nbytes - start)
             yield CopyBlock(nbytes, partial(self._bounce, file, run, start, nbytes, image))
 
     def pieces(self, run: FileRun) -> Iterator[CopyPiece]:
         """Cut the reading of `run` through staging buffers into independent pieces."""
         file = self._files[run.path]
         have, want = _formats(run)
-        step = BLOCK_BYTES * have.itemsize // max(have.itemsize, want.itemsize)
+        step = PIECE_BYTES * have.itemsize // max(have.itemsize, want.itemsize)
         for start in range(0, run.nbytes, step):
             nbytes = min(step, run.nbytes - start)
             yield CopyPiece(
@@ -149,8 +152,8 @@ class WeightFiles:
         begin, end = run.file_offset, run.file_offset + run.nbytes
         shift = run.image_offset - run.file_offset
         first = begin - begin % PAGE_BYTES
-        for page in range(first, end, BLOCK_BYTES):
-            start, stop = max(begin, page), min(end, page + BLOCK_BYTES)
+        for page in range(first, end, PIECE_BYTES):
+            start, stop = max(begin, page), min(end, page + PIECE_BYTES)
             low, high = start, stop
             if file.direct:
                 low, high = page, -(-stop // PAGE_BYTES) * PAGE_BYTES

@@ -16,14 +16,14 @@ from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from offload_rt.device.base import CopyBlock, CopyPiece, DeviceBuffer
+from offload_rt.device.base import PAGE_BYTES, PIECE_BYTES, CopyBlock, CopyPiece, DeviceBuffer
 from offload_rt.device.cpu import CpuCopyStream
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.device.system import file_system
 from offload_rt.errors import CheckpointError, ProfileError
 from offload_rt.model.files import FileIdentity
-from offload_rt.model.layout import PAGE_BYTES, FileRun
-from offload_rt.model.weight_files import BLOCK_BYTES, WeightFiles
+from offload_rt.model.layout import FileRun
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import DiskSpeed
@@ -134,7 +134,7 @@ def _measure(
         yield DiskSpeed(
             file_system=kind,
             direct=windows[0].files.direct,
-            block_bytes=min(BLOCK_BYTES, nbytes),
+            block_bytes=min(PIECE_BYTES, nbytes),
             queue_depth=-fewer,
             bytes_per_s=rate_of(nbytes, time_s),
         )

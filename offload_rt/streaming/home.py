@@ -6,9 +6,8 @@ from functools import partial
 
 import torch
 
-from offload_rt.device.base import CopyBlock, CopyPiece, DeviceBuffer
+from offload_rt.device.base import PIECE_BYTES, CopyBlock, CopyPiece, DeviceBuffer
 from offload_rt.device.host_memory import HostBuffer
-from offload_rt.model.weight_files import BLOCK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,16 +30,16 @@ class HostSource:
                 nbytes=nbytes,
                 load=partial(self._load, start, nbytes),
             )
-            for start in range(0, self.nbytes, BLOCK_BYTES)
-            for nbytes in [min(BLOCK_BYTES, self.nbytes - start)]
+            for start in range(0, self.nbytes, PIECE_BYTES)
+            for nbytes in [min(PIECE_BYTES, self.nbytes - start)]
         ]
 
     def blocks(self, dst: DeviceBuffer) -> Sequence[CopyBlock]:
         """The memory copies that fill `dst`."""
         return [
             CopyBlock(stop - start, partial(self._copy, dst, start, stop))
-            for start in range(0, self.nbytes, BLOCK_BYTES)
-            for stop in [min(start + BLOCK_BYTES, self.nbytes)]
+            for start in range(0, self.nbytes, PIECE_BYTES)
+            for stop in [min(start + PIECE_BYTES, self.nbytes)]
         ]
 
     def check(self) -> None:
