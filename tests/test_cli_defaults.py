@@ -61,7 +61,7 @@ def test_lists_flags_and_short_names(tiny_model, offload_run, config_file, monke
         ("[plan]\nrounds = 2\n", "line 2, [plan]: rounds is no option"),
         ("[plam]\n", "line 1, [plam]: no verb is called plam: write [plan]"),
         ("[run]\n", "no verb is called run: write [generate]"),
-        ("\nslots = 2\n", "line 2: slots stands in no section: put it below [common]"),
+        ("\nslots = 2\n", "line 2: slots is in no section: put it below [common]"),
         ("[common]\nslots = [1]\n", r"line 2, [common]: slots is [1], accepted is a text or a n"),
         ('[common]\nkv-folder = "a\\u0000"\n', r"kv-folder is 'a\x00', a text with a zero byte"),
         ("[common]\nslots = true\n", "slots is True, accepted is a text or a number"),

@@ -214,7 +214,7 @@ def test_an_engine_without_an_environment_and_a_batch_too_large_are_rows(tmp_pat
     reasons = {row.run.engine: (row.stage, row.reason) for row in one.raw.failures()}
     assert reasons == {
         "b": ("start", "b is not installed: run setup"),
-        "c": ("start", "it takes 1 sequence at once"),
+        "c": ("start", "it answers 1 sequence at once"),
     }
 
 

@@ -272,7 +272,7 @@ def test_a_folder_in_memory_is_refused():
 def test_a_missing_or_full_folder_is_a_sentence(on_disk):
     with pytest.raises(ProfileError, match="absent is no folder.*--folder"):
         measure_disk(on_disk / "absent", Curve(QUICK), nothing)
-    with pytest.raises(ProfileError, match="free, measuring its disk takes 2.00 EiB|2097152 TiB"):
+    with pytest.raises(ProfileError, match="free, measuring its disk needs 2.00 EiB|2097152 TiB"):
         measure_disk(on_disk, Curve(replace(QUICK, disk_file_bytes=2**60)), nothing)
 
 

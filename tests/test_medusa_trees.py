@@ -123,7 +123,7 @@ def test_trees_that_are_none_are_refused(choices, message):
 
 def test_a_rank_beyond_the_limit_is_an_error_and_no_other_heads_token():
     tree = MedusaTree(((0,), (11,), (0, 0)))
-    with pytest.raises(ConfigError, match="takes 12 ranks of a head, there are 10"):
+    with pytest.raises(ConfigError, match="needs 12 ranks of a head, there are 10"):
         tree.indices()
     assert tree.indices(ranks=12) == [0, 1, 12, 13]
 

@@ -9,7 +9,7 @@ known from the answer alone: no pass over MODEL is made. `offload-run bench MODE
 --output FOLDER` writes such answers (FOLDER/bench.json), drafting or not. Each size (chains up to
 8 nodes, trees from 9 on), format of SMALL's weights and window (tokens of the sequence it sees:
 `full`, or the first 16 and the newest) replays all answers. Printed is what they would have taken:
-tokens per pass over MODEL (the prompt's pass and the token it gives left out), the lowest and the
+tokens per pass over MODEL (the prompt's pass and the token it emits left out), the lowest and the
 highest of an answer, and passes and seconds of SMALL per draft.
 
 MODEL gives the chat template. Its passes would round other sums when they check drafts, so a run

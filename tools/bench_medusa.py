@@ -15,7 +15,7 @@ into one to train on and one that stays unseen. With `offload-run train-medusa -
 is all that training heads needs.
 
 `trees` answers unseen prompts greedily, drafting with trees of one size, and prints the tokens per
-pass: emitted tokens / passes a sequence took part in, the prompt's pass and the token it gives left
+pass: emitted tokens / passes a sequence took part in, the prompt's pass and the token it emits left
 out. From the hidden states that made the answers it then replays the same answers with trees of
 other sizes: a greedy answer is the same whoever drafts, so which tokens each pass would have
 accepted is known. Beside it stands what the calibration of the heads predicts; they differ by what

@@ -1,8 +1,8 @@
 """Put an adapter into a model's weights, exactly as peft does, one module at a time.
 
-peft merges modules (`merge_and_unload`); here each gets its weights just before it is merged and
-lends them for the result only, so that a model larger than memory can be merged. What changed is
-kept as one safetensors file, and the checkpoint names its tensors in place of its own: streaming,
+peft merges modules (`merge_and_unload`). Here each has its weights just before it is merged, and
+lends them for the result only, so a model larger than memory can be merged. What changed is kept as
+one safetensors file, and the checkpoint names its tensors in place of its own. So streaming,
 planning and rounding know nothing of adapters, and a pass costs what it cost.
 """
 

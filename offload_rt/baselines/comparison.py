@@ -133,7 +133,7 @@ class Comparison:
         if isinstance(python, str):
             raise WorkerFailedError(python)
         if spec.largest_batch is not None and run.batch > spec.largest_batch:
-            raise WorkerFailedError(f"it takes {spec.largest_batch} sequence at once")
+            raise WorkerFailedError(f"it answers {spec.largest_batch} sequence at once")
         logs, scratch = self.folder / "logs", self.folder / _SCRATCH
         make_folder(logs)
         shutil.rmtree(scratch, ignore_errors=True)

@@ -88,7 +88,7 @@ def choose_engines(against: str, drafter: str) -> list[EngineSpec]:
     """Ourselves and the engines of --against, in the order of a round.
 
     Args:
-        against: comma-separated names; `deepspeed` and `transformers` stand for all their kinds.
+        against: comma-separated names; `deepspeed` and `transformers` mean all their kinds.
         drafter: `none`, or the kind of our drafter.
 
     Raises:

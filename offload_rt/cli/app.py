@@ -1,4 +1,4 @@
-"""The group of verbs, and what becomes of an error."""
+"""The verbs as one click group, and how an error is shown and becomes an exit code."""
 
 import re
 import sys

@@ -196,7 +196,7 @@ def _prompts(report: BenchReport) -> str:
 def _legend(report: BenchReport) -> str:
     text = (
         "All numbers are measured. tokens/pass and tokens/s are of decoding, without the "
-        "prompt's pass and the token it gives. tokens/pass: emitted tokens / passes over the "
+        "prompt's pass and the token it emits. tokens/pass: emitted tokens / passes over the "
         "model. acceptance: accepted / drafted tokens. tokens/s: median of the rounds for each "
         "prompt, then mean ± standard deviation over prompts."
     )

@@ -108,7 +108,7 @@ def _locked(handle: int, tries: int) -> bool:
 
 
 def _tail(handle: int, size: int, nbytes: int) -> bytes:
-    """The last whole lines of a file, of about so many bytes."""
+    """The last whole lines of a file, `nbytes` of it at most."""
     start = max(0, size - nbytes)
     data = os.pread(handle, nbytes, start)
     return data if start == 0 else data.partition(b"\n")[2]

@@ -1,4 +1,4 @@
-"""What `doctor` makes of a machine: each check judges facts, none looks anything up."""
+"""The checks of `doctor`: each judges facts it is given (`machine.py` finds them)."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -107,7 +107,7 @@ def check_memory(machine: Machine) -> Finding:
     free, total = format_size(memory.free_bytes), format_size(memory.ram_bytes)
     detail = f"{free} free of {total}"
     if memory.free_bytes < _SMALL_FREE_BYTES:
-        fix = "close other programs; --device-memory bounds what a run takes"
+        fix = "close other programs; --device-memory bounds the bytes of a run"
         return Finding(Level.WARN, "memory", detail, fix)
     return Finding(Level.OK, "memory", detail)
 

@@ -114,7 +114,7 @@ def _template() -> str:
                 shared[key] = _entry(verb, option)
     lines += [entry for entry in shared.values() if entry]
     for verb, params in own.items():
-        lines += ["", f"[{verb}]  # what is common may stand here, too"]
+        lines += ["", f"[{verb}]  # options of [common] may be set here, too"]
         lines += [_entry(verb, option) for option in params]
     return "\n".join(lines)
 

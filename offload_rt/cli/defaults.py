@@ -1,8 +1,8 @@
 """Defaults of the user's own: variables `OFFLOAD_RT_...` and one file, `config.toml`.
 
-A flag counts before a variable, a variable before the file, the file before what is built in; what
-is said of one verb counts before what is said of all. Names are those of the options. What is not
-known is an error, so a slip of the pen cannot go unseen.
+A flag counts before a variable, a variable before the file, the file before what is built in. What
+is said of one verb counts before what is said of all verbs. Names are those of the options. A name
+that is not known is an error, so a slip of the pen cannot go unseen.
 """
 
 import os
@@ -60,7 +60,7 @@ class ConfigFile:
     text: str
 
     def place(self, section: str, key: str = "") -> str:
-        """Where a section or a key of it stands, for messages."""
+        """Where a section or a key of it is in the file, for messages."""
         start = re.search(rf"^\s*\[\s*{re.escape(section)}\s*\]", self.text, re.MULTILINE)
         at = start.start() if section and start else 0
         if key:
@@ -110,7 +110,7 @@ def read_config() -> ConfigFile | None:
     for name, section in sections.items():
         if not isinstance(section, dict):
             raise ConfigError(
-                f"{found.place('', name)}: {name} stands in no section: put it below [common]"
+                f"{found.place('', name)}: {name} is in no section: put it below [common]"
             )
         known = {COMMON, *VERBS} - WITHOUT_DEFAULTS - _SAME.keys()
         if name not in known:

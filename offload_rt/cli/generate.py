@@ -17,7 +17,7 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
 
 def _answering(command: CommandT) -> CommandT:
-    """Give a command what `generate` takes."""
+    """Give a command the options of `generate`."""
     for add in (
         options.run_options,
         options.json_option,

@@ -41,7 +41,7 @@ def more_memory(
 
     On the device: the rest, where half as much again holds everything; else a quarter, then twice
     that, as long as it does not help. On the host: what streamed layers lack to live there instead
-    of in the files, for a GPU. What gives more is told.
+    of in the files, for a GPU. The one of more tokens/s is told.
 
     Args:
         config: what is asked for.

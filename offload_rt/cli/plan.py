@@ -62,9 +62,9 @@ _log = logging.getLogger(__name__)
 def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     """Show what would live where, who would draft, and how fast that should be.
 
-    Reads configuration and headers only; without weights config.json suffices. --context auto is
-    what `chat` takes: 4096 tokens, or what the model was made for if that is less; the whole of it
-    is counted as one prompt. Answers are taken to be greedy.
+    Reads configuration and headers only; without weights config.json suffices. --context auto
+    is that of `chat`: 4096 tokens, or what the model was made for if that is less; the whole of it
+    is counted as one prompt. Answers are assumed to be greedy.
     """
     quiet_libraries(Output(json=values["json"]))
     values, given = with_plan(values)
@@ -292,7 +292,7 @@ def _as_table(outlook: _Outlook) -> str:
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:
-    """What drafting takes, if anything drafts that takes memory."""
+    """The device memory of a drafter, if it needs any."""
     config, parts = drafting.config, []
     if config.kind == "triforce":
         parts.append(f"{config.retrieval.budget_tokens} tokens of KV")

@@ -1,4 +1,4 @@
-"""`offload-run simulate`: what a run would take on a machine one need not own; needs no torch."""
+"""`offload-run simulate`: seconds and bytes of a run on a machine not at hand; needs no torch."""
 
 import dataclasses
 import json
@@ -53,8 +53,8 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     "profile_name",
     type=options.PROFILE,
     default=None,
-    show_default="this machine's, else one that stands in for it",
-    help="The machine: a profile by name, or its file; takes the place of a scenario's.",
+    show_default="this machine's, else a shipped one like it",
+    help="The machine: a profile by name, or its file; used instead of a scenario's.",
 )
 @click.option(
     "--profile-set",
@@ -78,8 +78,8 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     "--acceptance",
     default=None,
     metavar="RATES",
-    help="How often a drafted token stands if those before it do: a rate for each depth (0.8,0.7; "
-    "the last goes on), for trees the rates of the ranks (0.6/0.2,0.5/0.1).",
+    help="Share of drafted tokens that are accepted if those before them are: a rate for each "
+    "depth (0.8,0.7; the last goes on), for trees the rates of the ranks (0.6/0.2,0.5/0.1).",
 )
 @click.option(
     "--inner-acceptance",

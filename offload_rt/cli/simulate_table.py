@@ -67,7 +67,7 @@ def prediction_table(made: Prediction) -> Iterator[str]:
 
 
 def comparisons_table(rows: Sequence[Comparison]) -> str:
-    """Published and predicted times; what was assumed stands behind."""
+    """Published and predicted times; what was assumed is in the last column."""
     lines = [f"{'seconds per token':<46}{'published':>10}{'predicted':>10}{'error':>8}"]
     for row in rows:
         name = row.scenario.name + (" (pass)" if row.per == "pass" else "")

@@ -101,7 +101,7 @@ _OPTIONS = (
         "--vocabulary",
         type=_Vocabulary(),
         default=_TRAIN.vocabulary,
-        help="Tokens a head can guess: so many of the commonest, by an output head of its own; "
+        help="Tokens a head can guess: N of the commonest, by an output head of its own; "
         "full is all tokens; shared uses the model's output head, for the smallest heads.",
     ),
     click.option(

@@ -1,9 +1,9 @@
-"""How often heads are right, and the trees that make the most of it.
+"""How often heads are right, and the trees with the most accepted tokens to expect.
 
 A head's accuracy at a rank is the share of places where its token of that rank was what the model
 itself wrote there. With it a node of a tree is worth the product of the accuracies on its path, and
 the expected number of accepted tokens is the sum over the nodes (arXiv:2401.10774, 2.3.3). A child
-is never worth more than its parent, so taking the best node of all again and again gives the best
+is never worth more than its parent. So choosing the best node of all again and again makes the best
 tree of every size, each the beginning of the next. No torch here.
 """
 

@@ -1,8 +1,8 @@
-"""Medusa heads: what follows the next token, guessed from the hidden state that made it.
+"""Medusa heads: guesses of what follows the next token, from the hidden state that made it.
 
-Medusa, arXiv:2401.10774, 2.1.1, and upstream's `medusa_model.py`, whose linear layers have a bias
-the paper leaves out. Blocks are modules of their own, also where a head has several (upstream's are
-one module used again, so their weights are the same).
+As in Medusa, arXiv:2401.10774, 2.1.1, and upstream's `medusa_model.py`, whose linear layers have a
+bias the paper leaves out. Blocks are modules of their own, also where a head has several.
+Upstream's are one module used again, so their weights are the same.
 
 Shapes: R hidden states, E hidden size, K heads, V tokens (or rows of a truncated vocabulary).
 """
@@ -105,5 +105,5 @@ class MedusaHeads(nn.Module):
         if self.shape.lm_head is LmHead.COMMON:
             logits: torch.Tensor = self.lm_head(states)
             return logits
-        assert self._model_head is not None  # whoever made heads without their own gave it
+        assert self._model_head is not None  # whoever made heads without their own set it
         return self._model_head(states)

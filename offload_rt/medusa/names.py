@@ -1,8 +1,8 @@
-"""What tensors of Medusa heads are called in the layouts that are about, and what they add up to.
+"""What tensors of Medusa heads are called in the layouts that are in use, and what they add up to.
 
-Read are upstream's names, with or without the prefix a full model gives them (FasterDecoding/Medusa
-v0.1, v1.0, "version 2"; TGI keeps them), and vLLM's. Counts, biases and sharing are taken from the
-tensors: the first published config.json says 2 heads where the file has 5. No torch here.
+Upstream's names are read, with or without the prefix of a full model (FasterDecoding/Medusa v0.1,
+v1.0, "version 2"; TGI keeps them), and vLLM's. Counts, biases and sharing come from the tensors:
+the first published config.json says 2 heads where the file has 5. No torch here.
 """
 
 import re

@@ -1,10 +1,12 @@
 """Medusa heads in host memory: read from safetensors files, written in the layouts runs load.
 
-`shared` is upstream's "version 2" (heads that use the model's output head), `tgi` what Hugging
-Face's TGI loads (upstream's names, heads with or without output heads of their own), `vllm` what
-vLLM loads (its own names and config.json). Biases are kept everywhere: vLLM is told of them, for it
-leaves them out otherwise; upstream and TGI need them, so where there are none zeros are written.
-Upstream and vLLM are Apache-2.0; only their formats are followed.
+- `shared` is upstream's "version 2": heads that use the model's output head.
+- `tgi` is what Hugging Face's TGI loads: upstream's names, with or without output heads.
+- `vllm` is what vLLM loads: its own names and config.json.
+
+Biases are kept everywhere. vLLM is told of them, for it leaves them out otherwise. Upstream and TGI
+need them, so where there are none zeros are written. Upstream and vLLM are Apache-2.0; only their
+formats are followed.
 """
 
 import json

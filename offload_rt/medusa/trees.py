@@ -1,8 +1,8 @@
-"""The shapes of Medusa's trees: which rank of which head each node takes.
+"""The shapes of Medusa's trees: of which head and which rank each node is.
 
 A tree is written as upstream writes it: a list of tuples, where (i, j) is head 1's token of rank i
-and after it head 2's of rank j; ranks from 0, the root implied. A list in the order of value, as
-upstream's are, holds a tree for every number of nodes: its beginning. No torch here.
+and after it head 2's of rank j. Ranks count from 0, the root is implied. A list in the order of
+value, as upstream's are, holds a tree for every number of nodes: its beginning. No torch here.
 """
 
 import json
@@ -65,7 +65,9 @@ class MedusaTree:
             ConfigError: a node has a rank beyond; upstream reads the next head's token there.
         """
         if self.ranks > ranks:
-            raise ConfigError(f"a tree takes {self.ranks} ranks of a head, there are {ranks}")
+            raise ConfigError(
+                f"a tree needs {self.ranks} ranks of a head, there are {ranks}"
+            )
         return [0, *(1 + ranks * (len(c) - 1) + c[-1] for c in self.choices)]
 
     def paths(self) -> list[list[int]]:
@@ -95,7 +97,7 @@ def check_choices(
         choices: tuples of ranks.
         heads: heads there are, so levels a tree may have.
         ranks: tokens of each head that are looked at, the limit of a rank.
-        complete: add what is missing on the way to a node (lists of leaves, as TensorRT-LLM takes).
+        complete: add what is missing on the way to a node (lists of leaves, as TensorRT-LLM has).
 
     Raises:
         ConfigError: a node is no tuple of ranks, appears twice, has no parent, is too deep, or a

@@ -1,8 +1,8 @@
 """A profile with other numbers: what if the link were slower, the memory larger.
 
-A number is named by its place in the file, as `links[4].bytes_per_s`, or by one of `NAMES`, which
-change all it is known by: every block size of every link of a direction, every depth of the disk.
-What is set is an assumption, and so recorded.
+A number is named by its place in the file, as `links[4].bytes_per_s`. One of `NAMES` changes it
+everywhere: at every block size of every link of a direction, at every depth of the disk. What is
+set is an assumption, and recorded as one.
 """
 
 import json

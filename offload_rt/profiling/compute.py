@@ -89,7 +89,7 @@ class TimedLayer:
         )
 
     def pass_over(self, tokens: int) -> Callable[[], None]:
-        """Prepare a pass of so many tokens; calling it runs the pass and waits for it."""
+        """Prepare a pass of some tokens; calling it runs the pass and waits for it."""
         hidden = self._inputs[:, :tokens]
         positions = torch.arange(tokens, device=hidden.device)[None]
         angles = self._rotary(hidden, positions)
@@ -226,7 +226,7 @@ def _config(shape: LayerShape) -> LlamaConfig:
 def _random_layer(
     config: LlamaConfig, device: torch.device, dtype: torch.dtype
 ) -> LlamaDecoderLayer:
-    """A layer whose weights are one random block over and over: drawing all takes too long."""
+    """A layer whose weights are one random block over and over: drawing all would be too slow."""
     with torch.device("meta"):
         layer = LlamaDecoderLayer(config, 0)
     layer = layer.to(dtype).to_empty(device=device).requires_grad_(False)

@@ -1,8 +1,8 @@
-"""Measured times that belong together: what cannot be is found, and made monotone.
+"""Times that must rise with the work: implausible ones are found, and taken down.
 
-Other work can only make a time longer. So where more work took less, the longer time is the wrong
-one: a pass of fewer tokens, or through a smaller layer, takes at most what the larger one took. No
-torch here.
+Other work on the machine only makes a time longer. So where more work was faster, the longer time
+is wrong: a pass of fewer tokens, or through a smaller layer, needs at most the seconds of the
+larger one. No torch here.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ _CLOSE = 1.15
 
 
 def impossible(times: Mapping[Place, float]) -> dict[Place, Place]:
-    """Places that took clearly longer than one with more work, and the fastest such one."""
+    """Places clearly slower than one with more work, and the fastest such one."""
     least = {place: min(_above(times, place), key=times.__getitem__) for place in times}
     return {place: fast for place, fast in least.items() if times[place] > _CLOSE * times[fast]}
 
 
 def monotone(times: Mapping[Place, float]) -> dict[Place, float]:
-    """The times, where more work takes no less; those that rise already stay as they are.
+    """The times, where more work is no faster; those that rise already stay as they are.
 
     A time far above one of more work is taken down to it. What then is left lies between the least
     time of all that is more work and the largest of all that is less: both rise with the work, and

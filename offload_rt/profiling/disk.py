@@ -1,7 +1,7 @@
 """Disk reads by queue depth, with the readers and the O_DIRECT files that stream weights.
 
-Read is a model's own files, or a file of random bytes made for it, which has lost its name before
-they are written: however the process ends, nothing is left behind. The page cache is told to forget
+What is read is a model's own files, or a file of random bytes. That file has lost its name before
+it is written, so nothing is left behind, however the process ends. The page cache is told to forget
 the file before each sample, and asked once whether it does: a speed of memory is refused. What a
 virtual machine's host keeps in its memory cannot be seen from here.
 """
@@ -199,7 +199,7 @@ def _temporary(folder: Path, nbytes: int) -> Iterator[tuple[Path, WeightFiles, i
     free = status.f_bavail * status.f_frsize
     if free < 2 * nbytes:
         raise ProfileError(
-            f"{folder} has {format_size(free)} free, measuring its disk takes "
+            f"{folder} has {format_size(free)} free, measuring its disk needs "
             f"{format_size(2 * nbytes)} for a moment: give another folder, or that of a model, "
             "with --folder"
         )

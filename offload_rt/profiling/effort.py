@@ -9,24 +9,24 @@ KIB, MIB, GIB = 2**10, 2**20, 2**30
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effort:
-    """What a measurement does; the defaults take one to two minutes on two cores.
+    """What a measurement does; the defaults need one to two minutes on two cores.
 
     Attributes:
-        least_samples: of each number, however long they take.
+        least_samples: of each number, however long they are.
         most_samples: of each number.
-        number_s: after so many seconds no further sample of a number is begun.
-        again_s: in which the times of a curve that cannot be are measured again.
+        number_s: no further sample of a number is begun after that.
+        again_s: for measuring the implausible times of a curve again.
         link_blocks: sizes of copies to and from a GPU.
-        link_sample_bytes: a sample copies a block until so many bytes have crossed.
+        link_sample_bytes: a sample copies a block until these bytes have crossed.
         disk_depths: reads in flight.
         disk_file_bytes: size of the temporary file, where no model is given.
         disk_sample_bytes: read in one sample.
         memory_bytes: host memory that is read or copied.
         pin_bytes: host memory that is page-locked.
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
-        cold_bytes: copies of a layer that are used in turn have so many bytes together, so that no
-            cache holds their weights.
-        compute_sample_s: a sample repeats a pass until so many seconds are over.
+        cold_bytes: of all copies of a layer that are used in turn, so that no cache holds their
+            weights.
+        compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
         kv_bytes: keys and values of a layer that are attended to.
@@ -59,7 +59,7 @@ class Effort:
     query_tokens: tuple[int, ...] = (1, 16, 64)
 
     def layer_shapes(self, dtype: str, itemsize: int) -> tuple[LayerShape, ...]:
-        """The layers that are timed, in a number format of so many bytes."""
+        """The layers that are timed, in a number format of `itemsize` bytes."""
         made = []
         for hidden, intermediate, heads, kv_heads, head_dim in self.shapes:
             weights = 2 * hidden * head_dim * (heads + kv_heads) + 3 * hidden * intermediate

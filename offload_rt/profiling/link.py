@@ -1,7 +1,8 @@
 """Links between host memory and GPUs, and page-locking, through the calls that run models make.
 
 Times are those of events on the copy stream. A link is measured by block size, both ways, from
-pinned and pageable memory; then all GPUs at once, and with every core copying memory meanwhile.
+pinned and pageable memory. Then all GPUs are measured at once, and with every core copying memory
+meanwhile.
 """
 
 import threading
@@ -60,7 +61,7 @@ def open_roads(driver: Driver, gpus: int, effort: Effort) -> list[Road]:
 
 @contextmanager
 def pinned(driver: Driver, roads: Sequence[Road]) -> Iterator[str | None]:
-    """Page-lock the host memory of all roads while the body runs; gives the reason if refused."""
+    """Page-lock the host memory of all roads while the body runs; yields the reason if refused."""
     held: list[int] = []
     reason = None
     try:

@@ -152,7 +152,7 @@ class LinkSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSpeed:
-    """Reads of one block size with so many in flight.
+    """Reads of one block size at one queue depth.
 
     Attributes:
         direct: past the page cache (O_DIRECT).
@@ -167,7 +167,7 @@ class DiskSpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemorySpeed:
-    """Host memory used by so many threads."""
+    """Bandwidth of host memory with a number of threads."""
 
     use: MemoryUse
     threads: int = _up_to(_COUNT)
@@ -189,7 +189,7 @@ class LayerWork:
 
     Attributes:
         weight_bytes: read once per pass, whatever the number of tokens.
-        flops_per_token: two per weight that takes part.
+        flops_per_token: two per weight that is used.
     """
 
     weight_bytes: int
@@ -218,7 +218,7 @@ class LayerShape:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerTime:
-    """One pass of so many tokens through a layer."""
+    """Seconds of one pass through a layer."""
 
     tokens: int = _up_to(_COUNT)
     layer_s: Number = _up_to(3600)
@@ -236,7 +236,7 @@ class LayerCurve:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpeed:
-    """Attention of so many query rows to cached keys and values of one layer.
+    """Attention of some query rows to cached keys and values of one layer.
 
     Attributes:
         kv_bytes: keys and values attended to.

@@ -53,7 +53,7 @@ def link_bytes_per_s(
 
 
 def disk_bytes_per_s(profile: HardwareProfile, queue_depth: int) -> Number:
-    """Disk bandwidth with so many reads in flight, in blocks of the measured size.
+    """Disk bandwidth with `queue_depth` reads in flight, in blocks of the measured size.
 
     Straight lines between measured depths; beyond them the nearest measured one holds.
 
@@ -67,7 +67,7 @@ def disk_bytes_per_s(profile: HardwareProfile, queue_depth: int) -> Number:
 
 
 def memory_bytes_per_s(profile: HardwareProfile, use: MemoryUse, threads: int) -> Number:
-    """Host memory bandwidth with so many threads; more than were measured are no faster.
+    """Host memory bandwidth of some threads; more than were measured are no faster.
 
     Raises:
         ProfileError: the profile has no such number.

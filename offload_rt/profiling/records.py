@@ -80,7 +80,7 @@ class RecordReader:
     noun: str
 
     def read(self, kind: Any, value: object, key: str = "") -> Any:  # noqa: ANN401
-        """Turn a JSON value into `kind`; `key` says where it stands.
+        """Turn a JSON value into `kind`; `key` is its place in the file.
 
         Raises:
             MalformedError: a key is missing, unknown, or has a value it cannot have.
@@ -194,5 +194,5 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise MalformedError(f"the key {shown_json(twice)} stands twice in one object")
+        raise MalformedError(f"the key {shown_json(twice)} occurs twice in one object")
     return found

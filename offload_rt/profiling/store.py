@@ -51,7 +51,7 @@ def shipped_folders() -> tuple[Path, Path]:
 
 
 def list_profiles() -> dict[str, Path]:
-    """All names that can be asked for, and the file each stands for."""
+    """All names that can be asked for, and the file of each."""
     found: dict[str, Path] = {}
     for folder in search_folders():
         with suppress(OSError):

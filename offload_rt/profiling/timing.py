@@ -1,9 +1,9 @@
 """Repeating a measurement until it says what the hardware does when nobody disturbs.
 
 Other work makes times longer and hardly ever shorter, so the lower decile of the samples counts.
-Where the CPU computes, the time that other work kept a thread from its core is taken out: the
-kernel counts it. Beside nine other programs on two cores layers of 7 to 116 MiB so came out at 0.91
-to 1.17 times their length on the quiet machine (lower quartiles: 1.01 to 1.56), where the shortest
+Where the CPU computes, the time that other work kept a thread from its core is subtracted: the
+kernel counts it. Beside nine other programs on two cores layers of 7 to 116 MiB were so timed at
+0.91 to 1.17 times their seconds on the quiet machine (lower quartiles: 1.01 to 1.56). The shortest
 wall times were two to four times that.
 """
 
@@ -25,7 +25,7 @@ _TAKES_PART = 0.2  # of the running time of the busiest thread
 _SHORTEST_S = 1e-9
 _LEAST_RUNS = 3
 _AGAIN = 3  # times that points are measured again, at most
-REPAIRED = "taken down: more work took less"
+REPAIRED = "taken down: more work was faster"
 
 
 def take_samples(sample_s: Sample, effort: Effort) -> list[float]:
@@ -36,7 +36,7 @@ def take_samples(sample_s: Sample, effort: Effort) -> list[float]:
 def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]]:
     """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
 
-    Each has `least_samples`, and more until it took `number_s`; a warm-up as long as that counts.
+    Each has `least_samples`, and more until they last `number_s`; a warm-up as long as that counts.
     """
     taken: list[list[float]] = [[] for _ in samples]
     spent_s = [0.0] * len(samples)
@@ -88,7 +88,7 @@ class Doubts:
         if not self.found:
             return None
         return (
-            f"{self.found} of {self.points} times could not be (more work took less): "
+            f"{self.found} of {self.points} times are implausible (more work was faster): "
             f"{self.again} were measured again, {self.repaired} are taken down"
         )
 
@@ -140,7 +140,7 @@ class Curve:
         return chosen
 
     def numbers(self, taken: Mapping[Place, Sequence[float]]) -> dict[Place, Number]:
-        """A number for each place; more work takes no less."""
+        """A number for each place; more work is no faster."""
         made = {place: measured(times) for place, times in taken.items()}
         values = {place: number.value for place, number in made.items()}
         rising, wrong = monotone(values), impossible(values)

@@ -1,12 +1,14 @@
 """The process in which tokenizers and chat templates of model folders run, and its limits.
 
-Both are programs of strangers: a template can loop or double a string, a normalizer can grow its
-text, a pattern can backtrack for ever, and the library that runs them panics, allocates without
-asking and holds the interpreter. So they run in a child that is small (no torch), begun without
-copying this process (memory that is pinned or read into must not be forked), given limits of
-processor time and memory for each request, and killed without harm when it exceeds them or when
-Ctrl-C interrupts the wait. It never outlives this process: the kernel ends it (SIGIO) once the
-other end of `life` is closed.
+Both are programs of strangers. A template can loop or double a string, a normalizer can grow its
+text, a pattern can backtrack for ever. The library that runs them panics, allocates without asking
+and holds the interpreter. So they run in a child process:
+
+- it is small (no torch), and begun without copying this process, as memory that is pinned or read
+  into must not be forked;
+- it has limits of processor time and memory for each request, and is killed without harm when it
+  exceeds them or when Ctrl-C interrupts the wait;
+- it never outlives this process: the kernel ends it (SIGIO) once the other end of `life` is closed.
 """
 
 import atexit

@@ -1,8 +1,8 @@
 """Conversations to token ids, through the model's chat template where it has one.
 
-A template may leave out what it is given: one made for lists of content parts writes nothing of a
-plain text, others know no system turn or read the last turn only. What a template wrote is compared
-with what it was given, so that nothing a user said is dropped or changed in silence.
+A template may leave out what it is given. One made for lists of content parts writes nothing of a
+plain text; others know no system turn, or read the last turn only. What a template wrote is
+compared with what it was given, so nothing a user said is dropped or changed in silence.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Self-distillation: the model answers prompts itself, many in each pass (arXiv:2401.10774, 2.3.2).
 
-Answers are kept in a file as they come. A run that was killed goes on with the first batch that is
-not whole; batches are the same ones then, and each sequence draws from a seed of its own, so the
-answers are too.
+Answers are written to a file as they come. A run that was killed goes on with the first batch that
+is not whole. Its batches are the same ones, and each sequence draws from a seed of its own, so the
+answers are the same, too.
 """
 
 import json

@@ -1,9 +1,9 @@
 """Hidden states and their labels on disk, written once and read again and again.
 
-Two files of plain numbers and a record of how much of them is whole. The record is replaced after
-the numbers have reached the disk, so a run that was killed finds what is beyond it in the files,
-cuts that off and goes on. Numbers are read by `pread`, blocks of rows at a time: a cache may be
-larger than memory.
+There are two files of plain numbers, and a record of how much of them is whole. The record is
+replaced after the numbers have reached the disk. So a run that was killed knows what is beyond it
+in the files, cuts that off and goes on. Numbers are read by `pread`, blocks of rows at a time: a
+cache may be larger than memory.
 
 Shapes: R rows (places), E hidden size, K heads.
 """

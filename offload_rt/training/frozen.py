@@ -1,9 +1,9 @@
 """Medusa-1: heads are trained from cached hidden states, the model is not touched.
 
-Which rows a step sees follows from the seed and the step alone, and so does the learning rate; a
-training that goes on from a saved state ends with the weights of one that was never stopped.
-Heads do not depend on each other: each is differentiated before the next is evaluated, so one
-head's logits are in memory at a time.
+The seed and the step alone decide which rows a step sees, and its learning rate. So a training that
+goes on from a saved state ends with the weights of one that was never stopped. Heads do not depend
+on each other: each is differentiated before the next is evaluated, so one head's logits are in
+memory at a time.
 """
 
 import math
@@ -144,7 +144,7 @@ class FrozenTrainer:
                 saved_at = time.monotonic()
 
     def save(self) -> None:
-        """Keep where the training stands."""
+        """Save the state of the training."""
         save_state(self._path, self._parameters, self._optimizer, self.progress)
 
     def score(self, cache: StateCache) -> Score:

@@ -69,7 +69,7 @@ class Job:
         output: where the heads go.
         cache: where answers and hidden states are kept.
         watch: is told how it goes.
-        seconds: that the stages of this process took.
+        seconds: of each stage of this process.
     """
 
     checkpoint: Checkpoint
@@ -88,7 +88,7 @@ class Job:
         return compute_dtype(self.checkpoint.config.dtype, tensors, self.runtime.dtype)
 
     def recipe(self, state: str) -> Recipe:
-        """How it trains, with the name of the file that keeps where it stands."""
+        """How it trains, with the file of its saved state."""
         return Recipe(config=self.config, seed=self.corpus.seed, state=self.output.path / state)
 
     @contextmanager

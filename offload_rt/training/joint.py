@@ -1,9 +1,9 @@
 """Medusa-2: the model learns along with its heads, through adapters that are then merged into it.
 
-arXiv:2401.10774, 2.2.2 and appendix B: the model's own loss plus lambda_0 times that of the heads,
-heads at four times the model's learning rate, and a warm-up that spares the model untrained heads.
-With self-distillation the model's own loss is the divergence from what it was: the teacher is the
-same network with its adapters off, so there is no second model in memory.
+The loss is the model's own plus lambda_0 times that of the heads (arXiv:2401.10774, 2.2.2 and
+appendix B). Heads have four times the model's learning rate, and a warm-up spares the model
+untrained heads. With self-distillation the model's own loss is the divergence from what it was: the
+teacher is the same network with its adapters off, so there is no second model in memory.
 
 The model must fit into memory here. Texts go through it one by one and their gradients add up to a
 step's, so nothing is padded and the logits of one text are in memory at a time.
@@ -80,7 +80,7 @@ def add_adapters(model: Any, rank: int, seed: int) -> Any:  # noqa: ANN401
 
 @dataclass(frozen=True, slots=True)
 class _Read:
-    """What a text gave: [R, E] hidden states and [R, V] logits of its places."""
+    """What was computed from a text: [R, E] hidden states and [R, V] logits of its places."""
 
     hidden: torch.Tensor
     logits: torch.Tensor
@@ -155,7 +155,7 @@ class JointTrainer:
                 saved_at = time.monotonic()
 
     def save(self) -> None:
-        """Keep where the training stands."""
+        """Save the state of the training."""
         save_state(self._path, self._parameters, self._optimizer, self.progress)
 
     def score(self, samples: Sequence[Sample]) -> Score:

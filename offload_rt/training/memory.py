@@ -1,4 +1,4 @@
-"""What a training takes on the device, at least; refused before it begins if that is too much."""
+"""The least device memory of a training, checked before it begins."""
 
 import math
 from collections.abc import Sequence

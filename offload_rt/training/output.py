@@ -39,7 +39,7 @@ def put_heads(
     """Write heads into a folder in the layout that holds them without loss.
 
     They are made beside the folder's files and moved there, the tensors last: without those nobody
-    takes it for heads.
+    reads it as heads.
 
     Raises:
         ConfigError: the disk is full.

@@ -1,7 +1,7 @@
 """What a user sets for training, as frozen records; no torch here.
 
-Two records, because their results are kept apart: what the corpus settings decide (answers, hidden
-states) is dear, and serves any number of trainings.
+There are two records, because their results are kept apart. What the corpus settings decide
+(answers, hidden states) is expensive to make, and serves any number of trainings.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ class CorpusConfig:
         heads: how many tokens beyond the next one are labels.
         self_distill: the model answers the prompts itself.
         temperature: of those answers; held-out prompts are always answered greedily.
-        answer_tokens: of each, at most; None takes `ANSWER_TOKENS` where the model answers.
+        answer_tokens: of each, at most; None is `ANSWER_TOKENS` where the model answers.
         sequences: prompts that are answered at once.
         pass_tokens: tokens that are read in one pass, at least one text.
         holdout: share of the prompts that is not trained on.

@@ -1,4 +1,4 @@
-"""Where a training stands, on disk: parameters, the optimiser's moments, the step, the history."""
+"""The saved state of a training: parameters, the optimiser's moments, the step, the history."""
 
 import json
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class Recipe:
     Attributes:
         config: how heads are trained.
         seed: of all that is drawn.
-        state: the file that keeps where the training stands.
+        state: the file of its saved state.
     """
 
     config: TrainConfig
@@ -90,6 +90,6 @@ def load_state(
                     }
     except (SafetensorError, KeyError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
-            f"{path} is not where this training stood ({error}): remove it to train from the start"
+            f"{path} is not the state of this training ({error}): remove it to train from the start"
         ) from error
     return progress

@@ -79,5 +79,5 @@ def limit_device_memory(device: str, limit_bytes: int | None) -> None:
 
 
 def peak_device_bytes(device: str) -> int | None:
-    """Most memory torch took of a GPU; None on the CPU."""
+    """Most memory torch used of a GPU; None on the CPU."""
     return None if device == "cpu" else int(torch.cuda.max_memory_reserved(device))

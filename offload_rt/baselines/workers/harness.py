@@ -73,7 +73,7 @@ class Clock:
     marks: list["Mark"] = field(default_factory=list)
 
     def tick(self, tokens: int) -> None:
-        """A pass has ended (the first time: none has begun); so many tokens are out in all."""
+        """A pass has ended (the first time: none has begun); `tokens` are emitted in all."""
         self.marks.append(Mark(time.perf_counter(), tokens, read_bytes(), self.engine.link_bytes()))
 
     def measured(self, token_ids: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -84,7 +84,7 @@ class OffloadRt:
         return {"logits": [float(logits[token]) for token in tokens], "best": int(logits.argmax())}
 
     def device_peak_bytes(self) -> int | None:
-        """Most memory the engine took of its device; on the CPU the process tells, as for all."""
+        """Most device memory the engine used; on the CPU the process tells, as for all."""
         return None if self.on_cpu else self.engine.device.peak_bytes()
 
     def link_bytes(self) -> int:
@@ -93,13 +93,13 @@ class OffloadRt:
 
 
 def runtime_config(values: Mapping[str, Any]) -> RuntimeConfig:
-    """The record that a JSON object stands for."""
+    """The record of a JSON object."""
     kinds = {"dtype": DType, "home": HomeKind, "kv": KVPlace}
     return RuntimeConfig(**(dict(values) | {n: kind(values[n]) for n, kind in kinds.items()}))
 
 
 def draft_config(values: Mapping[str, Any]) -> DraftConfig:
-    """The record that a JSON object stands for."""
+    """The record of a JSON object."""
     kinds = {"shape": DraftShape, "accept": AcceptRule, "draft_weights": DraftWeights}
     given = dict(values) | {name: kind(values[name]) for name, kind in kinds.items()}
     kept = dict(values["retrieval"])
