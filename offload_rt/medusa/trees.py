@@ -65,9 +65,7 @@ class MedusaTree:
             ConfigError: a node has a rank beyond; upstream reads the next head's token there.
         """
         if self.ranks > ranks:
-            raise ConfigError(
-                f"a tree needs {self.ranks} ranks of a head, there are {ranks}"
-            )
+            raise ConfigError(f"a tree needs {self.ranks} ranks of a head, there are {ranks}")
         return [0, *(1 + ranks * (len(c) - 1) + c[-1] for c in self.choices)]
 
     def paths(self) -> list[list[int]]:
