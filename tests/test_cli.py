@@ -408,7 +408,7 @@ def test_plan_that_cannot_be(tiny_model, offload_run):
 
 
 def test_plan_for_a_gpu_that_is_not_here(tiny_model, offload_run, monkeypatch):
-    monkeypatch.setattr("offload_rt.cli.plan.find_driver", lambda: None)
+    monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: None)
     done = offload_run("plan", tiny_model, "--device", "cuda")
     assert done.code == 2 and "give --device-memory" in done.err
     done = offload_run("plan", tiny_model, "--device", "cuda", "--device-memory", "1GiB", "--json")

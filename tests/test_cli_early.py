@@ -11,7 +11,8 @@ import pytest
 
 from offload_rt.cli import run
 from offload_rt.cli.console import Console
-from offload_rt.device import present
+from offload_rt.device import kinds
+from offload_rt.device.cuda import present
 from offload_rt.device.cuda.nvml import Driver, Gpu
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.session.observer import Gauge
@@ -105,21 +106,21 @@ def test_devices_by_what_the_driver_says(name, torch, driver, message, monkeypat
     monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: driver)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 0)
     if message is None:
-        present.check_device(name)
+        kinds.check_device(name)
         return
     with pytest.raises(DeviceError, match=message):
-        present.check_device(name)
+        kinds.check_device(name)
 
 
 def test_a_gpu_without_nvml_is_asked_of_cuda(monkeypatch):
     monkeypatch.setattr(present, "version", lambda _: "2.14.1")
     monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: None)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 1)
-    present.check_device("cuda:0")
+    kinds.check_device("cuda:0")
     with pytest.raises(DeviceError, match="one GPU"):
-        present.check_device("cuda:1")
+        kinds.check_device("cuda:1")
     with pytest.raises(ConfigError, match="several"):
-        present.check_device("cuda:0,cuda:1")
+        kinds.check_device("cuda:0,cuda:1")
 
 
 @pytest.mark.parametrize(("resident", "words"), [(4, 20), (1, 20), (4, 300)])

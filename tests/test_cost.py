@@ -8,14 +8,9 @@ from hypothesis import strategies as st
 from test_profile import PROJECT, curve, measured, profile, shape
 
 from offload_rt.costs.pass_cost import LayerLoad, PassLoad, PassTimes, cost_of, pass_times
+from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
-from offload_rt.profiling.profile import (
-    AttentionSpeed,
-    LayerWork,
-    Number,
-    Obtained,
-    Processor,
-)
+from offload_rt.profiling.profile import AttentionSpeed, LayerWork, Number, Obtained
 from offload_rt.profiling.rates import link_bytes_per_s
 from offload_rt.profiling.store import load_profile
 

@@ -16,9 +16,9 @@ from offload_rt.device.cuda import streams
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
 from offload_rt.device.cuda.ordered import OrderedQueue, nothing
 from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, DeviceError
-from offload_rt.model.layout import Packing
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.run import choose_home
 from offload_rt.streaming.home import HostSource
@@ -237,8 +237,8 @@ def test_a_machine_without_gpu_says_so(name):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_auto_is_the_cpu_without_gpu():
-    device, packing = open_device(RuntimeConfig(device="auto"))
-    assert (device.name, packing) == ("cpu", Packing.FILE)
+    device = open_device(RuntimeConfig(device="auto"))
+    assert (device.name, device.kind) == ("cpu", CPU)
     device.close()
 
 
@@ -269,8 +269,8 @@ def test_the_reason_of_a_refused_pin_is_cudas_own(monkeypatch):
 def test_names_of_devices(gpu, monkeypatch, name, opened):
     monkeypatch.setattr(cuda, "TorchDriver", lambda: gpu)
     monkeypatch.setattr(opening, "TorchDriver", lambda: gpu)
-    device, packing = open_device(RuntimeConfig(device=name))
-    assert (device.name, packing) == (opened, Packing.DEVICE)
+    device = open_device(RuntimeConfig(device=name))
+    assert (device.name, device.kind) == (opened, CUDA)
     device.close()
 
 
@@ -292,16 +292,16 @@ def test_names_that_are_refused(options, message):
 
 
 @pytest.mark.parametrize(
-    ("packing", "host_limit", "home"),
+    ("kind", "host_limit", "home"),
     [
-        (Packing.DEVICE, 200, HomeKind.HOST),
-        (Packing.DEVICE, 199, HomeKind.DISK),
-        (Packing.FILE, 200, HomeKind.DISK),
+        (CUDA, 200, HomeKind.HOST),
+        (CUDA, 199, HomeKind.DISK),
+        (CPU, 200, HomeKind.DISK),
     ],
 )
-def test_the_home_is_host_memory_where_it_fits(packing, host_limit, home):
+def test_the_home_is_host_memory_where_it_fits(kind, host_limit, home):
     demand = Demand(layer_bytes=(100,) * 3, base_bytes=0, kv_bytes=0, workspace_bytes=0)
     placement = Placement(
         resident=(1,), streamed=(0, 2), slots=2, slot_bytes=100, demand=demand, device_limit_bytes=1
     )
-    assert choose_home(HomeKind.AUTO, packing, placement, host_limit) is home
+    assert choose_home(HomeKind.AUTO, kind, placement, host_limit) is home

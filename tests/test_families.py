@@ -5,9 +5,9 @@ import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 
 from offload_rt.costs.sizes import kv_bytes_per_token
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
 
 HEAD = {"head_dim": 16}

@@ -21,7 +21,6 @@ RANKS = [
     ["streaming"],
     ["kv"],
     ["model", "sampling"],
-    ["device.opening"],
     ["profiling"],
     ["planning.placement"],
     ["costs"],
@@ -47,7 +46,13 @@ TORCH_FREE |= {
     "device.cuda.nvml",
     "speculative.pair",
 }
-TORCH_FREE |= {"device.cgroup", "device.present", "device.link_meter", "profiling.curves"}
+TORCH_FREE |= {
+    "device.cgroup",
+    "device.cuda.present",
+    "device.kinds",
+    "device.link_meter",
+    "profiling.curves",
+}
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
 from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.device.kinds import CPU
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.levels import LASTS_S, LEAST, MOST, LevelKey, Pace, add_level, read_level
@@ -113,7 +113,7 @@ def planned(checkpoint, draft, level):
     return plan_run(
         checkpoint,
         RuntimeConfig(device="cpu", resident_layers=1),
-        Packing.FILE,
+        CPU,
         load=RunLoad(
             capacities=[150], prompt_tokens=100, drafting=Drafting(DraftConfig(draft=draft))
         ),

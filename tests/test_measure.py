@@ -17,6 +17,7 @@ import torch
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
+from offload_rt.device.kinds import Processor
 from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.weight_files import WeightFiles
@@ -28,14 +29,7 @@ from offload_rt.profiling.disk import measure_disk
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.memory import measure_memory, thread_counts
-from offload_rt.profiling.profile import (
-    Direction,
-    LinkLoad,
-    MemoryUse,
-    Obtained,
-    Processor,
-    WeightOrder,
-)
+from offload_rt.profiling.profile import Direction, LinkLoad, MemoryUse, Obtained, WeightOrder
 from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import (
     Curve,

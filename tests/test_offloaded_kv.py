@@ -29,6 +29,7 @@ from offload_rt.device import opening
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import streams
+from offload_rt.device.kinds import CUDA
 from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
 from offload_rt.engine import engine as engine_module
@@ -685,8 +686,8 @@ def test_options_without_effect_are_refused(options, message):
 
 def test_a_gpu_reads_no_kv_from_a_file():
     with pytest.raises(ConfigError, match="--kv disk is for --device cpu"):
-        kv_sizes.kv_places(RuntimeConfig(kv=KVPlace.DISK), on_gpu=True)
-    assert kv_sizes.kv_places(RuntimeConfig(), on_gpu=True) == (KVPlace.DEVICE, KVPlace.HOST)
+        kv_sizes.kv_places(RuntimeConfig(kv=KVPlace.DISK), CUDA)
+    assert kv_sizes.kv_places(RuntimeConfig(), CUDA) == (KVPlace.DEVICE, KVPlace.HOST)
 
 
 # The GPU that is not there (`fake_cuda`): order of accesses, host syncs, pinned memory.

@@ -7,9 +7,10 @@ import pytest
 from test_families import FAMILIES, IDS
 from tiny import SHAPE
 
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing, plan_layout
+from offload_rt.model.layout import plan_layout
 from offload_rt.model.outline import _FAMILIES, open_or_outline, outline_checkpoint
 
 KNOWN = [name for name, (family, _) in FAMILIES.items() if family in _FAMILIES]

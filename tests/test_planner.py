@@ -10,14 +10,13 @@ from test_profile import PROJECT
 
 from offload_rt.config import DraftConfig, DraftShape, KVPlace, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import SIZES, Seen, Yield, expected_yield
 from offload_rt.planning.planner import MAX_SIZES, Means, make_plan, plan_run
 from offload_rt.planning.run import RunLoad
-from offload_rt.profiling.profile import Processor
 from offload_rt.profiling.store import load_profile
 
 GIB, MIB = 2**30, 2**20
@@ -51,7 +50,7 @@ def plan(checkpoint, draft="auto", *, disk=None, gives=None, prompt=100, drafter
     return plan_run(
         checkpoint,
         RuntimeConfig(device="cpu", **runtime),
-        Packing.FILE,
+        CPU,
         load=RunLoad(capacities=[prompt + 50], prompt_tokens=prompt, drafting=drafting),
         free=FREE,
         means=Means(speeds=speeds(disk), yields=lambda c: gives or expected_yield(c.kind)),
@@ -223,7 +222,7 @@ def test_nothing_fits_and_the_refusal_names_a_limit_that_does(checkpoint):
 def test_without_speeds_a_drafter_must_be_named(checkpoint):
     load = RunLoad(capacities=[50], prompt_tokens=20, drafting=Drafting(DraftConfig(draft="auto")))
     with pytest.raises(ConfigError, match="name a drafter"):
-        make_plan(checkpoint, RuntimeConfig(), Packing.FILE, load=load, free=FREE, means=None)
+        make_plan(checkpoint, RuntimeConfig(), CPU, load=load, free=FREE, means=None)
 
 
 def test_named_layers_stay_and_missing_ones_are_refused(checkpoint):

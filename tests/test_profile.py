@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.identity import compare
@@ -35,7 +36,6 @@ from offload_rt.profiling.profile import (
     MemoryUse,
     Number,
     Obtained,
-    Processor,
     Versions,
     WeightOrder,
 )

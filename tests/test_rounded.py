@@ -12,6 +12,7 @@ from test_fake_cuda import gpu  # noqa: F401 - a fixture
 from test_speculation import IDS
 
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, RuntimeConfig
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.engine import Engine
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
@@ -19,7 +20,6 @@ from offload_rt.model.formats import rounded as quantized
 from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
 from offload_rt.model.formats.packed import replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import draft_base_bytes, draft_weight_bytes
 from offload_rt.speculative import draft_model
 
@@ -156,7 +156,7 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     sizes = {}
     for weights in (DraftWeights.SAME, *ROUNDED):
         draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_weights=weights)
-        sizes[weights] = draft_weight_bytes(checkpoint, draft, Packing.FILE)
+        sizes[weights] = draft_weight_bytes(checkpoint, draft, CPU)
         with engine_for(folder, draft=draft, resident_layers=0, slots=2) as engine:
             network = engine._draft_model.network
             held = sum(module_bytes(m) for m in network._model.modules())
@@ -176,7 +176,7 @@ def test_ends_take_what_is_planned_in_every_family(make_tiny, family, weights, v
     own = more.get(family, {})
     folder = make_tiny(family, dtype="bfloat16", vocab_size=vocabulary, **own)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=12, draft_weights=weights)
-    planned = draft_base_bytes(open_checkpoint(folder), weights, Packing.FILE)
+    planned = draft_base_bytes(open_checkpoint(folder), weights, CPU)
     with engine_for(folder, draft=draft) as engine:
         model = engine._draft_model.network._model
         layers = {id(p) for p in engine._draft_model.network._layers for p in p.modules()}
@@ -243,14 +243,14 @@ def test_activations_have_seven_bits_where_products_would_overflow(flags, monkey
 
 def test_auto_is_int8_for_bf16_on_a_cpu():
     auto = DraftWeights.AUTO
-    assert resolve_weights(auto, "bfloat16", Packing.FILE) is INT8
-    assert resolve_weights(auto, "float32", Packing.FILE) is DraftWeights.SAME
-    assert resolve_weights(auto, "bfloat16", Packing.DEVICE) is DraftWeights.SAME
-    assert resolve_weights(INT4, "float32", Packing.FILE) is INT4
+    assert resolve_weights(auto, "bfloat16", CPU) is INT8
+    assert resolve_weights(auto, "float32", CPU) is DraftWeights.SAME
+    assert resolve_weights(auto, "bfloat16", CUDA) is DraftWeights.SAME
+    assert resolve_weights(INT4, "float32", CPU) is INT4
     with pytest.raises(ConfigError, match="int8 is for the CPU"):
-        resolve_weights(INT8, "bfloat16", Packing.DEVICE)
+        resolve_weights(INT8, "bfloat16", CUDA)
     with pytest.raises(ConfigError, match="the one that drafts is float16"):
-        resolve_weights(INT4, "float16", Packing.DEVICE)
+        resolve_weights(INT4, "float16", CUDA)
 
 
 def test_the_flag_reaches_the_draft_model_and_nothing_else(offload_run, tiny_model, tmp_path):

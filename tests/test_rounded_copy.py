@@ -19,11 +19,11 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.device.kinds import CPU
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting, rounded_copy_bytes
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.planner import Means, plan_run
@@ -131,7 +131,7 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     checkpoint, sizes = open_checkpoint(folder), {}
     for weights in (SAME, INT8, INT4):
         draft = triforce(weights)
-        sizes[weights] = rounded_copy_bytes(checkpoint, draft, "auto", Packing.FILE)
+        sizes[weights] = rounded_copy_bytes(checkpoint, draft, "auto", CPU)
         with engine_for(folder, prompts=[LONG], draft=draft, resident_layers=0, slots=2) as engine:
             memory = engine.memory()
             if weights is SAME:
@@ -161,11 +161,11 @@ def wide(make_tiny):
     return open_checkpoint(folder)
 
 
-def planned(checkpoint, draft, *, packing=Packing.FILE, **runtime):
+def planned(checkpoint, draft, *, device=CPU, **runtime):
     return plan_run(
         checkpoint,
         RuntimeConfig(device="cpu", **runtime),
-        packing,
+        device,
         load=RunLoad(capacities=[4100], prompt_tokens=4000, drafting=Drafting(draft)),
         free=FREE,
         means=Means(speeds=speeds(1e8), yields=lambda c: expected_yield(c.kind)),
@@ -185,7 +185,7 @@ def test_auto_takes_whichever_is_faster_and_fits(wide):
     assert small < copies.smallest_bytes
     tight = planned(wide, auto, device_limit_bytes=small)
     assert tight.drafting.config.retrieval.retrieval_weights is SAME
-    copied = rounded_copy_bytes(wide, copies.drafting.config, "auto", Packing.FILE)
+    copied = rounded_copy_bytes(wide, copies.drafting.config, "auto", CPU)
     spent = copies.placement.demand.drafter_bytes - own.placement.demand.drafter_bytes
     assert spent == copied > 0
 

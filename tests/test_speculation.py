@@ -19,11 +19,11 @@ from offload_rt.config import (
     RetrievalConfig,
     SamplingConfig,
 )
+from offload_rt.device.kinds import CPU
 from offload_rt.errors import ConfigError
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import ngram as ngram_module
-from offload_rt.speculative import triforce as triforce_module
 from offload_rt.speculative import verifier
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.followers import RANKS, Followers, Likely, pack_likely
@@ -503,7 +503,8 @@ def test_which_ngrams_are_kept_back_changes_no_answer(make_tiny, monkeypatch):
     monkeypatch.setattr(ngram_module, "_MEMORY", 1)
     drafted = []
     for worthwhile in (0.0, 0.6, 9.0):
-        monkeypatch.setitem(triforce_module.WORTHWHILE, "cpu", worthwhile)
+        kind = replace(CPU, worthwhile=worthwhile)
+        monkeypatch.setattr("offload_rt.device.cpu.CpuDevice.kind", kind)
         draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=LITTLE)
         with engine_for(folder, prompts=[REPEATS], tokens=30, draft=draft) as engine:
             run = engine.start([REPEATS], SamplingConfig(), GenerationConfig(max_tokens=30))

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing, plan_layout
+from offload_rt.model.layout import plan_layout
 from offload_rt.model.weight_files import FileSource, WeightFiles
 
 

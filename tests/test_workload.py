@@ -27,7 +27,7 @@ CONTEXT = 256
 def placed(checkpoint, seat, **config):
     made = RuntimeConfig(**config)
     load = RunLoad(capacities=[CONTEXT], prompt_tokens=CONTEXT)
-    return made, place_run(checkpoint, made, seat.packing, load=load, free=seat.free)
+    return made, place_run(checkpoint, made, seat.device, load=load, free=seat.free)
 
 
 def load_of(checkpoint, seat, **config):

@@ -157,13 +157,13 @@ def run(options: argparse.Namespace, target: Checkpoint, small: Checkpoint) -> I
         raise ConfigError(f"{options.answers} has no answer to a prompt of {options.prompts}")
     windows = [0 if window == "full" else int(window) for window in options.windows.split(",")]
     for name in options.weights.split(","):
-        device, packing = open_device(RuntimeConfig(device=options.device))
+        device = open_device(RuntimeConfig(device=options.device))
         base = DraftConfig(draft=f"model:{options.small}", draft_weights=DraftWeights(name))
-        weights = draft_weights_of(small, base, packing)
+        weights = draft_weights_of(small, base, device.kind)
         model = DraftModel(
             small,
             device,
-            packing,
+            device.kind.packing,
             chunk_tokens=RuntimeConfig().prefill_chunk_tokens,
             target_ids=(target.head or target.embedding).shape[0],
             weights=weights,

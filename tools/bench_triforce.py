@@ -52,13 +52,13 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV, WatchedCache
 from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.model.layout import Packing
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.planner import Means
 from offload_rt.runner.tree import TokenTree
@@ -244,9 +244,9 @@ def run(checkpoint: Checkpoint, options: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def _means(checkpoint: Checkpoint, draft: DraftConfig, packing: Packing) -> Means:
+def _means(checkpoint: Checkpoint, draft: DraftConfig, device: DeviceKind) -> Means:
     """What a run on this machine is planned with."""
-    return means_for(checkpoint, SamplingConfig(), speeds_for(None, packing), draft)
+    return means_for(checkpoint, SamplingConfig(), speeds_for(None, device), draft)
 
 
 def _copies(weights: str) -> DraftConfig:

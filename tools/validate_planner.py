@@ -35,11 +35,11 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.costs.machine import FreeMemory
+from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
 from offload_rt.planning.planner import Means, plan_run
@@ -170,16 +170,16 @@ class Bench:
         drafting = Drafting(draft, open_draft_checkpoint(checkpoint, draft))
         free = FreeMemory(device_bytes=free_memory_bytes(), host_bytes=free_memory_bytes())
         load = RunLoad(capacities=[longest + self.answer], prompt_tokens=longest, drafting=drafting)
-        means = self._means(profile, Packing.FILE, seen)
-        plan = plan_run(checkpoint, runtime, Packing.FILE, load=load, free=free, means=means)
+        means = self._means(profile, CPU, seen)
+        plan = plan_run(checkpoint, runtime, CPU, load=load, free=free, means=means)
         assert plan.prediction is not None
         return plan.prediction.s_per_token
 
-    def _means(self, profile: str | None, packing: Packing, seen: Seen) -> Means:
+    def _means(self, profile: str | None, device: DeviceKind, seen: Seen) -> Means:
         def yields(config: DraftConfig) -> Yield:
             return _counted(seen) or expected_yield(config.kind)
 
-        return Means(speeds=speeds_for(profile, packing), yields=yields)
+        return Means(speeds=speeds_for(profile, device), yields=yields)
 
     def _asked(self, case: Case) -> tuple[RuntimeConfig, DraftConfig, int]:
         """Where a plan runs, who drafts, and the longest prompt."""
@@ -204,7 +204,7 @@ class Bench:
             capacities=[longest + self.answer],
             prompt_tokens=longest,
             draft=draft,
-            means=lambda packing: self._means(self.profiles[0], packing, seen),
+            means=lambda device: self._means(self.profiles[0], device, seen),
         )
 
     def _run(self, engine: Engine, prompt: Sequence[int]) -> tuple[RunReport, int]:

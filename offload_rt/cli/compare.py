@@ -31,6 +31,7 @@ from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.cuda.nvml import find_driver
+from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
@@ -195,14 +196,12 @@ def _asked(values: Mapping[str, Any]) -> _Asked:
     device_bytes = runtime.device_limit_bytes
     if device_bytes is None:
         raise ConfigError("--device-memory is missing: give what every engine may use")
-    if runtime.device == "auto":
-        driver = find_driver()
-        device = "cuda:0" if driver is not None and driver.gpus else "cpu"
-        runtime = dataclasses.replace(runtime, device=device)
-    elif runtime.device == "cuda":
-        runtime = dataclasses.replace(runtime, device="cuda:0")
+    kind = likely_kind(runtime.device)
+    if runtime.device in ("auto", kind.processor):
+        first = f"{kind.processor}:0" if kind.numbered else str(kind.processor)
+        runtime = dataclasses.replace(runtime, device=first)
     cap_bytes = values["cap_bytes"]
-    if runtime.device == "cpu":
+    if not kind.own_memory:
         cap_bytes = cap_bytes or device_bytes + _REST_BYTES
         if cap_bytes <= device_bytes:
             raise ConfigError(
@@ -326,7 +325,7 @@ def _page_cache(checkpoint: Checkpoint, asked: _Asked, cap: CapKind) -> str:
         return f"{dropped}; nothing limits it afterwards: see the bytes read from disks"
     streamed = checkpoint.total_bytes - asked.device_bytes
     rest = asked.cap_bytes - asked.device_bytes
-    if asked.runtime.device == "cpu" and streamed > rest:
+    if not likely_kind(asked.runtime.device).own_memory and streamed > rest:
         return (
             f"{dropped}; it counts towards the cap, which leaves {format_size(rest)} besides the "
             f"device memory for {format_size(streamed)} of streamed weights"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import OffloadError
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.run import FREE_SHARE
@@ -33,6 +34,7 @@ class More:
 
 def more_memory(
     config: RuntimeConfig,
+    device: DeviceKind,
     free: FreeMemory,
     found: tuple[Placement, float],
     predict: Callable[[RuntimeConfig, FreeMemory], float],
@@ -45,6 +47,7 @@ def more_memory(
 
     Args:
         config: what is asked for.
+        device: the kind that computes.
         free: memory that is free.
         found: the placement, and its seconds per token.
         predict: seconds per token with other limits and as much memory; may refuse them.
@@ -69,7 +72,7 @@ def more_memory(
     tries: list[More | None] = [
         next(filter(helps, map(try_device, _device_steps(placement))), None)
     ]
-    if lacking := _lacking_on_host(config, free, placement):
+    if lacking := _lacking_on_host(config, device, free, placement):
         tries.append(try_host(_round_up(lacking)))
     return min((made for made in tries if made and helps(made)), key=_seconds, default=None)
 
@@ -105,9 +108,11 @@ def _lacking_on_device(placement: Placement) -> int:
     return max(0, whole - placement.device_limit_bytes)
 
 
-def _lacking_on_host(config: RuntimeConfig, free: FreeMemory, placement: Placement) -> int:
-    """Host memory that streamed layers of a GPU lack to live there."""
-    from_choice = config.home is HomeKind.AUTO and config.device != "cpu"
+def _lacking_on_host(
+    config: RuntimeConfig, device: DeviceKind, free: FreeMemory, placement: Placement
+) -> int:
+    """Host memory that streamed layers lack to live there, where the device would have them."""
+    from_choice = config.home is HomeKind.AUTO and device.home is HomeKind.HOST
     if not from_choice or placement.home is not HomeKind.DISK or not placement.streamed:
         return 0
     needed = sum(placement.demand.layer_bytes[i] for i in placement.streamed)

@@ -34,10 +34,10 @@ def original_outlook(config: ModelConfig) -> str:
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=Drafting(draft, None, 0))
     try:
         runtime = RuntimeConfig()
-        packing, free = device_there(runtime)
-        speeds = speeds_for(None, packing)
+        device, free = device_there(runtime)
+        speeds = speeds_for(None, device)
         means = means_for(checkpoint, SamplingConfig(), speeds, draft)
-        found = plan_run(checkpoint, runtime, packing, load=load, free=free, means=means)
+        found = plan_run(checkpoint, runtime, device, load=load, free=free, means=means)
     except OffloadError:
         return f"{size}, which does not fit here"
     if found.prediction is None:

@@ -20,14 +20,13 @@ from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.device.cuda.nvml import find_driver
-from offload_rt.device.present import cuda_index
+from offload_rt.device.kinds import DeviceKind, likely_kind, named_device
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.kv.sizes import KVPlan
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
-from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.demand import Drafting
 from offload_rt.planning.placement import Placement
@@ -98,7 +97,7 @@ class _Outlook:
     checkpoint: Checkpoint
     plan: Plan
     speeds: Speeds
-    packing: Packing
+    device: DeviceKind
     context_tokens: int
     more: More | None
 
@@ -116,7 +115,7 @@ class _Outlook:
 
     @property
     def bytes_per_pass(self) -> int:
-        return bytes_per_pass(self.checkpoint, self.config, self.packing, self.placement)
+        return bytes_per_pass(self.checkpoint, self.config, self.device, self.placement)
 
     @property
     def smallest_bytes(self) -> int:
@@ -126,10 +125,6 @@ class _Outlook:
     def dtype(self) -> str:
         tensors = self.checkpoint.tensors.values()
         return compute_dtype(self.checkpoint.config.dtype, tensors, self.config.dtype)
-
-    @property
-    def device(self) -> str:
-        return "cuda" if self.packing is Packing.DEVICE else "cpu"
 
     @property
     def home(self) -> str:
@@ -142,19 +137,19 @@ def _look_ahead(
     longest = checkpoint.config.max_positions
     context = config.context_tokens or min(longest, AUTO_CONTEXT_TOKENS)
     check_context(checkpoint, context)
-    packing, free = device_there(config)
+    device, free = device_there(config)
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, device.packing, sequences=1)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     drafting = Drafting(draft, drafter, nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
-    speeds = speeds_for(profile, packing)
+    speeds = speeds_for(profile, device)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
-    found = plan_run(checkpoint, config, packing, load=load, free=free, means=means)
+    found = plan_run(checkpoint, config, device, load=load, free=free, means=means)
     assert found.prediction is not None  # there are speeds
 
     def predict(roomy: RuntimeConfig, there: FreeMemory) -> float:
-        made = plan_run(checkpoint, roomy, packing, load=load, free=there, means=means)
+        made = plan_run(checkpoint, roomy, device, load=load, free=there, means=means)
         assert made.prediction is not None
         return made.prediction.s_per_token
 
@@ -162,30 +157,30 @@ def _look_ahead(
         checkpoint=checkpoint,
         plan=found,
         speeds=speeds,
-        packing=packing,
+        device=device,
         context_tokens=context,
-        more=more_memory(config, free, (found.placement, found.prediction.s_per_token), predict),
+        more=more_memory(
+            config, device, free, (found.placement, found.prediction.s_per_token), predict
+        ),
     )
 
 
-def device_there(config: RuntimeConfig) -> tuple[Packing, FreeMemory]:
-    """How layers are laid out on the device, and what is free there and on the host."""
+def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
+    """The kind of device a run would compute on, and what is free there and on the host."""
     host = free_memory_bytes()
-    driver = find_driver() if config.device != "cpu" else None
-    name = config.device
-    if name == "auto":
-        name = "cuda" if driver is not None and driver.gpus else "cpu"
-    if name == "cpu":
-        return Packing.FILE, FreeMemory(device_bytes=host, host_bytes=host)
-    index = cuda_index(name)
+    automatic = config.device == "auto"
+    kind, index = (likely_kind("auto"), 0) if automatic else named_device(config.device)
+    if not kind.own_memory:
+        return kind, FreeMemory(device_bytes=host, host_bytes=host)
     if config.device_limit_bytes is not None:
-        return Packing.DEVICE, FreeMemory(device_bytes=config.device_limit_bytes, host_bytes=host)
-    if driver is None or index >= len(driver.gpus):
+        return kind, FreeMemory(device_bytes=config.device_limit_bytes, host_bytes=host)
+    free = kind.free_bytes()
+    if index >= len(free):
         raise DeviceError(
-            f"--device {config.device}: no such NVIDIA GPU here; "
+            f"--device {config.device}: no such {kind.noun} here; "
             "to plan for one, give --device-memory"
         )
-    return Packing.DEVICE, FreeMemory(device_bytes=driver.gpus[index].free_bytes, host_bytes=host)
+    return kind, FreeMemory(device_bytes=free[index], host_bytes=host)
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:
@@ -196,7 +191,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "weights_read": bool(checkpoint.files),
         "weights_bytes": checkpoint.total_bytes,
         "dtype": outlook.dtype,
-        "device": outlook.device,
+        "device": str(outlook.device.processor),
         "home": outlook.home,
         "context_tokens": outlook.context_tokens,
         "resident": list(placement.resident),
@@ -279,7 +274,7 @@ def _as_table(outlook: _Outlook) -> str:
     lines = [
         *_headline(outlook),
         hanging(head, 2),
-        f"on the device ({outlook.device})",
+        f"on the device ({outlook.device.processor})",
         *map(_row, rows),
     ]
     if placement.streamed:

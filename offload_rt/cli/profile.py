@@ -9,6 +9,7 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
+from offload_rt.device.kinds import KINDS
 from offload_rt.device.system import cores
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.codec import encode
@@ -27,7 +28,7 @@ from offload_rt.writing import check_target
 
 EFFORT = Effort()  # what is measured; tests put a small one here
 
-_DEVICES = ("auto", "cpu", "cuda")
+_DEVICES = ("auto", *sorted(KINDS))
 
 
 @click.command()

@@ -26,6 +26,7 @@ from offload_rt.costs.machine import FreeMemory, Seat, seat_for
 from offload_rt.costs.pass_cost import PassLoad
 from offload_rt.costs.sizes import kv_bytes_per_token, number_bytes_of
 from offload_rt.costs.workload import pass_load, price
+from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
@@ -40,7 +41,7 @@ from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, 
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
-from offload_rt.session.means import asked_processor, profile_for, profile_source
+from offload_rt.session.means import profile_for, profile_source
 from offload_rt.speculative.pair import open_draft_checkpoint
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}
@@ -215,7 +216,7 @@ class _Outlook:
 def _model(model: str, values: dict[str, Any]) -> None:
     quiet_libraries(Output())
     config, draft = runtime_of(values), draft_of(values)
-    found, own = profile_for(values["profile_name"], asked_processor(config.device))
+    found, own = profile_for(values["profile_name"], likely_kind(config.device))
     profile = adjust_profile(found, values["profile_set"])
     acceptance = Acceptance(
         ranks=parse_ranks(values["acceptance"], "--acceptance") if values["acceptance"] else (),
@@ -242,7 +243,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         return _look_ahead(question, roomy, there).prediction.s_per_token
 
     made = outlook.placement, outlook.prediction.s_per_token
-    more = more_memory(config, seat.free, made, with_limits)
+    more = more_memory(config, seat.device, seat.free, made, with_limits)
     outlook = dataclasses.replace(outlook, more=more)
     click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
 
@@ -258,7 +259,7 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
     placement = place_run(
         checkpoint,
         config,
-        seat.packing,
+        seat.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
     )
@@ -305,7 +306,7 @@ def _drafting(
 ) -> Drafting:
     """The drafter's sizes; of a draft model config.json suffices too."""
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, seat.packing, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, seat.device.packing, sequences=1)
     return Drafting(draft, open_draft_checkpoint(checkpoint, draft, runs=False), nbytes)
 
 

@@ -3,15 +3,14 @@
 from dataclasses import dataclass
 
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
+from offload_rt.device.kinds import KINDS, DeviceKind, Processor
 from offload_rt.errors import ConfigError
-from offload_rt.model.layout import Packing
 from offload_rt.profiling.profile import (
     HardwareProfile,
     LayerWork,
     MemoryUse,
     Number,
     Obtained,
-    Processor,
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
@@ -84,7 +83,7 @@ class Speeds:
             return Number(value=config.link_bytes_per_s, obtained=Obtained.MEASURED)
         if home is HomeKind.DISK:
             return disk_bytes_per_s(self.profile, config.readers)
-        if self.processor is Processor.CUDA:
+        if KINDS[self.processor].own_memory:
             return link_bytes_per_s(self.profile, block_bytes)
         return memory_bytes_per_s(self.profile, MemoryUse.COPY, 1)
 
@@ -110,25 +109,24 @@ class Seat:
     processor: Processor
 
     @property
-    def packing(self) -> Packing:
-        """How layer images are laid out there."""
-        return Packing.DEVICE if self.processor is Processor.CUDA else Packing.FILE
+    def device(self) -> DeviceKind:
+        """What a device of this kind can do."""
+        return KINDS[self.processor]
 
     @property
     def speeds(self) -> Speeds:
-        """How long parts of a pass take; a CPU the profile has such times of reorders weights."""
+        """How long parts of a pass take; weights are reordered where the profile has such times."""
         curves = self.profile.layers
-        packs = any((c.processor, c.weights) == (Processor.CPU, WeightOrder.PACKED) for c in curves)
-        on_cpu = self.processor is Processor.CPU
-        return Speeds(profile=self.profile, processor=self.processor, packs=packs and on_cpu)
+        mine = {curve.weights for curve in curves if curve.processor is self.processor}
+        packs = self.device.packs and WeightOrder.PACKED in mine
+        return Speeds(profile=self.profile, processor=self.processor, packs=packs)
 
     @property
     def free(self) -> FreeMemory:
         """All memory of the machine, as if nothing else ran."""
         machine = self.profile.machine
         host = machine.ram_bytes
-        on_gpu = self.processor is Processor.CUDA
-        device = machine.gpus[0].memory_bytes if on_gpu else host
+        device = machine.gpus[0].memory_bytes if self.device.own_memory else host
         return FreeMemory(device_bytes=device, host_bytes=host)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
+from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import (
     Direction,
@@ -19,7 +20,6 @@ from offload_rt.profiling.profile import (
     LinkLoad,
     Number,
     Obtained,
-    Processor,
     WeightOrder,
 )
 from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s
@@ -256,7 +256,7 @@ def pass_times(
     kv_s = {n: attention_s(profile, n, load.tokens, processor=processor) for n in sizes}
     numbers += [*work_s.values(), *kv_s.values()]
     seconds = {key: number.value for key, number in work_s.items()}
-    lending = dict.fromkeys(load.streamed, _LEND_S if processor is Processor.CPU else 0.0)
+    lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
     return PassTimes(
         layer_s=tuple(

@@ -9,10 +9,11 @@ from functools import lru_cache
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import matrix_bytes, takes
-from offload_rt.model.layout import FLOATS, LayerLayout, Packing, compute_dtype, plan_layouts
+from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU
@@ -40,20 +41,20 @@ class PassShape:
 
 
 @lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
-def layouts_of(checkpoint: Checkpoint, dtype: str, packing: Packing) -> tuple[LayerLayout, ...]:
+def layouts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> tuple[LayerLayout, ...]:
     """The image of each layer, and last of what is in no layer."""
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return plan_layouts(checkpoint, name, packing)
+    return plan_layouts(checkpoint, name, device.packing)
 
 
-def image_bytes(checkpoint: Checkpoint, dtype: str, packing: Packing) -> list[int]:
+def image_bytes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> list[int]:
     """Sizes of the same."""
-    return [layout.nbytes for layout in layouts_of(checkpoint, dtype, packing)]
+    return [layout.nbytes for layout in layouts_of(checkpoint, dtype, device)]
 
 
-def staging_bytes(layouts: Sequence[LayerLayout], packing: Packing, readers: int) -> int:
-    """What readers on a CPU read through when bytes cannot land in place; a GPU's is pinned."""
-    if packing is Packing.DEVICE:
+def staging_bytes(layouts: Sequence[LayerLayout], device: DeviceKind, readers: int) -> int:
+    """What readers read through when bytes cannot land in place, where that is the device's."""
+    if device.own_memory:
         return 0
     in_place = all(run.in_place for layout in layouts for run in layout.runs)
     return 0 if in_place else 2 * readers * STAGING_BYTES

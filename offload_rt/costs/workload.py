@@ -46,7 +46,7 @@ def pass_load(
         context_tokens: already in the KV cache.
         tokens: in the pass.
     """
-    *layouts, _ = layouts_of(checkpoint, config.dtype, seat.packing)
+    *layouts, _ = layouts_of(checkpoint, config.dtype, seat.device)
     from_files, streamed = placement.home is HomeKind.DISK, set(placement.streamed)
     layers = [
         LayerLoad(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from offload_rt.device.host_memory import HostBuffer
+    from offload_rt.device.kinds import DeviceKind
 
 PAGE_BYTES = 4096  # direct reads and writes are whole multiples of it
 # What is copied at once. Measured with 1, 4 and 16 MiB and 1 to 8 reads in flight on a 2-core
@@ -160,6 +161,10 @@ class Device(Protocol):
     @property
     def name(self) -> str:
         """`cpu`, `cuda:0`, ..."""
+
+    @property
+    def kind(self) -> DeviceKind:
+        """What a device of its kind can do."""
 
     @property
     def torch_device(self) -> torch.device:

@@ -24,6 +24,7 @@ from offload_rt.device.base import (
     HomeTarget,
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
+from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
 from offload_rt.device.system import free_memory_bytes, give_back_large_blocks, peak_rss_bytes
 from offload_rt.errors import DeviceError
@@ -179,6 +180,7 @@ class CpuDevice:
     """
 
     name = "cpu"
+    kind = CPU
     torch_device = torch.device("cpu")
 
     def __init__(self, *, readers: int = 4, link_bytes_per_s: float | None = None) -> None:

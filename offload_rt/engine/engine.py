@@ -20,6 +20,7 @@ from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.base import DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import DeviceKind, Packing
 from offload_rt.device.opening import open_device
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.decoding import Run, SequenceState
@@ -33,7 +34,6 @@ from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.packed import can_pack
-from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.planning.controller import Controller
@@ -52,7 +52,7 @@ from offload_rt.speculative.medusa import Medusa
 from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.speculative.suffixes import most_contexts
-from offload_rt.speculative.triforce import WORTHWHILE, TriForceDrafter
+from offload_rt.speculative.triforce import TriForceDrafter
 from offload_rt.streaming.home import HostSource
 
 NO_DRAFT = DraftConfig()
@@ -95,7 +95,7 @@ class Engine:
         capacities: Sequence[int],
         prompt_tokens: int,
         draft: DraftConfig = NO_DRAFT,
-        means: Callable[[Packing], Means] | None = None,
+        means: Callable[[DeviceKind], Means] | None = None,
         on_placed: Callable[["Engine"], None] | None = None,
     ) -> None:
         start = time.perf_counter()
@@ -106,7 +106,8 @@ class Engine:
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
-            self.device, packing = open_device(config)
+            self.device = open_device(config)
+            device, packing = self.device.kind, self.device.kind.packing
             undo.callback(self.device.close)
             sequences = len(capacities)
             heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences)
@@ -119,10 +120,10 @@ class Engine:
             self.plan = make_plan(
                 checkpoint,
                 config,
-                packing,
+                device,
                 load=load,
                 free=free,
-                means=None if means is None else means(packing),
+                means=None if means is None else means(device),
             )
             self.config, self.placement = self.plan.runtime, self.plan.placement
             self.draft = draft = self.plan.drafting.config
@@ -322,7 +323,7 @@ class Engine:
         if self.draft.model:
             inner = self._plain_drafter(self.draft.inner, sequence, sampling)
         else:
-            worthwhile = WORTHWHILE[self.device.torch_device.type]
+            worthwhile = self.device.kind.worthwhile
             inner = SelectiveNgramDrafter(self._ngrams(sequence.index), worthwhile)
         cache = self._caches[sequence.index]
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
@@ -356,7 +357,7 @@ class Engine:
 
     def _ngrams(self, index: int) -> NgramDrafter:
         draft, tokens = self.draft, self._capacities[index]
-        rows_are_free = self.device.torch_device.type == "cuda" and draft.kind == "ngram"
+        rows_are_free = self.device.kind.rows_are_free and draft.kind == "ngram"
         if draft.kind == "triforce":  # below it the sequence goes on in drafts
             draft, tokens = draft.inner, tokens + draft.nodes
         return NgramDrafter(draft.nodes, most_contexts(tokens), explores=rows_are_free)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, KVPlace, RetrievalConfig, RuntimeConfig
 from offload_rt.device.base import PAGE_BYTES
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
 
 # Rows gather on the device and go home this many at a time: a write for each token would be a
@@ -161,24 +162,24 @@ class KVPlan:
         return replace(self, sizes=sizes)
 
 
-def kv_places(config: RuntimeConfig, *, on_gpu: bool) -> tuple[KVPlace, ...]:
+def kv_places(config: RuntimeConfig, device: DeviceKind) -> tuple[KVPlace, ...]:
     """Places to try, best first.
 
     Raises:
         ConfigError: the device cannot read KV from there.
     """
-    if config.kv is KVPlace.DISK and on_gpu:
+    if config.kv is KVPlace.DISK and not device.kv_on_disk:
         raise ConfigError("--kv disk is for --device cpu: use --kv host")
     if config.kv is not KVPlace.AUTO:
         return (config.kv,)
-    return KVPlace.DEVICE, KVPlace.HOST if on_gpu else KVPlace.DISK
+    return KVPlace.DEVICE, device.kv_home
 
 
 def plan_kv(
     place: KVPlace,
     config: RuntimeConfig,
+    device: DeviceKind,
     *,
-    on_gpu: bool,
     row_bytes: Sequence[int],
     capacities: Sequence[int],
     scratch_tokens: int,
@@ -188,15 +189,15 @@ def plan_kv(
     Args:
         place: where committed rows live.
         config: choices of the user.
-        on_gpu: whether the device is one.
+        device: what computes.
         row_bytes: keys and values of one token in each layer.
         capacities: KV rows of each sequence.
         scratch_tokens: rows a step may leave pending.
     """
     if place in (KVPlace.DEVICE, KVPlace.NONE):
         return None
-    # Host memory is the CPU's own, unless a link to it is emulated.
-    attend_on_host = not on_gpu and place is KVPlace.HOST and config.link_bytes_per_s is None
+    emulated = config.link_bytes_per_s is not None  # a link to host memory
+    attend_on_host = device.attends_at_home and place is KVPlace.HOST and not emulated
     block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes))
     sizes = tuple(
         KVSizes(

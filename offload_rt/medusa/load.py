@@ -5,12 +5,12 @@ from collections.abc import Callable
 import torch
 
 from offload_rt.device.base import Device
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.medusa.checkpoint import HeadsCheckpoint
 from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.model.files import open_inside
 from offload_rt.model.header import TensorExtent
-from offload_rt.model.layout import Packing
 from offload_rt.model.weight_files import FileSource, WeightFiles
 
 PURPOSE = "Medusa heads"

@@ -9,11 +9,11 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from math import prod
 from pathlib import Path
 
 from offload_rt.device.base import PAGE_BYTES
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
@@ -34,13 +34,6 @@ _FUSED = {
     "w2": ("down_proj", 0),
     "down_proj": ("down_proj", 0),
 }
-
-
-class Packing(StrEnum):
-    """What the layout of a layer is made for."""
-
-    FILE = "file"
-    DEVICE = "device"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

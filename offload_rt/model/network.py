@@ -25,6 +25,7 @@ from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.model.attention_function import (
@@ -39,7 +40,7 @@ from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.packed import computes_the_same, pack_linears, replace_linears
 from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
-from offload_rt.model.layout import Packing, Placement, compute_dtype
+from offload_rt.model.layout import Placement, compute_dtype
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 

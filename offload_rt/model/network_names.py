@@ -21,11 +21,12 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint
 from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
-from offload_rt.model.layout import LayerLayout, Packing, Placement, plan_layouts
+from offload_rt.model.layout import LayerLayout, Placement, plan_layouts
 
 _log = logging.getLogger(__name__)
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
+from offload_rt.device.kinds import Packing
 from offload_rt.model.attention_function import ATTENTION_NAME
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.family import read_family
-from offload_rt.model.layout import Packing
 from offload_rt.model.modules import build_modules, file_shapes
 from offload_rt.model.names import HEADS, ends_in
 from offload_rt.model.network import Network

@@ -14,6 +14,7 @@ from offload_rt.costs.sizes import (
     staging_bytes,
     workspace_bytes,
 )
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
@@ -24,10 +25,7 @@ from offload_rt.model.formats.base import (
     resolve_weights,
     takes,
 )
-from offload_rt.model.layout import (
-    Packing,
-    compute_dtype,
-)
+from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.placement import Demand
 from offload_rt.speculative.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
 
@@ -56,7 +54,7 @@ NO_DRAFTING = Drafting()
 def demand_of(
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
-    packing: Packing,
+    device: DeviceKind,
     *,
     capacities: Sequence[int],
     shape: PassShape,
@@ -67,14 +65,14 @@ def demand_of(
     Args:
         checkpoint: headers of the model.
         runtime: number format, reads in flight.
-        packing: how layer images are laid out.
+        device: what computes.
         capacities: KV rows of each sequence.
         shape: the largest pass.
         drafting: who drafts.
     """
     config, dtype = checkpoint.config, runtime.dtype
     number_bytes = number_bytes_of(checkpoint, dtype)
-    *layouts, base = layouts_of(checkpoint, dtype, packing)
+    *layouts, base = layouts_of(checkpoint, dtype, device)
     layers = [layout.nbytes for layout in layouts]
     kept_probs = 4 * config.vocab_size * _drawn_nodes(drafting.config)
     return Demand(
@@ -84,31 +82,31 @@ def demand_of(
         * sum(capacity + drafting.config.nodes for capacity in capacities),
         workspace_bytes=max(
             workspace_bytes(config, number_bytes, shape) + kept_probs,
-            draft_workspace_bytes(drafting, packing, shape) + 2 * kept_probs,  # also side by side
-            loading_bytes(drafting, packing) - base.nbytes,
+            draft_workspace_bytes(drafting, device, shape) + 2 * kept_probs,  # also side by side
+            loading_bytes(drafting, device) - base.nbytes,
             # A copy's output head is there twice while it is made; the target's layers come later.
             head_bytes(checkpoint, rounded_copy_weights(drafting.config)),
         )
-        + staging_bytes([*layouts, base], packing, runtime.readers)
-        + slack_bytes(checkpoint, drafting, dtype, packing)
+        + staging_bytes([*layouts, base], device, runtime.readers)
+        + slack_bytes(checkpoint, drafting, dtype, device)
         + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
-        drafter_bytes=drafter_bytes(drafting, packing, capacities)
+        drafter_bytes=drafter_bytes(drafting, device, capacities)
         + retrieval_bytes(config, drafting.config, number_bytes, capacities)
-        + rounded_copy_bytes(checkpoint, drafting.config, dtype, packing),
+        + rounded_copy_bytes(checkpoint, drafting.config, dtype, device),
     )
 
 
-def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int]) -> int:
+def drafter_bytes(drafting: Drafting, device: DeviceKind, capacities: Sequence[int]) -> int:
     """What a drafter takes: weights, a cache per sequence, an index of its tokens.
 
-    Medusa heads have no cache. On a GPU the index is in host memory, which has room for it.
+    Medusa heads have no cache. The index is in host memory: it counts where that is the device's.
     """
     checkpoint, config = drafting.checkpoint, drafting.config
     longer = 0  # a draft below another's begins behind that
     if config.kind == "triforce":
         config, longer = config.inner, config.nodes
     index, quotes = 0, config.kind == "model" and config.as_tree
-    if packing is Packing.FILE and (quotes or config.kind == "ngram"):
+    if not device.own_memory and (quotes or config.kind == "ngram"):
         shortest = SHORTEST_QUOTED if quotes else SHORTEST
         index = sum(lookup_bytes(capacity + longer, shortest) for capacity in capacities)
     if checkpoint is None:
@@ -116,10 +114,10 @@ def drafter_bytes(drafting: Drafting, packing: Packing, capacities: Sequence[int
     number_bytes = number_bytes_of(checkpoint, "auto")
     rows = sum(config.cache_rows(capacity + longer) for capacity in capacities)
     kv = kv_bytes_per_token(checkpoint.config, number_bytes)
-    return draft_weight_bytes(checkpoint, config, packing) + rows * kv + index
+    return draft_weight_bytes(checkpoint, config, device) + rows * kv + index
 
 
-def draft_workspace_bytes(drafting: Drafting, packing: Packing, shape: PassShape) -> int:
+def draft_workspace_bytes(drafting: Drafting, device: DeviceKind, shape: PassShape) -> int:
     """What a pass of a draft model takes; it comes when the target has none."""
     checkpoint, config = drafting.checkpoint, drafting.config
     if checkpoint is None:
@@ -140,7 +138,7 @@ def _drawn_nodes(config: DraftConfig) -> int:
     return config.nodes if config.kind == "model" and not config.as_tree else 0
 
 
-def loading_bytes(drafting: Drafting, packing: Packing) -> int:
+def loading_bytes(drafting: Drafting, device: DeviceKind) -> int:
     """What a draft model takes only while it is loaded, before the target's weights are.
 
     A layer is read into memory of its own before a copy is made of it. Embedding and head are
@@ -148,23 +146,25 @@ def loading_bytes(drafting: Drafting, packing: Packing) -> int:
     """
     if drafting.checkpoint is None:
         return 0
-    *layers, base = image_bytes(drafting.checkpoint, "auto", packing)
-    weights = draft_weights_of(drafting.checkpoint, drafting.config, packing)
-    rounds = draft_base_bytes(drafting.checkpoint, weights, packing) != base
+    *layers, base = image_bytes(drafting.checkpoint, "auto", device)
+    weights = draft_weights_of(drafting.checkpoint, drafting.config, device)
+    rounds = draft_base_bytes(drafting.checkpoint, weights, device) != base
     return max(layers) + (base if rounds else 0)
 
 
-def draft_weights_of(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> DraftWeights:
+def draft_weights_of(
+    checkpoint: Checkpoint, config: DraftConfig, device: DeviceKind
+) -> DraftWeights:
     """How a draft model's weights are kept.
 
     Raises:
         ConfigError: the device has no kernels for what is asked for.
     """
     dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
-    return resolve_weights(config.draft_weights, dtype, packing)
+    return resolve_weights(config.draft_weights, dtype, device)
 
 
-def settled(drafting: Drafting, packing: Packing) -> Drafting:
+def settled(drafting: Drafting, device: DeviceKind) -> Drafting:
     """The same with the format of a draft model's weights chosen.
 
     Raises:
@@ -172,27 +172,27 @@ def settled(drafting: Drafting, packing: Packing) -> Drafting:
     """
     if drafting.checkpoint is None:
         return drafting
-    weights = draft_weights_of(drafting.checkpoint, drafting.config, packing)
+    weights = draft_weights_of(drafting.checkpoint, drafting.config, device)
     return replace(drafting, config=replace(drafting.config, draft_weights=weights))
 
 
-def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, packing: Packing) -> int:
+def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, device: DeviceKind) -> int:
     """What a draft model's weights take."""
-    *layers, _ = layouts_of(checkpoint, "auto", packing)
-    weights = draft_weights_of(checkpoint, config, packing)
+    *layers, _ = layouts_of(checkpoint, "auto", device)
+    weights = draft_weights_of(checkpoint, config, device)
     kept = sum(layer_bytes(layout, weights) for layout in layers)
-    return kept + draft_base_bytes(checkpoint, weights, packing)
+    return kept + draft_base_bytes(checkpoint, weights, device)
 
 
-def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Packing) -> int:
+def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: DeviceKind) -> int:
     """What of a draft model is in no layer; where its head is rounded, its embedding is, too.
 
     Args:
         checkpoint: headers of the draft model.
         weights: how they are kept, `auto` settled.
-        packing: how images are laid out.
+        device: what computes.
     """
-    *_, base = layouts_of(checkpoint, "auto", packing)
+    *_, base = layouts_of(checkpoint, "auto", device)
     embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
     if not takes(weights, *head.shape):
         return base.nbytes
@@ -201,17 +201,17 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, packing: Pac
     return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 
 
-def slack_bytes(checkpoint: Checkpoint, drafting: Drafting, dtype: str, packing: Packing) -> int:
-    """What many small copies of weights cost a CPU's allocator besides their sizes.
+def slack_bytes(checkpoint: Checkpoint, drafting: Drafting, dtype: str, device: DeviceKind) -> int:
+    """What many small copies of weights cost the process's allocator besides their sizes.
 
     With Qwen2.5-0.5B in int8 (168 matrices) the process had 40 MB more while it drafted, which it
     could give back.
     """
-    if packing is Packing.DEVICE:
+    if device.own_memory:
         return 0
-    copied = rounded_copy_bytes(checkpoint, drafting.config, dtype, packing)
+    copied = rounded_copy_bytes(checkpoint, drafting.config, dtype, device)
     if drafting.checkpoint is not None:
-        copied += draft_weight_bytes(drafting.checkpoint, drafting.config, packing)
+        copied += draft_weight_bytes(drafting.checkpoint, drafting.config, device)
     return min(MOST_SLACK_BYTES, copied // SLACK_PART)
 
 
@@ -228,7 +228,7 @@ def retrieval_bytes(
 
 
 def rounded_copy_bytes(
-    checkpoint: Checkpoint, draft: DraftConfig, dtype: str, packing: Packing
+    checkpoint: Checkpoint, draft: DraftConfig, dtype: str, device: DeviceKind
 ) -> int:
     """What rounded copies of the target's weights take that triforce drafts with, if it does.
 
@@ -241,8 +241,8 @@ def rounded_copy_bytes(
     if weights is DraftWeights.SAME:
         return 0
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    resolve_weights(weights, name, packing, "--retrieval-weights")
-    *layers, _ = layouts_of(checkpoint, dtype, packing)
+    resolve_weights(weights, name, device, "--retrieval-weights")
+    *layers, _ = layouts_of(checkpoint, dtype, device)
     return sum(layer_bytes(layout, weights) for layout in layers) + head_bytes(checkpoint, weights)
 
 

@@ -90,7 +90,7 @@ def expect(
     step_s, steps = 0.0, 1.0
     if draft_model is not None:
         breadth = config.tree_breadth if config.as_tree else 1
-        weights = draft_weights_of(draft_model, config, seat.packing)
+        weights = draft_weights_of(draft_model, config, seat.device)
         rows = config.cache_rows(context_tokens)
         step_s = model_step_s(draft_model, seat, rows, breadth, weights)
         steps = float(config.tree_passes if config.as_tree else config.nodes)
@@ -105,7 +105,7 @@ def model_step_s(
 ) -> float:
     """Seconds of a pass of a draft model, which lies on the device whole."""
     number_bytes = number_bytes_of(model, "auto")
-    *layouts, _ = layouts_of(model, "auto", seat.packing)
+    *layouts, _ = layouts_of(model, "auto", seat.device)
     row_bytes = kv_bytes_per_token(model.config, number_bytes) // model.config.num_layers
     head = model.head or model.embedding
     layers = [
@@ -180,6 +180,6 @@ def _two_levels(
     made = DraftOutlook(tokens_per_pass=_tokens(config, acceptance), steps=below.retrieval_passes)
     if draft_model is None:
         return made
-    weights = draft_weights_of(draft_model, inner, seat.packing)
+    weights = draft_weights_of(draft_model, inner, seat.device)
     step_s = model_step_s(draft_model, seat, inner.cache_rows(context_tokens), 1, weights)
     return replace(made, inner_s=below.draft_steps * step_s)

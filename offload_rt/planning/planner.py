@@ -21,11 +21,12 @@ from offload_rt.costs.pass_cost import (
     pass_times,
 )
 from offload_rt.costs.sizes import image_bytes, kv_bytes_per_token, number_bytes_of
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, KVSizes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import rounded_kind
-from offload_rt.model.layout import Packing, compute_dtype
+from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.demand import Drafting, draft_weights_of, rounded_copy_weights, settled
 from offload_rt.planning.drafting import SIZES, Yield
@@ -151,7 +152,7 @@ class Means:
 def make_plan(
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
-    packing: Packing,
+    device: DeviceKind,
     *,
     load: RunLoad,
     free: FreeMemory,
@@ -165,16 +166,16 @@ def make_plan(
         ProfileError: the profile lacks a number.
     """
     if means is not None:
-        return plan_run(checkpoint, runtime, packing, load=load, free=free, means=means)
+        return plan_run(checkpoint, runtime, device, load=load, free=free, means=means)
     if load.drafting.config.kind == "auto":
         raise ConfigError("--draft auto needs speeds of the machine: name a drafter, or none")
-    load = replace(load, drafting=settled(load.drafting, packing))
+    load = replace(load, drafting=settled(load.drafting, device))
     config = load.drafting.config
     if config.kind == "triforce":
-        weights = _retrieval_weights(config, checkpoint, runtime, packing)[0]
+        weights = _retrieval_weights(config, checkpoint, runtime, device)[0]
         config = _drafting_in(config, weights)
         load = replace(load, drafting=replace(load.drafting, config=config))
-    placement = place_run(checkpoint, runtime, packing, load=load, free=free)
+    placement = place_run(checkpoint, runtime, device, load=load, free=free)
     return Plan(
         runtime=runtime,
         drafting=load.drafting,
@@ -195,7 +196,7 @@ def _smallest(placement: Placement, runtime: RuntimeConfig) -> int:
 def plan_run(
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
-    packing: Packing,
+    device: DeviceKind,
     *,
     load: RunLoad,
     free: FreeMemory,
@@ -206,7 +207,7 @@ def plan_run(
     Args:
         checkpoint: headers of the model.
         runtime: limits and choices of the user.
-        packing: how layer images are laid out on the device.
+        device: what computes.
         load: capacities, prompt, and the user's choice of drafting: `auto` leaves the drafter open,
             no tokens their number.
         free: memory that is free now.
@@ -217,12 +218,12 @@ def plan_run(
         PlanError: nothing fits; the refusal that asks for least.
         ProfileError: the profile lacks a number.
     """
-    load = replace(load, drafting=settled(load.drafting, packing))
+    load = replace(load, drafting=settled(load.drafting, device))
     draft = load.drafting.config
-    search = _Search(checkpoint, runtime, packing, load, free, means)
+    search = _Search(checkpoint, runtime, device, load, free, means)
     found: list[_Candidate] = []
     refusals: list[tuple[DraftConfig, PlanError]] = []
-    weights = _retrieval_weights(draft, checkpoint, runtime, packing)
+    weights = _retrieval_weights(draft, checkpoint, runtime, device)
     for config in _drafts(draft, runtime, load, weights):
         if _is_bold(config, means) and not _is_fixed(draft):
             continue
@@ -265,14 +266,14 @@ def _is_fixed(draft: DraftConfig) -> bool:
 
 
 def _retrieval_weights(
-    draft: DraftConfig, checkpoint: Checkpoint, runtime: RuntimeConfig, packing: Packing
+    draft: DraftConfig, checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind
 ) -> tuple[DraftWeights, ...]:
     """Weights triforce may draft with: as asked for, or the target's own and rounded copies."""
     asked = draft.retrieval.retrieval_weights
     if asked is not DraftWeights.AUTO:
         return (asked,)
     dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
-    rounded = rounded_kind(dtype, packing)
+    rounded = rounded_kind(dtype, device)
     return (DraftWeights.SAME, *([rounded] if rounded else ()))
 
 
@@ -350,20 +351,20 @@ class _Search:
         self,
         checkpoint: Checkpoint,
         runtime: RuntimeConfig,
-        packing: Packing,
+        device: DeviceKind,
         load: RunLoad,
         free: FreeMemory,
         means: Means,
     ) -> None:
-        self._checkpoint, self._runtime, self._packing = checkpoint, runtime, packing
+        self._checkpoint, self._runtime, self._device = checkpoint, runtime, device
         self._load, self._free, self._means = load, free, means
-        self._model = _ModelWork.of(checkpoint, runtime.dtype, packing)
+        self._model = _ModelWork.of(checkpoint, runtime.dtype, device)
 
     def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
         """Place one and price it."""
         drafting = replace(self._load.drafting, config=draft)
         load = replace(self._load, drafting=drafting)
-        placement = place_run(self._checkpoint, runtime, self._packing, load=load, free=self._free)
+        placement = place_run(self._checkpoint, runtime, self._device, load=load, free=self._free)
         prediction = self._predict(drafting, placement, draft.nodes)
         return _Candidate(
             runtime=runtime, drafting=drafting, placement=placement, prediction=prediction
@@ -466,13 +467,13 @@ class _Search:
     def _plain_draft_s(self, drafting: Drafting, config: DraftConfig) -> float:
         if drafting.checkpoint is None:
             return NGRAM_S
-        model = _ModelWork.of(drafting.checkpoint, "auto", self._packing)
+        model = _ModelWork.of(drafting.checkpoint, "auto", self._device)
         context = min(self._context, config.window_tokens or self._context)
         passes, rows = float(config.nodes), 1
         if config.as_tree:
             made = self._means.yields(drafting.config).made
             passes, rows = config.tree_passes * made, config.tree_breadth
-        weights = draft_weights_of(drafting.checkpoint, config, self._packing)
+        weights = draft_weights_of(drafting.checkpoint, config, self._device)
         return passes * model.resident_pass_s(self._means.speeds, rows, context, weights)
 
     def _triforce_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
@@ -540,9 +541,9 @@ class _ModelWork:
     kv_row_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: str, packing: Packing) -> "_ModelWork":
+    def of(cls, checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> "_ModelWork":
         number_bytes = number_bytes_of(checkpoint, dtype)
-        *layers, _ = image_bytes(checkpoint, dtype, packing)
+        *layers, _ = image_bytes(checkpoint, dtype, device)
         config = checkpoint.config
         rows = (checkpoint.head or checkpoint.embedding).shape[0]
         head = number_bytes * rows * config.hidden_size

@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.planning.demand import NO_DRAFTING, Drafting, demand_of
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.units import format_size
@@ -35,7 +35,7 @@ class RunLoad:
 def place_run(
     checkpoint: Checkpoint,
     config: RuntimeConfig,
-    packing: Packing,
+    device: DeviceKind,
     *,
     load: RunLoad,
     free: FreeMemory,
@@ -45,7 +45,7 @@ def place_run(
     Args:
         checkpoint: headers of the model.
         config: limits and choices of the user.
-        packing: how layer images are laid out on the device.
+        device: what computes.
         load: what the run must be able to do.
         free: memory that is free now.
 
@@ -63,7 +63,7 @@ def place_run(
     demand = demand_of(
         checkpoint,
         config,
-        packing,
+        device,
         capacities=load.capacities,
         shape=shape,
         drafting=load.drafting,
@@ -71,10 +71,7 @@ def place_run(
     if config.kv is KVPlace.NONE:
         demand = replace(demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers)
     limit = config.device_limit_bytes or int(free.device_bytes * FREE_SHARE)
-    kv_plans = [
-        _plan_kv(kv, checkpoint, config, packing, load)
-        for kv in kv_places(config, on_gpu=packing is Packing.DEVICE)
-    ]
+    kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in kv_places(config, device)]
     try:
         placement = _place_with_kv(demand, limit, config, kv_plans)
     except PlanError as refusal:
@@ -84,9 +81,9 @@ def place_run(
     _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
-    home = choose_home(config.home, packing, placement, host_limit - kv_host_bytes)
-    on_gpu = packing is Packing.DEVICE  # there the limit may be why the home is the disk
-    unused = config.home is HomeKind.DISK or (home is HomeKind.DISK and not on_gpu)
+    home = choose_home(config.home, device, placement, host_limit - kv_host_bytes)
+    chosen = device.home is HomeKind.DISK or config.home is HomeKind.DISK
+    unused = home is HomeKind.DISK and chosen  # else the limit may be why the home is the disk
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
@@ -120,7 +117,7 @@ def _plan_kv(
     kv: KVPlace,
     checkpoint: Checkpoint,
     config: RuntimeConfig,
-    packing: Packing,
+    device: DeviceKind,
     load: RunLoad,
 ) -> KVPlan | None:
     model, nodes = checkpoint.config, load.drafting.config.nodes
@@ -128,7 +125,7 @@ def _plan_kv(
     return plan_kv(
         kv,
         config,
-        on_gpu=packing is Packing.DEVICE,
+        device,
         row_bytes=[per_token // model.num_layers] * model.num_layers,
         capacities=[capacity + nodes for capacity in load.capacities],
         scratch_tokens=1 + nodes,
@@ -173,22 +170,21 @@ def _kv_host_bytes(placement: Placement, host_limit: int) -> int:
 
 
 def bytes_per_pass(
-    checkpoint: Checkpoint, config: RuntimeConfig, packing: Packing, placement: Placement
+    checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind, placement: Placement
 ) -> int:
     """Bytes of the streamed layers, which cross the link in each pass."""
     if placement.home is HomeKind.HOST:
         return sum(placement.demand.layer_bytes[i] for i in placement.streamed)
-    layouts = layouts_of(checkpoint, config.dtype, packing)
+    layouts = layouts_of(checkpoint, config.dtype, device)
     return sum(layouts[i].file_bytes for i in placement.streamed)
 
 
 def choose_home(
-    home: HomeKind, packing: Packing, placement: Placement, host_limit: int
+    home: HomeKind, device: DeviceKind, placement: Placement, host_limit: int
 ) -> HomeKind:
     """Where streamed layers live when the user leaves it open.
 
-    On a GPU in host memory if they fit there, else in the files; on a CPU in the files, since
-    memory that could hold them had better be the device's.
+    Where the device would have them, if they fit there, else in the files.
 
     Raises:
         PlanError: host memory was asked for and they do not fit.
@@ -196,7 +192,7 @@ def choose_home(
     host_bytes = sum(placement.demand.layer_bytes[i] for i in placement.streamed)
     fits = host_bytes <= host_limit
     if home is HomeKind.AUTO:
-        return HomeKind.HOST if packing is Packing.DEVICE and fits else HomeKind.DISK
+        return device.home if fits else HomeKind.DISK
     if home is HomeKind.HOST and not fits:
         raise PlanError(
             f"the streamed layers need {format_size(host_bytes)} of host memory, the limit is "

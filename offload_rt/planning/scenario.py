@@ -11,9 +11,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import KV_SLOTS
-from offload_rt.profiling.profile import LayerShape, LayerWork, Obtained, Processor
+from offload_rt.profiling.profile import LayerShape, LayerWork, Obtained
 from offload_rt.profiling.records import (
     MalformedError,
     RecordReader,
@@ -325,11 +326,15 @@ def _check_placement(scenario: Scenario) -> None:
             raise MalformedError(
                 f"placement.{name} is {count}, but the model has {model.layers} layers"
             )
-    if place.devices > 1 and place.processor is Processor.CPU:
-        raise MalformedError(f"placement.devices is {place.devices}, but the processor is the CPU")
-    if place.processor is Processor.CPU and place.home is Home.HOST:
+    kind = KINDS[place.processor]
+    if place.devices > 1 and not kind.numbered:
         raise MalformedError(
-            "placement.home is host, but the processor is the CPU, whose memory that is: set disk"
+            f"placement.devices is {place.devices}, but the processor is {kind.called}"
+        )
+    if not kind.own_memory and place.home is Home.HOST:
+        raise MalformedError(
+            f"placement.home is host, but the processor is {kind.called}, whose memory that is: "
+            "set disk"
         )
     if place.split is Split.HEADS and model.kv_heads % place.devices:
         raise MalformedError(

@@ -29,6 +29,7 @@ from offload_rt.costs.pass_cost import (
     link_rates,
     pass_times,
 )
+from offload_rt.device.kinds import KINDS
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import block_tokens_for, spread_layers
 from offload_rt.planning.placement import Demand, Placement, place
@@ -43,7 +44,7 @@ from offload_rt.planning.scenario import (
     Split,
 )
 from offload_rt.profiling.adjust import adjust_profile
-from offload_rt.profiling.profile import HardwareProfile, Obtained, Processor
+from offload_rt.profiling.profile import HardwareProfile, Obtained
 from offload_rt.profiling.rates import attention_s, disk_bytes_per_s, layer_s
 
 _HIDDEN_BYTES = 2  # of a number of the hidden state that hops
@@ -173,7 +174,7 @@ def _together(load: PassLoad, cost: PassCost, drafting: DraftOutlook, step_s: fl
 
 def _check_devices(shape: PlacementShape, profile: HardwareProfile) -> None:
     gpus = len(profile.machine.gpus)
-    if shape.processor is Processor.CUDA and shape.devices > gpus:
+    if KINDS[shape.processor].own_memory and shape.devices > gpus:
         raise ConfigError(
             f"placement.devices is {shape.devices}, but profile {profile.name} has {gpus} GPUs: "
             "lower it or choose another profile"
@@ -238,7 +239,7 @@ def _fitting_layers(scenario: Scenario, profile: HardwareProfile, share: int) ->
     striped = shape.devices // share
     on_device = model.layers - shape.kv_home_layers
     limit = shape.device_memory_bytes
-    if limit is None and shape.processor is Processor.CUDA:
+    if limit is None and KINDS[shape.processor].own_memory:
         limit = min(gpu.memory_bytes for gpu in machine.gpus)
     found = 0
     for device in range(striped):

@@ -17,6 +17,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
+from offload_rt.device.kinds import Processor
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention_function import (
@@ -36,7 +37,6 @@ from offload_rt.profiling.profile import (
     LayerCurve,
     LayerShape,
     LayerTime,
-    Processor,
     WeightOrder,
 )
 from offload_rt.profiling.timing import Curve, Sample, Tick, timed

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from offload_rt.device.kinds import Processor
+
 SCHEMA_VERSION = 1
 
 
@@ -17,13 +19,6 @@ class Obtained(StrEnum):
     MEASURED = "measured"
     PUBLISHED = "published"
     ASSUMED = "assumed"
-
-
-class Processor(StrEnum):
-    """Who computes; GPUs of one machine count as equal."""
-
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class Direction(StrEnum):

@@ -8,6 +8,7 @@ at a rate, a layer is reading its weights plus arithmetic per token.
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
+from offload_rt.device.kinds import Processor
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.profile import (
     Direction,
@@ -18,7 +19,6 @@ from offload_rt.profiling.profile import (
     MemoryUse,
     Number,
     Obtained,
-    Processor,
     WeightOrder,
 )
 

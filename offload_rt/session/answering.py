@@ -27,8 +27,8 @@ from offload_rt.speculative.pair import open_draft_checkpoint
 
 if TYPE_CHECKING:
     from offload_rt.costs.machine import Speeds
+    from offload_rt.device.kinds import DeviceKind
     from offload_rt.engine import Engine
-    from offload_rt.model.layout import Packing
     from offload_rt.planning.planner import Means
 
 
@@ -82,9 +82,9 @@ def started_engine(
             gauge.done = lambda: engine.device.load.statistics().bytes_copied
             gauge.total = engine.load_bytes
 
-        def means(packing: "Packing") -> "Means":
+        def means(device: "DeviceKind") -> "Means":
             nonlocal speeds
-            speeds = speeds_for(settings.profile, packing)
+            speeds = speeds_for(settings.profile, device)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
 
         engine = Engine(
@@ -217,7 +217,7 @@ class Answers:
         prompt = sum(sequence.prompt_tokens for sequence in self._run.sequences)
         network, layers = engine.network, self._model.checkpoint.config.num_layers
         start, copied = network.rows_done, engine.device.copy.statistics().bytes_copied
-        waits = engine.bytes_per_pass if engine.device.name.startswith("cuda") else 0
+        waits = 0 if engine.device.kind.host_computes else engine.bytes_per_pass
 
         def done() -> int:
             new = network.pass_rows or prompt  # what the cache has already is not read again

@@ -1,7 +1,7 @@
 """What can be known to be wrong before torch is imported, which takes seconds."""
 
 from offload_rt.config import DraftConfig, RuntimeConfig
-from offload_rt.device.present import check_device
+from offload_rt.device.kinds import check_device
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 

@@ -8,18 +8,18 @@ from pathlib import Path
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.costs.machine import Speeds
 from offload_rt.device.cuda.nvml import find_driver
+from offload_rt.device.kinds import CUDA, DeviceKind
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
 from offload_rt.medusa.checkpoint import open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
 from offload_rt.planning.experience import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
-from offload_rt.profiling.profile import HardwareProfile, Processor
+from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import (
     find_profile,
     list_profiles,
@@ -28,9 +28,6 @@ from offload_rt.profiling.store import (
     user_folder,
 )
 from offload_rt.speculative.pair import open_draft_checkpoint
-
-_STAND_IN_CPU, _STAND_IN_GPU = "cpu-2core-avx512bf16", "rtx4090-pcie4x16"
-_STAND_IN_WITHOUT_BF16 = "cpu-2core-avx512"  # where the CPU has no instructions for it
 
 
 def experience_path() -> Path:
@@ -43,7 +40,7 @@ def levels_path() -> Path:
     return experience_path().with_name("levels.json")
 
 
-def profile_for(profile: str | None, who: Processor) -> tuple[HardwareProfile, bool]:
+def profile_for(profile: str | None, device: DeviceKind) -> tuple[HardwareProfile, bool]:
     """This machine's profile, or the one that is asked for; and whether it is either of them.
 
     Without a profile of its own the machine is planned for with a shipped one: a GPU's of the same
@@ -54,15 +51,7 @@ def profile_for(profile: str | None, who: Processor) -> tuple[HardwareProfile, b
     """
     name = profile or machine_name()
     own = profile is not None or name in list_profiles()
-    return load_profile(find_profile(name if own else _stand_in(who))), own
-
-
-def asked_processor(device: str) -> Processor:
-    """Who will compute for a --device: the GPU where one is asked for, or there is one."""
-    if device == "auto":
-        driver = find_driver()
-        return Processor.CUDA if driver is not None and driver.gpus else Processor.CPU
-    return Processor.CPU if device == "cpu" else Processor.CUDA
+    return load_profile(find_profile(name if own else _stand_in(device))), own
 
 
 def profile_source(name: str, own: bool) -> str:
@@ -70,16 +59,15 @@ def profile_source(name: str, own: bool) -> str:
     return name if own else f"{name}; measure this machine with `offload-run profile`"
 
 
-def speeds_for(profile: str | None, packing: Packing) -> Speeds:
-    """Speeds of the profile that `profile_for` finds, for who computes there.
+def speeds_for(profile: str | None, device: DeviceKind) -> Speeds:
+    """Speeds of the profile that `profile_for` finds, for what computes there.
 
     Raises:
         ProfileError: there is no such profile, or it is damaged.
     """
-    who = Processor.CUDA if packing is Packing.DEVICE else Processor.CPU
-    found, own = profile_for(profile, who)
-    packs = who is Processor.CPU and bool(processor()[1])
-    return Speeds(profile=found, processor=who, packs=packs and _has_packed(found), own=own)
+    found, own = profile_for(profile, device)
+    packs = device.packs and bool(processor()[1]) and _has_packed(found)
+    return Speeds(profile=found, processor=device.processor, packs=packs, own=own)
 
 
 def means_for(
@@ -126,16 +114,14 @@ def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
     return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
 
 
-def _stand_in(who: Processor) -> str:
-    if who is Processor.CPU:
-        return _STAND_IN_CPU if processor()[1] else _STAND_IN_WITHOUT_BF16
-    driver = find_driver()
+def _stand_in(device: DeviceKind) -> str:
+    driver = find_driver() if device is CUDA else None
     names = [gpu.name for gpu in driver.gpus[:1]] if driver is not None else []
     for name, path in list_profiles().items():
         gpus = load_profile(path).machine.gpus if names else ()
         if gpus and gpus[0].name == names[0]:
             return name
-    return _STAND_IN_GPU
+    return device.stand_in if processor()[1] else device.stand_in_without_bf16
 
 
 def _has_packed(found: HardwareProfile) -> bool:

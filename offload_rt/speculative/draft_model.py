@@ -22,6 +22,7 @@ from offload_rt.attention.spec import PendingTree
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
 from offload_rt.costs.sizes import DRAW_ROWS, head_bytes
 from offload_rt.device.base import Device, DeviceBuffer
+from offload_rt.device.kinds import Packing
 from offload_rt.device.system import give_back_holes
 from offload_rt.errors import ConfigError, NumbersError
 from offload_rt.kv.base import KVCache
@@ -30,7 +31,6 @@ from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.packed import can_pack
-from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.planning.demand import draft_base_bytes
@@ -85,7 +85,7 @@ class DraftModel:
         self._purpose = PURPOSE if target_base is None else COPY_PURPOSE
         files = WeightFiles(checkpoint.files)
         try:
-            base = target_base or self._load_base(checkpoint, packing, files, weights)
+            base = target_base or self._load_base(checkpoint, files, weights)
             self._keep_layers(files, weights)
         finally:
             files.close()
@@ -143,11 +143,11 @@ class DraftModel:
             return self.network.forward(batch)[:, : self.target_ids]
 
     def _load_base(
-        self, checkpoint: Checkpoint, packing: Packing, files: WeightFiles, weights: DraftWeights
+        self, checkpoint: Checkpoint, files: WeightFiles, weights: DraftWeights
     ) -> DeviceBuffer:
         """Bring in what is in no layer; in the ledger is what stays when its ends are rounded."""
         base = self.device.allocate(self.network.base.nbytes, PURPOSE)
-        kept_bytes = draft_base_bytes(checkpoint, weights, packing)
+        kept_bytes = draft_base_bytes(checkpoint, weights, self.device.kind)
         self.device.enter(kept_bytes - self.network.base.nbytes, PURPOSE)
         self._fill(base, FileSource(self.network.base, files))
         return base

@@ -27,10 +27,6 @@ from offload_rt.speculative.deciding import Checked, decide
 # The retrieval cache is built anew when, over so many drafts, less than that share was accepted.
 # Both are guesses; a build is nearly free, since the pass it is part of is made anyway.
 ROLLING_DRAFTS, REBUILD_BELOW = 4, 0.5
-# Tokens of an n-gram draft that must stand for a pass over the retrieval cache to check it. On a
-# CPU a pass of 8 rows took 0.11 s where one of a single row took 0.06 (8-bit copies of a 1.5B
-# model); on a GPU more rows take next to nothing (assumed).
-WORTHWHILE = {"cpu": 0.6, "cuda": 0.1}
 
 
 class TargetPass(Protocol):

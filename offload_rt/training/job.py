@@ -256,7 +256,7 @@ def train(job: Job, corpus: Corpus, caches: Caches | None) -> Trained:
     Raises:
         PlanError: it does not fit the device limit.
     """
-    device, _ = open_device(job.runtime)
+    device = open_device(job.runtime)
     where = device.torch_device
     device.close()
     output = OutputHead(read_output_head(job.checkpoint), read_output_bias(job.checkpoint))

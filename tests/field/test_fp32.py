@@ -9,8 +9,8 @@ from engines import PROMPT, engine_for
 from folders import loaded, rewritten
 
 from offload_rt.costs.sizes import layouts_of
+from offload_rt.device.kinds import CPU, Packing
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
 
 HEAD = {"head_dim": 16}
@@ -47,7 +47,7 @@ def test_formats_are_those_of_transformers(make_tiny, family, dtype):
         name: theirs[name] for name in (p.key for p in places)
     }
     assert len(places) >= len(theirs) - network._places.tied
-    planned = layouts_of(open_checkpoint(folder), dtype, Packing.FILE)
+    planned = layouts_of(open_checkpoint(folder), dtype, CPU)
     assert planned == (*network.layouts, network.base)
 
 

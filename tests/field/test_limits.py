@@ -191,7 +191,7 @@ def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
     monkeypatch.setattr(opening, "compute_threads", lambda: 3)
     try:
         for config, threads in ((RuntimeConfig(), 3), (RuntimeConfig(threads=2), 2)):
-            device, _ = opening.open_device(config)
+            device = opening.open_device(config)
             device.close()
             assert torch.get_num_threads() == threads
     finally:

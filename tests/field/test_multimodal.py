@@ -15,10 +15,10 @@ from tiny import SHAPE
 
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
+from offload_rt.device.kinds import CPU, Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import load_model_config
-from offload_rt.model.layout import Packing
 from offload_rt.model.network import Network
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -93,7 +93,7 @@ def test_tokens_are_those_of_the_whole(whole, expected):
         assert engine.placement.streamed == (0, 1, 3)
         assert generate(engine, tokens=12) == [expected]
         network = engine.network
-        images = image_bytes(open_checkpoint(whole[0]), "auto", Packing.FILE)
+        images = image_bytes(open_checkpoint(whole[0]), "auto", CPU)
         assert images == [*(layout.nbytes for layout in network.layouts), network.base.nbytes]
 
 

@@ -13,9 +13,9 @@ from folders import loaded, rewritten
 
 from offload_rt.config import DraftConfig
 from offload_rt.costs.sizes import image_bytes
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 
 LAYERS = 2
 FLAT = {"model.": ""}
@@ -144,9 +144,7 @@ def test_plans_count_only_what_is_used(llama, tmp_path, offload_run, kind):
     checkpoint, plain = open_checkpoint(folder), open_checkpoint(llama)
     assert checkpoint.total_bytes == plain.total_bytes
     assert len(checkpoint.left_out) == STRAYS[kind]
-    assert image_bytes(checkpoint, "auto", Packing.DEVICE) == image_bytes(
-        plain, "auto", Packing.DEVICE
-    )
+    assert image_bytes(checkpoint, "auto", CUDA) == image_bytes(plain, "auto", CUDA)
     assert f"'m': {STRAYS[kind]} tensors" in offload_run("plan", folder).err
 
 
@@ -180,7 +178,7 @@ def test_scales_that_belong_to_weights_are_refused(llama, tmp_path, dtype, name)
 
     folder = rewritten(llama, tmp_path / "m", quantised)
     with pytest.raises(CheckpointError, match=r"up_proj.* is (I8|F8_E4M3|I32|U8)"):
-        image_bytes(open_checkpoint(folder), "auto", Packing.FILE)
+        image_bytes(open_checkpoint(folder), "auto", CPU)
 
 
 def test_two_networks_of_one_size_are_refused(llama, tmp_path):

@@ -11,10 +11,10 @@ from folders import loaded, rewritten
 
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
+from offload_rt.device.kinds import CPU
 from offload_rt.errors import CheckpointError
 from offload_rt.medusa.storage import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.layout import Packing
 
 HEADS = ("equal", "different", "absent", "alone")
 ENDS = {"gpt_neox": ("gpt_neox.embed_in.weight", "lm_head.weight")}
@@ -59,7 +59,7 @@ def test_ends_are_those_of_transformers(make_tiny, tmp_path, caplog, model_type,
         theirs = model(torch.tensor([PROMPT])).logits[:, -1]
         assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
         network = engine.network
-        images = image_bytes(checkpoint, "auto", Packing.FILE)
+        images = image_bytes(checkpoint, "auto", CPU)
         assert images == [*(layout.nbytes for layout in network.layouts), network.base.nbytes]
         assert torch.equal(read_output_head(checkpoint), model.get_output_embeddings().weight)
     state = model.state_dict()

@@ -4,10 +4,11 @@ from dataclasses import replace
 
 from test_measure import QUICK
 
+from offload_rt.device.kinds import Processor
 from offload_rt.profiling.codec import decode, encode
 from offload_rt.profiling.identity import find_changes
 from offload_rt.profiling.measure import measure
-from offload_rt.profiling.profile import Direction, LayerWork, Processor
+from offload_rt.profiling.profile import Direction, LayerWork
 from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s, pin_bytes_per_s
 
 MIB = 2**20

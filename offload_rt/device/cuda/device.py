@@ -15,6 +15,7 @@ from offload_rt.device.cuda.driver import Driver, DriverEvent
 from offload_rt.device.cuda.pinned import PinnedMemory
 from offload_rt.device.cuda.streams import CudaComputeStream, CudaCopyStream
 from offload_rt.device.host_memory import HostBuffer
+from offload_rt.device.kinds import CUDA
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
 
@@ -169,6 +170,8 @@ class CudaDevice:
     Raises:
         DeviceError: it is not there.
     """
+
+    kind = CUDA
 
     def __init__(self, index: int, *, readers: int = 4, driver: Driver | None = None) -> None:
         self._driver = driver or TorchDriver()

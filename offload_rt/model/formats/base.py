@@ -1,8 +1,9 @@
 """In which format the weights of a model that only drafts are kept, and its size. No torch here."""
 
 from offload_rt.config import DraftWeights
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
-from offload_rt.model.layout import LayerLayout, Packing
+from offload_rt.model.layout import LayerLayout
 
 GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
 _INT4_OUTPUTS = 16  # the kernels take whole multiples of so many outputs
@@ -12,42 +13,39 @@ _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), 
 
 
 def resolve_weights(
-    asked: DraftWeights, dtype: str, packing: Packing, flag: str = "--draft-weights"
+    asked: DraftWeights, dtype: str, device: DeviceKind, flag: str = "--draft-weights"
 ) -> DraftWeights:
     """Settle `auto`: on a CPU bf16 models are rounded to int8, everything else stays as it is.
 
     Args:
         asked: what the user says.
         dtype: torch's name of the drafting model's number format.
-        packing: tells a GPU from a CPU.
+        device: what computes.
         flag: that says it.
 
     Raises:
         ConfigError: the device or the number format has no such kernels.
     """
-    on_gpu = packing is Packing.DEVICE
     if asked is DraftWeights.AUTO:
-        rounds = dtype == "bfloat16" and not on_gpu
-        return DraftWeights.INT8 if rounds else DraftWeights.SAME
-    if asked is DraftWeights.INT8 and on_gpu:
-        raise ConfigError(f"{flag} int8 is for the CPU: use int4 or same on a GPU")
-    if asked is DraftWeights.INT4 and on_gpu and dtype != "bfloat16":
-        raise ConfigError(
-            f"{flag} int4 on a GPU is for bf16 models, the one that drafts is {dtype}: use same"
-        )
-    return asked
+        return device.draft_weights if dtype == "bfloat16" else DraftWeights.SAME
+    if asked is DraftWeights.SAME or dtype in device.kernels.get(asked, ()):
+        return asked
+    if asked not in device.kernels:
+        raise ConfigError(f"{flag} {asked} is for the CPU: use int4 or same on {device.called}")
+    raise ConfigError(
+        f"{flag} {asked} on {device.called} is for bf16 models, the one that drafts is {dtype}: "
+        "use same"
+    )
 
 
-def rounded_kind(dtype: str, packing: Packing) -> DraftWeights | None:
+def rounded_kind(dtype: str, device: DeviceKind) -> DraftWeights | None:
     """To what a model's own weights are rounded for drafting where that may be worth while.
 
     Args:
         dtype: torch's name of the model's number format.
-        packing: tells a GPU from a CPU.
+        device: what computes.
     """
-    if dtype != "bfloat16":
-        return None
-    return DraftWeights.INT4 if packing is Packing.DEVICE else DraftWeights.INT8
+    return device.copy_weights if dtype == "bfloat16" else None
 
 
 def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:

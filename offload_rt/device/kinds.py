@@ -1,0 +1,185 @@
+"""The kinds of devices, and what each can do. No torch here.
+
+Whatever is decided by the kind of a device is a trait here: code asks for the trait, never for the
+name. To add a kind: its record below, its name in `Processor`, its device, and how it is opened
+(`opening.py`).
+"""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from offload_rt.config import DraftWeights, HomeKind, KVPlace
+from offload_rt.device.cuda.present import free_gpus, missing_gpu
+from offload_rt.device.system import free_memory_bytes
+from offload_rt.errors import ConfigError, DeviceError
+
+_ANY_FLOAT = frozenset({"bfloat16", "float16", "float32"})
+
+
+class Processor(StrEnum):
+    """What computes, by its name in --device, torch and profiles; GPUs of one machine are equal."""
+
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Packing(StrEnum):
+    """How the image of a layer is aligned (`model/layout.py`)."""
+
+    FILE = "file"
+    DEVICE = "device"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DeviceKind:
+    """What a kind of device is, can do, and does by default.
+
+    Attributes:
+        processor: its name: that of --device, of torch, and of its times in a profile.
+        called: with an article, in sentences.
+        noun: what a machine may lack.
+        numbered: a machine may have several, chosen by `name:N`.
+        free_bytes: asks for the free memory of each that is there.
+        missing: why number N cannot be used and what to do, or None; as far as is known without
+            torch.
+        packing: how layer images lie in its memory.
+        own_memory: its memory is apart from the host's, across a link. Else it is this process's
+            memory, so staging, indices of tokens and the allocator's slack count as the device's.
+        host_computes: the calling thread computes; what else it does makes a pass longer.
+        home: where streamed layers live by default, if they fit there.
+        kv_home: where KV lives by default that does not fit on the device.
+        kv_on_disk: KV may live in a file.
+        attends_at_home: it can attend to KV in host memory where it lies.
+        packs: it has matrix kernels for which resident layers are reordered (`model/packed.py`).
+        kernels: to what weights may be rounded, and for which formats of the model.
+        draft_weights: how a bf16 draft model is kept unless --draft-weights says.
+        copy_weights: to what a bf16 model is rounded to draft for itself.
+        rows_are_free: more rows in a verification pass take next to no time (assumed of a GPU), so
+            n-grams draft where nothing is known, too.
+        worthwhile: share of n-gram drafts that must be accepted for a pass over the retrieval cache
+            to check them. On a CPU a pass of 8 rows took 0.11 s where one of a single row took 0.06
+            (8-bit copies of a 1.5B model).
+        stand_in: shipped profile for a machine that was not measured.
+        stand_in_without_bf16: the same where the host's processor has no bf16 instructions.
+    """
+
+    processor: Processor
+    called: str
+    noun: str
+    numbered: bool
+    free_bytes: Callable[[], Sequence[int]]
+    missing: Callable[[int], str | None]
+    packing: Packing
+    own_memory: bool
+    host_computes: bool
+    home: HomeKind
+    kv_home: KVPlace
+    kv_on_disk: bool
+    attends_at_home: bool
+    packs: bool
+    kernels: Mapping[DraftWeights, frozenset[str]]
+    draft_weights: DraftWeights
+    copy_weights: DraftWeights
+    rows_are_free: bool
+    worthwhile: float
+    stand_in: str
+    stand_in_without_bf16: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What --device may be for it."""
+        return (self.processor, f"{self.processor}:N") if self.numbered else (self.processor,)
+
+
+CPU = DeviceKind(
+    processor=Processor.CPU,
+    called="the CPU",
+    noun="CPU",
+    numbered=False,
+    free_bytes=lambda: [free_memory_bytes()],
+    missing=lambda index: None,
+    packing=Packing.FILE,
+    own_memory=False,
+    host_computes=True,
+    home=HomeKind.DISK,  # memory that could hold them had better be the device's
+    kv_home=KVPlace.DISK,
+    kv_on_disk=True,
+    attends_at_home=True,
+    packs=True,
+    kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
+    draft_weights=DraftWeights.INT8,
+    copy_weights=DraftWeights.INT8,
+    rows_are_free=False,
+    worthwhile=0.6,
+    stand_in="cpu-2core-avx512bf16",
+    stand_in_without_bf16="cpu-2core-avx512",
+)
+
+CUDA = DeviceKind(
+    processor=Processor.CUDA,
+    called="a GPU",
+    noun="NVIDIA GPU",
+    numbered=True,
+    free_bytes=free_gpus,
+    missing=missing_gpu,
+    packing=Packing.DEVICE,
+    own_memory=True,
+    host_computes=False,
+    home=HomeKind.HOST,
+    kv_home=KVPlace.HOST,
+    kv_on_disk=False,
+    attends_at_home=False,
+    packs=False,
+    kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
+    draft_weights=DraftWeights.SAME,
+    copy_weights=DraftWeights.INT4,
+    rows_are_free=True,
+    worthwhile=0.1,
+    stand_in="rtx4090-pcie4x16",
+    stand_in_without_bf16="rtx4090-pcie4x16",
+)
+
+# Best first: --device auto is the first of which there is one.
+KINDS = {kind.processor: kind for kind in (CUDA, CPU)}
+
+
+def named_device(name: str) -> tuple[DeviceKind, int]:
+    """The kind and the number that a --device other than `auto` names.
+
+    Raises:
+        ConfigError: it is no device's name, or several.
+    """
+    if "," in name:
+        raise ConfigError(f"--device {name}: several devices are not supported yet, name one")
+    word, colon, number = name.partition(":")
+    kind = KINDS[Processor(word)] if word in KINDS else None
+    if kind is None or (colon and not (kind.numbered and re.fullmatch(r"\d{1,4}", number))):
+        *most, last = ["auto", *(name for kind in reversed(KINDS.values()) for name in kind.names)]
+        raise ConfigError(f"--device {name} is not known: use {', '.join(most)} or {last}")
+    return kind, int(number or 0)
+
+
+def likely_kind(name: str) -> DeviceKind:
+    """The kind that a --device asks for, without torch; of any other name the best there is."""
+    kind = KINDS.get(name.partition(":")[0])  # type: ignore[call-overload]
+    return kind or next(kind for kind in KINDS.values() if kind.free_bytes())
+
+
+def check_device(name: str) -> None:
+    """Refuse a device that is not known or not there; torch may still find more that is wrong.
+
+    Args:
+        name: value of --device.
+
+    Raises:
+        ConfigError: it is no device's name, or several.
+        DeviceError: there is no such GPU, or torch is built without CUDA.
+    """
+    if name == "auto":
+        return
+    kind, index = named_device(name)
+    reason = kind.missing(index)
+    if reason is not None:
+        raise DeviceError(f"--device {name} cannot be used: {reason}")
