@@ -30,13 +30,11 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import streams
 from offload_rt.device.kinds import CUDA
-from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine import Engine
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
 from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
-from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
@@ -754,129 +752,3 @@ def test_without_either_wait_the_order_breaks(gpu, make_tiny, monkeypatch, waiti
     monkeypatch.setattr(getattr(streams, waiting), "wait", forget)
     with pytest.raises(StreamOrderError, match="buffer .* by '(kv|compute)'"):
         steps_on(gpu, model)
-
-
-# The ring on the simulated device.
-
-
-class Deaf(SimStream):
-    """A stream that ignores waits: what a missing wait would do."""
-
-    def wait(self, event):
-        pass
-
-
-class SimOrder:
-    """Layers with some blocks each; block i of a layer is a buffer of the home."""
-
-    def __init__(self, counts, nbytes=1000):
-        self.counts, self.home, self.events, self.nbytes = counts, {}, {}, nbytes
-
-    def blocks(self):
-        return [Block(k, i, 1) for k, n in enumerate(self.counts) for i in range(n)]
-
-    def first(self):
-        return next(iter(self.blocks()), None)
-
-    def after(self, block):
-        blocks = self.blocks()
-        return blocks[(blocks.index(block) + 1) % len(blocks)] if block in blocks else self.first()
-
-    def source(self, block):
-        return self.home.setdefault(block, SimBuffer(self.nbytes))
-
-    def written(self, block):
-        return self.events.get(block)
-
-
-class Rig:
-    """A ring of blocks on the simulated device."""
-
-    def __init__(self, *, slots, counts=(3, 1, 2), copy=None, compute=None, store=None):
-        self.copy = copy or SimStream("copy", 1000.0)
-        self.compute, self.store = compute or SimStream("compute"), store or self.copy
-        self.order = SimOrder(list(counts))
-        ring = [SimBuffer(1000) for _ in range(slots)]
-        self.pipe = BlockPipeline(self.order, ring, self.copy, self.compute)
-
-    def passes(self, count, compute_s=0.5):
-        for _ in range(count):
-            for block in self.order.blocks():
-                with self.pipe.lend(block) as buffer:
-                    self.compute.kernel(reads=[buffer], writes=[], seconds=compute_s)
-            self.pipe.refresh()
-        return self.compute.time_s
-
-    def write(self, block):
-        """Rows of a block change at the home, from device memory."""
-        recent = SimBuffer(10)
-        self.compute.kernel(reads=[], writes=[recent], seconds=0.0)
-        self.store.wait(self.compute.record())
-        self.store.store(self.order.source(block), recent)
-        self.order.events[block] = self.store.record()
-
-
-@given(
-    slots=st.integers(1, 5),
-    counts=st.lists(st.integers(0, 4), min_size=1, max_size=4).filter(any),
-    grow=st.lists(st.integers(0, 3), max_size=4),
-)
-def test_block_streaming_is_ordered_while_the_sequence_grows(slots, counts, grow):
-    rig = Rig(slots=slots, counts=counts)
-    rig.passes(1)
-    for layer in grow:
-        if layer < len(counts):
-            rig.order.counts[layer] += 1
-            rig.write(Block(layer, rig.order.counts[layer] - 1, 1))
-            rig.pipe.refresh()
-        rig.passes(1)
-
-
-@pytest.mark.parametrize("deaf", ["copy", "compute"])
-def test_a_missing_wait_is_caught(deaf):
-    with pytest.raises(StreamOrderError, match="buffer"):
-        Rig(slots=2, **{deaf: Deaf(deaf, 1000.0)}).passes(2)
-
-
-@pytest.mark.parametrize("told", [True, False])
-def test_a_block_is_read_after_it_was_written(told):
-    rig = Rig(slots=2, store=SimStream("store", 1000.0))
-    rig.passes(1)
-    rig.order.counts[0] += 1
-    rig.write(Block(0, 3, 1))
-    if told:
-        rig.passes(1)
-        return
-    rig.order.events.clear()
-    with pytest.raises(StreamOrderError, match="read before it was written"):
-        rig.passes(1)
-
-
-def test_the_ring_refills_while_something_else_computes_between_passes():
-    rig = Rig(slots=3)
-    rig.passes(1, compute_s=0.0)
-    rig.compute.kernel(reads=[], writes=[], seconds=3.0)  # a drafter at work
-    before = rig.compute.stalled_s()
-    rig.passes(1, compute_s=0.0)
-    assert rig.compute.stalled_s() - before == pytest.approx(6 - 3)  # 3 of 6 blocks were there
-
-
-def test_one_slot_is_sequential_and_two_overlap():
-    assert Rig(slots=1).passes(3) == pytest.approx(18 * 1.5)
-    assert Rig(slots=2).passes(3) == pytest.approx(18 + 0.5)
-
-
-def test_a_block_out_of_turn_begins_anew():
-    rig = Rig(slots=2)
-    with rig.pipe.lend(Block(2, 1, 1)) as buffer:
-        rig.compute.kernel(reads=[buffer], writes=[], seconds=1.0)
-    with rig.pipe.fetch(Block(1, 0, 1)) as buffer:
-        rig.compute.kernel(reads=[buffer], writes=[], seconds=1.0)
-    rig.passes(2)
-
-
-def test_a_failed_use_keeps_the_block():
-    rig = Rig(slots=2)
-    with pytest.raises(RuntimeError), rig.pipe.lend(Block(0, 0, 1)):
-        raise RuntimeError("interrupted")
-    rig.passes(2)

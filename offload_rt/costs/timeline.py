@@ -1,16 +1,16 @@
-"""Passes of the real pipelines in virtual time.
+"""Passes of the real rings in virtual time.
 
-`LayerPipeline` and `BlockPipeline`, the ones that run, enqueue the copies, waits and kernels of
-passes on simulated streams; nothing here computes what overlaps with what.
+`streaming/ring.py`, the ring that runs, enqueues the copies, waits and kernels of passes on
+simulated streams; nothing here computes what overlaps with what.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import TypeAlias
 
 from offload_rt.device.sim import SimBuffer, SimEvent, SimLink, SimStream
-from offload_rt.kv.blocks import Block, BlockPipeline
-from offload_rt.streaming.pipeline import LayerPipeline
+from offload_rt.streaming.ring import Cycle, Ring, UnitT
 
 # A link is fed in blocks of KV by the thousand; more than so many in a pass are replayed in larger
 # ones. The ring then holds more bytes than it does, by less than a hundredth of the KV.
@@ -20,6 +20,9 @@ _MIN_SLOTS = 2
 # one before (so 5,992 of 6,000 random small ones). Else the mean of the last ones is taken.
 _MOST_PASSES, _TIMED_PASSES = 12, 4
 _SAME = 1e-9  # of a pass: rounding
+
+_Block: TypeAlias = tuple[int, int]  # its layer, and which of the layer's it is
+_Ring: TypeAlias = Ring[UnitT, SimBuffer, SimBuffer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,43 +145,6 @@ class _Rows:
     sent: SimEvent | None = None
 
 
-@dataclass(slots=True)
-class _Blocks:
-    """The blocks of a device's layers, in a cyclic order; the last of a layer takes new rows.
-
-    Attributes:
-        homes: per layer its blocks.
-        following: what comes after each.
-    """
-
-    homes: Mapping[int, Sequence[SimBuffer]]
-    following: dict[Block, Block] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        order = [block for layer in self.homes for block in self.of(layer)]
-        self.following = dict(zip(order, [*order[1:], *order[:1]], strict=True))
-
-    def of(self, layer: int) -> list[Block]:
-        """The blocks of a layer."""
-        return [Block(layer, index, 1) for index in range(len(self.homes.get(layer, ())))]
-
-    def first(self) -> Block | None:
-        """The block a pass needs first."""
-        return next(iter(self.following), None)
-
-    def after(self, block: Block) -> Block | None:
-        """The block needed after this one, in this pass or the next."""
-        return self.following[block]
-
-    def source(self, block: Block) -> SimBuffer:
-        """The bytes of a block at the home."""
-        return self.homes[block.layer][block.index]
-
-    def written(self, block: Block) -> SimEvent | None:
-        """None: writes go through the stream that copies, so they are in order anyway."""
-        return None
-
-
 class _Device:
     """One device's streams, rings and homes.
 
@@ -201,8 +167,11 @@ class _Device:
             back_bytes_per_s=work.back_bytes_per_s,
         )
         self._streams = [self.compute, *([copy] if home else []), *[self._kv_copy] * moves_kv]
-        self._weights = _layer_pipeline(work, home, copy, self.compute) if home else None
-        self._order, self._blocks = _block_pipeline(work, mine, self._kv_copy, self.compute)
+        self._weights = _layer_ring(work, home, copy, self.compute) if home else None
+        self._kv_home, self._kv = _block_ring(work, mine, self._kv_copy, self.compute)
+        self._blocks: dict[int, list[_Block]] = {index: [] for index in mine}
+        for block in self._kv_home:
+            self._blocks[block[0]].append(block)
         self._rows = {
             i: _Rows(SimBuffer(layer.back_bytes)) for i, layer in mine.items() if layer.back_bytes
         }
@@ -217,9 +186,9 @@ class _Device:
         if rows is not None and rows.sent is not None:
             self.compute.wait(rows.sent)
         with self._lent(index, layer) as weights:
-            blocks = self._order.of(index)
+            blocks = self._blocks[index]
             for block in blocks:
-                with self._blocks.lend(block) as buffer:
+                with self._kv.lend(block) as buffer:
                     seconds = layer.kv_kernel_s / len(blocks)
                     self.compute.kernel(reads=[buffer], writes=[], seconds=seconds)
             written = [rows.memory] if rows is not None else []
@@ -229,10 +198,11 @@ class _Device:
         """Send new rows home."""
         for index, rows in self._rows.items():
             self._kv_copy.wait(self.compute.record())
-            blocks = self._order.homes.get(index)
-            self._kv_copy.store(blocks[-1] if blocks else SimBuffer(0), rows.memory)
+            blocks = self._blocks[index]
+            home = self._kv_home[blocks[-1]] if blocks else SimBuffer(0)
+            self._kv_copy.store(home, rows.memory)
             rows.sent = self._kv_copy.record()
-        self._blocks.refresh()
+        self._kv.refresh()
 
     @contextmanager
     def _lent(self, index: int, layer: ReplayLayer) -> Iterator[list[SimBuffer]]:
@@ -240,31 +210,32 @@ class _Device:
             yield []
             return
         assert self._weights is not None
-        with self._weights.weights(index) as buffer:
+        with self._weights.lend(index) as buffer:
             yield [buffer]
 
 
-def _layer_pipeline(
+def _layer_ring(
     work: ReplayPass, home: Mapping[int, SimBuffer], copy: SimStream, compute: SimStream
-) -> LayerPipeline[SimBuffer, SimBuffer]:
+) -> _Ring[int]:
     slot_bytes = max(buffer.nbytes for buffer in home.values())
-    ring = [SimBuffer(slot_bytes) for _ in range(work.slots)]
-    return LayerPipeline(list(home), home, ring, copy, compute)
+    slots = [SimBuffer(slot_bytes) for _ in range(work.slots)]
+    ring = Ring(Cycle(home), slots, copy, compute, strict=True)
+    ring.restart()
+    return ring
 
 
-def _block_pipeline(
+def _block_ring(
     work: ReplayPass, mine: Mapping[int, ReplayLayer], copy: SimStream, compute: SimStream
-) -> tuple[_Blocks, BlockPipeline[SimBuffer, SimBuffer]]:
+) -> tuple[dict[_Block, SimBuffer], _Ring[_Block]]:
+    """The blocks of a device's layers at the home, and the ring they come through."""
     block_bytes, slots = _coarse(work)
-    homes = {}
-    for index, layer in mine.items():
-        if layer.kv_bytes:
-            count = -(-layer.kv_bytes // block_bytes)
-            sizes = [block_bytes] * (count - 1) + [layer.kv_bytes - (count - 1) * block_bytes]
-            homes[index] = [SimBuffer(size) for size in sizes]
-    order = _Blocks(homes)
-    ring = [SimBuffer(block_bytes) for _ in range(slots)]
-    return order, BlockPipeline(order, ring, copy, compute)
+    home = {
+        (index, start // block_bytes): SimBuffer(min(block_bytes, layer.kv_bytes - start))
+        for index, layer in mine.items()
+        if layer.kv_bytes
+        for start in range(0, layer.kv_bytes, block_bytes)
+    }
+    return home, Ring(Cycle(home), [SimBuffer(block_bytes) for _ in range(slots)], copy, compute)
 
 
 def _coarse(work: ReplayPass) -> tuple[int, int]:

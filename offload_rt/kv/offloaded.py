@@ -1,10 +1,21 @@
 """A KV cache whose committed rows live outside the device and stream through it in blocks.
 
-Per offloaded layer there are rows at the home, [0, home_rows), and the newest ones on the device,
-in `recent` memory: those that wait until enough are there for a write, and the pending ones. A pass
-attends to the home's rows block by block as they come in (`blocks.py`), to the recent ones where
-they are, and merges the parts (`attention/partial.py`). Only committed rows of a step go home, so a
-rejected row never does.
+Where a row of an offloaded layer is, and until when (`home_rows`, `recent`, `sent`, `written` are
+of `_Layer`):
+
+    state       where                          until
+    staged      `KVSpace.memory`               the next layer stages, or the commit; then it is on
+                                               its way, or recent if there are too few for a write
+    recent      `recent`                       a commit has enough for a write, or forgets it
+    on its way  `recent`, and the home in      `sent`, then its memory may be overwritten, and
+                [0, home_rows)                 `written`, then its block may be read
+    at home     the home in [0, home_rows)     `truncate` forgets it
+    fetched     a slot of the ring             the slot is refilled; after `truncate` the rows
+                                               behind the last whole write are recent again
+
+A pass attends to the home's rows block by block as they come in (`streaming/ring.py`), to the
+recent ones where they are, and merges the parts (`attention/partial.py`). Only committed rows of a
+step go home, so a rejected row never does.
 
 A prompt has more pending rows than `recent` holds. It runs layer by layer, so all its rows of one
 layer are staged in one place on the device, shared by all layers and sequences; attention there is
@@ -23,13 +34,13 @@ import torch
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.rows import attend_rows, visible_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.device.base import Device, Event, HomeSource, TwoWayStream
+from offload_rt.device.base import Device, DeviceBuffer, Event, HomeSource, TwoWayStream
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import KVShape, RowWatcher
-from offload_rt.kv.blocks import Block, BlockPipeline
 from offload_rt.kv.home import KVHome
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVSizes
+from offload_rt.streaming.ring import Ring
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # keys [K, T, D] and values [K, T, D], views
 
@@ -157,6 +168,15 @@ class _Layer:
         return self.recent[self.start : self.start + self.count]
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive rows of one layer; two are equal only if they hold as many rows."""
+
+    layer: int
+    index: int
+    rows: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVOptions:
     """How an offloaded cache is used.
@@ -222,7 +242,7 @@ class _Order:
 class OffloadedKV:
     """Keys and values of one sequence, outside the device but for the newest rows.
 
-    Ordering beside that of `BlockPipeline`: a write home is enqueued after the kernels that made
+    Ordering beside that of `Ring`: a write home is enqueued after the kernels that made
     its rows; their memory is overwritten, and their block read, only after the event behind it.
 
     Args:
@@ -256,12 +276,12 @@ class OffloadedKV:
         self._layers = self._allocate_recent(formats)
         places = {layer: at for at, layer in enumerate(self._layers)}
         self._order = _Order(list(self._layers.values()), home, sizes, at=places)
-        self._pipeline = None
+        self._ring: Ring[Block, DeviceBuffer, HomeSource] | None = None
         if not self._options.attend_on_host:
-            slots = [
+            buffers = [
                 self._device.allocate(sizes.slot_bytes, "KV blocks") for _ in range(sizes.slots)
             ]
-            self._pipeline = BlockPipeline(self._order, slots, space.copy, self._device.compute)
+            self._ring = Ring(self._order, buffers, space.copy, self._device.compute)
         elif self._device.torch_device.type != "cpu" or not self._rows_are_in_memory():
             raise ConfigError("attending where the KV is needs it in memory, and --device cpu")
 
@@ -407,8 +427,8 @@ class OffloadedKV:
                 state.start, state.count = state.start + sent, state.count - sent
                 self._send_home(state, rows)
                 state.sent = self._space.copy.record()
-        if self._pipeline is not None:
-            self._pipeline.refresh()
+        if self._ring is not None:
+            self._ring.refresh()
 
     def _send_home(self, state: _Layer, rows: torch.Tensor) -> None:
         """Write the next rows [n, numbers of a row] to the home."""
@@ -446,8 +466,8 @@ class OffloadedKV:
 
     @contextmanager
     def _lend(self, block: Block, *, in_turn: bool = True) -> Iterator[torch.Tensor]:
-        if self._pipeline is not None:
-            lend = self._pipeline.lend if in_turn else self._pipeline.fetch
+        if self._ring is not None:
+            lend = self._ring.lend if in_turn else self._ring.fetch
             with lend(block) as buffer:
                 yield buffer.tensor
             return

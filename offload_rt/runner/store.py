@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.model.layout import LayerLayout
 from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.streaming.pipeline import LayerPipeline
+from offload_rt.streaming.ring import Cycle, Ring
 
 
 class LayerStore:
-    """Lends the weights of every layer: resident ones at once, streamed ones through the pipeline.
+    """Lends the weights of every layer: resident ones at once, streamed ones through a ring.
 
     Args:
         device: where the weights are computed with.
@@ -38,19 +38,19 @@ class LayerStore:
             if layer not in sources and layer not in elsewhere:
                 self._resident[layer] = device.allocate(layout.nbytes, "resident layers")
                 device.load.copy(self._resident[layer], FileSource(layout, files))
-        self._pipeline: LayerPipeline[DeviceBuffer, HomeSource] | None = None
+        self._ring: Ring[int, DeviceBuffer, HomeSource] | None = None
         if sources:
             slot_bytes = max(layouts[layer].nbytes for layer in sources)
-            ring = [device.allocate(slot_bytes, "slots") for _ in range(slots)]
-            self._pipeline = LayerPipeline(
-                self.streamed, sources, ring, device.copy, device.compute
-            )
+            buffers = [device.allocate(slot_bytes, "slots") for _ in range(slots)]
+            order = Cycle({layer: sources[layer] for layer in self.streamed})
+            self._ring = Ring(order, buffers, device.copy, device.compute, strict=True)
+            self._ring.restart()
         device.load.record().synchronize()
 
     def restart(self) -> None:
         """Make the store ready for a new pass after one that was not finished."""
-        if self._pipeline is not None:
-            self._pipeline.restart()
+        if self._ring is not None:
+            self._ring.restart()
 
     @contextmanager
     def weights(self, layer: int) -> Iterator[DeviceBuffer]:
@@ -58,6 +58,6 @@ class LayerStore:
         if layer in self._resident:
             yield self._resident[layer]
             return
-        assert self._pipeline is not None
-        with self._pipeline.weights(layer) as buffer:
+        assert self._ring is not None
+        with self._ring.lend(layer) as buffer:
             yield buffer

@@ -10,7 +10,7 @@ from offload_rt.device.cuda.streams import CudaCopyStream
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.errors import DeviceError
 from offload_rt.streaming.home import HostSource
-from offload_rt.streaming.pipeline import LayerPipeline
+from offload_rt.streaming.ring import Cycle, Ring
 
 MIB = 2**20
 LAYERS, LAYER_BYTES = 7, 8 * MIB
@@ -38,12 +38,13 @@ def sources_of(device, *, pin=True):
 
 def stale_reads(device, slots, sources, rounds=20):
     """Read slots as late as possible; returns how many layers were not what they should be."""
-    ring = [device.allocate(LAYER_BYTES, "slots") for _ in range(slots)]
+    buffers = [device.allocate(LAYER_BYTES, "slots") for _ in range(slots)]
     wrong = torch.zeros((), dtype=torch.int64, device=device.torch_device)
-    pipeline = LayerPipeline(range(LAYERS), sources, ring, device.copy, device.compute)
+    ring = Ring(Cycle(sources), buffers, device.copy, device.compute, strict=True)
+    ring.restart()
     for _ in range(rounds):
         for layer in range(LAYERS):
-            with pipeline.weights(layer) as buffer:
+            with ring.lend(layer) as buffer:
                 torch.cuda._sleep(SLEEP_CYCLES)
                 wrong += (buffer.tensor != layer + 1).any()
     return wrong.item()
