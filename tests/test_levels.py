@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
 from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.costs.drafters import Drafting
 from offload_rt.device.kinds import CPU
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.levels import LASTS_S, LEAST, MOST, LevelKey, Pace, add_level, read_level
 from offload_rt.planning.planner import Means, plan_run

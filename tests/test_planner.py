@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 from test_profile import PROJECT
 
 from offload_rt.config import DraftConfig, DraftShape, KVPlace, RuntimeConfig
+from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import SIZES, Seen, Yield, expected_yield
 from offload_rt.planning.planner import MAX_SIZES, Means, make_plan, plan_run
 from offload_rt.planning.run import RunLoad

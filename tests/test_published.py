@@ -77,7 +77,7 @@ def test_a_pass_is_compared_with_a_pass():
     found = replace(row.scenario.found, s_per_token=None, s_per_pass=5.0)
     profile = load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json")
     made = compare(row.scenario, found, profile)
-    assert made.per == "pass" and made.predicted_s == made.prediction.s_per_pass
+    assert made.per == "pass" and made.predicted_s == made.prediction.step_s
     with pytest.raises(ConfigError, match="needs one of s_per_token and s_per_pass"):
         compare(row.scenario, replace(found, s_per_pass=None), profile)
 

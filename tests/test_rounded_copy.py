@@ -19,12 +19,13 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.drafters import Drafting
 from offload_rt.device.kinds import CPU
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
-from offload_rt.planning.demand import Drafting, rounded_copy_bytes
+from offload_rt.planning.demand import rounded_copy_bytes
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import RunLoad

@@ -56,12 +56,12 @@ def test_llama_2_70b_has_the_bytes_that_are_known():
 def test_a_pass_moves_what_is_streamed_and_no_more():
     made = simulate(scenario(placement={"resident_layers": 11}), GPU)
     assert made.bytes_per_pass == 69 * LAYER_70B
-    assert made.s_per_token == made.s_per_pass >= made.transfer_s
+    assert made.s_per_token == made.step_s >= made.transfer_s
     assert (made.resident_layers, made.streamed_layers) == (11, 69)
     kv = {"resident_layers": 32, "kv_home_layers": 20}
     made = simulate(scenario(model=LLAMA_7B, context_tokens=100_000, placement=kv), GPU)
     assert made.bytes_per_pass == 20 * 100_000 * 16384
-    assert made.back_bytes_per_pass == 20 * 16384
+    assert made.kv_back_bytes == 20 * 16384
 
 
 def test_as_many_layers_are_resident_as_fit():
@@ -89,10 +89,10 @@ def test_two_gpus_share_the_one_disk():
     base = {"resident_layers": 0, "slots": 2, "home": "disk", "reads": 4}
     rate = disk_bytes_per_s(TWO, 4).value
     one = simulate(scenario(placement=base), TWO)
-    assert one.s_per_pass == pytest.approx(80 * LAYER_70B / rate, rel=0.01)
+    assert one.step_s == pytest.approx(80 * LAYER_70B / rate, rel=0.01)
     for split in ("layers", "heads"):
         two = simulate(scenario(placement=base | {"devices": 2, "split": split}), TWO)
-        assert two.s_per_pass == pytest.approx(one.s_per_pass, rel=0.02)
+        assert two.step_s == pytest.approx(one.step_s, rel=0.02)
     few = base | {"resident_layers": 79, "devices": 2}  # only one of them reads
     assert simulate(scenario(placement=few), TWO).transfer_s == pytest.approx(LAYER_70B / rate)
     away = {"kv_home_layers": 32, "resident_layers": 32, "home": "disk", "reads": 4}
@@ -101,7 +101,7 @@ def test_two_gpus_share_the_one_disk():
     for split in ("layers", "heads"):
         both = away | {"devices": 2, "split": split}
         two = simulate(scenario(**long, placement=both), TWO)
-        assert 0.8 * one.s_per_pass < two.s_per_pass < 1.05 * one.s_per_pass  # not half
+        assert 0.8 * one.step_s < two.step_s < 1.05 * one.step_s  # not half
 
 
 def test_drafting_is_the_pass_and_the_steps_over_the_tokens():
@@ -109,19 +109,19 @@ def test_drafting_is_the_pass_and_the_steps_over_the_tokens():
     plain = simulate(scenario(placement=place), GPU)
     drafted = simulate(scenario(placement=place, draft=CHAIN), GPU)
     assert drafted.tokens_per_pass == pytest.approx((1 - 0.8**5) / 0.2)
-    assert drafted.drafting_s == pytest.approx(0.04)
+    assert drafted.draft_s == pytest.approx(0.04)
     # One slot is refilled while the drafter works: 0.04 s of the next pass's copies.
-    assert plain.s_per_pass <= drafted.s_per_pass <= plain.s_per_pass + 0.04
-    assert drafted.s_per_token == pytest.approx(drafted.s_per_pass / drafted.tokens_per_pass)
+    assert plain.step_s <= drafted.step_s <= plain.step_s + 0.04
+    assert drafted.s_per_token == pytest.approx(drafted.step_s / drafted.tokens_per_pass)
     near = scenario(model=LLAMA_7B), scenario(model=LLAMA_7B, draft=CHAIN)
     alone, with_it = (simulate(made, GPU) for made in near)
-    assert with_it.s_per_pass == pytest.approx(alone.s_per_pass + 0.04, rel=0.01)
+    assert with_it.step_s == pytest.approx(alone.step_s + 0.04, rel=0.01)
 
 
 def test_a_tree_drafts_level_by_level():
     tree = {"kind": "tree", "gamma": 6, "ranks": [[0.6, 0.3], [0.5, 0.2]], "step_s": 0.01}
     made = simulate(scenario(draft=tree), GPU)
-    assert made.drafting_s == pytest.approx(0.02)
+    assert made.draft_s == pytest.approx(0.02)
     # All six nodes: 0.6 + 0.3 and below each of the two 0.5 + 0.2.
     assert made.tokens_per_pass == pytest.approx(1 + 0.9 + 0.9 * 0.7)
 
@@ -130,29 +130,29 @@ def test_a_draft_model_takes_what_the_profile_says():
     model = {"kind": "chain", "gamma": 4, "acceptance": [0.8], "model": LLAMA_7B}
     small = simulate(scenario(draft=model | {"context_tokens": 0}), GPU)
     # tp_4090.csv: 18.8 to 19.4 ms a pass of Llama-2-7B
-    assert small.drafting_s / 4 == pytest.approx(0.0191, rel=0.05)
+    assert small.draft_s / 4 == pytest.approx(0.0191, rel=0.05)
     long = simulate(scenario(draft=model, context_tokens=50_000), GPU)
-    assert long.drafting_s > small.drafting_s
+    assert long.draft_s > small.draft_s
 
 
 def test_triforce_with_streamed_weights_streams_them_for_every_draft_pass():
     draft = {"kind": "triforce", "gamma": 4, "acceptance": [0.9], "retrieval_tokens": 1024}
     streamed = {"resident_layers": 0, "kv_home_layers": 80}
     made = simulate(scenario(draft=draft, placement=streamed, context_tokens=10_000), GPU)
-    assert made.drafting_s == pytest.approx(4 * 80 * LAYER_70B / 26e9, rel=0.01)
+    assert made.draft_s == pytest.approx(4 * 80 * LAYER_70B / 26e9, rel=0.01)
     assert made.limit == "drafting"
     resident = {"resident_layers": 32, "kv_home_layers": 32}
     made = simulate(
         scenario(model=LLAMA_7B, draft=draft, placement=resident, context_tokens=100_000), GPU
     )
-    assert made.drafting_s < 0.2 and made.limit == "transfer"
+    assert made.draft_s < 0.2 and made.limit == "transfer"
 
 
 def test_triforce_makes_fewer_passes_when_it_is_drafted_for():
     draft = {"kind": "triforce", "gamma": 8, "acceptance": [0.9], "step_s": 0.01}
     inner = {"inner_gamma": 1, "inner_acceptance": [1.0], "inner_step_s": 0.001}
     made = simulate(scenario(model=LLAMA_7B, draft=draft | inner), GPU)
-    assert made.drafting_s == pytest.approx(4 * 0.01 + 4 * 0.001)
+    assert made.draft_s == pytest.approx(4 * 0.01 + 4 * 0.001)
 
 
 @pytest.mark.parametrize("split", ["layers", "heads"])
@@ -160,7 +160,7 @@ def test_two_gpus_halve_the_transfer(split):
     base = {"resident_layers": 0, "slots": 2}
     one = simulate(scenario(placement=base), GPU)
     two = simulate(scenario(placement=base | {"devices": 2, "split": split}), TWO)
-    assert two.s_per_pass == pytest.approx(one.s_per_pass / 2 * 26 / 25.4, rel=0.02)
+    assert two.step_s == pytest.approx(one.step_s / 2 * 26 / 25.4, rel=0.02)
 
 
 def test_without_a_gpu_layers_come_from_the_disk():
@@ -174,7 +174,7 @@ def test_without_a_gpu_layers_come_from_the_disk():
 
 def test_a_scenarios_own_changes_are_applied():
     half = scenario(placement={"resident_layers": 0}, set=["h2d_bytes_per_s=13e9"])
-    assert simulate(half, GPU).s_per_pass == pytest.approx(80 * LAYER_70B / 13e9, rel=0.01)
+    assert simulate(half, GPU).step_s == pytest.approx(80 * LAYER_70B / 13e9, rel=0.01)
 
 
 def test_what_is_written_is_read():

@@ -1,39 +1,44 @@
 """From headers and a placement to the work of a pass; from rates to what drafting yields."""
 
 import json
+import shutil
 
 import pytest
+from engines import PROMPT, engine_for
 from test_families import FAMILIES, IDS
 from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from tiny import SHAPE
 
-from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
-from offload_rt.costs.machine import seat_for
-from offload_rt.costs.workload import pass_load, price
+from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.costs.drafters import Drafting, Expected, draft_parts
+from offload_rt.costs.machine import speeds_there
+from offload_rt.costs.pass_cost import home_rates, pass_times
+from offload_rt.costs.sizes import layer_windows
+from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.errors import ConfigError
+from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
-from offload_rt.planning.expectation import Acceptance, expect, model_step_s, parse_ranks
-from offload_rt.planning.run import RunLoad, place_run
+from offload_rt.planning.demand import settled
+from offload_rt.planning.drafting import MADE
+from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
+from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile
 
-GPU = seat_for(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto")
-CPU = seat_for(load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json"), "auto")
+GPU = speeds_there(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto")
+CPU = speeds_there(load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json"), "auto")
 CONTEXT = 256
 
 
-def placed(checkpoint, seat, **config):
+def load_of(checkpoint, speeds, context=CONTEXT, **config):
+    """A pass over a placed model, and what prices it."""
     made = RuntimeConfig(**config)
-    load = RunLoad(capacities=[CONTEXT], prompt_tokens=CONTEXT)
-    return made, place_run(checkpoint, made, seat.device, load=load, free=seat.free)
-
-
-def load_of(checkpoint, seat, **config):
-    made, placement = placed(checkpoint, seat, **config)
-    load = pass_load(checkpoint, made, seat, placement, context_tokens=CONTEXT, tokens=1)
-    return load, price(seat, made, placement)
+    load = RunLoad(capacities=[context], prompt_tokens=context)
+    placement = place_run(checkpoint, made, speeds.device, load=load, free=speeds.free)
+    target = placed_model(checkpoint, made, speeds, placement, context_tokens=context)
+    return target.load(1), price_of(made, speeds, placement)
 
 
 def test_what_crosses_is_what_the_files_hold(tiny_model):
@@ -66,6 +71,56 @@ def test_a_window_bounds_what_is_attended_to(make_tiny):
     assert [layer.kv_bytes for layer in load.layers] == [6 * row_bytes, CONTEXT * row_bytes] * 2
 
 
+WINDOWED = [name for name, (_, config) in FAMILIES.items() if "sliding_window" in config]
+PATTERNS = [name for name in WINDOWED if "layer_types" in FAMILIES[name][1]]
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [(name, "") for name in WINDOWED] + [(name, "layer_types") for name in PATTERNS],
+)
+def test_windows_are_those_of_the_network(make_tiny, tmp_path, monkeypatch, name, left_out):
+    family, config = FAMILIES[name]
+    folder = tmp_path / "model"
+    shutil.copytree(make_tiny(family, **(IDS | config)), folder)
+    if left_out:
+        tree = json.loads((folder / "config.json").read_text())
+        del tree[left_out]
+        (folder / "config.json").write_text(json.dumps(tree))
+    seen, attend = {}, ResidentKV.attend
+
+    def look(self, layer, query, spec, *rest):
+        seen[layer] = spec.window
+        return attend(self, layer, query, spec, *rest)
+
+    monkeypatch.setattr(ResidentKV, "attend", look)
+    with engine_for(folder) as engine:
+        engine.forward([(0, PROMPT)], reuse=True)
+    assert layer_windows(open_checkpoint(folder).config) == tuple(seen[i] for i in range(4))
+
+
+def test_of_a_window_at_the_home_whole_blocks_come_in():
+    kv = StreamedKV(
+        layers=frozenset({0}), slots=2, block_bytes=1, block_tokens=512, waiting_tokens=20
+    )
+    assert kv.rows(4096, None) == 4096 - 20
+    first = 4096 - 1024 + 1  # the window of a token behind them
+    assert kv.rows(4096, 1024) == 4096 - 20 - first // 512 * 512
+    assert kv.rows(15, 1024) == 0
+
+
+def test_experts_nobody_is_sent_to_are_not_computed_with(make_tiny):
+    family, config = FAMILIES["mixtral"]  # 2 of 4 experts
+    checkpoint = open_checkpoint(make_tiny(family, **(IDS | config)))
+    layer = parts_of(checkpoint, "auto", CPU.device).layers[0]
+    experts = sum(e.nbytes for e in checkpoint.layers[0] if ".experts." in e.name)
+    assert layer.expert_bytes == experts
+    for tokens, idle in ((1, 0.5), (2, 0.25), (50, 0.0)):
+        assert layer.image_bytes - layer.work(tokens).weight_bytes == round(idle * experts)
+    load, _ = load_of(checkpoint, CPU, resident_layers=0)  # but all are copied
+    assert load.layers[0].home_bytes == checkpoint.layer_bytes(0)
+
+
 def test_kv_on_disk_comes_at_the_disks_speed(tiny_model):
     load, cost = load_of(open_checkpoint(tiny_model), CPU, kv=KVPlace.DISK, readers=4)
     at_home = [layer.kv_home_bytes for layer in load.layers]
@@ -75,12 +130,12 @@ def test_kv_on_disk_comes_at_the_disks_speed(tiny_model):
 
 
 def test_devices_are_those_of_the_profile():
-    assert seat_for(CPU.profile, "cpu").free.device_bytes == CPU.profile.machine.ram_bytes
+    assert speeds_there(CPU.profile, "cpu").free.device_bytes == CPU.profile.machine.ram_bytes
     assert GPU.free.device_bytes == GPU.profile.machine.gpus[0].memory_bytes
-    assert seat_for(GPU.profile, "cpu").processor == "cpu"
+    assert speeds_there(GPU.profile, "cpu").processor == "cpu"
     for seat, device in [(CPU, "cuda"), (GPU, "cuda:0"), (GPU, "tpu")]:
         with pytest.raises(ConfigError, match=f"--device {device}"):
-            seat_for(seat.profile, device)
+            speeds_there(seat.profile, device)
 
 
 @pytest.fixture
@@ -89,38 +144,63 @@ def small(tmp_path):
     return outline_checkpoint(tmp_path)
 
 
-def expected(draft, acceptance, model=None, nbytes=0, **config):
-    made = DraftConfig(draft=draft, **config)
-    return expect(
-        made, acceptance, GPU, draft_model=model, heads_bytes=nbytes, context_tokens=CONTEXT
+def parts_for(draft, expected, model=None, nbytes=0, speeds=GPU, target=None, **config):
+    drafting = settled(Drafting(DraftConfig(draft=draft, **config), model, nbytes), speeds.device)
+    placed = PlacedModel(
+        parts=parts_of(target or model, "auto", speeds.device),
+        speeds=speeds,
+        residence=Residence(),
+        context_tokens=CONTEXT,
     )
+    return draft_parts(drafting, placed, expected)
 
 
 def test_a_tree_takes_as_many_passes_as_the_drafter_makes(small):
-    ranks = Acceptance(ranks=((0.6, 0.2), (0.5, 0.1)))
-    tree = expected("model:x", ranks, small, draft_tokens=64)
-    assert tree.steps == DraftConfig(draft="model:x", draft_tokens=64).tree_passes == 15
-    assert tree.step_s == pytest.approx(
-        model_step_s(small, GPU, CONTEXT, 8, DraftWeights.SAME), rel=0.05
-    )
-    chain = expected("model:x", Acceptance(ranks=((0.6,),)), small, draft_tokens=8)
-    assert chain.steps == 8 and chain.tokens_per_pass == pytest.approx((1 - 0.6**9) / 0.4)
+    (tree,) = parts_for("model:x", Expected(made=0.8), small, draft_tokens=64)
+    assert DraftConfig(draft="model:x", draft_tokens=64).tree_passes == 15
+    assert tree.times == pytest.approx(0.8 * 15) and tree.load.tokens == 8
+    (chain,) = parts_for("model:x", Expected(), small, draft_tokens=8)
+    assert chain.times == 8 and chain.load.tokens == 1
 
 
-def test_heads_take_one_step_and_go_no_deeper_than_there_are_rates():
-    made = expected("medusa:x", Acceptance(ranks=((0.6, 0.2), (0.5,))), nbytes=10**9)
-    assert made.steps == 1 and made.step_s > 1e-4
-    assert made.tokens_per_pass == pytest.approx(1 + 0.8 + 0.8 * 0.5)
+def test_what_a_user_states_of_a_drafter_is_what_is_expected():
+    ranks = Acceptance(ranks=((0.6,),))
+    chain = expect(DraftConfig(draft="model:x", draft_tokens=8), ranks)
+    assert chain.tokens == pytest.approx((1 - 0.6**9) / 0.4) and chain.made == MADE
+    heads = Acceptance(ranks=((0.6, 0.2), (0.5,)))  # they go no deeper than there are rates
+    made = expect(DraftConfig(draft="medusa:x"), heads)
+    assert made.tokens == pytest.approx(1 + 0.8 + 0.8 * 0.5)
+
+
+def test_heads_take_one_step(small):
+    (made,) = parts_for("medusa:x", Expected(), nbytes=10**9, target=small)
+    assert made.times == 1 and made.load.head.weight_bytes == 10**9 and not made.load.layers
 
 
 def test_triforce_makes_fewer_passes_when_it_is_drafted_for(small):
-    alone = expected("triforce", Acceptance(ranks=((0.9,),)), draft_tokens=8)
-    assert alone.steps == 8 and alone.inner_s == 0
-    helped = expected(
-        "triforce:x", Acceptance(ranks=((0.9,),), inner=((1.0,),)), small, draft_tokens=8
+    (alone,) = parts_for("triforce", Expected(), target=small, draft_tokens=8)
+    assert alone.times == 8 and alone.load.tokens == 1
+    helped, inner = parts_for("triforce:x", Expected(inner=(1.0,)), small, draft_tokens=8)
+    assert helped.times == 2 and helped.load.tokens == 5  # 4 drafted and one more, then 3
+    assert inner.times == 4 + 2 and inner.load.tokens == 1
+
+
+@pytest.mark.parametrize("weights", [DraftWeights.INT8, DraftWeights.INT4])
+def test_a_rounded_head_is_priced_as_rounded(small, weights):
+    """Where a form of weights was timed the work is whole and in its order, else it is smaller."""
+    (made,) = parts_for(
+        "model:x", Expected(), small, speeds=CPU, draft_tokens=1, draft_weights=weights
     )
-    assert helped.steps == 2 and helped.inner_s > 0  # 4 tokens drafted and one more, then 3
-    assert helped.tokens_per_pass == alone.tokens_per_pass
+    (plain,) = parts_for(
+        "model:x", Expected(), small, speeds=CPU, draft_tokens=1, draft_weights=DraftWeights.SAME
+    )
+    timed = {curve.weights for curve in CPU.profile.layers}
+    assert (made.load.head_weights == weights) is (str(weights) in timed)
+    rates = home_rates(CPU, RuntimeConfig(), made.load, HomeKind.DISK, None)
+    times = [
+        pass_times(CPU.profile, part.load, CPU.processor, rates).head_s for part in (made, plain)
+    ]
+    assert times[0] < 0.75 * times[1]
 
 
 def test_rates_are_read_as_they_are_written():

@@ -34,13 +34,13 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
 from offload_rt.engine import Engine
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import RunLoad

@@ -4,10 +4,10 @@ from pathlib import Path
 
 from offload_rt.cli.plan import device_there
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
+from offload_rt.costs.drafters import Drafting
 from offload_rt.errors import OffloadError
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.outline import outline_known
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.planner import plan_run
 from offload_rt.planning.run import RunLoad
 from offload_rt.session.means import means_for, speeds_for

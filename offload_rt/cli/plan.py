@@ -19,7 +19,9 @@ from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
+from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind, likely_kind, named_device
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
@@ -28,10 +30,9 @@ from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
-from offload_rt.planning.planner import Plan, Prediction, plan_run
+from offload_rt.planning.planner import Plan, plan_run
 from offload_rt.planning.run import RunLoad, bytes_per_pass
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for

@@ -5,7 +5,9 @@ from collections.abc import Sequence
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.stats import drafter_name, drafts_name
 from offload_rt.costs.machine import Speeds
-from offload_rt.planning.planner import Considered, Plan, Prediction
+from offload_rt.costs.pass_cost import Limit
+from offload_rt.costs.step import Prediction
+from offload_rt.planning.planner import Considered, Plan
 from offload_rt.profiling.profile import Obtained
 from offload_rt.session.means import profile_source
 from offload_rt.units import format_size, format_speed
@@ -50,10 +52,12 @@ def _parts(prediction: Prediction) -> str:
 
 
 def _advice(prediction: Prediction) -> str:
-    if prediction.limit == "transfer":
+    if prediction.limit is Limit.TRANSFER:
         return "more --device-memory keeps more layers there, more draft tokens share a pass"
-    if prediction.limit == "drafting":
+    if prediction.limit is Limit.DRAFTING:
         return "a smaller draft model or fewer draft tokens"
+    if prediction.limit is Limit.LATENCY:
+        return "copying and computing take turns: more --slots would let them overlap"
     return "arithmetic and reading weights on the device"
 
 

@@ -18,26 +18,26 @@ from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,
+    prediction_record,
     prediction_table,
     scenario_help,
 )
 from offload_rt.config import DraftConfig, RuntimeConfig
-from offload_rt.costs.machine import FreeMemory, Seat, seat_for
-from offload_rt.costs.pass_cost import PassLoad
-from offload_rt.costs.sizes import kv_bytes_per_token, number_bytes_of
-from offload_rt.costs.workload import pass_load, price
+from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
+from offload_rt.costs.step import Prediction, predict, step_work
 from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
-from offload_rt.planning.demand import Drafting
+from offload_rt.planning.demand import settled
 from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import Comparison, compare_published
-from offload_rt.planning.run import RunLoad, place_run
+from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
 from offload_rt.planning.scenario import load_scenario
-from offload_rt.planning.simulate import Prediction, in_copies, over_retrieval, predict, simulate
+from offload_rt.planning.simulate import simulate
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
@@ -172,7 +172,7 @@ def _row(row: Comparison) -> dict[str, Any]:
         "hit": row.hit,
         "assumed_inputs": list(row.assumed),
         "source": row.scenario.found.source if row.scenario.found else "",
-        "prediction": dataclasses.asdict(row.prediction),
+        "prediction": prediction_record(row.prediction),
     }
 
 
@@ -184,7 +184,7 @@ def _scenario(values: dict[str, Any]) -> None:
     made = simulate(scenario, profile)  # the flags come last, so they count
     if values["json"]:
         known = {"scenario": scenario.name, "profile": profile.name}
-        click.echo(json.dumps(known | dataclasses.asdict(made)))
+        click.echo(json.dumps(known | prediction_record(made)))
     else:
         head = f"{scenario.name}, {scenario.model.layers} layers, on {profile.name}"
         click.echo("\n".join([printable(head), *prediction_table(made)]))
@@ -197,7 +197,7 @@ class _Question:
     checkpoint: Checkpoint
     from_files: bool
     own: bool
-    seat: Seat
+    speeds: Speeds
     draft: DraftConfig
     acceptance: Acceptance
     context_tokens: int
@@ -225,89 +225,57 @@ def _model(model: str, values: dict[str, Any]) -> None:
         else (),
         tokens_per_pass=values["tokens_per_pass"],
     )
-    seat = seat_for(profile, config.device)
+    speeds = speeds_there(profile, config.device)
     checkpoint, from_files = open_or_outline(resolve_model(model))
     question = _Question(
         checkpoint=checkpoint,
         from_files=from_files,
         own=own,
-        seat=seat,
+        speeds=speeds,
         draft=draft,
         acceptance=acceptance,
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
-    outlook = _look_ahead(question, config, seat.free)
+    outlook = _look_ahead(question, config, speeds.free)
 
     def with_limits(roomy: RuntimeConfig, there: FreeMemory) -> float:
         return _look_ahead(question, roomy, there).prediction.s_per_token
 
     made = outlook.placement, outlook.prediction.s_per_token
-    more = more_memory(config, seat.device, seat.free, made, with_limits)
+    more = more_memory(config, speeds.device, speeds.free, made, with_limits)
     outlook = dataclasses.replace(outlook, more=more)
     click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
 
 
 def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    checkpoint, seat, draft, context = (
-        asked.checkpoint,
-        asked.seat,
-        asked.draft,
-        asked.context_tokens,
-    )
-    drafting = _drafting(checkpoint, config, draft, seat)
+    checkpoint, speeds, draft = asked.checkpoint, asked.speeds, asked.draft
+    context = asked.context_tokens
+    drafting = _drafting(checkpoint, config, draft, speeds)
     placement = place_run(
         checkpoint,
         config,
-        seat.device,
+        speeds.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
     )
-    expected = expect(
-        draft,
-        asked.acceptance,
-        seat,
-        draft_model=drafting.checkpoint,
-        heads_bytes=drafting.heads_bytes,
-        context_tokens=context,
-    )
-    load = pass_load(
-        checkpoint,
-        config,
-        seat,
-        placement,
-        context_tokens=context,
-        tokens=1 + draft.nodes,
-    )
-    step = _retrieval_step(asked, config, load)
+    target = placed_model(checkpoint, config, speeds, placement, context_tokens=context)
+    work = step_work(target, drafting, expect(draft, asked.acceptance))
     return _Outlook(
         question=asked,
         placement=placement,
-        prediction=predict(load, expected, price(seat, config, placement), step),
+        prediction=predict(work, price_of(config, speeds, placement)),
     )
 
 
-def _retrieval_step(asked: _Question, config: RuntimeConfig, load: PassLoad) -> PassLoad | None:
-    """A pass of triforce's own, over its retrieval cache; None for other drafters."""
-    draft, model = asked.draft, asked.checkpoint
-    if draft.kind != "triforce":
-        return None
-    rows = kv_bytes_per_token(model.config, number_bytes_of(model, config.dtype))
-    budget = min(asked.context_tokens, draft.retrieval.budget_tokens)
-    kept = budget * rows // model.config.num_layers
-    step = over_retrieval(load, kept, 1 + (draft.inner.nodes if asked.acceptance.inner else 0))
-    if draft.retrieval.rounded:
-        step = in_copies(step, asked.seat.speeds, draft.retrieval.retrieval_weights)
-    return step
-
-
 def _drafting(
-    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, seat: Seat
+    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, speeds: Speeds
 ) -> Drafting:
     """The drafter's sizes; of a draft model config.json suffices too."""
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, seat.device.packing, sequences=1)
-    return Drafting(draft, open_draft_checkpoint(checkpoint, draft, runs=False), nbytes)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device.packing, sequences=1)
+    drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
+    return settled(Drafting(draft, drafter, nbytes), speeds.device)
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:
@@ -315,9 +283,9 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
     known = {
         "model": str(asked.checkpoint.folder),
         "weights_read": asked.from_files,
-        "profile": asked.seat.profile.name,
+        "profile": asked.speeds.profile.name,
         "own_profile": asked.own,
-        "device": str(asked.seat.processor),
+        "device": str(asked.speeds.processor),
         "context_tokens": asked.context_tokens,
         "drafter": asked.draft.draft,
         "draft_tokens": asked.draft.nodes,
@@ -329,11 +297,12 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "tokens_per_s": 1.0 / outlook.prediction.s_per_token,
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
     }
-    return known | dataclasses.asdict(outlook.prediction)
+    return known | prediction_record(outlook.prediction)
 
 
 def _as_table(outlook: _Outlook) -> str:
     asked, made = outlook.question, outlook.prediction
+    speeds = asked.speeds
     bound = bound_by(made.limit, outlook.placement)
     name = asked.checkpoint.name
     first = hanging(headline(name, made.s_per_token, bound, outlook.more), 2)
@@ -342,6 +311,6 @@ def _as_table(outlook: _Outlook) -> str:
         outlook.placement,
         made,
         source="headers" if asked.from_files else "config.json alone",
-        machine=f"{profile_source(asked.seat.profile.name, asked.own)} ({asked.seat.processor})",
+        machine=f"{profile_source(speeds.profile.name, asked.own)} ({speeds.processor})",
     )
     return f"{first}\n{table}"

@@ -11,11 +11,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from offload_rt.cli.columns import columns, hanging
 from offload_rt.config import HomeKind
+from offload_rt.costs.step import Prediction
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import TOLERANCE, Comparison
 from offload_rt.planning.scenario import SCENARIO_VERSION, Scenario
-from offload_rt.planning.simulate import Prediction
 from offload_rt.profiling.profile import Obtained
 from offload_rt.units import format_size, format_speed
 
@@ -53,17 +53,36 @@ def model_table(
 
 def prediction_table(made: Prediction) -> Iterator[str]:
     """The parts of a pass, a line each."""
-    back = f", {_gb(made.back_bytes_per_pass)} back" if made.back_bytes_per_pass else ""
+    back = f", {_gb(made.kv_back_bytes)} back" if made.kv_back_bytes else ""
     yield "predicted, per pass in the steady state"
     rate = f"{format_speed(made.s_per_token)}, {made.tokens_per_pass:.2f} tokens per pass"
     yield _time("token", made.s_per_token, rate)
-    yield _time("pass", made.s_per_pass, f"limited by {made.limit}")
+    yield _time("pass", made.step_s, f"limited by {made.limit}")
     yield _time("  transfer", made.transfer_s, _gb(made.bytes_per_pass) + back)
     yield _time("  compute", made.compute_s, f"{made.streamed_layers} layers streamed")
-    yield _time("  drafting", made.drafting_s, "")
+    yield _time("  drafting", made.draft_s, "")
     yield _time("  waiting", made.stall_s, "nothing computes")
     if made.obtained is not Obtained.MEASURED:
         yield f"rests on {made.obtained} numbers of the profile"
+
+
+def prediction_record(made: Prediction) -> dict[str, object]:
+    """The same as `--json` names it."""
+    return {
+        "s_per_token": made.s_per_token,
+        "s_per_pass": made.step_s,
+        "tokens_per_pass": made.tokens_per_pass,
+        "bytes_per_pass": made.bytes_per_pass,
+        "back_bytes_per_pass": made.kv_back_bytes,
+        "transfer_s": made.transfer_s,
+        "compute_s": made.compute_s,
+        "stall_s": made.stall_s,
+        "drafting_s": made.draft_s,
+        "resident_layers": made.resident_layers,
+        "streamed_layers": made.streamed_layers,
+        "limit": made.limit,
+        "obtained": made.obtained,
+    }
 
 
 def comparisons_table(rows: Sequence[Comparison]) -> str:

@@ -14,9 +14,7 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
-    attention_s,
     disk_bytes_per_s,
-    layer_s,
     link_bytes_per_s,
     memory_bytes_per_s,
 )
@@ -25,8 +23,16 @@ _ROUNDED_SHARE = {DraftWeights.INT8: 0.5, DraftWeights.INT4: 0.3}  # of the byte
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FreeMemory:
+    """What is free now; it bounds a run that was given no limit."""
+
+    device_bytes: int
+    host_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
-    """What the planner asks.
+    """What is asked of a machine.
 
     Attributes:
         profile: of the machine.
@@ -40,15 +46,18 @@ class Speeds:
     packs: bool
     own: bool = True
 
-    def layer_s(self, work: LayerWork, tokens: int, *, resident: bool) -> Number:
-        """Time of `tokens` through a layer; one that stays on the device may be reordered."""
-        order = self.order(resident=resident)
-        return layer_s(self.profile, work, tokens, processor=self.processor, weights=order)
+    @property
+    def device(self) -> DeviceKind:
+        """What a device of this kind can do."""
+        return KINDS[self.processor]
 
-    def draft_layer_s(self, work: LayerWork, tokens: int, weights: DraftWeights) -> Number:
-        """Time of `tokens` through a layer of a draft model."""
-        work, order = self.draft_work(work, weights)
-        return layer_s(self.profile, work, tokens, processor=self.processor, weights=order)
+    @property
+    def free(self) -> FreeMemory:
+        """All memory of the machine, as if nothing else ran."""
+        machine = self.profile.machine
+        host = machine.ram_bytes
+        device = machine.gpus[0].memory_bytes if self.device.own_memory else host
+        return FreeMemory(device_bytes=device, host_bytes=host)
 
     def draft_work(self, work: LayerWork, weights: DraftWeights) -> tuple[LayerWork, WeightOrder]:
         """What a layer of a draft model costs, and in which of the timed orders.
@@ -73,72 +82,28 @@ class Speeds:
         """How weights lie where they compute."""
         return WeightOrder.PACKED if resident and self.packs else WeightOrder.PLAIN
 
-    def attention_s(self, kv_bytes: int, tokens: int) -> Number:
-        """Time of attention from `tokens` rows to keys and values on the device."""
-        return attention_s(self.profile, kv_bytes, tokens, processor=self.processor)
-
     def home_bytes_per_s(self, home: HomeKind, config: RuntimeConfig, block_bytes: int) -> Number:
         """How fast blocks of that size come from a home."""
         if config.link_bytes_per_s is not None and home is HomeKind.HOST:
             return Number(value=config.link_bytes_per_s, obtained=Obtained.MEASURED)
         if home is HomeKind.DISK:
             return disk_bytes_per_s(self.profile, config.readers)
-        if KINDS[self.processor].own_memory:
+        if self.device.own_memory:
             return link_bytes_per_s(self.profile, block_bytes)
         return memory_bytes_per_s(self.profile, MemoryUse.COPY, 1)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FreeMemory:
-    """What is free now; it bounds a run that was given no limit."""
+def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
+    """Speeds of the profile's machine: `auto` is its GPU where it has one.
 
-    device_bytes: int
-    host_bytes: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Seat:
-    """Where a run would take place.
-
-    Attributes:
-        profile: of the machine.
-        processor: that computes.
-    """
-
-    profile: HardwareProfile
-    processor: Processor
-
-    @property
-    def device(self) -> DeviceKind:
-        """What a device of this kind can do."""
-        return KINDS[self.processor]
-
-    @property
-    def speeds(self) -> Speeds:
-        """How long parts of a pass take; weights are reordered where the profile has such times."""
-        curves = self.profile.layers
-        mine = {curve.weights for curve in curves if curve.processor is self.processor}
-        packs = self.device.packs and WeightOrder.PACKED in mine
-        return Speeds(profile=self.profile, processor=self.processor, packs=packs)
-
-    @property
-    def free(self) -> FreeMemory:
-        """All memory of the machine, as if nothing else ran."""
-        machine = self.profile.machine
-        host = machine.ram_bytes
-        device = machine.gpus[0].memory_bytes if self.device.own_memory else host
-        return FreeMemory(device_bytes=device, host_bytes=host)
-
-
-def seat_for(profile: HardwareProfile, device: str) -> Seat:
-    """Choose what computes: `auto` is the GPU where the profile has one.
+    Weights are reordered where the profile has such times.
 
     Raises:
         ConfigError: there is no such device.
     """
     gpus = len(profile.machine.gpus)
     if device == "cpu" or (device == "auto" and not gpus):
-        return Seat(profile=profile, processor=Processor.CPU)
+        return _speeds_of(profile, Processor.CPU)
     if device not in ("auto", "cuda"):
         raise ConfigError(
             f"--device {device} is not known to a simulation: use auto, cpu or cuda, which is the "
@@ -146,4 +111,10 @@ def seat_for(profile: HardwareProfile, device: str) -> Seat:
         )
     if not gpus:
         raise ConfigError(f"--device cuda: profile {profile.name} has no GPU")
-    return Seat(profile=profile, processor=Processor.CUDA)
+    return _speeds_of(profile, Processor.CUDA)
+
+
+def _speeds_of(profile: HardwareProfile, processor: Processor) -> Speeds:
+    mine = {curve.weights for curve in profile.layers if curve.processor is processor}
+    packs = KINDS[processor].packs and WeightOrder.PACKED in mine
+    return Speeds(profile=profile, processor=processor, packs=packs)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from offload_rt.config import HomeKind, RuntimeConfig
+from offload_rt.costs.machine import Speeds
 from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
@@ -76,6 +78,7 @@ class PassLoad:
         slots: device buffers they share, on each device.
         tokens: that go through the layers at once.
         head: final projection, for as many rows; None to leave it out.
+        head_weights: how its weights lie.
         between_s: what the device computes before the next pass, a drafter's time for one: the
             ring is refilled meanwhile.
         kv_slots: device buffers that blocks of KV share, on each device.
@@ -89,6 +92,7 @@ class PassLoad:
     slots: int
     tokens: int = 1
     head: LayerWork | None = None
+    head_weights: WeightOrder = WeightOrder.PLAIN
     between_s: float = 0.0
     kv_slots: int = 0
     kv_block_bytes: int = 0
@@ -226,6 +230,30 @@ def _hop_s(profile: HardwareProfile, nbytes: int) -> Number:
     return replace(worst, value=nbytes / out.value + nbytes / back.value)
 
 
+def home_rates(
+    speeds: Speeds, config: RuntimeConfig, load: PassLoad, home: HomeKind, kv: HomeKind | None
+) -> LinkRates:
+    """Look up the speeds of a run's homes, for copies of the sizes there are.
+
+    Args:
+        speeds: of the machine.
+        config: reads in flight, an emulated link.
+        load: the pass.
+        home: of the weights.
+        kv: home of blocks of KV; None if the device has them all.
+
+    Raises:
+        ProfileError: the profile lacks a speed.
+    """
+    largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
+    block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
+    rates = LinkRates(home=(speeds.home_bytes_per_s(home, config, block_bytes),))
+    if kv is None or not load.kv_block_bytes:
+        return rates
+    rate = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes)
+    return replace(rates, kv=rate, back=rate)
+
+
 def pass_times(
     profile: HardwareProfile, load: PassLoad, processor: Processor, rate: Number | LinkRates
 ) -> PassTimes:
@@ -247,7 +275,7 @@ def pass_times(
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
     numbers = [n for n in (*rates.home, rates.kv, rates.back, rates.hop_s) if n is not None]
     works = {(layer.work, layer.weights) for layer in load.layers}
-    works |= {(load.head, WeightOrder.PLAIN)} if load.head else set()
+    works |= {(load.head, load.head_weights)} if load.head else set()
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
         (work, order): layer_s(profile, work, load.tokens, processor=processor, weights=order)
@@ -263,7 +291,7 @@ def pass_times(
             seconds[layer.work, layer.weights] + attending[layer.kv_bytes] + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
-        head_s=seconds[load.head, WeightOrder.PLAIN] if load.head else 0.0,
+        head_s=seconds[load.head, load.head_weights] if load.head else 0.0,
         home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
         kv_s=tuple(attending[layer.kv_home_bytes] for layer in load.layers),

@@ -20,6 +20,8 @@ from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_lay
 # (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
+# Families whose file need not say which layers have a window: all but every so many-th.
+_ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
 DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
 
 
@@ -75,6 +77,30 @@ def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:
 def kv_bytes_per_token(config: ModelConfig, number_bytes: int) -> int:
     """KV bytes one token takes in all layers."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * number_bytes
+
+
+def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
+    """For each layer how many of the newest tokens it attends to; None: all of them."""
+    window, layers = config.sliding_window, config.num_layers
+    kinds = config.setting("layer_types")
+    if window is None:
+        return (None,) * layers
+    if isinstance(kinds, list):
+        slides = ["sliding" in str(kind) for kind in kinds]
+    elif (every := _full_every(config)) is not None:
+        slides = [(i + 1) % every != 0 for i in range(layers)]
+    else:
+        first = config.setting("max_window_layers")
+        slides = [i >= first if isinstance(first, int) else True for i in range(layers)]
+    return tuple(window if slide else None for slide in slides)
+
+
+def _full_every(config: ModelConfig) -> int | None:
+    """Every how many layers one attends to everything, where the family alternates."""
+    if config.model_type not in _ALTERNATING:
+        return None
+    stated = config.setting("sliding_window_pattern")
+    return stated if isinstance(stated, int) and stated > 0 else _ALTERNATING[config.model_type]
 
 
 def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) -> int:

@@ -1,164 +1,252 @@
-"""What a model's pass would take on a machine one need not own: its headers and a profile.
+"""What a pass has to do: the only builder of a `PassLoad`.
 
-The placement is that of a run (`run.py`), for a device with the profile's memory; from it and the
-tensors' sizes follow the layers' work and the bytes that cross links. No torch here.
+A model is described by its parts, which come from a checkpoint's headers, from `config.json` alone
+(`model/outline.py` makes headers of it) or from a scenario's shape. Where they are during a pass is
+a `Residence`. The target's passes, those over a retrieval cache, those of rounded copies and those
+of a draft model differ in these two only. No torch here.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import prod
 
-from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
-from offload_rt.costs.machine import Seat
-from offload_rt.costs.pass_cost import (
-    LayerLoad,
-    LinkRates,
-    PassCost,
-    PassLoad,
-    cost_of,
-    pass_times,
+from offload_rt.config import DraftWeights
+from offload_rt.costs.machine import Speeds
+from offload_rt.costs.pass_cost import LayerLoad, PassLoad
+from offload_rt.costs.sizes import (
+    head_bytes,
+    kv_bytes_per_token,
+    layer_windows,
+    layouts_of,
+    number_bytes_of,
 )
-from offload_rt.costs.sizes import kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.layout import LayerLayout
-from offload_rt.planning.placement import Placement
-from offload_rt.profiling.profile import LayerWork
+from offload_rt.profiling.profile import LayerWork, WeightOrder
 
 _EXPERT_MATRICES = 3  # gate, up and down
 
 
-def pass_load(
-    checkpoint: Checkpoint,
-    config: RuntimeConfig,
-    seat: Seat,
-    placement: Placement,
-    *,
-    context_tokens: int,
-    tokens: int,
-) -> PassLoad:
-    """What a pass over a placed model has to do.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerParts:
+    """One layer.
 
-    Args:
-        checkpoint: headers of the model.
-        config: number format.
-        seat: where it runs.
-        placement: what lives where.
-        context_tokens: already in the KV cache.
-        tokens: in the pass.
+    Attributes:
+        image_bytes: of its weights as they compute.
+        file_bytes: of them as they are stored.
+        flops_per_token: two for each weight of a matrix that a token meets.
+        kv_row_bytes: keys and values of one token.
+        window: newest tokens it attends to; None: all.
+        expert_bytes: of the image, in experts.
+        sent: share of the experts that a token is sent to.
     """
-    *layouts, _ = layouts_of(checkpoint, config.dtype, seat.device)
-    from_files, streamed = placement.home is HomeKind.DISK, set(placement.streamed)
-    layers = [
-        LayerLoad(
-            work=work,
-            home_bytes=layouts[index].file_bytes if from_files else layouts[index].nbytes,
-            weights=seat.speeds.order(resident=index not in streamed),
+
+    image_bytes: int
+    file_bytes: int
+    flops_per_token: int
+    kv_row_bytes: int
+    window: int | None = None
+    expert_bytes: int = 0
+    sent: float = 1.0
+
+    def work(self, tokens: int) -> LayerWork:
+        """What a pass of so many tokens computes with: of experts those that some token is sent to.
+
+        Tokens choose independently of each other here; related ones choose fewer experts.
+        """
+        idle = (1.0 - self.sent) ** tokens
+        return LayerWork(
+            weight_bytes=self.image_bytes - round(idle * self.expert_bytes),
+            flops_per_token=self.flops_per_token,
         )
-        for index, work in enumerate(layer_works(checkpoint, layouts))
-    ]
-    number_bytes = number_bytes_of(checkpoint, config.dtype)
-    head = checkpoint.head or checkpoint.embedding
-    load = PassLoad(
-        layers=layers,
-        streamed=placement.streamed,
-        slots=placement.slots,
-        tokens=tokens,
-        head=LayerWork(
-            weight_bytes=prod(head.shape) * number_bytes, flops_per_token=2 * prod(head.shape)
-        ),
-    )
-    return _with_kv(load, checkpoint, placement, context_tokens, number_bytes)
 
 
-def layer_works(checkpoint: Checkpoint, layouts: Sequence[LayerLayout]) -> list[LayerWork]:
-    """What each layer costs to compute.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelParts:
+    """A model.
+
+    Attributes:
+        layers: in order.
+        head: final projection.
+        rounds: forms of rounded weights that the head can have.
+        hidden_bytes: of a token's hidden state.
+    """
+
+    layers: tuple[LayerParts, ...]
+    head: LayerWork
+    rounds: frozenset[DraftWeights] = frozenset()
+    hidden_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StreamedKV:
+    """Keys and values that live outside the device and come in blocks.
+
+    Attributes:
+        layers: whose rows do.
+        slots: device buffers for blocks, on each device.
+        block_bytes: of a buffer.
+        block_tokens: rows of a block.
+        waiting_tokens: newest rows of these layers, which are still on the device.
+    """
+
+    layers: frozenset[int]
+    slots: int
+    block_bytes: int
+    block_tokens: int = 1
+    waiting_tokens: int = 0
+
+    def rows(self, context_tokens: int, window: int | None) -> int:
+        """Rows of a layer that come in: whole blocks, from the one the window begins in."""
+        first = 0 if window is None else max(0, context_tokens - window + 1)
+        start = first - first % self.block_tokens
+        return max(0, context_tokens - self.waiting_tokens - start)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residence:
+    """Where a model's weights and its KV are during a pass.
+
+    Attributes:
+        streamed: layers whose weights come from their home, ascending.
+        slots: device buffers they share, on each device.
+        from_files: they come as they are stored, else as they compute.
+        weights: all are kept rounded so.
+        kv: rows that come from their home; None: all are on the device.
+        devices: that hold layers, in turn.
+    """
+
+    streamed: tuple[int, ...] = ()
+    slots: int = 0
+    from_files: bool = False
+    weights: DraftWeights = DraftWeights.SAME
+    kv: StreamedKV | None = None
+    devices: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedModel:
+    """A model in its place, from which passes are made.
+
+    Attributes:
+        parts: of the model.
+        speeds: of the machine, which decide how weights lie.
+        residence: where the parts are.
+        context_tokens: cached tokens of each sequence.
+        sequences: that run at once.
+    """
+
+    parts: ModelParts
+    speeds: Speeds
+    residence: Residence
+    context_tokens: int
+    sequences: int = 1
+
+    def load(self, tokens: int, committed: float = 1.0) -> PassLoad:
+        """A pass.
+
+        Args:
+            tokens: of each sequence, that go through the layers.
+            committed: of them that are kept, on average.
+        """
+        where, parts, rows = self.residence, self.parts, tokens * self.sequences
+        kv = where.kv
+        head, order = parts.head, WeightOrder.PLAIN
+        if where.weights in parts.rounds:
+            head, order = self.speeds.draft_work(head, where.weights)
+        return PassLoad(
+            layers=tuple(self._layer(index, rows, committed) for index in range(len(parts.layers))),
+            streamed=where.streamed,
+            slots=where.slots,
+            tokens=rows,
+            head=head,
+            head_weights=order,
+            kv_slots=kv.slots if kv else 0,
+            kv_block_bytes=kv.block_bytes if kv else 0,
+            hop_bytes=rows * parts.hidden_bytes,
+        )
+
+    def over_retrieval(self, tokens: int, budget_tokens: int, weights: DraftWeights) -> PassLoad:
+        """A pass over a retrieval cache, which is on the device.
+
+        Args:
+            tokens: of each sequence.
+            budget_tokens: of the cache.
+            weights: `same`: the model's own, wherever they are; else rounded copies on the device.
+        """
+        where = replace(self.residence, kv=None)
+        if weights.rounds:
+            where = Residence(weights=weights, devices=where.devices)
+        seen = min(budget_tokens, self.context_tokens)
+        return replace(self, residence=where, context_tokens=seen).load(tokens)
+
+    def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
+        where, layer = self.residence, self.parts.layers[index]
+        work, order = layer.work(rows), self.speeds.order(resident=index not in where.streamed)
+        if where.weights.rounds:
+            work, order = self.speeds.draft_work(work, where.weights)
+        kv = where.kv if where.kv and index in where.kv.layers else None
+        context, window = self.context_tokens, layer.window
+        home_rows = kv.rows(context, window) if kv else 0
+        here = min(context, kv.waiting_tokens) if kv else context
+        row_bytes = self.sequences * layer.kv_row_bytes
+        return LayerLoad(
+            work=work,
+            home_bytes=layer.file_bytes if where.from_files else layer.image_bytes,
+            kv_bytes=row_bytes * min(here, window or here),
+            kv_home_bytes=row_bytes * home_rows,
+            kv_back_bytes=round(row_bytes * committed) if kv else 0,
+            device=index % where.devices,
+            weights=order,
+        )
+
+
+@lru_cache(maxsize=16)  # a search asks for the same ones hundreds of times
+def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelParts:
+    """The parts of a model, from its headers.
 
     Args:
-        checkpoint: headers of the model.
-        layouts: the image of each layer.
+        checkpoint: headers, of files or made from `config.json`.
+        dtype: number format it computes in; `auto` is its own.
+        device: that they are laid out for.
     """
-    return [
-        LayerWork(weight_bytes=layout.nbytes, flops_per_token=_flops(checkpoint, layer))
-        for layout, layer in zip(layouts, checkpoint.layers, strict=True)
-    ]
-
-
-def _with_kv(
-    load: PassLoad,
-    checkpoint: Checkpoint,
-    placement: Placement,
-    context_tokens: int,
-    number_bytes: int,
-) -> PassLoad:
-    """Add keys and values, on the device or in blocks from their home."""
-    model, plan = checkpoint.config, placement.demand.kv
-    row_bytes = kv_bytes_per_token(model, number_bytes) // model.num_layers
-    seen = [_seen_tokens(checkpoint, i, context_tokens) for i in range(model.num_layers)]
-    if plan is None or plan.attend_on_host:
-        layers = [
-            replace(layer, kv_bytes=tokens * row_bytes)
-            for layer, tokens in zip(load.layers, seen, strict=True)
-        ]
-        return replace(load, layers=layers)
-    sizes = plan.sizes[0]
-    at_home = sizes.home_rows(context_tokens)
+    *layouts, _ = layouts_of(checkpoint, dtype, device)
+    config, number_bytes = checkpoint.config, number_bytes_of(checkpoint, dtype)
+    row_bytes = kv_bytes_per_token(config, number_bytes) // config.num_layers
+    windows = layer_windows(config)
     layers = []
-    for index, (layer, tokens) in enumerate(zip(load.layers, seen, strict=True)):
-        home = min(tokens, at_home) if index in sizes.offloaded else 0
+    for layout, extents, window in zip(layouts, checkpoint.layers, windows, strict=True):
+        others, experts, sent = _weights(checkpoint, extents)
         layers.append(
-            replace(
-                layer,
-                kv_bytes=(tokens - home) * row_bytes,
-                kv_home_bytes=home * row_bytes,
-                kv_back_bytes=row_bytes if index in sizes.offloaded else 0,
+            LayerParts(
+                image_bytes=layout.nbytes,
+                file_bytes=layout.file_bytes,
+                flops_per_token=round(2 * (others + sent * experts)),
+                kv_row_bytes=row_bytes,
+                window=window,
+                expert_bytes=experts * number_bytes,
+                sent=sent,
             )
         )
-    return replace(load, layers=layers, kv_slots=sizes.slots, kv_block_bytes=sizes.slot_bytes)
+    head = checkpoint.head or checkpoint.embedding
+    weights = prod(head.shape)
+    return ModelParts(
+        layers=tuple(layers),
+        head=LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights),
+        rounds=frozenset(w for w in DraftWeights if w.rounds and head_bytes(checkpoint, w)),
+        hidden_bytes=config.hidden_size * number_bytes,
+    )
 
 
-def _seen_tokens(checkpoint: Checkpoint, layer: int, context_tokens: int) -> int:
-    """Tokens of the context a layer attends to: its window's, where the file says it has one."""
-    config = checkpoint.config
-    kinds = config.raw.get("layer_types")
-    slides = isinstance(kinds, list) and "sliding" in str(kinds[layer])
-    if config.sliding_window is None or not slides:
-        return context_tokens
-    return min(context_tokens, config.sliding_window)
-
-
-def _flops(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> int:
-    """Two for each weight of a matrix that a token meets; of experts those it is sent to."""
-    sent = checkpoint.config.raw.get("num_experts_per_tok")
-    separate = sum(".experts." in e.name and len(e.shape) == 2 for e in layer) // _EXPERT_MATRICES
-    total = 0.0
-    for extent in layer:
-        share = 1.0
-        if ".experts." in extent.name and isinstance(sent, int):
-            experts = extent.shape[0] if len(extent.shape) > 2 else separate
-            share = min(1.0, sent / max(1, experts))
-        total += share * prod(extent.shape) * (len(extent.shape) > 1)
-    return round(2 * total)
-
-
-def price(
-    seat: Seat, config: RuntimeConfig, placement: Placement
-) -> Callable[[PassLoad], PassCost]:
-    """Return what tells the cost of a pass there, its homes being those of the placement."""
-
-    def cost(load: PassLoad) -> PassCost:
-        rates = _rates(seat, config, placement, load)
-        return cost_of(load, pass_times(seat.profile, load, seat.processor, rates))
-
-    return cost
-
-
-def _rates(seat: Seat, config: RuntimeConfig, placement: Placement, load: PassLoad) -> LinkRates:
-    speeds, kv = seat.speeds, placement.demand.kv
-    layer_bytes = placement.demand.layer_bytes
-    block_bytes = max((layer_bytes[i] for i in placement.streamed), default=max(layer_bytes))
-    home = speeds.home_bytes_per_s(placement.home, config, block_bytes)
-    if kv is None or not load.kv_block_bytes:
-        return LinkRates(home=(home,))
-    where = HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
-    rate = speeds.home_bytes_per_s(where, config, load.kv_block_bytes)
-    return LinkRates(home=(home,), kv=rate, back=rate)
+def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:
+    """Weights in matrices outside and inside of experts, and the share of these a token meets."""
+    matrices = [extent for extent in layer if len(extent.shape) > 1]
+    inside = [extent for extent in matrices if ".experts." in extent.name]
+    others = sum(prod(extent.shape) for extent in matrices) - sum(prod(e.shape) for e in inside)
+    sent = checkpoint.config.setting("num_experts_per_tok")
+    if not inside or not isinstance(sent, int):
+        return others, sum(prod(extent.shape) for extent in inside), 1.0
+    fused = [extent.shape[0] for extent in inside if len(extent.shape) > 2]
+    count = fused[0] if fused else len(inside) // _EXPERT_MATRICES
+    return others, sum(prod(e.shape) for e in inside), min(1.0, sent / max(1, count))

@@ -16,6 +16,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.base import DeviceBuffer, HomeSource
@@ -37,7 +38,6 @@ from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.planning.controller import Controller
-from offload_rt.planning.demand import Drafting
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan

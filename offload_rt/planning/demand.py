@@ -1,9 +1,10 @@
 """How much device memory a run needs, from headers and configuration alone."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig
+from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
     head_bytes,
@@ -31,24 +32,6 @@ from offload_rt.speculative.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_by
 
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
-
-
-@dataclass(frozen=True, slots=True)
-class Drafting:
-    """Who drafts.
-
-    Attributes:
-        config: how much.
-        checkpoint: headers of the draft model, if one drafts.
-        heads_bytes: Medusa heads with what they compute, if they draft.
-    """
-
-    config: DraftConfig = DraftConfig()
-    checkpoint: Checkpoint | None = None
-    heads_bytes: int = 0
-
-
-NO_DRAFTING = Drafting()
 
 
 def demand_of(

@@ -42,7 +42,7 @@ _NGRAM: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.
 _NGRAM_HITS = 0.9  # nothing is known at first
 # model: of the draft passes a tree may use, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on
 # HumanEval (docs/RESULTS.md, "Tokens per pass by draft size").
-_MADE = 0.85
+MADE = 0.85
 # triforce: 0.87 to 0.98 were seen (docs/RESULTS.md, "TriForce's prior acceptance rate").
 _TRIFORCE_RATE = 0.88
 
@@ -90,7 +90,7 @@ class Yield:
 
     points: Points
     hits: float = 1.0
-    made: float = _MADE
+    made: float = MADE
     steps: float = math.inf
 
     def accepted(self, nodes: int) -> float:
@@ -125,7 +125,7 @@ def expected_yield(kind: str, seen: Seen = NOTHING_SEEN, own: Points | None = No
     for size, value in points:  # more nodes never give less; chance may say so
         most = max(most, value)
         rising.append((size, most))
-    return Yield(tuple(rising), hits, _blended(_MADE, seen.made), steps=seen.hits[0])
+    return Yield(tuple(rising), hits, _blended(MADE, seen.made), steps=seen.hits[0])
 
 
 class Tally:

@@ -1,38 +1,28 @@
 """Choose what lives where, who drafts, and how much, by predicted seconds per token. No torch here.
 
-Every candidate is placed within the memory there is (`run.place_run`), its pass is run by the real
-pipeline on the simulated device with the profile's times (`cost.cost_of`), and what a draft gives
-comes from what drafting gave before (`drafting`). What the user fixed is fixed in all candidates.
+Every candidate is placed within the memory there is (`run.place_run`) and priced as a step
+(`costs/step.py`); what a draft gives comes from what drafting gave before (`drafting`). What the
+user fixed is fixed in all candidates.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
-from offload_rt.costs.acceptance import triforce_tokens
+from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
+from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.costs.pass_cost import (
-    LayerLoad,
-    LinkRates,
-    PassCost,
-    PassLoad,
-    cost_of,
-    pass_times,
-)
-from offload_rt.costs.sizes import image_bytes, kv_bytes_per_token, number_bytes_of
+from offload_rt.costs.step import Prediction, predict, step_work
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
-from offload_rt.kv.sizes import KVPlan, KVSizes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import rounded_kind
 from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.controller import StepOutlook
-from offload_rt.planning.demand import Drafting, draft_weights_of, rounded_copy_weights, settled
+from offload_rt.planning.demand import settled
 from offload_rt.planning.drafting import SIZES, Yield
 from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import RunLoad, place_run
-from offload_rt.profiling.profile import LayerWork, Obtained
+from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
 
 MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
@@ -46,42 +36,7 @@ _MOST_ROOM, _ROOM_COST = 4, 1.02
 # simulated answers each, beginning with 8 instead of 32 took 2.4 % off where little was accepted
 # and added 5 % where half of the tokens came from drafts.
 _FIRST_NGRAMS, _KNOWN_STEPS = 8, 16
-NGRAM_S = 3e-4  # a look-up, measured: 0.1 to 0.5 ms
-_STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
 _INNER_RATES = {"ngram": 0.4, "model": 0.7}  # below triforce; assumed
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """What a step of the main loop should take.
-
-    Attributes:
-        s_per_token: seconds per token after the first.
-        pass_s: the pass over the target, from the end of drafting to its logits.
-        draft_s: drafting, while the ring goes on filling.
-        tokens_per_pass: emitted per step.
-        compute_s: of the pass, kernels.
-        stall_s: of the pass, waiting for copies.
-        home_bytes: that cross the link in it.
-        obtained: how the worst number behind it is known.
-        transfer_s: of the step, in which the link carries them, also beside kernels.
-    """
-
-    s_per_token: float
-    pass_s: float
-    draft_s: float
-    tokens_per_pass: float
-    compute_s: float
-    stall_s: float
-    home_bytes: int
-    obtained: Obtained
-    transfer_s: float = 0.0
-
-    @property
-    def limit(self) -> str:
-        """What takes most of the step."""
-        parts = {"drafting": self.draft_s, "compute": self.compute_s, "transfer": self.transfer_s}
-        return max(parts, key=lambda name: parts[name])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -358,14 +313,13 @@ class _Search:
     ) -> None:
         self._checkpoint, self._runtime, self._device = checkpoint, runtime, device
         self._load, self._free, self._means = load, free, means
-        self._model = _ModelWork.of(checkpoint, runtime.dtype, device)
 
     def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
         """Place one and price it."""
         drafting = replace(self._load.drafting, config=draft)
         load = replace(self._load, drafting=drafting)
         placement = place_run(self._checkpoint, runtime, self._device, load=load, free=self._free)
-        prediction = self._predict(drafting, placement, draft.nodes)
+        prediction = self._predict(drafting, placement)
         return _Candidate(
             runtime=runtime, drafting=drafting, placement=placement, prediction=prediction
         )
@@ -400,7 +354,7 @@ class _Search:
                 roomy = self.candidate(replace(best.draft, draft_tokens=size), best.runtime)
             except (PlanError, ConfigError):  # the ring is larger than what it would stream
                 continue
-            prediction = self._predict(best.drafting, roomy.placement, best.draft.nodes)
+            prediction = self._predict(best.drafting, roomy.placement)
             if prediction.s_per_token <= _ROOM_COST * best.s_per_token:
                 return replace(roomy, prediction=prediction)
         return best
@@ -410,160 +364,40 @@ class _Search:
         draft = chosen.draft
         limits = [0, *(size for size in SIZES if size < draft.nodes), draft.nodes]
         for size in limits if draft.kind != "none" else []:
-            drafting = replace(chosen.drafting, config=draft.limited(size) if size else draft)
-            gives = self._means.yields(draft).accepted(size) if size else 0.0
-            draft_s = self._draft_s(drafting, chosen.placement, size)
-            cost = self._pass(chosen.placement, size + 1, self._context, draft_s)
-            level = self._means.level(bool(chosen.placement.streamed))
+            sized = replace(chosen.drafting, config=draft.limited(size)) if size else NO_DRAFTING
+            step = self._predict(sized, chosen.placement, found=True)
             yield StepOutlook(
                 nodes=size,
-                tokens=1.0 + gives,
-                draft_s=level * draft_s,
-                pass_s=level * (cost.pass_s - draft_s + _STEP_S),
+                tokens=step.tokens_per_pass,
+                draft_s=step.draft_s,
+                pass_s=step.pass_s,
             )
 
-    def _predict(self, drafting: Drafting, placement: Placement, nodes: int) -> Prediction:
-        draft_s = self._draft_s(drafting, placement, nodes)
-        cost = self._pass(placement, nodes + 1, self._context, draft_s)
-        hits, tokens, seconds = 1.0, 1.0, cost.pass_s
-        if nodes:
-            gives = self._means.yields(drafting.config)
-            hits, tokens = gives.hits, gives.tokens(nodes)
-        if hits < 1.0:
-            plain = self._pass(placement, 1, self._context, 0.0)
-            seconds = hits * cost.pass_s + (1.0 - hits) * plain.pass_s
+    def _predict(
+        self, drafting: Drafting, placement: Placement, *, found: bool = False
+    ) -> Prediction:
+        """A step's costs; `found`: of those only for which a draft is found."""
+        load, speeds = self._load, self._means.speeds
+        sequences = len(load.capacities)
+        target = placed_model(
+            self._checkpoint,
+            self._runtime,
+            speeds,
+            placement,
+            context_tokens=load.prompt_tokens // sequences,
+            sequences=sequences,
+        )
+        expected = self._expected(drafting.config)
+        work = step_work(target, drafting, replace(expected, hits=1.0) if found else expected)
         level = self._means.level(bool(placement.streamed))
-        return Prediction(
-            s_per_token=level * (seconds + _STEP_S) / tokens,
-            pass_s=level * (seconds - hits * draft_s),
-            draft_s=level * hits * draft_s,
-            tokens_per_pass=tokens,
-            compute_s=level * (cost.compute_s - draft_s),
-            stall_s=level * cost.stall_s,
-            home_bytes=cost.home_bytes,
-            obtained=cost.obtained,
-            transfer_s=level * cost.transfer_s,
+        return predict(work, price_of(self._runtime, speeds, placement)).scaled(level)
+
+    def _expected(self, draft: DraftConfig) -> Expected:
+        """How often a drafter should be right."""
+        if not draft.nodes:
+            return Expected()
+        gives = self._means.yields(draft)
+        below = (_INNER_RATES[draft.inner.kind],) if draft.kind == "triforce" else ()
+        return Expected(
+            tokens=1.0 + gives.accepted(draft.nodes), hits=gives.hits, made=gives.made, inner=below
         )
-
-    @property
-    def _context(self) -> int:
-        """Cached tokens of all sequences a pass attends to, about."""
-        return self._load.prompt_tokens
-
-    def _draft_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
-        """Time to draft that many nodes for each sequence."""
-        config, sequences = drafting.config, len(self._load.capacities)
-        if not nodes or config.kind == "none":
-            return 0.0
-        if config.kind == "triforce":
-            return sequences * self._triforce_s(drafting, placement, nodes)
-        if config.kind == "medusa":
-            work = LayerWork(
-                weight_bytes=drafting.heads_bytes, flops_per_token=drafting.heads_bytes
-            )
-            return self._means.speeds.layer_s(work, 1, resident=False).value
-        return sequences * self._plain_draft_s(drafting, config.limited(nodes))
-
-    def _plain_draft_s(self, drafting: Drafting, config: DraftConfig) -> float:
-        if drafting.checkpoint is None:
-            return NGRAM_S
-        model = _ModelWork.of(drafting.checkpoint, "auto", self._device)
-        context = min(self._context, config.window_tokens or self._context)
-        passes, rows = float(config.nodes), 1
-        if config.as_tree:
-            made = self._means.yields(drafting.config).made
-            passes, rows = config.tree_passes * made, config.tree_breadth
-        weights = draft_weights_of(drafting.checkpoint, config, self._device)
-        return passes * model.resident_pass_s(self._means.speeds, rows, context, weights)
-
-    def _triforce_s(self, drafting: Drafting, placement: Placement, nodes: int) -> float:
-        config = drafting.config
-        inner = config.inner
-        work = triforce_tokens([1.0], nodes, [_INNER_RATES[inner.kind]], inner.nodes)
-        budget = min(config.retrieval.budget_tokens, self._context)
-        rows = min(inner.nodes, nodes) + 1
-        if (weights := rounded_copy_weights(config)) is not DraftWeights.SAME:
-            each = self._model.resident_pass_s(self._means.speeds, rows, budget, weights)
-        else:
-            # It reads the retrieval cache, which is on the device, whatever holds the full one.
-            demand = replace(placement.demand, kv=None)
-            each = self._pass(replace(placement, demand=demand), rows, budget, 0.0).pass_s
-        inner_s = self._plain_draft_s(drafting, inner)
-        return work.retrieval_passes * (each + inner_s)
-
-    def _pass(self, placement: Placement, rows: int, context: int, between_s: float) -> PassCost:
-        """A pass of so many rows per sequence over so many cached tokens."""
-        speeds, model, kv = self._means.speeds, self._model, placement.demand.kv
-        tokens, kv_bytes = rows * len(self._load.capacities), model.kv_row_bytes * context
-        sizes = None if kv is None or kv.attend_on_host else kv.sizes[0]
-        resident = set(placement.resident)
-        kept_kv = range(len(model.layers)) if sizes is None else sizes.resident
-        load = PassLoad(
-            layers=[
-                LayerLoad(
-                    work=work,
-                    home_bytes=placement.demand.layer_bytes[i],
-                    kv_bytes=kv_bytes if i in kept_kv else 0,
-                    kv_home_bytes=0 if i in kept_kv else kv_bytes,
-                    weights=speeds.order(resident=i in resident),
-                )
-                for i, work in enumerate(model.layers)
-            ],
-            streamed=placement.streamed,
-            slots=placement.slots,
-            tokens=tokens,
-            head=model.head,
-            between_s=between_s,
-            kv_slots=sizes.slots if sizes else 0,
-            kv_block_bytes=sizes.slot_bytes if sizes else 0,
-        )
-        rates = self._rates(placement, kv, sizes)
-        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, rates))
-
-    def _rates(self, placement: Placement, kv: KVPlan | None, sizes: KVSizes | None) -> LinkRates:
-        speeds, runtime = self._means.speeds, self._runtime
-        layers = placement.demand.layer_bytes
-        block = max((layers[i] for i in placement.streamed), default=max(layers))
-        home = speeds.home_bytes_per_s(placement.home, runtime, block)
-        if kv is None or sizes is None:
-            return LinkRates(home=(home,))
-        where = HomeKind.HOST if kv.place is KVPlace.HOST else HomeKind.DISK
-        rate = speeds.home_bytes_per_s(where, runtime, sizes.slot_bytes)
-        return LinkRates(home=(home,), kv=rate, back=rate)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ModelWork:
-    """What a token asks of a model's parts."""
-
-    layers: tuple[LayerWork, ...]
-    head: LayerWork
-    kv_row_bytes: int
-
-    @classmethod
-    def of(cls, checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> "_ModelWork":
-        number_bytes = number_bytes_of(checkpoint, dtype)
-        *layers, _ = image_bytes(checkpoint, dtype, device)
-        config = checkpoint.config
-        rows = (checkpoint.head or checkpoint.embedding).shape[0]
-        head = number_bytes * rows * config.hidden_size
-        return cls(
-            layers=tuple(_work(nbytes, number_bytes) for nbytes in layers),
-            head=_work(head, number_bytes),
-            kv_row_bytes=kv_bytes_per_token(config, number_bytes) // config.num_layers,
-        )
-
-    def resident_pass_s(
-        self, speeds: Speeds, rows: int, context: int, weights: DraftWeights
-    ) -> float:
-        """A pass of this model where all of it is on the device, to draft."""
-        layers = sum(speeds.draft_layer_s(work, rows, weights).value for work in self.layers)
-        attention = speeds.attention_s(self.kv_row_bytes * context, rows).value * len(self.layers)
-        if weights is DraftWeights.SAME:
-            return layers + attention + speeds.layer_s(self.head, rows, resident=False).value
-        return layers + attention + speeds.draft_layer_s(self.head, rows, weights).value
-
-
-def _work(nbytes: int, number_bytes: int) -> LayerWork:
-    """All weights take part in every token; of a layer of experts that is too much."""
-    return LayerWork(weight_bytes=nbytes, flops_per_token=2 * nbytes // number_bytes)

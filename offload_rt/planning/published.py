@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from offload_rt.costs.step import Prediction
 from offload_rt.errors import ConfigError
 from offload_rt.planning.scenario import Found, Scenario, load_scenario
-from offload_rt.planning.simulate import Prediction, simulate
+from offload_rt.planning.simulate import simulate
 from offload_rt.profiling.profile import HardwareProfile, Obtained
 from offload_rt.profiling.store import load_profile, shipped_folders
 
@@ -94,7 +95,7 @@ def compare(scenario: Scenario, found: Found, profile: HardwareProfile) -> Compa
         raise ConfigError(f"found of {scenario.name} needs one of s_per_token and s_per_pass")
     prediction = simulate(scenario, profile)
     per = "pass" if found.s_per_token is None else "token"
-    predicted_s = prediction.s_per_pass if per == "pass" else prediction.s_per_token
+    predicted_s = prediction.step_s if per == "pass" else prediction.s_per_token
     return Comparison(
         scenario=scenario,
         prediction=prediction,

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
-from offload_rt.costs.machine import FreeMemory
+from offload_rt.costs.drafters import NO_DRAFTING, Drafting
+from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.pass_cost import PassCost, PassLoad, cost_of, home_rates, pass_times
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.step import Price
+from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.demand import NO_DRAFTING, Drafting, demand_of
+from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement, place
 from offload_rt.units import format_size
 
@@ -87,6 +91,64 @@ def place_run(
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def placed_model(
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    speeds: Speeds,
+    placement: Placement,
+    *,
+    context_tokens: int,
+    sequences: int = 1,
+) -> PlacedModel:
+    """A model as it is placed, for `costs` to make passes of.
+
+    Args:
+        checkpoint: headers of the model.
+        config: number format.
+        speeds: of the machine.
+        placement: what lives where.
+        context_tokens: cached tokens of each sequence.
+        sequences: that run at once.
+    """
+    return PlacedModel(
+        parts=parts_of(checkpoint, config.dtype, speeds.device),
+        speeds=speeds,
+        residence=Residence(
+            streamed=placement.streamed,
+            slots=placement.slots,
+            from_files=placement.home is HomeKind.DISK,
+            kv=_streamed_kv(placement.demand.kv, context_tokens),
+        ),
+        context_tokens=context_tokens,
+        sequences=sequences,
+    )
+
+
+def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
+    if plan is None or plan.attend_on_host:
+        return None
+    sizes = plan.sizes[0]
+    return StreamedKV(
+        layers=frozenset(sizes.offloaded),
+        slots=sizes.slots,
+        block_bytes=sizes.slot_bytes,
+        block_tokens=sizes.block_tokens,
+        waiting_tokens=context_tokens - sizes.home_rows(context_tokens),
+    )
+
+
+def price_of(config: RuntimeConfig, speeds: Speeds, placement: Placement) -> Price:
+    """What tells the cost of a pass there, its homes being those of the placement."""
+    kv = placement.demand.kv
+    away = None if kv is None else HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
+
+    def price(load: PassLoad) -> PassCost:
+        rates = home_rates(speeds, config, load, placement.home, away)
+        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, rates))
+
+    return price
 
 
 def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory) -> None:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from offload_rt.costs.workload import LayerParts, ModelParts
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import KV_SLOTS
@@ -27,6 +28,7 @@ SCENARIO_VERSION = 1
 _LARGEST_BYTES = 2**20
 _COUNT, _BYTES, _SECONDS = 2**24, 2**50, 1e6
 _LAYERS, _DEVICES, _HEAD_BYTES = 1000, 64, 2
+_HIDDEN_BYTES = 2  # of a number of the hidden state that hops
 _SLOTS, _DRAFTED = 4096, 4096  # four times what the engine takes
 
 
@@ -104,6 +106,21 @@ class ModelShape:
         """What the head costs."""
         weights = self.vocab * self.hidden
         return LayerWork(weight_bytes=_HEAD_BYTES * weights, flops_per_token=2 * weights)
+
+    def parts(self, share: int = 1) -> ModelParts:
+        """What passes over it are made of, on each of `share` devices that have it together."""
+        work = self.layer_work(share)
+        layer = LayerParts(
+            image_bytes=work.weight_bytes,
+            file_bytes=work.weight_bytes,
+            flops_per_token=work.flops_per_token,
+            kv_row_bytes=self.kv_row_bytes // share,
+        )
+        return ModelParts(
+            layers=(layer,) * self.layers,
+            head=self.head_work,
+            hidden_bytes=_HIDDEN_BYTES * self.hidden,
+        )
 
     @property
     def kv_row_bytes(self) -> int:

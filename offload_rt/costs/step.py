@@ -1,0 +1,166 @@
+"""From a pass and its drafting to seconds per token: the one road to a predicted second.
+
+    s_per_token = (pass, with what of the drafting does not hide behind it) / tokens per pass
+
+`plan`, `simulate MODEL`, `simulate --scenario` and what the controller expects all end here. The
+ring goes on filling while a drafter works that streams nothing. Nothing fills it while the
+drafter's own passes use it. No torch here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected, draft_parts
+from offload_rt.costs.pass_cost import Limit, PassCost, PassLoad
+from offload_rt.costs.workload import PlacedModel
+from offload_rt.profiling.profile import Obtained
+
+STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
+
+Price = Callable[[PassLoad], PassCost]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepWork:
+    """What a step has to do.
+
+    Attributes:
+        load: the pass that checks a draft.
+        plain: the pass of a step for which no draft was found.
+        expected: how often drafts are found and right.
+        parts: drafting.
+        host_s: of the program, beside passes and drafting.
+    """
+
+    load: PassLoad
+    plain: PassLoad
+    expected: Expected = Expected()
+    parts: tuple[DraftPart, ...] = ()
+    host_s: float = STEP_S
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What a step of the main loop should take, in the steady state.
+
+    Attributes:
+        s_per_token: seconds per token after the first.
+        pass_s: from the end of drafting until the tokens of the pass are known.
+        draft_s: drafting, while the ring may go on filling.
+        tokens_per_pass: emitted per step.
+        compute_s: of the pass, kernels.
+        stall_s: of the pass, waiting for copies.
+        transfer_s: of the step, in which the busiest link carries bytes, also beside kernels.
+        home_bytes: weights that cross the link for the pass.
+        kv_home_bytes: KV that does.
+        kv_back_bytes: KV that goes home.
+        resident_layers: whose weights stay on the devices.
+        streamed_layers: whose do not.
+        limit: what would have to be faster.
+        obtained: how the worst number behind it is known.
+    """
+
+    s_per_token: float
+    pass_s: float
+    draft_s: float
+    tokens_per_pass: float
+    compute_s: float
+    stall_s: float
+    transfer_s: float
+    home_bytes: int
+    kv_home_bytes: int
+    kv_back_bytes: int
+    resident_layers: int
+    streamed_layers: int
+    limit: Limit
+    obtained: Obtained
+
+    @property
+    def step_s(self) -> float:
+        """Seconds of the whole step."""
+        return self.pass_s + self.draft_s
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Weights and KV that cross the links to the devices."""
+        return self.home_bytes + self.kv_home_bytes
+
+    def scaled(self, level: float) -> "Prediction":
+        """The same where all times are so many times as long."""
+        return replace(
+            self,
+            s_per_token=level * self.s_per_token,
+            pass_s=level * self.pass_s,
+            draft_s=level * self.draft_s,
+            compute_s=level * self.compute_s,
+            stall_s=level * self.stall_s,
+            transfer_s=level * self.transfer_s,
+        )
+
+
+def step_work(target: PlacedModel, drafting: Drafting, expected: Expected) -> StepWork:
+    """What a step has to do that drafts so for this model."""
+    nodes = drafting.config.nodes
+    return StepWork(
+        load=target.load(1 + nodes, expected.tokens_per_pass),
+        plain=target.load(1, expected.tokens_per_pass),
+        expected=expected,
+        parts=draft_parts(drafting, target, expected),
+    )
+
+
+def predict(work: StepWork, price: Price) -> Prediction:
+    """Put a pass and its drafting together.
+
+    Args:
+        work: of the step.
+        price: tells the cost of a pass.
+
+    Raises:
+        ConfigError: something is streamed, but there is no slot, or no speed.
+        ProfileError: the profile lacks a number.
+    """
+    cost, hits = _with_draft(work, price), work.expected.hits
+    plain = price(work.plain) if hits < 1.0 else cost
+
+    def mean(drafted: float, undrafted: float) -> float:
+        return hits * drafted + (1.0 - hits) * undrafted
+
+    draft_s = hits * cost.between_s
+    seconds = mean(cost.pass_s, plain.pass_s) + work.host_s
+    tokens = work.expected.tokens_per_pass
+    streamed = len(work.load.streamed)
+    return Prediction(
+        s_per_token=seconds / tokens,
+        pass_s=seconds - draft_s,
+        draft_s=draft_s,
+        tokens_per_pass=tokens,
+        compute_s=mean(cost.compute_s - cost.between_s, plain.compute_s),
+        stall_s=mean(cost.stall_s, plain.stall_s),
+        transfer_s=mean(cost.transfer_s, plain.transfer_s),
+        home_bytes=cost.home_bytes,
+        kv_home_bytes=cost.kv_home_bytes,
+        kv_back_bytes=cost.kv_back_bytes,
+        resident_layers=len(work.load.layers) - streamed,
+        streamed_layers=streamed,
+        limit=cost.limit,
+        obtained=cost.obtained,
+    )
+
+
+def _with_draft(work: StepWork, price: Price) -> PassCost:
+    """The cost of the pass that checks a draft, and of drafting before it."""
+    loads = [part.load for part in work.parts if part.load is not None]
+    drafting_s = sum(
+        part.times * (part.seconds if part.load is None else price(part.load).pass_s)
+        for part in work.parts
+    )
+    if not any(load.streamed for load in loads):
+        return price(replace(work.load, between_s=drafting_s))
+    cost = price(work.load)
+    return replace(
+        cost,
+        pass_s=cost.pass_s + drafting_s,
+        compute_s=cost.compute_s + drafting_s,
+        between_s=drafting_s,
+    )
