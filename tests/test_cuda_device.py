@@ -21,7 +21,7 @@ from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.run import choose_home
-from offload_rt.streaming.home import HostSource
+from offload_rt.streaming.memory_home import MemoryHome
 
 MIB = 2**20
 
@@ -92,7 +92,7 @@ def test_what_is_not_pinned_arrives_whole_through_staging(gpu, device, monkeypat
     pieces = copied(gpu, monkeypatch)
     with fake_gpu(gpu):
         slot = device.allocate(image.nbytes, "slots")
-        device.copy.copy(slot, HostSource(image))
+        device.copy.copy(slot, MemoryHome(image))
         device.copy.record().synchronize()
     assert [offset for offset, _ in pieces] == [0, 4 * MIB, 8 * MIB]
     assert torch.equal(torch.cat([data for _, data in pieces]), image.tensor)
@@ -105,7 +105,7 @@ def test_pinned_memory_is_copied_at_once_by_the_caller(gpu, device):
     device.pin(image)
     with fake_gpu(gpu):
         slot = device.allocate(image.nbytes, "slots")
-        device.copy.copy(slot, HostSource(image))
+        device.copy.copy(slot, MemoryHome(image))
         assert ("copy", "buffer 0") in gpu.trace
     statistics = device.copy.statistics()
     assert statistics.bytes_copied == image.nbytes
@@ -123,7 +123,7 @@ def test_stall_is_the_time_the_gpu_waits_for_copies(gpu, device):
     image = buffer_of(MIB)
     device.pin(image)
     with fake_gpu(gpu):
-        device.copy.copy(device.allocate(MIB, "slots"), HostSource(image))
+        device.copy.copy(device.allocate(MIB, "slots"), MemoryHome(image))
         device.compute.wait(device.copy.record())
         device.compute.wait(device.compute.record())
     assert device.compute.stalled_s() == pytest.approx(MIB / 1e9)

@@ -16,7 +16,7 @@ from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.streaming import home as home_module
+from offload_rt.streaming import memory_home as home_module
 
 
 class Eager:

@@ -34,7 +34,7 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
-from offload_rt.streaming import home as home_module
+from offload_rt.streaming import memory_home as home_module
 
 PROMPTS = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24])
 STEPS = 2

@@ -56,6 +56,7 @@ TORCH_FREE |= {
 TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
 TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
 TORCH_FREE |= {
+    "streaming.direct_io",
     "streaming.ring",
     "kv.recent_share",
     "kv.sizes",

@@ -542,7 +542,7 @@ def test_short_reads_and_writes_are_finished(device):
 def test_nothing_is_left_on_disk(device, tmp_path, direct):
     with offloaded(device, home="file", folder=tmp_path, direct=direct) as cache:
         assert not list(tmp_path.iterdir())
-        fd = cache._home._fd
+        fd = cache._home._file.fd
         assert os.fstat(fd).st_nlink == 0
         assert os.fstat(fd).st_size >= cache._sizes.home_bytes
     with pytest.raises(OSError, match="Bad file descriptor"):

@@ -26,6 +26,7 @@ from offload_rt.errors import ProfileError
 from offload_rt.model.checkpoint import demo_folder
 from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
+from offload_rt.streaming.direct_io import open_file
 
 _READ_BYTES, _READ_LIMIT_S = 256 * 2**20, 2.0
 
@@ -245,18 +246,16 @@ def _disk(model: Path | None) -> DiskFacts:
 def _read_rate(path: Path) -> tuple[bool, float | None]:
     """Whether O_DIRECT works on a file, and how fast reading it is, one read at a time."""
     buffer = mmap.mmap(-1, PIECE_BYTES)
-    for flag in (os.O_DIRECT, 0):
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flag)
-        except OSError:
-            continue
-        try:
-            return bool(flag), _rate(fd, buffer)
-        except OSError:
-            continue
-        finally:
-            os.close(fd)
-    return False, None
+    try:
+        file = open_file(path, os.O_RDONLY)
+    except OSError:
+        return False, None
+    try:
+        return file.direct, _rate(file.fd, buffer)
+    except OSError:
+        return False, None
+    finally:
+        file.close()
 
 
 def _rate(fd: int, buffer: mmap.mmap) -> float | None:

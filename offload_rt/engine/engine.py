@@ -53,7 +53,7 @@ from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.speculative.suffixes import most_contexts
 from offload_rt.speculative.triforce import TriForceDrafter
-from offload_rt.streaming.home import HostSource
+from offload_rt.streaming.memory_home import MemoryHome
 
 NO_DRAFT = DraftConfig()
 
@@ -499,7 +499,7 @@ class Engine:
             for image, event in zip(images, filled, strict=True):
                 event.synchronize()
                 self.device.pin(image)  # while later layers are still being read
-            sources = dict(zip(sources, map(HostSource, images), strict=True))
+            sources = dict(zip(sources, map(MemoryHome, images), strict=True))
         store = LayerStore(
             self.device, layouts, sources, self.placement.slots, self._files, self.network.kept
         )

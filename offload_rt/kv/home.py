@@ -9,7 +9,7 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Protocol
 import torch
 
 from offload_rt.device.base import (
-    PAGE_BYTES,
     PIECE_BYTES,
     CopyBlock,
     CopyPiece,
@@ -30,11 +29,10 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import DeviceError, PlanError
 from offload_rt.kv.sizes import WRITE_PIECE_BYTES, KVSizes
+from offload_rt.streaming.direct_io import OpenFile, PReadV, PWrite, open_file, whole_pages
+from offload_rt.streaming.memory_home import MemoryHome, cut, pieces_of
 from offload_rt.units import format_size
 from offload_rt.writing import size_limit
-
-PReadV = Callable[[int, Sequence[memoryview], int], int]
-PWrite = Callable[[int, memoryview, int], int]
 
 
 class KVHome(Protocol):
@@ -53,42 +51,6 @@ class KVHome(Protocol):
         """Give back what the system lent; nothing is in flight any more."""
 
 
-@dataclass(frozen=True, slots=True)
-class RamRows:
-    """Rows in host memory, as source and as target."""
-
-    image: HostBuffer
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the rows."""
-        return self.image.nbytes
-
-    def blocks(self, dst: DeviceBuffer) -> Sequence[CopyBlock]:
-        """The memory copies that fill `dst`."""
-        return [
-            CopyBlock(stop - start, partial(_copy, dst.tensor, self.image.tensor, start, stop))
-            for start, stop in _cut(self.nbytes, PIECE_BYTES)
-        ]
-
-    def write_blocks(self, src: torch.Tensor) -> Sequence[CopyBlock]:
-        """The memory copies that put `src` here."""
-        return [
-            CopyBlock(stop - start, partial(_copy, self.image.tensor, src, start, stop))
-            for start, stop in _cut(self.nbytes, PIECE_BYTES)
-        ]
-
-    def pieces(self) -> Sequence[CopyPiece]:
-        """The memory copies that bring the rows through staging buffers."""
-        return _pieces(self.nbytes, self._load)
-
-    def check(self) -> None:
-        """Memory of this process does not change under us."""
-
-    def _load(self, start: int, stop: int, staging: HostBuffer) -> torch.Tensor:
-        return staging.tensor[: stop - start].copy_(self.image.tensor[start:stop])
-
-
 class RamHome:
     """Host memory, one stretch per layer; pinned where that makes copies faster."""
 
@@ -101,13 +63,13 @@ class RamHome:
             device.pin(memory)
             self._layers[layer] = memory
 
-    def source(self, layer: int, row: int, rows: int) -> RamRows:
+    def source(self, layer: int, row: int, rows: int) -> MemoryHome:
         """Rows, to be copied to the device."""
-        return RamRows(self._part(layer, row, rows))
+        return MemoryHome(self._part(layer, row, rows))
 
-    def target(self, layer: int, row: int, rows: int) -> RamRows:
+    def target(self, layer: int, row: int, rows: int) -> MemoryHome:
         """Where rows go."""
-        return RamRows(self._part(layer, row, rows))
+        return MemoryHome(self._part(layer, row, rows))
 
     def rows(self, layer: int, row: int, rows: int) -> torch.Tensor:
         """The rows themselves."""
@@ -158,9 +120,9 @@ class FileHome:
         for layer in sizes.offloaded:
             self._starts[layer] = end
             end += sizes.layer_home_bytes(layer)
-        self._fd, self.direct = _open_unnamed(self.folder, direct)
+        self._file: OpenFile | None = _open_unnamed(self.folder, direct)
         try:
-            _take_room(self._fd, end, self.folder)
+            _take_room(self._file.fd, end, self.folder)
         except BaseException:
             self.close()
             raise
@@ -184,23 +146,19 @@ class FileHome:
 
     def close(self) -> None:
         """Close the file; its room is free again."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
     def read(self, target: memoryview, offset: int, need: int) -> None:
         """Read `need` bytes at `offset` into page-aligned memory with room for whole pages."""
-        done, stop = 0, -(-need // PAGE_BYTES) * PAGE_BYTES
-        while done < need:
-            try:
-                count = self._preadv(self._fd, [target[done:stop]], offset + done)
-            except OSError as error:
-                raise self._failed("reading", need, offset, error.strerror) from error
-            if count == 0:
-                raise self._failed("reading", need, offset, "it ends early")
-            done += count
-            if self.direct and done < need:
-                done -= done % PAGE_BYTES  # a direct read must start at a page border
+        assert self._file is not None
+        try:
+            done = self._file.read(target[: whole_pages(need)], offset, need, preadv=self._preadv)
+        except OSError as error:
+            raise self._failed("reading", need, offset, error.strerror) from error
+        if done < need:
+            raise self._failed("reading", need, offset, "it ends early")
 
     def write(self, source: torch.Tensor, offset: int) -> None:
         """Write [n] bytes, at most a piece, at a page border; the rest of a page is ours too."""
@@ -209,17 +167,14 @@ class FileHome:
             bounce = self._bounces.buffer = allocate_host(WRITE_PIECE_BYTES)
         need = source.numel()
         bounce.tensor[:need].copy_(source)
-        done, stop = 0, -(-need // PAGE_BYTES) * PAGE_BYTES
-        while done < stop:
-            try:
-                count = self._pwrite(self._fd, bounce.view[done:stop], offset + done)
-            except OSError as error:
-                raise self._failed("writing", need, offset, error.strerror) from error
-            if count == 0:
-                raise self._failed("writing", need, offset, "nothing was written")
-            done += count
-            if self.direct and done < stop:
-                done -= done % PAGE_BYTES
+        assert self._file is not None
+        try:
+            rows = bounce.view[: whole_pages(need)]
+            done = self._file.write(rows, offset, pwrite=self._pwrite)
+        except OSError as error:
+            raise self._failed("writing", need, offset, error.strerror) from error
+        if done < need:
+            raise self._failed("writing", need, offset, "nothing was written")
 
     def _offset(self, layer: int, row: int) -> int:
         block, rest = divmod(row, self._sizes.block_tokens)
@@ -254,12 +209,12 @@ class FileRows:
                 stop - start,
                 partial(self.home.read, dst.view[start:], self.offset + start, stop - start),
             )
-            for start, stop in _cut(self.nbytes, PIECE_BYTES)
+            for start, stop in cut(self.nbytes, PIECE_BYTES)
         ]
 
     def pieces(self) -> Sequence[CopyPiece]:
         """The reads that bring the rows through staging buffers."""
-        return _pieces(self.nbytes, self._load)
+        return pieces_of(self.nbytes, self._load)
 
     def check(self) -> None:
         """Nobody else can reach a file without a name."""
@@ -289,31 +244,8 @@ class FileRuns:
                 partial(self.home.write, src[at + start : at + stop], offset + start),
             )
             for offset, at, nbytes in self.runs
-            for start, stop in _cut(nbytes, WRITE_PIECE_BYTES)
+            for start, stop in cut(nbytes, WRITE_PIECE_BYTES)
         ]
-
-
-def _pieces(
-    nbytes: int, load: Callable[[int, int, HostBuffer], torch.Tensor]
-) -> Sequence[CopyPiece]:
-    """Pieces of a copy of which bytes `start` to `stop` come by `load(start, stop, staging)`."""
-    return [
-        CopyPiece(
-            offset=start,
-            image_bytes=stop - start,
-            nbytes=stop - start,
-            load=partial(load, start, stop),
-        )
-        for start, stop in _cut(nbytes, PIECE_BYTES)
-    ]
-
-
-def _cut(nbytes: int, piece: int) -> list[tuple[int, int]]:
-    return [(start, min(start + piece, nbytes)) for start in range(0, nbytes, piece)]
-
-
-def _copy(dst: torch.Tensor, src: torch.Tensor, start: int, stop: int) -> None:
-    dst[start:stop].copy_(src[start:stop])
 
 
 def _default_folder() -> Path:
@@ -323,38 +255,20 @@ def _default_folder() -> Path:
     return Path(tempfile.gettempdir())
 
 
-def _open_unnamed(folder: Path, direct: bool) -> tuple[int, bool]:
-    """Make a file, open it, take its name away; returns whether it passes the page cache by."""
+def _open_unnamed(folder: Path, direct: bool) -> OpenFile:
+    """Make a file, open it, take its name away."""
     try:
         fd, name = tempfile.mkstemp(prefix="offload-kv-", dir=folder)
+        os.close(fd)
+        try:
+            return open_file(Path(name), os.O_RDWR, direct=direct)
+        finally:
+            os.unlink(name)
     except OSError as error:
         raise DeviceError(
             f"cannot make a file for the KV cache in {folder}: {error.strerror}; choose another "
             "folder with --kv-folder"
         ) from error
-    try:
-        if not direct:
-            return fd, False
-        try:
-            past_cache = os.open(name, os.O_RDWR | os.O_CLOEXEC | os.O_DIRECT)
-        except OSError:
-            return fd, False  # tmpfs and some network file systems
-        if _direct_works(past_cache):
-            os.close(fd)
-            return past_cache, True
-        os.close(past_cache)
-        return fd, False
-    finally:
-        os.unlink(name)
-
-
-def _direct_works(fd: int) -> bool:
-    """Some file systems accept O_DIRECT at open and refuse it when it is used."""
-    probe = allocate_host(PAGE_BYTES)
-    try:
-        return os.pwrite(fd, probe.view, 0) > 0
-    except OSError as error:
-        return error.errno == errno.ENOSPC  # what takes room next says it better
 
 
 def _take_room(fd: int, nbytes: int, folder: Path) -> None:

@@ -9,7 +9,7 @@ that says so.
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,20 +28,14 @@ from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
 from offload_rt.model.layout import FLOATS, FileRun, LayerLayout
-
-PreadV = Callable[[int, Sequence[memoryview], int], int]
+from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
 
 @dataclass(frozen=True, slots=True)
-class OpenFile:
-    """An open weights file.
+class _WeightFile:
+    """An open weights file, and what it was when its header was read."""
 
-    Attributes:
-        direct: reads bypass the page cache; they must then be whole pages.
-    """
-
-    fd: int
-    direct: bool
+    file: OpenFile
     identity: FileIdentity
 
 
@@ -58,15 +52,15 @@ class WeightFiles:
         self,
         identities: Mapping[Path, FileIdentity],
         *,
-        preadv: PreadV = os.preadv,
+        preadv: PReadV = os.preadv,
         direct: bool = True,
     ) -> None:
         self._preadv = preadv
         self._bounces = threading.local()
-        self._files: dict[Path, OpenFile] = {}
+        self._files: dict[Path, _WeightFile] = {}
         try:
             for path, identity in identities.items():
-                self._files[path] = _open(path, identity, direct)
+                self._files[path] = _WeightFile(_open(path, direct), identity)
                 self.check([path])
         except CheckpointError:
             self.close()
@@ -75,12 +69,12 @@ class WeightFiles:
     @property
     def direct(self) -> bool:
         """Whether all files are read past the page cache."""
-        return all(file.direct for file in self._files.values())
+        return all(each.file.direct for each in self._files.values())
 
     def close(self) -> None:
         """Close all files."""
-        for file in self._files.values():
-            os.close(file.fd)
+        for each in self._files.values():
+            each.file.close()
         self._files = {}
 
     def check(self, paths: Iterable[Path]) -> None:
@@ -92,7 +86,7 @@ class WeightFiles:
         for path in paths:
             file = self._files[path]
             try:
-                now = [os.fstat(file.fd), os.stat(path)]
+                now = [os.fstat(file.file.fd), os.stat(path)]
             except OSError as error:
                 raise CheckpointError(
                     f"{path.name} cannot be reached any more ({error.strerror}): it was moved or "
@@ -146,7 +140,7 @@ class WeightFiles:
         return in_file, converted
 
     def _blocks_in_place(
-        self, file: OpenFile, run: FileRun, image: HostBuffer
+        self, file: _WeightFile, run: FileRun, image: HostBuffer
     ) -> Iterator[CopyBlock]:
         """Cut at page borders of the file; the first and last page are read whole if direct."""
         begin, end = run.file_offset, run.file_offset + run.nbytes
@@ -155,35 +149,28 @@ class WeightFiles:
         for page in range(first, end, PIECE_BYTES):
             start, stop = max(begin, page), min(end, page + PIECE_BYTES)
             low, high = start, stop
-            if file.direct:
-                low, high = page, -(-stop // PAGE_BYTES) * PAGE_BYTES
+            if file.file.direct:
+                low, high = page, whole_pages(stop)
             target = image.view[low + shift : high + shift]
             yield CopyBlock(stop - start, partial(self._read, file, target, low, stop - low))
 
-    def _read(self, file: OpenFile, target: memoryview, offset: int, need: int) -> None:
-        """Read at least `need` bytes at `offset` into `target`, in as many calls as it takes."""
-        done = 0
-        while done < need:
-            try:
-                count = self._preadv(file.fd, [target[done:]], offset + done)
-            except OSError as error:
-                raise CheckpointError(
-                    f"{file.identity.path.name}: reading {need} bytes at {offset} failed: "
-                    f"{error.strerror}; check the disk"
-                ) from error
-            end = offset + done + count
-            at_end = count == 0 or end >= os.fstat(file.fd).st_size
-            if at_end and done + count < need:
-                raise CheckpointError(
-                    f"{file.identity.path.name} ends at byte {end}, {need - done - count} bytes "
-                    "short of what its header promises: it was truncated while running"
-                )
-            done += count
-            if file.direct and done < need:
-                done -= done % PAGE_BYTES  # a direct read must start at a page border
+    def _read(self, file: _WeightFile, target: memoryview, offset: int, need: int) -> None:
+        """Read at least `need` bytes at `offset` into `target`."""
+        try:
+            done = file.file.read(target, offset, need, preadv=self._preadv)
+        except OSError as error:
+            raise CheckpointError(
+                f"{file.identity.path.name}: reading {need} bytes at {offset} failed: "
+                f"{error.strerror}; check the disk"
+            ) from error
+        if done < need:
+            raise CheckpointError(
+                f"{file.identity.path.name} ends at byte {offset + done}, {need - done} bytes "
+                "short of what its header promises: it was truncated while running"
+            )
 
     def _bounce(
-        self, file: OpenFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
+        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
     ) -> None:
         """Read through a buffer of this thread, then copy or convert into place."""
         bounce = getattr(self._bounces, "buffer", None)
@@ -196,7 +183,7 @@ class WeightFiles:
         image.tensor[at : at + size].view(want).copy_(source.view(have))
 
     def _stage(
-        self, file: OpenFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
+        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
     ) -> torch.Tensor:
         """Read into `staging` and convert there; returns the part of it that is the result."""
         have, want = _formats(run)
@@ -207,12 +194,12 @@ class WeightFiles:
         return staging.tensor[: converted.numel()].copy_(converted)
 
     def _read_into(
-        self, file: OpenFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
+        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
     ) -> torch.Tensor:
         """Read whole pages; returns [nbytes] of `staging`, or a copy aligned for the format."""
         offset = run.file_offset + start
         lead = offset % PAGE_BYTES
-        room = -(-(lead + nbytes) // PAGE_BYTES) * PAGE_BYTES
+        room = whole_pages(lead + nbytes)
         self._read(file, staging.view[:room], offset - lead, lead + nbytes)
         source = staging.tensor[lead : lead + nbytes]
         return source.clone() if lead % _formats(run)[0].itemsize else source
@@ -268,24 +255,8 @@ def _formats(run: FileRun) -> tuple[torch.dtype, torch.dtype]:
     return getattr(torch, FLOATS[have]), getattr(torch, want)
 
 
-def _open(path: Path, identity: FileIdentity, direct: bool) -> OpenFile:
-    for flags in [os.O_DIRECT, 0] if direct else [0]:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
-        except OSError as error:
-            if flags:
-                continue  # tmpfs and some network file systems refuse direct reads
-            raise CheckpointError(f"cannot open {path.name}: {error.strerror}") from error
-        if not flags or _direct_works(fd):
-            return OpenFile(fd, bool(flags), identity)
-        os.close(fd)
-    raise CheckpointError(f"cannot open {path.name}")
-
-
-def _direct_works(fd: int) -> bool:
-    """Some file systems accept O_DIRECT at open and refuse it at the first read."""
-    probe = allocate_host(PAGE_BYTES)
+def _open(path: Path, direct: bool) -> OpenFile:
     try:
-        return os.preadv(fd, [probe.view], 0) > 0
-    except OSError:
-        return False
+        return open_file(path, os.O_RDONLY, direct=direct)
+    except OSError as error:
+        raise CheckpointError(f"cannot open {path.name}: {error.strerror}") from error

@@ -9,7 +9,7 @@ from offload_rt.device.cuda.device import CudaDevice, TorchDriver
 from offload_rt.device.cuda.streams import CudaCopyStream
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.errors import DeviceError
-from offload_rt.streaming.home import HostSource
+from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 
 MIB = 2**20
@@ -32,7 +32,7 @@ def sources_of(device, *, pin=True):
         image.tensor.fill_(layer + 1)
         if pin:
             device.pin(image)
-        sources[layer] = HostSource(image)
+        sources[layer] = MemoryHome(image)
     return sources
 
 
@@ -75,7 +75,7 @@ def test_the_link_is_as_fast_as_a_plain_pinned_copy(device):
         if name == "plain":
             slot.tensor.copy_(plain, non_blocking=True)
         else:
-            device.copy.copy(slot, HostSource(image))
+            device.copy.copy(slot, MemoryHome(image))
         torch.cuda.synchronize()
         rate = image.nbytes / (time.perf_counter() - start)
         rates[name] = max(rate, rates.get(name, 0.0))
@@ -88,7 +88,7 @@ def test_the_link_is_as_fast_as_a_plain_pinned_copy(device):
 def test_stalls_are_measured(device):
     image = allocate_host(256 * MIB)
     device.pin(image)
-    device.copy.copy(device.allocate(image.nbytes, "slots"), HostSource(image))
+    device.copy.copy(device.allocate(image.nbytes, "slots"), MemoryHome(image))
     device.compute.wait(device.copy.record())
     torch.cuda.synchronize()
     busy_s = device.copy.statistics().busy_s
