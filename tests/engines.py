@@ -7,7 +7,7 @@ import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.system import give_back_holes
-from offload_rt.engine import NO_DRAFT, Engine
+from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 
 ROOMY = 512 * 2**20
@@ -34,7 +34,7 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config
 def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):
     """All tokens of each prompt's answer."""
     options = GenerationConfig(max_tokens=tokens, **generation)
-    run = engine.start(prompts, sampling or SamplingConfig(), options)
+    run = Run.start(engine, prompts, sampling or SamplingConfig(), options)
     run.prefill()
     while run.active:
         run.step()

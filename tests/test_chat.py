@@ -11,8 +11,7 @@ from prompt_toolkit.output import DummyOutput
 from offload_rt.cli import chat as chat_module
 from offload_rt.cli.chat_history import HistoryFile
 from offload_rt.cli.chat_terminal import TerminalReader
-from offload_rt.engine import Engine
-from offload_rt.engine.decoding import Run
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import DeviceError, NumbersError
 
 PLAIN = ("-n", 6, "--draft", "none")

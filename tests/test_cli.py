@@ -31,7 +31,8 @@ def engine_tokens(folder, max_tokens, **sampling):
     with Engine(
         checkpoint, RuntimeConfig(), capacities=[len(ids) + max_tokens], prompt_tokens=len(ids)
     ) as engine:
-        generating = engine.start(
+        generating = Run.start(
+            engine,
             [ids],
             SamplingConfig(**sampling),
             GenerationConfig(max_tokens=max_tokens),

@@ -9,8 +9,7 @@ from statistics import mean, median
 import pytest
 
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.engine import Engine
-from offload_rt.engine.decoding import Run
+from offload_rt.engine import Engine, Run
 from offload_rt.speculative.draft_model import DraftModelDrafter
 
 MT_BENCH = [

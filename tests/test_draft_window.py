@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from test_speculation import likelihood_of_three_tokens
 
 from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, SamplingConfig
+from offload_rt.engine import Run
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.draft_model import DraftModelDrafter
@@ -174,7 +175,7 @@ def test_memory_for_the_cache_is_the_windows(make_tiny):
         draft = dataclasses.replace(full, draft_window=window)
         with engine_for(folder, prompts=[LONG], tokens=200, draft=draft) as engine:
             before = engine.device.ledger()["KV cache"]
-            run = engine.start([LONG], SamplingConfig(), GenerationConfig(max_tokens=3))
+            run = Run.start(engine, [LONG], SamplingConfig(), GenerationConfig(max_tokens=3))
             taken = engine.device.ledger()["KV cache"] - before
             found[window] = (taken, engine.placement.demand.drafter_bytes)
             assert run.sequences[0].drafter is not None

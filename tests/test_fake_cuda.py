@@ -22,7 +22,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run, decoding
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CheckpointError, StreamOrderError
 from offload_rt.kv import resident
@@ -47,7 +47,7 @@ def gpu(monkeypatch):
     double = FakeCuda()
     monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
     monkeypatch.setattr(opening, "TorchDriver", lambda: double)
-    monkeypatch.setattr(engine_module, "make_generator", lambda *_: torch.Generator())
+    monkeypatch.setattr(decoding, "make_generator", lambda *_: torch.Generator())
     monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
     into = WeightFiles._read_into
 
@@ -72,7 +72,7 @@ def generate(gpu, folder, *, sampling=SAMPLED, after_step=lambda engine: None, *
         fake_gpu(gpu),
         Engine(open_checkpoint(folder), runtime, capacities=[20, 20], prompt_tokens=14) as engine,
     ):
-        run = engine.start(PROMPTS, sampling, GenerationConfig(max_tokens=STEPS + 1))
+        run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=STEPS + 1))
         gpu.strict = True
         for advance in [run.prefill, *[run.step] * STEPS]:
             assert [e.token_ids for e in advance()] == [[5], [5]]
@@ -272,7 +272,7 @@ def test_a_failed_pass_leaves_the_engine_usable(gpu, tiny, monkeypatch):
         Engine(checkpoint, config, capacities=[20, 20], prompt_tokens=14) as engine,
     ):
         for _ in range(2):
-            run = engine.start(PROMPTS, SamplingConfig(), GenerationConfig(max_tokens=2))
+            run = Run.start(engine, PROMPTS, SamplingConfig(), GenerationConfig(max_tokens=2))
             try:
                 run.prefill()
             except KeyboardInterrupt:
@@ -314,7 +314,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
         fake_gpu(gpu),
         Engine(checkpoint, runtime, capacities=[40, 40], prompt_tokens=14, draft=draft) as engine,
     ):
-        run = engine.start(PROMPTS, sampling, GenerationConfig(max_tokens=20))
+        run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=20))
         gpu.strict = True
         run.prefill()
         for step in range(1, 4):
@@ -352,7 +352,7 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
         fake_gpu(gpu),
         Engine(checkpoint, runtime, capacities=[70, 30], prompt_tokens=43, draft=draft) as engine,
     ):
-        run = engine.start(prompts, sampling, GenerationConfig(max_tokens=20))
+        run = Run.start(engine, prompts, sampling, GenerationConfig(max_tokens=20))
         gpu.strict = True
         run.prefill()
         for step in range(1, 4):

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from safetensors.torch import load_file, save_file
-from test_speculation import IDS, chi_square, start
+from test_speculation import IDS, chi_square
 
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
+from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.medusa.calibration import Calibration, write_calibration
 from offload_rt.medusa.judge import Judge
@@ -121,7 +122,7 @@ def test_heads_that_know_the_answer_are_always_right(llama, plain, heads, place)
     with engine_for(
         llama, prompts=prompts, tokens=ANSWER, draft=draft_of(heads["knowing"]), **place
     ) as engine:
-        run = engine.start(prompts, SamplingConfig(), decoding_config(ANSWER))
+        run = Run.start(engine, prompts, SamplingConfig(), decoding_config(ANSWER))
         run.prefill()
         while run.active:
             run.step()
@@ -144,7 +145,7 @@ def test_drafted_tokens_are_the_heads_likeliest(make_tiny, tmp_path, family, own
     model = make_tiny(family, **IDS)
     folder = write_shared(tmp_path, own=own)
     with engine_for(model, tokens=8, draft=draft_of(folder)) as engine:
-        run = engine.start([PROMPT], SamplingConfig(), decoding_config(8))
+        run = Run.start(engine, [PROMPT], SamplingConfig(), decoding_config(8))
         run.prefill()
         while run.active:
             ids = run.sequences[0].ids
@@ -172,7 +173,7 @@ def check_proposal(proposed, model, ids, tensors):
 
 def test_a_state_of_another_sequence_is_not_drafted_from(llama, heads):
     with engine_for(llama, tokens=8, draft=draft_of(heads["shared"])) as engine:
-        run = engine.start([PROMPT], SamplingConfig(), decoding_config(8))
+        run = Run.start(engine, [PROMPT], SamplingConfig(), decoding_config(8))
         run.prefill()
         (sequence,) = run.sequences
         assert len(sequence.drafter.propose(sequence.ids, 4).tree) > 0
@@ -184,7 +185,7 @@ def test_depth_and_nodes_are_kept_to(llama, heads):
     for nodes in (1, 7, 40):
         draft = draft_of(heads["shared"], draft_tokens=nodes)
         with engine_for(llama, tokens=8, draft=draft) as engine:
-            run = engine.start([PROMPT], SamplingConfig(), decoding_config(8))
+            run = Run.start(engine, [PROMPT], SamplingConfig(), decoding_config(8))
             run.prefill()
             (sequence,) = run.sequences
             whole = sequence.drafter.propose(sequence.ids, 9).tree
@@ -234,7 +235,7 @@ def test_after_a_drafted_answer_caches_equal_a_fresh_prefill(llama, heads, place
     prompts = PROMPTS[:2]
     draft = draft_of(heads[kind], draft_tokens=30)
     with engine_for(llama, prompts=prompts, tokens=ANSWER + 1, draft=draft, **place) as engine:
-        run = engine.start(prompts, SamplingConfig(), decoding_config(ANSWER - 2))
+        run = Run.start(engine, prompts, SamplingConfig(), decoding_config(ANSWER - 2))
         run.prefill()
         while run.active:
             run.step()
@@ -342,7 +343,7 @@ def sampled_counts(llama, heads, names):
     with engine_for(llama, prompts=prompts, tokens=8, draft=draft) as engine:
         for number in range(RUNS):
             seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * TOGETHER)
-            run = engine.start(prompts, seeded, decoding_config(4))
+            run = Run.start(engine, prompts, seeded, decoding_config(4))
             run.prefill()
             while run.active:
                 run.step()
@@ -406,7 +407,7 @@ def test_sampled_answers_are_repeatable(llama, heads):
     for rule in (AcceptRule.LOSSLESS, AcceptRule.TYPICAL):
         draft = draft_of(heads["knowing"], accept=rule)
         with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
-            answers = [start(engine, ANSWER, sampling).sequences[0].emitted for _ in range(2)]
+            answers = [Run.start(engine, ANSWER, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
 
 
@@ -415,7 +416,7 @@ def test_a_seeded_answer_is_that_without_heads(llama, heads):
     runs = []
     for draft in (DraftConfig(), draft_of(heads["knowing"])):
         with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
-            runs.append(start(engine, ANSWER, sampling))
+            runs.append(Run.start(engine, ANSWER, sampling))
     assert runs[0].sequences[0].emitted == runs[1].sequences[0].emitted
     assert runs[1].counts.accepted > 0
 
@@ -504,7 +505,7 @@ def padded(tensors, rows):
 def test_ids_only_the_heads_know_are_never_drafted(llama, plain, tmp_path):
     save_file(padded(random_heads(own=True), 20), tmp_path / "medusa_lm_head.safetensors")
     with engine_for(llama, prompts=PROMPTS, tokens=ANSWER, draft=draft_of(tmp_path)) as engine:
-        run = engine.start(PROMPTS, SamplingConfig(), decoding_config(4))
+        run = Run.start(engine, PROMPTS, SamplingConfig(), decoding_config(4))
         run.prefill()
         tree = run.sequences[0].drafter.propose(run.sequences[0].ids, 9).tree
         assert len(tree) == 61 and max(tree.tokens) < 300

@@ -7,7 +7,7 @@ from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from test_fake_cuda import PROMPTS, SAMPLED, gpu  # noqa: F401 - a fixture
 
 from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, RuntimeConfig, SamplingConfig
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 
 KINDS = {
@@ -36,7 +36,7 @@ def test_a_step_with_heads_waits_twice_for_all_sequences(gpu, make_tiny, tmp_pat
         before, ledger = gpu.downloads, engine.device.ledger()
         assert ledger["Medusa heads"] >= 3 * (64 * 64 + 64) * 4
         assert all(p.device == torch.device("cuda:0") for p in engine.medusa._heads.parameters())
-        run = engine.start(PROMPTS, sampling, GenerationConfig(max_tokens=40))
+        run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=40))
         gpu.strict = True
         run.prefill()
         for step in range(1, 4):

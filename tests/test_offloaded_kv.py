@@ -30,7 +30,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import streams
 from offload_rt.device.kinds import CUDA
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run, decoding
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError, StreamOrderError
 from offload_rt.kv import sizes as kv_sizes
@@ -696,7 +696,7 @@ def gpu(monkeypatch):
     double = FakeCuda()
     monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
     monkeypatch.setattr(opening, "TorchDriver", lambda: double)
-    monkeypatch.setattr(engine_module, "make_generator", lambda *_: torch.Generator())
+    monkeypatch.setattr(decoding, "make_generator", lambda *_: torch.Generator())
     monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
     # A part of host memory is to be real, with an address, and known as part of the whole.
     monkeypatch.setattr(RamHome, "_part", build_for_real(RamHome._part))
@@ -721,7 +721,7 @@ def steps_on(gpu, model, steps=40):
         fake_gpu(gpu),
         Engine(checkpoint, config, capacities=[140, 100], prompt_tokens=140) as engine,
     ):
-        run = engine.start(prompts, SamplingConfig(), GenerationConfig(max_tokens=steps + 1))
+        run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=steps + 1))
         gpu.strict = True
         for advance_run in [run.prefill, *[run.step] * steps]:
             advance_run()

@@ -8,7 +8,7 @@ import pytest
 from engines import engine_for, generate
 
 from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, KVPlace, SamplingConfig
-from offload_rt.engine.decoding import Run
+from offload_rt.engine import Run
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.ngram import NgramDrafter
 
@@ -18,7 +18,7 @@ STEPS = 9
 
 
 def finished(engine, prompts, tokens=STEPS + 1) -> Run:
-    run = engine.start(prompts, SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=tokens))
     run.prefill()
     while run.active:
         run.step()

@@ -13,7 +13,7 @@ from test_speculation import IDS
 
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, RuntimeConfig
 from offload_rt.device.kinds import CPU, CUDA
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
@@ -134,7 +134,7 @@ def test_answers_do_not_change(make_tiny, weights, nodes):
         kinds = {type(m) for m in engine._draft_model.network._model.modules()}
         assert {INT8: quantized.Int8Linear, INT4: quantized.Int4Linear}[weights] in kinds
         assert torch.nn.Linear not in kinds  # the head is rounded too
-        run = engine.start([PROMPT], engine_sampling(), GenerationConfig(max_tokens=24))
+        run = Run.start(engine, [PROMPT], engine_sampling(), GenerationConfig(max_tokens=24))
         run.prefill()
         while run.active:
             run.step()
@@ -283,7 +283,7 @@ def test_int4_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
             open_checkpoint(folder), runtime, capacities=[40], prompt_tokens=9, draft=draft
         ) as engine,
     ):
-        run = engine.start([PROMPT[:9]], engine_sampling(), GenerationConfig(max_tokens=12))
+        run = Run.start(engine, [PROMPT[:9]], engine_sampling(), GenerationConfig(max_tokens=12))
         run.prefill()
         run.step()
         kinds = {type(m) for m in engine._draft_model.network._model.modules()}

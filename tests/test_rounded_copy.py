@@ -21,7 +21,7 @@ from offload_rt.config import (
 )
 from offload_rt.costs.drafters import Drafting
 from offload_rt.device.kinds import CPU
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
@@ -44,7 +44,9 @@ def triforce(weights, draft="triforce", tokens=5, **retrieval):
 
 
 def finished(engine, prompt, tokens, sampling=None):
-    run = engine.start([prompt], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run = Run.start(
+        engine, [prompt], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens)
+    )
     run.prefill()
     while run.active:
         run.step()
@@ -100,7 +102,7 @@ def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatc
             return logits
 
         monkeypatch.setattr(engine._rounded_copy, "check", check)
-        run = engine.start([LONG], sampling, GenerationConfig(max_tokens=20))
+        run = Run.start(engine, [LONG], sampling, GenerationConfig(max_tokens=20))
         run.prefill()
         draft = run.sequences[0].drafter.propose(run.sequences[0].ids, 5)
         rows = torch.cat(laws)
@@ -254,7 +256,7 @@ def test_int4_copies_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
             open_checkpoint(folder), runtime, capacities=[70], prompt_tokens=43, draft=draft
         ) as engine,
     ):
-        run = engine.start([prompt], SamplingConfig(), GenerationConfig(max_tokens=20))
+        run = Run.start(engine, [prompt], SamplingConfig(), GenerationConfig(max_tokens=20))
         gpu.strict = True
         run.prefill()
         for step in range(1, 4):

@@ -20,6 +20,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.kinds import CPU
+from offload_rt.engine import Run
 from offload_rt.errors import ConfigError
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs
@@ -507,7 +508,7 @@ def test_which_ngrams_are_kept_back_changes_no_answer(make_tiny, monkeypatch):
         monkeypatch.setattr("offload_rt.device.cpu.CpuDevice.kind", kind)
         draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=LITTLE)
         with engine_for(folder, prompts=[REPEATS], tokens=30, draft=draft) as engine:
-            run = engine.start([REPEATS], SamplingConfig(), GenerationConfig(max_tokens=30))
+            run = Run.start(engine, [REPEATS], SamplingConfig(), GenerationConfig(max_tokens=30))
             run.prefill()
             while run.active:
                 run.step()
@@ -580,7 +581,9 @@ def test_a_drafter_that_is_the_target_is_always_right(make_tiny, drafts):
 def start(engine, tokens, sampling=None, prompt=PROMPT):
     from offload_rt.config import GenerationConfig
 
-    run = engine.start([prompt], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run = Run.start(
+        engine, [prompt], sampling or SamplingConfig(), GenerationConfig(max_tokens=tokens)
+    )
     run.prefill()
     while run.active:
         run.step()
@@ -596,8 +599,8 @@ def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name)
     with engine_for(folder, tokens=30, draft=drafts[name]) as engine:
         from offload_rt.config import GenerationConfig
 
-        run = engine.start(
-            [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=30), frozenset([end])
+        run = Run.start(
+            engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=30), frozenset([end])
         )
         run.prefill()
         while run.active:

@@ -23,6 +23,7 @@ from offload_rt.config import (
 )
 from offload_rt.device import cpu as cpu_module
 from offload_rt.device.base import CopyBlock
+from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.model import weight_files as files_module
 
@@ -236,7 +237,7 @@ def test_the_limit_named_by_a_refusal_works(model):
 def test_a_prompt_longer_than_the_cache_is_refused_with_both_numbers(model):
     refusal = pytest.raises(CapacityError, match="the prompt has 9 tokens.* 7 ")
     with engine_for(model, prompts=[[1] * 4], tokens=3) as engine, refusal:
-        engine.start([[1] * 9], SamplingConfig(), GenerationConfig())
+        Run.start(engine, [[1] * 9], SamplingConfig(), GenerationConfig())
 
 
 WIDE = {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 256}

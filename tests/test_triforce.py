@@ -20,6 +20,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.recent_share import RecentChoice
@@ -223,7 +224,7 @@ def test_greedy_with_triforce_equals_greedy_without(make_tiny, family, streamed)
 
 def finished(engine, prompt, tokens, sampling=None):
     options = GenerationConfig(max_tokens=tokens)
-    run = engine.start([prompt], sampling or SamplingConfig(), options)
+    run = Run.start(engine, [prompt], sampling or SamplingConfig(), options)
     run.prefill()
     while run.active:
         run.step()

@@ -42,7 +42,7 @@ import torch
 
 from offload_rt.cli.prompt_set import read_lines, read_prompt_set, spread
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.medusa.calibration import (
     CALIBRATION_FILE,
@@ -112,8 +112,12 @@ def make_questions(model: str, count: int, seed: int) -> Iterator[str]:
         while len(seen) < count:
             sampling = SamplingConfig(temperature=1.0, top_p=0.95, seed=seed)
             seed += TOGETHER
-            run = engine.start(
-                [prompt] * TOGETHER, sampling, GenerationConfig(max_tokens=QUESTION_TOKENS), ends
+            run = Run.start(
+                engine,
+                [prompt] * TOGETHER,
+                sampling,
+                GenerationConfig(max_tokens=QUESTION_TOKENS),
+                ends,
             )
             run.prefill()
             while run.active:
@@ -170,7 +174,7 @@ def measure(
     assert heads is not None  # the engine was made with heads
     states: list[list[torch.Tensor]] = [[] for _ in prompts]
     heads.on_kept = lambda index, kept: states[index].extend(kept)
-    run = engine.start(prompts, SamplingConfig(), GenerationConfig(max_tokens=answer), ends)
+    run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=answer), ends)
     run.prefill()
     while run.active:
         into.passes += len(run.active)

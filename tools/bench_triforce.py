@@ -53,7 +53,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.kinds import DeviceKind
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import FollowedKV, RetrievalKV, WatchedCache
@@ -299,7 +299,7 @@ def timed_answer(
     followed = engine._caches[0]
     assert isinstance(followed, FollowedKV)
     ends = engine_ends(engine)
-    run = engine.start([ids], SamplingConfig(), GenerationConfig(max_tokens=count), ends)
+    run = Run.start(engine, [ids], SamplingConfig(), GenerationConfig(max_tokens=count), ends)
     if draft_tokens == "auto":
         engine.controller = Controller(engine.plan.outlooks, engine.plan.first_nodes)
     elif draft_tokens != "none":

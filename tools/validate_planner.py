@@ -38,7 +38,7 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
@@ -211,7 +211,7 @@ class Bench:
         """What a run measured, and its tokens after the first."""
         engine.forget()
         generation = GenerationConfig(max_tokens=self.answer, ignore_eos=True)
-        run = engine.start([prompt], _GREEDY, generation)
+        run = Run.start(engine, [prompt], _GREEDY, generation)
         run.prefill()
         while run.active:
             run.step()

@@ -152,13 +152,17 @@ def _answers(
     end_tokens: frozenset[int],
 ) -> list[tuple[list["torch.Tensor"], list[int]]]:
     """Greedy answers, and the hidden states that made their tokens."""
+    from offload_rt.engine import Run
+
     states: list[list[torch.Tensor]] = [[] for _ in prompts]
 
     def keep(index: int, kept: Sequence["torch.Tensor"]) -> None:
         states[index].extend(kept)
 
     heads.on_kept = keep
-    run = engine.start(prompts, SamplingConfig(), GenerationConfig(max_tokens=tokens), end_tokens)
+    run = Run.start(
+        engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=tokens), end_tokens
+    )
     run.prefill()
     while run.active:
         run.step()

@@ -1,6 +1,6 @@
 """Answers in the making: draft, verify with one pass over the target, commit.
 
-    run = engine.start(prompts, sampling, generation)
+    run = Run.start(engine, prompts, sampling, generation)
     run.prefill()
     while run.active:
         run.step()
@@ -13,14 +13,15 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import TYPE_CHECKING
 
 import torch
 
-from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.config import AcceptRule, GenerationConfig, SamplingConfig
+from offload_rt.engine.counts import DraftCounts
 from offload_rt.engine.diagnosis import no_token
-from offload_rt.errors import NumbersError
+from offload_rt.engine.engine import Engine
+from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
+from offload_rt.errors import CapacityError, ConfigError, NumbersError
 from offload_rt.planning.drafting import Outcome
 from offload_rt.report import (
     Counters,
@@ -31,102 +32,11 @@ from offload_rt.report import (
     Transfer,
     overlap_ratio,
 )
-from offload_rt.sampling import Dice
-from offload_rt.speculative.base import Draft, Drafter, Verdict
+from offload_rt.sampling import Dice, make_generator
+from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.deciding import Checked, decide
 
-if TYPE_CHECKING:
-    from offload_rt.engine.engine import Engine
-
 _log = logging.getLogger(__name__)
-
-
-class FinishReason(StrEnum):
-    """Why a sequence ended."""
-
-    STOP = "stop"
-    LENGTH = "length"
-    ABORT = "abort"
-
-
-@dataclass(slots=True)
-class SequenceState:
-    """One sequence of a run.
-
-    Attributes:
-        index: its place among the prompts, and the cache it uses.
-        ids: prompt and emitted tokens.
-        prompt_tokens: how many of them are the prompt's.
-        max_tokens: emitted tokens at which it ends.
-        dice: its own source of randomness.
-        drafter: who drafts for it; None decodes token by token.
-        retrieval: with triforce, its drafter's counts.
-        finish_reason: None while it is active.
-    """
-
-    index: int
-    ids: list[int]
-    prompt_tokens: int
-    max_tokens: int
-    dice: Dice
-    drafter: Drafter | None = None
-    retrieval: RetrievalCounts | None = None
-    finish_reason: FinishReason | None = None
-
-    @property
-    def emitted(self) -> list[int]:
-        """Tokens generated so far."""
-        return self.ids[self.prompt_tokens :]
-
-    @property
-    def remaining(self) -> int:
-        """Tokens it may still emit."""
-        return self.max_tokens - (len(self.ids) - self.prompt_tokens)
-
-    def finish(self, reason: FinishReason) -> None:
-        """End the sequence; it takes part in no further pass."""
-        self.finish_reason = self.finish_reason or reason
-
-
-@dataclass(frozen=True, slots=True)
-class Emitted:
-    """Tokens one sequence gained in a pass."""
-
-    sequence: SequenceState
-    token_ids: list[int]
-
-
-@dataclass(slots=True)
-class DraftCounts:
-    """How drafting went so far.
-
-    Attributes:
-        drafted: nodes proposed.
-        accepted: nodes kept.
-        reached: per depth, drafts that had a node there whose ancestors all stood.
-        stood: per depth, drafts of which a node stood there.
-        draft_s: time spent proposing.
-        draft_link_bytes: bytes that crossed the link meanwhile.
-    """
-
-    drafted: int = 0
-    accepted: int = 0
-    reached: list[int] = field(default_factory=list)
-    stood: list[int] = field(default_factory=list)
-    draft_s: float = 0.0
-    draft_link_bytes: int = 0
-
-    def add(self, draft: Draft, verdict: Verdict) -> None:
-        """Count one draft."""
-        self.drafted += len(draft.tree)
-        self.accepted += len(verdict.path)
-        depth = min(len(verdict.path) + 1, max(draft.tree.depths, default=0))
-        while len(self.reached) < depth:
-            self.reached.append(0)
-            self.stood.append(0)
-        for level in range(depth):
-            self.reached[level] += 1
-            self.stood[level] += level < len(verdict.path)
 
 
 @dataclass(slots=True)
@@ -139,7 +49,7 @@ class Run:
         passes: target passes so far, the prompt's included.
     """
 
-    engine: "Engine"
+    engine: Engine
     sequences: list[SequenceState]
     sampling: SamplingConfig
     end_tokens: frozenset[int]
@@ -151,6 +61,57 @@ class Run:
 
     def __post_init__(self) -> None:
         self._marks = [self.engine.counters()]
+
+    @classmethod
+    def start(
+        cls,
+        engine: Engine,
+        prompts: Sequence[Sequence[int]],
+        sampling: SamplingConfig,
+        generation: GenerationConfig,
+        end_tokens: frozenset[int] = frozenset(),
+    ) -> "Run":
+        """Begin to answer prompts, all at once.
+
+        Args:
+            engine: makes the passes; rows its caches have of a prompt are not computed again.
+            prompts: token ids, one list per sequence.
+            sampling: how tokens are drawn; its seed must be set unless it is greedy.
+            generation: when answers end.
+            end_tokens: tokens that end an answer.
+
+        Raises:
+            CapacityError: a prompt is longer than its KV cache.
+            ConfigError: a prompt is empty, or the embedding has no row for a token of it.
+        """
+        capacities = engine.capacities
+        if len(prompts) > len(capacities):
+            raise CapacityError(f"{len(prompts)} prompts, room for {len(capacities)} sequences")
+        for ids, capacity in zip(prompts, capacities, strict=False):
+            if not ids:
+                raise ConfigError("a prompt is empty: give at least one token")
+            engine.checkpoint.require_rows(ids)
+            if len(ids) >= capacity:
+                raise CapacityError(
+                    f"the prompt has {len(ids)} tokens, the KV cache has room for "
+                    f"{capacity} with the answer: raise --context or shorten the prompt"
+                )
+        device = engine.device.torch_device
+        sequences = [
+            SequenceState(
+                index=i,
+                ids=list(ids),
+                prompt_tokens=len(ids),
+                max_tokens=min(generation.max_tokens, capacities[i] - len(ids)),
+                dice=Dice(make_generator((sampling.seed or 0) + i, device), device),
+            )
+            for i, ids in enumerate(prompts)
+        ]
+        for sequence in sequences:
+            sequence.drafter = engine.drafter(sequence.index, sampling, sequence.dice.generator)
+            sequence.retrieval = engine.retrieval_counts(sequence.index)
+        ends = frozenset() if generation.ignore_eos else end_tokens
+        return cls(engine, sequences, sampling, ends, engine.draft.accept, engine.draft.kind)
 
     @property
     def active(self) -> list[SequenceState]:

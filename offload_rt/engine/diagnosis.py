@@ -5,20 +5,17 @@ with every layer watched.
 """
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
+from offload_rt.engine.engine import Engine
 from offload_rt.errors import NumbersError, WeightsError
 from offload_rt.model.files import shown
 from offload_rt.model.layout import FLOATS
 from offload_rt.runner.tree import TokenTree
 
-if TYPE_CHECKING:
-    from offload_rt.engine.engine import Engine
 
-
-def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> NumbersError:
+def no_token(engine: Engine, index: int, ids: Sequence[int]) -> NumbersError:
     """What to tell of a sequence after which the logits are no numbers; its cache is emptied.
 
     Args:
@@ -33,7 +30,7 @@ def no_token(engine: "Engine", index: int, ids: Sequence[int]) -> NumbersError:
         engine.truncate(index, 0)  # rows that are no numbers must not be found again
 
 
-def not_numbers(engine: "Engine", again: Callable[[], torch.Tensor]) -> NumbersError:
+def not_numbers(engine: Engine, again: Callable[[], torch.Tensor]) -> NumbersError:
     """What to tell of results that are no numbers.
 
     Args:
@@ -54,7 +51,7 @@ def not_numbers(engine: "Engine", again: Callable[[], torch.Tensor]) -> NumbersE
     return _of_weights(engine, layer, what) or _of_format(engine.network.dtype, what)
 
 
-def _of_weights(engine: "Engine", layer: int | None, what: str) -> NumbersError | None:
+def _of_weights(engine: Engine, layer: int | None, what: str) -> NumbersError | None:
     """Whether weights are to blame: those of a layer, and those of none."""
     checkpoint, dtype = engine.checkpoint, engine.network.dtype
     own = () if layer is None else checkpoint.layers[layer]

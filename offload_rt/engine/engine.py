@@ -10,7 +10,6 @@ import torch
 
 from offload_rt.config import (
     DraftConfig,
-    GenerationConfig,
     HomeKind,
     KVPlace,
     RuntimeConfig,
@@ -24,8 +23,7 @@ from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import DeviceKind, Packing
 from offload_rt.device.opening import open_device
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
-from offload_rt.engine.decoding import Run, SequenceState
-from offload_rt.errors import CapacityError, CheckpointError, ConfigError
+from offload_rt.errors import CheckpointError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.passing import PassingKV
@@ -42,10 +40,9 @@ from offload_rt.planning.drafting import Tally
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.run import RunLoad
-from offload_rt.report import Counters, Memory
+from offload_rt.report import Counters, Memory, RetrievalCounts
 from offload_rt.runner.store import LayerStore
 from offload_rt.runner.tree import TokenTree, pending_tree
-from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Drafter, common_prefix
 from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
 from offload_rt.speculative.medusa import Medusa
@@ -100,7 +97,7 @@ class Engine:
     ) -> None:
         start = time.perf_counter()
         self.checkpoint = checkpoint
-        self._capacities = tuple(capacities)
+        self.capacities = tuple(capacities)
         drafting = open_draft_checkpoint(checkpoint, draft)
         heads = open_draft_heads(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
@@ -148,52 +145,6 @@ class Engine:
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start
-
-    def start(
-        self,
-        prompts: Sequence[Sequence[int]],
-        sampling: SamplingConfig,
-        generation: GenerationConfig,
-        end_tokens: frozenset[int] = frozenset(),
-    ) -> "Run":
-        """Begin to answer prompts, all at once.
-
-        Args:
-            prompts: token ids, one list per sequence.
-            sampling: how tokens are drawn; its seed must be set unless it is greedy.
-            generation: when answers end.
-            end_tokens: tokens that end an answer.
-
-        Raises:
-            CapacityError: a prompt is longer than its KV cache.
-            ConfigError: a prompt is empty, or the embedding has no row for a token of it.
-        """
-        if len(prompts) > len(self._caches):
-            raise CapacityError(f"{len(prompts)} prompts, room for {len(self._caches)} sequences")
-        for ids, capacity in zip(prompts, self._capacities, strict=False):
-            if not ids:
-                raise ConfigError("a prompt is empty: give at least one token")
-            self.checkpoint.require_rows(ids)
-            if len(ids) >= capacity:
-                raise CapacityError(
-                    f"the prompt has {len(ids)} tokens, the KV cache has room for "
-                    f"{capacity} with the answer: raise --context or shorten the prompt"
-                )
-        device = self.device.torch_device
-        sequences = [
-            SequenceState(
-                index=i,
-                ids=list(ids),
-                prompt_tokens=len(ids),
-                max_tokens=min(generation.max_tokens, self._capacities[i] - len(ids)),
-                dice=Dice(make_generator((sampling.seed or 0) + i, device), device),
-            )
-            for i, ids in enumerate(prompts)
-        ]
-        for sequence in sequences:
-            sequence.drafter = self._drafter(sequence, sampling)
-        ends = frozenset() if generation.ignore_eos else end_tokens
-        return Run(self, sequences, sampling, ends, self.draft.accept, self.draft.kind)
 
     def forward(self, rows: Sequence[tuple[int, Sequence[int]]], *, reuse: bool) -> torch.Tensor:
         """Run one pass and commit all its rows.
@@ -315,48 +266,61 @@ class Engine:
             self.medusa.passed(list(zip(indices, counts, strict=True)))
         return logits
 
-    def _drafter(self, sequence: SequenceState, sampling: SamplingConfig) -> Drafter | None:
-        """The drafter of a sequence, ready for a new answer."""
+    def drafter(
+        self, index: int, sampling: SamplingConfig, generator: torch.Generator
+    ) -> Drafter | None:
+        """The drafter of a sequence, ready for a new answer; None if nobody drafts.
+
+        Args:
+            index: the sequence's cache.
+            sampling: how the answer's tokens are drawn.
+            generator: source of the drafts' randomness.
+        """
         if self.draft.kind != "triforce":
-            return self._plain_drafter(self.draft, sequence, sampling)
+            return self._plain_drafter(self.draft, index, sampling, generator)
         inner: Drafter | None
         if self.draft.model:
-            inner = self._plain_drafter(self.draft.inner, sequence, sampling)
+            inner = self._plain_drafter(self.draft.inner, index, sampling, generator)
         else:
             worthwhile = self.device.kind.worthwhile
-            inner = SelectiveNgramDrafter(self._ngrams(sequence.index), worthwhile)
-        cache = self._caches[sequence.index]
+            inner = SelectiveNgramDrafter(self._ngrams(index), worthwhile)
+        cache = self._caches[index]
         assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
         cache.choice.forget()
         triforce = TriForceDrafter(self.device, self.draft_pass, cache, inner, self.draft)
-        triforce.begin(sampling, sequence.dice.generator)
-        sequence.retrieval = cache.counts = triforce.counts
+        triforce.begin(sampling, generator)
+        cache.counts = triforce.counts
         return triforce
 
+    def retrieval_counts(self, index: int) -> RetrievalCounts | None:
+        """With triforce, how the drafting below the drafts of a sequence's newest answer went."""
+        cache = self._caches[index]
+        return cache.counts if isinstance(cache, FollowedKV) else None
+
     def _plain_drafter(
-        self, draft: DraftConfig, sequence: SequenceState, sampling: SamplingConfig
+        self, draft: DraftConfig, index: int, sampling: SamplingConfig, generator: torch.Generator
     ) -> Drafter | None:
         """A drafter without another below; a draft model's keeps its cache between runs."""
         if draft.kind == "ngram":
-            ngrams = self._drafters[sequence.index] or self._ngrams(sequence.index)
-            self._drafters[sequence.index] = ngrams  # what it has learned holds for the next answer
+            ngrams = self._drafters[index] or self._ngrams(index)
+            self._drafters[index] = ngrams  # what it has learned holds for the next answer
             return ngrams
         if self.medusa is not None:
-            return self.medusa.drafter(sequence.index)
+            return self.medusa.drafter(index)
         if self._draft_model is None:
             return None
-        drafter = self._drafters[sequence.index]
+        drafter = self._drafters[index]
         if not isinstance(drafter, DraftModelDrafter):
-            capacity = self._capacities[sequence.index]
+            capacity = self.capacities[index]
             if draft is not self.draft:
                 capacity += self.draft.nodes  # the sequence goes on in triforce's own draft
             drafter = DraftModelDrafter(self._draft_model, draft, capacity)
-            self._drafters[sequence.index] = drafter
-        drafter.begin(sampling, sequence.dice.generator)
+            self._drafters[index] = drafter
+        drafter.begin(sampling, generator)
         return drafter
 
     def _ngrams(self, index: int) -> NgramDrafter:
-        draft, tokens = self.draft, self._capacities[index]
+        draft, tokens = self.draft, self.capacities[index]
         rows_are_free = self.device.kind.rows_are_free and draft.kind == "ngram"
         if draft.kind == "triforce":  # below it the sequence goes on in drafts
             draft, tokens = draft.inner, tokens + draft.nodes
@@ -560,7 +524,7 @@ class Engine:
         if self.draft.kind != "triforce":
             return list(caches)
         row_bytes = [shape.numbers_per_token * dtype.itemsize for shape in shapes]
-        sizes = [retrieval_sizes(self.draft, row_bytes, tokens) for tokens in self._capacities]
+        sizes = [retrieval_sizes(self.draft, row_bytes, tokens) for tokens in self.capacities]
         return [
             FollowedKV(full, RetrievalKV(self.device, shapes, dtype, own))
             for full, own in zip(caches, sizes, strict=True)

@@ -153,9 +153,11 @@ class Answers:
         sampling: SamplingConfig,
         generation: GenerationConfig,
     ) -> None:
+        from offload_rt.engine import Run
+
         self._model, self._engine, self._sampling = model, engine, sampling
         self._streams = [model.tokenizer.stream(generation.stop) for _ in prompts]
-        self._run = engine.start(prompts, sampling, generation, model.end_tokens)
+        self._run = Run.start(engine, prompts, sampling, generation, model.end_tokens)
 
     @property
     def active(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload_rt.config import GenerationConfig, SamplingConfig
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import CheckpointError
 from offload_rt.reading import read_plain
 from offload_rt.training.files import write_text, writing
@@ -124,7 +124,7 @@ def answer_all(
         sampling = replace(sampling, seed=None) if sampling.greedy else sampling
         generation = GenerationConfig(max_tokens=answer_tokens)
         engine.forget()
-        run = engine.start(batch.prompts, sampling, generation, end_tokens)
+        run = Run.start(engine, batch.prompts, sampling, generation, end_tokens)
         run.prefill()
         while run.active:
             run.step()

@@ -20,6 +20,7 @@ import torch
 from conftest import write_tokenizer
 from engines import reference_model
 
+from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.text import (
     DeclaredSampling,
@@ -567,7 +568,7 @@ def test_ids_of_callers_are_compared_with_the_embedding(tiny_model):
     with engine_for(tiny_model, prompts=[[1, 2]]) as engine:
         for ids in ([1, 300], [1, -1]):
             with pytest.raises(ConfigError, match=r"token (300|-1) has no row .* has 300"):
-                engine.start([ids], SamplingConfig(), GenerationConfig())
+                Run.start(engine, [ids], SamplingConfig(), GenerationConfig())
 
 
 def test_a_plan_says_what_a_tokenizer_lacks(make_tiny, offload_run, tmp_path):

@@ -16,6 +16,7 @@ from tiny import SHAPE
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
 from offload_rt.device.kinds import CPU, Packing
+from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import load_model_config
@@ -118,7 +119,7 @@ def test_it_drafts_for_a_text_model(whole):
     folder, _ = whole
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3)
     with engine_for(folder, draft=draft) as engine:
-        run = engine.start([PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
+        run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
         run.prefill()
         while run.active:
             run.step()

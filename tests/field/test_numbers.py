@@ -26,6 +26,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.engine import Run
 from offload_rt.errors import NumbersError, WeightsError
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN, Dice, make_generator
@@ -181,7 +182,7 @@ def test_a_draft_the_answer_does_not_come_to_changes_nothing(edited, model, capl
     folder = edited(lambda tensors: tensors["model.embed_tokens.weight"][bad].fill_(torch.nan))
     draft = DraftConfig(draft="ngram", draft_tokens=2)
     with engine_for(folder, draft=draft, kv=kv) as engine:
-        engine._drafter = lambda *_: Proposes(lambda *_: TokenTree((bad, 7), parents))
+        engine.drafter = lambda *_: Proposes(lambda *_: TokenTree((bad, 7), parents))
         assert generate(engine) == plain
 
 
@@ -197,8 +198,8 @@ def test_an_answer_that_fails_with_drafts_fails_as_without(edited, model):
     answers = []
     for make in (lambda *_: TokenTree(), rightly):
         with engine_for(folder, draft=DraftConfig(draft="ngram", draft_tokens=6)) as engine:
-            engine._drafter = lambda *_, make=make: Proposes(make)
-            run = engine.start([PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
+            engine.drafter = lambda *_, make=make: Proposes(make)
+            run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
             run.prefill()
             with pytest.raises(WeightsError, match="embed_tokens"):
                 while run.active:

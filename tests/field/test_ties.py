@@ -12,6 +12,7 @@ from folders import loaded, rewritten
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
 from offload_rt.device.kinds import CPU
+from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError
 from offload_rt.medusa.storage import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
@@ -98,7 +99,7 @@ def test_a_draft_model_uses_its_stored_head_too(make_tiny, tmp_path, weights):
     folder = rewritten(tiny, tmp_path / "m", lambda t: with_head(t, "llama", "different"))
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=weights)
     with engine_for(folder, draft=draft) as engine:
-        run = engine.start([PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
+        run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
         run.prefill()
         while run.active:
             run.step()

@@ -21,7 +21,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.engine import Engine
+from offload_rt.engine import Engine, Run
 from offload_rt.errors import NumbersError
 from offload_rt.model.checkpoint import open_checkpoint
 
@@ -66,7 +66,7 @@ class OffloadRt:
         """Continue all prompts at once, each from empty caches."""
         self.engine.forget()
         generation = GenerationConfig(max_tokens=max_tokens)
-        run = self.engine.start(prompts, SamplingConfig(), generation, end_tokens)
+        run = Run.start(self.engine, prompts, SamplingConfig(), generation, end_tokens)
         clock.tick(0)
         run.prefill()
         clock.tick(sum(len(s.emitted) for s in run.sequences))
