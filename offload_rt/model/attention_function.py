@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 import torch
+from transformers import AttentionInterface
 
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.errors import CheckpointError
@@ -155,3 +156,6 @@ def _number(options: dict[str, object], name: str) -> float | None:
     if value is None or type(value) in (int, float):
         return value  # type: ignore[return-value]
     raise CheckpointError(f"their attention is given {name}={value!r}")
+
+
+AttentionInterface.register(ATTENTION_NAME, attend_packed)

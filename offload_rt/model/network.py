@@ -3,15 +3,13 @@
 Nothing of a family is rewritten. The modules are built without memory, each decoder layer's forward
 is wrapped so that it borrows its weights from a store for as long as it runs, and HF's own forward
 is called: masks, rotary tables and per-layer types stay theirs. What a family must do for this is
-checked by one pass over meta tensors (`_probe`), not by a list of names.
+checked by one pass over meta tensors (`probe.py`), not by a list of names.
 
 A prompt is prefilled layer-major: the wrapped layer works through the rows in chunks before the
 next layer is touched, so weights are borrowed once per pass, whatever its length.
 """
 
 import os
-import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -21,20 +19,16 @@ from typing import Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_map
-from transformers import AttentionInterface, PreTrainedModel, masking_utils
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
-from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
-    MaskKind,
     PassContext,
     Segment,
-    attend_packed,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.packed import computes_the_same, pack_linears, replace_linears
@@ -43,19 +37,7 @@ from offload_rt.model.formats.wide import widen_linears, widens
 from offload_rt.model.layout import Placement, compute_dtype
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
-
-AttentionInterface.register(ATTENTION_NAME, attend_packed)
-
-PROBE_TOKENS = 3
-_MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
-_CHOOSES_MASKS = "create_masks_for_generate"  # of them, by the kinds of a family's layers
-_MASK_KINDS = {
-    "create_causal_mask": MaskKind.CAUSAL,
-    "create_sliding_window_causal_mask": MaskKind.SLIDING,
-}
-_MASK_OPTIONS = frozenset(
-    {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
-)
+from offload_rt.model.probe import probe
 
 
 class Weights(Protocol):
@@ -124,7 +106,7 @@ class Network:
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
         family = checkpoint.config.part_of or checkpoint.config.model_type
-        self.kv_shapes = _probe(self._model, layers, family)
+        self.kv_shapes = probe(self._model, layers, family)
         self._holes = [_holes(self._model, places) for places in self._places.of_layers]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
@@ -475,154 +457,3 @@ def _rows_of(value: object, *, rows: int, part: slice) -> object:
     if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == rows:
         return value[:, part]
     return value
-
-
-class _ProbeCache:
-    """Stands for a cache in the probe: notes the shapes it is given."""
-
-    length, capacity = 0, PROBE_TOKENS
-
-    def __init__(self) -> None:
-        self.shapes: dict[int, KVShape] = {}
-
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Note the shapes of key [K, S, D] and value [K, S, D]."""
-        if layer in self.shapes:
-            raise CheckpointError(f"layer {layer} attends more than once")
-        shape = KVShape(heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
-        self.shapes[layer] = shape
-
-    def attend(
-        self, layer: int, query: torch.Tensor, spec: object, tree: object = None
-    ) -> torch.Tensor:
-        """Return something of the right shape: query [H, S, D] gives [S, H, D_v]."""
-        heads, rows, _ = query.shape
-        return query.new_empty(rows, heads, self.shapes[layer].value_dim)
-
-    def commit(self, keep: Sequence[int]) -> None:
-        """Nothing to keep."""
-
-    def truncate(self, length: int) -> None:
-        """Nothing to forget."""
-
-
-def _probe(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
-) -> tuple[KVShape, ...]:
-    """Run one pass over meta tensors and see whether the family can be streamed.
-
-    Raises:
-        CheckpointError: it cannot, with the reason.
-    """
-    cache = _ProbeCache()
-    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, options: calls.append((args, options)), with_kwargs=True
-        )
-        for layer in layers
-    ]
-    try:
-        logits = _meta_pass(model, cache)
-        _check_calls(calls, len(layers))
-        if logits.shape[:2] != (1, 1):
-            raise CheckpointError("their output head ignores which rows are wanted")
-        if sorted(cache.shapes) != list(range(len(layers))):
-            raise CheckpointError(f"{len(cache.shapes)} of {len(layers)} layers use a KV cache")
-    except CheckpointError as error:
-        raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
-    finally:
-        for handle in handles:
-            handle.remove()
-    return tuple(cache.shapes[layer] for layer in range(len(layers)))
-
-
-def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
-    """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
-    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
-    context = PassContext([Segment(cache, PROBE_TOKENS)], strict=True)
-    buffers = [(module, dict(module._buffers)) for module in model.modules()]
-    model.to("meta")
-    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    experts = config._experts_implementation
-    if experts is not None:  # the default's kernel has no shape-only form for every number format
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-    try:
-        with torch.no_grad(), _marked_masks(model):
-            output = model(
-                input_ids=ids,
-                position_ids=ids,
-                use_cache=False,
-                logits_to_keep=ids[0, :1],
-                **{CONTEXT_KEYWORD: context},
-            )
-    except CheckpointError:
-        raise
-    except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise CheckpointError(
-            f"their forward pass does not run on shapes alone ({reason})"
-        ) from error
-    finally:
-        if experts is not None:
-            model.set_experts_implementation(experts)  # type: ignore[operator]
-        for module, saved in buffers:
-            module._buffers.update(saved)
-    logits: torch.Tensor = output.logits
-    return logits
-
-
-@contextmanager
-def _marked_masks(model: torch.nn.Module) -> Iterator[None]:
-    """Have HF's mask functions tell which mask they would have made.
-
-    With no mask function registered under our name they return None, and a window, chunk or
-    direction that a family applies by its mask alone would be lost without a word.
-    """
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
-    modules = {masking_utils, *(sys.modules[type(part).__module__] for part in parts)}
-    table = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
-    places: list[dict[str, Any]] = [vars(module) for module in modules]
-    saved = [
-        (place, name, made)
-        for place in places
-        for name, made in place.items()
-        if _MASK_FUNCTION.fullmatch(name) and name != _CHOOSES_MASKS
-    ]
-    patterns = dict(table)
-    for place, name, _ in saved:
-        place[name] = partial(_mark, name)
-    table.update({pattern: _marked(made) for pattern, made in patterns.items()})
-    try:
-        yield
-    finally:
-        for place, name, made in saved:
-            place[name] = made
-        table.update(patterns)
-
-
-def _marked(made: Any) -> Any:  # noqa: ANN401 - an entry of transformers' table
-    """What stands for a mask function, for one with options, or for several by name."""
-    if isinstance(made, dict):
-        return {kind: _marked(each) for kind, each in made.items()}
-    if isinstance(made, partial):
-        return partial(_mark, made.func.__name__, **made.keywords)
-    return partial(_mark, made.__name__)
-
-
-def _mark(name: str, *args: object, **options: object) -> MaskKind:
-    extra = sorted(k for k, v in options.items() if v is not None and k not in _MASK_OPTIONS)
-    if name not in _MASK_KINDS or args[6:] or extra:
-        raise CheckpointError(f"they attend by {name}({', '.join(extra)})")
-    return _MASK_KINDS[name]
-
-
-def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:
-    if len(calls) != layers:
-        raise CheckpointError(f"a pass runs {len(calls)} decoder layers instead of {layers}")
-    for args, options in calls:
-        hidden = args[0] if len(args) == 1 else None
-        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != (1, PROBE_TOKENS):
-            raise CheckpointError("their decoder layers are not called with a hidden state alone")
-        if CONTEXT_KEYWORD not in options:
-            raise CheckpointError("they do not pass keywords on to their decoder layers")

@@ -29,7 +29,6 @@ from offload_rt.model.attention_function import (
 from offload_rt.model.formats.packed import pack_linears, replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
-from offload_rt.model.network import Network  # noqa: F401 - registers our attention function
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (

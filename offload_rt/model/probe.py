@@ -1,0 +1,182 @@
+"""Whether transformers' modules of a family can run with borrowed weights, found out by one pass.
+
+The pass computes shapes only, on meta tensors. What it must show: each decoder layer is called once
+with a hidden state, attends once through our function with options we know, under a mask our caches
+apply themselves, and the output head heeds which rows are wanted. No list of names decides.
+"""
+
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, masking_utils
+
+from offload_rt.errors import CheckpointError
+from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.model.attention_function import CONTEXT_KEYWORD, MaskKind, PassContext, Segment
+
+PROBE_TOKENS = 3
+_MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
+_CHOOSES_MASKS = "create_masks_for_generate"  # of them, by the kinds of a family's layers
+_MASK_KINDS = {
+    "create_causal_mask": MaskKind.CAUSAL,
+    "create_sliding_window_causal_mask": MaskKind.SLIDING,
+}
+_MASK_OPTIONS = frozenset(
+    {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
+)
+
+
+class _Shapes:
+    """Stands for a cache in the probe: notes the shapes it is given."""
+
+    length, capacity = 0, PROBE_TOKENS
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Note the shapes of key [K, S, D] and value [K, S, D]."""
+        if layer in self.shapes:
+            raise CheckpointError(f"layer {layer} attends more than once")
+        shape = KVShape(heads=key.shape[0], key_dim=key.shape[2], value_dim=value.shape[2])
+        self.shapes[layer] = shape
+
+    def attend(
+        self, layer: int, query: torch.Tensor, spec: object, tree: object = None
+    ) -> torch.Tensor:
+        """Return something of the right shape: query [H, S, D] gives [S, H, D_v]."""
+        heads, rows, _ = query.shape
+        return query.new_empty(rows, heads, self.shapes[layer].value_dim)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def truncate(self, length: int) -> None:
+        """Nothing to forget."""
+
+
+def probe(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
+) -> tuple[KVShape, ...]:
+    """Run one pass over meta tensors and see whether the family can be streamed.
+
+    Raises:
+        CheckpointError: it cannot, with the reason.
+    """
+    cache = _Shapes()
+    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    handles = [
+        layer.register_forward_pre_hook(
+            lambda _, args, options: calls.append((args, options)), with_kwargs=True
+        )
+        for layer in layers
+    ]
+    try:
+        logits = _meta_pass(model, cache)
+        _check_calls(calls, len(layers))
+        if logits.shape[:2] != (1, 1):
+            raise CheckpointError("their output head ignores which rows are wanted")
+        if sorted(cache.shapes) != list(range(len(layers))):
+            raise CheckpointError(f"{len(cache.shapes)} of {len(layers)} layers use a KV cache")
+    except CheckpointError as error:
+        raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(cache.shapes[layer] for layer in range(len(layers)))
+
+
+def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
+    """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
+    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    context = PassContext([Segment(cache, PROBE_TOKENS)], strict=True)
+    buffers = [(module, dict(module._buffers)) for module in model.modules()]
+    model.to("meta")
+    config = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    experts = config._experts_implementation
+    if experts is not None:  # the default's kernel has no shape-only form for every number format
+        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+    try:
+        with torch.no_grad(), _marked_masks(model):
+            output = model(
+                input_ids=ids,
+                position_ids=ids,
+                use_cache=False,
+                logits_to_keep=ids[0, :1],
+                **{CONTEXT_KEYWORD: context},
+            )
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise CheckpointError(
+            f"their forward pass does not run on shapes alone ({reason})"
+        ) from error
+    finally:
+        if experts is not None:
+            model.set_experts_implementation(experts)  # type: ignore[operator]
+        for module, saved in buffers:
+            module._buffers.update(saved)
+    logits: torch.Tensor = output.logits
+    return logits
+
+
+@contextmanager
+def _marked_masks(model: torch.nn.Module) -> Iterator[None]:
+    """Have HF's mask functions tell which mask they would have made.
+
+    With no mask function registered under our name they return None, and a window, chunk or
+    direction that a family applies by its mask alone would be lost without a word.
+    """
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    modules = {masking_utils, *(sys.modules[type(part).__module__] for part in parts)}
+    table = masking_utils.LAYER_PATTERN_TO_MASK_FUNCTION_MAPPING
+    places: list[dict[str, Any]] = [vars(module) for module in modules]
+    saved = [
+        (place, name, made)
+        for place in places
+        for name, made in place.items()
+        if _MASK_FUNCTION.fullmatch(name) and name != _CHOOSES_MASKS
+    ]
+    patterns = dict(table)
+    for place, name, _ in saved:
+        place[name] = partial(_mark, name)
+    table.update({pattern: _marked(made) for pattern, made in patterns.items()})
+    try:
+        yield
+    finally:
+        for place, name, made in saved:
+            place[name] = made
+        table.update(patterns)
+
+
+def _marked(made: Any) -> Any:  # noqa: ANN401 - an entry of transformers' table
+    """What stands for a mask function, for one with options, or for several by name."""
+    if isinstance(made, dict):
+        return {kind: _marked(each) for kind, each in made.items()}
+    if isinstance(made, partial):
+        return partial(_mark, made.func.__name__, **made.keywords)
+    return partial(_mark, made.__name__)
+
+
+def _mark(name: str, *args: object, **options: object) -> MaskKind:
+    extra = sorted(k for k, v in options.items() if v is not None and k not in _MASK_OPTIONS)
+    if name not in _MASK_KINDS or args[6:] or extra:
+        raise CheckpointError(f"they attend by {name}({', '.join(extra)})")
+    return _MASK_KINDS[name]
+
+
+def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:
+    if len(calls) != layers:
+        raise CheckpointError(f"a pass runs {len(calls)} decoder layers instead of {layers}")
+    for args, options in calls:
+        hidden = args[0] if len(args) == 1 else None
+        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != (1, PROBE_TOKENS):
+            raise CheckpointError("their decoder layers are not called with a hidden state alone")
+        if CONTEXT_KEYWORD not in options:
+            raise CheckpointError("they do not pass keywords on to their decoder layers")
