@@ -23,9 +23,10 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import KVShape
+from offload_rt.kv.followed import FollowedKV
 from offload_rt.kv.recent_share import RecentChoice
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
+from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs

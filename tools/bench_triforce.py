@@ -55,8 +55,9 @@ from offload_rt.config import (
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
+from offload_rt.kv.followed import FollowedKV, WatchedCache
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.kv.retrieval import FollowedKV, RetrievalKV, WatchedCache
+from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.controller import Controller

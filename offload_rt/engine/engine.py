@@ -26,8 +26,9 @@ from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
+from offload_rt.kv.followed import FollowedKV
 from offload_rt.kv.passing import PassingKV
-from offload_rt.kv.retrieval import FollowedKV, RetrievalKV
+from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention_function import Segment

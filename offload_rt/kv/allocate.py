@@ -9,10 +9,10 @@ import torch
 from offload_rt.config import KVPlace
 from offload_rt.device.base import Device
 from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.kv.followed import FollowedKV, WatchedCache
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.kv.retrieval import FollowedKV, WatchedCache
 from offload_rt.kv.sizes import KVPlan
 
 

@@ -17,7 +17,7 @@ import torch
 from offload_rt.config import AcceptRule, DraftConfig, SamplingConfig
 from offload_rt.device.base import Device
 from offload_rt.kv.base import KVCache
-from offload_rt.kv.retrieval import FollowedKV
+from offload_rt.kv.followed import FollowedKV
 from offload_rt.report import RetrievalCounts
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, target_probs
