@@ -102,16 +102,21 @@ def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
         ConfigError: there is no such device.
     """
     gpus = len(profile.machine.gpus)
-    if device == "cpu" or (device == "auto" and not gpus):
-        return _speeds_of(profile, Processor.CPU)
-    if device not in ("auto", "cuda"):
+    if device == "auto":
+        return next(
+            _speeds_of(profile, processor)
+            for processor, kind in KINDS.items()
+            if gpus or not kind.own_memory
+        )
+    if device not in KINDS:
         raise ConfigError(
             f"--device {device} is not known to a simulation: use auto, cpu or cuda, which is the "
             "profile's first GPU"
         )
-    if not gpus:
-        raise ConfigError(f"--device cuda: profile {profile.name} has no GPU")
-    return _speeds_of(profile, Processor.CUDA)
+    processor = Processor(device)
+    if KINDS[processor].own_memory and not gpus:
+        raise ConfigError(f"--device {device}: profile {profile.name} has no GPU")
+    return _speeds_of(profile, processor)
 
 
 def _speeds_of(profile: HardwareProfile, processor: Processor) -> Speeds:

@@ -282,7 +282,7 @@ class OffloadedKV:
                 self._device.allocate(sizes.slot_bytes, "KV blocks") for _ in range(sizes.slots)
             ]
             self._ring = Ring(self._order, buffers, space.copy, self._device.compute)
-        elif self._device.torch_device.type != "cpu" or not self._rows_are_in_memory():
+        elif not (self._device.kind.attends_at_home and self._rows_are_in_memory()):
             raise ConfigError("attending where the KV is needs it in memory, and --device cpu")
 
     @property

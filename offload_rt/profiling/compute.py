@@ -17,7 +17,6 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
-from offload_rt.device.kinds import Processor
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.attention_function import (
@@ -118,7 +117,7 @@ def measure_layers(
     """
     effort = curve.effort
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
-    on_cpu = device.torch_device.type == "cpu"  # a GPU goes on while its host thread waits
+    computes = device.kind.host_computes  # else it goes on while its host thread waits
     taken: dict[Place, list[float]] = {}
     for group in _together(shapes, effort.cold_bytes, device.free_bytes()):
         layers = {
@@ -128,7 +127,7 @@ def measure_layers(
         taken |= curve.take(
             {
                 (shape.weight_bytes, tokens): timed(
-                    layer.pass_over(tokens), effort.compute_sample_s, computes=on_cpu
+                    layer.pass_over(tokens), effort.compute_sample_s, computes=computes
                 )
                 for shape, layer in layers.items()
                 for tokens in counts
@@ -139,7 +138,7 @@ def measure_layers(
     numbers = curve.numbers(taken)
     return [
         LayerCurve(
-            processor=Processor(device.torch_device.type),
+            processor=device.kind.processor,
             weights=weights,
             shape=shape,
             times=tuple(
@@ -187,9 +186,7 @@ def measure_attention(
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
-        passes[(rows,)] = timed(
-            run, effort.compute_sample_s, computes=device.torch_device.type == "cpu"
-        )
+        passes[(rows,)] = timed(run, effort.compute_sample_s, computes=device.kind.host_computes)
     taken = {
         place: [s / (cached * row_bytes) for s in seconds]
         for place, seconds in curve.take(passes).items()
@@ -198,7 +195,7 @@ def measure_attention(
     for (rows,), s_per_kv_byte in curve.numbers(taken).items():
         speeds.append(
             AttentionSpeed(
-                processor=Processor(device.torch_device.type),
+                processor=device.kind.processor,
                 query_tokens=rows,
                 queries_per_head=_HEADS // _KV_HEADS,
                 kv_bytes=cached * row_bytes,

@@ -208,10 +208,9 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
     orders = {WeightOrder.PLAIN: effort.tokens}
     if packs:
         orders[WeightOrder.PACKED] = effort.packed_tokens
-    if device.torch_device.type == "cpu":
-        orders[WeightOrder.INT8] = effort.packed_tokens
-    if dtype == "bfloat16":  # a GPU's kernels for 4 bits know no other
-        orders[WeightOrder.INT4] = effort.packed_tokens
+    for weights, formats in device.kind.kernels.items():
+        if dtype in formats:
+            orders[WeightOrder(weights)] = effort.packed_tokens
     shapes = effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
     for order, counts in orders.items():
 
@@ -229,7 +228,7 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
 def _dtype(device: Device) -> str:
     """The 16-bit format models have; any CPU computes bf16, see `model/formats/wide.py`."""
-    if device.torch_device.type == "cpu":
+    if not device.kind.own_memory:
         return "bfloat16"
     nvml = find_driver()
     old = nvml is not None and bool(nvml.gpus) and nvml.gpus[0].capability < (8, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.costs.machine import Speeds
 from offload_rt.device.cuda.nvml import find_driver
-from offload_rt.device.kinds import CUDA, DeviceKind
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.medusa.calibration import best_trees, read_calibration
@@ -115,7 +115,7 @@ def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
 
 
 def _stand_in(device: DeviceKind) -> str:
-    driver = find_driver() if device is CUDA else None
+    driver = find_driver() if device.own_memory else None
     names = [gpu.name for gpu in driver.gpus[:1]] if driver is not None else []
     for name, path in list_profiles().items():
         gpus = load_profile(path).machine.gpus if names else ()
