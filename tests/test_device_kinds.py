@@ -1,0 +1,90 @@
+"""A kind of device is its traits: planning obeys each of them, whatever the kind is called."""
+
+from dataclasses import replace
+
+import pytest
+
+from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.costs.machine import FreeMemory
+from offload_rt.costs.sizes import layouts_of, staging_bytes
+from offload_rt.device.kinds import CPU, CUDA, KINDS, Processor, named_device
+from offload_rt.device.opening import _OPENERS
+from offload_rt.errors import ConfigError
+from offload_rt.kv.sizes import kv_places, plan_kv
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.base import resolve_weights, rounded_kind
+from offload_rt.planning.demand import Drafting, drafter_bytes
+from offload_rt.planning.run import RunLoad, place_run
+
+FREE = FreeMemory(device_bytes=2**30, host_bytes=2**30)
+
+
+def test_every_processor_has_a_kind_and_can_be_opened():
+    assert set(KINDS) == set(_OPENERS) == set(Processor)
+    assert all(kind.processor is processor for processor, kind in KINDS.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "index"),
+    [("cpu", CPU, 0), ("cuda", CUDA, 0), ("cuda:0", CUDA, 0), ("cuda:12", CUDA, 12)],
+)
+def test_names(name, kind, index):
+    assert named_device(name) == (kind, index)
+
+
+@pytest.mark.parametrize("name", ["tpu", "cpu:0", "cuda:", "cuda:x", "cuda:12345", "auto", ""])
+def test_names_that_are_none(name):
+    with pytest.raises(ConfigError, match="is not known: use auto, cpu, cuda or cuda:N"):
+        named_device(name)
+
+
+@pytest.mark.parametrize("kind", [CPU, CUDA], ids=lambda kind: str(kind.processor))
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+def test_streamed_layers_live_where_the_kind_would_have_them(tiny_model, kind, home):
+    checkpoint = open_checkpoint(tiny_model)
+    load = RunLoad(capacities=[64], prompt_tokens=16)
+    config = RuntimeConfig(resident_layers=1)
+    placed = place_run(checkpoint, config, replace(kind, home=home), load=load, free=FREE)
+    assert placed.streamed and placed.home is home
+
+
+def test_kv_goes_where_the_kind_would_have_it():
+    kind = replace(CUDA, kv_home=KVPlace.DISK, kv_on_disk=True)
+    assert kv_places(RuntimeConfig(), kind) == (KVPlace.DEVICE, KVPlace.DISK)
+    assert kv_places(RuntimeConfig(kv=KVPlace.DISK), kind) == (KVPlace.DISK,)
+    with pytest.raises(ConfigError, match="--kv disk"):
+        kv_places(RuntimeConfig(kv=KVPlace.DISK), replace(CPU, kv_on_disk=False))
+
+
+@pytest.mark.parametrize("attends", [False, True])
+def test_kv_at_home_is_attended_to_where_the_kind_can(attends):
+    kind = replace(CUDA, attends_at_home=attends)
+    plan = plan_kv(
+        KVPlace.HOST,
+        RuntimeConfig(),
+        kind,
+        row_bytes=[64],
+        capacities=[4096],
+        scratch_tokens=4,
+    )
+    assert plan.attend_on_host is attends and bool(plan.sizes[0].slots) is not attends
+
+
+def test_weights_are_rounded_to_what_the_kind_has_kernels_for():
+    bare = replace(CUDA, kernels={}, copy_weights=DraftWeights.SAME)
+    assert resolve_weights(DraftWeights.SAME, "bfloat16", bare) is DraftWeights.SAME
+    assert rounded_kind("bfloat16", bare) is DraftWeights.SAME
+    for weights in (DraftWeights.INT8, DraftWeights.INT4):
+        with pytest.raises(ConfigError, match="on a GPU"):
+            resolve_weights(weights, "bfloat16", bare)
+    eight = replace(CUDA, draft_weights=DraftWeights.INT8)
+    assert resolve_weights(DraftWeights.AUTO, "bfloat16", eight) is DraftWeights.INT8
+
+
+def test_what_lies_in_host_memory_counts_where_that_is_the_devices(tiny_model):
+    checkpoint = open_checkpoint(tiny_model)
+    apart = replace(CPU, own_memory=True)
+    layouts = layouts_of(checkpoint, "float16", CPU)  # converted: nothing lands in place
+    assert staging_bytes(layouts, CPU, 4) > 0 == staging_bytes(layouts, apart, 4)
+    drafting = Drafting(DraftConfig(draft="ngram"))
+    assert drafter_bytes(drafting, CPU, [100]) > 0 == drafter_bytes(drafting, apart, [100])
