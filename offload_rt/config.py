@@ -5,11 +5,13 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from offload_rt.errors import ConfigError
+from offload_rt.options import Form, check_bounds, option
 
-
-def _require(ok: bool, flag: str, value: object, accepted: str) -> None:
-    if not ok or (isinstance(value, float) and math.isnan(value)):
-        raise ConfigError(f"{flag} is {value}, accepted is {accepted}")
+_SHORT_DTYPES = {
+    **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
+}
 
 
 class DType(StrEnum):
@@ -79,6 +81,8 @@ class DraftWeights(StrEnum):
 # Eight rows with the root, for which a CPU's 8-bit products take as long as for one (measured: 1.9
 # ms a layer of 1.5B for 1 to 8 rows, 3.3 ms for 9).
 INNER_NGRAM_TOKENS = 7
+_INNER_MODEL_TOKENS = 4
+_NODES = {"ngram": 16, "model": 64, "medusa": 63, "triforce": 16}  # of a draft, where nobody says
 INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
 RECENT_SHARES = (0.25, 1.0)  # what a text says where, and a sink cache; tried in this order
 SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
@@ -90,34 +94,55 @@ class RetrievalConfig:
 
     Attributes:
         budget_tokens: context it holds after a build, of each layer and KV head.
-        chunk_tokens: consecutive tokens that are kept or left together.
-        recent_share: part of the budget that is the newest tokens; 1 keeps the first chunk and the
-            newest tokens only, as a sink cache does. None tries both for each answer and keeps to
-            the one of which more is accepted.
         rebuild_tokens: it is built anew after so many tokens, and when drafts are accepted less.
-        retrieval_weights: the target drafts from it with its own weights (`same`), or with copies
-            rounded to 8 or 4 bits that stay on the device whole, which is faster and, where its own
-            are streamed, streams nothing. `auto` lets the planner choose; without one it is `same`.
+        retrieval_weights: `auto` lets the planner choose; without one it is `same`.
     """
 
-    budget_tokens: int = 1024
-    chunk_tokens: int = 8
-    recent_share: float | None = None
-    rebuild_tokens: int = 16
-    retrieval_weights: DraftWeights = DraftWeights.AUTO
+    budget_tokens: int = option(
+        1024, "--retrieval-budget", "With triforce: tokens of context its passes read."
+    )
+    chunk_tokens: int = option(
+        8,
+        "--retrieval-chunk",
+        "With triforce: consecutive tokens that are read or left out together.",
+        low=1,
+        high=1024,
+        accepted="1 to 1024",
+    )
+    recent_share: float | None = option(
+        None,
+        "--retrieval-recent",
+        "With triforce: part of the budget that is the newest tokens; 1 leaves nothing else "
+        f"but the very first. auto tries {' and '.join(f'{s:g}' for s in RECENT_SHARES)} and keeps "
+        "to the one of which more is accepted.",
+        low=0.0,
+        high=1.0,
+        accepted="auto or 0 to 1",
+    )
+    rebuild_tokens: int = option(
+        16,
+        "--retrieval-rebuild",
+        "With triforce: choose anew what is read after so many tokens.",
+        low=1,
+        high=2**20,
+        accepted=f"1 to {2**20}",
+    )
+    retrieval_weights: DraftWeights = option(
+        DraftWeights.AUTO,
+        "--retrieval-weights",
+        "With triforce: draft with the model's own weights (same) or with rounded copies of "
+        "them that stay on the device: faster, and nothing is streamed to draft; answers stay the "
+        "same. auto takes what is predicted to be faster.",
+    )
 
     def __post_init__(self) -> None:
-        chunk, budget, rebuild = self.chunk_tokens, self.budget_tokens, self.rebuild_tokens
-        _require(1 <= chunk <= 1024, "--retrieval-chunk", chunk, "1 to 1024")
+        check_bounds(self)
+        chunk, budget = self.chunk_tokens, self.budget_tokens
         if not 4 * chunk <= budget <= 2**20:
             raise ConfigError(
                 f"--retrieval-budget is {budget}, accepted is {4 * chunk} (4 chunks of {chunk}) "
                 f"to {2**20}"
             )
-        share = self.recent_share
-        share_ok = share is None or 0.0 <= share <= 1.0
-        _require(share_ok, "--retrieval-recent", share, "auto or 0 to 1")
-        _require(1 <= rebuild <= 2**20, "--retrieval-rebuild", rebuild, f"1 to {2**20}")
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -135,27 +160,69 @@ class DraftConfig:
     """Who drafts, and how much.
 
     Attributes:
-        draft: `none`, `ngram`, `model:MODEL`, `medusa:HEADS`, `triforce` or `triforce:MODEL`;
-            `auto` lets the planner choose among those that need no folder.
         draft_tokens: nodes of a draft; None takes the drafter's own default.
-        shape: of a draft model's draft; `auto` is a tree from 9 nodes on.
-        draft_window: tokens of the sequence a draft model sees at most, the first `SINK_TOKENS`
-            and the newest; 0 shows it all, None takes the drafter's own default.
-        draft_weights: how a draft model's weights are kept; `auto` is int8 for bf16 on a CPU, else
-            as they are.
-        accept: when a drafted token stands.
+        draft_window: 0 shows a draft model all, None takes the drafter's own default.
         inner_tokens: with triforce, nodes its own drafter proposes per retrieval pass; None takes
             that drafter's default.
         retrieval: with triforce, what its passes read.
     """
 
-    draft: str = "none"
-    draft_tokens: int | None = None
-    shape: DraftShape = DraftShape.AUTO
-    draft_window: int | None = None
-    draft_weights: DraftWeights = DraftWeights.AUTO
-    accept: AcceptRule = AcceptRule.LOSSLESS
-    inner_tokens: int | None = None
+    draft: str = option(
+        "none",
+        "--draft",
+        "Who drafts tokens that one pass then checks: auto (whichever of those without a "
+        "folder should be fastest), none, ngram (what followed the same tokens before, and what "
+        "the model found likely then), MODEL or model:MODEL, a small one with the same tokenizer, "
+        "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
+        "itself over a part of a long context, with ngram or MODEL drafting for it.",
+        form=Form.DRAFTER,
+    )
+    draft_tokens: int | None = option(
+        None,
+        "--draft-tokens",
+        "Tokens of a draft; auto is the number that should give most tokens a second, "
+        "corrected while running. With sampling and --seed auto is a fixed number: "
+        f"{_NODES['ngram']} for ngram, {_NODES['model']} for a model, {_NODES['medusa']} for "
+        f"heads, {_NODES['triforce']} for triforce.",
+        low=1,
+        high=1024,
+        accepted="auto or 1 to 1024",
+    )
+    shape: DraftShape = option(
+        DraftShape.AUTO,
+        "--draft-shape",
+        "Whether a draft model drafts one continuation or a tree of several; auto is a tree "
+        "from 9 tokens on.",
+    )
+    draft_window: int | None = option(
+        None,
+        "--draft-window",
+        f"Tokens a draft model sees at most: the first {SINK_TOKENS} and the newest; full is "
+        f"the whole sequence, auto is full, or {INNER_WINDOW_TOKENS} below triforce.",
+        form=Form.WINDOW,
+    )
+    draft_weights: DraftWeights = option(
+        DraftWeights.AUTO,
+        "--draft-weights",
+        "How a draft model's weights are kept: as in its files, or rounded, which is faster "
+        "and smaller and changes guesses, never answers; auto is int8 for bf16 models on a CPU.",
+    )
+    accept: AcceptRule = option(
+        AcceptRule.LOSSLESS,
+        "--accept",
+        "When a drafted token stands: lossless keeps the model's distribution (the same tokens "
+        "where the answer is greedy), greedy is for --temperature 0 only, typical changes the "
+        "distribution.",
+    )
+    inner_tokens: int | None = option(
+        None,
+        "--inner-gamma",
+        "With triforce: tokens drafted for each of its own passes; auto is "
+        f"{INNER_NGRAM_TOKENS} for ngram, {_INNER_MODEL_TOKENS} for a model.",
+        low=1,
+        high=256,
+        accepted="auto or 1 to 256",
+    )
     retrieval: RetrievalConfig = RetrievalConfig()
 
     def __post_init__(self) -> None:
@@ -174,8 +241,7 @@ class DraftConfig:
                 "medusa:HEADS, triforce or triforce:MODEL"
             )
         tokens = self.draft_tokens
-        tokens_ok = tokens is None or 1 <= tokens <= 1024
-        _require(tokens_ok, "--draft-tokens", tokens, "auto or 1 to 1024")
+        check_bounds(self)
         if kind in ("none", "auto") and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
         if not self.model and self.shape is not DraftShape.AUTO:
@@ -185,8 +251,6 @@ class DraftConfig:
         if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
-        inner_ok = inner is None or 1 <= inner <= 256
-        _require(inner_ok, "--inner-gamma", inner, "auto or 1 to 256")
         if kind != "triforce" and inner is not None:
             raise ConfigError("--inner-gamma is for --draft triforce")
         if kind != "triforce" and self.retrieval != RetrievalConfig():
@@ -218,13 +282,12 @@ class DraftConfig:
         """Nodes of a draft, at most."""
         if self.kind in ("none", "auto"):
             return 0
-        default = {"ngram": 16, "model": 64, "medusa": 63, "triforce": 16}
-        return self.draft_tokens or default[self.kind]
+        return self.draft_tokens or _NODES[self.kind]
 
     @property
     def inner(self) -> "DraftConfig":
         """Who drafts for the retrieval passes of triforce."""
-        tokens = self.inner_tokens or (4 if self.model else INNER_NGRAM_TOKENS)
+        tokens = self.inner_tokens or (_INNER_MODEL_TOKENS if self.model else INNER_NGRAM_TOKENS)
         if not self.model:
             return DraftConfig(draft="ngram", draft_tokens=tokens)
         window = self.draft_window
@@ -290,26 +353,60 @@ class SamplingConfig:
     """How a token is drawn from logits.
 
     Attributes:
-        temperature: 0 is greedy.
-        top_k: keep the k likeliest tokens; 0 keeps all.
-        top_p: keep the smallest set with at least this probability; 1 keeps all.
-        min_p: drop tokens below this share of the likeliest one's probability; 0 keeps all.
         seed: source of randomness; None draws one, and the run reports it.
     """
 
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int | None = None
+    temperature: float = option(
+        0.0,
+        "--temperature",
+        "Randomness of the answer. 0 is greedy: the likeliest token always, exact and repeatable.",
+        also=("--temp",),
+        low=0.0,
+        high=100.0,
+        accepted="0 to 100",
+    )
+    top_k: int = option(
+        0,
+        "--top-k",
+        "Sample from the K likeliest tokens; 0 turns it off.",
+        low=0,
+        accepted="0 (off) or more",
+    )
+    top_p: float = option(
+        1.0,
+        "--top-p",
+        "Sample from the fewest tokens with this probability together; 1 turns it off.",
+        low=0.0,
+        above=True,
+        high=1.0,
+        accepted="above 0, up to 1 (off)",
+    )
+    min_p: float = option(
+        0.0,
+        "--min-p",
+        "Drop tokens below this share of the likeliest one's probability; 0 turns it off.",
+        low=0.0,
+        high=1.0,
+        below=True,
+        accepted="0 (off) to below 1",
+    )
+    seed: int | None = option(
+        None,
+        "--seed",
+        "Source of randomness; the same seed gives the same answer on one machine. Given one, "
+        "measured times decide nothing about drafting, so an answer whose seed was drawn may not "
+        "come again.",
+        also=("-s",),
+        form=Form.INTEGER,
+        low=0,
+        high=2**63,
+        below=True,
+        accepted="0 to 2^63 - 1",
+        unset="drawn, and reported",
+    )
 
     def __post_init__(self) -> None:
-        _require(0.0 <= self.temperature <= 100.0, "--temperature", self.temperature, "0 to 100")
-        _require(self.top_k >= 0, "--top-k", self.top_k, "0 (off) or more")
-        _require(0.0 < self.top_p <= 1.0, "--top-p", self.top_p, "above 0, up to 1 (off)")
-        _require(0.0 <= self.min_p < 1.0, "--min-p", self.min_p, "0 (off) to below 1")
-        seed_ok = self.seed is None or 0 <= self.seed < 2**63
-        _require(seed_ok, "--seed", self.seed, "0 to 2^63 - 1")
+        check_bounds(self)
 
     @property
     def greedy(self) -> bool:
@@ -319,20 +416,30 @@ class SamplingConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationConfig:
-    """When an answer ends.
+    """When an answer ends."""
 
-    Attributes:
-        max_tokens: tokens after which generation stops.
-        stop: texts that end the answer; they are not part of it.
-        ignore_eos: go on after the model's end-of-text token (for measuring).
-    """
-
-    max_tokens: int = 512
-    stop: tuple[str, ...] = ()
-    ignore_eos: bool = False
+    max_tokens: int = option(
+        512,
+        "--max-tokens",
+        "Most tokens of an answer.",
+        also=("-n",),
+        low=1,
+        accepted="1 or more",
+    )
+    stop: tuple[str, ...] = option(
+        (),
+        "--stop",
+        "Text that ends the answer and is not part of it; may be given several times.",
+        unset="none",
+    )
+    ignore_eos: bool = option(
+        False,
+        "--ignore-eos",
+        "Go on after the model's end-of-text token, for measuring.",
+    )
 
     def __post_init__(self) -> None:
-        _require(self.max_tokens >= 1, "--max-tokens", self.max_tokens, "1 or more")
+        check_bounds(self)
         if any(not text for text in self.stop):
             raise ConfigError("--stop is empty: give a text that ends the answer")
 
@@ -342,60 +449,114 @@ class RuntimeConfig:
     """Where the model runs and what it may use.
 
     Attributes:
-        device: `auto`, `cpu`, `cuda` or `cuda:N`.
-        device_limit_bytes: all memory of the run on the device; None takes what is free.
-        host_limit_bytes: host memory for the home of streamed layers; None takes what is free.
-        dtype: number format of the computation.
-        slots: slots of the ring; None lets the placement choose.
-        resident_layers: layers kept on the device; None keeps as many as fit.
+        device_limit_bytes: None takes what is free, as do others whose default is None.
         resident: these very layers, as a plan names them; None chooses.
-        home: where streamed layers live; `auto` is pinned memory on CUDA where it
-            suffices, else the files.
-        context_tokens: KV rows set aside per sequence; None sizes them by the request.
-        kv: where committed keys and values live; `auto` is the device if they fit there, else
-            pinned memory for CUDA and a file for the CPU.
-        kv_block_tokens: tokens of KV that are copied to the device at once; None chooses.
-        kv_folder: where the file for KV is made; None takes $TMPDIR or /var/tmp.
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
-        link_bytes_per_s: emulate a link of this bandwidth (CPU with home `host` only).
-        readers: file reads kept in flight.
-        threads: of the CPU that compute; None is what affinity and the cgroup's quota allow.
+        threads: None is what affinity and the cgroup's quota allow.
     """
 
-    device: str = "auto"
-    device_limit_bytes: int | None = None
-    host_limit_bytes: int | None = None
-    dtype: DType = DType.AUTO
-    slots: int | None = None
-    resident_layers: int | None = None
+    device: str = option("auto", "--device", "auto, cpu, cuda or cuda:N.")
+    device_limit_bytes: int | None = option(
+        None,
+        "--device-memory",
+        "All memory of the run on the device: 2GiB, 1500MiB, or bytes.",
+        form=Form.SIZE,
+        unset="what is free",
+    )
+    host_limit_bytes: int | None = option(
+        None,
+        "--host-memory",
+        "Host memory for streamed layers and KV, with --home host or --kv host.",
+        form=Form.SIZE,
+        unset="what is free",
+    )
+    dtype: DType = option(
+        DType.AUTO,
+        "--dtype",
+        "Number format of the computation, bf16, fp16 and fp32 for short; auto is the "
+        "checkpoint's own.",
+        short=_SHORT_DTYPES,
+    )
+    slots: int | None = option(
+        None,
+        "--slots",
+        "Device buffers that streamed layers share.",
+        low=1,
+        high=64,
+        accepted="auto or 1 to 64",
+    )
+    resident_layers: int | None = option(
+        None,
+        "--resident-layers",
+        "Layers kept on the device; auto is as many as fit, 0 streams all.",
+        low=0,
+        accepted="auto or 0 or more",
+    )
     resident: tuple[int, ...] | None = None
-    home: HomeKind = HomeKind.AUTO
-    context_tokens: int | None = None
-    kv: KVPlace = KVPlace.AUTO
-    kv_block_tokens: int | None = None
-    kv_folder: str | None = None
+    home: HomeKind = option(
+        HomeKind.AUTO,
+        "--home",
+        "Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
+    )
+    context_tokens: int | None = option(
+        None,
+        "--context",
+        "Tokens of prompt and answer to set memory aside for.",
+        also=("-c", "--ctx-size"),
+        low=1,
+        accepted="auto or 1 or more",
+    )
+    kv: KVPlace = option(
+        KVPlace.AUTO,
+        "--kv",
+        "Where keys and values of past tokens live; auto is the device if they fit there, "
+        "else host memory for CUDA and a file for the CPU.",
+    )
+    kv_block_tokens: int | None = option(
+        None,
+        "--kv-block-tokens",
+        "Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB.",
+        low=1,
+        accepted="auto or 1 or more",
+    )
+    kv_folder: str | None = option(
+        None,
+        "--kv-folder",
+        "Where the file for --kv disk is made; it has no name and leaves nothing behind.",
+        form=Form.PATH,
+        unset="$TMPDIR or /var/tmp",
+    )
     prefill_chunk_tokens: int = 512
-    link_bytes_per_s: float | None = None
-    readers: int = 4
-    threads: int | None = None
+    link_bytes_per_s: float | None = option(
+        None,
+        "--link-bandwidth",
+        "Emulate a link of this many GB/s; CPU with --home host only.",
+        form=Form.RATE,
+        low=0,
+        above=True,
+        accepted="above 0",
+        unset="none",
+    )
+    readers: int = option(
+        4, "--readers", "File reads kept in flight.", low=1, high=64, accepted="1 to 64"
+    )
+    threads: int | None = option(
+        None,
+        "--threads",
+        "Threads of the CPU that compute.",
+        also=("-t",),
+        low=1,
+        high=1024,
+        accepted="auto or 1 to 1024",
+    )
 
     def __post_init__(self) -> None:
-        threads_ok = self.threads is None or 1 <= self.threads <= 1024
-        _require(threads_ok, "--threads", self.threads, "auto or 1 to 1024")
-        slots_ok = self.slots is None or 1 <= self.slots <= 64
-        _require(slots_ok, "--slots", self.slots, "auto or 1 to 64")
-        resident_ok = self.resident_layers is None or self.resident_layers >= 0
-        _require(resident_ok, "--resident-layers", self.resident_layers, "auto or 0 or more")
-        context_ok = self.context_tokens is None or self.context_tokens >= 1
-        _require(context_ok, "--context", self.context_tokens, "auto or 1 or more")
-        block_ok = self.kv_block_tokens is None or self.kv_block_tokens >= 1
-        _require(block_ok, "--kv-block-tokens", self.kv_block_tokens, "auto or 1 or more")
+        check_bounds(self)
         if self.kv_folder is not None and self.kv not in (KVPlace.AUTO, KVPlace.DISK):
             raise ConfigError("--kv-folder is where KV lives on disk: add --kv disk")
         if self.kv_block_tokens is not None and self.kv is KVPlace.DEVICE:
             raise ConfigError("--kv-block-tokens has no effect with --kv device")
-        chunk = self.prefill_chunk_tokens
-        _require(chunk >= 1, "prefill_chunk_tokens", chunk, "1 or more")
-        link_ok = self.link_bytes_per_s is None or self.link_bytes_per_s > 0
-        _require(link_ok, "--link-bandwidth", self.link_bytes_per_s, "above 0")
-        _require(1 <= self.readers <= 64, "--readers", self.readers, "1 to 64")
+        if self.prefill_chunk_tokens < 1:
+            raise ConfigError(
+                f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, accepted is 1 or more"
+            )

@@ -16,6 +16,7 @@ RANKS = [
     ["errors"],
     ["units", "reading"],
     ["writing"],
+    ["options"],
     ["config", "report"],
     ["device", "attention"],
     ["streaming"],
@@ -35,7 +36,7 @@ RANKS = [
     ["cli", "__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-TORCH_FREE = {"errors", "units", "config", "report", "model.config", "model.checkpoint"}
+TORCH_FREE = {"errors", "units", "options", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter", "adapters.reading"}
 TORCH_FREE |= {"printable", "writing"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}

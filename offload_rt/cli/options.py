@@ -4,7 +4,6 @@ A default is that of the record's field; nothing is repeated here.
 """
 
 import dataclasses
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -18,25 +17,21 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.completion import model_items
 from offload_rt.cli.verb import option_key
 from offload_rt.config import (
-    INNER_WINDOW_TOKENS,
-    RECENT_SHARES,
-    SINK_TOKENS,
-    AcceptRule,
     DraftConfig,
-    DraftShape,
-    DraftWeights,
-    DType,
     GenerationConfig,
-    HomeKind,
-    KVPlace,
     RetrievalConfig,
     RuntimeConfig,
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
-from offload_rt.model.locate import means_model
-from offload_rt.session.settings import Settings, check_accept
-from offload_rt.units import parse_size
+from offload_rt.options import Form, Settable, record_of, settables
+from offload_rt.session.settings import (
+    DRAFTERS,
+    Settings,
+    check_accept,
+    read_drafter,
+    without_effect,
+)
 
 if TYPE_CHECKING:
     from offload_rt.planning.plan_file import PlanFile
@@ -45,70 +40,35 @@ CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 Values = Mapping[str, Any]
 
 
-class _Size(click.ParamType):
-    """A memory size, as bytes."""
+class _Value(click.ParamType):
+    """What a field reads."""
 
-    name = "size"
+    def __init__(self, field: Settable) -> None:
+        self._field, self.name = field, str(field.form)
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
+    ) -> Any:  # noqa: ANN401 - a value of the field's type
         try:
-            return value if isinstance(value, int) else parse_size(str(value))
-        except (ConfigError, OverflowError) as error:
+            return self._field.read(value)
+        except ValueError as error:
             self.fail(str(error), param, ctx)
 
 
-class _Auto(click.ParamType):
-    """A number, or None for `auto`.
+class _Choice(click.Choice[str]):
+    """What a field reads, one of a few words."""
 
-    Args:
-        read: makes the number of a text.
-        name: as the help shows it.
-        what: the number in words.
-    """
-
-    def __init__(self, read: Callable[[str], int | float], name: str, what: str) -> None:
-        self._read, self.name, self._what = read, name, what
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | float | None:
-        if value is None or value == "auto":
-            return None
-        try:
-            return self._read(str(value))
-        except ValueError:
-            self.fail(f"{value!r} is neither auto nor {self._what}", param, ctx)
-
-
-class _Window(click.ParamType):
-    """A whole number, None for `auto` or 0 for `full`."""
-
-    name = "auto|full|n"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int | None:
-        if value is None or value == "auto":
-            return None
-        if value == "full":
-            return 0
-        try:
-            if (window := int(str(value))) > 0:
-                return window
-        except ValueError:
-            pass
-        self.fail(f"{value!r} is neither auto nor full nor a number of tokens", param, ctx)
-
-
-class _DTypeChoice(click.Choice[str]):
-    """A number format, by torch's name or a short one."""
+    def __init__(self, field: Settable) -> None:
+        super().__init__(field.choices)
+        self._field = field
 
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> str:
-        return str(super().convert(_SHORT_DTYPES.get(str(value), value), param, ctx))
+        try:
+            return str(self._field.read(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
 
 class _Drafter(click.ParamType):
@@ -119,20 +79,16 @@ class _Drafter(click.ParamType):
     def convert(
         self, value: object, param: click.Parameter | None, ctx: click.Context | None
     ) -> str:
-        text = str(value)
-        kind = text.partition(":")[0]
-        if kind in _DRAFTERS:
-            return text
-        if text.isdecimal():
-            self.fail(f"{text} is no drafter: --draft-tokens {text} is how much is drafted")
-        is_model = means_model(text) and (":" not in text or os.path.lexists(text))
-        return f"model:{text}" if is_model else text
+        try:
+            return read_drafter(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
 
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
         """Who can draft by name, and the models that begin so."""
-        names = [name for name in _DRAFTERS if name.startswith(incomplete)]
+        names = [name for name in DRAFTERS if name.startswith(incomplete)]
         return [*model_items(incomplete), *map(CompletionItem, names)]
 
 
@@ -152,15 +108,7 @@ class _Profile(click.ParamType):
 
 
 _DRAWING = ("temperature", "top_k", "top_p", "min_p")
-_DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
-_SHORT_DTYPES = {
-    **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
-    **dict.fromkeys(("fp16", "f16", "half"), "float16"),
-    **dict.fromkeys(("fp32", "f32", "float"), "float32"),
-}
 PROFILE = _Profile()
-SIZE, _AUTO = _Size(), _Auto(int, "auto|n", "a whole number")
-_AUTO_SHARE = _Auto(float, "auto|share", "a number")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,10 +130,41 @@ class Output:
             raise ConfigError("-v and -q contradict each other: give one of them")
 
 
-def _default(record: type, name: str) -> Any:  # noqa: ANN401 - a field may have any type
-    """The default of a field; `auto` for None."""
-    value = next(field.default for field in dataclasses.fields(record) if field.name == name)
-    return "auto" if value is None else value
+_FIELDS = {
+    field.name: field
+    for record in (SamplingConfig, GenerationConfig, RuntimeConfig, DraftConfig, RetrievalConfig)
+    for field in settables(record)
+}
+SIZE = _Value(_FIELDS["device_limit_bytes"])
+_PLAIN: Mapping[Form, Any] = {
+    Form.INTEGER: int,
+    Form.NUMBER: float,
+    Form.TEXT: str,
+    Form.TEXTS: str,
+    Form.PATH: click.Path(),
+}
+
+
+def _option(name: str, default: str | None = None) -> Callable[[CommandT], CommandT]:
+    """The option of a record's field; its default is the field's unless another is given."""
+    field = _FIELDS[name]
+    said, form, value = field.option, field.form, field.default if default is None else default
+    names = [*said.also, said.flag, name]
+    if form is Form.SWITCH:
+        return click.option(*names, is_flag=True, default=value, help=said.help)
+    kind: Any = _PLAIN.get(form) or (_Choice(field) if form is Form.CHOICE else _Value(field))
+    if form is Form.DRAFTER:
+        kind = _Drafter()
+    if value is None and not said.unset:
+        value = "auto"
+    return click.option(
+        *names,
+        type=kind,
+        default=str(value) if form is Form.CHOICE else value,
+        multiple=form is Form.TEXTS,
+        show_default=said.unset or True,
+        help=said.help,
+    )
 
 
 def _group(*options: Callable[[CommandT], CommandT]) -> Callable[[CommandT], CommandT]:
@@ -205,59 +184,11 @@ sampling_options = _group(
         help="What is sampled with where --temperature and others do not say: greedy, or what the "
         "model's authors recommend in generation_config.json.",
     ),
-    click.option(
-        "--temp",
-        "--temperature",
-        "temperature",
-        type=float,
-        default=_default(SamplingConfig, "temperature"),
-        help="Randomness of the answer. 0 is greedy: the likeliest token always, exact and "
-        "repeatable.",
-    ),
-    click.option(
-        "--top-k",
-        type=int,
-        default=_default(SamplingConfig, "top_k"),
-        help="Sample from the K likeliest tokens; 0 turns it off.",
-    ),
-    click.option(
-        "--top-p",
-        type=float,
-        default=_default(SamplingConfig, "top_p"),
-        help="Sample from the fewest tokens with this probability together; 1 turns it off.",
-    ),
-    click.option(
-        "--min-p",
-        type=float,
-        default=_default(SamplingConfig, "min_p"),
-        help="Drop tokens below this share of the likeliest one's probability; 0 turns it off.",
-    ),
-    click.option(
-        "-s",
-        "--seed",
-        type=int,
-        default=None,
-        show_default="drawn, and reported",
-        help="Source of randomness; the same seed gives the same answer on one machine. Given one, "
-        "measured times decide nothing about drafting, so an answer whose seed was drawn may not "
-        "come again.",
-    ),
+    *map(_option, ("temperature", "top_k", "top_p", "min_p", "seed")),
 )
 
-max_tokens_option = click.option(
-    "-n",
-    "--max-tokens",
-    type=int,
-    default=_default(GenerationConfig, "max_tokens"),
-    help="Most tokens of an answer.",
-)
-
-ignore_eos_option = click.option(
-    "--ignore-eos",
-    is_flag=True,
-    default=_default(GenerationConfig, "ignore_eos"),
-    help="Go on after the model's end-of-text token, for measuring.",
-)
+max_tokens_option = _option("max_tokens")
+ignore_eos_option = _option("ignore_eos")
 
 system_option = click.option(
     "--system",
@@ -270,219 +201,49 @@ raw_option = click.option(
     "--raw", is_flag=True, help="Give prompts as they are, without the chat template."
 )
 
-answer_options = _group(
-    max_tokens_option,
-    click.option(
-        "--stop",
-        multiple=True,
-        show_default="none",
-        help="Text that ends the answer and is not part of it; may be given several times.",
-    ),
-    ignore_eos_option,
-    system_option,
-)
+answer_options = _group(max_tokens_option, _option("stop"), ignore_eos_option, system_option)
 
 placement_options = _group(
-    click.option(
-        "--device",
-        default=_default(RuntimeConfig, "device"),
-        help="auto, cpu, cuda or cuda:N.",
-    ),
-    click.option(
-        "--device-memory",
-        "device_limit_bytes",
-        type=SIZE,
-        default=None,
-        show_default="what is free",
-        help="All memory of the run on the device: 2GiB, 1500MiB, or bytes.",
-    ),
-    click.option(
-        "--host-memory",
-        "host_limit_bytes",
-        type=SIZE,
-        default=None,
-        show_default="what is free",
-        help="Host memory for streamed layers and KV, with --home host or --kv host.",
-    ),
-    click.option(
-        "--dtype",
-        type=_DTypeChoice([str(name) for name in DType]),
-        default=str(_default(RuntimeConfig, "dtype")),
-        help="Number format of the computation, bf16, fp16 and fp32 for short; auto is the "
-        "checkpoint's own.",
-    ),
-    click.option(
-        "--slots",
-        type=_AUTO,
-        default=_default(RuntimeConfig, "slots"),
-        help="Device buffers that streamed layers share.",
-    ),
-    click.option(
-        "--resident-layers",
-        type=_AUTO,
-        default=_default(RuntimeConfig, "resident_layers"),
-        help="Layers kept on the device; auto is as many as fit, 0 streams all.",
-    ),
-    click.option(
-        "--home",
-        type=click.Choice([str(kind) for kind in HomeKind]),
-        default=str(_default(RuntimeConfig, "home")),
-        help="Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
-    ),
-    click.option(
-        "-c",
-        "--ctx-size",
-        "--context",
-        "context_tokens",
-        type=_AUTO,
-        default=_default(RuntimeConfig, "context_tokens"),
-        help="Tokens of prompt and answer to set memory aside for.",
-    ),
-    click.option(
-        "--kv",
-        type=click.Choice([str(place) for place in KVPlace if place is not KVPlace.NONE]),
-        default=str(_default(RuntimeConfig, "kv")),
-        help="Where keys and values of past tokens live; auto is the device if they fit there, "
-        "else host memory for CUDA and a file for the CPU.",
-    ),
-    click.option(
-        "--kv-block-tokens",
-        type=_AUTO,
-        default=_default(RuntimeConfig, "kv_block_tokens"),
-        help="Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB.",
-    ),
-    click.option(
-        "--kv-folder",
-        type=click.Path(),
-        default=None,
-        show_default="$TMPDIR or /var/tmp",
-        help="Where the file for --kv disk is made; it has no name and leaves nothing behind.",
-    ),
+    *map(
+        _option,
+        (
+            "device",
+            "device_limit_bytes",
+            "host_limit_bytes",
+            "dtype",
+            "slots",
+            "resident_layers",
+            "home",
+            "context_tokens",
+            "kv",
+            "kv_block_tokens",
+            "kv_folder",
+        ),
+    )
 )
 
-runtime_options = _group(
-    click.option(
-        "--link-bandwidth",
-        type=click.FloatRange(min=0, min_open=True),
-        default=None,
-        show_default="none",
-        help="Emulate a link of this many GB/s; CPU with --home host only.",
-    ),
-    click.option(
-        "--readers",
-        type=int,
-        default=_default(RuntimeConfig, "readers"),
-        help="File reads kept in flight.",
-    ),
-    click.option(
-        "-t",
-        "--threads",
-        type=_AUTO,
-        default=_default(RuntimeConfig, "threads"),
-        help="Threads of the CPU that compute.",
-    ),
-)
+runtime_options = _group(*map(_option, ("link_bytes_per_s", "readers", "threads")))
 
 draft_options = _group(
-    click.option(
-        "--draft",
-        type=_Drafter(),
-        default="auto",
-        help="Who drafts tokens that one pass then checks: auto (whichever of those without a "
-        "folder should be fastest), none, ngram (what followed the same tokens before, and what "
-        "the model found likely then), MODEL or model:MODEL, a small one with the same tokenizer, "
-        "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
-        "itself over a part of a long context, with ngram or MODEL drafting for it.",
-    ),
-    click.option(
-        "--draft-tokens",
-        type=_AUTO,
-        default=_default(DraftConfig, "draft_tokens"),
-        help="Tokens of a draft; auto is the number that should give most tokens a second, "
-        "corrected while running. With sampling and --seed auto is a fixed number: "
-        f"{DraftConfig(draft='ngram').nodes} for ngram, {DraftConfig(draft='model:m').nodes} for "
-        f"a model, {DraftConfig(draft='medusa:m').nodes} for heads, "
-        f"{DraftConfig(draft='triforce').nodes} for triforce.",
-    ),
-    click.option(
-        "--draft-shape",
-        "shape",
-        type=click.Choice([str(shape) for shape in DraftShape]),
-        default=str(_default(DraftConfig, "shape")),
-        help="Whether a draft model drafts one continuation or a tree of several; auto is a tree "
-        "from 9 tokens on.",
-    ),
-    click.option(
-        "--inner-gamma",
-        "inner_tokens",
-        type=_AUTO,
-        default=_default(DraftConfig, "inner_tokens"),
-        help="With triforce: tokens drafted for each of its own passes; auto is "
-        f"{DraftConfig(draft='triforce').inner.nodes} for ngram, "
-        f"{DraftConfig(draft='triforce:m').inner.nodes} for a model.",
-    ),
-    click.option(
-        "--retrieval-budget",
-        "budget_tokens",
-        type=int,
-        default=_default(RetrievalConfig, "budget_tokens"),
-        help="With triforce: tokens of context its passes read.",
-    ),
-    click.option(
-        "--retrieval-chunk",
-        "chunk_tokens",
-        type=int,
-        default=_default(RetrievalConfig, "chunk_tokens"),
-        help="With triforce: consecutive tokens that are read or left out together.",
-    ),
-    click.option(
-        "--retrieval-recent",
-        "recent_share",
-        type=_AUTO_SHARE,
-        default=_default(RetrievalConfig, "recent_share"),
-        help="With triforce: part of the budget that is the newest tokens; 1 leaves nothing else "
-        f"but the very first. auto tries {' and '.join(f'{s:g}' for s in RECENT_SHARES)} and keeps "
-        "to the one of which more is accepted.",
-    ),
-    click.option(
-        "--retrieval-rebuild",
-        "rebuild_tokens",
-        type=int,
-        default=_default(RetrievalConfig, "rebuild_tokens"),
-        help="With triforce: choose anew what is read after so many tokens.",
-    ),
-    click.option(
-        "--retrieval-weights",
-        type=click.Choice([str(kind) for kind in DraftWeights]),
-        default=str(_default(RetrievalConfig, "retrieval_weights")),
-        help="With triforce: draft with the model's own weights (same) or with rounded copies of "
-        "them that stay on the device: faster, and nothing is streamed to draft; answers stay the "
-        "same. auto takes what is predicted to be faster.",
-    ),
-    click.option(
-        "--draft-window",
-        type=_Window(),
-        default=_default(DraftConfig, "draft_window"),
-        help=f"Tokens a draft model sees at most: the first {SINK_TOKENS} and the newest; full is "
-        f"the whole sequence, auto is full, or {INNER_WINDOW_TOKENS} below triforce.",
-    ),
-    click.option(
-        "--draft-weights",
-        type=click.Choice([str(kind) for kind in DraftWeights]),
-        default=str(_default(DraftConfig, "draft_weights")),
-        help="How a draft model's weights are kept: as in its files, or rounded, which is faster "
-        "and smaller and changes guesses, never answers; auto is int8 for bf16 models on a CPU.",
+    _option("draft", default="auto"),
+    *map(
+        _option,
+        (
+            "draft_tokens",
+            "shape",
+            "inner_tokens",
+            "budget_tokens",
+            "chunk_tokens",
+            "recent_share",
+            "rebuild_tokens",
+            "retrieval_weights",
+            "draft_window",
+            "draft_weights",
+        ),
     ),
 )
 
-accept_option = click.option(
-    "--accept",
-    type=click.Choice([str(rule) for rule in AcceptRule]),
-    default=str(_default(DraftConfig, "accept")),
-    help="When a drafted token stands: lossless keeps the model's distribution (the same tokens "
-    "where the answer is greedy), greedy is for --temperature 0 only, typical changes the "
-    "distribution.",
-)
+accept_option = _option("accept")
 
 
 _PROMPTS_HELP = (
@@ -639,27 +400,12 @@ def _with_plan(values: Values) -> "tuple[Values, PlanFile | None]":
 
 def runtime_of(values: Values) -> RuntimeConfig:
     """Where the model runs; a verb that lacks an option leaves its default."""
-    link_gb_per_s = values.get("link_bandwidth")
-    names = {field.name for field in dataclasses.fields(RuntimeConfig)}
-    given = {name: value for name, value in values.items() if name in names}
-    given |= {"dtype": DType(values["dtype"]), "home": HomeKind(values["home"])}
-    given |= {"kv": KVPlace(values["kv"])}
-    link = None if link_gb_per_s is None else link_gb_per_s * 1e9
-    return RuntimeConfig(**given, link_bytes_per_s=link)
+    return record_of(RuntimeConfig, values)
 
 
 def draft_of(values: Values) -> DraftConfig:
     """Who drafts; a verb that lacks an option leaves its default."""
-    names = {field.name for field in dataclasses.fields(DraftConfig)}
-    given = {name: value for name, value in values.items() if name in names}
-    given |= {"shape": DraftShape(values["shape"])}
-    given |= {"draft_weights": DraftWeights(values["draft_weights"])}
-    chosen = {field.name: values[field.name] for field in dataclasses.fields(RetrievalConfig)}
-    chosen |= {"retrieval_weights": DraftWeights(values["retrieval_weights"])}
-    given |= {"retrieval": RetrievalConfig(**chosen)}
-    if "accept" in values:
-        given |= {"accept": AcceptRule(values["accept"])}
-    return DraftConfig(**given)
+    return record_of(DraftConfig, {**values, "retrieval": values})
 
 
 def _own_sampling(values: Values) -> frozenset[str] | None:
@@ -681,13 +427,9 @@ def _sampling(values: Values, own: frozenset[str] | None = None) -> SamplingConf
     if not config.greedy or own is not None and "temperature" not in own:
         return config
     for name in _DRAWING[1:]:
-        default = _default(SamplingConfig, name)
+        default = _FIELDS[name].default
         if given.get(name, default) != default and _is_typed(name):
-            flag = "--" + name.replace("_", "-")
-            raise ConfigError(
-                f"{flag} {values[name]} has no effect on a greedy answer: "
-                "add a --temperature above 0"
-            )
+            raise without_effect(name, values[name])
         given[name] = default  # the user's default for answers that are not greedy
     return SamplingConfig(**given)
 

@@ -8,12 +8,14 @@ device, the model's name and number of layers, and what was predicted (for the r
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from enum import StrEnum
 from pathlib import Path
+from types import UnionType
+from typing import get_args
 
-from offload_rt.config import DraftShape, DraftWeights, DType, HomeKind, KVPlace
+from offload_rt.config import DraftConfig, HomeKind, RetrievalConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.options import Form, Settable, settables
 from offload_rt.planning.planner import Plan
 from offload_rt.reading import without_mark
 from offload_rt.writing import write_text
@@ -23,37 +25,13 @@ _LIMIT_BYTES = 2**20
 
 Value = str | int | float | None
 
-# Options a plan may fix, by the name of their field, and what their values may be.
-OPTIONS: Mapping[str, tuple[type, ...]] = {
-    "device": (str,),
-    "device_limit_bytes": (int,),
-    "host_limit_bytes": (int, type(None)),
-    "dtype": (str,),
-    "slots": (int, type(None)),
-    "home": (str,),
-    "context_tokens": (int, type(None)),
-    "kv": (str,),
-    "kv_block_tokens": (int, type(None)),
-    "kv_folder": (str, type(None)),
-    "draft": (str,),
-    "draft_tokens": (int, type(None)),
-    "shape": (str,),
-    "draft_window": (int, type(None)),
-    "draft_weights": (str,),
-    "inner_tokens": (int, type(None)),
-    "budget_tokens": (int,),
-    "chunk_tokens": (int,),
-    "recent_share": (float, int, type(None)),
-    "rebuild_tokens": (int,),
-    "retrieval_weights": (str,),
-}
-_CHOICES: Mapping[str, type[StrEnum]] = {
-    "dtype": DType,
-    "home": HomeKind,
-    "kv": KVPlace,
-    "shape": DraftShape,
-    "draft_weights": DraftWeights,
-    "retrieval_weights": DraftWeights,
+_LEFT_OUT = {"resident_layers", "link_bytes_per_s", "readers", "threads", "accept"}
+# Options a plan may fix, by the name of their field.
+OPTIONS: Mapping[str, Settable] = {
+    field.name: field
+    for record in (RuntimeConfig, DraftConfig, RetrievalConfig)
+    for field in settables(record)
+    if field.name not in _LEFT_OUT
 }
 _KEYS = {"schema_version", "model", "layers", "options", "resident", "predicted"}
 
@@ -153,16 +131,24 @@ def _options(path: Path, raw: object) -> Mapping[str, Value]:
     for name, value in raw.items():
         if name not in OPTIONS:
             raise _unusable(path, f"options has {name!r}; known are {', '.join(OPTIONS)}")
-        if type(value) not in OPTIONS[name]:
+        if type(value) not in _types(OPTIONS[name]):
             raise _unusable(path, f"options.{name} cannot be {json.dumps(value)}")
         if "\0" in str(value):
             raise _unusable(path, f"options.{name} is {json.dumps(value)}, with a zero byte")
-        choices = [str(c) for c in _CHOICES.get(name, ()) if c is not KVPlace.NONE]
+        choices = OPTIONS[name].choices if OPTIONS[name].form is Form.CHOICE else []
         if choices and value not in choices:
             raise _unusable(
                 path, f"options.{name} is {json.dumps(value)}; known are {', '.join(choices)}"
             )
     return raw
+
+
+def _types(field: Settable) -> tuple[type, ...]:
+    """What JSON has for a field."""
+    if field.form is Form.CHOICE:
+        return (str,)
+    types = get_args(field.type) if isinstance(field.type, UnionType) else (field.type,)
+    return (*types, int) if float in types else types
 
 
 def _is_count(value: object) -> bool:

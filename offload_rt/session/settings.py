@@ -1,5 +1,6 @@
 """Everything that is set for answering, in one record."""
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,11 +12,13 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.errors import ConfigError
+from offload_rt.model.locate import means_model
 
 if TYPE_CHECKING:
     from offload_rt.planning.plan_file import PlanFile
 
 NO_ADAPTER = "none"
+DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +46,28 @@ class Settings:
     own_sampling: frozenset[str] | None = None
     chose_sampling: bool = True
     adapter: str | None = None
+
+
+def read_drafter(text: str) -> str:
+    """Who drafts, by `DraftConfig.draft`; the folder or hub id of a model means `model:`.
+
+    Raises:
+        ValueError: it is a number.
+    """
+    if text.partition(":")[0] in DRAFTERS:
+        return text
+    if text.isdecimal():
+        raise ValueError(f"{text} is no drafter: --draft-tokens {text} is how much is drafted")
+    is_model = means_model(text) and (":" not in text or os.path.lexists(text))
+    return f"model:{text}" if is_model else text
+
+
+def without_effect(name: str, value: object) -> ConfigError:
+    """What is said of an option of sampling that a greedy answer does not use."""
+    flag = "--" + name.replace("_", "-")
+    return ConfigError(
+        f"{flag} {value} has no effect on a greedy answer: add a --temperature above 0"
+    )
 
 
 def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:

@@ -1,29 +1,18 @@
 """Worker: offload_rt itself, with or without a drafter, in our own environment."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from offload_rt.baselines.workers.harness import Clock, serve, versions
-from offload_rt.config import (
-    AcceptRule,
-    DraftConfig,
-    DraftShape,
-    DraftWeights,
-    DType,
-    GenerationConfig,
-    HomeKind,
-    KVPlace,
-    RetrievalConfig,
-    RuntimeConfig,
-    SamplingConfig,
-)
+from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import NumbersError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.options import record_of
 
 
 class OffloadRt:
@@ -31,7 +20,10 @@ class OffloadRt:
 
     def load(self, settings: dict[str, Any]) -> dict[str, Any]:
         """Place and load the model."""
-        runtime, draft = runtime_config(settings["runtime"]), draft_config(settings["draft"])
+        runtime, draft = (
+            record_of(RuntimeConfig, settings["runtime"]),
+            record_of(DraftConfig, settings["draft"]),
+        )
         self.engine = Engine(
             open_checkpoint(Path(settings["model"])),
             runtime,
@@ -90,21 +82,6 @@ class OffloadRt:
     def link_bytes(self) -> int:
         """Bytes of layers and KV that crossed the link."""
         return self.engine.link_bytes()
-
-
-def runtime_config(values: Mapping[str, Any]) -> RuntimeConfig:
-    """The record of a JSON object."""
-    kinds = {"dtype": DType, "home": HomeKind, "kv": KVPlace}
-    return RuntimeConfig(**(dict(values) | {n: kind(values[n]) for n, kind in kinds.items()}))
-
-
-def draft_config(values: Mapping[str, Any]) -> DraftConfig:
-    """The record of a JSON object."""
-    kinds = {"shape": DraftShape, "accept": AcceptRule, "draft_weights": DraftWeights}
-    given = dict(values) | {name: kind(values[name]) for name, kind in kinds.items()}
-    kept = dict(values["retrieval"])
-    kept["retrieval_weights"] = DraftWeights(kept["retrieval_weights"])
-    return DraftConfig(**(given | {"retrieval": RetrievalConfig(**kept)}))
 
 
 if __name__ == "__main__":
