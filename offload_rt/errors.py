@@ -46,6 +46,10 @@ class PlanError(OffloadError):
         self.needed_bytes = needed_bytes
 
 
+class SessionError(OffloadError):
+    """A loaded model cannot be used now: it is closed, or somebody else is using it."""
+
+
 class CapacityError(OffloadError):
     """A request needs more KV rows than the plan set aside."""
 

@@ -7,7 +7,7 @@ import shutil
 import pytest
 
 from offload_rt.cli.columns import hanging
-from offload_rt.cli.stats import layer_words
+from offload_rt.session.summary import layer_words
 from offload_rt.units import format_speed, parse_size
 
 GPU = "rtx4090-pcie4x16"

@@ -207,7 +207,7 @@ def test_a_session_knows_no_command_line(module):
         for node in ast.walk(ast.parse(FILES[module].read_text()))
         for target in targets(node, module, FILES[module].name == "__init__.py")
     }
-    assert not named & {"click", "rich", "prompt_toolkit", "sys", "signal"}
+    assert not named & {"click", "rich", "prompt_toolkit", "sys"}
 
 
 HARNESS = ("baselines", "cli.compare")  # measures others; the program runs without it

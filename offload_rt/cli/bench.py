@@ -18,7 +18,7 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, output_of, settings_of
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
-from offload_rt.cli.stats import dtype_name, versions
+from offload_rt.cli.stats import versions
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.errors import ConfigError
 from offload_rt.session.adapters import adapted, open_for_answers
@@ -27,6 +27,7 @@ from offload_rt.session.means import reproducible
 from offload_rt.session.opening import Model, answer_capacity, check_drafter, open_model
 from offload_rt.session.recommended import with_recommended
 from offload_rt.session.settings import Settings
+from offload_rt.session.summary import dtype_name
 from offload_rt.writing import make_folder, write_text
 
 _FILES = ("bench.md", "bench.json")
@@ -166,7 +167,7 @@ class _Measuring:
     ) -> None:
         """Answer all prompts in one engine, as often as there are rounds for it."""
         with started_engine(
-            self.model, settings, self.console, capacity=capacity, prompt_tokens=longest
+            self.model, settings, self.console, capacities=[capacity], prompt_tokens=longest
         ) as engine:
             answering = Answering(
                 self.model,

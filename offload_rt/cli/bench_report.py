@@ -14,7 +14,8 @@ from offload_rt.cli.bench_results import (
     summaries,
 )
 from offload_rt.cli.markdown import bullets, heading, table
-from offload_rt.cli.stats import drafter_name, rule_name
+from offload_rt.cli.stats import rule_name
+from offload_rt.session.summary import drafter_name
 from offload_rt.units import format_size
 
 _NAMES = {BASELINE: "none", DRAFTED: "draft"}  # in JSON

@@ -70,7 +70,7 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     context = auto_context(opened, settings.runtime.context_tokens)
     opened = adapted(opened, settings, console)
     with started_engine(
-        opened, settings, console, capacity=context, prompt_tokens=context
+        opened, settings, console, capacities=[context], prompt_tokens=context
     ) as engine:
         talk = Talk(Answering(opened, engine, settings, console, interrupts), context)
         return _Session(talk, open_reader(interrupts, console)).run()

@@ -91,7 +91,7 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     capacity = answer_capacity(opened, settings, len(ids), console)
     opened = adapted(opened, settings, console)
     with started_engine(
-        opened, settings, console, capacity=capacity, prompt_tokens=len(ids)
+        opened, settings, console, capacities=[capacity], prompt_tokens=len(ids)
     ) as engine:
         answering = Answering(opened, engine, settings, console, interrupts, writes=not output.json)
         answer = answering.answer(ids, seeded(settings.sampling))

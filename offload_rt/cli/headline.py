@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import OffloadError
@@ -121,20 +121,6 @@ def _lacking_on_host(
 
 def _host_limit(config: RuntimeConfig, free: FreeMemory) -> int:
     return config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
-
-
-def bound_by(limit: str, placement: Placement) -> str:
-    """What binds a prediction, in the reader's words."""
-    if limit == "drafting":
-        return "drafting"
-    if limit == "latency":
-        return "copying and computing in turn"
-    if limit != "transfer":
-        return "computing"
-    if placement.streamed:
-        return "the disk" if placement.home is HomeKind.DISK else "the link to host memory"
-    kv = placement.demand.kv
-    return "the disk, which holds the KV cache" if kv and kv.place is KVPlace.DISK else "the link"
 
 
 def headline(name: str, s_per_token: float, bound: str, more: More | None) -> str:

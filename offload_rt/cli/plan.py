@@ -13,11 +13,10 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, bound_by, headline, more_memory
+from offload_rt.cli.headline import More, headline, more_memory
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
-from offload_rt.cli.stats import layer_words, retrieval_weights_name, weights_name
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -37,6 +36,7 @@ from offload_rt.planning.run import RunLoad, bytes_per_pass
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
+from offload_rt.session.summary import bound_by, layer_words, retrieval_weights_name, weights_name
 from offload_rt.speculative.pair import open_draft_checkpoint
 from offload_rt.text.files import check_tokenizer_files
 from offload_rt.units import format_size

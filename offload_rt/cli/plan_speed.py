@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from offload_rt.cli.columns import hanging
-from offload_rt.cli.stats import drafter_name, drafts_name
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Limit
 from offload_rt.costs.step import Prediction
 from offload_rt.planning.planner import Considered, Plan
 from offload_rt.profiling.profile import Obtained
 from offload_rt.session.means import profile_source
+from offload_rt.session.summary import drafter_name, drafts_name
 from offload_rt.units import format_size, format_speed
 
 _SHOWN = 6  # ways of drafting

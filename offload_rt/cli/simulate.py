@@ -13,7 +13,7 @@ from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, bound_by, headline, more_memory
+from offload_rt.cli.headline import More, headline, more_memory
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.simulate_table import (
     comparisons_table,
@@ -42,6 +42,7 @@ from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.means import profile_for, profile_source
+from offload_rt.session.summary import bound_by
 from offload_rt.speculative.pair import open_draft_checkpoint
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}

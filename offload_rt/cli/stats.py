@@ -2,17 +2,21 @@
 
 import dataclasses
 import platform
-from collections.abc import Sequence
 from importlib.metadata import version
-from itertools import pairwise
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from offload_rt.cli.answering import Answering
-from offload_rt.config import AcceptRule, DraftConfig
+from offload_rt.config import AcceptRule
 from offload_rt.printable import printable
 from offload_rt.report import RetrievalCounts
 from offload_rt.session.answering import Answer
+from offload_rt.session.summary import (
+    PlanSummary,
+    drafter_name,
+    drafts_name,
+    dtype_name,
+    summary_of,
+)
 from offload_rt.units import format_rate, format_size, format_speed
 
 if TYPE_CHECKING:
@@ -21,7 +25,6 @@ if TYPE_CHECKING:
 _LABEL_WIDTH = 9
 STATS_INDENT = 2 + _LABEL_WIDTH
 _SHOWN_DEPTHS = 5
-_ORDINALS = {2: "nd", 3: "rd", 21: "st", 22: "nd", 23: "rd", 31: "st", 32: "nd", 33: "rd"}
 
 
 def format_stats(answering: Answering, answer: Answer) -> str:
@@ -87,6 +90,7 @@ def format_stats(answering: Answering, answer: Answer) -> str:
 def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
     """The object of `generate --json`; names are stable, more may be added."""
     engine, report = answering.engine, answer.report
+    summary = summary_of(engine)
     return {
         "model": str(answering.model.checkpoint.folder),
         "text": answer.text,
@@ -100,7 +104,7 @@ def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
         "dtype": dtype_name(engine),
         "versions": versions(),
         **dataclasses.asdict(report),
-        "plan": _plan(answering),
+        "plan": _plan(summary),
     }
 
 
@@ -111,51 +115,10 @@ def versions() -> dict[str, str]:
     return found | {"python": platform.python_version()}
 
 
-def layer_ranges(layers: Sequence[int]) -> str:
-    """Layer numbers, runs of them as ranges: `0-3, 7`."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and layer == runs[-1][-1] + 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
-
-
-def layer_words(layers: Sequence[int]) -> str:
-    """Layer numbers as ranges, or in few words where they are spread evenly."""
-    gaps = sorted({later - layer for layer, later in pairwise(layers)})
-    if len(layers) < 5 or gaps[0] < 2 or gaps[-1] - gaps[0] > 1:
-        return layer_ranges(layers)
-    steps = " or ".join(f"{gap}{_ORDINALS.get(gap, 'th')}" for gap in gaps)
-    return f"every {steps} from {layers[0]} to {layers[-1]}"
-
-
-def _plan(answering: Answering) -> dict[str, Any]:
-    placement, prediction = answering.engine.placement, answering.engine.plan.prediction
-    return {
-        "drafter": answering.engine.draft.draft,
-        "draft_tokens": answering.engine.draft.nodes,
-        "first_draft_tokens": answering.engine.plan.first_nodes,
-        "draft_window": answering.engine.draft.window_tokens,
-        "draft_weights": weights_name(answering.engine.draft),
-        "retrieval_weights": retrieval_weights_name(answering.engine.draft),
-        "drafter_bytes": placement.demand.drafter_bytes,
-        "resident": list(placement.resident),
-        "streamed": list(placement.streamed),
-        "slots": placement.slots,
-        "slot_bytes": placement.slot_bytes,
-        "resident_bytes": placement.resident_bytes,
-        "base_bytes": placement.demand.base_bytes,
-        "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
-        "kv_bytes": placement.demand.kv_bytes,
-        "workspace_bytes": placement.demand.workspace_bytes,
-        "device_bytes": placement.device_bytes,
-        "device_limit_bytes": placement.device_limit_bytes,
-        "home": str(placement.home),
-        "predicted_s_per_token": prediction.s_per_token if prediction else None,
-        "prediction": dataclasses.asdict(prediction) if prediction else None,
-    }
+def _plan(summary: PlanSummary) -> dict[str, Any]:
+    predicted = summary.prediction
+    s_per_token = predicted.s_per_token if predicted else None
+    return dataclasses.asdict(summary) | {"predicted_s_per_token": s_per_token}
 
 
 def _planned(plan: "Plan") -> str:
@@ -209,33 +172,6 @@ def _retrieval(answering: Answering, counts: RetrievalCounts) -> str:
     )
 
 
-def drafter_name(draft: DraftConfig) -> str:
-    """Who drafts, in few words; a model by its folder's name, and how weights are rounded."""
-    name = Path(draft.model or draft.heads).name
-    words = [draft.kind, *[f"({draft.retrieval.retrieval_weights})"] * draft.retrieval.rounded]
-    rounds = draft.draft_weights.rounds
-    return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounds])
-
-
-def drafts_name(plan: "Plan") -> str:
-    """Who drafts, how many tokens, and to how many a run may come."""
-    name, first, most = drafter_name(plan.drafting.config), plan.first_nodes, plan.drafting
-    if not first:
-        return name
-    later = f" at first, up to {most.config.nodes}" if most.config.nodes > first else ""
-    return f"{name}, {first} tokens{later}"
-
-
-def weights_name(draft: DraftConfig) -> str | None:
-    """How a draft model's weights are kept; None without one."""
-    return str(draft.draft_weights) if draft.model else None
-
-
-def retrieval_weights_name(draft: DraftConfig) -> str | None:
-    """Which weights triforce drafts with over its retrieval cache; None without it."""
-    return str(draft.retrieval.retrieval_weights) if draft.kind == "triforce" else None
-
-
 def rule_name(rule: str) -> str:
     """The accept rule; one that changes the distribution says so."""
     return f"{rule} (changes the distribution)" if rule == AcceptRule.TYPICAL else rule
@@ -248,11 +184,6 @@ def _speed(answer: Answer) -> str:
     if timings.s_per_token is None or timings.tokens_per_s is None:
         return start
     return f"{timings.tokens_per_s:.2f} tokens/s, {timings.s_per_token:.3f} s/token, {start}"
-
-
-def dtype_name(engine: Any) -> str:  # noqa: ANN401 - naming the type would need torch
-    """The number format an engine computes in."""
-    return str(engine.network.dtype).removeprefix("torch.")
 
 
 def _count(number: int, what: str) -> str:

@@ -47,6 +47,8 @@ class Run:
         accept: when a drafted token stands.
         drafter: what the report calls whoever drafts.
         passes: target passes so far, the prompt's included.
+        drafts: whether anybody drafts.
+        logprobs: whether sequences keep the log-probabilities of their tokens.
     """
 
     engine: Engine
@@ -56,6 +58,8 @@ class Run:
     accept: AcceptRule
     drafter: str
     passes: int = 0
+    drafts: bool = True
+    logprobs: bool = False
     counts: DraftCounts = field(default_factory=DraftCounts)
     _marks: list[Counters] = field(default_factory=list)
 
@@ -70,6 +74,7 @@ class Run:
         sampling: SamplingConfig,
         generation: GenerationConfig,
         end_tokens: frozenset[int] = frozenset(),
+        seeds: Sequence[int] | None = None,
     ) -> "Run":
         """Begin to answer prompts, all at once.
 
@@ -79,6 +84,7 @@ class Run:
             sampling: how tokens are drawn; its seed must be set unless it is greedy.
             generation: when answers end.
             end_tokens: tokens that end an answer.
+            seeds: of each answer; None: that of `sampling`, and one more for each.
 
         Raises:
             CapacityError: a prompt is longer than its KV cache.
@@ -97,13 +103,14 @@ class Run:
                     f"{capacity} with the answer: raise --context or shorten the prompt"
                 )
         device = engine.device.torch_device
+        seeds = seeds or [(sampling.seed or 0) + i for i in range(len(prompts))]
         sequences = [
             SequenceState(
                 index=i,
                 ids=list(ids),
                 prompt_tokens=len(ids),
                 max_tokens=min(generation.max_tokens, capacities[i] - len(ids)),
-                dice=Dice(make_generator((sampling.seed or 0) + i, device), device),
+                dice=Dice(make_generator(seeds[i], device), device),
             )
             for i, ids in enumerate(prompts)
         ]
@@ -117,6 +124,12 @@ class Run:
     def active(self) -> list[SequenceState]:
         """Sequences that have not ended."""
         return [s for s in self.sequences if s.finish_reason is None]
+
+    def leave_out_drafts(self) -> None:
+        """Decode token by token, whoever could draft."""
+        self.drafts, self.drafter = False, "none"
+        for sequence in self.sequences:
+            sequence.drafter = sequence.retrieval = None
 
     def prefill(self) -> list[Emitted]:
         """Take the prompts through the model in one pass and emit the first tokens."""
@@ -132,8 +145,9 @@ class Run:
 
     def step(self) -> list[Emitted]:
         """Draft for all active sequences, check the drafts in one pass, emit what stands."""
-        active, controller = self.active, self.engine.controller
+        active, controller = self.active, self.engine.controller if self.drafts else None
         nodes = self.engine.draft.nodes if controller is None else controller.nodes
+        nodes = nodes if self.drafts else 0
         start = time.perf_counter()
         drafts = [self._propose(sequence, nodes) for sequence in active]
         drafted_at = time.perf_counter()
@@ -216,6 +230,9 @@ class Run:
             for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
         ]
         verdicts = decide(checked, self.engine.device, self.sampling, self.accept)
+        if self.logprobs:
+            for sequence, one, verdict in zip(sequences, checked, verdicts, strict=True):
+                sequence.logprobs += _logprobs(one, verdict)
         self.passes += 1
         self._marks.append(self.engine.counters())
         return verdicts
@@ -315,6 +332,15 @@ class Run:
             builds=sum(c.builds for c in found),
             newest_builds=sum(c.newest_builds for c in found),
         )
+
+
+def _logprobs(checked: Checked, verdict: Verdict) -> list[float]:
+    """Log-probabilities of the tokens a verdict brings, in fp32."""
+    tree = checked.draft.tree
+    tokens = [*(tree.tokens[node] for node in verdict.path), verdict.token]
+    rows = checked.logits[verdict.rows].float().log_softmax(-1)
+    found: list[float] = rows[range(len(tokens)), tokens].tolist()  # host sync
+    return found
 
 
 def _is_cut(draft: Draft, room: int, nodes: int) -> bool:

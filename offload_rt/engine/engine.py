@@ -360,6 +360,11 @@ class Engine:
         """How many may run at once."""
         return len(self._caches)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, V] logits of [R, E] rows that `hidden` gave."""
+        with torch.inference_mode():
+            return self.network.logits(hidden)
+
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
         copied = self.device.copy.statistics()

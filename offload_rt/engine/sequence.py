@@ -1,6 +1,6 @@
 """One sequence of a run: its tokens, who drafts for it, and how it ended."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from offload_rt.report import RetrievalCounts
@@ -29,6 +29,8 @@ class SequenceState:
         drafter: who drafts for it; None decodes token by token.
         retrieval: with triforce, the counts of the drafting below its drafts.
         finish_reason: None while it is active.
+        logprobs: of the emitted tokens, where the run keeps them: by the model, as it is without
+            temperature and the like. There may be more than tokens, of a pass that went beyond.
     """
 
     index: int
@@ -39,6 +41,7 @@ class SequenceState:
     drafter: Drafter | None = None
     retrieval: RetrievalCounts | None = None
     finish_reason: FinishReason | None = None
+    logprobs: list[float] = field(default_factory=list)
 
     @property
     def emitted(self) -> list[int]:

@@ -102,6 +102,7 @@ class Network:
         self._layers = layers
         self.poll: Callable[[], None] = lambda: None
         self.pass_rows = self.rows_done = 0
+        self._skips_layers = False
         self.kept: set[int] = set()
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
@@ -237,6 +238,21 @@ class Network:
         head = _ends(self._model)[0]
         return torch.nn.functional.linear(hidden, head.weight, head.bias)
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of rows that `hidden` gave, scaled or squashed as the family does: [R, V].
+
+        The modules are run over one token with the layers left out, and the head is fed the rows.
+        """
+        head = _ends(self._model)[0]
+        zero = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        saved = head.forward
+        head.forward = lambda _: saved(hidden[None])
+        self._skips_layers = True
+        try:
+            return self.forward(TokenBatch(zero, zero, [], zero))
+        finally:
+            head.forward, self._skips_layers = saved, False
+
     def watch_head(self, watch: Callable[[torch.Tensor], None]) -> None:
         """Have each pass call `watch` with [R, E], what the output head is fed."""
         head = _ends(self._model)[0]
@@ -308,6 +324,8 @@ class Network:
         """Borrow the weights of a layer and take all rows [1, S, E] through it, chunk by chunk."""
         context = options[CONTEXT_KEYWORD]
         assert isinstance(context, PassContext)
+        if self._skips_layers:
+            return hidden
         self.pass_rows = rows = hidden.shape[1]
         self.poll()
         with self._lent(index, weights):

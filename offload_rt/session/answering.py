@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_rt.config import GenerationConfig, SamplingConfig
+from offload_rt.config import GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
 from offload_rt.planning.experience import add_seen, experience_key
 from offload_rt.planning.levels import LevelKey, add_level
@@ -40,7 +40,9 @@ class Answer:
         token_ids: tokens up to the one that completed a stop string.
         finish_reason: `stop`, `length` or `abort`.
         seed: what sampling started from; None for a greedy answer without one.
-        report: what the run measured.
+        report: what the run measured, with all answers that ran together.
+        logprobs: of the tokens, where they were asked for: by the model itself, without temperature
+            and the like.
     """
 
     text: str
@@ -49,6 +51,7 @@ class Answer:
     finish_reason: str
     seed: int | None
     report: RunReport
+    logprobs: tuple[float, ...] | None = None
 
 
 def seeded(sampling: SamplingConfig) -> SamplingConfig:
@@ -62,9 +65,17 @@ def seeded(sampling: SamplingConfig) -> SamplingConfig:
 
 @contextmanager
 def started_engine(
-    model: Model, settings: Settings, observer: Observer, *, capacity: int, prompt_tokens: int
+    model: Model,
+    settings: Settings,
+    observer: Observer,
+    *,
+    capacities: Sequence[int],
+    prompt_tokens: int,
 ) -> Iterator["Engine"]:
-    """An engine for one sequence at a time, loaded under a progress bar and closed at the end."""
+    """An engine for sequences of so many KV rows, loaded under a gauge and closed at the end.
+
+    What it saw of drafting, and of the pace of passes, is kept for later plans.
+    """
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
     draft = reproducible(settings.draft, settings.sampling)
@@ -90,10 +101,10 @@ def started_engine(
         engine = Engine(
             model.checkpoint,
             settings.runtime,
-            capacities=[capacity],
+            capacities=capacities,
             prompt_tokens=prompt_tokens,
             draft=draft,
-            means=means,
+            means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
         )
     with engine:
@@ -143,6 +154,7 @@ class Answers:
         prompts: token ids, one list per answer.
         sampling: how tokens are drawn; with a seed unless it is greedy.
         generation: when answers end.
+        seeds: of each answer; None: that of `sampling`, and one more for each.
     """
 
     def __init__(
@@ -152,12 +164,24 @@ class Answers:
         prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig,
         generation: GenerationConfig,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         from offload_rt.engine import Run
 
-        self._model, self._engine, self._sampling = model, engine, sampling
+        self._model, self._engine = model, engine
+        self._seeds = seeds
+        if seeds is None and sampling.seed is not None:
+            self._seeds = [sampling.seed + place for place in range(len(prompts))]
         self._streams = [model.tokenizer.stream(generation.stop) for _ in prompts]
-        self._run = Run.start(engine, prompts, sampling, generation, model.end_tokens)
+        self._run = Run.start(engine, prompts, sampling, generation, model.end_tokens, self._seeds)
+
+    def leave_out_drafts(self) -> None:
+        """Decode token by token, whoever could draft."""
+        self._run.leave_out_drafts()
+
+    def keep_logprobs(self) -> None:
+        """Keep the log-probabilities of the answers' tokens."""
+        self._run.logprobs = True
 
     @property
     def active(self) -> bool:
@@ -197,15 +221,18 @@ class Answers:
         for sequence, stream in zip(self._run.sequences, self._streams, strict=True):
             assert sequence.finish_reason is not None
             stopped = stream.stopped is not None
-            seed = self._sampling.seed
+            tokens = tuple(sequence.emitted[: stream.kept_tokens])
             answers.append(
                 Answer(
                     text=stream.text,
-                    token_ids=tuple(sequence.emitted[: stream.kept_tokens]),
+                    token_ids=tokens,
                     prompt_tokens=sequence.prompt_tokens,
                     finish_reason="stop" if stopped else sequence.finish_reason.value,
-                    seed=None if seed is None else seed + sequence.index,
+                    seed=None if self._seeds is None else self._seeds[sequence.index],
                     report=report,
+                    logprobs=tuple(sequence.logprobs[: len(tokens)])
+                    if self._run.logprobs
+                    else None,
                 )
             )
         return [piece for piece in rest if piece.text], answers

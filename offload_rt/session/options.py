@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -22,45 +23,65 @@ _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 _TEXTS = {"system": "--system", "profile": "--profile", "adapter": "--adapter", "plan": "--plan"}
 _RECORDS = (RuntimeConfig, DraftConfig, RetrievalConfig, SamplingConfig, GenerationConfig)
 _BY_KEYWORD = {f.option.keyword: f for record in _RECORDS for f in settables(record)}
-_OF_ANSWERS = {f.option.keyword for r in (SamplingConfig, GenerationConfig) for f in settables(r)}
-_OF_ANSWERS |= {"system", "raw", "sampling"}
-KEYWORDS = {*_BY_KEYWORD, *_TEXTS, *_OF_ANSWERS}
+ANSWER_KEYWORDS = {
+    f.option.keyword for r in (SamplingConfig, GenerationConfig) for f in settables(r)
+}
+ANSWER_KEYWORDS |= {"system", "raw", "sampling"}
+KEYWORDS = {*_BY_KEYWORD, *_TEXTS, *ANSWER_KEYWORDS}
 
 
-def settings_from(options: Mapping[str, Any], chosen: Collection[str] | None = None) -> Settings:
-    """The records that keywords of `load` stand for.
-
-    Args:
-        options: values by keyword; `draft` is `auto` where it is left out.
-        chosen: of them, those that a call names itself: what has no effect there is an error; None
-            is all of them.
+def settings_from(options: Mapping[str, Any]) -> Settings:
+    """The records that keywords of `load` stand for; `draft` is `auto` where it is left out.
 
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.
     """
-    chosen = frozenset(options) if chosen is None else frozenset(chosen)
     values = _read(options)
     plan = None
-    if options.get("plan") is not None:
+    if values.get("plan") is not None:
         path = Path(values["plan"])
         plan = read_plan(path)
         values = with_plan(values, plan, path, lambda name: name in values)
     values.setdefault("draft", "auto")
-    sampling, own = _sampling(values, chosen)
-    draft = record_of(DraftConfig, {**values, "retrieval": values})
-    if own is None:
-        check_accept(sampling, draft)
-    return Settings(
-        sampling=sampling,
-        generation=record_of(GenerationConfig, values),
+    base = Settings(
+        sampling=SamplingConfig(),
+        generation=GenerationConfig(),
         runtime=record_of(RuntimeConfig, values),
-        draft=draft,
-        system=values.get("system"),
-        raw=values.get("raw", False),
+        draft=record_of(DraftConfig, {**values, "retrieval": values}),
         profile=values.get("profile"),
         plan=plan,
-        own_sampling=own,
         adapter=values.get("adapter"),
+    )
+    return _answering(base, values, frozenset(values))
+
+
+def answer_settings(
+    base: Settings, defaults: Mapping[str, Any], options: Mapping[str, Any]
+) -> Settings:
+    """The same for one answer.
+
+    Args:
+        base: as the model was loaded.
+        defaults: what `load` was given about answers.
+        options: what this answer is given; what has no effect there is an error.
+
+    Raises:
+        ConfigError: a value is out of range, or an option would have no effect.
+    """
+    return _answering(base, _read({**defaults, **options}), frozenset(options))
+
+
+def _answering(base: Settings, values: Mapping[str, Any], chosen: frozenset[str]) -> Settings:
+    sampling, own = _sampling(values, chosen)
+    if own is None:
+        check_accept(sampling, base.draft)
+    return replace(
+        base,
+        sampling=sampling,
+        generation=record_of(GenerationConfig, values),
+        system=values.get("system"),
+        raw=values.get("raw", False),
+        own_sampling=own,
     )
 
 
@@ -75,11 +96,6 @@ def check_keywords(options: Collection[str], known: Collection[str], where: str)
             alike = get_close_matches(name, known)
             hint = f"did you mean {alike[0]}?" if alike else f"there are {', '.join(sorted(known))}"
             raise ConfigError(f"{where} has no option {name}: {hint}")
-
-
-def answer_keywords() -> frozenset[str]:
-    """Options that belong to an answer, not to the model that is loaded."""
-    return frozenset(_OF_ANSWERS)
 
 
 def with_plan(

@@ -60,6 +60,12 @@ class Tokenizer:
         return found
 
     @property
+    def begin_token_id(self) -> int | None:
+        """The token that begins a text, else the one that ends one; None if there is neither."""
+        begin: int | None = self._known["bos_token_id"]
+        return self.eos_token_id if begin is None else begin
+
+    @property
     def chat_template(self) -> object:
         """Its template, or several by name; None if it has none."""
         return self._known["chat_template"]

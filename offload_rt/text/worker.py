@@ -177,6 +177,7 @@ class _Served:
         self._tokenizers[number] = tokenizer
         return {
             "tokens": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
             "eos_token_id": tokenizer.eos_token_id,
             "special_tokens": {
                 str(tokenizer.convert_ids_to_tokens(i)): i for i in sorted(special_ids(tokenizer))
