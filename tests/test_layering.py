@@ -33,7 +33,8 @@ RANKS = [
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
     ["session", "baselines", "serve"],
-    ["cli", "__main__"],
+    ["cli"],
+    ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "options", "config", "report", "model.config", "model.checkpoint"}
