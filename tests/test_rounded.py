@@ -12,6 +12,7 @@ from test_fake_cuda import gpu  # noqa: F401 - a fixture
 from test_speculation import IDS
 
 from offload_rt.config import DraftConfig, DraftWeights, GenerationConfig, RuntimeConfig
+from offload_rt.costs.sizes import draft_base_bytes
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import ConfigError, OffloadError
@@ -20,7 +21,7 @@ from offload_rt.model.formats import rounded as quantized
 from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
 from offload_rt.model.formats.packed import replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
-from offload_rt.planning.demand import draft_base_bytes, draft_weight_bytes
+from offload_rt.planning.demand import draft_weight_bytes
 from offload_rt.speculative import draft_model
 
 INT4, INT8 = DraftWeights.INT4, DraftWeights.INT8

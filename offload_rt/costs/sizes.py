@@ -12,7 +12,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
-from offload_rt.model.formats.base import matrix_bytes, takes
+from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
@@ -66,6 +66,23 @@ def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
     """A rounded output head; 0 where it stays as it is."""
     shape = (checkpoint.head or checkpoint.embedding).shape
     return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
+
+
+def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: DeviceKind) -> int:
+    """What of a draft model is in no layer; where its head is rounded, its embedding is, too.
+
+    Args:
+        checkpoint: headers of the draft model.
+        weights: how they are kept, `auto` settled.
+        device: what computes.
+    """
+    *_, base = layouts_of(checkpoint, "auto", device)
+    embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
+    if not takes(weights, *head.shape):
+        return base.nbytes
+    ends = {embedding.name, head.name}
+    others = sum(p.nbytes for p in base.placements if p.name not in ends)
+    return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 
 
 def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:

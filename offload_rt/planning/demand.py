@@ -7,6 +7,7 @@ from offload_rt.config import DraftConfig, DraftWeights, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
+    draft_base_bytes,
     head_bytes,
     image_bytes,
     kv_bytes_per_token,
@@ -20,11 +21,8 @@ from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import (
-    embedding_bytes,
     layer_bytes,
-    matrix_bytes,
     resolve_weights,
-    takes,
 )
 from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.placement import Demand
@@ -165,23 +163,6 @@ def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, device: Devi
     weights = draft_weights_of(checkpoint, config, device)
     kept = sum(layer_bytes(layout, weights) for layout in layers)
     return kept + draft_base_bytes(checkpoint, weights, device)
-
-
-def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: DeviceKind) -> int:
-    """What of a draft model is in no layer; where its head is rounded, its embedding is, too.
-
-    Args:
-        checkpoint: headers of the draft model.
-        weights: how they are kept, `auto` settled.
-        device: what computes.
-    """
-    *_, base = layouts_of(checkpoint, "auto", device)
-    embedding, head = checkpoint.embedding, checkpoint.head or checkpoint.embedding
-    if not takes(weights, *head.shape):
-        return base.nbytes
-    ends = {embedding.name, head.name}
-    others = sum(p.nbytes for p in base.placements if p.name not in ends)
-    return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
 
 
 def slack_bytes(checkpoint: Checkpoint, drafting: Drafting, dtype: str, device: DeviceKind) -> int:

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from offload_rt.attention.spec import PendingTree
 from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
-from offload_rt.costs.sizes import DRAW_ROWS, head_bytes
+from offload_rt.costs.sizes import DRAW_ROWS, draft_base_bytes, head_bytes
 from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.kinds import Packing
 from offload_rt.device.system import give_back_holes
@@ -33,7 +33,6 @@ from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.planning.demand import draft_base_bytes
 from offload_rt.runner.tree import ROOT, TokenTree, pending_tree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
