@@ -1,16 +1,31 @@
 """The cost of a pass: arithmetic where there is a formula, measured passes where there are some."""
 
 import time
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT, curve, measured, profile, shape
 
-from offload_rt.costs.pass_cost import LayerLoad, PassLoad, PassTimes, cost_of, pass_times
+from offload_rt.costs.pass_cost import (
+    LayerLoad,
+    LinkRates,
+    PassLoad,
+    PassTimes,
+    cost_of,
+    pass_times,
+)
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
-from offload_rt.profiling.profile import AttentionSpeed, LayerWork, Number, Obtained
+from offload_rt.profiling.profile import (
+    AttentionSpeed,
+    DiskSlowdown,
+    DiskSpeed,
+    LayerWork,
+    Number,
+    Obtained,
+)
 from offload_rt.profiling.rates import link_bytes_per_s
 from offload_rt.profiling.store import load_profile
 
@@ -101,6 +116,48 @@ def test_times_come_from_the_profile():
     assert times.layer_s == pytest.approx((3.0,)) and times.obtained is Obtained.MEASURED
     with pytest.raises(ProfileError, match="cuda"):
         pass_times(made, only, Processor.CUDA, measured(1e9))
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_kernels_take_longer_for_as_long_as_the_disk_is_read(factor):
+    """All the time where the disk is the limit, never where nothing is streamed."""
+    disk = DiskSpeed(
+        file_system="ext4", direct=True, block_bytes=1, queue_depth=4, bytes_per_s=measured(100.0)
+    )
+    slowdown = DiskSlowdown(weight_bytes=1, tokens=1, factor=measured(factor))
+    made = profile(layers=(curve(1, {1: 1.0}),), disk=(disk,), beside_disk=(slowdown,))
+    layer = LayerLoad(work=shape(1).work, home_bytes=10**4)
+    rates = LinkRates(home=(measured(100.0),), readers=4)
+
+    def kernels_s(streamed, who=Processor.CPU, rates=rates):
+        load = PassLoad(layers=[layer] * 4, streamed=streamed, slots=2)
+        return cost_of(load, pass_times(made, load, who, rates)).compute_s
+
+    assert kernels_s([]) == pytest.approx(4.0)
+    assert kernels_s(range(4)) == pytest.approx(4.0 * factor, rel=1e-3)
+    paced = replace(rates, readers=None)
+    assert kernels_s(range(4), rates=paced) == pytest.approx(4.0, rel=1e-3)
+
+
+def test_part_of_a_pass_without_reads_is_not_slowed():
+    """A pass whose kernels take 8 s beside 2 s of reads: a fifth of it is slowed, at most."""
+    times = times_of([1.0] * 8, bytes_per_s=4000.0)
+    load = load_of(8, range(8), 8)
+    plain = cost_of(load, times)
+    slowed = cost_of(load, replace(times, slowdown=(1.5,) * 9))
+    assert plain.compute_s == pytest.approx(8.0)
+    assert 8.5 < slowed.compute_s < 9.0
+
+
+def test_a_copy_that_is_whole_later_is_waited_for_where_copies_are_the_limit():
+    """Two slots: a layer's kernels begin later by the delay, and so the refill of its slot."""
+    times = times_of([0.9] * 6, bytes_per_s=1000.0)
+    plain = cost_of(load_of(6, range(6), 2), times)
+    later = cost_of(load_of(6, range(6), 2), replace(times, home_delay_s=0.4))
+    ahead = cost_of(load_of(6, range(6), 6), replace(times, home_delay_s=0.4))
+    assert plain.pass_s == pytest.approx(6.0)
+    assert later.pass_s == pytest.approx(6 * (1.0 + 0.4 + 0.9) / 2)  # each slot in turn
+    assert ahead.pass_s == pytest.approx(6.0)
 
 
 def gpu_pass(name, layer_bytes, layers, streamed, tokens=1):

@@ -5,6 +5,7 @@ import mmap
 import os
 import statistics
 import time
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import count
@@ -24,8 +25,14 @@ from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
-from offload_rt.profiling.compute import TimedLayer, measure_attention, measure_layers
-from offload_rt.profiling.disk import measure_disk
+from offload_rt.profiling.compute import (
+    TimedLayer,
+    measure_attention,
+    measure_beside_reads,
+    measure_heads,
+    measure_layers,
+)
+from offload_rt.profiling.disk import measure_disk, open_for_reading
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.memory import measure_memory, thread_counts
@@ -33,6 +40,7 @@ from offload_rt.profiling.profile import Direction, LinkLoad, MemoryUse, Obtaine
 from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import (
     Curve,
+    averaged,
     measured,
     measured_rate,
     take_in_turns,
@@ -58,6 +66,11 @@ QUICK = Effort(
     compute_sample_s=0.0,
     tokens=(1, 4),
     packed_tokens=(1, 2),
+    heads=((64, 128),),
+    head_rows=(1, 4),
+    beside_tokens=(1, 4),
+    beside_read_bytes=MIB,
+    beside_sample_s=0.0,
     kv_bytes=64 * KIB,
     query_tokens=(1, 4),
 )
@@ -420,6 +433,66 @@ def test_layer_curves_and_attention(cpu):
     assert [s.query_tokens for s in speeds] == [1, 4]
     assert {s.kv_bytes for s in speeds} == {QUICK.kv_bytes}
     assert {s.processor for s in speeds} == {Processor.CPU}
+
+
+def test_heads_by_size_and_rows(cpu):
+    effort, ticks = replace(QUICK, heads=((64, 256), (64, 128))), []
+    small, large = measure_heads(cpu, "float32", Curve(effort), lambda: ticks.append(1))
+    assert (small.weight_bytes, large.weight_bytes) == (64 * 128 * 4, 64 * 256 * 4)
+    assert [t.tokens for t in small.times] == list(QUICK.head_rows) and len(ticks) == 4
+    assert small.times[0].layer_s.value <= large.times[1].layer_s.value
+
+
+def test_the_disk_is_read_for_as_long_as_asked(on_disk, monkeypatch):
+    slow = SlowDisk(monkeypatch, 0.002)
+    with open_for_reading(on_disk, replace(QUICK, beside_read_bytes=PIECE_BYTES), 2) as reading:
+        assert not slow.now
+        for _ in range(2):
+            with reading():
+                until = time.monotonic() + 30.0
+                while not slow.now and time.monotonic() < until:
+                    time.sleep(0.001)
+                assert slow.now
+            assert not slow.now
+    assert slow.most == 2 and os.listdir(on_disk) == []
+
+
+def test_a_layer_beside_reads_is_no_faster(cpu):
+    (shape,) = QUICK.layer_shapes("float32", 4)
+    began, ticks = [], []
+
+    @contextmanager
+    def reading():
+        began.append(1)
+        yield
+
+    found = measure_beside_reads([shape], cpu, reading, Curve(QUICK), lambda: ticks.append(1))
+    assert [(s.weight_bytes, s.tokens) for s in found] == [(shape.weight_bytes, n) for n in (1, 4)]
+    assert all(s.factor.value >= 1.0 for s in found) and began and len(ticks) == 2
+
+
+def test_a_mean_is_of_all_runs_and_less_what_threads_waited(monkeypatch):
+    now, runs, seen = [0.0], [], iter([times_of(0), times_of(1)])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
+
+    def run():
+        runs.append(1)
+        now[0] += 3.0
+
+    assert averaged(run, 8.0)() == (9.0 - 3.0) / 3 and len(runs) == 3
+
+
+def test_a_time_keeps_a_part_however_long_threads_waited(monkeypatch):
+    """Waits are told late: a short run may be told that of the one before it."""
+    now, seen = [0.0], iter([times_of(0), times_of(100)])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
+
+    def run():
+        now[0] += 4.0
+
+    assert averaged(run, 1.0)() == pytest.approx(0.2)
 
 
 def test_a_whole_measurement(on_disk):

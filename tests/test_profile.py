@@ -5,6 +5,7 @@ import json
 import os
 import stat
 import tomllib
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from types import UnionType
@@ -22,9 +23,11 @@ from offload_rt.profiling.profile import (
     SCHEMA_VERSION,
     AttentionSpeed,
     Direction,
+    DiskSlowdown,
     DiskSpeed,
     GpuIdentity,
     HardwareProfile,
+    HeadCurve,
     LayerCurve,
     LayerShape,
     LayerTime,
@@ -42,6 +45,9 @@ from offload_rt.profiling.profile import (
 from offload_rt.profiling.rates import (
     attention_s,
     disk_bytes_per_s,
+    disk_delay_s,
+    disk_slowdown,
+    head_s,
     layer_s,
     link_bytes_per_s,
     memory_bytes_per_s,
@@ -460,8 +466,9 @@ def test_an_answer_is_as_good_as_the_worst_number_it_rests_on():
     assert (between.obtained, between.source) == (Obtained.ASSUMED, "a guess")
 
 
-def test_disk_and_memory_between_and_beyond():
-    disk = [
+def disk_of(speeds):
+    """A disk with so many bytes a second at these depths."""
+    return tuple(
         DiskSpeed(
             file_system="ext4",
             direct=True,
@@ -469,8 +476,12 @@ def test_disk_and_memory_between_and_beyond():
             queue_depth=depth,
             bytes_per_s=measured(rate),
         )
-        for depth, rate in ((1, 1e9), (4, 2.5e9), (8, 3e9))
-    ]
+        for depth, rate in speeds.items()
+    )
+
+
+def test_disk_and_memory_between_and_beyond():
+    disk = disk_of({1: 1e9, 4: 2.5e9, 8: 3e9})
     memory = [
         MemorySpeed(use=use, threads=n, block_bytes=MIB, bytes_per_s=measured(rate))
         for use, n, rate in (
@@ -534,6 +545,52 @@ def test_layers_are_told_apart():
     assert packed.value == pytest.approx(0.5)
     with pytest.raises(ProfileError, match="time of a layer .cuda, packed weights"):
         layer_s(made, work, 1, processor=Processor.CUDA, weights=WeightOrder.PACKED)
+
+
+def test_a_head_has_times_of_its_own_or_those_of_a_layer_of_its_size():
+    head = LayerWork(weight_bytes=300, flops_per_token=300)
+    alone = profile(layers=(curve(1, {1: 1.0, 8: 3.0}),))
+    as_layer = layer_s(alone, head, 8, processor=Processor.CPU)
+    assert head_s(alone, head, 8, processor=Processor.CPU) == as_layer
+    heads = tuple(
+        HeadCurve(
+            processor=Processor.CPU,
+            weight_bytes=nbytes,
+            times=tuple(
+                LayerTime(tokens=rows, layer_s=measured(nbytes * rows)) for rows in (1, 16)
+            ),
+        )
+        for nbytes in (200, 400)
+    )
+    made = replace(alone, heads=heads)
+    assert head_s(made, head, 1, processor=Processor.CPU).value == pytest.approx(300)
+    assert head_s(made, head, 8, processor=Processor.CPU).value == pytest.approx(8 * 300)
+    with pytest.raises(ProfileError, match="cuda"):
+        head_s(made, head, 1, processor=Processor.CUDA)
+
+
+def test_reads_slow_a_layer_by_what_was_measured_for_its_size_and_never_speed_it_up():
+    assert disk_slowdown(profile(), 10**6) == 1.0
+    made = profile(
+        beside_disk=tuple(
+            DiskSlowdown(weight_bytes=nbytes, tokens=tokens, factor=measured(factor))
+            for nbytes, tokens, factor in [
+                (100, 1, 1.1),
+                (100, 8, 1.3),
+                (300, 1, 1.6),
+                (500, 1, 0.9),
+            ]
+        )
+    )
+    found = [disk_slowdown(made, nbytes) for nbytes in (1, 100, 200, 300, 500, 10**9)]
+    assert found == pytest.approx([1.2, 1.2, 1.4, 1.6, 1.0, 1.0])
+
+
+def test_a_copy_from_a_disk_is_whole_later_than_its_bytes_with_several_reads_in_flight():
+    made = profile(disk=disk_of({1: 1e9, 4: 1e9}))
+    block_s = made.disk[0].block_bytes / 1e9
+    assert disk_delay_s(made, 1) == 0.0
+    assert disk_delay_s(made, 4) == pytest.approx(1.5 * block_s)
 
 
 def test_attention_is_proportional_to_bytes():

@@ -42,6 +42,10 @@ def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
         cell = (format_size(profile.pinning.block_bytes), _gb(rate), rate)
         yield "page-locking, GB/s", [_row("host memory", [cell])]
     yield "layers, ms by tokens in a pass", _layers(profile)
+    if profile.heads:
+        yield "output heads, ms by rows", _heads(profile)
+    if profile.beside_disk:
+        yield "layers while the disk is read, times as long by tokens", _beside(profile)
     yield "attention, GB/s of keys and values by query rows", _attention(profile)
 
 
@@ -67,6 +71,18 @@ def _layers(profile: HardwareProfile) -> Iterator[str]:
         head = f"{curve.processor} {curve.weights}, {size} {curve.shape.dtype}"
         cells = [(str(t.tokens), t.layer_s.value * 1e3, t.layer_s) for t in curve.times]
         yield _row(head, cells)
+
+
+def _heads(profile: HardwareProfile) -> Iterator[str]:
+    for curve in profile.heads:
+        cells = [(str(t.tokens), t.layer_s.value * 1e3, t.layer_s) for t in curve.times]
+        yield _row(f"{curve.processor}, {format_size(curve.weight_bytes)}", cells)
+
+
+def _beside(profile: HardwareProfile) -> Iterator[str]:
+    for nbytes, group in groupby(profile.beside_disk, key=lambda slowdown: slowdown.weight_bytes):
+        cells = [(str(s.tokens), s.factor.value, s.factor) for s in group]
+        yield _row(format_size(nbytes), cells)
 
 
 def _attention(profile: HardwareProfile) -> Iterator[str]:

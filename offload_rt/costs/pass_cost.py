@@ -12,7 +12,7 @@ from enum import StrEnum
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import Speeds
-from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
+from offload_rt.costs.timeline import ReplayedPass, ReplayLayer, ReplayPass, replay
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import (
@@ -24,13 +24,22 @@ from offload_rt.profiling.profile import (
     Obtained,
     WeightOrder,
 )
-from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s
+from offload_rt.profiling.rates import (
+    attention_s,
+    disk_delay_s,
+    disk_slowdown,
+    head_s,
+    layer_s,
+    link_bytes_per_s,
+)
 
 # Of this program, on a CPU, to lend a streamed layer and to begin the copy that follows it. The
 # thread that computes was measured to run 5 ms longer for 25 layers, whatever the number of rows.
 _LEND_S = 2e-4
 # Transfer and kernels take turns if together they fill so much of a pass and each so much of it.
 _APART, _PART = 0.9, 0.25
+# What slows kernels lasts as long as the reads, whose share of the pass depends on the kernels.
+_SETTLING = 2
 
 
 class Limit(StrEnum):
@@ -113,12 +122,14 @@ class LinkRates:
         kv: blocks of KV; None if it stays on the device.
         back: KV that goes home.
         hop_s: seconds until a hidden state is on another device; None with one device.
+        readers: reads in flight, where weights come from a disk; None where they do not.
     """
 
     home: tuple[Number, ...]
     kv: Number | None = None
     back: Number | None = None
     hop_s: Number | None = None
+    readers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +146,9 @@ class PassTimes:
         kv_bytes_per_s: of blocks of KV.
         back_bytes_per_s: of KV on its way home.
         hop_s: until a hidden state is on another device.
+        home_delay_s: from when a layer's last byte has come until the copy is whole.
+        slowdown: how much longer each layer, and last the head, takes while weights come; empty:
+            as long.
     """
 
     layer_s: tuple[float, ...]
@@ -146,6 +160,8 @@ class PassTimes:
     kv_bytes_per_s: float | None = None
     back_bytes_per_s: float | None = None
     hop_s: float = 0.0
+    home_delay_s: float = 0.0
+    slowdown: tuple[float, ...] = ()
 
     @property
     def obtained(self) -> Obtained:
@@ -247,7 +263,10 @@ def home_rates(
     """
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
     block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
-    rates = LinkRates(home=(speeds.home_bytes_per_s(home, config, block_bytes),))
+    rates = LinkRates(
+        home=(speeds.home_bytes_per_s(home, config, block_bytes),),
+        readers=config.readers if home is HomeKind.DISK else None,
+    )
     if kv is None or not load.kv_block_bytes:
         return rates
     rate = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes)
@@ -273,16 +292,20 @@ def pass_times(
         ProfileError: the profile lacks a number.
     """
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
+    from_disk = rates.readers is not None and bool(load.streamed)
     numbers = [n for n in (*rates.home, rates.kv, rates.back, rates.hop_s) if n is not None]
     works = {(layer.work, layer.weights) for layer in load.layers}
-    works |= {(load.head, load.head_weights)} if load.head else set()
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
         (work, order): layer_s(profile, work, load.tokens, processor=processor, weights=order)
         for work, order in works
     }
     kv_s = {n: attention_s(profile, n, load.tokens, processor=processor) for n in sizes}
-    numbers += [*work_s.values(), *kv_s.values()]
+    heads = [
+        head_s(profile, head, load.tokens, processor=processor, weights=load.head_weights)
+        for head in ([load.head] if load.head else [])
+    ]
+    numbers += [*work_s.values(), *kv_s.values(), *heads]
     seconds = {key: number.value for key, number in work_s.items()}
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
@@ -291,7 +314,7 @@ def pass_times(
             seconds[layer.work, layer.weights] + attending[layer.kv_bytes] + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
-        head_s=seconds[load.head, load.head_weights] if load.head else 0.0,
+        head_s=sum(head.value for head in heads),
         home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
         kv_s=tuple(attending[layer.kv_home_bytes] for layer in load.layers),
@@ -299,7 +322,15 @@ def pass_times(
         kv_bytes_per_s=rates.kv.value if rates.kv else None,
         back_bytes_per_s=rates.back.value if rates.back else None,
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
+        home_delay_s=disk_delay_s(profile, rates.readers) if from_disk and rates.readers else 0.0,
+        slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
     )
+
+
+def _slowdown(profile: HardwareProfile, load: PassLoad) -> tuple[float, ...]:
+    sizes = [layer.work.weight_bytes for layer in load.layers]
+    sizes += [load.head.weight_bytes] if load.head else [0]
+    return tuple(disk_slowdown(profile, size) for size in sizes)
 
 
 def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
@@ -309,19 +340,10 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         ConfigError: layers or KV are streamed, but there is no slot, or no speed.
     """
     _check(load, times)
-    rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
-    work = ReplayPass(
-        layers=_replay_layers(load, times),
-        slots=load.slots,
-        kv_slots=load.kv_slots,
-        kv_block_bytes=load.kv_block_bytes,
-        home_bytes_per_s=rates,
-        kv_bytes_per_s=times.kv_bytes_per_s or times.home_bytes_per_s,
-        back_bytes_per_s=times.back_bytes_per_s or times.home_bytes_per_s,
-        hop_s=times.hop_s,
-        end_s=times.head_s + load.between_s,
-    )
-    done = replay(work)
+    done, alone = _replayed(load, times), times
+    for _ in range(_SETTLING if times.slowdown else 0):
+        times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
+        done = _replayed(load, times)
     kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + load.between_s
     return PassCost(
         pass_s=done.pass_s,
@@ -334,6 +356,34 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         kv_home_bytes=sum(layer.kv_home_bytes for layer in load.layers),
         kv_back_bytes=sum(layer.kv_back_bytes for layer in load.layers),
     )
+
+
+def _beside(times: PassTimes, share: float) -> PassTimes:
+    """The times of kernels during that share of which weights come from a disk."""
+    *layers, head = [1.0 + share * (factor - 1.0) for factor in times.slowdown]
+    return replace(
+        times,
+        layer_s=tuple(s * f for s, f in zip(times.layer_s, layers, strict=True)),
+        kv_s=tuple(s * f for s, f in zip(times.kv_s, layers, strict=True)) if times.kv_s else (),
+        head_s=times.head_s * head,
+    )
+
+
+def _replayed(load: PassLoad, times: PassTimes) -> ReplayedPass:
+    rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
+    work = ReplayPass(
+        layers=_replay_layers(load, times),
+        slots=load.slots,
+        kv_slots=load.kv_slots,
+        kv_block_bytes=load.kv_block_bytes,
+        home_bytes_per_s=rates,
+        kv_bytes_per_s=times.kv_bytes_per_s or times.home_bytes_per_s,
+        back_bytes_per_s=times.back_bytes_per_s or times.home_bytes_per_s,
+        home_delay_s=times.home_delay_s,
+        hop_s=times.hop_s,
+        end_s=times.head_s + load.between_s,
+    )
+    return replay(work)
 
 
 def _check(load: PassLoad, times: PassTimes) -> None:

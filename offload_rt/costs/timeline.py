@@ -58,6 +58,7 @@ class ReplayPass:
         home_bytes_per_s: of each device's link, for weights.
         kv_bytes_per_s: for KV blocks, the same direction of the same links.
         back_bytes_per_s: the other direction.
+        home_delay_s: from when a layer's last byte has crossed until the copy is whole.
         hop_s: until the hidden state is on another device.
         end_s: what the first device computes after the layers: the head, and a drafter's work.
     """
@@ -69,6 +70,7 @@ class ReplayPass:
     home_bytes_per_s: Sequence[float] = (1.0,)
     kv_bytes_per_s: float = 1.0
     back_bytes_per_s: float = 1.0
+    home_delay_s: float = 0.0
     hop_s: float = 0.0
     end_s: float = 0.0
 
@@ -159,7 +161,8 @@ class _Device:
         # A stream that nobody uses would stay behind: it would seem that no pass repeats another.
         link = SimLink() if home and moves_kv else None
         self.compute = SimStream(f"compute {device}")
-        copy = SimStream(f"copy {device}", work.home_bytes_per_s[device], link=link)
+        rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
+        copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
         self._kv_copy = SimStream(
             f"KV {device}",
             work.kv_bytes_per_s,

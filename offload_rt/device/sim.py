@@ -87,6 +87,7 @@ class SimStream:
         link: carries the copies, if others share it.
         back_bytes_per_s: speed of `store`, which has a direction of the link for itself; None: that
             of `copy`.
+        delay_s: from when the last byte of a copy is carried until its events say so.
     """
 
     def __init__(
@@ -96,8 +97,10 @@ class SimStream:
         *,
         link: SimLink | None = None,
         back_bytes_per_s: float | None = None,
+        delay_s: float = 0.0,
     ) -> None:
         self.name, self.bytes_per_s = name, bytes_per_s
+        self._delay_s = delay_s
         self.back_bytes_per_s = back_bytes_per_s or bytes_per_s
         self.time_s = 0.0
         self._link = link
@@ -148,7 +151,7 @@ class SimStream:
 
     def record(self) -> SimEvent:
         """Return an event for all work enqueued so far."""
-        return SimEvent(dict(self._clock), self.time_s)
+        return SimEvent(dict(self._clock), self.time_s + self._delay_s)
 
     def wait(self, event: Event) -> None:
         """Order later work in this stream after `event`."""

@@ -6,6 +6,8 @@ does besides the matrix products (norms, rotary embedding, appending keys) is in
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from itertools import cycle
 
@@ -32,12 +34,14 @@ from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (
     AttentionSpeed,
+    DiskSlowdown,
+    HeadCurve,
     LayerCurve,
     LayerShape,
     LayerTime,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Curve, Sample, Tick, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, averaged, timed
 
 _RANDOM_NUMBERS = 2**18
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
@@ -150,6 +154,103 @@ def measure_layers(
     ]
 
 
+@torch.inference_mode()
+def measure_heads(
+    device: Device, dtype_name: str, curve: Curve, tick: Tick
+) -> tuple[HeadCurve, ...]:
+    """Time output heads by rows; weights lie on the device."""
+    effort = curve.effort
+    dtype: torch.dtype = getattr(torch, dtype_name)
+    taken: dict[Place, list[float]] = {}
+    for hidden, vocabulary in effort.heads:
+        nbytes = hidden * vocabulary * dtype.itemsize
+        head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
+        head = head.to_empty(device=device.torch_device)
+        _fill(head, hidden)
+        copies = [head, *(copy.deepcopy(head) for _ in range(-(-effort.cold_bytes // nbytes) - 1))]
+        if widens(dtype, device.torch_device):
+            for one in copies:
+                widen_linears(torch.nn.ModuleList([one]))
+        taken |= curve.take(
+            {
+                (nbytes, rows): timed(
+                    _head_pass(cycle(copies), device, hidden, rows, dtype),
+                    effort.compute_sample_s,
+                    computes=device.kind.host_computes,
+                )
+                for rows in effort.head_rows
+            }
+        )
+        for _ in effort.head_rows:
+            tick()
+    numbers = curve.numbers(taken)
+    return tuple(
+        HeadCurve(
+            processor=device.kind.processor,
+            weight_bytes=nbytes,
+            times=tuple(
+                LayerTime(tokens=rows, layer_s=numbers[nbytes, rows]) for rows in effort.head_rows
+            ),
+        )
+        for nbytes in sorted({place[0] for place in numbers})
+    )
+
+
+def _head_pass(
+    heads: Iterator[torch.nn.Module], device: Device, hidden: int, rows: int, dtype: torch.dtype
+) -> Callable[[], None]:
+    inputs = torch.randn(rows, hidden, dtype=dtype, device=device.torch_device)
+
+    def run() -> None:
+        next(heads)(inputs)
+        device.compute.record().synchronize()
+
+    return run
+
+
+@torch.inference_mode()
+def measure_beside_reads(
+    shapes: Sequence[LayerShape],
+    device: Device,
+    reading: Callable[[], AbstractContextManager[None]],
+    curve: Curve,
+    tick: Tick,
+) -> list[DiskSlowdown]:
+    """Time layers alone and while the disk is read, in turns.
+
+    Args:
+        shapes: by size, ascending; those of `Effort.beside_disk` are timed.
+        device: the CPU.
+        reading: reads the disk while the `with` of its result lasts.
+        curve: how much is measured, and what could not be.
+        tick: called after each number.
+    """
+    effort = curve.effort
+    found = []
+    for shape in shapes[: effort.beside_disk]:
+        layer = TimedLayer(shape, device, getattr(torch, shape.dtype), WeightOrder.PLAIN, effort)
+        samples: dict[Place, Sample] = {}
+        for tokens in effort.beside_tokens:
+            alone = averaged(layer.pass_over(tokens), effort.beside_sample_s)
+            samples[tokens, 0] = alone
+            samples[tokens, 1] = partial(_beside, reading, alone)
+        numbers = curve.numbers(curve.take(samples))
+        for tokens in effort.beside_tokens:
+            alone_s, beside_s = numbers[tokens, 0], numbers[tokens, 1]
+            factor = replace(beside_s, value=beside_s.value / alone_s.value)
+            factor = replace(factor, spread=(beside_s.spread or 0.0) / alone_s.value)
+            found.append(
+                DiskSlowdown(weight_bytes=shape.weight_bytes, tokens=tokens, factor=factor)
+            )
+            tick()
+    return found
+
+
+def _beside(reading: Callable[[], AbstractContextManager[None]], sample_s: Sample) -> float:
+    with reading():
+        return sample_s()
+
+
 def _together(
     shapes: Sequence[LayerShape], cold_bytes: int, free_bytes: int
 ) -> Iterator[list[LayerShape]]:
@@ -226,10 +327,15 @@ def _random_layer(
     with torch.device("meta"):
         layer = LlamaDecoderLayer(config, 0)
     layer = layer.to(dtype).to_empty(device=device).requires_grad_(False)
-    block = (torch.randn(_RANDOM_NUMBERS) * config.hidden_size**-0.5).to(dtype).to(device)
-    for parameter in layer.parameters():
-        flat = parameter.view(-1)
+    _fill(layer, config.hidden_size)
+    return layer.eval()
+
+
+def _fill(module: torch.nn.Module, hidden: int) -> None:
+    first = next(module.parameters())
+    block = (torch.randn(_RANDOM_NUMBERS) * hidden**-0.5).to(first.dtype).to(first.device)
+    for parameter in module.parameters():
+        flat = parameter.detach().view(-1)
         for start in range(0, flat.numel(), _RANDOM_NUMBERS):
             part = flat[start : start + _RANDOM_NUMBERS]
             part.copy_(block[: part.numel()])
-    return layer.eval()

@@ -8,15 +8,24 @@ virtual machine's host keeps in its memory cannot be seen from here.
 
 import os
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
 from pathlib import Path
 
-from offload_rt.device.base import PAGE_BYTES, PIECE_BYTES, CopyBlock, CopyPiece, DeviceBuffer
+from offload_rt.device.base import (
+    PAGE_BYTES,
+    PIECE_BYTES,
+    CopyBlock,
+    CopyPiece,
+    DeviceBuffer,
+    Event,
+)
 from offload_rt.device.cpu import CpuCopyStream
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.device.system import file_system
@@ -98,9 +107,60 @@ def measure_disk(folder: Path, curve: Curve, tick: Tick) -> tuple[DiskSpeed, ...
         ProfileError: the folder is not on a disk, is full, or cannot be written.
     """
     kind = _checked_kind(folder)
+    with _readable(folder, curve.effort) as windows:
+        return tuple(_measure(windows, kind, curve, tick))
+
+
+@contextmanager
+def open_for_reading(
+    folder: Path, effort: Effort, readers: int
+) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+    """Open the disk of a folder to be read while something else is timed.
+
+    Yields:
+        What keeps so many reads in flight while the `with` of its result lasts.
+
+    Raises:
+        ProfileError: the folder is not on a disk, is full, or cannot be written.
+    """
+    with _readable(folder, replace(effort, disk_sample_bytes=effort.beside_read_bytes)) as windows:
+        images = [allocate_host(windows[0].nbytes) for _ in range(2)]
+        turns = cycle(windows)
+        stream = CpuCopyStream(readers, lambda block: block.run())
+
+        def keep_reading(ended: threading.Event) -> None:
+            begun: deque[Event] = deque()
+            while not ended.is_set():
+                stream.copy(images[len(begun)], next(turns))
+                begun.append(stream.record())
+                if len(begun) == len(images):
+                    begun.popleft().synchronize()
+                    images.reverse()
+
+        @contextmanager
+        def reading() -> Iterator[None]:
+            ended = threading.Event()
+            thread = threading.Thread(target=keep_reading, args=(ended,), name="reading")
+            thread.start()
+            try:
+                yield
+            finally:
+                ended.set()
+                thread.join()
+                stream.record().synchronize()
+
+        try:
+            yield reading
+        finally:
+            stream.close()
+
+
+@contextmanager
+def _readable(folder: Path, effort: Effort) -> Iterator[list[_Window]]:
+    """Stretches of the folder's weights or of a temporary file; what fails is a ProfileError."""
     try:
-        with _open_windows(folder, curve.effort) as windows:
-            return tuple(_measure(windows, kind, curve, tick))
+        with _open_windows(folder, effort) as windows:
+            yield windows
     except (OSError, CheckpointError) as error:
         reason = why_not(error, folder) if isinstance(error, OSError) else str(error)
         raise ProfileError(

@@ -29,6 +29,12 @@ class Effort:
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
+        heads: hidden size and vocabulary of the output heads that are timed.
+        head_rows: rows that go through them.
+        beside_disk: the smallest of the shapes that are timed while the disk is read, so many.
+        beside_tokens: in these passes.
+        beside_read_bytes: of one copy from the disk meanwhile.
+        beside_sample_s: a sample of these repeats a pass until so many seconds are over.
         kv_bytes: keys and values of a layer that are attended to.
         query_tokens: rows that attend to them.
     """
@@ -55,6 +61,13 @@ class Effort:
     compute_sample_s: float = 0.02
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     packed_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    # Heads of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
+    heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936), (2048, 128256))
+    head_rows: tuple[int, ...] = (1, 4, 16, 64)
+    beside_disk: int = 3
+    beside_tokens: tuple[int, ...] = (1, 8)
+    beside_read_bytes: int = 32 * MIB
+    beside_sample_s: float = 0.1
     kv_bytes: int = 64 * MIB
     query_tokens: tuple[int, ...] = (1, 16, 64)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from offload_rt.config import RuntimeConfig
 from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
@@ -22,16 +23,23 @@ from offload_rt.device.system import compute_threads, cores, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.profiling import link
-from offload_rt.profiling.compute import measure_attention, measure_layers
-from offload_rt.profiling.disk import default_folder, measure_disk
+from offload_rt.profiling.compute import (
+    measure_attention,
+    measure_beside_reads,
+    measure_heads,
+    measure_layers,
+)
+from offload_rt.profiling.disk import default_folder, measure_disk, open_for_reading
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.identity import these_versions, this_machine
 from offload_rt.profiling.memory import measure_memory, thread_counts
 from offload_rt.profiling.profile import (
     SCHEMA_VERSION,
     AttentionSpeed,
+    DiskSlowdown,
     DiskSpeed,
     HardwareProfile,
+    HeadCurve,
     LayerCurve,
     LinkSpeed,
     MemorySpeed,
@@ -48,7 +56,16 @@ _QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
 
 logger = logging.getLogger(__name__)
 
-Record = LinkSpeed | DiskSpeed | MemorySpeed | PinSpeed | LayerCurve | AttentionSpeed
+Record = (
+    LinkSpeed
+    | DiskSpeed
+    | MemorySpeed
+    | PinSpeed
+    | LayerCurve
+    | HeadCurve
+    | DiskSlowdown
+    | AttentionSpeed
+)
 Report = Callable[[int, int, str], None]  # numbers done, numbers in all, what is measured now
 
 
@@ -197,7 +214,18 @@ def _parts(
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
         parts += _compute_parts(curve, device)
+    beside = min(effort.beside_disk, len(effort.shapes)) * len(effort.beside_tokens)
+    parts.append(
+        Part("layers beside reads", beside, partial(_beside_reads, disk, devices[0], curve))
+    )
     return parts
+
+
+def _beside_reads(folder: Path, device: Device, curve: Curve, tick: Tick) -> Sequence[Record]:
+    dtype = _dtype(device)
+    shapes = curve.effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
+    with open_for_reading(folder, curve.effort, RuntimeConfig().readers) as reading:
+        return measure_beside_reads(shapes, device, reading, curve, tick)
 
 
 def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
@@ -219,6 +247,11 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, layers with {order} weights"
         yield Part(label, len(shapes) * len(counts), run)
+    yield Part(
+        f"{device.name}, output heads",
+        len(effort.heads) * len(effort.head_rows),
+        lambda tick: measure_heads(device, dtype, curve, tick),
+    )
     yield Part(
         f"{device.name}, attention",
         len(effort.query_tokens),
@@ -305,5 +338,7 @@ def _assemble(
         host_memory=tuple(r for r in records if isinstance(r, MemorySpeed)),
         pinning=next((r for r in records if isinstance(r, PinSpeed)), None),
         layers=tuple(r for r in records if isinstance(r, LayerCurve)),
+        heads=tuple(r for r in records if isinstance(r, HeadCurve)),
+        beside_disk=tuple(r for r in records if isinstance(r, DiskSlowdown)),
         attention=tuple(r for r in records if isinstance(r, AttentionSpeed)),
     )

@@ -230,6 +230,31 @@ class LayerCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadCurve:
+    """An output head's time by rows, weights where they compute: one matrix, wide and shallow."""
+
+    processor: Processor
+    weight_bytes: int = _up_to(_BYTES)
+    times: tuple[LayerTime, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskSlowdown:
+    """How much longer a CPU takes for a layer while the disk is read.
+
+    What is read goes through the memory that computing reads, and its interrupts through the cores.
+
+    Attributes:
+        tokens: in the pass.
+        factor: seconds beside reads over seconds alone, 1 or more.
+    """
+
+    weight_bytes: int = _up_to(_BYTES)
+    tokens: int = _up_to(_COUNT)
+    factor: Number = _up_to(1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpeed:
     """Attention of some query rows to cached keys and values of one layer.
 
@@ -255,6 +280,8 @@ class HardwareProfile:
         method: a sentence on how the numbers came about.
         notes: what could not be measured, and why.
         pinning: None on a machine without a GPU.
+        heads: empty where none was measured: they then count as layers of their size.
+        beside_disk: empty where it was not measured: computing then is as fast as alone.
     """
 
     schema_version: int = _up_to(_COUNT)
@@ -269,4 +296,6 @@ class HardwareProfile:
     host_memory: tuple[MemorySpeed, ...] = ()
     pinning: PinSpeed | None = None
     layers: tuple[LayerCurve, ...] = ()
+    heads: tuple[HeadCurve, ...] = ()
+    beside_disk: tuple[DiskSlowdown, ...] = ()
     attention: tuple[AttentionSpeed, ...] = ()

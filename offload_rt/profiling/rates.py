@@ -7,12 +7,14 @@ at a rate, a layer is reading its weights plus arithmetic per token.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from statistics import fmean
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.profile import (
     Direction,
     HardwareProfile,
+    HeadCurve,
     LayerCurve,
     LayerWork,
     LinkLoad,
@@ -118,6 +120,60 @@ def layer_s(
     return replace(_worst([reading, computing]), value=reading.value + computing.value)
 
 
+def head_s(
+    profile: HardwareProfile,
+    work: LayerWork,
+    rows: int,
+    *,
+    processor: Processor,
+    weights: WeightOrder = WeightOrder.PLAIN,
+) -> Number:
+    """Time of an output head for so many rows; straight lines between measured sizes and counts.
+
+    One that is rounded, or in a profile without heads, takes as long as a layer of its size.
+
+    Raises:
+        ProfileError: the profile has no layer either.
+    """
+    curves = {c.weight_bytes: c for c in profile.heads if c.processor is processor}
+    if not curves or weights is not WeightOrder.PLAIN:
+        return layer_s(profile, work, rows, processor=processor, weights=weights)
+    return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
+
+
+def disk_slowdown(profile: HardwareProfile, weight_bytes: int) -> float:
+    """How much longer a CPU takes for a layer while the disk is read; 1 if that is not known.
+
+    The mean over the measured token counts; straight lines between the measured sizes, beyond
+    them the nearest.
+    """
+    sizes = sorted({s.weight_bytes for s in profile.beside_disk})
+    if not sizes:
+        return 1.0
+    points = {
+        size: replace(
+            profile.beside_disk[0].factor,
+            value=fmean(s.factor.value for s in profile.beside_disk if s.weight_bytes == size),
+        )
+        for size in sizes
+    }
+    return max(1.0, _between(points, min(max(weight_bytes, sizes[0]), sizes[-1])).value)
+
+
+def disk_delay_s(profile: HardwareProfile, queue_depth: int) -> float:
+    """How long after its bytes have come a copy from the disk is whole.
+
+    Blocks that are read at once share the disk, so the last of a copy ends later than the bytes
+    before it: with n reads in flight, that all take n times as long as one alone would, by
+    (n - 1) / 2 blocks.
+
+    Raises:
+        ProfileError: the profile has no disk.
+    """
+    rate = disk_bytes_per_s(profile, queue_depth).value
+    return (queue_depth - 1) / 2 * profile.disk[0].block_bytes / rate
+
+
 def attention_s(
     profile: HardwareProfile, kv_bytes: int, query_tokens: int, *, processor: Processor
 ) -> Number:
@@ -136,7 +192,7 @@ def attention_s(
     return replace(per_byte, value=per_byte.value * kv_bytes)
 
 
-def _curve_s(curve: LayerCurve, tokens: int) -> Number:
+def _curve_s(curve: LayerCurve | HeadCurve, tokens: int) -> Number:
     return _between({time.tokens: time.layer_s for time in curve.times}, tokens)
 
 

@@ -23,6 +23,7 @@ ThreadTimes = Mapping[str, tuple[int, int]]
 
 _TAKES_PART = 0.2  # of the running time of the busiest thread
 _SHORTEST_S = 1e-9
+_LEAST_PART = 0.05  # of a time is its own, however long threads waited
 _LEAST_RUNS = 3
 _AGAIN = 3  # times that points are measured again, at most
 REPAIRED = "taken down: more work was faster"
@@ -165,7 +166,7 @@ def timed(run: Callable[[], object], least_s: float = 0.0, *, computes: bool = F
     def once_s() -> float:
         before = thread_times() if computes else {}
         took_s = _spent_s(run)
-        return took_s - _held_up_s(before, thread_times() if computes else {})
+        return _own_s(took_s, before, thread_times() if computes else {})
 
     def sample_s() -> float:
         start, taken = time.perf_counter(), [once_s()]
@@ -179,6 +180,28 @@ def timed(run: Callable[[], object], least_s: float = 0.0, *, computes: bool = F
         return max(_quartiles(taken)[0], _SHORTEST_S)
 
     return sample_s
+
+
+def averaged(run: Callable[[], object], least_s: float) -> Sample:
+    """Turn work on this process's threads into a sample: the mean of the runs that fill `least_s`.
+
+    For what comes and goes within a sample, as reads from a disk. What other work took from the
+    threads is taken out, see `timed`.
+    """
+
+    def sample_s() -> float:
+        before, start, runs = thread_times(), time.perf_counter(), 0
+        while (took_s := time.perf_counter() - start) < least_s or not runs:
+            run()
+            runs += 1
+        return max(_own_s(took_s, before, thread_times()) / runs, _SHORTEST_S)
+
+    return sample_s
+
+
+def _own_s(took_s: float, before: ThreadTimes, after: ThreadTimes) -> float:
+    """What is left of a time when the waits told within it are taken out: they may be older."""
+    return max(took_s - _held_up_s(before, after), _LEAST_PART * took_s)
 
 
 def _held_up_s(before: ThreadTimes, after: ThreadTimes) -> float:
