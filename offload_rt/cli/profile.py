@@ -28,7 +28,7 @@ from offload_rt.writing import check_target
 
 EFFORT = Effort()  # what is measured; tests put a small one here
 
-_DEVICES = ("auto", *sorted(KINDS))
+_DEVICES = ("auto", *sorted(map(str, KINDS)))
 
 
 @click.command()
