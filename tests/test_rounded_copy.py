@@ -8,7 +8,7 @@ from engines import PROMPT, engine_for, generate
 from fake_cuda import build_for_real, fake_gpu
 from test_fake_cuda import gpu  # noqa: F401 - a fixture
 from test_planner import FREE, speeds
-from test_quantized import module_bytes
+from test_rounded import module_bytes
 
 from offload_rt.config import (
     DraftConfig,
