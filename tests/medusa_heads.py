@@ -5,7 +5,7 @@ import json
 import torch
 from safetensors.torch import save_file
 
-from offload_rt.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.heads import MedusaHeads
 
 
 def random_heads(heads=3, layers=1, size=64, *, bias=True, rows=300, own=False, seed=1):

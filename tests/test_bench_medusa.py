@@ -13,10 +13,10 @@ from tool_runs import loaded
 from torch.nn.functional import pad
 
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.calibration import CALIBRATION_FILE
-from offload_rt.medusa.checkpoint import open_heads
-from offload_rt.medusa.heads import MedusaHeads
-from offload_rt.medusa.storage import read_heads
+from offload_rt.speculative.medusa.calibration import CALIBRATION_FILE
+from offload_rt.speculative.medusa.checkpoint import open_heads
+from offload_rt.speculative.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.storage import read_heads
 
 
 @pytest.fixture

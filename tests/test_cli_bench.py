@@ -10,7 +10,7 @@ import pytest
 
 from offload_rt.cli.prompt_set import PromptItem, read_prompt_set, spread
 from offload_rt.engine import Engine, Run
-from offload_rt.speculative.draft_model import DraftModelDrafter
+from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 
 MT_BENCH = [
     {"question_id": 81, "category": "writing", "turns": ["first turn", "second turn"]},

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offload_rt.errors import ConfigError
-from offload_rt.speculative.ngram import NgramDrafter
-from offload_rt.speculative.pair import check_vocabularies
+from offload_rt.speculative.draft_model.pair import check_vocabularies
+from offload_rt.speculative.ngram.drafter import NgramDrafter
 from offload_rt.text import load_tokenizer
 
 PROMPT = "hello there"

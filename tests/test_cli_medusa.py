@@ -10,7 +10,7 @@ import pytest
 import torch
 from medusa_heads import random_heads, write_own, write_pickled, write_shared, write_vllm
 
-from offload_rt.medusa.calibration import CALIBRATION_FILE, read_calibration
+from offload_rt.speculative.medusa.calibration import CALIBRATION_FILE, read_calibration
 
 BASE = ("-p", "hello there", "-n", 12)
 

@@ -24,10 +24,10 @@ from medusa_heads import (
 from safetensors.torch import load_file, save_file
 
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.medusa.checkpoint import open_heads
-from offload_rt.medusa.names import LmHead
-from offload_rt.medusa.storage import Layout, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.speculative.medusa.checkpoint import open_heads
+from offload_rt.speculative.medusa.names import LmHead
+from offload_rt.speculative.medusa.storage import Layout, read_output_head
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 from convert_medusa import convert, open_pickles, pickled_files, read_any, with_output_head

@@ -14,8 +14,8 @@ from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, Sampli
 from offload_rt.engine import Run
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.speculative.base import Draft
-from offload_rt.speculative.draft_model import DraftModelDrafter
-from offload_rt.speculative.window import seen_tokens
+from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
+from offload_rt.speculative.draft_model.window import seen_tokens
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
 from offload_rt.runner.tree import TokenTree
-from offload_rt.speculative import draft_model
-from offload_rt.speculative.draft_model import BRANCHES, DraftModelDrafter
+from offload_rt.speculative.draft_model import drafter as draft_model
+from offload_rt.speculative.draft_model.drafter import BRANCHES, DraftModelDrafter
 
 VOCAB = 32
 

@@ -25,7 +25,7 @@ RANKS = [
     ["profiling"],
     ["costs"],
     ["runner"],
-    ["medusa", "text", "adapters"],
+    ["text", "adapters"],
     ["speculative"],
     ["planning"],
     ["engine"],
@@ -44,7 +44,7 @@ TORCH_FREE |= {
     "model.outline",
     "device.system",
     "device.cuda.nvml",
-    "speculative.pair",
+    "speculative.draft_model.pair",
 }
 TORCH_FREE |= {
     "device.cgroup",
@@ -61,7 +61,7 @@ TORCH_FREE |= {
     "kv.recent_share",
     "kv.sizes",
     "model.formats.base",
-    "speculative.suffixes",
+    "speculative.ngram.suffixes",
     "costs",
     "planning",
     "device.base",
@@ -75,7 +75,9 @@ TORCH_FREE |= {
     f"baselines.{part}"
     for part in ("cap", "comparison", "engines", "pagecache", "process", "rows", "summary")
 }
-TORCH_FREE |= {f"medusa.{part}" for part in ("names", "checkpoint", "trees", "calibration")}
+TORCH_FREE |= {
+    f"speculative.medusa.{part}" for part in ("names", "checkpoint", "trees", "calibration")
+}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """
@@ -260,7 +262,7 @@ def test_nothing_is_unpickled_or_evaluated(module):
         ("kv.resident", "import offload_rt.model.network"),
         ("config", "from offload_rt.report import Report"),
         ("errors", "import offload_rt.config"),
-        ("runner.tree", "import offload_rt.medusa.heads"),
+        ("runner.tree", "import offload_rt.speculative.medusa.heads"),
     ],
 )
 def test_planted_upward_imports_are_found(module, source):
@@ -276,8 +278,7 @@ def test_planted_upward_imports_are_found(module, source):
         ("kv.resident", "from offload_rt.attention.rows import attend_rows"),
         ("model.attention_function", "from offload_rt.kv.base import KVCache"),
         ("kv.base", "from offload_rt.device.base import Buffer\nfrom offload_rt import errors"),
-        ("medusa.heads", "import offload_rt.runner.tree"),
-        ("speculative.medusa", "import offload_rt.medusa.heads"),
+        ("speculative.medusa.heads", "import offload_rt.runner.tree"),
         ("cli.plan", "import offload_rt.engine, offload_rt.serve.app, offload_rt"),
     ],
 )

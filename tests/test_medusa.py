@@ -15,14 +15,14 @@ from test_speculation import IDS, chi_square
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
 from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.medusa.calibration import Calibration, write_calibration
-from offload_rt.medusa.judge import Judge
-from offload_rt.medusa.trees import DEFAULT_TREE, MedusaTree, named_trees
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator, next_tokens, target_probs
 from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft
-from offload_rt.speculative.medusa import fill
+from offload_rt.speculative.medusa.calibration import Calibration, write_calibration
+from offload_rt.speculative.medusa.drafter import fill
+from offload_rt.speculative.medusa.judge import Judge
+from offload_rt.speculative.medusa.trees import DEFAULT_TREE, MedusaTree, named_trees
 from offload_rt.speculative.verifier import draw, walk
 
 HEADS, ANSWER = 3, 21

@@ -6,10 +6,10 @@ from medusa_heads import by_formula, computed, random_heads, write_pickled, writ
 from safetensors.torch import save_file
 
 from offload_rt.errors import CheckpointError
-from offload_rt.medusa.checkpoint import open_heads
-from offload_rt.medusa.heads import MedusaHeads, ResBlock
-from offload_rt.medusa.names import HeadsShape, LmHead
-from offload_rt.medusa.storage import read_heads
+from offload_rt.speculative.medusa.checkpoint import open_heads
+from offload_rt.speculative.medusa.heads import MedusaHeads, ResBlock
+from offload_rt.speculative.medusa.names import HeadsShape, LmHead
+from offload_rt.speculative.medusa.storage import read_heads
 
 SIZE, ROWS = 64, 300
 

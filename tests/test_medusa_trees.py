@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.medusa.calibration import (
+from offload_rt.runner.tree import TokenTree
+from offload_rt.speculative.medusa.calibration import (
     CALIBRATION_FILE,
     Calibration,
     best_trees,
@@ -18,10 +19,15 @@ from offload_rt.medusa.calibration import (
     tree_for,
     write_calibration,
 )
-from offload_rt.medusa.judge import Judge
-from offload_rt.medusa.trees import DEFAULT_TREE, MedusaTree, check_choices, cut, named_trees
-from offload_rt.runner.tree import TokenTree
-from offload_rt.speculative.medusa import fill
+from offload_rt.speculative.medusa.drafter import fill
+from offload_rt.speculative.medusa.judge import Judge
+from offload_rt.speculative.medusa.trees import (
+    DEFAULT_TREE,
+    MedusaTree,
+    check_choices,
+    cut,
+    named_trees,
+)
 
 # Nodes at each depth and leaves, counted for upstream's file at e2a5d20.
 COUNTED = {

@@ -10,7 +10,7 @@ from engines import engine_for, generate
 from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, KVPlace, SamplingConfig
 from offload_rt.engine import Run
 from offload_rt.speculative.base import Draft
-from offload_rt.speculative.ngram import NgramDrafter
+from offload_rt.speculative.ngram.drafter import NgramDrafter
 
 LONG = [(i * i + 3 * i) % 290 for i in range(400)]
 LAYERS, ROW_BYTES = 3, 2 * 2 * 16 * 4  # K and V, heads, D, fp32

@@ -29,7 +29,7 @@ from offload_rt.planning.demand import rounded_copy_bytes
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import RunLoad
-from offload_rt.speculative import draft_model
+from offload_rt.speculative.draft_model import drafter as draft_model
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 320}
 SAME, INT8, INT4 = DraftWeights.SAME, DraftWeights.INT8, DraftWeights.INT4

@@ -21,8 +21,8 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.passing import PassingKV
-from offload_rt.medusa.names import LmHead
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.speculative.medusa.names import LmHead
 from offload_rt.text import load_tokenizer
 from offload_rt.training.answers import AnswerFile, batches
 from offload_rt.training.cache import CacheShape, StateCache

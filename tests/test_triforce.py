@@ -32,8 +32,8 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator, target_probs
 from offload_rt.speculative import deciding
 from offload_rt.speculative.base import Draft, Unlearned
-from offload_rt.speculative.suffixes import SHORTEST, lookup_bytes
-from offload_rt.speculative.triforce import TriForceDrafter
+from offload_rt.speculative.ngram.suffixes import SHORTEST, lookup_bytes
+from offload_rt.speculative.triforce.drafter import TriForceDrafter
 from offload_rt.speculative.verifier import draw, walk
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

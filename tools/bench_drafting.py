@@ -34,8 +34,8 @@ from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_mod
 from offload_rt.planning.demand import draft_weights_of
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Drafter
-from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
-from offload_rt.speculative.pair import check_sizes
+from offload_rt.speculative.draft_model.drafter import DraftModel, DraftModelDrafter
+from offload_rt.speculative.draft_model.pair import check_sizes
 from offload_rt.speculative.verifier import walk
 from offload_rt.text import Message, build_prompt, load_tokenizer
 

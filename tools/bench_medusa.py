@@ -44,17 +44,17 @@ from offload_rt.cli.prompt_set import read_lines, read_prompt_set, spread
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.medusa.calibration import (
+from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.speculative.medusa.calibration import (
     CALIBRATION_FILE,
     RANKS,
     best_trees,
     read_calibration,
 )
-from offload_rt.medusa.checkpoint import open_heads
-from offload_rt.medusa.names import LmHead
-from offload_rt.medusa.storage import Heads, Layout, read_heads, write_heads
-from offload_rt.medusa.trees import Choice
-from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.speculative.medusa.checkpoint import open_heads
+from offload_rt.speculative.medusa.names import LmHead
+from offload_rt.speculative.medusa.storage import Heads, Layout, read_heads, write_heads
+from offload_rt.speculative.medusa.trees import Choice
 from offload_rt.text import build_prompt, end_token_ids, load_tokenizer
 from offload_rt.units import parse_size
 

@@ -22,7 +22,10 @@ import torch
 from medusa_pickles import PickledTensor, open_pickled
 
 from offload_rt.errors import CheckpointError, ConfigError, OffloadError
-from offload_rt.medusa.checkpoint import (
+from offload_rt.model.checkpoint import MEDUSA_PREFIX, open_checkpoint, resolve_model
+from offload_rt.model.files import read_json_object, shown
+from offload_rt.printable import printable
+from offload_rt.speculative.medusa.checkpoint import (
     FULL_INDEX,
     FULL_MODEL,
     HEADS_FILE,
@@ -33,8 +36,8 @@ from offload_rt.medusa.checkpoint import (
     open_heads,
     recognise,
 )
-from offload_rt.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead, Names
-from offload_rt.medusa.storage import (
+from offload_rt.speculative.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead, Names
+from offload_rt.speculative.medusa.storage import (
     Heads,
     Layout,
     check_finite,
@@ -43,9 +46,6 @@ from offload_rt.medusa.storage import (
     tensor_of,
     write_heads,
 )
-from offload_rt.model.checkpoint import MEDUSA_PREFIX, open_checkpoint, resolve_model
-from offload_rt.model.files import read_json_object, shown
-from offload_rt.printable import printable
 from offload_rt.units import format_size
 
 _INDEX_LIMIT_BYTES = 64 * 2**20

@@ -48,7 +48,7 @@ from offload_rt.profiling.measure import measure as measure_machine
 from offload_rt.profiling.store import find_profile, load_profile, save_profile
 from offload_rt.report import RunReport
 from offload_rt.session.means import speeds_for
-from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.text import build_prompt, load_tokenizer
 from offload_rt.units import parse_size
 

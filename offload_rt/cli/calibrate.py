@@ -14,23 +14,23 @@ from offload_rt.cli.options import Output, runtime_of
 from offload_rt.cli.prompt_set import read_prompt_set, spread
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.calibration import (
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.printable import printable
+from offload_rt.session.opening import Model, context_limit, open_model
+from offload_rt.speculative.medusa.calibration import (
     CALIBRATION_FILE,
     RANKS,
     Calibration,
     best_trees,
     write_calibration,
 )
-from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.printable import printable
-from offload_rt.session.opening import Model, context_limit, open_model
 from offload_rt.writing import check_target
 
 if TYPE_CHECKING:
     import torch
 
     from offload_rt.engine import Engine
-    from offload_rt.speculative.medusa import Medusa
+    from offload_rt.speculative.medusa.drafter import Medusa
 
 SEQUENCES = 8  # answers at once: weights are streamed once for all of them
 _NODES = DraftConfig(draft="medusa:m").nodes
@@ -127,7 +127,7 @@ def listen(
     console: Console,
 ) -> Calibration:
     """Have the model answer, with the heads drafting, and judge the heads by the answers."""
-    from offload_rt.medusa.judge import Judge
+    from offload_rt.speculative.medusa.judge import Judge
 
     heads = engine.medusa
     assert heads is not None  # the engine was made with heads

@@ -7,23 +7,23 @@ import click
 
 from offload_rt.cli import options
 from offload_rt.cli.calibrate import calibrate
-from offload_rt.medusa.calibration import (
+from offload_rt.model.checkpoint import resolve_model
+from offload_rt.printable import printable
+from offload_rt.speculative.medusa.calibration import (
     CALIBRATION_FILE,
     Calibration,
     best_trees,
     read_calibration,
 )
-from offload_rt.medusa.checkpoint import (
+from offload_rt.speculative.medusa.checkpoint import (
     CONVERT,
     HeadsCheckpoint,
     base_model,
     open_heads,
     stated_heads,
 )
-from offload_rt.medusa.names import TOKEN_MAP, HeadsShape, LmHead
-from offload_rt.medusa.trees import DEFAULT_TREE, cut, named_trees
-from offload_rt.model.checkpoint import resolve_model
-from offload_rt.printable import printable
+from offload_rt.speculative.medusa.names import TOKEN_MAP, HeadsShape, LmHead
+from offload_rt.speculative.medusa.trees import DEFAULT_TREE, cut, named_trees
 from offload_rt.units import format_size
 
 _WHAT_WIDTH = 14

@@ -25,7 +25,6 @@ from offload_rt.device.kinds import DeviceKind, likely_kind, named_device
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.kv.sizes import KVPlan
-from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
@@ -37,7 +36,8 @@ from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.session.summary import bound_by, layer_words, retrieval_weights_name, weights_name
-from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.text.files import check_tokenizer_files
 from offload_rt.units import format_size
 

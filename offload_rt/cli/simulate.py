@@ -28,7 +28,6 @@ from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.step import Prediction, predict, step_work
 from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.demand import settled
@@ -43,7 +42,8 @@ from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.means import profile_for, profile_source
 from offload_rt.session.summary import bound_by
-from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 
 _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "--scenario-help"}
 

@@ -20,12 +20,12 @@ from offload_rt.cli.talks import read_talks, require_answers
 from offload_rt.cli.train_options import check_effects, corpus_of, flags, train_of, training_options
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.calibration import best_trees, read_calibration
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.printable import printable
 from offload_rt.session.adapters import refuse_beside
 from offload_rt.session.observer import Gauge
 from offload_rt.session.opening import Model, context_limit, open_model
+from offload_rt.speculative.medusa.calibration import best_trees, read_calibration
 from offload_rt.training.settings import (
     CorpusConfig,
     Method,

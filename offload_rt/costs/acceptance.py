@@ -150,7 +150,7 @@ class TriForceTokens:
 
 
 def triforce_tokens(outer: Rates, gamma: int, inner: Rates, inner_gamma: int) -> TriForceTokens:
-    """Expected tokens and work of one step of `speculative/triforce.py`.
+    """Expected tokens and work of one step of `speculative/triforce`.
 
     A pass over the retrieval cache checks k = min(inner_gamma, room - 1) tokens, `room` being what
     the outer draft still lacks; j of them stand, with probability s_j = r_1..r_j * (1 - r_{j+1})

@@ -30,7 +30,6 @@ from offload_rt.kv.followed import FollowedKV
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import retrieval_sizes
-from offload_rt.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.packed import can_pack
@@ -45,12 +44,13 @@ from offload_rt.report import Counters, Memory, RetrievalCounts
 from offload_rt.runner.store import LayerStore
 from offload_rt.runner.tree import TokenTree, pending_tree
 from offload_rt.speculative.base import Drafter, common_prefix
-from offload_rt.speculative.draft_model import DraftModel, DraftModelDrafter
-from offload_rt.speculative.medusa import Medusa
-from offload_rt.speculative.ngram import NgramDrafter, SelectiveNgramDrafter
-from offload_rt.speculative.pair import open_draft_checkpoint
-from offload_rt.speculative.suffixes import most_contexts
-from offload_rt.speculative.triforce import TriForceDrafter
+from offload_rt.speculative.draft_model.drafter import DraftModel, DraftModelDrafter
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
+from offload_rt.speculative.medusa.drafter import Medusa
+from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
+from offload_rt.speculative.ngram.suffixes import most_contexts
+from offload_rt.speculative.triforce.drafter import TriForceDrafter
 from offload_rt.streaming.memory_home import MemoryHome
 
 NO_DRAFT = DraftConfig()

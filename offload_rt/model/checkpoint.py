@@ -45,7 +45,7 @@ _log = logging.getLogger(__name__)
 _UNSUPPORTED_DTYPES = {"F64", "C64", *(name for name in DTYPE_BYTES if name.startswith("F8"))}
 
 HEAD_DIFFERS = "%s differs from the embedding it is tied to in config.json: it is used as it is"
-MEDUSA_PREFIX = "medusa_head."  # of heads that a full model carries; medusa/ reads them
+MEDUSA_PREFIX = "medusa_head."  # of heads that a full model carries
 _TEXT_PART = "language_model."
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096

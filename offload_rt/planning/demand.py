@@ -26,7 +26,7 @@ from offload_rt.model.formats.base import (
 )
 from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.placement import Demand
-from offload_rt.speculative.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
+from offload_rt.speculative.ngram.suffixes import SHORTEST, SHORTEST_QUOTED, lookup_bytes
 
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter

@@ -23,7 +23,7 @@ from offload_rt.session.means import (
 from offload_rt.session.observer import Interrupted, Interrupts, Observer
 from offload_rt.session.opening import Model, check_drafter
 from offload_rt.session.settings import Settings
-from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
 if TYPE_CHECKING:
     from offload_rt.costs.machine import Speeds

@@ -18,11 +18,11 @@ def check_early(checkpoint: Checkpoint, runtime: RuntimeConfig, draft: DraftConf
     if runtime.context_tokens is not None:
         check_context(checkpoint, runtime.context_tokens)
     if draft.heads:
-        from offload_rt.medusa.checkpoint import open_draft_heads
+        from offload_rt.speculative.medusa.checkpoint import open_draft_heads
 
         open_draft_heads(checkpoint, draft)
     elif draft.model:
-        from offload_rt.speculative.pair import open_draft_checkpoint
+        from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
         open_draft_checkpoint(checkpoint, draft)
 

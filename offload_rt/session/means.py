@@ -11,8 +11,6 @@ from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.calibration import best_trees, read_calibration
-from offload_rt.medusa.checkpoint import open_draft_heads
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
 from offload_rt.planning.experience import experience_key, read_seen
@@ -27,7 +25,9 @@ from offload_rt.profiling.store import (
     machine_name,
     user_folder,
 )
-from offload_rt.speculative.pair import open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.medusa.calibration import best_trees, read_calibration
+from offload_rt.speculative.medusa.checkpoint import open_draft_heads
 
 
 def experience_path() -> Path:

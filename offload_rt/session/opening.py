@@ -9,7 +9,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.session.early import check_context, check_early
 from offload_rt.session.observer import Observer
 from offload_rt.session.settings import Settings
-from offload_rt.speculative.pair import check_vocabularies, open_draft_checkpoint
+from offload_rt.speculative.draft_model.pair import check_vocabularies, open_draft_checkpoint
 from offload_rt.text import Tokenizer, end_token_ids, load_tokenizer, template_ids
 
 AUTO_CONTEXT_TOKENS = 4096

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from offload_rt.runner.tree import TokenTree
-from offload_rt.speculative.followers import Likely
+from offload_rt.speculative.ngram.followers import Likely
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from offload_rt.device.base import Device
 from offload_rt.errors import NumbersError
 from offload_rt.sampling import NO_TOKEN, Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
-from offload_rt.speculative.followers import Likely, pack_likely
+from offload_rt.speculative.ngram.followers import Likely, pack_likely
 from offload_rt.speculative.verifier import draw, walk
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.errors import ConfigError
-from offload_rt.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.heads import MedusaHeads
 from offload_rt.training.cache import StateCache
 from offload_rt.training.corpus import NO_LABEL
 from offload_rt.training.loss import Score, head_weight, rate_factor, score_heads, token_loss

@@ -21,11 +21,11 @@ from offload_rt.config import RuntimeConfig
 from offload_rt.device.opening import open_device
 from offload_rt.engine import Engine
 from offload_rt.errors import ConfigError, NumbersError
-from offload_rt.medusa.calibration import CALIBRATION_FILE, write_calibration
-from offload_rt.medusa.heads import MedusaHeads
-from offload_rt.medusa.storage import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import compute_dtype
+from offload_rt.speculative.medusa.calibration import CALIBRATION_FILE, write_calibration
+from offload_rt.speculative.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.storage import read_output_bias, read_output_head
 from offload_rt.training.answers import AnswerFile, Asked, answer_all, batches
 from offload_rt.training.cache import CacheShape, StateCache
 from offload_rt.training.corpus import Encoder, Sample, require_samples

@@ -21,7 +21,7 @@ import torch
 from torch.nn.functional import kl_div, log_softmax
 
 from offload_rt.errors import ConfigError, NumbersError
-from offload_rt.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.heads import MedusaHeads
 from offload_rt.training.corpus import Sample, pack
 from offload_rt.training.frozen import SAVE_S, Tally
 from offload_rt.training.loss import Score, head_weight, rate_factor, token_loss

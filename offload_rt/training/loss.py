@@ -9,8 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch.nn.functional import cross_entropy
 
-from offload_rt.medusa.calibration import RANKS, Calibration
-from offload_rt.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.calibration import RANKS, Calibration
+from offload_rt.speculative.medusa.heads import MedusaHeads
 from offload_rt.training.corpus import NO_LABEL
 from offload_rt.training.vocabulary import Vocabulary
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from offload_rt.config import RuntimeConfig
 from offload_rt.costs.sizes import number_bytes_of
 from offload_rt.errors import PlanError
-from offload_rt.medusa.names import HeadsShape
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.speculative.medusa.names import HeadsShape
 from offload_rt.training.corpus import Sample
 from offload_rt.training.settings import Method, TrainConfig
 from offload_rt.units import format_size

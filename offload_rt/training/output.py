@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from offload_rt.medusa.checkpoint import CONFIG, FULL_MODEL, HEADS_FILE
-from offload_rt.medusa.heads import MedusaHeads
-from offload_rt.medusa.names import TOKEN_MAP, LmHead
-from offload_rt.medusa.storage import Heads, Layout, write_heads
+from offload_rt.speculative.medusa.checkpoint import CONFIG, FULL_MODEL, HEADS_FILE
+from offload_rt.speculative.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.names import TOKEN_MAP, LmHead
+from offload_rt.speculative.medusa.storage import Heads, Layout, write_heads
 from offload_rt.training.files import replacing, write_text, writing
 from offload_rt.training.vocabulary import Vocabulary
 from offload_rt.writing import temporary_folder

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import linear
 
-from offload_rt.medusa.heads import MedusaHeads
-from offload_rt.medusa.names import HeadsShape, LmHead
+from offload_rt.speculative.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.names import HeadsShape, LmHead
 from offload_rt.training.corpus import NO_LABEL
 
 

@@ -32,8 +32,8 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN, Dice, make_generator
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.deciding import Checked, decide
-from offload_rt.speculative.followers import Likely, pack_likely
-from offload_rt.speculative.ngram import NgramDrafter
+from offload_rt.speculative.ngram.drafter import NgramDrafter
+from offload_rt.speculative.ngram.followers import Likely, pack_likely
 from offload_rt.training.job import _round
 
 IDS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}

@@ -14,8 +14,8 @@ from offload_rt.costs.sizes import image_bytes
 from offload_rt.device.kinds import CPU
 from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError
-from offload_rt.medusa.storage import read_output_bias, read_output_head
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.speculative.medusa.storage import read_output_bias, read_output_head
 
 HEADS = ("equal", "different", "absent", "alone")
 ENDS = {"gpt_neox": ("gpt_neox.embed_in.weight", "lm_head.weight")}

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.functional import silu
 
-from offload_rt.medusa.names import HeadsShape, LmHead
+from offload_rt.speculative.medusa.names import HeadsShape, LmHead
 
 
 class ResBlock(nn.Module):

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from offload_rt.costs.acceptance import grow_tree
 from offload_rt.errors import CheckpointError
-from offload_rt.medusa.trees import DEFAULT_TREE, Choice, MedusaTree, cut, named_trees
 from offload_rt.model.files import read_json_object, shown
+from offload_rt.speculative.medusa.trees import DEFAULT_TREE, Choice, MedusaTree, cut, named_trees
 from offload_rt.writing import write_text
 
 CALIBRATION_FILE = "medusa_calibration.json"

@@ -62,7 +62,7 @@ class HeadsShape:
     truncated: bool = False
 
     def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of all floating tensors, by the names of `medusa/heads.py`."""
+        """Names and shapes of all floating tensors, by the names of `heads.py`."""
         found: dict[str, tuple[int, ...]] = {}
         for head in range(self.heads):
             for layer in range(self.layers):

@@ -7,11 +7,11 @@ import torch
 from offload_rt.device.base import Device
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
-from offload_rt.medusa.checkpoint import HeadsCheckpoint
-from offload_rt.medusa.heads import MedusaHeads
 from offload_rt.model.files import open_inside
 from offload_rt.model.header import TensorExtent
 from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.speculative.medusa.checkpoint import HeadsCheckpoint
+from offload_rt.speculative.medusa.heads import MedusaHeads
 
 PURPOSE = "Medusa heads"
 _INTEGERS = {"I64": torch.int64, "I32": torch.int32}

@@ -12,8 +12,8 @@ from itertools import islice
 
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
-from offload_rt.speculative.followers import Followers, Likely
-from offload_rt.speculative.suffixes import LONGEST, SHORTEST
+from offload_rt.speculative.ngram.followers import Followers, Likely
+from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST
 
 QUOTES = 3  # tokens that followed the same suffix before, of which at most so many are looked at
 # How often what is known is right, roughly, on summaries, MT-Bench and HumanEval. They only order

@@ -132,7 +132,7 @@ def cut(choices: Sequence[Choice], *, nodes: int, heads: int) -> MedusaTree:
 @cache
 def named_trees() -> dict[str, tuple[Choice, ...]]:
     """Upstream's trees by name, in the order of value."""
-    text = (files("offload_rt.medusa") / "named_trees.json").read_text("utf-8")
+    text = (files("offload_rt.speculative.medusa") / "named_trees.json").read_text("utf-8")
     trees = json.loads(text)["trees"]
     return {name: tuple(map(tuple, choices)) for name, choices in trees.items()}
 

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from offload_rt.errors import NumbersError
-from offload_rt.medusa.calibration import Calibration
 from offload_rt.sampling import NO_TOKEN
+from offload_rt.speculative.medusa.calibration import Calibration
 
 ROWS = 8  # places the heads are evaluated at together: what is planned for is the logits of 8
 

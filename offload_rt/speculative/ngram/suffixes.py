@@ -1,6 +1,6 @@
 """Last tokens of a sequence that are looked up, and what the indexes of them take. No torch here.
 
-That of `ngram.py` holds, for each length, a tuple for every place of a sequence; that
+That of `drafter.py` holds, for each length, a tuple for every place of a sequence; that
 of `followers.py` what a model found likely after them.
 """
 

@@ -14,14 +14,14 @@ import torch
 from offload_rt.device.base import Device
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import NumbersError
-from offload_rt.medusa.calibration import tree_for
-from offload_rt.medusa.checkpoint import HeadsCheckpoint
-from offload_rt.medusa.load import load_heads, load_token_map
-from offload_rt.medusa.trees import MedusaTree
 from offload_rt.model.network import Network
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict
+from offload_rt.speculative.medusa.calibration import tree_for
+from offload_rt.speculative.medusa.checkpoint import HeadsCheckpoint
+from offload_rt.speculative.medusa.load import load_heads, load_token_map
+from offload_rt.speculative.medusa.trees import MedusaTree
 
 
 @dataclass(frozen=True, slots=True)

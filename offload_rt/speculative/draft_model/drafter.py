@@ -36,10 +36,10 @@ from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.tree import ROOT, TokenTree, pending_tree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
-from offload_rt.speculative.followers import Followers
-from offload_rt.speculative.ngram import SuffixIndex
-from offload_rt.speculative.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
-from offload_rt.speculative.window import seen_tokens
+from offload_rt.speculative.draft_model.window import seen_tokens
+from offload_rt.speculative.ngram.drafter import SuffixIndex
+from offload_rt.speculative.ngram.followers import Followers
+from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
 
 BRANCHES = 8  # children of a node that are looked at
 # What is fed ahead must have been so probable. Eight HumanEval answers then took 50 passes instead

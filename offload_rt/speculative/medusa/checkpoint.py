@@ -11,13 +11,13 @@ from pathlib import Path
 from offload_rt.config import DraftConfig
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.medusa.calibration import read_calibration, tree_for
-from offload_rt.medusa.names import TOKEN_MAP, Names, read_names
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, resolve_model
 from offload_rt.model.files import FileIdentity, read_json_object
 from offload_rt.model.header import TensorExtent, read_header
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layout
 from offload_rt.model.shards import find_weights, read_shards
+from offload_rt.speculative.medusa.calibration import read_calibration, tree_for
+from offload_rt.speculative.medusa.names import TOKEN_MAP, Names, read_names
 
 HEADS_FILE, PICKLED_HEADS = "medusa_lm_head.safetensors", "medusa_lm_head.pt"
 FULL_MODEL, FULL_INDEX = "model.safetensors", "model.safetensors.index.json"

@@ -20,17 +20,17 @@ import torch
 from safetensors.torch import save_file
 
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.medusa.checkpoint import (
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.files import open_inside
+from offload_rt.model.header import TensorExtent
+from offload_rt.speculative.medusa.checkpoint import (
     CONFIG,
     FULL_MODEL,
     HEADS_FILE,
     HeadsCheckpoint,
     base_model,
 )
-from offload_rt.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
-from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.files import open_inside
-from offload_rt.model.header import TensorExtent
+from offload_rt.speculative.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.writing import replacing, write_text, writing
 
 _DTYPES = {
