@@ -52,7 +52,7 @@ class DeviceKind:
         kv_home: where KV lives by default that does not fit on the device.
         kv_on_disk: KV may live in a file.
         attends_at_home: it can attend to KV in host memory where it lies.
-        packs: it has matrix kernels for which resident layers are reordered (`model/packed.py`).
+        packs: it has matrix kernels for which resident layers are reordered (`formats/packed.py`).
         kernels: to what weights may be rounded, and for which formats of the model.
         draft_weights: how a bf16 draft model is kept unless --draft-weights says.
         copy_weights: to what a bf16 model is rounded to draft for itself.
