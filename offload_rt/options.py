@@ -172,14 +172,14 @@ def _integer(field: Settable, value: object) -> int | None:
     try:
         return int(str(value))
     except ValueError:
-        raise ValueError(f"{value!r} is not a valid integer") from None
+        raise ValueError(f"{str(value)!r} is not a valid integer") from None
 
 
 def _number(_: Settable, value: object) -> float:
     try:
         return float(str(value))
     except ValueError:
-        raise ValueError(f"{value!r} is not a valid float") from None
+        raise ValueError(f"{str(value)!r} is not a valid float") from None
 
 
 def _auto_integer(_: Settable, value: object) -> int | None:
@@ -188,7 +188,7 @@ def _auto_integer(_: Settable, value: object) -> int | None:
     try:
         return int(str(value))
     except ValueError:
-        raise ValueError(f"{value!r} is neither auto nor a whole number") from None
+        raise ValueError(f"{str(value)!r} is neither auto nor a whole number") from None
 
 
 def _auto_number(_: Settable, value: object) -> float | None:
@@ -197,7 +197,7 @@ def _auto_number(_: Settable, value: object) -> float | None:
     try:
         return float(str(value))
     except ValueError:
-        raise ValueError(f"{value!r} is neither auto nor a number") from None
+        raise ValueError(f"{str(value)!r} is neither auto nor a number") from None
 
 
 def _window(_: Settable, value: object) -> int | None:
@@ -210,7 +210,7 @@ def _window(_: Settable, value: object) -> int | None:
             return window
     except ValueError:
         pass
-    raise ValueError(f"{value!r} is neither auto nor full nor a number of tokens")
+    raise ValueError(f"{str(value)!r} is neither auto nor full nor a number of tokens")
 
 
 def _size(_: Settable, value: object) -> int | None:
@@ -236,7 +236,7 @@ def _text(field: Settable, value: object) -> str | None:
     if value is None and field.default is None:
         return None
     if not isinstance(value, str | os.PathLike):
-        raise ValueError(f"{value!r} is not a text")
+        raise ValueError(f"{str(value)!r} is not a text")
     text = os.fspath(value)
     if not isinstance(text, str) or "\0" in text:  # no argument can hold one, and no path may
         raise ValueError(f"{text!r} is not a text without zero bytes")
@@ -247,13 +247,13 @@ def _texts(field: Settable, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         return (value,)
     if not isinstance(value, list | tuple) or not all(isinstance(one, str) for one in value):
-        raise ValueError(f"{value!r} is neither a text nor a list of texts")
+        raise ValueError(f"{str(value)!r} is neither a text nor a list of texts")
     return tuple(value)
 
 
 def _switch(_: Settable, value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"{value!r} is not a valid boolean")
+        raise ValueError(f"{str(value)!r} is not a valid boolean")
     return value
 
 
@@ -261,7 +261,7 @@ def _choice(field: Settable, value: object) -> StrEnum:
     word = field.option.short.get(str(value), str(value))
     if word not in field.choices:
         listed = ", ".join(map(repr, field.choices))
-        raise ValueError(f"{value!r} is not one of {listed}")
+        raise ValueError(f"{str(value)!r} is not one of {listed}")
     chosen: StrEnum = field.type(word)
     return chosen
 

@@ -411,8 +411,9 @@ class Session:
             if now.holds(_room_for(largest[:count])):
                 return count
         while True:
+            room = _rounded(_room_for(largest[:count]), self._limit)
             try:
-                self._engine_for(_rounded(_room_for(largest[:count]), self._limit))
+                self._engine_for(room, _kept_near(self._settings) if count > 1 else None)
             except PlanError:
                 if count == 1:
                     raise
@@ -433,13 +434,13 @@ class Session:
                     raise
                 most = max(texts.longest, most // 2)
 
-    def _engine_for(self, room: Room) -> "Engine":
-        """The engine, made again where it has no such room."""
+    def _engine_for(self, room: Room, settings: Settings | None = None) -> "Engine":
+        """The engine, made again where it has no such room; with other settings, if given."""
         if self._engine is not None and self._room is not None and self._room.holds(room):
             return self._engine
         again = self._engine is not None
         self._drop()
-        settings = self._settings
+        settings = settings or self._settings
         if room.reads:
             runtime = replace(
                 settings.runtime,
@@ -530,6 +531,18 @@ def _turns(prompt: object) -> "str | list[Message]":
             case _:
                 raise ConfigError(f"a turn of the prompt is {turn!r:.60}, {_ACCEPTED}")
     return turns
+
+
+def _kept_near(settings: Settings) -> Settings:
+    """The same with keys and values on the device, where the user leaves their place open.
+
+    More sequences save passes over the weights; keys and values that cross the link in each pass
+    would spend them again.
+    """
+    runtime = settings.runtime
+    if (runtime.kv, runtime.kv_folder, runtime.kv_block_tokens) != (KVPlace.AUTO, None, None):
+        return settings
+    return replace(settings, runtime=replace(runtime, kv=KVPlace.DEVICE))
 
 
 def _room_for(asked: Sequence[_Asked]) -> Room:
