@@ -296,7 +296,7 @@ def test_every_answer_of_every_round_starts_cold(tiny_model, offload_run, questi
         return feed(self, tokens)
 
     def noted_pass(self, rows):
-        if rows[0].tree is None:
+        if rows[0].keeps_all:
             read.append((self._caches[0].length, len(rows[0].tokens)))
         return forward(self, rows)
 

@@ -13,6 +13,7 @@ from test_speculation import likelihood_of_three_tokens
 from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.engine import Run
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.runner.runner import Rows
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.draft_model.window import seen_tokens
@@ -85,7 +86,7 @@ def fresh_logits(drafter, tokens):
     model = drafter._model
     network = model.network
     cache = ResidentKV(model.device, network.kv_shapes, network.dtype, len(tokens))
-    return model.forward(cache, tokens, positions=range(len(tokens)))
+    return model.logits([Rows.text(cache, tokens)])
 
 
 def test_after_any_step_the_logits_are_a_fresh_pass_over_what_is_seen(drafter):

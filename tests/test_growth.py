@@ -40,17 +40,19 @@ class Known:
     class network:
         kv_shapes, dtype = (), torch.float32
 
-    def forward(self, cache, tokens, *, positions, tree=None, all_rows=False):
-        if tree is None:
+    def logits(self, parts):
+        (part,) = parts
+        if part.visible is None:
             self.fed, self.passes = [], []
             return self.law(())[None]
-        self.fed += tokens
-        self.passes.append(len(tokens))
-        assert len(positions) == len(tokens) == len(tree)
+        self.fed += part.tokens
+        self.passes.append(len(part.tokens))
+        positions = part.places[-len(part.tokens) :]
+        assert len(positions) == len(part.tokens) == len(part.visible) == len(part.wanted)
         rows = []
-        for visible, position in zip(tree, positions, strict=True):
+        for visible, position in zip(part.visible, positions, strict=True):
             path = tuple(token for token, seen in zip(self.fed, visible, strict=True) if seen)
-            assert position == cache.length - 1 + len(path)
+            assert position == part.cache.length - 1 + len(path)
             rows.append(self.law(path))
         return torch.stack(rows)
 
@@ -59,7 +61,6 @@ class Known:
 def drafting(law, passes=None):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(draft_model, "ResidentKV", Rows)
-        patch.setattr(draft_model, "pending_tree", lambda device, visible, places: visible)
         if passes is not None:
             patch.setattr(DraftConfig, "tree_passes", property(lambda _: passes))
         yield lambda nodes: DraftModelDrafter(

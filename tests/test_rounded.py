@@ -22,7 +22,7 @@ from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
 from offload_rt.model.formats.packed import replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.planning.demand import draft_weight_bytes
-from offload_rt.speculative.draft_model import drafter as draft_model
+from offload_rt.runner import loading
 
 INT4, INT8 = DraftWeights.INT4, DraftWeights.INT8
 ROUNDED = [INT8, INT4]
@@ -274,7 +274,7 @@ def test_the_flag_reaches_the_draft_model_and_nothing_else(offload_run, tiny_mod
 
 def test_int4_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
     """The whole path on fake tensors: packing, passes of the draft model, no hidden host sync."""
-    monkeypatch.setattr(draft_model, "Network", build_for_real(draft_model.Network))
+    monkeypatch.setattr(loading, "Network", build_for_real(loading.Network))
     folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2, vocab_size=320)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=INT4)
     runtime = RuntimeConfig(device="cuda:0", resident_layers=1, slots=1, prefill_chunk_tokens=8)

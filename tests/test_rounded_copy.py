@@ -29,7 +29,7 @@ from offload_rt.planning.demand import rounded_copy_bytes
 from offload_rt.planning.drafting import expected_yield
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import RunLoad
-from offload_rt.speculative.draft_model import drafter as draft_model
+from offload_rt.runner import loading
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 320}
 SAME, INT8, INT4 = DraftWeights.SAME, DraftWeights.INT8, DraftWeights.INT4
@@ -94,14 +94,14 @@ def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatc
     folder = make_tiny("llama", **IDS)
     sampling = SamplingConfig(temperature=1.0, seed=3)
     with engine_for(folder, prompts=[LONG], tokens=20, draft=triforce(INT4)) as engine:
-        laws, real = [], engine._rounded_copy.check
+        laws, real = [], engine._rounded_copy.logits
 
-        def check(cache, root, tree):
-            logits = real(cache, root, tree)
+        def check(parts):
+            logits = real(parts)
             laws.append(torch.softmax(logits.double(), dim=-1))
             return logits
 
-        monkeypatch.setattr(engine._rounded_copy, "check", check)
+        monkeypatch.setattr(engine._rounded_copy, "logits", check)
         run = Run.start(engine, [LONG], sampling, GenerationConfig(max_tokens=20))
         run.prefill()
         draft = run.sequences[0].drafter.propose(run.sequences[0].ids, 5)
@@ -243,7 +243,7 @@ def test_the_flag_is_refused_where_nothing_reads_it(offload_run, tiny_model, dra
 
 def test_int4_copies_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
     """Fake tensors: no device is mixed up, and no draft pass waits but for its verdict."""
-    monkeypatch.setattr(draft_model, "Network", build_for_real(draft_model.Network))
+    monkeypatch.setattr(loading, "Network", build_for_real(loading.Network))
     folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=3, vocab_size=320)
     runtime = RuntimeConfig(
         device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=9

@@ -256,7 +256,7 @@ def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
         memory = engine.memory()
         sizes = engine._caches[0].retrieval._sizes
         assert memory.ledger["retrieval cache"] == sizes.device_bytes
-        index = lookup_bytes(engine._capacities[0] + draft.nodes, SHORTEST)
+        index = lookup_bytes(engine.capacities[0] + draft.nodes, SHORTEST)
         drafter_bytes = engine.placement.demand.drafter_bytes
         assert drafter_bytes == sizes.device_bytes + sizes.build_bytes + index
         assert memory.device_peak_bytes <= memory.device_planned_bytes

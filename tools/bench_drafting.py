@@ -32,9 +32,11 @@ from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.demand import draft_weights_of
+from offload_rt.runner.loading import load_drafting
+from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Drafter
-from offload_rt.speculative.draft_model.drafter import DraftModel, DraftModelDrafter
+from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.draft_model.pair import check_sizes
 from offload_rt.speculative.verifier import walk
 from offload_rt.text import Message, build_prompt, load_tokenizer
@@ -114,16 +116,16 @@ def replay(drafter: Drafter, known: Known, nodes: int) -> tuple[int, float]:
     return passes, drafting
 
 
-def measure(model: DraftModel, config: DraftConfig, answers: Sequence[Known]) -> Row:
+def measure(model: Runner, config: DraftConfig, answers: Sequence[Known]) -> Row:
     """Replay all answers with drafts of one kind."""
-    made, real = 0, model.forward
+    made, real = 0, model.logits
 
-    def counted(*args: object, **kwargs: object) -> torch.Tensor:
+    def counted(parts: Sequence[Rows]) -> torch.Tensor:
         nonlocal made
         made += 1
-        return real(*args, **kwargs)  # type: ignore[arg-type]
+        return real(parts)
 
-    model.forward = counted  # type: ignore[method-assign]
+    model.logits = counted  # type: ignore[method-assign]
     passes, tokens, drafting = [], [], 0.0
     try:
         for known in answers:
@@ -135,7 +137,7 @@ def measure(model: DraftModel, config: DraftConfig, answers: Sequence[Known]) ->
             tokens.append(len(known.answer) - 1)
             drafting += seconds
     finally:
-        model.forward = real  # type: ignore[method-assign]
+        model.logits = real  # type: ignore[method-assign]
     each = [count / steps for count, steps in zip(tokens, passes, strict=True)]
     return Row(
         nodes=config.nodes,
@@ -160,10 +162,9 @@ def run(options: argparse.Namespace, target: Checkpoint, small: Checkpoint) -> I
         device = open_device(RuntimeConfig(device=options.device))
         base = DraftConfig(draft=f"model:{options.small}", draft_weights=DraftWeights(name))
         weights = draft_weights_of(small, base, device.kind)
-        model = DraftModel(
+        model = load_drafting(
             small,
             device,
-            device.kind.packing,
             chunk_tokens=RuntimeConfig().prefill_chunk_tokens,
             target_ids=(target.head or target.embedding).shape[0],
             weights=weights,

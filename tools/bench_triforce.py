@@ -62,6 +62,7 @@ from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.planner import Means
+from offload_rt.runner.runner import Rows
 from offload_rt.runner.tree import TokenTree
 from offload_rt.session.means import means_for, speeds_for
 from offload_rt.text import Message, build_prompt, end_token_ids, load_tokenizer
@@ -166,7 +167,7 @@ def measure(
     assert isinstance(full, ResidentKV)  # there is room, or the run ends before
     outermost, caches = follow(engine, full, configs)
     copies, engine._rounded_copy = engine._rounded_copy, None  # the answer is the model's own
-    guess = engine.draft_pass if copies is None else copies.check
+    guesser = copies or engine.runner
     engine._caches[0] = outermost
     try:
         logits = engine.forward([(0, ids)], reuse=False)
@@ -178,7 +179,8 @@ def measure(
             tree = TokenTree.chain(given[1:])
             for cache, mine in zip(caches, hits, strict=True):
                 retrieval = cache.retrieval
-                guesses = guess(retrieval, given[0], tree).argmax(dim=-1)
+                rows = Rows.draft(retrieval, given[0], tree)
+                guesses = guesser.logits([rows]).argmax(dim=-1)
                 found = (guesses == truth).tolist()
                 accepted = [*found, False].index(False)
                 judged = min(accepted + 1, len(found))

@@ -1,10 +1,8 @@
 """The engine: a model on a device, and the passes it makes. How answers are made: `decoding`."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from itertools import accumulate
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -18,9 +16,8 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
-from offload_rt.device.base import DeviceBuffer, HomeSource
-from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import DeviceKind, Packing
+from offload_rt.device.base import DeviceBuffer
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.opening import open_device
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.errors import CheckpointError
@@ -30,39 +27,28 @@ from offload_rt.kv.followed import FollowedKV
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import retrieval_sizes
-from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.formats.packed import can_pack
-from offload_rt.model.network import Network, TokenBatch
-from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.model.network import Network
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.drafting import Tally
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.run import RunLoad
 from offload_rt.report import Counters, Memory, RetrievalCounts
-from offload_rt.runner.store import LayerStore
-from offload_rt.runner.tree import TokenTree, pending_tree
+from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
+from offload_rt.runner.runner import Rows, Runner
+from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Drafter, common_prefix
-from offload_rt.speculative.draft_model.drafter import DraftModel, DraftModelDrafter
+from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.speculative.medusa.drafter import Medusa
 from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.ngram.suffixes import most_contexts
 from offload_rt.speculative.triforce.drafter import TriForceDrafter
-from offload_rt.streaming.memory_home import MemoryHome
 
 NO_DRAFT = DraftConfig()
-
-
-@dataclass(frozen=True, slots=True)
-class _Rows:
-    """New tokens for a cache: in a row (logits of the last), or a root and a tree (of all)."""
-
-    cache: KVCache
-    tokens: Sequence[int]
-    tree: TokenTree | None = None
 
 
 class Engine:
@@ -130,11 +116,10 @@ class Engine:
             self.network = Network(checkpoint, config.dtype, packing)
             self._check_kv()
             # First, as rounding takes memory for a moment that the target's layers fill later.
-            self._draft_model = self._load_draft_model(drafting, packing)
-            base = self.device.allocate(self.network.base.nbytes, "embedding and head")
-            self.device.load.copy(base, FileSource(self.network.base, self._files))
-            self._rounded_copy = self._load_rounded_copy(base, packing)
-            self._store = self._load_weights(base)
+            self._draft_model = None if drafting is None else self._load_draft_model(drafting)
+            base = load_base(self.network, self.device, self._files, BASE)
+            self._rounded_copy = self._load_rounded_copy(base)
+            self.runner = self._load_target(base)
             self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
             self.medusa: Medusa | None = None
             if heads is not None:
@@ -164,7 +149,7 @@ class Engine:
                 self.truncate(index, common)
                 tokens = tokens[common:]
             fresh.append((index, tokens))
-        logits = self._pass([_Rows(self._caches[index], tokens) for index, tokens in fresh])
+        logits = self._pass([Rows.text(self._caches[index], tokens) for index, tokens in fresh])
         for index, tokens in fresh:
             self.commit(index, tokens, range(len(tokens)))
         return logits
@@ -179,7 +164,7 @@ class Engine:
             For each sequence [N + 1, V] logits, after the root and after each node.
         """
         logits = self._pass(
-            [_Rows(self._caches[index], [root, *tree.tokens], tree) for index, root, tree in rows]
+            [Rows.draft(self._caches[index], root, tree) for index, root, tree in rows]
         )
         return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
 
@@ -190,7 +175,7 @@ class Engine:
     def hidden(
         self, texts: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]]
     ) -> torch.Tensor:
-        """Read texts in one pass and forget them; the engine was made with `KVPlace.NONE`.
+        """Read texts in one pass and forget them.
 
         Args:
             texts: tokens of each, no more than its sequence has room for.
@@ -200,17 +185,12 @@ class Engine:
             [R, E] hidden states of the wanted places, text after text: after the final norm, as
             the output head is fed them.
         """
-        ids = [token for text in texts for token in text]
-        self.checkpoint.require_rows(ids)
-        positions = [place for text in texts for place in range(len(text))]
-        starts = accumulate((len(text) for text in texts), initial=0)
-        rows = [start + at for start, places in zip(starts, wanted, strict=False) for at in places]
+        for index, text in enumerate(texts):
+            self.checkpoint.require_rows(text)
+            self.truncate(index, 0)
         caches = self._caches[: len(texts)]
-        segments = [Segment(c, len(text)) for c, text in zip(caches, texts, strict=True)]
-        upload = self.device.upload
-        batch = TokenBatch(upload(ids), upload(positions), segments, upload(rows))
-        with torch.inference_mode(), self._whole_pass():
-            hidden = self.network.hidden(batch)
+        parts = [Rows.text(*part) for part in zip(caches, texts, wanted, strict=True)]
+        hidden = self.runner.hidden(parts)
         for cache in caches:
             cache.truncate(0)
         return hidden
@@ -221,10 +201,8 @@ class Engine:
         Returns:
             [N + 1, V] logits, after the root and after each node.
         """
-        if self._rounded_copy is None:
-            return self._pass([_Rows(cache, [root, *tree.tokens], tree)])
-        with self._whole_pass():
-            return self._rounded_copy.check(cache, root, tree)
+        runner = self._rounded_copy or self.runner
+        return runner.logits([Rows.draft(cache, root, tree)])
 
     def commit(self, index: int, tokens: Sequence[int], keep: Sequence[int]) -> None:
         """Keep these pending rows of a cache; `tokens` are theirs."""
@@ -233,38 +211,12 @@ class Engine:
         if self.medusa is not None:
             self.medusa.committed(index, keep, len(self._cached_ids[index]))
 
-    def _pass(self, rows: Sequence["_Rows"]) -> torch.Tensor:
+    def _pass(self, parts: Sequence[Rows]) -> torch.Tensor:
         """Run one pass; returns the wanted logits of all sequences, one after the other."""
-        ids: list[int] = []
-        positions: list[int] = []
-        wanted: list[int] = []
-        segments = []
-        for part in rows:
-            cache, first = part.cache, len(ids)
-            if isinstance(cache, FollowedKV):
-                cache.begin_pass(len(part.tokens), keeps_all=part.tree is None)
-            ids += part.tokens
-            start = cache.length
-            if part.tree is None:
-                offsets, tree = list(range(len(part.tokens))), None
-                wanted.append(first + len(part.tokens) - 1)
-            else:
-                offsets = [0, *part.tree.depths]
-                places = [start + offset for offset in offsets]
-                tree = None
-                if not part.tree.is_chain:
-                    tree = pending_tree(self.device, part.tree.visible(), places)
-                wanted += range(first, len(ids))
-            positions += [start + offset for offset in offsets]
-            segments.append(Segment(cache, len(part.tokens), tree))
-        upload = self.device.upload
-        batch = TokenBatch(upload(ids), upload(positions), segments, upload(wanted))
-        with torch.inference_mode(), self._whole_pass():
-            logits = self.network.forward(batch)
+        logits = self.runner.logits(parts)
         if self.medusa is not None:
-            counts = [1 if part.tree is None else len(part.tokens) for part in rows]
-            indices = [self._caches.index(part.cache) for part in rows]
-            self.medusa.passed(list(zip(indices, counts, strict=True)))
+            fed = [(self._caches.index(part.cache), len(part.wanted)) for part in parts]
+            self.medusa.passed(fed)
         return logits
 
     def drafter(
@@ -392,7 +344,7 @@ class Engine:
     @property
     def bytes_per_pass(self) -> int:
         """Bytes of the streamed layers."""
-        return self._store.bytes_per_pass
+        return self.runner.bytes_per_pass
 
     def memory(self) -> Memory:
         """What is where, and the peaks so far."""
@@ -420,29 +372,23 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _load_draft_model(
-        self, checkpoint: Checkpoint | None, packing: Packing
-    ) -> DraftModel | None:
-        if checkpoint is None:
-            return None
-        return DraftModel(
+    def _load_draft_model(self, checkpoint: Checkpoint) -> Runner:
+        return load_drafting(
             checkpoint,
             self.device,
-            packing,
             chunk_tokens=self.config.prefill_chunk_tokens,
             target_ids=self._target_ids,
             weights=self.draft.draft_weights,  # settled by the plan
         )
 
-    def _load_rounded_copy(self, base: DeviceBuffer, packing: Packing) -> DraftModel | None:
+    def _load_rounded_copy(self, base: DeviceBuffer) -> Runner | None:
         """What triforce drafts with instead of the target's own weights."""
         if not self.draft.retrieval.rounded:
             return None
         self.device.load.record().synchronize()  # the embedding is there
-        return DraftModel(
+        return load_drafting(
             self.checkpoint,
             self.device,
-            packing,
             chunk_tokens=self.config.prefill_chunk_tokens,
             target_ids=self._target_ids,
             weights=self.draft.retrieval.retrieval_weights,
@@ -454,51 +400,20 @@ class Engine:
     def _target_ids(self) -> int:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
-    def _load_weights(self, base: DeviceBuffer) -> LayerStore:
-        layouts = self.network.layouts
-        self._keep_packed()
-        sources: dict[int, HomeSource] = {
-            i: FileSource(layouts[i], self._files) for i in self.placement.streamed
-        }
-        if self.placement.home is HomeKind.HOST:
-            images = [allocate_host(layouts[i].nbytes) for i in sources]
-            filled = []
-            for image, source in zip(images, sources.values(), strict=True):
-                self.device.load.copy(image, source)
-                filled.append(self.device.load.record())
-            for image, event in zip(images, filled, strict=True):
-                event.synchronize()
-                self.device.pin(image)  # while later layers are still being read
-            sources = dict(zip(sources, map(MemoryHome, images), strict=True))
-        store = LayerStore(
-            self.device, layouts, sources, self.placement.slots, self._files, self.network.kept
+    def _load_target(self, base: DeviceBuffer) -> Runner:
+        placement, demand = self.placement, self.placement.demand
+        # The ring, or the caches and the workspace of a pass, come later.
+        spare_bytes = placement.slots * placement.slot_bytes
+        streaming = Streaming(
+            layers=placement.streamed,
+            slots=placement.slots,
+            home=placement.home,
+            spare_bytes=spare_bytes + demand.kv_bytes + demand.workspace_bytes,
         )
-        self.network.attach(store, base, self.device.torch_device, self.config.prefill_chunk_tokens)
-        return store
-
-    def _keep_packed(self) -> None:
-        """Give the network its resident layers reordered, where that is faster and exact.
-
-        They are read through memory for one layer. There is room for it: the ring, or the caches
-        and the workspace of a pass, come later.
-        """
-        network, placement = self.network, self.placement
-        if not placement.resident or not can_pack(network.dtype, self.device.torch_device):
-            return
-        nbytes = max(network.layouts[i].nbytes for i in placement.resident)
-        later = placement.slots * placement.slot_bytes
-        later += placement.demand.kv_bytes + placement.demand.workspace_bytes
-        if nbytes > later:
-            return
-        image = allocate_host(nbytes)
-        for index in placement.resident:
-            layout = network.layouts[index]
-            self.device.load.copy(image, FileSource(layout, self._files))
-            self.device.load.record().synchronize()
-            if not network.kept and not network.packs_exactly(index, image):
-                return
-            network.keep(index, image, pack=True)
-            self.device.enter(layout.nbytes, "resident layers")
+        chunk_tokens = self.config.prefill_chunk_tokens
+        return load_target(
+            self.checkpoint, self.network, self.device, self._files, base, streaming, chunk_tokens
+        )
 
     def _check_kv(self) -> None:
         """See that the plan counted what the network keeps per token.
@@ -535,14 +450,3 @@ class Engine:
             FollowedKV(full, RetrievalKV(self.device, shapes, dtype, own))
             for full, own in zip(caches, sizes, strict=True)
         ]
-
-    @contextmanager
-    def _whole_pass(self) -> Iterator[None]:
-        """Undo a pass that does not end: pending rows go, the ring starts over."""
-        try:
-            yield
-        except BaseException:
-            for cache in self._caches:
-                cache.truncate(cache.length)
-            self._store.restart()
-            raise

@@ -57,6 +57,14 @@ class KVCache(Protocol):
     def capacity(self) -> int:
         """Tokens there is room for, pending ones included."""
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Say what the next pass is.
+
+        Args:
+            rows: rows it appends.
+            keeps_all: all of them will be kept, as those of a prompt are.
+        """
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows.
 

@@ -295,6 +295,9 @@ class OffloadedKV:
         """The stream its rows cross the link in, shared by all sequences."""
         return self._space.copy
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""
         if layer in self._kept:

@@ -39,6 +39,9 @@ class PassingKV:
         )
         self._layer, self._pending = -1, 0
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]; those of another layer go."""
         start = self._pending if layer == self._layer else 0

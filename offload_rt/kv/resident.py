@@ -37,6 +37,9 @@ class ResidentKV:
         """Committed tokens."""
         return self._length
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""
         start = self._length + self._pending[layer]

@@ -142,6 +142,9 @@ class RetrievalKV:
         """Whether a build from so many rows keeps but a part of them."""
         return length > self._sizes.config.budget_tokens
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""
         start = self._row_of(self._length) + self._pending[layer]

@@ -43,7 +43,7 @@ from offload_rt.model.probe import probe
 class Weights(Protocol):
     """Whoever lends the image of a layer on the device."""
 
-    def weights(self, layer: int) -> AbstractContextManager[DeviceBuffer]:
+    def lend(self, layer: int, /) -> AbstractContextManager[DeviceBuffer]:
         """Lend the image of `layer`."""
 
 
@@ -350,7 +350,7 @@ class Network:
         if weights is None:
             yield
             return
-        with weights.weights(index) as image, self._bound(index, image):
+        with weights.lend(index) as image, self._bound(index, image):
             yield
 
     @contextmanager

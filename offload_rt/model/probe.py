@@ -39,6 +39,9 @@ class _Shapes:
     def __init__(self) -> None:
         self.shapes: dict[int, KVShape] = {}
 
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Note the shapes of key [K, S, D] and value [K, S, D]."""
         if layer in self.shapes:

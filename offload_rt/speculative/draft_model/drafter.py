@@ -18,22 +18,12 @@ from itertools import islice, takewhile
 import torch
 from torch.nn.functional import pad
 
-from offload_rt.attention.spec import PendingTree
-from offload_rt.config import DraftConfig, DraftWeights, SamplingConfig
-from offload_rt.costs.sizes import DRAW_ROWS, draft_base_bytes, head_bytes
-from offload_rt.device.base import Device, DeviceBuffer
-from offload_rt.device.kinds import Packing
-from offload_rt.device.system import give_back_holes
-from offload_rt.errors import ConfigError, NumbersError
-from offload_rt.kv.base import KVCache
+from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.costs.sizes import DRAW_ROWS
+from offload_rt.errors import NumbersError
 from offload_rt.kv.resident import ResidentKV
-from offload_rt.model.attention_function import Segment
-from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.formats.base import layer_bytes
-from offload_rt.model.formats.packed import can_pack
-from offload_rt.model.network import Network, TokenBatch
-from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.runner.tree import ROOT, TokenTree, pending_tree
+from offload_rt.runner.runner import Rows, Runner
+from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.draft_model.window import seen_tokens
@@ -48,131 +38,6 @@ SURE = math.log(0.5)
 UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there yet, or lack it
 _SEEN_BEFORE = 2  # last tokens that must be the same
 _NO_NUMBERS = "its logits are NaN or infinite"
-PURPOSE, COPY_PURPOSE = "draft model", "rounded copy"  # in the ledger of device memory
-
-
-class DraftModel:
-    """A network that lies on the device whole, shared by the drafters of all sequences.
-
-    Args:
-        checkpoint: headers of the draft model.
-        device: where it runs.
-        packing: how layer images are laid out there.
-        chunk_tokens: prompt rows that go through a layer at once.
-        target_ids: width of the target's logits; ids from there on are never drafted.
-        weights: how its matrices are kept, `auto` settled.
-        dtype: number format it computes in.
-        target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
-            but for the output head.
-    """
-
-    def __init__(  # noqa: PLR0913 - what a model is made of, most of it by keyword
-        self,
-        checkpoint: Checkpoint,
-        device: Device,
-        packing: Packing,
-        *,
-        chunk_tokens: int,
-        target_ids: int,
-        weights: DraftWeights = DraftWeights.SAME,
-        dtype: str = "auto",
-        target_base: DeviceBuffer | None = None,
-    ) -> None:
-        self.device, self.target_ids = device, target_ids
-        self.known_ids = checkpoint.embedding.shape[0]
-        self.network = Network(checkpoint, dtype, packing)
-        self._purpose = PURPOSE if target_base is None else COPY_PURPOSE
-        files = WeightFiles(checkpoint.files)
-        try:
-            base = target_base or self._load_base(checkpoint, files, weights)
-            self._keep_layers(files, weights)
-        finally:
-            files.close()
-        self.network.attach(None, base, device.torch_device, chunk_tokens)
-        if weights is not DraftWeights.SAME:
-            with torch.inference_mode():
-                if target_base is None:
-                    self.network.round_ends(weights)
-                else:
-                    self.network.round_head(weights)
-                    device.enter(head_bytes(checkpoint, weights), self._purpose)
-            del base
-            give_back_holes()
-
-    def check(self, cache: KVCache, root: int, tree: TokenTree) -> torch.Tensor:
-        """Run one pass over a root and a draft behind it; rows stay pending.
-
-        Returns:
-            [N + 1, V] logits, after the root and after each node.
-        """
-        places = [cache.length + offset for offset in (0, *tree.depths)]
-        pending = None if tree.is_chain else pending_tree(self.device, tree.visible(), places)
-        return self.forward(
-            cache, [root, *tree.tokens], positions=places, tree=pending, all_rows=True
-        )
-
-    def forward(
-        self,
-        cache: KVCache,
-        tokens: Sequence[int],
-        *,
-        positions: Sequence[int],
-        tree: PendingTree | None = None,
-        all_rows: bool = False,
-    ) -> torch.Tensor:
-        """Run one pass of one sequence; rows stay pending.
-
-        Returns:
-            [S, V] logits, or [1, V] of the last row; V is at most the width of the target's.
-
-        Raises:
-            ConfigError: a token is unknown to this model (families pad vocabularies differently).
-        """
-        if max(tokens) >= self.known_ids:
-            raise ConfigError(f"token {max(tokens)} is not among its {self.known_ids}")
-        rows = range(len(tokens)) if all_rows else [len(tokens) - 1]
-        upload = self.device.upload
-        batch = TokenBatch(
-            upload(tokens),
-            upload(positions),
-            [Segment(cache, len(tokens), tree)],
-            upload(list(rows)),
-        )
-        with torch.inference_mode():
-            return self.network.forward(batch)[:, : self.target_ids]
-
-    def _load_base(
-        self, checkpoint: Checkpoint, files: WeightFiles, weights: DraftWeights
-    ) -> DeviceBuffer:
-        """Bring in what is in no layer; in the ledger is what stays when its ends are rounded."""
-        base = self.device.allocate(self.network.base.nbytes, PURPOSE)
-        kept_bytes = draft_base_bytes(checkpoint, weights, self.device.kind)
-        self.device.enter(kept_bytes - self.network.base.nbytes, PURPOSE)
-        self._fill(base, FileSource(self.network.base, files))
-        return base
-
-    def _keep_layers(self, files: WeightFiles, weights: DraftWeights) -> None:
-        """Bring the layers in, each for good or through one image of which copies are made."""
-        network, device, layouts = self.network, self.device, self.network.layouts
-        packs = weights is DraftWeights.SAME and can_pack(network.dtype, device.torch_device)
-        passing: DeviceBuffer | None = None
-        if packs or weights is not DraftWeights.SAME:
-            passing = device.allocate(max(layout.nbytes for layout in layouts), self._purpose)
-        for index, layout in enumerate(layouts):
-            image = passing or device.allocate(layout.nbytes, self._purpose)
-            self._fill(image, FileSource(layout, files))
-            with torch.inference_mode():
-                network.keep(index, image, pack=packs, weights=weights)
-            if passing is not None:
-                device.load.wait(device.compute.record())  # until it has been read
-                device.enter(layer_bytes(layout, weights), self._purpose)
-                give_back_holes()
-        if passing is not None:
-            device.enter(-passing.nbytes, self._purpose)  # it goes now
-
-    def _fill(self, image: DeviceBuffer, source: FileSource) -> None:
-        self.device.load.copy(image, source)
-        self.device.load.record().synchronize()
 
 
 @dataclass(slots=True)
@@ -197,7 +62,7 @@ class DraftModelDrafter(Unlearned):
 
     name = "model"
 
-    def __init__(self, model: DraftModel, config: DraftConfig, capacity: int) -> None:
+    def __init__(self, model: Runner, config: DraftConfig, capacity: int) -> None:
         self._model, self._config = model, config
         self._sampling = SamplingConfig()
         self._generator: torch.Generator | None = None
@@ -250,9 +115,7 @@ class DraftModelDrafter(Unlearned):
         return self._feed(seen[common:])
 
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        start = self._cache.length
-        positions = range(start, start + len(tokens))
-        logits = self._model.forward(self._cache, tokens, positions=positions)
+        logits = self._model.logits([Rows.text(self._cache, tokens)])
         self._cache.commit(range(len(tokens)))
         self._ids += tokens
         return logits
@@ -265,6 +128,7 @@ class DraftModelDrafter(Unlearned):
             if self._sampling.greedy:
                 drawn = likeliest(logits)
             else:
+                assert self._model.target_ids is not None  # as loaded to draft
                 spare = self._model.target_ids - logits.shape[1]
                 probs.append(pad(target_probs(logits, self._sampling), (0, spare)))
                 assert self._generator is not None  # begin set it
@@ -301,12 +165,14 @@ class DraftModelDrafter(Unlearned):
             guessed = growth.guess(chosen[0], self._ahead(growth, ids, chosen[0], max_depth, room))
             fed = [*chosen[: breadth - len(guessed)], *guessed]
             places, visible = growth.feed(fed)
-            tree = pending_tree(self._model.device, visible, places)
-            rows = places[-len(fed) :]
-            tokens = [growth.nodes[node].token for node in fed]
-            logits = self._model.forward(
-                self._cache, tokens, positions=rows, tree=tree, all_rows=True
+            rows = Rows(
+                cache=self._cache,
+                tokens=[growth.nodes[node].token for node in fed],
+                places=places,
+                visible=visible,
+                wanted=range(len(fed)),
             )
+            logits = self._model.logits([rows])
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)

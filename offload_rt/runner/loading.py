@@ -1,0 +1,203 @@
+"""Bring a network's weights to the device: resident layers for good, others through a ring.
+
+A resident layer is kept as it is in its file, or as a copy that is reordered or rounded. Copies are
+made one layer after the other from one passing image, so that no more than that is held twice.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from offload_rt.config import DraftWeights, HomeKind
+from offload_rt.costs.sizes import draft_base_bytes, head_bytes
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.system import give_back_holes
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.formats.base import layer_bytes
+from offload_rt.model.formats.packed import can_pack
+from offload_rt.model.layout import LayerLayout
+from offload_rt.model.network import Network
+from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.runner.runner import LayerRing, Runner
+from offload_rt.streaming.memory_home import MemoryHome
+from offload_rt.streaming.ring import Cycle, Ring
+
+BASE, RESIDENT, SLOTS = "embedding and head", "resident layers", "slots"  # in the device's ledger
+DRAFT, COPY = "draft model", "rounded copy"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Streaming:
+    """Which layers of a network are copied in each pass.
+
+    Attributes:
+        layers: their indices, rising.
+        slots: buffers of the ring.
+        home: where they are copied from.
+        spare_bytes: device memory that is free until all weights are there.
+    """
+
+    layers: Sequence[int]
+    slots: int
+    home: HomeKind
+    spare_bytes: int
+
+
+def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
+    """Enqueue reading what is in no layer."""
+    base = device.allocate(network.base.nbytes, purpose)
+    device.load.copy(base, FileSource(network.base, files))
+    return base
+
+
+def load_target(  # noqa: PLR0913 - what a runner is made of
+    checkpoint: Checkpoint,
+    network: Network,
+    device: Device,
+    files: WeightFiles,
+    base: DeviceBuffer,
+    streaming: Streaming,
+    chunk_tokens: int,
+) -> Runner:
+    """Load a network of which layers may be streamed, without changing what it computes.
+
+    Args:
+        checkpoint: headers of the model.
+        network: its modules.
+        device: where passes run.
+        files: where weights are read from; streamed layers too, if that is their home.
+        base: from `load_base`.
+        streaming: which layers are streamed.
+        chunk_tokens: prompt rows that go through a layer at once.
+    """
+    layouts = network.layouts
+    resident = [i for i in range(len(layouts)) if i not in streaming.layers]
+    nbytes = max((layouts[i].nbytes for i in resident), default=0)
+    packs = can_pack(network.dtype, device.torch_device) and nbytes <= streaming.spare_bytes
+    _keep(network, device, files, resident, RESIDENT, packs=packs, exact=True)
+    sources: Mapping[int, HomeSource] = {i: FileSource(layouts[i], files) for i in streaming.layers}
+    if streaming.home is HomeKind.HOST:
+        sources = _in_memory(device, sources, layouts)
+    ring: LayerRing | None = None
+    if sources:
+        slot_bytes = max(layouts[i].nbytes for i in sources)
+        slots = [device.allocate(slot_bytes, SLOTS) for _ in range(streaming.slots)]
+        ring = Ring(Cycle(sources), slots, device.copy, device.compute, strict=True)
+        ring.restart()
+    device.load.record().synchronize()
+    network.attach(ring, base, device.torch_device, chunk_tokens)
+    streamed_bytes = sum(source.nbytes for source in sources.values())
+    return Runner(checkpoint, network, device, ring=ring, streamed_bytes=streamed_bytes)
+
+
+def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by keyword
+    checkpoint: Checkpoint,
+    device: Device,
+    *,
+    chunk_tokens: int,
+    target_ids: int,
+    weights: DraftWeights = DraftWeights.SAME,
+    dtype: str = "auto",
+    target_base: DeviceBuffer | None = None,
+) -> Runner:
+    """Load a network that drafts: it lies on the device whole.
+
+    Args:
+        checkpoint: headers of the draft model.
+        device: where it runs.
+        chunk_tokens: prompt rows that go through a layer at once.
+        target_ids: width of the target's logits; ids from there on are never drafted.
+        weights: how its matrices are kept, `auto` settled.
+        dtype: number format it computes in.
+        target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
+            but for the output head.
+    """
+    network = Network(checkpoint, dtype, device.kind.packing)
+    purpose = DRAFT if target_base is None else COPY
+    rounds = weights is not DraftWeights.SAME
+    packs = not rounds and can_pack(network.dtype, device.torch_device)
+    files = WeightFiles(checkpoint.files)
+    try:
+        base = target_base or load_base(network, device, files, purpose)
+        layers = range(len(network.layouts))
+        _keep(network, device, files, layers, purpose, packs=packs, weights=weights)
+        device.load.record().synchronize()
+    finally:
+        files.close()
+    network.attach(None, base, device.torch_device, chunk_tokens)
+    if rounds:
+        with torch.inference_mode():
+            if target_base is None:  # in the ledger is what stays
+                network.round_ends(weights)
+                kept_bytes = draft_base_bytes(checkpoint, weights, device.kind)
+                device.enter(kept_bytes - base.nbytes, purpose)
+            else:
+                network.round_head(weights)
+                device.enter(head_bytes(checkpoint, weights), purpose)
+        del base
+        give_back_holes()
+    return Runner(checkpoint, network, device, target_ids=target_ids)
+
+
+def _keep(  # noqa: PLR0913 - the same, and how
+    network: Network,
+    device: Device,
+    files: WeightFiles,
+    layers: Sequence[int],
+    purpose: str,
+    *,
+    packs: bool,
+    weights: DraftWeights = DraftWeights.SAME,
+    exact: bool = False,
+) -> None:
+    """Let a network have layers for good; those that stay as they are may still be on their way.
+
+    Args:
+        network: theirs.
+        device: where they stay.
+        files: where they are read from.
+        layers: their indices.
+        purpose: in the ledger of device memory.
+        packs: keep reordered copies.
+        weights: how matrices are kept.
+        exact: pack only if that computes the same numbers.
+    """
+    layouts = network.layouts
+    copies = packs or weights is not DraftWeights.SAME
+    if copies and layers:
+        passing = device.allocate(max(layouts[i].nbytes for i in layers), purpose)
+        for index in layers:
+            device.load.copy(passing, FileSource(layouts[index], files))
+            device.load.record().synchronize()
+            if exact and index == layers[0] and not network.packs_exactly(index, passing):
+                copies = False
+                break
+            with torch.inference_mode():
+                network.keep(index, passing, pack=packs, weights=weights)
+            device.load.wait(device.compute.record())  # until it has been read
+            device.enter(layer_bytes(layouts[index], weights), purpose)
+            give_back_holes()
+        device.enter(-passing.nbytes, purpose)  # it goes now
+        del passing
+    if not copies:
+        for index in layers:
+            image = device.allocate(layouts[index].nbytes, purpose)
+            device.load.copy(image, FileSource(layouts[index], files))
+            network.keep(index, image)
+
+
+def _in_memory(
+    device: Device, files: Mapping[int, HomeSource], layouts: Sequence[LayerLayout]
+) -> dict[int, HomeSource]:
+    """Read layers into host memory; each is pinned while later ones are still being read."""
+    images = [allocate_host(layouts[i].nbytes) for i in files]
+    filled = []
+    for image, source in zip(images, files.values(), strict=True):
+        device.load.copy(image, source)
+        filled.append(device.load.record())
+    for image, event in zip(images, filled, strict=True):
+        event.synchronize()
+        device.pin(image)
+    return dict(zip(files, map(MemoryHome, images), strict=True))

@@ -1,0 +1,157 @@
+"""A network with its weights on a device: rows of tokens in, logits or hidden states out.
+
+The target, a draft model and a rounded copy of the target are three of them. What the rows are for,
+and which of them are kept, is the business of whoever asks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource
+from offload_rt.kv.base import KVCache
+from offload_rt.model.attention_function import Segment
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.network import Network, TokenBatch
+from offload_rt.runner.tree import TokenTree, pending_tree
+from offload_rt.streaming.ring import Ring
+
+LayerRing = Ring[int, DeviceBuffer, HomeSource]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """New rows of one cache; they stay pending.
+
+    Attributes:
+        cache: takes them.
+        tokens: S ids.
+        places: [P] places in the sequence of all pending rows, these S the last of them.
+        visible: [S, P] which pending rows each sees; None: all before it, and itself.
+        wanted: which of the S give a result.
+        keeps_all: all of them will be kept, as those of a prompt are.
+    """
+
+    cache: KVCache
+    tokens: Sequence[int]
+    places: Sequence[int]
+    visible: Sequence[Sequence[bool]] | None = None
+    wanted: Sequence[int]
+    keeps_all: bool = False
+
+    @classmethod
+    def text(
+        cls, cache: KVCache, tokens: Sequence[int], wanted: Sequence[int] | None = None
+    ) -> "Rows":
+        """Tokens in a row behind those of a cache; None wants the last one's result."""
+        return cls(
+            cache=cache,
+            tokens=tokens,
+            places=range(cache.length, cache.length + len(tokens)),
+            wanted=[len(tokens) - 1] if wanted is None else wanted,
+            keeps_all=True,
+        )
+
+    @classmethod
+    def draft(cls, cache: KVCache, root: int, tree: TokenTree) -> "Rows":
+        """A root and a draft behind it, with a result after the root and after each node."""
+        return cls(
+            cache=cache,
+            tokens=[root, *tree.tokens],
+            places=[cache.length + offset for offset in (0, *tree.depths)],
+            visible=None if tree.is_chain else tree.visible(),
+            wanted=range(len(tree) + 1),
+        )
+
+
+class Runner:
+    """Makes passes of one network.
+
+    Args:
+        checkpoint: headers of the model.
+        network: it, attached to its weights.
+        device: where passes run.
+        ring: lends the streamed layers; None if all are resident.
+        streamed_bytes: what the ring copies in each pass.
+        target_ids: of a model that drafts, width of the target's logits; ids from there on are
+            never drafted.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        network: Network,
+        device: Device,
+        *,
+        ring: LayerRing | None = None,
+        streamed_bytes: int = 0,
+        target_ids: int | None = None,
+    ) -> None:
+        self.network, self.device, self.target_ids = network, device, target_ids
+        self.bytes_per_pass = streamed_bytes
+        self.known_ids = checkpoint.embedding.shape[0]
+        self._checkpoint, self._ring = checkpoint, ring
+
+    def logits(self, parts: Sequence[Rows]) -> torch.Tensor:
+        """Run one pass.
+
+        Returns:
+            [R, V] logits of the wanted rows, part after part; V is at most `target_ids`.
+
+        Raises:
+            ConfigError: a token is unknown to this model (families pad vocabularies differently).
+        """
+        return self._run(parts, self._logits)
+
+    def hidden(self, parts: Sequence[Rows]) -> torch.Tensor:
+        """Run one pass that leaves the output head out.
+
+        Returns:
+            [R, E] hidden states of the wanted rows: after the final norm, as the head is fed them.
+        """
+        return self._run(parts, self.network.hidden)
+
+    def _logits(self, batch: TokenBatch) -> torch.Tensor:
+        return self.network.forward(batch)[:, : self.target_ids]
+
+    def _run(
+        self, parts: Sequence[Rows], forward: Callable[[TokenBatch], torch.Tensor]
+    ) -> torch.Tensor:
+        with self._whole_pass(parts):
+            batch = self._batch(parts)
+            with torch.inference_mode():
+                return forward(batch)
+
+    def _batch(self, parts: Sequence[Rows]) -> TokenBatch:
+        """Pack the rows of all sequences, and bring them to the device."""
+        ids: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        segments = []
+        for part in parts:
+            count, first, tree = len(part.tokens), len(ids), None
+            if max(part.tokens) >= self.known_ids:
+                self._checkpoint.require_rows(part.tokens)
+            part.cache.begin_pass(count, keeps_all=part.keeps_all)
+            if part.visible is not None:
+                tree = pending_tree(self.device, part.visible, part.places)
+            ids += part.tokens
+            positions += part.places[-count:]
+            wanted += [first + row for row in part.wanted]
+            segments.append(Segment(part.cache, count, tree))
+        upload = self.device.upload
+        return TokenBatch(upload(ids), upload(positions), segments, upload(wanted))
+
+    @contextmanager
+    def _whole_pass(self, parts: Sequence[Rows]) -> Iterator[None]:
+        """Undo a pass that does not end: pending rows go, the ring starts over."""
+        try:
+            yield
+        except BaseException:
+            for part in parts:
+                part.cache.truncate(part.cache.length)
+            if self._ring is not None:
+                self._ring.restart()
+            raise
