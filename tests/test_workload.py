@@ -23,7 +23,7 @@ from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.demand import settled
 from offload_rt.planning.drafting import MADE
 from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
-from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
+from offload_rt.planning.run import PlacedRun, RunLoad, place_run
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile
 
@@ -37,8 +37,14 @@ def load_of(checkpoint, speeds, context=CONTEXT, **config):
     made = RuntimeConfig(**config)
     load = RunLoad(capacities=[context], prompt_tokens=context)
     placement = place_run(checkpoint, made, speeds.device, load=load, free=speeds.free)
-    target = placed_model(checkpoint, made, speeds, placement, context_tokens=context)
-    return target.load(1), price_of(made, speeds, placement)
+    run = PlacedRun(
+        checkpoint=checkpoint,
+        config=made,
+        speeds=speeds,
+        placement=placement,
+        context_tokens=context,
+    )
+    return run.model.load(1), run.cost
 
 
 def test_what_crosses_is_what_the_files_hold(tiny_model):

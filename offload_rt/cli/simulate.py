@@ -25,7 +25,7 @@ from offload_rt.cli.simulate_table import (
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
-from offload_rt.costs.step import Prediction, predict, step_work
+from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
@@ -34,7 +34,7 @@ from offload_rt.planning.demand import settled
 from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.published import Comparison, compare_published
-from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
+from offload_rt.planning.run import PlacedRun, RunLoad, place_run
 from offload_rt.planning.scenario import load_scenario
 from offload_rt.planning.simulate import simulate
 from offload_rt.printable import printable
@@ -260,13 +260,15 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
     )
-    target = placed_model(checkpoint, config, speeds, placement, context_tokens=context)
-    work = step_work(target, drafting, expect(draft, asked.acceptance))
-    return _Outlook(
-        question=asked,
+    run = PlacedRun(
+        checkpoint=checkpoint,
+        config=config,
+        speeds=speeds,
         placement=placement,
-        prediction=predict(work, price_of(config, speeds, placement)),
+        context_tokens=context,
     )
+    prediction = run.predict(drafting, expect(draft, asked.acceptance))
+    return _Outlook(question=asked, placement=placement, prediction=prediction)
 
 
 def _drafting(

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.costs.step import Prediction, predict, step_work
+from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
@@ -22,7 +22,7 @@ from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.demand import settled
 from offload_rt.planning.drafting import SIZES, Yield
 from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import RunLoad, place_run, placed_model, price_of
+from offload_rt.planning.run import PlacedRun, RunLoad, place_run
 
 MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
@@ -379,18 +379,17 @@ class _Search:
         """A step's costs; `found`: of those only for which a draft is found."""
         load, speeds = self._load, self._means.speeds
         sequences = len(load.capacities)
-        target = placed_model(
-            self._checkpoint,
-            self._runtime,
-            speeds,
-            placement,
+        run = PlacedRun(
+            checkpoint=self._checkpoint,
+            config=self._runtime,
+            speeds=speeds,
+            placement=placement,
             context_tokens=load.prompt_tokens // sequences,
             sequences=sequences,
         )
         expected = self._expected(drafting.config)
-        work = step_work(target, drafting, replace(expected, hits=1.0) if found else expected)
-        level = self._means.level(bool(placement.streamed))
-        return predict(work, price_of(self._runtime, speeds, placement)).scaled(level)
+        made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
+        return made.scaled(self._means.level(bool(placement.streamed)))
 
     def _expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""

@@ -4,11 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
-from offload_rt.costs.drafters import NO_DRAFTING, Drafting
+from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.costs.pass_cost import PassCost, PassLoad, cost_of, home_rates, pass_times
+from offload_rt.costs.pass_cost import (
+    LinkRates,
+    PassCost,
+    PassLoad,
+    cost_of,
+    home_rates,
+    pass_times,
+)
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
-from offload_rt.costs.step import Price
+from offload_rt.costs.step import Prediction, predict, step_work
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
@@ -93,37 +100,57 @@ def place_run(
     return replace(placement, home=home)
 
 
-def placed_model(
-    checkpoint: Checkpoint,
-    config: RuntimeConfig,
-    speeds: Speeds,
-    placement: Placement,
-    *,
-    context_tokens: int,
-    sequences: int = 1,
-) -> PlacedModel:
-    """A model as it is placed, for `costs` to make passes of.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlacedRun:
+    """A run whose parts have their places.
 
-    Args:
+    Attributes:
         checkpoint: headers of the model.
-        config: number format.
+        config: choices of the user.
         speeds: of the machine.
         placement: what lives where.
         context_tokens: cached tokens of each sequence.
         sequences: that run at once.
     """
-    return PlacedModel(
-        parts=parts_of(checkpoint, config.dtype, speeds.device),
-        speeds=speeds,
-        residence=Residence(
-            streamed=placement.streamed,
-            slots=placement.slots,
-            from_files=placement.home is HomeKind.DISK,
-            kv=_streamed_kv(placement.demand.kv, context_tokens),
-        ),
-        context_tokens=context_tokens,
-        sequences=sequences,
-    )
+
+    checkpoint: Checkpoint
+    config: RuntimeConfig
+    speeds: Speeds
+    placement: Placement
+    context_tokens: int
+    sequences: int = 1
+
+    @property
+    def model(self) -> PlacedModel:
+        """What passes are made of."""
+        placement = self.placement
+        return PlacedModel(
+            parts=parts_of(self.checkpoint, self.config.dtype, self.speeds.device),
+            speeds=self.speeds,
+            residence=Residence(
+                streamed=placement.streamed,
+                slots=placement.slots,
+                from_files=placement.home is HomeKind.DISK,
+                kv=_streamed_kv(placement.demand.kv, self.context_tokens),
+            ),
+            context_tokens=self.context_tokens,
+            sequences=self.sequences,
+        )
+
+    def rates(self, load: PassLoad) -> LinkRates:
+        """Speeds of the homes for a pass."""
+        kv = self.placement.demand.kv
+        away = None if kv is None else HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
+        return home_rates(self.speeds, self.config, load, self.placement.home, away)
+
+    def cost(self, load: PassLoad) -> PassCost:
+        """What a pass costs."""
+        speeds = self.speeds
+        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, self.rates(load)))
+
+    def predict(self, drafting: Drafting, expected: Expected) -> Prediction:
+        """What a step takes that drafts so."""
+        return predict(step_work(self.model, drafting, expected), self.cost)
 
 
 def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
@@ -137,18 +164,6 @@ def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
         block_tokens=sizes.block_tokens,
         waiting_tokens=context_tokens - sizes.home_rows(context_tokens),
     )
-
-
-def price_of(config: RuntimeConfig, speeds: Speeds, placement: Placement) -> Price:
-    """What tells the cost of a pass there, its homes being those of the placement."""
-    kv = placement.demand.kv
-    away = None if kv is None else HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
-
-    def price(load: PassLoad) -> PassCost:
-        rates = home_rates(speeds, config, load, placement.home, away)
-        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, rates))
-
-    return price
 
 
 def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory) -> None:

@@ -1,0 +1,213 @@
+"""Law 8: `plan`, `simulate` and the controller say the same of the same run, within 1 %.
+
+Every family of the tests, at the size of a model people run (from `config.json` alone, so that the
+time of a step is not the host's), with every drafter, on a CPU and a GPU, with 4k and 32k tokens.
+"""
+
+import dataclasses
+import json
+
+import pytest
+from test_families import FAMILIES, IDS
+from test_profile import PROJECT
+
+from offload_rt.config import (
+    DraftConfig,
+    DraftShape,
+    DraftWeights,
+    HomeKind,
+    KVPlace,
+    RetrievalConfig,
+    RuntimeConfig,
+)
+from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.machine import FreeMemory, speeds_there
+from offload_rt.costs.step import STEP_S
+from offload_rt.model.outline import outline_checkpoint
+from offload_rt.planning.demand import settled
+from offload_rt.planning.drafting import MADE, SIZES, Yield
+from offload_rt.planning.expectation import Acceptance, expect
+from offload_rt.planning.planner import _INNER_RATES, Means, plan_run
+from offload_rt.planning.run import PlacedRun, RunLoad, place_run
+from offload_rt.planning.scenario import Home, ModelShape, PlacementShape, Scenario
+from offload_rt.planning.simulate import simulate
+from offload_rt.profiling.store import load_profile
+
+GIB = 2**30
+SAME = 0.01
+COMPARED = ("s_per_token", "step_s", "pass_s", "draft_s", "bytes_per_pass", "home_bytes")
+FREE = FreeMemory(device_bytes=256 * GIB, host_bytes=256 * GIB)
+LAYERS, WINDOW = 4, 1024
+LARGE = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+SMALL = LARGE | {
+    "model_type": "qwen2",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 2,
+}
+MACHINES = {
+    "gpu": speeds_there(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto"),
+    "cpu": speeds_there(load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json"), "auto"),
+}
+ROUNDED = {"gpu": DraftWeights.INT4, "cpu": DraftWeights.INT8}
+KV = {"gpu": KVPlace.HOST, "cpu": KVPlace.DISK}
+CHAIN = Acceptance(ranks=((0.8,), (0.7,)))
+TREE = Acceptance(ranks=((0.6, 0.2), (0.5, 0.1)))
+
+
+def model_of(folder, config):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return outline_checkpoint(folder)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request, tmp_path_factory):
+    """A model of a family, as large as one that is streamed."""
+    model_type, config = FAMILIES[request.param]
+    large = LARGE | IDS | {"model_type": model_type} | config
+    large |= {"layer_types": config["layer_types"][:2] * 2} if "layer_types" in config else {}
+    large |= {"sliding_window": WINDOW} if "sliding_window" in config else {}
+    large |= {"head_dim": 128} if "head_dim" in config else {}
+    large |= {"num_key_value_heads": 32} if model_type == "gpt_neox" else {}
+    large |= {"moe_intermediate_size": 1408} if "moe_intermediate_size" in config else {}
+    return model_of(tmp_path_factory.mktemp(request.param), large)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return model_of(tmp_path_factory.mktemp("small"), SMALL)
+
+
+def drafters(machine):
+    """Every drafter, with what a user may state of it."""
+    rounded = ROUNDED[machine]
+    retrieval = {w: RetrievalConfig(retrieval_weights=w) for w in (DraftWeights.SAME, rounded)}
+    chain, tree = DraftShape.CHAIN, DraftShape.TREE
+    yield DraftConfig(), Acceptance()
+    yield DraftConfig(draft="ngram", draft_tokens=16), TREE
+    for weights in (DraftWeights.SAME, rounded):
+        known = {"draft": "model:x", "draft_weights": weights}
+        yield DraftConfig(**known, draft_tokens=4, shape=chain), CHAIN
+        yield DraftConfig(**known, draft_tokens=64, shape=tree), TREE
+    yield DraftConfig(draft="model:x", draft_tokens=4, draft_window=128), CHAIN
+    yield DraftConfig(draft="medusa:x", draft_tokens=63), TREE
+    for weights, kept in retrieval.items():
+        below = dataclasses.replace(CHAIN, inner=((_INNER_RATES["ngram"],),))
+        yield DraftConfig(draft="triforce", draft_tokens=8, retrieval=kept), below
+        below = dataclasses.replace(CHAIN, inner=((_INNER_RATES["model"],),))
+        known = {"draft": "triforce:x", "draft_weights": weights, "draft_tokens": 8}
+        yield DraftConfig(**known, retrieval=kept), below
+
+
+def drafting_of(draft, small, speeds):
+    model = small if draft.model else None
+    return settled(Drafting(draft, model, 10**9 if draft.heads else 0), speeds.device)
+
+
+def planned(checkpoint, config, speeds, drafting, acceptance, context):
+    """What `plan` says, where drafts gave before what is stated of them."""
+    tokens = expect(drafting.config, acceptance).tokens
+
+    def yields(draft):
+        return Yield(((draft.nodes, tokens - 1.0),), made=MADE)
+
+    load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
+    means = Means(speeds=speeds, yields=yields)
+    return plan_run(checkpoint, config, speeds.device, load=load, free=FREE, means=means)
+
+
+def simulated(checkpoint, config, speeds, drafting, acceptance, context):
+    """What `simulate` says."""
+    load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
+    placement = place_run(checkpoint, config, speeds.device, load=load, free=FREE)
+    run = PlacedRun(
+        checkpoint=checkpoint,
+        config=config,
+        speeds=speeds,
+        placement=placement,
+        context_tokens=context,
+    )
+    return run.predict(drafting, expect(drafting.config, acceptance))
+
+
+@pytest.mark.parametrize("context", [4096, 32768])
+@pytest.mark.parametrize("machine", MACHINES)
+def test_plan_and_simulate_say_the_same(family, small, machine, context):
+    speeds = MACHINES[machine]
+    config = RuntimeConfig(resident_layers=1, slots=2, kv=KV[machine])
+    for draft, acceptance in drafters(machine):
+        drafting = drafting_of(draft, small, speeds)
+        case = (family, config, speeds, drafting, acceptance, context)
+        one, other = planned(*case).prediction, simulated(*case)
+        for name in ("s_per_token", "step_s", "pass_s", "draft_s", "bytes_per_pass", "home_bytes"):
+            assert getattr(one, name) == pytest.approx(getattr(other, name), rel=SAME), (
+                draft,
+                name,
+            )
+        assert one.limit == other.limit, draft
+        assert one.s_per_token > 4 * STEP_S  # else nothing but the host's time is compared
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_the_controller_expects_what_the_plan_says(tmp_path, small, machine):
+    speeds, context = MACHINES[machine], 4096
+    checkpoint = model_of(tmp_path, LARGE | {"model_type": "llama"})
+    config = RuntimeConfig(resident_layers=1, slots=2)
+    for name in ("ngram", "model:x"):
+        drafting = drafting_of(DraftConfig(draft=name), small, speeds)
+        means = Means(
+            speeds=speeds,
+            yields=lambda c: Yield(tuple((n, 0.5 * n**0.5) for n in SIZES), made=MADE),
+        )
+        load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
+        made = plan_run(checkpoint, config, speeds.device, load=load, free=FREE, means=means)
+        (step,) = [step for step in made.outlooks if step.nodes == made.first_nodes]
+        assert step.pass_s == pytest.approx(made.prediction.pass_s, rel=SAME)
+        assert step.draft_s == pytest.approx(made.prediction.draft_s, rel=SAME)
+        assert step.s_per_token == pytest.approx(made.prediction.s_per_token, rel=SAME)
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+@pytest.mark.parametrize("context", [4096, 32768])
+def test_a_scenario_of_the_same_sizes_says_the_same(tmp_path, small, machine, context):
+    """But for the host's time of a step, which of another program is not known."""
+    speeds = MACHINES[machine]
+    speeds = dataclasses.replace(speeds, packs=False)
+    checkpoint = model_of(tmp_path, LARGE | {"model_type": "llama", "tie_word_embeddings": False})
+    home = {"gpu": HomeKind.HOST, "cpu": HomeKind.DISK}[machine]
+    config = RuntimeConfig(resident_layers=0, slots=2, kv=KVPlace.DEVICE)
+    case = (checkpoint, config, speeds, drafting_of(DraftConfig(), small, speeds), Acceptance())
+    one = simulated(*case, context)
+    shape = ModelShape(
+        layers=LAYERS,
+        hidden=4096,
+        intermediate=11008,
+        heads=32,
+        kv_heads=8,
+        head_dim=128,
+        vocab=32000,
+    )
+    placed = PlacementShape(processor=speeds.processor, resident_layers=0, slots=2, home=Home(home))
+    scenario = Scenario(
+        schema_version=1,
+        name="the same",
+        profile=speeds.profile.name,
+        model=shape,
+        context_tokens=context,
+        placement=placed,
+    )
+    other = simulate(scenario, speeds.profile)
+    assert other.step_s == pytest.approx(one.step_s - STEP_S, rel=SAME)
+    assert other.bytes_per_pass == pytest.approx(one.bytes_per_pass, rel=SAME)
+    assert other.limit == one.limit
