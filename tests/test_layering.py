@@ -17,7 +17,7 @@ RANKS = [
     ["units", "reading"],
     ["writing"],
     ["options"],
-    ["config", "report"],
+    ["config", "report", "trace"],
     ["device", "attention"],
     ["streaming"],
     ["kv"],
@@ -37,7 +37,7 @@ RANKS = [
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {"errors", "units", "options", "config", "report", "model.config", "model.checkpoint"}
 TORCH_FREE |= {"model.adapter", "adapters.reading"}
-TORCH_FREE |= {"printable", "writing"}
+TORCH_FREE |= {"printable", "trace", "writing"}
 TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
 TORCH_FREE |= {
     "model.layout",
