@@ -196,21 +196,47 @@ def test_a_unit_out_of_turn_begins_anew_where_the_order_grows():
     rig.passes(2)
 
 
+def fail(rig, unit):
+    """Break off after a kernel that reads the unit was enqueued."""
+    with pytest.raises(RuntimeError), rig.ring.lend(unit) as buffer:
+        rig.compute.kernel(reads=[buffer], writes=[], seconds=COMPUTE_S)
+        raise RuntimeError("interrupted")
+
+
 def test_a_failed_pass_keeps_its_unit_and_restart_begins_again():
     rig = LayerRig(slots=2)
     rig.lend(0)
-    with pytest.raises(RuntimeError), rig.ring.lend(1):
-        raise RuntimeError("interrupted")
+    fail(rig, 1)
     rig.lend(1)
+    fail(rig, 2)
     rig.ring.restart()
     rig.passes(1)
 
 
 def test_a_failed_use_keeps_the_unit():
     rig = BlockRig(slots=2)
-    with pytest.raises(RuntimeError), rig.ring.lend((0, 0)):
-        raise RuntimeError("interrupted")
+    fail(rig, (0, 0))
+    fail(rig, (0, 0))
     rig.passes(2)
+
+
+def test_what_was_fetched_ahead_is_looked_at_between_passes():
+    rig = BlockRig(slots=3)
+    rig.passes(1, compute_s=0.0)
+    rig.order.counts[0] = 0  # its rows were forgotten: (1, 0), (2, 0) and (2, 1) are left
+    rig.ring.refresh()
+    rig.compute.kernel(reads=[], writes=[], seconds=6.0)  # a drafter at work
+    before = rig.compute.stalled_s()
+    rig.passes(1, compute_s=0.0)
+    assert rig.compute.stalled_s() == before
+
+
+def test_a_unit_lent_out_of_turn_is_copied_again_when_its_turn_comes():
+    rig = BlockRig(slots=2)
+    with rig.ring.fetch((0, 0)):
+        pass
+    rig.lend((0, 0))  # its home may have changed since
+    assert rig.copy.statistics().bytes_copied == (1 + 2 + 1) * NBYTES
 
 
 def test_copies_are_counted():
