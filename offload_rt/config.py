@@ -45,7 +45,7 @@ class KVPlace(StrEnum):
 
 
 class AcceptRule(StrEnum):
-    """When a drafted token stands.
+    """When a drafted token is accepted.
 
     `lossless` keeps the target's distribution, `greedy` its likeliest tokens; `typical` is Medusa's
     threshold and changes the distribution.
@@ -94,7 +94,7 @@ class RetrievalConfig:
 
     Attributes:
         budget_tokens: context it holds after a build, of each layer and KV head.
-        rebuild_tokens: it is built anew after so many tokens, and when drafts are accepted less.
+        rebuild_tokens: tokens after which it is built anew; or when the acceptance rate falls.
         retrieval_weights: `auto` lets the planner choose; without one it is `same`.
     """
 
@@ -122,7 +122,7 @@ class RetrievalConfig:
     rebuild_tokens: int = option(
         16,
         "--retrieval-rebuild",
-        "With triforce: choose anew what is read after so many tokens.",
+        "With triforce: tokens after which it is chosen anew what is read.",
         low=1,
         high=2**20,
         accepted=f"1 to {2**20}",
@@ -171,8 +171,8 @@ class DraftConfig:
         "none",
         "--draft",
         "Who drafts tokens that one pass then checks: auto (whichever of those without a "
-        "folder should be fastest), none, ngram (what followed the same tokens before, and what "
-        "the model found likely then), MODEL or model:MODEL, a small one with the same tokenizer, "
+        "folder should be fastest), none, ngram (phrases of the text, and the model's own "
+        "earlier guesses), MODEL or model:MODEL, a small one with the same tokenizer, "
         "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
         "itself over a part of a long context, with ngram or MODEL drafting for it.",
         form=Form.DRAFTER,
@@ -180,7 +180,7 @@ class DraftConfig:
     draft_tokens: int | None = option(
         None,
         "--draft-tokens",
-        "Tokens of a draft; auto is the number that should give most tokens a second, "
+        "Tokens of a draft; auto is the number predicted to be fastest, "
         "corrected while running. With sampling and --seed auto is a fixed number: "
         f"{_NODES['ngram']} for ngram, {_NODES['model']} for a model, {_NODES['medusa']} for "
         f"heads, {_NODES['triforce']} for triforce.",
@@ -210,9 +210,9 @@ class DraftConfig:
     accept: AcceptRule = option(
         AcceptRule.LOSSLESS,
         "--accept",
-        "When a drafted token stands: lossless keeps the model's distribution (the same tokens "
-        "where the answer is greedy), greedy is for --temperature 0 only, typical changes the "
-        "distribution.",
+        "When a drafted token is accepted: lossless keeps the model's distribution (the same "
+        "tokens where the answer is greedy), greedy is for --temperature 0 only, typical changes "
+        "the distribution.",
     )
     inner_tokens: int | None = option(
         None,
@@ -302,7 +302,7 @@ class DraftConfig:
         )
 
     def limited(self, nodes: int | None) -> "DraftConfig":
-        """The same with at most so many nodes."""
+        """The same with at most `nodes` nodes."""
         if nodes is None or nodes >= self.nodes:
             return self
         return replace(self, draft_tokens=nodes)
@@ -313,7 +313,7 @@ class DraftConfig:
         return self.draft_window or None
 
     def cache_rows(self, tokens: int) -> int:
-        """Rows of a draft model's cache for a sequence of so many tokens."""
+        """Rows of a draft model's cache for a sequence of `tokens`."""
         return min(tokens, self.window_tokens or tokens) + self.scratch_rows
 
     @property

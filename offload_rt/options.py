@@ -110,10 +110,10 @@ class Settable:
         return [str(choice) for choice in self.type if choice != "none"]
 
     def read(self, value: object) -> Any:  # noqa: ANN401 - a value of the field's type
-        """The field's value that a text, or a value as Python has it, stands for.
+        """The field's value of a text, or of a value as Python has it.
 
         Raises:
-            ValueError: it stands for none; the message says why.
+            ValueError: it is none; the message says why.
         """
         return _READERS[self.form](self, value)
 
@@ -121,7 +121,7 @@ class Settable:
         """The same, for who has no parser that names the option.
 
         Raises:
-            ConfigError: it stands for none.
+            ConfigError: it is none.
         """
         try:
             return self.read(value)

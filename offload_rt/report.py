@@ -58,8 +58,8 @@ class Speculation:
         acceptance_rate: accepted / drafted; None when nothing was drafted.
         tokens_per_pass: tokens emitted / passes, the prompt's pass and what it emitted left out (it
             drafts nothing); None if there was no other.
-        acceptance_per_depth: for each depth of a draft, how often a node stood there of the times
-            all before it had.
+        acceptance_per_depth: for each depth of a draft, how often one was accepted there of the
+            times all before it were.
         draft_s: time spent drafting; the link goes on meanwhile.
         draft_share: that time / `decode_s`; None when nothing was asked of a drafter.
         draft_link_bytes: bytes of layers and KV that crossed the link in `draft_s`.

@@ -51,11 +51,11 @@ def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
 class Dice:
     """One random number for each place of an answer, in order; it decides what is drawn there.
 
-    A place may be looked at many times: behind each of several drafted tokens, of which one stands,
-    and again in the next step if it was beyond what stood. The same number decides every time, so
-    what is drawn is a matter of the seed and the model, not of who drafts or how much. As numbers
-    of places are independent and the one that stands was decided by those before it, the
-    distribution is that of a number drawn on the spot. (Common random numbers; for draft models
+    A place may be looked at many times: behind each of several drafted tokens, of which one is
+    accepted, and again in the next step if it was beyond the accepted ones. The same number decides
+    every time, so what is drawn is a matter of the seed and the model, not of who drafts or how
+    much. Numbers of places are independent, and the accepted one was decided by those before it. So
+    the distribution is that of a number drawn on the spot. (Common random numbers; for draft models
     that draw, "drafter invariance", Daliri et al., arXiv:2408.07978.)
 
     Args:
@@ -81,7 +81,7 @@ class Dice:
         return self._numbers[:count]
 
     def advance(self, count: int) -> None:
-        """Go on by so many places, the tokens of which are there now."""
+        """Go on by `count` places, the tokens of which are emitted."""
         self.ahead(count)
         self._numbers = self._numbers[count:]
 

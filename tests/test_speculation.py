@@ -489,7 +489,7 @@ def test_ngrams_that_do_not_stand_are_kept_back_until_they_would():
 def test_what_is_kept_back_is_judged_as_if_it_had_been_offered(prompt, answer):
     """The last offers may not be decided when the text ends."""
     kept = SelectiveNgramDrafter(NgramDrafter(6, 99), 0.6)
-    kept._stood, kept._worthwhile, judged = 0.0, 1e9, []
+    kept._accepted, kept._worthwhile, judged = 0.0, 1e9, []
     kept._note = judged.append
     offered(kept, prompt, answer)
     real = offered(NgramDrafter(6, 99), prompt, answer)

@@ -8,9 +8,9 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.errors import CapacityError
 
 KEY_BLOCK = 1024  # keys whose scores are written out at once
-# On a CPU so few rows behind so many others are taken apart (`_attend_grouped`). Measured with 2 to
-# 65 rows, 32 heads over 8 KV heads: 1.2 to 2.0 times as fast behind 2,048 rows, 1.2 to 2.2 behind
-# 8,192; behind 1,024 and less sometimes slower.
+# On a CPU few rows behind many others are attended group by group (`_attend_grouped`). Measured
+# with 2 to 65 rows, 32 heads over 8 KV heads: 1.2 to 2.0 times as fast behind 2,048 rows, 1.2 to
+# 2.2 behind 8,192; behind 1,024 and less sometimes slower.
 GROUPED_ROWS, GROUPED_FROM = 128, 2048
 
 

@@ -32,7 +32,7 @@ class PendingTree:
 
     Attributes:
         visible: [S, P] bool over all P pending rows, the S newest last; a row sees itself.
-        positions: [P] int64, the place in the sequence each pending row stands for.
+        positions: [P] int64, the place in the sequence of each pending row.
     """
 
     visible: torch.Tensor

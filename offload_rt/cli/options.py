@@ -352,7 +352,7 @@ run_options = _group(
 
 
 def settings_of(values: Values) -> Settings:
-    """The records a parsed command line stands for.
+    """The records of a parsed command line.
 
     Raises:
         ConfigError: a value is out of range, or an option would have no effect.

@@ -1,9 +1,9 @@
-"""How many tokens a pass is expected to emit, from how often drafted tokens stand.
+"""How many tokens a pass is expected to emit, from how often drafted tokens are accepted.
 
 All of it rests on *positional independence* (Sequoia, arXiv:2402.12374, section 3): whether a node
-stands depends on its depth and its rank among its siblings only, once all its ancestors stand.
-A pass over the target emits the nodes that stand and one token more: the bonus token, or the one
-that takes the place of the first that fell. Siblings exclude each other, as one token can be right.
+is accepted depends on its depth and its rank among its siblings only, once all its ancestors are.
+A pass over the target emits the accepted nodes and one token more: the bonus token, or the one that
+replaces the first rejected one. Siblings exclude each other, as one token can be right.
 """
 
 import heapq
@@ -26,7 +26,7 @@ def chain_tokens(rates: Rates, gamma: int) -> float:
     (1 - r^(gamma + 1)) / (1 - r) (arXiv:2211.17192, eq. 1).
 
     Args:
-        rates: how often the token at each depth stands if those before it do; the last goes on.
+        rates: share of tokens accepted at each depth if those before are; the last goes on.
         gamma: drafted tokens.
 
     Raises:
@@ -35,11 +35,11 @@ def chain_tokens(rates: Rates, gamma: int) -> float:
     rates = _checked(rates)
     if gamma < 0:
         raise ConfigError(f"a draft of {gamma} tokens is asked for: give 0 or more")
-    stands, tokens = 1.0, 1.0
+    reached, tokens = 1.0, 1.0
     for depth in range(min(gamma, len(rates))):
-        stands *= rates[depth]
-        tokens += stands
-    return tokens + _geometric(stands, rates[-1], gamma - len(rates))
+        reached *= rates[depth]
+        tokens += reached
+    return tokens + _geometric(reached, rates[-1], gamma - len(rates))
 
 
 def rate_of_share(share: float, gamma: int) -> float:
@@ -92,11 +92,11 @@ def grow_tree(accuracy: Sequence[Rates], nodes: int, depth: int | None = None) -
     A node adds the product of the rates on its path (Sequoia's F; Medusa, arXiv:2401.10774, 2.3.3).
     A child never adds more than its parent nor, in the order of their rates, than a sibling before
     it: so the best node there is, taken again and again, gives the optimum that Sequoia's dynamic
-    programme finds, for all sizes at once. A node that never stands is left out, so there may be
+    programme finds, for all sizes at once. A node never accepted is left out, so there may be
     fewer.
 
     Args:
-        accuracy: [depths][ranks] how often the child of that rank stands if its parent does.
+        accuracy: [depths][ranks] how often the child of that rank is accepted if its parent is.
         nodes: at most, the root not counted.
         depth: at most; beyond the last row that row goes on. None: as many as there are rows.
 
@@ -158,9 +158,9 @@ def triforce_tokens(outer: Rates, gamma: int, inner: Rates, inner_gamma: int) ->
     s_j * P(room - j - 1), P(0) = 0: about gamma / chain_tokens(inner, inner_gamma) of them.
 
     Args:
-        outer: how often a token of the outer draft stands before the full cache, by depth.
+        outer: share of the outer draft's tokens the full cache accepts, by depth.
         gamma: tokens of the outer draft.
-        inner: how often a token of an inner draft stands before the retrieval cache, by depth.
+        inner: share of an inner draft's tokens the retrieval cache accepts, by depth.
         inner_gamma: tokens of an inner draft; 0: the retrieval model drafts alone.
 
     Raises:
@@ -171,12 +171,12 @@ def triforce_tokens(outer: Rates, gamma: int, inner: Rates, inner_gamma: int) ->
     passes, steps = [0.0], [0.0]
     for room in range(1, gamma + 1):
         width = min(inner_gamma, room - 1)
-        stands, passed, stepped = 1.0, 1.0, float(width)
+        reached, passed, stepped = 1.0, 1.0, float(width)
         for accepted in range(width + 1):
             rate = inner[min(accepted, len(inner) - 1)] if accepted < width else 0.0
-            passed += stands * (1.0 - rate) * passes[room - accepted - 1]
-            stepped += stands * (1.0 - rate) * steps[room - accepted - 1]
-            stands *= rate
+            passed += reached * (1.0 - rate) * passes[room - accepted - 1]
+            stepped += reached * (1.0 - rate) * steps[room - accepted - 1]
+            reached *= rate
         passes.append(passed)
         steps.append(stepped)
     return TriForceTokens(tokens=tokens, retrieval_passes=passes[-1], draft_steps=steps[-1])

@@ -38,7 +38,7 @@ class Speeds:
         profile: of the machine.
         processor: who computes.
         packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
-        own: whether the profile was measured here, or stands in for one that was not.
+        own: whether the profile was measured here; else it is a shipped one.
     """
 
     profile: HardwareProfile

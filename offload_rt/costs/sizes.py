@@ -20,7 +20,7 @@ from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_lay
 # (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
-# Families whose file need not say which layers have a window: all but every so many-th.
+# Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
 DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
 

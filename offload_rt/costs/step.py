@@ -86,7 +86,7 @@ class Prediction:
         return self.home_bytes + self.kv_home_bytes
 
     def scaled(self, level: float) -> "Prediction":
-        """The same where all times are so many times as long."""
+        """The same where all times are `level` times as long."""
         return replace(
             self,
             s_per_token=level * self.s_per_token,

@@ -12,7 +12,7 @@ from typing import TypeAlias
 from offload_rt.device.sim import SimBuffer, SimEvent, SimLink, SimStream
 from offload_rt.streaming.ring import Cycle, Ring, UnitT
 
-# A link is fed in blocks of KV by the thousand; more than so many in a pass are replayed in larger
+# A link is fed in blocks of KV by the thousand; more of them in a pass are replayed in larger
 # ones. The ring then holds more bytes than it does, by less than a hundredth of the KV.
 _MOST_BLOCKS = 512
 _MIN_SLOTS = 2

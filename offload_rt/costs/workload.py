@@ -51,7 +51,7 @@ class LayerParts:
     sent: float = 1.0
 
     def work(self, tokens: int) -> LayerWork:
-        """What a pass of so many tokens computes with: of experts those that some token is sent to.
+        """What a pass of `tokens` computes with: of experts those that some token is sent to.
 
         Tokens choose independently of each other here; related ones choose fewer experts.
         """

@@ -1,4 +1,4 @@
-"""The CPU as a device: RAM within a limit computes, reader threads are the copy engine.
+"""The CPU as a device: memory is RAM within a limit, reader threads are the copy engine.
 
 Computation is synchronous, so a compute event is reached the moment it is recorded. Copies are cut
 into blocks that several threads work off in the order they were enqueued and finish in any order; a

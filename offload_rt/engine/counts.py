@@ -12,8 +12,8 @@ class DraftCounts:
     Attributes:
         drafted: nodes proposed.
         accepted: nodes kept.
-        reached: per depth, drafts that had a node there whose ancestors all stood.
-        stood: per depth, drafts of which a node stood there.
+        reached: per depth, drafts that had a node there whose ancestors were all accepted.
+        kept: per depth, drafts of which a node was accepted there.
         draft_s: time spent proposing.
         draft_link_bytes: bytes that crossed the link meanwhile.
     """
@@ -21,7 +21,7 @@ class DraftCounts:
     drafted: int = 0
     accepted: int = 0
     reached: list[int] = field(default_factory=list)
-    stood: list[int] = field(default_factory=list)
+    kept: list[int] = field(default_factory=list)
     draft_s: float = 0.0
     draft_link_bytes: int = 0
 
@@ -32,7 +32,7 @@ class DraftCounts:
         depth = min(len(verdict.path) + 1, max(draft.tree.depths, default=0))
         while len(self.reached) < depth:
             self.reached.append(0)
-            self.stood.append(0)
+            self.kept.append(0)
         for level in range(depth):
             self.reached[level] += 1
-            self.stood[level] += level < len(verdict.path)
+            self.kept[level] += level < len(verdict.path)

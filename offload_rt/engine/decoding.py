@@ -44,7 +44,7 @@ class Run:
     """Answers in the making.
 
     Attributes:
-        accept: when a drafted token stands.
+        accept: when a drafted token is accepted.
         drafter: what the report calls whoever drafts.
         passes: target passes so far, the prompt's included.
         drafts: whether anybody drafts.
@@ -144,7 +144,7 @@ class Run:
         return self._emit(self.sequences, [[verdict.token] for verdict in verdicts])
 
     def step(self) -> list[Emitted]:
-        """Draft for all active sequences, check the drafts in one pass, emit what stands."""
+        """Draft for all active sequences, check the drafts in one pass, emit what is accepted."""
         active, controller = self.active, self.engine.controller if self.drafts else None
         nodes = self.engine.draft.nodes if controller is None else controller.nodes
         nodes = nodes if self.drafts else 0
@@ -312,7 +312,7 @@ class Run:
             acceptance_rate=counts.accepted / counts.drafted if counts.drafted else None,
             tokens_per_pass=self._later / (self.passes - 1) if self.passes > 1 else None,
             acceptance_per_depth=[
-                stood / reached for stood, reached in zip(counts.stood, counts.reached, strict=True)
+                kept / reached for kept, reached in zip(counts.kept, counts.reached, strict=True)
             ],
             draft_s=counts.draft_s,
             draft_share=counts.draft_s / decode_s if counts.draft_s and decode_s else None,

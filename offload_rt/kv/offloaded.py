@@ -439,7 +439,7 @@ class OffloadedKV:
             return
         copy = self._space.copy
         copy.wait(self._device.compute.record())
-        if state.written is not None:  # then the event behind this write stands for both
+        if state.written is not None:  # then the event behind this write is that of both
             copy.wait(state.written[0])
         target = self._home.target(state.index, state.home_rows, rows.shape[0])
         copy.store(target, rows.reshape(-1).view(torch.uint8))

@@ -1,6 +1,6 @@
 """Keys and values that live as long as a layer computes, for texts that are only read.
 
-A pass takes all rows through a layer before the next is touched, so what a layer wrote is of no use
+All rows of a pass go through a layer before the next is touched, so what a layer wrote is of no use
 once the next one writes. One layer's memory serves all of them: a model of 80 layers reads 80 times
 as many tokens in one pass as with caches that stay.
 """

@@ -1,8 +1,8 @@
 """Which part of a retrieval cache is the newest tokens, tried out for each answer. No torch here.
 
-What a text says far back helps to summarise it; a story goes on from its last pages. So of the same
-budget one answer has more from chunks of the whole context, another from the newest tokens alone,
-and which one shows only in what is accepted.
+What a text says far back helps to summarise it; a story goes on from its last pages. With the same
+budget one answer has a higher acceptance rate with chunks of the whole context, another with the
+newest tokens alone. Which one only the accepted tokens tell.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class RecentChoice:
 
         Args:
             share: of the build it was made with.
-            accepted: its tokens that stood.
+            accepted: how many of its tokens were.
             judged: those and the first that did not, if one did not.
         """
         self._judged[share].add(accepted, judged)

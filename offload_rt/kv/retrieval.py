@@ -6,8 +6,8 @@ positions. The paper scores a chunk by its mean key. Here it is the attention th
 summed over the query heads of its KV head. It costs as much as one more row of attention; with
 Qwen2.5-Coder-1.5B, 6,000 tokens of a novel and a budget of 1,024, 0.87 of a summary's tokens were
 then predicted right, 0.79 with mean keys, 0.64 with a sink cache. The newest tokens are always
-there. Of several heads the sum is exact if all rows come at once; block by block their shares are
-those of the rows seen so far.
+there. With several query heads per KV head the sum is exact only if all rows arrive in one block;
+otherwise each head is normalised over the rows seen so far.
 
 It is built while a pass over the full cache reads every row anyway (`see`): a running best-of over
 the rows as they come by, so nothing of the full cache is read twice and none of it is held. Between
@@ -124,7 +124,7 @@ class RetrievalKV:
 
     @property
     def is_due(self) -> bool:
-        """Whether it was never built, or so many tokens ago that it is to be built again."""
+        """Whether it was never built, or is due to be built again."""
         if self.built_at is None:
             return True
         sizes = self._sizes
@@ -139,7 +139,7 @@ class RetrievalKV:
         return layout.tail_start == layout.chunks * self._sizes.config.chunk_tokens
 
     def leaves_out(self, length: int) -> bool:
-        """Whether a build from so many rows keeps but a part of them."""
+        """Whether a build from that many rows keeps but a part of them."""
         return length > self._sizes.config.budget_tokens
 
     def begin_pass(self, rows: int, *, keeps_all: bool) -> None:

@@ -1,8 +1,8 @@
 """Read a model's `config.json` as untrusted input, by the rules of the family's own class.
 
-transformers builds the family's configuration class from the file. So a name that the class lacks
+transformers builds the family's configuration class from the file. A name that the class lacks
 means nothing, one it has by `attribute_map` counts, and what the file leaves out is the class's
-default (`model/config_class.py`). Numbers are bounded, and nothing here or later runs or picks code
+default (`model/config_class.py`). Numbers are bounded. Nothing here or later runs or picks code
 because the file says so.
 """
 

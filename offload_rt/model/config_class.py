@@ -1,9 +1,9 @@
 """What transformers' configuration class of a family says, read from its source as data.
 
-Importing such a class imports torch (3 s), and `plan` has to answer before that. Defaults and
-renamed fields are literals of the class body, or of its `__init__` in older versions, so the syntax
-tree tells them (25 ms for the first family). What a class computes from other fields it does not
-tell: `config.py` knows the two rules that count (key-value heads, size of a head), and the network
+Importing such a class imports torch (3 s), and `plan` answers before that. Defaults and renamed
+fields are literals of the class body, or of its `__init__` in older versions, so the syntax tree
+has them (25 ms for the first family). It does not have what a class computes from other fields:
+`config.py` knows the two rules that count (key-value heads, size of a head), and the network
 compares what was read with the class itself.
 """
 
@@ -41,7 +41,7 @@ class ConfigClass:
     never_null: frozenset[str]
 
     def has(self, name: str) -> bool:
-        """Whether the class has a field of this name, or one that stands for it."""
+        """Whether the class has a field of this name, or an alias of it."""
         return name in self.defaults or name in self.computed or name in self.renamed
 
     def names(self, standard: str) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ class Family:
 
 
 def any_of(patterns: tuple[str, ...]) -> re.Pattern[str] | None:
-    """One pattern for all, as transformers reads them: a star stands for anything."""
+    """One pattern for all, as transformers reads them: a star matches anything."""
     return re.compile("|".join(p.replace("*", r".*") for p in patterns)) if patterns else None
 
 

@@ -4,11 +4,15 @@ Nothing here blocks on a pipe, maps a file or runs what it reads.
 
 People keep weights on another disk and link them, or move their whole cache and link that. A folder
 that was cloned or unpacked may bring links of its own, and those are the user's by owner. So a link
-out of the folder is judged by where it leads (`_why_not_followed`): to a regular file with the same
-ending, or in a `blobs` folder, so that no key or password file becomes a template or a prompt
-(weights may lie under any name: what is no safetensors file is refused without showing any of it);
-not to what the kernel makes up; and not from another user's link to a third user's file. Whatever
-is read there is read as the user, parsed strictly, and shown to nobody but the user.
+out of the folder is judged by where it leads (`_why_not_followed`):
+
+- to a regular file with the same ending, or in a `blobs` folder, so that no key or password file
+  becomes a template or a prompt (weights may have any name: what is no safetensors file is refused
+  without showing any of it);
+- not to what the kernel makes up;
+- not from another user's link to a third user's file.
+
+What is read there is read as the user, parsed strictly, and shown to nobody but the user.
 """
 
 import json

@@ -1,8 +1,8 @@
 """Which parameter of a network a tensor of the files is, by transformers' own rules.
 
 Renamings and prefixes are those of its loader (core_model_loading.py, `rename_source_key`); where
-they lead nowhere, the prefix of the files' layers stands for that of the network's. A tensor that
-is missing is an error; one left over is told. What is the embedding and what the head was decided
+they lead nowhere, the prefix of the files' layers is read as that of the network's. A tensor that
+is missing is an error; one left over is named. What is the embedding and what the head was decided
 when the files were opened (`checkpoint`): here it is only looked up.
 """
 
@@ -252,7 +252,7 @@ def _exactly(names: Iterable[str]) -> re.Pattern[str]:
 
 
 def _without_common_end(in_files: str, in_model: str) -> tuple[str, str]:
-    """What stands before the part that two prefixes have in common at their ends."""
+    """What precedes the part that two prefixes have in common at their ends."""
     ours, theirs = in_files.split("."), in_model.split(".")
     while ours and theirs and ours[-1] == theirs[-1]:
         ours.pop()

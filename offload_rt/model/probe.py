@@ -1,8 +1,12 @@
 """Whether transformers' modules of a family can run with borrowed weights, found out by one pass.
 
-The pass computes shapes only, on meta tensors. What it must show: each decoder layer is called once
-with a hidden state, attends once through our function with options we know, under a mask our caches
-apply themselves, and the output head heeds which rows are wanted. No list of names decides.
+The pass computes shapes only, on meta tensors. It must show that
+
+- each decoder layer is called once with a hidden state,
+- it attends once through our function, with options we know, under a mask our caches apply,
+- the output head heeds which rows are wanted.
+
+No list of names decides.
 """
 
 import re
@@ -159,7 +163,7 @@ def _marked_masks(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _marked(made: Any) -> Any:  # noqa: ANN401 - an entry of transformers' table
-    """What stands for a mask function, for one with options, or for several by name."""
+    """What replaces a mask function, one with options, or several by name."""
     if isinstance(made, dict):
         return {kind: _marked(each) for kind, each in made.items()}
     if isinstance(made, partial):

@@ -1,10 +1,13 @@
-"""How many tokens to draft, corrected step by step from what steps give and take. No torch here.
+"""How many tokens to draft, corrected step by step by measured tokens and seconds. No torch here.
 
-A step with a draft of n nodes emits `tokens(n)` and takes `draft_s(n) + pass_s(n)`. The plan
-expects some of each; every step corrects them, and the next one drafts the number with the most
-tokens a second. Sizes that are not in use are judged by what is known of them: a draft whose
-beginnings are drafts themselves tells what its smaller sizes would have given, the times of one
-size scale what is expected of the others, and now and then a neighbour is tried.
+A step with a draft of n nodes emits `tokens(n)` in `draft_s(n) + pass_s(n)` seconds. The plan
+expects some of each, every step corrects them, and the next one drafts the size with the most
+tokens a second. Sizes that are not in use are judged by what is known of them:
+
+- a draft whose beginnings are drafts themselves tells how many tokens of its smaller sizes would
+  have been accepted;
+- the seconds of one size scale those expected of the others;
+- now and then a neighbour is tried.
 """
 
 from collections.abc import Mapping, Sequence
@@ -163,8 +166,7 @@ class Controller:
     def _count(self, asked: int, outcome: Outcome) -> None:
         for size in self._sizes[1:]:
             if size == asked or (outcome.nested and size < asked):
-                stood = sum(node < size for node in outcome.path)
-                self._seen[size].accepted.add(stood)
+                self._seen[size].accepted.add(sum(node < size for node in outcome.path))
 
     def _accepted(self, size: int) -> float:
         """Accepted tokens of a draft of that size: seen, or what the nearest seen size tells."""

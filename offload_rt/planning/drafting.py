@@ -1,4 +1,4 @@
-"""What drafts give: tokens accepted, as expected at first and then as seen. No torch here."""
+"""Accepted tokens of drafts: as expected at first, and then as seen. No torch here."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -18,7 +18,7 @@ class Outcome:
 
     Attributes:
         drafted: nodes that were proposed; a drafter may find none.
-        path: those that stood, from the root down.
+        path: those that were accepted, from the root down.
         nested: the first m nodes are what the drafter would have proposed had it been asked for m.
         made: share of the passes a draft model may make for a tree that it made.
     """
@@ -133,7 +133,7 @@ class Tally:
 
     def __init__(self) -> None:
         self._steps: dict[int, int] = {}
-        self._stood: dict[int, int] = {}
+        self._accepted: dict[int, int] = {}
         self._asked = self._found = self._trees = 0
         self._made = 0.0
 
@@ -149,13 +149,13 @@ class Tally:
         smaller = [size for size in SIZES if size < asked] if outcome.nested else []
         for size in [*smaller, asked]:
             self._steps[size] = self._steps.get(size, 0) + 1
-            stood = sum(node < size for node in outcome.path)
-            self._stood[size] = self._stood.get(size, 0) + stood
+            accepted = sum(node < size for node in outcome.path)
+            self._accepted[size] = self._accepted.get(size, 0) + accepted
 
     def seen(self) -> Seen:
         """The counts as shares."""
         return Seen(
-            accepted={n: (steps, self._stood[n] / steps) for n, steps in self._steps.items()},
+            accepted={n: (steps, self._accepted[n] / steps) for n, steps in self._steps.items()},
             hits=(self._asked, self._found / self._asked) if self._asked else (0.0, 0.0),
             made=(self._trees, self._made / self._trees) if self._trees else (0.0, 0.0),
         )

@@ -1,4 +1,4 @@
-"""How often drafts are right, from numbers a user states: nothing runs, so they have to be said.
+"""Acceptance rates that a user states: where nothing runs, none can be measured.
 
 No torch here.
 """

@@ -1,4 +1,4 @@
-"""What drafting gave on this machine, kept from run to run in one small file. No torch here."""
+"""Accepted tokens of earlier runs on this machine, kept in one small file. No torch here."""
 
 import math
 from collections.abc import Mapping

@@ -1,11 +1,11 @@
 """How fast this machine is just now against its profile, as runs found it. No torch here.
 
-A busy hour makes all times longer by about one factor, and a profile made in one makes all
-predictions too slow. So after a run the times of its passes over the predicted ones are kept, for
-runs that stream and for those that do not: other work slows a disk and a processor differently. A
-model's own runs count for it, as its layers may differ from the timed ones; for a model that did
-not run lately the others' do.
-A damaged file is put aside as if there were none: it only makes predictions better.
+A busy hour makes all seconds longer by about one factor, and a profile made in one makes all
+predictions too slow. So after a run the seconds of its passes over the predicted ones are kept.
+Runs that stream have a level of their own, as other work slows a disk and a processor differently.
+A model's own runs count for it, as its layers may differ from the timed ones; for a model that did
+not run lately the others' do. A damaged file is put aside as if there were none: it only makes
+predictions better.
 """
 
 import math

@@ -1,7 +1,7 @@
 """Decide which layers stay on the device and how many slots the others share.
 
-One function, `place`, that a searching planner can replace: as many resident layers as the limit
-allows, spread evenly between the streamed ones so that the link never idles while they compute.
+`place` keeps as many resident layers as the limit allows, spread evenly between the streamed ones,
+so that the link never idles while they compute.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """Plans as files: what a planner chose, to be looked at, edited and replayed. No torch here.
 
-A plan names options of the command line with their values, so that it says nothing a flag could
-not, and every check of a flag is one of the plan. Beside them it keeps which layers stay on the
+A plan names options of the command line with their values. So it says nothing an option could not,
+and every check of an option is one of the plan. Beside them it keeps which layers stay on the
 device, the model's name and number of layers, and what was predicted (for the reader only).
 """
 

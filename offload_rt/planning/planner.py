@@ -1,8 +1,8 @@
 """Choose what lives where, who drafts, and how much, by predicted seconds per token. No torch here.
 
-Every candidate is placed within the memory there is (`run.place_run`) and priced as a step
-(`costs/step.py`); what a draft gives comes from what drafting gave before (`drafting`). What the
-user fixed is fixed in all candidates.
+Each candidate must fit in memory (`run.place_run`); then the seconds of its step are priced
+(`costs/step.py`). The expected acceptance comes from earlier runs on this machine (`drafting`).
+What the user fixed is fixed in all candidates.
 """
 
 import math
@@ -27,7 +27,7 @@ from offload_rt.planning.run import PlacedRun, RunLoad, place_run
 MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
-# A run may draft up to so many times the tokens it begins with, if room for them costs its first
+# Room is kept for that many times the first draft size, if it costs the run's first
 # steps no more than that.
 _MOST_ROOM, _ROOM_COST = 4, 1.02
 
@@ -82,7 +82,7 @@ class Plan:
     level: float = 1.0
 
     def expected_pass_s(self, nodes: int) -> float | None:
-        """What a pass that checks so many drafted tokens should take; None without a profile."""
+        """Predicted seconds of a pass that checks a draft of that size; None without a profile."""
         if self.prediction is None:
             return None
         near = (step.pass_s for step in self.outlooks if step.nodes >= nodes)
@@ -211,7 +211,7 @@ def plan_run(
 
 
 def _is_bold(config: DraftConfig, means: Means) -> bool:
-    """Whether so many n-grams would be drafted on an expectation alone."""
+    """Whether n-grams of that size would be drafted on an expectation alone."""
     bold = config.kind == "ngram" and config.nodes > _FIRST_NGRAMS
     return bold and means.yields(config).steps < _KNOWN_STEPS
 
@@ -278,7 +278,7 @@ def _sizes(draft: DraftConfig, load: RunLoad) -> Sequence[int]:
 def _has_room(draft: DraftConfig, size: int) -> bool:
     try:
         replace(draft, draft_tokens=size)
-    except ConfigError:  # a window too small for so many
+    except ConfigError:  # a window too small for that size
         return False
     return True
 

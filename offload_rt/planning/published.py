@@ -1,8 +1,8 @@
 """Published tables against our predictions: the scenario files that come with the package.
 
-Each file in `profiles/published` is a run somebody published a time for; how every input is known
-stands in it. The profiles they name are those that come along too, so that a row does not change
-with what a user has measured.
+Each file in `profiles/published` is a run whose seconds somebody published, and says how every
+input is known. The profiles they name come with the package, too, so a row does not change with
+what a user has measured.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""A run on a machine one need not own, as a JSON file: model, placement, drafting, what was found.
+"""A run on a machine not at hand, as a JSON file: model, placement, drafting, published seconds.
 
 The dataclasses below are the schema: a field is a key, its unit is in its name, a field with a
 default may be left out. `offload-run simulate --scenario-help` prints it. What can be checked
@@ -179,7 +179,7 @@ class DrafterShape:
         model: that drafts, on the first device.
         width: tokens that go through the draft model in a step.
         context_tokens: it attends to; left out: those of the run.
-        acceptance: how often the token at each depth stands if those before do; the last goes on.
+        acceptance: share of tokens accepted at each depth if those before are; the last goes on.
         accepted_share: accepted of drafted tokens, instead: one rate is computed from it.
         ranks: for a tree, by depth the rate of each rank; the last row goes on down to `depth`.
         tokens_per_pass: emitted per pass, instead of all these.
@@ -226,7 +226,7 @@ class Input:
     """How one or more of the numbers above are known.
 
     Attributes:
-        keys: places in the file, as `placement.slots`; a section stands for all it holds.
+        keys: places in the file, as `placement.slots`; a section means all it holds.
         obtained: `published` or `assumed`.
         source: where from, or why it is reasonable.
     """

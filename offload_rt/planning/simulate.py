@@ -1,6 +1,6 @@
-"""What a scenario's run would take: its pass and its drafting, as `costs` builds and prices them.
+"""Seconds and bytes of a scenario's run: its pass and its drafting, as `costs` prices them.
 
-Not modelled: the all-reduces of a model split by heads, host syncs, the time a verifier takes.
+Not modelled: the all-reduces of a model split by heads, host syncs, the seconds of a verifier.
 """
 
 from dataclasses import replace
@@ -101,7 +101,7 @@ def _share(shape: PlacementShape) -> int:
 
 
 def _away(layers: int, count: int, order: Order) -> frozenset[int]:
-    """Which layers are not resident, if so many are not."""
+    """Which layers are not resident, by how many are not."""
     kept = layers - count
     if order is Order.FIRST:
         return frozenset(range(kept, layers))
@@ -142,7 +142,7 @@ def _fitting_layers(scenario: Scenario, profile: HardwareProfile, share: int) ->
 
 
 def _placed(demand: Demand, limit: int, slots: int) -> Placement:
-    """Place all layers, or as many as fit beside a ring of so many slots."""
+    """Place all layers, or as many as fit beside the ring's slots."""
     freely = place(demand, limit)
     return place(demand, limit, slots=slots) if freely.streamed else freely
 

@@ -118,7 +118,7 @@ def open_for_reading(
     """Open the disk of a folder to be read while something else is timed.
 
     Yields:
-        What keeps so many reads in flight while the `with` of its result lasts.
+        What keeps that many reads in flight while the `with` of its result lasts.
 
     Raises:
         ProfileError: the folder is not on a disk, is full, or cannot be written.

@@ -31,10 +31,10 @@ class Effort:
         packed_tokens: in a step of a draft model.
         heads: hidden size and vocabulary of the output heads that are timed.
         head_rows: rows that go through them.
-        beside_disk: the smallest of the shapes that are timed while the disk is read, so many.
+        beside_disk: how many of the smallest shapes are timed while the disk is read.
         beside_tokens: in these passes.
         beside_read_bytes: of one copy from the disk meanwhile.
-        beside_sample_s: a sample of these repeats a pass until so many seconds are over.
+        beside_sample_s: a sample of these repeats a pass until that is over.
         kv_bytes: keys and values of a layer that are attended to.
         query_tokens: rows that attend to them.
     """

@@ -128,7 +128,7 @@ def head_s(
     processor: Processor,
     weights: WeightOrder = WeightOrder.PLAIN,
 ) -> Number:
-    """Time of an output head for so many rows; straight lines between measured sizes and counts.
+    """Time of an output head for some rows; straight lines between measured sizes and counts.
 
     One that is rounded, or in a profile without heads, takes as long as a layer of its size.
 

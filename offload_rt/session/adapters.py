@@ -1,4 +1,4 @@
-"""What verbs that answer do about adapters: `--adapter`, and those that lie beside a model."""
+"""Adapters of a model that answers: `--adapter`, and those that lie beside a model."""
 
 import dataclasses
 from collections.abc import Callable

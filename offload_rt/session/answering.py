@@ -72,7 +72,7 @@ def started_engine(
     capacities: Sequence[int],
     prompt_tokens: int,
 ) -> Iterator["Engine"]:
-    """An engine for sequences of so many KV rows, loaded under a gauge and closed at the end.
+    """An engine for sequences of `capacities` KV rows, loaded under a gauge and closed at the end.
 
     What it saw of drafting, and of the pace of passes, is kept for later plans.
     """

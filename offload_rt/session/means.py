@@ -1,4 +1,4 @@
-"""What a planner needs to know: the machine's profile, and what drafting gave before."""
+"""What a planner needs to know: the machine's profile, and the acceptance of earlier runs."""
 
 import dataclasses
 import time
@@ -44,7 +44,7 @@ def profile_for(profile: str | None, device: DeviceKind) -> tuple[HardwareProfil
     """This machine's profile, or the one that is asked for; and whether it is either of them.
 
     Without a profile of its own the machine is planned for with a shipped one: a GPU's of the same
-    name, else one that stands in.
+    name, else one like it.
 
     Raises:
         ProfileError: there is no such profile, or it is damaged.

@@ -118,7 +118,7 @@ class Texts:
         return max(self.longest, min(MOST_TOKENS, sum(len(pair.fed) for pair in self.left)))
 
     def room(self, most_tokens: int) -> tuple[tuple[int, ...], int]:
-        """What passes of so many tokens need: KV rows of each sequence, and tokens together."""
+        """What passes of some tokens need: KV rows of each sequence, and tokens together."""
         passes = _packed(self.left, most_tokens)
         widest = max(map(len, passes))
         rows = [max(len(p[n].fed) for p in passes if n < len(p)) for n in range(widest)]

@@ -47,7 +47,7 @@ class Verdict:
 
 
 class Unlearned:
-    """Of drafters that do not want to know what a model found likely."""
+    """Of drafters that do not want to know the target's likeliest tokens."""
 
     learns = False
 
@@ -77,7 +77,7 @@ class Drafter(Protocol):
         """Whether it wants to `learn`."""
 
     def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
-        """Learn what the model found likely after the last of `ids` and after each node behind."""
+        """Learn the target's likeliest tokens after the last of `ids` and after each node."""
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Learn what became of the last proposal."""

@@ -1,4 +1,4 @@
-"""What a pass over drafts decides: which tokens stand, and what their drafters learn from it."""
+"""What a pass over drafts decides: the accepted tokens, and what their drafters learn of it."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Checked:
         draft: N nodes, or none.
         logits: [N + 1, V] after the root and after each node.
         dice: the sequence's randomness.
-        drafter: learns what the model found likely, if it wants to.
+        drafter: learns the target's likeliest tokens, if it wants to.
     """
 
     ids: Sequence[int]
@@ -50,7 +50,7 @@ def decide(
         checked: drafts and logits.
         device: that the logits are on.
         sampling: how the model's tokens are drawn.
-        rule: when a drafted token stands.
+        rule: when a drafted token is accepted.
 
     Raises:
         NumbersError: the path of a sequence ends where its logits are no numbers; no dice have

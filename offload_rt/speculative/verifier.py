@@ -1,13 +1,16 @@
-"""The one verifier: which drafted tokens stand, and the token after them.
+"""The one verifier: which drafted tokens are accepted, and the token after them.
 
-Three rules. `greedy` keeps what the target itself would have taken as likeliest. `lossless` keeps
-the target's distribution exactly: where tokens were *chosen*, one token is drawn from the target at
-every node and the tree is followed as long as the draws agree with it (SpecExec, arXiv:2406.02532),
-one number deciding at all nodes of a depth, so that the answer is the one without drafting;
-where tokens were *drawn*, siblings are tried in order, accepted with probability min(1, target /
-draft) and else replaced by the residual (Leviathan et al. 2023, Algorithm 1; for siblings drawn
-without replacement, Sequoia, arXiv:2402.12374). `typical` is Medusa's threshold (arXiv:2401.10774,
-2.3.1); it changes the distribution, and reports say so.
+There are three rules.
+
+- `greedy` accepts a token if it is the target's likeliest.
+- `lossless` keeps the target's distribution exactly. Where tokens were *chosen*, one token is drawn
+  from the target at every node, and the tree is followed as long as the draws agree with it
+  (SpecExec, arXiv:2406.02532). One number decides at all nodes of a depth, so the answer is the one
+  without drafting. Where tokens were *drawn*, siblings are tried in order, accepted with
+  probability min(1, target / draft) and else replaced by the residual (Leviathan et al. 2023,
+  Algorithm 1; for siblings drawn without replacement, Sequoia, arXiv:2402.12374).
+- `typical` is Medusa's threshold (arXiv:2401.10774, 2.3.1). It changes the distribution, and
+  reports say so.
 
 Work is split in two so that a step has one host sync: `draw` enqueues on the device whatever needs
 numbers, `walk` follows the tree with what was downloaded.
@@ -39,9 +42,9 @@ def draw(
         draft: what was proposed, N nodes.
         logits: [N + 1, V] of the target; row 0 is after the root, row i + 1 after node i.
         sampling: how the target's tokens are drawn.
-        rule: when a drafted token stands.
+        rule: when a drafted token is accepted.
         dice: source of randomness, on the device of `logits`; whoever keeps what is decided goes on
-            by so many places (`Dice.advance`).
+            by that many places (`Dice.advance`).
 
     Returns:
         int64 on the device, for `walk`.
@@ -66,10 +69,10 @@ def walk(draft: Draft, drawn: Sequence[int], sampling: SamplingConfig, rule: Acc
     return _follow(tree, lambda node, row: bool(drawn[node]), drawn[nodes:])
 
 
-def _follow(tree: TokenTree, stands: Callable[[int, int], bool], tokens: Sequence[int]) -> Verdict:
-    """Go down as long as a child stands; `tokens[row]` ends the path at that row."""
+def _follow(tree: TokenTree, keeps: Callable[[int, int], bool], tokens: Sequence[int]) -> Verdict:
+    """Go down as long as a child is accepted; `tokens[row]` ends the path at that row."""
     children, at, path = tree.children(), ROOT, []
-    while (child := next((c for c in children.get(at, ()) if stands(c, at + 1)), None)) is not None:
+    while (child := next((c for c in children.get(at, ()) if keeps(c, at + 1)), None)) is not None:
         path.append(child)
         at = child
     return Verdict(tuple(path), tokens[at + 1])
@@ -93,22 +96,22 @@ def _draw_residual(
     sampling: SamplingConfig,
     generator: torch.Generator,
 ) -> torch.Tensor:
-    """[N] whether each node stands if its parent does, then [N + 1] the token that ends there."""
+    """[N] whether each node is accepted if its parent is, then [N + 1] the token ending there."""
     nodes, children = len(tree), tree.children()
     coins = torch.rand(nodes, generator=generator, device=logits.device)
-    stands = [coins.new_zeros(())] * nodes
+    accepted = [coins.new_zeros(())] * nodes
     ends = []
     for row in range(nodes + 1):
         target = target_probs(logits[row : row + 1], sampling)[0]
         for node in children.get(row - 1, ()):
             draft, token = draft_probs[node], tree.tokens[node]
-            stands[node] = coins[node] * draft[token] < target[token]
+            accepted[node] = coins[node] * draft[token] < target[token]
             residual = (target - draft).clamp(min=0.0)
             mass = residual.sum()
-            # No mass is left only where target = draft, and then the node always stands.
+            # No mass is left only where target = draft, and then the node is always accepted.
             target = torch.where(mass > 0, residual / mass.clamp(min=1e-30), target)
         ends.append(sample(target[None], generator))
-    return torch.cat([torch.stack(stands).to(torch.int64), *ends]) if nodes else torch.cat(ends)
+    return torch.cat([torch.stack(accepted).to(torch.int64), *ends]) if nodes else torch.cat(ends)
 
 
 def _draw_typical(tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:

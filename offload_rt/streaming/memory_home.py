@@ -41,7 +41,7 @@ class MemoryHome:
 
 
 def cut(nbytes: int, piece_bytes: int) -> Iterator[tuple[int, int]]:
-    """Where each piece of so many bytes starts and stops."""
+    """Where each piece starts and stops."""
     for start in range(0, nbytes, piece_bytes):
         yield start, min(start + piece_bytes, nbytes)
 

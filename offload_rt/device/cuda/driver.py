@@ -1,4 +1,4 @@
-"""What the CUDA device asks of CUDA: about a dozen calls, so that a double can stand in for them.
+"""What the CUDA device asks of CUDA: about a dozen calls, so that a double can replace them.
 
 `cuda.TorchDriver` is the real one, `tests/fake_cuda.py` one for machines without a GPU.
 """

@@ -1,4 +1,4 @@
-"""Host memory the copy engine reads directly, and what takes its place where that is refused."""
+"""Host memory the copy engine reads directly, and what is used where that is refused."""
 
 import logging
 from collections import deque

@@ -1,4 +1,4 @@
-"""In which format the weights of a model that only drafts are kept, and its size. No torch here."""
+"""Formats of the weights of a model that only drafts, and their bytes. No torch here."""
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.kinds import DeviceKind
@@ -6,7 +6,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.layout import LayerLayout
 
 GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
-_INT4_OUTPUTS = 16  # the kernels take whole multiples of so many outputs
+_INT4_OUTPUTS = 16  # the kernels compute whole multiples of that
 _INT8_INPUTS, _INT8_OUTPUTS = 512, 48  # FBGEMM's kernels for VNNI fill up blocks of these sizes
 _ROW_SCALE_BYTES = 4
 _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4

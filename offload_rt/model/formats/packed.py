@@ -1,7 +1,8 @@
 """Linear layers whose bf16 weights lie in the order the CPU's kernels read them.
 
-oneDNN reorders a plain weight on every call; done once and kept, a pass of 1 to 16 tokens runs 2 to
-4 times as fast here. It is for weights that stay: a streamed layer would be reordered in each pass.
+oneDNN reorders a plain weight on every call. With the order kept, a pass of 1 to 16 tokens runs 2
+to 4 times as fast here. It is for weights that stay: a streamed layer would be reordered in each
+pass.
 
 On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
@@ -84,7 +85,7 @@ def replace_linears(
 
     Args:
         module: what they are below.
-        make: what stands for a linear; None leaves it, with a copy of its parameters.
+        make: what replaces a linear; None leaves it, with a copy of its parameters.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):

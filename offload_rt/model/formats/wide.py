@@ -1,10 +1,11 @@
 """Linear layers in bf16 on a CPU without instructions for bf16.
 
-There oneDNN takes bf16 products apart number by number. For a few rows that does not matter, since
-reading the weights takes longer; for more, this is faster: the weight is widened to fp32 in blocks
-that stay in the cache, and fp32 kernels multiply. Sums are then kept in fp32 and rounded once, as
-bf16 instructions do. Measured on two cores with AVX-512 but not its BF16 part, the 28 layers of
-Qwen2.5-1.5B: 1.4 against 3.1 s for 64 rows, about the same for 8, slower for fewer.
+There oneDNN computes bf16 products number by number. For a few rows that does not matter, since
+reading the weights is slower. For more rows the weight is widened to fp32 in blocks that stay in
+the cache, and fp32 kernels multiply. Sums are kept in fp32 and rounded once, as bf16 instructions
+do. Measured on two cores with AVX-512 but not its BF16 part, the 28 layers of Qwen2.5-1.5B: 1.4
+against 3.1 s for 64 rows, about the same for 8, slower for fewer
+(docs/RESULTS.md, "bf16 computed in fp32 blocks").
 """
 
 from functools import partial

@@ -1,9 +1,9 @@
 """A small model with the target's tokenizer drafts, as a chain or as a tree grown best first.
 
-While a tree grows, tokens are fed ahead, behind the likeliest node: what followed the same few
-tokens before in the text, or else what the draft model itself found likely when it last saw the
-same two. Where it agrees, one pass makes the tree several tokens deeper, as deep as answers that
-quote their prompt need.
+While a tree grows, tokens are fed ahead behind the most probable node: what followed the same few
+tokens before in the text, or else the likeliest tokens of the draft model itself when it last saw
+the same two. Where it agrees, one pass makes the tree several tokens deeper, as deep as answers
+that quote their prompt need.
 
 The draft model stays on the device. Rows of a draft that were not accepted are forgotten by
 comparing token ids before the next draft, so there is no bookkeeping of what was kept. The rows of

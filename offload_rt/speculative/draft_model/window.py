@@ -1,10 +1,10 @@
 """What a draft model with a bounded context sees: the first tokens and the newest ones.
 
 Attention sinks and a recent window, StreamingLLM section 3.2 (arXiv:2309.17453). The tokens seen
-are numbered 0, 1, 2, ... without the gap. Keys are never rotated anew; instead the window stands
-still while tokens are added and then jumps, and what is seen after a jump is computed again. Where
-it stands depends on the length of the sequence alone, so the same tokens give the same draft,
-whatever was drafted before.
+are numbered 0, 1, 2, ... without the gap. Keys are never rotated anew. Instead the window stays
+where it is while tokens are added, then jumps, and what is seen after a jump is computed again. Its
+place depends on the length of the sequence alone, so the same tokens have the same draft, whatever
+was drafted before.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ def seen_tokens(ids: Sequence[int], window_tokens: int | None) -> list[int]:
 
     Args:
         ids: the whole sequence.
-        window_tokens: at most so many, more than `SINK_TOKENS`; None: all.
+        window_tokens: at most, more than `SINK_TOKENS`; None: all.
     """
     if window_tokens is None or len(ids) <= window_tokens:
         return list(ids)

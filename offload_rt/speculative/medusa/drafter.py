@@ -3,7 +3,7 @@
 The heads need the hidden state the model's output head was fed for the last committed token. A hook
 on the output head keeps those of a pass; the engine says which rows a sequence keeps (`committed`),
 and the last of them is what the next draft is made from. So heads are evaluated at one place per
-sequence and step, for all sequences together. Which tokens stand is the verifier's business alone.
+sequence and step, for all sequences together. Which tokens are accepted only the verifier decides.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from offload_rt.speculative.medusa.trees import MedusaTree
 
 @dataclass(frozen=True, slots=True)
 class _State:
-    """Where a sequence stands.
+    """The state of a sequence.
 
     Attributes:
         length: committed tokens.

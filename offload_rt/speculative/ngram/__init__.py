@@ -1,1 +1,1 @@
-"""N-grams: phrases of the sequence, and what a model found likely after them."""
+"""N-grams: phrases of the sequence, and a model's likeliest tokens after them."""

@@ -1,9 +1,9 @@
-"""Draft without a model: what followed the same few tokens before, and what was likely then.
+"""Draft without a model: phrases of the text, and the target's own earlier guesses.
 
-Two things are known of what may come after a token for nothing. The text itself: where its last
-few tokens stood before, something followed (prompt lookup). And the passes made so far: what the
-model found likely when it last saw the same one or two tokens (`followers`). Both give candidates
-with a guess how probable they are; the most probable paths of them are the draft, a tree.
+Two sources cost nothing. The text itself: what followed where its last few tokens occurred before
+(prompt lookup). And the passes made so far: the target's likeliest tokens when it last saw the same
+one or two tokens (`followers`). Both propose candidates with an estimate of their probability. The
+most probable paths are the draft, a tree.
 """
 
 import heapq
@@ -15,15 +15,15 @@ from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.ngram.followers import Followers, Likely
 from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST
 
-QUOTES = 3  # tokens that followed the same suffix before, of which at most so many are looked at
+QUOTES = 3  # at most, of the tokens that followed the same suffix before
 # How often what is known is right, roughly, on summaries, MT-Bench and HumanEval. They only order
 # what is drafted and need no precision. What followed last time, by tokens that were the same, ...
 _QUOTE = (0.0, 0.12, 0.3, 0.45, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92)
 _OTHER_QUOTE = 0.3  # ... and what followed at other times, against that
-_FOLLOWER = {1: 0.55, 2: 0.8}  # what a model found likely, against what it then gave it
+_FOLLOWER = {1: 0.55, 2: 0.8}  # probability of a likely token then, against that now
 _LEAST = 1e-3  # what is less probable costs more than it gives
-_LOOKED_AT = 16  # places where a suffix stood, the latest
-_MEMORY = 8  # drafts the mean of what stood looks back, about
+_LOOKED_AT = 16  # places where a suffix occurred, the latest
+_MEMORY = 8  # drafts the mean of accepted tokens looks back, about
 
 
 class SuffixIndex:
@@ -89,7 +89,7 @@ class NgramDrafter:
         draft_tokens: nodes of a draft, at most.
         contexts: last tokens for which it is kept what was likely after them.
         explores: nodes that would be left over are tokens that were likely of late and were not
-            seen yet. Hardly one stands, but what follows them is known from then on: 64 nodes
+            seen yet. Hardly one is accepted, but what follows them is known from then on: 64 nodes
             gave 2.4 tokens per pass instead of 2.1 (nine prompts, Qwen2.5-Coder-1.5B). On a CPU
             their rows take more time than that saves.
     """
@@ -131,7 +131,7 @@ class NgramDrafter:
         return Draft(TokenTree(tuple(tokens), tuple(parents)))
 
     def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
-        """Keep what the model found likely after each row."""
+        """Keep the likeliest tokens after each row."""
         tail = list(ids[1 - len(_QUOTE) :])
         rows = zip(range(ROOT, len(tree)), likely.tokens, likely.probs, strict=True)
         for node, tokens, probs in rows:
@@ -168,7 +168,7 @@ class NgramDrafter:
 
 
 class SelectiveNgramDrafter:
-    """The same, kept back while so little of it stands that checking it costs more than it saves.
+    """The same, kept back while too little of it is accepted for checking to pay.
 
     What is kept back is compared with the tokens that come, so a text that begins to quote is
     noticed. Tokens alone decide, no times: a seeded answer stays the same.
@@ -183,7 +183,7 @@ class SelectiveNgramDrafter:
 
     def __init__(self, drafter: NgramDrafter, worthwhile: float) -> None:
         self._drafter, self._worthwhile = drafter, worthwhile
-        self._stood = 2.0 * worthwhile  # mean over the latest drafts; hopeful at first
+        self._accepted = 2.0 * worthwhile  # mean over the latest drafts; hopeful at first
         self._held: tuple[int, TokenTree] | None = None  # where it begins, what was kept back
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
@@ -191,24 +191,24 @@ class SelectiveNgramDrafter:
         if self._held is not None and not self._judge(ids):
             return Draft()
         draft = self._drafter.propose(ids, max_depth, max_nodes)
-        if self._stood >= self._worthwhile or not len(draft.tree):
+        if self._accepted >= self._worthwhile or not len(draft.tree):
             return draft
         self._held = (len(ids), draft.tree)
         return Draft()
 
     def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
-        """Keep what the model found likely after each row."""
+        """Keep the likeliest tokens after each row."""
         self._drafter.learn(ids, tree, likely)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Note what stood."""
+        """Note what was accepted."""
         if len(draft.tree):
             self._note(len(verdict.path))
 
     def forget(self) -> None:
         """Empty the index, and hope again."""
         self._drafter.forget()
-        self._stood, self._held = 2.0 * self._worthwhile, None
+        self._accepted, self._held = 2.0 * self._worthwhile, None
 
     def _judge(self, ids: Sequence[int]) -> bool:
         """Compare what was kept back with what came; returns whether that is decided."""
@@ -216,19 +216,19 @@ class SelectiveNgramDrafter:
         start, tree = self._held
         nodes = zip(tree.parents, tree.tokens, strict=True)
         children = {place: node for node, place in enumerate(nodes)}
-        node, stood = ROOT, 0
+        node, accepted = ROOT, 0
         for token in ids[start:]:
             found = children.get((node, token))
             if found is None:
                 break
-            node, stood = found, stood + 1
+            node, accepted = found, accepted + 1
         else:
             if len(ids) >= start:  # all of it right so far; a token that is not there decides
                 return False
         if len(ids) > start:  # else the tokens behind it were taken back
-            self._note(stood)
+            self._note(accepted)
         self._held = None
         return True
 
-    def _note(self, stood: int) -> None:
-        self._stood += (stood - self._stood) / _MEMORY
+    def _note(self, accepted: int) -> None:
+        self._accepted += (accepted - self._accepted) / _MEMORY

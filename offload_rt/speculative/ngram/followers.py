@@ -1,9 +1,9 @@
-"""What a model found likely after a token, kept from the passes that checked drafts.
+"""A model's likeliest tokens after each token, kept from the passes that checked drafts.
 
-"Token Recycling" (arXiv:2408.08696): a pass that checks a draft yields the likeliest tokens after
-each of its rows, those that fell too. What comes after the same token the next time is often among
-them, so they are a draft that costs nothing. Here they are kept under the last two tokens and, for
-pairs that were not seen, under the last one.
+"Token Recycling" (arXiv:2408.08696): a verification pass yields the likeliest next tokens after
+each drafted token, rejected ones included. What comes after the same token the next time is often
+among them, so they are a draft that costs nothing. Here they are kept under the last two tokens
+and, for pairs that were not seen, under the last one.
 """
 
 from array import array

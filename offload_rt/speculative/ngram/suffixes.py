@@ -1,7 +1,7 @@
-"""Last tokens of a sequence that are looked up, and what the indexes of them take. No torch here.
+"""Last tokens of a sequence that are looked up, and bytes of the indexes of them. No torch here.
 
 That of `drafter.py` holds, for each length, a tuple for every place of a sequence; that
-of `followers.py` what a model found likely after them.
+of `followers.py` a model's likeliest tokens after them.
 """
 
 LONGEST, SHORTEST = 4, 1
@@ -17,10 +17,10 @@ def index_bytes(tokens: int, shortest: int) -> int:
 
 
 def most_contexts(tokens: int) -> int:
-    """For how many last tokens it is kept what was likely then, of a sequence of so many tokens."""
+    """For how many last tokens the likeliest followers are kept, of a sequence of some length."""
     return min(_MOST_CONTEXTS, _CONTEXTS_PER_TOKEN * tokens)
 
 
 def lookup_bytes(tokens: int, shortest: int) -> int:
-    """Host memory of both indexes of a sequence of so many tokens."""
+    """Host memory of both indexes of a sequence of some length."""
     return index_bytes(tokens, shortest) + most_contexts(tokens) * _CONTEXT_BYTES

@@ -2,9 +2,9 @@
 
 After arXiv:2404.11912. The outer draft is made by the same draft-verify loop as the answer, with
 other parts: a drafter proposes a few tokens (`inner`), one pass of the target over the retrieval
-cache checks them with the one verifier, and what stands is the next piece of the outer draft. Its
-law is therefore exactly that of the target over the retrieval cache, which makes those
-probabilities a legal proposal for the outer verification. (The published code samples the
+cache checks them with the one verifier, and the accepted ones are the next piece of the outer
+draft. Its law is therefore exactly that of the target over the retrieval cache, so those
+probabilities are a legal proposal for the outer verification. (The published code samples the
 retrieval model's distribution instead of the residual at a rejection, and is not exact.)
 """
 
@@ -24,7 +24,7 @@ from offload_rt.sampling import Dice, target_probs
 from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
 from offload_rt.speculative.deciding import Checked, decide
 
-# The retrieval cache is built anew when, over so many drafts, less than that share was accepted.
+# The retrieval cache is built anew when, over that many drafts, less than that share was accepted.
 # Both are guesses; a build is nearly free, since the pass it is part of is made anyway.
 ROLLING_DRAFTS, REBUILD_BELOW = 4, 0.5
 
