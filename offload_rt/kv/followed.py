@@ -72,8 +72,7 @@ class FollowedKV:
             rows: rows it appends.
             keeps_all: a prompt, of which all rows will be kept; a build then sees them too.
         """
-        if isinstance(self.full, FollowedKV):
-            self.full.begin_pass(rows, keeps_all=keeps_all)
+        self.full.begin_pass(rows, keeps_all=keeps_all)
         self._rows, self._appended = rows, {}
         self._builds = keeps_all or self.wants_build or self.retrieval.is_due
         self._follows = not keeps_all
