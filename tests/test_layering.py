@@ -35,48 +35,22 @@ RANKS = [
     ["__main__"],
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
-TORCH_FREE = {"errors", "units", "options", "config", "report", "model.config", "model.checkpoint"}
-TORCH_FREE |= {"model.adapter", "adapters.reading"}
-TORCH_FREE |= {"printable", "trace", "writing"}
-TORCH_FREE |= {"model.config_class", "model.files", "model.kinds", "model.locate"}
-TORCH_FREE |= {
-    "model.layout",
-    "model.outline",
-    "device.system",
-    "device.cuda.nvml",
-    "speculative.draft_model.pair",
-}
-TORCH_FREE |= {
-    "device.cgroup",
-    "device.cuda.present",
-    "device.kinds",
-    "device.link_meter",
-    "profiling.curves",
-}
-TORCH_FREE |= {f"profiling.{part}" for part in ("profile", "records", "codec", "rates", "store")}
-TORCH_FREE |= {"profiling.adjust", "profiling.identity", "profiling.effort"}
-TORCH_FREE |= {
-    "streaming.direct_io",
-    "streaming.ring",
-    "kv.recent_share",
-    "kv.sizes",
-    "model.formats.base",
-    "speculative.ngram.suffixes",
-    "costs",
-    "planning",
-    "device.base",
-    "device.sim",
-    "session",
-    "cli",
-    "__main__",
-}
-TORCH_FREE |= {"training.settings", "training.talks", "reading", "text"}
-TORCH_FREE |= {
-    f"baselines.{part}"
-    for part in ("cap", "comparison", "engines", "pagecache", "process", "rows", "summary")
-}
-TORCH_FREE |= {
-    f"speculative.medusa.{part}" for part in ("names", "checkpoint", "trees", "calibration")
+TORCH_FREE = {
+    *("printable", "errors", "units", "reading", "writing", "options", "config", "report", "trace"),
+    *("costs", "planning", "text", "session", "cli", "__main__"),
+    *("device.base", "device.cgroup", "device.kinds", "device.link_meter", "device.sim"),
+    *("device.system", "device.cuda.nvml", "device.cuda.present"),
+    *("streaming.direct_io", "streaming.ring", "kv.recent_share", "kv.sizes"),
+    *("model.adapter", "model.checkpoint", "model.config", "model.config_class", "model.files"),
+    *("model.formats.base", "model.kinds", "model.layout", "model.locate", "model.outline"),
+    *("profiling.adjust", "profiling.codec", "profiling.curves", "profiling.effort"),
+    *("profiling.identity", "profiling.profile", "profiling.rates", "profiling.records"),
+    *("profiling.store", "adapters.reading", "speculative.draft_model.pair"),
+    *("speculative.ngram.suffixes", "speculative.medusa.calibration"),
+    *("speculative.medusa.checkpoint", "speculative.medusa.names", "speculative.medusa.trees"),
+    *("training.settings", "training.talks"),
+    *("baselines.cap", "baselines.comparison", "baselines.engines", "baselines.pagecache"),
+    *("baselines.process", "baselines.rows", "baselines.summary"),
 }
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
