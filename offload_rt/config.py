@@ -82,10 +82,87 @@ class DraftWeights(StrEnum):
 # ms a layer of 1.5B for 1 to 8 rows, 3.3 ms for 9).
 INNER_NGRAM_TOKENS = 7
 _INNER_MODEL_TOKENS = 4
-_NODES = {"ngram": 16, "model": 64, "medusa": 63, "triforce": 16}  # of a draft, where nobody says
 INNER_WINDOW_TOKENS = 256  # what a draft model sees below triforce, as in its paper
 RECENT_SHARES = (0.25, 1.0)  # what a text says where, and a sink cache; tried in this order
 SINK_TOKENS = 16  # first tokens a window keeps; StreamingLLM needs 4, TriForce keeps 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterWords:
+    """How a kind of drafter is asked for; its code is a folder of `speculative/`.
+
+    Attributes:
+        about: who that is, for --help.
+        tokens: of a draft, where nobody says; 0: nobody drafts, or who does is not chosen yet.
+        called: in the help of --draft-tokens.
+        argument: what follows its name and a colon; empty: nothing.
+        bare: its name may stand without that.
+        over_retrieval: it drafts over a retrieval cache, with another drafter below.
+        folder: of its code.
+    """
+
+    about: str
+    tokens: int = 0
+    called: str = ""
+    argument: str = ""
+    bare: bool = True
+    over_retrieval: bool = False
+    folder: str = ""
+
+
+DRAFTERS = {
+    "auto": DrafterWords(about="auto (whichever of those without a folder should be fastest)"),
+    "none": DrafterWords(about="none"),
+    "ngram": DrafterWords(
+        about="ngram (phrases of the text, and the model's own earlier guesses)",
+        tokens=16,
+        called="ngram",
+        folder="ngram",
+    ),
+    "model": DrafterWords(
+        about="MODEL or model:MODEL, a small one with the same tokenizer",
+        tokens=64,
+        called="a model",
+        argument="MODEL",
+        bare=False,
+        folder="draft_model",
+    ),
+    "medusa": DrafterWords(
+        about="medusa:HEADS, heads trained on this model's hidden state",
+        tokens=63,
+        called="heads",
+        argument="HEADS",
+        bare=False,
+        folder="medusa",
+    ),
+    "triforce": DrafterWords(
+        about="triforce[:MODEL], this model itself over a part of a long context, with ngram or "
+        "MODEL drafting for it",
+        tokens=16,
+        called="triforce",
+        argument="MODEL",
+        over_retrieval=True,
+        folder="triforce",
+    ),
+}
+
+
+def _written() -> str:
+    """All that --draft may be."""
+    forms = []
+    for name, words in DRAFTERS.items():
+        forms += [name] * words.bare + [f"{name}:{words.argument}"] * bool(words.argument)
+    return f"{', '.join(forms[:-1])} or {forms[-1]}"
+
+
+def _about_drafters() -> str:
+    *most, last = [words.about for words in DRAFTERS.values()]
+    return f"{', '.join(most)}, or {last}"
+
+
+def _default_tokens() -> str:
+    drafters = [words for words in DRAFTERS.values() if words.tokens]
+    return ", ".join(f"{words.tokens} for {words.called}" for words in drafters)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,11 +247,7 @@ class DraftConfig:
     draft: str = option(
         "none",
         "--draft",
-        "Who drafts tokens that one pass then checks: auto (whichever of those without a "
-        "folder should be fastest), none, ngram (phrases of the text, and the model's own "
-        "earlier guesses), MODEL or model:MODEL, a small one with the same tokenizer, "
-        "medusa:HEADS, heads trained on this model's hidden state, or triforce[:MODEL], this model "
-        "itself over a part of a long context, with ngram or MODEL drafting for it.",
+        f"Who drafts tokens that one pass then checks: {_about_drafters()}.",
         form=Form.DRAFTER,
     )
     draft_tokens: int | None = option(
@@ -182,8 +255,7 @@ class DraftConfig:
         "--draft-tokens",
         "Tokens of a draft; auto is the number predicted to be fastest, "
         "corrected while running. With sampling and --seed auto is a fixed number: "
-        f"{_NODES['ngram']} for ngram, {_NODES['model']} for a model, {_NODES['medusa']} for "
-        f"heads, {_NODES['triforce']} for triforce.",
+        f"{_default_tokens()}.",
         low=1,
         high=1024,
         accepted="auto or 1 to 1024",
@@ -227,22 +299,13 @@ class DraftConfig:
 
     def __post_init__(self) -> None:
         kind, colon, name = self.draft.partition(":")
-        kinds = {
-            "auto": "",
-            "none": "",
-            "ngram": "",
-            "model": ":",
-            "medusa": ":",
-            "triforce": colon,
-        }
-        if colon != kinds.get(kind) or bool(colon) != bool(name):
-            raise ConfigError(
-                f"--draft {self.draft} is not known: use auto, none, ngram, model:MODEL, "
-                "medusa:HEADS, triforce or triforce:MODEL"
-            )
+        words = DRAFTERS.get(kind)
+        written = words is not None and (bool(words.argument) if colon else words.bare)
+        if words is None or not written or bool(colon) != bool(name):
+            raise ConfigError(f"--draft {self.draft} is not known: use {_written()}")
         tokens = self.draft_tokens
         check_bounds(self)
-        if kind in ("none", "auto") and tokens is not None:
+        if not words.tokens and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
         if not self.model and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL")
@@ -251,38 +314,57 @@ class DraftConfig:
         if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
-        if kind != "triforce" and inner is not None:
-            raise ConfigError("--inner-gamma is for --draft triforce")
-        if kind != "triforce" and self.retrieval != RetrievalConfig():
-            raise ConfigError("--retrieval-... options are for --draft triforce")
-        if kind == "triforce":
+        over = " or ".join(name for name, words in DRAFTERS.items() if words.over_retrieval)
+        if not words.over_retrieval and inner is not None:
+            raise ConfigError(f"--inner-gamma is for --draft {over}")
+        if not words.over_retrieval and self.retrieval != RetrievalConfig():
+            raise ConfigError(f"--retrieval-... options are for --draft {over}")
+        if words.over_retrieval:
             _ = self.inner  # checks its own part
         else:
             self._check_window()
-        if kind == "none" and self.accept is AcceptRule.TYPICAL:
+        if not self.drafts and self.accept is AcceptRule.TYPICAL:
             raise ConfigError("--accept typical has no effect without --draft")
 
     @property
     def kind(self) -> str:
-        """`auto`, `none`, `ngram`, `model`, `medusa` or `triforce`."""
+        """Its name in `DRAFTERS`."""
         return self.draft.partition(":")[0]
+
+    @property
+    def words(self) -> DrafterWords:
+        """How its kind is asked for."""
+        return DRAFTERS[self.kind]
+
+    @property
+    def automatic(self) -> bool:
+        """Whether the planner chooses who drafts."""
+        return self.draft == "auto"
+
+    @property
+    def drafts(self) -> bool:
+        """Whether anybody does, or may come to."""
+        return self.automatic or self.words.tokens > 0
+
+    @property
+    def over_retrieval(self) -> bool:
+        """Whether drafts are made over a retrieval cache, with another drafter below."""
+        return self.words.over_retrieval
 
     @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
-        return "" if self.kind == "medusa" else self.draft.partition(":")[2]
+        return self._named("MODEL")
 
     @property
     def heads(self) -> str:
         """The Medusa heads, as the user named them; empty for other drafters."""
-        return self.draft.partition(":")[2] if self.kind == "medusa" else ""
+        return self._named("HEADS")
 
     @property
     def nodes(self) -> int:
         """Nodes of a draft, at most."""
-        if self.kind in ("none", "auto"):
-            return 0
-        return self.draft_tokens or _NODES[self.kind]
+        return self.draft_tokens or self.words.tokens
 
     @property
     def inner(self) -> "DraftConfig":
@@ -337,6 +419,9 @@ class DraftConfig:
         if self.shape is DraftShape.AUTO:
             return self.nodes > 8
         return self.shape is DraftShape.TREE
+
+    def _named(self, argument: str) -> str:
+        return self.draft.partition(":")[2] if self.words.argument == argument else ""
 
     def _check_window(self) -> None:
         window, least = self.window_tokens, SINK_TOKENS + self.nodes + 1

@@ -52,6 +52,9 @@ TORCH_FREE = {
     *("baselines.cap", "baselines.comparison", "baselines.engines", "baselines.pagecache"),
     *("baselines.process", "baselines.rows", "baselines.summary"),
 }
+TORCH_FREE |= {"speculative.kind", "speculative.kinds"}
+DRAFTERS = ("ngram", "draft_model", "medusa", "triforce")
+TORCH_FREE |= {f"speculative.{name}.kind" for name in DRAFTERS}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """

@@ -14,10 +14,12 @@ from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning.drafting import SIZES, Seen, Yield, expected_yield
-from offload_rt.planning.planner import MAX_SIZES, Means, make_plan, plan_run
+from offload_rt.planning.drafting import Seen, Yield, expected_yield
+from offload_rt.planning.planner import Means, make_plan, plan_run
 from offload_rt.planning.run import RunLoad
 from offload_rt.profiling.store import load_profile
+from offload_rt.speculative.kind import SIZES
+from offload_rt.speculative.kinds import kind_of
 
 GIB, MIB = 2**30, 2**20
 FREE = FreeMemory(device_bytes=8 * GIB, host_bytes=8 * GIB)
@@ -127,10 +129,10 @@ def test_drafting_that_gives_nothing_is_not_chosen(checkpoint, make_tiny):
     assert plan(checkpoint, gives=Yield(((1, 0.0),))).drafting.config.kind == "none"
     wide = make_tiny("llama", num_hidden_layers=LAYERS, intermediate_size=4096)
     checkpoint = open_checkpoint(wide)  # whose layers are larger than what n-grams take
-    most = DraftConfig(draft="ngram", draft_tokens=MAX_SIZES["ngram"])
+    most = DraftConfig(draft="ngram", draft_tokens=kind_of("ngram").most_tokens)
     slow = {"disk": 1e6, "device_limit_bytes": limit_for(checkpoint, 4, draft=most)}
     much = plan(checkpoint, gives=Yield(((1, 1.0), (64, 64.0))), **slow)
-    assert much.drafting.config.nodes == MAX_SIZES["ngram"]
+    assert much.drafting.config.nodes == kind_of("ngram").most_tokens
 
 
 def test_the_controllers_sizes_are_those_there_is_room_for(checkpoint):

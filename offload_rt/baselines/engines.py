@@ -9,6 +9,7 @@ from pathlib import Path
 
 import platformdirs
 
+from offload_rt.config import DraftConfig
 from offload_rt.errors import ConfigError
 
 OURS, DRAFTED = "offload-rt", "offload-rt+draft"
@@ -84,20 +85,21 @@ KNOWN = {
 _GROUPS = {"deepspeed": ("deepspeed-nvme", "deepspeed-cpu")}
 
 
-def choose_engines(against: str, drafter: str) -> list[EngineSpec]:
+def choose_engines(against: str, draft: DraftConfig) -> list[EngineSpec]:
     """Ourselves and the engines of --against, in the order of a round.
 
     Args:
         against: comma-separated names; `deepspeed` and `transformers` mean all their kinds.
-        drafter: `none`, or the kind of our drafter.
+        draft: who drafts for us.
 
     Raises:
         ConfigError: a name is not known, or needs a draft model.
     """
-    names = [OURS] if drafter == "none" else [OURS, DRAFTED]
+    assists = bool(draft.model) and not draft.over_retrieval
+    names = [OURS, DRAFTED] if draft.drafts else [OURS]
     for part in filter(None, (name.strip() for name in against.split(","))):
         if part == "transformers":
-            assisted = ["transformers-assisted"] if drafter == "model" else []
+            assisted = ["transformers-assisted"] if assists else []
             names += [part, *assisted]
         else:
             names += _GROUPS.get(part, [part])
@@ -107,7 +109,7 @@ def choose_engines(against: str, drafter: str) -> list[EngineSpec]:
             raise ConfigError(
                 f"--against {name} is not known: use {', '.join([*_GROUPS, *others])}"
             )
-        if name == "transformers-assisted" and drafter != "model":
+        if name == "transformers-assisted" and not assists:
             raise ConfigError("--against transformers-assisted needs a --draft model:MODEL")
     return [KNOWN[name] for name in dict.fromkeys(names)]
 

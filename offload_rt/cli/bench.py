@@ -66,7 +66,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     KV caches, a draft model's too. Ctrl-C prints what is done, exit code 130.
     """
     settings, output = settings_of(values), output_of(values)
-    if values["against_none"] and settings.draft.kind == "none":
+    if values["against_none"] and not settings.draft.drafts:
         raise ConfigError(
             "--against-none compares with a drafter: add --draft ngram, model:MODEL or medusa:HEADS"
         )
@@ -81,7 +81,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     # Only a seed of the user's fixes what is drafted; one that is drawn for him does not.
     settings = dataclasses.replace(settings, draft=reproducible(settings.draft, settings.sampling))
-    if values["against_none"] and settings.draft.kind == "none":
+    if values["against_none"] and not settings.draft.drafts:
         raise ConfigError(
             "--against-none has nothing to compare: with --seed, --draft auto drafts nothing, so "
             "name a drafter or leave --seed out"
@@ -143,7 +143,7 @@ class _Measuring:
             Interrupted: before anything was measured.
         """
         plain = dataclasses.replace(self.settings, draft=DraftConfig(), plan=None)
-        phases = [(DRAFTED if self.settings.draft.kind != "none" else BASELINE, self.settings)]
+        phases = [(DRAFTED if self.settings.draft.drafts else BASELINE, self.settings)]
         if against_none:
             phases.insert(0, (BASELINE, plain))
         longest = max(len(prompt.ids) for prompt in self.prompts)

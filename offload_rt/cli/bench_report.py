@@ -16,6 +16,7 @@ from offload_rt.cli.bench_results import (
 from offload_rt.cli.markdown import bullets, heading, table
 from offload_rt.cli.stats import rule_name
 from offload_rt.session.summary import drafter_name
+from offload_rt.speculative.kinds import kind_of
 from offload_rt.units import format_size
 
 _NAMES = {BASELINE: "none", DRAFTED: "draft"}  # in JSON
@@ -122,12 +123,12 @@ def _header(report: BenchReport) -> str:
         f"answers: up to {settings.generation.max_tokens} tokens, {how}",
         f"rounds: {report.rounds}",
     ]
-    if draft.kind != "none":
-        shape = ("tree" if draft.as_tree else "chain") + " of" if draft.kind == "model" else "up to"
+    if draft.drafts:
         window = f", window of {draft.window_tokens} tokens" if draft.window_tokens else ""
+        size = kind_of(draft.kind).size(draft)
         rule = report.runs[-1].speculation.accept_rule
         lines.append(
-            f"draft: {drafter_name(draft)}, {shape} {draft.nodes} tokens{window}, "
+            f"draft: {drafter_name(draft)}, {size} {draft.nodes} tokens{window}, "
             f"accept {rule_name(rule)}"
         )
     lines += [f"{phase}: {_engine_line(engine)}" for phase, engine in report.engines.items()]

@@ -211,7 +211,7 @@ def _asked(values: Mapping[str, Any]) -> _Asked:
     return _Asked(
         runtime=runtime,
         draft=draft,
-        engines=choose_engines(values["against"], draft.kind),
+        engines=choose_engines(values["against"], draft),
         batches=_batches(values["batches"]),
         device_bytes=device_bytes,
         cap_bytes=cap_bytes,
@@ -225,7 +225,7 @@ def _drafter(values: Mapping[str, Any]) -> DraftConfig:
         ConfigError: --draft auto, which each run would resolve for itself.
     """
     draft = draft_of(values)
-    if draft.kind != "auto":
+    if not draft.automatic:
         return draft
     if click.get_current_context().get_parameter_source("draft") is ParameterSource.COMMANDLINE:
         raise ConfigError("--draft auto cannot be compared yet: name a drafter, or none")
@@ -294,7 +294,7 @@ def _setup(
         ],
         max_tokens=values["max_tokens"],
         ends=not values["ignore_eos"],
-        draft=json.dumps(dataclasses.asdict(asked.draft)) if asked.draft.kind != "none" else "",
+        draft=json.dumps(dataclasses.asdict(asked.draft)) if asked.draft.drafts else "",
         runtime=json.dumps(dataclasses.asdict(asked.runtime)),
         batches=asked.batches,
         engines=[spec.name for spec in asked.engines],
@@ -344,7 +344,7 @@ def _conditions(
     item_bytes = _ITEM_BYTES[dtype]
     sizes = [[item_bytes * prod(e.shape) for e in layer] for layer in checkpoint.layers]
     runtime = dataclasses.asdict(asked.runtime)
-    assisting = asked.draft.model if asked.draft.kind == "model" else ""
+    assisting = "" if asked.draft.over_retrieval else asked.draft.model
     return Conditions(
         model=checkpoint.folder,
         files=list(checkpoint.files),

@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.completion import model_items
 from offload_rt.cli.verb import option_key
 from offload_rt.config import (
+    DRAFTERS,
     DraftConfig,
     GenerationConfig,
     RetrievalConfig,
@@ -26,7 +27,6 @@ from offload_rt.config import (
 from offload_rt.errors import ConfigError
 from offload_rt.options import Form, Settable, record_of, settables
 from offload_rt.session.settings import (
-    DRAFTERS,
     Settings,
     check_accept,
     read_drafter,

@@ -37,6 +37,7 @@ from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.session.summary import bound_by, layer_words, retrieval_weights_name, weights_name
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.text.files import check_tokenizer_files
 from offload_rt.units import format_size
@@ -289,24 +290,14 @@ def _as_table(outlook: _Outlook) -> str:
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:
     """The device memory of a drafter, if it needs any."""
-    config, parts = drafting.config, []
-    if config.kind == "triforce":
-        parts.append(f"{config.retrieval.budget_tokens} tokens of KV")
-        if config.retrieval.rounded:
-            parts.append(f"{config.retrieval.retrieval_weights} copies of all layers")
+    config = drafting.config
+    if not config.drafts:
+        return []
+    kind = kind_of(config.kind)
+    parts = list(kind.in_memory(config)) if nbytes else []
     if drafting.checkpoint is not None:
         parts.append(f"{drafting.checkpoint.name} and its KV cache")
-    if config.heads:
-        parts.append(f"{Path(config.heads).name}, their logits")
-    if config.kind == "ngram" and nbytes:
-        parts.append("where tokens occurred, and what was likely after them")
-    names = {
-        "ngram": "n-grams",
-        "model": "draft model",
-        "triforce": "retrieval",
-        "medusa": "Medusa heads",
-    }
-    return [(names[config.kind], nbytes, "; ".join(parts))] if parts else []
+    return [(kind.label, nbytes, "; ".join(parts))] if parts else []
 
 
 def _headline(outlook: _Outlook) -> list[str]:

@@ -67,7 +67,7 @@ def _others(plan: Plan) -> Sequence[str]:
     rest = [c for c in plan.considered if c.draft != chosen]
     fitting = [c for c in rest if c.prediction is not None]
     fitting.sort(key=lambda c: c.prediction.s_per_token if c.prediction else 0.0)
-    none = [c for c in fitting if c.draft.kind == "none"]
+    none = [c for c in fitting if not c.draft.drafts]
     shown = [*none, *(c for c in fitting if c not in none)][:_SHOWN]
     lines = [_considered(c) for c in shown]
     refused = [c for c in rest if c.prediction is None]

@@ -47,7 +47,7 @@ def format_stats(answering: Answering, answer: Answer) -> str:
     ]
     if engine.plan.prediction is not None:
         lines.append(("plan", _planned(engine.plan)))
-    if engine.draft.kind != "none":
+    if engine.draft.drafts:
         lines.append(("drafting", _drafting(answering, answer)))
     if (counts := report.speculation.retrieval) is not None:
         lines.append(("retrieve", _retrieval(answering, counts)))

@@ -4,12 +4,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload_rt.costs.acceptance import chain_tokens
+from offload_rt.speculative.kind import SIZES, Points
+from offload_rt.speculative.kinds import kind_of
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
 _PRIOR_STEPS = 8.0  # steps an expectation counts for against what was seen
-
-Points = tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,34 +27,9 @@ class Outcome:
     made: float | None = None
 
 
-# Tokens accepted per draft that was found, by nodes. They only decide until something was seen.
-# model: Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy, the prompt's
-# pass counted (docs/RESULTS.md, "Tokens per pass by draft size").
-_MODEL: Points = ((1, 0.75), (2, 1.35), (4, 2.1), (8, 2.9), (16, 3.7), (64, 5.3), (256, 7.0))
-# medusa: 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
-_MEDUSA: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
-# ngram: 0.09, 0.19, 0.28 and 0.45 per step with 4, 8, 16 and 32 nodes; long answers that quote
-# accept twice as many (docs/RESULTS.md, "First answers with n-grams"). Nobody knows what will be
-# asked, and a draft that is too large costs more than one that is too small.
-_NGRAM: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
-_NGRAM_HITS = 0.9  # nothing is known at first
-# model: of the draft passes a tree may use, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on
-# HumanEval (docs/RESULTS.md, "Tokens per pass by draft size").
+# Of the draft passes a tree may use, 0.69 to 0.98 were made on MT-Bench, 0.94 to 1 on HumanEval
+# (docs/RESULTS.md, "Tokens per pass by draft size").
 MADE = 0.85
-# triforce: 0.87 to 0.98 were seen (docs/RESULTS.md, "TriForce's prior acceptance rate").
-_TRIFORCE_RATE = 0.88
-
-
-def _chain(rate: float) -> Points:
-    return tuple((size, chain_tokens([rate], size) - 1.0) for size in SIZES)
-
-
-_EXPECTED: Mapping[str, Points] = {
-    "model": _MODEL,
-    "medusa": _MEDUSA,
-    "ngram": _NGRAM,
-    "triforce": _chain(_TRIFORCE_RATE),
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,13 +87,14 @@ def expected_yield(kind: str, seen: Seen = NOTHING_SEEN, own: Points | None = No
     """What to expect of a drafter.
 
     Args:
-        kind: `model`, `medusa`, `ngram` or `triforce`.
+        kind: its name.
         seen: what it gave on this machine.
         own: what is known of this very drafter, in place of what its kind gives.
     """
-    prior = Yield(own or _EXPECTED[kind])
+    of_kind = kind_of(kind)
+    prior = Yield(own or of_kind.prior)
     points = [(size, _corrected(size, prior, seen)) for size in _sizes(prior, seen)]
-    hits = _blended(_NGRAM_HITS if kind == "ngram" else 1.0, seen.hits)
+    hits = _blended(of_kind.prior_hits, seen.hits)
     rising, most = [], 0.0
     for size, value in points:  # more nodes never give less; chance may say so
         most = max(most, value)

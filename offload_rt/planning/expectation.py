@@ -10,8 +10,7 @@ from offload_rt.costs.acceptance import chain_tokens, grow_tree
 from offload_rt.costs.drafters import Expected
 from offload_rt.errors import ConfigError
 from offload_rt.planning.drafting import MADE
-
-_KINDS = ("ngram", "model", "medusa", "triforce")
+from offload_rt.speculative.kinds import NAMES, kind_of
 
 Ranks = tuple[tuple[float, ...], ...]
 
@@ -59,7 +58,7 @@ def expect(config: DraftConfig, acceptance: Acceptance) -> Expected:
     Raises:
         ConfigError: acceptance is missing, or of the wrong kind.
     """
-    if config.kind == "none":
+    if not config.drafts:
         if acceptance != Acceptance():
             raise ConfigError("--acceptance and --tokens-per-pass have no effect without --draft")
         return Expected()
@@ -72,10 +71,10 @@ def expect(config: DraftConfig, acceptance: Acceptance) -> Expected:
 
 
 def _check(config: DraftConfig, acceptance: Acceptance) -> None:
-    if config.kind not in _KINDS:
+    if config.automatic:
         raise ConfigError(
             f"--draft {config.draft} is chosen by measuring, which a simulation does not: name one "
-            f"of {', '.join(_KINDS)}"
+            f"of {', '.join(NAMES)}"
         )
     given = (acceptance.ranks != ()) + (acceptance.tokens_per_pass is not None)
     if given != 1:
@@ -83,14 +82,14 @@ def _check(config: DraftConfig, acceptance: Acceptance) -> None:
             f"--draft {config.draft} needs one of --acceptance and --tokens-per-pass, as nothing "
             f"runs here: {'both are' if given else 'none is'} given"
         )
-    if acceptance.inner and config.kind != "triforce":
+    if acceptance.inner and not config.over_retrieval:
         raise ConfigError("--inner-acceptance is for --draft triforce")
-    if config.kind == "triforce" and config.model and not acceptance.inner:
+    if config.over_retrieval and config.model and not acceptance.inner:
         raise ConfigError(
             f"--draft {config.draft} needs --inner-acceptance: how often the draft model is right "
             "decides how many passes over the retrieval cache there are"
         )
-    chain = config.kind == "triforce" or (config.kind == "model" and not config.as_tree)
+    chain = _tree_depth(config, acceptance) is None
     if chain and any(len(row) > 1 for row in acceptance.ranks):
         raise ConfigError(
             f"--draft {config.draft} drafts chains: give --acceptance one rate for each depth"
@@ -102,9 +101,11 @@ def _check(config: DraftConfig, acceptance: Acceptance) -> None:
 def _tokens(config: DraftConfig, acceptance: Acceptance) -> float:
     if acceptance.tokens_per_pass is not None:
         return acceptance.tokens_per_pass
-    tree = config.kind == "ngram" or config.heads or (config.model and config.as_tree)
-    if not tree or config.kind == "triforce":
+    depth = _tree_depth(config, acceptance)
+    if depth is None:
         return chain_tokens([row[0] for row in acceptance.ranks], config.nodes)
-    depths = {"medusa": len(acceptance.ranks), "model": config.tree_passes}
-    depth = depths.get(config.kind, config.nodes)
     return grow_tree(acceptance.ranks, config.nodes, depth).tokens(config.nodes)
+
+
+def _tree_depth(config: DraftConfig, acceptance: Acceptance) -> int | None:
+    return kind_of(config.kind).tree_depth(config, len(acceptance.ranks))

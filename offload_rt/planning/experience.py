@@ -9,30 +9,21 @@ from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.drafting import NOTHING_SEEN, Seen
 from offload_rt.planning.kept import model_key, read_entries, write_entries
+from offload_rt.speculative.kinds import kind_of
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
-
-_KINDS = {"ngram": "ngram trees"}  # what chains gave before says nothing of them
 
 
 def experience_key(
     target: Checkpoint, draft: DraftConfig, drafter: Checkpoint | None, sampling: SamplingConfig
 ) -> str:
     """What counts belong to: both models by name and size, the drafter's shape, greedy or not."""
-    parts = [model_key(target), _KINDS.get(draft.kind, draft.kind)]
+    kind = kind_of(draft.kind)
+    parts = [model_key(target), kind.seen_as or draft.kind]
     if drafter is not None:
         parts.append(model_key(drafter))
-    if draft.heads:
-        parts.append(Path(draft.heads).name)
-    if draft.model:
-        parts += [str(draft.shape), f"window {draft.window_tokens or 'full'}"]
-        parts.append(f"weights {draft.draft_weights}")
-    if draft.kind == "triforce":
-        kept = draft.retrieval
-        parts.append(f"{kept.budget_tokens} tokens in chunks of {kept.chunk_tokens}")
-        if kept.rounded:
-            parts.append(f"target in {kept.retrieval_weights}")
+    parts += kind.history(draft)
     parts.append("greedy" if sampling.greedy else f"temperature {sampling.temperature:g}")
     return ", ".join(parts)
 

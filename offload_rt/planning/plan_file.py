@@ -78,7 +78,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     if draft.model:
         options |= {"shape": str(draft.shape), "draft_window": draft.draft_window}
         options |= {"draft_weights": str(draft.draft_weights)}
-    if draft.kind == "triforce":
+    if draft.over_retrieval:
         options |= {"inner_tokens": draft.inner_tokens, **asdict(draft.retrieval)}
     return PlanFile(
         model=checkpoint.name,

@@ -9,34 +9,28 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.formats.base import rounded_kind
-from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.demand import settled
-from offload_rt.planning.drafting import SIZES, Yield
+from offload_rt.planning.drafting import Yield
 from offload_rt.planning.placement import Placement, smallest_bytes
 from offload_rt.planning.run import PlacedRun, RunLoad, place_run
+from offload_rt.speculative.kind import SIZES
+from offload_rt.speculative.kinds import NAMES, kind_of
 
-MAX_SIZES = {"ngram": 64, "model": 256, "medusa": 256, "triforce": 64}
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
 # Room is kept for that many times the first draft size, if it costs the run's first
 # steps no more than that.
 _MOST_ROOM, _ROOM_COST = 4, 1.02
 
-# N-grams of which nothing was seen yet begin small: how many tokens they give depends on the text
-# more than on anything that is known before it. The controller goes up as soon as it pays. Over 60
-# simulated answers each, beginning with 8 instead of 32 took 2.4 % off where little was accepted
-# and added 5 % where half of the tokens came from drafts.
-_FIRST_NGRAMS, _KNOWN_STEPS = 8, 16
-_INNER_RATES = {"ngram": 0.4, "model": 0.7}  # below triforce; assumed
+_KNOWN_STEPS = 16  # after which a drafter is taken to be known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,14 +116,11 @@ def make_plan(
     """
     if means is not None:
         return plan_run(checkpoint, runtime, device, load=load, free=free, means=means)
-    if load.drafting.config.kind == "auto":
+    if load.drafting.config.automatic:
         raise ConfigError("--draft auto needs speeds of the machine: name a drafter, or none")
     load = replace(load, drafting=settled(load.drafting, device))
-    config = load.drafting.config
-    if config.kind == "triforce":
-        weights = _retrieval_weights(config, checkpoint, runtime, device)[0]
-        config = _drafting_in(config, weights)
-        load = replace(load, drafting=replace(load.drafting, config=config))
+    config = _variants(load.drafting.config, checkpoint, runtime, device)[0]
+    load = replace(load, drafting=replace(load.drafting, config=config))
     placement = place_run(checkpoint, runtime, device, load=load, free=free)
     return Plan(
         runtime=runtime,
@@ -178,8 +169,7 @@ def plan_run(
     search = _Search(checkpoint, runtime, device, load, free, means)
     found: list[_Candidate] = []
     refusals: list[tuple[DraftConfig, PlanError]] = []
-    weights = _retrieval_weights(draft, checkpoint, runtime, device)
-    for config in _drafts(draft, runtime, load, weights):
+    for config in _drafts(draft, checkpoint, runtime, device, load):
         if _is_bold(config, means) and not _is_fixed(draft):
             continue
         try:
@@ -211,41 +201,35 @@ def plan_run(
 
 
 def _is_bold(config: DraftConfig, means: Means) -> bool:
-    """Whether n-grams of that size would be drafted on an expectation alone."""
-    bold = config.kind == "ngram" and config.nodes > _FIRST_NGRAMS
+    """Whether a draft of that size would rest on an expectation alone."""
+    first = kind_of(config.kind).first_tokens if config.drafts else None
+    bold = first is not None and config.nodes > first
     return bold and means.yields(config).steps < _KNOWN_STEPS
 
 
 def _is_fixed(draft: DraftConfig) -> bool:
-    return draft.kind == "none" or draft.draft_tokens is not None
+    return not draft.drafts or draft.draft_tokens is not None
 
 
-def _retrieval_weights(
+def _variants(
     draft: DraftConfig, checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind
-) -> tuple[DraftWeights, ...]:
-    """Weights triforce may draft with: as asked for, or the target's own and rounded copies."""
-    asked = draft.retrieval.retrieval_weights
-    if asked is not DraftWeights.AUTO:
-        return (asked,)
-    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
-    rounded = rounded_kind(dtype, device)
-    return (DraftWeights.SAME, *([rounded] if rounded else ()))
-
-
-def _drafting_in(draft: DraftConfig, weights: DraftWeights) -> DraftConfig:
-    """The same with those weights over the retrieval cache."""
-    return replace(draft, retrieval=replace(draft.retrieval, retrieval_weights=weights))
+) -> Sequence[DraftConfig]:
+    """The ways in which a drafter may draft so much, the usual one first."""
+    if not draft.drafts:
+        return (draft,)
+    return kind_of(draft.kind).variants(draft, checkpoint, runtime.dtype, device)
 
 
 def _drafts(
-    draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad, weights: Sequence[DraftWeights]
+    draft: DraftConfig,
+    checkpoint: Checkpoint,
+    runtime: RuntimeConfig,
+    device: DeviceKind,
+    load: RunLoad,
 ) -> Iterator[DraftConfig]:
-    """Every drafter and size to look at; triforce with each of `weights`."""
+    """Every drafter, size and variant to look at."""
     for config in _sized_drafts(draft, runtime, load):
-        if config.kind == "triforce":
-            yield from (_drafting_in(config, kind) for kind in weights)
-        else:
-            yield config
+        yield from _variants(config, checkpoint, runtime, device)
 
 
 def _sized_drafts(
@@ -254,14 +238,12 @@ def _sized_drafts(
     if _is_fixed(draft):
         yield draft
         return
-    kinds = [draft.draft]
-    if draft.kind == "auto":
+    names: Sequence[str] = (draft.draft,)
+    if draft.automatic:
         yield replace(draft, draft="none")
-        kinds = ["ngram"]
-        offloads = runtime.kv is not KVPlace.DEVICE
-        if offloads and load.prompt_tokens > draft.retrieval.budget_tokens:
-            kinds.append("triforce")
-    for name in kinds:
+        tokens = load.prompt_tokens
+        names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, tokens)]
+    for name in names:
         sized = replace(draft, draft=name)
         for size in _sizes(sized, load):
             yield replace(sized, draft_tokens=size)
@@ -269,9 +251,9 @@ def _sized_drafts(
 
 def _sizes(draft: DraftConfig, load: RunLoad) -> Sequence[int]:
     """Numbers of tokens a drafter may be asked for."""
-    if draft.kind == "none":
+    if not draft.drafts:
         return ()
-    most = min(MAX_SIZES[draft.kind], max(load.capacities))
+    most = min(kind_of(draft.kind).most_tokens, max(load.capacities))
     return [size for size in SIZES if size <= most and _has_room(draft, size)]
 
 
@@ -363,7 +345,7 @@ class _Search:
         """What drafts of the sizes there is room for should give and take."""
         draft = chosen.draft
         limits = [0, *(size for size in SIZES if size < draft.nodes), draft.nodes]
-        for size in limits if draft.kind != "none" else []:
+        for size in limits if draft.drafts else []:
             sized = replace(chosen.drafting, config=draft.limited(size)) if size else NO_DRAFTING
             step = self._predict(sized, chosen.placement, found=True)
             yield StepOutlook(
@@ -396,7 +378,7 @@ class _Search:
         if not draft.nodes:
             return Expected()
         gives = self._means.yields(draft)
-        below = (_INNER_RATES[draft.inner.kind],) if draft.kind == "triforce" else ()
+        below = kind_of(draft.kind).inner_rates(draft)
         return Expected(
             tokens=1.0 + gives.accepted(draft.nodes), hits=gives.hits, made=gives.made, inner=below
         )

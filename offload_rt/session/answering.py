@@ -79,7 +79,7 @@ def started_engine(
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
     draft = reproducible(settings.draft, settings.sampling)
-    if draft.kind == "triforce" and prompt_tokens <= draft.retrieval.budget_tokens:
+    if draft.over_retrieval and prompt_tokens <= draft.retrieval.budget_tokens:
         observer.note(
             f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "
             f"{draft.retrieval.budget_tokens}: drafts read all of it"
@@ -117,6 +117,8 @@ def started_engine(
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
     """Add what drafting gave to what is known of it."""
+    if not engine.draft.drafts:
+        return
     drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
     key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
     add_seen(experience_path(), key, engine.tally.seen())

@@ -12,7 +12,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.drafting import SIZES, Points, Yield, expected_yield
+from offload_rt.planning.drafting import Yield, expected_yield
 from offload_rt.planning.experience import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
@@ -26,6 +26,7 @@ from offload_rt.profiling.store import (
     user_folder,
 )
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.kind import SIZES, Points
 from offload_rt.speculative.medusa.calibration import best_trees, read_calibration
 from offload_rt.speculative.medusa.checkpoint import open_draft_heads
 
@@ -109,7 +110,7 @@ def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
     """Fix what measured times would decide if a seed is to bring the same answer again."""
     if sampling.greedy or sampling.seed is None:
         return draft
-    if draft.kind == "auto":
+    if draft.automatic:
         return dataclasses.replace(draft, draft="none")
     return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
 

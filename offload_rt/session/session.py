@@ -357,7 +357,7 @@ class Session:
         repeats = not sampling.greedy and sampling.seed is not None
         if repeats:
             engine.forget()
-        by_times = engine.controller is not None or self._settings.draft.kind == "auto"
+        by_times = engine.controller is not None or self._settings.draft.automatic
         sampling = seeded(sampling)
         first = sampling.seed
         with self._failing_safely(engine):

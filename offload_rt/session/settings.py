@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from offload_rt.config import (
+    DRAFTERS,
     AcceptRule,
     DraftConfig,
     GenerationConfig,
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from offload_rt.planning.plan_file import PlanFile
 
 NO_ADAPTER = "none"
-DRAFTERS = ("auto", "none", "ngram", "model", "medusa", "triforce")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

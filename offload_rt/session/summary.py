@@ -175,7 +175,7 @@ def weights_name(draft: DraftConfig) -> str | None:
 
 def retrieval_weights_name(draft: DraftConfig) -> str | None:
     """Which weights triforce drafts with over its retrieval cache; None without it."""
-    return str(draft.retrieval.retrieval_weights) if draft.kind == "triforce" else None
+    return str(draft.retrieval.retrieval_weights) if draft.over_retrieval else None
 
 
 def layer_ranges(layers: Sequence[int]) -> str:

@@ -1,0 +1,57 @@
+"""What a kind of drafter says of itself, so that nothing else asks which kind it is. No torch here.
+
+How it is asked for is in `config.DRAFTERS`; `kinds.py` finds the record in the folder named there.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.device.kinds import DeviceKind
+from offload_rt.model.checkpoint import Checkpoint
+
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
+
+Points = tuple[tuple[int, float], ...]  # nodes, and tokens accepted per draft that was found
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterKind:
+    """A kind of drafter.
+
+    Attributes:
+        label: in the table of a plan.
+        most_tokens: of a draft that the planner looks at.
+        prior: tokens accepted by nodes, until something was seen on this machine.
+        prior_hits: share of the steps in which it finds a draft, likewise.
+        first_tokens: it begins with no more until something was seen; None: with what is best.
+        below: acceptance rate of what it drafts for passes over a retrieval cache; assumed.
+        automatic: whether --draft auto looks at it, for a prompt of so many tokens.
+        variants: the configurations that the planner compares, the usual one first.
+        inner_rates: acceptance rates of the drafter below it, if it has one.
+        tree_depth: how deep its trees get, by nodes and depths of which rates are known; None: it
+            drafts chains.
+        size: what comes before the number of its tokens in a report.
+        seen_as: what was seen of it is kept under that name; empty: its own.
+        history: and under these words.
+        in_memory: what its device memory holds, in words.
+    """
+
+    label: str
+    most_tokens: int
+    prior: Points
+    prior_hits: float = 1.0
+    first_tokens: int | None = None
+    below: float | None = None
+    automatic: Callable[[DraftConfig, RuntimeConfig, int], bool] = (
+        lambda draft, runtime, prompt_tokens: False
+    )
+    variants: Callable[[DraftConfig, Checkpoint, str, DeviceKind], Sequence[DraftConfig]] = (
+        lambda draft, target, dtype, device: (draft,)
+    )
+    inner_rates: Callable[[DraftConfig], tuple[float, ...]] = lambda draft: ()
+    tree_depth: Callable[[DraftConfig, int], int | None] = lambda draft, known: None
+    size: Callable[[DraftConfig], str] = lambda draft: "up to"
+    seen_as: str = ""
+    history: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
+    in_memory: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
