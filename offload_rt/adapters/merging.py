@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from offload_rt.adapters.reading import Adapter
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent, in_file_order
 from offload_rt.model.files import FileIdentity, shown
@@ -37,7 +38,6 @@ from offload_rt.writing import make_folder, replacing, writing
 _log = logging.getLogger(__name__)
 
 _VERSION = 1  # of the files that are kept
-_DATA_ALIGN_BYTES = 4096
 _NAME = "default"  # peft's own for the first adapter
 
 
@@ -200,7 +200,7 @@ def _header(
         }
         at = end
     text = json.dumps(entries).encode()
-    text += b" " * (-(8 + len(text)) % _DATA_ALIGN_BYTES)
+    text += b" " * (-(8 + len(text)) % PAGE_BYTES)
     head = len(text).to_bytes(8, "little") + text
     return head, {name: len(head) + start for name, start in starts.items()}, len(head) + at
 

@@ -8,8 +8,6 @@ import torch
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
 
-PAGE = mmap.PAGESIZE
-
 
 @dataclass(frozen=True, slots=True)
 class HostBuffer:

@@ -9,17 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, KVPlace, RetrievalConfig, RuntimeConfig
-from offload_rt.device.base import PAGE_BYTES
+from offload_rt.device.base import PAGE_BYTES, PIECE_BYTES
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
 
 # Rows gather on the device and go home this many at a time: a write for each token would be a
 # small disk request per layer, and the ring would hold a stale last block after each step.
 WRITE_TOKENS = 32
-# Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (`device/base.py`).
-# A pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks of
-# 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
-BLOCK_BYTES = 4 * 2**20
 MIN_BLOCK_TOKENS = 512
 KV_SLOTS = 4
 MIN_SCRATCH_TOKENS = 32
@@ -29,7 +25,10 @@ WRITE_PIECE_BYTES = 2**20
 
 def block_tokens_for(row_bytes: int) -> int:
     """Tokens of a block that is large enough for the link to be fast."""
-    return max(MIN_BLOCK_TOKENS, BLOCK_BYTES // row_bytes // MIN_BLOCK_TOKENS * MIN_BLOCK_TOKENS)
+    # Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (`PIECE_BYTES`). A
+    # pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks
+    # of 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
+    return max(MIN_BLOCK_TOKENS, PIECE_BYTES // row_bytes // MIN_BLOCK_TOKENS * MIN_BLOCK_TOKENS)
 
 
 def spread_layers(count: int, layers: int) -> frozenset[int]:
