@@ -75,7 +75,7 @@ class DraftWeights(StrEnum):
     @property
     def rounds(self) -> bool:
         """Whether they are rounded copies; `auto` is not settled yet."""
-        return self in (DraftWeights.INT8, DraftWeights.INT4)
+        return self not in (DraftWeights.AUTO, DraftWeights.SAME)
 
 
 # Eight rows with the root, for which a CPU's 8-bit products take as long as for one (measured: 1.9

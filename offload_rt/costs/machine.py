@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
 from offload_rt.device.kinds import KINDS, DeviceKind, Processor
 from offload_rt.errors import ConfigError
+from offload_rt.model.formats.base import ROUNDED
 from offload_rt.profiling.profile import (
     HardwareProfile,
     LayerWork,
@@ -18,8 +19,6 @@ from offload_rt.profiling.rates import (
     link_bytes_per_s,
     memory_bytes_per_s,
 )
-
-_ROUNDED_SHARE = {DraftWeights.INT8: 0.5, DraftWeights.INT4: 0.3}  # of the bytes of 16-bit weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +70,7 @@ class Speeds:
         timed = {c.weights for c in self.profile.layers if c.processor is self.processor}
         if (order := WeightOrder(weights)) in timed:
             return work, order
-        share = _ROUNDED_SHARE[weights]
+        share = ROUNDED[weights].share
         fewer = LayerWork(
             weight_bytes=int(work.weight_bytes * share),
             flops_per_token=int(work.flops_per_token * share),

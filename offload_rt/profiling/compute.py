@@ -45,7 +45,7 @@ from offload_rt.profiling.timing import Curve, Sample, Tick, averaged, timed
 
 _RANDOM_NUMBERS = 2**18
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
-_ROUNDED = {WeightOrder.INT8: DraftWeights.INT8, WeightOrder.INT4: DraftWeights.INT4}
+_ROUNDED = {WeightOrder(weights): weights for weights in DraftWeights if weights.rounds}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
 
 

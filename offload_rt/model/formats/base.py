@@ -1,5 +1,8 @@
 """Formats of the weights of a model that only drafts, and their bytes. No torch here."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 from offload_rt.config import DraftWeights
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
@@ -48,23 +51,53 @@ def rounded_kind(dtype: str, device: DeviceKind) -> DraftWeights | None:
     return device.copy_weights if dtype == "bfloat16" else None
 
 
-def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:
-    """Whether a weight [outputs, inputs] can be rounded so."""
-    if weights is DraftWeights.INT4:
-        return outputs % _INT4_OUTPUTS == 0 and inputs % GROUP == 0
-    return weights is DraftWeights.INT8
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """A format that weights are rounded to; what computes with it is in `rounded.py`.
+
+    Attributes:
+        share: of the bytes of 16-bit weights, where the format was not timed.
+        fits: whether a weight [outputs, inputs] can be rounded so.
+        nbytes: of a rounded weight [outputs, inputs].
+    """
+
+    share: float
+    fits: Callable[[int, int], bool]
+    nbytes: Callable[[int, int], int]
 
 
-def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
-    """Bytes of a rounded weight [outputs, inputs]; of int8 at most, as kernels differ by CPU."""
-    if weights is DraftWeights.INT4:
-        return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
+def _int8_bytes(outputs: int, inputs: int) -> int:
+    """At most: kernels differ by CPU."""
     filled = _whole(outputs, _INT8_OUTPUTS) * _whole(inputs, _INT8_INPUTS)
     return filled + outputs * _SCALE_BYTES
 
 
+def _int4_bytes(outputs: int, inputs: int) -> int:
+    return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
+
+
 def _whole(count: int, block: int) -> int:
     return -(-count // block) * block
+
+
+ROUNDED = {
+    DraftWeights.INT8: Rounded(share=0.5, fits=lambda outputs, inputs: True, nbytes=_int8_bytes),
+    DraftWeights.INT4: Rounded(
+        share=0.3,
+        fits=lambda outputs, inputs: outputs % _INT4_OUTPUTS == 0 and inputs % GROUP == 0,
+        nbytes=_int4_bytes,
+    ),
+}
+
+
+def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:
+    """Whether a weight [outputs, inputs] can be rounded so."""
+    return weights in ROUNDED and ROUNDED[weights].fits(outputs, inputs)
+
+
+def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
+    """Bytes of a rounded weight [outputs, inputs]."""
+    return ROUNDED[weights].nbytes(outputs, inputs)
 
 
 def embedding_bytes(rows: int, width: int) -> int:
