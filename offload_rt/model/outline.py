@@ -8,6 +8,7 @@ is empty. No torch here; other families than those of the table need it (`outlin
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from offload_rt.model.shards import PICKLES
 Shapes = dict[str, tuple[int, ...]]
 
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
-DEFAULT_DTYPE = "bfloat16"
+_DEFAULT_DTYPE = "bfloat16"
 _FILE = "model.safetensors"
 _WEIGHTS = (".safetensors", ".gguf", *PICKLES)
 
@@ -77,7 +78,8 @@ def outline_checkpoint(folder: Path) -> Checkpoint:
         return known
     from offload_rt.model.outline_modules import outline_modules
 
-    return outline_modules(config, folder)
+    of_shapes = partial(_checkpoint_of, folder, config)
+    return outline_modules(config, folder, config.dtype or _DEFAULT_DTYPE, of_shapes)
 
 
 def outline_known(config: ModelConfig, folder: Path) -> Checkpoint | None:
@@ -93,14 +95,14 @@ def outline_known(config: ModelConfig, folder: Path) -> Checkpoint | None:
     shapes["model.norm.weight"] = (config.hidden_size,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    return checkpoint_of(folder, config, shapes)
+    return _checkpoint_of(folder, config, shapes)
 
 
-def checkpoint_of(
+def _checkpoint_of(
     folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint:
     """A checkpoint of these tensors, one behind the other in the format that config.json names."""
-    code, offset, tensors = _CODES[config.dtype or DEFAULT_DTYPE], 0, {}
+    code, offset, tensors = _CODES[config.dtype or _DEFAULT_DTYPE], 0, {}
     for name, shape in shapes.items():
         nbytes = prod(shape) * DTYPE_BYTES[code]
         tensors[name] = TensorExtent(
