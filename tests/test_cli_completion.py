@@ -35,7 +35,7 @@ def complete(offload_run, monkeypatch, tmp_path):
         ("offload-run plan demo --home ", ["plain,auto", "plain,host", "plain,disk"]),
         ("offload-run plan demo --draft ng", ["dir,ng", "plain,ngram"]),
         ("offload-run bench demo --prompts q", ["file,q"]),
-        ("offload-run medusa c", ["plain,calibrate", "plain,convert"]),
+        ("offload-run medusa c", ["plain,calibrate"]),
         ("offload-run completion b", ["plain,bash"]),
     ],
 )

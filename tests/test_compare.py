@@ -459,7 +459,11 @@ def test_workers_of_other_environments_need_nothing_of_ours():
     files += [f for f in (PACKAGE / "baselines/workers").glob("*.py") if "offload_rt" not in f.name]
     assert len(files) >= 8
     for path in files:
-        for node in ast.walk(ast.parse(path.read_text())):
+        tree = ast.parse(path.read_text())
+        for check in [n for n in tree.body if isinstance(n, ast.If)]:
+            if ast.unparse(check.test) == "TYPE_CHECKING":  # never run
+                tree.body.remove(check)
+        for node in ast.walk(tree):
             if isinstance(node, ast.ImportFrom) and node.module.startswith("offload_rt"):
                 assert node.module.startswith("offload_rt.baselines.workers."), path
             assert not (isinstance(node, ast.Import) and "offload_rt" in node.names[0].name), path

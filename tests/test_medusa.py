@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from safetensors.torch import load_file, save_file
-from test_speculation import IDS, chi_square
+from test_speculation import IDS, chi_square, start
 
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
 from offload_rt.engine import Run
@@ -407,7 +407,7 @@ def test_sampled_answers_are_repeatable(llama, heads):
     for rule in (AcceptRule.LOSSLESS, AcceptRule.TYPICAL):
         draft = draft_of(heads["knowing"], accept=rule)
         with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
-            answers = [Run.start(engine, ANSWER, sampling).sequences[0].emitted for _ in range(2)]
+            answers = [start(engine, ANSWER, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
 
 
@@ -416,7 +416,7 @@ def test_a_seeded_answer_is_that_without_heads(llama, heads):
     runs = []
     for draft in (DraftConfig(), draft_of(heads["knowing"])):
         with engine_for(llama, tokens=ANSWER, draft=draft) as engine:
-            runs.append(Run.start(engine, ANSWER, sampling))
+            runs.append(start(engine, ANSWER, sampling))
     assert runs[0].sequences[0].emitted == runs[1].sequences[0].emitted
     assert runs[1].counts.accepted > 0
 
