@@ -17,6 +17,7 @@ from offload_rt.cli.headline import More, headline, more_memory
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
+from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_picture
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -31,7 +32,7 @@ from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_run
-from offload_rt.planning.run import RunLoad, bytes_per_pass
+from offload_rt.planning.run import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
@@ -40,6 +41,7 @@ from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.text.files import check_tokenizer_files
+from offload_rt.trace import TraceEvent
 from offload_rt.units import format_size
 
 _FEW_CHARS = 24
@@ -59,6 +61,15 @@ _log = logging.getLogger(__name__)
     show_default="none",
     help="File to write the plan to, for --plan of this and other verbs.",
 )
+@click.option(
+    "--timeline",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="none",
+    help="File to draw one step in, as it is simulated: .html, .png, or .json for "
+    "https://ui.perfetto.dev.",
+)
+@click.option("-v", "--verbose", is_flag=True, help="Show a step as text, too; log to stderr.")
 @options.json_option
 def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     """Show what would live where, who would draft, and how fast that should be.
@@ -67,7 +78,9 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     is that of `chat`: 4096 tokens, or what the model was made for if that is less; the whole of it
     is counted as one prompt. Answers are assumed to be greedy.
     """
-    quiet_libraries(Output(json=values["json"]))
+    quiet_libraries(Output(json=values["json"], verbose=values["verbose"]))
+    if values["timeline"] is not None:
+        check_picture(values["timeline"])
     values, given = with_plan(values)
     config = runtime_of(values)
     checkpoint, from_files = open_or_outline(resolve_model(model))
@@ -77,10 +90,15 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"])
     if values["output"] is not None:
         write_plan(values["output"], plan_file(checkpoint, outlook.plan))
+    if values["timeline"] is not None:
+        title = f"{checkpoint.name} on {outlook.speeds.profile.name}, simulated"
+        write_picture(values["timeline"], outlook.events, title)
     if values["json"]:
         click.echo(json.dumps(_as_json(outlook)))
     else:
         click.echo(_as_table(outlook))
+        if values["verbose"]:
+            click.echo("\n".join(timeline_lines(outlook.events)))
     return 0
 
 
@@ -118,6 +136,21 @@ class _Outlook:
     @property
     def bytes_per_pass(self) -> int:
         return bytes_per_pass(self.checkpoint, self.config, self.device, self.placement)
+
+    @property
+    def events(self) -> list[TraceEvent]:
+        """What the streams are busy with in one of the first steps."""
+        plan = self.plan
+        run = PlacedRun(
+            checkpoint=self.checkpoint,
+            config=self.config,
+            speeds=self.speeds,
+            placement=self.placement,
+            context_tokens=self.context_tokens,
+        )
+        first = self.drafting.config.limited(plan.first_nodes)
+        events = run.events(dataclasses.replace(self.drafting, config=first), plan.expected)
+        return [event.scaled(plan.level) for event in events]
 
     @property
     def smallest_bytes(self) -> int:

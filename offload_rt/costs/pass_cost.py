@@ -12,7 +12,14 @@ from enum import StrEnum
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import Speeds
-from offload_rt.costs.timeline import ReplayedPass, ReplayLayer, ReplayPass, replay
+from offload_rt.costs.timeline import (
+    ReplayedPass,
+    ReplayLayer,
+    ReplayPass,
+    Span,
+    replay,
+    steady_spans,
+)
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import (
@@ -339,11 +346,7 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
     Raises:
         ConfigError: layers or KV are streamed, but there is no slot, or no speed.
     """
-    _check(load, times)
-    done, alone = _replayed(load, times), times
-    for _ in range(_SETTLING if times.slowdown else 0):
-        times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
-        done = _replayed(load, times)
+    done, times = _settled(load, times)
     kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + load.between_s
     return PassCost(
         pass_s=done.pass_s,
@@ -358,6 +361,26 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
     )
 
 
+def spans_of(load: PassLoad, times: PassTimes) -> list[Span]:
+    """What the streams do in one of those passes.
+
+    Raises:
+        ConfigError: layers or KV are streamed, but there is no slot, or no speed.
+    """
+    _, times = _settled(load, times)
+    return steady_spans(_replay_pass(load, times))
+
+
+def _settled(load: PassLoad, times: PassTimes) -> tuple[ReplayedPass, PassTimes]:
+    """Passes that repeat themselves, with kernels as slow as they are beside their copies."""
+    _check(load, times)
+    done, alone = replay(_replay_pass(load, times)), times
+    for _ in range(_SETTLING if times.slowdown else 0):
+        times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
+        done = replay(_replay_pass(load, times))
+    return done, times
+
+
 def _beside(times: PassTimes, share: float) -> PassTimes:
     """The times of kernels during that share of which weights come from a disk."""
     *layers, head = [1.0 + share * (factor - 1.0) for factor in times.slowdown]
@@ -369,9 +392,9 @@ def _beside(times: PassTimes, share: float) -> PassTimes:
     )
 
 
-def _replayed(load: PassLoad, times: PassTimes) -> ReplayedPass:
+def _replay_pass(load: PassLoad, times: PassTimes) -> ReplayPass:
     rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
-    work = ReplayPass(
+    return ReplayPass(
         layers=_replay_layers(load, times),
         slots=load.slots,
         kv_slots=load.kv_slots,
@@ -383,7 +406,6 @@ def _replayed(load: PassLoad, times: PassTimes) -> ReplayedPass:
         hop_s=times.hop_s,
         end_s=times.head_s + load.between_s,
     )
-    return replay(work)
 
 
 def _check(load: PassLoad, times: PassTimes) -> None:

@@ -12,12 +12,24 @@ from dataclasses import dataclass, replace
 
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected, draft_parts
 from offload_rt.costs.pass_cost import Limit, PassCost, PassLoad
+from offload_rt.costs.timeline import Span, SpanKind
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.profiling.profile import Obtained
+from offload_rt.trace import Lane, TraceEvent
 
 STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
 
+_CALLED = {
+    SpanKind.WEIGHTS: (Lane.COPY, "weights of layer {}"),
+    SpanKind.KV: (Lane.KV, "KV of layer {}"),
+    SpanKind.KV_BACK: (Lane.KV, "new KV of layer {} goes home"),
+    SpanKind.ATTENTION: (Lane.COMPUTE, "attention of layer {} to KV from home"),
+    SpanKind.LAYER: (Lane.COMPUTE, "layer {}"),
+    SpanKind.END: (Lane.COMPUTE, "output head"),
+}
+
 Price = Callable[[PassLoad], PassCost]
+Events = list[TraceEvent]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +49,11 @@ class StepWork:
     expected: Expected = Expected()
     parts: tuple[DraftPart, ...] = ()
     host_s: float = STEP_S
+
+    @property
+    def drafting_streams(self) -> bool:
+        """Whether the drafter's passes use the ring."""
+        return any(part.load is not None and part.load.streamed for part in self.parts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,12 +167,11 @@ def predict(work: StepWork, price: Price) -> Prediction:
 
 def _with_draft(work: StepWork, price: Price) -> PassCost:
     """The cost of the pass that checks a draft, and of drafting before it."""
-    loads = [part.load for part in work.parts if part.load is not None]
     drafting_s = sum(
         part.times * (part.seconds if part.load is None else price(part.load).pass_s)
         for part in work.parts
     )
-    if not any(load.streamed for load in loads):
+    if not work.drafting_streams:
         return price(replace(work.load, between_s=drafting_s))
     cost = price(work.load)
     return replace(
@@ -164,3 +180,45 @@ def _with_draft(work: StepWork, price: Price) -> PassCost:
         compute_s=cost.compute_s + drafting_s,
         between_s=drafting_s,
     )
+
+
+def step_events(work: StepWork, price: Price, spans: Callable[[PassLoad], list[Span]]) -> Events:
+    """What the streams are busy with in a step that has a draft, from the begin of its pass on.
+
+    Drafting for the next step comes last.
+
+    Args:
+        work: of the step.
+        price: tells the cost of a pass.
+        spans: tells what the streams do in a pass.
+    """
+    drafting_s = _with_draft(work, price).between_s
+    between_s = 0.0 if work.drafting_streams else drafting_s
+    load = replace(work.load, between_s=between_s)
+    events, end_s = [], 0.0
+    for span in spans(load):
+        lane, name = _CALLED[span.kind]
+        stop_s = span.end_s - (between_s if span.kind is SpanKind.END else 0.0)
+        if span.layer < 0:
+            end_s = stop_s
+        if stop_s > span.start_s:
+            details = {"layer": span.layer, "bytes": span.nbytes} if span.layer >= 0 else {}
+            events.append(
+                TraceEvent(
+                    name=name.format(span.layer),
+                    lane=f"{lane} {span.device}" if load.devices > 1 else lane,
+                    start_s=span.start_s,
+                    end_s=stop_s,
+                    details=details,
+                )
+            )
+    if drafting_s:
+        events.append(
+            TraceEvent(
+                name="drafting for the next step",
+                lane=Lane.DRAFTING,
+                start_s=end_s,
+                end_s=end_s + drafting_s,
+            )
+        )
+    return events

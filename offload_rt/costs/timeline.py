@@ -6,7 +6,8 @@ simulated streams; nothing here computes what overlaps with what.
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import StrEnum
 from typing import TypeAlias
 
 from offload_rt.device.sim import SimBuffer, SimEvent, SimLink, SimStream
@@ -83,20 +84,68 @@ class ReplayedPass:
     transfer_s: float
 
 
+class SpanKind(StrEnum):
+    """What a stream is busy with."""
+
+    WEIGHTS = "weights"
+    KV = "KV"
+    KV_BACK = "KV back"
+    ATTENTION = "attention"
+    LAYER = "layer"
+    END = "end"
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A stream is busy with a layer; what comes after the layers has no number."""
+
+    kind: SpanKind
+    device: int
+    layer: int
+    start_s: float
+    end_s: float
+    nbytes: int = 0
+
+
 def replay(work: ReplayPass) -> ReplayedPass:
     """Run passes until one repeats the one before, and measure it."""
     devices = [_Device(work, device) for device in range(len(work.home_bytes_per_s))]
+    starts, steady = _run_passes(work, devices)
+    timed = 1 if steady else _TIMED_PASSES
+    links_s = [_link_s(work, device) for device in range(len(devices))]
+    pass_s = (starts[-1] - starts[-1 - timed]) / timed
+    # A link that is a little behind may lose its lead over more passes than were run.
+    return ReplayedPass(max(pass_s, *links_s), max(links_s))
+
+
+def steady_spans(work: ReplayPass) -> list[Span]:
+    """What the streams do in the last of these passes, from its begin on.
+
+    What reaches over an end of the pass is cut there: as passes repeat each other, the rest of it
+    is at the other end.
+    """
+    devices = [_Device(work, device) for device in range(len(work.home_bytes_per_s))]
+    for device in devices:
+        device.watch()
+    starts, _ = _run_passes(work, devices)
+    begin_s, end_s = starts[-2:]
+    cut = []
+    for span in (span for device in devices for span in device.spans):
+        start_s, stop_s = max(span.start_s, begin_s), min(span.end_s, end_s)
+        if stop_s > start_s:
+            cut.append(replace(span, start_s=start_s - begin_s, end_s=stop_s - begin_s))
+    return sorted(cut, key=lambda span: (span.start_s, span.end_s))
+
+
+def _run_passes(work: ReplayPass, devices: Sequence["_Device"]) -> tuple[list[float], bool]:
+    """Run passes until one repeats the one before; returns when each began, and whether one did."""
     starts, last, steady = [0.0], list[float](), False
     while len(starts) <= _MOST_PASSES and not steady:
         trace = [time_s - starts[-1] for time_s in _run_pass(work, devices)]
         starts.append(devices[0].compute.time_s)
         steady = _repeats(last, trace, starts[-1] - starts[-2])
         last = trace
-    timed = 1 if steady else _TIMED_PASSES
-    links_s = [_link_s(work, device) for device in range(len(devices))]
-    pass_s = (starts[-1] - starts[-1 - timed]) / timed
-    # A link that is a little behind may lose its lead over more passes than were run.
-    return ReplayedPass(max(pass_s, *links_s), max(links_s))
+    return starts, steady
 
 
 def _repeats(last: Sequence[float], trace: Sequence[float], length_s: float) -> bool:
@@ -126,7 +175,7 @@ def _run_pass(work: ReplayPass, devices: Sequence["_Device"]) -> list[float]:
     for device in devices:
         device.end_pass()
     _hop(here, devices[0], work.hop_s)
-    devices[0].compute.kernel(reads=[], writes=[], seconds=work.end_s)
+    devices[0].run_end(work.end_s)
     for device in devices:
         trace += device.times()
     return trace
@@ -160,9 +209,11 @@ class _Device:
         moves_kv = any(layer.kv_bytes or layer.back_bytes for layer in mine.values())
         # A stream that nobody uses would stay behind: it would seem that no pass repeats another.
         link = SimLink() if home and moves_kv else None
+        self.spans: list[Span] = []
+        self._watched, self._device, self._home = False, device, home
         self.compute = SimStream(f"compute {device}")
         rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
-        copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
+        self._copy = copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
         self._kv_copy = SimStream(
             f"KV {device}",
             work.kv_bytes_per_s,
@@ -183,6 +234,36 @@ class _Device:
         """Where the streams in use are."""
         return [stream.time_s for stream in self._streams]
 
+    def watch(self) -> None:
+        """Keep in `spans` what the streams do from now on."""
+        what = {id(source): (SpanKind.WEIGHTS, layer) for layer, source in self._home.items()}
+        what |= {id(source): (SpanKind.KV, layer) for (layer, *_), source in self._kv_home.items()}
+        what |= {id(rows.memory): (SpanKind.KV_BACK, i) for i, rows in self._rows.items()}
+
+        def keep(source: SimBuffer, start_s: float, end_s: float) -> None:
+            kind, layer = what[id(source)]
+            self.spans.append(Span(kind, self._device, layer, start_s, end_s, source.nbytes))
+
+        self._copy.watch = self._kv_copy.watch = keep
+        self._watched = True
+
+    def run_end(self, seconds: float) -> None:
+        """Enqueue what follows the layers."""
+        self._compute(SpanKind.END, -1, seconds)
+
+    def _compute(
+        self,
+        kind: SpanKind,
+        layer: int,
+        seconds: float,
+        reads: Sequence[SimBuffer] = (),
+        writes: Sequence[SimBuffer] = (),
+    ) -> None:
+        start_s = self.compute.time_s
+        self.compute.kernel(reads=reads, writes=writes, seconds=seconds)
+        if self._watched:
+            self.spans.append(Span(kind, self._device, layer, start_s, self.compute.time_s))
+
     def run_layer(self, index: int, layer: ReplayLayer) -> None:
         """Enqueue a layer: attention to blocks as they come in, then the rest of its kernels."""
         rows = self._rows.get(index)
@@ -193,9 +274,9 @@ class _Device:
             for block in blocks:
                 with self._kv.lend(block) as buffer:
                     seconds = layer.kv_kernel_s / len(blocks)
-                    self.compute.kernel(reads=[buffer], writes=[], seconds=seconds)
+                    self._compute(SpanKind.ATTENTION, index, seconds, reads=[buffer])
             written = [rows.memory] if rows is not None else []
-            self.compute.kernel(reads=weights, writes=written, seconds=layer.kernel_s)
+            self._compute(SpanKind.LAYER, index, layer.kernel_s, weights, written)
 
     def end_pass(self) -> None:
         """Send new rows home."""

@@ -5,7 +5,7 @@ buffer remembers who wrote and who read it last; touching it without having wait
 `StreamOrderError`, where a GPU would silently compute with stale bytes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from offload_rt.device.base import CopyStatistics, Event
@@ -46,10 +46,12 @@ class SimLink:
 
     Attributes:
         busy_s: time it has carried bytes.
+        pieces: when it carried the last copy, from when until when.
     """
 
     def __init__(self) -> None:
         self.busy_s = 0.0
+        self.pieces: list[tuple[float, float]] = []
         self._end_s = 0.0
         self._gaps: list[tuple[float, float]] = []  # free times before the end
         self._streams: list[SimStream] = []
@@ -61,6 +63,7 @@ class SimLink:
     def carry(self, ready_s: float, seconds: float) -> float:
         """Carry a copy that is ready at a time and takes so long; returns when it is done."""
         self.busy_s += seconds
+        self.pieces = []
         oldest_s = min(stream.time_s for stream in self._streams)
         gaps, self._gaps, rest_s, done_s = self._gaps, [], seconds, ready_s
         for start_s, end_s in gaps:
@@ -68,6 +71,7 @@ class SimLink:
             used_s = min(rest_s, max(0.0, end_s - begin_s))
             if used_s > _ROUNDING_S:
                 rest_s, done_s = rest_s - used_s, begin_s + used_s
+                self.pieces.append((begin_s, done_s))
             pieces = ((start_s, min(begin_s, end_s)), (begin_s + used_s, end_s))
             self._gaps += [(a, b) for a, b in pieces if b > max(a, oldest_s)]
         if rest_s > _ROUNDING_S:
@@ -75,6 +79,7 @@ class SimLink:
             if begin_s > self._end_s:
                 self._gaps.append((self._end_s, begin_s))
             self._end_s = done_s = begin_s + rest_s
+            self.pieces.append((begin_s, done_s))
         return done_s
 
 
@@ -88,6 +93,10 @@ class SimStream:
         back_bytes_per_s: speed of `store`, which has a direction of the link for itself; None: that
             of `copy`.
         delay_s: from when the last byte of a copy is carried until its events say so.
+
+    Attributes:
+        watch: is told of each copy its source, and from when until when it was carried; a copy
+            that others interrupted comes in pieces.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class SimStream:
         delay_s: float = 0.0,
     ) -> None:
         self.name, self.bytes_per_s = name, bytes_per_s
+        self.watch: Callable[[SimBuffer, float, float], None] | None = None
         self._delay_s = delay_s
         self.back_bytes_per_s = back_bytes_per_s or bytes_per_s
         self.time_s = 0.0
@@ -116,16 +126,13 @@ class SimStream:
         done_s = self.time_s + seconds
         if self._link is not None:
             done_s = self._link.carry(self.time_s, seconds)
-        self.kernel(reads=[src], writes=[dst], seconds=done_s - self.time_s)
-        self._busy_s += seconds
-        self._bytes_copied += src.nbytes
+        pieces = self._link.pieces if self._link is not None else ()
+        self._move(dst, src, done_s - self.time_s, busy_s=seconds, pieces=pieces)
 
     def store(self, dst: SimBuffer, src: SimBuffer) -> None:
         """Enqueue a copy of `src` back to a home."""
         seconds = src.nbytes / self.back_bytes_per_s
-        self.kernel(reads=[src], writes=[dst], seconds=seconds)
-        self._busy_s += seconds
-        self._bytes_copied += src.nbytes
+        self._move(dst, src, seconds, busy_s=seconds)
 
     def kernel(
         self, *, reads: Sequence[SimBuffer], writes: Sequence[SimBuffer], seconds: float
@@ -168,6 +175,23 @@ class SimStream:
     def statistics(self) -> CopyStatistics:
         """What has been copied so far, in virtual time."""
         return CopyStatistics(bytes_copied=self._bytes_copied, busy_s=self._busy_s)
+
+    def _move(
+        self,
+        dst: SimBuffer,
+        src: SimBuffer,
+        seconds: float,
+        *,
+        busy_s: float,
+        pieces: Sequence[tuple[float, float]] = (),
+    ) -> None:
+        start_s = self.time_s
+        self.kernel(reads=[src], writes=[dst], seconds=seconds)
+        self._busy_s += busy_s
+        self._bytes_copied += src.nbytes
+        if self.watch is not None:
+            for piece in pieces or [(start_s, self.time_s)]:
+                self.watch(src, *piece)
 
     def _require(self, access: Access | None, what: str) -> None:
         if access is not None and self._clock.get(access[0], 0) < access[1]:

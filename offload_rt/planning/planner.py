@@ -60,6 +60,7 @@ class Plan:
         prediction: what a step should take, of the first ones; None without a profile.
         outlooks: what drafts of each size should give and take, for the controller; empty if the
             number of tokens is fixed.
+        expected: how often drafts of the first steps should be right.
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
         level: times of recent runs over the profile's, by which all predicted ones are corrected.
@@ -71,6 +72,7 @@ class Plan:
     placement: Placement
     prediction: Prediction | None = None
     outlooks: tuple[StepOutlook, ...] = ()
+    expected: Expected = Expected()
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
     level: float = 1.0
@@ -190,6 +192,7 @@ def plan_run(
         placement=chosen.placement,
         prediction=chosen.prediction,
         outlooks=() if _is_fixed(draft) else tuple(search.outlooks(chosen)),
+        expected=search.expected(best.draft),
         considered=tuple(considered),
         smallest_bytes=min(
             *(_smallest(c.placement, runtime) for c in found),
@@ -369,11 +372,11 @@ class _Search:
             context_tokens=load.prompt_tokens // sequences,
             sequences=sequences,
         )
-        expected = self._expected(drafting.config)
+        expected = self.expected(drafting.config)
         made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
         return made.scaled(self._means.level(bool(placement.streamed)))
 
-    def _expected(self, draft: DraftConfig) -> Expected:
+    def expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""
         if not draft.nodes:
             return Expected()

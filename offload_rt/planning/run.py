@@ -10,12 +10,14 @@ from offload_rt.costs.pass_cost import (
     LinkRates,
     PassCost,
     PassLoad,
+    PassTimes,
     cost_of,
     home_rates,
     pass_times,
+    spans_of,
 )
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
-from offload_rt.costs.step import Prediction, predict, step_work
+from offload_rt.costs.step import Events, Prediction, predict, step_events, step_work
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
@@ -143,14 +145,23 @@ class PlacedRun:
         away = None if kv is None else HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
         return home_rates(self.speeds, self.config, load, self.placement.home, away)
 
+    def times(self, load: PassLoad) -> PassTimes:
+        """How long the parts of a pass take."""
+        speeds = self.speeds
+        return pass_times(speeds.profile, load, speeds.processor, self.rates(load))
+
     def cost(self, load: PassLoad) -> PassCost:
         """What a pass costs."""
-        speeds = self.speeds
-        return cost_of(load, pass_times(speeds.profile, load, speeds.processor, self.rates(load)))
+        return cost_of(load, self.times(load))
 
     def predict(self, drafting: Drafting, expected: Expected) -> Prediction:
         """What a step takes that drafts so."""
         return predict(step_work(self.model, drafting, expected), self.cost)
+
+    def events(self, drafting: Drafting, expected: Expected) -> Events:
+        """What the streams are busy with in such a step."""
+        work = step_work(self.model, drafting, expected)
+        return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
 
 
 def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
