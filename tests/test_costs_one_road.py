@@ -27,11 +27,12 @@ from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.demand import settled
 from offload_rt.planning.drafting import MADE, SIZES, Yield
 from offload_rt.planning.expectation import Acceptance, expect
-from offload_rt.planning.planner import _INNER_RATES, Means, plan_run
+from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.run import PlacedRun, RunLoad, place_run
 from offload_rt.planning.scenario import Home, ModelShape, PlacementShape, Scenario
 from offload_rt.planning.simulate import simulate
 from offload_rt.profiling.store import load_profile
+from offload_rt.speculative.kinds import kind_of
 
 GIB = 2**30
 SAME = 0.01
@@ -103,11 +104,12 @@ def drafters(machine):
     yield DraftConfig(draft="model:x", draft_tokens=4, draft_window=128), CHAIN
     yield DraftConfig(draft="medusa:x", draft_tokens=63), TREE
     for weights, kept in retrieval.items():
-        below = dataclasses.replace(CHAIN, inner=((_INNER_RATES["ngram"],),))
-        yield DraftConfig(draft="triforce", draft_tokens=8, retrieval=kept), below
-        below = dataclasses.replace(CHAIN, inner=((_INNER_RATES["model"],),))
-        known = {"draft": "triforce:x", "draft_weights": weights, "draft_tokens": 8}
-        yield DraftConfig(**known, retrieval=kept), below
+        known = {"draft_tokens": 8, "retrieval": kept}
+        alone = DraftConfig(draft="triforce", **known)
+        helped = DraftConfig(draft="triforce:x", draft_weights=weights, **known)
+        for draft in (alone, helped):
+            rates = kind_of(draft.kind).inner_rates(draft)  # what the planner assumes
+            yield draft, dataclasses.replace(CHAIN, inner=tuple((rate,) for rate in rates))
 
 
 def drafting_of(draft, small, speeds):
