@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from offload_rt.planning.drafting import NOTHING_SEEN, Outcome, Seen, Tally
-from offload_rt.planning.experience import add_seen, read_seen
+from offload_rt.planning.history import add_seen, read_seen
+from offload_rt.planning.yields import NOTHING_SEEN, Outcome, Seen, Tally
 from offload_rt.session import means
 from offload_rt.session.means import experience_path
 

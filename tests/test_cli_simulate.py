@@ -11,7 +11,12 @@ from test_profile import PROJECT
 from test_scenario import CHAIN, LAYER_70B, tree_of
 
 from offload_rt.costs.drafters import NGRAM_S
-from offload_rt.planning.scenario import DrafterShape, ModelShape, PlacementShape, Scenario
+from offload_rt.planning.scenarios.scenario import (
+    DrafterShape,
+    ModelShape,
+    PlacementShape,
+    Scenario,
+)
 from offload_rt.session import means
 
 GPU = "rtx4090-pcie4x16"

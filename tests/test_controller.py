@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_rt.planning.controller import Controller, StepOutlook
-from offload_rt.planning.drafting import Outcome
+from offload_rt.planning.yields import Outcome
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)
 

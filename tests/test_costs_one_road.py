@@ -25,12 +25,12 @@ from offload_rt.costs.machine import FreeMemory, speeds_there
 from offload_rt.costs.step import STEP_S
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.demand import settled
-from offload_rt.planning.drafting import MADE, SIZES, Yield
-from offload_rt.planning.expectation import Acceptance, expect
+from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.given_rates import Acceptance, expect
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.planning.run import PlacedRun, RunLoad, place_run
-from offload_rt.planning.scenario import Home, ModelShape, PlacementShape, Scenario
-from offload_rt.planning.simulate import simulate
+from offload_rt.planning.scenarios.scenario import Home, ModelShape, PlacementShape, Scenario
+from offload_rt.planning.scenarios.simulate import simulate
+from offload_rt.planning.yields import MADE, SIZES, Yield
 from offload_rt.profiling.store import load_profile
 from offload_rt.speculative.kinds import kind_of
 

@@ -19,8 +19,8 @@ from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.planning.fit import choose_home
 from offload_rt.planning.placement import Demand, Placement
-from offload_rt.planning.run import choose_home
 from offload_rt.streaming.memory_home import MemoryHome
 
 MIB = 2**20

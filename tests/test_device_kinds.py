@@ -14,7 +14,7 @@ from offload_rt.kv.sizes import kv_places, plan_kv
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.base import resolve_weights, rounded_kind
 from offload_rt.planning.demand import Drafting, drafter_bytes
-from offload_rt.planning.run import RunLoad, place_run
+from offload_rt.planning.fit import RunLoad, place_run
 
 FREE = FreeMemory(device_bytes=2**30, host_bytes=2**30)
 

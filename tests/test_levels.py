@@ -13,10 +13,10 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.device.kinds import CPU
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning.drafting import expected_yield
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import LASTS_S, LEAST, MOST, LevelKey, Pace, add_level, read_level
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.planning.run import RunLoad
+from offload_rt.planning.yields import expected_yield
 from offload_rt.session.means import levels_path
 
 KEY = LevelKey(machine="box of 2026, cpu, 2 threads", streams=True, model="big of 9 bytes")

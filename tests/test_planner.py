@@ -14,9 +14,9 @@ from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.planning.drafting import Seen, Yield, expected_yield
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, make_plan, plan_run
-from offload_rt.planning.run import RunLoad
+from offload_rt.planning.yields import Seen, Yield, expected_yield
 from offload_rt.profiling.store import load_profile
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import kind_of

@@ -7,8 +7,8 @@ import pytest
 from test_profile import PROJECT
 
 from offload_rt.errors import ConfigError
-from offload_rt.planning.published import TOLERANCE, compare, compare_published
-from offload_rt.planning.scenario import given_keys
+from offload_rt.planning.scenarios.published import TOLERANCE, compare, compare_published
+from offload_rt.planning.scenarios.scenario import given_keys
 from offload_rt.profiling.adjust import adjust_profile
 from offload_rt.profiling.profile import Obtained
 from offload_rt.profiling.store import load_profile

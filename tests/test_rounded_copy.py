@@ -26,9 +26,9 @@ from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
 from offload_rt.planning.demand import rounded_copy_bytes
-from offload_rt.planning.drafting import expected_yield
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.planning.run import RunLoad
+from offload_rt.planning.yields import expected_yield
 from offload_rt.runner import loading
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 320}
@@ -280,7 +280,7 @@ def test_int8_copies_on_a_gpu_are_refused(gpu, make_tiny):  # noqa: F811
 
 def test_what_it_gives_is_kept_apart(make_tiny):
     """Copies are right less often: their counts are their own, and old counts stay found."""
-    from offload_rt.planning.experience import experience_key
+    from offload_rt.planning.history import experience_key
 
     target = open_checkpoint(make_tiny("llama", **IDS))
     keys = [experience_key(target, triforce(w), None, SamplingConfig()) for w in (SAME, INT8, INT4)]

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_profile import PROJECT
 
 from offload_rt.errors import ConfigError, OffloadError, PlanError
-from offload_rt.planning.scenario import ModelShape, load_scenario, read_scenario
-from offload_rt.planning.simulate import simulate
+from offload_rt.planning.scenarios.scenario import ModelShape, load_scenario, read_scenario
+from offload_rt.planning.scenarios.simulate import simulate
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.records import MalformedError, to_json
 from offload_rt.profiling.store import load_profile

@@ -21,9 +21,9 @@ from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.demand import settled
-from offload_rt.planning.drafting import MADE
-from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
-from offload_rt.planning.run import PlacedRun, RunLoad, place_run
+from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
+from offload_rt.planning.yields import MADE
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile
 

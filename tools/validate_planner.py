@@ -41,9 +41,9 @@ from offload_rt.device.system import free_memory_bytes, thread_times, wait_aslee
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.planning.drafting import NOTHING_SEEN, Seen, Yield, expected_yield
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.planning.run import RunLoad
+from offload_rt.planning.yields import NOTHING_SEEN, Seen, Yield, expected_yield
 from offload_rt.profiling.measure import measure as measure_machine
 from offload_rt.profiling.store import find_profile, load_profile, save_profile
 from offload_rt.report import RunReport

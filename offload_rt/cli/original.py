@@ -8,8 +8,8 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.errors import OffloadError
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.outline import outline_known
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import plan_run
-from offload_rt.planning.run import RunLoad
 from offload_rt.session.means import means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.units import format_size

@@ -29,10 +29,10 @@ from offload_rt.kv.sizes import KVPlan
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
+from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_run
-from offload_rt.planning.run import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS

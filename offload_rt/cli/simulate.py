@@ -31,12 +31,12 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
 from offload_rt.planning.demand import settled
-from offload_rt.planning.expectation import Acceptance, expect, parse_ranks
+from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.published import Comparison, compare_published
-from offload_rt.planning.run import PlacedRun, RunLoad, place_run
-from offload_rt.planning.scenario import load_scenario
-from offload_rt.planning.simulate import simulate
+from offload_rt.planning.scenarios.published import Comparison, compare_published
+from offload_rt.planning.scenarios.scenario import load_scenario
+from offload_rt.planning.scenarios.simulate import simulate
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile

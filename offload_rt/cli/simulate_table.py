@@ -14,8 +14,8 @@ from offload_rt.config import HomeKind
 from offload_rt.costs.step import Prediction
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.published import TOLERANCE, Comparison
-from offload_rt.planning.scenario import SCENARIO_VERSION, Scenario
+from offload_rt.planning.scenarios.published import TOLERANCE, Comparison
+from offload_rt.planning.scenarios.scenario import SCENARIO_VERSION, Scenario
 from offload_rt.profiling.profile import Obtained
 from offload_rt.units import format_size, format_speed
 

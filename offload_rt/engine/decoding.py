@@ -22,7 +22,7 @@ from offload_rt.engine.diagnosis import no_token
 from offload_rt.engine.engine import Engine
 from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
 from offload_rt.errors import CapacityError, ConfigError, NumbersError
-from offload_rt.planning.drafting import Outcome
+from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
     Counters,
     RetrievalCounts,

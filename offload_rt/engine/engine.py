@@ -31,10 +31,10 @@ from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.planning.controller import Controller
-from offload_rt.planning.drafting import Tally
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
-from offload_rt.planning.run import RunLoad
+from offload_rt.planning.yields import Tally
 from offload_rt.report import Counters, Memory, RetrievalCounts
 from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
 from offload_rt.runner.runner import Rows, Runner

@@ -13,7 +13,7 @@ tokens a second. Sizes that are not in use are judged by what is known of them:
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from offload_rt.planning.drafting import Outcome
+from offload_rt.planning.yields import Outcome
 
 _MEMORY = 16  # steps an average looks back, about
 _PRIOR_WEIGHT = 2.0  # steps the plan's expectation counts for

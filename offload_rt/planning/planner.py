@@ -1,6 +1,6 @@
 """Choose what lives where, who drafts, and how much, by predicted seconds per token. No torch here.
 
-Each candidate must fit in memory (`run.place_run`); then the seconds of its step are priced
+Each candidate must fit in memory (`fit.place_run`); then the seconds of its step are priced
 (`costs/step.py`). The expected acceptance comes from earlier runs on this machine (`drafting`).
 What the user fixed is fixed in all candidates.
 """
@@ -18,9 +18,9 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.demand import settled
-from offload_rt.planning.drafting import Yield
+from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.placement import Placement, smallest_bytes
-from offload_rt.planning.run import PlacedRun, RunLoad, place_run
+from offload_rt.planning.yields import Yield
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import NAMES, kind_of
 

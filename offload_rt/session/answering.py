@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from offload_rt.config import GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
-from offload_rt.planning.experience import add_seen, experience_key
+from offload_rt.planning.history import add_seen, experience_key
 from offload_rt.planning.levels import LevelKey, add_level
 from offload_rt.report import RunReport
 from offload_rt.session.means import (

@@ -12,11 +12,11 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.drafting import Yield, expected_yield
-from offload_rt.planning.experience import experience_key, read_seen
+from offload_rt.planning.history import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
+from offload_rt.planning.yields import Yield, expected_yield
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import (
     find_profile,

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from offload_rt.costs.step import Prediction
 from offload_rt.errors import ConfigError
-from offload_rt.planning.scenario import Found, Scenario, load_scenario
-from offload_rt.planning.simulate import simulate
+from offload_rt.planning.scenarios.scenario import Found, Scenario, load_scenario
+from offload_rt.planning.scenarios.simulate import simulate
 from offload_rt.profiling.profile import HardwareProfile, Obtained
 from offload_rt.profiling.store import load_profile, shipped_folders
 

@@ -9,7 +9,7 @@ from offload_rt.config import DraftConfig
 from offload_rt.costs.acceptance import chain_tokens, grow_tree
 from offload_rt.costs.drafters import Expected
 from offload_rt.errors import ConfigError
-from offload_rt.planning.drafting import MADE
+from offload_rt.planning.yields import MADE
 from offload_rt.speculative.kinds import NAMES, kind_of
 
 Ranks = tuple[tuple[float, ...], ...]

@@ -7,8 +7,8 @@ from typing import Any
 
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.drafting import NOTHING_SEEN, Seen
 from offload_rt.planning.kept import model_key, read_entries, write_entries
+from offload_rt.planning.yields import NOTHING_SEEN, Seen
 from offload_rt.speculative.kinds import kind_of
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows

@@ -24,7 +24,7 @@ from offload_rt.device.kinds import KINDS
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import block_tokens_for, spread_layers
 from offload_rt.planning.placement import Demand, Placement, place
-from offload_rt.planning.scenario import (
+from offload_rt.planning.scenarios.scenario import (
     DrafterShape,
     DraftKind,
     Home,

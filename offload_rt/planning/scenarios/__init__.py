@@ -1,0 +1,1 @@
+"""Runs of anybody, described in a file: what they would take here, and what was published."""
