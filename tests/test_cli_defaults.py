@@ -6,7 +6,7 @@ import tomllib
 import pytest
 
 from offload_rt.cli.defaults import variables_of, verb_options
-from offload_rt.cli.verb import option_key
+from offload_rt.cli.options import option_key
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Imports point down, what must start fast imports no torch, and nothing unpickles or evals."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -212,6 +213,34 @@ def test_planted_uses_of_the_harness_are_found():
     found = ["offload_rt.baselines.rows", "offload_rt.cli.compare"]
     assert sorted(uses_harness(source, "cli.bench")) == found
     assert uses_harness("from .compare import y", "cli.bench") == found[1:]
+
+
+def circle(files):
+    """Files that import each other, in turn; empty if none do."""
+    graph = {}
+    for module, (source, is_package) in files.items():
+        nodes = ast.walk(ast.parse(source))
+        named = {target for node in nodes for target in targets(node, module, is_package)}
+        graph[module] = {name.removeprefix("offload_rt.") for name in named} & files.keys() - {
+            module
+        }
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_files_import_each_other():
+    files = {m: (p.read_text(), p.name == "__init__.py") for m, p in FILES.items() if m}
+    assert circle(files) == []
+
+
+def test_a_planted_circle_is_found():
+    lazy = "def f():\n    from offload_rt.kv.resident import x"
+    files = {"kv.base": (lazy, False), "kv.resident": ("import offload_rt.kv.base", False)}
+    assert set(circle(files)) == {"kv.base", "kv.resident"}
+    assert circle(files | {"kv.base": ("import json", False)}) == []
 
 
 def test_no_torch_at_import_time():

@@ -17,9 +17,8 @@ from offload_rt.cli.defaults import (
     variables_of,
     verb_options,
 )
-from offload_rt.cli.options import section_names
+from offload_rt.cli.options import option_key, section_names
 from offload_rt.cli.pages import load_verb
-from offload_rt.cli.verb import option_key
 
 
 @click.command()

@@ -16,9 +16,8 @@ from typing import Any
 
 import click
 
-from offload_rt.cli.options import section_names, shared_options
+from offload_rt.cli.options import option_key, section_names, shared_options
 from offload_rt.cli.pages import VERBS, load_verb
-from offload_rt.cli.verb import option_key
 from offload_rt.errors import ConfigError
 
 PREFIX = "OFFLOAD_RT_"

@@ -15,7 +15,6 @@ from click.core import ParameterSource
 from click.shell_completion import CompletionItem
 
 from offload_rt.cli.completion import model_items
-from offload_rt.cli.verb import option_key
 from offload_rt.config import (
     DRAFTERS,
     DraftConfig,
@@ -319,6 +318,11 @@ def shared_options() -> Mapping[str, click.Parameter]:
 
 
 @cache
+def option_key(option: click.Parameter) -> str:
+    """What the user's file calls an option: its long name without dashes."""
+    return option.opts[-1].lstrip("-")
+
+
 def section_names() -> Mapping[str, str]:
     """The section of each option that verbs share, by the option's key."""
     found: dict[str, str] = {}

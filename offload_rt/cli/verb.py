@@ -194,11 +194,6 @@ def sort_words(
     return options, plain
 
 
-def option_key(option: click.Parameter) -> str:
-    """What the user's file calls an option: its long name without dashes."""
-    return option.opts[-1].lstrip("-")
-
-
 def option_name(word: str) -> str:
     """The option in a word: without `=VALUE`, or a value glued to a short option."""
     return word.partition("=")[0] if word.startswith("--") else word[:2]
@@ -222,7 +217,7 @@ def _show_all(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
 
 def _sections(options: Sequence[click.Option]) -> list[tuple[str, list[click.Option]]]:
     """Options by section, in the order in which sections first occur."""
-    from offload_rt.cli.options import section_names
+    from offload_rt.cli.options import option_key, section_names
 
     found: dict[str, list[click.Option]] = {}
     names = section_names()
