@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 import click
@@ -12,6 +13,8 @@ from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.cli.prompt import read_prompt
 from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.trace import write_trace
+from offload_rt.writing import check_target
 
 CommandT = TypeVar("CommandT", bound=Callable[..., Any])
 
@@ -47,6 +50,13 @@ def _answering(command: CommandT) -> CommandT:
 
 
 @click.command()
+@click.option(
+    "--trace",
+    type=click.Path(),
+    default=None,
+    show_default="none",
+    help="File for a timeline of the run (passes, layers, copies, drafts): see ui.perfetto.dev.",
+)
 @_answering
 @click.pass_obj
 def generate(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
@@ -71,7 +81,10 @@ def run(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN4
 
 
 def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
+    trace = None if values.get("trace") is None else Path(values["trace"])
     settings, output = settings_of(values), output_of(values)
+    if trace is not None:
+        check_target(trace)
     quiet_libraries(output)
     console = Console(output)
     with console.waiting(f"opening {model}", stays=False):
@@ -93,8 +106,11 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     with started_engine(
         opened, settings, console, capacities=[capacity], prompt_tokens=len(ids)
     ) as engine:
+        tracer = None if trace is None else engine.trace()
         answering = Answering(opened, engine, settings, console, interrupts, writes=not output.json)
         answer = answering.answer(ids, seeded(settings.sampling))
+        if trace is not None and tracer is not None:
+            write_trace(trace, tracer.events(), f"{opened.name}, measured")
         if output.json:
             write_answer(json.dumps(as_json(answering, answer)) + "\n")
         else:

@@ -216,5 +216,15 @@ class Device(Protocol):
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
 
+    def reached_s(self, event: Event, recorded_s: float) -> float:
+        """When an event was reached, as `time.perf_counter` counts; it must be reached.
+
+        The first call sets a GPU's clock, so that event must have been reached just now.
+
+        Args:
+            event: of any stream of this device.
+            recorded_s: when it was recorded.
+        """
+
     def close(self) -> None:
         """Stop threads and release the queues; buffers die with their last reference."""

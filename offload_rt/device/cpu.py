@@ -36,10 +36,16 @@ class Copies:
     def __init__(self, blocks: int) -> None:
         self.done = threading.Event()
         self.error: BaseException | None = None
+        self.done_s = 0.0
         self._left = blocks
         self._lock = threading.Lock()
         if not blocks:
-            self.done.set()
+            self.finish()
+
+    def finish(self) -> None:
+        """All blocks are done."""
+        self.done_s = time.perf_counter()
+        self.done.set()
 
     def finish_block(self, error: BaseException | None) -> bool:
         """Count one block; returns whether it was the last."""
@@ -158,7 +164,7 @@ class CpuCopyStream:
                 check()
             except Exception as changed:  # noqa: BLE001 - handed to whoever waits for the copy
                 copies.error = copies.error or changed
-            copies.done.set()
+            copies.finish()
 
     def _run_block(self, block: CopyBlock) -> BaseException | None:
         if self._closed.is_set():
@@ -233,6 +239,11 @@ class CpuDevice:
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values as Python integers."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
+
+    def reached_s(self, event: Event, recorded_s: float) -> float:
+        """When the copies an event names were done, or else when it was recorded."""
+        assert isinstance(event, CpuEvent)
+        return max([recorded_s, *(copies.done_s for copies in event.copies)])
 
     def close(self) -> None:
         """Stop the reader threads."""

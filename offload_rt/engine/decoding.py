@@ -21,6 +21,7 @@ from offload_rt.engine.counts import DraftCounts
 from offload_rt.engine.diagnosis import no_token
 from offload_rt.engine.engine import Engine
 from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
+from offload_rt.engine.tracing import PASSES
 from offload_rt.errors import CapacityError, ConfigError, NumbersError
 from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
@@ -35,6 +36,7 @@ from offload_rt.report import (
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.deciding import Checked, decide
+from offload_rt.trace import Lane
 
 _log = logging.getLogger(__name__)
 
@@ -134,11 +136,11 @@ class Run:
     def prefill(self) -> list[Emitted]:
         """Take the prompts through the model in one pass and emit the first tokens."""
         self._marks = [self.engine.counters()]
-        logits = self.engine.forward([(s.index, s.ids) for s in self.sequences], reuse=True)
-        rows = list(logits.split(1))
-        drafts = [Draft()] * len(rows)
         try:
-            verdicts = self._verify(self.sequences, drafts, rows)
+            with self.engine.traced(PASSES, "prompt"):
+                logits = self.engine.forward([(s.index, s.ids) for s in self.sequences], reuse=True)
+                rows = list(logits.split(1))
+                verdicts = self._verify(self.sequences, [Draft()] * len(rows), rows)
         except NumbersError as error:
             raise self._explained(self.sequences[error.place]) from error
         return self._emit(self.sequences, [[verdict.token] for verdict in verdicts])
@@ -151,7 +153,9 @@ class Run:
         start = time.perf_counter()
         drafts = [self._propose(sequence, nodes) for sequence in active]
         drafted_at = time.perf_counter()
-        drafts, verdicts = self._check(active, drafts)
+        drafted = sum(len(draft.tree) for draft in drafts)
+        with self.engine.traced(PASSES, f"pass, {drafted} drafted"):
+            drafts, verdicts = self._check(active, drafts)
         emitted = []
         for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
             path = [draft.tree.tokens[node] for node in verdict.path]
@@ -183,7 +187,8 @@ class Run:
             return Draft()
         start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
-            return sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
+            with self.engine.traced(Lane.DRAFTING, sequence.drafter.name):
+                return sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
         except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
             name, sequence.drafter = sequence.drafter.name, None
             _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 
 import torch
 
@@ -20,10 +20,12 @@ from offload_rt.device.base import DeviceBuffer
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.opening import open_device
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
+from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.followed import FollowedKV
+from offload_rt.kv.offloaded import OffloadedKV
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import retrieval_sizes
@@ -128,6 +130,7 @@ class Engine:
             outlooks = self.plan.outlooks
             self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
             self.tally, self.pace = Tally(), Pace()
+            self.tracer: Tracer | None = None
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start
@@ -296,6 +299,20 @@ class Engine:
         for drafter in self._drafters:
             if drafter is not None:
                 drafter.forget()
+
+    def trace(self) -> Tracer:
+        """Note from now on when copies, layers, drafts and KV traffic begin and end."""
+        self.tracer = tracer = Tracer(self.device)
+        self.runner.watch(tracer.of_layers, tracer.enter_layer, tracer.leave_layer)
+        for cache in self._caches:
+            full = cache.full if isinstance(cache, FollowedKV) else cache
+            if isinstance(full, OffloadedKV):
+                full.watch(tracer.of_kv)
+        return tracer
+
+    def traced(self, lane: str, name: str) -> AbstractContextManager[None]:
+        """Note what runs inside, if anything is noted."""
+        return nullcontext() if self.tracer is None else self.tracer.on_host(lane, name)
 
     def poll_with(self, poll: Callable[[], None]) -> None:
         """Have passes call `poll` before each layer; what it raises ends the pass in good order."""

@@ -40,7 +40,7 @@ from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.home import KVHome
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVSizes
-from offload_rt.streaming.ring import Ring
+from offload_rt.streaming.ring import Ring, RingWatch
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # keys [K, T, D] and values [K, T, D], views
 
@@ -176,6 +176,9 @@ class Block:
     index: int
     rows: int
 
+    def __str__(self) -> str:
+        return f"layer {self.layer}, block {self.index}"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVOptions:
@@ -267,6 +270,7 @@ class OffloadedKV:
         self._space, self._device, self._sizes, self._home = space, space.device, sizes, home
         self._options = options or KVOptions()
         self._length = 0
+        self._watch: RingWatch | None = None
         self._kept = {layer: i for i, layer in enumerate(sorted(sizes.resident))}
         kept_shapes = [shapes[layer] for layer in self._kept]
         self._resident = (
@@ -294,6 +298,12 @@ class OffloadedKV:
     def copies(self) -> TwoWayStream:
         """The stream its rows cross the link in, shared by all sequences."""
         return self._space.copy
+
+    def watch(self, watch: RingWatch) -> None:
+        """Have `watch` told of blocks that are read, waited for and written (`Ring.watch`)."""
+        self._watch = watch
+        if self._ring is not None:
+            self._ring.watch = watch
 
     def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
         """Nothing: every pass is alike to this cache."""
@@ -442,8 +452,11 @@ class OffloadedKV:
         if state.written is not None:  # then the event behind this write is that of both
             copy.wait(state.written[0])
         target = self._home.target(state.index, state.home_rows, rows.shape[0])
+        end = None if self._watch is None else self._watch("write", f"layer {state.index}", copy)
         copy.store(target, rows.reshape(-1).view(torch.uint8))
         state.written = copy.record(), state.home_rows
+        if end is not None:
+            end()
         state.home_rows += rows.shape[0]
 
     def _fetch_back(self, state: _Layer, home_rows: int, length: int) -> None:

@@ -294,6 +294,12 @@ class Network:
         (rows,) = fed
         return rows
 
+    def watch_layers(self, enter: Callable[[int], None], leave: Callable[[int], None]) -> None:
+        """Have passes call `enter` and `leave` with the index of each layer, around it."""
+        for index, layer in enumerate(self._layers):
+            layer.register_forward_pre_hook(lambda *_, index=index: enter(index))
+            layer.register_forward_hook(lambda *_, index=index: leave(index))
+
     @contextmanager
     def noting_finite(self) -> Iterator[list[torch.Tensor]]:
         """Have passes of the body note of each layer whether all that leaves it is finite, [] bool.

@@ -16,7 +16,7 @@ from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network, TokenBatch
 from offload_rt.runner.tree import TokenTree, pending_tree
-from offload_rt.streaming.ring import Ring
+from offload_rt.streaming.ring import Ring, RingWatch
 
 LayerRing = Ring[int, DeviceBuffer, HomeSource]
 
@@ -93,6 +93,17 @@ class Runner:
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._ring = checkpoint, ring
+
+    def watch(
+        self,
+        ring: RingWatch,
+        enter: Callable[[int], None],
+        leave: Callable[[int], None],
+    ) -> None:
+        """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`)."""
+        if self._ring is not None:
+            self._ring.watch = ring
+        self.network.watch_layers(enter, leave)
 
     def logits(self, parts: Sequence[Rows]) -> torch.Tensor:
         """Run one pass.

@@ -1,7 +1,7 @@
 """Feed units (layers, blocks of KV) to the compute stream, as many ahead as there are slots."""
 
 from collections import deque
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -13,6 +13,9 @@ UnitT = TypeVar("UnitT", bound=Hashable)
 BufferT = TypeVar("BufferT")
 SourceT = TypeVar("SourceT")
 SourceOutT = TypeVar("SourceOutT", covariant=True)
+# Called with `copy` or `wait`, the unit and the stream before either is enqueued; what it returns
+# is called behind it.
+RingWatch = Callable[[str, object, Stream], Callable[[], None]]
 
 
 class Order(Protocol[UnitT, SourceOutT]):
@@ -111,6 +114,7 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
     ) -> None:
         self._order, self._copy, self._compute, self._strict = order, copy, compute, strict
         self._slots = deque(Slot[UnitT, BufferT](buffer) for buffer in slots)
+        self.watch: RingWatch | None = None
 
     @contextmanager
     def lend(self, unit: UnitT) -> Iterator[BufferT]:
@@ -156,8 +160,11 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
 
     @contextmanager
     def _used(self, slot: Slot[UnitT, BufferT]) -> Iterator[BufferT]:
-        assert slot.filled is not None  # _fill sets it
+        assert slot.filled is not None and slot.unit is not None  # _fill sets it
+        end = None if self.watch is None else self.watch("wait", slot.unit, self._compute)
         self._compute.wait(slot.filled)
+        if end is not None:
+            end()
         yield slot.buffer
         slot.drained = self._compute.record()
 
@@ -181,5 +188,8 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
             self._copy.wait(slot.drained)
         if (written := self._order.written(unit)) is not None:
             self._copy.wait(written)
+        end = None if self.watch is None else self.watch("copy", unit, self._copy)
         self._copy.copy(slot.buffer, self._order.source(unit))
         slot.filled = self._copy.record()
+        if end is not None:
+            end()

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from offload_rt.device.base import Event
 from offload_rt.device.cuda.driver import Driver, DriverEvent
 from offload_rt.device.cuda.pinned import PinnedMemory
-from offload_rt.device.cuda.streams import CudaComputeStream, CudaCopyStream
+from offload_rt.device.cuda.streams import CudaComputeStream, CudaCopyStream, CudaEvent
 from offload_rt.device.host_memory import HostBuffer
 from offload_rt.device.kinds import CUDA
 from offload_rt.errors import DeviceError
@@ -184,6 +185,7 @@ class CudaDevice:
         self.compute = CudaComputeStream(compute)
         self.load = self.copy = CudaCopyStream(copy, self._pinned, readers)
         self._ledger: dict[str, int] = {}
+        self._clock: tuple[DriverEvent, float] | None = None  # an event, and when it was reached
 
     def new_copy_stream(self) -> CudaCopyStream:
         """Open another stream for copies both ways."""
@@ -233,6 +235,14 @@ class CudaDevice:
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
         return self._driver.download(values)
+
+    def reached_s(self, event: Event, recorded_s: float) -> float:
+        """When the GPU reached an event; the first one sets the clock."""
+        assert isinstance(event, CudaEvent)
+        if self._clock is None:
+            self._clock = event.enqueued(), recorded_s
+        origin, origin_s = self._clock
+        return origin_s + origin.seconds_until(event.enqueued())
 
     def close(self) -> None:
         """End the copies, then unpin."""

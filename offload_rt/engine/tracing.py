@@ -1,0 +1,112 @@
+"""When the work of a run began and ended, for a trace (`generate --trace`).
+
+Nothing is noted unless an engine is asked to (`Engine.trace`). Work of a stream is noted by an
+event before and one behind it, so a GPU's times are the GPU's own; the host does not wait for them
+before the end.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from offload_rt.device.base import Device, Event, Stream
+from offload_rt.errors import OffloadError
+from offload_rt.trace import Lane, TraceEvent
+
+PASSES = "passes"
+_MOST_OPEN = 4096  # spans kept before the older half of them is settled; they are over by then
+
+
+@dataclass(slots=True)
+class _Span:
+    """Work of a stream, between two events and the moments they were recorded."""
+
+    name: str
+    lane: str
+    begun: tuple[Event, float]
+    ended: tuple[Event, float] | None = None
+
+
+class Tracer:
+    """Notes when work begins and ends.
+
+    Args:
+        device: whose work; it must be idle, as this moment sets its clock.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._spans: deque[_Span] = deque()
+        self._settled: list[TraceEvent] = []
+        self._layers: dict[int, Callable[[], None]] = {}
+        event = device.compute.record()
+        event.synchronize()
+        self._start_s = device.reached_s(event, time.perf_counter())
+
+    def begin(self, lane: str, name: str, stream: Stream) -> Callable[[], None]:
+        """Note that work begins; what is returned notes that all of it is enqueued."""
+        span = _Span(name, lane, (stream.record(), time.perf_counter()))
+        self._spans.append(span)
+
+        def end() -> None:
+            span.ended = stream.record(), time.perf_counter()
+
+        if len(self._spans) > _MOST_OPEN:
+            self._settle(_MOST_OPEN // 2)
+        return end
+
+    def of_layers(self, what: str, layer: object, stream: Stream) -> Callable[[], None]:
+        """Watch the ring of layers."""
+        if what == "wait":
+            return self.begin(Lane.COMPUTE, f"wait for layer {layer}", stream)
+        return self.begin(Lane.COPY, f"weights of layer {layer}", stream)
+
+    def of_kv(self, what: str, unit: object, stream: Stream) -> Callable[[], None]:
+        """Watch a ring of KV blocks, or what goes back to their home."""
+        if what == "wait":
+            return self.begin(Lane.COMPUTE, f"wait for KV of {unit}", stream)
+        name = f"KV of {unit}" if what == "copy" else f"new KV of {unit} goes home"
+        return self.begin(Lane.KV, name, stream)
+
+    def enter_layer(self, layer: int) -> None:
+        """A layer begins to compute."""
+        self._layers[layer] = self.begin(Lane.COMPUTE, f"layer {layer}", self._device.compute)
+
+    def leave_layer(self, layer: int) -> None:
+        """All of a layer is enqueued."""
+        self._layers.pop(layer)()
+
+    @contextmanager
+    def on_host(self, lane: str, name: str) -> Iterator[None]:
+        """Note what runs inside by the host's clock."""
+        start_s = time.perf_counter()
+        try:
+            yield
+        finally:
+            end_s = time.perf_counter()
+            self._add(name, lane, start_s, end_s)
+
+    def events(self) -> list[TraceEvent]:
+        """All that was noted, in seconds since then; waits for the work that is under way."""
+        self._settle(len(self._spans))
+        return self._settled
+
+    def _settle(self, count: int) -> None:
+        for _ in range(count):
+            span = self._spans.popleft()
+            if span.ended is None:  # it broke off
+                continue
+            try:
+                span.ended[0].synchronize()
+                start_s, end_s = (
+                    self._device.reached_s(*point) for point in (span.begun, span.ended)
+                )
+            except OffloadError:  # a copy failed: the run says so
+                continue
+            self._add(span.name, span.lane, start_s, end_s)
+
+    def _add(self, name: str, lane: str, start_s: float, end_s: float) -> None:
+        start_s, end_s = start_s - self._start_s, end_s - self._start_s
+        self._settled.append(TraceEvent(name=name, lane=lane, start_s=start_s, end_s=end_s))
