@@ -32,6 +32,7 @@ RANKS = [
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
     ["session", "baselines", "serve"],
+    ["integrations"],
     ["cli"],
     ["__main__"],
 ]

@@ -115,16 +115,17 @@ def test_a_list_is_answered_in_order_and_as_one_by_one(sampled, tiny_model):
         assert one.text == model.generate(HI, max_tokens=10).text
 
 
-def test_as_many_run_at_once_as_fit(tiny_model):
-    """With less memory for all, some after the others."""
+def test_as_many_run_at_once_as_fit(make_tiny):
+    """With less memory some run after the others."""
+    folder = make_tiny("llama", tokenizer=True, max_position_embeddings=8192)
     prompts = [f"{word} fox " * 40 for word in ("quick", "brown", "lazy", "red", "old", "wet")]
     options = {"draft": "none", "dtype": "float32", "resident_layers": 0, "slots": 1}
-    with offload_rt.load(tiny_model, context=500, **(SMALL | options)) as roomy:
+    with offload_rt.load(folder, context=8000, **(SMALL | options)) as roomy:
         one = roomy.plan.device_bytes
         expected = [answer.text for answer in roomy.generate(prompts, max_tokens=4)]
         assert roomy.plan.sequences == 6
         options["device_memory"] = (one + roomy.plan.device_bytes) // 2
-    with offload_rt.load(tiny_model, context=500, device="cpu", **options) as model:
+    with offload_rt.load(folder, context=8000, device="cpu", **options) as model:
         assert [answer.text for answer in model.generate(prompts, max_tokens=4)] == expected
         assert 1 < model.plan.sequences < 6 and model.plan.kv == "device"
         assert model.plan.device_bytes <= options["device_memory"]
@@ -273,10 +274,11 @@ def test_ctrl_c_ends_a_pass_between_layers(model):
     timer = threading.Timer(0.3, signal.raise_signal, [signal.SIGINT])
     timer.start()
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         while time.monotonic() - start < 20:
             model.generate(HI, max_tokens=400, ignore_eos=True)
     assert signal.getsignal(signal.SIGINT) is before
+    assert caught.traceback[-1].name == "_raise_interrupt"
     assert model.generate(HI, max_tokens=4).text
 
 
@@ -290,6 +292,20 @@ def test_a_failed_load_leaves_nothing_behind(tiny_model, tmp_path):
             model.generate(PROMPTS, max_tokens=2)  # is loaded again for them
         with pytest.raises(offload_rt.CheckpointError):
             model.generate("a", max_tokens=2)
+
+
+def test_an_engine_that_cannot_start_over_is_made_again(tiny_model, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("out of order")
+
+    with offload_rt.load(tiny_model, draft="none", **SMALL) as model:
+        expected, engine = model.generate("a", max_tokens=4), model._engine
+        for name in ("check", "forget"):
+            monkeypatch.setattr(engine, name, broken)
+        with pytest.raises(RuntimeError, match="out of order"):
+            model.generate("the fox", max_tokens=4)
+        assert model.generate("a", max_tokens=4).token_ids == expected.token_ids
+        assert model._engine is not engine
 
 
 def test_the_readme_says_it_so(monkeypatch, tiny_model, capsys, tmp_path):

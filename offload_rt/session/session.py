@@ -47,10 +47,10 @@ from offload_rt.session.summary import PlanSummary, summary_of
 
 if TYPE_CHECKING:
     from offload_rt.engine import Engine
-    from offload_rt.text import Message
+    from offload_rt.text import Message, Tokenizer
 
 Turn = Mapping[str, str]
-Prompt = str | Sequence[Turn]
+Prompt = str | Sequence[Turn] | Sequence[int]
 
 _MOST_SEQUENCES = 256  # at once: Python's part of a step grows with them
 _ROUND_TOKENS = 1024
@@ -178,6 +178,16 @@ class Session:
         return self._plan
 
     @property
+    def tokenizer(self) -> "Tokenizer":
+        """The model's tokenizer."""
+        return self._model.tokenizer
+
+    @property
+    def max_tokens(self) -> int:
+        """Most tokens of a prompt with its answer, or of a text that is scored."""
+        return self._limit
+
+    @property
     def report(self) -> RunReport | None:
         """What the last answer, or the last of several that ran together, measured."""
         return self._report
@@ -188,7 +198,11 @@ class Session:
     ) -> Answer: ...
     @overload
     def generate(
-        self, prompts: Sequence[Turn], *, logprobs: bool = ..., **options: Unpack[AnswerOptions]
+        self,
+        prompts: Sequence[Turn] | Sequence[int],
+        *,
+        logprobs: bool = ...,
+        **options: Unpack[AnswerOptions],
     ) -> Answer: ...
     @overload
     def generate(
@@ -204,15 +218,16 @@ class Session:
         """Answer a prompt, or several.
 
         A text goes through the model's chat template, as on the command line; `raw=True` gives it
-        as it is. A conversation is a list of turns, `{"role": "user", "content": "Hi"}`. Of a list
-        of texts or conversations as many are answered together as fit: each pass over the weights
-        serves all of them. Their seeds are `seed`, `seed + 1`, ...
+        as it is. A conversation is a list of turns, `{"role": "user", "content": "Hi"}`; a list of
+        numbers is the prompt's token ids. Of any other list as many prompts are answered together
+        as fit: each pass over the weights serves all of them. Their seeds are `seed`, `seed + 1`,
+        ...
 
         With a seed of its own a sampled answer is made from a fresh cache, and without drafts
         unless their number is fixed (`draft_tokens=4`): measured times would decide about it.
 
         Args:
-            prompts: a text, a conversation, or a list of either.
+            prompts: a text, a conversation, token ids, or a list of those.
             logprobs: keep the log-probability of each token.
             options: those of `load` that are about answers; what is left out is as given there.
 
@@ -343,9 +358,13 @@ class Session:
         """A prompt as tokens, if there is room for it."""
         from offload_rt.text import build_prompt
 
-        ids = build_prompt(
-            self._model.tokenizer, _turns(prompt), system=settings.system, raw=settings.raw
-        )
+        if _is_ids(prompt):
+            ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+            self._model.checkpoint.require_rows(ids)
+        else:
+            ids = build_prompt(
+                self._model.tokenizer, _turns(prompt), system=settings.system, raw=settings.raw
+            )
         return _Asked(index, ids, answer_capacity(self._model, settings, len(ids), self._observer))
 
     def _answered(
@@ -506,7 +525,16 @@ def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
         return True
     if not isinstance(prompts, Sequence):
         raise ConfigError(f"the prompt is {prompts!r:.60}, {_ACCEPTED}")
-    return bool(prompts) and isinstance(prompts[0], Mapping)
+    return bool(prompts) and (isinstance(prompts[0], Mapping) or _is_ids(prompts))
+
+
+def _is_ids(prompt: object) -> bool:
+    """Whether a prompt is token ids."""
+    return (
+        isinstance(prompt, Sequence)
+        and bool(prompt)
+        and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
+    )
 
 
 def _turns(prompt: object) -> "str | list[Message]":
