@@ -17,16 +17,14 @@ from dataclasses import dataclass, field
 import torch
 
 from offload_rt.config import AcceptRule, GenerationConfig, SamplingConfig
-from offload_rt.engine.counts import DraftCounts
+from offload_rt.engine.counts import DraftCounts, Drafted
 from offload_rt.engine.diagnosis import no_token
 from offload_rt.engine.engine import Engine
 from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
 from offload_rt.engine.tracing import PASSES
 from offload_rt.errors import CapacityError, ConfigError, NumbersError
-from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
     Counters,
-    RetrievalCounts,
     RunReport,
     Speculation,
     Timings,
@@ -62,11 +60,12 @@ class Run:
     passes: int = 0
     drafts: bool = True
     logprobs: bool = False
-    counts: DraftCounts = field(default_factory=DraftCounts)
+    counts: DraftCounts = field(init=False)
     _marks: list[Counters] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._marks = [self.engine.counters()]
+        self.counts = DraftCounts(self.engine.tally)
 
     @classmethod
     def start(
@@ -153,27 +152,19 @@ class Run:
         start = time.perf_counter()
         drafts = [self._propose(sequence, nodes) for sequence in active]
         drafted_at = time.perf_counter()
-        drafted = sum(len(draft.tree) for draft in drafts)
-        with self.engine.traced(PASSES, f"pass, {drafted} drafted"):
+        size = sum(len(draft.tree) for draft in drafts)
+        with self.engine.traced(PASSES, f"pass, {size} drafted"):
             drafts, verdicts = self._check(active, drafts)
-        emitted = []
+        emitted, drafted = [], []
         for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
             path = [draft.tree.tokens[node] for node in verdict.path]
             self.engine.commit(sequence.index, [sequence.ids[-1], *path], verdict.rows)
-            self.counts.add(draft, verdict)
+            drafted.append(Drafted(draft, verdict, sequence.remaining - 1))
             if sequence.drafter is not None:
                 sequence.drafter.observe(draft, verdict)
             emitted.append([*path, verdict.token])
+        outcomes = self.counts.add(nodes, drafted)
         rows = max(len(draft.tree) for draft in drafts)
-        outcomes = [
-            Outcome(
-                drafted=len(draft.tree), path=verdict.path, nested=draft.nested, made=draft.made
-            )
-            for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True)
-            if not _is_cut(draft, sequence.remaining - 1, nodes)
-        ]
-        for outcome in outcomes if nodes else []:
-            self.engine.tally.add(nodes, outcome)
         pass_s = self._marks[-1].at_s - drafted_at
         if (expected_s := self.engine.plan.expected_pass_s(rows)) is not None:
             self.engine.pace.add(pass_s, expected_s)
@@ -304,38 +295,16 @@ class Run:
         return max(0, sum(len(s.emitted) for s in self.sequences) - len(self.sequences))
 
     def _speculation(self, decode_s: float) -> Speculation:
-        counts = self.counts
         rule = self.accept
         if self.sampling.greedy and rule is AcceptRule.LOSSLESS:
             rule = AcceptRule.GREEDY
-        return Speculation(
-            drafter=self.drafter,
-            accept_rule=rule,
+        return self.counts.speculation(
+            self.drafter,
+            rule,
             passes=self.passes,
-            drafted=counts.drafted,
-            accepted=counts.accepted,
-            acceptance_rate=counts.accepted / counts.drafted if counts.drafted else None,
-            tokens_per_pass=self._later / (self.passes - 1) if self.passes > 1 else None,
-            acceptance_per_depth=[
-                kept / reached for kept, reached in zip(counts.kept, counts.reached, strict=True)
-            ],
-            draft_s=counts.draft_s,
-            draft_share=counts.draft_s / decode_s if counts.draft_s and decode_s else None,
-            draft_link_bytes=counts.draft_link_bytes,
-            retrieval=self._retrieval(),
-        )
-
-    def _retrieval(self) -> RetrievalCounts | None:
-        """The drafting below triforce's drafts, of all sequences."""
-        found = [c for s in self.sequences if (c := s.retrieval) is not None]
-        if not found:
-            return None
-        return RetrievalCounts(
-            passes=sum(c.passes for c in found),
-            drafted=sum(c.drafted for c in found),
-            accepted=sum(c.accepted for c in found),
-            builds=sum(c.builds for c in found),
-            newest_builds=sum(c.newest_builds for c in found),
+            later_tokens=self._later,
+            decode_s=decode_s,
+            below=[c for s in self.sequences if (c := s.retrieval) is not None],
         )
 
 
@@ -346,8 +315,3 @@ def _logprobs(checked: Checked, verdict: Verdict) -> list[float]:
     rows = checked.logits[verdict.rows].float().log_softmax(-1)
     found: list[float] = rows[range(len(tokens)), tokens].tolist()  # host sync
     return found
-
-
-def _is_cut(draft: Draft, room: int, nodes: int) -> bool:
-    """Whether the end of the answer kept a draft from its size, so that it tells nothing of it."""
-    return room < nodes and max(draft.tree.depths, default=0) >= room
