@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from offload_rt.costs import timeline
 from offload_rt.costs.pass_cost import LayerLoad, Limit, PassLoad, PassTimes, cost_of
-from offload_rt.costs.timeline import ReplayLayer, ReplayPass, replay
+from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.device.sim import SimBuffer, SimLink, SimStream
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import LayerWork, Number, Obtained
@@ -46,7 +46,7 @@ def test_a_store_uses_the_other_direction():
 
 
 LAYER = st.builds(
-    ReplayLayer,
+    TimedLayer,
     kernel_s=SECONDS,
     home_bytes=st.one_of(st.none(), st.integers(0, 5)),
     kv_bytes=st.integers(0, 9),
@@ -55,7 +55,7 @@ LAYER = st.builds(
     device=st.integers(0, 1),
 )
 PASS = st.builds(
-    ReplayPass,
+    TimedPass,
     layers=st.lists(LAYER, min_size=1, max_size=8),
     slots=st.integers(1, 4),
     kv_slots=st.integers(1, 4),
@@ -78,7 +78,7 @@ def kernels_s(work):
 @given(work=PASS)
 @settings(deadline=None)
 def test_a_pass_takes_at_least_its_busiest_part_and_at_most_all_of_them(work):
-    done = replay(work)
+    done = steady_pass(work)
     copies = sum((layer.home_bytes or 0) + layer.kv_bytes for layer in work.layers)
     back = sum(layer.back_bytes for layer in work.layers) / work.back_bytes_per_s
     assert done.pass_s >= max(done.transfer_s, kernels_s(work)) - 1e-6
@@ -95,17 +95,17 @@ def test_a_pass_that_repeats_itself_is_the_long_run_mean(work):
         ends.append(devices[0].compute.time_s)
     mean = (ends[-1] - ends[59]) / 60
     # Where the copies catch up with the kernels by a little each pass it is not steady so soon.
-    assert replay(work).pass_s == pytest.approx(mean, rel=0.02, abs=1e-9)
+    assert steady_pass(work).pass_s == pytest.approx(mean, rel=0.02, abs=1e-9)
 
 
 def kv_layers(count, kv_bytes, **changed):
-    return [ReplayLayer(kernel_s=0.1, kv_bytes=kv_bytes, kv_kernel_s=0.1, **changed)] * count
+    return [TimedLayer(kernel_s=0.1, kv_bytes=kv_bytes, kv_kernel_s=0.1, **changed)] * count
 
 
 def test_streamed_kv_costs_its_bytes_and_two_slots_hide_attention():
     base = {"slots": 0, "kv_block_bytes": 10, "kv_bytes_per_s": 100.0}
-    one = replay(ReplayPass(layers=kv_layers(4, 100), kv_slots=1, **base))
-    two = replay(ReplayPass(layers=kv_layers(4, 100), kv_slots=2, **base))
+    one = steady_pass(TimedPass(layers=kv_layers(4, 100), kv_slots=1, **base))
+    two = steady_pass(TimedPass(layers=kv_layers(4, 100), kv_slots=2, **base))
     # With one slot only the first block of a layer comes in while another layer's kernels run.
     assert one.pass_s == pytest.approx(4 * (1.0 + 0.1))
     assert two.pass_s == pytest.approx(4.0, rel=0.1) and two.pass_s > 3.99
@@ -118,40 +118,42 @@ def test_while_a_drafter_works_both_rings_go_on_filling(draft_s, weights):
     home_bytes, slots = (6, 2) if weights else (None, 0)
     layers = kv_layers(4, 10, home_bytes=home_bytes)
     layers = [replace(layer, kernel_s=0.0, kv_kernel_s=0.0) for layer in layers]
-    work = ReplayPass(layers=layers, slots=slots, kv_slots=3, kv_block_bytes=5, end_s=draft_s)
+    work = TimedPass(layers=layers, slots=slots, kv_slots=3, kv_block_bytes=5, end_s=draft_s)
     copies_s, ahead_s = 4 * 10.0, 3 * 5.0
     if weights:
         copies_s, ahead_s = copies_s + 4 * 6.0, ahead_s + 2 * 6.0
-    assert replay(work).pass_s == pytest.approx(max(copies_s, draft_s + copies_s - ahead_s))
+    assert steady_pass(work).pass_s == pytest.approx(max(copies_s, draft_s + copies_s - ahead_s))
 
 
 def test_larger_blocks_for_the_replay_change_nothing_that_matters(monkeypatch):
     layers = kv_layers(8, 10_000, home_bytes=3000)
     rates = {"home_bytes_per_s": (1e4,), "kv_bytes_per_s": 1e4}
-    work = ReplayPass(layers=layers, slots=2, kv_slots=4, kv_block_bytes=40, end_s=1.0, **rates)
-    coarse = replay(work)
+    work = TimedPass(layers=layers, slots=2, kv_slots=4, kv_block_bytes=40, end_s=1.0, **rates)
+    coarse = steady_pass(work)
     monkeypatch.setattr(timeline, "_MOST_BLOCKS", 10**6)
-    assert coarse.pass_s == pytest.approx(replay(work).pass_s, rel=0.01)
+    assert coarse.pass_s == pytest.approx(steady_pass(work).pass_s, rel=0.01)
     assert coarse.transfer_s == pytest.approx(8 * 1.3)
 
 
 def test_two_devices_share_the_streaming():
-    layers = [ReplayLayer(kernel_s=0.01, home_bytes=10) for _ in range(8)]
-    striped = [ReplayLayer(kernel_s=0.01, home_bytes=10, device=i % 2) for i in range(8)]
-    one = replay(ReplayPass(layers=layers, slots=2, home_bytes_per_s=(10.0,)))
-    two = replay(ReplayPass(layers=striped, slots=2, home_bytes_per_s=(10.0, 10.0), hop_s=0.001))
-    slow = replay(ReplayPass(layers=striped, slots=2, home_bytes_per_s=(10.0, 5.0)))
+    layers = [TimedLayer(kernel_s=0.01, home_bytes=10) for _ in range(8)]
+    striped = [TimedLayer(kernel_s=0.01, home_bytes=10, device=i % 2) for i in range(8)]
+    one = steady_pass(TimedPass(layers=layers, slots=2, home_bytes_per_s=(10.0,)))
+    two = steady_pass(
+        TimedPass(layers=striped, slots=2, home_bytes_per_s=(10.0, 10.0), hop_s=0.001)
+    )
+    slow = steady_pass(TimedPass(layers=striped, slots=2, home_bytes_per_s=(10.0, 5.0)))
     assert one.pass_s == pytest.approx(8.0)
     assert two.pass_s == pytest.approx(4.0, rel=0.02)
     assert slow.pass_s == pytest.approx(8.0, rel=0.02)
 
 
 def test_rows_on_their_way_home_keep_the_next_blocks_back():
-    still = replay(ReplayPass(layers=kv_layers(4, 100), slots=0, kv_slots=2, kv_block_bytes=10))
-    moving = ReplayPass(
+    still = steady_pass(TimedPass(layers=kv_layers(4, 100), slots=0, kv_slots=2, kv_block_bytes=10))
+    moving = TimedPass(
         layers=kv_layers(4, 100, back_bytes=20), slots=0, kv_slots=2, kv_block_bytes=10
     )
-    assert replay(moving).pass_s == pytest.approx(still.pass_s + 4 * 20, rel=0.02)
+    assert steady_pass(moving).pass_s == pytest.approx(still.pass_s + 4 * 20, rel=0.02)
 
 
 NUMBERS = (Number(value=1.0, obtained=Obtained.ASSUMED, source="a guess"),)

@@ -12,10 +12,10 @@ from test_costs_one_road import LARGE, SMALL
 from offload_rt.cli import plan_timeline
 from offload_rt.cli.plan_timeline import timeline_lines
 from offload_rt.costs.timeline import (
-    ReplayLayer,
-    ReplayPass,
     SpanKind,
-    replay,
+    TimedLayer,
+    TimedPass,
+    steady_pass,
     steady_spans,
 )
 from offload_rt.trace import Lane, TraceEvent, chrome_trace, write_trace
@@ -54,7 +54,7 @@ def test_a_file_holds_the_same(tmp_path):
 def passes(draw):
     """Small passes: some layers streamed, some with KV at home."""
     layers = [
-        ReplayLayer(
+        TimedLayer(
             kernel_s=draw(st.floats(0.01, 1.0)),
             home_bytes=draw(st.sampled_from([None, 10, 50])),
             kv_bytes=draw(st.sampled_from([0, 7, 30])),
@@ -64,7 +64,7 @@ def passes(draw):
         for _ in range(draw(st.integers(1, 5)))
     ]
     rate = draw(st.floats(10.0, 200.0))
-    return ReplayPass(
+    return TimedPass(
         layers=layers,
         slots=2,
         kv_slots=2,
@@ -79,7 +79,7 @@ def passes(draw):
 @given(st.composite(passes)())
 @settings(max_examples=60, deadline=None)
 def test_a_simulated_pass_is_drawn_as_long_as_it_is_and_no_link_carries_two_copies(work):
-    done, spans = replay(work), steady_spans(work)
+    done, spans = steady_pass(work), steady_spans(work)
     computing = [s for s in spans if s.kind in (SpanKind.LAYER, SpanKind.ATTENTION, SpanKind.END)]
     attending = sum(0.1 for layer in work.layers if layer.kv_bytes)
     kernels_s = sum(layer.kernel_s for layer in work.layers) + attending + work.end_s

@@ -13,11 +13,11 @@ from enum import StrEnum
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.timeline import (
-    ReplayedPass,
-    ReplayLayer,
-    ReplayPass,
     Span,
-    replay,
+    SteadyPass,
+    TimedLayer,
+    TimedPass,
+    steady_pass,
     steady_spans,
 )
 from offload_rt.device.kinds import KINDS, Processor
@@ -368,16 +368,16 @@ def spans_of(load: PassLoad, times: PassTimes) -> list[Span]:
         ConfigError: layers or KV are streamed, but there is no slot, or no speed.
     """
     _, times = _settled(load, times)
-    return steady_spans(_replay_pass(load, times))
+    return steady_spans(_timed_pass(load, times))
 
 
-def _settled(load: PassLoad, times: PassTimes) -> tuple[ReplayedPass, PassTimes]:
+def _settled(load: PassLoad, times: PassTimes) -> tuple[SteadyPass, PassTimes]:
     """Passes that repeat themselves, with kernels as slow as they are beside their copies."""
     _check(load, times)
-    done, alone = replay(_replay_pass(load, times)), times
+    done, alone = steady_pass(_timed_pass(load, times)), times
     for _ in range(_SETTLING if times.slowdown else 0):
         times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
-        done = replay(_replay_pass(load, times))
+        done = steady_pass(_timed_pass(load, times))
     return done, times
 
 
@@ -392,10 +392,10 @@ def _beside(times: PassTimes, share: float) -> PassTimes:
     )
 
 
-def _replay_pass(load: PassLoad, times: PassTimes) -> ReplayPass:
+def _timed_pass(load: PassLoad, times: PassTimes) -> TimedPass:
     rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
-    return ReplayPass(
-        layers=_replay_layers(load, times),
+    return TimedPass(
+        layers=_timed_layers(load, times),
         slots=load.slots,
         kv_slots=load.kv_slots,
         kv_block_bytes=load.kv_block_bytes,
@@ -422,10 +422,10 @@ def _check(load: PassLoad, times: PassTimes) -> None:
         raise ConfigError(f"there are {load.devices} devices, but the speeds of {speeds} links")
 
 
-def _replay_layers(load: PassLoad, times: PassTimes) -> list[ReplayLayer]:
+def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
     streamed = set(load.streamed)
     return [
-        ReplayLayer(
+        TimedLayer(
             kernel_s=times.layer_s[index],
             home_bytes=layer.home_bytes if index in streamed else None,
             kv_bytes=layer.kv_home_bytes,

@@ -27,7 +27,7 @@ _Ring: TypeAlias = Ring[UnitT, SimBuffer, SimBuffer]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayLayer:
+class TimedLayer:
     """One layer in a pass.
 
     Attributes:
@@ -48,7 +48,7 @@ class ReplayLayer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReplayPass:
+class TimedPass:
     """A pass, and the devices it runs on.
 
     Attributes:
@@ -64,7 +64,7 @@ class ReplayPass:
         end_s: what the first device computes after the layers: the head, and a drafter's work.
     """
 
-    layers: Sequence[ReplayLayer]
+    layers: Sequence[TimedLayer]
     slots: int
     kv_slots: int = 0
     kv_block_bytes: int = 0
@@ -77,7 +77,7 @@ class ReplayPass:
 
 
 @dataclass(frozen=True, slots=True)
-class ReplayedPass:
+class SteadyPass:
     """A pass in the steady state: its length, and the busy time of the busiest link in it."""
 
     pass_s: float
@@ -107,7 +107,7 @@ class Span:
     nbytes: int = 0
 
 
-def replay(work: ReplayPass) -> ReplayedPass:
+def steady_pass(work: TimedPass) -> SteadyPass:
     """Run passes until one repeats the one before, and measure it."""
     devices = [_Device(work, device) for device in range(len(work.home_bytes_per_s))]
     starts, steady = _run_passes(work, devices)
@@ -115,10 +115,10 @@ def replay(work: ReplayPass) -> ReplayedPass:
     links_s = [_link_s(work, device) for device in range(len(devices))]
     pass_s = (starts[-1] - starts[-1 - timed]) / timed
     # A link that is a little behind may lose its lead over more passes than were run.
-    return ReplayedPass(max(pass_s, *links_s), max(links_s))
+    return SteadyPass(max(pass_s, *links_s), max(links_s))
 
 
-def steady_spans(work: ReplayPass) -> list[Span]:
+def steady_spans(work: TimedPass) -> list[Span]:
     """What the streams do in the last of these passes, from its begin on.
 
     What reaches over an end of the pass is cut there: as passes repeat each other, the rest of it
@@ -137,7 +137,7 @@ def steady_spans(work: ReplayPass) -> list[Span]:
     return sorted(cut, key=lambda span: (span.start_s, span.end_s))
 
 
-def _run_passes(work: ReplayPass, devices: Sequence["_Device"]) -> tuple[list[float], bool]:
+def _run_passes(work: TimedPass, devices: Sequence["_Device"]) -> tuple[list[float], bool]:
     """Run passes until one repeats the one before; returns when each began, and whether one did."""
     starts, last, steady = [0.0], list[float](), False
     while len(starts) <= _MOST_PASSES and not steady:
@@ -157,14 +157,14 @@ def _repeats(last: Sequence[float], trace: Sequence[float], length_s: float) -> 
     return bool(last) and all(abs(a - b) <= _SAME * length_s for a, b in pairs)
 
 
-def _link_s(work: ReplayPass, device: int) -> float:
+def _link_s(work: TimedPass, device: int) -> float:
     rate = work.home_bytes_per_s[device]
     mine = [layer for layer in work.layers if layer.device == device]
     weights_s = sum(layer.home_bytes or 0 for layer in mine) / rate
     return weights_s + sum(layer.kv_bytes for layer in mine) / work.kv_bytes_per_s
 
 
-def _run_pass(work: ReplayPass, devices: Sequence["_Device"]) -> list[float]:
+def _run_pass(work: TimedPass, devices: Sequence["_Device"]) -> list[float]:
     """Enqueue a pass; returns where every stream was after every layer of its device."""
     trace: list[float] = []
     here = devices[0]
@@ -203,7 +203,7 @@ class _Device:
     the link's other direction (`kv/offloaded.py`).
     """
 
-    def __init__(self, work: ReplayPass, device: int) -> None:
+    def __init__(self, work: TimedPass, device: int) -> None:
         mine = {i: layer for i, layer in enumerate(work.layers) if layer.device == device}
         home = {i: SimBuffer(n) for i, layer in mine.items() if (n := layer.home_bytes) is not None}
         moves_kv = any(layer.kv_bytes or layer.back_bytes for layer in mine.values())
@@ -264,7 +264,7 @@ class _Device:
         if self._watched:
             self.spans.append(Span(kind, self._device, layer, start_s, self.compute.time_s))
 
-    def run_layer(self, index: int, layer: ReplayLayer) -> None:
+    def run_layer(self, index: int, layer: TimedLayer) -> None:
         """Enqueue a layer: attention to blocks as they come in, then the rest of its kernels."""
         rows = self._rows.get(index)
         if rows is not None and rows.sent is not None:
@@ -289,7 +289,7 @@ class _Device:
         self._kv.refresh()
 
     @contextmanager
-    def _lent(self, index: int, layer: ReplayLayer) -> Iterator[list[SimBuffer]]:
+    def _lent(self, index: int, layer: TimedLayer) -> Iterator[list[SimBuffer]]:
         if layer.home_bytes is None:
             yield []
             return
@@ -299,7 +299,7 @@ class _Device:
 
 
 def _layer_ring(
-    work: ReplayPass, home: Mapping[int, SimBuffer], copy: SimStream, compute: SimStream
+    work: TimedPass, home: Mapping[int, SimBuffer], copy: SimStream, compute: SimStream
 ) -> _Ring[int]:
     slot_bytes = max(buffer.nbytes for buffer in home.values())
     slots = [SimBuffer(slot_bytes) for _ in range(work.slots)]
@@ -309,7 +309,7 @@ def _layer_ring(
 
 
 def _block_ring(
-    work: ReplayPass, mine: Mapping[int, ReplayLayer], copy: SimStream, compute: SimStream
+    work: TimedPass, mine: Mapping[int, TimedLayer], copy: SimStream, compute: SimStream
 ) -> tuple[dict[_Block, SimBuffer], _Ring[_Block]]:
     """The blocks of a device's layers at the home, and the ring they come through."""
     block_bytes, slots = _coarse(work)
@@ -322,7 +322,7 @@ def _block_ring(
     return home, Ring(Cycle(home), [SimBuffer(block_bytes) for _ in range(slots)], copy, compute)
 
 
-def _coarse(work: ReplayPass) -> tuple[int, int]:
+def _coarse(work: TimedPass) -> tuple[int, int]:
     """Size of a block and number of slots to replay with."""
     counts = [-(-layer.kv_bytes // work.kv_block_bytes) for layer in work.layers if layer.kv_bytes]
     factor = -(-sum(counts) // max(_MOST_BLOCKS, len(counts)))
