@@ -18,6 +18,8 @@ FOREIGN = {"first-ten-commands.md"}  # shows commands that are refused
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PLACE = re.compile(r"`((?:offload_rt|tests|tools|docs|profiles|\.ci)/[\w./*-]+)`")
+PACKAGES = [path.name for path in (ROOT / "offload_rt").iterdir() if path.is_dir()]
+ROOM = re.compile(rf"`((?:{'|'.join(PACKAGES)})/[\w/]*)`")
 CITED = re.compile(r'docs/[\w-]+\.md(?:,\s+(?:#\s+)?"(?P<section>[^"]+)")?')
 
 
@@ -90,6 +92,14 @@ def test_a_lost_link_is_seen(tmp_path):
 def test_named_files_are_there(name):
     named = PLACE.findall((ROOT / name).read_text())
     assert [place for place in named if not any(ROOT.glob(place.rstrip("/")))] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_rooms_are_there(name):
+    """`costs/step` is a module of the package, `costs/` a folder of it."""
+    named = ROOM.findall((ROOT / name).read_text())
+    lost = [room for room in named if not (ROOT / "offload_rt" / room).is_dir()]
+    assert [room for room in lost if not (ROOT / "offload_rt" / f"{room}.py").exists()] == []
 
 
 def test_cited_sections_are_there():
