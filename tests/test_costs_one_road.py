@@ -182,25 +182,29 @@ def test_the_controller_expects_what_the_plan_says(tmp_path, small, machine):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("context", [4096, 32768])
-def test_a_scenario_of_the_same_sizes_says_the_same(tmp_path, small, machine, context):
+@pytest.mark.parametrize("slots", [1, 2])  # with one, the end of a copy is waited for
+def test_a_scenario_of_the_same_sizes_says_the_same(tmp_path, small, machine, context, slots):
     """But for the host's time of a step, which of another program is not known."""
     speeds = MACHINES[machine]
     speeds = dataclasses.replace(speeds, packs=False)
-    checkpoint = model_of(tmp_path, LARGE | {"model_type": "llama", "tie_word_embeddings": False})
+    sizes = {"hidden_size": 1024, "head_dim": 128, "tie_word_embeddings": False}
+    checkpoint = model_of(tmp_path, LARGE | {"model_type": "llama"} | sizes)
     home = {"gpu": HomeKind.HOST, "cpu": HomeKind.DISK}[machine]
-    config = RuntimeConfig(resident_layers=0, slots=2, kv=KVPlace.DEVICE)
+    config = RuntimeConfig(resident_layers=0, slots=slots, kv=KVPlace.DEVICE)
     case = (checkpoint, config, speeds, drafting_of(DraftConfig(), small, speeds), Acceptance())
     one = simulated(*case, context)
     shape = ModelShape(
         layers=LAYERS,
-        hidden=4096,
+        hidden=1024,
         intermediate=11008,
         heads=32,
         kv_heads=8,
         head_dim=128,
         vocab=32000,
     )
-    placed = PlacementShape(processor=speeds.processor, resident_layers=0, slots=2, home=Home(home))
+    placed = PlacementShape(
+        processor=speeds.processor, resident_layers=0, slots=slots, home=Home(home)
+    )
     scenario = Scenario(
         schema_version=1,
         name="the same",

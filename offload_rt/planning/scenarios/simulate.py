@@ -163,7 +163,7 @@ def _rates(shape: PlacementShape, profile: HardwareProfile, load: PassLoad) -> L
         readers = max(by_head, len({load.layers[index].device for index in load.streamed}))
         home = replace(disk, value=disk.value / readers)
         kv = replace(disk, value=disk.value / by_head)
-        return LinkRates(home=(home,) * load.devices, kv=kv, back=kv)
+        return LinkRates(home=(home,) * load.devices, kv=kv, back=kv, readers=shape.reads)
     return link_rates(profile, load, together=shape.devices > 1)
 
 
