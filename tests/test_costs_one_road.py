@@ -24,7 +24,6 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, speeds_there
 from offload_rt.costs.step import STEP_S
 from offload_rt.model.outline import outline_checkpoint
-from offload_rt.planning.demand import settled
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect
 from offload_rt.planning.planner import Means, plan_run
@@ -32,6 +31,7 @@ from offload_rt.planning.scenarios.scenario import Home, ModelShape, PlacementSh
 from offload_rt.planning.scenarios.simulate import simulate
 from offload_rt.planning.yields import MADE, SIZES, Yield
 from offload_rt.profiling.store import load_profile
+from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.kinds import kind_of
 
 GIB = 2**30

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import layouts_of, staging_bytes
 from offload_rt.device.kinds import CPU, CUDA, KINDS, Processor, named_device
@@ -13,7 +14,6 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import kv_places, plan_kv
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.base import resolve_weights, rounded_kind
-from offload_rt.planning.demand import Drafting, drafter_bytes
 from offload_rt.planning.fit import RunLoad, place_run
 
 FREE = FreeMemory(device_bytes=2**30, host_bytes=2**30)
@@ -86,5 +86,11 @@ def test_what_lies_in_host_memory_counts_where_that_is_the_devices(tiny_model):
     apart = replace(CPU, own_memory=True)
     layouts = layouts_of(checkpoint, "float16", CPU)  # converted: nothing lands in place
     assert staging_bytes(layouts, CPU, 4) > 0 == staging_bytes(layouts, apart, 4)
-    drafting = Drafting(DraftConfig(draft="ngram"))
-    assert drafter_bytes(drafting, CPU, [100]) > 0 == drafter_bytes(drafting, apart, [100])
+    load = RunLoad(
+        capacities=[100], prompt_tokens=16, drafting=Drafting(DraftConfig(draft="ngram"))
+    )
+    demands = [
+        place_run(checkpoint, RuntimeConfig(), kind, load=load, free=FREE).demand
+        for kind in (CPU, apart)
+    ]
+    assert demands[0].drafter_bytes > 0 == demands[1].drafter_bytes

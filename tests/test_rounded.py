@@ -21,8 +21,8 @@ from offload_rt.model.formats import rounded as quantized
 from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
 from offload_rt.model.formats.packed import replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
-from offload_rt.planning.demand import draft_weight_bytes
 from offload_rt.runner import loading
+from offload_rt.speculative.draft_model.kind import draft_weight_bytes
 
 INT4, INT8 = DraftWeights.INT4, DraftWeights.INT8
 ROUNDED = [INT8, INT4]

@@ -25,11 +25,11 @@ from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
-from offload_rt.planning.demand import rounded_copy_bytes
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.yields import expected_yield
 from offload_rt.runner import loading
+from offload_rt.speculative.triforce.kind import rounded_copy_bytes
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 320}
 SAME, INT8, INT4 = DraftWeights.SAME, DraftWeights.INT8, DraftWeights.INT4

@@ -11,7 +11,7 @@ from test_profile import PROJECT
 from tiny import SHAPE
 
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
-from offload_rt.costs.drafters import Drafting, Expected, draft_parts
+from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.costs.machine import speeds_there
 from offload_rt.costs.pass_cost import home_rates, pass_times
 from offload_rt.costs.sizes import layer_windows
@@ -20,12 +20,13 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
-from offload_rt.planning.demand import settled
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.yields import MADE
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile
+from offload_rt.speculative.draft_model.kind import settled
+from offload_rt.speculative.kinds import draft_parts
 
 GPU = speeds_there(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto")
 CPU = speeds_there(load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json"), "auto")

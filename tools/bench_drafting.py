@@ -31,12 +31,12 @@ from offload_rt.config import AcceptRule, DraftConfig, DraftWeights, RuntimeConf
 from offload_rt.device.opening import open_device
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
-from offload_rt.planning.demand import draft_weights_of
 from offload_rt.runner.loading import load_drafting
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Drafter
 from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
+from offload_rt.speculative.draft_model.kind import draft_weights_of
 from offload_rt.speculative.draft_model.pair import check_sizes
 from offload_rt.speculative.verifier import walk
 from offload_rt.text import Message, build_prompt, load_tokenizer

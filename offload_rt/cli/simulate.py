@@ -30,7 +30,6 @@ from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
-from offload_rt.planning.demand import settled
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
@@ -42,6 +41,7 @@ from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.means import profile_for, profile_source
 from offload_rt.session.summary import bound_by
+from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 

@@ -10,7 +10,7 @@ drafter's own passes use it. No torch here.
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from offload_rt.costs.drafters import Drafting, DraftPart, Expected, draft_parts
+from offload_rt.costs.drafters import DraftPart, Expected
 from offload_rt.costs.pass_cost import Limit, PassCost, PassLoad
 from offload_rt.costs.timeline import Span, SpanKind
 from offload_rt.costs.workload import PlacedModel
@@ -115,14 +115,15 @@ class Prediction:
         )
 
 
-def step_work(target: PlacedModel, drafting: Drafting, expected: Expected) -> StepWork:
-    """What a step has to do that drafts so for this model."""
-    nodes = drafting.config.nodes
+def step_work(
+    target: PlacedModel, nodes: int, expected: Expected, parts: tuple[DraftPart, ...]
+) -> StepWork:
+    """What a step has to do that checks drafts of so many nodes for this model."""
     return StepWork(
         load=target.load(1 + nodes, expected.tokens_per_pass),
         plain=target.load(1, expected.tokens_per_pass),
         expected=expected,
-        parts=draft_parts(drafting, target, expected),
+        parts=parts,
     )
 
 

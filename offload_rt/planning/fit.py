@@ -17,7 +17,7 @@ from offload_rt.costs.pass_cost import (
     spans_of,
 )
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
-from offload_rt.costs.step import Events, Prediction, predict, step_events, step_work
+from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
@@ -25,6 +25,7 @@ from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement, place
+from offload_rt.speculative.kinds import draft_parts
 from offload_rt.units import format_size
 
 FREE_SHARE = 0.85  # of free memory, when no limit is given: the rest is left to others
@@ -156,12 +157,16 @@ class PlacedRun:
 
     def predict(self, drafting: Drafting, expected: Expected) -> Prediction:
         """What a step takes that drafts so."""
-        return predict(step_work(self.model, drafting, expected), self.cost)
+        return predict(self._work(drafting, expected), self.cost)
 
     def events(self, drafting: Drafting, expected: Expected) -> Events:
         """What the streams are busy with in such a step."""
-        work = step_work(self.model, drafting, expected)
+        work = self._work(drafting, expected)
         return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
+
+    def _work(self, drafting: Drafting, expected: Expected) -> StepWork:
+        parts = draft_parts(drafting, self.model, expected)
+        return step_work(self.model, drafting.config.nodes, expected, parts)
 
 
 def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:

@@ -17,10 +17,10 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.controller import StepOutlook
-from offload_rt.planning.demand import settled
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.placement import Placement, smallest_bytes
 from offload_rt.planning.yields import Yield
+from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import NAMES, kind_of
 

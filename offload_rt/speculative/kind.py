@@ -4,9 +4,12 @@ How it is asked for is in `config.DRAFTERS`; `kinds.py` finds the record in the 
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.sizes import PassShape
+from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 
@@ -16,12 +19,58 @@ Points = tuple[tuple[int, float], ...]  # nodes, and tokens accepted per draft t
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DraftedRun:
+    """What a drafter's memory depends on besides itself.
+
+    Attributes:
+        target: headers of the model it drafts for.
+        dtype: that this computes in.
+        device: what computes.
+        capacities: tokens of each sequence.
+        shape: the largest pass.
+    """
+
+    target: Checkpoint
+    dtype: str
+    device: DeviceKind
+    capacities: Sequence[int]
+    shape: PassShape
+
+    def behind(self, nodes: int) -> "DraftedRun":
+        """The same for a drafter that goes on behind drafts of so many nodes."""
+        return replace(self, capacities=[capacity + nodes for capacity in self.capacities])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftMemory:
+    """Device memory of a drafter.
+
+    Attributes:
+        kept_bytes: all the time.
+        copied_bytes: of these, small copies of weights.
+        pass_bytes: in one of its passes, when the target makes none.
+        loading_bytes: while it is loaded, before the target's weights are.
+        head_bytes: while an output head is copied, before the target's layers are loaded.
+        drawn_nodes: nodes whose probabilities are kept until they are verified.
+    """
+
+    kept_bytes: int = 0
+    copied_bytes: int = 0
+    pass_bytes: int = 0
+    loading_bytes: int = 0
+    head_bytes: int = 0
+    drawn_nodes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterKind:
     """A kind of drafter.
 
     Attributes:
         label: in the table of a plan.
         most_tokens: of a draft that the planner looks at.
+        parts: what it does for the drafts of one step.
+        memory: its device memory.
         prior: tokens accepted by nodes, until something was seen on this machine.
         prior_hits: share of the steps in which it finds a draft, likewise.
         first_tokens: it begins with no more until something was seen; None: with what is best.
@@ -39,7 +88,9 @@ class DrafterKind:
 
     label: str
     most_tokens: int
+    parts: Callable[[Drafting, PlacedModel, Expected], tuple[DraftPart, ...]]
     prior: Points
+    memory: Callable[[Drafting, DraftedRun], DraftMemory] = lambda drafting, run: DraftMemory()
     prior_hits: float = 1.0
     first_tokens: int | None = None
     below: float | None = None

@@ -7,9 +7,31 @@ from functools import cache
 from importlib import import_module
 
 from offload_rt.config import DRAFTERS
-from offload_rt.speculative.kind import DrafterKind
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.workload import PlacedModel
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory
 
 NAMES = tuple(name for name, words in DRAFTERS.items() if words.tokens)
+
+
+def draft_parts(
+    drafting: Drafting, target: PlacedModel, expected: Expected
+) -> tuple[DraftPart, ...]:
+    """What a drafter does for the drafts of one step.
+
+    Args:
+        drafting: who drafts, and how much; `draft_weights` are settled.
+        target: that it drafts for.
+        expected: how often it is right.
+    """
+    config = drafting.config
+    return kind_of(config.kind).parts(drafting, target, expected) if config.nodes else ()
+
+
+def draft_memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
+    """Device memory of a drafter."""
+    config = drafting.config
+    return kind_of(config.kind).memory(drafting, run) if config.nodes else DraftMemory()
 
 
 @cache

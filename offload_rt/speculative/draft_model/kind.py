@@ -1,7 +1,26 @@
 """A smaller model as a kind of drafter. No torch here."""
 
-from offload_rt.config import DraftConfig
-from offload_rt.speculative.kind import DrafterKind, Points
+from dataclasses import replace
+
+from offload_rt.config import DraftConfig, DraftWeights
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.sizes import (
+    PassShape,
+    draft_base_bytes,
+    image_bytes,
+    kv_bytes_per_token,
+    layouts_of,
+    number_bytes_of,
+    workspace_bytes,
+)
+from offload_rt.costs.workload import PlacedModel, Residence, parts_of
+from offload_rt.device.kinds import DeviceKind
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.formats.base import layer_bytes, resolve_weights
+from offload_rt.model.layout import compute_dtype
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
+from offload_rt.speculative.ngram.kind import index_bytes
+from offload_rt.speculative.ngram.suffixes import SHORTEST_QUOTED
 
 # Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy, the prompt's pass
 # counted (docs/RESULTS.md, "Tokens per pass by draft size").
@@ -14,9 +33,88 @@ def history(draft: DraftConfig) -> list[str]:
     return [str(shape), f"window {window}", f"weights {draft.draft_weights}"]
 
 
+def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
+    """Passes of a model that is on the device whole."""
+    config, model, context = drafting.config, drafting.checkpoint, target.context_tokens
+    assert model is not None  # as opened for it
+    placed = PlacedModel(
+        parts=parts_of(model, "auto", target.speeds.device),
+        speeds=target.speeds,
+        residence=Residence(weights=config.draft_weights),
+        context_tokens=min(context, config.window_tokens or context),
+    )
+    passes, rows = float(config.nodes), 1
+    if config.as_tree:
+        passes, rows = config.tree_passes * expected.made, config.tree_breadth
+    return (DraftPart(times=passes * target.sequences, load=placed.load(rows)),)
+
+
+def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
+    config, model, device = drafting.config, drafting.checkpoint, run.device
+    assert model is not None  # as opened for it
+    weights = draft_weights_of(model, config, device)
+    weight_bytes = draft_weight_bytes(model, config, device)
+    rows = sum(config.cache_rows(capacity) for capacity in run.capacities)
+    kv_bytes = rows * kv_bytes_per_token(model.config, number_bytes_of(model, "auto"))
+    *layers, base = image_bytes(model, "auto", device)
+    # A layer is read into memory of its own before a copy is made of it. Embedding and head are
+    # there whole until both are rounded.
+    rounds = draft_base_bytes(model, weights, device) != base
+    quotes = index_bytes(run, SHORTEST_QUOTED) if config.as_tree else 0
+    return DraftMemory(
+        kept_bytes=weight_bytes + kv_bytes + quotes,
+        copied_bytes=weight_bytes,
+        pass_bytes=_pass_bytes(model, config, run.shape),
+        loading_bytes=max(layers) + (base if rounds else 0),
+        drawn_nodes=0 if config.as_tree else config.nodes,
+    )
+
+
+def _pass_bytes(model: Checkpoint, config: DraftConfig, shape: PassShape) -> int:
+    passes = replace(shape, logit_rows=config.tree_breadth)
+    if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
+        seen = min(shape.longest, config.window_tokens)
+        passes = replace(passes, rows=seen, longest=seen)
+    return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes)
+
+
+def draft_weights_of(
+    checkpoint: Checkpoint, config: DraftConfig, device: DeviceKind
+) -> DraftWeights:
+    """How a draft model's weights are kept.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    return resolve_weights(config.draft_weights, dtype, device)
+
+
+def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, device: DeviceKind) -> int:
+    """Bytes of a draft model's weights as they are kept."""
+    *layers, _ = layouts_of(checkpoint, "auto", device)
+    weights = draft_weights_of(checkpoint, config, device)
+    kept = sum(layer_bytes(layout, weights) for layout in layers)
+    return kept + draft_base_bytes(checkpoint, weights, device)
+
+
+def settled(drafting: Drafting, device: DeviceKind) -> Drafting:
+    """The same with the format of a draft model's weights chosen.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    if drafting.checkpoint is None:
+        return drafting
+    weights = draft_weights_of(drafting.checkpoint, drafting.config, device)
+    return replace(drafting, config=replace(drafting.config, draft_weights=weights))
+
+
 KIND = DrafterKind(
     label="draft model",
     most_tokens=256,
+    parts=_parts,
+    memory=_memory,
     prior=_PRIOR,
     below=0.7,
     tree_depth=lambda draft, known: draft.tree_passes if draft.as_tree else None,

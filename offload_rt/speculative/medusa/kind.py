@@ -2,14 +2,31 @@
 
 from pathlib import Path
 
-from offload_rt.speculative.kind import DrafterKind, Points
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.pass_cost import PassLoad
+from offload_rt.costs.workload import PlacedModel
+from offload_rt.profiling.profile import LayerWork
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
 
 # 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
 _PRIOR: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
 
+
+def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
+    """The heads read their weights once, whatever the number of sequences."""
+    heads = LayerWork(weight_bytes=drafting.heads_bytes, flops_per_token=drafting.heads_bytes)
+    return (DraftPart(times=1, load=PassLoad(layers=(), streamed=(), slots=0, head=heads)),)
+
+
+def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
+    return DraftMemory(kept_bytes=drafting.heads_bytes)
+
+
 KIND = DrafterKind(
     label="Medusa heads",
     most_tokens=256,
+    parts=_parts,
+    memory=_memory,
     prior=_PRIOR,
     tree_depth=lambda draft, known: known,
     history=lambda draft: (Path(draft.heads).name,),

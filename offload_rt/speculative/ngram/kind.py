@@ -1,15 +1,43 @@
 """N-grams as a kind of drafter. No torch here."""
 
-from offload_rt.speculative.kind import DrafterKind, Points
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.workload import PlacedModel
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
+from offload_rt.speculative.ngram.suffixes import SHORTEST, lookup_bytes
 
 # 0.09, 0.19, 0.28 and 0.45 tokens per step with 4, 8, 16 and 32 nodes; long answers that quote
 # accept twice as many (docs/RESULTS.md, "First answers with n-grams"). Nobody knows what will be
 # asked, and a draft that is too large costs more than one that is too small.
 _PRIOR: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
 
+LOOKUP_S = 3e-4  # measured: 0.1 to 0.5 ms
+
+
+def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
+    return (DraftPart(times=target.sequences, seconds=LOOKUP_S),)
+
+
+def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
+    return DraftMemory(kept_bytes=index_bytes(run, SHORTEST))
+
+
+def index_bytes(run: DraftedRun, shortest: int) -> int:
+    """Bytes of the indexes of tokens; they are in host memory, so only where that is the device's.
+
+    Args:
+        run: what is drafted for.
+        shortest: number of tokens that are looked up.
+    """
+    if run.device.own_memory:
+        return 0
+    return sum(lookup_bytes(capacity, shortest) for capacity in run.capacities)
+
+
 KIND = DrafterKind(
     label="n-grams",
     most_tokens=64,
+    parts=_parts,
+    memory=_memory,
     prior=_PRIOR,
     prior_hits=0.9,  # nothing is known at first
     # How many tokens they give depends on the text more than on anything that is known before it.

@@ -4,14 +4,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
-from offload_rt.costs.acceptance import chain_tokens
+from offload_rt.costs.acceptance import chain_tokens, triforce_tokens
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.sizes import head_bytes, kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
+from offload_rt.kv.sizes import retrieval_sizes
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.formats.base import rounded_kind
+from offload_rt.model.formats.base import layer_bytes, resolve_weights, rounded_kind
 from offload_rt.model.layout import compute_dtype
 from offload_rt.speculative.draft_model.kind import history
-from offload_rt.speculative.kind import SIZES, DrafterKind
-from offload_rt.speculative.kinds import kind_of
+from offload_rt.speculative.kind import SIZES, DraftedRun, DrafterKind, DraftMemory
+from offload_rt.speculative.kinds import draft_memory, draft_parts, kind_of
 
 _RATE = 0.88  # 0.87 to 0.98 were seen (docs/RESULTS.md, "TriForce's prior acceptance rate")
 
@@ -36,6 +40,71 @@ def _is_worth_a_look(draft: DraftConfig, runtime: RuntimeConfig, prompt_tokens: 
     return offloads and prompt_tokens > draft.retrieval.budget_tokens
 
 
+def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
+    """Passes over the retrieval cache, and what is drafted for them."""
+    config, inner = drafting.config, drafting.config.inner
+    alone = replace(target, sequences=1)
+    rates = expected.inner or (0.0,)
+    work = triforce_tokens([1.0], config.nodes, rates, inner.nodes if expected.inner else 0)
+    rows = 1 + (min(inner.nodes, config.nodes - 1) if expected.inner else 0)
+    load = alone.over_retrieval(rows, config.retrieval.budget_tokens, _copied(config))
+    parts = [DraftPart(times=work.retrieval_passes, load=load)]
+    below = draft_parts(replace(drafting, config=inner), alone, expected) if expected.inner else ()
+    for part in below:
+        chain = part.load is not None and not inner.as_tree
+        times = work.draft_steps if chain else work.retrieval_passes * part.times
+        parts.append(replace(part, times=times))
+    return tuple(replace(part, times=part.times * target.sequences) for part in parts)
+
+
+def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
+    config = drafting.config
+    below = draft_memory(replace(drafting, config=config.inner), run.behind(config.nodes))
+    copied_bytes = rounded_copy_bytes(run.target, config, run.dtype, run.device)
+    return DraftMemory(
+        kept_bytes=below.kept_bytes + _retrieval_bytes(config, run) + copied_bytes,
+        copied_bytes=below.copied_bytes + copied_bytes,
+        pass_bytes=below.pass_bytes,
+        loading_bytes=below.loading_bytes,
+        head_bytes=head_bytes(run.target, _copied(config)),
+        drawn_nodes=config.nodes + below.drawn_nodes,
+    )
+
+
+def _retrieval_bytes(draft: DraftConfig, run: DraftedRun) -> int:
+    """Bytes of the retrieval caches, and of building one."""
+    model, number_bytes = run.target.config, number_bytes_of(run.target, run.dtype)
+    per_token = kv_bytes_per_token(model, number_bytes)
+    row_bytes = [per_token // model.num_layers] * model.num_layers
+    sizes = [retrieval_sizes(draft, row_bytes, capacity) for capacity in run.capacities]
+    return sum(s.device_bytes for s in sizes) + max(s.build_bytes for s in sizes)
+
+
+def rounded_copy_bytes(
+    checkpoint: Checkpoint, draft: DraftConfig, dtype: str, device: DeviceKind
+) -> int:
+    """Bytes of rounded copies of the target's weights; 0 where its own draft.
+
+    The embedding, and what else is in no layer but the head, is the target's own.
+
+    Raises:
+        ConfigError: the device has no kernels for what is asked for.
+    """
+    weights = _copied(draft)
+    if weights is DraftWeights.SAME:
+        return 0
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    resolve_weights(weights, name, device, "--retrieval-weights")
+    *layers, _ = layouts_of(checkpoint, dtype, device)
+    return sum(layer_bytes(layout, weights) for layout in layers) + head_bytes(checkpoint, weights)
+
+
+def _copied(draft: DraftConfig) -> DraftWeights:
+    """How the copies are kept that draft; `same`: the target's own weights do."""
+    kept = draft.retrieval
+    return kept.retrieval_weights if kept.rounded else DraftWeights.SAME
+
+
 def _inner_rates(draft: DraftConfig) -> tuple[float, ...]:
     rate = kind_of(draft.inner.kind).below
     return () if rate is None else (rate,)
@@ -58,6 +127,8 @@ def _in_memory(draft: DraftConfig) -> Iterator[str]:
 KIND = DrafterKind(
     label="retrieval",
     most_tokens=64,
+    parts=_parts,
+    memory=_memory,
     prior=tuple((size, chain_tokens([_RATE], size) - 1.0) for size in SIZES),
     automatic=_is_worth_a_look,
     variants=_variants,
