@@ -42,13 +42,11 @@ from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting,
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Drafter, common_prefix
-from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.kind import DrafterSeat
+from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.speculative.medusa.drafter import Medusa
-from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
-from offload_rt.speculative.ngram.suffixes import most_contexts
-from offload_rt.speculative.triforce.drafter import TriForceDrafter
 
 NO_DRAFT = DraftConfig()
 
@@ -232,55 +230,26 @@ class Engine:
             sampling: how the answer's tokens are drawn.
             generator: source of the drafts' randomness.
         """
-        if self.draft.kind != "triforce":
-            return self._plain_drafter(self.draft, index, sampling, generator)
-        inner: Drafter | None
-        if self.draft.model:
-            inner = self._plain_drafter(self.draft.inner, index, sampling, generator)
-        else:
-            worthwhile = self.device.kind.worthwhile
-            inner = SelectiveNgramDrafter(self._ngrams(index), worthwhile)
-        cache = self._caches[index]
-        assert inner is not None and isinstance(cache, FollowedKV)  # as allocated
-        cache.choice.forget()
-        triforce = TriForceDrafter(self.device, self.draft_pass, cache, inner, self.draft)
-        triforce.begin(sampling, generator)
-        cache.counts = triforce.counts
-        return triforce
+        if not self.draft.drafts:
+            return None
+        seat = DrafterSeat(
+            device=self.device,
+            index=index,
+            capacity=self.capacities[index],
+            cache=self._caches[index],
+            sampling=sampling,
+            generator=generator,
+            kept=self._drafters,
+            draft_model=self._draft_model,
+            medusa=self.medusa,
+            draft_pass=self.draft_pass,
+        )
+        return kind_of(self.draft.kind).make(seat, self.draft)
 
     def retrieval_counts(self, index: int) -> RetrievalCounts | None:
         """With triforce, how the drafting below the drafts of a sequence's newest answer went."""
         cache = self._caches[index]
         return cache.counts if isinstance(cache, FollowedKV) else None
-
-    def _plain_drafter(
-        self, draft: DraftConfig, index: int, sampling: SamplingConfig, generator: torch.Generator
-    ) -> Drafter | None:
-        """A drafter without another below; a draft model's keeps its cache between runs."""
-        if draft.kind == "ngram":
-            ngrams = self._drafters[index] or self._ngrams(index)
-            self._drafters[index] = ngrams  # what it has learned holds for the next answer
-            return ngrams
-        if self.medusa is not None:
-            return self.medusa.drafter(index)
-        if self._draft_model is None:
-            return None
-        drafter = self._drafters[index]
-        if not isinstance(drafter, DraftModelDrafter):
-            capacity = self.capacities[index]
-            if draft is not self.draft:
-                capacity += self.draft.nodes  # the sequence goes on in triforce's own draft
-            drafter = DraftModelDrafter(self._draft_model, draft, capacity)
-            self._drafters[index] = drafter
-        drafter.begin(sampling, generator)
-        return drafter
-
-    def _ngrams(self, index: int) -> NgramDrafter:
-        draft, tokens = self.draft, self.capacities[index]
-        rows_are_free = self.device.kind.rows_are_free and draft.kind == "ngram"
-        if draft.kind == "triforce":  # below it the sequence goes on in drafts
-            draft, tokens = draft.inner, tokens + draft.nodes
-        return NgramDrafter(draft.nodes, most_contexts(tokens), explores=rows_are_free)
 
     def cached_tokens(self, index: int, tokens: Sequence[int]) -> int:
         """How many rows of a prompt are in a cache already and would not be computed again."""
@@ -459,7 +428,7 @@ class Engine:
         caches = allocate_caches(
             self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
         )
-        if self.draft.kind != "triforce":
+        if not self.draft.over_retrieval:
             return list(caches)
         row_bytes = [shape.numbers_per_token * dtype.itemsize for shape in shapes]
         sizes = [retrieval_sizes(self.draft, row_bytes, tokens) for tokens in self.capacities]

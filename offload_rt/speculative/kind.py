@@ -5,13 +5,24 @@ How it is asked for is in `config.DRAFTERS`; `kinds.py` finds the record in the 
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.sizes import PassShape
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    import torch
+
+    from offload_rt.device.base import Device
+    from offload_rt.kv.base import KVCache
+    from offload_rt.runner.runner import Runner
+    from offload_rt.speculative.base import Drafter
+    from offload_rt.speculative.medusa.drafter import Medusa
+    from offload_rt.speculative.triforce.drafter import TargetPass
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
 
@@ -63,12 +74,48 @@ class DraftMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DrafterSeat:
+    """A sequence of an engine, for which a drafter is made; everything is loaded.
+
+    Attributes:
+        device: where the target computes.
+        index: of the sequence.
+        capacity: its tokens, and those of drafts that it goes on behind.
+        cache: of the target.
+        sampling: how the answer's tokens are drawn.
+        generator: source of the drafts' randomness.
+        kept: by sequence, drafters that go on from answer to answer.
+        draft_model: where one drafts.
+        medusa: where heads draft.
+        draft_pass: a pass of the target, or of its rounded copy, over another cache.
+        below: it drafts for passes over a retrieval cache.
+    """
+
+    device: "Device"
+    index: int
+    capacity: int
+    cache: "KVCache"
+    sampling: SamplingConfig
+    generator: "torch.Generator"
+    kept: "list[Drafter | None]"
+    draft_model: "Runner | None"
+    medusa: "Medusa | None"
+    draft_pass: "TargetPass"
+    below: bool = False
+
+    def behind(self, nodes: int) -> "DrafterSeat":
+        """The same for a drafter below another, whose drafts have so many nodes."""
+        return replace(self, capacity=self.capacity + nodes, below=True)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DrafterKind:
     """A kind of drafter.
 
     Attributes:
         label: in the table of a plan.
         most_tokens: of a draft that the planner looks at.
+        make: the drafter of a sequence, ready for a new answer.
         parts: what it does for the drafts of one step.
         memory: its device memory.
         prior: tokens accepted by nodes, until something was seen on this machine.
@@ -88,6 +135,7 @@ class DrafterKind:
 
     label: str
     most_tokens: int
+    make: Callable[[DrafterSeat, DraftConfig], "Drafter"]
     parts: Callable[[Drafting, PlacedModel, Expected], tuple[DraftPart, ...]]
     prior: Points
     memory: Callable[[Drafting, DraftedRun], DraftMemory] = lambda drafting, run: DraftMemory()

@@ -1,6 +1,7 @@
 """A smaller model as a kind of drafter. No torch here."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig, DraftWeights
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
@@ -18,9 +19,12 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes, resolve_weights
 from offload_rt.model.layout import compute_dtype
-from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DrafterSeat, DraftMemory, Points
 from offload_rt.speculative.ngram.kind import index_bytes
 from offload_rt.speculative.ngram.suffixes import SHORTEST_QUOTED
+
+if TYPE_CHECKING:
+    from offload_rt.speculative.base import Drafter
 
 # Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy, the prompt's pass
 # counted (docs/RESULTS.md, "Tokens per pass by draft size").
@@ -110,9 +114,23 @@ def settled(drafting: Drafting, device: DeviceKind) -> Drafting:
     return replace(drafting, config=replace(drafting.config, draft_weights=weights))
 
 
+def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
+    """Of a sequence, with the model's cache of it."""
+    from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
+
+    drafter = seat.kept[seat.index]
+    if not isinstance(drafter, DraftModelDrafter):
+        assert seat.draft_model is not None  # as loaded for it
+        drafter = DraftModelDrafter(seat.draft_model, draft, seat.capacity)
+        seat.kept[seat.index] = drafter
+    drafter.begin(seat.sampling, seat.generator)
+    return drafter
+
+
 KIND = DrafterKind(
     label="draft model",
     most_tokens=256,
+    make=_make,
     parts=_parts,
     memory=_memory,
     prior=_PRIOR,

@@ -1,12 +1,14 @@
 """Medusa heads as a kind of drafter. No torch here."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from offload_rt.config import DraftConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.pass_cost import PassLoad
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.profiling.profile import LayerWork
-from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DrafterSeat, DraftMemory, Points
 
 # 2.3 tokens per pass with 63 nodes are on the low side of arXiv:2401.10774, table 1.
 _PRIOR: Points = ((1, 0.5), (4, 0.8), (16, 1.1), (63, 1.3))
@@ -22,9 +24,15 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     return DraftMemory(kept_bytes=drafting.heads_bytes)
 
 
+def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
+    assert seat.medusa is not None  # as loaded for it
+    return seat.medusa.drafter(seat.index)
+
+
 KIND = DrafterKind(
     label="Medusa heads",
     most_tokens=256,
+    make=_make,
     parts=_parts,
     memory=_memory,
     prior=_PRIOR,
@@ -32,3 +40,6 @@ KIND = DrafterKind(
     history=lambda draft: (Path(draft.heads).name,),
     in_memory=lambda draft: (f"{Path(draft.heads).name}, their logits",),
 )
+
+if TYPE_CHECKING:
+    from offload_rt.speculative.base import Drafter

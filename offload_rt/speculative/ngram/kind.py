@@ -1,9 +1,15 @@
 """N-grams as a kind of drafter. No torch here."""
 
+from typing import TYPE_CHECKING
+
+from offload_rt.config import DraftConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.workload import PlacedModel
-from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
-from offload_rt.speculative.ngram.suffixes import SHORTEST, lookup_bytes
+from offload_rt.speculative.kind import DraftedRun, DrafterKind, DrafterSeat, DraftMemory, Points
+from offload_rt.speculative.ngram.suffixes import SHORTEST, lookup_bytes, most_contexts
+
+if TYPE_CHECKING:
+    from offload_rt.speculative.base import Drafter
 
 # 0.09, 0.19, 0.28 and 0.45 tokens per step with 4, 8, 16 and 32 nodes; long answers that quote
 # accept twice as many (docs/RESULTS.md, "First answers with n-grams"). Nobody knows what will be
@@ -33,9 +39,25 @@ def index_bytes(run: DraftedRun, shortest: int) -> int:
     return sum(lookup_bytes(capacity, shortest) for capacity in run.capacities)
 
 
+def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
+    """Of a sequence, with what it has learned there; below another drafter it begins anew."""
+    from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
+
+    kept = None if seat.below else seat.kept[seat.index]
+    if kept is not None:
+        return kept
+    explores = seat.device.kind.rows_are_free and not seat.below
+    ngrams = NgramDrafter(draft.nodes, most_contexts(seat.capacity), explores=explores)
+    if seat.below:
+        return SelectiveNgramDrafter(ngrams, seat.device.kind.worthwhile)
+    seat.kept[seat.index] = ngrams
+    return ngrams
+
+
 KIND = DrafterKind(
     label="n-grams",
     most_tokens=64,
+    make=_make,
     parts=_parts,
     memory=_memory,
     prior=_PRIOR,

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.costs.acceptance import chain_tokens, triforce_tokens
@@ -14,8 +15,11 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes, resolve_weights, rounded_kind
 from offload_rt.model.layout import compute_dtype
 from offload_rt.speculative.draft_model.kind import history
-from offload_rt.speculative.kind import SIZES, DraftedRun, DrafterKind, DraftMemory
+from offload_rt.speculative.kind import SIZES, DraftedRun, DrafterKind, DrafterSeat, DraftMemory
 from offload_rt.speculative.kinds import draft_memory, draft_parts, kind_of
+
+if TYPE_CHECKING:
+    from offload_rt.speculative.base import Drafter
 
 _RATE = 0.88  # 0.87 to 0.98 were seen (docs/RESULTS.md, "TriForce's prior acceptance rate")
 
@@ -124,9 +128,24 @@ def _in_memory(draft: DraftConfig) -> Iterator[str]:
         yield f"{draft.retrieval.retrieval_weights} copies of all layers"
 
 
+def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
+    from offload_rt.kv.followed import FollowedKV
+    from offload_rt.speculative.triforce.drafter import TriForceDrafter
+
+    inner = kind_of(draft.inner.kind).make(seat.behind(draft.nodes), draft.inner)
+    cache = seat.cache
+    assert isinstance(cache, FollowedKV)  # as allocated
+    cache.choice.forget()
+    triforce = TriForceDrafter(seat.device, seat.draft_pass, cache, inner, draft)
+    triforce.begin(seat.sampling, seat.generator)
+    cache.counts = triforce.counts
+    return triforce
+
+
 KIND = DrafterKind(
     label="retrieval",
     most_tokens=64,
+    make=_make,
     parts=_parts,
     memory=_memory,
     prior=tuple((size, chain_tokens([_RATE], size) - 1.0) for size in SIZES),
