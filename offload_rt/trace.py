@@ -44,7 +44,7 @@ class TraceEvent:
     details: Mapping[str, int | float] = field(default_factory=dict)
 
     def scaled(self, times: float) -> "TraceEvent":
-        """The same where all takes so many times as long."""
+        """The same where all is `times` times as long."""
         return replace(self, start_s=times * self.start_s, end_s=times * self.end_s)
 
 

@@ -122,7 +122,7 @@ class DrafterKind:
         prior_hits: share of the steps in which it finds a draft, likewise.
         first_tokens: it begins with no more until something was seen; None: with what is best.
         below: acceptance rate of what it drafts for passes over a retrieval cache; assumed.
-        automatic: whether --draft auto looks at it, for a prompt of so many tokens.
+        automatic: whether --draft auto looks at it, by the prompt's tokens.
         variants: the configurations that the planner compares, the usual one first.
         inner_rates: acceptance rates of the drafter below it, if it has one.
         tree_depth: how deep its trees get, by nodes and depths of which rates are known; None: it
