@@ -271,6 +271,20 @@ def test_stop_ends_an_answer_in_good_order(model):
     assert model.generate(HI, max_tokens=4).finish_reason != "abort"
 
 
+def test_scores_can_be_stopped_too(model, monkeypatch):
+    pairs = [("the quick", " brown fox")]
+    expected = model.score(pairs)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model._stops), "clear", lambda self: None)  # as if it came later
+        model.stop()
+        with pytest.raises(offload_rt.SessionError, match="were stopped"):
+            model.score(pairs)
+        model._stops.signalled = True
+        with pytest.raises(KeyboardInterrupt):
+            model.score(pairs)
+    assert model.score(pairs) == expected
+
+
 def test_ctrl_c_ends_a_pass_between_layers(model):
     """It is raised once the pass is undone; the model goes on."""
     before = signal.getsignal(signal.SIGINT)

@@ -24,7 +24,7 @@ from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.session.answering import Answer, Answers, Piece, seeded, started_engine
 from offload_rt.session.interrupting import Stops
 from offload_rt.session.keywords import AnswerOptions, LoadOptions
-from offload_rt.session.observer import Gauge, Observer
+from offload_rt.session.observer import Gauge, Interrupted, Observer
 from offload_rt.session.opening import (
     AUTO_CONTEXT_TOKENS,
     NO_DRAFT,
@@ -288,6 +288,7 @@ class Session:
 
         Raises:
             ConfigError: a continuation is empty, or a text longer than the model was made for.
+            SessionError: `stop` was called meanwhile.
             OffloadError: the model cannot be loaded for it.
         """
         with self._used():
@@ -297,14 +298,20 @@ class Session:
             while texts.left:
                 engine = self._reading_engine(texts)
                 assert self._room is not None
-                with self._failing_safely(engine), self._stops.raising(False):
-                    engine.poll_with(self._stops.check)
-                    texts.read(engine, self._room.capacities, self._room.prompt_tokens)
-                self._raise_interrupt()
+                try:
+                    with self._failing_safely(engine), self._stops.raising(False):
+                        engine.poll_with(self._stops.check)
+                        texts.read(engine, self._room.capacities, self._room.prompt_tokens)
+                except Interrupted:
+                    self._raise_interrupt()
+                    raise SessionError("the scores were stopped: ask for them again") from None
             return texts.scores()
 
     def stop(self) -> None:
-        """End the answers in the making, from another thread; their reason is `abort`."""
+        """End the answers in the making, from another thread; their reason is `abort`.
+
+        Scores in the making end with a SessionError.
+        """
         self._stops.stop()
 
     def close(self) -> None:
