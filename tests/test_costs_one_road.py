@@ -182,7 +182,7 @@ def test_the_controller_expects_what_the_plan_says(tmp_path, small, machine):
 
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("context", [4096, 32768])
-@pytest.mark.parametrize("slots", [1, 2])  # with one, the end of a copy is waited for
+@pytest.mark.parametrize("slots", [1, 2])  # one waits for the end of a copy: 5 % on the CPU
 def test_a_scenario_of_the_same_sizes_says_the_same(tmp_path, small, machine, context, slots):
     """But for the host's time of a step, which of another program is not known."""
     speeds = MACHINES[machine]
