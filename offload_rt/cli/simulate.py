@@ -104,7 +104,7 @@ def simulate_verb(context: click.Context, model: str | None, **values: Any) -> i
     """Predict what a run would take, from a profile and sizes alone.
 
     MODEL needs no weights: config.json suffices. Layers are placed as a run would
-    place them on the profile's machine if nothing else used it; then the real pipelines run in
+    place them on the profile's machine if nothing else used it; then the real rings run in
     virtual time. Nothing is measured here: the answer is as good as the profile. Without --draft
     nothing drafts.
     """

@@ -1,7 +1,7 @@
-"""What a pass costs: the real pipeline, run on the simulated device with a profile's times.
+"""What a pass costs: the real rings, run on the simulated device with a profile's times.
 
 There is no second formula for overlap that could drift from what runs: `timeline.py` has the
-pipelines themselves enqueue the copies, waits and kernels of a few passes, and the virtual clock
+rings themselves enqueue the copies, waits and kernels of a few passes, and the virtual clock
 says how long one takes once the rings are full. How long each copy and each layer takes comes from
 the profile.
 """
@@ -341,7 +341,7 @@ def _slowdown(profile: HardwareProfile, load: PassLoad) -> tuple[float, ...]:
 
 
 def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
-    """Run passes of the pipelines in virtual time until they repeat themselves.
+    """Run passes of the rings in virtual time until they repeat themselves.
 
     Raises:
         ConfigError: layers or KV are streamed, but there is no slot, or no speed.

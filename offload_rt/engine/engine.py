@@ -61,7 +61,7 @@ class Engine:
         prompt_tokens: tokens of the largest prompt pass, all sequences together.
         draft: who drafts, and how much.
         means: gives what a planner needs to choose what is left open, for a device of that
-            packing; None: as many layers stay on the device as fit, and a drafter's default number
+            kind; None: as many layers stay on the device as fit, and a drafter's default number
             of tokens is drafted.
         on_placed: called once what lives where is decided, before weights are read; `load_bytes`
             and the device's `load` statistics then tell how far reading is.
