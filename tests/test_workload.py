@@ -82,6 +82,24 @@ WINDOWED = [name for name, (_, config) in FAMILIES.items() if "sliding_window" i
 PATTERNS = [name for name in WINDOWED if "layer_types" in FAMILIES[name][1]]
 
 
+@pytest.mark.parametrize("speeds", [CPU, GPU])
+def test_sequences_attend_each_to_their_own(tiny_model, speeds):
+    def attending_s(sequences, context):
+        placed = PlacedModel(
+            parts=parts_of(open_checkpoint(tiny_model), "auto", speeds.device),
+            speeds=speeds,
+            residence=Residence(),
+            context_tokens=context,
+            sequences=sequences,
+        )
+        load = placed.load(9)
+        rates = home_rates(speeds, RuntimeConfig(), load, HomeKind.DISK, None)
+        return sum(pass_times(speeds.profile, load, speeds.processor, rates).layer_s)
+
+    one, four = (attending_s(n, 2**20) - attending_s(n, 0) for n in (1, 4))
+    assert four == pytest.approx(4 * one)
+
+
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [(name, "") for name in WINDOWED] + [(name, "layer_types") for name in PATTERNS],

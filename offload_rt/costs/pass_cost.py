@@ -93,6 +93,7 @@ class PassLoad:
         streamed: indices of those whose home is elsewhere, ascending.
         slots: device buffers they share, on each device.
         tokens: that go through the layers at once.
+        sequences: that these belong to, as many to each; a token attends to its own alone.
         head: final projection, for as many rows; None to leave it out.
         head_weights: how its weights lie.
         between_s: what the device computes before the next pass, a drafter's time for one: the
@@ -107,6 +108,7 @@ class PassLoad:
     streamed: Sequence[int]
     slots: int
     tokens: int = 1
+    sequences: int = 1
     head: LayerWork | None = None
     head_weights: WeightOrder = WeightOrder.PLAIN
     between_s: float = 0.0
@@ -307,7 +309,8 @@ def pass_times(
         (work, order): layer_s(profile, work, load.tokens, processor=processor, weights=order)
         for work, order in works
     }
-    kv_s = {n: attention_s(profile, n, load.tokens, processor=processor) for n in sizes}
+    asking = load.tokens // load.sequences
+    kv_s = {n: attention_s(profile, n, asking, processor=processor) for n in sizes}
     heads = [
         head_s(profile, head, load.tokens, processor=processor, weights=load.head_weights)
         for head in ([load.head] if load.head else [])

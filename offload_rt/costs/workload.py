@@ -160,6 +160,7 @@ class PlacedModel:
             streamed=where.streamed,
             slots=where.slots,
             tokens=rows,
+            sequences=self.sequences,
             head=head,
             head_weights=order,
             kv_slots=kv.slots if kv else 0,
