@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 from offload_rt.errors import ConfigError
 from offload_rt.session.opening import Model
+from offload_rt.text import require_unicode
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +52,20 @@ class Pair:
         return [*self.context, *self.continuation][:-1]
 
 
+def is_ids(text: object) -> bool:
+    """Whether it is token ids: a sequence of whole numbers, of which there is at least one."""
+    return (
+        isinstance(text, Sequence)
+        and not isinstance(text, str | bytes | bytearray | memoryview)
+        and bool(text)
+        and all(isinstance(token, Integral) and not isinstance(token, bool) for token in text)
+    )
+
+
+def _is_empty(text: object) -> bool:
+    return isinstance(text, list | tuple) and not text
+
+
 def encoded_pair(model: Model, index: int, pair: tuple[Text, Text], limit: int) -> Pair:
     """A pair as tokens.
 
@@ -62,10 +78,17 @@ def encoded_pair(model: Model, index: int, pair: tuple[Text, Text], limit: int) 
         )
     context, continuation = pair
     if isinstance(context, str) and isinstance(continuation, str):
+        for text in (context, continuation):
+            require_unicode(text, f"pair {index + 1}")
         context, continuation = _encoded(model, context, continuation)
     elif isinstance(context, str) or isinstance(continuation, str):
         raise ConfigError(f"pair {index + 1} is a text and token ids: give two of one kind")
-    found = Pair(tuple(context), tuple(continuation))
+    elif wrong := [one for one in pair if not (is_ids(one) or _is_empty(one))]:
+        raise ConfigError(
+            f"pair {index + 1} has {wrong[0]!r:.60}, accepted are two texts or two lists of token "
+            "ids"
+        )
+    found = Pair(tuple(map(int, context)), tuple(map(int, continuation)))
     if not found.continuation:
         raise ConfigError(f"the continuation of pair {index + 1} is empty: give some text")
     if not found.context:

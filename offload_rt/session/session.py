@@ -10,7 +10,7 @@ with `context=` memory is what was asked for and longer prompts are refused, as 
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -41,7 +41,7 @@ from offload_rt.session.options import (
     settings_from,
 )
 from offload_rt.session.recommended import with_recommended
-from offload_rt.session.scoring import Score, Text, Texts, encoded_pair
+from offload_rt.session.scoring import Score, Text, Texts, encoded_pair, is_ids
 from offload_rt.session.settings import Settings
 from offload_rt.session.summary import PlanSummary, summary_of
 
@@ -58,7 +58,9 @@ _BUSY = (
     "the model is in use, by another thread or a stream that is not over: wait for it, or close "
     "the stream"
 )
-_ACCEPTED = 'accepted is a text, or a conversation such as [{"role": "user", "content": "Hi"}]'
+_ACCEPTED = (
+    'accepted is a text, a conversation such as [{"role": "user", "content": "Hi"}], or token ids'
+)
 _log = logging.getLogger(__name__)
 
 
@@ -291,6 +293,8 @@ class Session:
             SessionError: `stop` was called meanwhile.
             OffloadError: the model cannot be loaded for it.
         """
+        if not isinstance(pairs, Iterable):
+            raise ConfigError(f"the pairs are {pairs!r:.60}, accepted is a list of pairs")
         with self._used():
             texts = Texts(
                 [encoded_pair(self._model, i, pair, self._limit) for i, pair in enumerate(pairs)]
@@ -365,7 +369,7 @@ class Session:
         """A prompt as tokens, if there is room for it."""
         from offload_rt.text import build_prompt
 
-        if _is_ids(prompt):
+        if is_ids(prompt):
             ids = [int(token) for token in prompt]  # type: ignore[arg-type]
             self._model.checkpoint.require_rows(ids)
         else:
@@ -530,18 +534,9 @@ def is_one(prompts: Prompt | Sequence[Prompt]) -> bool:
     """Whether it is one prompt, not several: a text, or the turns of a conversation."""
     if isinstance(prompts, str):
         return True
-    if not isinstance(prompts, Sequence):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes | bytearray):
         raise ConfigError(f"the prompt is {prompts!r:.60}, {_ACCEPTED}")
-    return bool(prompts) and (isinstance(prompts[0], Mapping) or _is_ids(prompts))
-
-
-def _is_ids(prompt: object) -> bool:
-    """Whether a prompt is token ids."""
-    return (
-        isinstance(prompt, Sequence)
-        and bool(prompt)
-        and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
-    )
+    return bool(prompts) and (isinstance(prompts[0], Mapping) or is_ids(prompts))
 
 
 def _turns(prompt: object) -> "str | list[Message]":

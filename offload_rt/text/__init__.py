@@ -17,6 +17,7 @@ from offload_rt.text.prompt import (
     answer_end_token,
     build_prompt,
     end_token_ids,
+    require_unicode,
     template_ids,
 )
 from offload_rt.text.stream import TextStream
@@ -35,6 +36,7 @@ __all__ = [
     "declared_sampling",
     "end_token_ids",
     "load_tokenizer",
+    "require_unicode",
     "template_ids",
     "text_process",
 ]

@@ -63,7 +63,8 @@ def build_prompt(
             raise ConfigError("two system prompts: leave out --system or the system message")
         # A byte order mark comes along with "$(cat FILE)".
         turns.insert(0, Message(role="system", content=system.removeprefix("\ufeff")))
-    _require_unicode(turns)
+    for turn in turns:
+        require_unicode(turn.content, "the prompt")
     text = _rendered(tokenizer, turns) if templated else turns[0].content
     # The template has written the special tokens already.
     ids = tokenizer.encode(text, add_special_tokens=not templated)
@@ -130,14 +131,18 @@ def template_ids(tokenizer: Tokenizer, *, raw: bool = False) -> frozenset[int]:
         return frozenset()  # a template for other words
 
 
-def _require_unicode(turns: Sequence[Message]) -> None:
-    for turn in turns:
-        try:
-            turn.content.encode()
-        except UnicodeEncodeError as error:
-            raise ConfigError(
-                f"the prompt is not UTF-8 at character {error.start}: convert it first"
-            ) from error
+def require_unicode(text: str, what: str) -> None:
+    """Refuse a text with halves of characters, which no tokenizer takes.
+
+    Raises:
+        ConfigError: it has one.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{what} is not UTF-8 at character {error.start}: convert it first"
+        ) from error
 
 
 def _rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> str:
