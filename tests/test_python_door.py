@@ -262,6 +262,37 @@ def test_two_at_once_are_refused(model):
     assert model.generate("a", max_tokens=2).token_ids
 
 
+def test_leaving_gives_up_a_stream_and_keeps_the_error(tiny_model):
+    model = offload_rt.load(tiny_model, draft="none", **SMALL)
+
+    def leave_in_mid_stream():
+        with model:
+            stream = model.stream(HI, max_tokens=20, ignore_eos=True)
+            kept.append(stream)
+            for _ in stream:
+                raise RuntimeError("the user's own")
+
+    kept = []
+    with pytest.raises(RuntimeError, match="the user's own"):
+        leave_in_mid_stream()
+    with pytest.raises(offload_rt.SessionError, match="closed before its end"):
+        _ = kept[0].answer
+    with pytest.raises(offload_rt.SessionError, match="is closed"):
+        model.generate("a")
+
+
+def test_a_model_nobody_closed_is_closed_at_the_end(tiny_model):
+    script = f"""
+import offload_rt
+model = offload_rt.load({str(tiny_model)!r}, draft="ngram", device="cpu", device_memory="512MiB")
+model.generate("the quick fox", max_tokens=4)
+stream = model.stream("the quick fox", max_tokens=20, ignore_eos=True)
+next(stream)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_stop_ends_an_answer_in_good_order(model):
     stream = model.stream(HI, max_tokens=400, ignore_eos=True)
     text = next(stream).text

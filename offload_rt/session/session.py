@@ -10,8 +10,9 @@ with `context=` memory is what was asked for and longer prompts are refused, as 
 import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Unpack, overload
@@ -126,6 +127,7 @@ class Stream:
 
     def __init__(self, pieces: Iterator[Piece], answers: list[Answer]) -> None:
         self._pieces, self._answers = pieces, answers
+        self._closed = False
 
     def __iter__(self) -> "Stream":
         return self
@@ -138,8 +140,10 @@ class Stream:
         """The whole answer.
 
         Raises:
-            SessionError: it is not over.
+            SessionError: it is not over, or was given up.
         """
+        if not self._answers and self._closed:
+            raise SessionError("the stream was closed before its end: there is no whole answer")
         if not self._answers:
             raise SessionError("the stream is not over: read all pieces before its answer")
         return self._answers[0]
@@ -148,12 +152,14 @@ class Stream:
         """Give up the answer."""
         close: Callable[[], None] = self._pieces.close  # type: ignore[attr-defined]
         close()
+        self._closed = True
 
 
 class Session:
     """A model that is loaded; made by `offload_rt.load`.
 
-    One thread uses it at a time. As a context manager it closes itself.
+    One thread uses it at a time. As a context manager it closes itself, and gives up a stream that
+    is not over. At the end of the program it is closed, too.
     """
 
     def __init__(
@@ -165,6 +171,8 @@ class Session:
         self._lock = threading.Lock()
         self._closed = False
         self._open = ExitStack()
+        self._streaming: weakref.ref[Stream] | None = None
+        weakref.finalize(self, self._open.close)
         self._engine: Engine | None = None
         self._room: Room | None = None
         self._fullest: int | None = None  # sequences, where more did not fit
@@ -269,11 +277,14 @@ class Session:
 
         def pieces() -> Iterator[Piece]:
             with self._used():
+                self._streaming = this
                 (wave,) = self._waves([asked])
                 yield from self._answered(wave, settings, answers, logprobs)
                 self._raise_interrupt()
 
-        return Stream(pieces(), answers)
+        stream = Stream(pieces(), answers)
+        this = weakref.ref(stream)  # no more: one that is dropped is to end at once
+        return stream
 
     def score(self, pairs: Sequence[tuple[Text, Text]]) -> list[Score]:
         """How likely the model finds continuations of contexts, many texts in a pass.
@@ -334,6 +345,10 @@ class Session:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        stream = self._streaming() if self._streaming is not None else None
+        if stream is not None:
+            with suppress(ValueError):  # another thread is reading it: closing says so
+                stream.close()
         self.close()
 
     @contextmanager
