@@ -34,6 +34,7 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
+from offload_rt.speculative.ngram.drafter import NgramDrafter
 from offload_rt.streaming import memory_home as home_module
 
 PROMPTS = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24])
@@ -305,7 +306,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
         probs = torch.full((4, 300), 1 / 300, device="cuda:0") if drawn else None
         return Draft(tree, probs)
 
-    monkeypatch.setattr(engine_module.NgramDrafter, "propose", propose)
+    monkeypatch.setattr(NgramDrafter, "propose", propose)
     runtime = RuntimeConfig(
         device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
     )
