@@ -160,6 +160,13 @@ def test_a_copy_that_is_whole_later_is_waited_for_where_copies_are_the_limit():
     assert ahead.pass_s == pytest.approx(6.0)
 
 
+def test_kernels_that_fill_a_pass_leave_nothing_to_wait_for():
+    """However their sum is rounded."""
+    rounded = [0.12, 0.33, 0.72, 0.71, 0.94, 0.42]
+    for seconds in (rounded, rounded[::-1], rounded * 5, [0.1] * 30):
+        assert cost_of(load_of(len(seconds), [], 0), times_of(seconds)).stall_s == 0.0
+
+
 def gpu_pass(name, layer_bytes, layers, streamed, tokens=1):
     """Streaming from pinned memory through two slots, streamed layers spread evenly."""
     work = LayerWork(weight_bytes=layer_bytes, flops_per_token=layer_bytes)

@@ -47,6 +47,7 @@ _LEND_S = 2e-4
 _APART, _PART = 0.9, 0.25
 # What slows kernels lasts as long as the reads, whose share of the pass depends on the kernels.
 _SETTLING = 2
+_ROUNDING = 1e-9  # of a pass
 
 
 class Limit(StrEnum):
@@ -351,10 +352,11 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
     """
     done, times = _settled(load, times)
     kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + load.between_s
+    stall_s = done.pass_s - kernels_s
     return PassCost(
         pass_s=done.pass_s,
         compute_s=kernels_s,
-        stall_s=max(0.0, done.pass_s - kernels_s),
+        stall_s=stall_s if stall_s > _ROUNDING * done.pass_s else 0.0,
         home_bytes=sum(load.layers[i].home_bytes for i in load.streamed),
         obtained=times.obtained,
         transfer_s=done.transfer_s,
