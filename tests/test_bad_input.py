@@ -2,11 +2,14 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 
 import offload_rt
+from offload_rt.errors import ConfigError
 from offload_rt.session.options import ANSWER_KEYWORDS
+from offload_rt.session.scoring import encoded_pair
 
 LONG = "x " * 600
 # Options by keyword, and a part of the sentence.
@@ -224,6 +227,13 @@ def test_both_doors_refuse_a_plan_that_contradicts_alike(tiny_model, tmp_path, o
 )
 def test_what_only_python_can_get_wrong(call, sentence, loaded):
     assert sentence in refusal(lambda: call(loaded))[0]
+
+
+def test_a_continuation_that_merges_into_its_context_is_told():
+    one_token = SimpleNamespace(encode=lambda text: [5])
+    model = SimpleNamespace(name="m", tokenizer=one_token)
+    with pytest.raises(ConfigError, match="pair 1, 'y', is part of the context's last token"):
+        encoded_pair(model, 0, ("The sk", "y"), 100)
 
 
 def test_names_that_are_no_option_of_load(tiny_model):

@@ -90,6 +90,11 @@ def encoded_pair(model: Model, index: int, pair: tuple[Text, Text], limit: int) 
         )
     found = Pair(tuple(map(int, context)), tuple(map(int, continuation)))
     if not found.continuation:
+        if isinstance(pair[1], str) and pair[1]:
+            raise ConfigError(
+                f"the continuation of pair {index + 1}, {pair[1]!r:.60}, is part of the context's "
+                "last token: begin it at a word"
+            )
         raise ConfigError(f"the continuation of pair {index + 1} is empty: give some text")
     if not found.context:
         raise ConfigError(f"the context of pair {index + 1} has no token: give at least one")
