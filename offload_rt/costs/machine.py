@@ -103,7 +103,7 @@ def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
     gpus = len(profile.machine.gpus)
     if device == "auto":
         return next(
-            _speeds_of(profile, processor)
+            speeds_of(profile, processor)
             for processor, kind in KINDS.items()
             if gpus or not kind.own_memory
         )
@@ -115,10 +115,11 @@ def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
     processor = Processor(device)
     if KINDS[processor].own_memory and not gpus:
         raise ConfigError(f"--device {device}: profile {profile.name} has no GPU")
-    return _speeds_of(profile, processor)
+    return speeds_of(profile, processor)
 
 
-def _speeds_of(profile: HardwareProfile, processor: Processor) -> Speeds:
+def speeds_of(profile: HardwareProfile, processor: Processor) -> Speeds:
+    """Speeds of one kind of device; weights are reordered where the profile has such times."""
     mine = {curve.weights for curve in profile.layers if curve.processor is processor}
     packs = KINDS[processor].packs and WeightOrder.PACKED in mine
     return Speeds(profile=profile, processor=processor, packs=packs)

@@ -6,7 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from offload_rt.config import DraftConfig, SamplingConfig
-from offload_rt.costs.machine import Speeds
+from offload_rt.costs.machine import Speeds, speeds_of
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import compute_threads, processor
@@ -67,8 +67,8 @@ def speeds_for(profile: str | None, device: DeviceKind) -> Speeds:
         ProfileError: there is no such profile, or it is damaged.
     """
     found, own = profile_for(profile, device)
-    packs = device.packs and bool(processor()[1]) and _has_packed(found)
-    return Speeds(profile=found, processor=device.processor, packs=packs, own=own)
+    there = speeds_of(found, device.processor)
+    return dataclasses.replace(there, packs=there.packs and bool(processor()[1]), own=own)
 
 
 def means_for(
@@ -123,10 +123,6 @@ def _stand_in(device: DeviceKind) -> str:
         if gpus and gpus[0].name == names[0]:
             return name
     return device.stand_in if processor()[1] else device.stand_in_without_bf16
-
-
-def _has_packed(found: HardwareProfile) -> bool:
-    return any(curve.weights == "packed" for curve in found.layers)
 
 
 def _calibrated(checkpoint: Checkpoint, draft: DraftConfig) -> Points | None:
