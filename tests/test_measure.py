@@ -274,6 +274,11 @@ def test_a_speed_of_memory_is_refused(on_disk, monkeypatch):
 def test_a_folder_in_memory_is_refused():
     with pytest.raises(ProfileError, match="/dev/shm is served from memory .tmpfs.*--folder"):
         measure_disk(Path("/dev/shm"), Curve(QUICK), nothing)
+    with (
+        pytest.raises(ProfileError, match="/dev/shm is served from memory .tmpfs.*--folder"),
+        open_for_reading(Path("/dev/shm"), QUICK, 2),
+    ):
+        pass
 
 
 def test_a_missing_or_full_folder_is_a_sentence(on_disk):
@@ -563,6 +568,7 @@ def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk
     assert (
         made.disk == () and any("served from memory" in note for note in made.notes) and made.layers
     )
+    assert made.beside_disk == () and len(set(made.notes)) == len(made.notes)
     with pytest.raises(ProfileError, match="served from memory"):
         measure("here", device="cpu", folder=on_disk, effort=QUICK)
 

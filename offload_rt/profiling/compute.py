@@ -5,11 +5,12 @@ does besides the matrix products (norms, rotary embedding, appending keys) is in
 """
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle
+from typing import TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -39,9 +40,12 @@ from offload_rt.profiling.profile import (
     LayerCurve,
     LayerShape,
     LayerTime,
+    Number,
     WeightOrder,
 )
 from offload_rt.profiling.timing import Curve, Sample, Tick, averaged, timed
+
+ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 _RANDOM_NUMBERS = 2**18
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
@@ -74,8 +78,7 @@ class TimedLayer:
         kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
         self._cache = ResidentKV(device, [kv], dtype, max(effort.tokens))
         first = _random_layer(config, device.torch_device, dtype)
-        copies = max(1, -(-effort.cold_bytes // shape.weight_bytes))
-        self._layers = [first, *(copy.deepcopy(first) for _ in range(copies - 1))]
+        self._layers = _copies(first, shape.weight_bytes, effort)
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
                 pack_linears(layer)
@@ -145,10 +148,7 @@ def measure_layers(
             processor=device.kind.processor,
             weights=weights,
             shape=shape,
-            times=tuple(
-                LayerTime(tokens=tokens, layer_s=numbers[shape.weight_bytes, tokens])
-                for tokens in counts
-            ),
+            times=_times(numbers, shape.weight_bytes, counts),
         )
         for shape in shapes
     ]
@@ -167,7 +167,7 @@ def measure_heads(
         head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
-        copies = [head, *(copy.deepcopy(head) for _ in range(-(-effort.cold_bytes // nbytes) - 1))]
+        copies = _copies(head, nbytes, effort)
         if widens(dtype, device.torch_device):
             for one in copies:
                 widen_linears(torch.nn.ModuleList([one]))
@@ -188,12 +188,22 @@ def measure_heads(
         HeadCurve(
             processor=device.kind.processor,
             weight_bytes=nbytes,
-            times=tuple(
-                LayerTime(tokens=rows, layer_s=numbers[nbytes, rows]) for rows in effort.head_rows
-            ),
+            times=_times(numbers, nbytes, effort.head_rows),
         )
         for nbytes in sorted({place[0] for place in numbers})
     )
+
+
+def _copies(module: ModuleT, nbytes: int, effort: Effort) -> list[ModuleT]:
+    """The module and copies of it, so many that together they are `cold_bytes`."""
+    more = max(1, -(-effort.cold_bytes // nbytes)) - 1
+    return [module, *(copy.deepcopy(module) for _ in range(more))]
+
+
+def _times(
+    numbers: Mapping[Place, Number], nbytes: int, counts: Sequence[int]
+) -> tuple[LayerTime, ...]:
+    return tuple(LayerTime(tokens=count, layer_s=numbers[nbytes, count]) for count in counts)
 
 
 def _head_pass(
@@ -237,8 +247,8 @@ def measure_beside_reads(
         numbers = curve.numbers(curve.take(samples))
         for tokens in effort.beside_tokens:
             alone_s, beside_s = numbers[tokens, 0], numbers[tokens, 1]
-            factor = replace(beside_s, value=beside_s.value / alone_s.value)
-            factor = replace(factor, spread=(beside_s.spread or 0.0) / alone_s.value)
+            spread = (beside_s.spread or 0.0) / alone_s.value
+            factor = replace(beside_s, value=beside_s.value / alone_s.value, spread=spread)
             found.append(
                 DiskSlowdown(weight_bytes=shape.weight_bytes, tokens=tokens, factor=factor)
             )

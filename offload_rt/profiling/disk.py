@@ -123,7 +123,9 @@ def open_for_reading(
     Raises:
         ProfileError: the folder is not on a disk, is full, or cannot be written.
     """
+    _checked_kind(folder)
     with _readable(folder, replace(effort, disk_sample_bytes=effort.beside_read_bytes)) as windows:
+        windows[0].require_forgetting()
         images = [allocate_host(windows[0].nbytes) for _ in range(2)]
         turns = cycle(windows)
         stream = CpuCopyStream(readers, lambda block: block.run())

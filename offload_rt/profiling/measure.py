@@ -305,7 +305,8 @@ def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bo
         except ProfileError as error:
             if strict:
                 raise
-            session.notes.append(str(error))
+            if str(error) not in session.notes:  # two parts read the disk
+                session.notes.append(str(error))
         done = start + part.ticks
         report(done, total, what)
         logger.debug("%s took %.1f s", part.label, time.perf_counter() - begin_s)
