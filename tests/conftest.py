@@ -10,6 +10,10 @@ import pytest
 from tiny import SHAPE
 from tool_runs import TOOLS
 
+from offload_rt.device.system import settle_math
+
+settle_math()  # as the command line does: workers keep few kernels
+
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

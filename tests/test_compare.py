@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from offload_rt.baselines import pagecache
 from offload_rt.baselines.cap import DataLimit, GroupCap, ScopeCap, find_cap
-from offload_rt.baselines.comparison import Comparison, Conditions
-from offload_rt.baselines.engines import OURS, EngineSpec
+from offload_rt.baselines.comparison import Comparison, Conditions, _environment
+from offload_rt.baselines.engines import DRAFTED, KNOWN, OURS, EngineSpec
 from offload_rt.baselines.process import Worker, WorkerFailedError
 from offload_rt.baselines.rows import (
     Answered,
@@ -30,6 +30,7 @@ from offload_rt.baselines.rows import (
 )
 from offload_rt.baselines.summary import differences, summaries
 from offload_rt.baselines.workers.zero_settings import spend, zero_config
+from offload_rt.device import system
 from offload_rt.errors import ConfigError
 
 FAKE = Path(__file__).with_name("fake_worker.py")
@@ -452,6 +453,18 @@ def test_what_libraries_print_does_not_disturb_replies(harnessed, tmp_path):
 def test_a_load_that_exits_is_an_answer(harnessed):
     with pytest.raises(WorkerFailedError, match="SystemExit: no model"):
         harnessed.request({"do": "load", "model": "bad"}, 20)
+
+
+def test_other_engines_run_with_the_libraries_as_the_user_has_them(tmp_path, monkeypatch):
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")  # the user's own
+    system.settle_math()
+    seen = {spec.name: _environment(spec, tmp_path / "python", tmp_path) for spec in KNOWN.values()}
+    ours = {"GOMP_SPINCOUNT", "KMP_BLOCKTIME", "LRU_CACHE_CAPACITY"}
+    for name, values in seen.items():
+        assert values["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+        assert ours & set(values) == (ours if name in (OURS, DRAFTED) else set()), name
 
 
 def test_workers_of_other_environments_need_nothing_of_ours():

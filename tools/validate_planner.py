@@ -37,7 +37,7 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.kinds import CPU, DeviceKind
-from offload_rt.device.system import free_memory_bytes, thread_times, wait_asleep
+from offload_rt.device.system import free_memory_bytes, settle_math, thread_times
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
@@ -379,7 +379,7 @@ def plot(plans: Sequence[Mapping[str, object]], path: Path) -> None:
 def main() -> int:
     """Measure, or only remake the table from the rows."""
     if "GOMP_SPINCOUNT" not in os.environ:  # torch is here already: begin again as offload-run does
-        wait_asleep()
+        settle_math()
         os.environ.setdefault("GOMP_SPINCOUNT", "")
         os.execv(sys.executable, [sys.executable, *sys.argv])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -31,6 +31,7 @@ from offload_rt.baselines.rows import (
     runs_done,
     same_tokens,
 )
+from offload_rt.device.system import users_environment
 from offload_rt.writing import make_folder, writing
 
 _SCRATCH = ".offload-run-scratch"  # in the output folder, where users have files of their own
@@ -144,7 +145,7 @@ class Comparison:
         pagecache.drop(self.conditions.files)
         log = logs / f"{run.engine}-batch{run.batch}-round{run.round + 1}.log"
         command = [str(python), *spec.arguments]
-        environment = _environment(python, scratch / _PACKAGES)
+        environment = _environment(spec, python, scratch / _PACKAGES)
         try:
             with Worker(command, environment, self.cap.open(), log) as worker:
                 yield worker
@@ -246,9 +247,10 @@ def _row(kind: str, run: Run, reply: Mapping[str, Any]) -> dict[str, Any]:
     return values | {"kind": kind, "run": dataclasses.asdict(run)}
 
 
-def _environment(python: Path, packages: Path) -> dict[str, str]:
-    """Variables of a worker: of offload_rt's environment another one gets the bare package only."""
-    values = dict(os.environ) | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(packages)}
+def _environment(spec: EngineSpec, python: Path, packages: Path) -> dict[str, str]:
+    """Variables of a worker: another one gets the bare package and the user's own variables."""
+    settled = users_environment() if spec.environment else dict(os.environ)
+    values = settled | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(packages)}
     if python != Path(sys.executable):
         for name in ("PYTHONHOME", "VIRTUAL_ENV"):
             values.pop(name, None)

@@ -15,7 +15,7 @@ import click
 
 from offload_rt.cli.columns import columns, hanging
 from offload_rt.cli.options import Output
-from offload_rt.device.system import wait_asleep
+from offload_rt.device.system import settle_math
 from offload_rt.printable import encodable, printable, printable_lines, printable_prose
 from offload_rt.session.observer import Gauge
 
@@ -36,7 +36,7 @@ _QUIET_LIBRARIES = {
 def quiet_libraries(output: Output) -> None:
     """Keep libraries off the network and off our stderr; call it before they are imported."""
     os.environ.update(_QUIET_LIBRARIES)
-    wait_asleep()
+    settle_math()
     warnings.simplefilter("default" if output.verbose else "ignore")
     root, ours = logging.getLogger(), logging.getLogger("offload_rt")
     for handler in [h for h in ours.handlers if isinstance(h, _Notes)]:

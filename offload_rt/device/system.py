@@ -16,6 +16,10 @@ _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
 # small model took 37 ms on an idle machine, with 5,000 and more 30 ms; beside two busy programs 60
 # with 1,000, 64 with 10,000, 73 with 30,000, 78 to 109 by default (2 cores, medians of 30 passes).
 _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
+# Kernels that oneDNN and its caller in torch keep. They make one for each shape of matrix and each
+# number of rows, of some 0.5 MB, and keep 1,024 by default: checking 2 to 33 tokens of a model with
+# six shapes took 114 MB, with 32 kept 14. A pass has five to ten shapes; a kernel takes 0.4 ms.
+_KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -58,14 +62,24 @@ def compute_threads() -> int:
     return max(1, min(cores(), int(cpu_quota() or cores())))
 
 
-def wait_asleep() -> None:
-    """Have threads that wait for others soon sleep; call it before torch is imported.
+_settled: set[str] = set()  # variables that are ours, not the user's
 
-    Beside other work a thread that spins holds the core its partner needs. Whoever sets a policy
-    keeps it.
+
+def settle_math() -> None:
+    """Have waiting threads soon sleep and few kernels be kept; call it before torch is imported.
+
+    Beside other work a thread that spins holds the core its partner needs, and kernels kept for
+    every number of rows outgrow any plan. Whoever sets one of these keeps it.
     """
-    if not {"OMP_WAIT_POLICY", *_SPIN_LIMITS} & set(os.environ):
-        os.environ.update(_SPIN_LIMITS)
+    spins = {} if {"OMP_WAIT_POLICY", *_SPIN_LIMITS} & set(os.environ) else _SPIN_LIMITS
+    ours = {n: v for n, v in (spins | _KERNEL_LIMITS).items() if n not in os.environ}
+    os.environ.update(ours)
+    _settled.update(ours)
+
+
+def users_environment() -> dict[str, str]:
+    """The environment as the user gave it, for programs of others: without what is settled here."""
+    return {name: value for name, value in os.environ.items() if name not in _settled}
 
 
 def thread_times() -> dict[str, tuple[int, int]]:

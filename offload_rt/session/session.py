@@ -18,7 +18,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
 from offload_rt.config import KVPlace
-from offload_rt.device.system import wait_asleep
+from offload_rt.device.system import settle_math
 from offload_rt.errors import ConfigError, PlanError, SessionError
 from offload_rt.report import RunReport
 from offload_rt.session.adapters import adapted, open_for_answers
@@ -535,7 +535,7 @@ def load(
     """
     check_keywords(options, KEYWORDS, "load")
     settings, observer = settings_from(options), observer or Logged()
-    wait_asleep()
+    settle_math()
     checkpoint = open_for_answers(os.fspath(model), settings)
     settings = with_recommended(settings, checkpoint.folder, observer)
     opened = open_model(checkpoint, settings.runtime, observer, settings.draft)

@@ -172,13 +172,44 @@ def test_threads_that_compute(quota, asked, threads, monkeypatch):
 def test_waiting_threads_sleep_unless_somebody_said_how(monkeypatch):
     for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
         monkeypatch.delenv(name, raising=False)
-    system.wait_asleep()
+    system.settle_math()
     assert int(os.environ["GOMP_SPINCOUNT"]) <= 10_000
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.delenv("KMP_BLOCKTIME")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
-    system.wait_asleep()
+    system.settle_math()
     assert "GOMP_SPINCOUNT" not in os.environ
+
+
+MANY_ROWS = """
+import sys
+from offload_rt.device.system import give_back_holes, give_back_large_blocks, settle_math
+settle_math()
+import psutil, torch
+give_back_large_blocks()
+weights = [torch.ones(rows, 64).bfloat16() for rows in range(64, 448, 64)]
+def multiply(rows):
+    for weight in weights:
+        torch.nn.functional.linear(torch.ones(rows, 64).bfloat16(), weight)
+multiply(2)
+start = psutil.Process().memory_info().rss
+for rows in range(3, 131):
+    multiply(rows)
+give_back_holes()
+print(psutil.Process().memory_info().rss - start)
+"""
+
+
+@pytest.mark.parametrize("kept", ["ours", "1024"])
+def test_numbers_of_rows_keep_no_memory(kept, monkeypatch):
+    """The memory a run takes does not grow with the numbers of tokens its passes have had."""
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        monkeypatch.delenv(name, raising=False)
+        if kept != "ours":
+            monkeypatch.setenv(name, kept)
+    ran = subprocess.run([sys.executable, "-c", MANY_ROWS], check=True, capture_output=True)
+    grown = int(ran.stdout)
+    assert (grown < 32 * 2**20) == (kept == "ours"), grown  # what the user sets stays, grows or not
 
 
 def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
