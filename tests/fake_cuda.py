@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from unittest.mock import patch
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from offload_rt.device.cuda import streams
 from offload_rt.device.sim import SimBuffer, SimEvent, SimStream
 
 GIB = 2**30
@@ -80,6 +82,7 @@ class FakeStream:
             slot, source = self.gpu.buffers[key(dst)], self.gpu.host_buffer(src)
             self.gpu.trace.append(("copy", self.gpu.names[key(dst)]))
             self.gpu.copied_bytes += src.numel()
+            self.gpu.copy_sizes.append(src.numel())
             self.gpu.unpinned_copies += not self.gpu.is_registered(src)
             seconds = src.numel() / LINK_BYTES_PER_S
             self.gpu.enqueue(self.sim)
@@ -107,13 +110,17 @@ class FakeCuda:
     Attributes:
         gpus: devices this machine pretends to have; 0 pretends that torch has no CUDA.
         free_bytes: device memory that is left.
-        refuse_from: buffers of at least this many bytes cannot be pinned.
+        refuse_from: buffers of at least this many bytes cannot be registered.
+        pinnable_bytes: that can be pinned in all, as on WSL.
+        allocates_pinned: it has pinned memory of its own.
         strict: refuse copies that pass the driver by (while a step runs).
     """
 
     gpus: int = 2
     free_bytes: int = 8 * GIB
     refuse_from: int = 64 * GIB
+    pinnable_bytes: int = 64 * GIB
+    allocates_pinned: bool = False
     strict: bool = False
     inside: bool = False
     device: torch.device | None = None
@@ -122,12 +129,16 @@ class FakeCuda:
     kept: list = field(default_factory=list)
     names: dict = field(default_factory=dict)
     registered: dict = field(default_factory=dict)
+    allocated_pinned: dict = field(default_factory=dict)
     unregistered: list = field(default_factory=list)
     host_syncs: Counter = field(default_factory=Counter)
     downloads: int = 0
     copied_bytes: int = 0
+    copy_sizes: list = field(default_factory=list)
     copied_back_bytes: int = 0
     unpinned_copies: int = 0
+    uploads: int = 0
+    unpinned_uploads: int = 0
 
     def __post_init__(self):
         self.lock = threading.RLock()
@@ -164,7 +175,7 @@ class FakeCuda:
         return 8 * GIB - self.free_bytes
 
     def register(self, address, nbytes):
-        if nbytes >= self.refuse_from:
+        if nbytes >= self.refuse_from or not self._has_room(nbytes):
             return "out of memory"
         self.registered[address] = nbytes
         return None
@@ -173,9 +184,23 @@ class FakeCuda:
         del self.registered[address]
         self.unregistered.append(address)
 
-    def upload(self, values, device):
+    def allocate_pinned(self, nbytes):
+        if not self.allocates_pinned or not self._has_room(nbytes):
+            return None
+        with _disable_current_modes():
+            tensor = torch.zeros(nbytes, dtype=torch.uint8)
+        self.allocated_pinned[tensor.data_ptr()] = nbytes
+        return tensor
+
+    def _has_room(self, nbytes):
+        taken = sum((*self.registered.values(), *self.allocated_pinned.values()))
+        return taken + nbytes <= self.pinnable_bytes
+
+    def upload(self, source, device):
+        self.uploads += 1
+        self.unpinned_uploads += not self.is_registered(source)
         with self.inside_driver():
-            return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+            return source.to(device, non_blocking=True)
 
     def download(self, values):
         assert values.device == self.device, f"{values.device} is not {self.device}"
@@ -211,7 +236,8 @@ class FakeCuda:
             self.host().kernel(reads=[], writes=[self.host_buffer(tensor)], seconds=0.0)
 
     def is_registered(self, tensor):
-        return tensor.untyped_storage().data_ptr() in self.registered
+        address = tensor.untyped_storage().data_ptr()
+        return address in self.registered or address in self.allocated_pinned
 
     def kernel(self, func, arguments):
         """An operation of the network: note which device buffers it touches."""
@@ -263,7 +289,12 @@ def key(tensor):
 def fake_gpu(gpu):
     """Run everything inside on the double."""
     # Rotary tables are made before; they become fake where the network is attached to the device.
-    with FakeTensorMode(allow_non_fake_inputs=True), FakeKernels(gpu):
+    # Parts of host memory are to be real, with an address, and known as parts of the whole.
+    with (
+        FakeTensorMode(allow_non_fake_inputs=True),
+        FakeKernels(gpu),
+        patch.object(streams, "_cut", build_for_real(streams._cut)),
+    ):
         yield gpu
 
 

@@ -3,6 +3,9 @@
 import logging
 import threading
 import time
+from collections import Counter
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,11 +13,15 @@ from fake_cuda import GIB, FakeCuda, fake_gpu
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.device import opening
-from offload_rt.device.base import CopyPiece
+from offload_rt.device.base import COPY_BYTES, CopyPiece
 from offload_rt.device.cuda import device as cuda
-from offload_rt.device.cuda import streams
+from offload_rt.device.cuda import nvml, present, streams, torch_driver
+from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
+from offload_rt.device.cuda.nvml import Driver, Gpu
 from offload_rt.device.cuda.ordered import OrderedQueue, nothing
+from offload_rt.device.cuda.pinned import PinnedMemory, UploadRing
+from offload_rt.device.cuda.present import missing_gpu
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.device.opening import open_device
@@ -22,6 +29,7 @@ from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.planning.fit import choose_home
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.streaming.memory_home import MemoryHome
+from offload_rt.units import format_size
 
 MIB = 2**20
 
@@ -46,17 +54,20 @@ def buffer_of(nbytes):
 
 def test_memory_is_pinned_in_exactly_its_size_and_unpinned_at_close(gpu):
     device = CudaDevice(0, driver=gpu)
+    before = dict(gpu.registered)
     buffers = [buffer_of(n) for n in (3 * 4096, 840 * 1000, 5)]
     for buffer in buffers:
         device.pin(buffer)
-    assert gpu.registered == {b.tensor.data_ptr(): b.nbytes for b in buffers}
-    addresses = list(gpu.registered)
+    assert gpu.registered == before | {b.tensor.data_ptr(): b.nbytes for b in buffers}
+    addresses = sorted(gpu.registered)
     device.close()
-    assert (gpu.registered, gpu.unregistered) == ({}, addresses)
+    assert (gpu.registered, sorted(gpu.unregistered)) == ({}, addresses)
 
 
 def test_a_refused_pin_warns_once_with_the_numbers(gpu, device, caplog):
     gpu.refuse_from = 3 * MIB
+    first = Counter(gpu.registered.values())
+    pinned = format_size(sum(first.elements()) + 2 * MIB)
     device.pin(buffer_of(2 * MIB))
     asked = []
     register = gpu.register
@@ -64,10 +75,10 @@ def test_a_refused_pin_warns_once_with_the_numbers(gpu, device, caplog):
     for size in (4 * MIB, 5 * MIB, 1 * MIB, 4 * MIB):
         device.pin(buffer_of(size))
     (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
-    for part in ("4.00 MiB", "out of memory", "2.00 MiB is pinned", "ulimit -l"):
+    for part in ("4.00 MiB", "out of memory", f"{pinned} is pinned", "ulimit -l"):
         assert part in warning.getMessage()
     assert asked == [4 * MIB, 1 * MIB]  # not again what is as large as what was refused
-    assert sorted(gpu.registered.values()) == [1 * MIB, 2 * MIB]
+    assert Counter(gpu.registered.values()) - first == Counter([1 * MIB, 2 * MIB])
 
 
 def copied(gpu, monkeypatch):
@@ -242,6 +253,33 @@ def test_auto_is_the_cpu_without_gpu():
     device.close()
 
 
+@pytest.mark.parametrize(
+    ("newest", "reason"),
+    [
+        ((12, 2), "driver 535.1 runs CUDA up to 12.2, torch is built for 13.0: update the driver"),
+        ((13, 0), None),
+        ((13, 1), None),
+    ],
+)
+def test_a_driver_that_is_too_old(monkeypatch, newest, reason):
+    """Said without torch where the version is sure to be too old, and by torch."""
+    gpu = Gpu(name="one", total_bytes=2**30, free_bytes=2**30, capability=(9, 0))
+    driver = Driver(version="535.1", cuda_version=newest, gpus=(gpu,))
+    monkeypatch.setattr(nvml, "find_driver", lambda: driver)
+    monkeypatch.setattr(present, "version", lambda _: "2.14.1+cu130")
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    early, late = missing_gpu(0), TorchDriver().missing(0)
+    if reason is None:
+        assert early is None and "no NVIDIA GPU" in late
+    else:
+        assert reason in early and reason in late
+    with pytest.raises(DeviceError, match="this machine has one GPU: use cuda:0$"):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        CudaDevice(3, driver=TorchDriver())
+
+
 def test_why_there_is_no_gpu(monkeypatch):
     driver = TorchDriver()
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -259,8 +297,206 @@ def test_why_there_is_no_gpu(monkeypatch):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_the_reason_of_a_refused_pin_is_cudas_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "cudart", lambda: torch._C._cudart)
+    monkeypatch.setattr(torch.cuda, "device", nullcontext)
     reason = TorchDriver().register(buffer_of(4096).tensor.data_ptr(), 4096)
     assert "CUDA" in reason  # here: the driver is missing or too old
+
+
+class ManyGpus:
+    """`torch.cuda` of a machine with several GPUs: where contexts are made, and the last error.
+
+    As CUDA 12 and torch do: a thread begins with GPU 0, setting a GPU makes a context there, the
+    end of `device` does not go back to a GPU without one, the end of `stream` does. A refused call
+    leaves its error with the thread.
+    """
+
+    def __init__(self):
+        self.contexts, self.error, self.launches, self._thread = set(), 0, 0, threading.local()
+
+    @property
+    def current(self):
+        return getattr(self._thread, "gpu", 0)
+
+    def use(self, index):
+        self._thread.gpu = index
+        self.contexts.add(index)
+
+    @contextmanager
+    def device(self, device):
+        before = self.current
+        self.use(device.index)
+        yield
+        if before in self.contexts:
+            self._thread.gpu = before
+
+    @contextmanager
+    def stream(self, stream):
+        before = self.current
+        self.use(stream.device.index)
+        yield
+        self.use(before)
+
+    def Stream(self, device):
+        return SimpleNamespace(device=device)
+
+    current_stream = Stream
+
+    def init(self):
+        pass
+
+    def reset_peak_memory_stats(self, device):
+        self.use(self.current)
+
+    def cudart(self):
+        return self
+
+    def cudaHostRegister(self, address, nbytes, flags):
+        self.use(self.current)
+        self.error = 712 if address < 0 else 0
+        return self.error
+
+    def cudaHostUnregister(self, address):
+        self.use(self.current)
+
+    def cudaGetErrorString(self, error):
+        return f"error {error}"
+
+    def cudaGetLastError(self):
+        error, self.error = self.error, 0
+        return error
+
+    def launch(self, *size, device):
+        self.launches += 1
+        if self.cudaGetLastError():
+            raise RuntimeError("CUDA error: invalid argument")
+
+
+@pytest.fixture
+def many(monkeypatch):
+    gpus = ManyGpus()
+    monkeypatch.setattr(torch, "cuda", gpus)
+    monkeypatch.setattr(torch_driver, "_loaded_runtime", lambda: gpus)
+    return gpus
+
+
+CALLS = {
+    "copy": lambda driver, copies: copies.copy(torch.zeros(3), torch.ones(3)),
+    "register": lambda driver, _: driver.register(4096, 4096),
+    "refused": lambda driver, _: driver.register(-1, 4096),
+    "unregister": lambda driver, _: driver.unregister(4096),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_second_gpu_alone_makes_no_context_on_the_first(many, call):
+    """Whatever a thread does first, this one or another."""
+    driver = TorchDriver()
+    _, copies = driver.open(torch.device("cuda", 1))
+    thread = threading.Thread(target=call, args=(driver, copies))
+    thread.start()
+    thread.join()
+    call(driver, copies)
+    assert many.contexts == {1}
+
+
+@pytest.mark.parametrize("linked_in", [False, True])
+def test_a_refused_pin_leaves_no_error_to_the_next_kernel(many, monkeypatch, linked_in):
+    if linked_in:
+        monkeypatch.setattr(torch_driver, "_loaded_runtime", lambda: None)
+        monkeypatch.setattr(torch, "zeros", many.launch)
+    assert TorchDriver().register(-1, 4096) == "error 712"
+    assert many.error == 0
+    assert many.launches == linked_in
+
+
+@pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
+def test_the_runtime_that_torch_has_loaded_is_found():
+    runtime = torch_driver._loaded_runtime()
+    assert runtime is not None and runtime._name is not None
+    assert runtime.cudaGetLastError.argtypes is None
+
+
+def test_a_long_copy_is_cut_so_that_uploads_wait_for_a_piece(gpu, device):
+    image = buffer_of(2 * COPY_BYTES + MIB)
+    device.pin(image)
+    with fake_gpu(gpu):
+        slot = device.allocate(image.nbytes, "slots")
+        device.copy.copy(slot, MemoryHome(image))
+    assert gpu.copy_sizes == [COPY_BYTES, COPY_BYTES, MIB]
+    assert device.copy.statistics().bytes_copied == image.nbytes
+    assert device.copy.statistics().busy_s == pytest.approx(image.nbytes / 1e9)
+
+
+def test_values_go_up_in_parts_of_pinned_memory(monkeypatch):
+    """Also more of them than a part holds, and again and again through the same parts."""
+    monkeypatch.setattr(pinned_module, "UPLOAD_BYTES", 8 * 10)
+    sent, events = [], []
+
+    class Drained:
+        def __init__(self):
+            self.waited = False
+            events.append(self)
+
+        def done(self):
+            return False
+
+        def synchronize(self):
+            self.waited = True
+
+    ring = UploadRing(PinnedMemory(FakeCuda()), Drained)
+    for values in ([3], list(range(25)), range(7), [], [2**62, -(2**62)]):
+        sent += [(list(values), torch.cat([p.clone() for p in ring.send(values, torch.clone)]))]
+    assert all(got.tolist() == values for values, got in sent)
+    assert [event.waited for event in events] == [True] * 3 + [False] * 4  # 7 parts, a ring of 4
+
+
+def test_staging_is_pinned_before_layers_and_kept(gpu, caplog):
+    """Where 96 MiB may be pinned in all, layers get what staging and uploads leave."""
+    gpu.pinnable_bytes = 96 * MIB
+    device = CudaDevice(0, driver=gpu)
+    images = [buffer_of(9 * MIB) for _ in range(3)]
+    for image in images:
+        device.pin(image)
+    state = device.pinning()
+    assert (state.refused_bytes, state.reason) == (18 * MIB, "out of memory")
+    assert state.pinned_bytes == sum(gpu.registered.values()) <= gpu.pinnable_bytes
+    streams = device.copy, device.new_copy_stream()
+    with fake_gpu(gpu):
+        for stream in streams:
+            slot = device.allocate(9 * MIB, "slots")
+            for image in images:
+                stream.copy(slot, MemoryHome(image))
+            stream.record().synchronize()
+        device.upload([1, 2, 3])
+    assert (gpu.unpinned_copies, gpu.unpinned_uploads) == (0, 0)
+    (warning,) = [r for r in caplog.records if r.levelno == logging.WARNING]
+    assert "pinning 9.00 MiB" in warning.getMessage()
+    for stream in streams:
+        stream.close()
+    device.close()
+
+
+@pytest.mark.parametrize("allocates", [True, False])
+def test_what_cannot_be_registered_is_asked_of_the_driver(gpu, allocates):
+    gpu.refuse_from, gpu.allocates_pinned = 0, allocates
+    device = CudaDevice(0, driver=gpu)
+    image = buffer_of(9 * MIB)
+    device.pin(image)
+    with fake_gpu(gpu):
+        device.copy.copy(device.allocate(9 * MIB, "slots"), MemoryHome(image))
+        device.copy.record().synchronize()
+        device.upload([1, 2, 3])
+    assert bool(gpu.unpinned_copies) is bool(gpu.unpinned_uploads) is not allocates
+    device.close()
+    assert not gpu.unregistered
+
+
+def test_copies_of_every_stream_come_after_kernels_that_used_the_memory(gpu, device):
+    stream = device.new_copy_stream()
+    with fake_gpu(gpu):
+        device.allocate(40, "slots")
+    assert gpu.trace[-3:] == [("record", "compute"), ("wait", "copy"), ("wait", "kv")]
+    stream.close()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from offload_rt.config import HomeKind
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import pinned as pinned_module
+from offload_rt.device.cuda import streams as streams_module
 from offload_rt.device.cuda.device import CudaDevice
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CUDA, Packing
@@ -22,8 +23,8 @@ from offload_rt.streaming import memory_home as home_module
 class Eager:
     """A driver whose streams do everything at once, an event and a stream of it included."""
 
-    def __init__(self, *, pin=True):
-        self.pin = pin
+    def __init__(self, *, pin=True, allocates_pinned=False):
+        self.pin, self.allocates_pinned = pin, allocates_pinned
 
     def missing(self, index):
         return None
@@ -43,8 +44,11 @@ class Eager:
     def unregister(self, address):
         pass
 
-    def upload(self, values, device):
-        return torch.tensor(values)
+    def allocate_pinned(self, nbytes):
+        return allocate_host(nbytes).tensor if self.allocates_pinned else None  # whole pages
+
+    def upload(self, source, device):
+        return source.clone()
 
     def record(self):
         return self
@@ -78,21 +82,24 @@ def open_as(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("home", "pin", "dtype"),
+    ("home", "driver", "dtype"),
     [
-        (HomeKind.HOST, True, "bfloat16"),
-        (HomeKind.HOST, False, "float32"),
-        (HomeKind.DISK, True, "bfloat16"),
+        (HomeKind.HOST, Eager(), "bfloat16"),
+        (HomeKind.HOST, Eager(pin=False), "float32"),
+        (HomeKind.HOST, Eager(pin=False, allocates_pinned=True), "float32"),
+        (HomeKind.DISK, Eager(), "bfloat16"),
     ],
 )
-def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, pin, dtype):
+def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, driver, dtype):
     open_as(CpuDevice())
     with engine_for(tiny_model, dtype=dtype, resident_layers=4) as engine:
         resident = all_logits(engine)
     for module in (files_module, home_module):  # many pieces per tensor
         monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
     monkeypatch.setattr(pinned_module, "STAGING_BYTES", 20_000 + 2 * 4096)
-    open_as(CudaDevice(0, driver=Eager(pin=pin)))
+    monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
+    monkeypatch.setattr(pinned_module, "UPLOAD_BYTES", 8 * 5)  # in parts, too
+    open_as(CudaDevice(0, driver=driver))
     with engine_for(tiny_model, dtype=dtype, slots=2, resident_layers=1, home=home) as engine:
         assert torch.equal(all_logits(engine), resident)
 

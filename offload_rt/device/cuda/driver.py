@@ -3,7 +3,6 @@
 `cuda.TorchDriver` is the real one, `tests/fake_cuda.py` one for machines without a GPU.
 """
 
-from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -65,8 +64,11 @@ class Driver(Protocol):
     def unregister(self, address: int) -> None:
         """Unpin host memory."""
 
-    def upload(self, values: Sequence[int], device: torch.device) -> torch.Tensor:
-        """Return [len(values)] int64 on the device; the host does not wait."""
+    def allocate_pinned(self, nbytes: int) -> torch.Tensor | None:
+        """Return [nbytes] uint8 of host memory that is pinned from the start, or None."""
+
+    def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return a copy of pinned host memory on the device, enqueued in the current stream."""
 
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the host waits for the current stream."""

@@ -1,6 +1,7 @@
 """Which GPUs there are, without torch: the driver's libraries are asked."""
 
 import ctypes
+import re
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -32,10 +33,39 @@ def missing_gpu(index: int) -> str | None:
         return (
             "no NVIDIA GPU answers, or no driver: check that nvidia-smi works, or use --device cpu"
         )
-    if index >= count:
-        some = f"{count} GPUs" if count > 1 else "one GPU"
-        return f"this machine has {some}: use {'cuda:0 to ' if count > 1 else ''}cuda:{count - 1}"
-    return None
+    build = re.search(r"\+cu(\d+)(\d)$", torch)
+    # Within a major version an older driver runs what a newer one was meant for.
+    too_old = driver is not None and build is not None and driver.cuda_version[0] < int(build[1])
+    reason = old_driver(f"{build[1]}.{build[2]}") if too_old and build is not None else None
+    return reason or absent_gpu(index, count)
+
+
+def absent_gpu(index: int, count: int) -> str | None:
+    """That there are not so many GPUs, and what to name instead."""
+    if index < count:
+        return None
+    some = f"{count} GPUs" if count > 1 else "one GPU"
+    return f"this machine has {some}: use {'cuda:0 to ' if count > 1 else ''}cuda:{count - 1}"
+
+
+def old_driver(cuda_build: str) -> str | None:
+    """That the driver runs no such CUDA, if so, and what to do.
+
+    Args:
+        cuda_build: version of CUDA that torch was built for.
+    """
+    from offload_rt.device.cuda.nvml import find_driver
+
+    driver = find_driver()
+    built = tuple(map(int, cuda_build.split(".")[:2]))
+    if driver is None or driver.cuda_version >= built:
+        return None
+    newest = ".".join(map(str, driver.cuda_version))
+    return (
+        f"the NVIDIA driver {driver.version} runs CUDA up to {newest}, torch is built for "
+        f"{cuda_build}: update the driver, install torch for CUDA {newest} or older, or use "
+        "--device cpu"
+    )
 
 
 def _cuda_devices() -> int:

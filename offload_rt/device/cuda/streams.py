@@ -6,6 +6,7 @@ staging buffers by threads, and copied from there.
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Event as Flag
@@ -14,6 +15,7 @@ from threading import Lock
 import torch
 
 from offload_rt.device.base import (
+    COPY_BYTES,
     CopyBlock,
     CopyPiece,
     CopyStatistics,
@@ -24,7 +26,7 @@ from offload_rt.device.base import (
 )
 from offload_rt.device.cuda.driver import DriverEvent, DriverStream
 from offload_rt.device.cuda.ordered import Action, OrderedQueue, nothing
-from offload_rt.device.cuda.pinned import PinnedMemory, Staging, StagingBuffer
+from offload_rt.device.cuda.pinned import PinnedMemory, Staging, StagingBuffer, StagingPool
 from offload_rt.device.host_memory import HostBuffer
 from offload_rt.device.link_meter import LinkMeter
 
@@ -124,15 +126,18 @@ class CudaCopyStream:
     Args:
         stream: the driver's.
         pinned: knows which sources the copy engine can read directly.
+        staging: what all others go through.
         readers: pieces that are read at once.
     """
 
-    def __init__(self, stream: DriverStream, pinned: PinnedMemory, readers: int) -> None:
+    def __init__(
+        self, stream: DriverStream, pinned: PinnedMemory, staging: StagingPool, readers: int
+    ) -> None:
         self._stream, self._pinned = stream, pinned
         self._copies = Spans()
         self._reads = LinkMeter()
         # One more thread than reads: a wait whose turn has not come holds a thread.
-        self._queue = OrderedQueue(readers + 1, lambda: Staging(pinned))
+        self._queue = OrderedQueue(readers + 1, lambda: Staging(staging))
 
     def copy(self, dst: DeviceBuffer, src: HomeSource) -> None:
         """Fill device memory, or the host memory of a layer's home, with the bytes of `src`."""
@@ -196,7 +201,8 @@ class CudaCopyStream:
 
     def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
         start = self._stream.record()
-        self._stream.copy(target, source)
+        for part, piece in _cut(target, source):
+            self._stream.copy(part, piece)
         self._copies.add(start, self._stream.record(), source.numel())
 
     def _run_block(self, block: CopyBlock, _: Staging) -> Action:
@@ -215,3 +221,13 @@ class CudaCopyStream:
     ) -> None:
         self._stream.copy(target, source)
         buffer.drained = self._stream.record()
+
+
+def _cut(target: torch.Tensor, source: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+    """Pieces of a copy.
+
+    A GPU has one engine for copies to it, and that ends a copy it has begun: what is uploaded in
+    another stream waits for a piece, not for a layer.
+    """
+    starts = range(0, source.numel(), COPY_BYTES)
+    return [(target[at : at + COPY_BYTES], source[at : at + COPY_BYTES]) for at in starts]

@@ -1,0 +1,173 @@
+"""CUDA through torch: the only file that names `torch.cuda`.
+
+Every call that acts on the current GPU is made under this driver's own, on whatever thread: a
+thread begins with GPU 0, and pinning memory or leaving a stream there would make a context of 300
+to 500 MB on it.
+"""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from offload_rt.device.cuda.driver import DriverEvent
+from offload_rt.device.cuda.present import absent_gpu, old_driver
+
+REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
+
+
+@dataclass(frozen=True, slots=True)
+class TorchEvent:
+    """A `torch.cuda.Event`."""
+
+    event: torch.cuda.Event
+
+    def synchronize(self) -> None:
+        """Block the host until it is reached."""
+        self.event.synchronize()
+
+    def done(self) -> bool:
+        """Whether it is reached."""
+        return bool(self.event.query())
+
+    def seconds_until(self, later: DriverEvent) -> float:
+        """Seconds from this event to a later one."""
+        assert isinstance(later, TorchEvent)
+        return float(self.event.elapsed_time(later.event)) / 1000
+
+
+@dataclass(frozen=True, slots=True)
+class TorchStream:
+    """A `torch.cuda.Stream`."""
+
+    stream: torch.cuda.Stream
+
+    def record(self) -> TorchEvent:
+        """Record an event; a host that waits for it sleeps instead of spinning."""
+        event = torch.cuda.Event(enable_timing=True, blocking=True)
+        event.record(self.stream)
+        return TorchEvent(event)
+
+    def wait(self, event: DriverEvent) -> None:
+        """Order all later work after `event`."""
+        assert isinstance(event, TorchEvent)
+        self.stream.wait_event(event.event)
+
+    def copy(self, dst: torch.Tensor, src: torch.Tensor) -> None:
+        """Enqueue a copy between host and device."""
+        # The stream alone would go back to the thread's GPU, and make a context there.
+        with torch.cuda.device(self.stream.device), torch.cuda.stream(self.stream):
+            dst.copy_(src, non_blocking=True)
+
+    def synchronize(self) -> None:
+        """Block the host until the stream is empty."""
+        self.stream.synchronize()
+
+
+class TorchDriver:
+    """CUDA through torch, of one GPU once it is opened."""
+
+    def __init__(self) -> None:
+        self._device = torch.device("cuda", 0)
+
+    def missing(self, index: int) -> str | None:
+        """Why GPU `index` cannot be used and what to do, or None if it can."""
+        if torch.version.cuda is None:
+            return (
+                f"torch {torch.__version__} is built without CUDA: install a CUDA build of torch, "
+                "or use --device cpu"
+            )
+        if not torch.cuda.is_available():
+            return old_driver(torch.version.cuda) or (
+                f"torch {torch.__version__} finds no NVIDIA GPU or no driver for CUDA "
+                f"{torch.version.cuda}: check that nvidia-smi works, or use --device cpu"
+            )
+        return absent_gpu(index, torch.cuda.device_count())
+
+    def open(self, device: torch.device) -> tuple[TorchStream, TorchStream]:
+        """Return the current stream and a new one, and restart the count of peak memory."""
+        self._device = device
+        torch.cuda.init()  # what follows does not do it by itself
+        with torch.cuda.device(device):
+            torch.cuda.reset_peak_memory_stats(device)
+            return TorchStream(torch.cuda.current_stream(device)), self.stream(device)
+
+    def stream(self, device: torch.device) -> TorchStream:
+        """Return one more new stream."""
+        return TorchStream(torch.cuda.Stream(device))
+
+    def allocate(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        """Return [nbytes] uint8 of device memory."""
+        return torch.empty(nbytes, dtype=torch.uint8, device=device)
+
+    def memory(self, device: torch.device) -> tuple[int, int]:
+        """Free and total bytes; what torch holds in reserve without using it counts as free."""
+        free, total = torch.cuda.mem_get_info(device)
+        idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + idle, total
+
+    def peak_bytes(self, device: torch.device) -> int:
+        """Most bytes allocated at once since `open`."""
+        return int(torch.cuda.max_memory_allocated(device))
+
+    def register(self, address: int, nbytes: int) -> str | None:
+        """Pin host memory."""
+        with torch.cuda.device(self._device):
+            runtime = torch.cuda.cudart()
+            result = runtime.cudaHostRegister(address, nbytes, REGISTER_PORTABLE)
+            if int(result) == 0:
+                return None
+            self._clear_error()
+            return str(runtime.cudaGetErrorString(result))
+
+    def unregister(self, address: int) -> None:
+        """Unpin host memory."""
+        with torch.cuda.device(self._device):
+            torch.cuda.cudart().cudaHostUnregister(address)
+
+    def allocate_pinned(self, nbytes: int) -> torch.Tensor | None:
+        """Ask for memory that is pinned from the start (`cudaHostAlloc`)."""
+        with torch.cuda.device(self._device):
+            try:
+                return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            except RuntimeError:
+                return None
+
+    def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Enqueue the copy in the current stream."""
+        with torch.cuda.device(device):
+            return source.to(device, non_blocking=True)
+
+    def download(self, values: torch.Tensor) -> list[int]:
+        """Return the values of an integer tensor."""
+        return [int(v) for v in values.flatten().tolist()]  # host sync
+
+    def _clear_error(self) -> None:
+        """Take a refused call's error from the thread.
+
+        It stays there, and the next kernel launch would report it as its own.
+        """
+        runtime = _loaded_runtime()
+        if runtime is not None:
+            runtime.cudaGetLastError()
+            return
+        try:
+            torch.zeros(1, device=self._device)  # this launch is to report it, once
+        except RuntimeError:
+            return
+
+
+@cache
+def _loaded_runtime() -> ctypes.CDLL | None:
+    """The CUDA runtime that torch calls, wherever it was loaded from; None if it is linked in."""
+    with open("/proc/self/maps") as file:
+        paths = {line.split()[-1] for line in file if "libcudart.so" in line}
+    for path in [*sorted(paths), None]:  # None: what any library made known to all
+        try:
+            runtime = ctypes.CDLL(path)
+            runtime.cudaGetLastError.restype = ctypes.c_int
+        except (OSError, AttributeError):
+            continue
+        return runtime
+    return None
