@@ -2,6 +2,7 @@
 
 import gc
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 
@@ -9,6 +10,7 @@ from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.runner.tree import pending_tree
 
 ROOMY = 512 * 2**20
 PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
@@ -39,6 +41,13 @@ def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):
     while run.active:
         run.step()
     return [s.emitted for s in run.sequences]
+
+
+def what_rows_see(parents, rows=None):
+    """[S, P] bool: of pending rows that continue one another, which the newest see."""
+    host = SimpleNamespace(upload=lambda values: torch.tensor(list(values)))
+    places = range(len(parents))
+    return pending_tree(host, parents, places, len(parents) if rows is None else rows).visible
 
 
 def all_logits(engine, prompt=PROMPT, steps=3):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
-from offload_rt.runner.tree import TokenTree
+from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.draft_model import drafter as draft_model
 from offload_rt.speculative.draft_model.drafter import BRANCHES, DraftModelDrafter
 
@@ -42,19 +42,28 @@ class Known:
 
     def logits(self, parts):
         (part,) = parts
-        if part.visible is None:
+        if part.parents is None:
             self.fed, self.passes = [], []
             return self.law(())[None]
         self.fed += part.tokens
         self.passes.append(len(part.tokens))
         positions = part.places[-len(part.tokens) :]
-        assert len(positions) == len(part.tokens) == len(part.visible) == len(part.wanted)
+        assert len(positions) == len(part.tokens) == len(part.wanted)
+        assert len(part.parents) == len(part.places) == len(self.fed)
         rows = []
-        for visible, position in zip(part.visible, positions, strict=True):
-            path = tuple(token for token, seen in zip(self.fed, visible, strict=True) if seen)
+        for row, position in enumerate(positions, len(self.fed) - len(positions)):
+            path = self.path(part.parents, row)
             assert position == part.cache.length - 1 + len(path)
             rows.append(self.law(path))
         return torch.stack(rows)
+
+    def path(self, parents, row):
+        path = []
+        while row != ROOT:
+            path.append(self.fed[row])
+            assert parents[row] < row
+            row = parents[row]
+        return tuple(reversed(path))
 
 
 @contextmanager

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import PROMPT, engine_for, generate
+from engines import PROMPT, engine_for, generate, what_rows_see
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,13 +48,27 @@ def trees(draw_from, max_nodes=9, vocab=6):
 
 @given(tree=trees())
 def test_a_node_sees_exactly_its_path(tree):
-    seen = torch.tensor(tree.visible())
+    seen = what_rows_see(tree.row_parents())
     assert seen[0].nonzero().flatten().tolist() == [0]
     for node in range(len(tree)):
         expected = [0, *(n + 1 for n in tree.path(node))]
         assert seen[node + 1].nonzero().flatten().tolist() == expected
         assert tree.depths[node] == len(expected) - 1
     assert tree.is_chain == (tree == TokenTree.chain(tree.tokens))
+
+
+@given(tree=trees(max_nodes=40), newest=st.integers(1, 40), data=st.data())
+def test_the_newest_rows_see_what_they_would_among_all(tree, newest, data):
+    """Of rows some of which continue what is committed, as those of a tree that grows."""
+    parents = [data.draw(st.sampled_from([ROOT, parent])) for parent in tree.row_parents()]
+    rows = min(newest, len(parents))
+    seen = what_rows_see(parents, rows)
+    for row, sees in enumerate(seen.tolist(), len(parents) - rows):
+        path, at = set(), row
+        while at != ROOT:
+            path.add(at)
+            at = parents[at]
+        assert {place for place, one in enumerate(sees) if one} == path
 
 
 @pytest.mark.parametrize("parents", [(0,), (-2,), (-1, 1), (-1, -1, 5)])

@@ -1,6 +1,8 @@
 """A KV cache that lies on the device, one stretch of memory per sequence."""
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 
@@ -30,6 +32,7 @@ class ResidentKV:
         numbers = sum(shape.numbers_per_token for shape in shapes) * capacity
         memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
         self._keys, self._values = split_rows(memory, shapes, capacity)
+        self._alike = stores_alike(memory, shapes, capacity)
         self._pending = [0] * len(shapes)
 
     @property
@@ -75,7 +78,7 @@ class ResidentKV:
             raise CapacityError(f"cannot keep rows {list(keep)}: {pending} rows are pending")
         if list(keep) != list(range(len(keep))):
             rows = self._device.upload([self._length + row for row in keep])
-            for store in (*self._keys, *self._values):
+            for store in self._alike:
                 store[:, self._length : self._length + len(keep)] = store[:, rows]
         self._length += len(keep)
         self._pending = [0] * len(self._pending)
@@ -101,3 +104,20 @@ def split_rows(
             store.append(memory[offset : offset + size].view(shape.heads, rows, dim))
             offset += size
     return keys, values
+
+
+def stores_alike(memory: torch.Tensor, shapes: Sequence[KVShape], rows: int) -> list[torch.Tensor]:
+    """The same stretch as few views as there can be: neighbours of one head size are one.
+
+    Returns:
+        [K of all of them, rows, D] views; of a model whose layers are alike a single one.
+    """
+    heads = [(dim, s.heads) for s in shapes for dim in (s.key_dim, s.value_dim)]
+    views: list[torch.Tensor] = []
+    offset = 0
+    for dim, group in groupby(heads, key=itemgetter(0)):
+        count = sum(number for _, number in group)
+        size = count * rows * dim
+        views.append(memory[offset : offset + size].view(count, rows, dim))
+        offset += size
+    return views

@@ -24,7 +24,7 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
 from offload_rt.kv.base import KVShape
-from offload_rt.kv.resident import split_rows
+from offload_rt.kv.resident import split_rows, stores_alike
 from offload_rt.kv.sizes import RetrievalSizes
 
 PINNED = float("inf")
@@ -110,6 +110,7 @@ class RetrievalKV:
         self._device, self._sizes = device, sizes
         memory = device.allocate(sizes.device_bytes, "retrieval cache").tensor.view(dtype)
         self._keys, self._values = split_rows(memory, shapes, sizes.rows)
+        self._alike = stores_alike(memory, shapes, sizes.rows)
         self._length = 0
         self._layout = _Layout()
         self._pending = [0] * len(shapes)
@@ -184,7 +185,7 @@ class RetrievalKV:
         start = self._row_of(self._length)
         if list(keep) != list(range(len(keep))):
             rows = self._device.upload([start + row for row in keep])
-            for store in (*self._keys, *self._values):
+            for store in self._alike:
                 store[:, start : start + len(keep)] = store[:, rows]
         self._set_length(self._length + len(keep))
 

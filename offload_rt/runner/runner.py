@@ -29,7 +29,8 @@ class Rows:
         cache: takes them.
         tokens: S ids.
         places: [P] places in the sequence of all pending rows, these S the last of them.
-        visible: [S, P] which pending rows each sees; None: all before it, and itself.
+        parents: [P] the pending row that each continues, ROOT for none; it sees that one, what that
+            one sees, and itself. None: each sees all before it, and itself.
         wanted: which of the S give a result.
         keeps_all: all of them will be kept, as those of a prompt are.
     """
@@ -37,7 +38,7 @@ class Rows:
     cache: KVCache
     tokens: Sequence[int]
     places: Sequence[int]
-    visible: Sequence[Sequence[bool]] | None = None
+    parents: Sequence[int] | None = None
     wanted: Sequence[int]
     keeps_all: bool = False
 
@@ -61,7 +62,7 @@ class Rows:
             cache=cache,
             tokens=[root, *tree.tokens],
             places=[cache.length + offset for offset in (0, *tree.depths)],
-            visible=None if tree.is_chain else tree.visible(),
+            parents=None if tree.is_chain else tree.row_parents(),
             wanted=range(len(tree) + 1),
         )
 
@@ -146,8 +147,8 @@ class Runner:
             if max(part.tokens) >= self.known_ids:
                 self._checkpoint.require_rows(part.tokens)
             part.cache.begin_pass(count, keeps_all=part.keeps_all)
-            if part.visible is not None:
-                tree = pending_tree(self.device, part.visible, part.places)
+            if part.parents is not None:
+                tree = pending_tree(self.device, part.parents, part.places, count)
             ids += part.tokens
             positions += part.places[-count:]
             wanted += [first + row for row in part.wanted]

@@ -63,6 +63,10 @@ class TokenTree:
             found.setdefault(parent, []).append(node)
         return found
 
+    def row_parents(self) -> list[int]:
+        """[N + 1] as rows of a pass, the root first: the row that each continues, ROOT for it."""
+        return [ROOT, *(parent + 1 for parent in self.parents)]
+
     def path(self, node: int) -> tuple[int, ...]:
         """Nodes from the root's child down to `node`; empty for the root."""
         nodes = []
@@ -71,25 +75,28 @@ class TokenTree:
             node = self.parents[node]
         return tuple(reversed(nodes))
 
-    def visible(self) -> list[list[bool]]:
-        """[N + 1, N + 1]: row 0 is the root; a node sees its ancestors and itself."""
-        size = len(self) + 1
-        seen = [[True] + [False] * (size - 1)]
-        for node, parent in enumerate(self.parents):
-            seen.append(seen[parent + 1][:])
-            seen[-1][node + 1] = True
-        return seen
-
 
 def pending_tree(
-    device: Device, visible: Sequence[Sequence[bool]], positions: Sequence[int]
+    device: Device, parents: Sequence[int], positions: Sequence[int], rows: int
 ) -> PendingTree:
     """Bring what pending rows see to the device, without making the host wait.
 
+    Only `parents` is sent. The device makes the rest, in rounds that double how far a row looks
+    back along its path.
+
     Args:
         device: where attention runs.
-        visible: [S, P], on the host.
+        parents: P pending rows, the one that each continues, before it; ROOT: none of them.
         positions: P places in the sequence.
+        rows: S, the newest of them, which look.
     """
-    flat = device.upload([int(seen) for row in visible for seen in row])
-    return PendingTree(flat.view(len(visible), -1).to(torch.bool), device.upload(positions))
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent == ROOT else depths[parent] + 1)
+    # A row that continues none of them looks back at itself, which changes nothing.
+    back = device.upload([row if parent == ROOT else parent for row, parent in enumerate(parents)])
+    visible = torch.eye(len(parents), dtype=torch.bool, device=back.device)  # [P, P]
+    for _ in range(max(depths).bit_length()):
+        visible |= visible[back]
+        back = back[back]
+    return PendingTree(visible[len(parents) - rows :], device.upload(positions))

@@ -11,6 +11,7 @@ a context that has jumped (`window`) are forgotten the same way.
 """
 
 import math
+from bisect import bisect_right, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
@@ -152,34 +153,35 @@ class DraftModelDrafter(Unlearned):
             The tree, and how many passes it took.
         """
         budget, breadth = config.nodes, config.tree_breadth
-        growth = _Growth(self._cache.length)
+        growth = _Growth(self._cache.length, budget, max_depth)
         found, logprobs = self._children(logits)[0]
         growth.add(ROOT, found, logprobs)
         self._followers.learn(ids, found, logprobs)
         wrong, passes = False, 0  # whether what was fed ahead in the last pass was
         while passes < config.tree_passes - 1:
-            chosen = growth.choose(budget, breadth, max_depth)
+            chosen = growth.choose(breadth)
             if not chosen:
                 break
             room = 0 if wrong else breadth // 2
             guessed = growth.guess(chosen[0], self._ahead(growth, ids, chosen[0], max_depth, room))
             fed = [*chosen[: breadth - len(guessed)], *guessed]
-            places, visible = growth.feed(fed)
+            places, parents = growth.feed(fed)
             rows = Rows(
                 cache=self._cache,
                 tokens=[growth.nodes[node].token for node in fed],
                 places=places,
-                visible=visible,
+                parents=parents,
                 wanted=range(len(fed)),
             )
             logits = self._model.logits([rows])
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
-                self._followers.learn([*ids[-1:], *growth.path(node)], found, logprobs)
+                context = [*ids[-1:], *growth.path(node, _SEEN_BEFORE)]
+                self._followers.learn(context, found, logprobs)
             wrong = any(growth.nodes[node].score == UNKNOWN for node in guessed[:1])
         self._cache.commit(())
-        return growth.best(budget), passes
+        return growth.best(), passes
 
     def _ahead(
         self, growth: "_Growth", ids: Sequence[int], node: int, max_depth: int, room: int
@@ -222,14 +224,27 @@ class DraftModelDrafter(Unlearned):
 class _Growth:
     """All nodes seen while a tree grows, and which of them are rows of the cache.
 
+    Nodes are ranked as they come, so a pass costs what its own nodes cost. A node that was once
+    below the best `budget` never comes back, as scores are final once they are known.
+
     Attributes:
         length: committed rows of the cache; the root is the last of them.
+        budget: nodes of the tree, at most.
+        max_depth: of its nodes.
+        ranked: of the best `budget` nodes, minus score and number, ascending.
+        able: of these, those that may and do not yet have children; and some of before.
     """
 
     length: int
+    budget: int
+    max_depth: int
     nodes: list[_Candidate] = field(default_factory=list)
     fed: list[int] = field(default_factory=list)
+    parents: list[int] = field(default_factory=list)  # of the rows that were fed, their rows
+    positions: list[int] = field(default_factory=list)
     guessed: dict[int, int] = field(default_factory=dict)  # a node's child that was fed unseen
+    ranked: list[tuple[float, int]] = field(default_factory=list)
+    able: list[tuple[float, int]] = field(default_factory=list)
 
     def add(self, parent: int, tokens: Sequence[int], logprobs: Sequence[float]) -> None:
         """Add the children of a node, in the order nodes were fed; of a wrong guess none."""
@@ -242,8 +257,10 @@ class _Growth:
                 continue
             if guess is not None and self.nodes[guess].token == token:
                 self.nodes[guess].score = score + logprob
+                self._rank(guess)
             else:
                 self.nodes.append(_Candidate(token, parent, depth, score + logprob))
+                self._rank(len(self.nodes) - 1)
 
     def guess(self, node: int, tokens: Sequence[int]) -> list[int]:
         """Add a chain behind a node without children, before its logits are there."""
@@ -255,48 +272,54 @@ class _Growth:
             node = made[-1]
         return made
 
-    def path(self, node: int) -> list[int]:
-        """Tokens from the root's child down to a node."""
-        tokens = []
-        while node != ROOT:
+    def path(self, node: int, last: int | None = None) -> list[int]:
+        """Tokens from the root's child down to a node; the `last` of them, None: all."""
+        tokens: list[int] = []
+        while node != ROOT and (last is None or len(tokens) < last):
             tokens.append(self.nodes[node].token)
             node = self.nodes[node].parent
         return tokens[::-1]
 
-    def choose(self, budget: int, count: int, max_depth: int) -> list[int]:
+    def choose(self, count: int) -> list[int]:
         """The likeliest of the best `budget` nodes that may and do not yet have children."""
-        ranked = self._ranked()[:budget]
-        able = [n for n in ranked if self.nodes[n].row < 0 and self.nodes[n].depth < max_depth]
-        return able[:count]
+        if len(self.ranked) == self.budget:
+            del self.able[bisect_right(self.able, self.ranked[-1]) :]
+        return [node for _, node in self.able[:count]]
 
-    def feed(self, chosen: Sequence[int]) -> tuple[list[int], list[list[bool]]]:
+    def feed(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
         """Make nodes the next pending rows.
 
         Returns:
-            Positions of all pending rows, and [S, P] which of them the new ones see.
+            Positions of all pending rows, and the row that each continues, or ROOT.
         """
         for node in chosen:
-            self.nodes[node].row = len(self.fed)
+            made = self.nodes[node]
+            made.row = len(self.fed)
             self.fed.append(node)
-        visible = [[False] * len(self.fed) for _ in chosen]
-        for row, node in enumerate(chosen):
-            while node != ROOT:
-                visible[row][self.nodes[node].row] = True
-                node = self.nodes[node].parent
-        positions = [self.length - 1 + self.nodes[node].depth for node in self.fed]
-        return positions, visible
+            self.parents.append(ROOT if made.parent == ROOT else self.nodes[made.parent].row)
+            self.positions.append(self.length - 1 + made.depth)
+        self.able = [place for place in self.able if self.nodes[place[1]].row < 0]
+        return [*self.positions], [*self.parents]
 
-    def best(self, budget: int) -> TokenTree:
+    def best(self) -> TokenTree:
         """The likeliest nodes as a tree; a parent is never less likely than its child."""
         place = {ROOT: ROOT}
         tokens: list[int] = []
         parents: list[int] = []
-        for node in self._ranked()[:budget]:
+        for _, node in self.ranked:
             place[node] = len(tokens)
             tokens.append(self.nodes[node].token)
             parents.append(place[self.nodes[node].parent])
         return TokenTree(tuple(tokens), tuple(parents))
 
-    def _ranked(self) -> list[int]:
-        known = (n for n, node in enumerate(self.nodes) if node.score > UNKNOWN)
-        return sorted(known, key=lambda n: (-self.nodes[n].score, n))
+    def _rank(self, node: int) -> None:
+        """Take in a node whose score is known now."""
+        made = self.nodes[node]
+        rank = (-made.score, node)
+        if len(self.ranked) == self.budget:
+            if rank > self.ranked[-1]:
+                return
+            self.ranked.pop()
+        insort(self.ranked, rank)
+        if made.row < 0 and made.depth < self.max_depth:
+            insort(self.able, rank)
