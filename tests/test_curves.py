@@ -44,6 +44,31 @@ def test_more_reads_in_flight_are_less_work():
     assert monotone({(-1,): 4.0, (-8,): 50.0, (-32,): 3.9})[-8,] == pytest.approx(4.0)
 
 
+@given(st.lists(times, min_size=len(PLACES), max_size=len(PLACES)))
+@settings(max_examples=100, deadline=None)
+def test_bytes_are_no_dearer_in_a_small_layer_whatever_was_measured(values):
+    made = monotone(dict(zip(PLACES, values, strict=True)), by_bytes=True)
+    assert list(made) == PLACES and rises(made)
+    assert all(0.0 < time <= max(values) for time in made.values())
+
+
+@given(times, times, st.floats(0.0, 0.1))
+def test_a_fixed_part_and_one_for_each_byte_stay_as_they_are(fixed_s, byte_s, noise):
+    curve = {
+        (size, n): (fixed_s + byte_s * size * n) * (1 + noise * (size == 28)) for size, n in PLACES
+    }
+    assert impossible(curve, by_bytes=True) == {}
+    curve = {p: time for p, time in curve.items() if not noise or p[0] != 28}
+    assert monotone(curve, by_bytes=True) == curve
+
+
+def test_a_small_layer_takes_no_more_than_its_share_of_a_large_one_and_a_smaller():
+    curve = {(1, 1): 1.0, (10, 1): 4.0, (100, 1): 11.0, (100, 2): 12.0}
+    assert impossible(curve) == {} and monotone(curve) == curve
+    assert impossible(curve, by_bytes=True) == {(10, 1): (100, 1)}
+    assert monotone(curve, by_bytes=True) == curve | {(10, 1): pytest.approx(2.1)}
+
+
 def test_what_was_disturbed_takes_what_more_work_took():
     found = monotone({(7, 1): 2.8, (28, 1): 22.6, (28, 2): 5.7, (116, 1): 11.0})
     assert found == {(7, 1): 2.8, (28, 1): 5.7, (28, 2): 5.7, (116, 1): 11.0}
@@ -120,7 +145,7 @@ def test_a_bad_moment_is_measured_again_and_leaves_no_trace(monkeypatch):
         bad[place] = bad.get(place, 0) - 1
         work(true_s(place) * (20 if bad[place] >= 0 else 1))
 
-    curve = Curve(replace(Effort(), compute_sample_s=0.0))
+    curve = Curve(replace(Effort(), compute_sample_s=0.0, scattered_samples=9))
     taken = curve.take({p: timed(lambda p=p: disturbed(p)) for p in PLACES})
     found = curve.numbers(taken)
     assert found[28, 1].value == pytest.approx(true_s((28, 1)), rel=0.15)
@@ -138,6 +163,25 @@ def test_what_stays_impossible_is_taken_down_and_says_so(monkeypatch):
     assert found[28, 1].value < 1.15 * true_s((28, 2)) and found[28, 1].spread is not None
     assert curve.doubts.repaired == 1
     assert curve.doubts.note.endswith("0 were measured again, 1 are taken down")
+
+
+def test_samples_that_lie_apart_are_followed_by_more(monkeypatch):
+    """Other work leaves alone few of the first samples: the later ones find the machine free."""
+    machine, asked = Neighbour(monkeypatch, 0.0), {(1,): 0, (2,): 0}
+
+    def disturbed(place):
+        asked[place] += 1
+        machine.work(
+            0.01
+            * place[0]
+            * (3 if place == (1,) and asked[place] not in (4, 7, *range(14, 99)) else 1)
+        )
+
+    curve = Curve(replace(Effort(), least_samples=3, most_samples=9, again_s=0.0))
+    taken = curve.take({p: timed(lambda p=p: disturbed(p)) for p in asked})
+    found = curve.numbers(taken)
+    assert found[1,].value == pytest.approx(0.01, rel=0.05)
+    assert len(taken[2,]) == 9 < len(taken[1,]) <= curve.effort.scattered_samples
 
 
 def test_measuring_again_ends(monkeypatch):

@@ -68,6 +68,7 @@ QUICK = Effort(
     packed_tokens=(1, 2),
     heads=((64, 128),),
     head_rows=(1, 4),
+    beside_disk=(0, 1),
     beside_tokens=(1, 4),
     beside_read_bytes=MIB,
     beside_sample_s=0.0,
@@ -101,7 +102,7 @@ def test_samples_stop_when_time_or_count_is_reached():
         runs.append(time.sleep(0.002))
         return float(len(runs))
 
-    effort = Effort(least_samples=3, most_samples=5, number_s=60.0)
+    effort = Effort(least_samples=3, most_samples=5, scattered_samples=5, number_s=60.0)
     assert take_samples(sample_s, effort) == [2.0, 3.0, 4.0, 5.0, 6.0]  # the first warms up
     runs.clear()
     assert take_samples(sample_s, replace(effort, number_s=0.0)) == [2.0, 3.0, 4.0]
@@ -152,7 +153,7 @@ def times_of(n):
 def test_what_is_compared_takes_turns():
     """Two that are equally fast at each moment look equal, however the moments differ."""
     clock = count()
-    effort = replace(QUICK, least_samples=2, most_samples=3, number_s=60.0)
+    effort = replace(QUICK, least_samples=2, most_samples=3, scattered_samples=3, number_s=60.0)
     both = [lambda: float(next(clock) // 2)] * 2
     assert take_in_turns(both, effort) == [[1.0, 2.0, 3.0]] * 2
     assert take_in_turns(both, replace(effort, number_s=0.0)) == [[5.0, 6.0]] * 2

@@ -122,6 +122,7 @@ def measure_layers(
         curve: how much is measured, and what could not be.
         tick: called after each number.
     """
+    curve = replace(curve, by_bytes=True)
     effort = curve.effort
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
     computes = device.kind.host_computes  # else it goes on while its host thread waits
@@ -159,6 +160,7 @@ def measure_heads(
     device: Device, dtype_name: str, curve: Curve, tick: Tick
 ) -> tuple[HeadCurve, ...]:
     """Time output heads by rows; weights lie on the device."""
+    curve = replace(curve, by_bytes=True)
     effort = curve.effort
     dtype: torch.dtype = getattr(torch, dtype_name)
     taken: dict[Place, list[float]] = {}
@@ -237,7 +239,7 @@ def measure_beside_reads(
     """
     effort = curve.effort
     found = []
-    for shape in shapes[: effort.beside_disk]:
+    for shape in shapes[slice(*effort.beside_disk)]:
         layer = TimedLayer(shape, device, getattr(torch, shape.dtype), WeightOrder.PLAIN, effort)
         samples: dict[Place, Sample] = {}
         for tokens in effort.beside_tokens:

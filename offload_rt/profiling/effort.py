@@ -14,6 +14,8 @@ class Effort:
     Attributes:
         least_samples: of each number, however long they are.
         most_samples: of each number.
+        scattered_samples: of each number whose samples lie apart: other work comes and goes in
+            seconds, so more of them find it gone.
         number_s: no further sample of a number is begun after that.
         again_s: for measuring the implausible times of a curve again.
         link_blocks: sizes of copies to and from a GPU.
@@ -31,7 +33,7 @@ class Effort:
         packed_tokens: in a step of a draft model.
         heads: hidden size and vocabulary of the output heads that are timed.
         head_rows: rows that go through them.
-        beside_disk: how many of the smallest shapes are timed while the disk is read.
+        beside_disk: the shapes that are timed while the disk is read, from this to before that one.
         beside_tokens: in these passes.
         beside_read_bytes: of one copy from the disk meanwhile.
         beside_sample_s: a sample of these repeats a pass until that is over.
@@ -41,6 +43,7 @@ class Effort:
 
     least_samples: int = 3
     most_samples: int = 9
+    scattered_samples: int = 40
     number_s: float = 1.0
     again_s: float = 8.0
     link_blocks: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
@@ -50,8 +53,10 @@ class Effort:
     disk_sample_bytes: int = 256 * MIB
     memory_bytes: int = 256 * MIB
     pin_bytes: int = GIB
-    # Layers of SmolLM2-135M, Qwen2.5-0.5B, Llama-3.2-1B and Llama-3.1-8B: draft models', targets'.
+    # One that is little more than its kernels' starts, then layers of SmolLM2-135M, Qwen2.5-0.5B,
+    # Llama-3.2-1B and Llama-3.1-8B: draft models', targets'.
     shapes: tuple[tuple[int, int, int, int, int], ...] = (
+        (256, 704, 4, 2, 64),
         (576, 1536, 9, 3, 64),
         (896, 4864, 14, 2, 64),
         (2048, 8192, 32, 8, 64),
@@ -64,7 +69,7 @@ class Effort:
     # Heads of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
     heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936), (2048, 128256))
     head_rows: tuple[int, ...] = (1, 4, 16, 64)
-    beside_disk: int = 3
+    beside_disk: tuple[int, int] = (1, 4)
     beside_tokens: tuple[int, ...] = (1, 8)
     beside_read_bytes: int = 32 * MIB
     beside_sample_s: float = 0.1

@@ -214,7 +214,7 @@ def _parts(
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
         parts += _compute_parts(curve, device)
-    beside = min(effort.beside_disk, len(effort.shapes)) * len(effort.beside_tokens)
+    beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
     parts.append(
         Part("layers beside reads", beside, partial(_beside_reads, disk, devices[0], curve))
     )

@@ -25,6 +25,7 @@ _TAKES_PART = 0.2  # of the running time of the busiest thread
 _SHORTEST_S = 1e-9
 _LEAST_PART = 0.05  # of a time is its own, however long threads waited
 _LEAST_RUNS = 3
+_APART = 1.1  # the median over the lower decile: most samples were disturbed
 _AGAIN = 3  # times that points are measured again, at most
 REPAIRED = "taken down: more work was faster"
 
@@ -38,20 +39,27 @@ def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]
     """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
 
     Each has `least_samples`, and more until they last `number_s`; a warm-up as long as that counts.
+    Those whose samples lie apart have up to `scattered_samples`.
     """
     taken: list[list[float]] = [[] for _ in samples]
     spent_s = [0.0] * len(samples)
-    for turn in range(1 + effort.most_samples):
+    for turn in range(1 + max(effort.most_samples, effort.scattered_samples)):
         for index, sample_s in enumerate(samples):
             own, is_warm_up = taken[index], turn == 0
             if turn and len(own) >= effort.least_samples and spent_s[index] > effort.number_s:
+                continue
+            if len(own) >= effort.most_samples and not _scattered(own):
                 continue
             start = time.perf_counter()
             own.append(sample_s())
             spent_s[index] += time.perf_counter() - start
             if is_warm_up and not spent_s[index] > effort.number_s > 0.0:
                 own.clear()
-    return [own[: effort.most_samples] for own in taken]
+    return taken
+
+
+def _scattered(seconds: Sequence[float]) -> bool:
+    return statistics.median(seconds) > _APART * undisturbed(seconds)
 
 
 def _spent_s(run: Callable[[], object]) -> float:
@@ -101,21 +109,24 @@ class Curve:
     Args:
         effort: how much is measured.
         doubts: counts what could not be.
+        by_bytes: a time is a fixed part and one for each byte, the first number of its place.
     """
 
     effort: Effort
     doubts: Doubts = field(default_factory=Doubts)
+    by_bytes: bool = False
 
     def take(self, samples: Mapping[Place, Sample]) -> dict[Place, list[float]]:
         """Seconds of each place; what cannot be is measured again beside what contradicts it."""
         taken = dict(zip(samples, take_in_turns([*samples.values()], self.effort), strict=True))
-        effort = replace(self.effort, most_samples=self.effort.least_samples)
+        least = self.effort.least_samples
+        effort = replace(self.effort, most_samples=least, scattered_samples=least)
         until_s = time.perf_counter() + self.effort.again_s
         wrong: set[Place] = set()
         repeated: set[Place] = set()
         for _ in range(_AGAIN):
             times = {place: undisturbed(own) for place, own in taken.items()}
-            found = impossible(times)
+            found = impossible(times, by_bytes=self.by_bytes)
             wrong |= set(found)
             chosen = self._affordable([*found, *found.values()], times, until_s)
             more = take_in_turns([samples[place] for place in chosen], effort)
@@ -144,7 +155,8 @@ class Curve:
         """A number for each place; more work is no faster."""
         made = {place: measured(times) for place, times in taken.items()}
         values = {place: number.value for place, number in made.items()}
-        rising, wrong = monotone(values), impossible(values)
+        rising = monotone(values, by_bytes=self.by_bytes)
+        wrong = impossible(values, by_bytes=self.by_bytes)
         self.doubts.repaired += len(wrong)
         self.doubts.scatters += [(n.spread or 0.0) / n.value for n in made.values()]
         return {
