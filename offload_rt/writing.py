@@ -192,7 +192,7 @@ def cut_off(path: Path, nbytes: int) -> None:
 
 
 def check_target(path: Path) -> None:
-    """See, before minutes of work, that a file could be written; makes its folder.
+    """See, before minutes of work, that a file could be written.
 
     Raises:
         ConfigError: it could not.
@@ -202,7 +202,6 @@ def check_target(path: Path) -> None:
         if stream is not None:
             os.close(stream)
             return
-        path.parent.mkdir(parents=True, exist_ok=True)
         _require_plain(path)
         with tempfile.TemporaryFile(dir=path.parent):
             pass

@@ -147,6 +147,16 @@ def test_a_step_is_drawn_in_every_form(draw, models):
     assert (models / "step.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("option", [("plan", "--timeline"), ("generate", "--trace")])
+def test_a_picture_in_a_folder_that_is_not_there_is_refused_first(option, tiny_model, offload_run):
+    verb, name = option
+    wanted = tiny_model / "no" / "such" / "step.json"
+    prompt = ("-p", "a") if verb == "generate" else ()
+    refused = offload_run(verb, tiny_model, *prompt, name, wanted)
+    assert refused.code == 2 and "make it first" in refused.err
+    assert not (tiny_model / "no").exists()
+
+
 def test_a_timeline_fits_the_terminal(draw, monkeypatch):
     for width in (60, 80):
         monkeypatch.setenv("COLUMNS", str(width))

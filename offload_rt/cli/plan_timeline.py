@@ -31,7 +31,8 @@ def check_picture(path: Path) -> None:
     """Refuse a file that no picture can be written to, before there is one.
 
     Raises:
-        ConfigError: its name ends in no known form, or what draws a PNG is not installed.
+        ConfigError: its name ends in no known form, what draws a PNG is not installed, or the file
+            could not be written.
     """
     if path.suffix.lower() not in _FORMS:
         raise ConfigError(

@@ -24,7 +24,7 @@ from offload_rt.profiling.store import (
     save_profile,
     user_folder,
 )
-from offload_rt.writing import check_target
+from offload_rt.writing import check_target, writing
 
 EFFORT = Effort()  # what is measured; tests put a small one here
 
@@ -85,6 +85,8 @@ def profile(
         return _show(show, printed)
     path = output or user_folder() / f"{machine_name()}.json"
     _check_name(path)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     check_target(path)
     console = Console(printed)
     if (load := os.getloadavg()[0]) > cores():

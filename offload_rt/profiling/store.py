@@ -12,7 +12,7 @@ from offload_rt.errors import ProfileError
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.reading import without_mark
-from offload_rt.writing import check_target, write_text
+from offload_rt.writing import make_folder, write_text
 
 BUSY = "other work was running"  # how the note begins that a profile then carries
 
@@ -110,7 +110,7 @@ def save_profile(profile: HardwareProfile, path: Path) -> None:
             f"{path} is not written, what was measured cannot be right: {error}; "
             "measure again with `offload-run profile` when the machine is quiet"
         ) from error
-    check_target(path)
+    make_folder(path.parent)
     write_text(path, text)
 
 
