@@ -7,12 +7,20 @@ from types import SimpleNamespace
 import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.device.kinds import CPU
 from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.runner.tree import pending_tree
 
 ROOMY = 512 * 2**20
+# All that deciding about a draft asks of a device.
+HOST = SimpleNamespace(
+    kind=CPU,
+    torch_device=torch.device("cpu"),
+    upload=lambda values: torch.tensor(list(values)),
+    download=torch.Tensor.tolist,
+)
 PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 
 
@@ -45,9 +53,8 @@ def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):
 
 def what_rows_see(parents, rows=None):
     """[S, P] bool: of pending rows that continue one another, which the newest see."""
-    host = SimpleNamespace(upload=lambda values: torch.tensor(list(values)))
     places = range(len(parents))
-    return pending_tree(host, parents, places, len(parents) if rows is None else rows).visible
+    return pending_tree(HOST, parents, places, len(parents) if rows is None else rows).visible
 
 
 def all_logits(engine, prompt=PROMPT, steps=3):

@@ -1,14 +1,24 @@
 """How many kernels a step launches beside its passes does not grow with its draft."""
 
+from types import SimpleNamespace
+from unittest.mock import Mock
+
 import pytest
 import torch
-from engines import what_rows_see
+from engines import HOST, what_rows_see
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from offload_rt.config import AcceptRule, SamplingConfig
+from offload_rt.costs.sizes import DRAW_ROWS, drawn_rows
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.runner.tree import ROOT, TokenTree
+from offload_rt.sampling import Dice, make_generator
+from offload_rt.speculative.base import Draft
+from offload_rt.speculative.deciding import Checked, decide
+from offload_rt.speculative.ngram.drafter import NgramDrafter
 
 
 class Launches(TorchDispatchMode):
@@ -57,3 +67,36 @@ def test_keeping_a_path_moves_the_rows_of_all_layers_at_once(layers):
         device.close()
     kept = [store[:, :3] for store in (*cache._keys, *cache._values)]
     assert all(torch.equal(one, other) for one, other in zip(kept, rows, strict=True))
+
+
+EVERY_FILTER = {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "min_p": 0.01, "seed": 0}
+RULES = {
+    "greedy": (SamplingConfig(), AcceptRule.LOSSLESS, 40),
+    "sampling": (SamplingConfig(**EVERY_FILTER), AcceptRule.LOSSLESS, 80),
+    "typical": (SamplingConfig(**EVERY_FILTER), AcceptRule.TYPICAL, 80),
+}
+
+
+@pytest.mark.parametrize("nodes", [0, 1, 16, 256, 1024])
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("shape", ["tree", "chain", "drawn chain"])
+def test_a_verification_launches_few_kernels_whatever_its_size(nodes, rule, shape):
+    """On a GPU, with every filter, in bf16; with what n-grams learn from it."""
+    sampling, accept, most = RULES[rule]
+    tree = bushy(nodes) if shape == "tree" else TokenTree.chain([7] * nodes)
+    probs = None
+    if shape == "drawn chain":
+        probs = torch.full((nodes, 250), 1 / 250)
+    uploads = Mock(side_effect=HOST.upload)
+    gpu = SimpleNamespace(kind=CUDA, upload=uploads, download=torch.Tensor.tolist)
+    logits = torch.randn(nodes + 1, 250).bfloat16()
+    drafter = NgramDrafter(4, 99)
+    dice = Dice(make_generator(0, "cpu"))
+    checked = Checked([7], Draft(tree, probs), logits, dice, drafter)
+    kernels = launched(lambda: decide([checked], gpu, sampling, accept))
+    assert kernels + uploads.call_count <= most
+
+
+def test_parts_of_a_gpu_are_large_and_within_what_is_planned():
+    assert [drawn_rows(CUDA, rows, 128_000) for rows in (1, 17, 1025)] == [1, 17, 32]
+    assert drawn_rows(CUDA, 1025, 2_000_000) == drawn_rows(CPU, 1025, 32_000) == DRAW_ROWS

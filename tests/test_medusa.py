@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from engines import PROMPT, engine_for, generate, reference_model
+from engines import HOST, PROMPT, engine_for, generate, reference_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
@@ -286,7 +286,7 @@ def test_padding_is_never_accepted(name, rule):
     wrong = upstream_greedy(shape, tree.tokens, targets, padding_is_token_0=True)
     assert -1 in wrong and len(wrong) > len(nodes)  # the control: the mistake would show here
     sampling = SamplingConfig(temperature=0.0 if rule is AcceptRule.GREEDY else 0.3, seed=1)
-    drawn = draw(Draft(tree), logits, sampling, rule, Dice(make_generator(0, "cpu"))).tolist()
+    drawn = draw(Draft(tree), logits, sampling, rule, Dice(make_generator(0, "cpu")), HOST).tolist()
     verdict = walk(Draft(tree), drawn, sampling, rule)
     assert [n + 1 for n in verdict.path] == nodes
     assert verdict.token == 0
@@ -321,7 +321,7 @@ def test_typical_takes_the_longest_then_likeliest_of_the_padded_paths(name, seed
             score, length = score + math.log(p), length + 1
         best = max(best, (length, score if length else 0.0))
     sampling = SamplingConfig(temperature=temperature, seed=0)
-    drawn = draw(Draft(tree), logits, sampling, AcceptRule.TYPICAL, Dice(generator)).tolist()
+    drawn = draw(Draft(tree), logits, sampling, AcceptRule.TYPICAL, Dice(generator), HOST).tolist()
     verdict = walk(Draft(tree), drawn, sampling, AcceptRule.TYPICAL)
     rows = [0, *(n + 1 for n in verdict.path)]
     pairs = zip(rows, verdict.path, strict=False)
@@ -383,7 +383,7 @@ def test_sampling_with_heads_keeps_the_targets_distribution(llama, heads, expect
 def test_drawing_a_token_for_each_path_fails_the_same_test(llama, heads, expected, monkeypatch):
     """Upstream's nucleus mode: a node in several paths is drawn for several times."""
 
-    def draw_per_path(draft, logits, sampling, rule, dice):
+    def draw_per_path(draft, logits, sampling, rule, dice, device):
         def drawn(rows):
             numbers = torch.rand(len(rows), dtype=torch.float64, generator=dice.generator)
             return next_tokens(rows, sampling, numbers)

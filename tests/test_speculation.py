@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import PROMPT, engine_for, generate, what_rows_see
+from engines import HOST, PROMPT, engine_for, generate, what_rows_see
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,7 @@ from offload_rt.device.kinds import CPU
 from offload_rt.engine import Run
 from offload_rt.errors import ConfigError
 from offload_rt.runner.tree import ROOT, TokenTree
-from offload_rt.sampling import Dice, make_generator, target_probs
+from offload_rt.sampling import Dice, make_generator, sample, target_probs
 from offload_rt.speculative import verifier
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.ngram import drafter as ngram_module
@@ -137,7 +137,10 @@ def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
         rows = [target_logits[VOCAB], *(target_logits[t] for t in draft.tree.tokens)]
         logits = torch.stack(rows)
         verdict = walk(
-            draft, draw(draft, logits, sampling, rule, Dice(generator)).tolist(), sampling, rule
+            draft,
+            draw(draft, logits, sampling, rule, Dice(generator), HOST).tolist(),
+            sampling,
+            rule,
         )
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:  # the next pass starts after the first token
@@ -270,7 +273,7 @@ def test_greedy_follows_the_targets_likeliest_tokens(tree, seed):
     logits = torch.randn(len(tree) + 1, VOCAB, generator=torch.Generator().manual_seed(seed))
     sampling, draft = SamplingConfig(), Draft(tree)
     for rule in AcceptRule:
-        drawn = draw(draft, logits, sampling, rule, Dice(make_generator(0, "cpu"))).tolist()
+        drawn = draw(draft, logits, sampling, rule, Dice(make_generator(0, "cpu")), HOST).tolist()
         verdict = walk(draft, drawn, sampling, rule)
         at = ROOT
         for node in verdict.path:
@@ -291,7 +294,7 @@ def test_typical_equals_its_formula(tree, seed, temperature):
     sampling = SamplingConfig(temperature=temperature, seed=0)
     draft = Draft(tree)
     drawn = draw(
-        draft, logits, sampling, AcceptRule.TYPICAL, Dice(make_generator(0, "cpu"))
+        draft, logits, sampling, AcceptRule.TYPICAL, Dice(make_generator(0, "cpu")), HOST
     ).tolist()
     verdict = walk(draft, drawn, sampling, AcceptRule.TYPICAL)
     best = (0, 0.0, ())
@@ -312,8 +315,50 @@ def test_typical_equals_its_formula(tree, seed, temperature):
     assert verdict.token == int(logits[end + 1].argmax())
 
 
+def one_by_one(draft, logits, sampling, generator):
+    """Leviathan's rule written out, node by node; Sequoia's for siblings."""
+    tree, children = draft.tree, draft.tree.children()
+    coins = torch.rand(len(tree), generator=generator)
+    accepted, ends = {}, []
+    for row in range(len(tree) + 1):
+        target = target_probs(logits[row : row + 1], sampling)[0]
+        for node in children.get(row - 1, ()):
+            probs, token = draft.probs[node], tree.tokens[node]
+            accepted[node] = bool(coins[node] * probs[token] < target[token])
+            residual = (target - probs).clamp(min=0.0)
+            target = residual / residual.sum() if residual.sum() > 0 else target
+        ends.append(int(sample(target[None], generator)))
+    at, path = ROOT, []
+    while (child := next((c for c in children.get(at, ()) if accepted[c]), None)) is not None:
+        path.append(at := child)
+    return Verdict(tuple(path), ends[at + 1])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    tree=trees(max_nodes=24, vocab=VOCAB),
+    seed=st.integers(0, 10**6),
+    rows=st.integers(1, 30),
+    sampling=st.sampled_from(SAMPLINGS),
+    close=st.floats(0.0, 2.0),
+)
+def test_nodes_tried_together_are_decided_as_one_by_one(tree, seed, rows, sampling, close):
+    """Residuals of many rows at once, in parts of any size, siblings in turn: the same answer."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(len(tree) + 1, VOCAB, generator=generator) * 2
+    near = logits[[parent + 1 for parent in tree.parents]]
+    near = near + close * torch.randn(near.shape, generator=generator)
+    draft = Draft(tree, target_probs(near, sampling))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verifier, "drawn_rows", lambda *_: rows)
+        dice = Dice(make_generator(seed, "cpu"))
+        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, dice, HOST).tolist()
+    verdict = walk(draft, drawn, sampling, AcceptRule.LOSSLESS)
+    assert verdict == one_by_one(draft, logits, sampling, make_generator(seed, "cpu"))
+
+
 def test_rows_are_drawn_in_blocks_without_changing_the_law(world, monkeypatch):
-    monkeypatch.setattr(verifier, "DRAW_ROWS", 2)
+    monkeypatch.setattr(verifier, "drawn_rows", lambda *_: 2)
     target, draft = world
     make = chosen_tree(draft, SAMPLINGS[0])
     counts = emitted_first_two(make, target, SAMPLINGS[0], AcceptRule.LOSSLESS, SEEDS)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from engines import PROMPT, engine_for, generate
+from engines import HOST, PROMPT, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_speculation import SAMPLINGS, SEEDS, VOCAB, chi_square, expected_counts
@@ -387,15 +387,12 @@ def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
     cache = SimpleNamespace(
         built_at=0, is_complete=False, truncate=lambda n: None, commit=lambda keep: None
     )
-    device = SimpleNamespace(
-        download=lambda tensor: tensor.tolist(), torch_device=torch.device("cpu")
-    )
 
     def over_retrieval(cache, root, tree):
         return torch.stack([world.retrieval[root], *(world.retrieval[t] for t in tree.tokens)])
 
     drafter = TriForceDrafter(
-        device,
+        HOST,
         over_retrieval,
         SimpleNamespace(retrieval=cache, choice=RecentChoice([0.25])),
         inner(world.draft, sampling, generator),
@@ -412,7 +409,7 @@ def joint_counts(world, inner, sampling):
         draft = drafted_by_triforce(world, inner, sampling, generator)
         assert len(draft.tree) == 3 and draft.probs.shape == (3, VOCAB)
         logits = torch.stack([world.target[VOCAB], *(world.target[t] for t in draft.tree.tokens)])
-        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, Dice(generator)).tolist()
+        drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, Dice(generator), HOST).tolist()
         verdict = walk(draft, drawn, sampling, AcceptRule.LOSSLESS)
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:
@@ -439,7 +436,7 @@ def test_the_inner_law_is_that_of_the_retrieval_model(world):
     assert chi_square(counts, expected_counts(world.retrieval, sampling)) > 1e-4
 
 
-def published_rule(draft, logits, sampling, rule, dice):
+def published_rule(draft, logits, sampling, rule, dice, device):
     """The released code's level 1: at a rejection the verifier's distribution is sampled."""
     probs = target_probs(logits, sampling)
     nodes = len(draft.tree)

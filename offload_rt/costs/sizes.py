@@ -22,7 +22,10 @@ RUNTIME_BYTES = 64 * 2**20
 SCORE_BYTES = 64 * 2**20
 # Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
-DRAW_ROWS = 4  # rows that are made probabilities of at once: each takes 32 bytes per id
+# Rows are made probabilities of in parts: each takes 32 bytes per id. On a CPU a part is so many
+# rows, on a GPU so many ids. A kernel that reads and writes those takes 37 us of a 4090 (bound: 8
+# bytes an id at 0.9 TB/s), its launch 5 us of the host, so larger parts would only be larger.
+DRAW_ROWS, DRAW_IDS = 4, 2**22
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +123,15 @@ def _full_every(config: ModelConfig) -> int | None:
     return stated if isinstance(stated, int) and stated > 0 else _ALTERNATING[config.model_type]
 
 
-def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) -> int:
+def drawn_rows(device: DeviceKind, rows: int, vocab: int) -> int:
+    """How many of these rows of logits are made probabilities of at once."""
+    most = DRAW_ROWS if device.host_computes else max(DRAW_ROWS, DRAW_IDS // vocab)
+    return min(rows, most)
+
+
+def workspace_bytes(
+    config: ModelConfig, number_bytes: int, shape: PassShape, device: DeviceKind
+) -> int:
     """Upper bound of what a pass allocates and frees again.
 
     All rows: the hidden state twice (a layer's input and what replaces it), a normalised copy and
@@ -139,8 +150,8 @@ def workspace_bytes(config: ModelConfig, number_bytes: int, shape: PassShape) ->
     mask = chunk * shape.longest * (3 + number_bytes) if chunk > 1 else 0
     # Partial results are kept up to eight at a time, then merged (attention/partial.py).
     partial = 12 * chunk * config.num_heads * config.head_dim * 4 if config.writes_out_scores else 0
-    drawn_rows = min(shape.logit_rows, DRAW_ROWS)
-    logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn_rows * 32)
+    drawn = drawn_rows(device, shape.logit_rows, config.vocab_size)
+    logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn * 32)
     return (
         RUNTIME_BYTES
         + shape.rows * per_row

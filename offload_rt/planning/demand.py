@@ -56,7 +56,7 @@ def demand_of(
         kv_bytes=kv_bytes_per_token(config, number_bytes)
         * sum(capacity + drafting.config.nodes for capacity in capacities),
         workspace_bytes=max(
-            workspace_bytes(config, number_bytes, shape) + kept_probs,
+            workspace_bytes(config, number_bytes, shape, device) + kept_probs,
             draft.pass_bytes + 2 * kept_probs,  # also side by side
             draft.loading_bytes - base.nbytes,
             draft.head_bytes,  # there twice while it is copied

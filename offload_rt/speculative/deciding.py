@@ -58,7 +58,7 @@ def decide(
     """
     parts = []
     for one in checked:
-        parts.append(draw(one.draft, one.logits, sampling, rule, one.dice))
+        parts.append(draw(one.draft, one.logits, sampling, rule, one.dice, device))
         parts.append(pack_likely(one.logits) if one.learns else parts[-1].new_empty(0))
     flat = device.download(torch.cat(parts))  # host sync
     ends = list(accumulate(part.numel() for part in parts))

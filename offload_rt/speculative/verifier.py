@@ -16,14 +16,16 @@ Work is split in two so that a step has one host sync: `draw` enqueues on the de
 numbers, `walk` follows the tree with what was downloaded.
 """
 
+from array import array
 from collections.abc import Callable, Sequence
 
 import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
-from offload_rt.costs.sizes import DRAW_ROWS
+from offload_rt.costs.sizes import drawn_rows
+from offload_rt.device.base import Device
 from offload_rt.runner.tree import ROOT, TokenTree
-from offload_rt.sampling import Dice, likeliest, next_tokens, sample, target_probs
+from offload_rt.sampling import Dice, likeliest, next_tokens, pick, target_probs
 from offload_rt.speculative.base import Draft, Verdict
 
 TYPICAL_EPSILON, TYPICAL_DELTA = 0.09, 0.3  # Medusa's posterior_threshold and posterior_alpha
@@ -35,8 +37,12 @@ def draw(
     sampling: SamplingConfig,
     rule: AcceptRule,
     dice: Dice,
+    device: Device,
 ) -> torch.Tensor:
     """Enqueue everything random or numeric about a verification.
+
+    Rows are worked on together, in parts of `drawn_rows`, so that the number of kernels does not
+    grow with the draft.
 
     Args:
         draft: what was proposed, N nodes.
@@ -45,25 +51,26 @@ def draw(
         rule: when a drafted token is accepted.
         dice: source of randomness, on the device of `logits`; whoever keeps what is decided goes on
             by that many places (`Dice.advance`).
+        device: that of `logits`.
 
     Returns:
         int64 on the device, for `walk`.
     """
-    if rule is AcceptRule.TYPICAL and not sampling.greedy:
-        return _draw_typical(draft.tree, logits, sampling)
-    if draft.probs is None or sampling.greedy:
-        if sampling.greedy:
-            return torch.cat([likeliest(part) for part in logits.split(DRAW_ROWS)])
-        return _draw_tokens(draft.tree, logits, sampling, dice)
-    return _draw_residual(draft.tree, draft.probs, logits, sampling, dice.generator)
+    if sampling.greedy:
+        return likeliest(logits)
+    if rule is AcceptRule.TYPICAL:
+        return _draw_typical(draft.tree, logits, sampling, device)
+    if draft.probs is None:
+        return _draw_tokens(draft.tree, logits, sampling, dice, device)
+    return _draw_residual(draft.tree, draft.probs, logits, sampling, dice.generator, device)
 
 
 def walk(draft: Draft, drawn: Sequence[int], sampling: SamplingConfig, rule: AcceptRule) -> Verdict:
     """Follow the tree with the numbers `draw` made."""
     tree, nodes = draft.tree, len(draft.tree)
     if rule is AcceptRule.TYPICAL and not sampling.greedy:
-        best, tokens = drawn[0], drawn[1:]
-        return Verdict(tree.path(best), tokens[best + 1])
+        best = _best_typical(tree, drawn[:nodes])
+        return Verdict(tree.path(best), drawn[nodes + best + 1])
     if draft.probs is None or sampling.greedy:
         return _follow(tree, lambda node, row: tree.tokens[node] == drawn[row], drawn)
     return _follow(tree, lambda node, row: bool(drawn[node]), drawn[nodes:])
@@ -79,13 +86,18 @@ def _follow(tree: TokenTree, keeps: Callable[[int, int], bool], tokens: Sequence
 
 
 def _draw_tokens(
-    tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfig, dice: Dice
+    tree: TokenTree,
+    logits: torch.Tensor,
+    sampling: SamplingConfig,
+    dice: Dice,
+    device: Device,
 ) -> torch.Tensor:
     """[N + 1] a token of the target after each row; rows of a depth share their number."""
     numbers = dice.ahead(max(tree.depths, default=0) + 1)
     if not tree.is_chain:
-        numbers = torch.stack([numbers[depth] for depth in (0, *tree.depths)])
-    parts = zip(logits.split(DRAW_ROWS), numbers.split(DRAW_ROWS), strict=True)
+        numbers = numbers[device.upload([0, *tree.depths])]
+    rows = drawn_rows(device.kind, *logits.shape)
+    parts = zip(logits.split(rows), numbers.split(rows), strict=True)
     return torch.cat([next_tokens(part, sampling, uniform) for part, uniform in parts])
 
 
@@ -95,42 +107,106 @@ def _draw_residual(
     logits: torch.Tensor,
     sampling: SamplingConfig,
     generator: torch.Generator,
+    device: Device,
 ) -> torch.Tensor:
-    """[N] whether each node is accepted if its parent is, then [N + 1] the token ending there."""
+    """[N] whether each node is accepted if its parent is, then [N + 1] the token ending there.
+
+    First children of all rows are tried at once, then second ones, and so on: kernels are as many
+    as for one node times the children of the largest family.
+    """
     nodes, children = len(tree), tree.children()
     coins = torch.rand(nodes, generator=generator, device=logits.device)
-    accepted = [coins.new_zeros(())] * nodes
-    ends = []
-    for row in range(nodes + 1):
-        target = target_probs(logits[row : row + 1], sampling)[0]
-        for node in children.get(row - 1, ()):
-            draft, token = draft_probs[node], tree.tokens[node]
-            accepted[node] = coins[node] * draft[token] < target[token]
-            residual = (target - draft).clamp(min=0.0)
-            mass = residual.sum()
+    # One number a row, as for rows that are drawn one by one (`sample`).
+    last = torch.rand(nodes + 1, dtype=torch.float64, generator=generator, device=logits.device)
+    rows, tried = drawn_rows(device.kind, *logits.shape), list[int]()
+    accepted, ends = [], []
+    for start in range(0, nodes + 1, rows):
+        target = target_probs(logits[start : start + rows], sampling)
+        families = [children.get(start + row - 1, ()) for row in range(len(target))]
+        for rank in range(max(map(len, families))):
+            at = [row for row, family in enumerate(families) if rank < len(family)]
+            chosen = [families[row][rank] for row in at]
+            tokens = device.upload([tree.tokens[node] for node in chosen])[:, None]
+            left, draft = _take(target, at, device), _take(draft_probs, chosen, device)
+            ratios = _take(coins, chosen, device) * draft.gather(1, tokens)[:, 0]
+            accepted.append(ratios < left.gather(1, tokens)[:, 0])
+            residual = (left - draft).clamp(min=0.0)
+            mass = residual.sum(dim=-1, keepdim=True)
             # No mass is left only where target = draft, and then the node is always accepted.
-            target = torch.where(mass > 0, residual / mass.clamp(min=1e-30), target)
-        ends.append(sample(target[None], generator))
-    return torch.cat([torch.stack(accepted).to(torch.int64), *ends]) if nodes else torch.cat(ends)
+            left = torch.where(mass > 0, residual / mass.clamp(min=1e-30), left)
+            target = _put(target, at, left, device)
+            tried += chosen
+        ends.append(pick(target, last[start : start + rows]))
+    stands = [part.to(torch.int64) for part in accepted]
+    if tried != list(range(nodes)):
+        stands = [torch.cat(stands)[device.upload(_places(tried))]]
+    return torch.cat([*stands, *ends])
 
 
-def _draw_typical(tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfig) -> torch.Tensor:
-    """The best accepted node, then [N + 1] the likeliest token after each row.
+def _draw_typical(
+    tree: TokenTree, logits: torch.Tensor, sampling: SamplingConfig, device: Device
+) -> torch.Tensor:
+    """[N] bits of log-likelihoods, as `_by_parent` has nodes, then [N + 1] the likeliest tokens.
 
-    A node is accepted if its probability exceeds min(epsilon, delta * exp(-entropy)) at its parent
-    and so do all its ancestors; the deepest wins, of equally deep ones the likeliest path.
+    A node's is that of its token after its parent; -inf where that does not exceed min(epsilon,
+    delta * exp(-entropy)).
     """
-    after = likeliest(logits)
-    scores = [torch.zeros((), device=logits.device)]  # per row: log-likelihood of its path
-    ranks = scores[:]
-    for node, parent in enumerate(tree.parents):
-        probs = target_probs(logits[parent + 1 : parent + 2], sampling)[0]
-        entropy = -(probs * (probs + 1e-5).log()).sum()
+    after, children = likeliest(logits), tree.children()
+    rows, parents = drawn_rows(device.kind, *logits.shape), sorted(children)
+    scores = []
+    for start in range(0, len(parents), rows):
+        part = parents[start : start + rows]
+        probs = target_probs(_take(logits, [node + 1 for node in part], device), sampling)
+        entropy = -(probs * (probs + 1e-5).log()).sum(dim=-1)
         threshold = torch.clamp(TYPICAL_DELTA * torch.exp(-entropy), max=TYPICAL_EPSILON)
-        prob = probs[tree.tokens[node]]
-        path = scores[parent + 1] + prob.clamp(min=1e-30).log()
-        scores.append(torch.where(prob > threshold, path, float("-inf")))
-        # An accepted token adds more than -69, so depth decides first and likelihood then.
-        ranks.append(scores[-1] + 100.0 * tree.depths[node])
-    best = torch.stack(ranks).argmax(dim=0, keepdim=True)
-    return torch.cat([best - 1, after])
+        row_of = device.upload([row for row, node in enumerate(part) for _ in children[node]])
+        tokens = [tree.tokens[child] for node in part for child in children[node]]
+        prob = probs[row_of, device.upload(tokens)]
+        logs = prob.clamp(min=1e-30).log().double()
+        scores.append(logs.masked_fill_(prob <= threshold[row_of], float("-inf")))
+    return torch.cat([*(part.view(torch.int64) for part in scores), after])
+
+
+def _best_typical(tree: TokenTree, bits: Sequence[int]) -> int:
+    """The deepest node that is accepted with all its ancestors; of several the likeliest path."""
+    own = dict(zip(_by_parent(tree), memoryview(array("q", bits)).cast("B").cast("d"), strict=True))
+    best, paths = (0, 0.0, -ROOT), {ROOT: 0.0}
+    for node, parent in enumerate(tree.parents):
+        paths[node] = paths[parent] + own[node]
+        if paths[node] > float("-inf"):
+            best = max(best, (tree.depths[node], paths[node], -node))
+    return -best[2]
+
+
+def _by_parent(tree: TokenTree) -> list[int]:
+    """Nodes in the order of their parents."""
+    return sorted(range(len(tree)), key=tree.parents.__getitem__)
+
+
+def _take(values: torch.Tensor, rows: Sequence[int], device: Device) -> torch.Tensor:
+    """These rows; a view where they follow one another."""
+    if _follow_each_other(rows):
+        return values[rows[0] : rows[-1] + 1]
+    return values[device.upload(rows)]
+
+
+def _put(
+    values: torch.Tensor, rows: Sequence[int], new: torch.Tensor, device: Device
+) -> torch.Tensor:
+    """The same with these rows replaced; `values` is used up."""
+    if _follow_each_other(rows):
+        values[rows[0] : rows[-1] + 1] = new
+        return values
+    return values.index_copy_(0, device.upload(rows), new)
+
+
+def _follow_each_other(rows: Sequence[int]) -> bool:
+    return list(rows) == list(range(rows[0], rows[0] + len(rows)))
+
+
+def _places(order: Sequence[int]) -> list[int]:
+    """Where each of 0, 1, ... is in an order of them."""
+    places = [0] * len(order)
+    for place, node in enumerate(order):
+        places[node] = place
+    return places

@@ -68,18 +68,20 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     return DraftMemory(
         kept_bytes=weight_bytes + kv_bytes + quotes,
         copied_bytes=weight_bytes,
-        pass_bytes=_pass_bytes(model, config, run.shape),
+        pass_bytes=_pass_bytes(model, config, run.shape, device),
         loading_bytes=max(layers) + (base if rounds else 0),
         drawn_nodes=0 if config.as_tree else config.nodes,
     )
 
 
-def _pass_bytes(model: Checkpoint, config: DraftConfig, shape: PassShape) -> int:
+def _pass_bytes(
+    model: Checkpoint, config: DraftConfig, shape: PassShape, device: DeviceKind
+) -> int:
     passes = replace(shape, logit_rows=config.tree_breadth)
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
         seen = min(shape.longest, config.window_tokens)
         passes = replace(passes, rows=seen, longest=seen)
-    return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes)
+    return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes, device)
 
 
 def draft_weights_of(
