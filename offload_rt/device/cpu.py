@@ -26,7 +26,12 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
-from offload_rt.device.system import free_memory_bytes, give_back_large_blocks, peak_rss_bytes
+from offload_rt.device.system import (
+    free_memory_bytes,
+    give_back_holes,
+    give_back_large_blocks,
+    peak_rss_bytes,
+)
 from offload_rt.errors import DeviceError
 
 
@@ -259,6 +264,7 @@ class MemoryMeter:
     """
 
     def __init__(self) -> None:
+        give_back_holes()  # else what an earlier engine freed is used again and counts as nothing
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")

@@ -212,6 +212,25 @@ def test_numbers_of_rows_keep_no_memory(kept, monkeypatch):
     assert (grown < 32 * 2**20) == (kept == "ours"), grown  # what the user sets stays, grows or not
 
 
+USED_AGAIN = """
+from offload_rt.device.system import settle_math
+settle_math()
+import torch
+from offload_rt.device.cpu import MemoryMeter
+first = [torch.ones(2**18) for _ in range(200)]
+pins = [torch.ones(2**10) for _ in range(200) if first.pop() is not None]
+meter = MemoryMeter()
+second = [torch.ones(2**18) for _ in range(150)]
+print(meter.growth_bytes())
+"""
+
+
+def test_memory_that_an_earlier_engine_freed_counts_again():
+    """What malloc kept of the first would else be taken by the second and count as nothing."""
+    ran = subprocess.run([sys.executable, "-c", USED_AGAIN], check=True, capture_output=True)
+    assert int(ran.stdout) > 140 * MIB
+
+
 def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
     import torch
 
