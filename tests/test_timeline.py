@@ -6,13 +6,24 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_profile import PROJECT
 
 from offload_rt.costs import timeline
-from offload_rt.costs.pass_cost import LayerLoad, Limit, PassLoad, PassTimes, cost_of
+from offload_rt.costs.pass_cost import (
+    LayerLoad,
+    Limit,
+    LinkRates,
+    PassLoad,
+    PassTimes,
+    cost_of,
+    pass_times,
+)
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
+from offload_rt.device.kinds import Processor
 from offload_rt.device.sim import SimBuffer, SimLink, SimStream
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import LayerWork, Number, Obtained
+from offload_rt.profiling.store import load_profile
 
 SECONDS = st.floats(0, 3)
 COPIES = st.lists(st.tuples(st.integers(0, 2), SECONDS, SECONDS), min_size=1, max_size=25)
@@ -34,6 +45,38 @@ def test_a_shared_link_carries_one_byte_at_a_time_and_never_idles(copies):
         assert stream.time_s == pytest.approx((mine[-1] + 1) * tick if mine else begin * tick)
         taken |= set(mine)
     assert link.busy_s == pytest.approx(len(taken) * tick)
+
+
+@given(copies=COPIES, uploads=st.lists(SECONDS, max_size=6), piece=st.integers(1, 80))
+def test_an_upload_waits_for_the_piece_that_is_crossing(copies, uploads, piece):
+    link, tick = SimLink(), 0.01  # the slow formula follows each piece of each copy
+    stream, ends = SimStream("copies", link=link), {}
+    for _, wait, seconds in copies:
+        stream.time_s += round(wait / tick) * tick
+        begin, ticks = round(stream.time_s / tick), round(seconds / tick)
+        for start in range(begin, begin + ticks, piece):
+            stop = min(start + piece, begin + ticks)
+            ends |= dict.fromkeys(range(start + 1, stop + 1), stop)  # asked within, at its end
+        stream.copy(SimBuffer(0), SimBuffer(ticks * tick))
+    for ready in sorted(round(ready / tick) for ready in uploads):
+        asked_s = ready * tick - tick / 2  # else rounding decides on which side of an end it is
+        crosses_s = link.let_in(asked_s, piece * tick)
+        assert crosses_s == pytest.approx(ends[ready] * tick if ready in ends else asked_s)
+
+
+@pytest.mark.parametrize("passes", [1, 4, 16])
+def test_drafting_waits_for_pieces_or_else_for_layers(passes):
+    """Layers of 1 s come in all the time; a drafter computes 0.8 s for each step."""
+    layers = [TimedLayer(kernel_s=0.0, home_bytes=1)] * 6
+    work = TimedPass(layers=layers, slots=3, draft_s=0.8, draft_passes=passes)
+
+    def waits_s(piece_s):
+        return steady_pass(replace(work, piece_s=piece_s)).draft_wait_s
+
+    assert waits_s(0.0) == 0.0
+    assert waits_s(0.01) <= passes * 0.01
+    # The first pass begins as a layer has come; uncut, each of three more then hold up another.
+    assert waits_s(1.0) == pytest.approx(min(passes - 1, 3) * (1.0 - 0.8 / passes))
 
 
 def test_a_store_uses_the_other_direction():
@@ -65,6 +108,9 @@ PASS = st.builds(
     back_bytes_per_s=st.just(4.0),
     hop_s=st.floats(0, 0.5),
     end_s=SECONDS,
+    draft_s=SECONDS,
+    draft_passes=st.integers(0, 5),
+    piece_s=st.sampled_from([0.0, 0.1, 2.0]),
 )
 
 
@@ -72,7 +118,7 @@ def kernels_s(work):
     own = sum(layer.kernel_s + layer.kv_kernel_s * (layer.kv_bytes > 0) for layer in work.layers)
     places = [0, *(layer.device for layer in work.layers), 0]
     hops = sum(a != b for a, b in itertools.pairwise(places))
-    return own + hops * work.hop_s + work.end_s
+    return own + hops * work.hop_s + work.end_s + work.draft_s
 
 
 @given(work=PASS)
@@ -82,7 +128,9 @@ def test_a_pass_takes_at_least_its_busiest_part_and_at_most_all_of_them(work):
     copies = sum((layer.home_bytes or 0) + layer.kv_bytes for layer in work.layers)
     back = sum(layer.back_bytes for layer in work.layers) / work.back_bytes_per_s
     assert done.pass_s >= max(done.transfer_s, kernels_s(work)) - 1e-6
-    assert done.pass_s <= copies + kernels_s(work) + back + 1e-6
+    uploads_s = (1 + work.draft_passes) * work.piece_s
+    assert done.pass_s <= copies + kernels_s(work) + back + uploads_s + 1e-6
+    assert 0.0 <= done.draft_wait_s <= work.draft_passes * work.piece_s + 1e-9
 
 
 @given(work=PASS)
@@ -169,6 +217,33 @@ def test_the_limit_of_a_pass_is_named(layer_s, between_s, limit):
     load = PassLoad(layers=layers, streamed=range(4), slots=2, between_s=between_s)
     times = PassTimes(layer_s=(layer_s,) * 4, head_s=0.0, home_bytes_per_s=10.0, numbers=NUMBERS)
     assert cost_of(load, times).limit is limit
+
+
+def test_what_uploads_of_a_drafter_wait_counts_as_drafting():
+    layers = [LayerLoad(work=WORK, home_bytes=10)] * 6
+    load = PassLoad(layers=layers, streamed=range(6), slots=3, between_s=0.8, between_passes=16)
+    times = PassTimes(layer_s=(0.1,) * 6, head_s=0.1, home_bytes_per_s=10.0, numbers=NUMBERS)
+    alone, cut = cost_of(load, times), cost_of(load, replace(times, piece_s=0.02))
+    assert 0.8 == alone.between_s < cut.between_s <= 0.8 + 16 * 0.02
+    for cost in (alone, cut):
+        assert cost.compute_s == pytest.approx(0.7 + cost.between_s)
+        assert cost.pass_s == pytest.approx(cost.compute_s + cost.stall_s)
+
+
+@pytest.mark.parametrize(
+    ("processor", "readers", "piece_s"),
+    [
+        (Processor.CUDA, None, 16 * 2**20 / 25e9),
+        (Processor.CUDA, 4, 0.0),
+        (Processor.CPU, None, 0.0),
+    ],
+)
+def test_uploads_wait_on_links_to_gpus_that_memory_feeds(processor, readers, piece_s):
+    name = {Processor.CUDA: "rtx4090-pcie4x16", Processor.CPU: "cpu-2core-avx512bf16"}[processor]
+    profile = load_profile(PROJECT / "profiles" / f"{name}.json")
+    rates = LinkRates(home=(Number(value=25e9, obtained=Obtained.MEASURED),), readers=readers)
+    load = PassLoad(layers=[], streamed=(), slots=0)
+    assert pass_times(profile, load, processor, rates).piece_s == pytest.approx(piece_s)
 
 
 def test_one_slot_is_bound_by_latency():

@@ -20,6 +20,7 @@ from offload_rt.costs.timeline import (
     steady_pass,
     steady_spans,
 )
+from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.profile import (
@@ -99,6 +100,7 @@ class PassLoad:
         head_weights: how its weights lie.
         between_s: what the device computes before the next pass, a drafter's time for one: the
             ring is refilled meanwhile.
+        between_passes: that it does so in; each uploads its tokens.
         kv_slots: device buffers that blocks of KV share, on each device.
         kv_block_bytes: of such a block.
         hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
@@ -113,6 +115,7 @@ class PassLoad:
     head: LayerWork | None = None
     head_weights: WeightOrder = WeightOrder.PLAIN
     between_s: float = 0.0
+    between_passes: int = 0
     kv_slots: int = 0
     kv_block_bytes: int = 0
     hop_bytes: int = 0
@@ -159,6 +162,8 @@ class PassTimes:
         home_delay_s: from when a layer's last byte has come until the copy is whole.
         slowdown: how much longer each layer, and last the head, takes while weights come; empty:
             as long.
+        piece_s: that a piece of a copy takes, which an upload to a GPU may have to wait for; 0
+            where nothing crosses such a link, or a disk feeds it and leaves it idle mostly.
     """
 
     layer_s: tuple[float, ...]
@@ -172,6 +177,7 @@ class PassTimes:
     hop_s: float = 0.0
     home_delay_s: float = 0.0
     slowdown: tuple[float, ...] = ()
+    piece_s: float = 0.0
 
     @property
     def obtained(self) -> Obtained:
@@ -190,7 +196,7 @@ class PassCost:
         home_bytes: weights that cross the link.
         obtained: how the worst number behind it is known.
         transfer_s: in which the busiest link carries weights or KV to its device.
-        between_s: of which the drafter takes, see `PassLoad`.
+        between_s: of which the drafter takes, see `PassLoad`, and what its uploads wait.
         kv_home_bytes: KV that crosses the link.
         kv_back_bytes: KV that goes home.
     """
@@ -335,7 +341,14 @@ def pass_times(
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
         home_delay_s=disk_delay_s(profile, rates.readers) if from_disk and rates.readers else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
+        piece_s=_piece_s(rates, processor),
     )
+
+
+def _piece_s(rates: LinkRates, processor: Processor) -> float:
+    if rates.readers is not None or not KINDS[processor].own_memory:
+        return 0.0
+    return COPY_BYTES / rates.home[0].value
 
 
 def _slowdown(profile: HardwareProfile, load: PassLoad) -> tuple[float, ...]:
@@ -351,7 +364,8 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         ConfigError: layers or KV are streamed, but there is no slot, or no speed.
     """
     done, times = _settled(load, times)
-    kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + load.between_s
+    between_s = load.between_s + done.draft_wait_s
+    kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s + between_s
     stall_s = done.pass_s - kernels_s
     return PassCost(
         pass_s=done.pass_s,
@@ -360,7 +374,7 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         home_bytes=sum(load.layers[i].home_bytes for i in load.streamed),
         obtained=times.obtained,
         transfer_s=done.transfer_s,
-        between_s=load.between_s,
+        between_s=between_s,
         kv_home_bytes=sum(layer.kv_home_bytes for layer in load.layers),
         kv_back_bytes=sum(layer.kv_back_bytes for layer in load.layers),
     )
@@ -409,7 +423,10 @@ def _timed_pass(load: PassLoad, times: PassTimes) -> TimedPass:
         back_bytes_per_s=times.back_bytes_per_s or times.home_bytes_per_s,
         home_delay_s=times.home_delay_s,
         hop_s=times.hop_s,
-        end_s=times.head_s + load.between_s,
+        end_s=times.head_s,
+        draft_s=load.between_s,
+        draft_passes=load.between_passes,
+        piece_s=times.piece_s,
     )
 
 

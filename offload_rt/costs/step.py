@@ -168,18 +168,30 @@ def predict(work: StepWork, price: Price) -> Prediction:
 
 def _with_draft(work: StepWork, price: Price) -> PassCost:
     """The cost of the pass that checks a draft, and of drafting before it."""
-    drafting_s = sum(
-        part.times * (part.seconds if part.load is None else price(part.load).pass_s)
-        for part in work.parts
-    )
+    cost = price(_with_drafting(work, price))
     if not work.drafting_streams:
-        return price(replace(work.load, between_s=drafting_s))
-    cost = price(work.load)
+        return cost
+    drafting_s = _drafting_s(work, price)
     return replace(
         cost,
         pass_s=cost.pass_s + drafting_s,
         compute_s=cost.compute_s + drafting_s,
         between_s=drafting_s,
+    )
+
+
+def _with_drafting(work: StepWork, price: Price) -> PassLoad:
+    """The pass that checks a draft, with drafting behind it that leaves the ring alone."""
+    if work.drafting_streams:
+        return work.load
+    passes = round(sum(part.times for part in work.parts if part.load is not None))
+    return replace(work.load, between_s=_drafting_s(work, price), between_passes=passes)
+
+
+def _drafting_s(work: StepWork, price: Price) -> float:
+    return sum(
+        part.times * (part.seconds if part.load is None else price(part.load).pass_s)
+        for part in work.parts
     )
 
 
@@ -193,23 +205,23 @@ def step_events(work: StepWork, price: Price, spans: Callable[[PassLoad], list[S
         price: tells the cost of a pass.
         spans: tells what the streams do in a pass.
     """
+    load = _with_drafting(work, price)
     drafting_s = _with_draft(work, price).between_s
-    between_s = 0.0 if work.drafting_streams else drafting_s
-    load = replace(work.load, between_s=between_s)
     events, end_s = [], 0.0
     for span in spans(load):
+        if span.kind is SpanKind.DRAFTING:
+            continue
         lane, name = _CALLED[span.kind]
-        stop_s = span.end_s - (between_s if span.kind is SpanKind.END else 0.0)
         if span.layer < 0:
-            end_s = stop_s
-        if stop_s > span.start_s:
+            end_s = span.end_s
+        if span.end_s > span.start_s:
             details = {"layer": span.layer, "bytes": span.nbytes} if span.layer >= 0 else {}
             events.append(
                 TraceEvent(
                     name=name.format(span.layer),
                     lane=f"{lane} {span.device}" if load.devices > 1 else lane,
                     start_s=span.start_s,
-                    end_s=stop_s,
+                    end_s=span.end_s,
                     details=details,
                 )
             )

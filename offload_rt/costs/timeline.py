@@ -61,7 +61,11 @@ class TimedPass:
         back_bytes_per_s: the other direction.
         home_delay_s: from when a layer's last byte has crossed until the copy is whole.
         hop_s: until the hidden state is on another device.
-        end_s: what the first device computes after the layers: the head, and a drafter's work.
+        end_s: what the first device computes after the layers: the head.
+        draft_s: what it computes then for the next draft.
+        draft_passes: in so many passes.
+        piece_s: that a piece of a copy crosses the link in. What a pass uploads waits for the piece
+            that is crossing; 0: it does not wait.
     """
 
     layers: Sequence[TimedLayer]
@@ -74,14 +78,24 @@ class TimedPass:
     home_delay_s: float = 0.0
     hop_s: float = 0.0
     end_s: float = 0.0
+    draft_s: float = 0.0
+    draft_passes: int = 0
+    piece_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class SteadyPass:
-    """A pass in the steady state: its length, and the busy time of the busiest link in it."""
+    """A pass in the steady state.
+
+    Attributes:
+        pass_s: its length, drafting included.
+        transfer_s: busy time of the busiest link in it.
+        draft_wait_s: that uploads of the drafter's passes wait.
+    """
 
     pass_s: float
     transfer_s: float
+    draft_wait_s: float = 0.0
 
 
 class SpanKind(StrEnum):
@@ -93,6 +107,7 @@ class SpanKind(StrEnum):
     ATTENTION = "attention"
     LAYER = "layer"
     END = "end"
+    DRAFTING = "drafting"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +129,9 @@ def steady_pass(work: TimedPass) -> SteadyPass:
     timed = 1 if steady else _TIMED_PASSES
     links_s = [_link_s(work, device) for device in range(len(devices))]
     pass_s = (starts[-1] - starts[-1 - timed]) / timed
+    waits_s = sum(devices[0].draft_waits_s[-timed:]) / timed
     # A link that is a little behind may lose its lead over more passes than were run.
-    return SteadyPass(max(pass_s, *links_s), max(links_s))
+    return SteadyPass(max(pass_s, *links_s), max(links_s), waits_s)
 
 
 def steady_spans(work: TimedPass) -> list[Span]:
@@ -168,6 +184,7 @@ def _run_pass(work: TimedPass, devices: Sequence["_Device"]) -> list[float]:
     """Enqueue a pass; returns where every stream was after every layer of its device."""
     trace: list[float] = []
     here = devices[0]
+    here.upload(work.piece_s)
     for index, layer in enumerate(work.layers):
         here = _hop(here, devices[layer.device], work.hop_s)
         here.run_layer(index, layer)
@@ -175,7 +192,7 @@ def _run_pass(work: TimedPass, devices: Sequence["_Device"]) -> list[float]:
     for device in devices:
         device.end_pass()
     _hop(here, devices[0], work.hop_s)
-    devices[0].run_end(work.end_s)
+    devices[0].run_end(work)
     for device in devices:
         trace += device.times()
     return trace
@@ -208,8 +225,10 @@ class _Device:
         home = {i: SimBuffer(n) for i, layer in mine.items() if (n := layer.home_bytes) is not None}
         moves_kv = any(layer.kv_bytes or layer.back_bytes for layer in mine.values())
         # A stream that nobody uses would stay behind: it would seem that no pass repeats another.
-        link = SimLink() if home and moves_kv else None
+        shared = bool(home) and moves_kv
+        self._link = link = SimLink() if shared or work.piece_s else None
         self.spans: list[Span] = []
+        self.draft_waits_s: list[float] = []  # of each pass
         self._watched, self._device, self._home = False, device, home
         self.compute = SimStream(f"compute {device}")
         rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
@@ -247,9 +266,20 @@ class _Device:
         self._copy.watch = self._kv_copy.watch = keep
         self._watched = True
 
-    def run_end(self, seconds: float) -> None:
-        """Enqueue what follows the layers."""
-        self._compute(SpanKind.END, -1, seconds)
+    def upload(self, piece_s: float) -> None:
+        """Enqueue what goes up before a pass: it waits for the piece that crosses the link."""
+        if self._link is not None and piece_s:
+            self.compute.wait(SimEvent({}, self._link.let_in(self.compute.time_s, piece_s)))
+
+    def run_end(self, work: TimedPass) -> None:
+        """Enqueue what follows the layers: the head, then the passes of a drafter."""
+        self._compute(SpanKind.END, -1, work.end_s)
+        waited_s, passes = self.compute.stalled_s(), max(1, work.draft_passes)
+        for _ in range(passes if work.draft_s else 0):
+            if work.draft_passes:
+                self.upload(work.piece_s)
+            self._compute(SpanKind.DRAFTING, -1, work.draft_s / passes)
+        self.draft_waits_s.append(self.compute.stalled_s() - waited_s)
 
     def _compute(
         self,

@@ -7,6 +7,7 @@ buffer remembers who wrote and who read it last; touching it without having wait
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import ceil
 
 from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.errors import StreamOrderError
@@ -42,7 +43,7 @@ class SimLink:
     A copy takes the time from when it is ready that the copies enqueued before it leave free, in
     pieces if need be: so the link never idles while a copy is ready, and no enqueued copy is put
     back by a later one. (Copy engines of a GPU share a link more evenly; when the last one ends is
-    the same.)
+    the same.) An upload of a few bytes waits for the piece that is crossing, no longer.
 
     Attributes:
         busy_s: time it has carried bytes.
@@ -54,6 +55,7 @@ class SimLink:
         self.pieces: list[tuple[float, float]] = []
         self._end_s = 0.0
         self._gaps: list[tuple[float, float]] = []  # free times before the end
+        self._carried: list[tuple[float, float]] = []  # what was carried, since the last upload
         self._streams: list[SimStream] = []
 
     def join(self, stream: "SimStream") -> None:
@@ -80,7 +82,20 @@ class SimLink:
                 self._gaps.append((self._end_s, begin_s))
             self._end_s = done_s = begin_s + rest_s
             self.pieces.append((begin_s, done_s))
+        self._carried += self.pieces
         return done_s
+
+    def let_in(self, ready_s: float, piece_s: float) -> float:
+        """When a few bytes cross that are ready at a time, between pieces of so many seconds.
+
+        Uploads are asked for in the order of their times.
+        """
+        self._carried = [(start_s, end_s) for start_s, end_s in self._carried if end_s > ready_s]
+        for start_s, end_s in self._carried:
+            if start_s < ready_s:
+                pieces = ceil((ready_s - start_s) / piece_s - _ROUNDING_S)
+                return min(end_s, start_s + pieces * piece_s)
+        return ready_s
 
 
 class SimStream:
