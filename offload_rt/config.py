@@ -3,9 +3,12 @@
 import math
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from typing import TypeVar
 
 from offload_rt.errors import ConfigError
-from offload_rt.options import Form, check_bounds, option
+from offload_rt.options import Form, check_bounds, option, settables
+
+T = TypeVar("T")
 
 _SHORT_DTYPES = {
     **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
@@ -540,12 +543,18 @@ class RuntimeConfig:
         threads: None is what affinity and the cgroup's quota allow.
     """
 
-    device: str = option("auto", "--device", "auto, cpu, cuda or cuda:N.")
-    device_limit_bytes: int | None = option(
+    device: str = option(
+        "auto",
+        "--device",
+        "auto, cpu, cuda or cuda:N; or several with commas between them, which have the model's "
+        "layers in turn: cuda:0,cuda:1, or cpu,cpu with two emulated links.",
+    )
+    device_limit_bytes: int | tuple[int, ...] | None = option(
         None,
         "--device-memory",
-        "All memory of the run on the device: 2GiB, 1500MiB, or bytes.",
-        form=Form.SIZE,
+        "All memory of the run on the device: 2GiB, 1500MiB, or bytes; on each of several, or "
+        "22GiB,20GiB.",
+        form=Form.SIZES,
         unset="what is free",
     )
     host_limit_bytes: int | None = option(
@@ -612,11 +621,12 @@ class RuntimeConfig:
         unset="$TMPDIR or /var/tmp",
     )
     prefill_chunk_tokens: int = 512
-    link_bytes_per_s: float | None = option(
+    link_bytes_per_s: float | tuple[float, ...] | None = option(
         None,
         "--link-bandwidth",
-        "Emulate a link of this many GB/s; CPU with --home host only.",
-        form=Form.RATE,
+        "Emulate a link of this many GB/s, or one to each of several devices: 1,1; CPU with --home "
+        "host or --kv host only.",
+        form=Form.RATES,
         low=0,
         above=True,
         accepted="above 0",
@@ -645,3 +655,47 @@ class RuntimeConfig:
             raise ConfigError(
                 f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, accepted is 1 or more"
             )
+        count = len(self.device_names)
+        for field in settables(RuntimeConfig):
+            value = getattr(self, field.name)
+            if isinstance(value, tuple) and len(value) != count:
+                raise ConfigError(
+                    f"{field.option.flag} has {len(value)} values, --device {self.device} names "
+                    f"{count}: give one for each, or one for all"
+                )
+
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The devices that have the layers in turn; the first has embedding, head and drafter."""
+        return tuple(self.device.split(","))
+
+    @property
+    def only_limit_bytes(self) -> int | None:
+        """The limit of the only device.
+
+        Raises:
+            ConfigError: there are several.
+        """
+        limit = self.device_limit_bytes
+        if len(self.device_names) > 1 or isinstance(limit, tuple):
+            raise ConfigError(f"--device {self.device} names several devices, name one here")
+        return limit
+
+    @property
+    def only_link_bytes_per_s(self) -> float | None:
+        """The emulated link of the only device."""
+        assert not isinstance(self.link_bytes_per_s, tuple)  # as of `each_device`
+        return self.link_bytes_per_s
+
+    def each_device(self) -> "list[RuntimeConfig]":
+        """The same for each of the devices, with its own limit and link."""
+        limits = _for_each(self.device_limit_bytes, len(self.device_names))
+        links = _for_each(self.link_bytes_per_s, len(self.device_names))
+        return [
+            replace(self, device=name, device_limit_bytes=limit, link_bytes_per_s=link)
+            for name, limit, link in zip(self.device_names, limits, links, strict=True)
+        ]
+
+
+def _for_each(value: T | tuple[T, ...], count: int) -> tuple[T, ...]:
+    return value if isinstance(value, tuple) else (value,) * count

@@ -29,7 +29,8 @@ class Form(StrEnum):
     SWITCH = "boolean"
     CHOICE = "choice"
     SIZE = "size"
-    RATE = "float range"
+    SIZES = "size[,size]"
+    RATES = "rate[,rate]"
     AUTO_INTEGER = "auto|n"
     AUTO_NUMBER = "auto|share"
     WINDOW = "auto|full|n"
@@ -144,9 +145,10 @@ def check_bounds(record: object) -> None:
         ConfigError: the first of them.
     """
     for field in settables(type(record)):
-        value, said = getattr(record, field.name), field.option
-        if said.accepted and value is not None and not said.within(value):
-            raise ConfigError(f"{said.flag} is {value}, accepted is {said.accepted}")
+        given, said = getattr(record, field.name), field.option
+        for value in given if isinstance(given, tuple) else (given,):
+            if said.accepted and value is not None and not said.within(value):
+                raise ConfigError(f"{said.flag} is {value}, accepted is {said.accepted}")
 
 
 def record_of(record: type[RecordT], values: Mapping[str, Any]) -> RecordT:
@@ -222,14 +224,29 @@ def _size(_: Settable, value: object) -> int | None:
         raise ValueError(str(error)) from error
 
 
-def _rate(field: Settable, value: object) -> float | None:
-    """Bytes a second, of GB/s."""
-    if value is None:
-        return None
-    rate = _number(field, value)
-    if not rate > 0:
-        raise ValueError(f"{rate} is not in the range x>0")
-    return rate * 1e9
+def _sizes(field: Settable, value: object) -> int | tuple[int, ...] | None:
+    """A size, or one of each of several devices."""
+    return _one_or_each(value, lambda part: _size(field, "" if part is None else part))
+
+
+def _rates(field: Settable, value: object) -> float | tuple[float, ...] | None:
+    """Bytes a second, of GB/s; or those of each of several devices."""
+
+    def rate_of(part: object) -> float:
+        rate = _number(field, part)
+        if not rate > 0:
+            raise ValueError(f"{rate} is not in the range x>0")
+        return rate * 1e9
+
+    return _one_or_each(value, rate_of)
+
+
+def _one_or_each(value: object, read: Callable[[object], Any]) -> Any:  # noqa: ANN401 - a field's
+    """A value, or several with commas between them or in a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        return None if value is None else read(value)
+    return tuple(map(read, parts)) if len(parts) != 1 else read(parts[0])
 
 
 def _text(field: Settable, value: object) -> str | None:
@@ -275,7 +292,8 @@ _READERS: Mapping[Form, Callable[[Settable, object], Any]] = {
     Form.SWITCH: _switch,
     Form.CHOICE: _choice,
     Form.SIZE: _size,
-    Form.RATE: _rate,
+    Form.SIZES: _sizes,
+    Form.RATES: _rates,
     Form.AUTO_INTEGER: _auto_integer,
     Form.AUTO_NUMBER: _auto_number,
     Form.WINDOW: _window,

@@ -12,6 +12,7 @@ from offload_rt.session.options import ANSWER_KEYWORDS
 from offload_rt.session.scoring import encoded_pair
 
 LONG = "x " * 600
+LINKS = {"device": "cpu,cpu", "link_bandwidth": "1,1", "home": "host"}
 # Options by keyword, and a part of the sentence.
 WRONG = [
     ({"device_memory": "lots"}, "'lots' is not a memory size"),
@@ -20,7 +21,13 @@ WRONG = [
     ({"host_memory": "2GiB"}, "add --home host"),
     ({"device": "tpu"}, "--device tpu is not known"),
     ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
-    ({"device": "cuda:0,cuda:1"}, "several devices"),
+    ({"device": "cuda:1,cuda:1"}, "names cuda:1 twice"),
+    ({"device": "cpu,cpu"}, "2 emulated links: add --link-bandwidth 1,1"),
+    ({"device": "cpu,cpu", "link_bandwidth": 1}, "add --home host"),
+    ({"device": "cpu,cpu", "link_bandwidth": "1,2,3"}, "has 3 values, --device cpu,cpu names 2"),
+    ({"device_memory": "1GiB,1GiB"}, "has 2 values, --device auto names 1"),
+    (LINKS | {"device_memory": "1GiB,1KiB"}, "cpu number 1 would have none of the model's layers"),
+    (LINKS, "--link-bandwidth has no effect"),
     ({"dtype": "float8"}, "'float8' is not one of"),
     ({"slots": "many"}, "neither auto nor a whole number"),
     ({"slots": 0}, "--slots is 0, accepted is"),

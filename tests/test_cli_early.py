@@ -11,6 +11,7 @@ import pytest
 
 from offload_rt.cli import run
 from offload_rt.cli.console import Console
+from offload_rt.config import RuntimeConfig
 from offload_rt.device import kinds
 from offload_rt.device.cuda import present
 from offload_rt.device.cuda.nvml import Driver, Gpu
@@ -20,7 +21,9 @@ from offload_rt.session.observer import Gauge
 WRONG = [
     (["--device", "cuda:99"], "--device cuda:99 cannot be used"),
     (["--device", "tpu"], "--device tpu is not known"),
-    (["--device", "cuda:0,cuda:1"], "several devices"),
+    (["--device", "cuda:0,cuda:0"], "names cuda:0 twice: name each once"),
+    (["--device", "cpu,cuda:0"], "mixes kinds of devices"),
+    (["--device", "cpu,cpu"], "2 emulated links: add --link-bandwidth 1,1"),
     (["--context", "100000"], "--context is 100000"),
     (["--draft", "/no/such/model"], "/no/such/model"),
     (["--draft", "medusa:/no/such/heads"], "/no/such/heads"),
@@ -84,9 +87,10 @@ def test_waiting_shows_nothing_off_a_terminal(tiny_model, offload_run):
     assert done.code == 0 and "opening" not in done.err
 
 
-def gpus(count):
-    gpu = Gpu(name="one", total_bytes=2**30, free_bytes=2**30, capability=(9, 0))
-    return Driver(version="1", cuda_version=(13, 0), gpus=(gpu,) * count)
+def gpus(count, *names):
+    known = {"total_bytes": 2**30, "free_bytes": 2**30, "capability": (9, 0)}
+    found = tuple(Gpu(name=name, **known) for name in names or ("one",) * count)
+    return Driver(version="1", cuda_version=(13, 0), gpus=found)
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,10 @@ def gpus(count):
         ("cuda:2", "2.14.1", gpus(2), "this machine has 2 GPUs: use cuda:0 to cuda:1"),
         ("cuda", "2.14.1+cpu", gpus(1), "built without CUDA"),
         ("cuda:1", "2.14.1", gpus(2), None),
+        ("cuda:0,cuda:1", "2.14.1", gpus(2), None),
+        ("cuda:0,cuda:1", "2.14.1", gpus(1), "this machine has one GPU: use cuda:0"),
+        ("cuda:0,cuda:2", "2.14.1", gpus(2), "this machine has 2 GPUs"),
+        ("cuda:0,cuda:1", "2.14.1", gpus(2, "RTX 4090", "RTX 3060"), "GPU 1 a RTX 3060"),
         ("auto", "2.14.1+cpu", None, None),
         ("cpu", "2.14.1+cpu", None, None),
     ],
@@ -106,21 +114,26 @@ def test_devices_by_what_the_driver_says(name, torch, driver, message, monkeypat
     monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: driver)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 0)
     if message is None:
-        kinds.check_device(name)
+        kinds.check_device(RuntimeConfig(device=name))
         return
     with pytest.raises(DeviceError, match=message):
-        kinds.check_device(name)
+        kinds.check_device(RuntimeConfig(device=name))
 
 
 def test_a_gpu_without_nvml_is_asked_of_cuda(monkeypatch):
     monkeypatch.setattr(present, "version", lambda _: "2.14.1")
     monkeypatch.setattr("offload_rt.device.cuda.nvml.find_driver", lambda: None)
     monkeypatch.setattr(present, "_cuda_devices", lambda: 1)
-    kinds.check_device("cuda:0")
-    with pytest.raises(DeviceError, match="one GPU"):
-        kinds.check_device("cuda:1")
-    with pytest.raises(ConfigError, match="several"):
-        kinds.check_device("cuda:0,cuda:1")
+    kinds.check_device(RuntimeConfig(device="cuda:0"))
+    for name in ("cuda:1", "cuda:0,cuda:1"):
+        with pytest.raises(DeviceError, match="one GPU"):
+            kinds.check_device(RuntimeConfig(device=name))
+
+
+def test_two_devices_of_one_memory_are_two_emulated_links():
+    with pytest.raises(ConfigError, match="2 emulated links: add --link-bandwidth 1,1"):
+        kinds.check_device(RuntimeConfig(device="cpu,cpu"))
+    kinds.check_device(RuntimeConfig(device="cpu,cpu", link_bytes_per_s=1e9))
 
 
 @pytest.mark.parametrize(("resident", "words"), [(4, 20), (1, 20), (4, 300)])

@@ -8,7 +8,7 @@ from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, Runt
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import layouts_of, staging_bytes
-from offload_rt.device.kinds import CPU, CUDA, KINDS, Processor, named_device
+from offload_rt.device.kinds import CPU, CUDA, KINDS, Processor, named_devices
 from offload_rt.device.opening import _OPENERS
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import kv_places, plan_kv
@@ -25,17 +25,51 @@ def test_every_processor_has_a_kind_and_can_be_opened():
 
 
 @pytest.mark.parametrize(
-    ("name", "kind", "index"),
-    [("cpu", CPU, 0), ("cuda", CUDA, 0), ("cuda:0", CUDA, 0), ("cuda:12", CUDA, 12)],
+    ("name", "kind", "indices"),
+    [
+        ("cpu", CPU, (0,)),
+        ("cuda", CUDA, (0,)),
+        ("cuda:0", CUDA, (0,)),
+        ("cuda:12", CUDA, (12,)),
+        ("cuda:1,cuda:0", CUDA, (1, 0)),
+        ("cpu,cpu", CPU, (0, 0)),
+    ],
 )
-def test_names(name, kind, index):
-    assert named_device(name) == (kind, index)
+def test_names(name, kind, indices):
+    assert named_devices(name) == (kind, indices)
 
 
-@pytest.mark.parametrize("name", ["tpu", "cpu:0", "cuda:", "cuda:x", "cuda:12345", "auto", ""])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tpu",
+        "cpu:0",
+        "cuda:",
+        "cuda:x",
+        "cuda:12345",
+        "auto",
+        "",
+        "cuda,",
+        "cuda:0,tpu",
+        "cuda:0;cuda:1",
+    ],
+)
 def test_names_that_are_none(name):
-    with pytest.raises(ConfigError, match="is not known: use auto, cpu, cuda or cuda:N"):
-        named_device(name)
+    with pytest.raises(ConfigError, match="is not known: use auto, cpu, cpu,cpu, cuda, cuda:N or "):
+        named_devices(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cuda:1,cuda:1", "names cuda:1 twice: name each once"),
+        ("cuda,cuda:0", "names cuda:0 twice"),
+        ("cpu,cuda:0", "mixes kinds of devices"),
+    ],
+)
+def test_devices_that_cannot_share_a_model(name, message):
+    with pytest.raises(ConfigError, match=message):
+        named_devices(name)
 
 
 @pytest.mark.parametrize("kind", [CPU, CUDA], ids=lambda kind: str(kind.processor))

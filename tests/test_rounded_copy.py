@@ -29,7 +29,7 @@ from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.yields import expected_yield
 from offload_rt.runner import loading
-from offload_rt.speculative.triforce.kind import rounded_copy_bytes
+from offload_rt.speculative.triforce.kind import rounded_copy_parts
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "vocab_size": 320}
 SAME, INT8, INT4 = DraftWeights.SAME, DraftWeights.INT8, DraftWeights.INT4
@@ -134,7 +134,8 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     checkpoint, sizes = open_checkpoint(folder), {}
     for weights in (SAME, INT8, INT4):
         draft = triforce(weights)
-        sizes[weights] = rounded_copy_bytes(checkpoint, draft, "auto", CPU)
+        layers, head = rounded_copy_parts(checkpoint, draft, "auto", CPU)
+        sizes[weights] = sum(layers) + head
         with engine_for(folder, prompts=[LONG], draft=draft, resident_layers=0, slots=2) as engine:
             memory = engine.memory()
             if weights is SAME:
@@ -188,7 +189,8 @@ def test_auto_takes_whichever_is_faster_and_fits(wide):
     assert small < copies.smallest_bytes
     tight = planned(wide, auto, device_limit_bytes=small)
     assert tight.drafting.config.retrieval.retrieval_weights is SAME
-    copied = rounded_copy_bytes(wide, copies.drafting.config, "auto", CPU)
+    layers, head = rounded_copy_parts(wide, copies.drafting.config, "auto", CPU)
+    copied = sum(layers) + head
     spent = copies.placement.demand.drafter_bytes - own.placement.demand.drafter_bytes
     assert spent == copied > 0
 

@@ -190,7 +190,7 @@ class _Measuring:
                         done.value += 1
                         self.engines[phase] = EngineFacts(
                             draft=engine.draft,
-                            device=engine.device.name,
+                            device=engine.devices.name,
                             dtype=dtype_name(engine),
                             placement=engine.placement,
                             memory=answer.report.memory,

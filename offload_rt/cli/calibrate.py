@@ -105,7 +105,7 @@ def _loaded(
     with console.progress(f"loading {checkpoint.name}") as gauge:
 
         def show(engine: Engine) -> None:
-            gauge.done = lambda: engine.device.load.statistics().bytes_copied
+            gauge.done = engine.devices.loaded_bytes
             gauge.total = engine.load_bytes
 
         return Engine(

@@ -193,7 +193,7 @@ def _prepare(
 
 def _asked(values: Mapping[str, Any]) -> _Asked:
     runtime, draft = runtime_of(values), _drafter(values)
-    device_bytes = runtime.device_limit_bytes
+    device_bytes = runtime.only_limit_bytes
     if device_bytes is None:
         raise ConfigError("--device-memory is missing: give what every engine may use")
     kind = likely_kind(runtime.device)

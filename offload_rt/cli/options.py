@@ -134,7 +134,7 @@ _FIELDS = {
     for record in (SamplingConfig, GenerationConfig, RuntimeConfig, DraftConfig, RetrievalConfig)
     for field in settables(record)
 }
-SIZE = _Value(_FIELDS["device_limit_bytes"])
+SIZE = _Value(_FIELDS["host_limit_bytes"])
 _PLAIN: Mapping[Form, Any] = {
     Form.INTEGER: int,
     Form.NUMBER: float,
@@ -217,11 +217,12 @@ placement_options = _group(
             "kv",
             "kv_block_tokens",
             "kv_folder",
+            "link_bytes_per_s",
         ),
     )
 )
 
-runtime_options = _group(*map(_option, ("link_bytes_per_s", "readers", "threads")))
+runtime_options = _group(*map(_option, ("readers", "threads")))
 
 draft_options = _group(
     _option("draft", default="auto"),

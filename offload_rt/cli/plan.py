@@ -22,7 +22,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.step import Prediction
-from offload_rt.device.kinds import DeviceKind, likely_kind, named_device
+from offload_rt.device.kinds import DeviceKind, check_links, likely_kind, named_devices
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.kv.sizes import KVPlan
@@ -178,7 +178,7 @@ def _look_ahead(
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     drafting = Drafting(draft, drafter, nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
-    speeds = speeds_for(profile, device)
+    speeds = speeds_for(profile, device, config.device)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
     found = plan_run(checkpoint, config, device, load=load, free=free, means=means)
     assert found.prediction is not None  # there are speeds
@@ -202,20 +202,21 @@ def _look_ahead(
 
 def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
     """The kind of device a run would compute on, and what is free there and on the host."""
-    host = free_memory_bytes()
+    check_links(config)
+    host, count = free_memory_bytes(), len(config.device_names)
     automatic = config.device == "auto"
-    kind, index = (likely_kind("auto"), 0) if automatic else named_device(config.device)
-    if not kind.own_memory:
-        return kind, FreeMemory(device_bytes=host, host_bytes=host)
-    if config.device_limit_bytes is not None:
-        return kind, FreeMemory(device_bytes=config.device_limit_bytes, host_bytes=host)
-    free = kind.free_bytes()
-    if index >= len(free):
-        raise DeviceError(
-            f"--device {config.device}: no such {kind.noun} here; "
-            "to plan for one, give --device-memory"
-        )
-    return kind, FreeMemory(device_bytes=free[index], host_bytes=host)
+    kind, indices = (likely_kind("auto"), (0,)) if automatic else named_devices(config.device)
+    limits = [one.only_limit_bytes for one in config.each_device()]
+    free = kind.free_bytes() if kind.own_memory else [host // count]
+    there = []
+    for index, limit in zip(indices, limits, strict=True):
+        if kind.own_memory and limit is None and index >= len(free):
+            raise DeviceError(
+                f"--device {config.device}: no such {kind.noun} here; "
+                "to plan for one, give --device-memory"
+            )
+        there.append(limit if kind.own_memory and limit is not None else free[index])
+    return kind, FreeMemory(device_bytes=there[0], host_bytes=host, further_bytes=tuple(there[1:]))
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:

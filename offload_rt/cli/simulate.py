@@ -26,7 +26,7 @@ from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.step import Prediction
-from offload_rt.device.kinds import likely_kind
+from offload_rt.device.kinds import check_links, likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
@@ -217,6 +217,7 @@ class _Outlook:
 def _model(model: str, values: dict[str, Any]) -> None:
     quiet_libraries(Output())
     config, draft = runtime_of(values), draft_of(values)
+    check_links(config)
     found, own = profile_for(values["profile_name"], likely_kind(config.device))
     profile = adjust_profile(found, values["profile_set"])
     acceptance = Acceptance(
@@ -259,6 +260,7 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
         speeds.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
+        speeds=speeds,
     )
     run = PlacedRun(
         checkpoint=checkpoint,

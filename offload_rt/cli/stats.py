@@ -40,7 +40,7 @@ def format_stats(answering: Answering, answer: Answer) -> str:
             f"{memory.streamed_layers} streamed through {ring} of {format_size(memory.slot_bytes)}"
         )
     lines = [
-        ("model", f"{answering.model.name}, {dtype_name(engine)} on {engine.device.name}"),
+        ("model", f"{answering.model.name}, {dtype_name(engine)} on {engine.devices.name}"),
         ("layers", placement),
         ("tokens", _tokens(answer)),
         ("speed", _speed(answer)),
@@ -100,7 +100,7 @@ def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish_reason,
         "seed": answer.seed,
         "sampling": dataclasses.asdict(answering.settings.sampling) | {"seed": answer.seed},
-        "device": engine.device.name,
+        "device": engine.devices.name,
         "dtype": dtype_name(engine),
         "versions": versions(),
         **dataclasses.asdict(report),

@@ -1,14 +1,15 @@
 """How long the parts of a pass take on one machine: a profile, and who computes. No torch here."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
-from offload_rt.device.kinds import KINDS, DeviceKind, Processor
+from offload_rt.device.kinds import KINDS, DeviceKind, Processor, named_devices, sharing
 from offload_rt.errors import ConfigError
 from offload_rt.model.formats.base import ROUNDED
 from offload_rt.profiling.profile import (
     HardwareProfile,
     LayerWork,
+    LinkLoad,
     MemoryUse,
     Number,
     Obtained,
@@ -23,10 +24,21 @@ from offload_rt.profiling.rates import (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreeMemory:
-    """What is free now; it bounds a run that was given no limit."""
+    """What is free now; it bounds a run that was given no limit.
+
+    Attributes:
+        device_bytes: on the device, or the first of several.
+        further_bytes: on each of the others.
+    """
 
     device_bytes: int
     host_bytes: int
+    further_bytes: tuple[int, ...] = ()
+
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """Of each device."""
+        return self.device_bytes, *self.further_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,12 +50,14 @@ class Speeds:
         processor: who computes.
         packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
         own: whether the profile was measured here; else it is a shipped one.
+        devices: by number, those that have the layers in turn.
     """
 
     profile: HardwareProfile
     processor: Processor
     packs: bool
     own: bool = True
+    devices: tuple[int, ...] = (0,)
 
     @property
     def device(self) -> DeviceKind:
@@ -54,9 +68,12 @@ class Speeds:
     def free(self) -> FreeMemory:
         """All memory of the machine, as if nothing else ran."""
         machine = self.profile.machine
-        host = machine.ram_bytes
-        device = machine.gpus[0].memory_bytes if self.device.own_memory else host
-        return FreeMemory(device_bytes=device, host_bytes=host)
+        host, count = machine.ram_bytes, len(self.devices)
+        if not self.device.own_memory:
+            first, *others = [host // count] * count
+        else:
+            first, *others = (machine.gpus[index].memory_bytes for index in self.devices)
+        return FreeMemory(device_bytes=first, host_bytes=host, further_bytes=tuple(others))
 
     def draft_work(self, work: LayerWork, weights: DraftWeights) -> tuple[LayerWork, WeightOrder]:
         """What a layer of a draft model costs, and in which of the timed orders.
@@ -81,15 +98,31 @@ class Speeds:
         """How weights lie where they compute."""
         return WeightOrder.PACKED if resident and self.packs else WeightOrder.PLAIN
 
-    def home_bytes_per_s(self, home: HomeKind, config: RuntimeConfig, block_bytes: int) -> Number:
-        """How fast blocks of that size come from a home."""
-        if config.link_bytes_per_s is not None and home is HomeKind.HOST:
-            return Number(value=config.link_bytes_per_s, obtained=Obtained.MEASURED)
+    def home_bytes_per_s(
+        self, home: HomeKind, config: RuntimeConfig, block_bytes: int
+    ) -> tuple[Number, ...]:
+        """How fast blocks of that size come to each device from a home, while others are fed too.
+
+        What comes from a disk is shared by all that it is read for.
+        """
+        count = len(self.devices)
         if home is HomeKind.DISK:
-            return disk_bytes_per_s(self.profile, config.readers)
-        if self.device.own_memory:
-            return link_bytes_per_s(self.profile, block_bytes)
-        return memory_bytes_per_s(self.profile, MemoryUse.COPY, 1)
+            disk = disk_bytes_per_s(self.profile, config.readers)
+            return (replace(disk, value=disk.value / count),) * count
+        found = []
+        for index, one in zip(self.devices, config.each_device(), strict=True):
+            if (rate := one.only_link_bytes_per_s) is not None:
+                found.append(Number(value=rate, obtained=Obtained.MEASURED))
+            elif self.device.own_memory:
+                found.append(self.link_bytes_per_s(block_bytes, index))
+            else:
+                found.append(memory_bytes_per_s(self.profile, MemoryUse.COPY, 1))
+        return tuple(found)
+
+    def link_bytes_per_s(self, block_bytes: int, index: int) -> Number:
+        """How fast blocks of that size cross a GPU's link, while those of the others are busy."""
+        load = LinkLoad.TOGETHER if len(self.devices) > 1 else LinkLoad.ALONE
+        return link_bytes_per_s(self.profile, block_bytes, gpu=index, load=load)
 
 
 def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
@@ -107,19 +140,25 @@ def speeds_there(profile: HardwareProfile, device: str) -> Speeds:
             for processor, kind in KINDS.items()
             if gpus or not kind.own_memory
         )
-    if device not in KINDS:
+    several = "," in device
+    if device not in KINDS and not several:
         raise ConfigError(
             f"--device {device} is not known to a simulation: use auto, cpu or cuda, which is the "
-            "profile's first GPU"
+            "profile's first GPU, or several as cuda:0,cuda:1"
         )
-    processor = Processor(device)
-    if KINDS[processor].own_memory and not gpus:
+    kind, indices = named_devices(device)
+    if kind.own_memory and not gpus:
         raise ConfigError(f"--device {device}: profile {profile.name} has no GPU")
-    return speeds_of(profile, processor)
+    if kind.own_memory and max(indices) >= gpus:
+        one = "one GPU" if gpus == 1 else f"{gpus} GPUs"
+        raise ConfigError(f"--device {device}: profile {profile.name} has {one}")
+    return speeds_of(profile, kind.processor, sharing(device))
 
 
-def speeds_of(profile: HardwareProfile, processor: Processor) -> Speeds:
+def speeds_of(
+    profile: HardwareProfile, processor: Processor, devices: tuple[int, ...] = (0,)
+) -> Speeds:
     """Speeds of one kind of device; weights are reordered where the profile has such times."""
     mine = {curve.weights for curve in profile.layers if curve.processor is processor}
     packs = KINDS[processor].packs and WeightOrder.PACKED in mine
-    return Speeds(profile=profile, processor=processor, packs=packs)
+    return Speeds(profile=profile, processor=processor, packs=packs, devices=devices)

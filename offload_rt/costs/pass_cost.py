@@ -132,15 +132,15 @@ class LinkRates:
 
     Attributes:
         home: weights, by device.
-        kv: blocks of KV; None if it stays on the device.
-        back: KV that goes home.
+        kv: blocks of KV, by device; empty if it stays there.
+        back: KV that goes home, by device.
         hop_s: seconds until a hidden state is on another device; None with one device.
         readers: reads in flight, where weights come from a disk; None where they do not.
     """
 
     home: tuple[Number, ...]
-    kv: Number | None = None
-    back: Number | None = None
+    kv: tuple[Number, ...] = ()
+    back: tuple[Number, ...] = ()
     hop_s: Number | None = None
     readers: int | None = None
 
@@ -156,8 +156,8 @@ class PassTimes:
         numbers: all that the times rest on.
         kv_s: each layer's attention to KV from the home; empty if there is none.
         device_bytes_per_s: of each device's own link; empty: all have `home_bytes_per_s`.
-        kv_bytes_per_s: of blocks of KV.
-        back_bytes_per_s: of KV on its way home.
+        kv_bytes_per_s: of blocks of KV, by device; empty: that of weights.
+        back_bytes_per_s: of KV on its way home, likewise.
         hop_s: until a hidden state is on another device.
         home_delay_s: from when a layer's last byte has come until the copy is whole.
         slowdown: how much longer each layer, and last the head, takes while weights come; empty:
@@ -172,8 +172,8 @@ class PassTimes:
     numbers: tuple[Number, ...]
     kv_s: tuple[float, ...] = ()
     device_bytes_per_s: tuple[float, ...] = ()
-    kv_bytes_per_s: float | None = None
-    back_bytes_per_s: float | None = None
+    kv_bytes_per_s: tuple[float, ...] = ()
+    back_bytes_per_s: tuple[float, ...] = ()
     hop_s: float = 0.0
     home_delay_s: float = 0.0
     slowdown: tuple[float, ...] = ()
@@ -250,8 +250,11 @@ def link_rates(
     size = load.kv_block_bytes
     if not size:
         return rates
-    back = link_bytes_per_s(profile, size, direction=Direction.D2H, load=busy)
-    return replace(rates, kv=link_bytes_per_s(profile, size, load=busy), back=back)
+    there, back = (
+        tuple(link_bytes_per_s(profile, size, gpu=i, direction=way, load=busy) for i in gpus)
+        for way in (Direction.H2D, Direction.D2H)
+    )
+    return replace(rates, kv=there, back=back)
 
 
 def _hop_s(profile: HardwareProfile, nbytes: int) -> Number:
@@ -280,13 +283,15 @@ def home_rates(
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
     block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
     rates = LinkRates(
-        home=(speeds.home_bytes_per_s(home, config, block_bytes),),
+        home=speeds.home_bytes_per_s(home, config, block_bytes),
         readers=config.readers if home is HomeKind.DISK else None,
     )
+    if len(speeds.devices) > 1 and speeds.device.own_memory:
+        rates = replace(rates, hop_s=_hop_s(speeds.profile, load.hop_bytes))
     if kv is None or not load.kv_block_bytes:
         return rates
-    rate = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes)
-    return replace(rates, kv=rate, back=rate)
+    each = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes)
+    return replace(rates, kv=each, back=each)
 
 
 def pass_times(
@@ -309,7 +314,7 @@ def pass_times(
     """
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
     from_disk = rates.readers is not None and bool(load.streamed)
-    numbers = [n for n in (*rates.home, rates.kv, rates.back, rates.hop_s) if n is not None]
+    numbers = [*rates.home, *rates.kv, *rates.back, *([rates.hop_s] if rates.hop_s else [])]
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
@@ -336,8 +341,8 @@ def pass_times(
         numbers=tuple(numbers),
         kv_s=tuple(attending[layer.kv_home_bytes] for layer in load.layers),
         device_bytes_per_s=tuple(number.value for number in rates.home),
-        kv_bytes_per_s=rates.kv.value if rates.kv else None,
-        back_bytes_per_s=rates.back.value if rates.back else None,
+        kv_bytes_per_s=tuple(number.value for number in rates.kv),
+        back_bytes_per_s=tuple(number.value for number in rates.back),
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
         home_delay_s=disk_delay_s(profile, rates.readers) if from_disk and rates.readers else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
@@ -413,14 +418,15 @@ def _beside(times: PassTimes, share: float) -> PassTimes:
 
 def _timed_pass(load: PassLoad, times: PassTimes) -> TimedPass:
     rates = times.device_bytes_per_s or (times.home_bytes_per_s,) * load.devices
+    rates = rates[: load.devices]  # a draft model's passes know one device
     return TimedPass(
         layers=_timed_layers(load, times),
         slots=load.slots,
         kv_slots=load.kv_slots,
         kv_block_bytes=load.kv_block_bytes,
         home_bytes_per_s=rates,
-        kv_bytes_per_s=times.kv_bytes_per_s or times.home_bytes_per_s,
-        back_bytes_per_s=times.back_bytes_per_s or times.home_bytes_per_s,
+        kv_bytes_per_s=times.kv_bytes_per_s or rates,
+        back_bytes_per_s=times.back_bytes_per_s or rates,
         home_delay_s=times.home_delay_s,
         hop_s=times.hop_s,
         end_s=times.head_s,

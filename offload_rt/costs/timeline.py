@@ -57,8 +57,8 @@ class TimedPass:
         kv_slots: device buffers for KV blocks, on each device.
         kv_block_bytes: of such a block.
         home_bytes_per_s: of each device's link, for weights.
-        kv_bytes_per_s: for KV blocks, the same direction of the same links.
-        back_bytes_per_s: the other direction.
+        kv_bytes_per_s: for KV blocks, the same direction of the same links; of each, or of all.
+        back_bytes_per_s: the other direction, likewise.
         home_delay_s: from when a layer's last byte has crossed until the copy is whole.
         hop_s: until the hidden state is on another device.
         end_s: what the first device computes after the layers: the head.
@@ -73,8 +73,8 @@ class TimedPass:
     kv_slots: int = 0
     kv_block_bytes: int = 0
     home_bytes_per_s: Sequence[float] = (1.0,)
-    kv_bytes_per_s: float = 1.0
-    back_bytes_per_s: float = 1.0
+    kv_bytes_per_s: Sequence[float] | float = 1.0
+    back_bytes_per_s: Sequence[float] | float = 1.0
     home_delay_s: float = 0.0
     hop_s: float = 0.0
     end_s: float = 0.0
@@ -177,7 +177,11 @@ def _link_s(work: TimedPass, device: int) -> float:
     rate = work.home_bytes_per_s[device]
     mine = [layer for layer in work.layers if layer.device == device]
     weights_s = sum(layer.home_bytes or 0 for layer in mine) / rate
-    return weights_s + sum(layer.kv_bytes for layer in mine) / work.kv_bytes_per_s
+    return weights_s + sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
+
+
+def _of(rates: Sequence[float] | float, device: int) -> float:
+    return rates if isinstance(rates, float) else rates[device]
 
 
 def _run_pass(work: TimedPass, devices: Sequence["_Device"]) -> list[float]:
@@ -235,9 +239,9 @@ class _Device:
         self._copy = copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
         self._kv_copy = SimStream(
             f"KV {device}",
-            work.kv_bytes_per_s,
+            _of(work.kv_bytes_per_s, device),
             link=link,
-            back_bytes_per_s=work.back_bytes_per_s,
+            back_bytes_per_s=_of(work.back_bytes_per_s, device),
         )
         self._streams = [self.compute, *([copy] if home else []), *[self._kv_copy] * moves_kv]
         self._weights = _layer_ring(work, home, copy, self.compute) if home else None

@@ -114,7 +114,7 @@ class Residence:
         from_files: they come as they are stored, else as they compute.
         weights: all are kept rounded so.
         kv: rows that come from their home; None: all are on the device.
-        devices: that hold layers, in turn.
+        device: that has each layer; empty: the first has them all.
     """
 
     streamed: tuple[int, ...] = ()
@@ -122,7 +122,7 @@ class Residence:
     from_files: bool = False
     weights: DraftWeights = DraftWeights.SAME
     kv: StreamedKV | None = None
-    devices: int = 1
+    device: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,7 +178,7 @@ class PlacedModel:
         """
         where = replace(self.residence, kv=None)
         if weights.rounds:
-            where = Residence(weights=weights, devices=where.devices)
+            where = Residence(weights=weights, device=where.device)
         seen = min(budget_tokens, self.context_tokens)
         return replace(self, residence=where, context_tokens=seen).load(tokens)
 
@@ -198,7 +198,7 @@ class PlacedModel:
             kv_bytes=row_bytes * min(here, window or here),
             kv_home_bytes=row_bytes * home_rows,
             kv_back_bytes=round(row_bytes * committed) if kv else 0,
-            device=index % where.devices,
+            device=where.device[index] if where.device else 0,
             weights=order,
         )
 

@@ -52,6 +52,9 @@ class Stream(Protocol):
 class ComputeStream(Stream, Protocol):
     """The queue kernels run in."""
 
+    def follow(self, event: Event) -> None:
+        """Order later kernels after those of another device; what this waits is no stall."""
+
     def stalled_s(self) -> float:
         """Seconds this stream has spent waiting for copies; call it after a host sync."""
 
@@ -230,6 +233,12 @@ class Device(Protocol):
 
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64 on the device, without making the host wait."""
+
+    def receive(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return the same on this device, of another one of its kind; the host does not wait.
+
+        Both devices' compute streams are in it (`several.Devices.hop`).
+        """
 
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""

@@ -90,6 +90,9 @@ class CpuComputeStream:
         event.synchronize()
         self._stalled_s += time.perf_counter() - start
 
+    def follow(self, event: Event) -> None:
+        """Nothing to order: the calling thread computes for all CPU devices, in turn."""
+
     def stalled_s(self) -> float:
         """Seconds spent blocked in `wait`."""
         return self._stalled_s
@@ -188,13 +191,20 @@ class CpuDevice:
     Args:
         readers: reads kept in flight; they wait for the disk, so no quota of cores bounds them.
         link_bytes_per_s: emulate a link of this bandwidth between host memory and the device.
+        beside: another one of the same run; their memory is the same, and counted together.
     """
 
     name = "cpu"
     kind = CPU
     torch_device = torch.device("cpu")
 
-    def __init__(self, *, readers: int = 4, link_bytes_per_s: float | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        readers: int = 4,
+        link_bytes_per_s: float | None = None,
+        beside: "CpuDevice | None" = None,
+    ) -> None:
         self._readers = readers
         self._pacer = None if link_bytes_per_s is None else Pacer(link_bytes_per_s)
         self.load = CpuCopyStream(readers, lambda block: block.run())
@@ -202,8 +212,7 @@ class CpuDevice:
         self.compute = CpuComputeStream()
         self._ledger: dict[str, int] = {}
         give_back_large_blocks()
-        self._home_bytes = 0
-        self._memory = MemoryMeter()
+        self._memory: MemoryMeter = MemoryMeter() if beside is None else beside._memory
 
     def new_copy_stream(self) -> CpuCopyStream:
         """Start more reader threads; an emulated link is shared by all its streams."""
@@ -227,7 +236,7 @@ class CpuDevice:
 
     def peak_bytes(self) -> int:
         """Peak growth of the process's memory since the device was made, less what is home."""
-        return max(0, self._memory.growth_bytes() - self._home_bytes)
+        return max(0, self._memory.growth_bytes() - self._memory.home_bytes)
 
     def free_bytes(self) -> int:
         """Memory this process may still take."""
@@ -235,11 +244,15 @@ class CpuDevice:
 
     def pin(self, buffer: HostBuffer) -> None:
         """Take it out of the count; the CPU reads all its memory at one speed."""
-        self._home_bytes += buffer.nbytes
+        self._memory.home_bytes += buffer.nbytes
 
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64."""
         return torch.tensor(values, dtype=torch.int64)
+
+    def receive(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return it: all CPU devices compute in the same memory."""
+        return tensor
 
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values as Python integers."""
@@ -261,10 +274,14 @@ class MemoryMeter:
 
     Linux keeps the peak itself (`VmHWM`); writing 5 to `clear_refs` restarts it. Where that is not
     allowed the peak since the start of the process is used, which can only be too high.
+
+    Attributes:
+        home_bytes: of it, what layers and KV have as their home.
     """
 
     def __init__(self) -> None:
         give_back_holes()  # else what an earlier engine freed is used again and counts as nothing
+        self.home_bytes = 0
         try:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from offload_rt.config import DraftWeights, HomeKind, KVPlace
-from offload_rt.device.cuda.present import free_gpus, missing_gpu
+from offload_rt.config import DraftWeights, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.device.cuda.present import free_gpus, missing_gpu, unequal_gpus
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import ConfigError, DeviceError
 
@@ -19,7 +19,7 @@ _ANY_FLOAT = frozenset({"bfloat16", "float16", "float32"})
 
 
 class Processor(StrEnum):
-    """What computes, by its name in --device, torch and profiles; GPUs of one machine are equal."""
+    """What computes, by its name in --device, torch and profiles; GPUs of one run are equal."""
 
     CPU = "cpu"
     CUDA = "cuda"
@@ -44,6 +44,7 @@ class DeviceKind:
         free_bytes: asks for the free memory of each that is there.
         missing: why number N cannot be used and what to do, or None; as far as is known without
             torch.
+        unequal: why layers cannot be spread over these numbers, or None.
         packing: how layer images lie in its memory.
         own_memory: its memory is apart from the host's, across a link. Else it is this process's
             memory, so staging, indices of tokens and the allocator's slack count as the device's.
@@ -71,6 +72,7 @@ class DeviceKind:
     numbered: bool
     free_bytes: Callable[[], Sequence[int]]
     missing: Callable[[int], str | None]
+    unequal: Callable[[Sequence[int]], str | None]
     packing: Packing
     own_memory: bool
     host_computes: bool
@@ -90,7 +92,10 @@ class DeviceKind:
     @property
     def names(self) -> tuple[str, ...]:
         """What --device may be for it."""
-        return (self.processor, f"{self.processor}:N") if self.numbered else (self.processor,)
+        name = self.processor
+        if self.numbered:
+            return name, f"{name}:N", f"{name}:0,{name}:1"
+        return name, f"{name},{name}"
 
 
 CPU = DeviceKind(
@@ -100,6 +105,7 @@ CPU = DeviceKind(
     numbered=False,
     free_bytes=lambda: [free_memory_bytes()],
     missing=lambda index: None,
+    unequal=lambda indices: None,
     packing=Packing.FILE,
     own_memory=False,
     host_computes=True,
@@ -124,6 +130,7 @@ CUDA = DeviceKind(
     numbered=True,
     free_bytes=free_gpus,
     missing=missing_gpu,
+    unequal=unequal_gpus,
     packing=Packing.DEVICE,
     own_memory=True,
     host_computes=False,
@@ -145,15 +152,33 @@ CUDA = DeviceKind(
 KINDS = {kind.processor: kind for kind in (CUDA, CPU)}
 
 
-def named_device(name: str) -> tuple[DeviceKind, int]:
-    """The kind and the number that a --device other than `auto` names.
+def named_devices(name: str) -> tuple[DeviceKind, tuple[int, ...]]:
+    """The kind and the numbers that a --device other than `auto` names.
 
     Raises:
-        ConfigError: it is no device's name, or several.
+        ConfigError: it is no device's name, or several that cannot share a model.
     """
-    if "," in name:
-        raise ConfigError(f"--device {name}: several devices are not supported yet, name one")
-    word, colon, number = name.partition(":")
+    found = [_named(part, name) for part in name.split(",")]
+    kind, indices = found[0][0], tuple(index for _, index in found)
+    if any(other is not kind for other, _ in found):
+        raise ConfigError(f"--device {name} mixes kinds of devices: name several GPUs, or one")
+    twice = next((index for index in indices if indices.count(index) > 1), None)
+    if kind.numbered and twice is not None:
+        raise ConfigError(f"--device {name} names {kind.processor}:{twice} twice: name each once")
+    return kind, indices
+
+
+def sharing(device: str) -> tuple[int, ...]:
+    """The numbers of several devices; one is planned for as the machine's first.
+
+    Raises:
+        ConfigError: it is no device's name, or several that cannot share a model.
+    """
+    return named_devices(device)[1] if "," in device else (0,)
+
+
+def _named(part: str, name: str) -> tuple[DeviceKind, int]:
+    word, colon, number = part.partition(":")
     kind = KINDS[Processor(word)] if word in KINDS else None
     if kind is None or (colon and not (kind.numbered and re.fullmatch(r"\d{1,4}", number))):
         *most, last = ["auto", *(name for kind in reversed(KINDS.values()) for name in kind.names)]
@@ -163,23 +188,38 @@ def named_device(name: str) -> tuple[DeviceKind, int]:
 
 def likely_kind(name: str) -> DeviceKind:
     """The kind that a --device asks for, without torch; of any other name the best there is."""
-    kind = KINDS.get(name.partition(":")[0])  # type: ignore[call-overload]
+    kind = KINDS.get(re.split("[:,]", name)[0])  # type: ignore[arg-type]
     return kind or next(kind for kind in KINDS.values() if kind.free_bytes())
 
 
-def check_device(name: str) -> None:
-    """Refuse a device that is not known or not there; torch may still find more that is wrong.
-
-    Args:
-        name: value of --device.
+def check_device(runtime: RuntimeConfig) -> None:
+    """Refuse devices that are not known or not there; torch may still find more that is wrong.
 
     Raises:
-        ConfigError: it is no device's name, or several.
+        ConfigError: --device is no device's name, or names several that cannot share a model.
         DeviceError: there is no such GPU, or torch is built without CUDA.
     """
+    name = runtime.device
     if name == "auto":
         return
-    kind, index = named_device(name)
-    reason = kind.missing(index)
+    kind, indices = named_devices(name)
+    reasons = [kind.missing(index) for index in indices]
+    reason = next(filter(None, reasons), None) or (kind.unequal(indices) if indices[1:] else None)
     if reason is not None:
         raise DeviceError(f"--device {name} cannot be used: {reason}")
+    check_links(runtime)
+
+
+def check_links(runtime: RuntimeConfig) -> None:
+    """Refuse several devices of one memory without the links that are all there is to them.
+
+    Raises:
+        ConfigError: no links are emulated.
+    """
+    name, count = runtime.device, len(runtime.device_names)
+    kind = likely_kind(name)
+    if count > 1 and not kind.own_memory and runtime.link_bytes_per_s is None:
+        raise ConfigError(
+            f"--device {name} stands for {count} emulated links: add --link-bandwidth "
+            f"{','.join('1' * count)} and --home host or --kv host, or name one device"
+        )

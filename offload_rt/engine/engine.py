@@ -3,6 +3,8 @@
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -16,19 +18,20 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
-from offload_rt.device.base import DeviceBuffer
+from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.opening import open_device
+from offload_rt.device.several import Devices, Stripes
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CheckpointError
-from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied
-from offload_rt.kv.base import KVCache
-from offload_rt.kv.followed import FollowedKV
-from offload_rt.kv.offloaded import OffloadedKV
+from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
+from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.retrieval import RetrievalKV
-from offload_rt.kv.sizes import retrieval_sizes
+from offload_rt.kv.sizes import KVPlan, retrieval_sizes
+from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
@@ -90,12 +93,15 @@ class Engine:
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
-            self.device = open_device(config)
+            self.devices = _open_devices(config, undo)
+            self.device = self.devices[0]
             device, packing = self.device.kind, self.device.kind.packing
-            undo.callback(self.device.close)
             sequences = len(capacities)
             heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences)
-            free = FreeMemory(device_bytes=self.device.free_bytes(), host_bytes=free_memory_bytes())
+            first, *others = self.devices.free_bytes()
+            free = FreeMemory(
+                device_bytes=first, host_bytes=free_memory_bytes(), further_bytes=tuple(others)
+            )
             load = RunLoad(
                 capacities=capacities,
                 prompt_tokens=prompt_tokens,
@@ -111,6 +117,7 @@ class Engine:
             )
             self.config, self.placement = self.plan.runtime, self.plan.placement
             self.draft = draft = self.plan.drafting.config
+            self._stripes = Stripes(self.devices, self.placement.device)
             if on_placed is not None:
                 on_placed(self)
             self.network = Network(checkpoint, config.dtype, packing)
@@ -271,12 +278,12 @@ class Engine:
 
     def trace(self) -> Tracer:
         """Note from now on when copies, layers, drafts and KV traffic begin and end."""
-        self.tracer = tracer = Tracer(self.device)
+        self.tracer = tracer = Tracer(self._stripes)
         self.runner.watch(tracer.of_layers, tracer.enter_layer, tracer.leave_layer)
         for cache in self._caches:
-            full = cache.full if isinstance(cache, FollowedKV) else cache
-            if isinstance(full, OffloadedKV):
-                full.watch(tracer.of_kv)
+            for part in offloaded_parts(cache):
+                number = next(n for n, d in enumerate(self.devices) if d is part.device)
+                part.watch(partial(tracer.of_kv, number))
         return tracer
 
     def traced(self, lane: str, name: str) -> AbstractContextManager[None]:
@@ -305,18 +312,18 @@ class Engine:
 
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
-        copied = self.device.copy.statistics()
+        copied = self.devices.copied()
         return Counters(
             at_s=time.perf_counter(),
             bytes_copied=copied.bytes_copied,
             kv_bytes_copied=kv_bytes_copied(self._caches),
             busy_s=copied.busy_s,
-            stalled_s=self.device.compute.stalled_s(),
+            stalled_s=self.devices.stalled_s(),
         )
 
     def link_bytes(self) -> int:
         """Bytes of layers and KV that have crossed the link so far; waits for nothing."""
-        return self.device.copy.statistics().bytes_copied + kv_bytes_copied(self._caches)
+        return self.devices.copied().bytes_copied + kv_bytes_copied(self._caches)
 
     @property
     def load_bytes(self) -> int:
@@ -337,13 +344,13 @@ class Engine:
         return Memory(
             device_limit_bytes=self.placement.device_limit_bytes,
             device_planned_bytes=self.placement.device_bytes,
-            device_peak_bytes=self.device.peak_bytes(),
+            device_peak_bytes=self.devices.peak_bytes(),
             host_peak_bytes=peak_rss_bytes(),
             resident_layers=len(self.placement.resident),
             streamed_layers=len(self.placement.streamed),
             slots=self.placement.slots,
             slot_bytes=self.placement.slot_bytes,
-            ledger=self.device.ledger(),
+            ledger=self.devices.ledger(),
         )
 
     def close(self) -> None:
@@ -380,6 +387,7 @@ class Engine:
             weights=self.draft.retrieval.retrieval_weights,
             dtype=self.config.dtype,
             target_base=base,
+            stripes=self._stripes if len(self.devices) > 1 else None,
         )
 
     @property
@@ -387,18 +395,20 @@ class Engine:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
     def _load_target(self, base: DeviceBuffer) -> Runner:
-        placement, demand = self.placement, self.placement.demand
-        # The ring, or the caches and the workspace of a pass, come later.
-        spare_bytes = placement.slots * placement.slot_bytes
+        placement = self.placement
         streaming = Streaming(
             layers=placement.streamed,
             slots=placement.slots,
             home=placement.home,
-            spare_bytes=spare_bytes + demand.kv_bytes + demand.workspace_bytes,
+            # The ring, or the caches and the workspace of a pass, come later.
+            spare_bytes=[
+                own.slots * own.slot_bytes + own.demand.kv_bytes + own.demand.workspace_bytes
+                for own in placement.of_devices
+            ],
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(
-            self.checkpoint, self.network, self.device, self._files, base, streaming, chunk_tokens
+            self.checkpoint, self.network, self._stripes, self._files, base, streaming, chunk_tokens
         )
 
     def _check_kv(self) -> None:
@@ -421,18 +431,59 @@ class Engine:
 
     def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
         """Set aside KV rows of all sequences."""
-        shapes, dtype = self.network.kv_shapes, self.network.dtype
+        placement, device = self.placement, self.placement.device
+        full: dict[int, Sequence[WatchedCache | PassingKV]] = {}
+        chosen: dict[int, Sequence[RetrievalKV]] = {}
+        for number, (where, own) in enumerate(zip(self.devices, placement.of_devices, strict=True)):
+            if shapes := [self.network.kv_shapes[i] for i in own.layers]:
+                full[number] = self._full_caches(where, shapes, own.demand.kv, capacities, undo)
+                chosen[number] = self._retrieval_caches(where, shapes)
+        indices = range(len(capacities))
+        if len(self.devices) == 1:
+            caches: list[Any] = list(full[0])
+            retrieval: list[ChosenRows] = list(chosen[0])
+        else:
+            caches = [StripedKV({d: c[i] for d, c in full.items()}, device) for i in indices]
+            retrieval = [
+                StripedRetrieval({d: c[i] for d, c in chosen.items()}, device)
+                for i in (indices if self.draft.over_retrieval else ())
+            ]
+        pairs = zip(caches, retrieval, strict=False)
+        return [FollowedKV(*pair) for pair in pairs] if retrieval else caches
+
+    def _full_caches(
+        self,
+        device: Device,
+        shapes: Sequence[KVShape],
+        plan: KVPlan | None,
+        capacities: Sequence[int],
+        undo: ExitStack,
+    ) -> Sequence[WatchedCache | PassingKV]:
+        """The caches of a device's layers."""
+        dtype = self.network.dtype
         if self.config.kv is KVPlace.NONE:
-            return [PassingKV(self.device, shapes, dtype, rows) for rows in capacities]
-        folder, plan = self.config.kv_folder, self.placement.demand.kv
-        caches = allocate_caches(
-            self.device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
+            return [PassingKV(device, shapes, dtype, rows) for rows in capacities]
+        folder = self.config.kv_folder
+        return allocate_caches(
+            device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
         )
+
+    def _retrieval_caches(self, device: Device, shapes: Sequence[KVShape]) -> list[RetrievalKV]:
+        """What triforce drafts over, of a device's layers; nothing where others draft."""
         if not self.draft.over_retrieval:
-            return list(caches)
+            return []
+        dtype = self.network.dtype
         row_bytes = [shape.numbers_per_token * dtype.itemsize for shape in shapes]
         sizes = [retrieval_sizes(self.draft, row_bytes, tokens) for tokens in self.capacities]
-        return [
-            FollowedKV(full, RetrievalKV(self.device, shapes, dtype, own))
-            for full, own in zip(caches, sizes, strict=True)
-        ]
+        return [RetrievalKV(device, shapes, dtype, own) for own in sizes]
+
+
+def _open_devices(config: RuntimeConfig, undo: ExitStack) -> Devices:
+    """Open the devices a run asks for; `undo` closes them."""
+    first, *others = config.each_device()
+    opened = [open_device(first)]
+    undo.callback(opened[0].close)
+    for one in others:
+        opened.append(open_device(one, opened[0]))
+        undo.callback(opened[-1].close)
+    return Devices(opened)

@@ -5,13 +5,15 @@ event before and one behind it, so a GPU's times are the GPU's own; the host doe
 before the end.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from offload_rt.device.base import Device, Event, Stream
+from offload_rt.device.base import Event, Stream
+from offload_rt.device.several import Stripes
 from offload_rt.errors import OffloadError
 from offload_rt.trace import Lane, TraceEvent
 
@@ -25,6 +27,7 @@ class _Span:
 
     name: str
     lane: str
+    device: int
     begun: tuple[Event, float]
     ended: tuple[Event, float] | None = None
 
@@ -33,21 +36,25 @@ class Tracer:
     """Notes when work begins and ends.
 
     Args:
-        device: whose work; it must be idle, as this moment sets its clock.
+        stripes: whose work; they must be idle, as this moment sets their clocks.
     """
 
-    def __init__(self, device: Device) -> None:
-        self._device = device
+    def __init__(self, stripes: Stripes) -> None:
+        self._stripes = stripes
         self._spans: deque[_Span] = deque()
         self._settled: list[TraceEvent] = []
         self._layers: dict[int, Callable[[], None]] = {}
-        event = device.compute.record()
-        event.synchronize()
-        self._start_s = device.reached_s(event, time.perf_counter())
+        self._start_s = math.inf
+        for device in stripes.devices:
+            event = device.compute.record()
+            event.synchronize()
+            self._start_s = min(self._start_s, device.reached_s(event, time.perf_counter()))
 
-    def begin(self, lane: str, name: str, stream: Stream) -> Callable[[], None]:
-        """Note that work begins; what is returned notes that all of it is enqueued."""
-        span = _Span(name, lane, (stream.record(), time.perf_counter()))
+    def begin(self, lane: str, name: str, stream: Stream, at: int) -> Callable[[], None]:
+        """Note that work begins on a device; what is returned notes that all of it is enqueued."""
+        if len(self._stripes.devices) > 1:
+            lane = f"{lane} {at}"
+        span = _Span(name, lane, at, (stream.record(), time.perf_counter()))
         self._spans.append(span)
 
         def end() -> None:
@@ -58,21 +65,25 @@ class Tracer:
         return end
 
     def of_layers(self, what: str, layer: object, stream: Stream) -> Callable[[], None]:
-        """Watch the ring of layers."""
+        """Watch the rings of layers."""
+        assert isinstance(layer, int)
+        at = self._stripes.device[layer]
         if what == "wait":
-            return self.begin(Lane.COMPUTE, f"wait for layer {layer}", stream)
-        return self.begin(Lane.COPY, f"weights of layer {layer}", stream)
+            return self.begin(Lane.COMPUTE, f"wait for layer {layer}", stream, at)
+        return self.begin(Lane.COPY, f"weights of layer {layer}", stream, at)
 
-    def of_kv(self, what: str, unit: object, stream: Stream) -> Callable[[], None]:
-        """Watch a ring of KV blocks, or what goes back to their home."""
+    def of_kv(self, at: int, what: str, unit: object, stream: Stream) -> Callable[[], None]:
+        """Watch a device's ring of KV blocks, or what goes back to their home."""
         if what == "wait":
-            return self.begin(Lane.COMPUTE, f"wait for KV of {unit}", stream)
+            return self.begin(Lane.COMPUTE, f"wait for KV of {unit}", stream, at)
         name = f"KV of {unit}" if what == "copy" else f"new KV of {unit} goes home"
-        return self.begin(Lane.KV, name, stream)
+        return self.begin(Lane.KV, name, stream, at)
 
     def enter_layer(self, layer: int) -> None:
         """A layer begins to compute."""
-        self._layers[layer] = self.begin(Lane.COMPUTE, f"layer {layer}", self._device.compute)
+        at = self._stripes.device[layer]
+        compute = self._stripes.devices[at].compute
+        self._layers[layer] = self.begin(Lane.COMPUTE, f"layer {layer}", compute, at)
 
     def leave_layer(self, layer: int) -> None:
         """All of a layer is enqueued."""
@@ -100,9 +111,8 @@ class Tracer:
                 continue
             try:
                 span.ended[0].synchronize()
-                start_s, end_s = (
-                    self._device.reached_s(*point) for point in (span.begun, span.ended)
-                )
+                device = self._stripes.devices[span.device]
+                start_s, end_s = (device.reached_s(*point) for point in (span.begun, span.ended))
             except OffloadError:  # a copy failed: the run says so
                 continue
             self._add(span.name, span.lane, start_s, end_s)

@@ -14,6 +14,7 @@ from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVPlan
+from offload_rt.kv.striped import StripedKV
 
 
 def allocate_caches(
@@ -56,6 +57,12 @@ def allocate_caches(
 
 def kv_bytes_copied(caches: Sequence[KVCache]) -> int:
     """Bytes these caches have moved between device and home so far, both ways."""
-    full = [cache.full if isinstance(cache, FollowedKV) else cache for cache in caches]
-    streams = {cache.copies for cache in full if isinstance(cache, OffloadedKV)}
+    streams = {part.copies for cache in caches for part in offloaded_parts(cache)}
     return sum(stream.statistics().bytes_copied for stream in streams)
+
+
+def offloaded_parts(cache: KVCache) -> list[OffloadedKV]:
+    """What of a cache has a home outside the device."""
+    full = cache.full if isinstance(cache, FollowedKV) else cache
+    parts = full.parts if isinstance(full, StripedKV) else [full]
+    return [part for part in parts if isinstance(part, OffloadedKV)]

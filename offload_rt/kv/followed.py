@@ -13,7 +13,6 @@ import torch
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.kv.base import KVCache, RowWatcher
 from offload_rt.kv.recent_share import RecentChoice
-from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.report import RetrievalCounts
 
 
@@ -31,6 +30,38 @@ class WatchedCache(KVCache, Protocol):
         """Attend as any cache does, and let `watcher` see every row, oldest first."""
 
 
+class ChosenRows(KVCache, RowWatcher, Protocol):
+    """A retrieval cache: some of a full cache's rows (`retrieval.py`)."""
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Parts of the budget that may be the newest tokens."""
+
+    @property
+    def built_at(self) -> int | None:
+        """Tokens of the sequence it was last built from; None while it is not built."""
+
+    @property
+    def is_due(self) -> bool:
+        """Whether it was never built, or is due to be built again."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing of the context is left out."""
+
+    def leaves_out(self, length: int) -> bool:
+        """Whether a build from that many rows keeps but a part of them."""
+
+    def begin_build(self, length: int, recent_share: float) -> None:
+        """Begin to choose anew in every layer."""
+
+    def begin_layer(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> None:
+        """Begin to choose for a layer: query [H, S, D] asks."""
+
+    def end_build(self) -> None:
+        """Use what was chosen."""
+
+
 class FollowedKV:
     """A full cache with a retrieval cache that keeps up with it.
 
@@ -46,7 +77,7 @@ class FollowedKV:
         choice: what part of the retrieval cache is the newest tokens, corrected by who drafts.
     """
 
-    def __init__(self, full: WatchedCache, retrieval: RetrievalKV) -> None:
+    def __init__(self, full: WatchedCache, retrieval: ChosenRows) -> None:
         self.full, self.retrieval = full, retrieval
         self.choice = RecentChoice(retrieval.shares)
         self.wants_build = False

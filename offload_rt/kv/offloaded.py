@@ -299,6 +299,11 @@ class OffloadedKV:
         """The stream its rows cross the link in, shared by all sequences."""
         return self._space.copy
 
+    @property
+    def device(self) -> Device:
+        """Where its newest rows and its ring are."""
+        return self._device
+
     def watch(self, watch: RingWatch) -> None:
         """Have `watch` told of blocks that are read, waited for and written (`Ring.watch`)."""
         self._watch = watch

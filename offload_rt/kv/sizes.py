@@ -155,6 +155,23 @@ class KVPlan:
         """Host memory they take as home."""
         return sum(s.home_bytes for s in self.sizes) if self.place is KVPlace.HOST else 0
 
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes that a pass over all there is room for copies to the device."""
+        return 0 if self.attend_on_host else sum(s.home_bytes for s in self.sizes)
+
+    def of_layers(self, layers: Sequence[int]) -> "KVPlan":
+        """The part of these layers, on a device of their own; there they are numbered from 0."""
+        sizes = [
+            replace(
+                s,
+                row_bytes=tuple(s.row_bytes[layer] for layer in layers),
+                resident=frozenset(at for at, layer in enumerate(layers) if layer in s.resident),
+            )
+            for s in self.sizes
+        ]
+        return replace(self, sizes=tuple(sizes))
+
     def of_rows(self, row_bytes: Sequence[int]) -> "KVPlan":
         """The same plan for rows of the sizes the network has, at most those planned."""
         sizes = tuple(replace(s, row_bytes=tuple(row_bytes)) for s in self.sizes)

@@ -4,8 +4,8 @@ A pass packs the new tokens of all sequences into one row [1, S]. Linear layers 
 here they part: each segment appends its keys and values to its own cache and attends to that.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
@@ -17,6 +17,8 @@ from offload_rt.kv.base import KVCache
 
 ATTENTION_NAME = "offload_rt"
 CONTEXT_KEYWORD = "offload_context"
+
+Hop = Callable[[torch.Tensor, int, int], torch.Tensor]  # from one device to another
 
 # Keywords of HF's attention call that we honour, or that cannot change what inference computes.
 _KNOWN_OPTIONS = frozenset(
@@ -53,6 +55,32 @@ class PassContext:
     def __init__(self, segments: Sequence[Segment], *, strict: bool = False) -> None:
         self.segments, self.strict = segments, strict
         self.rows = range(sum(segment.tokens for segment in segments))
+        self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._others: dict[int, PassContext] = {}
+
+    def brought(self, value: object, *, device: int, hop: Hop) -> object:
+        """A tensor of the first device on another one, copied once per pass; else what is given."""
+        if not isinstance(value, torch.Tensor):
+            return value
+        key = id(value), device
+        if key not in self._brought:  # with the original, whose number is taken while it lives
+            self._brought[key] = value, hop(value, 0, device)
+        return self._brought[key][1]
+
+    def on(self, device: int, hop: Hop) -> "PassContext":
+        """The same for layers of another device than the first."""
+        if device not in self._others:
+
+            def bring(tensor: torch.Tensor) -> torch.Tensor:
+                return hop(tensor, 0, device)
+
+            trees = [
+                s.tree and PendingTree(bring(s.tree.visible), bring(s.tree.positions))
+                for s in self.segments
+            ]
+            segments = [replace(s, tree=t) for s, t in zip(self.segments, trees, strict=True)]
+            self._others[device] = PassContext(segments, strict=self.strict)
+        return self._others[device]
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:
         """Caches and their rows, counted within the rows that are being computed now."""

@@ -47,6 +47,20 @@ class Weights(Protocol):
         """Lend the image of `layer`."""
 
 
+class Crossing(Protocol):
+    """Several devices that have the layers in turn; what is in no layer is on the first."""
+
+    @property
+    def device(self) -> Sequence[int]:
+        """The number of each layer's device."""
+
+    def place(self, device: int, /) -> torch.device:
+        """Where tensors of a device live."""
+
+    def hop(self, tensor: torch.Tensor, source: int, target: int, /) -> torch.Tensor:
+        """Bring a tensor from one device to another."""
+
+
 @dataclass(frozen=True, slots=True)
 class TokenBatch:
     """The new tokens of a pass.
@@ -103,6 +117,7 @@ class Network:
         self.poll: Callable[[], None] = lambda: None
         self.pass_rows = self.rows_done = 0
         self._skips_layers = False
+        self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
@@ -176,7 +191,12 @@ class Network:
         return same
 
     def attach(
-        self, weights: Weights | None, base: DeviceBuffer, device: torch.device, chunk_tokens: int
+        self,
+        weights: Weights | None,
+        base: DeviceBuffer,
+        device: torch.device,
+        chunk_tokens: int,
+        crossing: Crossing | None = None,
     ) -> None:
         """Connect the network to its memory.
 
@@ -184,8 +204,9 @@ class Network:
             weights: lends the image of each layer but those that have theirs (`keep`); None if
                 all have.
             base: holds the image of `self.base`.
-            device: where passes run.
+            device: where passes begin and end.
             chunk_tokens: rows that go through a layer at once.
+            crossing: says where layers are, if they are on several devices.
         """
         for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
             hole.fill(tensor)
@@ -195,11 +216,11 @@ class Network:
         self._leave_out_other_parts(device)
         if widens(self.dtype, device):
             widen_linears(self._model)
-        for module in self._model.modules():
-            for key, buffer in list(module._buffers.items()):
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[key] = buffer.to(device)
+        _move_buffers(self._model, device)
+        self._crossing = crossing
         for index, layer in enumerate(self._layers):
+            if crossing is not None:
+                _move_buffers(layer, crossing.place(crossing.device[index]))
             lender = None if index in self.kept else weights
             layer.forward = partial(
                 self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
@@ -226,6 +247,7 @@ class Network:
             layer.__dict__.pop("forward", None)  # refers to the layer and to this network
         self._model, self._layers, self._holes = torch.nn.Module(), (), []
         self._bindings.clear()
+        self._crossing = None
         self.poll = lambda: None
 
     @property
@@ -307,9 +329,16 @@ class Network:
         For the search after a failure: a pass reads all it computes once more.
         """
         notes: list[torch.Tensor] = []
+
+        def note(index: int, made: torch.Tensor) -> None:
+            finite, crossing = made.isfinite().all(), self._crossing
+            # What leaves the last layer is on the first device.
+            at = 0 if crossing is None or index == len(self._layers) - 1 else crossing.device[index]
+            notes.append(crossing.hop(finite, at, 0) if crossing is not None and at else finite)
+
         handles = [
-            layer.register_forward_hook(lambda _, given, made: notes.append(made.isfinite().all()))
-            for layer in self._layers
+            layer.register_forward_hook(lambda _, given, made, index=index: note(index, made))
+            for index, layer in enumerate(self._layers)
         ]
         try:
             yield notes
@@ -334,11 +363,12 @@ class Network:
             return hidden
         self.pass_rows = rows = hidden.shape[1]
         self.poll()
+        hidden, context, options = self._cross(index, hidden, context, options)
         with self._lent(index, weights):
             if rows <= chunk_tokens:
                 hidden = forward(hidden, **options)
                 self.rows_done += rows
-                return hidden
+                return self._home(index, hidden)
             for start in range(0, rows, chunk_tokens):
                 self.poll()
                 context.rows = range(start, min(start + chunk_tokens, rows))
@@ -348,7 +378,28 @@ class Network:
                 part.copy_(forward(part, **tree_map(cut, options)))
                 self.rows_done += len(context.rows)
             context.rows = range(rows)
+            return self._home(index, hidden)
+
+    def _cross(
+        self, index: int, hidden: torch.Tensor, context: PassContext, options: dict[str, Any]
+    ) -> tuple[torch.Tensor, PassContext, dict[str, Any]]:
+        """What a layer is given, on its device: hidden states from the layer before it."""
+        if (crossing := self._crossing) is None:
+            return hidden, context, options
+        before, here = crossing.device[index - 1] if index else 0, crossing.device[index]
+        if before != here:
+            hidden = crossing.hop(hidden, before, here)
+        if here:
+            options = tree_map(partial(context.brought, device=here, hop=crossing.hop), options)
+            context = options[CONTEXT_KEYWORD] = context.on(here, crossing.hop)
+        return hidden, context, options
+
+    def _home(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """What a layer made; of the last one on the first device, for norm and head."""
+        if self._crossing is None or index < len(self._layers) - 1:
             return hidden
+        last = self._crossing.device[index]
+        return self._crossing.hop(hidden, last, 0) if last else hidden
 
     @contextmanager
     def _lent(self, index: int, weights: Weights | None) -> Iterator[None]:
@@ -449,6 +500,13 @@ def _find_layers(model: torch.nn.Module, num_layers: int) -> tuple[str, Sequence
 def _ends(model: torch.nn.Module) -> tuple[Any, Any]:
     """The output head and the embedding, as modules with a `weight`."""
     return model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    for module in model.modules():
+        for key, buffer in list(module._buffers.items()):
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[key] = buffer.to(device)
 
 
 def _holes(model: torch.nn.Module, places: Sequence[Place]) -> list[_Hole]:

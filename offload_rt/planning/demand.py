@@ -1,6 +1,7 @@
 """How much device memory a run needs, from headers and configuration alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from offload_rt.config import RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
@@ -49,6 +50,7 @@ def demand_of(
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
     )
     draft = draft_memory(drafting, run)
+    experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     return Demand(
         layer_bytes=tuple(layers),
@@ -63,8 +65,15 @@ def demand_of(
         )
         + staging_bytes([*layouts, base], device, runtime.readers)
         + _slack_bytes(draft.copied_bytes, device)
-        + (max(layers) // EXPERT_SHARE if config.has_experts else 0),
+        + experts,
         drafter_bytes=draft.kept_bytes,
+        beside_bytes=draft.beside_bytes,
+        # What devices of one memory compute in, they compute in by turns.
+        further_bytes=workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
+        + draft.building_bytes
+        + experts
+        if device.own_memory
+        else staging_bytes(layouts, device, runtime.readers),
     )
 
 

@@ -24,7 +24,8 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.demand import demand_of
-from offload_rt.planning.placement import Demand, Placement, place
+from offload_rt.planning.placement import Demand, Placement
+from offload_rt.planning.striping import Stripe, place_striped
 from offload_rt.speculative.kinds import draft_parts
 from offload_rt.units import format_size
 
@@ -53,6 +54,7 @@ def place_run(
     *,
     load: RunLoad,
     free: FreeMemory,
+    speeds: Speeds | None = None,
 ) -> Placement:
     """Decide what lives where for a run of this shape.
 
@@ -62,6 +64,8 @@ def place_run(
         device: what computes.
         load: what the run must be able to do.
         free: memory that is free now.
+        speeds: of the machine, for what each of several links is given; None: as if they were
+            alike.
 
     Raises:
         ConfigError: an option does not go with the home of the streamed layers.
@@ -83,11 +87,13 @@ def place_run(
         drafting=load.drafting,
     )
     if config.kv is KVPlace.NONE:
-        demand = replace(demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers)
-    limit = config.device_limit_bytes or int(free.device_bytes * FREE_SHARE)
+        demand = replace(
+            demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers, kv_passes=True
+        )
+    stripes = _stripes(config, free, max(demand.layer_bytes), speeds)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in kv_places(config, device)]
     try:
-        placement = _place_with_kv(demand, limit, config, kv_plans)
+        placement = _place_with_kv(demand, stripes, config, kv_plans)
     except PlanError as refusal:
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
@@ -101,6 +107,32 @@ def place_run(
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def _stripes(
+    config: RuntimeConfig, free: FreeMemory, layer_bytes: int, speeds: Speeds | None
+) -> list[Stripe]:
+    """The devices of a run, with their limits and links."""
+    each = config.each_device()
+    rates = [float(one.only_link_bytes_per_s or 1.0) for one in each]
+    if len(each) > 1 and speeds is not None and config.home is not HomeKind.DISK:
+        found = speeds.home_bytes_per_s(HomeKind.HOST, config, layer_bytes)
+        rates = [number.value for number in found]
+    parts = zip(each, free.devices, rates, strict=True)
+    return [
+        Stripe(
+            name=_called(config, number),
+            limit_bytes=one.only_limit_bytes or int(free_bytes * FREE_SHARE),
+            link_bytes_per_s=rate,
+        )
+        for number, (one, free_bytes, rate) in enumerate(parts)
+    ]
+
+
+def _called(config: RuntimeConfig, number: int) -> str:
+    """A device in sentences."""
+    name = config.device_names[number]
+    return name if config.device_names.count(name) == 1 else f"{name} number {number}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +167,7 @@ class PlacedRun:
                 slots=placement.slots,
                 from_files=placement.home is HomeKind.DISK,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
+                device=placement.device,
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
@@ -192,8 +225,9 @@ def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory
                     f"{flag} has no effect, all layers fit on the device: lower --device-memory or "
                     "--resident-layers"
                 )
-    if placement.device_bytes > free.device_bytes:
-        raise _not_free(placement.device_bytes, free.device_bytes)
+    for share, free_bytes in zip(placement.of_devices, free.devices, strict=True):
+        if share.device_bytes > free_bytes:
+            raise _not_free(share.device_bytes, free_bytes)
 
 
 def _not_free(needed_bytes: int, free_bytes: int) -> PlanError:
@@ -226,7 +260,10 @@ def _plan_kv(
 
 
 def _place_with_kv(
-    demand: Demand, limit: int, config: RuntimeConfig, kv_plans: Sequence[KVPlan | None]
+    demand: Demand,
+    stripes: Sequence[Stripe],
+    config: RuntimeConfig,
+    kv_plans: Sequence[KVPlan | None],
 ) -> Placement:
     """Take the first place for KV with which it fits; else the refusal that asks for least."""
     refusals = []
@@ -234,9 +271,9 @@ def _place_with_kv(
         if kv is not None:
             demand = replace(demand, kv_bytes=kv.device_bytes, kv=kv)
         try:
-            return place(
+            return place_striped(
                 demand,
-                limit,
+                stripes,
                 slots=config.slots,
                 resident_layers=config.resident_layers,
                 resident=config.resident,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind
 from offload_rt.errors import ConfigError, PlanError
-from offload_rt.kv.sizes import KVPlan
+from offload_rt.kv.sizes import KVPlan, spread_layers
 from offload_rt.units import format_size
 
 MIN_SLOTS, MAX_AUTO_SLOTS = 2, 4
@@ -29,6 +29,9 @@ class Demand:
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         kv: how the caches are kept outside the device; None keeps them there.
+        kv_passes: `kv_bytes` are those of one layer, which the next one takes over.
+        beside_bytes: of `drafter_bytes`, what lies beside each layer; empty: nothing does.
+        further_bytes: what each device after the first needs for passes through its layers.
     """
 
     layer_bytes: tuple[int, ...]
@@ -37,11 +40,50 @@ class Demand:
     workspace_bytes: int
     drafter_bytes: int = 0
     kv: KVPlan | None = None
+    kv_passes: bool = False
+    beside_bytes: tuple[int, ...] = ()
+    further_bytes: int = 0
 
     @property
     def fixed_bytes(self) -> int:
         """What is there whatever the placement."""
         return self.base_bytes + self.kv_bytes + self.workspace_bytes + self.drafter_bytes
+
+    def share(self, layers: Sequence[int], *, first: bool) -> "Demand":
+        """What a device needs that has these layers, and if it is the first what is in none."""
+        beside = tuple(self.beside_bytes[i] for i in layers) if self.beside_bytes else ()
+        whole = self.drafter_bytes - sum(self.beside_bytes) if first else 0
+        kv = None if self.kv is None else self.kv.of_layers(layers)
+        kv_bytes = self.kv_bytes
+        if kv is not None:
+            kv_bytes = kv.device_bytes
+        elif not self.kv_passes:
+            kv_bytes = kv_bytes // len(self.layer_bytes) * len(layers)
+        return Demand(
+            layer_bytes=tuple(self.layer_bytes[i] for i in layers),
+            base_bytes=self.base_bytes if first else 0,
+            kv_bytes=kv_bytes,
+            workspace_bytes=self.workspace_bytes if first else self.further_bytes,
+            drafter_bytes=whole + sum(beside),
+            kv=kv,
+            kv_passes=self.kv_passes,
+            beside_bytes=beside,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stripe:
+    """A device that takes part.
+
+    Attributes:
+        name: in messages.
+        limit_bytes: memory the run may take there.
+        link_bytes_per_s: of its link, against those of the others.
+    """
+
+    name: str
+    limit_bytes: int
+    link_bytes_per_s: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,11 +93,13 @@ class Placement:
     Attributes:
         resident: layers kept on the device.
         streamed: layers that are copied in each pass, in order.
-        slots: slots they share; 0 when none is streamed.
+        slots: slots they share, on each device; 0 when none is streamed.
         slot_bytes: size of a slot.
         demand: what the placement was made for.
-        device_limit_bytes: the limit it keeps to.
+        device_limit_bytes: the limit it keeps to; of several devices together.
         home: where the streamed layers live.
+        shares: of several devices, what each has; layers by their numbers in the model.
+        stripes: these devices.
     """
 
     resident: tuple[int, ...]
@@ -65,6 +109,24 @@ class Placement:
     demand: Demand
     device_limit_bytes: int
     home: HomeKind = HomeKind.DISK
+    shares: tuple["Placement", ...] = ()
+    stripes: tuple[Stripe, ...] = ()
+
+    @property
+    def of_devices(self) -> tuple["Placement", ...]:
+        """What each device has; all of it where there is but one."""
+        return self.shares or (self,)
+
+    @property
+    def layers(self) -> list[int]:
+        """All it places, in order."""
+        return sorted((*self.resident, *self.streamed))
+
+    @property
+    def device(self) -> tuple[int, ...]:
+        """The device of each layer."""
+        found = {layer: d for d, own in enumerate(self.shares) for layer in own.layers}
+        return tuple(found.get(layer, 0) for layer in range(len(self.demand.layer_bytes)))
 
     @property
     def resident_bytes(self) -> int:
@@ -74,6 +136,8 @@ class Placement:
     @property
     def device_bytes(self) -> int:
         """Device memory the run takes, at most."""
+        if self.shares:
+            return sum(share.device_bytes for share in self.shares)
         return self.demand.fixed_bytes + self.resident_bytes + self.slots * self.slot_bytes
 
 
@@ -111,7 +175,8 @@ def place(
                 )
             return _with_spare_slots(placement, slots)
     smallest = _smallest(candidates)
-    raise PlanError(_why_not(smallest, demand), smallest.device_bytes)
+    mib = -(-smallest.device_bytes // 2**20)
+    raise PlanError(why_not(smallest, f"{mib}MiB"), smallest.device_bytes)
 
 
 def smallest_bytes(
@@ -126,9 +191,8 @@ def _candidates(
 ) -> list[Placement]:
     """Every placement to consider, best first."""
     layers = len(demand.layer_bytes)
-    if resident_layers is not None and resident_layers > layers:
-        raise ConfigError(f"--resident-layers is {resident_layers}, the model has {layers} layers")
-    counts = range(layers, -1, -1) if resident_layers is None else [resident_layers]
+    count = checked_layers(layers, resident_layers, None)
+    counts = range(layers, -1, -1) if count is None else [count]
     found = [_arrange(demand, limit, n, slots) for n in counts]
     if slots is None:  # one slot works too, copying and computing in turn
         fewer = range(found[-1].slots - 1, 0, -1)
@@ -148,21 +212,34 @@ def _with_layers(
     Raises:
         ConfigError: the model lacks one.
     """
-    layers = len(demand.layer_bytes)
-    for layer in resident:
+    checked_layers(len(demand.layer_bytes), None, resident)
+    return _keep(demand, limit, sorted(set(resident)), slots)
+
+
+def checked_layers(
+    layers: int, resident_layers: int | None, resident: Sequence[int] | None
+) -> int | None:
+    """How many layers are to stay; None where that is open.
+
+    Raises:
+        ConfigError: the model lacks one.
+    """
+    for layer in resident or ():
         if not 0 <= layer < layers:
             raise ConfigError(
                 f"the plan keeps layer {layer} on the device, the model has layers 0 to "
                 f"{layers - 1}: edit the plan, or make a new one with `offload-run plan --output`"
             )
-    return _keep(demand, limit, sorted(set(resident)), slots)
+    if resident is not None:
+        return len(set(resident))
+    if resident_layers is not None and resident_layers > layers:
+        raise ConfigError(f"--resident-layers is {resident_layers}, the model has {layers} layers")
+    return resident_layers
 
 
 def _arrange(demand: Demand, limit: int, resident: int, slots: int | None) -> Placement:
     """Keep `resident` layers, spread evenly between the streamed ones."""
-    layers = len(demand.layer_bytes)
-    kept = sorted({(2 * i + 1) * layers // (2 * resident) for i in range(resident)})
-    return _keep(demand, limit, kept, slots)
+    return _keep(demand, limit, sorted(spread_layers(resident, len(demand.layer_bytes))), slots)
 
 
 def _keep(demand: Demand, limit: int, kept: Sequence[int], slots: int | None) -> Placement:
@@ -171,14 +248,14 @@ def _keep(demand: Demand, limit: int, kept: Sequence[int], slots: int | None) ->
     return Placement(
         resident=tuple(kept),
         streamed=streamed,
-        slots=min(slots or _ring(slot_bytes), len(streamed)),
+        slots=min(slots or ring_slots(slot_bytes), len(streamed)),
         slot_bytes=slot_bytes,
         demand=demand,
         device_limit_bytes=limit,
     )
 
 
-def _ring(slot_bytes: int) -> int:
+def ring_slots(slot_bytes: int) -> int:
     """Slots without which the link would have to wait."""
     ahead = -(-IN_FLIGHT_BYTES // max(1, slot_bytes))
     return min(max(MIN_SLOTS, 1 + ahead), MAX_AUTO_SLOTS)
@@ -193,7 +270,9 @@ def _with_spare_slots(placement: Placement, slots: int | None) -> Placement:
     return replace(placement, slots=max(placement.slots, ring))
 
 
-def _why_not(smallest: Placement, demand: Demand) -> str:
+def why_not(smallest: Placement, limit: str) -> str:
+    """What a device lacks, and the limit that would do, as it is typed."""
+    demand = smallest.demand
     parts = {
         "embedding and head": demand.base_bytes,
         "KV cache": demand.kv_bytes,
@@ -203,9 +282,8 @@ def _why_not(smallest: Placement, demand: Demand) -> str:
         f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
     }
     listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
-    mib = -(-smallest.device_bytes // 2**20)
     return (
         f"needs {format_size(smallest.device_bytes)} of device memory at least ({listed}), the "
-        f"limit is {format_size(smallest.device_limit_bytes)}: use --device-memory {mib}MiB, or "
+        f"limit is {format_size(smallest.device_limit_bytes)}: use --device-memory {limit}, or "
         "make room with a shorter prompt, a smaller --max-tokens or --context"
     )

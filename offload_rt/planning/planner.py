@@ -18,7 +18,8 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
-from offload_rt.planning.placement import Placement, smallest_bytes
+from offload_rt.planning.placement import Placement
+from offload_rt.planning.striping import smallest_limits
 from offload_rt.planning.yields import Yield
 from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.kind import SIZES
@@ -136,8 +137,8 @@ def make_plan(
 def _smallest(placement: Placement, runtime: RuntimeConfig) -> int:
     if runtime.resident is not None:
         return placement.device_bytes
-    return smallest_bytes(
-        placement.demand, slots=runtime.slots, resident_layers=runtime.resident_layers
+    return sum(
+        smallest_limits(placement, slots=runtime.slots, resident_layers=runtime.resident_layers)
     )
 
 
@@ -303,7 +304,14 @@ class _Search:
         """Place one and price it."""
         drafting = replace(self._load.drafting, config=draft)
         load = replace(self._load, drafting=drafting)
-        placement = place_run(self._checkpoint, runtime, self._device, load=load, free=self._free)
+        placement = place_run(
+            self._checkpoint,
+            runtime,
+            self._device,
+            load=load,
+            free=self._free,
+            speeds=self._means.speeds,
+        )
         prediction = self._predict(drafting, placement)
         return _Candidate(
             runtime=runtime, drafting=drafting, placement=placement, prediction=prediction

@@ -13,6 +13,7 @@ from offload_rt.config import DraftWeights, HomeKind
 from offload_rt.costs.sizes import draft_base_bytes, head_bytes
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
@@ -20,7 +21,7 @@ from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.layout import LayerLayout
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.runner.runner import LayerRing, Runner
+from offload_rt.runner.runner import LayerRing, LayerRings, Runner
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 
@@ -34,15 +35,15 @@ class Streaming:
 
     Attributes:
         layers: their indices, rising.
-        slots: buffers of the ring.
+        slots: buffers of the ring of each device, at most.
         home: where they are copied from.
-        spare_bytes: device memory that is free until all weights are there.
+        spare_bytes: memory of each device that is free until all weights are there.
     """
 
     layers: Sequence[int]
     slots: int
     home: HomeKind
-    spare_bytes: int
+    spare_bytes: Sequence[int]
 
 
 def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
@@ -55,7 +56,7 @@ def load_base(network: Network, device: Device, files: WeightFiles, purpose: str
 def load_target(  # noqa: PLR0913 - what a runner is made of
     checkpoint: Checkpoint,
     network: Network,
-    device: Device,
+    stripes: Stripes,
     files: WeightFiles,
     base: DeviceBuffer,
     streaming: Streaming,
@@ -66,7 +67,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     Args:
         checkpoint: headers of the model.
         network: its modules.
-        device: where passes run.
+        stripes: where its layers are.
         files: where weights are read from; streamed layers too, if that is their home.
         base: from `load_base`.
         streaming: which layers are streamed.
@@ -74,22 +75,29 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     """
     layouts = network.layouts
     resident = [i for i in range(len(layouts)) if i not in streaming.layers]
-    nbytes = max((layouts[i].nbytes for i in resident), default=0)
-    packs = can_pack(network.dtype, device.torch_device) and nbytes <= streaming.spare_bytes
-    _keep(network, device, files, resident, RESIDENT, packs=packs, exact=True)
-    sources: Mapping[int, HomeSource] = {i: FileSource(layouts[i], files) for i in streaming.layers}
-    if streaming.home is HomeKind.HOST:
-        sources = _in_memory(device, sources, layouts)
-    ring: LayerRing | None = None
-    if sources:
-        slot_bytes = max(layouts[i].nbytes for i in sources)
-        slots = [device.allocate(slot_bytes, SLOTS) for _ in range(streaming.slots)]
-        ring = Ring(Cycle(sources), slots, device.copy, device.compute, strict=True)
-        ring.restart()
-    device.load.record().synchronize()
-    network.attach(ring, base, device.torch_device, chunk_tokens)
-    streamed_bytes = sum(source.nbytes for source in sources.values())
-    return Runner(checkpoint, network, device, ring=ring, streamed_bytes=streamed_bytes)
+    for (device, mine), spare in zip(stripes.shares(resident), streaming.spare_bytes, strict=True):
+        nbytes = max((layouts[i].nbytes for i in mine), default=0)
+        packs = can_pack(network.dtype, device.torch_device) and nbytes <= spare
+        _keep(network, device, files, mine, RESIDENT, packs=packs, exact=True)
+    streamed_bytes, rings, ring_of = 0, list[LayerRing](), dict[int, LayerRing]()
+    slot_bytes = max((layouts[i].nbytes for i in streaming.layers), default=0)
+    for device, mine in stripes.shares(streaming.layers):
+        sources: Mapping[int, HomeSource] = {i: FileSource(layouts[i], files) for i in mine}
+        if streaming.home is HomeKind.HOST:
+            sources = _in_memory(device, sources, layouts)
+        if sources:
+            count = min(streaming.slots, len(mine))
+            slots = [device.allocate(slot_bytes, SLOTS) for _ in range(count)]
+            rings.append(Ring(Cycle(sources), slots, device.copy, device.compute, strict=True))
+            rings[-1].restart()
+            ring_of |= dict.fromkeys(mine, rings[-1])
+            streamed_bytes += sum(source.nbytes for source in sources.values())
+    first = stripes.devices[0]
+    for device in stripes.devices:
+        device.load.record().synchronize()
+    crossing = stripes if len(stripes.devices) > 1 else None
+    network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing)
+    return Runner(checkpoint, network, first, rings=rings, streamed_bytes=streamed_bytes)
 
 
 def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by keyword
@@ -101,8 +109,9 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     weights: DraftWeights = DraftWeights.SAME,
     dtype: str = "auto",
     target_base: DeviceBuffer | None = None,
+    stripes: Stripes | None = None,
 ) -> Runner:
-    """Load a network that drafts: it lies on the device whole.
+    """Load a network that drafts: none of it is streamed.
 
     Args:
         checkpoint: headers of the draft model.
@@ -113,6 +122,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         dtype: number format it computes in.
         target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
             but for the output head.
+        stripes: where its layers are; None: all on `device`.
     """
     network = Network(checkpoint, dtype, device.kind.packing)
     purpose = DRAFT if target_base is None else COPY
@@ -122,11 +132,12 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     try:
         base = target_base or load_base(network, device, files, purpose)
         layers = range(len(network.layouts))
-        _keep(network, device, files, layers, purpose, packs=packs, weights=weights)
-        device.load.record().synchronize()
+        for one, mine in [(device, layers)] if stripes is None else stripes.shares(layers):
+            _keep(network, one, files, mine, purpose, packs=packs, weights=weights)
+            one.load.record().synchronize()
     finally:
         files.close()
-    network.attach(None, base, device.torch_device, chunk_tokens)
+    network.attach(None, base, device.torch_device, chunk_tokens, stripes)
     if rounds:
         with torch.inference_mode():
             if target_base is None:  # in the ledger is what stays

@@ -4,8 +4,8 @@ The target, a draft model and a rounded copy of the target are three of them. Wh
 and which of them are kept, is the business of whoever asks.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +19,17 @@ from offload_rt.runner.tree import TokenTree, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
 
 LayerRing = Ring[int, DeviceBuffer, HomeSource]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRings:
+    """The ring of each streamed layer: that of its device."""
+
+    ring_of: Mapping[int, LayerRing]
+
+    def lend(self, layer: int) -> AbstractContextManager[DeviceBuffer]:
+        """Lend the image of a layer."""
+        return self.ring_of[layer].lend(layer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +84,9 @@ class Runner:
     Args:
         checkpoint: headers of the model.
         network: it, attached to its weights.
-        device: where passes run.
-        ring: lends the streamed layers; None if all are resident.
-        streamed_bytes: what the ring copies in each pass.
+        device: where passes begin and end.
+        rings: lend the streamed layers, one on each device that has any.
+        streamed_bytes: what they copy in each pass.
         target_ids: of a model that drafts, width of the target's logits; ids from there on are
             never drafted.
     """
@@ -86,14 +97,14 @@ class Runner:
         network: Network,
         device: Device,
         *,
-        ring: LayerRing | None = None,
+        rings: Sequence[LayerRing] = (),
         streamed_bytes: int = 0,
         target_ids: int | None = None,
     ) -> None:
         self.network, self.device, self.target_ids = network, device, target_ids
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
-        self._checkpoint, self._ring = checkpoint, ring
+        self._checkpoint, self._rings = checkpoint, rings
 
     def watch(
         self,
@@ -102,8 +113,8 @@ class Runner:
         leave: Callable[[int], None],
     ) -> None:
         """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`)."""
-        if self._ring is not None:
-            self._ring.watch = ring
+        for each in self._rings:
+            each.watch = ring
         self.network.watch_layers(enter, leave)
 
     def logits(self, parts: Sequence[Rows]) -> torch.Tensor:
@@ -158,12 +169,12 @@ class Runner:
 
     @contextmanager
     def _whole_pass(self, parts: Sequence[Rows]) -> Iterator[None]:
-        """Undo a pass that does not end: pending rows go, the ring starts over."""
+        """Undo a pass that does not end: pending rows go, the rings start over."""
         try:
             yield
         except BaseException:
             for part in parts:
                 part.cache.truncate(part.cache.length)
-            if self._ring is not None:
-                self._ring.restart()
+            for ring in self._rings:
+                ring.restart()
             raise

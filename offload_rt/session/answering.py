@@ -90,12 +90,12 @@ def started_engine(
     with observer.progress(f"loading {model.name}") as gauge:
 
         def show(engine: Engine) -> None:
-            gauge.done = lambda: engine.device.load.statistics().bytes_copied
+            gauge.done = engine.devices.loaded_bytes
             gauge.total = engine.load_bytes
 
         def means(device: "DeviceKind") -> "Means":
             nonlocal speeds
-            speeds = speeds_for(settings.profile, device)
+            speeds = speeds_for(settings.profile, device, settings.runtime.device)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
 
         engine = Engine(
@@ -247,14 +247,14 @@ class Answers:
         engine = self._engine
         prompt = sum(sequence.prompt_tokens for sequence in self._run.sequences)
         network, layers = engine.network, self._model.checkpoint.config.num_layers
-        start, copied = network.rows_done, engine.device.copy.statistics().bytes_copied
+        start, copied = network.rows_done, engine.devices.copied().bytes_copied
         waits = 0 if engine.device.kind.host_computes else engine.bytes_per_pass
 
         def done() -> int:
             new = network.pass_rows or prompt  # what the cache has already is not read again
             read = (network.rows_done - start) / layers
             if waits:
-                arrived = engine.device.copy.statistics().bytes_copied - copied
+                arrived = engine.devices.copied().bytes_copied - copied
                 read = min(read, new * arrived / waits)
             return prompt - new + int(read)
 

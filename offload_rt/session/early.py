@@ -14,7 +14,7 @@ def check_early(checkpoint: Checkpoint, runtime: RuntimeConfig, draft: DraftConf
         DeviceError: the device is not there.
         CheckpointError: the draft model or the heads cannot be used.
     """
-    check_device(runtime.device)
+    check_device(runtime)
     if runtime.context_tokens is not None:
         check_context(checkpoint, runtime.context_tokens)
     if draft.heads:

@@ -32,7 +32,7 @@ class LoadOptions(AnswerOptions, total=False):
     """Where a model runs, who drafts, and how answers are made where they do not say."""
 
     device: str
-    device_memory: Size
+    device_memory: Size | Sequence[int | str]
     host_memory: Size
     dtype: str
     slots: Auto
@@ -42,7 +42,7 @@ class LoadOptions(AnswerOptions, total=False):
     kv: str
     kv_block_tokens: Auto
     kv_folder: Path | None
-    link_bandwidth: float | None
+    link_bandwidth: float | str | Sequence[float] | None
     readers: int
     threads: Auto
     draft: Path

@@ -8,7 +8,7 @@ from pathlib import Path
 from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.costs.machine import Speeds, speeds_of
 from offload_rt.device.cuda.nvml import find_driver
-from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.kinds import DeviceKind, sharing
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
@@ -60,14 +60,19 @@ def profile_source(name: str, own: bool) -> str:
     return name if own else f"{name}; measure this machine with `offload-run profile`"
 
 
-def speeds_for(profile: str | None, device: DeviceKind) -> Speeds:
+def speeds_for(profile: str | None, device: DeviceKind, name: str = "auto") -> Speeds:
     """Speeds of the profile that `profile_for` finds, for what computes there.
+
+    Args:
+        profile: asked for, or None.
+        device: the kind that computes.
+        name: of the device, or of several, as in --device.
 
     Raises:
         ProfileError: there is no such profile, or it is damaged.
     """
     found, own = profile_for(profile, device)
-    there = speeds_of(found, device.processor)
+    there = speeds_of(found, device.processor, sharing(name))
     return dataclasses.replace(there, packs=there.packs and bool(processor()[1]), own=own)
 
 

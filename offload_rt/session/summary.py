@@ -102,7 +102,7 @@ def summary_of(engine: "Engine") -> PlanSummary:
     demand, prediction = placement.demand, plan.prediction
     return PlanSummary(
         name=engine.checkpoint.name,
-        device=engine.device.name,
+        device=engine.devices.name,
         dtype=dtype_name(engine),
         context_tokens=max(engine.capacities),
         sequences=engine.sequences,

@@ -58,6 +58,8 @@ class DraftMemory:
 
     Attributes:
         kept_bytes: all the time.
+        beside_bytes: of these, what lies beside each layer of the target; empty: nothing does.
+        building_bytes: on each device, while what lies there is made from the target's cache.
         copied_bytes: of these, small copies of weights.
         pass_bytes: in one of its passes, when the target makes none.
         loading_bytes: while it is loaded, before the target's weights are.
@@ -66,6 +68,8 @@ class DraftMemory:
     """
 
     kept_bytes: int = 0
+    beside_bytes: tuple[int, ...] = ()
+    building_bytes: int = 0
     copied_bytes: int = 0
     pass_bytes: int = 0
     loading_bytes: int = 0

@@ -30,7 +30,7 @@ def check_memory(
     Raises:
         PlanError: its parts alone are larger.
     """
-    limit = runtime.device_limit_bytes
+    limit = runtime.only_limit_bytes
     output = checkpoint.head or checkpoint.embedding
     rows = shape.head_rows or output.shape[0]
     output_bytes = math.prod(output.shape) * number_bytes_of(checkpoint, runtime.dtype)

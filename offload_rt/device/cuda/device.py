@@ -120,6 +120,10 @@ class CudaDevice:
         parts = self._uploads.send(values, self._upload)
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def receive(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a copy of another GPU's tensor on this one."""
+        return self._driver.receive(tensor, self.torch_device)
+
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
         return self._driver.download(values)

@@ -70,5 +70,8 @@ class Driver(Protocol):
     def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a copy of pinned host memory on the device, enqueued in the current stream."""
 
+    def receive(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Return a copy on another GPU, made behind what both compute streams were given so far."""
+
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the host waits for the current stream."""

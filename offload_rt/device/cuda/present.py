@@ -68,6 +68,26 @@ def old_driver(cuda_build: str) -> str | None:
     )
 
 
+def unequal_gpus(indices: Sequence[int]) -> str | None:
+    """Why GPUs that are there cannot share a model, or None; where there is no NVML, nobody asks.
+
+    A plan has one speed of a layer's kernels, that of the first.
+    """
+    from offload_rt.device.cuda.nvml import find_driver
+
+    driver = find_driver()
+    if driver is None or max(indices) >= len(driver.gpus):
+        return None
+    first, name = indices[0], driver.gpus[indices[0]].name
+    for index in indices[1:]:
+        if (other := driver.gpus[index].name) != name:
+            return (
+                f"GPU {first} is a {name}, GPU {index} a {other}, and layers are spread over equal "
+                "cards only: name one of them"
+            )
+    return None
+
+
 def _cuda_devices() -> int:
     """GPUs that CUDA itself counts, where there is no NVML, as on Jetson."""
     try:

@@ -109,6 +109,11 @@ class CudaComputeStream:
         self._stream.wait(event.enqueued())
         self._stalls.add(idle_from, self._stream.record())
 
+    def follow(self, event: Event) -> None:
+        """Order later kernels after those of another GPU."""
+        assert isinstance(event, CudaEvent)
+        self._stream.wait(event.enqueued())
+
     def stalled_s(self) -> float:
         """Seconds spent waiting, as far as the GPU has come."""
         self._stalls.settle()

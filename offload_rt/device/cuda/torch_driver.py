@@ -139,6 +139,10 @@ class TorchDriver:
         with torch.cuda.device(device):
             return source.to(device, non_blocking=True)
 
+    def receive(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """Copy between GPUs; where one cannot reach the other the driver goes by host memory."""
+        return tensor.to(device, non_blocking=True)
+
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor."""
         return [int(v) for v in values.flatten().tolist()]  # host sync

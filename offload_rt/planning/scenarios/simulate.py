@@ -89,7 +89,7 @@ def _placed_model(scenario: Scenario, profile: HardwareProfile) -> PlacedModel:
             streamed=_streamed(scenario, profile, share),
             slots=shape.slots,
             kv=kv,
-            devices=shape.devices // share,
+            device=tuple(i % (shape.devices // share) for i in range(model.layers)),
         ),
         context_tokens=scenario.context_tokens,
     )
@@ -163,7 +163,8 @@ def _rates(shape: PlacementShape, profile: HardwareProfile, load: PassLoad) -> L
         readers = max(by_head, len({load.layers[index].device for index in load.streamed}))
         home = replace(disk, value=disk.value / readers)
         kv = replace(disk, value=disk.value / by_head)
-        return LinkRates(home=(home,) * load.devices, kv=kv, back=kv, readers=shape.reads)
+        each = (kv,) * load.devices
+        return LinkRates(home=(home,) * load.devices, kv=each, back=each, readers=shape.reads)
     return link_rates(profile, load, together=shape.devices > 1)
 
 

@@ -64,9 +64,14 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
 def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     config = drafting.config
     below = draft_memory(replace(drafting, config=config.inner), run.behind(config.nodes))
-    copied_bytes = rounded_copy_bytes(run.target, config, run.dtype, run.device)
+    copies, head = rounded_copy_parts(run.target, config, run.dtype, run.device)
+    rows, building_bytes = _retrieval_bytes(config, run)
+    beside = tuple(row + copy for row, copy in zip(rows, copies, strict=True))
+    copied_bytes = sum(copies) + head
     return DraftMemory(
-        kept_bytes=below.kept_bytes + _retrieval_bytes(config, run) + copied_bytes,
+        kept_bytes=below.kept_bytes + building_bytes + sum(beside) + head,
+        beside_bytes=beside,
+        building_bytes=building_bytes,
         copied_bytes=below.copied_bytes + copied_bytes,
         pass_bytes=below.pass_bytes,
         loading_bytes=below.loading_bytes,
@@ -75,19 +80,20 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     )
 
 
-def _retrieval_bytes(draft: DraftConfig, run: DraftedRun) -> int:
-    """Bytes of the retrieval caches, and of building one."""
+def _retrieval_bytes(draft: DraftConfig, run: DraftedRun) -> tuple[list[int], int]:
+    """Bytes of the retrieval caches in each layer, and of building one."""
     model, number_bytes = run.target.config, number_bytes_of(run.target, run.dtype)
     per_token = kv_bytes_per_token(model, number_bytes)
     row_bytes = [per_token // model.num_layers] * model.num_layers
     sizes = [retrieval_sizes(draft, row_bytes, capacity) for capacity in run.capacities]
-    return sum(s.device_bytes for s in sizes) + max(s.build_bytes for s in sizes)
+    rows = sum(s.rows for s in sizes)
+    return [rows * nbytes for nbytes in row_bytes], max(s.build_bytes for s in sizes)
 
 
-def rounded_copy_bytes(
+def rounded_copy_parts(
     checkpoint: Checkpoint, draft: DraftConfig, dtype: str, device: DeviceKind
-) -> int:
-    """Bytes of rounded copies of the target's weights; 0 where its own draft.
+) -> tuple[list[int], int]:
+    """Bytes of rounded copies of each layer of the target, and of its head; 0 where its own draft.
 
     The embedding, and what else is in no layer but the head, is the target's own.
 
@@ -96,11 +102,11 @@ def rounded_copy_bytes(
     """
     weights = _copied(draft)
     if weights is DraftWeights.SAME:
-        return 0
+        return [0] * checkpoint.config.num_layers, 0
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
     resolve_weights(weights, name, device, "--retrieval-weights")
     *layers, _ = layouts_of(checkpoint, dtype, device)
-    return sum(layer_bytes(layout, weights) for layout in layers) + head_bytes(checkpoint, weights)
+    return [layer_bytes(layout, weights) for layout in layers], head_bytes(checkpoint, weights)
 
 
 def _copied(draft: DraftConfig) -> DraftWeights:

@@ -1,0 +1,236 @@
+"""Two devices that have a model's layers in turn: where they are, and that no bit changes."""
+
+import dataclasses
+import json
+import re
+from contextlib import suppress
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from offload_rt.config import (
+    HomeKind,
+    RuntimeConfig,
+)
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.planning.placement import Demand, Stripe, place
+from offload_rt.planning.striping import place_striped, smallest_limits
+
+MIB = 2**20
+LAYERS = 6
+LINKS = {"link_bytes_per_s": (1e9, 1e9), "home": HomeKind.HOST}
+
+
+@st.composite
+def demands(draw):
+    layers = draw(st.integers(2, 60))
+    size = draw(st.integers(1, 300 * MIB))
+    uneven = draw(st.booleans())
+    return Demand(
+        layer_bytes=tuple(size + (i * MIB if uneven else 0) for i in range(layers)),
+        base_bytes=draw(st.integers(0, 500 * MIB)),
+        kv_bytes=layers * draw(st.integers(0, 20 * MIB)),
+        workspace_bytes=draw(st.integers(0, 300 * MIB)),
+        further_bytes=draw(st.integers(0, 300 * MIB)),
+        drafter_bytes=(beside := draw(st.integers(0, 9 * MIB))) * layers + MIB,
+        beside_bytes=(beside,) * layers,
+    )
+
+
+@st.composite
+def machines(draw):
+    sizes = st.integers(2**30, 20 * 2**30)
+    rates = st.floats(1.0, 4.0)
+    return [
+        Stripe(name=f"cuda:{i}", limit_bytes=draw(sizes), link_bytes_per_s=draw(rates))
+        for i in range(draw(st.integers(2, 3)))
+    ]
+
+
+@given(demand=demands(), stripes=machines(), slots=st.none() | st.integers(1, 3))
+def test_each_device_keeps_its_limit_and_each_layer_has_one(demand, stripes, slots):
+    try:
+        made = place_striped(demand, stripes, slots=slots)
+    except (PlanError, ConfigError):
+        assume(False)
+    layers = range(len(demand.layer_bytes))
+    assert sorted(i for own in made.shares for i in own.layers) == list(layers)
+    assert made.layers == list(layers)
+    assert made.device == tuple(
+        next(d for d, own in enumerate(made.shares) if i in own.layers) for i in layers
+    )
+    for own, stripe in zip(made.shares, stripes, strict=True):
+        assert own.device_bytes <= own.device_limit_bytes == stripe.limit_bytes
+        assert bool(own.slots) == bool(own.streamed)
+    # All that is in a layer is counted once, and what is in none on the first.
+    fixed = sum(own.demand.fixed_bytes for own in made.shares)
+    assert fixed == demand.fixed_bytes + demand.further_bytes * (len(stripes) - 1)
+    assert made.device_bytes == sum(own.device_bytes for own in made.shares)
+
+
+@given(demand=demands(), stripes=machines())
+def test_each_device_fills_its_own_memory_and_no_link_has_a_layer_too_many(demand, stripes):
+    demand = dataclasses.replace(
+        demand, layer_bytes=(max(demand.layer_bytes),) * len(demand.layer_bytes)
+    )
+    try:
+        made = place_striped(demand, stripes)
+    except (PlanError, ConfigError):
+        assume(False)
+    layer = demand.layer_bytes[0]
+    busy = [len(o.streamed) / s.link_bytes_per_s for o, s in zip(made.shares, stripes, strict=True)]
+    for own, stripe in zip(made.shares, stripes, strict=True):
+        if own.streamed:  # in place of a slot another layer stays, if all but the ring is full
+            spare = own.device_limit_bytes - own.device_bytes
+            assert spare < layer or own.slots > 2
+        # With one layer more it would be the busiest, unless it has no room for its KV.
+        more = (len(own.streamed) + 1) / stripe.link_bytes_per_s
+        kv = (
+            demand.share([0, 1], first=False).fixed_bytes
+            - demand.share([0], first=False).fixed_bytes
+        )
+        room = own.device_limit_bytes - own.device_bytes
+        assert more >= max(busy) - 1e-9 or room < layer + kv or max(busy) == 0
+
+
+@given(demand=demands(), limit=st.integers(1, 40 * 2**30), slots=st.none() | st.integers(1, 6))
+def test_one_device_is_placed_as_ever(demand, limit, slots):
+    def tried(make):
+        try:
+            return make()
+        except (PlanError, ConfigError) as error:
+            return str(error)
+
+    stripe = Stripe(name="cuda:0", limit_bytes=limit)
+    one = tried(lambda: place_striped(demand, [stripe], slots=slots))
+    assert one == tried(lambda: place(demand, limit, slots=slots))
+
+
+@given(demand=demands(), stripes=machines())
+def test_a_refusal_names_the_device_and_limits_that_work(demand, stripes):
+    try:
+        made = place_striped(demand, stripes)
+    except ConfigError:  # a device without layers
+        assume(False)
+    except PlanError as error:
+        said = re.search(r"^(cuda:\d) needs .* use --device-memory ([0-9MiB,]+),", str(error))
+        assert said is not None
+        limits = [int(part.removesuffix("MiB")) * MIB for part in said[2].split(",")]
+        assert limits[int(said[1][-1])] > stripes[int(said[1][-1])].limit_bytes
+    else:
+        limits = smallest_limits(made)
+    roomy = [dataclasses.replace(s, limit_bytes=n) for s, n in zip(stripes, limits, strict=True)]
+    with suppress(ConfigError):  # it fits, though a device has no layer
+        place_striped(demand, roomy)
+
+
+def test_layers_that_are_sent_come_in_turn():
+    demand = Demand(layer_bytes=(MIB,) * 10, base_bytes=0, kv_bytes=0, workspace_bytes=0)
+    two = [Stripe(name=name, limit_bytes=2 * MIB) for name in ("a", "b")]
+    made = place_striped(demand, two, resident_layers=0)
+    assert made.device == (0, 1) * 5
+    slow = [two[0], dataclasses.replace(two[1], link_bytes_per_s=0.25)]
+    assert place_striped(demand, slow, resident_layers=0).device.count(1) == 2
+    roomy = [dataclasses.replace(stripe, limit_bytes=99 * MIB) for stripe in two]
+    assert place_striped(demand, roomy).device == (0,) * 5 + (1,) * 5  # nothing is sent
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny):
+    return make_tiny("llama", num_hidden_layers=LAYERS, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def resident_logits(model):
+    with engine_for(model) as engine:
+        return all_logits(engine)
+
+
+@pytest.mark.parametrize(("resident", "slots"), [(0, 1), (0, 3), (1, 2), (3, None)])
+def test_two_devices_change_no_bit(model, resident_logits, resident, slots):
+    options = LINKS | {"resident_layers": resident, "slots": slots}
+    with engine_for(model, device="cpu,cpu", **options) as engine:
+        assert len(set(engine.placement.device)) == len(engine.devices) == 2
+        assert torch.equal(all_logits(engine), resident_logits)
+        for device in engine.devices:
+            device.copy.record().synchronize()
+        halves = [device.copy.statistics().bytes_copied for device in engine.devices]
+        assert engine.counters().bytes_copied == sum(halves)
+        assert min(halves) > 0.3 * max(halves)
+
+
+def test_two_devices_without_a_ring(model, resident_logits):
+    """All resident, as on two GPUs: in a row."""
+    with engine_for(model, device="cpu,cpu") as engine:
+        assert engine.placement.device == (0,) * 3 + (1,) * 3
+        assert torch.equal(all_logits(engine), resident_logits)
+
+
+def test_a_pass_that_breaks_off_leaves_no_trace(model, resident_logits):
+    with engine_for(model, device="cpu,cpu", resident_layers=0, slots=2, **LINKS) as engine:
+        layer = engine.network._layers[3]
+        forward = layer.forward
+        layer.forward = lambda *args, **options: (_ for _ in ()).throw(KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward([(0, PROMPT)], reuse=True)
+        layer.forward = forward
+        assert torch.equal(all_logits(engine), resident_logits)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"device_limit_bytes": (1, 2, 3)}, "--device-memory has 3 values, --device cpu,cpu"),
+        ({"link_bytes_per_s": (1.0,)}, "--link-bandwidth has 1 values"),
+    ],
+)
+def test_as_many_values_as_devices(values, message):
+    with pytest.raises(ConfigError, match=message):
+        RuntimeConfig(device="cpu,cpu", **values)
+
+
+def test_one_value_is_that_of_each_device():
+    config = RuntimeConfig(
+        device="cuda:0,cuda:1", device_limit_bytes=7, link_bytes_per_s=(1.0, 2.0)
+    )
+    one, two = config.each_device()
+    assert (one.device, one.device_limit_bytes, one.link_bytes_per_s) == ("cuda:0", 7, 1.0)
+    assert (two.device, two.device_limit_bytes, two.link_bytes_per_s) == ("cuda:1", 7, 2.0)
+
+
+TWO = ["--device", "cuda:0,cuda:1", "--device-memory", "22GiB,20GiB"]
+BOTH = ["--host-memory", "64GiB", "--profile", "2x-rtx4090-pcie4x16", "--json"]
+LARGE = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 64}
+LARGE |= {"num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000}
+
+
+@pytest.fixture
+def outline(tmp_path):
+    """The config.json of a model of 26 GiB: too large for one card, and for two with a context."""
+    known = {"model_type": "llama", "max_position_embeddings": 131072, "dtype": "bfloat16"}
+    known |= {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5}
+    known |= {"tie_word_embeddings": False, "rope_theta": 1e4, "hidden_act": "silu"}
+    known |= {"bos_token_id": 1, "eos_token_id": 2}
+    folder = tmp_path / "large"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(known | LARGE))
+    return folder
+
+
+def test_plan_and_simulate_say_the_same_of_two_gpus(outline, offload_run):
+    for more in (["--resident-layers", "30"], ["--kv", "host", "-c", "100000"]):
+        given = [outline, *TWO, "--draft", "none", *more, *BOTH]
+        made = [offload_run(verb, *given) for verb in ("plan", "simulate")]
+        assert [one.code for one in made] == [0, 0], [one.err for one in made]
+        plan, simulated = (json.loads(one.out) for one in made)
+        assert plan["predicted"]["s_per_token"] == pytest.approx(simulated["s_per_token"], rel=0.01)
+        one = json.loads(
+            offload_run(
+                "plan", outline, "--device", "cuda:0", "--device-memory", "22GiB", *given[5:]
+            ).out
+        )
+        # Half of the bytes on each link, less what the second card keeps.
+        assert plan["predicted"]["transfer_s"] < 0.55 * one["predicted"]["transfer_s"]
