@@ -20,6 +20,8 @@ _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 # number of rows, of some 0.5 MB, and keep 1,024 by default: checking 2 to 33 tokens of a model with
 # six shapes took 114 MB, with 32 kept 14. A pass has five to ten shapes; a kernel takes 0.4 ms.
 _KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+_LARGE_PAGE_BYTES = 2**21
+_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25  # asm-generic/mman-common.h of Linux, the second since 6.1
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 
@@ -154,3 +156,20 @@ def give_back_holes() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+def ask_for_large_pages(start: int, nbytes: int) -> None:
+    """Have what memory holds lie in pages of 2 MiB, where the system does that.
+
+    Args:
+        start: address of memory of this process.
+        nbytes: from there on. Only whole large pages count.
+    """
+    first = -(-start // _LARGE_PAGE_BYTES) * _LARGE_PAGE_BYTES
+    room = (start + nbytes) // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES - first
+    if room <= 0:
+        return
+    with suppress(OSError, AttributeError):
+        madvise = ctypes.CDLL(None).madvise
+        for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
+            madvise(ctypes.c_void_p(first), ctypes.c_size_t(room), advice)

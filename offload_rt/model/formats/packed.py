@@ -2,7 +2,8 @@
 
 oneDNN reorders a plain weight on every call. With the order kept, a pass of 1 to 16 tokens runs 2
 to 4 times as fast here. It is for weights that stay: a streamed layer would be reordered in each
-pass.
+pass. They lie in large pages, which are read faster (docs/RESULTS.md, "Large pages and a reordered
+output head").
 
 On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
@@ -12,6 +13,7 @@ from collections.abc import Callable
 
 import torch
 
+from offload_rt.device.system import ask_for_large_pages
 from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
@@ -29,6 +31,8 @@ class PackedLinear(torch.nn.Module):
         super().__init__()
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
+        start = torch.ops.mkldnn.data_ptr(self.weight)
+        ask_for_large_pages(start, linear.weight.nbytes)
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -54,19 +58,20 @@ def computes_the_same(module: torch.nn.Module) -> bool:
     """Whether every linear below `module` gives the very same numbers when packed."""
     linears = [child for child in module.modules() if type(child) is torch.nn.Linear]
     linears = [linear for linear in linears if linear.weight.dtype is torch.bfloat16]
+    shapes = {(*linear.weight.shape, linear.bias is None): linear for linear in linears}
+    return all(packed_exactly(linear) is not None for linear in shapes.values())
+
+
+def packed_exactly(linear: torch.nn.Linear) -> PackedLinear | None:
+    """The packed form of a linear, or None where that gives other numbers."""
+    packed = PackedLinear(linear)
     generator = torch.Generator().manual_seed(0)
-    seen = set()
-    for linear in linears:
-        shape = (*linear.weight.shape, linear.bias is None)
-        if shape in seen:
-            continue
-        seen.add(shape)
-        packed = PackedLinear(linear)
-        for count in COMPARED_ROWS:
-            rows = torch.randn(1, count, shape[1], generator=generator).to(linear.weight.dtype)
-            if not torch.equal(packed(rows), linear(rows)):
-                return False
-    return True
+    for count in COMPARED_ROWS:
+        rows = torch.randn(1, count, linear.in_features, generator=generator)
+        rows = rows.to(linear.weight.dtype)
+        if not torch.equal(packed(rows), linear(rows)):
+            return None
+    return packed
 
 
 def pack_linears(module: torch.nn.Module) -> None:
