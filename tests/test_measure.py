@@ -21,6 +21,7 @@ from offload_rt.device.cuda import nvml
 from offload_rt.device.kinds import Processor
 from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
+from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import link, timing
@@ -441,10 +442,17 @@ def test_layer_curves_and_attention(cpu):
     assert {s.processor for s in speeds} == {Processor.CPU}
 
 
-def test_heads_by_size_and_rows(cpu):
+@pytest.mark.parametrize("order", [WeightOrder.PLAIN, WeightOrder.PACKED])
+def test_heads_by_size_and_rows(cpu, order):
+    if order is WeightOrder.PACKED and not can_pack(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this CPU has no bf16 instructions")
     effort, ticks = replace(QUICK, heads=((64, 256), (64, 128))), []
-    small, large = measure_heads(cpu, "float32", Curve(effort), lambda: ticks.append(1))
-    assert (small.weight_bytes, large.weight_bytes) == (64 * 128 * 4, 64 * 256 * 4)
+    dtype = "bfloat16" if order is WeightOrder.PACKED else "float32"
+    curve = Curve(effort)
+    small, large = measure_heads(cpu, dtype, order, curve, lambda: ticks.append(1))
+    assert (small.weights, large.weights) == (order, order)
+    itemsize = getattr(torch, dtype).itemsize
+    assert (small.weight_bytes, large.weight_bytes) == (64 * 128 * itemsize, 64 * 256 * itemsize)
     assert [t.tokens for t in small.times] == list(QUICK.head_rows) and len(ticks) == 4
     assert small.times[0].layer_s.value <= large.times[1].layer_s.value
 

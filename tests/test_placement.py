@@ -1,6 +1,7 @@
 """Law 6, planned: a placement keeps its limit, covers each layer once, names what would do."""
 
 import re
+from dataclasses import replace
 
 import pytest
 from hypothesis import assume, given
@@ -22,6 +23,7 @@ def demands(draw):
         base_bytes=draw(st.integers(0, 500 * MIB)),
         kv_bytes=draw(st.integers(0, 500 * MIB)),
         workspace_bytes=draw(st.integers(0, 300 * MIB)),
+        packed_head_bytes=draw(st.sampled_from([0, MIB, 500 * MIB])),
     )
 
 
@@ -34,6 +36,19 @@ def try_place(demand, limit, **options):
         return place(demand, limit, **options)
     except (PlanError, ConfigError):
         return None
+
+
+@given(demand=demands(), limit=limits)
+def test_a_reordered_head_takes_what_all_layers_leave_and_costs_none(demand, limit):
+    placement = try_place(demand, limit)
+    plain = try_place(replace(demand, packed_head_bytes=0), limit)
+    assume(placement is not None)
+    assert (placement.resident, placement.slots) == (plain.resident, plain.slots)
+    fits = plain.device_bytes + demand.packed_head_bytes <= limit and not plain.streamed
+    assert placement.packs_head == (fits and demand.packed_head_bytes > 0)
+    more = demand.packed_head_bytes * placement.packs_head
+    assert placement.device_bytes == plain.device_bytes + more
+    assert placement.base_bytes == demand.base_bytes + more
 
 
 @given(demand=demands(), limit=limits, slots=counts)

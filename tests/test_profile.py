@@ -569,6 +569,19 @@ def test_a_head_has_times_of_its_own_or_those_of_a_layer_of_its_size():
         head_s(made, head, 1, processor=Processor.CUDA)
 
 
+def test_a_head_is_timed_in_the_order_its_weights_lie():
+    def heads(weights, layer_s):
+        times = (LayerTime(tokens=1, layer_s=measured(layer_s)),)
+        return HeadCurve(processor=Processor.CPU, weights=weights, weight_bytes=300, times=times)
+
+    head = LayerWork(weight_bytes=300, flops_per_token=300)
+    both = (heads(WeightOrder.PLAIN, 7.0), heads(WeightOrder.PACKED, 5.0))
+    made = profile(layers=(curve(1, {1: 1.0}),), heads=both)
+    for order, seconds in ((WeightOrder.PLAIN, 7.0), (WeightOrder.PACKED, 5.0)):
+        found = head_s(made, head, 1, processor=Processor.CPU, weights=order)
+        assert found.value == pytest.approx(seconds)
+
+
 def test_reads_slow_a_layer_by_what_was_measured_for_its_size_and_never_speed_it_up():
     assert disk_slowdown(profile(), 10**6) == 1.0
     made = profile(

@@ -26,6 +26,7 @@ from offload_rt.device.base import CopyBlock
 from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.model import weight_files as files_module
+from offload_rt.model.formats.packed import PackedLinear, can_pack
 
 MANY = 10
 
@@ -197,6 +198,20 @@ def test_the_ledger_is_the_plan(model):
             "KV cache": placement.demand.kv_bytes,
         }
         assert engine.memory().device_peak_bytes <= placement.device_bytes <= limit
+
+
+def test_a_head_is_reordered_where_all_layers_leave_memory_for_it(model, resident_logits):
+    if not can_pack(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this CPU has no bf16 instructions")
+    with engine_for(model) as engine:
+        placement, ledger = engine.placement, engine.device.ledger()
+        head = engine.network._model.get_output_embeddings()
+    assert isinstance(head, PackedLinear) and placement.packs_head
+    assert ledger["embedding and head"] == placement.base_bytes > placement.demand.base_bytes
+    with engine_for(model, device_limit_bytes=placement.device_bytes - 1) as engine:
+        assert not engine.placement.streamed and not engine.placement.packs_head
+        assert type(engine.network._model.get_output_embeddings()) is torch.nn.Linear
+        assert torch.equal(all_logits(engine), resident_logits)
 
 
 def test_a_home_in_host_memory_is_not_counted_as_the_devices(make_tiny):

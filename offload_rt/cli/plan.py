@@ -242,7 +242,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
         "resident_bytes": placement.resident_bytes,
-        "base_bytes": placement.demand.base_bytes,
+        "base_bytes": placement.base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
         "kv_bytes": placement.demand.kv_bytes,
         "workspace_bytes": placement.demand.workspace_bytes,
@@ -281,11 +281,17 @@ def _kv_home(kv: KVPlan | None) -> str:
     return f", {size} of it in {'host memory' if kv.host_bytes else 'a file'}"
 
 
+def _head_order(placement: Placement) -> str:
+    if not placement.packs_head:
+        return ""
+    return f"{format_size(placement.demand.packed_head_bytes)} of it the head reordered"
+
+
 def _as_table(outlook: _Outlook) -> str:
     placement, checkpoint = outlook.placement, outlook.checkpoint
     demand = placement.demand
     rows = [
-        ("embedding, head", demand.base_bytes, ""),
+        ("embedding, head", placement.base_bytes, _head_order(placement)),
         _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
         ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
         ("workspace", demand.workspace_bytes, "at most"),

@@ -6,6 +6,7 @@ No torch here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from math import prod
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
@@ -69,6 +70,11 @@ def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
     """A rounded output head; 0 where it stays as it is."""
     shape = (checkpoint.head or checkpoint.embedding).shape
     return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
+
+
+def packed_head_bytes(checkpoint: Checkpoint, number_bytes: int) -> int:
+    """A reordered copy of the output head (`formats/packed.py`)."""
+    return prod((checkpoint.head or checkpoint.embedding).shape) * number_bytes
 
 
 def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: DeviceKind) -> int:

@@ -23,7 +23,7 @@ from offload_rt.costs.sizes import (
 )
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.profiling.profile import LayerWork, WeightOrder
+from offload_rt.profiling.profile import LayerWork
 
 _EXPERT_MATRICES = 3  # gate, up and down
 
@@ -113,6 +113,7 @@ class Residence:
         slots: device buffers they share, on each device.
         from_files: they come as they are stored, else as they compute.
         weights: all are kept rounded so.
+        packs_head: the output head is kept reordered.
         kv: rows that come from their home; None: all are on the device.
         device: that has each layer; empty: the first has them all.
     """
@@ -121,6 +122,7 @@ class Residence:
     slots: int = 0
     from_files: bool = False
     weights: DraftWeights = DraftWeights.SAME
+    packs_head: bool = False
     kv: StreamedKV | None = None
     device: tuple[int, ...] = ()
 
@@ -152,7 +154,7 @@ class PlacedModel:
         """
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
-        head, order = parts.head, WeightOrder.PLAIN
+        head, order = parts.head, self.speeds.order(resident=where.packs_head)
         if where.weights in parts.rounds:
             head, order = self.speeds.draft_work(head, where.weights)
         return PassLoad(

@@ -405,6 +405,7 @@ class Engine:
                 own.slots * own.slot_bytes + own.demand.kv_bytes + own.demand.workspace_bytes
                 for own in placement.of_devices
             ],
+            packs_head=placement.packs_head,
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(

@@ -31,7 +31,12 @@ from offload_rt.model.attention_function import (
     Segment,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.formats.packed import computes_the_same, pack_linears, replace_linears
+from offload_rt.model.formats.packed import (
+    computes_the_same,
+    pack_linears,
+    packed_exactly,
+    replace_linears,
+)
 from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
 from offload_rt.model.layout import Placement, compute_dtype
@@ -179,6 +184,24 @@ class Network:
             self._model.set_output_embeddings(made)  # type: ignore[operator]
             head._parameters.clear()
 
+    def pack_head(self) -> bool:
+        """Use a reordered copy of the output head if that gives the same numbers; after `attach`.
+
+        The plain one stays: it is the embedding, or lies in the image of `base` with that.
+
+        Returns:
+            whether there is one now.
+        """
+        head, _ = _ends(self._model)
+        if type(head) is not torch.nn.Linear or head.weight.dtype is not torch.bfloat16:
+            return False
+        made = packed_exactly(head)
+        if made is None:
+            return False
+        self._model.set_output_embeddings(made)  # type: ignore[operator]
+        head._parameters.clear()
+        return True
+
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
         pairs = _bind(self._holes[index], image)
@@ -258,7 +281,8 @@ class Network:
     def head_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """The output head alone: [..., E] after the final norm to [..., V], before any scaling."""
         head = _ends(self._model)[0]
-        return torch.nn.functional.linear(hidden, head.weight, head.bias)
+        logits: torch.Tensor = type(head).forward(head, hidden)  # without what watches passes
+        return logits
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits of rows that `hidden` gave, scaled or squashed as the family does: [R, V].

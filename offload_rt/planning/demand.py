@@ -10,11 +10,14 @@ from offload_rt.costs.sizes import (
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
+    packed_head_bytes,
     staging_bytes,
     workspace_bytes,
 )
 from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.placement import Demand
 from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory
@@ -51,6 +54,8 @@ def demand_of(
     )
     draft = draft_memory(drafting, run)
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
+    name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
+    packs = device.packs and name == "bfloat16" and processor()[1]  # as `can_pack` says with torch
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     return Demand(
         layer_bytes=tuple(layers),
@@ -67,6 +72,7 @@ def demand_of(
         + _slack_bytes(draft.copied_bytes, device)
         + experts,
         drafter_bytes=draft.kept_bytes,
+        packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
         beside_bytes=draft.beside_bytes,
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)

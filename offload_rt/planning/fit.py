@@ -98,6 +98,8 @@ def place_run(
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
         raise
+    if placement.device_bytes > free.device_bytes:  # a reordered head is for memory to spare
+        placement = replace(placement, demand=replace(placement.demand, packed_head_bytes=0))
     _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
@@ -166,6 +168,7 @@ class PlacedRun:
                 streamed=placement.streamed,
                 slots=placement.slots,
                 from_files=placement.home is HomeKind.DISK,
+                packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
             ),

@@ -28,6 +28,8 @@ class Demand:
         kv_bytes: KV caches of all sequences.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
+        packed_head_bytes: a reordered copy of the output head, where the device has kernels for it;
+            else 0.
         kv: how the caches are kept outside the device; None keeps them there.
         kv_passes: `kv_bytes` are those of one layer, which the next one takes over.
         beside_bytes: of `drafter_bytes`, what lies beside each layer; empty: nothing does.
@@ -39,6 +41,7 @@ class Demand:
     kv_bytes: int
     workspace_bytes: int
     drafter_bytes: int = 0
+    packed_head_bytes: int = 0
     kv: KVPlan | None = None
     kv_passes: bool = False
     beside_bytes: tuple[int, ...] = ()
@@ -134,11 +137,27 @@ class Placement:
         return sum(self.demand.layer_bytes[i] for i in self.resident)
 
     @property
+    def packs_head(self) -> bool:
+        """Whether the output head is kept reordered, too: one device has all layers, and it fits."""
+        nbytes = self.demand.packed_head_bytes
+        left = self.device_limit_bytes - self._plain_bytes
+        return 0 < nbytes <= left and not self.streamed and not self.shares
+
+    @property
+    def base_bytes(self) -> int:
+        """What is in no layer, with a reordered output head if there is one."""
+        return self.demand.base_bytes + self.packs_head * self.demand.packed_head_bytes
+
+    @property
+    def _plain_bytes(self) -> int:
+        return self.demand.fixed_bytes + self.resident_bytes + self.slots * self.slot_bytes
+
+    @property
     def device_bytes(self) -> int:
         """Device memory the run takes, at most."""
         if self.shares:
             return sum(share.device_bytes for share in self.shares)
-        return self.demand.fixed_bytes + self.resident_bytes + self.slots * self.slot_bytes
+        return self._plain_bytes + self.packs_head * self.demand.packed_head_bytes
 
 
 def place(

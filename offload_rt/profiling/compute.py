@@ -157,9 +157,9 @@ def measure_layers(
 
 @torch.inference_mode()
 def measure_heads(
-    device: Device, dtype_name: str, curve: Curve, tick: Tick
+    device: Device, dtype_name: str, weights: WeightOrder, curve: Curve, tick: Tick
 ) -> tuple[HeadCurve, ...]:
-    """Time output heads by rows; weights lie on the device."""
+    """Time output heads by rows; weights lie on the device, plain or packed."""
     curve = replace(curve, by_bytes=True)
     effort = curve.effort
     dtype: torch.dtype = getattr(torch, dtype_name)
@@ -169,10 +169,11 @@ def measure_heads(
         head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
-        copies = _copies(head, nbytes, effort)
-        if widens(dtype, device.torch_device):
-            for one in copies:
-                widen_linears(torch.nn.ModuleList([one]))
+        copies = torch.nn.ModuleList(_copies(head, nbytes, effort))
+        if weights is WeightOrder.PACKED:
+            pack_linears(copies)
+        elif widens(dtype, device.torch_device):
+            widen_linears(copies)
         taken |= curve.take(
             {
                 (nbytes, rows): timed(
@@ -189,6 +190,7 @@ def measure_heads(
     return tuple(
         HeadCurve(
             processor=device.kind.processor,
+            weights=weights,
             weight_bytes=nbytes,
             times=_times(numbers, nbytes, effort.head_rows),
         )

@@ -247,11 +247,13 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, layers with {order} weights"
         yield Part(label, len(shapes) * len(counts), run)
-    yield Part(
-        f"{device.name}, output heads",
-        len(effort.heads) * len(effort.head_rows),
-        lambda tick: measure_heads(device, dtype, curve, tick),
-    )
+    for order in [WeightOrder.PLAIN, WeightOrder.PACKED][: 1 + packs]:
+
+        def run_heads(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
+            return measure_heads(device, dtype, order, curve, tick)
+
+        label = f"{device.name}, output heads with {order} weights"
+        yield Part(label, len(effort.heads) * len(effort.head_rows), run_heads)
     yield Part(
         f"{device.name}, attention",
         len(effort.query_tokens),

@@ -234,6 +234,7 @@ class HeadCurve:
     """An output head's time by rows, weights where they compute: one matrix, wide and shallow."""
 
     processor: Processor
+    weights: WeightOrder = WeightOrder.PLAIN
     weight_bytes: int = _up_to(_BYTES)
     times: tuple[LayerTime, ...]
 

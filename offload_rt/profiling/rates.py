@@ -130,13 +130,14 @@ def head_s(
 ) -> Number:
     """Time of an output head for some rows; straight lines between measured sizes and counts.
 
-    One that is rounded, or in a profile without heads, takes as long as a layer of its size.
+    One whose weights lie as none in the profile does takes as long as a layer of its size.
 
     Raises:
         ProfileError: the profile has no layer either.
     """
-    curves = {c.weight_bytes: c for c in profile.heads if c.processor is processor}
-    if not curves or weights is not WeightOrder.PLAIN:
+    mine = [c for c in profile.heads if c.processor is processor and c.weights is weights]
+    curves = {c.weight_bytes: c for c in mine}
+    if not curves:
         return layer_s(profile, work, rows, processor=processor, weights=weights)
     return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.config import DraftWeights, HomeKind
-from offload_rt.costs.sizes import draft_base_bytes, head_bytes
+from offload_rt.costs.sizes import draft_base_bytes, head_bytes, packed_head_bytes
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.several import Stripes
@@ -38,12 +38,14 @@ class Streaming:
         slots: buffers of the ring of each device, at most.
         home: where they are copied from.
         spare_bytes: memory of each device that is free until all weights are there.
+        packs_head: there is memory for a reordered copy of the output head.
     """
 
     layers: Sequence[int]
     slots: int
     home: HomeKind
     spare_bytes: Sequence[int]
+    packs_head: bool = False
 
 
 def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
@@ -97,6 +99,11 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         device.load.record().synchronize()
     crossing = stripes if len(stripes.devices) > 1 else None
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing)
+    if streaming.packs_head and can_pack(network.dtype, first.torch_device):
+        with torch.inference_mode():
+            packed = network.pack_head()
+        if packed:
+            first.enter(packed_head_bytes(checkpoint, network.dtype.itemsize), BASE)
     return Runner(checkpoint, network, first, rings=rings, streamed_bytes=streamed_bytes)
 
 

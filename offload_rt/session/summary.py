@@ -119,7 +119,7 @@ def summary_of(engine: "Engine") -> PlanSummary:
         slots=placement.slots,
         slot_bytes=placement.slot_bytes,
         resident_bytes=placement.resident_bytes,
-        base_bytes=demand.base_bytes,
+        base_bytes=placement.base_bytes,
         bytes_per_pass=engine.bytes_per_pass,
         kv=str(demand.kv.place) if demand.kv else "device",
         kv_bytes=demand.kv_bytes,
