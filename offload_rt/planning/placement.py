@@ -138,7 +138,7 @@ class Placement:
 
     @property
     def packs_head(self) -> bool:
-        """Whether the output head is kept reordered, too: one device has all layers, and it fits."""
+        """Whether the output head is kept reordered, too: one device has all layers and room."""
         nbytes = self.demand.packed_head_bytes
         left = self.device_limit_bytes - self._plain_bytes
         return 0 < nbytes <= left and not self.streamed and not self.shares

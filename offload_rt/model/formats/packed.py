@@ -2,8 +2,8 @@
 
 oneDNN reorders a plain weight on every call. With the order kept, a pass of 1 to 16 tokens runs 2
 to 4 times as fast here. It is for weights that stay: a streamed layer would be reordered in each
-pass. They lie in large pages, which are read faster (docs/RESULTS.md, "Large pages and a reordered
-output head").
+pass. They lie in large pages, which are read faster
+(docs/RESULTS.md, "Large pages and a reordered output head").
 
 On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
