@@ -1,97 +1,85 @@
-"""The CUDA device over CPU memory: what it copies gives the same logits bit for bit."""
+"""The CUDA device over CPU memory: what it copies gives the same bits, and the same answers."""
+
+import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from engines import all_logits, engine_for
+from engines import PROMPT, all_logits, engine_for, generate
+from medusa_heads import write_shared
+from value_double import open_as, open_double
 
-from offload_rt.config import HomeKind
+from offload_rt.config import (
+    DraftConfig,
+    DraftWeights,
+    HomeKind,
+    KVPlace,
+    RetrievalConfig,
+)
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams as streams_module
-from offload_rt.device.cuda.device import CudaDevice
+from offload_rt.device.cuda.streams import CudaComputeStream
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CUDA, Packing
-from offload_rt.engine import engine as engine_module
+from offload_rt.device.kinds import Packing
+from offload_rt.errors import NumbersError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.rounded import Int4Linear
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.streaming import memory_home as home_module
+from offload_rt.streaming.memory_home import MemoryHome
+
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
+TOKENS = 24
+PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
+STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2}
+KV_HOST = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
+TRIFORCE = DraftConfig(
+    draft="triforce",
+    draft_tokens=4,
+    retrieval=RetrievalConfig(
+        budget_tokens=32, chunk_tokens=4, rebuild_tokens=4, retrieval_weights=DraftWeights.SAME
+    ),
+)
+CASES = {
+    "pinned": {},
+    "staged": {"driver": {"pin": False}},
+    "disk": {"home": HomeKind.DISK},
+    "one slot": {"slots": 1, "resident_layers": 0},
+    "batch": {"many": True},
+    "n-grams": {"draft": "ngram", "draft_tokens": 8},
+    "tree of a model": {"draft": "model", "draft_tokens": 16},
+    "Medusa": {"draft": "medusa", "draft_tokens": 9},
+    "KV": KV_HOST,
+    "KV staged": KV_HOST | {"driver": {"pin": False}},
+    "KV, batch": KV_HOST | {"many": True},
+    "KV, n-grams": KV_HOST | {"draft": "ngram", "draft_tokens": 8},
+    "KV, tree of a model": KV_HOST | {"draft": "model", "draft_tokens": 16},
+    "KV of resident layers": KV_HOST | {"resident_layers": 4, "slots": None, "home": HomeKind.AUTO},
+    "TriForce": {"draft": TRIFORCE},
+    "KV, TriForce": KV_HOST | {"draft": TRIFORCE},
+    "KV, TriForce, batch": KV_HOST | {"draft": TRIFORCE, "many": True},
+}
 
 
-class Eager:
-    """A driver whose streams do everything at once, an event and a stream of it included."""
-
-    def __init__(self, *, pin=True, allocates_pinned=False):
-        self.pin, self.allocates_pinned = pin, allocates_pinned
-
-    def missing(self, index):
-        return None
-
-    def open(self, device):
-        return self, self
-
-    def allocate(self, nbytes, device):
-        return torch.full((nbytes,), 255, dtype=torch.uint8)  # NaN, if it were read
-
-    def memory(self, device):
-        return 2**30, 2**30
-
-    def register(self, address, nbytes):
-        return None if self.pin else "refused by the test"
-
-    def unregister(self, address):
-        pass
-
-    def allocate_pinned(self, nbytes):
-        return allocate_host(nbytes).tensor if self.allocates_pinned else None  # whole pages
-
-    def upload(self, source, device):
-        return source.clone()
-
-    def record(self):
-        return self
-
-    def wait(self, event):
-        pass
-
-    def copy(self, dst, src):
-        dst.copy_(src)
-
-    def synchronize(self):
-        pass
-
-    def done(self):
-        return True
-
-    def seconds_until(self, later):
-        return 0.0
-
-
-@pytest.fixture
-def open_as(monkeypatch):
-    """Let the engine open this device, computing on the CPU, with layers laid out for a GPU."""
-
-    def use(device):
-        device.torch_device = torch.device("cpu")
-        device.kind = CUDA  # of the CPU's, too: images that lie alike are computed alike
-        monkeypatch.setattr(engine_module, "open_device", lambda _: device)
-
-    return use
+# --- the same bits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("home", "driver", "dtype"),
     [
-        (HomeKind.HOST, Eager(), "bfloat16"),
-        (HomeKind.HOST, Eager(pin=False), "float32"),
-        (HomeKind.HOST, Eager(pin=False, allocates_pinned=True), "float32"),
-        (HomeKind.DISK, Eager(), "bfloat16"),
+        (HomeKind.HOST, {}, "bfloat16"),
+        (HomeKind.HOST, {"pin": False}, "float32"),
+        (HomeKind.HOST, {"pin": False, "allocates_pinned": True}, "float32"),
+        (HomeKind.DISK, {}, "bfloat16"),
     ],
 )
-def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, driver, dtype):
-    open_as(CpuDevice())
+def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
+    open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
     with engine_for(tiny_model, dtype=dtype, resident_layers=4) as engine:
         resident = all_logits(engine)
     for module in (files_module, home_module):  # many pieces per tensor
@@ -99,7 +87,7 @@ def test_same_logits_as_resident(tiny_model, open_as, monkeypatch, home, driver,
     monkeypatch.setattr(pinned_module, "STAGING_BYTES", 20_000 + 2 * 4096)
     monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
     monkeypatch.setattr(pinned_module, "UPLOAD_BYTES", 8 * 5)  # in parts, too
-    open_as(CudaDevice(0, driver=driver))
+    open_double(monkeypatch, **driver)
     with engine_for(tiny_model, dtype=dtype, slots=2, resident_layers=1, home=home) as engine:
         assert torch.equal(all_logits(engine), resident)
 
@@ -125,3 +113,104 @@ def test_pieces_and_blocks_make_the_same_image(make_tiny, monkeypatch, stored, d
     assert torch.equal(by_blocks.tensor, by_pieces.tensor)
     assert sum(p.nbytes for p in source.pieces()) == source.nbytes
     files.close()
+
+
+def test_rows_that_cannot_be_pinned_are_read_after_they_were_written(monkeypatch):
+    """The host reads them, whatever streams wait for."""
+    device = open_double(monkeypatch, pin=False)
+    stream, home = device.new_copy_stream(), MemoryHome(allocate_host(3000))
+    rows, back = device.allocate(3000, "rows"), device.allocate(3000, "back")
+    rows.tensor.copy_(torch.arange(3000))
+    stream.store(home, rows.tensor)
+    stream.copy(back, home)
+    device.compute.wait(stream.record())
+    assert torch.equal(back.tensor, rows.tensor)
+    stream.close()
+    device.close()
+
+
+# --- the same answers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(make_tiny):
+    return make_tiny(**IDS)
+
+
+@pytest.fixture(scope="module")
+def folders(make_tiny, tmp_path_factory):
+    heads = write_shared(tmp_path_factory.mktemp("heads"))
+    return {"model": f"model:{make_tiny(num_hidden_layers=2, **IDS)}", "medusa": f"medusa:{heads}"}
+
+
+@pytest.fixture(scope="module")
+def plain(llama):
+    """Answers of the CPU's own device, drafted by nobody."""
+    answers = {}
+    for many, prompts in PROMPTS.items():
+        with engine_for(llama, prompts=prompts, tokens=TOKENS) as engine:
+            answers[many] = generate(engine, prompts, tokens=TOKENS)
+    return answers
+
+
+@pytest.fixture
+def answers(llama, folders, monkeypatch):
+    """Run a case on the double; gives the answers."""
+
+    def run(*, draft=None, draft_tokens=None, many=False, driver=None, **config):
+        if isinstance(draft, str):
+            draft = DraftConfig(draft=folders.get(draft, draft), draft_tokens=draft_tokens)
+        options = STREAMED | config | ({} if draft is None else {"draft": draft})
+        open_double(monkeypatch, **(driver or {}))
+        with engine_for(llama, prompts=PROMPTS[many], tokens=TOKENS, **options) as engine:
+            return generate(engine, PROMPTS[many], tokens=TOKENS)
+
+    return run
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_same_answers_as_the_cpu(answers, plain, case):
+    assert answers(**CASES[case]) == plain[CASES[case].get("many", False)]
+
+
+@pytest.mark.parametrize("place", [{}, KV_HOST])
+def test_rounded_copies_draft_the_same(make_tiny, monkeypatch, place):
+    folder = make_tiny(dtype="bfloat16", vocab_size=320, **IDS)
+    rounded = replace(TRIFORCE.retrieval, retrieval_weights=DraftWeights.INT4)
+    config = STREAMED | place | {"draft": replace(TRIFORCE, retrieval=rounded)}
+    found = []
+    for open_it in (lambda: open_as(monkeypatch, CpuDevice()), lambda: open_double(monkeypatch)):
+        open_it()
+        with engine_for(folder, prompts=[LONG], tokens=TOKENS, **config) as engine:
+            assert Int4Linear in {type(m) for m in engine._rounded_copy.network._model.modules()}
+            found.append(generate(engine, [LONG], tokens=TOKENS))
+    assert found[0] == found[1]
+
+
+WAITS = [
+    ("Ring._used", "pinned"),
+    ("Ring._used", "staged"),
+    ("Ring._used", "disk"),
+    ("Ring._used", "Medusa"),
+    ("Ring._used", "KV of resident layers"),
+    ("KVSpace.claim", "KV of resident layers"),
+    ("KVSpace.claim", "KV, batch"),
+]
+
+
+@pytest.mark.parametrize(("caller", "case"), WAITS)
+def test_without_a_wait_of_kernels_answers_differ(answers, plain, monkeypatch, caller, case):
+    wait, left_out = CudaComputeStream.wait, []
+
+    def most(self, event):
+        if sys._getframe(1).f_code.co_qualname == caller:
+            left_out.append(event)
+        else:
+            wait(self, event)
+
+    monkeypatch.setattr(CudaComputeStream, "wait", most)
+    try:
+        found = answers(**CASES[case])
+    except NumbersError:  # poison: numbers that are none
+        found = None
+    assert left_out and found != plain[CASES[case].get("many", False)]

@@ -160,10 +160,16 @@ class CudaCopyStream:
         self._queue.act(src.check)
 
     def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
-        """Copy device memory into the host memory of a home, in its turn in the driver's queue."""
+        """Copy device memory into the host memory of a home, in its turn in the driver's queue.
+
+        What cannot be pinned is read by the host, whatever a stream waits for, so the host waits:
+        the driver makes it wait for such a copy anyway.
+        """
         image = dst.image
         assert image is not None  # the planner keeps no file home for a GPU
         self._queue.act(partial(self._copy_pinned, image.tensor, src))
+        if not self._pinned.holds(image.tensor):
+            self.record().synchronize()
 
     def record(self) -> CudaEvent:
         """Return an event behind all copies asked for so far."""

@@ -1,0 +1,135 @@
+"""A GPU over CPU tensors: the real CUDA device and streams, with values, copies as late as may be.
+
+Kernels run when they are called. A copy runs only when an event behind it is waited for, by the
+compute stream, by a copy that runs, or by the host: so work that lacks a wait reads what was there
+before, and device memory nobody wrote is poison. What it cannot see is a copy that comes too early
+(`drained`), as no kernel is late: `fake_cuda.py` sees that, without values.
+"""
+
+from dataclasses import dataclass, field
+from threading import RLock
+
+import torch
+
+from offload_rt.device import kinds
+from offload_rt.device.cuda.device import CudaDevice
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import CUDA, Processor
+from offload_rt.engine import engine as engine_module
+
+POISON = 0x7F  # as bf16 and fp32: 3.4e38, which no sum survives
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class LateEvent:
+    """A point in a stream: what was enqueued before it."""
+
+    stream: "LateStream"
+    at: int
+
+    def synchronize(self):
+        self.stream.run(self.at)
+
+    def done(self):
+        return self.stream.finished >= self.at
+
+    def seconds_until(self, later):
+        return 1e-6
+
+
+@dataclass(eq=False)
+class LateStream:
+    """A queue that runs when it is waited for; that of kernels has run always."""
+
+    lock: RLock
+    late: bool
+    queue: list = field(default_factory=list)
+    finished: int = 0
+
+    def record(self):
+        with self.lock:
+            return LateEvent(self, self.finished + len(self.queue))
+
+    def wait(self, event):
+        self._enqueue(event.synchronize)
+
+    def copy(self, dst, src):
+        assert (dst.dtype, dst.shape) == (src.dtype, src.shape)
+        self._enqueue(lambda: dst.copy_(src))
+
+    def synchronize(self):
+        self.record().synchronize()
+
+    def run(self, at):
+        with self.lock:
+            while self.finished < at:
+                self.queue.pop(0)()
+                self.finished += 1
+
+    def _enqueue(self, action):
+        with self.lock:
+            self.queue.append(action)
+            if not self.late:
+                self.synchronize()
+
+
+class LateDriver:
+    """The driver of `device/cuda` over CPU memory.
+
+    Args:
+        pin: whether host memory may be registered.
+        allocates_pinned: whether it has pinned memory of its own.
+    """
+
+    def __init__(self, *, pin=True, allocates_pinned=False):
+        self.pin, self.allocates_pinned = pin, allocates_pinned
+        self.lock = RLock()
+
+    def missing(self, index):
+        return None
+
+    def open(self, device):
+        return LateStream(self.lock, late=False), self.stream(device)
+
+    def stream(self, device):
+        return LateStream(self.lock, late=True)
+
+    def allocate(self, nbytes, device):
+        return torch.full((nbytes,), POISON, dtype=torch.uint8)
+
+    def memory(self, device):
+        return 8 * GIB, 8 * GIB
+
+    def peak_bytes(self, device):
+        return 0
+
+    def register(self, address, nbytes):
+        return None if self.pin else "refused by the test"
+
+    def unregister(self, address):
+        pass
+
+    def allocate_pinned(self, nbytes):
+        return allocate_host(nbytes).tensor if self.allocates_pinned else None  # whole pages
+
+    def upload(self, source, device):
+        return source.clone()
+
+    def download(self, values):
+        return values.tolist()
+
+
+def open_double(monkeypatch, **options):
+    """Let the engine open the double, and CPU tensors be taken for a GPU's where code asks."""
+    device = CudaDevice(0, driver=LateDriver(**options))
+    open_as(monkeypatch, device)
+    return device
+
+
+def open_as(monkeypatch, device):
+    """Let the engine open this device over CPU tensors, with all that a GPU's kind decides."""
+    device.torch_device = torch.device("cpu")
+    device.kind = CUDA
+    monkeypatch.setitem(kinds.KINDS, Processor.CPU, CUDA)
+    monkeypatch.setattr(engine_module, "open_device", lambda _: device)
