@@ -6,13 +6,13 @@ one or two tokens (`followers`). Both propose candidates with an estimate of the
 most probable paths are the draft, a tree.
 """
 
-import heapq
 from collections.abc import Iterator, Sequence
+from heapq import heappop, heappush
 from itertools import islice
 
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.base import Draft, Verdict, common_prefix
-from offload_rt.speculative.ngram.followers import Followers, Likely
+from offload_rt.speculative.ngram.followers import CONTEXT, Followers, Likely
 from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST
 
 QUOTES = 3  # at most, of the tokens that followed the same suffix before
@@ -64,11 +64,32 @@ class SuffixIndex:
         Returns:
             How many tokens of the suffix were the same, and the continuation.
         """
-        for size in range(min(LONGEST, len(suffix)), self._shortest - 1, -1):
-            ends = self._ends.get(tuple(suffix[-size:]), ())
-            for end in islice(reversed(ends), _LOOKED_AT):
-                if following := self._ids[end : end + count]:
-                    yield self._same(end, suffix, size), following
+        for size, end in self._found(suffix):
+            yield self._same(end, suffix, size), self._ids[end : end + count]
+
+    def next_tokens(self, suffix: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
+        """The same with single tokens, none twice, and at most `most` of them."""
+        seen: list[int] = []
+        for size, end in self._found(suffix):
+            token = self._ids[end]
+            if token not in seen:
+                seen.append(token)
+                yield self._same(end, suffix, size), token
+                if len(seen) == most:
+                    return
+
+    def _found(self, suffix: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """How many tokens were looked up, and where they ended, if something follows."""
+        places: list[list[int]] = []
+        for size in range(self._shortest, min(LONGEST, len(suffix)) + 1):
+            ends = self._ends.get(tuple(suffix[-size:]))
+            if ends is None:
+                break  # nor is a longer one there
+            places.append(ends)
+        for size in range(self._shortest + len(places) - 1, self._shortest - 1, -1):
+            for end in places[size - self._shortest][: -_LOOKED_AT - 1 : -1]:
+                if end < len(self._ids):
+                    yield size, end
 
     def forget(self) -> None:
         """Empty the index."""
@@ -105,25 +126,28 @@ class NgramDrafter:
         """Propose the most probable paths; of a smaller number of nodes, the first of them."""
         self._index.read(ids)
         nodes = self._draft_tokens if max_nodes is None else min(max_nodes, self._draft_tokens)
-        tail = list(ids[1 - len(_QUOTE) :])
         tokens: list[int] = []
         parents: list[int] = []
-        paths: dict[int, list[int]] = {ROOT: []}
+        depths = [0]
+        texts = [
+            tuple(ids[1 - len(_QUOTE) :])
+        ]  # the last tokens of the root's and each node's path
         heap: list[tuple[float, int, int, int]] = []  # -probability, order, parent, token
 
         def offer(node: int, prob: float) -> None:
-            if len(paths[node]) < max_depth:
-                for token, share in self._candidates([*tail, *paths[node]]).items():
-                    heapq.heappush(heap, (-prob * share, len(tokens), node, token))
+            if depths[node + 1] < max_depth:
+                for token, share in self._candidates(texts[node + 1]).items():
+                    if prob * share >= _LEAST:
+                        heappush(heap, (-prob * share, len(tokens), node, token))
 
         offer(ROOT, 1.0)
-        while heap and len(tokens) < nodes and heap[0][0] <= -_LEAST:
-            negative, _, parent, token = heapq.heappop(heap)
-            node = len(tokens)
+        while heap and len(tokens) < nodes:
+            negative, _, parent, token = heappop(heap)
             tokens.append(token)
             parents.append(parent)
-            paths[node] = [*paths[parent], token]
-            offer(node, -negative)
+            depths.append(depths[parent + 1] + 1)
+            texts.append((*texts[parent + 1], token)[1 - len(_QUOTE) :])
+            offer(len(tokens) - 1, -negative)
         if self._explores:
             unseen = (t for t in self._followers.unknown() if t not in tokens)
             tokens += islice(unseen, nodes - len(tokens))
@@ -132,11 +156,11 @@ class NgramDrafter:
 
     def learn(self, ids: Sequence[int], tree: TokenTree, likely: Likely) -> None:
         """Keep the likeliest tokens after each row."""
-        tail = list(ids[1 - len(_QUOTE) :])
-        rows = zip(range(ROOT, len(tree)), likely.tokens, likely.probs, strict=True)
-        for node, tokens, probs in rows:
-            path = [tree.tokens[n] for n in tree.path(node)]
-            self._followers.learn([*tail, *path], tokens, probs)
+        contexts = [tuple(ids[-CONTEXT:])]
+        for token, parent in zip(tree.tokens, tree.parents, strict=True):
+            contexts.append((*contexts[parent + 1], token)[-CONTEXT:])
+        for context, tokens, probs in zip(contexts, likely.tokens, likely.probs, strict=True):
+            self._followers.learn(context, tokens, probs)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing to learn: the tokens themselves come with the next call."""
@@ -149,22 +173,15 @@ class NgramDrafter:
     def _candidates(self, text: Sequence[int]) -> dict[int, float]:
         """What may follow a text, and about how probable it is."""
         order, tokens, probs = self._followers.after(text)
-        found = {t: _FOLLOWER[order] * p for t, p in zip(tokens, probs, strict=True)}
+        share = _FOLLOWER.get(order, 0.0)
+        found = {t: share * p for t, p in zip(tokens, probs, strict=True)}
         share = 1.0
-        for size, token in self._quoted(text):
-            found[token] = max(found.get(token, 0.0), share * _QUOTE[min(size, len(_QUOTE) - 1)])
+        for size, token in self._index.next_tokens(text, QUOTES):
+            quoted = share * _QUOTE[min(size, len(_QUOTE) - 1)]
+            if quoted > found.get(token, 0.0):
+                found[token] = quoted
             share = _OTHER_QUOTE
         return found
-
-    def _quoted(self, text: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """The same tokens' length and what followed them, longest first, no token twice."""
-        seen: set[int] = set()
-        for size, (token, *_) in self._index.after(text, 1):
-            if token not in seen:
-                seen.add(token)
-                yield size, token
-            if len(seen) == QUOTES:
-                return
 
 
 class SelectiveNgramDrafter:

@@ -18,6 +18,7 @@ from offload_rt.sampling import NO_TOKEN
 
 RANKS = 8  # tokens kept of a row
 ORDERS = (1, 2)  # numbers of last tokens a row is found by
+CONTEXT = max(ORDERS)  # last tokens that are looked at
 _LATE, _LIKELIEST = 200, 4  # contexts and tokens of each that are looked at for unknown ones
 _UNITS = 2**20  # parts of a probability, which so comes with the ids in one download
 
@@ -84,12 +85,14 @@ class Followers:
         if not tokens:
             return
         found = array("q", tokens), array("f", probs)
-        for order in self._within(context):
-            key = tuple(context[-order:])
-            self._kept[key] = found
-            self._kept.move_to_end(key)
-        while len(self._kept) > self._most:
-            self._kept.popitem(last=False)
+        kept = self._kept
+        for order in self._orders:
+            if order <= len(context):
+                key = tuple(context[-order:])
+                kept[key] = found
+                kept.move_to_end(key)
+        while len(kept) > self._most:
+            kept.popitem(last=False)
 
     def after(self, context: Sequence[int]) -> tuple[int, Sequence[int], Sequence[float]]:
         """What was likely after the last tokens of a context.
@@ -97,8 +100,9 @@ class Followers:
         Returns:
             By how many of them it was found, 0 if it was not; tokens and their probabilities.
         """
-        for order in reversed(self._within(context)):
-            if (found := self._kept.get(tuple(context[-order:]))) is not None:
+        for order in reversed(self._orders):
+            key = tuple(context[-order:])
+            if len(key) == order and (found := self._kept.get(key)) is not None:
                 return order, *found
         return 0, (), ()
 
@@ -114,6 +118,3 @@ class Followers:
     def forget(self) -> None:
         """Keep nothing."""
         self._kept.clear()
-
-    def _within(self, context: Sequence[int]) -> Sequence[int]:
-        return [order for order in self._orders if order <= len(context)]
