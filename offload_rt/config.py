@@ -404,7 +404,9 @@ class DraftConfig:
     @property
     def tree_breadth(self) -> int:
         """Nodes a draft model is fed in one pass while a tree grows."""
-        return 8 if self.nodes <= 64 else 16
+        if self.nodes <= 256:
+            return 8 if self.nodes <= 64 else 16
+        return 32  # on a GPU, where rows are free; Sequoia's trees of 768 nodes have 64
 
     @property
     def tree_passes(self) -> int:

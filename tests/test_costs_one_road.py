@@ -180,6 +180,21 @@ def test_the_controller_expects_what_the_plan_says(tmp_path, small, machine):
         assert step.s_per_token == pytest.approx(made.prediction.s_per_token, rel=SAME)
 
 
+def test_trees_may_be_as_large_as_rows_are_free(tmp_path, small):
+    """1,024 nodes on a GPU, 256 on a CPU; more nodes take more of the host's time."""
+    checkpoint = model_of(tmp_path, LARGE | {"model_type": "llama"})
+    for machine, most in (("gpu", 1024), ("cpu", 256)):
+        speeds = MACHINES[machine]
+        drafting = drafting_of(DraftConfig(draft="model:x"), small, speeds)
+        load = RunLoad(capacities=[4096], prompt_tokens=4096, drafting=drafting)
+        means = Means(speeds=speeds, yields=lambda c: Yield(((1024, 40.0),), made=MADE))
+        config = RuntimeConfig(resident_layers=1, slots=2, kv=KV[machine])
+        made = plan_run(checkpoint, config, speeds.device, load=load, free=FREE, means=means)
+        assert max(way.draft.nodes for way in made.considered) == most
+        if most == 1024:
+            assert made.drafting.config.nodes > 256
+
+
 @pytest.mark.parametrize("machine", MACHINES)
 @pytest.mark.parametrize("context", [4096, 32768])
 @pytest.mark.parametrize("slots", [1, 2])  # one waits for the end of a copy: 5 % on the CPU

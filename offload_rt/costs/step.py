@@ -18,6 +18,9 @@ from offload_rt.profiling.profile import Obtained
 from offload_rt.trace import Lane, TraceEvent
 
 STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
+# More of it for each node of a draft: rows, positions and parents, the verdict, its download.
+# Measured: 1.5 to 2.5 us (docs/RESULTS.md, "Host time of a step").
+NODE_S = 2e-6
 
 _CALLED = {
     SpanKind.WEIGHTS: (Lane.COPY, "weights of layer {}"),
@@ -124,6 +127,7 @@ def step_work(
         plain=target.load(1, expected.tokens_per_pass),
         expected=expected,
         parts=parts,
+        host_s=STEP_S + expected.hits * target.sequences * nodes * NODE_S,
     )
 
 

@@ -232,12 +232,12 @@ def _drafts(
     load: RunLoad,
 ) -> Iterator[DraftConfig]:
     """Every drafter, size and variant to look at."""
-    for config in _sized_drafts(draft, runtime, load):
+    for config in _sized_drafts(draft, runtime, device, load):
         yield from _variants(config, checkpoint, runtime, device)
 
 
 def _sized_drafts(
-    draft: DraftConfig, runtime: RuntimeConfig, load: RunLoad
+    draft: DraftConfig, runtime: RuntimeConfig, device: DeviceKind, load: RunLoad
 ) -> Iterator[DraftConfig]:
     if _is_fixed(draft):
         yield draft
@@ -249,15 +249,15 @@ def _sized_drafts(
         names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, tokens)]
     for name in names:
         sized = replace(draft, draft=name)
-        for size in _sizes(sized, load):
+        for size in _sizes(sized, device, load):
             yield replace(sized, draft_tokens=size)
 
 
-def _sizes(draft: DraftConfig, load: RunLoad) -> Sequence[int]:
+def _sizes(draft: DraftConfig, device: DeviceKind, load: RunLoad) -> Sequence[int]:
     """Numbers of tokens a drafter may be asked for."""
     if not draft.drafts:
         return ()
-    most = min(kind_of(draft.kind).most_tokens, max(load.capacities))
+    most = min(kind_of(draft.kind).most_on(device), max(load.capacities))
     return [size for size in SIZES if size <= most and _has_room(draft, size)]
 
 
@@ -340,7 +340,7 @@ class _Search:
 
         Its prediction is that of the first steps, whose drafts are as large as before.
         """
-        for size in reversed(_sizes(best.draft, self._load)):
+        for size in reversed(_sizes(best.draft, self._device, self._load)):
             if not best.draft.nodes < size <= _MOST_ROOM * best.draft.nodes:
                 continue
             try:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from offload_rt.speculative.medusa.drafter import Medusa
     from offload_rt.speculative.triforce.drafter import TargetPass
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)  # nodes of a draft that are looked at
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # nodes of a draft that are looked at
 
 Points = tuple[tuple[int, float], ...]  # nodes, and tokens accepted per draft that was found
 
@@ -119,6 +119,7 @@ class DrafterKind:
     Attributes:
         label: in the table of a plan.
         most_tokens: of a draft that the planner looks at.
+        most_free_tokens: the same where more rows take next to no time; None: no more.
         make: the drafter of a sequence, ready for a new answer.
         parts: what it does for the drafts of one step.
         memory: its device memory.
@@ -142,6 +143,7 @@ class DrafterKind:
     make: Callable[[DrafterSeat, DraftConfig], "Drafter"]
     parts: Callable[[Drafting, PlacedModel, Expected], tuple[DraftPart, ...]]
     prior: Points
+    most_free_tokens: int | None = None
     memory: Callable[[Drafting, DraftedRun], DraftMemory] = lambda drafting, run: DraftMemory()
     prior_hits: float = 1.0
     first_tokens: int | None = None
@@ -158,3 +160,7 @@ class DrafterKind:
     seen_as: str = ""
     history: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
     in_memory: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
+
+    def most_on(self, device: DeviceKind) -> int:
+        """Tokens of the largest draft that the planner looks at."""
+        return (device.rows_are_free and self.most_free_tokens) or self.most_tokens

@@ -27,8 +27,22 @@ if TYPE_CHECKING:
     from offload_rt.speculative.base import Drafter
 
 # Qwen2.5-Coder-1.5B drafted for by its 0.5B, first turns of MT-Bench, greedy, the prompt's pass
-# counted (docs/RESULTS.md, "Tokens per pass by draft size").
-_PRIOR: Points = ((1, 0.75), (2, 1.35), (4, 2.1), (8, 2.9), (16, 3.7), (64, 5.3), (256, 7.0))
+# counted (docs/RESULTS.md, "Tokens per pass by draft size"). The last is between Sequoia's 6.0 for
+# a 13B and 8.9 for a 70B model, of 768 nodes (profiles/published).
+_PRIOR: Points = (
+    (1, 0.75),
+    (2, 1.35),
+    (4, 2.1),
+    (8, 2.9),
+    (16, 3.7),
+    (64, 5.3),
+    (256, 7.0),
+    (1024, 8.0),
+)
+
+# Host seconds of growing a tree beside its passes, for each of its nodes; measured: 8 to 16 us
+# (docs/RESULTS.md, "Host time of a step").
+GROWTH_S = 1e-5
 
 
 def history(draft: DraftConfig) -> list[str]:
@@ -50,7 +64,13 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    return (DraftPart(times=passes * target.sequences, load=placed.load(rows)),)
+    parts = (DraftPart(times=passes * target.sequences, load=placed.load(rows)),)
+    if not config.as_tree:
+        return parts
+    return (
+        *parts,
+        DraftPart(times=target.sequences * expected.made, seconds=config.nodes * GROWTH_S),
+    )
 
 
 def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
@@ -132,6 +152,7 @@ def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
 KIND = DrafterKind(
     label="draft model",
     most_tokens=256,
+    most_free_tokens=1024,
     make=_make,
     parts=_parts,
     memory=_memory,

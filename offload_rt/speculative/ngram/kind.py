@@ -16,11 +16,18 @@ if TYPE_CHECKING:
 # asked, and a draft that is too large costs more than one that is too small.
 _PRIOR: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
 
-LOOKUP_S = 3e-4  # measured: 0.1 to 0.5 ms
+# Seconds of drafting, and for each node, learning included; measured (docs/RESULTS.md, "Host time
+# of a step").
+_LOOKUP_S, _NODE_S = 1e-4, 12e-6
+
+
+def lookup_s(nodes: int) -> float:
+    """Host seconds of a draft of so many nodes, and of learning from its verification."""
+    return _LOOKUP_S + nodes * _NODE_S
 
 
 def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
-    return (DraftPart(times=target.sequences, seconds=LOOKUP_S),)
+    return (DraftPart(times=target.sequences, seconds=lookup_s(drafting.config.nodes)),)
 
 
 def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
