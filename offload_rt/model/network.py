@@ -32,6 +32,7 @@ from offload_rt.model.attention_function import (
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.packed import (
+    HEAD_ROWS,
     computes_the_same,
     pack_linears,
     packed_exactly,
@@ -195,7 +196,7 @@ class Network:
         head, _ = _ends(self._model)
         if type(head) is not torch.nn.Linear or head.weight.dtype is not torch.bfloat16:
             return False
-        made = packed_exactly(head)
+        made = packed_exactly(head, HEAD_ROWS)
         if made is None:
             return False
         self._model.set_output_embeddings(made)  # type: ignore[operator]
