@@ -18,6 +18,7 @@ from offload_rt.text import (
     declared_end_ids,
     end_token_ids,
     load_tokenizer,
+    worker,
 )
 
 CORPUS = [
@@ -543,3 +544,15 @@ def test_without_an_end_token_of_its_own_the_first_of_the_folders_ends_an_answer
     tokenizer = ending(None, eos=None)
     assert answer_end_token(tokenizer, [7, 5]) == 5
     assert answer_end_token(tokenizer, []) is None
+
+
+def test_what_building_a_tokenizer_took_is_given_back(tmp_path, monkeypatch):
+    byte_level().save_pretrained(tmp_path)
+    served, order = worker._Served(), []
+    differences = worker._differences
+    monkeypatch.setattr(
+        worker, "_differences", lambda *told: order.append("built") or differences(*told)
+    )
+    monkeypatch.setattr(worker, "give_back_holes", lambda: order.append("given back"))
+    assert served.load(1, str(tmp_path))["tokens"] == len(byte_level())
+    assert order == ["built", "given back"]

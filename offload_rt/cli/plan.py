@@ -21,6 +21,7 @@ from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_pi
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.sizes import PROCESS_BYTES
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind, check_links, likely_kind, named_devices
 from offload_rt.device.system import free_memory_bytes
@@ -249,6 +250,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
         "smallest_device_bytes": outlook.smallest_bytes,
+        "process_bytes": _process_bytes(outlook),
         "bytes_per_pass": outlook.bytes_per_pass,
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
@@ -281,6 +283,11 @@ def _kv_home(kv: KVPlan | None) -> str:
     return f", {size} of it in {'host memory' if kv.host_bytes else 'a file'}"
 
 
+def _process_bytes(outlook: _Outlook) -> int:
+    """What a run takes besides, where the device's memory is the process's; it was measured."""
+    return 0 if outlook.device.own_memory else PROCESS_BYTES
+
+
 def _head_order(placement: Placement) -> str:
     if not placement.packs_head:
         return ""
@@ -306,6 +313,9 @@ def _as_table(outlook: _Outlook) -> str:
     rows.append(
         ("smallest", outlook.smallest_bytes, f"--device-memory {smallest_mib}MiB works too")
     )
+    if process_bytes := _process_bytes(outlook):
+        beside = "beside the total: Python, torch, the tokenizer"
+        rows.append(("the process", process_bytes, beside))
     source = "" if checkpoint.files else " (from config.json alone)"
     head = (
         f"{checkpoint.name}: {checkpoint.config.model_type}, "

@@ -20,6 +20,10 @@ from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_lay
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU
 # (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
+# What a run on a CPU takes besides its device memory: 500 MiB for Python with torch (its build for
+# GPUs) and transformers, 171 MiB for the process of a tokenizer of 152,000 tokens
+# (docs/RESULTS.md, "Memory beside the device memory").
+PROCESS_BYTES = 680 * 2**20
 SCORE_BYTES = 64 * 2**20
 # Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}

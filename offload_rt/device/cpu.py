@@ -6,6 +6,7 @@ copy event fires when every block enqueued before it is done. This is all the or
 compute blocks on `filled`; a slot is only enqueued for refilling after its reader returned.
 """
 
+import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -28,11 +29,14 @@ from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
 from offload_rt.device.system import (
     free_memory_bytes,
+    give_back_code,
     give_back_holes,
     give_back_large_blocks,
     peak_rss_bytes,
 )
 from offload_rt.errors import DeviceError
+
+_OF_GPUS = re.compile(r"/nvidia/|/triton/|/lib(torch_cuda|cu|nv|nccl)[^/]*$")  # libraries
 
 
 class Copies:
@@ -281,6 +285,7 @@ class MemoryMeter:
 
     def __init__(self) -> None:
         give_back_holes()  # else what an earlier engine freed is used again and counts as nothing
+        give_back_code(_OF_GPUS)
         self.home_bytes = 0
         try:
             with open("/proc/self/clear_refs", "w") as file:

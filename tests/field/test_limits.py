@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from offload_rt.costs.sizes import PROCESS_BYTES
 from offload_rt.device import system
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups
 
@@ -229,6 +230,34 @@ def test_memory_that_an_earlier_engine_freed_counts_again():
     """What malloc kept of the first would else be taken by the second and count as nothing."""
     ran = subprocess.run([sys.executable, "-c", USED_AGAIN], check=True, capture_output=True)
     assert int(ran.stdout) > 140 * MIB
+
+
+BESIDE = """
+import sys
+from offload_rt.device.system import settle_math
+settle_math()
+import torch
+import offload_rt.engine.engine
+import psutil
+from offload_rt.device import cpu
+from offload_rt.device.system import _mapped_areas
+def resident():
+    found = [a for a in _mapped_areas() if cpu._OF_GPUS.search(a.path) and not a.changed_bytes]
+    return sum(a.resident_bytes for a in found if "w" not in a.rights)
+before = resident()
+cpu.CpuDevice()
+print(before, resident(), psutil.Process().memory_info().rss)
+torch.ones(64, 64) @ torch.ones(64, 64)
+torch.cuda.is_available()
+"""
+
+
+def test_what_a_run_takes_beside_its_device_memory_is_what_plan_says():
+    """Code of GPUs that imports touched is given back, and used again where it is asked for."""
+    ran = subprocess.run([sys.executable, "-c", BESIDE], check=True, capture_output=True)
+    before, after, process_bytes = map(int, ran.stdout.split())
+    assert after < max(before // 8, MIB)
+    assert process_bytes + 171 * MIB <= PROCESS_BYTES
 
 
 def test_an_engine_computes_with_the_threads_there_are(monkeypatch):
