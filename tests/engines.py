@@ -7,11 +7,12 @@ from types import SimpleNamespace
 import torch
 
 from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.device.base import upload_together
 from offload_rt.device.kinds import CPU
 from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.runner.tree import pending_tree
+from offload_rt.runner.tree import looks_back, pending_tree
 
 ROOMY = 512 * 2**20
 # All that deciding about a draft asks of a device.
@@ -53,8 +54,8 @@ def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):
 
 def what_rows_see(parents, rows=None):
     """[S, P] bool: of pending rows that continue one another, which the newest see."""
-    places = range(len(parents))
-    return pending_tree(HOST, parents, places, len(parents) if rows is None else rows).visible
+    back, places = upload_together(HOST, [looks_back(parents), range(len(parents))])
+    return pending_tree(parents, back, places, len(parents) if rows is None else rows).visible
 
 
 def all_logits(engine, prompt=PROMPT, steps=3):

@@ -1,5 +1,6 @@
 """The whole engine on a GPU that is not there: devices, event order, host syncs, allocations."""
 
+import itertools
 import threading
 
 import pytest
@@ -118,6 +119,13 @@ def test_one_host_sync_per_step(gpu, tiny, home, sampling):
     generate(gpu, tiny, home=home, sampling=sampling, after_step=count)
     assert [downloads for downloads, _ in counts] == [1, 2, 3]
     assert len({waits for _, waits in counts}) == 1, "the program waited for an event in a step"
+
+
+def test_one_upload_per_pass(gpu, tiny):
+    """Ids, places and wanted rows of both sequences go up together."""
+    counts = [0]
+    generate(gpu, tiny, after_step=lambda _: counts.append(gpu.uploads))
+    assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
@@ -320,10 +328,13 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
         gpu.strict = True
         run.prefill()
         for step in range(1, 4):
+            before = gpu.uploads
             gained = [emitted.token_ids for emitted in run.step()]
             stood = [11, 13, 14] if drawn and not sampling.greedy else []
             assert gained == [[*stood, 5]] * 2
             assert gpu.downloads == 1 + step
+            # A tree goes up with the ids; drawn verdicts have lists of their own to send.
+            assert not sampling.greedy or gpu.uploads == before + 1
         gpu.strict = False
 
 

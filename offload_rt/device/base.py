@@ -255,3 +255,9 @@ class Device(Protocol):
 
     def close(self) -> None:
         """Stop threads and release the queues; buffers die with their last reference."""
+
+
+def upload_together(device: Device, parts: Sequence[Sequence[int]]) -> Sequence[torch.Tensor]:
+    """Upload lists of integers at once; [len(part)] int64 of each, views of one tensor."""
+    sent = device.upload([value for part in parts for value in part])
+    return sent.split([len(part) for part in parts])

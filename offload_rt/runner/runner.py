@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.base import Device, DeviceBuffer, HomeSource
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource, upload_together
 from offload_rt.kv.base import KVCache
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network, TokenBatch
-from offload_rt.runner.tree import TokenTree, pending_tree
+from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
 
 LayerRing = Ring[int, DeviceBuffer, HomeSource]
@@ -148,24 +148,30 @@ class Runner:
                 return forward(batch)
 
     def _batch(self, parts: Sequence[Rows]) -> TokenBatch:
-        """Pack the rows of all sequences, and bring them to the device."""
+        """Pack the rows of all sequences, and bring them to the device in one upload."""
         ids: list[int] = []
         positions: list[int] = []
         wanted: list[int] = []
-        segments = []
+        trees: list[Sequence[int]] = []
         for part in parts:
-            count, first, tree = len(part.tokens), len(ids), None
+            first = len(ids)
             if max(part.tokens) >= self.known_ids:
                 self._checkpoint.require_rows(part.tokens)
-            part.cache.begin_pass(count, keeps_all=part.keeps_all)
-            if part.parents is not None:
-                tree = pending_tree(self.device, part.parents, part.places, count)
+            part.cache.begin_pass(len(part.tokens), keeps_all=part.keeps_all)
             ids += part.tokens
-            positions += part.places[-count:]
+            positions += part.places[-len(part.tokens) :]
             wanted += [first + row for row in part.wanted]
+            if part.parents is not None:
+                trees += [looks_back(part.parents), part.places]
+        sent = iter(upload_together(self.device, [ids, positions, wanted, *trees]))
+        there = [next(sent) for _ in (ids, positions, wanted)]
+        segments = []
+        for part in parts:
+            count, tree = len(part.tokens), None
+            if part.parents is not None:
+                tree = pending_tree(part.parents, next(sent), next(sent), count)
             segments.append(Segment(part.cache, count, tree))
-        upload = self.device.upload
-        return TokenBatch(upload(ids), upload(positions), segments, upload(wanted))
+        return TokenBatch(there[0], there[1], segments, there[2])
 
     @contextmanager
     def _whole_pass(self, parts: Sequence[Rows]) -> Iterator[None]:

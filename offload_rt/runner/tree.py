@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 import torch
 
 from offload_rt.attention.spec import PendingTree
-from offload_rt.device.base import Device
 from offload_rt.errors import ConfigError
 
 ROOT = -1
@@ -76,27 +75,30 @@ class TokenTree:
         return tuple(reversed(nodes))
 
 
-def pending_tree(
-    device: Device, parents: Sequence[int], positions: Sequence[int], rows: int
-) -> PendingTree:
-    """Bring what pending rows see to the device, without making the host wait.
+def looks_back(parents: Sequence[int]) -> list[int]:
+    """What is sent of a tree: the row that each continues; one that continues none, itself."""
+    return [row if parent == ROOT else parent for row, parent in enumerate(parents)]
 
-    Only `parents` is sent. The device makes the rest, in rounds that double how far a row looks
-    back along its path.
+
+def pending_tree(
+    parents: Sequence[int], back: torch.Tensor, positions: torch.Tensor, rows: int
+) -> PendingTree:
+    """Make what pending rows see, where they attend.
+
+    In rounds that double how far a row looks back along its path. A row that continues none of them
+    looks back at itself, which changes nothing.
 
     Args:
-        device: where attention runs.
         parents: P pending rows, the one that each continues, before it; ROOT: none of them.
-        positions: P places in the sequence.
+        back: [P] what `looks_back` makes of them, on the device.
+        positions: [P] places in the sequence, likewise.
         rows: S, the newest of them, which look.
     """
     depths: list[int] = []
     for parent in parents:
         depths.append(0 if parent == ROOT else depths[parent] + 1)
-    # A row that continues none of them looks back at itself, which changes nothing.
-    back = device.upload([row if parent == ROOT else parent for row, parent in enumerate(parents)])
     visible = torch.eye(len(parents), dtype=torch.bool, device=back.device)  # [P, P]
     for _ in range(max(depths).bit_length()):
         visible |= visible[back]
         back = back[back]
-    return PendingTree(visible[len(parents) - rows :], device.upload(positions))
+    return PendingTree(visible[len(parents) - rows :], positions)
