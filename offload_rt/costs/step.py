@@ -19,7 +19,7 @@ from offload_rt.trace import Lane, TraceEvent
 
 STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CPU
 # More of it for each node of a draft: rows, positions and parents, the verdict, its download.
-# Measured: 1.5 to 2.5 us (docs/RESULTS.md, "Host time of a step").
+# Measured: 1.3 to 1.9 us (docs/RESULTS.md, "Host time of a step").
 NODE_S = 2e-6
 
 _CALLED = {

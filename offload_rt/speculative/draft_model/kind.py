@@ -40,7 +40,7 @@ _PRIOR: Points = (
     (1024, 8.0),
 )
 
-# Host seconds of growing a tree beside its passes, for each of its nodes; measured: 8 to 16 us
+# Host seconds of growing a tree beside its passes, for each of its nodes; measured: 8 to 10 us
 # (docs/RESULTS.md, "Host time of a step").
 GROWTH_S = 1e-5
 

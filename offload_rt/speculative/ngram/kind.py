@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 # asked, and a draft that is too large costs more than one that is too small.
 _PRIOR: Points = ((1, 0.05), (2, 0.07), (4, 0.1), (8, 0.21), (16, 0.31), (32, 0.5), (64, 0.65))
 
-# Seconds of drafting, and for each node, learning included; measured (docs/RESULTS.md, "Host time
-# of a step").
-_LOOKUP_S, _NODE_S = 1e-4, 12e-6
+# Seconds of drafting, and for each node, learning included; measured: 9 to 11 us a node
+# (docs/RESULTS.md, "Host time of a step").
+_LOOKUP_S, _NODE_S = 1e-4, 1e-5
 
 
 def lookup_s(nodes: int) -> float:
