@@ -24,6 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from offload_rt.device.cuda import streams
 from offload_rt.device.sim import SimBuffer, SimEvent, SimStream
+from offload_rt.errors import StreamOrderError
 
 GIB = 2**30
 KERNEL_S = 1e-6
@@ -77,7 +78,7 @@ class FakeStream:
             self._copy_back(dst, src)
             return
         if threading.current_thread() is threading.main_thread():  # elsewhere the mode is not ours
-            assert (dst.device, src.device) == (self.gpu.device, torch.device("cpu"))
+            assert dst.device in self.gpu.computes and src.device == torch.device("cpu")
         with self.gpu.lock:
             slot, source = self.gpu.buffers[key(dst)], self.gpu.host_buffer(src)
             self.gpu.trace.append(("copy", self.gpu.names[key(dst)]))
@@ -142,8 +143,8 @@ class FakeCuda:
 
     def __post_init__(self):
         self.lock = threading.RLock()
-        self.compute = SimStream("compute")
-        self.copies = SimStream("copy")
+        self.computes, self.hops = {}, 0
+        self._received = {}  # by source: the hop its later kernels have to come after
         self._hosts, self._host_buffers = {}, WeakIdKeyDictionary()
 
     def missing(self, index):
@@ -151,12 +152,36 @@ class FakeCuda:
             return f"this machine has {self.gpus} GPUs"
         return None
 
+    @property
+    def compute(self):
+        return self.computes[self.device]
+
     def open(self, device):
-        self.device = device
-        return FakeStream(self, self.compute), FakeStream(self, self.copies)
+        self.device = self.device or device
+        number = f" {len(self.computes)}" if self.computes else ""
+        compute, copies = SimStream(f"compute{number}"), SimStream(f"copy{number}")
+        self.computes[device] = compute
+        return FakeStream(self, compute), FakeStream(self, copies)
 
     def stream(self, device):
-        return FakeStream(self, SimStream("kv"))
+        return FakeStream(self, SimStream(f"kv {device}"))
+
+    def receive(self, tensor, device):
+        """A hop: both compute streams are ordered around it by whoever asks."""
+        with self.lock:
+            source, target = self.computes[tensor.device], self.computes[device]
+            self._require(
+                target, source.name, source._clock[source.name], "read before it was made"
+            )
+            target.kernel(reads=[], writes=[], seconds=KERNEL_S)
+            self._received[source.name] = target.name, target._clock[target.name]
+            self.hops += 1
+        with self.inside_driver():
+            return tensor.to(device, non_blocking=True)
+
+    def _require(self, stream, other, tick, what):
+        if stream._clock.get(other, 0) < tick:
+            raise StreamOrderError(f"{stream.name}: a hidden state is {what} by {other}")
 
     def allocate(self, nbytes, device):
         if nbytes > self.free_bytes:
@@ -239,7 +264,7 @@ class FakeCuda:
         address = tensor.untyped_storage().data_ptr()
         return address in self.registered or address in self.allocated_pinned
 
-    def kernel(self, func, arguments):
+    def kernel(self, func, arguments, device):
         """An operation of the network: note which device buffers it touches."""
         reads, writes = [], []
         for declared, values in arguments:
@@ -248,8 +273,11 @@ class FakeCuda:
             touched += [self.buffers[k] for k in keys if k in self.buffers]
         with self.lock:
             self.trace.append(("kernel", str(func), len(reads), len(writes)))
-            self.enqueue(self.compute)
-            self.compute.kernel(reads=reads, writes=writes, seconds=KERNEL_S)
+            compute = self.computes[device]
+            self.enqueue(compute)
+            if compute.name in self._received:
+                self._require(compute, *self._received[compute.name], "overwritten while read")
+            compute.kernel(reads=reads, writes=writes, seconds=KERNEL_S)
 
 
 class FakeKernels(TorchDispatchMode):
@@ -272,7 +300,8 @@ class FakeKernels(TorchDispatchMode):
         if "cuda" in devices and not is_view:
             schema = func._schema.arguments
             named = [(a, kwargs[a.name]) for a in schema if a.name in kwargs]
-            self.gpu.kernel(func, [*zip(schema, args, strict=False), *named])
+            (device,) = {t.device for t in [*given, *made] if t.device.type == "cuda"}
+            self.gpu.kernel(func, [*zip(schema, args, strict=False), *named], device)
         return result
 
 

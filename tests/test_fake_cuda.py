@@ -2,6 +2,7 @@
 
 import itertools
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.cuda import device as cuda
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams
+from offload_rt.device.cuda.streams import CudaComputeStream
 from offload_rt.engine import Engine, Run, decoding
 from offload_rt.engine import engine as engine_module
 from offload_rt.errors import CheckpointError, StreamOrderError
@@ -100,6 +102,42 @@ def test_the_engine_runs_on_a_gpu(gpu, make_tiny, family, home, device):
     assert gpu.unpinned_copies == 0
     assert report.transfer.stall_s > 0
     assert report.transfer.bytes_total >= STEPS * report.transfer.bytes_per_pass
+
+
+@pytest.mark.parametrize(
+    ("family", "home", "resident"),
+    [("llama", HomeKind.HOST, 0), ("gemma3_text", HomeKind.HOST, 1), ("qwen2", HomeKind.DISK, 0)],
+)
+def test_the_engine_runs_on_two_gpus(gpu, make_tiny, family, home, resident):
+    """Tensors of two devices never meet, hidden states hop in order, and nobody waits."""
+    folder = make_tiny(family, num_hidden_layers=5)
+    counts, placed = [], set()
+
+    def note(engine):
+        counts.append((gpu.downloads, gpu.host_syncs[threading.current_thread().name]))
+        placed.add(engine.placement.device)
+        for device in engine.devices:
+            assert device.ledger()["slots"] and device.ledger()["KV cache"]
+            assert ("embedding and head" in device.ledger()) == (device.name == "cuda:1")
+
+    names = "cuda:1,cuda:0"
+    report = generate(
+        gpu, folder, device=names, home=home, resident_layers=resident, after_step=note
+    )
+    assert [downloads for downloads, _ in counts] == [1, 2, 3]
+    assert len({waits for _, waits in counts}) == 1
+    assert report.memory.streamed_layers == 5 - resident
+    # Hidden states cross borders and come home; rotary tables cross once a pass.
+    (device,) = placed
+    borders = sum(a != b for a, b in pairwise((0, *device, 0)))
+    assert gpu.hops >= borders * (STEPS + 1)
+    assert gpu.unpinned_copies == 0
+
+
+def test_a_hop_without_its_events_is_found(gpu, tiny, monkeypatch):
+    monkeypatch.setattr(CudaComputeStream, "follow", lambda self, event: None)
+    with pytest.raises(StreamOrderError, match="hidden state"):
+        generate(gpu, tiny, device="cuda:0,cuda:1", resident_layers=0)
 
 
 @pytest.mark.parametrize(("slots", "resident"), [(1, 1), (2, 0), (3, 0)])

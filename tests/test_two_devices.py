@@ -7,13 +7,19 @@ from contextlib import suppress
 
 import pytest
 import torch
-from engines import PROMPT, all_logits, engine_for
+from engines import PROMPT, all_logits, engine_for, generate
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from offload_rt.config import (
+    DraftConfig,
+    DraftShape,
+    DraftWeights,
     HomeKind,
+    KVPlace,
+    RetrievalConfig,
     RuntimeConfig,
+    SamplingConfig,
 )
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.planning.placement import Demand, Stripe, place
@@ -21,6 +27,7 @@ from offload_rt.planning.striping import place_striped, smallest_limits
 
 MIB = 2**20
 LAYERS = 6
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LINKS = {"link_bytes_per_s": (1e9, 1e9), "home": HomeKind.HOST}
 
 
@@ -178,6 +185,66 @@ def test_a_pass_that_breaks_off_leaves_no_trace(model, resident_logits):
             engine.forward([(0, PROMPT)], reuse=True)
         layer.forward = forward
         assert torch.equal(all_logits(engine), resident_logits)
+
+
+KV = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
+RETRIEVAL = RetrievalConfig(budget_tokens=32, chunk_tokens=4, rebuild_tokens=8)
+COPIES = dataclasses.replace(RETRIEVAL, retrieval_weights=DraftWeights.INT8)
+
+
+@pytest.fixture(scope="module")
+def whole(make_tiny):
+    """A model in fp32, prompts for it, and the answers of one device."""
+    folder = make_tiny("llama", num_hidden_layers=LAYERS, **IDS)
+    prompts = [PROMPT * 4, PROMPT[::-1]]
+    with engine_for(folder, prompts=prompts, tokens=24) as engine:
+        return folder, prompts, generate(engine, prompts, 24)
+
+
+@pytest.mark.parametrize(
+    ("draft", "more"),
+    [
+        (None, KV),
+        (DraftConfig(draft="ngram", draft_tokens=6), {}),
+        (DraftConfig(draft="model:self", draft_tokens=4, shape=DraftShape.CHAIN), KV),
+        (DraftConfig(draft="model:self", draft_tokens=12, shape=DraftShape.TREE), {}),
+        (DraftConfig(draft="model:self", draft_tokens=12, shape=DraftShape.TREE), KV),
+        (DraftConfig(draft="triforce", draft_tokens=5, retrieval=RETRIEVAL), KV),
+        (DraftConfig(draft="triforce", draft_tokens=5, retrieval=COPIES), KV),
+    ],
+    ids=["kv", "ngram", "chain-kv", "tree", "tree-kv", "triforce", "triforce-copies"],
+)
+def test_answers_are_those_of_one_device(whole, draft, more):
+    folder, prompts, answers = whole
+    options = LINKS | {"resident_layers": 2} | more
+    if draft is not None:
+        draft = dataclasses.replace(draft, draft=draft.draft.replace("self", str(folder)))
+        options["draft"] = draft
+    with engine_for(folder, prompts=prompts, tokens=24, device="cpu,cpu", **options) as engine:
+        assert generate(engine, prompts, 24) == answers
+        counted = engine.counters()
+        assert bool(counted.kv_bytes_copied) == bool(more)
+        ledger = engine.devices.ledger()
+        names = ("KV blocks", "KV recent rows", "KV staging", "KV cache", "retrieval cache")
+        assert {name for name in names if name in ledger} == {
+            *(["KV cache"] if not more or (draft and draft.model) else []),
+            *(names[:3] if more else []),
+            *(["retrieval cache"] if draft and draft.over_retrieval else []),
+        }
+        for own, device in zip(engine.placement.shares, engine.devices, strict=True):
+            assert not more or all(device.ledger()[name] for name in names[:3])
+            assert own.device_bytes <= own.device_limit_bytes
+
+
+def test_sampled_answers_are_those_of_one_device(whole):
+    folder, prompts, _ = whole
+    answers = []
+    for options in ({}, LINKS | {"device": "cpu,cpu", "resident_layers": 1}):
+        with engine_for(folder, prompts=prompts, **options) as engine:
+            answers.append(
+                generate(engine, prompts, sampling=SamplingConfig(temperature=1, seed=3))
+            )
+    assert answers[0] == answers[1]
 
 
 @pytest.mark.parametrize(
