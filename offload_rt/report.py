@@ -109,6 +109,25 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """What was where on one of several devices.
+
+    Attributes:
+        name: as in --device.
+        peak_bytes: what the run used at most; None where devices share their memory.
+        link_bytes: of layers that arrived, those fetched ahead included.
+    """
+
+    name: str
+    limit_bytes: int
+    planned_bytes: int
+    peak_bytes: int | None
+    resident_layers: int
+    streamed_layers: int
+    link_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """What was where.
 
@@ -119,6 +138,7 @@ class Memory:
             the device was opened.
         host_peak_bytes: peak of the whole process, imports and tokenizer included.
         ledger: bytes of everything that was allocated once, by purpose.
+        devices: of several, each; the numbers above are of all together.
     """
 
     device_limit_bytes: int
@@ -130,6 +150,7 @@ class Memory:
     slots: int
     slot_bytes: int
     ledger: dict[str, int]
+    devices: tuple[DeviceMemory, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -145,6 +145,11 @@ def check_gpu(machine: Machine) -> Finding:
         for gpu in driver.gpus
     )
     detail = f"{gpus}, driver {driver.version}"
+    if len(driver.gpus) > 1 and len({gpu.name for gpu in driver.gpus}) == 1:
+        names = ",".join(f"cuda:{index}" for index in range(len(driver.gpus)))
+        detail += f"; --device {names} streams over all their links"
+    elif len(driver.gpus) > 1:
+        detail += "; a model is spread over equal cards only"
     if torch is None or torch.sees_gpu:
         return Finding(Level.OK, "GPU", detail)
     if torch.cuda_build is None:

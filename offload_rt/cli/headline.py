@@ -55,10 +55,12 @@ def more_memory(
     placement, s_per_token = found
 
     def try_device(more: int) -> More | None:
-        limit = placement.device_limit_bytes + more
-        roomy = replace(config, device_limit_bytes=limit)
-        there = replace(free, device_bytes=max(free.device_bytes, limit))
-        return _tried("device", more, limit, lambda: predict(roomy, there))
+        shares = placement.of_devices
+        limits = tuple(own.device_limit_bytes + more // len(shares) for own in shares)
+        roomy = replace(config, device_limit_bytes=limits if limits[1:] else limits[0])
+        first, *others = map(max, free.devices, limits)
+        there = replace(free, device_bytes=first, further_bytes=tuple(others))
+        return _tried("device", more, sum(limits), lambda: predict(roomy, there))
 
     def try_host(more: int) -> More | None:
         limit = _host_limit(config, free) + more
@@ -104,7 +106,8 @@ def _lacking_on_device(placement: Placement) -> int:
     if not placement.streamed and demand.kv is None:
         return 0
     kv_bytes = 0 if demand.kv is None else sum(sizes.home_bytes for sizes in demand.kv.sizes)
-    whole = demand.fixed_bytes + sum(demand.layer_bytes) + kv_bytes
+    fixed_bytes = sum(own.demand.fixed_bytes for own in placement.of_devices)
+    whole = fixed_bytes + sum(demand.layer_bytes) + kv_bytes
     return max(0, whole - placement.device_limit_bytes)
 
 

@@ -34,6 +34,7 @@ from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_run
+from offload_rt.planning.striping import smallest_limits
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
@@ -154,8 +155,16 @@ class _Outlook:
         return [event.scaled(plan.level) for event in events]
 
     @property
-    def smallest_bytes(self) -> int:
-        return self.plan.smallest_bytes
+    def smallest_limits(self) -> tuple[int, ...]:
+        """The lowest limits of the devices under which it runs, of one with any drafter."""
+        config = self.config
+        if not self.placement.shares:
+            return (self.plan.smallest_bytes,)
+        if config.resident is not None:
+            return tuple(own.device_bytes for own in self.placement.shares)
+        return smallest_limits(
+            self.placement, slots=config.slots, resident_layers=config.resident_layers
+        )
 
     @property
     def dtype(self) -> str:
@@ -245,11 +254,23 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
-        "kv_bytes": placement.demand.kv_bytes,
-        "workspace_bytes": placement.demand.workspace_bytes,
+        "kv_bytes": placement.kv_bytes,
+        "workspace_bytes": placement.workspace_bytes,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
-        "smallest_device_bytes": outlook.smallest_bytes,
+        "devices": [
+            {
+                "name": stripe.name,
+                "resident": list(own.resident),
+                "streamed": list(own.streamed),
+                "slots": own.slots,
+                "kv_bytes": own.demand.kv_bytes,
+                "device_bytes": own.device_bytes,
+                "device_limit_bytes": own.device_limit_bytes,
+            }
+            for own, stripe in zip(placement.shares, placement.stripes, strict=True)
+        ],
+        "smallest_device_bytes": sum(outlook.smallest_limits),
         "process_bytes": _process_bytes(outlook),
         "bytes_per_pass": outlook.bytes_per_pass,
         "profile": outlook.speeds.profile.name,
@@ -300,19 +321,21 @@ def _as_table(outlook: _Outlook) -> str:
     rows = [
         ("embedding, head", placement.base_bytes, _head_order(placement)),
         _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
-        ("KV cache", demand.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
-        ("workspace", demand.workspace_bytes, "at most"),
+        ("KV cache", placement.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
+        ("workspace", placement.workspace_bytes, "at most"),
     ]
     if placement.slots:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
-        rows.insert(2, ("slots", placement.slots * placement.slot_bytes, each))
+        each += " on each device" if placement.shares else ""
+        rows.insert(2, ("slots", placement.ring_bytes, each))
     rows += _drafting_rows(outlook.drafting, demand.drafter_bytes)
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
-    smallest_mib = -(-outlook.smallest_bytes // 2**20)  # rounded up: it must work when typed
-    rows.append(
-        ("smallest", outlook.smallest_bytes, f"--device-memory {smallest_mib}MiB works too")
-    )
+    for own, stripe in zip(placement.shares, placement.stripes, strict=True):
+        rows.append((stripe.name, own.device_bytes, own.in_words))
+    least = outlook.smallest_limits
+    typed = ",".join(f"{-(-limit // 2**20)}MiB" for limit in least)  # up: it must work
+    rows.append(("smallest", sum(least), f"--device-memory {typed} works too"))
     if process_bytes := _process_bytes(outlook):
         beside = "beside the total: Python, torch, the tokenizer"
         rows.append(("the process", process_bytes, beside))

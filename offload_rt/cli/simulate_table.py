@@ -35,14 +35,16 @@ def model_table(
         f"(from {source})",
         f"on {machine}, as if nothing else ran there",
         _memory(f"{made.resident_layers} resident layers", placement.resident_bytes),
-        _memory(f"{placement.slots} slots", placement.slots * placement.slot_bytes),
-        _memory("KV on the device", demand.kv_bytes, kept),
-        _memory("embedding, workspace", demand.base_bytes + demand.workspace_bytes),
+        _memory(f"{placement.slots} slots", placement.ring_bytes),
+        _memory("KV on the device", placement.kv_bytes, kept),
+        _memory("embedding, workspace", demand.base_bytes + placement.workspace_bytes),
     ]
     if demand.drafter_bytes:
         lines.append(_memory("drafting", demand.drafter_bytes))
     limit = f"the limit is {format_size(placement.device_limit_bytes)}"
     lines.append(_memory("device memory", placement.device_bytes, limit))
+    for own, stripe in zip(placement.shares, placement.stripes, strict=True):
+        lines.append(_memory(stripe.name, own.device_bytes, own.in_words))
     if placement.streamed:
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
         nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)

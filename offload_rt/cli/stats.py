@@ -84,6 +84,13 @@ def format_stats(answering: Answering, answer: Answer) -> str:
             f"whole process {format_size(memory.host_peak_bytes)}",
         )
     )
+    for one in memory.devices:
+        peak = "" if one.peak_bytes is None else f"peak {format_size(one.peak_bytes)}, "
+        text = (
+            f"{one.name}: {one.resident_layers} layers resident, {one.streamed_layers} streamed; "
+            f"{peak}planned {format_size(one.planned_bytes)}, limit {format_size(one.limit_bytes)}"
+        )
+        lines.append(("", text))
     return "\n".join(f"  {label:<{_LABEL_WIDTH}}{printable(text)}" for label, text in lines)
 
 

@@ -40,7 +40,7 @@ from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, make_plan
 from offload_rt.planning.yields import Tally
-from offload_rt.report import Counters, Memory, RetrievalCounts
+from offload_rt.report import Counters, DeviceMemory, Memory, RetrievalCounts
 from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
@@ -351,6 +351,19 @@ class Engine:
             slots=self.placement.slots,
             slot_bytes=self.placement.slot_bytes,
             ledger=self.devices.ledger(),
+            devices=tuple(map(self._memory_of, range(len(self.placement.shares)))),
+        )
+
+    def _memory_of(self, number: int) -> DeviceMemory:
+        own, device = self.placement.shares[number], self.devices[number]
+        return DeviceMemory(
+            name=device.name,
+            limit_bytes=own.device_limit_bytes,
+            planned_bytes=own.device_bytes,
+            peak_bytes=device.peak_bytes() if device.kind.own_memory else None,
+            resident_layers=len(own.resident),
+            streamed_layers=len(own.streamed),
+            link_bytes=device.copy.statistics().bytes_copied,
         )
 
     def close(self) -> None:

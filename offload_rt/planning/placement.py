@@ -132,6 +132,29 @@ class Placement:
         return tuple(found.get(layer, 0) for layer in range(len(self.demand.layer_bytes)))
 
     @property
+    def in_words(self) -> str:
+        """How many layers a device keeps and is sent, and its limit."""
+        return (
+            f"{len(self.resident)} layers resident, {len(self.streamed)} streamed, the limit is "
+            f"{format_size(self.device_limit_bytes)}"
+        )
+
+    @property
+    def kv_bytes(self) -> int:
+        """KV caches, on all devices."""
+        return sum(own.demand.kv_bytes for own in self.of_devices)
+
+    @property
+    def workspace_bytes(self) -> int:
+        """What passes take and give back, on all devices."""
+        return sum(own.demand.workspace_bytes for own in self.of_devices)
+
+    @property
+    def ring_bytes(self) -> int:
+        """Slots, on all devices."""
+        return sum(own.slots * own.slot_bytes for own in self.of_devices)
+
+    @property
     def resident_bytes(self) -> int:
         """Bytes of the resident layers."""
         return sum(self.demand.layer_bytes[i] for i in self.resident)
