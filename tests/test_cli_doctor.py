@@ -167,6 +167,17 @@ def test_a_healthy_machine(doctor):
     assert "->" not in out and "GPU X (23.0 GiB free of 24.0 GiB), driver 570.1" in out
 
 
+def test_of_several_gpus_it_says_whether_they_can_share_a_model():
+    other = replace(GPU, name="another")
+    for gpus, said in (
+        ((GPU, GPU), "--device cuda:0,cuda:1 streams over all their links"),
+        ((GPU, other), "a model is spread over equal cards only"),
+    ):
+        machine = replace(HEALTHY, driver=replace(DRIVER, gpus=gpus))
+        (found,) = [finding for finding in diagnose(machine) if finding.what == "GPU"]
+        assert found.level is Level.OK and found.detail.endswith(said)
+
+
 def test_no_gpu_is_no_fault():
     findings = diagnose(replace(HEALTHY, driver=None))
     assert {finding.level for finding in findings} == {Level.OK}

@@ -36,6 +36,22 @@ def model(tiny_model):
         yield loaded
 
 
+def test_two_emulated_links_from_python(tiny_model):
+    links = {"device": "cpu,cpu", "link_bandwidth": [1, 2], "home": "host", "resident_layers": 1}
+    limits = {"device_memory": ["300MiB", 256 * 2**20]}
+    with offload_rt.load(tiny_model, draft="none", **links, **limits) as two:
+        answer = two.generate(PROMPTS[0], max_tokens=8)
+        plan, memory = two.plan, two.report.memory
+    assert plan.device == "cpu,cpu" and plan.device_limit_bytes == 556 * 2**20
+    assert [one.limit_bytes for one in memory.devices] == [300 * 2**20, 256 * 2**20]
+    assert sum(one.planned_bytes for one in memory.devices) == memory.device_planned_bytes
+    assert sum(one.streamed_layers for one in memory.devices) == len(plan.streamed) == 3
+    assert all(one.link_bytes for one in memory.devices)
+    assert memory.device_peak_bytes <= memory.device_planned_bytes
+    with offload_rt.load(tiny_model, draft="none", **SMALL) as one:
+        assert one.generate(PROMPTS[0], max_tokens=8).text == answer.text
+
+
 def test_importing_is_light():
     source = (
         "import sys, time; start = time.perf_counter(); import offload_rt\n"

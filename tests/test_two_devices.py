@@ -299,5 +299,12 @@ def test_plan_and_simulate_say_the_same_of_two_gpus(outline, offload_run):
                 "plan", outline, "--device", "cuda:0", "--device-memory", "22GiB", *given[5:]
             ).out
         )
+        assert [one["name"] for one in plan["devices"]] == ["cuda:0", "cuda:1"]
+        for name in ("device_bytes", "device_limit_bytes", "kv_bytes"):
+            assert sum(one[name] for one in plan["devices"]) == plan[name]
+        table = " ".join(offload_run("plan", *given[:-1]).out.split())
+        assert re.search(r" cuda:0 .* layers resident, .* the limit is 22.0 GiB", table)
+        typed = re.search(r"--device-memory (\d+MiB,\d+MiB) works too", table)[1]
+        assert offload_run("plan", outline, *TWO[:3], typed, *given[5:]).code == 0
         # Half of the bytes on each link, less what the second card keeps.
         assert plan["predicted"]["transfer_s"] < 0.55 * one["predicted"]["transfer_s"]
