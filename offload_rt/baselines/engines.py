@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import platformdirs
-
 from offload_rt.config import DraftConfig
 from offload_rt.errors import ConfigError
 
@@ -153,4 +151,6 @@ def python_of(spec: EngineSpec, given: Mapping[str, Path]) -> Path | str:
 
 def baselines_folder() -> Path:
     """Where `tools/setup_baselines.sh` makes environments."""
+    import platformdirs  # not on every machine with a GPU (`tools/gpu_check.sh`)
+
     return platformdirs.user_data_path("offload-rt") / "baselines"

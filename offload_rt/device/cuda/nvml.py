@@ -4,7 +4,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import pynvml
+try:
+    import pynvml
+except ImportError:  # then torch is asked: `tools/gpu_check.sh` takes the Python that is there
+    pynvml = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,8 @@ class Driver:
 
 def find_driver() -> Driver | None:
     """Ask the driver; None when there is none or it does not answer."""
+    if pynvml is None:
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:

@@ -1,0 +1,107 @@
+"""`tools/gpu_check.py`: parts run on the CPU, one that fails stops nothing, and the summary."""
+
+import ast
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from tool_runs import TOOLS, loaded
+
+import offload_rt
+
+# What a machine with a GPU may lack (docs: tools/gpu_check.sh).
+ABSENT = {"platformdirs", "prompt_toolkit", "gguf", "peft", "matplotlib", "pynvml"}
+TERMINAL = {"chat_terminal.py"}  # imported by a chat on a terminal alone
+
+
+@pytest.fixture
+def check(monkeypatch):
+    monkeypatch.syspath_prepend(str(TOOLS))
+    with loaded("gpu_check") as module:
+        yield module
+    sys.modules.pop("gpu_check_parts", None)
+    sys.modules.pop("gpu_check_models", None)
+
+
+@pytest.mark.parametrize("part", ["machine", "laws", "link", "streaming", "launches", "kv"])
+def test_a_part_runs_on_the_cpu(check, tmp_path, part):
+    import gpu_check_parts
+
+    out = tmp_path / "facts.jsonl"
+    gpu_check_parts.run(part, "cpu", out)
+    facts = check.read_facts(out)
+    assert facts and {fact["part"] for fact in facts} == {part}
+    laws = [fact for fact in facts if "held" in fact]
+    assert all(fact["held"] for fact in laws)
+    assert (len(laws) >= 17) == (part == "laws")
+
+
+def test_a_model_drafts_more_of_what_its_later_layers_add_less_to(check, tmp_path):
+    import gpu_check_parts as parts
+    from gpu_check_models import Made
+
+    rates = []
+    for late in (1.0, 0.3, 0.0):
+        bench = parts.Bench("laws", "cpu", tmp_path / "facts", tmp_path / str(late))
+        made = Made(late=late)
+        target, first = bench.made("target", made), bench.made("first", made, made.first)
+        draft = parts.DraftConfig(draft=f"model:{first}", draft_tokens=4)
+        prompt = parts.text_of(40, made.vocab)
+        with parts.engine_of(bench, target, prompt, 40, {"draft": draft}) as engine:
+            rates.append(parts.finished(engine, prompt, 40).report().speculation.acceptance_rate)
+    assert rates[0] < rates[1] < rates[2] == 1.0
+
+
+def test_a_part_that_fails_or_hangs_stops_nothing(check, tmp_path, monkeypatch, capsys):
+    stand_in = tmp_path / "python"
+    stand_in.write_text("#!/bin/sh\ncase $3 in kv) sleep 60;; link) exit 7;; esac\n")
+    stand_in.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(stand_in))
+    out = tmp_path / "facts.jsonl"
+    arguments = ["--device", "cpu", "--parts", "kv,link,laws", "--limit", "0.5", "--out", str(out)]
+    assert check.main(arguments) == 1
+    ends = {fact["part"]: fact["how"] for fact in check.read_facts(out)}
+    assert ends == {"kv": "time is over", "link": "7", "laws": "0"}
+    said = capsys.readouterr().out
+    assert "FAILED part kv: time is over" in said and "FAILED part link: 7" in said
+
+
+def test_the_summary_names_broken_laws_and_predictions(check, tmp_path):
+    out, said = tmp_path / "facts.jsonl", []
+    check.tell(out, "laws", "this one", held=True)
+    check.tell(out, "laws", "that one", held=False, why="2 differ")
+    check.tell(out, "plan", "seconds", measured=1.5, predicted=1.0)
+    assert not check.summarise(check.read_facts(out), said.append)
+    assert said[0] == "1 of 2 laws held"
+    assert any("BROKEN laws: that one: 2 differ" in line for line in said)
+    assert any("1.5 measured, 1 predicted (+50%)" in line for line in said)
+    assert check.summarise([{"part": "laws", "fact": "a", "held": True}], said.append)
+    assert not check.summarise([], said.append)  # nothing checked is not well
+
+
+def test_without_a_gpu_it_says_so(check, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(os.environ, "CUDA_VISIBLE_DEVICES", "")
+    assert check.main(["--out", str(tmp_path / "facts")]) == 3
+    assert "no CUDA GPU" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        check.main(["--parts", "laws,none"])
+
+
+def test_the_parts_fit_in_the_time_that_a_gpu_is_lent(check):
+    assert sum(check.LIMITS_S.values()) <= 8 * 60
+
+
+def test_nothing_that_such_a_machine_lacks_is_imported_at_the_start():
+    """Imports at the top of a module, outside `try`."""
+    found = []
+    for file in Path(offload_rt.__file__).parent.rglob("*.py"):
+        for node in ast.parse(file.read_text()).body:
+            names = []
+            if isinstance(node, ast.Import):
+                names = [name.name for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                names = [node.module or ""]
+            lacking = ABSENT & {name.partition(".")[0] for name in names}
+            found += [(file.name, name) for name in lacking]
+    assert {name for name, _ in found} <= TERMINAL

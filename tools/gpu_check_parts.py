@@ -1,0 +1,708 @@
+"""The parts of `gpu_check.py`: what is checked and measured on the device."""
+
+import os
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import psutil
+import torch
+from gpu_check import ROOT, tell
+from gpu_check_models import Made, write_model
+
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec
+from offload_rt.config import (
+    DraftConfig,
+    DraftWeights,
+    GenerationConfig,
+    HomeKind,
+    KVPlace,
+    RetrievalConfig,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.costs.machine import speeds_of
+from offload_rt.device.base import Device, Stream
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import KINDS, Processor, sharing
+from offload_rt.device.opening import open_device
+from offload_rt.engine import NO_DRAFT, Engine, Run
+from offload_rt.kv.base import KVShape, RowWatcher
+from offload_rt.kv.home import RamHome
+from offload_rt.kv.offloaded import KVSpace, OffloadedKV
+from offload_rt.kv.retrieval import RetrievalKV
+from offload_rt.kv.sizes import KVSizes, RetrievalSizes
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.rounded import Int4Linear
+from offload_rt.planning.planner import Means
+from offload_rt.planning.yields import expected_yield
+from offload_rt.profiling.codec import encode
+from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.measure import measure
+from offload_rt.report import RunReport
+from offload_rt.runner.tree import TokenTree
+from offload_rt.streaming.memory_home import MemoryHome
+
+MIB, GIB = 2**20, 2**30
+EMPTY: Mapping[str, Any] = {}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How large everything is.
+
+    Attributes:
+        law: the model of the laws.
+        long: the model with a long context.
+        prompt: tokens of its prompt.
+        budgets: of its retrieval cache.
+        streamed: layers of a 70B model.
+        rows: of a streamed pass.
+        small: layers, hidden size, intermediate size of models whose passes launches bound.
+        blocks: bytes of copies that are timed.
+        large: bytes of a copy that an upload waits behind.
+        kv: heads, head size, rows, layers of the offloaded cache that is read.
+        kv_blocks: rows of its blocks.
+        limit: device memory.
+    """
+
+    law: Made
+    long: Made
+    prompt: int
+    budgets: tuple[int, ...]
+    streamed: Made
+    rows: tuple[int, ...]
+    small: tuple[tuple[int, int, int], ...]
+    blocks: tuple[int, ...]
+    large: int
+    kv: tuple[int, int, int, int]
+    kv_blocks: tuple[int, ...]
+    limit: int
+
+
+TINY = Sizes(
+    law=Made(late=0.3, positions=512),
+    long=Made(looks_back=True, late=0.3, positions=1024),
+    prompt=160,
+    budgets=(32, 64),
+    streamed=Made(layers=3),
+    rows=(1, 8),
+    small=((2, 64, 128),),
+    blocks=(2**16, 2**20),
+    large=2**22,
+    kv=(2, 16, 400, 2),
+    kv_blocks=(64, 128),
+    limit=2 * GIB,
+)
+# Its numbers scatter more than those of `offload-run profile`, in a third of the time.
+QUICK = Effort(most_samples=3, scattered_samples=3, number_s=0.2, again_s=0.5, disk_depths=(8,))
+SMALL = Effort(  # of a profile whose parts are tried, not its numbers
+    least_samples=2,
+    most_samples=2,
+    scattered_samples=2,
+    number_s=0.0,
+    again_s=0.0,
+    disk_depths=(1, 2),
+    disk_file_bytes=4 * MIB,
+    disk_sample_bytes=MIB,
+    memory_bytes=MIB,
+    pin_bytes=MIB,
+    shapes=((64, 128, 4, 2, 16),),
+    cold_bytes=MIB,
+    compute_sample_s=0.0,
+    tokens=(1, 4),
+    packed_tokens=(1, 2),
+    heads=((64, 128),),
+    head_rows=(1, 4),
+    beside_disk=(0, 1),
+    beside_tokens=(1, 4),
+    beside_read_bytes=MIB,
+    beside_sample_s=0.0,
+    kv_bytes=2**16,
+    query_tokens=(1,),
+)
+FULL = Sizes(
+    law=Made(hidden=1024, layers=6, intermediate=3072, heads=8, kv_heads=4, vocab=4096, late=0.3),
+    long=Made(
+        hidden=1024,
+        layers=8,
+        intermediate=2816,
+        heads=8,
+        kv_heads=8,
+        vocab=8192,
+        positions=40_000,
+        dtype="bfloat16",
+        late=0.2,
+        first=4,
+        looks_back=True,
+    ),
+    prompt=32_000,
+    budgets=(256, 1024, 4096),
+    streamed=Made(
+        hidden=8192,
+        layers=8,
+        intermediate=28_672,
+        heads=64,
+        kv_heads=8,
+        vocab=32_000,
+        dtype="bfloat16",
+    ),
+    rows=(1, 64, 256, 1024),
+    small=((2, 768, 3072), (24, 896, 4864), (16, 2048, 8192), (22, 2048, 5632)),
+    blocks=(MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
+    large=1700 * MIB,
+    kv=(32, 128, 65_536, 8),
+    kv_blocks=(512, 2048, 4096),
+    limit=12 * GIB,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a part is given.
+
+    Attributes:
+        device: as --device names it.
+        folder: for models; in memory where there is room.
+    """
+
+    part: str
+    device: str
+    out: Path
+    folder: Path
+
+    @property
+    def sizes(self) -> Sizes:
+        """Of this device."""
+        return TINY if self.device == "cpu" else FULL
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether there is a GPU."""
+        return self.device != "cpu"
+
+    def fact(self, name: str, **values: object) -> None:
+        """Write a fact."""
+        tell(self.out, self.part, name, **values)
+
+    def law(self, name: str, check: Callable[[], bool | str]) -> None:
+        """Write whether a law held; one that raises did not."""
+        try:
+            found = check()
+        except Exception as error:  # noqa: BLE001 - a fact, and the next law is checked
+            found = f"{type(error).__name__}: {error}"
+        self.fact(name, held=found is True, why="" if found is True else found or "not equal")
+
+    def made(self, name: str, made: Made, layers: int | None = None) -> Path:
+        """A model's folder, written once."""
+        folder = self.folder / name
+        if not folder.exists():
+            write_model(folder, made, self.device, layers)
+        return folder
+
+
+def run(part: str, device: str, out: Path) -> None:
+    """Run a part with a folder of its own, which is gone afterwards."""
+    shared = Path("/dev/shm")
+    room = shared.is_dir() and shutil.disk_usage(shared).free > 24 * GIB
+    where = shared if room and device != "cpu" else None
+    with tempfile.TemporaryDirectory(prefix="gpu-check-", dir=where) as folder:
+        PARTS[part](Bench(part, device, out, Path(folder)))
+
+
+# --- what parts share ----------------------------------------------------------------------------
+
+
+@contextmanager
+def engine_of(
+    bench: Bench, folder: Path, prompt: Sequence[int], tokens: int, how: Mapping[str, Any] = EMPTY
+) -> Iterator[Engine]:
+    """An engine on the device; `how` is of `RuntimeConfig`, but for `draft` and `means`."""
+    options = {"device": bench.device, "device_limit_bytes": bench.sizes.limit, **how}
+    draft, means = options.pop("draft", NO_DRAFT), options.pop("means", None)
+    with Engine(
+        open_checkpoint(folder),
+        RuntimeConfig(**({"prefill_chunk_tokens": 512} | options)),
+        capacities=[len(prompt) + tokens],
+        prompt_tokens=len(prompt),
+        draft=draft,
+        means=means,
+    ) as engine:
+        yield engine
+
+
+def finished(engine: Engine, prompt: Sequence[int], tokens: int) -> Run:
+    """A greedy answer of a fixed length."""
+    run = Run.start(engine, [prompt], SamplingConfig(), GenerationConfig(max_tokens=tokens))
+    run.prefill()
+    while run.active:
+        run.step()
+    return run
+
+
+def text_of(length: int, vocab: int, seed: int = 1) -> list[int]:
+    """Random ids, some of which come again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (length,), generator=generator)
+    rare = torch.randint(3, vocab, (max(8, length // 64),), generator=generator)
+    again = torch.rand(length, generator=generator) < 0.05
+    chosen = rare[torch.randint(0, len(rare), (length,), generator=generator)]
+    return torch.where(again, chosen, ids).tolist()
+
+
+def timed(work: Callable[[], object], wait: Callable[[], None]) -> tuple[float, float]:
+    """Seconds until the host is free, and until the device is."""
+    began = time.perf_counter()
+    work()
+    free = time.perf_counter()
+    wait()
+    return free - began, time.perf_counter() - began
+
+
+def median_of(samples: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Medians of both."""
+    return statistics.median(s[0] for s in samples), statistics.median(s[1] for s in samples)
+
+
+def wait_for(queue: Stream) -> None:
+    """Until all that is enqueued is done."""
+    queue.record().synchronize()
+
+
+@contextmanager
+def opened(bench: Bench) -> Iterator[Device]:
+    """The device, without a model."""
+    device = open_device(RuntimeConfig(device=bench.device))
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def machine(bench: Bench) -> None:
+    """What it is."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    bench.fact("host", cores=os.cpu_count(), memory=psutil.virtual_memory().total, memlock=soft)
+    bench.fact("torch", version=torch.__version__, cuda=torch.version.cuda)
+    if not bench.on_gpu:
+        return
+    from offload_rt.device.cuda.nvml import find_driver
+
+    began = time.perf_counter()
+    torch.ones(1, device=bench.device)
+    context_s = time.perf_counter() - began
+    free, total = torch.cuda.mem_get_info()
+    bench.fact("context", seconds=context_s, bytes=total - free, total=total)
+    properties = torch.cuda.get_device_properties(bench.device)
+    bench.fact(
+        "gpu",
+        gpu=properties.name,
+        capability=torch.cuda.get_device_capability(),
+        cudnn=torch.backends.cudnn.version(),
+        gpus=torch.cuda.device_count(),
+    )
+    driver = find_driver()
+    bench.fact("driver", driver=None if driver is None else driver)
+
+
+def suite(bench: Bench) -> None:
+    """`tests/gpu`, where there is pytest; without a GPU it is collected and skipped."""
+    junit = bench.folder / "junit.xml"
+    command = [sys.executable, "-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider"]
+    command += ["tests/gpu", f"--junitxml={junit}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not junit.exists():
+        command.remove("-n0")  # pytest-xdist is not there
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if not junit.exists():
+        bench.fact("not run", why=(done.stderr or done.stdout)[-500:])
+        return
+    for case in ElementTree.parse(junit).iter("testcase"):
+        kind = next((child.tag for child in case if child.tag != "system-out"), "passed")
+        if kind != "skipped":
+            name = f"{case.get('classname')}::{case.get('name')}"
+            text = "" if kind == "passed" else str(next(iter(case)).get("message"))[:500]
+            bench.fact(name, held=kind == "passed", why=text, seconds=float(case.get("time", 0)))
+    bench.fact("tests", last=done.stdout.splitlines()[-1:])
+
+
+def laws(bench: Bench) -> None:
+    """Streamed is resident, drafted is plain, rounded is as rounded by hand."""
+    sizes = bench.sizes
+    streamed = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2}
+    prompt = text_of(90, sizes.law.vocab)
+    for dtype in ("float32", "bfloat16"):
+        folder = bench.made(dtype, replace(sizes.law, dtype=dtype))
+
+        def logits(place: Mapping[str, Any], folder: Path = folder) -> torch.Tensor:
+            with engine_of(bench, folder, prompt, 16, place) as engine:
+                rows = [engine.forward([(0, prompt)], reuse=True)]
+                rows += [engine.forward([(0, [t])], reuse=False) for t in prompt[:3]]
+                return torch.cat(rows).cpu()
+
+        resident = logits({"resident_layers": sizes.law.layers})
+        for home in (HomeKind.HOST, HomeKind.DISK):
+            for slots in (1, 2):
+                place = streamed | {"home": home, "slots": slots}
+                bench.law(
+                    f"{dtype}: streamed from {home}, {slots} slots = resident",
+                    partial(_equal, partial(logits, place), resident),
+                )
+    bench.law("a matrix of 4 bits = rounding by hand", lambda: int4_is_right(bench.device))
+    _drafted_is_plain(bench, prompt, streamed)
+
+
+def _equal(make: Callable[[], torch.Tensor], wanted: torch.Tensor) -> bool:
+    return torch.equal(make(), wanted)
+
+
+def sanitizer(bench: Bench) -> None:
+    """The laws of drafting once more, under torch's checker of races between streams."""
+    bench.fact("environment", sanitizer=os.environ.get("TORCH_CUDA_SANITIZER"))
+    streamed = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2}
+    _drafted_is_plain(bench, text_of(90, bench.sizes.law.vocab), streamed, 16)
+
+
+def _drafted_is_plain(
+    bench: Bench, prompt: list[int], streamed: dict[str, Any], tokens: int = 40
+) -> None:
+    sizes = bench.sizes
+    target = bench.made("float32", replace(sizes.law, dtype="float32"))
+    first = bench.made("first", replace(sizes.law, dtype="float32"), sizes.law.first)
+    with engine_of(bench, target, prompt, tokens, streamed) as engine:
+        plain = finished(engine, prompt, tokens).sequences[0].emitted
+    retrieval = RetrievalConfig(
+        budget_tokens=32, chunk_tokens=4, rebuild_tokens=4, retrieval_weights=DraftWeights.SAME
+    )
+    drafts = {
+        "n-grams": DraftConfig(draft="ngram", draft_tokens=8),
+        "a tree of a model": DraftConfig(draft=f"model:{first}", draft_tokens=16),
+        "TriForce": DraftConfig(draft="triforce", draft_tokens=4, retrieval=retrieval),
+        "nobody": NO_DRAFT,
+    }
+    places: dict[str, dict[str, Any]] = {
+        "": {},
+        ", KV offloaded": {"kv": KVPlace.HOST, "kv_block_tokens": 32},
+    }
+
+    def same(draft: DraftConfig, place: dict[str, Any]) -> bool:
+        how = {**streamed, **place, "draft": draft}
+        with engine_of(bench, target, prompt, tokens, how) as engine:
+            run = finished(engine, prompt, tokens)
+            rate = run.report().speculation.acceptance_rate
+            bench.fact(f"{draft.kind} drafts", acceptance_rate=rate, place=str(place))
+            return run.sequences[0].emitted == plain
+
+    for name, draft in drafts.items():
+        for where, place in places.items():
+            bench.law(f"drafted by {name}{where} = plain", partial(same, draft, place))
+
+
+def int4_is_right(device: str) -> bool | str:
+    """`Int4Linear` against the same rounding, number by number."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(256, 128, bias=True, dtype=torch.bfloat16).to(device)
+    rows = torch.randn(1, 9, 256, dtype=torch.bfloat16, device=device)
+    groups = linear.weight.detach().double().unflatten(1, (-1, 32))
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = (high - low) / 15
+    weight = (low + ((groups - low) / scale).round() * scale).flatten(1)
+    with torch.inference_mode():
+        wanted = rows.double() @ weight.t() + linear.bias.double()
+        error = (Int4Linear(linear)(rows).double() - wanted).norm() / wanted.norm()
+    return bool(error < 0.02) or f"off by {error:.3f}"
+
+
+def link(bench: Bench) -> None:
+    """Copies by size, and what an upload waits behind a large one."""
+    sizes = bench.sizes
+    with opened(bench) as device:
+        for block in sizes.blocks:
+            host = allocate_host(block)
+            host.tensor.zero_()
+            began = time.perf_counter()
+            device.pin(host)
+            pin_s = time.perf_counter() - began
+            slot, home, stream = device.allocate(block, "slots"), MemoryHome(host), device.copy
+            back = device.new_copy_stream()
+
+            ways = {
+                "to": (stream, partial(stream.copy, slot, home)),
+                "from": (back, partial(back.store, home, slot.tensor)),
+            }
+            rates = {}
+            for name, (queue, work) in ways.items():
+                taken = [timed(work, partial(wait_for, queue)) for _ in range(6)]
+                rates[f"{name}_bytes_per_s"] = block / median_of(taken[1:])[1]
+            bench.fact(f"copies of {block} bytes", **rates, pin_bytes_per_s=block / pin_s)
+            back.close()
+        host = allocate_host(sizes.large)
+        host.tensor.zero_()
+        device.pin(host)
+        slot = device.allocate(sizes.large, "slots")
+        waits = []
+        for busy in (False, True) * 5:
+            if busy:
+                device.copy.copy(slot, MemoryHome(host))
+            waits.append(
+                timed(partial(device.upload, range(512)), partial(wait_for, device.compute))
+            )
+            device.copy.record().synchronize()
+        bench.fact(
+            "upload of 4 KiB",
+            idle_s=median_of(waits[::2])[1],
+            behind_a_layer_s=median_of(waits[1::2])[1],
+        )
+
+
+def streaming(bench: Bench) -> None:
+    """Passes over layers of a 70B model."""
+    sizes = bench.sizes
+    folder = bench.made("streamed", sizes.streamed)
+    tokens = [text_of(rows, sizes.streamed.vocab) for rows in sizes.rows]
+    longest, place = [1] * (max(sizes.rows) + 8), {"home": HomeKind.HOST, "resident_layers": 0}
+    with engine_of(bench, folder, longest, 8, place) as engine:
+        for ids in tokens:
+            before, taken = engine.counters(), []
+            for _ in range(4):
+                engine.truncate(0, 0)
+                work = partial(engine.forward, [(0, ids)], reuse=False)
+                taken.append(timed(work, partial(wait_for, engine.device.compute)))
+            after = engine.counters()
+            enqueue_s, pass_s = median_of(taken[1:])
+            bench.fact(
+                f"a pass of {len(ids)} rows",
+                pass_s=pass_s,
+                enqueue_s=enqueue_s,
+                bytes_per_s=engine.bytes_per_pass / pass_s,
+                stall_s=(after.stalled_s - before.stalled_s) / 4,
+            )
+
+
+def launches(bench: Bench) -> None:
+    """Small models, whose passes the host bounds; and which kernels attend."""
+    for layers, hidden, intermediate in bench.sizes.small:
+        dtype = "bfloat16" if bench.on_gpu else "float32"
+        heads = max(2, hidden // 64)
+        made = Made(
+            hidden=hidden,
+            layers=layers,
+            intermediate=intermediate,
+            heads=heads,
+            kv_heads=heads,
+            dtype=dtype,
+        )
+        folder = bench.made(f"small-{layers}-{hidden}", made)
+        prompt = text_of(200, made.vocab)
+        with engine_of(bench, folder, prompt, 200) as engine:
+            engine.forward([(0, prompt)], reuse=True)
+            for rows in (1, 8, 16):
+                work = partial(engine.check, [(0, 5, TokenTree.chain(range(3, 2 + rows)))])
+                taken = []
+                for _ in range(12):
+                    engine.truncate(0, len(prompt))
+                    taken.append(timed(work, partial(wait_for, engine.device.compute)))
+                host_s, pass_s = median_of(taken[2:])
+                bench.fact(
+                    f"{layers} layers of {hidden}, {rows} rows", enqueue_s=host_s, pass_s=pass_s
+                )
+            engine.truncate(0, len(prompt))
+    if bench.on_gpu:
+        _kernels(bench)
+
+
+def _kernels(bench: Bench) -> None:
+    """Names of the kernels that attention runs, by rows, heads and number format."""
+    from torch.profiler import ProfilerActivity, profile
+
+    for kv_heads in (8, 32):
+        for rows in (1, 8, 512):
+            query = torch.randn(32, rows, 128, dtype=torch.bfloat16, device=bench.device)
+            keys = torch.randn(kv_heads, 4096, 128, dtype=torch.bfloat16, device=bench.device)
+            spec = AttentionSpec(scaling=128**-0.5)
+            attend_rows(query, keys, keys, spec)
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                attend_rows(query, keys, keys, spec)
+                torch.cuda.synchronize()
+            names = [
+                f"{e.key[:90]} {e.self_device_time_total:.0f} us" for e in found.key_averages()
+            ]
+            bench.fact(f"kernels of {rows} rows, {kv_heads} KV heads", names=names)
+
+
+def kv(bench: Bench) -> None:
+    """An offloaded cache read block by block, with and without choosing rows."""
+    heads, dim, rows, layers = bench.sizes.kv
+    dtype = torch.bfloat16 if bench.on_gpu else torch.float32
+    shape = KVShape(heads=heads, key_dim=dim, value_dim=dim)
+    row_bytes = (shape.numbers_per_token * dtype.itemsize,) * layers
+    for block in bench.sizes.kv_blocks:
+        with opened(bench) as device, torch.no_grad():
+            sizes = KVSizes(row_bytes=row_bytes, capacity=rows + 64, block_tokens=block)
+            space, home = KVSpace(device, sizes.staging_bytes), RamHome(device, sizes)
+            cache = OffloadedKV(space, [shape] * layers, dtype, sizes, home)
+            retrieval = RetrievalKV(
+                device,
+                [shape] * layers,
+                dtype,
+                RetrievalSizes(
+                    row_bytes=row_bytes,
+                    config=RetrievalConfig(budget_tokens=min(1024, rows // 2)),
+                    capacity=rows + 64,
+                    scratch_tokens=64,
+                ),
+            )
+            fill(
+                cache, shape, layers, torch.empty(0, dtype=dtype, device=device.torch_device), rows
+            )
+            for builds in (False, True):
+                host_s, pass_s = read_all(
+                    device, cache, shape, layers, retrieval if builds else None
+                )
+                blocks = layers * -(-rows // block)
+                bench.fact(
+                    f"blocks of {block * row_bytes[0]} bytes" + ", with a build" * builds,
+                    host_s_per_block=host_s / blocks,
+                    pass_s=pass_s,
+                    bytes_per_s=rows * sum(row_bytes) / pass_s,
+                )
+            space.close()
+
+
+def fill(cache: OffloadedKV, shape: KVShape, layers: int, like: torch.Tensor, rows: int) -> None:
+    """Append random rows as a prompt does, so that they go home."""
+    for layer in range(layers):
+        made = torch.randn(shape.heads, rows, shape.key_dim, dtype=like.dtype, device=like.device)
+        cache.append(layer, made, made)
+    cache.commit(range(rows))
+
+
+def read_all(
+    device: Device, cache: OffloadedKV, shape: KVShape, layers: int, retrieval: RetrievalKV | None
+) -> tuple[float, float]:
+    """Host's and device's seconds of a pass of one row through all layers, medians of 5."""
+    spec, taken = AttentionSpec(scaling=shape.key_dim**-0.5), []
+    row = torch.randn(shape.heads, 1, shape.key_dim, device=device.torch_device)
+    row = row.to(torch.bfloat16 if device.kind.own_memory else torch.float32)
+    length = cache.length
+
+    def one_pass() -> None:
+        if retrieval is not None:
+            retrieval.begin_build(length, 0.25)
+        for layer in range(layers):
+            cache.append(layer, row, row)
+            watcher: RowWatcher | None = None
+            if retrieval is not None:
+                retrieval.begin_layer(layer, row, spec)
+                watcher = retrieval
+            cache.attend(layer, row, spec, None, watcher)
+        if retrieval is not None:
+            retrieval.end_build()
+        cache.truncate(length)
+
+    for _ in range(6):
+        taken.append(timed(one_pass, partial(wait_for, device.compute)))
+    return median_of(taken[1:])
+
+
+def triforce(bench: Bench) -> None:
+    """A model that looks back: acceptance over the budget, and against the newest tokens alone."""
+    sizes = bench.sizes
+    folder = bench.made("long", sizes.long)
+    prompt, tokens = text_of(sizes.prompt, sizes.long.vocab), 48
+    place = {"kv": KVPlace.HOST}
+
+    def measure(name: str, draft: DraftConfig) -> RunReport:
+        with engine_of(bench, folder, prompt, tokens, {**place, "draft": draft}) as engine:
+            report = finished(engine, prompt, tokens).report()
+        counted = report.speculation
+        bench.fact(
+            name,
+            s_per_token=report.timings.s_per_token,
+            acceptance_rate=counted.acceptance_rate,
+            tokens_per_pass=counted.tokens_per_pass,
+        )
+        return report
+
+    measure("plain", NO_DRAFT)
+    for budget in sizes.budgets:
+        for share in (None, 1.0):
+            retrieval = RetrievalConfig(
+                budget_tokens=budget, recent_share=share, retrieval_weights=DraftWeights.SAME
+            )
+            draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=retrieval)
+            measure(f"budget {budget}" + ", the newest alone" * (share == 1.0), draft)
+
+
+def plan(bench: Bench) -> None:
+    """A profile of this machine, and what it predicts of runs; device memory against the plan."""
+    kind = KINDS[Processor(bench.device.partition(":")[0])]
+    effort = QUICK if bench.on_gpu else SMALL
+    profile = measure("here", device=bench.device.partition(":")[0], effort=effort)
+    (bench.out.parent / f"{bench.out.stem}-profile.json").write_text(encode(profile))
+    speeds = speeds_of(profile, kind.processor, sharing(bench.device))
+    means = Means(speeds=speeds, yields=lambda config: expected_yield(config.kind))
+    sizes, tokens = bench.sizes, 24
+    runs: dict[str, tuple[Made, int, dict[str, Any]]] = {
+        "resident": (sizes.law, 90, {}),
+        "streamed": (
+            sizes.law,
+            90,
+            {"home": HomeKind.HOST, "resident_layers": 0},
+        ),
+        "KV offloaded": (sizes.long, sizes.prompt // 2, {"kv": KVPlace.HOST}),
+    }
+    for name, (made, length, config) in runs.items():
+        folder = bench.made(f"plan-{name}", made)
+        prompt = text_of(length, made.vocab)
+        how = {**config, "means": lambda device: means}
+        with engine_of(bench, folder, prompt, tokens, how) as engine:
+            predicted = engine.plan.prediction
+            report = finished(engine, prompt, tokens).report()
+        bench.fact(
+            f"seconds per token, {name}",
+            measured=report.timings.s_per_token,
+            predicted=None if predicted is None else predicted.s_per_token,
+        )
+        memory = report.memory
+        within = memory.device_peak_bytes <= memory.device_planned_bytes
+        more = {}
+        if bench.on_gpu:
+            free, total = torch.cuda.mem_get_info()
+            more = {"reserved": torch.cuda.max_memory_reserved(), "taken_now": total - free}
+        bench.fact(
+            f"device memory within the plan, {name}",
+            held=within,
+            peak=memory.device_peak_bytes,
+            planned=memory.device_planned_bytes,
+            **more,
+        )
+
+
+PARTS: dict[str, Callable[[Bench], None]] = {
+    "machine": machine,
+    "suite": suite,
+    "laws": laws,
+    "sanitizer": sanitizer,
+    "link": link,
+    "streaming": streaming,
+    "launches": launches,
+    "kv": kv,
+    "triforce": triforce,
+    "plan": plan,
+}
