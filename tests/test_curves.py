@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from offload_rt.profiling import timing
 from offload_rt.profiling.curves import impossible, monotone
 from offload_rt.profiling.effort import Effort
-from offload_rt.profiling.timing import REPAIRED, Curve, timed
+from offload_rt.profiling.timing import REPAIRED, Curve, Timed
 
 SIZES, TOKENS = (7, 28, 116, 416), (1, 2, 4, 8, 16, 32, 64)
 PLACES = list(product(SIZES, TOKENS))
@@ -112,7 +112,7 @@ def profile_of(machine, places=PLACES, **changed):
     curve = Curve(replace(Effort(), **changed))
     sample_s = curve.effort.compute_sample_s
     passes = {
-        place: timed(lambda p=place: machine.work(true_s(p)), sample_s, computes=True)
+        place: Timed(lambda p=place: machine.work(true_s(p)), sample_s, computes=True)
         for place in places
     }
     return curve.numbers(curve.take(passes)), curve.doubts
@@ -146,7 +146,7 @@ def test_a_bad_moment_is_measured_again_and_leaves_no_trace(monkeypatch):
         work(true_s(place) * (20 if bad[place] >= 0 else 1))
 
     curve = Curve(replace(Effort(), compute_sample_s=0.0, scattered_samples=9))
-    taken = curve.take({p: timed(lambda p=p: disturbed(p)) for p in PLACES})
+    taken = curve.take({p: Timed(lambda p=p: disturbed(p)) for p in PLACES})
     found = curve.numbers(taken)
     assert found[28, 1].value == pytest.approx(true_s((28, 1)), rel=0.15)
     assert curve.doubts.again >= 2 and "measured again" in curve.doubts.note
@@ -157,7 +157,7 @@ def test_what_stays_impossible_is_taken_down_and_says_so(monkeypatch):
     machine = Neighbour(monkeypatch, 0.0)
     curve = Curve(replace(Effort(), again_s=0.0))
     slow = {p: 20.0 if p == (28, 1) else 1.0 for p in PLACES}
-    passes = {p: timed(lambda p=p: machine.work(slow[p] * true_s(p))) for p in PLACES}
+    passes = {p: Timed(lambda p=p: machine.work(slow[p] * true_s(p))) for p in PLACES}
     found = curve.numbers(curve.take(passes))
     assert found[28, 1].source == REPAIRED and found[28, 2].source == ""
     assert found[28, 1].value < 1.15 * true_s((28, 2)) and found[28, 1].spread is not None
@@ -178,7 +178,7 @@ def test_samples_that_lie_apart_are_followed_by_more(monkeypatch):
         )
 
     curve = Curve(replace(Effort(), least_samples=3, most_samples=9, again_s=0.0))
-    taken = curve.take({p: timed(lambda p=p: disturbed(p)) for p in asked})
+    taken = curve.take({p: Timed(lambda p=p: disturbed(p)) for p in asked})
     found = curve.numbers(taken)
     assert found[1,].value == pytest.approx(0.01, rel=0.05)
     assert len(taken[2,]) == 9 < len(taken[1,]) <= curve.effort.scattered_samples
@@ -187,7 +187,7 @@ def test_samples_that_lie_apart_are_followed_by_more(monkeypatch):
 def test_measuring_again_ends(monkeypatch):
     """However wrong the numbers stay, no more than `again_s` is spent on them."""
     machine = Neighbour(monkeypatch, 0.0)
-    passes = {(i,): timed(lambda i=i: machine.work(0.5 / (1 + i))) for i in range(8)}
+    passes = {(i,): Timed(lambda i=i: machine.work(0.5 / (1 + i))) for i in range(8)}
     effort = Effort(least_samples=2, most_samples=2, number_s=0.0, again_s=2.0)
     Curve(replace(effort, again_s=0.0)).take(passes)
     first, machine.now = machine.now, 0.0

@@ -43,7 +43,7 @@ from offload_rt.profiling.profile import (
     Number,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Curve, Sample, Tick, averaged, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, averaged
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
@@ -134,7 +134,7 @@ def measure_layers(
         }
         taken |= curve.take(
             {
-                (shape.weight_bytes, tokens): timed(
+                (shape.weight_bytes, tokens): Timed(
                     layer.pass_over(tokens), effort.compute_sample_s, computes=computes
                 )
                 for shape, layer in layers.items()
@@ -176,7 +176,7 @@ def measure_heads(
             widen_linears(copies)
         taken |= curve.take(
             {
-                (nbytes, rows): timed(
+                (nbytes, rows): Timed(
                     _head_pass(cycle(copies), device, hidden, rows, dtype),
                     effort.compute_sample_s,
                     computes=device.kind.host_computes,
@@ -301,7 +301,7 @@ def measure_attention(
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
-        passes[(rows,)] = timed(run, effort.compute_sample_s, computes=device.kind.host_computes)
+        passes[(rows,)] = Timed(run, effort.compute_sample_s, computes=device.kind.host_computes)
     taken = {
         place: [s / (cached * row_bytes) for s in seconds]
         for place, seconds in curve.take(passes).items()

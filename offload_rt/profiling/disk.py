@@ -36,7 +36,7 @@ from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import DiskSpeed
-from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of, timed
+from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, rate_of
 from offload_rt.units import format_size
 from offload_rt.writing import why_not
 
@@ -183,7 +183,7 @@ def _measure(
     def sample_s(stream: CpuCopyStream) -> float:
         window = next(turns)
         window.forget()
-        return timed(lambda: _read(stream, window, image))()
+        return Timed(lambda: _read(stream, window, image))()
 
     with ExitStack() as undo:
         passes: dict[Place, Sample] = {}
