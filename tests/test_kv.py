@@ -195,5 +195,5 @@ def test_explicit_attention_is_the_same_in_blocks(monkeypatch):
     spec = AttentionSpec(scaling=0.3, softcap=2.0)
     whole = attend_rows(query, key, value, spec)
     monkeypatch.setattr(partial, "SCORE_BYTES", HEADS * 12 * 4 * 2)
-    monkeypatch.setattr(attention, "KEY_BLOCK", 5)
+    monkeypatch.setattr(partial, "KEY_BLOCK", 5)
     assert torch.allclose(attend_rows(query, key, value, spec), whole, atol=1e-6)

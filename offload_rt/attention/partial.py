@@ -2,16 +2,21 @@
 
 Softmax over all rows is the mean of the softmaxes over parts, each weighted with its share of the
 sum of exponentials (FlashAttention, Dao et al. 2022, section 3.1; exllamav3 and FlashInfer merge
-the same way). Query heads of a group are rows of their KV head, so keys are never copied.
+the same way). What all query rows see is attended to by flash attention, with the query heads of a
+group as rows of their KV head, so keys are read once and never copied.
 """
 
 import torch
 
-from offload_rt.attention.spec import AttentionSpec
+from offload_rt.attention.flash import flash_of
+from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.attention.visible import visible_rows
 
+KEY_BLOCK = 1024  # keys whose scores are written out at once
 # Scores written out are made for as many query rows as fit in this.
 SCORE_BYTES = 8 * 2**20
 MERGE_AT = 8  # parts that are kept before they are merged: fewer kernels, bounded memory
+UNSEEN = -1e30  # the score of a row that is not seen; finite, so that a part nobody sees weighs 0
 
 
 class PartialAttention:
@@ -20,15 +25,14 @@ class PartialAttention:
     Args:
         query: [H, S, D].
         kv_heads: K.
-        spec: how the layer attends; the window is up to the caller's masks.
+        spec: how the layer attends; in `add` the window is up to the caller's masks.
     """
 
     def __init__(self, query: torch.Tensor, kv_heads: int, spec: AttentionSpec) -> None:
         self._heads, self._rows, _ = query.shape
-        self._spec, self._dtype = spec, query.dtype
-        self._groups = self._heads // kv_heads
-        self._query = query.reshape(kv_heads, self._groups * self._rows, -1)  # [K, G * S, D]
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._kv_heads, self._spec, self._query = kv_heads, spec, query
+        self._flash = flash_of(query.device) if spec.softcap is None else None
+        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # [K, G, S, D], [K, G, S] fp32
 
     def add(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None
@@ -40,69 +44,127 @@ class PartialAttention:
             value: [K, T, D].
             visible: [S, T] bool, which of them each query row sees; None: all.
         """
-        fused = visible is None and self._spec.softcap is None and key.device.type == "cpu"
-        attend = self._attend_fused if fused else self._attend_explicitly
-        self._parts.append(attend(key, value, visible))
-        if len(self._parts) == MERGE_AT:
-            self._parts = [_merge(self._parts)]
+        if not key.shape[1]:
+            return
+        if visible is None and self._flash is not None and self._flash.takes(key, value):
+            grouped = self._query.reshape(self._kv_heads, -1, self._query.shape[-1])
+            out, lse = self._flash.attend(grouped, key, value, self._spec.scaling, False, None)
+            self._append(out.unflatten(1, (-1, self._rows)), lse.unflatten(1, (-1, self._rows)))
+            return
+        for start in range(0, key.shape[1], KEY_BLOCK):
+            part = slice(start, start + KEY_BLOCK)
+            seen = None if visible is None else visible[:, part]
+            self._append(*self._write_out(key[:, part], value[:, part], seen))
+
+    def add_newest(
+        self, key: torch.Tensor, value: torch.Tensor, tree: PendingTree | None = None
+    ) -> None:
+        """Attend to the newest rows of the sequence, the query's own the last of them.
+
+        Args:
+            key: [K, T, D]; row T - S + s belongs to query row s.
+            value: [K, T, D].
+            tree: which of the last rows each query row sees, its positions counted as `key` is;
+                None: all before it, and itself.
+        """
+        rows, cached, window = self._rows, key.shape[1], self._spec.window
+        if window is not None and cached <= window and tree is None:
+            window = None
+        pending = rows if tree is None else tree.positions.numel()
+        committed, flash = cached - pending, self._flash
+        if flash is None or not flash.takes(key, value):
+            self._add_seen(key, value, tree, range(cached))
+        elif tree is None and rows == 1:
+            first = 0 if window is None else cached - window
+            self.add(key[:, first:], value[:, first:])
+        elif tree is None and flash.lower_right:
+            self._add_chain(key, value, window)
+        else:
+            # From `first` on all query rows see all committed rows.
+            first = 0 if window is None else min(max(0, cached - window), committed)
+            self._add_seen(key, value, tree, range(first))
+            self.add(key[:, first:committed], value[:, first:committed])
+            key, value = (key, value) if tree else (key[:, committed:], value[:, committed:])
+            if tree is None and (window is None or window >= rows):
+                self._add_chain(key, value, None)
+            else:
+                self._add_seen(key, value, tree, range(key.shape[1] - pending, key.shape[1]))
 
     def result(self) -> torch.Tensor:
         """Return [S, H, D] over everything added; each row has seen at least one key."""
         if self._spec.sinks is not None:
-            sinks = self._spec.sinks.float().view(-1, self._groups, 1)  # [K, G, 1]
-            logits = sinks.expand(-1, -1, self._rows).flatten(1)  # [K, G * S]
-            self._parts.append((torch.zeros_like(self._parts[0][0]), logits))
+            sinks = self._spec.sinks.float().view(self._kv_heads, -1, 1)  # [K, G, 1]
+            nothing = torch.zeros_like(self._parts[0][0])
+            self._parts.append((nothing, sinks.expand(-1, -1, self._rows)))
         out = self._parts[0][0] if len(self._parts) == 1 else _merge(self._parts)[0]
-        return out.reshape(self._heads, self._rows, -1).transpose(0, 1).to(self._dtype)
+        return out.permute(2, 0, 1, 3).flatten(1, 2).to(self._query.dtype)
 
-    def _attend_fused(
+    def _append(self, out: torch.Tensor, lse: torch.Tensor) -> None:
+        self._parts.append((out, lse))
+        if len(self._parts) == MERGE_AT:
+            out, sums = _merge(self._parts)
+            self._parts = [(out, sums.logsumexp(dim=0))]
+
+    def _add_chain(self, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
+        """Attend causally to rows that end with the query's own."""
+        assert self._flash is not None
+        out, lse = self._flash.attend(self._query, key, value, self._spec.scaling, True, window)
+        groups = (self._kv_heads, -1)
+        self._append(out.unflatten(0, groups), lse.unflatten(0, groups))
+
+    def _add_seen(
+        self, key: torch.Tensor, value: torch.Tensor, tree: PendingTree | None, keys: range
+    ) -> None:
+        """Attend to `keys` of the newest rows, written out in blocks of keys.
+
+        Blocks of one size keep oneDNN from preparing, and keeping, a kernel for every length.
+        """
+        cached, window = key.shape[1], self._spec.window
+        pending = self._rows if tree is None else tree.positions.numel()
+        if window is not None:
+            keys = range(max(keys.start, cached - pending + 1 - window), keys.stop)
+        for start in range(keys.start, keys.stop, KEY_BLOCK):
+            block = range(start, min(start + KEY_BLOCK, keys.stop))
+            seen = None
+            if window is None and tree is not None and len(block) == pending == cached - start:
+                seen = tree.visible
+            elif window is not None or block.stop > cached - pending + (tree is None):
+                seen = visible_rows(self._rows, block, cached, window, key.device, tree)
+            part = slice(block.start, block.stop)
+            self._append(*self._write_out(key[:, part], value[:, part], seen))
+
+    def _write_out(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The CPU's flash kernel, which also returns the log-sum-exp."""
-        assert visible is None
-        if key.shape[-1] != value.shape[-1]:
-            return self._attend_explicitly(key, value, None)
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            self._query[None], key[None], value[None], 0.0, False, scale=self._spec.scaling
-        )
-        return out[0].float(), lse[0].float()
-
-    def _attend_explicitly(
-        self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Written out in fp32: [K, G * S, D] and [K, G * S]; in blocks of query rows."""
-        key, value = key.float(), value.float()
-        hidden = None if visible is None else (~visible).repeat(self._groups, 1)  # [G * S, T]
-        count = self._query.shape[1]
-        block = max(1, SCORE_BYTES // (key.shape[0] * key.shape[1] * 4))
+        """Attention in fp32: [K, G, S, D] and [K, G, S]; in blocks of query rows."""
+        key, value = key.float().transpose(1, 2), value.float()
+        hidden = None if visible is None else ~visible
+        query = self._query.unflatten(0, (self._kv_heads, -1)).float() * self._spec.scaling
+        block = max(1, SCORE_BYTES // (self._heads * key.shape[2] * 4))
         outs, sums = [], []
-        for start in range(0, count, block):
-            part = self._query[:, start : start + block].float()
-            scores = torch.matmul(part, key.transpose(1, 2)) * self._spec.scaling  # [K, g, T]
+        for start in range(0, self._rows, block):
+            part = query[:, :, start : start + block]
+            scores = torch.matmul(part.flatten(1, 2), key)  # [K, G * s, T]
             if self._spec.softcap is not None:
                 scores = torch.tanh(scores / self._spec.softcap) * self._spec.softcap
+            scores = scores.unflatten(1, part.shape[1:3])
             if hidden is not None:
-                scores = scores.masked_fill(hidden[start : start + block], float("-inf"))
-            lse = torch.logsumexp(scores, dim=-1)
-            weights = torch.exp(scores - _finite(lse)[..., None])
-            outs.append(torch.matmul(weights, value))
-            sums.append(lse)
+                scores.masked_fill_(hidden[start : start + block], UNSEEN)
+            weights = torch.softmax(scores, dim=-1)
+            # The largest weight is exp(largest score - lse): fewer kernels than logsumexp.
+            sums.append(scores.amax(dim=-1) - weights.amax(dim=-1).log_())
+            out = torch.matmul(weights.flatten(1, 2), value)
+            outs.append(out.unflatten(1, part.shape[1:3]))
         if len(outs) == 1:
             return outs[0], sums[0]
-        return torch.cat(outs, dim=1), torch.cat(sums, dim=1)
+        return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
 def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge parts: outputs [K, R, D] and log-sum-exps [K, R] in fp32."""
-    sums = torch.stack([lse for _, lse in parts])  # [P, K, R]
-    lse = torch.logsumexp(sums, dim=0)
-    weights = torch.exp(sums - _finite(lse))
-    out = parts[0][0] * weights[0, ..., None]
+    """Merge outputs [K, G, S, D] of parts: in fp32, with all log-sum-exps [P, K, G, S]."""
+    sums = torch.stack([lse for _, lse in parts])
+    weights = torch.softmax(sums, dim=0)[..., None]
+    out = parts[0][0] * weights[0]
     for (part, _), weight in zip(parts[1:], weights[1:], strict=True):
-        out = torch.addcmul(out, part, weight[..., None])
-    return out, lse
-
-
-def _finite(lse: torch.Tensor) -> torch.Tensor:
-    """Replace -inf, the sum over no visible row, so that its weights become 0 and not nan."""
-    return torch.where(lse == float("-inf"), torch.zeros_like(lse), lse)
+        out = torch.addcmul(out, part, weight)
+    return out, sums

@@ -32,6 +32,23 @@ class Packing(StrEnum):
     DEVICE = "device"
 
 
+class Flash(StrEnum):
+    """Which flash attention torch has (`attention/flash.py`), by where its causal mask is right."""
+
+    UPPER_LEFT = "upper left"
+    LOWER_RIGHT = "lower right"
+
+
+def _flash_on_gpu(index: int) -> bool:
+    from offload_rt.device.cuda.torch_driver import runs_flash  # imports torch
+
+    return runs_flash(index)
+
+
+def _always(index: int) -> bool:
+    return True
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DeviceKind:
     """What a kind of device is, can do, and does by default.
@@ -53,6 +70,8 @@ class DeviceKind:
         kv_home: where KV lives by default that does not fit on the device.
         kv_on_disk: KV may live in a file.
         attends_at_home: it can attend to KV in host memory where it lies.
+        flash: the flash attention it has.
+        runs_flash: whether number N is new enough for it; asked when there are tensors on it.
         packs: it has matrix kernels for which resident layers are reordered (`formats/packed.py`).
         kernels: to what weights may be rounded, and for which formats of the model.
         draft_weights: how a bf16 draft model is kept unless --draft-weights says.
@@ -80,6 +99,8 @@ class DeviceKind:
     kv_home: KVPlace
     kv_on_disk: bool
     attends_at_home: bool
+    flash: Flash
+    runs_flash: Callable[[int], bool]
     packs: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
     draft_weights: DraftWeights
@@ -113,6 +134,8 @@ CPU = DeviceKind(
     kv_home=KVPlace.DISK,
     kv_on_disk=True,
     attends_at_home=True,
+    flash=Flash.UPPER_LEFT,
+    runs_flash=_always,
     packs=True,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
     draft_weights=DraftWeights.INT8,
@@ -138,6 +161,8 @@ CUDA = DeviceKind(
     kv_home=KVPlace.HOST,
     kv_on_disk=False,
     attends_at_home=False,
+    flash=Flash.LOWER_RIGHT,
+    runs_flash=_flash_on_gpu,
     packs=False,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
     draft_weights=DraftWeights.SAME,

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 import torch
 
 from offload_rt.attention.partial import PartialAttention
-from offload_rt.attention.rows import attend_rows, visible_rows
+from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device, DeviceBuffer, Event, HomeSource, TwoWayStream
 from offload_rt.errors import CapacityError, ConfigError
@@ -367,15 +367,8 @@ class OffloadedKV:
             return attend_rows(query, keys, values, spec, tree)
         local_tree = tree and PendingTree(tree.visible, tree.positions - state.home_rows)
         parts = PartialAttention(query, state.format.shape.heads, spec)
-        count = query.shape[1]
-        windowed = spec.window is not None and state.count > spec.window
-        masked = count > 1 or windowed or tree is not None
-        device = query.device
-        parts.add(
-            keys,
-            values,
-            visible_rows(count, state.count, spec.window, device, local_tree) if masked else None,
-        )
+        parts.add_newest(keys, values, local_tree)
+        count, device = query.shape[1], query.device
         for start, rows in self._lend_home_rows(state):
             visible = None
             if spec.window is not None and state.total - start > spec.window:

@@ -287,9 +287,10 @@ class RetrievalKV:
         if number == 0:
             masses[:, 0] = PINNED
         held = build.scores(build.masses).masked_fill(build.empty, EMPTY)
-        slots, chunks, real = _exchange(held, build.scores(masses))
+        host_computes = self._device.kind.host_computes
+        slots, chunks, real = _exchange(held, build.scores(masses), narrow=host_computes)
         heads = torch.arange(keys.shape[0], device=keys.device)[:, None].expand_as(slots)
-        if keys.device.type == "cpu":  # only what changes places is read and written
+        if host_computes:  # only what changes places is read and written
             heads, slots, chunks = heads[real], slots[real], chunks[real]
         offers = [
             (build.masses, masses),
@@ -327,17 +328,18 @@ def _chunk_masses(logits: torch.Tensor) -> torch.Tensor:
 
 
 def _exchange(
-    kept: torch.Tensor, offered: torch.Tensor
+    kept: torch.Tensor, offered: torch.Tensor, *, narrow: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Pair what leaves with what comes in, so that the best of both are there afterwards.
 
     Args:
         kept: [K, N] scores.
         offered: [K, M] scores.
+        narrow: make W only as large as it must be; for that the host waits.
 
     Returns:
         slots [K, W] of `kept`, chunks [K, W] of `offered`, and [K, W] whether the pair changes
-        places; the host does not wait, except on a CPU, where W is only as large as it must be.
+        places.
     """
     count = kept.shape[1]
     best = torch.cat([kept, offered], dim=1).topk(count, dim=1).indices
@@ -347,7 +349,7 @@ def _exchange(
     stays, comes = chosen[:, :count], chosen[:, count:]
     number = comes.sum(dim=1, keepdim=True)  # of exchanges, per head
     width = min(count, offered.shape[1])
-    if kept.device.type == "cpu":
+    if narrow:
         width = int(number.max())
     slots = stays.argsort(dim=1, stable=True)[:, :width]
     chunks = comes.argsort(dim=1, descending=True, stable=True)[:, :width]

@@ -17,6 +17,11 @@ from offload_rt.device.cuda.present import absent_gpu, old_driver
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
 
 
+def runs_flash(index: int) -> bool:
+    """Whether GPU `index` is new enough for flash attention: Ampere, of 2020, or later."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
 @dataclass(frozen=True, slots=True)
 class TorchEvent:
     """A `torch.cuda.Event`."""
@@ -89,6 +94,9 @@ class TorchDriver:
         """Return the current stream and a new one, and restart the count of peak memory."""
         self._device = device
         torch.cuda.init()  # what follows does not do it by itself
+        # From Hopper on cuDNN's attention comes first where torch chooses, and builds a plan of 40
+        # to 400 ms (published) for each new number of keys: for each pass here.
+        torch.backends.cuda.enable_cudnn_sdp(False)
         with torch.cuda.device(device):
             torch.cuda.reset_peak_memory_stats(device)
             return TorchStream(torch.cuda.current_stream(device)), self.stream(device)
