@@ -71,9 +71,14 @@ def with_adapter(
         on_write: called before a file is written with its size, and what tells how far it is.
 
     Raises:
-        ConfigError: peft is not installed, or the file cannot be written.
+        ConfigError: peft is not installed, the file cannot be written, or weights are quantised.
         CheckpointError: the two do not belong together, or cannot be merged exactly.
     """
+    if checkpoint.stored:
+        raise ConfigError(
+            f"--adapter is for models whose weights are not quantised: merge {shown(adapter.name)} "
+            f"into the model that {checkpoint.name} was made from"
+        )
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
     path = _path(checkpoint, adapter, name)
     if not path.exists():

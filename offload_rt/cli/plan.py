@@ -21,7 +21,7 @@ from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_pi
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.costs.sizes import PROCESS_BYTES
+from offload_rt.costs.sizes import PROCESS_BYTES, StoredSizes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind, check_links, likely_kind, named_devices
 from offload_rt.device.system import free_memory_bytes
@@ -136,6 +136,10 @@ class _Outlook:
         return self.plan.placement
 
     @property
+    def stored(self) -> StoredSizes | None:
+        return stored_sizes(self.checkpoint, self.config.dtype, self.device)
+
+    @property
     def bytes_per_pass(self) -> int:
         return bytes_per_pass(self.checkpoint, self.config, self.device, self.placement)
 
@@ -237,6 +241,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "weights_read": bool(checkpoint.files),
         "weights_bytes": checkpoint.total_bytes,
         "dtype": outlook.dtype,
+        "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "device": str(outlook.device.processor),
         "home": outlook.home,
         "context_tokens": outlook.context_tokens,
@@ -349,6 +354,7 @@ def _as_table(outlook: _Outlook) -> str:
     lines = [
         *_headline(outlook),
         hanging(head, 2),
+        *_quantised(outlook.stored),
         f"on the device ({outlook.device.processor})",
         *map(_row, rows),
     ]
@@ -359,6 +365,19 @@ def _as_table(outlook: _Outlook) -> str:
     else:
         lines.append("nothing is streamed")
     return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
+
+
+def _quantised(sizes: StoredSizes | None) -> list[str]:
+    if sizes is None:
+        return []
+    return [
+        hanging(
+            f"  quantised: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "
+            f"way, {format_size(sizes.computed_bytes)} as they compute, one at a time: the numbers "
+            "that are stored, bit for bit",
+            4,
+        )
+    ]
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:

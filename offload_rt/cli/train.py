@@ -81,6 +81,11 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
     quiet_libraries(output)
     checkpoint, console = open_checkpoint(resolve_model(model)), Console(output)
     refuse_beside(checkpoint.folder, "and heads are trained for one of the two")
+    if checkpoint.stored and config.method is Method.MEDUSA_2:
+        raise ConfigError(
+            f"--method medusa-2 trains weights, and those of {checkpoint.name} are quantised: use "
+            "medusa-1, or the model it was made from"
+        )
     talks = read_talks(values["data"])
     if not corpus.self_distill:
         require_answers(talks, values["data"])

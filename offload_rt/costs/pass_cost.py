@@ -23,6 +23,7 @@ from offload_rt.costs.timeline import (
 from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
+from offload_rt.model.formats.stored import DECODED_PER_S
 from offload_rt.profiling.profile import (
     Direction,
     HardwareProfile,
@@ -75,6 +76,7 @@ class LayerLoad:
         kv_back_bytes: new ones that go home, per pass.
         device: that holds the layer.
         weights: how they lie where they compute.
+        decoded: of them, how many are dequantised first.
     """
 
     work: LayerWork
@@ -84,6 +86,7 @@ class LayerLoad:
     kv_back_bytes: int = 0
     device: int = 0
     weights: WeightOrder = WeightOrder.PLAIN
+    decoded: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,12 +331,17 @@ def pass_times(
         for head in ([load.head] if load.head else [])
     ]
     numbers += [*work_s.values(), *kv_s.values(), *heads]
+    decoding = Number(value=DECODED_PER_S[processor], obtained=Obtained.ASSUMED)
+    numbers += [decoding] if any(layer.decoded for layer in load.layers) else []
     seconds = {key: number.value for key, number in work_s.items()}
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
     return PassTimes(
         layer_s=tuple(
-            seconds[layer.work, layer.weights] + attending[layer.kv_bytes] + lending.get(index, 0.0)
+            seconds[layer.work, layer.weights]
+            + layer.decoded / decoding.value
+            + attending[layer.kv_bytes]
+            + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
         head_s=sum(head.value for head in heads),

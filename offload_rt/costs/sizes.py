@@ -14,6 +14,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
+from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
@@ -68,6 +69,46 @@ def staging_bytes(layouts: Sequence[LayerLayout], device: DeviceKind, readers: i
         return 0
     in_place = all(run.in_place for layout in layouts for run in layout.runs)
     return 0 if in_place else 2 * readers * STAGING_BYTES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredSizes:
+    """The quantised weights of a model.
+
+    Attributes:
+        method: what they are.
+        weights: numbers in them.
+        file_bytes: in the files, on the link, and in an image.
+        computed_bytes: dequantised.
+        scratch_bytes: device memory in which that is done.
+    """
+
+    method: str
+    weights: int
+    file_bytes: int
+    computed_bytes: int
+    scratch_bytes: int
+
+
+def stored_sizes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> StoredSizes | None:
+    """The sizes of a model's quantised weights; None where there are none."""
+    if checkpoint.config.quantised is None:
+        return None
+    stored = dict.fromkeys(checkpoint.stored.values())
+    weights = sum(each.numbers for each in stored)
+    return StoredSizes(
+        method=checkpoint.config.quantised.name,
+        weights=weights,
+        file_bytes=sum(each.nbytes for each in stored),
+        computed_bytes=weights * number_bytes_of(checkpoint, dtype),
+        scratch_bytes=decoding_bytes(checkpoint, dtype, device),
+    )
+
+
+def decoding_bytes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> int:
+    """What dequantising needs besides images and workspace; 0 where nothing is quantised."""
+    number_bytes = number_bytes_of(checkpoint, dtype)
+    return scratch_bytes(checkpoint.stored.values(), number_bytes, device.processor)
 
 
 def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:

@@ -39,6 +39,8 @@ class LayerParts:
         kv_row_bytes: keys and values of one token.
         window: newest tokens it attends to; None: all.
         expert_bytes: of the image, in experts.
+        decoded: weights that are dequantised in each pass.
+        grown_bytes: that these have more as they compute than in the image.
         sent: share of the experts that a token is sent to.
     """
 
@@ -49,6 +51,8 @@ class LayerParts:
     window: int | None = None
     expert_bytes: int = 0
     sent: float = 1.0
+    decoded: int = 0
+    grown_bytes: int = 0
 
     def work(self, tokens: int) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
@@ -57,7 +61,7 @@ class LayerParts:
         """
         idle = (1.0 - self.sent) ** tokens
         return LayerWork(
-            weight_bytes=self.image_bytes - round(idle * self.expert_bytes),
+            weight_bytes=self.image_bytes + self.grown_bytes - round(idle * self.expert_bytes),
             flops_per_token=self.flops_per_token,
         )
 
@@ -186,9 +190,11 @@ class PlacedModel:
 
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
-        work, order = layer.work(rows), self.speeds.order(resident=index not in where.streamed)
+        resident, decoded = index not in where.streamed, layer.decoded
+        work, order = layer.work(rows), self.speeds.order(resident=resident and not decoded)
         if where.weights.rounds:
             work, order = self.speeds.draft_work(work, where.weights)
+            decoded = 0
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -202,6 +208,7 @@ class PlacedModel:
             kv_back_bytes=round(row_bytes * committed) if kv else 0,
             device=where.device[index] if where.device else 0,
             weights=order,
+            decoded=decoded,
         )
 
 
@@ -221,6 +228,8 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     layers = []
     for layout, extents, window in zip(layouts, checkpoint.layers, windows, strict=True):
         others, experts, sent = _weights(checkpoint, extents)
+        decoded = sum(each.numbers for each in layout.stored)
+        packed_bytes = sum(each.nbytes for each in layout.stored)
         layers.append(
             LayerParts(
                 image_bytes=layout.nbytes,
@@ -230,6 +239,8 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 window=window,
                 expert_bytes=experts * number_bytes,
                 sent=sent,
+                decoded=decoded,
+                grown_bytes=max(0, decoded * number_bytes - packed_bytes),
             )
         )
     head = checkpoint.head or checkpoint.embedding
@@ -244,9 +255,11 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
 
 def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:
     """Weights in matrices outside and inside of experts, and the share of these a token meets."""
-    matrices = [extent for extent in layer if len(extent.shape) > 1]
+    stored = checkpoint.stored
+    matrices = [e for e in layer if len(e.shape) > 1 and e.name not in stored]
     inside = [extent for extent in matrices if ".experts." in extent.name]
     others = sum(prod(extent.shape) for extent in matrices) - sum(prod(e.shape) for e in inside)
+    others += sum(each.numbers for each in {stored[e.name] for e in layer if e.name in stored})
     sent = checkpoint.config.setting("num_experts_per_tok")
     if not inside or not isinstance(sent, int):
         return others, sum(prod(extent.shape) for extent in inside), 1.0

@@ -7,7 +7,7 @@ Only headers are read here (and, where a head may equal the embedding, both).
 import logging
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
+from offload_rt.model.formats.stored import Stored, find_stored
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (
@@ -70,6 +71,7 @@ class Checkpoint:
         family: what transformers says of the family.
         files: what each file was when its header was read.
         adapter: name of the adapter that is merged into some of the tensors, if one is.
+        stored: the quantised weight that a tensor is a part of, by the tensor's name.
     """
 
     folder: Path
@@ -84,6 +86,7 @@ class Checkpoint:
     family: Family
     files: Mapping[Path, FileIdentity]
     adapter: str | None = None
+    stored: Mapping[str, Stored] = field(default_factory=dict)
 
     def require_rows(self, ids: Iterable[int]) -> None:
         """Refuse token ids that the embedding has no row for.
@@ -170,15 +173,22 @@ def sort_checkpoint(
         CheckpointError: one is missing, contradicts another or is not supported.
     """
     family = read_family(config.model_type)
+    stored = find_stored(folder, config.quantised, tensors)
     parts = sort_tensors(
         folder,
-        [e for e in tensors.values() if not e.name.startswith(MEDUSA_PREFIX)],
+        [
+            e
+            for e in tensors.values()
+            if not e.name.startswith(MEDUSA_PREFIX) and e.name not in stored.facts
+        ],
         config.num_layers,
         family,
+        {name: f"{weight.module}.weight" for name, weight in stored.by_part.items()},
     )
+    _check_stored(folder, parts.others, stored.by_part)
     embedding, head, copy = _ends(folder, parts.others, config, family)
     others = [extent for extent in parts.others if extent is not copy]
-    _check_dtypes(extent for group in (*parts.layers, others) for extent in group)
+    _check_dtypes(e for g in (*parts.layers, others) for e in g if e.name not in stored.by_part)
     _say_what_is_left_out(folder, worth_saying(parts.left_out, family))
     used = {extent.name for group in (*parts.layers, others) for extent in group}
     return Checkpoint(
@@ -193,7 +203,21 @@ def sort_checkpoint(
         left_out=(*parts.left_out, *([] if copy is None else [copy])),
         family=family,
         files=MappingProxyType(dict(files)),
+        stored=MappingProxyType({n: s for n, s in stored.by_part.items() if n in used}),
     )
+
+
+def _check_stored(
+    folder: Path, others: Iterable[TensorExtent], stored: Mapping[str, Stored]
+) -> None:
+    """Refuse quantised weights that are in no layer: an embedding or a head."""
+    for extent in others:
+        if extent.name in stored:
+            raise CheckpointError(
+                f"{folder}: {shown(stored[extent.name].module)}, which is in no layer, is "
+                "quantised: only linear layers of decoder layers are read so, take a checkpoint "
+                "whose embedding and head are not quantised"
+            )
 
 
 def _say_what_is_left_out(folder: Path, extents: list[TensorExtent]) -> None:

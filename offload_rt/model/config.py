@@ -8,7 +8,7 @@ because the file says so.
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
@@ -22,7 +22,8 @@ from offload_rt.model.config_class import (
     text_type_of,
 )
 from offload_rt.model.files import read_json_object, shown
-from offload_rt.model.kinds import READ, find_kind, weights_note
+from offload_rt.model.formats.methods import Method, read_method
+from offload_rt.model.kinds import KEYS, READ, find_kind, weights_note
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ _DTYPE_KEYS = ("dtype", "torch_dtype")
 _DTYPE_NAMES = {"half": "float16", "float": "float32"}  # as torch has them
 # Of a model made of several networks: what counts for its text model, too.
 _TIE = "tie_word_embeddings"
-_OF_THE_WHOLE = (_TIE, *_DTYPE_KEYS, "quantization_config", "compression_config", "quantization")
+_OF_THE_WHOLE = (_TIE, *_DTYPE_KEYS, *KEYS)
 # Never passed on, at any depth: what asks for code of the folder or for an implementation, and
 # leftovers of a saved config that transformers acts on.
 _DROPPED = (
@@ -113,6 +114,7 @@ class ModelConfig:
         positions_note: where `max_positions` comes from if not from the file's own number, else "".
         part_of: the family whose text part this is, as of a vision-language model, or None.
         whole: what the class of that family is built from.
+        quantised: what is stated of quantised weights, if there are.
     """
 
     model_type: str
@@ -132,6 +134,7 @@ class ModelConfig:
     positions_note: str = ""
     part_of: str | None = None
     whole: Mapping[str, object] | None = field(default=None, repr=False, compare=False)
+    quantised: Method | None = None
 
     def setting(self, name: str) -> object:
         """A value of the family's class: the file's, else the class's default, else None."""
@@ -169,13 +172,16 @@ def load_model_config(folder: Path) -> ModelConfig:
     kind = find_kind(folder, reader.raw)
     if kind is None:
         return _model_config(reader, whole)
+    method = read_method(str(kind), kind.stated)
+    if isinstance(method, Method):
+        return replace(_model_config(reader, whole), quantised=method)
     try:
         original = _model_config(reader, whole)
     except CheckpointError:
         original = None  # what is wrong with it matters less
     raise QuantisedError(
         f"{folder}: its weights are quantised ({kind}, says {kind.said}){weights_note(folder)}: "
-        f"{READ}, {kind.instead}",
+        f"{method}; {READ}, {kind.instead}",
         original,
     )
 
@@ -392,7 +398,11 @@ def _plain(raw: Mapping[str, object]) -> dict[str, object]:
     spelled = {
         k: _dtype_name(v) if k in _DTYPE_KEYS and v is not None else v for k, v in raw.items()
     }
-    return {k: v for k, v in spelled.items() if v is not None or raw[k] is None}
+    return {
+        k: v
+        for k, v in spelled.items()
+        if (v is not None or raw[k] is None) and k not in KEYS  # transformers acts on those
+    }
 
 
 def _longest(reader: _Reader, stated: int) -> tuple[int, str]:

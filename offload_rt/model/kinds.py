@@ -6,14 +6,15 @@ beside it. Whoever overlooks that plans 16-bit weights which are not there.
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_rt.model.files import shown
+from offload_rt.model.formats.methods import READ_METHODS
 from offload_rt.units import format_size
 
-READ = "bf16, fp16 and fp32 weights in safetensors files are read"
-_KEYS = ("quantization", "quantization_config", "compression_config")
+READ = f"bf16, fp16 and fp32 weights in safetensors files are read, and {READ_METHODS}"
+KEYS = ("quantization", "quantization_config", "compression_config")
 # What older tools leave beside a config.json that says nothing.
 _FILES = {
     "quantize_config.json": "GPTQ",
@@ -51,11 +52,13 @@ class Kind:
         name: as people call it.
         bits: of a weight, or None where nothing says.
         said: what says so.
+        stated: what it says; None where that is a file beside config.json.
     """
 
     name: str
     bits: float | None
     said: str
+    stated: object = field(default=None, compare=False)
 
     def __str__(self) -> str:
         return self.name if self.bits is None else f"{self.name}, {self.bits:g}-bit"
@@ -75,10 +78,11 @@ def find_kind(folder: Path, raw: Mapping[str, object]) -> Kind | None:
         folder: the model folder; only names are looked at.
         raw: its `config.json`, or the part of it about the text model.
     """
-    for key in _KEYS:
+    for key in KEYS:
         if (stated := raw.get(key)) is not None:
             name = _name(key, stated)
-            return Kind(name, _bits(stated), f"{key} in config.json") if name else None
+            said = f"{key} in config.json"
+            return Kind(name, _bits(stated), said, stated) if name else None
     for name, kind in _FILES.items():
         if os.path.lexists(folder / name):
             return Kind(kind, None, name)

@@ -7,16 +7,18 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 
 from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.names import EXPERT
 
 DEVICE_ALIGN_BYTES = 256
@@ -24,6 +26,13 @@ CACHE_LINE_BYTES = 64
 
 FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CODES = {name: code for code, name in FLOATS.items()}
+# Of parts of quantised weights, which lie in an image as they are stored.
+_WHOLE = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
+_SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_NAMES = FLOATS | _WHOLE | _SMALL
+_BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
+
+NOTHING_STORED: Mapping[str, Stored] = MappingProxyType({})
 
 # There the experts of a layer are one parameter too: gate rows, then up rows.
 _FUSED = {
@@ -54,7 +63,7 @@ class Placement:
     @property
     def nbytes(self) -> int:
         """Size in the image."""
-        return prod(self.shape) * DTYPE_BYTES[CODES.get(self.dtype, "F32")]
+        return prod(self.shape) * _BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +86,16 @@ class FileRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLayout:
-    """The image of a layer: its size, what lies where, and where the bytes come from."""
+    """The image of a layer: its size, what lies where, and where the bytes come from.
+
+    Attributes:
+        stored: the quantised weights in it.
+    """
 
     nbytes: int
     placements: tuple[Placement, ...]
     runs: tuple[FileRun, ...]
+    stored: tuple[Stored, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -119,7 +133,13 @@ def plan_layouts(
     """
     stays_fp32 = stays_fp32 or checkpoint.family.stays_fp32(dtype)
     groups = (*checkpoint.layers, checkpoint.others)
-    return tuple(plan_layout(group, dtype, packing, stays_fp32) for group in groups)
+    stored = checkpoint.stored
+    return tuple(plan_layout(group, dtype, packing, stays_fp32, stored) for group in groups)
+
+
+def torch_name(code: str) -> str:
+    """Torch's name of a number format that an image can hold."""
+    return _NAMES[code]
 
 
 def plan_layout(
@@ -127,6 +147,7 @@ def plan_layout(
     dtype: str,
     packing: Packing,
     stays_fp32: re.Pattern[str] | None = None,
+    stored: Mapping[str, Stored] = NOTHING_STORED,
 ) -> LayerLayout:
     """Lay out the tensors of one layer (or of what is in no layer).
 
@@ -135,12 +156,13 @@ def plan_layout(
         dtype: torch's name of the format floating tensors get on the device.
         packing: what the layout is for.
         stays_fp32: what names match that get fp32 instead.
+        stored: quantised weights by names of their tensors, which lie there as they are.
 
     Raises:
         CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
             do not fit together.
     """
-    builder = _Builder(dtype, packing, stays_fp32)
+    builder = _Builder(dtype, packing, stays_fp32, stored)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
         name = extent.name
@@ -158,8 +180,15 @@ def plan_layout(
 class _Builder:
     """Grows an image tensor by tensor."""
 
-    def __init__(self, dtype: str, packing: Packing, stays_fp32: re.Pattern[str] | None) -> None:
+    def __init__(
+        self,
+        dtype: str,
+        packing: Packing,
+        stays_fp32: re.Pattern[str] | None,
+        stored: Mapping[str, Stored],
+    ) -> None:
         self._dtype, self._packing, self._stays_fp32 = dtype, packing, stays_fp32
+        self._stored = stored
         self._end = 0
         self._placements: list[Placement] = []
         self._runs: list[FileRun] = []
@@ -167,8 +196,8 @@ class _Builder:
     def add(self, name: str, extent: TensorExtent) -> None:
         """Place one tensor behind what is there."""
         dtype = self._device_dtype(name, extent)
-        element_bytes = DTYPE_BYTES[CODES[dtype]]
-        as_is = FLOATS[extent.dtype] == dtype and self._packing is Packing.FILE
+        element_bytes = _BYTES[dtype]
+        as_is = _NAMES[extent.dtype] == dtype and self._packing is Packing.FILE
         if as_is and extent.offset % element_bytes == 0:
             offset = self._append_in_place(extent)
         else:
@@ -203,9 +232,16 @@ class _Builder:
             nbytes=_round_up(self._end, PAGE_BYTES),
             placements=tuple(self._placements),
             runs=tuple(self._runs),
+            stored=tuple(
+                dict.fromkeys(
+                    self._stored[p.name] for p in self._placements if p.name in self._stored
+                )
+            ),
         )
 
     def _device_dtype(self, name: str, extent: TensorExtent) -> str:
+        if name in self._stored and extent.dtype in _NAMES:
+            return _NAMES[extent.dtype]
         if extent.dtype not in FLOATS:
             raise CheckpointError(
                 f"tensor {shown(extent.name)} in {shown(extent.path.name)} is {extent.dtype}: only "
@@ -253,7 +289,7 @@ class _Builder:
         return offset
 
     def _piece(self, extent: TensorExtent, dtype: str, offset: int) -> FileRun:
-        same = FLOATS[extent.dtype] == dtype
+        same = _NAMES[extent.dtype] == dtype
         return FileRun(
             path=extent.path,
             file_offset=extent.offset,

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.family import Family
@@ -35,6 +36,8 @@ _NUMBER = re.compile(r"\.\d+(?=\.)")
 _COMPUTED = re.compile(r"(^|\.)(rotary_emb\.inv_freq|position_ids)$")
 _NOT_WEIGHTS = {"BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 
+NO_PARTS: Mapping[str, str] = MappingProxyType({})
+
 Groups = Mapping[str, Mapping[int, list[TensorExtent]]]
 
 
@@ -56,9 +59,20 @@ class Sorted:
 
 
 def sort_tensors(
-    folder: Path, extents: Iterable[TensorExtent], num_layers: int, family: Family
+    folder: Path,
+    extents: Iterable[TensorExtent],
+    num_layers: int,
+    family: Family,
+    parts: Mapping[str, str] = NO_PARTS,
 ) -> Sorted:
     """Tell apart the layers, the rest of the text network, and what it has no place for.
+
+    Args:
+        folder: the model folder.
+        extents: its tensors.
+        num_layers: of the network.
+        family: whose names they have.
+        parts: of tensors that make up a quantised weight, the name it would have unquantised.
 
     Raises:
         CheckpointError: no names, or those of several networks, number all layers.
@@ -71,7 +85,7 @@ def sort_tensors(
             by_index.setdefault(int(match["index"]), []).append(extent)
     embeddings = [e.name for e in extents if ends_in(e.name, EMBEDDINGS)]
     container = _container(folder, groups, num_layers, embeddings, family)
-    text = _TextNames(_backbone(container, embeddings), family)
+    text = _TextNames(_backbone(container, embeddings), family, parts)
     layers = tuple([e for e in groups[container][i] if text.has(e)] for i in range(num_layers))
     outside = [e for e in extents if not e.name.startswith(f"{container}.")]
     others = [e for e in outside if text.has(e)]
@@ -100,19 +114,21 @@ class _TextNames:
     Args:
         backbone: what the names of the files begin with, "" for nothing.
         family: whose names may follow.
+        parts: names that stand for another.
     """
 
-    def __init__(self, backbone: str, family: Family) -> None:
+    def __init__(self, backbone: str, family: Family, parts: Mapping[str, str]) -> None:
         self._prefix = f"{backbone}." if backbone else ""
-        self._family = family
+        self._family, self._parts = family, parts
         self._heads = {head.partition(".")[0] for head in family.heads.union(HEADS)}
         self._known: dict[str, bool] = {}
 
     def has(self, extent: TensorExtent) -> bool:
         """Whether the network has a place for a tensor of that name."""
-        kind = _NUMBER.sub(".0", extent.name)
+        name = self._parts.get(extent.name, extent.name)
+        kind = _NUMBER.sub(".0", name)
         if kind not in self._known:
-            self._known[kind] = self._has(extent.name)
+            self._known[kind] = self._has(name)
         return self._known[kind] and not _is_mask(extent, self._family)
 
     def is_below(self, name: str) -> bool:

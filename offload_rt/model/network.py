@@ -39,7 +39,8 @@ from offload_rt.model.formats.packed import (
     replace_linears,
 )
 from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
-from offload_rt.model.formats.wide import widen_linears, widens
+from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
+from offload_rt.model.formats.wired import WiredLinear, wired_linears
 from offload_rt.model.layout import Placement, compute_dtype
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
@@ -152,7 +153,9 @@ class Network:
         for hole, tensor in _bind(self._holes[index], image):
             hole.fill(tensor)
         if weights is not DraftWeights.SAME:
-            replace_linears(self._layers[index], partial(rounded_linear, weights=weights))
+            make = partial(rounded_linear, weights=weights)
+            replace_linears(self._layers[index], make)
+            replace_linears(self._layers[index], lambda wired: make(wired.as_linear()), WiredLinear)
         elif pack:
             pack_linears(self._layers[index])
         if pack or weights is not DraftWeights.SAME:
@@ -203,6 +206,17 @@ class Network:
         head._parameters.clear()
         return True
 
+    @property
+    def dequantises(self) -> bool:
+        """Whether some weights are kept as they are stored and dequantised in each pass."""
+        return bool(wired_linears(self._model))
+
+    def lend_scratch(self, layers: Sequence[int], memory: DeviceBuffer) -> None:
+        """Let weights of layers be dequantised there; before any computes or is rounded."""
+        for index in layers:
+            for linear in wired_linears(self._layers[index]):
+                linear.scratch = memory.tensor
+
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
         pairs = _bind(self._holes[index], image)
@@ -240,6 +254,8 @@ class Network:
         self._leave_out_other_parts(device)
         if widens(self.dtype, device):
             widen_linears(self._model)
+            for linear in wired_linears(self._model):
+                linear.product = wide_linear
         _move_buffers(self._model, device)
         self._crossing = crossing
         for index, layer in enumerate(self._layers):

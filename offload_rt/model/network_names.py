@@ -26,6 +26,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint
 from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
+from offload_rt.model.formats.wired import wire_linears
 from offload_rt.model.layout import LayerLayout, Placement, plan_layouts
 
 _log = logging.getLogger(__name__)
@@ -78,12 +79,16 @@ def find_places(
         CheckpointError: a tensor is missing, or of another shape.
     """
     names = _Names(model, checkpoint, container)
+    if checkpoint.stored:
+        wire_linears(model, checkpoint.stored, names.key_of)
+        names = _Names(model, checkpoint, container)
     name = str(dtype).removeprefix("torch.")
     layouts = plan_layouts(checkpoint, name, packing)
     places = [names.places(layout) for layout in layouts]
     if dtype is not torch.float32:
-        wide = _fp32_names(model, names.state, places, dtype)
-        if wide != {p.name for layout in layouts for p in layout.placements if _is_fp32(p)}:
+        wide = _fp32_names(model, names.state, places, dtype) - checkpoint.stored.keys()
+        planned = {p.name for layout in layouts for p in layout.placements if _is_fp32(p)}
+        if wide != planned - checkpoint.stored.keys():
             # A rule that only the classes know; the plan has counted a few bytes less.
             layouts = plan_layouts(checkpoint, name, packing, _exactly(wide))
             places = [names.places(layout) for layout in layouts]

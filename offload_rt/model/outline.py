@@ -7,7 +7,7 @@ is empty. No torch here; other families than those of the table need it (`outlin
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from offload_rt.model.checkpoint import (
     open_checkpoint,
     sort_checkpoint,
 )
-from offload_rt.model.config import ModelConfig, load_model_config
+from offload_rt.model.config import ModelConfig, QuantisedError, load_model_config
 from offload_rt.model.shards import PICKLES
 
 Shapes = dict[str, tuple[int, ...]]
@@ -70,10 +70,17 @@ def outline_checkpoint(folder: Path) -> Checkpoint:
     takes the seconds that importing torch does, and refuses what could not be run.
 
     Raises:
+        QuantisedError: the weights are quantised: their sizes are in the files alone.
         CheckpointError: the file cannot be used, or the family cannot be streamed.
     """
     folder = Path(os.path.abspath(folder))
     config = load_model_config(folder)
+    if config.quantised:
+        raise QuantisedError(
+            f"{folder}: its weights are quantised ({config.quantised.name}), and their sizes are "
+            "read from weight files, which are not here: download them",
+            replace(config, quantised=None),
+        )
     if (known := outline_known(config, folder)) is not None:
         return known
     from offload_rt.model.outline_modules import outline_modules

@@ -27,7 +27,7 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
-from offload_rt.model.layout import FLOATS, FileRun, LayerLayout
+from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, torch_name
 from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
 
@@ -126,7 +126,7 @@ class WeightFiles:
         """A tensor of the file, in memory."""
         staging = allocate_host(STAGING_BYTES)
         parts = [piece.load(staging).clone() for piece in self.pieces(_whole(extent))]
-        numbers = torch.cat(parts).view(getattr(torch, FLOATS[extent.dtype]))
+        numbers = torch.cat(parts).view(getattr(torch, torch_name(extent.dtype)))
         return numbers.view(extent.shape)
 
     def not_finite(self, extent: TensorExtent, dtype: torch.dtype) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from offload_rt.config import RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
+    decoding_bytes,
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
@@ -56,6 +57,7 @@ def demand_of(
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     packs = device.packs and name == "bfloat16" and processor()[1]  # as `can_pack` says with torch
+    scratch = decoding_bytes(checkpoint, dtype, device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     return Demand(
         layer_bytes=tuple(layers),
@@ -70,16 +72,20 @@ def demand_of(
         )
         + staging_bytes([*layouts, base], device, runtime.readers)
         + _slack_bytes(draft.copied_bytes, device)
+        + scratch
         + experts,
         drafter_bytes=draft.kept_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
         beside_bytes=draft.beside_bytes,
         # What devices of one memory compute in, they compute in by turns.
-        further_bytes=workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
-        + draft.building_bytes
-        + experts
-        if device.own_memory
-        else staging_bytes(layouts, device, runtime.readers),
+        further_bytes=scratch
+        + (
+            workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
+            + draft.building_bytes
+            + experts
+            if device.own_memory
+            else staging_bytes(layouts, device, runtime.readers)
+        ),
     )
 
 

@@ -4,7 +4,7 @@ A resident layer is kept as it is in its file, or as a copy that is reordered or
 made one layer after the other from one passing image, so that no more than that is held twice.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,9 @@ from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
+from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.packed import can_pack
+from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.layout import LayerLayout
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
@@ -27,6 +29,7 @@ from offload_rt.streaming.ring import Cycle, Ring
 
 BASE, RESIDENT, SLOTS = "embedding and head", "resident layers", "slots"  # in the device's ledger
 DRAFT, COPY = "draft model", "rounded copy"
+SCRATCH = "dequantised weight"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,10 +79,11 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         chunk_tokens: prompt rows that go through a layer at once.
     """
     layouts = network.layouts
+    _prepare_stored(checkpoint, network, stripes.shares(range(len(layouts))), files)
     resident = [i for i in range(len(layouts)) if i not in streaming.layers]
     for (device, mine), spare in zip(stripes.shares(resident), streaming.spare_bytes, strict=True):
         nbytes = max((layouts[i].nbytes for i in mine), default=0)
-        packs = can_pack(network.dtype, device.torch_device) and nbytes <= spare
+        packs = _packs(network, device) and nbytes <= spare
         _keep(network, device, files, mine, RESIDENT, packs=packs, exact=True)
     streamed_bytes, rings, ring_of = 0, list[LayerRing](), dict[int, LayerRing]()
     slot_bytes = max((layouts[i].nbytes for i in streaming.layers), default=0)
@@ -134,12 +138,14 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     network = Network(checkpoint, dtype, device.kind.packing)
     purpose = DRAFT if target_base is None else COPY
     rounds = weights is not DraftWeights.SAME
-    packs = not rounds and can_pack(network.dtype, device.torch_device)
+    packs = not rounds and _packs(network, device)
     files = WeightFiles(checkpoint.files)
     try:
-        base = target_base or load_base(network, device, files, purpose)
         layers = range(len(network.layouts))
-        for one, mine in [(device, layers)] if stripes is None else stripes.shares(layers):
+        shares = [(device, layers)] if stripes is None else [*stripes.shares(layers)]
+        _prepare_stored(checkpoint, network, shares, files)
+        base = target_base or load_base(network, device, files, purpose)
+        for one, mine in shares:
             _keep(network, one, files, mine, purpose, packs=packs, weights=weights)
             one.load.record().synchronize()
     finally:
@@ -157,6 +163,29 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         del base
         give_back_holes()
     return Runner(checkpoint, network, device, target_ids=target_ids)
+
+
+def _prepare_stored(
+    checkpoint: Checkpoint,
+    network: Network,
+    shares: Iterable[tuple[Device, Sequence[int]]],
+    files: WeightFiles,
+) -> None:
+    """Check what describes quantised weights, and give layers memory to dequantise into.
+
+    Raises:
+        CheckpointError: a scale is no number, or an input is in a group that is not there.
+    """
+    stored = dict.fromkeys(checkpoint.stored.values())
+    check_numbers(stored, files)
+    for device, layers in shares if stored else ():
+        nbytes = scratch_bytes(stored, network.dtype.itemsize, device.kind.processor)
+        network.lend_scratch(layers, device.allocate(nbytes, SCRATCH))
+
+
+def _packs(network: Network, device: Device) -> bool:
+    """Whether reordered copies may be kept; of quantised weights they would be larger."""
+    return not network.dequantises and can_pack(network.dtype, device.torch_device)
 
 
 def _keep(  # noqa: PLR0913 - the same, and how

@@ -8,6 +8,7 @@ import pytest
 from offload_rt.cli.original import original_outlook
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config import QuantisedError, load_model_config
+from offload_rt.model.formats.methods import READ_METHODS
 
 LLAMA = {
     "model_type": "llama",
@@ -27,6 +28,7 @@ KINDS = {
     "FP8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "compressed-tensors, 4-bit": {
         "quant_method": "compressed-tensors",
+        "format": "marlin-24",
         "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
     },
     "bitsandbytes, 4-bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
@@ -52,7 +54,8 @@ def refusal(folder, config, **files):
 def test_kinds_by_config_json(tmp_path, kind):
     message = str(refusal(tmp_path, {"quantization_config": KINDS[kind]}))
     assert f"its weights are quantised ({kind}, says quantization_config in config.json)" in message
-    assert "bf16, fp16 and fp32 weights in safetensors files are read, take" in message
+    assert "bf16, fp16 and fp32 weights in safetensors files are read, and " in message
+    assert f"{READ_METHODS}, take" in message
     assert ("take a bf16 copy" in message) == (kind in ("MXFP4", "FP8"))  # may be the original
 
 

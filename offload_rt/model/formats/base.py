@@ -110,8 +110,13 @@ def layer_bytes(layout: LayerLayout, weights: DraftWeights) -> int:
     if weights is DraftWeights.SAME:
         return layout.nbytes
     total = 0
+    for each in layout.stored:
+        rounds = takes(weights, each.outputs, each.inputs)
+        total += matrix_bytes(weights, each.outputs, each.inputs) if rounds else each.nbytes
+    parts = {extent.name for each in layout.stored for extent in each.parts.values()}
     for placement in layout.placements:
         shape = placement.shape
-        rounds = len(shape) == 2 and takes(weights, *shape)
-        total += matrix_bytes(weights, *shape) if rounds else placement.nbytes
+        if placement.name not in parts:
+            rounds = len(shape) == 2 and takes(weights, *shape)
+            total += matrix_bytes(weights, *shape) if rounds else placement.nbytes
     return total

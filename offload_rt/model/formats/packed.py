@@ -10,8 +10,10 @@ so resident layers of the target may be packed too; `computes_the_same` makes su
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.model.formats.wide import widens
@@ -87,19 +89,21 @@ def _packed(linear: torch.nn.Linear) -> PackedLinear | None:
 
 
 def replace_linears(
-    module: torch.nn.Module, make: Callable[[torch.nn.Linear], torch.nn.Module | None]
+    module: torch.nn.Module, make: Callable[[Any], torch.nn.Module | None], kind: type = Linear
 ) -> None:
     """Put other modules in place of linears, so that nothing refers to the memory of their weights.
 
     Args:
         module: what they are below.
         make: what replaces a linear; None leaves it, with a copy of its parameters.
+        kind: of linears.
     """
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is torch.nn.Linear and (made := make(child)) is not None:
+            if type(child) is kind and (made := make(child)) is not None:
                 setattr(parent, name, made)
                 child._parameters.clear()  # it is among the modules listed above
+                child._buffers.clear()
         for key, parameter in list(parent._parameters.items()):
             if parameter is not None:
                 parent._parameters[key] = torch.nn.Parameter(parameter.detach().clone(), False)

@@ -7,6 +7,7 @@ from offload_rt.config import DraftConfig, DraftWeights
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.sizes import (
     PassShape,
+    decoding_bytes,
     draft_base_bytes,
     image_bytes,
     kv_bytes_per_token,
@@ -121,6 +122,7 @@ def draft_weight_bytes(checkpoint: Checkpoint, config: DraftConfig, device: Devi
     *layers, _ = layouts_of(checkpoint, "auto", device)
     weights = draft_weights_of(checkpoint, config, device)
     kept = sum(layer_bytes(layout, weights) for layout in layers)
+    kept += decoding_bytes(checkpoint, "auto", device)
     return kept + draft_base_bytes(checkpoint, weights, device)
 
 

@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.costs.acceptance import chain_tokens, triforce_tokens
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
-from offload_rt.costs.sizes import head_bytes, kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.sizes import (
+    decoding_bytes,
+    head_bytes,
+    kv_bytes_per_token,
+    layouts_of,
+    number_bytes_of,
+)
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.kv.sizes import retrieval_sizes
@@ -106,7 +112,9 @@ def rounded_copy_parts(
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
     resolve_weights(weights, name, device, "--retrieval-weights")
     *layers, _ = layouts_of(checkpoint, dtype, device)
-    return [layer_bytes(layout, weights) for layout in layers], head_bytes(checkpoint, weights)
+    scratch = decoding_bytes(checkpoint, dtype, device)  # from which they are rounded
+    head = head_bytes(checkpoint, weights) + scratch
+    return [layer_bytes(layout, weights) for layout in layers], head
 
 
 def _copied(draft: DraftConfig) -> DraftWeights:

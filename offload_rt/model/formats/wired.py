@@ -1,0 +1,106 @@
+"""Linear layers whose weights lie as they are stored, and are dequantised when they compute.
+
+The weight is brought into a scratch that all on a device share, then the product is the one that
+an unquantised weight would have. So where it was dequantised makes no difference: streamed,
+resident and unquantised weights of equal numbers compute the same bits.
+
+On a GPU the scratch is used in the order of its compute stream, so that nothing else need wait.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.files import shown
+from offload_rt.model.formats.integers import bring_packed
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import Stored
+from offload_rt.model.layout import torch_name
+
+Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
+Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+
+_BRING: Mapping[Form, Bring] = {Form.PACKED: bring_packed}
+
+
+class WiredLinear(torch.nn.Module):
+    """Computes what a linear with the dequantised weight does.
+
+    Its buffers have the names and number formats of the files.
+
+    Args:
+        stored: the weight.
+        linear: that it replaces.
+
+    Attributes:
+        scratch: bytes for the one weight that computes, lent before a pass runs; no buffer of it.
+    """
+
+    def __init__(self, stored: Stored, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.stored, self.dtype = stored, linear.weight.dtype
+        self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.product: Product = torch.nn.functional.linear
+        self.bias = linear.bias
+        for word, extent in stored.parts.items():
+            dtype = getattr(torch, torch_name(extent.dtype))
+            self.register_buffer(word, torch.empty(extent.shape, dtype=dtype, device="meta"))
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., I] gives [..., O]."""
+        if rows.is_meta:
+            return rows.new_empty(*rows.shape[:-1], self.stored.outputs)
+        return self.product(rows, self.brought(), self.bias)
+
+    def brought(self) -> torch.Tensor:
+        """The weight [O, I], in the scratch until another is brought."""
+        stored = self.stored
+        data = self.scratch[: stored.numbers * self.dtype.itemsize]
+        out = data.view(self.dtype).view(stored.outputs, stored.inputs)
+        parts = {word: tensor for word, tensor in self._buffers.items() if tensor is not None}
+        _BRING[stored.form](stored, parts, out)
+        return out
+
+    def as_linear(self) -> torch.nn.Linear:
+        """A linear with the weight in the scratch."""
+        linear = torch.nn.Linear(self.stored.inputs, self.stored.outputs, False, device="meta")
+        linear.weight = torch.nn.Parameter(self.brought(), False)
+        linear.bias = self.bias
+        return linear
+
+
+def wire_linears(
+    model: torch.nn.Module, stored: Mapping[str, Stored], key_of: Callable[[str], str | None]
+) -> None:
+    """Put such modules in place of the linears of a network whose weights are stored so.
+
+    Args:
+        model: transformers' modules.
+        stored: by names of the files, several to a weight.
+        key_of: the network's name of a tensor of the files.
+
+    Raises:
+        CheckpointError: a module is none that is read so, or of another shape.
+    """
+    for each in dict.fromkeys(stored.values()):
+        key = key_of(f"{each.module}.weight")
+        path = "" if key is None else key.rpartition(".")[0]
+        linear = model.get_submodule(path) if path else None
+        if type(linear) is not torch.nn.Linear:
+            raise CheckpointError(
+                f"{shown(each.module)} is quantised, but is no linear layer of this network: take "
+                "the model it was made from"
+            )
+        if tuple(linear.weight.shape) != (each.outputs, each.inputs):
+            raise CheckpointError(
+                f"{shown(each.module)} is a quantised weight of {[each.outputs, each.inputs]}, "
+                f"config.json makes it {list(linear.weight.shape)}"
+            )
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, WiredLinear(each, linear))
+
+
+def wired_linears(module: torch.nn.Module) -> list[WiredLinear]:
+    """Those below a module."""
+    return [child for child in module.modules() if isinstance(child, WiredLinear)]

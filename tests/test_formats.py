@@ -1,0 +1,286 @@
+"""Quantised checkpoints: exact, wherever their weights are, and small on their way.
+
+Law: the run of a quantised checkpoint is bit for bit the run of a plain one with the dequantised
+numbers, resident and streamed.
+"""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from quantised import compressed_tensors, write_twins
+from safetensors.torch import load_file, save_file
+
+from offload_rt.adapters.merging import with_adapter
+from offload_rt.config import (
+    DraftConfig,
+    DraftWeights,
+    GenerationConfig,
+    HomeKind,
+    SamplingConfig,
+)
+from offload_rt.engine import Run
+from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.kv.resident import ResidentKV
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.config import QuantisedError
+from offload_rt.runner.runner import Rows
+
+CASES = {
+    "W4 g32": compressed_tensors(4, 32),
+    "W4 g32 asymmetric": compressed_tensors(4, 32, symmetric=False),
+    "W4 channel": compressed_tensors(4, None),
+    "W8 channel": compressed_tensors(8, None),
+    "W8 g16 asymmetric": compressed_tensors(8, 16, symmetric=False),
+    "W3 g32": compressed_tensors(3, 32),
+    "W4 g32 fp32 scales": compressed_tensors(4, 32, scale_dtype=torch.float32),
+    "W4 g16 act-order": compressed_tensors(4, 16, symmetric=False, shuffled=True),
+}
+FAMILY = {"W4 channel": "qwen2", "W8 g16 asymmetric": "phi3"}  # with biases; with fused projections
+
+
+@pytest.fixture(scope="module")
+def twins(make_tiny, tmp_path_factory):
+    made = {}
+
+    def make(case, dtype="float32"):
+        if (case, dtype) not in made:
+            source = make_tiny(FAMILY.get(case, "llama"), dtype=dtype, pad_token_id=0)
+            folder = tmp_path_factory.mktemp("twins")
+            numbers = getattr(torch, dtype)
+            made[case, dtype] = write_twins(source, folder, *CASES[case], dtype=numbers)
+        return made[case, dtype]
+
+    return make
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_quantised_run_is_that_of_its_numbers_bit_for_bit(twins, case, dtype):
+    pair = twins(case, dtype)
+    with engine_for(pair.plain, resident_layers=0) as engine:
+        expected, plain_bytes = all_logits(engine), engine.bytes_per_pass
+    for options in (
+        {"resident_layers": 0, "slots": 1},
+        {"resident_layers": 2, "home": HomeKind.HOST},
+        {},
+    ):
+        with engine_for(pair.folder, **options) as engine:
+            assert torch.equal(all_logits(engine), expected), options
+            if options.get("slots"):  # as they are in the file, not as they compute
+                stored = engine.checkpoint
+                streamed = sum(map(stored.layer_bytes, range(stored.config.num_layers)))
+                assert engine.bytes_per_pass == streamed < plain_bytes
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+            assert memory.ledger["dequantised weight"] > 0
+
+
+def test_it_computes_what_transformers_does_with_the_dequantised_weights(twins):
+    pair = twins("W4 g32 asymmetric")
+    with engine_for(pair.folder, resident_layers=1) as engine:
+        logits = engine.forward([(0, PROMPT)], reuse=True)
+    with torch.inference_mode():
+        expected = reference_model(pair.plain)(torch.tensor([PROMPT])).logits[:, -1]
+    assert torch.allclose(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_one_wrong_nibble_shows(twins):
+    """Negative control of the law above."""
+    folder = twins("W4 g32").folder
+    with engine_for(folder, resident_layers=0) as engine:
+        expected = all_logits(engine)
+    name = "model.layers.2.mlp.up_proj.weight_packed"
+    broken = load_file(folder / "model.safetensors")
+    broken[name][3, 1] ^= 1 << 4
+    other = folder.parent / "broken"
+    shutil.copytree(folder, other)
+    save_file(broken, other / "model.safetensors")
+    with engine_for(other, resident_layers=0) as engine:
+        assert not torch.equal(all_logits(engine), expected)
+
+
+@pytest.mark.parametrize("weights", [DraftWeights.SAME, DraftWeights.INT8, DraftWeights.INT4])
+def test_a_quantised_model_drafts_and_keeps_to_its_plan(twins, weights):
+    """It proposes what it would say itself, rounded or not, and is drafted for as any other."""
+    folder = twins("W4 g32", "bfloat16").folder
+    with engine_for(folder, resident_layers=0) as engine:
+        alone = generate(engine)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights=weights)
+    with engine_for(folder, draft=draft, resident_layers=1) as engine:
+        run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
+        run.prefill()
+        while run.active:
+            run.step()
+        assert run.sequences[0].emitted == alone[0]
+        memory, counts = engine.memory(), run.report().speculation
+    assert memory.device_peak_bytes <= memory.device_planned_bytes
+    if weights is DraftWeights.SAME:
+        assert counts.accepted == counts.drafted > 0
+
+
+def test_rounding_for_drafts_begins_with_the_dequantised_weights(twins):
+    """A rounded copy of quantised weights is the rounded copy of their numbers."""
+    pair = twins("W4 g32", "bfloat16")
+    rounded = []
+    for folder in (pair.folder, pair.plain):
+        draft = DraftConfig(draft=f"model:{folder}", draft_tokens=3, draft_weights="int8")
+        with engine_for(pair.plain, draft=draft) as engine:
+            model = engine._draft_model
+            cache = ResidentKV(engine.device, model.network.kv_shapes, torch.bfloat16, 64)
+            rounded.append(model.logits([Rows.text(cache, PROMPT)]).clone())
+    assert torch.equal(*rounded)
+
+
+def rewritten(twins, folder, change, **stated):
+    """A copy of a quantised model with other tensors, or other words in its configuration."""
+    shutil.copytree(twins("W4 g32 asymmetric").folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    scheme = config["quantization_config"]["config_groups"]["group_0"]["weights"]
+    scheme |= stated
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+UP = "model.layers.1.mlp.up_proj"
+HUGE = torch.tensor([2**40, 2**40])
+BAD = {
+    "scale gone": (lambda t: t.pop(f"{UP}.weight_scale"), "up_proj.* but no weight_scale"),
+    "codes gone": (lambda t: t.pop(f"{UP}.weight_packed"), "up_proj.* but no weight_packed"),
+    "zeros gone": (lambda t: t.pop(f"{UP}.weight_zero_point"), "not symmetric"),
+    "shape gone": (lambda t: t.pop(f"{UP}.weight_shape"), "but no weight_shape"),
+    "twice": (lambda t: t.update({f"{UP}.weight": torch.zeros(128, 64)}), "not quantised and"),
+    "shape of petabytes": (lambda t: t.update({f"{UP}.weight_shape": HUGE}), "1099511627776"),
+    "negative shape": (
+        lambda t: t.update({f"{UP}.weight_shape": torch.tensor([-128, 64])}),
+        "weight_shape is .-128, 64.",
+    ),
+    "another shape": (
+        lambda t: t.update({f"{UP}.weight_shape": torch.tensor([127, 64])}),
+        "weight_packed is .128, 8., weight_shape .127, 64.",
+    ),
+    "no whole groups": (
+        lambda t: t.update({f"{UP}.weight_scale": torch.ones(128, 3)}),
+        "128 outputs and 3 groups",
+    ),
+    "another group": (
+        lambda t: t.update({f"{UP}.weight_scale": torch.ones(128, 1)}),
+        "1 groups of 64 inputs, config.json says groups of 32",
+    ),
+    "zeros of another shape": (
+        lambda t: t.update({f"{UP}.weight_zero_point": torch.ones(16, 9, dtype=torch.int32)}),
+        "weight_zero_point is I32 .16, 9., not I32 .16, 2.",
+    ),
+    "half of the words": (
+        lambda t: t.update({f"{UP}.weight_packed": torch.ones(128, 4, dtype=torch.int32)}),
+        "4 words for 64 inputs, config.json says 4 bits",
+    ),
+    "floats for codes": (
+        lambda t: t.update({f"{UP}.weight_packed": torch.ones(128, 8)}),
+        "weight_packed is F32 .128, 8., not a matrix of I32",
+    ),
+    "quantised head": (
+        lambda t: (
+            t.update(
+                {k.replace(UP, "lm_head"): v.clone() for k, v in t.items() if UP in k},
+                **{"lm_head.weight": t.pop("lm_head.weight")[:0]},
+            )
+            or t.pop("lm_head.weight")
+        ),
+        "lm_head.*in no layer",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_tensors_that_contradict_each_other_are_refused(twins, tmp_path, case):
+    change, says = BAD[case]
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(rewritten(twins, tmp_path / "m", change))
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        ({"symmetric": True}, "symmetric"),
+        ({"num_bits": 8}, "config.json says 8 bits"),
+        ({"group_size": 128}, "config.json says groups of 128"),
+    ],
+)
+def test_a_configuration_that_contradicts_the_tensors_is_refused(twins, tmp_path, stated, says):
+    folder = rewritten(twins, tmp_path / "m", lambda tensors: None, **stated)
+    with pytest.raises(CheckpointError, match=says):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("stated", "says"),
+    [
+        ({"num_bits": 1}, "num_bits is 1, read are 2 to 8"),
+        ({"type": "float"}, "weights are not integers"),
+        ({"strategy": "token"}, "strategy 'token' is not read"),
+        ({"group_size": 0, "strategy": "group"}, "group_size is 0"),
+    ],
+)
+def test_schemes_that_are_not_read_are_named(twins, tmp_path, stated, says):
+    folder = rewritten(twins, tmp_path / "m", lambda tensors: None, **stated)
+    with pytest.raises(QuantisedError, match=f"KiB here: .*{says}; .*compressed-tensors"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("word", "index", "value", "says"),
+    [
+        ("weight_scale", (3, 1), float("nan"), "holds 1 scales that are NaN"),
+        ("weight_g_idx", 5, 4, "names groups 0 to 4, there are scales of 4"),
+        ("weight_g_idx", 5, -1, "names groups -1 to 3"),
+    ],
+)
+def test_numbers_are_checked_before_anything_is_computed(twins, tmp_path, word, index, value, says):
+    folder = tmp_path / "m"
+    shutil.copytree(twins("W4 g16 act-order").folder, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"{UP}.{word}"][index] = value
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=says), engine_for(folder):
+        pass
+
+
+def test_what_is_not_done_with_quantised_weights_is_said(twins, tmp_path, offload_run):
+    folder = twins("W4 g32").folder
+    with pytest.raises(ConfigError, match="--adapter is for models whose weights are not quant"):
+        with_adapter(open_checkpoint(folder), SimpleNamespace(name="a"), "auto")
+    talk = tmp_path / "talk.jsonl"
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    talk.write_text(json.dumps({"messages": turns}))
+    words = ("--output", tmp_path / "heads", "--method", "medusa-2")
+    done = offload_run("train-medusa", folder, "--data", talk, *words)
+    assert done.code == 2 and "medusa-2 trains weights" in done.err
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    done = offload_run("plan", tmp_path)
+    assert done.code == 4 and "their sizes are read from weight files" in done.err
+
+
+def test_a_plan_knows_three_sizes(twins, offload_run):
+    """In the files and on their way, as weights compute, and the room for the one that does."""
+    pair = twins("W4 channel")
+    plain, quantised = (
+        json.loads(offload_run("plan", folder, "--draft", "none", "--json").out)
+        for folder in (pair.plain, pair.folder)
+    )
+    facts = quantised["quantised"]
+    assert plain["quantised"] is None
+    assert facts["method"] == "compressed-tensors, 4-bit"
+    assert facts["weights"] * 4 == facts["computed_bytes"] > 6 * facts["file_bytes"]
+    more = plain["weights_bytes"] - quantised["weights_bytes"]
+    assert more == facts["computed_bytes"] - facts["file_bytes"]
+    assert quantised["workspace_bytes"] - plain["workspace_bytes"] == facts["scratch_bytes"] > 0
+    text = " ".join(offload_run("plan", pair.folder).out.split())
+    assert "compressed-tensors, 4-bit" in text
+    assert "the numbers that are stored, bit for bit" in text
