@@ -144,6 +144,22 @@ def test_parts_in_any_number_before_the_newest_are_as_one(case, gpu, sizes):
 
 
 @pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("window", [3, 4, 9, 12])
+@pytest.mark.parametrize("as_tree", [False, True])
+def test_windows_end_where_they_should(gpu, window, as_tree):
+    """The newest of many rows loses a key with each row: as a chain, and as a tree that is one."""
+    noise = torch.Generator().manual_seed(window)
+    query, sinks = torch.randn(HEADS, 4, 8, generator=noise), torch.zeros(HEADS)
+    key, value = (torch.randn(2, 20, 8, generator=noise) for _ in range(2))
+    tree = PendingTree(torch.ones(4, 4, dtype=torch.bool).tril(), 16 + torch.arange(4))
+    spec = AttentionSpec(scaling=0.4, window=window, sinks=sinks)
+    with way(gpu, 1):
+        ours = attend_rows(query, key, value, spec, tree if as_tree else None)
+    exact = definition(query, key, value, spec, seen_rows(4, 20, window))
+    assert torch.allclose(ours.double(), exact, atol=2e-5)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [64, 80, 100, 288])
 @pytest.mark.parametrize("window", [None, 150])
