@@ -136,6 +136,12 @@ class Memory:
         device_planned_bytes: what the placement counted on.
         device_peak_bytes: what it used at most; on CPU the growth of the process from the moment
             the device was opened.
+        device_reserved_bytes: what the allocator had taken of it at most, used or not.
+        device_driver_bytes: what the GPU's driver counts for this process, its context included;
+            None where there is no such count.
+        host_pinned_bytes: of host memory that a GPU reads directly.
+        host_unpinned_bytes: of it, that was to be pinned and was refused: copied once more.
+        pin_refusal: why; empty if nothing was refused.
         host_peak_bytes: peak of the whole process, imports and tokenizer included.
         ledger: bytes of everything that was allocated once, by purpose.
         devices: of several, each; the numbers above are of all together.
@@ -144,6 +150,11 @@ class Memory:
     device_limit_bytes: int
     device_planned_bytes: int
     device_peak_bytes: int
+    device_reserved_bytes: int
+    device_driver_bytes: int | None
+    host_pinned_bytes: int
+    host_unpinned_bytes: int
+    pin_refusal: str
     host_peak_bytes: int
     resident_layers: int
     streamed_layers: int

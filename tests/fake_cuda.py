@@ -199,6 +199,9 @@ class FakeCuda:
     def peak_bytes(self, device):
         return 8 * GIB - self.free_bytes
 
+    def peak_reserved_bytes(self, device):
+        return self.peak_bytes(device)
+
     def register(self, address, nbytes):
         if nbytes >= self.refuse_from or not self._has_room(nbytes):
             return "out of memory"

@@ -25,6 +25,7 @@ from offload_rt.device.cuda.present import missing_gpu
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.device.opening import open_device
+from offload_rt.device.several import Devices
 from offload_rt.errors import ConfigError, DeviceError
 from offload_rt.planning.fit import choose_home
 from offload_rt.planning.placement import Demand, Placement
@@ -226,6 +227,32 @@ def test_a_queue_with_one_thread_does_not_lock_up():
     assert finished.wait(5)
     assert done == [sign * i for i in range(50) for sign in (1, -1)]
     queue.close()
+
+
+def test_a_runs_own_context_is_there_already(gpu, device):
+    assert Devices([device]).free_bytes() == [gpu.free_bytes + CUDA.context_bytes]
+
+
+@pytest.mark.parametrize(("pids", "own"), [((1, 7, 7), 5 * MIB), ((1, 2, 3), None), (None, None)])
+def test_what_the_driver_counts_for_this_process_on_all_gpus(monkeypatch, pids, own):
+    refusal = nvml.pynvml.NVMLError(nvml.pynvml.NVML_ERROR_NO_PERMISSION)
+
+    def running(handle):
+        if pids is None:
+            raise refusal
+        return [SimpleNamespace(pid=pids[handle], usedGpuMemory=(handle + 1) * MIB)]
+
+    double = SimpleNamespace(
+        NVMLError=nvml.pynvml.NVMLError,
+        nvmlInit=lambda: None,
+        nvmlShutdown=lambda: None,
+        nvmlDeviceGetCount=lambda: 3,
+        nvmlDeviceGetHandleByIndex=lambda index: index,
+        nvmlDeviceGetComputeRunningProcesses=running,
+    )
+    monkeypatch.setattr(nvml, "pynvml", double)
+    monkeypatch.setattr(nvml.os, "getpid", lambda: 7)
+    assert nvml.own_gpu_bytes() == own
 
 
 def test_memory_that_is_not_there(gpu, device):
@@ -457,7 +484,7 @@ def test_staging_is_pinned_before_layers_and_kept(gpu, caplog):
     images = [buffer_of(9 * MIB) for _ in range(3)]
     for image in images:
         device.pin(image)
-    state = device.pinning()
+    state = device.usage().pinning
     assert (state.refused_bytes, state.reason) == (18 * MIB, "out of memory")
     assert state.pinned_bytes == sum(gpu.registered.values()) <= gpu.pinnable_bytes
     streams = device.copy, device.new_copy_stream()
@@ -495,7 +522,7 @@ def test_copies_of_every_stream_come_after_kernels_that_used_the_memory(gpu, dev
     stream = device.new_copy_stream()
     with fake_gpu(gpu):
         device.allocate(40, "slots")
-    assert gpu.trace[-3:] == [("record", "compute"), ("wait", "copy"), ("wait", "kv")]
+    assert gpu.trace[-3:] == [("record", "compute"), ("wait", "copy"), ("wait", "kv cuda:0")]
     stream.close()
 
 

@@ -14,9 +14,10 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import kv_places, plan_kv
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.base import resolve_weights, rounded_kind
+from offload_rt.planning.demand import OTHER_BUFFERS
 from offload_rt.planning.fit import RunLoad, place_run
 
-FREE = FreeMemory(device_bytes=2**30, host_bytes=2**30)
+FREE = FreeMemory(device_bytes=2**32, host_bytes=2**30)
 
 
 def test_every_processor_has_a_kind_and_can_be_opened():
@@ -80,6 +81,30 @@ def test_streamed_layers_live_where_the_kind_would_have_them(tiny_model, kind, h
     config = RuntimeConfig(resident_layers=1)
     placed = place_run(checkpoint, config, replace(kind, home=home), load=load, free=FREE)
     assert placed.streamed and placed.home is home
+
+
+@pytest.mark.parametrize(("kind", "kept"), [(CPU, 0.15 * 2**32), (CUDA, 2**29)])
+def test_what_is_left_free_where_no_limit_is_given(tiny_model, kind, kept):
+    load = RunLoad(capacities=[64], prompt_tokens=16)
+    placed = place_run(open_checkpoint(tiny_model), RuntimeConfig(), kind, load=load, free=FREE)
+    assert placed.device_limit_bytes == pytest.approx(2**32 - kept, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("traits", "more"),
+    [
+        ({"context_bytes": 2**27}, 2**27),
+        ({"buffer_bytes": 2**20}, (4 + OTHER_BUFFERS) * (2**20 - 1)),
+    ],
+)
+def test_what_a_kind_takes_besides_buffers_is_planned(tiny_model, traits, more):
+    load, bare = RunLoad(capacities=[64], prompt_tokens=16), {"context_bytes": 0, "buffer_bytes": 1}
+    checkpoint = open_checkpoint(tiny_model)
+    without, given = (
+        place_run(checkpoint, RuntimeConfig(), replace(CUDA, **t), load=load, free=FREE)
+        for t in (bare, bare | traits)
+    )
+    assert given.device_bytes - without.device_bytes == more
 
 
 def test_kv_goes_where_the_kind_would_have_it():

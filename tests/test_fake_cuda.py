@@ -216,6 +216,19 @@ def test_layers_that_cannot_be_pinned_go_through_pinned_staging(gpu, tiny, monke
     assert gpu.unpinned_copies == 0
 
 
+def test_a_pin_refused_in_the_middle_is_in_the_report(gpu, tiny, monkeypatch):
+    monkeypatch.setattr(cuda, "own_gpu_bytes", lambda: 700 * 2**20)
+    whole = generate(gpu, tiny).memory
+    passages = whole.host_pinned_bytes - 2 * whole.slot_bytes
+    assert (whole.host_unpinned_bytes, whole.pin_refusal) == (0, "")
+    assert whole.device_reserved_bytes == whole.device_peak_bytes < whole.device_driver_bytes
+    gpu.pinnable_bytes = passages + whole.slot_bytes
+    part = generate(gpu, tiny).memory
+    assert part.host_pinned_bytes == gpu.pinnable_bytes
+    assert (part.host_unpinned_bytes, part.pin_refusal) == (whole.slot_bytes, "out of memory")
+    assert gpu.unpinned_copies == 0
+
+
 def test_everything_works_pageable(gpu, tiny, caplog):
     gpu.refuse_from = 0
     generate(gpu, tiny)

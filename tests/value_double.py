@@ -104,6 +104,9 @@ class LateDriver:
     def peak_bytes(self, device):
         return 0
 
+    def peak_reserved_bytes(self, device):
+        return 0
+
     def register(self, address, nbytes):
         return None if self.pin else "refused by the test"
 

@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
-from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import OffloadError
-from offload_rt.planning.fit import FREE_SHARE
 from offload_rt.planning.placement import Placement
 from offload_rt.units import format_size, format_speed
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offload_rt.cli.answering import Answering
 from offload_rt.config import AcceptRule
 from offload_rt.printable import printable
-from offload_rt.report import RetrievalCounts
+from offload_rt.report import Memory, RetrievalCounts
 from offload_rt.session.answering import Answer
 from offload_rt.session.summary import (
     PlanSummary,
@@ -91,7 +91,22 @@ def format_stats(answering: Answering, answer: Answer) -> str:
             f"{peak}planned {format_size(one.planned_bytes)}, limit {format_size(one.limit_bytes)}"
         )
         lines.append(("", text))
+    if memory.host_pinned_bytes or memory.host_unpinned_bytes:
+        lines.append(("on the GPU", _gpu_memory(memory)))
     return "\n".join(f"  {label:<{_LABEL_WIDTH}}{printable(text)}" for label, text in lines)
+
+
+def _gpu_memory(memory: Memory) -> str:
+    """What a GPU's allocator and driver say beside the peak, and how much host memory is pinned."""
+    parts = [f"{format_size(memory.device_peak_bytes)} allocated at most"]
+    parts.append(f"{format_size(memory.device_reserved_bytes)} reserved")
+    if memory.device_driver_bytes is not None:
+        parts.append(f"{format_size(memory.device_driver_bytes)} by the driver's count")
+    parts.append(f"{format_size(memory.host_pinned_bytes)} of host memory pinned")
+    if memory.host_unpinned_bytes:
+        refused = format_size(memory.host_unpinned_bytes)
+        parts.append(f"{refused} refused ({memory.pin_refusal}) and copied once more")
+    return ", ".join(parts)
 
 
 def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:

@@ -97,6 +97,35 @@ class Pinning:
     reason: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceUsage:
+    """Memory that a device's ledger does not show.
+
+    Attributes:
+        reserved_bytes: of device memory, that the allocator had taken at most.
+        driver_bytes: that the driver counts for this process now, context included; None where it
+            does not say.
+        pinning: of host memory.
+    """
+
+    reserved_bytes: int
+    driver_bytes: int | None = None
+    pinning: Pinning = Pinning()
+
+
+def sum_usage(found: Sequence[DeviceUsage]) -> DeviceUsage:
+    """Of several devices, whose driver counts all of them each time."""
+    return DeviceUsage(
+        reserved_bytes=sum(one.reserved_bytes for one in found),
+        driver_bytes=found[0].driver_bytes,
+        pinning=Pinning(
+            pinned_bytes=sum(one.pinning.pinned_bytes for one in found),
+            refused_bytes=sum(one.pinning.refused_bytes for one in found),
+            reason=next((one.pinning.reason for one in found if one.pinning.reason), ""),
+        ),
+    )
+
+
 class DeviceBuffer(Protocol):
     """A stretch of device memory of fixed size, allocated once."""
 
@@ -221,6 +250,9 @@ class Device(Protocol):
 
     def peak_bytes(self) -> int:
         """Most device memory this run has used at once, everything counted."""
+
+    def usage(self) -> DeviceUsage:
+        """Memory beside what the ledger and the peak say."""
 
     def free_bytes(self) -> int:
         """Device memory that is free now."""

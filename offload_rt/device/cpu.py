@@ -20,6 +20,7 @@ from offload_rt.device.base import (
     CopyBlock,
     CopyStatistics,
     DeviceBuffer,
+    DeviceUsage,
     Event,
     HomeSource,
     HomeTarget,
@@ -241,6 +242,10 @@ class CpuDevice:
     def peak_bytes(self) -> int:
         """Peak growth of the process's memory since the device was made, less what is home."""
         return max(0, self._memory.growth_bytes() - self._memory.home_bytes)
+
+    def usage(self) -> DeviceUsage:
+        """All that is taken of the process's memory counts in the peak."""
+        return DeviceUsage(reserved_bytes=self.peak_bytes())
 
     def free_bytes(self) -> int:
         """Memory this process may still take."""

@@ -15,6 +15,9 @@ from offload_rt.device.cuda.present import free_gpus, missing_gpu, unequal_gpus
 from offload_rt.device.system import free_memory_bytes
 from offload_rt.errors import ConfigError, DeviceError
 
+FREE_SHARE = 0.85  # of free memory of a host, when no limit is given: the rest is left to others
+# Of a GPU: nobody else's memory grows there, and its own context is counted (`context_bytes`).
+_KEPT_BYTES = 2**29
 _ANY_FLOAT = frozenset({"bfloat16", "float16", "float32"})
 
 
@@ -65,6 +68,10 @@ class DeviceKind:
         packing: how layer images lie in its memory.
         own_memory: its memory is apart from the host's, across a link. Else it is this process's
             memory, so staging, indices of tokens and the allocator's slack count as the device's.
+        usable_bytes: of so much free memory, what a run may use that is given no limit.
+        context_bytes: of the driver's context and the kernels it loads when they are first used,
+            in the device's memory.
+        buffer_bytes: memory is taken in whole multiples of it, for a large buffer.
         host_computes: the calling thread computes; what else it does makes a pass longer.
         home: where streamed layers live by default, if they fit there.
         kv_home: where KV lives by default that does not fit on the device.
@@ -94,6 +101,9 @@ class DeviceKind:
     unequal: Callable[[Sequence[int]], str | None]
     packing: Packing
     own_memory: bool
+    usable_bytes: Callable[[int], int]
+    context_bytes: int
+    buffer_bytes: int
     host_computes: bool
     home: HomeKind
     kv_home: KVPlace
@@ -129,6 +139,9 @@ CPU = DeviceKind(
     unequal=lambda indices: None,
     packing=Packing.FILE,
     own_memory=False,
+    usable_bytes=lambda free_bytes: int(free_bytes * FREE_SHARE),
+    context_bytes=0,
+    buffer_bytes=1,
     host_computes=True,
     home=HomeKind.DISK,  # memory that could hold them had better be the device's
     kv_home=KVPlace.DISK,
@@ -156,6 +169,9 @@ CUDA = DeviceKind(
     unequal=unequal_gpus,
     packing=Packing.DEVICE,
     own_memory=True,
+    usable_bytes=lambda free_bytes: max(0, free_bytes - _KEPT_BYTES),
+    context_bytes=2**29,  # assumed: 0.4 to 0.6 GB are reported; reports have the driver's own count
+    buffer_bytes=2**21,  # torch's allocator, for blocks of 10 MiB and more
     host_computes=False,
     home=HomeKind.HOST,
     kv_home=KVPlace.HOST,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.base import CopyStatistics, Device
+from offload_rt.device.base import CopyStatistics, Device, DeviceUsage, sum_usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +81,21 @@ class Devices:
         return dict(total)
 
     def free_bytes(self) -> list[int]:
-        """Memory that is free on each now; what they share, each has a part of."""
-        free = [device.free_bytes() for device in self]
+        """Memory a run may take on each; what they share, each has a part of.
+
+        A run's own context is counted with what it needs, and there already.
+        """
+        free = [device.free_bytes() + device.kind.context_bytes for device in self]
         return free if self[0].kind.own_memory else [one // len(self) for one in free]
 
     def peak_bytes(self) -> int:
         """Most memory this run has used at once on all of them."""
         peaks = [device.peak_bytes() for device in self]
         return sum(peaks) if self[0].kind.own_memory else max(peaks)
+
+    def usage(self) -> DeviceUsage:
+        """What they hold of host memory, and the device memory taken, beside what was used."""
+        return sum_usage([device.usage() for device in self])
 
     def copied(self) -> CopyStatistics:
         """What crossed the links for layers: bytes together, and the time of the busiest link."""

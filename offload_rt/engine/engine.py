@@ -341,10 +341,16 @@ class Engine:
 
     def memory(self) -> Memory:
         """What is where, and the peaks so far."""
+        usage = self.devices.usage()
         return Memory(
             device_limit_bytes=self.placement.device_limit_bytes,
             device_planned_bytes=self.placement.device_bytes,
             device_peak_bytes=self.devices.peak_bytes(),
+            device_reserved_bytes=usage.reserved_bytes,
+            device_driver_bytes=usage.driver_bytes,
+            host_pinned_bytes=usage.pinning.pinned_bytes,
+            host_unpinned_bytes=usage.pinning.refused_bytes,
+            pin_refusal=usage.pinning.reason,
             host_peak_bytes=peak_rss_bytes(),
             resident_layers=len(self.placement.resident),
             streamed_layers=len(self.placement.streamed),

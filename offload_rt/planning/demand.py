@@ -24,6 +24,7 @@ from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory
 
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
+OTHER_BUFFERS = 16  # large ones besides layers: slots, caches, a head; smaller ones share 20 MiB
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
 
 
@@ -58,6 +59,7 @@ def demand_of(
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     packs = device.packs and name == "bfloat16" and processor()[1]  # as `can_pack` says with torch
     scratch = decoding_bytes(checkpoint, dtype, device)
+    taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     return Demand(
         layer_bytes=tuple(layers),
@@ -73,6 +75,7 @@ def demand_of(
         + staging_bytes([*layouts, base], device, runtime.readers)
         + _slack_bytes(draft.copied_bytes, device)
         + scratch
+        + taken
         + experts,
         drafter_bytes=draft.kept_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
@@ -82,6 +85,7 @@ def demand_of(
         + (
             workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
             + draft.building_bytes
+            + taken
             + experts
             if device.own_memory
             else staging_bytes(layouts, device, runtime.readers)
@@ -96,3 +100,8 @@ def _slack_bytes(copied_bytes: int, device: DeviceKind) -> int:
     could give back.
     """
     return 0 if device.own_memory else min(MOST_SLACK_BYTES, copied_bytes // SLACK_PART)
+
+
+def _rounding_bytes(layers: int, device: DeviceKind) -> int:
+    """What an allocator takes beyond what is asked of it, at most: less than a unit per buffer."""
+    return (layers + OTHER_BUFFERS) * (device.buffer_bytes - 1)

@@ -19,7 +19,7 @@ from offload_rt.costs.pass_cost import (
 from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
 from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
-from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
@@ -28,8 +28,6 @@ from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped
 from offload_rt.speculative.kinds import draft_parts
 from offload_rt.units import format_size
-
-FREE_SHARE = 0.85  # of free memory, when no limit is given: the rest is left to others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +88,7 @@ def place_run(
         demand = replace(
             demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers, kv_passes=True
         )
-    stripes = _stripes(config, free, max(demand.layer_bytes), speeds)
+    stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in kv_places(config, device)]
     try:
         placement = _place_with_kv(demand, stripes, config, kv_plans)
@@ -112,7 +110,11 @@ def place_run(
 
 
 def _stripes(
-    config: RuntimeConfig, free: FreeMemory, layer_bytes: int, speeds: Speeds | None
+    config: RuntimeConfig,
+    free: FreeMemory,
+    device: DeviceKind,
+    layer_bytes: int,
+    speeds: Speeds | None,
 ) -> list[Stripe]:
     """The devices of a run, with their limits and links."""
     each = config.each_device()
@@ -124,7 +126,7 @@ def _stripes(
     return [
         Stripe(
             name=_called(config, number),
-            limit_bytes=one.only_limit_bytes or int(free_bytes * FREE_SHARE),
+            limit_bytes=one.only_limit_bytes or device.usable_bytes(free_bytes),
             link_bytes_per_s=rate,
         )
         for number, (one, free_bytes, rate) in enumerate(parts)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.base import Event, Pinning
+from offload_rt.device.base import DeviceUsage, Event
 from offload_rt.device.cuda.driver import Driver, DriverEvent, DriverStream
+from offload_rt.device.cuda.nvml import own_gpu_bytes
 from offload_rt.device.cuda.pinned import PinnedMemory, StagingPool, UploadRing
 from offload_rt.device.cuda.streams import CudaComputeStream, CudaCopyStream, CudaEvent
 from offload_rt.device.cuda.torch_driver import TorchDriver
@@ -111,9 +112,13 @@ class CudaDevice:
         """Let the copy engine read host memory directly, if the driver allows it."""
         self._pinned.pin(buffer)
 
-    def pinning(self) -> Pinning:
-        """How much host memory is pinned, and how much was to be."""
-        return self._pinned.state()
+    def usage(self) -> DeviceUsage:
+        """What torch had reserved at most, what NVML counts now, and what is pinned."""
+        return DeviceUsage(
+            reserved_bytes=self._driver.peak_reserved_bytes(self.torch_device),
+            driver_bytes=own_gpu_bytes(),
+            pinning=self._pinned.state(),
+        )
 
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64 on the device; the host does not wait."""

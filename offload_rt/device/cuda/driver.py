@@ -58,6 +58,9 @@ class Driver(Protocol):
     def peak_bytes(self, device: torch.device) -> int:
         """Most bytes allocated at once since `open`."""
 
+    def peak_reserved_bytes(self, device: torch.device) -> int:
+        """Most bytes that torch's allocator had taken at once since `open`."""
+
     def register(self, address: int, nbytes: int) -> str | None:
         """Pin host memory; returns the reason if it is refused, and leaves no error behind."""
 

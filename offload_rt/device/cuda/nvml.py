@@ -76,6 +76,27 @@ def find_driver() -> Driver | None:
         pynvml.nvmlShutdown()
 
 
+def own_gpu_bytes() -> int | None:
+    """What the driver counts for this process on all GPUs; None where it does not say."""
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None
+    try:
+        handles = map(pynvml.nvmlDeviceGetHandleByIndex, range(pynvml.nvmlDeviceGetCount()))
+        found = [
+            int(one.usedGpuMemory)
+            for handle in handles
+            for one in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+            if one.pid == os.getpid() and one.usedGpuMemory
+        ]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    return sum(found) or None  # in a container a process has another number
+
+
 def _gpu(handle: object) -> Gpu:
     memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(handle)

@@ -119,6 +119,10 @@ class TorchDriver:
         """Most bytes allocated at once since `open`."""
         return int(torch.cuda.max_memory_allocated(device))
 
+    def peak_reserved_bytes(self, device: torch.device) -> int:
+        """Most bytes that torch's allocator had taken at once since `open`."""
+        return int(torch.cuda.max_memory_reserved(device))
+
     def register(self, address: int, nbytes: int) -> str | None:
         """Pin host memory."""
         with torch.cuda.device(self._device):
