@@ -236,6 +236,23 @@ def test_answers_are_those_of_one_device(whole, draft, more):
             assert own.device_bytes <= own.device_limit_bytes
 
 
+def test_a_trace_tells_devices_apart_and_layers_by_their_numbers(whole):
+    folder, prompts, _ = whole
+    options = LINKS | KV | {"resident_layers": 2, "device": "cpu,cpu"}
+    with engine_for(folder, prompts=prompts, **options) as engine:
+        tracer = engine.trace()
+        generate(engine, prompts)
+        events, device = tracer.events(), engine.placement.device
+    for lane in ("copy of weights", "copy of KV", "compute"):
+        named = {
+            (int(event.lane[-1]), int(re.search(r"layer (\d+)", event.name)[1]))
+            for event in events
+            if event.lane.startswith(lane)
+        }
+        there = engine.placement.streamed if lane == "copy of weights" else range(LAYERS)
+        assert named == {(device[layer], layer) for layer in there}
+
+
 def test_sampled_answers_are_those_of_one_device(whole):
     folder, prompts, _ = whole
     answers = []
@@ -285,6 +302,21 @@ def outline(tmp_path):
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(known | LARGE))
     return folder
+
+
+def test_a_plan_of_two_gpus_comes_back_as_it_was(outline, offload_run, tmp_path):
+    known = ["--draft", "none", *BOTH[2:]]
+    one = offload_run(
+        "plan", outline, *TWO, *known, "--host-memory", "64GiB", "--output", tmp_path / "p.json"
+    )
+    two = offload_run("plan", outline, "--plan", tmp_path / "p.json", *BOTH[2:])
+    assert two.code == 0, two.err
+    assert json.loads(two.out)["devices"] == json.loads(one.out)["devices"]
+    written = json.loads((tmp_path / "p.json").read_text())
+    written["options"]["device_limit_bytes"] = "1GiB,lots"
+    (tmp_path / "p.json").write_text(json.dumps(written))
+    refused = offload_run("plan", outline, "--plan", tmp_path / "p.json", *BOTH[2:])
+    assert refused.code == 2 and "'lots' is not a memory size" in refused.err
 
 
 def test_plan_and_simulate_say_the_same_of_two_gpus(outline, offload_run):

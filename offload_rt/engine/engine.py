@@ -283,7 +283,8 @@ class Engine:
         for cache in self._caches:
             for part in offloaded_parts(cache):
                 number = next(n for n, d in enumerate(self.devices) if d is part.device)
-                part.watch(partial(tracer.of_kv, number))
+                layers = self.placement.of_devices[number].layers
+                part.watch(partial(tracer.of_kv, number, layers))
         return tracer
 
     def traced(self, lane: str, name: str) -> AbstractContextManager[None]:

@@ -6,9 +6,10 @@ before the end.
 """
 
 import math
+import re
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -72,8 +73,19 @@ class Tracer:
             return self.begin(Lane.COMPUTE, f"wait for layer {layer}", stream, at)
         return self.begin(Lane.COPY, f"weights of layer {layer}", stream, at)
 
-    def of_kv(self, at: int, what: str, unit: object, stream: Stream) -> Callable[[], None]:
-        """Watch a device's ring of KV blocks, or what goes back to their home."""
+    def of_kv(
+        self, at: int, layers: Sequence[int], what: str, unit: object, stream: Stream
+    ) -> Callable[[], None]:
+        """Watch a device's ring of KV blocks, or what goes back to their home.
+
+        Args:
+            at: the device.
+            layers: it has; units are called after their place among them.
+            what: of `Ring.watch`, as the others.
+            unit: begins with a layer.
+            stream: it is in.
+        """
+        unit = re.sub(r"\d+", lambda own: str(layers[int(own[0])]), str(unit), count=1)
         if what == "wait":
             return self.begin(Lane.COMPUTE, f"wait for KV of {unit}", stream, at)
         name = f"KV of {unit}" if what == "copy" else f"new KV of {unit} goes home"

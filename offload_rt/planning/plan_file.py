@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import UnionType
-from typing import get_args
+from typing import Any, get_args
 
 from offload_rt.config import DraftConfig, HomeKind, RetrievalConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
@@ -63,7 +63,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     limits_host = plan.placement.home is HomeKind.HOST or (kv is not None and kv.host_bytes > 0)
     options: dict[str, Value] = {
         "device": runtime.device,
-        "device_limit_bytes": plan.placement.device_limit_bytes,
+        "device_limit_bytes": _limits(plan),
         "host_limit_bytes": runtime.host_limit_bytes if limits_host else None,
         "dtype": str(runtime.dtype),
         "slots": plan.placement.slots or None,
@@ -87,6 +87,12 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         resident=plan.placement.resident,
         predicted=asdict(plan.prediction) if plan.prediction else None,
     )
+
+
+def _limits(plan: Plan) -> Value:
+    """The limit of the device, or those of several as they are typed."""
+    limits = [own.device_limit_bytes for own in plan.placement.of_devices]
+    return limits[0] if len(limits) == 1 else ",".join(map(str, limits))
 
 
 def write_plan(path: Path, plan: PlanFile) -> None:
@@ -131,7 +137,7 @@ def _options(path: Path, raw: object) -> Mapping[str, Value]:
     for name, value in raw.items():
         if name not in OPTIONS:
             raise _unusable(path, f"options has {name!r}; known are {', '.join(OPTIONS)}")
-        if type(value) not in _types(OPTIONS[name]):
+        if type(value) not in _types(OPTIONS[name]) and not _is_sizes(name, value):
             raise _unusable(path, f"options.{name} cannot be {json.dumps(value)}")
         if "\0" in str(value):
             raise _unusable(path, f"options.{name} is {json.dumps(value)}, with a zero byte")
@@ -140,7 +146,21 @@ def _options(path: Path, raw: object) -> Mapping[str, Value]:
             raise _unusable(
                 path, f"options.{name} is {json.dumps(value)}; known are {', '.join(choices)}"
             )
-    return raw
+    return {name: _value(path, name, value) for name, value in raw.items()}
+
+
+def _value(path: Path, name: str, value: Value) -> Any:  # noqa: ANN401 - of the option's type
+    """Sizes of several devices are a text; all else is as JSON has it."""
+    if not _is_sizes(name, value):
+        return value
+    try:
+        return OPTIONS[name].read(value)
+    except ValueError as error:
+        raise _unusable(path, f"options.{name} is {json.dumps(value)}: {error}") from error
+
+
+def _is_sizes(name: str, value: object) -> bool:
+    return OPTIONS[name].form is Form.SIZES and isinstance(value, str) and "," in value
 
 
 def _types(field: Settable) -> tuple[type, ...]:
