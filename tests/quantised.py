@@ -124,3 +124,51 @@ def compressed_tensors(bits, group, *, symmetric=True, scale_dtype=torch.bfloat1
         "ignore": ["lm_head"],
     }
     return convert, stated
+
+
+def awq(group):
+    """AWQ "gemm" with fp16 scales."""
+
+    def convert(weight, generator):
+        outputs, inputs = weight.shape
+        options = {"bits": 4, "groups": inputs // group, "scale_dtype": torch.float16}
+        codes, scales, zeros = random_groups(weight, generator, symmetric=False, **options)
+        index = torch.arange(inputs) // group
+
+        def words(rows):
+            """Nibble k of a word is output (0, 2, 4, 6, 1, 3, 5, 7)[k] of its eight."""
+            nibbles = rows.unflatten(1, (-1, 8))[..., [0, 2, 4, 6, 1, 3, 5, 7]]
+            return streams(nibbles.flatten(1), 4)
+
+        parts = {
+            "qweight": words(codes.t()),
+            "qzeros": words(zeros.t()),
+            "scales": scales.t().contiguous(),
+        }
+        return parts, dequantised(codes, scales, zeros, index)
+
+    stated = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemm"}
+    return convert, stated | {"zero_point": True}
+
+
+def gptq(bits, group, *, shuffled=False, version="gptq"):
+    """GPTQ with fp16 scales; `shuffled`: as desc_act orders groups."""
+
+    def convert(weight, generator):
+        outputs, inputs = weight.shape
+        options = {"bits": bits, "groups": inputs // group, "scale_dtype": torch.float16}
+        codes, scales, zeros = random_groups(weight, generator, symmetric=False, **options)
+        zeros = zeros.clamp(min=1)  # v1 stores one less
+        index = torch.arange(inputs) // group
+        if shuffled:
+            index = index[torch.randperm(inputs, generator=generator)]
+        parts = {
+            "qweight": streams(codes, bits).t().contiguous(),
+            "qzeros": streams(zeros.t() - (1 if version == "gptq" else 0), bits),
+            "scales": scales.t().contiguous(),
+            "g_idx": index.to(torch.int32),
+        }
+        return parts, dequantised(codes, scales, zeros, index)
+
+    stated = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": shuffled}
+    return convert, stated | {"checkpoint_format": version}

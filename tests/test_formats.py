@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
-from quantised import compressed_tensors, write_twins
+from quantised import awq, compressed_tensors, gptq, write_twins
 from safetensors.torch import load_file, save_file
 
 from offload_rt.adapters.merging import with_adapter
@@ -37,6 +37,10 @@ CASES = {
     "W8 g16 asymmetric": compressed_tensors(8, 16, symmetric=False),
     "W3 g32": compressed_tensors(3, 32),
     "W4 g32 fp32 scales": compressed_tensors(4, 32, scale_dtype=torch.float32),
+    "AWQ g32": awq(32),
+    "GPTQ 4 g32": gptq(4, 32),
+    "GPTQ 3 g16 act-order": gptq(3, 16, shuffled=True),
+    "GPTQ 8 g32 act-order v2": gptq(8, 32, shuffled=True, version="gptq_v2"),
     "W4 g16 act-order": compressed_tensors(4, 16, symmetric=False, shuffled=True),
 }
 FAMILY = {"W4 channel": "qwen2", "W8 g16 asymmetric": "phi3"}  # with biases; with fused projections
@@ -284,3 +288,33 @@ def test_a_plan_knows_three_sizes(twins, offload_run):
     text = " ".join(offload_run("plan", pair.folder).out.split())
     assert "compressed-tensors, 4-bit" in text
     assert "the numbers that are stored, bit for bit" in text
+
+
+@pytest.mark.parametrize(
+    ("case", "stated", "says"),
+    [
+        ("AWQ g32", {"version": "gemv"}, "its version 'gemv' is not read"),
+        ("AWQ g32", {"bits": 3}, "its bits are 3, read are 4"),
+        ("GPTQ 4 g32", {"checkpoint_format": "gptq_p"}, "its checkpoint_format 'gptq_p' is"),
+        ("GPTQ 4 g32", {"is_marlin_format": True}, "its checkpoint_format 'marlin' is"),
+        ("GPTQ 4 g32", {"dynamic": {"-:x": {}}}, "its modules differ"),
+        ("GPTQ 4 g32", {"bits": 5}, "its bits are 5"),
+        ("GPTQ 4 g32", {"group_size": 0}, "its group_size is 0"),
+    ],
+)
+def test_packings_of_words_that_are_not_read_are_named(twins, tmp_path, case, stated, says):
+    shutil.copytree(twins(case).folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"] |= stated
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(QuantisedError, match=says):
+        open_checkpoint(tmp_path / "m")
+
+
+def test_zero_points_that_readers_read_in_two_ways_are_refused(twins, tmp_path):
+    shutil.copytree(twins("GPTQ 4 g32").folder, tmp_path / "m")
+    tensors = load_file(tmp_path / "m" / "model.safetensors")
+    tensors[f"{UP}.qzeros"][0, 0] |= 15
+    save_file(tensors, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(CheckpointError, match="convert it to gptq_v2"), engine_for(tmp_path / "m"):
+        pass

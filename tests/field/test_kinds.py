@@ -23,8 +23,8 @@ LLAMA = {
 }
 # As the tools of each kind write it.
 KINDS = {
-    "AWQ, 4-bit": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
-    "GPTQ, 8-bit": {"quant_method": "gptq", "bits": 8, "desc_act": False},
+    "AWQ, 4-bit": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
+    "GPTQ, 8-bit": {"quant_method": "gptq", "bits": 8, "dynamic": {"a": {}}},
     "FP8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
     "compressed-tensors, 4-bit": {
         "quant_method": "compressed-tensors",

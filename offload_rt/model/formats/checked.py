@@ -6,12 +6,14 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
+from offload_rt.model.formats.integers import codes_of
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.header import TensorExtent
 from offload_rt.model.layout import FLOATS
 from offload_rt.model.weight_files import WeightFiles
 
-_INDICES = ("weight_g_idx",)
+_INDICES = ("weight_g_idx", "g_idx")
 
 
 def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
@@ -30,6 +32,8 @@ def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
                 _check_finite(extent, files)
             elif word in _INDICES:
                 _check_groups(extent, files.read(extent), each.groups)
+            elif word == "qzeros" and each.form is Form.GPTQ:
+                _check_zeros(extent, codes_of(files.read(extent), each.bits, each.outputs), each)
 
 
 def _check_finite(extent: TensorExtent, files: WeightFiles) -> None:
@@ -38,6 +42,16 @@ def _check_finite(extent: TensorExtent, files: WeightFiles) -> None:
         raise CheckpointError(
             f"{shown(extent.name)} in {extent.path.name} holds {broken} scales that are NaN or "
             "infinite: the file is damaged, download it again"
+        )
+
+
+def _check_zeros(extent: TensorExtent, stored: torch.Tensor, weight: Stored) -> None:
+    """Refuse zero points that are one more than codes reach, of which readers make that or 0."""
+    largest = (1 << weight.bits) - 1
+    if int(stored.max()) == largest:
+        raise CheckpointError(
+            f"{shown(extent.name)} in {extent.path.name} holds zero points stored as {largest}, "
+            "which readers of checkpoint_format gptq read in two ways: convert it to gptq_v2"
         )
 
 

@@ -13,9 +13,12 @@ from functools import lru_cache
 
 import torch
 
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
 
 _WORD_BITS = 32
+_WHOLE_WORDS = 8  # outputs that share an AWQ word
+_AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 
 
 def bring_packed(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
@@ -40,9 +43,42 @@ def bring_packed(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tens
         )
 
 
+def bring_awq(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    """AWQ's words of 8 outputs each, `qweight` [I, O / 8] and `qzeros` [G, O / 8]."""
+    order = torch.tensor(_AWQ_ORDER, device=out.device)
+
+    def shuffled(words: torch.Tensor) -> torch.Tensor:
+        """[R, W] words to [8 W, R] codes."""
+        codes = codes_of(words.contiguous(), stored.bits, words.shape[1] * _WHOLE_WORDS)
+        return codes.unflatten(1, (-1, _WHOLE_WORDS))[..., order].flatten(1).t()
+
+    for rows in blocks(stored, out.device):
+        words = slice(rows.start // _WHOLE_WORDS, rows.stop // _WHOLE_WORDS)
+        zeros, scales = shuffled(parts["qzeros"][:, words]), parts["scales"][:, rows].t()
+        exact = _exact(scales, out)
+        codes = shuffled(parts["qweight"][:, words]).to(exact).contiguous()
+        _scale(codes, scales, zeros, out[rows], None)
+
+
+def bring_gptq(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    """GPTQ's streams along the inputs, `qweight` [I b / 32, O], zero points along the outputs."""
+    zeros = codes_of(parts["qzeros"], stored.bits, stored.outputs).t()
+    zeros = zeros.to(torch.int32) + (1 if stored.form is Form.GPTQ else 0)
+    for rows in blocks(stored, out.device):
+        numbers(
+            parts["qweight"][:, rows].t().contiguous(),
+            parts["scales"][:, rows].t(),
+            zeros[rows],
+            stored.bits,
+            out[rows],
+            parts.get("g_idx"),
+        )
+
+
 def blocks(stored: Stored, device: torch.device) -> Iterator[slice]:
     """Parts of the outputs that are dequantised at once."""
-    step = max(1, BLOCK_NUMBERS[device.type] // stored.inputs)
+    step = max(_WHOLE_WORDS, BLOCK_NUMBERS[device.type] // stored.inputs)
+    step -= step % _WHOLE_WORDS
     return (slice(start, start + step) for start in range(0, stored.outputs, step))
 
 
@@ -64,21 +100,36 @@ def numbers(
         out: [o, I].
         index: [I] the group of each input; None: they follow each other.
     """
-    rows, inputs = out.shape
-    exact = out.dtype if scales.dtype is out.dtype else torch.float32
-    each = zeros.to(exact) if isinstance(zeros, torch.Tensor) else None
-    codes = codes_less(words, bits, inputs, zeros if isinstance(zeros, int) else 0, exact)
-    scales = scales.to(exact)
+    whole = zeros if isinstance(zeros, int) else 0
+    codes = codes_less(words, bits, out.shape[1], whole, _exact(scales, out))
+    _scale(codes, scales, None if isinstance(zeros, int) else zeros, out, index)
+
+
+def _exact(scales: torch.Tensor, out: torch.Tensor) -> torch.dtype:
+    """A format in which the product with a scale is rounded once only."""
+    return out.dtype if scales.dtype is out.dtype else torch.float32
+
+
+def _scale(
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor | None,
+    out: torch.Tensor,
+    index: torch.Tensor | None,
+) -> None:
+    """Codes [o, I], which are overwritten, less zeros [o, G], times scales [o, G]."""
+    each = None if zeros is None else zeros.to(codes.dtype)
+    scales = scales.to(codes.dtype)
     if index is not None:
         index = index.long()
         if each is not None:
             codes.sub_(each[:, index])
         out.copy_(codes.mul_(scales[:, index]))
         return
-    grouped = codes.view(rows, scales.shape[1], -1)
+    grouped = codes.view(codes.shape[0], scales.shape[1], -1)
     if each is not None:
         grouped.sub_(each[:, :, None])
-    if exact is out.dtype:
+    if codes.dtype is out.dtype:
         torch.mul(grouped, scales[:, :, None], out=out.view_as(grouped))
     else:
         out.copy_(grouped.mul_(scales[:, :, None]).view_as(out))

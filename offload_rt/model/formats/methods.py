@@ -4,14 +4,16 @@ The tensors decide what a module is (`stored.py`); what is stated here confirms 
 their shapes cannot. No torch here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
 from offload_rt.model.files import shown
 
-READ_METHODS = "compressed-tensors (integers of 2 to 8 bits, packed)"
+READ_METHODS = (
+    "compressed-tensors (integers of 2 to 8 bits, packed), AWQ (gemm) and GPTQ (2, 3, 4 and 8 bits)"
+)
 _BITS = range(2, 9)
 _PACKED = "pack-quantized"
 _LARGEST_GROUP = 2**20
@@ -21,9 +23,15 @@ class Form(StrEnum):
     """How the weights of a module are stored.
 
     `packed`: compressed-tensors' bit streams along the inputs.
+    `awq`: 8 outputs to a word, shuffled.
+    `gptq`: bit streams along the inputs, zero points less one.
+    `gptq_v2`: the same with zero points as they are.
     """
 
     PACKED = "packed"
+    AWQ = "awq"
+    GPTQ = "gptq"
+    GPTQ_V2 = "gptq_v2"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,4 +138,43 @@ def _listed(values: Sequence[object] | set[object]) -> str:
     return ", ".join(sorted(map(shown, values)))
 
 
-_READERS = {"compressed-tensors": _compressed_tensors}
+def _awq(name: str, stated: Mapping[str, Any]) -> Method | str:
+    version, bits = str(stated.get("version", "gemm")).lower(), stated.get("bits", 4)
+    if version != "gemm":
+        return f"its version {shown(version)} is not read"
+    if bits != 4:
+        return f"its bits are {shown(bits)}, read are 4"
+    return _of_words(name, stated, Form.AWQ)
+
+
+def _gptq(name: str, stated: Mapping[str, Any]) -> Method | str:
+    form, bits = stated.get("checkpoint_format") or "gptq", stated.get("bits")
+    if form not in (Form.GPTQ, Form.GPTQ_V2) or stated.get("is_marlin_format"):
+        return f"its checkpoint_format {shown('marlin' if form == 'gptq' else form)} is not read"
+    if stated.get("dynamic"):
+        return "its modules differ (dynamic)"
+    if stated.get("pack_dtype", "int32") not in ("int32", None):
+        return f"its pack_dtype {shown(stated.get('pack_dtype'))} is not read"
+    if bits not in (2, 3, 4, 8):
+        return f"its bits are {shown(bits)}, read are 2, 3, 4 and 8"
+    return _of_words(name, stated, Form(str(form)))
+
+
+def _of_words(name: str, stated: Mapping[str, Any], form: Form) -> Method | str:
+    size = stated.get("group_size", 128)
+    if type(size) is not int or not (size == -1 or 0 < size < _LARGEST_GROUP):
+        return f"its group_size is {shown(size)}"
+    return Method(
+        name=name,
+        forms=frozenset({form}),
+        bits=frozenset({stated.get("bits", 4)}),
+        groups=frozenset({None if size == -1 else size}),
+        symmetric=frozenset({False}),
+    )
+
+
+_READERS: Mapping[object, Callable[[str, Mapping[str, Any]], Method | str]] = {
+    "compressed-tensors": _compressed_tensors,
+    "awq": _awq,
+    "gptq": _gptq,
+}

@@ -21,10 +21,19 @@ BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**22}
 DECODED_PER_S = {"cpu": 3.2e9, "cuda": 175e9}
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 _SIDES = 2**20  # rows or columns of a weight; a few times the largest published
+_WORDS = ("qweight", "qzeros", "scales")
 _PARTS = {
     Form.PACKED: ("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    Form.AWQ: _WORDS,
+    Form.GPTQ: (*_WORDS, "g_idx"),
+    Form.GPTQ_V2: (*_WORDS, "g_idx"),
 }
-_NEEDED = {Form.PACKED: ("weight_packed", "weight_scale", "weight_shape")}
+_NEEDED = {
+    Form.PACKED: ("weight_packed", "weight_scale", "weight_shape"),
+    Form.AWQ: _WORDS,
+    Form.GPTQ: _WORDS,
+    Form.GPTQ_V2: _WORDS,
+}
 _FACTS = ("weight_shape", "input_scale", "input_zero_point")  # read or of no use, never streamed
 _FLOATS = ("BF16", "F16", "F32")
 _WORD_BITS = 32
@@ -141,11 +150,11 @@ class _Reader:
         if "weight" in self._parts:
             others = sorted(self._parts.keys() - {"weight"})
             raise self._error(f"has a weight that is not quantised and {others[0]} for one that is")
-        form = Form.PACKED
+        (form,) = self._method.forms
         missing = [word for word in _NEEDED[form] if word not in self._parts]
         if missing:
             raise self._error(f"has {shown(next(iter(self._parts)))} but no {missing[0]}")
-        return _MAKE[form](self)
+        return self.packed() if form is Form.PACKED else self.words(form)
 
     def packed(self) -> Stored:
         """compressed-tensors: `weight_packed` I32 [O, ceil(I b / 32)], `weight_scale` [O, G]."""
@@ -170,6 +179,24 @@ class _Reader:
         if "weight_g_idx" in self._parts:
             self._exactly("weight_g_idx", ("I32", "I64"), (inputs,))
         return self._stored(Form.PACKED, outputs, inputs, bits[0], groups)
+
+    def words(self, form: Form) -> Stored:
+        """AWQ: `qweight` I32 [I, O / 8]; GPTQ: [I b / 32, O]; both: `scales` [G, O]."""
+        (bits,) = self._method.bits
+        rows, columns = self._matrix("qweight", "I32")
+        groups, outputs = self._matrix("scales", *_FLOATS)
+        inputs = rows if form is Form.AWQ else rows * _WORD_BITS // bits
+        wide = columns * _WORD_BITS // bits if form is Form.AWQ else columns
+        if wide != outputs or not 1 <= inputs <= _SIDES or not 1 <= outputs <= _SIDES:
+            raise self._error(
+                f"qweight is {[rows, columns]} of {bits} bits, which is {wide} outputs and "
+                f"{inputs} inputs, scales are of {outputs} outputs"
+            )
+        groups = self._groups((outputs, groups), outputs, inputs)
+        self._exactly("qzeros", ("I32",), (groups, _words(outputs, bits)))
+        if "g_idx" in self._parts and form is not Form.AWQ:
+            self._exactly("g_idx", ("I32", "I64"), (inputs,))
+        return self._stored(form, outputs, inputs, bits, groups)
 
     def _stored(self, form: Form, outputs: int, inputs: int, bits: int, groups: int) -> Stored:
         return Stored(
@@ -244,6 +271,3 @@ def _words(numbers: int, bits: int) -> int:
 
 def _listed(values: Iterable[int]) -> str:
     return " or ".join(map(str, sorted(values)))
-
-
-_MAKE = {Form.PACKED: _Reader.packed}

@@ -13,7 +13,7 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
-from offload_rt.model.formats.integers import bring_packed
+from offload_rt.model.formats.integers import bring_awq, bring_gptq, bring_packed
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import torch_name
@@ -21,7 +21,12 @@ from offload_rt.model.layout import torch_name
 Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-_BRING: Mapping[Form, Bring] = {Form.PACKED: bring_packed}
+_BRING: Mapping[Form, Bring] = {
+    Form.PACKED: bring_packed,
+    Form.AWQ: bring_awq,
+    Form.GPTQ: bring_gptq,
+    Form.GPTQ_V2: bring_gptq,
+}
 
 
 class WiredLinear(torch.nn.Module):
