@@ -229,7 +229,7 @@ def test_both_doors_refuse_a_plan_that_contradicts_alike(tiny_model, tmp_path, o
         (lambda m: m.score([("a", "\ud800")]), "pair 1 is not UTF-8 at character 0"),
         (lambda m: m.score([([], [5])]), "the context of pair 1 has no token"),
         (lambda m: m.score([([5], [999])]), "token 999 has no row in the embedding"),
-        (lambda m: m.score([("a", "b"), ("a", LONG)]), "tokens, llama0 was made for up to 513"),
+        (lambda m: m.score([("a", "b"), ("a", LONG)]), "was made for up to 513"),
     ],
 )
 def test_what_only_python_can_get_wrong(call, sentence, loaded):

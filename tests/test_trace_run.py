@@ -173,7 +173,7 @@ def test_a_gpus_times_are_its_own(gpu, make_tiny):  # noqa: F811
 
 
 def test_the_command_line_writes_it(tiny_model, offload_run, tmp_path):
-    file = tmp_path / "new" / "run.json"
+    file = tmp_path / "run.json"
     args = ("generate", tiny_model, "-p", "Hi", "-n", 4, "--resident-layers", 1, "--json")
     plain, done = offload_run(*args), offload_run(*args, "--trace", file)
     assert (plain.code, done.code) == (0, 0)
