@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
+from flash_double import flash_of_a_gpu
 from medusa_heads import write_shared
 from value_double import open_as, open_double
 
@@ -36,7 +37,8 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
 TOKENS = 24
 PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
-STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2}
+ROOM = {"device_limit_bytes": 2**31}  # with what a GPU takes beside what is allocated
+STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2} | ROOM
 KV_HOST = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
 TRIFORCE = DraftConfig(
     draft="triforce",
@@ -66,6 +68,13 @@ CASES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def flash_of_cuda():
+    """What attends on a GPU, in fp32 too."""
+    with flash_of_a_gpu(torch.float32):
+        yield
+
+
 # --- the same bits -------------------------------------------------------------------------------
 
 
@@ -80,7 +89,7 @@ CASES = {
 )
 def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
     open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
-    with engine_for(tiny_model, dtype=dtype, resident_layers=4) as engine:
+    with engine_for(tiny_model, dtype=dtype, resident_layers=4, **ROOM) as engine:
         resident = all_logits(engine)
     for module in (files_module, home_module):  # many pieces per tensor
         monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
@@ -88,7 +97,7 @@ def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
     monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
     monkeypatch.setattr(pinned_module, "UPLOAD_BYTES", 8 * 5)  # in parts, too
     open_double(monkeypatch, **driver)
-    with engine_for(tiny_model, dtype=dtype, slots=2, resident_layers=1, home=home) as engine:
+    with engine_for(tiny_model, dtype=dtype, **(STREAMED | {"home": home})) as engine:
         assert torch.equal(all_logits(engine), resident)
 
 

@@ -53,7 +53,7 @@ def run_part(name: str, arguments: argparse.Namespace) -> None:
     command = [sys.executable, __file__, "--inner", name, "--device", arguments.device]
     command += ["--out", str(arguments.out)]
     began = time.monotonic()
-    own = os.environ | ENVIRONMENT.get(name, {})
+    own = os.environ | (ENVIRONMENT.get(name, {}) if arguments.device != "cpu" else {})
     child = subprocess.Popen(command, start_new_session=True, cwd=ROOT, env=own)
     try:
         ended = str(child.wait(timeout=arguments.limit or LIMITS_S[name]))
