@@ -13,12 +13,13 @@ from offload_rt.model.files import open_inside, shown
 from offload_rt.model.formats.methods import Form, Method
 from offload_rt.model.header import TensorExtent
 
-# Numbers of a weight that are dequantised at once: what a block passes through stays in a CPU's
-# second cache; a GPU's kernels outlast their launches.
-BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**22}
-# Weights dequantised in a second, assumed until profiles have them. Of a CPU: 1.6e9 by a thread of
-# an AVX-512 machine, two of them; of a GPU half of what a 4090's memory allows (350 GB/s written).
-DECODED_PER_S = {"cpu": 3.2e9, "cuda": 175e9}
+# Numbers of a weight that are dequantised at once. Each kernel makes threads of a CPU wait for each
+# other: blocks of 2^18, which stay in its second cache, took six times as long on two cores
+# (docs/RESULTS.md, "Dequantising on the way").
+BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**22}
+# Weights dequantised in a second, assumed until profiles have them. Of a CPU: two cores (measured,
+# same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
+DECODED_PER_S = {"cpu": 1.2e9, "cuda": 175e9}
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 _SIDES = 2**20  # rows or columns of a weight; a few times the largest published
 _WORDS = ("qweight", "qzeros", "scales")
