@@ -611,7 +611,8 @@ class RuntimeConfig:
     kv_block_tokens: int | None = option(
         None,
         "--kv-block-tokens",
-        "Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB.",
+        "Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB, on CUDA "
+        "of 32 MiB.",
         low=1,
         accepted="auto or 1 or more",
     )

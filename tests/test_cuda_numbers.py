@@ -162,15 +162,20 @@ def plain(llama):
     return answers
 
 
+def options_of(folders, *, draft=None, draft_tokens=None, many=False, driver=None, **config):
+    """Of a case: whether it is a batch, options of the driver, and those of `engine_for`."""
+    if isinstance(draft, str):
+        draft = DraftConfig(draft=folders.get(draft, draft), draft_tokens=draft_tokens)
+    return many, driver or {}, STREAMED | config | ({} if draft is None else {"draft": draft})
+
+
 @pytest.fixture
 def answers(llama, folders, monkeypatch):
     """Run a case on the double; gives the answers."""
 
-    def run(*, draft=None, draft_tokens=None, many=False, driver=None, **config):
-        if isinstance(draft, str):
-            draft = DraftConfig(draft=folders.get(draft, draft), draft_tokens=draft_tokens)
-        options = STREAMED | config | ({} if draft is None else {"draft": draft})
-        open_double(monkeypatch, **(driver or {}))
+    def run(**case):
+        many, driver, options = options_of(folders, **case)
+        open_double(monkeypatch, **driver)
         with engine_for(llama, prompts=PROMPTS[many], tokens=TOKENS, **options) as engine:
             return generate(engine, PROMPTS[many], tokens=TOKENS)
 

@@ -570,10 +570,10 @@ def kv(bench: Bench) -> None:
             fill(
                 cache, shape, layers, torch.empty(0, dtype=dtype, device=device.torch_device), rows
             )
+            row = torch.randn(heads, 1, dim, dtype=dtype, device=device.torch_device)
             for builds in (False, True):
-                host_s, pass_s = read_all(
-                    device, cache, shape, layers, retrieval if builds else None
-                )
+                chosen = retrieval if builds else None
+                host_s, pass_s = read_all(device, cache, row, layers, chosen)
                 blocks = layers * -(-rows // block)
                 bench.fact(
                     f"blocks of {block * row_bytes[0]} bytes" + ", with a build" * builds,
@@ -593,12 +593,14 @@ def fill(cache: OffloadedKV, shape: KVShape, layers: int, like: torch.Tensor, ro
 
 
 def read_all(
-    device: Device, cache: OffloadedKV, shape: KVShape, layers: int, retrieval: RetrievalKV | None
+    device: Device,
+    cache: OffloadedKV,
+    row: torch.Tensor,
+    layers: int,
+    retrieval: RetrievalKV | None,
 ) -> tuple[float, float]:
-    """Host's and device's seconds of a pass of one row through all layers, medians of 5."""
-    spec, taken = AttentionSpec(scaling=shape.key_dim**-0.5), []
-    row = torch.randn(shape.heads, 1, shape.key_dim, device=device.torch_device)
-    row = row.to(torch.bfloat16 if device.kind.own_memory else torch.float32)
+    """Host's and device's seconds of a pass of one row [K, 1, D], medians of 5."""
+    spec, taken = AttentionSpec(scaling=row.shape[2] ** -0.5), []
     length = cache.length
 
     def one_pass() -> None:

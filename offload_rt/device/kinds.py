@@ -76,6 +76,7 @@ class DeviceKind:
         home: where streamed layers live by default, if they fit there.
         kv_home: where KV lives by default that does not fit on the device.
         kv_on_disk: KV may live in a file.
+        kv_block_bytes: of KV that is copied at once, unless a user says.
         attends_at_home: it can attend to KV in host memory where it lies.
         flash: the flash attention it has.
         runs_flash: whether number N is new enough for it; asked when there are tensors on it.
@@ -108,6 +109,7 @@ class DeviceKind:
     home: HomeKind
     kv_home: KVPlace
     kv_on_disk: bool
+    kv_block_bytes: int
     attends_at_home: bool
     flash: Flash
     runs_flash: Callable[[int], bool]
@@ -146,6 +148,7 @@ CPU = DeviceKind(
     home=HomeKind.DISK,  # memory that could hold them had better be the device's
     kv_home=KVPlace.DISK,
     kv_on_disk=True,
+    kv_block_bytes=4 * 2**20,
     attends_at_home=True,
     flash=Flash.UPPER_LEFT,
     runs_flash=_always,
@@ -176,6 +179,7 @@ CUDA = DeviceKind(
     home=HomeKind.HOST,
     kv_home=KVPlace.HOST,
     kv_on_disk=False,
+    kv_block_bytes=32 * 2**20,
     attends_at_home=False,
     flash=Flash.LOWER_RIGHT,
     runs_flash=_flash_on_gpu,

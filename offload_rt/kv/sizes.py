@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, KVPlace, RetrievalConfig, RuntimeConfig
-from offload_rt.device.base import PAGE_BYTES, PIECE_BYTES
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
 
@@ -23,12 +23,15 @@ MIN_SCRATCH_TOKENS = 32
 WRITE_PIECE_BYTES = 2**20
 
 
-def block_tokens_for(row_bytes: int) -> int:
-    """Tokens of a block that is large enough for the link to be fast."""
+def block_tokens_for(row_bytes: int, device: DeviceKind) -> int:
+    """Tokens of a block that is large enough for the link to be fast and the host to keep up."""
     # Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (`PIECE_BYTES`). A
     # pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks
-    # of 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2).
-    return max(MIN_BLOCK_TOKENS, PIECE_BYTES // row_bytes // MIN_BLOCK_TOKENS * MIN_BLOCK_TOKENS)
+    # of 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2). The host of a GPU needs 0.07
+    # ms for a block, 0.34 if rows are chosen (docs/RESULTS.md, "Host time of a block of KV"), while
+    # 4 MiB cross PCIe 4.0 in 0.17.
+    units = device.kv_block_bytes // row_bytes // MIN_BLOCK_TOKENS
+    return max(MIN_BLOCK_TOKENS, units * MIN_BLOCK_TOKENS)
 
 
 def spread_layers(count: int, layers: int) -> frozenset[int]:
@@ -214,7 +217,7 @@ def plan_kv(
         return None
     emulated = config.link_bytes_per_s is not None  # a link to host memory
     attend_on_host = device.attends_at_home and place is KVPlace.HOST and not emulated
-    block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes))
+    block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes), device)
     sizes = tuple(
         KVSizes(
             row_bytes=tuple(row_bytes),

@@ -9,8 +9,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from threading import Event as Flag
-from threading import Lock
+from threading import Condition, Lock
 
 import torch
 
@@ -41,21 +40,24 @@ class CudaEvent:
     out of pinned memory are enqueued at once and never make the host wait.
     """
 
+    # One for all: most are known when they are made, and each had a lock.
+    _settled = Condition()
+
     def __init__(self, event: DriverEvent | None = None) -> None:
-        self._known = Flag()
-        self._event: DriverEvent | None = None
+        self._event = event
         self._error: BaseException | None = None
-        if event is not None:
-            self.settle(event, None)
 
     def settle(self, event: DriverEvent | None, error: BaseException | None) -> None:
         """Say that all work before it is enqueued, or has failed."""
-        self._event, self._error = event, error
-        self._known.set()
+        with self._settled:
+            self._event, self._error = event, error
+            self._settled.notify_all()
 
     def enqueued(self) -> DriverEvent:
         """Return the driver's event; raise what the work before it raised on the host."""
-        self._known.wait()
+        if self._event is None:
+            with self._settled:
+                self._settled.wait_for(lambda: self._event is not None or self._error is not None)
         if self._error is not None:
             raise self._error
         assert self._event is not None

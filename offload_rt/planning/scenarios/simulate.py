@@ -80,7 +80,7 @@ def _placed_model(scenario: Scenario, profile: HardwareProfile) -> PlacedModel:
     away = _away(model.layers, shape.kv_home_layers, shape.order)
     kv = None
     if away and scenario.context_tokens:
-        block_tokens = shape.kv_block_tokens or block_tokens_for(row_bytes)
+        block_tokens = shape.kv_block_tokens or block_tokens_for(row_bytes, KINDS[shape.processor])
         kv = StreamedKV(layers=away, slots=shape.kv_slots, block_bytes=block_tokens * row_bytes)
     return PlacedModel(
         parts=model.parts(share),
@@ -129,7 +129,7 @@ def _fitting_layers(scenario: Scenario, profile: HardwareProfile, share: int) ->
     found = 0
     for device in range(striped):
         layers = len(range(device, model.layers, striped))
-        blocks = shape.kv_block_tokens or block_tokens_for(row_bytes)
+        blocks = shape.kv_block_tokens or block_tokens_for(row_bytes, KINDS[shape.processor])
         ring = shape.kv_slots * blocks * row_bytes if shape.kv_home_layers else 0
         demand = Demand(
             layer_bytes=(model.layer_work(share).weight_bytes,) * layers,
