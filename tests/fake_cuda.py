@@ -164,7 +164,8 @@ class FakeCuda:
         return FakeStream(self, compute), FakeStream(self, copies)
 
     def stream(self, device):
-        return FakeStream(self, SimStream(f"kv {device}"))
+        number = [*self.computes].index(device)
+        return FakeStream(self, SimStream(f"kv {number}" if number else "kv"))
 
     def receive(self, tensor, device):
         """A hop: both compute streams are ordered around it by whoever asks."""

@@ -59,7 +59,7 @@ def test_simulates_first_line_is_what_simulating_with_more_memory_gives(llama_70
 
 
 def test_a_gpu_whose_layers_do_not_fit_in_host_memory_is_told_so(llama_70b, offload_run):
-    base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=128GiB")
+    base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=96GiB")
     _, rate, bound, more, memory, with_more = parts(offload_run(*base).out)
     assert (bound, memory) == ("the disk", "host")
     record = json.loads(offload_run(*base, "--json").out)

@@ -25,7 +25,7 @@ from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.yields import MADE
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.profiling.store import load_profile
-from offload_rt.speculative.draft_model.kind import settled
+from offload_rt.speculative.draft_model.kind import GROWTH_S, settled
 from offload_rt.speculative.kinds import draft_parts
 
 GPU = speeds_there(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto")
@@ -181,9 +181,10 @@ def parts_for(draft, expected, model=None, nbytes=0, speeds=GPU, target=None, **
 
 
 def test_a_tree_takes_as_many_passes_as_the_drafter_makes(small):
-    (tree,) = parts_for("model:x", Expected(made=0.8), small, draft_tokens=64)
+    tree, growing = parts_for("model:x", Expected(made=0.8), small, draft_tokens=64)
     assert DraftConfig(draft="model:x", draft_tokens=64).tree_passes == 15
     assert tree.times == pytest.approx(0.8 * 15) and tree.load.tokens == 8
+    assert growing.times == 0.8 and growing.seconds == pytest.approx(64 * GROWTH_S)
     (chain,) = parts_for("model:x", Expected(), small, draft_tokens=8)
     assert chain.times == 8 and chain.load.tokens == 1
 
