@@ -69,10 +69,11 @@ CASES = {
 
 
 @pytest.fixture(autouse=True)
-def flash_of_cuda():
+def flash_of_cuda(monkeypatch):
     """What attends on a GPU, in fp32 too."""
     with flash_of_a_gpu(torch.float32):
         yield
+        monkeypatch.undo()  # kinds it put in meanwhile are to go before those that were
 
 
 # --- the same bits -------------------------------------------------------------------------------

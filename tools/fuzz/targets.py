@@ -41,7 +41,7 @@ _VISION = {"model_type": "gemma3", "text_config": _CONFIG | {"model_type": "gemm
 _YARN = _CONFIG | {
     "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
     "torch_dtype": "torch.float16",
-    "quantization_config": {"quant_method": "awq", "bits": 4},
+    "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
     "auto_map": {"AutoModelForCausalLM": "code.Model"},
 }
 
