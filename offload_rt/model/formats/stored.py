@@ -13,8 +13,8 @@ from offload_rt.model.files import open_inside, shown
 from offload_rt.model.formats.methods import Form, Method
 from offload_rt.model.header import TensorExtent
 
-# Numbers of a weight that are dequantised at once. Each kernel makes threads of a CPU wait for each
-# other: blocks of 2^18, which stay in its second cache, took six times as long on two cores
+# Numbers of a weight that are dequantised at once. On two cores blocks of 2^18, which stay in the
+# second cache, took six times as long: threads wait for each other at each kernel, probably
 # (docs/RESULTS.md, "Dequantising on the way").
 BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**22}
 # Weights dequantised in a second, assumed until profiles have them. Of a CPU: two cores (measured,
