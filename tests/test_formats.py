@@ -311,6 +311,18 @@ def test_packings_of_words_that_are_not_read_are_named(twins, tmp_path, case, st
         open_checkpoint(tmp_path / "m")
 
 
+def test_what_is_not_rounded_as_the_method_has_it_is_said(twins, tmp_path, caplog):
+    shutil.copytree(twins("W4 g32 asymmetric").folder, tmp_path / "m")
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    group = config["quantization_config"]["config_groups"]["group_0"]
+    group["input_activations"] = {"num_bits": 8, "type": "int"}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(config))
+    open_checkpoint(tmp_path / "m")
+    assert "activations are not rounded" in caplog.text
+    assert "the KV cache is not rounded" in caplog.text
+
+
 def test_zero_points_that_readers_read_in_two_ways_are_refused(twins, tmp_path):
     shutil.copytree(twins("GPTQ 4 g32").folder, tmp_path / "m")
     tensors = load_file(tmp_path / "m" / "model.safetensors")

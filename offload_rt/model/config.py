@@ -174,6 +174,8 @@ def load_model_config(folder: Path) -> ModelConfig:
         return _model_config(reader, whole)
     method = read_method(str(kind), kind.stated)
     if isinstance(method, Method):
+        for note in method.notes:
+            _log.warning("%s: %s", shown(folder.name), note)
         return replace(_model_config(reader, whole), quantised=method)
     try:
         original = _model_config(reader, whole)
