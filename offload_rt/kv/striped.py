@@ -91,7 +91,7 @@ class StripedKV:
             part.truncate(length)
 
 
-class StripedRetrieval:
+class StripedRetrieval(StripedKV):
     """A retrieval cache of several parts, which are built of the same rows at the same time.
 
     Args:
@@ -100,18 +100,9 @@ class StripedRetrieval:
     """
 
     def __init__(self, parts: Mapping[int, RetrievalKV], device: Sequence[int]) -> None:
-        self._rows, self._parts = StripedKV(parts, device), list(parts.values())
-        self._of_layer = [(parts[number], own) for number, own in places(device)]
-
-    @property
-    def length(self) -> int:
-        """Committed tokens of the sequence, kept or not."""
-        return self._rows.length
-
-    @property
-    def capacity(self) -> int:
-        """Tokens of the longest sequence."""
-        return self._rows.capacity
+        super().__init__(parts, device)
+        self._parts = list(parts.values())
+        self._choosing = [(parts[number], own) for number, own in places(device)]
 
     @property
     def shares(self) -> tuple[float, ...]:
@@ -137,32 +128,6 @@ class StripedRetrieval:
         """Whether a build from that many rows keeps but a part of them."""
         return self._parts[0].leaves_out(length)
 
-    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
-        """Say what the next pass is."""
-        self._rows.begin_pass(rows, keeps_all=keeps_all)
-
-    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Add pending rows: key [K, S, D], value [K, S, D]."""
-        self._rows.append(layer, key, value)
-
-    def attend(
-        self,
-        layer: int,
-        query: torch.Tensor,
-        spec: AttentionSpec,
-        tree: PendingTree | None = None,
-    ) -> torch.Tensor:
-        """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
-        return self._rows.attend(layer, query, spec, tree)
-
-    def commit(self, keep: Sequence[int]) -> None:
-        """Keep these pending rows, in this order; forget the rest."""
-        self._rows.commit(keep)
-
-    def truncate(self, length: int) -> None:
-        """Forget pending rows and all committed rows from `length` on; may leave it unbuilt."""
-        self._rows.truncate(length)
-
     def begin_build(self, length: int, recent_share: float) -> None:
         """Begin to choose anew in every layer."""
         for part in self._parts:
@@ -175,10 +140,10 @@ class StripedRetrieval:
 
     def begin_layer(self, layer: int, query: torch.Tensor, spec: AttentionSpec) -> None:
         """Begin to choose for a layer: query [H, S, D] asks."""
-        part, own = self._of_layer[layer]
+        part, own = self._choosing[layer]
         part.begin_layer(own, query, spec)
 
     def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Choose from rows [K, T, D] of the full cache, from position `first` on, in order."""
-        part, own = self._of_layer[layer]
+        part, own = self._choosing[layer]
         part.see(own, first, key, value)
