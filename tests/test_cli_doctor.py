@@ -9,6 +9,7 @@ import pytest
 from offload_rt.cli import run
 from offload_rt.cli.checks import Level, diagnose
 from offload_rt.cli.machine import (
+    CompilerFacts,
     CpuFacts,
     DiskFacts,
     Machine,
@@ -32,6 +33,7 @@ TORCH = TorchFacts(version="2.14.1+cu128", cuda_build="12.8", sees_gpu=True)
 GPU = Gpu(name="GPU X", total_bytes=24 * GIB, free_bytes=23 * GIB, capability=(8, 9))
 DRIVER = Driver(version="570.1", cuda_version=(12, 8), gpus=(GPU,))
 CPU = CpuFacts(name="CPU Y", bf16_flag="amx_bf16", all_cores=8, cores=8, quota=None, threads=8)
+COMPILER = CompilerFacts(name="numba 0.68.1", folder=Path("/cache/compiled"))
 MEMORY = MemoryFacts(
     ram_bytes=64 * GIB,
     free_bytes=60 * GIB,
@@ -47,6 +49,7 @@ HEALTHY = Machine(
     torch_error="",
     transformers="5.23.0",
     cpu=CPU,
+    compiler=COMPILER,
     memory=MEMORY,
     driver=DRIVER,
     profile=PROFILE,
@@ -97,6 +100,12 @@ FAULTS = [
     ({"transformers": None}, Level.FAIL, "not installed", "setup.sh"),
     ({"transformers": "4.57.1"}, Level.FAIL, "4.57.1", "5.3 or newer"),
     (cpu_with(bf16_flag=""), Level.WARN, "no bf16 instructions", "--dtype float32"),
+    (
+        {"compiler": replace(COMPILER, folder=None)},
+        Level.WARN,
+        "compiled by numba 0.68.1 in each process",
+        "OFFLOAD_RT_CACHE",
+    ),
     (memory_with(free_bytes=GIB), Level.WARN, "1.00 GiB free of 64.0 GiB", "--device-memory"),
     (group(8 * GIB, 3 * GIB), Level.WARN, "8.00 GiB of 64.0 GiB, 3.00 GiB", "docker run --memory"),
     (
@@ -178,6 +187,19 @@ def test_of_several_gpus_it_says_whether_they_can_share_a_model():
         assert found.level is Level.OK and found.detail.endswith(said)
 
 
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [
+        ("not installed", "numba is not installed; `pip install offload-rt[fast]` brings it"),
+        ("switched off by NUMBA_DISABLE_JIT", "numba is switched off by NUMBA_DISABLE_JIT"),
+    ],
+)
+def test_no_compiler_is_no_fault(problem, said):
+    findings = diagnose(replace(HEALTHY, compiler=CompilerFacts(name="", problem=problem)))
+    assert {finding.level for finding in findings} == {Level.OK}
+    assert any(finding.detail.endswith(said) for finding in findings)
+
+
 def test_no_gpu_is_no_fault():
     findings = diagnose(replace(HEALTHY, driver=None))
     assert {finding.level for finding in findings} == {Level.OK}
@@ -205,7 +227,7 @@ def test_this_machine_with_a_model(tiny_model):
     assert 0 < machine.memory.free_bytes <= machine.memory.ram_bytes
     assert machine.disk.kind != "unknown"
     assert machine.disk.read_bytes_per_s > 0
-    assert len(diagnose(machine)) == 15
+    assert len(diagnose(machine)) == 16
 
 
 def test_missing_model(capsys):

@@ -15,7 +15,7 @@ ROOT = PROJECT / "offload_rt"
 RANKS = [
     ["printable"],
     ["errors"],
-    ["units", "reading"],
+    ["units", "reading", "folders"],
     ["writing"],
     ["options"],
     ["config", "report", "trace"],
@@ -39,9 +39,27 @@ RANKS = [
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 TORCH_FREE = {
-    *("printable", "errors", "units", "reading", "writing", "options", "config", "report", "trace"),
+    *(
+        "printable",
+        "errors",
+        "units",
+        "reading",
+        "folders",
+        "writing",
+        "options",
+        "config",
+        "report",
+        "trace",
+    ),
     *("costs", "planning", "text", "session", "cli", "__main__"),
-    *("device.base", "device.cgroup", "device.kinds", "device.link_meter", "device.sim"),
+    *(
+        "device.base",
+        "device.cgroup",
+        "device.compiled",
+        "device.kinds",
+        "device.link_meter",
+        "device.sim",
+    ),
     *("device.system", "device.cuda.nvml", "device.cuda.present"),
     *("streaming.direct_io", "streaming.ring", "kv.recent_share", "kv.sizes"),
     *("model.adapter", "model.checkpoint", "model.config", "model.config_class", "model.files"),

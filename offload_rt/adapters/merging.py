@@ -24,12 +24,12 @@ import torch
 from offload_rt.adapters.reading import Adapter
 from offload_rt.device.base import PAGE_BYTES
 from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.folders import cache_folder
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent, in_file_order
 from offload_rt.model.files import FileIdentity, shown
 from offload_rt.model.header import read_header
 from offload_rt.model.hf_config import reason_of
 from offload_rt.model.layout import CODES, compute_dtype
-from offload_rt.model.locate import cache_folder
 from offload_rt.model.network import modules_and_tensors
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.units import format_size

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from offload_rt.cli.machine import Machine
+from offload_rt.device.compiled import EXTRA
 from offload_rt.units import format_rate, format_size
 
 _PYTHON, _TORCH, _TRANSFORMERS = (3, 11), (2, 6), (5, 3)  # as in pyproject.toml
@@ -99,6 +100,21 @@ def check_threads(machine: Machine) -> Finding:
         fix = "raise it where the container is started, `docker run --cpus`, if it may have more"
         return Finding(Level.WARN, "threads", detail, fix)
     return Finding(Level.OK, "threads", detail)
+
+
+def check_compiler(machine: Machine) -> Finding:
+    """Whether quantised weights are dequantised by kernels compiled for this processor."""
+    compiler, what = machine.compiler, "kernels"
+    if not compiler.name:
+        detail = f"torch's, which dequantise slower on the CPU: numba is {compiler.problem}"
+        if "installed" in compiler.problem:
+            detail += f"; `pip install {EXTRA}` brings it"
+        return Finding(Level.OK, what, detail)
+    if compiler.folder is None:
+        detail = f"compiled by {compiler.name} in each process: no folder to keep them in"
+        fix = "set OFFLOAD_RT_CACHE to a folder that you may write to and others may not"
+        return Finding(Level.WARN, what, detail, fix)
+    return Finding(Level.OK, what, f"compiled by {compiler.name}, kept in {compiler.folder}")
 
 
 def check_memory(machine: Machine) -> Finding:
@@ -254,6 +270,7 @@ _CHECKS: tuple[Callable[[Machine], Finding], ...] = (
     check_transformers,
     check_cpu,
     check_threads,
+    check_compiler,
     check_memory,
     check_cgroup,
     check_swap,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import psutil
 
+from offload_rt.device import compiled
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota
 from offload_rt.device.cuda.nvml import Driver, find_driver
@@ -83,6 +84,21 @@ class CpuFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CompilerFacts:
+    """What compiles kernels for this processor.
+
+    Attributes:
+        name: with its version; empty where nothing does.
+        problem: why nothing does.
+        folder: where kernels are kept; None where they cannot be.
+    """
+
+    name: str
+    problem: str = ""
+    folder: Path | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryFacts:
     """What memory there is.
 
@@ -134,6 +150,7 @@ class Machine:
     torch_error: str
     transformers: str | None
     cpu: CpuFacts
+    compiler: CompilerFacts
     memory: MemoryFacts
     driver: Driver | None
     profile: ProfileFacts
@@ -152,6 +169,7 @@ def inspect_machine(model: Path | None) -> Machine:
         torch_error=torch_error,
         transformers=_version("transformers"),
         cpu=_cpu(),
+        compiler=_compiler(),
         memory=_memory(),
         driver=driver,
         profile=_profile(driver),
@@ -171,6 +189,12 @@ def _cpu() -> CpuFacts:
         quota=cpu_quota(),
         threads=compute_threads(),
     )
+
+
+def _compiler() -> CompilerFacts:
+    if problem := compiled.problem():
+        return CompilerFacts(name="", problem=problem)
+    return CompilerFacts(name=compiled.who(), folder=compiled.kept_in())
 
 
 def _memory() -> MemoryFacts:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
+from offload_rt.folders import cache_folder
 from offload_rt.model.files import open_inside, shown
 from offload_rt.model.kinds import READ
 from offload_rt.units import format_size
@@ -131,16 +132,6 @@ def _folder_of(path: Path) -> Path:
     if _OF_A_MODEL.fullmatch(path.name):
         raise CheckpointError(f"{path} is a file of the model folder {folder}: give {folder}")
     return path
-
-
-def cache_folder() -> Path:
-    """Where what can be made again is kept; `OFFLOAD_RT_CACHE` moves it."""
-    root = os.environ.get("OFFLOAD_RT_CACHE")
-    if root:
-        return Path(root).expanduser()
-    import platformdirs
-
-    return platformdirs.user_cache_path("offload-rt")
 
 
 def demo_folder() -> Path:
