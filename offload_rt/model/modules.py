@@ -1,7 +1,8 @@
 """transformers' modules of a family, built without memory, and the tensors their files hold."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ def build_modules(
     """
     made = build_hf_config(config, folder)
     try:
-        with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        with _empty_weights(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model: torch.nn.Module = _auto_class(made).from_config(
                 made, dtype=dtype, attn_implementation=attn_implementation
@@ -47,6 +48,27 @@ def build_modules(
             f"generates text from config.json: {reason_of(error)}"
         ) from error
     return model
+
+
+@contextmanager
+def _empty_weights() -> Iterator[None]:
+    """Let modules be made with parameters on meta that count as filled.
+
+    transformers then draws no first values for them, of which only shapes would be left.
+    """
+    with init_empty_weights(include_buffers=False):
+        register = torch.nn.Module.register_parameter
+
+        def register_filled(module: Any, name: str, param: torch.nn.Parameter | None) -> None:  # noqa: ANN401
+            register(module, name, param)
+            if param is not None:
+                module._parameters[name]._is_hf_initialized = True
+
+        torch.nn.Module.register_parameter = register_filled  # type: ignore
+        try:
+            yield
+        finally:
+            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def _auto_class(config: PretrainedConfig) -> Any:  # noqa: ANN401
