@@ -284,6 +284,9 @@ class MemoryMeter:
     Linux keeps the peak itself (`VmHWM`); writing 5 to `clear_refs` restarts it. Where that is not
     allowed the peak since the start of the process is used, which can only be too high.
 
+    What was read of program files meanwhile is no memory of a run: where memory is short Linux
+    drops those of torch (119 MB) from a process that waits, and their return counted as growth.
+
     Attributes:
         home_bytes: of it, what layers and KV have as their home.
     """
@@ -297,8 +300,10 @@ class MemoryMeter:
                 file.write("5")
         except OSError:
             pass  # the peak then includes what came before
-        self._start_bytes = psutil.Process().memory_info().rss
+        now = psutil.Process().memory_info()
+        self._start_bytes, self._start_file_bytes = now.rss, now.shared
 
     def growth_bytes(self) -> int:
-        """Peak resident bytes above those at the start."""
-        return max(0, peak_rss_bytes() - self._start_bytes)
+        """Peak resident bytes above those at the start, without what is of files."""
+        files = psutil.Process().memory_info().shared - self._start_file_bytes
+        return max(0, peak_rss_bytes() - self._start_bytes - max(0, files))

@@ -3,6 +3,7 @@
 The layouts are made below a folder that stands for `/`; one test joins a group of its own.
 """
 
+import mmap
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from offload_rt.costs.sizes import PROCESS_BYTES
-from offload_rt.device import system
+from offload_rt.device import cpu, system
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups
 
 MIB = 2**20
@@ -230,6 +231,17 @@ def test_memory_that_an_earlier_engine_freed_counts_again():
     """What malloc kept of the first would else be taken by the second and count as nothing."""
     ran = subprocess.run([sys.executable, "-c", USED_AGAIN], check=True, capture_output=True)
     assert int(ran.stdout) > 140 * MIB
+
+
+def test_what_is_read_of_mapped_files_is_no_growth(tmp_path):
+    """Linux drops the code of a process that waits where memory is short; a run reads it again."""
+    (path := tmp_path / "code").write_bytes(bytes(64 * MIB))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as code:
+        meter = cpu.MemoryMeter()
+        assert sum(code[i] for i in range(0, len(code), mmap.PAGESIZE)) == 0
+        assert meter.growth_bytes() < 32 * MIB
+        own = bytearray(os.urandom(MIB)) * 48
+        assert len(own) <= meter.growth_bytes() < 80 * MIB
 
 
 BESIDE = """
