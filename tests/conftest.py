@@ -150,8 +150,8 @@ def prompt_file(tmp_path):
 def _what_lives_on_is_frozen():
     """Each engine of the tests is preceded by a collection, of what the file's tests made only.
 
-    Imports and caches of earlier files are a million objects and more, half a second a time.
+    Imports and caches of earlier files are a million objects and more, half a second a time; what
+    lives on here is theirs, for the fixtures of the file before are gone.
     """
-    gc.unfreeze()
     gc.collect()
     gc.freeze()

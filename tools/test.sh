@@ -21,11 +21,12 @@ step() {
 step "ruff check" "$python" -m ruff check .
 step "ruff format --check" "$python" -m ruff format --check .
 step "mypy" "$python" -m mypy
-# The tests are shared out to processes, each with one thread of arithmetic, or they wait for each other. Some time things
-# or look at the page cache, which the others disturb: what failed beside others has to pass alone.
+# The tests are shared out to processes, each with one thread of arithmetic, or they wait for each other. A process has a
+# file's tests together, so that models and engines are made once, and at its end takes over some of another's. Some tests
+# time things or look at the page cache, which the others disturb: what failed beside others has to pass alone.
 run_tests() {
   local code=0
-  OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -n auto --maxprocesses 4 "$@" || code=$?
+  OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" "$python" -m pytest -q -n auto --maxprocesses 4 --dist worksteal "$@" || code=$?
   if ((code != 1)); then
     return "$code"
   fi
