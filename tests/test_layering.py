@@ -53,6 +53,7 @@ TORCH_FREE = {
     ),
     *("costs", "planning", "text", "session", "cli", "__main__"),
     *(
+        "attention.blocks",
         "device.base",
         "device.cgroup",
         "device.compiled",

@@ -641,7 +641,7 @@ def test_the_ledger_is_the_plan(make_tiny):
 def test_kv_leaves_the_device_when_it_does_not_fit(make_tiny):
     model = make_tiny("llama", num_hidden_layers=4)
     many = {"prompts": [LONG], "tokens": 100_000, "prefill_chunk_tokens": 64}
-    limit = 230 * 2**20
+    limit = 150 * 2**20
     with engine_for(model, device_limit_bytes=limit, **many) as engine:
         assert engine.placement.demand.kv.place is KVPlace.DISK
         assert engine.placement.device_bytes <= limit

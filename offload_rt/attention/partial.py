@@ -8,13 +8,11 @@ group as rows of their KV head, so keys are read once and never copied.
 
 import torch
 
+from offload_rt.attention.blocks import KEY_BLOCK, SCORE_BYTES
 from offload_rt.attention.flash import flash_of
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.attention.visible import visible_rows
 
-KEY_BLOCK = 1024  # keys whose scores are written out at once
-# Scores written out are made for as many query rows as fit in this.
-SCORE_BYTES = 8 * 2**20
 MERGE_AT = 8  # parts that are kept before they are merged: fewer kernels, bounded memory
 UNSEEN = -1e30  # the score of a row that is not seen; finite, so that a part nobody sees weighs 0
 

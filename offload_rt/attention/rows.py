@@ -3,17 +3,12 @@
 import torch
 from torch.nn import functional
 
+from offload_rt.attention.blocks import GROUPED_FROM, GROUPED_ROWS
 from offload_rt.attention.flash import flash_of
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.attention.visible import visible_rows
 from offload_rt.errors import CapacityError
-
-# Where flash attention takes any mask (on a CPU), few rows behind few others are attended to with
-# one. Else what all of them see comes first, heads of a group together, and then the rest: keys are
-# read once per KV head, with a mask once per query head.
-# Measured: docs/RESULTS.md, "Attention by parts".
-GROUPED_ROWS, GROUPED_FROM = 128, 2048
 
 
 def attend_rows(

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
+from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, SCORE_BYTES
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
-from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.kinds import DeviceKind, Flash
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
@@ -25,7 +26,7 @@ RUNTIME_BYTES = 64 * 2**20
 # GPUs) and transformers, 171 MiB for the process of a tokenizer of 152,000 tokens
 # (docs/RESULTS.md, "Memory beside the device memory").
 PROCESS_BYTES = 680 * 2**20
-SCORE_BYTES = 64 * 2**20
+ROW_BYTES = 64  # of a row of a pass: its id and its place, and what is made of them on the way
 # Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
 # Rows are made probabilities of in parts: each takes 32 bytes per id. On a CPU a part is so many
@@ -185,22 +186,20 @@ def workspace_bytes(
 ) -> int:
     """Upper bound of what a pass allocates and frees again.
 
-    All rows: the hidden state twice (a layer's input and what replaces it), a normalised copy and
-    the rotary tables. One chunk: fp32 copies of the norm, query, key, value and their rotated
-    copies, the MLP's three products and a packed copy of its largest weight, the attention mask as
-    bool (with copies while it is made) and as numbers, and blocks of scores. Read rows: logits, and
-    for sampling their fp32 copies, an fp64 sum and a sort order.
+    All rows: the hidden state, of which each chunk is replaced where it lies, once more (scaled, or
+    what a pass of one chunk makes of it) or the rotary tables while they are made, in fp32. One
+    chunk: fp32 copies of the norm, query, key, value and their rotated
+    copies, the MLP's three products and a packed copy of its largest weight, and what attention
+    needs. Read rows: logits, and for sampling their fp32 copies, an fp64 sum and a sort order.
     """
     chunk = min(shape.chunk_rows, shape.rows)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-    per_row = 4 * config.hidden_size * number_bytes + 2 * config.head_dim * 4
+    hidden = config.hidden_size * number_bytes
+    per_row = hidden + max(hidden, 24 * config.head_dim) + ROW_BYTES
     per_chunk_row = (
         8 * config.hidden_size + (2 * heads + 4 * config.intermediate_size) * number_bytes
     )
     packed_weight = config.intermediate_size * config.hidden_size * number_bytes if chunk > 1 else 0
-    mask = chunk * shape.longest * (3 + number_bytes) if chunk > 1 else 0
-    # Partial results are kept up to eight at a time, then merged (attention/partial.py).
-    partial = 12 * chunk * config.num_heads * config.head_dim * 4 if config.writes_out_scores else 0
     drawn = drawn_rows(device, shape.logit_rows, config.vocab_size)
     logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn * 32)
     return (
@@ -208,8 +207,33 @@ def workspace_bytes(
         + shape.rows * per_row
         + chunk * per_chunk_row
         + packed_weight
-        + mask
-        + partial
-        + min(SCORE_BYTES, 2 * config.num_heads * chunk * shape.longest * 4)
+        + attention_bytes(config, number_bytes, shape, device)
         + logits
     )
+
+
+def attention_bytes(
+    config: ModelConfig, number_bytes: int, shape: PassShape, device: DeviceKind
+) -> int:
+    """Upper bound of what attention of one layer allocates and frees again.
+
+    Its mask, as bool (with copies while it is made) and as numbers. Where scores are written out
+    (all of them, or those of a tree): fp32 copies of a block of keys and values, and the scores of
+    some rows in four versions. Results of parts, which are merged eight at a time; of a chain or a
+    tree there are up to four.
+    """
+    chunk, keys = min(shape.chunk_rows, shape.rows), min(shape.longest, KEY_BLOCK)
+    mask = chunk * _masked_keys(config, shape, device) * (3 + number_bytes) if chunk > 1 else 0
+    copies = 2 * config.num_kv_heads * keys * config.head_dim * 4
+    scores = 4 * min(SCORE_BYTES, config.num_heads * chunk * keys * 4)
+    parts = 12 if config.writes_out_scores else 4
+    return mask + copies + scores + parts * chunk * config.num_heads * config.head_dim * 4
+
+
+def _masked_keys(config: ModelConfig, shape: PassShape, device: DeviceKind) -> int:
+    """Keys that one mask covers, at most (`attention/rows.py`, `attention/partial.py`)."""
+    if config.sliding_window is not None:
+        return shape.longest  # of KV that is offloaded, the rows of a block
+    if config.writes_out_scores or device.flash is Flash.LOWER_RIGHT:
+        return min(shape.longest, KEY_BLOCK)
+    return min(shape.longest, GROUPED_FROM + shape.rows)

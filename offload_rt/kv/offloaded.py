@@ -34,6 +34,7 @@ import torch
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.attention.visible import visible_rows
 from offload_rt.device.base import Device, DeviceBuffer, Event, HomeSource, TwoWayStream
 from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.kv.base import KVShape, RowWatcher
@@ -372,10 +373,8 @@ class OffloadedKV:
         for start, rows in self._lend_home_rows(state):
             visible = None
             if spec.window is not None and state.total - start > spec.window:
-                at = torch.arange(state.total - count, state.total, device=device)
-                at = at if tree is None else tree.positions[-count:]
-                behind = at[:, None] - torch.arange(start, start + rows.shape[0], device=device)
-                visible = behind < spec.window
+                lent = range(start, start + rows.shape[0])
+                visible = visible_rows(count, lent, state.total, spec.window, device, tree)
             parts.add(*state.format.views(rows), visible)
             if watcher is not None:
                 watcher.see(layer, start, *state.format.views(rows))

@@ -46,14 +46,21 @@ class PassContext:
 
     Args:
         segments: the sequences, in the order their rows are packed.
+        wanted: [R] int64, packed rows that go on behind the last layer; None: all.
         strict: refuse options of HF's attention call that we do not know.
 
     Attributes:
         rows: the packed rows that are being computed now.
     """
 
-    def __init__(self, segments: Sequence[Segment], *, strict: bool = False) -> None:
-        self.segments, self.strict = segments, strict
+    def __init__(
+        self,
+        segments: Sequence[Segment],
+        *,
+        wanted: torch.Tensor | None = None,
+        strict: bool = False,
+    ) -> None:
+        self.segments, self.wanted, self.strict = segments, wanted, strict
         self.rows = range(sum(segment.tokens for segment in segments))
         self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._others: dict[int, PassContext] = {}
@@ -79,7 +86,8 @@ class PassContext:
                 for s in self.segments
             ]
             segments = [replace(s, tree=t) for s, t in zip(self.segments, trees, strict=True)]
-            self._others[device] = PassContext(segments, strict=self.strict)
+            wanted = None if self.wanted is None else bring(self.wanted)
+            self._others[device] = PassContext(segments, wanted=wanted, strict=self.strict)
         return self._others[device]
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:

@@ -331,8 +331,7 @@ class Network:
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
-            logits_to_keep=batch.logit_rows,
-            **{CONTEXT_KEYWORD: PassContext(batch.segments)},
+            **{CONTEXT_KEYWORD: PassContext(batch.segments, wanted=batch.logit_rows)},
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -409,7 +408,7 @@ class Network:
             if rows <= chunk_tokens:
                 hidden = forward(hidden, **options)
                 self.rows_done += rows
-                return self._home(index, hidden)
+                return self._leave(index, hidden, context)
             for start in range(0, rows, chunk_tokens):
                 self.poll()
                 context.rows = range(start, min(start + chunk_tokens, rows))
@@ -419,7 +418,7 @@ class Network:
                 part.copy_(forward(part, **tree_map(cut, options)))
                 self.rows_done += len(context.rows)
             context.rows = range(rows)
-            return self._home(index, hidden)
+            return self._leave(index, hidden, context)
 
     def _cross(
         self, index: int, hidden: torch.Tensor, context: PassContext, options: dict[str, Any]
@@ -435,12 +434,18 @@ class Network:
             context = options[CONTEXT_KEYWORD] = context.on(here, crossing.hop)
         return hidden, context, options
 
-    def _home(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """What a layer made; of the last one on the first device, for norm and head."""
-        if self._crossing is None or index < len(self._layers) - 1:
+    def _leave(self, index: int, hidden: torch.Tensor, context: PassContext) -> torch.Tensor:
+        """What a layer made; of the last one the wanted rows, on the first device.
+
+        Norm and head work row by row, and the norm in fp32: of a whole prompt it would take five
+        times the prompt's hidden states.
+        """
+        if index < len(self._layers) - 1:
             return hidden
-        last = self._crossing.device[index]
-        return self._crossing.hop(hidden, last, 0) if last else hidden
+        if context.wanted is not None:
+            hidden = hidden[:, context.wanted]
+        last = 0 if self._crossing is None else self._crossing.device[index]
+        return self._crossing.hop(hidden, last, 0) if self._crossing and last else hidden
 
     @contextmanager
     def _lent(self, index: int, weights: Weights | None) -> Iterator[None]:

@@ -1,0 +1,90 @@
+"""What a pass allocates and frees again is no more than the plan keeps free for it."""
+
+import random
+import weakref
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import engine_for
+from flash_double import flash_of_a_gpu
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.costs.sizes import RUNTIME_BYTES, PassShape, attention_bytes, workspace_bytes
+from offload_rt.device.kinds import CPU, KINDS, Processor
+
+
+class Live(TorchDispatchMode):
+    """Follows the bytes of the tensors that are alive; what kernels take inside is not seen."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not func.is_view:
+                storage = tensor.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if key not in self._known:
+                    self._known.add(key)
+                    self.now += size
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+    def _gone(self, key, size):
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("branching", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (None, 700), (2.0, None)])
+@pytest.mark.parametrize(("count", "cached"), [(2, 3000), (100, 2100), (512, 5000)])
+def test_attention_takes_no_more_than_is_planned(gpu, branching, softcap, window, count, cached):
+    heads, kv_heads, size = 4, 2, 16
+    config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=size)
+    config.sliding_window, config.writes_out_scores = window, softcap is not None
+    shape = PassShape(rows=count, chunk_rows=512, logit_rows=1, longest=cached)
+    planned = attention_bytes(config, 2, shape, KINDS[Processor.CUDA] if gpu else CPU)
+    if window is None:  # as many keys as are there need no mask
+        longer = replace(shape, longest=2**17)
+        kind = KINDS[Processor.CUDA] if gpu else CPU
+        assert attention_bytes(config, 2, longer, kind) <= planned + count * 4096 * 5
+    query, key, value = (
+        torch.zeros(number, rows, size, dtype=torch.bfloat16)
+        for number, rows in ((heads, count), (kv_heads, cached), (kv_heads, cached))
+    )
+    tree = None
+    if branching:
+        pending = torch.arange(cached - count, cached)
+        tree = PendingTree(torch.eye(count, dtype=torch.bool), pending)
+    spec = AttentionSpec(scaling=0.4, window=window, softcap=softcap)
+    with flash_of_a_gpu(torch.bfloat16) if gpu else nullcontext(), Live() as live:
+        attend_rows(query, key, value, spec, tree)
+    assert live.peak <= planned
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
+    sizes = {"hidden_size": 512, "intermediate_size": 64, "head_dim": 32}
+    model = make_tiny(family, **sizes, num_hidden_layers=2, max_position_embeddings=4096)
+    prompt = random.Random(1).choices(range(300), k=3000)
+    options = {"prompts": [prompt], "prefill_chunk_tokens": 64, "dtype": "bfloat16"}
+    with engine_for(model, **options) as engine, Live() as live:
+        engine.forward([(0, prompt)], reuse=True)
+        config = engine.checkpoint.config
+    rows = PassShape(rows=3000, chunk_rows=64, logit_rows=1, longest=3016)
+    planned = workspace_bytes(config, 2, rows, CPU) - RUNTIME_BYTES
+    chunk = workspace_bytes(config, 2, replace(rows, rows=64), CPU) - RUNTIME_BYTES
+    hidden = 3000 * 512 * 2
+    assert hidden < planned - chunk < 3 * hidden  # as it was measured: hidden states and tables
+    assert live.peak <= planned - (chunk - attention_bytes(config, 2, replace(rows, rows=64), CPU))
