@@ -100,6 +100,7 @@ def offload_run(capsys, monkeypatch):
 
     def call(*arguments, stdin=b""):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        capsys.readouterr()  # what the test itself, opening a model, has had said
         code = run([str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         return SimpleNamespace(code=code, out=out, err=err)
