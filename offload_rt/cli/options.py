@@ -324,6 +324,7 @@ def option_key(option: click.Parameter) -> str:
     return option.opts[-1].lstrip("-")
 
 
+@cache
 def section_names() -> Mapping[str, str]:
     """The section of each option that verbs share, by the option's key."""
     found: dict[str, str] = {}
