@@ -3,6 +3,7 @@
 # Usage: bash tools/test.sh [option of pytest]...        e.g. -k pipeline, -x
 set -euo pipefail
 
+unset PYTHONDONTWRITEBYTECODE  # the tests start many Pythons: compiled once, not each time
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 bash tools/setup.sh
