@@ -20,6 +20,7 @@ RANKS = [
     ["options"],
     ["config", "report", "trace"],
     ["device"],
+    ["kernels"],
     ["attention"],
     ["streaming"],
     ["kv"],

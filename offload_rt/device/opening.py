@@ -13,6 +13,11 @@ from offload_rt.device.system import compute_threads
 from offload_rt.errors import ConfigError
 
 
+def chosen_kind(config: RuntimeConfig) -> DeviceKind:
+    """The kind of device that a run asks for, or would be given."""
+    return _best() if config.device == "auto" else named_devices(config.device)[0]
+
+
 def open_device(config: RuntimeConfig, beside: Device | None = None) -> Device:
     """Open the one device a run asks for.
 

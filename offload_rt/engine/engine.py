@@ -19,12 +19,13 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.base import Device, DeviceBuffer
-from offload_rt.device.kinds import DeviceKind
-from offload_rt.device.opening import open_device
+from offload_rt.device.kinds import CPU, DeviceKind
+from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CheckpointError
+from offload_rt.kernels import products
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
 from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
@@ -502,6 +503,8 @@ class Engine:
 def _open_devices(config: RuntimeConfig, undo: ExitStack) -> Devices:
     """Open the devices a run asks for; `undo` closes them."""
     first, *others = config.each_device()
+    if chosen_kind(first) is CPU:
+        products.prepare()  # first, as a CPU's memory is counted from when it was opened
     opened = [open_device(first)]
     undo.callback(opened[0].close)
     for one in others:

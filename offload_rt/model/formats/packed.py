@@ -3,7 +3,8 @@
 oneDNN reorders a plain weight on every call. With the order kept, a pass of 1 to 16 tokens runs 2
 to 4 times as fast here. It is for weights that stay: a streamed layer would be reordered in each
 pass. They lie in large pages, which are read faster
-(docs/RESULTS.md, "Large pages and a reordered output head").
+(docs/RESULTS.md, "Large pages and a reordered output head"). Where LLVM can be had, few rows are
+multiplied by kernels of our own that read the same memory faster (`kernels/products.py`).
 
 On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
@@ -16,11 +17,15 @@ import torch
 from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
+from offload_rt.kernels.products import MOST_ROWS, Product, blocks_of, lies_in_panels
 from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
-COMPARED_ROWS = (1, 2, 17, 65)  # kernels differ by the number of rows
-HEAD_ROWS = COMPARED_ROWS[:3]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
+COMPARED_ROWS = (1, 2, 8, 17, 65)  # kernels differ by the number of rows
+HEAD_ROWS = COMPARED_ROWS[:4]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
+
+
+_traced = torch._C._len_torch_dispatch_stack
 
 
 class PackedLinear(torch.nn.Module):
@@ -37,9 +42,19 @@ class PackedLinear(torch.nn.Module):
         start = torch.ops.mkldnn.data_ptr(self.weight)
         ask_for_large_pages(start, linear.weight.nbytes)
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
+        outputs, inputs = linear.weight.shape
+        blocks = blocks_of(inputs, outputs)
+        self._product: Product | None = None
+        if blocks is not None and lies_in_panels(self.weight, linear.weight):
+            self._product = Product(start, inputs, outputs, self.bias, blocks)
+        self._most_numbers = MOST_ROWS * inputs
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
+        product = self._product
+        # What is traced are torch's kernels.
+        if product is not None and rows.numel() <= self._most_numbers and not _traced():
+            return product(rows)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, "none", [], ""
         )

@@ -1,0 +1,113 @@
+"""Machine code for this processor from LLVM's own language, where llvmlite is installed.
+
+No compiler is needed on the user's machine: llvmlite carries LLVM, and comes with
+`pip install offload-rt[fast]`. Without it torch's kernels compute.
+
+A kernel is a function of one argument, a record of 64-bit numbers and addresses, that runs in all
+threads of torch's OpenMP at once (`together`): those wait for work anyway, so no second pool of
+threads gets in their way, and a kernel of 50 microseconds is worth starting.
+"""
+
+import ctypes
+import importlib.util
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from offload_rt.device.system import give_back_code, give_back_holes
+
+PACKAGE = "llvmlite"
+CODE = re.compile(r"/libllvmlite[^/]*$")
+_LIBRARY_OF_THREADS = re.compile(r"/lib(g|i)?omp[^/]*\.so[^/]*$")
+_NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_HELD: list[Any] = []  # what keeps machine code in memory
+_log = logging.getLogger(__name__)
+
+
+@cache
+def problem() -> str:
+    """Why there are no kernels; empty where there are."""
+    if importlib.util.find_spec(PACKAGE) is None:
+        return f"{PACKAGE} is not installed"
+    if _threads() is None:
+        return "torch's OpenMP was not found"
+    try:
+        _target()
+    except Exception as error:  # noqa: BLE001 - LLVM's loading may fail in many ways
+        return f"{PACKAGE} cannot be used: {' '.join(str(error).split())}"
+    return ""
+
+
+def assemble(text: str, names: Iterable[str]) -> Mapping[str, int]:
+    """Make machine code.
+
+    Args:
+        text: a module in LLVM's language.
+        names: functions of it.
+
+    Returns:
+        the address of each.
+    """
+    import llvmlite.binding as llvm
+
+    library = _threads()
+    assert library is not None
+    for needed in _NEEDED:
+        address = ctypes.cast(getattr(library, needed), ctypes.c_void_p).value
+        llvm.add_symbol(needed, address)
+    module = llvm.parse_assembly(text)
+    module.verify()
+    machine = _target()
+    engine = llvm.create_mcjit_compiler(module, machine)
+    engine.finalize_object()
+    _HELD.append((engine, machine))
+    found = {name: engine.get_function_address(name) for name in names}
+    give_back_code(CODE)  # 40 MiB of LLVM; machine code needs none of it
+    give_back_holes()
+    return found
+
+
+def together(address: int, record: "ctypes.Array[ctypes.c_int64]") -> None:
+    """Run a kernel in all threads that torch computes with; returns when all are done."""
+    _run()(address, record, torch.get_num_threads(), 0)
+
+
+@cache
+def _run() -> Any:  # noqa: ANN401 - a C function
+    library = _threads()
+    assert library is not None
+    run = library.GOMP_parallel
+    run.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+    run.restype = None
+    return run
+
+
+@cache
+def _threads() -> ctypes.CDLL | None:
+    """The OpenMP that torch has loaded; LLVM's and Intel's answer to GNU's names, too."""
+    try:
+        lines = Path("/proc/self/maps").read_text(errors="surrogateescape").splitlines()
+    except OSError:
+        return None
+    paths = dict.fromkeys(line.split(maxsplit=5)[-1] for line in lines if "omp" in line)
+    found = [path for path in paths if _LIBRARY_OF_THREADS.search(path)]
+    if len(found) != 1:  # of two only one has torch's threads
+        return None
+    library = ctypes.CDLL(found[0])
+    return library if all(hasattr(library, name) for name in _NEEDED) else None
+
+
+def _target() -> Any:  # noqa: ANN401 - llvmlite has no types
+    import llvmlite.binding as llvm
+
+    llvm.initialize_native_target()
+    llvm.initialize_native_asmprinter()
+    features = llvm.get_host_cpu_features().flatten()
+    return llvm.Target.from_default_triple().create_target_machine(
+        cpu=llvm.get_host_cpu_name(), features=features, opt=3
+    )

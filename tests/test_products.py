@@ -1,0 +1,121 @@
+"""Products of few rows: oneDNN's bits, in every thread count and for every number of rows."""
+
+import pytest
+import torch
+
+from offload_rt.kernels import assembling, products
+from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
+from offload_rt.model.formats.packed import PackedLinear
+
+needs_kernels = pytest.mark.skipif(
+    bool(products.problem()), reason=f"no kernels here: {products.problem()}"
+)
+# The last two have more inputs than one of oneDNN's blocks, and rows that are no power of two.
+SIZES = [(256, 128), (576, 192), (896, 128), (1536, 256), (4864, 64)]
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def onednn(packed, rows):
+    return torch.ops.mkldnn._linear_pointwise(rows, packed.weight, packed.bias, "none", [], "")
+
+
+def cancelling(inputs, outputs):
+    """A linear and rows whose sums nearly cancel: an order of additions shows in the result."""
+    torch.manual_seed(1)
+    half = inputs // 2
+    weight, rows = torch.randn(outputs, half), torch.randn(40, half)
+    linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+    linear.weight.data = torch.cat([weight, -weight.flip(1)], 1).to(torch.bfloat16)
+    linear.bias.data *= 1e-6
+    return linear, torch.cat([rows, rows.flip(1)], 1).to(torch.bfloat16)
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_the_bits_are_those_of_the_library(inputs, outputs, threads):
+    linear, rows = cancelling(inputs, outputs)
+    packed = PackedLinear(linear)
+    assert packed._product is not None
+    for count in (*range(1, MOST_ROWS + 1), 13, 40):
+        expected = onednn(packed, rows[:count])
+        assert torch.equal(packed._product(rows[:count]), expected) or count > MOST_ROWS
+        assert torch.equal(packed(rows[None, :count])[0], expected)
+        assert torch.equal(linear(rows[:count]), expected)
+    spread = torch.randn(2, 2 * inputs, dtype=torch.bfloat16)[:, ::2]  # not one after the other
+    assert torch.equal(packed(spread), linear(spread))
+
+
+@needs_kernels
+def test_another_order_of_additions_is_noticed():
+    inputs, outputs = 1536, 256
+    linear, rows = cancelling(inputs, outputs)
+    packed = PackedLinear(linear)
+    start = torch.ops.mkldnn.data_ptr(packed.weight)
+    right = blocks_of(inputs, outputs)
+    for block in BLOCKS:
+        made = Product(start, inputs, outputs, packed.bias, (block, block))
+        one = torch.equal(made(rows[:1]), onednn(packed, rows[:1]))
+        more = torch.equal(made(rows[:4]), onednn(packed, rows[:4]))
+        assert (one, more) == (block == right[0], block == right[1])
+
+
+@needs_kernels
+def test_numbers_that_are_none_stay_so():
+    linear, rows = cancelling(256, 128)
+    rows[1, 3], rows[2, 5] = float("nan"), float("inf")
+    packed = PackedLinear(linear)
+    got, expected = packed(rows[:4]), onednn(packed, rows[:4])
+    assert torch.equal(got.isnan(), expected.isnan()) and got[1].isnan().all()
+    assert torch.equal(got.nan_to_num(), expected.nan_to_num())
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "outputs"), [(64, 96), (72, 64), (40, 7)])
+def test_sizes_that_do_not_suit_are_left_to_the_library(inputs, outputs):
+    linear = torch.nn.Linear(inputs, outputs, dtype=torch.bfloat16)
+    rows = torch.randn(3, inputs).to(torch.bfloat16)
+    assert blocks_of(inputs, outputs) is None
+    assert torch.equal(PackedLinear(linear)(rows), linear(rows))
+
+
+@needs_kernels
+def test_a_matrix_that_lies_otherwise_is_noticed():
+    weight = torch.randn(128, 64).to(torch.bfloat16)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
+    assert lies_in_panels(packed, weight)
+    assert not lies_in_panels(packed, weight.flip(0))
+    weight[64, 0] += 1
+    assert not lies_in_panels(packed, weight)
+
+
+@needs_kernels
+def test_what_is_traced_are_kernels_that_a_trace_knows():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    linear, rows = cancelling(256, 128)
+    packed = PackedLinear(linear)
+    traced = make_fx(packed)(rows[:2])
+    assert any("_linear_pointwise" in str(node.target) for node in traced.graph.nodes)
+    assert torch.equal(traced(rows[4:6]), linear(rows[4:6]))
+
+
+def test_without_llvm_the_library_computes(monkeypatch):
+    monkeypatch.setattr(assembling.importlib.util, "find_spec", lambda name: None)
+    for function in (assembling.problem, blocks_of):
+        function.cache_clear()
+    try:
+        assert assembling.problem() == "llvmlite is not installed"
+        assert blocks_of(64, 64) is None
+        linear = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            assert PackedLinear(linear)._product is None
+    finally:
+        for function in (assembling.problem, blocks_of):
+            function.cache_clear()
