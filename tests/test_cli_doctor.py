@@ -136,6 +136,7 @@ FAULTS = [
     (profile_with(problem="x is damaged"), Level.WARN, "x is damaged", "offload-run profile"),
     (profile_with(changes=("torch was 1",)), Level.WARN, "torch was 1", "offload-run profile"),
     (profile_with(notes=("other work",)), Level.WARN, "other work", "offload-run profile"),
+    (profile_with(pinned_bytes=GIB), Level.WARN, "1.00 GiB at most when it was", "--home disk"),
     (
         torch_with(sees_gpu=False, cuda_build=None),
         Level.FAIL,

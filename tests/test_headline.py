@@ -10,7 +10,7 @@ from offload_rt.cli.columns import hanging
 from offload_rt.session.summary import layer_words
 from offload_rt.units import format_speed, parse_size
 
-GPU = "rtx4090-pcie4x16"
+GPU, CPU = "rtx4090-pcie4x16", "cpu-2core-avx512bf16"
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +68,22 @@ def test_a_gpu_whose_layers_do_not_fit_in_host_memory_is_told_so(llama_70b, offl
     assert roomy["home"] == "host"
     assert with_more == format_speed(roomy["s_per_token"]).split()[0]
     assert float(with_more) > 3 * float(rate)
+
+
+def test_a_limit_on_pinned_memory_is_said_and_priced(llama_70b, offload_run):
+    base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=256GiB")
+    free = json.loads(offload_run(*base, "--json").out)
+    assert free["host_pinned_bytes"] == free["host_bytes"] > 2**36
+    assert "can be pinned" not in offload_run(*base).out
+    base += ("--profile-set", "pinned_bytes=1GiB")
+    capped = json.loads(offload_run(*base, "--json").out)
+    assert capped["host_bytes"] == free["host_bytes"]
+    assert 2**29 < capped["host_pinned_bytes"] < 2**30
+    assert capped["s_per_token"] > 1.05 * free["s_per_token"]
+    said = offload_run(*base).out.replace("\n", " ")
+    assert re.search(r"in\s+host\s+memory\s+944 MiB\s+can\s+be\s+pinned", said)
+    refused = offload_run("simulate", llama_70b, "--profile", CPU, "--profile-set", base[-1])
+    assert refused.code == 2 and "no pinned memory" in refused.err
 
 
 def test_plans_first_line(make_tiny, offload_run):

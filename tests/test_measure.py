@@ -62,6 +62,7 @@ QUICK = Effort(
     disk_sample_bytes=MIB,
     memory_bytes=MIB,
     pin_bytes=MIB,
+    pin_most_bytes=4 * MIB,
     shapes=((64, 128, 4, 2, 16),),
     cold_bytes=200 * KIB,
     compute_sample_s=0.0,
@@ -321,8 +322,8 @@ class Links:
     FIXED_S = 1e-5
     RATES = {("h2d", True): 2e10, ("d2h", True): 1.5e10, ("h2d", False): 5e9, ("d2h", False): 4e9}
 
-    def __init__(self, gpus=1, refuse=None):
-        self.gpus, self.refuse = gpus, refuse
+    def __init__(self, gpus=1, refuse=None, most=None):
+        self.gpus, self.refuse, self.most = gpus, refuse, most
         self.registered, self.on_device, self.busy = {}, set(), 0
 
     def missing(self, index):
@@ -337,6 +338,8 @@ class Links:
         return memory
 
     def register(self, address, nbytes):
+        if self.most is not None and sum(self.registered.values()) + nbytes > self.most:
+            return "out of memory"
         if self.refuse is None:
             self.registered[address] = nbytes
         return self.refuse
@@ -607,6 +610,20 @@ def test_links_in_a_whole_measurement(monkeypatch, on_disk):
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {False} and made.pinning is None
     assert made.notes[-1] == "no pinned memory was measured: it was refused (ulimit)"
+
+
+@pytest.mark.parametrize("parts", [None, 1, 12, 40, 63])
+def test_how_much_can_be_pinned_together(parts):
+    machine = Links(most=None if parts is None else parts * MIB // 16 + 100)
+    found = link.measure_pinning(machine, QUICK, lambda: None)
+    assert not machine.registered
+    (speed,) = found
+    assert speed.most_bytes == (None if parts is None else parts * MIB // 16)
+    assert speed.block_bytes == min(MIB, speed.most_bytes or MIB)
+
+
+def test_a_machine_that_pins_next_to_nothing_has_no_pinning():
+    assert link.measure_pinning(Links(most=MIB // 16 - 1), QUICK, lambda: None) == ()
 
 
 class Nvml:

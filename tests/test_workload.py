@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 from engines import PROMPT, engine_for
@@ -23,7 +24,8 @@ from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.yields import MADE
-from offload_rt.profiling.rates import disk_bytes_per_s
+from offload_rt.profiling.profile import MemoryUse
+from offload_rt.profiling.rates import disk_bytes_per_s, link_bytes_per_s, memory_bytes_per_s
 from offload_rt.profiling.store import load_profile
 from offload_rt.speculative.draft_model.kind import GROWTH_S, settled
 from offload_rt.speculative.kinds import draft_parts
@@ -46,6 +48,35 @@ def load_of(checkpoint, speeds, context=CONTEXT, **config):
         context_tokens=context,
     )
     return run.model.load(1), run.cost
+
+
+def test_where_pinning_was_refused_links_are_as_fast_as_without():
+    pageable = tuple(link for link in GPU.profile.links if not link.pinned)
+    speeds = replace(GPU, profile=replace(GPU.profile, links=pageable, pinning=None))
+    found = speeds.link_bytes_per_s(2**28, 0)
+    assert found == link_bytes_per_s(GPU.profile, 2**28, pinned=False)
+    assert found.value < GPU.link_bytes_per_s(2**28, 0).value
+
+
+@pytest.mark.parametrize("readers", [1, 4])
+def test_what_cannot_be_pinned_crosses_as_fast_as_it_is_copied(readers):
+    config, gib = RuntimeConfig(readers=readers), 2**30
+
+    def rate(most_bytes, host_bytes=16 * gib):
+        pinning = replace(GPU.profile.pinning, most_bytes=most_bytes)
+        speeds = replace(GPU, profile=replace(GPU.profile, pinning=pinning))
+        home = (HomeKind.HOST, config, gib, host_bytes)
+        assert speeds.home_bytes_per_s(*home)[0].value <= link
+        return speeds.home_bytes_per_s(*home)[0].value
+
+    link = GPU.link_bytes_per_s(gib, 0).value
+    copied = memory_bytes_per_s(GPU.profile, MemoryUse.COPY, readers).value
+    slow = min(link, copied)
+    assert rate(None) == rate(17 * gib) == rate(gib // 2, host_bytes=gib // 8) == link
+    assert rate(0) == pytest.approx(slow)
+    half = rate(8 * gib)
+    assert slow <= half <= link and rate(gib) <= half
+    assert (copied > link) or slow < half < link
 
 
 def test_what_crosses_is_what_the_files_hold(tiny_model):

@@ -15,6 +15,7 @@ _SWAPPED_SHARE = 0.05  # of memory; less has lain there since the machine was st
 _SHOWN_PROCESSES = 3
 _NETWORK_KINDS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "drvfs", "ceph", "glusterfs")
 _INSTALL = "run `bash tools/setup.sh`"
+_MORE_PINNED = {True: "; WSL's driver sets this limit: Linux itself has none", False: ""}
 
 
 class Level(StrEnum):
@@ -209,8 +210,12 @@ def check_profile(machine: Machine) -> Finding:
 
 
 def check_pinning(machine: Machine) -> Finding:
-    """Whether the limit on locked memory lets layers be pinned."""
-    limit = machine.memory.locked_bytes
+    """Whether layers can be pinned: as it was measured, and by the limit on locked memory."""
+    most, limit = machine.profile.pinned_bytes, machine.memory.locked_bytes
+    if most is not None:
+        detail = f"{format_size(most)} at most when it was measured: the rest of streamed layers"
+        fix = "use less host memory (--home disk, a quantised model)" + _MORE_PINNED[machine.wsl]
+        return Finding(Level.WARN, "pinning", f"{detail} is copied once more on its way", fix)
     if limit is None:
         return Finding(Level.OK, "pinning", "no limit on locked memory")
     detail = f"up to {format_size(limit)} of locked memory (ulimit -l)"

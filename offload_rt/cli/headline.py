@@ -31,6 +31,14 @@ class More:
     s_per_token: float
 
 
+def pinning_line(host_bytes: int, pinned_bytes: int) -> list[str]:
+    """What of host memory cannot be pinned, if anything."""
+    if pinned_bytes == host_bytes:
+        return []
+    words = "can be pinned on this machine; the rest is copied once more on its way"
+    return [f"  of {format_size(host_bytes)} in host memory {format_size(pinned_bytes)} {words}"]
+
+
 def more_memory(
     config: RuntimeConfig,
     device: DeviceKind,

@@ -127,6 +127,7 @@ class ProfileFacts:
         problem: why it cannot be used, or empty.
         changes: what is different now, a sentence each.
         notes: that it carries of other work while it was measured.
+        pinned_bytes: of host memory that the system pinned at most; None if no limit was met.
     """
 
     name: str
@@ -134,6 +135,7 @@ class ProfileFacts:
     problem: str = ""
     changes: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    pinned_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,7 +222,13 @@ def _profile(driver: Driver | None) -> ProfileFacts:
         return ProfileFacts(name=name, found=True, problem=str(error))
     changes = compare(profile, this_machine(driver), these_versions(driver))
     busy = tuple(note for note in profile.notes if note.startswith(BUSY))
-    return ProfileFacts(name=name, found=True, changes=tuple(changes), notes=busy)
+    return ProfileFacts(
+        name=name,
+        found=True,
+        changes=tuple(changes),
+        notes=busy,
+        pinned_bytes=profile.pinning.most_bytes if profile.pinning else None,
+    )
 
 
 def _torch() -> tuple[TorchFacts | None, str]:

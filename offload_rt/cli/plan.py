@@ -13,7 +13,7 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, headline, more_memory
+from offload_rt.cli.headline import More, headline, more_memory, pinning_line
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
@@ -278,6 +278,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "smallest_device_bytes": sum(outlook.smallest_limits),
         "process_bytes": _process_bytes(outlook),
         "bytes_per_pass": outlook.bytes_per_pass,
+        "host_bytes": placement.host_bytes,
+        "host_pinned_bytes": outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes),
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
         "level": outlook.plan.level,
@@ -362,6 +364,8 @@ def _as_table(outlook: _Outlook) -> str:
         nbytes = outlook.bytes_per_pass
         streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
         lines += [f"in {away}, copied to the device in each pass", _row(streamed)]
+        pinned = outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes)
+        lines += [hanging(line, 4) for line in pinning_line(placement.host_bytes, pinned)]
     else:
         lines.append("nothing is streamed")
     return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])

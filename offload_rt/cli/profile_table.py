@@ -40,7 +40,9 @@ def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
     if profile.pinning is not None:
         rate = profile.pinning.bytes_per_s
         cell = (format_size(profile.pinning.block_bytes), _gb(rate), rate)
-        yield "page-locking, GB/s", [_row("host memory", [cell])]
+        most = profile.pinning.most_bytes
+        limit = "" if most is None else f" (no more than {format_size(most)} can be locked)"
+        yield f"page-locking, GB/s{limit}", [_row("host memory", [cell])]
     yield "layers, ms by tokens in a pass", _layers(profile)
     if profile.heads:
         yield "output heads, ms by rows", _heads(profile)

@@ -210,6 +210,7 @@ class _Outlook:
 
     question: _Question
     placement: Placement
+    pinned_bytes: int
     prediction: Prediction
     more: More | None = None
 
@@ -270,7 +271,8 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
         context_tokens=context,
     )
     prediction = run.predict(drafting, expect(draft, asked.acceptance))
-    return _Outlook(question=asked, placement=placement, prediction=prediction)
+    pinned = speeds.pinned_bytes(config, placement.host_bytes)
+    return _Outlook(question=asked, placement=placement, pinned_bytes=pinned, prediction=prediction)
 
 
 def _drafting(
@@ -295,6 +297,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "drafter": asked.draft.draft,
         "draft_tokens": asked.draft.nodes,
         "home": str(placement.home),
+        "host_bytes": placement.host_bytes,
+        "host_pinned_bytes": outlook.pinned_bytes,
         "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
         "slots": placement.slots,
         "device_bytes": placement.device_bytes,
@@ -315,6 +319,7 @@ def _as_table(outlook: _Outlook) -> str:
         asked.checkpoint,
         outlook.placement,
         made,
+        pinned_bytes=outlook.pinned_bytes,
         source="headers" if asked.from_files else "config.json alone",
         machine=f"{profile_source(speeds.profile.name, asked.own)} ({speeds.processor})",
     )

@@ -10,6 +10,7 @@ from textwrap import wrap
 from typing import Any, get_args, get_origin, get_type_hints
 
 from offload_rt.cli.columns import columns, hanging
+from offload_rt.cli.headline import pinning_line
 from offload_rt.config import HomeKind
 from offload_rt.costs.step import Prediction
 from offload_rt.model.checkpoint import Checkpoint
@@ -24,9 +25,15 @@ _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or fals
 
 
 def model_table(
-    checkpoint: Checkpoint, placement: Placement, made: Prediction, *, source: str, machine: str
+    checkpoint: Checkpoint,
+    placement: Placement,
+    made: Prediction,
+    *,
+    pinned_bytes: int,
+    source: str,
+    machine: str,
 ) -> str:
-    """A placed model and what its pass would take."""
+    """A placed model, `pinned_bytes` of its host memory pinned, and what its pass would take."""
     demand, kv = placement.demand, placement.demand.kv
     kept = "" if kv is None else f"the rest in {'host memory' if kv.host_bytes else 'a file'}"
     lines = [
@@ -49,6 +56,7 @@ def model_table(
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
         nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)
         lines.append(_memory("streamed layers", nbytes, f"in {away}"))
+        lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)
 

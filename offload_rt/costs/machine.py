@@ -3,6 +3,7 @@
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
+from offload_rt.device.base import STAGED_STREAMS, STAGING_BYTES
 from offload_rt.device.kinds import KINDS, DeviceKind, Processor, named_devices, sharing
 from offload_rt.errors import ConfigError
 from offload_rt.model.formats.base import ROUNDED
@@ -99,11 +100,12 @@ class Speeds:
         return WeightOrder.PACKED if resident and self.packs else WeightOrder.PLAIN
 
     def home_bytes_per_s(
-        self, home: HomeKind, config: RuntimeConfig, block_bytes: int
+        self, home: HomeKind, config: RuntimeConfig, block_bytes: int, host_bytes: int = 0
     ) -> tuple[Number, ...]:
         """How fast blocks of that size come to each device from a home, while others are fed too.
 
-        What comes from a disk is shared by all that it is read for.
+        What comes from a disk is shared by all that it is read for. Of `host_bytes` in host memory
+        some may be more than can be pinned (`pinned_bytes`).
         """
         count = len(self.devices)
         if home is HomeKind.DISK:
@@ -114,7 +116,8 @@ class Speeds:
             if (rate := one.only_link_bytes_per_s) is not None:
                 found.append(Number(value=rate, obtained=Obtained.MEASURED))
             elif self.device.own_memory:
-                found.append(self.link_bytes_per_s(block_bytes, index))
+                link = self.link_bytes_per_s(block_bytes, index)
+                found.append(self._through_staging(link, config, host_bytes))
             else:
                 found.append(memory_bytes_per_s(self.profile, MemoryUse.COPY, 1))
         return tuple(found)
@@ -122,7 +125,31 @@ class Speeds:
     def link_bytes_per_s(self, block_bytes: int, index: int) -> Number:
         """How fast blocks of that size cross a GPU's link, while those of the others are busy."""
         load = LinkLoad.TOGETHER if len(self.devices) > 1 else LinkLoad.ALONE
-        return link_bytes_per_s(self.profile, block_bytes, gpu=index, load=load)
+        pinned = any(link.pinned for link in self.profile.links)
+        if not pinned:  # it was refused when the links were measured
+            load = LinkLoad.ALONE
+        return link_bytes_per_s(self.profile, block_bytes, gpu=index, pinned=pinned, load=load)
+
+    def pinned_bytes(self, config: RuntimeConfig, host_bytes: int) -> int:
+        """How much of what lives in host memory a GPU can read directly.
+
+        The profile knows what the system pins at most; staging buffers are pinned first.
+        """
+        pinning = self.profile.pinning
+        if not self.device.own_memory or pinning is None or pinning.most_bytes is None:
+            return host_bytes
+        staging = 2 * STAGED_STREAMS * (config.readers + 1) * STAGING_BYTES
+        return min(host_bytes, max(0, pinning.most_bytes - len(self.devices) * staging))
+
+    def _through_staging(self, link: Number, config: RuntimeConfig, host_bytes: int) -> Number:
+        """The rate of a link when what is not pinned is first copied by the reading threads."""
+        pinned = self.pinned_bytes(config, host_bytes)
+        if pinned == host_bytes:
+            return link
+        copied = memory_bytes_per_s(self.profile, MemoryUse.COPY, config.readers)
+        slower = min(link, copied, key=lambda rate: rate.value)
+        seconds = pinned / link.value + (host_bytes - pinned) / slower.value
+        return replace(slower, value=host_bytes / seconds)
 
 
 def speeds_there(profile: HardwareProfile, device: str) -> Speeds:

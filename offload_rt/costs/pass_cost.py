@@ -269,7 +269,12 @@ def _hop_s(profile: HardwareProfile, nbytes: int) -> Number:
 
 
 def home_rates(
-    speeds: Speeds, config: RuntimeConfig, load: PassLoad, home: HomeKind, kv: HomeKind | None
+    speeds: Speeds,
+    config: RuntimeConfig,
+    load: PassLoad,
+    home: HomeKind,
+    kv: HomeKind | None,
+    host_bytes: int = 0,
 ) -> LinkRates:
     """Look up the speeds of a run's homes, for copies of the sizes there are.
 
@@ -279,6 +284,7 @@ def home_rates(
         load: the pass.
         home: of the weights.
         kv: home of blocks of KV; None if the device has them all.
+        host_bytes: of weights and KV in host memory.
 
     Raises:
         ProfileError: the profile lacks a speed.
@@ -286,14 +292,14 @@ def home_rates(
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
     block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
     rates = LinkRates(
-        home=speeds.home_bytes_per_s(home, config, block_bytes),
+        home=speeds.home_bytes_per_s(home, config, block_bytes, host_bytes),
         readers=config.readers if home is HomeKind.DISK else None,
     )
     if len(speeds.devices) > 1 and speeds.device.own_memory:
         rates = replace(rates, hop_s=_hop_s(speeds.profile, load.hop_bytes))
     if kv is None or not load.kv_block_bytes:
         return rates
-    each = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes)
+    each = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes, host_bytes)
     return replace(rates, kv=each, back=each)
 
 

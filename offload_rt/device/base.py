@@ -24,6 +24,8 @@ PAGE_BYTES = 4096  # direct reads and writes are whole multiples of it
 # loses up to 20 %.
 PIECE_BYTES = 4 * 2**20
 STAGING_BYTES = PIECE_BYTES + 2 * PAGE_BYTES  # and the rests of its first and last page
+# Streams of copies to a GPU whose staging buffers are pinned before anything else: weights and KV.
+STAGED_STREAMS = 2
 # A pinned copy to a GPU is cut into pieces of it: 0.6 ms of PCIe 4.0, and 4 us of the host's time
 # each. An upload waits for half of one on average; pieces half as large would cost twice the gaps.
 COPY_BYTES = 16 * 2**20

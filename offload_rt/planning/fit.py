@@ -182,7 +182,10 @@ class PlacedRun:
         """Speeds of the homes for a pass."""
         kv = self.placement.demand.kv
         away = None if kv is None else HomeKind.DISK if kv.place is KVPlace.DISK else HomeKind.HOST
-        return home_rates(self.speeds, self.config, load, self.placement.home, away)
+        placement = self.placement
+        return home_rates(
+            self.speeds, self.config, load, placement.home, away, placement.host_bytes
+        )
 
     def times(self, load: PassLoad) -> PassTimes:
         """How long the parts of a pass take."""

@@ -145,6 +145,14 @@ class Placement:
         return sum(own.demand.kv_bytes for own in self.of_devices)
 
     @property
+    def host_bytes(self) -> int:
+        """Of streamed weights and KV in host memory, where the device has its own."""
+        kv = self.demand.kv
+        weights = sum(self.demand.layer_bytes[i] for i in self.streamed)
+        in_host = weights if self.home is HomeKind.HOST else 0
+        return in_host + (0 if kv is None else kv.host_bytes)
+
+    @property
     def workspace_bytes(self) -> int:
         """What passes take and give back, on all devices."""
         return sum(own.demand.workspace_bytes for own in self.of_devices)

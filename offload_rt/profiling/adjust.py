@@ -143,12 +143,19 @@ def _set_ram(tree: Tree, value: float) -> None:
     tree["machine"]["ram_bytes"] = _whole(value)
 
 
+def _set_pinned(tree: Tree, value: float) -> None:
+    if "pinning" not in tree:
+        raise ConfigError("the profile has no pinned memory to limit")
+    tree["pinning"]["most_bytes"] = _whole(value)
+
+
 NAMES: dict[str, Callable[[Tree, float], None]] = {
     "h2d_bytes_per_s": _set_links("h2d"),
     "d2h_bytes_per_s": _set_links("d2h"),
     "disk_bytes_per_s": _set_disk,
     "device_memory_bytes": _set_device_memory,
     "ram_bytes": _set_ram,
+    "pinned_bytes": _set_pinned,
 }
 
 

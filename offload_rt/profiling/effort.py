@@ -24,7 +24,8 @@ class Effort:
         disk_file_bytes: size of the temporary file, where no model is given.
         disk_sample_bytes: read in one sample.
         memory_bytes: host memory that is read or copied.
-        pin_bytes: host memory that is page-locked.
+        pin_bytes: host memory that is page-locked at once; less where that is refused.
+        pin_most_bytes: what is locked together to see whether there is a limit, at most.
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
         cold_bytes: of all copies of a layer that are used in turn, so that no cache holds their
             weights.
@@ -53,6 +54,7 @@ class Effort:
     disk_sample_bytes: int = 256 * MIB
     memory_bytes: int = 256 * MIB
     pin_bytes: int = GIB
+    pin_most_bytes: int = 8 * GIB
     # One that is little more than its kernels' starts, then layers of SmolLM2-135M, Qwen2.5-0.5B,
     # Llama-3.2-1B and Llama-3.1-8B: draft models', targets'.
     shapes: tuple[tuple[int, int, int, int, int], ...] = (

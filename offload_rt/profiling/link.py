@@ -16,7 +16,7 @@ import torch
 
 from offload_rt.device.cuda.driver import Driver, DriverStream
 from offload_rt.device.host_memory import HostBuffer, allocate_host
-from offload_rt.device.system import cores
+from offload_rt.device.system import cores, free_memory_bytes
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Direction, LinkLoad, LinkSpeed, PinSpeed
@@ -24,6 +24,7 @@ from offload_rt.profiling.timing import Curve, Sample, Tick, measured_rate, rate
 
 _LOAD_BYTES = 64 * 2**20
 _MOST_GPUS = 16
+_PIN_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,26 +101,51 @@ def measure_links(
 
 
 def measure_pinning(driver: Driver, effort: Effort, tick: Tick) -> tuple[PinSpeed, ...]:
-    """Page-lock memory that was touched before; nothing if that is refused."""
-    memory = allocate_host(effort.pin_bytes)
+    """Page-lock memory that was touched before; nothing if little is refused, too."""
+    nbytes, most = effort.pin_bytes, _most_pinned(driver, effort)
+    if most is not None:
+        nbytes = min(nbytes, most)
+        if nbytes < effort.pin_bytes // _PIN_PARTS:
+            tick()
+            return ()
+    memory = allocate_host(nbytes)
     memory.tensor.zero_()
-    address, refused = memory.tensor.data_ptr(), False
+    address = memory.tensor.data_ptr()
 
     def sample_s() -> float:
-        nonlocal refused
         start = time.perf_counter()
-        refused = refused or driver.register(address, memory.nbytes) is not None
+        refused = driver.register(address, memory.nbytes)
         took = time.perf_counter() - start
-        if not refused:
+        if refused is None:
             driver.unregister(address)
         return took
 
-    seconds = take_samples(sample_s, effort)
+    rate = measured_rate(memory.nbytes, take_samples(sample_s, effort))
     tick()
-    if refused:
-        return ()
-    rate = measured_rate(memory.nbytes, seconds)
-    return (PinSpeed(block_bytes=memory.nbytes, bytes_per_s=rate),)
+    return (PinSpeed(block_bytes=memory.nbytes, bytes_per_s=rate, most_bytes=most),)
+
+
+def _most_pinned(driver: Driver, effort: Effort) -> int | None:
+    """How much can be locked together, to a sixteenth of what is locked at once; None if all is.
+
+    Under WSL a driver refuses from about 0.5 to 1 GB on, whatever memory there is.
+    """
+    part, held = effort.pin_bytes, list[HostBuffer]()
+    wanted = min(effort.pin_most_bytes, max(part, free_memory_bytes() // 2))
+    try:
+        while sum(buffer.nbytes for buffer in held) + part <= wanted:
+            buffer = allocate_host(part)
+            buffer.tensor.zero_()  # pages that were never touched take longer to lock
+            if driver.register(buffer.tensor.data_ptr(), part) is None:
+                held.append(buffer)
+            elif part > effort.pin_bytes // _PIN_PARTS:
+                part //= 2
+            else:
+                return sum(buffer.nbytes for buffer in held)
+        return None if part == effort.pin_bytes else sum(buffer.nbytes for buffer in held)
+    finally:
+        for buffer in held:
+            driver.unregister(buffer.tensor.data_ptr())
 
 
 def while_copying(roads: Sequence[Road], ask: Callable[[], None]) -> None:

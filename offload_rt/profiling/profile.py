@@ -172,10 +172,16 @@ class MemorySpeed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinSpeed:
-    """Page-locking of host memory that was touched before."""
+    """Page-locking of host memory that was touched before.
+
+    Attributes:
+        block_bytes: locked at once.
+        most_bytes: that could be locked together; None if as much as was tried.
+    """
 
     block_bytes: int = _up_to(_BYTES)
     bytes_per_s: Number = _up_to(_BYTES_PER_S)
+    most_bytes: int | None = field(default=None, metadata={"least": 0, "most": _BYTES})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.base import DeviceUsage, Event
+from offload_rt.device.base import STAGED_STREAMS, DeviceUsage, Event
 from offload_rt.device.cuda.driver import Driver, DriverEvent, DriverStream
 from offload_rt.device.cuda.nvml import own_gpu_bytes
 from offload_rt.device.cuda.pinned import PinnedMemory, StagingPool, UploadRing
@@ -19,8 +19,6 @@ from offload_rt.device.host_memory import HostBuffer
 from offload_rt.device.kinds import CUDA
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
-
-STAGED_STREAMS = 2  # copy streams whose staging is pinned before anything else: weights and KV
 
 
 @dataclass(frozen=True, slots=True)
