@@ -33,7 +33,13 @@ from offload_rt.profiling.compute import (
     measure_heads,
     measure_layers,
 )
-from offload_rt.profiling.disk import measure_disk, open_for_reading
+from offload_rt.profiling.disk import (
+    JUST_WRITTEN,
+    default_folder,
+    folder_to_read,
+    measure_disk,
+    open_for_reading,
+)
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.memory import measure_memory, thread_counts
@@ -262,6 +268,23 @@ def cached_pages(path):
         assert ctypes.CDLL(None).mincore(ctypes.c_void_p(address), len(view), found) == 0
         del anchor
         return sum(page & 1 for page in found)
+
+
+def test_the_largest_model_that_can_be_read_is_chosen(on_disk, monkeypatch):
+    """Not one that is too small, whose file is gone, or that is in memory."""
+    monkeypatch.setenv("HF_HUB_CACHE", str(on_disk))
+    monkeypatch.setattr(disk_module, "demo_folder", lambda: on_disk / "demo")
+    assert folder_to_read(1) == default_folder()
+    folders = [on_disk / "demo", *(on_disk / f"models--a--{n}/snapshots/1" for n in "bcde")]
+    for folder, nbytes in zip(folders, (3, 5, 4, 9, 8), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "model.safetensors").write_bytes(bytes(nbytes))
+    (folders[3] / "model.safetensors").unlink()
+    (folders[3] / "model.safetensors").symlink_to("gone")
+    kinds = {folders[4]: "tmpfs"}
+    monkeypatch.setattr(disk_module, "file_system", lambda path: kinds.get(path.parent, "ext4"))
+    assert folder_to_read(5) == folders[1]
+    assert folder_to_read(6) == default_folder()
 
 
 def test_the_page_cache_holds_nothing_of_what_is_timed(on_disk, monkeypatch):
@@ -542,6 +565,7 @@ def test_a_whole_measurement(on_disk):
     assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
     assert made.name == "here" and made.links == () and made.pinning is None
     assert len(made.disk) == 2 and len(made.attention) == 2 and made.layers
+    assert JUST_WRITTEN in made.notes
     assert made.notes[-1] == "no link was measured: on the CPU weights need not cross one"
     assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1
 
@@ -590,7 +614,7 @@ def test_the_kernel_counts_how_long_threads_run_and_wait():
 
 def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk):
     monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
-    monkeypatch.setattr(measure_module, "default_folder", lambda: on_disk)
+    monkeypatch.setattr(measure_module, "folder_to_read", lambda least_bytes: on_disk)
     made = measure("here", device="cpu", effort=QUICK)
     assert (
         made.disk == () and any("served from memory" in note for note in made.notes) and made.layers

@@ -314,13 +314,20 @@ def busy(most: int, seed: int) -> Iterator[None]:
         thread.join()
 
 
-def make_profiles(count: int, most: int, folder: Path) -> list[str]:
-    """Measure this machine so many times beside other work; returns the files."""
+def make_profiles(count: int, most: int, folder: Path, disk: Path | None) -> list[str]:
+    """Measure this machine so many times beside other work; returns the files.
+
+    Args:
+        count: of profiles.
+        most: busy processes beside each.
+        folder: for the profiles.
+        disk: folder of a model, whose files tell the disk's speed; None: as `offload-run profile`.
+    """
     made = []
     for number in range(count):
         path = folder / f"profile-{number}.json"
         with busy(most, number):
-            profile = measure_machine(path.stem, device="cpu")
+            profile = measure_machine(path.stem, device="cpu", folder=disk)
         save_profile(profile, path)
         made.append(str(path))
     return made
@@ -393,6 +400,7 @@ def main() -> int:
     parser.add_argument("--profile", action="append", help="may be repeated; default: own")
     parser.add_argument("--make-profiles", type=int, default=0, metavar="N", help="measure N first")
     parser.add_argument("--load", type=int, default=4, help="busy processes beside them, at most")
+    parser.add_argument("--disk", type=Path, help="model folder whose files profiles read")
     parser.add_argument(
         "--target-memory", default="1800MiB,2GiB,3GiB", help="device memory for the target"
     )
@@ -401,7 +409,7 @@ def main() -> int:
     given = parser.parse_args()
     given.output.mkdir(parents=True, exist_ok=True)
     given.profile = given.profile or []
-    given.profile += make_profiles(given.make_profiles, given.load, given.output)
+    given.profile += make_profiles(given.make_profiles, given.load, given.output, given.disk)
     for name in given.profile:
         print(describe(name))
     rows_path = given.output / "rows.jsonl"

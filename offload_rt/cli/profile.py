@@ -50,7 +50,7 @@ _DEVICES = ("auto", *sorted(map(str, KINDS)))
     "--folder",
     type=click.Path(path_type=Path),
     default=None,
-    show_default="$TMPDIR or /var/tmp",
+    show_default="the largest model in the local caches, else $TMPDIR or /var/tmp",
     help="The disk to measure. A folder with safetensors files has these read; elsewhere 1 GiB is "
     "written for a moment.",
 )

@@ -29,7 +29,13 @@ from offload_rt.profiling.compute import (
     measure_heads,
     measure_layers,
 )
-from offload_rt.profiling.disk import default_folder, measure_disk, open_for_reading
+from offload_rt.profiling.disk import (
+    JUST_WRITTEN,
+    folder_to_read,
+    measure_disk,
+    open_for_reading,
+    reads_a_model,
+)
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.identity import these_versions, this_machine
 from offload_rt.profiling.memory import measure_memory, thread_counts
@@ -204,7 +210,9 @@ def _parts(
 ) -> list[Part]:
     curve = session.curve
     effort = curve.effort
-    disk = folder or default_folder()
+    disk = folder or folder_to_read(effort.disk_sample_bytes)
+    if not reads_a_model(disk):
+        session.notes.append(JUST_WRITTEN)
     parts = [
         Part("disk", len(effort.disk_depths), lambda tick: measure_disk(disk, curve, tick)),
         Part("host memory", 2 * len(thread_counts()), lambda tick: measure_memory(curve, tick)),
