@@ -48,11 +48,11 @@ from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import (
     Curve,
     Timed,
-    averaged,
     measured,
     measured_rate,
     take_in_turns,
     take_samples,
+    typical,
 )
 
 KIB, MIB = 2**10, 2**20
@@ -213,7 +213,7 @@ class SlowDisk:
     """A disk whose reads take equally long, however many are in flight."""
 
     def __init__(self, monkeypatch, read_s):
-        self.read_s, self.now, self.most = read_s, 0, 0
+        self.read_s, self.now, self.most, self.done = read_s, 0, 0, 0
         files = partial(WeightFiles, preadv=self.preadv)
         monkeypatch.setattr(disk_module, "WeightFiles", files)
 
@@ -222,6 +222,7 @@ class SlowDisk:
         self.most = max(self.most, self.now)
         time.sleep(self.read_s)
         self.now -= 1
+        self.done += 1
         return os.preadv(fd, buffers, offset)
 
 
@@ -512,8 +513,18 @@ def test_the_disk_is_read_for_as_long_as_asked(on_disk, monkeypatch):
     assert slow.most == 2 and os.listdir(on_disk) == []
 
 
-def test_a_layer_beside_reads_is_no_faster(cpu):
-    (shape,) = QUICK.layer_shapes("float32", 4)
+def test_reading_has_begun_when_something_is_timed_beside_it(on_disk, monkeypatch):
+    slow = SlowDisk(monkeypatch, 0.02)
+    with open_for_reading(on_disk, replace(QUICK, beside_read_bytes=PIECE_BYTES), 2) as reading:
+        for _ in range(2):
+            done = slow.done
+            with reading():
+                assert slow.done > done
+
+
+@pytest.mark.parametrize("weights", [WeightOrder.PLAIN, WeightOrder.PACKED])
+def test_a_layer_beside_reads_is_no_faster(cpu, weights):
+    (shape,) = QUICK.layer_shapes("bfloat16", 2)
     began, ticks = [], []
 
     @contextmanager
@@ -521,33 +532,39 @@ def test_a_layer_beside_reads_is_no_faster(cpu):
         began.append(1)
         yield
 
-    found = measure_beside_reads([shape], cpu, reading, Curve(QUICK), lambda: ticks.append(1))
-    assert [(s.weight_bytes, s.tokens) for s in found] == [(shape.weight_bytes, n) for n in (1, 4)]
+    tick = partial(ticks.append, 1)
+    found = measure_beside_reads([shape], cpu, weights, reading, Curve(QUICK), tick)
+    places = [(s.weights, s.weight_bytes, s.tokens) for s in found]
+    assert places == [(weights, shape.weight_bytes, tokens) for tokens in (1, 4)]
     assert all(s.factor.value >= 1.0 for s in found) and began and len(ticks) == 2
 
 
-def test_a_mean_is_of_all_runs_and_less_what_threads_waited(monkeypatch):
-    now, runs, seen = [0.0], [], iter([times_of(0), times_of(1)])
+def test_what_slows_most_runs_is_in_a_typical_time_and_what_slows_some_or_one_less_is_not(
+    monkeypatch,
+):
+    """Of twenty runs one falls between two reads and nine beside other work."""
+    now, runs = [0.0], iter([3.0] * 10 + [2.0] + [30.0] * 9)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
+    monkeypatch.setattr(timing, "thread_times", dict)
 
     def run():
-        runs.append(1)
-        now[0] += 3.0
+        now[0] += next(runs)
 
-    assert averaged(run, 8.0)() == (9.0 - 3.0) / 3 and len(runs) == 3
+    assert typical(run, 302.0)() == pytest.approx(3.0)
+    assert next(runs, None) is None
 
 
-def test_a_time_keeps_a_part_however_long_threads_waited(monkeypatch):
+def test_what_threads_waited_is_not_in_a_typical_time_but_a_part_is_left(monkeypatch):
     """Waits are told late: a short run may be told that of the one before it."""
-    now, seen = [0.0], iter([times_of(0), times_of(100)])
+    now, seen = [0.0], iter([times_of(0), times_of(1), times_of(1), times_of(100)])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
     monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
 
     def run():
         now[0] += 4.0
 
-    assert averaged(run, 1.0)() == pytest.approx(0.2)
+    assert typical(run, 1.0)() == pytest.approx(1.0)
+    assert typical(run, 1.0)() == pytest.approx(0.2)
 
 
 def test_a_whole_measurement(on_disk):

@@ -583,7 +583,7 @@ def test_a_head_is_timed_in_the_order_its_weights_lie():
 
 
 def test_reads_slow_a_layer_by_what_was_measured_for_its_size_and_never_speed_it_up():
-    assert disk_slowdown(profile(), 10**6) == 1.0
+    assert disk_slowdown(profile(), 10**6, WeightOrder.PLAIN) == 1.0
     made = profile(
         beside_disk=tuple(
             DiskSlowdown(weight_bytes=nbytes, tokens=tokens, factor=measured(factor))
@@ -595,8 +595,14 @@ def test_reads_slow_a_layer_by_what_was_measured_for_its_size_and_never_speed_it
             ]
         )
     )
-    found = [disk_slowdown(made, nbytes) for nbytes in (1, 100, 200, 300, 500, 10**9)]
-    assert found == pytest.approx([1.2, 1.2, 1.4, 1.6, 1.0, 1.0])
+    for weights in (WeightOrder.PLAIN, WeightOrder.PACKED):  # which was not measured here
+        found = [disk_slowdown(made, nbytes, weights) for nbytes in (1, 100, 200, 300, 500, 10**9)]
+        assert found == pytest.approx([1.2, 1.2, 1.4, 1.6, 1.0, 1.0])
+    packed = replace(made.beside_disk[0], weights=WeightOrder.PACKED, factor=measured(2.0))
+    both = replace(made, beside_disk=(*made.beside_disk, packed))
+    assert disk_slowdown(both, 300, WeightOrder.PLAIN) == pytest.approx(1.6)
+    assert disk_slowdown(both, 300, WeightOrder.PACKED) == pytest.approx(2.0)
+    assert disk_slowdown(both, 300, WeightOrder.INT8) == pytest.approx(1.6)
 
 
 def test_a_copy_from_a_disk_is_whole_later_than_its_bytes_with_several_reads_in_flight():

@@ -5,6 +5,7 @@ from itertools import groupby
 
 from offload_rt.printable import printable
 from offload_rt.profiling.profile import (
+    DiskSlowdown,
     HardwareProfile,
     Machine,
     Number,
@@ -82,9 +83,12 @@ def _heads(profile: HardwareProfile) -> Iterator[str]:
 
 
 def _beside(profile: HardwareProfile) -> Iterator[str]:
-    for nbytes, group in groupby(profile.beside_disk, key=lambda slowdown: slowdown.weight_bytes):
+    def kind(slowdown: DiskSlowdown) -> str:
+        return f"{slowdown.weights}, {format_size(slowdown.weight_bytes)}"
+
+    for head, group in groupby(profile.beside_disk, key=kind):
         cells = [(str(s.tokens), s.factor.value, s.factor) for s in group]
-        yield _row(format_size(nbytes), cells)
+        yield _row(head, cells)
 
 
 def _attention(profile: HardwareProfile) -> Iterator[str]:

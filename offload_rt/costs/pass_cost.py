@@ -371,9 +371,10 @@ def _piece_s(rates: LinkRates, processor: Processor) -> float:
 
 
 def _slowdown(profile: HardwareProfile, load: PassLoad) -> tuple[float, ...]:
-    sizes = [layer.work.weight_bytes for layer in load.layers]
-    sizes += [load.head.weight_bytes] if load.head else [0]
-    return tuple(disk_slowdown(profile, size) for size in sizes)
+    parts = [(layer.work.weight_bytes, layer.weights) for layer in load.layers]
+    parts.append((load.head.weight_bytes if load.head else 0, load.head_weights))
+    factor = {part: disk_slowdown(profile, *part) for part in set(parts)}
+    return tuple(factor[part] for part in parts)
 
 
 def cost_of(load: PassLoad, times: PassTimes) -> PassCost:

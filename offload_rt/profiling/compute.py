@@ -43,7 +43,7 @@ from offload_rt.profiling.profile import (
     Number,
     WeightOrder,
 )
-from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, averaged
+from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
@@ -226,6 +226,7 @@ def _head_pass(
 def measure_beside_reads(
     shapes: Sequence[LayerShape],
     device: Device,
+    weights: WeightOrder,
     reading: Callable[[], AbstractContextManager[None]],
     curve: Curve,
     tick: Tick,
@@ -235,17 +236,20 @@ def measure_beside_reads(
     Args:
         shapes: by size, ascending; those of `Effort.beside_disk` are timed.
         device: the CPU.
+        weights: plain, packed or rounded.
         reading: reads the disk while the `with` of its result lasts.
         curve: how much is measured, and what could not be.
         tick: called after each number.
     """
     effort = curve.effort
+    # A sample is many runs already, of which the disturbed ones do not count.
+    curve = replace(curve, effort=replace(effort, scattered_samples=effort.most_samples))
     found = []
     for shape in shapes[slice(*effort.beside_disk)]:
-        layer = TimedLayer(shape, device, getattr(torch, shape.dtype), WeightOrder.PLAIN, effort)
+        layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
         samples: dict[Place, Sample] = {}
         for tokens in effort.beside_tokens:
-            alone = averaged(layer.pass_over(tokens), effort.beside_sample_s)
+            alone = typical(layer.pass_over(tokens), effort.beside_sample_s)
             samples[tokens, 0] = alone
             samples[tokens, 1] = partial(_beside, reading, alone)
         numbers = curve.numbers(curve.take(samples))
@@ -254,7 +258,12 @@ def measure_beside_reads(
             spread = (beside_s.spread or 0.0) / alone_s.value
             factor = replace(beside_s, value=beside_s.value / alone_s.value, spread=spread)
             found.append(
-                DiskSlowdown(weight_bytes=shape.weight_bytes, tokens=tokens, factor=factor)
+                DiskSlowdown(
+                    weights=weights,
+                    weight_bytes=shape.weight_bytes,
+                    tokens=tokens,
+                    factor=factor,
+                )
             )
             tick()
     return found

@@ -222,28 +222,38 @@ def _parts(
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
         parts += _compute_parts(curve, device)
+    orders = _orders(devices[0])
     beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
-    parts.append(
-        Part("layers beside reads", beside, partial(_beside_reads, disk, devices[0], curve))
-    )
+    beside_reads = partial(_beside_reads, disk, devices[0], orders, curve)
+    parts.append(Part("layers beside reads", len(orders) * beside, beside_reads))
     return parts
 
 
-def _beside_reads(folder: Path, device: Device, curve: Curve, tick: Tick) -> Sequence[Record]:
+def _beside_reads(
+    folder: Path, device: Device, orders: Sequence[WeightOrder], curve: Curve, tick: Tick
+) -> Sequence[Record]:
     dtype = _dtype(device)
     shapes = curve.effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
     with open_for_reading(folder, curve.effort, RuntimeConfig().readers) as reading:
-        return measure_beside_reads(shapes, device, reading, curve, tick)
+        return [
+            slowdown
+            for weights in orders
+            for slowdown in measure_beside_reads(shapes, device, weights, reading, curve, tick)
+        ]
+
+
+def _orders(device: Device) -> list[WeightOrder]:
+    """In which unrounded weights lie on a device."""
+    packs = can_pack(getattr(torch, _dtype(device)), device.torch_device)
+    return [WeightOrder.PLAIN, WeightOrder.PACKED][: 1 + packs]
 
 
 def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
     """Layers and attention on one device; the host's layers too, for a drafter may run there."""
     effort = curve.effort
     dtype = _dtype(device)
-    packs = can_pack(getattr(torch, dtype), device.torch_device)
-    orders = {WeightOrder.PLAIN: effort.tokens}
-    if packs:
-        orders[WeightOrder.PACKED] = effort.packed_tokens
+    unrounded = _orders(device)
+    orders = dict(zip(unrounded, (effort.tokens, effort.packed_tokens), strict=False))
     for weights, formats in device.kind.kernels.items():
         if dtype in formats:
             orders[WeightOrder(weights)] = effort.packed_tokens
@@ -255,7 +265,7 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, layers with {order} weights"
         yield Part(label, len(shapes) * len(counts), run)
-    for order in [WeightOrder.PLAIN, WeightOrder.PACKED][: 1 + packs]:
+    for order in unrounded:
 
         def run_heads(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
             return measure_heads(device, dtype, order, curve, tick)

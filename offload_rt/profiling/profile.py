@@ -252,10 +252,12 @@ class DiskSlowdown:
     What is read goes through the memory that computing reads, and its interrupts through the cores.
 
     Attributes:
+        weights: how they lie.
         tokens: in the pass.
         factor: seconds beside reads over seconds alone, 1 or more.
     """
 
+    weights: WeightOrder = WeightOrder.PLAIN
     weight_bytes: int = _up_to(_BYTES)
     tokens: int = _up_to(_COUNT)
     factor: Number = _up_to(1000)

@@ -142,19 +142,20 @@ def head_s(
     return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
 
 
-def disk_slowdown(profile: HardwareProfile, weight_bytes: int) -> float:
+def disk_slowdown(profile: HardwareProfile, weight_bytes: int, weights: WeightOrder) -> float:
     """How much longer a CPU takes for a layer while the disk is read; 1 if that is not known.
 
     The mean over the measured token counts; straight lines between the measured sizes, beyond
-    them the nearest.
+    them the nearest. Weights that lie as none in the profile do are slowed as all others together.
     """
-    sizes = sorted({s.weight_bytes for s in profile.beside_disk})
+    mine = [s for s in profile.beside_disk if s.weights is weights] or profile.beside_disk
+    sizes = sorted({s.weight_bytes for s in mine})
     if not sizes:
         return 1.0
     points = {
         size: replace(
-            profile.beside_disk[0].factor,
-            value=fmean(s.factor.value for s in profile.beside_disk if s.weight_bytes == size),
+            mine[0].factor,
+            value=fmean(s.factor.value for s in mine if s.weight_bytes == size),
         )
         for size in sizes
     }

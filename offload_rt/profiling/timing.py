@@ -214,19 +214,20 @@ class Timed:
         return _own_s(took_s, before, thread_times() if self.computes else {})
 
 
-def averaged(run: Callable[[], object], least_s: float) -> Sample:
-    """Turn work on this process's threads into a sample: the mean of the runs that fill `least_s`.
+def typical(run: Callable[[], object], least_s: float) -> Sample:
+    """Turn work on this process's threads into a sample: the lower decile of runs that fill it.
 
-    For what comes and goes within a sample, as reads from a disk. What other work took from the
-    threads is taken out, see `Timed`.
+    For what slows every run, as reads from a disk do: the quickest was between two reads, the mean
+    holds what other work did. What that took from the threads is taken out, see `Timed`.
     """
 
     def sample_s() -> float:
-        before, start, runs = thread_times(), time.perf_counter(), 0
-        while (took_s := time.perf_counter() - start) < least_s or not runs:
-            run()
-            runs += 1
-        return max(_own_s(took_s, before, thread_times()) / runs, _SHORTEST_S)
+        start, taken = time.perf_counter(), list[float]()
+        while time.perf_counter() - start < least_s or not taken:
+            before = thread_times()
+            took_s = _spent_s(run)
+            taken.append(_own_s(took_s, before, thread_times()))
+        return max(undisturbed(taken), _SHORTEST_S)
 
     return sample_s
 
