@@ -25,6 +25,7 @@ from offload_rt.profiling.profile import (
     LayerWork,
     Number,
     Obtained,
+    WeightOrder,
 )
 from offload_rt.profiling.rates import link_bytes_per_s
 from offload_rt.profiling.store import load_profile
@@ -137,6 +138,28 @@ def test_kernels_take_longer_for_as_long_as_the_disk_is_read(factor):
     assert kernels_s(range(4)) == pytest.approx(4.0 * factor, rel=1e-3)
     paced = replace(rates, readers=None)
     assert kernels_s(range(4), rates=paced) == pytest.approx(4.0, rel=1e-3)
+
+
+def test_each_layer_is_slowed_as_its_weights_lie():
+    """And the head, which comes last."""
+    disk = DiskSpeed(
+        file_system="ext4", direct=True, block_bytes=1, queue_depth=4, bytes_per_s=measured(100.0)
+    )
+    factors = {WeightOrder.PLAIN: 1.25, WeightOrder.PACKED: 1.5}
+    made = profile(
+        layers=tuple(replace(curve(1, {1: 1.0}), weights=order) for order in factors),
+        disk=(disk,),
+        beside_disk=tuple(
+            DiskSlowdown(weights=order, weight_bytes=1, tokens=1, factor=measured(factor))
+            for order, factor in factors.items()
+        ),
+    )
+    plain, packed = (LayerLoad(work=shape(1).work, home_bytes=5, weights=o) for o in factors)
+    load = PassLoad(layers=[plain, packed], streamed=[0], slots=2, head=plain.work)
+    packed_head = replace(load, head_weights=WeightOrder.PACKED)
+    rates = LinkRates(home=(measured(100.0),), readers=4)
+    found = [pass_times(made, one, Processor.CPU, rates).slowdown for one in (load, packed_head)]
+    assert found == [pytest.approx((1.25, 1.5, 1.25)), pytest.approx((1.25, 1.5, 1.5))]
 
 
 def test_part_of_a_pass_without_reads_is_not_slowed():
