@@ -1,7 +1,8 @@
 """Quantised checkpoints: exact, wherever their weights are, and small on their way.
 
-Law: the run of a quantised checkpoint is bit for bit the run of a plain one with the dequantised
-numbers, resident and streamed.
+Laws: dequantised numbers are bit for bit those of a formula, which was compared with the libraries
+that define the formats; the run of a quantised checkpoint is bit for bit the run of a plain one
+with these numbers, resident and streamed.
 """
 
 import json
@@ -10,8 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from check_libraries import RECORD
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
-from quantised import awq, compressed_tensors, gptq, write_twins
+from quantised import CASES, digest_of, example, mixed, write_twins
 from safetensors.torch import load_file, save_file
 
 from offload_rt.adapters.merging import with_adapter
@@ -27,23 +29,35 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import QuantisedError
+from offload_rt.model.formats.checked import check_numbers
+from offload_rt.model.formats.found import find_stored
+from offload_rt.model.formats.methods import Method, read_method
+from offload_rt.model.formats.stored import BLOCK_NUMBERS
+from offload_rt.model.formats.wired import WiredLinear
+from offload_rt.model.shards import find_weights, read_shards
+from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner.runner import Rows
 
-CASES = {
-    "W4 g32": compressed_tensors(4, 32),
-    "W4 g32 asymmetric": compressed_tensors(4, 32, symmetric=False),
-    "W4 channel": compressed_tensors(4, None),
-    "W8 channel": compressed_tensors(8, None),
-    "W8 g16 asymmetric": compressed_tensors(8, 16, symmetric=False),
-    "W3 g32": compressed_tensors(3, 32),
-    "W4 g32 fp32 scales": compressed_tensors(4, 32, scale_dtype=torch.float32),
-    "AWQ g32": awq(32),
-    "GPTQ 4 g32": gptq(4, 32),
-    "GPTQ 3 g16 act-order": gptq(3, 16, shuffled=True),
-    "GPTQ 8 g32 act-order v2": gptq(8, 32, shuffled=True, version="gptq_v2"),
-    "W4 g16 act-order": compressed_tensors(4, 16, symmetric=False, shuffled=True),
+# Runs of a whole model, and its family where that has something that Llama has not.
+RUNS = {
+    "W4 channel": "qwen2",  # biases
+    "W8 g16 asymmetric": "phi3",  # fused projections
+    "AWQ g32": "llama",
+    "GPTQ 3 g16 act-order": "llama",
+    "fp8 blocks": "llama",
+    "nf4 nested": "llama",
+    "int8": "qwen2",
+    "mixed": "llama",
 }
-FAMILY = {"W4 channel": "qwen2", "W8 g16 asymmetric": "phi3"}  # with biases; with fused projections
+MIXED = {
+    "q_proj": "W4 g32 asymmetric",
+    "k_proj": "W8A8 channel",
+    "v_proj": "MXFP4",
+    "o_proj": "NVFP4",
+    "gate_proj": "FP8 channel",
+    "up_proj": "W3 g32",
+    "down_proj": "FP8 block",
+}
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +66,104 @@ def twins(make_tiny, tmp_path_factory):
 
     def make(case, dtype="float32"):
         if (case, dtype) not in made:
-            source = make_tiny(FAMILY.get(case, "llama"), dtype=dtype, pad_token_id=0)
+            family, numbers = RUNS.get(case, "llama"), getattr(torch, dtype)
+            source = make_tiny(family, dtype=dtype, pad_token_id=0, num_hidden_layers=3)
             folder = tmp_path_factory.mktemp("twins")
-            numbers = getattr(torch, dtype)
-            made[case, dtype] = write_twins(source, folder, *CASES[case], dtype=numbers)
+            quantised = CASES[case] if case != "mixed" else mixed(MIXED)
+            made[case, dtype] = write_twins(source, folder, *quantised, dtype=numbers)
         return made[case, dtype]
 
     return make
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+UP = "model.layers.1.mlp.up_proj"
+
+
+def found(folder, case, shape=(64, 128), change=lambda tensors: None, **stated):
+    """What is found in a folder with the tensors of one module, and its numbers by the law."""
+    convert, says = CASES[case]
+    parts, numbers = convert(torch.empty(shape), torch.Generator().manual_seed(3))
+    tensors = {f"{UP}.{word}": tensor.contiguous() for word, tensor in parts.items()}
+    change(tensors)
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors")
+    method = read_method(case, says | stated)
+    assert isinstance(method, Method), method
+    extents, files = read_shards(folder, find_weights(folder))
+    return find_stored(folder, method, extents), numbers, files
+
+
+def brought(stored, files, dtype):
+    """A weight, dequantised from the files."""
+    linear = WiredLinear(stored, torch.nn.Linear(1, 1, False, dtype=dtype))
+    for word, extent in stored.parts.items():
+        setattr(linear, word, files.read(extent))
+    linear.scratch = torch.full((stored.numbers * dtype.itemsize,), 255, dtype=torch.uint8)
+    return linear.brought()
+
+
 @pytest.mark.parametrize("case", CASES)
+def test_dequantised_numbers_are_those_of_the_law(tmp_path, monkeypatch, case):
+    """L1: product in fp32, then one rounding; at once or in blocks of outputs, of odd sizes too."""
+    for shape, block in (((64, 128), 2**22), ((72, 192), 2**11)):
+        monkeypatch.setitem(BLOCK_NUMBERS, "cpu", block)
+        tensors, numbers, files = found(tmp_path, case, shape)
+        (stored,) = set(tensors.by_part.values())
+        reader = WeightFiles(files)
+        check_numbers([stored], reader)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            made = brought(stored, reader, dtype)
+            assert made.shape == shape and torch.equal(made, numbers.float().to(dtype)), dtype
+        reader.close()
+
+
+def test_the_law_is_that_of_the_libraries():
+    """What was compared with them (`check_libraries.py`) is what is compared with here."""
+    record = json.loads(RECORD.read_text())
+    assert len(record) == 28
+    for case, facts in record.items():
+        assert digest_of(*example(case)) == facts["digest"], case
+
+
+class Wrong:
+    """Reads tensors, one of them with a wrong bit in the last byte of each number."""
+
+    def __init__(self, files, extent):
+        self._files, self._extent = files, extent
+
+    def read(self, extent):
+        tensor = self._files.read(extent)
+        if extent is self._extent:
+            last = tensor.element_size() - 1
+            tensor.view(-1).view(torch.uint8)[last :: last + 1] ^= 1
+        return tensor
+
+
+def test_one_wrong_bit_of_any_part_shows(tmp_path):
+    """Negative control of the laws: every part of every form is read."""
+    for case in CASES:
+        tensors, numbers, files = found(tmp_path, case)
+        reader = WeightFiles(files)
+        (stored,) = set(tensors.by_part.values())
+        for word, extent in stored.parts.items():
+            if word in ("g_idx", "weight_g_idx"):
+                continue  # groups of inputs: another would not be one that is there
+            assert not torch.equal(
+                brought(stored, Wrong(reader, extent), torch.float32), numbers
+            ), (case, word)
+        reader.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("case", RUNS)
 def test_a_quantised_run_is_that_of_its_numbers_bit_for_bit(twins, case, dtype):
+    """L2: wherever the weights are."""
     pair = twins(case, dtype)
     with engine_for(pair.plain, resident_layers=0) as engine:
         expected, plain_bytes = all_logits(engine), engine.bytes_per_pass
     for options in (
         {"resident_layers": 0, "slots": 1},
-        {"resident_layers": 2, "home": HomeKind.HOST},
+        {"resident_layers": 1, "home": HomeKind.HOST},
         {},
     ):
         with engine_for(pair.folder, **options) as engine:
@@ -152,7 +246,6 @@ def rewritten(twins, folder, change, **stated):
     return folder
 
 
-UP = "model.layers.1.mlp.up_proj"
 HUGE = torch.tensor([2**40, 2**40])
 BAD = {
     "scale gone": (lambda t: t.pop(f"{UP}.weight_scale"), "up_proj.* but no weight_scale"),
@@ -227,7 +320,7 @@ def test_a_configuration_that_contradicts_the_tensors_is_refused(twins, tmp_path
     ("stated", "says"),
     [
         ({"num_bits": 1}, "num_bits is 1, read are 2 to 8"),
-        ({"type": "float"}, "weights are not integers"),
+        ({"type": "float"}, "weights are not integers, as 'pack-quantized' has them"),
         ({"strategy": "token"}, "strategy 'token' is not read"),
         ({"group_size": 0, "strategy": "group"}, "group_size is 0"),
     ],

@@ -16,7 +16,8 @@ from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
-from offload_rt.model.formats.stored import Stored, find_stored
+from offload_rt.model.formats.found import find_stored
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from offload_rt.model.files import shown
+from offload_rt.model.files import read_json_object, shown
 from offload_rt.model.formats.methods import READ_METHODS
 from offload_rt.units import format_size
 
@@ -21,6 +21,8 @@ _FILES = {
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
 }
+_METHODS = {"hf_quant_config.json": "modelopt"}
+_FILE_LIMIT_BYTES = 2**20
 _NAMES = {
     "awq": "AWQ",
     "gptq": "GPTQ",
@@ -34,6 +36,15 @@ _NAMES = {
     "exl3": "EXL3",
     "hqq": "HQQ",
     "aqlm": "AQLM",
+    "eetq": "EETQ",
+    "vptq": "VPTQ",
+    "spqr": "SpQR",
+    "quanto": "Quanto",
+    "torchao": "torchao",
+    "quark": "Quark",
+    "bitnet": "BitNet",
+    "higgs": "HIGGS",
+    "fp_quant": "FP-Quant",
     "compressed-tensors": "compressed-tensors",
     "gguf": "GGUF",
     "auto-round": "AutoRound",
@@ -52,7 +63,7 @@ class Kind:
         name: as people call it.
         bits: of a weight, or None where nothing says.
         said: what says so.
-        stated: what it says; None where that is a file beside config.json.
+        stated: what it says; None where that is a file beside config.json that says too little.
     """
 
     name: str
@@ -85,8 +96,16 @@ def find_kind(folder: Path, raw: Mapping[str, object]) -> Kind | None:
             return Kind(name, _bits(stated), said, stated) if name else None
     for name, kind in _FILES.items():
         if os.path.lexists(folder / name):
-            return Kind(kind, None, name)
+            return Kind(kind, None, name, _stated_beside(folder, name))
     return None
+
+
+def _stated_beside(folder: Path, name: str) -> object:
+    """What a file beside config.json says, in its words; of some tools alone it is enough."""
+    method = _METHODS.get(name)
+    if method is None:
+        return None
+    return read_json_object(folder, name, _FILE_LIMIT_BYTES) | {"quant_method": method}
 
 
 def weights_note(folder: Path) -> str:

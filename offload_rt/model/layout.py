@@ -28,7 +28,7 @@ FLOATS = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 CODES = {name: code for code, name in FLOATS.items()}
 # Of parts of quantised weights, which lie in an image as they are stored.
 _WHOLE = {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8"}
-_SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
+_SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "uint8"}
 _NAMES = FLOATS | _WHOLE | _SMALL
 _BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
 

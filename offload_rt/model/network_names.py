@@ -131,6 +131,10 @@ class _Names:
         Raises:
             CheckpointError: transformers changes the tensor's numbers while it loads it.
         """
+        if name in self._checkpoint.stored:  # such names may have dots that no buffer's can
+            stored = self._checkpoint.stored[name]
+            word = next(w for w, extent in stored.parts.items() if extent.name == name)
+            name = f"{stored.module}.{word}"
         ours, theirs = self._prefixes
         swapped = theirs + name.removeprefix(ours)
         base = self._model.base_model_prefix

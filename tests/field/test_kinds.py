@@ -25,17 +25,16 @@ LLAMA = {
 KINDS = {
     "AWQ, 4-bit": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},
     "GPTQ, 8-bit": {"quant_method": "gptq", "bits": 8, "dynamic": {"a": {}}},
-    "FP8": {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
+    "FP8": {"quant_method": "fp8", "activation_scheme": "dynamic", "fmt": "e5m2"},
     "compressed-tensors, 4-bit": {
         "quant_method": "compressed-tensors",
         "format": "marlin-24",
         "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
     },
-    "bitsandbytes, 4-bit": {"quant_method": "bitsandbytes", "load_in_4bit": True},
-    "bitsandbytes, 8-bit": {"load_in_4bit": False, "load_in_8bit": True},
+    "bitsandbytes, 4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
     "MXFP4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     "EXL3, 3-bit": {"quant_method": "exl3", "version": "0.0.1", "bits": 3.0},
-    "ModelOpt": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+    "ModelOpt": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
     "'something new'": {"quant_method": "something new"},
     "of an unknown method": {},
 }

@@ -14,10 +14,13 @@ from offload_rt.model.layout import FLOATS
 from offload_rt.model.weight_files import WeightFiles
 
 _INDICES = ("weight_g_idx", "g_idx")
+_NUMBERS = ("weight", "weight_packed", "qweight")  # of weights themselves: any will do
+_DIVISOR = "weight_global_scale"
+_NO_POWER = 255
 
 
 def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
-    """Read scales and groups of inputs: about a hundredth of the bytes.
+    """Read scales and groups of inputs: a hundredth of the bytes, in FP4 a ninth.
 
     Args:
         stored: the weights.
@@ -28,16 +31,34 @@ def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
     """
     for each in stored:
         for word, extent in each.parts.items():
+            if word in _NUMBERS:
+                continue
             if extent.dtype in FLOATS:
                 _check_finite(extent, files)
             elif word in _INDICES:
                 _check_groups(extent, files.read(extent), each.groups)
             elif word == "qzeros" and each.form is Form.GPTQ:
                 _check_zeros(extent, codes_of(files.read(extent), each.bits, each.outputs), each)
+            elif word.startswith("weight_scale"):
+                _check_bytes(extent, files.read(extent))
+        if _DIVISOR in each.parts and not files.read(each.parts[_DIVISOR]).all():
+            raise CheckpointError(
+                f"{shown(each.parts[_DIVISOR].name)} is 0, and scales are divided by it: the file "
+                "is damaged, download it again"
+            )
+
+
+def _check_bytes(extent: TensorExtent, scales: torch.Tensor) -> None:
+    """Refuse scales of 8 bits that are no numbers: of FP8 two codes, of exponents one."""
+    wrong = scales == _NO_POWER if scales.dtype is torch.uint8 else scales.float().isnan()
+    _refuse_broken(extent, int(wrong.sum()))
 
 
 def _check_finite(extent: TensorExtent, files: WeightFiles) -> None:
-    broken, _ = files.not_finite(extent, torch.float32)
+    _refuse_broken(extent, files.not_finite(extent, torch.float32)[0])
+
+
+def _refuse_broken(extent: TensorExtent, broken: int) -> None:
     if broken:
         raise CheckpointError(
             f"{shown(extent.name)} in {extent.path.name} holds {broken} scales that are NaN or "

@@ -55,7 +55,7 @@ def bring_awq(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor)
     for rows in blocks(stored, out.device):
         words = slice(rows.start // _WHOLE_WORDS, rows.stop // _WHOLE_WORDS)
         zeros, scales = shuffled(parts["qzeros"][:, words]), parts["scales"][:, rows].t()
-        exact = _exact(scales, out)
+        exact = exact_format(scales, out)
         codes = shuffled(parts["qweight"][:, words]).to(exact).contiguous()
         _scale(codes, scales, zeros, out[rows], None)
 
@@ -101,11 +101,11 @@ def numbers(
         index: [I] the group of each input; None: they follow each other.
     """
     whole = zeros if isinstance(zeros, int) else 0
-    codes = codes_less(words, bits, out.shape[1], whole, _exact(scales, out))
+    codes = codes_less(words, bits, out.shape[1], whole, exact_format(scales, out))
     _scale(codes, scales, None if isinstance(zeros, int) else zeros, out, index)
 
 
-def _exact(scales: torch.Tensor, out: torch.Tensor) -> torch.dtype:
+def exact_format(scales: torch.Tensor, out: torch.Tensor) -> torch.dtype:
     """A format in which the product with a scale is rounded once only."""
     return out.dtype if scales.dtype is out.dtype else torch.float32
 

@@ -1,10 +1,10 @@
 """What `config.json` says of quantised weights: which methods are read, and what they state.
 
-The tensors decide what a module is (`stored.py`); what is stated here confirms them, and says what
+The tensors decide what a module is (`found.py`); what is stated here confirms them, and says what
 their shapes cannot. No torch here.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -12,11 +12,18 @@ from typing import Any
 from offload_rt.model.files import shown
 
 READ_METHODS = (
-    "compressed-tensors (integers of 2 to 8 bits, packed), AWQ (gemm) and GPTQ (2, 3, 4 and 8 bits)"
+    "compressed-tensors (integers, FP8, MXFP8, MXFP4, NVFP4), AWQ (gemm), GPTQ (2, 3, 4 and 8 "
+    "bits), FP8 (fp8, fbgemm_fp8), bitsandbytes (nf4, fp4, int8) and ModelOpt (FP8, NVFP4)"
 )
+UNROUNDED = "activations are not rounded, as the method has it"
 _BITS = range(2, 9)
-_PACKED = "pack-quantized"
 _LARGEST_GROUP = 2**20
+_MIXED = "mixed-precision"
+
+# Outputs and inputs of a weight that share a scale; None: all of them.
+Block = tuple[int | None, int | None]
+WHOLE: Block = (None, None)
+CHANNEL: Block = (1, None)
 
 
 class Form(StrEnum):
@@ -26,12 +33,26 @@ class Form(StrEnum):
     `awq`: 8 outputs to a word, shuffled.
     `gptq`: bit streams along the inputs, zero points less one.
     `gptq_v2`: the same with zero points as they are.
+    `fp8`: FP8 (E4M3) numbers.
+    `int8`: integers of 8 bits or less, a byte each.
+    `nvfp4`: pairs of FP4 (E2M1), FP8 scales that one number of the weight divides.
+    `nvfp4_product`: the same with scales that it multiplies.
+    `mxfp4`: pairs of FP4, scales that are powers of two.
+    `bnb4`: bitsandbytes' pairs of indices into a table of 16 numbers.
+    `bnb8`: bitsandbytes' integers, with the largest number of each output.
     """
 
     PACKED = "packed"
     AWQ = "awq"
     GPTQ = "gptq"
     GPTQ_V2 = "gptq_v2"
+    FP8 = "fp8"
+    INT8 = "int8"
+    NVFP4 = "nvfp4"
+    NVFP4_PRODUCT = "nvfp4_product"
+    MXFP4 = "mxfp4"
+    BNB4 = "bnb4"
+    BNB8 = "bnb8"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,16 +63,18 @@ class Method:
         name: of the method, with the bits of a weight.
         forms: that modules may have.
         bits: of a weight.
-        groups: inputs that share a scale; None: all of them.
-        symmetric: whether groups have no zero points; both, where modules differ.
+        blocks: outputs and inputs that share a scale.
+        symmetric: whether scales have no zero points; both, where modules differ.
+        kept: what config.json calls the modules that stay as they were.
         notes: what is not done that the method does.
     """
 
     name: str
     forms: frozenset[Form]
     bits: frozenset[int]
-    groups: frozenset[int | None]
-    symmetric: frozenset[bool]
+    blocks: frozenset[Block]
+    symmetric: frozenset[bool] = frozenset({True})
+    kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
 
@@ -65,10 +88,44 @@ def read_method(name: str, stated: object) -> Method | str:
     Returns:
         What is stated, or why such weights are not read.
     """
-    method = stated.get("quant_method") if isinstance(stated, dict) else None
-    if not isinstance(stated, dict) or method not in _READERS:
+    if not isinstance(stated, dict):
         return "this method is not read"
-    return _READERS[method](name, stated)
+    method = stated.get("quant_method")
+    if method is None and _loads(stated):
+        method = "bitsandbytes"
+    reader = _READERS.get(method.lower()) if isinstance(method, str) else None
+    return "this method is not read" if reader is None else reader(name, stated)
+
+
+@dataclass(frozen=True, slots=True)
+class _Format:
+    """A format of compressed-tensors.
+
+    Attributes:
+        form: of its weights.
+        kind: of numbers, as config.json has it.
+        bits: that are read.
+        strategies: that are read: what shares a scale.
+        group: the one size of groups there is, if there is one.
+    """
+
+    form: Form
+    kind: str
+    bits: Sequence[int]
+    strategies: tuple[str, ...]
+    group: int | None = None
+
+
+_GRIDS = ("tensor", "channel", "group", "block")
+_FORMATS = {
+    "pack-quantized": _Format(Form.PACKED, "int", _BITS, ("group", "channel")),
+    "int-quantized": _Format(Form.INT8, "int", _BITS, _GRIDS),
+    "float-quantized": _Format(Form.FP8, "float", (8,), _GRIDS),
+    "mxfp8-quantized": _Format(Form.FP8, "float", (8,), ("group",), 32),
+    "nvfp4-pack-quantized": _Format(Form.NVFP4, "float", (4,), ("tensor_group",), 16),
+    "mxfp4-pack-quantized": _Format(Form.MXFP4, "float", (4,), ("group",), 32),
+}
+_NAIVE = {"int": _FORMATS["int-quantized"], "float": _FORMATS["float-quantized"]}
 
 
 def _compressed_tensors(name: str, stated: Mapping[str, object]) -> Method | str:
@@ -76,53 +133,75 @@ def _compressed_tensors(name: str, stated: Mapping[str, object]) -> Method | str
     schemes: list[Any] = list(groups.values()) if isinstance(groups, dict) else []
     if not schemes or not all(isinstance(each, dict) for each in schemes):
         return "its config_groups are not an object of objects"
-    if (refused := _beyond(stated, schemes)) is not None:
-        return refused
-    weights = [each["weights"] for each in schemes]
-    if (wrong := next(filter(None, map(_unread_integers, weights)), None)) is not None:
-        return wrong
-    rounds = any(each.get("input_activations") for each in schemes)
-    notes = ["activations are not rounded, as the method has it"] if rounds else []
-    if stated.get("kv_cache_scheme"):
-        notes.append("the KV cache is not rounded, as kv_cache_scheme has it")
-    return Method(
-        name=name,
-        forms=frozenset({Form.PACKED}),
-        bits=frozenset(each["num_bits"] for each in weights),
-        groups=frozenset(_group(each) for each in weights),
-        symmetric=frozenset(each.get("symmetric", True) is not False for each in weights),
-        notes=tuple(notes),
-    )
-
-
-def _beyond(stated: Mapping[str, object], schemes: Sequence[Any]) -> str | None:
-    """What of such a checkpoint is not read, if anything."""
     sparsity = stated.get("sparsity_config")
     sparse = sparsity.get("format", "dense") if isinstance(sparsity, dict) else "dense"
     if sparse != "dense":
         return f"its sparsity_config {shown(sparse)} is not read"
     if stated.get("transform_config"):
         return "its transform_config changes what the network computes"
-    formats = {each.get("format") or stated.get("format") for each in schemes}
-    if formats != {_PACKED}:
-        return f"its format {_listed(formats - {_PACKED})} is not read"
-    weights = [each.get("weights") for each in schemes]
-    if not all(isinstance(each, dict) and each.get("type") == "int" for each in weights):
-        return "its weights are not integers"
-    return None
+    found = [_scheme(each, stated.get("format")) for each in schemes]
+    if (wrong := next((each for each in found if isinstance(each, str)), None)) is not None:
+        return wrong
+    weights = [each["weights"] for each in schemes]
+    rounds = any(each.get("input_activations") for each in schemes)
+    notes = [UNROUNDED] if rounds else []
+    if stated.get("kv_cache_scheme"):
+        notes.append("the KV cache is not rounded, as kv_cache_scheme has it")
+    return Method(
+        name=name,
+        forms=frozenset(each.form for each in found if isinstance(each, _Format)),
+        bits=frozenset(each["num_bits"] for each in weights),
+        blocks=frozenset(block for each in weights for block in _blocks(each)),
+        symmetric=frozenset(each.get("symmetric", True) is not False for each in weights),
+        kept=_names(stated.get("ignore")),
+        notes=tuple(notes),
+    )
 
 
-def _unread_integers(weights: Mapping[str, Any]) -> str | None:
-    """Why integers stated so are not read, or None."""
+def _scheme(scheme: Mapping[str, Any], overall: object) -> _Format | str:
+    """The format of a group of modules, or why it is not read."""
+    weights, name = scheme.get("weights"), scheme.get("format") or overall
+    if name in (None, _MIXED) and overall == _MIXED:
+        return "a group of its modules has no format"
+    kind = weights.get("type", "int") if isinstance(weights, dict) else None
+    form = _NAIVE.get(str(kind)) if name == "naive-quantized" else _FORMATS.get(str(name))
+    if not isinstance(weights, dict) or (form is None and name in (*_FORMATS, "naive-quantized")):
+        return "its weights are not integers or FP8"
+    if form is None:
+        return f"its format {shown(name)} is not read"
+    if kind != form.kind:
+        word = "integers" if form.kind == "int" else "floats"
+        return f"its weights are not {word}, as {shown(name)} has them"
+    return _unread(weights, form) or form
+
+
+def _unread(weights: Mapping[str, Any], form: _Format) -> str | None:
+    """Why weights stated so are not read, or None."""
     count, size = weights.get("num_bits"), weights.get("group_size")
-    if type(count) is not int or count not in _BITS:
-        return f"its num_bits is {shown(count)}, read are 2 to 8"
+    if type(count) is not int or count not in form.bits:
+        read = f"{form.bits[0]} to {form.bits[-1]}" if len(form.bits) > 1 else str(form.bits[0])
+        return f"its num_bits is {shown(count)}, read are {read}"
     strategy = _strategy(weights)
-    if strategy not in ("group", "channel"):
+    if strategy not in form.strategies:
         return f"its strategy {shown(strategy)} is not read"
-    if strategy == "group" and not (type(size) is int and 0 < size < _LARGEST_GROUP):
+    if strategy in ("group", "tensor_group") and (
+        not _is_size(size) or (form.group is not None and size != form.group)
+    ):
         return f"its group_size is {shown(size)}"
+    sides = weights.get("block_structure")
+    if strategy == "block" and not _is_block(sides):
+        return f"its block_structure is {shown(sides)}, expected are two sizes"
+    if weights.get("symmetric") is False and form.form not in (Form.PACKED, Form.INT8):
+        return "its floats have zero points"
     return None
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 < value < _LARGEST_GROUP
+
+
+def _is_block(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_size, value))
 
 
 def _strategy(weights: Mapping[str, Any]) -> object:
@@ -130,12 +209,21 @@ def _strategy(weights: Mapping[str, Any]) -> object:
     return weights.get("strategy") or ("group" if grouped else "channel")
 
 
-def _group(weights: Mapping[str, Any]) -> int | None:
-    return weights["group_size"] if _strategy(weights) == "group" else None
+def _blocks(weights: Mapping[str, Any]) -> list[Block]:
+    """What may share a scale; where no strategy is stated, an output or everything."""
+    strategy = _strategy(weights)
+    if strategy in ("group", "tensor_group"):
+        return [(1, weights["group_size"])]
+    if strategy == "block":
+        outputs, inputs = weights["block_structure"]
+        return [(outputs, inputs)]
+    if strategy == "tensor":
+        return [WHOLE]
+    return [CHANNEL] if weights.get("strategy") else [CHANNEL, WHOLE]
 
 
-def _listed(values: Sequence[object] | set[object]) -> str:
-    return ", ".join(sorted(map(shown, values)))
+def _names(stated: object) -> tuple[str, ...]:
+    return tuple(n for n in stated if isinstance(n, str)) if isinstance(stated, list) else ()
 
 
 def _awq(name: str, stated: Mapping[str, Any]) -> Method | str:
@@ -162,19 +250,102 @@ def _gptq(name: str, stated: Mapping[str, Any]) -> Method | str:
 
 def _of_words(name: str, stated: Mapping[str, Any], form: Form) -> Method | str:
     size = stated.get("group_size", 128)
-    if type(size) is not int or not (size == -1 or 0 < size < _LARGEST_GROUP):
+    if not (size == -1 or _is_size(size)):
         return f"its group_size is {shown(size)}"
     return Method(
         name=name,
         forms=frozenset({form}),
         bits=frozenset({stated.get("bits", 4)}),
-        groups=frozenset({None if size == -1 else size}),
+        blocks=frozenset({CHANNEL if size == -1 else (1, size)}),
         symmetric=frozenset({False}),
+        kept=_names(stated.get("modules_to_not_convert")),
     )
 
 
-_READERS: Mapping[object, Callable[[str, Mapping[str, Any]], Method | str]] = {
+def _fp8(name: str, stated: Mapping[str, Any]) -> Method | str:
+    sides = stated.get("weight_block_size", [128, 128])
+    if sides is not None and not _is_block(sides):
+        return f"its weight_block_size is {shown(sides)}, expected are two sizes"
+    if stated.get("fmt", "e4m3") not in ("e4m3", "float8_e4m3fn"):
+        return f"its fmt {shown(stated['fmt'])} is not read"
+    block: Block = WHOLE if sides is None else (sides[0], sides[1])
+    return _of_fp8(name, block, stated.get("modules_to_not_convert"))
+
+
+def _fbgemm(name: str, stated: Mapping[str, Any]) -> Method | str:
+    return _of_fp8(name, CHANNEL, stated.get("modules_to_not_convert"))
+
+
+def _of_fp8(name: str, block: Block, kept: object) -> Method:
+    return Method(
+        name=name,
+        forms=frozenset({Form.FP8}),
+        bits=frozenset({8}),
+        blocks=frozenset({block}),
+        kept=_names(kept),
+        notes=(UNROUNDED,),
+    )
+
+
+def _loads(stated: Mapping[str, Any]) -> bool:
+    return stated.get("load_in_4bit") is True or stated.get("load_in_8bit") is True
+
+
+def _bitsandbytes(name: str, stated: Mapping[str, Any]) -> Method | str:
+    four = stated.get("load_in_4bit") is True
+    if not _loads(stated):
+        return "neither load_in_4bit nor load_in_8bit is true"
+    kind = stated.get("bnb_4bit_quant_type", "fp4")
+    if four and kind not in ("nf4", "fp4"):
+        return f"its bnb_4bit_quant_type is {shown(kind)}, read are nf4 and fp4"
+    kept = stated.get("llm_int8_skip_modules")
+    return Method(
+        name=name,
+        forms=frozenset({Form.BNB4 if four else Form.BNB8}),
+        bits=frozenset({4 if four else 8}),
+        blocks=frozenset({(1, 64) if four else CHANNEL}),
+        kept=_names(kept),
+        notes=() if four else (UNROUNDED,),
+    )
+
+
+def _modelopt(name: str, stated: Mapping[str, Any]) -> Method | str:
+    inner = stated.get("quantization")  # of hf_quant_config.json
+    facts: Mapping[str, Any] = inner if isinstance(inner, dict) else stated
+    algorithm = facts.get("quant_algo")
+    kept = _names(facts.get("exclude_modules") or facts.get("ignore"))
+    notes = [UNROUNDED]
+    if facts.get("kv_cache_quant_algo") or facts.get("kv_cache_scheme"):
+        notes.append("the KV cache is not rounded, as kv_cache_quant_algo has it")
+    if algorithm not in ("FP8", "NVFP4"):
+        return f"its quant_algo {shown(algorithm)} is not read"
+    fp8 = algorithm == "FP8"
+    return Method(
+        name=name,
+        forms=frozenset({Form.FP8 if fp8 else Form.NVFP4_PRODUCT}),
+        bits=frozenset({8 if fp8 else 4}),
+        blocks=frozenset({WHOLE if fp8 else (1, 16)}),
+        kept=kept,
+        notes=tuple(notes),
+    )
+
+
+def _of_experts(name: str, stated: Mapping[str, Any]) -> Method | str:
+    return "its experts are quantised, and quantised experts are not read"
+
+
+_READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Method | str]] = {
     "compressed-tensors": _compressed_tensors,
     "awq": _awq,
     "gptq": _gptq,
+    "fp8": _fp8,
+    "fbgemm_fp8": _fbgemm,
+    "bitsandbytes": _bitsandbytes,
+    "modelopt": _modelopt,
+    "mxfp4": _of_experts,
 }
+
+
+def listed(values: Iterable[object]) -> str:
+    """Several values of which one is right, as words of a message."""
+    return " or ".join(map(str, sorted(values, key=str)))

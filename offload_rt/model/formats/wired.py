@@ -13,6 +13,7 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
+from offload_rt.model.formats import fours, grids
 from offload_rt.model.formats.integers import bring_awq, bring_gptq, bring_packed
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
@@ -26,6 +27,8 @@ _BRING: Mapping[Form, Bring] = {
     Form.AWQ: bring_awq,
     Form.GPTQ: bring_gptq,
     Form.GPTQ_V2: bring_gptq,
+    **grids.DECODERS,
+    **fours.DECODERS,
 }
 
 
