@@ -42,10 +42,10 @@ def cancelling(inputs, outputs):
 def test_the_bits_are_those_of_the_library(inputs, outputs, threads):
     linear, rows = cancelling(inputs, outputs)
     packed = PackedLinear(linear)
-    assert packed._product is not None
+    assert packed.product is not None
     for count in (*range(1, MOST_ROWS + 1), 13, 40):
         expected = onednn(packed, rows[:count])
-        assert torch.equal(packed._product(rows[:count]), expected) or count > MOST_ROWS
+        assert torch.equal(packed.product(rows[:count]), expected) or count > MOST_ROWS
         assert torch.equal(packed(rows[None, :count])[0], expected)
         assert torch.equal(linear(rows[:count]), expected)
     spread = torch.randn(2, 2 * inputs, dtype=torch.bfloat16)[:, ::2]  # not one after the other
@@ -115,7 +115,7 @@ def test_without_llvm_the_library_computes(monkeypatch):
         assert blocks_of(64, 64) is None
         linear = torch.nn.Linear(64, 64, dtype=torch.bfloat16)
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-            assert PackedLinear(linear)._product is None
+            assert PackedLinear(linear).product is None
     finally:
         for function in (assembling.problem, blocks_of):
             function.cache_clear()

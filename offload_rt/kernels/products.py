@@ -28,15 +28,18 @@ PANEL = 64  # outputs
 MOST_ROWS = 8  # of which a kernel keeps the sums in registers; more are taken by so many
 _VECTOR = 16  # outputs in a register
 _INPUTS_TILE = 16  # oneDNN fills inputs up to a multiple
-_AHEAD = 2048  # bytes that are fetched ahead
+AHEAD = 2048  # bytes that are fetched ahead
 BLOCKS = (512, 1024, 256, 2048, 4096, 2**40)  # inputs, likeliest first; the last: no blocks
 _COMPARED_NUMBERS = 2**22  # of a matrix whose product is compared
 
-_HEAD = """
+HEAD = """
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 declare i32 @omp_get_thread_num()
 declare i32 @omp_get_num_threads()
+declare void @GOMP_barrier()
+declare i64 @llvm.umin.i64(i64, i64)
+declare float @llvm.sqrt.f32(float)
 attributes #0 = { nounwind "prefer-vector-width"="512" }
 """
 
@@ -57,6 +60,9 @@ class Product:
         outputs: O.
         bias: [O] in bf16, or None; it must live as long as this.
         blocks: inputs of a block for one row, and for more.
+
+    Attributes:
+        blocks: the same.
     """
 
     def __init__(
@@ -68,7 +74,7 @@ class Product:
         blocks: tuple[int, int],
     ) -> None:
         self._sizes = inputs, outputs
-        self._blocks = blocks
+        self.blocks = blocks
         start = 0 if bias is None else bias.data_ptr()
         self._record = (ctypes.c_int64 * 8)(
             0, address, start, 0, inputs // 2, outputs // PANEL, 0, 0
@@ -81,7 +87,7 @@ class Product:
         out = rows.new_empty(*rows.shape[:-1], outputs)
         record, count = self._record, rows.numel() // inputs
         record[0], record[3], record[6] = rows.data_ptr(), out.data_ptr(), count
-        record[7] = self._blocks[count > 1] // 2
+        record[7] = self.blocks[count > 1] // 2
         assembling.together(_kernel(), record)
         return out
 
@@ -94,8 +100,12 @@ def prepare() -> None:
 
 @cache
 def _kernel() -> int:
-    text = _HEAD + "".join(_panel(count) for count in range(1, MOST_ROWS + 1)) + _all_panels()
-    return assembling.assemble(text, ["product"])["product"]
+    return assembling.assemble(HEAD + panels() + _all_panels(), ["product"])["product"]
+
+
+def panels() -> str:
+    """Functions `panel1` and so on: the product of so many rows with one panel."""
+    return "".join(_panel(count) for count in range(1, MOST_ROWS + 1))
 
 
 @cache
@@ -194,7 +204,7 @@ def _panel_lines(count: int) -> Lines:
     yield f" %read = getelementptr [{PANEL} x i32], ptr %weight, i64 %pair"
     for part in parts:
         at = part * _VECTOR * 4
-        yield f" %ahead{part} = getelementptr i8, ptr %read, i64 {at + _AHEAD}"
+        yield f" %ahead{part} = getelementptr i8, ptr %read, i64 {at + AHEAD}"
         yield f" call void @llvm.prefetch.p0(ptr %ahead{part}, i32 0, i32 3, i32 1)"
         yield f" %read{part} = getelementptr i8, ptr %read, i64 {at}"
         yield f" %weight{part} = load <32 x bfloat>, ptr %read{part}, align 64"
@@ -264,7 +274,6 @@ def _all_panels() -> str:
         for count in range(1, MOST_ROWS + 1)
     )
     return f"""
-declare i64 @llvm.umin.i64(i64, i64)
 define void @product(ptr %record) #0 {{
 entry:
 {loads}

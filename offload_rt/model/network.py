@@ -42,6 +42,7 @@ from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
 from offload_rt.model.formats.wired import WiredLinear, wired_linears
 from offload_rt.model.layout import Placement, compute_dtype
+from offload_rt.model.lean import lean_layer
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.probe import probe
@@ -261,9 +262,11 @@ class Network:
         for index, layer in enumerate(self._layers):
             if crossing is not None:
                 _move_buffers(layer, crossing.place(crossing.device[index]))
-            lender = None if index in self.kept else weights
+            lender, forward = (None if index in self.kept else weights), layer.forward
+            if index in self.kept and (made := lean_layer(layer, first=index == min(self.kept))):
+                forward = made
             layer.forward = partial(
-                self._run_layer, index, layer.forward, weights=lender, chunk_tokens=chunk_tokens
+                self._run_layer, index, forward, weights=lender, chunk_tokens=chunk_tokens
             )
 
     def _leave_out_other_parts(self, device: torch.device) -> None:

@@ -44,14 +44,15 @@ class PackedLinear(torch.nn.Module):
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
         outputs, inputs = linear.weight.shape
         blocks = blocks_of(inputs, outputs)
-        self._product: Product | None = None
+        self.inputs, self.outputs = inputs, outputs
+        self.product: Product | None = None
         if blocks is not None and lies_in_panels(self.weight, linear.weight):
-            self._product = Product(start, inputs, outputs, self.bias, blocks)
+            self.product = Product(start, inputs, outputs, self.bias, blocks)
         self._most_numbers = MOST_ROWS * inputs
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
-        product = self._product
+        product = self.product
         # What is traced are torch's kernels.
         if product is not None and rows.numel() <= self._most_numbers and not _traced():
             return product(rows)

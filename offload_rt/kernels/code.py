@@ -1,0 +1,136 @@
+"""LLVM's language written piece by piece: numbered values, loops, and bf16 in registers."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LANES = 16  # 32-bit numbers in a register
+WIDE, NARROW = f"<{LANES} x float>", f"<{LANES} x i16>"
+_WHOLE = f"<{LANES} x i32>"
+
+
+class Code:
+    """A function being written.
+
+    Args:
+        head: its name and arguments, as `@name(ptr %record)`.
+        internal: nobody outside the module calls it.
+    """
+
+    def __init__(self, head: str, *, internal: bool = True) -> None:
+        scope = "internal " if internal else ""
+        self._lines = [f"define {scope}void {head} #0 {{", "entry:"]
+        self._block, self._count = "entry", 0
+
+    def text(self) -> str:
+        """The whole function."""
+        return "\n".join([*self._lines, " ret void", "}", ""])
+
+    def add(self, line: str) -> None:
+        """An instruction without a value."""
+        self._lines.append(f" {line}")
+
+    def let(self, expression: str) -> str:
+        """An instruction with a value; returns its name."""
+        self._count += 1
+        self.add(f"%v{self._count} = {expression}")
+        return f"%v{self._count}"
+
+    def block(self, name: str) -> None:
+        """Begin a block; what ended the one before says how it is reached."""
+        self._lines.append(f"{name}:")
+        self._block = name
+
+    @contextmanager
+    def loop(self, start: str | int, stop: str | int, step: int = 1) -> Iterator[str]:
+        """Repeat what is written inside for numbers from `start`, below `stop`; maybe never."""
+        self._count += 1
+        before, name, index = self._block, f"loop{self._count}", f"%i{self._count}"
+        self.add(f"br label %{name}")
+        self.block(name)
+        self.add(f"{index} = phi i64 [{start}, %{before}], [{index}.next, %{name}.next]")
+        self.add(f"{index}.in = icmp ult i64 {index}, {stop}")
+        self.add(f"br i1 {index}.in, label %{name}.body, label %{name}.end")
+        self.block(f"{name}.body")
+        yield index
+        self.add(f"br label %{name}.next")
+        self.block(f"{name}.next")
+        self.add(f"{index}.next = add i64 {index}, {step}")
+        self.add(f"br label %{name}")
+        self.block(f"{name}.end")
+
+    @contextmanager
+    def when(self, condition: str) -> Iterator[None]:
+        """What is written inside is for when a condition holds."""
+        self._count += 1
+        name = f"when{self._count}"
+        self.add(f"br i1 {condition}, label %{name}, label %{name}.end")
+        self.block(name)
+        yield
+        self.add(f"br label %{name}.end")
+        self.block(f"{name}.end")
+
+    def fields(self, record: str, names: str) -> list[str]:
+        """Load fields of a record, addresses and numbers (which begin with `n_`), in order."""
+        found = []
+        for place, name in enumerate(names.split()):
+            kind = "i64" if name.startswith("n_") else "ptr"
+            at = self.let(f"getelementptr i64, ptr {record}, i64 {place}")
+            found.append(self.let(f"load {kind}, ptr {at}"))
+        return found
+
+    def at(self, start: str, offset: str | int, kind: str = "i16") -> str:
+        """The address of a number."""
+        return self.let(f"getelementptr {kind}, ptr {start}, i64 {offset}")
+
+    def plus(self, one: str | int, other: str | int) -> str:
+        """The sum of whole numbers."""
+        return self.let(f"add i64 {one}, {other}")
+
+    def times(self, one: str | int, other: str | int) -> str:
+        """The product of whole numbers."""
+        return self.let(f"mul i64 {one}, {other}")
+
+    def my_share(self, count: int | str) -> tuple[str, str]:
+        """Which of so many parts are this thread's: first, and one after the last."""
+        thread = self.let(f"sext i32 {self.let('call i32 @omp_get_thread_num()')} to i64")
+        threads = self.let(f"sext i32 {self.let('call i32 @omp_get_num_threads()')} to i64")
+        first = self.let(f"udiv i64 {self.times(thread, count)}, {threads}")
+        after = self.times(self.plus(thread, 1), count)
+        return first, self.let(f"udiv i64 {after}, {threads}")
+
+    def read(self, address: str) -> str:
+        """`LANES` bf16 numbers as fp32."""
+        narrow = self.let(f"load {NARROW}, ptr {address}, align 2")
+        wide = self.let(f"zext {NARROW} {narrow} to {_WHOLE}")
+        high = self.let(f"shl {_WHOLE} {wide}, splat (i32 16)")
+        return self.let(f"bitcast {_WHOLE} {high} to {WIDE}")
+
+    def rounded(self, value: str) -> str:
+        """fp32 rounded to bf16 and widened again, as torch rounds: to even, tiny numbers kept."""
+        bits = self.let(f"bitcast {WIDE} {value} to {_WHOLE}")
+        odd = self.let(
+            f"and {_WHOLE} {self.let(f'lshr {_WHOLE} {bits}, splat (i32 16)')}, splat (i32 1)"
+        )
+        up = self.let(f"add {_WHOLE} {bits}, {self.let(f'add {_WHOLE} {odd}, splat (i32 32767)')}")
+        cut = self.let(f"and {_WHOLE} {up}, splat (i32 -65536)")
+        none = self.let(f"fcmp uno {WIDE} {value}, zeroinitializer")
+        kept = self.let(
+            f"select <{LANES} x i1> {none}, {_WHOLE} splat (i32 2143289344), {_WHOLE} {cut}"
+        )
+        return self.let(f"bitcast {_WHOLE} {kept} to {WIDE}")
+
+    def write(self, value: str, address: str) -> None:
+        """Store what was rounded as bf16."""
+        bits = self.let(f"bitcast {WIDE} {value} to {_WHOLE}")
+        high = self.let(f"lshr {_WHOLE} {bits}, splat (i32 16)")
+        narrow = self.let(f"trunc {_WHOLE} {high} to {NARROW}")
+        self.add(f"store {NARROW} {narrow}, ptr {address}, align 2")
+
+    def fp(self, operation: str, one: str, other: str) -> str:
+        """`fadd`, `fmul` and so on of registers."""
+        return self.let(f"{operation} {WIDE} {one}, {other}")
+
+    def spread(self, number: str) -> str:
+        """A register with one fp32 number in all places."""
+        first = self.let(f"insertelement {WIDE} poison, float {number}, i32 0")
+        return self.let(f"shufflevector {WIDE} {first}, {WIDE} poison, {_WHOLE} zeroinitializer")

@@ -1,0 +1,280 @@
+"""Resident decoder layers of the Llama family, computed for few rows by two kernels a layer.
+
+transformers' forward of such a layer is some 50 operators for one row, and its products read memory
+at half its rate, as threads fall asleep between them. Where a layer has the parts that
+`kernels/layers.py` computes, and *gives the same bits*, its kernels are used for up to `MOST_ROWS`
+rows; else, and for more rows, transformers' forward is. That is no list of families: a layer is run
+both ways with random rows, and queries, keys, values and what leaves it are compared.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.kernels import assembling, products
+from offload_rt.kernels.layers import (
+    AFTER,
+    BEFORE,
+    TABLE_NUMBERS,
+    LayerSizes,
+    Record,
+    adds_as_torch,
+    assembled,
+)
+from offload_rt.kernels.products import MOST_ROWS
+from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
+from offload_rt.model.formats.packed import PackedLinear
+
+Forward = Callable[..., torch.Tensor]
+_PARTS = {  # of a layer, by transformers' names; anything else below one is not known
+    *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp", "mlp.act_fn"),
+    *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
+    *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
+_BF16 = torch.bfloat16
+_COMPARED = (1, 3)  # rows that each layer is compared with; the first one with all up to MOST_ROWS
+_traced = torch._C._len_torch_dispatch_stack
+
+
+class _Witness:
+    """Stands for a cache in a comparison: keeps what it is given, answers with random numbers."""
+
+    length, capacity = 0, MOST_ROWS
+
+    def __init__(self, value_dim: int) -> None:
+        self.seen: list[torch.Tensor] = []
+        self.spec: AttentionSpec | None = None
+        self._value_dim = value_dim
+
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Nothing: every pass is alike to this cache."""
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Keep key [K, S, D] and value [K, S, D]."""
+        self.seen += [key.clone(), value.clone()]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None = None,
+    ) -> torch.Tensor:
+        """Keep query [H, S, D] and answer with [S, H, D]."""
+        self.seen.append(query.clone())
+        self.spec = spec
+        heads, rows, _ = query.shape
+        generator = torch.Generator().manual_seed(rows)
+        made = torch.randn(rows, heads, self._value_dim, generator=generator)
+        return made.to(query.dtype)
+
+    def commit(self, keep: Sequence[int]) -> None:
+        """Nothing to keep."""
+
+    def truncate(self, length: int) -> None:
+        """Nothing to forget."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What the kernels read of a layer; linears are reordered ones."""
+
+    norms: tuple[torch.Tensor, ...]
+    query: PackedLinear
+    key: PackedLinear
+    value: PackedLinear
+    output: PackedLinear
+    gate: PackedLinear
+    up: PackedLinear
+    down: PackedLinear
+    table: torch.Tensor
+    sizes: LayerSizes
+
+
+class LeanLayer:
+    """The forward of one decoder layer.
+
+    Args:
+        parts: of the layer.
+        spec: how it attends.
+        index: its number in the caches.
+        forward: transformers', for what the kernels do not do.
+    """
+
+    def __init__(self, parts: _Parts, spec: AttentionSpec, index: int, forward: Forward) -> None:
+        self._parts, self._spec, self._index, self._forward = parts, spec, index, forward
+        self._sizes = sizes = parts.sizes
+        code = assembled(sizes)
+        self._before, self._after = code["before"], code["after"]
+        self._products = torch.empty(MOST_ROWS, sizes.products, dtype=torch.bfloat16)
+        self._summed = torch.empty(MOST_ROWS, sizes.hidden, dtype=torch.bfloat16)
+        self._records = [self._record(few) for few in (0, 1)]
+
+    def _record(self, several: int) -> tuple[Record, Record]:
+        """What the kernels are given, for one row and for several."""
+        parts = self._parts
+        before = {"norm": parts.norms[0].data_ptr(), "n_block": _block(parts.query, several)}
+        after = {
+            "norm": parts.norms[1].data_ptr(),
+            "table": parts.table.data_ptr(),
+            "summed": self._summed.data_ptr(),
+            "products": self._products.data_ptr(),
+            "n_attended_block": _block(parts.output, several),
+            "n_block": _block(parts.gate, several),
+            "n_products_block": _block(parts.down, several),
+        }
+        for record, names in ((before, "query key value"), (after, "output gate up down")):
+            for name in names.split():
+                linear: PackedLinear = getattr(parts, name)
+                record[name] = torch.ops.mkldnn.data_ptr(linear.weight)
+                record[f"{name}_bias"] = 0 if linear.bias is None else linear.bias.data_ptr()
+        return Record(BEFORE, before), Record(AFTER, after)
+
+    def __call__(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:  # noqa: ANN401
+        """[1, S, E] gives [1, S, E]; options are those of transformers' layers."""
+        context, angles = options.get(CONTEXT_KEYWORD), options.get("position_embeddings")
+        rows = hidden.shape[1]
+        if rows > MOST_ROWS or angles is None or context is None or _traced():
+            return self._forward(hidden, **options)
+        sizes = self._sizes
+        before, after = self._records[rows > 1]
+        hidden = hidden.contiguous()
+        cosine, sine = (angle.contiguous() for angle in angles)
+        heads, kv_heads, dim = sizes.heads, sizes.kv_heads, sizes.head_dim
+        queries = hidden.new_empty(rows, heads, dim)
+        keys, values = hidden.new_empty(2, rows, kv_heads, dim)
+        before.set(
+            {
+                "hidden": hidden.data_ptr(),
+                "queries": queries.data_ptr(),
+                "keys": keys.data_ptr(),
+                "values": values.data_ptr(),
+                "cosine": cosine.data_ptr(),
+                "sine": sine.data_ptr(),
+                "n_rows": rows,
+            }
+        )
+        assembling.together(self._before, before.numbers)
+        attended = self._attend(context, queries, keys, values)
+        out = torch.empty_like(hidden)
+        after.set(
+            {
+                "hidden": hidden.data_ptr(),
+                "attended": attended.data_ptr(),
+                "out": out.data_ptr(),
+                "n_rows": rows,
+            }
+        )
+        assembling.together(self._after, after.numbers)
+        return out
+
+    def _attend(
+        self,
+        context: PassContext,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rows [S, heads, D] give [S, H, D], one after the other."""
+        query, key, value = (rows.transpose(0, 1) for rows in (queries, keys, values))
+        parts = []
+        for cache, rows, tree in context.parts():
+            cache.append(self._index, key[:, rows], value[:, rows])
+            parts.append(cache.attend(self._index, query[:, rows], self._spec, tree))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
+
+
+def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
+    """A layer's forward in two kernels; None where there is none that gives its bits.
+
+    Args:
+        layer: transformers', all its matrices reordered.
+        first: compare all counts of rows; of its sisters the first tells.
+    """
+    if products.problem() or {name for name, _ in layer.named_modules() if name} != _PARTS:
+        return None
+    parts = _parts_of(layer)
+    if parts is None or not adds_as_torch(parts.sizes):
+        return None
+    index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
+    forward, made = layer.forward, None
+    with torch.inference_mode():
+        for rows in range(1, MOST_ROWS + 1) if first else _COMPARED:
+            expected, witness = _tried(forward, parts.sizes, rows)
+            assert witness.spec is not None
+            made = made or LeanLayer(parts, witness.spec, index, forward)
+            got, mine = _tried(made, parts.sizes, rows)
+            pairs = zip([expected, *witness.seen], [got, *mine.seen], strict=True)
+            if not all(torch.equal(one, other) for one, other in pairs):
+                return None
+    return made
+
+
+def _tried(forward: Forward, sizes: LayerSizes, rows: int) -> tuple[torch.Tensor, _Witness]:
+    """What a layer makes of random rows."""
+    generator = torch.Generator().manual_seed(rows)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(torch.bfloat16)
+
+    witness = _Witness(sizes.head_dim)
+    context = PassContext([Segment(witness, rows)])
+    angles = random(1, rows, sizes.head_dim), random(1, rows, sizes.head_dim)
+    options = {CONTEXT_KEYWORD: context, "attention_mask": None, "position_embeddings": angles}
+    return forward(random(1, rows, sizes.hidden), **options), witness
+
+
+def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transformers
+    attention, mlp = layer.self_attn, layer.mlp
+    norms = layer.input_layernorm, layer.post_attention_layernorm
+    linears = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    if not all(type(one) is PackedLinear and one.product is not None for one in linears.values()):
+        return None
+    eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
+    weights = [norm._parameters.get("weight") for norm in norms]
+    if len(eps) != 1 or None in eps or any(getattr(w, "dtype", None) is not _BF16 for w in weights):
+        return None
+    sizes = LayerSizes(
+        hidden=linears["query"].inputs,
+        heads=linears["query"].outputs // attention.head_dim,
+        kv_heads=linears["key"].outputs // attention.head_dim,
+        head_dim=attention.head_dim,
+        products=linears["gate"].outputs,
+        eps=eps.pop(),
+    )
+    hidden, attended, keys = sizes.hidden, linears["query"].outputs, linears["key"].outputs
+    expected = [(hidden, attended), (hidden, keys), (hidden, keys), (attended, hidden)]
+    expected += 2 * [(hidden, sizes.products)] + [(sizes.products, hidden)]
+    if not sizes.suit or [(one.inputs, one.outputs) for one in linears.values()] != expected:
+        return None
+    return _Parts(norms=tuple(weights), **linears, table=_table(mlp.act_fn), sizes=sizes)
+
+
+def _block(linear: PackedLinear, several: int) -> int:
+    """Pairs of inputs after which a product's sum starts again."""
+    assert linear.product is not None
+    return linear.product.blocks[several] // 2
+
+
+_tables: dict[str, torch.Tensor] = {}
+
+
+def _table(activation: torch.nn.Module) -> torch.Tensor:
+    """What an activation makes of every bf16 number, by its bits."""
+    key = repr(activation)
+    if key not in _tables:
+        bits = torch.arange(TABLE_NUMBERS, dtype=torch.int32).to(torch.int16)
+        with torch.inference_mode():
+            _tables[key] = activation(bits.view(torch.bfloat16))
+    return _tables[key]
