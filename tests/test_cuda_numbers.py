@@ -66,6 +66,13 @@ CASES = {
     "KV, TriForce": KV_HOST | {"draft": TRIFORCE},
     "KV, TriForce, batch": KV_HOST | {"draft": TRIFORCE, "many": True},
 }
+# On two GPUs everything may be: each has its ring, its streams and its share of KV.
+TWO = {"gpus": 2, "device": "cpu,cpu", "resident_layers": 0, "slots": 1}
+CASES |= {
+    f"two GPUs, {name}": CASES[name] | TWO
+    for name in ("pinned", "disk", "n-grams", "Medusa", "KV, tree of a model")
+    + ("TriForce", "KV, TriForce, batch")
+}
 
 
 @pytest.fixture(autouse=True)
@@ -163,11 +170,17 @@ def plain(llama):
     return answers
 
 
-def options_of(folders, *, draft=None, draft_tokens=None, many=False, driver=None, **config):
-    """Of a case: whether it is a batch, options of the driver, and those of `engine_for`."""
+def options_of(
+    folders, *, draft=None, draft_tokens=None, many=False, driver=None, gpus=1, **config
+):
+    """Of a case: whether it is a batch, options of the double, and those of `engine_for`."""
     if isinstance(draft, str):
         draft = DraftConfig(draft=folders.get(draft, draft), draft_tokens=draft_tokens)
-    return many, driver or {}, STREAMED | config | ({} if draft is None else {"draft": draft})
+    return (
+        many,
+        {"count": gpus} | (driver or {}),
+        STREAMED | config | ({} if draft is None else {"draft": draft}),
+    )
 
 
 @pytest.fixture
@@ -178,7 +191,11 @@ def answers(llama, folders, monkeypatch):
         many, driver, options = options_of(folders, **case)
         open_double(monkeypatch, **driver)
         with engine_for(llama, prompts=PROMPTS[many], tokens=TOKENS, **options) as engine:
-            return generate(engine, PROMPTS[many], tokens=TOKENS)
+            found = generate(engine, PROMPTS[many], tokens=TOKENS)
+            assert all(device._driver.received for device in engine.devices) == (
+                driver["count"] > 1
+            )
+            return found
 
     return run
 
@@ -210,6 +227,8 @@ WAITS = [
     ("Ring._used", "KV of resident layers"),
     ("KVSpace.claim", "KV of resident layers"),
     ("KVSpace.claim", "KV, batch"),
+    ("Ring._used", "two GPUs, pinned"),
+    ("KVSpace.claim", "two GPUs, KV, TriForce, batch"),
 ]
 
 

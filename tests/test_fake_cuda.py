@@ -355,11 +355,22 @@ def test_keeping_a_path_of_a_tree_does_not_make_the_host_wait(gpu):
     device.close()
 
 
-@pytest.mark.parametrize("drawn", [False, True], ids=["chosen", "drawn"])
-@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
-def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch, drawn, sampling):
+@pytest.mark.parametrize(
+    ("device", "drawn", "sampling"),
+    [
+        ("cuda:0", False, SAMPLED),
+        ("cuda:0", False, SamplingConfig()),
+        ("cuda:0", True, SAMPLED),
+        ("cuda:0", True, SamplingConfig()),
+        ("cuda:0,cuda:1", False, SamplingConfig()),
+        ("cuda:0,cuda:1", True, SAMPLED),
+    ],
+)
+def test_a_tree_is_checked_with_one_host_sync_a_step(
+    gpu, make_tiny, monkeypatch, device, drawn, sampling
+):
     """Tree masks, positions and the verifier's numbers all go up and come down in order."""
-    folder = make_tiny("gemma3_text", num_hidden_layers=3)
+    folder = make_tiny("gemma3_text", num_hidden_layers=5 if "," in device else 3)
     tree = TokenTree((11, 12, 13, 14), (-1, -1, 0, 2))
 
     def propose(self, ids, max_depth, max_nodes=None):
@@ -368,7 +379,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
 
     monkeypatch.setattr(NgramDrafter, "propose", propose)
     runtime = RuntimeConfig(
-        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
+        device=device, home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
     )
     draft, checkpoint = DraftConfig(draft="ngram", draft_tokens=4), open_checkpoint(folder)
     with (
@@ -389,18 +400,26 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(gpu, make_tiny, monkeypatch
         gpu.strict = False
 
 
-@pytest.mark.parametrize("kv", [KVPlace.DEVICE, KVPlace.HOST], ids=["on-gpu", "offloaded"])
-@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    ("device", "sampling", "kv"),
+    [
+        ("cuda:0", SAMPLED, KVPlace.DEVICE),
+        ("cuda:0", SAMPLED, KVPlace.HOST),
+        ("cuda:0", SamplingConfig(), KVPlace.HOST),
+        ("cuda:0,cuda:1", SAMPLED, KVPlace.HOST),
+        ("cuda:1,cuda:0", SamplingConfig(), KVPlace.DEVICE),
+    ],
+)
 def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
-    gpu, make_tiny, monkeypatch, sampling, kv
+    gpu, make_tiny, monkeypatch, device, sampling, kv
 ):
     """Choosing chunks, following the full cache and both levels' verdicts stay on the device."""
     # A part of host memory is to be real, with an address, and known as part of the whole.
     monkeypatch.setattr(RamHome, "_part", build_for_real(RamHome._part))
     monkeypatch.setattr(kv_sizes, "PAGE_BYTES", 64)
-    folder = make_tiny("llama", num_hidden_layers=3)
+    folder = make_tiny("llama", num_hidden_layers=5 if "," in device else 3)
     runtime = RuntimeConfig(
-        device="cuda:0",
+        device=device,
         home=HomeKind.HOST,
         resident_layers=1,
         slots=2,
@@ -424,4 +443,5 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
             inner = sum(s.retrieval.passes for s in run.sequences)
             assert inner >= 2 * step and gpu.downloads == 1 + step + inner
         assert run.sequences[0].retrieval.builds > 1
+        assert bool(gpu.hops) == ("," in device)
         gpu.strict = False

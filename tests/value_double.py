@@ -83,7 +83,7 @@ class LateDriver:
     """
 
     def __init__(self, *, pin=True, allocates_pinned=False):
-        self.pin, self.allocates_pinned = pin, allocates_pinned
+        self.pin, self.allocates_pinned, self.received = pin, allocates_pinned, 0
         self.lock = RLock()
 
     def missing(self, index):
@@ -119,20 +119,37 @@ class LateDriver:
     def upload(self, source, device):
         return source.clone()
 
+    def receive(self, tensor, device):
+        self.received += 1
+        return tensor.clone()
+
     def download(self, values):
         return values.tolist()
 
 
-def open_double(monkeypatch, **options):
-    """Let the engine open the double, and CPU tensors be taken for a GPU's where code asks."""
-    device = CudaDevice(0, driver=LateDriver(**options))
-    open_as(monkeypatch, device)
-    return device
+def open_double(monkeypatch, *, count=1, **options):
+    """Let the engine open the double, and CPU tensors be taken for a GPU's where code asks.
+
+    Args:
+        count: of GPUs, each with a driver's streams of its own.
+        options: of each one's driver.
+
+    Returns:
+        the first of them.
+    """
+    devices = [CudaDevice(i, driver=LateDriver(**options)) for i in range(count)]
+    open_as(monkeypatch, *devices)
+    return devices[0]
 
 
-def open_as(monkeypatch, device):
-    """Let the engine open this device over CPU tensors, with all that a GPU's kind decides."""
-    device.torch_device = torch.device("cpu")
-    device.kind = CUDA
+def open_as(monkeypatch, *devices):
+    """Let the engine open these devices over CPU tensors, with all that a GPU's kind decides.
+
+    Several have places of other numbers, so that hidden states are sent, though all is CPU memory.
+    """
+    for number, device in enumerate(devices):
+        device.torch_device = torch.device("cpu", number) if number else torch.device("cpu")
+        device.kind = CUDA
+    opened = iter(devices)
     monkeypatch.setitem(kinds.KINDS, Processor.CPU, CUDA)
-    monkeypatch.setattr(engine_module, "open_device", lambda _: device)
+    monkeypatch.setattr(engine_module, "open_device", lambda *_: next(opened))
