@@ -12,7 +12,7 @@ import resource
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -134,6 +134,22 @@ def temporary_folder(folder: Path) -> Iterator[Path]:
         yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
+
+
+def give_names(made: Path, folder: Path, names: Sequence[str]) -> None:
+    """Move what was written in a `temporary_folder` into the folder that it is in.
+
+    Args:
+        made: the temporary folder.
+        folder: where the names are to be.
+        names: of files and folders, in the order in which they appear.
+
+    Raises:
+        ConfigError: one could not be moved.
+    """
+    for name in names:
+        with writing(folder / name):
+            os.rename(made / name, folder / name)
 
 
 def sweep(folder: Path) -> None:

@@ -35,6 +35,7 @@ from offload_rt.device.kinds import likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
+from offload_rt.model.packed_files import refuse_packed
 from offload_rt.profiling.identity import this_machine
 from offload_rt.session.adapters import refuse_beside
 from offload_rt.session.opening import Model, check_drafter, context_limit, open_model
@@ -171,6 +172,7 @@ def _prepare(
     assert model is not None  # checked above
     checkpoint = open_checkpoint(resolve_model(model))
     refuse_beside(checkpoint.folder, "which transformers applies and compare does not know")
+    refuse_packed(checkpoint.folder, "which other runtimes do not read")
     items = spread(read_prompt_set(values["prompts"]), values["limit"])
     folder = make_folder(Path(os.path.abspath(values["directory"])), REPORT, RECORD, CHART)
     undo.enter_context(held(folder, "--output"))

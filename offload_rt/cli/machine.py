@@ -25,6 +25,7 @@ from offload_rt.device.system import (
 )
 from offload_rt.errors import ProfileError
 from offload_rt.model.checkpoint import demo_folder
+from offload_rt.model.packed_files import SUFFIX
 from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
 from offload_rt.streaming.direct_io import open_file
@@ -263,7 +264,7 @@ def _disk(model: Path | None) -> DiskFacts:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     real = folder.resolve()
-    files = real.glob("*.safetensors") if model else iter(())
+    files = [*real.glob("*.safetensors"), *real.glob(f"*{SUFFIX}")] if model else []
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
     direct, rate = _read_rate(largest) if largest else (None, None)
     return DiskFacts(

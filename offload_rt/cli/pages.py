@@ -21,6 +21,8 @@ VERBS = {
     "doctor": ("offload_rt.cli.doctor", "doctor", "What this machine offers, what is wrong."),
     "bench": ("offload_rt.cli.bench", "bench", "Measure answers to a set of prompts."),
     "compare": ("offload_rt.cli.compare", "compare", "Measure other runtimes side by side."),
+    "pack": ("offload_rt.cli.pack", "pack_verb", "Write a model's bf16 weights in 12 bits."),
+    "unpack": ("offload_rt.cli.pack", "unpack_verb", "Give the files of a packed model back."),
     "medusa": ("offload_rt.cli.medusa", "medusa", "Look at Medusa heads, convert, calibrate."),
     "train-medusa": ("offload_rt.cli.train", "train_medusa", "Train Medusa heads for a model."),
     "config": (
@@ -106,6 +108,14 @@ PAGES = {
                 "The same command goes on where it was cut off.",
             ),
         ),
+    ),
+    "pack": Page(
+        examples=(
+            ("offload-run pack MODEL --output PACKED", "Once; every verb takes PACKED as MODEL."),
+        ),
+    ),
+    "unpack": Page(
+        examples=(("offload-run unpack PACKED --output MODEL", "The same files, checked."),),
     ),
     "train-medusa": Page(
         examples=(

@@ -21,6 +21,7 @@ from offload_rt.cli.train_options import check_effects, corpus_of, flags, train_
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
+from offload_rt.model.packed_files import refuse_packed
 from offload_rt.printable import printable
 from offload_rt.session.adapters import refuse_beside
 from offload_rt.session.observer import Gauge
@@ -86,6 +87,8 @@ def train_medusa(interrupts: Interrupts, model: str, **values: Any) -> int:  # n
             f"--method medusa-2 trains weights, and those of {checkpoint.name} are quantised: use "
             "medusa-1, or the model it was made from"
         )
+    if config.method is Method.MEDUSA_2:
+        refuse_packed(checkpoint.folder, "and --method medusa-2 trains its weights")
     talks = read_talks(values["data"])
     if not corpus.self_distill:
         require_answers(talks, values["data"])

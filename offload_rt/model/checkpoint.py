@@ -321,18 +321,22 @@ def _misshapen(extent: TensorExtent, config: ModelConfig) -> CheckpointError:
 
 
 def _equal(folder: Path, one: TensorExtent, other: TensorExtent) -> bool:
-    """Whether two tensors are equal; all bytes are read only where samples of them are."""
-    if (one.dtype, one.shape) != (other.dtype, other.shape):
+    """Whether two tensors are equal; all bytes are read only where samples of them are.
+
+    Coded ones are equal if their bytes are, as equal weights are coded alike.
+    """
+    nbytes = one.file_bytes
+    if (one.dtype, one.shape, nbytes) != (other.dtype, other.shape, other.file_bytes):
         return False
-    last = max(0, one.nbytes - _SAMPLE_BYTES)
+    last = max(0, nbytes - _SAMPLE_BYTES)
     samples = [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]
-    blocks = [(start, _BLOCK_BYTES) for start in range(0, one.nbytes, _BLOCK_BYTES)]
+    blocks = [(start, _BLOCK_BYTES) for start in range(0, nbytes, _BLOCK_BYTES)]
     with (
         open_inside(folder, one.path.name) as ours,
         open_inside(folder, other.path.name) as theirs,
     ):
         for start, size in (*samples, *blocks):
-            count = min(size, one.nbytes - start)
+            count = min(size, nbytes - start)
             if ours.read(count, one.offset + start) != theirs.read(count, other.offset + start):
                 return False
     return True

@@ -46,7 +46,7 @@ DTYPE_BYTES: Mapping[str, int] = MappingProxyType(
     }
 )
 
-_PREFIX_BYTES = 8
+PREFIX_BYTES = 8
 _HEADER_LIMIT = 100_000_000  # of the format
 _TENSOR_LIMIT = 2**18  # DeepSeek-V3 with its scales has 91,000 in all shards together
 _NAME_LIMIT = 1024
@@ -66,6 +66,8 @@ class TensorExtent:
         path: the file.
         offset: first byte, counted from the start of the file.
         nbytes: bytes of the tensor, equal to shape times dtype.
+        coded: where each coded piece of it begins in the file, and last where they end
+            (`formats/planes.py`); empty: it lies there as it is.
     """
 
     name: str
@@ -74,11 +76,17 @@ class TensorExtent:
     path: Path
     offset: int
     nbytes: int
+    coded: tuple[int, ...] = ()
 
     @property
     def element_bytes(self) -> int:
         """Bytes of one number."""
         return DTYPE_BYTES[self.dtype]
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes it has in the file."""
+        return self.coded[-1] - self.coded[0] if self.coded else self.nbytes
 
 
 def read_header(folder: Path, name: str) -> tuple[FileIdentity, tuple[TensorExtent, ...]]:
@@ -94,40 +102,59 @@ def read_header(folder: Path, name: str) -> tuple[FileIdentity, tuple[TensorExte
     path = folder / name
     with open_inside(folder, name) as file:
         identity = file.identity
-        header = _header_bytes(file, path)
+        header = header_bytes(file, path)
+    return identity, parse_header(header, path, identity.size)
+
+
+def parse_header(header: bytes, path: Path, size: int) -> tuple[TensorExtent, ...]:
+    """Read the text of a header.
+
+    Args:
+        header: it, without the eight bytes before it.
+        path: of the file.
+        size: of the file it describes.
+
+    Raises:
+        CheckpointError: it does not describe a file of that size.
+    """
     entries = parse_json_object(header, f"the header of {path}")
     _check_metadata(entries.pop("__metadata__", None), path)
     if len(entries) > _TENSOR_LIMIT:
         raise CheckpointError(
             f"{path} lists {len(entries)} tensors, accepted is up to {_TENSOR_LIMIT}: {_AGAIN}"
         )
-    start = _PREFIX_BYTES + len(header)
+    start = PREFIX_BYTES + len(header)
     extents = [_extent(path, start, tensor, entry) for tensor, entry in entries.items()]
     extents.sort(key=lambda extent: (extent.offset, extent.nbytes))
-    _check_cover(path, extents, start, identity.size)
-    return identity, tuple(extents)
+    _check_cover(path, extents, start, size)
+    return tuple(extents)
 
 
-def _header_bytes(file: OpenFile, path: Path) -> bytes:
+def header_bytes(file: OpenFile, path: Path) -> bytes:
+    """The text of the header that a file begins with.
+
+    Raises:
+        CheckpointError: it begins with none.
+    """
     size = file.identity.size
     head = file.read(64)
-    length = int.from_bytes(head[:_PREFIX_BYTES], "little")
-    starts_well = head[_PREFIX_BYTES : _PREFIX_BYTES + 1] == b"{"
+    length = int.from_bytes(head[:PREFIX_BYTES], "little")
+    starts_well = head[PREFIX_BYTES : PREFIX_BYTES + 1] == b"{"
     if not (starts_well and length <= _HEADER_LIMIT):
         raise CheckpointError(f"{path} {_why_not_safetensors(head, size, length)}")
-    if _PREFIX_BYTES + length > size:
+    if PREFIX_BYTES + length > size:
         raise CheckpointError(
-            f"{path} has {size} bytes, its header alone needs {_PREFIX_BYTES + length}: "
+            f"{path} has {size} bytes, its header alone needs {PREFIX_BYTES + length}: "
             f"the download is not complete, {_AGAIN}"
         )
-    header = file.read(length, _PREFIX_BYTES)
+    header = file.read(length, PREFIX_BYTES)
     if len(header) < length:
         raise CheckpointError(f"{path} became shorter while it was read: wait for its download")
     return header
 
 
 def _why_not_safetensors(head: bytes, size: int, length: int) -> str:
-    if size <= _PREFIX_BYTES:
+    if size <= PREFIX_BYTES:
         return f"has {size} bytes, too few for a safetensors file: {_AGAIN}"
     if kind := foreign_format(head):
         return kind
@@ -140,7 +167,7 @@ def _why_not_safetensors(head: bytes, size: int, length: int) -> str:
             f"gives its header {length} bytes, accepted is up to {_HEADER_LIMIT}: "
             f"it is not a safetensors file, {_AGAIN}"
         )
-    first = head[_PREFIX_BYTES : _PREFIX_BYTES + 1]
+    first = head[PREFIX_BYTES : PREFIX_BYTES + 1]
     return f"has a header that starts with {first!r} instead of b'{{': {_AGAIN}"
 
 

@@ -114,7 +114,7 @@ def weights_note(folder: Path) -> str:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.endswith((".safetensors", ".gguf")) and entry.is_file():
+                if entry.name.endswith((".safetensors", ".gguf", ".packed")) and entry.is_file():
                     sizes.append(entry.stat().st_size)
     except OSError:
         return ""

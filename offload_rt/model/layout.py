@@ -74,6 +74,8 @@ class FileRun:
         in_place: file and image offset agree modulo the page size and the pages are this run's
             alone, so that whole pages can be read straight into the image.
         convert: safetensors and torch names of the formats to convert between, or None.
+        coded: where each coded piece begins in the file, and last where they end; empty: the bytes
+            lie there as they are.
     """
 
     path: Path
@@ -82,6 +84,12 @@ class FileRun:
     image_offset: int
     in_place: bool
     convert: tuple[str, str] | None = None
+    coded: tuple[int, ...] = ()
+
+    @property
+    def file_bytes(self) -> int:
+        """Bytes that are read for it."""
+        return self.coded[-1] - self.coded[0] if self.coded else self.nbytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,7 +108,7 @@ class LayerLayout:
     @property
     def file_bytes(self) -> int:
         """Bytes that are read for it, page padding not counted."""
-        return sum(run.nbytes for run in self.runs)
+        return sum(run.file_bytes for run in self.runs)
 
 
 def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: str) -> str:
@@ -197,7 +205,7 @@ class _Builder:
         """Place one tensor behind what is there."""
         dtype = self._device_dtype(name, extent)
         element_bytes = _BYTES[dtype]
-        as_is = _NAMES[extent.dtype] == dtype and self._packing is Packing.FILE
+        as_is = _NAMES[extent.dtype] == dtype and self._packing is Packing.FILE and not extent.coded
         if as_is and extent.offset % element_bytes == 0:
             offset = self._append_in_place(extent)
         else:
@@ -297,6 +305,7 @@ class _Builder:
             image_offset=offset,
             in_place=False,
             convert=None if same else (extent.dtype, dtype),
+            coded=extent.coded,
         )
 
 

@@ -30,7 +30,8 @@ _COMMIT = re.compile(r"[0-9A-Za-z]{1,64}")
 _REF_LIMIT_BYTES = 128
 # A file of a model folder that people give instead of it.
 _OF_A_MODEL = re.compile(
-    r"model.*\.safetensors(\.index\.json)?|tokenizer.*|generation_config\.json"
+    r"model.*\.safetensors(\.index\.json)?|tokenizer.*|generation_config\.json|"
+    r".*\.packed|offload_rt_packed\.json"
 )
 
 

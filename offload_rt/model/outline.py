@@ -20,6 +20,7 @@ from offload_rt.model.checkpoint import (
     sort_checkpoint,
 )
 from offload_rt.model.config import ModelConfig, QuantisedError, load_model_config
+from offload_rt.model.packed_files import SUFFIX
 from offload_rt.model.shards import PICKLES
 
 Shapes = dict[str, tuple[int, ...]]
@@ -27,7 +28,7 @@ Shapes = dict[str, tuple[int, ...]]
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DEFAULT_DTYPE = "bfloat16"
 _FILE = "model.safetensors"
-_WEIGHTS = (".safetensors", ".gguf", *PICKLES)
+_WEIGHTS = (".safetensors", ".gguf", SUFFIX, *PICKLES)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
@@ -10,6 +10,7 @@ from offload_rt.model.files import FileIdentity, read_json_object, shown
 from offload_rt.model.header import TensorExtent, read_header
 from offload_rt.model.kinds import READ
 from offload_rt.model.locate import how_to_complete
+from offload_rt.model.packed_files import MANIFEST, read_manifest, read_packed_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -40,6 +41,9 @@ def find_weights(folder: Path) -> dict[str, str]:
         ) from error
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be read: {error.strerror}") from error
+    if MANIFEST in names:
+        _refuse_beside_packed(folder, names)
+        return _read_index(folder, missing_too=True) if INDEX in names else {}
     if INDEX in names:
         index = _read_index(folder)
         if SINGLE in names and set(index.values()) != {SINGLE}:
@@ -52,6 +56,15 @@ def find_weights(folder: Path) -> dict[str, str]:
         return {}
     complete = how_to_complete(folder) if "config.json" in names else "give a model folder"
     raise CheckpointError(f"{folder} {_why_no_weights(names, complete)}")
+
+
+def _refuse_beside_packed(folder: Path, names: list[str]) -> None:
+    stems = [each.stem for each in read_manifest(folder)]
+    if beside := [stem for stem in stems if f"{stem}.safetensors" in names]:
+        raise CheckpointError(
+            f"{folder} holds both {MANIFEST} and {beside[0]}.safetensors: remove what is not the "
+            "model"
+        )
 
 
 def _why_no_weights(names: list[str], complete: str) -> str:
@@ -79,7 +92,7 @@ def _why_no_weights(names: list[str], complete: str) -> str:
     return f"holds no weights ({len(names)} files, none .safetensors): {complete}"
 
 
-def _read_index(folder: Path) -> dict[str, str]:
+def _read_index(folder: Path, *, missing_too: bool = False) -> dict[str, str]:
     path = folder / INDEX
     raw = read_json_object(folder, INDEX, _INDEX_LIMIT_BYTES)
     weight_map = raw.get("weight_map")
@@ -99,7 +112,7 @@ def _read_index(folder: Path) -> dict[str, str]:
             )
     shards = sorted(set(weight_map.values()))
     missing = [shard for shard in shards if not os.path.lexists(folder / shard)]
-    if missing:
+    if missing and not missing_too:
         raise CheckpointError(
             f"{folder / missing[0]} is missing, {len(missing)} of the {len(shards)} files of the "
             f"model are: {how_to_complete(folder)}"
@@ -118,8 +131,7 @@ def read_shards(
     """
     tensors: dict[str, TensorExtent] = {}
     files: dict[Path, FileIdentity] = {}
-    for shard in sorted(set(index.values())) or [SINGLE]:
-        identity, extents = read_header(folder, shard)
+    for identity, extents in _headers(folder, index):
         files[identity.path] = identity
         for extent in extents:
             if extent.name in tensors:
@@ -133,12 +145,25 @@ def read_shards(
     return tensors, files
 
 
+def _headers(
+    folder: Path, index: dict[str, str]
+) -> Iterator[tuple[FileIdentity, tuple[TensorExtent, ...]]]:
+    """Of each file what it was, and its tensors."""
+    if os.path.lexists(folder / MANIFEST):
+        for packed in sorted(read_manifest(folder), key=lambda each: each.stem):
+            identity, _, _, extents = read_packed_header(folder, packed)
+            yield identity, extents
+        return
+    for shard in sorted(set(index.values())) or [SINGLE]:
+        yield read_header(folder, shard)
+
+
 def _check_index(folder: Path, index: dict[str, str], tensors: Mapping[str, TensorExtent]) -> None:
     path = folder / INDEX
     absent = [
         name
         for name, shard in index.items()
-        if name not in tensors or tensors[name].path.name != shard
+        if name not in tensors or tensors[name].path.stem != shard.removesuffix(".safetensors")
     ]
     if absent:
         raise CheckpointError(

@@ -12,8 +12,10 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from offload_rt.device.base import (
@@ -27,6 +29,7 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
+from offload_rt.model.formats.planes import PIECE_WEIGHTS, DamagedError, decode
 from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, torch_name
 from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
@@ -104,6 +107,10 @@ class WeightFiles:
         if run.in_place:
             yield from self._blocks_in_place(file, run, image)
             return
+        for number, (begin, end) in enumerate(pairwise(run.coded)):
+            yield CopyBlock(end - begin, partial(self._decode_into, file, run, number, image))
+        if run.coded:
+            return
         for start in range(0, run.nbytes, PIECE_BYTES):
             nbytes = min(PIECE_BYTES, run.nbytes - start)
             yield CopyBlock(nbytes, partial(self._bounce, file, run, start, nbytes, image))
@@ -112,6 +119,9 @@ class WeightFiles:
         """Cut the reading of `run` through staging buffers into independent pieces."""
         file = self._files[run.path]
         have, want = _formats(run)
+        if run.coded:
+            yield from self._coded_pieces(file, run)
+            return
         step = PIECE_BYTES * have.itemsize // max(have.itemsize, want.itemsize)
         for start in range(0, run.nbytes, step):
             nbytes = min(step, run.nbytes - start)
@@ -193,16 +203,71 @@ class WeightFiles:
         converted = source.view(have).to(want).view(torch.uint8)
         return staging.tensor[: converted.numel()].copy_(converted)
 
+    def _coded_pieces(self, file: _WeightFile, run: FileRun) -> Iterator[CopyPiece]:
+        """The same of coded weights; in a larger number format a staging buffer takes a part."""
+        want = _decoded_format(run)
+        parts = -(-PIECE_WEIGHTS * want.itemsize // PIECE_BYTES)
+        for number, (begin, end) in enumerate(pairwise(run.coded)):
+            count = _weights_of(run, number)
+            for part in range(parts):
+                first, last = (count * at // parts for at in (part, part + 1))
+                yield CopyPiece(
+                    offset=run.image_offset + (number * PIECE_WEIGHTS + first) * want.itemsize,
+                    image_bytes=(last - first) * want.itemsize,
+                    nbytes=(end - begin) * (part + 1) // parts - (end - begin) * part // parts,
+                    load=partial(self._stage_coded, file, run, number, slice(first, last)),
+                )
+
+    def _decode_into(self, file: _WeightFile, run: FileRun, number: int, image: HostBuffer) -> None:
+        """Read a coded piece through a buffer of this thread and decode it into place."""
+        want = _decoded_format(run)
+        begin, end = run.coded[number : number + 2]
+        bounce, scratch = self._buffers()
+        source = self._read_pages(file, begin, end - begin, bounce)
+        count = _weights_of(run, number)
+        at = run.image_offset + number * PIECE_WEIGHTS * want.itemsize
+        place = image.tensor[at : at + count * want.itemsize]
+        if want is torch.bfloat16:
+            _decode(file, source, place)
+            return
+        words = scratch.tensor[: count * torch.bfloat16.itemsize]
+        _decode(file, source, words)
+        place.view(want).copy_(words.view(torch.bfloat16))
+
+    def _stage_coded(
+        self, file: _WeightFile, run: FileRun, number: int, part: slice, staging: HostBuffer
+    ) -> torch.Tensor:
+        """Read a coded piece into `staging` and leave a part of its weights there."""
+        want = _decoded_format(run)
+        begin, end = run.coded[number : number + 2]
+        source = self._read_pages(file, begin, end - begin, staging)
+        words = self._buffers()[1].tensor[: _weights_of(run, number) * torch.bfloat16.itemsize]
+        _decode(file, source, words)
+        made = words.view(torch.bfloat16)[part].to(want).view(torch.uint8)
+        return staging.tensor[: made.numel()].copy_(made)
+
+    def _buffers(self) -> tuple[HostBuffer, HostBuffer]:
+        """Two buffers of this thread: for what is read, and for what is made of it."""
+        found: tuple[HostBuffer, HostBuffer] | None = getattr(self._bounces, "pair", None)
+        if found is None:
+            found = self._bounces.pair = allocate_host(STAGING_BYTES), allocate_host(STAGING_BYTES)
+        return found
+
     def _read_into(
         self, file: _WeightFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
     ) -> torch.Tensor:
         """Read whole pages; returns [nbytes] of `staging`, or a copy aligned for the format."""
-        offset = run.file_offset + start
+        source = self._read_pages(file, run.file_offset + start, nbytes, staging)
+        return source.clone() if source.data_ptr() % _formats(run)[0].itemsize else source
+
+    def _read_pages(
+        self, file: _WeightFile, offset: int, nbytes: int, staging: HostBuffer
+    ) -> torch.Tensor:
+        """Read whole pages; returns [nbytes] of `staging`."""
         lead = offset % PAGE_BYTES
         room = whole_pages(lead + nbytes)
         self._read(file, staging.view[:room], offset - lead, lead + nbytes)
-        source = staging.tensor[lead : lead + nbytes]
-        return source.clone() if lead % _formats(run)[0].itemsize else source
+        return staging.tensor[lead : lead + nbytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +309,29 @@ def _whole(extent: TensorExtent) -> FileRun:
         nbytes=extent.nbytes,
         image_offset=0,
         in_place=False,
+        coded=extent.coded,
     )
+
+
+def _decoded_format(run: FileRun) -> torch.dtype:
+    """The number format that coded weights, which are bf16, have in their image."""
+    found: torch.dtype = torch.bfloat16
+    return found if run.convert is None else getattr(torch, run.convert[1])
+
+
+def _weights_of(run: FileRun, number: int) -> int:
+    """Weights in a coded piece: as many as in any other, but for the last."""
+    return min(PIECE_WEIGHTS, run.nbytes // torch.bfloat16.itemsize - number * PIECE_WEIGHTS)
+
+
+def _decode(file: _WeightFile, source: torch.Tensor, words: torch.Tensor) -> None:
+    """[n] uint8 that were read to [2 w] uint8 of weights."""
+    try:
+        decode(source.numpy(), words.numpy().view(np.uint16))
+    except DamagedError as error:
+        raise CheckpointError(
+            f"{file.identity.path.name}: {error}: the file is damaged, pack the model again"
+        ) from error
 
 
 def _formats(run: FileRun) -> tuple[torch.dtype, torch.dtype]:

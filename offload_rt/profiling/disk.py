@@ -260,7 +260,10 @@ def _checked_kind(folder: Path) -> str:
 def _open_windows(folder: Path, effort: Effort) -> Iterator[list[_Window]]:
     """Cut the folder's weights, or a temporary file, into stretches of one size."""
     models = [
-        p for p in sorted(folder.glob("*.safetensors")) if p.stat().st_size >= _SMALLEST_BYTES
+        p
+        for kind in ("safetensors", "packed")
+        for p in sorted(folder.glob(f"*.{kind}"))
+        if p.stat().st_size >= _SMALLEST_BYTES
     ]
     if not models:
         with _temporary(folder, effort.disk_file_bytes) as (path, files, fd):

@@ -1,0 +1,209 @@
+"""bf16 weights in 12 bits, and every bit back: the code of packed model folders.
+
+A bf16 number has a sign, 8 bits of exponent and 7 of mantissa; in its high byte are the sign and
+the upper 7 bits of the exponent. The low byte of a weight is kept as it is. Of a trained layer's
+high bytes nearly all have one of few exponents, so 4 bits say which: the sign, and a code of 3 bits
+into a window of the exponents. Weights outside of it are escapes: their high bytes follow, with
+their places.
+
+Codes 0 to 6 are seven exponents in a row from `base` on; or 0 means exponent 0, zeros and
+subnormals, and 1 to 6 are six exponents. What makes fewer escapes is taken, piece by piece. 7 is an
+escape. In trained weights 0.1 to 0.5 % are (docs/RESULTS.md, "bf16 from disk in 12 bits").
+
+A piece is up to 2^21 weights, so that reader threads can work on different ones:
+
+    head         64 bytes: kind, base, whether 0 means 0; weights and escapes (little endian)
+    low bytes    one for each weight
+    codes        one byte for two weights, the first in the low half
+    counts       uint32 for each 65,536 weights: escapes among them
+    places       uint16 for each escape, within these
+    high bytes   one for each escape
+
+Low bytes, codes and the whole are filled up to a multiple of 64 with zeros. A piece that this would
+not make smaller is kept as it is, behind a head. The same weights give the same bytes. No torch
+here.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+PIECE_WEIGHTS = 2**21  # 4 MiB of bf16, which is what readers read at once
+PIECE_ALIGN_BYTES = 64
+_HEAD = np.dtype([("kind", "u1"), ("base", "u1"), ("zero", "u1"), ("_", "u1"), ("sizes", "<u4", 2)])
+_HEAD_BYTES = 64
+_AS_IS, _CODED = 0, 1
+_ESCAPE, _WINDOW = 7, 7  # the code that says so; exponents that have another
+_EXPONENTS = 128  # of a high byte, without its sign
+_GROUP = 2**16
+_ESCAPE_BYTES = 3
+_STEP = 2**19  # weights decoded at once: what they pass through stays in the second cache
+
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
+Words = np.ndarray[Any, np.dtype[np.uint16]]
+
+
+class DamagedError(Exception):
+    """Bytes that are no piece."""
+
+
+def encode(words: Words) -> Bytes:
+    """Code up to `PIECE_WEIGHTS` weights.
+
+    Args:
+        words: [n] bits of bf16 numbers.
+
+    Returns:
+        [m] bytes, at most those of the weights and a head.
+    """
+    parts = np.ascontiguousarray(words).view(np.uint8)
+    high = parts[1::2]
+    base, zero, escapes = _window(np.bincount(high & _EXPONENTS - 1, minlength=_EXPONENTS))
+    size = _size(words.size, escapes)
+    if size >= _as_is_size(words.size):
+        return _filled([_head(_AS_IS, 0, 0, words.size, 0), parts])
+    codes = _codes(base, zero)[high]
+    places = np.flatnonzero(codes & _ESCAPE == _ESCAPE)
+    pairs = np.zeros(_pairs(words.size), np.uint8)
+    pairs[: codes[0::2].size] = codes[0::2]
+    pairs[: codes[1::2].size] |= codes[1::2] << 4
+    made = _filled(
+        [
+            _head(_CODED, base, zero, words.size, places.size),
+            _filled([parts[0::2]]),
+            pairs,
+            np.bincount(places // _GROUP, minlength=_groups(words.size))
+            .astype("<u4")
+            .view(np.uint8),
+            (places % _GROUP).astype("<u2").view(np.uint8),
+            high[places],
+        ]
+    )
+    assert made.size == size
+    return made
+
+
+def decode(piece: Bytes, words: Words) -> None:
+    """Bring the weights of a piece back.
+
+    Args:
+        piece: [m] bytes that `encode` made, aligned to 4.
+        words: [n] takes the bits of bf16 numbers, aligned to 8.
+
+    Raises:
+        DamagedError: it is no piece of n weights.
+    """
+    if piece.size < _HEAD_BYTES:
+        raise DamagedError(f"a piece has {piece.size} bytes, fewer than its head")
+    head = piece[: _HEAD.itemsize].view(_HEAD)[0]
+    kind, base, zero = int(head["kind"]), int(head["base"]), int(head["zero"])
+    count, escapes = (int(size) for size in head["sizes"])
+    expected = {_AS_IS: _as_is_size(count), _CODED: _size(count, escapes)}.get(kind)
+    if count != words.size or expected != piece.size or base + _WINDOW > _EXPONENTS or zero > 1:
+        raise DamagedError(
+            f"the head of a piece of {piece.size} bytes says kind {kind}, base {base}, {count} "
+            f"weights of {words.size} and {escapes} escapes"
+        )
+    if kind == _AS_IS:
+        words[:] = piece[_HEAD_BYTES : _HEAD_BYTES + 2 * count].view(np.uint16)
+        return
+    at = _HEAD_BYTES + _whole(count)
+    low, pairs = piece[_HEAD_BYTES : _HEAD_BYTES + count], piece[at : at + _pairs(count)]
+    _join(low, pairs, words, base, zero)
+    _patch(piece[at + pairs.size :], words, escapes)
+
+
+def _join(low: Bytes, pairs: Bytes, words: Words, base: int, zero: int) -> None:
+    """Low bytes and the high bytes that codes stand for; those of escapes are anything."""
+    table = _fours(base, zero)
+    fours = pairs.view(np.uint16)
+    high = np.empty(min(_STEP // 4, fours.size), np.uint64)
+    for start in range(0, words.size, _STEP):
+        stop = min(start + _STEP, words.size)
+        some = high[: -(-(stop - start) // 4)]
+        # "wrap" does without a check that no index of 16 bits can fail.
+        np.take(table, fours[start // 4 : start // 4 + some.size], out=some, mode="wrap")
+        np.bitwise_or(some.view(np.uint16)[: stop - start], low[start:stop], out=words[start:stop])
+
+
+def _patch(rest: Bytes, words: Words, escapes: int) -> None:
+    """Put in the high bytes of escapes, [counts, places, high bytes]."""
+    groups = _groups(words.size)
+    counts = rest[: 4 * groups].view("<u4").astype(np.int64)
+    places = rest[4 * groups : 4 * groups + 2 * escapes].view("<u2").astype(np.int64)
+    if counts.sum() != escapes:
+        raise DamagedError(f"a piece counts {counts.sum()} escapes, its head {escapes}")
+    places += np.repeat(np.arange(groups, dtype=np.int64) * _GROUP, counts)
+    if places.size and places.max() >= words.size:
+        raise DamagedError(f"an escape is weight {places.max()} of {words.size}")
+    at = 4 * groups + 2 * escapes
+    words.view(np.uint8)[1::2][places] = rest[at : at + escapes]
+
+
+def _window(counts: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[int, int, int]:
+    """The base, whether code 0 means exponent 0, and how many weights are then escapes."""
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    seven = sums[_WINDOW:] - sums[:-_WINDOW]
+    six = sums[_WINDOW:] - sums[1 : 1 - _WINDOW] + counts[0]  # base + 1 to base + 6, and 0
+    zero = int(six.max() > seven.max())
+    best = six if zero else seven
+    base = int(best.argmax())
+    return base, zero, int(sums[-1] - best[base])
+
+
+def _codes(base: int, zero: int) -> Bytes:
+    """[256] the 4 bits of each high byte."""
+    made = np.full(_EXPONENTS, _ESCAPE, np.uint8)
+    made[base + zero : base + _WINDOW] = np.arange(zero, _WINDOW, dtype=np.uint8)
+    if zero:
+        made[0] = 0
+    return np.concatenate([made, made | 8])
+
+
+@lru_cache(maxsize=32)  # of half a MiB each; the layers of a model have a handful
+def _fours(base: int, zero: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """[65536] four words of high bytes, for each two bytes of codes."""
+    code = np.arange(16)
+    exponent = np.where((code & 7 == 0) & (zero == 1), 0, base + (code & 7)) & _EXPONENTS - 1
+    high = ((exponent | (code & 8) << 4) << 8).astype(np.uint16)
+    each = np.arange(2**16)
+    return (
+        np.stack([high[each >> shift & 15] for shift in (0, 4, 8, 12)], 1).view(np.uint64).ravel()
+    )
+
+
+def _head(kind: int, base: int, zero: int, count: int, escapes: int) -> Bytes:
+    made = np.zeros(_HEAD_BYTES, np.uint8)
+    made[: _HEAD.itemsize].view(_HEAD)[0] = (kind, base, zero, 0, (count, escapes))
+    return made
+
+
+def _size(count: int, escapes: int) -> int:
+    """Bytes of a coded piece."""
+    sizes = _whole(count) + _pairs(count) + 4 * _groups(count) + _ESCAPE_BYTES * escapes
+    return _HEAD_BYTES + _whole(sizes)
+
+
+def _as_is_size(count: int) -> int:
+    return _HEAD_BYTES + _whole(2 * count)
+
+
+def _filled(parts: Sequence[Bytes]) -> Bytes:
+    """Parts behind each other, filled up."""
+    made = np.concatenate(parts)
+    return np.pad(made, (0, -made.size % PIECE_ALIGN_BYTES))
+
+
+def _whole(count: int) -> int:
+    return -(-count // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
+
+
+def _pairs(count: int) -> int:
+    """Bytes of the codes of so many weights."""
+    return _whole(-(-count // 2))
+
+
+def _groups(count: int) -> int:
+    return -(-count // _GROUP)

@@ -1,0 +1,215 @@
+"""Packed model folders: bf16 weights in 12 bits instead of 16, with all that unpacking needs.
+
+Beside the small files of the model there is, for each of its safetensors files, one that ends in
+`.packed`: the original's own header, then its tensors, those of bf16 coded in pieces
+(`formats/planes.py`), the others as they are. The manifest, which is written last, says where each
+lies, and has sizes and SHA-256 of the originals. Without a manifest nothing is a packed folder, and
+no other program takes one for a model.
+
+Everything is checked before a weight is read: a manifest is data from a stranger, as headers are.
+No torch here.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
+from offload_rt.model.formats.planes import PIECE_ALIGN_BYTES, PIECE_WEIGHTS
+from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, parse_header
+
+MANIFEST = "offload_rt_packed.json"
+SUFFIX = ".packed"
+FORMAT, VERSION = "offload_rt packed bf16", 1
+CODED_DTYPE = "BF16"
+_LIMIT_BYTES = 64 * 2**20
+_FILES_LIMIT = 2**12
+_STEM = re.compile(r"[A-Za-z0-9._-]+")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_LARGEST_BYTES = 2**50
+_AGAIN = "pack the model again"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedFile:
+    """What a manifest says of one file.
+
+    Attributes:
+        stem: name of the original without `.safetensors`, and of the packed one without `.packed`.
+        original_bytes: of the original.
+        sha256: of the original.
+        packed_bytes: of the packed one.
+        starts: where each tensor begins in that; of a coded one where its pieces begin, and last
+            where they end.
+    """
+
+    stem: str
+    original_bytes: int
+    sha256: str
+    packed_bytes: int
+    starts: Mapping[str, tuple[int, ...]]
+
+    @property
+    def original_name(self) -> str:
+        """Of the file it was made from."""
+        return f"{self.stem}.safetensors"
+
+    @property
+    def packed_name(self) -> str:
+        """Of the file in the packed folder."""
+        return f"{self.stem}{SUFFIX}"
+
+
+def read_manifest(folder: Path) -> tuple[PackedFile, ...]:
+    """Read what a packed folder says of its files.
+
+    Raises:
+        CheckpointError: it is no manifest that this version writes.
+    """
+    where = folder / MANIFEST
+    raw = read_json_object(folder, MANIFEST, _LIMIT_BYTES)
+    if raw.get("format") != FORMAT or raw.get("version") != VERSION:
+        raise CheckpointError(
+            f"{where} is of format {shown(raw.get('format'))}, version {shown(raw.get('version'))},"
+            f" read is {FORMAT!r}, version {VERSION}: {_AGAIN} with this version"
+        )
+    files = raw.get("files")
+    if not isinstance(files, list) or not 0 < len(files) <= _FILES_LIMIT:
+        raise CheckpointError(f"{where} has files of {shown(files)} instead of a list: {_AGAIN}")
+    found = tuple(_file(where, entry) for entry in files)
+    if len({each.stem for each in found}) < len(found):
+        raise CheckpointError(f"{where} names a file twice: {_AGAIN}")
+    return found
+
+
+def manifest_object(files: tuple[PackedFile, ...]) -> dict[str, object]:
+    """The same as an object of JSON."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "files": [
+            {
+                "stem": each.stem,
+                "original_bytes": each.original_bytes,
+                "sha256": each.sha256,
+                "packed_bytes": each.packed_bytes,
+                "starts": {name: list(starts) for name, starts in each.starts.items()},
+            }
+            for each in files
+        ],
+    }
+
+
+def read_packed_header(
+    folder: Path, packed: PackedFile
+) -> tuple[FileIdentity, bytes, tuple[TensorExtent, ...], tuple[TensorExtent, ...]]:
+    """Read the header of a packed file.
+
+    Returns:
+        What the file was; the header of the original with the eight bytes before it; the tensors as
+        they lie in the original, which is not there; and as they lie in this file, in that order.
+
+    Raises:
+        CheckpointError: file and manifest contradict each other or themselves.
+    """
+    path = folder / packed.packed_name
+    with open_inside(folder, packed.packed_name) as file:
+        identity = file.identity
+        text = header_bytes(file, path)
+    if identity.size != packed.packed_bytes:
+        raise CheckpointError(
+            f"{path} has {identity.size} bytes, {MANIFEST} says {packed.packed_bytes}: copy it "
+            f"again, or {_AGAIN}"
+        )
+    original = parse_header(text, path, packed.original_bytes)
+    if {extent.name for extent in original} != packed.starts.keys():
+        raise CheckpointError(
+            f"{path} has a header of {len(original)} tensors, {MANIFEST} has {len(packed.starts)} "
+            f"or others: {_AGAIN}"
+        )
+    here = tuple(_placed(extent, packed.starts[extent.name], path) for extent in original)
+    start = PREFIX_BYTES + len(text)
+    for one, following in pairwise(sorted(here, key=lambda extent: extent.offset)):
+        if one.offset + one.file_bytes > following.offset:
+            raise CheckpointError(
+                f"{path}: {shown(one.name)} and {shown(following.name)} overlap: {_AGAIN}"
+            )
+    first = min((extent.offset for extent in here), default=start)
+    last = max((extent.offset + extent.file_bytes for extent in here), default=start)
+    if first < start or last > identity.size:
+        raise CheckpointError(
+            f"{path}: tensors lie at bytes {first} to {last} of {start} to {identity.size}: "
+            f"{_AGAIN}"
+        )
+    return identity, len(text).to_bytes(PREFIX_BYTES, "little") + text, original, here
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder has a manifest."""
+    return (folder / MANIFEST).is_file()
+
+
+def refuse_packed(folder: Path, why: str) -> None:
+    """Refuse a packed folder where transformers would read it.
+
+    Raises:
+        ConfigError: it is one.
+    """
+    if is_packed(folder):
+        raise ConfigError(f"{shown(folder.name)} is packed, {why}: `offload-run unpack` it first")
+
+
+def _file(where: Path, entry: object) -> PackedFile:
+    if not isinstance(entry, dict):
+        raise CheckpointError(f"{where} describes a file by {shown(entry)}: {_AGAIN}")
+    stem, sha256, starts = (entry.get(key) for key in ("stem", "sha256", "starts"))
+    sizes = [entry.get(key) for key in ("original_bytes", "packed_bytes")]
+    named = isinstance(stem, str) and _STEM.fullmatch(stem)
+    digest = isinstance(sha256, str) and _SHA256.fullmatch(sha256)
+    if not (named and digest and isinstance(starts, dict) and all(map(_is_size, sizes))):
+        raise CheckpointError(
+            f"{where} says of a file stem {shown(stem)}, sha256 {shown(sha256)}, bytes "
+            f"{shown(sizes[0])} and {shown(sizes[1])}: {_AGAIN}"
+        )
+    return PackedFile(
+        stem=str(stem),
+        original_bytes=int(str(sizes[0])),
+        sha256=str(sha256),
+        packed_bytes=int(str(sizes[1])),
+        starts={name: _starts(where, name, found) for name, found in starts.items()},
+    )
+
+
+def _is_size(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _LARGEST_BYTES
+
+
+def _starts(where: Path, name: str, found: object) -> tuple[int, ...]:
+    if not isinstance(found, list) or not found or not all(map(_is_size, found)):
+        raise CheckpointError(f"{where} places {shown(name)} at {shown(found)}: {_AGAIN}")
+    return tuple(found)
+
+
+def _placed(extent: TensorExtent, starts: tuple[int, ...], path: Path) -> TensorExtent:
+    """A tensor where it lies in the packed file."""
+    if len(starts) == 1:
+        return replace(extent, offset=starts[0])
+    weights = extent.nbytes // extent.element_bytes
+    pieces = -(-weights // PIECE_WEIGHTS)
+    sizes = [end - begin for begin, end in pairwise(starts)]
+    most = PIECE_WEIGHTS * extent.element_bytes + 2 * PIECE_ALIGN_BYTES
+    aligned = not any(start % PIECE_ALIGN_BYTES for start in starts)
+    if (
+        extent.dtype != CODED_DTYPE
+        or len(sizes) != pieces
+        or not aligned
+        or not all(0 < size <= most for size in sizes)
+    ):
+        raise CheckpointError(
+            f"{path}: {shown(extent.name)}, {extent.dtype} of {weights} weights, is not coded in "
+            f"{len(sizes)} pieces from byte {starts[0]} to {starts[-1]}: {_AGAIN}"
+        )
+    return replace(extent, offset=starts[0], coded=starts)
