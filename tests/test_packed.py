@@ -19,7 +19,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError, ConfigError
-from offload_rt.model import packer
+from offload_rt.model import packed_files, packer
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import planes
 from offload_rt.model.formats.planes import DamagedError, decode, encode
@@ -87,6 +87,22 @@ def test_damaged_pieces_end_in_a_sentence_or_in_other_weights(data):
     with contextlib.suppress(DamagedError):
         decode(piece[: data.draw(st.sampled_from([piece.size, 12, 5000]))], out[1:-1])
     assert out[0] == out[-1] == 0
+
+
+@pytest.mark.parametrize("zeros", [0.0, 0.2])
+@pytest.mark.parametrize("count", [1, 2, 3, 64, 1001, 2**17 + 5])
+def test_compiled_and_looked_up_are_the_same(zeros, count, monkeypatch):
+    pytest.importorskip("numba")
+    words = trained(count, zeros=zeros)
+    assert planes._compiled() is not None
+    assert np.array_equal(again(words), words)
+    bad = encode(trained(5000, zeros=0.1))
+    bad[-700:] = 255  # among them places of escapes
+    for made in (planes._compiled, lambda: None):
+        monkeypatch.setattr(planes, "_compiled", made)
+        assert np.array_equal(again(words), words)
+        with pytest.raises(DamagedError):
+            decode(bad, np.zeros(5000, np.uint16))
 
 
 @pytest.fixture(scope="module")
@@ -197,12 +213,7 @@ def test_output_is_the_same_bit_for_bit(model, packed, dtype, resident):
 
 
 def test_a_tensor_has_several_pieces(model, tmp_path, small_pieces, monkeypatch):
-    monkeypatch.setattr(planes, "PIECE_WEIGHTS", 1000)
-    from offload_rt.model import packed_files, weight_files
-
-    for module in (packer, packed_files, weight_files):
-        monkeypatch.setattr(module, "PIECE_WEIGHTS", 1000)
-    monkeypatch.setattr(packer, "_PIECE_BYTES", 2000)
+    monkeypatch.setattr(packed_files, "PIECE_WEIGHTS", 1000)
     for name in ("p", "u"):
         (tmp_path / name).mkdir()
     pack(open_checkpoint(model), tmp_path / "p", lambda nbytes: None)

@@ -18,13 +18,14 @@ from pathlib import Path
 
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
-from offload_rt.model.formats.planes import PIECE_ALIGN_BYTES, PIECE_WEIGHTS
 from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, parse_header
 
 MANIFEST = "offload_rt_packed.json"
 SUFFIX = ".packed"
 FORMAT, VERSION = "offload_rt packed bf16", 1
 CODED_DTYPE = "BF16"
+PIECE_WEIGHTS = 2**21  # of a piece, at most: 4 MiB of bf16, which is what readers read at once
+PIECE_ALIGN_BYTES = 64
 _LIMIT_BYTES = 64 * 2**20
 _FILES_LIMIT = 2**12
 _STEM = re.compile(r"[A-Za-z0-9._-]+")
@@ -61,6 +62,12 @@ class PackedFile:
     def packed_name(self) -> str:
         """Of the file in the packed folder."""
         return f"{self.stem}{SUFFIX}"
+
+
+def piece_weights(weights: int) -> int:
+    """Weights of each piece of a tensor of so many, but for the last."""
+    pieces = max(1, -(-weights // PIECE_WEIGHTS))
+    return -(-weights // (pieces * PIECE_ALIGN_BYTES)) * PIECE_ALIGN_BYTES
 
 
 def read_manifest(folder: Path) -> tuple[PackedFile, ...]:
@@ -198,9 +205,9 @@ def _placed(extent: TensorExtent, starts: tuple[int, ...], path: Path) -> Tensor
     if len(starts) == 1:
         return replace(extent, offset=starts[0])
     weights = extent.nbytes // extent.element_bytes
-    pieces = -(-weights // PIECE_WEIGHTS)
+    pieces = -(-weights // piece_weights(weights)) if weights else 0
     sizes = [end - begin for begin, end in pairwise(starts)]
-    most = PIECE_WEIGHTS * extent.element_bytes + 2 * PIECE_ALIGN_BYTES
+    most = piece_weights(weights) * extent.element_bytes + 2 * PIECE_ALIGN_BYTES
     aligned = not any(start % PIECE_ALIGN_BYTES for start in starts)
     if (
         extent.dtype != CODED_DTYPE

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,22 +25,18 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.adapter import WEIGHTS
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import FileIdentity, OpenFile, open_inside
-from offload_rt.model.formats.planes import (
-    PIECE_ALIGN_BYTES,
-    PIECE_WEIGHTS,
-    Bytes,
-    DamagedError,
-    decode,
-    encode,
-)
+from offload_rt.model.formats.planes import Bytes, DamagedError, decode, encode
 from offload_rt.model.header import PREFIX_BYTES, header_bytes, parse_header
 from offload_rt.model.packed_files import (
     CODED_DTYPE,
     MANIFEST,
+    PIECE_ALIGN_BYTES,
+    PIECE_WEIGHTS,
     SUFFIX,
     PackedFile,
     is_packed,
     manifest_object,
+    piece_weights,
     read_manifest,
     read_packed_header,
 )
@@ -50,7 +47,7 @@ from offload_rt.writing import give_names, replacing, temporary_folder, writing
 # Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
 # go. Of a model's bytes they are less than a thousandth.
 _SMALLEST = 2**16
-_PIECE_BYTES = 2 * PIECE_WEIGHTS
+_PIECE_BYTES = 2 * PIECE_WEIGHTS  # that are read at once
 _AHEAD = 2  # pieces for each thread that wait to be written
 _THREADS = 4
 _NOT_COPIED = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", SUFFIX, *PICKLES)
@@ -214,16 +211,19 @@ class _Packing:
     ) -> tuple[int, ...]:
         """Append a tensor; returns where its pieces begin, and last where they end."""
         starts = [start]
-        pieces = (data for _, data in self._read(source, extent))
+        nbytes = piece_weights(_weights(extent)) * extent.element_bytes
+        pieces = (data for _, data in self._read(source, extent, nbytes))
         for piece in _in_order(self._workers, _encoded, pieces):
             _write(handle, piece.data, starts[-1])
             starts.append(starts[-1] + piece.size)
         return tuple(starts)
 
-    def _read(self, source: OpenFile, extent: TensorExtent) -> Iterator[tuple[int, bytes]]:
+    def _read(
+        self, source: OpenFile, extent: TensorExtent, nbytes: int = _PIECE_BYTES
+    ) -> Iterator[tuple[int, bytes]]:
         """The bytes of a tensor in parts, hashed."""
-        for offset in range(0, extent.nbytes, _PIECE_BYTES):
-            size = min(_PIECE_BYTES, extent.nbytes - offset)
+        for offset in range(0, extent.nbytes, nbytes):
+            size = min(nbytes, extent.nbytes - offset)
             data = source.read(size, extent.offset + offset)
             if len(data) < size:
                 raise _changed(self._folder / self._name)
@@ -278,13 +278,10 @@ class _Unpacking:
                 size = min(_PIECE_BYTES, extent.nbytes - offset)
                 yield self._part(source, extent.offset + offset, size)
             return
-        weights = extent.nbytes // extent.element_bytes
+        each = piece_weights(_weights(extent))
         pieces = (
-            (
-                self._part(source, begin, end - begin),
-                min(PIECE_WEIGHTS, weights - number * PIECE_WEIGHTS),
-            )
-            for number, (begin, end) in enumerate(zip(extent.coded, extent.coded[1:], strict=False))
+            (self._part(source, begin, end - begin), min(each, _weights(extent) - number * each))
+            for number, (begin, end) in enumerate(pairwise(extent.coded))
         )
         try:
             yield from _in_order(self._workers, _decoded, pieces)
@@ -302,7 +299,11 @@ class _Unpacking:
 
 
 def _is_coded(extent: TensorExtent) -> bool:
-    return extent.dtype == CODED_DTYPE and extent.nbytes // extent.element_bytes >= _SMALLEST
+    return extent.dtype == CODED_DTYPE and _weights(extent) >= _SMALLEST
+
+
+def _weights(extent: TensorExtent) -> int:
+    return extent.nbytes // extent.element_bytes
 
 
 def _plain_starts(

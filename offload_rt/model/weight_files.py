@@ -29,8 +29,9 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import FileIdentity, TensorExtent
-from offload_rt.model.formats.planes import PIECE_WEIGHTS, DamagedError, decode
+from offload_rt.model.formats.planes import DamagedError, decode
 from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, torch_name
+from offload_rt.model.packed_files import piece_weights
 from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
 
@@ -206,13 +207,14 @@ class WeightFiles:
     def _coded_pieces(self, file: _WeightFile, run: FileRun) -> Iterator[CopyPiece]:
         """The same of coded weights; in a larger number format a staging buffer takes a part."""
         want = _decoded_format(run)
-        parts = -(-PIECE_WEIGHTS * want.itemsize // PIECE_BYTES)
+        each = piece_weights(_weights(run))
+        parts = -(-each * want.itemsize // PIECE_BYTES)
         for number, (begin, end) in enumerate(pairwise(run.coded)):
             count = _weights_of(run, number)
             for part in range(parts):
                 first, last = (count * at // parts for at in (part, part + 1))
                 yield CopyPiece(
-                    offset=run.image_offset + (number * PIECE_WEIGHTS + first) * want.itemsize,
+                    offset=run.image_offset + (number * each + first) * want.itemsize,
                     image_bytes=(last - first) * want.itemsize,
                     nbytes=(end - begin) * (part + 1) // parts - (end - begin) * part // parts,
                     load=partial(self._stage_coded, file, run, number, slice(first, last)),
@@ -225,7 +227,7 @@ class WeightFiles:
         bounce, scratch = self._buffers()
         source = self._read_pages(file, begin, end - begin, bounce)
         count = _weights_of(run, number)
-        at = run.image_offset + number * PIECE_WEIGHTS * want.itemsize
+        at = run.image_offset + number * piece_weights(_weights(run)) * want.itemsize
         place = image.tensor[at : at + count * want.itemsize]
         if want is torch.bfloat16:
             _decode(file, source, place)
@@ -321,7 +323,13 @@ def _decoded_format(run: FileRun) -> torch.dtype:
 
 def _weights_of(run: FileRun, number: int) -> int:
     """Weights in a coded piece: as many as in any other, but for the last."""
-    return min(PIECE_WEIGHTS, run.nbytes // torch.bfloat16.itemsize - number * PIECE_WEIGHTS)
+    each = piece_weights(_weights(run))
+    return min(each, _weights(run) - number * each)
+
+
+def _weights(run: FileRun) -> int:
+    """Of a coded tensor."""
+    return run.nbytes // torch.bfloat16.itemsize
 
 
 def _decode(file: _WeightFile, source: torch.Tensor, words: torch.Tensor) -> None:

@@ -10,7 +10,8 @@ Codes 0 to 6 are seven exponents in a row from `base` on; or 0 means exponent 0,
 subnormals, and 1 to 6 are six exponents. What makes fewer escapes is taken, piece by piece. 7 is an
 escape. In trained weights 0.1 to 0.5 % are (docs/RESULTS.md, "bf16 from disk in 12 bits").
 
-A piece is up to 2^21 weights, so that reader threads can work on different ones:
+A tensor is cut into pieces of one size, of up to 2^21 weights, so that reader threads can work on
+different ones:
 
     head         64 bytes: kind, base, whether 0 means 0; weights and escapes (little endian)
     low bytes    one for each weight
@@ -25,13 +26,15 @@ here.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-PIECE_WEIGHTS = 2**21  # 4 MiB of bf16, which is what readers read at once
-PIECE_ALIGN_BYTES = 64
+from offload_rt.device import compiled
+from offload_rt.model.packed_files import PIECE_ALIGN_BYTES
+
 _HEAD = np.dtype([("kind", "u1"), ("base", "u1"), ("zero", "u1"), ("_", "u1"), ("sizes", "<u4", 2)])
 _HEAD_BYTES = 64
 _AS_IS, _CODED = 0, 1
@@ -50,7 +53,7 @@ class DamagedError(Exception):
 
 
 def encode(words: Words) -> Bytes:
-    """Code up to `PIECE_WEIGHTS` weights.
+    """Code the weights of a piece.
 
     Args:
         words: [n] bits of bf16 numbers.
@@ -115,10 +118,30 @@ def decode(piece: Bytes, words: Words) -> None:
     _patch(piece[at + pairs.size :], words, escapes)
 
 
+@cache
+def _compiled() -> ModuleType | None:
+    """The same compiled, if it can be; who asks first waits for it."""
+    if compiled.problem():
+        return None
+    from offload_rt.model.formats import planes_compiled
+
+    compiled.warm([planes_compiled.join, planes_compiled.patch])
+    return planes_compiled
+
+
 def _join(low: Bytes, pairs: Bytes, words: Words, base: int, zero: int) -> None:
     """Low bytes and the high bytes that codes stand for; those of escapes are anything."""
+    if (made := _compiled()) is not None:
+        even = words.size // 2 * 2
+        made.join(low, pairs, words[:even], base, _ESCAPE if zero else _ESCAPE + 1)
+        low, pairs, words = low[even:], pairs[even // 2 :], words[even:]
+    if words.size:
+        _look_up(low, pairs, words, base, zero)
+
+
+def _look_up(low: Bytes, pairs: Bytes, words: Words, base: int, zero: int) -> None:
     table = _fours(base, zero)
-    fours = pairs.view(np.uint16)
+    fours = pairs[: -(-words.size // 4) * 2].view(np.uint16)
     high = np.empty(min(_STEP // 4, fours.size), np.uint64)
     for start in range(0, words.size, _STEP):
         stop = min(start + _STEP, words.size)
@@ -131,15 +154,28 @@ def _join(low: Bytes, pairs: Bytes, words: Words, base: int, zero: int) -> None:
 def _patch(rest: Bytes, words: Words, escapes: int) -> None:
     """Put in the high bytes of escapes, [counts, places, high bytes]."""
     groups = _groups(words.size)
-    counts = rest[: 4 * groups].view("<u4").astype(np.int64)
-    places = rest[4 * groups : 4 * groups + 2 * escapes].view("<u2").astype(np.int64)
-    if counts.sum() != escapes:
-        raise DamagedError(f"a piece counts {counts.sum()} escapes, its head {escapes}")
-    places += np.repeat(np.arange(groups, dtype=np.int64) * _GROUP, counts)
-    if places.size and places.max() >= words.size:
-        raise DamagedError(f"an escape is weight {places.max()} of {words.size}")
     at = 4 * groups + 2 * escapes
-    words.view(np.uint8)[1::2][places] = rest[at : at + escapes]
+    counts, places = rest[: 4 * groups].view("<u4"), rest[4 * groups : at].view("<u2")
+    high, into = rest[at : at + escapes], words.view(np.uint8)
+    if counts.sum(dtype=np.int64) != escapes:
+        raise DamagedError(
+            f"a piece counts {counts.sum(dtype=np.int64)} escapes, its head {escapes}"
+        )
+    made = _compiled()
+    wrong = made.patch(counts, places, high, into) if made else _put(counts, places, high, into)
+    if wrong >= 0:
+        raise DamagedError(f"an escape is weight {wrong} of {words.size}")
+
+
+def _put(
+    counts: np.ndarray[Any, np.dtype[np.uint32]], places: Words, high: Bytes, words: Bytes
+) -> int:
+    starts = np.arange(counts.size, dtype=np.int64) * _GROUP
+    at = np.repeat(starts, counts) + places
+    if at.size and at.max() >= words.size // 2:
+        return int(at.max())
+    words[1::2][at] = high
+    return -1
 
 
 def _window(counts: np.ndarray[Any, np.dtype[np.int64]]) -> tuple[int, int, int]:
