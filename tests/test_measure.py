@@ -146,6 +146,7 @@ def test_of_what_is_short_a_few_runs_are_compared(monkeypatch):
     """A thread that had waited before the first run had that told in it."""
     now, seen = [0.0], iter([times_of(0), times_of(1), *[times_of(1)] * 4])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
 
     def run():
@@ -158,6 +159,7 @@ def test_what_other_work_took_from_those_that_compute_is_taken_out(monkeypatch):
     """That of the thread that was held up longest; threads that hardly run do not count."""
     now, seen = [0.0], iter([times_of(0), times_of(1)])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
 
     def run():
@@ -165,6 +167,22 @@ def test_what_other_work_took_from_those_that_compute_is_taken_out(monkeypatch):
 
     assert Timed(run, computes=True)() == 2.0
     assert Timed(run)() == 5.0
+
+
+def test_the_processor_time_of_the_thread_that_asks_is_enough(monkeypatch):
+    """Nine of ten seconds it slept, since the others had no core; the kernel told of none."""
+    now = [0.0]
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "thread_time", lambda: now[0] / 10)
+    monkeypatch.setattr(timing, "thread_times", dict)
+
+    def run():
+        now[0] += 10.0
+
+    sample = Timed(run, computes=True)
+    assert sample() == pytest.approx(1.0) and not sample.is_disturbed
+    assert typical(run, 1.0)() == pytest.approx(1.0)
+    assert Timed(run)() == pytest.approx(10.0)  # it goes on elsewhere while this thread sleeps
 
 
 def times_of(n):
@@ -545,6 +563,7 @@ def test_what_slows_most_runs_is_in_a_typical_time_and_what_slows_some_or_one_le
     """Of twenty runs one falls between two reads and nine beside other work."""
     now, runs = [0.0], iter([3.0] * 10 + [2.0] + [30.0] * 9)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(timing, "thread_times", dict)
 
     def run():
@@ -558,6 +577,7 @@ def test_what_threads_waited_is_not_in_a_typical_time_but_a_part_is_left(monkeyp
     """Waits are told late: a short run may be told that of the one before it."""
     now, seen = [0.0], iter([times_of(0), times_of(1), times_of(1), times_of(100)])
     monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(timing.time, "thread_time", lambda: now[0])
     monkeypatch.setattr(timing, "thread_times", lambda: next(seen))
 
     def run():

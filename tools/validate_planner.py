@@ -37,15 +37,19 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.device.kinds import CPU, DeviceKind
-from offload_rt.device.system import free_memory_bytes, settle_math, thread_times
+from offload_rt.device.system import (
+    free_memory_bytes,
+    settle_math,
+    thread_times,
+    users_environment,
+)
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.yields import NOTHING_SEEN, Seen, Yield, expected_yield
-from offload_rt.profiling.measure import measure as measure_machine
-from offload_rt.profiling.store import find_profile, load_profile, save_profile
+from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.report import RunReport
 from offload_rt.session.means import speeds_for
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
@@ -326,9 +330,10 @@ def make_profiles(count: int, most: int, folder: Path, disk: Path | None) -> lis
     made = []
     for number in range(count):
         path = folder / f"profile-{number}.json"
+        command = [sys.executable, "-m", "offload_rt", "profile", "--device", "cpu"]
+        command += ["--output", str(path), *(["--folder", str(disk)] if disk else [])]
         with busy(most, number):
-            profile = measure_machine(path.stem, device="cpu", folder=disk)
-        save_profile(profile, path)
+            subprocess.run(command, check=True, env=users_environment(), stdout=subprocess.DEVNULL)
         made.append(str(path))
     return made
 

@@ -5,6 +5,12 @@ Where the CPU computes, the time that other work kept a thread from its core is 
 kernel counts it. Beside nine other programs on two cores layers of 7 to 116 MiB were so timed at
 0.91 to 1.17 times their seconds on the quiet machine (lower quartiles: 1.01 to 1.56). The shortest
 wall times were two to four times that.
+
+Beside more than that no run finds all cores free. What is left then is the processor time of the
+thread that asks for the work: it does its share, and where it sleeps while it waits for others
+(`wait_asleep`) nothing else. On the quiet machine it was 0.83 to 1.12 times the seconds that layers
+of 1.4 to 116 MiB took with threads that spin, beside six to eight programs 1.07 to 1.40 times. The
+shortest wall times were 1.4 to 4.4 times that (docs/RESULTS.md, "Plans that read from the disk").
 """
 
 import statistics
@@ -182,13 +188,15 @@ class Timed:
         run: the work.
         least_s: how long to go on.
         computes: it computes on this process's threads, which share it evenly and wait for each
-            other: what the one that was held up longest lost is taken out.
+            other: what the one that was held up longest lost is taken out, and this thread's
+            processor time is enough.
+        enough: of each run so far, seconds that it cannot have needed more than.
     """
 
     run: Callable[[], object]
     least_s: float = 0.0
     computes: bool = False
-    walls: list[float] = field(default_factory=list)
+    enough: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
         """Run, and return the seconds of one run."""
@@ -200,18 +208,20 @@ class Timed:
             and min(taken) < self.least_s
         ):
             taken.append(self._once_s())
-        return max(min(_quartiles(taken)[0], _TYPICAL * min(self.walls)), _SHORTEST_S)
+        return max(min(_quartiles(taken)[0], _TYPICAL * min(self.enough)), _SHORTEST_S)
 
     @property
     def is_disturbed(self) -> bool:
         """Whether most runs took clearly longer than the quickest: more of them find it free."""
-        return statistics.median(self.walls) > _DISTURBED * min(self.walls)
+        return statistics.median(self.enough) > _DISTURBED * min(self.enough)
 
     def _once_s(self) -> float:
-        before = thread_times() if self.computes else {}
-        took_s = _spent_s(self.run)
-        self.walls.append(took_s)
-        return _own_s(took_s, before, thread_times() if self.computes else {})
+        if not self.computes:
+            self.enough.append(_spent_s(self.run))
+            return self.enough[-1]
+        own_s, enough_s = _computed_s(self.run)
+        self.enough.append(enough_s)
+        return own_s
 
 
 def typical(run: Callable[[], object], least_s: float) -> Sample:
@@ -224,12 +234,18 @@ def typical(run: Callable[[], object], least_s: float) -> Sample:
     def sample_s() -> float:
         start, taken = time.perf_counter(), list[float]()
         while time.perf_counter() - start < least_s or not taken:
-            before = thread_times()
-            took_s = _spent_s(run)
-            taken.append(_own_s(took_s, before, thread_times()))
+            taken.append(_computed_s(run)[0])
         return max(undisturbed(taken), _SHORTEST_S)
 
     return sample_s
+
+
+def _computed_s(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds of a run less what other work took, and seconds that are surely enough for it."""
+    before, begun_s = thread_times(), time.thread_time()
+    took_s = _spent_s(run)
+    enough_s = min(took_s, time.thread_time() - begun_s)
+    return min(_own_s(took_s, before, thread_times()), enough_s), enough_s
 
 
 def _own_s(took_s: float, before: ThreadTimes, after: ThreadTimes) -> float:

@@ -176,6 +176,12 @@ def test_waiting_threads_sleep_unless_somebody_said_how(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     system.settle_math()
     assert int(os.environ["GOMP_SPINCOUNT"]) <= 10_000
+    system.wait_asleep()
+    assert os.environ["GOMP_SPINCOUNT"] == "0"
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    monkeypatch.setattr(system, "_settled", set())  # it is the user's
+    system.wait_asleep()
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
     monkeypatch.delenv("GOMP_SPINCOUNT")
     monkeypatch.delenv("KMP_BLOCKTIME")
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
