@@ -165,13 +165,33 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Dequantising:
+    """Who turns quantised weights into those that compute.
+
+    Attributes:
+        decoder: `numba 0.68.1`, `torch`, or both with a comma where some weights suit no kernel.
+        warm_s: seconds it took to compile kernels or to load those that were kept.
+        compiled: kernels that were compiled then, not loaded.
+    """
+
+    decoder: str
+    warm_s: float = 0.0
+    compiled: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """Everything measured in one run of the engine."""
+    """Everything measured in one run of the engine.
+
+    Attributes:
+        dequantising: of the model's weights; None where they are not quantised.
+    """
 
     timings: Timings
     speculation: Speculation
     transfer: Transfer
     memory: Memory
+    dequantising: Dequantising | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,8 @@ def format_stats(answering: Answering, answer: Answer) -> str:
                 f"overlap {transfer.overlap_ratio:.0%}",
             ),
         ]
+    if (weights := report.dequantising) is not None:
+        lines.append(("weights", f"dequantised by {weights.decoder}"))
     if transfer.kv_bytes_total:
         passes = max(1, report.speculation.passes)
         lines.append(

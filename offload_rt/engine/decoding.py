@@ -287,6 +287,7 @@ class Run:
                 overlap_ratio=overlap_ratio(whole),
             ),
             memory=self.engine.memory(),
+            dequantising=self.engine.network.dequantising,
         )
 
     @property

@@ -34,6 +34,7 @@ from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.formats import brought
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.planning.controller import Controller
@@ -94,7 +95,8 @@ class Engine:
         self._files = WeightFiles(checkpoint.files)
         with ExitStack() as undo:
             undo.callback(self._files.close)
-            self.devices = _open_devices(config, undo)
+            models = [each for each in (checkpoint, drafting) if each is not None]
+            self.devices = _open_devices(config, undo, any(each.stored for each in models))
             self.device = self.devices[0]
             device, packing = self.device.kind, self.device.kind.packing
             sequences = len(capacities)
@@ -500,11 +502,19 @@ class Engine:
         return [RetrievalKV(device, shapes, dtype, own) for own in sizes]
 
 
-def _open_devices(config: RuntimeConfig, undo: ExitStack) -> Devices:
-    """Open the devices a run asks for; `undo` closes them."""
+def _open_devices(config: RuntimeConfig, undo: ExitStack, quantised: bool) -> Devices:
+    """Open the devices a run asks for; `undo` closes them.
+
+    Args:
+        config: asks for them.
+        undo: closes them.
+        quantised: some weights are, of the model or of the one that drafts.
+    """
     first, *others = config.each_device()
     if chosen_kind(first) is CPU:
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
+        if quantised:
+            brought.prepare()
     opened = [open_device(first)]
     undo.callback(opened[0].close)
     for one in others:

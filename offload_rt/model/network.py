@@ -10,7 +10,7 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -39,6 +39,7 @@ from offload_rt.model.formats.packed import (
     replace_linears,
 )
 from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
 from offload_rt.model.formats.wired import WiredLinear, wired_linears
 from offload_rt.model.layout import Placement, compute_dtype
@@ -46,6 +47,7 @@ from offload_rt.model.lean import lean_layer
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.probe import probe
+from offload_rt.report import Dequantising
 
 
 class Weights(Protocol):
@@ -104,6 +106,7 @@ class Network:
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
         pass_rows: rows of the newest pass.
         rows_done: rows that went through a layer, of all passes and layers.
+        dequantising: who does that; None where no weight is quantised.
 
     Raises:
         CheckpointError: transformers does not know the family, the family cannot be streamed, or
@@ -127,6 +130,7 @@ class Network:
         self._skips_layers = False
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
+        self.dequantising: Dequantising | None = None
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
         family = checkpoint.config.part_of or checkpoint.config.model_type
@@ -212,11 +216,19 @@ class Network:
         """Whether some weights are kept as they are stored and dequantised in each pass."""
         return bool(wired_linears(self._model))
 
-    def lend_scratch(self, layers: Sequence[int], memory: DeviceBuffer) -> None:
-        """Let weights of layers be dequantised there; before any computes or is rounded."""
+    def lend_scratch(
+        self, layers: Sequence[int], memory: DeviceBuffer, in_order: Container[Stored]
+    ) -> None:
+        """Let weights of layers be dequantised there; before any computes or is rounded.
+
+        Args:
+            layers: their indices.
+            memory: room for one weight.
+            in_order: weights of which inputs of a group follow each other.
+        """
         for index in layers:
             for linear in wired_linears(self._layers[index]):
-                linear.scratch = memory.tensor
+                linear.lend(memory.tensor, in_order=linear.stored in in_order)
 
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""

@@ -17,6 +17,7 @@ from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
+from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import scratch_bytes
@@ -177,10 +178,11 @@ def _prepare_stored(
         CheckpointError: a scale is no number, or an input is in a group that is not there.
     """
     stored = dict.fromkeys(checkpoint.stored.values())
-    check_numbers(stored, files)
+    in_order = check_numbers(stored, files)
     for device, layers in shares if stored else ():
+        network.dequantising = ready(stored, network.dtype, device.torch_device)
         nbytes = scratch_bytes(stored, network.dtype.itemsize, device.kind.processor)
-        network.lend_scratch(layers, device.allocate(nbytes, SCRATCH))
+        network.lend_scratch(layers, device.allocate(nbytes, SCRATCH), in_order)
 
 
 def _packs(network: Network, device: Device) -> bool:

@@ -13,30 +13,37 @@ from offload_rt.model.header import TensorExtent
 from offload_rt.model.layout import FLOATS
 from offload_rt.model.weight_files import WeightFiles
 
-_INDICES = ("weight_g_idx", "g_idx")
+INDICES = ("weight_g_idx", "g_idx")
 _NUMBERS = ("weight", "weight_packed", "qweight")  # of weights themselves: any will do
 _DIVISOR = "weight_global_scale"
 _NO_POWER = 255
 
 
-def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
+def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> frozenset[Stored]:
     """Read scales and groups of inputs: a hundredth of the bytes, in FP4 a ninth.
 
     Args:
         stored: the weights.
         files: they are in.
 
+    Returns:
+        weights of which inputs of a group follow each other, as far as an index says which are.
+
     Raises:
         CheckpointError: a scale is no number, or an input is in a group that is not there.
     """
+    in_order = set()
     for each in stored:
         for word, extent in each.parts.items():
             if word in _NUMBERS:
                 continue
             if extent.dtype in FLOATS:
                 _check_finite(extent, files)
-            elif word in _INDICES:
-                _check_groups(extent, files.read(extent), each.groups)
+            elif word in INDICES:
+                groups = files.read(extent)
+                _check_groups(extent, groups, each.groups)
+                if torch.equal(groups.long(), torch.arange(each.inputs) // each.group):
+                    in_order.add(each)
             elif word == "qzeros" and each.form is Form.GPTQ:
                 _check_zeros(extent, codes_of(files.read(extent), each.bits, each.outputs), each)
             elif word.startswith("weight_scale"):
@@ -46,6 +53,7 @@ def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> None:
                 f"{shown(each.parts[_DIVISOR].name)} is 0, and scales are divided by it: the file "
                 "is damaged, download it again"
             )
+    return frozenset(in_order)
 
 
 def _check_bytes(extent: TensorExtent, scales: torch.Tensor) -> None:

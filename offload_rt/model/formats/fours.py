@@ -9,8 +9,8 @@ from functools import lru_cache
 
 import torch
 
+from offload_rt.model.formats.blocks import in_blocks, outputs_in_blocks
 from offload_rt.model.formats.grids import powers, spread
-from offload_rt.model.formats.integers import blocks
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
 
@@ -37,9 +37,12 @@ def bring_fours(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tenso
     packed = parts["weight" if stored.form is Form.NVFP4_PRODUCT else "weight_packed"]
     scales = scales.to(dtype).view(stored.outputs, stored.groups)
     table = _e2m1(dtype, out.device)
-    for part in blocks(stored, out.device):
+
+    def bring(part: slice) -> None:
         numbers = _looked_up(packed[part], table, dtype).view(out[part].shape)
         spread(numbers, scales[part], stored.block[1], torch.mul, out[part])
+
+    outputs_in_blocks(stored, out.device, bring)
 
 
 def bring_flat(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
@@ -49,14 +52,16 @@ def bring_flat(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor
     codes, flat = parts["weight"].reshape(-1).view(torch.uint8), out.view(-1)
     table = _pairs(parts["quant_map"], high_first=True)
     scales, rounded = _absmax(stored, parts), getattr(torch, facts.dtype)
-    step = BLOCK_NUMBERS[out.device.type]  # whole blocks: both are powers of two
-    for start in range(0, stored.numbers, step):
-        numbers = _looked_up(codes[start // 2 : (start + step) // 2], table, torch.float32)
+
+    def bring(part: slice) -> None:
+        numbers = _looked_up(codes[part.start // 2 : (part.stop + 1) // 2], table, torch.float32)
         per_block = numbers.view(-1, facts.block)
-        at = start // facts.block
+        at = part.start // facts.block
         per_block.mul_(scales[at : at + per_block.shape[0], None])
-        wanted = numbers if rounded is out.dtype else numbers.to(rounded)
-        flat[start : start + step].copy_(wanted)
+        flat[part].copy_(numbers if rounded is out.dtype else numbers.to(rounded))
+
+    # Whole blocks: both are powers of two.
+    in_blocks(stored.numbers, BLOCK_NUMBERS[out.device.type], out.device, bring)
 
 
 def _absmax(stored: Stored, parts: dict[str, torch.Tensor]) -> torch.Tensor:

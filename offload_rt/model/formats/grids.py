@@ -9,7 +9,8 @@ from functools import lru_cache
 
 import torch
 
-from offload_rt.model.formats.integers import blocks, exact_format
+from offload_rt.model.formats.blocks import outputs_in_blocks
+from offload_rt.model.formats.integers import exact_format
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 
@@ -28,18 +29,24 @@ def bring_grid(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor
     zeros = parts.get("weight_zero_point")
     offsets = None if zeros is None else _by_output(zeros, stored)
     exact = exact_format(scales, out)
-    for part in blocks(stored, out.device):
+
+    def bring(part: slice) -> None:
         numbers = _numbers(parts["weight"][part], exact)
         if offsets is not None:
             spread(numbers, offsets[part].to(exact), columns, torch.sub, numbers)
         spread(numbers, scales[part].to(exact), columns, torch.mul, out[part])
 
+    outputs_in_blocks(stored, out.device, bring)
+
 
 def bring_rows(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
     """The `weight` of bitsandbytes, int8 [O, I] times `SCB` [O], times what 127 is one of."""
-    for part in blocks(stored, out.device):
+
+    def bring(part: slice) -> None:
         wide = parts["weight"][part].float().mul_(parts["SCB"][part, None])
         out[part].copy_(wide.mul_(_BNB_SHARE))
+
+    outputs_in_blocks(stored, out.device, bring)
 
 
 def powers(exponents: torch.Tensor) -> torch.Tensor:

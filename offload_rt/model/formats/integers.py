@@ -8,16 +8,15 @@ once, to the same bits.
 Work goes in blocks of outputs, so that what it passes through stays in the cache.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 
+from offload_rt.model.formats.blocks import WHOLE, outputs_in_blocks
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
+from offload_rt.model.formats.stored import Stored
 
 _WORD_BITS = 32
-_WHOLE_WORDS = 8  # outputs that share an AWQ word
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 
 
@@ -31,55 +30,56 @@ def bring_packed(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tens
     zeros = parts.get("weight_zero_point")
     if zeros is not None:
         zeros = codes_of(zeros.t().contiguous(), stored.bits, stored.outputs).t()
-    index = parts.get("weight_g_idx")
-    for rows in blocks(stored, out.device):
-        numbers(
+    outputs_in_blocks(
+        stored,
+        out.device,
+        lambda rows: numbers(
             parts["weight_packed"][rows],
             parts["weight_scale"][rows],
             middle if zeros is None else zeros[rows],
             stored.bits,
             out[rows],
-            index,
-        )
+            parts.get("weight_g_idx"),
+        ),
+    )
 
 
 def bring_awq(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
     """AWQ's words of 8 outputs each, `qweight` [I, O / 8] and `qzeros` [G, O / 8]."""
-    order = torch.tensor(_AWQ_ORDER, device=out.device)
 
-    def shuffled(words: torch.Tensor) -> torch.Tensor:
-        """[R, W] words to [8 W, R] codes."""
-        codes = codes_of(words.contiguous(), stored.bits, words.shape[1] * _WHOLE_WORDS)
-        return codes.unflatten(1, (-1, _WHOLE_WORDS))[..., order].flatten(1).t()
-
-    for rows in blocks(stored, out.device):
-        words = slice(rows.start // _WHOLE_WORDS, rows.stop // _WHOLE_WORDS)
-        zeros, scales = shuffled(parts["qzeros"][:, words]), parts["scales"][:, rows].t()
+    def bring(rows: slice) -> None:
+        words = slice(rows.start // WHOLE, rows.stop // WHOLE)
+        zeros, scales = awq_codes(parts["qzeros"][:, words], stored.bits), parts["scales"][:, rows]
         exact = exact_format(scales, out)
-        codes = shuffled(parts["qweight"][:, words]).to(exact).contiguous()
-        _scale(codes, scales, zeros, out[rows], None)
+        codes = awq_codes(parts["qweight"][:, words], stored.bits).t().to(exact).contiguous()
+        _scale(codes, scales.t(), zeros.t(), out[rows], None)
+
+    outputs_in_blocks(stored, out.device, bring)
+
+
+def awq_codes(words: torch.Tensor, bits: int) -> torch.Tensor:
+    """[R, W] words of AWQ to [R, 8 W] codes."""
+    order = torch.tensor(_AWQ_ORDER, device=words.device)
+    codes = codes_of(words.contiguous(), bits, words.shape[1] * WHOLE)
+    return codes.unflatten(1, (-1, WHOLE))[..., order].flatten(1)
 
 
 def bring_gptq(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
     """GPTQ's streams along the inputs, `qweight` [I b / 32, O], zero points along the outputs."""
     zeros = codes_of(parts["qzeros"], stored.bits, stored.outputs).t()
     zeros = zeros.to(torch.int32) + (1 if stored.form is Form.GPTQ else 0)
-    for rows in blocks(stored, out.device):
-        numbers(
+    outputs_in_blocks(
+        stored,
+        out.device,
+        lambda rows: numbers(
             parts["qweight"][:, rows].t().contiguous(),
             parts["scales"][:, rows].t(),
             zeros[rows],
             stored.bits,
             out[rows],
             parts.get("g_idx"),
-        )
-
-
-def blocks(stored: Stored, device: torch.device) -> Iterator[slice]:
-    """Parts of the outputs that are dequantised at once."""
-    step = max(_WHOLE_WORDS, BLOCK_NUMBERS[device.type] // stored.inputs)
-    step -= step % _WHOLE_WORDS
-    return (slice(start, start + step) for start in range(0, stored.outputs, step))
+        ),
+    )
 
 
 def numbers(
@@ -101,7 +101,7 @@ def numbers(
         index: [I] the group of each input; None: they follow each other.
     """
     whole = zeros if isinstance(zeros, int) else 0
-    codes = codes_less(words, bits, out.shape[1], whole, exact_format(scales, out))
+    codes = codes_less(words, bits, whole, out, exact_format(scales, out))
     _scale(codes, scales, None if isinstance(zeros, int) else zeros, out, index)
 
 
@@ -136,13 +136,19 @@ def _scale(
 
 
 def codes_less(
-    words: torch.Tensor, bits: int, count: int, zero: int, dtype: torch.dtype
+    words: torch.Tensor, bits: int, zero: int, out: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    """[o, W] words as [o, count] codes less a zero point, in a format that holds them exactly."""
+    """[o, W] words as [o, I] codes less a zero point, in a format that holds them exactly.
+
+    They lie in `out` [o, I] where that has this format.
+    """
+    count = out.shape[1]
     if bits == 4 and dtype.itemsize == 2 and count % 8 == 0:
         pairs = words.contiguous().view(torch.uint8).flatten().to(torch.int32)
-        table = _pairs(zero, dtype, words.device)
-        return torch.index_select(table, 0, pairs).view(dtype).view(words.shape[0], count)
+        found = out if dtype is out.dtype else out.new_empty(out.shape, dtype=dtype)
+        flat = found.view(torch.int32).view(-1)
+        torch.index_select(_pairs(zero, dtype, words.device), 0, pairs, out=flat)
+        return found
     return codes_of(words, bits, count).to(dtype).sub_(zero)
 
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.header import TensorExtent
 
-# Numbers of a weight that are dequantised at once. On two cores blocks of 2^18, which stay in the
-# second cache, took six times as long: threads wait for each other at each kernel, probably
-# (docs/RESULTS.md, "Dequantising on the way").
-BLOCK_NUMBERS = {"cpu": 2**22, "cuda": 2**22}
+# Numbers of a weight that are dequantised at once; on a CPU by one thread, so that they stay in its
+# second cache (docs/RESULTS.md, "Dequantising on the way").
+BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**22}
+BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
 # Weights dequantised in a second, assumed until profiles have them. Of a CPU: two cores (measured,
 # same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
 DECODED_PER_S = {"cpu": 1.2e9, "cuda": 175e9}
@@ -65,6 +65,11 @@ class Stored:
         return self.outputs * self.inputs
 
     @property
+    def group(self) -> int:
+        """Inputs that share a scale."""
+        return self.inputs // self.groups
+
+    @property
     def nbytes(self) -> int:
         """In the files, and in an image."""
         return sum(extent.nbytes for extent in self.parts.values())
@@ -84,7 +89,7 @@ class StoredTensors:
 
 
 def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -> int:
-    """What dequantising needs besides the images: room for the largest weight and for one block.
+    """What dequantising needs besides the images: room for the largest weight and for blocks.
 
     Args:
         stored: weights of a model.
@@ -93,4 +98,5 @@ def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -
     """
     largest = max((each.numbers for each in stored), default=0)
     block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in stored), default=0))
+    block *= BLOCKS[processor]
     return largest * number_bytes + min(largest, block) * _BLOCK_BYTES if largest else 0

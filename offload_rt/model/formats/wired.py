@@ -14,12 +14,13 @@ import torch
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
 from offload_rt.model.formats import fours, grids
+from offload_rt.model.formats.brought import Bring, bring_for
+from offload_rt.model.formats.checked import INDICES
 from offload_rt.model.formats.integers import bring_awq, bring_gptq, bring_packed
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import torch_name
 
-Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 _BRING: Mapping[Form, Bring] = {
@@ -43,12 +44,14 @@ class WiredLinear(torch.nn.Module):
 
     Attributes:
         scratch: bytes for the one weight that computes, lent before a pass runs; no buffer of it.
+        in_order: inputs of a group follow each other, so that an index of groups says nothing.
     """
 
     def __init__(self, stored: Stored, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.stored, self.dtype = stored, linear.weight.dtype
-        self.scratch = torch.empty(0, dtype=torch.uint8)
+        self.scratch, self.in_order = torch.empty(0, dtype=torch.uint8), False
+        self._bring = _BRING[stored.form]
         self.product: Product = torch.nn.functional.linear
         self.bias = linear.bias
         for word, extent in stored.parts.items():
@@ -61,13 +64,20 @@ class WiredLinear(torch.nn.Module):
             return rows.new_empty(*rows.shape[:-1], self.stored.outputs)
         return self.product(rows, self.brought(), self.bias)
 
+    def lend(self, scratch: torch.Tensor, *, in_order: bool) -> None:
+        """Give it room, where it computes; what it dequantises with is ready by then."""
+        self.scratch, self.in_order = scratch, in_order
+        made = bring_for(self.stored, self.dtype, scratch.device)
+        self._bring = made or _BRING[self.stored.form]
+
     def brought(self) -> torch.Tensor:
         """The weight [O, I], in the scratch until another is brought."""
         stored = self.stored
         data = self.scratch[: stored.numbers * self.dtype.itemsize]
         out = data.view(self.dtype).view(stored.outputs, stored.inputs)
-        parts = {word: tensor for word, tensor in self._buffers.items() if tensor is not None}
-        _BRING[stored.form](stored, parts, out)
+        unused = INDICES if self.in_order else ()
+        parts = {w: tensor for w, tensor in self._buffers.items() if tensor is not None}
+        self._bring(stored, {w: tensor for w, tensor in parts.items() if w not in unused}, out)
         return out
 
     def as_linear(self) -> torch.nn.Linear:

@@ -1,0 +1,121 @@
+"""Who dequantises integers on a CPU: kernels that numba compiles, where they can be, else torch."""
+
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+
+import numpy as np
+import torch
+
+from offload_rt.device import compiled
+from offload_rt.device.compiled import in_parts
+from offload_rt.device.system import give_back_code, give_back_holes
+from offload_rt.model.formats import integers
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import Stored
+from offload_rt.report import Dequantising
+
+Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
+
+TORCH = "torch"
+_CODE = re.compile(r"/libllvmlite[^/]*$")
+_STEP = 64  # outputs that a thread works on before it takes more; whole tiles of the kernels
+_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
+
+
+@cache
+def prepare() -> compiled.Warmed:
+    """Compile kernels, or load them, where they can be: LLVM takes memory for a moment."""
+    if compiled.problem():
+        return compiled.Warmed(seconds=0.0, compiled=0)
+    from offload_rt.model.formats import compiled_integers as made
+
+    warmed = compiled.warm([made.packed, made.packed_ordered, made.columns])
+    give_back_code(_CODE)  # 70 MB of LLVM; machine code needs none of it
+    give_back_holes()
+    return warmed
+
+
+def ready(stored: Iterable[Stored], dtype: torch.dtype, device: torch.device) -> Dequantising:
+    """See that what dequantises weights is there, before any pass.
+
+    Args:
+        stored: the weights.
+        dtype: they compute in.
+        device: where.
+    """
+    kinds = {_compiles(each, dtype, device) for each in stored}
+    warmed = prepare() if True in kinds else compiled.Warmed(seconds=0.0, compiled=0)
+    who = [name for name, kind in ((compiled.who(), True), (TORCH, False)) if kind in kinds]
+    return Dequantising(decoder=", ".join(who), warm_s=warmed.seconds, compiled=warmed.compiled)
+
+
+def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> Bring | None:
+    """What dequantises a weight faster than torch does; None where nothing does, or is warm."""
+    if not _compiles(stored, dtype, device):
+        return None
+    return _packed if stored.form is Form.PACKED else _columns
+
+
+def _compiles(stored: Stored, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or stored.form not in _FORMS or compiled.problem():
+        return False
+    from offload_rt.model.formats.compiled_integers import INPUTS, rounds_to_half
+
+    return (
+        stored.bits in (4, 8)
+        and stored.inputs // stored.groups % INPUTS == 0
+        and (dtype is torch.bfloat16 or (dtype is torch.float16 and rounds_to_half()))
+    )
+
+
+def _packed(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    """compressed-tensors `pack-quantized` into `out` [O, I]."""
+    from offload_rt.model.formats import compiled_integers as made
+
+    codes = parts["weight_packed"].view(torch.uint8).view(-1).numpy()
+    scales, zeros = parts["weight_scale"].float(), parts.get("weight_zero_point")
+    if zeros is None:
+        zeros = torch.full_like(scales, 1 << stored.bits - 1)
+    else:
+        zeros = integers.codes_of(zeros.t().contiguous(), stored.bits, stored.outputs)
+        zeros = zeros.t().float().contiguous()
+    pair, half = (scales.numpy(), zeros.numpy()), out.dtype is torch.float16
+    words, index = _bits_of(out), parts.get("weight_g_idx")
+    if index is None:
+        _run(stored, lambda a, b: made.packed(codes, *pair, words, stored.bits, half, a, b))
+        return
+    groups = index.int().numpy()
+    _run(
+        stored,
+        lambda a, b: made.packed_ordered(codes, *pair, groups, words, stored.bits, half, a, b),
+    )
+
+
+def _columns(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    """AWQ and GPTQ into `out` [O, I]."""
+    from offload_rt.model.formats import compiled_integers as made
+
+    codes = parts["qweight"].view(-1).numpy().view(np.uint32)
+    scales, index = parts["scales"].float(), parts.get("g_idx")
+    if stored.form is Form.AWQ:
+        form, zeros = made.AWQ, integers.awq_codes(parts["qzeros"], stored.bits)
+    else:
+        form, zeros = stored.bits, integers.codes_of(parts["qzeros"], stored.bits, stored.outputs)
+    less = zeros.float().contiguous()
+    if stored.form is Form.GPTQ:
+        less += 1
+    if index is None:
+        index = torch.arange(stored.inputs, dtype=torch.int32)
+        index = index.div_(stored.inputs // stored.groups, rounding_mode="floor")
+    groups, words = index.int().numpy(), _bits_of(out)
+    pair, half = (scales.numpy(), less.numpy()), out.dtype is torch.float16
+    _run(stored, lambda a, b: made.columns(codes, *pair, groups, words, form, half, a, b))
+
+
+def _bits_of(out: torch.Tensor) -> np.ndarray:
+    return out.view(torch.int16).numpy().view(np.uint16)
+
+
+def _run(stored: Stored, part: Callable[[int, int], object]) -> None:
+    in_parts(part, stored.outputs, _STEP, torch.get_num_threads())
