@@ -19,7 +19,10 @@ Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
 
 TORCH = "torch"
 _CODE = re.compile(r"/libllvmlite[^/]*$")
-_STEP = 64  # outputs that a thread works on before it takes more; whole tiles of the kernels
+_TILE = 64  # outputs; whole tiles of the kernels
+# A thread takes Python's lock for each part: with parts of 10 us threads waited for each other ten
+# times as long as they computed.
+_PARTS, _PART_NUMBERS = 4, 2**19
 _FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 
 
@@ -118,4 +121,6 @@ def _bits_of(out: torch.Tensor) -> np.ndarray:
 
 
 def _run(stored: Stored, part: Callable[[int, int], object]) -> None:
-    in_parts(part, stored.outputs, _STEP, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    least = max(_PART_NUMBERS // stored.inputs, stored.outputs // (_PARTS * threads), 1)
+    in_parts(part, stored.outputs, -(-least // _TILE) * _TILE, threads)

@@ -8,7 +8,7 @@ from offload_rt.model.header import TensorExtent
 
 # Numbers of a weight that are dequantised at once; on a CPU by one thread, so that they stay in its
 # second cache (docs/RESULTS.md, "Dequantising on the way").
-BLOCK_NUMBERS = {"cpu": 2**18, "cuda": 2**22}
+BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**22}
 BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
 # Weights dequantised in a second, assumed until profiles have them. Of a CPU: two cores (measured,
 # same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
