@@ -25,7 +25,6 @@ from offload_rt.speculative.medusa.judge import Judge
 from offload_rt.speculative.medusa.trees import (
     DEFAULT_TREE,
     MedusaTree,
-    check_choices,
     cut,
     named_trees,
 )
@@ -45,18 +44,16 @@ COUNTED = {
 
 
 def slow_buffers(choices):
-    """Mask, candidate indices, depths and paths, straight from what they mean."""
+    """Mask, depths and paths, straight from what they mean."""
     nodes = [(), *sorted(choices, key=lambda c: (len(c), c))]
     size = len(nodes)
     mask = [[nodes[i][: len(nodes[j])] == nodes[j] for j in range(size)] for i in range(size)]
-    candidates = ["root", *((head, rank) for head in range(8) for rank in range(10))]
-    indices = [candidates.index((len(c) - 1, c[-1]) if c else "root") for c in nodes]
     leaves = [c for c in nodes if not any(o[: len(c)] == c and o != c for o in nodes)]
     width = 1 + max(map(len, nodes))
     paths = [
         [nodes.index(leaf[:d]) if d <= len(leaf) else -1 for d in range(width)] for leaf in leaves
     ]
-    return mask, indices, [len(c) for c in nodes], paths
+    return mask, [len(c) for c in nodes], paths
 
 
 def token_tree(tree):
@@ -67,10 +64,9 @@ def token_tree(tree):
 def test_named_trees_make_the_buffers_they_should(name):
     choices = named_trees()[name]
     tree = MedusaTree(choices)
-    mask, indices, depths, paths = slow_buffers(choices)
+    mask, depths, paths = slow_buffers(choices)
     assert what_rows_see(token_tree(tree).row_parents()).tolist() == mask
     assert [0, *token_tree(tree).depths] == depths
-    assert tree.indices() == indices
     assert sorted(tree.paths()) == sorted(paths)
     by_depth, leaves = COUNTED[name]
     assert [depths.count(d + 1) for d in range(len(by_depth))] == by_depth
@@ -81,7 +77,7 @@ def test_named_trees_make_the_buffers_they_should(name):
 def test_the_named_trees_are_upstreams_nine():
     assert set(named_trees()) == set(COUNTED)
     for choices in named_trees().values():
-        assert check_choices(choices, heads=4, ranks=10) == choices  # parents come first already
+        assert all(not c[:-1] or c[:-1] in choices[:i] for i, c in enumerate(choices))
 
 
 @pytest.mark.parametrize("name", COUNTED)
@@ -94,45 +90,6 @@ def test_a_cut_tree_is_the_beginning_of_the_next_larger_one(name, heads):
         assert all(len(c) <= heads and (not c[:-1] or c[:-1] in now) for c in now)
         before = now
     assert len(before) == sum(COUNTED[name][0][:heads])
-
-
-def test_leaves_alone_stand_for_the_whole_tree():
-    for choices in named_trees().values():
-        leaves = [c for c in choices if not any(o[:-1] == c for o in choices)]
-        found = check_choices(leaves, heads=4, ranks=10, complete=True)
-        assert set(found) == set(choices)
-        assert all(not c[:-1] or c[:-1] in found[:i] for i, c in enumerate(found))
-
-
-def test_a_child_before_its_parent_waits_for_it():
-    assert check_choices([(0, 1), (0,), (1,)], heads=2, ranks=2) == ((0,), (0, 1), (1,))
-
-
-@pytest.mark.parametrize(
-    ("choices", "message"),
-    [
-        ([(0,), (1, 0)], r"node \[1, 0\] of a tree has no parent: add \[1\]"),
-        ([(0,), (0,)], "twice"),
-        ([(0,), (0, 0), (0, 0, 0)], "needs 3 heads, there are 2"),
-        ([(10,)], "rank outside 0 to 9"),
-        ([(-1,)], "rank outside 0 to 9"),
-        ([()], "no node"),
-        ([(0.5,)], "no node"),
-        ([(True,)], "no node"),
-        ([7], "no node"),
-        (["0"], "no node"),
-    ],
-)
-def test_trees_that_are_none_are_refused(choices, message):
-    with pytest.raises(ConfigError, match=message):
-        check_choices(choices, heads=2, ranks=10)
-
-
-def test_a_rank_beyond_the_limit_is_an_error_and_no_other_heads_token():
-    tree = MedusaTree(((0,), (11,), (0, 0)))
-    with pytest.raises(ConfigError, match="needs 12 ranks of a head, there are 10"):
-        tree.indices()
-    assert tree.indices(ranks=12) == [0, 1, 12, 13]
 
 
 def test_an_empty_tree_is_a_tree():
