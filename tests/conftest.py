@@ -13,6 +13,14 @@ from tool_runs import TOOLS
 from offload_rt.device.system import settle_math
 
 settle_math()  # as the command line does: workers keep few kernels
+gc.disable()  # until all is imported: it lives on, and is looked through for nothing
+
+
+def pytest_collection_finish():
+    """Collect from now on what the tests make."""
+    gc.freeze()
+    gc.enable()
+
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"

@@ -16,6 +16,7 @@ from offload_rt.device import kinds
 from offload_rt.device.cuda import present
 from offload_rt.device.cuda.nvml import Driver, Gpu
 from offload_rt.errors import ConfigError, DeviceError
+from offload_rt.session import opening
 from offload_rt.session.observer import Gauge
 
 WRONG = [
@@ -85,6 +86,18 @@ def test_a_terminal_shows_something_before_torch(tiny_model, monkeypatch):
 def test_waiting_shows_nothing_off_a_terminal(tiny_model, offload_run):
     done = offload_run(tiny_model, "-p", "x", "-n", 2)
     assert done.code == 0 and "opening" not in done.err
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_after_an_import_garbage_is_looked_for_as_before(collects, monkeypatch):
+    calls = []
+    monkeypatch.setattr(opening.gc, "isenabled", lambda: collects)
+    for name in ("disable", "enable"):
+        monkeypatch.setattr(opening.gc, name, lambda name=name: calls.append(name))
+    with pytest.raises(KeyboardInterrupt), opening._uncollected():
+        assert calls == ["disable"]
+        raise KeyboardInterrupt
+    assert calls == ["disable", "enable"][: 1 + collects]
 
 
 def gpus(count, *names):
