@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from offload_rt.cli.interrupts import Interrupts
+
 PROGRAM = str(Path(sys.executable).with_name("offload-run"))
 ENDLESS = ["-p", "hello", "-n", "30000", "--ignore-eos"]
 LIMIT_S = 60  # loading torch takes long where the machine is busy
@@ -128,14 +130,24 @@ def replace(path):
 
 
 @pytest.mark.parametrize("change", [truncate, replace])
-def test_weights_changed_while_running(change, endless_model, tmp_path):
-    folder = shutil.copytree(endless_model, tmp_path / "model")
-    process = start("generate", folder, *ENDLESS, "--resident-layers", "0", "--slots", "1")
-    process.stdout.read(1)
-    change(folder / "model.safetensors")
-    code, _, err = finish(process)
-    assert code == 4
-    assert re.fullmatch(r"offload-run: error: model\.safetensors [^\n]*while running[^\n]*\n", err)
+def test_weights_changed_while_running(change, tiny_model, tmp_path, offload_run, monkeypatch):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    checks, check = [], Interrupts.check
+
+    def checked(interrupts):
+        checks.append(len(checks))
+        if len(checks) == 14:  # of four layers each, so after some tokens
+            change(folder / "model.safetensors")
+        check(interrupts)
+
+    monkeypatch.setattr(Interrupts, "check", checked)
+    streamed = ("--resident-layers", "0", "--slots", "1", "--draft", "none")
+    done = offload_run("generate", folder, "-p", "hello", "-n", 40, "--ignore-eos", *streamed)
+    assert len(checks) >= 14
+    assert done.code == 4 and done.out
+    assert re.fullmatch(
+        r"offload-run: error: model\.safetensors [^\n]*while running[^\n]*\n", done.err
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"]])

@@ -610,19 +610,26 @@ NAMES += ["oracle-chain", "oracle-tree"]
 NAMES += ["triforce", "triforce-model", "triforce-tree", "triforce-copies"]
 
 
+THREE = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
+
+
+@pytest.fixture(scope="module")
+def plain(make_tiny):
+    """Answers to three prompts without drafts."""
+    with engine_for(make_tiny("llama", **IDS), prompts=THREE, tokens=30) as engine:
+        return generate(engine, THREE, tokens=30)
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("resident", [None, 1])
 @pytest.mark.parametrize("kv", ["device", "disk"])
-def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, name, resident, kv):
+def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, name, resident, kv):
     folder = make_tiny("llama", **IDS)
-    prompts = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
-    with engine_for(folder, prompts=prompts, tokens=30) as engine:
-        plain = generate(engine, prompts, tokens=30)
     options = {"resident_layers": resident, "slots": None if resident is None else 2}
     options |= {"kv": kv, "kv_block_tokens": 16 if kv == "disk" else None}
-    with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **options) as engine:
+    with engine_for(folder, prompts=THREE, tokens=30, draft=drafts[name], **options) as engine:
         for tokens in (30, 7, 1):
-            run_tokens = generate(engine, prompts, tokens=tokens)
+            run_tokens = generate(engine, THREE, tokens=tokens)
             assert run_tokens == [answer[:tokens] for answer in plain]
 
 
