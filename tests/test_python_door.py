@@ -135,7 +135,8 @@ def test_a_list_is_answered_in_order_and_as_one_by_one(sampled, tiny_model):
 
 def test_as_many_run_at_once_as_fit(make_tiny):
     """With less memory some run after the others, though KV on disk would leave room for all."""
-    folder = make_tiny("llama", tokenizer=True, max_position_embeddings=32768)
+    shape = {"max_position_embeddings": 32768, "num_key_value_heads": 4}
+    folder = make_tiny("llama", tokenizer=True, **shape)
     prompts = [f"{word} fox " * 9 for word in ("quick", "brown", "lazy", "red")]
     options = {"draft": "none", "dtype": "float32", "resident_layers": 0, "slots": 1}
     with offload_rt.load(folder, context=30000, **(SMALL | options)) as roomy:
