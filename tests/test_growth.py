@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.draft_model import drafter as draft_model
-from offload_rt.speculative.draft_model.drafter import BRANCHES, DraftModelDrafter
+from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
+from offload_rt.speculative.growing import BRANCHES
 
 VOCAB = 32
 
@@ -210,7 +211,8 @@ def test_a_forgotten_text_is_not_quoted():
         drafter = drafter_for(24)
         drafter.propose([*range(30)] * 2, 100)
         drafter.forget()
-        assert not drafter._text._ends and not drafter._text._ids
-        assert not drafter._followers._kept
+        text = drafter._grower._text
+        assert not text._ends and not text._ids
+        assert not drafter._grower._followers._kept
         tree = drafter.propose([31] * 5, 100).tree
         assert max(tree.depths) == drafter._config.tree_passes

@@ -105,7 +105,7 @@ def grown(nodes: int) -> tuple[float, TokenTree]:
     with mock.patch.object(draft_model, "ResidentKV", Cache):
         drafter = draft_model.DraftModelDrafter(model, config, 4000)
     drafter.begin(SamplingConfig(), torch.Generator())
-    children = drafter._children
+    children = drafter._grower._children
 
     def timed(logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
         began = time.perf_counter()
@@ -115,7 +115,7 @@ def grown(nodes: int) -> tuple[float, TokenTree]:
 
     ids = [random.Random(place).randrange(VOCAB) for place in range(300)]
     times = []
-    with mock.patch.object(drafter, "_children", timed):
+    with mock.patch.object(drafter._grower, "_children", timed):
         for _ in range(9):
             passes[0], spent[0], began = 0, 0.0, time.perf_counter()
             trees.append(drafter.propose(ids, 64).tree)
