@@ -100,7 +100,9 @@ class DrafterWords:
         called: in the help of --draft-tokens.
         argument: what follows its name and a colon; empty: nothing.
         bare: its name may stand without that.
+        choices: what may follow it, if that is not a name somebody gave; `argument` lists them.
         over_retrieval: it drafts over a retrieval cache, with another drafter below.
+        over_own_rows: it drafts over the target's own cache, behind what is committed there.
         folder: of its code.
     """
 
@@ -109,8 +111,14 @@ class DrafterWords:
     called: str = ""
     argument: str = ""
     bare: bool = True
+    choices: tuple[str, ...] = ()
     over_retrieval: bool = False
+    over_own_rows: bool = False
     folder: str = ""
+
+    def takes(self, argument: str) -> bool:
+        """Whether that may follow its name."""
+        return argument in self.choices if self.choices else bool(self.argument)
 
 
 DRAFTERS = {
@@ -146,6 +154,15 @@ DRAFTERS = {
         argument="MODEL",
         over_retrieval=True,
         folder="triforce",
+    ),
+    "self": DrafterWords(
+        about="self[:int4|int8], this model with rounded copies in place of its streamed layers",
+        tokens=64,
+        called="self",
+        argument="int4|int8",
+        choices=(DraftWeights.INT4, DraftWeights.INT8),
+        over_own_rows=True,
+        folder="self_draft",
     ),
 }
 
@@ -303,15 +320,15 @@ class DraftConfig:
     def __post_init__(self) -> None:
         kind, colon, name = self.draft.partition(":")
         words = DRAFTERS.get(kind)
-        written = words is not None and (bool(words.argument) if colon else words.bare)
+        written = words is not None and (words.takes(name) if colon else words.bare)
         if words is None or not written or bool(colon) != bool(name):
             raise ConfigError(f"--draft {self.draft} is not known: use {_written()}")
         tokens = self.draft_tokens
         check_bounds(self)
         if not words.tokens and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
-        if not self.model and self.shape is not DraftShape.AUTO:
-            raise ConfigError("--draft-shape is for drafting with a MODEL")
+        if not (self.model or words.over_own_rows) and self.shape is not DraftShape.AUTO:
+            raise ConfigError("--draft-shape is for drafting with a MODEL, or with self")
         if not self.model and self.draft_weights is not DraftWeights.AUTO:
             raise ConfigError("--draft-weights is for drafting with a MODEL")
         if not self.model and self.draft_window is not None:
@@ -365,6 +382,20 @@ class DraftConfig:
         return self._named("HEADS")
 
     @property
+    def copies(self) -> DraftWeights:
+        """How copies of the target's own layers are kept that draft; `same`: there are none."""
+        if self.over_retrieval:
+            return self.retrieval.retrieval_weights if self.retrieval.rounded else DraftWeights.SAME
+        if not self.words.over_own_rows:
+            return DraftWeights.SAME
+        return DraftWeights(self.draft.partition(":")[2] or DraftWeights.AUTO)
+
+    @property
+    def pending_rows(self) -> int:
+        """Rows the target's cache needs beyond the sequence itself."""
+        return max(self.nodes, self.scratch_rows if self.words.over_own_rows else 0)
+
+    @property
     def nodes(self) -> int:
         """Nodes of a draft, at most."""
         return self.draft_tokens or self.words.tokens
@@ -403,15 +434,21 @@ class DraftConfig:
 
     @property
     def tree_breadth(self) -> int:
-        """Nodes a draft model is fed in one pass while a tree grows."""
+        """Nodes a model is fed in one pass while it grows a tree."""
+        if self.words.over_own_rows:  # it is mostly right, so its trees are narrow and deep
+            return 4 if self.nodes <= 64 else 8
         if self.nodes <= 256:
             return 8 if self.nodes <= 64 else 16
         return 32  # on a GPU, where rows are free; Sequoia's trees of 768 nodes have 64
 
     @property
     def tree_passes(self) -> int:
-        """Draft passes for a tree: 15 for 64 nodes, 20 for 256, as deep as such trees get."""
-        return max(2, math.floor(2.5 * math.log2(self.nodes)))
+        """Draft passes for a tree: 15 for 64 nodes, 20 for 256, as deep as such trees get.
+
+        A model that drafts for itself may make twice as many, and ends where they gain too little.
+        """
+        rate = 5.0 if self.words.over_own_rows else 2.5
+        return max(2, math.floor(rate * math.log2(self.nodes)))
 
     @property
     def scratch_rows(self) -> int:

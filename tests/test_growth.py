@@ -13,6 +13,7 @@ from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.draft_model import drafter as draft_model
 from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.growing import BRANCHES
+from offload_rt.speculative.self_draft.drafter import SelfDrafter
 
 VOCAB = 32
 
@@ -121,6 +122,57 @@ def test_with_passes_enough_it_is_the_likeliest_nodes_whatever_the_text_says(
         tree = drafter_for(nodes).propose(ids, depth).tree
     assert paths_of(tree) == likeliest(law, nodes, min(depth, nodes))
     assert len(paths_of(tree)) == len(tree)
+
+
+class KnownBehind(Known):
+    """The same over a cache whose first pending row is the root's."""
+
+    def logits(self, parts):
+        (part,) = parts
+        if part.parents is None:
+            self.fed, self.passes = [], []
+            assert list(part.places) == [part.cache.length] and part.cache.pending == 0
+        part.cache.pending += len(part.tokens)
+        self.fed += part.tokens
+        rows = []
+        parents = part.parents or [ROOT]
+        assert len(parents) == len(part.places) == len(self.fed)
+        for row in range(len(self.fed) - len(part.tokens), len(self.fed)):
+            root, *path = self.path(parents, row)
+            assert part.places[row] == part.cache.length + len(path)
+            assert root == self.fed[0]
+            rows.append(self.law(tuple(path)))
+        return torch.stack(rows)
+
+
+class RowsBehind(Rows):
+    """The target's cache, all but the root committed."""
+
+    pending = 0
+
+    def truncate(self, length):
+        assert length == self.length
+        self.pending = 0
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    seed=st.integers(0, 10_000),
+    ids=st.lists(st.integers(0, 2), min_size=1, max_size=40),
+    nodes=st.integers(2, 20),
+    depth=st.integers(1, 9),
+)
+def test_behind_a_pending_root_the_same_tree_grows_and_no_row_stays(seed, ids, nodes, depth):
+    law, cache = random_law(seed), RowsBehind()
+    cache.length = len(ids) - 1
+    config = DraftConfig(draft="self:int4", draft_tokens=nodes, shape=DraftShape.TREE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DraftConfig, "tree_passes", property(lambda _: 80))
+        patch.setattr("offload_rt.speculative.self_draft.drafter.SHARPENED", 1.0)
+        drafter = SelfDrafter(KnownBehind(law), cache, config, 100)
+        tree = drafter.propose(ids, depth).tree
+    assert paths_of(tree) == likeliest(law, nodes, min(depth, nodes))
+    assert cache.pending == 0
 
 
 @settings(deadline=None, max_examples=40)

@@ -76,7 +76,7 @@ TORCH_FREE = {
     *("baselines.process", "baselines.rows", "baselines.summary"),
 }
 TORCH_FREE |= {"speculative.kind", "speculative.kinds"}
-DRAFTERS = ("ngram", "draft_model", "medusa", "triforce")
+DRAFTERS = ("ngram", "draft_model", "medusa", "triforce", "self_draft")
 TORCH_FREE |= {f"speculative.{name}.kind" for name in DRAFTERS}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.

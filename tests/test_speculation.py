@@ -601,6 +601,8 @@ def drafts(make_tiny):
             inner_tokens=2,
             retrieval=replace(LITTLE, retrieval_weights=DraftWeights.INT8),
         ),
+        "self-chain": DraftConfig(draft="self:int4", draft_tokens=3),
+        "self-tree": DraftConfig(draft="self:int4", draft_tokens=12),
     }
 
 
@@ -608,6 +610,10 @@ LITTLE = RetrievalConfig(budget_tokens=20, chunk_tokens=3, recent_share=0.4, reb
 NAMES = ["ngram", "chain", "tree", "windowed-chain", "windowed-tree"]
 NAMES += ["oracle-chain", "oracle-tree"]
 NAMES += ["triforce", "triforce-model", "triforce-tree", "triforce-copies"]
+SELF = ["self-chain", "self-tree"]  # they draft where layers are streamed and rows are there
+STREAMED = {name: {"resident_layers": 1, "slots": 2} for name in SELF}
+PLACES = [(name, r, kv) for name in NAMES for r in (None, 1) for kv in ("device", "disk")]
+PLACES += [(name, resident, "device") for name in SELF for resident in (0, 1, 3)]
 
 
 THREE = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
@@ -620,12 +626,10 @@ def plain(make_tiny):
         return generate(engine, THREE, tokens=30)
 
 
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("resident", [None, 1])
-@pytest.mark.parametrize("kv", ["device", "disk"])
+@pytest.mark.parametrize(("name", "resident", "kv"), PLACES)
 def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, name, resident, kv):
     folder = make_tiny("llama", **IDS)
-    options = {"resident_layers": resident, "slots": None if resident is None else 2}
+    options = {"resident_layers": resident, "slots": None if resident in (None, 3) else 2}
     options |= {"kv": kv, "kv_block_tokens": 16 if kv == "disk" else None}
     with engine_for(folder, prompts=THREE, tokens=30, draft=drafts[name], **options) as engine:
         for tokens in (30, 7, 1):
@@ -656,13 +660,14 @@ def start(engine, tokens, sampling=None, prompt=PROMPT):
     return run
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *SELF])
 def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name):
     folder = make_tiny("llama", **IDS)
     with engine_for(folder, tokens=30) as engine:
         plain = generate(engine, tokens=30)[0]
     end = plain[8]
-    with engine_for(folder, tokens=30, draft=drafts[name]) as engine:
+    place = STREAMED.get(name, {})
+    with engine_for(folder, tokens=30, draft=drafts[name], **place) as engine:
         from offload_rt.config import GenerationConfig
 
         run = Run.start(
@@ -677,8 +682,10 @@ def test_an_end_token_inside_a_draft_ends_exactly_there(make_tiny, drafts, name)
 
 def test_a_sampled_run_with_a_drafter_is_repeatable(make_tiny, drafts):
     sampling = SamplingConfig(temperature=0.9, top_p=0.95, seed=11)
-    for name in ("chain", "tree", "ngram", "windowed-chain", "triforce", "triforce-model"):
-        with engine_for(make_tiny("llama", **IDS), tokens=20, draft=drafts[name]) as engine:
+    names = ("chain", "tree", "ngram", "windowed-chain", "triforce", "triforce-model", *SELF)
+    for name in names:
+        options = {"draft": drafts[name]} | STREAMED.get(name, {})
+        with engine_for(make_tiny("llama", **IDS), tokens=20, **options) as engine:
             answers = [start(engine, 20, sampling).sequences[0].emitted for _ in range(2)]
         assert answers[0] == answers[1]
 
@@ -714,13 +721,14 @@ def test_what_one_answer_taught_does_not_change_the_next(make_tiny):
     assert newest[0] == newest[1] == newest[2]
 
 
-@pytest.mark.parametrize("name", ["chain", "triforce-model"])
+@pytest.mark.parametrize("name", ["chain", "triforce-model", *SELF])
 def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(make_tiny, drafts, caplog, name):
     folder = make_tiny("llama", **IDS)
     with engine_for(folder, tokens=60) as engine:
         plain = generate(engine, tokens=60)
-    with engine_for(folder, tokens=60, draft=drafts[name]) as engine:
-        engine._draft_model.network.forward = lambda batch: 1 / 0
+    place = STREAMED.get(name, {})
+    with engine_for(folder, tokens=60, draft=drafts[name], **place) as engine:
+        (engine._draft_model or engine._rounded_copy).network.forward = lambda batch: 1 / 0
         assert generate(engine, tokens=60) == plain
     told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
     assert len(told) == 1
@@ -799,6 +807,9 @@ def test_probabilities_of_a_large_vocabulary_stay_within_the_plan(
         ({"draft": "ngram", "inner_tokens": 4}, "--inner-gamma is for --draft triforce"),
         ({"draft": "triforce", "inner_tokens": 0}, "--inner-gamma is 0"),
         ({"draft": "triforce", "shape": DraftShape.TREE}, "for drafting with a MODEL"),
+        ({"draft": "self:int3"}, "--draft self:int3 is not known: use .* self:int4|int8"),
+        ({"draft": "self", "draft_window": 64}, "--draft-window is for drafting with a MODEL"),
+        ({"draft": "self", "draft_weights": DraftWeights.INT8}, "--draft-weights is for drafting"),
         ({"draft": "model:x", "retrieval": LITTLE}, "--retrieval-... options are for"),
     ],
 )
@@ -807,14 +818,15 @@ def test_draft_options_that_mean_nothing_are_errors(options, message):
         DraftConfig(**options)
 
 
-@pytest.mark.parametrize("name", ["chain", "tree", "ngram", "triforce", "triforce-model"])
+@pytest.mark.parametrize("name", ["chain", "tree", "ngram", "triforce", "triforce-model", *SELF])
 def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, drafts, name):
     """Law 4 end to end: the joint distribution of three tokens, eight sequences at a time."""
     folder = make_tiny("llama", **IDS)
-    assert likelihood_of_three_tokens(folder, PROMPT, drafts[name]) > 1e-4
+    place = STREAMED.get(name, {})
+    assert likelihood_of_three_tokens(folder, PROMPT, drafts[name], **place) > 1e-4
 
 
-def likelihood_of_three_tokens(folder, prompt, draft):
+def likelihood_of_three_tokens(folder, prompt, draft, **place):
     """Chi-square survival of the first three sampled tokens, against the target's own passes."""
     together, runs = 8, 45
     sampling = SamplingConfig(temperature=1.0, top_k=3, seed=0)
@@ -828,7 +840,7 @@ def likelihood_of_three_tokens(folder, prompt, draft):
                 expected[i, j] = first[i] * second[j] * third
     counts = torch.zeros(3, 3, 3)
     prompts = [prompt] * together
-    with engine_for(folder, prompts=prompts, tokens=8, draft=draft) as engine:
+    with engine_for(folder, prompts=prompts, tokens=8, draft=draft, **place) as engine:
         for number in range(runs):
             seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * together)
             for a, b, c in generate(engine, prompts, tokens=3, sampling=seeded):

@@ -209,16 +209,17 @@ def whole(make_tiny):
         (DraftConfig(draft="model:self", draft_tokens=4, shape=DraftShape.CHAIN), KV),
         (DraftConfig(draft="model:self", draft_tokens=12, shape=DraftShape.TREE), {}),
         (DraftConfig(draft="model:self", draft_tokens=12, shape=DraftShape.TREE), KV),
+        (DraftConfig(draft="self:int4", draft_tokens=12), {}),
         (DraftConfig(draft="triforce", draft_tokens=5, retrieval=RETRIEVAL), KV),
         (DraftConfig(draft="triforce", draft_tokens=5, retrieval=COPIES), KV),
     ],
-    ids=["kv", "ngram", "chain-kv", "tree", "tree-kv", "triforce", "triforce-copies"],
+    ids=["kv", "ngram", "chain-kv", "tree", "tree-kv", "self", "triforce", "triforce-copies"],
 )
 def test_answers_are_those_of_one_device(whole, draft, more):
     folder, prompts, answers = whole
     options = LINKS | {"resident_layers": 2} | more
     if draft is not None:
-        draft = dataclasses.replace(draft, draft=draft.draft.replace("self", str(folder)))
+        draft = dataclasses.replace(draft, draft=draft.draft.replace(":self", f":{folder}"))
         options["draft"] = draft
     with engine_for(folder, prompts=prompts, tokens=24, device="cpu,cpu", **options) as engine:
         assert generate(engine, prompts, 24) == answers

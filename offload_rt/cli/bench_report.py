@@ -60,7 +60,7 @@ def _engine_json(facts: EngineFacts) -> dict[str, Any]:
         "home": str(placement.home),
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
-        "drafter_bytes": placement.demand.drafter_bytes,
+        "drafter_bytes": placement.drafter_bytes,
         "memory": dataclasses.asdict(facts.memory),
     }
 

@@ -253,7 +253,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "draft_window": outlook.drafting.config.window_tokens,
         "draft_weights": weights_name(outlook.drafting.config),
         "retrieval_weights": retrieval_weights_name(outlook.drafting.config),
-        "drafter_bytes": placement.demand.drafter_bytes,
+        "drafter_bytes": placement.drafter_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
         "resident_bytes": placement.resident_bytes,
@@ -335,7 +335,7 @@ def _as_table(outlook: _Outlook) -> str:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         each += " on each device" if placement.shares else ""
         rows.insert(2, ("slots", placement.ring_bytes, each))
-    rows += _drafting_rows(outlook.drafting, demand.drafter_bytes)
+    rows += _drafting_rows(outlook.drafting, placement.drafter_bytes)
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):

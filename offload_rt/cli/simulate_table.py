@@ -46,8 +46,8 @@ def model_table(
         _memory("KV on the device", placement.kv_bytes, kept),
         _memory("embedding, workspace", demand.base_bytes + placement.workspace_bytes),
     ]
-    if demand.drafter_bytes:
-        lines.append(_memory("drafting", demand.drafter_bytes))
+    if placement.drafter_bytes:
+        lines.append(_memory("drafting", placement.drafter_bytes))
     limit = f"the limit is {format_size(placement.device_limit_bytes)}"
     lines.append(_memory("device memory", placement.device_bytes, limit))
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):

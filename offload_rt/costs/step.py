@@ -67,6 +67,7 @@ class Prediction:
         s_per_token: seconds per token after the first.
         pass_s: from the end of drafting until the tokens of the pass are known.
         draft_s: drafting, while the ring may go on filling.
+        draft_passes: passes it makes for a step that has a draft.
         tokens_per_pass: emitted per step.
         compute_s: of the pass, kernels.
         stall_s: of the pass, waiting for copies.
@@ -83,6 +84,7 @@ class Prediction:
     s_per_token: float
     pass_s: float
     draft_s: float
+    draft_passes: float
     tokens_per_pass: float
     compute_s: float
     stall_s: float
@@ -156,6 +158,7 @@ def predict(work: StepWork, price: Price) -> Prediction:
         s_per_token=seconds / tokens,
         pass_s=seconds - draft_s,
         draft_s=draft_s,
+        draft_passes=sum(part.times for part in work.parts if part.load is not None),
         tokens_per_pass=tokens,
         compute_s=mean(cost.compute_s - cost.between_s, plain.compute_s),
         stall_s=mean(cost.stall_s, plain.stall_s),

@@ -117,6 +117,7 @@ class Residence:
         slots: device buffers they share, on each device.
         from_files: they come as they are stored, else as they compute.
         weights: all are kept rounded so.
+        copied: only these layers are, and the output head is not; None: all.
         packs_head: the output head is kept reordered.
         kv: rows that come from their home; None: all are on the device.
         device: that has each layer; empty: the first has them all.
@@ -126,6 +127,7 @@ class Residence:
     slots: int = 0
     from_files: bool = False
     weights: DraftWeights = DraftWeights.SAME
+    copied: frozenset[int] | None = None
     packs_head: bool = False
     kv: StreamedKV | None = None
     device: tuple[int, ...] = ()
@@ -159,7 +161,7 @@ class PlacedModel:
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
         head, order = parts.head, self.speeds.order(resident=where.packs_head)
-        if where.weights in parts.rounds:
+        if where.weights in parts.rounds and where.copied is None:
             head, order = self.speeds.draft_work(head, where.weights)
         return PassLoad(
             layers=tuple(self._layer(index, rows, committed) for index in range(len(parts.layers))),
@@ -188,11 +190,22 @@ class PlacedModel:
         seen = min(budget_tokens, self.context_tokens)
         return replace(self, residence=where, context_tokens=seen).load(tokens)
 
+    def over_own_rows(self, tokens: int, weights: DraftWeights) -> PassLoad:
+        """A pass of one sequence in which rounded copies stand in for the streamed layers.
+
+        Args:
+            tokens: that go through the layers.
+            weights: how the copies are kept.
+        """
+        here = self.residence
+        where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
+        return replace(self, residence=where, sequences=1).load(tokens)
+
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = layer.work(rows), self.speeds.order(resident=resident and not decoded)
-        if where.weights.rounds:
+        if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
             decoded = 0
         kv = where.kv if where.kv and index in where.kv.layers else None

@@ -130,7 +130,9 @@ class Engine:
             base = load_base(self.network, self.device, self._files, BASE)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base)
-            self._caches = self._allocate_caches([c + draft.nodes for c in capacities], undo)
+            if self._rounded_copy is not None and draft.words.over_own_rows:
+                self._rounded_copy.network.borrow(self.network, self.placement.resident)
+            self._caches = self._allocate_caches([c + draft.pending_rows for c in capacities], undo)
             self.medusa: Medusa | None = None
             if heads is not None:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
@@ -253,6 +255,8 @@ class Engine:
             draft_model=self._draft_model,
             medusa=self.medusa,
             draft_pass=self.draft_pass,
+            rounded_copy=self._rounded_copy,
+            pass_share=self.plan.pass_share,
         )
         return kind_of(self.draft.kind).make(seat, self.draft)
 
@@ -335,7 +339,11 @@ class Engine:
         demand = self.placement.demand
         in_host = self.placement.streamed if self.placement.home is HomeKind.HOST else ()
         held = sum(demand.layer_bytes[i] for i in in_host)
-        copied = sum(demand.layer_bytes) if self.draft.retrieval.rounded else 0
+        copied = 0
+        if self.draft.copies.rounds:
+            layers = self._copied_layers
+            own = demand.layer_bytes
+            copied = sum(own if layers is None else (own[i] for i in layers))
         return demand.base_bytes + self.placement.resident_bytes + held + copied
 
     @property
@@ -398,8 +406,8 @@ class Engine:
         )
 
     def _load_rounded_copy(self, base: DeviceBuffer) -> Runner | None:
-        """What triforce drafts with instead of the target's own weights."""
-        if not self.draft.retrieval.rounded:
+        """What drafts instead of the target's own weights, or of some of them."""
+        if not self.draft.copies.rounds:
             return None
         self.device.load.record().synchronize()  # the embedding is there
         return load_drafting(
@@ -407,11 +415,17 @@ class Engine:
             self.device,
             chunk_tokens=self.config.prefill_chunk_tokens,
             target_ids=self._target_ids,
-            weights=self.draft.retrieval.retrieval_weights,
+            weights=self.draft.copies,  # settled by the plan
             dtype=self.config.dtype,
             target_base=base,
             stripes=self._stripes if len(self.devices) > 1 else None,
+            layers=self._copied_layers,
         )
+
+    @property
+    def _copied_layers(self) -> Sequence[int] | None:
+        """The layers of which there are rounded copies; None: all."""
+        return self.placement.streamed if self.draft.words.over_own_rows else None
 
     @property
     def _target_ids(self) -> int:

@@ -10,7 +10,7 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 """
 
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -124,7 +124,7 @@ class Network:
         self.dtype: torch.dtype = getattr(torch, name)
         self._model = _with_own_head(model or _build(checkpoint, self.dtype))
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)
-        self._layers = layers
+        self._container, self._layers = container, layers
         self.poll: Callable[[], None] = lambda: None
         self.pass_rows = self.rows_done = 0
         self._skips_layers = False
@@ -166,6 +166,23 @@ class Network:
         if pack or weights is not DraftWeights.SAME:
             self._holes[index] = []
         self.kept.add(index)
+
+    def borrow(self, other: "Network", layers: Iterable[int]) -> None:
+        """Use another network's own modules for these layers; after both are attached.
+
+        Args:
+            other: of the same model, which has these layers for good.
+            layers: their indices.
+        """
+        own = self._model.get_submodule(self._container)
+        assert isinstance(own, torch.nn.ModuleList)  # as it was found
+        found = list(self._layers)
+        for index in layers:
+            assert index in other.kept
+            own[index] = found[index] = other._layers[index]
+            self._holes[index] = []
+            self.kept.add(index)
+        self._layers = found
 
     def round_ends(self, weights: DraftWeights) -> None:
         """Use rounded copies of the output head and the embedding, where the head can be rounded.

@@ -65,7 +65,7 @@ def demand_of(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
-        * sum(capacity + drafting.config.nodes for capacity in capacities),
+        * sum(capacity + drafting.config.pending_rows for capacity in capacities),
         workspace_bytes=max(
             workspace_bytes(config, number_bytes, shape, device) + kept_probs,
             draft.pass_bytes + 2 * kept_probs,  # also side by side
@@ -80,6 +80,7 @@ def demand_of(
         drafter_bytes=draft.kept_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
         beside_bytes=draft.beside_bytes,
+        copy_bytes=draft.streamed_bytes,
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch
         + (

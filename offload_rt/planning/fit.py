@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
@@ -89,13 +89,20 @@ def place_run(
             demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers, kv_passes=True
         )
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
-    kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in kv_places(config, device)]
+    places = _kv_places(config, device, load.drafting.config)
+    kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
     try:
         placement = _place_with_kv(demand, stripes, config, kv_plans)
     except PlanError as refusal:
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
         raise
+    if demand.copy_bytes and not placement.streamed:
+        raise PlanError(
+            f"--draft {load.drafting.config.kind} drafts with copies of streamed layers, and all "
+            f"{len(placement.resident)} stay on the device: use another drafter, or lower "
+            "--device-memory or --resident-layers"
+        )
     if placement.device_bytes > free.device_bytes:  # a reordered head is for memory to spare
         placement = replace(placement, demand=replace(placement.demand, packed_head_bytes=0))
     _check_effects(placement, config, free)
@@ -107,6 +114,25 @@ def place_run(
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def _kv_places(config: RuntimeConfig, device: DeviceKind, draft: DraftConfig) -> Sequence[KVPlace]:
+    """Where KV may be, in this order.
+
+    Raises:
+        ConfigError: the drafter reads the target's rows in each of its passes, and they are to be
+            elsewhere.
+    """
+    places = kv_places(config, device)
+    if not draft.words.over_own_rows:
+        return places
+    if config.kv not in (KVPlace.AUTO, KVPlace.DEVICE):
+        raise ConfigError(
+            f"--draft {draft.kind} reads the model's keys and values in each of its passes, and "
+            f"--kv {config.kv} would have them copied each time: use --kv device, or another "
+            "drafter, as --draft triforce"
+        )
+    return (KVPlace.DEVICE,)
 
 
 def _stripes(
@@ -255,15 +281,15 @@ def _plan_kv(
     device: DeviceKind,
     load: RunLoad,
 ) -> KVPlan | None:
-    model, nodes = checkpoint.config, load.drafting.config.nodes
+    model, rows = checkpoint.config, load.drafting.config.pending_rows
     per_token = kv_bytes_per_token(model, number_bytes_of(checkpoint, config.dtype))
     return plan_kv(
         kv,
         config,
         device,
         row_bytes=[per_token // model.num_layers] * model.num_layers,
-        capacities=[capacity + nodes for capacity in load.capacities],
-        scratch_tokens=1 + nodes,
+        capacities=[capacity + rows for capacity in load.capacities],
+        scratch_tokens=1 + rows,
     )
 
 

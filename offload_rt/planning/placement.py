@@ -33,6 +33,7 @@ class Demand:
         kv: how the caches are kept outside the device; None keeps them there.
         kv_passes: `kv_bytes` are those of one layer, which the next one takes over.
         beside_bytes: of `drafter_bytes`, what lies beside each layer; empty: nothing does.
+        copy_bytes: of a copy that drafts, beside each layer that is streamed; empty: there is none.
         further_bytes: what each device after the first needs for passes through its layers.
     """
 
@@ -45,6 +46,7 @@ class Demand:
     kv: KVPlan | None = None
     kv_passes: bool = False
     beside_bytes: tuple[int, ...] = ()
+    copy_bytes: tuple[int, ...] = ()
     further_bytes: int = 0
 
     @property
@@ -71,6 +73,7 @@ class Demand:
             kv=kv,
             kv_passes=self.kv_passes,
             beside_bytes=beside,
+            copy_bytes=tuple(self.copy_bytes[i] for i in layers) if self.copy_bytes else (),
         )
 
 
@@ -168,6 +171,17 @@ class Placement:
         return sum(self.demand.layer_bytes[i] for i in self.resident)
 
     @property
+    def copy_bytes(self) -> int:
+        """Bytes of copies of the streamed layers, which draft."""
+        copies = self.demand.copy_bytes
+        return sum(copies[i] for i in self.streamed) if copies else 0
+
+    @property
+    def drafter_bytes(self) -> int:
+        """What a drafter keeps, copies of streamed layers included."""
+        return self.demand.drafter_bytes + self.copy_bytes
+
+    @property
     def packs_head(self) -> bool:
         """Whether the output head is kept reordered, too: one device has all layers and room."""
         nbytes = self.demand.packed_head_bytes
@@ -181,7 +195,8 @@ class Placement:
 
     @property
     def _plain_bytes(self) -> int:
-        return self.demand.fixed_bytes + self.resident_bytes + self.slots * self.slot_bytes
+        streamed_bytes = self.slots * self.slot_bytes + self.copy_bytes
+        return self.demand.fixed_bytes + self.resident_bytes + streamed_bytes
 
     @property
     def device_bytes(self) -> int:
@@ -327,7 +342,7 @@ def why_not(smallest: Placement, limit: str) -> str:
         "embedding and head": demand.base_bytes,
         "KV cache": demand.kv_bytes,
         "workspace": demand.workspace_bytes,
-        "drafting": demand.drafter_bytes,
+        "drafting": smallest.drafter_bytes,
         f"{len(smallest.resident)} resident layers": smallest.resident_bytes,
         f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
     }

@@ -31,6 +31,8 @@ _REFINED = 4  # candidates whose rings are varied
 # steps no more than that.
 _MOST_ROOM, _ROOM_COST = 4, 1.02
 
+_SHARES_KEPT = (0.0, 0.25, 0.5, 0.75)  # of the layers that fit, where fewer may be better
+
 _KNOWN_STEPS = 16  # after which a drafter is taken to be known
 
 
@@ -77,6 +79,14 @@ class Plan:
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
     level: float = 1.0
+
+    @property
+    def pass_share(self) -> float:
+        """Predicted seconds of a draft pass by those of a token; 0 where none are predicted."""
+        if self.prediction is None or not self.prediction.draft_passes:
+            return 0.0
+        pass_s = self.prediction.draft_s / self.prediction.draft_passes
+        return pass_s / self.prediction.s_per_token
 
     def expected_pass_s(self, nodes: int) -> float | None:
         """Predicted seconds of a pass that checks a draft of that size; None without a profile."""
@@ -318,10 +328,10 @@ class _Search:
         )
 
     def refined(self, found: Sequence[_Candidate]) -> list[_Candidate]:
-        """The same, and the best of them with other rings."""
+        """The same, and the best of them with fewer layers resident and with other rings."""
         best = sorted(found, key=lambda c: c.s_per_token)[:_REFINED]
-        more = []
-        for candidate in best:
+        more = [made for candidate in best for made in self._with_fewer(candidate)]
+        for candidate in sorted([*best, *more], key=lambda c: c.s_per_token)[:_REFINED]:
             streamed = len(candidate.placement.streamed)
             if self._runtime.slots is not None or not candidate.prediction.draft_s:
                 continue
@@ -329,11 +339,28 @@ class _Search:
                 if slots > streamed or slots == candidate.placement.slots:
                     continue
                 try:
-                    runtime = replace(self._runtime, slots=slots)
+                    runtime = replace(candidate.runtime, slots=slots)
                     more.append(self.candidate(candidate.draft, runtime))
                 except (PlanError, ConfigError):  # the ring is larger than what it would stream
                     continue
         return [*found, *more]
+
+    def _with_fewer(self, candidate: _Candidate) -> Iterator[_Candidate]:
+        """The same with fewer layers resident, where copies of the streamed ones draft.
+
+        Each draft pass reads a resident layer whole and a copy in a part of that time, so as many
+        resident layers as fit need not be best.
+        """
+        given = self._runtime.resident_layers is not None or self._runtime.resident is not None
+        most = len(candidate.placement.resident)
+        if given or not candidate.placement.copy_bytes:
+            return
+        for count in sorted({round(most * share) for share in _SHARES_KEPT} - {most}):
+            try:
+                runtime = replace(candidate.runtime, resident_layers=count)
+                yield self.candidate(candidate.draft, runtime)
+            except PlanError:  # in the ring's least form it is larger than what was found
+                continue
 
     def with_room(self, best: _Candidate) -> _Candidate:
         """The same with room for larger drafts, which the controller may come to, if it is cheap.

@@ -129,6 +129,7 @@ class _Counts:
         self._each = [b.fixed_bytes - a.fixed_bytes for a, b in zip(one, two, strict=True)]
         self._fixed = [a.fixed_bytes - each for a, each in zip(one, self._each, strict=True)]
         self._layer_bytes = max(demand.layer_bytes)
+        self._copy_bytes = max(demand.copy_bytes, default=0)
         self._slots = slots
         self._kv_bytes = (
             0 if demand.kv is None else demand.kv.streamed_bytes // len(demand.layer_bytes)
@@ -147,6 +148,7 @@ class _Counts:
         keeps, gets = self.kept[device] + kept, self.sent[device] + sent
         used = self._fixed[device] + self._each[device] * (keeps + gets)
         used += keeps * self._layer_bytes + min(self._slots, gets) * self._layer_bytes
+        used += gets * self._copy_bytes
         return self._stripes[device].limit_bytes - used
 
     def send(self) -> bool:
@@ -221,7 +223,9 @@ def _arrange(
                 slot_bytes=slot_bytes if sent else 0,
                 # Layers keep their numbers.
                 demand=replace(
-                    demand.share(mine, first=device == 0), layer_bytes=demand.layer_bytes
+                    demand.share(mine, first=device == 0),
+                    layer_bytes=demand.layer_bytes,
+                    copy_bytes=demand.copy_bytes,
                 ),
                 device_limit_bytes=stripe.limit_bytes,
             )

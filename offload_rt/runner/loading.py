@@ -122,6 +122,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     dtype: str = "auto",
     target_base: DeviceBuffer | None = None,
     stripes: Stripes | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Runner:
     """Load a network that drafts: none of it is streamed.
 
@@ -135,6 +136,8 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
             but for the output head.
         stripes: where its layers are; None: all on `device`.
+        layers: of a rounded copy, those that are copied; it will `Network.borrow` the others, and
+            the output head is shared too. None: all.
     """
     network = Network(checkpoint, dtype, device.kind.packing)
     purpose = DRAFT if target_base is None else COPY
@@ -142,17 +145,17 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     packs = not rounds and _packs(network, device)
     files = WeightFiles(checkpoint.files)
     try:
-        layers = range(len(network.layouts))
-        shares = [(device, layers)] if stripes is None else [*stripes.shares(layers)]
+        mine = range(len(network.layouts)) if layers is None else layers
+        shares = [(device, mine)] if stripes is None else [*stripes.shares(mine)]
         _prepare_stored(checkpoint, network, shares, files)
         base = target_base or load_base(network, device, files, purpose)
-        for one, mine in shares:
-            _keep(network, one, files, mine, purpose, packs=packs, weights=weights)
+        for one, copied in shares:
+            _keep(network, one, files, copied, purpose, packs=packs, weights=weights)
             one.load.record().synchronize()
     finally:
         files.close()
     network.attach(None, base, device.torch_device, chunk_tokens, stripes)
-    if rounds:
+    if rounds and layers is None:
         with torch.inference_mode():
             if target_base is None:  # in the ledger is what stays
                 network.round_ends(weights)

@@ -113,7 +113,7 @@ def summary_of(engine: "Engine") -> PlanSummary:
         draft_window=draft.window_tokens,
         draft_weights=weights_name(draft),
         retrieval_weights=retrieval_weights_name(draft),
-        drafter_bytes=demand.drafter_bytes,
+        drafter_bytes=placement.drafter_bytes,
         resident=placement.resident,
         streamed=placement.streamed,
         slots=placement.slots,

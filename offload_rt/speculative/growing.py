@@ -54,10 +54,16 @@ class Grower:
         model: drafts.
         cache: of the model, or what it shares; nodes are pending rows there.
         capacity: tokens of the longest sequence.
+        greedy_temperature: of the model's distribution where answers are greedy. The nearer the
+            model is to the target, the surer it is of the target's likeliest token, however
+            unlikely that is itself.
     """
 
-    def __init__(self, model: Runner, cache: KVCache, capacity: int) -> None:
+    def __init__(
+        self, model: Runner, cache: KVCache, capacity: int, *, greedy_temperature: float = 1.0
+    ) -> None:
         self._model, self._cache = model, cache
+        self._greedy_temperature = greedy_temperature
         self._sampling = SamplingConfig()
         self._text = SuffixIndex(SHORTEST_QUOTED)
         self._followers = Followers(most_contexts(capacity), orders=(_SEEN_BEFORE,))
@@ -80,11 +86,13 @@ class Grower:
         config: DraftConfig,
         *,
         root_pends: bool,
+        least_gain: float = 0.0,
     ) -> tuple[TokenTree, int]:
         """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
 
         What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
-        Passes end early when all of them have children. All rows stay pending.
+        Passes end early when all of them have children, or when the next one would gain too little:
+        a token behind a fed node is of use if that is accepted. All rows stay pending.
 
         Args:
             logits: [1, V] after the root.
@@ -92,6 +100,7 @@ class Grower:
             max_depth: of nodes.
             config: how many nodes and passes.
             root_pends: the root's row is the first pending one; else the last committed.
+            least_gain: accepted tokens that a pass must be expected to add.
 
         Returns:
             The tree, and how many passes it took.
@@ -107,7 +116,7 @@ class Grower:
         wrong, passes = False, 0  # whether what was fed ahead in the last pass was
         while passes < config.tree_passes - 1:
             chosen = growth.choose(breadth)
-            if not chosen:
+            if not chosen or growth.likelihood(chosen) < least_gain:
                 break
             room = 0 if wrong else breadth // 2
             guessed = growth.guess(chosen[0], self._ahead(growth, ids, chosen[0], max_depth, room))
@@ -154,7 +163,7 @@ class Grower:
 
     def _children(self, logits: torch.Tensor) -> list[tuple[list[int], list[float]]]:
         """The likeliest tokens after each row and the logs of their probabilities."""
-        temperature = self._sampling.temperature or 1.0
+        temperature = self._sampling.temperature or self._greedy_temperature
         packed = []
         for part in logits.split(DRAW_ROWS):
             logprobs = torch.log_softmax(part.float() / temperature, dim=-1)
@@ -274,6 +283,10 @@ class _Growth:
         if len(self.ranked) == self.budget:
             del self.able[bisect_right(self.able, self.ranked[-1]) :]
         return [node for _, node in self.able[:count]]
+
+    def likelihood(self, chosen: Sequence[int]) -> float:
+        """Of these nodes, how many should be accepted."""
+        return sum(math.exp(self.nodes[node].score) for node in chosen)
 
     def feed(self, chosen: Sequence[int]) -> tuple[list[int], list[int]]:
         """Make nodes the next pending rows.

@@ -60,7 +60,9 @@ class DraftMemory:
         kept_bytes: all the time.
         beside_bytes: of these, what lies beside each layer of the target; empty: nothing does.
         building_bytes: on each device, while what lies there is made from the target's cache.
-        copied_bytes: of these, small copies of weights.
+        streamed_bytes: besides, what lies beside each layer of the target that is streamed; empty:
+            nothing does.
+        copied_bytes: of these, small copies of weights, at most.
         pass_bytes: in one of its passes, when the target makes none.
         loading_bytes: while it is loaded, before the target's weights are.
         head_bytes: while an output head is copied, before the target's layers are loaded.
@@ -69,6 +71,7 @@ class DraftMemory:
 
     kept_bytes: int = 0
     beside_bytes: tuple[int, ...] = ()
+    streamed_bytes: tuple[int, ...] = ()
     building_bytes: int = 0
     copied_bytes: int = 0
     pass_bytes: int = 0
@@ -92,6 +95,8 @@ class DrafterSeat:
         draft_model: where one drafts.
         medusa: where heads draft.
         draft_pass: a pass of the target, or of its rounded copy, over another cache.
+        rounded_copy: of the target, or of its streamed layers, where one drafts.
+        pass_share: predicted seconds of a draft pass by those of a token; 0 where none are.
         below: it drafts for passes over a retrieval cache.
     """
 
@@ -105,6 +110,8 @@ class DrafterSeat:
     draft_model: "Runner | None"
     medusa: "Medusa | None"
     draft_pass: "TargetPass"
+    rounded_copy: "Runner | None" = None
+    pass_share: float = 0.0
     below: bool = False
 
     def behind(self, nodes: int) -> "DrafterSeat":
