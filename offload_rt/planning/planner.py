@@ -16,6 +16,7 @@ from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.placement import Placement
@@ -187,8 +188,11 @@ def plan_run(
             continue
         try:
             found.append(search.candidate(config, runtime))
-        except PlanError as refusal:
-            refusals.append((config, refusal))
+        except (
+            PlanError
+        ) as refusal:  # that no memory would change says nothing of one not asked for
+            if refusal.needed_bytes or not draft.automatic:
+                refusals.append((config, refusal))
     if not found:
         # One about other memory than the device's names no bytes of it.
         raise min((r for _, r in refusals), key=lambda r: r.needed_bytes or math.inf)
@@ -242,12 +246,13 @@ def _drafts(
     load: RunLoad,
 ) -> Iterator[DraftConfig]:
     """Every drafter, size and variant to look at."""
-    for config in _sized_drafts(draft, runtime, device, load):
+    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
+    for config in _sized_drafts(draft, runtime, dtype, device, load):
         yield from _variants(config, checkpoint, runtime, device)
 
 
 def _sized_drafts(
-    draft: DraftConfig, runtime: RuntimeConfig, device: DeviceKind, load: RunLoad
+    draft: DraftConfig, runtime: RuntimeConfig, dtype: str, device: DeviceKind, load: RunLoad
 ) -> Iterator[DraftConfig]:
     if _is_fixed(draft):
         yield draft
@@ -256,7 +261,7 @@ def _sized_drafts(
     if draft.automatic:
         yield replace(draft, draft="none")
         tokens = load.prompt_tokens
-        names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, tokens)]
+        names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, dtype, tokens)]
     for name in names:
         sized = replace(draft, draft=name)
         for size in _sizes(sized, device, load):

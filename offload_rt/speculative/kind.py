@@ -134,7 +134,8 @@ class DrafterKind:
         prior_hits: share of the steps in which it finds a draft, likewise.
         first_tokens: it begins with no more until something was seen; None: with what is best.
         below: acceptance rate of what it drafts for passes over a retrieval cache; assumed.
-        automatic: whether --draft auto looks at it, by the prompt's tokens.
+        automatic: whether --draft auto looks at it, by the format the target computes in and the
+            prompt's tokens.
         variants: the configurations that the planner compares, the usual one first.
         inner_rates: acceptance rates of the drafter below it, if it has one.
         tree_depth: how deep its trees get, by nodes and depths of which rates are known; None: it
@@ -155,8 +156,8 @@ class DrafterKind:
     prior_hits: float = 1.0
     first_tokens: int | None = None
     below: float | None = None
-    automatic: Callable[[DraftConfig, RuntimeConfig, int], bool] = (
-        lambda draft, runtime, prompt_tokens: False
+    automatic: Callable[[DraftConfig, RuntimeConfig, str, int], bool] = (
+        lambda draft, runtime, dtype, prompt_tokens: False
     )
     variants: Callable[[DraftConfig, Checkpoint, str, DeviceKind], Sequence[DraftConfig]] = (
         lambda draft, target, dtype, device: (draft,)

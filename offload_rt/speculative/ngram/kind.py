@@ -75,7 +75,7 @@ KIND = DrafterKind(
     # came from drafts.
     first_tokens=8,
     below=0.4,
-    automatic=lambda draft, runtime, prompt_tokens: True,
+    automatic=lambda draft, runtime, dtype, prompt_tokens: True,
     tree_depth=lambda draft, known: draft.nodes,
     seen_as="ngram trees",  # what chains gave before says nothing of them
     in_memory=lambda draft: ("where tokens occurred, and what was likely after them",),

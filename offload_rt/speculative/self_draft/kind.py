@@ -44,8 +44,10 @@ def _variants(
     return [replace(draft, draft=f"{draft.kind}:{weights}") for weights in formats]
 
 
-def _is_worth_a_look(draft: DraftConfig, runtime: RuntimeConfig, prompt_tokens: int) -> bool:
-    return runtime.kv in (KVPlace.AUTO, KVPlace.DEVICE)
+def _is_worth_a_look(
+    draft: DraftConfig, runtime: RuntimeConfig, dtype: str, prompt_tokens: int
+) -> bool:
+    return dtype == "bfloat16" and runtime.kv in (KVPlace.AUTO, KVPlace.DEVICE)
 
 
 def _format(draft: DraftConfig) -> DraftWeights:

@@ -45,7 +45,9 @@ def _variants(
     ]
 
 
-def _is_worth_a_look(draft: DraftConfig, runtime: RuntimeConfig, prompt_tokens: int) -> bool:
+def _is_worth_a_look(
+    draft: DraftConfig, runtime: RuntimeConfig, dtype: str, prompt_tokens: int
+) -> bool:
     offloads = runtime.kv is not KVPlace.DEVICE
     return offloads and prompt_tokens > draft.retrieval.budget_tokens
 
