@@ -3,8 +3,10 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from offload_rt.cli.columns import hanging
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
+from offload_rt.costs.sizes import StoredSizes
 from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import OffloadError
 from offload_rt.planning.placement import Placement
@@ -151,3 +153,17 @@ def _round_up(nbytes: int) -> int:
             if steps * unit >= nbytes:
                 return int(steps * unit)
     return nbytes
+
+
+def quantised_lines(sizes: StoredSizes | None) -> list[str]:
+    """What is quantised, and its sizes: in files, on the link and on the device; as it computes."""
+    if sizes is None:
+        return []
+    return [
+        hanging(
+            f"  quantised: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "
+            f"way, {format_size(sizes.computed_bytes)} as they compute, one at a time: the numbers "
+            "that are stored, bit for bit",
+            4,
+        )
+    ]

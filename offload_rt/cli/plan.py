@@ -13,7 +13,7 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, headline, more_memory, pinning_line
+from offload_rt.cli.headline import More, headline, more_memory, pinning_line, quantised_lines
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
@@ -356,7 +356,7 @@ def _as_table(outlook: _Outlook) -> str:
     lines = [
         *_headline(outlook),
         hanging(head, 2),
-        *_quantised(outlook.stored),
+        *quantised_lines(outlook.stored),
         f"on the device ({outlook.device.processor})",
         *map(_row, rows),
     ]
@@ -369,19 +369,6 @@ def _as_table(outlook: _Outlook) -> str:
     else:
         lines.append("nothing is streamed")
     return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
-
-
-def _quantised(sizes: StoredSizes | None) -> list[str]:
-    if sizes is None:
-        return []
-    return [
-        hanging(
-            f"  quantised: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "
-            f"way, {format_size(sizes.computed_bytes)} as they compute, one at a time: the numbers "
-            "that are stored, bit for bit",
-            4,
-        )
-    ]
 
 
 def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:

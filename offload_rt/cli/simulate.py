@@ -13,7 +13,7 @@ from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, headline, more_memory
+from offload_rt.cli.headline import More, headline, more_memory, quantised_lines
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.simulate_table import (
     comparisons_table,
@@ -25,6 +25,7 @@ from offload_rt.cli.simulate_table import (
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
+from offload_rt.costs.sizes import StoredSizes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import check_links, likely_kind
 from offload_rt.errors import ConfigError
@@ -201,6 +202,7 @@ class _Question:
     speeds: Speeds
     draft: DraftConfig
     acceptance: Acceptance
+    stored: StoredSizes | None
     context_tokens: int
 
 
@@ -237,6 +239,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         speeds=speeds,
         draft=draft,
         acceptance=acceptance,
+        stored=stored_sizes(checkpoint, config.dtype, speeds.device),
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
@@ -293,6 +296,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "profile": asked.speeds.profile.name,
         "own_profile": asked.own,
         "device": str(asked.speeds.processor),
+        "quantised": dataclasses.asdict(asked.stored) if asked.stored else None,
         "context_tokens": asked.context_tokens,
         "drafter": asked.draft.draft,
         "draft_tokens": asked.draft.nodes,
@@ -323,4 +327,4 @@ def _as_table(outlook: _Outlook) -> str:
         source="headers" if asked.from_files else "config.json alone",
         machine=f"{profile_source(speeds.profile.name, asked.own)} ({speeds.processor})",
     )
-    return f"{first}\n{table}"
+    return "\n".join([first, *quantised_lines(asked.stored), table])

@@ -17,7 +17,7 @@ from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.formats.found import find_stored
-from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (
@@ -161,6 +161,7 @@ def sort_checkpoint(
     config: ModelConfig,
     tensors: Mapping[str, TensorExtent],
     files: Mapping[Path, FileIdentity],
+    stored: StoredTensors | None = None,
 ) -> Checkpoint:
     """Tell apart what tensors there are.
 
@@ -169,12 +170,13 @@ def sort_checkpoint(
         config: its `config.json`.
         tensors: all of them, by name.
         files: they are in.
+        stored: the quantised weights among them; None: they are looked for.
 
     Raises:
         CheckpointError: one is missing, contradicts another or is not supported.
     """
     family = read_family(config.model_type)
-    stored = find_stored(folder, config.quantised, tensors)
+    stored = stored or find_stored(folder, config.quantised, tensors)
     parts = sort_tensors(
         folder,
         [

@@ -6,12 +6,14 @@ is empty. No torch here; other families than those of the table need it (`outlin
 """
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from pathlib import Path
 
+from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import (
     DTYPE_BYTES,
     Checkpoint,
@@ -20,6 +22,9 @@ from offload_rt.model.checkpoint import (
     sort_checkpoint,
 )
 from offload_rt.model.config import ModelConfig, QuantisedError, load_model_config
+from offload_rt.model.formats.methods import Method
+from offload_rt.model.formats.stated import is_kept, one_form, say_unread, tensors_of
+from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.packed_files import SUFFIX
 from offload_rt.model.shards import PICKLES
 
@@ -27,6 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DEFAULT_DTYPE = "bfloat16"
+_IN_LAYER = re.compile(r"\.\d+\.")
 _FILE = "model.safetensors"
 _WEIGHTS = (".safetensors", ".gguf", SUFFIX, *PICKLES)
 
@@ -71,15 +77,15 @@ def outline_checkpoint(folder: Path) -> Checkpoint:
     takes the seconds that importing torch does, and refuses what could not be run.
 
     Raises:
-        QuantisedError: the weights are quantised: their sizes are in the files alone.
+        QuantisedError: the weights are quantised in several ways: sizes are in the files alone.
         CheckpointError: the file cannot be used, or the family cannot be streamed.
     """
     folder = Path(os.path.abspath(folder))
     config = load_model_config(folder)
-    if config.quantised:
+    if config.quantised is not None and one_form(config.quantised) is None:
         raise QuantisedError(
-            f"{folder}: its weights are quantised ({config.quantised.name}), and their sizes are "
-            "read from weight files, which are not here: download them",
+            f"{folder}: its weights are quantised ({config.quantised.name}) in several ways, and "
+            "their sizes are read from weight files, which are not here: download them",
             replace(config, quantised=None),
         )
     if (known := outline_known(config, folder)) is not None:
@@ -109,15 +115,68 @@ def outline_known(config: ModelConfig, folder: Path) -> Checkpoint | None:
 def _checkpoint_of(
     folder: Path, config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]
 ) -> Checkpoint:
-    """A checkpoint of these tensors, one behind the other in the format that config.json names."""
-    code, offset, tensors = _CODES[config.dtype or _DEFAULT_DTYPE], 0, {}
-    for name, shape in shapes.items():
+    """A checkpoint of these tensors, one behind the other in the formats that config.json names."""
+    tensors = dict[str, TensorExtent]()
+    quantised = dict[str, Stored]()
+    offset = 0
+
+    def add(name: str, code: str, shape: tuple[int, ...]) -> TensorExtent:
+        nonlocal offset
         nbytes = prod(shape) * DTYPE_BYTES[code]
+        start = -(-offset // DTYPE_BYTES[code]) * DTYPE_BYTES[code]
         tensors[name] = TensorExtent(
-            name=name, dtype=code, shape=shape, path=folder / _FILE, offset=offset, nbytes=nbytes
+            name=name, dtype=code, shape=shape, path=folder / _FILE, offset=start, nbytes=nbytes
         )
-        offset += nbytes
-    return sort_checkpoint(folder, config, tensors, {})
+        offset = start + nbytes
+        return tensors[name]
+
+    code, method = _CODES[config.dtype or _DEFAULT_DTYPE], config.quantised
+    if method is not None:
+        say_unread(method, folder.name)
+    for name, shape in shapes.items():
+        module, _, word = name.rpartition(".")
+        linear = len(shape) == 2 and word == "weight" and _IN_LAYER.search(module) is not None
+        if method is None or not linear or is_kept(method, module):
+            add(name, code, shape)
+            continue
+        parts = _parts_of(folder, method, module, shape)
+        extents = {word: add(f"{module}.{word}", *part) for word, part in parts.items()}
+        stored = _stored(method, module, shape, extents)
+        quantised |= {extent.name: stored for extent in extents.values()}
+    found = None if method is None else StoredTensors(quantised, frozenset())
+    return sort_checkpoint(folder, config, tensors, {}, found)
+
+
+def _parts_of(
+    folder: Path, method: Method, module: str, shape: tuple[int, ...]
+) -> Mapping[str, tuple[str, tuple[int, ...]]]:
+    one = one_form(method)
+    parts = None if one is None or ".experts." in module else tensors_of(one, *shape)
+    if parts is None:
+        raise CheckpointError(
+            f"{folder}: {module}, {list(shape)}, cannot be quantised as config.json says "
+            f"({method.name}): sizes of such models are read from weight files, download them"
+        )
+    return parts
+
+
+def _stored(
+    method: Method, module: str, shape: tuple[int, ...], parts: Mapping[str, TensorExtent]
+) -> Stored:
+    one = one_form(method)
+    assert one is not None  # or its parts would not be known
+    outputs, inputs = shape
+    block = (one.block[0] or outputs, one.block[1] or inputs)
+    return Stored(
+        module=module,
+        form=one.form,
+        outputs=outputs,
+        inputs=inputs,
+        bits=one.bits,
+        groups=-(-inputs // block[1]),
+        parts=parts,
+        block=block,
+    )
 
 
 def _flag(config: ModelConfig, name: str, default: bool = False) -> bool:

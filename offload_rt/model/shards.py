@@ -8,7 +8,7 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import FileIdentity, read_json_object, shown
 from offload_rt.model.header import TensorExtent, read_header
-from offload_rt.model.kinds import READ
+from offload_rt.model.kinds import READ, weights_note
 from offload_rt.model.locate import how_to_complete
 from offload_rt.model.packed_files import MANIFEST, read_manifest, read_packed_header
 
@@ -55,7 +55,7 @@ def find_weights(folder: Path) -> dict[str, str]:
     if SINGLE in names:
         return {}
     complete = how_to_complete(folder) if "config.json" in names else "give a model folder"
-    raise CheckpointError(f"{folder} {_why_no_weights(names, complete)}")
+    raise CheckpointError(f"{folder} {_why_no_weights(names, complete, weights_note(folder))}")
 
 
 def _refuse_beside_packed(folder: Path, names: list[str]) -> None:
@@ -67,7 +67,7 @@ def _refuse_beside_packed(folder: Path, names: list[str]) -> None:
         )
 
 
-def _why_no_weights(names: list[str], complete: str) -> str:
+def _why_no_weights(names: list[str], complete: str, note: str) -> str:
     weights = [name for name in names if name.endswith(".safetensors")]
     if "adapter_model.safetensors" in weights:
         return "is an adapter (adapter_model.safetensors): give the model it is for, and --adapter"
@@ -86,8 +86,8 @@ def _why_no_weights(names: list[str], complete: str) -> str:
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return (
-            f"holds its weights as GGUF ({shown(gguf[0])}): {READ}, so take the model it was made "
-            "from"
+            f"holds its weights as GGUF ({shown(gguf[0])}){note}: {READ}, so take the model it was "
+            "made from"
         )
     return f"holds no weights ({len(names)} files, none .safetensors): {complete}"
 

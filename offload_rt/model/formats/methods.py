@@ -65,6 +65,7 @@ class Method:
         bits: of a weight.
         blocks: outputs and inputs that share a scale.
         symmetric: whether scales have no zero points; both, where modules differ.
+        scale: number format that scales have, as far as it is known.
         kept: what config.json calls the modules that stay as they were.
         notes: what is not done that the method does.
     """
@@ -74,6 +75,7 @@ class Method:
     bits: frozenset[int]
     blocks: frozenset[Block]
     symmetric: frozenset[bool] = frozenset({True})
+    scale: str = "F32"
     kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -153,6 +155,7 @@ def _compressed_tensors(name: str, stated: Mapping[str, object]) -> Method | str
         bits=frozenset(each["num_bits"] for each in weights),
         blocks=frozenset(block for each in weights for block in _blocks(each)),
         symmetric=frozenset(each.get("symmetric", True) is not False for each in weights),
+        scale="U8" if stated.get("format") == "mxfp8-quantized" else "BF16",
         kept=_names(stated.get("ignore")),
         notes=tuple(notes),
     )
@@ -258,6 +261,7 @@ def _of_words(name: str, stated: Mapping[str, Any], form: Form) -> Method | str:
         bits=frozenset({stated.get("bits", 4)}),
         blocks=frozenset({CHANNEL if size == -1 else (1, size)}),
         symmetric=frozenset({False}),
+        scale="F16",
         kept=_names(stated.get("modules_to_not_convert")),
     )
 
@@ -304,6 +308,7 @@ def _bitsandbytes(name: str, stated: Mapping[str, Any]) -> Method | str:
         forms=frozenset({Form.BNB4 if four else Form.BNB8}),
         bits=frozenset({4 if four else 8}),
         blocks=frozenset({(1, 64) if four else CHANNEL}),
+        scale="U8" if four and stated.get("bnb_4bit_use_double_quant") is True else "F32",
         kept=_names(kept),
         notes=() if four else (UNROUNDED,),
     )

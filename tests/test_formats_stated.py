@@ -1,0 +1,200 @@
+"""Sizes of quantised models from config.json alone, and the refusals of what is not read."""
+
+import json
+import shutil
+
+import pytest
+from quantised import CASES, mixed, write_twins
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.config import QuantisedError
+from offload_rt.model.formats.methods import Method, read_method
+from offload_rt.model.formats.stated import is_kept
+from offload_rt.model.outline import open_or_outline, outline_checkpoint
+
+# As the tools write scales; others of `quantised.py` have them in other formats for the laws.
+AS_WRITTEN = [
+    "W4 g32",
+    "W4 g32 asymmetric",
+    "W3 g32",
+    "W8 g16 asymmetric",
+    "AWQ g32",
+    "GPTQ 4 g32",
+    "GPTQ 3 g16 act-order",
+    "FP8 channel bf16 scales",
+    "MXFP8",
+    "W8 channel bytes asymmetric",
+    "NVFP4",
+    "MXFP4",
+    "fp8 blocks",
+    "fp8 one scale",
+    "fbgemm_fp8",
+    "ModelOpt FP8",
+    "ModelOpt NVFP4",
+    "nf4",
+    "nf4 nested",
+    "int8",
+]
+
+
+def alone(folder, target):
+    target.mkdir()
+    shutil.copy(folder / "config.json", target)
+    return target
+
+
+@pytest.mark.parametrize("case", AS_WRITTEN)
+def test_config_json_alone_has_the_bytes_of_the_files(make_tiny, tmp_path, case):
+    source = make_tiny("qwen2", dtype="bfloat16", num_hidden_layers=2)
+    folder = write_twins(source, tmp_path / "made", *CASES[case]).folder
+    real = open_checkpoint(folder)
+    made, from_files = open_or_outline(alone(folder, tmp_path / "alone"))
+    assert not from_files
+    for ours, theirs in zip(made.layers, real.layers, strict=True):
+        assert sum(e.nbytes for e in ours) == sum(e.nbytes for e in theirs)
+        assert sorted(e.nbytes for e in ours) == sorted(e.nbytes for e in theirs)
+    assert made.others_bytes == real.others_bytes
+    weights = {each.module: each for each in made.stored.values()}
+    for each in real.stored.values():
+        one = weights[each.module]
+        facts = (one.form, one.outputs, one.inputs, one.bits, one.nbytes)
+        assert facts == (each.form, each.outputs, each.inputs, each.bits, each.nbytes)
+
+
+def test_families_whose_sizes_are_transformers_own(make_tiny, tmp_path):
+    """Its modules would compute with what is outlined."""
+    source = make_tiny("helium", dtype="bfloat16", num_hidden_layers=2)
+    folder = write_twins(source, tmp_path / "made", *CASES["AWQ g32"]).folder
+    made = outline_checkpoint(alone(folder, tmp_path / "alone"))
+    assert made.layer_bytes(1) == open_checkpoint(folder).layer_bytes(1)
+
+
+AWQ_70B = {
+    "model_type": "llama",
+    "num_hidden_layers": 80,
+    "hidden_size": 8192,
+    "intermediate_size": 28672,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float16",
+    "quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128},
+}
+
+
+def test_plan_and_simulate_of_a_quantised_config_say_three_sizes(tmp_path, offload_run):
+    (tmp_path / "config.json").write_text(json.dumps(AWQ_70B))
+    where = ("--device", "cuda", "--device-memory", "23GiB", "--profile", "rtx4090-pcie4x16")
+    simulated = offload_run("simulate", tmp_path, *where, "--json")
+    assert simulated.code == 0, simulated.err
+    facts = json.loads(simulated.out)
+    layer = 2 * 8192 * 8192 + 2 * 8192 * 1024 + 3 * 8192 * 28672
+    sizes = facts["quantised"]
+    assert sizes["weights"] == 80 * layer
+    # 4 bits, and for each 128 of them a scale of 16 and a zero point of 4
+    assert sizes["file_bytes"] == 80 * layer * (4 + 20 / 128) / 8
+    assert sizes["computed_bytes"] == 80 * layer * 2
+    norms = 2 * 8192 * 2
+    each = facts["bytes_per_pass"] / facts["streamed_layers"]
+    assert each == pytest.approx(sizes["file_bytes"] / 80 + norms, rel=1e-3)
+    planned = offload_run("plan", tmp_path, *where, "--draft", "none", "--json")
+    assert json.loads(planned.out)["quantised"] == sizes
+    shown = " ".join(offload_run("simulate", tmp_path, *where).out.split())
+    assert "quantised: AWQ, 4-bit, 33.1 GiB in the files and on the way, 128 GiB as they" in shown
+
+
+def test_models_quantised_in_several_ways_are_sized_by_their_files(make_tiny, tmp_path):
+    source = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
+    modules = {"self_attn": "W4 g32", "mlp": "FP8 channel"}
+    folder = write_twins(source, tmp_path / "made", *mixed(modules)).folder
+    assert len(open_checkpoint(folder).stored) > 0
+    with pytest.raises(QuantisedError, match="in several ways, and their sizes are read from w"):
+        outline_checkpoint(alone(folder, tmp_path / "alone"))
+
+
+def test_groups_that_divide_no_weight_are_refused(tmp_path):
+    stated = AWQ_70B["quantization_config"] | {"group_size": 96}
+    (tmp_path / "config.json").write_text(json.dumps(AWQ_70B | {"quantization_config": stated}))
+    with pytest.raises(CheckpointError, match="cannot be quantised as config.json says"):
+        outline_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "module", "says"),
+    [
+        ("lm_head", "lm_head", True),
+        ("re:.*lm_head", "lm_head", True),
+        ("re:.*self_attn.*", "model.layers.0.self_attn.q_proj", True),
+        (r"re:model\.layers\.\d+\.mlp\.gate_proj$", "model.layers.3.mlp.gate_proj", True),
+        (r"re:.*mlp.gate$", "model.layers.3.mlp.gate_proj", False),
+        ("model.layers.0", "model.layers.0.mlp.up_proj", True),
+        ("model.layers.1", "model.layers.10.mlp.up_proj", False),
+        ("model.layers.0*", "model.layers.0.mlp.up_proj", True),
+        ("up_proj", "model.layers.0.mlp.up_proj", True),
+        ("self_attn", "model.layers.0.self_attn.q_proj", True),
+        ("proj", "model.layers.0.self_attn.q_proj", False),
+        ("re:(a+)+$", "a" * 60 + "b", False),  # would take a regular expression years
+        ("re:" + ".*a" * 30, "a" * 900, True),  # and this one hours, if it did not match
+    ],
+)
+def test_what_stays_as_it_was_is_told_by_names(kept, module, says):
+    stated = AWQ_70B["quantization_config"] | {"modules_to_not_convert": [kept]}
+    method = read_method("AWQ", stated)
+    assert isinstance(method, Method)
+    assert is_kept(method, module) is says
+
+
+def test_modules_that_config_json_keeps_have_their_16_bits(tmp_path, caplog):
+    stated = AWQ_70B["quantization_config"]
+    config = AWQ_70B | {"num_hidden_layers": 2}
+    sizes = {}
+    for name, kept in (("none", None), ("some", ["self_attn"]), ("odd", ["re:(self|mlp)_attn"])):
+        (tmp_path / name).mkdir()
+        full = config | {"quantization_config": stated | {"modules_to_not_convert": kept}}
+        (tmp_path / name / "config.json").write_text(json.dumps(full))
+        sizes[name] = outline_checkpoint(tmp_path / name).layer_bytes(0)
+    attention = 2 * 8192 * 8192 + 2 * 8192 * 1024
+    assert sizes["some"] - sizes["none"] == attention * (2 - (4 + 20 / 128) / 8)
+    assert sizes["odd"] == sizes["none"]
+    assert "the pattern 're:(self|mlp)_attn' of modules that are not quantised" in caplog.text
+
+
+METHODS = {
+    "AQLM": {"quant_method": "aqlm"},
+    "HQQ": {"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 4}}},
+    "EETQ": {"quant_method": "eetq"},
+    "VPTQ": {"quant_method": "vptq"},
+    "SpQR": {"quant_method": "spqr", "bits": 3},
+    "torchao": {"quant_method": "torchao", "quant_type": {"default": {}}},
+    "Quanto": {"quant_method": "quanto", "weights": "int4"},
+    "EXL2": {"quant_method": "exl2", "bits": 4.5},
+    "EXL3": {"quant_method": "exl3", "bits": 3.0},
+    "Quark": {"quant_method": "quark"},
+    "AutoRound": {"quant_method": "auto-round", "bits": 4},
+    "BitNet": {"quant_method": "bitnet"},
+    "MXFP4": {"quant_method": "mxfp4"},
+    "MXFP8": {"quant_method": "mxfp8"},
+    "GGUF": {"quant_method": "gguf"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_that_are_not_read_are_named_with_what_is(tmp_path, offload_run, name):
+    config = AWQ_70B | {"num_hidden_layers": 2, "quantization_config": METHODS[name]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(bytes(2**20))
+    done = offload_run("generate", tmp_path, "--prompt", "a")
+    assert done.code == 4 and done.out == ""
+    assert f"its weights are quantised ({name}" in done.err
+    assert "1.00 MiB here: " in done.err and "compressed-tensors (integers, FP8" in done.err
+    assert len(done.err.strip().splitlines()) <= 1 or "Traceback" not in done.err
+
+
+def test_a_folder_with_gguf_files_alone_is_named(tmp_path, offload_run):
+    (tmp_path / "model-q4_k_m.gguf").write_bytes(b"GGUF" + bytes(3 * 2**20 - 4))
+    (tmp_path / "config.json").write_text(json.dumps(AWQ_70B | {"quantization_config": None}))
+    done = offload_run("plan", tmp_path)
+    assert done.code == 4 and "GGUF" in done.err and "3.00 MiB" in done.err
