@@ -24,8 +24,8 @@ class Twins:
     plain: Path
 
 
-def write_twins(source, folder, convert, stated, dtype=torch.float32, keep=lambda name: False):
-    """Quantise the linears of a plain model's layers.
+def write_twins(source, folder, convert, stated, dtype=torch.float32, ends=()):
+    """Quantise the linears of a plain model's layers, and ends: an embedding, a head.
 
     Args:
         source: its folder.
@@ -34,14 +34,15 @@ def write_twins(source, folder, convert, stated, dtype=torch.float32, keep=lambd
             or such by words of modules' names.
         stated: quantization_config.
         dtype: of the plain weights.
-        keep: names of modules that stay.
+        ends: names of modules outside of layers.
     """
     generator = torch.Generator().manual_seed(1)
     quantised, plain = {}, {}
     for name, tensor in load_file(source / "model.safetensors").items():
         module, _, word = name.rpartition(".")
         plain[name] = quantised[name] = tensor
-        if ".layers." in name and tensor.dim() == 2 and word == "weight" and not keep(module):
+        inside = ".layers." in name and tensor.dim() == 2 and word == "weight"
+        if inside or (module in ends and word == "weight"):
             del quantised[name]
             one = convert[_of_module(convert, module)] if isinstance(convert, dict) else convert
             parts, numbers = one(tensor.float(), generator)

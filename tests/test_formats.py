@@ -7,6 +7,7 @@ with these numbers, resident and streamed.
 
 import json
 import shutil
+import tracemalloc
 from types import SimpleNamespace
 
 import pytest
@@ -24,6 +25,7 @@ from offload_rt.config import (
     HomeKind,
     SamplingConfig,
 )
+from offload_rt.device.base import PAGE_BYTES
 from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.kv.resident import ResidentKV
@@ -37,6 +39,7 @@ from offload_rt.model.formats.wired import WiredLinear
 from offload_rt.model.shards import find_weights, read_shards
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner.runner import Rows
+from offload_rt.speculative.medusa.storage import read_output_head
 
 # Runs of a whole model, and its family where that has something that Llama has not.
 RUNS = {
@@ -177,6 +180,40 @@ def test_a_quantised_run_is_that_of_its_numbers_bit_for_bit(twins, case, dtype):
             assert memory.ledger["dequantised weight"] > 0
 
 
+ENDS = {
+    "GPTQ 4 g32": ("lm_head",),
+    "W4 g32 asymmetric": ("lm_head", "model.embed_tokens"),
+    "fp8 blocks": ("model.embed_tokens",),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_quantised_ends_are_dequantised_when_they_are_loaded(make_tiny, tmp_path, case):
+    """An embedding, a head, and one that is both; as a target and as a draft model."""
+    tied = ENDS[case] == ("model.embed_tokens",)
+    config = {"num_hidden_layers": 1, "tie_word_embeddings": tied, "pad_token_id": 0}
+    source = make_tiny("llama", dtype="bfloat16", **config)
+    options = {"dtype": torch.bfloat16, "ends": ENDS[case]}
+    pair = write_twins(source, tmp_path, *CASES[case], **options)
+    with engine_for(pair.plain, resident_layers=0) as engine:
+        expected, alone = all_logits(engine, steps=1), generate(engine, tokens=4)
+        base_bytes = engine.memory().ledger["embedding and head"]
+    draft = DraftConfig(draft=f"model:{pair.folder}", draft_tokens=3, draft_weights="int8")
+    with engine_for(pair.folder, resident_layers=0, draft=draft) as engine:
+        assert torch.equal(all_logits(engine, steps=1), expected)
+        memory = engine.memory()
+        assert memory.device_peak_bytes <= memory.device_planned_bytes
+        pages = 2 * PAGE_BYTES  # that runs of a file begin and end in
+        assert memory.ledger["embedding and head"] == pytest.approx(base_bytes, abs=pages)
+        assert generate(engine, tokens=4) == alone
+    checkpoint = open_checkpoint(pair.folder)
+    assert {each.module for each in checkpoint.stored_ends.values()} == set(ENDS[case])
+    assert checkpoint.others_bytes < open_checkpoint(pair.plain).others_bytes
+    if "lm_head" in ENDS[case]:
+        with pytest.raises(ConfigError, match="heads begin as the output head .*is quantised"):
+            read_output_head(checkpoint)
+
+
 def test_it_computes_what_transformers_does_with_the_dequantised_weights(twins):
     pair = twins("W4 g32 asymmetric")
     with engine_for(pair.folder, resident_layers=1) as engine:
@@ -282,15 +319,22 @@ BAD = {
         lambda t: t.update({f"{UP}.weight_packed": torch.ones(128, 8)}),
         "weight_packed is F32 .128, 8., not a matrix of I32",
     ),
-    "quantised head": (
+    "quantised norm": (
         lambda t: (
             t.update(
-                {k.replace(UP, "lm_head"): v.clone() for k, v in t.items() if UP in k},
-                **{"lm_head.weight": t.pop("lm_head.weight")[:0]},
+                {k.replace(UP, "model.norm"): v.clone() for k, v in t.items() if UP in k},
+                **{"model.norm.weight": t.pop("model.norm.weight")[:0]},
             )
+            or t.pop("model.norm.weight")
+        ),
+        "model.norm.*in no layer",
+    ),
+    "quantised head of other ids": (
+        lambda t: (
+            t.update({k.replace(UP, "lm_head"): v.clone() for k, v in t.items() if UP in k})
             or t.pop("lm_head.weight")
         ),
-        "lm_head.*in no layer",
+        "lm_head.weight', has shape .128, 64., config.json says vocab_size 300",
     ),
 }
 
@@ -300,6 +344,142 @@ def test_tensors_that_contradict_each_other_are_refused(twins, tmp_path, case):
     change, says = BAD[case]
     with pytest.raises(CheckpointError, match=says):
         open_checkpoint(rewritten(twins, tmp_path / "m", change))
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def without(*words):
+    return lambda tensors: [tensors.pop(f"{UP}.{word}") for word in words]
+
+
+def put(word, tensor):
+    return lambda tensors: tensors.update({f"{UP}.{word}": tensor})
+
+
+def state(**facts):
+    """Other words in the JSON text of a weight of bitsandbytes."""
+
+    def change(tensors):
+        said = json.loads(bytes(tensors[f"{UP}.{STATE}"].tolist())) | facts
+        tensors[f"{UP}.{STATE}"] = torch.tensor(list(json.dumps(said).encode())).byte()
+
+    return change
+
+
+BAD_PARTS = [
+    ("FP8 channel", without("weight_scale"), "'weight' but no weight_scale"),
+    ("fp8 blocks", put("weight_scale", torch.ones(2, 3)), "both weight_scale and weight_scale_inv"),
+    (
+        "fp8 blocks",
+        put("weight_scale_inv", torch.ones(3, 2)),
+        "scale_inv is F32 .3, 2. for a weigh",
+    ),
+    ("fp8 blocks", put("weight_scale_inv", torch.ones(2, 3).char()), "weight_scale_inv is I8"),
+    (
+        "fp8 blocks",
+        put("weight", torch.ones(64, 128).char()),
+        "weight is I8 .* not a matrix of F8_",
+    ),
+    (
+        "fp8 blocks",
+        put("weight", torch.ones(64, 128)),
+        "a weight that is not quantised and weight_s",
+    ),
+    ("FP8 channel", put("qweight", torch.ones(64, 128).int()), "has qweight, of which weights in"),
+    (
+        "W8A8 channel",
+        put("weight_zero_point", torch.ones(64, 1).char()),
+        "says that it is symmetric",
+    ),
+    ("W8 group bytes asymmetric", without("weight_zero_point"), "no weight_zero_point"),
+    ("W8A8 channel", put("weight", torch.ones(8192).char()), "weight is I8 .8192., not a matrix"),
+    ("NVFP4", without("weight_global_scale"), "no weight_global_scale"),
+    ("NVFP4", put("weight_global_scale", torch.ones(2)), "global_scale is F32 .2., not one number"),
+    ("NVFP4", put("weight_scale", torch.ones(64, 8)), "weight_scale is F32 .64, 8. for a weight"),
+    (
+        "MXFP4",
+        put("weight_scale", torch.ones(64, 8).byte()),
+        "config.json says one of U8 or F8_E8M0",
+    ),
+    ("GPTQ 4 g32", put("weight", torch.ones(64, 128)), "a weight that is not quantised and g_idx"),
+    ("GPTQ 4 g32", put("g_idx", torch.ones(64).int()), "g_idx is I32 .64., not I32 or I64 .128."),
+    (
+        "AWQ g32",
+        put("g_idx", torch.ones(128).int()),
+        "has g_idx, of which weights in AWQ g32 have no",
+    ),
+    ("nf4", without("weight.absmax"), "no absmax"),
+    ("nf4", without(STATE), "has 0 of quant_state"),
+    ("nf4", put("weight.quant_state.bitsandbytes__fp4", torch.ones(4).byte()), "has 2 of quant_st"),
+    ("nf4", put(STATE, torch.tensor(list(b"nonsense")).byte()), "nf4' is not valid JSON"),
+    ("nf4", put(STATE, torch.ones(2**17).byte()), "131072 bytes of U8, accepted are 65536"),
+    ("nf4", state(quant_type="fp4"), "bitsandbytes__nf4 that says 'fp4'"),
+    ("nf4", state(blocksize=96), "blocks of 96 of 'bfloat16'"),
+    ("nf4", state(blocksize=True), "blocks of True of"),
+    ("nf4", state(dtype="int8"), "blocks of 64 of 'int8'"),
+    ("nf4", state(shape=[2**19, 2**19]), "4096 bytes of U8, stated is a shape of .524288, 524288."),
+    ("nf4", state(shape=[2**40, 1]), "of shape a list of 2, expected are two sides"),
+    ("nf4", state(shape=[64.0, 128]), "of shape a list of 2, expected are two sides"),
+    ("nf4", put("weight.absmax", torch.ones(127)), "absmax is F32 .127., not F32 .128."),
+    ("nf4", put("weight.quant_map", torch.ones(15)), "quant_map is F32 .15., not F32 .16."),
+    ("nf4 nested", without("weight.nested_absmax"), "and has no nested_absmax"),
+    ("nf4 nested", state(nested_blocksize=100), "scales in blocks of 100"),
+    ("nf4 nested", state(nested_offset="much"), "and an offset of 'much'"),
+    (
+        "nf4 nested",
+        put("weight.nested_absmax", torch.ones(2)),
+        "nested_absmax is F32 .2., not F32 .1",
+    ),
+    ("int8", without("SCB"), "no SCB"),
+    ("int8", put("SCB", torch.ones(128)), "SCB is F32 .128., not F32 .64."),
+    ("int8", put("weight_format", torch.ones(1).byte()), "a weight_format other than rows"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "says"), BAD_PARTS)
+def test_parts_that_are_missing_or_do_not_fit_are_refused(tmp_path, case, change, says):
+    """Before anything is allocated: what is said of a weight's size is data."""
+    tracemalloc.start()
+    try:
+        with pytest.raises(CheckpointError, match=says) as caught:
+            found(tmp_path, case, change=change)
+        assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
+    finally:
+        tracemalloc.stop()
+    assert caught.value.exit_code == 4
+
+
+INF, NAN = float("inf"), float("nan")
+BAD_NUMBERS = [
+    ("fp8 blocks", put("weight_scale_inv", torch.full((2, 3), INF)), "6 scales that are NaN"),
+    (
+        "fp8 blocks of powers",
+        put("weight_scale_inv", torch.full((64, 4), 255).byte()),
+        "256 scales",
+    ),
+    ("W8A8 channel", put("weight_scale", torch.full((64, 1), NAN)), "64 scales that are NaN"),
+    ("NVFP4", put("weight_global_scale", torch.tensor([NAN])), "1 scales that are NaN"),
+    (
+        "NVFP4",
+        put("weight_global_scale", torch.tensor([0.0])),
+        "is 0, and scales are divided by it",
+    ),
+    ("NVFP4", put("weight_scale", torch.full((64, 8), NAN).to(torch.float8_e4m3fn)), "512 scales"),
+    ("MXFP4", put("weight_scale", torch.full((64, 4), 255).byte()), "256 scales that are NaN"),
+    ("nf4", put("weight.absmax", torch.full((128,), INF)), "128 scales that are NaN or infinite"),
+    ("nf4 nested", put("weight.nested_quant_map", torch.full((256,), NAN)), "256 scales that"),
+    ("int8", put("SCB", torch.full((64,), INF)), "64 scales that are NaN or infinite"),
+]
+
+
+@pytest.mark.parametrize(("case", "change", "says"), BAD_NUMBERS)
+def test_scales_that_are_no_numbers_are_refused(tmp_path, case, change, says):
+    tensors, _, files = found(tmp_path, case, change=change)
+    reader = WeightFiles(files)
+    with pytest.raises(CheckpointError, match=says):
+        check_numbers(set(tensors.by_part.values()), reader)
+    reader.close()
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ import shutil
 import pytest
 from quantised import CASES, mixed, write_twins
 
+from offload_rt.costs.sizes import stored_sizes
+from offload_rt.device.kinds import CPU
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import QuantisedError
@@ -110,7 +112,8 @@ def test_models_quantised_in_several_ways_are_sized_by_their_files(make_tiny, tm
     source = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
     modules = {"self_attn": "W4 g32", "mlp": "FP8 channel"}
     folder = write_twins(source, tmp_path / "made", *mixed(modules)).folder
-    assert len(open_checkpoint(folder).stored) > 0
+    sizes = stored_sizes(open_checkpoint(folder), "auto", CPU)
+    assert sizes.method == "compressed-tensors, 4- and 8-bit (fp8, packed)"
     with pytest.raises(QuantisedError, match="in several ways, and their sizes are read from w"):
         outline_checkpoint(alone(folder, tmp_path / "alone"))
 

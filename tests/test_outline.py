@@ -80,7 +80,10 @@ def test_weights_are_read_where_there_are_some(tiny_model):
         ({"model_type": "stablelm"}, "do not pass keywords on to their attention"),
         ({"model_type": "mamba"}, "cannot"),
         ({"model_type": "llama", "num_hidden_layers": -1}, "num_hidden_layers is -1"),
-        ({"model_type": "llama", "quantization_config": {"quant_method": "awq"}}, "quantised .AWQ"),
+        (
+            {"model_type": "llama", "quantization_config": {"quant_method": "awq"}},
+            "as config.json says .AWQ",
+        ),
     ],
 )
 def test_what_the_configuration_does_not_tell_is_refused(tmp_path, config, says):

@@ -77,7 +77,7 @@ class StoredSizes:
     """The quantised weights of a model.
 
     Attributes:
-        method: what they are.
+        method: what they are; where they are stored in several forms, which.
         weights: numbers in them.
         file_bytes: in the files, on the link, and in an image.
         computed_bytes: dequantised.
@@ -97,8 +97,10 @@ def stored_sizes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> Stor
         return None
     stored = dict.fromkeys(checkpoint.stored.values())
     weights = sum(each.numbers for each in stored)
+    forms = sorted({str(each.form) for each in stored})
+    several = f" ({', '.join(forms)})" if len(forms) > 1 else ""
     return StoredSizes(
-        method=checkpoint.config.quantised.name,
+        method=f"{checkpoint.config.quantised.name}{several}",
         weights=weights,
         file_bytes=sum(each.nbytes for each in stored),
         computed_bytes=weights * number_bytes_of(checkpoint, dtype),

@@ -43,6 +43,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
+_CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
 # integers and booleans are masks and counters of older checkpoints; other floats are not streamed
 _UNSUPPORTED_DTYPES = {"F64", "C64", *(name for name in DTYPE_BYTES if name.startswith("F8"))}
 
@@ -72,7 +74,9 @@ class Checkpoint:
         family: what transformers says of the family.
         files: what each file was when its header was read.
         adapter: name of the adapter that is merged into some of the tensors, if one is.
-        stored: the quantised weight that a tensor is a part of, by the tensor's name.
+        stored: the quantised weight of a layer that a tensor is a part of, by the tensor's name.
+        stored_ends: the same of an embedding or head, which is dequantised when it is loaded;
+            `embedding` and `head` then have its name and shape, and no bytes.
     """
 
     folder: Path
@@ -88,6 +92,7 @@ class Checkpoint:
     files: Mapping[Path, FileIdentity]
     adapter: str | None = None
     stored: Mapping[str, Stored] = field(default_factory=dict)
+    stored_ends: Mapping[str, Stored] = field(default_factory=dict)
 
     def require_rows(self, ids: Iterable[int]) -> None:
         """Refuse token ids that the embedding has no row for.
@@ -188,8 +193,10 @@ def sort_checkpoint(
         family,
         {name: f"{weight.module}.weight" for name, weight in stored.by_part.items()},
     )
-    _check_stored(folder, parts.others, stored.by_part)
-    embedding, head, copy = _ends(folder, parts.others, config, family)
+    outside = {e.name: stored.by_part[e.name] for e in parts.others if e.name in stored.by_part}
+    made = _made_extents(folder, outside, config, family)
+    plain = [extent for extent in parts.others if extent.name not in outside]
+    embedding, head, copy = _ends(folder, [*plain, *made], config, family)
     others = [extent for extent in parts.others if extent is not copy]
     _check_dtypes(e for g in (*parts.layers, others) for e in g if e.name not in stored.by_part)
     _say_what_is_left_out(folder, worth_saying(parts.left_out, family))
@@ -206,21 +213,42 @@ def sort_checkpoint(
         left_out=(*parts.left_out, *([] if copy is None else [copy])),
         family=family,
         files=MappingProxyType(dict(files)),
-        stored=MappingProxyType({n: s for n, s in stored.by_part.items() if n in used}),
+        stored=MappingProxyType(
+            {n: s for n, s in stored.by_part.items() if n in used and n not in outside}
+        ),
+        stored_ends=MappingProxyType(outside),
     )
 
 
-def _check_stored(
-    folder: Path, others: Iterable[TensorExtent], stored: Mapping[str, Stored]
-) -> None:
-    """Refuse quantised weights that are in no layer: an embedding or a head."""
-    for extent in others:
-        if extent.name in stored:
+def _made_extents(
+    folder: Path, stored: Mapping[str, Stored], config: ModelConfig, family: Family
+) -> list[TensorExtent]:
+    """What quantised weights outside of layers are when they are dequantised; they have no bytes.
+
+    Raises:
+        CheckpointError: one is neither an embedding nor a head.
+    """
+    heads = [f"{name}.weight" for name in family.heads.union(HEADS)]
+    made = []
+    for each in dict.fromkeys(stored.values()):
+        name = f"{each.module}.weight"
+        if not ends_in(name, (*EMBEDDINGS, *heads)):
             raise CheckpointError(
-                f"{folder}: {shown(stored[extent.name].module)}, which is in no layer, is "
-                "quantised: only linear layers of decoder layers are read so, take a checkpoint "
-                "whose embedding and head are not quantised"
+                f"{folder}: {shown(each.module)}, which is in no layer, is quantised: only linear "
+                "layers of decoder layers, embeddings and heads are read so"
             )
+        some = next(iter(each.parts.values()))
+        made.append(
+            TensorExtent(
+                name=name,
+                dtype=_CODES.get(config.dtype or "", "BF16"),
+                shape=(each.outputs, each.inputs),
+                path=some.path,
+                offset=some.offset,
+                nbytes=0,
+            )
+        )
+    return made
 
 
 def _say_what_is_left_out(folder: Path, extents: list[TensorExtent]) -> None:
@@ -329,6 +357,8 @@ def _equal(folder: Path, one: TensorExtent, other: TensorExtent) -> bool:
     """
     nbytes = one.file_bytes
     if (one.dtype, one.shape, nbytes) != (other.dtype, other.shape, other.file_bytes):
+        return False
+    if not nbytes:  # of both quantised ends the bytes are not compared
         return False
     last = max(0, nbytes - _SAMPLE_BYTES)
     samples = [(last * i // (_SAMPLES - 1), _SAMPLE_BYTES) for i in range(_SAMPLES)]

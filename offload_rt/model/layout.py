@@ -98,12 +98,14 @@ class LayerLayout:
 
     Attributes:
         stored: the quantised weights in it.
+        made: weights that are dequantised when it is loaded; no run brings them.
     """
 
     nbytes: int
     placements: tuple[Placement, ...]
     runs: tuple[FileRun, ...]
     stored: tuple[Stored, ...] = ()
+    made: tuple[Stored, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -140,9 +142,9 @@ def plan_layouts(
     `stays_fp32` is the family's own unless it is given.
     """
     stays_fp32 = stays_fp32 or checkpoint.family.stays_fp32(dtype)
-    groups = (*checkpoint.layers, checkpoint.others)
-    stored = checkpoint.stored
-    return tuple(plan_layout(group, dtype, packing, stays_fp32, stored) for group in groups)
+    stored, ends = checkpoint.stored, checkpoint.stored_ends
+    layers = [plan_layout(e, dtype, packing, stays_fp32, stored) for e in checkpoint.layers]
+    return *layers, plan_layout(checkpoint.others, dtype, packing, stays_fp32, made=ends)
 
 
 def torch_name(code: str) -> str:
@@ -156,6 +158,7 @@ def plan_layout(
     packing: Packing,
     stays_fp32: re.Pattern[str] | None = None,
     stored: Mapping[str, Stored] = NOTHING_STORED,
+    made: Mapping[str, Stored] = NOTHING_STORED,
 ) -> LayerLayout:
     """Lay out the tensors of one layer (or of what is in no layer).
 
@@ -165,6 +168,7 @@ def plan_layout(
         packing: what the layout is for.
         stays_fp32: what names match that get fp32 instead.
         stored: quantised weights by names of their tensors, which lie there as they are.
+        made: such of which the dequantised weight lies there instead.
 
     Raises:
         CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
@@ -174,7 +178,9 @@ def plan_layout(
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
         name = extent.name
-        if match := EXPERT.match(name):
+        if name in made:
+            builder.make(made[name])
+        elif match := EXPERT.match(name):
             target, part = _FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
             experts.setdefault(key, []).append((int(match["expert"]), part, extent))
@@ -199,6 +205,7 @@ class _Builder:
         self._stored = stored
         self._end = 0
         self._placements: list[Placement] = []
+        self._made: dict[Stored, None] = {}
         self._runs: list[FileRun] = []
 
     def add(self, name: str, extent: TensorExtent) -> None:
@@ -214,6 +221,16 @@ class _Builder:
         self._placements.append(
             Placement(name=name, dtype=dtype, shape=extent.shape, offset=offset)
         )
+
+    def make(self, stored: Stored) -> None:
+        """Leave room for a dequantised weight, once."""
+        if stored not in self._made:
+            self._made[stored] = None
+            shape = (stored.outputs, stored.inputs)
+            offset = self._reserve(prod(shape) * _BYTES[self._dtype])
+            name = f"{stored.module}.weight"
+            placed = Placement(name=name, dtype=self._dtype, shape=shape, offset=offset)
+            self._placements.append(placed)
 
     def add_fused(self, name: str, pieces: Sequence[tuple[int, int, TensorExtent]]) -> None:
         """Place the experts of a layer as one parameter [experts, parts * rows, columns]."""
@@ -240,6 +257,7 @@ class _Builder:
             nbytes=_round_up(self._end, PAGE_BYTES),
             placements=tuple(self._placements),
             runs=tuple(self._runs),
+            made=tuple(self._made),
             stored=tuple(
                 dict.fromkeys(
                     self._stored[p.name] for p in self._placements if p.name in self._stored

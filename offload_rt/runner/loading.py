@@ -21,6 +21,7 @@ from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import scratch_bytes
+from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import LayerLayout
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
@@ -53,10 +54,27 @@ class Streaming:
 
 
 def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
-    """Enqueue reading what is in no layer."""
+    """Enqueue reading what is in no layer; quantised ends are dequantised now.
+
+    Raises:
+        CheckpointError: a scale of these is no number.
+    """
+    check_numbers(network.base.made, files)
     base = device.allocate(network.base.nbytes, purpose)
     device.load.copy(base, FileSource(network.base, files))
+    make_weights(network.base, files, base.tensor)
     return base
+
+
+def make_weights(layout: LayerLayout, files: WeightFiles, image: torch.Tensor) -> None:
+    """Dequantise the weights that an image has room for."""
+    places = {placement.name: placement for placement in layout.placements}
+    for each in layout.made:
+        place = places[f"{each.module}.weight"]
+        data = image[place.offset : place.offset + place.nbytes]
+        out = data.view(getattr(torch, place.dtype)).view(place.shape)
+        parts = {w: files.read(extent).to(image.device) for w, extent in each.parts.items()}
+        dequantise(each, parts, out)
 
 
 def load_target(  # noqa: PLR0913 - what a runner is made of

@@ -149,10 +149,12 @@ def _compressed_tensors(name: str, stated: Mapping[str, object]) -> Method | str
     notes = [UNROUNDED] if rounds else []
     if stated.get("kv_cache_scheme"):
         notes.append("the KV cache is not rounded, as kv_cache_scheme has it")
+    bits = sorted({each["num_bits"] for each in weights})
+    several = f"compressed-tensors, {'- and '.join(map(str, bits))}-bit"
     return Method(
-        name=name,
+        name=name if len(bits) == 1 else several,
         forms=frozenset(each.form for each in found if isinstance(each, _Format)),
-        bits=frozenset(each["num_bits"] for each in weights),
+        bits=frozenset(bits),
         blocks=frozenset(block for each in weights for block in _blocks(each)),
         symmetric=frozenset(each.get("symmetric", True) is not False for each in weights),
         scale="U8" if stated.get("format") == "mxfp8-quantized" else "BF16",

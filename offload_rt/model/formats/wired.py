@@ -33,6 +33,11 @@ _BRING: Mapping[Form, Bring] = {
 }
 
 
+def dequantise(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    """Bring a weight from its parts, as they are stored, into `out` [O, I]."""
+    _BRING[stored.form](stored, parts, out)
+
+
 class WiredLinear(torch.nn.Module):
     """Computes what a linear with the dequantised weight does.
 

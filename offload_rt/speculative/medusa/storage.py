@@ -91,7 +91,13 @@ def check_finite(tensors: Mapping[str, torch.Tensor], folder: Path) -> None:
 
 def read_output_head(model: Checkpoint) -> torch.Tensor:
     """The output head of a model, [V, E]."""
-    return _read(model.folder, model.head or model.embedding)
+    head = model.head or model.embedding
+    if model.stored_ends and not head.nbytes:
+        raise ConfigError(
+            f"heads begin as the output head of {model.name}, which is quantised: train them with "
+            "the model it was made from"
+        )
+    return _read(model.folder, head)
 
 
 def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
