@@ -126,14 +126,6 @@ def grow_tree(accuracy: Sequence[Rates], nodes: int, depth: int | None = None) -
     return GrownTree(tuple(choices), tuple(values))
 
 
-def tree_tokens(accuracy: Sequence[Rates], nodes: int, depth: int | None = None) -> float:
-    """Expected tokens of a pass that checks the best tree of `nodes` nodes, the last included.
-
-    See `grow_tree`, which gives all sizes up to `nodes` at once.
-    """
-    return grow_tree(accuracy, nodes, depth).tokens(nodes)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TriForceTokens:
     """What a pass over the full cache yields, and the work below it.
