@@ -119,11 +119,6 @@ class Checkpoint:
         return _nbytes(self.tensors.values())
 
     @property
-    def others_bytes(self) -> int:
-        """Bytes of the tensors that belong to no layer."""
-        return _nbytes(self.others)
-
-    @property
     def head_bias(self) -> TensorExtent | None:
         """Bias of the head, [rows], where it has one."""
         heads = {f"{head}.bias" for head in self.family.heads.union(HEADS)}
