@@ -108,7 +108,7 @@ def test_what_is_traced_are_kernels_that_a_trace_knows():
 
 def test_without_llvm_the_library_computes(monkeypatch):
     monkeypatch.setattr(assembling.importlib.util, "find_spec", lambda name: None)
-    for function in (assembling.problem, blocks_of):
+    for function in (assembling.problem, products.problem, blocks_of):
         function.cache_clear()
     try:
         assert assembling.problem() == "llvmlite is not installed"
@@ -117,5 +117,5 @@ def test_without_llvm_the_library_computes(monkeypatch):
         if torch.ops.mkldnn._is_mkldnn_bf16_supported():
             assert PackedLinear(linear).product is None
     finally:
-        for function in (assembling.problem, blocks_of):
+        for function in (assembling.problem, products.problem, blocks_of):
             function.cache_clear()

@@ -12,7 +12,7 @@ import ctypes
 import importlib.util
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ _LIBRARY_OF_THREADS = re.compile(r"/lib(g|i)?omp[^/]*\.so[^/]*$")
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
 _HELD: list[Any] = []  # what keeps machine code in memory
 _log = logging.getLogger(__name__)
+traced = torch._C._len_torch_dispatch_stack  # whether who calls is recorded: then torch computes
 
 
 @cache
@@ -40,6 +41,17 @@ def problem() -> str:
         _target()
     except Exception as error:  # noqa: BLE001 - LLVM's loading may fail in many ways
         return f"{PACKAGE} cannot be used: {' '.join(str(error).split())}"
+    return ""
+
+
+def trouble(make: Callable[[], object]) -> str:
+    """Why machine code cannot be made, as by an LLVM of another age; empty if it can."""
+    try:
+        make()
+    except Exception as error:  # noqa: BLE001 - what LLVM refuses it says in many ways
+        reason = f"{PACKAGE} cannot assemble them: {str(error).strip().splitlines()[0]}"
+        _log.info("%s", reason)
+        return reason
     return ""
 
 

@@ -5,8 +5,8 @@ sum; RMS norm; gate and up, the activation; down and residual sum. One product a
 at the rate of memory, as the threads meet only twice in a layer, and nothing else is started.
 
 Each step rounds where transformers' modules round, and adds in the order of torch's kernels:
-products as in `products`, the mean of squares in `squares_order`. So the bits are the same; whoever
-uses this compares (`model/lean.py`).
+products as in `products` or, of matrices of 8 bits, `rounded`; the mean of squares as in `_Sums`.
+So the bits are the same; whoever uses this compares (`model/lean.py`).
 """
 
 import ctypes
@@ -18,13 +18,14 @@ from functools import cache
 
 import torch
 
-from offload_rt.kernels import assembling
+from offload_rt.kernels import assembling, rounded
 from offload_rt.kernels.code import LANES, WIDE, Code
 from offload_rt.kernels.products import HEAD, MOST_ROWS, PANEL, panels
 
 _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/SumKernel.cpp
 _LEAST_STEP = 4  # as a power of two
 _EIGHT = f"<{_SUM_LANES} x float>"
+EIGHT_ROWS = 32  # of matrices of 8 bits: what a draft model is fed at once
 TABLE_NUMBERS = 2**16  # an activation of every bf16 number
 
 BEFORE = (
@@ -48,6 +49,7 @@ class LayerSizes:
         head_dim: D.
         products: outputs of gate and up.
         eps: what both norms add to the mean of squares, as an fp32 number.
+        eight: matrices have 8 bits (`rounded`).
     """
 
     hidden: int
@@ -56,6 +58,12 @@ class LayerSizes:
     head_dim: int
     products: int
     eps: float
+    eight: bool = False
+
+    @property
+    def most_rows(self) -> int:
+        """Rows there is code for; of more torch's kernels are as quick, or the rest is little."""
+        return EIGHT_ROWS if self.eight else MOST_ROWS
 
     @property
     def suit(self) -> bool:
@@ -81,7 +89,8 @@ class Record:
 @cache
 def assembled(sizes: LayerSizes) -> Mapping[str, int]:
     """The kernels `before`, `after` and, to compare the order of a sum, `squares`."""
-    text = HEAD + panels() + _take() + _norm(sizes) + _rotate(sizes) + _activate() + _add()
+    takes = rounded.DECLARED + _rounding(sizes) if sizes.eight else panels() + _take()
+    text = HEAD + takes + _norm(sizes) + _rotate(sizes) + _activate() + _add()
     text += _before(sizes) + _after(sizes) + _squares(sizes)
     return assembling.assemble(text, ["before", "after", "squares"])
 
@@ -95,6 +104,12 @@ def adds_as_torch(sizes: LayerSizes) -> bool:
     record.set({"found": found.data_ptr()})
     assembling.together(assembled(sizes)["squares"], record.numbers)
     return torch.equal(found, rows.float().pow(2).mean(-1))
+
+
+def _rounding(sizes: LayerSizes) -> str:
+    """The functions for matrices of 8 bits, by their inputs."""
+    inputs = dict.fromkeys((sizes.hidden, sizes.heads * sizes.head_dim, sizes.products))
+    return "".join(rounded.eighth(count) + rounded.panels(count) for count in inputs)
 
 
 def _take() -> str:
@@ -272,7 +287,7 @@ def _add() -> str:
 
 def _normed(code: Code, sizes: LayerSizes, rows: str, weight: str, count: str) -> str:
     """All rows normed, by each thread for itself: that is quicker than to meet."""
-    normed = code.let(f"alloca [{MOST_ROWS * sizes.hidden} x i16], align 64")
+    normed = code.let(f"alloca [{sizes.most_rows * sizes.hidden} x i16], align 64")
     with code.loop(0, count) as row:
         start = code.times(row, sizes.hidden)
         source, target = code.at(rows, start), code.at(normed, start)
@@ -282,26 +297,61 @@ def _normed(code: Code, sizes: LayerSizes, rows: str, weight: str, count: str) -
 
 @dataclass(frozen=True, slots=True)
 class _Factor:
-    """Rows [count, inputs] that are multiplied, and blocks of how many pairs are added up."""
+    """Rows [count, inputs] that are multiplied.
+
+    Attributes:
+        block: pairs of inputs that are added up in one go.
+        factors: of rows of 8 bits; else None.
+    """
 
     rows: str
     inputs: int
     count: str
     block: str
+    factors: str | None
+
+
+def _factor(
+    code: Code, sizes: LayerSizes, rows: str, inputs: int, count: str, block: str
+) -> _Factor:
+    """Rows in bf16 as they are multiplied; rounded to 8 bits by each thread for itself."""
+    if not sizes.eight:
+        return _Factor(rows, inputs, count, block, None)
+    eights = code.let(f"alloca [{sizes.most_rows * inputs} x i8], align 64")
+    factors = code.let(f"alloca [{sizes.most_rows} x float], align 64")
+    with code.loop(0, count) as row:
+        start = code.times(row, inputs)
+        code.add(
+            f"call void @round{inputs}(ptr {code.at(rows, start)}, "
+            f"ptr {code.at(eights, start, 'i8')}, ptr {code.at(factors, row, 'float')})"
+        )
+    return _Factor(eights, inputs, count, block, factors)
 
 
 def _panel_of(
     code: Code, factor: _Factor, matrix: tuple[str, str], panel: str, out: str, stride: int
 ) -> None:
     """Multiply with one panel of a matrix, given as its address and that of its bias."""
-    weight, bias = matrix
-    part = code.at(weight, code.times(panel, PANEL * factor.inputs))
-    added = code.at(bias, code.times(panel, PANEL))
+    (weight, bias), inputs = matrix, factor.inputs
     given = code.let(f"icmp ne ptr {bias}, null")
+    added = code.at(bias, code.times(panel, PANEL))
     added = code.let(f"select i1 {given}, ptr {added}, ptr null")
+    if factor.factors is not None:
+        part = code.at(weight, code.times(panel, rounded.panel_bytes(inputs)), "i8")
+        with code.loop(0, factor.count, MOST_ROWS) as row:
+            left = code.let(f"sub i64 {factor.count}, {row}")
+            taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {MOST_ROWS})")
+            code.add(
+                f"call void @take{inputs}("
+                f"ptr {code.at(factor.rows, code.times(row, inputs), 'i8')}, "
+                f"ptr {code.at(factor.factors, row, 'float')}, ptr {part}, ptr {added}, "
+                f"ptr {code.at(out, code.times(row, stride))}, i64 {stride}, i64 {taking})"
+            )
+        return
+    part = code.at(weight, code.times(panel, PANEL * inputs))
     code.add(
         f"call void @take(ptr {factor.rows}, ptr {part}, ptr {added}, ptr {out}, "
-        f"i64 {factor.inputs // 2}, i64 {stride}, i64 {factor.block}, i64 {factor.count})"
+        f"i64 {inputs // 2}, i64 {stride}, i64 {factor.block}, i64 {factor.count})"
     )
 
 
@@ -311,7 +361,7 @@ def _before(sizes: LayerSizes) -> str:
     dim, count = sizes.head_dim, field["n_rows"]
     first, last = code.my_share(sizes.heads + 2 * sizes.kv_heads)
     normed = _normed(code, sizes, field["hidden"], field["norm"], count)
-    factor = _Factor(normed, sizes.hidden, count, field["n_block"])
+    factor = _factor(code, sizes, normed, sizes.hidden, count, field["n_block"])
     start = 0
     with code.loop(first, last) as unit:
         for name, to, heads in (
@@ -343,7 +393,7 @@ def _after(sizes: LayerSizes) -> str:
     code = Code("@after(ptr %record)", internal=False)
     field = dict(zip(AFTER.split(), code.fields("%record", AFTER), strict=True))
     summed, count, products = (field[name] for name in ("summed", "n_rows", "products"))
-    gates, ups = (code.let(f"alloca [{MOST_ROWS * PANEL} x i16], align 64") for _ in range(2))
+    gates, ups = (code.let(f"alloca [{sizes.most_rows * PANEL} x i16], align 64") for _ in range(2))
 
     def project(factor: _Factor, name: str, onto: str, to: str) -> None:
         """A product and the sum with what went before: [count, E]."""
@@ -357,11 +407,11 @@ def _after(sizes: LayerSizes) -> str:
                 code.add(f"call void @add(ptr {code.at(to, place)}, ptr {code.at(onto, place)})")
 
     attended = sizes.heads * sizes.head_dim
-    factor = _Factor(field["attended"], attended, count, field["n_attended_block"])
+    factor = _factor(code, sizes, field["attended"], attended, count, field["n_attended_block"])
     project(factor, "output", field["hidden"], summed)
     code.add("call void @GOMP_barrier()")
     normed = _normed(code, sizes, summed, field["norm"], count)
-    factor = _Factor(normed, sizes.hidden, count, field["n_block"])
+    factor = _factor(code, sizes, normed, sizes.hidden, count, field["n_block"])
     first, last = code.my_share(sizes.products // PANEL)
     with code.loop(first, last) as panel:
         for name, to in (("gate", gates), ("up", ups)):
@@ -374,6 +424,6 @@ def _after(sizes: LayerSizes) -> str:
                 f"ptr {field['table']}, ptr {code.at(products, place)})"
             )
     code.add("call void @GOMP_barrier()")
-    factor = _Factor(products, sizes.products, count, field["n_products_block"])
+    factor = _factor(code, sizes, products, sizes.products, count, field["n_products_block"])
     project(factor, "down", summed, field["out"])
     return code.text()

@@ -44,11 +44,12 @@ attributes #0 = { nounwind "prefer-vector-width"="512" }
 """
 
 
+@cache
 def problem() -> str:
     """Why there are no such kernels; empty where there are."""
     if "avx512_bf16" not in processor_flags():
         return "the processor has no AVX-512 BF16"
-    return assembling.problem()
+    return assembling.problem() or assembling.trouble(_kernel)
 
 
 class Product:
@@ -62,7 +63,7 @@ class Product:
         blocks: inputs of a block for one row, and for more.
 
     Attributes:
-        blocks: the same.
+        address, bias, blocks: the same.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class Product:
         blocks: tuple[int, int],
     ) -> None:
         self._sizes = inputs, outputs
-        self.blocks = blocks
+        self.address, self.bias, self.blocks = address, bias, blocks
         start = 0 if bias is None else bias.data_ptr()
         self._record = (ctypes.c_int64 * 8)(
             0, address, start, 0, inputs // 2, outputs // PANEL, 0, 0
@@ -94,8 +95,7 @@ class Product:
 
 def prepare() -> None:
     """Assemble the kernels now, where there are any: LLVM takes memory for a moment."""
-    if not problem():
-        _kernel()
+    problem()
 
 
 @cache

@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.kernels import assembling, products
+from offload_rt.kernels import assembling
+from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.layers import (
     AFTER,
     BEFORE,
+    EIGHT_ROWS,
     TABLE_NUMBERS,
     LayerSizes,
     Record,
@@ -27,22 +29,23 @@ from offload_rt.kernels.layers import (
 from offload_rt.kernels.products import MOST_ROWS
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.formats.packed import PackedLinear
+from offload_rt.model.formats.rounded import Int8Linear
 
 Forward = Callable[..., torch.Tensor]
+Multiplier = PackedLinear | Int8Linear  # with a product of our own
 _PARTS = {  # of a layer, by transformers' names; anything else below one is not known
     *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp", "mlp.act_fn"),
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
 _BF16 = torch.bfloat16
-_COMPARED = (1, 3)  # rows that each layer is compared with; the first one with all up to MOST_ROWS
-_traced = torch._C._len_torch_dispatch_stack
+_COMPARED = (1, 3)  # rows that each layer is compared with; the first one with more
 
 
 class _Witness:
     """Stands for a cache in a comparison: keeps what it is given, answers with random numbers."""
 
-    length, capacity = 0, MOST_ROWS
+    length, capacity = 0, EIGHT_ROWS
 
     def __init__(self, value_dim: int) -> None:
         self.seen: list[torch.Tensor] = []
@@ -80,16 +83,16 @@ class _Witness:
 
 @dataclass(frozen=True, slots=True)
 class _Parts:
-    """What the kernels read of a layer; linears are reordered ones."""
+    """What the kernels read of a layer."""
 
     norms: tuple[torch.Tensor, ...]
-    query: PackedLinear
-    key: PackedLinear
-    value: PackedLinear
-    output: PackedLinear
-    gate: PackedLinear
-    up: PackedLinear
-    down: PackedLinear
+    query: Multiplier
+    key: Multiplier
+    value: Multiplier
+    output: Multiplier
+    gate: Multiplier
+    up: Multiplier
+    down: Multiplier
     table: torch.Tensor
     sizes: LayerSizes
 
@@ -109,8 +112,8 @@ class LeanLayer:
         self._sizes = sizes = parts.sizes
         code = assembled(sizes)
         self._before, self._after = code["before"], code["after"]
-        self._products = torch.empty(MOST_ROWS, sizes.products, dtype=torch.bfloat16)
-        self._summed = torch.empty(MOST_ROWS, sizes.hidden, dtype=torch.bfloat16)
+        self._products = torch.empty(sizes.most_rows, sizes.products, dtype=torch.bfloat16)
+        self._summed = torch.empty(sizes.most_rows, sizes.hidden, dtype=torch.bfloat16)
         self._records = [self._record(few) for few in (0, 1)]
 
     def _record(self, several: int) -> tuple[Record, Record]:
@@ -128,16 +131,16 @@ class LeanLayer:
         }
         for record, names in ((before, "query key value"), (after, "output gate up down")):
             for name in names.split():
-                linear: PackedLinear = getattr(parts, name)
-                record[name] = torch.ops.mkldnn.data_ptr(linear.weight)
-                record[f"{name}_bias"] = 0 if linear.bias is None else linear.bias.data_ptr()
+                product = getattr(parts, name).product
+                record[name] = product.address
+                record[f"{name}_bias"] = 0 if product.bias is None else product.bias.data_ptr()
         return Record(BEFORE, before), Record(AFTER, after)
 
     def __call__(self, hidden: torch.Tensor, **options: Any) -> torch.Tensor:  # noqa: ANN401
         """[1, S, E] gives [1, S, E]; options are those of transformers' layers."""
         context, angles = options.get(CONTEXT_KEYWORD), options.get("position_embeddings")
         rows = hidden.shape[1]
-        if rows > MOST_ROWS or angles is None or context is None or _traced():
+        if rows > self._sizes.most_rows or angles is None or context is None or traced():
             return self._forward(hidden, **options)
         sizes = self._sizes
         before, after = self._records[rows > 1]
@@ -191,10 +194,10 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     """A layer's forward in two kernels; None where there is none that gives its bits.
 
     Args:
-        layer: transformers', all its matrices reordered.
+        layer: transformers', all its matrices reordered, or rounded to 8 bits.
         first: compare all counts of rows; of its sisters the first tells.
     """
-    if products.problem() or {name for name, _ in layer.named_modules() if name} != _PARTS:
+    if {name for name, _ in layer.named_modules() if name} != _PARTS:
         return None
     parts = _parts_of(layer)
     if parts is None or not adds_as_torch(parts.sizes):
@@ -202,7 +205,9 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     forward, made = layer.forward, None
     with torch.inference_mode():
-        for rows in range(1, MOST_ROWS + 1) if first else _COMPARED:
+        for rows in (*range(1, MOST_ROWS + 2), EIGHT_ROWS) if first else _COMPARED:
+            if rows > parts.sizes.most_rows:
+                continue
             expected, witness = _tried(forward, parts.sizes, rows)
             assert witness.spec is not None
             made = made or LeanLayer(parts, witness.spec, index, forward)
@@ -239,7 +244,10 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         "up": mlp.up_proj,
         "down": mlp.down_proj,
     }
-    if not all(type(one) is PackedLinear and one.product is not None for one in linears.values()):
+    kinds = {type(one) for one in linears.values()}
+    if kinds not in ({PackedLinear}, {Int8Linear}) or not all(
+        one.product for one in linears.values()
+    ):
         return None
     eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
     weights = [norm._parameters.get("weight") for norm in norms]
@@ -252,6 +260,7 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         head_dim=attention.head_dim,
         products=linears["gate"].outputs,
         eps=eps.pop(),
+        eight=kinds == {Int8Linear},
     )
     hidden, attended, keys = sizes.hidden, linears["query"].outputs, linears["key"].outputs
     expected = [(hidden, attended), (hidden, keys), (hidden, keys), (attended, hidden)]
@@ -261,7 +270,7 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
     return _Parts(norms=tuple(weights), **linears, table=_table(mlp.act_fn), sizes=sizes)
 
 
-def _block(linear: PackedLinear, several: int) -> int:
+def _block(linear: Multiplier, several: int) -> int:
     """Pairs of inputs after which a product's sum starts again."""
     assert linear.product is not None
     return linear.product.blocks[several] // 2

@@ -17,15 +17,13 @@ import torch
 from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
+from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.products import MOST_ROWS, Product, blocks_of, lies_in_panels
 from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
 COMPARED_ROWS = (1, 2, 8, 17, 65)  # kernels differ by the number of rows
 HEAD_ROWS = COMPARED_ROWS[:4]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
-
-
-_traced = torch._C._len_torch_dispatch_stack
 
 
 class PackedLinear(torch.nn.Module):
@@ -54,7 +52,7 @@ class PackedLinear(torch.nn.Module):
         """[..., I] gives [..., O]."""
         product = self.product
         # What is traced are torch's kernels.
-        if product is not None and rows.numel() <= self._most_numbers and not _traced():
+        if product is not None and rows.numel() <= self._most_numbers and not traced():
             return product(rows)
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, "none", [], ""
