@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from offload_rt.device.system import _mapped_areas
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
 from offload_rt.model.formats.packed import PackedLinear
@@ -119,3 +120,13 @@ def test_without_llvm_the_library_computes(monkeypatch):
     finally:
         for function in (assembling.problem, products.problem, blocks_of):
             function.cache_clear()
+
+
+@needs_kernels
+def test_llvm_leaves_memory_each_time_it_has_assembled():
+    for number in range(2):
+        name = f"nothing{number}"
+        assembling.assemble(f"define void @{name}(ptr %record) {{ ret void }}", [name])
+        sizes = [area for area in _mapped_areas() if assembling.CODE.search(area.path)]
+        kept = sum(area.resident_bytes - area.changed_bytes for area in sizes)
+        assert sizes and kept < 8 * 2**20

@@ -184,7 +184,7 @@ def give_back_holes() -> None:
 _seen_mapped: set[str] = set()  # lines of /proc/self/maps that `give_back_code` has dealt with
 
 
-def give_back_code(libraries: re.Pattern[str]) -> int:
+def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
     """Return memory that holds unchanged parts of mapped files; what is used again is read again.
 
     Importing torch maps its libraries for GPUs and touches 140 MB of them, triton's 70 more. Where
@@ -193,12 +193,13 @@ def give_back_code(libraries: re.Pattern[str]) -> int:
 
     Args:
         libraries: found in the paths of such files.
+        again: what was read since the last call is not in use any more.
 
     Returns:
         the bytes that were given back; 0 where the system does not tell what is mapped.
     """
     mapped = {line for line in _lines("/proc/self/maps") if libraries.search(line)}
-    if mapped <= _seen_mapped:
+    if mapped <= _seen_mapped and not again:
         return 0
     _seen_mapped.update(mapped)
     given = 0

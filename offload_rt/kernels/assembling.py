@@ -79,7 +79,7 @@ def assemble(text: str, names: Iterable[str]) -> Mapping[str, int]:
     engine.finalize_object()
     _HELD.append((engine, machine))
     found = {name: engine.get_function_address(name) for name in names}
-    give_back_code(CODE)  # 40 MiB of LLVM; machine code needs none of it
+    give_back_code(CODE, again=True)  # 40 MiB of LLVM; machine code needs none of it
     give_back_holes()
     return found
 
