@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_profile import PROJECT, curve, measured, profile, shape
 
 from offload_rt.costs.pass_cost import (
+    Decoded,
     LayerLoad,
     LinkRates,
     PassLoad,
@@ -18,8 +19,11 @@ from offload_rt.costs.pass_cost import (
 )
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
+from offload_rt.profiling.codec import decode, encode
 from offload_rt.profiling.profile import (
     AttentionSpeed,
+    Decoder,
+    DecodeSpeed,
     DiskSlowdown,
     DiskSpeed,
     LayerWork,
@@ -92,6 +96,43 @@ def test_resident_layers_between_streamed_ones_keep_the_link_busy():
 def test_streaming_without_slots_is_refused():
     with pytest.raises(ConfigError, match="2 layers are streamed through 0 slots"):
         cost_of(load_of(3, [0, 2], 0), times_of([0.0] * 3))
+
+
+def test_dequantising_takes_the_measured_time_of_its_form_and_decoder():
+    def speed(decoder, form, bits, rate, processor=Processor.CPU):
+        return DecodeSpeed(
+            processor=processor,
+            decoder=decoder,
+            form=form,
+            bits=bits,
+            numbers_per_s=measured(rate),
+        )
+
+    def seconds(made, *decoded):
+        layer = LayerLoad(work=shape(1).work, home_bytes=5, decoded=decoded)
+        load = PassLoad(layers=[layer], streamed=[], slots=0)
+        times = pass_times(made, load, Processor.CPU, measured(1e9))
+        return times.layer_s[0] - 1.0, times.obtained
+
+    four = Decoded(numbers=10**9, form="packed", bits=4, decoder=Decoder.TORCH)
+    quick = replace(four, decoder=Decoder.COMPILED)
+    curves = (curve(1, {1: 1.0}),)
+    assert seconds(profile(layers=curves)) == (0.0, Obtained.MEASURED)
+    bare = profile(layers=curves)
+    assert seconds(bare, four) == (pytest.approx(1e9 / 1.6e9), Obtained.ASSUMED)
+    assert seconds(bare, quick) == (pytest.approx(1e9 / 6.5e9), Obtained.ASSUMED)
+    speeds = (
+        speed(Decoder.TORCH, "packed", 4, 2e9),
+        speed(Decoder.TORCH, "awq", 4, 0.5e9),
+        speed(Decoder.COMPILED, "packed", 4, 10e9),
+        speed(Decoder.TORCH, "packed", 4, 1.0, Processor.CUDA),
+    )
+    made = profile(layers=curves, dequantising=speeds)
+    assert seconds(made, four) == (pytest.approx(0.5), Obtained.MEASURED)
+    assert seconds(made, quick) == (pytest.approx(0.1), Obtained.MEASURED)
+    assert seconds(made, replace(four, bits=3))[0] == pytest.approx(2.0)  # as the slowest
+    assert seconds(made, four, quick)[0] == pytest.approx(0.6)
+    assert decode(encode(made)) == made
 
 
 def test_times_come_from_the_profile():

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from offload_rt.device import compiled
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
@@ -23,8 +24,8 @@ from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.weight_files import WeightFiles
+from offload_rt.profiling import dequantising, link, timing
 from offload_rt.profiling import disk as disk_module
-from offload_rt.profiling import link, timing
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.compute import (
     TimedLayer,
@@ -356,6 +357,35 @@ def test_host_memory_by_threads():
     ]
     assert all(s.bytes_per_s.samples == 2 for s in speeds)
     assert torch.get_num_threads() == threads
+
+
+def test_dequantising_is_timed_for_each_form_and_whoever_does_it(monkeypatch):
+    monkeypatch.setattr(dequantising, "_SIDE", 256)
+    calls = []
+    for form, bring in dequantising.BRING.items():
+
+        def slow(stored, parts, out, form=form, bring=bring):
+            calls.append((stored.form, stored.bits))
+            bring(stored, parts, out)
+            until_s = time.perf_counter() + 0.003
+            while time.perf_counter() < until_s:
+                pass
+
+        monkeypatch.setitem(dequantising.BRING, form, slow)
+    cpu, ticked = CpuDevice(), []
+    try:
+        tick = partial(ticked.append, 1)
+        found = dequantising.measure_dequantising(cpu, torch.bfloat16, Curve(QUICK), tick)
+    finally:
+        cpu.close()
+    assert len(found) == len(ticked) == dequantising.ticks()
+    assert set(calls) == set(dequantising._MEASURED)
+    by_torch = [speed for speed in found if speed.decoder == "torch"]
+    kinds = [(s.form, s.bits) for s in by_torch]
+    assert kinds == [(f.value, b) for f, b in dequantising._MEASURED]
+    assert all(s.numbers_per_s.value < 256 * 256 / 0.002 for s in by_torch)
+    others = [speed for speed in found if speed.decoder != "torch"]
+    assert len(others) == (0 if compiled.problem() else len(by_torch))
 
 
 class Links:

@@ -49,6 +49,8 @@ def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
         yield "output heads, ms by rows", _heads(profile)
     if profile.beside_disk:
         yield "layers while the disk is read, times as long by tokens", _beside(profile)
+    if profile.dequantising:
+        yield "dequantising, billions of weights a second", _dequantising(profile)
     yield "attention, GB/s of keys and values by query rows", _attention(profile)
 
 
@@ -89,6 +91,15 @@ def _beside(profile: HardwareProfile) -> Iterator[str]:
     for head, group in groupby(profile.beside_disk, key=kind):
         cells = [(str(s.tokens), s.factor.value, s.factor) for s in group]
         yield _row(head, cells)
+
+
+def _dequantising(profile: HardwareProfile) -> Iterator[str]:
+    for decoder, group in groupby(profile.dequantising, key=lambda speed: speed.decoder):
+        cells = [
+            (f"{s.form} {s.bits} bits", 1e-9 * s.numbers_per_s.value, s.numbers_per_s)
+            for s in sorted(group, key=lambda speed: (speed.form, speed.bits))
+        ]
+        yield _row(decoder, cells)
 
 
 def _attention(profile: HardwareProfile) -> Iterator[str]:

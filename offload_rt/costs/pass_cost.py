@@ -23,8 +23,8 @@ from offload_rt.costs.timeline import (
 from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
-from offload_rt.model.formats.stored import DECODED_PER_S
 from offload_rt.profiling.profile import (
+    Decoder,
     Direction,
     HardwareProfile,
     LayerWork,
@@ -35,6 +35,7 @@ from offload_rt.profiling.profile import (
 )
 from offload_rt.profiling.rates import (
     attention_s,
+    decoded_per_s,
     disk_delay_s,
     disk_slowdown,
     head_s,
@@ -65,6 +66,23 @@ class Limit(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """Weights that are dequantised in each pass.
+
+    Attributes:
+        numbers: how many.
+        form: how they are stored.
+        bits: of one.
+        decoder: who does it.
+    """
+
+    numbers: int
+    form: str
+    bits: int
+    decoder: Decoder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLoad:
     """One layer in a pass.
 
@@ -76,7 +94,7 @@ class LayerLoad:
         kv_back_bytes: new ones that go home, per pass.
         device: that holds the layer.
         weights: how they lie where they compute.
-        decoded: of them, how many are dequantised first.
+        decoded: which of them are dequantised first.
     """
 
     work: LayerWork
@@ -86,7 +104,7 @@ class LayerLoad:
     kv_back_bytes: int = 0
     device: int = 0
     weights: WeightOrder = WeightOrder.PLAIN
-    decoded: int = 0
+    decoded: tuple[Decoded, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,15 +355,21 @@ def pass_times(
         for head in ([load.head] if load.head else [])
     ]
     numbers += [*work_s.values(), *kv_s.values(), *heads]
-    decoding = Number(value=DECODED_PER_S[processor], obtained=Obtained.ASSUMED)
-    numbers += [decoding] if any(layer.decoded for layer in load.layers) else []
+    decoding = {
+        (each.decoder, each.form, each.bits): decoded_per_s(
+            profile, processor, each.decoder, each.form, each.bits
+        )
+        for layer in load.layers
+        for each in layer.decoded
+    }
+    numbers += decoding.values()
     seconds = {key: number.value for key, number in work_s.items()}
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
     return PassTimes(
         layer_s=tuple(
             seconds[layer.work, layer.weights]
-            + layer.decoded / decoding.value
+            + sum(d.numbers / decoding[d.decoder, d.form, d.bits].value for d in layer.decoded)
             + attending[layer.kv_bytes]
             + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)

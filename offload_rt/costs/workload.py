@@ -6,14 +6,14 @@ a `Residence`. The target's passes, those over a retrieval cache, those of round
 of a draft model differ in these two only. No torch here.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 
 from offload_rt.config import DraftWeights
 from offload_rt.costs.machine import Speeds
-from offload_rt.costs.pass_cost import LayerLoad, PassLoad
+from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
     head_bytes,
     kv_bytes_per_token,
@@ -21,9 +21,12 @@ from offload_rt.costs.sizes import (
     layouts_of,
     number_bytes_of,
 )
-from offload_rt.device.kinds import DeviceKind
+from offload_rt.device import compiled
+from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.profiling.profile import LayerWork
+from offload_rt.model.formats.stored import Stored, suits_kernels
+from offload_rt.model.layout import compute_dtype
+from offload_rt.profiling.profile import Decoder, LayerWork
 
 _EXPERT_MATRICES = 3  # gate, up and down
 
@@ -39,7 +42,7 @@ class LayerParts:
         kv_row_bytes: keys and values of one token.
         window: newest tokens it attends to; None: all.
         expert_bytes: of the image, in experts.
-        decoded: weights that are dequantised in each pass.
+        decoded: which are dequantised in each pass.
         grown_bytes: that these have more as they compute than in the image.
         sent: share of the experts that a token is sent to.
     """
@@ -51,7 +54,7 @@ class LayerParts:
     window: int | None = None
     expert_bytes: int = 0
     sent: float = 1.0
-    decoded: int = 0
+    decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
 
     def work(self, tokens: int) -> LayerWork:
@@ -207,7 +210,7 @@ class PlacedModel:
         work, order = layer.work(rows), self.speeds.order(resident=resident and not decoded)
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
-            decoded = 0
+            decoded = ()
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -225,6 +228,20 @@ class PlacedModel:
         )
 
 
+def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[Decoded, ...]:
+    """What of a layer is dequantised, and by whom; compiled kernels are as on this machine."""
+    counts: dict[tuple[str, int, Decoder], int] = {}
+    for each in stored:
+        compiles = device is CPU and suits_kernels(each, dtype) and not compiled.problem()
+        decoder = Decoder.COMPILED if compiles else Decoder.TORCH
+        key = (each.form.value, each.bits, decoder)
+        counts[key] = counts.get(key, 0) + each.numbers
+    return tuple(
+        Decoded(numbers=numbers, form=form, bits=bits, decoder=decoder)
+        for (form, bits, decoder), numbers in counts.items()
+    )
+
+
 @lru_cache(maxsize=16)  # a search asks for the same ones hundreds of times
 def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelParts:
     """The parts of a model, from its headers.
@@ -236,12 +253,14 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     """
     *layouts, _ = layouts_of(checkpoint, dtype, device)
     config, number_bytes = checkpoint.config, number_bytes_of(checkpoint, dtype)
+    name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     row_bytes = kv_bytes_per_token(config, number_bytes) // config.num_layers
     windows = layer_windows(config)
     layers = []
     for layout, extents, window in zip(layouts, checkpoint.layers, windows, strict=True):
         others, experts, sent = _weights(checkpoint, extents)
-        decoded = sum(each.numbers for each in layout.stored)
+        decoded = _decoded(layout.stored, name, device)
+        numbers = sum(each.numbers for each in layout.stored)
         packed_bytes = sum(each.nbytes for each in layout.stored)
         layers.append(
             LayerParts(
@@ -253,7 +272,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 expert_bytes=experts * number_bytes,
                 sent=sent,
                 decoded=decoded,
-                grown_bytes=max(0, decoded * number_bytes - packed_bytes),
+                grown_bytes=max(0, numbers * number_bytes - packed_bytes),
             )
         )
     head = checkpoint.head or checkpoint.embedding

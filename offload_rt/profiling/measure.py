@@ -29,6 +29,7 @@ from offload_rt.profiling.compute import (
     measure_heads,
     measure_layers,
 )
+from offload_rt.profiling.dequantising import measure_dequantising, ticks
 from offload_rt.profiling.disk import (
     JUST_WRITTEN,
     folder_to_read,
@@ -42,6 +43,7 @@ from offload_rt.profiling.memory import measure_memory, thread_counts
 from offload_rt.profiling.profile import (
     SCHEMA_VERSION,
     AttentionSpeed,
+    DecodeSpeed,
     DiskSlowdown,
     DiskSpeed,
     HardwareProfile,
@@ -70,6 +72,7 @@ Record = (
     | LayerCurve
     | HeadCurve
     | DiskSlowdown
+    | DecodeSpeed
     | AttentionSpeed
 )
 Report = Callable[[int, int, str], None]  # numbers done, numbers in all, what is measured now
@@ -222,6 +225,9 @@ def _parts(
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
         parts += _compute_parts(curve, device)
+    cpu, numbers = devices[0], getattr(torch, _dtype(devices[0]))
+    dequantise = partial(measure_dequantising, cpu, numbers, curve)
+    parts.append(Part("cpu, dequantising", ticks(), dequantise))
     orders = _orders(devices[0])
     beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
     beside_reads = partial(_beside_reads, disk, devices[0], orders, curve)
@@ -361,5 +367,6 @@ def _assemble(
         layers=tuple(r for r in records if isinstance(r, LayerCurve)),
         heads=tuple(r for r in records if isinstance(r, HeadCurve)),
         beside_disk=tuple(r for r in records if isinstance(r, DiskSlowdown)),
+        dequantising=tuple(r for r in records if isinstance(r, DecodeSpeed)),
         attention=tuple(r for r in records if isinstance(r, AttentionSpeed)),
     )

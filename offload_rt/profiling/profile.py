@@ -47,6 +47,13 @@ class MemoryUse(StrEnum):
     COPY = "copy"
 
 
+class Decoder(StrEnum):
+    """What dequantises weights: torch's operations, or kernels compiled for the processor."""
+
+    TORCH = "torch"
+    COMPILED = "compiled"
+
+
 class WeightOrder(StrEnum):
     """How a layer's weights lie: as in the checkpoint, reordered, or rounded.
 
@@ -246,6 +253,23 @@ class HeadCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSpeed:
+    """Quantised weights that become numbers of 16 bits, by all threads together.
+
+    Attributes:
+        form: how they are stored (`Form` of `model/formats/methods.py`).
+        bits: of one.
+        numbers_per_s: weights in a second.
+    """
+
+    processor: Processor
+    decoder: Decoder
+    form: str
+    bits: int = _up_to(64)
+    numbers_per_s: Number = _up_to(_BYTES_PER_S)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskSlowdown:
     """How much longer a CPU takes for a layer while the disk is read.
 
@@ -291,6 +315,7 @@ class HardwareProfile:
         pinning: None on a machine without a GPU.
         heads: empty where none was measured: they then count as layers of their size.
         beside_disk: empty where it was not measured: computing then is as fast as alone.
+        dequantising: empty where it was not measured: it then takes what is assumed.
     """
 
     schema_version: int = _up_to(_COUNT)
@@ -307,4 +332,5 @@ class HardwareProfile:
     layers: tuple[LayerCurve, ...] = ()
     heads: tuple[HeadCurve, ...] = ()
     beside_disk: tuple[DiskSlowdown, ...] = ()
+    dequantising: tuple[DecodeSpeed, ...] = ()
     attention: tuple[AttentionSpeed, ...] = ()

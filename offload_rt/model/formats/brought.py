@@ -12,10 +12,8 @@ from offload_rt.device.compiled import in_parts
 from offload_rt.device.system import give_back_code, give_back_holes
 from offload_rt.model.formats import integers
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.report import Dequantising
-
-Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
 
 TORCH = "torch"
 _CODE = re.compile(r"/libllvmlite[^/]*$")
@@ -23,7 +21,6 @@ _TILE = 64  # outputs; whole tiles of the kernels
 # A thread takes Python's lock for each part: with parts of 10 us threads waited for each other ten
 # times as long as they computed.
 _PARTS, _PART_NUMBERS = 4, 2**19
-_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 
 
 @cache
@@ -53,7 +50,7 @@ def ready(stored: Iterable[Stored], dtype: torch.dtype, device: torch.device) ->
     return Dequantising(decoder=", ".join(who), warm_s=warmed.seconds, compiled=warmed.compiled)
 
 
-def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> Bring | None:
+def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> integers.Bring | None:
     """What dequantises a weight faster than torch does; None where nothing does, or is warm."""
     if not _compiles(stored, dtype, device):
         return None
@@ -61,15 +58,12 @@ def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> Bring
 
 
 def _compiles(stored: Stored, dtype: torch.dtype, device: torch.device) -> bool:
-    if device.type != "cpu" or stored.form not in _FORMS or compiled.problem():
+    suits = device.type == "cpu" and suits_kernels(stored, str(dtype).removeprefix("torch."))
+    if not suits or compiled.problem():
         return False
-    from offload_rt.model.formats.compiled_integers import INPUTS, rounds_to_half
+    from offload_rt.model.formats.compiled_integers import rounds_to_half
 
-    return (
-        stored.bits in (4, 8)
-        and stored.inputs // stored.groups % INPUTS == 0
-        and (dtype is torch.bfloat16 or (dtype is torch.float16 and rounds_to_half()))
-    )
+    return dtype is torch.bfloat16 or rounds_to_half()
 
 
 def _packed(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ once, to the same bits.
 Work goes in blocks of outputs, so that what it passes through stays in the cache.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 
 import torch
@@ -174,3 +175,12 @@ def codes_of(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     wide = words.to(torch.int64) & 0xFFFFFFFF
     joined = wide[:, first] | wide[:, second] << _WORD_BITS
     return (joined >> shift & mask).to(torch.int32)
+
+
+Bring = Callable[[Stored, dict[str, torch.Tensor], torch.Tensor], None]
+BRING: dict[Form, Bring] = {
+    Form.PACKED: bring_packed,
+    Form.AWQ: bring_awq,
+    Form.GPTQ: bring_gptq,
+    Form.GPTQ_V2: bring_gptq,
+}

@@ -10,9 +10,13 @@ from offload_rt.model.header import TensorExtent
 # second cache (docs/RESULTS.md, "Dequantising on the way").
 BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**22}
 BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
-# Weights dequantised in a second, assumed until profiles have them. Of a CPU: two cores (measured,
+# Weights dequantised in a second, assumed where a profile has none. Of a CPU: two cores (measured,
 # same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
-DECODED_PER_S = {"cpu": 1.2e9, "cuda": 175e9}
+DECODED_PER_S = {"cpu": 1.6e9, "cuda": 175e9}
+COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
+KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
+_KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
+_KERNEL_FORMATS = ("bfloat16", "float16")
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 
 
@@ -86,6 +90,21 @@ class StoredTensors:
 
     by_part: Mapping[str, Stored]
     facts: frozenset[str]
+
+
+def suits_kernels(stored: Stored, dtype: str) -> bool:
+    """Whether compiled kernels dequantise a weight on a CPU, where there are any.
+
+    Args:
+        stored: the weight.
+        dtype: torch's name of the format it computes in.
+    """
+    return (
+        stored.form in _KERNEL_FORMS
+        and stored.bits in KERNEL_BITS
+        and stored.group % KERNEL_INPUTS == 0
+        and dtype in _KERNEL_FORMATS
+    )
 
 
 def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -> int:

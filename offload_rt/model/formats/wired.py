@@ -13,21 +13,17 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
-from offload_rt.model.formats import fours, grids
-from offload_rt.model.formats.brought import Bring, bring_for
+from offload_rt.model.formats import fours, grids, integers
+from offload_rt.model.formats.brought import bring_for
 from offload_rt.model.formats.checked import INDICES
-from offload_rt.model.formats.integers import bring_awq, bring_gptq, bring_packed
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import torch_name
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-_BRING: Mapping[Form, Bring] = {
-    Form.PACKED: bring_packed,
-    Form.AWQ: bring_awq,
-    Form.GPTQ: bring_gptq,
-    Form.GPTQ_V2: bring_gptq,
+_BRING: Mapping[Form, integers.Bring] = {
+    **integers.BRING,
     **grids.DECODERS,
     **fours.DECODERS,
 }
