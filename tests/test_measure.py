@@ -367,8 +367,8 @@ def test_dequantising_is_timed_for_each_form_and_whoever_does_it(monkeypatch):
         def slow(stored, parts, out, form=form, bring=bring):
             calls.append((stored.form, stored.bits))
             bring(stored, parts, out)
-            until_s = time.perf_counter() + 0.003
-            while time.perf_counter() < until_s:
+            until_s = time.thread_time() + 0.003  # other programs are no part of it
+            while time.thread_time() < until_s:
                 pass
 
         monkeypatch.setitem(dequantising.BRING, form, slow)
