@@ -100,6 +100,29 @@ def tiny_model(make_tiny):
     return make_tiny("llama", tokenizer=True)
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--recorded",
+        action="store_true",
+        help="passes that draft are recorded and replayed in all tests (tests/recorded.py)",
+    )
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Passes that draft are recorded and replayed; counts of both."""
+    from recorded import record_everything
+
+    return record_everything(monkeypatch)
+
+
+@pytest.fixture(autouse=True)
+def recording_if_asked(request):
+    """The same in every test of a run with --recorded."""
+    if request.config.getoption("--recorded"):
+        request.getfixturevalue("recording")
+
+
 @pytest.fixture
 def offload_run(capsys, monkeypatch):
     """Run a command line with bytes on stdin; returns exit code, stdout and stderr."""

@@ -134,6 +134,9 @@ class FakeCuda:
     unregistered: list = field(default_factory=list)
     host_syncs: Counter = field(default_factory=Counter)
     downloads: int = 0
+    captures: int = 0
+    refuses_captures: bool = False
+    replaying: bool = False
     copied_bytes: int = 0
     copy_sizes: list = field(default_factory=list)
     copied_back_bytes: int = 0
@@ -237,6 +240,23 @@ class FakeCuda:
         self.host().wait(self.compute.record())
         return [5] * values.numel()
 
+    def capture(self, work, device):
+        """The kernels themselves each time, so that what they touch is seen each time."""
+        if self.refuses_captures:
+            raise RuntimeError("operation not permitted when stream is capturing\nand more of it")
+        self.captures += 1
+        work()
+
+        def replay():
+            self.trace.append(("replay",))
+            self.replaying = True
+            try:
+                return work()
+            finally:
+                self.replaying = False
+
+        return replay, 4096
+
     @contextmanager
     def inside_driver(self):
         self.inside = True
@@ -276,7 +296,8 @@ class FakeCuda:
             keys = map(key, tensors_in(values))
             touched += [self.buffers[k] for k in keys if k in self.buffers]
         with self.lock:
-            self.trace.append(("kernel", str(func), len(reads), len(writes)))
+            if not self.replaying:
+                self.trace.append(("kernel", str(func), len(reads), len(writes)))
             compute = self.computes[device]
             self.enqueue(compute)
             if compute.name in self._received:

@@ -65,6 +65,9 @@ class Watched(DraftModelDrafter):
         self.logits = super()._catch_up(ids).clone()
         return self.logits
 
+    def _recorded_chain(self, ids, depth):
+        """None: the logits that a chain is chosen from in one recording are kept nowhere."""
+
     def _feed(self, tokens):
         self.rows.append(len(tokens))
         return super()._feed(tokens)

@@ -35,6 +35,7 @@ from offload_rt.kv.home import RamHome
 from offload_rt.model import weight_files as files
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.weight_files import WeightFiles
+from offload_rt.runner import loading
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.ngram.drafter import NgramDrafter
@@ -52,7 +53,8 @@ def gpu(monkeypatch):
     monkeypatch.setattr(cuda, "TorchDriver", lambda: double)
     monkeypatch.setattr(opening, "TorchDriver", lambda: double)
     monkeypatch.setattr(decoding, "make_generator", lambda *_: torch.Generator())
-    monkeypatch.setattr(engine_module, "Network", build_for_real(engine_module.Network))
+    for module in (engine_module, loading):
+        monkeypatch.setattr(module, "Network", build_for_real(module.Network))
     into = WeightFiles._read_into
 
     def read_into(self, file, run, start, nbytes, staging):

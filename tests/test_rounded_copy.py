@@ -94,14 +94,14 @@ def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatc
     folder = make_tiny("llama", **IDS)
     sampling = SamplingConfig(temperature=1.0, seed=3)
     with engine_for(folder, prompts=[LONG], tokens=20, draft=triforce(INT4)) as engine:
-        laws, real = [], engine._rounded_copy.logits
+        laws, real = [], engine._rounded_copy.draft_logits
 
-        def check(parts):
-            logits = real(parts)
+        def check(part):
+            logits = real(part)
             laws.append(torch.softmax(logits.double(), dim=-1))
             return logits
 
-        monkeypatch.setattr(engine._rounded_copy, "logits", check)
+        monkeypatch.setattr(engine._rounded_copy, "draft_logits", check)
         run = Run.start(engine, [LONG], sampling, GenerationConfig(max_tokens=20))
         run.prefill()
         draft = run.sequences[0].drafter.propose(run.sequences[0].ids, 5)

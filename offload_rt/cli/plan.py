@@ -188,7 +188,7 @@ def _look_ahead(
     check_context(checkpoint, context)
     device, free = device_there(config)
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, device.packing, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, device, sequences=1)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     drafting = Drafting(draft, drafter, nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
@@ -254,6 +254,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "draft_weights": weights_name(outlook.drafting.config),
         "retrieval_weights": retrieval_weights_name(outlook.drafting.config),
         "drafter_bytes": placement.drafter_bytes,
+        "recorded_bytes": placement.demand.recorded_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
         "resident_bytes": placement.resident_bytes,
@@ -335,7 +336,7 @@ def _as_table(outlook: _Outlook) -> str:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         each += " on each device" if placement.shares else ""
         rows.insert(2, ("slots", placement.ring_bytes, each))
-    rows += _drafting_rows(outlook.drafting, placement.drafter_bytes)
+    rows += _drafting_rows(outlook.drafting, placement)
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):
@@ -371,15 +372,17 @@ def _as_table(outlook: _Outlook) -> str:
     return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
 
 
-def _drafting_rows(drafting: Drafting, nbytes: int) -> list[tuple[str, int, str]]:
+def _drafting_rows(drafting: Drafting, placement: Placement) -> list[tuple[str, int, str]]:
     """The device memory of a drafter, if it needs any."""
-    config = drafting.config
+    config, nbytes = drafting.config, placement.drafter_bytes
     if not config.drafts:
         return []
     kind = kind_of(config.kind)
     parts = list(kind.in_memory(config)) if nbytes else []
     if drafting.checkpoint is not None:
         parts.append(f"{drafting.checkpoint.name} and its KV cache")
+    if recorded := placement.demand.recorded_bytes:
+        parts.append(f"{format_size(recorded)} of it recorded passes")
     return [(kind.label, nbytes, "; ".join(parts))] if parts else []
 
 

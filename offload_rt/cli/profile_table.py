@@ -7,9 +7,11 @@ from offload_rt.printable import printable
 from offload_rt.profiling.profile import (
     DiskSlowdown,
     HardwareProfile,
+    LayerCurve,
     Machine,
     Number,
     Obtained,
+    RecordedCurve,
     Versions,
 )
 from offload_rt.units import format_size
@@ -44,7 +46,9 @@ def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
         most = profile.pinning.most_bytes
         limit = "" if most is None else f" (no more than {format_size(most)} can be locked)"
         yield f"page-locking, GB/s{limit}", [_row("host memory", [cell])]
-    yield "layers, ms by tokens in a pass", _layers(profile)
+    yield "layers, ms by tokens in a pass", _layers(profile.layers)
+    yield "layers of recorded passes, ms by tokens in a pass", _layers(profile.recorded)
+    yield "a recorded pass beside its layers, ms", _replays(profile)
     if profile.heads:
         yield "output heads, ms by rows", _heads(profile)
     if profile.beside_disk:
@@ -70,8 +74,13 @@ def _memory(profile: HardwareProfile) -> Iterator[str]:
         yield _row(use, [(str(s.threads), _gb(s.bytes_per_s), s.bytes_per_s) for s in speeds])
 
 
-def _layers(profile: HardwareProfile) -> Iterator[str]:
-    for curve in profile.layers:
+def _replays(profile: HardwareProfile) -> Iterator[str]:
+    for each in profile.replays:
+        yield _row(each.processor, [("", each.replay_s.value * 1e3, each.replay_s)])
+
+
+def _layers(curves: Sequence[LayerCurve | RecordedCurve]) -> Iterator[str]:
+    for curve in curves:
         size = format_size(curve.shape.weight_bytes)
         head = f"{curve.processor} {curve.weights}, {size} {curve.shape.dtype}"
         cells = [(str(t.tokens), t.layer_s.value * 1e3, t.layer_s) for t in curve.times]

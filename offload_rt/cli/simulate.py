@@ -283,7 +283,7 @@ def _drafting(
 ) -> Drafting:
     """The drafter's sizes; of a draft model config.json suffices too."""
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device.packing, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device, sequences=1)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     return settled(Drafting(draft, drafter, nbytes), speeds.device)
 

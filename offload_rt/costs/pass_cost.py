@@ -41,6 +41,7 @@ from offload_rt.profiling.rates import (
     head_s,
     layer_s,
     link_bytes_per_s,
+    replay_s,
 )
 
 # Of this program, on a CPU, to lend a streamed layer and to begin the copy that follows it. The
@@ -126,6 +127,7 @@ class PassLoad:
         kv_block_bytes: of such a block.
         hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
             first one has embedding and head.
+        recorded: it is replayed (`runner/static.py`), so it is launched at once.
     """
 
     layers: Sequence[LayerLoad]
@@ -140,6 +142,7 @@ class PassLoad:
     kv_slots: int = 0
     kv_block_bytes: int = 0
     hop_bytes: int = 0
+    recorded: bool = False
 
     @property
     def devices(self) -> int:
@@ -172,7 +175,7 @@ class PassTimes:
 
     Attributes:
         layer_s: each layer's kernels.
-        head_s: the head's.
+        head_s: the head's, and of a recorded pass what it takes beside its layers.
         home_bytes_per_s: of the link or disk that streamed layers come over.
         numbers: all that the times rest on.
         kv_s: each layer's attention to KV from the home; empty if there is none.
@@ -345,15 +348,30 @@ def pass_times(
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
-        (work, order): layer_s(profile, work, load.tokens, processor=processor, weights=order)
+        (work, order): layer_s(
+            profile,
+            work,
+            load.tokens,
+            processor=processor,
+            weights=order,
+            recorded=load.recorded,
+        )
         for work, order in works
     }
     asking = load.tokens // load.sequences
     kv_s = {n: attention_s(profile, n, asking, processor=processor) for n in sizes}
     heads = [
-        head_s(profile, head, load.tokens, processor=processor, weights=load.head_weights)
+        head_s(
+            profile,
+            head,
+            load.tokens,
+            processor=processor,
+            weights=load.head_weights,
+            recorded=load.recorded,
+        )
         for head in ([load.head] if load.head else [])
     ]
+    heads += [replay_s(profile, processor)] if load.recorded else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
     decoding = {
         (each.decoder, each.form, each.bits): decoded_per_s(

@@ -17,6 +17,7 @@ from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
+from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU
@@ -33,6 +34,14 @@ _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exao
 # rows, on a GPU so many ids. A kernel that reads and writes those takes 37 us of a 4090 (bound: 8
 # bytes an id at 0.9 TB/s), its launch 5 us of the host, so larger parts would only be larger.
 DRAW_ROWS, DRAW_IDS = 4, 2**22
+
+RECORDED_ROWS = 32  # of a recorded pass; more are made once in a while, as those of a prompt
+# Rows whose scores it writes out, at most: `FLOOR_ROWS` (kv/static.py), and those of a draft.
+RECORDED_SPAN = 2048
+# Recordings of a model that are kept. One that grows trees needs about one for each of its passes,
+# anew each time the sequence has grown by `FLOOR_ROWS`.
+MOST_RECORDINGS = 64
+KERNEL_BYTES = 2**10  # of each kernel of a recording on the device, beside its pool; assumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +190,27 @@ def drawn_rows(device: DeviceKind, rows: int, vocab: int) -> int:
     """How many of these rows of logits are made probabilities of at once."""
     most = DRAW_ROWS if device.host_computes else max(DRAW_ROWS, DRAW_IDS // vocab)
     return min(rows, most)
+
+
+def recorded_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -> int:
+    """Upper bound of what recorded draft passes of a model keep; 0 where none are recorded.
+
+    The pool that all of them share, as large as the largest pass, their logits, and the recordings
+    themselves. Nothing is packed there, and the libraries' workspace is in that of a run.
+    """
+    if not device.records:
+        return 0
+    pool = PassShape(
+        rows=RECORDED_ROWS,
+        chunk_rows=RECORDED_ROWS,
+        longest=RECORDED_SPAN,
+        logit_rows=RECORDED_ROWS,
+    )
+    logits = RECORDED_ROWS * config.vocab_size * number_bytes
+    packed = config.intermediate_size * config.hidden_size * number_bytes
+    pool_bytes = workspace_bytes(config, number_bytes, pool, device) - RUNTIME_BYTES - packed
+    kernels = config.num_layers * LAYER_KERNELS + OTHER_KERNELS
+    return pool_bytes + logits + MOST_RECORDINGS * kernels * KERNEL_BYTES
 
 
 def workspace_bytes(

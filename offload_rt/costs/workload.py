@@ -15,6 +15,7 @@ from offload_rt.config import DraftWeights
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
+    RECORDED_ROWS,
     head_bytes,
     kv_bytes_per_token,
     layer_windows,
@@ -154,6 +155,18 @@ class PlacedModel:
     context_tokens: int
     sequences: int = 1
 
+    def draft_load(self, tokens: int) -> PassLoad:
+        """A pass that drafts, of one device's kept weights: recorded, where launches cost."""
+        load = self.load(tokens)
+        recorded = (
+            self.speeds.device.records
+            and load.tokens <= RECORDED_ROWS
+            and load.devices == 1
+            and not load.streamed
+            and self.residence.kv is None
+        )
+        return replace(load, recorded=recorded)
+
     def load(self, tokens: int, committed: float = 1.0) -> PassLoad:
         """A pass.
 
@@ -191,7 +204,7 @@ class PlacedModel:
         if weights.rounds:
             where = Residence(weights=weights, device=where.device)
         seen = min(budget_tokens, self.context_tokens)
-        return replace(self, residence=where, context_tokens=seen).load(tokens)
+        return replace(self, residence=where, context_tokens=seen).draft_load(tokens)
 
     def over_own_rows(self, tokens: int, weights: DraftWeights) -> PassLoad:
         """A pass of one sequence in which rounded copies stand in for the streamed layers.

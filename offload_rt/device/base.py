@@ -207,6 +207,13 @@ class CopyPiece:
     load: Callable[[HostBuffer], torch.Tensor]
 
 
+class Replay(Protocol):
+    """Work that was recorded."""
+
+    def __call__(self) -> torch.Tensor:
+        """Enqueue all of it; what it returns is where it was when it was recorded."""
+
+
 class Device(Protocol):
     """A place to compute, with its memory, its two queues and its bookkeeping."""
 
@@ -276,6 +283,21 @@ class Device(Protocol):
 
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
+
+    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay | None:
+        """Record kernels, to enqueue them all at once from then on.
+
+        Args:
+            work: reads and writes tensors that stay, and decides by their shapes alone; it is run
+                a few times, each of which must leave the same in memory.
+            vary: puts other numbers into what `work` reads. With them a replay is compared with
+                the work itself, once, which shows whatever of it hides in Python.
+
+        Returns:
+            What does the same work on what the tensors hold by then. None if this cannot be
+            recorded, or if its replay has other bits: that is said once, and from then on nothing
+            is recorded.
+        """
 
     def reached_s(self, event: Event, recorded_s: float) -> float:
         """When an event was reached, as `time.perf_counter` counts; it must be reached.

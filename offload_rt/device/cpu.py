@@ -24,6 +24,7 @@ from offload_rt.device.base import (
     Event,
     HomeSource,
     HomeTarget,
+    Replay,
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.device.kinds import CPU
@@ -266,6 +267,10 @@ class CpuDevice:
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values as Python integers."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
+
+    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay:
+        """The work itself; what it launches costs the same each time."""
+        return work
 
     def reached_s(self, event: Event, recorded_s: float) -> float:
         """When the copies an event names were done, or else when it was recorded."""

@@ -81,6 +81,8 @@ class DeviceKind:
         flash: the flash attention it has.
         runs_flash: whether number N is new enough for it; asked when there are tensors on it.
         packs: it has matrix kernels for which resident layers are reordered (`formats/packed.py`).
+        records: launching kernels takes longer than small ones run, so passes of fixed shape are
+            recorded and replayed (`runner/static.py`).
         kernels: to what weights may be rounded, and for which formats of the model.
         draft_weights: how a bf16 draft model is kept unless --draft-weights says.
         copy_weights: to what a bf16 model is rounded to draft for itself.
@@ -114,6 +116,7 @@ class DeviceKind:
     flash: Flash
     runs_flash: Callable[[int], bool]
     packs: bool
+    records: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
     draft_weights: DraftWeights
     copy_weights: DraftWeights
@@ -153,6 +156,7 @@ CPU = DeviceKind(
     flash=Flash.UPPER_LEFT,
     runs_flash=_always,
     packs=True,
+    records=False,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
     draft_weights=DraftWeights.INT8,
     copy_weights=DraftWeights.INT8,
@@ -184,6 +188,7 @@ CUDA = DeviceKind(
     flash=Flash.LOWER_RIGHT,
     runs_flash=_flash_on_gpu,
     packs=False,
+    records=True,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
     draft_weights=DraftWeights.SAME,
     copy_weights=DraftWeights.INT4,

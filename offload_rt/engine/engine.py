@@ -100,7 +100,7 @@ class Engine:
             self.device = self.devices[0]
             device, packing = self.device.kind, self.device.kind.packing
             sequences = len(capacities)
-            heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, packing, sequences)
+            heads_device_bytes = heads_bytes(heads, checkpoint, config.dtype, device, sequences)
             first, *others = self.devices.free_bytes()
             free = FreeMemory(
                 device_bytes=first, host_bytes=free_memory_bytes(), further_bytes=tuple(others)
@@ -215,7 +215,7 @@ class Engine:
             [N + 1, V] logits, after the root and after each node.
         """
         runner = self._rounded_copy or self.runner
-        return runner.logits([Rows.draft(cache, root, tree)])
+        return runner.draft_logits(Rows.draft(cache, root, tree))
 
     def commit(self, index: int, tokens: Sequence[int], keep: Sequence[int]) -> None:
         """Keep these pending rows of a cache; `tokens` are theirs."""

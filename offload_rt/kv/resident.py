@@ -11,6 +11,7 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
 from offload_rt.kv.base import KVShape, RowWatcher
+from offload_rt.kv.static import RowMemory, RowsBefore
 
 
 class ResidentKV:
@@ -33,6 +34,7 @@ class ResidentKV:
         memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
         self._keys, self._values = split_rows(memory, shapes, capacity)
         self._alike = stores_alike(memory, shapes, capacity)
+        self.memory = RowMemory(self._keys, self._values, capacity)
         self._pending = [0] * len(shapes)
 
     @property
@@ -82,6 +84,14 @@ class ResidentKV:
                 store[:, self._length : self._length + len(keep)] = store[:, rows]
         self._length += len(keep)
         self._pending = [0] * len(self._pending)
+
+    def rows_before(self) -> RowsBefore:
+        """What a recorded pass finds."""
+        return RowsBefore(committed=self._length, pending=min(self._pending))
+
+    def appended(self, rows: int) -> None:
+        """A recorded pass wrote that many pending rows of every layer."""
+        self._pending = [pending + rows for pending in self._pending]
 
     def truncate(self, length: int) -> None:
         """Forget pending rows and all committed rows from `length` on."""

@@ -26,6 +26,7 @@ from offload_rt.errors import CapacityError
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import split_rows, stores_alike
 from offload_rt.kv.sizes import RetrievalSizes
+from offload_rt.kv.static import RowMemory, RowsBefore
 
 PINNED = float("inf")
 KEY_BLOCK = 2048  # keys whose fp32 copies are made at once, so that they stay in the CPU's cache
@@ -111,6 +112,7 @@ class RetrievalKV:
         memory = device.allocate(sizes.device_bytes, "retrieval cache").tensor.view(dtype)
         self._keys, self._values = split_rows(memory, shapes, sizes.rows)
         self._alike = stores_alike(memory, shapes, sizes.rows)
+        self.memory = RowMemory(self._keys, self._values, sizes.rows)
         self._length = 0
         self._layout = _Layout()
         self._pending = [0] * len(shapes)
@@ -168,14 +170,24 @@ class RetrievalKV:
         """Attend from the last rows appended: query [H, S, D] gives [S, H, D]."""
         length = self._length + self._pending[layer]
         first, stop = 0, self._row_of(length)
-        if spec.window is not None and not self.is_complete:
-            # A window is counted in rows, so only rows without a gap may be there: the kept chunks
-            # of such a layer are the newest ones, but for the first.
-            first = self._sizes.config.chunk_tokens
+        if spec.window is not None:
+            first = self._window_first
         if tree is not None:
             tree = PendingTree(tree.visible, tree.positions - (length - stop + first))
         keys, values = (store[layer][:, first:stop] for store in (self._keys, self._values))
         return attend_rows(query, keys, values, spec, tree)
+
+    def rows_before(self) -> RowsBefore:
+        """What a recorded pass finds."""
+        return RowsBefore(
+            committed=self._row_of(self._length),
+            pending=min(self._pending),
+            window_first=self._window_first,
+        )
+
+    def appended(self, rows: int) -> None:
+        """A recorded pass wrote that many pending rows of every layer."""
+        self._pending = [pending + rows for pending in self._pending]
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows, in this order; forget the rest."""
@@ -304,6 +316,15 @@ class RetrievalKV:
                 changes = real.view(*real.shape, *[1] * (place.dim() - 2))
                 coming = torch.where(changes, coming, place[heads, slots])
             place[heads, slots] = coming
+
+    @property
+    def _window_first(self) -> int:
+        """Where the rows of a layer with a window begin.
+
+        A window is counted in rows, so only rows without a gap may be there: the kept chunks of
+        such a layer are the newest ones, but for the first.
+        """
+        return 0 if self.is_complete else self._sizes.config.chunk_tokens
 
     def _set_length(self, length: int) -> None:
         self._length = length

@@ -78,6 +78,7 @@ def demand_of(
         + taken
         + experts,
         drafter_bytes=draft.kept_bytes,
+        recorded_bytes=draft.recorded_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,

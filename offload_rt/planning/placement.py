@@ -28,6 +28,7 @@ class Demand:
         kv_bytes: KV caches of all sequences.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
+        recorded_bytes: of these, what recorded passes keep.
         packed_head_bytes: a reordered copy of the output head, where the device has kernels for it;
             else 0.
         kv: how the caches are kept outside the device; None keeps them there.
@@ -42,6 +43,7 @@ class Demand:
     kv_bytes: int
     workspace_bytes: int
     drafter_bytes: int = 0
+    recorded_bytes: int = 0
     packed_head_bytes: int = 0
     kv: KVPlan | None = None
     kv_passes: bool = False
@@ -70,6 +72,7 @@ class Demand:
             kv_bytes=kv_bytes,
             workspace_bytes=self.workspace_bytes if first else self.further_bytes,
             drafter_bytes=whole + sum(beside),
+            recorded_bytes=self.recorded_bytes if first else 0,
             kv=kv,
             kv_passes=self.kv_passes,
             beside_bytes=beside,

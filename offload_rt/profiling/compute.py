@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
-from itertools import cycle
+from itertools import cycle, islice
 from typing import TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.static import StaticKV, StaticRows, StaticShape
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
@@ -41,6 +42,8 @@ from offload_rt.profiling.profile import (
     LayerShape,
     LayerTime,
     Number,
+    RecordedCurve,
+    ReplayTime,
     WeightOrder,
 )
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
@@ -48,6 +51,7 @@ from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 
 _RANDOM_NUMBERS = 2**18
+_RECORDED_LAYERS = 8
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
 _ROUNDED = {WeightOrder(weights): weights for weights in DraftWeights if weights.rounds}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
@@ -92,6 +96,39 @@ class TimedLayer:
         self._inputs = torch.randn(
             1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device
         )
+
+    def recorded_pass(self, tokens: int) -> Callable[[], None] | None:
+        """The same of a recorded pass through `recorded_layers`, one after the other.
+
+        None: the device does not record it.
+        """
+        pass_ = StaticRows.chain(self._inputs.device, tokens)
+        shape = StaticShape(rows=tokens, width=pass_.places.numel(), floor=0)
+        angles = self._rotary(self._inputs[:, :tokens], pass_.at[None])
+        hidden = self._inputs[:, :tokens].clone()
+
+        def work() -> torch.Tensor:
+            rows = hidden
+            for layer in islice(cycle(self._layers), self.recorded_layers):
+                cache = StaticKV(self._cache, shape, pass_)
+                context = PassContext([Segment(cache, tokens)])
+                rows = layer(rows, position_embeddings=angles, **{CONTEXT_KEYWORD: context})
+            return rows
+
+        replay = self._device.record(work, hidden.neg_)
+        if replay is None:
+            return None
+
+        def run() -> None:
+            replay()
+            self._device.compute.record().synchronize()
+
+        return run
+
+    @property
+    def recorded_layers(self) -> int:
+        """Of a recorded pass: so many that its launch adds little to each."""
+        return max(_RECORDED_LAYERS, len(self._layers))
 
     def pass_over(self, tokens: int) -> Callable[[], None]:
         """Prepare a pass of some tokens; calling it runs the pass and waits for it."""
@@ -153,6 +190,73 @@ def measure_layers(
         )
         for shape in shapes
     ]
+
+
+@torch.inference_mode()
+def measure_recorded(
+    shapes: Sequence[LayerShape], device: Device, weights: WeightOrder, curve: Curve, tick: Tick
+) -> list[RecordedCurve]:
+    """Time layers within recorded passes; each is the pass's seconds over its layers.
+
+    Args:
+        shapes: by size, ascending.
+        device: where they compute; one that records.
+        weights: plain or rounded.
+        curve: how much is measured, and what could not be.
+        tick: called after each number.
+
+    Returns:
+        None of any size that the device cannot record.
+    """
+    curve = replace(curve, by_bytes=True)
+    effort, found = curve.effort, list[RecordedCurve]()
+    counts = effort.recorded_tokens
+    for shape in shapes:
+        layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
+        passes: dict[Place, Sample] = {}
+        for tokens in counts:
+            run = layer.recorded_pass(tokens)
+            if run is None:
+                return found
+            passes[shape.weight_bytes, tokens] = Timed(
+                run, effort.compute_sample_s, computes=device.kind.host_computes
+            )
+        taken = {
+            place: [s / layer.recorded_layers for s in seconds]
+            for place, seconds in curve.take(passes).items()
+        }
+        found.append(
+            RecordedCurve(
+                processor=device.kind.processor,
+                weights=weights,
+                shape=shape,
+                times=_times(curve.numbers(taken), shape.weight_bytes, counts),
+            )
+        )
+        for _ in counts:
+            tick()
+    return found
+
+
+@torch.inference_mode()
+def measure_replay(device: Device, curve: Curve, tick: Tick) -> list[ReplayTime]:
+    """Time a recorded pass that does next to nothing: its upload, its launch and the round trip.
+
+    Nothing where the device cannot record it.
+    """
+    numbers = device.upload([1]).clone()
+    replay = device.record(lambda: numbers + 1, numbers.neg_)
+    if replay is None:
+        return []
+
+    def run() -> None:
+        numbers.copy_(device.upload([1]))
+        device.download(replay())
+
+    sample = Timed(run, curve.effort.compute_sample_s, computes=device.kind.host_computes)
+    number = curve.numbers(curve.take({(0,): sample}))[(0,)]
+    tick()
+    return [ReplayTime(processor=device.kind.processor, replay_s=number)]
 
 
 @torch.inference_mode()

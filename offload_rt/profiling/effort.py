@@ -32,6 +32,7 @@ class Effort:
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
+        recorded_tokens: in a recorded pass.
         heads: hidden size and vocabulary of the output heads that are timed.
         head_rows: rows that go through them.
         beside_disk: the shapes that are timed while the disk is read, from this to before that one.
@@ -68,6 +69,7 @@ class Effort:
     compute_sample_s: float = 0.02
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     packed_tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+    recorded_tokens: tuple[int, ...] = (1, 8, 32)
     # Heads of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
     heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936), (2048, 128256))
     head_rows: tuple[int, ...] = (1, 4, 16, 64)

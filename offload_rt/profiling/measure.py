@@ -28,6 +28,8 @@ from offload_rt.profiling.compute import (
     measure_beside_reads,
     measure_heads,
     measure_layers,
+    measure_recorded,
+    measure_replay,
 )
 from offload_rt.profiling.dequantising import measure_dequantising, ticks
 from offload_rt.profiling.disk import (
@@ -49,9 +51,12 @@ from offload_rt.profiling.profile import (
     HardwareProfile,
     HeadCurve,
     LayerCurve,
+    LayerShape,
     LinkSpeed,
     MemorySpeed,
     PinSpeed,
+    RecordedCurve,
+    ReplayTime,
     Versions,
     WeightOrder,
 )
@@ -70,6 +75,8 @@ Record = (
     | MemorySpeed
     | PinSpeed
     | LayerCurve
+    | RecordedCurve
+    | ReplayTime
     | HeadCurve
     | DiskSlowdown
     | DecodeSpeed
@@ -271,6 +278,9 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, layers with {order} weights"
         yield Part(label, len(shapes) * len(counts), run)
+    if device.kind.records:
+        plain = [order for order in orders if order is not WeightOrder.PACKED]
+        yield from _recorded_parts(curve, device, shapes, plain)
     for order in unrounded:
 
         def run_heads(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
@@ -283,6 +293,24 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
         len(effort.query_tokens),
         lambda tick: measure_attention(device, dtype, curve, tick),
     )
+
+
+def _recorded_parts(
+    curve: Curve, device: Device, shapes: Sequence[LayerShape], orders: Sequence[WeightOrder]
+) -> Iterator[Part]:
+    """What passes take there that are launched at once."""
+    yield Part(
+        f"{device.name}, the launch of a recorded pass",
+        1,
+        lambda tick: measure_replay(device, curve, tick),
+    )
+    for order in orders:
+
+        def run(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
+            return measure_recorded(shapes, device, order, curve, tick)
+
+        label = f"{device.name}, recorded layers with {order} weights"
+        yield Part(label, len(shapes) * len(curve.effort.recorded_tokens), run)
 
 
 def _dtype(device: Device) -> str:
@@ -366,6 +394,8 @@ def _assemble(
         pinning=next((r for r in records if isinstance(r, PinSpeed)), None),
         layers=tuple(r for r in records if isinstance(r, LayerCurve)),
         heads=tuple(r for r in records if isinstance(r, HeadCurve)),
+        recorded=tuple(r for r in records if isinstance(r, RecordedCurve)),
+        replays=tuple(r for r in records if isinstance(r, ReplayTime)),
         beside_disk=tuple(r for r in records if isinstance(r, DiskSlowdown)),
         dequantising=tuple(r for r in records if isinstance(r, DecodeSpeed)),
         attention=tuple(r for r in records if isinstance(r, AttentionSpeed)),

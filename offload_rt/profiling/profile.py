@@ -243,6 +243,29 @@ class LayerCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RecordedCurve:
+    """The same of a layer within a recorded pass (`runner/static.py`): no kernel is launched."""
+
+    processor: Processor
+    weights: WeightOrder
+    shape: LayerShape
+    times: tuple[LayerTime, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayTime:
+    """A recorded pass beside its layers.
+
+    Attributes:
+        processor: that makes it.
+        replay_s: its upload, its launch, and until the host knows that it ended.
+    """
+
+    processor: Processor
+    replay_s: Number = _up_to(1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class HeadCurve:
     """An output head's time by rows, weights where they compute: one matrix, wide and shallow."""
 
@@ -314,6 +337,9 @@ class HardwareProfile:
         notes: what could not be measured, and why.
         pinning: None on a machine without a GPU.
         heads: empty where none was measured: they then count as layers of their size.
+        recorded: layers of recorded passes; empty where none was measured: then what is left of
+            `layers` without launches is assumed.
+        replays: one for each processor whose passes are recorded; likewise.
         beside_disk: empty where it was not measured: computing then is as fast as alone.
         dequantising: empty where it was not measured: it then takes what is assumed.
     """
@@ -331,6 +357,8 @@ class HardwareProfile:
     pinning: PinSpeed | None = None
     layers: tuple[LayerCurve, ...] = ()
     heads: tuple[HeadCurve, ...] = ()
+    recorded: tuple[RecordedCurve, ...] = ()
+    replays: tuple[ReplayTime, ...] = ()
     beside_disk: tuple[DiskSlowdown, ...] = ()
     dequantising: tuple[DecodeSpeed, ...] = ()
     attention: tuple[AttentionSpeed, ...] = ()

@@ -23,8 +23,20 @@ from offload_rt.profiling.profile import (
     MemoryUse,
     Number,
     Obtained,
+    RecordedCurve,
     WeightOrder,
 )
+
+# Kernels of a layer of a recorded pass and of what is in none, counted for a Llama in bf16, and how
+# long one is that nobody launches, which is assumed (docs/RESULTS.md, "Recorded draft passes").
+LAYER_KERNELS, OTHER_KERNELS, KERNEL_S = 60, 40, 1.5e-6
+UNLAUNCHED = (
+    f"assumed: bytes at the best rate of the timed layers, and {LAYER_KERNELS} kernels of "
+    f"{KERNEL_S * 1e6:g} us, as no layer of a recorded pass was timed"
+)
+# One launch and one upload of 10 us each, what is in no layer, and 20 us until the host is awake.
+REPLAY_S = 4e-5 + OTHER_KERNELS * KERNEL_S
+REPLAYED = "assumed: an upload, the launch of a graph, and a round trip; none was timed"
 
 _WORSE = list(Obtained)
 
@@ -99,8 +111,13 @@ def layer_s(
     *,
     processor: Processor,
     weights: WeightOrder = WeightOrder.PLAIN,
+    recorded: bool = False,
 ) -> Number:
     """Time of a pass of `tokens` through a layer of any shape, its weights where they compute.
+
+    A recorded pass launches no kernels. Where none was timed so, a layer is assumed to read its
+    bytes at the best rate that a timed layer has, and `LAYER_KERNELS` to take `KERNEL_S` each; it
+    is no slower than one that launches them.
 
     A measured layer's time is taken apart: that of one token is what reading the weights (and
     starting the kernels) costs, what more tokens add is arithmetic. The first part is interpolated
@@ -112,14 +129,35 @@ def layer_s(
     Raises:
         ProfileError: the profile has no such layer.
     """
-    curves = [c for c in profile.layers if (c.processor, c.weights) == (processor, weights)]
+    kind = (processor, weights)
+    curves: list[LayerCurve | RecordedCurve] = []
+    curves += [c for c in profile.recorded if recorded and (c.processor, c.weights) == kind]
+    timed = bool(curves)
+    curves = curves or [c for c in profile.layers if (c.processor, c.weights) == kind]
     if not curves:
         raise _lacking(profile, f"time of a layer ({processor}, {weights} weights)")
     first = {c.shape.work.weight_bytes: _curve_s(c, 1) for c in curves}
     reading = _between(first, work.weight_bytes)
+    if recorded and not timed:
+        reading = _unlaunched(first, work.weight_bytes, reading)
     more = {c.shape.work.flops_per_token: _arithmetic_s(c, tokens) for c in curves}
     computing = _between(more, work.flops_per_token)
     return replace(_worst([reading, computing]), value=reading.value + computing.value)
+
+
+def _unlaunched(first: Mapping[int, Number], weight_bytes: int, launched: Number) -> Number:
+    """Seconds of reading a layer in a recorded pass, from those of layers that are launched."""
+    s_per_byte = min(number.value / nbytes for nbytes, number in first.items())
+    seconds = weight_bytes * s_per_byte + LAYER_KERNELS * KERNEL_S
+    if seconds >= launched.value:
+        return launched
+    return replace(launched, value=seconds, obtained=Obtained.ASSUMED, source=UNLAUNCHED)
+
+
+def replay_s(profile: HardwareProfile, processor: Processor) -> Number:
+    """What a recorded pass takes beside its layers and its head."""
+    found = [each.replay_s for each in profile.replays if each.processor is processor]
+    return found[0] if found else Number(value=REPLAY_S, obtained=Obtained.ASSUMED, source=REPLAYED)
 
 
 def head_s(
@@ -129,10 +167,12 @@ def head_s(
     *,
     processor: Processor,
     weights: WeightOrder = WeightOrder.PLAIN,
+    recorded: bool = False,
 ) -> Number:
     """Time of an output head for some rows; straight lines between measured sizes and counts.
 
-    One whose weights lie as none in the profile does takes as long as a layer of its size.
+    One whose weights lie as none in the profile does takes as long as a layer of its size. A head
+    is a single kernel, so in a recorded pass it takes no less.
 
     Raises:
         ProfileError: the profile has no layer either.
@@ -140,7 +180,7 @@ def head_s(
     mine = [c for c in profile.heads if c.processor is processor and c.weights is weights]
     curves = {c.weight_bytes: c for c in mine}
     if not curves:
-        return layer_s(profile, work, rows, processor=processor, weights=weights)
+        return layer_s(profile, work, rows, processor=processor, weights=weights, recorded=recorded)
     return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
 
 
@@ -212,11 +252,11 @@ def attention_s(
     return replace(per_byte, value=per_byte.value * kv_bytes)
 
 
-def _curve_s(curve: LayerCurve | HeadCurve, tokens: int) -> Number:
+def _curve_s(curve: LayerCurve | RecordedCurve | HeadCurve, tokens: int) -> Number:
     return _between({time.tokens: time.layer_s for time in curve.times}, tokens)
 
 
-def _arithmetic_s(curve: LayerCurve, tokens: int) -> Number:
+def _arithmetic_s(curve: LayerCurve | RecordedCurve, tokens: int) -> Number:
     """What more tokens than one add; noise may not make it negative."""
     one, all_s = _curve_s(curve, 1), _curve_s(curve, tokens)
     return replace(_worst([one, all_s]), value=max(0.0, all_s.value - one.value))

@@ -4,6 +4,7 @@ The target, a draft model and a rounded copy of the target are three of them. Wh
 and which of them are kept, is the business of whoever asks.
 """
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource, upload_together
+from offload_rt.errors import DeviceError
 from offload_rt.kv.base import KVCache
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network, TokenBatch
+from offload_rt.runner.static import Recordings
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
+
+_log = logging.getLogger(__name__)
 
 LayerRing = Ring[int, DeviceBuffer, HomeSource]
 
@@ -105,6 +110,8 @@ class Runner:
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings = checkpoint, rings
+        self._records = device.kind.records and not rings
+        self._recordings: Recordings | None = None  # made when the first pass is
 
     def watch(
         self,
@@ -115,6 +122,7 @@ class Runner:
         """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`)."""
         for each in self._rings:
             each.watch = ring
+        self._records = False  # a replay enters no layer
         self.network.watch_layers(enter, leave)
 
     def logits(self, parts: Sequence[Rows]) -> torch.Tensor:
@@ -127,6 +135,61 @@ class Runner:
             ConfigError: a token is unknown to this model (families pad vocabularies differently).
         """
         return self._run(parts, self._logits)
+
+    def draft_logits(self, part: Rows) -> torch.Tensor:
+        """Run one pass whose rows draft; recorded, where the device has passes recorded.
+
+        Returns:
+            [R, V] as `logits`, close to it but not the same bits; there until the next such pass.
+        """
+        found = self._recorded(
+            part,
+            lambda made: made.logits(
+                part.cache, part.tokens, part.places, part.parents, part.wanted
+            ),
+        )
+        return self.logits([part]) if found is None else found
+
+    def draft_chain(self, part: Rows, depth: int) -> torch.Tensor | None:
+        """Feed rows, then the likeliest token after them, and so on, without a host sync.
+
+        Returns:
+            [depth] int64 ids, of which the last is not fed; all rows stay pending. None where
+            passes are not recorded.
+        """
+        return self._recorded(
+            part, lambda made: made.chain(part.cache, part.tokens, part.places, depth)
+        )
+
+    def records(self) -> bool:
+        """Whether passes are recorded, and none was refused so far."""
+        made = self._recordings
+        return self._records and (made is None or not made.refused)
+
+    def _recorded(
+        self, part: Rows, make: Callable[[Recordings], torch.Tensor | None]
+    ) -> torch.Tensor | None:
+        """Have a recorded pass made, if passes are recorded."""
+        if not self._records:
+            return None
+        if self._recordings is None and not self._make_room():
+            return None
+        if max(part.tokens) >= self.known_ids:
+            self._checkpoint.require_rows(part.tokens)
+        assert self._recordings is not None  # there was room
+        with self._whole_pass([part]):
+            return make(self._recordings)
+
+    def _make_room(self) -> bool:
+        """Set memory aside for what recorded passes compute; where there is none, say so."""
+        known = (self._checkpoint.head or self._checkpoint.embedding).shape[0]
+        most = min(known, self.target_ids or known)
+        try:
+            self._recordings = Recordings(self.network, self.device, self.known_ids, most)
+        except DeviceError as error:
+            self._records = False
+            _log.warning("draft passes are not recorded: %s", error)
+        return self._records
 
     def hidden(self, parts: Sequence[Rows]) -> torch.Tensor:
         """Run one pass that leaves the output head out.

@@ -57,12 +57,19 @@ class Grower:
         greedy_temperature: of the model's distribution where answers are greedy. The nearer the
             model is to the target, the surer it is of the target's likeliest token, however
             unlikely that is itself.
+        records: its passes are recorded, where the device has passes recorded.
     """
 
     def __init__(
-        self, model: Runner, cache: KVCache, capacity: int, *, greedy_temperature: float = 1.0
+        self,
+        model: Runner,
+        cache: KVCache,
+        capacity: int,
+        *,
+        greedy_temperature: float = 1.0,
+        records: bool = False,
     ) -> None:
-        self._model, self._cache = model, cache
+        self._model, self._cache, self._records = model, cache, records
         self._greedy_temperature = greedy_temperature
         self._sampling = SamplingConfig()
         self._text = SuffixIndex(SHORTEST_QUOTED)
@@ -129,7 +136,10 @@ class Grower:
                 parents=parents,
                 wanted=range(len(fed)),
             )
-            logits = self._model.logits([rows])
+            if self._records:
+                logits = self._model.draft_logits(rows)
+            else:
+                logits = self._model.logits([rows])
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)

@@ -63,6 +63,7 @@ class DraftMemory:
         streamed_bytes: besides, what lies beside each layer of the target that is streamed; empty:
             nothing does.
         copied_bytes: of these, small copies of weights, at most.
+        recorded_bytes: of these, what recorded passes keep.
         pass_bytes: in one of its passes, when the target makes none.
         loading_bytes: while it is loaded, before the target's weights are.
         head_bytes: while an output head is copied, before the target's layers are loaded.
@@ -74,6 +75,7 @@ class DraftMemory:
     streamed_bytes: tuple[int, ...] = ()
     building_bytes: int = 0
     copied_bytes: int = 0
+    recorded_bytes: int = 0
     pass_bytes: int = 0
     loading_bytes: int = 0
     head_bytes: int = 0

@@ -4,12 +4,13 @@ Kernels run in the stream that is current when the device is opened, copies in a
 own (`streams.py`).
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from offload_rt.device.base import STAGED_STREAMS, DeviceUsage, Event
+from offload_rt.device.base import STAGED_STREAMS, DeviceUsage, Event, Replay
 from offload_rt.device.cuda.driver import Driver, DriverEvent, DriverStream
 from offload_rt.device.cuda.nvml import own_gpu_bytes
 from offload_rt.device.cuda.pinned import PinnedMemory, StagingPool, UploadRing
@@ -19,6 +20,8 @@ from offload_rt.device.host_memory import HostBuffer
 from offload_rt.device.kinds import CUDA
 from offload_rt.errors import DeviceError
 from offload_rt.units import format_size
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +68,7 @@ class CudaDevice:
         self._copies: list[CudaCopyStream] = []
         self.load = self.copy = self._copy_stream(copy)
         self._ledger: dict[str, int] = {}
+        self._records = True
         self._clock: tuple[DriverEvent, float] | None = None  # an event, and when it was reached
 
     def new_copy_stream(self) -> CudaCopyStream:
@@ -130,6 +134,33 @@ class CudaDevice:
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
         return self._driver.download(values)
+
+    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay | None:
+        """Capture a graph and try it; where that fails, say so and go on without."""
+        if not self._records:
+            return None
+        try:
+            replay, grown = self._driver.capture(work, self.torch_device)
+            vary()
+            if not self._has_bits_of(work(), replay):
+                raise DeviceError("a replayed graph computed something else")
+        except Exception as error:  # noqa: BLE001 - whatever it is, the work itself can still be done
+            self._records = False
+            _log.warning(
+                "%s: draft passes are not recorded as a graph (%s): they run kernel by kernel",
+                self.name,
+                str(error).partition("\n")[0] or type(error).__name__,
+            )
+            return None
+        if grown:
+            self.enter(grown, "recorded passes")
+        return replay
+
+    def _has_bits_of(self, result: torch.Tensor, replay: Replay) -> bool:
+        """Whether a replay makes the same bits, NaN included; the host waits for it."""
+        wanted = result.clone()  # it may be where the replay's goes
+        equal = (replay().view(torch.uint8) == wanted.view(torch.uint8)).all()
+        return all(self._driver.download(equal.to(torch.int64)[None]))
 
     def reached_s(self, event: Event, recorded_s: float) -> float:
         """When the GPU reached an event; the first one sets the clock."""

@@ -3,6 +3,7 @@
 `cuda.TorchDriver` is the real one, `tests/fake_cuda.py` one for machines without a GPU.
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -78,3 +79,16 @@ class Driver(Protocol):
 
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the host waits for the current stream."""
+
+    def capture(
+        self, work: Callable[[], torch.Tensor], device: torch.device
+    ) -> tuple[Callable[[], torch.Tensor], int]:
+        """Run work a few times, then capture it as a graph.
+
+        Returns:
+            What enqueues the graph in the current stream, and returns where its result is; and the
+            bytes that the pool of all graphs grew by.
+
+        Raises:
+            RuntimeError: it cannot be captured.
+        """

@@ -6,14 +6,18 @@ to 500 MB on it.
 """
 
 import ctypes
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 from offload_rt.device.cuda.driver import DriverEvent
 from offload_rt.device.cuda.present import absent_gpu, old_driver
 
+WARM_UPS = 3  # before a capture: libraries choose kernels and take workspaces (torch's own advice)
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
 
 
@@ -75,6 +79,7 @@ class TorchDriver:
 
     def __init__(self) -> None:
         self._device = torch.device("cuda", 0)
+        self._graphs: tuple[torch.cuda.Stream, Any] | None = None  # and the pool of their memory
 
     def missing(self, index: int) -> str | None:
         """Why GPU `index` cannot be used and what to do, or None if it can."""
@@ -159,6 +164,49 @@ class TorchDriver:
         """Return the values of an integer tensor."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
 
+    def capture(
+        self, work: Callable[[], torch.Tensor], device: torch.device
+    ) -> tuple[Callable[[], torch.Tensor], int]:
+        """Capture a CUDA graph; all graphs of a run share one pool of memory.
+
+        They may, as they are replayed in one stream and each result is used before the next replay.
+        Feeder threads go on calling CUDA meanwhile, so only this thread's calls can spoil it.
+        """
+        with torch.cuda.device(device):
+            warm_ups = 1
+            if self._graphs is None:
+                self._graphs = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+                warm_ups = WARM_UPS
+            side, pool = self._graphs
+            compute = torch.cuda.current_stream(device)
+            side.wait_stream(compute)
+            # A host sync would spoil the capture, after which torch before 2.13 is not quite sound
+            # (pytorch PR 180395). So it is found before one has begun.
+            with torch.cuda.stream(side), _refusing_host_syncs():
+                for _ in range(warm_ups):
+                    work()
+            compute.wait_stream(side)
+            torch.cuda.synchronize(device)
+            graph, before = torch.cuda.CUDAGraph(), torch.cuda.memory_reserved(device)
+            # `torch.cuda.graph` does the same, and gives all cached memory back before each.
+            with torch.cuda.stream(side):
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                try:
+                    result = work()
+                except BaseException:
+                    with suppress(RuntimeError):  # the capture was spoilt: what spoilt it is raised
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+            grown = torch.cuda.memory_reserved(device) - before
+
+        def replay() -> torch.Tensor:
+            with torch.cuda.device(device):
+                graph.replay()
+            return result
+
+        return replay, max(0, grown)
+
     def _clear_error(self) -> None:
         """Take a refused call's error from the thread.
 
@@ -172,6 +220,20 @@ class TorchDriver:
             torch.zeros(1, device=self._device)  # this launch is to report it, once
         except RuntimeError:
             return
+
+
+@contextmanager
+def _refusing_host_syncs() -> Iterator[None]:
+    """Have kernels that make the host wait raise an error.
+
+    The mode is that of all threads. Those that feed copies wait for events alone, which it allows.
+    """
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 @cache

@@ -213,6 +213,6 @@ def _two_levels(
         load = cached.over_retrieval(
             1 + draft.inner_gamma, draft.retrieval_tokens, DraftWeights.SAME
         )
-        step = replace(step, load=load)
+        step = replace(step, load=replace(load, recorded=False))  # as far as is known
     inner = DraftPart(times=below.draft_steps, seconds=draft.inner_step_s)
     return Expected(tokens=draft.tokens_per_pass or below.tokens), (step, inner)

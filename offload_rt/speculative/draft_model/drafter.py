@@ -10,11 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.errors import NumbersError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.runner.runner import Rows, Runner
+from offload_rt.runner.tree import TokenTree
+from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
 from offload_rt.speculative.draft_model.window import seen_tokens
-from offload_rt.speculative.growing import Grower, draw_chain
+from offload_rt.speculative.growing import NO_NUMBERS, Grower, draw_chain
 
 
 class DraftModelDrafter(Unlearned):
@@ -36,7 +39,7 @@ class DraftModelDrafter(Unlearned):
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
         # Tokens whose rows are in the cache; a row is decided by its token and those before it.
         self._ids: list[int] = []
-        self._grower = Grower(model, self._cache, capacity)
+        self._grower = Grower(model, self._cache, capacity, records=True)
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
         """Start a new answer.
@@ -54,9 +57,9 @@ class DraftModelDrafter(Unlearned):
         depth = min(max_depth, config.nodes)
         if depth < 1:
             return Draft()
-        logits = self._catch_up(ids)
         if not config.as_tree:
-            return self._chain(logits, depth)
+            return self._recorded_chain(ids, depth) or self._chain(self._catch_up(ids), depth)
+        logits = self._catch_up(ids)
         tree, passes = self._grower.grow(logits, ids, depth, config, root_pends=False)
         self._cache.commit(())
         return Draft(tree, made=(1 + passes) / config.tree_passes)
@@ -72,17 +75,49 @@ class DraftModelDrafter(Unlearned):
 
     def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
         """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
+        return self._feed(self._unread(ids))
+
+    def _unread(self, ids: Sequence[int]) -> Sequence[int]:
+        """Forget rows of other tokens; returns what is seen of `ids` and has no rows."""
         seen = seen_tokens(ids, self._config.window_tokens)
         common = common_prefix(self._ids, seen[:-1])
         self._cache.truncate(common)
         del self._ids[common:]
-        return self._feed(seen[common:])
+        return seen[common:]
 
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        logits = self._model.logits([Rows.text(self._cache, tokens)])
+        """Add tokens; returns [1, V] logits after the last."""
+        rows = Rows.text(self._cache, tokens)
+        if self._chains_whole:  # so recordings of single passes would be used no more
+            logits = self._model.logits([rows])
+        else:
+            logits = self._model.draft_logits(rows)
+        self._keep(tokens)
+        return logits
+
+    @property
+    def _chains_whole(self) -> bool:
+        """Whether a draft is one recording, where passes are recorded."""
+        return self._sampling.greedy and not self._config.as_tree
+
+    def _keep(self, tokens: Sequence[int]) -> None:
         self._cache.commit(range(len(tokens)))
         self._ids += tokens
-        return logits
+
+    def _recorded_chain(self, ids: Sequence[int], depth: int) -> Draft | None:
+        """All of a greedy chain with one host sync, where passes are recorded."""
+        if not self._chains_whole:
+            return None
+        unread = self._unread(ids)
+        drawn = self._model.draft_chain(Rows.text(self._cache, unread), depth)
+        if drawn is None:
+            return None
+        tokens = self._model.device.download(drawn)  # host sync
+        if NO_TOKEN in tokens:
+            self._cache.truncate(self._cache.length)
+            raise NumbersError(NO_NUMBERS)
+        self._keep([*unread, *tokens[:-1]])
+        return Draft(TokenTree.chain(tokens))
 
     def _chain(self, logits: torch.Tensor, depth: int) -> Draft:
         """The draft model's own continuation."""

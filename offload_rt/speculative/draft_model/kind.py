@@ -13,6 +13,7 @@ from offload_rt.costs.sizes import (
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
+    recorded_bytes,
     workspace_bytes,
 )
 from offload_rt.costs.workload import PlacedModel, Residence, parts_of
@@ -65,7 +66,7 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    parts = (DraftPart(times=passes * target.sequences, load=placed.load(rows)),)
+    parts = (DraftPart(times=passes * target.sequences, load=placed.draft_load(rows)),)
     if not config.as_tree:
         return parts
     return (
@@ -86,9 +87,11 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     # there whole until both are rounded.
     rounds = draft_base_bytes(model, weights, device) != base
     quotes = index_bytes(run, SHORTEST_QUOTED) if config.as_tree else 0
+    recorded = recorded_bytes(model.config, number_bytes_of(model, "auto"), device)
     return DraftMemory(
-        kept_bytes=weight_bytes + kv_bytes + quotes,
+        kept_bytes=weight_bytes + kv_bytes + quotes + recorded,
         copied_bytes=weight_bytes,
+        recorded_bytes=recorded,
         pass_bytes=_pass_bytes(model, config, run.shape, device),
         loading_bytes=max(layers) + (base if rounds else 0),
         drawn_nodes=0 if config.as_tree else config.nodes,

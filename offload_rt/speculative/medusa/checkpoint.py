@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from offload_rt.config import DraftConfig
-from offload_rt.device.kinds import Packing
+from offload_rt.device.kinds import DeviceKind, Packing
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, resolve_model
 from offload_rt.model.files import FileIdentity, read_json_object
@@ -130,10 +130,13 @@ def heads_bytes(
     heads: HeadsCheckpoint | None,
     target: Checkpoint,
     dtype: str,
-    packing: Packing,
+    device: DeviceKind,
     sequences: int,
 ) -> int:
-    """Device memory of heads, if any, and of what they compute for that many sequences at once."""
+    """Device memory of heads, if any, and of what they compute for that many sequences at once.
+
+    Where they are recorded, what they compute is there twice: as it is tried, and in the pool.
+    """
     if heads is None:
         return 0
     shape = heads.names.shape
@@ -144,7 +147,8 @@ def heads_bytes(
     logits = states * rows * (number_bytes + 4)  # choosing the likeliest needs a copy to sort
     hidden = states * shape.hidden_size * 4 * number_bytes
     token_map = 8 * shape.head_rows if shape.truncated else 0
-    return heads.layout(name, packing).nbytes + token_map + logits + hidden
+    computed = (logits + hidden) * (2 if device.records else 1)
+    return heads.layout(name, device.packing).nbytes + token_map + computed
 
 
 def _check_tree(heads: HeadsCheckpoint, draft: DraftConfig) -> None:

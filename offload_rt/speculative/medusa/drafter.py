@@ -8,6 +8,7 @@ sequence and step, for all sequences together. Which tokens are accepted only th
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -15,6 +16,7 @@ from offload_rt.device.base import Device
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import NumbersError
 from offload_rt.model.network import Network
+from offload_rt.runner.static import Recorded
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict
@@ -75,6 +77,7 @@ class Medusa:
         self._passed: dict[int, torch.Tensor] = {}  # [rows, E] per sequence
         self._states: dict[int, _State] = {}
         self._guesses: dict[int, list[list[int]]] = {}
+        self._recorded: dict[int, Recorded | None] = {}  # by sequences that are drafted for
         self.on_kept: Callable[[int, Sequence[torch.Tensor]], None] = lambda index, kept: None
         network.watch_head(self._keep)
 
@@ -149,6 +152,16 @@ class Medusa:
             ids = torch.where(best.values[..., :1].isfinite(), ids, NO_TOKEN)
             return ids.transpose(0, 1)
 
+    def _ranked_here(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the tree needs of `ranked`; recorded, where the device has passes recorded."""
+        work = partial(self.ranked, ranks=self.tree.ranks, heads=self.tree.heads)
+        if not self._device.kind.records:
+            return work(hidden)
+        count = len(hidden)
+        if count not in self._recorded:
+            self._recorded[count] = Recorded.make(self._device, work, hidden, torch.Tensor.neg_)
+        return (self._recorded[count] or work)(hidden)
+
     def _keep(self, fed: torch.Tensor) -> None:
         self._fed = fed
 
@@ -156,7 +169,7 @@ class Medusa:
         """Evaluate the heads for all sequences that have moved."""
         moved = [index for index in self._states if index not in self._guesses]
         hidden = torch.stack([self._states[index].hidden for index in moved])
-        ids = self.ranked(hidden, self.tree.ranks, self.tree.heads)
+        ids = self._ranked_here(hidden)
         flat, (_, heads, ranks) = self._device.download(ids.flatten()), ids.shape  # host sync
         for index in moved:
             own, flat = flat[: heads * ranks], flat[heads * ranks :]

@@ -13,6 +13,7 @@ from offload_rt.costs.sizes import (
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
+    recorded_bytes,
 )
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
@@ -76,11 +77,14 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     rows, building_bytes = _retrieval_bytes(config, run)
     beside = tuple(row + copy for row, copy in zip(rows, copies, strict=True))
     copied_bytes = sum(copies) + head
+    number_bytes = number_bytes_of(run.target, run.dtype)
+    recorded = recorded_bytes(run.target.config, number_bytes, run.device)
     return DraftMemory(
-        kept_bytes=below.kept_bytes + building_bytes + sum(beside) + head,
+        kept_bytes=below.kept_bytes + building_bytes + sum(beside) + head + recorded,
         beside_bytes=beside,
         building_bytes=building_bytes,
         copied_bytes=below.copied_bytes + copied_bytes,
+        recorded_bytes=below.recorded_bytes + recorded,
         pass_bytes=below.pass_bytes,
         loading_bytes=below.loading_bytes,
         head_bytes=head_bytes(run.target, _copied(config)),

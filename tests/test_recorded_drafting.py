@@ -1,0 +1,72 @@
+"""What holds of drafting holds where its passes are recorded."""
+
+import pytest
+from engines import PROMPT, engine_for, generate
+from test_medusa import (  # noqa: F401 - fixtures
+    heads,
+    llama,
+    plain,
+)
+from test_medusa import test_heads_that_know_the_answer_are_always_right as knowing_heads
+from test_speculation import (  # noqa: F401
+    IDS,
+    REPEATS,
+    drafts,
+    start,
+    test_a_drafter_that_is_the_target_is_always_right,
+)
+
+from offload_rt.config import DraftConfig, RetrievalConfig, SamplingConfig
+
+pytestmark = pytest.mark.usefixtures("recording")
+NAMES = ["chain", "tree", "windowed-chain", "triforce-model", "triforce-copies"]
+TOKENS = 10
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_with_a_recorded_drafter_equals_greedy_without(make_tiny, drafts, recording, name):  # noqa: F811
+    folder = make_tiny("llama", **IDS)
+    with engine_for(folder, prompts=[REPEATS], tokens=TOKENS) as engine:
+        plain = generate(engine, [REPEATS], tokens=TOKENS)
+    with engine_for(folder, prompts=[REPEATS], tokens=TOKENS, draft=drafts[name]) as engine:
+        assert generate(engine, [REPEATS], tokens=TOKENS) == plain
+    assert recording["replayed"] >= recording["recorded"] > 0
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
+@pytest.mark.parametrize("name", ["tree", "windowed-chain"])
+def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, name, sampling):  # noqa: F811
+    """In fp32 the likeliest tokens are the same, and so is what is accepted of them."""
+    folder, reports = make_tiny("llama", **IDS), []
+    for records in (True, False):
+        with engine_for(folder, tokens=TOKENS, draft=drafts[name]) as engine:
+            engine._draft_model._records = records
+            run = start(engine, TOKENS, sampling)
+            reports.append((run.sequences[0].emitted, run.report().speculation))
+    (tokens, ours), (others, theirs) = reports
+    assert tokens == others and recording["replayed"] > 0
+    assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
+def test_recorded_passes_over_a_retrieval_cache_are_the_eager_ones(make_tiny, recording, family):
+    """Soft caps, sinks and windows; as many drafted tokens are accepted."""
+    types = ["sliding_attention", "full_attention"]
+    sizes = {"head_dim": 16, "sliding_window": 6, "num_hidden_layers": 2}
+    folder = make_tiny(family, layer_types=types, **sizes, **IDS)
+    retrieval = RetrievalConfig(budget_tokens=32, chunk_tokens=5, rebuild_tokens=11)
+    draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=retrieval)
+    prompt, reports = PROMPT * 4, []
+    for records in (True, False):
+        with engine_for(folder, prompts=[prompt], tokens=TOKENS, draft=draft) as engine:
+            engine.runner._records = records
+            run = start(engine, TOKENS, prompt=prompt)
+            reports.append((run.sequences[0].emitted, run.report().speculation))
+    (tokens, ours), (others, theirs) = reports
+    assert tokens == others and recording["replayed"] > 0
+    assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
+
+
+def test_recorded_heads_that_know_the_answer_are_always_right(llama, plain, heads, recording):  # noqa: F811
+    knowing_heads(llama, plain, heads, {})
+    assert recording["replayed"] >= recording["recorded"] > 0
