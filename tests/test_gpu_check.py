@@ -9,6 +9,7 @@ import pytest
 from tool_runs import TOOLS, loaded
 
 import offload_rt
+from offload_rt.device.cpu import CpuDevice
 
 # What a machine with a GPU may lack (docs: tools/gpu_check.sh).
 ABSENT = {"platformdirs", "prompt_toolkit", "gguf", "peft", "matplotlib", "pynvml"}
@@ -24,7 +25,9 @@ def check(monkeypatch):
     sys.modules.pop("gpu_check_models", None)
 
 
-@pytest.mark.parametrize("part", ["machine", "laws", "link", "streaming", "launches", "kv"])
+@pytest.mark.parametrize(
+    "part", ["machine", "laws", "link", "streaming", "launches", "graphs", "kv"]
+)
 def test_a_part_runs_on_the_cpu(check, tmp_path, part):
     import gpu_check_parts
 
@@ -35,6 +38,26 @@ def test_a_part_runs_on_the_cpu(check, tmp_path, part):
     laws = [fact for fact in facts if "held" in fact]
     assert all(fact["held"] for fact in laws)
     assert (len(laws) >= 17) == (part == "laws")
+
+
+def test_graphs_are_checked_over_the_double_and_a_wrong_one_is_found(
+    check, tmp_path, recording, monkeypatch
+):
+    import gpu_check_parts
+
+    for wrong in (False, True):
+        out = tmp_path / f"{wrong}.jsonl"
+        if wrong:  # as after a refusal: nothing was captured
+            monkeypatch.setattr(CpuDevice, "record", lambda device, work, vary: None)
+        gpu_check_parts.run("graphs", "cpu", out)
+        facts = check.read_facts(out)
+        held = [fact["held"] for fact in facts if "held" in fact]
+        assert len(held) == 4 and held[:3] == [True] * 3 and held[3] is not wrong
+        (chain,) = [fact for fact in facts if "as_one_by_one" in fact]
+        assert chain["as_one_by_one"] == (0 if wrong else chain["tokens"])
+        (one,) = [fact for fact in facts if fact["fact"].endswith(", 1 rows")]
+        assert one["recorded_s"] > 0 and one["eager_s"] > 0
+    assert recording["replayed"] > 40
 
 
 def test_a_model_drafts_more_of_what_its_later_layers_add_less_to(check, tmp_path):

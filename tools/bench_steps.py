@@ -93,13 +93,13 @@ def grown(nodes: int) -> tuple[float, TokenTree]:
     table = [3 * torch.randn(64, VOCAB, generator=generator) for _ in range(8)]
     passes, spent, trees = [0], [0.0], []
 
-    def logits(parts: Sequence[Rows]) -> torch.Tensor:
+    def logits(part: Rows) -> torch.Tensor:
         passes[0] += 1
-        return table[passes[0] % 8][: len(parts[0].wanted)]
+        return table[passes[0] % 8][: len(part.wanted)]
 
     network = SimpleNamespace(kv_shapes=(), dtype=torch.float32)
     model: Any = SimpleNamespace(
-        device=None, network=network, target_ids=VOCAB, known_ids=VOCAB, logits=logits
+        device=None, network=network, target_ids=VOCAB, known_ids=VOCAB, draft_logits=logits
     )
     config = DraftConfig(draft="model:x", draft_tokens=nodes, shape=DraftShape.TREE)
     with mock.patch.object(draft_model, "ResidentKV", Cache):

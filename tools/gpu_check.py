@@ -24,14 +24,15 @@ from offload_rt.device.system import settle_math
 ROOT = Path(__file__).resolve().parent.parent
 LIMITS_S = {  # seconds of each part: in all 8 minutes
     "machine": 25,
-    "suite": 70,
+    "suite": 60,
     "laws": 50,
-    "sanitizer": 45,
-    "link": 30,
-    "streaming": 50,
-    "launches": 50,
-    "kv": 50,
-    "triforce": 60,
+    "sanitizer": 40,
+    "link": 25,
+    "streaming": 45,
+    "launches": 45,
+    "graphs": 45,
+    "kv": 40,
+    "triforce": 55,
     "plan": 50,
 }
 ENVIRONMENT = {"sanitizer": {"TORCH_CUDA_SANITIZER": "1", "CUDA_LAUNCH_BLOCKING": "1"}}

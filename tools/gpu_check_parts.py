@@ -42,6 +42,7 @@ from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.home import RamHome
 from offload_rt.kv.offloaded import KVSpace, OffloadedKV
+from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVSizes, RetrievalSizes
 from offload_rt.model.checkpoint import open_checkpoint
@@ -52,10 +53,15 @@ from offload_rt.profiling.codec import encode
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.report import RunReport
+from offload_rt.runner.loading import load_drafting
+from offload_rt.runner.runner import Rows, Runner
+from offload_rt.runner.static import EAGER_FIRST
 from offload_rt.runner.tree import TokenTree
+from offload_rt.sampling import likeliest
 from offload_rt.streaming.memory_home import MemoryHome
 
 MIB, GIB = 2**20, 2**30
+CHAIN = 4  # tokens of a greedy draft
 EMPTY: Mapping[str, Any] = {}
 
 
@@ -494,19 +500,23 @@ def streaming(bench: Bench) -> None:
             )
 
 
+def narrow(bench: Bench, layers: int, hidden: int, intermediate: int) -> Made:
+    """A model whose passes launches bound."""
+    heads = max(2, hidden // 64)
+    return Made(
+        hidden=hidden,
+        layers=layers,
+        intermediate=intermediate,
+        heads=heads,
+        kv_heads=heads,
+        dtype="bfloat16" if bench.on_gpu else "float32",
+    )
+
+
 def launches(bench: Bench) -> None:
     """Small models, whose passes the host bounds; and which kernels attend."""
     for layers, hidden, intermediate in bench.sizes.small:
-        dtype = "bfloat16" if bench.on_gpu else "float32"
-        heads = max(2, hidden // 64)
-        made = Made(
-            hidden=hidden,
-            layers=layers,
-            intermediate=intermediate,
-            heads=heads,
-            kv_heads=heads,
-            dtype=dtype,
-        )
+        made = narrow(bench, layers, hidden, intermediate)
         folder = bench.made(f"small-{layers}-{hidden}", made)
         prompt = text_of(200, made.vocab)
         with engine_of(bench, folder, prompt, 200) as engine:
@@ -524,6 +534,91 @@ def launches(bench: Bench) -> None:
             engine.truncate(0, len(prompt))
     if bench.on_gpu:
         _kernels(bench)
+
+
+def graphs(bench: Bench) -> None:
+    """Recorded passes of draft models: their bits, their seconds, and their memory."""
+    for layers, hidden, intermediate in bench.sizes.small:
+        made = narrow(bench, layers, hidden, intermediate)
+        folder = bench.made(f"small-{layers}-{hidden}", made)
+        with opened(bench) as device, torch.inference_mode():
+            if not device.kind.records:
+                bench.fact("nothing is recorded", device=device.name)
+                return
+            model = load_drafting(
+                open_checkpoint(folder), device, chunk_tokens=512, target_ids=made.vocab
+            )
+            _replays(bench, f"{layers} layers of {hidden}", model, text_of(600, made.vocab))
+
+
+def _replays(bench: Bench, name: str, model: Runner, prompt: list[int]) -> None:
+    """Passes of one model, recorded and eager."""
+    device, network = model.device, model.network
+    cache = ResidentKV(device, network.kv_shapes, network.dtype, len(prompt) + 128)
+    model.logits([Rows.text(cache, prompt)])
+    cache.commit(range(len(prompt)))
+    wait, length = partial(wait_for, device.compute), cache.length
+
+    def eager(rows: Rows) -> torch.Tensor:
+        cache.truncate(length)
+        return model.logits([rows])
+
+    def recorded(rows: Rows) -> torch.Tensor:
+        cache.truncate(length)
+        return model.draft_logits(rows)
+
+    for count in (1, 8, 32):
+        rows = Rows.draft(cache, 5, TokenTree.chain(prompt[: count - 1]))
+        ways = {"eager": partial(eager, rows), "recorded": partial(recorded, rows)}
+        for _ in range(EAGER_FIRST + 1):
+            recorded(rows)
+        taken = {way: [timed(work, wait) for _ in range(12)] for way, work in ways.items()}
+        facts = {}
+        for way, samples in taken.items():
+            facts[f"{way}_host_s"], facts[f"{way}_s"] = median_of(samples[2:])
+        bench.fact(f"{name}, {count} rows", **facts)
+        close = partial(_close, eager(rows).clone(), recorded(rows).clone())
+        bench.law(f"{name}, {count} rows: recorded is near eager", close)
+    tokens, expected = [5], list[int]()
+    cache.truncate(length)
+    for _ in range(EAGER_FIRST):
+        model.draft_chain(Rows.text(cache, tokens), CHAIN)
+    for _ in range(CHAIN):
+        expected += eager_token(model, cache, tokens)
+        tokens = expected[-1:]
+    cache.truncate(length)
+    chain = model.draft_chain(Rows.text(cache, [5]), CHAIN)
+    found = [] if chain is None else device.download(chain)
+    agreed = next(
+        (i for i, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), CHAIN
+    )
+    bench.fact(f"{name}, a greedy chain", tokens=CHAIN, as_one_by_one=agreed if found else 0)
+    cache.truncate(length)
+    whole = partial(model.draft_chain, Rows.text(cache, [5]), CHAIN)
+
+    def again() -> object:
+        cache.truncate(length)
+        return whole()
+
+    host_s, pass_s = median_of([timed(again, wait) for _ in range(12)][2:])
+    bench.fact(f"{name}, a greedy chain of {CHAIN}", recorded_host_s=host_s, recorded_s=pass_s)
+    # What was captured was tried before it was used: another input, bit for bit.
+    bench.law(f"{name}: all was captured, and replayed to the bit", model.records)
+    ledger = device.ledger()
+    bench.fact(f"{name}: memory", pool=ledger.get("recorded passes", 0))
+
+
+def eager_token(model: Runner, cache: ResidentKV, tokens: list[int]) -> list[int]:
+    """The likeliest token after these, which stay in the cache."""
+    logits = model.logits([Rows.text(cache, tokens)])
+    cache.commit(range(len(tokens)))
+    return model.device.download(likeliest(logits))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool | str:
+    """Both are sums in 16 bits, in another order."""
+    error = float((one.double() - other.double()).norm() / one.double().norm())
+    return error < 0.02 or f"off by {error:.3f}"
 
 
 def _kernels(bench: Bench) -> None:
@@ -704,6 +799,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "link": link,
     "streaming": streaming,
     "launches": launches,
+    "graphs": graphs,
     "kv": kv,
     "triforce": triforce,
     "plan": plan,
