@@ -14,8 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.config import DraftConfig
+from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.engine import Run
 from offload_rt.kv import static
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.static import StaticKV, StaticRows, StaticShape, unpack_words, visible_words
@@ -296,6 +297,24 @@ def test_a_pass_is_recorded_once_it_has_come_up_a_few_times(make_tiny, recording
         counts.append((recording["recorded"], recording["replayed"]))
     assert counts == [(0, 0), (0, 0), (1, 1), (2, 2), (3, 3)]
     model.device.close()
+
+
+def test_with_a_seed_a_pass_is_recorded_when_it_first_comes_up(make_tiny, recording, monkeypatch):
+    """Else the first answer would be drafted by other sums than the same answer again."""
+    monkeypatch.setattr(runner_static, "EAGER_FIRST", 2)
+    folder = make_tiny("llama", num_hidden_layers=1, **IDS)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4)
+    counts = []
+    for seed in (None, 3):
+        sampling = SamplingConfig(temperature=0.7, seed=seed)
+        with engine_for(folder, tokens=8, draft=draft) as engine:
+            generate(engine, tokens=1, sampling=sampling)
+            run = Run.start(engine, [PROMPT], sampling, GenerationConfig(max_tokens=8))
+            run.prefill()
+            before = recording["recorded"]
+            run.sequences[0].drafter.propose(run.sequences[0].ids, 3)
+            counts.append(recording["recorded"] - before)
+    assert counts[0] == 0 < counts[1]
 
 
 def test_a_program_that_stops_a_pass_does_not_spoil_a_recording(make_tiny, recording):

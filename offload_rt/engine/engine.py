@@ -244,6 +244,8 @@ class Engine:
         """
         if not self.draft.drafts:
             return None
+        for runner in filter(None, (self.runner, self._rounded_copy, self._draft_model)):
+            runner.records_at_once = sampling.seed is not None  # an answer is the same again
         seat = DrafterSeat(
             device=self.device,
             index=index,

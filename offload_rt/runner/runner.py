@@ -94,6 +94,10 @@ class Runner:
         streamed_bytes: what they copy in each pass.
         target_ids: of a model that drafts, width of the target's logits; ids from there on are
             never drafted.
+
+    Attributes:
+        records_at_once: a pass is recorded when it first comes up. What is drafted then does not
+            depend on what came before, to the last bit.
     """
 
     def __init__(
@@ -110,7 +114,7 @@ class Runner:
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings = checkpoint, rings
-        self._records = device.kind.records and not rings
+        self._records, self.records_at_once = device.kind.records and not rings, False
         self._recordings: Recordings | None = None  # made when the first pass is
 
     def watch(
@@ -177,6 +181,7 @@ class Runner:
         if max(part.tokens) >= self.known_ids:
             self._checkpoint.require_rows(part.tokens)
         assert self._recordings is not None  # there was room
+        self._recordings.at_once = self.records_at_once
         with self._whole_pass([part]):
             return make(self._recordings)
 

@@ -214,6 +214,7 @@ class Recordings:
 
     Attributes:
         refused: the device could not record one, so there are none.
+        at_once: a pass is recorded when it first comes up.
     """
 
     def __init__(self, network: Network, device: Device, known_ids: int, most_ids: int) -> None:
@@ -224,7 +225,7 @@ class Recordings:
         self._kept: OrderedDict[_Key, _Kept] = OrderedDict()  # the longest unused first
         self._asked: Counter[tuple[int, ...]] = Counter()  # for each kind of pass
         self._passes = 0
-        self.refused = False
+        self.refused = self.at_once = False
 
     def logits(
         self,
@@ -303,7 +304,7 @@ class Recordings:
             return True
         kind = (made.shape.rows, made.shape.width, made.results, made.chain)
         self._asked[kind] += 1
-        if self._asked[kind] <= EAGER_FIRST:
+        if not self.at_once and self._asked[kind] <= EAGER_FIRST:
             return False
         if len(self._kept) < MOST_RECORDINGS:
             return True
