@@ -114,6 +114,10 @@ def test_what_is_recorded_are_small_passes_over_kept_weights_of_one_gpu(tmp_path
     assert not placed(model, MACHINES["cpu"]).draft_load(8).recorded
     assert not placed(model, streamed=(1,), slots=1).draft_load(8).recorded
     assert not placed(model, device=(0, 1) * 2).draft_load(8).recorded
+    experts = SMALL | {"model_type": "qwen2_moe", "num_experts": 4, "num_experts_per_tok": 2}
+    sparse = model_of(tmp_path / "sparse", experts | {"moe_intermediate_size": 1408})
+    assert any(layer.expert_bytes for layer in parts_of(sparse, "auto", CUDA).layers)
+    assert not placed(sparse).draft_load(8).recorded
     assert placed(model, streamed=(1,), slots=1).over_retrieval(2, 64, DraftWeights.INT4).recorded
     assert (
         not placed(model, streamed=(1,), slots=1).over_retrieval(2, 64, DraftWeights.SAME).recorded

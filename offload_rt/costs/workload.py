@@ -164,6 +164,8 @@ class PlacedModel:
             and load.devices == 1
             and not load.streamed
             and self.residence.kv is None
+            # Which experts compute is read back in each layer.
+            and not any(layer.expert_bytes for layer in self.parts.layers)
         )
         return replace(load, recorded=recorded)
 
