@@ -136,10 +136,8 @@ class Grower:
                 parents=parents,
                 wanted=range(len(fed)),
             )
-            if self._records:
-                logits = self._model.draft_logits(rows)
-            else:
-                logits = self._model.logits([rows])
+            model = self._model
+            logits = model.draft_logits(rows) if self._records else model.logits([rows])
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
