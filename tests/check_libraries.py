@@ -5,7 +5,9 @@ recorded by digest in `formats_checked.json`, so that the formulas cannot drift 
 (`test_formats.py`).
 
     pip install --no-deps --target LIBS compressed-tensors bitsandbytes loguru
-    PYTHONPATH=LIBS python tests/check_libraries.py
+    pip install --no-deps --target LIBS gptqmodel logbar device-smi tokenicer threadpoolctl \\
+        pypcre defuser
+    PYTHONPATH=LIBS python tests/check_libraries.py [compressed-tensors bitsandbytes fp8 awq gptq]
 """
 
 import json
@@ -48,10 +50,41 @@ def fp8(parts, stated):
     )
 
 
+def awq(parts, stated):
+    from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+
+    words = parts["qweight"], parts["qzeros"], parts["scales"].float()
+    return dequantize_gemm(*words, stated["bits"], stated["group_size"]).t()
+
+
+def gptq(parts, stated):
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
+
+    linear = TorchLinear(
+        bits=stated["bits"],
+        group_size=stated["group_size"],
+        sym=False,
+        desc_act=stated["desc_act"],
+        in_features=parts["g_idx"].numel(),
+        out_features=parts["scales"].shape[1],
+        bias=False,
+        register_buffers=True,
+    )
+    for name, tensor in parts.items():
+        getattr(linear, name).copy_(tensor)
+    if stated["checkpoint_format"] == "gptq":
+        convert_gptq_v1_to_v2_format_module(linear, bits=stated["bits"], pack_dtype=torch.int32)
+    linear.post_init()
+    return linear.dequantize_weight().t()
+
+
 LIBRARIES = {
     "compressed-tensors": ("compressed-tensors", compressed_tensors),
     "bitsandbytes": ("bitsandbytes", bitsandbytes),
     "fp8": ("transformers", fp8),
+    "awq": ("gptqmodel", awq),
+    "gptq": ("gptqmodel", gptq),
 }
 
 
@@ -60,8 +93,12 @@ def say(line):
 
 
 def main():
-    record = {}
+    methods = sys.argv[1:] or LIBRARIES.keys()
+    sys.argv[1:] = []  # gptqmodel reads them
+    record = json.loads(RECORD.read_text())
     for case, (_, stated) in CASES.items():
+        if stated["quant_method"] not in methods:
+            continue
         parts, numbers = example(case)
         library, dequantise = LIBRARIES.get(stated["quant_method"], (None, None))
         if dequantise is None:
