@@ -175,6 +175,36 @@ def test_behind_a_pending_root_the_same_tree_grows_and_no_row_stays(seed, ids, n
 
 
 @settings(deadline=None, max_examples=40)
+@given(seed=st.integers(0, 10_000), gain=st.floats(0.05, 1.5))
+def test_no_pass_is_made_and_no_row_fed_that_would_add_too_little(seed, gain):
+    law, cache, fed = random_law(seed), RowsBehind(), []
+    cache.length = 2
+    config = DraftConfig(draft="self:int4", draft_tokens=24, shape=DraftShape.TREE)
+
+    def noted(path):
+        if path:
+            fed.append(path)
+        return law(path)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("offload_rt.speculative.self_draft.drafter.SHARPENED", 1.0)
+        model = KnownBehind(noted)
+        drafter = SelfDrafter(model, cache, config, 100, least_gain=gain)
+        draft = drafter.propose([31, 30, 29], 20)
+
+    def likely(path):
+        logs = [torch.log_softmax(law(path[:at]), dim=-1)[path[at]] for at in range(len(path))]
+        return float(torch.stack(logs).sum().exp())
+
+    assert all(likely(path) * config.tree_breadth >= gain - 1e-6 for path in fed)
+    whole = SelfDrafter(KnownBehind(law), cache, config, 100).propose([31, 30, 29], 20)
+    assert draft.made <= whole.made
+    roots = law(()).softmax(-1).topk(config.tree_breadth).values
+    kept = float(roots.sum()) >= gain
+    assert bool(fed) == kept
+
+
+@settings(deadline=None, max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     ids=st.lists(st.integers(0, 1), min_size=1, max_size=60),

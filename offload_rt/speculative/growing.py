@@ -125,6 +125,8 @@ class Grower:
             chosen = growth.choose(breadth)
             if not chosen or growth.likelihood(chosen) < least_gain:
                 break
+            # A row costs a part of a pass, so it must add that part of what a pass must.
+            chosen = [n for n in chosen if growth.likelihood([n]) * breadth >= least_gain]
             room = 0 if wrong else breadth // 2
             guessed = growth.guess(chosen[0], self._ahead(growth, ids, chosen[0], max_depth, room))
             fed = [*chosen[: breadth - len(guessed)], *guessed]
