@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from quantised import CASES, mixed, write_twins
 
 from offload_rt.costs.sizes import stored_sizes
-from offload_rt.device.kinds import CPU
+from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import QuantisedError
 from offload_rt.model.formats.methods import Method, read_method
 from offload_rt.model.formats.stated import is_kept
 from offload_rt.model.outline import open_or_outline, outline_checkpoint
+from offload_rt.profiling.profile import Decoder
+from offload_rt.profiling.rates import decoded_per_s
 
 # As the tools write scales; others of `quantised.py` have them in other formats for the laws.
 AS_WRITTEN = [
@@ -114,6 +117,16 @@ def test_models_quantised_in_several_ways_are_sized_by_their_files(make_tiny, tm
     assert sizes.method == "compressed-tensors, 4- and 8-bit (fp8, packed)"
     with pytest.raises(QuantisedError, match="in several ways, and their sizes are read from w"):
         outline_checkpoint(alone(folder, tmp_path / "alone"))
+
+
+def test_forms_that_torch_dequantises_slowly_are_counted_so():
+    profile = SimpleNamespace(dequantising=())  # of a machine that was not measured
+
+    def rate(form, processor=Processor.CPU):
+        return decoded_per_s(profile, processor, Decoder.TORCH, form, 8).value
+
+    assert rate("fp8") < rate("packed") / 2 and rate("nvfp4") < rate("fp8")
+    assert rate("fp8", Processor.CUDA) == rate("packed", Processor.CUDA)
 
 
 def test_groups_that_divide_no_weight_are_refused(tmp_path):

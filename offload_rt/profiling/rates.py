@@ -11,7 +11,7 @@ from statistics import fmean
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ProfileError
-from offload_rt.model.formats.stored import COMPILED_PER_S, DECODED_PER_S
+from offload_rt.model.formats.stored import COMPILED_PER_S, DECODED_PER_S, SHARES
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -196,7 +196,8 @@ def decoded_per_s(
     if mine:
         return min((s.numbers_per_s for s in same or mine), key=lambda number: number.value)
     compiles = decoder is Decoder.COMPILED and processor is Processor.CPU
-    value = COMPILED_PER_S if compiles else DECODED_PER_S[processor]
+    share = SHARES.get(form, 1.0) if processor is Processor.CPU else 1.0
+    value = COMPILED_PER_S if compiles else share * DECODED_PER_S[processor]
     return Number(value=value, obtained=Obtained.ASSUMED)
 
 

@@ -13,6 +13,14 @@ BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
 # Weights dequantised in a second, assumed where a profile has none. Of a CPU: two cores (measured,
 # same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
 DECODED_PER_S = {"cpu": 1.6e9, "cuda": 175e9}
+# Of it what torch reaches on a CPU with forms that it multiplies in fp32 or in groups of 16 and 32
+# (measured beside other work, same section); all others are taken as equal.
+SHARES: Mapping[str, float] = {
+    Form.FP8: 0.45,
+    Form.NVFP4: 0.4,
+    Form.NVFP4_PRODUCT: 0.4,
+    Form.MXFP4: 0.4,
+}
 COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
 KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
 _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
