@@ -15,9 +15,13 @@ from engines import all_logits, engine_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.config import HomeKind, RuntimeConfig
+from offload_rt.costs import pass_cost
+from offload_rt.costs.pass_cost import LayerLoad, PassLoad, home_rates
+from offload_rt.costs.workload import parts_of
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import Packing
+from offload_rt.device.kinds import CPU, Packing
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer
 from offload_rt.model.checkpoint import open_checkpoint
@@ -27,6 +31,7 @@ from offload_rt.model.layout import plan_layouts
 from offload_rt.model.packed_files import MANIFEST
 from offload_rt.model.packer import pack, unpack
 from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.profiling.profile import Number, Obtained
 
 SPECIAL = [0x0000, 0x8000, 0x0001, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x3F80]
 
@@ -198,6 +203,38 @@ def test_images_are_the_same_byte_for_byte(model, packed, dtype, packing, monkey
         parts.append(found)
     assert parts[0].keys() == parts[1].keys()
     assert all(torch.equal(parts[0][key], parts[1][key]) for key in parts[0])
+
+
+@pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
+def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, monkeypatch):
+    """A slow decoder bounds the rate of packed files, and of nothing else."""
+    [layer, *_] = parts_of(open_checkpoint(packed), "bfloat16", CPU).layers
+    plain = parts_of(open_checkpoint(model), "bfloat16", CPU).layers[0]
+    assert layer.file_bytes < 0.85 * plain.file_bytes and plain.packed == 0
+    assert layer.flops_per_token == plain.flops_per_token
+    speeds = SimpleNamespace(
+        devices=[CPU],
+        device=CPU,
+        home_bytes_per_s=lambda *given: (Number(value=2e9, obtained=Obtained.MEASURED),),
+    )
+    load = PassLoad(
+        layers=[
+            LayerLoad(
+                work=layer.work(1),
+                home_bytes=layer.file_bytes if home is HomeKind.DISK else layer.image_bytes,
+                unpacked=layer.packed if home is HomeKind.DISK else 0,
+            )
+        ]
+        * 4,
+        streamed=[1, 3],
+        slots=2,
+    )
+    for per_s in (1e9, 1e12):
+        monkeypatch.setattr(pass_cost, "unpacked_per_s", lambda per_s=per_s: per_s)
+        [rate] = home_rates(speeds, RuntimeConfig(), load, home, None).home
+        slow = home is HomeKind.DISK and per_s == 1e9
+        assert rate.value == (layer.file_bytes / layer.packed * 1e9 if slow else 2e9)
+        assert rate.obtained is (Obtained.ASSUMED if slow else Obtained.MEASURED)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -400,7 +437,9 @@ def test_the_verbs(offload_run, model, small_pieces, tmp_path):
         for m in (model, there)
     ]
     assert answers[0]["token_ids"] == answers[1]["token_ids"]
-    assert offload_run("plan", there).out.splitlines()[0]
+    assert "(packed in " in offload_run("plan", there).out
+    plans = [json.loads(offload_run("plan", m, "--json").out) for m in (model, there)]
+    assert plans[0]["weights_bytes"] == plans[1]["weights_bytes"] > plans[1]["weights_file_bytes"]
     compare = offload_run(
         "compare",
         there,

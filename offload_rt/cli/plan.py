@@ -240,6 +240,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "family": checkpoint.config.model_type,
         "weights_read": bool(checkpoint.files),
         "weights_bytes": checkpoint.total_bytes,
+        "weights_file_bytes": checkpoint.file_bytes,
         "dtype": outlook.dtype,
         "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "device": str(outlook.device.processor),
@@ -348,6 +349,8 @@ def _as_table(outlook: _Outlook) -> str:
         beside = "beside the total: Python, torch, the tokenizer"
         rows.append(("the process", process_bytes, beside))
     source = "" if checkpoint.files else " (from config.json alone)"
+    if checkpoint.file_bytes < checkpoint.total_bytes:
+        source = f" (packed in {format_size(checkpoint.file_bytes)}, bit for bit)"
     head = (
         f"{checkpoint.name}: {checkpoint.config.model_type}, "
         f"{format_size(checkpoint.total_bytes)}{source}, {checkpoint.config.num_layers} layers, "

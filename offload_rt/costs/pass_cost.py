@@ -23,6 +23,7 @@ from offload_rt.costs.timeline import (
 from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
+from offload_rt.model.packed_files import unpacked_per_s
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -96,6 +97,7 @@ class LayerLoad:
         device: that holds the layer.
         weights: how they lie where they compute.
         decoded: which of them are dequantised first.
+        unpacked: weights that readers decode on their way (`model/packed_files.py`).
     """
 
     work: LayerWork
@@ -106,6 +108,7 @@ class LayerLoad:
     device: int = 0
     weights: WeightOrder = WeightOrder.PLAIN
     decoded: tuple[Decoded, ...] = ()
+    unpacked: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -313,7 +316,7 @@ def home_rates(
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
     block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
     rates = LinkRates(
-        home=speeds.home_bytes_per_s(home, config, block_bytes, host_bytes),
+        home=_with_decoding(speeds.home_bytes_per_s(home, config, block_bytes, host_bytes), load),
         readers=config.readers if home is HomeKind.DISK else None,
     )
     if len(speeds.devices) > 1 and speeds.device.own_memory:
@@ -322,6 +325,16 @@ def home_rates(
         return rates
     each = speeds.home_bytes_per_s(kv, config, load.kv_block_bytes, host_bytes)
     return replace(rates, kv=each, back=each)
+
+
+def _with_decoding(rates: tuple[Number, ...], load: PassLoad) -> tuple[Number, ...]:
+    """Rates of weights that are decoded while others are read: the slower of the two."""
+    unpacked = sum(load.layers[i].unpacked for i in load.streamed)
+    if not unpacked:
+        return rates
+    nbytes = sum(load.layers[i].home_bytes for i in load.streamed)
+    most = Number(value=unpacked_per_s() * nbytes / unpacked, obtained=Obtained.ASSUMED)
+    return tuple(min(rate, most, key=lambda number: number.value) for rate in rates)
 
 
 def pass_times(

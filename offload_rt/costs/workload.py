@@ -45,6 +45,7 @@ class LayerParts:
         expert_bytes: of the image, in experts.
         decoded: which are dequantised in each pass.
         grown_bytes: that these have more as they compute than in the image.
+        packed: weights that lie packed in the files.
         sent: share of the experts that a token is sent to.
     """
 
@@ -57,6 +58,7 @@ class LayerParts:
     sent: float = 1.0
     decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
+    packed: int = 0
 
     def work(self, tokens: int) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
@@ -240,6 +242,7 @@ class PlacedModel:
             device=where.device[index] if where.device else 0,
             weights=order,
             decoded=decoded,
+            unpacked=layer.packed if where.from_files else 0,
         )
 
 
@@ -288,6 +291,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 sent=sent,
                 decoded=decoded,
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
+                packed=layout.packed_weights,
             )
         )
     head = checkpoint.head or checkpoint.embedding

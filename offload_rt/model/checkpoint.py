@@ -119,6 +119,11 @@ class Checkpoint:
         return _nbytes(self.tensors.values())
 
     @property
+    def file_bytes(self) -> int:
+        """Bytes they have in the files: fewer where they are packed."""
+        return sum(extent.file_bytes for extent in self.tensors.values())
+
+    @property
     def head_bias(self) -> TensorExtent | None:
         """Bias of the head, [rows], where it has one."""
         heads = {f"{head}.bias" for head in self.family.heads.union(HEADS)}

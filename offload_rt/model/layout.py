@@ -20,6 +20,7 @@ from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.names import EXPERT
+from offload_rt.model.packed_files import CODED_DTYPE
 
 DEVICE_ALIGN_BYTES = 256
 CACHE_LINE_BYTES = 64
@@ -111,6 +112,11 @@ class LayerLayout:
     def file_bytes(self) -> int:
         """Bytes that are read for it, page padding not counted."""
         return sum(run.file_bytes for run in self.runs)
+
+    @property
+    def packed_weights(self) -> int:
+        """Weights that are decoded when they are read."""
+        return sum(run.nbytes for run in self.runs if run.coded) // DTYPE_BYTES[CODED_DTYPE]
 
 
 def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: str) -> str:

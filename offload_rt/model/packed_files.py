@@ -10,12 +10,14 @@ Everything is checked before a weight is read: a manifest is data from a strange
 No torch here.
 """
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
+from offload_rt.device.compiled import PACKAGE
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
 from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, parse_header
@@ -26,6 +28,9 @@ FORMAT, VERSION = "offload_rt packed bf16", 1
 CODED_DTYPE = "BF16"
 PIECE_WEIGHTS = 2**21  # of a piece, at most: 4 MiB of bf16, which is what readers read at once
 PIECE_ALIGN_BYTES = 64
+# Of two cores that compute besides, whether numba is there: without it a pass of 1.3 G weights took
+# 1.33 s, with it one thread reached what is here (docs/RESULTS.md, "bf16 from disk in 12 bits").
+_UNPACKED_PER_S = {False: 1.0e9, True: 6.5e9}
 _LIMIT_BYTES = 64 * 2**20
 _FILES_LIMIT = 2**12
 _STEM = re.compile(r"[A-Za-z0-9._-]+")
@@ -68,6 +73,11 @@ def piece_weights(weights: int) -> int:
     """Weights of each piece of a tensor of so many, but for the last."""
     pieces = max(1, -(-weights // PIECE_WEIGHTS))
     return -(-weights // (pieces * PIECE_ALIGN_BYTES)) * PIECE_ALIGN_BYTES
+
+
+def unpacked_per_s() -> float:
+    """Weights that a run's readers decode in a second, assumed until profiles have it."""
+    return _UNPACKED_PER_S[importlib.util.find_spec(PACKAGE) is not None]
 
 
 def read_manifest(folder: Path) -> tuple[PackedFile, ...]:
