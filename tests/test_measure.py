@@ -623,8 +623,18 @@ def test_what_threads_waited_is_not_in_a_typical_time_but_a_part_is_left(monkeyp
     assert typical(run, 1.0)() == pytest.approx(0.2)
 
 
-def test_a_whole_measurement(on_disk):
-    reports = []
+def test_a_whole_measurement(on_disk, monkeypatch):
+    """The disk is read first and last; others slow one number of reads at first, one at last."""
+    reports, read = [], []
+
+    def disk_beside_others(*given):
+        found = measure_disk(*given)
+        slowed = found[len(read)]
+        rate = replace(slowed.bytes_per_s, value=1.0)
+        read.append(found)
+        return tuple(replace(s, bytes_per_s=rate) if s is slowed else s for s in found)
+
+    monkeypatch.setattr(measure_module, "measure_disk", disk_beside_others)
     made = measure(
         "here",
         device="cpu",
@@ -637,7 +647,8 @@ def test_a_whole_measurement(on_disk):
     assert list(said)[:3] == ["disk", "host memory", "cpu, layers with plain weights"]
     assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
     assert made.name == "here" and made.links == () and made.pinning is None
-    assert len(made.disk) == 2 and len(made.attention) == 2 and made.layers
+    assert len(made.attention) == 2 and made.layers
+    assert made.disk == (read[1][0], read[0][1])
     assert JUST_WRITTEN in made.notes
     assert made.notes[-1] == "no link was measured: on the CPU weights need not cross one"
     assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1
