@@ -126,8 +126,7 @@ def test_with_passes_enough_it_is_the_likeliest_nodes_whatever_the_text_says(
 class KnownBehind(Known):
     """The same over a cache whose first pending row is the root's."""
 
-    def logits(self, parts):
-        (part,) = parts
+    def draft_logits(self, part):
         if part.parents is None:
             self.fed, self.passes = [], []
             assert list(part.places) == [part.cache.length] and part.cache.pending == 0

@@ -11,6 +11,8 @@ from test_medusa import test_heads_that_know_the_answer_are_always_right as know
 from test_speculation import (  # noqa: F401
     IDS,
     REPEATS,
+    SELF,
+    STREAMED,
     drafts,
     start,
     test_a_drafter_that_is_the_target_is_always_right,
@@ -19,7 +21,7 @@ from test_speculation import (  # noqa: F401
 from offload_rt.config import DraftConfig, RetrievalConfig, SamplingConfig
 
 pytestmark = pytest.mark.usefixtures("recording")
-NAMES = ["chain", "tree", "windowed-chain", "triforce-model", "triforce-copies"]
+NAMES = ["chain", "tree", "windowed-chain", "triforce-model", "triforce-copies", *SELF]
 TOKENS = 10
 
 
@@ -28,19 +30,21 @@ def test_greedy_with_a_recorded_drafter_equals_greedy_without(make_tiny, drafts,
     folder = make_tiny("llama", **IDS)
     with engine_for(folder, prompts=[REPEATS], tokens=TOKENS) as engine:
         plain = generate(engine, [REPEATS], tokens=TOKENS)
-    with engine_for(folder, prompts=[REPEATS], tokens=TOKENS, draft=drafts[name]) as engine:
+    options = {"draft": drafts[name]} | STREAMED.get(name, {})
+    with engine_for(folder, prompts=[REPEATS], tokens=TOKENS, **options) as engine:
         assert generate(engine, [REPEATS], tokens=TOKENS) == plain
     assert recording["replayed"] >= recording["recorded"] > 0
 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
-@pytest.mark.parametrize("name", ["tree", "windowed-chain"])
+@pytest.mark.parametrize("name", ["tree", "windowed-chain", "self-tree"])
 def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, name, sampling):  # noqa: F811
     """In fp32 the likeliest tokens are the same, and so is what is accepted of them."""
     folder, reports = make_tiny("llama", **IDS), []
     for records in (True, False):
-        with engine_for(folder, tokens=TOKENS, draft=drafts[name]) as engine:
-            engine._draft_model._records = records
+        options = {"draft": drafts[name]} | STREAMED.get(name, {})
+        with engine_for(folder, tokens=TOKENS, **options) as engine:
+            (engine._draft_model or engine._rounded_copy)._records = records
             run = start(engine, TOKENS, sampling)
             reports.append((run.sequences[0].emitted, run.report().speculation))
     (tokens, ours), (others, theirs) = reports

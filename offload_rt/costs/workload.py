@@ -219,7 +219,7 @@ class PlacedModel:
         """
         here = self.residence
         where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
-        return replace(self, residence=where, sequences=1).load(tokens)
+        return replace(self, residence=where, sequences=1).draft_load(tokens)
 
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]

@@ -50,7 +50,7 @@ class SelfDrafter(Unlearned):
         self._least_gain = least_gain
         self._sampling = SamplingConfig()
         self._generator: torch.Generator | None = None
-        self._grower = Grower(model, cache, capacity, greedy_temperature=SHARPENED)
+        self._grower = Grower(model, cache, capacity, greedy_temperature=SHARPENED, records=True)
 
     def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
         """Start a new answer.
@@ -70,7 +70,7 @@ class SelfDrafter(Unlearned):
             return Draft()
         assert self._cache.length == len(ids) - 1  # what is committed is all but the root
         try:
-            logits = self._model.logits([Rows.draft(self._cache, ids[-1], TokenTree())])
+            logits = self._model.draft_logits(Rows.draft(self._cache, ids[-1], TokenTree()))
             if not config.as_tree:
                 return self._chain(logits, depth)
             tree, passes = self._grower.grow(
@@ -95,8 +95,8 @@ class SelfDrafter(Unlearned):
             nonlocal pending
             place = cache.length + pending
             pending += 1
-            return self._model.logits(
-                [Rows(cache=cache, tokens=[token], places=[place], wanted=[0])]
+            return self._model.draft_logits(
+                Rows(cache=cache, tokens=[token], places=range(cache.length, place + 1), wanted=[0])
             )
 
         return draw_chain(self._model, logits, depth, self._sampling, self._generator, feed)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
-from offload_rt.costs.sizes import decoding_bytes, layouts_of
+from offload_rt.costs.sizes import decoding_bytes, layouts_of, number_bytes_of, recorded_bytes
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
@@ -101,8 +101,11 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     *layers, _ = layouts_of(run.target, run.dtype, run.device)
     scratch = decoding_bytes(run.target, run.dtype, run.device)  # from which they are rounded
     quotes = index_bytes(run, SHORTEST_QUOTED) if config.as_tree else 0
+    number_bytes = number_bytes_of(run.target, run.dtype)
+    recorded = recorded_bytes(run.target.config, number_bytes, run.device)
     return DraftMemory(
-        kept_bytes=scratch + quotes,
+        kept_bytes=scratch + quotes + recorded,
+        recorded_bytes=recorded,
         streamed_bytes=copies,
         copied_bytes=sum(copies),
         loading_bytes=max(layout.nbytes for layout in layers),
