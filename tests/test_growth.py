@@ -187,6 +187,7 @@ def test_no_pass_is_made_and_no_row_fed_that_would_add_too_little(seed, gain):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("offload_rt.speculative.self_draft.drafter.SHARPENED", 1.0)
+        patch.setattr("offload_rt.speculative.growing.Grower._ahead", lambda *_: [])
         model = KnownBehind(noted)
         drafter = SelfDrafter(model, cache, config, 100, least_gain=gain)
         draft = drafter.propose([31, 30, 29], 20)
