@@ -101,6 +101,10 @@ def test_compiled_and_looked_up_are_the_same(zeros, count, monkeypatch):
     words = trained(count, zeros=zeros)
     assert planes._compiled() is not None
     assert np.array_equal(again(words), words)
+    piece, out = encode(words), np.empty_like(words)
+    piece.flags.writeable = False
+    decode(piece, out)
+    assert np.array_equal(out, words)
     bad = encode(trained(5000, zeros=0.1))
     bad[-700:] = 255  # among them places of escapes
     for made in (planes._compiled, lambda: None):

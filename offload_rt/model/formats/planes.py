@@ -98,6 +98,8 @@ def decode(piece: Bytes, words: Words) -> None:
     Raises:
         DamagedError: it is no piece of n weights.
     """
+    if not piece.flags.writeable:
+        piece = piece.copy()  # compiled for the others only
     if piece.size < _HEAD_BYTES:
         raise DamagedError(f"a piece has {piece.size} bytes, fewer than its head")
     head = piece[: _HEAD.itemsize].view(_HEAD)[0]
