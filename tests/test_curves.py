@@ -83,13 +83,19 @@ def true_s(place):
 
 
 class Neighbour:
-    """Other work that takes a share of the core, in slices, from whoever computes here."""
+    """Other work that takes a share of the core, in slices, from whoever computes here.
 
-    def __init__(self, monkeypatch, share, *, counted=False, seed=0, slice_s=0.004):
+    What it takes is counted as waiting, or as processor time while threads spin, or they sleep.
+    """
+
+    def __init__(self, monkeypatch, share, *, counted=False, asleep=False, seed=0, slice_s=0.004):
         self.now, self.share, self.slice_s = 0.0, share, slice_s
         self.random = random.Random(seed)
         self.left = self.taken = 0.0
         monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(
+            timing.time, "thread_time", lambda: self.now - self.taken if asleep else self.now
+        )
         monkeypatch.setattr(timing, "thread_times", self.times if counted else dict)
 
     def times(self):
@@ -121,6 +127,14 @@ def profile_of(machine, places=PLACES, **changed):
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8])
 def test_a_busy_neighbour_does_not_move_a_profile(share, monkeypatch):
     found, _ = profile_of(Neighbour(monkeypatch, share, counted=True))
+    values = {place: number.value for place, number in found.items()}
+    assert rises(values)
+    assert max(abs(values[place] / true_s(place) - 1.0) for place in PLACES) < 0.05
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+def test_threads_that_sleep_while_they_wait_show_what_a_layer_takes(share, monkeypatch):
+    found, _ = profile_of(Neighbour(monkeypatch, share, asleep=True))
     values = {place: number.value for place, number in found.items()}
     assert rises(values)
     assert max(abs(values[place] / true_s(place) - 1.0) for place in PLACES) < 0.05
