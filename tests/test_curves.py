@@ -96,6 +96,7 @@ class Neighbour:
         monkeypatch.setattr(
             timing.time, "thread_time", lambda: self.now - self.taken if asleep else self.now
         )
+        monkeypatch.setattr(timing.time, "process_time", lambda: 0.0)
         monkeypatch.setattr(timing, "thread_times", self.times if counted else dict)
 
     def times(self):
@@ -138,6 +139,26 @@ def test_threads_that_sleep_while_they_wait_show_what_a_layer_takes(share, monke
     values = {place: number.value for place, number in found.items()}
     assert rises(values)
     assert max(abs(values[place] / true_s(place) - 1.0) for place in PLACES) < 0.05
+
+
+def test_a_thread_that_asks_and_does_little_of_the_work_is_not_all_it_takes(monkeypatch):
+    machine = Neighbour(monkeypatch, 0.5, asleep=True)
+    shares = random.Random(1)
+    done = [0.0]
+    work = machine.work
+
+    def shared(seconds):
+        done[0] += seconds * shares.random()
+        work(seconds)
+
+    machine.work = shared
+    threads = timing.compute_threads()
+    monkeypatch.setattr(timing.time, "thread_time", lambda: done[0])
+    monkeypatch.setattr(
+        timing.time, "process_time", lambda: threads * (machine.now - machine.taken)
+    )
+    found, _ = profile_of(machine)
+    assert max(abs(found[place].value / true_s(place) - 1.0) for place in PLACES) < 0.05
 
 
 @pytest.mark.parametrize("share", [0.3, 0.5])
