@@ -127,7 +127,7 @@ def _lacking_on_host(
     from_choice = config.home is HomeKind.AUTO and device.home is HomeKind.HOST
     if not from_choice or placement.home is not HomeKind.DISK or not placement.streamed:
         return 0
-    needed = sum(placement.demand.layer_bytes[i] for i in placement.streamed)
+    needed = placement.streamed_bytes
     return max(0, needed - _host_limit(config, free))
 
 

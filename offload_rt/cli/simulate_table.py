@@ -54,8 +54,7 @@ def model_table(
         lines.append(_memory(stripe.name, own.device_bytes, own.in_words))
     if placement.streamed:
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
-        nbytes = sum(demand.layer_bytes[i] for i in placement.streamed)
-        lines.append(_memory("streamed layers", nbytes, f"in {away}"))
+        lines.append(_memory("streamed layers", placement.streamed_bytes, f"in {away}"))
         lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)

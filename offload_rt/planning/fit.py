@@ -338,7 +338,7 @@ def bytes_per_pass(
 ) -> int:
     """Bytes of the streamed layers, which cross the link in each pass."""
     if placement.home is HomeKind.HOST:
-        return sum(placement.demand.layer_bytes[i] for i in placement.streamed)
+        return placement.streamed_bytes
     layouts = layouts_of(checkpoint, config.dtype, device)
     return sum(layouts[i].file_bytes for i in placement.streamed)
 
@@ -353,7 +353,7 @@ def choose_home(
     Raises:
         PlanError: host memory was asked for and they do not fit.
     """
-    host_bytes = sum(placement.demand.layer_bytes[i] for i in placement.streamed)
+    host_bytes = placement.streamed_bytes
     fits = host_bytes <= host_limit
     if home is HomeKind.AUTO:
         return device.home if fits else HomeKind.DISK

@@ -154,8 +154,7 @@ class Placement:
     def host_bytes(self) -> int:
         """Of streamed weights and KV in host memory, where the device has its own."""
         kv = self.demand.kv
-        weights = sum(self.demand.layer_bytes[i] for i in self.streamed)
-        in_host = weights if self.home is HomeKind.HOST else 0
+        in_host = self.streamed_bytes if self.home is HomeKind.HOST else 0
         return in_host + (0 if kv is None else kv.host_bytes)
 
     @property
@@ -172,6 +171,11 @@ class Placement:
     def resident_bytes(self) -> int:
         """Bytes of the resident layers."""
         return sum(self.demand.layer_bytes[i] for i in self.resident)
+
+    @property
+    def streamed_bytes(self) -> int:
+        """Bytes of the streamed layers, as the device has them."""
+        return sum(self.demand.layer_bytes[i] for i in self.streamed)
 
     @property
     def copy_bytes(self) -> int:
