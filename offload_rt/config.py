@@ -34,6 +34,14 @@ class HomeKind(StrEnum):
     DISK = "disk"
 
 
+class Wire(StrEnum):
+    """Form in which weights of layers lie in memory and cross the link."""
+
+    RAW = "raw"
+    INT8 = "int8"
+    INT4 = "int4"
+
+
 class KVPlace(StrEnum):
     """Where committed keys and values live: on the device, in host memory, or in a file.
 
@@ -630,6 +638,13 @@ class RuntimeConfig:
         HomeKind.AUTO,
         "--home",
         "Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
+    )
+    wire: Wire = option(
+        Wire.RAW,
+        "--wire",
+        "Form in which weights of layers lie in memory and cross the link: raw is as they are; "
+        "int8 and int4 round them while they are loaded, which makes another model of it, and "
+        "output says so.",
     )
     context_tokens: int | None = option(
         None,

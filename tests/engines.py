@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import torch
 
-from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.device.base import upload_together
 from offload_rt.device.kinds import CPU
 from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.wire import wired
 from offload_rt.runner.tree import looks_back, pending_tree
 
 ROOMY = 512 * 2**20
@@ -29,7 +30,7 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config):
     """An engine with room for these prompts and that many tokens after each."""
     config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
-    checkpoint = open_checkpoint(folder)
+    checkpoint = wired(open_checkpoint(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
     give_back_holes()
     with Engine(

@@ -159,6 +159,14 @@ def quantised_lines(sizes: StoredSizes | None) -> list[str]:
     """What is quantised, and its sizes: in files, on the link and on the device; as it computes."""
     if sizes is None:
         return []
+    if sizes.rounded is not None:
+        text = (
+            f"  {sizes.method} (--wire): {format_size(sizes.file_bytes)} in the files, "
+            f"{format_size(sizes.wire_bytes)} in memory and on the way, "
+            f"{format_size(sizes.computed_bytes)} as they compute, one at a time: answers are "
+            "those of the rounded weights"
+        )
+        return [hanging(text, 4)]
     return [
         hanging(
             f"  quantised: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "

@@ -245,6 +245,8 @@ draft_options = _group(
 
 accept_option = _option("accept")
 
+wire_option = _option("wire")
+
 
 _PROMPTS_HELP = (
     "File with prompts: JSON lines with turns (MT-Bench) or prompt (HumanEval), or a prompt in "
@@ -301,7 +303,7 @@ output_options = _group(
 _SECTIONS = {
     "Answer": answer_options,
     "Sampling": sampling_options,
-    "Memory and placement": _group(placement_options, runtime_options),
+    "Memory and placement": _group(placement_options, wire_option, runtime_options),
     "Drafting": _group(draft_options, accept_option),
     "Planning": plan_options,
     "Output": _group(json_option, output_options),
@@ -351,6 +353,7 @@ run_options = _group(
     draft_options,
     accept_option,
     placement_options,
+    wire_option,
     runtime_options,
     plan_options,
     output_options,

@@ -30,6 +30,7 @@ from offload_rt.kv.sizes import KVPlan
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
+from offload_rt.model.wire import wired
 from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
@@ -54,6 +55,7 @@ _log = logging.getLogger(__name__)
 @click.command()
 @click.argument("model")
 @options.placement_options
+@options.wire_option
 @options.draft_options
 @options.plan_options
 @click.option(
@@ -86,6 +88,7 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     values, given = with_plan(values)
     config = runtime_of(values)
     checkpoint, from_files = open_or_outline(resolve_model(model))
+    checkpoint = wired(checkpoint, config.wire)
     if from_files:
         _note_tokenizer(checkpoint)
     check_plan(given, checkpoint)
@@ -242,6 +245,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "weights_bytes": checkpoint.total_bytes,
         "weights_file_bytes": checkpoint.file_bytes,
         "dtype": outlook.dtype,
+        "wire": str(outlook.config.wire),
         "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "device": str(outlook.device.processor),
         "home": outlook.home,

@@ -22,7 +22,7 @@ from offload_rt.cli.simulate_table import (
     prediction_table,
     scenario_help,
 )
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, RuntimeConfig, Wire
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.sizes import StoredSizes, stored_sizes
@@ -31,6 +31,7 @@ from offload_rt.device.kinds import check_links, likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
+from offload_rt.model.wire import wired
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
@@ -98,6 +99,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     help="Tokens a pass emits, if that is what is known.",
 )
 @options.placement_options
+@options.wire_option
 @options.draft_options
 @options.json_option
 @click.pass_context
@@ -203,6 +205,7 @@ class _Question:
     draft: DraftConfig
     acceptance: Acceptance
     stored: StoredSizes | None
+    wire: Wire
     context_tokens: int
 
 
@@ -232,6 +235,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
     )
     speeds = speeds_there(profile, config.device)
     checkpoint, from_files = open_or_outline(resolve_model(model))
+    checkpoint = wired(checkpoint, config.wire)
     question = _Question(
         checkpoint=checkpoint,
         from_files=from_files,
@@ -240,6 +244,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         draft=draft,
         acceptance=acceptance,
         stored=stored_sizes(checkpoint, config.dtype, speeds.device),
+        wire=config.wire,
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
@@ -296,6 +301,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "profile": asked.speeds.profile.name,
         "own_profile": asked.own,
         "device": str(asked.speeds.processor),
+        "wire": str(asked.wire),
         "quantised": dataclasses.asdict(asked.stored) if asked.stored else None,
         "context_tokens": asked.context_tokens,
         "drafter": asked.draft.draft,

@@ -126,6 +126,7 @@ def as_json(answering: Answering, answer: Answer) -> dict[str, Any]:
         "sampling": dataclasses.asdict(answering.settings.sampling) | {"seed": answer.seed},
         "device": engine.devices.name,
         "dtype": dtype_name(engine),
+        "wire": str(engine.config.wire),
         "versions": versions(),
         **dataclasses.asdict(report),
         "plan": _plan(summary),

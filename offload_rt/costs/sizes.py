@@ -88,7 +88,9 @@ class StoredSizes:
     Attributes:
         method: what they are; where they are stored in several forms, which.
         weights: numbers in them.
-        file_bytes: in the files, on the link, and in an image.
+        file_bytes: in the files.
+        wire_bytes: on the link, and in an image.
+        rounded: to what they are rounded when they are loaded; None: the files have them so.
         computed_bytes: dequantised.
         scratch_bytes: device memory in which that is done.
     """
@@ -96,6 +98,8 @@ class StoredSizes:
     method: str
     weights: int
     file_bytes: int
+    wire_bytes: int
+    rounded: str | None
     computed_bytes: int
     scratch_bytes: int
 
@@ -111,7 +115,9 @@ def stored_sizes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> Stor
     return StoredSizes(
         method=f"{checkpoint.config.quantised.name}{several}",
         weights=weights,
-        file_bytes=sum(each.nbytes for each in stored),
+        file_bytes=sum(each.file_bytes for each in stored),
+        wire_bytes=sum(each.nbytes for each in stored),
+        rounded=None if checkpoint.rounded is None else str(checkpoint.rounded),
         computed_bytes=weights * number_bytes_of(checkpoint, dtype),
         scratch_bytes=decoding_bytes(checkpoint, dtype, device),
     )

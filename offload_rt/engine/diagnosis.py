@@ -54,8 +54,8 @@ def not_numbers(engine: Engine, again: Callable[[], torch.Tensor]) -> NumbersErr
 def _of_weights(engine: Engine, layer: int | None, what: str) -> NumbersError | None:
     """Whether weights are to blame: those of a layer, and those of none."""
     checkpoint, dtype = engine.checkpoint, engine.network.dtype
-    own = () if layer is None else checkpoint.layers[layer]
-    for extent in [e for e in (*own, *checkpoint.others) if e.dtype in FLOATS]:
+    own = [] if layer is None else [checkpoint.in_files(e) for e in checkpoint.layers[layer]]
+    for extent in dict.fromkeys(e for e in (*own, *checkpoint.others) if e.dtype in FLOATS):
         broken, converted = engine.not_finite(extent)
         name = f"{shown(extent.name)} in {extent.path.name}"
         if broken:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
+from offload_rt.config import Wire
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
@@ -77,6 +78,7 @@ class Checkpoint:
         stored: the quantised weight of a layer that a tensor is a part of, by the tensor's name.
         stored_ends: the same of an embedding or head, which is dequantised when it is loaded;
             `embedding` and `head` then have its name and shape, and no bytes.
+        rounded: to what its layers are rounded when they are loaded (`model/wire.py`), if they are.
     """
 
     folder: Path
@@ -93,6 +95,7 @@ class Checkpoint:
     adapter: str | None = None
     stored: Mapping[str, Stored] = field(default_factory=dict)
     stored_ends: Mapping[str, Stored] = field(default_factory=dict)
+    rounded: Wire | None = None
 
     def require_rows(self, ids: Iterable[int]) -> None:
         """Refuse token ids that the embedding has no row for.
@@ -111,7 +114,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         """How messages call the model."""
-        return model_name(self.folder) + (f" with {self.adapter}" if self.adapter else "")
+        name = model_name(self.folder) + (f" with {self.adapter}" if self.adapter else "")
+        return name if self.rounded is None else f"{name} rounded to {self.rounded}"
 
     @property
     def total_bytes(self) -> int:
@@ -120,8 +124,16 @@ class Checkpoint:
 
     @property
     def file_bytes(self) -> int:
-        """Bytes they have in the files: fewer where they are packed."""
-        return sum(extent.file_bytes for extent in self.tensors.values())
+        """Bytes they have in the files: fewer where packed, more where rounded when loaded."""
+        made = {each for each in self.stored.values() if each.source is not None}
+        parts = {extent.name for each in made for extent in each.parts.values()}
+        read = (extent.file_bytes for name, extent in self.tensors.items() if name not in parts)
+        return sum(read) + sum(each.file_bytes for each in made)
+
+    def in_files(self, extent: TensorExtent) -> TensorExtent:
+        """What is read for a tensor: itself, or the weight that it is rounded from."""
+        stored = self.stored.get(extent.name)
+        return extent if stored is None or stored.source is None else stored.source
 
     @property
     def head_bias(self) -> TensorExtent | None:

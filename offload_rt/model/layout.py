@@ -33,6 +33,9 @@ _SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "uint
 _NAMES = FLOATS | _WHOLE | _SMALL
 _BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
 
+# Of compressed-tensors' integers.
+CODES_PART, SCALES_PART = "weight_packed", "weight_scale"
+
 NOTHING_STORED: Mapping[str, Stored] = MappingProxyType({})
 
 # There the experts of a layer are one parameter too: gate rows, then up rows.
@@ -68,6 +71,35 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedRun:
+    """What a run makes of the numbers of a weight [O, I] (`formats/rounding.py`).
+
+    Attributes:
+        inputs: I.
+        dtype: safetensors name of the format of the weight, and of its scales.
+        bits: of a code.
+        group: inputs that share a scale.
+        scales_offset: bytes from the start of the image; codes lie where the run says.
+    """
+
+    inputs: int
+    dtype: str
+    bits: int
+    group: int
+    scales_offset: int
+
+    @property
+    def code_bytes(self) -> int:
+        """Of an output."""
+        return self.inputs * self.bits // 8
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of an output."""
+        return self.inputs // self.group * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FileRun:
     """Consecutive file bytes that go to consecutive image bytes.
 
@@ -77,6 +109,7 @@ class FileRun:
         convert: safetensors and torch names of the formats to convert between, or None.
         coded: where each coded piece begins in the file, and last where they end; empty: the bytes
             lie there as they are.
+        rounded: what is made of them; None: they stay what they are.
     """
 
     path: Path
@@ -86,6 +119,7 @@ class FileRun:
     in_place: bool
     convert: tuple[str, str] | None = None
     coded: tuple[int, ...] = ()
+    rounded: RoundedRun | None = None
 
     @property
     def file_bytes(self) -> int:
@@ -114,9 +148,15 @@ class LayerLayout:
         return sum(run.file_bytes for run in self.runs)
 
     @property
+    def rounds(self) -> bool:
+        """Whether weights are rounded when they are read, which is once."""
+        return any(run.rounded is not None for run in self.runs)
+
+    @property
     def packed_weights(self) -> int:
         """Weights that are decoded when they are read."""
-        return sum(run.nbytes for run in self.runs if run.coded) // DTYPE_BYTES[CODED_DTYPE]
+        coded = (run.nbytes for run in self.runs if run.coded and run.rounded is None)
+        return sum(coded) // DTYPE_BYTES[CODED_DTYPE]
 
 
 def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: str) -> str:
@@ -186,6 +226,8 @@ def plan_layout(
         name = extent.name
         if name in made:
             builder.make(made[name])
+        elif name in stored and stored[name].source is not None:
+            builder.round(stored[name])
         elif match := EXPERT.match(name):
             target, part = _FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
@@ -212,6 +254,7 @@ class _Builder:
         self._end = 0
         self._placements: list[Placement] = []
         self._made: dict[Stored, None] = {}
+        self._rounded: set[Stored] = set()
         self._runs: list[FileRun] = []
 
     def add(self, name: str, extent: TensorExtent) -> None:
@@ -237,6 +280,38 @@ class _Builder:
             name = f"{stored.module}.weight"
             placed = Placement(name=name, dtype=self._dtype, shape=shape, offset=offset)
             self._placements.append(placed)
+
+    def round(self, stored: Stored) -> None:
+        """Place the parts of a weight that is rounded when it is read, once."""
+        source = stored.source
+        if source is None or stored in self._rounded:
+            return
+        self._rounded.add(stored)
+        offsets = {}
+        for word, extent in stored.parts.items():
+            offsets[word] = self._reserve(extent.nbytes)
+            dtype = _NAMES[extent.dtype]
+            placed = Placement(
+                name=extent.name, dtype=dtype, shape=extent.shape, offset=offsets[word]
+            )
+            self._placements.append(placed)
+        self._runs.append(
+            FileRun(
+                path=source.path,
+                file_offset=source.offset,
+                nbytes=source.nbytes,
+                image_offset=offsets[CODES_PART],
+                in_place=False,
+                coded=source.coded,
+                rounded=RoundedRun(
+                    inputs=stored.inputs,
+                    dtype=source.dtype,
+                    bits=stored.bits,
+                    group=stored.group,
+                    scales_offset=offsets[SCALES_PART],
+                ),
+            )
+        )
 
     def add_fused(self, name: str, pieces: Sequence[tuple[int, int, TensorExtent]]) -> None:
         """Place the experts of a layer as one parameter [experts, parts * rows, columns]."""

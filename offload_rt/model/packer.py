@@ -47,7 +47,7 @@ from offload_rt.writing import give_names, replacing, temporary_folder, writing
 # Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
 # go. Of a model's bytes they are less than a thousandth.
 _SMALLEST = 2**16
-_PIECE_BYTES = 2 * PIECE_WEIGHTS  # that are read at once
+PIECE_BYTES = 2 * PIECE_WEIGHTS  # that are read at once
 _AHEAD = 2  # pieces for each thread that wait to be written
 _THREADS = 4
 _NOT_COPIED = (".safetensors", ".gguf", ".onnx", ".h5", ".msgpack", SUFFIX, *PICKLES)
@@ -125,12 +125,12 @@ def pack(checkpoint: Checkpoint, output: Path, poll: Poll) -> Packed:
         CheckpointError: a file changed while it was read.
     """
     names = sorted(path.name for path in checkpoint.files)
-    _check_room(output, int(_SHARE * bytes_to_pack(checkpoint)))
-    with temporary_folder(output) as made, _workers() as workers:
+    check_room(output, int(_SHARE * bytes_to_pack(checkpoint)))
+    with temporary_folder(output) as made, working() as workers:
         packed = tuple(
             _Packing(checkpoint.folder, name, made, workers, poll).run() for name in names
         )
-        others = _copy_others(checkpoint.folder, made)
+        others = copy_others(checkpoint.folder, made)
         give_names(made, output, [*(each.packed_name for each in packed), *others])
         with replacing(output / MANIFEST) as temporary:
             temporary.write_text(json.dumps(manifest_object(packed)), encoding="utf-8")
@@ -150,11 +150,11 @@ def unpack(folder: Path, output: Path, poll: Poll) -> Packed:
         CheckpointError: what is packed is damaged; nothing is left of it then.
     """
     packed = read_manifest(folder)
-    _check_room(output, sum(each.original_bytes for each in packed))
-    with temporary_folder(output) as made, _workers() as workers:
+    check_room(output, sum(each.original_bytes for each in packed))
+    with temporary_folder(output) as made, working() as workers:
         for each in packed:
             _Unpacking(folder, each, made, workers, poll).run()
-        others = _copy_others(folder, made)
+        others = copy_others(folder, made)
         last = [name for name in others if name == INDEX]
         first = [name for name in others if name != INDEX]
         give_names(made, output, [*first, *(each.original_name for each in packed), *last])
@@ -183,7 +183,7 @@ class _Packing:
             self._digest.update(head)
             starts, end = _plain_starts(extents, len(head))
             with open(target, "xb", buffering=0) as file:
-                _write(file.fileno(), head, 0)
+                write(file.fileno(), head, 0)
                 self._poll(len(head))
                 for extent in extents:
                     if _is_coded(extent):
@@ -193,7 +193,7 @@ class _Packing:
                         self._plain(source, extent, file.fileno(), starts[extent.name][0])
                 os.ftruncate(file.fileno(), end)
                 os.fsync(file.fileno())
-            _check_unchanged(path, source)
+            check_unchanged(path, source)
         return PackedFile(
             stem=stem,
             original_bytes=source.identity.size,
@@ -204,7 +204,7 @@ class _Packing:
 
     def _plain(self, source: OpenFile, extent: TensorExtent, handle: int, at: int) -> None:
         for offset, data in self._read(source, extent):
-            _write(handle, data, at + offset)
+            write(handle, data, at + offset)
 
     def _coded(
         self, source: OpenFile, extent: TensorExtent, handle: int, start: int
@@ -213,20 +213,20 @@ class _Packing:
         starts = [start]
         nbytes = piece_weights(_weights(extent)) * extent.element_bytes
         pieces = (data for _, data in self._read(source, extent, nbytes))
-        for piece in _in_order(self._workers, _encoded, pieces):
-            _write(handle, piece.data, starts[-1])
+        for piece in in_order(self._workers, _encoded, pieces):
+            write(handle, piece.data, starts[-1])
             starts.append(starts[-1] + piece.size)
         return tuple(starts)
 
     def _read(
-        self, source: OpenFile, extent: TensorExtent, nbytes: int = _PIECE_BYTES
+        self, source: OpenFile, extent: TensorExtent, nbytes: int = PIECE_BYTES
     ) -> Iterator[tuple[int, bytes]]:
         """The bytes of a tensor in parts, hashed."""
         for offset in range(0, extent.nbytes, nbytes):
             size = min(nbytes, extent.nbytes - offset)
             data = source.read(size, extent.offset + offset)
             if len(data) < size:
-                raise _changed(self._folder / self._name)
+                raise changed(self._folder / self._name)
             self._digest.update(data)
             yield offset, data
             self._poll(size)
@@ -268,14 +268,14 @@ class _Unpacking:
 
     def _add(self, handle: int, data: bytes, at: int) -> None:
         self._digest.update(data)
-        _write(handle, data, at)
+        write(handle, data, at)
         self._poll(len(data))
 
     def _tensor(self, source: OpenFile, extent: TensorExtent) -> Iterator[bytes]:
         """The bytes of a tensor in parts."""
         if not extent.coded:
-            for offset in range(0, extent.nbytes, _PIECE_BYTES):
-                size = min(_PIECE_BYTES, extent.nbytes - offset)
+            for offset in range(0, extent.nbytes, PIECE_BYTES):
+                size = min(PIECE_BYTES, extent.nbytes - offset)
                 yield self._part(source, extent.offset + offset, size)
             return
         each = piece_weights(_weights(extent))
@@ -284,7 +284,7 @@ class _Unpacking:
             for number, (begin, end) in enumerate(pairwise(extent.coded))
         )
         try:
-            yield from _in_order(self._workers, _decoded, pieces)
+            yield from in_order(self._workers, _decoded, pieces)
         except DamagedError as error:
             raise CheckpointError(
                 f"{self._folder / self._packed.packed_name}: {error}: it is damaged, take another "
@@ -294,7 +294,7 @@ class _Unpacking:
     def _part(self, source: OpenFile, at: int, size: int) -> bytes:
         data = source.read(size, at)
         if len(data) < size:
-            raise _changed(self._folder / self._packed.packed_name)
+            raise changed(self._folder / self._packed.packed_name)
         return data
 
 
@@ -341,7 +341,7 @@ def _decoded(piece: tuple[bytes, int]) -> bytes:
 
 
 @contextmanager
-def _workers() -> Iterator[ThreadPoolExecutor]:
+def working() -> Iterator[ThreadPoolExecutor]:
     """Threads; what was not begun is dropped when the body fails."""
     workers = ThreadPoolExecutor(min(_THREADS, len(os.sched_getaffinity(0))), "packer")
     try:
@@ -350,7 +350,7 @@ def _workers() -> Iterator[ThreadPoolExecutor]:
         workers.shutdown(cancel_futures=True)
 
 
-def _in_order(
+def in_order(
     workers: ThreadPoolExecutor, work: Callable[[Any], Any], given: Iterator[Any]
 ) -> Iterator[Any]:
     """Results of all, in their order, a few of them ahead."""
@@ -363,25 +363,28 @@ def _in_order(
         yield waiting.popleft().result()
 
 
-def _write(handle: int, data: bytes | memoryview, at: int) -> None:
+def write(handle: int, data: bytes | memoryview, at: int) -> None:
+    """Put all bytes into an open file, from a place on."""
     view = memoryview(data)
     while view:
         done = os.pwrite(handle, view, at)
         view, at = view[done:], at + done
 
 
-def _check_unchanged(path: Path, source: OpenFile) -> None:
+def check_unchanged(path: Path, source: OpenFile) -> None:
+    """Raise `changed` if a file is not what it was when it was opened."""
     if FileIdentity.of(path, os.fstat(source.fd)) != source.identity:
-        raise _changed(path)
+        raise changed(path)
 
 
-def _changed(path: Path) -> CheckpointError:
+def changed(path: Path) -> CheckpointError:
+    """What is said of a file that was written to while it was read."""
     return CheckpointError(
         f"{path} changed while it was read: start again when nothing writes to {path.parent}"
     )
 
 
-def _check_room(output: Path, needed: int) -> None:
+def check_room(output: Path, needed: int) -> None:
     """Refuse before minutes of work what would not fit."""
     free = shutil.disk_usage(output).free
     if needed > free:
@@ -391,12 +394,12 @@ def _check_room(output: Path, needed: int) -> None:
         )
 
 
-def _copy_others(folder: Path, made: Path) -> list[str]:
-    """Copy what of a model folder is not weights; returns the names."""
+def copy_others(folder: Path, made: Path, without: Sequence[str] = ()) -> list[str]:
+    """Copy what of a model folder is not weights, but for some; returns the names."""
     names = []
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         wanted = entry.name in _BESIDE or not entry.name.endswith(_NOT_COPIED)
-        if entry.name == MANIFEST or entry.name.startswith(".") or not wanted:
+        if entry.name in (MANIFEST, *without) or entry.name.startswith(".") or not wanted:
             continue
         if entry.is_file():
             _copy(folder, entry.name, made)
@@ -413,7 +416,7 @@ def _copy(folder: Path, name: str, made: Path) -> None:
     target = made / name
     with open_inside(folder, name) as source, writing(target), open(target, "xb") as file:
         at = 0
-        while data := source.read(_PIECE_BYTES, at):
+        while data := source.read(PIECE_BYTES, at):
             file.write(data)
             at += len(data)
         file.flush()

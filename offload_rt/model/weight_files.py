@@ -10,7 +10,7 @@ that says so.
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +28,10 @@ from offload_rt.device.base import (
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
-from offload_rt.model.checkpoint import FileIdentity, TensorExtent
+from offload_rt.model.checkpoint import DTYPE_BYTES, FileIdentity, TensorExtent
 from offload_rt.model.formats.planes import DamagedError, decode
-from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, torch_name
+from offload_rt.model.formats.rounding import Bytes, NotFiniteError, numbers_of, rounded
+from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, RoundedRun, torch_name
 from offload_rt.model.packed_files import piece_weights
 from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
@@ -108,6 +109,9 @@ class WeightFiles:
         if run.in_place:
             yield from self._blocks_in_place(file, run, image)
             return
+        if run.rounded is not None:
+            yield from self._rounding_blocks(file, run, run.rounded, image)
+            return
         for number, (begin, end) in enumerate(pairwise(run.coded)):
             yield CopyBlock(end - begin, partial(self._decode_into, file, run, number, image))
         if run.coded:
@@ -119,6 +123,9 @@ class WeightFiles:
     def pieces(self, run: FileRun) -> Iterator[CopyPiece]:
         """Cut the reading of `run` through staging buffers into independent pieces."""
         file = self._files[run.path]
+        if run.rounded is not None:
+            yield from self._rounding_pieces(file, run, run.rounded)
+            return
         have, want = _formats(run)
         if run.coded:
             yield from self._coded_pieces(file, run)
@@ -184,9 +191,7 @@ class WeightFiles:
         self, file: _WeightFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
     ) -> None:
         """Read through a buffer of this thread, then copy or convert into place."""
-        bounce = getattr(self._bounces, "buffer", None)
-        if bounce is None:
-            bounce = self._bounces.buffer = allocate_host(STAGING_BYTES)
+        bounce = self._bounce_buffer()
         have, want = _formats(run)
         source = self._read_into(file, run, start, nbytes, bounce)
         at = run.image_offset + start // have.itemsize * want.itemsize
@@ -247,6 +252,82 @@ class WeightFiles:
         _decode(file, source, words)
         made = words.view(torch.bfloat16)[part].to(want).view(torch.uint8)
         return staging.tensor[: made.numel()].copy_(made)
+
+    def _rounding_blocks(
+        self, file: _WeightFile, run: FileRun, how: RoundedRun, image: HostBuffer
+    ) -> Iterator[CopyBlock]:
+        """Read some outputs, and put their codes and scales into place."""
+
+        def put(part: slice) -> None:
+            bounce = self._bounce_buffer()
+            places = (run.image_offset, how.scales_offset)
+            made = self._round(file, run, how, part, bounce)
+            for start, data in zip(places, made, strict=True):
+                at = start + part.start * data.shape[1]
+                image.tensor[at : at + data.size].numpy()[:] = data.reshape(-1)
+
+        for part in _outputs(run, how):
+            yield CopyBlock(_bytes_of(how, part), partial(put, part))
+
+    def _rounding_pieces(
+        self, file: _WeightFile, run: FileRun, how: RoundedRun
+    ) -> Iterator[CopyPiece]:
+        """The same through staging buffers: each output is read for its codes and its scales."""
+        codes, scales = how.code_bytes, how.scale_bytes
+
+        def stage(part: slice, which: int, staging: HostBuffer) -> torch.Tensor:
+            made = torch.from_numpy(self._round(file, run, how, part, staging)[which].reshape(-1))
+            return staging.tensor[: made.numel()].copy_(made)
+
+        for part in _outputs(run, how):
+            for which, (start, each) in enumerate(
+                ((run.image_offset, codes), (how.scales_offset, scales))
+            ):
+                yield CopyPiece(
+                    offset=start + part.start * each,
+                    image_bytes=(part.stop - part.start) * each,
+                    nbytes=0 if which else _bytes_of(how, part),
+                    load=partial(stage, part, which),
+                )
+
+    def _round(
+        self, file: _WeightFile, run: FileRun, how: RoundedRun, part: slice, buffer: HostBuffer
+    ) -> tuple[Bytes, Bytes]:
+        """Codes [o, bytes] and scales [o, bytes] of some outputs."""
+        data = self._numbers(file, run, how, part, buffer).numpy()
+        numbers = numbers_of(data, how.dtype).reshape(-1, how.inputs)
+        try:
+            codes, scales = rounded(numbers, how.bits, how.dtype)
+        except NotFiniteError as error:
+            raise CheckpointError(
+                f"{file.identity.path.name} holds weights that are NaN, infinite or too large to "
+                "be rounded: the file is damaged, download it again, or leave --wire out"
+            ) from error
+        return codes.reshape(len(numbers), -1), scales.reshape(len(numbers), -1)
+
+    def _numbers(
+        self, file: _WeightFile, run: FileRun, how: RoundedRun, part: slice, buffer: HostBuffer
+    ) -> torch.Tensor:
+        """The bytes of some outputs of a weight, decoded if they are coded."""
+        start, nbytes = _bytes_of(how, slice(0, part.start)), _bytes_of(how, part)
+        if not run.coded:
+            return self._read_into(file, replace(run, convert=None), start, nbytes, buffer)
+        each = 2 * piece_weights(_weights(run))
+        found = []
+        for number in range(start // each, -(-(start + nbytes) // each)):
+            begin, end = run.coded[number : number + 2]
+            words = self._buffers()[1].tensor[: 2 * _weights_of(run, number)]
+            _decode(file, self._read_pages(file, begin, end - begin, buffer), words)
+            first = max(start - number * each, 0)
+            found.append(words[first : start + nbytes - number * each].clone())
+        return torch.cat(found)
+
+    def _bounce_buffer(self) -> HostBuffer:
+        """A buffer of this thread."""
+        found: HostBuffer | None = getattr(self._bounces, "buffer", None)
+        if found is None:
+            found = self._bounces.buffer = allocate_host(STAGING_BYTES)
+        return found
 
     def _buffers(self) -> tuple[HostBuffer, HostBuffer]:
         """Two buffers of this thread: for what is read, and for what is made of it."""
@@ -313,6 +394,20 @@ def _whole(extent: TensorExtent) -> FileRun:
         in_place=False,
         coded=extent.coded,
     )
+
+
+def _outputs(run: FileRun, how: RoundedRun) -> Iterator[slice]:
+    """Outputs of a weight, as many at once as a staging buffer takes."""
+    each = how.inputs * DTYPE_BYTES[how.dtype]
+    step = max(1, PIECE_BYTES // each)
+    for start in range(0, run.nbytes // each, step):
+        yield slice(start, min(start + step, run.nbytes // each))
+
+
+def _bytes_of(how: RoundedRun, part: slice) -> int:
+    """Of so many outputs, before they are rounded."""
+    count: int = part.stop - part.start
+    return count * how.inputs * DTYPE_BYTES[how.dtype]
 
 
 def _decoded_format(run: FileRun) -> torch.dtype:

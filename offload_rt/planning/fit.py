@@ -110,6 +110,8 @@ def place_run(
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
     home = choose_home(config.home, device, placement, host_limit - kv_host_bytes)
     chosen = device.home is HomeKind.DISK or config.home is HomeKind.DISK
+    if home is HomeKind.DISK and placement.streamed and checkpoint.rounded is not None:
+        raise _rounded_from_disk(checkpoint, config, device, placement, host_limit)
     unused = home is HomeKind.DISK and chosen  # else the limit may be why the home is the disk
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
@@ -331,6 +333,27 @@ def _kv_host_bytes(placement: Placement, host_limit: int) -> int:
             f"{format_size(host_limit)}: raise --host-memory or lower --context"
         )
     return host_bytes
+
+
+def _rounded_from_disk(
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    device: DeviceKind,
+    placement: Placement,
+    host_limit: int,
+) -> PlanError:
+    """What is said where layers that are rounded at load would be read in each pass."""
+    wire, needed = checkpoint.rounded, format_size(placement.streamed_bytes)
+    advice = f"--home host ({needed} of host memory)"
+    if device.home is HomeKind.HOST and config.home is HomeKind.AUTO:
+        limit = format_size(host_limit)
+        advice = f"a larger --host-memory ({needed} are needed, the limit is {limit})"
+    return PlanError(
+        f"--wire {wire} rounds layers once, when they are loaded, and {len(placement.streamed)} of "
+        f"them would be read from the files in each pass, with all their bytes: use {advice} or a "
+        f"larger --device-memory, or make a folder of rounded weights with `offload-run pack "
+        f"--wire {wire}` and stream from that"
+    )
 
 
 def bytes_per_pass(

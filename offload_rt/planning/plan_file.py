@@ -67,6 +67,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "host_limit_bytes": runtime.host_limit_bytes if limits_host else None,
         "dtype": str(runtime.dtype),
         "slots": plan.placement.slots or None,
+        "wire": str(runtime.wire),
         "home": str(plan.placement.home if plan.placement.streamed else runtime.home),
         "context_tokens": runtime.context_tokens,
         "kv": str(kv.place) if kv else "device",

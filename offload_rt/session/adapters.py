@@ -10,6 +10,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.files import shown
+from offload_rt.model.wire import check_wire, wired
 from offload_rt.session.observer import Observer
 from offload_rt.session.settings import NO_ADAPTER, Settings
 
@@ -22,7 +23,8 @@ def open_for_answers(model: str, settings: Settings) -> Checkpoint:
 
     Raises:
         ConfigError: an adapter lies beside the model, and nobody said what is to become of it.
-            Whether its weights are in the model's already cannot be seen.
+            Whether its weights are in the model's already cannot be seen. Or its weights cannot
+            be rounded as --wire asks.
         CheckpointError: the files cannot be used.
     """
     folder = resolve_model(model)
@@ -33,7 +35,11 @@ def open_for_answers(model: str, settings: Settings) -> Checkpoint:
         )
     if settings.adapter not in (None, NO_ADAPTER):
         read_adapter(resolve_model(settings.adapter))  # what is wrong with it is told at once
-    return open_checkpoint(folder, says_adapter=False)
+    checkpoint = open_checkpoint(folder, says_adapter=False)
+    if settings.adapter in (None, NO_ADAPTER):
+        return wired(checkpoint, settings.runtime.wire)
+    check_wire(checkpoint, settings.runtime.wire)
+    return checkpoint
 
 
 def refuse_beside(folder: Path, why: str) -> None:
@@ -68,4 +74,4 @@ def adapted(model: "Model", settings: Settings, observer: Observer) -> "Model":
             gauge.total, gauge.done = total, done
 
         made = with_adapter(model.checkpoint, adapter, settings.runtime.dtype, show)
-    return dataclasses.replace(model, checkpoint=made)
+    return dataclasses.replace(model, checkpoint=wired(made, settings.runtime.wire))

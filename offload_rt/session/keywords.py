@@ -38,6 +38,7 @@ class LoadOptions(AnswerOptions, total=False):
     slots: Auto
     resident_layers: Auto
     home: str
+    wire: str
     context: Auto
     kv: str
     kv_block_tokens: Auto

@@ -33,7 +33,7 @@ def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> frozenset[Sto
         CheckpointError: a scale is no number, or an input is in a group that is not there.
     """
     in_order = set()
-    for each in stored:
+    for each in (one for one in stored if one.source is None):  # else scales are made, and checked
         for word, extent in each.parts.items():
             if word in _NUMBERS:
                 continue

@@ -59,6 +59,8 @@ class Stored:
         parts: the tensors that are streamed, by what they are: the last word of their names.
         block: outputs and inputs that share a scale, where scales are a grid.
         flat: what is stated of blocks that follow each other flat.
+        source: the weight that these are rounded from when they are loaded (`rounding.py`); its
+            parts are then in no file. None: they are.
     """
 
     module: str
@@ -70,6 +72,7 @@ class Stored:
     parts: Mapping[str, TensorExtent]
     block: tuple[int, int] = (1, 1)
     flat: Flat | None = None
+    source: TensorExtent | None = None
 
     @property
     def numbers(self) -> int:
@@ -83,8 +86,13 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        """In the files, and in an image."""
+        """In an image, and in the files unless there is a source."""
         return sum(extent.nbytes for extent in self.parts.values())
+
+    @property
+    def file_bytes(self) -> int:
+        """In the files."""
+        return self.nbytes if self.source is None else self.source.file_bytes
 
 
 @dataclass(frozen=True, slots=True)
