@@ -61,15 +61,7 @@ class CheckpointError(OffloadError):
 
 
 class NumbersError(OffloadError):
-    """What a model computes is NaN or infinite, so that no token can be told from it.
-
-    Attributes:
-        place: which of the sequences that were decided about together, from 0.
-    """
-
-    def __init__(self, message: str, place: int = 0) -> None:
-        super().__init__(message)
-        self.place = place
+    """What a model computes is NaN or infinite, so that no token can be told from it."""
 
 
 class WeightsError(NumbersError):

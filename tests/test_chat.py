@@ -110,13 +110,13 @@ def test_a_given_seed_counts_turns(talk):
 @pytest.fixture
 def prompt_passes(monkeypatch):
     """Rows cached before and tokens given of each prompt's pass."""
-    passes, real = [], Engine.forward
+    passes, real = [], Engine.sweep
 
-    def forward(self, rows, *, reuse):
-        passes.append((len(self._cached_ids[0]), len(rows[0][1])))
-        return real(self, rows, reuse=reuse)
+    def sweep(self, texts, *others, **options):
+        passes.extend((len(self._cached_ids[0]), len(tokens)) for _, tokens in texts)
+        return real(self, texts, *others, **options)
 
-    monkeypatch.setattr(Engine, "forward", forward)
+    monkeypatch.setattr(Engine, "sweep", sweep)
     return passes
 
 

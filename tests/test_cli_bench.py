@@ -181,15 +181,15 @@ def test_json_rows_make_the_totals(tiny_model, offload_run, questions, tmp_path)
 def test_against_none_takes_turns_and_finds_equal_texts(
     tiny_model, offload_run, questions, monkeypatch
 ):
-    engines, forward = [], Engine.forward
+    engines, sweep = [], Engine.sweep
 
-    def noted(self, rows, *, reuse):
-        assert not self._cached_ids[0]  # each prompt starts from an empty cache
+    def noted(self, texts, *others, **options):
+        assert not (texts and self._cached_ids[0])  # each prompt starts from an empty cache
         if not engines or engines[-1] is not self:
             engines.append(self)
-        return forward(self, rows, reuse=reuse)
+        return sweep(self, texts, *others, **options)
 
-    monkeypatch.setattr(Engine, "forward", noted)
+    monkeypatch.setattr(Engine, "sweep", noted)
     base = ("bench", tiny_model, "--prompts", questions, "-n", 11, *drafting(tiny_model))
     done = offload_run(*base, "--against-none", "--rounds", 2, "--json")
     assert [engine.draft.kind for engine in engines] == ["none", "model", "none", "model"]
@@ -275,13 +275,13 @@ def test_ctrl_c_prints_what_is_done(
 
 
 def test_ctrl_c_before_anything_is_done(tiny_model, offload_run, questions, monkeypatch):
-    forward = Engine.forward
+    sweep = Engine.sweep
 
     def interrupted(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGINT)
-        return forward(self, *arguments, **options)
+        return sweep(self, *arguments, **options)
 
-    monkeypatch.setattr(Engine, "forward", interrupted)
+    monkeypatch.setattr(Engine, "sweep", interrupted)
     done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 6)
     assert (done.code, done.out, done.err) == (130, "", "offload-run: interrupted\n")
 

@@ -92,8 +92,8 @@ def test_a_verification_launches_few_kernels_whatever_its_size(nodes, rule, shap
     logits = torch.randn(nodes + 1, 250).bfloat16()
     drafter = NgramDrafter(4, 99)
     dice = Dice(make_generator(0, "cpu"))
-    checked = Checked([7], Draft(tree, probs), logits, dice, drafter)
-    kernels = launched(lambda: decide([checked], gpu, sampling, accept))
+    checked = Checked([7], Draft(tree, probs), logits, dice, sampling, drafter)
+    kernels = launched(lambda: decide([checked], gpu, accept))
     assert kernels + uploads.call_count <= most
 
 

@@ -366,12 +366,12 @@ def test_a_failed_load_leaves_nothing_behind(tiny_model, tmp_path):
 
 
 def test_an_engine_that_cannot_start_over_is_made_again(tiny_model, monkeypatch):
-    def broken(*_):
+    def broken(*_, **__):
         raise RuntimeError("out of order")
 
     with offload_rt.load(tiny_model, draft="none", **SMALL) as model:
         expected, engine = model.generate("a", max_tokens=4), model._engine
-        for name in ("check", "forget"):
+        for name in ("sweep", "forget"):
             monkeypatch.setattr(engine, name, broken)
         with pytest.raises(RuntimeError, match="out of order"):
             model.generate("the fox", max_tokens=4)

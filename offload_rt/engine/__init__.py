@@ -2,6 +2,6 @@
 
 from offload_rt.engine.decoding import Run
 from offload_rt.engine.engine import NO_DRAFT, Engine
-from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
+from offload_rt.engine.sequence import Emitted, FinishReason, Request, SequenceState
 
-__all__ = ["NO_DRAFT", "Emitted", "Engine", "FinishReason", "Run", "SequenceState"]
+__all__ = ["NO_DRAFT", "Emitted", "Engine", "FinishReason", "Request", "Run", "SequenceState"]

@@ -10,6 +10,7 @@ whoever reads them may end a sequence (`finish`), as a stop string does.
 """
 
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -20,9 +21,16 @@ from offload_rt.config import AcceptRule, GenerationConfig, SamplingConfig
 from offload_rt.engine.counts import DraftCounts, Drafted
 from offload_rt.engine.diagnosis import no_token
 from offload_rt.engine.engine import Engine
-from offload_rt.engine.sequence import Emitted, FinishReason, SequenceState
+from offload_rt.engine.sequence import (
+    Emitted,
+    FinishReason,
+    Request,
+    SequenceState,
+    TokenLogprob,
+)
 from offload_rt.engine.tracing import PASSES
-from offload_rt.errors import CapacityError, ConfigError, NumbersError
+from offload_rt.errors import CapacityError, ConfigError
+from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
     Counters,
     RunReport,
@@ -31,6 +39,7 @@ from offload_rt.report import (
     Transfer,
     overlap_ratio,
 )
+from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.deciding import Checked, decide
@@ -48,23 +57,21 @@ class Run:
         drafter: what the report calls whoever drafts.
         passes: target passes so far, the prompt's included.
         drafts: whether anybody drafts.
-        logprobs: whether sequences keep the log-probabilities of their tokens.
     """
 
     engine: Engine
     sequences: list[SequenceState]
-    sampling: SamplingConfig
-    end_tokens: frozenset[int]
     accept: AcceptRule
     drafter: str
     passes: int = 0
     drafts: bool = True
-    logprobs: bool = False
     counts: DraftCounts = field(init=False)
-    _marks: list[Counters] = field(default_factory=list)
+    _start: Counters = field(init=False)
+    _first: Counters | None = None
+    _last: Counters = field(init=False)
 
     def __post_init__(self) -> None:
-        self._marks = [self.engine.counters()]
+        self._start = self._last = self.engine.counters()
         self.counts = DraftCounts(self.engine.tally)
 
     @classmethod
@@ -95,31 +102,24 @@ class Run:
         if len(prompts) > len(capacities):
             raise CapacityError(f"{len(prompts)} prompts, room for {len(capacities)} sequences")
         for ids, capacity in zip(prompts, capacities, strict=False):
-            if not ids:
-                raise ConfigError("a prompt is empty: give at least one token")
-            engine.checkpoint.require_rows(ids)
-            if len(ids) >= capacity:
-                raise CapacityError(
-                    f"the prompt has {len(ids)} tokens, the KV cache has room for "
-                    f"{capacity} with the answer: raise --context or shorten the prompt"
-                )
-        device = engine.device.torch_device
+            check_prompt(engine, ids, capacity)
         seeds = seeds or [(sampling.seed or 0) + i for i in range(len(prompts))]
         sequences = [
-            SequenceState(
-                index=i,
-                ids=list(ids),
-                prompt_tokens=len(ids),
-                max_tokens=min(generation.max_tokens, capacities[i] - len(ids)),
-                dice=Dice(make_generator(seeds[i], device), device),
+            new_sequence(
+                engine,
+                Request(
+                    ids=ids,
+                    sampling=sampling,
+                    seed=seeds[i],
+                    max_tokens=min(generation.max_tokens, capacities[i] - len(ids)),
+                    end_tokens=frozenset() if generation.ignore_eos else end_tokens,
+                ),
             )
             for i, ids in enumerate(prompts)
         ]
-        for sequence in sequences:
-            sequence.drafter = engine.drafter(sequence.index, sampling, sequence.dice.generator)
-            sequence.retrieval = engine.retrieval_counts(sequence.index)
-        ends = frozenset() if generation.ignore_eos else end_tokens
-        return cls(engine, sequences, sampling, ends, engine.draft.accept, engine.draft.kind)
+        for index, sequence in enumerate(sequences):
+            seat(engine, sequence, index)
+        return cls(engine, sequences, engine.draft.accept, engine.draft.kind)
 
     @property
     def active(self) -> list[SequenceState]:
@@ -134,111 +134,186 @@ class Run:
 
     def prefill(self) -> list[Emitted]:
         """Take the prompts through the model in one pass and emit the first tokens."""
-        self._marks = [self.engine.counters()]
-        try:
-            with self.engine.traced(PASSES, "prompt"):
-                logits = self.engine.forward([(s.index, s.ids) for s in self.sequences], reuse=True)
-                rows = list(logits.split(1))
-                verdicts = self._verify(self.sequences, [Draft()] * len(rows), rows)
-        except NumbersError as error:
-            raise self._explained(self.sequences[error.place]) from error
-        return self._emit(self.sequences, [[verdict.token] for verdict in verdicts])
+        self._start = self.engine.counters()
+        reading = []
+        for sequence in self.sequences:
+            common = self.engine.cached_tokens(sequence.index, sequence.ids)
+            self.engine.truncate(sequence.index, common)
+            reading.append((sequence, len(sequence.ids) - common))
+        return self._or_raise(self.sweep(reading, ()))
 
     def step(self) -> list[Emitted]:
         """Draft for all active sequences, check the drafts in one pass, emit what is accepted."""
-        active, controller = self.active, self.engine.controller if self.drafts else None
-        nodes = self.engine.draft.nodes if controller is None else controller.nodes
-        nodes = nodes if self.drafts else 0
-        start = time.perf_counter()
-        drafts = [self._propose(sequence, nodes) for sequence in active]
-        drafted_at = time.perf_counter()
-        size = sum(len(draft.tree) for draft in drafts)
-        with self.engine.traced(PASSES, f"pass, {size} drafted"):
-            drafts, verdicts = self._check(active, drafts)
-        emitted, drafted = [], []
-        for sequence, draft, verdict in zip(active, drafts, verdicts, strict=True):
-            path = [draft.tree.tokens[node] for node in verdict.path]
-            self.engine.commit(sequence.index, [sequence.ids[-1], *path], verdict.rows)
-            drafted.append(Drafted(draft, verdict, sequence.remaining - 1))
-            if sequence.drafter is not None:
-                sequence.drafter.observe(draft, verdict)
-            emitted.append([*path, verdict.token])
-        outcomes = self.counts.add(nodes, drafted)
-        rows = max(len(draft.tree) for draft in drafts)
-        pass_s = self._marks[-1].at_s - drafted_at
-        if (expected_s := self.engine.plan.expected_pass_s(rows)) is not None:
-            self.engine.pace.add(pass_s, expected_s)
-        if controller is not None and outcomes:
-            controller.observe(nodes, outcomes, draft_s=drafted_at - start, pass_s=pass_s)
-        return self._emit(active, emitted)
+        return self._or_raise(self.sweep((), self.active))
 
-    def _propose(self, sequence: SequenceState, nodes: int) -> Draft:
-        """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
-        if sequence.drafter is None or sequence.remaining <= 1 or not nodes:
-            return Draft()
-        start, crossed = time.perf_counter(), self.engine.link_bytes()
-        try:
-            with self.engine.traced(Lane.DRAFTING, sequence.drafter.name):
-                return sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
-        except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
-            name, sequence.drafter = sequence.drafter.name, None
-            _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)
-            return Draft()
-        finally:
-            self.counts.draft_s += time.perf_counter() - start
-            self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
+    def sweep(
+        self, reading: Sequence[tuple[SequenceState, int]], writing: Sequence[SequenceState]
+    ) -> list[Emitted]:
+        """Make one pass: some sequences read more of their prompts, others go on writing.
 
-    def _check(
-        self, sequences: Sequence[SequenceState], drafts: list[Draft]
-    ) -> tuple[list[Draft], list[Verdict]]:
-        """Check drafts in one pass; in one more without any if they spoil it.
+        One that fails ends with its `error`, and one that is `leaving` when the pass is over ends,
+        too; the others go on as if it had not been there.
 
-        A draft may hold a token after which a number format overflows although the answer never
-        comes to it, and NaN reaches rows before it: masked is multiplied by zero.
+        Args:
+            reading: sequences, and how many tokens they read; one that comes to the end of its
+                prompt emits its first token.
+            writing: sequences with a last token that was not fed yet.
 
         Returns:
-            The drafts that were checked, and what became of them.
+            What those gained that the pass decided about.
+        """
+        controller = self.engine.controller if self.drafts else None
+        most = self.engine.draft.nodes if controller is None else controller.nodes
+        start = time.perf_counter()
+        drafted = [self._proposed(s, most if self.drafts else 0) for s in writing]
+        drafted_at = time.perf_counter()
+        texts = [(s, self._next_part(s, count)) for s, count in reading]
+        with self.engine.traced(PASSES, _label(texts, drafted)):
+            read, checked = self.engine.sweep(
+                [(s.index, part) for s, part in texts],
+                [(one.sequence.index, one.sequence.ids[-1], one.draft.tree) for one in drafted],
+                whole=[s.index for s, _ in texts if s.request.scores],
+            )
+            left = {s for s in (*(s for s, _ in texts), *writing) if s.leaving}
+            for sequence in left:
+                self.engine.truncate(sequence.index, self.engine.kept_tokens(sequence.index))
+                sequence.finish(FinishReason.ABORT)
+            deciding = [
+                _Step(s, logits[-1:])
+                for (s, part), logits in zip(texts, read, strict=True)
+                if s not in left and self._took_in(s, part, logits)
+            ]
+            for one, logits in zip(drafted, checked, strict=True):
+                one.logits = logits
+            deciding += [one for one in drafted if one.sequence not in left]
+            self._decide(deciding)
+        outcomes = self._count(drafted, most)
+        if not texts:
+            pass_s = self._last.at_s - drafted_at
+            rows = max(len(one.draft.tree) for one in drafted)
+            expected_s = self.engine.plan.expected_pass_s(rows)
+            if expected_s is not None and len(drafted) == self.engine.sequences:
+                self.engine.pace.add(pass_s, expected_s)
+            if controller is not None and outcomes:
+                controller.observe(most, outcomes, draft_s=drafted_at - start, pass_s=pass_s)
+        return self._emit([one.sequence for one in deciding], [one.gained for one in deciding])
+
+    def _or_raise(self, emitted: list[Emitted]) -> list[Emitted]:
+        """Let the first answer that failed be the failure of all; it is named if there are several.
 
         Raises:
             NumbersError: the model's numbers are NaN or infinite.
         """
-        rows = zip(sequences, drafts, strict=True)
-        logits = self.engine.check([(s.index, s.ids[-1], draft.tree) for s, draft in rows])
+        for place, sequence in enumerate(self.sequences):
+            if (error := sequence.error) is not None:
+                if len(self.sequences) == 1:
+                    raise error
+                raise type(error)(f"answer {place + 1} of {len(self.sequences)}: {error}")
+        return emitted
+
+    def _proposed(self, sequence: SequenceState, nodes: int) -> "_Step":
+        """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
+        asked = sequence.request.draft_tokens
+        nodes = nodes if asked is None else min(nodes, asked)
+        step = _Step(sequence, nodes=nodes)
+        if sequence.drafter is None or sequence.remaining <= 1 or not nodes:
+            return step
+        start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
-            return drafts, self._verify(sequences, drafts, logits)
-        except NumbersError as error:
-            if not any(len(draft.tree) for draft in drafts):
-                raise self._explained(sequences[error.place]) from error
-        _log.warning("a draft led to NaN or infinite numbers: its pass is made again without it")
-        for sequence in sequences:
-            self.engine.truncate(sequence.index, len(sequence.ids) - 1)
-        return self._check(sequences, [Draft()] * len(drafts))
+            with self.engine.traced(Lane.DRAFTING, sequence.drafter.name):
+                step.draft = sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
+        except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
+            name, sequence.drafter = sequence.drafter.name, None
+            _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)
+        finally:
+            self.counts.draft_s += time.perf_counter() - start
+            self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
+        return step
 
-    def _verify(
-        self,
-        sequences: Sequence[SequenceState],
-        drafts: Sequence[Draft],
-        logits: Sequence[torch.Tensor],
-    ) -> list[Verdict]:
-        """Decide about all drafts, and let drafters learn from them, with one host sync."""
-        checked = [
-            Checked(sequence.ids, draft, rows, sequence.dice, sequence.drafter)
-            for sequence, draft, rows in zip(sequences, drafts, logits, strict=True)
-        ]
-        verdicts = decide(checked, self.engine.device, self.sampling, self.accept)
-        if self.logprobs:
-            for sequence, one, verdict in zip(sequences, checked, verdicts, strict=True):
-                sequence.logprobs += _logprobs(one, verdict)
+    def _next_part(self, sequence: SequenceState, count: int) -> list[int]:
+        """The next tokens of its prompt."""
+        first = self.engine.kept_tokens(sequence.index)
+        return sequence.ids[first : first + count]
+
+    def _took_in(self, sequence: SequenceState, part: list[int], logits: torch.Tensor) -> bool:
+        """Keep rows of a prompt; returns whether its first token is to be decided."""
+        first = self.engine.kept_tokens(sequence.index)
+        self.engine.commit(sequence.index, part, range(len(part)))
+        if sequence.request.scores:
+            following = sequence.ids[first + 1 : sequence.prompt_tokens][: len(part)]
+            top = sequence.top_logprobs or 0
+            found = _logprobs(logits[: len(following)], following, top)
+            sequence.prompt_logprobs += found
+            if not all(math.isfinite(one.logprob) for one in found):
+                sequence.fail(no_token(self.engine, sequence.index, sequence.ids))
+        if first + len(part) < len(sequence.ids) or sequence.finish_reason is not None:
+            return False
+        if not sequence.max_tokens:
+            sequence.finish(FinishReason.LENGTH)
+        return bool(sequence.max_tokens)
+
+    def _decide(self, steps: "Sequence[_Step]") -> None:
+        """Decide about all steps; in one more pass about those whose drafts spoilt them.
+
+        A draft may hold a token after which a number format overflows although the answer never
+        comes to it, and NaN reaches rows before it: masked is multiplied by zero.
+        """
+        if steps:
+            self._judge(steps)
+        else:  # or the host would run ahead of the device
+            self.engine.device.compute.record().synchronize()
+        again = [one for one in steps if one.verdict is None and len(one.draft.tree)]
+        if again:
+            _log.warning(
+                "a draft led to NaN or infinite numbers: its pass is made again without it"
+            )
+            for one in again:
+                self.engine.truncate(one.sequence.index, len(one.sequence.ids) - 1)
+                one.draft = Draft()
+            rows = [(one.sequence.index, one.sequence.ids[-1], TokenTree()) for one in again]
+            for one, logits in zip(again, self.engine.check(rows), strict=True):
+                one.logits = logits
+            self._judge(again)
+        for one in steps:
+            if one.verdict is None:
+                one.sequence.fail(no_token(self.engine, one.sequence.index, one.sequence.ids))
         self.passes += 1
-        self._marks.append(self.engine.counters())
-        return verdicts
 
-    def _explained(self, sequence: SequenceState) -> NumbersError:
-        """Why a sequence has no next token; it is named if there are several."""
-        error, count = no_token(self.engine, sequence.index, sequence.ids), len(self.sequences)
-        if count == 1:
-            return error
-        return type(error)(f"answer {sequence.index + 1} of {count}: {error}")
+    def _judge(self, steps: "Sequence[_Step]") -> None:
+        """Decide with one host sync, commit what is accepted, and let drafters learn from it."""
+        checked = [
+            Checked(s.ids, one.draft, one.logits, s.dice, s.sampling, s.drafter)
+            for one in steps
+            for s in (one.sequence,)
+        ]
+        verdicts = decide(checked, self.engine.device, self.accept)
+        self._last = self.engine.counters()
+        self._first = self._first or self._last
+        for one, verdict in zip(steps, verdicts, strict=True):
+            one.verdict = verdict
+            if verdict is None:
+                continue
+            sequence = one.sequence
+            if sequence.top_logprobs is not None:
+                kept = one.logits[verdict.rows]
+                sequence.logprobs += _logprobs(kept, one.gained, sequence.top_logprobs)
+            if one.nodes is None:
+                continue  # the prompt's rows are kept already
+            self.engine.commit(sequence.index, [sequence.ids[-1], *one.path], verdict.rows)
+            if sequence.drafter is not None:
+                sequence.drafter.observe(one.draft, verdict)
+
+    def _count(self, drafted: "Sequence[_Step]", most: int) -> list[Outcome]:
+        """Count what became of drafts; returns what tells of drafts of `most` nodes."""
+        known: dict[int, list[Drafted]] = {}
+        for one in drafted:
+            if one.verdict is not None and one.nodes is not None:
+                room = one.sequence.remaining - 1
+                known.setdefault(one.nodes, []).append(Drafted(one.draft, one.verdict, room))
+                one.sequence.drafted += len(one.draft.tree)
+                one.sequence.accepted += len(one.verdict.path)
+        counted = {nodes: self.counts.add(nodes, some) for nodes, some in known.items()}
+        return counted.get(most if self.drafts else 0, [])
 
     def _emit(
         self, sequences: Sequence[SequenceState], tokens: Sequence[Sequence[int]]
@@ -249,7 +324,7 @@ class Run:
             gained: list[int] = []
             for token in new:
                 gained.append(token)
-                if token in self.end_tokens:
+                if token in sequence.request.end_tokens:
                     sequence.finish(FinishReason.STOP)
                 elif len(gained) >= sequence.remaining:
                     sequence.finish(FinishReason.LENGTH)
@@ -261,9 +336,9 @@ class Run:
 
     def report(self) -> RunReport:
         """What the run measured so far."""
-        start = self._marks[0]
-        first = self._marks[1] if self.passes else self.engine.counters()  # cut off in the prompt
-        last = self._marks[-1] if self.passes else first
+        start = self._start
+        first = self._first or self.engine.counters()  # cut off in the prompt
+        last = self._last if self._first is not None else first
         whole, prefill, decode = last.since(start), first.since(start), last.since(first)
         later = self._later
         passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
@@ -297,7 +372,7 @@ class Run:
 
     def _speculation(self, decode_s: float) -> Speculation:
         rule = self.accept
-        if self.sampling.greedy and rule is AcceptRule.LOSSLESS:
+        if all(s.sampling.greedy for s in self.sequences) and rule is AcceptRule.LOSSLESS:
             rule = AcceptRule.GREEDY
         return self.counts.speculation(
             self.drafter,
@@ -309,10 +384,90 @@ class Run:
         )
 
 
-def _logprobs(checked: Checked, verdict: Verdict) -> list[float]:
-    """Log-probabilities of the tokens a verdict brings, in fp32."""
-    tree = checked.draft.tree
-    tokens = [*(tree.tokens[node] for node in verdict.path), verdict.token]
-    rows = checked.logits[verdict.rows].float().log_softmax(-1)
-    found: list[float] = rows[range(len(tokens)), tokens].tolist()  # host sync
+@dataclass(eq=False, slots=True)
+class _Step:
+    """What a sequence takes part in a pass with, and what is decided.
+
+    Attributes:
+        logits: [N + 1, V] after the root and after each node; of a prompt [1, V] after its end.
+        nodes: asked of its drafter; None at the end of a prompt.
+    """
+
+    sequence: SequenceState
+    logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
+    nodes: int | None = None
+    draft: Draft = field(default_factory=Draft)
+    verdict: Verdict | None = None
+
+    @property
+    def path(self) -> list[int]:
+        """Drafted tokens that are accepted."""
+        found = () if self.verdict is None else self.verdict.path
+        return [self.draft.tree.tokens[node] for node in found]
+
+    @property
+    def gained(self) -> list[int]:
+        """All tokens that follow from the pass."""
+        return [] if self.verdict is None else [*self.path, self.verdict.token]
+
+
+def check_prompt(engine: Engine, ids: Sequence[int], capacity: int) -> None:
+    """Refuse a prompt that cannot be answered.
+
+    Raises:
+        CapacityError: it is longer than its KV cache.
+        ConfigError: it is empty, or the embedding has no row for a token of it.
+    """
+    if not ids:
+        raise ConfigError("a prompt is empty: give at least one token")
+    engine.checkpoint.require_rows(ids)
+    if len(ids) >= capacity:
+        raise CapacityError(
+            f"the prompt has {len(ids)} tokens, the KV cache has room for {capacity} with the "
+            "answer: raise --context or shorten the prompt"
+        )
+
+
+def new_sequence(engine: Engine, request: Request) -> SequenceState:
+    """A sequence that has no cache yet."""
+    device = engine.device.torch_device
+    return SequenceState(
+        index=-1,
+        request=request,
+        ids=list(request.ids),
+        max_tokens=request.max_tokens,
+        dice=Dice(make_generator(request.seed, device), device),
+        top_logprobs=request.logprobs,
+    )
+
+
+def seat(engine: Engine, sequence: SequenceState, index: int) -> None:
+    """Give a sequence a cache, and a drafter for it."""
+    sequence.index = index
+    sequence.drafter = engine.drafter(index, sequence.sampling, sequence.dice.generator)
+    sequence.retrieval = engine.retrieval_counts(index)
+
+
+def _label(texts: Sequence[object], drafted: Sequence[_Step]) -> str:
+    """What a pass is called in a trace."""
+    if not drafted:
+        return "prompt"
+    size = sum(len(one.draft.tree) for one in drafted)
+    return f"pass, {size} drafted" + (f", {len(texts)} prompts" if texts else "")
+
+
+_TOLD_ROWS = 32  # whose log-probabilities are in memory at once; within a plan's workspace
+
+
+def _logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+    """Log-probabilities of tokens after rows [R, V], in fp32; and of the `top` likeliest ones."""
+    found: list[TokenLogprob] = []
+    for start in range(0, len(tokens), _TOLD_ROWS):
+        told = tokens[start : start + _TOLD_ROWS]
+        rows = logits[start : start + len(told)].float().log_softmax(-1)
+        own = rows[range(len(told)), told]
+        best = rows.topk(min(top, rows.shape[-1]), dim=-1)
+        ids, values = best.indices.tolist(), best.values.tolist()  # host sync
+        for token, logprob, *likeliest in zip(told, own.tolist(), ids, values, strict=True):
+            found.append(TokenLogprob(token, logprob, tuple(zip(*likeliest, strict=True))))
     return found

@@ -1,7 +1,7 @@
 """The engine: a model on a device, and the passes it makes. How answers are made: `decoding`."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
@@ -24,12 +24,13 @@ from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.tracing import Tracer
-from offload_rt.errors import CheckpointError
+from offload_rt.errors import CapacityError, CheckpointError
 from offload_rt.kernels import products
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
 from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
 from offload_rt.kv.passing import PassingKV
+from offload_rt.kv.pool import KVPool
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
@@ -64,6 +65,9 @@ class Engine:
         config: where it runs and what it may use.
         capacities: KV rows to set aside, one number per sequence that runs at once.
         prompt_tokens: tokens of the largest prompt pass, all sequences together.
+        kv_tokens: KV rows of all sequences together: each has as many as it asks for (`reserve`),
+            at most its capacity. None sets all capacities aside. Caches that are not on the device
+            are set aside whole either way.
         draft: who drafts, and how much.
         means: gives what a planner needs to choose what is left open, for a device of that
             kind; None: as many layers stay on the device as fit, and a drafter's default number
@@ -83,13 +87,14 @@ class Engine:
         *,
         capacities: Sequence[int],
         prompt_tokens: int,
+        kv_tokens: int | None = None,
         draft: DraftConfig = NO_DRAFT,
         means: Callable[[DeviceKind], Means] | None = None,
         on_placed: Callable[["Engine"], None] | None = None,
     ) -> None:
         start = time.perf_counter()
         self.checkpoint = checkpoint
-        self.capacities = tuple(capacities)
+        self.capacities, self._prompt_tokens = tuple(capacities), prompt_tokens
         drafting = open_draft_checkpoint(checkpoint, draft)
         heads = open_draft_heads(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
@@ -109,7 +114,9 @@ class Engine:
                 capacities=capacities,
                 prompt_tokens=prompt_tokens,
                 drafting=Drafting(draft, drafting, heads_device_bytes),
+                kv_tokens=kv_tokens,
             )
+            self._kv_tokens, self._pools = kv_tokens, list[KVPool]()
             self.plan = make_plan(
                 checkpoint,
                 config,
@@ -180,6 +187,32 @@ class Engine:
             [Rows.draft(self._caches[index], root, tree) for index, root, tree in rows]
         )
         return list(logits.split([len(tree) + 1 for _, _, tree in rows]))
+
+    def sweep(
+        self,
+        texts: Sequence[tuple[int, Sequence[int]]],
+        drafts: Sequence[tuple[int, int, TokenTree]],
+        whole: Collection[int] = (),
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """Run one pass over texts and drafts; all rows stay pending until `commit`.
+
+        Args:
+            texts: cache index and new tokens of each sequence that reads.
+            drafts: cache index, root token and drafted tree of each that writes.
+            whole: sequences of which every row's logits are wanted.
+
+        Returns:
+            Of each text [1, V] logits after its last token, or [S, V] after each; of each draft
+            [N + 1, V], after the root and after each node.
+        """
+        caches = self._caches
+        parts = [
+            Rows.text(caches[index], tokens, range(len(tokens)) if index in whole else None)
+            for index, tokens in texts
+        ]
+        parts += [Rows.draft(caches[index], root, tree) for index, root, tree in drafts]
+        rows = list(self._pass(parts).split([len(part.wanted) for part in parts]))
+        return rows[: len(texts)], rows[len(texts) :]
 
     def not_finite(self, extent: TensorExtent) -> tuple[int, int]:
         """How many of a tensor's numbers are NaN or infinite: in its file, and as computed with."""
@@ -271,6 +304,53 @@ class Engine:
         """How many rows of a prompt are in a cache already and would not be computed again."""
         return common_prefix(self._cached_ids[index], tokens[:-1])
 
+    @property
+    def shares_kv(self) -> bool:
+        """Whether sequences have as many rows as they ask for, of one memory for all."""
+        return bool(self._pools)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Tokens of all sequences together that there is memory for."""
+        return self._kv_tokens if self._kv_tokens and self._pools else sum(self.capacities)
+
+    def kept_tokens(self, index: int) -> int:
+        """Committed rows of a cache."""
+        return len(self._cached_ids[index])
+
+    def reserve(self, index: int, tokens: int) -> None:
+        """Set so many rows aside for a sequence, and those that its drafts need.
+
+        Raises:
+            CapacityError: so many are not free, or are more than its capacity.
+        """
+        if tokens > self.capacities[index]:
+            raise CapacityError(
+                f"{tokens} tokens of one sequence, there is room for {self.capacities[index]}"
+            )
+        for pool in self._pools:
+            pool.resize(index, tokens + self.draft.pending_rows)
+
+    def release(self, index: int) -> None:
+        """Let go of all rows of a sequence that are not committed."""
+        for pool in self._pools:
+            pool.resize(index, self.kept_tokens(index))
+
+    def room_for(self, index: int) -> int:
+        """Tokens that `reserve` would grant a sequence now."""
+        free = [pool.free_rows + pool.caches[index].capacity for pool in self._pools]
+        return min([self.capacities[index], *(rows - self.draft.pending_rows for rows in free)])
+
+    def copy_rows(self, source: int, index: int, tokens: int) -> None:
+        """Have a sequence begin with the first committed rows of another one.
+
+        Only where sequences share memory (`shares_kv`).
+        """
+        self.truncate(index, 0)
+        for pool in self._pools:
+            pool.copy(source, index, tokens)
+        self._cached_ids[index] = self._cached_ids[source][:tokens]
+
     def truncate(self, index: int, length: int) -> None:
         """Forget the rows of a cache from `length` on, if it has any there."""
         length = min(length, len(self._cached_ids[index]))
@@ -304,6 +384,17 @@ class Engine:
         """Have passes call `poll` before each layer; what it raises ends the pass in good order."""
         for network in self._networks:
             network.poll = poll
+
+    def leave_with(self, gone: Callable[[int], bool]) -> None:
+        """Have passes ask before each layer whether a sequence has left; it goes on without it."""
+        index_of = {id(cache): index for index, cache in enumerate(self._caches)}
+        self.network.gone = lambda cache: id(cache) in index_of and gone(index_of[id(cache)])
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of the largest pass there is memory for."""
+        checked = len(self.capacities) * (1 + self.draft.nodes)
+        return max(self._prompt_tokens, checked)
 
     @property
     def _networks(self) -> Sequence[Network]:
@@ -503,10 +594,13 @@ class Engine:
         dtype = self.network.dtype
         if self.config.kv is KVPlace.NONE:
             return [PassingKV(device, shapes, dtype, rows) for rows in capacities]
+        where: KVPlan | KVPool | Sequence[int] = plan or capacities
+        if plan is None and self._kv_tokens is not None:
+            rows = self._kv_tokens + len(capacities) * self.draft.pending_rows
+            where = KVPool(device, shapes, dtype, rows=rows, sequences=len(capacities))
+            self._pools.append(where)
         folder = self.config.kv_folder
-        return allocate_caches(
-            device, shapes, dtype, plan=plan or capacities, folder=folder, undo=undo
-        )
+        return allocate_caches(device, shapes, dtype, plan=where, folder=folder, undo=undo)
 
     def _retrieval_caches(self, device: Device, shapes: Sequence[KVShape]) -> list[RetrievalKV]:
         """What triforce drafts over, of a device's layers; nothing where others draft."""

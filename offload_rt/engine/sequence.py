@@ -1,8 +1,11 @@
 """One sequence of a run: its tokens, who drafts for it, and how it ended."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from offload_rt.config import SamplingConfig
+from offload_rt.errors import OffloadError
 from offload_rt.report import RetrievalCounts
 from offload_rt.sampling import Dice
 from offload_rt.speculative.base import Drafter
@@ -14,34 +17,100 @@ class FinishReason(StrEnum):
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    ERROR = "error"
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """An answer that is wanted.
+
+    Attributes:
+        ids: the prompt.
+        sampling: how its tokens are drawn. Given a seed there, nothing that was measured decides
+            how it is made.
+        seed: what drawing starts from.
+        max_tokens: emitted tokens at which it ends; 0 only reads the prompt.
+        end_tokens: tokens that end it.
+        logprobs: log-probabilities are kept: of each token, and of so many likeliest ones besides;
+            None keeps none.
+        scores: the prompt's own tokens have theirs kept, too.
+        draft_tokens: of a draft for it, at most; None: as many as the engine's plan drafts.
+    """
+
+    ids: Sequence[int]
+    sampling: SamplingConfig = SamplingConfig()
+    seed: int = 0
+    max_tokens: int
+    end_tokens: frozenset[int] = frozenset()
+    logprobs: int | None = None
+    scores: bool = False
+    draft_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """How likely a token was: by the model, as it is without temperature and the like.
+
+    Attributes:
+        likeliest: tokens and their log-probabilities, the likeliest first, as many as were asked
+            for.
+    """
+
+    token: int
+    logprob: float
+    likeliest: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(eq=False, slots=True)
 class SequenceState:
     """One sequence of a run.
 
     Attributes:
-        index: its place among the prompts, and the cache it uses.
+        index: its place among the prompts, and the cache it uses; -1 while it has none.
+        request: what is wanted.
         ids: prompt and emitted tokens.
-        prompt_tokens: how many of them are the prompt's.
         max_tokens: emitted tokens at which it ends.
         dice: its own source of randomness.
         drafter: who drafts for it; None decodes token by token.
         retrieval: with triforce, the counts of the drafting below its drafts.
+        top_logprobs: log-probabilities are kept: of each token, and of so many likeliest ones;
+            None keeps none.
         finish_reason: None while it is active.
-        logprobs: of the emitted tokens, where the run keeps them: by the model, as it is without
-            temperature and the like. There may be more than tokens, of a pass that went beyond.
+        error: why there is no answer; the reason is `error` then.
+        leaving: nobody waits for it any more; set from any thread, it ends between two layers.
+        logprobs: of the emitted tokens, where they are asked for. There may be more than tokens,
+            of a pass that went beyond.
+        prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
+        drafted: tokens proposed for it; `accepted` of them were kept.
+        reused: tokens of its prompt whose rows were there.
     """
 
     index: int
+    request: Request
     ids: list[int]
-    prompt_tokens: int
     max_tokens: int
     dice: Dice
     drafter: Drafter | None = None
     retrieval: RetrievalCounts | None = None
+    top_logprobs: int | None = None
     finish_reason: FinishReason | None = None
-    logprobs: list[float] = field(default_factory=list)
+    error: OffloadError | None = None
+    leaving: bool = False
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    drafted: int = 0
+    accepted: int = 0
+    reused: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of its prompt."""
+        return len(self.request.ids)
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        """How its tokens are drawn."""
+        return self.request.sampling
 
     @property
     def emitted(self) -> list[int]:
@@ -56,6 +125,11 @@ class SequenceState:
     def finish(self, reason: FinishReason) -> None:
         """End the sequence; it takes part in no further pass."""
         self.finish_reason = self.finish_reason or reason
+
+    def fail(self, error: OffloadError) -> None:
+        """End the sequence without an answer."""
+        if self.finish_reason is None:
+            self.finish_reason, self.error = FinishReason.ERROR, error
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,7 @@ from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import FollowedKV, WatchedCache
 from offload_rt.kv.home import FileHome, RamHome
 from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
+from offload_rt.kv.pool import KVPool
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVPlan
 from offload_rt.kv.striped import StripedKV
@@ -22,7 +23,7 @@ def allocate_caches(
     shapes: Sequence[KVShape],
     dtype: torch.dtype,
     *,
-    plan: KVPlan | Sequence[int],
+    plan: KVPlan | KVPool | Sequence[int],
     folder: str | None,
     undo: ExitStack,
 ) -> list[WatchedCache]:
@@ -32,7 +33,8 @@ def allocate_caches(
         device: where the memory is taken.
         shapes: sizes per layer.
         dtype: number format of keys and values.
-        plan: how they are kept outside the device, or KV rows of each sequence on it.
+        plan: how they are kept outside the device, or KV rows of each sequence on it, or memory
+            there that they share.
         folder: where a file is made.
         undo: gives back homes and copies, before the device is closed.
 
@@ -40,6 +42,8 @@ def allocate_caches(
         PlanError: the disk has no room.
         DeviceError: memory or a file cannot be had.
     """
+    if isinstance(plan, KVPool):
+        return list(plan.caches)
     if not isinstance(plan, KVPlan):
         return [ResidentKV(device, shapes, dtype, capacity) for capacity in plan]
     plan = plan.of_rows([shape.numbers_per_token * dtype.itemsize for shape in shapes])

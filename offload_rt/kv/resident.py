@@ -1,6 +1,7 @@
 """A KV cache that lies on the device, one stretch of memory per sequence."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 
@@ -14,6 +15,43 @@ from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.static import RowMemory, RowsBefore
 
 
+@dataclass(frozen=True, slots=True)
+class RowStore:
+    """Device memory for rows of all layers.
+
+    Attributes:
+        keys: per layer [K, rows, D].
+        values: per layer [K, rows, D].
+        alike: the same memory as few views as there can be (`stores_alike`).
+        rows: of each.
+    """
+
+    keys: Sequence[torch.Tensor]
+    values: Sequence[torch.Tensor]
+    alike: Sequence[torch.Tensor]
+    rows: int
+
+    @classmethod
+    def allocate(
+        cls, device: Device, shapes: Sequence[KVShape], dtype: torch.dtype, rows: int
+    ) -> "RowStore":
+        """Take memory of a device."""
+        numbers = sum(shape.numbers_per_token for shape in shapes) * rows
+        memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
+        keys, values = split_rows(memory, shapes, rows)
+        return cls(keys, values, stores_alike(memory, shapes, rows), rows)
+
+    def part(self, first: int, rows: int) -> "RowStore":
+        """Some of the rows, where they are."""
+        cut = slice(first, first + rows)
+        return RowStore(
+            [keys[:, cut] for keys in self.keys],
+            [values[:, cut] for values in self.values],
+            [both[:, cut] for both in self.alike],
+            rows,
+        )
+
+
 class ResidentKV:
     """Keys and values of one sequence on the device.
 
@@ -22,20 +60,34 @@ class ResidentKV:
         shapes: sizes per layer.
         dtype: number format of keys and values.
         capacity: tokens to set aside room for.
+        store: memory for them; None takes some of its own.
     """
 
     def __init__(
-        self, device: Device, shapes: Sequence[KVShape], dtype: torch.dtype, capacity: int
+        self,
+        device: Device,
+        shapes: Sequence[KVShape],
+        dtype: torch.dtype,
+        capacity: int,
+        store: RowStore | None = None,
     ) -> None:
-        self.capacity = capacity
         self._device = device
         self._length = 0
-        numbers = sum(shape.numbers_per_token for shape in shapes) * capacity
-        memory = device.allocate(numbers * dtype.itemsize, "KV cache").tensor.view(dtype)
-        self._keys, self._values = split_rows(memory, shapes, capacity)
-        self._alike = stores_alike(memory, shapes, capacity)
-        self.memory = RowMemory(self._keys, self._values, capacity)
         self._pending = [0] * len(shapes)
+        self.lie_in(store or RowStore.allocate(device, shapes, dtype, capacity))
+
+    def lie_in(self, store: RowStore) -> None:
+        """Be where these rows are; the first of them are the committed ones, brought along."""
+        self._keys, self._values, self._alike = store.keys, store.values, store.alike
+        self.capacity = store.rows
+        self.memory = RowMemory(store.keys, store.values, store.rows)
+
+    def hold(self, length: int) -> None:
+        """Take the first rows of the memory for committed: somebody wrote them there."""
+        if length > self.capacity:
+            raise CapacityError(f"cannot hold {length} tokens: there is room for {self.capacity}")
+        self._length = length
+        self._pending = [0] * len(self._pending)
 
     @property
     def length(self) -> int:

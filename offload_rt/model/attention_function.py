@@ -50,7 +50,9 @@ class PassContext:
         strict: refuse options of HF's attention call that we do not know.
 
     Attributes:
-        rows: the packed rows that are being computed now.
+        rows: the packed rows that are being computed now, of those that have not left.
+        all_rows: packed rows the pass began with.
+        kept: [rows] int64, which of them have not left; None: none has.
     """
 
     def __init__(
@@ -61,9 +63,40 @@ class PassContext:
         strict: bool = False,
     ) -> None:
         self.segments, self.wanted, self.strict = segments, wanted, strict
-        self.rows = range(sum(segment.tokens for segment in segments))
+        self.all_rows = sum(segment.tokens for segment in segments)
+        self.rows = range(self.all_rows)
+        self.kept: torch.Tensor | None = None
         self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._others: dict[int, PassContext] = {}
+
+    def leave(self, gone: Callable[[KVCache], bool], hidden: torch.Tensor) -> torch.Tensor:
+        """Take the rows of sequences out of a pass that nobody waits for any more; never all.
+
+        Args:
+            gone: whether that is so of a cache's.
+            hidden: [1, S, E] of the rows that are there.
+
+        Returns:
+            The same of those that stay.
+        """
+        staying = [segment for segment in self.segments if not gone(segment.cache)]
+        if not staying or len(staying) == len(self.segments):
+            return hidden
+        start, places = 0, list[int]()
+        for segment in self.segments:
+            if segment in staying:
+                places += range(start, start + segment.tokens)
+            start += segment.tokens
+        stay = torch.tensor(places, device=hidden.device)
+        self.segments, self.rows = staying, range(len(places))
+        self.kept = stay if self.kept is None else self.kept[stay]
+        return hidden[:, stay]
+
+    def with_all(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[1, S, E] of all rows the pass began with: zeros for those that have left."""
+        if self.kept is None:
+            return hidden
+        return hidden.new_zeros(1, self.all_rows, hidden.shape[2]).index_copy_(1, self.kept, hidden)
 
     def brought(self, value: object, *, device: int, hop: Hop) -> object:
         """A tensor of the first device on another one, copied once per pass; else what is given."""

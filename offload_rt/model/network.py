@@ -24,6 +24,7 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
+from offload_rt.kv.base import KVCache
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
@@ -104,6 +105,8 @@ class Network:
         dtype: number format of the computation.
         kept: layers that have their weights for good.
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
+        gone: whether nobody waits for a cache's rows any more; asked before each layer, which then
+            goes on without them. Where layers are on several devices they stay to the end.
         pass_rows: rows of the newest pass.
         rows_done: rows that went through a layer, of all passes and layers.
         dequantising: who does that; None where no weight is quantised.
@@ -126,6 +129,7 @@ class Network:
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._container, self._layers = container, layers
         self.poll: Callable[[], None] = lambda: None
+        self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
         self._skips_layers = False
         self._crossing: Crossing | None = None
@@ -319,7 +323,7 @@ class Network:
             layer.__dict__.pop("forward", None)  # refers to the layer and to this network
         self._model, self._layers, self._holes = torch.nn.Module(), (), []
         self._bindings.clear()
-        self._crossing = None
+        self._crossing = self.gone = None
         self.poll = lambda: None
 
     @property
@@ -433,8 +437,13 @@ class Network:
         assert isinstance(context, PassContext)
         if self._skips_layers:
             return hidden
-        self.pass_rows = rows = hidden.shape[1]
         self.poll()
+        if self.gone is not None and self._crossing is None:
+            hidden = context.leave(self.gone, hidden)
+            if context.kept is not None:
+                cut_all = partial(_rows_of, rows=context.all_rows, part=context.kept)
+                options = tree_map(cut_all, options)
+        self.pass_rows = rows = hidden.shape[1]
         hidden, context, options = self._cross(index, hidden, context, options)
         with self._lent(index, weights):
             if rows <= chunk_tokens:
@@ -474,6 +483,7 @@ class Network:
         """
         if index < len(self._layers) - 1:
             return hidden
+        hidden = context.with_all(hidden)
         if context.wanted is not None:
             hidden = hidden[:, context.wanted]
         last = 0 if self._crossing is None else self._crossing.device[index]
@@ -612,7 +622,7 @@ def _bind(holes: Sequence[_Hole], image: DeviceBuffer) -> list[tuple[_Hole, torc
     return pairs
 
 
-def _rows_of(value: object, *, rows: int, part: slice) -> object:
+def _rows_of(value: object, *, rows: int, part: slice | torch.Tensor) -> object:
     """Cut a tensor that has one entry per row, [1, S, ...]; leave everything else."""
     if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == rows:
         return value[:, part]

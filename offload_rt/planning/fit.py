@@ -38,11 +38,14 @@ class RunLoad:
         capacities: tokens of each sequence that runs at once, answer included.
         prompt_tokens: tokens of the largest prompt pass, all sequences together.
         drafting: who drafts.
+        kv_tokens: tokens of all sequences together, where they share one memory for KV on the
+            device; None: each has its own.
     """
 
     capacities: Sequence[int]
     prompt_tokens: int
     drafting: Drafting = NO_DRAFTING
+    kv_tokens: int | None = None
 
 
 def place_run(
@@ -84,6 +87,10 @@ def place_run(
         shape=shape,
         drafting=load.drafting,
     )
+    if load.kv_tokens is not None:
+        spare = load.drafting.config.pending_rows * len(load.capacities)
+        rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
+        demand = replace(demand, kv_bytes=demand.kv_bytes // whole * rows)
     if config.kv is KVPlace.NONE:
         demand = replace(
             demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers, kv_passes=True

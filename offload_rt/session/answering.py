@@ -71,8 +71,11 @@ def started_engine(
     *,
     capacities: Sequence[int],
     prompt_tokens: int,
+    kv_tokens: int | None = None,
 ) -> Iterator["Engine"]:
     """An engine for sequences of `capacities` KV rows, loaded under a gauge and closed at the end.
+
+    With `kv_tokens` they share so many rows.
 
     What it saw of drafting, and of the pace of passes, is kept for later plans.
     """
@@ -103,6 +106,7 @@ def started_engine(
             settings.runtime,
             capacities=capacities,
             prompt_tokens=prompt_tokens,
+            kv_tokens=kv_tokens,
             draft=draft,
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
@@ -183,7 +187,8 @@ class Answers:
 
     def keep_logprobs(self) -> None:
         """Keep the log-probabilities of the answers' tokens."""
-        self._run.logprobs = True
+        for sequence in self._run.sequences:
+            sequence.top_logprobs = 0
 
     @property
     def active(self) -> bool:
@@ -232,9 +237,9 @@ class Answers:
                     finish_reason="stop" if stopped else sequence.finish_reason.value,
                     seed=None if self._seeds is None else self._seeds[sequence.index],
                     report=report,
-                    logprobs=tuple(sequence.logprobs[: len(tokens)])
-                    if self._run.logprobs
-                    else None,
+                    logprobs=None
+                    if sequence.top_logprobs is None
+                    else tuple(one.logprob for one in sequence.logprobs[: len(tokens)]),
                 )
             )
         return [piece for piece in rest if piece.text], answers

@@ -8,7 +8,6 @@ import torch
 
 from offload_rt.config import AcceptRule, SamplingConfig
 from offload_rt.device.base import Device
-from offload_rt.errors import NumbersError
 from offload_rt.sampling import NO_TOKEN, Dice
 from offload_rt.speculative.base import Draft, Drafter, Verdict
 from offload_rt.speculative.ngram.followers import Likely, pack_likely
@@ -24,6 +23,7 @@ class Checked:
         draft: N nodes, or none.
         logits: [N + 1, V] after the root and after each node.
         dice: the sequence's randomness.
+        sampling: how the model's tokens are drawn.
         drafter: learns the target's likeliest tokens, if it wants to.
     """
 
@@ -31,6 +31,7 @@ class Checked:
     draft: Draft
     logits: torch.Tensor
     dice: Dice
+    sampling: SamplingConfig
     drafter: Drafter | None = None
 
     @property
@@ -39,9 +40,7 @@ class Checked:
         return self.drafter is not None and self.drafter.learns
 
 
-def decide(
-    checked: Sequence[Checked], device: Device, sampling: SamplingConfig, rule: AcceptRule
-) -> list[Verdict]:
+def decide(checked: Sequence[Checked], device: Device, rule: AcceptRule) -> list[Verdict | None]:
     """Decide about drafts of several sequences with one host sync.
 
     Dice go on by the tokens each sequence gains, and drafters learn.
@@ -49,26 +48,27 @@ def decide(
     Args:
         checked: drafts and logits.
         device: that the logits are on.
-        sampling: how the model's tokens are drawn.
         rule: when a drafted token is accepted.
 
-    Raises:
-        NumbersError: the path of a sequence ends where its logits are no numbers; no dice have
-            gone on.
+    Returns:
+        None for a sequence whose path ends where its logits are no numbers; its dice have not gone
+        on.
     """
     parts = []
     for one in checked:
-        parts.append(draw(one.draft, one.logits, sampling, rule, one.dice, device))
+        parts.append(draw(one.draft, one.logits, one.sampling, rule, one.dice, device))
         parts.append(pack_likely(one.logits) if one.learns else parts[-1].new_empty(0))
     flat = device.download(torch.cat(parts))  # host sync
     ends = list(accumulate(part.numel() for part in parts))
     numbers = [flat[start:end] for start, end in zip([0, *ends], ends, strict=False)]
     pairs = list(zip(checked, numbers[::2], strict=True))
-    verdicts = [walk(one.draft, drawn, sampling, rule) for one, drawn in pairs]
-    for place, verdict in enumerate(verdicts):
+    verdicts: list[Verdict | None] = []
+    for (one, drawn), likely in zip(pairs, numbers[1::2], strict=True):
+        verdict = walk(one.draft, drawn, one.sampling, rule)
         if verdict.token == NO_TOKEN:
-            raise NumbersError("the logits are NaN or infinite", place)
-    for (one, drawn), likely, verdict in zip(pairs, numbers[1::2], verdicts, strict=True):
+            verdicts.append(None)
+            continue
+        verdicts.append(verdict)
         one.dice.advance(len(verdict.path) + 1)
         if one.drafter is not None and likely:
             found = Likely.read(likely, drawn[-len(one.logits) :])

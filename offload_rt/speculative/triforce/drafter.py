@@ -16,6 +16,7 @@ import torch
 
 from offload_rt.config import AcceptRule, DraftConfig, SamplingConfig
 from offload_rt.device.base import Device
+from offload_rt.errors import NumbersError
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.followed import FollowedKV
 from offload_rt.report import RetrievalCounts
@@ -23,6 +24,7 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, target_probs
 from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
 from offload_rt.speculative.deciding import Checked, decide
+from offload_rt.speculative.growing import NO_NUMBERS
 
 # The retrieval cache is built anew when, over that many drafts, less than that share was accepted.
 # Both are guesses; a build is nearly free, since the pass it is part of is made anyway.
@@ -124,8 +126,10 @@ class TriForceDrafter(Unlearned):
         if room > 1:
             draft = self._inner.propose(ids, min(self._inner_gamma, room - 1))
         logits = self._target(retrieval, ids[-1], draft.tree)
-        checked = Checked(ids, draft, logits, self._dice, self._inner)
-        (verdict,) = decide([checked], self._device, sampling, AcceptRule.LOSSLESS)
+        checked = Checked(ids, draft, logits, self._dice, sampling, self._inner)
+        (verdict,) = decide([checked], self._device, AcceptRule.LOSSLESS)
+        if verdict is None:
+            raise NumbersError(NO_NUMBERS)
         retrieval.commit(verdict.rows)
         self._inner.observe(draft, verdict)
         self.counts.add(drafted=len(draft.tree), accepted=len(verdict.path))

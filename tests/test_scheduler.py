@@ -1,0 +1,497 @@
+"""Sequences join and leave between sweeps, and what one answers does not depend on the others."""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import PROMPT, engine_for, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.engine import NO_DRAFT, Engine, FinishReason, Request, Run
+from offload_rt.engine.scheduler import Pace, Scheduler, shares
+from offload_rt.errors import CapacityError, CheckpointError, ConfigError
+from offload_rt.model.checkpoint import open_checkpoint
+
+LONGEST, SEQUENCES = 96, 4
+NGRAM = DraftConfig(draft="ngram", draft_tokens=5)
+DRAWN = SamplingConfig(temperature=0.9, top_p=0.95)
+
+
+@contextmanager
+def served(folder, *, sequences=SEQUENCES, kv_tokens=200, draft=NO_DRAFT, rows=64, **config):
+    config = {
+        "device": "cpu",
+        "device_limit_bytes": 512 * 2**20,
+        "prefill_chunk_tokens": 7,
+    } | config
+    with Engine(
+        open_checkpoint(folder),
+        RuntimeConfig(**config),
+        capacities=[LONGEST] * sequences,
+        prompt_tokens=rows,
+        kv_tokens=kv_tokens,
+        draft=draft,
+    ) as engine:
+        yield engine
+
+
+def prompts(count, seed=0, longest=40):
+    draw = random.Random(seed)
+    return [[draw.randrange(300) for _ in range(draw.randrange(3, longest))] for _ in range(count)]
+
+
+def finished(scheduler, most=2000):
+    """Sweep until nothing is left to do; returns what ended, in that order."""
+    over = []
+    for _ in range(most):
+        if not scheduler.busy:
+            return over
+        emitted = scheduler.sweep()
+        over += [one.sequence for one in emitted if one.sequence.finish_reason is not None]
+    raise AssertionError("it does not come to an end")
+
+
+@pytest.fixture(scope="module")
+def tiny(make_tiny):
+    return make_tiny("llama")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny):
+    """What a prompt's answer is when nobody else is there, one engine for each kind."""
+    known = {}
+
+    def answer(request):
+        key = (tuple(request.ids), request.sampling, request.seed, request.max_tokens)
+        if key not in known:
+            with engine_for(tiny, prompts=[request.ids], tokens=request.max_tokens) as engine:
+                run = Run.start(
+                    engine,
+                    [request.ids],
+                    request.sampling,
+                    GenerationConfig(max_tokens=request.max_tokens),
+                    seeds=[request.seed],
+                )
+                run.prefill()
+                while run.active:
+                    run.step()
+                known[key] = run.sequences[0].emitted
+        return known[key]
+
+    return answer
+
+
+def requests(count, seed=0):
+    draw, found = random.Random(seed), []
+    for place, ids in enumerate(prompts(count, seed)):
+        sampling = draw.choice([SamplingConfig(), DRAWN, SamplingConfig(temperature=1.5, top_k=9)])
+        found.append(
+            Request(ids=ids, sampling=sampling, seed=place, max_tokens=draw.randrange(1, 24))
+        )
+    return found
+
+
+@pytest.mark.parametrize("draft", [NO_DRAFT, NGRAM], ids=["plain", "ngram"])
+@pytest.mark.parametrize(
+    "streams", [{}, {"resident_layers": 1, "slots": 2}], ids=["held", "streamed"]
+)
+def test_an_answer_does_not_depend_on_who_else_is_there(tiny, alone, draft, streams):
+    """14 of different kinds, of which some arrive while others are under way, and some leave."""
+    asked = requests(14)
+    with served(tiny, draft=draft, **streams) as engine:
+        scheduler, joined = Scheduler(engine), []
+        for sweep in range(400):
+            if sweep % 2 == 0 and len(joined) < len(asked):
+                joined.append(scheduler.join(asked[len(joined)]))
+            if sweep == 9:
+                scheduler.leave(joined[3])
+            if not scheduler.busy:
+                break
+            scheduler.sweep()
+        assert not scheduler.busy and len(joined) == len(asked)
+    for request, sequence in zip(asked, joined, strict=True):
+        expected = alone(request)
+        if sequence.finish_reason is FinishReason.ABORT:
+            assert sequence is joined[3]
+            assert sequence.emitted == expected[: len(sequence.emitted)]
+        else:
+            assert sequence.finish_reason is FinishReason.LENGTH
+            assert sequence.emitted == expected
+    assert sum(s.finish_reason is FinishReason.ABORT for s in joined) <= 1
+
+
+@pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])
+def test_all_come_to_an_answer_in_any_memory(tiny, alone, kv_tokens):
+    asked = requests(20, seed=4)
+    with served(tiny, kv_tokens=kv_tokens) as engine:
+        scheduler = Scheduler(engine)
+        joined = [scheduler.join(request) for request in asked]
+        most = 0
+        while scheduler.busy:
+            scheduler.sweep()
+            used = sum(len(s.ids) for s in scheduler.running)
+            most = max(most, len(scheduler.running))
+            assert used <= kv_tokens
+    assert [s.emitted for s in joined] == [alone(request) for request in asked]
+    assert most == SEQUENCES or kv_tokens < 400
+
+
+def test_what_can_never_fit_is_refused_and_the_rest_waits(tiny):
+    with served(tiny, kv_tokens=110) as engine:
+        scheduler = Scheduler(engine)
+        with pytest.raises(
+            CapacityError, match=r"40 tokens, its answer may have 57: 97 together, .* 96"
+        ):
+            scheduler.join(Request(ids=[1] * 40, max_tokens=57))
+        with pytest.raises(CapacityError, match="prompt has 96 tokens, .* room for 96"):
+            scheduler.join(Request(ids=[1] * 96, max_tokens=1))
+        with pytest.raises(ConfigError, match="empty"):
+            scheduler.join(Request(ids=[], max_tokens=1))
+        with pytest.raises((ConfigError, CheckpointError), match="300"):
+            scheduler.join(Request(ids=[300], max_tokens=1))
+        assert not scheduler.busy
+        first = scheduler.join(Request(ids=[1] * 40, max_tokens=40))
+        second = scheduler.join(Request(ids=[2] * 30, max_tokens=10))
+        scheduler.sweep()
+        assert list(scheduler.running) == [first] and list(scheduler.waiting) == [second]
+        assert [s for s in finished(scheduler)] == [first, second]
+
+
+def test_the_first_of_the_queue_is_not_overtaken(tiny):
+    """A large one waits for memory; small ones that would fit arrive all the time."""
+    with served(tiny, kv_tokens=110) as engine:
+        scheduler, admitted = Scheduler(engine), []
+        small = [scheduler.join(Request(ids=[3, n], max_tokens=30)) for n in range(2)]
+        scheduler.sweep()
+        large = scheduler.join(Request(ids=[5] * 60, max_tokens=30))
+        for n in range(100):
+            if n < 40:
+                small.append(scheduler.join(Request(ids=[4, n], max_tokens=2)))
+            scheduler.sweep()
+            admitted += [s for s in scheduler.running if s not in admitted]
+            if large in admitted:
+                break
+        assert admitted[:3] == [*small[:2], large]
+        finished(scheduler)
+        assert all(s.finish_reason is FinishReason.LENGTH for s in (large, *small))
+
+
+class Clock:
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def virtual(engine, monkeypatch, *, base_s, row_s, **options):
+    """A scheduler whose sweeps take a time by their rows, and no other."""
+    clock, real = Clock(), Run.sweep
+
+    def sweep(self, reading, writing):
+        emitted = real(self, reading, writing)
+        clock.now += base_s + row_s * (sum(count for _, count in reading) + len(writing))
+        return emitted
+
+    monkeypatch.setattr(Run, "sweep", sweep)
+    return Scheduler(engine, clock=clock, **options), clock
+
+
+def test_nobody_starves_in_virtual_time(tiny, monkeypatch):
+    """Prompts of up to 80 tokens come in all the time; who writes waits two sweeps at most."""
+    base_s, row_s = 1.0, 0.05
+    with served(tiny, sequences=6, kv_tokens=400, prefill_chunk_tokens=8) as engine:
+        scheduler, clock = virtual(engine, monkeypatch, base_s=base_s, row_s=row_s)
+        draw, arrived, ended, last, waits = random.Random(1), {}, {}, {}, []
+        due = 0.0
+        while clock.now < 400.0 or scheduler.busy:
+            while due <= clock.now and due < 400.0:
+                length = draw.choice([4, 4, 4, 80])
+                ids = [draw.randrange(300) for _ in range(length)]
+                arrived[scheduler.join(Request(ids=ids, max_tokens=12))] = due
+                due += 9.0
+            if not scheduler.busy:
+                clock.now = due
+                continue
+            for one in scheduler.sweep():
+                if one.sequence in last:
+                    waits.append(clock.now - last[one.sequence])
+                last[one.sequence] = clock.now
+                if one.sequence.finish_reason is not None:
+                    ended[one.sequence] = clock.now
+        plain = base_s + 6 * row_s
+        assert ended.keys() == arrived.keys() and len(arrived) > 40
+        assert max(waits[10:]) <= 2 * plain + 1e-9  # the first sweeps are read by a guess
+        # Alone, one of 80 tokens takes about 20 sweeps; with five beside it, each twice as long.
+        assert max(ended[s] - arrived[s] for s in arrived) < 20 * 2 * plain + 6 * 12 * plain
+
+
+def test_a_short_prompt_is_not_behind_a_long_one(tiny, monkeypatch):
+    with served(tiny, kv_tokens=300) as engine:
+        scheduler, _ = virtual(engine, monkeypatch, base_s=1.0, row_s=0.1)
+        writer = scheduler.join(Request(ids=[1, 2], max_tokens=60))
+        for _ in range(3):
+            scheduler.sweep()
+        long = scheduler.join(Request(ids=list(range(80)), max_tokens=4))
+        for _ in range(2):
+            scheduler.sweep()
+        short = scheduler.join(Request(ids=[7, 8, 9], max_tokens=4))
+        scheduler.sweep()
+        assert len(short.emitted) == 1 and not long.emitted
+        before = len(writer.emitted)
+        scheduler.sweep()
+        assert len(writer.emitted) == before + 1 and not long.emitted
+
+
+@given(most=st.integers(0, 60), wants=st.lists(st.integers(0, 30), max_size=7))
+def test_shares_are_equal_as_far_as_they_are_wanted(most, wants):
+    given_ = shares(most, wants)
+    assert all(0 <= g <= w for g, w in zip(given_, wants, strict=True))
+    assert sum(given_) == min(most, sum(wants))
+    cut = [g for g, w in zip(given_, wants, strict=True) if g < w]
+    assert not cut or max(given_) <= min(cut) + 1
+
+
+def test_the_pace_makes_a_sweep_twice_as_long_at_most():
+    pace = Pace(first=64)
+    assert pace.tokens(writes=True) == pace.tokens(writes=False) == 64
+    for _ in range(20):
+        pace.note(2.0, 0)
+        pace.note(2.0 + 0.01 * 50, 50)
+    assert pace.tokens(writes=True) == pytest.approx(200, abs=1)
+    assert pace.tokens(writes=False) == pytest.approx(800, abs=4)
+    pace.note(200.0, 0)  # somebody else was busy
+    assert pace.tokens(writes=True) < 300
+
+
+def test_rows_that_are_there_are_not_read_again(tiny, alone):
+    """The next turn goes on in the same cache; another branch copies what it shares."""
+    shared, rows = prompts(1, seed=8, longest=60)[0] * 3, []
+    shared = shared[:50]
+    with served(tiny, kv_tokens=384) as engine:
+        scheduler, real = Scheduler(engine), engine.sweep
+
+        def sweep(texts, drafts, whole=()):
+            rows.append(sum(len(tokens) for _, tokens in texts))
+            return real(texts, drafts, whole)
+
+        engine.sweep = sweep
+        first = scheduler.join(Request(ids=shared, max_tokens=4))
+        finished(scheduler)
+        later = [*first.ids, 11, 12]
+        for ids, reused, index in [
+            (later, len(first.ids) - 1, first.index),
+            ([*shared, 77, 78, 79], 50, None),
+            ([*shared[:40], 3], 40, None),
+            ([*shared, 77, 78, 79], 52, None),
+        ]:
+            rows.clear()
+            request = Request(ids=ids, max_tokens=4)
+            sequence = scheduler.join(request)
+            finished(scheduler)
+            assert sequence.reused == reused and sum(rows) == len(ids) - reused
+            assert index is None or sequence.index == index
+            assert sequence.emitted == alone(request)
+        scheduler.forget()
+        assert scheduler.kept_tokens == 0
+
+
+def test_of_several_with_one_prompt_the_first_reads_it(tiny, alone):
+    ids = prompts(1, seed=9, longest=70)[0]
+    ids = (ids * 40)[:60]
+    asked = [Request(ids=ids, sampling=DRAWN, seed=n, max_tokens=6) for n in range(3)]
+    with served(tiny, kv_tokens=300, prefill_chunk_tokens=64) as engine:
+        scheduler = Scheduler(engine)
+        joined = [scheduler.join(request) for request in asked]
+        finished(scheduler)
+        assert [s.reused for s in joined] == [0, 59, 59]
+        assert scheduler.totals.read_tokens == 62 and scheduler.totals.reused_tokens == 118
+    assert [s.emitted for s in joined] == [alone(request) for request in asked]
+
+
+def test_one_that_leaves_within_a_pass_takes_no_part_in_the_next_layer(tiny, alone):
+    """Its rows are gone from the next layer on, and the others' answers stay what they are."""
+    asked = requests(3, seed=2)
+    asked = [replace(request, max_tokens=9) for request in asked]
+    with served(tiny, kv_tokens=300, rows=200) as engine:
+        scheduler, seen = Scheduler(engine, patient=True), []
+        joined = [scheduler.join(request) for request in asked]
+        long = scheduler.join(Request(ids=list(range(50)), max_tokens=20))
+        network, layers = engine.network, []
+        real = network._leave
+
+        def leave(index, hidden, context):
+            seen.append((index, sum(s.tokens for s in context.segments)))
+            if index == 1 and not layers:
+                layers.append(len(seen))
+                scheduler.leave(long)
+            return real(index, hidden, context)
+
+        network._leave = leave
+        scheduler.sweep()
+        before, after = seen[1][1], seen[2][1]
+        assert before - after >= 30 and [index for index, _ in seen[:4]] == [0, 1, 2, 3]
+        assert long.finish_reason is FinishReason.ABORT and not long.emitted
+        finished(scheduler)
+    assert [s.emitted for s in joined] == [alone(request) for request in asked]
+
+
+def test_a_pass_that_nobody_waits_for_ends(tiny, alone):
+    request = Request(ids=PROMPT, max_tokens=5)
+    with served(tiny) as engine:
+        scheduler, polls = Scheduler(engine), []
+        first = scheduler.join(request)
+        network, poll = engine.network, engine.network.poll
+
+        def leaving():
+            polls.append(1)
+            if len(polls) == 2:
+                scheduler.leave(first)
+            poll()
+
+        network.poll = leaving
+        emitted = scheduler.sweep()
+        assert len(polls) == 2 and [e.sequence for e in emitted] == [first]
+        assert first.finish_reason is FinishReason.ABORT and not scheduler.busy
+        waiting = scheduler.join(request)
+        scheduler.leave(waiting)
+        assert [e.sequence for e in scheduler.sweep()] == [waiting] and not scheduler.busy
+        again = scheduler.join(request)
+        finished(scheduler)
+        assert again.emitted == alone(request)
+
+
+def test_a_sequence_that_fails_ends_alone(tiny, alone):
+    """One's drafter breaks, one's logits are no numbers, one's rows make a pass fail."""
+    asked = [replace(request, max_tokens=20) for request in requests(4, seed=6)]
+    with served(tiny, draft=NGRAM, kv_tokens=300) as engine:
+        scheduler = Scheduler(engine, patient=True)
+        joined = [scheduler.join(request) for request in asked]
+        while not all(len(s.emitted) >= 2 for s in joined):
+            scheduler.sweep()
+        real, bad, worse = engine.sweep, joined[1], joined[2]
+
+        def sweep(texts, drafts, whole=()):
+            if any(index == worse.index for index, _, _ in drafts):
+                raise RuntimeError("no memory for this one")
+            read, checked = real(texts, drafts, whole)
+            pairs = zip(drafts, checked, strict=True)
+            return read, [rows * (torch.nan if i == bad.index else 1) for (i, _, _), rows in pairs]
+
+        def broken(*_):
+            raise ValueError("broken")
+
+        engine.sweep = sweep
+        joined[0].drafter.propose = broken
+        finished(scheduler)
+        assert bad.finish_reason is FinishReason.ERROR and "NaN" in str(bad.error)
+        assert worse.finish_reason is FinishReason.ERROR
+        assert str(worse.error) == "a pass failed: no memory for this one"
+        for place in (0, 3):
+            assert joined[place].finish_reason is FinishReason.LENGTH
+            assert joined[place].emitted == alone(asked[place])
+        engine.sweep = real
+        again = [scheduler.join(request) for request in asked]
+        finished(scheduler)
+        assert [s.emitted for s in again] == [alone(request) for request in asked]
+
+
+def test_logprobs_are_those_of_transformers(tiny):
+    from engines import reference_model
+
+    ids = prompts(1, seed=3, longest=40)[0]
+    with served(tiny, draft=NGRAM) as engine:
+        scheduler = Scheduler(engine)
+        warm = scheduler.join(Request(ids=ids, max_tokens=1))
+        finished(scheduler)
+        one = scheduler.join(Request(ids=ids, max_tokens=6, logprobs=3, scores=True))
+        only = scheduler.join(Request(ids=ids, max_tokens=0, logprobs=1, scores=True))
+        other = scheduler.join(Request(ids=PROMPT, max_tokens=9))
+        finished(scheduler)
+        assert warm.reused == one.reused == only.reused == 0
+    with torch.inference_mode():
+        logits = reference_model(tiny)(torch.tensor([one.ids])).logits[0].log_softmax(-1)
+    assert [p.token for p in one.prompt_logprobs] == ids[1:] and not only.emitted
+    assert only.finish_reason is FinishReason.LENGTH
+    told = [*one.prompt_logprobs, *one.logprobs[:6]]
+    for place, found in enumerate(told):
+        expected = logits[place]
+        assert found.token == one.ids[place + 1]
+        assert found.logprob == pytest.approx(float(expected[found.token]), abs=1e-4)
+        best = expected.topk(3)
+        assert [t for t, _ in found.likeliest] == best.indices.tolist()
+        assert [p for _, p in found.likeliest] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert [p.logprob for p in only.prompt_logprobs] == pytest.approx(
+        [p.logprob for p in one.prompt_logprobs], abs=1e-5
+    )
+    assert [len(p.likeliest) for p in only.prompt_logprobs] == [1] * (len(ids) - 1)
+    with engine_for(tiny) as engine:
+        assert generate(engine, tokens=9)[0] == other.emitted
+
+
+def test_without_shared_memory_caches_take_turns(tiny, alone):
+    asked = requests(9, seed=12)
+    with served(tiny, kv_tokens=None, kv="disk", resident_layers=1, slots=2) as engine:
+        assert not engine.shares_kv
+        scheduler = Scheduler(engine)
+        joined = [scheduler.join(request) for request in asked]
+        finished(scheduler)
+        again = scheduler.join(Request(ids=[*joined[-1].ids, 5], max_tokens=3))
+        finished(scheduler)
+        assert again.reused == len(joined[-1].ids) - 1
+    assert [s.emitted for s in joined] == [alone(request) for request in asked]
+
+
+def test_memory_for_keys_and_values_is_what_is_planned(tiny):
+    sizes = {}
+    for kv_tokens in (100, 300):
+        with served(tiny, kv_tokens=kv_tokens, draft=NGRAM) as engine:
+            row = sum(s.numbers_per_token for s in engine.network.kv_shapes) * 4
+            rows = kv_tokens + SEQUENCES * NGRAM.pending_rows
+            assert engine.devices.ledger()["KV cache"] == rows * row
+            sizes[kv_tokens] = engine.placement.kv_bytes
+            assert engine.kv_tokens == kv_tokens
+    assert sizes[300] - sizes[100] == 200 * row
+
+
+@settings(deadline=None, max_examples=6)
+@given(seed=st.integers(0, 10**6))
+def test_any_history_of_joins_and_leaves(tiny, alone, seed):
+    draw, asked = random.Random(seed), requests(6, seed % 5)
+    with served(tiny, sequences=3, kv_tokens=140, draft=NGRAM) as engine:
+        scheduler, joined = Scheduler(engine, patient=draw.random() < 0.5), []
+        todo = list(asked)
+        while todo or scheduler.busy:
+            if todo and draw.random() < 0.5:
+                joined.append(scheduler.join(todo.pop(0)))
+            if joined and draw.random() < 0.05:
+                scheduler.leave(draw.choice(joined))
+            scheduler.sweep()
+        assert scheduler.totals.emitted_tokens == sum(len(s.emitted) for s in joined)
+    for request, sequence in zip(asked, joined, strict=True):
+        expected = alone(request)
+        if sequence.finish_reason is FinishReason.ABORT:
+            expected = expected[: len(sequence.emitted)]
+        assert sequence.emitted == expected
+
+
+def test_a_broken_draft_is_left_out(tiny, alone, caplog):
+    """As in a run of its own: a draft that spoils a pass costs one more pass of that sequence."""
+    request = Request(ids=PROMPT, max_tokens=7)
+    with served(tiny, draft=NGRAM) as engine:
+        scheduler, real = Scheduler(engine), engine.sweep
+        one, other = scheduler.join(request), scheduler.join(replace(request, ids=PROMPT[3:]))
+
+        def sweep(texts, drafts, whole=()):
+            read, checked = real(texts, drafts, whole)
+            pairs = zip(drafts, checked, strict=True)
+            return read, [rows * (torch.nan if len(tree) else 1) for (_, _, tree), rows in pairs]
+
+        engine.sweep = sweep
+        finished(scheduler)
+        assert one.emitted == alone(request)
+        assert other.emitted == alone(replace(request, ids=PROMPT[3:]))
