@@ -28,6 +28,7 @@ from offload_rt.errors import StreamOrderError
 
 GIB = 2**30
 KERNEL_S = 1e-6
+HOST_PART_BYTES = 1024  # that copies of rows home begin and end at, in the tests there are
 LINK_BYTES_PER_S = 1e9
 
 
@@ -80,25 +81,25 @@ class FakeStream:
         if threading.current_thread() is threading.main_thread():  # elsewhere the mode is not ours
             assert dst.device in self.gpu.computes and src.device == torch.device("cpu")
         with self.gpu.lock:
-            slot, source = self.gpu.buffers[key(dst)], self.gpu.host_buffer(src)
+            slot, source = self.gpu.buffers[key(dst)], self.gpu.host_buffers(src)
             self.gpu.trace.append(("copy", self.gpu.names[key(dst)]))
             self.gpu.copied_bytes += src.numel()
             self.gpu.copy_sizes.append(src.numel())
             self.gpu.unpinned_copies += not self.gpu.is_registered(src)
             seconds = src.numel() / LINK_BYTES_PER_S
             self.gpu.enqueue(self.sim)
-            self.sim.kernel(reads=[source], writes=[slot], seconds=seconds)
+            self.sim.kernel(reads=source, writes=[slot], seconds=seconds)
 
     def _copy_back(self, dst, src):
         assert dst.device == torch.device("cpu")
         with self.gpu.lock:
-            home, source = self.gpu.host_buffer(dst), self.gpu.buffers[key(src)]
+            home, source = self.gpu.host_buffers(dst), self.gpu.buffers[key(src)]
             self.gpu.trace.append(("copy back", self.gpu.names[key(src)]))
             self.gpu.copied_back_bytes += src.numel()
             self.gpu.unpinned_copies += not self.gpu.is_registered(dst)
             self.gpu.enqueue(self.sim)
             seconds = src.numel() / LINK_BYTES_PER_S
-            self.sim.kernel(reads=[source], writes=[home], seconds=seconds)
+            self.sim.kernel(reads=[source], writes=home, seconds=seconds)
 
     def synchronize(self):
         FakeEvent(self.gpu, self.sim.record()).synchronize()
@@ -147,6 +148,7 @@ class FakeCuda:
     def __post_init__(self):
         self.lock = threading.RLock()
         self.computes, self.hops = {}, 0
+        self._streams = Counter()  # of each GPU
         self._received = {}  # by source: the hop its later kernels have to come after
         self._hosts, self._host_buffers = {}, WeakIdKeyDictionary()
 
@@ -168,7 +170,9 @@ class FakeCuda:
 
     def stream(self, device):
         number = [*self.computes].index(device)
-        return FakeStream(self, SimStream(f"kv {number}" if number else "kv"))
+        self._streams[number] += 1
+        name = "kv" if self._streams[number] % 2 else "kv back"  # as `KVSpace` asks for them
+        return FakeStream(self, SimStream(f"{name} {number}" if number else name))
 
     def receive(self, tensor, device):
         """A hop: both compute streams are ordered around it by whoever asks."""
@@ -274,15 +278,20 @@ class FakeCuda:
         """What is enqueued now comes after everything the calling thread has waited for."""
         stream.wait(self.host().record())
 
-    def host_buffer(self, tensor):
-        """The host memory a tensor is a view of; what was allocated together counts as one."""
+    def host_buffers(self, tensor):
+        """The host memory a tensor is a view of, in parts of `HOST_PART_BYTES`."""
         owner = tensor if tensor._base is None else tensor._base
-        return self._host_buffers.setdefault(owner, SimBuffer(owner.numel()))
+        parts = -(-owner.numel() * owner.element_size() // HOST_PART_BYTES)
+        if owner not in self._host_buffers:
+            self._host_buffers[owner] = [SimBuffer(HOST_PART_BYTES) for _ in range(parts)]
+        start = (tensor.storage_offset() - owner.storage_offset()) * tensor.element_size()
+        stop = start + tensor.numel() * tensor.element_size()
+        return self._host_buffers[owner][start // HOST_PART_BYTES : -(-stop // HOST_PART_BYTES)]
 
     def host_write(self, tensor):
         """The calling thread overwrites host memory that copies read."""
         with self.lock:
-            self.host().kernel(reads=[], writes=[self.host_buffer(tensor)], seconds=0.0)
+            self.host().kernel(reads=[], writes=self.host_buffers(tensor), seconds=0.0)
 
     def is_registered(self, tensor):
         address = tensor.untyped_storage().data_ptr()

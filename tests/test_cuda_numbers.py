@@ -220,14 +220,14 @@ def test_rounded_copies_draft_the_same(make_tiny, monkeypatch, place):
 
 
 WAITS = [
-    ("Ring._used", "pinned"),
-    ("Ring._used", "staged"),
-    ("Ring._used", "disk"),
-    ("Ring._used", "Medusa"),
-    ("Ring._used", "KV of resident layers"),
+    ("Ring._await", "pinned"),
+    ("Ring._await", "staged"),
+    ("Ring._await", "disk"),
+    ("Ring._await", "Medusa"),
+    ("Ring._await", "KV of resident layers"),
     ("KVSpace.claim", "KV of resident layers"),
     ("KVSpace.claim", "KV, batch"),
-    ("Ring._used", "two GPUs, pinned"),
+    ("Ring._await", "two GPUs, pinned"),
     ("KVSpace.claim", "two GPUs, KV, TriForce, batch"),
 ]
 

@@ -4,8 +4,9 @@ import errno
 import os
 import re
 import resource
+import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ from offload_rt.errors import CapacityError, ConfigError, DeviceError, PlanError
 from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import FileHome, RamHome
-from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
+from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV, _Order
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVSizes, block_tokens_for, shared_kv_bytes, spread_layers
 from offload_rt.model.checkpoint import open_checkpoint
@@ -757,5 +758,47 @@ def test_without_either_wait_the_order_breaks(gpu, make_tiny, monkeypatch, waiti
             wait(self, event)
 
     monkeypatch.setattr(getattr(streams, waiting), "wait", forget)
-    with pytest.raises(StreamOrderError, match="buffer .* by '(kv|compute)'"):
+    with pytest.raises(StreamOrderError, match="buffer .* by '(kv|kv back|compute)'"):
         steps_on(gpu, model)
+
+
+def test_blocks_are_read_after_they_were_written(gpu, make_tiny, monkeypatch):
+    monkeypatch.setattr(_Order, "written", lambda self, block: None)
+    with pytest.raises(StreamOrderError, match="'kv': buffer read before .* by 'kv back'"):
+        steps_on(gpu, make_tiny("llama", num_hidden_layers=3))
+
+
+@pytest.mark.parametrize("orders", [True, False])
+def test_forgotten_rows_are_overwritten_after_they_were_read(gpu, monkeypatch, orders):
+    """The ring has fetched blocks ahead when their last rows are forgotten and come anew."""
+    shape = KVShape(heads=4, key_dim=64, value_dim=64)  # a row fills a part of the double's memory
+    spec, rows = AttentionSpec(scaling=0.4), 32
+    if not orders:
+        wait = streams.CudaCopyStream.wait
+        monkeypatch.setattr(
+            streams.CudaCopyStream,
+            "wait",
+            lambda self, event: (
+                None if sys._getframe(1).f_code.co_name == "_fetch_back" else wait(self, event)
+            ),
+        )
+    sizes = KVSizes(row_bytes=(2048,), capacity=100, block_tokens=16, slots=4, scratch_tokens=40)
+    device = cuda.CudaDevice(0, driver=gpu)
+    with fake_gpu(gpu), torch.no_grad():
+        space, home = KVSpace(device, sizes.staging_bytes), RamHome(device, sizes)
+        cache = OffloadedKV(space, [shape], torch.float32, sizes, home)
+
+        def add():
+            made = torch.zeros(4, rows, 64, device=device.torch_device)
+            cache.append(0, made, made)
+            cache.attend(0, made, spec)
+            cache.commit(range(rows))
+
+        add()
+        cache.truncate(0)  # with any left, the next pass would wait for the blocks of these
+        refusal = pytest.raises(StreamOrderError, match="overwritten while being read by 'kv'")
+        with nullcontext() if orders else refusal:
+            add()
+            space.back.record().synchronize()
+        space.close()
+    device.close()

@@ -231,6 +231,17 @@ def test_what_was_fetched_ahead_is_looked_at_between_passes():
     assert rig.compute.stalled_s() == before
 
 
+def test_what_was_fetched_ahead_and_is_right_is_not_fetched_again():
+    rig = BlockRig(slots=4, counts=(2, 3))
+    rig.passes(1)
+    rig.write((0, 1))
+    rig.ring._slots[1].unit = "as it was before"
+    before = rig.copy.statistics().bytes_copied
+    rig.ring.refresh()
+    assert rig.copy.statistics().bytes_copied == before + NBYTES
+    rig.passes(2)
+
+
 def test_a_unit_lent_out_of_turn_is_copied_again_when_its_turn_comes():
     rig = BlockRig(slots=2)
     with rig.ring.fetch((0, 0)):

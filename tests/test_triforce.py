@@ -2,6 +2,7 @@
 
 from contextlib import closing
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -20,8 +21,10 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, ConfigError
+from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.followed import FollowedKV
 from offload_rt.kv.recent_share import RecentChoice
@@ -99,11 +102,19 @@ def best_chunks(config, sizes, keys, query, length):
     seed=st.integers(0, 1000),
     cuts=st.lists(st.integers(1, 119), max_size=6),
     group=st.integers(1, 3),
+    kind=st.sampled_from([CPU, CUDA]),
+    part=st.integers(1, 200),
 )
-def test_the_best_chunks_are_kept_however_the_rows_come_by(config, length, seed, cuts, group):
+def test_the_best_chunks_are_kept_however_the_rows_come_by(
+    config, length, seed, cuts, group, kind, part
+):
     """In one part, or, where one head asks, in any: the share of several is known at the end."""
     sizes = sizes_for(config)
-    with closing(CpuDevice(readers=1)) as device:
+    with (
+        closing(CpuDevice(readers=1)) as device,
+        patch.multiple(kv_sizes, KEY_BLOCK=part, BUILD_BYTES=1),
+    ):
+        device.kind = kind
         retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes)
         keys, values = numbered(length, seed)
         noise = torch.Generator().manual_seed(seed)
@@ -259,7 +270,7 @@ def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
         index = lookup_bytes(engine.capacities[0] + draft.nodes, SHORTEST)
         demand = engine.placement.demand
         drafter_bytes = demand.drafter_bytes - demand.recorded_bytes
-        assert drafter_bytes == sizes.device_bytes + sizes.build_bytes + index
+        assert drafter_bytes == sizes.device_bytes + sizes.build_bytes(host_computes=True) + index
         assert memory.device_peak_bytes <= memory.device_planned_bytes
 
 

@@ -695,26 +695,32 @@ def read_all(
     retrieval: RetrievalKV | None,
 ) -> tuple[float, float]:
     """Host's and device's seconds of a pass of one row [K, 1, D], medians of 5."""
-    spec, taken = AttentionSpec(scaling=row.shape[2] ** -0.5), []
-    length = cache.length
-
-    def one_pass() -> None:
-        if retrieval is not None:
-            retrieval.begin_build(length, 0.25)
-        for layer in range(layers):
-            cache.append(layer, row, row)
-            watcher: RowWatcher | None = None
-            if retrieval is not None:
-                retrieval.begin_layer(layer, row, spec)
-                watcher = retrieval
-            cache.attend(layer, row, spec, None, watcher)
-        if retrieval is not None:
-            retrieval.end_build()
-        cache.truncate(length)
-
-    for _ in range(6):
-        taken.append(timed(one_pass, partial(wait_for, device.compute)))
+    work, wait = partial(read_once, cache, row, row, layers, retrieval), device.compute
+    taken = [timed(work, partial(wait_for, wait)) for _ in range(6)]
     return median_of(taken[1:])
+
+
+def read_once(
+    cache: OffloadedKV,
+    row: torch.Tensor,
+    query: torch.Tensor,
+    layers: int,
+    retrieval: RetrievalKV | None,
+) -> None:
+    """A pass of one row [K, 1, D], for which query [H, 1, D] asks; it is forgotten again."""
+    spec, length = AttentionSpec(scaling=row.shape[2] ** -0.5), cache.length
+    if retrieval is not None:
+        retrieval.begin_build(length, 0.25)
+    for layer in range(layers):
+        cache.append(layer, row, row)
+        watcher: RowWatcher | None = None
+        if retrieval is not None:
+            retrieval.begin_layer(layer, query, spec)
+            watcher = retrieval
+        cache.attend(layer, query, spec, None, watcher)
+    if retrieval is not None:
+        retrieval.end_build()
+    cache.truncate(length)
 
 
 def triforce(bench: Bench) -> None:

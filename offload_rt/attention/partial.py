@@ -6,6 +6,9 @@ the same way). What all query rows see is attended to by flash attention, with t
 group as rows of their KV head, so keys are read once and never copied.
 """
 
+from collections.abc import Sequence
+from typing import TypeAlias
+
 import torch
 
 from offload_rt.attention.blocks import KEY_BLOCK, SCORE_BYTES
@@ -14,6 +17,7 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.attention.visible import visible_rows
 
 MERGE_AT = 8  # parts that are kept before they are merged: fewer kernels, bounded memory
+_Part: TypeAlias = tuple[torch.Tensor, torch.Tensor]  # outputs, and log-sum-exps in fp32
 UNSEEN = -1e30  # the score of a row that is not seen; finite, so that a part nobody sees weighs 0
 
 
@@ -30,7 +34,9 @@ class PartialAttention:
         self._heads, self._rows, _ = query.shape
         self._kv_heads, self._spec, self._query = kv_heads, spec, query
         self._flash = flash_of(query.device) if spec.softcap is None else None
-        self._parts: list[tuple[torch.Tensor, torch.Tensor]] = []  # [K, G, S, D], [K, G, S] fp32
+        self._parts: list[_Part] = []  # [K, G, S, D] and [K, G, S]
+        self._whole: list[_Part] = []  # what all query rows saw: [K, G * S, D] and [K, G * S]
+        self._grouped: torch.Tensor | None = None  # [K, G * S, D], once it is known who attends
 
     def add(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None = None
@@ -44,15 +50,18 @@ class PartialAttention:
         """
         if not key.shape[1]:
             return
-        if visible is None and self._flash is not None and self._flash.takes(key, value):
-            grouped = self._query.reshape(self._kv_heads, -1, self._query.shape[-1])
-            out, lse = self._flash.attend(grouped, key, value, self._spec.scaling, False, None)
-            self._append(out.unflatten(1, (-1, self._rows)), lse.unflatten(1, (-1, self._rows)))
-            return
+        if visible is None and self._flash is not None:
+            if self._grouped is None and self._flash.takes(key, value):  # as all others, then
+                self._grouped = self._query.reshape(self._kv_heads, -1, self._query.shape[-1])
+            if self._grouped is not None:
+                spec = self._spec
+                attended = self._flash.attend(self._grouped, key, value, spec.scaling, False, None)
+                _append(self._whole, attended)
+                return
         for start in range(0, key.shape[1], KEY_BLOCK):
             part = slice(start, start + KEY_BLOCK)
             seen = None if visible is None else visible[:, part]
-            self._append(*self._write_out(key[:, part], value[:, part], seen))
+            _append(self._parts, self._write_out(key[:, part], value[:, part], seen))
 
     def add_newest(
         self, key: torch.Tensor, value: torch.Tensor, tree: PendingTree | None = None
@@ -90,25 +99,22 @@ class PartialAttention:
 
     def result(self) -> torch.Tensor:
         """Return [S, H, D] over everything added; each row has seen at least one key."""
+        rows = (-1, self._rows)
+        parts = [(out.unflatten(1, rows), lse.unflatten(1, rows)) for out, lse in self._whole]
+        parts += self._parts
         if self._spec.sinks is not None:
             sinks = self._spec.sinks.float().view(self._kv_heads, -1, 1)  # [K, G, 1]
-            nothing = torch.zeros_like(self._parts[0][0])
-            self._parts.append((nothing, sinks.expand(-1, -1, self._rows)))
-        out = self._parts[0][0] if len(self._parts) == 1 else _merge(self._parts)[0]
+            nothing = torch.zeros_like(parts[0][0])
+            parts.append((nothing, sinks.expand(-1, -1, self._rows)))
+        out = parts[0][0] if len(parts) == 1 else _merge(parts)[0]
         return out.permute(2, 0, 1, 3).flatten(1, 2).to(self._query.dtype)
-
-    def _append(self, out: torch.Tensor, lse: torch.Tensor) -> None:
-        self._parts.append((out, lse))
-        if len(self._parts) == MERGE_AT:
-            out, sums = _merge(self._parts)
-            self._parts = [(out, sums.logsumexp(dim=0))]
 
     def _add_chain(self, key: torch.Tensor, value: torch.Tensor, window: int | None) -> None:
         """Attend causally to rows that end with the query's own."""
         assert self._flash is not None
         out, lse = self._flash.attend(self._query, key, value, self._spec.scaling, True, window)
         groups = (self._kv_heads, -1)
-        self._append(out.unflatten(0, groups), lse.unflatten(0, groups))
+        _append(self._parts, (out.unflatten(0, groups), lse.unflatten(0, groups)))
 
     def _add_seen(
         self, key: torch.Tensor, value: torch.Tensor, tree: PendingTree | None, keys: range
@@ -129,11 +135,11 @@ class PartialAttention:
             elif window is not None or block.stop > cached - pending + (tree is None):
                 seen = visible_rows(self._rows, block, cached, window, key.device, tree)
             part = slice(block.start, block.stop)
-            self._append(*self._write_out(key[:, part], value[:, part], seen))
+            _append(self._parts, self._write_out(key[:, part], value[:, part], seen))
 
     def _write_out(
         self, key: torch.Tensor, value: torch.Tensor, visible: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> _Part:
         """Attention in fp32: [K, G, S, D] and [K, G, S]; in blocks of query rows."""
         key, value = key.float().transpose(1, 2), value.float()
         hidden = None if visible is None else ~visible
@@ -158,8 +164,16 @@ class PartialAttention:
         return torch.cat(outs, dim=2), torch.cat(sums, dim=2)
 
 
-def _merge(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge outputs [K, G, S, D] of parts: in fp32, with all log-sum-exps [P, K, G, S]."""
+def _append(parts: list[_Part], part: _Part) -> None:
+    """Keep one more part; merge them when they are many."""
+    parts.append(part)
+    if len(parts) == MERGE_AT:
+        out, sums = _merge(parts)
+        parts[:] = [(out, sums.logsumexp(dim=0))]
+
+
+def _merge(parts: Sequence[_Part]) -> _Part:
+    """Merge outputs [*, D] of parts: in fp32, with all log-sum-exps [P, *]."""
     sums = torch.stack([lse for _, lse in parts])
     weights = torch.softmax(sums, dim=0)[..., None]
     out = parts[0][0] * weights[0]

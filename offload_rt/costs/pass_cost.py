@@ -128,6 +128,7 @@ class PassLoad:
         between_passes: that it does so in; each uploads its tokens.
         kv_slots: device buffers that blocks of KV share, on each device.
         kv_block_bytes: of such a block.
+        kv_block_s: of the host's time to enqueue what a block needs, where kernels run beside it.
         hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
             first one has embedding and head.
         recorded: it is replayed (`runner/static.py`), so it is launched at once.
@@ -144,6 +145,7 @@ class PassLoad:
     between_passes: int = 0
     kv_slots: int = 0
     kv_block_bytes: int = 0
+    kv_block_s: float = 0.0
     hop_bytes: int = 0
     recorded: bool = False
 
@@ -181,7 +183,8 @@ class PassTimes:
         head_s: the head's, and of a recorded pass what it takes beside its layers.
         home_bytes_per_s: of the link or disk that streamed layers come over.
         numbers: all that the times rest on.
-        kv_s: each layer's attention to KV from the home; empty if there is none.
+        kv_s: each layer's attention to KV from the home, or what the host takes to enqueue it, if
+            that is longer; empty if there is none.
         device_bytes_per_s: of each device's own link; empty: all have `home_bytes_per_s`.
         kv_bytes_per_s: of blocks of KV, by device; empty: that of weights.
         back_bytes_per_s: of KV on its way home, likewise.
@@ -408,7 +411,10 @@ def pass_times(
         head_s=sum(head.value for head in heads),
         home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
-        kv_s=tuple(attending[layer.kv_home_bytes] for layer in load.layers),
+        kv_s=tuple(
+            max(attending[layer.kv_home_bytes], _enqueued_s(load, layer.kv_home_bytes))
+            for layer in load.layers
+        ),
         device_bytes_per_s=tuple(number.value for number in rates.home),
         kv_bytes_per_s=tuple(number.value for number in rates.kv),
         back_bytes_per_s=tuple(number.value for number in rates.back),
@@ -417,6 +423,11 @@ def pass_times(
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
         piece_s=_piece_s(rates, processor),
     )
+
+
+def _enqueued_s(load: PassLoad, nbytes: int) -> float:
+    """What the host takes to enqueue a layer's blocks of KV."""
+    return -(-nbytes // load.kv_block_bytes) * load.kv_block_s if nbytes else 0.0
 
 
 def _piece_s(rates: LinkRates, processor: Processor) -> float:

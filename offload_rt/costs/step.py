@@ -21,6 +21,11 @@ STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CP
 # More of it for each node of a draft: rows, positions and parents, the verdict, its download.
 # Measured: 1.3 to 1.9 us (docs/RESULTS.md, "Host time of a step").
 NODE_S = 2e-6
+# The host's, to enqueue what a block of KV needs on a GPU, and more of it where a retrieval cache
+# is chosen meanwhile. Measured without launches: 41 and 75 us
+# (docs/RESULTS.md, "Host time of a block of KV"). 2 us for each of 3 and 11 to 15 launches are
+# assumed.
+KV_BLOCK_S, KV_CHOICE_S = 50e-6, 100e-6
 
 _CALLED = {
     SpanKind.WEIGHTS: (Lane.COPY, "weights of layer {}"),
@@ -121,12 +126,30 @@ class Prediction:
 
 
 def step_work(
-    target: PlacedModel, nodes: int, expected: Expected, parts: tuple[DraftPart, ...]
+    target: PlacedModel,
+    nodes: int,
+    expected: Expected,
+    parts: tuple[DraftPart, ...],
+    *,
+    rebuild_tokens: int | None = None,
 ) -> StepWork:
-    """What a step has to do that checks drafts of so many nodes for this model."""
+    """What a step has to do that checks drafts of so many nodes for this model.
+
+    Args:
+        target: the model.
+        nodes: of a draft.
+        expected: how often drafts are found and right.
+        parts: drafting.
+        rebuild_tokens: after which a retrieval cache is chosen anew, if there is one.
+    """
+    tokens = expected.tokens_per_pass
+    block_s = 0.0
+    if not target.speeds.device.host_computes:
+        chooses = min(1.0, tokens / rebuild_tokens) if rebuild_tokens else 0.0
+        block_s = KV_BLOCK_S + chooses * KV_CHOICE_S
     return StepWork(
-        load=target.load(1 + nodes, expected.tokens_per_pass),
-        plain=target.load(1, expected.tokens_per_pass),
+        load=target.load(1 + nodes, tokens, kv_block_s=block_s),
+        plain=target.load(1, tokens, kv_block_s=block_s),
         expected=expected,
         parts=parts,
         host_s=STEP_S + expected.hits * target.sequences * nodes * NODE_S,

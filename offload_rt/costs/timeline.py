@@ -220,8 +220,8 @@ class _Rows:
 class _Device:
     """One device's streams, rings and homes.
 
-    Weights and KV have a copy stream each and share the link; rows go home in the KV stream, over
-    the link's other direction (`kv/offloaded.py`).
+    Weights and KV have a copy stream each and share the link; rows go home in a stream of their
+    own, over the link's other direction (`kv/offloaded.py`).
     """
 
     def __init__(self, work: TimedPass, device: int) -> None:
@@ -237,17 +237,16 @@ class _Device:
         self.compute = SimStream(f"compute {device}")
         rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
         self._copy = copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
-        self._kv_copy = SimStream(
-            f"KV {device}",
-            _of(work.kv_bytes_per_s, device),
-            link=link,
-            back_bytes_per_s=_of(work.back_bytes_per_s, device),
+        self._kv_copy = SimStream(f"KV {device}", _of(work.kv_bytes_per_s, device), link=link)
+        self._back = SimStream(
+            f"KV back {device}", back_bytes_per_s=_of(work.back_bytes_per_s, device)
         )
         self._streams = [self.compute, *([copy] if home else []), *[self._kv_copy] * moves_kv]
+        self._streams += [self._back] * any(layer.back_bytes for layer in mine.values())
         self._weights = _layer_ring(work, home, copy, self.compute) if home else None
-        self._kv_home, self._kv = _block_ring(work, mine, self._kv_copy, self.compute)
+        self._kv_order, self._kv = _block_ring(work, mine, self._kv_copy, self.compute)
         self._blocks: dict[int, list[_Block]] = {index: [] for index in mine}
-        for block in self._kv_home:
+        for block in self._kv_order.home:
             self._blocks[block[0]].append(block)
         self._rows = {
             i: _Rows(SimBuffer(layer.back_bytes)) for i, layer in mine.items() if layer.back_bytes
@@ -260,14 +259,15 @@ class _Device:
     def watch(self) -> None:
         """Keep in `spans` what the streams do from now on."""
         what = {id(source): (SpanKind.WEIGHTS, layer) for layer, source in self._home.items()}
-        what |= {id(source): (SpanKind.KV, layer) for (layer, *_), source in self._kv_home.items()}
+        home = self._kv_order.home
+        what |= {id(source): (SpanKind.KV, layer) for (layer, *_), source in home.items()}
         what |= {id(rows.memory): (SpanKind.KV_BACK, i) for i, rows in self._rows.items()}
 
         def keep(source: SimBuffer, start_s: float, end_s: float) -> None:
             kind, layer = what[id(source)]
             self.spans.append(Span(kind, self._device, layer, start_s, end_s, source.nbytes))
 
-        self._copy.watch = self._kv_copy.watch = keep
+        self._copy.watch = self._kv_copy.watch = self._back.watch = keep
         self._watched = True
 
     def upload(self, piece_s: float) -> None:
@@ -315,11 +315,11 @@ class _Device:
     def end_pass(self) -> None:
         """Send new rows home."""
         for index, rows in self._rows.items():
-            self._kv_copy.wait(self.compute.record())
-            blocks = self._blocks[index]
-            home = self._kv_home[blocks[-1]] if blocks else SimBuffer(0)
-            self._kv_copy.store(home, rows.memory)
-            rows.sent = self._kv_copy.record()
+            self._back.wait(self.compute.record())
+            self._back.store(SimBuffer(0), rows.memory)  # they go behind those that are read
+            rows.sent = self._back.record()
+            if blocks := self._blocks[index]:
+                self._kv_order.events[blocks[-1]] = rows.sent
         self._kv.refresh()
 
     @contextmanager
@@ -342,9 +342,22 @@ def _layer_ring(
     return ring
 
 
+class _WrittenBlocks(Cycle[_Block, SimBuffer]):
+    """Blocks, the last of a layer with the rows that are written each pass."""
+
+    def __init__(self, home: Mapping[_Block, SimBuffer]) -> None:
+        super().__init__(home)
+        self.home = home
+        self.events: dict[_Block, SimEvent] = {}
+
+    def written(self, unit: _Block) -> SimEvent | None:
+        """The event behind the last write to a block."""
+        return self.events.get(unit)
+
+
 def _block_ring(
     work: TimedPass, mine: Mapping[int, TimedLayer], copy: SimStream, compute: SimStream
-) -> tuple[dict[_Block, SimBuffer], _Ring[_Block]]:
+) -> tuple[_WrittenBlocks, _Ring[_Block]]:
     """The blocks of a device's layers at the home, and the ring they come through."""
     block_bytes, slots = _coarse(work)
     home = {
@@ -353,7 +366,8 @@ def _block_ring(
         if layer.kv_bytes
         for start in range(0, layer.kv_bytes, block_bytes)
     }
-    return home, Ring(Cycle(home), [SimBuffer(block_bytes) for _ in range(slots)], copy, compute)
+    order = _WrittenBlocks(home)
+    return order, Ring(order, [SimBuffer(block_bytes) for _ in range(slots)], copy, compute)
 
 
 def _coarse(work: TimedPass) -> tuple[int, int]:

@@ -171,12 +171,13 @@ class PlacedModel:
         )
         return replace(load, recorded=recorded)
 
-    def load(self, tokens: int, committed: float = 1.0) -> PassLoad:
+    def load(self, tokens: int, committed: float = 1.0, *, kv_block_s: float = 0.0) -> PassLoad:
         """A pass.
 
         Args:
             tokens: of each sequence, that go through the layers.
             committed: of them that are kept, on average.
+            kv_block_s: see `PassLoad`.
         """
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
@@ -193,6 +194,7 @@ class PlacedModel:
             head_weights=order,
             kv_slots=kv.slots if kv else 0,
             kv_block_bytes=kv.block_bytes if kv else 0,
+            kv_block_s=kv_block_s if kv else 0.0,
             hop_bytes=rows * parts.hidden_bytes,
         )
 

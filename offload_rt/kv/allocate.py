@@ -61,7 +61,8 @@ def allocate_caches(
 
 def kv_bytes_copied(caches: Sequence[KVCache]) -> int:
     """Bytes these caches have moved between device and home so far, both ways."""
-    streams = {part.copies for cache in caches for part in offloaded_parts(cache)}
+    parts = [part for cache in caches for part in offloaded_parts(cache)]
+    streams = {stream for part in parts for stream in part.copies}
     return sum(stream.statistics().bytes_copied for stream in streams)
 
 

@@ -26,7 +26,7 @@ Rows are token by token, here as at the home (`home.py`): [K, T, D] are strided 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -44,6 +44,21 @@ from offload_rt.kv.sizes import KVSizes
 from offload_rt.streaming.ring import Ring, RingWatch
 
 Rows = tuple[torch.Tensor, torch.Tensor]  # keys [K, T, D] and values [K, T, D], views
+
+
+@dataclass(frozen=True, slots=True)
+class LentRows:
+    """Rows of a block where they were lent: memory [T, numbers of a row], and views of it."""
+
+    memory: torch.Tensor
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    def first(self, rows: int) -> "LentRows":
+        """Only the first ones."""
+        if rows == self.memory.shape[0]:
+            return self
+        return LentRows(self.memory[:rows], self.keys[:, :rows], self.values[:, :rows])
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +89,11 @@ class RowFormat:
             values.unflatten(1, (shape.heads, shape.value_dim)).transpose(0, 1),
         )
 
+    def lent(self, buffer: torch.Tensor) -> LentRows:
+        """[n] uint8 as rows."""
+        memory = self.memory(buffer)
+        return LentRows(memory, *self.views(memory))
+
     def put(self, rows: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Write keys [K, S, D] and values into rows [S, numbers of a row]."""
         keys, values = self.views(rows)
@@ -82,22 +102,25 @@ class RowFormat:
 
 
 class KVSpace:
-    """What the offloaded caches of a run share: the copy stream and the memory prompts stage in.
+    """What the offloaded caches of a run share: its streams and the memory prompts stage in.
 
-    Staged rows leave through the copy stream after the kernels that wrote them; the memory is
-    written again only after `drained`, the event behind that copy.
+    Rows come in one stream and go home in another, so that a link with two directions uses both.
+    Staged rows leave after the kernels that wrote them; the memory is written again only after
+    `drained`, the event behind that copy.
 
     Args:
         device: where the memory is taken.
         staging_bytes: all rows of the largest layer of the longest sequence; 0 if none is staged.
 
     Attributes:
+        copy: rows come from a home in it.
+        back: rows go home in it.
         staged: the layer whose rows are staged now, and its cache.
     """
 
     def __init__(self, device: Device, staging_bytes: int) -> None:
         self.device = device
-        self.copy = device.new_copy_stream()
+        self.copy, self.back = device.new_copy_stream(), device.new_copy_stream()
         self.memory = device.allocate(staging_bytes, "KV staging").tensor
         self.staged: tuple[OffloadedKV, _Layer] | None = None
         self.drained: Event | None = None
@@ -118,6 +141,7 @@ class KVSpace:
     def close(self) -> None:
         """End the copies, then close the homes."""
         self.copy.close()
+        self.back.close()
         for home in self._homes:
             home.close()
 
@@ -147,6 +171,7 @@ class _Layer:
         window: the layer's, once it is known.
         written: rows from the second number on may still be on their way until the event.
         sent: until this event a write may still read `recent`.
+        lent: views of each of the ring's buffers.
     """
 
     index: int
@@ -158,6 +183,7 @@ class _Layer:
     window: int | None = None
     written: tuple[Event, int] | None = None
     sent: Event | None = None
+    lent: dict[int, LentRows] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -246,8 +272,9 @@ class _Order:
 class OffloadedKV:
     """Keys and values of one sequence, outside the device but for the newest rows.
 
-    Ordering beside that of `Ring`: a write home is enqueued after the kernels that made
-    its rows; their memory is overwritten, and their block read, only after the event behind it.
+    Ordering beside that of `Ring`: a write home is enqueued after the kernels that made its rows,
+    and, where it overwrites rows that were forgotten, after the reads of them. Their memory is
+    overwritten, and their block read, only after the event behind it.
 
     Args:
         space: shared with the other sequences.
@@ -296,9 +323,9 @@ class OffloadedKV:
         return self._length
 
     @property
-    def copies(self) -> TwoWayStream:
-        """The stream its rows cross the link in, shared by all sequences."""
-        return self._space.copy
+    def copies(self) -> Sequence[TwoWayStream]:
+        """The streams its rows cross the link in, shared by all sequences."""
+        return self._space.copy, self._space.back
 
     @property
     def device(self) -> Device:
@@ -370,14 +397,14 @@ class OffloadedKV:
         parts = PartialAttention(query, state.format.shape.heads, spec)
         parts.add_newest(keys, values, local_tree)
         count, device = query.shape[1], query.device
-        for start, rows in self._lend_home_rows(state):
+        for start, lent in self._lend_home_rows(state):
             visible = None
             if spec.window is not None and state.total - start > spec.window:
-                lent = range(start, start + rows.shape[0])
-                visible = visible_rows(count, lent, state.total, spec.window, device, tree)
-            parts.add(*state.format.views(rows), visible)
+                place = range(start, start + lent.memory.shape[0])
+                visible = visible_rows(count, place, state.total, spec.window, device, tree)
+            parts.add(lent.keys, lent.values, visible)
             if watcher is not None:
-                watcher.see(layer, start, *state.format.views(rows))
+                watcher.see(layer, start, lent.keys, lent.values)
         if watcher is not None:
             watcher.see(layer, state.home_rows, keys, values)
         return parts.result()
@@ -421,7 +448,7 @@ class OffloadedKV:
         self._move_recent(state, rows[home_rows:])
         state.count = state.total - home_rows
         self._send_home(state, rows[state.home_rows : home_rows])
-        self._space.drained = self._space.copy.record()
+        self._space.drained = self._space.back.record()
 
     def _set_length(self, length: int) -> None:
         """Forget all rows from `length` on, send home what fills a write, fetch what comes next."""
@@ -436,7 +463,7 @@ class OffloadedKV:
                 rows = state.local()[:sent]
                 state.start, state.count = state.start + sent, state.count - sent
                 self._send_home(state, rows)
-                state.sent = self._space.copy.record()
+                state.sent = self._space.back.record()
         if self._ring is not None:
             self._ring.refresh()
 
@@ -444,14 +471,14 @@ class OffloadedKV:
         """Write the next rows [n, numbers of a row] to the home."""
         if not rows.shape[0]:
             return
-        copy = self._space.copy
-        copy.wait(self._device.compute.record())
-        if state.written is not None:  # then the event behind this write is that of both
-            copy.wait(state.written[0])
+        back = self._space.back
+        back.wait(self._device.compute.record())
+        if state.written is not None:  # from then on only this write is waited for
+            self._space.copy.wait(state.written[0])
         target = self._home.target(state.index, state.home_rows, rows.shape[0])
-        end = None if self._watch is None else self._watch("write", f"layer {state.index}", copy)
-        copy.store(target, rows.reshape(-1).view(torch.uint8))
-        state.written = copy.record(), state.home_rows
+        end = None if self._watch is None else self._watch("write", f"layer {state.index}", back)
+        back.store(target, rows.reshape(-1).view(torch.uint8))
+        state.written = back.record(), state.home_rows
         if end is not None:
             end()
         state.home_rows += rows.shape[0]
@@ -461,35 +488,40 @@ class OffloadedKV:
         index = home_rows // self._sizes.block_tokens
         first = index * self._sizes.block_tokens
         if home_rows < length:
-            with self._lend(Block(state.index, index, length - first), in_turn=False) as buffer:
-                rows = state.format.memory(buffer)[home_rows - first : length - first]
-                self._move_recent(state, rows)
+            block = Block(state.index, index, length - first)
+            lent = nullcontext(None) if self._ring is None else self._ring.fetch(block)
+            with lent as buffer:
+                rows = self._lent(state, block, buffer)
+                self._move_recent(state, rows.memory[home_rows - first :])
         state.home_rows, state.start = home_rows, 0
+        self._space.back.wait(self._space.copy.record())
 
-    def _lend_home_rows(self, state: _Layer) -> Iterator[tuple[int, torch.Tensor]]:
-        """Lend the rows at the home that the window allows, [T, numbers of a row], block by block.
+    def _lend_home_rows(self, state: _Layer) -> Iterator[tuple[int, LentRows]]:
+        """Lend the rows at the home that the window allows, block by block.
 
         Each comes with the number of its first row.
         """
         for index in self._order.blocks_of(state):
-            block = self._order.block(state, index)
-            with self._lend(block) as buffer:
-                rows = state.format.memory(buffer)[: block.rows]
-                yield index * self._sizes.block_tokens, rows
+            block, start = self._order.block(state, index), index * self._sizes.block_tokens
+            if self._ring is None:
+                yield start, self._lent(state, block, None)
+                continue
+            with self._ring.lend(block) as buffer:
+                yield start, self._lent(state, block, buffer)
 
-    @contextmanager
-    def _lend(self, block: Block, *, in_turn: bool = True) -> Iterator[torch.Tensor]:
-        if self._ring is not None:
-            lend = self._ring.lend if in_turn else self._ring.fetch
-            with lend(block) as buffer:
-                yield buffer.tensor
-            return
+    def _lent(self, state: _Layer, block: Block, buffer: DeviceBuffer | None) -> LentRows:
+        """The rows of a block in a buffer of the ring, or, without one, at the home."""
+        if buffer is not None:
+            lent = state.lent.get(id(buffer))
+            if lent is None:
+                lent = state.lent[id(buffer)] = state.format.lent(buffer.tensor)
+            return lent.first(block.rows)
         if (written := self._order.written(block)) is not None:
             self._device.compute.wait(written)
         first = block.index * self._sizes.block_tokens
         memory = self._home.rows(block.layer, first, block.rows)
         assert memory is not None
-        yield memory
+        return state.format.lent(memory)
 
     def _is_staged(self, state: _Layer) -> bool:
         return self._space.staged is not None and self._space.staged[1] is state
@@ -502,8 +534,8 @@ class OffloadedKV:
         self._space.claim(self, state)
         staging = self._staging(state)
         window, state.window = state.window, None
-        for start, rows in self._lend_home_rows(state):
-            staging[start : start + rows.shape[0]].copy_(rows)
+        for start, lent in self._lend_home_rows(state):
+            staging[start : start + lent.memory.shape[0]].copy_(lent.memory)
         state.window = window
         staging[state.home_rows : state.total].copy_(state.local())
 

@@ -29,8 +29,10 @@ from offload_rt.kv.sizes import RetrievalSizes
 from offload_rt.kv.static import RowMemory, RowsBefore
 
 PINNED = float("inf")
-KEY_BLOCK = 2048  # keys whose fp32 copies are made at once, so that they stay in the CPU's cache
-EMPTY = -1.0  # score of a place that nothing is kept in yet: below every chunk's
+EMPTY = -1.0  # of a place that nothing is kept in yet: below every sum of exponentials
+# Exponents against the largest logit of the first rows, which have the sink; what is above it by
+# more counts as this, and so many of them add up without overflow.
+HIGHEST = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,33 +56,58 @@ class _Build:
         query: [K, R, D] the R rows of each KV head's group that ask, times the scaling; None keeps
             the newest.
         softcap: of the layer.
-        masses: [K, chunks, R] of what was kept so far: log of the sum of exponentials in a chunk.
-        total: [K, R] the same of all rows so far.
-        empty: [K, chunks] which places nothing is kept in yet.
-        carry: keys, values and logits of a chunk whose other rows have not come yet: [K, c, *].
+        stores: keys and values of the kept chunks, [K, chunks, c, D] views.
+        kept: [K, R, chunks] of what was kept so far: sum of exponentials in a chunk; `EMPTY` where
+            nothing is kept yet.
+        total: [K, R] the same of all rows so far, if several ask.
+        below_top: [K, R, 1] less the largest logit of the first rows that came; exponents are
+            against it.
+        carry: keys, values and exponentials of a chunk whose other rows have not come yet.
         next_row: position of the row that comes next.
     """
 
     query: torch.Tensor | None
     softcap: float | None
-    masses: torch.Tensor
+    stores: Sequence[torch.Tensor]
+    kept: torch.Tensor
     total: torch.Tensor
-    empty: torch.Tensor
+    below_top: torch.Tensor | None = None
     carry: Sequence[torch.Tensor] | None = None
     next_row: int = 0
 
-    def logits(self, keys: torch.Tensor) -> torch.Tensor:
-        """[K, T, R] products with keys [K, T, D], in fp32; those of one row lie side by side."""
-        assert self.query is not None
-        blocks = keys.split(KEY_BLOCK, dim=1)
-        found = torch.cat([torch.matmul(self.query, k.float().transpose(1, 2)) for k in blocks], 2)
-        if self.softcap is not None:
-            found = torch.tanh(found / self.softcap) * self.softcap
-        return found.transpose(1, 2)
+    @property
+    def asks_alone(self) -> bool:
+        """Whether one row asks, so that what it attends to in all does not matter."""
+        return self.kept.shape[1] == 1
 
-    def scores(self, masses: torch.Tensor) -> torch.Tensor:
-        """[K, M] the attention chunks receive, from their masses [K, M, R]."""
-        return torch.exp(masses - self.total[:, None]).sum(dim=2)
+    def exponentials(self, keys: torch.Tensor, part_rows: int) -> torch.Tensor:
+        """[K, R, T] of the products with more keys [K, T, D], in fp32; `total` has them then."""
+        assert self.query is not None
+        parts = keys.split(part_rows, dim=1) if keys.shape[1] > part_rows else (keys,)
+        found = [self._against_top(part.float().transpose(1, 2)) for part in parts]
+        logits = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        exponentials = logits.clamp_(max=HIGHEST).exp_()
+        if not self.asks_alone:
+            self.total += exponentials.sum(dim=2)
+        return exponentials
+
+    def _against_top(self, keys: torch.Tensor) -> torch.Tensor:
+        """[K, R, T] logits of keys [K, D, T], less the largest of the first rows."""
+        assert self.query is not None
+        if self.below_top is not None and self.softcap is None:
+            return torch.baddbmm(self.below_top, self.query, keys)
+        logits = torch.bmm(self.query, keys)
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        if self.below_top is None:
+            self.below_top = -logits.amax(dim=2, keepdim=True)
+        return logits + self.below_top
+
+    def scores(self, sums: torch.Tensor) -> torch.Tensor:
+        """[K, M] the attention chunks receive, or what grows with it, from their [K, R, M]."""
+        if self.asks_alone:
+            return sums[:, 0]
+        return (sums / self.total[:, :, None]).sum(dim=1)
 
 
 class RetrievalKV:
@@ -116,6 +143,7 @@ class RetrievalKV:
         self._length = 0
         self._layout = _Layout()
         self._pending = [0] * len(shapes)
+        self._part_rows = sizes.part_rows(host_computes=device.kind.host_computes)
         self._builds: dict[int, _Build] = {}
         self._build_rows = 0  # rows of the full cache that a build sees; 0 between builds
         self.built_at: int | None = None
@@ -238,10 +266,14 @@ class RetrievalKV:
             grouped = query.unflatten(0, (heads, -1))  # [K, G, S, D]
             asked = grouped.flatten(1, 2).float() * spec.scaling
         rows = 0 if asked is None else asked.shape[1]
-        masses = torch.zeros(heads, chunks, rows, device=query.device)
-        total = torch.full((heads, rows), float("-inf"), device=query.device)
-        empty = torch.ones(heads, chunks, dtype=torch.bool, device=query.device)
-        self._builds[layer] = _Build(asked, spec.softcap, masses, total, empty)
+        kept = torch.full((heads, rows, chunks), EMPTY, device=query.device)
+        total = torch.zeros(heads, rows, device=query.device)
+        shape = (heads, chunks, self._sizes.config.chunk_tokens)
+        stores = [
+            store[layer][:, : chunks * shape[2]].view(*shape, store[layer].shape[2])
+            for store in (self._keys, self._values)
+        ]
+        self._builds[layer] = _Build(asked, spec.softcap, stores, kept, total)
 
     def see(self, layer: int, first: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Choose from rows [K, T, D] of the full cache, from position `first` on, in order."""
@@ -261,61 +293,96 @@ class RetrievalKV:
             return
         assert build.next_row == first
         build.next_row = first + old
-        logits = build.logits(key[:, :count])
-        build.total = torch.logaddexp(build.total, logits.logsumexp(dim=1))
-        self._choose(layer, build, first, [key[:, :old], value[:, :old], logits[:, :old]])
+        sums = build.exponentials(key if count == key.shape[1] else key[:, :count], self._part_rows)
+        if old < key.shape[1]:
+            key, value, sums = key[:, :old], value[:, :old], sums[:, :, :old]
+        self._choose(build, first, key, value, sums)
 
-    def _choose(self, layer: int, build: _Build, first: int, rows: Sequence[torch.Tensor]) -> None:
-        """Cut keys, values and logits [K, T, *] into chunks; a part of one waits for the rest."""
-        size = self._sizes.config.chunk_tokens
-        if build.carry is not None:
-            lacking = size - build.carry[0].shape[1]
-            pairs = zip(build.carry, rows, strict=True)
-            joined = [torch.cat([old, new[:, :lacking]], dim=1) for old, new in pairs]
-            build.carry = None
-            self._choose(layer, build, first, joined)
-            first, rows = first + size, [part[:, lacking:] for part in rows]
-        whole, rest = divmod(rows[0].shape[1], size)
-        if rest:
-            build.carry = [part[:, whole * size :].clone() for part in rows]
-        if whole:
-            cut = [part[:, : whole * size].unflatten(1, (whole, size)) for part in rows]
-            self._keep_best(layer, build, first // size, *cut)
-
-    def _keep_best(
+    def _choose(
         self,
-        layer: int,
         build: _Build,
-        number: int,
+        first: int,
         keys: torch.Tensor,
         values: torch.Tensor,
-        logits: torch.Tensor,
+        sums: torch.Tensor,
     ) -> None:
-        """Let chunks [K, M, c, *], from chunk `number` on, compete with those kept."""
-        kept, size = self._layout.chunks, self._sizes.config.chunk_tokens
-        if not kept:
+        """Cut keys and values [K, T, D] and exponentials [K, R, T] into chunks.
+
+        A part of one waits for the rest.
+        """
+        size = self._sizes.config.chunk_tokens
+        if build.carry is not None:
+            lacking, old = size - build.carry[0].shape[1], build.carry
+            build.carry = None
+            self._choose(
+                build,
+                first,
+                torch.cat([old[0], keys[:, :lacking]], dim=1),
+                torch.cat([old[1], values[:, :lacking]], dim=1),
+                torch.cat([old[2], sums[:, :, :lacking]], dim=2),
+            )
+            first += size
+            keys, values, sums = keys[:, lacking:], values[:, lacking:], sums[:, :, lacking:]
+        count, rest = divmod(keys.shape[1], size)
+        if rest:
+            at = count * size
+            build.carry = keys[:, at:].clone(), values[:, at:].clone(), sums[:, :, at:].clone()
+            keys, values, sums = keys[:, :at], values[:, :at], sums[:, :, :at]
+        if not count or not self._layout.chunks:
             return
-        masses = _chunk_masses(logits)  # [K, M, R]
-        if number == 0:
-            masses[:, 0] = PINNED
-        held = build.scores(build.masses).masked_fill(build.empty, EMPTY)
-        host_computes = self._device.kind.host_computes
-        slots, chunks, real = _exchange(held, build.scores(masses), narrow=host_computes)
-        heads = torch.arange(keys.shape[0], device=keys.device)[:, None].expand_as(slots)
-        if host_computes:  # only what changes places is read and written
-            heads, slots, chunks = heads[real], slots[real], chunks[real]
-        offers = [
-            (build.masses, masses),
-            (build.empty, torch.zeros_like(masses[..., 0], dtype=torch.bool)),
-        ]
-        for store, offered in ((self._keys, keys), (self._values, values)):
-            offers.append((store[layer][:, : kept * size].unflatten(1, (kept, size)), offered))
-        for place, offered in offers:
-            coming = offered[heads, chunks]
-            if slots.dim() > 1:
-                changes = real.view(*real.shape, *[1] * (place.dim() - 2))
-                coming = torch.where(changes, coming, place[heads, slots])
-            place[heads, slots] = coming
+        sums = sums.reshape(*sums.shape[:2], count, size).sum(dim=3)
+        if first < size:
+            sums[:, :, 0] = PINNED
+        keys, values = (r.view(r.shape[0], count, size, r.shape[2]) for r in (keys, values))
+        if self._device.kind.host_computes:
+            self._exchange(build, keys, values, sums)
+            return
+        most = max(1, self._part_rows // size)
+        if count <= most:
+            self._select(build, keys, values, sums)
+            return
+        for start in range(0, count, most):
+            part = slice(start, start + most)
+            self._select(build, keys[:, part], values[:, part], sums[:, :, part])
+
+    def _exchange(
+        self,
+        build: _Build,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> None:
+        """Let the best of chunks [K, M, c, D] take the places of the worst kept.
+
+        Only what changes places is read and written; the host waits to know what that is.
+        """
+        held, offered = build.scores(build.kept), build.scores(sums)
+        width = min(held.shape[1], offered.shape[1])
+        worst, best = held.topk(width, largest=False), offered.topk(width)
+        heads, place = (best.values > worst.values).nonzero(as_tuple=True)
+        slots, chunks = worst.indices[heads, place], best.indices[heads, place]
+        for store, rows in zip(build.stores, (keys, values), strict=True):
+            store[heads, slots] = rows[heads, chunks]
+        build.kept[heads, :, slots] = sums[heads, :, chunks]
+
+    def _select(
+        self,
+        build: _Build,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        sums: torch.Tensor,
+    ) -> None:
+        """Keep the best of what was kept and of chunks [K, M, c, D], in any order.
+
+        All that is kept is written anew: the host needs not know what it is, and there are half as
+        many kernels as if places were exchanged.
+        """
+        every = torch.cat([build.kept, sums], dim=2)
+        best = build.scores(every).topk(build.kept.shape[2], sorted=False).indices
+        build.kept = every.gather(2, best[:, None].expand_as(build.kept))
+        index = best[:, :, None, None]
+        for store, rows in zip(build.stores, (keys, values), strict=True):
+            torch.gather(torch.cat([store, rows], dim=1), 1, index.expand_as(store), out=store)
 
     @property
     def _window_first(self) -> int:
@@ -334,44 +401,3 @@ class RetrievalKV:
         """The row of a token from `tail_start` on; of a layer with a window, before it too."""
         layout = self._layout
         return layout.chunks * self._sizes.config.chunk_tokens + position - layout.tail_start
-
-
-def _chunk_masses(logits: torch.Tensor) -> torch.Tensor:
-    """Log of the sum of exponentials in each chunk: [K, M, c, R] gives [K, M, R].
-
-    Against the largest of all, which takes one pass less than against the largest of each; what is
-    so far below it that it becomes 0 receives no attention.
-    """
-    by_row = logits.permute(0, 3, 1, 2)  # [K, R, M, c]
-    top = by_row.amax(dim=(2, 3), keepdim=True)
-    sums = torch.exp(by_row - top).sum(dim=3)
-    return (sums.log() + top[..., 0]).transpose(1, 2).contiguous()
-
-
-def _exchange(
-    kept: torch.Tensor, offered: torch.Tensor, *, narrow: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pair what leaves with what comes in, so that the best of both are there afterwards.
-
-    Args:
-        kept: [K, N] scores.
-        offered: [K, M] scores.
-        narrow: make W only as large as it must be; for that the host waits.
-
-    Returns:
-        slots [K, W] of `kept`, chunks [K, W] of `offered`, and [K, W] whether the pair changes
-        places.
-    """
-    count = kept.shape[1]
-    best = torch.cat([kept, offered], dim=1).topk(count, dim=1).indices
-    chosen = torch.zeros(
-        kept.shape[0], count + offered.shape[1], dtype=torch.int32, device=kept.device
-    ).scatter_(1, best, 1)
-    stays, comes = chosen[:, :count], chosen[:, count:]
-    number = comes.sum(dim=1, keepdim=True)  # of exchanges, per head
-    width = min(count, offered.shape[1])
-    if narrow:
-        width = int(number.max())
-    slots = stays.argsort(dim=1, stable=True)[:, :width]
-    chunks = comes.argsort(dim=1, descending=True, stable=True)[:, :width]
-    return slots, chunks, torch.arange(width, device=kept.device) < number

@@ -19,6 +19,10 @@ WRITE_TOKENS = 32
 MIN_BLOCK_TOKENS = 512
 KV_SLOTS = 4
 MIN_SCRATCH_TOKENS = 32
+# Rows that a build looks at in one go: so few that copies of their keys in fp32 stay in a CPU's
+# cache; on a GPU, where each go is a dozen launches, a block of KV.
+KEY_BLOCK = 2048
+BUILD_BYTES = 32 * 2**20
 # Rows on their way to a file pass through memory of this size, one per reader thread.
 WRITE_PIECE_BYTES = 2**20
 
@@ -27,8 +31,8 @@ def block_tokens_for(row_bytes: int, device: DeviceKind) -> int:
     """Tokens of a block that is large enough for the link to be fast and the host to keep up."""
     # Copies below 1 MiB lose bandwidth on PCIe (offloading.md 4.1) and on disk (`PIECE_BYTES`). A
     # pass over 16k tokens of Qwen2.5-1.5B's KV from disk ran at 1.2, 1.0 and 0.4 GB/s with blocks
-    # of 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2). The host of a GPU needs 0.07
-    # ms for a block, 0.34 if rows are chosen (docs/RESULTS.md, "Host time of a block of KV"), while
+    # of 4, 2 and 0.5 MiB (2 cores; without copies 1.0 to 1.2). The host of a GPU needs 0.05
+    # ms for a block, 0.15 if rows are chosen (docs/RESULTS.md, "Host time of a block of KV"), while
     # 4 MiB cross PCIe 4.0 in 0.17.
     units = device.kv_block_bytes // row_bytes // MIN_BLOCK_TOKENS
     return max(MIN_BLOCK_TOKENS, units * MIN_BLOCK_TOKENS)
@@ -280,10 +284,23 @@ class RetrievalSizes:
         """Device memory of this sequence."""
         return self.rows * sum(self.row_bytes)
 
-    @property
-    def build_bytes(self) -> int:
-        """Device memory a build allocates and frees again: chunks of a block on their way."""
-        return 4 * min(self.config.budget_tokens, self.capacity) * max(self.row_bytes)
+    def part_rows(self, *, host_computes: bool) -> int:
+        """Rows of a layer that a build looks at in one go."""
+        if host_computes:
+            return KEY_BLOCK
+        return max(KEY_BLOCK, BUILD_BYTES // max(self.row_bytes))
+
+    def build_bytes(self, *, host_computes: bool) -> int:
+        """Device memory a build allocates and frees again: rows on their way.
+
+        On the host these are chunks that change places, else keys or values of all that is kept and
+        of a part, or a part's keys in fp32.
+        """
+        row, kept = max(self.row_bytes), min(self.config.budget_tokens, self.capacity)
+        if host_computes:
+            return 4 * kept * row
+        part = min(self.part_rows(host_computes=False), self.capacity)
+        return max((kept + part) * row // 2, 2 * part * row)
 
 
 def retrieval_sizes(draft: DraftConfig, row_bytes: Sequence[int], capacity: int) -> RetrievalSizes:

@@ -242,7 +242,9 @@ class PlacedRun:
 
     def _work(self, drafting: Drafting, expected: Expected) -> StepWork:
         parts = draft_parts(drafting, self.model, expected)
-        return step_work(self.model, drafting.config.nodes, expected, parts)
+        config = drafting.config
+        rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
+        return step_work(self.model, config.nodes, expected, parts, rebuild_tokens=rebuild)
 
 
 def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:

@@ -1,7 +1,7 @@
 """Feed units (layers, blocks of KV) to the compute stream, as many ahead as there are slots."""
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
@@ -91,9 +91,10 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
     the bytes it reads, where homes, unlike those of weights, change: `Order.written`.
 
     What was fetched ahead may turn out not to be what comes next: rows were added to a block or
-    forgotten, a window moved, a pass broke off. Asking for any other unit begins anew from there,
-    and so does `restart`. Beginning anew first orders the copy stream after every reader and after
-    the copies it had enqueued itself, so that no buffer has two writers.
+    forgotten, a window moved, a pass broke off. `refresh` fetches what differs again. Asking for
+    any other unit begins anew from there, and so does `restart`. Filling a slot anew first orders
+    the copy stream after every reader and after the copy it had enqueued into that slot itself, so
+    that no buffer has two writers.
 
     Args:
         order: which unit comes when, and where its bytes are.
@@ -130,9 +131,10 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
             if self._strict:
                 raise StreamOrderError(f"asked for {unit}, next in order is {expected}")
             self._begin(unit)
-        with self._used(self._slots[0]) as buffer:
-            yield buffer
-        self._fill(self._slots[0], self._following(self._slots[-1].unit))
+        slot = self._slots[0]
+        yield self._await(slot)
+        slot.drained = self._compute.record()
+        self._fill(slot, self._following(self._slots[-1].unit))
         self._slots.rotate(-1)
 
     @contextmanager
@@ -141,41 +143,48 @@ class Ring(Generic[UnitT, BufferT, SourceT]):
         self._begin(None)
         slot = self._slots[0]
         self._fill(slot, unit)
-        with self._used(slot) as buffer:
-            yield buffer
+        yield self._await(slot)
+        slot.drained = self._compute.record()
         slot.unit = None
 
     def refresh(self) -> None:
-        """Between passes: see that what was fetched ahead is what the next pass needs."""
-        expected = self._order.first()
+        """Between passes: fetch anew what was fetched ahead and is not what is needed next."""
+        unit, others = self._order.first(), []
         for slot in self._slots:
-            if slot.unit != expected:
-                self.restart()
-                return
-            expected = self._following(expected)
+            if slot.unit != unit:
+                others.append((slot, unit))
+            unit = self._following(unit)
+        if others:
+            self._refill(others)
 
     def restart(self) -> None:
         """Begin with the first unit of the order: at the start, or after a pass that broke off."""
         self._begin(self._order.first())
 
-    @contextmanager
-    def _used(self, slot: Slot[UnitT, BufferT]) -> Iterator[BufferT]:
+    def _await(self, slot: Slot[UnitT, BufferT]) -> BufferT:
+        """Have kernels wait until a slot is filled."""
         assert slot.filled is not None and slot.unit is not None  # _fill sets it
         end = None if self.watch is None else self.watch("wait", slot.unit, self._compute)
         self._compute.wait(slot.filled)
         if end is not None:
             end()
-        yield slot.buffer
-        slot.drained = self._compute.record()
+        return slot.buffer
 
     def _begin(self, unit: UnitT | None) -> None:
-        self._copy.wait(self._compute.record())
+        units = []
         for slot in self._slots:
+            units.append((slot, unit))
+            unit = self._following(unit)
+        self._refill(units)
+
+    def _refill(self, units: Sequence[tuple[Slot[UnitT, BufferT], UnitT | None]]) -> None:
+        """Fill slots anew, after every reader and after what was on its way into them."""
+        self._copy.wait(self._compute.record())
+        for slot, _ in units:
             if slot.filled is not None:
                 self._copy.wait(slot.filled)
-        for slot in self._slots:
+        for slot, unit in units:
             self._fill(slot, unit)
-            unit = self._following(unit)
 
     def _following(self, unit: UnitT | None) -> UnitT | None:
         return None if unit is None else self._order.after(unit)

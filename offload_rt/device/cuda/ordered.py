@@ -41,7 +41,8 @@ class OrderedQueue(Generic[LocalT]):
         self.error: BaseException | None = None
         self._make_local = make_local
         self._queue: SimpleQueue[tuple[int, Prepare[LocalT], bool] | None] = SimpleQueue()
-        self._turn = threading.Condition()
+        self._lock = threading.RLock()
+        self._turn = threading.Condition(self._lock)
         self._issued = self._finished = 0
         self._threads = [
             threading.Thread(target=self._work, name=f"feeder-{i}", daemon=True)
@@ -50,7 +51,7 @@ class OrderedQueue(Generic[LocalT]):
 
     def act(self, action: Action, *, always: bool = False) -> None:
         """Run `action` in its turn: at once, on this thread, when nothing is under way."""
-        with self._turn:
+        with self._lock:
             if self._issued == self._finished:
                 self._run(action, always)
                 return

@@ -143,6 +143,7 @@ class CudaCopyStream:
         self._stream, self._pinned = stream, pinned
         self._copies = Spans()
         self._reads = LinkMeter()
+        self._end: DriverEvent | None = None  # behind the last copy, if nothing was enqueued since
         # One more thread than reads: a wait whose turn has not come holds a thread.
         self._queue = OrderedQueue(readers + 1, lambda: Staging(staging))
 
@@ -155,6 +156,7 @@ class CudaCopyStream:
         elif image is not None and self._pinned.holds(image.tensor):
             target = dst.tensor[: image.nbytes]
             self._queue.act(partial(self._copy_pinned, target, image.tensor))
+            return  # what lies in memory does not change under a copy
         else:
             for piece in src.pieces():
                 target = dst.tensor[piece.offset : piece.offset + piece.image_bytes]
@@ -182,7 +184,7 @@ class CudaCopyStream:
     def wait(self, event: Event) -> None:
         """Order later copies after `event`."""
         assert isinstance(event, CudaEvent)
-        self._queue.act(partial(self._stream.wait, event.enqueued()))
+        self._queue.act(partial(self._wait, event.enqueued()))
 
     def statistics(self) -> CopyStatistics:
         """Bytes that arrived, and the time it took them.
@@ -207,16 +209,21 @@ class CudaCopyStream:
             event.settle(None, self._queue.error)
             return
         try:
-            event.settle(self._stream.record(), None)
+            event.settle(self._end or self._stream.record(), None)
         except BaseException as error:
             event.settle(None, error)  # whoever waits for it must not wait for ever
             raise
+
+    def _wait(self, event: DriverEvent) -> None:
+        self._stream.wait(event)
+        self._end = None
 
     def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
         start = self._stream.record()
         for part, piece in _cut(target, source):
             self._stream.copy(part, piece)
-        self._copies.add(start, self._stream.record(), source.numel())
+        self._end = self._stream.record()
+        self._copies.add(start, self._end, source.numel())
 
     def _run_block(self, block: CopyBlock, _: Staging) -> Action:
         with self._reads.measure(block.nbytes):
@@ -233,7 +240,7 @@ class CudaCopyStream:
         self, target: torch.Tensor, source: torch.Tensor, buffer: StagingBuffer
     ) -> None:
         self._stream.copy(target, source)
-        buffer.drained = self._stream.record()
+        self._end = buffer.drained = self._stream.record()
 
 
 def _cut(target: torch.Tensor, source: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:

@@ -99,7 +99,8 @@ def _retrieval_bytes(draft: DraftConfig, run: DraftedRun) -> tuple[list[int], in
     row_bytes = [per_token // model.num_layers] * model.num_layers
     sizes = [retrieval_sizes(draft, row_bytes, capacity) for capacity in run.capacities]
     rows = sum(s.rows for s in sizes)
-    return [rows * nbytes for nbytes in row_bytes], max(s.build_bytes for s in sizes)
+    building = max(s.build_bytes(host_computes=run.device.host_computes) for s in sizes)
+    return [rows * nbytes for nbytes in row_bytes], building
 
 
 def rounded_copy_parts(
