@@ -10,7 +10,7 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.device.kinds import KINDS
-from offload_rt.device.system import busy_share, cores, wait_asleep
+from offload_rt.device.system import cores, wait_asleep
 from offload_rt.errors import ConfigError
 from offload_rt.profiling.codec import encode
 from offload_rt.profiling.effort import Effort
@@ -27,10 +27,6 @@ from offload_rt.profiling.store import (
 from offload_rt.writing import check_target, writing
 
 EFFORT = Effort()  # what is measured; tests put a small one here
-
-# A program of one thread takes half of two cores. Where many cores are a little busy, runs find
-# enough of them free.
-_LOOKING_S, _BUSY_SHARE = 0.5, 0.15
 
 _DEVICES = ("auto", *sorted(map(str, KINDS)))
 
@@ -129,8 +125,7 @@ def _show(name: str, printed: Output) -> int:
 
 def _measure(name: str, device: str, folder: Path | None, printed: Output) -> HardwareProfile:
     quiet_libraries(printed)
-    if busy_share(_LOOKING_S) > _BUSY_SHARE:
-        wait_asleep()
+    wait_asleep()  # other work may begin at any time
     with Console(printed).progress("measuring") as gauge:
         from offload_rt.profiling.measure import measure
 

@@ -97,11 +97,6 @@ def wait_asleep() -> None:
     os.environ.update({name: "0" for name in _SPIN_LIMITS if name in _settled})
 
 
-def busy_share(seconds: float) -> float:
-    """How much of all cores' time is used, by whatever runs, during that time."""
-    return float(psutil.cpu_percent(seconds)) / 100
-
-
 def users_environment() -> dict[str, str]:
     """The environment as the user gave it, for programs of others: without what is settled here."""
     return {name: value for name, value in os.environ.items() if name not in _settled}

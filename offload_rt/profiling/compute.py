@@ -1,7 +1,8 @@
 """Times of a real decoder layer and of attention, through the code that runs models.
 
-The layer is transformers' own Llama layer with our attention function and a cache of ours; what it
-does besides the matrix products (norms, rotary embedding, appending keys) is in its time.
+The layer is transformers' own Llama layer with our attention function and a cache of ours, run as
+a network runs it: by our kernels, where there are some for it. What it does besides the matrix
+products (norms, rotary embedding, appending keys) is in its time.
 """
 
 import copy
@@ -32,6 +33,7 @@ from offload_rt.model.attention_function import (
 from offload_rt.model.formats.packed import pack_linears, replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
+from offload_rt.model.lean import lean_layer
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (
@@ -92,7 +94,9 @@ class TimedLayer:
         elif widens(dtype, device.torch_device):
             for layer in self._layers:
                 widen_linears(layer)
-        self._turns = cycle(self._layers)
+        # As a network runs layers that stay on its device (`Network.attach`).
+        lean = (lean_layer(layer, first=layer is first) for layer in self._layers)
+        self._turns = cycle([of or layer for of, layer in zip(lean, self._layers, strict=True)])
         self._inputs = torch.randn(
             1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device
         )

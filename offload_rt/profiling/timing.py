@@ -1,16 +1,12 @@
 """Repeating a measurement until it says what the hardware does when nobody disturbs.
 
 Other work makes times longer and hardly ever shorter, so the lower decile of the samples counts.
-Where the CPU computes, the time that other work kept a thread from its core is subtracted: the
-kernel counts it. Beside nine other programs on two cores layers of 7 to 116 MiB were so timed at
-0.91 to 1.17 times their seconds on the quiet machine (lower quartiles: 1.01 to 1.56). The shortest
-wall times were two to four times that.
+Where the CPU computes, what counts of a run is the processor time of the thread that asks for the
+work: it does its share, and where it sleeps while it waits for others (`wait_asleep`) nothing else
+(docs/RESULTS.md, "Five profiles beside other work").
 
-Beside more than that no run finds all cores free. What is left then is the processor time of the
-thread that asks for the work: it does its share, and where it sleeps while it waits for others
-(`wait_asleep`) nothing else. On the quiet machine it was 0.83 to 1.12 times the seconds that layers
-of 1.4 to 116 MiB took with threads that spin, beside six to eight programs 1.07 to 1.40 times. The
-shortest wall times were 1.4 to 4.4 times that (docs/RESULTS.md, "Plans that read from the disk").
+What the kernel tells of the time that threads waited for a core is not subtracted: a wait is told
+when it is over, so a run of less than a millisecond is told of waits from before it.
 """
 
 import statistics
@@ -18,19 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from offload_rt.device.system import compute_threads, thread_times
+from offload_rt.device.system import compute_threads
 from offload_rt.profiling.curves import Place, impossible, monotone
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import Number, Obtained
 
 Tick = Callable[[], None]  # called after each number, for a progress bar
 Sample = Callable[[], float]
-ThreadTimes = Mapping[str, tuple[int, int]]
 
-_TAKES_PART = 0.2  # of the running time of the busiest thread
 _SHORTEST_S = 1e-9
-_LEAST_PART = 0.05  # of a time is its own, however long threads waited
-_LEAST_RUNS = 3
 _APART = 1.1  # the median over the lower decile: most samples were disturbed
 _DISTURBED = 1.25  # the median run over the quickest; alone it is 1.05 to 1.14
 _TYPICAL = 1.03  # the lower decile of runs over the quickest, alone
@@ -187,83 +179,54 @@ class Timed:
     Args:
         run: the work.
         least_s: how long to go on.
-        computes: it computes on this process's threads, which share it evenly and wait for each
-            other: what the one that was held up longest lost is taken out, and this thread's
-            processor time is enough.
-        enough: of each run so far, seconds that it cannot have needed more than.
+        computes: it computes on this process's threads, which share it evenly: the processor time
+            of this thread is enough.
+        runs: seconds of each so far.
     """
 
     run: Callable[[], object]
     least_s: float = 0.0
     computes: bool = False
-    enough: list[float] = field(default_factory=list)
+    runs: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
         """Run, and return the seconds of one run."""
-        start, taken = time.perf_counter(), [self._once_s()]
-        # What a thread waited before a run is told in it: of short ones a few are compared.
-        while (
-            time.perf_counter() - start < self.least_s
-            or len(taken) < _LEAST_RUNS
-            and min(taken) < self.least_s
-        ):
-            taken.append(self._once_s())
-        return max(min(_quartiles(taken)[0], _TYPICAL * min(self.enough)), _SHORTEST_S)
+        start, first = time.perf_counter(), len(self.runs)
+        spent_s = _computed_s if self.computes else _spent_s
+        while len(self.runs) == first or time.perf_counter() - start < self.least_s:
+            self.runs.append(spent_s(self.run))
+        own = self.runs[first:]
+        return max(min(_quartiles(own)[0], _TYPICAL * min(self.runs)), _SHORTEST_S)
 
     @property
     def is_disturbed(self) -> bool:
         """Whether most runs took clearly longer than the quickest: more of them find it free."""
-        return statistics.median(self.enough) > _DISTURBED * min(self.enough)
-
-    def _once_s(self) -> float:
-        if not self.computes:
-            self.enough.append(_spent_s(self.run))
-            return self.enough[-1]
-        own_s, enough_s = _computed_s(self.run)
-        self.enough.append(enough_s)
-        return own_s
+        return statistics.median(self.runs) > _DISTURBED * min(self.runs)
 
 
 def typical(run: Callable[[], object], least_s: float) -> Sample:
     """Turn work on this process's threads into a sample: the lower decile of runs that fill it.
 
     For what slows every run, as reads from a disk do: the quickest was between two reads, the mean
-    holds what other work did. What that took from the threads is taken out, see `Timed`.
+    holds what other work did. What that took from the threads does not count, see `Timed`.
     """
 
     def sample_s() -> float:
         start, taken = time.perf_counter(), list[float]()
         while time.perf_counter() - start < least_s or not taken:
-            taken.append(_computed_s(run)[0])
+            taken.append(_computed_s(run))
         return max(undisturbed(taken), _SHORTEST_S)
 
     return sample_s
 
 
-def _computed_s(run: Callable[[], object]) -> tuple[float, float]:
-    """Seconds of a run less what other work took, and seconds that are surely enough for it."""
-    before, begun_s, all_s = thread_times(), time.thread_time(), time.process_time()
+def _computed_s(run: Callable[[], object]) -> float:
+    """Seconds that are enough for a run on this process's threads."""
+    begun_s, all_s = time.thread_time(), time.process_time()
     took_s = _spent_s(run)
     # Where threads share work as they come, the one that asks may be held up and do next to none.
     each_s = (time.process_time() - all_s) / compute_threads()
-    enough_s = min(took_s, max(time.thread_time() - begun_s, each_s))
-    return min(_own_s(took_s, before, thread_times()), enough_s), enough_s
-
-
-def _own_s(took_s: float, before: ThreadTimes, after: ThreadTimes) -> float:
-    """What is left of a time when the waits told within it are taken out: they may be older."""
-    return max(took_s - _held_up_s(before, after), _LEAST_PART * took_s)
-
-
-def _held_up_s(before: ThreadTimes, after: ThreadTimes) -> float:
-    """The longest that one of the threads which did the work had no core."""
-    grown = [
-        (ran - before[thread][0], waited - before[thread][1])
-        for thread, (ran, waited) in after.items()
-        if thread in before
-    ]
-    most = max((ran for ran, _ in grown), default=0)
-    return max((waited for ran, waited in grown if ran >= _TAKES_PART * most), default=0) / 1e9
+    return min(took_s, max(time.thread_time() - begun_s, each_s))
 
 
 def undisturbed(seconds: Iterable[float]) -> float:
