@@ -266,6 +266,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "base_bytes": placement.base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
         "kv_bytes": placement.kv_bytes,
+        "state_bytes": sum(demand.state_bytes),
         "workspace_bytes": placement.workspace_bytes,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
@@ -337,6 +338,8 @@ def _as_table(outlook: _Outlook) -> str:
         ("KV cache", placement.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
         ("workspace", placement.workspace_bytes, "at most"),
     ]
+    if states := sum(demand.state_bytes):
+        rows.insert(3, ("recurrent states", states, "with the newest inputs, whatever the context"))
     if placement.slots:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         each += " on each device" if placement.shares else ""

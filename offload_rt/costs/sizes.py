@@ -16,6 +16,7 @@ from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
+from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
 from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 
@@ -163,9 +164,45 @@ def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:
     return DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
 
 
+def kv_row_bytes(config: ModelConfig, number_bytes: int) -> tuple[int, ...]:
+    """KV bytes one token takes in each layer; 0 in one that does not attend."""
+    return tuple(kept.kv_numbers * number_bytes for kept in layers_keep(config))
+
+
 def kv_bytes_per_token(config: ModelConfig, number_bytes: int) -> int:
     """KV bytes one token takes in all layers."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * number_bytes
+    return sum(kv_row_bytes(config, number_bytes))
+
+
+def state_bytes(
+    config: ModelConfig, number_bytes: int, *, rows: int, pending: int
+) -> tuple[int, ...]:
+    """What each layer keeps of a sequence besides KV (`kv/states.py`); 0 without a state.
+
+    The state at the anchor and at the end of the newest prompt, and the inputs since then.
+
+    Args:
+        config: of the model.
+        number_bytes: of its number format.
+        rows: of a piece.
+        pending: rows of the largest pass that checks a draft.
+    """
+    inputs = (3 * rows + 2 * pending) * config.hidden_size * number_bytes  # twice while a pass adds
+    kept = [layer.state_bytes(number_bytes) for layer in layers_keep(config)]
+    return tuple(2 * nbytes + inputs if nbytes else 0 for nbytes in kept)
+
+
+def mixing_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -> int:
+    """Upper bound of what a layer with a state allocates and frees again, but for its rows.
+
+    States while pieces follow each other, and for a piece some sixteen fp32 numbers for each of its
+    rows and each channel of the convolution, which are at most a quarter of its newest inputs.
+    """
+    each = [
+        4 * kept.state_bytes(number_bytes) + device.state_rows * 16 * kept.conv_numbers
+        for kept in layers_keep(config)
+    ]
+    return max(each)
 
 
 def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
@@ -244,6 +281,7 @@ def workspace_bytes(
         RUNTIME_BYTES
         + shape.rows * per_row
         + chunk * per_chunk_row
+        + mixing_bytes(config, number_bytes, device)
         + packed_weight
         + attention_bytes(config, number_bytes, shape, device)
         + logits

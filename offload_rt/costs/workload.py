@@ -17,7 +17,7 @@ from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
     RECORDED_ROWS,
     head_bytes,
-    kv_bytes_per_token,
+    kv_row_bytes,
     layer_windows,
     layouts_of,
     number_bytes_of,
@@ -46,6 +46,7 @@ class LayerParts:
         decoded: which are dequantised in each pass.
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
+        again_flops: for rows that go through a recurrent state again, in a pass over a sequence.
         sent: share of the experts that a token is sent to.
     """
 
@@ -59,8 +60,9 @@ class LayerParts:
     decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
     packed: int = 0
+    again_flops: int = 0
 
-    def work(self, tokens: int) -> LayerWork:
+    def work(self, tokens: int, sequences: int = 1) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
 
         Tokens choose independently of each other here; related ones choose fewer experts.
@@ -68,7 +70,7 @@ class LayerParts:
         idle = (1.0 - self.sent) ** tokens
         return LayerWork(
             weight_bytes=self.image_bytes + self.grown_bytes - round(idle * self.expert_bytes),
-            flops_per_token=self.flops_per_token,
+            flops_per_token=self.flops_per_token + self.again_flops * sequences // tokens,
         )
 
 
@@ -226,7 +228,10 @@ class PlacedModel:
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
-        work, order = layer.work(rows), self.speeds.order(resident=resident and not decoded)
+        work, order = (
+            layer.work(rows, self.sequences),
+            self.speeds.order(resident=resident and not decoded),
+        )
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
             decoded = ()
@@ -274,10 +279,11 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     *layouts, _ = layouts_of(checkpoint, dtype, device)
     config, number_bytes = checkpoint.config, number_bytes_of(checkpoint, dtype)
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
-    row_bytes = kv_bytes_per_token(config, number_bytes) // config.num_layers
+    row_bytes = kv_row_bytes(config, number_bytes)
     windows = layer_windows(config)
     layers = []
-    for layout, extents, window in zip(layouts, checkpoint.layers, windows, strict=True):
+    each = zip(layouts, checkpoint.layers, windows, row_bytes, strict=True)
+    for layout, extents, window, kv_row in each:
         others, experts, sent = _weights(checkpoint, extents)
         decoded = _decoded(layout.stored, name, device)
         numbers = sum(each.numbers for each in layout.stored)
@@ -287,13 +293,14 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 image_bytes=layout.nbytes,
                 file_bytes=layout.file_bytes,
                 flops_per_token=round(2 * (others + sent * experts)),
-                kv_row_bytes=row_bytes,
+                kv_row_bytes=kv_row,
                 window=window,
                 expert_bytes=experts * number_bytes,
                 sent=sent,
                 decoded=decoded,
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
                 packed=layout.packed_weights,
+                again_flops=2 * (device.state_rows - 1) * _mixing_weights(extents),
             )
         )
     head = checkpoint.head or checkpoint.embedding
@@ -304,6 +311,18 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
         rounds=frozenset(w for w in DraftWeights if w.rounds and head_bytes(checkpoint, w)),
         hidden_bytes=config.hidden_size * number_bytes,
     )
+
+
+def _mixing_weights(layer: Sequence[TensorExtent]) -> int:
+    """Weights in matrices of the module that has a convolution, as all have that keep a state.
+
+    A row goes through it A - 1 times more on average, half of them in padding (`kv/states.py`).
+    """
+    convolved = (e for e in layer if len(e.shape) == 3 and e.shape[1] == 1)
+    if (conv := next(convolved, None)) is None:
+        return 0
+    module = conv.name.rsplit(".", 2)[0] + "."
+    return sum(prod(e.shape) for e in layer if e.name.startswith(module) and len(e.shape) == 2)
 
 
 def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:

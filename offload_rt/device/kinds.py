@@ -81,6 +81,8 @@ class DeviceKind:
         flash: the flash attention it has.
         runs_flash: whether number N is new enough for it; asked when there are tensors on it.
         packs: it has matrix kernels for which resident layers are reordered (`formats/packed.py`).
+        state_rows: of a piece in which layers with a recurrent state compute (`kv/states.py`). Up
+            to so many rows go through them again in each pass.
         records: launching kernels takes longer than small ones run, so passes of fixed shape are
             recorded and replayed (`runner/static.py`).
         kernels: to what weights may be rounded, and for which formats of the model.
@@ -116,6 +118,7 @@ class DeviceKind:
     flash: Flash
     runs_flash: Callable[[int], bool]
     packs: bool
+    state_rows: int
     records: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
     draft_weights: DraftWeights
@@ -156,6 +159,7 @@ CPU = DeviceKind(
     flash=Flash.UPPER_LEFT,
     runs_flash=_always,
     packs=True,
+    state_rows=16,
     records=False,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
     draft_weights=DraftWeights.INT8,
@@ -188,6 +192,7 @@ CUDA = DeviceKind(
     flash=Flash.LOWER_RIGHT,
     runs_flash=_flash_on_gpu,
     packs=False,
+    state_rows=64,
     records=True,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
     draft_weights=DraftWeights.SAME,

@@ -33,9 +33,11 @@ from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.pool import KVPool
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
+from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats import brought
+from offload_rt.model.kept import layers_keep
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.planning.controller import Controller
@@ -55,6 +57,7 @@ from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_hea
 from offload_rt.speculative.medusa.drafter import Medusa
 
 NO_DRAFT = DraftConfig()
+STATES = "recurrent states"  # in the device's ledger
 
 
 class Engine:
@@ -165,9 +168,7 @@ class Engine:
         fresh = []
         for index, tokens in rows:
             if reuse:
-                common = self.cached_tokens(index, tokens)
-                self.truncate(index, common)
-                tokens = tokens[common:]
+                tokens = tokens[self.truncate(index, self.cached_tokens(index, tokens)) :]
             fresh.append((index, tokens))
         logits = self._pass([Rows.text(self._caches[index], tokens) for index, tokens in fresh])
         for index, tokens in fresh:
@@ -302,7 +303,9 @@ class Engine:
 
     def cached_tokens(self, index: int, tokens: Sequence[int]) -> int:
         """How many rows of a prompt are in a cache already and would not be computed again."""
-        return common_prefix(self._cached_ids[index], tokens[:-1])
+        common = common_prefix(self._cached_ids[index], tokens[:-1])
+        cache = self._caches[index]
+        return cache.states.reach(common) if isinstance(cache, HybridKV) else common
 
     @property
     def shares_kv(self) -> bool:
@@ -313,6 +316,11 @@ class Engine:
     def kv_tokens(self) -> int:
         """Tokens of all sequences together that there is memory for."""
         return self._kv_tokens if self._kv_tokens and self._pools else sum(self.capacities)
+
+    @property
+    def copies_rows(self) -> bool:
+        """Whether a sequence can begin with rows of another one: a state is no row."""
+        return self.shares_kv and not self.network.mixers
 
     def kept_tokens(self, index: int) -> int:
         """Committed rows of a cache."""
@@ -344,18 +352,23 @@ class Engine:
     def copy_rows(self, source: int, index: int, tokens: int) -> None:
         """Have a sequence begin with the first committed rows of another one.
 
-        Only where sequences share memory (`shares_kv`).
+        Only where that can be (`copies_rows`).
         """
         self.truncate(index, 0)
         for pool in self._pools:
             pool.copy(source, index, tokens)
         self._cached_ids[index] = self._cached_ids[source][:tokens]
 
-    def truncate(self, index: int, length: int) -> None:
-        """Forget the rows of a cache from `length` on, if it has any there."""
-        length = min(length, len(self._cached_ids[index]))
-        self._caches[index].truncate(length)
-        del self._cached_ids[index][length:]
+    def truncate(self, index: int, length: int) -> int:
+        """Forget the rows of a cache from `length` on, if it has any there.
+
+        Returns:
+            the rows that are left: fewer where a recurrent state has to go back further.
+        """
+        cache = self._caches[index]
+        cache.truncate(min(length, cache.length))
+        del self._cached_ids[index][cache.length :]
+        return cache.length
 
     def forget(self) -> None:
         """Forget every sequence, drafters' caches too: the next prompt starts as the first did."""
@@ -549,15 +562,22 @@ class Engine:
             CheckpointError: the family's cache is not what its head counts make.
         """
         shapes, dtype = self.network.kv_shapes, self.network.dtype
+        config = self.checkpoint.config
         needed = sum(shape.numbers_per_token for shape in shapes) * dtype.itemsize
-        counted = kv_bytes_per_token(self.checkpoint.config, dtype.itemsize)
+        counted = kv_bytes_per_token(config, dtype.itemsize)
         if self.config.kv is KVPlace.NONE:  # planned is an average layer, allocated the largest
             needed = max(shape.numbers_per_token for shape in shapes) * len(shapes) * dtype.itemsize
         if needed > counted:
-            family = self.checkpoint.config.model_type
             raise CheckpointError(
-                f"{family} models cannot be streamed yet: they keep {needed} bytes of KV per token "
-                f"where the head counts in config.json make {counted}"
+                f"{config.model_type} models cannot be streamed yet: they keep {needed} bytes of "
+                f"KV per token where the head counts in config.json make {counted}"
+            )
+        counted = sum(kept.state_bytes(dtype.itemsize) for kept in layers_keep(config))
+        needed = sum(mixer.state_bytes for mixer in self.network.mixers)
+        if needed > counted:
+            raise CheckpointError(
+                f"{config.model_type} models cannot be streamed yet: their layers keep states of "
+                f"{needed} bytes where the sizes in config.json make {counted}"
             )
 
     def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
@@ -566,10 +586,14 @@ class Engine:
         full: dict[int, Sequence[WatchedCache | PassingKV]] = {}
         chosen: dict[int, Sequence[RetrievalKV]] = {}
         for number, (where, own) in enumerate(zip(self.devices, placement.of_devices, strict=True)):
-            if shapes := [self.network.kv_shapes[i] for i in own.layers]:
-                full[number] = self._full_caches(where, shapes, own.demand.kv, capacities, undo)
+            attending = [at for at, i in enumerate(own.layers) if i in self.network.attending]
+            if shapes := [self.network.kv_shapes[own.layers[at]] for at in attending]:
+                plan = own.demand.kv and own.demand.kv.of_layers(attending)
+                full[number] = self._full_caches(where, shapes, plan, capacities, undo)
                 chosen[number] = self._retrieval_caches(where, shapes)
         indices = range(len(capacities))
+        if self.network.mixers:
+            return [self._with_states(rows) for rows in full[0]]
         if len(self.devices) == 1:
             caches: list[Any] = list(full[0])
             retrieval: list[ChosenRows] = list(chosen[0])
@@ -581,6 +605,14 @@ class Engine:
             ]
         pairs = zip(caches, retrieval, strict=False)
         return [FollowedKV(*pair) for pair in pairs] if retrieval else caches
+
+    def _with_states(self, rows: KVCache) -> HybridKV:
+        """A cache of a sequence with the recurrent states beside it."""
+        network, demand = self.network, self.placement.demand
+        layers = [mixer.layer for mixer in network.mixers]
+        self.device.enter(sum(demand.state_bytes) // len(self.capacities), STATES)
+        states = MixerStates(layers, self.device.kind.state_rows)
+        return HybridKV(rows, states, network.attending)
 
     def _full_caches(
         self,

@@ -260,14 +260,14 @@ class Scheduler:
         if sequence.request.scores:
             return -1, 0  # each of its rows has something to say
         engine = self._engine
-        sources = range(engine.sequences) if engine.shares_kv else self._free
+        sources = range(engine.sequences) if engine.copies_rows else self._free
         found = ((engine.cached_tokens(index, sequence.ids), index) for index in sources)
         common, source = max(found)
         return (source, common) if common else (-1, 0)
 
     def _is_being_read(self, sequence: SequenceState, common: int) -> bool:
         """Whether another is just reading more of a prompt than any cache holds yet."""
-        if not self._engine.shares_kv or sequence.request.scores:
+        if not self._engine.copies_rows or sequence.request.scores:
             return False
         ids = sequence.ids[:-1]
         return any(
@@ -286,7 +286,7 @@ class Scheduler:
         fitting = [index for index in self._free if engine.capacities[index] >= need]
         if not fitting:
             return None
-        goes_on = not engine.shares_kv or engine.kept_tokens(source) == common
+        goes_on = not engine.copies_rows or engine.kept_tokens(source) == common
         whole = source in fitting and goes_on
         index = source if whole else next((i for i in fitting if i != source), source)
         idle = [i for i in self._free if i != index]
@@ -305,7 +305,7 @@ class Scheduler:
             engine.reserve(index, need)
         else:
             engine.reserve(index, need)
-            if common:
+            if common and engine.copies_rows:
                 engine.copy_rows(source, index, common)
         return index
 

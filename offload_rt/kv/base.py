@@ -32,6 +32,9 @@ class KVShape:
         return self.heads * (self.key_dim + self.value_dim)
 
 
+NO_KV = KVShape(heads=0, key_dim=0, value_dim=0)  # of a layer that does not attend
+
+
 class RowWatcher(Protocol):
     """Whoever looks at the rows a cache attends to."""
 
@@ -106,4 +109,7 @@ class KVCache(Protocol):
         """
 
     def truncate(self, length: int) -> None:
-        """Forget pending rows and all committed rows from `length` on."""
+        """Forget pending rows and all committed rows from `length` on.
+
+        A recurrent state may have to go back further (`kv/states.py`): `length` then says how far.
+        """

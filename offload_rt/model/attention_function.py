@@ -34,11 +34,13 @@ class Segment:
 
     Attributes:
         tree: which pending rows they see; None: all before them.
+        parents: of a tree, what each of all pending rows continues, as of `runner.Rows`.
     """
 
     cache: KVCache
     tokens: int
     tree: PendingTree | None = None
+    parents: Sequence[int] | None = None
 
 
 class PassContext:
@@ -125,13 +127,19 @@ class PassContext:
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:
         """Caches and their rows, counted within the rows that are being computed now."""
+        for segment, rows, behind in self.segment_rows():
+            high = segment.tokens - behind
+            low = high - (rows.stop - rows.start)
+            yield segment.cache, rows, segment.tree and _rows_of_tree(segment.tree, low, high)
+
+    def segment_rows(self) -> Iterator[tuple[Segment, slice, int]]:
+        """Segments, their rows among those that are computed now, and how many come later."""
         start = 0
         for segment in self.segments:
             stop = start + segment.tokens
             low, high = max(start, self.rows.start), min(stop, self.rows.stop)
             if low < high:
-                tree = segment.tree and _rows_of_tree(segment.tree, low - start, high - start)
-                yield segment.cache, slice(low - self.rows.start, high - self.rows.start), tree
+                yield segment, slice(low - self.rows.start, high - self.rows.start), stop - high
             start = stop
 
 

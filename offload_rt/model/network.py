@@ -45,6 +45,7 @@ from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
 from offload_rt.model.formats.wired import WiredLinear, wired_linears
 from offload_rt.model.layout import Placement, compute_dtype
 from offload_rt.model.lean import lean_layer
+from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_places
 from offload_rt.model.probe import probe
@@ -101,7 +102,8 @@ class Network:
     Attributes:
         layouts: the image of each layer.
         base: the image of what is in no layer (embedding, final norm, head).
-        kv_shapes: cache sizes of each layer.
+        kv_shapes: cache sizes of each layer; `NO_KV` of one that does not attend.
+        mixers: what has a recurrent state.
         dtype: number format of the computation.
         kept: layers that have their weights for good.
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
@@ -138,7 +140,11 @@ class Network:
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
         self.layouts, self.base = self._places.layouts, self._places.base
         family = checkpoint.config.part_of or checkpoint.config.model_type
-        self.kv_shapes = probe(self._model, layers, family)
+        fit = probe(self._model, layers, family)
+        self.kv_shapes, self.mixers = fit.kv, fit.mixers
+        self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
+        for module, mixer in zip(self._mixing, fit.mixers, strict=True):
+            module.forward = AnchoredMixer(module, mixer)
         self._holes = [_holes(self._model, places) for places in self._places.of_layers]
         self._bindings: dict[tuple[int, int], list[tuple[_Hole, torch.Tensor]]] = {}
 
@@ -251,6 +257,16 @@ class Network:
             for linear in wired_linears(self._layers[index]):
                 linear.lend(memory.tensor, in_order=linear.stored in in_order)
 
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """Layers that keep keys and values."""
+        return tuple(i for i, shape in enumerate(self.kv_shapes) if shape.heads)
+
+    def linear_shapes(self, index: int) -> frozenset[tuple[int, int]]:
+        """Shapes of a layer's linears, by which kinds of layers are told apart."""
+        linears = (m for m in self._layers[index].modules() if isinstance(m, torch.nn.Linear))
+        return frozenset((linear.out_features, linear.in_features) for linear in linears)
+
     def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
         """Whether a layer whose weights are in `image` computes the same when it is packed."""
         pairs = _bind(self._holes[index], image)
@@ -296,7 +312,8 @@ class Network:
             if crossing is not None:
                 _move_buffers(layer, crossing.place(crossing.device[index]))
             lender, forward = (None if index in self.kept else weights), layer.forward
-            if index in self.kept and (made := lean_layer(layer, first=index == min(self.kept))):
+            lean = index in self.kept and not self.mixers
+            if lean and (made := lean_layer(layer, first=index == min(self.kept))):
                 forward = made
             layer.forward = partial(
                 self._run_layer, index, forward, weights=lender, chunk_tokens=chunk_tokens
@@ -321,7 +338,9 @@ class Network:
         """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""
         for layer in self._layers:
             layer.__dict__.pop("forward", None)  # refers to the layer and to this network
-        self._model, self._layers, self._holes = torch.nn.Module(), (), []
+        for module in self._mixing:
+            module.__dict__.pop("forward", None)
+        self._model, self._layers, self._holes, self._mixing = torch.nn.Module(), (), [], []
         self._bindings.clear()
         self._crossing = self.gone = None
         self.poll = lambda: None
@@ -363,11 +382,14 @@ class Network:
         Returns:
             [R, V] logits of the wanted rows.
         """
+        context = PassContext(batch.segments, wanted=batch.logit_rows)
+        states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
         output = self._model(
             input_ids=batch.token_ids[None],
             position_ids=batch.positions[None],
             use_cache=False,
-            **{CONTEXT_KEYWORD: PassContext(batch.segments, wanted=batch.logit_rows)},
+            **{CONTEXT_KEYWORD: context},
+            **states,
         )
         logits: torch.Tensor = output.logits[0]
         return logits
@@ -473,6 +495,8 @@ class Network:
         if here:
             options = tree_map(partial(context.brought, device=here, hop=crossing.hop), options)
             context = options[CONTEXT_KEYWORD] = context.on(here, crossing.hop)
+            if self.mixers:
+                options[STATES_KEYWORD] = PassStates(context)
         return hidden, context, options
 
     def _leave(self, index: int, hidden: torch.Tensor, context: PassContext) -> torch.Tensor:

@@ -3,8 +3,11 @@
 The pass computes shapes only, on meta tensors. It must show that
 
 - each decoder layer is called once with a hidden state,
-- it attends once through our function, with options we know, under a mask our caches apply,
+- a layer that attends does so once through our function, with options we know, under a mask our
+  caches apply,
 - the output head heeds which rows are wanted.
+
+Some layers may have a recurrent state instead, or besides, or neither: `probe_states.py`.
 
 No list of names decides.
 """
@@ -13,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,8 +24,10 @@ import torch
 from transformers import PreTrainedModel, masking_utils
 
 from offload_rt.errors import CheckpointError
-from offload_rt.kv.base import KVCache, KVShape
+from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, MaskKind, PassContext, Segment
+from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
+from offload_rt.model.probe_states import AskedStates, probe_mixers
 
 PROBE_TOKENS = 3
 _MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
@@ -30,11 +36,27 @@ _MASK_KINDS = {
     "create_causal_mask": MaskKind.CAUSAL,
     "create_sliding_window_causal_mask": MaskKind.SLIDING,
 }
+# For padded texts, of which there are none here: it is left out.
+_RECURRENT_MASK = "create_recurrent_attention_mask"
 _MASK_OPTIONS = frozenset(
     {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
 )
 
-_fit: dict[tuple[type, torch.dtype, str], tuple[KVShape, ...]] = {}  # by class, dtype and config
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """What layers keep of a sequence.
+
+    Attributes:
+        kv: keys and values of each layer, `NO_KV` where it does not attend.
+        mixers: what has a state.
+    """
+
+    kv: tuple[KVShape, ...]
+    mixers: tuple[Mixer, ...] = ()
+
+
+_fit: dict[tuple[type, torch.dtype, str], Fit] = {}  # by class, dtype and config
 
 
 class _Shapes:
@@ -69,9 +91,7 @@ class _Shapes:
         """Nothing to forget."""
 
 
-def probe(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
-) -> tuple[KVShape, ...]:
+def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str) -> Fit:
     """Run one pass over meta tensors and see whether the family can be streamed.
 
     Modules that were found to be fit are not run again in this process: a draft model, a second
@@ -82,15 +102,18 @@ def probe(
     """
     made: Any = model.config
     key = type(model), next(model.parameters()).dtype, made.to_json_string(use_diff=False)
+    use_torch_forms(model.modules())
     if key not in _fit:
-        _fit[key] = _probed(model, layers, family)
+        try:
+            _fit[key] = _probed(model, layers)
+        except CheckpointError as error:
+            raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
     return _fit[key]
 
 
-def _probed(
-    model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
-) -> tuple[KVShape, ...]:
+def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
     cache = _Shapes()
+    states = AskedStates(PassContext([Segment(cache, PROBE_TOKENS)], strict=True))
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
     handles = [
         layer.register_forward_pre_hook(
@@ -99,24 +122,26 @@ def _probed(
         for layer in layers
     ]
     try:
-        logits = _meta_pass(model, cache)
-        _check_calls(calls, len(layers))
-        if logits.shape[:2] != (1, 1):
-            raise CheckpointError("their output head ignores which rows are wanted")
-        if sorted(cache.shapes) != list(range(len(layers))):
-            raise CheckpointError(f"{len(cache.shapes)} of {len(layers)} layers use a KV cache")
-    except CheckpointError as error:
-        raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
+        logits = _meta_pass(model, states)
     finally:
         for handle in handles:
             handle.remove()
-    return tuple(cache.shapes[layer] for layer in range(len(layers)))
+    _check_calls(calls, len(layers))
+    if logits.shape[:2] != (1, 1):
+        raise CheckpointError("their output head ignores which rows are wanted")
+    attending = f"{len(cache.shapes)} of {len(layers)} layers use a KV cache"
+    if not cache.shapes or (not states.made and len(cache.shapes) < len(layers)):
+        raise CheckpointError(attending)
+    mixers: tuple[Mixer, ...] = ()
+    if states.made:
+        given = PassContext([Segment(_Shapes(), PROBE_TOKENS)])
+        mixers = probe_mixers(model, given, states.made, partial(_meta_pass, model))
+    return Fit(tuple(cache.shapes.get(layer, NO_KV) for layer in range(len(layers))), mixers)
 
 
-def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
+def _meta_pass(model: torch.nn.Module, states: PassStates) -> torch.Tensor:
     """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
-    context = PassContext([Segment(cache, PROBE_TOKENS)], strict=True)
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     model.to("meta")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -130,7 +155,7 @@ def _meta_pass(model: torch.nn.Module, cache: KVCache) -> torch.Tensor:
                 position_ids=ids,
                 use_cache=False,
                 logits_to_keep=ids[0, :1],
-                **{CONTEXT_KEYWORD: context},
+                **{CONTEXT_KEYWORD: states.context, STATES_KEYWORD: states},
             )
     except CheckpointError:
         raise
@@ -186,11 +211,12 @@ def _marked(made: Any) -> Any:  # noqa: ANN401 - an entry of transformers' table
     return partial(_mark, made.__name__)
 
 
-def _mark(name: str, *args: object, **options: object) -> MaskKind:
+def _mark(name: str, *args: object, **options: object) -> MaskKind | None:
     extra = sorted(k for k, v in options.items() if v is not None and k not in _MASK_OPTIONS)
-    if name not in _MASK_KINDS or args[6:] or extra:
+    known = name in _MASK_KINDS or name == _RECURRENT_MASK
+    if not known or args[6:] or extra:
         raise CheckpointError(f"they attend by {name}({', '.join(extra)})")
-    return _MASK_KINDS[name]
+    return _MASK_KINDS.get(name)
 
 
 def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:

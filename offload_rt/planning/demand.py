@@ -13,6 +13,7 @@ from offload_rt.costs.sizes import (
     number_bytes_of,
     packed_head_bytes,
     staging_bytes,
+    state_bytes,
     workspace_bytes,
 )
 from offload_rt.device.kinds import DeviceKind
@@ -61,11 +62,14 @@ def demand_of(
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
+    pending = drafting.config.pending_rows
+    states = state_bytes(config, number_bytes, rows=device.state_rows, pending=1 + pending)
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
-        * sum(capacity + drafting.config.pending_rows for capacity in capacities),
+        * sum(capacity + pending for capacity in capacities),
+        state_bytes=tuple(len(capacities) * nbytes for nbytes in states) if any(states) else (),
         workspace_bytes=max(
             workspace_bytes(config, number_bytes, shape, device) + kept_probs,
             draft.pass_bytes + 2 * kept_probs,  # also side by side

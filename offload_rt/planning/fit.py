@@ -16,13 +16,14 @@ from offload_rt.costs.pass_cost import (
     pass_times,
     spans_of,
 )
-from offload_rt.costs.sizes import PassShape, kv_bytes_per_token, layouts_of, number_bytes_of
+from offload_rt.costs.sizes import PassShape, kv_row_bytes, layouts_of, number_bytes_of
 from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped
@@ -72,6 +73,8 @@ def place_run(
         ConfigError: an option does not go with the home of the streamed layers.
         PlanError: it does not fit the device limit, or its home the host limit.
     """
+    if keeps_states(checkpoint.config):
+        _check_states(checkpoint, config, load.drafting.config)
     checked_rows = len(load.capacities) * (1 + load.drafting.config.nodes)
     shape = PassShape(
         rows=max(load.prompt_tokens, checked_rows),
@@ -92,9 +95,9 @@ def place_run(
         rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
         demand = replace(demand, kv_bytes=demand.kv_bytes // whole * rows)
     if config.kv is KVPlace.NONE:
-        demand = replace(
-            demand, kv_bytes=demand.kv_bytes // checkpoint.config.num_layers, kv_passes=True
-        )
+        sizes = kv_row_bytes(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
+        largest = demand.kv_bytes // sum(sizes) * max(sizes)
+        demand = replace(demand, kv_bytes=largest, kv_passes=True)
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
@@ -123,6 +126,25 @@ def place_run(
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig) -> None:
+    """Refuse what recurrent states cannot do yet.
+
+    Raises:
+        ConfigError: they are to be on several devices.
+        PlanError: the drafter reads or writes the target's own caches.
+    """
+    if len(config.device_names) > 1:
+        raise ConfigError(
+            f"--device {config.device}: layers of {checkpoint.name} keep recurrent states, and "
+            "models with those run on one device: name one"
+        )
+    if draft.over_retrieval or draft.words.over_own_rows:
+        raise PlanError(
+            f"--draft {draft.kind} drafts over the model's own keys and values, and layers of "
+            f"{checkpoint.name} keep recurrent states instead: use --draft ngram, or a draft model"
+        )
 
 
 def _kv_places(config: RuntimeConfig, device: DeviceKind, draft: DraftConfig) -> Sequence[KVPlace]:
@@ -293,12 +315,11 @@ def _plan_kv(
     load: RunLoad,
 ) -> KVPlan | None:
     model, rows = checkpoint.config, load.drafting.config.pending_rows
-    per_token = kv_bytes_per_token(model, number_bytes_of(checkpoint, config.dtype))
     return plan_kv(
         kv,
         config,
         device,
-        row_bytes=[per_token // model.num_layers] * model.num_layers,
+        row_bytes=kv_row_bytes(model, number_bytes_of(checkpoint, config.dtype)),
         capacities=[capacity + rows for capacity in load.capacities],
         scratch_tokens=1 + rows,
     )

@@ -26,6 +26,7 @@ class Demand:
         layer_bytes: image of each layer.
         base_bytes: what is in no layer: embedding, final norm, head.
         kv_bytes: KV caches of all sequences.
+        state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         recorded_bytes: of these, what recorded passes keep.
@@ -44,6 +45,7 @@ class Demand:
     workspace_bytes: int
     drafter_bytes: int = 0
     recorded_bytes: int = 0
+    state_bytes: tuple[int, ...] = ()
     packed_head_bytes: int = 0
     kv: KVPlan | None = None
     kv_passes: bool = False
@@ -54,7 +56,8 @@ class Demand:
     @property
     def fixed_bytes(self) -> int:
         """What is there whatever the placement."""
-        return self.base_bytes + self.kv_bytes + self.workspace_bytes + self.drafter_bytes
+        states = sum(self.state_bytes)
+        return self.base_bytes + self.kv_bytes + states + self.workspace_bytes + self.drafter_bytes
 
     def share(self, layers: Sequence[int], *, first: bool) -> "Demand":
         """What a device needs that has these layers, and if it is the first what is in none."""
@@ -73,6 +76,7 @@ class Demand:
             workspace_bytes=self.workspace_bytes if first else self.further_bytes,
             drafter_bytes=whole + sum(beside),
             recorded_bytes=self.recorded_bytes if first else 0,
+            state_bytes=tuple(self.state_bytes[i] for i in layers) if self.state_bytes else (),
             kv=kv,
             kv_passes=self.kv_passes,
             beside_bytes=beside,
@@ -348,6 +352,7 @@ def why_not(smallest: Placement, limit: str) -> str:
     parts = {
         "embedding and head": demand.base_bytes,
         "KV cache": demand.kv_bytes,
+        "recurrent states": sum(demand.state_bytes),
         "workspace": demand.workspace_bytes,
         "drafting": smallest.drafter_bytes,
         f"{len(smallest.resident)} resident layers": smallest.resident_bytes,

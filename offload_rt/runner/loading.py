@@ -238,12 +238,22 @@ def _keep(  # noqa: PLR0913 - the same, and how
     copies = packs or weights is not DraftWeights.SAME
     if copies and layers:
         passing = device.allocate(max(layouts[i].nbytes for i in layers), purpose)
-        for index in layers:
-            device.load.copy(passing, FileSource(layouts[index], files))
-            device.load.record().synchronize()
-            if exact and index == layers[0] and not network.packs_exactly(index, passing):
-                copies = False
-                break
+        there = -1
+
+        def bring(index: int) -> DeviceBuffer:
+            nonlocal there
+            if index != there:
+                device.load.copy(passing, FileSource(layouts[index], files))
+                device.load.record().synchronize()
+            there = index
+            return passing
+
+        if exact:  # of each kind of layer the first
+            kinds = {network.linear_shapes(index): index for index in reversed(layers)}
+            firsts = sorted(kinds.values(), reverse=True)
+            copies = all(network.packs_exactly(index, bring(index)) for index in firsts)
+        for index in layers if copies else ():
+            bring(index)
             with torch.inference_mode():
                 network.keep(index, passing, pack=packs, weights=weights)
             device.load.wait(device.compute.record())  # until it has been read

@@ -114,7 +114,9 @@ class Runner:
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings = checkpoint, rings
-        self._records, self.records_at_once = device.kind.records and not rings, False
+        # What a replay cannot do: lend layers, and keep states.
+        self._records = device.kind.records and not rings and not network.mixers
+        self.records_at_once = False
         self._recordings: Recordings | None = None  # made when the first pass is
 
     def watch(
@@ -238,7 +240,7 @@ class Runner:
             count, tree = len(part.tokens), None
             if part.parents is not None:
                 tree = pending_tree(part.parents, next(sent), next(sent), count)
-            segments.append(Segment(part.cache, count, tree))
+            segments.append(Segment(part.cache, count, tree, part.parents))
         return TokenBatch(there[0], there[1], segments, there[2])
 
     @contextmanager

@@ -22,8 +22,8 @@ from offload_rt.kernels.products import MOST_ROWS, Product, blocks_of, lies_in_p
 from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
-COMPARED_ROWS = (1, 2, 8, 17, 65)  # kernels differ by the number of rows
-HEAD_ROWS = COMPARED_ROWS[:4]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
+COMPARED_ROWS = (1, 2, 8, 16, 17, 65)  # kernels differ by the number of rows
+HEAD_ROWS = COMPARED_ROWS[:5]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
 
 
 class PackedLinear(torch.nn.Module):

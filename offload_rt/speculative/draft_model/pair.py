@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from offload_rt.config import DraftConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.kept import keeps_states
 from offload_rt.model.outline import open_or_outline
 
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
@@ -22,7 +23,7 @@ def open_draft_checkpoint(
         runs: it will run; otherwise its sizes are enough, and `config.json` for them.
 
     Raises:
-        ConfigError: its token ids mean something else than the target's.
+        ConfigError: its token ids mean something else than the target's, or it keeps states.
         CheckpointError: its files cannot be used.
     """
     if not config.model:  # Medusa heads are no model: see medusa/checkpoint.py
@@ -30,6 +31,11 @@ def open_draft_checkpoint(
     folder = resolve_model(config.model)
     draft = open_checkpoint(folder) if runs else open_or_outline(folder)[0]
     check_sizes(target, draft)
+    if keeps_states(draft.config):
+        raise ConfigError(
+            f"--draft model: layers of {draft.name} keep recurrent states, and such models do not "
+            "draft yet: take a draft model whose layers all attend"
+        )
     return draft
 
 

@@ -1,0 +1,289 @@
+"""Models whose layers keep recurrent states: the laws of all others hold for them."""
+
+import json
+import random
+import shutil
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from hybrids import HYBRIDS, IDS, make_hybrid
+
+from offload_rt.config import (
+    DraftConfig,
+    GenerationConfig,
+    HomeKind,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.device.kinds import Packing
+from offload_rt.engine import Engine, FinishReason, Request, Run
+from offload_rt.engine.scheduler import Scheduler
+from offload_rt.errors import CheckpointError, ConfigError, PlanError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.kept import layers_keep
+from offload_rt.model.mixing import PassStates
+from offload_rt.model.network import Network
+from offload_rt.runner.tree import TokenTree
+from offload_rt.speculative.base import Draft, Unlearned
+
+LONG = [(7 * i * i + 3 * i) % 290 + 3 for i in range(53)]  # crosses three anchors
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
+NGRAMS = DraftConfig(draft="ngram", draft_tokens=7)
+
+
+@pytest.fixture(params=HYBRIDS, scope="module")
+def hybrid(request, make_tiny):
+    return make_hybrid(make_tiny, request.param)
+
+
+@pytest.fixture(scope="module")
+def delta(make_tiny):
+    return make_hybrid(make_tiny, "qwen3_5")
+
+
+def expected_answer(folder, prompt, tokens):
+    reference = reference_model(folder)
+    answer = reference.generate(
+        torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    return answer[0, len(prompt) :].tolist()
+
+
+class Oracle(Unlearned):
+    """Drafts trees of which it knows a path that is right for some tokens."""
+
+    name = "oracle"
+
+    def __init__(self, whole, seed):
+        self.whole, self.dice = whole, random.Random(seed)
+
+    def propose(self, ids, max_depth, max_nodes=None):
+        tokens, parents, right = [], [], -1
+        follow = self.whole[len(ids) :][: min(max_depth, self.dice.randrange(5))]
+        for token in follow:
+            if self.dice.random() < 0.5 and len(follow) > 1:  # beside it, something else
+                tokens.append((token + 1) % 290)
+                parents.append(right)
+            tokens.append(token)
+            parents.append(right)
+            right = len(tokens) - 1
+        return Draft(TokenTree(tuple(tokens), tuple(parents)))
+
+    def observe(self, draft, verdict):
+        """Nothing."""
+
+    def forget(self):
+        """Nothing."""
+
+
+def answered(engine, prompts, expected, seed=0):
+    """Answers with drafts of whom they were expected by, and the passes they took."""
+    longest = max(map(len, expected))
+    run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=longest))
+    for sequence, prompt, answer in zip(run.sequences, prompts, expected, strict=True):
+        sequence.drafter = Oracle([*prompt, *answer], seed + sequence.index)
+    run.prefill()
+    while run.active:
+        run.step()
+    return [sequence.emitted for sequence in run.sequences], run.passes
+
+
+def test_logits_and_tokens_equal_transformers(hybrid):
+    """Streamed, in chunks, with trees for drafts, and once more behind a prompt that is there."""
+    answer = expected_answer(hybrid, PROMPT, 24)
+    with engine_for(hybrid, draft=NGRAMS, resident_layers=1, slots=2, tokens=24) as engine:
+        assert len(engine.placement.streamed) == 3
+        ours = all_logits(engine, steps=3)
+        with torch.no_grad():
+            theirs = reference_model(hybrid)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+        difference = (ours - theirs[len(PROMPT) - 1 :]).abs().max()
+        assert difference <= 1e-3 * theirs.abs().max()  # its own two forms differ by 1e-4
+        found, passes = answered(engine, [PROMPT], [answer])
+        assert found == [answer]
+        assert passes < 20
+        turn = PROMPT + answer[:9]
+        assert answered(engine, [turn], [answer[9:]])[0] == [answer[9:]]
+
+
+def test_planned_bytes_are_the_networks(hybrid):
+    checkpoint = open_checkpoint(hybrid)
+    network = Network(checkpoint, "float32", Packing.FILE)
+    kept = layers_keep(checkpoint.config)
+    assert [each.kv_numbers for each in kept] == [s.numbers_per_token for s in network.kv_shapes]
+    states = {mixer.layer: mixer.state_bytes for mixer in network.mixers}
+    assert [each.state_bytes(4) for each in kept] == [states.get(i, 0) for i in range(4)]
+
+
+def test_streamed_equals_resident_and_chunks_change_nothing(delta):
+    found = []
+    for config in (
+        {"resident_layers": 4, "prefill_chunk_tokens": 512},
+        {"resident_layers": 0, "slots": 1, "prefill_chunk_tokens": 512},
+        {"resident_layers": 2, "slots": 2, "prefill_chunk_tokens": 512},
+    ):
+        with engine_for(delta, prompts=[LONG], **config) as engine:
+            found.append(all_logits(engine, LONG))
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    with engine_for(delta, prompts=[LONG], prefill_chunk_tokens=7) as engine:
+        cut = all_logits(engine, LONG)
+    assert (cut - found[0]).abs().max() <= 1e-5 * found[0].abs().max()
+
+
+def test_several_sequences_in_one_pass_equal_each_alone(delta):
+    prompts = [LONG, PROMPT[3:5], PROMPT]
+    expected = [expected_answer(delta, prompt, 12) for prompt in prompts]
+    with engine_for(delta, prompts=prompts, draft=NGRAMS, slots=1, resident_layers=0) as engine:
+        assert generate(engine, prompts, tokens=12) == expected
+        for seed in range(3):
+            engine.forget()
+            found, passes = answered(engine, prompts, expected, seed)
+            assert found == expected
+            assert passes < 12
+
+
+def test_sequences_that_join_and_leave_between_passes_equal_each_alone(delta):
+    """Of one memory for rows; prompts that begin alike do not share a state."""
+    asked = [LONG, LONG[:30], [*LONG[:40], 9], PROMPT, LONG[20:]]
+    expected = [expected_answer(delta, prompt, 8) for prompt in asked]
+    checkpoint, config = open_checkpoint(delta), RuntimeConfig(device="cpu", prefill_chunk_tokens=7)
+    room = {"capacities": [72] * 2, "kv_tokens": 140, "prompt_tokens": 24, "draft": NGRAMS}
+    with Engine(checkpoint, config, **room) as engine:
+        scheduler = Scheduler(engine)
+        requests = [Request(ids=ids, sampling=SamplingConfig(), max_tokens=8) for ids in asked]
+        joined = [scheduler.join(request) for request in [*requests, *requests[::-1]]]
+        for sweep in range(200):
+            if sweep == 3:
+                scheduler.leave(joined[1])
+            if not scheduler.busy:
+                break
+            scheduler.sweep()
+    assert joined[1].finish_reason is FinishReason.ABORT
+    found = [sequence.emitted for sequence in joined]
+    assert found[1] == expected[1][: len(found[1])]
+    assert found[:1] + found[2:] == [expected[0], *expected[2:], *expected[::-1]]
+
+
+def test_a_prompt_that_goes_on_is_continued_from_the_end_of_the_last(delta):
+    turn = [*LONG, 5, 6]
+    with engine_for(delta, prompts=[[*turn, *LONG]], tokens=40) as engine:
+        fresh = generate(engine, [turn], tokens=20)
+        engine.forget()
+        generate(engine, [LONG], tokens=20)
+        assert engine.cached_tokens(0, turn) == len(LONG)
+        assert generate(engine, [turn], tokens=20) == fresh
+        assert engine.cached_tokens(0, LONG[:20]) == 0  # further back there is no state
+        assert generate(engine, [LONG[:20]], tokens=9) == [expected_answer(delta, LONG[:20], 9)]
+
+
+def test_kv_of_the_layers_that_attend_may_be_elsewhere(delta):
+    with engine_for(delta, prompts=[LONG], kv="disk", draft=NGRAMS) as engine:
+        assert engine.placement.demand.kv is not None
+        assert generate(engine, [LONG]) == [expected_answer(delta, LONG, 16)]
+
+
+def test_another_model_drafts(delta, make_tiny):
+    draft = DraftConfig(draft=f"model:{make_tiny('llama', **IDS)}", draft_tokens=4)
+    with engine_for(delta, draft=draft, tokens=20) as engine:
+        assert generate(engine, tokens=20) == [expected_answer(delta, PROMPT, 20)]
+
+
+def test_a_state_of_another_sequence_is_found(delta):
+    prompts = [LONG, [*LONG[9:], *LONG[:9]]]  # their anchors are the same
+    with engine_for(delta, prompts=prompts) as engine:
+        expected = generate(engine, prompts)
+        engine.forget()
+        run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=16))
+        run.prefill()
+        one, other = engine._caches
+        one.states, other.states = other.states, one.states
+        while run.active:
+            run.step()
+    assert [sequence.emitted for sequence in run.sequences] != expected
+
+
+def test_a_convolution_that_lacks_a_row_is_found(delta, monkeypatch):
+    whole = PassStates.update_conv_state
+
+    def short(self, *args, **options):
+        full = whole(self, *args, **options)
+        for kept in self._conv.values():
+            kept[..., 1] = 0  # the oldest that the next row needs
+        return full
+
+    monkeypatch.setattr(PassStates, "update_conv_state", short)
+    with engine_for(delta, prompts=[LONG]) as engine, torch.no_grad():
+        ours = all_logits(engine, LONG, steps=0)
+        theirs = reference_model(delta)(torch.tensor([LONG])).logits[0, -1:]
+    assert (ours - theirs).abs().max() > 1e-3 * theirs.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config", "reason"),
+    [
+        ("jamba", JAMBA, "ignores the state before them, that of its recurr"),
+        ("minimax", {}, "ask their cache for get_linear_cache, which is not known here"),
+    ],
+)
+def test_families_that_cannot_be_rolled_back_are_refused(make_tiny, model_type, config, reason):
+    folder = make_tiny(model_type, **(IDS | {"num_local_experts": 4} | config))
+    with pytest.raises(CheckpointError, match=reason) as caught:
+        Network(open_checkpoint(folder), "auto", Packing.FILE)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_states_cannot_do_is_refused_by_name(delta, make_tiny):
+    llama = make_tiny("llama", **IDS)
+    with pytest.raises(ConfigError, match="such models do not draft yet"):
+        engine_for(llama, draft=DraftConfig(draft=f"model:{delta}", draft_tokens=2)).__enter__()
+    for name in ("triforce", "self"):
+        with pytest.raises(PlanError, match=f"--draft {name} drafts over the model's own keys"):
+            engine_for(delta, draft=DraftConfig(draft=name, draft_tokens=2)).__enter__()
+    several = {"device": "cpu,cpu", "link_bytes_per_s": (1e9, 1e9), "home": HomeKind.HOST}
+    with pytest.raises(ConfigError, match="models with those run on one device"):
+        engine_for(delta, resident_layers=0, **several).__enter__()
+
+
+def test_a_state_that_the_plan_has_not_counted_is_refused(delta, monkeypatch):
+    monkeypatch.setattr("offload_rt.engine.engine.layers_keep", lambda config: ())
+    with pytest.raises(CheckpointError, match="keep states of 18432 bytes where the sizes"):
+        engine_for(delta).__enter__()
+
+
+def test_a_state_that_does_not_fit_is_refused_with_its_size(delta):
+    with pytest.raises(PlanError, match="recurrent states 73.5 KiB"):
+        engine_for(delta, device_limit_bytes=2**20, resident_layers=0).__enter__()
+
+
+def test_kernels_that_are_installed_are_not_used(delta, monkeypatch, caplog):
+    """As where fla is there: transformers would have chosen it when the family was imported."""
+    import transformers.models.qwen3_5.modeling_qwen3_5 as family
+    from transformers.integrations import use_kernel_func_from_hub_with_fallback
+
+    def kernel(*_, **__):
+        raise AssertionError("it was used")
+
+    kernel.__module__ = "fla_there.ops"
+    there = SimpleNamespace(chunk_gated_delta_rule=kernel)
+    monkeypatch.setitem(sys.modules, "fla_there", there)
+    chooses = use_kernel_func_from_hub_with_fallback("chunk_gated_delta_rule", "fla_there")
+    own = family.torch_chunk_gated_delta_rule
+    monkeypatch.setattr(family, "torch_chunk_gated_delta_rule", chooses(own))
+    with pytest.raises(AssertionError, match="it was used"):
+        expected_answer(delta, PROMPT, 2)
+    with engine_for(delta, tokens=20) as engine:
+        assert generate(engine, tokens=20) == [expected_answer(delta, PROMPT, 20)]
+    assert "kernels of fla_there are not used" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "value"), [("linear_num_value_heads", 0), ("layer_types", "x")])
+def test_sizes_that_are_none_are_refused(delta, tmp_path, name, value):
+    raw = json.loads((delta / "config.json").read_text()) | {name: value}
+    shutil.copytree(delta, tmp_path / "bad")
+    (tmp_path / "bad" / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError) as caught:
+        Network(open_checkpoint(tmp_path / "bad"), "auto", Packing.FILE)
+        layers_keep(open_checkpoint(tmp_path / "bad").config)
+    assert "\n" not in str(caught.value)
