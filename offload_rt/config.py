@@ -634,6 +634,15 @@ class RuntimeConfig:
         accepted="auto or 0 or more",
     )
     resident: tuple[int, ...] | None = None
+    expert_slots: int | None = option(
+        None,
+        "--expert-slots",
+        "Device buffers for experts of a mixture, which are streamed one by one; auto is as many "
+        "as fit, 0 streams whole layers.",
+        low=0,
+        high=2**20,
+        accepted=f"auto or 0 to {2**20}",
+    )
     home: HomeKind = option(
         HomeKind.AUTO,
         "--home",
@@ -709,6 +718,12 @@ class RuntimeConfig:
         if self.prefill_chunk_tokens < 1:
             raise ConfigError(
                 f"prefill_chunk_tokens is {self.prefill_chunk_tokens}, accepted is 1 or more"
+            )
+        whole = self.slots is not None or self.resident_layers is not None
+        if self.expert_slots and whole:
+            raise ConfigError(
+                "--slots and --resident-layers are of whole layers, --expert-slots is of experts: "
+                "leave out one of them"
             )
         count = len(self.device_names)
         for field in settables(RuntimeConfig):

@@ -89,7 +89,8 @@ class Transfer:
             those fetched ahead included, and `kv_bytes_total`.
         kv_bytes_total: of them, keys and values of an offloaded KV cache, written to its home or
             read back (not those attended to where they are); 0 where the cache is on the device.
-        bytes_per_pass: bytes of the streamed layers.
+        bytes_per_pass: bytes of the streamed layers; where experts come one by one, the mean of
+            the passes that `achieved_bytes_per_s` is of.
         achieved_bytes_per_s: bytes of the decode passes over their time (of the prompt's pass when
             there was no other).
         link_bytes_per_s: bytes of layers that arrived over the time in which at least one of their
@@ -180,11 +181,41 @@ class Dequantising:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertUse:
+    """How experts came that are streamed one by one: in decode passes, unless it says prompt.
+
+    Attributes:
+        slots: device buffers for them, of `slot_bytes` each.
+        experts: of all layers.
+        per_token: of a layer, that a token is sent to.
+        hits: experts that were there when a layer asked for them.
+        misses: experts that were copied.
+        hit_rate: hits / (hits + misses); None when nothing was asked for.
+        union: different experts that a layer asked for in a pass, on average.
+        bytes_per_token: copied, for each emitted token.
+        prompt_misses: experts copied in the prompt's pass, of `prompt_asked`.
+    """
+
+    slots: int
+    slot_bytes: int
+    experts: int
+    per_token: int
+    hits: int
+    misses: int
+    hit_rate: float | None
+    union: float | None
+    bytes_per_token: float | None
+    prompt_misses: int
+    prompt_asked: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """Everything measured in one run of the engine.
 
     Attributes:
         dequantising: of the model's weights; None where they are not quantised.
+        experts: how those came that are streamed one by one; None where layers are whole.
     """
 
     timings: Timings
@@ -192,6 +223,7 @@ class RunReport:
     transfer: Transfer
     memory: Memory
     dequantising: Dequantising | None = None
+    experts: ExpertUse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,6 +236,9 @@ class Counters:
         kv_bytes_copied: bytes of the KV cache that arrived, at its home or back from there.
         busy_s: time with a copy in flight.
         stalled_s: time computation waited.
+        expert_hits: experts that were there when a layer asked for them.
+        expert_misses: experts that had to come.
+        expert_calls: times a layer asked.
     """
 
     at_s: float
@@ -211,6 +246,9 @@ class Counters:
     kv_bytes_copied: int
     busy_s: float
     stalled_s: float
+    expert_hits: int = 0
+    expert_misses: int = 0
+    expert_calls: int = 0
 
     def since(self, start: "Counters") -> "Counters":
         """The phase from `start` to here."""
@@ -220,6 +258,9 @@ class Counters:
             kv_bytes_copied=self.kv_bytes_copied - start.kv_bytes_copied,
             busy_s=self.busy_s - start.busy_s,
             stalled_s=self.stalled_s - start.stalled_s,
+            expert_hits=self.expert_hits - start.expert_hits,
+            expert_misses=self.expert_misses - start.expert_misses,
+            expert_calls=self.expert_calls - start.expert_calls,
         )
 
 

@@ -19,8 +19,8 @@ _CHUNK = "leave it out: prompts go through each layer in chunks, weights cross t
 _OPTIONS = {
     "-ngl --n-gpu-layers --gpu-layers --num-gpu": "use --resident-layers N, layers kept on the "
     "device; left out, as many as fit stay there",
-    "-ncmoe --n-cpu-moe --cpu-moe -cmoe -ot --override-tensor": "layers are placed whole; use "
-    "--resident-layers N",
+    "-ncmoe --n-cpu-moe --cpu-moe -cmoe -ot --override-tensor": "use "
+    "--expert-slots N, experts kept in memory; left out, as many as fit stay there",
     "--gpu-memory-utilization --mem-fraction-static": f"use --device-memory with a size: {_FIT}",
     "--max-memory --gpu-memory -fit --fit": f"use --device-memory: {_FIT}",
     "--cpu-offload-gb --swap-space": "use --device-memory: what does not fit is streamed",

@@ -112,7 +112,7 @@ def _device_steps(placement: Placement) -> list[int]:
 def _lacking_on_device(placement: Placement) -> int:
     """Device memory that would be needed beyond the limit to stream nothing at all."""
     demand = placement.demand
-    if not placement.streamed and demand.kv is None:
+    if not placement.streams and demand.kv is None:
         return 0
     kv_bytes = 0 if demand.kv is None else sum(sizes.home_bytes for sizes in demand.kv.sizes)
     fixed_bytes = sum(own.demand.fixed_bytes for own in placement.of_devices)
@@ -125,7 +125,7 @@ def _lacking_on_host(
 ) -> int:
     """Host memory that streamed layers lack to live there, where the device would have them."""
     from_choice = config.home is HomeKind.AUTO and device.home is HomeKind.HOST
-    if not from_choice or placement.home is not HomeKind.DISK or not placement.streamed:
+    if not from_choice or placement.home is not HomeKind.DISK or not placement.streams:
         return 0
     needed = placement.streamed_bytes
     return max(0, needed - _host_limit(config, free))

@@ -212,6 +212,7 @@ placement_options = _group(
             "dtype",
             "slots",
             "resident_layers",
+            "expert_slots",
             "home",
             "context_tokens",
             "kv",

@@ -15,6 +15,7 @@ from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
 from offload_rt.cli.headline import More, headline, more_memory, pinning_line, quantised_lines
 from offload_rt.cli.options import Output, draft_of, runtime_of
+from offload_rt.cli.plan_experts import ExpertOutlook, expert_lines, expert_outlook, why_whole
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_picture
@@ -144,7 +145,21 @@ class _Outlook:
 
     @property
     def bytes_per_pass(self) -> int:
+        if self.placement.expert_slots and (made := self.plan.prediction) is not None:
+            return made.home_bytes
         return bytes_per_pass(self.checkpoint, self.config, self.device, self.placement)
+
+    @property
+    def experts(self) -> ExpertOutlook | None:
+        """What is expected of experts that come one by one."""
+        return expert_outlook(self.checkpoint, self.plan)
+
+    @property
+    def whole_because(self) -> str:
+        """Why the layers of a mixture of experts are streamed whole; empty where none are."""
+        if not self.checkpoint.config.has_experts or not self.placement.streamed:
+            return ""
+        return why_whole(self.checkpoint, self.config, self.device)
 
     @property
     def events(self) -> list[TraceEvent]:
@@ -170,7 +185,10 @@ class _Outlook:
         if config.resident is not None:
             return tuple(own.device_bytes for own in self.placement.shares)
         return smallest_limits(
-            self.placement, slots=config.slots, resident_layers=config.resident_layers
+            self.placement,
+            slots=config.slots,
+            resident_layers=config.resident_layers,
+            expert_slots=config.expert_slots,
         )
 
     @property
@@ -262,6 +280,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "recorded_bytes": placement.demand.recorded_bytes,
         "slots": placement.slots,
         "slot_bytes": placement.slot_bytes,
+        "experts": None if outlook.experts is None else dataclasses.asdict(outlook.experts),
+        "whole_because": outlook.whole_because,
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
@@ -330,7 +350,7 @@ def _head_order(placement: Placement) -> str:
 
 
 def _as_table(outlook: _Outlook) -> str:
-    placement, checkpoint = outlook.placement, outlook.checkpoint
+    placement, checkpoint, experts = outlook.placement, outlook.checkpoint, outlook.experts
     demand = placement.demand
     rows = [
         ("embedding, head", placement.base_bytes, _head_order(placement)),
@@ -344,6 +364,9 @@ def _as_table(outlook: _Outlook) -> str:
         each = f"{placement.slots} of {format_size(placement.slot_bytes)}"
         each += " on each device" if placement.shares else ""
         rows.insert(2, ("slots", placement.ring_bytes, each))
+    if experts is not None:
+        each = f"{experts.slots} of {format_size(experts.slot_bytes)}, {experts.share:.0%} of all"
+        rows.insert(2, ("slots for experts", placement.pool_bytes, each))
     rows += _drafting_rows(outlook.drafting, placement)
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
@@ -358,28 +381,42 @@ def _as_table(outlook: _Outlook) -> str:
     source = "" if checkpoint.files else " (from config.json alone)"
     if checkpoint.file_bytes < checkpoint.total_bytes:
         source = f" (packed in {format_size(checkpoint.file_bytes)}, bit for bit)"
+    if experts is not None:
+        source += f", {format_size(experts.active_bytes)} of it active"
     head = (
         f"{checkpoint.name}: {checkpoint.config.model_type}, "
         f"{format_size(checkpoint.total_bytes)}{source}, {checkpoint.config.num_layers} layers, "
         f"computed in {outlook.dtype}"
     )
-    away = "host memory" if outlook.home == "host" else "the model's files"
     lines = [
         *_headline(outlook),
         hanging(head, 2),
         *quantised_lines(outlook.stored),
         f"on the device ({outlook.device.processor})",
         *map(_row, rows),
+        *_home_lines(outlook),
     ]
-    if placement.streamed:
-        nbytes = outlook.bytes_per_pass
-        streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
-        lines += [f"in {away}, copied to the device in each pass", _row(streamed)]
-        pinned = outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes)
-        lines += [hanging(line, 4) for line in pinning_line(placement.host_bytes, pinned)]
-    else:
-        lines.append("nothing is streamed")
     return "\n".join([*lines, *speed_lines(outlook.plan, outlook.speeds)])
+
+
+def _home_lines(outlook: _Outlook) -> list[str]:
+    """What is elsewhere, and how it comes."""
+    placement, experts = outlook.placement, outlook.experts
+    away = "host memory" if outlook.home == "host" else "the model's files"
+    if experts is not None:
+        return expert_lines(experts, away)
+    if not placement.streamed:
+        return ["nothing is streamed"]
+    nbytes = outlook.bytes_per_pass
+    streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
+    pinned = outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes)
+    why = outlook.whole_because
+    return [
+        f"in {away}, copied to the device in each pass",
+        _row(streamed),
+        *(hanging(line, 4) for line in pinning_line(placement.host_bytes, pinned)),
+        *([hanging(f"  layers are streamed whole: {why}", 4)] if why else []),
+    ]
 
 
 def _drafting_rows(drafting: Drafting, placement: Placement) -> list[tuple[str, int, str]]:

@@ -52,6 +52,8 @@ def _parts(prediction: Prediction) -> str:
 
 
 def _advice(prediction: Prediction) -> str:
+    if prediction.limit is Limit.TRANSFER and not prediction.streamed_layers:
+        return "more --device-memory holds more of what is read in each pass"
     if prediction.limit is Limit.TRANSFER:
         return "more --device-memory keeps more layers there, more draft tokens share a pass"
     if prediction.limit is Limit.DRAFTING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offload_rt.cli.answering import Answering
 from offload_rt.config import AcceptRule
 from offload_rt.printable import printable
-from offload_rt.report import Memory, RetrievalCounts
+from offload_rt.report import ExpertUse, Memory, RetrievalCounts, RunReport
 from offload_rt.session.answering import Answer
 from offload_rt.session.summary import (
     PlanSummary,
@@ -31,17 +31,9 @@ def format_stats(answering: Answering, answer: Answer) -> str:
     """The block shown after an answer."""
     report, engine = answer.report, answering.engine
     timings, transfer, memory = report.timings, report.transfer, report.memory
-    layers = memory.resident_layers + memory.streamed_layers
-    placement = f"all {layers} layers resident"
-    if memory.streamed_layers:
-        ring = _count(memory.slots, "slot")
-        placement = (
-            f"{memory.resident_layers} of {layers} layers resident, "
-            f"{memory.streamed_layers} streamed through {ring} of {format_size(memory.slot_bytes)}"
-        )
     lines = [
         ("model", f"{answering.model.name}, {dtype_name(engine)} on {engine.devices.name}"),
-        ("layers", placement),
+        ("layers", _layers(report)),
         ("tokens", _tokens(answer)),
         ("speed", _speed(answer)),
     ]
@@ -51,7 +43,8 @@ def format_stats(answering: Answering, answer: Answer) -> str:
         lines.append(("drafting", _drafting(answering, answer)))
     if (counts := report.speculation.retrieval) is not None:
         lines.append(("retrieve", _retrieval(answering, counts)))
-    if memory.streamed_layers:
+    lines += _experts(report.experts)
+    if memory.streamed_layers or report.experts is not None:
         share = transfer.stall_s / max((timings.ttft_s or 0.0) + timings.decode_s, 1e-9)
         lines += [
             (
@@ -154,6 +147,33 @@ def _planned(plan: "Plan") -> str:
         f"{drafts_name(plan)}; predicted {format_speed(prediction.s_per_token)}, "
         f"{prediction.s_per_token:.3f} s/token, most of it {prediction.limit}"
     )
+
+
+def _layers(report: RunReport) -> str:
+    """Which layers stay, and how the others or their experts come."""
+    memory, experts = report.memory, report.experts
+    layers = memory.resident_layers + memory.streamed_layers
+    if experts is not None:
+        return (
+            f"all {layers} layers resident but for {experts.experts} experts, through "
+            f"{_count(experts.slots, 'slot')} of {format_size(experts.slot_bytes)}"
+        )
+    if not memory.streamed_layers:
+        return f"all {layers} layers resident"
+    ring = _count(memory.slots, "slot")
+    return (
+        f"{memory.resident_layers} of {layers} layers resident, "
+        f"{memory.streamed_layers} streamed through {ring} of {format_size(memory.slot_bytes)}"
+    )
+
+
+def _experts(experts: ExpertUse | None) -> list[tuple[str, str]]:
+    """How many were there, if they come one by one."""
+    if experts is None or experts.hit_rate is None:
+        return []
+    read = format_size(round(experts.bytes_per_token or 0))
+    there = f"{experts.hit_rate:.0%} there of {experts.union:.1f} a layer and pass"
+    return [("experts", f"{there}, {read} read per token")]
 
 
 def _tokens(answer: Answer) -> str:

@@ -98,6 +98,9 @@ class LayerLoad:
         weights: how they lie where they compute.
         decoded: which of them are dequantised first.
         unpacked: weights that readers decode on their way (`model/packed_files.py`).
+        missed_bytes: of experts, that cross the link once the router has chosen them.
+        expert_part: of the layer's kernels, those of experts.
+        missed_part: of the layer's kernels, those of experts that cross the link.
     """
 
     work: LayerWork
@@ -109,6 +112,9 @@ class LayerLoad:
     weights: WeightOrder = WeightOrder.PLAIN
     decoded: tuple[Decoded, ...] = ()
     unpacked: int = 0
+    missed_bytes: int = 0
+    expert_part: float = 0.0
+    missed_part: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,6 +154,12 @@ class PassLoad:
     kv_block_s: float = 0.0
     hop_bytes: int = 0
     recorded: bool = False
+
+    @property
+    def moved_bytes(self) -> int:
+        """Weights that cross links."""
+        missed = sum(layer.missed_bytes for layer in self.layers)
+        return sum(self.layers[i].home_bytes for i in self.streamed) + missed
 
     @property
     def devices(self) -> int:
@@ -359,7 +371,7 @@ def pass_times(
         ProfileError: the profile lacks a number.
     """
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
-    from_disk = rates.readers is not None and bool(load.streamed)
+    from_disk = rates.readers is not None and load.moved_bytes > 0
     numbers = [*rates.home, *rates.kv, *rates.back, *([rates.hop_s] if rates.hop_s else [])]
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
@@ -457,7 +469,7 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         pass_s=done.pass_s,
         compute_s=kernels_s,
         stall_s=stall_s if stall_s > _ROUNDING * done.pass_s else 0.0,
-        home_bytes=sum(load.layers[i].home_bytes for i in load.streamed),
+        home_bytes=load.moved_bytes,
         obtained=times.obtained,
         transfer_s=done.transfer_s,
         between_s=between_s,
@@ -541,6 +553,9 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
             kv_kernel_s=times.kv_s[index] if times.kv_s else 0.0,
             back_bytes=layer.kv_back_bytes,
             device=layer.device,
+            missed_bytes=layer.missed_bytes,
+            experts_s=times.layer_s[index] * layer.expert_part,
+            missed_s=times.layer_s[index] * layer.missed_part,
         )
         for index, layer in enumerate(load.layers)
     ]

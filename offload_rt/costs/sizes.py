@@ -14,6 +14,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import DeviceKind, Flash
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
+from offload_rt.model.expert_layout import ExpertImages, plan_images
 from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.kept import layers_keep
@@ -67,6 +68,25 @@ def layouts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> tuple[
     """The image of each layer, and last of what is in no layer."""
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
     return plan_layouts(checkpoint, name, device.packing)
+
+
+@lru_cache(maxsize=8)
+def experts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ExpertImages | str:
+    """How a model lies whose experts are streamed one by one; why its layers are streamed whole.
+
+    Which tensors are experts is asked of transformers' modules, which takes the seconds that
+    importing torch does, for models that have some.
+
+    Raises:
+        CheckpointError: experts of a layer are not alike, or a tensor of all does not divide.
+    """
+    if not checkpoint.config.has_experts:
+        return ""
+    from offload_rt.model import network
+
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    found = network.experts_of(checkpoint, name)
+    return found.reason or plan_images(checkpoint, found, name, device.packing)
 
 
 def image_bytes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> list[int]:

@@ -37,6 +37,9 @@ class TimedLayer:
         kv_kernel_s: attention to these.
         back_bytes: of new rows that go home, after the pass.
         device: that computes it.
+        missed_bytes: of experts that are copied after the layer's router has chosen them.
+        experts_s: of `kernel_s`, the experts', which come last.
+        missed_s: of these, the copied ones', which wait for it.
     """
 
     kernel_s: float
@@ -45,6 +48,9 @@ class TimedLayer:
     kv_kernel_s: float = 0.0
     back_bytes: int = 0
     device: int = 0
+    missed_bytes: int = 0
+    experts_s: float = 0.0
+    missed_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -176,7 +182,7 @@ def _repeats(last: Sequence[float], trace: Sequence[float], length_s: float) -> 
 def _link_s(work: TimedPass, device: int) -> float:
     rate = work.home_bytes_per_s[device]
     mine = [layer for layer in work.layers if layer.device == device]
-    weights_s = sum(layer.home_bytes or 0 for layer in mine) / rate
+    weights_s = sum((layer.home_bytes or 0) + layer.missed_bytes for layer in mine) / rate
     return weights_s + sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
 
 
@@ -227,13 +233,21 @@ class _Device:
     def __init__(self, work: TimedPass, device: int) -> None:
         mine = {i: layer for i, layer in enumerate(work.layers) if layer.device == device}
         home = {i: SimBuffer(n) for i, layer in mine.items() if (n := layer.home_bytes) is not None}
+        missed = {
+            i: SimBuffer(layer.missed_bytes) for i, layer in mine.items() if layer.missed_bytes
+        }
         moves_kv = any(layer.kv_bytes or layer.back_bytes for layer in mine.values())
         # A stream that nobody uses would stay behind: it would seem that no pass repeats another.
-        shared = bool(home) and moves_kv
+        copies = bool(home or missed)
+        shared = copies and moves_kv
         self._link = link = SimLink() if shared or work.piece_s else None
         self.spans: list[Span] = []
         self.draft_waits_s: list[float] = []  # of each pass
         self._watched, self._device, self._home = False, device, home
+        self._missed, self._slot = (
+            missed,
+            SimBuffer(max((b.nbytes for b in missed.values()), default=0)),
+        )
         self.compute = SimStream(f"compute {device}")
         rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
         self._copy = copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
@@ -241,7 +255,7 @@ class _Device:
         self._back = SimStream(
             f"KV back {device}", back_bytes_per_s=_of(work.back_bytes_per_s, device)
         )
-        self._streams = [self.compute, *([copy] if home else []), *[self._kv_copy] * moves_kv]
+        self._streams = [self.compute, *([copy] if copies else []), *[self._kv_copy] * moves_kv]
         self._streams += [self._back] * any(layer.back_bytes for layer in mine.values())
         self._weights = _layer_ring(work, home, copy, self.compute) if home else None
         self._kv_order, self._kv = _block_ring(work, mine, self._kv_copy, self.compute)
@@ -258,8 +272,8 @@ class _Device:
 
     def watch(self) -> None:
         """Keep in `spans` what the streams do from now on."""
-        what = {id(source): (SpanKind.WEIGHTS, layer) for layer, source in self._home.items()}
-        home = self._kv_order.home
+        weights, home = [*self._home.items(), *self._missed.items()], self._kv_order.home
+        what = {id(source): (SpanKind.WEIGHTS, layer) for layer, source in weights}
         what |= {id(source): (SpanKind.KV, layer) for (layer, *_), source in home.items()}
         what |= {id(rows.memory): (SpanKind.KV_BACK, i) for i, rows in self._rows.items()}
 
@@ -310,7 +324,16 @@ class _Device:
                     seconds = layer.kv_kernel_s / len(blocks)
                     self._compute(SpanKind.ATTENTION, index, seconds, reads=[buffer])
             written = [rows.memory] if rows is not None else []
-            self._compute(SpanKind.LAYER, index, layer.kernel_s, weights, written)
+            kernel_s = layer.kernel_s - layer.experts_s
+            self._compute(SpanKind.LAYER, index, kernel_s, weights, written)
+            if index in self._missed:
+                self._copy.wait(self.compute.record())
+                self._copy.copy(self._slot, self._missed[index])
+                self._compute(SpanKind.LAYER, index, layer.experts_s - layer.missed_s, weights)
+                self.compute.wait(self._copy.record())
+                self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slot])
+            elif layer.experts_s:
+                self._compute(SpanKind.LAYER, index, layer.experts_s, weights)
 
     def end_pass(self) -> None:
         """Send new rows home."""

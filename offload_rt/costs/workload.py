@@ -12,6 +12,7 @@ from functools import lru_cache
 from math import prod
 
 from offload_rt.config import DraftWeights
+from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
@@ -25,6 +26,7 @@ from offload_rt.costs.sizes import (
 from offload_rt.device import compiled
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.model.layout import compute_dtype
 from offload_rt.profiling.profile import Decoder, LayerWork
@@ -117,6 +119,32 @@ class StreamedKV:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PooledExperts:
+    """Experts that come one by one.
+
+    Attributes:
+        counts: of each layer; 0 where it has none.
+        per_token: that a token is sent to.
+        held: of each layer that has some, experts the pool holds.
+        home_bytes: of one at its home.
+        image_bytes: of one as it computes.
+        use: what is known of those that tokens ask for.
+    """
+
+    counts: tuple[int, ...]
+    per_token: int
+    held: float
+    home_bytes: int
+    image_bytes: int
+    use: ExpertUse = ExpertUse()
+
+    def misses(self, layer: int, rows: int) -> float:
+        """Experts of a layer that a pass of so many rows waits for, on average."""
+        held = min(self.held, self.counts[layer])
+        return self.use.misses(rows, held, self.counts[layer], self.per_token)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Residence:
     """Where a model's weights and its KV are during a pass.
 
@@ -129,6 +157,7 @@ class Residence:
         packs_head: the output head is kept reordered.
         kv: rows that come from their home; None: all are on the device.
         device: that has each layer; empty: the first has them all.
+        experts: that come one by one to layers that stay; None: they stay, too.
     """
 
     streamed: tuple[int, ...] = ()
@@ -139,6 +168,7 @@ class Residence:
     packs_head: bool = False
     kv: StreamedKV | None = None
     device: tuple[int, ...] = ()
+    experts: PooledExperts | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,7 +196,7 @@ class PlacedModel:
             self.speeds.device.records
             and load.tokens <= RECORDED_ROWS
             and load.devices == 1
-            and not load.streamed
+            and not load.moved_bytes
             and self.residence.kv is None
             # Which experts compute is read back in each layer.
             and not any(layer.expert_bytes for layer in self.parts.layers)
@@ -235,6 +265,12 @@ class PlacedModel:
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
             decoded = ()
+        pooled = where.experts if where.experts and where.experts.counts[index] else None
+        misses = 0.0
+        if pooled is not None:
+            misses, order = pooled.misses(index, rows), self.speeds.order(resident=False)
+        active = 1.0 - (layer.image_bytes - layer.expert_bytes) / max(1, work.weight_bytes)
+        missed = misses * pooled.image_bytes / max(1, work.weight_bytes) if pooled else 0.0
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -250,6 +286,9 @@ class PlacedModel:
             weights=order,
             decoded=decoded,
             unpacked=layer.packed if where.from_files else 0,
+            missed_bytes=round(misses * pooled.home_bytes) if pooled else 0,
+            expert_part=active if pooled else 0.0,
+            missed_part=min(active, missed),
         )
 
 
@@ -325,11 +364,17 @@ def _mixing_weights(layer: Sequence[TensorExtent]) -> int:
     return sum(prod(e.shape) for e in layer if e.name.startswith(module) and len(e.shape) == 2)
 
 
+def _holds_experts(checkpoint: Checkpoint, extent: TensorExtent) -> bool:
+    """Whether a tensor is a matrix of each of as many experts as there are."""
+    stated = [checkpoint.config.setting(name) for name in EXPERTS]
+    return len(extent.shape) > 2 and extent.shape[0] in stated
+
+
 def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:
     """Weights in matrices outside and inside of experts, and the share of these a token meets."""
     stored = checkpoint.stored
     matrices = [e for e in layer if len(e.shape) > 1 and e.name not in stored]
-    inside = [extent for extent in matrices if ".experts." in extent.name]
+    inside = [e for e in matrices if ".experts." in e.name or _holds_experts(checkpoint, e)]
     others = sum(prod(extent.shape) for extent in matrices) - sum(prod(e.shape) for e in inside)
     others += sum(each.numbers for each in {stored[e.name] for e in layer if e.name in stored})
     sent = checkpoint.config.setting("num_experts_per_tok")

@@ -33,6 +33,7 @@ from offload_rt.errors import CapacityError, ConfigError
 from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
     Counters,
+    ExpertUse,
     RunReport,
     Speculation,
     Timings,
@@ -342,7 +343,9 @@ class Run:
         whole, prefill, decode = last.since(start), first.since(start), last.since(first)
         later = self._later
         passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
-        moved = passes * self.engine.bytes_per_pass
+        per_pass = self.engine.bytes_per_pass
+        if self.engine.placement.expert_slots:  # what comes depends on the tokens
+            per_pass = timed.bytes_copied // max(1, passes)
         return RunReport(
             timings=Timings(
                 load_s=self.engine.load_s,
@@ -355,14 +358,35 @@ class Run:
             transfer=Transfer(
                 bytes_total=whole.bytes_copied + whole.kv_bytes_copied,
                 kv_bytes_total=whole.kv_bytes_copied,
-                bytes_per_pass=self.engine.bytes_per_pass,
-                achieved_bytes_per_s=moved / timed.at_s if timed.at_s else 0.0,
+                bytes_per_pass=per_pass,
+                achieved_bytes_per_s=passes * per_pass / timed.at_s if timed.at_s else 0.0,
                 link_bytes_per_s=whole.bytes_copied / whole.busy_s if whole.busy_s else 0.0,
                 stall_s=whole.stalled_s,
                 overlap_ratio=overlap_ratio(whole),
             ),
             memory=self.engine.memory(),
             dequantising=self.engine.network.dequantising,
+            experts=self._experts(prefill, decode),
+        )
+
+    def _experts(self, prefill: Counters, decode: Counters) -> ExpertUse | None:
+        placement = self.engine.placement
+        facts, slots = placement.demand.experts, placement.expert_slots
+        if facts is None or not slots:
+            return None
+        asked = decode.expert_hits + decode.expert_misses
+        return ExpertUse(
+            slots=slots,
+            slot_bytes=facts.slot_bytes,
+            experts=facts.count,
+            per_token=facts.per_token,
+            hits=decode.expert_hits,
+            misses=decode.expert_misses,
+            hit_rate=decode.expert_hits / asked if asked else None,
+            union=asked / decode.expert_calls if decode.expert_calls else None,
+            bytes_per_token=decode.bytes_copied / self._later if self._later else None,
+            prompt_misses=prefill.expert_misses,
+            prompt_asked=prefill.expert_hits + prefill.expert_misses,
         )
 
     @property

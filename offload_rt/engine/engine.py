@@ -55,6 +55,7 @@ from offload_rt.speculative.kind import DrafterSeat
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.speculative.medusa.drafter import Medusa
+from offload_rt.streaming.experts import ExpertCounts
 
 NO_DRAFT = DraftConfig()
 STATES = "recurrent states"  # in the device's ledger
@@ -133,7 +134,8 @@ class Engine:
             self._stripes = Stripes(self.devices, self.placement.device)
             if on_placed is not None:
                 on_placed(self)
-            self.network = Network(checkpoint, config.dtype, packing)
+            apart = self.placement.expert_slots > 0
+            self.network = Network(checkpoint, config.dtype, packing, experts_apart=apart)
             self._check_kv()
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)
@@ -426,13 +428,17 @@ class Engine:
 
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
-        copied = self.devices.copied()
+        copied, pool = self.devices.copied(), self.runner.experts
+        asked = ExpertCounts() if pool is None else pool.counts
         return Counters(
             at_s=time.perf_counter(),
             bytes_copied=copied.bytes_copied,
             kv_bytes_copied=kv_bytes_copied(self._caches),
             busy_s=copied.busy_s,
             stalled_s=self.devices.stalled_s(),
+            expert_hits=asked.hits,
+            expert_misses=asked.misses,
+            expert_calls=asked.calls,
         )
 
     def link_bytes(self) -> int:
@@ -443,8 +449,7 @@ class Engine:
     def load_bytes(self) -> int:
         """Bytes that are read before the first pass, about."""
         demand = self.placement.demand
-        in_host = self.placement.streamed if self.placement.home is HomeKind.HOST else ()
-        held = sum(demand.layer_bytes[i] for i in in_host)
+        held = self.placement.streamed_bytes if self.placement.home is HomeKind.HOST else 0
         copied = 0
         if self.draft.copies.rounds:
             layers = self._copied_layers
@@ -545,10 +550,14 @@ class Engine:
             home=placement.home,
             # The ring, or the caches and the workspace of a pass, come later.
             spare_bytes=[
-                own.slots * own.slot_bytes + own.demand.kv_bytes + own.demand.workspace_bytes
+                own.slots * own.slot_bytes
+                + own.pool_bytes
+                + own.demand.kv_bytes
+                + own.demand.workspace_bytes
                 for own in placement.of_devices
             ],
             packs_head=placement.packs_head,
+            expert_slots=placement.expert_slots,
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(

@@ -31,6 +31,8 @@ _CONFIG_NAME = "config.json"
 _CONFIG_LIMIT_BYTES = 4 * 2**20  # the largest seen, with a label table, has 0.3 MB
 _TEXT_PART = "text_config"
 
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many a layer has
+
 # Names a number goes by in the families, the standard one first, and the range that is accepted.
 # The upper ends are a few times the largest published models; they bound what a hostile file can
 # make us allocate.
@@ -46,7 +48,7 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim"), 1, 2**20),
     "moe_intermediate_size": (("moe_intermediate_size",), 1, 2**20),
     "experts_per_token": (("num_experts_per_tok", "num_experts_per_token"), 0, 2**12),
-    "experts": (("num_experts", "num_local_experts", "n_routed_experts"), 0, 2**12),
+    "experts": (EXPERTS, 0, 2**12),
     "sliding_window": (("sliding_window",), 0, 2**28),  # 0 is how Qwen2-MoE writes none
 }
 _ROPE_KEYS = ("rope_theta", "factor", "rope_local_base_freq", "original_max_position_embeddings")
@@ -445,6 +447,13 @@ def _values(value: object) -> list[object]:
 def _check_nested_numbers(reader: _Reader) -> None:
     """Numbers nobody here uses, but which transformers computes or allocates with."""
     reader.optional_number("experts")
+    sent = reader.optional_number("experts_per_token")
+    counts = [value for name in EXPERTS if isinstance(value := reader.raw.get(name), int)]
+    if counts and sent is not None and sent > max(counts):
+        raise reader.error(
+            f"a token is sent to {sent} experts of a layer, which has {max(counts)} experts: files "
+            "and config are not of one model"
+        )
     for key, value in chain.from_iterable(one.items() for one in _objects(reader.raw)):
         if key not in _ROPE_KEYS or value is None:
             continue

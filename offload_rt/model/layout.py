@@ -7,7 +7,7 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -39,7 +39,7 @@ CODES_PART, SCALES_PART = "weight_packed", "weight_scale"
 NOTHING_STORED: Mapping[str, Stored] = MappingProxyType({})
 
 # There the experts of a layer are one parameter too: gate rows, then up rows.
-_FUSED = {
+FUSED = {
     "w1": ("gate_up_proj", 0),
     "gate_proj": ("gate_up_proj", 0),
     "w3": ("gate_up_proj", 1),
@@ -182,14 +182,18 @@ def plan_layouts(
     dtype: str,
     packing: Packing,
     stays_fp32: re.Pattern[str] | None = None,
+    without: Container[str] = (),
 ) -> tuple[LayerLayout, ...]:
     """Lay out every layer, and last what is in no layer; see `plan_layout`.
 
-    `stays_fp32` is the family's own unless it is given.
+    `stays_fp32` is the family's own unless it is given. Tensors `without` have images of their own.
     """
     stays_fp32 = stays_fp32 or checkpoint.family.stays_fp32(dtype)
     stored, ends = checkpoint.stored, checkpoint.stored_ends
-    layers = [plan_layout(e, dtype, packing, stays_fp32, stored) for e in checkpoint.layers]
+    layers = [
+        plan_layout([e for e in each if e.name not in without], dtype, packing, stays_fp32, stored)
+        for each in checkpoint.layers
+    ]
     return *layers, plan_layout(checkpoint.others, dtype, packing, stays_fp32, made=ends)
 
 
@@ -198,13 +202,15 @@ def torch_name(code: str) -> str:
     return _NAMES[code]
 
 
-def plan_layout(
+def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by default
     extents: Sequence[TensorExtent],
     dtype: str,
     packing: Packing,
     stays_fp32: re.Pattern[str] | None = None,
     stored: Mapping[str, Stored] = NOTHING_STORED,
     made: Mapping[str, Stored] = NOTHING_STORED,
+    *,
+    align_bytes: int = 1,
 ) -> LayerLayout:
     """Lay out the tensors of one layer (or of what is in no layer).
 
@@ -215,12 +221,13 @@ def plan_layout(
         stays_fp32: what names match that get fp32 instead.
         stored: quantised weights by names of their tensors, which lie there as they are.
         made: such of which the dequantised weight lies there instead.
+        align_bytes: tensors that do not start at a multiple of it in the file are copied to one.
 
     Raises:
         CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
             do not fit together.
     """
-    builder = _Builder(dtype, packing, stays_fp32, stored)
+    builder = _Builder(dtype, packing, stays_fp32, stored, align_bytes)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
     for extent in extents:
         name = extent.name
@@ -229,7 +236,7 @@ def plan_layout(
         elif name in stored and stored[name].source is not None:
             builder.round(stored[name])
         elif match := EXPERT.match(name):
-            target, part = _FUSED[match["part"]]
+            target, part = FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
             experts.setdefault(key, []).append((int(match["expert"]), part, extent))
         else:
@@ -248,7 +255,9 @@ class _Builder:
         packing: Packing,
         stays_fp32: re.Pattern[str] | None,
         stored: Mapping[str, Stored],
+        align_bytes: int,
     ) -> None:
+        self._align_bytes = align_bytes
         self._dtype, self._packing, self._stays_fp32 = dtype, packing, stays_fp32
         self._stored = stored
         self._end = 0
@@ -262,7 +271,7 @@ class _Builder:
         dtype = self._device_dtype(name, extent)
         element_bytes = _BYTES[dtype]
         as_is = _NAMES[extent.dtype] == dtype and self._packing is Packing.FILE and not extent.coded
-        if as_is and extent.offset % element_bytes == 0:
+        if as_is and extent.offset % max(element_bytes, self._align_bytes) == 0:
             offset = self._append_in_place(extent)
         else:
             offset = self._reserve(prod(extent.shape) * element_bytes)

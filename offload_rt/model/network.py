@@ -10,11 +10,12 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 """
 
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -32,6 +33,8 @@ from offload_rt.model.attention_function import (
     Segment,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan_units
+from offload_rt.model.experts import EXPERTS_NAME, ExpertLender, lend_experts
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     computes_the_same,
@@ -47,9 +50,11 @@ from offload_rt.model.layout import Placement, compute_dtype
 from offload_rt.model.lean import lean_layer
 from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
-from offload_rt.model.network_names import Place, find_places
+from offload_rt.model.network_names import Place, find_experts, find_places
 from offload_rt.model.probe import probe
 from offload_rt.report import Dequantising
+
+NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
 
 
 class Weights(Protocol):
@@ -98,9 +103,11 @@ class Network:
         dtype: `auto` or torch's name of a number format.
         packing: how layer images are laid out.
         model: its modules (`build_modules`), if they are there already.
+        experts_apart: experts are lent one by one, and have images of their own (`units`).
 
     Attributes:
-        layouts: the image of each layer.
+        layouts: the image of each layer, without experts that are apart.
+        units: the image of each expert that is apart, by layer.
         base: the image of what is in no layer (embedding, final norm, head).
         kv_shapes: cache sizes of each layer; `NO_KV` of one that does not attend.
         mixers: what has a recurrent state.
@@ -124,6 +131,8 @@ class Network:
         dtype: str,
         packing: Packing,
         model: torch.nn.Module | None = None,
+        *,
+        experts_apart: bool = False,
     ) -> None:
         name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
         self.dtype: torch.dtype = getattr(torch, name)
@@ -137,9 +146,15 @@ class Network:
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
-        self._places = find_places(self._model, checkpoint, self.dtype, packing, container)
-        self.layouts, self.base = self._places.layouts, self._places.base
         family = checkpoint.config.part_of or checkpoint.config.model_type
+        apart = NO_EXPERTS
+        if experts_apart:
+            calls = probe(self._model, layers, family).experts
+            apart = find_experts(self._model, checkpoint, self.dtype, container, calls)
+        self._experts, self.units = apart, plan_units(apart, name, packing)
+        self._places = find_places(self._model, checkpoint, self.dtype, packing, container, apart)
+        self.layouts, self.base = self._places.layouts, self._places.base
+        self._lenders: Mapping[int, ExpertLender] = {}
         fit = probe(self._model, layers, family)
         self.kv_shapes, self.mixers = fit.kv, fit.mixers
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
@@ -285,6 +300,7 @@ class Network:
         device: torch.device,
         chunk_tokens: int,
         crossing: Crossing | None = None,
+        experts: Mapping[int, ExpertLender] = NOBODY,
     ) -> None:
         """Connect the network to its memory.
 
@@ -295,7 +311,15 @@ class Network:
             device: where passes begin and end.
             chunk_tokens: rows that go through a layer at once.
             crossing: says where layers are, if they are on several devices.
+            experts: lend those that are apart, by layer.
         """
+        assert experts.keys() == self.units.keys()
+        for index, own in self._experts.layers.items():
+            lend_experts(self._model.get_submodule(own.module), experts[index])
+        config: Any = self._model.config
+        if device.type == "cpu" and config.get_text_config()._experts_implementation is not None:
+            self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
+        self._lenders = experts
         for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
             hole.fill(tensor)
         if self._places.tied:
@@ -343,7 +367,13 @@ class Network:
         self._model, self._layers, self._holes, self._mixing = torch.nn.Module(), (), [], []
         self._bindings.clear()
         self._crossing = self.gone = None
+        self._lenders = {}
         self.poll = lambda: None
+
+    @property
+    def per_token(self) -> int:
+        """Experts of a layer that a token is sent to, of those that are apart."""
+        return self._experts.per_token
 
     @property
     def head_rows(self) -> int:
@@ -467,6 +497,8 @@ class Network:
                 options = tree_map(cut_all, options)
         self.pass_rows = rows = hidden.shape[1]
         hidden, context, options = self._cross(index, hidden, context, options)
+        if (lender := self._lenders.get(index)) is not None:
+            lender.begin(-(-rows // chunk_tokens))
         with self._lent(index, weights):
             if rows <= chunk_tokens:
                 hidden = forward(hidden, **options)
@@ -576,6 +608,27 @@ def modules_and_tensors(
         for place in chain(*places.of_layers, places.of_base)
         if place.placement.name in stored
     }
+
+
+def experts_of(checkpoint: Checkpoint, dtype: str) -> Experts:
+    """The experts of a model that can be streamed one by one; why not, where there are none.
+
+    Args:
+        checkpoint: headers of the files.
+        dtype: torch's name of the number format of the computation.
+
+    Raises:
+        CheckpointError: experts of a layer are not alike, or a tensor of all does not divide.
+    """
+    number: torch.dtype = getattr(torch, dtype)
+    family = checkpoint.config.part_of or checkpoint.config.model_type
+    try:
+        model = _with_own_head(_build(checkpoint, number))
+        container, layers = _find_layers(model, checkpoint.config.num_layers)
+        calls = probe(model, layers, family).experts
+    except CheckpointError as error:
+        return no_experts(str(error))
+    return find_experts(model, checkpoint, number, container, calls)
 
 
 def _build(checkpoint: Checkpoint, dtype: torch.dtype) -> torch.nn.Module:

@@ -8,7 +8,7 @@ when the files were opened (`checkpoint`): here it is only looked up.
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,22 @@ from transformers.core_model_loading import (
 
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
-from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint
+from offload_rt.model.checkpoint import HEAD_DIFFERS, Checkpoint, TensorExtent
+from offload_rt.model.expert_layout import (
+    NO_EXPERTS,
+    Experts,
+    ExpertTensor,
+    LayerExperts,
+    check_alike,
+    no_experts,
+    slices_of,
+)
+from offload_rt.model.experts import MATRICES
 from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
 from offload_rt.model.formats.wired import wire_linears
-from offload_rt.model.layout import LayerLayout, Placement, plan_layouts
+from offload_rt.model.layout import FUSED, LayerLayout, Placement, plan_layouts
+from offload_rt.model.names import EXPERT
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +76,7 @@ def find_places(
     dtype: torch.dtype,
     packing: Packing,
     container: str,
+    apart: Experts = NO_EXPERTS,
 ) -> Places:
     """Pair the tensors of the files with the parameters of the network.
 
@@ -74,6 +86,7 @@ def find_places(
         dtype: of the computation.
         packing: what the images are for.
         container: what numbers the layers in the network, such as `model.layers`.
+        apart: experts that are in no image of a layer.
 
     Raises:
         CheckpointError: a tensor is missing, or of another shape.
@@ -83,23 +96,115 @@ def find_places(
         wire_linears(model, checkpoint.stored, names.key_of)
         names = _Names(model, checkpoint, container)
     name = str(dtype).removeprefix("torch.")
-    layouts = plan_layouts(checkpoint, name, packing)
+    layouts = plan_layouts(checkpoint, name, packing, without=apart.taken)
     places = [names.places(layout) for layout in layouts]
     if dtype is not torch.float32:
         wide = _fp32_names(model, names.state, places, dtype) - checkpoint.stored.keys()
         planned = {p.name for layout in layouts for p in layout.placements if _is_fp32(p)}
         if wide != planned - checkpoint.stored.keys():
             # A rule that only the classes know; the plan has counted a few bytes less.
-            layouts = plan_layouts(checkpoint, name, packing, _exactly(wide))
+            layouts = plan_layouts(checkpoint, name, packing, _exactly(wide), apart.taken)
             places = [names.places(layout) for layout in layouts]
     what = f"{checkpoint.folder.name}: the text part of {checkpoint.config.part_of}"
     what = "the model" if checkpoint.config.whole is None else what
     for index, found in enumerate(places[:-1]):
-        _check(f"layer {index} of {what}", names.of_layer(index), found)
+        needed = names.of_layer(index)
+        own = {key: tensor for key, tensor in needed.items() if key not in apart.leaves}
+        _check(f"layer {index} of {what}", own, found)
     base, tied = names.with_ends(places[-1])
     _check(what, names.of_base(tied), base)
     names.say_strays(layouts)
     return Places(layouts[:-1], layouts[-1], tuple(map(tuple, places[:-1])), tuple(base), tied)
+
+
+def find_experts(
+    model: Any,  # noqa: ANN401
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    container: str,
+    calls: Mapping[str, int],
+) -> Experts:
+    """Which tensors of the files are experts that can be streamed one by one.
+
+    Args:
+        model: transformers' modules.
+        checkpoint: headers of the files.
+        dtype: of the computation.
+        container: what numbers the layers in the network.
+        calls: modules whose experts the registered function computes, and experts of a row.
+
+    Raises:
+        CheckpointError: experts of a layer are not alike, or a tensor of all does not divide.
+    """
+    if not calls:
+        return no_experts("this family does not compute its experts by transformers' interface")
+    if checkpoint.stored:
+        return no_experts("its weights are quantised")
+    names = _Names(model, checkpoint, container)
+    found = dict[int, LayerExperts]()
+    leaves, taken = set[str](), set[str]()
+    for index, extents in enumerate(checkpoint.layers):
+        module = next((m for m in calls if m.startswith(f"{container}.{index}.")), None)
+        if module is None:
+            continue
+        own = {leaf: names.state[f"{module}.{leaf}"] for leaf in names.matrices_of(module)}
+        if any(state.dtype is not dtype for state in own.values()):
+            return no_experts("its experts are computed in another number format")
+        parts = [part for e in extents if (part := names.expert_part(e, module)) is not None]
+        if any(part.expert is None and part.extent.coded for part in parts):
+            return no_experts("all experts of a layer are packed together")
+        where = f"layer {index} of {checkpoint.folder.name}"
+        tensors = _by_expert(where, parts, next(iter(own.values())).shape[0])
+        _check_experts(where, {leaf: tuple(t.shape[1:]) for leaf, t in own.items()}, tensors)
+        leaves |= {f"{module}.{leaf}" for leaf in own}
+        taken |= {part.extent.name for part in parts}
+        found[index] = LayerExperts(
+            module=module, per_token=calls[module], tensors=tuple(map(tuple, tensors))
+        )
+    if not found:
+        return no_experts("its experts are not in its layers")
+    return Experts(layers=found, leaves=frozenset(leaves), taken=frozenset(taken))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A tensor of the files that is of one expert, or of all (None)."""
+
+    name: str
+    expert: int | None
+    extent: TensorExtent
+
+
+def _by_expert(where: str, parts: Sequence[_Part], count: int) -> list[list[ExpertTensor]]:
+    """The tensors of each expert."""
+    found: list[list[ExpertTensor]] = [[] for _ in range(count)]
+    for part in parts:
+        if part.expert is None:
+            for own, piece in zip(found, slices_of(part.extent, count), strict=True):
+                own.append(ExpertTensor(name=part.name, extent=piece))
+        elif part.expert < count:
+            found[part.expert].append(ExpertTensor(name=part.name, extent=part.extent))
+        else:
+            raise CheckpointError(
+                f"{where} has an expert {part.expert}, config.json states {count}: files and "
+                "config are not of one model"
+            )
+    return found
+
+
+def _check_experts(
+    where: str, needed: Mapping[str, tuple[int, ...]], experts: Sequence[Sequence[ExpertTensor]]
+) -> None:
+    """See that each expert has what its module computes with, in the shapes of one."""
+    check_alike(where, experts)
+    for leaf, shape in needed.items():
+        shapes = [t.extent.shape for t in experts[0] if t.name.partition(".")[0] == leaf]
+        made = [sum(one[0] for one in shapes if one), *(shapes[0][1:] if shapes else ())]
+        if made != list(shape) or len({one[1:] for one in shapes}) > 1:
+            raise CheckpointError(
+                f"{where}: an expert's {leaf} is {made} in the files, config.json makes it "
+                f"{list(shape)}"
+            )
 
 
 class _Names:
@@ -124,6 +229,7 @@ class _Names:
                 "streamed layer by layer"
             )
         self._head, self._embedding = map(str, ends)
+        self._keys = dict[str, str | None]()  # of parameters that are made of several tensors
 
     def key_of(self, name: str) -> str | None:
         """The network's name of a tensor; None if it has no place for it.
@@ -149,6 +255,26 @@ class _Names:
                         )
                     return key
         return None
+
+    def matrices_of(self, module: str) -> list[str]:
+        """Parameters of a module of experts that hold a matrix of each."""
+        return [leaf for leaf in sorted(MATRICES) if f"{module}.{leaf}" in self.state]
+
+    def expert_part(self, extent: TensorExtent, module: str) -> _Part | None:
+        """What of a module's experts a tensor is, if it is one of theirs."""
+        match = EXPERT.match(extent.name)
+        leaf, part = FUSED[match["part"]] if match else ("", 0)
+        name = f"{match['moe']}.{leaf}" if match else extent.name
+        if name not in self._keys:
+            self._keys[name] = self.key_of(name)
+        owner, _, leaf = (self._keys[name] or "").rpartition(".")
+        if owner != module or leaf not in MATRICES:
+            return None
+        if match is None:
+            return _Part(leaf, None, extent)
+        return _Part(
+            f"{leaf}.{part}" if leaf == "gate_up_proj" else leaf, int(match["expert"]), extent
+        )
 
     def places(self, layout: LayerLayout) -> list[Place]:
         """What of an image has a place in the network."""

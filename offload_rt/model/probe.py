@@ -8,13 +8,14 @@ The pass computes shapes only, on meta tensors. It must show that
 - the output head heeds which rows are wanted.
 
 Some layers may have a recurrent state instead, or besides, or neither: `probe_states.py`.
+It also shows which modules have their experts computed by a function of ours.
 
 No list of names decides.
 """
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,10 +23,12 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel, masking_utils
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, MaskKind, PassContext, Segment
+from offload_rt.model.experts import PROBE_NAME, Calls
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
 from offload_rt.model.probe_states import AskedStates, probe_mixers
 
@@ -45,14 +48,17 @@ _MASK_OPTIONS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """What layers keep of a sequence.
+    """What layers keep of a sequence, and who computes their experts.
 
     Attributes:
         kv: keys and values of each layer, `NO_KV` where it does not attend.
+        experts: modules whose experts the registered function computes, by name, and to how many
+            of them a row is sent.
         mixers: what has a state.
     """
 
     kv: tuple[KVShape, ...]
+    experts: Mapping[str, int]
     mixers: tuple[Mixer, ...] = ()
 
 
@@ -112,7 +118,7 @@ def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
 
 
 def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
-    cache = _Shapes()
+    cache, experts = _Shapes(), Calls()
     states = AskedStates(PassContext([Segment(cache, PROBE_TOKENS)], strict=True))
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
     handles = [
@@ -122,7 +128,7 @@ def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
         for layer in layers
     ]
     try:
-        logits = _meta_pass(model, states)
+        logits = _meta_pass(model, experts, states)
     finally:
         for handle in handles:
             handle.remove()
@@ -135,11 +141,16 @@ def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
     mixers: tuple[Mixer, ...] = ()
     if states.made:
         given = PassContext([Segment(_Shapes(), PROBE_TOKENS)])
-        mixers = probe_mixers(model, given, states.made, partial(_meta_pass, model))
-    return Fit(tuple(cache.shapes.get(layer, NO_KV) for layer in range(len(layers))), mixers)
+        mixers = probe_mixers(model, given, states.made, partial(_meta_pass, model, experts))
+    names = {module: name for name, module in model.named_modules()}
+    return Fit(
+        tuple(cache.shapes.get(layer, NO_KV) for layer in range(len(layers))),
+        {names[module]: count for module, count in experts.per_token.items()},
+        mixers,
+    )
 
 
-def _meta_pass(model: torch.nn.Module, states: PassStates) -> torch.Tensor:
+def _meta_pass(model: torch.nn.Module, calls: Calls, states: PassStates) -> torch.Tensor:
     """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
@@ -147,7 +158,8 @@ def _meta_pass(model: torch.nn.Module, states: PassStates) -> torch.Tensor:
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
     experts = config._experts_implementation
     if experts is not None:  # the default's kernel has no shape-only form for every number format
-        model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        ALL_EXPERTS_FUNCTIONS.register(PROBE_NAME, calls)
+        model.set_experts_implementation(PROBE_NAME)  # type: ignore[operator]
     try:
         with torch.no_grad(), _marked_masks(model):
             output = model(

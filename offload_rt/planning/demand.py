@@ -8,6 +8,7 @@ from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
     decoding_bytes,
+    experts_of,
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
@@ -19,8 +20,9 @@ from offload_rt.costs.sizes import (
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.expert_layout import ExpertImages
 from offload_rt.model.layout import compute_dtype
-from offload_rt.planning.placement import Demand
+from offload_rt.planning.placement import Demand, ExpertDemand
 from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory
 
@@ -56,7 +58,10 @@ def demand_of(
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
     )
     draft = draft_memory(drafting, run)
+    images = experts_of(checkpoint, dtype, device) if _streams_experts(runtime, device) else ""
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
+    if device.host_computes and not isinstance(images, str):
+        experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
     packs = device.packs and name == "bfloat16" and processor()[1]  # as `can_pack` says with torch
     scratch = decoding_bytes(checkpoint, dtype, device)
@@ -86,6 +91,7 @@ def demand_of(
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
+        experts=None if isinstance(images, str) or draft.streamed_bytes else _experts(images),
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch
         + (
@@ -97,6 +103,38 @@ def demand_of(
             else staging_bytes(layouts, device, runtime.readers)
         ),
     )
+
+
+def _streams_experts(runtime: RuntimeConfig, device: DeviceKind) -> bool:
+    """Whether experts are streamed one by one where the model's can be: on one CPU."""
+    whole = runtime.expert_slots == 0 or len(runtime.device_names) > 1
+    return device.host_computes and not whole
+
+
+def _experts(images: ExpertImages) -> ExpertDemand:
+    return ExpertDemand(
+        rest_bytes=tuple(layout.nbytes for layout in images.rest),
+        slot_bytes=images.slot_bytes,
+        counts=tuple(len(images.units.get(layer, ())) for layer in range(len(images.rest))),
+        per_token=images.per_token,
+        image_bytes=images.image_bytes,
+        file_bytes=images.file_bytes,
+    )
+
+
+def _expert_rows_bytes(
+    checkpoint: Checkpoint, per_token: int, number_bytes: int, shape: PassShape
+) -> int:
+    """What a layer's experts compute in (`model/experts.py`).
+
+    Each row has a place for each of its experts, and these are weighted and summed in fp32. The
+    rows of one expert, all of a chunk at most: themselves, two halves and both together, the
+    product of the halves in fp32 and rounded, and what it becomes.
+    """
+    config, rows = checkpoint.config, min(shape.chunk_rows, shape.rows)
+    places = per_token * config.hidden_size * (2 * number_bytes + 4)
+    inner = config.intermediate_size * (6 * number_bytes + 4)
+    return rows * (places + inner + 2 * config.hidden_size * number_bytes)
 
 
 def _slack_bytes(copied_bytes: int, device: DeviceKind) -> int:

@@ -18,7 +18,13 @@ from offload_rt.costs.pass_cost import (
 )
 from offload_rt.costs.sizes import PassShape, kv_row_bytes, layouts_of, number_bytes_of
 from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
-from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
+from offload_rt.costs.workload import (
+    PlacedModel,
+    PooledExperts,
+    Residence,
+    StreamedKV,
+    parts_of,
+)
 from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
@@ -28,6 +34,7 @@ from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped
 from offload_rt.speculative.kinds import draft_parts
+from offload_rt.streaming.experts import shares_of
 from offload_rt.units import format_size
 
 
@@ -230,6 +237,7 @@ class PlacedRun:
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
+                experts=pooled_experts(placement),
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
@@ -269,6 +277,22 @@ class PlacedRun:
         return step_work(self.model, config.nodes, expected, parts, rebuild_tokens=rebuild)
 
 
+def pooled_experts(placement: Placement) -> PooledExperts | None:
+    """Experts that come one by one, and what is known of those that tokens ask for."""
+    experts, slots = placement.demand.experts, placement.expert_slots
+    if experts is None or not slots:
+        return None
+    total_bytes = experts.file_bytes if placement.home is HomeKind.DISK else experts.image_bytes
+    share, spare = shares_of(slots, experts.layers, experts.per_token)
+    return PooledExperts(
+        counts=experts.counts,
+        per_token=experts.per_token,
+        held=share + spare / experts.layers,
+        home_bytes=total_bytes // experts.count,
+        image_bytes=experts.image_bytes // experts.count,
+    )
+
+
 def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
     if plan is None or plan.attend_on_host:
         return None
@@ -284,7 +308,7 @@ def _streamed_kv(plan: KVPlan | None, context_tokens: int) -> StreamedKV | None:
 
 def _check_effects(placement: Placement, config: RuntimeConfig, free: FreeMemory) -> None:
     """Refuse options that would do nothing, and limits the machine cannot keep."""
-    if not placement.streamed:
+    if not placement.streams:
         link = None if config.kv is KVPlace.HOST else config.link_bytes_per_s
         for flag, value in (("--link-bandwidth", link), ("--home", config.home)):
             if value is not None and value != HomeKind.AUTO:
@@ -343,6 +367,7 @@ def _place_with_kv(
                 slots=config.slots,
                 resident_layers=config.resident_layers,
                 resident=config.resident,
+                expert_slots=config.expert_slots,
             )
         except PlanError as refusal:
             refusals.append(refusal)
@@ -392,6 +417,8 @@ def bytes_per_pass(
     """Bytes of the streamed layers, which cross the link in each pass."""
     if placement.home is HomeKind.HOST:
         return placement.streamed_bytes
+    if placement.expert_slots:
+        return 0
     layouts = layouts_of(checkpoint, config.dtype, device)
     return sum(layouts[i].file_bytes for i in placement.streamed)
 

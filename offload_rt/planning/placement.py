@@ -19,6 +19,37 @@ IN_FLIGHT_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertDemand:
+    """What a run needs whose experts are streamed one by one.
+
+    Attributes:
+        rest_bytes: image of each layer without its experts.
+        slot_bytes: of a slot that takes any expert.
+        counts: experts of each layer; 0 where it has none.
+        per_token: experts of a layer that a token is sent to: the fewest slots.
+        image_bytes: of all experts, as they compute.
+        file_bytes: of them as they are stored.
+    """
+
+    rest_bytes: tuple[int, ...]
+    slot_bytes: int
+    counts: tuple[int, ...]
+    per_token: int
+    image_bytes: int
+    file_bytes: int
+
+    @property
+    def count(self) -> int:
+        """Experts of all layers."""
+        return sum(self.counts)
+
+    @property
+    def layers(self) -> int:
+        """Layers that have experts."""
+        return sum(count > 0 for count in self.counts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
     """What a run needs on the device.
 
@@ -37,6 +68,7 @@ class Demand:
         beside_bytes: of `drafter_bytes`, what lies beside each layer; empty: nothing does.
         copy_bytes: of a copy that drafts, beside each layer that is streamed; empty: there is none.
         further_bytes: what each device after the first needs for passes through its layers.
+        experts: how the layers lie whose experts are streamed one by one; None: they are not.
     """
 
     layer_bytes: tuple[int, ...]
@@ -52,6 +84,7 @@ class Demand:
     beside_bytes: tuple[int, ...] = ()
     copy_bytes: tuple[int, ...] = ()
     further_bytes: int = 0
+    experts: ExpertDemand | None = None
 
     @property
     def fixed_bytes(self) -> int:
@@ -113,6 +146,8 @@ class Placement:
         home: where the streamed layers live.
         shares: of several devices, what each has; layers by their numbers in the model.
         stripes: these devices.
+        expert_slots: of the pool that experts come through one by one; resident layers are then
+            without them. 0: experts are in their layers.
     """
 
     resident: tuple[int, ...]
@@ -124,6 +159,31 @@ class Placement:
     home: HomeKind = HomeKind.DISK
     shares: tuple["Placement", ...] = ()
     stripes: tuple[Stripe, ...] = ()
+    expert_slots: int = 0
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights are copied in passes."""
+        return bool(self.streamed or self.expert_slots)
+
+    @property
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Image of each layer as it is placed."""
+        experts = self.demand.experts
+        apart = experts is not None and self.expert_slots
+        return experts.rest_bytes if experts is not None and apart else self.demand.layer_bytes
+
+    @property
+    def pool_bytes(self) -> int:
+        """Slots of experts."""
+        experts = self.demand.experts
+        return 0 if experts is None else self.expert_slots * experts.slot_bytes
+
+    @property
+    def pooled_bytes(self) -> int:
+        """Of all experts that come through the pool, as they compute."""
+        experts = self.demand.experts
+        return 0 if experts is None or not self.expert_slots else experts.image_bytes
 
     @property
     def of_devices(self) -> tuple["Placement", ...]:
@@ -174,12 +234,12 @@ class Placement:
     @property
     def resident_bytes(self) -> int:
         """Bytes of the resident layers."""
-        return sum(self.demand.layer_bytes[i] for i in self.resident)
+        return sum(self.layer_bytes[i] for i in self.resident)
 
     @property
     def streamed_bytes(self) -> int:
-        """Bytes of the streamed layers, as the device has them."""
-        return sum(self.demand.layer_bytes[i] for i in self.streamed)
+        """Bytes of the streamed layers and experts, as the device has them."""
+        return sum(self.layer_bytes[i] for i in self.streamed) + self.pooled_bytes
 
     @property
     def copy_bytes(self) -> int:
@@ -197,7 +257,7 @@ class Placement:
         """Whether the output head is kept reordered, too: one device has all layers and room."""
         nbytes = self.demand.packed_head_bytes
         left = self.device_limit_bytes - self._plain_bytes
-        return 0 < nbytes <= left and not self.streamed and not self.shares
+        return 0 < nbytes <= left and not self.streams and not self.shares
 
     @property
     def base_bytes(self) -> int:
@@ -206,7 +266,7 @@ class Placement:
 
     @property
     def _plain_bytes(self) -> int:
-        streamed_bytes = self.slots * self.slot_bytes + self.copy_bytes
+        streamed_bytes = self.slots * self.slot_bytes + self.copy_bytes + self.pool_bytes
         return self.demand.fixed_bytes + self.resident_bytes + streamed_bytes
 
     @property
@@ -224,8 +284,12 @@ def place(
     slots: int | None = None,
     resident_layers: int | None = None,
     resident: Sequence[int] | None = None,
+    expert_slots: int | None = None,
 ) -> Placement:
     """Choose resident layers and slots within a limit.
+
+    Where experts can be streamed one by one and not all layers fit whole, every layer stays without
+    its experts, and what is left of the limit is slots for them.
 
     Args:
         demand: what the run needs.
@@ -233,13 +297,18 @@ def place(
         slots: slots of the ring; None chooses.
         resident_layers: layers to keep on the device; None keeps as many as fit.
         resident: which layers; None spreads them evenly.
+        expert_slots: slots for experts; None chooses, 0 streams layers whole.
 
     Raises:
         ConfigError: a count is not possible for this model.
         PlanError: it does not fit; the message names the limit that would do.
     """
-    if resident is None:
-        candidates = _candidates(demand, device_limit_bytes, slots, resident_layers)
+    if expert_slots:
+        candidates = [_pooled(demand, device_limit_bytes, expert_slots)]
+    elif resident is None:
+        candidates = _candidates(
+            demand, device_limit_bytes, slots, resident_layers, pools=expert_slots is None
+        )
     else:
         candidates = [_with_layers(demand, device_limit_bytes, slots, resident)]
     for placement in candidates:
@@ -256,20 +325,68 @@ def place(
 
 
 def smallest_bytes(
-    demand: Demand, *, slots: int | None = None, resident_layers: int | None = None
+    demand: Demand,
+    *,
+    slots: int | None = None,
+    resident_layers: int | None = None,
+    expert_slots: int | None = None,
 ) -> int:
     """The lowest limit for which `place` finds a placement."""
-    return _smallest(_candidates(demand, 0, slots, resident_layers)).device_bytes
+    if expert_slots:
+        return _pooled(demand, 0, expert_slots).device_bytes
+    pools = expert_slots is None
+    found = _candidates(demand, 0, slots, resident_layers, pools=pools)
+    return _smallest(found).device_bytes
+
+
+def _pooled(demand: Demand, limit: int, slots: int | None) -> Placement:
+    """Keep every layer without its experts, and these in a pool of as many slots as fit.
+
+    Raises:
+        ConfigError: the model's experts are not streamed one by one, or are fewer.
+        PlanError: one token's experts would not have a slot each.
+    """
+    experts = demand.experts
+    if experts is None:
+        raise ConfigError(
+            "--expert-slots has no effect, as this model's layers are streamed whole here: leave "
+            "it out (`offload-run plan` says why)"
+        )
+    if slots is not None and slots < experts.per_token:
+        raise PlanError(
+            f"--expert-slots is {slots}, and a token is sent to {experts.per_token} experts of a "
+            f"layer at once: use {experts.per_token} or more"
+        )
+    if slots is not None and slots > experts.count:
+        raise ConfigError(
+            f"--expert-slots is {slots}, the model has {experts.count} experts in all: lower it or "
+            "leave it out"
+        )
+    bare = Placement(
+        resident=tuple(range(len(demand.layer_bytes))),
+        streamed=(),
+        slots=0,
+        slot_bytes=0,
+        demand=demand,
+        device_limit_bytes=limit,
+        expert_slots=experts.per_token,
+    )
+    if slots is None:
+        room = (limit - bare.device_bytes) // experts.slot_bytes
+        slots = min(experts.count, experts.per_token + max(0, room))
+    return replace(bare, expert_slots=slots)
 
 
 def _candidates(
-    demand: Demand, limit: int, slots: int | None, resident_layers: int | None
+    demand: Demand, limit: int, slots: int | None, resident_layers: int | None, *, pools: bool
 ) -> list[Placement]:
     """Every placement to consider, best first."""
     layers = len(demand.layer_bytes)
     count = checked_layers(layers, resident_layers, None)
     counts = range(layers, -1, -1) if count is None else [count]
     found = [_arrange(demand, limit, n, slots) for n in counts]
+    if pools and demand.experts is not None and count is None and slots is None:
+        found.insert(1, _pooled(demand, limit, None))
     if slots is None:  # one slot works too, copying and computing in turn
         fewer = range(found[-1].slots - 1, 0, -1)
         found += [_arrange(demand, limit, counts[-1], ring) for ring in fewer]
@@ -357,6 +474,7 @@ def why_not(smallest: Placement, limit: str) -> str:
         "drafting": smallest.drafter_bytes,
         f"{len(smallest.resident)} resident layers": smallest.resident_bytes,
         f"{smallest.slots} x slot": smallest.slots * smallest.slot_bytes,
+        f"{smallest.expert_slots} x expert": smallest.pool_bytes,
     }
     listed = ", ".join(f"{name} {format_size(size)}" for name, size in parts.items() if size)
     return (

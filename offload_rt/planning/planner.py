@@ -149,7 +149,12 @@ def _smallest(placement: Placement, runtime: RuntimeConfig) -> int:
     if runtime.resident is not None:
         return placement.device_bytes
     return sum(
-        smallest_limits(placement, slots=runtime.slots, resident_layers=runtime.resident_layers)
+        smallest_limits(
+            placement,
+            slots=runtime.slots,
+            resident_layers=runtime.resident_layers,
+            expert_slots=runtime.expert_slots,
+        )
     )
 
 
@@ -214,7 +219,7 @@ def plan_run(
             *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
-        level=means.level(bool(chosen.placement.streamed)),
+        level=means.level(chosen.placement.streams),
     )
 
 
@@ -414,7 +419,7 @@ class _Search:
         )
         expected = self.expected(drafting.config)
         made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
-        return made.scaled(self._means.level(bool(placement.streamed)))
+        return made.scaled(self._means.level(placement.streams))
 
     def expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""

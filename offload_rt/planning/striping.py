@@ -34,6 +34,7 @@ def place_striped(
     slots: int | None = None,
     resident_layers: int | None = None,
     resident: Sequence[int] | None = None,
+    expert_slots: int | None = None,
 ) -> Placement:
     """Choose devices, resident layers and slots within the limits.
 
@@ -43,6 +44,7 @@ def place_striped(
         slots: of each device's ring; None chooses.
         resident_layers: layers to keep on the devices; None keeps as many as fit.
         resident: which layers; None spreads them evenly.
+        expert_slots: of one device's pool of experts; None chooses, 0 streams layers whole.
 
     Raises:
         ConfigError: a count is not possible for this model, or a device would have no layer.
@@ -55,6 +57,11 @@ def place_striped(
             slots=slots,
             resident_layers=resident_layers,
             resident=resident,
+            expert_slots=expert_slots,
+        )
+    if expert_slots:
+        raise ConfigError(
+            "--expert-slots is for one device, on several layers are streamed whole: leave it out"
         )
     layers = len(demand.layer_bytes)
     counts = checked_layers(layers, resident_layers, resident)
@@ -91,12 +98,19 @@ def place_striped(
 
 
 def smallest_limits(
-    placement: Placement, *, slots: int | None = None, resident_layers: int | None = None
+    placement: Placement,
+    *,
+    slots: int | None = None,
+    resident_layers: int | None = None,
+    expert_slots: int | None = None,
 ) -> tuple[int, ...]:
     """The lowest limits under which there is a placement for the same, with links as they are."""
     demand, stripes = placement.demand, placement.stripes
     if len(stripes) < 2:
-        return (smallest_bytes(demand, slots=slots, resident_layers=resident_layers),)
+        least = smallest_bytes(
+            demand, slots=slots, resident_layers=resident_layers, expert_slots=expert_slots
+        )
+        return (least,)
     smallest = _smallest(demand, stripes, resident_layers or 0, slots, None)
     return tuple(share.device_bytes for share in smallest.shares)
 

@@ -23,13 +23,15 @@ from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import LayerLayout
-from offload_rt.model.network import Network
+from offload_rt.model.network import NOBODY, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.runner.experts import Pool, lenders_of, open_pool
 from offload_rt.runner.runner import LayerRing, LayerRings, Runner
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 
 BASE, RESIDENT, SLOTS = "embedding and head", "resident layers", "slots"  # in the device's ledger
+EXPERTS = "experts"
 DRAFT, COPY = "draft model", "rounded copy"
 SCRATCH = "dequantised weight"
 
@@ -44,6 +46,7 @@ class Streaming:
         home: where they are copied from.
         spare_bytes: memory of each device that is free until all weights are there.
         packs_head: there is memory for a reordered copy of the output head.
+        expert_slots: buffers of the experts' pool; 0 where experts are in their layers.
     """
 
     layers: Sequence[int]
@@ -51,6 +54,7 @@ class Streaming:
     home: HomeKind
     spare_bytes: Sequence[int]
     packs_head: bool = False
+    expert_slots: int = 0
 
 
 def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
@@ -118,16 +122,20 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
             ring_of |= dict.fromkeys(mine, rings[-1])
             streamed_bytes += sum(source.nbytes for source in sources.values())
     first = stripes.devices[0]
+    pool = _open_experts(network, first, files, streaming) if streaming.expert_slots else None
     for device in stripes.devices:
         device.load.record().synchronize()
     crossing = stripes if len(stripes.devices) > 1 else None
-    network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing)
+    lenders = NOBODY if pool is None else lenders_of(pool, network.units)
+    network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()
         if packed:
             first.enter(packed_head_bytes(checkpoint, network.dtype.itemsize), BASE)
-    return Runner(checkpoint, network, first, rings=rings, streamed_bytes=streamed_bytes)
+    return Runner(
+        checkpoint, network, first, rings=rings, streamed_bytes=streamed_bytes, experts=pool
+    )
 
 
 def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by keyword
@@ -266,6 +274,23 @@ def _keep(  # noqa: PLR0913 - the same, and how
             image = device.allocate(layouts[index].nbytes, purpose)
             device.load.copy(image, FileSource(layouts[index], files))
             network.keep(index, image)
+
+
+def _open_experts(
+    network: Network, device: Device, files: WeightFiles, streaming: Streaming
+) -> Pool:
+    """Set slots for experts aside; those whose home is host memory are read now."""
+    units = network.units
+    sources: dict[int, Sequence[HomeSource]] = {
+        layer: [FileSource(unit, files) for unit in own] for layer, own in units.items()
+    }
+    if streaming.home is HomeKind.HOST:
+        for layer, own in units.items():
+            by_expert = dict(enumerate(sources[layer]))
+            sources[layer] = [*_in_memory(device, by_expert, own).values()]
+    slot_bytes = max(unit.nbytes for own in units.values() for unit in own)
+    slots = [device.allocate(slot_bytes, EXPERTS) for _ in range(streaming.expert_slots)]
+    return open_pool(device, units, slots, network.per_token, sources)
 
 
 def _in_memory(

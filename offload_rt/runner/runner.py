@@ -17,6 +17,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network, TokenBatch
+from offload_rt.runner.experts import Pool
 from offload_rt.runner.static import Recordings
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
@@ -92,6 +93,7 @@ class Runner:
         device: where passes begin and end.
         rings: lend the streamed layers, one on each device that has any.
         streamed_bytes: what they copy in each pass.
+        experts: the pool that experts come through, if they are units.
         target_ids: of a model that drafts, width of the target's logits; ids from there on are
             never drafted.
 
@@ -100,7 +102,7 @@ class Runner:
             depend on what came before, to the last bit.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - what a runner is made of, most of it by keyword
         self,
         checkpoint: Checkpoint,
         network: Network,
@@ -108,14 +110,16 @@ class Runner:
         *,
         rings: Sequence[LayerRing] = (),
         streamed_bytes: int = 0,
+        experts: Pool | None = None,
         target_ids: int | None = None,
     ) -> None:
         self.network, self.device, self.target_ids = network, device, target_ids
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
-        self._checkpoint, self._rings = checkpoint, rings
-        # What a replay cannot do: lend layers, and keep states.
-        self._records = device.kind.records and not rings and not network.mixers
+        self._checkpoint, self._rings, self.experts = checkpoint, rings, experts
+        # What a replay cannot do: lend layers or experts, and keep states.
+        lends = bool(rings) or experts is not None
+        self._records = device.kind.records and not lends and not network.mixers
         self.records_at_once = False
         self._recordings: Recordings | None = None  # made when the first pass is
 
@@ -128,6 +132,8 @@ class Runner:
         """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`)."""
         for each in self._rings:
             each.watch = ring
+        if self.experts is not None:
+            self.experts.watch = ring
         self._records = False  # a replay enters no layer
         self.network.watch_layers(enter, leave)
 

@@ -134,7 +134,7 @@ def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:
     emulated = config.link_bytes_per_s is not None or config.threads is not None
     if speeds is None or ratio is None or emulated:
         return
-    streams = bool(engine.placement.streamed)
+    streams = engine.placement.streams
     key = LevelKey.of(speeds, compute_threads(), engine.checkpoint, streams=streams)
     add_level(levels_path(), key, ratio * engine.plan.level, time.time())
 

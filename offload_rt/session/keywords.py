@@ -37,6 +37,7 @@ class LoadOptions(AnswerOptions, total=False):
     dtype: str
     slots: Auto
     resident_layers: Auto
+    expert_slots: Auto
     home: str
     wire: str
     context: Auto

@@ -28,6 +28,7 @@ class PlanSummary:
         draft_tokens: of a draft, at most; `first_draft_tokens` at first.
         resident: layers that stay on the device.
         streamed: layers that are copied to it in each pass.
+        expert_slots: of the experts that come one by one; 0 where layers are whole.
         home: where those live.
         bound_by: what most of a step's time is spent on.
         prediction: what a step should take; None for a model that only reads texts (`score`).
@@ -48,6 +49,7 @@ class PlanSummary:
     drafter_bytes: int
     resident: tuple[int, ...]
     streamed: tuple[int, ...]
+    expert_slots: int
     slots: int
     slot_bytes: int
     resident_bytes: int
@@ -82,6 +84,11 @@ class PlanSummary:
                 f"{len(self.streamed)} streamed from {home}, {format_size(self.bytes_per_pass)} "
                 f"per pass through {self.slots} of {format_size(self.slot_bytes)}",
             ]
+        elif self.expert_slots:
+            lines.append(
+                f"all {layers} layers resident but for their experts, which come one by one "
+                f"through {self.expert_slots} slots"
+            )
         else:
             lines.append(f"all {layers} layers resident")
         lines.append(
@@ -116,6 +123,7 @@ def summary_of(engine: "Engine") -> PlanSummary:
         drafter_bytes=placement.drafter_bytes,
         resident=placement.resident,
         streamed=placement.streamed,
+        expert_slots=placement.expert_slots,
         slots=placement.slots,
         slot_bytes=placement.slot_bytes,
         resident_bytes=placement.resident_bytes,
@@ -140,7 +148,7 @@ def bound_by(limit: str, placement: Placement) -> str:
         return "copying and computing in turn"
     if limit != "transfer":
         return "computing"
-    if placement.streamed:
+    if placement.streams:
         return "the disk" if placement.home is HomeKind.DISK else "the link to host memory"
     kv = placement.demand.kv
     return "the disk, which holds the KV cache" if kv and kv.place is KVPlace.DISK else "the link"

@@ -1,0 +1,108 @@
+"""What `plan` says of a mixture of experts."""
+
+from dataclasses import dataclass
+from math import prod
+
+from offload_rt.cli.columns import hanging
+from offload_rt.config import RuntimeConfig
+from offload_rt.costs.sizes import experts_of
+from offload_rt.device.kinds import DeviceKind
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.planning.fit import pooled_experts
+from offload_rt.planning.planner import Plan
+from offload_rt.units import format_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertOutlook:
+    """What is expected of experts that come one by one.
+
+    Attributes:
+        slots: device buffers for them, of `slot_bytes` each.
+        experts: of all layers; `per_token` of a layer compute a token.
+        share: of all experts that the slots hold.
+        hit_rate: of a token's experts, expected to be there.
+        measured: the hit rate is of this model's own passes; else of routers with little locality.
+        bytes_per_token: expected to be read for a token without drafting.
+        total_parameters: of the model.
+        active_parameters: that a token meets, the embedding's row among them not counted.
+        active_bytes: of these in the files.
+    """
+
+    slots: int
+    slot_bytes: int
+    experts: int
+    per_token: int
+    share: float
+    hit_rate: float
+    measured: bool
+    bytes_per_token: int
+    total_parameters: int
+    active_parameters: int
+    active_bytes: int
+
+
+def expert_outlook(checkpoint: Checkpoint, plan: Plan) -> ExpertOutlook | None:
+    """What is expected; None where layers are whole."""
+    placement = plan.placement
+    facts, pooled = placement.demand.experts, pooled_experts(placement)
+    if facts is None or pooled is None:
+        return None
+    layers = [index for index, count in enumerate(facts.counts) if count]
+    misses = sum(pooled.misses(index, 1) for index in layers)
+    total = sum(prod(extent.shape) for extent in checkpoint.tensors.values())
+    number_bytes = checkpoint.total_bytes / max(1, total)
+    idle_share = 1.0 - facts.per_token * len(layers) / facts.count
+    idle_bytes = round(facts.file_bytes * idle_share)
+    return ExpertOutlook(
+        slots=placement.expert_slots,
+        slot_bytes=facts.slot_bytes,
+        experts=facts.count,
+        per_token=facts.per_token,
+        share=placement.expert_slots / facts.count,
+        hit_rate=1.0 - misses / (facts.per_token * len(layers)),
+        measured=bool(pooled.use.seen),
+        bytes_per_token=round(misses * pooled.home_bytes),
+        total_parameters=total,
+        active_parameters=total - round(idle_bytes / number_bytes),
+        active_bytes=checkpoint.total_bytes - idle_bytes,
+    )
+
+
+def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
+    """The same in words."""
+    known = "as seen" if outlook.measured else "as routers with little locality have it"
+    total, active = outlook.total_parameters / 1e9, outlook.active_parameters / 1e9
+    return [
+        f"in {away}, read expert by expert",
+        hanging(
+            f"  {outlook.experts} experts, {outlook.per_token} of a layer for each token "
+            f"({active:.2f} of {total:.2f} billion parameters active)",
+            4,
+        ),
+        hanging(
+            f"  {outlook.hit_rate:.0%} of a token's experts expected in the slots ({known}), "
+            f"{format_size(outlook.bytes_per_token)} read per token",
+            4,
+        ),
+    ]
+
+
+def why_whole(checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind) -> str:
+    """Why the layers of a mixture of experts are streamed whole.
+
+    Raises:
+        CheckpointError: its experts are not alike.
+    """
+    if config.expert_slots == 0:
+        return "--expert-slots is 0"
+    if not device.host_computes:
+        return f"on {device.called} experts do not come one by one in this version"
+    if len(config.device_names) > 1:
+        return "on several devices experts do not come one by one in this version"
+    found = experts_of(checkpoint, config.dtype, device)
+    if isinstance(found, str):
+        return found
+    if config.slots is not None or config.resident_layers is not None:
+        return "--slots and --resident-layers are of whole layers"
+    return "what is resident where experts come one by one does not fit"

@@ -1,0 +1,166 @@
+"""The experts of a layer, computed with transformers' own modules and weights that are lent.
+
+transformers looks the function that computes a layer's experts up by its name in the config. Ours
+has one way for every expert, whether its weights stay, were there or had to come, and for one row
+as for many: each expert writes its rows to places of their own, [row, place in top-k, E], which are
+summed in the order of places at the end. So what comes first changes no bit. What a family does
+between the products (`_apply_gate`), and how its weights lie, are the module's own flags.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn.functional import linear
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from offload_rt.errors import CheckpointError
+
+EXPERTS_NAME = "offload_rt"
+PROBE_NAME = "offload_rt_probe"
+MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .] each
+_LENDER = "_lent_experts"
+
+ExpertWeights = Mapping[str, torch.Tensor]
+# (module, hidden [T, E], index [T, k], weights [T, k]) -> [T, E]
+ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class ExpertLender(Protocol):
+    """Whoever has the weights of a layer's experts."""
+
+    def begin(self, parts: int, /) -> None:
+        """Rows begin to go through the layer, in so many parts."""
+
+    def lend(self, needed: Sequence[int], rows: int, /) -> Iterator[tuple[int, ExpertWeights]]:
+        """Lend the weights of each of these, in any order, until the next is asked for.
+
+        Args:
+            needed: experts, each once; those that the last rows are sent to come last.
+            rows: that are sent to them.
+        """
+
+
+def lend_experts(module: torch.nn.Module, lender: ExpertLender) -> None:
+    """Let a module of experts have its weights from there, not from its parameters."""
+    module.__dict__[_LENDER] = lender
+
+
+def compute_experts(
+    module: Any,  # noqa: ANN401 - a family's class
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What a layer's experts make of rows; registered with transformers.
+
+    Args:
+        module: one decorated with `use_experts_implementation`.
+        hidden: [T, E].
+        top_k_index: [T, k] int64, the experts of each row.
+        top_k_weights: [T, k], maybe of a wider format than `hidden`.
+
+    Returns:
+        [T, E].
+    """
+    rows, k = top_k_index.shape
+    places = _places(top_k_index, module.num_experts)
+    parts = hidden.new_empty(rows * k, hidden.shape[1])
+    lender: ExpertLender | None = module.__dict__.get(_LENDER)
+    lent = _own(module, places) if lender is None else lender.lend(list(places), rows)
+    for expert, weights in lent:
+        at = torch.tensor(places[expert], device=hidden.device)
+        parts[at] = expert_rows(module, expert, weights, hidden[at // k])
+    summed = (parts.view(rows, k, -1) * top_k_weights.unsqueeze(-1)).sum(1)
+    return summed.to(hidden.dtype)
+
+
+def expert_rows(
+    module: Any,  # noqa: ANN401 - a family's class
+    expert: int,
+    weights: ExpertWeights,
+    rows: torch.Tensor,
+) -> torch.Tensor:
+    """One expert's rows, [n, E] to [n, E]; the only place that multiplies with its weights."""
+
+    def product(name: str, rows: torch.Tensor) -> torch.Tensor:
+        biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
+        return _product(module, name, weights, rows, None if biases is None else biases[expert])
+
+    if module.has_gate:
+        made = module._apply_gate(product("gate_up_proj", rows))
+    else:
+        made = module.act_fn(product("up_proj", rows))
+    made = product("down_proj", made)
+    return module.post_expert_norm(made) if module.has_post_expert_norm else made
+
+
+def _product(
+    module: Any,  # noqa: ANN401
+    name: str,
+    weights: ExpertWeights,
+    rows: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Rows times a matrix; one of two halves always as two, as files may have them apart."""
+    halves: Sequence[torch.Tensor]
+    if f"{name}.0" in weights:
+        halves = weights[f"{name}.0"], weights[f"{name}.1"]
+    elif module.is_transposed:
+        return linear(rows, weights[name].t(), bias)
+    elif name == "gate_up_proj" and module.is_concatenated:
+        halves = weights[name].chunk(2)
+    else:
+        return linear(rows, weights[name], bias)
+    made = torch.cat([linear(rows, half) for half in halves], -1)
+    return made if bias is None else made + bias
+
+
+def _places(top_k_index: torch.Tensor, count: int) -> dict[int, list[int]]:
+    """Where the rows of each expert go, in [T * k]; last come experts of the last rows.
+
+    Raises:
+        CheckpointError: a row is sent to an expert that is not there.
+    """
+    found: dict[int, list[int]] = {}
+    for place, expert in enumerate(top_k_index.flatten().tolist()):  # host sync
+        places = found.pop(expert, [])
+        places.append(place)
+        found[expert] = places
+    if found and not 0 <= min(found) <= max(found) < count:
+        raise CheckpointError(
+            f"a row is sent to expert {max(found)} of {count}: the router does not fit the experts"
+        )
+    return found
+
+
+def _own(module: Any, needed: Mapping[int, object]) -> Iterator[tuple[int, ExpertWeights]]:  # noqa: ANN401
+    """The weights of experts that stay, as views of the module's parameters."""
+    own = {name: module._parameters[name] for name in MATRICES & module._parameters.keys()}
+    for expert in needed:
+        yield expert, {name: tensor[expert] for name, tensor in own.items()}
+
+
+class Calls:
+    """Notes which modules call the experts function in a pass over shapes, and with how many.
+
+    Attributes:
+        per_token: experts of a row, by module.
+    """
+
+    def __init__(self) -> None:
+        self.per_token: dict[torch.nn.Module, int] = {}
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        hidden: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+    ) -> torch.Tensor:
+        """Return something of the right shape."""
+        self.per_token[module] = top_k_index.shape[1]
+        return torch.empty_like(hidden)
+
+
+ALL_EXPERTS_FUNCTIONS.register(EXPERTS_NAME, compute_experts)

@@ -1,0 +1,93 @@
+"""The experts of a network's layers, lent from one pool."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from offload_rt.device.base import Device, DeviceBuffer, HomeSource
+from offload_rt.model.experts import ExpertLender, ExpertWeights
+from offload_rt.model.layout import LayerLayout
+from offload_rt.streaming.experts import ExpertPool
+
+Pool = ExpertPool[DeviceBuffer, HomeSource]
+Units = Mapping[int, Sequence[LayerLayout]]
+
+
+class PooledExperts:
+    """The experts of one layer, as `compute_experts` asks for them.
+
+    Args:
+        pool: has them.
+        layer: whose they are.
+        units: the image of each.
+        views: of buffers of the pool: the layer and expert, and its weights there.
+    """
+
+    def __init__(
+        self,
+        pool: Pool,
+        layer: int,
+        units: Sequence[LayerLayout],
+        views: dict[int, tuple[tuple[int, int], ExpertWeights]],
+    ) -> None:
+        self._pool, self._layer, self._units, self._views = pool, layer, units, views
+
+    def begin(self, parts: int) -> None:
+        """Rows begin to go through the layer, in so many parts."""
+        self._pool.begin(self._layer, parts)
+
+    def lend(self, needed: Sequence[int], rows: int) -> Iterator[tuple[int, ExpertWeights]]:
+        """Lend the weights of experts: those that are there first."""
+        for expert, buffer in self._pool.lend(self._layer, needed, rows):
+            key, found = (self._layer, expert), self._views.get(id(buffer))
+            if found is None or found[0] != key:
+                found = self._views[id(buffer)] = key, _views(self._units[expert], buffer)
+            yield expert, found[1]
+
+
+def open_pool(
+    device: Device,
+    units: Units,
+    slots: Sequence[DeviceBuffer],
+    per_token: int,
+    sources: Mapping[int, Sequence[HomeSource]],
+) -> Pool:
+    """A pool of these slots.
+
+    Args:
+        device: they are on.
+        units: the image of each expert, by layer.
+        slots: its buffers.
+        per_token: experts a token is sent to.
+        sources: where each comes from.
+    """
+    return ExpertPool(
+        counts={layer: len(own) for layer, own in units.items()},
+        slots=slots,
+        per_token=per_token,
+        copy=device.copy,
+        compute=device.compute,
+        source=lambda layer, expert: sources[layer][expert],
+        place=partial(_place, units),
+    )
+
+
+def lenders_of(pool: Pool, units: Units) -> dict[int, ExpertLender]:
+    """Who lends the experts of each layer."""
+    views: dict[int, tuple[tuple[int, int], ExpertWeights]] = {}
+    return {layer: PooledExperts(pool, layer, own, views) for layer, own in units.items()}
+
+
+def _place(units: Units, layer: int, expert: int) -> tuple[str, int]:
+    first = units[layer][expert].runs[0]
+    return str(first.path), first.file_offset
+
+
+def _views(unit: LayerLayout, buffer: DeviceBuffer) -> ExpertWeights:
+    """The matrices of an expert in a buffer."""
+    found = {}
+    for place in unit.placements:
+        data = buffer.tensor[place.offset : place.offset + place.nbytes]
+        found[place.name] = data.view(getattr(torch, place.dtype)).view(place.shape)
+    return found

@@ -1,0 +1,510 @@
+"""Experts one by one: the laws of `streaming/experts.py` and `model/experts.py`."""
+
+import json
+import os
+import random
+import threading
+import time
+from collections import deque
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from expert_models import MIXTURES, make_mixture
+from safetensors.torch import load_file, save_file
+
+from offload_rt.config import DraftConfig, HomeKind
+from offload_rt.device.kinds import CPU, Packing
+from offload_rt.device.sim import SimBuffer, SimStream
+from offload_rt.errors import (
+    CheckpointError,
+    ConfigError,
+    NumbersError,
+    PlanError,
+    StreamOrderError,
+)
+from offload_rt.model import experts as experts_module
+from offload_rt.model import weight_files as files_module
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.expert_layout import plan_units
+from offload_rt.model.network import experts_of
+from offload_rt.streaming.experts import ExpertPool, shares_of
+
+
+def resident_answers(folder, **config):
+    """Logits and an answer with all in memory."""
+    with engine_for(folder, **config) as engine:
+        assert not engine.placement.streams
+        logits = all_logits(engine)
+        engine.forget()
+        return logits, generate(engine, tokens=6)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "bfloat16") for name in MIXTURES),
+        *((name, "float32") for name in ("mixtral", "every-second", "gpt_oss")),
+    ],
+)
+def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(make_tiny, name, dtype):
+    folder = make_mixture(make_tiny, name, dtype=dtype)
+    logits, answer = resident_answers(folder)
+    for slots, home in ((3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)):
+        with engine_for(folder, expert_slots=slots, home=home) as engine:
+            assert engine.placement.expert_slots == slots
+            assert generate(engine, tokens=6) == answer
+            engine.forget()
+            assert torch.equal(all_logits(engine), logits)  # whatever came before
+
+
+@pytest.mark.parametrize("name", MIXTURES)
+def test_logits_equal_transformers(make_tiny, name):
+    folder = make_mixture(make_tiny, name)
+    with engine_for(folder, expert_slots=5) as engine, torch.no_grad():
+        ours = all_logits(engine)
+        theirs = reference_model(folder)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+    theirs = theirs[len(PROMPT) - 1 :]
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("readers", [1, 5])
+def test_the_order_of_arrival_changes_nothing(make_tiny, readers, monkeypatch):
+    folder = make_mixture(make_tiny, "mixtral", dtype="bfloat16")
+    expected, _ = resident_answers(folder)
+    dice, lock = random.Random(readers), threading.Lock()
+
+    def preadv(fd, buffers, offset):
+        with lock:
+            delay = dice.random() * 2e-3
+        time.sleep(delay)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(files_module, "PIECE_BYTES", 4096)
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    with engine_for(folder, expert_slots=7, readers=readers) as engine:
+        assert torch.equal(all_logits(engine), expected)
+
+
+def test_places_are_summed_in_their_order_whoever_came_first(make_tiny, monkeypatch):
+    """With experts in every other order; summed as they come, bits differ."""
+    folder = make_mixture(make_tiny, "olmoe")
+    expected, _ = resident_answers(folder)
+    own = experts_module._own
+    monkeypatch.setattr(
+        experts_module, "_own", lambda *args: reversed([(e, dict(w)) for e, w in own(*args)])
+    )
+    with engine_for(folder) as engine:
+        assert torch.equal(all_logits(engine), expected)
+
+
+def traced(engine):
+    """What each layer asks for from now on: layer, experts, those held before and after."""
+    pool, trace = engine.runner.experts, []
+    lend = pool.lend
+
+    def watched(layer, needed, rows=1):
+        pool.begin(layer, 1) if layer != pool._layer else None
+        before = pool.held(layer)
+        yield from lend(layer, needed, rows)
+        trace.append((layer, list(needed), before))
+
+    pool.lend = watched
+    return trace
+
+
+def lru_hits(trace, share):
+    """Twenty lines: hits of a least recently used order of each layer."""
+    held, hits = {}, 0
+    for layer, needed, _ in trace:
+        own = held.setdefault(layer, deque())
+        hits += sum(expert in own for expert in needed)
+        for expert in needed:
+            if expert in own:
+                own.remove(expert)
+            own.append(expert)
+        while len(own) > share:
+            own.popleft()
+    return hits
+
+
+@pytest.mark.parametrize("slots", [8, 13, 20, 32])
+def test_hits_are_those_of_a_least_recently_used_order(make_tiny, slots):
+    folder = make_mixture(make_tiny)
+    with engine_for(folder, expert_slots=slots, tokens=40) as engine:
+        engine.forward([(0, PROMPT[:1])], reuse=True)
+        pool = engine.runner.experts
+        for layer in range(4):
+            pool._free += pool._held[layer].values()
+            pool._held[layer].clear()
+        trace, before = traced(engine), (pool.counts.hits, pool.counts.misses)
+        for token in PROMPT * 2:
+            engine.forward([(0, [token])], reuse=False)
+        hits, misses = pool.counts.hits - before[0], pool.counts.misses - before[1]
+    assert hits + misses == sum(len(needed) for _, needed, _ in trace) == 2 * len(PROMPT) * 4 * 2
+    assert hits == lru_hits(trace, pool.share) > 0
+
+
+def test_hits_of_every_size_are_in_one_histogram(make_tiny):
+    """Stack distances of one run are the hits of runs with other numbers of slots."""
+    folder, tokens = make_mixture(make_tiny), PROMPT * 2
+    counts = {}
+    for slots in (8, 16, 24, 32):
+        with engine_for(folder, expert_slots=slots, tokens=40) as engine:
+            for token in tokens:
+                engine.forward([(0, [token])], reuse=False)
+            counts[engine.runner.experts.share] = engine.runner.experts.counts
+    for share, own in counts.items():
+        for other in counts.values():
+            assert sum(other.distances[0][:share]) == own.hits
+
+
+@pytest.mark.parametrize("name", ["mixtral", "granitemoe"])
+def test_bytes_read_are_those_of_the_misses_none_twice_in_a_pass(make_tiny, name):
+    folder = make_mixture(make_tiny, name, dtype="bfloat16")
+    with engine_for(folder, expert_slots=9, tokens=40) as engine:
+        units, pool = engine.network.units, engine.runner.experts
+        for tokens in ([PROMPT[:1]] * 3, [PROMPT[:5]] * 3):
+            for part in tokens:
+                trace, copied = traced(engine), engine.counters().bytes_copied
+                engine.forward([(0, part)], reuse=False)
+                engine.device.copy.record().synchronize()
+                missed = [(at, e) for at, needed, held in trace for e in needed if e not in held]
+                assert len(missed) == len(set(missed))
+                read = engine.counters().bytes_copied - copied
+                assert read == sum(units[layer][e].file_bytes for layer, e in missed)
+        assert pool.counts.misses > 0
+
+
+def test_a_prompt_in_parts_reads_each_expert_once(make_tiny):
+    """As long as the pool holds the experts of a layer; then decoding begins with its share."""
+    folder, prompt = make_mixture(make_tiny), [3 + i * 7 % 250 for i in range(60)]
+    with engine_for(folder, prompts=[prompt], expert_slots=9) as engine:
+        engine.forward([(0, prompt)], reuse=True)
+        pool = engine.runner.experts
+        assert pool.counts.misses <= 4 * 8 < pool.counts.hits
+        pool.begin(0, 1)
+        assert all(len(pool.held(layer)) in (0, 1, 2) for layer in range(4))
+        assert len(pool.held(3)) == pool.share
+
+
+def test_a_pass_that_asks_for_more_than_there_is_does_not_lose_all_it_has():
+    """A cycle through more experts than slots: those that are there come first and are hits."""
+    pool = pool_of(counts={0: 12}, slots=8, per_token=2)[0]
+    for turn in range(4):
+        lent = [expert for expert, _ in pool.lend(0, range(12), rows=6)]
+        assert sorted(lent) == list(range(12))
+        assert pool.counts.hits == 8 * turn
+
+
+def pool_of(counts, slots, per_token):
+    """A pool on simulated streams, where any access that is not ordered raises."""
+    copy, compute = SimStream("copy", 1e3), SimStream("compute")
+    homes = {(layer, e): SimBuffer(1000) for layer, count in counts.items() for e in range(count)}
+    pool = ExpertPool(
+        counts=counts,
+        slots=[SimBuffer(1000) for _ in range(slots)],
+        per_token=per_token,
+        copy=copy,
+        compute=compute,
+        source=lambda layer, expert: homes[layer, expert],
+        place=lambda layer, expert: ("", expert),
+    )
+    return pool, copy, compute
+
+
+def test_no_slot_is_overwritten_before_it_was_computed_from():
+    """Random passes of several layers; breaking off leaves the pool good, too."""
+    dice = random.Random(3)
+    for slots in (2, 3, 7, 20):
+        pool, _, compute = pool_of({0: 8, 1: 8, 2: 4}, slots, per_token=2)
+        for _ in range(60):
+            for layer, count in ((0, 8), (1, 8), (2, 4)):
+                parts = dice.choice([1, 1, 3])
+                pool.begin(layer, parts)
+                for _ in range(parts):
+                    needed = dice.sample(range(count), dice.randint(1, count))
+                    lent = pool.lend(layer, needed)
+                    for number, (_, buffer) in enumerate(lent):
+                        compute.kernel(reads=[buffer], writes=[], seconds=0.5)
+                        if dice.random() < 0.02:
+                            lent.close()
+                            break
+                        assert number < len(needed)
+            held = [len(pool.held(layer)) for layer in range(3)]
+            assert sum(held) + len(pool._free) == slots
+
+
+def test_a_wait_that_is_left_out_is_found(monkeypatch):
+    monkeypatch.setattr(SimStream, "wait", lambda stream, event: None)
+    pool, _, compute = pool_of({0: 4}, 2, per_token=2)
+    with pytest.raises(StreamOrderError):
+        for _, buffer in pool.lend(0, [0, 1]):
+            compute.kernel(reads=[buffer], writes=[], seconds=1.0)
+
+
+def test_shares_leave_a_token_room():
+    assert shares_of(480, 30, 4) == (16, 0)
+    assert shares_of(9, 4, 2) == (2, 1)
+    assert shares_of(7, 4, 2) == (1, 3)
+    assert shares_of(2, 4, 2) == (0, 2)
+    for slots in range(4, 200):
+        share, spare = shares_of(slots, 7, 4)
+        assert 7 * share + spare == slots and share + spare >= 4
+
+
+def test_a_read_error_ends_the_pass_with_the_files_sentence(make_tiny, monkeypatch):
+    folder, broken = make_mixture(make_tiny), []
+
+    def preadv(fd, buffers, offset):
+        if broken:
+            raise OSError(5, "Input/output error")
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    with engine_for(folder, expert_slots=4) as engine:
+        all_logits(engine)
+        broken.append(True)
+        with pytest.raises(CheckpointError, match="Input/output error; check the disk"):
+            all_logits(engine, prompt=PROMPT[::-1])
+
+
+def test_a_file_that_changes_ends_the_run(make_tiny, tmp_path):
+    folder = copied(make_mixture(make_tiny), tmp_path)
+    with engine_for(folder, expert_slots=4) as engine:
+        all_logits(engine)
+        path = folder / "model.safetensors"
+        with path.open("r+b") as file:
+            file.seek(-8, os.SEEK_END)
+            file.write(b"\1" * 8)
+        with pytest.raises(CheckpointError, match="changed while running"):
+            all_logits(engine, prompt=PROMPT[::-1])
+
+
+def test_an_interrupted_pass_leaves_no_trace(make_tiny):
+    folder = make_mixture(make_tiny)
+    expected, _ = resident_answers(folder)
+    with engine_for(folder, expert_slots=5) as engine:
+        left = iter(range(7))
+
+        def poll():
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        engine.network.poll = poll
+        with pytest.raises(KeyboardInterrupt):
+            engine.forward([(0, PROMPT)], reuse=True)
+        engine.network.poll = lambda: None
+        assert torch.equal(all_logits(engine), expected)
+
+
+def test_swapped_experts_and_an_evicted_slot_are_seen(make_tiny, monkeypatch):
+    """What the first law would not show if all experts computed alike."""
+    folder = make_mixture(make_tiny)
+    expected, _ = resident_answers(folder)
+    with engine_for(folder, expert_slots=9) as engine:
+        pool = engine.runner.experts
+        source = pool._source
+        pool._source = lambda layer, expert: source(layer, {0: 1, 1: 0}.get(expert, expert))
+        assert not torch.equal(all_logits(engine), expected)
+    with engine_for(folder, expert_slots=3) as engine:
+        pool = engine.runner.experts
+        take = pool._take
+        monkeypatch.setattr(pool, "_take", lambda layer, lent: take(layer, set()))
+        with pytest.raises((KeyError, AssertionError)):
+            all_logits(engine)
+
+
+@pytest.mark.parametrize("draft", ["ngram", "model:{}"])
+def test_greedy_with_a_drafter_is_greedy_without(make_tiny, draft):
+    folder = make_mixture(make_tiny)
+    _, plain = resident_answers(folder)
+    config = DraftConfig(draft=draft.format(folder), draft_tokens=5)
+    with engine_for(folder, expert_slots=6, draft=config) as engine:
+        assert generate(engine, tokens=6) == plain
+
+
+def test_memory_keeps_to_the_plan_and_all_that_is_left_is_slots(make_tiny):
+    folder = make_mixture(
+        make_tiny,
+        "mixtral",
+        hidden_size=512,
+        intermediate_size=1024,
+        num_local_experts=16,
+        head_dim=64,
+        num_hidden_layers=2,
+        dtype="bfloat16",
+    )
+    options = {"prefill_chunk_tokens": 512}
+    with pytest.raises(PlanError) as refusal, engine_for(folder, device_limit_bytes=1, **options):
+        pass
+    least = -(-refusal.value.needed_bytes // 2**20) * 2**20
+    fewest = None
+    for limit in (least, least + 20 * 2**20):
+        with engine_for(folder, device_limit_bytes=limit, **options) as engine:
+            generate(engine)
+            placement, ledger = engine.placement, engine.device.ledger()
+            experts = placement.demand.experts
+            assert placement.resident == (0, 1) and not placement.streamed
+            assert ledger["experts"] == placement.expert_slots * experts.slot_bytes
+            assert ledger["resident layers"] == sum(experts.rest_bytes)
+            assert engine.memory().device_peak_bytes <= placement.device_bytes <= limit
+            assert limit - placement.device_bytes < experts.slot_bytes
+            fewest = fewest or placement.expert_slots
+    assert fewest == experts.per_token < placement.expert_slots < experts.count
+
+
+def test_too_few_slots_are_refused_with_the_number(make_tiny):
+    folder = make_mixture(make_tiny, "olmoe")
+    with (
+        pytest.raises(PlanError, match="is sent to 3 experts of a layer at once: use 3 or more"),
+        engine_for(folder, expert_slots=2),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"expert_slots": 33}, "--expert-slots is 33, the model has 32 experts"),
+        ({"expert_slots": 9, "slots": 2}, "leave out one of them"),
+        ({"expert_slots": 9, "device": "cpu,cpu"}, "--expert-slots is for one device"),
+    ],
+)
+def test_options_that_contradict_are_errors(make_tiny, config, message):
+    if config.get("device"):
+        config = config | {"link_bytes_per_s": (1e9, 1e9), "home": HomeKind.HOST}
+    with pytest.raises(ConfigError, match=message), engine_for(make_mixture(make_tiny), **config):
+        pass
+
+
+def test_slots_of_experts_have_no_effect_on_a_dense_model(tiny_model):
+    with (
+        pytest.raises(ConfigError, match="--expert-slots has no effect"),
+        engine_for(tiny_model, expert_slots=4),
+    ):
+        pass
+
+
+def test_no_slots_stream_whole_layers(make_tiny):
+    folder = make_mixture(make_tiny, hidden_size=128, moe_intermediate_size=512, num_experts=32)
+    with pytest.raises(PlanError) as refusal, engine_for(folder, device_limit_bytes=1):
+        pass
+    limit = refusal.value.needed_bytes + 40 * 2**20
+    with engine_for(folder, device_limit_bytes=limit, expert_slots=0) as engine:
+        assert engine.placement.streamed and not engine.placement.expert_slots
+        whole = all_logits(engine)
+    with engine_for(folder, device_limit_bytes=limit) as engine:
+        assert engine.placement.expert_slots and not engine.placement.streamed
+        assert torch.equal(all_logits(engine), whole)
+
+
+# ---- files ----
+
+
+def copied(folder, target, change=None):
+    """The model with other tensors."""
+    for path in folder.iterdir():
+        if path.name != "model.safetensors":
+            (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    if change is not None:
+        change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_each_expert_of_a_file_is_one_run_of_bytes(make_tiny):
+    """Neighbours of one file are read at once; pages of several experts may overlap."""
+    for name in ("mixtral", "qwen3_moe"):
+        checkpoint = open_checkpoint(make_mixture(make_tiny, name, dtype="bfloat16"))
+        units = plan_units(experts_of(checkpoint, "bfloat16"), "bfloat16", Packing.FILE)
+        assert [len(unit.runs) for own in units.values() for unit in own] == [1] * 32
+    checkpoint = open_checkpoint(make_mixture(make_tiny, "gpt_oss", dtype="bfloat16"))
+    units = plan_units(experts_of(checkpoint, "bfloat16"), "bfloat16", Packing.FILE)
+    assert {len(unit.runs) for own in units.values() for unit in own} == {2}
+
+
+def test_experts_over_several_shards(make_tiny, tmp_path):
+    folder = make_mixture(make_tiny, "mixtral")
+    tensors = load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    where = {}
+    for shard in range(3):
+        file = f"model-{shard + 1:05d}-of-00003.safetensors"
+        mine = names[shard::3]
+        save_file({name: tensors[name] for name in mine}, tmp_path / file, {"format": "pt"})
+        where |= dict.fromkeys(mine, file)
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    index = {"metadata": {}, "weight_map": where}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    expected, _ = resident_answers(tmp_path)
+    with engine_for(tmp_path, expert_slots=5) as engine:
+        assert {len(unit.runs) for unit in engine.network.units[0]} <= {2, 3}
+        assert torch.equal(all_logits(engine), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "mixtral",
+            lambda t: t.update({SECOND: t[SECOND][:, :100].contiguous()}),
+            r"expert 1 has .*down_proj' \[64, 100\].*expert 0 has .*'down_proj' \[64, 128\]",
+        ),
+        ("mixtral", lambda t: t.pop(SECOND), "expert 1 has .*expert 0 has .*down_proj"),
+        (
+            "granitemoe",
+            lambda t: t.update({FUSED: t[FUSED][:7].contiguous()}),
+            r"\[7, 256, 64\]: does not divide into the 8 experts",
+        ),
+    ],
+)
+def test_experts_that_are_not_alike_are_refused(make_tiny, tmp_path, name, change, message):
+    folder = copied(make_mixture(make_tiny, name), tmp_path, change)
+    with pytest.raises(CheckpointError, match=message):
+        experts_of(open_checkpoint(folder), "float32")
+    for slots in (4, 0):
+        with pytest.raises(CheckpointError), engine_for(folder, expert_slots=slots):
+            pass
+
+
+SECOND = "model.layers.1.block_sparse_moe.experts.1.w2.weight"
+FUSED = "model.layers.2.block_sparse_moe.input_linear.weight"
+
+
+def test_a_router_of_no_numbers_is_named(make_tiny, tmp_path):
+    def break_router(tensors):
+        tensors["model.layers.1.mlp.gate.weight"][3] = float("nan")
+
+    folder = copied(make_mixture(make_tiny), tmp_path, break_router)
+    with (
+        engine_for(folder, expert_slots=9) as engine,
+        pytest.raises(NumbersError, match=r"from layer 1 on.*mlp\.gate\.weight"),
+    ):
+        generate(engine)
+
+
+def test_more_experts_a_token_than_there_are_is_refused(make_tiny, tmp_path):
+    folder = copied(make_mixture(make_tiny), tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"num_experts_per_tok": 9}
+    (folder / "config.json").write_text(json.dumps(config))
+    with (
+        pytest.raises(CheckpointError, match="sent to 9 experts of a layer, which has 8"),
+        engine_for(folder),
+    ):
+        pass
+
+
+def test_a_family_that_passes_the_interface_by_is_streamed_whole(make_tiny, monkeypatch):
+    """Whoever computes experts in a way of its own: found out by the pass over shapes."""
+    from transformers.models.qwen3_moe import modeling_qwen3_moe
+
+    def loop(self, hidden, top_k_index, top_k_weights):
+        return hidden * 1.0
+
+    monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeExperts, "forward", loop)
+    checkpoint = open_checkpoint(make_mixture(make_tiny, "qwen3_moe", max_position_embeddings=99))
+    found = experts_of(checkpoint, "float32")
+    assert not found.layers and "does not compute its experts by" in found.reason
+    assert CPU.host_computes
