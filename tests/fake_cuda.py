@@ -364,8 +364,8 @@ def fake_gpu(gpu):
 def build_for_real(make):
     """Let `make` build something outside the double: modules on the meta device want no modes."""
 
-    def build(*arguments):
+    def build(*arguments, **options):
         with _disable_current_modes():
-            return make(*arguments)
+            return make(*arguments, **options)
 
     return build
