@@ -673,7 +673,7 @@ class RuntimeConfig:
         None,
         "--kv-block-tokens",
         "Tokens of KV that are copied to the device at once; auto makes blocks of 4 MiB, on CUDA "
-        "of 32 MiB.",
+        "of 32 MiB and as many as there is room for.",
         low=1,
         accepted="auto or 1 or more",
     )

@@ -57,6 +57,12 @@ CASES = {
     "tree of a model": {"draft": "model", "draft_tokens": 16},
     "Medusa": {"draft": "medusa", "draft_tokens": 9},
     "KV": KV_HOST,
+    "KV, a ring of all layers": {"kv": KVPlace.HOST},
+    "KV, a ring of all layers, TriForce, batch": {
+        "kv": KVPlace.HOST,
+        "draft": TRIFORCE,
+        "many": True,
+    },
     "KV staged": KV_HOST | {"driver": {"pin": False}},
     "KV, batch": KV_HOST | {"many": True},
     "KV, n-grams": KV_HOST | {"draft": "ngram", "draft_tokens": 8},

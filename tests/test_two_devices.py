@@ -21,9 +21,14 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.machine import FreeMemory
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import ConfigError, PlanError
+from offload_rt.kv.sizes import KV_SLOTS, plan_kv
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.planning.fit import RunLoad, place_run
 from offload_rt.planning.placement import Demand, Stripe, place
-from offload_rt.planning.striping import place_striped, smallest_limits
+from offload_rt.planning.striping import place_striped, smallest_limits, with_spare_blocks
 
 MIB = 2**20
 LAYERS = 6
@@ -76,6 +81,69 @@ def test_each_device_keeps_its_limit_and_each_layer_has_one(demand, stripes, slo
     fixed = sum(own.demand.fixed_bytes for own in made.shares)
     assert fixed == demand.fixed_bytes + demand.further_bytes * (len(stripes) - 1)
     assert made.device_bytes == sum(own.device_bytes for own in made.shares)
+
+
+@given(
+    limits=st.lists(st.integers(300 * MIB, 3000 * MIB), min_size=1, max_size=3),
+    row_kib=st.integers(1, 16),
+    capacities=st.lists(st.integers(1000, 60_000), min_size=1, max_size=2),
+    unit=st.sampled_from([1, 2 * MIB]),
+)
+def test_what_is_left_of_every_device_is_for_blocks_of_kv(limits, row_kib, capacities, unit):
+    row_bytes = [1024 * row_kib] * LAYERS
+    kv = plan_kv(
+        KVPlace.HOST,
+        RuntimeConfig(),
+        CUDA,
+        row_bytes=row_bytes,
+        capacities=capacities,
+        scratch_tokens=8,
+    )
+    demand = Demand(
+        layer_bytes=(10 * MIB,) * LAYERS,
+        base_bytes=MIB,
+        kv_bytes=kv.device_bytes,
+        workspace_bytes=MIB,
+        further_bytes=MIB,
+        kv=kv,
+    )
+    stripes = [Stripe(name=f"cuda:{i}", limit_bytes=limit) for i, limit in enumerate(limits)]
+    try:
+        made = with_spare_blocks(place_striped(demand, stripes), unit)
+    except (PlanError, ConfigError):
+        assume(False)
+    before = {s.slots for s in kv.sizes}
+    assert before == {KV_SLOTS}
+    full = True
+    for share in made.of_devices:
+        assert share.device_bytes <= share.device_limit_bytes
+        assert share.demand.kv_bytes == share.demand.kv.device_bytes
+        blocks = sum(-(-s.slot_bytes // unit) * unit for s in kv.sizes)
+        full &= share.device_limit_bytes - share.device_bytes >= blocks
+        assert [s.slots for s in share.demand.kv.sizes] == [s.slots for s in made.demand.kv.sizes]
+    layers = max(len(share.layers) for share in made.of_devices)
+    most = [max(KV_SLOTS, layers * -(-s.capacity // s.block_tokens)) for s in kv.sizes]
+    slots = [s.slots for s in made.demand.kv.sizes]
+    assert all(KV_SLOTS <= n <= up_to for n, up_to in zip(slots, most, strict=True))
+    assert not full or slots == most  # else no device has room for another block
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "grows"),
+    [
+        (CUDA, {"device": "cuda", "kv": KVPlace.HOST}, True),
+        (CUDA, {"device": "cuda", "kv": KVPlace.HOST, "kv_block_tokens": 512}, False),
+        (CPU, {"device": "cpu", "kv": KVPlace.DISK}, False),
+    ],
+)
+def test_a_gpu_holds_as_many_blocks_of_kv_as_it_has_room_for(make_tiny, kind, config, grows):
+    checkpoint = open_checkpoint(make_tiny("llama", **IDS))
+    free = FreeMemory(device_bytes=2**32, host_bytes=2**34)
+    load = RunLoad(capacities=[900_000], prompt_tokens=32)
+    placed = place_run(checkpoint, RuntimeConfig(**config), kind, load=load, free=free)
+    (sizes,) = placed.demand.kv.sizes
+    blocks = len(sizes.row_bytes) * -(-sizes.capacity // sizes.block_tokens)
+    assert blocks > KV_SLOTS and sizes.slots == (blocks if grows else KV_SLOTS)
 
 
 @given(demand=demands(), stripes=machines())

@@ -335,7 +335,11 @@ def _kv_home(kv: KVPlan | None) -> str:
     if kv is None:
         return ""
     size = format_size(sum(sizes.home_bytes for sizes in kv.sizes))
-    return f", {size} of it in {'host memory' if kv.host_bytes else 'a file'}"
+    home = f", {size} of it in {'host memory' if kv.host_bytes else 'a file'}"
+    if kv.attend_on_host:
+        return home
+    ring = sum(sizes.slots for sizes in kv.sizes)
+    return f"{home}, read through {ring} blocks of {format_size(kv.sizes[0].slot_bytes)}"
 
 
 def _process_bytes(outlook: _Outlook) -> int:

@@ -90,9 +90,14 @@ class KVSizes:
         """Bytes from one block of a layer to the next at the home: whole pages."""
         return -(-self.block_tokens * self.row_bytes[layer] // PAGE_BYTES) * PAGE_BYTES
 
+    @property
+    def layer_blocks(self) -> int:
+        """Blocks of a layer, at most."""
+        return -(-self.capacity // self.block_tokens)
+
     def layer_home_bytes(self, layer: int) -> int:
         """Bytes a layer takes at the home."""
-        return -(-self.capacity // self.block_tokens) * self.block_stride(layer)
+        return self.layer_blocks * self.block_stride(layer)
 
     @property
     def home_bytes(self) -> int:

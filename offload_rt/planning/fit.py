@@ -32,7 +32,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement
-from offload_rt.planning.striping import Stripe, place_striped
+from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
 from offload_rt.speculative.kinds import draft_parts
 from offload_rt.streaming.experts import shares_of
 from offload_rt.units import format_size
@@ -109,7 +109,7 @@ def place_run(
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
     try:
-        placement = _place_with_kv(demand, stripes, config, kv_plans)
+        placement = _place_with_kv(demand, stripes, config, device, kv_plans)
     except PlanError as refusal:
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
@@ -353,15 +353,20 @@ def _place_with_kv(
     demand: Demand,
     stripes: Sequence[Stripe],
     config: RuntimeConfig,
+    device: DeviceKind,
     kv_plans: Sequence[KVPlan | None],
 ) -> Placement:
-    """Take the first place for KV with which it fits; else the refusal that asks for least."""
+    """Take the first place for KV with which it fits; else the refusal that asks for least.
+
+    Nothing else has use for what is left of a GPU's memory then, so the ring of KV has it, unless
+    its blocks are asked for.
+    """
     refusals = []
     for kv in kv_plans:
         if kv is not None:
             demand = replace(demand, kv_bytes=kv.device_bytes, kv=kv)
         try:
-            return place_striped(
+            placement = place_striped(
                 demand,
                 stripes,
                 slots=config.slots,
@@ -369,6 +374,9 @@ def _place_with_kv(
                 resident=config.resident,
                 expert_slots=config.expert_slots,
             )
+            if kv is None or not device.own_memory or config.kv_block_tokens is not None:
+                return placement
+            return with_spare_blocks(placement, device.buffer_bytes)
         except PlanError as refusal:
             refusals.append(refusal)
     raise min(refusals, key=lambda refusal: refusal.needed_bytes)

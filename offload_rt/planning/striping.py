@@ -9,11 +9,13 @@ has its layers in a row, so that hidden states hop but once.
 With one device this is `placement.place`.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from operator import mul
 
 from offload_rt.errors import ConfigError, PlanError
-from offload_rt.kv.sizes import spread_layers
+from offload_rt.kv.sizes import KVPlan, KVSizes, spread_layers
 from offload_rt.planning.placement import (
     MAX_AUTO_SLOTS,
     Demand,
@@ -95,6 +97,46 @@ def place_striped(
                 )
             return made if slots is not None else _with_spare_slots(made)
     raise _refusal(demand, stripes, kept[-1], slots, resident)
+
+
+def with_spare_blocks(placement: Placement, buffer_bytes: int) -> Placement:
+    """Use what is left of all limits for more blocks of KV.
+
+    A link brings in what the ring has room for while nothing of it is asked for: while a drafter
+    works, or another device computes its layers.
+
+    Args:
+        placement: with KV that is copied.
+        buffer_bytes: memory is taken in whole multiples of it.
+    """
+    kv = placement.demand.kv
+    assert kv is not None
+    own = placement.of_devices
+    left = min(share.device_limit_bytes - share.device_bytes for share in own)
+    layers = max(len(share.layers) for share in own)
+
+    def with_slots(slots: int) -> tuple[KVSizes, ...]:
+        most = [max(s.slots, min(slots, layers * s.layer_blocks)) for s in kv.sizes]
+        return tuple(replace(s, slots=n) for s, n in zip(kv.sizes, most, strict=True))
+
+    def more_bytes(slots: int) -> int:
+        units = [-(-s.slot_bytes // buffer_bytes) for s in kv.sizes]
+        more = [b.slots - a.slots for a, b in zip(kv.sizes, with_slots(slots), strict=True)]
+        return sum(map(mul, more, units)) * buffer_bytes
+
+    most = layers * max(s.layer_blocks for s in kv.sizes)
+    sizes = with_slots(bisect_right(range(most + 1), left, key=more_bytes) - 1)
+    demand = _with_kv(placement.demand, replace(kv, sizes=sizes))
+    shares = tuple(
+        replace(share, demand=_with_kv(share.demand, demand.kv.of_layers(share.layers)))
+        for share in placement.shares
+        if demand.kv is not None
+    )
+    return replace(placement, demand=demand, shares=shares)
+
+
+def _with_kv(demand: Demand, kv: KVPlan) -> Demand:
+    return replace(demand, kv=kv, kv_bytes=kv.device_bytes)
 
 
 def smallest_limits(
