@@ -12,6 +12,7 @@ from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, SCORE_BYTES
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import DeviceKind, Flash
+from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.expert_layout import ExpertImages, plan_images
@@ -154,6 +155,12 @@ def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
     """A rounded output head; 0 where it stays as it is."""
     shape = (checkpoint.head or checkpoint.embedding).shape
     return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
+
+
+def packs(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> bool:
+    """Whether weights that stay are reordered, as `formats/packed.can_pack` says with torch."""
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    return device.packs and name == "bfloat16" and bool(processor()[1])
 
 
 def packed_head_bytes(checkpoint: Checkpoint, number_bytes: int) -> int:

@@ -37,6 +37,8 @@ from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan
 from offload_rt.model.experts import EXPERTS_NAME, ExpertLender, lend_experts
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
+    PackedEmbedding,
+    PackedLinear,
     computes_the_same,
     pack_linears,
     packed_exactly,
@@ -218,13 +220,46 @@ class Network:
         made = rounded_linear(head, weights) if type(head) is torch.nn.Linear else None
         if made is None or not isinstance(embedding, torch.nn.Embedding):
             return
+        self._replace_ends(made, RoundedEmbedding(embedding))
+
+    def pack_ends(self) -> bool:
+        """Use a reordered copy of the output head, also as the embedding where both are one.
+
+        After `attach`; then nothing refers to the image of `base`.
+
+        Returns:
+            whether there is one: a head that is the embedding too must lie where rows can be found.
+        """
+        head, embedding = _ends(self._model)
+        if type(head) is not torch.nn.Linear or not isinstance(embedding, torch.nn.Embedding):
+            return False
+        if head.weight.dtype is not torch.bfloat16:
+            return False
+        made, found = PackedLinear(head), None
+        if head.weight.data_ptr() == embedding.weight.data_ptr():
+            if made.product is None:
+                return False
+            found = PackedEmbedding(embedding, made)
+        self._replace_ends(made, found)
+        return True
+
+    def _replace_ends(self, made: torch.nn.Module, found: torch.nn.Module | None) -> None:
+        """Put others in place of output head and embedding; all else gets memory of its own.
+
+        Args:
+            made: the output head.
+            found: the embedding; None: as it is.
+        """
+        head, embedding = _ends(self._model)
+        ends = [head] if found is None else [head, embedding]
         for hole in _holes(self._model, self._places.of_base):
-            if not any(hole.tensors is end._parameters for end in (head, embedding)):
+            if not any(hole.tensors is end._parameters for end in ends):
                 copy = hole.meta.detach().clone()
                 is_parameter = isinstance(hole.meta, torch.nn.Parameter)
                 hole.fill(torch.nn.Parameter(copy, False) if is_parameter else copy)
         self._model.set_output_embeddings(made)  # type: ignore[operator]
-        self._model.set_input_embeddings(RoundedEmbedding(embedding))  # type: ignore[operator]
+        if found is not None:
+            self._model.set_input_embeddings(found)  # type: ignore[operator]
         head._parameters.clear()
 
     def round_head(self, weights: DraftWeights) -> None:

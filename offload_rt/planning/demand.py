@@ -13,15 +13,14 @@ from offload_rt.costs.sizes import (
     layouts_of,
     number_bytes_of,
     packed_head_bytes,
+    packs,
     staging_bytes,
     state_bytes,
     workspace_bytes,
 )
 from offload_rt.device.kinds import DeviceKind
-from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.expert_layout import ExpertImages
-from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.placement import Demand, ExpertDemand
 from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory
@@ -62,8 +61,6 @@ def demand_of(
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
     if device.host_computes and not isinstance(images, str):
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
-    name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
-    packs = device.packs and name == "bfloat16" and processor()[1]  # as `can_pack` says with torch
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
@@ -88,7 +85,9 @@ def demand_of(
         + experts,
         drafter_bytes=draft.kept_bytes,
         recorded_bytes=draft.recorded_bytes,
-        packed_head_bytes=packed_head_bytes(checkpoint, number_bytes) if packs else 0,
+        packed_head_bytes=packed_head_bytes(checkpoint, number_bytes)
+        if packs(checkpoint, dtype, device)
+        else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
         experts=None if isinstance(images, str) or draft.streamed_bytes else _experts(images),

@@ -192,6 +192,11 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
                 device.enter(head_bytes(checkpoint, weights), purpose)
         del base
         give_back_holes()
+    elif packs and target_base is None:
+        with torch.inference_mode():
+            network.pack_ends()  # they take as much as before
+        del base
+        give_back_holes()
     return Runner(checkpoint, network, device, target_ids=target_ids)
 
 

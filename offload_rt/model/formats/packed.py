@@ -10,6 +10,7 @@ On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit 
 so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
 """
 
+import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
-from offload_rt.kernels.products import MOST_ROWS, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.products import MOST_ROWS, PANEL, Product, blocks_of, lies_in_panels
+from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
 
 PACK_FOR_ROWS = 16
@@ -58,6 +60,29 @@ class PackedLinear(torch.nn.Module):
             rows, self.weight, self.bias, "none", [], ""
         )
         return out
+
+
+class PackedEmbedding(torch.nn.Module):
+    """Looks up rows of a matrix that lies in panels: an output head that is the embedding, too.
+
+    Args:
+        embedding: weight [V, E]; it computes what its class does with a row, but keeps no weight.
+        head: its reordered copy, in panels.
+    """
+
+    def __init__(self, embedding: torch.nn.Embedding, head: PackedLinear) -> None:
+        super().__init__()
+        assert head.product is not None  # else it lies otherwise
+        self._head, self._embedding = [head], stripped(embedding)  # not a module of this
+        numbers = (ctypes.c_int16 * (head.outputs * head.inputs)).from_address(head.product.address)
+        self._panels = torch.frombuffer(numbers, dtype=torch.bfloat16).view(
+            -1, head.inputs // 2, PANEL, 2
+        )
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] ids give [..., E]."""
+        rows = self._panels[ids // PANEL, :, ids % PANEL]  # [..., E / 2, 2]
+        return looked_up(self._embedding, rows.flatten(-2).flatten(0, -2), ids.shape)
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

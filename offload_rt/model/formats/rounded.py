@@ -25,6 +25,7 @@ from offload_rt.device.system import processor_flags
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.rounded import RoundedProduct, suits
 from offload_rt.model.formats.base import GROUP, takes
+from offload_rt.model.formats.lookup import looked_up, stripped
 
 _LEVELS = 15  # of 4 bits, from 0
 _MIDDLE = 8  # the kernels take (number - 8) * scale + offset
@@ -97,21 +98,12 @@ class RoundedEmbedding(torch.nn.Module):
         self._scales = weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
         for part in _blocks(weight):
             self._rounded[part], self._scales[part] = _rounded_rows(weight[part])
-        self._dtype, self._embedding = weight.dtype, embedding
-        self._embedding.weight = torch.nn.Parameter(weight[:0].to("meta"), False)
-        self._embedding.padding_idx = None  # of training; a row's number is another one here
+        self._dtype, self._embedding = weight.dtype, stripped(embedding)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids give [..., E]."""
         rows = (self._rounded[ids] * self._scales[ids]).to(self._dtype).flatten(0, -2)
-        numbers = torch.arange(rows.shape[0], device=ids.device).view(ids.shape)
-        saved = self._embedding.weight
-        self._embedding.weight = torch.nn.Parameter(rows, False)
-        try:
-            found: torch.Tensor = self._embedding(numbers)
-        finally:
-            self._embedding.weight = saved
-        return found
+        return looked_up(self._embedding, rows, ids.shape)
 
 
 class Int4Linear(torch.nn.Module):

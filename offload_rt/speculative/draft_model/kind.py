@@ -13,6 +13,7 @@ from offload_rt.costs.sizes import (
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
+    packs,
     recorded_bytes,
     workspace_bytes,
 )
@@ -60,7 +61,10 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     placed = PlacedModel(
         parts=parts_of(model, "auto", target.speeds.device),
         speeds=target.speeds,
-        residence=Residence(weights=config.draft_weights),
+        residence=Residence(
+            weights=config.draft_weights,
+            packs_head=_packs_ends(model, config.draft_weights, target.speeds.device),
+        ),
         context_tokens=min(context, config.window_tokens or context),
     )
     passes, rows = float(config.nodes), 1
@@ -84,8 +88,9 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     kv_bytes = rows * kv_bytes_per_token(model.config, number_bytes_of(model, "auto"))
     *layers, base = image_bytes(model, "auto", device)
     # A layer is read into memory of its own before a copy is made of it. Embedding and head are
-    # there whole until both are rounded.
+    # there whole until both are rounded, or reordered.
     rounds = draft_base_bytes(model, weights, device) != base
+    rounds |= _packs_ends(model, weights, device)
     quotes = index_bytes(run, SHORTEST_QUOTED) if config.as_tree else 0
     recorded = recorded_bytes(model.config, number_bytes_of(model, "auto"), device)
     return DraftMemory(
@@ -96,6 +101,11 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         loading_bytes=max(layers) + (base if rounds else 0),
         drawn_nodes=0 if config.as_tree else config.nodes,
     )
+
+
+def _packs_ends(model: Checkpoint, weights: DraftWeights, device: DeviceKind) -> bool:
+    """Whether the output head is reordered, and takes the embedding's place where they are one."""
+    return weights is DraftWeights.SAME and not model.stored and packs(model, "auto", device)
 
 
 def _pass_bytes(
