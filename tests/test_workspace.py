@@ -13,10 +13,12 @@ from flash_double import flash_of_a_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from offload_rt.attention.blocks import SCORE_BYTES
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.costs.sizes import RUNTIME_BYTES, PassShape, attention_bytes, workspace_bytes
 from offload_rt.device.kinds import CPU, KINDS, Processor
+from offload_rt.runner import loading
 
 
 class Live(TorchDispatchMode):
@@ -88,3 +90,12 @@ def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
     hidden = 3000 * 512 * 2
     assert hidden < planned - chunk < 3 * hidden  # as it was measured: hidden states and tables
     assert live.peak <= planned - (chunk - attention_bytes(config, 2, replace(rows, rows=64), CPU))
+
+
+def test_where_scores_are_written_out_freed_blocks_go_back_sooner(make_tiny, monkeypatch):
+    """Elsewhere a prompt's products of 4 MiB and more would be cleared by the system each time."""
+    borders = []
+    monkeypatch.setattr(loading, "give_back_large_blocks", borders.append)
+    for family, expected in (("llama", []), ("gemma2", [SCORE_BYTES // 2])):
+        with engine_for(make_tiny(family)):
+            assert borders == expected

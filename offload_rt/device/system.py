@@ -151,20 +151,20 @@ def _lines(path: str) -> list[str]:
         return []
 
 
-def give_back_large_blocks() -> None:
-    """Have malloc return freed blocks of 4 MiB and more to the system at once.
+def give_back_large_blocks(border_bytes: int = 16 * 2**20) -> None:
+    """Have malloc return freed blocks of that size and more to the system at once.
 
     glibc raises that border to the largest block freed so far, up to 32 MiB, and keeps what lies
     below it. Where weights are reordered one after the other, that left 90 MiB of holes beside 3 GB
-    of a 1.5B model. With a border of 16 MiB the written out scores of a prompt, 8 MiB each, left
-    holes: a pass that needs 125 MB took 155 to 269. Does nothing where the C library has no such
+    of a 1.5B model. Blocks above it are cleared by the system each time they are taken
+    (docs/RESULTS.md, "Freed blocks and long prompts"). Does nothing where the C library has no such
     border.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(_M_MMAP_THRESHOLD, 4 * 2**20)
+    mallopt(_M_MMAP_THRESHOLD, border_bytes)
     mallopt(_M_TRIM_THRESHOLD, 32 * 2**20)
 
 

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import torch
 
+from offload_rt.attention.blocks import SCORE_BYTES
 from offload_rt.config import DraftWeights, HomeKind
 from offload_rt.costs.sizes import draft_base_bytes, head_bytes, packed_head_bytes
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.several import Stripes
-from offload_rt.device.system import give_back_holes
+from offload_rt.device.system import give_back_holes, give_back_large_blocks
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
@@ -102,6 +103,9 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         chunk_tokens: prompt rows that go through a layer at once.
     """
     layouts = network.layouts
+    if checkpoint.config.writes_out_scores and not stripes.devices[0].kind.own_memory:
+        # Kept among others they leave holes: a pass that needs 125 MB took 155 to 269.
+        give_back_large_blocks(SCORE_BYTES // 2)
     _prepare_stored(checkpoint, network, stripes.shares(range(len(layouts))), files)
     resident = [i for i in range(len(layouts)) if i not in streaming.layers]
     for (device, mine), spare in zip(stripes.shares(resident), streaming.spare_bytes, strict=True):
