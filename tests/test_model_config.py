@@ -143,6 +143,14 @@ def test_numbers(tmp_path, key, value):
         assert f"{key} is {value!r}," in message
 
 
+def test_a_token_is_sent_to_no_more_experts_than_there_are(tmp_path):
+    """In a dense model of such a family it is sent to none, whatever the family's number."""
+    config = LLAMA | {"num_experts": 4, "num_experts_per_tok": 5}
+    assert "sent to 5 experts of a layer, which has 4 experts" in error_of(tmp_path, config)
+    load(tmp_path, config | {"num_experts_per_tok": 4})
+    load(tmp_path, config | {"num_experts": 0})
+
+
 @pytest.mark.parametrize("key", sorted(NUMBERS.keys() - {"num_experts", "sliding_window"}))
 def test_zero(tmp_path, key):
     assert f"{key} is 0, accepted is" in error_of(tmp_path, LLAMA | {key: 0})

@@ -448,10 +448,11 @@ def _check_nested_numbers(reader: _Reader) -> None:
     """Numbers nobody here uses, but which transformers computes or allocates with."""
     reader.optional_number("experts")
     sent = reader.optional_number("experts_per_token")
-    counts = [value for name in EXPERTS if isinstance(value := reader.raw.get(name), int)]
-    if counts and sent is not None and sent > max(counts):
+    stated = [value for name in EXPERTS if isinstance(value := reader.raw.get(name), int)]
+    experts = max(stated, default=0)  # none in a dense model of a family of mixtures
+    if experts and sent is not None and sent > experts:
         raise reader.error(
-            f"a token is sent to {sent} experts of a layer, which has {max(counts)} experts: files "
+            f"a token is sent to {sent} experts of a layer, which has {experts} experts: files "
             "and config are not of one model"
         )
     for key, value in chain.from_iterable(one.items() for one in _objects(reader.raw)):
