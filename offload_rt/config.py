@@ -37,7 +37,9 @@ class HomeKind(StrEnum):
 class Wire(StrEnum):
     """Form in which weights of layers lie in memory and cross the link."""
 
+    AUTO = "auto"
     RAW = "raw"
+    LOSSLESS = "lossless"
     INT8 = "int8"
     INT4 = "int4"
 
@@ -649,11 +651,12 @@ class RuntimeConfig:
         "Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
     )
     wire: Wire = option(
-        Wire.RAW,
+        Wire.AUTO,
         "--wire",
-        "Form in which weights of layers lie in memory and cross the link: raw is as they are; "
-        "int8 and int4 round them while they are loaded, which makes another model of it, and "
-        "output says so.",
+        "Form in which weights of layers lie in memory and cross the link: raw is as they are, of "
+        "packed folders unpacked; lossless is the 12 bits of packed folders, unpacked when they "
+        "compute; auto is whichever is predicted to be faster. int8 and int4 round weights while "
+        "they are loaded, which makes another model of it, and output says so.",
     )
     context_tokens: int | None = option(
         None,

@@ -118,7 +118,7 @@ def test_compiled_and_looked_up_are_the_same(zeros, count, monkeypatch):
 def small_pieces():
     """Tiny models have what large ones have: coded tensors, of several pieces."""
     patch = pytest.MonkeyPatch()
-    patch.setattr(packer, "_SMALLEST", 512)
+    patch.setattr(packer, "SMALLEST_WEIGHTS", 512)
     yield
     patch.undo()
 

@@ -96,7 +96,7 @@ def test_pieces_for_a_device_are_the_blocks_of_a_host(folders, wire, monkeypatch
     """The image is the same through staging buffers, in parts of any size, from packed files."""
     monkeypatch.setattr(weight_files, "PIECE_BYTES", 1000)
     folder = folders()[Wire.RAW]
-    monkeypatch.setattr("offload_rt.model.packer._SMALLEST", 64)
+    monkeypatch.setattr("offload_rt.model.packer.SMALLEST_WEIGHTS", 64)
     for module in ("packer", "packed_files"):
         monkeypatch.setattr(f"offload_rt.model.{module}.PIECE_WEIGHTS", 512, raising=False)
     pack(open_checkpoint(folder), tmp_path, lambda nbytes: None)
@@ -237,4 +237,4 @@ def test_plans_know_the_bytes_from_config_json_alone(tiny_model, folders, tmp_pa
     )
     assert raw["wire"] == "raw" and rounded_["wire"] == "int4"
     assert rounded_["host_bytes"] < raw["host_bytes"] / 4
-    assert RuntimeConfig().wire is Wire.RAW
+    assert RuntimeConfig().wire is Wire.AUTO

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from offload_rt.cli.columns import hanging
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
-from offload_rt.costs.sizes import StoredSizes
+from offload_rt.costs.sizes import IN_TWELVE, StoredSizes
 from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import OffloadError
 from offload_rt.planning.placement import Placement
@@ -167,9 +167,10 @@ def quantised_lines(sizes: StoredSizes | None) -> list[str]:
             "those of the rounded weights"
         )
         return [hanging(text, 4)]
+    what = "packed" if sizes.method == IN_TWELVE else "quantised"
     return [
         hanging(
-            f"  quantised: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "
+            f"  {what}: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "
             f"way, {format_size(sizes.computed_bytes)} as they compute, one at a time: the numbers "
             "that are stored, bit for bit",
             4,

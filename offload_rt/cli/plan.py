@@ -19,7 +19,7 @@ from offload_rt.cli.plan_experts import ExpertOutlook, expert_lines, expert_outl
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_picture
-from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig
+from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.sizes import PROCESS_BYTES, StoredSizes, stored_sizes
@@ -31,11 +31,11 @@ from offload_rt.kv.sizes import KVPlan
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
-from offload_rt.model.wire import wired
+from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
-from offload_rt.planning.planner import Plan, plan_run
+from offload_rt.planning.planner import Plan, plan_wires
 from offload_rt.planning.striping import smallest_limits
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for
@@ -89,6 +89,8 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     values, given = with_plan(values)
     config = runtime_of(values)
     checkpoint, from_files = open_or_outline(resolve_model(model))
+    if config.wire is Wire.LOSSLESS and not from_files:
+        checkpoint = as_if_packed(checkpoint)
     checkpoint = wired(checkpoint, config.wire)
     if from_files:
         _note_tokenizer(checkpoint)
@@ -215,11 +217,12 @@ def _look_ahead(
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
     speeds = speeds_for(profile, device, config.device)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
-    found = plan_run(checkpoint, config, device, load=load, free=free, means=means)
+    asked = checkpoint
+    checkpoint, found = plan_wires(asked, config, device, load=load, free=free, means=means)
     assert found.prediction is not None  # there are speeds
 
     def predict(roomy: RuntimeConfig, there: FreeMemory) -> float:
-        made = plan_run(checkpoint, roomy, device, load=load, free=there, means=means)
+        _, made = plan_wires(asked, roomy, device, load=load, free=there, means=means)
         assert made.prediction is not None
         return made.prediction.s_per_token
 

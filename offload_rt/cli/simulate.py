@@ -28,10 +28,10 @@ from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.sizes import StoredSizes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import check_links, likely_kind
-from offload_rt.errors import ConfigError
+from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
-from offload_rt.model.wire import wired
+from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
@@ -204,8 +204,6 @@ class _Question:
     speeds: Speeds
     draft: DraftConfig
     acceptance: Acceptance
-    stored: StoredSizes | None
-    wire: Wire
     context_tokens: int
 
 
@@ -214,10 +212,17 @@ class _Outlook:
     """A simulated run, what it was made from, and what more memory would give."""
 
     question: _Question
+    checkpoint: Checkpoint
+    config: RuntimeConfig
     placement: Placement
     pinned_bytes: int
     prediction: Prediction
     more: More | None = None
+
+    @property
+    def stored(self) -> StoredSizes | None:
+        """The sizes of weights that are decoded or dequantised."""
+        return stored_sizes(self.checkpoint, self.config.dtype, self.question.speeds.device)
 
 
 def _model(model: str, values: dict[str, Any]) -> None:
@@ -235,7 +240,9 @@ def _model(model: str, values: dict[str, Any]) -> None:
     )
     speeds = speeds_there(profile, config.device)
     checkpoint, from_files = open_or_outline(resolve_model(model))
-    checkpoint = wired(checkpoint, config.wire)
+    if config.wire is Wire.LOSSLESS:
+        checkpoint = as_if_packed(checkpoint)
+    wired(checkpoint, config.wire)  # refuses what cannot be
     question = _Question(
         checkpoint=checkpoint,
         from_files=from_files,
@@ -243,8 +250,6 @@ def _model(model: str, values: dict[str, Any]) -> None:
         speeds=speeds,
         draft=draft,
         acceptance=acceptance,
-        stored=stored_sizes(checkpoint, config.dtype, speeds.device),
-        wire=config.wire,
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
@@ -260,7 +265,20 @@ def _model(model: str, values: dict[str, Any]) -> None:
 
 
 def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    checkpoint, speeds, draft = asked.checkpoint, asked.speeds, asked.draft
+    """The fastest of the forms that weights may have."""
+    found, refusals = list[_Outlook](), list[PlanError]()
+    for wire in wires_of(asked.checkpoint, config.wire, asked.speeds.device):
+        try:
+            found.append(_in_form(asked, dataclasses.replace(config, wire=wire), free))
+        except PlanError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise refusals[0]
+    return min(found, key=lambda outlook: outlook.prediction.s_per_token)
+
+
+def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
+    checkpoint, speeds, draft = wired(asked.checkpoint, config.wire), asked.speeds, asked.draft
     context = asked.context_tokens
     drafting = _drafting(checkpoint, config, draft, speeds)
     placement = place_run(
@@ -280,7 +298,14 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
     )
     prediction = run.predict(drafting, expect(draft, asked.acceptance))
     pinned = speeds.pinned_bytes(config, placement.host_bytes)
-    return _Outlook(question=asked, placement=placement, pinned_bytes=pinned, prediction=prediction)
+    return _Outlook(
+        question=asked,
+        checkpoint=checkpoint,
+        config=config,
+        placement=placement,
+        pinned_bytes=pinned,
+        prediction=prediction,
+    )
 
 
 def _drafting(
@@ -301,8 +326,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "profile": asked.speeds.profile.name,
         "own_profile": asked.own,
         "device": str(asked.speeds.processor),
-        "wire": str(asked.wire),
-        "quantised": dataclasses.asdict(asked.stored) if asked.stored else None,
+        "wire": str(outlook.config.wire),
+        "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "context_tokens": asked.context_tokens,
         "drafter": asked.draft.draft,
         "draft_tokens": asked.draft.nodes,
@@ -323,14 +348,14 @@ def _as_table(outlook: _Outlook) -> str:
     asked, made = outlook.question, outlook.prediction
     speeds = asked.speeds
     bound = bound_by(made.limit, outlook.placement)
-    name = asked.checkpoint.name
+    name = outlook.checkpoint.name
     first = hanging(headline(name, made.s_per_token, bound, outlook.more), 2)
     table = model_table(
-        asked.checkpoint,
+        outlook.checkpoint,
         outlook.placement,
         made,
         pinned_bytes=outlook.pinned_bytes,
         source="headers" if asked.from_files else "config.json alone",
         machine=f"{profile_source(speeds.profile.name, asked.own)} ({speeds.processor})",
     )
-    return "\n".join([first, *quantised_lines(asked.stored), table])
+    return "\n".join([first, *quantised_lines(outlook.stored), table])

@@ -103,6 +103,9 @@ def staging_bytes(layouts: Sequence[LayerLayout], device: DeviceKind, readers: i
     return 0 if in_place else 2 * readers * STAGING_BYTES
 
 
+IN_TWELVE = "bf16 in 12 bits"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredSizes:
     """The quantised weights of a model.
@@ -128,14 +131,15 @@ class StoredSizes:
 
 def stored_sizes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> StoredSizes | None:
     """The sizes of a model's quantised weights; None where there are none."""
-    if checkpoint.config.quantised is None:
+    if not checkpoint.stored:
         return None
     stored = dict.fromkeys(checkpoint.stored.values())
     weights = sum(each.numbers for each in stored)
     forms = sorted({str(each.form) for each in stored})
     several = f" ({', '.join(forms)})" if len(forms) > 1 else ""
+    method = checkpoint.config.quantised
     return StoredSizes(
-        method=f"{checkpoint.config.quantised.name}{several}",
+        method=IN_TWELVE if method is None else f"{method.name}{several}",
         weights=weights,
         file_bytes=sum(each.file_bytes for each in stored),
         wire_bytes=sum(each.nbytes for each in stored),

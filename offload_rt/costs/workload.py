@@ -27,6 +27,7 @@ from offload_rt.device import compiled
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.model.layout import compute_dtype
 from offload_rt.profiling.profile import Decoder, LayerWork
@@ -296,7 +297,8 @@ def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[
     """What of a layer is dequantised, and by whom; compiled kernels are as on this machine."""
     counts: dict[tuple[str, int, Decoder], int] = {}
     for each in stored:
-        compiles = device is CPU and suits_kernels(each, dtype) and not compiled.problem()
+        suits = suits_kernels(each, dtype) or each.form is Form.CODED
+        compiles = device is CPU and suits and not compiled.problem()
         decoder = Decoder.COMPILED if compiles else Decoder.TORCH
         key = (each.form.value, each.bits, decoder)
         counts[key] = counts.get(key, 0) + each.numbers

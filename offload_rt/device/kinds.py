@@ -85,6 +85,7 @@ class DeviceKind:
             to so many rows go through them again in each pass.
         records: launching kernels takes longer than small ones run, so passes of fixed shape are
             recorded and replayed (`runner/static.py`).
+        decodes: weights may lie there in 12 bits and be decoded when they compute.
         kernels: to what weights may be rounded, and for which formats of the model.
         draft_weights: how a bf16 draft model is kept unless --draft-weights says.
         copy_weights: to what a bf16 model is rounded to draft for itself.
@@ -120,6 +121,7 @@ class DeviceKind:
     packs: bool
     state_rows: int
     records: bool
+    decodes: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
     draft_weights: DraftWeights
     copy_weights: DraftWeights
@@ -161,6 +163,7 @@ CPU = DeviceKind(
     packs=True,
     state_rows=16,
     records=False,
+    decodes=True,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
     draft_weights=DraftWeights.INT8,
     copy_weights=DraftWeights.INT8,
@@ -194,6 +197,7 @@ CUDA = DeviceKind(
     packs=False,
     state_rows=64,
     records=True,
+    decodes=False,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
     draft_weights=DraftWeights.SAME,
     copy_weights=DraftWeights.INT4,

@@ -43,7 +43,7 @@ from offload_rt.model.weight_files import WeightFiles
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
-from offload_rt.planning.planner import Means, make_plan
+from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.yields import Tally
 from offload_rt.report import Counters, DeviceMemory, Memory, RetrievalCounts
 from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
@@ -121,7 +121,7 @@ class Engine:
                 kv_tokens=kv_tokens,
             )
             self._kv_tokens, self._pools = kv_tokens, list[KVPool]()
-            self.plan = make_plan(
+            self.checkpoint, self.plan = plan_wires(
                 checkpoint,
                 config,
                 device,
@@ -129,6 +129,7 @@ class Engine:
                 free=free,
                 means=None if means is None else means(device),
             )
+            checkpoint = self.checkpoint
             self.config, self.placement = self.plan.runtime, self.plan.placement
             self.draft = draft = self.plan.drafting.config
             self._stripes = Stripes(self.devices, self.placement.device)

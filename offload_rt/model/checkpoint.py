@@ -29,6 +29,7 @@ from offload_rt.model.names import (
     sort_tensors,
     worth_saying,
 )
+from offload_rt.model.packed_files import CODED_DTYPE
 from offload_rt.model.shards import find_weights, read_shards
 from offload_rt.units import format_size
 
@@ -119,13 +120,15 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of all tensors the network uses."""
-        return _nbytes(self.tensors.values())
+        """Bytes of all tensors the network uses; of coded ones as they are decoded."""
+        coded = {each for each in self.stored.values() if each.pieces}
+        more = sum(DTYPE_BYTES[CODED_DTYPE] * each.numbers - each.nbytes for each in coded)
+        return _nbytes(self.tensors.values()) + more
 
     @property
     def file_bytes(self) -> int:
         """Bytes they have in the files: fewer where packed, more where rounded when loaded."""
-        made = {each for each in self.stored.values() if each.source is not None}
+        made = {each for each in self.stored.values() if each.rounds}
         parts = {extent.name for each in made for extent in each.parts.values()}
         read = (extent.file_bytes for name, extent in self.tensors.items() if name not in parts)
         return sum(read) + sum(each.file_bytes for each in made)

@@ -33,6 +33,7 @@ _SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "uint
 _NAMES = FLOATS | _WHOLE | _SMALL
 _BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
 
+CODED_PART = "weight_coded"  # of a weight in 12 bits
 # Of compressed-tensors' integers.
 CODES_PART, SCALES_PART = "weight_packed", "weight_scale"
 
@@ -233,7 +234,7 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
         name = extent.name
         if name in made:
             builder.make(made[name])
-        elif name in stored and stored[name].source is not None:
+        elif name in stored and stored[name].rounds:
             builder.round(stored[name])
         elif match := EXPERT.match(name):
             target, part = FUSED[match["part"]]

@@ -28,6 +28,12 @@ FORMAT, VERSION = "offload_rt packed bf16", 1
 CODED_DTYPE = "BF16"
 PIECE_WEIGHTS = 2**21  # of a piece, at most: 4 MiB of bf16, which is what readers read at once
 PIECE_ALIGN_BYTES = 64
+# Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
+# go. Of a model's bytes they are less than a thousandth.
+SMALLEST_WEIGHTS = 2**16
+# Of a weight that is coded: 12 bits, and three bytes for one in a thousand, as many as there are
+# escapes in trained matrices (docs/RESULTS.md, "bf16 from disk in 12 bits").
+EXPECTED_BYTES = 1.503
 # Of two cores that compute besides, whether numba is there: without it a pass of 1.3 G weights took
 # 1.33 s, with it one thread reached what is here (docs/RESULTS.md, "bf16 from disk in 12 bits").
 _UNPACKED_PER_S = {False: 1.0e9, True: 6.5e9}
@@ -73,6 +79,23 @@ def piece_weights(weights: int) -> int:
     """Weights of each piece of a tensor of so many, but for the last."""
     pieces = max(1, -(-weights // PIECE_WEIGHTS))
     return -(-weights // (pieces * PIECE_ALIGN_BYTES)) * PIECE_ALIGN_BYTES
+
+
+def expected_pieces(weights: int) -> tuple[int, ...]:
+    """Where the pieces of a trained bf16 tensor would begin if it were packed, and where they end.
+
+    Only the beginning where it is too small to be coded.
+    """
+    if weights < SMALLEST_WEIGHTS:
+        return (0,)
+    each = piece_weights(weights)
+    sizes = (min(each, weights - start) for start in range(0, weights, each))
+    nbytes = [_aligned(int(count * EXPECTED_BYTES) + PIECE_ALIGN_BYTES) for count in sizes]
+    return tuple(sum(nbytes[:number]) for number in range(len(nbytes) + 1))
+
+
+def _aligned(size: int) -> int:
+    return -(-size // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
 
 
 def unpacked_per_s() -> float:

@@ -32,6 +32,7 @@ from offload_rt.model.packed_files import (
     MANIFEST,
     PIECE_ALIGN_BYTES,
     PIECE_WEIGHTS,
+    SMALLEST_WEIGHTS,
     SUFFIX,
     PackedFile,
     is_packed,
@@ -44,9 +45,6 @@ from offload_rt.model.shards import INDEX, PICKLES
 from offload_rt.units import format_size
 from offload_rt.writing import give_names, replacing, temporary_folder, writing
 
-# Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
-# go. Of a model's bytes they are less than a thousandth.
-_SMALLEST = 2**16
 PIECE_BYTES = 2 * PIECE_WEIGHTS  # that are read at once
 _AHEAD = 2  # pieces for each thread that wait to be written
 _THREADS = 4
@@ -299,7 +297,7 @@ class _Unpacking:
 
 
 def _is_coded(extent: TensorExtent) -> bool:
-    return extent.dtype == CODED_DTYPE and _weights(extent) >= _SMALLEST
+    return extent.dtype == CODED_DTYPE and _weights(extent) >= SMALLEST_WEIGHTS
 
 
 def _weights(extent: TensorExtent) -> int:

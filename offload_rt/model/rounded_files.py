@@ -61,7 +61,7 @@ def write_rounded(checkpoint: Checkpoint, output: Path, poll: Poll) -> Packed:
         ConfigError: it could not be written, or there is no room.
         CheckpointError: a file changed while it was read, or holds what cannot be rounded.
     """
-    by_source = {s.source.name: s for s in checkpoint.stored.values() if s.source is not None}
+    by_source = {s.source.name: s for s in checkpoint.stored.values() if s.source}
     less = sum(each.file_bytes - each.nbytes for each in by_source.values())
     check_room(output, bytes_to_pack(checkpoint) - less)
     names = sorted(path.name for path in checkpoint.files)

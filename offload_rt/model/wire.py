@@ -9,18 +9,21 @@ Embedding, head, norms and biases stay as they are. No torch here.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
 
 from offload_rt.config import Wire
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.formats.methods import Form, Method
 from offload_rt.model.formats.rounding import GROUP
 from offload_rt.model.formats.stored import Stored
-from offload_rt.model.layout import CODES_PART, FLOATS, SCALES_PART
+from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, SCALES_PART
 from offload_rt.model.names import EXPERT
+from offload_rt.model.packed_files import CODED_DTYPE, expected_pieces
 
 BITS: Mapping[Wire, int] = MappingProxyType({Wire.INT8: 8, Wire.INT4: 4})
 _WEIGHT = ".weight"
@@ -28,11 +31,16 @@ _WORD_BITS = 32
 
 
 def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
-    """Refuse to round what cannot be rounded so.
+    """Refuse a form that weights cannot have.
 
     Raises:
-        ConfigError: weights are quantised already, or most of them are in experts.
+        ConfigError: they are not packed, quantised already, or most of them are in experts.
     """
+    if wire is Wire.LOSSLESS and not _is_lossless(checkpoint) and not _has_coded(checkpoint):
+        raise ConfigError(
+            f"--wire {wire} keeps the 12 bits that linear layers have in a packed folder, and "
+            f"{checkpoint.name} has none: make one with `offload-run pack`, or leave it out"
+        )
     if wire not in BITS:
         return
     ask, name = f"--wire {wire}", checkpoint.name
@@ -42,7 +50,7 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
             f"({checkpoint.config.quantised.name}): leave it out"
         )
     layers = [extent for layer in checkpoint.layers for extent in layer]
-    inside = [e for e in layers if EXPERT.match(e.name) or len(e.shape) > 2]
+    inside = [extent for extent in layers if _of_experts(extent)]
     if inside:
         raise ConfigError(
             f"{ask} rounds linear layers, and {shown(inside[0].name)} of {name} is of experts: "
@@ -55,40 +63,129 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
         )
 
 
+def as_if_packed(checkpoint: Checkpoint) -> Checkpoint:
+    """The model as its packed folder would be, for looking ahead: its sizes are expected ones."""
+    if _has_coded(checkpoint):
+        return checkpoint
+
+    def coded(extent: TensorExtent) -> TensorExtent:
+        starts = expected_pieces(extent.nbytes // extent.element_bytes)
+        large = extent.dtype == CODED_DTYPE and len(starts) > 1
+        return dataclasses.replace(extent, coded=starts) if large else extent
+
+    layers = tuple(tuple(map(coded, layer)) for layer in checkpoint.layers)
+    return dataclasses.replace(checkpoint, layers=layers)
+
+
+def wires_of(checkpoint: Checkpoint, wire: Wire, device: DeviceKind) -> tuple[Wire, ...]:
+    """The forms that a model may have where one is asked for; `auto` is all that change nothing.
+
+    Raises:
+        ConfigError: the device cannot decode what is asked for.
+    """
+    if wire is Wire.LOSSLESS and not device.decodes:
+        raise ConfigError(
+            f"--wire {wire} is decoded when weights compute, for which there are no kernels on "
+            f"{device.called}: use raw"
+        )
+    if wire is not Wire.AUTO:
+        return (wire,)
+    decodes = device.decodes and _has_coded(checkpoint)
+    return (Wire.RAW, Wire.LOSSLESS) if decodes else (Wire.RAW,)
+
+
+@lru_cache(maxsize=8)  # what is known of a model is kept by its identity
 def wired(checkpoint: Checkpoint, wire: Wire) -> Checkpoint:
-    """The model in the form that `--wire` asks for.
+    """The model in the form that `--wire` asks for; `auto` is settled later.
 
     Raises:
         ConfigError: as `check_wire`.
     """
+    if checkpoint.rounded is wire or (wire is Wire.LOSSLESS and _is_lossless(checkpoint)):
+        return checkpoint
     check_wire(checkpoint, wire)
+    if wire is Wire.LOSSLESS:
+        return _with(checkpoint, _is_coded, _coded)
     if wire not in BITS:
         return checkpoint
-    layers, stored = [], dict[str, Stored]()
+    bits = BITS[wire]
+    method = Method(
+        name=f"rounded to {wire} by request",
+        forms=frozenset({Form.PACKED}),
+        bits=frozenset({bits}),
+        blocks=frozenset({(1, GROUP)}),
+    )
+    made = _with(checkpoint, _rounds, lambda extent: _rounded(extent, bits))
+    config = dataclasses.replace(checkpoint.config, quantised=method)
+    return dataclasses.replace(made, config=config, rounded=wire)
+
+
+def _with(
+    checkpoint: Checkpoint,
+    changes: Callable[[TensorExtent], bool],
+    make: Callable[[TensorExtent], Stored],
+) -> Checkpoint:
+    """The model with some tensors of layers stored in another way."""
+    layers, stored = [], dict(checkpoint.stored)
     for layer in checkpoint.layers:
         extents = list[TensorExtent]()
         for extent in layer:
-            if not _rounds(extent):
+            if not changes(extent):
                 extents.append(extent)
                 continue
-            weight = _stored(extent, BITS[wire])
+            weight = make(extent)
             extents += weight.parts.values()
             stored |= {part.name: weight for part in weight.parts.values()}
         layers.append(tuple(extents))
     tensors = {e.name: e for group in (*layers, checkpoint.others) for e in group}
-    method = Method(
-        name=f"rounded to {wire} by request",
-        forms=frozenset({Form.PACKED}),
-        bits=frozenset({BITS[wire]}),
-        blocks=frozenset({(1, GROUP)}),
-    )
     return dataclasses.replace(
         checkpoint,
-        config=dataclasses.replace(checkpoint.config, quantised=method),
         tensors=MappingProxyType(tensors),
         layers=tuple(layers),
         stored=MappingProxyType(stored),
-        rounded=wire,
+    )
+
+
+def _is_lossless(checkpoint: Checkpoint) -> bool:
+    return any(each.pieces for each in checkpoint.stored.values())
+
+
+def _has_coded(checkpoint: Checkpoint) -> bool:
+    extents = [extent for layer in checkpoint.layers for extent in layer]
+    return not any(map(_of_experts, extents)) and any(map(_is_coded, extents))
+
+
+def _of_experts(extent: TensorExtent) -> bool:
+    return EXPERT.match(extent.name) is not None or len(extent.shape) > 2
+
+
+def _is_coded(extent: TensorExtent) -> bool:
+    """Whether it is a matrix in 12 bits."""
+    return extent.name.endswith(_WEIGHT) and len(extent.shape) == 2 and bool(extent.coded)
+
+
+def _coded(extent: TensorExtent) -> Stored:
+    """A matrix that stays as it is coded."""
+    module = extent.name.removesuffix(_WEIGHT)
+    outputs, inputs = extent.shape
+    part = dataclasses.replace(
+        extent,
+        name=f"{module}.{CODED_PART}",
+        dtype="U8",
+        shape=(extent.file_bytes,),
+        nbytes=extent.file_bytes,
+        coded=(),
+    )
+    return Stored(
+        module=module,
+        form=Form.CODED,
+        outputs=outputs,
+        inputs=inputs,
+        bits=12,
+        groups=1,
+        parts={CODED_PART: part},
+        source=extent,
+        pieces=tuple(start - extent.coded[0] for start in extent.coded),
     )
 
 
@@ -98,7 +195,7 @@ def _rounds(extent: TensorExtent) -> bool:
     return matrix and extent.shape[1] % GROUP == 0 and extent.shape[1] > 0
 
 
-def _stored(source: TensorExtent, bits: int) -> Stored:
+def _rounded(source: TensorExtent, bits: int) -> Stored:
     """What a weight is when it is rounded."""
     module = source.name.removesuffix(_WEIGHT)
     outputs, inputs = source.shape

@@ -8,6 +8,7 @@ What the user fixed is fixed in all candidates.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TypedDict, Unpack
 
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
@@ -17,6 +18,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.layout import compute_dtype
+from offload_rt.model.wire import wired, wires_of
 from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.placement import Placement
@@ -112,6 +114,14 @@ class Means:
     level: Callable[[bool], float] = lambda streams: 1.0
 
 
+class PlanInputs(TypedDict):
+    """What a plan is made for, beside model, choices and device; as of `make_plan`."""
+
+    load: RunLoad
+    free: FreeMemory
+    means: Means | None
+
+
 def make_plan(
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
@@ -143,6 +153,31 @@ def make_plan(
         placement=placement,
         smallest_bytes=_smallest(placement, runtime),
     )
+
+
+def plan_wires(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind, **more: Unpack[PlanInputs]
+) -> tuple[Checkpoint, Plan]:
+    """Plan a run in each form that its weights may have; see `make_plan`.
+
+    Returns:
+        The model in the form that is predicted to be fastest, or, where nothing is predicted, in
+        the first that fits; and its plan, which names the form.
+    """
+    found, refusals = list[tuple[Checkpoint, Plan]](), list[PlanError]()
+    for wire in wires_of(checkpoint, runtime.wire, device):
+        model, named = wired(checkpoint, wire), replace(runtime, wire=wire)
+        try:
+            found.append((model, make_plan(model, named, device, **more)))
+        except PlanError as refusal:
+            refusals.append(refusal)
+    if not found:
+        raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
+    return min(found, key=lambda made: _s_per_token(made[1]))
+
+
+def _s_per_token(plan: Plan) -> float:
+    return 0.0 if plan.prediction is None else plan.prediction.s_per_token
 
 
 def _smallest(placement: Placement, runtime: RuntimeConfig) -> int:

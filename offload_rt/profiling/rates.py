@@ -11,7 +11,9 @@ from statistics import fmean
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ProfileError
-from offload_rt.model.formats.stored import COMPILED_PER_S, DECODED_PER_S, SHARES
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import CODED_PER_S, COMPILED_PER_S, DECODED_PER_S, SHARES
+from offload_rt.model.packed_files import unpacked_per_s
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -193,6 +195,9 @@ def decoded_per_s(
     """
     mine = [s for s in profile.dequantising if s.processor is processor and s.decoder is decoder]
     same = [s for s in mine if (s.form, s.bits) == (form, bits)]
+    if form == Form.CODED and not same:
+        value = unpacked_per_s() if processor is Processor.CPU else CODED_PER_S
+        return Number(value=value, obtained=Obtained.ASSUMED)
     if mine:
         return min((s.numbers_per_s for s in same or mine), key=lambda number: number.value)
     compiles = decoder is Decoder.COMPILED and processor is Processor.CPU

@@ -15,7 +15,7 @@ from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.report import Dequantising
 
-TORCH = "torch"
+TORCH, NUMPY = "torch", "numpy"
 _CODE = re.compile(r"/libllvmlite[^/]*$")
 _TILE = 64  # outputs; whole tiles of the kernels
 # A thread takes Python's lock for each part: with parts of 10 us threads waited for each other ten
@@ -44,10 +44,18 @@ def ready(stored: Iterable[Stored], dtype: torch.dtype, device: torch.device) ->
         dtype: they compute in.
         device: where.
     """
-    kinds = {_compiles(each, dtype, device) for each in stored}
-    warmed = prepare() if True in kinds else compiled.Warmed(seconds=0.0, compiled=0)
-    who = [name for name, kind in ((compiled.who(), True), (TORCH, False)) if kind in kinds]
+    kinds = {_who(each, dtype, device) for each in stored}
+    warmed = compiled.Warmed(seconds=0.0, compiled=0)
+    if any(_compiles(each, dtype, device) for each in stored):
+        warmed = prepare()
+    who = [name for name in (compiled.who(), TORCH, NUMPY) if name in kinds]
     return Dequantising(decoder=", ".join(who), warm_s=warmed.seconds, compiled=warmed.compiled)
+
+
+def _who(stored: Stored, dtype: torch.dtype, device: torch.device) -> str:
+    if stored.form is Form.CODED:
+        return compiled.who() or NUMPY
+    return compiled.who() if _compiles(stored, dtype, device) else TORCH
 
 
 def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> integers.Bring | None:

@@ -10,11 +10,11 @@ from offload_rt.model.formats.integers import codes_of
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.header import TensorExtent
-from offload_rt.model.layout import FLOATS
+from offload_rt.model.layout import CODED_PART, FLOATS
 from offload_rt.model.weight_files import WeightFiles
 
 INDICES = ("weight_g_idx", "g_idx")
-_NUMBERS = ("weight", "weight_packed", "qweight")  # of weights themselves: any will do
+_NUMBERS = ("weight", "weight_packed", "qweight", CODED_PART)  # of weights themselves: any will do
 _DIVISOR = "weight_global_scale"
 _NO_POWER = 255
 
@@ -33,7 +33,7 @@ def check_numbers(stored: Iterable[Stored], files: WeightFiles) -> frozenset[Sto
         CheckpointError: a scale is no number, or an input is in a group that is not there.
     """
     in_order = set()
-    for each in (one for one in stored if one.source is None):  # else scales are made, and checked
+    for each in (one for one in stored if not one.rounds):  # else scales are made, and checked
         for word, extent in each.parts.items():
             if word in _NUMBERS:
                 continue

@@ -40,6 +40,7 @@ class Form(StrEnum):
     `mxfp4`: pairs of FP4, scales that are powers of two.
     `bnb4`: bitsandbytes' pairs of indices into a table of 16 numbers.
     `bnb8`: bitsandbytes' integers, with the largest number of each output.
+    `coded`: bf16 in 12 bits, of packed folders (`planes.py`); no method of config.json.
     """
 
     PACKED = "packed"
@@ -53,6 +54,7 @@ class Form(StrEnum):
     MXFP4 = "mxfp4"
     BNB4 = "bnb4"
     BNB8 = "bnb8"
+    CODED = "coded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,9 @@ BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
 # Weights dequantised in a second, assumed where a profile has none. Of a CPU: two cores (measured,
 # same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
 DECODED_PER_S = {"cpu": 1.6e9, "cuda": 175e9}
+# Of a GPU, in 12 bits: 230 GB/s written, a third less than integers (assumed: 1.5 bytes a weight
+# are read, and escapes are written twice).
+CODED_PER_S = 115e9
 # Of it what torch reaches on a CPU with forms that it multiplies in fp32 or in groups of 16 and 32
 # (measured beside other work, same section); all others are taken as equal.
 SHARES: Mapping[str, float] = {
@@ -59,8 +62,9 @@ class Stored:
         parts: the tensors that are streamed, by what they are: the last word of their names.
         block: outputs and inputs that share a scale, where scales are a grid.
         flat: what is stated of blocks that follow each other flat.
-        source: the weight that these are rounded from when they are loaded (`rounding.py`); its
-            parts are then in no file. None: they are.
+        source: the tensor of the files that these parts are made from when they are loaded
+            (`rounding.py`), or that they are, coded; None: they are tensors of the files.
+        pieces: of a coded weight, where each piece begins in its one part, and last where they end.
     """
 
     module: str
@@ -73,6 +77,7 @@ class Stored:
     block: tuple[int, int] = (1, 1)
     flat: Flat | None = None
     source: TensorExtent | None = None
+    pieces: tuple[int, ...] = ()
 
     @property
     def numbers(self) -> int:
@@ -88,6 +93,11 @@ class Stored:
     def nbytes(self) -> int:
         """In an image, and in the files unless there is a source."""
         return sum(extent.nbytes for extent in self.parts.values())
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it is rounded when it is loaded; its parts are in no file."""
+        return self.source is not None and not self.pieces
 
     @property
     def file_bytes(self) -> int:

@@ -13,7 +13,7 @@ import torch
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import shown
-from offload_rt.model.formats import fours, grids, integers
+from offload_rt.model.formats import coded, fours, grids, integers
 from offload_rt.model.formats.brought import bring_for
 from offload_rt.model.formats.checked import INDICES
 from offload_rt.model.formats.methods import Form
@@ -26,6 +26,7 @@ _BRING: Mapping[Form, integers.Bring] = {
     **integers.BRING,
     **grids.DECODERS,
     **fours.DECODERS,
+    **coded.DECODERS,
 }
 
 

@@ -1,0 +1,154 @@
+"""`--wire lossless`: weights of packed folders stay in 12 bits until they compute, bit for bit."""
+
+import json
+import shutil
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from engines import all_logits, engine_for, generate
+
+from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig, Wire
+from offload_rt.costs.machine import FreeMemory, speeds_of
+from offload_rt.costs.workload import parts_of
+from offload_rt.device.kinds import CPU, Processor
+from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.model import packed_files, packer
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.packer import pack
+from offload_rt.model.wire import as_if_packed, wired, wires_of
+from offload_rt.planning.fit import RunLoad
+from offload_rt.planning.planner import Means, plan_wires
+from offload_rt.profiling.store import find_profile, load_profile
+
+
+@pytest.fixture(scope="module")
+def model(make_tiny):
+    return make_tiny("llama", tokenizer=True, num_hidden_layers=4, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def in_pieces(model, tmp_path_factory):
+    """The same packed: coded tensors, some of several pieces."""
+    folder = tmp_path_factory.mktemp("pieces")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "SMALLEST_WEIGHTS", 512)
+        patch.setattr(packed_files, "PIECE_WEIGHTS", 1000)
+        pack(open_checkpoint(model), folder, lambda nbytes: None)
+        yield folder
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
+def test_lossless_is_bit_for_bit_the_plain_model(model, in_pieces, dtype):
+    """`--wire lossless`: 12 bits in memory and on the link, wherever layers are."""
+    with engine_for(model, dtype=dtype, resident_layers=0) as engine:
+        expected, plain_bytes = all_logits(engine), engine.bytes_per_pass
+    for options in (
+        {"resident_layers": 0, "slots": 1},
+        {"resident_layers": 0, "home": HomeKind.HOST},
+        {"resident_layers": 2},
+        {},
+    ):
+        with engine_for(in_pieces, dtype=dtype, wire=Wire.LOSSLESS, **options) as engine:
+            assert torch.equal(all_logits(engine), expected), options
+            assert engine.config.wire is Wire.LOSSLESS
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+            if "home" in options:  # what crosses the link is not unpacked
+                assert engine.bytes_per_pass < plain_bytes
+                assert engine.placement.host_bytes == engine.bytes_per_pass
+                assert engine.checkpoint.total_bytes == open_checkpoint(model).total_bytes
+
+
+def test_lossless_layers_draft_for_themselves(model, in_pieces):
+    """Copies are rounded from what is decoded, so they are those of the plain model."""
+    made = []
+    for folder, wire in ((model, Wire.RAW), (in_pieces, Wire.LOSSLESS)):
+        draft = DraftConfig(draft="self:int4", draft_tokens=4)
+        with engine_for(folder, wire=wire, resident_layers=1, draft=draft) as engine:
+            made.append(generate(engine))
+    assert made[0] == made[1]
+
+
+def test_a_damaged_piece_ends_a_lossless_pass_in_a_sentence(in_pieces, tmp_path):
+    shutil.copytree(in_pieces, tmp_path / "broken")
+    path = tmp_path / "broken" / "model.packed"
+    extent = next(e for e in open_checkpoint(tmp_path / "broken").layers[2] if e.coded)
+    with open(path, "r+b") as file:
+        file.seek(extent.coded[-2])
+        file.write(b"\x07" * 16)  # of a head
+    with (
+        engine_for(tmp_path / "broken", wire=Wire.LOSSLESS, resident_layers=0) as engine,
+        pytest.raises(CheckpointError, match="head of a piece .*pack the model again"),
+    ):
+        all_logits(engine)
+
+
+def test_lossless_asks_for_a_packed_folder(model, make_tiny):
+    with pytest.raises(ConfigError, match="has none: make one with `offload-run pack`"):
+        wired(open_checkpoint(model), Wire.LOSSLESS)
+    with pytest.raises(ConfigError, match="no kernels on a thing: use raw"):
+        wires_of(
+            open_checkpoint(model), Wire.LOSSLESS, SimpleNamespace(decodes=False, called="a thing")
+        )
+
+
+def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch):
+    """Of a packed folder: raw where decoding is slow, 12 bits where bytes are."""
+    checkpoint = open_checkpoint(in_pieces)
+    assert wires_of(checkpoint, Wire.AUTO, CPU) == (Wire.RAW, Wire.LOSSLESS)
+    assert wires_of(open_checkpoint(model), Wire.AUTO, CPU) == (Wire.RAW,)
+    profile = load_profile(find_profile("cpu-2core-avx512bf16"))
+    load = RunLoad(capacities=[64], prompt_tokens=32)
+    config = RuntimeConfig(
+        device="cpu", home=HomeKind.HOST, resident_layers=0, device_limit_bytes=2**29
+    )
+    for per_s, link, expected in ((1e12, 1e7, Wire.LOSSLESS), (1e4, 1e9, Wire.RAW)):
+        monkeypatch.setattr("offload_rt.profiling.rates.unpacked_per_s", lambda per_s=per_s: per_s)
+        parts_of.cache_clear()
+        means = Means(speeds=speeds_of(profile, Processor.CPU), yields=lambda draft: None)
+        made, plan = plan_wires(
+            checkpoint,
+            replace(config, link_bytes_per_s=link),
+            CPU,
+            load=load,
+            free=FreeMemory(device_bytes=2**30, host_bytes=2**30),
+            means=means,
+        )
+        assert plan.runtime.wire is expected
+        assert any(each.pieces for each in made.stored.values()) is (expected is Wire.LOSSLESS)
+
+
+def test_simulated_sizes_of_packing_are_those_it_has(make_tiny, tmp_path):
+    """12 bits and few escapes: what is expected of a folder that is not packed yet."""
+    folder = make_tiny("llama", dtype="bfloat16", hidden_size=512, intermediate_size=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (packer, packed_files):
+            patch.setattr(module, "SMALLEST_WEIGHTS", 512)
+        pack(open_checkpoint(folder), tmp_path, lambda nbytes: None)
+        expected, there = (
+            wired(checkpoint, Wire.LOSSLESS)
+            for checkpoint in (as_if_packed(open_checkpoint(folder)), open_checkpoint(tmp_path))
+        )
+    mine, theirs = (
+        {each.module: each.nbytes for each in one.stored.values()} for one in (expected, there)
+    )
+    assert mine.keys() == theirs.keys()
+    assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.02)
+
+
+def test_simulate_looks_ahead_and_plan_does_not(make_tiny, offload_run):
+    """What packing would give is simulated of any model; a plan is of the files there are."""
+    shape = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1000}
+    folder = make_tiny("llama", dtype="bfloat16", **shape)
+    asked = ("simulate", folder, "--profile", "cpu-2core-avx512bf16", "--json")
+    asked += ("--resident-layers", 0, "--home", "host", "--link-bandwidth", 1)
+    raw, less = (
+        json.loads(offload_run(*asked, "--wire", wire).out) for wire in ("auto", "lossless")
+    )
+    assert raw["wire"] == "raw" and less["wire"] == "lossless"
+    assert 0.74 < less["host_bytes"] / raw["host_bytes"] < 0.84  # small ones are not coded
+    assert less["quantised"]["method"] == "bf16 in 12 bits"
+    planned = offload_run("plan", folder, "--wire", "lossless")
+    assert planned.code == 2 and "make one with `offload-run pack`" in planned.err
