@@ -57,6 +57,17 @@ class KVPlace(StrEnum):
     NONE = "none"
 
 
+class Exact(StrEnum):
+    """Whether the bits of a row depend on its past alone, not on the pass it is in.
+
+    `auto` is on where anything streams or anyone drafts, as far as that can be had.
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class AcceptRule(StrEnum):
     """When a drafted token is accepted.
 
@@ -284,8 +295,8 @@ class DraftConfig:
         None,
         "--draft-tokens",
         "Tokens of a draft; auto is the number predicted to be fastest, "
-        "corrected while running. With sampling and --seed auto is a fixed number: "
-        f"{_default_tokens()}.",
+        "corrected while running. With sampling and --seed auto is a fixed number where the answer "
+        f"rests on the draft or passes are not row-invariant (--exact): {_default_tokens()}.",
         low=1,
         high=1024,
         accepted="auto or 1 to 1024",
@@ -530,9 +541,8 @@ class SamplingConfig:
     seed: int | None = option(
         None,
         "--seed",
-        "Source of randomness; the same seed gives the same answer on one machine. Given one, "
-        "measured times decide nothing about drafting, so an answer whose seed was drawn may not "
-        "come again.",
+        "Source of randomness; the same seed gives the same answer on one machine. Given one where "
+        "passes are not row-invariant (--exact), measured times decide nothing about drafting.",
         also=("-s",),
         form=Form.INTEGER,
         low=0,
@@ -686,6 +696,12 @@ class RuntimeConfig:
         "Where the file for --kv disk is made; it has no name and leaves nothing behind.",
         form=Form.PATH,
         unset="$TMPDIR or /var/tmp",
+    )
+    exact: Exact = option(
+        Exact.AUTO,
+        "--exact",
+        "Row-invariant passes: a row's logits are the same bits in any pass, so drafting changes "
+        "no token, in bf16 too. auto is on where layers or KV stream or anyone drafts.",
     )
     prefill_chunk_tokens: int = 512
     link_bytes_per_s: float | tuple[float, ...] | None = option(

@@ -211,12 +211,35 @@ class ExpertUse:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Exactness:
+    """Whether a row's logits are the same bits in any pass (`--exact`).
+
+    Attributes:
+        rows: products see multiples of so many rows, or give the bits of such; None: it is off.
+        key_block: columns of keys that attention takes together; None: it is off.
+        prompt: rows of prompts are of the same class as those of answers.
+        why: the reason that it is off; None: it is on.
+    """
+
+    rows: int | None = None
+    key_block: int | None = None
+    prompt: bool = False
+    why: str | None = None
+
+    @property
+    def on(self) -> bool:
+        """Whether it is."""
+        return self.why is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
     """Everything measured in one run of the engine.
 
     Attributes:
         dequantising: of the model's weights; None where they are not quantised.
         experts: how those came that are streamed one by one; None where layers are whole.
+        exact: whether drafting, and the cut of a text into passes, changed no bit.
     """
 
     timings: Timings
@@ -225,6 +248,7 @@ class RunReport:
     memory: Memory
     dequantising: Dequantising | None = None
     experts: ExpertUse | None = None
+    exact: Exactness = Exactness(why="nobody asked")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

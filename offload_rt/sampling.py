@@ -45,7 +45,9 @@ def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     if config.min_p > 0.0:
         # The share of the largest one is the same before and after normalising.
         probs = probs.masked_fill(probs < config.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
-    return probs / probs.sum(dim=-1, keepdim=True)
+    # A lone row would be added up by several threads, in another order than one of many.
+    pair = probs.expand(2, -1) if len(probs) == 1 else probs
+    return probs / pair.sum(dim=-1, keepdim=True)[: len(probs)]
 
 
 class Dice:

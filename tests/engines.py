@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import torch
 
-from offload_rt.config import GenerationConfig, RuntimeConfig, SamplingConfig, Wire
+from offload_rt.config import Exact, GenerationConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.device.base import upload_together
 from offload_rt.device.kinds import CPU
 from offload_rt.device.system import give_back_holes
@@ -30,6 +30,7 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config):
     """An engine with room for these prompts and that many tokens after each."""
     config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
+    config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
     checkpoint = wired(open_checkpoint(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
     give_back_holes()

@@ -108,7 +108,17 @@ def test_bad_prompt_files(content, message, tiny_model, offload_run, tmp_path):
             "compares with a drafter: add --draft",
         ),
         (
-            ["--prompts", "SET", "--against-none", "--temperature", "1", "--seed", "3"],
+            [
+                "--prompts",
+                "SET",
+                "--against-none",
+                "--temperature",
+                "1",
+                "--seed",
+                "3",
+                "--exact",
+                "off",
+            ],
             "--against-none has nothing to compare",
         ),
         (["--prompts", "SET", "--context", "16"], "tokens, --context sets memory aside for 16"),

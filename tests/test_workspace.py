@@ -75,6 +75,28 @@ def test_attention_takes_no_more_than_is_planned(gpu, branching, softcap, window
     assert live.peak <= planned
 
 
+@pytest.mark.parametrize("branching", [False, True], ids=["chain", "tree"])
+@pytest.mark.parametrize(("softcap", "window"), [(None, None), (None, 700), (2.0, None)])
+@pytest.mark.parametrize("sizes", [(4, 2, 16), (32, 8, 128), (14, 2, 64)])
+@pytest.mark.parametrize(("count", "cached"), [(2, 2600), (64, 3000), (512, 2000)])
+def test_nor_does_row_invariant_attention(branching, softcap, window, sizes, count, cached):
+    heads, kv_heads, size = sizes
+    config = SimpleNamespace(num_heads=heads, num_kv_heads=kv_heads, head_dim=size)
+    config.sliding_window, config.writes_out_scores = window, softcap is not None
+    shape = PassShape(rows=count, chunk_rows=512, logit_rows=1, longest=cached)
+    query, key, value = (
+        torch.zeros(number, rows, size, dtype=torch.bfloat16)
+        for number, rows in ((heads, count), (kv_heads, cached), (kv_heads, cached))
+    )
+    tree = None
+    if branching:
+        tree = PendingTree(torch.ones(count, count, dtype=torch.bool).tril(), torch.arange(count))
+    spec = AttentionSpec(scaling=0.4, window=window, softcap=softcap, exact=True)
+    with Live() as live:
+        attend_rows(query, key, value, spec, tree)
+    assert live.peak <= attention_bytes(config, 2, shape, CPU)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
     sizes = {"hidden_size": 512, "intermediate_size": 64, "head_dim": 32}

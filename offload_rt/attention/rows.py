@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional
 
 from offload_rt.attention.blocks import GROUPED_FROM, GROUPED_ROWS
+from offload_rt.attention.exact import attend_exact
 from offload_rt.attention.flash import flash_of
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.spec import AttentionSpec, PendingTree
@@ -32,6 +33,8 @@ def attend_rows(
     """
     if key.shape[1] < query.shape[1]:
         raise CapacityError(f"{query.shape[1]} queries but only {key.shape[1]} cached rows")
+    if spec.exact:
+        return attend_exact(query, key, value, spec, tree)
     if spec.window is not None and tree is None:  # older rows are out of everybody's sight
         first = max(0, key.shape[1] - query.shape[1] + 1 - spec.window)
         key, value = key[:, first:], value[:, first:]

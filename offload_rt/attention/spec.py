@@ -18,12 +18,14 @@ class AttentionSpec:
         window: a token sees itself and this many minus one before it; None sees all.
         softcap: products are squashed to softcap * tanh(product / softcap); None leaves them.
         sinks: [H] a logit per head that takes probability and gives no value (GPT-OSS), or None.
+        exact: by `exact.py`: a row's bits depend on its past alone.
     """
 
     scaling: float
     window: int | None = None
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True)

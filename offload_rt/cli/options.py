@@ -218,6 +218,7 @@ placement_options = _group(
             "kv",
             "kv_block_tokens",
             "kv_folder",
+            "exact",
             "link_bytes_per_s",
         ),
     )

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from offload_rt.cli.answering import Answering
 from offload_rt.config import AcceptRule
 from offload_rt.printable import printable
-from offload_rt.report import ExpertUse, Memory, RetrievalCounts, RunReport
+from offload_rt.report import Exactness, ExpertUse, Memory, RetrievalCounts, RunReport
 from offload_rt.session.answering import Answer
 from offload_rt.session.summary import (
     PlanSummary,
@@ -36,6 +36,7 @@ def format_stats(answering: Answering, answer: Answer) -> str:
         ("layers", _layers(report)),
         ("tokens", _tokens(answer)),
         ("speed", _speed(answer)),
+        ("exact", _exactness(report.exact)),
     ]
     if engine.plan.prediction is not None:
         lines.append(("plan", _planned(engine.plan)))
@@ -89,6 +90,13 @@ def format_stats(answering: Answering, answer: Answer) -> str:
     if memory.host_pinned_bytes or memory.host_unpinned_bytes:
         lines.append(("on the GPU", _gpu_memory(memory)))
     return "\n".join(f"  {label:<{_LABEL_WIDTH}}{printable(text)}" for label, text in lines)
+
+
+def _exactness(exact: Exactness) -> str:
+    """Whether passes were row-invariant."""
+    if exact.on:
+        return "a row has the same bits in any pass, so drafting changed none"
+    return f"off: {exact.why}"
 
 
 def _gpu_memory(memory: Memory) -> str:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
 
-from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, SCORE_BYTES
+from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, PIECE, SCORE_BYTES, TILE
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import DeviceKind, Flash
@@ -329,12 +329,13 @@ def attention_bytes(
     some rows in four versions. Results of parts, which are merged eight at a time; of a chain or a
     tree there are up to four.
     """
-    chunk, keys = min(shape.chunk_rows, shape.rows), min(shape.longest, KEY_BLOCK)
+    chunk, keys = min(shape.chunk_rows, shape.rows), min(shape.longest, KEY_BLOCK) + PIECE
     mask = chunk * _masked_keys(config, shape, device) * (3 + number_bytes) if chunk > 1 else 0
+    tiled = max(config.num_heads * chunk, config.num_kv_heads * TILE)
     copies = 2 * config.num_kv_heads * keys * config.head_dim * 4
-    scores = 4 * min(SCORE_BYTES, config.num_heads * chunk * keys * 4)
+    scores = 4 * min(SCORE_BYTES, tiled * keys * 4)
     parts = 12 if config.writes_out_scores else 4
-    return mask + copies + scores + parts * chunk * config.num_heads * config.head_dim * 4
+    return mask + copies + scores + parts * tiled * config.head_dim * 4
 
 
 def _masked_keys(config: ModelConfig, shape: PassShape, device: DeviceKind) -> int:

@@ -367,6 +367,7 @@ class Run:
             memory=self.engine.memory(),
             dequantising=self.engine.network.dequantising,
             experts=self._experts(prefill, decode),
+            exact=self.engine.exact,
         )
 
     def _experts(self, prefill: Counters, decode: Counters) -> ExpertUse | None:

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from offload_rt.attention.blocks import PIECE
 from offload_rt.config import (
     DraftConfig,
+    Exact,
     HomeKind,
     KVPlace,
     RuntimeConfig,
@@ -24,8 +26,9 @@ from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.tracing import Tracer
-from offload_rt.errors import CapacityError, CheckpointError
+from offload_rt.errors import CapacityError, CheckpointError, PlanError
 from offload_rt.kernels import products
+from offload_rt.kernels.tiles import ROW_TILE
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
 from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
@@ -36,6 +39,7 @@ from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.exactness import headers_problem
 from offload_rt.model.formats import brought
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.network import Network
@@ -45,7 +49,7 @@ from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
 from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.yields import Tally
-from offload_rt.report import Counters, DeviceMemory, Memory, RetrievalCounts
+from offload_rt.report import Counters, DeviceMemory, Exactness, Memory, RetrievalCounts
 from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
@@ -73,6 +77,7 @@ class Engine:
             at most its capacity. None sets all capacities aside. Caches that are not on the device
             are set aside whole either way.
         draft: who drafts, and how much.
+        repeats: answers are to be the same again, whatever the planner chooses then.
         means: gives what a planner needs to choose what is left open, for a device of that
             kind; None: as many layers stay on the device as fit, and a drafter's default number
             of tokens is drafted.
@@ -93,12 +98,14 @@ class Engine:
         prompt_tokens: int,
         kv_tokens: int | None = None,
         draft: DraftConfig = NO_DRAFT,
+        repeats: bool = False,
         means: Callable[[DeviceKind], Means] | None = None,
         on_placed: Callable[["Engine"], None] | None = None,
     ) -> None:
         start = time.perf_counter()
         self.checkpoint = checkpoint
         self.capacities, self._prompt_tokens = tuple(capacities), prompt_tokens
+        draft_asked = draft
         drafting = open_draft_checkpoint(checkpoint, draft)
         heads = open_draft_heads(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
@@ -138,6 +145,8 @@ class Engine:
             apart = self.placement.expert_slots > 0
             self.network = Network(checkpoint, config.dtype, packing, experts_apart=apart)
             self._check_kv()
+            self.exact = self._exactness(needed=repeats and draft_asked.automatic)
+            self.network.exact = self.exact.on
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)
             base = load_base(self.network, self.device, self._files, BASE)
@@ -564,6 +573,27 @@ class Engine:
         return load_target(
             self.checkpoint, self.network, self._stripes, self._files, base, streaming, chunk_tokens
         )
+
+    def _exactness(self, *, needed: bool) -> Exactness:
+        """Whether passes are row-invariant, or why not; `needed` even where nobody drafts.
+
+        Raises:
+            PlanError: they are to be, and cannot.
+        """
+        config, kv = self.config, self.placement.demand.kv
+        found = headers_problem(self.checkpoint.config, config, self.device.kind)
+        idle = not (needed or self.placement.streamed or kv is not None or self.draft.drafts)
+        if not found and config.exact is Exact.AUTO and idle:
+            found = "all is on the device and nobody drafts"
+        found = found or self.network.exact_problem(self.device.torch_device)
+        if found and config.exact is Exact.ON:
+            raise PlanError(
+                f"--exact on: {self.checkpoint.name} cannot have row-invariant passes here, as "
+                f"{found}: leave --exact out"
+            )
+        if found:
+            return Exactness(why=found)
+        return Exactness(rows=ROW_TILE, key_block=PIECE, prompt=True)
 
     def _check_kv(self) -> None:
         """See that the plan counted what the network keeps per token.

@@ -109,10 +109,15 @@ def panels() -> str:
 
 
 @cache
-def blocks_of(inputs: int, outputs: int) -> tuple[int, int] | None:
+def blocks_of(inputs: int, outputs: int, tile: int = 1) -> tuple[int, int] | None:
     """Inputs of the blocks in which oneDNN adds up, for one row and for 2 to `MOST_ROWS`.
 
     None where there are no kernels, or none that give its numbers.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        tile: rows that oneDNN is given are filled up to a multiple of it.
     """
     if problem() or outputs % PANEL or inputs % _INPUTS_TILE:
         return None
@@ -127,7 +132,7 @@ def blocks_of(inputs: int, outputs: int) -> tuple[int, int] | None:
         for block in BLOCKS:
             made = Product(start, inputs, outputs, bias, (block, block))
             if all(
-                torch.equal(made(rows[:count]), _by_onednn(rows[:count], packed, bias))
+                torch.equal(made(rows[:count]), _by_onednn(rows[:count], packed, bias, tile))
                 for count in counts
             ):
                 found.append(block)
@@ -135,9 +140,13 @@ def blocks_of(inputs: int, outputs: int) -> tuple[int, int] | None:
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-def _by_onednn(rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _by_onednn(
+    rows: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, tile: int = 1
+) -> torch.Tensor:
+    count = rows.shape[0]
+    rows = torch.nn.functional.pad(rows, (0, 0, 0, -count % tile))
     out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(rows, packed, bias, "none", [], "")
-    return out
+    return out[:count]
 
 
 def _cancelling(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:

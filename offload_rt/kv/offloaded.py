@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload_rt.attention.exact import PART, ExactAttention
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
@@ -387,12 +388,25 @@ class OffloadedKV:
             if watcher is not None:
                 watcher.see(layer, 0, keys, values)
             return attend_rows(query, keys, values, spec, tree)
-        keys, values = state.format.views(state.local())
         assert state.count >= query.shape[1]  # each layer attends right after it appended
         if state.home_rows == 0:
+            keys, values = state.format.views(state.local())
             if watcher is not None:
                 watcher.see(layer, 0, keys, values)
             return attend_rows(query, keys, values, spec, tree)
+        attend = self._attend_exactly if spec.exact else self._attend_by_blocks
+        return attend(state, query, spec, tree, watcher)
+
+    def _attend_by_blocks(
+        self,
+        state: _Layer,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None,
+        watcher: RowWatcher | None,
+    ) -> torch.Tensor:
+        """Attend to the recent rows and to those at the home, block by block as they come in."""
+        keys, values = state.format.views(state.local())
         local_tree = tree and PendingTree(tree.visible, tree.positions - state.home_rows)
         parts = PartialAttention(query, state.format.shape.heads, spec)
         parts.add_newest(keys, values, local_tree)
@@ -404,10 +418,51 @@ class OffloadedKV:
                 visible = visible_rows(count, place, state.total, spec.window, device, tree)
             parts.add(lent.keys, lent.values, visible)
             if watcher is not None:
-                watcher.see(layer, start, lent.keys, lent.values)
+                watcher.see(state.index, start, lent.keys, lent.values)
         if watcher is not None:
-            watcher.see(layer, state.home_rows, keys, values)
+            watcher.see(state.index, state.home_rows, keys, values)
         return parts.result()
+
+    def _attend_exactly(
+        self,
+        state: _Layer,
+        query: torch.Tensor,
+        spec: AttentionSpec,
+        tree: PendingTree | None,
+        watcher: RowWatcher | None,
+    ) -> torch.Tensor:
+        """The same with the bits of a resident cache: rows are put together in whole parts."""
+        layout, pending = state.format, query.shape[1] if tree is None else tree.positions.numel()
+        committed = state.total - pending
+        attention = ExactAttention(query, layout.shape.heads, spec, committed, tree)
+        tail = state.recent.new_zeros(state.total - attention.tail, state.recent.shape[1])
+        part = tail.new_zeros(min(PART, attention.tail), tail.shape[1])
+        reached = 0
+
+        def put(start: int, rows: torch.Tensor) -> None:
+            nonlocal reached
+            while reached + PART <= min(start, attention.tail):  # left out by the window
+                attention.add(reached, *layout.views(part))
+                reached += PART
+            if watcher is not None:
+                watcher.see(state.index, start, *layout.views(rows))
+            done = 0
+            while done < len(rows) and start + done < attention.tail:
+                at = (start + done) % PART
+                count = min(PART - at, len(rows) - done)
+                part[at : at + count] = rows[done : done + count]
+                done += count
+                if at + count == PART:
+                    attention.add(reached, *layout.views(part))
+                    reached += PART
+            if done < len(rows):
+                at = start + done - attention.tail
+                tail[at : at + len(rows) - done] = rows[done:]
+
+        for start, lent in self._lend_home_rows(state):
+            put(start, lent.memory)
+        put(state.home_rows, state.local())
+        return attention.result(*layout.views(tail))
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows, in this order; forget the rest; full writes go home."""

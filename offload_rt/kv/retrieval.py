@@ -15,7 +15,7 @@ two builds it follows the full cache: the rows a pass adds there are added here 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -203,7 +203,7 @@ class RetrievalKV:
         if tree is not None:
             tree = PendingTree(tree.visible, tree.positions - (length - stop + first))
         keys, values = (store[layer][:, first:stop] for store in (self._keys, self._values))
-        return attend_rows(query, keys, values, spec, tree)
+        return attend_rows(query, keys, values, replace(spec, exact=False), tree)
 
     def rows_before(self) -> RowsBefore:
         """What a recorded pass finds."""

@@ -50,6 +50,7 @@ class PassContext:
         segments: the sequences, in the order their rows are packed.
         wanted: [R] int64, packed rows that go on behind the last layer; None: all.
         strict: refuse options of HF's attention call that we do not know.
+        exact: attention is row-invariant (`attention/exact.py`).
 
     Attributes:
         rows: the packed rows that are being computed now, of those that have not left.
@@ -63,11 +64,13 @@ class PassContext:
         *,
         wanted: torch.Tensor | None = None,
         strict: bool = False,
+        exact: bool = False,
     ) -> None:
         self.segments, self.wanted, self.strict = segments, wanted, strict
         self.all_rows = sum(segment.tokens for segment in segments)
         self.rows = range(self.all_rows)
         self.kept: torch.Tensor | None = None
+        self.exact = exact
         self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._others: dict[int, PassContext] = {}
 
@@ -122,7 +125,9 @@ class PassContext:
             ]
             segments = [replace(s, tree=t) for s, t in zip(self.segments, trees, strict=True)]
             wanted = None if self.wanted is None else bring(self.wanted)
-            self._others[device] = PassContext(segments, wanted=wanted, strict=self.strict)
+            self._others[device] = PassContext(
+                segments, wanted=wanted, strict=self.strict, exact=self.exact
+            )
         return self._others[device]
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:
@@ -179,6 +184,8 @@ def attend_packed(
     layer = module.layer_idx
     assert isinstance(layer, int)
     spec = read_spec(query.shape[-1], options)
+    if context.exact:
+        spec = replace(spec, exact=True)
     if context.strict:
         _check_options(attention_mask, options, spec)
     parts = []

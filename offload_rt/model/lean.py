@@ -8,7 +8,7 @@ both ways with random rows, and queries, keys, values and what leaves it are com
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,7 +108,8 @@ class LeanLayer:
     """
 
     def __init__(self, parts: _Parts, spec: AttentionSpec, index: int, forward: Forward) -> None:
-        self._parts, self._spec, self._index, self._forward = parts, spec, index, forward
+        self._parts, self._index, self._forward = parts, index, forward
+        self._specs = [replace(spec, exact=exact) for exact in (False, True)]
         self._sizes = sizes = parts.sizes
         code = assembled(sizes)
         self._before, self._after = code["before"], code["after"]
@@ -183,10 +184,10 @@ class LeanLayer:
     ) -> torch.Tensor:
         """Rows [S, heads, D] give [S, H, D], one after the other."""
         query, key, value = (rows.transpose(0, 1) for rows in (queries, keys, values))
-        parts = []
+        parts, spec = [], self._specs[context.exact]
         for cache, rows, tree in context.parts():
             cache.append(self._index, key[:, rows], value[:, rows])
-            parts.append(cache.attend(self._index, query[:, rows], self._spec, tree))
+            parts.append(cache.attend(self._index, query[:, rows], spec, tree))
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 

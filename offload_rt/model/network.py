@@ -33,6 +33,7 @@ from offload_rt.model.attention_function import (
     Segment,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.exact import make_exact, problem_of
 from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan_units
 from offload_rt.model.experts import EXPERTS_NAME, ExpertLender, lend_experts
 from offload_rt.model.formats.packed import (
@@ -121,6 +122,8 @@ class Network:
         pass_rows: rows of the newest pass.
         rows_done: rows that went through a layer, of all passes and layers.
         dequantising: who does that; None where no weight is quantised.
+        exact: what is computed of a row does not depend on the pass it is in (`exact.py`); set
+            before weights are kept, if at all.
 
     Raises:
         CheckpointError: transformers does not know the family, the family cannot be streamed, or
@@ -144,7 +147,7 @@ class Network:
         self.poll: Callable[[], None] = lambda: None
         self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
-        self._skips_layers = False
+        self._skips_layers = self.exact = False
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
@@ -189,7 +192,7 @@ class Network:
             replace_linears(self._layers[index], make)
             replace_linears(self._layers[index], lambda wired: make(wired.as_linear()), WiredLinear)
         elif pack:
-            pack_linears(self._layers[index])
+            pack_linears(self._layers[index], exact=self.exact)
         if pack or weights is not DraftWeights.SAME:
             self._holes[index] = []
         self.kept.add(index)
@@ -281,7 +284,7 @@ class Network:
         head, _ = _ends(self._model)
         if type(head) is not torch.nn.Linear or head.weight.dtype is not torch.bfloat16:
             return False
-        made = packed_exactly(head, HEAD_ROWS)
+        made = packed_exactly(head, HEAD_ROWS, exact=self.exact)
         if made is None:
             return False
         self._model.set_output_embeddings(made)  # type: ignore[operator]
@@ -323,10 +326,17 @@ class Network:
         for hole, tensor in pairs:
             hole.fill(tensor)
         with torch.inference_mode():
-            same = computes_the_same(self._layers[index])
+            same = computes_the_same(self._layers[index], exact=self.exact)
         for hole, _ in pairs:
             hole.fill(hole.meta)
         return same
+
+    def exact_problem(self, device: torch.device) -> str:
+        """Why passes there cannot be row-invariant; empty if they can. Before `attach`."""
+        if self.mixers:
+            return "layers with a recurrent state were not compared yet"
+        wide = widens(self.dtype, device)
+        return problem_of(self._model, self._layers, self.dtype, widens=wide)
 
     def attach(
         self,
@@ -361,10 +371,7 @@ class Network:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight
         self._leave_out_other_parts(device)
-        if widens(self.dtype, device):
-            widen_linears(self._model)
-            for linear in wired_linears(self._model):
-                linear.product = wide_linear
+        self._settle_products(device)
         _move_buffers(self._model, device)
         self._crossing = crossing
         for index, layer in enumerate(self._layers):
@@ -377,6 +384,15 @@ class Network:
             layer.forward = partial(
                 self._run_layer, index, forward, weights=lender, chunk_tokens=chunk_tokens
             )
+
+    def _settle_products(self, device: torch.device) -> None:
+        """Have linears compute as the device and `exact` need it."""
+        if widens(self.dtype, device):
+            widen_linears(self._model)
+            for linear in wired_linears(self._model):
+                linear.product = wide_linear
+        if self.exact:
+            make_exact(self._model)
 
     def _leave_out_other_parts(self, device: torch.device) -> None:
         """Give parameters of no part of the text network nothing, where passes run.
@@ -447,7 +463,7 @@ class Network:
         Returns:
             [R, V] logits of the wanted rows.
         """
-        context = PassContext(batch.segments, wanted=batch.logit_rows)
+        context = PassContext(batch.segments, wanted=batch.logit_rows, exact=self.exact)
         states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
         output = self._model(
             input_ids=batch.token_ids[None],

@@ -74,6 +74,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "kv": str(kv.place) if kv else "device",
         "kv_block_tokens": runtime.kv_block_tokens if kv else None,
         "kv_folder": runtime.kv_folder if kv else None,
+        "exact": str(runtime.exact),
         "draft": draft.draft,
         "draft_tokens": plan.first_nodes or None,
     }

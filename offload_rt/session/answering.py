@@ -64,7 +64,7 @@ def seeded(sampling: SamplingConfig) -> SamplingConfig:
 
 
 @contextmanager
-def started_engine(
+def started_engine(  # noqa: PLR0913 - what an engine is made of
     model: Model,
     settings: Settings,
     observer: Observer,
@@ -72,16 +72,25 @@ def started_engine(
     capacities: Sequence[int],
     prompt_tokens: int,
     kv_tokens: int | None = None,
+    repeats: bool = False,
 ) -> Iterator["Engine"]:
     """An engine for sequences of `capacities` KV rows, loaded under a gauge and closed at the end.
 
-    With `kv_tokens` they share so many rows.
-
     What it saw of drafting, and of the pace of passes, is kept for later plans.
+
+    Args:
+        model: opened.
+        settings: how it is run.
+        observer: is told how far loading is.
+        capacities: KV rows, one number per sequence.
+        prompt_tokens: of the largest prompt pass.
+        kv_tokens: rows that they share; None: each has its capacity.
+        repeats: a seed may come with any answer, and is to bring the same one again.
     """
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
-    draft = reproducible(settings.draft, settings.sampling)
+    config, sampling = model.checkpoint.config, settings.sampling
+    draft = reproducible(settings.draft, sampling, config, settings.runtime)
     if draft.over_retrieval and prompt_tokens <= draft.retrieval.budget_tokens:
         observer.note(
             f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "
@@ -108,6 +117,7 @@ def started_engine(
             prompt_tokens=prompt_tokens,
             kv_tokens=kv_tokens,
             draft=draft,
+            repeats=repeats or (sampling.seed is not None and not sampling.greedy),
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
         )

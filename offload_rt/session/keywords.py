@@ -44,6 +44,7 @@ class LoadOptions(AnswerOptions, total=False):
     kv: str
     kv_block_tokens: Auto
     kv_folder: Path | None
+    exact: Literal["auto", "on", "off"]
     link_bandwidth: float | str | Sequence[float] | None
     readers: int
     threads: Auto

@@ -5,13 +5,21 @@ import time
 from functools import cache
 from pathlib import Path
 
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import (
+    AcceptRule,
+    DraftConfig,
+    DraftShape,
+    RuntimeConfig,
+    SamplingConfig,
+)
 from offload_rt.costs.machine import Speeds, speeds_of
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.kinds import DeviceKind, sharing
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.config import ModelConfig
+from offload_rt.model.exactness import headers_problem
 from offload_rt.planning.history import experience_key, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
@@ -111,13 +119,33 @@ def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
         )
 
 
-def reproducible(draft: DraftConfig, sampling: SamplingConfig) -> DraftConfig:
-    """Fix what measured times would decide if a seed is to bring the same answer again."""
+def reproducible(
+    draft: DraftConfig, sampling: SamplingConfig, model: ModelConfig, runtime: RuntimeConfig
+) -> DraftConfig:
+    """Fix what measured times would decide, where that can change the answer of a seed.
+
+    It cannot where passes are row-invariant and a draft only proposes: one random number for each
+    place decides, whatever is drafted. Typical acceptance, and drafters that draw, go by the draft.
+    """
     if sampling.greedy or sampling.seed is None:
+        return draft
+    from offload_rt.device.opening import chosen_kind
+
+    kind = chosen_kind(runtime.each_device()[0])
+    if not rests_on_draft(draft) and not headers_problem(model, runtime, kind):
         return draft
     if draft.automatic:
         return dataclasses.replace(draft, draft="none")
     return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
+
+
+def rests_on_draft(draft: DraftConfig) -> bool:
+    """Whether a sampled answer depends on what is drafted: it is drawn, or not every rule is exact.
+
+    A draft model's chain is drawn; of a tree, and of all others, nodes are chosen.
+    """
+    draws = draft.over_retrieval or (bool(draft.model) and draft.shape is not DraftShape.TREE)
+    return draws or draft.accept is AcceptRule.TYPICAL
 
 
 def _stand_in(device: DeviceKind) -> str:

@@ -25,6 +25,7 @@ from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.session.answering import Answer, Answers, Piece, seeded, started_engine
 from offload_rt.session.interrupting import Stops
 from offload_rt.session.keywords import AnswerOptions, LoadOptions
+from offload_rt.session.means import rests_on_draft
 from offload_rt.session.observer import Gauge, Interrupted, Observer
 from offload_rt.session.opening import (
     AUTO_CONTEXT_TOKENS,
@@ -233,8 +234,9 @@ class Session:
         as fit: each pass over the weights serves all of them. Their seeds are `seed`, `seed + 1`,
         ...
 
-        With a seed of its own a sampled answer is made from a fresh cache, and without drafts
-        unless their number is fixed (`draft_tokens=4`): measured times would decide about it.
+        A sampled answer with a seed of its own is the same again. Where passes are not
+        row-invariant (`report.exact`) it is made from a fresh cache, and without drafts unless
+        their number is fixed (`draft_tokens=4`): measured times would decide about it.
 
         Args:
             prompts: a text, a conversation, token ids, or a list of those.
@@ -400,7 +402,8 @@ class Session:
         engine, sampling = self._engine, settings.sampling
         assert engine is not None
         repeats = not sampling.greedy and sampling.seed is not None
-        if repeats:
+        firm = engine.exact.on and not rests_on_draft(engine.draft)
+        if repeats and not firm:
             engine.forget()
         by_times = engine.controller is not None or self._settings.draft.automatic
         sampling = seeded(sampling)
@@ -414,7 +417,7 @@ class Session:
                 settings.generation,
                 seeds=None if first is None else [first + one.index for one in wave],
             )
-            if repeats and by_times:
+            if repeats and by_times and not firm:
                 answers.leave_out_drafts()
             if logprobs:
                 answers.keep_logprobs()
@@ -502,6 +505,7 @@ class Session:
                 self._observer,
                 capacities=room.capacities,
                 prompt_tokens=room.prompt_tokens,
+                repeats=True,
             )
         )
         self._engine, self._room, self._plan = engine, room, summary_of(engine)

@@ -12,6 +12,7 @@ so resident layers of the target may be packed too; `computes_the_same` makes su
 
 import ctypes
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch.nn import Linear
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.products import MOST_ROWS, PANEL, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.tiles import ROW_TILE, in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
 
@@ -33,17 +35,19 @@ class PackedLinear(torch.nn.Module):
 
     Args:
         linear: weight [O, I] in bf16 on the CPU, bias [O] or None.
+        exact: a row has the bits of one in a tile of rows, however many there are.
     """
 
-    def __init__(self, linear: torch.nn.Linear) -> None:
+    def __init__(self, linear: torch.nn.Linear, *, exact: bool = False) -> None:
         super().__init__()
+        self.exact = exact
         reorder = torch.ops.mkldnn._reorder_linear_weight
         self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
         start = torch.ops.mkldnn.data_ptr(self.weight)
         ask_for_large_pages(start, linear.weight.nbytes)
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
         outputs, inputs = linear.weight.shape
-        blocks = blocks_of(inputs, outputs)
+        blocks = blocks_of(inputs, outputs, ROW_TILE if exact else 1)
         self.inputs, self.outputs = inputs, outputs
         self.product: Product | None = None
         if blocks is not None and lies_in_panels(self.weight, linear.weight):
@@ -56,6 +60,9 @@ class PackedLinear(torch.nn.Module):
         # What is traced are torch's kernels.
         if product is not None and rows.numel() <= self._most_numbers and not traced():
             return product(rows)
+        return in_tiles(self._by_onednn, rows) if self.exact else self._by_onednn(rows)
+
+    def _by_onednn(self, rows: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
             rows, self.weight, self.bias, "none", [], ""
         )
@@ -96,35 +103,36 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def computes_the_same(module: torch.nn.Module) -> bool:
+def computes_the_same(module: torch.nn.Module, *, exact: bool = False) -> bool:
     """Whether every linear below `module` gives the very same numbers when packed."""
     linears = [child for child in module.modules() if type(child) is torch.nn.Linear]
     linears = [linear for linear in linears if linear.weight.dtype is torch.bfloat16]
     shapes = {(*linear.weight.shape, linear.bias is None): linear for linear in linears}
-    return all(packed_exactly(linear) is not None for linear in shapes.values())
+    return all(packed_exactly(each, exact=exact) is not None for each in shapes.values())
 
 
 def packed_exactly(
-    linear: torch.nn.Linear, counts: Sequence[int] = COMPARED_ROWS
+    linear: torch.nn.Linear, counts: Sequence[int] = COMPARED_ROWS, *, exact: bool = False
 ) -> PackedLinear | None:
     """The packed form of a linear, or None where that gives other numbers for so many rows."""
-    packed = PackedLinear(linear)
+    packed = PackedLinear(linear, exact=exact)
+    plain = partial(torch.nn.Linear.forward, linear)
     generator = torch.Generator().manual_seed(0)
     for count in counts:
         rows = torch.randn(1, count, linear.in_features, generator=generator)
         rows = rows.to(linear.weight.dtype)
-        if not torch.equal(packed(rows), linear(rows)):
+        if not torch.equal(packed(rows), in_tiles(plain, rows) if exact else plain(rows)):
             return None
     return packed
 
 
-def pack_linears(module: torch.nn.Module) -> None:
+def pack_linears(module: torch.nn.Module, *, exact: bool = False) -> None:
     """Replace every linear in bf16 below `module`; all else becomes memory of its own."""
-    replace_linears(module, _packed)
+    replace_linears(module, partial(_packed, exact=exact))
 
 
-def _packed(linear: torch.nn.Linear) -> PackedLinear | None:
-    return PackedLinear(linear) if linear.weight.dtype is torch.bfloat16 else None
+def _packed(linear: torch.nn.Linear, *, exact: bool) -> PackedLinear | None:
+    return PackedLinear(linear, exact=exact) if linear.weight.dtype is torch.bfloat16 else None
 
 
 def replace_linears(

@@ -1,0 +1,344 @@
+"""Attention whose bits for a row depend on the row and its past alone, not on the pass it is in.
+
+Kernels pick the order of their sums by the shapes they are given. So shapes follow from a row's
+position here, and from nothing else:
+
+    columns [0, own)      whole multiples of `PIECE`, in parts of `PART` from the first on
+    columns [own, + 64)   the piece the row itself is in; what comes after the row is masked
+
+Rows are attended together if they share a piece, padded to a multiple of `TILE`. Scores are
+written out in fp32. Of a tree, each row's path is put into consecutive columns, as a chain has it:
+in scattered columns not one row of 50 had the bits of a chain
+(docs/RESULTS.md, "Row-invariant passes"). Parts are merged by the number of columns, never by how
+many came at once.
+"""
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from offload_rt.attention.blocks import KEY_BLOCK, PIECE, SCORE_BYTES, TILE
+from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.kernels.tiles import evenly
+
+PART = KEY_BLOCK  # columns
+MERGE_AT = 8  # parts
+_UNSEEN = -1e30  # a score; finite, so that a part nobody sees weighs 0
+_PLANS_KEPT = 16  # of trees: those of a pass
+
+
+def attend_exact(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    spec: AttentionSpec,
+    tree: PendingTree | None = None,
+) -> torch.Tensor:
+    """Attend from the last S of T rows to all of them, causally or along a tree.
+
+    Args:
+        query: [H, S, D].
+        key: [K, T, D], from the first row of the sequence on; the last S are the query's own.
+        value: [K, T, D].
+        spec: how the layer attends.
+        tree: which of the last rows each query row sees; None: all before it, and itself.
+
+    Returns:
+        [S, H, D].
+    """
+    rows, cached = query.shape[1], key.shape[1]
+    committed = cached - (rows if tree is None else tree.positions.numel())
+    attention = ExactAttention(query, key.shape[0], spec, committed, tree)
+    for start in range(0, attention.tail, PART):
+        part = slice(start, start + PART)
+        attention.add(start, key[:, part], value[:, part])
+    return attention.result(key[:, attention.tail :], value[:, attention.tail :])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Group:
+    """Query rows that share a piece, and all that comes before it.
+
+    Attributes:
+        rows: which of the query.
+        own: column at which their piece begins.
+        at: [n] position of each.
+        path: pending rows in the columns from the committed ones up to `own`, of a tree.
+        piece: [n, PIECE] of a tree, what is in each column of the piece: a number of a row, counted
+            from the first that is committed and in the piece; None: rows as they lie.
+    """
+
+    rows: slice | torch.Tensor
+    own: int
+    at: torch.Tensor
+    path: torch.Tensor | None = None
+    piece: torch.Tensor | None = None
+
+
+class ExactAttention:
+    """Attention of one query to committed rows that come part by part, then to the rest.
+
+    Args:
+        query: [H, S, D].
+        kv_heads: K.
+        spec: how the layer attends.
+        committed: columns before the pending ones.
+        tree: which pending rows each sees; None: the query's own, each all before it.
+
+    Attributes:
+        tail: the first column that is in no whole part of committed ones.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        kv_heads: int,
+        spec: AttentionSpec,
+        committed: int,
+        tree: PendingTree | None = None,
+    ) -> None:
+        heads, self._rows, _ = query.shape
+        self._heads, self._spec, self._like = heads // kv_heads, spec, query
+        self._committed, self.tail = committed, committed // PART * PART
+        most = max(1, SCORE_BYTES // (heads * (PART + PIECE) * 4))
+        if tree is None:
+            self._groups = _of_chain(committed, self._rows, most, query.device)
+        else:
+            self._groups = _of_tree(tree, committed, most)
+        wide = query.unflatten(0, (kv_heads, -1)).float() * spec.scaling  # [K, G, S, D]
+        self._queries = [_tiled(wide[:, :, group.rows].flatten(1, 2)) for group in self._groups]
+        self._parts: list[list[_Part]] = [[] for _ in self._groups]
+
+    def add(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Attend to the committed columns from `start`: [K, PART, D] each; part after part."""
+        seeing = [n for n, g in enumerate(self._groups) if self._first_seen(g) < start + PART]
+        if not seeing:  # out of sight for all rows there may be in their pieces
+            return
+        key, value = _wide(key), _wide(value)
+        for number in seeing:
+            self._add_whole(number, start, key, value)
+
+    def result(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Attend to the columns from `tail` on: [K, T, D] each, all pending ones last.
+
+        Returns:
+            [S, H, D].
+        """
+        done = [self._finished(number, key, value) for number in range(len(self._groups))]
+        if len(done) == 1 and isinstance(self._groups[0].rows, slice):
+            return done[0]
+        out = done[0].new_empty(self._rows, *done[0].shape[1:])
+        for group, rows in zip(self._groups, done, strict=True):
+            out[group.rows] = rows
+        return out
+
+    def _finished(self, number: int, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """A group's rows [n, H, D]."""
+        group, tail, count = self._groups[number], self.tail, len(self._groups[number].at)
+        past = [_before(rows, group, self._committed - tail, tail) for rows in (key, value)]
+        start = tail
+        while start + PART <= group.own:
+            part = slice(start - tail, start - tail + PART)
+            self._add_whole(number, start, *(_wide(rows[:, part]) for rows in past))
+            start += PART
+        first = max(start, self._first_seen(group))
+        past = [_wide(rows[:, first - tail :]) for rows in past]
+        own = group.own if group.piece is None else min(group.own, self._committed)
+        behind = [rows[:, own - tail :] for rows in (key, value)]
+        self._add_last(number, first, past, behind)
+        parts = self._parts[number]
+        if (sinks := self._spec.sinks) is not None:
+            nothing, sums = parts[0]
+            given = sinks.float().view(-1, self._heads, 1).expand(-1, -1, count)
+            filled = torch.zeros_like(sums)
+            filled[:, : self._heads * count] = given.flatten(1)
+            parts.append((torch.zeros_like(nothing), filled))
+        out = parts[0][0] if len(parts) == 1 else _merge(parts)[0]
+        out = out[:, : self._heads * count].unflatten(1, (self._heads, count))
+        return out.permute(2, 0, 1, 3).flatten(1, 2).to(self._like.dtype)
+
+    def _first_seen(self, group: _Group) -> int:
+        """The first column of a piece that any row of the group's piece may see."""
+        window = self._spec.window
+        return 0 if window is None else max(0, group.own - window + 1) // PIECE * PIECE
+
+    def _add_whole(self, number: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Attend to columns [start, start + PART), in fp32, all before the group's piece."""
+        group = self._groups[number]
+        first = max(start, self._first_seen(group))
+        if first >= start + PART:
+            return
+        key, value = key[:, first - start :], value[:, first - start :]
+        scores = self._scores(number, key)
+        self._hide(scores, group, first)
+        weights = torch.softmax(scores, dim=-1)
+        self._append(number, torch.matmul(weights, value), scores, weights)
+
+    def _add_last(
+        self, number: int, first: int, past: list[torch.Tensor], behind: list[torch.Tensor]
+    ) -> None:
+        """Attend to columns from `first` on, of which `past` are before the group's piece."""
+        group, width = self._groups[number], past[0].shape[1]
+        if group.piece is None:
+            behind = [rows[:, :PIECE] for rows in behind]
+        key, value = (_filled(rows) for rows in behind)
+        if group.piece is None:
+            scores = self._scores(number, torch.cat([past[0], key], dim=1))
+        else:
+            found = self._scores(number, key)
+            scores = found.new_zeros(*found.shape[:2], width + PIECE)
+            if width:
+                scores[..., :width] = self._scores(number, past[0])
+            index = group.piece.expand(found.shape[0], self._heads, -1, -1)
+            shown, target = self._by_row(found, group), self._by_row(scores, group)
+            target[..., width:] = shown.gather(-1, index)
+        self._hide(scores, group, first, group.own)
+        weights = torch.softmax(scores, dim=-1)
+        own = weights[..., width:]
+        if group.piece is None:
+            out = torch.matmul(own, value)
+        else:  # [K, n, G, PIECE] and [K, n, PIECE, D]
+            by_row = _tiled(self._by_row(own, group).transpose(1, 2))
+            made = torch.matmul(by_row, value[:, group.piece])[:, :, : self._heads]
+            out = _tiled(made.transpose(1, 2).flatten(1, 2))
+        if width:
+            out = torch.matmul(weights[..., :width], past[1]) + out
+        self._append(number, out, scores, weights)
+
+    def _scores(self, number: int, key: torch.Tensor) -> torch.Tensor:
+        """[K, R, columns] of a group's rows and keys [K, columns, D]."""
+        scores = torch.matmul(self._queries[number], key.transpose(1, 2))
+        cap = self._spec.softcap
+        return scores if cap is None else evenly(torch.tanh, scores / cap) * cap
+
+    def _by_row(self, numbers: torch.Tensor, group: _Group) -> torch.Tensor:
+        """[K, R, ...] without what fills it up: a view [K, G, n, ...]."""
+        count = len(group.at)
+        return numbers[:, : self._heads * count].unflatten(1, (self._heads, count))
+
+    def _hide(
+        self, scores: torch.Tensor, group: _Group, first: int, own: int | None = None
+    ) -> None:
+        """Hide what rows do not see of columns from `first` on; of their piece, what is later."""
+        width, window = scores.shape[-1], self._spec.window
+        at = group.at[:, None]
+        if window is not None:
+            columns = torch.arange(first, first + width, device=scores.device)
+            hidden = columns <= at - window
+            if own is not None:
+                hidden |= columns > at
+            self._by_row(scores, group).masked_fill_(hidden, _UNSEEN)
+        elif own is not None:
+            columns = torch.arange(own, own + PIECE, device=scores.device)
+            piece = self._by_row(scores, group)[..., width - PIECE :]
+            piece.masked_fill_(columns > at, _UNSEEN)
+
+    def _append(
+        self, number: int, out: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
+    ) -> None:
+        parts = self._parts[number]
+        # The largest weight is exp(largest score - log of the sum).
+        parts.append((out, scores.amax(dim=-1) - evenly(torch.log, weights.amax(dim=-1))))
+        if len(parts) == MERGE_AT:
+            self._parts[number] = [_merge(parts)]
+
+
+_Part = tuple[torch.Tensor, torch.Tensor]  # [K, R, D] and its log-sum-exp [K, R], fp32
+
+
+def _merge(parts: list[_Part]) -> _Part:
+    """One part of several, each row by itself."""
+    sums = torch.stack([lse for _, lse in parts], dim=-1)  # [K, R, P]
+    weights = torch.softmax(sums, dim=-1)
+    out = parts[0][0] * weights[..., :1]
+    for place, (part, _) in enumerate(parts[1:], 1):
+        out += part * weights[..., place : place + 1]
+    return out, sums.amax(dim=-1) - evenly(torch.log, weights.amax(dim=-1))
+
+
+def _before(rows: torch.Tensor, group: _Group, committed: int, tail: int) -> torch.Tensor:
+    """Rows [K, T, D] before a group's piece, of which so many are committed."""
+    if group.path is None:
+        return rows[:, : group.own - tail]
+    return torch.cat([rows[:, :committed], rows[:, committed:][:, group.path]], dim=1)
+
+
+def _wide(rows: torch.Tensor) -> torch.Tensor:
+    """In fp32 and in memory of its own, laid out alike wherever the rows come from."""
+    return rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+
+
+def _tiled(rows: torch.Tensor) -> torch.Tensor:
+    """[..., R, D] with rows of zeros up to a multiple of `TILE`."""
+    return _padded(rows, TILE)
+
+
+def _filled(rows: torch.Tensor) -> torch.Tensor:
+    """[K, T, D] in fp32 with zeros up to a multiple of `PIECE`."""
+    return _padded(_wide(rows), PIECE)
+
+
+def _padded(rows: torch.Tensor, unit: int) -> torch.Tensor:
+    missing = -rows.shape[-2] % unit
+    return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _of_chain(committed: int, rows: int, most: int, device: torch.device) -> tuple[_Group, ...]:
+    """Rows by their piece, at most so many together."""
+    groups, start = [], committed
+    while start < committed + rows:
+        own = start // PIECE * PIECE
+        stop = min(own + PIECE, start + most, committed + rows)
+        at = torch.arange(start, stop, device=device)
+        groups.append(_Group(slice(start - committed, stop - committed), own, at))
+        start = stop
+    return tuple(groups)
+
+
+_plans: "OrderedDict[tuple[int, int, int], tuple[PendingTree, tuple[_Group, ...]]]" = OrderedDict()
+
+
+def _of_tree(tree: PendingTree, committed: int, most: int) -> tuple[_Group, ...]:
+    """The same of a tree; found once for all layers."""
+    key = id(tree), committed, most
+    if key not in _plans:  # kept with the tree, so that no other one has its number
+        _plans[key] = tree, tuple(_groups_of_tree(tree, committed, most))
+        while len(_plans) > _PLANS_KEPT:
+            _plans.popitem(last=False)
+    return _plans[key][1]
+
+
+def _groups_of_tree(tree: PendingTree, committed: int, most: int) -> list[_Group]:
+    """Rows by their piece and their path up to it."""
+    device = tree.visible.device
+    paths = [  # parents come before children, so a path is in the order of its places
+        [row for row, seen in enumerate(line) if seen] for line in tree.visible.tolist()
+    ]  # host sync
+    by_past: dict[tuple[int, ...], list[int]] = {}
+    for row, path in enumerate(paths):
+        own = (committed + len(path) - 1) // PIECE * PIECE
+        by_past.setdefault((own, *path[: max(0, own - committed)]), []).append(row)
+    groups = []
+    for (own, *past), members in by_past.items():
+        for start in range(0, len(members), most):
+            rows = members[start : start + most]
+            before = max(0, committed - own)  # committed rows in the piece
+            pieces = []
+            for row in rows:
+                there = [*range(before), *(before + p for p in paths[row][len(past) :])]
+                pieces.append([*there, *[there[-1]] * (PIECE - len(there))])
+            groups.append(
+                _Group(
+                    rows=torch.tensor(rows, device=device),
+                    own=own,
+                    at=torch.tensor(
+                        [committed + len(paths[row]) - 1 for row in rows], device=device
+                    ),
+                    path=torch.tensor(past, device=device) if past else None,
+                    piece=torch.tensor(pieces, device=device),
+                )
+            )
+    return groups

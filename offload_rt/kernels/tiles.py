@@ -1,0 +1,43 @@
+"""Shapes for which torch's kernels give a row, or a number, the same bits whatever comes beside it.
+
+A product of one row adds up in another order than one of many, and rows left over from whole
+multiples of 4 do, too; multiples of 16 are one class (docs/RESULTS.md, "Row-invariant passes").
+"""
+
+from collections.abc import Callable
+
+import torch
+
+ROW_TILE = 16  # rows of a product
+_GRAIN = 2**15  # numbers that one thread takes at least, of torch's elementwise kernels
+_LANES = 64  # numbers that those take at once, for any format
+
+Forward = Callable[[torch.Tensor], torch.Tensor]
+
+
+def in_tiles(forward: Forward, rows: torch.Tensor) -> torch.Tensor:
+    """What `forward` makes of rows [..., I], given a multiple of `ROW_TILE` of them: [..., O]."""
+    flat = rows.reshape(-1, rows.shape[-1])
+    count = flat.shape[0]
+    if missing := -count % ROW_TILE:
+        flat = torch.nn.functional.pad(flat, (0, 0, 0, missing))
+    return forward(flat)[:count].view(*rows.shape[:-1], -1)
+
+
+def evenly(function: Forward, numbers: torch.Tensor) -> torch.Tensor:
+    """An elementwise function of any tensor, all of it in whole vectors, whatever its size.
+
+    What is left over from whole vectors, at each thread's end, is computed by other code, an ulp
+    apart for exponentials and the like. Here nothing is left over.
+    """
+    flat = numbers.reshape(-1)
+    count, most = flat.numel(), torch.get_num_threads()
+    filled = -1
+    whole = count
+    while whole != filled:  # more numbers may go to more threads
+        filled = whole
+        unit = _LANES * min(most, -(-filled // _GRAIN))
+        whole = -(-filled // unit) * unit if unit else filled
+    if whole > count:
+        flat = torch.cat([flat, flat.new_zeros(whole - count)])
+    return function(flat)[:count].view(numbers.shape)

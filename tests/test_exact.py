@@ -1,0 +1,405 @@
+"""Row-invariant passes: a row's logits are the same bits, whatever the pass it is in.
+
+Each measure that makes them so is switched off once and must be missed.
+"""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from engines import PROMPT, engine_for, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_rt.attention import exact as attention
+from offload_rt.attention.blocks import PIECE
+from offload_rt.attention.exact import PART, attend_exact
+from offload_rt.attention.rows import attend_rows
+from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.config import DraftConfig, DraftShape, Exact, KVPlace, SamplingConfig
+from offload_rt.errors import PlanError
+from offload_rt.kernels import products, tiles
+from offload_rt.kernels.tiles import evenly
+from offload_rt.kv import offloaded
+from offload_rt.model import exact
+from offload_rt.model.formats import packed
+from offload_rt.runner.tree import ROOT, TokenTree
+from offload_rt.sampling import target_probs
+
+# Odd widths, more inputs than a block of oneDNN's, and heads whose groups fill no tile.
+SIZES = {
+    "hidden_size": 192,
+    "intermediate_size": 1419,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+}
+# What kernels of our own multiply.
+PACKED = SIZES | {"hidden_size": 1152, "intermediate_size": 1280, "head_dim": 64}
+TEXT = [(i * 37 + 11) % 300 for i in range(150)]
+TREE = TokenTree((9, 8, 7, 6, 5, 4, 3, 2), (ROOT, 0, 1, 0, 3, ROOT, 5, 4))
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """What one test found of products is not known to the next."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def short_parts(monkeypatch):
+    """Parts that a short text has several of, and merges often."""
+    monkeypatch.setattr(attention, "PART", PIECE)
+    monkeypatch.setattr(offloaded, "PART", PIECE)
+    monkeypatch.setattr(attention, "MERGE_AT", 2)
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def random_rows(rows, heads=6, kv_heads=2, dim=16, dtype=torch.bfloat16):
+    made = torch.Generator().manual_seed(rows)
+    shapes = ((heads, rows, dim), (kv_heads, rows, dim), (kv_heads, rows, dim))
+    return [torch.randn(shape, generator=made).mul(2).to(dtype) for shape in shapes]
+
+
+def one_by_one(query, key, value, spec, rows):
+    """Each of the newest rows in a pass of its own."""
+    cached = key.shape[1]
+    return torch.cat(
+        [
+            attend_exact(query[:, i : i + 1], key[:, : i + 1], value[:, : i + 1], spec)
+            for i in range(cached - rows, cached)
+        ]
+    )
+
+
+def spec_of(**more):
+    return AttentionSpec(scaling=0.3, exact=True, **more)
+
+
+SPECS = [
+    spec_of(),
+    spec_of(window=50),
+    spec_of(window=200, softcap=3.0),
+    spec_of(sinks=torch.linspace(-1, 2, 6)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("spec", SPECS)
+@pytest.mark.parametrize("cached", [70, 300])
+def test_attention_of_a_row_has_the_same_bits_in_any_pass(cached, spec, dtype, short_parts):
+    query, key, value = random_rows(cached, dtype=dtype)
+    for count in (1, 3):
+        with threads(count):
+            alone = one_by_one(query, key, value, spec, 66)
+            for rows in (2, 5, 16, 33, 66):
+                assert torch.equal(attend_exact(query[:, -rows:], key, value, spec), alone[-rows:])
+            assert torch.equal(attend_exact(query, key, value, spec)[-66:], alone)
+    plain = AttentionSpec(
+        **{n: getattr(spec, n) for n in ("scaling", "window", "softcap", "sinks")}
+    )
+    wide = [rows.double().float() for rows in (query, key, value)]
+    expected = attend_rows(*wide, plain)[-66:]
+    assert torch.allclose(alone.float(), expected, atol=2e-5 if dtype is torch.float32 else 2e-2)
+
+
+def test_parts_of_usual_size_are_cut_alike():
+    query, key, value = random_rows(PART + 200)
+    alone = one_by_one(query, key, value, SPECS[0], 5)
+    assert torch.equal(attend_exact(query[:, -70:], key, value, SPECS[0])[-5:], alone)
+    assert torch.equal(attend_exact(query, key, value, SPECS[0])[-5:], alone)
+
+
+@st.composite
+def trees(draw_from):
+    nodes = draw_from(st.integers(1, 24))
+    deep = draw_from(st.booleans())
+    return [draw_from(st.integers(max(ROOT, n - 2) if deep else ROOT, n - 1)) for n in range(nodes)]
+
+
+def pending(parents, committed):
+    """What each row of a tree sees, and where it is."""
+    visible = torch.eye(len(parents), dtype=torch.bool)
+    for row, parent in enumerate(parents):
+        if parent != ROOT:
+            visible[row] |= visible[parent]
+    return PendingTree(visible, committed + visible.sum(1) - 1)
+
+
+def tree_bits(parents, committed, spec, dtype=torch.bfloat16):
+    """Rows of a tree, and the same as newest rows of the chains that are their paths."""
+    tree = pending(parents, committed)
+    query, key, value = random_rows(committed + len(parents), dtype=dtype)
+    together = attend_exact(query[:, committed:], key, value, spec, tree)
+    paths = []
+    for row, seen in enumerate(tree.visible):
+        path = [*range(committed), *(committed + seen.nonzero().flatten()).tolist()]
+        own = query[:, committed + row : committed + row + 1]
+        paths.append(attend_exact(own, key[:, path], value[:, path], spec))
+    return together, torch.cat(paths)
+
+
+@settings(deadline=None, max_examples=15)
+@given(parents=trees(), committed=st.sampled_from([0, 5, 50, 63, 64, 190]), spec=st.integers(0, 3))
+def test_a_row_of_a_tree_has_the_bits_of_its_path(parents, committed, spec):
+    together, alone = tree_bits(parents, committed, SPECS[spec])
+    assert torch.equal(together, alone)
+
+
+def test_scattered_columns_of_a_tree_are_missed(monkeypatch):
+    def scattered(tree, committed, most):
+        (group, *others) = real(tree, committed, most)
+        assert not others
+        pieces = group.piece.clone()
+        for line, at in zip(pieces, group.at.tolist(), strict=True):
+            line[: at + 1] = line[: at + 1].flip(0)  # all it sees, in another order
+        return [attention._Group(group.rows, group.own, group.at, group.path, pieces)]
+
+    real = attention._groups_of_tree
+    monkeypatch.setattr(attention, "_groups_of_tree", scattered)
+    assert not torch.equal(*tree_bits([ROOT, 0, 0, 1, 2, 3], 50, SPECS[0], torch.float32))
+
+
+def test_every_number_is_in_a_whole_vector():
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (1, 63, 3 * 1419, 2**15 + 7, 3 * 2**15 + 100):
+            numbers = torch.randn(size).to(dtype)
+            for count in (1, 2, 3):
+                with threads(count):
+                    whole = torch.cat([evenly(torch.sigmoid, part) for part in numbers.split(1000)])
+                    assert torch.equal(evenly(torch.sigmoid, numbers), whole)
+
+
+# --- a network -----------------------------------------------------------------------------------
+
+
+def logits_of_passes(engine):
+    """The same rows of a text in many ways: [S, V] each, of rows from some place on."""
+    first, *later = TEXT[:100]
+    engine.forward([(0, [first])], reuse=True)
+    alone = [engine.forward([(0, [token])], reuse=False)[0].clone() for token in later]
+    yield 1, torch.stack(alone)
+    for start, rows in ((40, 17), (33, 64), (5, 3), (0, 99)):
+        engine.truncate(0, start)
+        (logits,) = engine.check([(0, TEXT[start], TokenTree.chain(TEXT[start + 1 :][: rows - 1]))])
+        engine._caches[0].truncate(start)
+        yield start, logits.clone()
+    engine.truncate(0, 0)
+    yield 99, engine.forward([(0, TEXT[:100])], reuse=True).clone()
+    engine.truncate(0, 0)
+    both = engine.forward([(0, TEXT[:60]), (1, TEXT[70:95])], reuse=True).clone()
+    yield 59, both[:1]
+    tree = TokenTree((TEXT[61], 9, TEXT[62], 8, TEXT[63]), (ROOT, ROOT, 0, 0, 2))
+    (logits, _) = engine.check([(0, TEXT[60], tree), (1, 7, TREE)])
+    yield 60, logits[[0, 1, 3, 5]].clone()
+
+
+def agree(engine):
+    """Whether all of them have the bits of rows that were computed one by one."""
+    (_, alone), *others = logits_of_passes(engine)
+    assert alone.unique(dim=0).shape[0] > 50
+    return all(
+        torch.equal(rows, alone[start - 1 :][: len(rows)] if start else rows_from(alone, rows))
+        for start, rows in others
+    )
+
+
+def rows_from(alone, rows):
+    """Of a pass from the first row on, which nothing is compared with, the others."""
+    return torch.cat([rows[:1], alone[: len(rows) - 1]])
+
+
+def engines(folder, **config):
+    config = {"exact": Exact.ON, "prefill_chunk_tokens": 48} | config
+    return engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_row_has_the_same_logits_in_any_pass(dtype, count, make_tiny, monkeypatch):
+    with engines(make_tiny("llama", **SIZES, dtype=dtype), threads=count) as engine:
+        assert engine.exact.on
+        assert agree(engine)
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma2", "phi3"])
+def test_other_families_too(family, make_tiny, short_parts):
+    window = {"head_dim": 32, "sliding_window": 40, "pad_token_id": 0}
+    with engines(make_tiny(family, **(SIZES | window), dtype="bfloat16"), threads=2) as engine:
+        assert engine.exact.on
+        assert agree(engine)
+
+
+STREAMED = {"resident_layers": 1, "slots": 1}
+ON_DISK = STREAMED | {"kv": KVPlace.DISK, "kv_block_tokens": 24}
+
+
+@pytest.mark.parametrize("config", [STREAMED, ON_DISK, {"prefill_chunk_tokens": 7}])
+@pytest.mark.parametrize("sizes", [SIZES, PACKED])
+def test_where_things_are_changes_no_bit(config, sizes, make_tiny, short_parts):
+    folder = make_tiny("llama", **sizes, dtype="bfloat16")
+    with engines(folder) as engine:
+        expected = list(logits_of_passes(engine))
+    with engines(folder, **config) as engine:
+        assert agree(engine)
+        for (_, one), (_, other) in zip(expected, logits_of_passes(engine), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_without_bf16_instructions(make_tiny, monkeypatch):
+    monkeypatch.setattr("offload_rt.model.formats.wide.processor", lambda: ("some", ""))
+    with engines(make_tiny("llama", **SIZES, dtype="bfloat16")) as engine:
+        assert engine.exact.on
+        assert agree(engine)
+
+
+def no_tiles(forward, rows):
+    return forward(rows)
+
+
+def switch_off(measure, monkeypatch):
+    if measure == "tiles":
+        monkeypatch.setattr(exact, "in_tiles", no_tiles)
+        monkeypatch.setattr(exact, "unlike_product", lambda *_: "")
+    elif measure == "vectors":
+        monkeypatch.setattr(exact, "evenly", no_tiles)
+    elif measure == "attention":
+        monkeypatch.setattr("offload_rt.attention.rows.attend_exact", inexact)
+    elif measure == "query rows":
+        monkeypatch.setattr(attention, "TILE", 1)
+    elif measure == "columns":
+        monkeypatch.setattr(attention, "_filled", lambda rows: rows.float())
+        monkeypatch.setattr(attention, "PIECE", 1)
+    elif measure == "blocks":
+        blocks = products.blocks_of
+        monkeypatch.setattr(packed, "blocks_of", lambda i, o, tile: blocks(i, o))
+        monkeypatch.setattr(packed, "computes_the_same", lambda *_, **__: True)
+        monkeypatch.setattr("offload_rt.model.network.computes_the_same", lambda *_, **__: True)
+
+
+def inexact(query, key, value, spec, tree=None):
+    plain = AttentionSpec(scaling=spec.scaling, window=spec.window, softcap=spec.softcap)
+    return attend_rows(query, key, value, plain, tree)
+
+
+MUTANTS = [("tiles", "float32"), ("vectors", "float32"), ("query rows", "float32")]
+MUTANTS += [("attention", "float32"), ("attention", "bfloat16")]
+
+
+@pytest.mark.parametrize(("measure", "dtype"), MUTANTS)
+def test_each_measure_is_missed(measure, dtype, make_tiny, monkeypatch):
+    folder = make_tiny("llama", **SIZES, dtype=dtype)
+    switch_off(measure, monkeypatch)
+    with engines(folder, threads=3) as engine:
+        assert not agree(engine)
+
+
+@pytest.mark.skipif(bool(products.problem()), reason=f"no kernels: {products.problem()}")
+def test_the_order_of_sums_of_few_rows_is_missed(make_tiny, monkeypatch):
+    folder = make_tiny("llama", **PACKED, dtype="bfloat16")
+    with engines(folder) as engine:
+        linear = engine.network._layers[0].mlp.down_proj
+        assert linear.exact
+        assert linear.product is not None
+        assert agree(engine)
+    switch_off("blocks", monkeypatch)
+    with engines(folder) as engine:
+        assert not agree(engine)
+
+
+def test_merging_by_counts_is_missed(make_tiny, short_parts, monkeypatch):
+    folder = make_tiny("llama", **SIZES, dtype="float32")
+    blocks = offloaded.OffloadedKV._attend_by_blocks
+    monkeypatch.setattr(offloaded.OffloadedKV, "_attend_exactly", blocks)
+    with engines(folder, **ON_DISK) as engine:
+        assert not agree(engine)
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)])
+@pytest.mark.parametrize("config", [{}, STREAMED, ON_DISK])
+def test_drafting_changes_no_token_in_bf16(config, sampling, make_tiny):
+    folder, prompt = make_tiny("llama", **SIZES, dtype="bfloat16"), PROMPT * 3
+    options = {"prompts": (prompt,), "tokens": 48, "exact": Exact.ON}
+    with engine_for(folder, **options, **config) as engine:
+        expected = generate(engine, (prompt,), 48, sampling)
+    tree = {"shape": DraftShape.TREE}
+    drafts = [{"draft": "ngram"}, {"draft": f"model:{folder}"} | tree]
+    if config == STREAMED:  # copies of what is streamed draft
+        drafts.append({"draft": "self"} | tree)
+    for draft in drafts:
+        made = DraftConfig(draft_tokens=12, **draft)
+        with engine_for(folder, **options, **config, draft=made) as engine:
+            assert engine.exact.on
+            assert generate(engine, (prompt,), 48, sampling) == expected
+
+
+def test_a_probability_is_the_same_in_any_number_of_rows():
+    logits = torch.randn(5, 2**17 + 3) * 4
+    sampling = SamplingConfig(temperature=0.7, seed=1)
+    with threads(3):
+        together = target_probs(logits, sampling)
+        alone = torch.cat([target_probs(row[None], sampling) for row in logits])
+    assert torch.equal(together, alone)
+
+
+# --- who decides ---------------------------------------------------------------------------------
+
+
+def test_auto_is_on_where_something_streams_or_drafts(make_tiny):
+    folder, auto = make_tiny("llama"), {"exact": Exact.AUTO}
+    with engine_for(folder, **auto) as engine:
+        assert engine.exact.why == "all is on the device and nobody drafts"
+        assert not engine.network.exact
+    with engine_for(folder, exact=Exact.OFF, **STREAMED) as engine:
+        assert engine.exact.why == "--exact off"
+    for more in (STREAMED, {"draft": DraftConfig(draft="ngram", draft_tokens=4)}):
+        with engine_for(folder, **auto, **more) as engine:
+            assert (engine.exact.rows, engine.exact.key_block) == (tiles.ROW_TILE, PIECE)
+
+
+def test_what_cannot_be_exact_says_why(make_tiny, monkeypatch):
+    experts = make_tiny("mixtral", num_local_experts=4, num_experts_per_tok=2)
+    with engine_for(experts, exact=Exact.AUTO, **STREAMED) as engine:
+        assert "an expert computes as many rows" in engine.exact.why
+    refusal = pytest.raises(PlanError, match="as an expert computes")
+    with refusal as refused, engine_for(experts, exact=Exact.ON):
+        pass
+    assert refused.value.exit_code == 3
+    monkeypatch.setattr(exact, "in_tiles", no_tiles)
+    streamed = {"exact": Exact.AUTO} | STREAMED
+    with engine_for(make_tiny("llama", dtype="float32"), **streamed) as engine:
+        assert "has other bits in passes of" in engine.exact.why
+        assert not engine.network.exact
+
+
+def test_what_was_alike_is_not_compared_again(make_tiny, monkeypatch):
+    folder, compared = make_tiny("llama"), []
+    real = exact.unlike_product
+    monkeypatch.setattr(exact, "unlike_product", lambda *a: compared.append(a) or real(*a))
+    for _ in range(2):
+        with engine_for(folder, exact=Exact.AUTO, **STREAMED) as engine:
+            assert engine.exact.on
+    assert len(compared) == len(set(compared)) > 2
+
+
+def test_drafts_keep_the_fast_path(make_tiny):
+    folder = make_tiny("llama")
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4)
+    with engine_for(folder, draft=draft, exact=Exact.AUTO) as engine:
+        assert engine.exact.on
+        assert not engine._draft_model.network.exact
