@@ -124,6 +124,7 @@ class DrafterWords:
         choices: what may follow it, if that is not a name somebody gave; `argument` lists them.
         over_retrieval: it drafts over a retrieval cache, with another drafter below.
         over_own_rows: it drafts over the target's own cache, behind what is committed there.
+        of_hidden: it drafts with a layer of its own, from the target's hidden states.
         folder: of its code.
     """
 
@@ -135,6 +136,7 @@ class DrafterWords:
     choices: tuple[str, ...] = ()
     over_retrieval: bool = False
     over_own_rows: bool = False
+    of_hidden: bool = False
     folder: str = ""
 
     def takes(self, argument: str) -> bool:
@@ -184,6 +186,13 @@ DRAFTERS = {
         choices=(DraftWeights.INT4, DraftWeights.INT8),
         over_own_rows=True,
         folder="self_draft",
+    ),
+    "mtp": DrafterWords(
+        about="mtp, the module for drafting that some checkpoints carry",
+        tokens=8,
+        called="mtp",
+        of_hidden=True,
+        folder="mtp",
     ),
 }
 
@@ -304,7 +313,7 @@ class DraftConfig:
     shape: DraftShape = option(
         DraftShape.AUTO,
         "--draft-shape",
-        "Whether a draft model drafts one continuation or a tree of several; auto is a tree "
+        "Whether a model or mtp drafts one continuation or a tree of several; auto is a tree "
         "from 9 tokens on.",
     )
     draft_window: int | None = option(
@@ -317,8 +326,9 @@ class DraftConfig:
     draft_weights: DraftWeights = option(
         DraftWeights.AUTO,
         "--draft-weights",
-        "How a draft model's weights are kept: as in its files, or rounded, which is faster "
-        "and smaller and changes guesses, never answers; auto is int8 for bf16 models on a CPU.",
+        "How the weights of a draft model, or of mtp, are kept: as in the files, or rounded, which "
+        "is faster and smaller and changes guesses, never answers; auto is int8 for bf16 models on "
+        "a CPU.",
     )
     accept: AcceptRule = option(
         AcceptRule.LOSSLESS,
@@ -348,10 +358,11 @@ class DraftConfig:
         check_bounds(self)
         if not words.tokens and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
-        if not (self.model or words.over_own_rows) and self.shape is not DraftShape.AUTO:
-            raise ConfigError("--draft-shape is for drafting with a MODEL, or with self")
-        if not self.model and self.draft_weights is not DraftWeights.AUTO:
-            raise ConfigError("--draft-weights is for drafting with a MODEL")
+        grows = self.model or words.over_own_rows or words.of_hidden
+        if not grows and self.shape is not DraftShape.AUTO:
+            raise ConfigError("--draft-shape is for drafting with a MODEL, self or mtp")
+        if not self.has_weights and self.draft_weights is not DraftWeights.AUTO:
+            raise ConfigError("--draft-weights is for drafting with a MODEL, or with mtp")
         if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
@@ -396,6 +407,11 @@ class DraftConfig:
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
         return self._named("MODEL")
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether weights draft that are neither the target's own nor copies of them."""
+        return bool(self.model) or self.words.of_hidden
 
     @property
     def heads(self) -> str:

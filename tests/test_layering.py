@@ -71,12 +71,13 @@ TORCH_FREE = {
     *("profiling.store", "adapters.reading", "speculative.draft_model.pair"),
     *("speculative.ngram.suffixes", "speculative.medusa.calibration"),
     *("speculative.medusa.checkpoint", "speculative.medusa.names", "speculative.medusa.trees"),
+    "speculative.mtp.checkpoint",
     *("training.settings", "training.talks"),
     *("baselines.cap", "baselines.comparison", "baselines.engines", "baselines.pagecache"),
     *("baselines.process", "baselines.rows", "baselines.summary"),
 }
 TORCH_FREE |= {"speculative.kind", "speculative.kinds"}
-DRAFTERS = ("ngram", "draft_model", "medusa", "triforce", "self_draft")
+DRAFTERS = ("ngram", "draft_model", "medusa", "triforce", "self_draft", "mtp")
 TORCH_FREE |= {f"speculative.{name}.kind" for name in DRAFTERS}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.

@@ -13,7 +13,7 @@ class Drafting:
 
     Attributes:
         config: how much.
-        checkpoint: headers of the draft model, if one drafts.
+        checkpoint: headers of the draft model, if one drafts; or of the target's own module.
         heads_bytes: Medusa heads with what they compute, if they draft.
     """
 

@@ -182,6 +182,7 @@ class PlacedModel:
         residence: where the parts are.
         context_tokens: cached tokens of each sequence.
         sequences: that run at once.
+        dtype: number format it computes in; `auto` is its own.
     """
 
     parts: ModelParts
@@ -189,6 +190,7 @@ class PlacedModel:
     residence: Residence
     context_tokens: int
     sequences: int = 1
+    dtype: str = "auto"
 
     def draft_load(self, tokens: int) -> PassLoad:
         """A pass that drafts, of one device's kept weights: recorded, where launches cost."""

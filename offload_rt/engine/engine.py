@@ -59,6 +59,9 @@ from offload_rt.speculative.kind import DrafterSeat
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.speculative.medusa.drafter import Medusa
+from offload_rt.speculative.mtp.checkpoint import open_module
+from offload_rt.speculative.mtp.drafter import Mtp
+from offload_rt.speculative.mtp.module import load_module
 from offload_rt.streaming.experts import ExpertCounts
 
 NO_DRAFT = DraftConfig()
@@ -149,6 +152,7 @@ class Engine:
             self.network.exact = self.exact.on
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)
+            self.mtp = self._load_mtp() if draft.words.of_hidden else None
             base = load_base(self.network, self.device, self._files, BASE)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base)
@@ -158,6 +162,8 @@ class Engine:
             self.medusa: Medusa | None = None
             if heads is not None:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
+            tapping = self.medusa or self.mtp
+            self._tap = None if tapping is None else tapping.tap
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             outlooks = self.plan.outlooks
             self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
@@ -267,15 +273,16 @@ class Engine:
         """Keep these pending rows of a cache; `tokens` are theirs."""
         self._caches[index].commit(keep)
         self._cached_ids[index] += tokens
-        if self.medusa is not None:
-            self.medusa.committed(index, keep, len(self._cached_ids[index]))
+        if self._tap is not None:
+            self._tap.committed(index, keep, len(self._cached_ids[index]))
 
     def _pass(self, parts: Sequence[Rows]) -> torch.Tensor:
         """Run one pass; returns the wanted logits of all sequences, one after the other."""
         logits = self.runner.logits(parts)
-        if self.medusa is not None:
-            fed = [(self._caches.index(part.cache), len(part.wanted)) for part in parts]
-            self.medusa.passed(fed)
+        if self._tap is not None:
+            self._tap.passed(
+                [(self._caches.index(p.cache), len(p.tokens), len(p.wanted)) for p in parts]
+            )
         return logits
 
     def drafter(
@@ -302,6 +309,7 @@ class Engine:
             kept=self._drafters,
             draft_model=self._draft_model,
             medusa=self.medusa,
+            mtp=self.mtp,
             draft_pass=self.draft_pass,
             rounded_copy=self._rounded_copy,
             pass_share=self.plan.pass_share,
@@ -317,7 +325,9 @@ class Engine:
         """How many rows of a prompt are in a cache already and would not be computed again."""
         common = common_prefix(self._cached_ids[index], tokens[:-1])
         cache = self._caches[index]
-        return cache.states.reach(common) if isinstance(cache, HybridKV) else common
+        if isinstance(cache, HybridKV):
+            return cache.states.reach(common)
+        return common if self._tap is None else self._tap.reusable(index, common)
 
     @property
     def shares_kv(self) -> bool:
@@ -380,6 +390,8 @@ class Engine:
         cache = self._caches[index]
         cache.truncate(min(length, cache.length))
         del self._cached_ids[index][cache.length :]
+        if self._tap is not None:
+            self._tap.truncated(index, cache.length)
         return cache.length
 
     def forget(self) -> None:
@@ -423,7 +435,8 @@ class Engine:
 
     @property
     def _networks(self) -> Sequence[Network]:
-        models = [m for m in (self._draft_model, self._rounded_copy) if m is not None]
+        module = None if self.mtp is None else self.mtp.module
+        models = [m for m in (self._draft_model, self._rounded_copy, module) if m is not None]
         return [self.network, *(model.network for model in models)]
 
     @property
@@ -525,6 +538,19 @@ class Engine:
             target_ids=self._target_ids,
             weights=self.draft.draft_weights,  # settled by the plan
         )
+
+    def _load_mtp(self) -> Mtp:
+        chunk_tokens, layers = self.config.prefill_chunk_tokens, self.checkpoint.config.num_layers
+        module = load_module(
+            open_module(self.checkpoint),
+            self.network,
+            self.device,
+            weights=self.draft.draft_weights,  # settled by the plan
+            chunk_tokens=chunk_tokens,
+            target_ids=self._target_ids,
+        )
+        limit = max(self._prompt_tokens, chunk_tokens)
+        return Mtp(module, self.network, layers, limit=limit, chunk_tokens=chunk_tokens)
 
     def _load_rounded_copy(self, base: DeviceBuffer) -> Runner | None:
         """What drafts instead of the target's own weights, or of some of them."""

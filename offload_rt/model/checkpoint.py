@@ -80,6 +80,8 @@ class Checkpoint:
         stored_ends: the same of an embedding or head, which is dequantised when it is loaded;
             `embedding` and `head` then have its name and shape, and no bytes.
         rounded: to what its layers are rounded when they are loaded (`model/wire.py`), if they are.
+        lent_ends: embedding and head are those of a network that lends them, and in no other
+            attribute.
     """
 
     folder: Path
@@ -97,6 +99,7 @@ class Checkpoint:
     stored: Mapping[str, Stored] = field(default_factory=dict)
     stored_ends: Mapping[str, Stored] = field(default_factory=dict)
     rounded: Wire | None = None
+    lent_ends: bool = False
 
     def require_rows(self, ids: Iterable[int]) -> None:
         """Refuse token ids that the embedding has no row for.

@@ -100,6 +100,17 @@ def worth_saying(extents: Iterable[TensorExtent], family: Family) -> list[Tensor
     return [e for e in extents if not (_COMPUTED.search(e.name) or _is_mask(e, family))]
 
 
+def below_module(name: str, container: str, num_layers: int) -> str:
+    """What follows the prefix of a module for drafting, of which the tensor is; "" for others.
+
+    Such a module is named `mtp`, or lies behind the last layer as one more.
+    """
+    for prefix in ("mtp.", f"{container}.{num_layers}."):
+        if name.startswith(prefix):
+            return name.removeprefix(prefix)
+    return ""
+
+
 def examples(extents: Sequence[TensorExtent], count: int = 2) -> str:
     """A few of their names, no two that differ by numbers only."""
     kinds: dict[str, str] = {}

@@ -90,12 +90,14 @@ class TokenBatch:
         positions: [S] int64, the place of each token in its own sequence.
         segments: the sequences, in packed order.
         logit_rows: [R] int64, packed rows whose logits are wanted.
+        hidden: [S, E] of a network that reads hidden states beside its tokens; else None.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     segments: Sequence[Segment]
     logit_rows: torch.Tensor
+    hidden: torch.Tensor | None = None
 
 
 class Network:
@@ -147,7 +149,10 @@ class Network:
         self.poll: Callable[[], None] = lambda: None
         self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
-        self._skips_layers = self.exact = False
+        self.exact = False
+        self._instead_of_layers: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._tapped: dict[int, torch.Tensor | None] = {}
+        self._mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
@@ -446,16 +451,56 @@ class Network:
         zero = torch.zeros(1, dtype=torch.long, device=hidden.device)
         saved = head.forward
         head.forward = lambda _: saved(hidden[None])
-        self._skips_layers = True
+        self._instead_of_layers = lambda given: given
         try:
             return self.forward(TokenBatch(zero, zero, [], zero))
         finally:
-            head.forward, self._skips_layers = saved, False
+            head.forward, self._instead_of_layers = saved, None
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the output head would be fed for rows [R, E] that leave the last layer: [R, E]."""
+        zero = torch.zeros(1, dtype=torch.long, device=hidden.device)
+        self._instead_of_layers = lambda _: hidden[None]
+        try:
+            return self.hidden(TokenBatch(zero, zero, [], zero))
+        finally:
+            self._instead_of_layers = None
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """The embedding alone: [S] int64 to [S, E]."""
+        embedded: torch.Tensor = _ends(self._model)[1](token_ids)
+        return embedded
+
+    def lend_ends(self, other: "Network") -> None:
+        """Let a network have this one's embedding and output head (`Checkpoint.lent_ends`)."""
+        other._model.set_input_embeddings(_Lent(self.embed))  # type: ignore[operator]
+        other._model.set_output_embeddings(_Lent(self.head_logits))  # type: ignore[operator]
+
+    def mix_with(self, mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        """Read hidden states beside tokens, as a part of the modules says.
+
+        Args:
+            mixes: of embedded tokens [S, E] and hidden states [S, E], what the first layer is fed.
+        """
+        self._mixes = mixes
 
     def watch_head(self, watch: Callable[[torch.Tensor], None]) -> None:
         """Have each pass call `watch` with [R, E], what the output head is fed."""
         head = _ends(self._model)[0]
         head.register_forward_pre_hook(lambda _, fed: watch(fed[0][0]))
+
+    def tap(self, layers: Sequence[int]) -> None:
+        """Have each pass keep what leaves these layers, until `tapped` fetches it."""
+        self._tapped = dict.fromkeys(layers)
+
+    def tapped(self) -> list[torch.Tensor]:
+        """Of the newest pass, [S, E] for each tapped layer: all rows, before the final norm."""
+        found = []
+        for index, rows in self._tapped.items():
+            assert rows is not None  # every pass goes through every layer
+            found.append(rows)
+            self._tapped[index] = None
+        return found
 
     def forward(self, batch: TokenBatch) -> torch.Tensor:
         """Run one pass; rows are appended to the caches and stay pending.
@@ -465,8 +510,13 @@ class Network:
         """
         context = PassContext(batch.segments, wanted=batch.logit_rows, exact=self.exact)
         states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
+        given = {"input_ids": batch.token_ids[None]}
+        if batch.hidden is not None:
+            assert self._mixes is not None  # it was told how
+            mixed = self._mixes(self.embed(batch.token_ids), batch.hidden)
+            given = {"inputs_embeds": mixed[None]}
         output = self._model(
-            input_ids=batch.token_ids[None],
+            **given,
             position_ids=batch.positions[None],
             use_cache=False,
             **{CONTEXT_KEYWORD: context},
@@ -474,6 +524,22 @@ class Network:
         )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+    def logits_and_hidden(self, batch: TokenBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one pass.
+
+        Returns:
+            [R, V] logits of the wanted rows, and [R, E] what the output head was fed for them.
+        """
+        fed: list[torch.Tensor] = []
+        head = _ends(self._model)[0]
+        handle = head.register_forward_pre_hook(lambda _, given: fed.append(given[0][0]))
+        try:
+            logits = self.forward(batch)
+        finally:
+            handle.remove()
+        (rows,) = fed
+        return logits, rows
 
     def hidden(self, batch: TokenBatch) -> torch.Tensor:
         """Run one pass that leaves the output head out.
@@ -538,8 +604,8 @@ class Network:
         """Borrow the weights of a layer and take all rows [1, S, E] through it, chunk by chunk."""
         context = options[CONTEXT_KEYWORD]
         assert isinstance(context, PassContext)
-        if self._skips_layers:
-            return hidden
+        if self._instead_of_layers is not None:
+            return self._instead_of_layers(hidden)
         self.poll()
         if self.gone is not None and self._crossing is None:
             hidden = context.leave(self.gone, hidden)
@@ -588,13 +654,22 @@ class Network:
         Norm and head work row by row, and the norm in fp32: of a whole prompt it would take five
         times the prompt's hidden states.
         """
+        last = 0 if self._crossing is None else self._crossing.device[index]
+        if index in self._tapped:
+            rows = context.with_all(hidden)[0]
+            self._tapped[index] = self._brought_home(rows, index, last)
         if index < len(self._layers) - 1:
             return hidden
         hidden = context.with_all(hidden)
         if context.wanted is not None:
             hidden = hidden[:, context.wanted]
-        last = 0 if self._crossing is None else self._crossing.device[index]
         return self._crossing.hop(hidden, last, 0) if self._crossing and last else hidden
+
+    def _brought_home(self, rows: torch.Tensor, index: int, device: int) -> torch.Tensor:
+        """What leaves a layer, where nothing replaces it, on the first device."""
+        if self._crossing is not None and device:
+            return self._crossing.hop(rows, device, 0)
+        return rows if index == len(self._layers) - 1 else rows.clone()  # the next one works on it
 
     @contextmanager
     def _lent(self, index: int, weights: Weights | None) -> Iterator[None]:
@@ -618,6 +693,18 @@ class Network:
         finally:
             for hole, _ in self._bindings[key]:
                 hole.fill(hole.meta)
+
+
+class _Lent(torch.nn.Module):
+    """Another network's embedding or output head; it has no parameters of its own."""
+
+    def __init__(self, work: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self._work = work
+
+    def forward(self, given: torch.Tensor) -> torch.Tensor:
+        """What the other one makes of it."""
+        return self._work(given)
 
 
 @dataclass(frozen=True, slots=True)

@@ -297,6 +297,8 @@ class _Names:
         }
         if tied:
             del needed[self._head]
+        if self._checkpoint.lent_ends:
+            del needed[self._head], needed[self._embedding]
         return needed
 
     def with_ends(self, places: list[Place]) -> tuple[list[Place], bool]:
@@ -307,6 +309,8 @@ class _Names:
                 is not there.
         """
         checkpoint = self._checkpoint
+        if checkpoint.lent_ends:
+            return places, False
         pairs = self._model.get_expanded_tied_weights_keys(all_submodels=True).items()
         ties = bool(pairs & {(self._head, self._embedding), (self._embedding, self._head)})
         if checkpoint.head is not None:

@@ -33,7 +33,7 @@ from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
-from offload_rt.speculative.kinds import draft_parts
+from offload_rt.speculative.kinds import completed, draft_parts
 from offload_rt.streaming.experts import shares_of
 from offload_rt.units import format_size
 
@@ -241,6 +241,7 @@ class PlacedRun:
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
+            dtype=self.config.dtype,
         )
 
     def rates(self, load: PassLoad) -> LinkRates:
@@ -271,6 +272,7 @@ class PlacedRun:
         return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
 
     def _work(self, drafting: Drafting, expected: Expected) -> StepWork:
+        drafting = completed(drafting, self.checkpoint)
         parts = draft_parts(drafting, self.model, expected)
         config = drafting.config
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None

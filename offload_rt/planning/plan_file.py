@@ -78,9 +78,10 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "draft": draft.draft,
         "draft_tokens": plan.first_nodes or None,
     }
+    if draft.has_weights:
+        options |= {"shape": str(draft.shape), "draft_weights": str(draft.draft_weights)}
     if draft.model:
-        options |= {"shape": str(draft.shape), "draft_window": draft.draft_window}
-        options |= {"draft_weights": str(draft.draft_weights)}
+        options |= {"draft_window": draft.draft_window}
     if draft.over_retrieval:
         options |= {"inner_tokens": draft.inner_tokens, **asdict(draft.retrieval)}
     return PlanFile(

@@ -153,6 +153,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     target_base: DeviceBuffer | None = None,
     stripes: Stripes | None = None,
     layers: Sequence[int] | None = None,
+    network: Network | None = None,
 ) -> Runner:
     """Load a network that drafts: none of it is streamed.
 
@@ -168,8 +169,9 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         stripes: where its layers are; None: all on `device`.
         layers: of a rounded copy, those that are copied; it will `Network.borrow` the others, and
             the output head is shared too. None: all.
+        network: of the checkpoint, if it is there already.
     """
-    network = Network(checkpoint, dtype, device.kind.packing)
+    network = network or Network(checkpoint, dtype, device.kind.packing)
     purpose = DRAFT if target_base is None else COPY
     rounds = weights is not DraftWeights.SAME
     packs = not rounds and _packs(network, device)
@@ -196,7 +198,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
                 device.enter(head_bytes(checkpoint, weights), purpose)
         del base
         give_back_holes()
-    elif packs and target_base is None:
+    elif packs and layers is None and target_base is None:
         with torch.inference_mode():
             network.pack_ends()  # they take as much as before
         del base

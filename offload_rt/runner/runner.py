@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,7 @@ from offload_rt.streaming.ring import Ring, RingWatch
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 LayerRing = Ring[int, DeviceBuffer, HomeSource]
 
 
@@ -50,6 +52,7 @@ class Rows:
             one sees, and itself. None: each sees all before it, and itself.
         wanted: which of the S give a result.
         keeps_all: all of them will be kept, as those of a prompt are.
+        hidden: [S, E] that a network reads beside the tokens (`Network.mix_with`); else None.
     """
 
     cache: KVCache
@@ -58,10 +61,15 @@ class Rows:
     parents: Sequence[int] | None = None
     wanted: Sequence[int]
     keeps_all: bool = False
+    hidden: torch.Tensor | None = None
 
     @classmethod
     def text(
-        cls, cache: KVCache, tokens: Sequence[int], wanted: Sequence[int] | None = None
+        cls,
+        cache: KVCache,
+        tokens: Sequence[int],
+        wanted: Sequence[int] | None = None,
+        hidden: torch.Tensor | None = None,
     ) -> "Rows":
         """Tokens in a row behind those of a cache; None wants the last one's result."""
         return cls(
@@ -70,6 +78,7 @@ class Rows:
             places=range(cache.length, cache.length + len(tokens)),
             wanted=[len(tokens) - 1] if wanted is None else wanted,
             keeps_all=True,
+            hidden=hidden,
         )
 
     @classmethod
@@ -212,12 +221,19 @@ class Runner:
         """
         return self._run(parts, self.network.hidden)
 
+    def logits_and_hidden(self, part: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run one pass.
+
+        Returns:
+            [R, V] as `logits`, and [R, E] as `hidden`.
+        """
+        logits, hidden = self._run([part], self.network.logits_and_hidden)
+        return logits[:, : self.target_ids], hidden
+
     def _logits(self, batch: TokenBatch) -> torch.Tensor:
         return self.network.forward(batch)[:, : self.target_ids]
 
-    def _run(
-        self, parts: Sequence[Rows], forward: Callable[[TokenBatch], torch.Tensor]
-    ) -> torch.Tensor:
+    def _run(self, parts: Sequence[Rows], forward: Callable[[TokenBatch], T]) -> T:
         with self._whole_pass(parts):
             batch = self._batch(parts)
             with torch.inference_mode():
@@ -247,7 +263,9 @@ class Runner:
             if part.parents is not None:
                 tree = pending_tree(part.parents, next(sent), next(sent), count)
             segments.append(Segment(part.cache, count, tree, part.parents))
-        return TokenBatch(there[0], there[1], segments, there[2])
+        states = [part.hidden for part in parts if part.hidden is not None]
+        hidden = torch.cat(states) if states else None
+        return TokenBatch(there[0], there[1], segments, there[2], hidden)
 
     @contextmanager
     def _whole_pass(self, parts: Sequence[Rows]) -> Iterator[None]:

@@ -21,7 +21,7 @@ def check_early(checkpoint: Checkpoint, runtime: RuntimeConfig, draft: DraftConf
         from offload_rt.speculative.medusa.checkpoint import open_draft_heads
 
         open_draft_heads(checkpoint, draft)
-    elif draft.model:
+    elif draft.has_weights:
         from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
         open_draft_checkpoint(checkpoint, draft)

@@ -177,8 +177,8 @@ def drafts_name(plan: Plan) -> str:
 
 
 def weights_name(draft: DraftConfig) -> str | None:
-    """How a draft model's weights are kept; None without one."""
-    return str(draft.draft_weights) if draft.model else None
+    """How the weights are kept that only draft; None without them."""
+    return str(draft.draft_weights) if draft.has_weights else None
 
 
 def retrieval_weights_name(draft: DraftConfig) -> str | None:

@@ -58,6 +58,8 @@ class Grower:
             model is to the target, the surer it is of the target's likeliest token, however
             unlikely that is itself.
         records: its passes are recorded, where the device has passes recorded.
+        feed: makes its passes instead, [R, V] logits of rows. A row then needs what its parent's
+            gave, so none is fed ahead.
     """
 
     def __init__(
@@ -68,8 +70,10 @@ class Grower:
         *,
         greedy_temperature: float = 1.0,
         records: bool = False,
+        feed: Callable[[Rows], torch.Tensor] | None = None,
     ) -> None:
-        self._model, self._cache, self._records = model, cache, records
+        self._model, self._cache, self._ahead_of_parents = model, cache, feed is None
+        self._feed = feed or (model.draft_logits if records else lambda rows: model.logits([rows]))
         self._greedy_temperature = greedy_temperature
         self._sampling = SamplingConfig()
         self._text = SuffixIndex(SHORTEST_QUOTED)
@@ -112,7 +116,8 @@ class Grower:
         Returns:
             The tree, and how many passes it took.
         """
-        self._text.read(ids)
+        if self._ahead_of_parents:
+            self._text.read(ids)
         budget, breadth, cache = config.nodes, config.tree_breadth, self._cache
         growth = _Growth(cache.length - (not root_pends), budget, max_depth)
         if root_pends:
@@ -127,7 +132,7 @@ class Grower:
                 break
             # A row costs a part of a pass, so it must add that part of what a pass must.
             chosen = [n for n in chosen if growth.likelihood([n]) * breadth >= least_gain]
-            room = 0 if wrong else breadth // 2
+            room = 0 if wrong or not self._ahead_of_parents else breadth // 2
             guessed = growth.guess(chosen[0], self._ahead(growth, ids, chosen[0], max_depth, room))
             fed = [*chosen[: breadth - len(guessed)], *guessed]
             places, parents = growth.feed(fed)
@@ -138,8 +143,7 @@ class Grower:
                 parents=parents,
                 wanted=range(len(fed)),
             )
-            model = self._model
-            logits = model.draft_logits(rows) if self._records else model.logits([rows])
+            logits = self._feed(rows)
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)

@@ -3,12 +3,14 @@
 To add one: its words in `config.DRAFTERS`, and its folder with `kind.py` and `drafter.py`.
 """
 
+from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
 from offload_rt.config import DRAFTERS
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.workload import PlacedModel
+from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory
 
 NAMES = tuple(name for name, words in DRAFTERS.items() if words.tokens)
@@ -30,8 +32,15 @@ def draft_parts(
 
 def draft_memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     """Device memory of a drafter."""
-    config = drafting.config
-    return kind_of(config.kind).memory(drafting, run) if config.nodes else DraftMemory()
+    if not drafting.config.nodes:
+        return DraftMemory()
+    return kind_of(drafting.config.kind).memory(completed(drafting, run.target), run)
+
+
+def completed(drafting: Drafting, target: Checkpoint) -> Drafting:
+    """The same with the headers of what drafts, where the target's own files hold that."""
+    inside = kind_of(drafting.config.kind).inside if drafting.config.nodes else None
+    return drafting if inside is None else replace(drafting, checkpoint=inside(target))
 
 
 @cache

@@ -1,9 +1,9 @@
 """Medusa heads draft: a tree of fixed shape is filled with their likeliest tokens.
 
-The heads need the hidden state the model's output head was fed for the last committed token. A hook
-on the output head keeps those of a pass; the engine says which rows a sequence keeps (`committed`),
-and the last of them is what the next draft is made from. So heads are evaluated at one place per
-sequence and step, for all sequences together. Which tokens are accepted only the verifier decides.
+The heads need the hidden state the model's output head was fed for the last committed token. A tap
+(`speculative/hidden.py`) tells of the rows that a sequence keeps, and the last of them is what the
+next draft is made from. So heads are evaluated at one place per sequence and step, for all
+sequences together. Which tokens are accepted only the verifier decides.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from offload_rt.runner.static import Recorded
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Unlearned, Verdict
+from offload_rt.speculative.hidden import HiddenTap
 from offload_rt.speculative.medusa.calibration import tree_for
 from offload_rt.speculative.medusa.checkpoint import HeadsCheckpoint
 from offload_rt.speculative.medusa.load import load_heads, load_token_map
@@ -52,6 +53,7 @@ class Medusa:
     Attributes:
         heads: how many.
         tree: what drafts look like.
+        tap: of the model's passes.
         on_kept: called with a sequence and the hidden states, [E] each, of tokens it committed; of
             a prompt only the last one's. For calibration.
     """
@@ -73,13 +75,12 @@ class Medusa:
         self._known_ids = network.head_rows
         self._heads = load_heads(checkpoint, device, packing, network.dtype, network.head_logits)
         self._token_map = load_token_map(checkpoint, device, self._known_ids)
-        self._fed: torch.Tensor | None = None
-        self._passed: dict[int, torch.Tensor] = {}  # [rows, E] per sequence
         self._states: dict[int, _State] = {}
         self._guesses: dict[int, list[list[int]]] = {}
         self._recorded: dict[int, Recorded | None] = {}  # by sequences that are drafted for
         self.on_kept: Callable[[int, Sequence[torch.Tensor]], None] = lambda index, kept: None
-        network.watch_head(self._keep)
+        self.tap = HiddenTap(network)
+        self.tap.on_kept = self._committed
 
     def tree_of(self, nodes: int | None) -> MedusaTree:
         """The tree of at most that many nodes; None is the largest."""
@@ -92,33 +93,6 @@ class Medusa:
     def drafter(self, index: int) -> "MedusaDrafter":
         """The drafter of a sequence."""
         return MedusaDrafter(self, index)
-
-    def passed(self, parts: Sequence[tuple[int, int]]) -> None:
-        """A pass is done.
-
-        Args:
-            parts: sequence and rows of logits, in their order.
-        """
-        assert self._fed is not None  # every pass goes through the output head
-        rows = self._fed.split([count for _, count in parts])
-        self._passed = {index: part for (index, _), part in zip(parts, rows, strict=True)}
-        self._fed = None
-
-    def committed(self, index: int, keep: Sequence[int], length: int) -> None:
-        """Rows of the last pass are kept.
-
-        Args:
-            index: the sequence.
-            keep: its rows; of a prompt only the last one's hidden state is known.
-            length: committed tokens now.
-        """
-        rows = self._passed.pop(index, None)
-        if rows is None or not keep:
-            return
-        kept = [rows[0]] if len(rows) == 1 else [rows[row] for row in keep]
-        self._states[index] = _State(length, kept[-1].clone())
-        self._guesses.pop(index, None)
-        self.on_kept(index, kept)
 
     def top_tokens(self, index: int, length: int) -> list[list[int]] | None:
         """The likeliest tokens of each head, [K][ranks], after a sequence of that many tokens.
@@ -162,8 +136,11 @@ class Medusa:
             self._recorded[count] = Recorded.make(self._device, work, hidden, torch.Tensor.neg_)
         return (self._recorded[count] or work)(hidden)
 
-    def _keep(self, fed: torch.Tensor) -> None:
-        self._fed = fed
+    def _committed(self, index: int, kept: torch.Tensor, length: int, text: bool) -> None:
+        """A sequence keeps rows [k, E]."""
+        self._states[index] = _State(length, kept[-1].clone())
+        self._guesses.pop(index, None)
+        self.on_kept(index, kept.unbind())
 
     def _guess(self) -> None:
         """Evaluate the heads for all sequences that have moved."""
@@ -200,7 +177,7 @@ class MedusaDrafter(Unlearned):
         return Draft(fill(tree, found, max_depth), nested=False)  # nodes go by depth
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing: what was kept comes by `Medusa.committed`."""
+        """Nothing: what was kept comes by the tap."""
 
     def forget(self) -> None:
         """Nothing: the next prompt's pass leaves a hidden state of its own."""

@@ -1,0 +1,1 @@
+"""The module for drafting that a checkpoint carries."""
