@@ -33,8 +33,8 @@ RANKS = [
     ["planning"],
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
-    ["session", "baselines", "serve"],
-    ["integrations"],
+    ["session", "baselines"],
+    ["integrations", "serve"],
     ["cli"],
     ["__main__"],
 ]
@@ -53,6 +53,7 @@ TORCH_FREE = {
         "trace",
     ),
     *("costs", "planning", "text", "session", "cli", "__main__"),
+    *("serve.guards", "serve.wire"),
     *(
         "attention.blocks",
         "device.base",

@@ -70,8 +70,7 @@ _OPTIONS = {
     "is measured and corrected while running",
     "-ngld --gpu-layers-draft --n-gpu-layers-draft -devd": "a draft model is on the device whole",
     "--lora --lora-path --adapter-path --enable-lora --lora-scaled": "use --adapter FOLDER",
-    "--host --port --api-key --served-model-name --uds --listen": "nothing listens here: "
-    "generate --json answers programs",
+    "--uds --listen": "`offload-run serve` listens; generate --json answers programs",
     "--format --output-format --log-format": "use --json",
     "--no-display-prompt --verbose-prompt --special --color -co": "leave it out: stdout holds the "
     "answer and nothing else",
@@ -97,8 +96,8 @@ _OPTIONS = {
 
 # Verbs that are not there.
 _VERBS = {
-    "serve server openai api start up webui": "there is no server: `offload-run MODEL` talks in "
-    "the terminal, `generate --json` answers programs",
+    "server openai api start up webui": "use `offload-run serve MODEL`",
+    "run-batch batch-generate offline": "use `offload-run batch MODEL --input FILE --output FILE`",
     "ps stop kill status": "nothing stays loaded between runs; `offload-run doctor` says what is "
     "free",
     "pull get fetch download install add": "`offload-run ORG/NAME --download` fetches a model "

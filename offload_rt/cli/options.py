@@ -175,7 +175,7 @@ def _group(*options: Callable[[CommandT], CommandT]) -> Callable[[CommandT], Com
     return apply
 
 
-sampling_options = _group(
+drawing_options = _group(
     click.option(
         "--sampling",
         type=click.Choice(["greedy", "model"]),
@@ -183,8 +183,10 @@ sampling_options = _group(
         help="What is sampled with where --temperature and others do not say: greedy, or what the "
         "model's authors recommend in generation_config.json.",
     ),
-    *map(_option, ("temperature", "top_k", "top_p", "min_p", "seed")),
+    *map(_option, ("temperature", "top_k", "top_p", "min_p")),
 )
+
+sampling_options = _group(drawing_options, _option("seed"))
 
 max_tokens_option = _option("max_tokens")
 ignore_eos_option = _option("ignore_eos")

@@ -15,6 +15,8 @@ VERBS = {
     "run": ("offload_rt.cli.generate", "run", "Answer a prompt, or talk: what MODEL alone does."),
     "generate": ("offload_rt.cli.generate", "generate", "Answer one prompt."),
     "chat": ("offload_rt.cli.chat", "chat", "Talk with a model."),
+    "serve": ("offload_rt.cli.serve", "serve", "Answer over HTTP, in the OpenAI protocol."),
+    "batch": ("offload_rt.cli.batch", "batch", "Answer all prompts of a file, many in each pass."),
     "plan": ("offload_rt.cli.plan", "plan", "What would live where, and how fast it should be."),
     "simulate": ("offload_rt.cli.simulate", "simulate_verb", "The same of a machine not at hand."),
     "profile": ("offload_rt.cli.profile", "profile", "Measure this machine, for predictions."),
@@ -59,6 +61,31 @@ PAGES = {
             ("offload-run chat MODEL -c 16384 --device-memory 8GiB", "A longer conversation."),
         ),
         common=(*_ANSWERING, *_RUNNING, *_DRAFTING, "stop", "threads", "verbose", "quiet"),
+    ),
+    "serve": Page(
+        examples=(
+            ("offload-run serve MODEL --device-memory 8GiB", "At http://127.0.0.1:8080/v1."),
+            (
+                "offload-run serve MODEL --host 0.0.0.0 --api-key-file key.txt",
+                "For other machines; TLS is a proxy's business.",
+            ),
+        ),
+        common=(
+            *("host", "port", "api_key_file", "sequences", "kv_tokens", "max_tokens"),
+            *("sampling", "temperature", *_RUNNING, *_DRAFTING, "quiet"),
+        ),
+    ),
+    "batch": Page(
+        examples=(
+            (
+                "offload-run batch MODEL --input prompts.jsonl --output answers.jsonl",
+                "The same command goes on where it was cut off.",
+            ),
+        ),
+        common=(
+            *("source", "output", "sequences", "max_tokens", "sampling", "temperature", "seed"),
+            *(*_RUNNING, *_DRAFTING, "quiet"),
+        ),
     ),
     "plan": Page(
         examples=(

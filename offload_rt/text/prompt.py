@@ -7,8 +7,8 @@ compared with what it was given, so nothing a user said is dropped or changed in
 
 import json
 import re
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError, ConfigError
@@ -23,10 +23,15 @@ _CLOSING = re.compile(r"</[^\s<>/]{1,40}>|\[/[A-Z_]{1,40}\]|\u25c1/\w{1,40}\u25b
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One turn of a conversation; `role` is what the chat template knows, such as `user`."""
+    """One turn of a conversation; `role` is what the chat template knows, such as `user`.
+
+    Attributes:
+        more: other things a template may read, such as the `tool_calls` of an assistant.
+    """
 
     role: str
     content: str
+    more: Mapping[str, object] = field(default_factory=dict)
 
 
 def build_prompt(
@@ -35,6 +40,7 @@ def build_prompt(
     *,
     system: str | None = None,
     raw: bool = False,
+    tools: Sequence[Mapping[str, object]] | None = None,
 ) -> list[int]:
     """Token ids of a prompt, through the model's chat template when it has one.
 
@@ -43,16 +49,17 @@ def build_prompt(
         prompt: a text, or a conversation whose last turn wants an answer.
         system: system prompt put in front; needs a chat template.
         raw: encode a text as it is, without the chat template.
+        tools: that the chat template is to tell the model of.
 
     Raises:
         ConfigError: nothing to encode, options that need a chat template without one, or a token
             without a row in the model's embedding.
         CheckpointError: the chat template or the tokenizer failed, took too long or too much
-            memory, or left out a turn.
+            memory, or left out a turn or a tool.
     """
     templated = not raw and tokenizer.chat_template is not None
-    if not templated and (system is not None or not isinstance(prompt, str)):
-        what = "a system prompt" if system is not None else "a conversation"
+    if not templated and (system is not None or tools or not isinstance(prompt, str)):
+        what = "a system prompt" if system is not None else "tools" if tools else "a conversation"
         why = "--raw leaves it out" if raw else "the model has none"
         raise ConfigError(f"{what} needs a chat template and {why}: give one plain text")
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
@@ -65,7 +72,7 @@ def build_prompt(
         turns.insert(0, Message(role="system", content=system.removeprefix("\ufeff")))
     for turn in turns:
         require_unicode(turn.content, "the prompt")
-    text = _rendered(tokenizer, turns) if templated else turns[0].content
+    text = _rendered(tokenizer, turns, tools) if templated else turns[0].content
     # The template has written the special tokens already.
     ids = tokenizer.encode(text, add_special_tokens=not templated)
     if not ids:
@@ -145,7 +152,11 @@ def require_unicode(text: str, what: str) -> None:
         ) from error
 
 
-def _rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> str:
+def _rendered(
+    tokenizer: Tokenizer,
+    turns: Sequence[Message],
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> str:
     """What the chat template writes, with every turn in it: given texts, else content parts.
 
     Raises:
@@ -155,8 +166,9 @@ def _rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> str:
     failure: CheckpointError | None = None
     for parts in (False, True):
         try:
-            text = _render(tokenizer, turns, parts)
+            text = _render(tokenizer, turns, parts, tools)
             lost = _lost_turn(tokenizer, turns, text, parts)
+            _check_tools(tokenizer, text, tools)
         except CheckpointError as error:
             failure = failure or CheckpointError(f"{error}; {advice}")
             if not error.__cause__ or not getattr(error.__cause__, "raised", False):
@@ -169,11 +181,37 @@ def _rendered(tokenizer: Tokenizer, turns: Sequence[Message]) -> str:
     raise failure
 
 
-def _render(tokenizer: Tokenizer, turns: Sequence[Message], parts: bool) -> str:
+def _render(
+    tokenizer: Tokenizer,
+    turns: Sequence[Message],
+    parts: bool,
+    tools: Sequence[Mapping[str, object]] | None = None,
+) -> str:
     messages: list[dict[str, object]] = [
-        {"role": turn.role, "content": [_part(turn)] if parts else turn.content} for turn in turns
+        {**turn.more, "role": turn.role, "content": [_part(turn)] if parts else turn.content}
+        for turn in turns
     ]
-    return tokenizer.render(messages, sum(len(turn.content) for turn in turns))
+    chars = sum(len(turn.content) for turn in turns)
+    chars += sum(len(json.dumps(more)) for more in (*(t.more for t in turns), tools) if more)
+    return tokenizer.render(messages, chars, tools)
+
+
+def _check_tools(
+    tokenizer: Tokenizer, text: str, tools: Sequence[Mapping[str, object]] | None
+) -> None:
+    """See that a template wrote the names of all tools.
+
+    Raises:
+        CheckpointError: it left one out.
+    """
+    for tool in tools or ():
+        inner = tool.get("function", tool)
+        name = inner.get("name") if isinstance(inner, Mapping) else None
+        if isinstance(name, str) and name not in text:
+            raise CheckpointError(
+                f"the chat template of {tokenizer.folder} leaves out tool {name!r:.60}: it knows "
+                "no tools"
+            )
 
 
 def _lost_turn(

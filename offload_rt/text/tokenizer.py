@@ -3,7 +3,7 @@
 import itertools
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +38,19 @@ class Tokenizer:
     Args:
         folder: of the model; its files are looked at here, and read meanwhile.
         rows: of the model's embedding; None accepts any token.
+        process: that holds it; None is the one all share.
 
     Raises:
         CheckpointError: there are no files of a tokenizer that could be read.
     """
 
-    def __init__(self, folder: Path, rows: int | None = None) -> None:
+    def __init__(
+        self, folder: Path, rows: int | None = None, process: TextProcess | None = None
+    ) -> None:
         self.folder, self.rows = folder, rows
         self._bytes = check_tokenizer_files(folder)
         self._number = next(_numbers)
-        self._process = text_process()
+        self._process = process or text_process()
         self._loading = self._begin()
         self._generation = self._process.generation
         self._facts: dict[str, Any] = {}
@@ -104,8 +107,13 @@ class Tokenizer:
             _log.warning("%s: %s", self.folder.name, note)
         return self
 
-    def render(self, messages: Sequence[dict[str, object]], chars: int) -> str:
-        """Run the chat template; `chars` are those of the messages' texts.
+    def render(
+        self,
+        messages: Sequence[dict[str, object]],
+        chars: int,
+        tools: Sequence[Mapping[str, object]] | None = None,
+    ) -> str:
+        """Run the chat template; `chars` are those of the messages' texts and of tools.
 
         Raises:
             CheckpointError: it failed, took too long or too much.
@@ -115,7 +123,7 @@ class Tokenizer:
             memory_bytes=_RENDER_BYTES + _RENDER_BYTES_PER_BYTE * chars,
         )
         what = f"the chat template of {self.folder}"
-        text: str = self._ask(what, "render", limits, messages=messages, chars=chars)
+        text: str = self._ask(what, "render", limits, messages=messages, chars=chars, tools=tools)
         return text
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -149,6 +157,15 @@ class Tokenizer:
         """
         text: str = self._ask_about(len(ids), "decode", ids=list(ids), skip=skip_special_tokens)
         return text
+
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each token by itself; what is no whole character is U+FFFD.
+
+        Raises:
+            CheckpointError: it failed, took too long or too much memory.
+        """
+        found: list[str] = self._ask_about(len(ids), "texts", ids=list(ids))
+        return found
 
     def token(self, token_id: int) -> str | None:
         """The token of an id; None if it is not known."""
@@ -219,6 +236,28 @@ class RemoteStream:
             return ""
         return self._take("push", len(token_ids), ids=list(token_ids))
 
+    @staticmethod
+    def push_each(pushes: "Sequence[tuple[RemoteStream, Sequence[int]]]") -> list[str]:
+        """`push` of several streams of one tokenizer, with one request.
+
+        Raises:
+            CheckpointError: it failed, took too long or too much memory: all of them are lost.
+        """
+        asked = [(stream, list(ids)) for stream, ids in pushes if ids and stream.stopped is None]
+        if not asked:
+            return [""] * len(pushes)
+        first = asked[0][0]
+        first._check()
+        done = ask(
+            first._process,
+            first._what,
+            "push_each",
+            _decoding(sum(len(ids) for _, ids in asked)),
+            pushes=[(stream._number, ids) for stream, ids in asked],
+        )
+        texts = {s: s._took(one) for (s, _), one in zip(asked, done, strict=True)}
+        return [texts.get(stream, "") for stream, _ in pushes]
+
     def finish(self) -> str:
         """Return what is still held; an incomplete character comes out as U+FFFD."""
         if self._finished:
@@ -227,10 +266,16 @@ class RemoteStream:
         return self._take("finish", 0)
 
     def _take(self, operation: str, tokens: int, **arguments: object) -> str:
-        if self._generation != self._process.generation:
-            raise CheckpointError(f"{self._what} was ended by somebody else: run it again")
+        self._check()
         limits, number = _decoding(tokens), self._number
         done = ask(self._process, self._what, operation, limits, stream=number, **arguments)
+        return self._took(done)
+
+    def _check(self) -> None:
+        if self._generation != self._process.generation:
+            raise CheckpointError(f"{self._what} was ended by somebody else: run it again")
+
+    def _took(self, done: Mapping[str, Any]) -> str:
         self.stopped, self.kept_tokens = done["stopped"], done["kept"]
         text: str = done["text"]
         self._shown.append(text)

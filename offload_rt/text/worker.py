@@ -153,6 +153,8 @@ class _Served:
             "vocabulary": self.vocabulary,
             "stream": self.stream,
             "push": self.push,
+            "push_each": self.push_each,
+            "texts": self.texts,
             "finish": self.finish,
         }
 
@@ -193,10 +195,16 @@ class _Served:
         """Forget a tokenizer."""
         self._tokenizers.pop(number, None)
 
-    def render(self, number: int, messages: Sequence[Mapping[str, object]], chars: int) -> str:
-        """Run the chat template; `chars` are those of the messages."""
+    def render(
+        self,
+        number: int,
+        messages: Sequence[Mapping[str, object]],
+        chars: int,
+        tools: Sequence[Mapping[str, object]] | None,
+    ) -> str:
+        """Run the chat template; `chars` are those of the messages and tools."""
         text = self._tokenizers[number].apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True
+            messages, tools=tools, tokenize=False, add_generation_prompt=True
         )
         limit = _TEMPLATE_FIXED_CHARS + _TEMPLATE_GROWTH * chars
         if not isinstance(text, str):
@@ -222,6 +230,10 @@ class _Served:
         )
         return str(text)
 
+    def texts(self, number: int, ids: list[int]) -> list[str]:
+        """The text of each token by itself, special ones too."""
+        return [self.decode(number, [token_id], False) for token_id in ids]
+
     def token(self, number: int, token_id: int) -> str | None:
         """The token of an id."""
         found: str | None = self._tokenizers[number].convert_ids_to_tokens(token_id)
@@ -243,6 +255,10 @@ class _Served:
             "kept": self._streams[stream].kept_tokens,
             "stopped": self._streams[stream].stopped,
         }
+
+    def push_each(self, pushes: Sequence[tuple[int, Sequence[int]]]) -> list[dict[str, object]]:
+        """Give several streams tokens."""
+        return [self.push(stream, ids) for stream, ids in pushes]
 
     def finish(self, stream: int) -> dict[str, object]:
         """What the stream still held; it is forgotten."""

@@ -1,0 +1,169 @@
+"""`offload-run batch`: many prompts from a file, answered together."""
+
+import json
+import time
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from offload_rt.cli import options
+from offload_rt.cli.console import Console, quiet_libraries
+from offload_rt.cli.interrupts import Interrupted, Interrupts
+from offload_rt.cli.options import output_of, settings_of
+from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.shared import MOST_SEQUENCES
+from offload_rt.units import format_speed
+from offload_rt.writing import check_target
+
+if TYPE_CHECKING:
+    from offload_rt.serve.batch import Line
+
+
+@click.command()
+@click.option(
+    "--input",
+    "source",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File with requests of OpenAI's batches, objects with prompt or messages, or a prompt in "
+    "each line.",
+)
+@click.option(
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="File for answers, in the order of the input. What is done is kept in FILE.part: the same "
+    "command goes on where it was cut off.",
+)
+@click.option(
+    "--sequences",
+    type=click.IntRange(1, MOST_SEQUENCES),
+    default=None,
+    show_default="auto",
+    help="Answers in the making at once; auto is the number predicted to be fastest for all.",
+)
+@options.adapter_option
+@options.max_tokens_option
+@options.sampling_options
+@options.draft_options
+@options.accept_option
+@options.placement_options
+@options.runtime_options
+@options.plan_options
+@options.output_options
+@click.argument("model")
+@click.pass_obj
+def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN401
+    """Answer all prompts of a file, many in each pass over the weights.
+
+    Each line of the output is one of OpenAI's batches: custom_id, response, error. A line that
+    cannot be answered says why in its error and stops nothing. Each sampled line has a seed of its
+    own: its body's, or --seed and the line's number. Ctrl-C keeps what is done.
+    """
+    if find_spec("pydantic") is None:
+        raise ConfigError("batch needs pydantic: install it with `pip install offload-rt[serve]`")
+    source, output_path = values["source"], values["output"]
+    fixed = {"stop": (), "ignore_eos": False, "system": None}
+    settings, output = settings_of({**values, **fixed}), output_of(values)
+    from offload_rt.serve.batch import Batch, Journal, read_batch, understood
+
+    lines, digest = read_batch(source)
+    check_target(output_path)
+    quiet_libraries(output)
+    console = Console(output)
+    with console.waiting(f"opening {model}", stays=False):
+        checkpoint = open_for_answers(model, settings)
+    from offload_rt.cli.plan import device_there
+    from offload_rt.serve.orders import Maker, Offer
+    from offload_rt.session.crowd import Crowd
+    from offload_rt.session.opening import context_limit, open_model
+    from offload_rt.session.recommended import with_recommended
+    from offload_rt.session.shared import fastest_room, shared_engine
+
+    settings = with_recommended(settings, checkpoint.folder, console)
+    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
+    most = context_limit(opened, settings.runtime.context_tokens)
+    offer = Offer(
+        names=(opened.name,),
+        sampling=settings.sampling,
+        max_tokens=settings.generation.max_tokens,
+        context_tokens=most,
+        kv_tokens=most,
+        sequences=1,
+        version=metadata.version("offload-rt"),
+    )
+    maker = Maker(offer, opened.tokenizer, opened.end_tokens)
+    with console.progress("reading the input") as gauge:
+        found: list[Line] = []
+        gauge.done, gauge.total = lambda: len(found), len(lines)
+        for number, text in lines:
+            interrupts.check()
+            found.append(understood(maker, number, text))
+    settled = [str(settings.sampling), settings.generation.max_tokens, str(settings.runtime.dtype)]
+    mark = json.dumps([digest, opened.name, *settled, settings.adapter, most])
+    journal = Journal(output_path.with_name(output_path.name + ".part"), mark)
+    needs = [
+        (len(line.request.ids), line.request.max_tokens)
+        for line in found
+        if line.request is not None and line.number not in journal.results
+    ]
+    if not needs:
+        work = Batch(None, maker, found, journal)  # type: ignore[arg-type]  # nobody is asked
+        work.refuse()
+        return _end(work, output_path, console)
+    if journal.results:
+        console.note(f"{len(journal.results)} of {len(found)} lines are done already")
+    opened = adapted(opened, settings, console)
+    device, free = device_there(settings.runtime)
+    rooms = fastest_room(opened, settings, device, free, needs, values["sequences"])
+    with shared_engine(opened, settings, console, rooms) as (engine, room):
+        console.note(f"{len(needs)} lines, {room.sequences} at once, {room.kv_tokens} tokens of KV")
+        crowd = Crowd(opened, engine, patient=True, check=interrupts.check)
+        work, start = Batch(crowd, maker, found, journal), time.perf_counter()
+        before = len(journal.results)
+        with console.progress("answering") as gauge, interrupts.raising(False):
+            gauge.done, gauge.total = lambda: len(journal.results), len(found)
+
+            def detail() -> str:
+                return _progress(work, len(found), before, time.perf_counter() - start)
+
+            gauge.detail = detail
+            try:
+                work.run(interrupts.check)
+            except Interrupted:
+                console.note(
+                    f"stopped: {len(journal.results)} of {len(found)} lines are done and kept, the "
+                    "same command goes on"
+                )
+                return interrupts.exit_code
+        took_s = time.perf_counter() - start
+        if work.emitted:
+            speed = format_speed(took_s / work.emitted)
+            console.note(f"{work.emitted} tokens in {took_s:.1f} s, {speed}")
+    return _end(work, output_path, console)
+
+
+def _progress(work: Any, lines: int, before: int, took_s: float) -> str:  # noqa: ANN401
+    """How far it is, how fast, and how long it will take."""
+    done = len(work.journal.results)
+    said = f"{done} of {lines}"
+    if work.emitted and took_s > 0.0:
+        said += f", {work.emitted / took_s:.1f} tokens/s"
+    if done > before:
+        left_s = took_s * (lines - done) / (done - before)
+        said += f", {left_s / 60:.0f} min left" if left_s >= 90 else f", {left_s:.0f} s left"
+    return said
+
+
+def _end(work: Any, output: Path, console: Console) -> int:  # noqa: ANN401
+    """Write the output."""
+    failed, count = work.failed, len(work.lines)
+    work.write(output)
+    console.note(f"{output}: {count - failed} of {count} lines answered")
+    if failed:
+        console.note(f"{failed} were not: their `error` says why")
+    return OffloadError.exit_code if failed == count else 0

@@ -1,0 +1,160 @@
+"""What clients send, as requests of the engine: the server and the batch verb make them here."""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from offload_rt.config import SamplingConfig
+from offload_rt.engine.sequence import Request
+from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.sampling import resolve_seed
+from offload_rt.serve.bodies import Json
+from offload_rt.serve.wire import ChatBody, Drawn, Turn, WireError
+from offload_rt.text import Message, Tokenizer, build_prompt
+
+PLAIN_TOKENS = 16  # of a plain completion that does not say, as in the protocol
+_SEEDS = 2**63
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Offer:
+    """What a server answers with, and how.
+
+    Attributes:
+        names: under which clients may ask for the model, the first is told.
+        sampling: where a request does not say.
+        max_tokens: of a chat answer, likewise.
+        context_tokens: of prompt and answer, at most.
+        kv_tokens: of all that are answered at once.
+        sequences: that are answered at once.
+        queue: further ones that may wait.
+        ping_s: between comments that keep a connection alive.
+        version: of this program.
+        plan: what lives where, for whoever looks at the page.
+        memory: bytes of what lives where.
+        logs_prompts: whether the log has them.
+    """
+
+    names: tuple[str, ...]
+    sampling: SamplingConfig
+    max_tokens: int
+    context_tokens: int
+    kv_tokens: int
+    sequences: int
+    queue: int = 64
+    ping_s: float = 15.0
+    version: str = ""
+    plan: Json = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    logs_prompts: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """Makes requests of the engine of what clients send.
+
+    Args:
+        offer: says what a request leaves open.
+        prompts: makes tokens of texts.
+        end_tokens: that end an answer.
+    """
+
+    offer: Offer
+    prompts: Tokenizer
+    end_tokens: frozenset[int]
+
+    def check_model(self, name: str | None) -> None:
+        """See that the model asked for is this one.
+
+        Raises:
+            WireError: it is another.
+        """
+        if name is not None and name not in self.offer.names:
+            raise WireError(
+                f"model {name!r:.100} is not here: there is {', '.join(self.offer.names)}",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+
+    def chat_ids(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Token ids of a conversation.
+
+        Raises:
+            WireError: it is none, or the chat template refuses it.
+        """
+        messages = [
+            Message(role=turn.role, content=turn.text(place), more=turn.more())
+            for place, turn in enumerate(turns)
+        ]
+        return self._tokens(lambda: build_prompt(self.prompts, messages, tools=tools), "messages")
+
+    def plain_ids(self, prompt: str, special: bool = True) -> list[int]:
+        """Token ids of a text, as it is.
+
+        Raises:
+            WireError: the tokenizer refuses it.
+        """
+        encode = self.prompts.encode
+        return self._tokens(lambda: encode(prompt, add_special_tokens=special), "prompt")
+
+    def _tokens(self, make: Callable[[], list[int]], param: str) -> list[int]:
+        try:
+            return make()
+        except OffloadError as error:  # a template that refuses these turns is no fault of ours
+            said = str(error).replace(str(self.prompts.folder), self.offer.names[0])
+            raise WireError(said, param=param) from error
+
+    def request(
+        self, body: Drawn, ids: Sequence[int], asked: int | None, usual: int, top: int | None
+    ) -> Request:
+        """What is wanted of the engine; of the first choice.
+
+        Args:
+            body: of the request.
+            ids: the prompt.
+            asked: tokens of the answer, at most; None: `usual`.
+            usual: where the request does not say.
+            top: likeliest tokens to tell of; None: no log-probabilities.
+
+        Raises:
+            WireError: a value is out of range, or the prompt is too long.
+        """
+        limit = min(self.offer.context_tokens, self.offer.kv_tokens)
+        if len(ids) + (asked != 0) > limit:
+            raise WireError(
+                f"the prompt has {len(ids)} tokens, there is room for {limit} with the answer "
+                "(--context and --kv-tokens): shorten the prompt",
+                code="context_length_exceeded",
+                param="messages" if isinstance(body, ChatBody) else "prompt",
+            )
+        sampling = self._sampling(body)
+        seed = sampling.seed if sampling.seed is not None else resolve_seed(None)
+        return Request(
+            ids=ids,
+            sampling=sampling,
+            seed=seed,
+            max_tokens=min(usual if asked is None else asked, limit - len(ids)),
+            end_tokens=frozenset() if body.ignore_eos else self.end_tokens,
+            logprobs=top,
+            draft_tokens=body.draft_tokens,
+        )
+
+    def _sampling(self, body: Drawn) -> SamplingConfig:
+        names = ("temperature", "top_k", "top_p", "min_p")
+        given = {name: value for name in names if (value := getattr(body, name)) is not None}
+        if given.get("top_k") == -1:  # as vLLM writes it
+            given["top_k"] = 0
+        seed = self.offer.sampling.seed if body.seed is None else body.seed % _SEEDS
+        try:
+            found = replace(self.offer.sampling, **given, seed=seed)
+        except ConfigError as error:
+            said = re.sub(r"--([a-z-]+)", lambda match: match[1].replace("-", "_"), str(error))
+            raise WireError(said, param=said.partition(" ")[0]) from error
+        return SamplingConfig(seed=seed) if found.greedy else found
+
+
+def several(request: Request, count: int) -> list[Request]:
+    """As many choices, each with a seed of its own."""
+    return [replace(request, seed=(request.seed + i) % _SEEDS) for i in range(count)]

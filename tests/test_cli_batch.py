@@ -1,0 +1,173 @@
+"""`offload-run batch`: each line its offline answer; killed anywhere, the same bytes in the end."""
+
+import json
+import os
+import signal
+
+import pytest
+
+import offload_rt
+from offload_rt.serve import batch as module
+from offload_rt.session.crowd import Crowd
+
+SMALL = ("--device", "cpu", "--device-memory", "512MiB", "--dtype", "float32", "--draft", "ngram")
+HI = [{"role": "user", "content": "the quick fox"}]
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_model):
+    small = {"device": "cpu", "device_memory": "512MiB", "dtype": "float32"}
+    with offload_rt.load(tiny_model, draft="none", **small) as model:
+        yield model
+
+
+def line(name, url="/v1/chat/completions", **body):
+    return json.dumps({"custom_id": name, "method": "POST", "url": url, "body": body})
+
+
+LINES = [
+    "the lazy dog",
+    json.dumps({"prompt": "brown\u2028fox", "max_tokens": 5}, ensure_ascii=False),
+    "",
+    json.dumps({"messages": HI, "temperature": 0.8, "seed": 11}),
+    line("chat", messages=HI, max_completion_tokens=6, logprobs=True, top_logprobs=1),
+    line("plain", "/v1/completions", prompt="jumps over", max_tokens=4, stop="o"),
+    line("long", messages=[{"role": "user", "content": "fox " * 900}]),
+    line("other", "/v1/embeddings", input="x"),
+    line("many", messages=HI, n=3),
+    line("format", messages=HI, response_format={"type": "json_object"}),
+    '{"messages": [',
+    line("last", messages=HI, temperature=1.0),
+]
+
+
+@pytest.fixture
+def source(tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(LINES) + "\n")
+    return path
+
+
+def words(model, source, output, *more):
+    return ("batch", model, "--input", source, "--output", output, "-n", 8, *SMALL, *more)
+
+
+def text_of(result):
+    (choice,) = result["response"]["body"]["choices"]
+    return choice["message"]["content"] if "message" in choice else choice["text"]
+
+
+def test_each_line_is_its_offline_answer(tiny_model, source, tmp_path, offload_run, offline):
+    output = tmp_path / "out.jsonl"
+    done = offload_run(*words(tiny_model, source, output, "--seed", 5))
+    assert done.code == 0 and done.out == "", done.err
+    results = [json.loads(text) for text in output.read_text().splitlines()]
+    names = ["line 1", "line 2", "line 4", "chat", "plain", "long", "other", "many", "format"]
+    assert [r["custom_id"] for r in results] == [*names, "line 11", "last"]
+    assert text_of(results[0]) == offline.generate("the lazy dog", max_tokens=8).text
+    assert text_of(results[1]) == offline.generate("brown\u2028fox", max_tokens=5).text
+    drawn = offline.generate(HI, max_tokens=8, temperature=0.8, seed=11)
+    assert text_of(results[2]) == drawn.text
+    chat = results[3]["response"]["body"]
+    assert text_of(results[3]) == offline.generate(HI, max_tokens=6).text
+    assert len(chat["choices"][0]["logprobs"]["content"]) == chat["usage"]["completion_tokens"]
+    plain = offline.generate("jumps over", raw=True, max_tokens=4, stop=["o"])
+    assert text_of(results[4]) == plain.text
+    own = offline.generate(HI, max_tokens=8, temperature=1.0, seed=5 + 12)
+    assert text_of(results[-1]) == own.text
+    wrong = {r["custom_id"]: r["error"]["message"] for r in results if r["response"] is None}
+    assert wrong.keys() == {"long", "other", "many", "format", "line 11"}
+    assert "tokens, there is room for 512" in wrong["long"] and "url" in wrong["other"]
+    assert wrong["line 11"] == "it is no JSON" and "several times" in wrong["many"]
+    assert "7 of 12" not in done.err and "6 of 11 lines answered" in done.err
+    assert not list(tmp_path.glob("*.part")) and oct(output.stat().st_mode)[-3:] == "600"
+
+
+def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
+    tiny_model, source, tmp_path, offload_run, monkeypatch
+):
+    whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    seed = ("--seed", 5)
+    assert offload_run(*words(tiny_model, source, whole, *seed)).code == 0
+    real, sweeps = Crowd.advance, []
+
+    def dies(self):
+        sweeps.append(1)
+        if len(sweeps) % 13 == 0:
+            raise SystemExit(9)
+        return real(self)
+
+    monkeypatch.setattr(Crowd, "advance", dies)
+    part = tmp_path / "out.jsonl.part"
+    deaths = 0
+    while True:
+        try:
+            done = offload_run(*words(tiny_model, source, output, *seed, "--sequences", 2))
+        except SystemExit:
+            assert part.exists() and not output.exists()
+            with part.open("a") as torn:
+                torn.write('{"line": 4, "resu')
+            deaths += 1
+            assert deaths < 30
+        else:
+            break
+    assert deaths > 1 and done.code == 0 and "done already" in done.err
+    assert output.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_ctrl_c_keeps_what_is_done(tiny_model, source, tmp_path, offload_run, monkeypatch):
+    output, real, sweeps = tmp_path / "out.jsonl", Crowd.advance, []
+
+    def interrupted(self):
+        sweeps.append(1)
+        if len(sweeps) == 8:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self)
+
+    monkeypatch.setattr(Crowd, "advance", interrupted)
+    done = offload_run(*words(tiny_model, source, output))
+    assert done.code == 130 and "the same command goes on" in done.err and not output.exists()
+    other = offload_run(*words(tiny_model, source, output, "--temperature", 1))
+    assert other.code == 2 and "is of another input, model or settings" in other.err
+    part = tmp_path / "out.jsonl.part"
+    lines = part.read_bytes()
+    part.write_bytes(b"{}\n" + lines)
+    assert "is damaged: remove it" in offload_run(*words(tiny_model, source, output)).err
+    part.write_bytes(lines)
+    assert offload_run(*words(tiny_model, source, output)).code == 0
+
+
+def test_files_that_cannot_be_are_sentences(tiny_model, tmp_path, offload_run):
+    source, output = tmp_path / "in", tmp_path / "out"
+    for content, said in ((None, "cannot read"), (b"\n\n", "has no lines"), (b"\xff\xfe\x00", "")):
+        if content is not None:
+            source.write_bytes(content)
+        done = offload_run(*words(tiny_model, source, output))
+        assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1
+    source.write_text("{]\n[1]\n")
+    assert offload_run(*words(tiny_model, source, output)).code == 0  # [1] is a prompt as it is
+    source.write_text("{]\n")
+    done = offload_run(*words(tiny_model, source, tmp_path / "none"))
+    assert done.code == 2 and "0 of 1 lines answered" in done.err
+    done = offload_run(*words(tiny_model, source, tmp_path / "no" / "out"))
+    assert done.code == 2 and "no" in done.err
+
+
+def test_more_run_at_once_where_that_is_predicted_to_be_faster(tiny_model):
+    from offload_rt.cli.plan import device_there
+    from offload_rt.session.adapters import open_for_answers
+    from offload_rt.session.opening import open_model
+    from offload_rt.session.options import settings_from
+    from offload_rt.session.session import Logged
+    from offload_rt.session.shared import fastest_room
+
+    chosen = {"device": "cpu", "device_memory": "512MiB", "draft": "none", "resident_layers": 0}
+    settings = settings_from(chosen)
+    checkpoint = open_for_answers(str(tiny_model), settings)
+    model = open_model(checkpoint, settings.runtime, Logged(), settings.draft)
+    there = device_there(settings.runtime)
+    rooms = fastest_room(model, settings, *there, [(20, 12)] * 30)
+    assert rooms[0].sequences > 4 and {room.context_tokens for room in rooms} == {32}
+    (alone,) = fastest_room(model, settings, *there, [(20, 12), (50, 20)], sequences=2)
+    assert (alone.context_tokens, alone.kv_tokens) == (70, 121)
+    assert module.PLAIN_TOKENS == 16

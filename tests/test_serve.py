@@ -1,0 +1,624 @@
+"""The server: each answer is its offline answer, whoever else asks, leaves or sends nonsense."""
+
+import asyncio
+import json
+import random
+import re
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import reference_model
+from serving import ask, get, post, serving
+
+import offload_rt
+from offload_rt.engine import Run
+from offload_rt.errors import DeviceError
+from offload_rt.serve import app as app_module
+from offload_rt.serve import guards
+from offload_rt.serve.guards import Rules
+from offload_rt.session.shared import Shared
+
+CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
+HI = [{"role": "user", "content": "the quick fox"}]
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog"]
+
+
+@pytest.fixture(scope="module")
+def server(tiny_model):
+    with serving(tiny_model, options={"dtype": "float32"}) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def offline(tiny_model):
+    small = {"device": "cpu", "device_memory": "512MiB", "dtype": "float32"}
+    with offload_rt.load(tiny_model, draft="none", **small) as model:
+        yield model
+
+
+def said(answer):
+    return answer.json["choices"][0]["message"]["content"]
+
+
+def streamed(events, index=0):
+    choices = [e["choices"][0] for e in events if e["choices"]]
+    return "".join(c["delta"].get("content", "") for c in choices if c["index"] == index)
+
+
+def settled(server):
+    """Wait until nobody is answered, and nothing is set aside."""
+    until = time.monotonic() + 10
+    while server.desk.unfinished or server.desk.state.running or server.service._asked:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+# --- answers
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"temperature": 0.9, "seed": 7},
+        {"temperature": 1.2, "top_k": 9, "seed": 3},
+        {"stop": ["e"]},
+    ],
+)
+def test_an_answer_is_the_offline_one(server, offline, options):
+    expected = offline.generate(HI, max_tokens=10, **options)
+    body = {"model": "tiny", "messages": HI, "max_completion_tokens": 10, **options}
+    whole = post(server.app, CHAT, body)
+    assert whole.status == 200 and said(whole) == expected.text
+    choice = whole.json["choices"][0]
+    assert choice["finish_reason"] == expected.finish_reason
+    assert choice["message"]["role"] == "assistant" and choice["logprobs"] is None
+    usage = whole.json["usage"]
+    assert (usage["prompt_tokens"], usage["completion_tokens"]) == (
+        expected.prompt_tokens,
+        len(expected.token_ids),
+    )
+    options = body | {"stream": True, "stream_options": {"include_usage": True}}
+    stream = post(server.app, CHAT, options)
+    assert stream.headers["content-type"].startswith("text/event-stream")
+    assert stream.headers["cache-control"] == "no-store"
+    first, *_, last, told = stream.events
+    assert streamed(stream.events) == expected.text and stream.text.endswith("data: [DONE]\n\n")
+    assert first["choices"][0]["delta"]["role"] == "assistant"
+    assert last["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": expected.finish_reason,
+    }
+    assert told["choices"] == [] and told["usage"]["completion_tokens"] == len(expected.token_ids)
+    assert len({(e["id"], e["model"], e["created"]) for e in stream.events}) == 1
+    assert first["object"] == "chat.completion.chunk"
+
+
+def wishes(count):
+    draw, found = random.Random(2), []
+    for place in range(count):
+        text = " ".join(draw.choice(WORDS) for _ in range(draw.randrange(2, 25)))
+        options = draw.choice([{}, {"temperature": 1.0, "seed": place}, {"stop": "fo"}])
+        options = options | {"max_tokens": draw.randrange(1, 14)}
+        found.append(({"messages": [{"role": "user", "content": text}], **options}, text, options))
+    return found
+
+
+def test_no_answer_is_lost_or_mixed_up(server, offline):
+    """32 at once, as streams and whole, of which every fifth client leaves at some time."""
+    asked = wishes(32)
+    expected = [offline.generate(text, **options).text for _, text, options in asked]
+
+    async def one(place, body):
+        streams = place % 2 == 0
+        asking = ask(server.app, "POST", CHAT, body | ({"stream": True} if streams else {}))
+        if place % 5 == 4:
+            await asyncio.sleep(0.01 * place)
+            asking.leave()
+            await asking.over()
+            return None
+        await asking.over()
+        assert asking.status == 200
+        return streamed(asking.events) if streams else said(asking)
+
+    async def all_of_them():
+        return await asyncio.gather(*(one(i, body) for i, (body, _, _) in enumerate(asked)))
+
+    found = asyncio.run(all_of_them())
+    kept = [(f, e) for f, e in zip(found, expected, strict=True) if f is not None]
+    assert len(kept) == 26 and all(f == e for f, e in kept)
+    settled(server)
+
+
+def test_choices_have_seeds_of_their_own(server, offline):
+    body = {"messages": HI, "n": 3, "temperature": 1.1, "seed": 40, "max_tokens": 9}
+    expected = [
+        offline.generate(HI, temperature=1.1, seed=40 + i, max_tokens=9).text for i in range(3)
+    ]
+    whole = post(server.app, CHAT, body)
+    assert [c["message"]["content"] for c in whole.json["choices"]] == expected
+    assert [c["index"] for c in whole.json["choices"]] == [0, 1, 2] and len(set(expected)) > 1
+    stream = post(server.app, CHAT, body | {"stream": True})
+    assert [streamed(stream.events, i) for i in range(3)] == expected
+    assert whole.json["usage"]["prompt_tokens"] == offline.generate(HI, max_tokens=1).prompt_tokens
+
+
+def test_completions_score_as_lm_eval_asks(server, tiny_model):
+    """Token-id prompts with echo and logprobs, all rows against transformers."""
+    prompts = [[7, 41, 3, 99], [120, 5, 63, 18, 230, 77]]
+    body = {"prompt": prompts, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    found = post(server.app, PLAIN, body | {"model": "tiny", "seed": 1234}).json
+    model, words = reference_model(tiny_model), server.service.prompts
+    for ids, choice in zip(prompts, found["choices"], strict=True):
+        told = choice["logprobs"]
+        with torch.inference_mode():
+            logits = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        whole = [*ids, int(logits[-1].argmax())]
+        assert told["tokens"] == words.texts(whole) and told["token_logprobs"][0] is None
+        expected = [float(logits[i, t]) for i, t in enumerate(whole[1:])]
+        assert told["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        best = [logits[i].max(-1) for i in range(len(ids))]
+        assert told["top_logprobs"][0] is None
+        for top, (value, token) in zip(told["top_logprobs"][1:], best, strict=True):
+            assert top == {words.texts([int(token)])[0]: pytest.approx(float(value), abs=1e-4)}
+        assert choice["text"].startswith(words.decode(ids)) and len(told["text_offset"]) == len(
+            whole
+        )
+    only = post(server.app, PLAIN, body | {"max_tokens": 0}).json
+    lengths = [len(choice["logprobs"]["tokens"]) for choice in only["choices"]]
+    assert lengths == [4, 6] and only["usage"]["completion_tokens"] == 0
+
+
+def test_plain_completions(server, offline):
+    texts = ["the quick", "lazy dog jumps"]
+    expected = [offline.generate(text, raw=True, max_tokens=6).text for text in texts]
+    found = post(server.app, PLAIN, {"prompt": texts, "max_tokens": 6}).json
+    assert [c["text"] for c in found["choices"]] == expected and found[
+        "object"
+    ] == "text_completion"
+    usual = offline.generate(texts[0], raw=True, max_tokens=16).text
+    assert post(server.app, PLAIN, {"prompt": texts[0]}).json["choices"][0]["text"] == usual
+    body = {"prompt": texts[0], "max_tokens": 6, "stream": True, "echo": True}
+    stream = post(server.app, PLAIN, body).events
+    assert "".join(e["choices"][0]["text"] for e in stream) == texts[0] + expected[0]
+
+
+def test_logprobs_of_a_chat(server):
+    body = {"messages": HI, "max_tokens": 5, "logprobs": True, "top_logprobs": 3}
+    told = post(server.app, CHAT, body).json["choices"][0]["logprobs"]["content"]
+    assert len(told) == 5 and all(len(one["top_logprobs"]) == 3 for one in told)
+    for one in told:  # greedy, so it is the likeliest
+        assert one["logprob"] == one["top_logprobs"][0]["logprob"] <= 0
+        assert bytes(one["bytes"]).decode() == one["token"]
+    stream = post(server.app, CHAT, body | {"stream": True}).events
+    parts = [c["logprobs"]["content"] for e in stream for c in e["choices"] if c["logprobs"]]
+    assert [one["token"] for part in parts for one in part] == [one["token"] for one in told]
+    wrong = post(server.app, CHAT, {"messages": HI, "top_logprobs": 2})
+    assert wrong.status == 400 and wrong.json["error"]["param"] == "top_logprobs"
+
+
+def test_tools_reach_the_template(make_tiny, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(make_tiny("llama", tokenizer=True), tmp_path / "tools")
+    template = (
+        "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}{% for m in messages %}"
+        "{{ m.role }}:{{ m.content }}{{ m.tool_calls[0].id if m.tool_calls }};{% endfor %}"
+    )
+    (folder / "chat_template.jinja").write_text(template)
+    tool = {"type": "function", "function": {"name": "look_up", "parameters": {}}}
+    turns = [*HI, {"role": "assistant", "content": None, "tool_calls": [{"id": "c1"}]}]
+    turns.append({"role": "tool", "content": "fox", "tool_call_id": "c1"})
+    with serving(folder, room=Shared(sequences=1, context_tokens=200, kv_tokens=200)) as server:
+        seen, real = [], server.service.prompts.encode
+        server.service.prompts.encode = lambda text, **o: seen.append(text) or real(text, **o)
+        body = {"messages": turns, "tools": [tool], "max_tokens": 1}
+        assert post(server.app, CHAT, body).status == 200
+        assert post(server.app, CHAT, body | {"tool_choice": "none"}).status == 200
+        assert seen[0] == "[look_up]user:the quick fox;assistant:c1;tool:fox;"
+        assert not seen[1].startswith("[look_up]")
+        forced = post(server.app, CHAT, body | {"tool_choice": "required"})
+        assert forced.status == 400 and forced.json["error"]["param"] == "tool_choice"
+
+
+# --- who leaves, and what fails
+
+
+def slowed(monkeypatch, seconds):
+    real = Run.sweep
+
+    def sweep(self, *arguments):
+        time.sleep(seconds)
+        return real(self, *arguments)
+
+    monkeypatch.setattr(Run, "sweep", sweep)
+
+
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_goes_away_frees_what_was_set_aside(server, monkeypatch, streams):
+    slowed(monkeypatch, 0.02)
+    body = {"messages": HI, "max_tokens": 80, "stream": streams, "ignore_eos": True}
+
+    async def leaving():
+        askings = [ask(server.app, "POST", CHAT, body) for _ in range(6)]  # two of them wait
+        while server.desk.state.running < 4:
+            await asyncio.sleep(0.01)
+        for asking in askings:
+            asking.leave()
+        await asyncio.gather(*(asking.over() for asking in askings))
+        start = server.desk.state.sweeps
+        while server.desk.unfinished:
+            await asyncio.sleep(0.01)
+        return server.desk.state.sweeps - start
+
+    assert asyncio.run(asyncio.wait_for(leaving(), 30)) <= 2
+    settled(server)
+    assert server.desk.state.reserved_tokens == 0
+    assert post(server.app, CHAT, {"messages": HI, "max_tokens": 2}).status == 200
+
+
+def test_comments_come_while_a_pass_takes_long(tiny_model, monkeypatch):
+    slowed(monkeypatch, 0.3)
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    with serving(tiny_model, room=room, ping_s=0.06) as server:
+        body = {"messages": HI, "max_tokens": 2, "stream": True}
+        stream = post(server.app, CHAT, body)
+        assert stream.text.count(": still working\n\n") >= 3
+        assert len(stream.events) >= 2
+
+
+def test_a_fault_within_an_answer_is_told_and_costs_only_that(server, offline, monkeypatch):
+    real = server.engine.sweep
+
+    def sweep(texts, drafts, whole=()):
+        if any(tokens[:2] == [9, 9] for _, tokens in texts):
+            raise DeviceError("no memory for that at 0x7f0012345678")
+        return real(texts, drafts, whole)
+
+    monkeypatch.setattr(server.engine, "sweep", sweep)
+
+    async def both():
+        bad = ask(server.app, "POST", PLAIN, {"prompt": [9, 9, 9], "max_tokens": 5})
+        streaming = {"prompt": [9, 9, 8], "max_tokens": 5, "stream": True}
+        worse = ask(server.app, "POST", PLAIN, streaming)
+        good = ask(server.app, "POST", CHAT, {"messages": HI, "max_tokens": 8})
+        return await asyncio.gather(bad.over(), worse.over(), good.over())
+
+    bad, worse, good = asyncio.run(both())
+    assert bad.status == 500 and bad.headers["x-should-retry"] == "false"
+    assert "no memory" in bad.json["error"]["message"]
+    assert worse.status == 200 and "no memory" in worse.events[-1]["error"]["message"]
+    assert said(good) == offline.generate(HI, max_tokens=8).text
+    settled(server)
+
+
+def test_an_engine_that_breaks_says_so(tiny_model, monkeypatch):
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    with serving(tiny_model, room=room) as server:
+
+        def broken(*_):
+            raise ValueError("a fault of the program at 0x7f00")
+
+        monkeypatch.setattr(Run, "sweep", broken)
+        first = post(server.app, CHAT, {"messages": HI})
+        later = post(server.app, CHAT, {"messages": HI})
+        assert (first.status, later.status, get(server.app, "/health").status) == (500, 503, 503)
+        assert later.headers["x-should-retry"] == "false"
+
+
+def test_more_than_may_wait_are_refused(tiny_model, monkeypatch):
+    slowed(monkeypatch, 0.02)
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    with serving(tiny_model, room=room, queue=2) as server:
+
+        async def many():
+            body = {"messages": HI, "max_tokens": 4}
+            askings = [ask(server.app, "POST", CHAT, body) for _ in range(9)]
+            await asyncio.gather(*(asking.over() for asking in askings))
+            return askings
+
+        found = asyncio.run(many())
+        assert sorted(a.status for a in found) == [200] * 3 + [429] * 6
+        for refused in (a for a in found if a.status == 429):
+            assert int(refused.headers["retry-after"]) >= 1
+            assert refused.json["error"]["code"] == "queue_full"
+        server.service.draining = True
+        assert post(server.app, CHAT, {"messages": HI}).status == 503
+        assert get(server.app, "/health").json == {"status": "ending"}
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (b"", None),
+        (b"[]", None),
+        (b"\xff\xfe", None),
+        (b"{" * 100_000, None),
+        (b"[" * 200_000, None),
+        (b'{"messages": ' + b"9" * 5000 + b"}", None),
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user"}] * 5000}, "messages"),
+        ({"messages": [{"content": "a"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": 7}]}, "messages.0.content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages.0.content",
+        ),
+        ({"messages": [{"role": "user", "content": ""}]}, "messages"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+        (b'{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', "temperature"),
+        (b'{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
+        ({"messages": HI, "temperature": -1}, "temperature"),
+        ({"messages": HI, "temperature": 1, "top_p": 0}, "top_p"),
+        ({"messages": HI, "max_tokens": 2**63}, "max_tokens"),
+        ({"messages": HI, "max_tokens": -1}, "max_tokens"),
+        ({"messages": HI, "max_tokens": True}, "max_tokens"),
+        ({"messages": HI, "max_tokens": "7"}, "max_tokens"),
+        ({"messages": HI, "max_tokens": 1.5}, "max_tokens"),
+        ({"messages": HI, "n": 10**9}, "n"),
+        ({"messages": HI, "n": 0}, "n"),
+        ({"messages": HI, "top_logprobs": 10**9, "logprobs": True}, "top_logprobs"),
+        ({"messages": HI, "stop": ["a"] * 5}, "stop"),
+        ({"messages": HI, "stop": "x" * 201}, "stop"),
+        ({"messages": HI, "stop": [""]}, "stop"),
+        ({"messages": HI, "stop": {"a": 1}}, "stop"),
+        ({"messages": HI, "logit_bias": {str(i): 5 for i in range(10**5)}}, "logit_bias"),
+        ({"messages": HI, "presence_penalty": 1.0}, "presence_penalty"),
+        ({"messages": HI, "response_format": {"type": "json_object"}}, "response_format"),
+        ({"messages": HI, "tools": [{}] * 200}, "tools"),
+        ({"messages": HI, "functions": [{"name": "x"}]}, "functions"),
+        ({"messages": HI, "chat_template": "{{ 1 }}"}, "chat_template"),
+        ({"messages": HI, "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ({"messages": HI, "guided_json": {}, "guided_regex": "(a+)+$"}, "guided_regex"),
+        ({"messages": HI, "seed": 2**70}, "seed"),
+    ],
+)
+def test_nonsense_is_one_sentence(server, body, param):
+    found = post(server.app, CHAT, body)
+    assert found.status == 400, found.text
+    error = found.json["error"]
+    assert error.keys() == {"message", "type", "param", "code"}
+    assert error["param"] == param and error["type"] == "invalid_request_error"
+    assert not re.search(r"0x[0-9a-f]{6}|Traceback|\.py\b|/tmp/|/work/", found.text)
+    assert len(found.text) < 1500
+
+
+@pytest.mark.parametrize(
+    "prompt", ["", [], [[]], [""], [300], [-1], [2**70], {"a": 1}, ["a", 7], [[1], "", [2]], None]
+)
+def test_prompts_that_are_none(server, prompt):
+    found = post(server.app, PLAIN, {"prompt": prompt})
+    assert found.status == 400 and found.json["error"]["message"], found.text
+    assert post(server.app, PLAIN, {"prompt": "the", "suffix": "x"}).status == 400
+    assert get(server.app, "/health").status == 200
+
+
+def test_a_prompt_that_is_too_long_says_both_numbers(server):
+    found = post(server.app, PLAIN, {"prompt": [5] * 256})
+    assert found.status == 400 and found.json["error"]["code"] == "context_length_exceeded"
+    assert "256 tokens" in found.text and "room for 256" in found.text
+    longest = post(server.app, PLAIN, {"prompt": [5] * 255, "max_tokens": 50, "ignore_eos": True})
+    assert longest.json["choices"][0]["finish_reason"] == "length"
+    assert longest.json["usage"]["completion_tokens"] == 1
+
+
+def test_another_model_is_not_here(server):
+    found = post(server.app, CHAT, {"model": "gpt\x1b[31m", "messages": HI})
+    assert found.status == 404 and found.json["error"]["code"] == "model_not_found"
+    assert "there is tiny" in found.json["error"]["message"] and "\\u001b" not in found.text
+    assert get(server.app, "/v1/models").json["data"][0]["id"] == "tiny"
+    assert get(server.app, "/v1/models/tiny").json["id"] == "tiny"
+    assert get(server.app, "/v1/models/other").status == get(server.app, "/v2").status == 404
+    assert get(server.app, CHAT).status == 405
+
+
+def test_a_template_that_loops_costs_one_request(make_tiny, tmp_path):
+    """It runs in a process of its own, so answers and /health go on meanwhile."""
+    import shutil
+
+    folder = shutil.copytree(make_tiny("llama", tokenizer=True), tmp_path / "bomb")
+    loop = "{% for i in range(99999) %}"
+    end = "{% endfor %}"
+    bomb = "{% if 'bomb' in messages[-1].content %}" + loop * 2 + end * 2 + "{% endif %}"
+    escape = "{{ cycler.__init__.__globals__ if 'escape' in messages[-1].content }}"
+    turns = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (folder / "chat_template.jinja").write_text(bomb + escape + turns)
+    with serving(folder, room=Shared(sequences=2, context_tokens=128, kv_tokens=200)) as server:
+
+        async def together():
+            body = {"messages": [{"role": "user", "content": "bomb"}]}
+            bad = ask(server.app, "POST", CHAT, body)
+            plain = ask(server.app, "POST", PLAIN, {"prompt": [1, 2, 3], "max_tokens": 4})
+            start = time.monotonic()
+            await plain.over()
+            await ask(server.app, "GET", "/health").over()
+            took = time.monotonic() - start
+            return await bad.over(), plain, took
+
+        bad, plain, took = asyncio.run(together())
+        assert bad.status == 400 and "ran for more than" in bad.text and str(folder) not in bad.text
+        assert plain.status == 200 and took < 1.5
+        escaping = {"messages": [{"role": "user", "content": "escape"}], "max_tokens": 1}
+        assert post(server.app, CHAT, escaping).status == 400
+        assert post(server.app, CHAT, {"messages": HI, "max_tokens": 1}).status == 200
+
+
+# --- guards
+
+
+def test_bodies_are_small_whole_and_json(server, monkeypatch):
+    large = post(server.app, CHAT, [b"x" * 2**20] * 9)
+    told = post(server.app, CHAT, b"{}", {"content-length": str(2**40)})
+    assert large.status == told.status == 413 and str(guards.MOST_BODY_BYTES) in large.text
+    for kind in ("text/plain", "application/x-www-form-urlencoded", None):
+        assert post(server.app, CHAT, {"messages": HI}, {"content-type": kind}).status == 415
+    many = {f"x-{i}": "1" for i in range(200)}
+    assert post(server.app, CHAT, {"messages": HI}, many).status == 431
+    monkeypatch.setattr(guards, "BODY_S", 0.05)
+
+    async def slow():
+        asking = ask(server.app, "POST", CHAT, [b"{", b"x"])
+        asking._body.pop()  # the rest never comes
+        return await asking.over()
+
+    assert asyncio.run(slow()).status == 408
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "a/health?x=", "", None]
+)
+def test_a_name_that_is_not_ours_is_refused(server, host):
+    found = post(server.app, CHAT, {"messages": HI}, {"host": host})
+    assert found.status == 403 and found.json["error"]["type"] == "permission_error"
+    for ours in ("localhost:8080", "[::1]:80", "127.0.0.1", "LOCALHOST"):
+        assert get(server.app, "/health", {"host": ours}).status == 200
+
+
+def test_pages_of_other_places_may_not_ask(server):
+    other = {"origin": "https://evil.example"}
+    found = post(server.app, CHAT, {"messages": HI}, other)
+    assert found.status == 403 and "access-control-allow-origin" not in found.headers
+    assert get(server.app, "/props", {"origin": "null"}).status == 403
+    own = {"origin": "http://127.0.0.1:8080", "host": "127.0.0.1:8080"}
+    assert get(server.app, "/props", own).status == 200
+    allowed = replace(server.app, rules=Rules(origins=("https://chat.example",)))
+
+    async def preflight(app, origin):
+        return await ask(app, "OPTIONS", CHAT, b"", {"origin": origin}).over()
+
+    good = asyncio.run(preflight(allowed, "https://chat.example"))
+    assert good.status == 204
+    assert good.headers["access-control-allow-origin"] == "https://chat.example"
+    assert asyncio.run(preflight(allowed, "https://evil.example")).status == 403
+    assert asyncio.run(preflight(server.app, "https://chat.example")).status == 403
+
+
+def test_every_route_but_two_wants_the_key(server, monkeypatch):
+    keyed = replace(server.app, rules=Rules(key="abcdefgh-secret"))
+    routes = {(m, r.path) for r in server.app.app.routes for m in getattr(r, "methods", ())}
+    assert len(routes) > 9
+    compared = []
+    real = guards.hmac.compare_digest
+    monkeypatch.setattr(
+        guards.hmac, "compare_digest", lambda a, b: compared.append(a) or real(a, b)
+    )
+
+    async def status(method, path, headers):
+        asking = ask(keyed, method, path.replace("{name:path}", "tiny"), b"{}", headers)
+        return (await asking.over()).status
+
+    for method, path in routes:
+        public = path in ("/", "/health")
+        for wrong in ({}, {"authorization": "Bearer abcdefgh"}, {"authorization": "Basic x"}):
+            found = asyncio.run(status(method, path, wrong))
+            assert (found == 401) is not public, (method, path)
+        right = {"authorization": "Bearer abcdefgh-secret"}
+        assert asyncio.run(status(method, path, right)) != 401
+    assert b"abcdefgh" in compared
+
+
+def test_answers_are_named_and_faults_tell_nothing(server, monkeypatch):
+    named = get(server.app, "/health", {"x-request-id": "mine-1"})
+    assert named.headers["x-request-id"] == "mine-1"
+    for bad in ("a b", "x" * 200, "\x1b[31m"):
+        assert re.fullmatch(
+            r"req-\w+", get(server.app, "/health", {"x-request-id": bad}).headers["x-request-id"]
+        )
+    assert get(server.app, "/health").headers["x-content-type-options"] == "nosniff"
+
+    def broken(*_):
+        raise RuntimeError("secret at 0x7f001234 in /work/x.py")
+
+    monkeypatch.setattr(app_module, "_look", broken)
+
+    async def fault():
+        asking = ask(server.app, "GET", "/props")
+        with pytest.raises(RuntimeError):  # starlette tells the server of it too
+            await asking.over()
+        return asking
+
+    found = asyncio.run(fault())
+    assert found.status == 500 and "secret" not in found.text and "error" in found.json
+
+
+def test_logs_have_no_prompts_unless_asked(tiny_model):
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    for asked in (False, True):
+        with serving(tiny_model, room=room, logs_prompts=asked) as server:
+            lines = []
+            server.service.log = lines.append
+            post(server.app, CHAT, {"messages": HI, "max_tokens": 2})
+            assert len(lines) == 1 and "2 tokens" in lines[0]
+            assert ("quick fox" in lines[0]) is asked
+
+
+# --- looks
+
+
+def test_metrics_are_what_prometheus_reads(server):
+    post(server.app, CHAT, {"messages": HI, "max_tokens": 6})
+    settled(server)
+    text = get(server.app, "/metrics").text
+    values, kinds = {}, {}
+    for line in text.splitlines():
+        if line.startswith("# TYPE"):
+            kinds[line.split()[2]] = line.split()[3]
+        elif not line.startswith("#"):
+            name, value = re.fullmatch(r"([a-z0-9_:]+\{[^{}]*\}) (-?[0-9.e+-]+)", line).groups()
+            assert name not in values
+            values[name] = float(value)
+    names = {name.partition("{")[0] for name in values}
+    ours = {re.sub(r"_(bucket|sum|count)$", "", n) if n not in kinds else n for n in names}
+    assert ours <= kinds.keys() and all(f"# HELP {n} " in text for n in kinds)
+    label = '{model_name="tiny"}'
+    assert values["vllm:num_requests_running" + label] == 0
+    assert values["vllm:generation_tokens_total" + label] >= 6
+    drafted = values["vllm:spec_decode_num_draft_tokens_total" + label]
+    accepted = values["vllm:spec_decode_num_accepted_tokens_total" + label]
+    by_place = sum(v for n, v in values.items() if "_per_pos_total" in n)
+    assert 0 <= accepted == by_place <= drafted
+    for name in ("layer_bytes_total", "link_bytes_per_second", "overlap_ratio", "acceptance_rate"):
+        assert f"offload_rt:{name}{label}" in values
+    bucket = [v for n, v in values.items() if n.startswith("vllm:e2e_request_latency_seconds_b")]
+    assert bucket == sorted(bucket)
+    assert bucket[-1] == values["vllm:e2e_request_latency_seconds_count" + label] > 0
+    later = get(server.app, "/metrics").text
+    assert "vllm:generation_tokens_total" in later and later.count("\n") == text.count("\n")
+
+
+def test_the_page_needs_nothing_from_elsewhere(server):
+    found = get(server.app, "/")
+    assert found.status == 200 and found.headers["content-type"].startswith("text/html")
+    assert not re.search(
+        r"https?://|//cdn|innerHTML|@import|<script src|<link rel=.stylesheet", found.text
+    )
+    policy = found.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and policy.count("'sha256-") == 2
+    told = get(server.app, "/props").json
+    for name in re.findall(r"now\.(\w+)", found.text):
+        assert name in told, name
+
+
+def test_text_and_tokens_there_and_back(server):
+    ids = post(server.app, "/tokenize", {"prompt": "the quick fox"}).json
+    assert ids["count"] == len(ids["tokens"]) and ids["max_model_len"] == 256
+    assert (
+        post(server.app, "/detokenize", {"tokens": ids["tokens"]}).json["prompt"] == "the quick fox"
+    )
+    chat = post(server.app, "/tokenize", {"messages": HI}).json["tokens"]
+    assert len(chat) > len(ids["tokens"])
+    for wrong in ({}, {"prompt": 7}, {"messages": []}):
+        assert post(server.app, "/tokenize", wrong).status == 400
+    for wrong in ({}, {"tokens": [-1]}, {"tokens": [2**70]}, {"tokens": "a"}):
+        assert post(server.app, "/detokenize", wrong).status == 400
+    info = get(server.app, "/tokenizer_info").json
+    assert info["eos_token"] == "<|im_end|>" and info["chat_template"]
+    assert json.dumps(info)
