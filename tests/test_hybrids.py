@@ -4,12 +4,14 @@ import json
 import random
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
-from hybrids import HYBRIDS, IDS, make_hybrid
+from hybrids import HYBRIDS, IDS, JAMBA, make_hybrid, write_whole
+from transformers.integrations.moe import ExpertsInterface
 
 from offload_rt.config import (
     DraftConfig,
@@ -22,15 +24,16 @@ from offload_rt.device.kinds import Packing
 from offload_rt.engine import Engine, FinishReason, Request, Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.errors import CheckpointError, ConfigError, PlanError
+from offload_rt.kv.states import MixerStates
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.mixing import PassStates
 from offload_rt.model.network import Network
+from offload_rt.runner.runner import Rows
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Unlearned
 
 LONG = [(7 * i * i + 3 * i) % 290 + 3 for i in range(53)]  # crosses three anchors
-JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
 NGRAMS = DraftConfig(draft="ngram", draft_tokens=7)
 
 
@@ -190,6 +193,19 @@ def test_another_model_drafts(delta, make_tiny):
         assert generate(engine, tokens=20) == [expected_answer(delta, PROMPT, 20)]
 
 
+def test_the_text_part_of_a_model_with_vision_runs(tmp_path, caplog):
+    model = write_whole(tmp_path)
+    with torch.no_grad():
+        answer = model.generate(
+            torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None
+        )
+    with engine_for(tmp_path, resident_layers=1, slots=2, draft=NGRAMS) as engine:
+        assert generate(engine, tokens=12) == [answer[0, len(PROMPT) :].tolist()]
+        left_out = {extent.name.split(".")[-2] for extent in engine.checkpoint.left_out}
+    assert {"fc", "up_proj", "qkv"} <= left_out
+    assert caplog.text.count("tensors") == caplog.text.count("are left out") == 1
+
+
 def test_a_state_of_another_sequence_is_found(delta):
     prompts = [LONG, [*LONG[9:], *LONG[:9]]]  # their anchors are the same
     with engine_for(delta, prompts=prompts) as engine:
@@ -287,3 +303,121 @@ def test_sizes_that_are_none_are_refused(delta, tmp_path, name, value):
         Network(open_checkpoint(tmp_path / "bad"), "auto", Packing.FILE)
         layers_keep(open_checkpoint(tmp_path / "bad").config)
     assert "\n" not in str(caught.value)
+
+
+# The rest of a network made independent of how many rows a pass has, so that a state that differs
+# by a bit shows: attention over as many keys, passes of whole tiles, experts one after the other.
+TILE, KEYS = 64, 256
+TEXT = [(11 * i * i + 5 * i) % 290 + 3 for i in range(2 * TILE)]
+
+
+def exact_attention(query, keys, values, spec, tree):
+    """Written out: query [H, S, D] over keys [K, T, D], padded to KEYS."""
+    assert tree is None
+    (heads, rows, _), (kv_heads, count, _) = query.shape, keys.shape
+    k, v = (torch.nn.functional.pad(t.float(), (0, 0, 0, KEYS - count)) for t in (keys, values))
+    q = query.reshape(kv_heads, heads // kv_heads * rows, -1).float()
+    own = (count - rows + torch.arange(rows)).repeat(heads // kv_heads)[:, None]
+    at = torch.arange(KEYS)[None]
+    hidden = at > own if spec.window is None else (at > own) | (at <= own - spec.window)
+    scores = (q @ k.transpose(1, 2) * spec.scaling).masked_fill(hidden, float("-inf"))
+    out = scores.softmax(-1) @ v
+    return out.reshape(heads, rows, -1).transpose(0, 1).to(query.dtype)
+
+
+def exact_experts(self, hidden, chosen, weights):
+    """Of each token the sum in the order of its own list; as many rows for each expert."""
+    given = hidden.new_zeros(*chosen.shape, hidden.shape[1])
+    for expert in range(self.num_experts):
+        fused = getattr(self, "gate_up_proj", None)
+        up = torch.nn.functional.linear(hidden, (self.up_proj if fused is None else fused)[expert])
+        if fused is None:
+            up = self.act_fn(up)
+        else:
+            gate, up = up.chunk(2, dim=-1)
+            up = self.act_fn(gate.contiguous()) * up
+        made = torch.nn.functional.linear(up, self.down_proj[expert])
+        given = torch.where((chosen == expert)[..., None], made[:, None], given)
+    total = torch.zeros_like(hidden)
+    for place in range(chosen.shape[1]):
+        total += given[:, place] * weights[:, place, None].to(hidden.dtype)
+    return total
+
+
+class Exact:
+    """An engine whose passes are of whole tiles."""
+
+    def __init__(self, engine):
+        model = engine.network._model
+        if model.config.get_text_config()._experts_implementation is not None:
+            ExpertsInterface.register("exact_experts", exact_experts)
+            model.set_experts_implementation("exact_experts")
+        self.cache, self.runner = engine._caches[0], engine.runner
+
+    def prompt(self, tokens):
+        """Logits of all rows, which stay."""
+        rows = self.runner.logits([Rows.text(self.cache, tokens, range(len(tokens)))])
+        self.cache.commit(range(len(tokens)))
+        return rows
+
+    def check(self, tokens, keep):
+        """Logits of tokens of which some stay; behind them are others that do not."""
+        padded = [*tokens, *([1] * (-len(tokens) % TILE))]
+        length = self.cache.length
+        part = Rows(
+            cache=self.cache,
+            tokens=padded,
+            places=range(length, length + len(padded)),
+            wanted=range(len(tokens)),
+        )
+        rows = self.runner.logits([part])
+        self.cache.commit(range(keep))
+        return rows[:keep]
+
+
+def rollbacks(folder, monkeypatch, dtype):
+    """For each number of 0 to 8 accepted tokens of 8 whether all behind has the same bits."""
+    monkeypatch.setattr("offload_rt.kv.resident.attend_rows", exact_attention)
+    same = []
+    room = {"prompts": [TEXT], "tokens": TILE, "dtype": dtype, "prefill_chunk_tokens": 512}
+    with engine_for(folder, resident_layers=4, **room) as engine:
+        made = Exact(engine)
+        whole = made.prompt(TEXT)
+        made.cache.truncate(0)
+        made.prompt(TEXT[:TILE])
+        for accepted in range(9):
+            made.cache.truncate(TILE)
+            assert made.cache.length == TILE
+            first = TILE + 12  # what is drafted crosses an anchor
+            rows = [made.check(TEXT[TILE:first], 12)]
+            stand = TEXT[first : first + 1 + accepted]
+            wrong = [(t + 1) % 290 for t in TEXT[first + 1 + accepted : first + 9]]
+            rows.append(made.check(stand + wrong, len(stand)))
+            rows.append(made.check(TEXT[first + len(stand) :], len(TEXT) - first - len(stand)))
+            same.append(torch.equal(torch.cat(rows), whole[TILE:]))
+    return same
+
+
+@pytest.mark.parametrize("name", HYBRIDS)
+def test_after_any_number_of_accepted_tokens_all_is_as_in_one_prompt(name, make_tiny, monkeypatch):
+    assert rollbacks(make_hybrid(make_tiny, name), monkeypatch, "float32") == [True] * 9
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "falcon_h1"])
+def test_in_bf16_too(name, make_tiny, monkeypatch):
+    assert rollbacks(make_hybrid(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9
+
+
+def test_rejected_rows_that_move_the_anchor_are_found(delta, monkeypatch):
+    monkeypatch.setattr(MixerStates, "_standing", lambda self, kept, rows: rows)
+    monkeypatch.setattr(MixerStates, "commit", _whatever_stands)
+    assert not all(rollbacks(delta, monkeypatch, "float32"))
+
+
+def _whatever_stands(self, keep):
+    for kept in self._kept.values():
+        kept.cut(self.length + len(keep))
+    self.length += len(keep)
+    if self.length == TILE:
+        self._prompt = {layer: replace(kept) for layer, kept in self._kept.items()}
+        self.prompt_length = TILE

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config_class import (
@@ -30,6 +31,8 @@ _log = logging.getLogger(__name__)
 _CONFIG_NAME = "config.json"
 _CONFIG_LIMIT_BYTES = 4 * 2**20  # the largest seen, with a label table, has 0.3 MB
 _TEXT_PART = "text_config"
+_LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")  # a kind for each layer
+_FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")  # which JSON does not have
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many a layer has
 
@@ -169,7 +172,7 @@ def load_model_config(folder: Path) -> ModelConfig:
             supported.
     """
     path = folder / _CONFIG_NAME
-    raw = read_json_object(folder, _CONFIG_NAME, _CONFIG_LIMIT_BYTES, lenient=True)
+    raw = _with_floats(read_json_object(folder, _CONFIG_NAME, _CONFIG_LIMIT_BYTES, lenient=True))
     reader, whole = _text_part(_reader_of(path, raw))
     kind = find_kind(folder, reader.raw)
     if kind is None:
@@ -200,7 +203,7 @@ def _model_config(reader: "_Reader", whole: "_Reader | None") -> ModelConfig:
             f"num_attention_heads is {num_heads}, which num_key_value_heads {num_kv_heads} "
             "does not divide"
         )
-    num_layers = reader.number("num_layers")
+    num_layers = reader.number("num_layers", _listed_layers(reader))
     _check_layers(reader, num_layers)
     max_positions, note = _longest(reader, reader.number("max_positions"))
     return ModelConfig(
@@ -250,7 +253,8 @@ class _Reader:
     def optional_number(self, what: str) -> int | None:
         """The number that the family's class would have, or None."""
         _, low, high = _NUMBERS[what]
-        for name in self._names(what):
+        # What the file says, under any name, counts before the default of another name.
+        for name in sorted(self._names(what), key=lambda name: name not in self.raw):
             value = self.stated(name)
             if value is None:
                 continue
@@ -465,6 +469,16 @@ def _check_nested_numbers(reader: _Reader) -> None:
             )
 
 
+def _listed_layers(reader: _Reader) -> int | None:
+    """The number of layers of a file that lists their kinds instead."""
+    stated = (reader.raw.get(name) for name in _LAYER_LISTS)
+    found = next((len(kinds) for kinds in stated if isinstance(kinds, list | str)), None)
+    _, low, high = _NUMBERS["num_layers"]
+    if found is not None and not low <= found <= high:
+        raise reader.error(f"it lists {found} layers, accepted are {low} to {high}")
+    return found
+
+
 def _check_layers(reader: _Reader, num_layers: int) -> None:
     kinds = reader.raw.get("layer_types")
     if isinstance(kinds, list) and len(kinds) != num_layers:
@@ -473,6 +487,20 @@ def _check_layers(reader: _Reader, num_layers: int) -> None:
         )
     if reader.raw.get("per_layer_config"):
         raise reader.error("per_layer_config gives layers sizes of their own: not supported")
+
+
+def _with_floats(root: dict[str, object]) -> dict[str, object]:
+    """The object, just parsed, with the numbers that transformers writes as objects."""
+    waiting: list[Any] = [root]
+    while waiting:
+        place = waiting.pop()
+        for key, value in list(place.items() if isinstance(place, dict) else enumerate(place)):
+            tagged = value.get(_FLOAT_TAG) if isinstance(value, dict) and len(value) == 1 else None
+            if isinstance(tagged, str) and tagged in _FLOATS:
+                place[key] = float(tagged)
+            elif isinstance(value, dict | list):
+                waiting.append(value)
+    return root
 
 
 def _drop_code(root: dict[str, object]) -> dict[str, object]:

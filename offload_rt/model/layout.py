@@ -49,6 +49,11 @@ FUSED = {
     "down_proj": ("down_proj", 0),
 }
 
+# Of layers with a recurrent state: convolutions of queries, keys and values, where a family's class
+# has no modules of these names.
+_STACKED = re.compile(r"(?P<module>.*)\.(?P<part>[qkv])_conv1d\.weight$")
+_STACKED_PART = "q_conv1d"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
@@ -191,8 +196,16 @@ def plan_layouts(
     """
     stays_fp32 = stays_fp32 or checkpoint.family.stays_fp32(dtype)
     stored, ends = checkpoint.stored, checkpoint.stored_ends
+    stacks = _STACKED_PART not in checkpoint.family.names
     layers = [
-        plan_layout([e for e in each if e.name not in without], dtype, packing, stays_fp32, stored)
+        plan_layout(
+            [e for e in each if e.name not in without],
+            dtype,
+            packing,
+            stays_fp32,
+            stored,
+            stacks=stacks,
+        )
         for each in checkpoint.layers
     ]
     return *layers, plan_layout(checkpoint.others, dtype, packing, stays_fp32, made=ends)
@@ -212,6 +225,7 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
     made: Mapping[str, Stored] = NOTHING_STORED,
     *,
     align_bytes: int = 1,
+    stacks: bool = False,
 ) -> LayerLayout:
     """Lay out the tensors of one layer (or of what is in no layer).
 
@@ -223,6 +237,7 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
         stored: quantised weights by names of their tensors, which lie there as they are.
         made: such of which the dequantised weight lies there instead.
         align_bytes: tensors that do not start at a multiple of it in the file are copied to one.
+        stacks: convolutions of queries, keys and values are one parameter of the network.
 
     Raises:
         CheckpointError: a tensor is of a format that cannot be computed with, or experts of a layer
@@ -230,6 +245,7 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
     """
     builder = _Builder(dtype, packing, stays_fp32, stored, align_bytes)
     experts: dict[str, list[tuple[int, int, TensorExtent]]] = {}
+    convolutions: dict[str, dict[str, TensorExtent]] = {}
     for extent in extents:
         name = extent.name
         if name in made:
@@ -240,10 +256,18 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
             target, part = FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
             experts.setdefault(key, []).append((int(match["expert"]), part, extent))
+        elif stacks and (match := _STACKED.match(name)):
+            key = f"{match['module']}.conv1d.weight"
+            convolutions.setdefault(key, {})[match["part"]] = extent
         else:
             builder.add(name, extent)
     for name, pieces in experts.items():
+        if all(part == 1 for _, part, _ in pieces):  # of experts without a gate
+            name = name.replace(".gate_up_proj", ".up_proj")
+            pieces = [(expert, 0, extent) for expert, _, extent in pieces]
         builder.add_fused(name, sorted(pieces, key=lambda piece: piece[:2]))
+    for name, parts in convolutions.items():
+        builder.add_stacked(name, [parts[part] for part in "qkv" if part in parts])
     return builder.finish()
 
 
@@ -340,6 +364,22 @@ class _Builder:
         for index, (_, _, extent) in enumerate(pieces):
             self._runs.append(self._piece(extent, dtype, start + index * piece_bytes))
         shape = (experts, parts * rows, columns)
+        self._placements.append(Placement(name=name, dtype=dtype, shape=shape, offset=start))
+
+    def add_stacked(self, name: str, pieces: Sequence[TensorExtent]) -> None:
+        """Place tensors [C, ...] as one parameter, one behind the other."""
+        rest = pieces[0].shape[1:]
+        if len(pieces) != 3 or any(extent.shape[1:] != rest for extent in pieces):
+            raise CheckpointError(
+                f"{shown(name)} is made of three tensors, the files have {len(pieces)} with shapes "
+                f"{[list(extent.shape) for extent in pieces]}: download the checkpoint again"
+            )
+        dtype = self._device_dtype(name, pieces[0])
+        sizes = [prod(extent.shape) * _BYTES[dtype] for extent in pieces]
+        start = self._reserve(sum(sizes))
+        for index, extent in enumerate(pieces):
+            self._runs.append(self._piece(extent, dtype, start + sum(sizes[:index])))
+        shape = (sum(extent.shape[0] for extent in pieces), *rest)
         self._placements.append(Placement(name=name, dtype=dtype, shape=shape, offset=start))
 
     def finish(self) -> LayerLayout:

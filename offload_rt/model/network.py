@@ -166,7 +166,7 @@ class Network:
         self.layouts, self.base = self._places.layouts, self._places.base
         self._lenders: Mapping[int, ExpertLender] = {}
         fit = probe(self._model, layers, family)
-        self.kv_shapes, self.mixers = fit.kv, fit.mixers
+        self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
         for module, mixer in zip(self._mixing, fit.mixers, strict=True):
             module.forward = AnchoredMixer(module, mixer)
@@ -386,9 +386,14 @@ class Network:
             lean = index in self.kept and not self.mixers
             if lean and (made := lean_layer(layer, first=index == min(self.kept))):
                 forward = made
-            layer.forward = partial(
-                self._run_layer, index, forward, weights=lender, chunk_tokens=chunk_tokens
+            run = partial(
+                self._run_layer,
+                index,
+                partial(_first_of, forward) if self._in_tuples else forward,
+                weights=lender,
+                chunk_tokens=chunk_tokens,
             )
+            layer.forward = partial(_in_tuple, run, self._in_tuples) if self._in_tuples else run
 
     def _settle_products(self, device: torch.device) -> None:
         """Have linears compute as the device and `exact` need it."""
@@ -575,8 +580,9 @@ class Network:
         """
         notes: list[torch.Tensor] = []
 
-        def note(index: int, made: torch.Tensor) -> None:
-            finite, crossing = made.isfinite().all(), self._crossing
+        def note(index: int, made: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
+            rows = made[0] if isinstance(made, tuple) else made
+            finite, crossing = rows.isfinite().all(), self._crossing
             # What leaves the last layer is on the first device.
             at = 0 if crossing is None or index == len(self._layers) - 1 else crossing.device[index]
             notes.append(crossing.hop(finite, at, 0) if crossing is not None and at else finite)
@@ -803,6 +809,19 @@ def _find_layers(model: torch.nn.Module, num_layers: int) -> tuple[str, Sequence
 def _ends(model: torch.nn.Module) -> tuple[Any, Any]:
     """The output head and the embedding, as modules with a `weight`."""
     return model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+
+
+def _first_of(forward: Callable[..., tuple[torch.Tensor, ...]], *args: Any, **options: Any) -> Any:  # noqa: ANN401
+    return forward(*args, **options)[0]
+
+
+def _in_tuple(
+    forward: Callable[..., torch.Tensor],
+    length: int,
+    *args: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
+) -> Any:  # noqa: ANN401
+    return (forward(*args, **options), *[None] * (length - 1))
 
 
 def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:

@@ -265,9 +265,10 @@ class _Names:
         match = EXPERT.match(extent.name)
         leaf, part = FUSED[match["part"]] if match else ("", 0)
         name = f"{match['moe']}.{leaf}" if match else extent.name
-        if name not in self._keys:
-            self._keys[name] = self.key_of(name)
-        owner, _, leaf = (self._keys[name] or "").rpartition(".")
+        key = self._known_key(name)
+        if key is None and match:  # of experts without a gate
+            key = self._known_key(f"{match['moe']}.{match['part']}")
+        owner, _, leaf = (key or "").rpartition(".")
         if owner != module or leaf not in MATRICES:
             return None
         if match is None:
@@ -275,6 +276,12 @@ class _Names:
         return _Part(
             f"{leaf}.{part}" if leaf == "gate_up_proj" else leaf, int(match["expert"]), extent
         )
+
+    def _known_key(self, name: str) -> str | None:
+        """The same as `key_of`, looked up once: experts share their parameters."""
+        if name not in self._keys:
+            self._keys[name] = self.key_of(name)
+        return self._keys[name]
 
     def places(self, layout: LayerLayout) -> list[Place]:
         """What of an image has a place in the network."""

@@ -55,11 +55,13 @@ class Fit:
         experts: modules whose experts the registered function computes, by name, and to how many
             of them a row is sent.
         mixers: what has a state.
+        in_tuples: layers return their rows in a tuple of that length; 0: alone.
     """
 
     kv: tuple[KVShape, ...]
     experts: Mapping[str, int]
     mixers: tuple[Mixer, ...] = ()
+    in_tuples: int = 0
 
 
 _fit: dict[tuple[type, torch.dtype, str], Fit] = {}  # by class, dtype and config
@@ -121,12 +123,15 @@ def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
     cache, experts = _Shapes(), Calls()
     states = AskedStates(PassContext([Segment(cache, PROBE_TOKENS)], strict=True))
     calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    handles = [
-        layer.register_forward_pre_hook(
-            lambda _, args, options: calls.append((args, options)), with_kwargs=True
-        )
-        for layer in layers
-    ]
+    results: list[object] = []
+    handles = []
+    for layer in layers:
+        handles += [
+            layer.register_forward_pre_hook(
+                lambda _, args, options: calls.append((args, options)), with_kwargs=True
+            ),
+            layer.register_forward_hook(lambda *hooked: results.append(hooked[2])),
+        ]
     try:
         logits = _meta_pass(model, experts, states)
     finally:
@@ -147,7 +152,20 @@ def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
         tuple(cache.shapes.get(layer, NO_KV) for layer in range(len(layers))),
         {names[module]: count for module, count in experts.per_token.items()},
         mixers,
+        _in_tuples(results),
     )
+
+
+def _in_tuples(results: Sequence[object]) -> int:
+    """The length of the tuples in which layers return their rows, and nothing else; 0: alone."""
+    found = {len(result) if isinstance(result, tuple) else 0 for result in results}
+    for result in results:
+        rows, *more = result if isinstance(result, tuple) else (result,)
+        if not isinstance(rows, torch.Tensor) or any(other is not None for other in more):
+            raise CheckpointError("their decoder layers return more than rows")
+    if len(found) > 1:
+        raise CheckpointError("their decoder layers return their rows in several ways")
+    return found.pop()
 
 
 def _meta_pass(model: torch.nn.Module, calls: Calls, states: PassStates) -> torch.Tensor:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from offload_rt.config import DraftConfig, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DrafterWords, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
@@ -135,6 +135,11 @@ def place_run(
     return replace(placement, home=home)
 
 
+def drafts_with_states(words: DrafterWords) -> bool:
+    """Whether a drafter needs no keys and values, or writes to them, that layers do not have."""
+    return not (words.over_retrieval or words.over_own_rows)
+
+
 def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig) -> None:
     """Refuse what recurrent states cannot do yet.
 
@@ -147,7 +152,7 @@ def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftCon
             f"--device {config.device}: layers of {checkpoint.name} keep recurrent states, and "
             "models with those run on one device: name one"
         )
-    if draft.over_retrieval or draft.words.over_own_rows:
+    if not drafts_with_states(draft.words):
         raise PlanError(
             f"--draft {draft.kind} drafts over the model's own keys and values, and layers of "
             f"{checkpoint.name} keep recurrent states instead: use --draft ngram, or a draft model"
