@@ -195,6 +195,9 @@ class ExpertUse:
         union: different experts that a layer asked for in a pass, on average.
         bytes_per_token: copied, for each emitted token.
         prompt_misses: experts copied in the prompt's pass, of `prompt_asked`.
+        distances: of all passes of one row so far, how often an expert was asked for that was the
+            n-th most recently used of its layer, counted from 0; last of those not used before.
+            Those before the n-th are the hits of n slots a layer.
     """
 
     slots: int
@@ -208,6 +211,7 @@ class ExpertUse:
     bytes_per_token: float | None
     prompt_misses: int
     prompt_asked: int
+    distances: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

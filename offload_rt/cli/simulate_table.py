@@ -42,7 +42,9 @@ def model_table(
         f"(from {source})",
         f"on {machine}, as if nothing else ran there",
         _memory(f"{made.resident_layers} resident layers", placement.resident_bytes),
-        _memory(f"{placement.slots} slots", placement.ring_bytes),
+        _memory(f"{placement.slots} slots", placement.ring_bytes)
+        if not placement.expert_slots
+        else _memory(f"{placement.expert_slots} slots of experts", placement.pool_bytes),
         _memory("KV on the device", placement.kv_bytes, kept),
         _memory("embedding, workspace", demand.base_bytes + placement.workspace_bytes),
     ]
@@ -52,9 +54,10 @@ def model_table(
     lines.append(_memory("device memory", placement.device_bytes, limit))
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):
         lines.append(_memory(stripe.name, own.device_bytes, own.in_words))
-    if placement.streamed:
+    if placement.streams:
         away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
-        lines.append(_memory("streamed layers", placement.streamed_bytes, f"in {away}"))
+        what = "experts" if placement.expert_slots else "streamed layers"
+        lines.append(_memory(what, placement.streamed_bytes, f"in {away}"))
         lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)

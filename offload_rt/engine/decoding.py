@@ -375,6 +375,8 @@ class Run:
         facts, slots = placement.demand.experts, placement.expert_slots
         if facts is None or not slots:
             return None
+        pool = self.engine.runner.experts
+        assert pool is not None  # there are slots
         asked = decode.expert_hits + decode.expert_misses
         return ExpertUse(
             slots=slots,
@@ -388,6 +390,7 @@ class Run:
             bytes_per_token=decode.bytes_copied / self._later if self._later else None,
             prompt_misses=prefill.expert_misses,
             prompt_asked=prefill.expert_hits + prefill.expert_misses,
+            distances=tuple(pool.counts.distances.get(0, ())),
         )
 
     @property

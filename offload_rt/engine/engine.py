@@ -461,7 +461,7 @@ class Engine:
             stalled_s=self.devices.stalled_s(),
             expert_hits=asked.hits,
             expert_misses=asked.misses,
-            expert_calls=asked.calls,
+            expert_calls=sum(asked.calls.values()),
         )
 
     def link_bytes(self) -> int:

@@ -30,15 +30,15 @@ class ExpertCounts:
     Attributes:
         hits: experts that were there when a layer asked for them.
         misses: experts that were copied.
-        calls: times a layer asked.
-        distances: by rows of a pass (`row_class`), how often an expert was asked for that was the
+        calls: times a layer asked, by rows of the pass (`row_class`).
+        distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
             The hits of every size of pool at once (Mattson's stack distances).
     """
 
     hits: int = 0
     misses: int = 0
-    calls: int = 0
+    calls: dict[int, int] = field(default_factory=dict)
     distances: dict[int, list[int]] = field(default_factory=dict)
 
 
@@ -221,11 +221,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
 
     def _count(self, layer: int, needed: Sequence[int], hits: int, rows: int) -> None:
         counts, recent = self.counts, self._recent[layer]
-        counts.calls += 1
+        like = row_class(rows)
+        counts.calls[like] = counts.calls.get(like, 0) + 1
         counts.hits += hits
         counts.misses += len(needed) - hits
         size = max(self._counts.values()) + 1
-        seen = counts.distances.setdefault(row_class(rows), [0] * size)
+        seen = counts.distances.setdefault(like, [0] * size)
         order = {expert: at for at, expert in enumerate(reversed(recent))}
         for expert in needed:
             seen[order.get(expert, size - 1)] += 1

@@ -1,0 +1,123 @@
+"""What is planned and expected of experts that come one by one."""
+
+import json
+from math import inf
+
+import pytest
+from engines import engine_for, generate
+from expert_models import make_mixture
+
+from offload_rt.costs.experts import Distances, ExpertUse, union
+from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
+
+LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny):
+    return make_mixture(make_tiny, "qwen3_moe", tokenizer=True, **LARGE)
+
+
+def planned(offload_run, folder, *more):
+    """The JSON of `plan`."""
+    asked = ("plan", folder, "--context", 64, "--draft", "none", "--json", *more)
+    done = offload_run(*asked)
+    assert done.code == 0, done.err
+    return json.loads(done.out)
+
+
+def test_a_plan_says_what_is_expected_of_experts(offload_run, folder):
+    found = planned(offload_run, folder, "--expert-slots", 64)
+    experts, predicted = found["experts"], found["predicted"]
+    assert (experts["slots"], experts["experts"], experts["per_token"]) == (64, 128, 2)
+    assert experts["share"] == 0.5 and experts["hit_rate"] == pytest.approx(0.84)
+    expert_bytes = 3 * 256 * 256 * 2
+    misses = 4 * 2 * (1 - 0.84)
+    assert experts["bytes_per_token"] == pytest.approx(misses * expert_bytes, rel=1e-3)
+    assert predicted["home_bytes"] == found["bytes_per_pass"] == experts["bytes_per_token"]
+    idle = (128 - 4 * 2) * 3 * 256 * 256
+    assert experts["total_parameters"] - experts["active_parameters"] == idle
+    assert found["resident"] == [0, 1, 2, 3] and not found["streamed"]
+    table = offload_run("plan", folder, "--context", 64, "--expert-slots", 64).out
+    assert "84% of a token's experts expected in the slots" in " ".join(table.split())
+    simulated = offload_run(
+        *("simulate", folder, "--profile", "cpu-2core-avx512bf16", "--context", 64),
+        *("--draft", "none", "--expert-slots", 64),
+    )
+    assert simulated.code == 0 and "64 slots of experts" in simulated.out
+
+
+def test_more_slots_read_less_and_take_no_longer(offload_run, folder):
+    made = [planned(offload_run, folder, "--expert-slots", n) for n in (2, 8, 32, 64, 128)]
+    read = [one["experts"]["bytes_per_token"] for one in made]
+    seconds = [one["predicted"]["s_per_token"] for one in made]
+    assert read == sorted(read, reverse=True) and read[-1] == 0 < read[-2]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+def test_a_plan_says_why_layers_are_whole(offload_run, folder):
+    small = ("--device-memory", "140MiB")
+    assert planned(offload_run, folder, *small)["experts"] is not None
+    whole = planned(offload_run, folder, *small, "--expert-slots", 0)
+    assert whole["experts"] is None and whole["whole_because"] == "--expert-slots is 0"
+    asked = planned(offload_run, folder, *small, "--resident-layers", 1)
+    assert asked["whole_because"] == "--slots and --resident-layers are of whole layers"
+
+
+def test_too_few_slots_end_with_code_3_and_the_number(offload_run, folder):
+    done = offload_run("plan", folder, "--expert-slots", 1)
+    assert done.code == 3 and "2 experts of a layer at once: use 2 or more" in done.err
+
+
+def test_a_plan_that_is_kept_is_run_as_it_was(offload_run, folder, tmp_path):
+    path = tmp_path / "plan.json"
+    planned(offload_run, folder, "--expert-slots", 40, "--output", path)
+    asked = ("generate", folder, "-p", "the dog", "-n", 5, "--json")
+    done = offload_run(*asked, "--plan", path)
+    assert done.code == 0, done.err
+    experts = json.loads(done.out)["experts"]
+    assert sum(experts["distances"]) == 4 * 4 * 2
+    assert experts["slots"] == 40 and experts["hits"] + experts["misses"] == 4 * 4 * 2
+
+
+def test_a_report_counts_what_was_asked_for(folder):
+    with engine_for(folder, expert_slots=24) as engine:
+        generate(engine)
+        pool = engine.runner.experts
+        # A prompt of 17 in chunks of 5, the last of 2 rows; 15 tokens.
+        assert pool.counts.calls == {3: 4 * 3, 1: 4, 0: 4 * 15}
+        assert sum(map(sum, pool.counts.distances.values())) == pool.counts.hits + (
+            pool.counts.misses
+        )
+
+
+def test_expected_misses_are_bounded_by_what_is_asked_for():
+    use = ExpertUse()
+    for held in (0, 4, 16, 40, 64):
+        before = 0.0
+        for rows in (1, 2, 4, 8, 16, 64):
+            misses = use.misses(rows, held, experts=64, per_token=4)
+            assert before <= misses <= union(rows, 64, 4) + 1e-9 <= 64 + 1e-9
+            assert misses <= rows * use.misses(1, held, 64, 4) + 1e-9
+            before = misses
+    assert use.misses(1, 0, 64, 4) == 4 and use.misses(8, 64, 64, 4) == 0
+    assert union(1, 64, 4) == pytest.approx(4)
+
+
+def test_seen_distances_say_the_misses_of_any_pool():
+    seen = Distances(calls=10, counts=(12, 8, 5, 3, 2))
+    assert [seen.misses(held) for held in range(5)] == [3.0, 1.8, 1.0, 0.5, 0.2]
+    assert seen.misses(1.5) == pytest.approx(1.4)
+    use = ExpertUse(seen={0: seen})
+    assert use.misses(1, 2, experts=4, per_token=3) == 1.0
+    assert use.misses(2, 2, experts=4, per_token=3) > 0  # of other passes nothing was seen
+
+
+@pytest.mark.parametrize("hits", [0.0, 0.5])
+def test_hits_compute_while_misses_come(hits):
+    """A layer takes its router, then the longer of hits and the copy, then the misses."""
+    layer = TimedLayer(kernel_s=1.0, missed_bytes=300, experts_s=0.8, missed_s=0.8 * (1 - hits))
+    for rate in (100.0, 1000.0, inf):
+        one = TimedPass(layers=[layer] * 3, slots=0, home_bytes_per_s=(rate,))
+        beside = max(0.8 * hits, 300 / rate)
+        assert steady_pass(one).pass_s == pytest.approx(3 * (0.2 + beside + 0.8 * (1 - hits)))
