@@ -346,21 +346,16 @@ def _pooled(demand: Demand, limit: int, slots: int | None) -> Placement:
         ConfigError: the model's experts are not streamed one by one, or are fewer.
         PlanError: one token's experts would not have a slot each.
     """
+    if demand.copy_bytes:
+        raise PlanError(
+            "what drafts are copies of streamed layers, and with --expert-slots none is streamed: "
+            "use another drafter, or leave out --expert-slots"
+        )
     experts = demand.experts
     if experts is None:
         raise ConfigError(
             "--expert-slots has no effect, as this model's layers are streamed whole here: leave "
             "it out (`offload-run plan` says why)"
-        )
-    if slots is not None and slots < experts.per_token:
-        raise PlanError(
-            f"--expert-slots is {slots}, and a token is sent to {experts.per_token} experts of a "
-            f"layer at once: use {experts.per_token} or more"
-        )
-    if slots is not None and slots > experts.count:
-        raise ConfigError(
-            f"--expert-slots is {slots}, the model has {experts.count} experts in all: lower it or "
-            "leave it out"
         )
     bare = Placement(
         resident=tuple(range(len(demand.layer_bytes))),
@@ -371,6 +366,17 @@ def _pooled(demand: Demand, limit: int, slots: int | None) -> Placement:
         device_limit_bytes=limit,
         expert_slots=experts.per_token,
     )
+    if slots is not None and slots < experts.per_token:
+        raise PlanError(
+            f"--expert-slots is {slots}, and a token is sent to {experts.per_token} experts of a "
+            f"layer at once: use {experts.per_token} or more",
+            bare.device_bytes,
+        )
+    if slots is not None and slots > experts.count:
+        raise ConfigError(
+            f"--expert-slots is {slots}, the model has {experts.count} experts in all: lower it or "
+            "leave it out"
+        )
     if slots is None:
         room = (limit - bare.device_bytes) // experts.slot_bytes
         slots = min(experts.count, experts.per_token + max(0, room))
