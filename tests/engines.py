@@ -27,7 +27,7 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 
 
 @contextmanager
-def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config):
+def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=False, **config):
     """An engine with room for these prompts and that many tokens after each."""
     config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
     config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
@@ -40,6 +40,7 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, **config
         capacities=[len(p) + tokens for p in prompts],
         prompt_tokens=sum(len(p) for p in prompts),
         draft=draft,
+        repeats=repeats,
     ) as engine:
         yield engine
 

@@ -126,6 +126,7 @@ class _Measuring:
         sampling: that of `settings`, with a seed.
         engines: facts about the engine of each phase.
         runs: finished answers; one that was interrupted is not among them.
+        compares: texts of engines are compared, so both have row-invariant passes if they can.
     """
 
     model: Model
@@ -136,6 +137,7 @@ class _Measuring:
     prompts: Sequence[_Encoded]
     engines: dict[str, EngineFacts] = field(default_factory=dict)
     runs: list[Measured] = field(default_factory=list)
+    compares: bool = False
 
     def run(self, rounds: int, against_none: bool) -> bool:
         """Measure everything; returns whether it was interrupted.
@@ -143,6 +145,7 @@ class _Measuring:
         Raises:
             Interrupted: before anything was measured.
         """
+        self.compares = against_none
         plain = dataclasses.replace(self.settings, draft=DraftConfig(), plan=None)
         phases = [(DRAFTED if self.settings.draft.drafts else BASELINE, self.settings)]
         if against_none:
@@ -168,7 +171,12 @@ class _Measuring:
     ) -> None:
         """Answer all prompts in one engine, as often as there are rounds for it."""
         with started_engine(
-            self.model, settings, self.console, capacities=[capacity], prompt_tokens=longest
+            self.model,
+            settings,
+            self.console,
+            capacities=[capacity],
+            prompt_tokens=longest,
+            repeats=self.compares,
         ) as engine:
             answering = Answering(
                 self.model,

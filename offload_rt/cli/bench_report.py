@@ -205,7 +205,8 @@ def _legend(report: BenchReport) -> str:
     if report.compares:
         text += (
             " ratio: tokens/s with drafting over without, per prompt; median over prompts. In "
-            "bfloat16 and float16 texts may differ where two tokens are nearly equally likely."
+            "bfloat16 and float16 texts may differ where two tokens are nearly equally likely, "
+            "unless passes are row-invariant (--exact)."
         )
     return text
 

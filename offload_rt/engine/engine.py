@@ -80,7 +80,7 @@ class Engine:
             at most its capacity. None sets all capacities aside. Caches that are not on the device
             are set aside whole either way.
         draft: who drafts, and how much.
-        repeats: answers are to be the same again, whatever the planner chooses then.
+        repeats: answers are to be those of other engines of the model, whoever drafts there.
         means: gives what a planner needs to choose what is left open, for a device of that
             kind; None: as many layers stay on the device as fit, and a drafter's default number
             of tokens is drafted.
@@ -108,7 +108,6 @@ class Engine:
         start = time.perf_counter()
         self.checkpoint = checkpoint
         self.capacities, self._prompt_tokens = tuple(capacities), prompt_tokens
-        draft_asked = draft
         drafting = open_draft_checkpoint(checkpoint, draft)
         heads = open_draft_heads(checkpoint, draft)
         self._files = WeightFiles(checkpoint.files)
@@ -148,7 +147,7 @@ class Engine:
             apart = self.placement.expert_slots > 0
             self.network = Network(checkpoint, config.dtype, packing, experts_apart=apart)
             self._check_kv()
-            self.exact = self._exactness(needed=repeats and draft_asked.automatic)
+            self.exact = self._exactness(needed=repeats)
             self.network.exact = self.exact.on
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)

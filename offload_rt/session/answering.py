@@ -85,7 +85,8 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         capacities: KV rows, one number per sequence.
         prompt_tokens: of the largest prompt pass.
         kv_tokens: rows that they share; None: each has its capacity.
-        repeats: a seed may come with any answer, and is to bring the same one again.
+        repeats: answers are to be those of other engines of the model, whoever drafts there; they
+            are so with a seed, if who drafts is left open.
     """
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
@@ -117,7 +118,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             prompt_tokens=prompt_tokens,
             kv_tokens=kv_tokens,
             draft=draft,
-            repeats=repeats or (sampling.seed is not None and not sampling.greedy),
+            repeats=repeats or (settings.draft.automatic and _repeats(sampling)),
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
         )
@@ -127,6 +128,11 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         finally:
             _keep_seen(model, settings, engine)
             _keep_pace(engine, speeds)
+
+
+def _repeats(sampling: SamplingConfig) -> bool:
+    """Whether a sampled answer is to be the same again."""
+    return sampling.seed is not None and not sampling.greedy
 
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:

@@ -505,7 +505,7 @@ class Session:
                 self._observer,
                 capacities=room.capacities,
                 prompt_tokens=room.prompt_tokens,
-                repeats=True,
+                repeats=settings.draft.automatic,  # a seed may come with any answer
             )
         )
         self._engine, self._room, self._plan = engine, room, summary_of(engine)
