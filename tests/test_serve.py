@@ -182,6 +182,9 @@ def test_plain_completions(server, offline):
     ] == "text_completion"
     usual = offline.generate(texts[0], raw=True, max_tokens=16).text
     assert post(server.app, PLAIN, {"prompt": texts[0]}).json["choices"][0]["text"] == usual
+    told = post(server.app, PLAIN, {"prompt": texts[0], "max_tokens": 6, "logprobs": 2}).json
+    found = told["choices"][0]["logprobs"]
+    assert len(found["tokens"]) == len(found["token_logprobs"]) == 6
     body = {"prompt": texts[0], "max_tokens": 6, "stream": True, "echo": True}
     stream = post(server.app, PLAIN, body).events
     assert "".join(e["choices"][0]["text"] for e in stream) == texts[0] + expected[0]
