@@ -26,7 +26,7 @@ def check(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "part", ["machine", "laws", "link", "streaming", "launches", "graphs", "kv"]
+    "part", ["machine", "laws", "link", "streaming", "launches", "graphs", "formats", "kv"]
 )
 def test_a_part_runs_on_the_cpu(check, tmp_path, part):
     import gpu_check_parts

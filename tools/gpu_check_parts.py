@@ -797,6 +797,13 @@ def plan(bench: Bench) -> None:
         )
 
 
+def formats(bench: Bench) -> None:
+    """Kernels that dequantise."""
+    from gpu_check_formats import check  # which takes what is here
+
+    check(bench)
+
+
 PARTS: dict[str, Callable[[Bench], None]] = {
     "machine": machine,
     "suite": suite,
@@ -806,6 +813,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "streaming": streaming,
     "launches": launches,
     "graphs": graphs,
+    "formats": formats,
     "kv": kv,
     "triforce": triforce,
     "plan": plan,

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,6 +17,7 @@ from offload_rt.config import (
     KVPlace,
     RuntimeConfig,
     SamplingConfig,
+    Wire,
 )
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
@@ -40,7 +42,7 @@ from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import headers_problem
-from offload_rt.model.formats import brought
+from offload_rt.model.formats import brought, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
@@ -130,6 +132,8 @@ class Engine:
                 kv_tokens=kv_tokens,
             )
             self._kv_tokens, self._pools = kv_tokens, list[KVPool]()
+            if config.wire is Wire.AUTO and device.own_memory and not on_gpu.is_there():
+                config = replace(config, wire=Wire.RAW)  # nothing would decode 12 bits there
             self.checkpoint, self.plan = plan_wires(
                 checkpoint,
                 config,

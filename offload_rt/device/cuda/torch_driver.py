@@ -7,7 +7,7 @@ to 500 MB on it.
 
 import ctypes
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -24,6 +24,11 @@ REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not onl
 def runs_flash(index: int) -> bool:
     """Whether GPU `index` is new enough for flash attention: Ampere, of 2020, or later."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
+
+
+def on_device_of(tensor: torch.Tensor) -> AbstractContextManager[Any]:
+    """Have the GPU of a tensor be the current one meanwhile, for who launches kernels himself."""
+    return torch.cuda.device_of(tensor)
 
 
 @dataclass(frozen=True, slots=True)

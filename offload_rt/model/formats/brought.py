@@ -10,12 +10,13 @@ import torch
 from offload_rt.device import compiled
 from offload_rt.device.compiled import in_parts
 from offload_rt.device.system import give_back_code, give_back_holes
-from offload_rt.model.formats import integers
+from offload_rt.model.formats import integers, on_gpu
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.report import Dequantising
 
 TORCH, NUMPY = "torch", "numpy"
+GPU = "cuda"
 _CODE = re.compile(r"/libllvmlite[^/]*$")
 _TILE = 64  # outputs; whole tiles of the kernels
 # A thread takes Python's lock for each part: with parts of 10 us threads waited for each other ten
@@ -48,11 +49,13 @@ def ready(stored: Iterable[Stored], dtype: torch.dtype, device: torch.device) ->
     warmed = compiled.Warmed(seconds=0.0, compiled=0)
     if any(_compiles(each, dtype, device) for each in stored):
         warmed = prepare()
-    who = [name for name in (compiled.who(), TORCH, NUMPY) if name in kinds]
+    who = [name for name in (compiled.who(), on_gpu.PACKAGE, TORCH, NUMPY) if name in kinds]
     return Dequantising(decoder=", ".join(who), warm_s=warmed.seconds, compiled=warmed.compiled)
 
 
 def _who(stored: Stored, dtype: torch.dtype, device: torch.device) -> str:
+    if device.type == GPU:
+        return on_gpu.PACKAGE if on_gpu.suits(stored) and on_gpu.is_there() else TORCH
     if stored.form is Form.CODED:
         return compiled.who() or NUMPY
     return compiled.who() if _compiles(stored, dtype, device) else TORCH
@@ -60,6 +63,8 @@ def _who(stored: Stored, dtype: torch.dtype, device: torch.device) -> str:
 
 def bring_for(stored: Stored, dtype: torch.dtype, device: torch.device) -> integers.Bring | None:
     """What dequantises a weight faster than torch does; None where nothing does, or is warm."""
+    if device.type == GPU:
+        return on_gpu.bring_for(stored, device)
     if not _compiles(stored, dtype, device):
         return None
     return _packed if stored.form is Form.PACKED else _columns
