@@ -22,18 +22,18 @@ from typing import Any
 from offload_rt.device.system import settle_math
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMITS_S = {  # seconds of each part: in all 9 minutes
-    "machine": 25,
+LIMITS_S = {  # seconds of each part: in all 8 minutes
+    "machine": 15,
     "suite": 60,
     "laws": 50,
     "sanitizer": 40,
-    "link": 25,
+    "link": 20,
     "streaming": 45,
     "launches": 45,
     "graphs": 45,
-    "formats": 30,
-    "kv": 40,
-    "triforce": 55,
+    "formats": 25,
+    "kv": 35,
+    "triforce": 50,
     "plan": 50,
 }
 ENVIRONMENT = {"sanitizer": {"TORCH_CUDA_SANITIZER": "1", "CUDA_LAUNCH_BLOCKING": "1"}}

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gpu_check_parts import Bench, median_of, opened, timed, wait_for
 
-from offload_rt.model.formats.brought import bring_for
+from offload_rt.model.formats.brought import bring_for, ready
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
@@ -28,6 +28,7 @@ def check(bench: Bench) -> None:
             dequantise(stored, parts, expected)
             moved = {word: part.to(there) for word, part in parts.items()}
             out = torch.empty_like(expected, device=there)
+            ready([stored], out.dtype, there)
             bring = bring_for(stored, out.dtype, there) or dequantise
 
             def once() -> None:

@@ -26,6 +26,7 @@ from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import (
     DraftConfig,
     DraftWeights,
+    Exact,
     GenerationConfig,
     HomeKind,
     KVPlace,
@@ -235,12 +236,16 @@ def run(part: str, device: str, out: Path) -> None:
 def engine_of(
     bench: Bench, folder: Path, prompt: Sequence[int], tokens: int, how: Mapping[str, Any] = EMPTY
 ) -> Iterator[Engine]:
-    """An engine on the device; `how` is of `RuntimeConfig`, but for `draft` and `means`."""
+    """An engine on the device; `how` is of `RuntimeConfig`, but for `draft` and `means`.
+
+    Bits are compared with those of all resident, for which `--exact auto` is off.
+    """
     options = {"device": bench.device, "device_limit_bytes": bench.sizes.limit, **how}
+    defaults: dict[str, Any] = {"prefill_chunk_tokens": 512, "exact": Exact.OFF}
     draft, means = options.pop("draft", NO_DRAFT), options.pop("means", None)
     with Engine(
         open_checkpoint(folder),
-        RuntimeConfig(**({"prefill_chunk_tokens": 512} | options)),
+        RuntimeConfig(**(defaults | options)),
         capacities=[len(prompt) + tokens],
         prompt_tokens=len(prompt),
         draft=draft,
