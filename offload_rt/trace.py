@@ -20,6 +20,7 @@ class Lane(StrEnum):
 
     COPY = "copy of weights"
     KV = "copy of KV"
+    KV_BACK = "KV going home"
     COMPUTE = "compute"
     DRAFTING = "drafting"
 

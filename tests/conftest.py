@@ -7,7 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from tiny import SHAPE
+from tiny import SHAPE, write_model
 from tool_runs import TOOLS
 
 from offload_rt.device.system import settle_math
@@ -27,23 +27,6 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def write_model(folder, model_type="llama", *, dtype="float32", **config):
-    """Write a random model of a family transformers knows; sizes it does not take are ignored."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    torch.manual_seed(0)
-    made = AutoConfig.for_model(model_type, **(SHAPE | config))
-    model = AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # away from one, so that a norm that is left out shows
-            torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-        elif parameter.dim() == 2:  # wide enough that the tokens of an answer differ
-            torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 2)
-    model.save_pretrained(folder)
-    return folder
 
 
 def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):

@@ -4,9 +4,9 @@ import json
 import re
 
 import torch
-from conftest import write_model
 from hybrids import HYBRIDS
 from safetensors.torch import load_file, save_file
+from tiny import write_model
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 EXPERTS = {

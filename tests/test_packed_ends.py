@@ -61,7 +61,7 @@ def test_the_same_logits_and_no_plain_head(make_tiny, monkeypatch, family, tied)
 def test_without_kernels_a_tied_head_stays_plain(make_tiny, monkeypatch):
     """Else it would be there twice."""
     folder = make_tiny("llama", dtype="bfloat16", tie_word_embeddings=True, **IDS)
-    monkeypatch.setattr(packed, "blocks_of", lambda inputs, outputs: None)
+    monkeypatch.setattr(packed, "blocks_of", lambda *_: None)
     with closing(CpuDevice(readers=1)) as device:
         runner = loaded(folder, device)
         assert torch.nn.Linear in {type(m) for m in runner.network._model.modules()}

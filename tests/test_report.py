@@ -37,7 +37,8 @@ def test_kv_over_the_link_is_counted_once_there_and_back(make_tiny, place, promp
     options = {"kv": place, "kv_block_tokens": 32, "resident_layers": 1, "slots": 1}
     with engine_for(folder, prompts=prompts, tokens=STEPS + 1, **options) as engine:
         transfer = finished(engine, prompts).report().transfer
-        engine._caches[0].copies.record().synchronize()
+        for stream in engine._caches[0].copies:
+            stream.record().synchronize()
         kv_bytes = engine.counters().kv_bytes_copied
         sizes = engine._caches[0]._sizes
         at_home = sizes.home_rows(len(LONG))

@@ -106,15 +106,15 @@ def test_a_copy_is_as_long_as_the_link_needs(make_tiny):
 
 def test_lanes_follow_or_nest(traced):
     events, _, _ = traced
-    assert {e.lane for e in events} == {PASSES, Lane.COMPUTE, Lane.COPY, Lane.KV, Lane.DRAFTING}
+    assert {e.lane for e in events} == {PASSES, *Lane}
     assert all(e.start_s <= e.end_s for e in events)
-    for lane in (PASSES, Lane.COMPUTE, Lane.COPY, Lane.KV, Lane.DRAFTING):
+    for lane in (PASSES, *Lane):
         assert follow_or_nest(of(events, lane)), lane
 
 
 def test_kv_is_written_and_read_back(traced):
     events, _, _ = traced
-    assert of(events, Lane.KV, "new KV of layer 3 goes home") and of(
+    assert of(events, Lane.KV_BACK, "new KV of layer 3 goes home") and of(
         events, Lane.KV, "KV of layer 3, block 0"
     )
     assert of(events, Lane.COMPUTE, "wait for KV of layer 3, block 0")

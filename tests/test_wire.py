@@ -152,8 +152,8 @@ def test_codes_are_the_nearest_and_scales_are_of_the_largest(bits, dtype, seed, 
     assert (error <= steps / 2 * (1 + 1e-6))[inside & (scales != 0)].all()
     assert (codes[0, 0] == 0).all() and (np.signbit(scales[0, 0]) == 0).all()
     if size > 1e-20 and dtype != "F16":
-        largest = np.abs(groups).argmax(axis=2)
-        assert (np.take_along_axis(codes, largest[..., None], 2)[1:] == -half).all()
+        largest = np.abs(groups) == np.abs(groups).max(axis=2, keepdims=True)  # may be two
+        assert (largest & (codes == -half)).any(axis=2)[1:].all()
         assert np.abs(error).max() <= np.abs(groups).max() / half * 1.01
 
 

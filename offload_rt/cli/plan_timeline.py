@@ -20,6 +20,7 @@ _LETTER = 7  # pixels of a letter in a bar
 _COLOURS = {
     Lane.COPY: ("#c2703d", "#dd9a6c"),
     Lane.KV: ("#8a6fb3", "#b09bd0"),
+    Lane.KV_BACK: ("#b36f9a", "#d09bbf"),
     Lane.COMPUTE: ("#3b76af", "#76a5d3"),
     Lane.DRAFTING: ("#4b8f5c", "#7fb98d"),
 }

@@ -30,7 +30,7 @@ KV_BLOCK_S, KV_CHOICE_S = 50e-6, 100e-6
 _CALLED = {
     SpanKind.WEIGHTS: (Lane.COPY, "weights of layer {}"),
     SpanKind.KV: (Lane.KV, "KV of layer {}"),
-    SpanKind.KV_BACK: (Lane.KV, "new KV of layer {} goes home"),
+    SpanKind.KV_BACK: (Lane.KV_BACK, "new KV of layer {} goes home"),
     SpanKind.ATTENTION: (Lane.COMPUTE, "attention of layer {} to KV from home"),
     SpanKind.LAYER: (Lane.COMPUTE, "layer {}"),
     SpanKind.END: (Lane.COMPUTE, "output head"),

@@ -88,8 +88,9 @@ class Tracer:
         unit = re.sub(r"\d+", lambda own: str(layers[int(own[0])]), str(unit), count=1)
         if what == "wait":
             return self.begin(Lane.COMPUTE, f"wait for KV of {unit}", stream, at)
-        name = f"KV of {unit}" if what == "copy" else f"new KV of {unit} goes home"
-        return self.begin(Lane.KV, name, stream, at)
+        if what == "copy":
+            return self.begin(Lane.KV, f"KV of {unit}", stream, at)
+        return self.begin(Lane.KV_BACK, f"new KV of {unit} goes home", stream, at)
 
     def enter_layer(self, layer: int) -> None:
         """A layer begins to compute."""

@@ -34,6 +34,7 @@ _NAMES = FLOATS | _WHOLE | _SMALL
 _BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
 
 CODED_PART = "weight_coded"  # of a weight in 12 bits
+GROUP = 32  # inputs of a scale, of weights that are rounded by request
 # Of compressed-tensors' integers.
 CODES_PART, SCALES_PART = "weight_packed", "weight_scale"
 

@@ -116,6 +116,7 @@ class Network:
         base: the image of what is in no layer (embedding, final norm, head).
         kv_shapes: cache sizes of each layer; `NO_KV` of one that does not attend.
         mixers: what has a recurrent state.
+        sorts_on_host: rows are sorted by expert on the host, if there are experts (`experts.py`).
         dtype: number format of the computation.
         kept: layers that have their weights for good.
         poll: called before each layer and chunk of a pass; may raise to end the pass there.
@@ -167,6 +168,7 @@ class Network:
         self._lenders: Mapping[int, ExpertLender] = {}
         fit = probe(self._model, layers, family)
         self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
+        self.sorts_on_host = False
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
         for module, mixer in zip(self._mixing, fit.mixers, strict=True):
             module.forward = AnchoredMixer(module, mixer)
@@ -369,6 +371,7 @@ class Network:
         config: Any = self._model.config
         if device.type == "cpu" and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
+            self.sorts_on_host = True
         self._lenders = experts
         for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
             hole.fill(tensor)

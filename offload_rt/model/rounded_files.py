@@ -19,10 +19,10 @@ import numpy as np
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import OpenFile, open_inside, read_json_object
-from offload_rt.model.formats.rounding import GROUP, Bytes, NotFiniteError, numbers_of, rounded
+from offload_rt.model.formats.rounding import Bytes, NotFiniteError, numbers_of, rounded
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.header import PREFIX_BYTES, read_header
-from offload_rt.model.layout import CODES_PART, SCALES_PART
+from offload_rt.model.layout import CODES_PART, GROUP, SCALES_PART
 from offload_rt.model.packer import (
     PIECE_BYTES,
     Packed,

@@ -19,9 +19,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.formats.methods import Form, Method
-from offload_rt.model.formats.rounding import GROUP
 from offload_rt.model.formats.stored import Stored
-from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, SCALES_PART
+from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, GROUP, SCALES_PART
 from offload_rt.model.names import EXPERT
 from offload_rt.model.packed_files import CODED_DTYPE, expected_pieces
 

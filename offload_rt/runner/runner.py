@@ -126,9 +126,10 @@ class Runner:
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings, self.experts = checkpoint, rings, experts
-        # What a replay cannot do: lend layers or experts, and keep states.
+        # What a replay cannot do: lend layers or experts, keep states, look at what it computes.
         lends = bool(rings) or experts is not None
-        self._records = device.kind.records and not lends and not network.mixers
+        looks = network.sorts_on_host and checkpoint.config.has_experts
+        self._records = device.kind.records and not (lends or network.mixers or looks)
         self.records_at_once = False
         self._recordings: Recordings | None = None  # made when the first pass is
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-GROUP = 32  # inputs
+from offload_rt.model.layout import GROUP
+
 _HALF_BF16 = np.uint32(0x7FFF)
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
