@@ -22,7 +22,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
-from offload_rt.speculative.base import Draft
+from offload_rt.speculative.base import Draft, Unlearned
 from offload_rt.speculative.ngram.drafter import SuffixIndex
 from offload_rt.speculative.ngram.followers import Followers
 from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
@@ -187,6 +187,29 @@ class Grower:
         if any(math.isnan(row[BRANCHES]) for row in rows):
             raise NumbersError(NO_NUMBERS)
         return [([int(t) for t in row[:BRANCHES]], row[BRANCHES:]) for row in rows]
+
+
+class GrowingDrafter(Unlearned):
+    """What drafters have in common that draw a chain from a network, or grow a tree with it.
+
+    Args:
+        grower: grows its trees.
+    """
+
+    def __init__(self, grower: Grower) -> None:
+        self._grower = grower
+        self._sampling = SamplingConfig()
+        self._generator: torch.Generator | None = None
+
+    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+        """Start a new answer.
+
+        Args:
+            sampling: a sampled chain is drawn from the same filtered distribution as the target's.
+            generator: source of its randomness.
+        """
+        self._sampling, self._generator = sampling, generator
+        self._grower.begin(sampling)
 
 
 def draw_chain(

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 
 import torch
 
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig
 from offload_rt.errors import NumbersError
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
-from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Verdict, common_prefix
 from offload_rt.speculative.draft_model.window import seen_tokens
-from offload_rt.speculative.growing import NO_NUMBERS, Grower, draw_chain
+from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
 
 
-class DraftModelDrafter(Unlearned):
+class DraftModelDrafter(GrowingDrafter):
     """Drafts for one sequence.
 
     Args:
@@ -33,23 +33,11 @@ class DraftModelDrafter(Unlearned):
 
     def __init__(self, model: Runner, config: DraftConfig, capacity: int) -> None:
         self._model, self._config = model, config
-        self._sampling = SamplingConfig()
-        self._generator: torch.Generator | None = None
         rows = config.cache_rows(capacity)
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
         # Tokens whose rows are in the cache; a row is decided by its token and those before it.
         self._ids: list[int] = []
-        self._grower = Grower(model, self._cache, capacity, records=True)
-
-    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
-        """Start a new answer.
-
-        Args:
-            sampling: a sampled chain is drawn from the same filtered distribution as the target's.
-            generator: source of its randomness.
-        """
-        self._sampling, self._generator = sampling, generator
-        self._grower.begin(sampling)
+        super().__init__(Grower(model, self._cache, capacity, records=True))
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first."""

@@ -11,12 +11,12 @@ from dataclasses import replace
 
 import torch
 
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.network import Network
 from offload_rt.runner.runner import Rows, Runner
-from offload_rt.speculative.base import Draft, Unlearned, Verdict, common_prefix
-from offload_rt.speculative.growing import Grower, draw_chain
+from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.growing import Grower, GrowingDrafter, draw_chain
 from offload_rt.speculative.hidden import HiddenTap, NewestRows
 
 
@@ -62,7 +62,7 @@ class Mtp:
         return tokens if self.rows(index).has(tokens - 1) else max(0, tokens - 1)
 
 
-class MtpDrafter(Unlearned):
+class MtpDrafter(GrowingDrafter):
     """Drafts for one sequence.
 
     Args:
@@ -77,25 +77,13 @@ class MtpDrafter(Unlearned):
     def __init__(self, mtp: Mtp, index: int, config: DraftConfig, capacity: int) -> None:
         self._mtp, self._module, self._config = mtp, mtp.module, config
         self._hidden = mtp.rows(index)
-        self._sampling = SamplingConfig()
-        self._generator: torch.Generator | None = None
         network, device = mtp.module.network, mtp.module.device
         rows = config.cache_rows(capacity)
         self._cache = ResidentKV(device, network.kv_shapes, network.dtype, rows)
         self._first = 0  # place of the token whose hidden state is in the first row
         self._ids: list[int] = []  # tokens that the rows were made of, and those before them
         self._made: list[torch.Tensor] = []  # [1, E] after the root, [S, E] of each pass behind it
-        self._grower = Grower(mtp.module, self._cache, capacity, feed=self._feed)
-
-    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
-        """Start a new answer.
-
-        Args:
-            sampling: a sampled chain is drawn from the same filtered distribution as the target's.
-            generator: source of its randomness.
-        """
-        self._sampling, self._generator = sampling, generator
-        self._grower.begin(sampling)
+        super().__init__(Grower(mtp.module, self._cache, capacity, feed=self._feed))
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first; nothing where hidden states are missing."""

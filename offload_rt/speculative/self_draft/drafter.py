@@ -11,12 +11,12 @@ from collections.abc import Sequence
 
 import torch
 
-from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig
 from offload_rt.kv.base import KVCache
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
-from offload_rt.speculative.base import Draft, Unlearned, Verdict
-from offload_rt.speculative.growing import Grower, draw_chain
+from offload_rt.speculative.base import Draft, Verdict
+from offload_rt.speculative.growing import Grower, GrowingDrafter, draw_chain
 
 # Temperature of the copies' distribution where answers are greedy. The mean log of the probability
 # of what the target chose was -0.20 at 0.25 to 0.3, -0.41 at 1 (352 tokens of MT-Bench answers;
@@ -24,7 +24,7 @@ from offload_rt.speculative.growing import Grower, draw_chain
 SHARPENED = 0.3
 
 
-class SelfDrafter(Unlearned):
+class SelfDrafter(GrowingDrafter):
     """Drafts for one sequence.
 
     Args:
@@ -48,19 +48,7 @@ class SelfDrafter(Unlearned):
     ) -> None:
         self._model, self._cache, self._config = model, cache, config
         self._least_gain = least_gain
-        self._sampling = SamplingConfig()
-        self._generator: torch.Generator | None = None
-        self._grower = Grower(model, cache, capacity, greedy_temperature=SHARPENED, records=True)
-
-    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
-        """Start a new answer.
-
-        Args:
-            sampling: a sampled chain is drawn from the same filtered distribution as the target's.
-            generator: source of its randomness.
-        """
-        self._sampling, self._generator = sampling, generator
-        self._grower.begin(sampling)
+        super().__init__(Grower(model, cache, capacity, greedy_temperature=SHARPENED, records=True))
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first, behind the target's own rows."""
