@@ -11,8 +11,7 @@ from offload_rt.serve.app import Service, make_app
 from offload_rt.serve.desk import Desk
 from offload_rt.serve.guards import Rules
 from offload_rt.serve.orders import Offer
-from offload_rt.session.adapters import open_for_answers
-from offload_rt.session.opening import open_model
+from offload_rt.session.adapters import open_answering
 from offload_rt.session.options import settings_from
 from offload_rt.session.session import Logged
 from offload_rt.session.shared import Shared, shared_engine
@@ -27,8 +26,8 @@ def serving(folder, *, room=None, rules=None, options=(), **offer):
     """An application over a model, with its service."""
     chosen = {"device": "cpu", "device_memory": "512MiB", "draft": "ngram", **dict(options)}
     settings = settings_from(chosen)
-    checkpoint = open_for_answers(str(folder), settings)
-    model = open_model(checkpoint, settings.runtime, Logged(), settings.draft)
+    model, settings = open_answering(str(folder), settings, Logged())
+    checkpoint = model.checkpoint
     room = room or Shared(sequences=4, context_tokens=256, kv_tokens=600)
     process = TextProcess()
     prompts = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0], process).wait()

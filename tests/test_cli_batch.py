@@ -155,16 +155,14 @@ def test_files_that_cannot_be_are_sentences(tiny_model, tmp_path, offload_run):
 
 def test_more_run_at_once_where_that_is_predicted_to_be_faster(tiny_model):
     from offload_rt.cli.plan import device_there
-    from offload_rt.session.adapters import open_for_answers
-    from offload_rt.session.opening import open_model
+    from offload_rt.session.adapters import open_answering
     from offload_rt.session.options import settings_from
     from offload_rt.session.session import Logged
     from offload_rt.session.shared import fastest_room
 
     chosen = {"device": "cpu", "device_memory": "512MiB", "draft": "none", "resident_layers": 0}
     settings = settings_from(chosen)
-    checkpoint = open_for_answers(str(tiny_model), settings)
-    model = open_model(checkpoint, settings.runtime, Logged(), settings.draft)
+    model, settings = open_answering(str(tiny_model), settings, Logged())
     there = device_there(settings.runtime)
     rooms = fastest_room(model, settings, *there, [(20, 12)] * 30)
     assert rooms[0].sequences > 4 and {room.context_tokens for room in rooms} == {32}

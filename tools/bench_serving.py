@@ -29,9 +29,8 @@ import httpx
 
 import offload_rt
 from offload_rt.engine import Request
-from offload_rt.session.adapters import open_for_answers
+from offload_rt.session.adapters import open_answering
 from offload_rt.session.crowd import Crowd
-from offload_rt.session.opening import open_model
 from offload_rt.session.options import settings_from
 from offload_rt.session.session import Logged
 from offload_rt.session.shared import Shared, shared_engine
@@ -70,8 +69,7 @@ def _options(given: argparse.Namespace) -> dict[str, Any]:
 def chats(given: argparse.Namespace) -> dict[str, Any]:
     """16 chats at once, and arriving over time, in one engine."""
     settings = settings_from(_options(given))
-    checkpoint = open_for_answers(given.model, settings)
-    model = open_model(checkpoint, settings.runtime, Logged(), settings.draft)
+    model, settings = open_answering(given.model, settings, Logged())
     draw, asked = random.Random(0), []
     for place in range(16):
         text = f"Tell me {draw.randrange(2, 9)} things about {_TOPICS[place % len(_TOPICS)]}."

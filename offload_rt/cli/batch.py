@@ -14,7 +14,8 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_answering
+from offload_rt.session.opening import context_limit
 from offload_rt.session.shared import MOST_SEQUENCES
 from offload_rt.units import format_speed
 from offload_rt.writing import check_target
@@ -75,17 +76,12 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     check_target(output_path)
     quiet_libraries(output)
     console = Console(output)
-    with console.waiting(f"opening {model}", stays=False):
-        checkpoint = open_for_answers(model, settings)
+    opened, settings = open_answering(model, settings, console)
     from offload_rt.cli.plan import device_there
     from offload_rt.serve.orders import Maker, Offer
     from offload_rt.session.crowd import Crowd
-    from offload_rt.session.opening import context_limit, open_model
-    from offload_rt.session.recommended import with_recommended
     from offload_rt.session.shared import fastest_room, shared_engine
 
-    settings = with_recommended(settings, checkpoint.folder, console)
-    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     most = context_limit(opened, settings.runtime.context_tokens)
     offer = Offer(
         names=(opened.name,),

@@ -34,10 +34,9 @@ from offload_rt.cli.options import Output, output_of, settings_of
 from offload_rt.cli.stats import STATS_INDENT, format_stats
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.printable import printable
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.answering import started_engine
-from offload_rt.session.opening import AUTO_CONTEXT_TOKENS, Model, context_limit, open_model
-from offload_rt.session.recommended import with_recommended
+from offload_rt.session.opening import AUTO_CONTEXT_TOKENS, Model, context_limit
 from offload_rt.session.settings import check_accept
 
 _OFFER_CHARS = 20_000  # a longer turn is no use to edit
@@ -59,10 +58,7 @@ def chat(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: ANN
     settings, output = settings_of(values), output_of(values)
     quiet_libraries(output)
     console = Console(output)
-    with console.waiting(f"opening {model}", stays=False):
-        checkpoint = open_for_answers(model, settings)
-    settings = with_recommended(settings, checkpoint.folder, console)
-    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
+    opened, settings = open_answering(model, settings, console)
     if opened.tokenizer.chat_template is None:
         raise ConfigError(
             f"{opened.name} has no chat template: use `offload-run generate --raw` with one text"

@@ -14,7 +14,7 @@ from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.errors import ConfigError
 from offload_rt.reading import read_plain
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.settings import Settings
 from offload_rt.session.shared import MOST_SEQUENCES
 
@@ -140,14 +140,9 @@ def serve(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     settings, output = settings_of({**values, **fixed}), output_of(values)
     quiet_libraries(output)
     console = Console(output)
-    with console.waiting(f"opening {model}", stays=False):
-        checkpoint = open_for_answers(model, settings)
-    from offload_rt.session.opening import open_model
-    from offload_rt.session.recommended import with_recommended
+    opened, settings = open_answering(model, settings, console)
     from offload_rt.session.shared import shared_room
 
-    settings = with_recommended(settings, checkpoint.folder, console)
-    opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     rooms = shared_room(opened, settings, values["sequences"], values["kv_tokens"])
     opened = adapted(opened, settings, console)
     _serve(opened, settings, console, interrupts, {**values, "rooms": rooms, "key": key})

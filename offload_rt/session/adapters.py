@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from offload_rt.adapters.reading import read_adapter
 from offload_rt.errors import ConfigError
@@ -12,10 +11,9 @@ from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_mod
 from offload_rt.model.files import shown
 from offload_rt.model.wire import check_wire, wired
 from offload_rt.session.observer import Observer
+from offload_rt.session.opening import Model, open_model
+from offload_rt.session.recommended import with_recommended
 from offload_rt.session.settings import NO_ADAPTER, Settings
-
-if TYPE_CHECKING:
-    from offload_rt.session.opening import Model
 
 
 def open_for_answers(model: str, settings: Settings) -> Checkpoint:
@@ -42,6 +40,18 @@ def open_for_answers(model: str, settings: Settings) -> Checkpoint:
     return checkpoint
 
 
+def open_answering(model: str, settings: Settings, observer: Observer) -> tuple[Model, Settings]:
+    """Open a model that will answer, all but its adapter; and settings with the sampling it wants.
+
+    Raises:
+        OffloadError: as `open_for_answers`, `with_recommended` and `open_model`.
+    """
+    with observer.waiting(f"opening {model}", stays=False):
+        checkpoint = open_for_answers(model, settings)
+    settings = with_recommended(settings, checkpoint.folder, observer)
+    return open_model(checkpoint, settings.runtime, observer, settings.draft), settings
+
+
 def refuse_beside(folder: Path, why: str) -> None:
     """Refuse an adapter beside a model where transformers would apply it and we do not.
 
@@ -55,7 +65,7 @@ def refuse_beside(folder: Path, why: str) -> None:
         )
 
 
-def adapted(model: "Model", settings: Settings, observer: Observer) -> "Model":
+def adapted(model: Model, settings: Settings, observer: Observer) -> Model:
     """The model with the adapter the user names in its weights."""
     if settings.adapter in (None, NO_ADAPTER):
         return model

@@ -44,8 +44,8 @@ class Observer(Protocol):
         """Take one line about something the user should know."""
         ...
 
-    def waiting(self, label: str) -> AbstractContextManager[None]:
-        """Be told what is waited for while the body runs."""
+    def waiting(self, label: str, *, stays: bool = True) -> AbstractContextManager[None]:
+        """Be told what is waited for while the body runs, and whether it is worth a line."""
         ...
 
     def progress(self, label: str) -> AbstractContextManager[Gauge]:

@@ -21,7 +21,7 @@ from offload_rt.config import KVPlace
 from offload_rt.device.system import settle_math
 from offload_rt.errors import ConfigError, PlanError, SessionError
 from offload_rt.report import RunReport
-from offload_rt.session.adapters import adapted, open_for_answers
+from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.answering import Answer, Answers, Piece, seeded, started_engine
 from offload_rt.session.interrupting import Stops
 from offload_rt.session.keywords import AnswerOptions, LoadOptions
@@ -33,7 +33,6 @@ from offload_rt.session.opening import (
     Model,
     answer_capacity,
     context_limit,
-    open_model,
 )
 from offload_rt.session.options import (
     ANSWER_KEYWORDS,
@@ -73,7 +72,7 @@ class Logged:
         """Log one line."""
         _log.warning("%s", sentence)
 
-    def waiting(self, label: str) -> AbstractContextManager[None]:
+    def waiting(self, label: str, *, stays: bool = True) -> AbstractContextManager[None]:
         """Log what is waited for."""
         _log.info("%s", label)
         return nullcontext()
@@ -540,9 +539,7 @@ def load(
     check_keywords(options, KEYWORDS, "load")
     settings, observer = settings_from(options), observer or Logged()
     settle_math()
-    checkpoint = open_for_answers(os.fspath(model), settings)
-    settings = with_recommended(settings, checkpoint.folder, observer)
-    opened = open_model(checkpoint, settings.runtime, observer, settings.draft)
+    opened, settings = open_answering(os.fspath(model), settings, observer)
     context_limit(opened, settings.runtime.context_tokens)
     opened = adapted(opened, settings, observer)
     defaults: Any = {name: value for name, value in options.items() if name in ANSWER_KEYWORDS}
