@@ -22,10 +22,11 @@ from offload_rt.config import (
 from offload_rt.device.kinds import CPU
 from offload_rt.engine import Run
 from offload_rt.errors import ConfigError
+from offload_rt.kv.prefixes import common_prefix
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, make_generator, sample, target_probs
 from offload_rt.speculative import verifier
-from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.ngram import drafter as ngram_module
 from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.ngram.followers import RANKS, Followers, Likely, pack_likely

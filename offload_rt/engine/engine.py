@@ -36,6 +36,7 @@ from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
 from offload_rt.kv.passing import PassingKV
 from offload_rt.kv.pool import KVPool
+from offload_rt.kv.prefixes import Prefix, Prefixes, common_prefix
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import HybridKV, MixerStates
@@ -55,7 +56,7 @@ from offload_rt.report import Counters, DeviceMemory, Exactness, Memory, Retriev
 from offload_rt.runner.loading import BASE, Streaming, load_base, load_drafting, load_target
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
-from offload_rt.speculative.base import Drafter, common_prefix
+from offload_rt.speculative.base import Drafter
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kind import DrafterSeat
 from offload_rt.speculative.kinds import kind_of
@@ -172,8 +173,11 @@ class Engine:
             self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
             self.tally, self.pace = Tally(), Pace()
             self.tracer: Tracer | None = None
+            shared = bool(self._pools) and not self.network.mixers  # a state is no row
+            self.prefixes = Prefixes(self._pools) if shared else None
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
+        self._last_ids: list[list[int]] = [[] for _ in capacities]
         self.load_s = time.perf_counter() - start
 
     def forward(self, rows: Sequence[tuple[int, Sequence[int]]], *, reuse: bool) -> torch.Tensor:
@@ -342,11 +346,6 @@ class Engine:
         """Tokens of all sequences together that there is memory for."""
         return self._kv_tokens if self._kv_tokens and self._pools else sum(self.capacities)
 
-    @property
-    def copies_rows(self) -> bool:
-        """Whether a sequence can begin with rows of another one: a state is no row."""
-        return self.shares_kv and not self.network.mixers
-
     def kept_tokens(self, index: int) -> int:
         """Committed rows of a cache."""
         return len(self._cached_ids[index])
@@ -374,15 +373,47 @@ class Engine:
         free = [pool.free_rows + pool.caches[index].capacity for pool in self._pools]
         return min([self.capacities[index], *(rows - self.draft.pending_rows for rows in free)])
 
-    def copy_rows(self, source: int, index: int, tokens: int) -> None:
-        """Have a sequence begin with the first committed rows of another one.
+    def last_ids(self, index: int) -> Sequence[int]:
+        """What a free cache held last, and its drafter may know yet."""
+        return self._last_ids[index]
 
-        Only where that can be (`copies_rows`).
+    def find_rows(self, ids: Sequence[int]) -> Prefix:
+        """Rows there are of a prompt, of an ended sequence or of one that goes on.
+
+        Only where there are `prefixes`.
         """
-        self.truncate(index, 0)
-        for pool in self._pools:
-            pool.copy(source, index, tokens)
-        self._cached_ids[index] = self._cached_ids[source][:tokens]
+        assert self.prefixes is not None
+        wanted = ids[:-1]
+        found = self.prefixes.find(wanted)
+        known = [common_prefix(wanted, own) for own in self._cached_ids]
+        index = max(range(len(known)), key=known.__getitem__)
+        if found.tokens >= known[index]:
+            return found
+        return self.prefixes.of_cache(index, known[index])
+
+    def begin(self, index: int, ids: Sequence[int], tokens: int, prefix: Prefix) -> None:
+        """Set rows aside for a sequence as `reserve` does, of which the first are there already.
+
+        Only where there are `prefixes`; ended sequences are forgotten as far as it has to be.
+        """
+        assert self.prefixes is not None
+        rows = tokens + self.draft.pending_rows
+        prefix = self.prefixes.make_room(rows, prefix)
+        self.prefixes.begin(index, rows, prefix)
+        known = self._cached_ids[index] = list(ids[: prefix.tokens])
+        if self._tap is not None:
+            self._tap.truncated(index, common_prefix(self._last_ids[index], known))
+            self.truncate(index, self._tap.reusable(index, len(known)))
+
+    def put_away(self, index: int) -> None:
+        """A sequence ended: keep its rows for others, or for one that goes on in the same cache."""
+        self.truncate(index, self.kept_tokens(index))
+        if self.prefixes is None:
+            self.release(index)
+            return
+        self.prefixes.keep(index, self._cached_ids[index])
+        self._caches[index].truncate(0)  # what follows the rows
+        self._last_ids[index], self._cached_ids[index] = self._cached_ids[index], []
 
     def truncate(self, index: int, length: int) -> int:
         """Forget the rows of a cache from `length` on, if it has any there.
@@ -401,6 +432,8 @@ class Engine:
         """Forget every sequence, drafters' caches too: the next prompt starts as the first did."""
         for index in range(len(self._caches)):
             self.truncate(index, 0)
+        if self.prefixes is not None:
+            self.prefixes.clear()
         for drafter in self._drafters:
             if drafter is not None:
                 drafter.forget()

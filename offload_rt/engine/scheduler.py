@@ -19,9 +19,7 @@ equally as they can use it, so a short prompt is not behind a long one. It is as
 sweep take twice the time of one that reads nothing: nobody who writes waits longer than for one
 sweep more. Where nobody writes it is four times that.
 
-**Prefixes**: rows that a cache holds of the same first tokens are not computed again. Rows of one
-that goes on elsewhere are copied, where caches share memory. Caches of ended sequences are kept
-until their memory is needed, the longest unused go first.
+**Prefixes**: rows that there are of the same first tokens are not computed again (`seats.py`).
 """
 
 import logging
@@ -33,9 +31,10 @@ from dataclasses import dataclass, field
 
 from offload_rt.engine.decoding import Run, check_prompt, new_sequence, seat
 from offload_rt.engine.engine import Engine
+from offload_rt.engine.seats import Found, Seats
 from offload_rt.engine.sequence import Emitted, FinishReason, Request, SequenceState
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, OffloadError
-from offload_rt.speculative.base import common_prefix
+from offload_rt.kv.prefixes import common_prefix
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +143,7 @@ class Scheduler:
         self.run = Run(engine, [], engine.draft.accept, engine.draft.kind)
         self.totals = Totals()
         self._waiting: deque[SequenceState] = deque()
-        self._free = list(range(engine.sequences))  # caches nobody uses, the longest unused first
+        self._seats = Seats(engine)
         self._pace = Pace(engine.config.prefill_chunk_tokens)
         self._taking_part: dict[int, SequenceState] = {}  # by cache
         engine.poll_with(self._poll)
@@ -168,7 +167,7 @@ class Scheduler:
     @property
     def kept_tokens(self) -> int:
         """Rows of KV that are set aside for sequences or hold what they were."""
-        return sum(self._engine.kept_tokens(index) for index in range(self._engine.sequences))
+        return self._seats.kept_tokens
 
     def join(self, request: Request) -> SequenceState:
         """Have a prompt answered.
@@ -225,22 +224,22 @@ class Scheduler:
 
     def forget(self) -> None:
         """Forget what caches of ended sequences hold."""
-        for index in self._free:
-            self._forget(index)
+        self._seats.forget_all()
 
     def _admit(self) -> None:
         """Give caches to sequences of the queue, in their order."""
         for sequence in list(self._waiting):
-            if not self._may_fit(sequence):
+            need = len(sequence.ids) + sequence.max_tokens
+            if not self._seats.may_hold(need):
                 return
-            source, common = self._best_source(sequence)
-            if self._is_being_read(sequence, common):
+            # Each row of a prompt that is scored has something to say.
+            found = Found() if sequence.request.scores else self._seats.find(sequence.ids)
+            if self._is_being_read(sequence, found.tokens):
                 continue
-            index = self._placed(sequence, source, common)
+            index = self._seats.take(sequence.ids, need, found)
             if index is None:
                 return
             self._waiting.remove(sequence)
-            self._free.remove(index)
             seat(self._engine, sequence, index)
             sequence.reused = self._engine.kept_tokens(index)
             if self._by_times(sequence):
@@ -248,26 +247,9 @@ class Scheduler:
             self.run.sequences.append(sequence)
             self.totals.reused_tokens += sequence.reused
 
-    def _may_fit(self, sequence: SequenceState) -> bool:
-        """Whether there would be a cache with room, if no ended sequence were kept."""
-        engine, need = self._engine, len(sequence.ids) + sequence.max_tokens
-        rooms = [engine.room_for(index) for index in self._free]
-        kept = sum(map(engine.kept_tokens, self._free)) if engine.shares_kv else 0
-        return max(rooms, default=0) + kept >= need
-
-    def _best_source(self, sequence: SequenceState) -> tuple[int, int]:
-        """The cache that holds most of a prompt's first tokens, and how many."""
-        if sequence.request.scores:
-            return -1, 0  # each of its rows has something to say
-        engine = self._engine
-        sources = range(engine.sequences) if engine.copies_rows else self._free
-        found = ((engine.cached_tokens(index, sequence.ids), index) for index in sources)
-        common, source = max(found)
-        return (source, common) if common else (-1, 0)
-
     def _is_being_read(self, sequence: SequenceState, common: int) -> bool:
         """Whether another is just reading more of a prompt than any cache holds yet."""
-        if not self._engine.copies_rows or sequence.request.scores:
+        if self._engine.prefixes is None or sequence.request.scores:
             return False
         ids = sequence.ids[:-1]
         return any(
@@ -275,43 +257,6 @@ class Scheduler:
             for other in self.run.sequences
             if not self._is_read(other)
         )
-
-    def _placed(self, sequence: SequenceState, source: int, common: int) -> int | None:
-        """A cache for a sequence, with the rows it can use and room for its answer.
-
-        Returns:
-            None if there is no room yet; nothing was changed then.
-        """
-        engine, need = self._engine, len(sequence.ids) + sequence.max_tokens
-        fitting = [index for index in self._free if engine.capacities[index] >= need]
-        if not fitting:
-            return None
-        goes_on = not engine.copies_rows or engine.kept_tokens(source) == common
-        whole = source in fitting and goes_on
-        index = source if whole else next((i for i in fitting if i != source), source)
-        idle = [i for i in self._free if i != index]
-        idle.sort(key=lambda i: i == source)  # stable: the longest unused first, the source last
-        gained = sum(map(engine.kept_tokens, idle)) if engine.shares_kv else 0
-        if engine.room_for(index) + gained < need:
-            return None
-        if index != source:
-            self._forget(index)
-        while engine.room_for(index) < need:
-            self._forget(idle[0])
-            if idle.pop(0) == source:
-                common = 0
-        if index == source:
-            engine.truncate(index, common)
-            engine.reserve(index, need)
-        else:
-            engine.reserve(index, need)
-            if common and engine.copies_rows:
-                engine.copy_rows(source, index, common)
-        return index
-
-    def _forget(self, index: int) -> None:
-        self._engine.truncate(index, 0)
-        self._engine.release(index)
 
     def _by_times(self, sequence: SequenceState) -> bool:
         """Whether measured times would decide about drafts of an answer that is to come again."""
@@ -381,7 +326,7 @@ class Scheduler:
     def _forget_quietly(self, index: int) -> None:
         """Let a cache begin anew after an error, if it can."""
         try:
-            self._forget(index)
+            self._seats.forget(index)
         except (OffloadError, RuntimeError) as error:
             _log.warning("a cache could not be emptied: %s", error)
 
@@ -405,9 +350,7 @@ class Scheduler:
         """Take sequences that ended out; their caches stay as they are until they are needed."""
         for sequence in [s for s in self.run.sequences if s.finish_reason is not None]:
             self.run.sequences.remove(sequence)
-            self._engine.truncate(sequence.index, self._engine.kept_tokens(sequence.index))
-            self._engine.release(sequence.index)
-            self._free.append(sequence.index)
+            self._seats.give_back(sequence.index)
             self._count_end(sequence)
 
     def _count_end(self, sequence: SequenceState) -> None:

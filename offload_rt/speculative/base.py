@@ -84,15 +84,3 @@ class Drafter(Protocol):
 
     def forget(self) -> None:
         """Drop what is kept of the sequence, so that the next proposal starts cold."""
-
-
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike; slices are compared, not tokens."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if list(one[low:middle]) == list(other[low:middle]):
-            low = middle
-        else:
-            high = middle - 1
-    return low

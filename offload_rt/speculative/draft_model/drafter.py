@@ -11,11 +11,12 @@ import torch
 
 from offload_rt.config import DraftConfig
 from offload_rt.errors import NumbersError
+from offload_rt.kv.prefixes import common_prefix
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
-from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.draft_model.window import seen_tokens
 from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
 

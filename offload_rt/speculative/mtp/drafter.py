@@ -12,10 +12,11 @@ from dataclasses import replace
 import torch
 
 from offload_rt.config import DraftConfig
+from offload_rt.kv.prefixes import common_prefix
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.network import Network
 from offload_rt.runner.runner import Rows, Runner
-from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.growing import Grower, GrowingDrafter, draw_chain
 from offload_rt.speculative.hidden import HiddenTap, NewestRows
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import islice
 
+from offload_rt.kv.prefixes import common_prefix
 from offload_rt.runner.tree import ROOT, TokenTree
-from offload_rt.speculative.base import Draft, Verdict, common_prefix
+from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.ngram.followers import CONTEXT, Followers, Likely
 from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST
 
