@@ -1,6 +1,6 @@
 """What a run measured, as records; `generate --json` prints them with these very names."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +64,8 @@ class Speculation:
         draft_share: that time / `decode_s`; None when nothing was asked of a drafter.
         draft_link_bytes: bytes of layers and KV that crossed the link in `draft_s`.
         retrieval: with triforce, the drafting below its drafts.
+        draft_sizes: tokens drafted for each sequence where up to so many took part in a pass, as
+            measured times decided last; empty where the size is fixed.
     """
 
     drafter: str
@@ -78,6 +80,7 @@ class Speculation:
     draft_share: float | None
     draft_link_bytes: int
     retrieval: RetrievalCounts | None = None
+    draft_sizes: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

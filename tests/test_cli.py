@@ -111,6 +111,7 @@ def test_json(tiny_model, offload_run):
             "draft_share": "NoneType",
             "draft_link_bytes": "int",
             "retrieval": "NoneType",
+            "draft_sizes": {},
         },
         "transfer": {
             "bytes_total": "int",

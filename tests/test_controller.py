@@ -184,3 +184,46 @@ def test_a_size_that_might_pay_is_tried_all_the_same():
         asked.add(controller.nodes)
         world.step(controller)
     assert len(asked) > 2
+
+
+def crowd(controller, draw, running, row_s, steps):
+    """Steps in which so many take part, and a pass takes 0.1 s and more for rows above 8."""
+    tokens = seconds = 0.0
+    for _ in range(steps):
+        asked, outcomes = controller.nodes_for(running), []
+        for _ in range(running):
+            path = []
+            while len(path) < asked and draw.random() < 0.7:
+                path.append(len(path))
+            outcomes.append(Outcome(drafted=asked, path=path, nested=True))
+        took = {"draft_s": 0.001 * asked * running, "rows": running * (1 + asked)}
+        took["pass_s"] = 0.1 + row_s * max(0, took["rows"] - 8)
+        controller.observe(asked, outcomes, running=running, **took)
+        tokens += sum(1 + len(one.path) for one in outcomes)
+        seconds += took["draft_s"] + took["pass_s"]
+    return tokens / seconds
+
+
+@pytest.mark.parametrize("believed", [0.0001, 0.05])
+def test_with_many_it_drafts_nothing_and_alone_it_does(believed):
+    """Rows above 8 cost a fifth of a pass each: four pay for one of them, none for sixteen."""
+
+    def planned(running):
+        return [
+            StepOutlook(
+                nodes=n,
+                tokens=1.0 + n / 2,
+                draft_s=0.001 * n * running,
+                pass_s=0.1 + believed * (running * (1 + n) - 1),
+            )
+            for n in SIZES
+        ]
+
+    controller, draw = Controller(planned(16), sequences=16, alone=planned(1)), random.Random(3)
+    for _ in range(40):
+        for running in (1, 16, 3):
+            crowd(controller, draw, running, 0.02, 8)
+    assert controller.chosen.keys() == {1, 4, 16} and controller.chosen[16] == 0
+    assert controller.chosen[1] >= 4 and 1 <= controller.chosen[4] <= 4
+    assert crowd(controller, draw, 16, 0.02, 60) > 0.93 * 16 / (0.1 + 0.02 * 8)
+    assert crowd(controller, draw, 1, 0.02, 60) > 1.8 / 0.1

@@ -15,6 +15,7 @@ from offload_rt.engine import NO_DRAFT, Engine, FinishReason, Request, Run
 from offload_rt.engine.scheduler import Pace, Scheduler, shares
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.planning.controller import Controller, StepOutlook
 
 LONGEST, SEQUENCES = 96, 4
 NGRAM = DraftConfig(draft="ngram", draft_tokens=5)
@@ -124,6 +125,31 @@ def test_an_answer_does_not_depend_on_who_else_is_there(tiny, alone, draft, stre
     assert sum(s.finish_reason is FinishReason.ABORT for s in joined) <= 1
 
 
+def test_an_answer_does_not_depend_on_how_much_is_drafted_for_how_many(tiny, alone):
+    """Measured times choose the size: with whom and when one runs decides what is drafted."""
+    asked = [replace(r, max_tokens=16) for r in requests(40, seed=3) if r.sampling.greedy]
+    assert len(asked) > 6
+    sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 1, 2, 4)]
+    with served(tiny, draft=NGRAM) as engine:
+        engine.controller = Controller(sizes, sequences=SEQUENCES)
+        scheduler, joined, used = Scheduler(engine), [], set()
+        real = engine.controller.observe
+
+        def observe(asked, outcomes, *, running, rows, **took):
+            used.add((running, asked))
+            slow = 1.0 + (0.0 if running < 3 else float(rows))
+            real(asked, outcomes, running=running, rows=rows, draft_s=0.0, pass_s=slow)
+
+        engine.controller.observe = observe
+        for request in asked:
+            joined.append(scheduler.join(request))
+            scheduler.sweep()
+        finished(scheduler)
+        assert engine.draft_sizes == engine.controller.chosen and len(engine.draft_sizes) > 1
+    assert len({size for _, size in used}) > 1
+    assert [s.emitted for s in joined] == [alone(request) for request in asked]
+
+
 @pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])
 def test_all_come_to_an_answer_in_any_memory(tiny, alone, kv_tokens):
     asked = requests(20, seed=4)
@@ -230,6 +256,31 @@ def test_nobody_starves_in_virtual_time(tiny, monkeypatch):
         assert max(ended[s] - arrived[s] for s in arrived) < 20 * 2 * plain + 6 * 12 * plain
 
 
+def test_a_first_token_comes_within_two_sweeps_and_its_own_prompt(tiny, monkeypatch):
+    """40 chats of unequal length that arrive over time; a sweep of those who write is the unit."""
+    base_s, row_s, draw = 1.0, 0.01, random.Random(5)
+    with served(tiny, sequences=16, kv_tokens=1536, rows=400, prefill_chunk_tokens=64) as engine:
+        scheduler, clock = virtual(engine, monkeypatch, base_s=base_s, row_s=row_s)
+        arrived, first, due = {}, {}, 0.0
+        while len(arrived) < 40 or scheduler.busy:
+            while due <= clock.now and len(arrived) < 40:
+                ids = [draw.randrange(300) for _ in range(draw.randrange(4, 60))]
+                one = scheduler.join(Request(ids=ids, max_tokens=draw.randrange(4, 24)))
+                arrived[one] = due
+                due += draw.uniform(1.8, 3.0)
+            if not scheduler.busy:
+                clock.now = due
+                continue
+            for one in scheduler.sweep():
+                first.setdefault(one.sequence, clock.now)
+            assert not scheduler.waiting
+    plain_s = base_s + 16 * row_s
+    late = [
+        first[s] - arrived[s] - 2 * plain_s - (base_s + row_s * s.prompt_tokens) for s in arrived
+    ]
+    assert len(late) == 40 and max(late) <= 1e-9 and max(late) > -2 * plain_s
+
+
 def test_a_short_prompt_is_not_behind_a_long_one(tiny, monkeypatch):
     with served(tiny, kv_tokens=300) as engine:
         scheduler, _ = virtual(engine, monkeypatch, base_s=1.0, row_s=0.1)
@@ -298,6 +349,48 @@ def test_rows_that_are_there_are_not_read_again(tiny, alone):
             assert sequence.emitted == alone(request)
         scheduler.forget()
         assert scheduler.kept_tokens == 0
+
+
+def stored(engine, index):
+    (pool,) = engine._pools
+    return [*pool.caches[index]._keys, *pool.caches[index]._values]
+
+
+def read(scheduler, request):
+    """Sweep until a prompt is read."""
+    one = scheduler.join(request)
+    while not one.emitted:
+        scheduler.sweep()
+    return one
+
+
+def test_what_several_began_with_outlives_all_of_them(tiny, alone):
+    """More ended than there are caches: each beginning is there once, and rows are as if fresh."""
+    shared = (prompts(1, seed=8, longest=60)[0] * 20)[:40]
+    tails = [[n, n + 1, n + 2] for n in range(100, 160, 6)]
+    with served(tiny, sequences=2, kv_tokens=150) as engine, served(tiny, sequences=1) as fresh:
+        scheduler, other = Scheduler(engine), Scheduler(fresh)
+        for place, tail in enumerate([*tails, tails[3], tails[0]]):
+            request = Request(ids=[*shared, *tail], max_tokens=2)
+            one, again = read(scheduler, request), read(other, request)
+            assert one.reused == (0 if not place else 40 if place < len(tails) else 42)
+            assert again.reused == 0
+            pairs = zip(stored(engine, one.index), stored(fresh, again.index), strict=True)
+            for found, wanted in pairs:
+                rows = slice(0, len(request.ids))
+                torch.testing.assert_close(found[:, rows], wanted[:, rows], atol=1e-4, rtol=1e-3)
+            finished(scheduler)
+            finished(other)
+            other.forget()
+            assert one.emitted == alone(request)
+        assert scheduler.kept_tokens == 40 + 4 * len(tails)  # of each answer the last is not read
+        long = scheduler.join(Request(ids=list(range(60)), max_tokens=30))
+        finished(scheduler)  # its memory was that of those that were longest unused
+        assert long.finish_reason is FinishReason.LENGTH and scheduler.kept_tokens <= 150
+        for tail, reused in ((tails[0], 42), (tails[1], 40)):
+            one = scheduler.join(Request(ids=[*shared, *tail], max_tokens=2))
+            finished(scheduler)
+            assert one.reused == reused
 
 
 def test_of_several_with_one_prompt_the_first_reads_it(tiny, alone):

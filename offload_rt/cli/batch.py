@@ -139,7 +139,9 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         took_s = time.perf_counter() - start
         if work.emitted:
             speed = format_speed(took_s / work.emitted)
-            console.note(f"{work.emitted} tokens in {took_s:.1f} s, {speed}")
+            sizes = (f"{size} where up to {n} are made" for n, size in engine.draft_sizes.items())
+            drafted = f"; tokens drafted for each: {', '.join(sizes)}" if engine.draft_sizes else ""
+            console.note(f"{work.emitted} tokens in {took_s:.1f} s, {speed}{drafted}")
     return _end(work, output_path, console)
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -164,7 +164,9 @@ class Run:
             What those gained that the pass decided about.
         """
         controller = self.engine.controller if self.drafts else None
-        most = self.engine.draft.nodes if controller is None else controller.nodes
+        most = self.engine.draft.nodes
+        if controller is not None:
+            most = controller.nodes_for(len(writing))
         start = time.perf_counter()
         drafted = [self._proposed(s, most if self.drafts else 0) for s in writing]
         drafted_at = time.perf_counter()
@@ -196,7 +198,14 @@ class Run:
             if expected_s is not None and len(drafted) == self.engine.sequences:
                 self.engine.pace.add(pass_s, expected_s)
             if controller is not None and outcomes:
-                controller.observe(most, outcomes, draft_s=drafted_at - start, pass_s=pass_s)
+                controller.observe(
+                    most,
+                    outcomes,
+                    draft_s=drafted_at - start,
+                    pass_s=pass_s,
+                    rows=sum(1 + len(one.draft.tree) for one in drafted),
+                    running=len(drafted),
+                )
         return self._emit([one.sequence for one in deciding], [one.gained for one in deciding])
 
     def _or_raise(self, emitted: list[Emitted]) -> list[Emitted]:
@@ -402,7 +411,7 @@ class Run:
         rule = self.accept
         if all(s.sampling.greedy for s in self.sequences) and rule is AcceptRule.LOSSLESS:
             rule = AcceptRule.GREEDY
-        return self.counts.speculation(
+        found = self.counts.speculation(
             self.drafter,
             rule,
             passes=self.passes,
@@ -410,6 +419,7 @@ class Run:
             decode_s=decode_s,
             below=[c for s in self.sequences if (c := s.retrieval) is not None],
         )
+        return replace(found, draft_sizes=self.engine.draft_sizes if self.drafts else {})
 
 
 @dataclass(eq=False, slots=True)

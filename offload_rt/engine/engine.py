@@ -169,8 +169,10 @@ class Engine:
             tapping = self.medusa or self.mtp
             self._tap = None if tapping is None else tapping.tap
             self._drafters: list[Drafter | None] = [None] * len(capacities)
-            outlooks = self.plan.outlooks
-            self.controller = Controller(outlooks, self.plan.first_nodes) if outlooks else None
+            self.controller: Controller | None = None
+            if outlooks := self.plan.outlooks:
+                first, alone = self.plan.first_nodes, self.plan.alone
+                self.controller = Controller(outlooks, first, sequences=sequences, alone=alone)
             self.tally, self.pace = Tally(), Pace()
             self.tracer: Tracer | None = None
             shared = bool(self._pools) and not self.network.mixers  # a state is no row
@@ -462,6 +464,11 @@ class Engine:
         """Have passes ask before each layer whether a sequence has left; it goes on without it."""
         index_of = {id(cache): index for index, cache in enumerate(self._caches)}
         self.network.gone = lambda cache: id(cache) in index_of and gone(index_of[id(cache)])
+
+    @property
+    def draft_sizes(self) -> dict[int, int]:
+        """Tokens drafted for each of up to so many sequences, where measured times decide that."""
+        return {} if self.controller is None else self.controller.chosen
 
     @property
     def pass_rows(self) -> int:

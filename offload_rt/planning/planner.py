@@ -66,6 +66,7 @@ class Plan:
         prediction: what a step should take, of the first ones; None without a profile.
         outlooks: what drafts of each size should give and take, for the controller; empty if the
             number of tokens is fixed.
+        alone: the same where one of several sequences runs; empty if there is but one.
         expected: how often drafts of the first steps should be right.
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
@@ -78,6 +79,7 @@ class Plan:
     placement: Placement
     prediction: Prediction | None = None
     outlooks: tuple[StepOutlook, ...] = ()
+    alone: tuple[StepOutlook, ...] = ()
     expected: Expected = Expected()
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
@@ -237,7 +239,8 @@ def plan_run(
         # One about other memory than the device's names no bytes of it.
         raise min((r for _, r in refusals), key=lambda r: r.needed_bytes or math.inf)
     best = min(search.refined(found), key=lambda c: (c.s_per_token, c.draft.nodes))
-    chosen = best if _is_fixed(draft) else search.with_room(best)
+    fixed, sequences = _is_fixed(draft), len(load.capacities)
+    chosen = best if fixed else search.with_room(best)
     considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
     considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
     return Plan(
@@ -246,7 +249,8 @@ def plan_run(
         first_nodes=best.draft.nodes,
         placement=chosen.placement,
         prediction=chosen.prediction,
-        outlooks=() if _is_fixed(draft) else tuple(search.outlooks(chosen)),
+        outlooks=() if fixed else tuple(search.outlooks(chosen, sequences)),
+        alone=() if fixed or sequences == 1 else tuple(search.outlooks(chosen, 1)),
         expected=search.expected(best.draft),
         considered=tuple(considered),
         smallest_bytes=min(
@@ -424,13 +428,13 @@ class _Search:
                 return replace(roomy, prediction=prediction)
         return best
 
-    def outlooks(self, chosen: _Candidate) -> Iterator[StepOutlook]:
-        """What drafts of the sizes there is room for should give and take."""
+    def outlooks(self, chosen: _Candidate, sequences: int) -> Iterator[StepOutlook]:
+        """What drafts of the sizes there is room for should give and take, of so many sequences."""
         draft = chosen.draft
         limits = [0, *(size for size in SIZES if size < draft.nodes), draft.nodes]
         for size in limits if draft.drafts else []:
             sized = replace(chosen.drafting, config=draft.limited(size)) if size else NO_DRAFTING
-            step = self._predict(sized, chosen.placement, found=True)
+            step = self._predict(sized, chosen.placement, found=True, sequences=sequences)
             yield StepOutlook(
                 nodes=size,
                 tokens=step.tokens_per_pass,
@@ -439,18 +443,23 @@ class _Search:
             )
 
     def _predict(
-        self, drafting: Drafting, placement: Placement, *, found: bool = False
+        self,
+        drafting: Drafting,
+        placement: Placement,
+        *,
+        found: bool = False,
+        sequences: int | None = None,
     ) -> Prediction:
         """A step's costs; `found`: of those only for which a draft is found."""
         load, speeds = self._load, self._means.speeds
-        sequences = len(load.capacities)
+        most = len(load.capacities)
         run = PlacedRun(
             checkpoint=self._checkpoint,
             config=self._runtime,
             speeds=speeds,
             placement=placement,
-            context_tokens=load.prompt_tokens // sequences,
-            sequences=sequences,
+            context_tokens=load.prompt_tokens // most,
+            sequences=sequences or most,
         )
         expected = self.expected(drafting.config)
         made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)

@@ -75,6 +75,7 @@ class State:
 
     Attributes:
         counters: of the device.
+        draft_sizes: tokens that are drafted for each where up to so many write.
         sweep_s: time in sweeps, all together.
         tokens_per_s: emitted of late.
         link_share: of the time of late in which copies were under way.
@@ -95,6 +96,7 @@ class State:
     accepted_tokens: int = 0
     accepted_at: tuple[int, ...] = ()
     ended: tuple[tuple[str, int], ...] = ()
+    draft_sizes: tuple[tuple[int, int], ...] = ()
     counters: Counters = _NO_COUNTERS
     sweep_s: float = 0.0
     tokens_per_s: float = 0.0
@@ -268,6 +270,7 @@ class Desk:
             accepted_tokens=totals.accepted_tokens,
             accepted_at=tuple(totals.accepted_at),
             ended=tuple((str(reason), count) for reason, count in totals.ended.items()),
+            draft_sizes=tuple(engine.draft_sizes.items()),
             counters=engine.counters().since(self._loaded),
             sweep_s=before.sweep_s + took_s,
         )

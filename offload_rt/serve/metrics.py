@@ -129,6 +129,12 @@ class Metrics:
             [(f',position="{place}"', count) for place, count in enumerate(state.accepted_at)],
         )
         put(
+            "offload_rt:draft_size",
+            "gauge",
+            "Tokens drafted for each answer where up to so many are written, by measured times.",
+            [(f',running="{running}"', size) for running, size in state.draft_sizes],
+        )
+        put(
             "offload_rt:memory_bytes",
             "gauge",
             "What lives where.",
