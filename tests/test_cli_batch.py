@@ -7,6 +7,7 @@ import signal
 import pytest
 
 import offload_rt
+from offload_rt.errors import ConfigError
 from offload_rt.serve import batch as module
 from offload_rt.session.crowd import Crowd
 
@@ -113,6 +114,28 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
             break
     assert deaths > 1 and done.code == 0 and "done already" in done.err
     assert output.read_bytes() == whole.read_bytes() and not part.exists()
+
+
+def test_a_journal_that_ends_anywhere_is_gone_on_with(tmp_path):
+    """What a kill leaves is the beginning of the file, to any byte."""
+    path, mark = tmp_path / "out.part", json.dumps(["a", "b"])
+    results = [(n, {"id": f"batch-{n}", "text": "\u00e9\u2028" * n}) for n in (3, 1, 2)]
+    journal = module.Journal(path, mark)
+    for one in results:
+        journal.add([one])
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        again = module.Journal(path, mark)
+        done = max(0, whole[:size].count(b"\n") - 1)
+        assert again.results == dict(results[:done])
+        for one in results[done:]:
+            again.add([one])
+        assert path.read_bytes() == whole and module.Journal(path, mark).results == dict(results)
+    for content in (b"x", b'{"mark": "other', whole.replace(b"mark", b"note")):
+        path.write_bytes(content)
+        with pytest.raises(ConfigError, match="is damaged: remove it"):
+            module.Journal(path, mark)
 
 
 def test_ctrl_c_keeps_what_is_done(tiny_model, source, tmp_path, offload_run, monkeypatch):

@@ -136,11 +136,13 @@ class Journal:
     def __init__(self, path: Path, mark: str) -> None:
         self.path = path
         self.results: dict[int, Json] = {}
-        if path.exists():
-            self._read(mark)
-        else:
+        head = json.dumps({"mark": mark}) + "\n"
+        begun = read_plain(path, 4 * _LIMIT_BYTES) if path.exists() else b""
+        if head.encode().startswith(begun):  # the run was killed before its first line was whole
             with writing(path):
-                append(path, json.dumps({"mark": mark}) + "\n")
+                append(path, head[len(begun.decode()) :])
+        else:
+            self._read(begun, mark)
 
     def add(self, results: Sequence[tuple[int, Json]]) -> None:
         """Keep results; once this returns they are there for good."""
@@ -149,8 +151,8 @@ class Journal:
             append(self.path, "".join(line + "\n" for line in lines))
         self.results |= dict(results)
 
-    def _read(self, mark: str) -> None:
-        whole, _, rest = read_plain(self.path, 4 * _LIMIT_BYTES).rpartition(b"\n")
+    def _read(self, begun: bytes, mark: str) -> None:
+        whole, _, rest = begun.rpartition(b"\n")
         try:
             head, *lines = [json.loads(line) for line in whole.split(b"\n")]
             known = head["mark"]
