@@ -334,6 +334,21 @@ def test_more_than_may_wait_are_refused(tiny_model, monkeypatch):
         assert get(server.app, "/health").json == {"status": "ending"}
 
 
+def test_the_document_tells_of_every_route(server):
+    told = get(server.app, "/openapi.json").json
+    routes = {
+        (route.path.replace(":path", ""), method.lower())
+        for route in server.app.app.routes
+        for method in route.methods - {"HEAD"}
+    }
+    assert {(p, m) for p, operations in told["paths"].items() for m in operations} == routes
+    chat = told["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    body = told["components"]["schemas"][chat["$ref"].rpartition("/")[2]]
+    assert body["required"] == ["messages"] and body["properties"].keys() >= {"seed", "stop", "n"}
+    wrong = get(server.app, CHAT)
+    assert wrong.status == 405 and wrong.headers["allow"] == "POST"
+
+
 # --- what is refused
 
 

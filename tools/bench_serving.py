@@ -1,28 +1,36 @@
-"""What serving costs: chats that arrive over time, one client, many that leave, a real client.
+"""What serving costs: chats that arrive over time, one client, many that leave.
 
     python tools/bench_serving.py chats MODEL --device-memory 2GiB
-    python tools/bench_serving.py overhead MODEL --device-memory 2GiB
+    python tools/bench_serving.py batches MODEL --device-memory 2GiB --tokens 16 --draft auto
+    python tools/bench_serving.py overhead MODEL --rounds 50
     python tools/bench_serving.py soak MODEL
-    python tools/bench_serving.py client MODEL
+    python tools/bench_serving.py killed MODEL --dtype float32
 
 `chats` answers 16 chats of unequal length, all at once in a fixed batch and then arriving one after
-the other. `overhead` has one client ask a server and a session in turns. `soak` has 64 clients ask
-500 times, of which every tenth leaves, and compares each answer with the one made alone. `client`
-drives a server with the `openai` package. Servers are processes of their own.
+the other. `batches` answers 1 to 64 prompts in each pass. `overhead` has one client ask a server
+and a session in turns. `soak` has 64 clients ask 500 times, of which every tenth leaves and every
+twentieth sends nonsense, and compares each answer with the one made alone. `killed` kills a batch
+of 500 lines ten times, and compares the file it ends with. Servers are processes of their own;
+clients of others are in `check_clients.py`.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import random
 import re
+import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -42,8 +50,10 @@ _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
 
 def main() -> None:
     """Run one of them and print one JSON object."""
+    work = {"chats": chats, "batches": batches, "overhead": overhead}
+    work |= {"soak": soak, "killed": killed}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["chats", "overhead", "soak", "client"])
+    parser.add_argument("what", choices=list(work))
     parser.add_argument("model")
     parser.add_argument("--device-memory", default="1GiB")
     parser.add_argument("--draft", default="none")
@@ -52,9 +62,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--every", type=float, default=0.3, help="seconds between arrivals")
     parser.add_argument("--requests", type=int, default=500)
+    parser.add_argument("--sizes", default="1,4,16,64", help="of batches")
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=1)
     given = parser.parse_args()
-    work = {"chats": chats, "overhead": overhead, "soak": soak, "client": client}[given.what]
-    print(json.dumps(work(given)))
+    print(json.dumps(work[given.what](given)))
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
@@ -108,9 +120,24 @@ def _crowded(crowd: Crowd, asked: list[Request], every_s: float, name: str) -> t
     return tokens / took_s, f"first token after {statistics.median(firsts):.2f} s"
 
 
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server in a process of its own."""
+
+    address: str
+    pid: int
+
+    def held(self) -> dict[str, int]:
+        """Its threads and descriptors."""
+        return {
+            name: len(os.listdir(f"/proc/{self.pid}/{folder}"))
+            for name, folder in (("threads", "task"), ("descriptors", "fd"))
+        }
+
+
 @contextmanager
-def served(given: argparse.Namespace, *more: str) -> Iterator[str]:
-    """A server in a process of its own; its address."""
+def served(given: argparse.Namespace, *more: str) -> Iterator[Server]:
+    """Start a server, and end it."""
     command = [sys.executable, "-m", "offload_rt", "serve", given.model, "--port", "0"]
     for name, value in _options(given).items():
         command += [f"--{name.replace('_', '-')}", str(value)]
@@ -120,7 +147,7 @@ def served(given: argparse.Namespace, *more: str) -> Iterator[str]:
         for line in process.stderr:
             if found := re.search(r"answers at (http://[\d.:]+)/v1", line):
                 threading.Thread(target=process.stderr.read, daemon=True).start()
-                yield found[1]
+                yield Server(found[1], process.pid)
                 return
         raise SystemExit("the server did not start")
     finally:
@@ -128,8 +155,36 @@ def served(given: argparse.Namespace, *more: str) -> Iterator[str]:
         process.wait()
 
 
+def batches(given: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of 1, 4, 16 and 64 answers at once, after their prompts were read."""
+    prompts = [
+        f'def {verb}_{noun}s({noun}s):\n    """Return the {noun}s, each of them {verb}ed.'
+        for verb in ("sort", "filter", "print", "load", "split", "merg", "check", "count")
+        for noun in ("word", "line", "file", "node", "date", "path", "row", "key")
+    ]
+    random.Random(0).shuffle(prompts)
+    found = {}
+    for size in map(int, given.sizes.split(",")):
+        with offload_rt.load(given.model, **_options(given)) as session:
+            session.generate(prompts[:size], raw=True, max_tokens=given.tokens, ignore_eos=True)
+            report = session.report
+            assert report is not None
+        speculation = report.speculation
+        found[size] = {
+            "tokens_per_s": report.timings.tokens_per_s,
+            "first_s": report.timings.ttft_s,
+            "passes": speculation.passes,
+            "drafter": speculation.drafter,
+            "acceptance_rate": speculation.acceptance_rate,
+            "draft_sizes": speculation.draft_sizes,
+            "overlap": report.transfer.overlap_ratio,
+        }
+        print(f"{size}: {found[size]}", file=sys.stderr)
+    return {"device_memory": given.device_memory, "draft": given.draft, "batches": found}
+
+
 def overhead(given: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of an answer from a server and from a session, in turns."""
+    """Seconds of an answer from a server and from a session, in pairs that begin with either."""
     prompt = "Tell me a long story about the sea."
     body = {
         "messages": [{"role": "user", "content": prompt}],
@@ -137,31 +192,47 @@ def overhead(given: argparse.Namespace) -> dict[str, Any]:
         "ignore_eos": True,
         "stream": True,
     }
-    own, theirs = [], []
     session = offload_rt.load(given.model, **_options(given))
-    with served(given, "--sequences", "1") as address, session, httpx.Client(timeout=600) as asks:
-        for number in range(given.rounds + 1):
-            start = time.perf_counter()
+    with served(given, "--sequences", "1") as server, session, httpx.Client(timeout=600) as asks:
+        url, took = f"{server.address}/v1/chat/completions", dict[str, list[float]]()
+
+        def of_session() -> None:
             session.generate(prompt, max_tokens=given.tokens, ignore_eos=True)
-            middle = time.perf_counter()
-            with asks.stream("POST", f"{address}/v1/chat/completions", json=body) as answer:
-                for _ in answer.iter_lines():
+
+        def of_server() -> None:
+            with asks.stream("POST", url, json=body) as answer:
+                for _ in answer.iter_raw():
                     pass
-            end = time.perf_counter()
-            if number:  # the first reads what the others find
-                own.append(middle - start)
-                theirs.append(end - middle)
-    ratios = [b / a for a, b in zip(own, theirs, strict=True)]
-    return {"session_s": own, "server_s": theirs, "ratio": statistics.median(ratios)}
+
+        for number in range(given.rounds + 1):
+            pair = [("session", of_session), ("server", of_server)]
+            for name, answer in pair if number % 2 else reversed(pair):
+                start = time.perf_counter()
+                answer()
+                if number:  # the first reads what the others find
+                    took.setdefault(name, []).append(time.perf_counter() - start)
+    ratios = [b / a for a, b in zip(took["session"], took["server"], strict=True)]
+    draw = random.Random(0)
+    medians = sorted(statistics.median(draw.choices(ratios, k=len(ratios))) for _ in range(1000))
+    return {
+        "session_s": statistics.median(took["session"]),
+        "server_s": statistics.median(took["server"]),
+        "rounds": len(ratios),
+        "ratio": statistics.median(ratios),
+        "ratio_95": [medians[25], medians[974]],
+        "quartiles": statistics.quantiles(ratios, n=4),
+    }
 
 
 def soak(given: argparse.Namespace) -> dict[str, Any]:
-    """64 clients, of whose requests every tenth is left; no answer may be lost or another's."""
+    """64 clients, of whose requests every tenth is left and every twentieth is nonsense.
+
+    No answer may be lost or another's, and no descriptor or thread of the server be left over.
+    """
     draw, wishes = random.Random(1), []
     for place in range(given.requests):
-        text = " ".join(draw.choice(_WORDS) for _ in range(draw.randrange(2, 20)))
         kind = draw.choice([{}, {"temperature": 1.0, "seed": place}])
-        wishes.append((text, {"max_tokens": draw.randrange(1, 16), **kind}))
+        wishes.append((_text(draw), {"max_tokens": draw.randrange(1, 16), **kind}))
     with offload_rt.load(given.model, **_options(given)) as session:
         expected = [session.generate(text, **more).text for text, more in wishes]  # type: ignore[call-overload]
     found: list[str | None] = [None] * len(wishes)
@@ -170,7 +241,11 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
     async def one(asks: httpx.AsyncClient, url: str) -> None:
         for place, (text, more) in todo:
             body = {"messages": [{"role": "user", "content": text}], **more, "stream": True}
-            async with asks.stream("POST", url, json=body) as answer:
+            sent = json.dumps(body).encode()
+            if place % 20 == 0:
+                sent = _malformed(draw, sent)
+            headers = {"content-type": "application/json"}
+            async with asks.stream("POST", url, content=sent, headers=headers) as answer:
                 if answer.status_code != 200:
                     found[place] = f"status {answer.status_code}"
                     continue
@@ -178,85 +253,105 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
                 async for line in answer.aiter_lines():
                     if place % 10 == 9:
                         break
-                    if line.startswith("data: {"):
-                        piece = json.loads(line[6:])
-                        parts += [c["delta"].get("content", "") for c in piece.get("choices", [])]
-                        if "error" in piece:
-                            parts.append(str(piece["error"]))
+                    parts.append(_said(line))
             found[place] = "".join(parts)
 
-    async def all_of_them(address: str) -> None:
+    async def all_of_them(url: str) -> None:
         limits = httpx.Limits(max_connections=64)
         async with httpx.AsyncClient(timeout=600, limits=limits) as asks:
-            url = f"{address}/v1/chat/completions"
             await asyncio.gather(*(one(asks, url) for _ in range(64)))
 
     start = time.perf_counter()
-    with served(given, "--sequences", "16", "--context", "256", "--queue", "100") as address:
-        begun = time.perf_counter()
-        asyncio.run(all_of_them(address))
+    with served(given, "--sequences", "16", "--context", "256", "--queue", "100") as server:
+        url = f"{server.address}/v1/chat/completions"
+        hello = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+        httpx.post(url, json=hello, timeout=600)
+        held, begun = server.held(), time.perf_counter()
+        asyncio.run(all_of_them(url))
         took_s = time.perf_counter() - begun
-        time.sleep(0.5)
-        metrics = httpx.get(f"{address}/metrics").text
+        time.sleep(1.0)
+        held_after = server.held()
+        metrics = httpx.get(f"{server.address}/metrics").text
     running = re.search(r"^vllm:num_requests_running\{.*\} (\d+)", metrics, re.MULTILINE)
-    kept = [
-        (f, e) for place, (f, e) in enumerate(zip(found, expected, strict=True)) if place % 10 != 9
-    ]
+    pairs = list(enumerate(zip(found, expected, strict=True)))
+    kept = [both for place, both in pairs if place % 10 != 9 and place % 20]
+    nonsense = [status for place, (status, _) in pairs if place % 20 == 0]
     return {
         "asked": len(wishes),
         "compared": len(kept),
         "wrong": sum(f != e for f, e in kept),
+        "malformed": {str(status): nonsense.count(status) for status in set(nonsense)},
+        "held": held,
+        "held_after": held_after,
         "running_after": running and int(running[1]),
         "s": took_s,
         "start_s": begun - start,
     }
 
 
-def client(given: argparse.Namespace) -> dict[str, Any]:
-    """What a program that uses the `openai` package sees."""
-    import openai
+def _text(draw: random.Random) -> str:
+    return " ".join(draw.choice(_WORDS) for _ in range(draw.randrange(2, 20)))
 
-    turns: Any = [{"role": "user", "content": "What is the capital of France?"}]
-    with served(given, "--api-key", "a-long-secret") as address:
-        known = openai.OpenAI(base_url=f"{address}/v1", api_key="a-long-secret", max_retries=0)
-        (model,) = known.models.list().data
-        whole = known.chat.completions.create(
-            model=model.id, messages=turns, max_completion_tokens=12, logprobs=True, top_logprobs=2
-        )
-        pieces = known.chat.completions.create(
-            model=model.id,
-            messages=turns,
-            max_completion_tokens=12,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        parts = list(pieces)
-        text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
-        plain = known.completions.create(
-            model=model.id, prompt=[[1, 2, 3]], max_tokens=1, echo=True, logprobs=1
-        )
-        refusals = {}
-        wrong = openai.OpenAI(base_url=f"{address}/v1", api_key="another-key", max_retries=0)
-        for name, ask in {
-            "key": lambda: wrong.models.list(),
-            "model": lambda: known.chat.completions.create(model="other", messages=turns),
-            "n": lambda: known.chat.completions.create(model=model.id, messages=turns, n=99),
-        }.items():
-            try:
-                ask()
-            except openai.APIStatusError as error:
-                refusals[name] = type(error).__name__
-    assert whole.usage is not None and parts[-1].usage is not None
-    content = whole.choices[0].logprobs and whole.choices[0].logprobs.content
-    return {
-        "model": model.id,
-        "text": whole.choices[0].message.content,
-        "stream_is_the_same": text == whole.choices[0].message.content,
-        "logprobs": len(content or ()),
-        "usage": [whole.usage.completion_tokens, parts[-1].usage.completion_tokens],
-        "scored": plain.choices[0].logprobs is not None,
-        "refusals": refusals,
-    }
+
+def _said(line: str) -> str:
+    """What an event of a stream adds to the text."""
+    if not line.startswith("data: {"):
+        return ""
+    piece = json.loads(line[6:])
+    if "error" in piece:
+        return str(piece["error"])
+    return "".join(c["delta"].get("content", "") for c in piece["choices"])
+
+
+def _malformed(draw: random.Random, body: bytes) -> bytes:
+    """A body that is none, or has a field that cannot be."""
+    return draw.choice(
+        [
+            body[: draw.randrange(len(body))],
+            body.replace(b'"role"', b'"rule"'),
+            body.replace(b'"max_tokens": ', b'"max_tokens": -'),
+            body[:-1] + b', "n": 99}',
+            b"\xff" + body,
+        ]
+    )
+
+
+def killed(given: argparse.Namespace) -> dict[str, Any]:
+    """A batch that is killed at random points and begun again, against one that is not."""
+    draw = random.Random(given.seed)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        lines = []
+        for _ in range(given.requests):
+            text = _text(draw)
+            more = draw.choice([{}, {"temperature": 1.0}])
+            lines.append(json.dumps({"prompt": text, "max_tokens": draw.randrange(1, 12), **more}))
+        (folder / "in").write_text("\n".join(lines) + "\n")
+        whole, output = folder / "whole", folder / "out"
+        _batch(given, folder / "in", whole).wait()
+        part, deaths = folder / "out.part", 0
+        points = sorted(draw.sample(range(1, given.requests - 1), given.kills))
+        while not output.exists():
+            process = _batch(given, folder / "in", output)
+            while process.poll() is None and points:
+                if part.exists() and part.read_bytes().count(b"\n") > points[0]:
+                    time.sleep(draw.random() * 0.05)
+                    process.kill()
+                    points.pop(0)
+                    deaths += process.wait() == -signal.SIGKILL
+                time.sleep(0.002)
+            if process.wait() not in (0, -signal.SIGKILL):
+                raise SystemExit(f"the batch ended with {process.returncode}")
+        same = output.read_bytes() == whole.read_bytes()
+    return {"lines": given.requests, "killed": deaths, "same_bytes": same}
+
+
+def _batch(given: argparse.Namespace, source: Path, output: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-m", "offload_rt", "batch", given.model]
+    command += ["--input", str(source), "--output", str(output), "--seed", "1", "-q"]
+    for name, value in _options(given).items():
+        command += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.Popen(command)
 
 
 if __name__ == "__main__":

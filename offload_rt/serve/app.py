@@ -26,6 +26,7 @@ from offload_rt.engine.sequence import Request, TokenLogprob
 from offload_rt.errors import ConfigError, OffloadError, SessionError
 from offload_rt.serve.bodies import Envelope, Json, Tally, Words
 from offload_rt.serve.desk import Desk, Order, State, Told, known_tokens
+from offload_rt.serve.document import document
 from offload_rt.serve.guards import App, Guards, Rules, error_headers
 from offload_rt.serve.metrics import Metrics
 from offload_rt.serve.orders import PLAIN_TOKENS, Maker, Offer, several
@@ -480,7 +481,7 @@ def _tell_errors(app: FastAPI, service: Service) -> None:
     @app.exception_handler(405)
     async def unknown(_: HttpRequest, error: HTTPException) -> Response:
         said = WireError("there is no such route here", status=error.status_code)
-        return JSONResponse(said.body(), error.status_code)
+        return JSONResponse(said.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def broke(_: HttpRequest, error: Exception) -> Response:
@@ -492,6 +493,7 @@ def _tell_errors(app: FastAPI, service: Service) -> None:
 def _add_looks(app: FastAPI, service: Service) -> None:
     """Routes that tell how things are."""
     offer, desk, (text, policy) = service.offer, service.desk, page()
+    told = document(offer.version)
 
     @app.get("/")
     async def front() -> Response:
@@ -508,6 +510,10 @@ def _add_looks(app: FastAPI, service: Service) -> None:
     async def metrics() -> Response:
         found = service.metrics.text(desk.state, offer.names[0], offer.kv_tokens, offer.memory)
         return PlainTextResponse(found, media_type="text/plain; version=0.0.4")
+
+    @app.get("/openapi.json")
+    async def openapi() -> Response:
+        return JSONResponse(told)
 
     @app.get("/props")
     async def props() -> Response:

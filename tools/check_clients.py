@@ -1,0 +1,231 @@
+"""What programs that know the OpenAI protocol see of our server; needs the extra `clients`.
+
+    python tools/check_clients.py openai|langchain|curl|fuzz MODEL
+    python tools/check_clients.py lm-eval MODEL --dtype float32 --device-memory 2GiB
+
+`openai` and `langchain` ask with these packages, `curl` with `curl -N`. `lm-eval` scores tasks made
+here (`compare_lm_eval.py`) through `local-completions` and `local-chat-completions`, and compares
+with the harness's own `hf` model. `fuzz` has schemathesis send what the OpenAPI document allows,
+and what it does not: no answer may be a 5xx, undocumented, or take longer than a minute. Each
+prints one JSON object; the exit code is 1 if something is not as it should be.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from bench_serving import served
+from compare_lm_eval import WINDOW, logprobs, write_tasks
+
+_KEY = "a-long-secret"
+_ASKED: Any = [{"role": "user", "content": "What is the capital of France?"}]
+_CHECKS = (
+    "not_a_server_error,status_code_conformance,content_type_conformance,"
+    "response_schema_conformance,ignored_auth,unsupported_method,allow_header_conformance"
+)
+
+
+def main() -> None:
+    """Run one of them and print what it found."""
+    work = {"openai": of_openai, "langchain": of_langchain, "curl": of_curl}
+    work |= {"lm-eval": of_lm_eval, "fuzz": fuzzed}
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=list(work))
+    parser.add_argument("model")
+    parser.add_argument("--device-memory", default="1GiB")
+    parser.add_argument("--draft", default="none")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--examples", type=int, default=100, help="of each route, for fuzz")
+    parser.add_argument("--seed", type=int, default=1, help="for fuzz")
+    given = parser.parse_args()
+    found = work[given.what](given)
+    print(json.dumps(found))
+    sys.exit(0 if found.pop("right") else 1)
+
+
+def of_openai(given: argparse.Namespace) -> dict[str, Any]:
+    """Chat, its stream, scores, and what is refused."""
+    import openai
+
+    with served(given, "--api-key", _KEY) as server:
+        address = server.address
+        known = openai.OpenAI(base_url=f"{address}/v1", api_key=_KEY, max_retries=0)
+        (model,) = known.models.list().data
+        whole = known.chat.completions.create(
+            model=model.id, messages=_ASKED, max_completion_tokens=12, logprobs=True, top_logprobs=2
+        )
+        pieces = known.chat.completions.create(
+            model=model.id,
+            messages=_ASKED,
+            max_completion_tokens=12,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        parts = list(pieces)
+        text = "".join(p.choices[0].delta.content or "" for p in parts if p.choices)
+        plain = known.completions.create(
+            model=model.id, prompt=[[1, 2, 3]], max_tokens=1, echo=True, logprobs=1
+        )
+        left = known.chat.completions.create(model=model.id, messages=_ASKED, stream=True)
+        next(iter(left))
+        left.close()
+        refusals = {}
+        wrong = openai.OpenAI(base_url=f"{address}/v1", api_key="another-key", max_retries=0)
+        for name, ask in {
+            "key": lambda: wrong.models.list(),
+            "model": lambda: known.chat.completions.create(model="other", messages=_ASKED),
+            "n": lambda: known.chat.completions.create(model=model.id, messages=_ASKED, n=99),
+        }.items():
+            try:
+                ask()
+            except openai.APIStatusError as error:
+                refusals[name] = type(error).__name__
+    assert whole.usage is not None and parts[-1].usage is not None
+    content = whole.choices[0].logprobs and whole.choices[0].logprobs.content
+    usage = [whole.usage.completion_tokens, parts[-1].usage.completion_tokens]
+    same = text == whole.choices[0].message.content
+    expected = ["AuthenticationError", "NotFoundError", "BadRequestError"]
+    return {
+        "model": model.id,
+        "text": whole.choices[0].message.content,
+        "stream_is_the_same": same,
+        "logprobs": len(content or ()),
+        "usage": usage,
+        "scored": plain.choices[0].logprobs is not None,
+        "refusals": refusals,
+        "right": same and usage[0] == usage[1] and list(refusals.values()) == expected,
+    }
+
+
+def of_langchain(given: argparse.Namespace) -> dict[str, Any]:
+    """ChatOpenAI: an answer, its stream, a batch, and what a chain reads of usage."""
+    from langchain_openai import ChatOpenAI
+
+    with served(given, "--api-key", _KEY) as server:
+        address = server.address
+        chat = ChatOpenAI(
+            base_url=f"{address}/v1",
+            api_key=_KEY,
+            model=Path(given.model).name,
+            temperature=0,
+            max_tokens=12,
+            max_retries=0,
+            stream_usage=True,
+        )
+        whole = chat.invoke(_ASKED[0]["content"])
+        parts = list(chat.stream(_ASKED[0]["content"]))
+        text = "".join(str(part.content) for part in parts)
+        both = chat.batch([_ASKED[0]["content"], [("system", "Be brief."), ("human", "Hi")]])
+    usage = whole.usage_metadata
+    used = [part.usage_metadata for part in parts if part.usage_metadata]
+    same = text == whole.content == both[0].content
+    return {
+        "text": whole.content,
+        "stream_and_batch_are_the_same": same,
+        "usage": usage and usage["output_tokens"],
+        "right": same and bool(usage) and bool(used) and bool(both[1].content),
+    }
+
+
+def of_curl(given: argparse.Namespace) -> dict[str, Any]:
+    """`curl -N`: events, one after the other, as they come."""
+    body = {"messages": _ASKED, "max_tokens": 12, "stream": True}
+    with served(given) as server:
+        address = server.address
+        done = subprocess.run(
+            [
+                *("curl", "-sN", "-H", "content-type: application/json"),
+                *("-d", json.dumps(body), f"{address}/v1/chat/completions"),
+            ],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    events = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
+    pieces = [json.loads(event)["choices"][0] for event in events if event != "[DONE]"]
+    return {
+        "text": "".join(piece["delta"].get("content", "") for piece in pieces),
+        "events": len(events),
+        "right": events[-1] == "[DONE]" and pieces[-1]["finish_reason"] in ("stop", "length"),
+    }
+
+
+def of_lm_eval(given: argparse.Namespace) -> dict[str, Any]:
+    """Scores and continuations over the protocol against those of the harness's `hf` model."""
+    import lm_eval
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(Path(folder))
+        tasks = TaskManager(include_path=folder)
+
+        def found(model: Any, names: list[str], **more: Any) -> Any:  # noqa: ANN401
+            return lm_eval.simple_evaluate(
+                model=model, tasks=names, task_manager=tasks, bootstrap_iters=0, **more
+            )["samples"]
+
+        hf = HFLM(given.model, dtype=given.dtype, device="cpu", max_length=WINDOW)
+        plain = ["local_choice", "local_rolling", "local_until"]
+        theirs = found(hf, plain)
+        chat = {"apply_chat_template": True, "num_fewshot": 0}
+        their_chat = found(hf, ["local_until"], **chat)
+        with served(given, "--context", str(WINDOW), "--queue", "300") as server:
+            address = server.address
+            args = {
+                "model": Path(given.model).name,
+                "tokenizer": given.model,
+                "tokenizer_backend": "huggingface",
+                "max_length": WINDOW,
+                "num_concurrent": 4,
+            }
+            url = f"{address}/v1/completions"
+            ours = found("local-completions", plain, model_args=args | {"base_url": url})
+            url = f"{address}/v1/chat/completions"
+            args = args | {"base_url": url}
+            our_chat = found("local-chat-completions", ["local_until"], model_args=args, **chat)
+    told: dict[str, Any] = {}
+    for name in plain[:2]:
+        pairs = list(zip(logprobs(ours[name]), logprobs(theirs[name]), strict=True))
+        told[name] = {"scores": len(pairs), "apart": max(abs(a - b) for a, b in pairs)}
+    for name, one, other in (
+        ("completions", ours["local_until"], theirs["local_until"]),
+        ("chat", our_chat["local_until"], their_chat["local_until"]),
+    ):
+        same = sum(a["resps"] == b["resps"] for a, b in zip(one, other, strict=True))
+        told[name] = {"continuations": len(one), "same": same}
+    near = all(told[name]["apart"] < 0.02 for name in plain[:2])
+    texts = [told["completions"], told["chat"]]
+    whole = all(one["same"] == one["continuations"] for one in texts)
+    return {**told, "right": near and whole}
+
+
+def fuzzed(given: argparse.Namespace) -> dict[str, Any]:
+    """What schemathesis finds with the OpenAPI document."""
+    beside = Path(sys.executable).with_name("schemathesis")
+    command = str(beside) if beside.exists() else shutil.which("schemathesis")
+    if command is None:
+        raise SystemExit("schemathesis is not here: install the extra `clients`")
+    limits = ("--max-tokens", "4", "--context", "256", "--queue", "100", "--api-key", _KEY)
+    with served(given, *limits) as server:
+        address = server.address
+        done = subprocess.run(
+            [
+                *(command, "run", f"{address}/openapi.json", "--checks", _CHECKS),
+                *("-H", f"Authorization: Bearer {_KEY}", "--request-timeout", "60"),
+                *("--max-examples", str(given.examples), "--seed", str(given.seed)),
+                *("--phases", "examples,coverage,fuzzing", "--continue-on-failure"),
+            ],
+            stdout=sys.stderr,
+            check=False,
+        )
+    return {"exit_code": done.returncode, "right": done.returncode == 0}
+
+
+if __name__ == "__main__":
+    main()
