@@ -195,7 +195,7 @@ def module_bytes(module):
     if isinstance(module, quantized.Int8Linear):
         if (product := module.product) is not None:
             planned = matrix_bytes(INT8, module.outputs, module.inputs)
-            assert product.nbytes <= planned  # other kernels fill up blocks
+            assert product.memory.nbytes <= planned  # other kernels fill up blocks
             return planned + (0 if product.bias is None else product.bias.nbytes)
         weight, bias = torch.ops.quantized.linear_unpack(module._packed)
         return matrix_bytes(INT8, *weight.shape) + (0 if bias is None else bias.nbytes)
@@ -205,7 +205,8 @@ def module_bytes(module):
     if isinstance(module, torch.nn.Linear) and module.weight.shape[0] == 3200:
         tensors = []  # the embedding's
     if isinstance(module, quantized.Int4Linear):
-        tensors = [module.weight, module.affine, module.bias]
+        weight = [module.weight, module.affine] if module.product is None else []
+        tensors = [*weight, *(p.memory for p in [module.product] if p), module.bias]
     if type(module).__name__ == "PackedLinear":
         return module.weight.numel() * 2
     return sum(t.nbytes for t in tensors if t is not None)

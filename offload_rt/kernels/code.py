@@ -35,6 +35,11 @@ class Code:
         self.add(f"%v{self._count} = {expression}")
         return f"%v{self._count}"
 
+    @property
+    def here(self) -> str:
+        """The block that is being written."""
+        return self._block
+
     def block(self, name: str) -> None:
         """Begin a block; what ended the one before says how it is reached."""
         self._lines.append(f"{name}:")

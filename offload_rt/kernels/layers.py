@@ -5,7 +5,7 @@ sum; RMS norm; gate and up, the activation; down and residual sum. One product a
 at the rate of memory, as the threads meet only twice in a layer, and nothing else is started.
 
 Each step rounds where transformers' modules round, and adds in the order of torch's kernels:
-products as in `products` or, of matrices of 8 bits, `rounded`; the mean of squares as in `_Sums`.
+products as in `products` or, of rounded matrices, `rounded`; the mean of squares as in `_Sums`.
 So the bits are the same; whoever uses this compares (`model/lean.py`).
 """
 
@@ -18,14 +18,15 @@ from functools import cache
 
 import torch
 
-from offload_rt.kernels import assembling, rounded
+from offload_rt.kernels import assembling
 from offload_rt.kernels.code import LANES, WIDE, Code
 from offload_rt.kernels.products import HEAD, MOST_ROWS, PANEL, panels
+from offload_rt.kernels.rounded import DECLARED, Form
 
 _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/SumKernel.cpp
 _LEAST_STEP = 4  # as a power of two
 _EIGHT = f"<{_SUM_LANES} x float>"
-EIGHT_ROWS = 32  # of matrices of 8 bits: what a draft model is fed at once
+ROUNDED_ROWS = 32  # of rounded matrices: what a draft model is fed at once
 TABLE_NUMBERS = 2**16  # an activation of every bf16 number
 
 BEFORE = (
@@ -49,7 +50,7 @@ class LayerSizes:
         head_dim: D.
         products: outputs of gate and up.
         eps: what both norms add to the mean of squares, as an fp32 number.
-        eight: matrices have 8 bits (`rounded`).
+        form: of rounded matrices; None: they are bf16.
     """
 
     hidden: int
@@ -58,12 +59,12 @@ class LayerSizes:
     head_dim: int
     products: int
     eps: float
-    eight: bool = False
+    form: Form | None = None
 
     @property
     def most_rows(self) -> int:
         """Rows there is code for; of more torch's kernels are as quick, or the rest is little."""
-        return EIGHT_ROWS if self.eight else MOST_ROWS
+        return ROUNDED_ROWS if self.form else MOST_ROWS
 
     @property
     def suit(self) -> bool:
@@ -89,7 +90,7 @@ class Record:
 @cache
 def assembled(sizes: LayerSizes) -> Mapping[str, int]:
     """The kernels `before`, `after` and, to compare the order of a sum, `squares`."""
-    takes = rounded.DECLARED + _rounding(sizes) if sizes.eight else panels() + _take()
+    takes = panels() + _take() if sizes.form is None else DECLARED + _rounding(sizes, sizes.form)
     text = HEAD + takes + _norm(sizes) + _rotate(sizes) + _activate() + _add()
     text += _before(sizes) + _after(sizes) + _squares(sizes)
     return assembling.assemble(text, ["before", "after", "squares"])
@@ -106,10 +107,10 @@ def adds_as_torch(sizes: LayerSizes) -> bool:
     return torch.equal(found, rows.float().pow(2).mean(-1))
 
 
-def _rounding(sizes: LayerSizes) -> str:
-    """The functions for matrices of 8 bits, by their inputs."""
+def _rounding(sizes: LayerSizes, form: Form) -> str:
+    """The functions for rounded matrices, by their inputs."""
     inputs = dict.fromkeys((sizes.hidden, sizes.heads * sizes.head_dim, sizes.products))
-    return "".join(rounded.eighth(count) + rounded.panels(count) for count in inputs)
+    return "".join(map(form.code, inputs))
 
 
 def _take() -> str:
@@ -301,31 +302,34 @@ class _Factor:
 
     Attributes:
         block: pairs of inputs that are added up in one go.
-        factors: of rows of 8 bits; else None.
+        rounded: how the matrix is, and what is kept of its rows of 8 bits; None of bf16.
     """
 
     rows: str
     inputs: int
     count: str
     block: str
-    factors: str | None
+    rounded: tuple[Form, str] | None
 
 
 def _factor(
     code: Code, sizes: LayerSizes, rows: str, inputs: int, count: str, block: str
 ) -> _Factor:
     """Rows in bf16 as they are multiplied; rounded to 8 bits by each thread for itself."""
-    if not sizes.eight:
+    form = sizes.form
+    if form is None:
         return _Factor(rows, inputs, count, block, None)
     eights = code.let(f"alloca [{sizes.most_rows * inputs} x i8], align 64")
-    factors = code.let(f"alloca [{sizes.most_rows} x float], align 64")
+    numbers = form.factors(inputs)
+    factors = code.let(f"alloca [{sizes.most_rows * numbers} x float], align 64")
     with code.loop(0, count) as row:
         start = code.times(row, inputs)
         code.add(
             f"call void @round{inputs}(ptr {code.at(rows, start)}, "
-            f"ptr {code.at(eights, start, 'i8')}, ptr {code.at(factors, row, 'float')})"
+            f"ptr {code.at(eights, start, 'i8')}, "
+            f"ptr {code.at(factors, code.times(row, numbers), 'float')})"
         )
-    return _Factor(eights, inputs, count, block, factors)
+    return _Factor(eights, inputs, count, block, (form, factors))
 
 
 def _panel_of(
@@ -336,15 +340,17 @@ def _panel_of(
     given = code.let(f"icmp ne ptr {bias}, null")
     added = code.at(bias, code.times(panel, PANEL))
     added = code.let(f"select i1 {given}, ptr {added}, ptr null")
-    if factor.factors is not None:
-        part = code.at(weight, code.times(panel, rounded.panel_bytes(inputs)), "i8")
+    if factor.rounded is not None:
+        form, factors = factor.rounded
+        part = code.at(weight, code.times(panel, form.panel_bytes(inputs)), "i8")
         with code.loop(0, factor.count, MOST_ROWS) as row:
             left = code.let(f"sub i64 {factor.count}, {row}")
             taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {MOST_ROWS})")
             code.add(
                 f"call void @take{inputs}("
                 f"ptr {code.at(factor.rows, code.times(row, inputs), 'i8')}, "
-                f"ptr {code.at(factor.factors, row, 'float')}, ptr {part}, ptr {added}, "
+                f"ptr {code.at(factors, code.times(row, form.factors(inputs)), 'float')}, "
+                f"ptr {part}, ptr {added}, "
                 f"ptr {code.at(out, code.times(row, stride))}, i64 {stride}, i64 {taking})"
             )
         return

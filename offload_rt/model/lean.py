@@ -19,7 +19,7 @@ from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.layers import (
     AFTER,
     BEFORE,
-    EIGHT_ROWS,
+    ROUNDED_ROWS,
     TABLE_NUMBERS,
     LayerSizes,
     Record,
@@ -27,12 +27,13 @@ from offload_rt.kernels.layers import (
     assembled,
 )
 from offload_rt.kernels.products import MOST_ROWS
+from offload_rt.kernels.rounded import RoundedProduct
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.formats.packed import PackedLinear
-from offload_rt.model.formats.rounded import Int8Linear
+from offload_rt.model.formats.rounded import Int4Linear, Int8Linear
 
 Forward = Callable[..., torch.Tensor]
-Multiplier = PackedLinear | Int8Linear  # with a product of our own
+Multiplier = PackedLinear | Int8Linear | Int4Linear  # with a product of our own
 _PARTS = {  # of a layer, by transformers' names; anything else below one is not known
     *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp", "mlp.act_fn"),
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -45,7 +46,7 @@ _COMPARED = (1, 3)  # rows that each layer is compared with; the first one with 
 class _Witness:
     """Stands for a cache in a comparison: keeps what it is given, answers with random numbers."""
 
-    length, capacity = 0, EIGHT_ROWS
+    length, capacity = 0, ROUNDED_ROWS
 
     def __init__(self, value_dim: int) -> None:
         self.seen: list[torch.Tensor] = []
@@ -195,7 +196,7 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     """A layer's forward in two kernels; None where there is none that gives its bits.
 
     Args:
-        layer: transformers', all its matrices reordered, or rounded to 8 bits.
+        layer: transformers', all its matrices reordered, or rounded alike.
         first: compare all counts of rows; of its sisters the first tells.
     """
     if {name for name, _ in layer.named_modules() if name} != _PARTS:
@@ -206,7 +207,7 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     forward, made = layer.forward, None
     with torch.inference_mode():
-        for rows in (*range(1, MOST_ROWS + 2), EIGHT_ROWS) if first else _COMPARED:
+        for rows in (*range(1, MOST_ROWS + 2), ROUNDED_ROWS) if first else _COMPARED:
             if rows > parts.sizes.most_rows:
                 continue
             expected, witness = _tried(forward, parts.sizes, rows)
@@ -246,10 +247,11 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         "down": mlp.down_proj,
     }
     kinds = {type(one) for one in linears.values()}
-    if kinds not in ({PackedLinear}, {Int8Linear}) or not all(
+    if kinds not in ({PackedLinear}, {Int8Linear}, {Int4Linear}) or not all(
         one.product for one in linears.values()
     ):
         return None
+    product = linears["query"].product
     eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
     weights = [norm._parameters.get("weight") for norm in norms]
     if len(eps) != 1 or None in eps or any(getattr(w, "dtype", None) is not _BF16 for w in weights):
@@ -261,7 +263,7 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         head_dim=attention.head_dim,
         products=linears["gate"].outputs,
         eps=eps.pop(),
-        eight=kinds == {Int8Linear},
+        form=product.form if isinstance(product, RoundedProduct) else None,
     )
     hidden, attended, keys = sizes.hidden, linears["query"].outputs, linears["key"].outputs
     expected = [(hidden, attended), (hidden, keys), (hidden, keys), (attended, hidden)]

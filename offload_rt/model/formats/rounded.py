@@ -22,8 +22,9 @@ import torch
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.system import processor_flags
+from offload_rt.kernels import fours
 from offload_rt.kernels.assembling import traced
-from offload_rt.kernels.rounded import RoundedProduct, suits
+from offload_rt.kernels.rounded import EIGHT, RoundedProduct, fill, suits
 from offload_rt.model.formats.base import GROUP, takes
 from offload_rt.model.formats.lookup import looked_up, stripped
 
@@ -55,10 +56,10 @@ class Int8Linear(torch.nn.Module):
         self.product: RoundedProduct | None = None
         if weight.dtype is torch.bfloat16 and suits(self.inputs, self.outputs):
             bias = None if bias is None else bias.clone()
-            self.product = RoundedProduct(self.inputs, self.outputs, bias)
+            self.product = RoundedProduct(EIGHT, self.inputs, self.outputs, bias)
             for part in _blocks(weight):
                 rounded, scale = _rounded_rows(weight[part])
-                self.product.fill(part.start, rounded.to(torch.int8), scale[:, 0])
+                fill(self.product, part.start, rounded.to(torch.int8), scale[:, 0])
             return
         scales = weight.new_empty(weight.shape[0], dtype=torch.float32)
         rounded = torch.empty(weight.shape, dtype=torch.int8)
@@ -111,25 +112,40 @@ class Int4Linear(torch.nn.Module):
 
     Args:
         linear: weight [O, I], bias [O] or None; both are copied.
+
+    Attributes:
+        inputs: I.
+        outputs: O.
+        product: kernels of our own with its weights (`kernels/fours.py`); None: torch's have them.
     """
 
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         weight = linear.weight.detach()
-        outputs, inputs = weight.shape
+        self.outputs, self.inputs = outputs, inputs = weight.shape
         self._on_cpu = weight.device.type == "cpu"
-        affine = weight.new_empty(inputs // GROUP, outputs, 2)  # scale and offset
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.product: RoundedProduct | None = None
+        own = self._on_cpu and weight.dtype is torch.bfloat16 and fours.takes(inputs, outputs)
+        if own:
+            self.product = RoundedProduct(fours.FOUR, inputs, outputs, self.bias)
+        else:
+            self.affine = weight.new_empty(inputs // GROUP, outputs, 2)  # scale and offset
         packed = []
         for part in _blocks(weight):
             groups = weight[part].float().unflatten(1, (-1, GROUP))
             low, high = groups.amin(dim=2, keepdim=True), groups.amax(dim=2, keepdim=True)
             scale = (high - low).clamp(min=1e-12) / _LEVELS
             numbers = ((groups - low) / scale).round().to(torch.int32).flatten(1)
+            if self.product is not None:
+                pair = torch.cat([scale, low], dim=2).to(weight.dtype)
+                fours.fill(self.product, part.start, numbers, pair)
+                continue
             packed.append(self._pack(numbers))
             pair = torch.cat([scale, low + _MIDDLE * scale], dim=2)
-            affine[:, part] = pair.transpose(0, 1).to(weight.dtype)
-        self.weight, self.affine = torch.cat(packed), affine
-        self.bias = None if linear.bias is None else linear.bias.detach().clone()
+            self.affine[:, part] = pair.transpose(0, 1).to(weight.dtype)
+        if packed:
+            self.weight = torch.cat(packed)
 
     def _pack(self, numbers: torch.Tensor) -> torch.Tensor:
         """Numbers [rows, I] of 0 to 15 in the order the kernel reads; rows are outermost."""
@@ -141,6 +157,8 @@ class Int4Linear(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
+        if self.product is not None:
+            return self.product.by_formula(rows) if traced() else self.product(rows)
         product = torch._weight_int4pack_mm
         if self._on_cpu:
             product = torch._weight_int4pack_mm_for_cpu
