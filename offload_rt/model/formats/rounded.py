@@ -6,10 +6,12 @@ which are emitted. Fewer bytes make a draft pass faster and leave the target mor
 `int8`: a scale per output, activations rounded to 8 bits on the fly (a scale per call), products in
 integers. For the CPU, whose integer instructions are several times as fast as others. Where LLVM
 can be had, bf16 models use kernels of our own, with a scale per row (`kernels/rounded.py`).
-`int4`: a scale and an offset per `GROUP` inputs, activations stay as they are. For CPU and CUDA.
+`int4`: a scale and an offset per `GROUP` inputs, for CPU and CUDA. Activations stay as they are;
+kernels of our own (`kernels/fours.py`) round them to 8 bits.
 
 Measured on two cores with AVX-512 VNNI, linears and head of Qwen2.5-0.5B, ms for 1 / 8 / 16 rows:
-bf16 93 / 308 / 402, int8 37 / 44 / 56, int4 23 / 69 / 145. On 9 answers of its 1.5B sibling the
+bf16 93 / 308 / 402, FBGEMM's int8 37 / 44 / 56, torch's int4 23 / 69 / 145; what our kernels take
+is in docs/RESULTS.md, "A pass of few rows". On 9 answers of its 1.5B sibling the
 share of its likeliest tokens that were right was 0.80 and 0.88 (chat, code) in bf16, 0.78 and 0.87
 in int8.
 """
