@@ -144,6 +144,34 @@ def test_the_controllers_sizes_are_those_there_is_room_for(checkpoint):
     assert made.outlooks[0].tokens == 1.0
 
 
+def test_memory_for_many_and_the_fastest_for_one(checkpoint):
+    """A server has room for 16, of whom mostly one asks: he gets drafts, all together get fewer."""
+    gives, made = Yield(((1, 0.8), (64, 6.0))), {}
+    for count, running in ((1, None), (16, None), (16, 1)):
+        load = RunLoad(
+            capacities=[150] * count,
+            prompt_tokens=100,
+            drafting=Drafting(DraftConfig(draft="auto")),
+            kv_tokens=150 * count,
+            running=running,
+        )
+        made[count, running] = plan_run(
+            checkpoint,
+            RuntimeConfig(device="cpu", resident_layers=1),
+            CPU,
+            load=load,
+            free=FREE,
+            means=Means(speeds=speeds(1e9), yields=lambda c: gives),
+        )
+    one, many, server = made.values()
+    assert server.placement.kv_bytes >= many.placement.kv_bytes > 10 * one.placement.kv_bytes
+    assert server.drafting.config.nodes > many.drafting.config.nodes
+    assert server.prediction.s_per_token == pytest.approx(one.prediction.s_per_token, rel=0.05)
+    best = min(server.outlooks, key=lambda outlook: outlook.s_per_token)
+    assert server.first_nodes == best.nodes < server.drafting.config.nodes
+    assert min(server.alone, key=lambda outlook: outlook.s_per_token).nodes > best.nodes
+
+
 def best_at(nodes):
     """A drafter that gives no more beyond so many nodes."""
     return Yield(((1, 1.0), (nodes, nodes / 2)))

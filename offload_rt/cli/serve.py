@@ -173,7 +173,8 @@ def _serve(
 
     def work() -> None:
         try:
-            with shared_engine(model, settings, console, values["rooms"]) as opened:
+            # Most servers have one client at a time; with more of them less is drafted.
+            with shared_engine(model, settings, console, values["rooms"], running=1) as opened:
                 found.append(opened)
                 loaded.set()
                 desk.work(opened[0])

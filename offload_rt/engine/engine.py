@@ -82,6 +82,7 @@ class Engine:
         kv_tokens: KV rows of all sequences together: each has as many as it asks for (`reserve`),
             at most its capacity. None sets all capacities aside. Caches that are not on the device
             are set aside whole either way.
+        running: sequences that usually run, for whom the plan is to be fastest; None: all.
         draft: who drafts, and how much.
         repeats: answers are to be those of other engines of the model, whoever drafts there.
         means: gives what a planner needs to choose what is left open, for a device of that
@@ -103,6 +104,7 @@ class Engine:
         capacities: Sequence[int],
         prompt_tokens: int,
         kv_tokens: int | None = None,
+        running: int | None = None,
         draft: DraftConfig = NO_DRAFT,
         repeats: bool = False,
         means: Callable[[DeviceKind], Means] | None = None,
@@ -131,6 +133,7 @@ class Engine:
                 prompt_tokens=prompt_tokens,
                 drafting=Drafting(draft, drafting, heads_device_bytes),
                 kv_tokens=kv_tokens,
+                running=running,
             )
             self._kv_tokens, self._pools = kv_tokens, list[KVPool]()
             if config.wire is Wire.AUTO and device.own_memory and not on_gpu.is_there():

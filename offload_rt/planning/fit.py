@@ -48,12 +48,15 @@ class RunLoad:
         drafting: who drafts.
         kv_tokens: tokens of all sequences together, where they share one memory for KV on the
             device; None: each has its own.
+        running: sequences that usually run, for whom the fastest is chosen; memory is for all of
+            them either way. None: all.
     """
 
     capacities: Sequence[int]
     prompt_tokens: int
     drafting: Drafting = NO_DRAFTING
     kv_tokens: int | None = None
+    running: int | None = None
 
 
 def place_run(

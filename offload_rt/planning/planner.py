@@ -61,7 +61,7 @@ class Plan:
     Attributes:
         runtime: with slots and place of KV as chosen.
         drafting: who drafts, and how much at most.
-        first_nodes: how much at first.
+        first_nodes: how much at first where all sequences take part.
         placement: what lives where.
         prediction: what a step should take, of the first ones; None without a profile.
         outlooks: what drafts of each size should give and take, for the controller; empty if the
@@ -241,15 +241,19 @@ def plan_run(
     best = min(search.refined(found), key=lambda c: (c.s_per_token, c.draft.nodes))
     fixed, sequences = _is_fixed(draft), len(load.capacities)
     chosen = best if fixed else search.with_room(best)
+    outlooks = () if fixed else tuple(search.outlooks(chosen, sequences))
+    first_nodes = best.draft.nodes
+    if outlooks and (load.running or sequences) != sequences:  # all is not what was chosen for
+        first_nodes = min(outlooks, key=lambda outlook: outlook.s_per_token).nodes
     considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
     considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
     return Plan(
         runtime=chosen.runtime,
         drafting=chosen.drafting,
-        first_nodes=best.draft.nodes,
+        first_nodes=first_nodes,
         placement=chosen.placement,
         prediction=chosen.prediction,
-        outlooks=() if fixed else tuple(search.outlooks(chosen, sequences)),
+        outlooks=outlooks,
         alone=() if fixed or sequences == 1 else tuple(search.outlooks(chosen, 1)),
         expected=search.expected(best.draft),
         considered=tuple(considered),
@@ -459,7 +463,7 @@ class _Search:
             speeds=speeds,
             placement=placement,
             context_tokens=load.prompt_tokens // most,
-            sequences=sequences or most,
+            sequences=sequences or load.running or most,
         )
         expected = self.expected(drafting.config)
         made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)

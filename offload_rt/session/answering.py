@@ -72,6 +72,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
     capacities: Sequence[int],
     prompt_tokens: int,
     kv_tokens: int | None = None,
+    running: int | None = None,
     repeats: bool = False,
 ) -> Iterator["Engine"]:
     """An engine for sequences of `capacities` KV rows, loaded under a gauge and closed at the end.
@@ -85,6 +86,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         capacities: KV rows, one number per sequence.
         prompt_tokens: of the largest prompt pass.
         kv_tokens: rows that they share; None: each has its capacity.
+        running: sequences that usually run, for whom it is to be fastest; None: all.
         repeats: answers are to be those of other engines of the model, whoever drafts there; they
             are so with a seed, if who drafts is left open.
     """
@@ -117,6 +119,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             capacities=capacities,
             prompt_tokens=prompt_tokens,
             kv_tokens=kv_tokens,
+            running=running,
             draft=draft,
             repeats=repeats or (settings.draft.automatic and _repeats(sampling)),
             means=None if settings.runtime.kv is KVPlace.NONE else means,

@@ -160,9 +160,20 @@ def kept_near(settings: Settings) -> Settings:
 
 @contextmanager
 def shared_engine(
-    model: Model, settings: Settings, observer: Observer, rooms: Sequence[Shared]
+    model: Model,
+    settings: Settings,
+    observer: Observer,
+    rooms: Sequence[Shared],
+    running: int | None = None,
 ) -> Iterator[tuple["Engine", Shared]]:
     """An engine with the first of some rooms there is memory for; KV is near (`kept_near`).
+
+    Args:
+        model: that answers.
+        settings: of the run.
+        observer: is told how far loading is.
+        rooms: to try, in their order.
+        running: sequences that usually run, for whom it is to be fastest; None: all of a room.
 
     Raises:
         PlanError: there is memory for none.
@@ -180,6 +191,7 @@ def shared_engine(
                         capacities=[room.context_tokens] * room.sequences,
                         prompt_tokens=min(room.context_tokens, MOST_READ),
                         kv_tokens=room.kv_tokens if pooled else None,
+                        running=running,
                     )
                 )
             except PlanError:
