@@ -345,8 +345,12 @@ def test_the_document_tells_of_every_route(server):
     chat = told["paths"][CHAT]["post"]["requestBody"]["content"]["application/json"]["schema"]
     body = told["components"]["schemas"][chat["$ref"].rpartition("/")[2]]
     assert body["required"] == ["messages"] and body["properties"].keys() >= {"seed", "stop", "n"}
+    assert body["properties"]["model"]["enum"] == ["tiny", None]
+    assert {path for path, method in routes if method == "post"} == guards.READING
     wrong = get(server.app, CHAT)
     assert wrong.status == 405 and wrong.headers["allow"] == "POST"
+    wrong = post(server.app, "/health", b"x", {"content-type": "text/plain"})
+    assert wrong.status == 405 and wrong.headers["allow"] == "GET"
 
 
 # --- what is refused

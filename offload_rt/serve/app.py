@@ -493,7 +493,7 @@ def _tell_errors(app: FastAPI, service: Service) -> None:
 def _add_looks(app: FastAPI, service: Service) -> None:
     """Routes that tell how things are."""
     offer, desk, (text, policy) = service.offer, service.desk, page()
-    told = document(offer.version)
+    told = document(offer.version, offer.names)
 
     @app.get("/")
     async def front() -> Response:

@@ -1,13 +1,21 @@
 """The OpenAPI document: which routes there are, what they read, and what they answer with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic.json_schema import models_json_schema
 
 from offload_rt.serve.bodies import Json
 from offload_rt.serve.guards import PUBLIC
-from offload_rt.serve.wire import Body, ChatBody, CompletionBody, DetokenizeBody, TokenizeBody
+from offload_rt.serve.wire import (
+    MOST_STOP_CHARS,
+    MOST_STOPS,
+    Body,
+    ChatBody,
+    CompletionBody,
+    DetokenizeBody,
+    TokenizeBody,
+)
 
 _JSON, _TEXT = "application/json", "text/plain"
 _ASKED: Mapping[str, tuple[str, type[Body]]] = {
@@ -25,6 +33,41 @@ _LOOKED_AT: Mapping[str, tuple[str, str]] = {
     "/tokenizer_info": ("The tokenizer and its chat template.", _JSON),
     "/openapi.json": ("This document.", _JSON),
     "/": ("A page to talk at.", "text/html"),
+}
+_TEXTS = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1}
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_NARROWER: Mapping[str, Json] = {  # than a field's type: what is checked where it is read
+    "stop": {
+        "anyOf": [
+            {"type": "string", "minLength": 1, "maxLength": MOST_STOP_CHARS},
+            _TEXTS | {"maxItems": MOST_STOPS},
+            {"type": "null"},
+        ]
+    },
+    "prompt": {"anyOf": [{"type": "string", "minLength": 1}, _TEXTS | {"maxItems": 4}, _IDS]},
+    "content": {
+        "anyOf": [
+            {"type": "string"},
+            {
+                "type": "array",
+                "items": {
+                    "type": "object",
+                    "required": ["type", "text"],
+                    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+                },
+            },
+            {"type": "null"},
+        ]
+    },
+    "temperature": {"anyOf": [{"type": "number", "minimum": 0, "maximum": 2}, {"type": "null"}]},
+    "top_p": {"anyOf": [{"type": "number", "minimum": 0.01, "maximum": 1}, {"type": "null"}]},
+    "min_p": {"anyOf": [{"type": "number", "minimum": 0, "maximum": 0.99}, {"type": "null"}]},
+    "presence_penalty": {"enum": [None, 0]},
+    "frequency_penalty": {"enum": [None, 0]},
+    "repetition_penalty": {"enum": [None, 1]},
+    "logit_bias": {"enum": [None, {}]},
+    "response_format": {"enum": [None, {"type": "text"}]},
+    "tool_choice": {"enum": [None, "auto", "none"]},
 }
 _ERROR = {
     "type": "object",
@@ -44,16 +87,25 @@ _ERROR = {
 }
 
 
-def document(version: str) -> Json:
-    """All of it, as OpenAPI 3.1 has it."""
+def document(version: str, names: Sequence[str]) -> Json:
+    """All of it, as OpenAPI 3.1 has it.
+
+    Args:
+        version: of this program.
+        names: of the model.
+    """
     bodies = [body for _, body in _ASKED.values()]
     template = "#/components/schemas/{model}"
     made, found = models_json_schema([(b, "validation") for b in bodies], ref_template=template)
+    narrower = {**_NARROWER, "model": {"enum": [*names, None]}}
+    for schema in found["$defs"].values():
+        fields = schema["properties"]
+        fields |= {name: narrower[name] for name in narrower.keys() & fields.keys()}
     paths: dict[str, Json] = {}
     for path, (about, kind) in _LOOKED_AT.items():
         paths[path] = {"get": _operation(path, about, {kind: {}})}
     paths["/v1/models/{name}"]["get"]["parameters"] = [
-        {"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}
+        {"name": "name", "in": "path", "required": True, "schema": {"enum": list(names)}}
     ]
     for path, (about, body) in _ASKED.items():
         answers: Json = {_JSON: {"schema": {"type": "object"}}}
@@ -66,7 +118,7 @@ def document(version: str) -> Json:
         "info": {"title": "offload_rt", "version": version},
         "paths": paths,
         "components": {
-            "schemas": found.get("$defs", {}) | {"Error": _ERROR},
+            "schemas": found["$defs"] | {"Error": _ERROR},
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
         },
     }

@@ -21,6 +21,7 @@ MOST_BODY_BYTES = 8 * 2**20
 MOST_HEADERS = 100
 BODY_S = 30.0  # in which a body must have come
 PUBLIC = frozenset({"/", "/health"})
+READING = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _ID = re.compile(r"[\x21-\x7e]{1,128}")
 
@@ -176,7 +177,7 @@ async def _whole_body(scope: Scope, headers: dict[str, str], receive: Receive) -
     length = headers.get("content-length", "0")
     if not length.isdecimal() or len(length) > 12 or int(length) > MOST_BODY_BYTES:
         raise too_large
-    if scope["method"] == "POST":
+    if scope["method"] == "POST" and scope["path"] in READING:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # another could be sent by any page without asking first
             raise WireError("the content-type is not application/json", status=415)
