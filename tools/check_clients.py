@@ -175,13 +175,14 @@ def of_lm_eval(given: argparse.Namespace) -> dict[str, Any]:
         theirs = found(hf, plain)
         chat = {"apply_chat_template": True, "num_fewshot": 0}
         their_chat = found(hf, ["local_until"], **chat)
-        with served(given, "--context", str(WINDOW), "--queue", "300") as server:
+        room = WINDOW + 2  # what is scored has a token more, and one is generated behind it
+        with served(given, "--context", str(room), "--queue", "300") as server:
             address = server.address
             args = {
                 "model": Path(given.model).name,
                 "tokenizer": given.model,
                 "tokenizer_backend": "huggingface",
-                "max_length": WINDOW,
+                "max_length": room,
                 "num_concurrent": 4,
             }
             url = f"{address}/v1/completions"
