@@ -50,9 +50,20 @@ def threads(count):
         torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    """What one test found of products is not known to the next."""
+def cache(shared_cache, monkeypatch):
+    """What is found of products here is kept from the user's, and once for this file."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(shared_cache))
+
+
+@pytest.fixture
+def own_cache(tmp_path, cache, monkeypatch):
+    """What a test finds of products that it changed is not known to the next."""
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
 
 
@@ -208,7 +219,11 @@ def logits_of_passes(engine):
 
 def agree(engine):
     """Whether all of them have the bits of rows that were computed one by one."""
-    (_, alone), *others = logits_of_passes(engine)
+    return all_agree(logits_of_passes(engine))
+
+
+def all_agree(passes):
+    (_, alone), *others = passes
     assert alone.unique(dim=0).shape[0] > 50
     return all(
         torch.equal(rows, alone[start - 1 :][: len(rows)] if start else rows_from(alone, rows))
@@ -255,12 +270,13 @@ def test_where_things_are_changes_no_bit(sizes, config, make_tiny, short_parts):
     with engines(folder) as engine:
         expected = list(logits_of_passes(engine))
     with engines(folder, **config) as engine:
-        assert agree(engine)
-        for (_, one), (_, other) in zip(expected, logits_of_passes(engine), strict=True):
-            assert torch.equal(one, other)
+        found = list(logits_of_passes(engine))
+    assert all_agree(found)
+    for (_, one), (_, other) in zip(expected, found, strict=True):
+        assert torch.equal(one, other)
 
 
-def test_without_bf16_instructions(make_tiny, monkeypatch):
+def test_without_bf16_instructions(make_tiny, own_cache, monkeypatch):
     monkeypatch.setattr("offload_rt.model.formats.wide.processor", lambda: ("some", ""))
     with engines(make_tiny("llama", **SIZES, dtype="bfloat16")) as engine:
         assert engine.exact.on
@@ -301,7 +317,7 @@ MUTANTS += [("attention", "float32"), ("attention", "bfloat16")]
 
 
 @pytest.mark.parametrize(("measure", "dtype"), MUTANTS)
-def test_each_measure_is_missed(measure, dtype, make_tiny, monkeypatch):
+def test_each_measure_is_missed(measure, dtype, make_tiny, own_cache, monkeypatch):
     folder = make_tiny("llama", **SIZES, dtype=dtype)
     switch_off(measure, monkeypatch)
     with engines(folder, threads=3) as engine:
@@ -309,7 +325,7 @@ def test_each_measure_is_missed(measure, dtype, make_tiny, monkeypatch):
 
 
 @pytest.mark.skipif(bool(products.problem()), reason=f"no kernels: {products.problem()}")
-def test_the_order_of_sums_of_few_rows_is_missed(make_tiny, monkeypatch):
+def test_the_order_of_sums_of_few_rows_is_missed(make_tiny, own_cache, monkeypatch):
     folder = make_tiny("llama", **PACKED, dtype="bfloat16")
     with engines(folder) as engine:
         linear = engine.network._layers[0].mlp.down_proj
@@ -332,22 +348,33 @@ def test_merging_by_counts_is_missed(make_tiny, short_parts, monkeypatch):
 # --- texts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)])
+SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)
+ANSWERED = {"prompts": (PROMPT * 3,), "tokens": 48, "exact": Exact.ON}
+
+
+def answers(engine):
+    return [generate(engine, ANSWERED["prompts"], 48, sampling) for sampling in SAMPLINGS]
+
+
+@pytest.fixture(scope="module")
+def undrafted(make_tiny):
+    """What one answers whose weights and rows are on the device."""
+    with engine_for(make_tiny("llama", **SIZES, dtype="bfloat16"), **ANSWERED) as engine:
+        return answers(engine)
+
+
 @pytest.mark.parametrize("config", [{}, STREAMED, ON_DISK])
-def test_drafting_changes_no_token_in_bf16(config, sampling, make_tiny):
-    folder, prompt = make_tiny("llama", **SIZES, dtype="bfloat16"), PROMPT * 3
-    options = {"prompts": (prompt,), "tokens": 48, "exact": Exact.ON}
-    with engine_for(folder, **options, **config) as engine:
-        expected = generate(engine, (prompt,), 48, sampling)
+def test_drafting_changes_no_token_in_bf16(config, undrafted, make_tiny):
+    folder = make_tiny("llama", **SIZES, dtype="bfloat16")
     tree = {"shape": DraftShape.TREE}
     drafts = [{"draft": "ngram"}, {"draft": f"model:{folder}"} | tree]
     if config == STREAMED:  # copies of what is streamed draft
         drafts.append({"draft": "self"} | tree)
     for draft in drafts:
         made = DraftConfig(draft_tokens=12, **draft)
-        with engine_for(folder, **options, **config, draft=made) as engine:
+        with engine_for(folder, **ANSWERED, **config, draft=made) as engine:
             assert engine.exact.on
-            assert generate(engine, (prompt,), 48, sampling) == expected
+            assert answers(engine) == undrafted
 
 
 def test_a_probability_is_the_same_in_any_number_of_rows():
@@ -376,7 +403,7 @@ def test_auto_is_on_where_something_streams_or_drafts(make_tiny):
             assert (engine.exact.rows, engine.exact.key_block) == (tiles.ROW_TILE, PIECE)
 
 
-def test_what_cannot_be_exact_says_why(make_tiny, monkeypatch):
+def test_what_cannot_be_exact_says_why(make_tiny, own_cache, monkeypatch):
     experts = make_tiny("mixtral", num_local_experts=4, num_experts_per_tok=2)
     with engine_for(experts, exact=Exact.AUTO, **STREAMED) as engine:
         assert "an expert computes as many rows" in engine.exact.why
@@ -391,7 +418,7 @@ def test_what_cannot_be_exact_says_why(make_tiny, monkeypatch):
         assert not engine.network.exact
 
 
-def test_what_was_alike_is_not_compared_again(make_tiny, monkeypatch):
+def test_what_was_alike_is_not_compared_again(make_tiny, own_cache, monkeypatch):
     folder, compared = make_tiny("llama"), []
     real = exact.unlike_product
     monkeypatch.setattr(exact, "unlike_product", lambda *a: compared.append(a) or real(*a))
