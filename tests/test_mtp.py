@@ -152,16 +152,22 @@ def test_a_module_that_is_right_is_accepted_at_every_depth(make_mtp, name, draft
 # --- what it changes: nothing --------------------------------------------------------------------
 
 
+THREE = [PROMPT, PROMPT[:4], PROMPT[::-1] * 2]
+
+
+@pytest.fixture(scope="module")
+def plain(family):
+    """Answers without drafts of a model all of which is on the device."""
+    with engine_for(family, prompts=THREE, tokens=24) as engine:
+        return generate(engine, THREE, tokens=24)
+
+
 @pytest.mark.parametrize("draft", [CHAIN, TREE], ids=["chain", "tree"])
 @pytest.mark.parametrize("place", PLACES)
-def test_greedy_with_the_module_equals_greedy_without(family, draft, place):
-    prompts = [PROMPT, PROMPT[:4], PROMPT[::-1] * 2]
-    options = {"prompts": prompts, "tokens": 24} | PLACES[place]
-    with engine_for(family, **options) as engine:
-        plain = generate(engine, prompts, tokens=24)
-    with engine_for(family, draft=draft, **options) as engine:
+def test_greedy_with_the_module_equals_greedy_without(family, plain, draft, place):
+    with engine_for(family, prompts=THREE, tokens=24, draft=draft, **PLACES[place]) as engine:
         for tokens in (24, 1):
-            assert generate(engine, prompts, tokens=tokens) == [a[:tokens] for a in plain]
+            assert generate(engine, THREE, tokens=tokens) == [a[:tokens] for a in plain]
         assert engine.tally.seen().hits[0] > 0
 
 
@@ -279,7 +285,7 @@ def test_sizes_from_the_configuration_alone_are_those_of_the_files(family, tmp_p
 def test_on_a_gpu_a_chain_waits_once_for_each_token(gpu, make_mtp, monkeypatch):  # noqa: F811
     monkeypatch.setattr(module, "_network", build_for_real(module._network))
     runtime = RuntimeConfig(
-        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
+        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
     )
     checkpoint = open_checkpoint(make_mtp("qwen3"))
     with (

@@ -581,23 +581,24 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", "gpt_oss"])
+def answered(request, make_tiny):
+    """How a model is asked, and what it answers where all rows are on the device."""
+    model = make_tiny(request.param, num_hidden_layers=3, sliding_window=32)
+
+    def answers(**place):
+        prompts, second = [LONG, PROMPT], [[*LONG, 5, 6, 7], LONG[:30]]
+        limits = {"tokens": 60, "prefill_chunk_tokens": 64, "device_limit_bytes": None}
+        with engine_for(model, prompts=prompts, **limits, **place) as engine:
+            return [generate(engine, asked, tokens=24) for asked in (prompts, second)]
+
+    return answers, answers(kv=KVPlace.DEVICE)
+
+
 @pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
-def test_answers_are_those_of_a_resident_cache(make_tiny, family, place):
-    model = make_tiny(family, num_hidden_layers=3, sliding_window=32)
-    prompts, second = [LONG, PROMPT], [[*LONG, 5, 6, 7], LONG[:30]]
-    config = {
-        "prompts": prompts,
-        "tokens": 60,
-        "prefill_chunk_tokens": 64,
-        "device_limit_bytes": None,
-    }
-    answers = []
-    for kv in ({"kv": KVPlace.DEVICE}, {"kv_block_tokens": 96} | place):
-        with engine_for(model, **(config | kv)) as engine:
-            said = [generate(engine, asked, tokens=24) for asked in (prompts, second)]
-            answers.append(said)
-    assert answers[0] == answers[1]
+def test_answers_are_those_of_a_resident_cache(answered, place):
+    answers, expected = answered
+    assert answers(kv_block_tokens=96, **place) == expected
 
 
 @pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
