@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-import psutil
 import torch
 
 from offload_rt.device.base import (
@@ -35,6 +34,7 @@ from offload_rt.device.system import (
     give_back_holes,
     give_back_large_blocks,
     peak_rss_bytes,
+    rss_bytes,
 )
 from offload_rt.errors import DeviceError
 
@@ -257,7 +257,8 @@ class CpuDevice:
         self._memory.home_bytes += buffer.nbytes
 
     def upload(self, values: Sequence[int]) -> torch.Tensor:
-        """Return [len(values)] int64."""
+        """Return [len(values)] int64; a pass begins with it, or a part of one."""
+        self._memory.look()
         return torch.tensor(values, dtype=torch.int64)
 
     def receive(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -290,7 +291,8 @@ class MemoryMeter:
     allowed the peak since the start of the process is used, which can only be too high.
 
     What was read of program files meanwhile is no memory of a run: where memory is short Linux
-    drops those of torch (119 MB) from a process that waits, and their return counted as growth.
+    drops those of torch (119 MB) from a process that waits, and their return counted as growth. It
+    may drop them again before the end, so the most that was there at any `look` is left out.
 
     Attributes:
         home_bytes: of it, what layers and KV have as their home.
@@ -305,10 +307,20 @@ class MemoryMeter:
                 file.write("5")
         except OSError:
             pass  # the peak then includes what came before
-        now = psutil.Process().memory_info()
-        self._start_bytes, self._start_file_bytes = now.rss, now.shared
+        self._start_bytes, self._start_file_bytes = rss_bytes()
+        self._most_file_bytes, self._next_look_s = self._start_file_bytes, 0.0
+
+    def look(self) -> None:
+        """Note what there is of files now; 20 times a second at most."""
+        if (now_s := time.perf_counter()) >= self._next_look_s:
+            self._next_look_s = now_s + 0.05
+            self._note_files()
+
+    def _note_files(self) -> None:
+        self._most_file_bytes = max(self._most_file_bytes, rss_bytes()[1])
 
     def growth_bytes(self) -> int:
         """Peak resident bytes above those at the start, without what is of files."""
-        files = psutil.Process().memory_info().shared - self._start_file_bytes
-        return max(0, peak_rss_bytes() - self._start_bytes - max(0, files))
+        self._note_files()
+        files = self._most_file_bytes - self._start_file_bytes
+        return max(0, peak_rss_bytes() - self._start_bytes - files)

@@ -7,6 +7,7 @@ import mmap
 import os
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -248,6 +249,19 @@ def test_what_is_read_of_mapped_files_is_no_growth(tmp_path):
         assert meter.growth_bytes() < 32 * MIB
         own = bytearray(os.urandom(MIB)) * 48
         assert len(own) <= meter.growth_bytes() < 80 * MIB
+
+
+def test_what_is_dropped_again_before_the_end_is_no_growth(tmp_path):
+    (path := tmp_path / "code").write_bytes(bytes(64 * MIB))
+    with (
+        closing(cpu.CpuDevice(readers=1)) as device,
+        open(path, "rb") as file,
+        mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as code,
+    ):
+        assert sum(code[i] for i in range(0, len(code), mmap.PAGESIZE)) == 0
+        device.upload([1])  # a pass begins
+        code.madvise(mmap.MADV_DONTNEED)
+        assert device.peak_bytes() < 32 * MIB
 
 
 BESIDE = """
