@@ -8,7 +8,7 @@ parts of two experts mixed spoil the text at once. With `--differ` experts diffe
 so that a wrong expert shows in the bits; the text then is the checkpoint's own.
 
 Routers are made from hidden states of the source on real text: their rows are centres of clusters
-of a layer's MLP inputs, in the directions that change slowest from token to token. With
+of a layer's MLP inputs, in the directions that change slowest from token to token, all alike. With
 `--routing easy` (128 of these directions) as many of a token's experts were the token's before,
 too, as in Qwen3-30B-A3B, with `hard` (all of them) as few as in GLM-4.7-Flash (0.45 and 0.26).
 
@@ -89,8 +89,8 @@ def mlp_inputs(source: Path, texts: Sequence[str], tokens: int) -> tuple[torch.T
 
 def slow_directions(
     states: torch.Tensor, begins: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mean [H] of states [T, H], whitening directions [H, F] and their autocorrelation [F].
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean [H] of states [T, H], and whitening directions [H, F].
 
     Slowest first: slow feature analysis, Wiskott and Sejnowski 2002.
     """
@@ -101,21 +101,20 @@ def slow_directions(
     white = vectors[:, keep] / values[keep].sqrt()
     z, pair = (x - mean) @ white, ~begins[1:]
     lag = z[:-1][pair].T @ z[1:][pair] / pair.sum()
-    slowness, turn = torch.linalg.eigh((lag + lag.T) / 2)
-    return mean, white @ turn.flip(1), slowness.flip(0)
+    turn = torch.linalg.eigh((lag + lag.T) / 2).eigenvectors
+    return mean, white @ turn.flip(1)
 
 
 def make_router(
     states: torch.Tensor, begins: torch.Tensor, mixture: Mixture, seed: int
 ) -> torch.Tensor:
     """A router [experts, H] whose scores have a standard deviation of 1 over the states [T, H]."""
-    mean, directions, slowness = slow_directions(states, begins)
-    weight = slowness[: mixture.features].clamp(min=1e-3)
+    mean, directions = slow_directions(states, begins)
     directions = directions[:, : mixture.features]
-    z = (states.double() - mean) @ directions * weight
+    z = (states.double() - mean) @ directions
     centres = k_means(z, mixture.experts, seed)
     lengths = centres.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    rows = (centres / lengths * lengths**SKEW) * weight @ directions.T
+    rows = (centres / lengths * lengths**SKEW) @ directions.T
     rows -= (rows @ mean)[:, None] / (mean @ mean) * mean  # a router has no bias to undo the mean
     return (rows / (states.double() @ rows.T).std()).float()
 
