@@ -193,11 +193,14 @@ class ExpertUse:
         experts: of all layers.
         per_token: of a layer, that a token is sent to.
         hits: experts that were there when a layer asked for them.
-        misses: experts that were copied.
+        misses: experts that were asked for and had to be copied.
+        ahead: of these, those whose copy began before their layer asked.
+        unused: others that were copied ahead, and given up before any layer asked.
         hit_rate: hits / (hits + misses); None when nothing was asked for.
         union: different experts that a layer asked for in a pass, on average.
         bytes_per_token: copied, for each emitted token.
-        prompt_misses: experts copied in the prompt's pass, of `prompt_asked`.
+        prompt_misses: misses of the prompt's pass, of `prompt_asked`; `prompt_ahead` and
+            `prompt_unused` are as above.
         distances: of all passes of one row so far, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those not used before.
             Those before the n-th are the hits of n slots a layer.
@@ -209,11 +212,15 @@ class ExpertUse:
     per_token: int
     hits: int
     misses: int
+    ahead: int
+    unused: int
     hit_rate: float | None
     union: float | None
     bytes_per_token: float | None
     prompt_misses: int
     prompt_asked: int
+    prompt_ahead: int
+    prompt_unused: int
     distances: tuple[int, ...] = ()
 
 
@@ -269,7 +276,9 @@ class Counters:
         busy_s: time with a copy in flight.
         stalled_s: time computation waited.
         expert_hits: experts that were there when a layer asked for them.
-        expert_misses: experts that had to come.
+        expert_misses: experts that were asked for and had to come.
+        expert_ahead: of these, those whose copy began before a layer asked.
+        expert_unused: experts that came ahead and were given up before a layer asked.
         expert_calls: times a layer asked.
     """
 
@@ -280,6 +289,8 @@ class Counters:
     stalled_s: float
     expert_hits: int = 0
     expert_misses: int = 0
+    expert_ahead: int = 0
+    expert_unused: int = 0
     expert_calls: int = 0
 
     def since(self, start: "Counters") -> "Counters":
@@ -292,6 +303,8 @@ class Counters:
             stalled_s=self.stalled_s - start.stalled_s,
             expert_hits=self.expert_hits - start.expert_hits,
             expert_misses=self.expert_misses - start.expert_misses,
+            expert_ahead=self.expert_ahead - start.expert_ahead,
+            expert_unused=self.expert_unused - start.expert_unused,
             expert_calls=self.expert_calls - start.expert_calls,
         )
 

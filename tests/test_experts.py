@@ -3,9 +3,10 @@
 import json
 import os
 import random
+import re
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
 import pytest
 import torch
@@ -13,9 +14,10 @@ from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from expert_models import MIXTURES, make_mixture
 from safetensors.torch import load_file, save_file
 
-from offload_rt.config import DraftConfig, HomeKind
+from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, SamplingConfig
 from offload_rt.device.kinds import CPU, Packing
 from offload_rt.device.sim import SimBuffer, SimStream
+from offload_rt.engine.decoding import Run
 from offload_rt.errors import (
     CheckpointError,
     ConfigError,
@@ -105,7 +107,7 @@ def traced(engine):
 
     def watched(layer, needed, rows=1):
         pool.begin(layer, 1) if layer != pool._layer else None
-        before = pool.held(layer)
+        before = [e for e, slot in pool._held[layer].items() if not slot.ahead]
         yield from lend(layer, needed, rows)
         trace.append((layer, list(needed), before))
 
@@ -164,28 +166,56 @@ def test_bytes_read_are_those_of_the_misses_none_twice_in_a_pass(make_tiny, name
     folder = make_mixture(make_tiny, name, dtype="bfloat16")
     with engine_for(folder, expert_slots=9, tokens=40) as engine:
         units, pool = engine.network.units, engine.runner.experts
-        for tokens in ([PROMPT[:1]] * 3, [PROMPT[:5]] * 3):
-            for part in tokens:
-                trace, copied = traced(engine), engine.counters().bytes_copied
-                engine.forward([(0, part)], reuse=False)
-                engine.device.copy.record().synchronize()
-                missed = [(at, e) for at, needed, held in trace for e in needed if e not in held]
-                assert len(missed) == len(set(missed))
-                read = engine.counters().bytes_copied - copied
-                assert read == sum(units[layer][e].file_bytes for layer, e in missed)
-        assert pool.counts.misses > 0
+        engine.device.copy.record().synchronize()
+        for part in [PROMPT[:1]] * 3 + [PROMPT[:5]] * 3:
+            trace, copied = traced(engine), engine.counters().bytes_copied
+            engine.forward([(0, part)], reuse=False)
+            engine.device.copy.record().synchronize()
+            missed = [(at, e) for at, needed, held in trace for e in needed if e not in held]
+            assert len(missed) == len(set(missed))
+            read = engine.counters().bytes_copied - copied
+            assert read == sum(units[layer][e].file_bytes for layer, e in missed)
+        assert pool.counts.misses > 0 == pool.counts.ahead
 
 
 def test_a_prompt_in_parts_reads_each_expert_once(make_tiny):
     """As long as the pool holds the experts of a layer; then decoding begins with its share."""
     folder, prompt = make_mixture(make_tiny), [3 + i * 7 % 250 for i in range(60)]
     with engine_for(folder, prompts=[prompt], expert_slots=9) as engine:
+        engine.device.copy.record().synchronize()
+        copied = engine.counters().bytes_copied
         engine.forward([(0, prompt)], reuse=True)
-        pool = engine.runner.experts
-        assert pool.counts.misses <= 4 * 8 < pool.counts.hits
+        engine.device.copy.record().synchronize()
+        pool, counts = engine.runner.experts, engine.runner.experts.counts
+        assert counts.misses <= 4 * 8 < counts.hits and counts.ahead > 8
+        each = engine.network.units[0][0].file_bytes
+        read = engine.counters().bytes_copied - copied
+        assert read == (counts.misses + counts.unused) * each
         pool.begin(0, 1)
         assert all(len(pool.held(layer)) in (0, 1, 2) for layer in range(4))
         assert len(pool.held(3)) == pool.share
+
+
+def test_a_trace_and_a_report_tell_what_was_copied_ahead(make_tiny):
+    folder, prompt = make_mixture(make_tiny), [3 + i * 7 % 250 for i in range(60)]
+    with engine_for(folder, prompts=[prompt], tokens=4, expert_slots=20) as engine:
+        tracer = engine.trace()
+        run = Run.start(engine, [prompt], SamplingConfig(), GenerationConfig(max_tokens=4))
+        run.prefill()
+        while run.active:
+            run.step()
+        names = Counter(event.name for event in tracer.events())
+        ahead = sum(count for name, count in names.items() if name.endswith(", ahead"))
+        copied = ahead + sum(c for name, c in names.items() if re.fullmatch(COPIED, name))
+        found, counts = run.report().experts, engine.runner.experts.counts
+    assert found.prompt_ahead == counts.ahead > 8 and found.ahead == 0
+    assert ahead == counts.ahead + counts.unused == found.prompt_ahead + found.prompt_unused
+    assert counts.misses == found.misses + found.prompt_misses
+    assert copied == counts.misses + counts.unused
+    assert any(name.startswith("wait for expert ") for name in names)
+
+
+COPIED = r"expert \d of layer \d"
 
 
 def test_a_pass_that_asks_for_more_than_there_is_does_not_lose_all_it_has():
@@ -233,6 +263,51 @@ def test_no_slot_is_overwritten_before_it_was_computed_from():
                         assert number < len(needed)
             held = [len(pool.held(layer)) for layer in range(3)]
             assert sum(held) + len(pool._free) == slots
+
+
+def through_layers(pool, compute, layers, parts, seconds):
+    """Rows that ask for all experts of each layer, in so many parts; returns when they are done."""
+    for layer in layers:
+        pool.begin(layer, parts)
+        for _ in range(parts):
+            for _, buffer in pool.lend(layer, range(8), rows=99):
+                compute.kernel(reads=[buffer], writes=[], seconds=seconds / parts)
+    return compute.time_s
+
+
+@pytest.mark.parametrize(("slots", "parts"), [(40, 2), (16, 2), (24, 1), (3, 1)])
+@pytest.mark.parametrize("seconds", [0.7, 1.4])
+def test_a_prompt_takes_the_time_of_its_reads_or_of_its_computing(slots, parts, seconds):
+    """An expert is read in 1 s; the first is waited for, and the last computed, alone."""
+    pool, copy, compute = pool_of(dict.fromkeys(range(5), 8), slots, per_token=2)
+    took_s = through_layers(pool, compute, range(5), parts, seconds)
+    counts = pool.counts
+    assert copy.statistics().bytes_copied == 5 * 8 * 1000
+    assert (counts.misses, counts.unused) == (5 * 8, 0) and counts.ahead >= 4 * min(7, slots - 1)
+    alone_s = 8.0 if parts > 1 else 3.0  # of the first layer all are there before the last part
+    assert took_s <= max(40.0, 40 * seconds) + alone_s
+
+
+def test_what_was_copied_ahead_in_vain_is_counted_and_given_up_first():
+    pool, copy, _ = pool_of({0: 8, 1: 8, 2: 8}, 24, per_token=2)
+    for layer, needed in ((0, range(8)), (1, [3]), (2, [1])):
+        for _ in pool.lend(layer, needed):
+            pass
+    pool.begin(0, 1)
+    counts, read = pool.counts, copy.statistics().bytes_copied // 1000
+    assert (counts.hits, counts.misses, counts.ahead) == (0, 8 + 1 + 1, 1)
+    assert pool.held(1)[-1] == 3 and len(pool.held(1)) == pool.share == 8
+    assert counts.unused == 0 and read == 8 + 8 + 1  # seven may still be asked for
+    for expert in range(8):
+        for _ in pool.lend(1, [expert]):
+            pass
+    assert (counts.hits, counts.misses, counts.ahead) == (1, 8 + 1 + 1 + 7, 8)
+    small = pool_of({0: 8, 1: 8, 2: 8}, 12, per_token=2)[0]
+    for layer, needed in ((0, range(8)), (1, [3]), (2, [1])):
+        for _ in small.lend(layer, needed):
+            pass
+    assert small.counts.ahead == 1 and small.counts.unused == 8 - small.share
+    assert 3 in small.held(1)
 
 
 def test_a_wait_that_is_left_out_is_found(monkeypatch):

@@ -181,7 +181,9 @@ def _experts(experts: ExpertUse | None) -> list[tuple[str, str]]:
         return []
     read = format_size(round(experts.bytes_per_token or 0))
     there = f"{experts.hit_rate:.0%} there of {experts.union:.1f} a layer and pass"
-    return [("experts", f"{there}, {read} read per token")]
+    unused = experts.unused + experts.prompt_unused
+    vain = f", {_count(unused, 'expert')} read ahead in vain" if unused else ""
+    return [("experts", f"{there}, {read} read per token{vain}")]
 
 
 def _tokens(answer: Answer) -> str:

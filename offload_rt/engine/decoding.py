@@ -394,11 +394,15 @@ class Run:
             per_token=facts.per_token,
             hits=decode.expert_hits,
             misses=decode.expert_misses,
+            ahead=decode.expert_ahead,
+            unused=decode.expert_unused,
             hit_rate=decode.expert_hits / asked if asked else None,
             union=asked / decode.expert_calls if decode.expert_calls else None,
             bytes_per_token=decode.bytes_copied / self._later if self._later else None,
             prompt_misses=prefill.expert_misses,
             prompt_asked=prefill.expert_hits + prefill.expert_misses,
+            prompt_ahead=prefill.expert_ahead,
+            prompt_unused=prefill.expert_unused,
             distances=tuple(pool.counts.distances.get(0, ())),
         )
 

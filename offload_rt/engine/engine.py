@@ -446,7 +446,8 @@ class Engine:
     def trace(self) -> Tracer:
         """Note from now on when copies, layers, drafts and KV traffic begin and end."""
         self.tracer = tracer = Tracer(self._stripes)
-        self.runner.watch(tracer.of_layers, tracer.enter_layer, tracer.leave_layer)
+        enter, leave = tracer.enter_layer, tracer.leave_layer
+        self.runner.watch(tracer.of_layers, tracer.of_experts, enter, leave)
         for cache in self._caches:
             for part in offloaded_parts(cache):
                 number = next(n for n, d in enumerate(self.devices) if d is part.device)
@@ -507,6 +508,8 @@ class Engine:
             stalled_s=self.devices.stalled_s(),
             expert_hits=asked.hits,
             expert_misses=asked.misses,
+            expert_ahead=asked.ahead,
+            expert_unused=asked.unused,
             expert_calls=sum(asked.calls.values()),
         )
 

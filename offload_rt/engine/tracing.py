@@ -73,6 +73,15 @@ class Tracer:
             return self.begin(Lane.COMPUTE, f"wait for layer {layer}", stream, at)
         return self.begin(Lane.COPY, f"weights of layer {layer}", stream, at)
 
+    def of_experts(self, what: str, unit: object, stream: Stream) -> Callable[[], None]:
+        """Watch the pool of experts."""
+        assert isinstance(unit, tuple)
+        layer, expert = unit
+        at, name = self._stripes.device[layer], f"expert {expert} of layer {layer}"
+        if what == "wait":
+            return self.begin(Lane.COMPUTE, f"wait for {name}", stream, at)
+        return self.begin(Lane.COPY, f"{name}, {what}" if what == "ahead" else name, stream, at)
+
     def of_kv(
         self, at: int, layers: Sequence[int], what: str, unit: object, stream: Stream
     ) -> Callable[[], None]:

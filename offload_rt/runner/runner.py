@@ -136,14 +136,18 @@ class Runner:
     def watch(
         self,
         ring: RingWatch,
+        experts: RingWatch,
         enter: Callable[[int], None],
         leave: Callable[[int], None],
     ) -> None:
-        """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`)."""
+        """Have passes tell of copies and of layers (`Ring.watch`, `Network.watch_layers`).
+
+        Units of `experts` are layer and expert; `ahead` is a copy that nobody has asked for yet.
+        """
         for each in self._rings:
             each.watch = ring
         if self.experts is not None:
-            self.experts.watch = ring
+            self.experts.watch = experts
         self._records = False  # a replay enters no layer
         self.network.watch_layers(enter, leave)
 

@@ -1,12 +1,17 @@
 """Lend experts as tokens ask for them, from a pool of slots."""
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Generic
 
 from offload_rt.device.base import CopyStream, Event, Stream
 from offload_rt.streaming.ring import BufferT, RingWatch, SourceT
+
+# Share of a layer's experts that rows ask for from which on they are taken to ask for all of the
+# next one: reading all of it then costs at most 1.1 times its bytes, and the disk never idles.
+_NEARLY_ALL = 0.9
 
 
 @dataclass(slots=True, eq=False)
@@ -16,11 +21,15 @@ class ExpertSlot(Generic[BufferT]):
     Attributes:
         filled: copy stream: the copy into `buffer` is done; None once somebody waited for it.
         drained: compute stream: the last kernel reading `buffer` is done.
+        number: of the copy, counted from the first of all.
+        ahead: it was copied before anybody asked for it, and nobody has yet.
     """
 
     buffer: BufferT
     filled: Event | None = None
     drained: Event | None = None
+    number: int = 0
+    ahead: bool = False
 
 
 @dataclass(slots=True)
@@ -29,7 +38,9 @@ class ExpertCounts:
 
     Attributes:
         hits: experts that were there when a layer asked for them.
-        misses: experts that were copied.
+        misses: experts that were asked for and had to be copied.
+        ahead: of these, those whose copy began before the layer asked.
+        unused: others that were copied ahead, and given up before any layer asked.
         calls: times a layer asked, by rows of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
@@ -38,6 +49,8 @@ class ExpertCounts:
 
     hits: int = 0
     misses: int = 0
+    ahead: int = 0
+    unused: int = 0
     calls: dict[int, int] = field(default_factory=dict)
     distances: dict[int, list[int]] = field(default_factory=dict)
 
@@ -70,6 +83,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
     layers have, those first that come last, so that no part reads again what the one before it
     read; of these slots it keeps its share when the next layer begins.
 
+    Rows that ask for nearly all experts of a layer will ask for nearly all of the next one. These
+    are copied ahead, behind what was asked for: into slots that are free or of layers that come
+    later, and into those that the layer needs no more, but for its share. So a prompt reads without
+    a pause, each expert once.
+
     The two event waits of a ring keep slots safe: compute waits `filled` before reading a slot,
     copy waits `drained` before overwriting it. A slot has one writer, the copy stream, and it is
     asked to write only after whoever reads it has enqueued that (a slot is taken when it was not
@@ -98,13 +116,17 @@ class ExpertPool(Generic[BufferT, SourceT]):
     ) -> None:
         self._copy, self._compute, self._source, self._place = copy, compute, source, place
         self._free = [ExpertSlot(buffer) for buffer in slots]
-        self._slots = len(slots)
-        self.share, self._spare = shares_of(len(slots), len(counts), per_token)
+        self.share, _ = shares_of(len(slots), len(counts), per_token)
         self._counts = dict(counts)
         self._held: dict[int, dict[int, ExpertSlot[BufferT]]] = {layer: {} for layer in counts}
         self._recent: dict[int, list[int]] = {layer: [] for layer in counts}
+        self._following = dict(pairwise(sorted(counts)))
         self._layer: int | None = None
-        self._takes = False
+        self._takes, self._parts_left = False, 0
+        self._asked: set[int] = set()  # of the layer that computes, in all parts so far
+        self._ahead: int | None = None  # the layer that is copied ahead
+        self._rest: deque[int] = deque()  # of it, what there was no slot for yet
+        self._copies = 0
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
 
@@ -114,9 +136,13 @@ class ExpertPool(Generic[BufferT, SourceT]):
 
     def begin(self, layer: int, parts: int) -> None:
         """A layer begins, in so many parts."""
-        if (before := self._layer) is not None:
-            self._trim(before)
-        self._layer, self._takes = layer, parts > 1
+        for other in (self._layer, self._ahead):
+            if other is not None and other != layer:
+                self._trim(other)
+        self._layer, self._takes, self._parts_left = layer, parts > 1, parts
+        self._ahead = None
+        self._asked.clear()
+        self._rest.clear()
 
     def lend(
         self, layer: int, needed: Sequence[int], rows: int = 1
@@ -133,24 +159,25 @@ class ExpertPool(Generic[BufferT, SourceT]):
         """
         if layer != self._layer:
             self.begin(layer, 1)
+        self._parts_left -= 1
         held = self._held[layer]
-        hits = [expert for expert in needed if expert in held]
-        missing = sorted((e for e in needed if e not in held), key=lambda e: self._place(layer, e))
-        self._count(layer, needed, len(hits), rows)
-        slots = {expert: held.pop(expert) for expert in hits}
+        slots = {expert: held.pop(expert) for expert in needed if expert in held}
         held.update(slots)  # as the most recently used, whatever becomes of this call
-        queue, coming, lent = deque(missing), deque[int](), set(hits)
+        self._count(layer, needed, list(slots.values()), rows)
+        queue, lent = deque(self._in_place(layer, set(needed) - slots.keys())), set(slots)
+        # Those that are there, then those on their way, as they come.
+        coming = deque(sorted(slots, key=lambda e: slots[e].number if slots[e].filled else 0))
+        kept = set(needed[len(needed) - min(self.share, len(needed)) :])
         self._load(layer, queue, coming, lent)
-        for expert in hits:
-            yield from self._use(layer, expert, slots[expert])
-            lent.discard(expert)
-            self._load(layer, queue, coming, lent)
+        self._look_ahead(layer, needed)
         while coming:
+            self._load_ahead(layer, queue, lent | kept)
             expert = coming.popleft()
             yield from self._use(layer, expert, held[expert])
             lent.discard(expert)
             self._load(layer, queue, coming, lent)
         assert not queue  # a slot that was handed back is there for the next
+        self._load_ahead(layer, queue, lent | kept)
         ordered = {expert: held.pop(expert) for expert in needed if expert in held}
         held.update(ordered)
 
@@ -159,7 +186,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
     ) -> Iterator[tuple[int, BufferT]]:
         """Lend one that is there or on its way; one that cannot be read is not there afterwards."""
         if slot.filled is not None:
-            end = None if self.watch is None else self.watch("wait", layer, self._compute)
+            watch = self.watch
+            end = None if watch is None else watch("wait", (layer, expert), self._compute)
             try:
                 self._compute.wait(slot.filled)
             except BaseException:
@@ -180,51 +208,113 @@ class ExpertPool(Generic[BufferT, SourceT]):
             if slot is None:
                 return
             expert = queue.popleft()
-            for event in (slot.drained, slot.filled):  # still on its way: a pass broke off
-                if event is not None:
-                    self._copy.wait(event)
-            end = None if self.watch is None else self.watch("copy", layer, self._copy)
-            self._copy.copy(slot.buffer, self._source(layer, expert))
-            slot.filled, slot.drained = self._copy.record(), None
-            if end is not None:
-                end()
-            self._held[layer][expert] = slot
+            self._fill(slot, layer, expert, "copy")
             coming.append(expert)
             lent.add(expert)
 
-    def _take(self, layer: int, lent: set[int]) -> ExpertSlot[BufferT] | None:
-        """A slot: a free one, else one of the layer's own, else in parts one of another layer's."""
-        held = self._held[layer]
-        room = len(held) < (self._slots if self._takes else self.share + self._spare)
-        if room and self._free:
+    def _fill(self, slot: ExpertSlot[BufferT], layer: int, expert: int, why: str) -> None:
+        """Have an expert copied, after every reader of the slot and what was on its way into it."""
+        for event in (slot.drained, slot.filled):
+            if event is not None:
+                self._copy.wait(event)
+        end = None if self.watch is None else self.watch(why, (layer, expert), self._copy)
+        self._copy.copy(slot.buffer, self._source(layer, expert))
+        slot.filled, slot.drained = self._copy.record(), None
+        if end is not None:
+            end()
+        self._copies += 1
+        slot.number, slot.ahead = self._copies, why == "ahead"
+        self._held[layer][expert] = slot
+
+    def _look_ahead(self, layer: int, needed: Sequence[int]) -> None:
+        """See whether the next layer is to be copied ahead; once for all parts of a layer."""
+        self._asked.update(needed)
+        following = self._following.get(layer)
+        nearly_all = len(self._asked) >= _NEARLY_ALL * self._counts[layer]
+        if nearly_all and following is not None and self._ahead is None:
+            others = set(range(self._counts[following])) - self._held[following].keys()
+            self._ahead, self._rest = following, deque(self._in_place(following, others))
+
+    def _load_ahead(self, layer: int, queue: Sequence[int], kept: Set[int]) -> None:
+        """Copy of the next layer what there are slots for, if this one waits for none."""
+        while self._ahead is not None and self._rest and not queue:
+            slot = self._take_ahead(layer, kept)
+            if slot is None:
+                return
+            self._fill(slot, self._ahead, self._rest.popleft(), "ahead")
+
+    def _take_ahead(self, layer: int, kept: Set[int]) -> ExpertSlot[BufferT] | None:
+        """A free slot, else in the last part one of the layer, else in parts of a later layer."""
+        if self._free:
             return self._free.pop()
-        if room and self._takes and (slot := self._from_others(layer)) is not None:
+        if self._parts_left <= 0:
+            victim = next((expert for expert in self._held[layer] if expert not in kept), None)
+            if victim is not None:
+                return self._drop(layer, victim)
+        later = [one for one in self._held if one > layer and self._spares(one)]
+        if not (self._takes and later):
+            return None
+        return self._drop(max(later), next(iter(self._held[max(later)])))
+
+    def _spares(self, layer: int) -> bool:
+        return bool(self._held[layer]) and layer != self._ahead
+
+    def _drop(self, layer: int, expert: int) -> ExpertSlot[BufferT]:
+        """Take a slot from an expert."""
+        slot = self._held[layer].pop(expert)
+        self.counts.unused += slot.ahead
+        return slot
+
+    def _in_place(self, layer: int, experts: Iterable[int]) -> list[int]:
+        """Experts in the order in which they lie."""
+        return sorted(experts, key=lambda expert: self._place(layer, expert))
+
+    def _take(self, layer: int, lent: set[int]) -> ExpertSlot[BufferT] | None:
+        """A slot: a free one, else in parts one of another layer's, else one of the layer's own."""
+        held = self._held[layer]
+        if self._free:
+            return self._free.pop()
+        if self._takes and (slot := self._from_others(layer)) is not None:
             return slot
         victim = next((expert for expert in held if expert not in lent), None)
-        return None if victim is None else held.pop(victim)
+        if victim is not None:
+            return self._drop(layer, victim)
+        other = self._ahead  # rather than nothing
+        if lent or other is None or not self._held[other]:
+            return None
+        return self._drop(other, next(iter(self._held[other])))
 
     def _from_others(self, layer: int) -> ExpertSlot[BufferT] | None:
         """The least recently used of the layer that comes last, else of one that has most."""
-        later = [other for other, has in self._held.items() if other > layer and has]
-        before = [other for other, has in self._held.items() if other < layer and has]
-        if not (later or before):
+        others = [one for one in self._held if one != layer and self._spares(one)]
+        later = [one for one in others if one > layer]
+        if not others:
             return None
-        other = max(later) if later else max(before, key=lambda one: len(self._held[one]))
-        has = self._held[other]
-        return has.pop(next(iter(has)))
+        other = max(later) if later else max(others, key=lambda one: len(self._held[one]))
+        return self._drop(other, next(iter(self._held[other])))
 
     def _trim(self, layer: int) -> None:
         """Give back what a layer has beyond its share, the most recently used last."""
         held = self._held[layer]
         while len(held) > self.share:
-            self._free.append(held.pop(next(iter(held))))
+            self._free.append(self._drop(layer, next(iter(held))))
 
-    def _count(self, layer: int, needed: Sequence[int], hits: int, rows: int) -> None:
+    def _count(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        there: Sequence[ExpertSlot[BufferT]],
+        rows: int,
+    ) -> None:
         counts, recent = self.counts, self._recent[layer]
         like = row_class(rows)
         counts.calls[like] = counts.calls.get(like, 0) + 1
-        counts.hits += hits
-        counts.misses += len(needed) - hits
+        ahead = sum(slot.ahead for slot in there)
+        for slot in there:
+            slot.ahead = False
+        counts.hits += len(there) - ahead
+        counts.misses += len(needed) - len(there) + ahead
+        counts.ahead += ahead
         size = max(self._counts.values()) + 1
         seen = counts.distances.setdefault(like, [0] * size)
         order = {expert: at for at, expert in enumerate(reversed(recent))}
