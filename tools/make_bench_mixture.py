@@ -40,10 +40,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import demo_folder
 from offload_rt.units import format_size, parse_size
 
-ROUTINGS = {"easy": 128, "hard": None}  # slow directions a router listens to; None: all
 PARTS = {"w1": "gate", "w2": "down", "w3": "up"}
 ROUNDS = 25  # of k-means
-SKEW = 0.5  # of centres' lengths, which make shares of experts uneven
 LEAST_VARIANCE = 1e-6  # of the largest: directions with less are noise
 COPIED = (
     *("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -54,18 +52,33 @@ COPIED = (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Routing:
+    """What routers are like.
+
+    Attributes:
+        features: slow directions that they listen to; None: all.
+        skew: power of the lengths of centres, which make shares of experts uneven; 0: all alike.
+    """
+
+    features: int | None
+    skew: float
+
+
+ROUTINGS = {"easy": Routing(features=128, skew=0.5), "hard": Routing(features=None, skew=0.0)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
     """What is asked for.
 
     Attributes:
         experts: of each layer; `top_k` of them compute a token.
-        features: slow directions that routers listen to; None: all.
         differ: relative noise on each expert's weights.
     """
 
     experts: int
     top_k: int
-    features: int | None
+    routing: Routing
     differ: float
 
 
@@ -110,11 +123,11 @@ def make_router(
 ) -> torch.Tensor:
     """A router [experts, H] whose scores have a standard deviation of 1 over the states [T, H]."""
     mean, directions = slow_directions(states, begins)
-    directions = directions[:, : mixture.features]
+    directions = directions[:, : mixture.routing.features]
     z = (states.double() - mean) @ directions
     centres = k_means(z, mixture.experts, seed)
     lengths = centres.norm(dim=1, keepdim=True).clamp(min=1e-9)
-    rows = (centres / lengths * lengths**SKEW) @ directions.T
+    rows = (centres / lengths * lengths**mixture.routing.skew) @ directions.T
     rows -= (rows @ mean)[:, None] / (mean @ mean) * mean  # a router has no bias to undo the mean
     return (rows / (states.double() @ rows.T).std()).float()
 
@@ -271,7 +284,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mixture = Mixture(
         experts=args.experts,
         top_k=args.top_k,
-        features=ROUTINGS[args.routing],
+        routing=ROUTINGS[args.routing],
         differ=args.differ,
     )
     try:
