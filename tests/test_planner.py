@@ -169,6 +169,9 @@ def test_memory_for_many_and_the_fastest_for_one(checkpoint):
     assert server.prediction.s_per_token == pytest.approx(one.prediction.s_per_token, rel=0.05)
     best = min(server.outlooks, key=lambda outlook: outlook.s_per_token)
     assert server.first_nodes == best.nodes < server.drafting.config.nodes
+    assert (one.running, many.running, server.running) == (None, None, 1)
+    for plan, steps in ((many, many.outlooks), (server, server.alone)):
+        assert plan.expected_pass_s(4) == next(s.pass_s for s in steps if s.nodes == 4)
     assert min(server.alone, key=lambda outlook: outlook.s_per_token).nodes > best.nodes
 
 

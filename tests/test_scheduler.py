@@ -3,6 +3,7 @@
 import random
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -570,6 +571,20 @@ def test_any_history_of_joins_and_leaves(tiny, alone, seed):
         if sequence.finish_reason is FinishReason.ABORT:
             expected = expected[: len(sequence.emitted)]
         assert sequence.emitted == expected
+
+
+def test_the_pace_is_that_of_as_many_as_were_planned_for(tiny):
+    """What a pass of others takes says nothing of what was predicted."""
+    for running, planned in ((1, 1), (None, 2)):
+        with served(tiny, sequences=2) as engine:
+            engine.plan = SimpleNamespace(running=running, expected_pass_s=lambda nodes: 1.0)
+            scheduler, counted = Scheduler(engine), []
+            noted = lambda *took, s=scheduler, c=counted: c.append(len(s.running))  # noqa: E731
+            engine.pace = SimpleNamespace(add=noted)
+            for ids, count in (([1, 2], 9), ([3, 4], 5)):
+                scheduler.join(Request(ids=ids, max_tokens=count))
+            finished(scheduler)
+            assert set(counted) == {planned}
 
 
 def test_a_broken_draft_is_left_out(tiny, alone, caplog):

@@ -195,7 +195,8 @@ class Run:
             pass_s = self._last.at_s - drafted_at
             rows = max(len(one.draft.tree) for one in drafted)
             expected_s = self.engine.plan.expected_pass_s(rows)
-            if expected_s is not None and len(drafted) == self.engine.sequences:
+            planned = self.engine.plan.running or self.engine.sequences
+            if expected_s is not None and len(drafted) == planned:
                 self.engine.pace.add(pass_s, expected_s)
             if controller is not None and outcomes:
                 controller.observe(

@@ -71,6 +71,7 @@ class Plan:
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
         level: times of recent runs over the profile's, by which all predicted ones are corrected.
+        running: sequences of the steps that `prediction` is of; None: all.
     """
 
     runtime: RuntimeConfig
@@ -84,6 +85,7 @@ class Plan:
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
     level: float = 1.0
+    running: int | None = None
 
     @property
     def pass_share(self) -> float:
@@ -94,10 +96,14 @@ class Plan:
         return pass_s / self.prediction.s_per_token
 
     def expected_pass_s(self, nodes: int) -> float | None:
-        """Predicted seconds of a pass that checks a draft of that size; None without a profile."""
+        """Predicted seconds of a pass that checks drafts of that size; None without a profile.
+
+        Of a pass in which as many sequences take part as the plan is fastest for (`running`).
+        """
         if self.prediction is None:
             return None
-        near = (step.pass_s for step in self.outlooks if step.nodes >= nodes)
+        steps = {None: self.outlooks, 1: self.alone}.get(self.running, ())
+        near = (step.pass_s for step in steps if step.nodes >= nodes)
         return next(near, self.prediction.pass_s)
 
 
@@ -263,6 +269,7 @@ def plan_run(
             chosen.placement.device_bytes,
         ),
         level=means.level(chosen.placement.streams),
+        running=load.running if load.running != sequences else None,
     )
 
 
