@@ -1,6 +1,8 @@
 """Laws 3, 4 and 5 with drafters: the same text, the same distribution, the same caches."""
 
 import os
+import random
+import sys
 from array import array
 from dataclasses import replace
 
@@ -409,6 +411,28 @@ def test_an_ngram_tree_begins_as_a_smaller_one_and_has_no_path_twice(
     assert len(small) == min(min(sizes), len(large)) and max(large.depths, default=0) <= depth
     paths = {tuple(large.tokens[n] for n in large.path(node)) for node in range(len(large))}
     assert len(paths) == len(large)
+
+
+def test_many_nodes_of_ngrams_are_drafted_in_few_calls():
+    numbers = random.Random(3)
+    ids = [numbers.randrange(50) for _ in range(1000)]
+    drafter = NgramDrafter(1024, 4096)
+    for _ in range(8):
+        tree = drafter.propose(ids, 64).tree
+        rows = range(len(tree) + 1)
+        shares = [sorted((numbers.random() ** 4 for _ in range(8)), reverse=True) for _ in rows]
+        probs = [[share / sum(row) for share in row] for row in shares]
+        drafter.learn(ids, tree, Likely([numbers.sample(range(50), 8) for _ in rows], probs))
+    calls = []
+    sys.setprofile(lambda _frame, event, _: calls.append(event) if "call" in event else None)
+    try:
+        tree = drafter.propose(ids, 64).tree
+    finally:
+        sys.setprofile(None)
+    assert len(tree) > 600
+    assert len(calls) < 40 * len(tree)  # 35; 65 where all that may follow a node is written out
+    first = drafter.propose(ids, 64, 100).tree
+    assert (first.tokens, first.parents) == (tree.tokens[:100], tree.parents[:100])
 
 
 def test_what_was_likely_after_the_same_tokens_is_drafted():

@@ -6,7 +6,8 @@ one or two tokens (`followers`). Both propose candidates with an estimate of the
 most probable paths are the draft, a tree.
 """
 
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from heapq import heappop, heappush
 from itertools import islice
 
@@ -23,6 +24,7 @@ _QUOTE = (0.0, 0.12, 0.3, 0.45, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.88, 0.9, 0.92
 _OTHER_QUOTE = 0.3  # ... and what followed at other times, against that
 _FOLLOWER = {1: 0.55, 2: 0.8}  # probability of a likely token then, against that now
 _LEAST = 1e-3  # what is less probable costs more than it gives
+_LESS = 1.0 - 1e-9  # for rounding
 _LOOKED_AT = 16  # places where a suffix occurred, the latest
 _MEMORY = 8  # drafts the mean of accepted tokens looks back, about
 
@@ -70,14 +72,20 @@ class SuffixIndex:
 
     def next_tokens(self, suffix: Sequence[int], most: int) -> Iterator[tuple[int, int]]:
         """The same with single tokens, none twice, and at most `most` of them."""
-        seen: list[int] = []
+        ids, seen = self._ids, []
         for size, end in self._found(suffix):
-            token = self._ids[end]
+            token = ids[end]
             if token not in seen:
                 seen.append(token)
-                yield self._same(end, suffix, size), token
+                # A place with more in common would have come before, by a longer suffix.
+                yield size if size < LONGEST else self._same(end, suffix, size), token
                 if len(seen) == most:
                     return
+
+    def has(self, suffix: tuple[int, ...], size: int) -> bool:
+        """Whether that many of the last tokens may have occurred; always if some did not."""
+        size = min(size, LONGEST)
+        return size < self._shortest or suffix[-size:] in self._ends
 
     def _found(self, suffix: Sequence[int]) -> Iterator[tuple[int, int]]:
         """How many tokens were looked up, and where they ended, if something follows."""
@@ -87,9 +95,11 @@ class SuffixIndex:
             if ends is None:
                 break  # nor is a longer one there
             places.append(ends)
-        for size in range(self._shortest + len(places) - 1, self._shortest - 1, -1):
-            for end in places[size - self._shortest][: -_LOOKED_AT - 1 : -1]:
-                if end < len(self._ids):
+        length, size = len(self._ids), self._shortest + len(places)
+        for ends in reversed(places):
+            size -= 1
+            for end in ends[: -_LOOKED_AT - 1 : -1]:
+                if end < length:
                     yield size, end
 
     def forget(self) -> None:
@@ -134,23 +144,32 @@ class NgramDrafter:
             tuple(ids[1 - len(_QUOTE) :])
         ]  # the last tokens of the root's and each node's path
         heap: list[tuple[float, int, int, int]] = []  # -probability, order, parent, token
+        offered: list[float] = []  # what was ever in the heap, of it the most probable
+        least = _LEAST  # less probable paths are not drafted
 
-        def offer(node: int, prob: float) -> None:
-            if depths[node + 1] < max_depth:
-                for token, share in self._candidates(texts[node + 1]).items():
-                    if prob * share >= _LEAST:
-                        heappush(heap, (-prob * share, len(tokens), node, token))
-
-        offer(ROOT, 1.0)
-        while heap and len(tokens) < nodes:
+        node, prob = ROOT, 1.0
+        while True:
+            if depths[node + 1] < max_depth and prob * _QUOTE[-1] >= least:
+                order = len(tokens)
+                for token, share in self._candidates(texts[node + 1], _LESS * least / prob):
+                    if (product := prob * share) >= least:
+                        heappush(heap, (-product, order, node, token))
+                        offered.append(product)
+            if not heap or len(tokens) >= nodes:
+                break
+            if len(offered) >= nodes + nodes // 8 + 8:
+                offered.sort(reverse=True)
+                del offered[nodes:]
+                least = max(least, offered[-1])
             negative, _, parent, token = heappop(heap)
+            node, prob = len(tokens), -negative
             tokens.append(token)
             parents.append(parent)
             depths.append(depths[parent + 1] + 1)
             texts.append((*texts[parent + 1], token)[1 - len(_QUOTE) :])
-            offer(len(tokens) - 1, -negative)
         if self._explores:
-            unseen = (t for t in self._followers.unknown() if t not in tokens)
+            drafted = set(tokens)
+            unseen = (t for t in self._followers.unknown() if t not in drafted)
             tokens += islice(unseen, nodes - len(tokens))
             parents += [ROOT] * (len(tokens) - len(parents))
         return Draft(TokenTree(tuple(tokens), tuple(parents)))
@@ -171,18 +190,24 @@ class NgramDrafter:
         self._index.forget()
         self._followers.forget()
 
-    def _candidates(self, text: Sequence[int]) -> dict[int, float]:
-        """What may follow a text, and about how probable it is."""
+    def _candidates(self, text: tuple[int, ...], least: float) -> Iterable[tuple[int, float]]:
+        """What may follow a text, and about how probable it is; of less than `least` little."""
         order, tokens, probs = self._followers.after(text)
         share = _FOLLOWER.get(order, 0.0)
-        found = {t: share * p for t, p in zip(tokens, probs, strict=True)}
+        found = {}
+        for token, prob in zip(tokens, probs, strict=True):
+            if share * prob < least:
+                break  # they are sorted
+            found[token] = share * prob
+        if not self._index.has(text, bisect_left(_QUOTE, least, 1)):
+            return found.items()
         share = 1.0
         for size, token in self._index.next_tokens(text, QUOTES):
             quoted = share * _QUOTE[min(size, len(_QUOTE) - 1)]
             if quoted > found.get(token, 0.0):
                 found[token] = quoted
             share = _OTHER_QUOTE
-        return found
+        return found.items()
 
 
 class SelectiveNgramDrafter:

@@ -100,9 +100,9 @@ class Followers:
         Returns:
             By how many of them it was found, 0 if it was not; tokens and their probabilities.
         """
-        for order in reversed(self._orders):
+        for order in self._orders[::-1]:
             key = tuple(context[-order:])
-            if len(key) == order and (found := self._kept.get(key)) is not None:
+            if (found := self._kept.get(key)) is not None and len(key) == order:
                 return order, *found
         return 0, (), ()
 
