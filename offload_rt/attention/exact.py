@@ -6,27 +6,31 @@ position here, and from nothing else:
     columns [0, own)      whole multiples of `PIECE`, in parts of `PART` from the first on
     columns [own, + 64)   the piece the row itself is in; what comes after the row is masked
 
-Rows are attended together if they share a piece, padded to a multiple of `TILE`. Scores are
-written out in fp32. Of a tree, each row's path is put into consecutive columns, as a chain has it:
-in scattered columns not one row of 50 had the bits of a chain
-(docs/RESULTS.md, "Row-invariant passes"). Parts are merged by the number of columns, never by how
-many came at once.
+Rows are attended together if they share a piece. Of a tree, each row's path is put into consecutive
+columns, as a chain has it: in scattered columns not one row of 50 had the bits of a chain
+(docs/RESULTS.md, "Row-invariant passes"). Where there is a kernel for a layer's heads
+(`kernels/attending.py`) it goes over the columns piece by piece. Else scores are written out in
+fp32, rows padded to a multiple of `TILE`, and parts are merged by the number of columns, never by
+how many came at once. A layer has the one or the other in all its passes.
 """
 
 from collections import OrderedDict
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Protocol
 
 import torch
 
 from offload_rt.attention.blocks import KEY_BLOCK, PIECE, SCORE_BYTES, TILE
 from offload_rt.attention.spec import AttentionSpec, PendingTree
+from offload_rt.kernels import attending
 from offload_rt.kernels.tiles import evenly
 
 PART = KEY_BLOCK  # columns
 MERGE_AT = 8  # parts
 _UNSEEN = -1e30  # a score; finite, so that a part nobody sees weighs 0
 _PLANS_KEPT = 16  # of trees: those of a pass
+assert attending.COLUMNS == PIECE
 
 
 def attend_exact(
@@ -48,13 +52,51 @@ def attend_exact(
     Returns:
         [S, H, D].
     """
-    rows, cached = query.shape[1], key.shape[1]
+    rows, (kv_heads, cached, _) = query.shape[1], key.shape
     committed = cached - (rows if tree is None else tree.positions.numel())
-    attention = ExactAttention(query, key.shape[0], spec, committed, tree)
+    attention = exact_attention(query, (kv_heads, value.shape[2]), spec, committed, tree)
     for start in range(0, attention.tail, PART):
         part = slice(start, start + PART)
         attention.add(start, key[:, part], value[:, part])
     return attention.result(key[:, attention.tail :], value[:, attention.tail :])
+
+
+class ExactAttention(Protocol):
+    """Attention of one query to committed rows that come part by part, then to the rest."""
+
+    @property
+    def tail(self) -> int:
+        """The first column that is in no whole part of committed ones."""
+
+    def add(self, start: int, key: torch.Tensor, value: torch.Tensor, /) -> None:
+        """Attend to the committed columns from `start`: [K, PART, D] each; part after part."""
+
+    def result(self, key: torch.Tensor, value: torch.Tensor, /) -> torch.Tensor:
+        """Attend to the columns from `tail` on: [K, T, D] each, all pending ones last.
+
+        Returns:
+            [S, H, D].
+        """
+
+
+def exact_attention(
+    query: torch.Tensor,
+    kv: tuple[int, int],
+    spec: AttentionSpec,
+    committed: int,
+    tree: PendingTree | None = None,
+) -> ExactAttention:
+    """Begin to attend, by a kernel of our own where there is one for such heads.
+
+    Args:
+        query: [H, S, D].
+        kv: K, and D of values.
+        spec: how the layer attends.
+        committed: columns before the pending ones.
+        tree: which pending rows each sees; None: the query's own, each all before it.
+    """
+    assembled = spec.softcap is None and attending.takes(query.dtype, query.shape[2], kv[1])
+    return (_Assembled if assembled else _WrittenOut)(query, kv, spec, committed, tree)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -65,6 +107,7 @@ class _Group:
         rows: which of the query.
         own: column at which their piece begins.
         at: [n] position of each.
+        places: [n] the same as `rows`.
         path: pending rows in the columns from the committed ones up to `own`, of a tree.
         piece: [n, PIECE] of a tree, what is in each column of the piece: a number of a row, counted
             from the first that is committed and in the piece; None: rows as they lie.
@@ -73,47 +116,103 @@ class _Group:
     rows: slice | torch.Tensor
     own: int
     at: torch.Tensor
+    places: torch.Tensor
     path: torch.Tensor | None = None
     piece: torch.Tensor | None = None
 
 
-class ExactAttention:
-    """Attention of one query to committed rows that come part by part, then to the rest.
-
-    Args:
-        query: [H, S, D].
-        kv_heads: K.
-        spec: how the layer attends.
-        committed: columns before the pending ones.
-        tree: which pending rows each sees; None: the query's own, each all before it.
-
-    Attributes:
-        tail: the first column that is in no whole part of committed ones.
-    """
+class _Assembled:
+    """By `kernels/attending.py`, which needs no merging: each row is carried on tile by tile."""
 
     def __init__(
         self,
         query: torch.Tensor,
-        kv_heads: int,
+        kv: tuple[int, int],
         spec: AttentionSpec,
         committed: int,
-        tree: PendingTree | None = None,
+        tree: PendingTree | None,
+    ) -> None:
+        (kv_heads, value_dim), (heads, rows, dim) = kv, query.shape
+        self._committed, self.tail = committed, committed // PART * PART
+        self._spec, group = spec, heads // kv_heads
+        self._out = query.new_empty(rows, heads, value_dim)
+        self._groups = _groups(tree, committed, rows, PIECE, query.device)
+        sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
+        way = attending.Way(scaling=spec.scaling, window=spec.window, sinks=sinks)
+        grouped = query.unflatten(0, (kv_heads, group)).transpose(1, 2)  # [K, S, G, D]
+        self._seen = [
+            attending.Attending(
+                grouped[:, each.rows].contiguous().view(kv_heads, -1, dim), each.at, value_dim, way
+            )
+            for each in self._groups
+        ]
+
+    def add(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
+        """As of `ExactAttention`."""
+        key, value = _in_lines(key), _in_lines(value)
+        for group, seen in zip(self._groups, self._seen, strict=True):
+            first = max(start, _first_seen(group, self._spec.window))
+            if first < start + PART:
+                seen.add(first, key, value, _counted(first - start, PART, PART - 1))
+
+    def result(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """As of `ExactAttention`."""
+        key, value = _in_lines(key), _in_lines(value)
+        tail, last = self.tail, key.shape[1] - 1
+        for group, seen in zip(self._groups, self._seen, strict=True):
+            into = self._out, group.places
+            first = max(tail, _first_seen(group, self._spec.window))
+            if group.piece is None:
+                index = _counted(first - tail, group.own + PIECE - tail, last)
+                seen.add(first, key, value, index, into)
+                continue
+            if first < group.own:
+                index = _counted(first - tail, min(group.own, self._committed) - tail, last)
+                if group.path is not None:
+                    path = (group.path + self._committed)[max(0, first - self._committed) :]
+                    index = torch.cat([index, path - tail])
+                seen.add(first, key, value, index)
+            begin = min(group.own, self._committed) - tail
+            seen.add(group.own, key, value, group.piece + begin, into)
+        return self._out
+
+
+def _in_lines(rows: torch.Tensor) -> torch.Tensor:
+    """[K, T, D] whose numbers of a row lie side by side."""
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _counted(first: int, stop: int, last: int) -> torch.Tensor:
+    """Numbers from `first` to `stop`, none above `last`."""
+    return torch.arange(first, max(first, stop)).clamp_(max=last)
+
+
+class _WrittenOut:
+    """With scores that are written out, by torch's products."""
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        kv: tuple[int, int],
+        spec: AttentionSpec,
+        committed: int,
+        tree: PendingTree | None,
     ) -> None:
         heads, self._rows, _ = query.shape
+        kv_heads = kv[0]
         self._heads, self._spec, self._like = heads // kv_heads, spec, query
         self._committed, self.tail = committed, committed // PART * PART
         most = max(1, SCORE_BYTES // (heads * (PART + PIECE) * 4))
-        if tree is None:
-            self._groups = _of_chain(committed, self._rows, most, query.device)
-        else:
-            self._groups = _of_tree(tree, committed, most)
+        self._groups = _groups(tree, committed, self._rows, most, query.device)
         wide = query.unflatten(0, (kv_heads, -1)).float() * spec.scaling  # [K, G, S, D]
         self._queries = [_tiled(wide[:, :, group.rows].flatten(1, 2)) for group in self._groups]
         self._parts: list[list[_Part]] = [[] for _ in self._groups]
 
     def add(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Attend to the committed columns from `start`: [K, PART, D] each; part after part."""
-        seeing = [n for n, g in enumerate(self._groups) if self._first_seen(g) < start + PART]
+        """As of `ExactAttention`."""
+        window = self._spec.window
+        seeing = [n for n, g in enumerate(self._groups) if _first_seen(g, window) < start + PART]
         if not seeing:  # out of sight for all rows there may be in their pieces
             return
         key, value = _wide(key), _wide(value)
@@ -121,11 +220,7 @@ class ExactAttention:
             self._add_whole(number, start, key, value)
 
     def result(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Attend to the columns from `tail` on: [K, T, D] each, all pending ones last.
-
-        Returns:
-            [S, H, D].
-        """
+        """As of `ExactAttention`."""
         done = [self._finished(number, key, value) for number in range(len(self._groups))]
         if len(done) == 1 and isinstance(self._groups[0].rows, slice):
             return done[0]
@@ -143,7 +238,7 @@ class ExactAttention:
             part = slice(start - tail, start - tail + PART)
             self._add_whole(number, start, *(_wide(rows[:, part]) for rows in past))
             start += PART
-        first = max(start, self._first_seen(group))
+        first = max(start, _first_seen(group, self._spec.window))
         past = [_wide(rows[:, first - tail :]) for rows in past]
         own = group.own if group.piece is None else min(group.own, self._committed)
         behind = [rows[:, own - tail :] for rows in (key, value)]
@@ -159,15 +254,10 @@ class ExactAttention:
         out = out[:, : self._heads * count].unflatten(1, (self._heads, count))
         return out.permute(2, 0, 1, 3).flatten(1, 2).to(self._like.dtype)
 
-    def _first_seen(self, group: _Group) -> int:
-        """The first column of a piece that any row of the group's piece may see."""
-        window = self._spec.window
-        return 0 if window is None else max(0, group.own - window + 1) // PIECE * PIECE
-
     def _add_whole(self, number: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Attend to columns [start, start + PART), in fp32, all before the group's piece."""
         group = self._groups[number]
-        first = max(start, self._first_seen(group))
+        first = max(start, _first_seen(group, self._spec.window))
         if first >= start + PART:
             return
         key, value = key[:, first - start :], value[:, first - start :]
@@ -245,6 +335,11 @@ class ExactAttention:
             self._parts[number] = [_merge(parts)]
 
 
+def _first_seen(group: _Group, window: int | None) -> int:
+    """The first column of a piece that any row of the group's piece may see."""
+    return 0 if window is None else max(0, group.own - window + 1) // PIECE * PIECE
+
+
 _Part = tuple[torch.Tensor, torch.Tensor]  # [K, R, D] and its log-sum-exp [K, R], fp32
 
 
@@ -285,6 +380,15 @@ def _padded(rows: torch.Tensor, unit: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, 0, 0, missing)) if missing else rows.contiguous()
 
 
+def _groups(
+    tree: PendingTree | None, committed: int, rows: int, most: int, device: torch.device
+) -> tuple[_Group, ...]:
+    """Rows that are attended together, at most so many."""
+    if tree is None:
+        return _of_chain(committed, rows, most, device)
+    return _of_tree(tree, committed, most)
+
+
 @lru_cache(maxsize=64)
 def _of_chain(committed: int, rows: int, most: int, device: torch.device) -> tuple[_Group, ...]:
     """Rows by their piece, at most so many together."""
@@ -293,7 +397,7 @@ def _of_chain(committed: int, rows: int, most: int, device: torch.device) -> tup
         own = start // PIECE * PIECE
         stop = min(own + PIECE, start + most, committed + rows)
         at = torch.arange(start, stop, device=device)
-        groups.append(_Group(slice(start - committed, stop - committed), own, at))
+        groups.append(_Group(slice(start - committed, stop - committed), own, at, at - committed))
         start = stop
     return tuple(groups)
 
@@ -325,6 +429,7 @@ def _groups_of_tree(tree: PendingTree, committed: int, most: int) -> list[_Group
     for (own, *past), members in by_past.items():
         for start in range(0, len(members), most):
             rows = members[start : start + most]
+            places = torch.tensor(rows, device=device)
             before = max(0, committed - own)  # committed rows in the piece
             pieces = []
             for row in rows:
@@ -332,7 +437,8 @@ def _groups_of_tree(tree: PendingTree, committed: int, most: int) -> list[_Group
                 pieces.append([*there, *[there[-1]] * (PIECE - len(there))])
             groups.append(
                 _Group(
-                    rows=torch.tensor(rows, device=device),
+                    rows=places,
+                    places=places,
                     own=own,
                     at=torch.tensor(
                         [committed + len(paths[row]) - 1 for row in rows], device=device

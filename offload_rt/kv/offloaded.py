@@ -31,7 +31,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from offload_rt.attention.exact import PART, ExactAttention
+from offload_rt.attention.exact import PART, exact_attention
 from offload_rt.attention.partial import PartialAttention
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
@@ -434,7 +434,8 @@ class OffloadedKV:
         """The same with the bits of a resident cache: rows are put together in whole parts."""
         layout, pending = state.format, query.shape[1] if tree is None else tree.positions.numel()
         committed = state.total - pending
-        attention = ExactAttention(query, layout.shape.heads, spec, committed, tree)
+        shape = layout.shape.heads, layout.shape.value_dim
+        attention = exact_attention(query, shape, spec, committed, tree)
         tail = state.recent.new_zeros(state.total - attention.tail, state.recent.shape[1])
         part = tail.new_zeros(min(PART, attention.tail), tail.shape[1])
         reached = 0

@@ -1,0 +1,560 @@
+"""Attention of rows to tiles of keys in bf16, whose bits for a row depend on its past alone.
+
+A tile is `COLUMNS` columns, from the first one a row sees to its own. Of each tile the scores of
+some rows are summed up in registers, pair after pair of `vdpbf16ps`; a running maximum, sum and
+result of each row are carried on from tile to tile, in fp32. A row goes through the same
+instructions in the same order whoever goes beside it, so nothing is filled up. Which rows of the
+cache a tile's columns are is said by a list: a tree's row is given its path so, in consecutive
+columns.
+
+Threads share KV heads and rows. A thread turns a tile's keys around once, so that columns lie in
+lanes, and takes the tile's values in pairs; query heads of one KV head use both together.
+"""
+
+import ctypes
+import math
+import struct
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+from offload_rt.kernels import assembling
+from offload_rt.kernels.code import LANES, WIDE, Code
+from offload_rt.kernels.products import HEAD
+from offload_rt.kernels.products import problem as products_problem
+
+COLUMNS = 64  # of a tile
+_MOST_ROWS = 7  # whose sums of a tile are in registers, beside four of the tile's
+_VECTORS = COLUMNS // LANES
+_PAIRS = COLUMNS // 2
+_UNIT = 2 * LANES  # numbers of a head that are turned around at once
+_MOST_DIM = 256
+_NO_WINDOW = 2**40
+_UNSEEN = -1e30  # the maximum of a row that has seen nothing
+_LEAST = -200.0  # whose exponential is 0
+_WHOLE, _HALVES = f"<{LANES} x i32>", f"<{2 * LANES} x bfloat>"
+_DECLARED = f"""
+declare {WIDE} @llvm.rint.v16f32({WIDE})
+declare {WIDE} @llvm.fma.v16f32({WIDE}, {WIDE}, {WIDE})
+declare {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE}, {WIDE}, {WIDE}, i16, i32)
+"""
+_FIELDS = (
+    "query keys values index at most seen n_rows n_heads n_key_head n_key_row n_value_head "
+    "n_value_row n_tiles n_start n_window n_scale n_parts n_step n_group target places sinks"
+)
+
+
+@cache
+def problem() -> str:
+    """Why there is no such kernel; empty where there is."""
+    return products_problem() or assembling.trouble(lambda: _kernel(64, 64))
+
+
+def takes(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+    """Whether there is a kernel for heads of these sizes."""
+    dims = key_dim, value_dim
+    fits = dtype is torch.bfloat16 and not any(d % _UNIT or d > _MOST_DIM for d in dims)
+    return fits and not problem()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """How a layer attends.
+
+    Attributes:
+        scaling: factor on products.
+        window: positions that a row sees, its own the last; None: all.
+        sinks: [H] fp32, a score of each head that has no value; or None.
+    """
+
+    scaling: float
+    window: int | None = None
+    sinks: torch.Tensor | None = None
+
+
+class Attending:
+    """What some query rows have seen so far.
+
+    Args:
+        query: [K, R, D] in bf16: G heads of a KV head for each of R / G rows, row after row.
+        at: [R / G] int64 position of each.
+        value_dim: D of values.
+        how: the layer attends.
+    """
+
+    def __init__(
+        self,
+        query: torch.Tensor,
+        at: torch.Tensor,
+        value_dim: int,
+        how: Way,
+    ) -> None:
+        kv_heads, rows, dim = query.shape
+        self._query, self._at, self._sinks = query, at, how.sinks
+        self._sizes = rows // len(at), kv_heads, rows
+        self._kernel = _kernel(dim, value_dim)
+        self._scale = struct.unpack("<i", struct.pack("<f", how.scaling))[0]
+        self._window = _NO_WINDOW if how.window is None else how.window
+        wide = torch.float32
+        self._most = torch.full((kv_heads, rows), _UNSEEN, dtype=wide)
+        self._seen = torch.zeros(kv_heads, rows, LANES + value_dim, dtype=wide)  # sums, values
+
+    def add(
+        self,
+        start: int,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor,
+        into: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> None:
+        """Attend to tiles of columns from `start`, a multiple of `COLUMNS`, on.
+
+        Args:
+            start: column of the first.
+            key: [K, T, D], of which numbers of a row lie side by side.
+            value: the same.
+            index: [columns] int64, the row of T in each, for all rows; or [R / G, COLUMNS], for
+                each the row in each column of one tile. Columns that no row sees need any row.
+            into: where the results go, [S, H, D], and the row there of each [R / G], if these are
+                the last tiles.
+        """
+        heads, kv_heads, rows = self._sizes
+        by_row, threads = index.dim() > 1, torch.get_num_threads()
+        parts = rows // heads if by_row else 1 if kv_heads % threads == 0 else threads
+        target, places = (0, 0) if into is None else (t.data_ptr() for t in into)
+        numbers = (
+            *(t.data_ptr() for t in (self._query, key, value, index, self._at, self._most)),
+            self._seen.data_ptr(),
+            *(rows, kv_heads, *key.stride()[:2], *value.stride()[:2]),
+            *(index.shape[-1] // COLUMNS, start, self._window, self._scale),
+            *(parts, COLUMNS if by_row else 0, heads, target, places),
+            0 if self._sinks is None else self._sinks.data_ptr(),
+        )
+        assembling.together(self._kernel, (ctypes.c_int64 * len(numbers))(*numbers))
+
+
+@cache
+def _kernel(dim: int, value_dim: int) -> int:
+    text = HEAD + _DECLARED + _exponential() + _soften() + _turn(dim) + _pair(value_dim)
+    for count in range(1, _MOST_ROWS + 1):
+        text += _scores(dim, count) + _weighted(value_dim, count)
+    text += _tile(dim, value_dim) + _finish(value_dim) + _attend(dim, value_dim)
+    return assembling.assemble(text, ["attend"])["attend"]
+
+
+def _float(value: float) -> str:
+    (narrow,) = struct.unpack("<f", struct.pack("<f", value))
+    (bits,) = struct.unpack("<Q", struct.pack("<d", narrow))
+    return f"0x{bits:016X}"
+
+
+def _splat(value: float) -> str:
+    return f"splat (float {_float(value)})"
+
+
+def _exponential() -> str:
+    """@exponential(x) of a register, x at most 0: 2^n times a polynomial of what is left.
+
+    Taylor's of 2^f for |f| up to a half has an error below 2^-24 with seven terms (bound).
+    """
+    code = Code("@exponential(ptr %to)")
+    code.add(f"%x = load {WIDE}, ptr %to, align 64")
+    low = code.let(f"fcmp olt {WIDE} %x, {_splat(_LEAST)}")
+    x = code.let(f"select <{LANES} x i1> {low}, {WIDE} {_splat(_LEAST)}, {WIDE} %x")
+    x = code.fp("fmul", x, _splat(math.log2(math.e)))
+    whole = code.let(f"call {WIDE} @llvm.rint.v16f32({WIDE} {x})")
+    rest = code.fp("fsub", x, whole)
+    terms = [math.log(2) ** n / math.factorial(n) for n in range(8)]
+    value = _splat(terms[-1])
+    for term in reversed(terms[:-1]):
+        value = code.let(
+            f"call {WIDE} @llvm.fma.v16f32({WIDE} {value}, {WIDE} {rest}, {WIDE} {_splat(term)})"
+        )
+    scaled = code.let(
+        f"call {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE} {value}, {WIDE} {whole}, "
+        f"{WIDE} zeroinitializer, i16 -1, i32 4)"
+    )
+    code.add(f"store {WIDE} {scaled}, ptr %to, align 64")
+    return code.text().replace("#0 {", "alwaysinline #0 {", 1)
+
+
+def _greatest(code: Code, values: list[str]) -> str:
+    """In all lanes the greatest number of some registers."""
+
+    def greater(one: str, other: str) -> str:
+        more = code.let(f"fcmp ogt {WIDE} {one}, {other}")
+        return code.let(f"select <{LANES} x i1> {more}, {WIDE} {one}, {WIDE} {other}")
+
+    while len(values) > 1:
+        values = [greater(*values[:2]), *values[2:]]
+    (value,) = values
+    step = LANES // 2
+    while step:
+        order = ", ".join(f"i32 {lane ^ step}" for lane in range(LANES))
+        other = code.let(f"shufflevector {WIDE} {value}, {WIDE} poison, {_WHOLE} <{order}>")
+        value, step = greater(value, other), step // 2
+    return value
+
+
+def _soften() -> str:
+    """@soften: a row's scores of a tile to weights in bf16, its maximum and sum carried on.
+
+    Args: scores [COLUMNS] fp32; weights [COLUMNS] bf16; most; sums [LANES]; factor, by which what
+    was there is to be multiplied; scale; first and last column of the tile that the row sees.
+    """
+    code = Code(
+        "@soften(ptr %scores, ptr %weights, ptr %most, ptr %sums, ptr %factor, float %scale, "
+        "i64 %low, i64 %high)"
+    )
+    scale = code.spread("%scale")
+    bounds = []
+    for name in ("%low", "%high"):
+        narrow = code.let(f"trunc i64 {name} to i32")
+        one = code.let(f"insertelement {_WHOLE} poison, i32 {narrow}, i32 0")
+        bounds.append(
+            code.let(f"shufflevector {_WHOLE} {one}, {_WHOLE} poison, {_WHOLE} zeroinitializer")
+        )
+    spot = code.let(f"alloca {WIDE}, align 64")
+    seen = []
+    for part in range(_VECTORS):
+        score = code.let(f"load {WIDE}, ptr {code.at('%scores', part * LANES, 'float')}, align 64")
+        score = code.fp("fmul", score, scale)
+        lanes = ", ".join(f"i32 {part * LANES + lane}" for lane in range(LANES))
+        late = code.let(f"icmp sle {_WHOLE} <{lanes}>, {bounds[1]}")
+        early = code.let(f"icmp sge {_WHOLE} <{lanes}>, {bounds[0]}")
+        both = code.let(f"and <{LANES} x i1> {late}, {early}")
+        hidden = _splat(float("-inf"))
+        seen.append(code.let(f"select <{LANES} x i1> {both}, {WIDE} {score}, {WIDE} {hidden}"))
+    before = code.let("load float, ptr %most, align 4")
+    old = code.spread(before)
+    most = _greatest(code, [*seen, old])
+    code.add(f"store float {code.let(f'extractelement {WIDE} {most}, i32 0')}, ptr %most, align 4")
+
+    def exponential(value: str) -> str:
+        code.add(f"store {WIDE} {value}, ptr {spot}, align 64")
+        code.add(f"call void @exponential(ptr {spot})")
+        return code.let(f"load {WIDE}, ptr {spot}, align 64")
+
+    factor = exponential(code.fp("fsub", old, most))
+    first = code.let(f"extractelement {WIDE} {factor}, i32 0")
+    code.add(f"store float {first}, ptr %factor, align 4")
+    total = code.fp("fmul", code.let(f"load {WIDE}, ptr %sums, align 4"), factor)
+    for part, score in enumerate(seen):
+        weight = exponential(code.fp("fsub", score, most))
+        total = code.fp("fadd", total, weight)
+        narrow = code.let(f"fptrunc {WIDE} {weight} to <{LANES} x bfloat>")
+        code.add(
+            f"store <{LANES} x bfloat> {narrow}, ptr {code.at('%weights', part * LANES)}, align 2"
+        )
+    code.add(f"store {WIDE} {total}, ptr %sums, align 4")
+    return code.text().replace("#0 {", "noinline #0 {", 1)
+
+
+def _row_at(code: Code, start: str, index: str, column: str, stride: str, kind: str) -> str:
+    """The address of the row of a cache in a column."""
+    place = code.let(f"load i64, ptr {code.at(index, column, 'i64')}, align 8")
+    return code.at(start, code.times(place, stride), kind)
+
+
+def _turn(dim: int) -> str:
+    """@turn: keys of a tile, [COLUMNS, D], to [D / 2, COLUMNS, 2]."""
+    code = Code("@turn(ptr noalias %keys, ptr noalias %index, i64 %stride, ptr noalias %out)")
+    with code.loop(0, COLUMNS, LANES) as column:
+        starts = [
+            _row_at(code, "%keys", "%index", code.plus(column, lane), "%stride", "i16")
+            for lane in range(LANES)
+        ]
+        with code.loop(0, dim // 2, LANES) as pair:
+            rows = [
+                code.let(f"load {_WHOLE}, ptr {code.at(start, pair, 'i32')}, align 2")
+                for start in starts
+            ]
+            step = 1
+            while step < LANES:  # exchange blocks of so many lanes between rows so far apart
+                made = list(rows)
+                for low in range(LANES):
+                    if low & step:
+                        continue
+                    one, other = rows[low], rows[low | step]
+                    below = [
+                        lane if not lane & step else LANES + (lane ^ step) for lane in range(LANES)
+                    ]
+                    above = [
+                        lane | step if not lane & step else LANES + lane for lane in range(LANES)
+                    ]
+                    for place, order in ((low, below), (low | step, above)):
+                        lanes = ", ".join(f"i32 {lane}" for lane in order)
+                        made[place] = code.let(
+                            f"shufflevector {_WHOLE} {one}, {_WHOLE} {other}, {_WHOLE} <{lanes}>"
+                        )
+                rows, step = made, step * 2
+            for number, row in enumerate(rows):
+                spot = code.plus(code.times(code.plus(pair, number), COLUMNS), column)
+                code.add(f"store {_WHOLE} {row}, ptr {code.at('%out', spot, 'i32')}, align 64")
+    return code.text()
+
+
+def _pair(dim: int) -> str:
+    """@pair: values of a tile, [COLUMNS, D], to [COLUMNS / 2, D, 2]."""
+    code = Code("@pair(ptr noalias %values, ptr noalias %index, i64 %stride, ptr noalias %out)")
+    kind = f"<{LANES} x i16>"
+    with code.loop(0, COLUMNS, 2) as column:
+        both = [
+            _row_at(code, "%values", "%index", code.plus(column, n), "%stride", "i16")
+            for n in range(2)
+        ]
+        line = code.at("%out", code.times(column, dim))
+        with code.loop(0, dim, LANES) as place:
+            one, other = (
+                code.let(f"load {kind}, ptr {code.at(start, place)}, align 2") for start in both
+            )
+            lanes = ", ".join(f"i32 {lane}, i32 {LANES + lane}" for lane in range(LANES))
+            mixed = code.let(
+                f"shufflevector {kind} {one}, {kind} {other}, <{2 * LANES} x i32> <{lanes}>"
+            )
+            to = code.at(line, code.times(place, 2))
+            code.add(f"store <{2 * LANES} x i16> {mixed}, ptr {to}, align 64")
+    return code.text()
+
+
+def _dots(
+    code: Code,
+    name: str,
+    pairs: int,
+    rows: list[str],
+    panel: tuple[str, int],
+    sums: list[list[str]],
+) -> list[list[str]]:
+    """Add to `sums` [row][part] the products of rows with a panel, pair after pair.
+
+    Args:
+        code: to write to.
+        name: of the blocks.
+        pairs: of numbers of a row.
+        rows: addresses.
+        panel: [pairs, columns] pairs, from the first column to take on, and how many columns.
+        sums: before.
+    """
+    before = code._block
+    code.add(f"br label %{name}")
+    code.block(name)
+    parts = range(len(sums[0]))
+    code.add(f"%{name}.i = phi i64 [0, %{before}], [%{name}.next, %{name}]")
+    for row, line in enumerate(sums):
+        for part, value in enumerate(line):
+            code.add(
+                f"%{name}.{row}.{part} = phi {WIDE} [{value}, %{before}], "
+                f"[%{name}.new{row}.{part}, %{name}]"
+            )
+    start = code.at(panel[0], code.times(f"%{name}.i", panel[1]), "i32")
+    columns = [
+        code.let(f"load {_HALVES}, ptr {code.at(start, part * LANES, 'i32')}, align 64")
+        for part in parts
+    ]
+    for row, address in enumerate(rows):
+        number = code.let(f"load i32, ptr {code.at(address, f'%{name}.i', 'i32')}, align 2")
+        one = code.let(f"insertelement {_WHOLE} poison, i32 {number}, i32 0")
+        spread = code.let(
+            f"shufflevector {_WHOLE} {one}, {_WHOLE} poison, {_WHOLE} zeroinitializer"
+        )
+        given = code.let(f"bitcast {_WHOLE} {spread} to {_HALVES}")
+        for part in parts:
+            code.add(
+                f"%{name}.new{row}.{part} = call {WIDE} @llvm.x86.avx512bf16.dpbf16ps.512({WIDE} "
+                f"%{name}.{row}.{part}, {_HALVES} {given}, {_HALVES} {columns[part]})"
+            )
+    code.add(f"%{name}.next = add i64 %{name}.i, 1")
+    code.add(f"%{name}.more = icmp ult i64 %{name}.next, {pairs}")
+    code.add(f"br i1 %{name}.more, label %{name}, label %{name}.end")
+    code.block(f"{name}.end")
+    return [[f"%{name}.new{row}.{part}" for part in parts] for row in range(len(rows))]
+
+
+def _scores(dim: int, count: int) -> str:
+    """@scores1 and so on: of so many rows [count, D] with a tile's keys, [count, COLUMNS]."""
+    code = Code(f"@scores{count}(ptr noalias %rows, ptr noalias %keys, ptr noalias %out)")
+    rows = [code.at("%rows", row * dim) for row in range(count)]
+    zeros = [["zeroinitializer"] * _VECTORS for _ in rows]
+    sums = _dots(code, "dot", dim // 2, rows, ("%keys", COLUMNS), zeros)
+    for row, line in enumerate(sums):
+        for part, value in enumerate(line):
+            to = code.at("%out", row * COLUMNS + part * LANES, "float")
+            code.add(f"store {WIDE} {value}, ptr {to}, align 64")
+    return code.text()
+
+
+def _weighted(dim: int, count: int) -> str:
+    """@weighted1 and so on: out [count, D] times factors, plus weights of a tile's values."""
+    stride = LANES + dim
+    code = Code(
+        f"@weighted{count}(ptr noalias %weights, ptr noalias %values, ptr noalias %factors, "
+        "ptr noalias %out)"
+    )
+    rows = [code.at("%weights", row * COLUMNS) for row in range(count)]
+    factors = [
+        code.spread(code.let(f"load float, ptr {code.at('%factors', row, 'float')}, align 4"))
+        for row in range(count)
+    ]
+    first = 0
+    while first < dim:
+        parts = min(_VECTORS, (dim - first) // LANES)
+        places = [
+            [code.at("%out", row * stride + first + part * LANES, "float") for part in range(parts)]
+            for row in range(count)
+        ]
+        sums = [
+            [
+                code.fp("fmul", code.let(f"load {WIDE}, ptr {place}, align 4"), factors[row])
+                for place in line
+            ]
+            for row, line in enumerate(places)
+        ]
+        panel = code.at("%values", first, "i32")
+        made = _dots(code, f"dot{first}", _PAIRS, rows, (panel, dim), sums)
+        for line, values in zip(places, made, strict=True):
+            for place, value in zip(line, values, strict=True):
+                code.add(f"store {WIDE} {value}, ptr {place}, align 4")
+        first += parts * LANES
+    return code.text()
+
+
+def _tile(dim: int, value_dim: int) -> str:
+    """@tile: rows `first` to `last` of a KV head with one tile that is turned around."""
+    line = LANES + value_dim
+    code = Code(
+        "@tile(ptr %query, ptr %keys, ptr %values, ptr %at, ptr %most, ptr %seen, "
+        "i64 %first, i64 %last, i64 %column, i64 %window, float %scale, i64 %group)"
+    )
+    scores = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x float], align 64")
+    weights = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x i16], align 64")
+    factors = code.let(f"alloca [{_MOST_ROWS} x float], align 64")
+    with code.loop("%first", "%last", _MOST_ROWS) as row:
+        left = code.let(f"sub i64 %last, {row}")
+        count = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {_MOST_ROWS})")
+        given = code.at("%query", code.times(row, dim))
+        made = code.at("%seen", code.plus(code.times(row, line), LANES), "float")
+
+        def each(name: str, arguments: str, count: str = count) -> None:
+            for number in range(1, _MOST_ROWS + 1):
+                with code.when(code.let(f"icmp eq i64 {count}, {number}")):
+                    code.add(f"call void @{name}{number}({arguments})")
+
+        each("scores", f"ptr {given}, ptr %keys, ptr {scores}")
+        with code.loop(0, count) as number:
+            this = code.plus(row, number)
+            token = code.let(f"udiv i64 {this}, %group")
+            place = code.let(f"load i64, ptr {code.at('%at', token, 'i64')}, align 8")
+            high = code.let(f"sub i64 {place}, %column")
+            low = code.plus(code.let(f"sub i64 {high}, %window"), 1)
+            code.add(
+                f"call void @soften(ptr {code.at(scores, code.times(number, COLUMNS), 'float')}, "
+                f"ptr {code.at(weights, code.times(number, COLUMNS))}, "
+                f"ptr {code.at('%most', this, 'float')}, "
+                f"ptr {code.at('%seen', code.times(this, line), 'float')}, "
+                f"ptr {code.at(factors, number, 'float')}, float %scale, "
+                f"i64 {_clamped(code, low)}, i64 {_clamped(code, high)})"
+            )
+        each("weighted", f"ptr {weights}, ptr %values, ptr {factors}, ptr {made}")
+    return code.text()
+
+
+def _clamped(code: Code, number: str) -> str:
+    """A column as 32 bits have it, one that is out of a tile as another that is."""
+    low = code.let(f"icmp slt i64 {number}, -1")
+    number = code.let(f"select i1 {low}, i64 -1, i64 {number}")
+    high = code.let(f"icmp sgt i64 {number}, {COLUMNS}")
+    return code.let(f"select i1 {high}, i64 {COLUMNS}, i64 {number}")
+
+
+def _attend(dim: int, value_dim: int) -> str:
+    """@attend: a thread's share of KV heads and rows, tile after tile."""
+    code = Code("@attend(ptr %record)", internal=False)
+    field = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
+    keys = code.let(f"alloca [{dim // 2 * COLUMNS} x i32], align 64")
+    values = code.let(f"alloca [{value_dim * _PAIRS} x i32], align 64")
+    bits = code.let(f"trunc i64 {field['n_scale']} to i32")
+    scale = code.let(f"bitcast i32 {bits} to float")
+    rows, parts = field["n_rows"], field["n_parts"]
+    mine, last_of_mine = code.my_share(code.times(field["n_heads"], parts))
+    with code.loop(mine, last_of_mine) as unit:
+        head = code.let(f"udiv i64 {unit}, {parts}")
+        part = code.let(f"sub i64 {unit}, {code.times(head, parts)}")
+        first = code.let(f"udiv i64 {code.times(part, rows)}, {parts}")
+        last = code.let(f"udiv i64 {code.times(code.plus(part, 1), rows)}, {parts}")
+        before = code.times(head, rows)
+        most = code.at(field["most"], before, "float")
+        seen = code.at(field["seen"], code.times(before, LANES + value_dim), "float")
+        index = code.at(field["index"], code.times(part, field["n_step"]), "i64")
+        key = code.at(field["keys"], code.times(head, field["n_key_head"]))
+        value = code.at(field["values"], code.times(head, field["n_value_head"]))
+        some = code.let(f"icmp ult i64 {first}, {last}")
+        tiles = code.let(f"select i1 {some}, i64 {field['n_tiles']}, i64 0")
+        with code.loop(0, tiles) as tile:
+            column = code.times(tile, COLUMNS)
+            at = code.at(index, column, "i64")
+            code.add(f"call void @turn(ptr {key}, ptr {at}, i64 {field['n_key_row']}, ptr {keys})")
+            code.add(
+                f"call void @pair(ptr {value}, ptr {at}, i64 {field['n_value_row']}, ptr {values})"
+            )
+            code.add(
+                f"call void @tile(ptr {code.at(field['query'], code.times(before, dim))}, "
+                f"ptr {keys}, ptr {values}, ptr {field['at']}, "
+                f"ptr {most}, ptr {seen}, i64 {first}, i64 {last}, "
+                f"i64 {code.plus(field['n_start'], column)}, "
+                f"i64 {field['n_window']}, float {scale}, i64 {field['n_group']})"
+            )
+        ends = code.let(f"icmp ne ptr {field['target']}, null")
+        stop = code.let(f"select i1 {ends}, i64 {last}, i64 {first}")
+        with code.loop(first, stop) as row:
+            token = code.let(f"udiv i64 {row}, {field['n_group']}")
+            query_head = code.let(f"sub i64 {row}, {code.times(token, field['n_group'])}")
+            query_head = code.plus(query_head, code.times(head, field["n_group"]))
+            place = code.let(f"load i64, ptr {code.at(field['places'], token, 'i64')}, align 8")
+            place = code.times(code.times(place, field["n_heads"]), field["n_group"])
+            place = code.times(code.plus(place, query_head), value_dim)
+            given = code.let(f"icmp ne ptr {field['sinks']}, null")
+            sink = code.at(field["sinks"], query_head, "float")
+            code.add(
+                f"call void @finish(ptr {code.at(most, row, 'float')}, "
+                f"ptr {code.at(seen, code.times(row, LANES + value_dim), 'float')}, "
+                f"ptr {code.let(f'select i1 {given}, ptr {sink}, ptr null')}, "
+                f"ptr {code.at(field['target'], place)})"
+            )
+    return code.text()
+
+
+def _finish(dim: int) -> str:
+    """@finish: a row's result in bf16, of its maximum, its sums and values, and maybe a sink."""
+    code = Code("@finish(ptr %most, ptr %seen, ptr %sink, ptr %to)")
+    spot = code.let(f"alloca {WIDE}, align 64")
+    factor, total = (code.let(f"alloca {WIDE}, align 64") for _ in range(2))
+    value = code.let(f"load {WIDE}, ptr %seen, align 4")
+    step = LANES // 2
+    while step:
+        order = ", ".join(f"i32 {lane ^ step}" for lane in range(LANES))
+        other = code.let(f"shufflevector {WIDE} {value}, {WIDE} poison, {_WHOLE} <{order}>")
+        value, step = code.fp("fadd", value, other), step // 2
+    code.add(f"store {WIDE} {_splat(1.0)}, ptr {factor}, align 64")
+    code.add(f"store {WIDE} {value}, ptr {total}, align 64")
+    with code.when(code.let("icmp ne ptr %sink, null")):
+        old, sink = (
+            code.spread(code.let(f"load float, ptr {name}, align 4")) for name in ("%most", "%sink")
+        )
+        most = _greatest(code, [old, sink])
+        made = []
+        for one in (old, sink):
+            code.add(f"store {WIDE} {code.fp('fsub', one, most)}, ptr {spot}, align 64")
+            code.add(f"call void @exponential(ptr {spot})")
+            made.append(code.let(f"load {WIDE}, ptr {spot}, align 64"))
+        code.add(f"store {WIDE} {made[0]}, ptr {factor}, align 64")
+        both = code.fp("fadd", code.fp("fmul", value, made[0]), made[1])
+        code.add(f"store {WIDE} {both}, ptr {total}, align 64")
+    scale = code.fp(
+        "fdiv", *(code.let(f"load {WIDE}, ptr {name}, align 64") for name in (factor, total))
+    )
+    for first in range(0, dim, LANES):
+        value = code.let(f"load {WIDE}, ptr {code.at('%seen', LANES + first, 'float')}, align 4")
+        narrow = code.let(f"fptrunc {WIDE} {code.fp('fmul', value, scale)} to <{LANES} x bfloat>")
+        code.add(f"store <{LANES} x bfloat> {narrow}, ptr {code.at('%to', first)}, align 2")
+    return code.text()
