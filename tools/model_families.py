@@ -15,6 +15,7 @@ import sys
 import tempfile
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,7 +23,7 @@ PAGE = ROOT / "docs" / "MODELS.md"
 BEGIN, END = "<!-- table: tools/model_families.py -->", "<!-- end of the table -->"
 HEAD = (
     "| family | class | layers | streamed | drafts for it | drafts for others | KV elsewhere "
-    "| quantised |\n|---|---|---|---|---|---|---|---|"
+    "| exact | quantised |\n|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -36,13 +37,15 @@ class Row:
     drafters: str = ""
     draft_model: str = ""
     kv: str = ""
+    exact: str = ""
     quantised: str = ""
     refusal: str = ""
 
     def __str__(self) -> str:
         if self.refusal:
-            return f"| {self.family} | {self.model_class} | | no: {self.refusal} | | | | |"
-        cells = (self.layers, "yes", self.drafters, self.draft_model, self.kv, self.quantised)
+            return f"| {self.family} | {self.model_class} | | no: {self.refusal} | | | | | |"
+        drafting = self.drafters, self.draft_model
+        cells = (self.layers, "yes", *drafting, self.kv, self.exact, self.quantised)
         return f"| {self.family} | {self.model_class} | {' | '.join(cells)} |"
 
 
@@ -92,9 +95,11 @@ def _accepted(model_type: str, folder: Path) -> Row:
     """
     from offload_rt.config import DRAFTERS
     from offload_rt.device.kinds import Packing
+    from offload_rt.model.exact import looks_of
     from offload_rt.model.kept import keeps_states, layers_keep
     from offload_rt.model.network import Network
     from offload_rt.model.outline import outline_checkpoint
+    from offload_rt.model.probe import run_on_shapes
     from offload_rt.planning.fit import drafts_with_states
 
     checkpoint = outline_checkpoint(folder)
@@ -102,6 +107,8 @@ def _accepted(model_type: str, folder: Path) -> Row:
     states, kept = keeps_states(checkpoint.config), layers_keep(checkpoint.config)
     shapes = [shape.numbers_per_token for shape in network.kv_shapes]
     assert sum(shapes) <= sum(each.kv_numbers for each in kept)
+    run = partial(run_on_shapes, network._model)
+    problem = looks_of(network._model, run, network._mixing).problem
     drafters = [
         name
         for name, words in DRAFTERS.items()
@@ -116,6 +123,7 @@ def _accepted(model_type: str, folder: Path) -> Row:
         drafters="all" if drafters == every else ", ".join(drafters),
         draft_model="no" if states else "yes",
         kv="yes",
+        exact=f"no: {problem}" if problem else "yes",
         quantised="all but experts" if experts else "yes",
     )
 

@@ -52,10 +52,10 @@ def problem() -> str:
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
-    """Whether there is a kernel for heads of these sizes."""
+    """Whether there is a kernel for heads of these sizes; it is assembled when first asked for."""
     dims = key_dim, value_dim
     fits = dtype is torch.bfloat16 and not any(d % _UNIT or d > _MOST_DIM for d in dims)
-    return fits and not problem()
+    return fits and not problem() and _kernel(key_dim, value_dim) != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,9 +23,9 @@ import torch
 
 from offload_rt.device.system import processor_flags
 from offload_rt.kernels import assembling
+from offload_rt.kernels.rows import MOST_ROWS
 
 PANEL = 64  # outputs
-MOST_ROWS = 8  # of which a kernel keeps the sums in registers; more are taken by so many
 _VECTOR = 16  # outputs in a register
 _INPUTS_TILE = 16  # oneDNN fills inputs up to a multiple
 AHEAD = 2048  # bytes that are fetched ahead

@@ -8,20 +8,32 @@ from collections.abc import Callable
 
 import torch
 
-ROW_TILE = 16  # rows of a product
+from offload_rt.kernels.rows import ROW_TILE
+
+FEW_OUTPUTS = 64  # of a product, below which torch goes by the number of rows: tiles are kept apart
 _GRAIN = 2**15  # numbers that one thread takes at least, of torch's elementwise kernels
 _LANES = 64  # numbers that those take at once, for any format
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def in_tiles(forward: Forward, rows: torch.Tensor) -> torch.Tensor:
-    """What `forward` makes of rows [..., I], given a multiple of `ROW_TILE` of them: [..., O]."""
+def in_tiles(forward: Forward, rows: torch.Tensor, *, apart: bool = False) -> torch.Tensor:
+    """What `forward` makes of rows [..., I], given a multiple of `ROW_TILE` of them: [..., O].
+
+    Args:
+        forward: the product.
+        rows: to be multiplied.
+        apart: give it one tile after the other.
+    """
     flat = rows.reshape(-1, rows.shape[-1])
     count = flat.shape[0]
     if missing := -count % ROW_TILE:
         flat = torch.nn.functional.pad(flat, (0, 0, 0, missing))
-    return forward(flat)[:count].view(*rows.shape[:-1], -1)
+    if apart and len(flat) > ROW_TILE:
+        made = torch.cat([forward(tile) for tile in flat.split(ROW_TILE)])
+    else:
+        made = forward(flat)
+    return made[:count].view(*rows.shape[:-1], -1)
 
 
 def evenly(function: Forward, numbers: torch.Tensor) -> torch.Tensor:

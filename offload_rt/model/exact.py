@@ -1,30 +1,36 @@
 """Row-invariant passes: what a network computes of a row is the same bits in any pass.
 
 Three things depend on how many rows there are: the order of a product's sums, where an elementwise
-exponential falls out of whole vectors, and attention. Products are given whole tiles of rows,
-activations whole vectors, and attention is `attention/exact.py`. Norms, rotations and sums of two
-tensors are the same for any number of rows (measured: docs/RESULTS.md, "Row-invariant passes").
+exponential falls out of whole vectors, and attention. Products are given whole tiles of rows (of an
+expert, the rows that are sent to it), activations whole vectors, and attention is
+`attention/exact.py`. Norms, rotations and sums of two tensors are the same for any number of rows
+(measured: docs/RESULTS.md, "Row-invariant passes"). What mixes rows by a state is fed pieces of one
+size at absolute places in any pass (`kv/states.py`), so nothing of it is of another shape.
 
-Nothing is taken for granted: `problem_of` looks at what a family does, `unlike_products` compares
-each shape of product here and now, and where either finds something, passes are not row-invariant
-and the report says why.
+Nothing is taken for granted: `looks_of` looks at what a family does in a pass over shapes,
+`unlike_product` compares each shape of product here and now, and where either finds something,
+passes are not row-invariant and the report says why.
 """
 
 import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
 import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from offload_rt.device.system import processor
 from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
-from offload_rt.kernels.tiles import Forward, evenly, in_tiles
+from offload_rt.kernels.tiles import FEW_OUTPUTS, Forward, evenly, in_tiles
+from offload_rt.model.experts import MATRICES
 from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.formats.wide import wide_linear
 from offload_rt.model.formats.wired import Product, WiredLinear
@@ -40,13 +46,102 @@ _log = logging.getLogger(__name__)
 _LINEARS = torch.nn.Linear, WiredLinear, PackedLinear
 
 
+_PLACES = torch, torch.Tensor, functional  # of functions and methods
+
+
+def _called(names: str) -> frozenset[Any]:
+    """Functions and methods by their names."""
+    return frozenset(
+        getattr(place, name) for name in names.split() for place in _PLACES if hasattr(place, name)
+    )
+
+
+# Whose scalar and vector code part by an ulp.
+_UNEVEN = _called("exp expm1 gelu log log1p logsigmoid sigmoid silu softplus tanh")
+_PRODUCTS = _called(
+    "__matmul__ addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d dot einsum inner matmul mm "
+    "mv scaled_dot_product_attention tensordot"
+)
+
+
 def make_exact(model: torch.nn.Module) -> None:
     """Have the linears below `model` compute in tiles, and its activations in whole vectors."""
     for child in model.modules():
         if type(child) in (torch.nn.Linear, WiredLinear):
-            _wrap(child, in_tiles)
-        elif type(child).__module__ in _ACTIVATIONS and not list(child.children()):
+            _wrap(child, partial(in_tiles, apart=_sizes(child)[1] < FEW_OUTPUTS))
+        elif _is_activation(child):
             _wrap(child, evenly)
+
+
+def _is_activation(module: torch.nn.Module) -> bool:
+    return type(module).__module__ in _ACTIVATIONS and not list(module.children())
+
+
+class Regular(TorchFunctionMode):
+    """Has products and activations that no module of their own makes be of whole tiles, too.
+
+    Those of an expert are among them: as many rows as are sent to it.
+    """
+
+    def __torch_function__(
+        self,
+        function: Any,  # noqa: ANN401
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        given = kwargs or {}
+        if function in _UNEVEN and args and isinstance(args[0], torch.Tensor):
+            return evenly(lambda numbers: function(numbers, *args[1:], **given), args[0])
+        if function is functional.linear and len(args) > 1:
+            apart = args[1].shape[0] < FEW_OUTPUTS
+            return in_tiles(lambda rows: function(rows, *args[1:], **given), args[0], apart=apart)
+        return function(*args, **given)
+
+
+class _Noting(TorchFunctionMode):
+    """Notes what a pass computes outside of modules that `make_exact` takes care of.
+
+    Attributes:
+        inside: such modules that run just now.
+        regular: whether `Regular` is needed.
+        shapes: inputs and outputs of products that it cares for.
+        problem: what nothing cares for.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside, self.regular, self.problem = 0, False, ""
+        self.shapes: set[tuple[int, int]] = set()
+
+    def __torch_function__(
+        self,
+        function: Any,  # noqa: ANN401
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # noqa: ANN401
+        if not self.inside:
+            name = getattr(function, "__name__", "")
+            self.regular |= function in _UNEVEN
+            if function is functional.linear:
+                self.regular = True
+                outputs, inputs = args[1].shape
+                self.shapes.add((inputs, outputs))
+            elif function in _PRODUCTS and not _outer(args):
+                self.problem = self.problem or f"{name} multiplies outside of linears"
+            elif name.rstrip("_") != name and getattr(torch, name.rstrip("_"), None) in _UNEVEN:
+                self.problem = self.problem or f"{name} works in place"
+        return function(*args, **kwargs or {})
+
+
+def _outer(args: tuple[Any, ...]) -> bool:
+    """Whether a product adds nothing up, as that of places and frequencies."""
+    return (
+        len(args) > 1
+        and all(isinstance(a, torch.Tensor) for a in args[:2])
+        and args[0].shape[-1] == 1
+    )
 
 
 def _wrap(module: torch.nn.Module, how: Callable[[Forward, torch.Tensor], torch.Tensor]) -> None:
@@ -60,29 +155,102 @@ def _forward_of(module_ref: ref[torch.nn.Module], rows: torch.Tensor) -> torch.T
     return made
 
 
-def problem_of(
-    model: torch.nn.Module, layers: Iterable[torch.nn.Module], dtype: torch.dtype, *, widens: bool
-) -> str:
-    """Why passes of a network cannot be row-invariant; empty if they can.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Looks:
+    """What was found of a network.
+
+    Attributes:
+        problem: why its passes cannot be row-invariant; empty if they can, where `products_problem`
+            finds nothing.
+        regular: they have to run under `Regular`.
+        shapes: inputs and outputs of products that no linear makes.
+    """
+
+    problem: str = ""
+    regular: bool = False
+    shapes: frozenset[tuple[int, int]] = frozenset()
+
+
+def looks_of(
+    model: torch.nn.Module, run: Callable[[], object], mixing: Iterable[torch.nn.Module]
+) -> Looks:
+    """What the modules of a network compute beside linears and activations.
 
     Args:
         model: its modules, whose weights need not be there.
-        layers: of them, the decoder layers.
+        run: makes a pass over shapes.
+        mixing: modules that are fed pieces of one size.
+    """
+    noted = _Noting()
+    own = [m for m in model.modules() if isinstance(m, _LINEARS) or _is_activation(m)]
+
+    def enter(*_: object) -> None:
+        noted.inside += 1
+
+    def leave(*_: object) -> None:
+        noted.inside -= 1
+
+    handles = [m.register_forward_pre_hook(enter) for m in own]
+    handles += [m.register_forward_hook(leave) for m in own]
+    saved: list[tuple[Any, Any]] = [(module, module.forward) for module in mixing]
+    try:
+        for module, _ in saved:
+            module.forward = lambda hidden_states, **_: hidden_states
+        with noted:
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, forward in saved:
+            module.forward = forward
+    regular = noted.regular or any(MATRICES & m._parameters.keys() for m in model.modules())
+    return Looks(problem=noted.problem, regular=regular, shapes=frozenset(noted.shapes))
+
+
+def products_problem(
+    model: torch.nn.Module, looks: Looks, dtype: torch.dtype, *, widens: bool
+) -> str:
+    """Which product of a network has other bits in some passes; empty if none has.
+
+    Args:
+        model: its modules, whose weights need not be there.
+        looks: what was found of it.
         dtype: number format of the computation.
         widens: bf16 products are computed in fp32 blocks.
     """
-    for layer in layers:
-        for name, child in layer.named_modules():
-            own = any(p.dim() > 1 for p in child._parameters.values() if p is not None)
-            if own and not isinstance(child, _LINEARS):
-                return f"{name} ({type(child).__name__}) multiplies with weights of its own"
-    threads = torch.get_num_threads()
-    config: Any = model.config
-    if getattr(config.get_text_config(), "final_logit_softcapping", None) and threads > 2:
-        return f"{threads} threads squash logits, and cut them in the middle of vectors"
-    how = wide_linear if widens else torch.nn.functional.linear
+    how = wide_linear if widens else functional.linear
     shapes = {_sizes(child) for child in model.modules() if isinstance(child, _LINEARS)}
-    return _compared(sorted(shapes), dtype, how)
+    bare = looks.shapes | _of_experts(model, transposed=False)
+    across = _of_experts(model, transposed=True)
+    for sizes, product in ((shapes, how), (bare, functional.linear), (across, linear_across)):
+        if problem := _compared(sorted(sizes), dtype, product):
+            return problem
+    return ""
+
+
+def _of_experts(model: torch.nn.Module, *, transposed: bool) -> set[tuple[int, int]]:
+    """Inputs and outputs of the matrices of experts, that lie so or the other way round."""
+    shapes = set[tuple[int, int]]()
+    for module in model.modules():
+        for name in MATRICES & module._parameters.keys():
+            if bool(getattr(module, "is_transposed", False)) is not transposed:
+                continue
+            parameter = module._parameters[name]
+            assert parameter is not None
+            _, outputs, inputs = parameter.shape
+            if transposed:
+                outputs, inputs = inputs, outputs
+            elif name == "gate_up_proj" and module.is_concatenated:
+                outputs //= 2
+            shapes.add((inputs, outputs))
+    return shapes
+
+
+def linear_across(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A product with a weight [O, I] that lies input by input."""
+    return functional.linear(rows, weight.t().contiguous().t(), bias)
 
 
 def _compared(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, how: Product) -> str:
@@ -152,13 +320,14 @@ def unlike_product(inputs: int, outputs: int, dtype: torch.dtype, how: Product) 
             made: torch.Tensor = how(given, weight, None)
             return made
 
-        expected = in_tiles(forward, rows)
+        tiled = partial(in_tiles, forward, apart=outputs < FEW_OUTPUTS)
+        expected = tiled(rows)
         for cut in _CUTS:
             given = rows.repeat(-(-cut // _COMPARED_ROWS), 1)
-            parts = [in_tiles(forward, part) for part in given.split(cut)]
+            parts = [tiled(part) for part in given.split(cut)]
             if not torch.equal(torch.cat(parts)[:_COMPARED_ROWS], expected):
                 return f"a product of {inputs} by {outputs} has other bits in passes of {cut} rows"
-        placed = in_tiles(forward, rows.flip(0)).flip(0)
+        placed = tiled(rows.flip(0)).flip(0)
         if not torch.equal(placed, expected):
             return f"a product of {inputs} by {outputs} has other bits in other places of a tile"
     return ""

@@ -22,6 +22,14 @@ def headers_problem(config: ModelConfig, runtime: RuntimeConfig, device: DeviceK
         return "texts are read in one pass each"
     if not device.host_computes:
         return f"row-invariant passes are not proven on {device.called} yet"
-    if config.has_experts:
-        return "an expert computes as many rows as a pass sends to it"
     return ""
+
+
+def passes_problem(
+    config: ModelConfig, runtime: RuntimeConfig, device: DeviceKind, *, needed: bool
+) -> str:
+    """The same, or why they need not be: nothing streams, nobody drafts, and none compares."""
+    found = headers_problem(config, runtime, device)
+    if not found and runtime.exact is Exact.AUTO and not needed:
+        return "all is on the device and nobody drafts"
+    return found

@@ -26,8 +26,8 @@ from offload_rt.kernels.layers import (
     adds_as_torch,
     assembled,
 )
-from offload_rt.kernels.products import MOST_ROWS
 from offload_rt.kernels.rounded import RoundedProduct
+from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.formats.rounded import Int4Linear, Int8Linear

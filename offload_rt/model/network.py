@@ -11,7 +11,7 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -25,7 +25,8 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.base import DeviceBuffer
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
-from offload_rt.kv.base import KVCache
+from offload_rt.kernels import attending
+from offload_rt.kv.base import NO_KV, KVCache
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
@@ -33,7 +34,7 @@ from offload_rt.model.attention_function import (
     Segment,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.exact import make_exact, problem_of
+from offload_rt.model.exact import Looks, Regular, looks_of, make_exact, products_problem
 from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan_units
 from offload_rt.model.experts import EXPERTS_NAME, ExpertLender, lend_experts
 from offload_rt.model.formats.packed import (
@@ -54,7 +55,7 @@ from offload_rt.model.lean import lean_layer
 from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_experts, find_places
-from offload_rt.model.probe import probe
+from offload_rt.model.probe import probe, run_on_shapes
 from offload_rt.report import Dequantising
 
 NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
@@ -151,6 +152,7 @@ class Network:
         self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
         self.exact = False
+        self._looks = Looks()
         self._instead_of_layers: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._tapped: dict[int, torch.Tensor | None] = {}
         self._mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
@@ -340,10 +342,12 @@ class Network:
 
     def exact_problem(self, device: torch.device) -> str:
         """Why passes there cannot be row-invariant; empty if they can. Before `attach`."""
-        if self.mixers:
-            return "layers with a recurrent state were not compared yet"
+        self._looks = looks_of(self._model, partial(run_on_shapes, self._model), self._mixing)
+        for shape in {*self.kv_shapes} - {NO_KV}:  # now, as LLVM takes memory for a moment
+            attending.takes(self.dtype, shape.key_dim, shape.value_dim)
         wide = widens(self.dtype, device)
-        return problem_of(self._model, self._layers, self.dtype, widens=wide)
+        found = self._looks.problem
+        return found or products_problem(self._model, self._looks, self.dtype, widens=wide)
 
     def attach(
         self,
@@ -523,13 +527,14 @@ class Network:
             assert self._mixes is not None  # it was told how
             mixed = self._mixes(self.embed(batch.token_ids), batch.hidden)
             given = {"inputs_embeds": mixed[None]}
-        output = self._model(
-            **given,
-            position_ids=batch.positions[None],
-            use_cache=False,
-            **{CONTEXT_KEYWORD: context},
-            **states,
-        )
+        with Regular() if self.exact and self._looks.regular else nullcontext():
+            output = self._model(
+                **given,
+                position_ids=batch.positions[None],
+                use_cache=False,
+                **{CONTEXT_KEYWORD: context},
+                **states,
+            )
         logits: torch.Tensor = output.logits[0]
         return logits
 

@@ -119,6 +119,11 @@ def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
     return _fit[key]
 
 
+def run_on_shapes(model: torch.nn.Module) -> None:
+    """A pass over shapes, for whoever watches what it computes."""
+    _meta_pass(model, Calls(), PassStates(PassContext([Segment(_Shapes(), PROBE_TOKENS)])))
+
+
 def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
     cache, experts = _Shapes(), Calls()
     states = AskedStates(PassContext([Segment(cache, PROBE_TOKENS)], strict=True))

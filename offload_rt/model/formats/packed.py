@@ -20,8 +20,9 @@ from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
-from offload_rt.kernels.products import MOST_ROWS, PANEL, Product, blocks_of, lies_in_panels
-from offload_rt.kernels.tiles import ROW_TILE, in_tiles
+from offload_rt.kernels.products import PANEL, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.rows import MOST_ROWS, ROW_TILE
+from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
 
