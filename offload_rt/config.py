@@ -404,6 +404,15 @@ class DraftConfig:
         return self.words.over_retrieval
 
     @property
+    def answers_rest_on_it(self) -> bool:
+        """Whether a sampled answer depends on what is drafted: it is drawn, or a rule is not exact.
+
+        A draft model's chain is drawn; of a tree, and of all others, nodes are chosen.
+        """
+        draws = self.over_retrieval or (bool(self.model) and self.shape is not DraftShape.TREE)
+        return draws or self.accept is AcceptRule.TYPICAL
+
+    @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
         return self._named("MODEL")

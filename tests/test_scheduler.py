@@ -11,7 +11,7 @@ from engines import PROMPT, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.config import DraftConfig, Exact, GenerationConfig, RuntimeConfig, SamplingConfig
 from offload_rt.engine import NO_DRAFT, Engine, FinishReason, Request, Run
 from offload_rt.engine.scheduler import Pace, Scheduler, shares
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
@@ -603,3 +603,30 @@ def test_a_broken_draft_is_left_out(tiny, alone, caplog):
         finished(scheduler)
         assert one.emitted == alone(request)
         assert other.emitted == alone(replace(request, ids=PROMPT[3:]))
+
+
+@pytest.mark.parametrize("exact", [Exact.ON, Exact.OFF])
+def test_measured_times_change_no_answer_of_a_seed(tiny, monkeypatch, exact):
+    """Where passes are row-invariant they say how much is drafted; where not, nothing is."""
+    sampling, ids = replace(DRAWN, temperature=0.3, seed=5), prompts(1, longest=12)[0] * 3
+    answers, sizes = [], []
+    observe = Controller.observe
+    for draft_s in (0.0, 0.05, 5.0):  # of a step, where nothing and where much runs beside
+
+        def measured(*args, taken_s=draft_s, **times):
+            observe(*args, **times | {"draft_s": taken_s, "pass_s": 0.1})
+
+        monkeypatch.setattr(Controller, "observe", measured)
+        with served(tiny, draft=NGRAM, exact=exact, resident_layers=1, slots=2) as engine:
+            expected = [
+                StepOutlook(nodes=n, tokens=1 + n / 4, draft_s=0.01 * n, pass_s=0.1)
+                for n in (0, 1, 3, 5)
+            ]
+            engine.controller = Controller(expected, 3, sequences=SEQUENCES)
+            scheduler = Scheduler(engine)
+            scheduler.join(Request(ids=ids, sampling=sampling, seed=5, max_tokens=60))
+            answers.append(finished(scheduler)[0].emitted)
+            sizes.append(scheduler.totals.drafted_tokens)
+    assert answers.count(answers[0]) == len(answers)
+    assert (len(set(sizes)) > 1) is (exact is Exact.ON)
+    assert any(sizes) is (exact is Exact.ON)

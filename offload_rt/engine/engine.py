@@ -30,7 +30,7 @@ from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
 from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CapacityError, CheckpointError, PlanError
 from offload_rt.kernels import products
-from offload_rt.kernels.tiles import ROW_TILE
+from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
 from offload_rt.kv.base import KVCache, KVShape
 from offload_rt.kv.followed import ChosenRows, FollowedKV, WatchedCache
@@ -42,7 +42,7 @@ from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.exactness import headers_problem
+from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.network import Network
@@ -296,6 +296,11 @@ class Engine:
                 [(self._caches.index(p.cache), len(p.tokens), len(p.wanted)) for p in parts]
             )
         return logits
+
+    @property
+    def repeats_answers(self) -> bool:
+        """Whether a sampled answer of a seed is the same, however much is drafted and when."""
+        return self.exact.on and not self.draft.answers_rest_on_it
 
     def drafter(
         self, index: int, sampling: SamplingConfig, generator: torch.Generator
@@ -656,10 +661,9 @@ class Engine:
             PlanError: they are to be, and cannot.
         """
         config, kv = self.config, self.placement.demand.kv
-        found = headers_problem(self.checkpoint.config, config, self.device.kind)
-        idle = not (needed or self.placement.streamed or kv is not None or self.draft.drafts)
-        if not found and config.exact is Exact.AUTO and idle:
-            found = "all is on the device and nobody drafts"
+        needed = needed or bool(self.placement.streamed) or kv is not None or self.draft.drafts
+        kind = self.device.kind
+        found = passes_problem(self.checkpoint.config, config, kind, needed=needed)
         found = found or self.network.exact_problem(self.device.torch_device)
         if found and config.exact is Exact.ON:
             raise PlanError(

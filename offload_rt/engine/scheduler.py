@@ -262,7 +262,8 @@ class Scheduler:
         """Whether measured times would decide about drafts of an answer that is to come again."""
         sampling, asked = sequence.sampling, sequence.request.draft_tokens
         repeats = not sampling.greedy and sampling.seed is not None
-        return repeats and self._engine.controller is not None and asked is None
+        decides = self._engine.controller is not None and not self._engine.repeats_answers
+        return repeats and decides and asked is None
 
     def _is_read(self, sequence: SequenceState) -> bool:
         """Whether all of a prompt is in its cache."""

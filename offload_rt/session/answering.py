@@ -125,6 +125,8 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
         )
+    if _repeats(sampling) and not engine.repeats_answers:  # found out as it was loaded
+        engine.controller = None
     with engine:
         try:
             yield engine

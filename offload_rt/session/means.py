@@ -6,9 +6,7 @@ from functools import cache
 from pathlib import Path
 
 from offload_rt.config import (
-    AcceptRule,
     DraftConfig,
-    DraftShape,
     RuntimeConfig,
     SamplingConfig,
 )
@@ -132,20 +130,11 @@ def reproducible(
     from offload_rt.device.opening import chosen_kind
 
     kind = chosen_kind(runtime.each_device()[0])
-    if not rests_on_draft(draft) and not headers_problem(model, runtime, kind):
+    if not draft.answers_rest_on_it and not headers_problem(model, runtime, kind):
         return draft
     if draft.automatic:
         return dataclasses.replace(draft, draft="none")
     return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
-
-
-def rests_on_draft(draft: DraftConfig) -> bool:
-    """Whether a sampled answer depends on what is drafted: it is drawn, or not every rule is exact.
-
-    A draft model's chain is drawn; of a tree, and of all others, nodes are chosen.
-    """
-    draws = draft.over_retrieval or (bool(draft.model) and draft.shape is not DraftShape.TREE)
-    return draws or draft.accept is AcceptRule.TYPICAL
 
 
 def _stand_in(device: DeviceKind) -> str:

@@ -25,7 +25,6 @@ from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.answering import Answer, Answers, Piece, seeded, started_engine
 from offload_rt.session.interrupting import Stops
 from offload_rt.session.keywords import AnswerOptions, LoadOptions
-from offload_rt.session.means import rests_on_draft
 from offload_rt.session.observer import Gauge, Interrupted, Observer
 from offload_rt.session.opening import (
     AUTO_CONTEXT_TOKENS,
@@ -401,7 +400,7 @@ class Session:
         engine, sampling = self._engine, settings.sampling
         assert engine is not None
         repeats = not sampling.greedy and sampling.seed is not None
-        firm = engine.exact.on and not rests_on_draft(engine.draft)
+        firm = engine.repeats_answers
         if repeats and not firm:
             engine.forget()
         by_times = engine.controller is not None or self._settings.draft.automatic
