@@ -11,7 +11,7 @@ from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from tiny import SHAPE
 
-from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftWeights, Exact, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.costs.machine import speeds_there
 from offload_rt.costs.pass_cost import home_rates, pass_times
@@ -24,7 +24,7 @@ from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.yields import MADE
-from offload_rt.profiling.profile import MemoryUse
+from offload_rt.profiling.profile import MemoryUse, WeightOrder
 from offload_rt.profiling.rates import disk_bytes_per_s, link_bytes_per_s, memory_bytes_per_s
 from offload_rt.profiling.store import load_profile
 from offload_rt.speculative.draft_model.kind import GROWTH_S, settled
@@ -131,6 +131,54 @@ def test_sequences_attend_each_to_their_own(tiny_model, speeds):
     assert four == pytest.approx(4 * one)
 
 
+def test_row_invariant_passes_fill_tiles_up(tiny_model):
+    def placed(*, exact):
+        parts = parts_of(open_checkpoint(tiny_model), "auto", CPU.device)
+        return PlacedModel(
+            parts=parts, speeds=CPU, residence=Residence(), context_tokens=0, exact=exact
+        )
+
+    def seconds(load, order):
+        layers = [replace(layer, weights=order) for layer in load.layers]
+        load = replace(load, layers=layers, head_weights=order)
+        times = pass_times(CPU.profile, load, CPU.processor, disk_bytes_per_s(CPU.profile, 4))
+        return *times.layer_s, times.head_s
+
+    plain, packed = WeightOrder.PLAIN, WeightOrder.PACKED
+    for order, tokens, rows in (
+        *((plain, 1, 16), (plain, 16, 16), (plain, 17, 32)),
+        *((packed, 1, 1), (packed, 8, 8), (packed, 9, 16)),  # kernels for few rows fill nothing up
+    ):
+        made = seconds(placed(exact=True).load(tokens), order)
+        assert made == seconds(placed(exact=False).load(rows), order)
+    drafting = placed(exact=True).draft_load(1)
+    assert seconds(drafting, plain) == seconds(placed(exact=False).load(1), plain)
+
+
+@pytest.mark.parametrize(
+    ("config", "draft"),
+    [
+        ({}, DraftConfig()),
+        ({"resident_layers": 1}, DraftConfig()),
+        ({"resident_layers": 1, "exact": Exact.OFF}, DraftConfig()),
+        ({"exact": Exact.ON}, DraftConfig()),
+        ({}, DraftConfig(draft="ngram", draft_tokens=4)),
+    ],
+)
+def test_plans_fill_tiles_up_where_engines_do(config, draft, tiny_model):
+    checkpoint, config = open_checkpoint(tiny_model), {"exact": Exact.AUTO} | config
+    with engine_for(tiny_model, draft=draft, **config) as engine:
+        run = PlacedRun(
+            checkpoint=checkpoint,
+            config=engine.config,
+            speeds=CPU,
+            placement=engine.placement,
+            context_tokens=CONTEXT,
+        )
+        load = run.work(Drafting(draft), Expected()).load
+        assert load.tile == (engine.exact.rows or 1)
+
+
 @pytest.mark.parametrize(
     ("name", "left_out"),
     [(name, "") for name in WINDOWED] + [(name, "layer_types") for name in PATTERNS],
@@ -173,6 +221,12 @@ def test_experts_nobody_is_sent_to_are_not_computed_with(make_tiny):
     assert layer.expert_bytes == experts
     for tokens, idle in ((1, 0.5), (2, 0.25), (50, 0.0)):
         assert layer.image_bytes - layer.work(tokens).weight_bytes == round(idle * experts)
+    others = layer.flops_per_token - layer.expert_flops
+    assert layer.expert_flops == 2 * 0.5 * experts / 4
+    # 16 tokens in an exact pass: 8 rows for each of 4 experts, which compute 16.
+    for tokens, factor in ((1, 1), (16, 2), (64, 1)):
+        flops = layer.work(tokens, tile=16).flops_per_token
+        assert flops == pytest.approx(others + factor * layer.expert_flops, rel=1e-3)
     load, _ = load_of(checkpoint, CPU, resident_layers=0)  # but all are copied
     assert load.layers[0].home_bytes == checkpoint.layer_bytes(0)
 

@@ -23,6 +23,7 @@ from offload_rt.costs.timeline import (
 from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
+from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.packed_files import unpacked_per_s
 from offload_rt.profiling.profile import (
     Decoder,
@@ -126,6 +127,8 @@ class PassLoad:
         streamed: indices of those whose home is elsewhere, ascending.
         slots: device buffers they share, on each device.
         tokens: that go through the layers at once.
+        tile: rows of a product are filled up to a multiple of it, but where kernels for few rows
+            compute.
         sequences: that these belong to, as many to each; a token attends to its own alone.
         head: final projection, for as many rows; None to leave it out.
         head_weights: how its weights lie.
@@ -144,6 +147,7 @@ class PassLoad:
     streamed: Sequence[int]
     slots: int
     tokens: int = 1
+    tile: int = 1
     sequences: int = 1
     head: LayerWork | None = None
     head_weights: WeightOrder = WeightOrder.PLAIN
@@ -154,6 +158,12 @@ class PassLoad:
     kv_block_s: float = 0.0
     hop_bytes: int = 0
     recorded: bool = False
+
+    def rows(self, weights: WeightOrder) -> int:
+        """Rows that are multiplied with weights that lie so."""
+        if weights is WeightOrder.PACKED and self.tokens <= MOST_ROWS:
+            return self.tokens
+        return -(-self.tokens // self.tile) * self.tile
 
     @property
     def moved_bytes(self) -> int:
@@ -379,7 +389,7 @@ def pass_times(
         (work, order): layer_s(
             profile,
             work,
-            load.tokens,
+            load.rows(order),
             processor=processor,
             weights=order,
             recorded=load.recorded,
@@ -392,7 +402,7 @@ def pass_times(
         head_s(
             profile,
             head,
-            load.tokens,
+            load.rows(load.head_weights),
             processor=processor,
             weights=load.head_weights,
             recorded=load.recorded,

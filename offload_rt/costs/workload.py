@@ -9,7 +9,7 @@ of a draft model differ in these two only. No torch here.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 
 from offload_rt.config import DraftWeights
 from offload_rt.costs.experts import ExpertUse
@@ -25,6 +25,7 @@ from offload_rt.costs.sizes import (
 )
 from offload_rt.device import compiled
 from offload_rt.device.kinds import CPU, DeviceKind
+from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.methods import Form
@@ -51,6 +52,7 @@ class LayerParts:
         packed: weights that lie packed in the files.
         again_flops: for rows that go through a recurrent state again, in a pass over a sequence.
         sent: share of the experts that a token is sent to.
+        expert_flops: of the flops, in experts.
     """
 
     image_bytes: int
@@ -64,16 +66,24 @@ class LayerParts:
     grown_bytes: int = 0
     packed: int = 0
     again_flops: int = 0
+    expert_flops: int = 0
 
-    def work(self, tokens: int, sequences: int = 1) -> LayerWork:
+    def work(self, tokens: int, sequences: int = 1, tile: int = 1) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
 
-        Tokens choose independently of each other here; related ones choose fewer experts.
+        Tokens choose independently of each other here; related ones choose fewer experts. Each
+        expert fills the rows it has on average up to a multiple of `tile`.
         """
         idle = (1.0 - self.sent) ** tokens
+        flops = self.flops_per_token
+        if tile > 1 and self.expert_flops:
+            rows = tokens * self.sent / (1.0 - idle)  # of an expert that has any
+            experts = self.expert_flops * tokens * tile * ceil(rows / tile) / rows
+            whole = tile * ceil(tokens / tile)  # of the pass, which counts them all
+            flops += round(experts / whole) - self.expert_flops
         return LayerWork(
             weight_bytes=self.image_bytes + self.grown_bytes - round(idle * self.expert_bytes),
-            flops_per_token=self.flops_per_token + self.again_flops * sequences // tokens,
+            flops_per_token=flops + self.again_flops * sequences // tokens,
         )
 
 
@@ -183,6 +193,7 @@ class PlacedModel:
         context_tokens: cached tokens of each sequence.
         sequences: that run at once.
         dtype: number format it computes in; `auto` is its own.
+        exact: passes are row-invariant (`model/exact.py`), but for those that draft.
     """
 
     parts: ModelParts
@@ -191,10 +202,11 @@ class PlacedModel:
     context_tokens: int
     sequences: int = 1
     dtype: str = "auto"
+    exact: bool = False
 
     def draft_load(self, tokens: int) -> PassLoad:
         """A pass that drafts, of one device's kept weights: recorded, where launches cost."""
-        load = self.load(tokens)
+        load = replace(self, exact=False).load(tokens)
         recorded = (
             self.speeds.device.records
             and load.tokens <= RECORDED_ROWS
@@ -224,6 +236,7 @@ class PlacedModel:
             streamed=where.streamed,
             slots=where.slots,
             tokens=rows,
+            tile=self._tile,
             sequences=self.sequences,
             head=head,
             head_weights=order,
@@ -258,11 +271,15 @@ class PlacedModel:
         where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
         return replace(self, residence=where, sequences=1).draft_load(tokens)
 
+    @property
+    def _tile(self) -> int:
+        return ROW_TILE if self.exact else 1
+
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = (
-            layer.work(rows, self.sequences),
+            layer.work(rows, self.sequences, self._tile),
             self.speeds.order(resident=resident and not decoded),
         )
         if where.weights.rounds and (where.copied is None or index in where.copied):
@@ -340,6 +357,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 window=window,
                 expert_bytes=experts * number_bytes,
                 sent=sent,
+                expert_flops=round(2 * sent * experts),
                 decoded=decoded,
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
                 packed=layout.packed_weights,

@@ -29,6 +29,7 @@ from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.exactness import passes_problem
 from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of
 from offload_rt.planning.placement import Demand, Placement
@@ -272,19 +273,24 @@ class PlacedRun:
 
     def predict(self, drafting: Drafting, expected: Expected) -> Prediction:
         """What a step takes that drafts so."""
-        return predict(self._work(drafting, expected), self.cost)
+        return predict(self.work(drafting, expected), self.cost)
 
     def events(self, drafting: Drafting, expected: Expected) -> Events:
         """What the streams are busy with in such a step."""
-        work = self._work(drafting, expected)
+        work = self.work(drafting, expected)
         return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
 
-    def _work(self, drafting: Drafting, expected: Expected) -> StepWork:
+    def work(self, drafting: Drafting, expected: Expected) -> StepWork:
+        """What such a step has to do."""
         drafting = completed(drafting, self.checkpoint)
-        parts = draft_parts(drafting, self.model, expected)
-        config = drafting.config
+        config, kv = drafting.config, self.placement.demand.kv
+        needed = bool(self.placement.streamed) or kv is not None or config.nodes > 0
+        device = self.speeds.device
+        problem = passes_problem(self.checkpoint.config, self.config, device, needed=needed)
+        target = replace(self.model, exact=not problem)
+        parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
-        return step_work(self.model, config.nodes, expected, parts, rebuild_tokens=rebuild)
+        return step_work(target, config.nodes, expected, parts, rebuild_tokens=rebuild)
 
 
 def pooled_experts(placement: Placement) -> PooledExperts | None:
