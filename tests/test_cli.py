@@ -18,7 +18,7 @@ from offload_rt.cli.console import write_answer
 from offload_rt.cli.options import settings_of
 from offload_rt.cli.pages import VERBS, load_verb
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
-from offload_rt.costs.sizes import PROCESS_BYTES
+from offload_rt.costs.sizes import process_bytes
 from offload_rt.engine import Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.text import build_prompt, end_token_ids, load_tokenizer
@@ -387,7 +387,7 @@ def test_plan_table_and_json_agree(tiny_model, offload_run):
     parts = ("base_bytes", "resident_bytes", "kv_bytes", "workspace_bytes", "drafter_bytes")
     total = sum(record[part] for part in parts) + record["slots"] * record["slot_bytes"]
     assert total == record["device_bytes"] <= record["device_limit_bytes"]
-    assert record["process_bytes"] == PROCESS_BYTES and "the process" in table
+    assert record["process_bytes"] == process_bytes() and "the process" in table
     assert "1 resident layers" in table and "0-1, 3" in table and "64 tokens" in table
 
 

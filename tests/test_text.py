@@ -556,3 +556,10 @@ def test_what_building_a_tokenizer_took_is_given_back(tmp_path, monkeypatch):
     monkeypatch.setattr(worker, "give_back_holes", lambda: order.append("given back"))
     assert served.load(1, str(tmp_path))["tokens"] == len(byte_level())
     assert order == ["built", "given back"]
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    changed = settings | {"tokenizer_class": "Qwen2Tokenizer"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(changed))
+    served.load(2, str(tmp_path))
+    built = served._tokenizers[2]
+    assert type(built).__name__ == "Qwen2Tokenizer" and not {"_vocab", "_merges"} & set(vars(built))
+    assert served.encode(2, "a cat", True) and len(served.vocabulary(2)) >= 256

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 def main() -> int:
     """Run the command line of this process; returns the exit code."""
     _reopen_standard_streams()
-    code = run(sys.argv[1:])
+    code = run(sys.argv[1:], alone=True)
     # What is left is the interpreter's end: a Ctrl-C there must not print a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     return code
@@ -30,15 +30,23 @@ def _reopen_standard_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8"))
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run one command line; errors a user can meet become a line on stderr and an exit code."""
+def run(arguments: Sequence[str], *, alone: bool = False) -> int:
+    """Run one command line; errors a user can meet become a line on stderr and an exit code.
+
+    Args:
+        arguments: of the command line.
+        alone: nothing else runs in this process.
+    """
     from offload_rt.cli.interrupts import Interrupted, Interrupts
 
     with Interrupts() as interrupts:
         try:
             from offload_rt.cli.app import run_verb
             from offload_rt.cli.console import guarded_streams
+            from offload_rt.model.sparing import spare_compiler
 
+            if alone:
+                spare_compiler()
             with guarded_streams():
                 return run_verb(arguments, interrupts)
         except Interrupted:

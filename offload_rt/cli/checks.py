@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from offload_rt.cli.machine import Machine
+from offload_rt.costs.sizes import BUILD_FOR_GPUS_BYTES
 from offload_rt.device.compiled import EXTRA
 from offload_rt.units import format_rate, format_size
 
@@ -156,7 +157,12 @@ def check_gpu(machine: Machine) -> Finding:
     """Whether there is a GPU and torch can use it."""
     driver, torch = machine.driver, machine.torch
     if driver is None or not driver.gpus:
-        return Finding(Level.OK, "GPU", "no NVIDIA GPU: runs use the CPU")
+        detail = "no NVIDIA GPU: runs use the CPU"
+        if torch is not None and torch.cuda_build is not None:
+            less = format_size(BUILD_FOR_GPUS_BYTES)
+            index = "https://download.pytorch.org/whl/cpu"
+            detail += f"; torch for CPUs takes {less} less: `pip install torch --index-url {index}`"
+        return Finding(Level.OK, "GPU", detail)
     gpus = ", ".join(
         f"{gpu.name} ({format_size(gpu.free_bytes)} free of {format_size(gpu.total_bytes)})"
         for gpu in driver.gpus

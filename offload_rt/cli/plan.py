@@ -22,7 +22,7 @@ from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_pi
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
-from offload_rt.costs.sizes import PROCESS_BYTES, StoredSizes, stored_sizes
+from offload_rt.costs.sizes import StoredSizes, process_bytes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind, check_links, likely_kind, named_devices
 from offload_rt.device.system import free_memory_bytes
@@ -347,7 +347,7 @@ def _kv_home(kv: KVPlan | None) -> str:
 
 def _process_bytes(outlook: _Outlook) -> int:
     """What a run takes besides, where the device's memory is the process's; it was measured."""
-    return 0 if outlook.device.own_memory else PROCESS_BYTES
+    return 0 if outlook.device.own_memory else process_bytes()
 
 
 def _head_order(placement: Placement) -> str:
@@ -382,9 +382,9 @@ def _as_table(outlook: _Outlook) -> str:
     least = outlook.smallest_limits
     typed = ",".join(f"{-(-limit // 2**20)}MiB" for limit in least)  # up: it must work
     rows.append(("smallest", sum(least), f"--device-memory {typed} works too"))
-    if process_bytes := _process_bytes(outlook):
+    if beside_bytes := _process_bytes(outlook):
         beside = "beside the total: Python, torch, the tokenizer"
-        rows.append(("the process", process_bytes, beside))
+        rows.append(("the process", beside_bytes, beside))
     source = "" if checkpoint.files else " (from config.json alone)"
     if checkpoint.file_bytes < checkpoint.total_bytes:
         source = f" (packed in {format_size(checkpoint.file_bytes)}, bit for bit)"

@@ -6,7 +6,9 @@ No torch here.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from math import prod
+from pathlib import Path
 
 from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, PIECE, SCORE_BYTES, TILE
 from offload_rt.config import DraftWeights
@@ -26,10 +28,10 @@ from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU
 # (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
-# What a run on a CPU takes besides its device memory: 500 MiB for Python with torch (its build for
-# GPUs) and transformers, 171 MiB for the process of a tokenizer of 152,000 tokens
-# (docs/RESULTS.md, "Memory beside the device memory").
-PROCESS_BYTES = 680 * 2**20
+# What a command on a CPU takes besides its device memory, the first for a model: 450 MiB for Python
+# with torch and transformers, 90 for the process of a tokenizer of 152,000 tokens; and what of it
+# only torch's build for GPUs has (docs/RESULTS.md, "Memory beside the device memory").
+_PROCESS_BYTES, BUILD_FOR_GPUS_BYTES = 540 * 2**20, 130 * 2**20
 ROW_BYTES = 64  # of a row of a pass: its id and its place, and what is made of them on the way
 # Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
@@ -101,6 +103,14 @@ def staging_bytes(layouts: Sequence[LayerLayout], device: DeviceKind, readers: i
         return 0
     in_place = all(run.in_place for layout in layouts for run in layout.runs)
     return 0 if in_place else 2 * readers * STAGING_BYTES
+
+
+def process_bytes() -> int:
+    """What the processes of a command on a CPU take besides its device memory. No torch here."""
+    torch = find_spec("torch")
+    places = (torch and torch.submodule_search_locations) or []
+    for_gpus = any(Path(place, "lib", "libtorch_cuda.so").exists() for place in places)
+    return _PROCESS_BYTES - (0 if for_gpus else BUILD_FOR_GPUS_BYTES)
 
 
 IN_TWELVE = "bf16 in 12 bits"

@@ -41,6 +41,7 @@ from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
+from offload_rt.model import fits
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, on_gpu
@@ -119,7 +120,7 @@ class Engine:
         with ExitStack() as undo:
             undo.callback(self._files.close)
             models = [each for each in (checkpoint, drafting) if each is not None]
-            self.devices = _open_devices(config, undo, any(each.stored for each in models))
+            self.devices = _open_devices(config, undo, models)
             self.device = self.devices[0]
             device, packing = self.device.kind, self.device.kind.packing
             sequences = len(capacities)
@@ -763,18 +764,19 @@ class Engine:
         return [RetrievalKV(device, shapes, dtype, own) for own in sizes]
 
 
-def _open_devices(config: RuntimeConfig, undo: ExitStack, quantised: bool) -> Devices:
+def _open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkpoint]) -> Devices:
     """Open the devices a run asks for; `undo` closes them.
 
     Args:
         config: asks for them.
         undo: closes them.
-        quantised: some weights are, of the model or of the one that drafts.
+        models: the model, and the one that drafts.
     """
     first, *others = config.each_device()
     if chosen_kind(first) is CPU:
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
-        if quantised:
+        fits.prepare(models, config.dtype)
+        if any(each.stored for each in models):
             brought.prepare()
     opened = [open_device(first)]
     undo.callback(opened[0].close)

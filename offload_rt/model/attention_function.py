@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import torch
-from transformers import AttentionInterface
 
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import KVCache
+from offload_rt.model.modelling import AttentionInterface
 
 ATTENTION_NAME = "offload_rt"
 CONTEXT_KEYWORD = "offload_context"

@@ -12,9 +12,9 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn.functional import linear
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_rt.errors import CheckpointError
+from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS_NAME = "offload_rt"
 PROBE_NAME = "offload_rt_probe"

@@ -1,24 +1,27 @@
 """transformers' modules of a family, built without memory, and the tensors their files hold."""
 
+import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMultimodalLM,
-    PretrainedConfig,
-)
-from transformers.core_model_loading import revert_weight_conversion
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.hf_config import build_hf_config, reason_of
+from offload_rt.model.modelling import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    PretrainedConfig,
+    revert_weight_conversion,
+)
+
+_DRAWS = re.compile(r"[a-z]\w*_")  # functions of torch.nn.init that fill a tensor
 
 
 def build_modules(
@@ -54,9 +57,10 @@ def build_modules(
 def _empty_weights() -> Iterator[None]:
     """Let modules be made with parameters on meta that count as filled.
 
-    transformers then draws no first values for them, of which only shapes would be left.
+    transformers then draws no first values for them, of which only shapes would be left, and torch
+    none either: on meta some of its functions for that import its compiler (80 MiB).
     """
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), _nothing_drawn():
         register = torch.nn.Module.register_parameter
 
         def register_filled(module: Any, name: str, param: torch.nn.Parameter | None) -> None:  # noqa: ANN401
@@ -69,6 +73,25 @@ def _empty_weights() -> Iterator[None]:
             yield
         finally:
             torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Have the functions of torch.nn.init leave tensors on meta alone."""
+
+    def passing(draw: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def drawn(tensor: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+            return tensor if tensor.is_meta else draw(tensor, *args, **options)
+
+        return drawn
+
+    place = vars(torch.nn.init)
+    saved = {name: draw for name, draw in place.items() if _DRAWS.fullmatch(name)}
+    place.update({name: passing(draw) for name, draw in saved.items()})
+    try:
+        yield
+    finally:
+        place.update(saved)
 
 
 def _auto_class(config: PretrainedConfig) -> Any:  # noqa: ANN401

@@ -159,16 +159,15 @@ class Network:
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
-        family = checkpoint.config.part_of or checkpoint.config.model_type
         apart = NO_EXPERTS
         if experts_apart:
-            calls = probe(self._model, layers, family).experts
+            calls = probe(self._model, layers, checkpoint.config).experts
             apart = find_experts(self._model, checkpoint, self.dtype, container, calls)
         self._experts, self.units = apart, plan_units(apart, name, packing)
         self._places = find_places(self._model, checkpoint, self.dtype, packing, container, apart)
         self.layouts, self.base = self._places.layouts, self._places.base
         self._lenders: Mapping[int, ExpertLender] = {}
-        fit = probe(self._model, layers, family)
+        fit = probe(self._model, layers, checkpoint.config)
         self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
         self.sorts_on_host = False
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
@@ -773,11 +772,10 @@ def experts_of(checkpoint: Checkpoint, dtype: str) -> Experts:
         CheckpointError: experts of a layer are not alike, or a tensor of all does not divide.
     """
     number: torch.dtype = getattr(torch, dtype)
-    family = checkpoint.config.part_of or checkpoint.config.model_type
     try:
         model = _with_own_head(_build(checkpoint, number))
         container, layers = _find_layers(model, checkpoint.config.num_layers)
-        calls = probe(model, layers, family).experts
+        calls = probe(model, layers, checkpoint.config).experts
     except CheckpointError as error:
         return no_experts(str(error))
     return find_experts(model, checkpoint, number, container, calls)

@@ -13,13 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    rename_source_key,
-)
 
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
@@ -38,6 +31,13 @@ from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
 from offload_rt.model.formats.wired import wire_linears
 from offload_rt.model.layout import FUSED, LayerLayout, Placement, plan_layouts
+from offload_rt.model.modelling import (
+    WeightConverter,
+    WeightRenaming,
+    apply_converters,
+    get_model_conversion_mapping,
+    rename_source_key,
+)
 from offload_rt.model.names import EXPERT
 
 _log = logging.getLogger(__name__)

@@ -15,22 +15,23 @@ No list of names decides.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, masking_utils
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, MaskKind, PassContext, Segment
+from offload_rt.model.config import ModelConfig
 from offload_rt.model.experts import PROBE_NAME, Calls
+from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
+from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS, PreTrainedModel, masking_utils
 from offload_rt.model.probe_states import AskedStates, probe_mixers
+from offload_rt.model.sparing import is_spared
 
 PROBE_TOKENS = 3
 _MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
@@ -44,24 +45,6 @@ _RECURRENT_MASK = "create_recurrent_attention_mask"
 _MASK_OPTIONS = frozenset(
     {"config", "inputs_embeds", "attention_mask", "past_key_values", "position_ids"}
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """What layers keep of a sequence, and who computes their experts.
-
-    Attributes:
-        kv: keys and values of each layer, `NO_KV` where it does not attend.
-        experts: modules whose experts the registered function computes, by name, and to how many
-            of them a row is sent.
-        mixers: what has a state.
-        in_tuples: layers return their rows in a tuple of that length; 0: alone.
-    """
-
-    kv: tuple[KVShape, ...]
-    experts: Mapping[str, int]
-    mixers: tuple[Mixer, ...] = ()
-    in_tuples: int = 0
 
 
 _fit: dict[tuple[type, torch.dtype, str], Fit] = {}  # by class, dtype and config
@@ -99,11 +82,12 @@ class _Shapes:
         """Nothing to forget."""
 
 
-def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str) -> Fit:
+def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], config: ModelConfig) -> Fit:
     """Run one pass over meta tensors and see whether the family can be streamed.
 
     Modules that were found to be fit are not run again in this process: a draft model, a second
     engine and each setting of a sweep are the same ones (18 ms of 33 that a small engine takes).
+    Nor are they in later processes that are ours alone (`fits`).
 
     Raises:
         CheckpointError: it cannot, with the reason.
@@ -112,10 +96,18 @@ def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], family: str
     key = type(model), next(model.parameters()).dtype, made.to_json_string(use_diff=False)
     use_torch_forms(model.modules())
     if key not in _fit:
-        try:
-            _fit[key] = _probed(model, layers)
-        except CheckpointError as error:
-            raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
+        kept_as = fit_key(config, key[1])
+        keeps = is_spared() and key[0].__module__.startswith("transformers.")
+        fit = kept_fit(kept_as) if keeps else None
+        if fit is None or len(fit.kv) != len(layers):
+            try:
+                fit = _probed(model, layers)
+            except CheckpointError as error:
+                family = config.part_of or config.model_type
+                raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
+            if keeps:
+                keep_fit(kept_as, fit)
+        _fit[key] = fit
     return _fit[key]
 
 

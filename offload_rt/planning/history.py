@@ -6,13 +6,18 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.kept import model_key, read_entries, write_entries
 from offload_rt.planning.yields import NOTHING_SEEN, Seen
 from offload_rt.speculative.kinds import kind_of
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
+
+
+def model_key(checkpoint: Checkpoint) -> str:
+    """A model by its name and size."""
+    return f"{checkpoint.name} of {checkpoint.total_bytes} bytes"
 
 
 def experience_key(

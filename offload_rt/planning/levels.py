@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.costs.machine import Speeds
+from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.planning.kept import model_key, read_entries, write_entries
+from offload_rt.planning.history import model_key
 
 LEAST, MOST = 0.5, 4.0  # beyond them it is not the hour that is wrong
 LASTS_S = 4 * 3600.0  # then nobody knows whether the neighbours are still there

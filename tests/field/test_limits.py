@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from offload_rt.costs.sizes import PROCESS_BYTES
+from offload_rt.costs.sizes import process_bytes
 from offload_rt.device import cpu, system
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups
 
@@ -268,28 +268,34 @@ BESIDE = """
 import sys
 from offload_rt.device.system import settle_math
 settle_math()
+from offload_rt.model.sparing import spare_compiler
+spare_compiler()
 import torch
 import offload_rt.engine.engine
 import psutil
 from offload_rt.device import cpu
 from offload_rt.device.system import _mapped_areas
 def resident():
-    found = [a for a in _mapped_areas() if cpu._OF_GPUS.search(a.path) and not a.changed_bytes]
+    found = [a for a in _mapped_areas() if cpu._LIBRARIES.search(a.path) and not a.changed_bytes]
     return sum(a.resident_bytes for a in found if "w" not in a.rights)
 before = resident()
 cpu.CpuDevice()
 print(before, resident(), psutil.Process().memory_info().rss)
 torch.ones(64, 64) @ torch.ones(64, 64)
 torch.cuda.is_available()
+assert not {"torch._dynamo", "sympy", "torch.distributed.tensor"} & set(sys.modules)
+import torch._dynamo
+assert torch._dynamo.config and torch._dynamo.disable(len, wrapping=False)([1]) == 1
 """
 
 
 def test_what_a_run_takes_beside_its_device_memory_is_what_plan_says():
-    """Code of GPUs that imports touched is given back, and used again where it is asked for."""
+    """Code that imports touched is given back and used again where it is asked for, and torch's
+    compiler is not imported before it is."""
     ran = subprocess.run([sys.executable, "-c", BESIDE], check=True, capture_output=True)
-    before, after, process_bytes = map(int, ran.stdout.split())
+    before, after, own_bytes = map(int, ran.stdout.split())
     assert after < max(before // 8, MIB)
-    assert process_bytes + 171 * MIB <= PROCESS_BYTES
+    assert own_bytes + 90 * MIB <= process_bytes()
 
 
 def test_an_engine_computes_with_the_threads_there_are(monkeypatch):

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from offload_rt.errors import ConfigError
-from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.writing import write_text, writing
 
 Entry = TypeVar("Entry")
@@ -51,8 +50,3 @@ def write_entries(path: Path, entries: Mapping[str, object], most: int) -> None:
         write_text(path, text, lasting=False)
     except ConfigError as error:
         _log.info("what was learnt was not kept: %s", error)
-
-
-def model_key(checkpoint: Checkpoint) -> str:
-    """A model by its name and size."""
-    return f"{checkpoint.name} of {checkpoint.total_bytes} bytes"

@@ -1,0 +1,40 @@
+"""transformers' modelling as far as it is used here: the one door through which it is imported."""
+
+from offload_rt.model.sparing import compiler_spared
+
+with compiler_spared():
+    from transformers import (
+        AttentionInterface,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoModelForMultimodalLM,
+        PretrainedConfig,
+        PreTrainedModel,
+        masking_utils,
+    )
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        WeightConverter,
+        WeightRenaming,
+        apply_converters,
+        rename_source_key,
+        revert_weight_conversion,
+    )
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+__all__ = [
+    "ALL_EXPERTS_FUNCTIONS",
+    "AttentionInterface",
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForMultimodalLM",
+    "PreTrainedModel",
+    "PretrainedConfig",
+    "WeightConverter",
+    "WeightRenaming",
+    "apply_converters",
+    "get_model_conversion_mapping",
+    "masking_utils",
+    "rename_source_key",
+    "revert_weight_conversion",
+]

@@ -1,0 +1,118 @@
+"""What the probe found is kept for later commands, and only for what it was found of."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from offload_rt.device.kinds import CPU
+from offload_rt.errors import CheckpointError
+from offload_rt.kv.base import NO_KV, KVShape
+from offload_rt.model import fits, probe, sparing
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
+from offload_rt.model.mixing import Mixer
+from offload_rt.model.network import Network
+
+
+@pytest.fixture
+def command(monkeypatch, tmp_path):
+    """Begin another command; what probes run then is counted in the result."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path))
+    monkeypatch.setattr(sparing, "_asked", {"a command"})
+    ran, probed = [], probe._probed
+
+    def begin():
+        monkeypatch.setattr(probe, "_fit", {})
+        monkeypatch.setattr(probe, "_probed", lambda *args: ran.append(1) or probed(*args))
+        ran.clear()
+        return ran
+
+    return begin
+
+
+def network_of(folder, dtype="float32"):
+    return Network(open_checkpoint(folder), dtype, CPU.packing)
+
+
+def test_a_family_is_probed_once_for_all_commands(command, make_tiny, monkeypatch):
+    folder, imported = make_tiny("llama"), []
+    monkeypatch.setattr(fits, "import_module", imported.append)
+    checkpoint = open_checkpoint(folder)
+    ran = command()
+    fits.prepare([checkpoint], "auto")
+    assert len(imported) == 2  # before the memory of a run is counted
+    first = network_of(folder)
+    assert len(ran) == 1
+    ran = command()
+    fits.prepare([checkpoint], "auto")
+    second = network_of(folder)
+    assert not ran and len(imported) == 2
+    assert second.kv_shapes == first.kv_shapes and len(first.kv_shapes) == 4
+    network_of(folder, "bfloat16")
+    network_of(make_tiny("llama", rms_norm_eps=0.25))
+    assert len(ran) == 2  # another number format, another configuration
+
+
+def test_a_verdict_is_kept_whole_and_not_by_other_code(command, monkeypatch):
+    command()
+    mixer = Mixer(layer=1, path="a.b", keyword="k", state_bytes=7, hidden_bytes=9)
+    fit = Fit((KVShape(heads=2, key_dim=8, value_dim=4), NO_KV), {"m.experts": 2}, (mixer,), 3)
+    keep_fit("one", fit)
+    keep_fit("two", dataclasses.replace(fit, in_tuples=0))
+    assert kept_fit("one") == fit and kept_fit("two") == dataclasses.replace(fit, in_tuples=0)
+    assert kept_fit("three") is None
+    (fits.cache_folder() / "fits.json").write_text(
+        json.dumps({"version": 1, "entries": {"one": 3}})
+    )
+    assert kept_fit("one") is None
+
+
+def test_other_code_and_other_versions_ask_anew(make_tiny, monkeypatch):
+    config = open_checkpoint(make_tiny("llama")).config
+    keys = {fit_key(config, torch.float32)}
+    with monkeypatch.context() as patched:
+        patched.setattr(fits, "_ours", lambda: ("changed",))
+        keys.add(fit_key(config, torch.float32))
+    monkeypatch.setattr(fits.transformers, "__version__", "0")
+    keys.add(fit_key(config, torch.float32))
+    assert len(keys) == 3
+
+
+def test_what_is_refused_is_found_anew(command, make_tiny, monkeypatch):
+    folder = make_tiny("llama", rms_norm_eps=0.125)
+    command()
+
+    def refuse(*_):
+        raise CheckpointError("of a reason")
+
+    monkeypatch.setattr(probe, "_probed", refuse)
+    with pytest.raises(CheckpointError, match="llama models cannot be streamed: of a reason"):
+        network_of(folder)
+    ran = command()
+    network_of(folder)
+    assert len(ran) == 1
+
+
+def test_who_has_us_as_a_library_is_asked_each_time(command, make_tiny, monkeypatch):
+    folder = make_tiny("llama", rms_norm_eps=0.0625)
+    monkeypatch.setattr(sparing, "_asked", set())
+    for _ in range(2):
+        ran = command()
+        network_of(folder)
+        assert len(ran) == 1
+    assert not (fits.cache_folder() / "fits.json").exists()
+
+
+def test_modules_are_made_without_drawing_on_meta(make_tiny, monkeypatch):
+    drawn, normal = [], torch.nn.init.normal_
+
+    def draw(tensor, *rest):
+        drawn.append(tensor)
+        return normal(tensor, *rest)
+
+    monkeypatch.setattr(torch.nn.init, "normal_", draw)
+    network_of(make_tiny("llama"))
+    assert not drawn
+    assert torch.nn.init.normal_(torch.zeros(9)).count_nonzero() and len(drawn) == 1
