@@ -381,7 +381,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
 
     monkeypatch.setattr(NgramDrafter, "propose", propose)
     runtime = RuntimeConfig(
-        device=device, home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
+        device=device, home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
     )
     draft, checkpoint = DraftConfig(draft="ngram", draft_tokens=4), open_checkpoint(folder)
     with (
@@ -425,7 +425,7 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
         home=HomeKind.HOST,
         resident_layers=1,
         slots=2,
-        prefill_chunk_tokens=9,
+        prefill_chunk_tokens=24,
         kv=kv,
         kv_block_tokens=16 if kv is KVPlace.HOST else None,
     )

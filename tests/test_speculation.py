@@ -133,12 +133,11 @@ VOCAB = 5
 
 def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
     """Counts of the first two emitted tokens, when the target's rows are decided by token ids."""
-    counts = torch.zeros(VOCAB, VOCAB)
+    counts, after = torch.zeros(VOCAB, VOCAB), target_probs(target_logits, sampling)
     for seed in range(seeds):
         generator = make_generator(seed, "cpu")
         draft = draft_for(generator)
-        rows = [target_logits[VOCAB], *(target_logits[t] for t in draft.tree.tokens)]
-        logits = torch.stack(rows)
+        logits = target_logits[[VOCAB, *draft.tree.tokens]]
         verdict = walk(
             draft,
             draw(draft, logits, sampling, rule, Dice(generator), HOST).tolist(),
@@ -147,8 +146,7 @@ def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
         )
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:  # the next pass starts after the first token
-            last = target_probs(target_logits[tokens[-1]][None], sampling)[0]
-            tokens.append(int(torch.multinomial(last, 1, generator=generator)))
+            tokens.append(int(torch.multinomial(after[tokens[-1]], 1, generator=generator)))
         counts[tokens[0], tokens[1]] += 1
     return counts
 
@@ -173,10 +171,12 @@ def world():
 
 
 def sampled_chain(draft_logits, sampling):
+    after = target_probs(draft_logits, sampling)
+
     def make(generator):
         tokens, probs, row = [], [], VOCAB
         for _ in range(2):
-            probs.append(target_probs(draft_logits[row][None], sampling)[0])
+            probs.append(after[row])
             row = int(torch.multinomial(probs[-1], 1, generator=generator))
             tokens.append(row)
         return Draft(TokenTree.chain(tokens), torch.stack(probs))
@@ -186,9 +186,10 @@ def sampled_chain(draft_logits, sampling):
 
 def sampled_tree(draft_logits, sampling):
     """Two siblings drawn without replacement, each with two children drawn likewise."""
+    after = target_probs(draft_logits, sampling)
 
     def siblings(row, generator):
-        left = target_probs(draft_logits[row][None], sampling)[0]
+        left = after[row]
         for _ in range(2):
             if left.sum() <= 0:
                 return
@@ -656,10 +657,12 @@ def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, n
     folder = make_tiny("llama", **IDS)
     options = {"resident_layers": resident, "slots": None if resident in (None, 3) else 2}
     options |= {"kv": kv, "kv_block_tokens": 16 if kv == "disk" else None}
-    with engine_for(folder, prompts=THREE, tokens=30, draft=drafts[name], **options) as engine:
+    at_once = kv == "device" and resident is None or name in SELF  # others have two, for time
+    prompts = THREE if at_once else THREE[:2]
+    with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **options) as engine:
         for tokens in (30, 7, 1):
-            run_tokens = generate(engine, THREE, tokens=tokens)
-            assert run_tokens == [answer[:tokens] for answer in plain]
+            run_tokens = generate(engine, prompts, tokens=tokens)
+            assert run_tokens == [answer[:tokens] for answer in plain[: len(prompts)]]
 
 
 def test_a_drafter_that_is_the_target_is_always_right(make_tiny, drafts):
@@ -845,7 +848,7 @@ def test_draft_options_that_mean_nothing_are_errors(options, message):
 
 @pytest.mark.parametrize("name", ["chain", "tree", "ngram", "triforce", "triforce-model", *SELF])
 def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, drafts, name):
-    """Law 4 end to end: the joint distribution of three tokens, eight sequences at a time."""
+    """Law 4 end to end: the joint distribution of three tokens, many sequences at a time."""
     folder = make_tiny("llama", **IDS)
     place = STREAMED.get(name, {})
     assert likelihood_of_three_tokens(folder, PROMPT, drafts[name], **place) > 1e-4
@@ -853,7 +856,7 @@ def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, d
 
 def likelihood_of_three_tokens(folder, prompt, draft, **place):
     """Chi-square survival of the first three sampled tokens, against the target's own passes."""
-    together, runs = 8, 45
+    together, runs = 24, 15
     sampling = SamplingConfig(temperature=1.0, top_k=3, seed=0)
     expected, names = torch.zeros(3, 3, 3), {}
     with engine_for(folder, prompts=[prompt], tokens=8) as engine:

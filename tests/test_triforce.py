@@ -1,6 +1,7 @@
 """The retrieval cache, and TriForce's two levels: what is kept, and that both levels are exact."""
 
 from contextlib import closing
+from functools import cache
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -209,16 +210,29 @@ def test_with_a_window_the_pinned_chunk_is_not_taken_for_a_recent_one():
         assert torch.allclose(retrieval.attend(0, query, spec), expected, atol=1e-6)
 
 
+GIVEN = [PROMPT * 4, PROMPT[:3], PROMPT[::-1] * 3]
+AGAIN = [PROMPT * 4 + [8, 9], PROMPT[:3] + [4], PROMPT]  # caches are used again
+
+
+@pytest.fixture(scope="module")
+def undrafted():
+    """Answers to `GIVEN` and `AGAIN` of a model all of which is on the device."""
+
+    @cache
+    def of(folder):
+        with engine_for(folder, prompts=GIVEN, tokens=40) as engine:
+            return [generate(engine, GIVEN, tokens=40), generate(engine, AGAIN, tokens=20)]
+
+    return of
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
 @pytest.mark.parametrize("streamed", [False, True])
-def test_greedy_with_triforce_equals_greedy_without(make_tiny, family, streamed):
+def test_greedy_with_triforce_equals_greedy_without(make_tiny, undrafted, family, streamed):
     config = {"head_dim": 16, **IDS}
     if family in ("gemma2", "gpt_oss"):
         config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
     folder = make_tiny(family, **config)
-    prompts = [PROMPT * 4, PROMPT[:3], PROMPT[::-1] * 3]
-    with engine_for(folder, prompts=prompts, tokens=40) as engine:
-        plain = generate(engine, prompts, tokens=40)
     options = {"resident_layers": 1, "slots": 2} if streamed else {}
     retrieval = RetrievalConfig(budget_tokens=32, chunk_tokens=5, rebuild_tokens=11)
     draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=retrieval)
@@ -226,12 +240,9 @@ def test_greedy_with_triforce_equals_greedy_without(make_tiny, family, streamed)
     if family == "llama":
         places += [{}, {"kv": "host"}]
     for kv in places:
-        with engine_for(folder, prompts=prompts, tokens=40, draft=draft, **kv, **options) as engine:
-            assert generate(engine, prompts, tokens=40) == plain
-            again = [PROMPT * 4 + [8, 9], PROMPT[:3] + [4], PROMPT]  # caches are used again
-            longer = generate(engine, again, tokens=20)
-        with engine_for(folder, prompts=prompts, tokens=40, **kv) as engine:
-            assert longer == generate(engine, again, tokens=20)
+        with engine_for(folder, prompts=GIVEN, tokens=40, draft=draft, **kv, **options) as engine:
+            answers = [generate(engine, GIVEN, tokens=40), generate(engine, AGAIN, tokens=20)]
+            assert answers == undrafted(folder)
 
 
 def finished(engine, prompt, tokens, sampling=None):
@@ -366,6 +377,10 @@ def world():
     return World()
 
 
+probs_after = cache(target_probs)  # of a world's few rows, asked for thousands of times
+OUTER = DraftConfig(draft="triforce", draft_tokens=3, inner_tokens=2)
+
+
 class SampledInner(Unlearned):
     """A level 1 that draws a chain of up to two tokens."""
 
@@ -377,7 +392,7 @@ class SampledInner(Unlearned):
     def propose(self, ids, max_depth, max_nodes=None):
         tokens, probs, row = [], [], ids[-1]
         for _ in range(min(max_depth, 2)):
-            probs.append(target_probs(self._logits[row][None], self._sampling)[0])
+            probs.append(probs_after(self._logits, self._sampling)[row])
             row = int(torch.multinomial(probs[-1], 1, generator=self._generator))
             tokens.append(row)
         return Draft(TokenTree.chain(tokens), torch.stack(probs) if probs else None)
@@ -394,24 +409,24 @@ class ChosenInner(SampledInner):
         return Draft(deep if max_depth > 1 else TokenTree((2,), (-1,)))
 
 
-def drafted_by_triforce(world, inner, sampling, generator, gamma=3):
+def drafted_by_triforce(world, inner, sampling, generator):
     """The outer draft, and the target's verdict on it: the first two tokens."""
     cache = SimpleNamespace(
         built_at=0, is_complete=False, truncate=lambda n: None, commit=lambda keep: None
     )
 
     def over_retrieval(cache, root, tree):
-        return torch.stack([world.retrieval[root], *(world.retrieval[t] for t in tree.tokens)])
+        return world.retrieval[[root, *tree.tokens]]
 
     drafter = TriForceDrafter(
         HOST,
         over_retrieval,
         SimpleNamespace(retrieval=cache, choice=RecentChoice([0.25])),
         inner(world.draft, sampling, generator),
-        DraftConfig(draft="triforce", draft_tokens=gamma, inner_tokens=2),
+        OUTER,
     )
     drafter.begin(sampling, generator)
-    return drafter.propose([VOCAB], gamma)
+    return drafter.propose([VOCAB], OUTER.draft_tokens)
 
 
 def joint_counts(world, inner, sampling):
@@ -420,12 +435,12 @@ def joint_counts(world, inner, sampling):
         generator = make_generator(seed, "cpu")
         draft = drafted_by_triforce(world, inner, sampling, generator)
         assert len(draft.tree) == 3 and draft.probs.shape == (3, VOCAB)
-        logits = torch.stack([world.target[VOCAB], *(world.target[t] for t in draft.tree.tokens)])
+        logits = world.target[[VOCAB, *draft.tree.tokens]]
         drawn = draw(draft, logits, sampling, AcceptRule.LOSSLESS, Dice(generator), HOST).tolist()
         verdict = walk(draft, drawn, sampling, AcceptRule.LOSSLESS)
         tokens = [draft.tree.tokens[n] for n in verdict.path] + [verdict.token]
         if len(tokens) < 2:
-            last = target_probs(world.target[tokens[-1]][None], sampling)[0]
+            last = probs_after(world.target, sampling)[tokens[-1]]
             tokens.append(int(torch.multinomial(last, 1, generator=generator)))
         counts[tokens[0], tokens[1]] += 1
     return counts
