@@ -1,6 +1,7 @@
 """The checkpoint's own module drafts: what it computes, what it keeps, and what is refused."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -304,6 +305,16 @@ def test_on_a_gpu_a_chain_waits_once_for_each_token(gpu, make_mtp, monkeypatch):
 
 
 # --- what is refused -----------------------------------------------------------------------------
+
+
+def test_a_module_is_not_said_to_be_left_out(family, tmp_path, caplog):
+    checkpoint = open_checkpoint(family)
+    assert checkpoint.left_out and "left out" not in caplog.text
+    folder = shutil.copytree(family, tmp_path / "more")
+    tensors = load_file(folder / "model.safetensors") | {"mtpx.fc.weight": torch.zeros(8, 8)}
+    save_file(tensors, folder / "model.safetensors")
+    open_checkpoint(folder)
+    assert "1 tensors (256 B) are left out" in caplog.text and "mtpx.fc.weight" in caplog.text
 
 
 def test_a_model_without_a_module_is_refused_with_a_sentence(make_tiny, offload_run):
