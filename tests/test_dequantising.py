@@ -1,21 +1,26 @@
 """Who dequantises integers makes no difference: torch in one thread or several, or kernels.
 
+Nor does it whether a weight is dequantised into memory or while it is multiplied.
+
 Kernels are compiled for this processor, and for ones without its wide instructions.
 """
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from engines import PROMPT, engine_for
-from quantised import gptq, write_twins
+from quantised import compressed_tensors, gptq, write_twins
 
-from offload_rt.config import GenerationConfig, SamplingConfig
+from offload_rt.config import Exact, GenerationConfig, SamplingConfig
 from offload_rt.device import compiled
 from offload_rt.engine import Run
-from offload_rt.model.formats import brought, integers
+from offload_rt.kernels import assembling, products
+from offload_rt.kernels.tiles import in_tiles
+from offload_rt.model.formats import brought, direct, integers
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
 from offload_rt.model.formats.wired import wired_linears
@@ -72,6 +77,21 @@ def weight(form, outputs, inputs, bits, group, zeros, shuffled, scale_dtype=torc
         parts[word] = index
     sizes = {"outputs": outputs, "inputs": inputs, "bits": bits, "groups": groups}
     return Stored(module="m", form=form, parts={}, **sizes), parts
+
+
+# As above; several of oneDNN's blocks of inputs, the last one shorter.
+MULTIPLIED = [
+    (Form.PACKED, 128, 1152, 4, 128, False, False),
+    (Form.PACKED, 64, 2304, 4, 32, True, False),
+    (Form.PACKED, 64, 1088, 8, 64, True, False),
+    (Form.AWQ, 192, 1056, 4, 32, True, False),
+    (Form.GPTQ, 128, 1088, 4, 64, True, False),
+    (Form.GPTQ, 64, 96, 8, 32, True, True),
+    (Form.GPTQ_V2, 128, 2080, 4, 32, True, True),
+]
+needs_products = pytest.mark.skipif(
+    bool(products.problem()), reason=f"no kernels: {products.problem()}"
+)
 
 
 def bits_of(bring, stored, parts, dtype):
@@ -134,6 +154,86 @@ def test_so_do_kernels_for_other_processors(cpu, can, has, lacks, tmp_path):
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
+def multiplied(case):
+    """A weight, what torch dequantises, and rows to multiply."""
+    stored, parts = weight(*case)
+    stored = replace(stored, parts=dict.fromkeys(parts))
+    out = torch.empty(stored.outputs, stored.inputs, dtype=torch.bfloat16)
+    TORCH[stored.form](stored, parts, out)
+    assert out.isfinite().all()
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(40, stored.inputs, generator=generator).to(torch.bfloat16)
+    return stored, parts, out, rows
+
+
+@needs_products
+@pytest.mark.parametrize("case", MULTIPLIED, ids=lambda case: f"{case[0]} {case[3]} {case[6]}")
+def test_products_with_what_is_stored_are_those_of_what_it_means(case):
+    stored, parts, out, rows = multiplied(case)
+    bias = torch.linspace(-1, 1, stored.outputs).to(torch.bfloat16)
+    for exact in (False, True):
+        in_order = not case[6]
+        made = direct.direct_for(stored, torch.bfloat16, CPU, exact=exact, in_order=in_order)
+        assert made is not None
+        for count in (1, 2, 7, 40):
+            for added in (bias, None):
+
+                def plain(given, added=added):
+                    return torch.nn.functional.linear(given, out, added)
+
+                some = rows[:count]
+                expected = in_tiles(plain, some) if exact else plain(some)
+                assert torch.equal(made(some, parts, added), expected)
+    if stored.form is Form.PACKED:
+        parts["weight_packed"][0] ^= 1  # the lowest bit of every word of an output
+    else:
+        parts["qweight"][:, 0] ^= 1
+    changed = made(rows, parts, None) != in_tiles(plain, rows)
+    assert changed.any(dim=0).nonzero().tolist() == [[0]]
+
+
+@needs_products
+def test_where_no_kernel_gives_the_bits_a_weight_is_dequantised(monkeypatch):
+    options = {"exact": True, "in_order": True}
+    for case in (
+        (Form.PACKED, 128, 192, 4, 32, False, False),  # no 16 words
+        (Form.PACKED, 96, 256, 4, 32, False, False),  # no panel of outputs
+        (Form.PACKED, 128, 256, 4, 16, False, False),
+    ):
+        stored, _ = weight(*case)
+        assert direct.direct_for(stored, torch.bfloat16, CPU, **options) is None
+    stored, parts = weight(*MULTIPLIED[0])
+    assert direct.direct_for(stored, torch.bfloat16, CPU, **options) is not None
+    assert direct.direct_for(stored, torch.float16, CPU, **options) is None
+    monkeypatch.setattr(direct, "blocks_of", lambda *_, **__: None)
+    assert direct.direct_for(stored, torch.bfloat16, CPU, **options) is None
+
+
+@needs_products
+def test_a_model_is_the_same_whether_its_weights_are_written_out(make_tiny, tmp_path, monkeypatch):
+    sizes = {"hidden_size": 128, "intermediate_size": 1152, "num_hidden_layers": 2}
+    source = make_tiny("llama", **sizes, dtype="bfloat16", pad_token_id=0)
+    convert = compressed_tensors(4, 64, symmetric=False)
+    twins = write_twins(source, tmp_path / "model", *convert, dtype=torch.bfloat16)
+    found = {}
+    for who in (assembling.who(), compiled.who()):
+        for config in ({"exact": Exact.ON, "resident_layers": 0}, {"exact": Exact.ON}):
+            with engine_for(twins.folder, **config) as engine:
+                report = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig()).report()
+                assert report.dequantising.decoder == who
+                assert report.exact.on
+                together = engine.forward([(0, PROMPT)], reuse=True).clone()
+                engine.truncate(0, 0)
+                alone = [engine.forward([(0, [t])], reuse=False).clone() for t in PROMPT]
+                assert torch.equal(alone[-1], together)
+                found[who, len(config)] = together
+        monkeypatch.setattr(direct, "multiplies", lambda *_: False)
+    (first, *others) = found.values()
+    assert all(torch.equal(first, other) for other in others)
+    with engine_for(twins.plain, exact=Exact.ON) as engine:
+        assert torch.equal(engine.forward([(0, PROMPT)], reuse=True), first)
+
+
 @pytest.mark.parametrize("case", [CASES[1], CASES[6], CASES[9]], ids=lambda case: case[0])
 def test_threads_of_torch_change_nothing_and_stay_as_many(case, monkeypatch):
     monkeypatch.setitem(BLOCK_NUMBERS, "cpu", 1024)
@@ -150,8 +250,11 @@ def test_threads_of_torch_change_nothing_and_stay_as_many(case, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_an_index_in_order_is_left_alone_and_the_decoder_is_reported(make_tiny, tmp_path, dtype):
+def test_an_index_in_order_is_left_alone_and_the_decoder_is_reported(
+    make_tiny, tmp_path, dtype, monkeypatch
+):
     source = make_tiny("llama", dtype=dtype, pad_token_id=0)
+    monkeypatch.setattr(direct, "multiplies", lambda *_: False)
     compiles = dtype == "bfloat16" and not compiled.problem()
     for shuffled in (False, True):
         convert = gptq(4, 32, shuffled=shuffled)

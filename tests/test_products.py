@@ -6,6 +6,9 @@ import torch
 from offload_rt.device.system import _mapped_areas
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.stored import ROWS_AT_ONCE, How, StoredProduct
+from offload_rt.kernels.stored import blocks_of as plain_blocks
+from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.packed import PackedLinear
 
 needs_kernels = pytest.mark.skipif(
@@ -51,6 +54,38 @@ def test_the_bits_are_those_of_the_library(inputs, outputs, threads):
         assert torch.equal(linear(rows[:count]), expected)
     spread = torch.randn(2, 2 * inputs, dtype=torch.bfloat16)[:, ::2]  # not one after the other
     assert torch.equal(packed(spread), linear(spread))
+
+
+@needs_kernels
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_a_matrix_as_it_lies_gives_the_bits_of_the_library(inputs, outputs, threads):
+    linear, rows = cancelling(inputs, outputs)
+    for tiles in (False, True):
+        product = StoredProduct(
+            How.PLAIN, inputs, outputs, plain_blocks(inputs, outputs, tiles=tiles)
+        )
+        for count in (1, 2, 5, 6, 7, 13, 40):
+            some = rows[:count]
+            expected = in_tiles(linear, some) if tiles else linear(some)
+            assert torch.equal(product(some, linear.weight, linear.bias), expected)
+    many = rows.repeat(ROWS_AT_ONCE // len(rows) + 1, 1)  # the last block of rows has another size
+    expected = in_tiles(linear, rows).repeat(ROWS_AT_ONCE // len(rows) + 1, 1)
+    assert torch.equal(product(many[None], linear.weight, linear.bias)[0], expected)
+    without = torch.nn.functional.linear(rows, linear.weight)
+    assert torch.equal(product(rows, linear.weight, None), without)
+
+
+@needs_kernels
+def test_blocks_of_another_length_are_noticed():
+    linear, rows = cancelling(1536, 256)
+    blocks = plain_blocks(1536, 256, tiles=True)
+    expected = in_tiles(linear, rows)
+    for length in (256, 512, 1024):
+        product = StoredProduct(How.PLAIN, 1536, 256, (length, length))
+        same = torch.equal(product(rows, linear.weight, linear.bias), expected)
+        assert same == (length == blocks[1])
+    assert plain_blocks(1536, 250, tiles=True) is None
+    assert plain_blocks(1528, 256, tiles=True) is None
 
 
 @needs_kernels

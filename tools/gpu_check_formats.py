@@ -28,7 +28,7 @@ def check(bench: Bench) -> None:
             dequantise(stored, parts, expected)
             moved = {word: part.to(there) for word, part in parts.items()}
             out = torch.empty_like(expected, device=there)
-            ready([stored], out.dtype, there)
+            ready([stored], out.dtype, there, exact=False, in_order=())
             bring = bring_for(stored, out.dtype, there) or dequantise
 
             def once() -> None:

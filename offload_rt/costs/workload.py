@@ -29,7 +29,7 @@ from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import Stored, suits_kernels
+from offload_rt.model.formats.stored import Stored, multiplies, suits_kernels
 from offload_rt.model.layout import compute_dtype
 from offload_rt.profiling.profile import Decoder, LayerWork
 
@@ -280,7 +280,7 @@ class PlacedModel:
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = (
             layer.work(rows, self.sequences, self._tile),
-            self.speeds.order(resident=resident and not decoded),
+            self.speeds.order(resident=resident and not layer.grown_bytes),
         )
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
@@ -316,6 +316,8 @@ def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[
     """What of a layer is dequantised, and by whom; compiled kernels are as on this machine."""
     counts: dict[tuple[str, int, Decoder], int] = {}
     for each in stored:
+        if device is CPU and multiplies(each, dtype):
+            continue  # no slower than a product with 16 bits
         suits = suits_kernels(each, dtype) or each.form is Form.CODED
         compiles = device is CPU and suits and not compiled.problem()
         decoder = Decoder.COMPILED if compiles else Decoder.TORCH

@@ -9,6 +9,7 @@ threads gets in their way, and a kernel of 50 microseconds is worth starting.
 """
 
 import ctypes
+import importlib.metadata
 import importlib.util
 import logging
 import re
@@ -42,6 +43,11 @@ def problem() -> str:
     except Exception as error:  # noqa: BLE001 - LLVM's loading may fail in many ways
         return f"{PACKAGE} cannot be used: {' '.join(str(error).split())}"
     return ""
+
+
+def who() -> str:
+    """Who assembles, for reports: `llvmlite 0.48.0`; empty where nobody does."""
+    return "" if problem() else f"{PACKAGE} {importlib.metadata.version(PACKAGE)}"
 
 
 def trouble(make: Callable[[], object]) -> str:

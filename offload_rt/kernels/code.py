@@ -103,6 +103,24 @@ class Code:
         after = self.times(self.plus(thread, 1), count)
         return first, self.let(f"udiv i64 {after}, {threads}")
 
+    @contextmanager
+    def taken(self, counter: str, count: int | str) -> Iterator[str]:
+        """Repeat for parts that this thread takes from a counter which all share, until it is up.
+
+        So a thread whose core was lent to another's work for a moment does not hold up the rest.
+        """
+        self._count += 1
+        name = f"take{self._count}"
+        self.add(f"br label %{name}")
+        self.block(name)
+        part = self.let(f"atomicrmw add ptr {counter}, i64 1 monotonic")
+        left = self.let(f"icmp ult i64 {part}, {count}")
+        self.add(f"br i1 {left}, label %{name}.body, label %{name}.end")
+        self.block(f"{name}.body")
+        yield part
+        self.add(f"br label %{name}")
+        self.block(f"{name}.end")
+
     def read(self, address: str) -> str:
         """`LANES` bf16 numbers as fp32."""
         narrow = self.let(f"load {NARROW}, ptr {address}, align 2")

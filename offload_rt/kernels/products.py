@@ -122,7 +122,7 @@ def blocks_of(inputs: int, outputs: int, tile: int = 1) -> tuple[int, int] | Non
     if problem() or outputs % PANEL or inputs % _INPUTS_TILE:
         return None
     outputs = min(outputs, max(PANEL, _COMPARED_NUMBERS // inputs // PANEL * PANEL))
-    weight, rows = _cancelling(inputs, outputs)
+    weight, rows = cancelling(inputs, outputs)
     bias = torch.linspace(-1e-4, 1e-4, outputs).to(torch.bfloat16)
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, 16)
     if not lies_in_panels(packed, weight):
@@ -149,7 +149,7 @@ def _by_onednn(
     return out[:count]
 
 
-def _cancelling(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+def cancelling(inputs: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
     """A weight [O, I] and `MOST_ROWS` rows whose products are all rounding: sums come to zero."""
     generator = torch.Generator().manual_seed(0)
     half, panels = inputs // 2, outputs // PANEL

@@ -29,8 +29,10 @@ from torch.overrides import TorchFunctionMode
 from offload_rt.device.system import processor
 from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
+from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.tiles import FEW_OUTPUTS, Forward, evenly, in_tiles
 from offload_rt.model.experts import MATRICES
+from offload_rt.model.formats.direct import plain_for
 from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.formats.wide import wide_linear
 from offload_rt.model.formats.wired import Product, WiredLinear
@@ -43,6 +45,7 @@ _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
 _MOST_KEPT = 1000
 _log = logging.getLogger(__name__)
+Computes = Callable[[Forward, torch.Tensor], torch.Tensor]
 _LINEARS = torch.nn.Linear, WiredLinear, PackedLinear
 
 
@@ -67,8 +70,8 @@ _PRODUCTS = _called(
 def make_exact(model: torch.nn.Module) -> None:
     """Have the linears below `model` compute in tiles, and its activations in whole vectors."""
     for child in model.modules():
-        if type(child) in (torch.nn.Linear, WiredLinear):
-            _wrap(child, partial(in_tiles, apart=_sizes(child)[1] < FEW_OUTPUTS))
+        if type(child) is torch.nn.Linear:  # quantised ones do so by themselves
+            _wrap(child, _tiled(child))
         elif _is_activation(child):
             _wrap(child, evenly)
 
@@ -144,7 +147,27 @@ def _outer(args: tuple[Any, ...]) -> bool:
     )
 
 
-def _wrap(module: torch.nn.Module, how: Callable[[Forward, torch.Tensor], torch.Tensor]) -> None:
+def _tiled(linear: torch.nn.Linear) -> Computes:
+    """Kernels of our own where they give the bits of tiles, else torch's with tiles."""
+    outputs, inputs = linear.weight.shape
+    tiles, widened = partial(in_tiles, apart=outputs < FEW_OUTPUTS), "forward" in linear.__dict__
+    dtype, host = linear.weight.dtype, torch.device("cpu")  # nothing else is exact
+    product = None if widened else plain_for(inputs, outputs, dtype, host, exact=True)
+    if product is None:
+        return tiles
+    of = ref(linear)
+
+    def multiply(forward: Forward, rows: torch.Tensor) -> torch.Tensor:
+        linear = of()
+        assert linear is not None  # it is being called
+        if traced() or not linear.weight.is_contiguous():  # what is traced are torch's kernels
+            return tiles(forward, rows)
+        return product(rows, linear.weight, linear.bias)
+
+    return multiply
+
+
+def _wrap(module: torch.nn.Module, how: Computes) -> None:
     forward = module.__dict__.get("forward") or partial(_forward_of, ref(module))
     module.forward = partial(how, forward)  # in no circle, so that memory goes at once
 

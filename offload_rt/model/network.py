@@ -316,7 +316,8 @@ class Network:
         """
         for index in layers:
             for linear in wired_linears(self._layers[index]):
-                linear.lend(memory.tensor, in_order=linear.stored in in_order)
+                in_order_too = linear.stored in in_order
+                linear.lend(memory.tensor, in_order=in_order_too, exact=self.exact)
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -406,7 +407,7 @@ class Network:
         if widens(self.dtype, device):
             widen_linears(self._model)
             for linear in wired_linears(self._model):
-                linear.product = wide_linear
+                linear.compute_by(wide_linear)
         if self.exact:
             make_exact(self._model)
 

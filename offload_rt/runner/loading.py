@@ -220,7 +220,9 @@ def _prepare_stored(
     stored = dict.fromkeys(checkpoint.stored.values())
     in_order = check_numbers(stored, files)
     for device, layers in shares if stored else ():
-        network.dequantising = ready(stored, network.dtype, device.torch_device)
+        network.dequantising = ready(
+            stored, network.dtype, device.torch_device, exact=network.exact, in_order=in_order
+        )
         nbytes = scratch_bytes(stored, network.dtype.itemsize, device.kind.processor)
         network.lend_scratch(layers, device.allocate(nbytes, SCRATCH), in_order)
 

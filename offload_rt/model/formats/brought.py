@@ -1,7 +1,7 @@
-"""Who dequantises integers on a CPU: kernels that numba compiles, where they can be, else torch."""
+"""Who dequantises integers on a CPU: kernels that multiply, those that numba compiles, or torch."""
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from functools import cache
 
 import numpy as np
@@ -10,7 +10,9 @@ import torch
 from offload_rt.device import compiled
 from offload_rt.device.compiled import in_parts
 from offload_rt.device.system import give_back_code, give_back_holes
+from offload_rt.kernels import assembling
 from offload_rt.model.formats import integers, on_gpu
+from offload_rt.model.formats.direct import direct_for
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, suits_kernels
 from offload_rt.report import Dequantising
@@ -37,19 +39,33 @@ def prepare() -> compiled.Warmed:
     return warmed
 
 
-def ready(stored: Iterable[Stored], dtype: torch.dtype, device: torch.device) -> Dequantising:
+def ready(
+    stored: Iterable[Stored],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    exact: bool,
+    in_order: Container[Stored],
+) -> Dequantising:
     """See that what dequantises weights is there, before any pass.
 
     Args:
         stored: the weights.
         dtype: they compute in.
         device: where.
+        exact: products are those of tiles of rows.
+        in_order: weights of which inputs of a group follow each other.
     """
-    kinds = {_who(each, dtype, device) for each in stored}
-    warmed = compiled.Warmed(seconds=0.0, compiled=0)
-    if any(_compiles(each, dtype, device) for each in stored):
-        warmed = prepare()
-    who = [name for name in (compiled.who(), on_gpu.PACKAGE, TORCH, NUMPY) if name in kinds]
+    kinds, warmed = set(), compiled.Warmed(seconds=0.0, compiled=0)
+    for each in stored:
+        if direct_for(each, dtype, device, exact=exact, in_order=each in in_order):
+            kinds.add(assembling.who())
+            continue
+        kinds.add(_who(each, dtype, device))
+        if _compiles(each, dtype, device) and not warmed.seconds:
+            warmed = prepare()
+    known = (assembling.who(), compiled.who(), on_gpu.PACKAGE, TORCH, NUMPY)
+    who = [name for name in known if name in kinds]
     return Dequantising(decoder=", ".join(who), warm_s=warmed.seconds, compiled=warmed.compiled)
 
 

@@ -1,8 +1,10 @@
 """A quantised weight as it is stored, and the memory that dequantising it needs. No torch here."""
 
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from offload_rt.device.system import processor_flags
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.header import TensorExtent
 
@@ -28,6 +30,8 @@ COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
 KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
 _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 _KERNEL_FORMATS = ("bfloat16", "float16")
+# Who multiplies with stored weights (`kernels/stored.py`), for what, and outputs at once.
+ASSEMBLER, _FLAG, _PANEL = "llvmlite", "avx512_bf16", 64
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 
 
@@ -130,6 +134,24 @@ def suits_kernels(stored: Stored, dtype: str) -> bool:
         and stored.bits in KERNEL_BITS
         and stored.group % KERNEL_INPUTS == 0
         and dtype in _KERNEL_FORMATS
+    )
+
+
+def multiplies(stored: Stored, dtype: str) -> bool:
+    """Whether a CPU's kernels multiply with a weight as it is stored, here and now.
+
+    Args:
+        stored: the weight.
+        dtype: torch's name of the format it computes in.
+    """
+    step = 512 // stored.bits if stored.form is Form.PACKED else KERNEL_INPUTS  # 16 words
+    return (
+        dtype == "bfloat16"
+        and suits_kernels(stored, dtype)
+        and stored.outputs % _PANEL == 0
+        and stored.inputs % step == 0
+        and _FLAG in processor_flags()
+        and importlib.util.find_spec(ASSEMBLER) is not None
     )
 
 

@@ -12,10 +12,13 @@ from collections.abc import Callable, Mapping
 import torch
 
 from offload_rt.errors import CheckpointError
+from offload_rt.kernels.assembling import traced
+from offload_rt.kernels.tiles import FEW_OUTPUTS, in_tiles
 from offload_rt.model.files import shown
 from offload_rt.model.formats import coded, fours, grids, integers
 from offload_rt.model.formats.brought import bring_for
 from offload_rt.model.formats.checked import INDICES
+from offload_rt.model.formats.direct import Direct, Plain, direct_for, plain_for
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import torch_name
@@ -47,12 +50,16 @@ class WiredLinear(torch.nn.Module):
     Attributes:
         scratch: bytes for the one weight that computes, lent before a pass runs; no buffer of it.
         in_order: inputs of a group follow each other, so that an index of groups says nothing.
+        exact: a row has the bits of one in a tile of rows, however many there are.
     """
 
     def __init__(self, stored: Stored, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.stored, self.dtype = stored, linear.weight.dtype
         self.scratch, self.in_order = torch.empty(0, dtype=torch.uint8), False
+        self.exact = False
+        self._direct: Direct | None = None
+        self._plain: Plain | None = None
         self._bring = _BRING[stored.form]
         self.product: Product = torch.nn.functional.linear
         self.bias = linear.bias
@@ -64,11 +71,29 @@ class WiredLinear(torch.nn.Module):
         """[..., I] gives [..., O]."""
         if rows.is_meta:
             return rows.new_empty(*rows.shape[:-1], self.stored.outputs)
-        return self.product(rows, self.brought(), self.bias)
+        if not traced():  # what is traced are torch's kernels
+            if self._direct is not None:
+                return self._direct(rows, self._parts(), self.bias)
+            if self._plain is not None:
+                return self._plain(rows, self.brought(), self.bias)
+        weight = self.brought()
+        if not self.exact:
+            return self.product(rows, weight, self.bias)
+        apart = self.stored.outputs < FEW_OUTPUTS
+        return in_tiles(lambda tiles: self.product(tiles, weight, self.bias), rows, apart=apart)
 
-    def lend(self, scratch: torch.Tensor, *, in_order: bool) -> None:
+    def compute_by(self, product: Product) -> None:
+        """Multiply so, whatever else could."""
+        self.product, self._direct, self._plain = product, None, None
+
+    def lend(self, scratch: torch.Tensor, *, in_order: bool, exact: bool = False) -> None:
         """Give it room, where it computes; what it dequantises with is ready by then."""
-        self.scratch, self.in_order = scratch, in_order
+        self.scratch, self.in_order, self.exact = scratch, in_order, exact
+        self._direct = direct_for(
+            self.stored, self.dtype, scratch.device, exact=exact, in_order=in_order
+        )
+        sizes = self.stored.inputs, self.stored.outputs
+        self._plain = plain_for(*sizes, self.dtype, scratch.device, exact=exact)
         made = bring_for(self.stored, self.dtype, scratch.device)
         self._bring = made or _BRING[self.stored.form]
 
@@ -77,10 +102,13 @@ class WiredLinear(torch.nn.Module):
         stored = self.stored
         data = self.scratch[: stored.numbers * self.dtype.itemsize]
         out = data.view(self.dtype).view(stored.outputs, stored.inputs)
+        self._bring(stored, self._parts(), out)
+        return out
+
+    def _parts(self) -> dict[str, torch.Tensor]:
         unused = INDICES if self.in_order else ()
         parts = {w: tensor for w, tensor in self._buffers.items() if tensor is not None}
-        self._bring(stored, {w: tensor for w, tensor in parts.items() if w not in unused}, out)
-        return out
+        return {w: tensor for w, tensor in parts.items() if w not in unused}
 
     def as_linear(self) -> torch.nn.Linear:
         """A linear with the weight in the scratch."""

@@ -1,0 +1,433 @@
+"""Products of rows with a matrix that lies as it is stored: in bf16, or integers of 4 and 8 bits.
+
+A panel of `PANEL` outputs is taken at a time, and of that a block of inputs: it is brought into a
+scratch of the thread in the order of `products`, in bf16, and multiplied with all rows before the
+next one is. So the scratch stays in the second cache, no weight is written to memory, and more rows
+dequantise no more.
+
+The results are those of oneDNN with the dequantised matrix, bit for bit: the same instruction adds
+in the same order, and blocks of inputs are as long as `products` found out. What is computed of a
+row does not depend on how many there are.
+
+A number is (code - zero) x scale, rounded to fp32 and then to bf16. The instruction that rounds
+makes subnormal numbers of bf16 zero, and so does the one that multiplies.
+"""
+
+import ctypes
+from collections.abc import Iterator, Sequence
+from enum import StrEnum
+from functools import cache
+
+import torch
+
+from offload_rt.kernels import assembling
+from offload_rt.kernels.code import LANES, WIDE, Code
+from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
+from offload_rt.kernels.tiles import in_tiles
+
+ROWS_AT_ONCE = 128  # that a block is multiplied with; for more it is brought again
+LONGEST_BLOCK = 4096  # inputs
+_TOGETHER = 6  # rows whose sums are in registers, with 4 vectors of weights
+_PARTS = PANEL // LANES
+_LINE_BYTES = 64
+_BITS = f"<{LANES} x i32>"
+_PAIR = "<32 x bfloat>"
+_ROUND = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
+_DECLARED = f"declare {_PAIR} {_ROUND}({WIDE}, {WIDE})\n"
+_AWQ_CODES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
+_MATRIX = "ptr %codes, ptr %scales, ptr %zeros, ptr %index"
+_SIZES = "i64 %start, i64 %stop, i64 %output, i64 %inputs, i64 %outputs, i64 %group"
+_FIELDS = (
+    "rows codes scales zeros index bias out scratch n_inputs n_outputs n_count n_block n_group "
+    "n_blocks n_room next"
+)
+
+
+class How(StrEnum):
+    """How a matrix lies.
+
+    PLAIN: bf16 [O, I]. PACKED4 and PACKED8: words of codes along the inputs, [O, I b / 32].
+    COLUMNS4 and COLUMNS8: the same words, [I b / 32, O]. AWQ: words of 8 outputs, [I, O / 8].
+    """
+
+    PLAIN = "plain"
+    PACKED4 = "packed4"
+    PACKED8 = "packed8"
+    COLUMNS4 = "columns4"
+    COLUMNS8 = "columns8"
+    AWQ = "awq"
+
+
+_CODE_BITS = {How.PACKED8: 8, How.COLUMNS8: 8}
+# Inputs that are taken at once; blocks and sums of weights begin at multiples.
+STEP = {
+    How.PLAIN: 32,
+    How.PACKED4: 128,
+    How.PACKED8: 64,
+    How.COLUMNS4: 8,
+    How.COLUMNS8: 4,
+    How.AWQ: 8,
+}
+
+
+_COUNTS = (2, 3, 4, 5, 7, 8, 16, 17, 65)  # of rows, that are compared
+_COMPARED_NUMBERS = 2**22  # of a matrix whose product is compared
+
+
+@cache
+def blocks_of(inputs: int, outputs: int, *, tiles: bool) -> tuple[int, int] | None:
+    """Inputs of the blocks in which torch adds up, for one row and for more.
+
+    None where there are no kernels, or none that give its numbers.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        tiles: torch is given whole tiles of rows.
+    """
+    if problem() or outputs % PANEL or inputs % STEP[How.PLAIN] or _trouble():
+        return None
+    outputs = min(outputs, max(PANEL, _COMPARED_NUMBERS // inputs // PANEL * PANEL))
+    weight, rows = cancelling(inputs, outputs)
+    rows = rows.repeat(-(-_COUNTS[-1] // len(rows)), 1)
+    bias, found = torch.linspace(-1e-4, 1e-4, outputs).to(torch.bfloat16), []
+
+    def expected(given: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(given, weight, bias)
+
+    with torch.inference_mode():
+        for counts in ((1,), _COUNTS):
+            made = [in_tiles(expected, rows[:n]) if tiles else expected(rows[:n]) for n in counts]
+            for block in BLOCKS:
+                if min(block, inputs) > LONGEST_BLOCK:
+                    continue
+                mine = StoredProduct(How.PLAIN, inputs, outputs, (block, block))
+                pairs = zip(counts, made, strict=True)
+                if all(torch.equal(mine(rows[:n], weight, bias), one) for n, one in pairs):
+                    found.append(block)
+                    break
+    return (found[0], found[1]) if len(found) == 2 else None
+
+
+@cache
+def _trouble() -> str:
+    return assembling.trouble(lambda: _kernel(How.PLAIN, False))
+
+
+class StoredProduct:
+    """The product of rows with a matrix whose parts are given anew each time.
+
+    Args:
+        how: the matrix lies.
+        inputs: I.
+        outputs: O.
+        blocks: inputs that are added up before their sum is added to the total, for one row and
+            for more (`blocks_of`).
+        groups: G, of inputs; each has a scale and a zero point for each output.
+        ordered: inputs are in any order; `index` says which group each is of.
+    """
+
+    def __init__(
+        self,
+        how: How,
+        inputs: int,
+        outputs: int,
+        blocks: tuple[int, int],
+        *,
+        groups: int = 1,
+        ordered: bool = False,
+    ) -> None:
+        self._how, self._ordered = how, ordered
+        self._inputs, self._outputs = inputs, outputs
+        self._blocks = [min(block, inputs) for block in blocks]
+        self._room = room_bytes(max(self._blocks))
+        sizes = [inputs, outputs, 0, 0, inputs // groups, 0, self._room]
+        self._record = (ctypes.c_int64 * 17)(*[0] * 8, *sizes)
+        self._record[15] = ctypes.addressof(self._record) + 16 * ctypes.sizeof(ctypes.c_int64)
+
+    def __call__(
+        self,
+        rows: torch.Tensor,
+        codes: torch.Tensor,
+        bias: torch.Tensor | None,
+        scales: torch.Tensor | None = None,
+        zeros: torch.Tensor | None = None,
+        index: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """[..., I] in bf16 gives [..., O]; not from two threads at once.
+
+        Args:
+            rows: that are multiplied.
+            codes: the matrix, without gaps.
+            bias: [O] in bf16.
+            scales: [G, O] in fp32.
+            zeros: [G, O] in fp32.
+            index: [I] int32, the group of each input.
+        """
+        rows = rows.contiguous()
+        out = rows.new_empty(*rows.shape[:-1], self._outputs)
+        room = torch.empty(torch.get_num_threads() * self._room + _LINE_BYTES, dtype=torch.uint8)
+        parts = rows, codes, scales, zeros, index, bias, out, room
+        record = self._record
+        for place, part in enumerate(parts):
+            record[place] = 0 if part is None else part.data_ptr()
+        record[7] += -record[7] % _LINE_BYTES
+        count = rows.numel() // self._inputs
+        block = self._blocks[count > 1]
+        record[10], record[11], record[13] = count, block, -(-self._inputs // block)
+        record[16] = 0  # the panel that is next
+        assembling.together(_kernel(self._how, self._ordered), record)
+        return out
+
+
+def room_bytes(block: int) -> int:
+    """What a thread needs: a block of a panel in bf16, and sums in fp32."""
+    return PANEL * (2 * block + 4 * ROWS_AT_ONCE)
+
+
+@cache
+def _kernel(how: How, ordered: bool) -> int:
+    text = HEAD + _DECLARED + _bring(how, ordered) + _takes() + _finish() + _all()
+    return assembling.assemble(text, ["product"])["product"]
+
+
+def _bring(how: How, ordered: bool) -> str:
+    """Inputs of a block for the outputs of a panel: [pairs, 64, 2] into the scratch."""
+    code = Code(f"@bring({_MATRIX}, ptr %scratch, {_SIZES})")
+    for part in range(_PARTS):
+        output = code.plus("%output", part * LANES)
+        with code.loop("%start", "%stop", STEP[how]) as place:
+            pair = code.let(f"lshr i64 {code.let(f'sub i64 {place}, %start')}, 1")
+            line = code.plus(code.times(pair, PANEL), part * LANES)
+            target = code.at("%scratch", line, "i32")
+            found = _pairs(code, how, ordered, place, output)
+            for number, vector in enumerate(found):
+                there = code.at(target, number * PANEL, "i32")
+                code.add(f"store {vector}, ptr {there}, align 64")
+    return code.text()
+
+
+def _pairs(code: Code, how: How, ordered: bool, place: str, output: str) -> Iterator[str]:
+    """Vectors of pairs of inputs from `place` on, of outputs from `output` on, with their types."""
+    if how is How.PLAIN:
+        for vector in _turned(code, _lines(code, output, place, "%inputs", 2)):
+            yield f"{_BITS} {vector}"
+        return
+    bits = _CODE_BITS.get(how, 4)
+    each = 32 // bits  # inputs of a word
+    if how in (How.PACKED4, How.PACKED8):
+        lines = _lines(code, output, place, "%inputs", bits / 8)
+        words = _turned(code, lines)
+    elif how is How.AWQ:
+        each, words = 8, [""]
+    else:
+        row = code.let(f"udiv i64 {place}, {each}")
+        at = code.at("%codes", code.plus(code.times(row, "%outputs"), output), "i32")
+        words = [code.let(f"load {_BITS}, ptr {at}, align 4")]
+    for number, word in enumerate(words):
+        first = code.plus(place, number * each)
+        both = None if ordered else _scale(code, code.let(f"udiv i64 {first}, %group"), output)
+        numbers = []
+        for n in range(each):
+            given = both or _scale(code, _group_of(code, first, n), output)
+            found = _awq(code, first, n, output) if not word else _code(code, word, n, bits)
+            numbers.append(_number(code, found, *given))
+        for n in range(0, each, 2):
+            yield f"{_PAIR} {_rounded(code, numbers[n], numbers[n + 1])}"
+
+
+def _lines(code: Code, output: str, place: str, inputs: str, nbytes: float) -> list[str]:
+    """64 bytes of each of 16 outputs, from an input on, of which each has so many bytes."""
+    eighths = round(8 * nbytes)
+    found = []
+    for lane in range(LANES):
+        numbers = code.plus(code.times(code.plus(output, lane), inputs), place)
+        at = code.let(f"lshr i64 {code.times(numbers, eighths)}, 3")
+        found.append(code.let(f"load {_BITS}, ptr {code.at('%codes', at, 'i8')}, align 2"))
+    return found
+
+
+def _turned(code: Code, rows: Sequence[str]) -> list[str]:
+    """The columns of 16 vectors of 16."""
+    for _ in range(4):  # each pair of vectors is merged lane by lane; after four times they lie so
+        pairs = list(zip(rows[:8], rows[8:], strict=True))
+        rows = [
+            _mixed(code, one, other, [at for n in range(start, start + 8) for at in (n, 16 + n)])
+            for one, other in pairs
+            for start in (0, 8)
+        ]
+    return list(rows)
+
+
+def _mixed(code: Code, one: str, other: str, lanes: Sequence[int], kind: str = _BITS) -> str:
+    """Lanes of two vectors; those of the other are counted on."""
+    order = ", ".join(f"i32 {lane}" for lane in lanes)
+    return code.let(f"shufflevector {kind} {one}, {kind} {other}, <{len(lanes)} x i32> <{order}>")
+
+
+def _group_of(code: Code, first: str, n: int) -> str:
+    there = code.at("%index", code.plus(first, n), "i32")
+    return code.let(f"sext i32 {code.let(f'load i32, ptr {there}')} to i64")
+
+
+def _scale(code: Code, group: str, output: str) -> tuple[str, str]:
+    """Scales and zero points of 16 outputs."""
+    at = code.plus(code.times(group, "%outputs"), output)
+    scale, zero = (
+        code.let(f"load {WIDE}, ptr {code.at(start, at, 'float')}, align 4")
+        for start in ("%scales", "%zeros")
+    )
+    return scale, zero
+
+
+def _code(code: Code, word: str, n: int, bits: int) -> str:
+    """The n-th code of 16 words."""
+    shifted = code.let(f"lshr {_BITS} {word}, splat (i32 {n * bits})") if n else word
+    return code.let(f"and {_BITS} {shifted}, splat (i32 {(1 << bits) - 1})")
+
+
+def _awq(code: Code, first: str, n: int, output: str) -> str:
+    """The codes of 16 outputs, two words, for the n-th input from the first on."""
+    line = code.times(code.plus(first, n), code.let("udiv i64 %outputs, 8"))
+    at = code.at("%codes", code.plus(line, code.let(f"udiv i64 {output}, 8")), "i32")
+    two = code.let(f"load <2 x i32>, ptr {at}, align 4")
+    spread = _mixed(code, two, "poison", [0] * 8 + [1] * 8, "<2 x i32>")
+    shifts = ", ".join(f"i32 {4 * _AWQ_CODES[lane % 8]}" for lane in range(LANES))
+    shifted = code.let(f"lshr {_BITS} {spread}, <{shifts}>")
+    return code.let(f"and {_BITS} {shifted}, splat (i32 15)")
+
+
+def _number(code: Code, found: str, scale: str, zero: str) -> str:
+    number = code.let(f"uitofp {_BITS} {found} to {WIDE}")
+    return code.fp("fmul", code.fp("fsub", number, zero), scale)
+
+
+def _rounded(code: Code, one: str, two: str) -> str:
+    """Numbers of two inputs as bf16, of an output one after the other."""
+    halves = code.let(f"call {_PAIR} {_ROUND}({WIDE} {two}, {WIDE} {one})")
+    order = [at for lane in range(LANES) for at in (lane, LANES + lane)]
+    return _mixed(code, halves, "poison", order, _PAIR)
+
+
+def _takes() -> str:
+    """Functions `take1` and so on: so many rows times a block, added to their totals."""
+    return "".join(_take(count) for count in range(1, _TOGETHER + 1))
+
+
+def _take(count: int) -> str:
+    """The loop keeps sums in registers, so it is written with phis."""
+    code = Code(f"@take{count}(ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line)")
+    places = [(row, part) for row in range(count) for part in range(_PARTS)]
+    code.add("br label %inputs")
+    code.block("inputs")
+    code.add("%pair = phi i64 [0, %entry], [%next, %inputs]")
+    for row, part in places:
+        code.add(
+            f"%sum{row}.{part} = phi {WIDE} [zeroinitializer, %entry], [%new{row}.{part}, %inputs]"
+        )
+    start = code.times("%pair", PANEL)
+    weights = []
+    for part in range(_PARTS):
+        at = code.at("%scratch", code.plus(start, part * LANES), "i32")
+        weights.append(code.let(f"load {_PAIR}, ptr {at}, align 64"))
+    for row in range(count):
+        at = code.at("%rows", code.plus(code.times("%line", row), "%pair"), "i32")
+        number = code.let(f"load i32, ptr {at}, align 4")
+        first = code.let(f"insertelement {_BITS} poison, i32 {number}, i32 0")
+        spread = code.let(f"shufflevector {_BITS} {first}, {_BITS} poison, {_BITS} zeroinitializer")
+        given = code.let(f"bitcast {_BITS} {spread} to {_PAIR}")
+        for part in range(_PARTS):
+            code.add(
+                f"%new{row}.{part} = call {WIDE} @llvm.x86.avx512bf16.dpbf16ps.512("
+                f"{WIDE} %sum{row}.{part}, {_PAIR} {given}, {_PAIR} {weights[part]})"
+            )
+    code.add("%next = add i64 %pair, 1")
+    code.add("%inside = icmp ult i64 %next, %pairs")
+    code.add("br i1 %inside, label %inputs, label %added")
+    code.block("added")
+    for row, part in places:
+        at = code.at("%totals", row * PANEL + part * LANES, "float")
+        before = code.let(f"load {WIDE}, ptr {at}, align 64")
+        after = code.fp("fadd", before, f"%new{row}.{part}")
+        code.add(f"store {WIDE} {after}, ptr {at}, align 64")
+    return code.text()
+
+
+def _finish() -> str:
+    """Totals of a row, with the bias, rounded."""
+    code = Code("@finish(ptr %totals, ptr %bias, ptr %out)")
+    biased = code.let("icmp ne ptr %bias, null")
+    for part in range(_PARTS):
+        total = code.let(f"load {WIDE}, ptr {code.at('%totals', part * LANES, 'float')}, align 64")
+        there = code.at("%bias", part * LANES)
+        readable = code.let(f"select i1 {biased}, ptr {there}, ptr %totals")
+        summed = code.fp("fadd", total, code.read(readable))
+        made = code.let(f"select i1 {biased}, {WIDE} {summed}, {WIDE} {total}")
+        narrow = code.let(f"fptrunc {WIDE} {made} to <{LANES} x bfloat>")
+        at = code.at("%out", part * LANES)
+        code.add(f"store <{LANES} x bfloat> {narrow}, ptr {at}, align 2")
+    return code.text()
+
+
+def _all() -> str:
+    """Panels, one after the other, for all rows."""
+    code = Code("@product(ptr %record)", internal=False)
+    found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
+    rows, scratch, out, bias = (found[name] for name in ("rows", "scratch", "out", "bias"))
+    inputs, outputs, count = (found[f"n_{name}"] for name in ("inputs", "outputs", "count"))
+    thread = code.let(f"sext i32 {code.let('call i32 @omp_get_thread_num()')} to i64")
+    totals = code.at(scratch, code.times(thread, found["n_room"]), "i8")
+    brought = code.at(totals, 4 * PANEL * ROWS_AT_ONCE, "i8")
+    line = code.let(f"lshr i64 {inputs}, 1")
+    biased = code.let(f"icmp ne ptr {bias}, null")
+    panels = code.let(f"udiv i64 {outputs}, {PANEL}")
+    with code.taken(found["next"], panels) as panel:
+        output = code.times(panel, PANEL)
+        added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
+        with code.loop(0, count, ROWS_AT_ONCE) as begin:
+            left = code.let(f"sub i64 {count}, {begin}")
+            some = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {ROWS_AT_ONCE})")
+            with code.loop(0, code.times(some, PANEL), LANES) as place:
+                at = code.at(totals, place, "float")
+                code.add(f"store {WIDE} zeroinitializer, ptr {at}, align 64")
+            with code.loop(0, found["n_blocks"]) as block:
+                start = code.times(block, found["n_block"])
+                full = code.plus(start, found["n_block"])
+                stop = code.let(f"call i64 @llvm.umin.i64(i64 {full}, i64 {inputs})")
+                code.add(
+                    f"call void @bring(ptr {found['codes']}, ptr {found['scales']}, "
+                    f"ptr {found['zeros']}, ptr {found['index']}, ptr {brought}, i64 {start}, "
+                    f"i64 {stop}, i64 {output}, i64 {inputs}, i64 {outputs}, "
+                    f"i64 {found['n_group']})"
+                )
+                pairs = code.let(f"lshr i64 {code.let(f'sub i64 {stop}, {start}')}, 1")
+                _multiply(code, rows, (begin, some), (totals, brought), (start, pairs), line)
+            with code.loop(0, some) as row:
+                sums = code.at(totals, code.times(row, PANEL), "float")
+                spot = code.plus(code.times(code.plus(begin, row), outputs), output)
+                code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {code.at(out, spot)})")
+    return code.text()
+
+
+def _multiply(
+    code: Code,
+    rows: str,
+    some: tuple[str, str],
+    room: tuple[str, str],
+    block: tuple[str, str],
+    line: str,
+) -> None:
+    """All rows of some times a block that was brought."""
+    (begin, count), (totals, brought), (start, pairs) = some, room, block
+    with code.loop(0, count, _TOGETHER) as row:
+        left = code.let(f"sub i64 {count}, {row}")
+        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {_TOGETHER})")
+        skipped = code.times(code.times(code.plus(begin, row), line), 2)
+        given = code.at(rows, code.plus(skipped, start))
+        sums = code.at(totals, code.times(row, PANEL), "float")
+        for number in range(1, _TOGETHER + 1):
+            with code.when(code.let(f"icmp eq i64 {taking}, {number}")):
+                code.add(
+                    f"call void @take{number}(ptr {given}, ptr {brought}, ptr {sums}, "
+                    f"i64 {pairs}, i64 {line})"
+                )

@@ -1,0 +1,102 @@
+"""Products with quantised weights as they are stored, on a CPU: none is written out in 16 bits.
+
+The numbers are those of the dequantised weight's product (`kernels/stored.py`).
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from offload_rt.kernels.stored import How, StoredProduct, blocks_of
+from offload_rt.model.formats import integers
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import Stored, multiplies
+
+Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+Parts = Mapping[str, torch.Tensor]
+# Codes, bias, scales [G, O], zero points [G, O], the group of each input where they are unordered.
+Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]
+Direct = Callable[[torch.Tensor, Parts, torch.Tensor | None], torch.Tensor]
+
+_BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
+
+
+def direct_for(
+    stored: Stored, dtype: torch.dtype, device: torch.device, *, exact: bool, in_order: bool
+) -> Direct | None:
+    """What multiplies rows with a weight; None where nothing does and gives torch's bits.
+
+    Args:
+        stored: the weight.
+        dtype: it computes in.
+        device: where.
+        exact: torch is given tiles of rows.
+        in_order: inputs of a group follow each other.
+    """
+    if device.type != "cpu" or not multiplies(stored, str(dtype).removeprefix("torch.")):
+        return None
+    packed, columns = _BY_BITS[stored.bits]
+    ordered = not in_order and any(word.endswith("g_idx") for word in stored.parts)
+    if ordered and stored.form is Form.PACKED:
+        return None
+    blocks = blocks_of(stored.inputs, stored.outputs, tiles=exact)
+    if blocks is None:
+        return None
+    how = {Form.PACKED: packed, Form.AWQ: How.AWQ}.get(stored.form, columns)
+    product = StoredProduct(
+        how, stored.inputs, stored.outputs, blocks, groups=stored.groups, ordered=ordered
+    )
+    numbers = _of_packed if stored.form is Form.PACKED else _of_columns
+
+    def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(rows, *numbers(stored, parts, bias))
+
+    return multiply
+
+
+def plain_for(
+    inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, *, exact: bool
+) -> Plain | None:
+    """What multiplies rows with a bf16 weight [O, I] as it lies; None as above.
+
+    Args:
+        inputs: I.
+        outputs: O.
+        dtype: of the weight.
+        device: where it is.
+        exact: torch is given tiles of rows.
+    """
+    if device.type != "cpu" or dtype is not torch.bfloat16:
+        return None
+    blocks = blocks_of(inputs, outputs, tiles=exact)
+    return None if blocks is None else StoredProduct(How.PLAIN, inputs, outputs, blocks)
+
+
+def _of_packed(stored: Stored, parts: Parts, bias: torch.Tensor | None) -> Operands:
+    """Of compressed-tensors, whose scales lie output after output."""
+    scales = parts["weight_scale"].t().float().contiguous()
+    zeros = parts.get("weight_zero_point")
+    if zeros is None:
+        less = torch.full_like(scales, 1 << stored.bits - 1)
+    else:
+        less = integers.codes_of(zeros.t().contiguous(), stored.bits, stored.outputs).float()
+    return parts["weight_packed"], bias, scales, less, None
+
+
+def _of_columns(stored: Stored, parts: Parts, bias: torch.Tensor | None) -> Operands:
+    """Of AWQ and GPTQ."""
+    if stored.form is Form.AWQ:
+        zeros = integers.awq_codes(parts["qzeros"], stored.bits)
+    else:
+        zeros = integers.codes_of(parts["qzeros"], stored.bits, stored.outputs)
+    less = zeros.float()
+    if stored.form is Form.GPTQ:
+        less = less + 1
+    index = parts.get("g_idx")
+    return (
+        parts["qweight"],
+        bias,
+        parts["scales"].float().contiguous(),
+        less.contiguous(),
+        None if index is None else index.int(),
+    )
