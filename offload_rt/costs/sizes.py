@@ -280,7 +280,7 @@ def recorded_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -
     """Upper bound of what recorded draft passes of a model keep; 0 where none are recorded.
 
     The pool that all of them share, as large as the largest pass, their logits, and the recordings
-    themselves. Nothing is packed there, and the libraries' workspace is in that of a run.
+    themselves. The libraries' workspace is in that of a run.
     """
     if not device.records:
         return 0
@@ -291,8 +291,7 @@ def recorded_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -
         logit_rows=RECORDED_ROWS,
     )
     logits = RECORDED_ROWS * config.vocab_size * number_bytes
-    packed = config.intermediate_size * config.hidden_size * number_bytes
-    pool_bytes = workspace_bytes(config, number_bytes, pool, device) - RUNTIME_BYTES - packed
+    pool_bytes = workspace_bytes(config, number_bytes, pool, device) - RUNTIME_BYTES
     kernels = config.num_layers * LAYER_KERNELS + OTHER_KERNELS
     return pool_bytes + logits + MOST_RECORDINGS * kernels * KERNEL_BYTES
 
@@ -305,8 +304,9 @@ def workspace_bytes(
     All rows: the hidden state, of which each chunk is replaced where it lies, once more (scaled, or
     what a pass of one chunk makes of it) or the rotary tables while they are made, in fp32. One
     chunk: fp32 copies of the norm, query, key, value and their rotated
-    copies, the MLP's three products and a packed copy of its largest weight, and what attention
-    needs. Read rows: logits, and for sampling their fp32 copies, an fp64 sum and a sort order.
+    copies, the MLP's three products and on a CPU a packed copy of its largest weight, and what
+    attention needs. Read rows: logits, and for sampling their fp32 copies, an fp64 sum and a sort
+    order.
     """
     chunk = min(shape.chunk_rows, shape.rows)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -315,7 +315,8 @@ def workspace_bytes(
     per_chunk_row = (
         8 * config.hidden_size + (2 * heads + 4 * config.intermediate_size) * number_bytes
     )
-    packed_weight = config.intermediate_size * config.hidden_size * number_bytes if chunk > 1 else 0
+    packs = chunk > 1 and not device.own_memory  # a GPU's library multiplies what lies there
+    packed_weight = config.intermediate_size * config.hidden_size * number_bytes if packs else 0
     drawn = drawn_rows(device, shape.logit_rows, config.vocab_size)
     logits = config.vocab_size * (shape.logit_rows * number_bytes + drawn * 32)
     return (

@@ -163,7 +163,10 @@ def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -
         number_bytes: of a number it computes with.
         processor: `cpu` or `cuda`.
     """
+    stored = list(stored)
     largest = max((each.numbers for each in stored), default=0)
-    block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in stored), default=0))
-    block *= BLOCKS[processor]
-    return largest * number_bytes + min(largest, block) * _BLOCK_BYTES if largest else 0
+    # On a GPU one kernel decodes 12 bits, and no torch is there to do it in steps.
+    parts = [s for s in stored if not (processor == "cuda" and s.form is Form.CODED)]
+    block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in parts), default=0))
+    block = min(max((each.numbers for each in parts), default=0), block * BLOCKS[processor])
+    return largest * number_bytes + block * _BLOCK_BYTES
