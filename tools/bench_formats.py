@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.config import RuntimeConfig
+from offload_rt.device.system import settle_math
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import open_checkpoint, resolve_model
 from offload_rt.units import format_rate, format_size, parse_size
@@ -98,6 +99,7 @@ def show(result: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse arguments, measure, print."""
+    settle_math()  # before torch is there: threads that wait sleep, as in runs
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("models", nargs="+", help="folders; the first is what others are against")
     parser.add_argument("--device-memory", default="3GiB", help="limit of each (default: 3GiB)")
