@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 
 from offload_rt.errors import ConfigError
@@ -103,6 +102,8 @@ def _keep(trace: str, arguments: Sequence[str]) -> Path:
     Raises:
         ConfigError: it cannot be written.
     """
+    from importlib.metadata import version  # 13 ms, of 103 that every verb would wait for
+
     import platformdirs
 
     path = make_folder(platformdirs.user_state_path("offload-rt")) / _NAME
