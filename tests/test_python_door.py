@@ -19,6 +19,7 @@ from transformers import AutoTokenizer
 
 import offload_rt
 from offload_rt.cli.pages import load_verb
+from offload_rt.model import exact
 from offload_rt.session.keywords import AnswerOptions, LoadOptions
 from offload_rt.session.observer import Gauge
 from offload_rt.session.options import ANSWER_KEYWORDS, KEYWORDS
@@ -168,6 +169,19 @@ def test_a_fixed_number_of_draft_tokens_is_drafted_with_a_seed(tiny_model):
         assert first.report.speculation.drafter == "ngram"
         model.generate(PROMPTS[2], max_tokens=20)
         assert model.generate(HI, **sampled).token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("problem", ["", "a product differs"])
+def test_a_seed_drafts_by_times_only_where_passes_are_row_invariant(
+    problem, tiny_model, tmp_path, monkeypatch
+):
+    """Though that they are not is found out as the model is loaded, after it was planned."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(exact, "unlike_product", lambda *_: problem)
+    sampled = {"temperature": 0.8, "seed": 3, "max_tokens": 4}
+    with offload_rt.load(tiny_model, draft="ngram", **SMALL, **sampled) as model:
+        assert (model.generate(HI).report.exact.why or "") == problem
+        assert (model._engine.controller is None) is bool(problem)
 
 
 @pytest.mark.parametrize("options", [{}, {"temperature": 0.8, "seed": 1, "top_k": 20}])
