@@ -16,6 +16,7 @@ from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.rounded import Int4Linear
 from offload_rt.model.packer import pack
 from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
@@ -63,12 +64,18 @@ def test_lossless_is_bit_for_bit_the_plain_model(model, in_pieces, dtype):
 
 def test_lossless_layers_draft_for_themselves(model, in_pieces):
     """Copies are rounded from what is decoded, so they are those of the plain model."""
-    made = []
+    made, products = [], []
     for folder, wire in ((model, Wire.RAW), (in_pieces, Wire.LOSSLESS)):
         draft = DraftConfig(draft="self:int4", draft_tokens=4)
         with engine_for(folder, wire=wire, resident_layers=1, draft=draft) as engine:
             made.append(generate(engine))
+            copies = engine._drafters[0]._model.network._model.modules()
+            rounded = [module for module in copies if isinstance(module, Int4Linear)]
+            rows = torch.linspace(-1, 1, max(m.inputs for m in rounded)).to(torch.bfloat16)
+            products.append([module(rows[None, : module.inputs]) for module in rounded])
     assert made[0] == made[1]
+    assert len(products[0]) >= 3 * 7
+    assert all(torch.equal(one, other) for one, other in zip(*products, strict=True))
 
 
 def test_a_damaged_piece_ends_a_lossless_pass_in_a_sentence(in_pieces, tmp_path):

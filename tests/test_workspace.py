@@ -18,6 +18,9 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.costs.sizes import RUNTIME_BYTES, PassShape, attention_bytes, workspace_bytes
 from offload_rt.device.kinds import CPU, KINDS, Processor
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import Stored, scratch_bytes
 from offload_rt.runner import loading
 
 
@@ -112,6 +115,22 @@ def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
     hidden = 3000 * 512 * 2
     assert hidden < planned - chunk < 3 * hidden  # as it was measured: hidden states and tables
     assert live.peak <= planned - (chunk - attention_bytes(config, 2, replace(rows, rows=64), CPU))
+
+
+def test_a_gpu_packs_no_weight_and_decodes_12_bits_in_one_kernel(make_tiny, tmp_path):
+    """What lies beside an image: there the weight that computes, here also what torch works in."""
+    checkpoint = open_checkpoint(make_tiny("llama", dtype="bfloat16"))
+    config, shape = checkpoint.config, PassShape(rows=8, chunk_rows=8, logit_rows=1, longest=64)
+    gpu = SimpleNamespace(**{n: getattr(CPU, n) for n in CPU.__slots__} | {"own_memory": True})
+    packed = 2 * config.intermediate_size * config.hidden_size
+    here, there = (workspace_bytes(config, 2, shape, device) for device in (CPU, gpu))
+    assert here - there == packed
+    for form, beside in ((Form.CODED, False), (Form.PACKED, True)):
+        sizes = {"outputs": 64, "inputs": 512, "bits": 4, "groups": 4, "parts": {}}
+        stored = [Stored(module="m", form=form, **sizes)]
+        assert (scratch_bytes(stored, 2, "cuda") > 2 * 64 * 512) is beside
+        assert scratch_bytes(stored, 2, "cpu") > 2 * 64 * 512
+    assert scratch_bytes([], 2, "cpu") == scratch_bytes([], 2, "cuda") == 0
 
 
 def test_where_scores_are_written_out_freed_blocks_go_back_sooner(make_tiny, monkeypatch):
