@@ -24,7 +24,7 @@ class Twins:
     plain: Path
 
 
-def write_twins(source, folder, convert, stated, dtype=torch.float32, ends=()):
+def write_twins(source, folder, convert, stated, dtype=torch.float32, ends=(), kept=()):
     """Quantise the linears of a plain model's layers, and ends: an embedding, a head.
 
     Args:
@@ -35,6 +35,7 @@ def write_twins(source, folder, convert, stated, dtype=torch.float32, ends=()):
         stated: quantization_config.
         dtype: of the plain weights.
         ends: names of modules outside of layers.
+        kept: last words of names of modules that stay as they are.
     """
     generator = torch.Generator().manual_seed(1)
     quantised, plain = {}, {}
@@ -42,12 +43,35 @@ def write_twins(source, folder, convert, stated, dtype=torch.float32, ends=()):
         module, _, word = name.rpartition(".")
         plain[name] = quantised[name] = tensor
         inside = ".layers." in name and tensor.dim() == 2 and word == "weight"
+        inside = inside and module.rpartition(".")[2] not in kept
         if inside or (module in ends and word == "weight"):
             del quantised[name]
             one = convert[_of_module(convert, module)] if isinstance(convert, dict) else convert
             parts, numbers = one(tensor.float(), generator)
             quantised |= {f"{module}.{part}": value for part, value in parts.items()}
             plain[name] = numbers.float().to(dtype).contiguous()
+    return _write(source, folder, quantised, plain, stated)
+
+
+def write_gpt_oss(source, folder, dtype=torch.float32):
+    """As gpt-oss is published: the experts of a layer in MXFP4, all else as it is."""
+    generator = torch.Generator().manual_seed(1)
+    quantised, plain = {}, {}
+    for name, tensor in load_file(source / "model.safetensors").items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            quantised[name] = plain[name] = tensor
+            continue
+        each = [fours("mxfp4")[0](one.t().float(), generator) for one in tensor]
+        codes = torch.stack([parts["weight_packed"] for parts, _ in each])
+        quantised[f"{name}_blocks"] = codes.unflatten(-1, (-1, 16))
+        quantised[f"{name}_scales"] = torch.stack([parts["weight_scale"] for parts, _ in each])
+        plain[name] = torch.stack([numbers.t() for _, numbers in each]).to(dtype).contiguous()
+    stated = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn"]}
+    return _write(source, folder, quantised, plain, stated)
+
+
+def _write(source, folder, quantised, plain, stated):
+    """Both folders."""
     config = json.loads((source / "config.json").read_text())
     for name, tensors, more in (
         ("quantised", quantised, {"quantization_config": stated}),

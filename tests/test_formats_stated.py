@@ -189,7 +189,6 @@ METHODS = {
     "Quark": {"quant_method": "quark"},
     "AutoRound": {"quant_method": "auto-round", "bits": 4},
     "BitNet": {"quant_method": "bitnet"},
-    "MXFP4": {"quant_method": "mxfp4"},
     "MXFP8": {"quant_method": "mxfp8"},
     "GGUF": {"quant_method": "gguf"},
 }

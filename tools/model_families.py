@@ -94,7 +94,8 @@ def _accepted(model_type: str, folder: Path) -> Row:
         CheckpointError: it does not.
     """
     from offload_rt.config import DRAFTERS
-    from offload_rt.device.kinds import Packing
+    from offload_rt.costs.sizes import experts_of
+    from offload_rt.device.kinds import CPU, Packing
     from offload_rt.model.exact import looks_of
     from offload_rt.model.kept import keeps_states, layers_keep
     from offload_rt.model.network import Network
@@ -115,6 +116,7 @@ def _accepted(model_type: str, folder: Path) -> Row:
         if words.tokens and (not states or drafts_with_states(words))
     ]
     every = [name for name, words in DRAFTERS.items() if words.tokens]
+    whole = isinstance(experts_of(checkpoint, "auto", CPU), str)
     experts = any(".experts." in name for name in checkpoint.tensors)
     return Row(
         family=model_type,
@@ -124,7 +126,7 @@ def _accepted(model_type: str, folder: Path) -> Row:
         draft_model="no" if states else "yes",
         kv="yes",
         exact=f"no: {problem}" if problem else "yes",
-        quantised="all but experts" if experts else "yes",
+        quantised="all but experts" if experts and whole else "yes",
     )
 
 

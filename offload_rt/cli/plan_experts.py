@@ -50,8 +50,11 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan) -> ExpertOutlook | None:
         return None
     layers = [index for index, count in enumerate(facts.counts) if count]
     misses = sum(pooled.misses(index, 1) for index in layers)
-    total = sum(prod(extent.shape) for extent in checkpoint.tensors.values())
-    number_bytes = checkpoint.total_bytes / max(1, total)
+    stored = dict.fromkeys(checkpoint.stored.values())
+    plain = [e for name, e in checkpoint.tensors.items() if name not in checkpoint.stored]
+    total = sum(prod(e.shape) for e in plain) + sum(each.numbers for each in stored)
+    quantised = sum(each.numbers for each in stored if each.of_expert)
+    inside = quantised or round(facts.file_bytes * total / max(1, checkpoint.total_bytes))
     idle_share = 1.0 - facts.per_token * len(layers) / facts.count
     idle_bytes = round(facts.file_bytes * idle_share)
     return ExpertOutlook(
@@ -61,10 +64,10 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan) -> ExpertOutlook | None:
         per_token=facts.per_token,
         share=placement.expert_slots / facts.count,
         hit_rate=1.0 - misses / (facts.per_token * len(layers)),
-        measured=bool(pooled.use.seen),
+        measured=0 in pooled.use.seen,
         bytes_per_token=round(misses * pooled.home_bytes),
         total_parameters=total,
-        active_parameters=total - round(idle_bytes / number_bytes),
+        active_parameters=total - round(inside * idle_share),
         active_bytes=checkpoint.total_bytes - idle_bytes,
     )
 

@@ -9,6 +9,7 @@ the profile.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from math import exp
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import Speeds
@@ -98,10 +99,13 @@ class LayerLoad:
         device: that holds the layer.
         weights: how they lie where they compute.
         decoded: which of them are dequantised first.
+        experts_decoded: which are, of experts that some token is sent to.
         unpacked: weights that readers decode on their way (`model/packed_files.py`).
         missed_bytes: of experts, that cross the link once the router has chosen them.
-        expert_part: of the layer's kernels, those of experts.
-        missed_part: of the layer's kernels, those of experts that cross the link.
+        expert_part: of its products, those of experts.
+        missed_part: of its experts' kernels, those of experts that cross the link.
+        choosing_s: of the host, until it knows which experts these are.
+        expert_bytes: of one of them at its home.
     """
 
     work: LayerWork
@@ -112,10 +116,13 @@ class LayerLoad:
     device: int = 0
     weights: WeightOrder = WeightOrder.PLAIN
     decoded: tuple[Decoded, ...] = ()
+    experts_decoded: tuple[Decoded, ...] = ()
     unpacked: int = 0
     missed_bytes: int = 0
     expert_part: float = 0.0
     missed_part: float = 0.0
+    choosing_s: float = 0.0
+    expert_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +209,7 @@ class PassTimes:
 
     Attributes:
         layer_s: each layer's kernels.
+        experts_s: of these, what experts take that come one by one; empty: nothing.
         head_s: the head's, and of a recorded pass what it takes beside its layers.
         home_bytes_per_s: of the link or disk that streamed layers come over.
         numbers: all that the times rest on.
@@ -230,6 +238,7 @@ class PassTimes:
     home_delay_s: float = 0.0
     slowdown: tuple[float, ...] = ()
     piece_s: float = 0.0
+    experts_s: tuple[float, ...] = ()
 
     @property
     def obtained(self) -> Obtained:
@@ -293,7 +302,7 @@ def link_rates(
     """
     several = load.devices > 1 if together is None else together
     busy = LinkLoad.TOGETHER if several else LinkLoad.ALONE
-    layer_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=2**28)
+    layer_bytes = _block_bytes(load, 2**28)
     gpus = range(load.devices)
     rates = LinkRates(
         home=tuple(link_bytes_per_s(profile, layer_bytes, gpu=i, load=busy) for i in gpus),
@@ -307,6 +316,12 @@ def link_rates(
         for way in (Direction.H2D, Direction.D2H)
     )
     return replace(rates, kv=there, back=back)
+
+
+def _block_bytes(load: PassLoad, otherwise: int) -> int:
+    """Size of the largest copy of weights: a layer, or one expert."""
+    experts = max((layer.expert_bytes for layer in load.layers), default=0)
+    return max((load.layers[i].home_bytes for i in load.streamed), default=experts or otherwise)
 
 
 def _hop_s(profile: HardwareProfile, nbytes: int) -> Number:
@@ -339,7 +354,7 @@ def home_rates(
         ProfileError: the profile lacks a speed.
     """
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
-    block_bytes = max((load.layers[i].home_bytes for i in load.streamed), default=largest)
+    block_bytes = _block_bytes(load, largest)
     rates = LinkRates(
         home=_with_decoding(speeds.home_bytes_per_s(home, config, block_bytes, host_bytes), load),
         readers=config.readers if home is HomeKind.DISK else None,
@@ -416,17 +431,28 @@ def pass_times(
             profile, processor, each.decoder, each.form, each.bits
         )
         for layer in load.layers
-        for each in layer.decoded
+        for each in (*layer.decoded, *layer.experts_decoded)
     }
     numbers += decoding.values()
     seconds = {key: number.value for key, number in work_s.items()}
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
+
+    def decoded_s(parts: Sequence[Decoded]) -> float:
+        return sum(d.numbers / decoding[d.decoder, d.form, d.bits].value for d in parts)
+
+    apart = any(layer.expert_part for layer in load.layers)
     return PassTimes(
+        experts_s=tuple(
+            seconds[layer.work, layer.weights] * layer.expert_part
+            + decoded_s(layer.experts_decoded)
+            for layer in (load.layers if apart else ())
+        ),
         layer_s=tuple(
             seconds[layer.work, layer.weights]
-            + sum(d.numbers / decoding[d.decoder, d.form, d.bits].value for d in layer.decoded)
+            + decoded_s((*layer.decoded, *layer.experts_decoded))
             + attending[layer.kv_bytes]
+            + layer.choosing_s
             + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
@@ -441,10 +467,18 @@ def pass_times(
         kv_bytes_per_s=tuple(number.value for number in rates.kv),
         back_bytes_per_s=tuple(number.value for number in rates.back),
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
-        home_delay_s=disk_delay_s(profile, rates.readers) if from_disk and rates.readers else 0.0,
+        home_delay_s=disk_delay_s(profile, rates.readers) * _waiting_share(load)
+        if from_disk and rates.readers
+        else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
         piece_s=_piece_s(rates, processor),
     )
+
+
+def _waiting_share(load: PassLoad) -> float:
+    """How often a copy is waited for: of layers with experts not all wait for one."""
+    misses = [each.missed_bytes / each.expert_bytes for each in load.layers if each.expert_bytes]
+    return sum(1.0 - exp(-missed) for missed in misses) / len(misses) if misses else 1.0
 
 
 def _enqueued_s(load: PassLoad, nbytes: int) -> float:
@@ -515,6 +549,7 @@ def _beside(times: PassTimes, share: float) -> PassTimes:
         times,
         layer_s=tuple(s * f for s, f in zip(times.layer_s, layers, strict=True)),
         kv_s=tuple(s * f for s, f in zip(times.kv_s, layers, strict=True)) if times.kv_s else (),
+        experts_s=tuple(s * f for s, f in zip(times.experts_s, layers, strict=False)),
         head_s=times.head_s * head,
     )
 
@@ -555,6 +590,7 @@ def _check(load: PassLoad, times: PassTimes) -> None:
 
 def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
     streamed = set(load.streamed)
+    experts_s = times.experts_s or (0.0,) * len(load.layers)
     return [
         TimedLayer(
             kernel_s=times.layer_s[index],
@@ -564,8 +600,8 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
             back_bytes=layer.kv_back_bytes,
             device=layer.device,
             missed_bytes=layer.missed_bytes,
-            experts_s=times.layer_s[index] * layer.expert_part,
-            missed_s=times.layer_s[index] * layer.missed_part,
+            experts_s=experts_s[index] if layer.expert_part else 0.0,
+            missed_s=experts_s[index] * layer.missed_part,
         )
         for index, layer in enumerate(load.layers)
     ]

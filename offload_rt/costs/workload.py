@@ -31,6 +31,7 @@ from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, multiplies, suits_kernels
 from offload_rt.model.layout import compute_dtype
+from offload_rt.model.names import EXPERT_MATRIX
 from offload_rt.profiling.profile import Decoder, LayerWork
 
 _EXPERT_MATRICES = 3  # gate, up and down
@@ -46,8 +47,9 @@ class LayerParts:
         flops_per_token: two for each weight of a matrix that a token meets.
         kv_row_bytes: keys and values of one token.
         window: newest tokens it attends to; None: all.
-        expert_bytes: of the image, in experts.
+        expert_bytes: of it as it computes, in experts.
         decoded: which are dequantised in each pass.
+        experts_decoded: which are, of all experts.
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
         again_flops: for rows that go through a recurrent state again, in a pass over a sequence.
@@ -63,10 +65,18 @@ class LayerParts:
     expert_bytes: int = 0
     sent: float = 1.0
     decoded: tuple[Decoded, ...] = ()
+    experts_decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
     packed: int = 0
     again_flops: int = 0
     expert_flops: int = 0
+
+    def used(self, tokens: int) -> float:
+        """Share of the experts that some token is sent to.
+
+        Tokens choose independently of each other here; related ones choose fewer experts.
+        """
+        return 1.0 - (1.0 - self.sent) ** tokens
 
     def work(self, tokens: int, sequences: int = 1, tile: int = 1) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
@@ -74,15 +84,16 @@ class LayerParts:
         Tokens choose independently of each other here; related ones choose fewer experts. Each
         expert fills the rows it has on average up to a multiple of `tile`.
         """
-        idle = (1.0 - self.sent) ** tokens
+        used = self.used(tokens)
         flops = self.flops_per_token
         if tile > 1 and self.expert_flops:
-            rows = tokens * self.sent / (1.0 - idle)  # of an expert that has any
+            rows = tokens * self.sent / used  # of an expert that has any
             experts = self.expert_flops * tokens * tile * ceil(rows / tile) / rows
             whole = tile * ceil(tokens / tile)  # of the pass, which counts them all
             flops += round(experts / whole) - self.expert_flops
+        idle_bytes = round((1.0 - used) * self.expert_bytes)
         return LayerWork(
-            weight_bytes=self.image_bytes + self.grown_bytes - round(idle * self.expert_bytes),
+            weight_bytes=self.image_bytes + self.grown_bytes - idle_bytes,
             flops_per_token=flops + self.again_flops * sequences // tokens,
         )
 
@@ -138,8 +149,10 @@ class PooledExperts:
         per_token: that a token is sent to.
         held: of each layer that has some, experts the pool holds.
         home_bytes: of one at its home.
-        image_bytes: of one as it computes.
+        image_bytes: of one as it lies on the device.
         use: what is known of those that tokens ask for.
+        host_s: of a layer, until the host knows which a token asks for and their kernels are on
+            their way.
     """
 
     counts: tuple[int, ...]
@@ -148,6 +161,7 @@ class PooledExperts:
     home_bytes: int
     image_bytes: int
     use: ExpertUse = ExpertUse()
+    host_s: float = 0.0
 
     def misses(self, layer: int, rows: int) -> float:
         """Experts of a layer that a pass of so many rows waits for, on average."""
@@ -289,8 +303,9 @@ class PlacedModel:
         misses = 0.0
         if pooled is not None:
             misses, order = pooled.misses(index, rows), self.speeds.order(resident=False)
-        active = 1.0 - (layer.image_bytes - layer.expert_bytes) / max(1, work.weight_bytes)
-        missed = misses * pooled.image_bytes / max(1, work.weight_bytes) if pooled else 0.0
+        whole = layer.image_bytes + layer.grown_bytes
+        active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
+        asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -305,10 +320,16 @@ class PlacedModel:
             device=where.device[index] if where.device else 0,
             weights=order,
             decoded=decoded,
+            experts_decoded=tuple(
+                replace(each, numbers=round(each.numbers * layer.used(rows)))
+                for each in layer.experts_decoded
+            ),
             unpacked=layer.packed if where.from_files else 0,
             missed_bytes=round(misses * pooled.home_bytes) if pooled else 0,
             expert_part=active if pooled else 0.0,
-            missed_part=min(active, missed),
+            missed_part=min(1.0, misses / asked) if asked else 0.0,
+            choosing_s=pooled.host_s if pooled else 0.0,
+            expert_bytes=pooled.home_bytes if pooled else 0,
         )
 
 
@@ -316,7 +337,7 @@ def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[
     """What of a layer is dequantised, and by whom; compiled kernels are as on this machine."""
     counts: dict[tuple[str, int, Decoder], int] = {}
     for each in stored:
-        if device is CPU and multiplies(each, dtype):
+        if device is CPU and multiplies(each, dtype) and not each.of_expert:
             continue  # no slower than a product with 16 bits
         suits = suits_kernels(each, dtype) or each.form is Form.CODED
         compiles = device is CPU and suits and not compiled.problem()
@@ -347,7 +368,8 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     each = zip(layouts, checkpoint.layers, windows, row_bytes, strict=True)
     for layout, extents, window, kv_row in each:
         others, experts, sent = _weights(checkpoint, extents)
-        decoded = _decoded(layout.stored, name, device)
+        inside = [each for each in layout.stored if each.of_expert]
+        outside = [each for each in layout.stored if not each.of_expert]
         numbers = sum(each.numbers for each in layout.stored)
         packed_bytes = sum(each.nbytes for each in layout.stored)
         layers.append(
@@ -360,7 +382,8 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 expert_bytes=experts * number_bytes,
                 sent=sent,
                 expert_flops=round(2 * sent * experts),
-                decoded=decoded,
+                decoded=_decoded(outside, name, device),
+                experts_decoded=_decoded(inside, name, device),
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
                 packed=layout.packed_weights,
                 again_flops=2 * (device.state_rows - 1) * _mixing_weights(extents),
@@ -400,10 +423,14 @@ def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int
     matrices = [e for e in layer if len(e.shape) > 1 and e.name not in stored]
     inside = [e for e in matrices if ".experts." in e.name or _holds_experts(checkpoint, e)]
     others = sum(prod(extent.shape) for extent in matrices) - sum(prod(e.shape) for e in inside)
-    others += sum(each.numbers for each in {stored[e.name] for e in layer if e.name in stored})
+    quantised = {stored[e.name] for e in layer if e.name in stored}
+    others += sum(each.numbers for each in quantised if not each.of_expert)
+    experts = sum(prod(extent.shape) for extent in inside)
+    experts += sum(each.numbers for each in quantised if each.of_expert)
     sent = checkpoint.config.setting("num_experts_per_tok")
-    if not inside or not isinstance(sent, int):
-        return others, sum(prod(extent.shape) for extent in inside), 1.0
+    if not experts or not isinstance(sent, int):
+        return others, experts, 1.0
     fused = [extent.shape[0] for extent in inside if len(extent.shape) > 2]
-    count = fused[0] if fused else len(inside) // _EXPERT_MATRICES
-    return others, sum(prod(e.shape) for e in inside), min(1.0, sent / max(1, count))
+    each = {match["expert"] for s in quantised if (match := EXPERT_MATRIX.match(s.module))}
+    count = len(each) or (fused[0] if fused else len(inside) // _EXPERT_MATRICES)
+    return others, experts, min(1.0, sent / max(1, count))

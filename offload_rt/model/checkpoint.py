@@ -17,7 +17,7 @@ from offload_rt.model.adapter import adapter_beside
 from offload_rt.model.config import ModelConfig, load_model_config
 from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
-from offload_rt.model.formats.found import find_stored
+from offload_rt.model.formats.found import each_expert, find_stored
 from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, model_name, resolve_model
@@ -200,7 +200,9 @@ def sort_checkpoint(
         CheckpointError: one is missing, contradicts another or is not supported.
     """
     family = read_family(config.model_type)
-    stored = stored or find_stored(folder, config.quantised, tensors)
+    if stored is None:
+        tensors = each_expert(folder, config.quantised, tensors)
+        stored = find_stored(folder, config.quantised, tensors)
     parts = sort_tensors(
         folder,
         [

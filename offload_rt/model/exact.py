@@ -258,8 +258,8 @@ def _of_experts(model: torch.nn.Module, *, transposed: bool) -> set[tuple[int, i
         for name in MATRICES & module._parameters.keys():
             if bool(getattr(module, "is_transposed", False)) is not transposed:
                 continue
-            parameter = module._parameters[name]
-            assert parameter is not None
+            if (parameter := module._parameters[name]) is None:  # quantised, in their layer
+                continue
             _, outputs, inputs = parameter.shape
             if transposed:
                 outputs, inputs = inputs, outputs

@@ -13,6 +13,7 @@ from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import shown
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import LayerLayout, plan_layout, plan_layouts
 
 # A row times an fp32 matrix has other bits where the matrix starts at no multiple of 16 bytes; of
@@ -28,10 +29,19 @@ class ExpertTensor:
         name: of the parameter of all experts that it is a part of, such as `gate_up_proj`; with
             `.0` and `.1` where the files have that in two.
         extent: its bytes.
+        stored: the quantised matrix that it is a part of.
+        word: which part.
     """
 
     name: str
     extent: TensorExtent
+    stored: Stored | None = None
+    word: str = ""
+
+    @property
+    def key(self) -> str:
+        """What it is called in the image of an expert."""
+        return f"{self.name}:{self.word}" if self.word else self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,9 +145,9 @@ def check_alike(where: str, experts: Sequence[Sequence[ExpertTensor]]) -> None:
     Raises:
         CheckpointError: one has not.
     """
-    first = {tensor.name: tensor.extent.shape for tensor in experts[0]}
+    first = {tensor.key: tensor.extent.shape for tensor in experts[0]}
     for index, expert in enumerate(experts):
-        found = {tensor.name: tensor.extent.shape for tensor in expert}
+        found = {tensor.key: tensor.extent.shape for tensor in expert}
         if found != first:
             raise CheckpointError(
                 f"{where}: expert {index} has {_sizes(found)}, expert 0 has {_sizes(first)}: "
@@ -173,11 +183,12 @@ def plan_units(
         index: tuple(
             plan_layout(
                 [
-                    replace(tensor.extent, name=tensor.name)
+                    replace(tensor.extent, name=tensor.key)
                     for tensor in sorted(expert, key=lambda t: (t.extent.path, t.extent.offset))
                 ],
                 dtype,
                 packing,
+                stored={t.key: t.stored for t in expert if t.stored is not None},
                 align_bytes=1 if dtype == "bfloat16" else _ALIGN_BYTES,
             )
             for expert in own.tensors

@@ -14,14 +14,19 @@ import torch
 from torch.nn.functional import linear
 
 from offload_rt.errors import CheckpointError
+from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.wired import WiredExpert
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS_NAME = "offload_rt"
 PROBE_NAME = "offload_rt_probe"
 MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .] each
+WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER = "_lent_experts"
 
-ExpertWeights = Mapping[str, torch.Tensor]
+# A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
+Matrix = torch.Tensor | Callable[[], torch.Tensor]
+ExpertWeights = Mapping[str, Matrix]
 # (module, hidden [T, E], index [T, k], weights [T, k]) -> [T, E]
 ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -44,6 +49,15 @@ class ExpertLender(Protocol):
 def lend_experts(module: torch.nn.Module, lender: ExpertLender) -> None:
     """Let a module of experts have its weights from there, not from its parameters."""
     module.__dict__[_LENDER] = lender
+
+
+def wire_experts(
+    module: torch.nn.Module, experts: Sequence[Mapping[str, Stored]], dtype: torch.dtype
+) -> None:
+    """Let a module of experts have quantised weights of each, instead of parameters of all."""
+    module.add_module(WIRED, torch.nn.ModuleList(WiredExpert(each, dtype) for each in experts))
+    for name in {name.partition(".")[0] for each in experts for name in each}:
+        module._parameters[name] = None
 
 
 def compute_experts(
@@ -103,16 +117,19 @@ def _product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows times a matrix; one of two halves always as two, as files may have them apart."""
-    halves: Sequence[torch.Tensor]
+    halves: Sequence[Matrix]
     if f"{name}.0" in weights:
         halves = weights[f"{name}.0"], weights[f"{name}.1"]
+    elif not isinstance(whole := weights[name], torch.Tensor):
+        return linear(rows, whole(), bias)
     elif module.is_transposed:
-        return linear(rows, weights[name].t(), bias)
+        return linear(rows, whole.t(), bias)
     elif name == "gate_up_proj" and module.is_concatenated:
-        halves = weights[name].chunk(2)
+        halves = whole.chunk(2)
     else:
-        return linear(rows, weights[name], bias)
-    made = torch.cat([linear(rows, half) for half in halves], -1)
+        return linear(rows, whole, bias)
+    each = (half if isinstance(half, torch.Tensor) else half() for half in halves)
+    made = torch.cat([linear(rows, half) for half in each], -1)
     return made if bias is None else made + bias
 
 
@@ -135,10 +152,13 @@ def _places(top_k_index: torch.Tensor, count: int) -> dict[int, list[int]]:
 
 
 def _own(module: Any, needed: Mapping[int, object]) -> Iterator[tuple[int, ExpertWeights]]:  # noqa: ANN401
-    """The weights of experts that stay, as views of the module's parameters."""
-    own = {name: module._parameters[name] for name in MATRICES & module._parameters.keys()}
+    """The weights of experts that stay, as views of the module's parameters, or quantised."""
+    found = {name: module._parameters.get(name) for name in MATRICES}
+    own = {name: tensor for name, tensor in found.items() if tensor is not None}
+    wired = module._modules.get(WIRED)
     for expert in needed:
-        yield expert, {name: tensor[expert] for name, tensor in own.items()}
+        weights: dict[str, Matrix] = {name: tensor[expert] for name, tensor in own.items()}
+        yield expert, weights if wired is None else weights | wired[expert].weights()
 
 
 class Calls:

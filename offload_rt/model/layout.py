@@ -253,7 +253,7 @@ def plan_layout(  # noqa: PLR0913 - what an image is made of, most of it by defa
             builder.make(made[name])
         elif name in stored and stored[name].rounds:
             builder.round(stored[name])
-        elif match := EXPERT.match(name):
+        elif name not in stored and (match := EXPERT.match(name)):
             target, part = FUSED[match["part"]]
             key = f"{match['moe']}.{target}"
             experts.setdefault(key, []).append((int(match["expert"]), part, extent))

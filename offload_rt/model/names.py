@@ -29,6 +29,10 @@ HEADS = ("lm_head", "embed_out")
 EXPERT = re.compile(
     r"(?P<moe>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w[123]|(?:gate|up|down)_proj)\.weight$"
 )
+# A matrix of one whose weights are quantised.
+EXPERT_MATRIX = re.compile(
+    r"(?P<moe>.*\.experts)\.(?P<expert>\d+)\.(?P<part>w[123]|(?:gate|up|gate_up|down)_proj)$"
+)
 _CONTAINERS = ("layers", "h", "blocks", "layer", "block")
 _LAYER = re.compile(r"(?P<prefix>[^.]+(?:\.[^.]+)*?)\.(?P<index>0|[1-9][0-9]{0,5})\..+")
 _NUMBER = re.compile(r"\.\d+(?=\.)")

@@ -12,7 +12,7 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from types import MappingProxyType
@@ -36,7 +36,13 @@ from offload_rt.model.attention_function import (
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exact import Looks, Regular, looks_of, make_exact, products_problem
 from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan_units
-from offload_rt.model.experts import EXPERTS_NAME, ExpertLender, lend_experts
+from offload_rt.model.experts import (
+    EXPERTS_NAME,
+    ExpertLender,
+    ExpertWeights,
+    Matrix,
+    lend_experts,
+)
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
@@ -49,8 +55,8 @@ from offload_rt.model.formats.packed import (
 from offload_rt.model.formats.rounded import RoundedEmbedding, rounded_linear
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
-from offload_rt.model.formats.wired import WiredLinear, wired_linears
-from offload_rt.model.layout import Placement, compute_dtype
+from offload_rt.model.formats.wired import Bringer, WiredLinear, bringers_below, wired_linears
+from offload_rt.model.layout import LayerLayout, Placement, compute_dtype
 from offload_rt.model.lean import lean_layer
 from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
@@ -160,11 +166,29 @@ class Network:
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
         apart = NO_EXPERTS
-        if experts_apart:
+        inside = NO_EXPERTS
+        quantised = any(each.of_expert for each in checkpoint.stored.values())
+        if experts_apart or quantised:
             calls = probe(self._model, layers, checkpoint.config).experts
             apart = find_experts(self._model, checkpoint, self.dtype, container, calls)
+            if quantised and apart.reason:
+                raise CheckpointError(
+                    f"{checkpoint.folder.name}: its experts are quantised, and can be computed one "
+                    f"by one only, but {apart.reason}: take the model it was made from"
+                )
+        if not experts_apart:
+            apart, inside = NO_EXPERTS, apart if quantised else NO_EXPERTS
         self._experts, self.units = apart, plan_units(apart, name, packing)
-        self._places = find_places(self._model, checkpoint, self.dtype, packing, container, apart)
+        self._bringers = {
+            stored: Bringer(stored, self.dtype)
+            for own in self.units.values()
+            for unit in own
+            for stored in unit.stored
+        }
+        self._places = find_places(
+            self._model, checkpoint, self.dtype, packing, container, apart, inside
+        )
+        self._wires_experts = quantised
         self.layouts, self.base = self._places.layouts, self._places.base
         self._lenders: Mapping[int, ExpertLender] = {}
         fit = probe(self._model, layers, checkpoint.config)
@@ -301,8 +325,25 @@ class Network:
 
     @property
     def dequantises(self) -> bool:
-        """Whether some weights are kept as they are stored and dequantised in each pass."""
-        return bool(wired_linears(self._model))
+        """Whether layers keep weights as they are stored, dequantised in each pass."""
+        return bool(wired_linears(self._model)) or any(bringers_below(self._model))
+
+    def matrices_of(self, unit: LayerLayout, image: DeviceBuffer) -> ExpertWeights:
+        """The matrices of an expert that is in `image`."""
+        found, stored = dict[str, Matrix](), iter(unit.stored)
+        parts = dict[str, dict[str, torch.Tensor]]()
+        for place in unit.placements:
+            data = image.tensor[place.offset : place.offset + place.nbytes]
+            tensor = data.view(getattr(torch, place.dtype)).view(place.shape)
+            name, _, word = place.name.partition(":")
+            if not word:
+                found[name] = tensor
+                continue
+            if name not in parts:
+                parts[name] = {}
+                found[name] = partial(self._bringers[next(stored)].bring, parts[name])
+            parts[name][word] = tensor
+        return found
 
     def lend_scratch(
         self, layers: Sequence[int], memory: DeviceBuffer, in_order: Container[Stored]
@@ -318,6 +359,9 @@ class Network:
             for linear in wired_linears(self._layers[index]):
                 in_order_too = linear.stored in in_order
                 linear.lend(memory.tensor, in_order=in_order_too, exact=self.exact)
+            units = [self._bringers[s] for u in self.units.get(index, ()) for s in u.stored]
+            for bringer in chain(bringers_below(self._layers[index]), units):
+                bringer.lend(memory.tensor, in_order=bringer.stored in in_order)
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -347,7 +391,10 @@ class Network:
             attending.takes(self.dtype, shape.key_dim, shape.value_dim)
         wide = widens(self.dtype, device)
         found = self._looks.problem
-        return found or products_problem(self._model, self._looks, self.dtype, widens=wide)
+        below = {bringer.stored for bringer in bringers_below(self._model)} | {*self._bringers}
+        experts = frozenset((one.inputs, one.outputs) for one in below if one.of_expert)
+        looks = replace(self._looks, shapes=self._looks.shapes | experts)
+        return found or products_problem(self._model, looks, self.dtype, widens=wide)
 
     def attach(
         self,
@@ -373,7 +420,8 @@ class Network:
         for index, own in self._experts.layers.items():
             lend_experts(self._model.get_submodule(own.module), experts[index])
         config: Any = self._model.config
-        if device.type == "cpu" and config.get_text_config()._experts_implementation is not None:
+        ours = device.type == "cpu" or self._wires_experts
+        if ours and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
         self._lenders = experts

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,10 +27,11 @@ from offload_rt.model.expert_layout import (
     no_experts,
     slices_of,
 )
-from offload_rt.model.experts import MATRICES
+from offload_rt.model.experts import MATRICES, WIRED, wire_experts
 from offload_rt.model.family import any_of
 from offload_rt.model.files import shown
-from offload_rt.model.formats.wired import wire_linears
+from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.wired import WiredExpert, wire_linears
 from offload_rt.model.layout import FUSED, LayerLayout, Placement, plan_layouts
 from offload_rt.model.modelling import (
     WeightConverter,
@@ -38,7 +40,7 @@ from offload_rt.model.modelling import (
     get_model_conversion_mapping,
     rename_source_key,
 )
-from offload_rt.model.names import EXPERT
+from offload_rt.model.names import EXPERT, EXPERT_MATRIX
 
 _log = logging.getLogger(__name__)
 
@@ -70,13 +72,14 @@ class Places:
     tied: bool
 
 
-def find_places(
+def find_places(  # noqa: PLR0913 - experts may be in one of two places
     model: Any,  # noqa: ANN401 - what transformers builds is not annotated
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     packing: Packing,
     container: str,
     apart: Experts = NO_EXPERTS,
+    quantised: Experts = NO_EXPERTS,
 ) -> Places:
     """Pair the tensors of the files with the parameters of the network.
 
@@ -87,14 +90,18 @@ def find_places(
         packing: what the images are for.
         container: what numbers the layers in the network, such as `model.layers`.
         apart: experts that are in no image of a layer.
+        quantised: such that are in one.
 
     Raises:
         CheckpointError: a tensor is missing, or of another shape.
     """
     names = _Names(model, checkpoint, container)
     if checkpoint.stored:
-        wire_linears(model, checkpoint.stored, names.key_of)
-        names = _Names(model, checkpoint, container)
+        elsewhere = apart.taken | quantised.taken
+        others = {each: None for n, each in checkpoint.stored.items() if n not in elsewhere}
+        wire_linears(model, others, names.key_of)
+        keys = _wire_experts(model, quantised, dtype)
+        names = _Names(model, checkpoint, container, keys)
     name = str(dtype).removeprefix("torch.")
     layouts = plan_layouts(checkpoint, name, packing, without=apart.taken)
     places = [names.places(layout) for layout in layouts]
@@ -138,8 +145,6 @@ def find_experts(
     """
     if not calls:
         return no_experts("this family does not compute its experts by transformers' interface")
-    if checkpoint.stored:
-        return no_experts("its weights are quantised")
     names = _Names(model, checkpoint, container)
     found = dict[int, LayerExperts]()
     leaves, taken = set[str](), set[str]()
@@ -155,7 +160,7 @@ def find_experts(
             return no_experts("all experts of a layer are packed together")
         where = f"layer {index} of {checkpoint.folder.name}"
         tensors = _by_expert(where, parts, next(iter(own.values())).shape[0])
-        _check_experts(where, {leaf: tuple(t.shape[1:]) for leaf, t in own.items()}, tensors)
+        _check_experts(where, model.get_submodule(module), own, tensors)
         leaves |= {f"{module}.{leaf}" for leaf in own}
         taken |= {part.extent.name for part in parts}
         found[index] = LayerExperts(
@@ -168,11 +173,13 @@ def find_experts(
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """A tensor of the files that is of one expert, or of all (None)."""
+    """A tensor of the files that is of one expert, or of all (None); maybe a quantised one's."""
 
     name: str
     expert: int | None
     extent: TensorExtent
+    stored: Stored | None = None
+    word: str = ""
 
 
 def _by_expert(where: str, parts: Sequence[_Part], count: int) -> list[list[ExpertTensor]]:
@@ -183,7 +190,10 @@ def _by_expert(where: str, parts: Sequence[_Part], count: int) -> list[list[Expe
             for own, piece in zip(found, slices_of(part.extent, count), strict=True):
                 own.append(ExpertTensor(name=part.name, extent=piece))
         elif part.expert < count:
-            found[part.expert].append(ExpertTensor(name=part.name, extent=part.extent))
+            tensor = ExpertTensor(
+                name=part.name, extent=part.extent, stored=part.stored, word=part.word
+            )
+            found[part.expert].append(tensor)
         else:
             raise CheckpointError(
                 f"{where} has an expert {part.expert}, config.json states {count}: files and "
@@ -193,24 +203,63 @@ def _by_expert(where: str, parts: Sequence[_Part], count: int) -> list[list[Expe
 
 
 def _check_experts(
-    where: str, needed: Mapping[str, tuple[int, ...]], experts: Sequence[Sequence[ExpertTensor]]
+    where: str,
+    module: Any,  # noqa: ANN401
+    needed: Mapping[str, torch.Tensor],
+    experts: Sequence[Sequence[ExpertTensor]],
 ) -> None:
     """See that each expert has what its module computes with, in the shapes of one."""
     check_alike(where, experts)
-    for leaf, shape in needed.items():
-        shapes = [t.extent.shape for t in experts[0] if t.name.partition(".")[0] == leaf]
+    for leaf, all_experts in needed.items():
+        mine = [t for t in experts[0] if t.name.partition(".")[0] == leaf]
+        shape = list(all_experts.shape[1:])
+        stored = dict.fromkeys(t.stored for t in mine if t.stored is not None)
+        shapes: list[tuple[int, ...]] = [(each.outputs, each.inputs) for each in stored]
+        if not stored:
+            shapes = [t.extent.shape for t in mine]
+        elif module.is_transposed:
+            shape.reverse()  # a quantised matrix is always [outputs, inputs]
         made = [sum(one[0] for one in shapes if one), *(shapes[0][1:] if shapes else ())]
-        if made != list(shape) or len({one[1:] for one in shapes}) > 1:
+        if made != shape or len({one[1:] for one in shapes}) > 1:
             raise CheckpointError(
-                f"{where}: an expert's {leaf} is {made} in the files, config.json makes it "
-                f"{list(shape)}"
+                f"{where}: an expert's {leaf} is {made} in the files, config.json makes it {shape}"
             )
+        if stored and any(t.stored is None for t in mine):
+            raise CheckpointError(
+                f"{where}: an expert's {leaf} is quantised in part: take the model it was made from"
+            )
+        if len(shapes) > 1 and not module.is_concatenated:
+            raise CheckpointError(
+                f"{where}: an expert's {leaf} is in two in the files, and this family has the rows "
+                "of both in turns: take a model with one tensor of both"
+            )
+
+
+def _wire_experts(model: Any, experts: Experts, dtype: torch.dtype) -> dict[str, str]:  # noqa: ANN401
+    """Give layers of experts modules for their quantised weights; says what their tensors are."""
+    keys = dict[str, str]()
+    for own in experts.layers.values():
+        each = [[t for t in expert if t.stored is not None] for expert in own.tensors]
+        matrices = [{t.name: t.stored for t in expert if t.stored} for expert in each]
+        wire_experts(model.get_submodule(own.module), matrices, dtype)
+        for index, expert in enumerate(each):
+            start = f"{own.module}.{WIRED}.{index}"
+            keys |= {
+                t.extent.name: f"{start}.{WiredExpert.buffer_of(t.name, t.word)}" for t in expert
+            }
+    return keys
 
 
 class _Names:
     """Pairs tensors of files with those of a network."""
 
-    def __init__(self, model: Any, checkpoint: Checkpoint, container: str) -> None:  # noqa: ANN401
+    def __init__(
+        self,
+        model: Any,  # noqa: ANN401
+        checkpoint: Checkpoint,
+        container: str,
+        own_keys: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self.state: dict[str, torch.Tensor] = dict(model.state_dict(keep_vars=True))
         self._model, self._checkpoint, self._container = model, checkpoint, container
         mapping = get_model_conversion_mapping(model)
@@ -230,6 +279,7 @@ class _Names:
             )
         self._head, self._embedding = map(str, ends)
         self._keys = dict[str, str | None]()  # of parameters that are made of several tensors
+        self._own_keys = own_keys  # of parts of quantised experts
 
     def key_of(self, name: str) -> str | None:
         """The network's name of a tensor; None if it has no place for it.
@@ -237,6 +287,8 @@ class _Names:
         Raises:
             CheckpointError: transformers changes the tensor's numbers while it loads it.
         """
+        if name in self._own_keys:
+            return self._own_keys[name]
         if name in self._checkpoint.stored:  # such names may have dots that no buffer's can
             stored = self._checkpoint.stored[name]
             word = next(w for w, extent in stored.parts.items() if extent.name == name)
@@ -262,8 +314,11 @@ class _Names:
 
     def expert_part(self, extent: TensorExtent, module: str) -> _Part | None:
         """What of a module's experts a tensor is, if it is one of theirs."""
-        match = EXPERT.match(extent.name)
-        leaf, part = FUSED[match["part"]] if match else ("", 0)
+        stored = self._checkpoint.stored.get(extent.name)
+        match = EXPERT_MATRIX.match(stored.module) if stored else EXPERT.match(extent.name)
+        if stored is not None and match is None:
+            return None
+        leaf, part = FUSED.get(match["part"], (match["part"], None)) if match else ("", None)
         name = f"{match['moe']}.{leaf}" if match else extent.name
         key = self._known_key(name)
         if key is None and match:  # of experts without a gate
@@ -273,9 +328,9 @@ class _Names:
             return None
         if match is None:
             return _Part(leaf, None, extent)
-        return _Part(
-            f"{leaf}.{part}" if leaf == "gate_up_proj" else leaf, int(match["expert"]), extent
-        )
+        word = extent.name.removeprefix(f"{stored.module}.") if stored else ""
+        name = f"{leaf}.{part}" if leaf == "gate_up_proj" and part is not None else leaf
+        return _Part(name, int(match["expert"]), extent, stored, word)
 
     def _known_key(self, name: str) -> str | None:
         """The same as `key_of`, looked up once: experts share their parameters."""

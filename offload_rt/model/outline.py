@@ -7,7 +7,7 @@ is empty. No torch here; other families than those of the table need it (`outlin
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -33,6 +33,8 @@ Shapes = dict[str, tuple[int, ...]]
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 _DEFAULT_DTYPE = "bfloat16"
 _IN_LAYER = re.compile(r"\.\d+\.")
+_ROUTER = re.compile(r"\.(gate|router|shared_expert_gate)$")  # of experts; never quantised
+_ALL_EXPERTS = re.compile(r"\.(experts\.(gate_up|up|down)_proj|(in|out)put_linear\.weight)$")
 _FILE = "model.safetensors"
 _WEIGHTS = (".safetensors", ".gguf", SUFFIX, *PICKLES)
 
@@ -134,30 +136,60 @@ def _checkpoint_of(
     if method is not None:
         say_unread(method, folder.name)
     for name, shape in shapes.items():
-        module, _, word = name.rpartition(".")
-        linear = len(shape) == 2 and word == "weight" and _IN_LAYER.search(module) is not None
-        if method is None or not linear or is_kept(method, module):
+        if method is None or not (modules := _quantised(folder, method, name, shape)):
             add(name, code, shape)
             continue
-        parts = _parts_of(folder, method, module, shape)
-        extents = {word: add(f"{module}.{word}", *part) for word, part in parts.items()}
-        stored = _stored(method, module, shape, extents)
-        quantised |= {extent.name: stored for extent in extents.values()}
+        for module, matrix in modules:
+            parts = _parts_of(folder, method, module, matrix)
+            extents = {word: add(f"{module}.{word}", *part) for word, part in parts.items()}
+            stored = _stored(method, module, matrix, extents)
+            quantised |= {extent.name: stored for extent in extents.values()}
+    if method is not None and not quantised:
+        raise CheckpointError(
+            f"{folder}: config.json says that weights are quantised ({method.name}), and this "
+            "network has none that could be: it is not of this model"
+        )
     found = None if method is None else StoredTensors(quantised, frozenset())
     return sort_checkpoint(folder, config, tensors, {}, found)
+
+
+def _quantised(
+    folder: Path, method: Method, name: str, shape: tuple[int, ...]
+) -> Sequence[tuple[str, tuple[int, ...]]]:
+    """Modules of quantised matrices [O, I] that a tensor is in the files; none if it is as it is.
+
+    Raises:
+        CheckpointError: they are of experts that no file known here has in one tensor.
+    """
+    module, _, word = name.rpartition(".")
+    matrix = word == "weight" and len(shape) == 2 and not _ROUTER.search(module)
+    experts = len(shape) == 3 and _ALL_EXPERTS.search(name) is not None
+    inside = _IN_LAYER.search(module) is not None and not is_kept(method, module)
+    if not inside or not (experts if method.fused else experts or matrix):
+        return ()
+    if not experts:
+        return [(module, shape)]
+    if not method.fused:
+        raise _unknown(folder, name, shape, method)
+    count, inputs, outputs = shape  # of gpt-oss, which has them transposed
+    return [(f"{module}.{expert}.{word}", (outputs, inputs)) for expert in range(count)]
 
 
 def _parts_of(
     folder: Path, method: Method, module: str, shape: tuple[int, ...]
 ) -> Mapping[str, tuple[str, tuple[int, ...]]]:
     one = one_form(method)
-    parts = None if one is None or ".experts." in module else tensors_of(one, *shape)
+    parts = None if one is None else tensors_of(one, *shape)
     if parts is None:
-        raise CheckpointError(
-            f"{folder}: {module}, {list(shape)}, cannot be quantised as config.json says "
-            f"({method.name}): sizes of such models are read from weight files, download them"
-        )
+        raise _unknown(folder, module, shape, method)
     return parts
+
+
+def _unknown(folder: Path, name: str, shape: tuple[int, ...], method: Method) -> CheckpointError:
+    return CheckpointError(
+        f"{folder}: {name}, {list(shape)}, cannot be quantised as config.json says "
+        f"({method.name}): sizes of such models are read from weight files, download them"
+    )
 
 
 def _stored(

@@ -1,9 +1,7 @@
 """The experts of a network's layers, lent from one pool."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-
-import torch
 
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.model.experts import ExpertLender, ExpertWeights
@@ -12,6 +10,7 @@ from offload_rt.streaming.experts import ExpertPool
 
 Pool = ExpertPool[DeviceBuffer, HomeSource]
 Units = Mapping[int, Sequence[LayerLayout]]
+MatricesOf = Callable[[LayerLayout, DeviceBuffer], ExpertWeights]
 
 
 class PooledExperts:
@@ -22,6 +21,7 @@ class PooledExperts:
         layer: whose they are.
         units: the image of each.
         views: of buffers of the pool: the layer and expert, and its weights there.
+        matrices_of: an expert's image in a buffer.
     """
 
     def __init__(
@@ -30,8 +30,10 @@ class PooledExperts:
         layer: int,
         units: Sequence[LayerLayout],
         views: dict[int, tuple[tuple[int, int], ExpertWeights]],
+        matrices_of: MatricesOf,
     ) -> None:
         self._pool, self._layer, self._units, self._views = pool, layer, units, views
+        self._matrices_of = matrices_of
 
     def begin(self, parts: int) -> None:
         """Rows begin to go through the layer, in so many parts."""
@@ -42,7 +44,10 @@ class PooledExperts:
         for expert, buffer in self._pool.lend(self._layer, needed, rows):
             key, found = (self._layer, expert), self._views.get(id(buffer))
             if found is None or found[0] != key:
-                found = self._views[id(buffer)] = key, _views(self._units[expert], buffer)
+                found = self._views[id(buffer)] = (
+                    key,
+                    self._matrices_of(self._units[expert], buffer),
+                )
             yield expert, found[1]
 
 
@@ -73,21 +78,14 @@ def open_pool(
     )
 
 
-def lenders_of(pool: Pool, units: Units) -> dict[int, ExpertLender]:
+def lenders_of(pool: Pool, units: Units, matrices_of: MatricesOf) -> dict[int, ExpertLender]:
     """Who lends the experts of each layer."""
     views: dict[int, tuple[tuple[int, int], ExpertWeights]] = {}
-    return {layer: PooledExperts(pool, layer, own, views) for layer, own in units.items()}
+    return {
+        layer: PooledExperts(pool, layer, own, views, matrices_of) for layer, own in units.items()
+    }
 
 
 def _place(units: Units, layer: int, expert: int) -> tuple[str, int]:
     first = units[layer][expert].runs[0]
     return str(first.path), first.file_offset
-
-
-def _views(unit: LayerLayout, buffer: DeviceBuffer) -> ExpertWeights:
-    """The matrices of an expert in a buffer."""
-    found = {}
-    for place in unit.placements:
-        data = buffer.tensor[place.offset : place.offset + place.nbytes]
-        found[place.name] = data.view(getattr(torch, place.dtype)).view(place.shape)
-    return found

@@ -130,7 +130,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     for device in stripes.devices:
         device.load.record().synchronize()
     crossing = stripes if len(stripes.devices) > 1 else None
-    lenders = NOBODY if pool is None else lenders_of(pool, network.units)
+    lenders = NOBODY if pool is None else lenders_of(pool, network.units, network.matrices_of)
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():

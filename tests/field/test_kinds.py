@@ -32,7 +32,6 @@ KINDS = {
         "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "int"}}},
     },
     "bitsandbytes, 4-bit": {"load_in_4bit": True, "bnb_4bit_quant_type": "int4"},
-    "MXFP4": {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
     "EXL3, 3-bit": {"quant_method": "exl3", "version": "0.0.1", "bits": 3.0},
     "ModelOpt": {"quant_method": "modelopt", "quant_algo": "W4A8_AWQ"},
     "'something new'": {"quant_method": "something new"},
@@ -55,7 +54,7 @@ def test_kinds_by_config_json(tmp_path, kind):
     assert f"its weights are quantised ({kind}, says quantization_config in config.json)" in message
     assert "bf16, fp16 and fp32 weights in safetensors files are read, and " in message
     assert f"{READ_METHODS}, take" in message
-    assert ("take a bf16 copy" in message) == (kind in ("MXFP4", "FP8"))  # may be the original
+    assert ("take a bf16 copy" in message) == (kind == "FP8")  # may be the original
 
 
 def test_mlx(tmp_path):

@@ -111,7 +111,7 @@ def layer_bytes(layout: LayerLayout, weights: DraftWeights) -> int:
         return layout.nbytes
     total = 0
     for each in layout.stored:
-        rounds = takes(weights, each.outputs, each.inputs)
+        rounds = takes(weights, each.outputs, each.inputs) and not each.of_expert
         total += matrix_bytes(weights, each.outputs, each.inputs) if rounds else each.nbytes
     parts = {extent.name for each in layout.stored for extent in each.parts.values()}
     for placement in layout.placements:

@@ -5,8 +5,9 @@ other and with what `config.json` states. No torch here.
 """
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
@@ -48,6 +49,12 @@ class _Parts:
         """All that lies in an image."""
         return (self.codes[0], *self.needed, *self.more)
 
+
+# The experts of a layer in one tensor each of codes and of scales, and what these are of one.
+_FUSED = re.compile(r"(?P<matrix>.*\.experts\.(?:gate_up|down)_proj)_(?P<word>blocks|scales)$")
+_OF_ONE = {"blocks": "weight_packed", "scales": "weight_scale"}
+_MOST_EXPERTS = 2**12
+_PAIRS = 16  # bytes of a block of codes
 
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale", "activation_scale")
 _WORDS = _Parts(("qweight", ["I32"]), ("qzeros", "scales"))
@@ -124,6 +131,43 @@ def find_stored(
     return StoredTensors(found, frozenset(facts))
 
 
+def each_expert(
+    folder: Path, method: Method | None, tensors: Mapping[str, TensorExtent]
+) -> Mapping[str, TensorExtent]:
+    """The tensors of a folder, with those of all experts of a layer cut into those of each.
+
+    Of gpt-oss: `gate_up_proj_blocks` U8 [E, O, I / 32, 16] and `gate_up_proj_scales` [E, O, I / 32]
+    become `0.gate_up_proj.weight_packed` [O, I / 2] and so on.
+
+    Raises:
+        CheckpointError: codes or scales are missing, or do not divide into experts alike.
+    """
+    if method is None or not method.fused:
+        return tensors
+    fused = dict[str, dict[str, TensorExtent]]()
+    for name, extent in tensors.items():
+        if match := _FUSED.match(name):
+            fused.setdefault(match["matrix"], {})[match["word"]] = extent
+    found = dict(tensors)
+    for matrix, parts in fused.items():
+        count, outputs, groups = _Reader(folder, method, matrix, parts).fused()
+        moe, _, part = matrix.rpartition(".")
+        for word, extent in parts.items():
+            del found[extent.name]
+            columns = groups * (_PAIRS if word == "blocks" else 1)
+            nbytes = extent.nbytes // count
+            for expert in range(count):
+                name = f"{moe}.{expert}.{part}.{_OF_ONE[word]}"
+                found[name] = replace(
+                    extent,
+                    name=name,
+                    shape=(outputs, columns),
+                    offset=extent.offset + expert * nbytes,
+                    nbytes=nbytes,
+                )
+    return found
+
+
 def _split(name: str) -> tuple[str, str]:
     """Module and word of a tensor."""
     module, _, below = name.rpartition(f".{_PLAIN}.")
@@ -143,8 +187,6 @@ class _Reader:
 
     def read(self) -> Stored:
         """The weight, all sizes checked."""
-        if ".experts." in self._module:
-            raise self._error("is of an expert: quantised experts are not read in this version")
         form = self._form()
         known = _PARTS[form]
         codes, dtypes = known.codes
@@ -165,6 +207,26 @@ class _Reader:
             if word not in known.streamed and word not in known.facts:
                 raise self._error(f"has {word}, of which weights in {self._method.name} have none")
         return _READ[form](self, form)
+
+    def fused(self) -> tuple[int, int, int]:
+        """Experts, outputs and groups of inputs of the matrices that are in one tensor."""
+        missing = _OF_ONE.keys() - self._parts.keys()
+        if missing:
+            raise self._error(f"has {next(iter(self._parts))} but no {missing.pop()}")
+        codes, scales = self._parts["blocks"], self._parts["scales"]
+        fits = len(codes.shape) == 4 and codes.shape == (*scales.shape, _PAIRS)
+        if not fits or {codes.dtype, scales.dtype} != {"U8"}:
+            raise self._error(
+                f"has blocks that are {codes.dtype} {list(codes.shape)} and scales that are "
+                f"{scales.dtype} {list(scales.shape)}: expected are U8 [experts, outputs, inputs / "
+                f"32, {_PAIRS}] and the same without the last"
+            )
+        count, outputs, groups, _ = codes.shape
+        if not 1 <= count <= _MOST_EXPERTS or not outputs or not groups:
+            raise self._error(
+                f"has blocks {list(codes.shape)}, accepted are 1 to {_MOST_EXPERTS} experts"
+            )
+        return count, outputs, groups
 
     def _form(self) -> Form:
         """That which the tensors say; the only one there is, if there is one."""

@@ -13,7 +13,8 @@ from offload_rt.model.files import shown
 
 READ_METHODS = (
     "compressed-tensors (integers, FP8, MXFP8, MXFP4, NVFP4), AWQ (gemm), GPTQ (2, 3, 4 and 8 "
-    "bits), FP8 (fp8, fbgemm_fp8), bitsandbytes (nf4, fp4, int8) and ModelOpt (FP8, NVFP4)"
+    "bits), FP8 (fp8, fbgemm_fp8), MXFP4 (gpt-oss), bitsandbytes (nf4, fp4, int8) and ModelOpt "
+    "(FP8, NVFP4)"
 )
 UNROUNDED = "activations are not rounded, as the method has it"
 _BITS = range(2, 9)
@@ -70,6 +71,7 @@ class Method:
         scale: number format that scales have, as far as it is known.
         kept: what config.json calls the modules that stay as they were.
         notes: what is not done that the method does.
+        fused: weights are those of experts, all of a layer in one tensor.
     """
 
     name: str
@@ -80,6 +82,7 @@ class Method:
     scale: str = "F32"
     kept: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    fused: bool = False
 
 
 def read_method(name: str, stated: object) -> Method | str:
@@ -339,8 +342,16 @@ def _modelopt(name: str, stated: Mapping[str, Any]) -> Method | str:
     )
 
 
-def _of_experts(name: str, stated: Mapping[str, Any]) -> Method | str:
-    return "its experts are quantised, and quantised experts are not read"
+def _mxfp4(name: str, stated: Mapping[str, Any]) -> Method | str:
+    return Method(
+        name=name,
+        forms=frozenset({Form.MXFP4}),
+        bits=frozenset({4}),
+        blocks=frozenset({(1, 32)}),
+        scale="U8",
+        kept=_names(stated.get("modules_to_not_convert")),
+        fused=True,
+    )
 
 
 _READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Method | str]] = {
@@ -351,7 +362,7 @@ _READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Method | str]] = {
     "fbgemm_fp8": _fbgemm,
     "bitsandbytes": _bitsandbytes,
     "modelopt": _modelopt,
-    "mxfp4": _of_experts,
+    "mxfp4": _mxfp4,
 }
 
 

@@ -84,6 +84,11 @@ class Stored:
     pieces: tuple[int, ...] = ()
 
     @property
+    def of_expert(self) -> bool:
+        """Whether it is a matrix of one of a layer's experts."""
+        return ".experts." in self.module
+
+    @property
     def numbers(self) -> int:
         """Of the weight."""
         return self.outputs * self.inputs

@@ -7,7 +7,8 @@ resident and unquantised weights of equal numbers compute the same bits.
 On a GPU the scratch is used in the order of its compute stream, so that nothing else need wait.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -38,6 +39,40 @@ def dequantise(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor
     _BRING[stored.form](stored, parts, out)
 
 
+class Bringer:
+    """Dequantises a weight of an expert into the scratch that all on a device share.
+
+    Args:
+        stored: the weight.
+        dtype: it computes in.
+
+    Attributes:
+        scratch: bytes for the one weight that computes, lent before a pass runs.
+        in_order: inputs of a group follow each other, so that an index of groups says nothing.
+    """
+
+    def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
+        self.stored, self.dtype = stored, dtype
+        self.scratch, self.in_order = torch.empty(0, dtype=torch.uint8), False
+        self._bring = _BRING[stored.form]
+
+    def lend(self, scratch: torch.Tensor, *, in_order: bool) -> None:
+        """Give it room, where it computes; what it dequantises with is ready by then."""
+        self.scratch, self.in_order = scratch, in_order
+        made = bring_for(self.stored, self.dtype, scratch.device)
+        self._bring = made or _BRING[self.stored.form]
+
+    def bring(self, parts: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+        """The weight [O, I] of its parts, in the scratch until another is brought."""
+        stored = self.stored
+        data = self.scratch[: stored.numbers * self.dtype.itemsize]
+        out = data.view(self.dtype).view(stored.outputs, stored.inputs)
+        unused = INDICES if self.in_order else ()
+        used = {w: t for w, t in parts.items() if t is not None and w not in unused}
+        self._bring(stored, used, out)
+        return out
+
+
 class WiredLinear(torch.nn.Module):
     """Computes what a linear with the dequantised weight does.
 
@@ -63,9 +98,8 @@ class WiredLinear(torch.nn.Module):
         self._bring = _BRING[stored.form]
         self.product: Product = torch.nn.functional.linear
         self.bias = linear.bias
-        for word, extent in stored.parts.items():
-            dtype = getattr(torch, torch_name(extent.dtype))
-            self.register_buffer(word, torch.empty(extent.shape, dtype=dtype, device="meta"))
+        for word in stored.parts:
+            self.register_buffer(word, _on_meta(stored, word))
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
@@ -118,20 +152,59 @@ class WiredLinear(torch.nn.Module):
         return linear
 
 
+class WiredExpert(torch.nn.Module):
+    """The quantised weights of one expert of a layer whose experts are in its image.
+
+    Args:
+        matrices: by the names that the expert computes with (`model/experts.py`).
+        dtype: it computes in.
+
+    Attributes:
+        bringers: of each.
+    """
+
+    def __init__(self, matrices: Mapping[str, Stored], dtype: torch.dtype) -> None:
+        super().__init__()
+        self.bringers = {name: Bringer(stored, dtype) for name, stored in matrices.items()}
+        for name, stored in matrices.items():
+            for word in stored.parts:
+                self.register_buffer(self.buffer_of(name, word), _on_meta(stored, word))
+
+    @staticmethod
+    def buffer_of(matrix: str, word: str) -> str:
+        """What the buffer of a part is called."""
+        return f"{matrix.replace('.', '_')}_{word}"
+
+    def weights(self) -> dict[str, Callable[[], torch.Tensor]]:
+        """What brings each matrix."""
+        return {
+            name: partial(
+                bringer.bring,
+                {word: self._buffers[self.buffer_of(name, word)] for word in bringer.stored.parts},
+            )
+            for name, bringer in self.bringers.items()
+        }
+
+
+def _on_meta(stored: Stored, word: str) -> torch.Tensor:
+    extent = stored.parts[word]
+    return torch.empty(extent.shape, dtype=getattr(torch, torch_name(extent.dtype)), device="meta")
+
+
 def wire_linears(
-    model: torch.nn.Module, stored: Mapping[str, Stored], key_of: Callable[[str], str | None]
+    model: torch.nn.Module, stored: Iterable[Stored], key_of: Callable[[str], str | None]
 ) -> None:
     """Put such modules in place of the linears of a network whose weights are stored so.
 
     Args:
         model: transformers' modules.
-        stored: by names of the files, several to a weight.
+        stored: the weights.
         key_of: the network's name of a tensor of the files.
 
     Raises:
         CheckpointError: a module is none that is read so, or of another shape.
     """
-    for each in dict.fromkeys(stored.values()):
+    for each in stored:
         key = key_of(f"{each.module}.weight")
         path = "" if key is None else key.rpartition(".")[0]
         linear = model.get_submodule(path) if path else None
@@ -152,3 +225,10 @@ def wire_linears(
 def wired_linears(module: torch.nn.Module) -> list[WiredLinear]:
     """Those below a module."""
     return [child for child in module.modules() if isinstance(child, WiredLinear)]
+
+
+def bringers_below(module: torch.nn.Module) -> Iterator[Bringer]:
+    """Of the quantised weights of experts below a module."""
+    for child in module.modules():
+        if isinstance(child, WiredExpert):
+            yield from child.bringers.values()

@@ -1,0 +1,223 @@
+"""Experts whose weights are quantised: as units, in layer images, and refused."""
+
+import json
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from expert_models import make_mixture
+from quantised import CASES, write_gpt_oss, write_twins
+from safetensors.torch import load_file, save_file
+
+from offload_rt.config import HomeKind
+from offload_rt.costs.sizes import experts_of as images_of
+from offload_rt.costs.workload import parts_of
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.kinds import CPU, Packing
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.expert_layout import plan_units
+from offload_rt.model.network import experts_of
+from offload_rt.model.outline import outline_checkpoint
+
+KEPT = ("gate", "router", "shared_expert_gate")
+# What is quantised in which way: experts, and here all linears of layers besides.
+TWINS = {
+    "gpt_oss MXFP4": ("gpt_oss", None),
+    "qwen3_moe W4": ("qwen3_moe", "W4 g32"),
+    "mixtral AWQ": ("mixtral", "AWQ g32"),
+    "qwen2_moe GPTQ": ("qwen2_moe", "GPTQ 8 g32 act-order v2"),
+    "qwen3_moe fp8": ("qwen3_moe", "fp8 blocks bf16 scales"),
+    "olmoe NVFP4": ("olmoe", "NVFP4"),
+}
+
+
+@pytest.fixture(scope="module")
+def twins_of(make_tiny, tmp_path_factory):
+    """A mixture in a quantised format, and the plain one of the same numbers."""
+    made = {}
+
+    def make(name, dtype="float32"):
+        if (name, dtype) not in made:
+            family, case = TWINS[name]
+            size = {"intermediate_size": 64} if family == "gpt_oss" else {}
+            source = make_mixture(make_tiny, family, dtype=dtype, **size)
+            folder, number = tmp_path_factory.mktemp("twins"), getattr(torch, dtype)
+            made[name, dtype] = (
+                write_gpt_oss(source, folder, number)
+                if case is None
+                else write_twins(source, folder, *CASES[case], dtype=number, kept=KEPT)
+            )
+        return made[name, dtype]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        *((name, "float32") for name in TWINS),
+        ("gpt_oss MXFP4", "bfloat16"),
+        ("qwen3_moe W4", "bfloat16"),
+    ],
+)
+def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(twins_of, name, dtype):
+    folder = twins_of(name, dtype).folder
+    with engine_for(folder) as engine:
+        assert not engine.placement.streams
+        logits = all_logits(engine)
+        engine.forget()
+        answer = generate(engine, tokens=6)
+    for slots, home in ((3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)):
+        with engine_for(folder, expert_slots=slots, home=home) as engine:
+            assert engine.placement.expert_slots == slots
+            assert generate(engine, tokens=6) == answer
+            engine.forget()
+            assert torch.equal(all_logits(engine), logits)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_logits_equal_transformers_over_the_dequantised_weights(twins_of, name):
+    twins = twins_of(name)
+    with engine_for(twins.folder, expert_slots=5) as engine, torch.no_grad():
+        ours = all_logits(engine)
+        theirs = reference_model(twins.plain)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+    theirs = theirs[len(PROMPT) - 1 :]
+    assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("name", ["gpt_oss MXFP4", "qwen3_moe W4"])
+def test_whole_layers_give_the_same_bits(twins_of, name):
+    folder = twins_of(name).folder
+    with engine_for(folder, expert_slots=5) as engine:
+        logits = all_logits(engine)
+    with engine_for(folder, resident_layers=1) as engine:
+        assert len(engine.placement.streamed) == 3 and not engine.placement.expert_slots
+        assert torch.equal(all_logits(engine), logits)
+
+
+def test_an_expert_is_a_unit_of_the_bytes_of_the_files(twins_of):
+    """Codes and scales of gpt-oss are slices: an expert has four runs, and nothing is converted."""
+    checkpoint = open_checkpoint(twins_of("gpt_oss MXFP4").folder)
+    units = plan_units(experts_of(checkpoint, "bfloat16"), "bfloat16", Packing.FILE)
+    of_one = 64 * 2 * (32 + 2) + 64 * (32 + 2)  # [2I, H / 2] and [2I, H / 32], then down
+    for unit in (unit for own in units.values() for unit in own):
+        assert len(unit.runs) == 4 and unit.file_bytes == of_one
+        assert not any(run.convert for run in unit.runs)
+
+
+def test_swapped_scales_are_seen(twins_of, monkeypatch):
+    folder = twins_of("gpt_oss MXFP4").folder
+    with engine_for(folder, expert_slots=9) as engine:
+        logits = all_logits(engine)
+    with engine_for(folder, expert_slots=9) as engine:
+        pool = engine.runner.experts
+        source = pool._source
+        pool._source = lambda layer, expert: source(layer, {0: 1, 1: 0}.get(expert, expert))
+        assert not torch.equal(all_logits(engine), logits)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss MXFP4", "qwen3_moe W4", "mixtral AWQ"])
+def test_config_json_alone_says_the_sizes(twins_of, tmp_path, name):
+    folder = twins_of(name, "bfloat16").folder
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    stated, real = outline_checkpoint(tmp_path), open_checkpoint(folder)
+    assert stated.total_bytes == real.total_bytes
+    ours, theirs = (images_of(one, "auto", CPU) for one in (stated, real))
+    assert ours.file_bytes == theirs.file_bytes and ours.per_token == theirs.per_token
+    for one in (stated, real):
+        layer = parts_of(one, "auto", CPU).layers[0]
+        per_expert = 3 * 64 * (64 if name == "gpt_oss MXFP4" else 32 if "W4" in name else 128)
+        experts = real.config.setting("num_local_experts") or real.config.setting("num_experts")
+        assert layer.sent == 2 / experts  # biases of gpt-oss are counted as experts' too
+        assert layer.expert_bytes == pytest.approx(2 * experts * per_expert, rel=0.02)
+        assert sum(each.numbers for each in layer.experts_decoded) == experts * per_expert
+
+
+# ---- bad files ----
+
+BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
+SCALES = "model.layers.1.mlp.experts.gate_up_proj_scales"
+EXPERT = "model.layers.2.mlp.experts.1.down_proj"
+
+
+def half(name):
+    return lambda tensors: tensors.update({name: tensors[name][:2].contiguous()})
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gpt_oss MXFP4", lambda t: t.pop(SCALES), "has blocks but no scales"),
+        (
+            "gpt_oss MXFP4",
+            half(SCALES),
+            r"blocks that are U8 \[4, 128, 2, 16\] and scales that are",
+        ),
+        (
+            "gpt_oss MXFP4",
+            half(BLOCKS),
+            r"blocks that are U8 \[2, 128, 2, 16\] and scales that are",
+        ),
+        (
+            "gpt_oss MXFP4",
+            lambda t: (half(BLOCKS)(t), half(SCALES)(t)),
+            r"expert 2 has .*down_proj:weight_packed.*expert 0 has .*gate_up_proj:weight_packed",
+        ),
+        (
+            "qwen3_moe W4",
+            lambda t: t.pop(f"{EXPERT}.weight_scale"),
+            "experts.1.down_proj' has .* but no weight_scale",
+        ),
+        (
+            "qwen3_moe W4",
+            lambda t: [t.pop(f"{EXPERT}.weight_{w}") for w in ("packed", "scale", "shape")],
+            "expert 1 has .*expert 0 has .*down_proj:weight_packed",
+        ),
+        (
+            "qwen3_moe W4",
+            lambda t: t.update(
+                {
+                    f"{EXPERT}.weight_packed": t[f"{EXPERT}.weight_packed"][:32].contiguous(),
+                    f"{EXPERT}.weight_scale": t[f"{EXPERT}.weight_scale"][:32].contiguous(),
+                    f"{EXPERT}.weight_shape": torch.tensor([32, 32]),
+                }
+            ),
+            r"expert 1 has .*down_proj:weight_packed' \[32, 4\].*expert 0 has",
+        ),
+    ],
+)
+def test_files_that_do_not_fit_are_refused_before_anything_is_allocated(
+    twins_of, tmp_path, monkeypatch, name, change, message
+):
+    monkeypatch.setattr(CpuDevice, "allocate", None)
+    folder = bad(twins_of, tmp_path, name, change)
+    with pytest.raises(CheckpointError, match=message), engine_for(folder):
+        pass
+
+
+def bad(twins_of, target, name, change):
+    """The model with other tensors."""
+    folder = twins_of(name).folder
+    for path in folder.glob("*.json"):
+        (target / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, target / "model.safetensors", {"format": "pt"})
+    return target
+
+
+def test_such_files_end_with_code_4(twins_of, tmp_path, offload_run):
+    for part, change in (("a", half(BLOCKS)), ("b", lambda t: (half(BLOCKS)(t), half(SCALES)(t)))):
+        (tmp_path / part).mkdir()
+        folder = bad(twins_of, tmp_path / part, "gpt_oss MXFP4", change)
+        done = offload_run("plan", folder, "--context", 64)
+        assert done.code == 4 and "download" in done.err.splitlines()[-1]
+
+
+def test_a_dense_model_has_no_experts_in_mxfp4(make_tiny, tmp_path, offload_run):
+    config = json.loads((make_tiny("llama") / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    done = offload_run("plan", tmp_path, "--context", 64)
+    assert done.code == 4 and "none that could be" in done.err
