@@ -3,8 +3,9 @@
 Where the least recently used expert of a layer is replaced, a pool of any size holds those that
 were asked for most recently, so one histogram of *stack distances* (how many other experts of the
 layer were asked for since, Mattson et al. 1970) has the hits of every size. A pool records it while
-it runs (`streaming/experts.py`). Until one is there the prior below is used, which is cautious: it
-is of routers with as little locality as any published (`docs/RESULTS.md`, "Experts one by one").
+it runs (`streaming/experts.py`), and what runs recorded is kept by model (`planning/history.py`).
+Until one is there the prior below is used, which is cautious: it is of routers with as little
+locality as any published (`docs/RESULTS.md`, "Experts one by one").
 No torch here.
 """
 
@@ -12,6 +13,8 @@ from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+
+from offload_rt.device.kinds import DeviceKind
 
 # Share of a layer's experts that a pool holds, and of a token's experts that are among these:
 # routers made of all 576 directions of a 135M model's states, 64 experts, 4 a token. 26 % of them
@@ -26,9 +29,17 @@ _HIT_RATES = (
     (0.64, 0.86),
     (1.0, 1.0),
 )
+# The same by how many tokens' experts are held, as a part of what chance would miss: where a layer
+# has few experts for each that a token is sent to, a share of them is few tokens' worth. With 2 and
+# 4 of Mixtral-8x7B's 8 held this says 0.41 and 0.65, the table above 0.59 and 0.84; Eliseev and
+# Mazur 2023 found 40 to 60 % there.
+_BEYOND_CHANCE = ((0.0, 0.0), (1.0, 0.21), (3.0, 0.36), (4.0, 0.45), (6.0, 0.52), (8.0, 0.68))
 # Experts that rows after each other ask for and that are not held grow with rows^(1 - b): b by
 # share held, of chains of 4, 8 and 16 rows through the same pools.
 _ROW_SHARING = ((0.0, 0.39), (0.125, 0.19), (0.25, 0.11), (0.5, 0.05), (1.0, 0.0))
+# On a GPU the host waits for the router once a layer (30 us from an event to the next launch, as of
+# `REPLAY_S`), and launches some ten kernels for each expert, 6 us each. Assumed: none was timed.
+_ROUND_TRIP_S, _LAUNCHES_S = 30e-6, 60e-6
 # Different experts of n rows are E (1 - (1 - k / E)^(n^a)); a = 1 if rows were independent.
 _UNION = 0.8
 
@@ -43,8 +54,19 @@ class Distances:
             those that were never used before.
     """
 
-    calls: int
-    counts: tuple[int, ...]
+    calls: float
+    counts: tuple[float, ...]
+
+    def joined(self, newer: "Distances", most_calls: float) -> "Distances":
+        """Both together; of the older one as much as leaves room for no more than so many calls."""
+        kept = min(1.0, max(0.0, most_calls - newer.calls) / max(1.0, self.calls))
+        if len(self.counts) != len(newer.counts):
+            return newer  # of another model by the same name
+        counts = zip(self.counts, newer.counts, strict=True)
+        return Distances(
+            calls=kept * self.calls + newer.calls,
+            counts=tuple(kept * old + new for old, new in counts),
+        )
 
     def misses(self, held: float) -> float:
         """Experts of a layer that a pass asks for and a pool lacks, on average.
@@ -80,9 +102,35 @@ class ExpertUse:
         if (seen := self.seen.get((rows - 1).bit_length())) is not None:
             return seen.misses(held)
         share = min(1.0, held / experts)
-        one = per_token * (1.0 - _between(_HIT_RATES, share))
+        if (single := self.seen.get(0)) is not None:
+            one = single.misses(held)
+        else:
+            one = per_token * (1.0 - prior_hit_rate(held, experts, per_token))
         many = one * rows ** (1.0 - _between(_ROW_SHARING, share))
         return min(many, union(rows, experts, per_token))
+
+
+def choosing_s(device: DeviceKind, per_token: int) -> float:
+    """Of the host for a layer of a pass, until it knows the experts and has launched their kernels.
+
+    Args:
+        device: what computes; a CPU is the host itself.
+        per_token: experts that a token is sent to.
+    """
+    return 0.0 if device.host_computes else _ROUND_TRIP_S + per_token * _LAUNCHES_S
+
+
+def prior_hit_rate(held: float, experts: int, per_token: int) -> float:
+    """Share of a token's experts that a pool holds, before any run of the model.
+
+    Args:
+        held: experts of the layer that the pool holds.
+        experts: of the layer.
+        per_token: that a token is sent to.
+    """
+    share = min(1.0, held / experts)
+    beyond = _between(_BEYOND_CHANCE, held / per_token)
+    return min(_between(_HIT_RATES, share), share + (1.0 - share) * beyond)
 
 
 def union(rows: int, experts: int, per_token: int) -> float:

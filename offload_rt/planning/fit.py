@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, DrafterWords, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
+from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -51,6 +52,7 @@ class RunLoad:
             device; None: each has its own.
         running: sequences that usually run, for whom the fastest is chosen; memory is for all of
             them either way. None: all.
+        asked: what is known of the experts that the model's tokens ask for.
     """
 
     capacities: Sequence[int]
@@ -58,6 +60,7 @@ class RunLoad:
     drafting: Drafting = NO_DRAFTING
     kv_tokens: int | None = None
     running: int | None = None
+    asked: ExpertUse = ExpertUse()
 
 
 def place_run(
@@ -100,7 +103,7 @@ def place_run(
         capacities=load.capacities,
         shape=shape,
         drafting=load.drafting,
-    )
+    ).knowing(load.asked)
     if load.kv_tokens is not None:
         spare = load.drafting.config.pending_rows * len(load.capacities)
         rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
@@ -306,6 +309,7 @@ def pooled_experts(placement: Placement) -> PooledExperts | None:
         held=share + spare / experts.layers,
         home_bytes=total_bytes // experts.count,
         image_bytes=experts.image_bytes // experts.count,
+        use=experts.use,
     )
 
 

@@ -1,11 +1,15 @@
-"""Accepted tokens of earlier runs on this machine, kept in one small file. No torch here."""
+"""What earlier runs on this machine saw, kept in small files by model. No torch here.
+
+How many drafted tokens were accepted, and which experts of a mixture tokens asked for.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.costs.experts import Distances, ExpertUse
 from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.yields import NOTHING_SEEN, Seen
@@ -13,6 +17,10 @@ from offload_rt.speculative.kinds import kind_of
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
+# Times that layers asked for experts. Fewer say little: nearly all are asked for the first time.
+_FEWEST_CALLS, _MOST_CALLS = 200, 2**16
+_MOST_MIXTURES = 20  # 20 kB each, of 256 experts
+_MOST_EXPERTS, _MOST_CLASSES = 2**13, 24
 
 
 def model_key(checkpoint: Checkpoint) -> str:
@@ -86,3 +94,50 @@ def _pair(pair: object, most: float) -> tuple[float, float]:
     if not (0.0 <= steps < math.inf and 0.0 <= value <= most):  # NaN too
         raise ValueError(f"{pair!r} cannot be")
     return min(steps, _MOST_STEPS), value
+
+
+def read_asked(path: Path, key: str) -> ExpertUse:
+    """Which experts tokens of a model asked for; nothing where too little or nothing is known."""
+    entry = read_entries(path, _parsed_asked).get(key, {})
+    return ExpertUse(seen={c: found for c, found in entry.items() if found.calls >= _FEWEST_CALLS})
+
+
+def add_asked(
+    path: Path, key: str, calls: Mapping[int, int], distances: Mapping[int, Sequence[int]]
+) -> None:
+    """Add what a pool counted to that of a model; what goes wrong is only logged.
+
+    Args:
+        path: of the file.
+        key: of the model.
+        calls: times that layers asked, by class of a pass's rows.
+        distances: stack distances of what they asked for, likewise.
+    """
+    if not calls:
+        return
+    entries = read_entries(path, _parsed_asked)
+    known = dict(entries.pop(key, {}))
+    for size, counts in distances.items():
+        new = Distances(calls=calls[size], counts=tuple(counts))
+        known[size] = known[size].joined(new, _MOST_CALLS) if size in known else new
+    entries[key] = known  # the latest is last
+    made = {name: _asked_as_json(each) for name, each in entries.items()}
+    write_entries(path, made, _MOST_MIXTURES)
+
+
+def _asked_as_json(entry: Mapping[int, Distances]) -> dict[str, object]:
+    return {
+        str(size): [round(found.calls, 1), *(round(count, 1) for count in found.counts)]
+        for size, found in sorted(entry.items())
+    }
+
+
+def _parsed_asked(entry: Any) -> dict[int, Distances]:  # noqa: ANN401 - of JSON
+    found = {}
+    for size, numbers in entry.items():
+        calls, *counts = map(float, numbers)
+        fits = calls > 0 and 2 <= len(counts) <= _MOST_EXPERTS and 0 <= int(size) <= _MOST_CLASSES
+        if not fits or not all(0.0 <= number < math.inf for number in (calls, *counts)):
+            raise ValueError(f"{size!r} is no class of passes, or its counts cannot be")
+        found[int(size)] = Distances(calls=calls, counts=tuple(counts))
+    return found

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.config import HomeKind
+from offload_rt.costs.experts import ExpertUse
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, spread_layers
 from offload_rt.units import format_size
@@ -29,6 +30,7 @@ class ExpertDemand:
         per_token: experts of a layer that a token is sent to: the fewest slots.
         image_bytes: of all experts, as they compute.
         file_bytes: of them as they are stored.
+        use: what is known of those that tokens ask for.
     """
 
     rest_bytes: tuple[int, ...]
@@ -37,6 +39,7 @@ class ExpertDemand:
     per_token: int
     image_bytes: int
     file_bytes: int
+    use: ExpertUse = ExpertUse()
 
     @property
     def count(self) -> int:
@@ -91,6 +94,12 @@ class Demand:
         """What is there whatever the placement."""
         states = sum(self.state_bytes)
         return self.base_bytes + self.kv_bytes + states + self.workspace_bytes + self.drafter_bytes
+
+    def knowing(self, asked: ExpertUse) -> "Demand":
+        """The same with what is known of the experts that tokens ask for."""
+        if self.experts is None:
+            return self
+        return replace(self, experts=replace(self.experts, use=asked))
 
     def share(self, layers: Sequence[int], *, first: bool) -> "Demand":
         """What a device needs that has these layers, and if it is the first what is in none."""

@@ -12,6 +12,7 @@ from typing import TypedDict, Unpack
 
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
+from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
@@ -115,11 +116,13 @@ class Means:
         speeds: of the machine.
         yields: what drafts of a kind of drafter give.
         level: times of recent runs over those of the speeds, for runs that stream or do not.
+        asked: what is known of the experts that the model's tokens ask for.
     """
 
     speeds: Speeds
     yields: Callable[[DraftConfig], Yield]
     level: Callable[[bool], float] = lambda streams: 1.0
+    asked: ExpertUse = ExpertUse()
 
 
 class PlanInputs(TypedDict):
@@ -226,7 +229,7 @@ def plan_run(
         PlanError: nothing fits; the refusal that asks for least.
         ProfileError: the profile lacks a number.
     """
-    load = replace(load, drafting=settled(load.drafting, device))
+    load = replace(load, drafting=settled(load.drafting, device), asked=means.asked)
     draft = load.drafting.config
     search = _Search(checkpoint, runtime, device, load, free, means)
     found: list[_Candidate] = []

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from offload_rt.config import GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
-from offload_rt.planning.history import add_seen, experience_key
+from offload_rt.planning.history import add_asked, add_seen, experience_key, model_key
 from offload_rt.planning.levels import LevelKey, add_level
 from offload_rt.report import RunReport
 from offload_rt.session.means import (
+    asked_path,
     check_plan,
     experience_path,
     levels_path,
@@ -132,6 +133,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             yield engine
         finally:
             _keep_seen(model, settings, engine)
+            _keep_asked(engine)
             _keep_pace(engine, speeds)
 
 
@@ -147,6 +149,13 @@ def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
     drafter = open_draft_checkpoint(model.checkpoint, engine.draft)
     key = experience_key(model.checkpoint, engine.draft, drafter, settings.sampling)
     add_seen(experience_path(), key, engine.tally.seen())
+
+
+def _keep_asked(engine: "Engine") -> None:
+    """Add which experts tokens asked for to what is known of it."""
+    if (pool := engine.runner.experts) is not None:
+        key = model_key(engine.checkpoint)
+        add_asked(asked_path(), key, pool.counts.calls, pool.counts.distances)
 
 
 def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:

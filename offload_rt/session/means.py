@@ -18,7 +18,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.exactness import headers_problem
-from offload_rt.planning.history import experience_key, read_seen
+from offload_rt.planning.history import experience_key, model_key, read_asked, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
@@ -40,6 +40,11 @@ from offload_rt.speculative.medusa.checkpoint import open_draft_heads
 def experience_path() -> Path:
     """The file in which what drafting gave is kept, beside the user's profiles."""
     return user_folder().parent / "drafting.json"
+
+
+def asked_path() -> Path:
+    """The file in which it is kept which experts tokens asked for, beside it."""
+    return experience_path().with_name("experts.json")
 
 
 def levels_path() -> Path:
@@ -101,7 +106,8 @@ def means_for(
         key = LevelKey.of(speeds, compute_threads(), checkpoint, streams=streams)
         return read_level(levels_path(), key, time.time())
 
-    return Means(speeds=speeds, yields=yields, level=level)
+    asked = read_asked(asked_path(), model_key(checkpoint))
+    return Means(speeds=speeds, yields=yields, level=level, asked=asked)
 
 
 def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
