@@ -18,12 +18,26 @@ ROWS = {c.scenario.name: c for c in compare_published(PROJECT / "profiles" / "pu
 # Both rest on an input that nobody published: how many layers stayed on the device, and how many
 # tokens a pass emits with a tree of another system.
 MISSES = {"sequoia-4090-llama2-13b-plain", "umbrella-4090-llama31-70b-awq-greedy"}
+# Of mixtures nobody publishes how much of a run is the host's, nor most hit rates.
+MIXTURES = {
+    "flashmoe-4090-qwen35-397b": False,
+    "freetoken-4090-flash-next": True,
+    "freetoken-5090-flash-next": False,
+    "freetoken-5090-qwen36-35b": False,
+    "llamacpp-4090-gpt-oss-120b": True,
+    "llamacpp-cache-5090-flash-next": True,
+}
 
 
 def test_the_rows_that_hit_still_hit_and_the_misses_are_known():
-    missed = {name for name, row in ROWS.items() if not row.hit}
+    missed = {name for name, row in ROWS.items() if not row.hit and name not in MIXTURES}
     assert missed == MISSES
-    assert len(ROWS) == 21
+    assert len(ROWS) == 27
+
+
+def test_rows_of_mixtures_are_within_a_quarter_or_known_to_miss():
+    found = {name: abs(row.error) <= 0.25 for name, row in ROWS.items() if name in MIXTURES}
+    assert found == MIXTURES
 
 
 def test_rows_whose_inputs_are_all_published_are_closer():
@@ -37,7 +51,7 @@ def test_rows_whose_inputs_are_all_published_are_closer():
 def test_every_input_says_how_it_is_known(name):
     scenario = ROWS[name].scenario
     assert scenario.found is not None and scenario.found.source
-    assert name == scenario.name and not scenario.set
+    assert name == scenario.name
     known = {key for entry in scenario.inputs for key in entry.keys}
     assert all(entry.obtained is not Obtained.MEASURED for entry in scenario.inputs)
     for key in given_keys(scenario):

@@ -347,3 +347,61 @@ def test_a_faster_link_a_better_or_a_faster_drafter_never_costs_more(
     better = draft | {"acceptance": [(1 + rate) / 2]}
     good = simulate(scenario(placement=place, draft=better), GPU)
     assert good.s_per_token <= base.s_per_token * (1 + 1e-9)
+
+
+# ---- experts ----
+
+MIXTURE = LLAMA_7B | {
+    "intermediate": 0,
+    "experts": 64,
+    "experts_per_token": 4,
+    "expert_intermediate": 2048,
+}
+ONE = 2 * 3 * 4096 * 2048
+
+
+def test_experts_that_come_one_by_one_move_what_is_missed():
+    place = {"expert_slots": 32 * 16, "expert_hit_rate": 0.75}
+    made = simulate(scenario(model=MIXTURE, placement=place), GPU)
+    assert made.bytes_per_pass == pytest.approx(32 * 4 * 0.25 * ONE)
+    assert (made.resident_layers, made.streamed_layers) == (32, 0)
+    more = simulate(scenario(model=MIXTURE, placement=place | {"expert_hit_rate": 0.95}), GPU)
+    assert more.s_per_token < made.s_per_token
+    whole = simulate(scenario(model=MIXTURE), GPU)
+    assert whole.bytes_per_pass > 10 * made.bytes_per_pass
+    guessed = simulate(scenario(model=MIXTURE, placement={"expert_slots": 32 * 16}), GPU)
+    assert guessed.bytes_per_pass == pytest.approx(32 * 4 * (1 - 0.5875) * ONE, rel=1e-3)
+
+
+def test_experts_of_two_homes_come_at_the_rates_of_both():
+    place = {"expert_slots": 32 * 16, "expert_hit_rate": 0.0, "home": "disk"}
+    disk, half, host = (
+        simulate(scenario(model=MIXTURE, placement=place | {"expert_host_share": share}), GPU)
+        for share in (0.0, 0.5, 1.0)
+    )
+    assert disk.transfer_s > half.transfer_s > host.transfer_s
+    assert half.transfer_s == pytest.approx((disk.transfer_s + host.transfer_s) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model": MIXTURE | {"experts_per_token": 65}}, "experts_per_token is 65"),
+        ({"model": MIXTURE | {"expert_intermediate": 0}}, "go together"),
+        ({"model": LLAMA_7B | {"intermediate": 0}}, "intermediate is 0"),
+        ({"placement": {"expert_slots": 4}}, "from 0 .* to 0"),
+        ({"model": MIXTURE, "placement": {"expert_slots": 3}}, "from 4 "),
+        ({"model": MIXTURE, "placement": {"expert_hit_rate": 0.5}}, "no placement.expert_slots"),
+        (
+            {"model": MIXTURE, "placement": {"expert_slots": 8, "resident_layers": 1}},
+            "one device that has all layers",
+        ),
+        (
+            {"model": MIXTURE, "placement": {"expert_slots": 8, "expert_host_share": 0.5}},
+            "placement.home is host",
+        ),
+    ],
+)
+def test_experts_that_cannot_be_are_named(changed, message):
+    with pytest.raises(MalformedError, match=message):
+        scenario(**changed)

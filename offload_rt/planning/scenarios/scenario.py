@@ -29,6 +29,7 @@ _LARGEST_BYTES = 2**20
 _COUNT, _BYTES, _SECONDS = 2**24, 2**50, 1e6
 _LAYERS, _DEVICES, _HEAD_BYTES = 1000, 64, 2
 _HIDDEN_BYTES = 2  # of a number of the hidden state that hops
+_EXPERTS = 4096
 _SLOTS, _DRAFTED = 4096, 4096  # four times what the engine takes
 
 
@@ -69,25 +70,43 @@ class DraftKind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """A decoder of equal layers: four attention projections, a gated MLP of three.
+    """A decoder of equal layers: four attention projections, a gated MLP of three, experts or none.
 
     Attributes:
+        intermediate: of the MLP that each token goes through; 0: there is none beside experts.
         bytes_per_weight: of the layers, scales of quantised formats included; the head has 2.
         kv_number_bytes: of a number in the KV cache.
+        experts: of a layer, each a gated MLP of three.
+        experts_per_token: that a token is sent to.
+        expert_intermediate: of an expert.
+        expert_bytes_per_weight: of experts.
     """
 
     layers: int = field(metadata=_up_to(_LAYERS))
     hidden: int = field(metadata=_up_to(_COUNT))
-    intermediate: int = field(metadata=_up_to(_COUNT))
+    intermediate: int = field(metadata=_up_to(_COUNT, least=0))
     heads: int = field(metadata=_up_to(_COUNT))
     kv_heads: int = field(metadata=_up_to(_COUNT))
     head_dim: int = field(metadata=_up_to(_COUNT))
     vocab: int = field(metadata=_up_to(_COUNT))
     bytes_per_weight: float = field(default=2.0, metadata=_up_to(8))
     kv_number_bytes: float = field(default=2.0, metadata=_up_to(8))
+    experts: int = field(default=0, metadata=_up_to(_EXPERTS, least=0))
+    experts_per_token: int = field(default=0, metadata=_up_to(_EXPERTS, least=0))
+    expert_intermediate: int = field(default=0, metadata=_up_to(_COUNT, least=0))
+    expert_bytes_per_weight: float = field(default=2.0, metadata=_up_to(8))
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of one expert."""
+        return round(self._expert_weights * self.expert_bytes_per_weight)
+
+    @property
+    def _expert_weights(self) -> int:
+        return 3 * self.hidden * self.expert_intermediate
 
     def layer_work(self, share: int = 1) -> LayerWork:
-        """What a layer costs, on each of `share` devices that have it together."""
+        """What a layer costs, on each of `share` devices that have it together; all its experts."""
         shape = LayerShape(
             hidden=self.hidden,
             intermediate=self.intermediate,
@@ -98,7 +117,8 @@ class ModelShape:
             weight_bytes=1,
         )
         flops = shape.work.flops_per_token
-        nbytes = round(flops / 2 * self.bytes_per_weight)
+        nbytes = round(flops / 2 * self.bytes_per_weight) + self.experts * self.expert_bytes
+        flops += 2 * self.experts_per_token * self._expert_weights
         return LayerWork(weight_bytes=nbytes // share, flops_per_token=flops // share)
 
     @property
@@ -115,6 +135,8 @@ class ModelShape:
             file_bytes=work.weight_bytes,
             flops_per_token=work.flops_per_token,
             kv_row_bytes=self.kv_row_bytes // share,
+            expert_bytes=self.experts * self.expert_bytes // share,
+            sent=self.experts_per_token / self.experts if self.experts else 1.0,
         )
         return ModelParts(
             layers=(layer,) * self.layers,
@@ -146,6 +168,15 @@ class PlacementShape:
         kv_home_layers: whose KV is streamed.
         kv_slots: device buffers for blocks of KV.
         kv_block_tokens: of such a block; left out: what the engine takes.
+        expert_slots: device buffers for experts, of all layers together; then layers stay without
+            theirs. Left out: experts are in their layers.
+        expert_hit_rate: of a token's experts that are in slots; left out: what is expected of so
+            many slots before any run of a model.
+        expert_host_share: of experts that are not, those in host memory, where the home is the
+            disk.
+        expert_host_s: of the host for each layer, to learn which experts a token is sent to and to
+            start their kernels; left out: what this program takes.
+        recorded: passes are replayed (CUDA graphs), not launched.
     """
 
     processor: Processor = Processor.CUDA
@@ -161,6 +192,11 @@ class PlacementShape:
     kv_home_layers: int = field(default=0, metadata=_up_to(_LAYERS, least=0))
     kv_slots: int = field(default=KV_SLOTS, metadata=_up_to(_SLOTS))
     kv_block_tokens: int | None = field(default=None, metadata=_up_to(_COUNT))
+    expert_slots: int | None = field(default=None, metadata=_up_to(_LAYERS * _EXPERTS))
+    expert_hit_rate: float | None = field(default=None, metadata=_up_to(1, least=0))
+    expert_host_share: float = field(default=0.0, metadata=_up_to(1, least=0))
+    expert_host_s: float | None = field(default=None, metadata=_up_to(_SECONDS, least=0))
+    recorded: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -333,6 +369,16 @@ def _check_model(model: ModelShape, key: str) -> None:
         raise MalformedError(
             f"{key}.kv_heads is {model.kv_heads}, which does not divide {key}.heads {model.heads}"
         )
+    if model.experts_per_token > model.experts:
+        raise MalformedError(
+            f"{key}.experts_per_token is {model.experts_per_token}, {key}.experts {model.experts}"
+        )
+    if bool(model.experts) != bool(model.experts_per_token and model.expert_intermediate):
+        raise MalformedError(
+            f"{key}.experts, {key}.experts_per_token and {key}.expert_intermediate go together"
+        )
+    if not model.experts and not model.intermediate:
+        raise MalformedError(f"{key}.intermediate is 0, and {key}.experts is, too")
 
 
 def _check_placement(scenario: Scenario) -> None:
@@ -343,6 +389,7 @@ def _check_placement(scenario: Scenario) -> None:
             raise MalformedError(
                 f"placement.{name} is {count}, but the model has {model.layers} layers"
             )
+    _check_expert_slots(model, place)
     kind = KINDS[place.processor]
     if place.devices > 1 and not kind.numbered:
         raise MalformedError(
@@ -358,6 +405,24 @@ def _check_placement(scenario: Scenario) -> None:
             f"placement.devices is {place.devices}, which does not divide model.kv_heads "
             f"{model.kv_heads}"
         )
+
+
+def _check_expert_slots(model: ModelShape, place: PlacementShape) -> None:
+    most, slots = model.layers * model.experts, place.expert_slots
+    if slots is None:
+        given = [name for name in given_keys(place) if name.startswith("expert_")]
+        if given:
+            raise MalformedError(f"placement.{given[0]} is given, but no placement.expert_slots")
+        return
+    if not model.experts_per_token <= slots <= most:
+        raise MalformedError(
+            f"placement.expert_slots is {slots}, must be from {model.experts_per_token} (those of "
+            f"a token) to {most} (all there are)"
+        )
+    if place.resident_layers is not None or place.devices > 1:
+        raise MalformedError("placement.expert_slots is of one device that has all layers")
+    if place.expert_host_share and place.home is not Home.DISK:
+        raise MalformedError("placement.expert_host_share is given, but placement.home is host")
 
 
 def _check_draft(draft: DrafterShape) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from offload_rt.config import DraftWeights
 from offload_rt.costs.acceptance import chain_tokens, grow_tree, rate_of_share, triforce_tokens
 from offload_rt.costs.drafters import DraftPart, Expected
+from offload_rt.costs.experts import Distances, ExpertUse, choosing_s
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -19,7 +20,7 @@ from offload_rt.costs.pass_cost import (
     pass_times,
 )
 from offload_rt.costs.step import Prediction, StepWork, predict
-from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV
+from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, StreamedKV
 from offload_rt.device.kinds import KINDS
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import block_tokens_for, spread_layers
@@ -90,8 +91,30 @@ def _placed_model(scenario: Scenario, profile: HardwareProfile) -> PlacedModel:
             slots=shape.slots,
             kv=kv,
             device=tuple(i % (shape.devices // share) for i in range(model.layers)),
+            experts=_experts(scenario),
         ),
         context_tokens=scenario.context_tokens,
+    )
+
+
+def _experts(scenario: Scenario) -> PooledExperts | None:
+    model, shape = scenario.model, scenario.placement
+    if shape.expert_slots is None:
+        return None
+    use, host_s = ExpertUse(), shape.expert_host_s
+    if shape.expert_hit_rate is not None:  # what is not there was never there
+        missed = model.experts_per_token * (1.0 - shape.expert_hit_rate)
+        use = ExpertUse(seen={0: Distances(calls=1, counts=(*[0.0] * model.experts, missed))})
+    if host_s is None:
+        host_s = choosing_s(KINDS[shape.processor], model.experts_per_token)
+    return PooledExperts(
+        counts=(model.experts,) * model.layers,
+        per_token=model.experts_per_token,
+        held=shape.expert_slots / model.layers,
+        home_bytes=model.expert_bytes,
+        image_bytes=model.expert_bytes,
+        use=use,
+        host_s=host_s,
     )
 
 
@@ -112,6 +135,8 @@ def _streamed(scenario: Scenario, profile: HardwareProfile, share: int) -> tuple
     """Layers whose weights are copied: the given number, or what does not fit."""
     model, shape = scenario.model, scenario.placement
     resident = shape.resident_layers
+    if shape.expert_slots is not None:
+        return ()
     if resident is None:
         resident = _fitting_layers(scenario, profile, share)
     return tuple(sorted(_away(model.layers, model.layers - resident, shape.order)))
@@ -150,6 +175,7 @@ def _placed(demand: Demand, limit: int, slots: int) -> Placement:
 def _cost(scenario: Scenario, profile: HardwareProfile, load: PassLoad) -> PassCost:
     """What a pass of the scenario costs."""
     shape = scenario.placement
+    load = replace(load, recorded=load.recorded or shape.recorded)
     rates = _rates(shape, profile, load)
     return cost_of(load, pass_times(profile, load, shape.processor, rates))
 
@@ -162,6 +188,10 @@ def _rates(shape: PlacementShape, profile: HardwareProfile, load: PassLoad) -> L
         by_head = shape.devices if shape.split is Split.HEADS else 1
         readers = max(by_head, len({load.layers[index].device for index in load.streamed}))
         home = replace(disk, value=disk.value / readers)
+        if (shared := shape.expert_host_share) > 0.0:
+            link = link_rates(profile, load, together=False).home[0]
+            mixed = 1.0 / (shared / link.value + (1.0 - shared) / home.value)
+            home = replace(home, value=mixed)
         kv = replace(disk, value=disk.value / by_head)
         each = (kv,) * load.devices
         return LinkRates(home=(home,) * load.devices, kv=each, back=each, readers=shape.reads)
