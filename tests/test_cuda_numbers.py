@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
+from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from medusa_heads import write_shared
+from quantised import write_gpt_oss
 from value_double import open_as, open_double
 
 from offload_rt.config import (
@@ -254,3 +256,48 @@ def test_without_a_wait_of_kernels_answers_differ(answers, plain, monkeypatch, c
     except NumbersError:  # poison: numbers that are none
         found = None
     assert left_out and found != plain[CASES[case].get("many", False)]
+
+
+# --- experts one by one --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "home", "driver"),
+    [
+        ("qwen3_moe", 9, HomeKind.HOST, {}),
+        ("gpt_oss", 3, HomeKind.HOST, {"pin": False}),
+        ("mixtral", 20, HomeKind.DISK, {}),
+        ("mxfp4", 5, HomeKind.HOST, {}),
+    ],
+)
+def test_experts_in_slots_have_the_bits_of_all_in_memory(
+    make_tiny, tmp_path, monkeypatch, name, slots, home, driver
+):
+    """Home in pinned memory or the files, filled by the copy stream; a prompt, then tokens."""
+    if name == "mxfp4":
+        source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64)
+        folder = write_gpt_oss(source, tmp_path).folder
+    else:
+        folder = make_mixture(make_tiny, name)
+    open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
+    with engine_for(folder, resident_layers=4, **ROOM) as engine:
+        resident = all_logits(engine)
+    monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
+    double = open_double(monkeypatch, **driver)
+    with engine_for(folder, expert_slots=slots, home=home, **ROOM) as engine:
+        assert engine.placement.expert_slots == slots
+        assert torch.equal(all_logits(engine), resident)
+        assert engine.runner.experts.counts.misses > 0
+        assert bool(engine.placement.host_bytes) == (home is HomeKind.HOST)
+        assert double.ledger()["experts"] <= engine.placement.pool_bytes
+
+
+def test_a_slot_that_is_not_waited_for_is_seen(make_tiny, monkeypatch):
+    folder = make_mixture(make_tiny)
+    open_as(monkeypatch, CpuDevice())
+    with engine_for(folder, resident_layers=4, **ROOM) as engine:
+        resident = all_logits(engine)
+    open_double(monkeypatch)
+    with engine_for(folder, expert_slots=9, home=HomeKind.HOST, **ROOM) as engine:
+        monkeypatch.setattr(CudaComputeStream, "wait", lambda self, event: None)
+        assert not torch.equal(all_logits(engine), resident)

@@ -51,6 +51,22 @@ def test_a_plan_says_what_is_expected_of_experts(offload_run, folder):
     assert simulated.code == 0 and "64 slots of experts" in simulated.out
 
 
+def test_a_gpu_has_slots_over_host_memory_and_waits_for_the_host(offload_run, folder):
+    found = {}
+    for slots in (16, 128):
+        done = offload_run(
+            *("simulate", folder, "--profile", "rtx4090-pcie4x16", "--context", 64, "--json"),
+            *("--draft", "none", "--expert-slots", slots),
+        )
+        assert done.code == 0, done.err
+        found[slots] = json.loads(done.out)
+    some, all_of_them = found[16], found[128]
+    assert some["home"] == "host" and some["host_bytes"] == 128 * 3 * 256 * 256 * 2
+    assert some["bytes_per_pass"] > 0 == all_of_them["bytes_per_pass"]
+    # The host asks in each of four layers, and launches kernels for two experts.
+    assert all_of_them["compute_s"] >= 4 * (30e-6 + 2 * 60e-6)
+
+
 def test_more_slots_read_less_and_take_no_longer(offload_run, folder):
     made = [planned(offload_run, folder, "--expert-slots", n) for n in (2, 8, 32, 64, 128)]
     read = [one["experts"]["bytes_per_token"] for one in made]

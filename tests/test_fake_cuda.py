@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from expert_models import make_mixture
 from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
@@ -32,6 +33,7 @@ from offload_rt.kv import resident
 from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import RamHome
+from offload_rt.model import experts, network
 from offload_rt.model import weight_files as files
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.weight_files import WeightFiles
@@ -447,3 +449,48 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
         assert run.sequences[0].retrieval.builds > 1
         assert bool(gpu.hops) == ("," in device)
         gpu.strict = False
+
+
+# --- experts one by one --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def experts_of(gpu, make_tiny, monkeypatch):
+    """Run a mixture whose rows go to ever other experts; downloads by then, and the report."""
+    turn, places = itertools.count(3), experts._places
+
+    def sent_on(sent, count):
+        return places([next(turn) * 5 % count for _ in sent], count)
+
+    monkeypatch.setattr(experts, "_places", sent_on)
+    monkeypatch.setattr(network, "experts_of", build_for_real(network.experts_of))
+
+    def run(**config):
+        downloads = []
+        whole = {"resident_layers": None, "slots": None, "expert_slots": 7}
+        report = generate(
+            gpu,
+            make_mixture(make_tiny, num_hidden_layers=3),
+            after_step=lambda engine: downloads.append(gpu.downloads),
+            **(whole | config),
+        )
+        return downloads, report
+
+    return run
+
+
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+def test_the_host_learns_of_experts_once_a_layer(gpu, experts_of, home):
+    downloads, report = experts_of(home=home)
+    assert report.experts.misses > 0 and report.memory.streamed_layers == 0
+    assert downloads[2] - downloads[1] == 1 + 3  # its tokens, and one for each layer
+    assert gpu.unpinned_copies == 0 and report.transfer.stall_s > 0
+
+
+@pytest.mark.parametrize(
+    "waiting", [streams.CudaCopyStream, CudaComputeStream], ids=["drained", "filled"]
+)
+def test_slots_of_experts_need_both_waits(experts_of, monkeypatch, waiting):
+    monkeypatch.setattr(waiting, "wait", lambda _, event: event.enqueued())
+    with pytest.raises(StreamOrderError, match="buffer"):
+        experts_of()

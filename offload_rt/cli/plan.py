@@ -154,7 +154,7 @@ class _Outlook:
     @property
     def experts(self) -> ExpertOutlook | None:
         """What is expected of experts that come one by one."""
-        return expert_outlook(self.checkpoint, self.plan)
+        return expert_outlook(self.checkpoint, self.plan, self.device)
 
     @property
     def whole_because(self) -> str:

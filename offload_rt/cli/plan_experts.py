@@ -42,10 +42,10 @@ class ExpertOutlook:
     active_bytes: int
 
 
-def expert_outlook(checkpoint: Checkpoint, plan: Plan) -> ExpertOutlook | None:
+def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> ExpertOutlook | None:
     """What is expected; None where layers are whole."""
     placement = plan.placement
-    facts, pooled = placement.demand.experts, pooled_experts(placement)
+    facts, pooled = placement.demand.experts, pooled_experts(placement, device)
     if facts is None or pooled is None:
         return None
     layers = [index for index, count in enumerate(facts.counts) if count]
@@ -99,8 +99,6 @@ def why_whole(checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind)
     """
     if config.expert_slots == 0:
         return "--expert-slots is 0"
-    if not device.host_computes:
-        return f"on {device.called} experts do not come one by one in this version"
     if len(config.device_names) > 1:
         return "on several devices experts do not come one by one in this version"
     found = experts_of(checkpoint, config.dtype, device)

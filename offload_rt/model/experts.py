@@ -22,13 +22,23 @@ EXPERTS_NAME = "offload_rt"
 PROBE_NAME = "offload_rt_probe"
 MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .] each
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
-_LENDER = "_lent_experts"
+_LENDER, _HOST = "_lent_experts", "_host_of_experts"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
 ExpertWeights = Mapping[str, Matrix]
 # (module, hidden [T, E], index [T, k], weights [T, k]) -> [T, E]
 ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Host(Protocol):
+    """Whoever brings integers to where a module computes, and back."""
+
+    def upload(self, values: Sequence[int], /) -> torch.Tensor:
+        """[len(values)] int64 there."""
+
+    def download(self, values: torch.Tensor, /) -> list[int]:
+        """The values of an integer tensor; the host waits for them."""
 
 
 class ExpertLender(Protocol):
@@ -49,6 +59,11 @@ class ExpertLender(Protocol):
 def lend_experts(module: torch.nn.Module, lender: ExpertLender) -> None:
     """Let a module of experts have its weights from there, not from its parameters."""
     module.__dict__[_LENDER] = lender
+
+
+def lend_host(module: torch.nn.Module, host: Host) -> None:
+    """Let a module of experts ask there which experts rows are sent to."""
+    module.__dict__[_HOST] = host
 
 
 def wire_experts(
@@ -78,12 +93,18 @@ def compute_experts(
         [T, E].
     """
     rows, k = top_k_index.shape
-    places = _places(top_k_index, module.num_experts)
+    host: Host | None = module.__dict__.get(_HOST)
+    flat = top_k_index.flatten()
+    sent = flat.tolist() if host is None else host.download(flat)  # host sync, once a layer
+    places = _places(sent, module.num_experts)
     parts = hidden.new_empty(rows * k, hidden.shape[1])
     lender: ExpertLender | None = module.__dict__.get(_LENDER)
     lent = _own(module, places) if lender is None else lender.lend(list(places), rows)
+    order = [place for own in places.values() for place in own]
+    there = torch.tensor(order) if host is None else host.upload(order)
+    each = dict(zip(places, there.split([len(own) for own in places.values()]), strict=True))
     for expert, weights in lent:
-        at = torch.tensor(places[expert], device=hidden.device)
+        at = each[expert]
         parts[at] = expert_rows(module, expert, weights, hidden[at // k])
     summed = (parts.view(rows, k, -1) * top_k_weights.unsqueeze(-1)).sum(1)
     return summed.to(hidden.dtype)
@@ -133,14 +154,14 @@ def _product(
     return made if bias is None else made + bias
 
 
-def _places(top_k_index: torch.Tensor, count: int) -> dict[int, list[int]]:
+def _places(sent: Sequence[int], count: int) -> dict[int, list[int]]:
     """Where the rows of each expert go, in [T * k]; last come experts of the last rows.
 
     Raises:
         CheckpointError: a row is sent to an expert that is not there.
     """
     found: dict[int, list[int]] = {}
-    for place, expert in enumerate(top_k_index.flatten().tolist()):  # host sync
+    for place, expert in enumerate(sent):
         places = found.pop(expert, [])
         places.append(place)
         found[expert] = places

@@ -40,8 +40,10 @@ from offload_rt.model.experts import (
     EXPERTS_NAME,
     ExpertLender,
     ExpertWeights,
+    Host,
     Matrix,
     lend_experts,
+    lend_host,
 )
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
@@ -194,6 +196,7 @@ class Network:
         fit = probe(self._model, layers, checkpoint.config)
         self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
         self.sorts_on_host = False
+        self._mixtures = tuple(fit.experts)
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
         for module, mixer in zip(self._mixing, fit.mixers, strict=True):
             module.forward = AnchoredMixer(module, mixer)
@@ -419,8 +422,9 @@ class Network:
         assert experts.keys() == self.units.keys()
         for index, own in self._experts.layers.items():
             lend_experts(self._model.get_submodule(own.module), experts[index])
+        apart = bool(experts)
         config: Any = self._model.config
-        ours = device.type == "cpu" or self._wires_experts
+        ours = device.type == "cpu" or self._wires_experts or apart
         if ours and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
@@ -473,6 +477,13 @@ class Network:
                 nothing = torch.empty(0, dtype=parameter.dtype, device=device)
                 owner = self._model.get_submodule(path)
                 owner._parameters[leaf] = torch.nn.Parameter(nothing, False)
+
+    def lend_host(self, host: Host, layers: Iterable[int]) -> None:
+        """Let experts of layers ask there which of them rows are sent to; a CPU is one itself."""
+        mine = tuple(f"{self._container}.{index}." for index in layers)
+        for name in self._mixtures:
+            if name.startswith(mine):
+                lend_host(self._model.get_submodule(name), host)
 
     def release(self) -> None:
         """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""

@@ -57,9 +57,9 @@ def demand_of(
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
     )
     draft = draft_memory(drafting, run)
-    images = experts_of(checkpoint, dtype, device) if _streams_experts(runtime, device) else ""
+    images = experts_of(checkpoint, dtype, device) if _streams_experts(runtime) else ""
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
-    if device.host_computes and not isinstance(images, str):
+    if not isinstance(images, str):
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
@@ -90,7 +90,9 @@ def demand_of(
         else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
-        experts=None if isinstance(images, str) or draft.streamed_bytes else _experts(images),
+        experts=None
+        if isinstance(images, str) or draft.streamed_bytes
+        else _experts(images, device),
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch
         + (
@@ -104,16 +106,16 @@ def demand_of(
     )
 
 
-def _streams_experts(runtime: RuntimeConfig, device: DeviceKind) -> bool:
-    """Whether experts are streamed one by one where the model's can be: on one CPU."""
-    whole = runtime.expert_slots == 0 or len(runtime.device_names) > 1
-    return device.host_computes and not whole
+def _streams_experts(runtime: RuntimeConfig) -> bool:
+    """Whether experts are streamed one by one where the model's can be: on one device."""
+    return runtime.expert_slots != 0 and len(runtime.device_names) == 1
 
 
-def _experts(images: ExpertImages) -> ExpertDemand:
+def _experts(images: ExpertImages, device: DeviceKind) -> ExpertDemand:
+    unit = max(1, device.buffer_bytes)  # an allocator gives whole ones
     return ExpertDemand(
         rest_bytes=tuple(layout.nbytes for layout in images.rest),
-        slot_bytes=images.slot_bytes,
+        slot_bytes=-(-images.slot_bytes // unit) * unit,
         counts=tuple(len(images.units.get(layer, ())) for layer in range(len(images.rest))),
         per_token=images.per_token,
         image_bytes=images.image_bytes,

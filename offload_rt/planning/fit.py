@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftConfig, DrafterWords, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
-from offload_rt.costs.experts import ExpertUse
+from offload_rt.costs.experts import ExpertUse, choosing_s
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -249,7 +249,7 @@ class PlacedRun:
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
-                experts=pooled_experts(placement),
+                experts=pooled_experts(placement, self.speeds.device),
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
@@ -296,7 +296,7 @@ class PlacedRun:
         return step_work(target, config.nodes, expected, parts, rebuild_tokens=rebuild)
 
 
-def pooled_experts(placement: Placement) -> PooledExperts | None:
+def pooled_experts(placement: Placement, device: DeviceKind) -> PooledExperts | None:
     """Experts that come one by one, and what is known of those that tokens ask for."""
     experts, slots = placement.demand.experts, placement.expert_slots
     if experts is None or not slots:
@@ -310,6 +310,7 @@ def pooled_experts(placement: Placement) -> PooledExperts | None:
         home_bytes=total_bytes // experts.count,
         image_bytes=experts.image_bytes // experts.count,
         use=experts.use,
+        host_s=choosing_s(device, experts.per_token),
     )
 
 

@@ -132,6 +132,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     crossing = stripes if len(stripes.devices) > 1 else None
     lenders = NOBODY if pool is None else lenders_of(pool, network.units, network.matrices_of)
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
+    _lend_hosts(network, stripes.shares(range(len(layouts))))
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()
@@ -187,6 +188,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     finally:
         files.close()
     network.attach(None, base, device.torch_device, chunk_tokens, stripes)
+    _lend_hosts(network, shares)
     if rounds and layers is None:
         with torch.inference_mode():
             if target_base is None:  # in the ledger is what stays
@@ -204,6 +206,13 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         del base
         give_back_holes()
     return Runner(checkpoint, network, device, target_ids=target_ids)
+
+
+def _lend_hosts(network: Network, shares: Iterable[tuple[Device, Sequence[int]]]) -> None:
+    """Let experts on devices with memory of their own ask the host by way of the device."""
+    for device, layers in shares:
+        if not device.kind.host_computes:
+            network.lend_host(device, layers)
 
 
 def _prepare_stored(
