@@ -92,6 +92,25 @@ def test_routers_send_rows_of_a_text_to_several_experts(tool, source, text, tmp_
         assert torch.bincount(chosen.flatten(), minlength=EXPERTS).count_nonzero() >= 4
 
 
+def test_a_hard_routing_follows_each_token_more_than_an_easy_one(tool):
+    """States of which a quarter changes slowly, the rest anew with each token."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(2000, 16, generator=generator)
+    states = noise.clone()
+    for row in range(1, len(states)):
+        states[row, :4] = 0.98 * states[row - 1, :4] + 0.2 * noise[row, :4]
+    states += 1.0  # a mean, which routers are not to hear
+    begins = torch.zeros(len(states), dtype=torch.bool)
+    repeated = {}
+    for name, features in (("easy", 4), ("hard", None)):
+        routing = tool.Routing(features=features, skew=tool.ROUTINGS[name].skew)
+        mixture = tool.Mixture(experts=16, top_k=2, routing=routing, differ=0.0)
+        chosen = (states @ tool.make_router(states, begins, mixture, 1).T).topk(TOP_K).indices
+        same = (chosen[1:, :, None] == chosen[:-1, None, :]).any(2)
+        repeated[name] = same.float().mean().item()
+    assert repeated["easy"] > 0.7 and repeated["hard"] < repeated["easy"] / 2
+
+
 def test_what_cannot_be_made_is_said(tool, source, text, tmp_path, capsys):
     with pytest.raises(SystemExit):
         tool.main([str(tmp_path / "a"), "--experts", "4", "--top-k", "5"])
