@@ -623,6 +623,7 @@ class RuntimeConfig:
     Attributes:
         device_limit_bytes: None takes what is free, as do others whose default is None.
         resident: these very layers, as a plan names them; None chooses.
+        machines: names of the machines that have a device each; empty: all are on this one.
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
         threads: None is what affinity and the cgroup's quota allow.
     """
@@ -671,6 +672,7 @@ class RuntimeConfig:
         accepted="auto or 0 or more",
     )
     resident: tuple[int, ...] | None = None
+    machines: tuple[str, ...] = ()
     expert_slots: int | None = option(
         None,
         "--expert-slots",

@@ -32,6 +32,7 @@ RANKS = [
     ["text", "adapters"],
     ["speculative"],
     ["planning"],
+    ["nodes"],
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
     ["session", "baselines"],

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.opening import context_limit
 from offload_rt.session.shared import MOST_SEQUENCES
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
     show_default="auto",
     help="Answers in the making at once; auto is the number predicted to be fastest for all.",
 )
+@options.nodes_option
 @options.adapter_option
 @options.max_tokens_option
 @options.sampling_options
@@ -72,10 +75,13 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     settings, output = settings_of({**values, **fixed}), output_of(values)
     from offload_rt.serve.batch import Batch, Journal, read_batch, understood
 
-    lines, digest = read_batch(source)
-    check_target(output_path)
     quiet_libraries(output)
     console = Console(output)
+    if is_guest(nodes := values["nodes"]):
+        with interrupts.raising(False):
+            return be_guest(model, settings, console)
+    lines, digest = read_batch(source)
+    check_target(output_path)
     opened, settings = open_answering(model, settings, console)
     from offload_rt.cli.plan import device_there
     from offload_rt.serve.orders import Maker, Offer
@@ -114,9 +120,13 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     if journal.results:
         console.note(f"{len(journal.results)} of {len(found)} lines are done already")
     opened = adapted(opened, settings, console)
-    device, free = device_there(settings.runtime)
-    rooms = fastest_room(opened, settings, device, free, needs, values["sequences"])
-    with shared_engine(opened, settings, console, rooms) as (engine, room):
+    with ExitStack() as run:
+        settings = run.enter_context(across(nodes, opened.checkpoint, settings, console))
+        device, free = device_there(settings.runtime)
+        if settings.nodes is not None:
+            free = settings.nodes.with_free(free)
+        rooms = fastest_room(opened, settings, device, free, needs, values["sequences"])
+        engine, room = run.enter_context(shared_engine(opened, settings, console, rooms))
         console.note(f"{len(needs)} lines, {room.sequences} at once, {room.kv_tokens} tokens of KV")
         crowd = Crowd(opened, engine, patient=True, check=interrupts.check)
         work, start = Batch(crowd, maker, found, journal), time.perf_counter()

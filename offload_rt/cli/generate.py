@@ -12,6 +12,7 @@ from offload_rt.cli.console import Console, quiet_libraries, write_answer
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.cli.prompt import read_prompt
+from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_for_answers
 from offload_rt.trace import write_trace
 from offload_rt.writing import check_target
@@ -23,6 +24,7 @@ def _answering(command: CommandT) -> CommandT:
     """Give a command the options of `generate`."""
     for add in (
         options.run_options,
+        options.nodes_option,
         options.json_option,
         click.option(
             "--raw", is_flag=True, help="Give the prompt as it is, without the chat template."
@@ -87,6 +89,9 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
         check_target(trace)
     quiet_libraries(output)
     console = Console(output)
+    if is_guest(nodes := values["nodes"]):
+        with interrupts.raising(False):
+            return be_guest(model, settings, console)
     with console.waiting(f"opening {model}", stays=False):
         checkpoint = open_for_answers(model, settings)
     prompt = read_prompt(values["prompt"], values["prompt_file"], values["words"])
@@ -103,9 +108,12 @@ def _answer(interrupts: Interrupts, model: str, values: dict[str, Any]) -> int:
     ids = build_prompt(opened.tokenizer, prompt, system=settings.system, raw=settings.raw)
     capacity = answer_capacity(opened, settings, len(ids), console)
     opened = adapted(opened, settings, console)
-    with started_engine(
-        opened, settings, console, capacities=[capacity], prompt_tokens=len(ids)
-    ) as engine:
+    with (
+        across(nodes, opened.checkpoint, settings, console) as settings,
+        started_engine(
+            opened, settings, console, capacities=[capacity], prompt_tokens=len(ids)
+        ) as engine,
+    ):
         tracer = None if trace is None else engine.trace()
         answering = Answering(opened, engine, settings, console, interrupts, writes=not output.json)
         answer = answering.answer(ids, seeded(settings.sampling))

@@ -349,6 +349,15 @@ adapter_option = click.option(
     "changes, which are kept as a file: streaming and exactness are the same as without.",
 )
 
+nodes_option = click.option(
+    "--nodes",
+    type=click.Path(path_type=Path),
+    default=None,
+    show_default="this machine alone",
+    help="Several machines have the layers in turn: TOML file with a [[node]] for each, the first "
+    "first. torchrun starts the same command on all; the network has to be trusted.",
+)
+
 # What every verb that answers takes.
 run_options = _group(
     adapter_option,

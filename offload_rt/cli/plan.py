@@ -22,6 +22,7 @@ from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_pi
 from offload_rt.config import DraftConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.pass_cost import Limit
 from offload_rt.costs.sizes import StoredSizes, process_bytes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind, check_links, likely_kind, named_devices
@@ -32,20 +33,21 @@ from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired
+from offload_rt.nodes.roster import Roster, read_roster
 from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_wires
 from offload_rt.planning.striping import smallest_limits
 from offload_rt.session.early import check_context
-from offload_rt.session.means import check_plan, means_for, speeds_for
+from offload_rt.session.means import check_plan, means_for, speeds_for, with_nodes
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
 from offload_rt.session.summary import bound_by, layer_words, retrieval_weights_name, weights_name
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.text.files import check_tokenizer_files
-from offload_rt.trace import TraceEvent
+from offload_rt.trace import Lane, TraceEvent
 from offload_rt.units import format_size
 
 _FEW_CHARS = 24
@@ -59,6 +61,7 @@ _log = logging.getLogger(__name__)
 @options.wire_option
 @options.draft_options
 @options.plan_options
+@options.nodes_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -95,7 +98,10 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     if from_files:
         _note_tokenizer(checkpoint)
     check_plan(given, checkpoint)
-    outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"])
+    roster = None if values["nodes"] is None else read_roster(values["nodes"])
+    if roster is not None:
+        config = roster.runtime(config)
+    outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"], roster)
     if values["output"] is not None:
         write_plan(values["output"], plan_file(checkpoint, outlook.plan))
     if values["timeline"] is not None:
@@ -116,6 +122,22 @@ def _note_tokenizer(checkpoint: Checkpoint) -> None:
         check_tokenizer_files(checkpoint.folder)
     except CheckpointError as error:
         _log.warning("no text can be generated as it is: %s", error)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Busy:
+    """What a machine does in a step: seconds that its link and its kernels are busy."""
+
+    link_s: float
+    kernels_s: float
+
+    @property
+    def in_words(self) -> str:
+        limit = Limit.TRANSFER if self.link_s >= self.kernels_s else Limit.COMPUTE
+        return (
+            f"; {self.link_s:.3f} s of transfer and {self.kernels_s:.3f} s of kernels in a pass: "
+            f"{limit} binds"
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,6 +201,20 @@ class _Outlook:
         return [event.scaled(plan.level) for event in events]
 
     @property
+    def busy(self) -> dict[str, "_Busy"]:
+        """How long each machine's link and kernels are, where there are several machines."""
+        events, names = self.events if self.config.machines else [], self.config.machines
+
+        def seconds(lane: Lane, number: int) -> float:
+            mine = [event for event in events if event.lane == f"{lane} {number}"]
+            return sum(event.end_s - event.start_s for event in mine)
+
+        return {
+            name: _Busy(link_s=seconds(Lane.COPY, n), kernels_s=seconds(Lane.COMPUTE, n))
+            for n, name in enumerate(names)
+        }
+
+    @property
     def smallest_limits(self) -> tuple[int, ...]:
         """The lowest limits of the devices under which it runs, of one with any drafter."""
         config = self.config
@@ -204,7 +240,11 @@ class _Outlook:
 
 
 def _look_ahead(
-    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, profile: str | None
+    checkpoint: Checkpoint,
+    config: RuntimeConfig,
+    draft: DraftConfig,
+    profile: str | None,
+    roster: Roster | None = None,
 ) -> _Outlook:
     longest = checkpoint.config.max_positions
     context = config.context_tokens or min(longest, AUTO_CONTEXT_TOKENS)
@@ -215,7 +255,10 @@ def _look_ahead(
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     drafting = Drafting(draft, drafter, nbytes)
     load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
-    speeds = speeds_for(profile, device, config.device)
+    speeds = speeds_for(profile, device, config.device if roster is None else "auto")
+    if roster is not None:
+        speeds = with_nodes(speeds, roster, profile, device)
+        free = _free_there(free, speeds, config, roster)
     means = means_for(checkpoint, SamplingConfig(), speeds, draft)
     asked = checkpoint
     checkpoint, found = plan_wires(asked, config, device, load=load, free=free, means=means)
@@ -238,9 +281,25 @@ def _look_ahead(
     )
 
 
+def _free_there(
+    free: FreeMemory, speeds: Speeds, config: RuntimeConfig, roster: Roster
+) -> FreeMemory:
+    """What is free here, with all memory of the other machines, or what they are limited to."""
+    nodes = zip(speeds.further, config.each_device()[1:], roster.nodes[1:], strict=True)
+    there = [(own.free, part.only_limit_bytes, node.host_bytes) for own, part, node in nodes]
+    return dataclasses.replace(
+        free,
+        host_bytes=roster.nodes[0].host_bytes or free.host_bytes,
+        further_bytes=tuple(limit or own.device_bytes for own, limit, _ in there),
+        further_host_bytes=tuple(host or own.host_bytes for own, _, host in there),
+    )
+
+
 def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
     """The kind of device a run would compute on, and what is free there and on the host."""
     check_links(config)
+    if config.machines:
+        config = config.each_device()[0]
     host, count = free_memory_bytes(), len(config.device_names)
     automatic = config.device == "auto"
     kind, indices = (likely_kind("auto"), (0,)) if automatic else named_devices(config.device)
@@ -258,7 +317,7 @@ def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
 
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:
-    placement, checkpoint = outlook.placement, outlook.checkpoint
+    placement, checkpoint, busy = outlook.placement, outlook.checkpoint, outlook.busy
     return {
         "model": str(checkpoint.folder),
         "family": checkpoint.config.model_type,
@@ -302,6 +361,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
                 "kv_bytes": own.demand.kv_bytes,
                 "device_bytes": own.device_bytes,
                 "device_limit_bytes": own.device_limit_bytes,
+                "busy": dataclasses.asdict(busy[stripe.name]) if busy else None,
             }
             for own, stripe in zip(placement.shares, placement.stripes, strict=True)
         ],
@@ -358,6 +418,7 @@ def _head_order(placement: Placement) -> str:
 
 def _as_table(outlook: _Outlook) -> str:
     placement, checkpoint, experts = outlook.placement, outlook.checkpoint, outlook.experts
+    busy = outlook.busy
     demand = placement.demand
     rows = [
         ("embedding, head", placement.base_bytes, _head_order(placement)),
@@ -378,7 +439,8 @@ def _as_table(outlook: _Outlook) -> str:
     limit = format_size(placement.device_limit_bytes)
     rows.append(("total", placement.device_bytes, f"the limit is {limit}"))
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):
-        rows.append((stripe.name, own.device_bytes, own.in_words))
+        there = busy[stripe.name].in_words if stripe.name in busy else ""
+        rows.append((stripe.name, own.device_bytes, f"{own.in_words}{there}"))
     least = outlook.smallest_limits
     typed = ",".join(f"{-(-limit // 2**20)}MiB" for limit in least)  # up: it must work
     rows.append(("smallest", sum(least), f"--device-memory {typed} works too"))

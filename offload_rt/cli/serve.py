@@ -1,5 +1,6 @@
 """`offload-run serve`: the OpenAI protocol over HTTP, one sweep of the weights for everybody."""
 
+import signal
 import threading
 from importlib import metadata
 from importlib.util import find_spec
@@ -14,6 +15,7 @@ from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
 from offload_rt.errors import ConfigError
 from offload_rt.reading import read_plain
+from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.settings import Settings
 from offload_rt.session.shared import MOST_SEQUENCES
@@ -105,6 +107,7 @@ _LEAST_KEY = 8
     help="Seconds between the comments that keep a stream alive while a pass takes long.",
 )
 @click.option("--log-prompts", is_flag=True, help="Log prompts too; without it no log has them.")
+@options.nodes_option
 @options.adapter_option
 @options.max_tokens_option
 @options.drawing_options
@@ -140,12 +143,16 @@ def serve(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     settings, output = settings_of({**values, **fixed}), output_of(values)
     quiet_libraries(output)
     console = Console(output)
+    if is_guest(nodes := values["nodes"]):
+        with interrupts.raising(False):
+            return be_guest(model, settings, console)
     opened, settings = open_answering(model, settings, console)
     from offload_rt.session.shared import shared_room
 
     rooms = shared_room(opened, settings, values["sequences"], values["kv_tokens"])
     opened = adapted(opened, settings, console)
-    _serve(opened, settings, console, interrupts, {**values, "rooms": rooms, "key": key})
+    with across(nodes, opened.checkpoint, settings, console) as settings:
+        _serve(opened, settings, console, interrupts, {**values, "rooms": rooms, "key": key})
     return 0
 
 
@@ -157,6 +164,7 @@ def _serve(
     values: dict[str, Any],
 ) -> None:
     """Load the model in a thread of its own, and answer until a signal ends it."""
+    from offload_rt.nodes.line import NodeError
     from offload_rt.serve.app import Service, make_app
     from offload_rt.serve.desk import Desk
     from offload_rt.serve.guards import LOOPBACK, Rules
@@ -180,6 +188,8 @@ def _serve(
                 desk.work(opened[0])
         except BaseException as error:  # noqa: BLE001 - raised again where it is told
             failed.append(error)
+            if found and isinstance(error, NodeError):  # nobody can be answered any more
+                signal.raise_signal(signal.SIGTERM)
         finally:
             loaded.set()
 

@@ -30,11 +30,13 @@ class FreeMemory:
     Attributes:
         device_bytes: on the device, or the first of several.
         further_bytes: on each of the others.
+        further_host_bytes: of host memory, where each of the others is on a machine of its own.
     """
 
     device_bytes: int
     host_bytes: int
     further_bytes: tuple[int, ...] = ()
+    further_host_bytes: tuple[int, ...] = ()
 
     @property
     def devices(self) -> tuple[int, ...]:
@@ -52,6 +54,8 @@ class Speeds:
         packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
         own: whether the profile was measured here; else it is a shipped one.
         devices: by number, those that have the layers in turn.
+        further: of further machines that have layers in turn with this one, on a device each.
+        network: bytes a second between those, and the seconds of a message.
     """
 
     profile: HardwareProfile
@@ -59,6 +63,8 @@ class Speeds:
     packs: bool
     own: bool = True
     devices: tuple[int, ...] = (0,)
+    further: "tuple[Speeds, ...]" = ()
+    network: tuple[float, float] = (0.0, 0.0)
 
     @property
     def device(self) -> DeviceKind:
@@ -107,6 +113,12 @@ class Speeds:
         What comes from a disk is shared by all that it is read for. Of `host_bytes` in host memory
         some may be more than can be pinned (`pinned_bytes`).
         """
+        if self.further:
+            nodes, parts = (replace(self, further=()), *self.further), config.each_device()
+            return tuple(
+                node.home_bytes_per_s(home, part, block_bytes, host_bytes // len(nodes))[0]
+                for node, part in zip(nodes, parts, strict=True)
+            )
         count = len(self.devices)
         if home is HomeKind.DISK:
             disk = disk_bytes_per_s(self.profile, config.readers)

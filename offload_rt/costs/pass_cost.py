@@ -6,7 +6,7 @@ says how long one takes once the rings are full. How long each copy and each lay
 the profile.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import exp
@@ -240,6 +240,30 @@ class PassTimes:
     piece_s: float = 0.0
     experts_s: tuple[float, ...] = ()
 
+    def with_others(self, others: "Sequence[PassTimes]", device: Sequence[int]) -> "PassTimes":
+        """The same with layers of other machines as long as they take there.
+
+        Args:
+            others: all the same on the second machine, the third, and so on.
+            device: the machine of each layer.
+        """
+        if not others:
+            return self
+        all_of_them = [self, *others]
+
+        def theirs(of: Callable[[PassTimes], tuple[float, ...]]) -> tuple[float, ...]:
+            each = [of(times) for times in all_of_them]
+            places = [*device, 0][: len(each[0])]  # last may be the head, which is the first's
+            return tuple(each[node][layer] for layer, node in enumerate(places))
+
+        return replace(
+            self,
+            layer_s=theirs(lambda times: times.layer_s),
+            kv_s=theirs(lambda times: times.kv_s),
+            slowdown=theirs(lambda times: times.slowdown),
+            numbers=tuple(number for times in all_of_them for number in times.numbers),
+        )
+
     @property
     def obtained(self) -> Obtained:
         """How the worst of the numbers is known."""
@@ -359,7 +383,14 @@ def home_rates(
         home=_with_decoding(speeds.home_bytes_per_s(home, config, block_bytes, host_bytes), load),
         readers=config.readers if home is HomeKind.DISK else None,
     )
-    if len(speeds.devices) > 1 and speeds.device.own_memory:
+    if speeds.further:
+        rate, latency_s = speeds.network
+        others = len(speeds.further)
+        # By way of the first node: once around is twice as many messages as there are others.
+        messages = 2 * others / (1 + others)
+        there_s = messages * (latency_s + load.hop_bytes / rate)
+        rates = replace(rates, hop_s=Number(value=there_s, obtained=Obtained.ASSUMED))
+    elif len(speeds.devices) > 1 and speeds.device.own_memory:
         rates = replace(rates, hop_s=_hop_s(speeds.profile, load.hop_bytes))
     if kv is None or not load.kv_block_bytes:
         return rates

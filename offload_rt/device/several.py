@@ -19,6 +19,7 @@ class Stripes:
 
     devices: "Devices"
     device: Sequence[int]
+    here: None = None  # all of them are
 
     def place(self, device: int) -> torch.device:
         """Where tensors of a device live."""

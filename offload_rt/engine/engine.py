@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -48,9 +48,12 @@ from offload_rt.model.formats import brought, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
+from offload_rt.nodes.crossing import AwayKV, AwayPool, Lead
+from offload_rt.nodes.stage import Order
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
+from offload_rt.planning.placement import Placement
 from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.yields import Tally
 from offload_rt.report import Counters, DeviceMemory, Exactness, Memory, RetrievalCounts
@@ -91,6 +94,7 @@ class Engine:
             of tokens is drafted.
         on_placed: called once what lives where is decided, before weights are read; `load_bytes`
             and the device's `load` statistics then tell how far reading is.
+        nodes: other machines that take part; `config.machines` names all.
 
     Raises:
         PlanError: it does not fit the limits.
@@ -110,6 +114,7 @@ class Engine:
         repeats: bool = False,
         means: Callable[[DeviceKind], Means] | None = None,
         on_placed: Callable[["Engine"], None] | None = None,
+        nodes: Lead | None = None,
     ) -> None:
         start = time.perf_counter()
         self.checkpoint = checkpoint
@@ -120,7 +125,7 @@ class Engine:
         with ExitStack() as undo:
             undo.callback(self._files.close)
             models = [each for each in (checkpoint, drafting) if each is not None]
-            self.devices = _open_devices(config, undo, models)
+            self.devices = open_devices(config, undo, models)
             self.device = self.devices[0]
             device, packing = self.device.kind, self.device.kind.packing
             sequences = len(capacities)
@@ -129,6 +134,8 @@ class Engine:
             free = FreeMemory(
                 device_bytes=first, host_bytes=free_memory_bytes(), further_bytes=tuple(others)
             )
+            if nodes is not None:
+                free = nodes.with_free(free)
             load = RunLoad(
                 capacities=capacities,
                 prompt_tokens=prompt_tokens,
@@ -136,7 +143,8 @@ class Engine:
                 kv_tokens=kv_tokens,
                 running=running,
             )
-            self._kv_tokens, self._pools = kv_tokens, list[KVPool]()
+            self._kv_tokens = kv_tokens
+            self._pools: list[Any] = []  # KVPool, or what other nodes follow
             if config.wire is Wire.AUTO and device.own_memory and not on_gpu.is_there():
                 config = replace(config, wire=Wire.RAW)  # nothing would decode 12 bits there
             self.checkpoint, self.plan = plan_wires(
@@ -151,6 +159,7 @@ class Engine:
             self.config, self.placement = self.plan.runtime, self.plan.placement
             self.draft = draft = self.plan.drafting.config
             self._stripes = Stripes(self.devices, self.placement.device)
+            self._nodes = nodes
             if on_placed is not None:
                 on_placed(self)
             apart = self.placement.expert_slots > 0
@@ -161,6 +170,8 @@ class Engine:
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)
             self.mtp = self._load_mtp() if draft.words.of_hidden else None
+            if nodes is not None:
+                self._send_orders(nodes)
             base = load_base(self.network, self.device, self._files, BASE)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base)
@@ -181,6 +192,8 @@ class Engine:
             self.tracer: Tracer | None = None
             shared = bool(self._pools) and not self.network.mixers  # a state is no row
             self.prefixes = Prefixes(self._pools) if shared else None
+            if nodes is not None:
+                nodes.wait_ready()
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self._last_ids: list[list[int]] = [[] for _ in capacities]
@@ -505,13 +518,14 @@ class Engine:
     def counters(self) -> Counters:
         """Totals of the device at this moment."""
         copied, pool = self.devices.copied(), self.runner.experts
+        away = () if self._nodes is None else self._nodes.moved
         asked = ExpertCounts() if pool is None else pool.counts
         return Counters(
             at_s=time.perf_counter(),
-            bytes_copied=copied.bytes_copied,
+            bytes_copied=copied.bytes_copied + sum(one.bytes_copied for one in away),
             kv_bytes_copied=kv_bytes_copied(self._caches),
-            busy_s=copied.busy_s,
-            stalled_s=self.devices.stalled_s(),
+            busy_s=max([copied.busy_s, *(one.busy_s for one in away)]),
+            stalled_s=self.devices.stalled_s() + sum(one.stalled_s for one in away),
             expert_hits=asked.hits,
             expert_misses=asked.misses,
             expert_ahead=asked.ahead,
@@ -558,13 +572,32 @@ class Engine:
             slots=self.placement.slots,
             slot_bytes=self.placement.slot_bytes,
             ledger=self.devices.ledger(),
-            devices=tuple(map(self._memory_of, range(len(self.placement.shares)))),
+            devices=self._memories(),
         )
+
+    def _memories(self) -> tuple[DeviceMemory, ...]:
+        """Of several devices, each."""
+        near = len(self.devices)
+        found = [self._memory_of(number) for number in range(len(self.placement.shares[:near]))]
+        for number, holds in enumerate(self._nodes.tell() if self._nodes else (), near):
+            own = self.placement.shares[number]
+            found.append(
+                DeviceMemory(
+                    name=self.config.machines[number],
+                    limit_bytes=own.device_limit_bytes,
+                    planned_bytes=own.device_bytes,
+                    peak_bytes=holds.peak_bytes,
+                    resident_layers=len(own.resident),
+                    streamed_layers=len(own.streamed),
+                    link_bytes=self._nodes.moved[number - 1].bytes_copied if self._nodes else 0,
+                )
+            )
+        return tuple(found)
 
     def _memory_of(self, number: int) -> DeviceMemory:
         own, device = self.placement.shares[number], self.devices[number]
         return DeviceMemory(
-            name=device.name,
+            name=self.config.machines[number] if self.config.machines else device.name,
             limit_bytes=own.device_limit_bytes,
             planned_bytes=own.device_bytes,
             peak_bytes=device.peak_bytes() if device.kind.own_memory else None,
@@ -634,26 +667,53 @@ class Engine:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
     def _load_target(self, base: DeviceBuffer) -> Runner:
-        placement = self.placement
+        placement, near = self.placement, len(self.devices)
+        streamed = placement.streamed if self._nodes is None else placement.shares[0].streamed
         streaming = Streaming(
-            layers=placement.streamed,
+            layers=streamed,
             slots=placement.slots,
             home=placement.home,
-            # The ring, or the caches and the workspace of a pass, come later.
-            spare_bytes=[
-                own.slots * own.slot_bytes
-                + own.pool_bytes
-                + own.demand.kv_bytes
-                + own.demand.workspace_bytes
-                for own in placement.of_devices
-            ],
+            spare_bytes=[_spare_bytes(own) for own in placement.of_devices[:near]],
             packs_head=placement.packs_head,
             expert_slots=placement.expert_slots,
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(
-            self.checkpoint, self.network, self._stripes, self._files, base, streaming, chunk_tokens
+            self.checkpoint,
+            self.network,
+            self._stripes,
+            self._files,
+            base,
+            streaming,
+            chunk_tokens,
+            self._nodes,
         )
+
+    def _send_orders(self, nodes: Lead) -> None:
+        """Have other machines load their shares while this one loads its own."""
+        placement, draft = self.placement, self.draft
+        rows = self._kv_tokens
+        if rows is not None:
+            rows += len(self.capacities) * draft.pending_rows
+        orders = [
+            Order(
+                node=number,
+                device=placement.device,
+                streamed=own.streamed,
+                slots=own.slots,
+                home=placement.home,
+                spare_bytes=_spare_bytes(own),
+                capacities=[rows + draft.pending_rows for rows in self.capacities],
+                kv_rows=rows,
+                dtype=self.config.dtype,
+                wire=self.config.wire,
+                exact=self.network.exact,
+                chunk_tokens=self.config.prefill_chunk_tokens,
+            )
+            for number, own in enumerate(placement.shares)
+            if number
+        ]
+        nodes.order(placement.device, [asdict(order) for order in orders])
 
     def _exactness(self, *, needed: bool) -> Exactness:
         """Whether passes are row-invariant, or why not; `needed` even where nobody drafts.
@@ -703,9 +763,10 @@ class Engine:
     def _allocate_caches(self, capacities: Sequence[int], undo: ExitStack) -> list[KVCache]:
         """Set aside KV rows of all sequences."""
         placement, device = self.placement, self.placement.device
-        full: dict[int, Sequence[WatchedCache | PassingKV]] = {}
+        full: dict[int, Sequence[KVCache]] = {}
         chosen: dict[int, Sequence[RetrievalKV]] = {}
-        for number, (where, own) in enumerate(zip(self.devices, placement.of_devices, strict=True)):
+        near = placement.of_devices[: len(self.devices)]
+        for number, (where, own) in enumerate(zip(self.devices, near, strict=True)):
             attending = [at for at, i in enumerate(own.layers) if i in self.network.attending]
             if shapes := [self.network.kv_shapes[own.layers[at]] for at in attending]:
                 plan = own.demand.kv and own.demand.kv.of_layers(attending)
@@ -714,7 +775,10 @@ class Engine:
         indices = range(len(capacities))
         if self.network.mixers:
             return [self._with_states(rows) for rows in full[0]]
-        if len(self.devices) == 1:
+        if self._nodes is not None:
+            full[1] = [AwayKV(self._nodes, i, rows) for i, rows in enumerate(full[0])]
+            self._pools = [AwayPool(self._nodes, pool) for pool in self._pools]
+        if len(self.devices) == 1 and self._nodes is None:
             caches: list[Any] = list(full[0])
             retrieval: list[ChosenRows] = list(chosen[0])
         else:
@@ -764,7 +828,13 @@ class Engine:
         return [RetrievalKV(device, shapes, dtype, own) for own in sizes]
 
 
-def _open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkpoint]) -> Devices:
+def _spare_bytes(own: Placement) -> int:
+    """The ring, or the caches and the workspace of a pass, which come later than weights."""
+    ring_bytes = own.slots * own.slot_bytes + own.pool_bytes
+    return ring_bytes + own.demand.kv_bytes + own.demand.workspace_bytes
+
+
+def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkpoint]) -> Devices:
     """Open the devices a run asks for; `undo` closes them.
 
     Args:
@@ -773,6 +843,8 @@ def _open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Check
         models: the model, and the one that drafts.
     """
     first, *others = config.each_device()
+    if config.machines:
+        others = []  # each is another machine's
     if chosen_kind(first) is CPU:
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
         fits.prepare(models, config.dtype)

@@ -35,6 +35,7 @@ from offload_rt.engine.seats import Found, Seats
 from offload_rt.engine.sequence import Emitted, FinishReason, Request, SequenceState
 from offload_rt.errors import CapacityError, ConfigError, DeviceError, OffloadError
 from offload_rt.kv.prefixes import common_prefix
+from offload_rt.nodes.line import NodeError
 
 _log = logging.getLogger(__name__)
 
@@ -300,6 +301,8 @@ class Scheduler:
             for sequence in taking_part:
                 sequence.finish(FinishReason.ABORT)
             return []
+        except NodeError:  # no pass can be made any more
+            raise
         except (OffloadError, RuntimeError, MemoryError, OSError) as error:
             for sequence in taking_part:
                 self._engine.truncate(sequence.index, self._committed(sequence))

@@ -37,13 +37,17 @@ class StripedKV:
     """A cache of several parts.
 
     Args:
-        parts: by device, of those that have layers.
+        parts: by device, of those that have layers; layers of others are on other machines.
         device: the number of each layer's device.
     """
 
     def __init__(self, parts: Mapping[int, KVCache], device: Sequence[int]) -> None:
         self.parts = list(parts.values())
-        self._of_layer = [(parts[number], own) for number, own in places(device)]
+        self._of_layer = {
+            layer: (parts[number], own)
+            for layer, (number, own) in enumerate(places(device))
+            if number in parts
+        }
 
     @property
     def length(self) -> int:

@@ -83,6 +83,13 @@ class Crossing(Protocol):
     def device(self) -> Sequence[int]:
         """The number of each layer's device."""
 
+    @property
+    def here(self) -> int | None:
+        """The only device of this process, where each has one; None: all of them are.
+
+        Every process then makes the pass, and only its own layers of it.
+        """
+
     def place(self, device: int, /) -> torch.device:
         """Where tensors of a device live."""
 
@@ -99,7 +106,8 @@ class TokenBatch:
         positions: [S] int64, the place of each token in its own sequence.
         segments: the sequences, in packed order.
         logit_rows: [R] int64, packed rows whose logits are wanted.
-        hidden: [S, E] of a network that reads hidden states beside its tokens; else None.
+        hidden: [S, E] of a network that reads hidden states beside its tokens, or in place of
+            them if nothing says how they mix; else None.
     """
 
     token_ids: torch.Tensor
@@ -402,7 +410,7 @@ class Network:
     def attach(
         self,
         weights: Weights | None,
-        base: DeviceBuffer,
+        base: DeviceBuffer | None,
         device: torch.device,
         chunk_tokens: int,
         crossing: Crossing | None = None,
@@ -413,7 +421,8 @@ class Network:
         Args:
             weights: lends the image of each layer but those that have theirs (`keep`); None if
                 all have.
-            base: holds the image of `self.base`.
+            base: holds the image of `self.base`; None: embedding and head are on another machine,
+                and the rest was brought (`bring_rest`).
             device: where passes begin and end.
             chunk_tokens: rows that go through a layer at once.
             crossing: says where layers are, if they are on several devices.
@@ -429,8 +438,9 @@ class Network:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
         self._lenders = experts
-        for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
-            hole.fill(tensor)
+        if base is not None:
+            for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
+                hole.fill(tensor)
         if self._places.tied:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight
@@ -439,7 +449,7 @@ class Network:
         _move_buffers(self._model, device)
         self._crossing = crossing
         for index, layer in enumerate(self._layers):
-            if crossing is not None:
+            if crossing is not None and crossing.here is None:
                 _move_buffers(layer, crossing.place(crossing.device[index]))
             lender, forward = (None if index in self.kept else weights), layer.forward
             lean = index in self.kept and not self.mixers
@@ -453,6 +463,21 @@ class Network:
                 chunk_tokens=chunk_tokens,
             )
             layer.forward = partial(_in_tuple, run, self._in_tuples) if self._in_tuples else run
+
+    def bring_rest(self, read: Callable[[str], torch.Tensor], device: torch.device) -> None:
+        """Have what is in no layer but for embedding and head: norms, and learned positions.
+
+        Args:
+            read: gives a tensor of the files, by name.
+            device: where it goes.
+        """
+        ends = [end._parameters for end in _ends(self._model)]
+        for hole in _holes(self._model, self._places.of_base):
+            if not any(hole.tensors is end for end in ends):
+                dtype: torch.dtype = getattr(torch, hole.placement.dtype)
+                made = read(hole.placement.name).to(device, dtype)
+                is_parameter = isinstance(hole.meta, torch.nn.Parameter)
+                hole.fill(torch.nn.Parameter(made, False) if is_parameter else made)
 
     def _settle_products(self, device: torch.device) -> None:
         """Have linears compute as the device and `exact` need it."""
@@ -582,10 +607,10 @@ class Network:
         context = PassContext(batch.segments, wanted=batch.logit_rows, exact=self.exact)
         states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
         given = {"input_ids": batch.token_ids[None]}
-        if batch.hidden is not None:
-            assert self._mixes is not None  # it was told how
-            mixed = self._mixes(self.embed(batch.token_ids), batch.hidden)
-            given = {"inputs_embeds": mixed[None]}
+        if (hidden := batch.hidden) is not None:
+            if self._mixes is not None:
+                hidden = self._mixes(self.embed(batch.token_ids), hidden)
+            given = {"inputs_embeds": hidden[None]}
         with Regular() if self.exact and self._looks.regular else nullcontext():
             output = self._model(
                 **given,
@@ -687,6 +712,8 @@ class Network:
                 options = tree_map(cut_all, options)
         self.pass_rows = rows = hidden.shape[1]
         hidden, context, options = self._cross(index, hidden, context, options)
+        if self._is_elsewhere(index):
+            return self._leave(index, hidden, context)
         if (lender := self._lenders.get(index)) is not None:
             lender.begin(-(-rows // chunk_tokens))
         with self._lent(index, weights):
@@ -705,6 +732,11 @@ class Network:
             context.rows = range(rows)
             return self._leave(index, hidden, context)
 
+    def _is_elsewhere(self, index: int) -> bool:
+        """Whether another machine makes a layer."""
+        crossing = self._crossing
+        return crossing is not None and crossing.here not in (None, crossing.device[index])
+
     def _cross(
         self, index: int, hidden: torch.Tensor, context: PassContext, options: dict[str, Any]
     ) -> tuple[torch.Tensor, PassContext, dict[str, Any]]:
@@ -714,7 +746,7 @@ class Network:
         before, here = crossing.device[index - 1] if index else 0, crossing.device[index]
         if before != here:
             hidden = crossing.hop(hidden, before, here)
-        if here:
+        if here and crossing.here is None:
             options = tree_map(partial(context.brought, device=here, hop=crossing.hop), options)
             context = options[CONTEXT_KEYWORD] = context.on(here, crossing.hop)
             if self.mixers:
@@ -728,10 +760,13 @@ class Network:
         times the prompt's hidden states.
         """
         last = 0 if self._crossing is None else self._crossing.device[index]
+        at_end = index == len(self._layers) - 1
+        if self._crossing is not None and self._crossing.here is not None and last and at_end:
+            hidden, last = self._crossing.hop(hidden, last, 0), 0
         if index in self._tapped:
             rows = context.with_all(hidden)[0]
             self._tapped[index] = self._brought_home(rows, index, last)
-        if index < len(self._layers) - 1:
+        if not at_end:
             return hidden
         hidden = context.with_all(hidden)
         if context.wanted is not None:

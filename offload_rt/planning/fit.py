@@ -87,6 +87,7 @@ def place_run(
         ConfigError: an option does not go with the home of the streamed layers.
         PlanError: it does not fit the device limit, or its home the host limit.
     """
+    _check_nodes(config, load.drafting.config)
     if keeps_states(checkpoint.config):
         _check_states(checkpoint, config, load.drafting.config)
     checked_rows = len(load.capacities) * (1 + load.drafting.config.nodes)
@@ -132,7 +133,7 @@ def place_run(
     _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
-    home = choose_home(config.home, device, placement, host_limit - kv_host_bytes)
+    home = _choose_homes(placement, config, device, free, host_limit - kv_host_bytes)
     chosen = device.home is HomeKind.DISK or config.home is HomeKind.DISK
     if home is HomeKind.DISK and placement.streamed and checkpoint.rounded is not None:
         raise _rounded_from_disk(checkpoint, config, device, placement, host_limit)
@@ -140,6 +141,26 @@ def place_run(
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return replace(placement, home=home)
+
+
+def _choose_homes(
+    placement: Placement,
+    config: RuntimeConfig,
+    device: DeviceKind,
+    free: FreeMemory,
+    host_limit: int,
+) -> HomeKind:
+    """Where streamed layers live, on every machine alike.
+
+    Raises:
+        PlanError: host memory was asked for and they do not fit.
+    """
+    if not config.machines:
+        return choose_home(config.home, device, placement, host_limit)
+    others = [config.host_limit_bytes or int(n * FREE_SHARE) for n in free.further_host_bytes]
+    pairs = zip(placement.shares, [host_limit, *others], strict=True)
+    homes = [choose_home(config.home, device, share, limit) for share, limit in pairs]
+    return HomeKind.DISK if HomeKind.DISK in homes else homes[0]
 
 
 def drafts_with_states(words: DrafterWords) -> bool:
@@ -155,6 +176,11 @@ def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftCon
         PlanError: the drafter reads or writes the target's own caches.
     """
     if len(config.device_names) > 1:
+        if config.machines:
+            raise ConfigError(
+                f"--nodes: layers of {checkpoint.name} keep recurrent states, and models with "
+                "those run on one machine"
+            )
         raise ConfigError(
             f"--device {config.device}: layers of {checkpoint.name} keep recurrent states, and "
             "models with those run on one device: name one"
@@ -163,6 +189,27 @@ def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftCon
         raise PlanError(
             f"--draft {draft.kind} drafts over the model's own keys and values, and layers of "
             f"{checkpoint.name} keep recurrent states instead: use --draft ngram, or a draft model"
+        )
+
+
+def _check_nodes(config: RuntimeConfig, draft: DraftConfig) -> None:
+    """Refuse what needs all layers, or all rows, on one machine.
+
+    Raises:
+        ConfigError: KV is to be elsewhere than on each node's device.
+        PlanError: the drafter reads the target's own rows or weights.
+    """
+    if not config.machines:
+        return
+    if config.kv not in (KVPlace.AUTO, KVPlace.DEVICE):
+        raise ConfigError(
+            f"--kv {config.kv}: with --nodes each node keeps the KV of its layers on its device: "
+            "leave --kv out"
+        )
+    if draft.over_retrieval or draft.words.over_own_rows:
+        raise PlanError(
+            f"--draft {draft.kind} drafts with the model's own layers, and with --nodes those are "
+            "on several machines: use --draft ngram, or a draft model"
         )
 
 
@@ -195,8 +242,15 @@ def _stripes(
     """The devices of a run, with their limits and links."""
     each = config.each_device()
     rates = [float(one.only_link_bytes_per_s or 1.0) for one in each]
-    if len(each) > 1 and speeds is not None and config.home is not HomeKind.DISK:
-        found = speeds.home_bytes_per_s(HomeKind.HOST, config, layer_bytes)
+    if (
+        len(each) > 1
+        and speeds is not None
+        and (config.machines or config.home is not HomeKind.DISK)
+    ):
+        home = device.home if config.home is HomeKind.AUTO else config.home
+        found = speeds.home_bytes_per_s(
+            home if config.machines else HomeKind.HOST, config, layer_bytes
+        )
         rates = [number.value for number in found]
     parts = zip(each, free.devices, rates, strict=True)
     return [
@@ -204,6 +258,7 @@ def _stripes(
             name=_called(config, number),
             limit_bytes=one.only_limit_bytes or device.usable_bytes(free_bytes),
             link_bytes_per_s=rate,
+            apart=bool(config.machines),
         )
         for number, (one, free_bytes, rate) in enumerate(parts)
     ]
@@ -211,6 +266,8 @@ def _stripes(
 
 def _called(config: RuntimeConfig, number: int) -> str:
     """A device in sentences."""
+    if config.machines:
+        return config.machines[number]
     name = config.device_names[number]
     return name if config.device_names.count(name) == 1 else f"{name} number {number}"
 
@@ -267,8 +324,10 @@ class PlacedRun:
 
     def times(self, load: PassLoad) -> PassTimes:
         """How long the parts of a pass take."""
-        speeds = self.speeds
-        return pass_times(speeds.profile, load, speeds.processor, self.rates(load))
+        speeds, rates = self.speeds, self.rates(load)
+        found = pass_times(speeds.profile, load, speeds.processor, rates)
+        others = [pass_times(node.profile, load, node.processor, rates) for node in speeds.further]
+        return found.with_others(others, [layer.device for layer in load.layers])
 
     def cost(self, load: PassLoad) -> PassCost:
         """What a pass costs."""

@@ -134,11 +134,13 @@ class Stripe:
         name: in messages.
         limit_bytes: memory the run may take there.
         link_bytes_per_s: of its link, against those of the others.
+        apart: it is on a machine of its own.
     """
 
     name: str
     limit_bytes: int
     link_bytes_per_s: float = 1.0
+    apart: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

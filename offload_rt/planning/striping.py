@@ -263,8 +263,15 @@ def _arrange(
     kept = sorted(spread_layers(sum(split.kept), layers) if resident is None else set(resident))
     streamed = [layer for layer in range(layers) if layer not in set(kept)]
     crosses = bool(streamed) or demand.kv is not None
-    homes = dict(zip(kept, _deal(split.kept) if crosses else _in_a_row(split.kept), strict=True))
-    homes |= dict(zip(streamed, _deal(split.sent), strict=True))
+    # Between machines hops take long, so each has as many layers in a row as its ring holds.
+    runs = stripes[0].apart or not crosses
+    rounds = max(1, -(-max(split.sent) // slots)) if crosses else 1
+    homes = dict(
+        zip(kept, _in_rows(split.kept, rounds) if runs else _deal(split.kept), strict=True)
+    )
+    homes |= dict(
+        zip(streamed, _in_rows(split.sent, rounds) if runs else _deal(split.sent), strict=True)
+    )
     slot_bytes = max((demand.layer_bytes[layer] for layer in streamed), default=0)
     ring = min(slots, max(split.sent))
     shares = []
@@ -309,8 +316,13 @@ def _deal(counts: Sequence[int]) -> list[int]:
     return order
 
 
-def _in_a_row(counts: Sequence[int]) -> list[int]:
-    return [device for device, count in enumerate(counts) for _ in range(count)]
+def _in_rows(counts: Sequence[int], rounds: int) -> list[int]:
+    """A device for each of sum(counts) layers: in each round every device has some in a row."""
+    dealt = []
+    for number in range(rounds):
+        for device, count in enumerate(counts):
+            dealt += [device] * (count * (number + 1) // rounds - count * number // rounds)
+    return dealt
 
 
 def _with_spare_slots(placement: Placement) -> Placement:

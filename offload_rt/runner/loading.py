@@ -27,7 +27,7 @@ from offload_rt.model.layout import LayerLayout
 from offload_rt.model.network import NOBODY, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.experts import Pool, lenders_of, open_pool
-from offload_rt.runner.runner import LayerRing, LayerRings, Runner
+from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 
@@ -87,9 +87,10 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     network: Network,
     stripes: Stripes,
     files: WeightFiles,
-    base: DeviceBuffer,
+    base: DeviceBuffer | None,
     streaming: Streaming,
     chunk_tokens: int,
+    across: Across | None = None,
 ) -> Runner:
     """Load a network of which layers may be streamed, without changing what it computes.
 
@@ -98,9 +99,10 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         network: its modules.
         stripes: where its layers are.
         files: where weights are read from; streamed layers too, if that is their home.
-        base: from `load_base`.
+        base: from `load_base`; None where another machine has it.
         streaming: which layers are streamed.
         chunk_tokens: prompt rows that go through a layer at once.
+        across: other machines that have the layers that no device here has.
     """
     layouts = network.layouts
     if checkpoint.config.writes_out_scores and not stripes.devices[0].kind.own_memory:
@@ -129,7 +131,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     pool = _open_experts(network, first, files, streaming) if streaming.expert_slots else None
     for device in stripes.devices:
         device.load.record().synchronize()
-    crossing = stripes if len(stripes.devices) > 1 else None
+    crossing = across or (stripes if len(stripes.devices) > 1 else None)
     lenders = NOBODY if pool is None else lenders_of(pool, network.units, network.matrices_of)
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     _lend_hosts(network, stripes.shares(range(len(layouts))))
@@ -139,7 +141,13 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         if packed:
             first.enter(packed_head_bytes(checkpoint, network.dtype.itemsize), BASE)
     return Runner(
-        checkpoint, network, first, rings=rings, streamed_bytes=streamed_bytes, experts=pool
+        checkpoint,
+        network,
+        first,
+        rings=rings,
+        streamed_bytes=streamed_bytes,
+        experts=pool,
+        across=across,
     )
 
 

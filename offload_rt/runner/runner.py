@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -17,7 +17,7 @@ from offload_rt.errors import DeviceError
 from offload_rt.kv.base import KVCache
 from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.network import Network, TokenBatch
+from offload_rt.model.network import Crossing, Network, TokenBatch
 from offload_rt.runner.experts import Pool
 from offload_rt.runner.static import Recordings
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
@@ -93,6 +93,16 @@ class Rows:
         )
 
 
+class Across(Crossing, Protocol):
+    """Other machines that have layers of a network."""
+
+    def begin(self, parts: Sequence[Rows], /) -> None:
+        """Tell them of a pass."""
+
+    def drop(self) -> None:
+        """Tell them that it will not be finished."""
+
+
 class Runner:
     """Makes passes of one network.
 
@@ -103,6 +113,7 @@ class Runner:
         rings: lend the streamed layers, one on each device that has any.
         streamed_bytes: what they copy in each pass.
         experts: the pool that experts come through, if they are units.
+        across: other machines that have layers of it.
         target_ids: of a model that drafts, width of the target's logits; ids from there on are
             never drafted.
 
@@ -120,14 +131,16 @@ class Runner:
         rings: Sequence[LayerRing] = (),
         streamed_bytes: int = 0,
         experts: Pool | None = None,
+        across: Across | None = None,
         target_ids: int | None = None,
     ) -> None:
         self.network, self.device, self.target_ids = network, device, target_ids
         self.bytes_per_pass = streamed_bytes
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings, self.experts = checkpoint, rings, experts
+        self._across = across
         # What a replay cannot do: lend layers or experts, keep states, look at what it computes.
-        lends = bool(rings) or experts is not None
+        lends = bool(rings) or experts is not None or across is not None
         looks = network.sorts_on_host and checkpoint.config.has_experts
         self._records = device.kind.records and not (lends or network.mixers or looks)
         self.records_at_once = False
@@ -241,6 +254,8 @@ class Runner:
     def _run(self, parts: Sequence[Rows], forward: Callable[[TokenBatch], T]) -> T:
         with self._whole_pass(parts):
             batch = self._batch(parts)
+            if self._across is not None:
+                self._across.begin(parts)
             with torch.inference_mode():
                 return forward(batch)
 
@@ -282,4 +297,6 @@ class Runner:
                 part.cache.truncate(part.cache.length)
             for ring in self._rings:
                 ring.restart()
+            if self._across is not None:
+                self._across.drop()
             raise

@@ -67,12 +67,17 @@ def refuse_beside(folder: Path, why: str) -> None:
 
 def adapted(model: Model, settings: Settings, observer: Observer) -> Model:
     """The model with the adapter the user names in its weights."""
+    return dataclasses.replace(model, checkpoint=merged(model.checkpoint, settings, observer))
+
+
+def merged(checkpoint: Checkpoint, settings: Settings, observer: Observer) -> Checkpoint:
+    """The same of the files alone."""
     if settings.adapter in (None, NO_ADAPTER):
-        return model
+        return checkpoint
     from offload_rt.adapters.merging import with_adapter
 
     adapter = read_adapter(resolve_model(settings.adapter))
-    folder = model.checkpoint.folder
+    folder = checkpoint.folder
     if adapter.has_tokenizer and adapter.folder.resolve() != folder.resolve():
         observer.note(
             f"the tokenizer of adapter {shown(adapter.name)} is not used, but that of "
@@ -83,5 +88,5 @@ def adapted(model: Model, settings: Settings, observer: Observer) -> Model:
         def show(total: int, done: Callable[[], int]) -> None:
             gauge.total, gauge.done = total, done
 
-        made = with_adapter(model.checkpoint, adapter, settings.runtime.dtype, show)
-    return dataclasses.replace(model, checkpoint=wired(made, settings.runtime.wire))
+        made = with_adapter(checkpoint, adapter, settings.runtime.dtype, show)
+    return wired(made, settings.runtime.wire)

@@ -19,7 +19,7 @@ from offload_rt.session.means import (
     levels_path,
     means_for,
     reproducible,
-    speeds_for,
+    speeds_of_run,
 )
 from offload_rt.session.observer import Interrupted, Interrupts, Observer
 from offload_rt.session.opening import Model, check_drafter
@@ -111,7 +111,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
 
         def means(device: "DeviceKind") -> "Means":
             nonlocal speeds
-            speeds = speeds_for(settings.profile, device, settings.runtime.device)
+            speeds = speeds_of_run(settings, device)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
 
         engine = Engine(
@@ -125,6 +125,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             repeats=repeats or (settings.draft.automatic and _repeats(sampling)),
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
+            nodes=settings.nodes,
         )
     if _repeats(sampling) and not engine.repeats_answers:  # found out as it was loaded
         engine.controller = None

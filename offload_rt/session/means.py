@@ -4,6 +4,7 @@ import dataclasses
 import time
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from offload_rt.config import (
     DraftConfig,
@@ -31,10 +32,14 @@ from offload_rt.profiling.store import (
     machine_name,
     user_folder,
 )
+from offload_rt.session.settings import Settings
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kind import SIZES, Points
 from offload_rt.speculative.medusa.calibration import best_trees, read_calibration
 from offload_rt.speculative.medusa.checkpoint import open_draft_heads
+
+if TYPE_CHECKING:
+    from offload_rt.nodes.roster import Roster
 
 
 def experience_path() -> Path:
@@ -85,6 +90,38 @@ def speeds_for(profile: str | None, device: DeviceKind, name: str = "auto") -> S
     found, own = profile_for(profile, device)
     there = speeds_of(found, device.processor, sharing(name))
     return dataclasses.replace(there, packs=there.packs and bool(processor()[1]), own=own)
+
+
+def speeds_of_run(settings: Settings, device: DeviceKind) -> Speeds:
+    """Speeds for a run, those of its other machines with them.
+
+    Raises:
+        ProfileError: there is no such profile, or it is damaged.
+    """
+    if settings.nodes is None:
+        return speeds_for(settings.profile, device, settings.runtime.device)
+    speeds = speeds_for(settings.profile, device)
+    return with_nodes(speeds, settings.nodes.roster, settings.profile, device)
+
+
+def with_nodes(speeds: Speeds, roster: "Roster", profile: str | None, device: DeviceKind) -> Speeds:
+    """The speeds of a machine, with those of the others that have layers in turn with it.
+
+    Args:
+        speeds: of the first.
+        roster: all of them.
+        profile: of those that name none.
+        device: the kind that computes, on each.
+
+    Raises:
+        ProfileError: there is no such profile, or it is damaged.
+    """
+    first, *others = roster.nodes
+    if first.profile is not None:
+        speeds = speeds_for(first.profile, device)
+    further = [speeds_for(node.profile or profile, device) for node in others]
+    network = roster.bytes_per_s, roster.latency_s
+    return dataclasses.replace(speeds, devices=(0,), further=tuple(further), network=network)
 
 
 def means_for(

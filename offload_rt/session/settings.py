@@ -16,6 +16,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.locate import means_model
 
 if TYPE_CHECKING:
+    from offload_rt.nodes.crossing import Lead
     from offload_rt.planning.plan_file import PlanFile
 
 NO_ADAPTER = "none"
@@ -33,6 +34,7 @@ class Settings:
         own_sampling: with --sampling model, what of `sampling` the user chose; else None.
         chose_sampling: whether the user chose anything about it.
         adapter: folder of an adapter to apply, `none`, or None where nothing is said.
+        nodes: other machines that have joined for a share of the layers.
     """
 
     sampling: SamplingConfig
@@ -46,6 +48,7 @@ class Settings:
     own_sampling: frozenset[str] | None = None
     chose_sampling: bool = True
     adapter: str | None = None
+    nodes: "Lead | None" = None
 
 
 def read_drafter(text: str) -> str:

@@ -105,7 +105,7 @@ def fastest_room(
     """
     from offload_rt.planning.fit import RunLoad
     from offload_rt.planning.planner import make_plan
-    from offload_rt.session.means import means_for, speeds_for
+    from offload_rt.session.means import means_for, speeds_of_run
     from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
     whole = sorted((prompt + answer for prompt, answer in needs), reverse=True)
@@ -122,7 +122,7 @@ def fastest_room(
     if len(rooms) == 1:
         return rooms
     settings = kept_near(settings)
-    speeds = speeds_for(settings.profile, device, settings.runtime.device)
+    speeds = speeds_of_run(settings, device)
     means = means_for(model.checkpoint, settings.sampling, speeds, settings.draft)
     drafter = open_draft_checkpoint(model.checkpoint, settings.draft)
     found: list[tuple[float, Shared]] = []

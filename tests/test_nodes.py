@@ -1,0 +1,362 @@
+"""One model over several nodes: no bit changes, memory keeps to plans, who is gone is named."""
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from engines import PROMPT, ROOMY, all_logits, engine_for, generate
+
+from offload_rt.config import (
+    DraftConfig,
+    DraftShape,
+    Exact,
+    HomeKind,
+    RuntimeConfig,
+    SamplingConfig,
+)
+from offload_rt.device.opening import open_device
+from offload_rt.engine import NO_DRAFT, Engine
+from offload_rt.engine.scheduler import Scheduler
+from offload_rt.engine.sequence import Request
+from offload_rt.errors import ConfigError, PlanError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.network import Network
+from offload_rt.nodes.crossing import Lead, Member
+from offload_rt.nodes.joining import digest_of
+from offload_rt.nodes.line import Kind, Line, NodeError
+from offload_rt.nodes.roster import Node, Roster, read_roster
+from offload_rt.nodes.stage import work
+
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+PROGRAM = str(Path(sys.executable).with_name("offload-run"))
+LIMIT_S = 90
+
+
+@contextmanager
+def others(folder, count, **config):
+    """Nodes 1 to count - 1 as threads of this process; the lead of them."""
+    members, threads = [], []
+    for number in range(1, count):
+        mine, theirs = socket.socketpair(socket.AF_UNIX)
+        device = open_device(RuntimeConfig(device="cpu", **config))
+        arguments = (Line(theirs, "node 0"), open_checkpoint(folder), device)
+        threads.append(threading.Thread(target=work, args=arguments))
+        threads[-1].start()
+        line = Line(mine, f"n{number}")
+        line.works(True)
+        members.append(Member(line=line, device_bytes=ROOMY, host_bytes=ROOMY))
+    lead = Lead(members, Roster(nodes=tuple(Node(name=f"n{i}") for i in range(count))))
+    try:
+        yield lead
+    finally:
+        lead.end()
+        for thread in threads:
+            thread.join(20)
+            assert not thread.is_alive()
+
+
+@contextmanager
+def nodes_engine(
+    folder, count, *, prompts=(PROMPT,), tokens=16, kv_tokens=None, draft=NO_DRAFT, **config
+):
+    config = {"device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5, "exact": Exact.OFF} | config
+    names = tuple(f"n{i}" for i in range(count)) if count > 1 else ()
+    with others(folder, count) as lead:
+        runtime = RuntimeConfig(**config, device=",".join(["cpu"] * count), machines=names)
+        with Engine(
+            open_checkpoint(folder),
+            runtime,
+            capacities=[len(p) + tokens for p in prompts],
+            prompt_tokens=sum(len(p) for p in prompts),
+            kv_tokens=kv_tokens,
+            draft=draft,
+            nodes=lead if names else None,
+        ) as engine:
+            yield engine
+
+
+@pytest.fixture(scope="module")
+def folder(make_tiny):
+    return make_tiny("llama", num_hidden_layers=6, **IDS)
+
+
+@pytest.fixture(autouse=True)
+def one_network_at_a_time(monkeypatch):
+    """Nodes are processes; as threads they must not build modules together: that patches torch."""
+    lock = threading.RLock()
+
+    def locked(work):
+        def alone(*args, **options):
+            with lock:
+                return work(*args, **options)
+
+        return alone
+
+    for name in ("__init__", "attach"):
+        monkeypatch.setattr(Network, name, locked(getattr(Network, name)))
+
+
+def answers(engine, prompts=(PROMPT,), **sampling):
+    return generate(engine, prompts, sampling=SamplingConfig(**sampling))
+
+
+@pytest.mark.parametrize(
+    ("count", "config"),
+    [
+        (2, {"resident_layers": 0, "slots": 1}),
+        (3, {"resident_layers": 2, "slots": 2}),
+        (3, {"resident_layers": 6}),
+        (2, {"resident_layers": 1, "exact": Exact.ON}),
+        (3, {"resident_layers": 0, "home": HomeKind.HOST}),
+    ],
+)
+def test_logits_over_nodes_are_those_of_one_process(folder, count, config):
+    with engine_for(folder, **config) as engine:
+        expected = all_logits(engine)
+    with nodes_engine(folder, count, **config) as engine:
+        assert len(set(engine.placement.device)) == count
+        assert torch.equal(all_logits(engine), expected)
+        engine.forget()  # what is committed on the other nodes goes, too
+        assert torch.equal(all_logits(engine), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma2"])  # scaled embeddings, other norms
+def test_other_families_over_nodes(make_tiny, family):
+    folder = make_tiny(family, num_hidden_layers=4, **IDS)
+    with engine_for(folder, resident_layers=1) as engine:
+        expected = all_logits(engine)
+    with nodes_engine(folder, 2, resident_layers=1) as engine:
+        assert torch.equal(all_logits(engine), expected)
+
+
+@pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
+def test_drafts_over_nodes_change_no_token_and_memory_keeps_to_each_plan(folder, shape):
+    prompts = (PROMPT, PROMPT[::-1], [5] * 9)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, shape=shape)
+    with engine_for(folder, resident_layers=2, prompts=prompts) as engine:
+        expected = answers(engine, prompts)
+    with nodes_engine(folder, 3, resident_layers=2, prompts=prompts, draft=draft) as engine:
+        assert answers(engine, prompts) == expected
+        shares = engine.placement.shares
+        for own, share in zip(engine.memory().devices, shares, strict=True):
+            assert own.planned_bytes == share.device_bytes
+            assert bool(own.link_bytes) == bool(share.streamed)
+        for holds, share in zip(engine._nodes.tell(), shares[1:], strict=True):
+            assert 0 < sum(holds.ledger.values()) <= share.device_bytes
+        total = sum(own.link_bytes for own in engine.memory().devices)
+        assert engine.counters().bytes_copied == total
+
+
+def test_sequences_come_and_go_and_share_memory_on_every_node(folder):
+    draw = random.Random(3)
+    begin = [draw.randrange(200) for _ in range(12)]
+    texts = [
+        begin[: draw.randrange(3, 12)] + [draw.randrange(200) for _ in range(6)] for _ in "1234567"
+    ]
+    requests = [Request(ids=text, max_tokens=5 + place % 3) for place, text in enumerate(texts)]
+    found = {}
+    for count in (1, 2):
+        with nodes_engine(
+            folder, count, prompts=(PROMPT,) * 2, tokens=30, kv_tokens=70, resident_layers=2
+        ) as engine:
+            scheduler, members = Scheduler(engine), []
+            for request in requests:
+                members.append(scheduler.join(request))
+                scheduler.sweep()
+            while scheduler.busy:
+                scheduler.sweep()
+            assert engine.prefixes.rows  # rows of ended sequences outlive them
+            found[count] = [member.emitted for member in members]
+            assert all(member.error is None for member in members)
+    assert found[1] == found[2]
+
+
+class StopError(BaseException):
+    """Ends a pass."""
+
+
+def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder):
+    with nodes_engine(folder, 3, resident_layers=0, slots=1) as engine:
+        expected = all_logits(engine)
+        for layer in range(2):
+            engine.forget()
+            calls = iter(range(layer + 1))
+
+            def poll(calls=calls):
+                if next(calls, None) is None:
+                    raise StopError
+
+            engine.poll_with(poll)
+            with pytest.raises(StopError):
+                engine.forward([(0, PROMPT)], reuse=True)
+            engine.poll_with(lambda: None)
+            assert torch.equal(all_logits(engine), expected)
+
+
+def test_what_needs_all_layers_here_is_refused(folder):
+    own = DraftConfig(draft="self", draft_tokens=2)
+    said = "drafts with the model's own layers.*--draft ngram"
+    with pytest.raises(PlanError, match=said), nodes_engine(folder, 2, draft=own):
+        pass
+    said = "--kv disk: with --nodes each node keeps"
+    with pytest.raises(ConfigError, match=said), nodes_engine(folder, 2, kv="disk"):
+        pass
+
+
+def ends():
+    mine, theirs = socket.socketpair(socket.AF_UNIX)
+    return mine, theirs
+
+
+def test_a_node_that_is_gone_or_silent_or_strange_is_named():
+    mine, theirs = ends()
+    theirs.close()
+    with pytest.raises(NodeError, match="shelf ended: its connection is closed"):
+        Line(mine, "shelf").take()
+    mine, theirs = ends()
+    start = time.monotonic()
+    with pytest.raises(NodeError, match="shelf has been silent for 0 s"):
+        Line(mine, "shelf", silence_s=0.2).take()
+    assert time.monotonic() - start < 5
+    theirs.close()
+    mine, theirs = ends()
+    theirs.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(20))
+    with pytest.raises(NodeError, match="no frame of offload-run"):
+        Line(mine, "shelf").take()
+    mine, theirs = ends()
+    Line(theirs, "desk").end("disk full")
+    with pytest.raises(NodeError, match="shelf ended: disk full"):
+        Line(mine, "shelf").take()
+
+
+def test_a_node_that_works_gives_signs_of_life():
+    mine, theirs = ends()
+    other = Line(theirs, "desk", silence_s=0.3)
+    other.works(True)
+    line, found = Line(mine, "shelf", silence_s=0.3), []
+    thread = threading.Thread(target=lambda: found.append(line.take().kind))
+    thread.start()
+    time.sleep(1.0)
+    other.send(Kind.READY)
+    thread.join(5)
+    assert found == [Kind.READY]
+    other.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[[node]", "is not TOML"),
+        ("[[node]]\n", "has 1 times \\[\\[node\\]\\], accepted is 2 to 64"),
+        ("[[node]]\n[[node]]\nspeed=1\n", "says 'speed' of node 1, accepted is name"),
+        ("port=1\n[[node]]\n[[node]]\n", "has 'port', accepted is"),
+        ('[[node]]\nname="a"\n[[node]]\nname="a"\n', "two nodes named 'a'"),
+        ('[[node]]\ndevice_memory="x"\n[[node]]\n', "'x' is not a memory size"),
+        ("[[node]]\nlink_bandwidth=0\n[[node]]\n", "link_bandwidth is 0, accepted is GB/s above 0"),
+        ("node=[1,2]\n", "has no table for node 0"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_one_sentence(tmp_path, text, said):
+    (path := tmp_path / "nodes.toml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_roster(path)
+
+
+def test_limits_and_links_of_nodes_are_for_all_or_none():
+    some = Roster(nodes=(Node(name="a", limit_bytes=5), Node(name="b")))
+    with pytest.raises(ConfigError, match="b has no device_memory and others have"):
+        some.runtime(RuntimeConfig(device="cpu"))
+    made = some.runtime(RuntimeConfig(device="cpu", device_limit_bytes=7))
+    assert (made.device_limit_bytes, made.machines, made.device) == ((5, 7), ("a", "b"), "cpu,cpu")
+    with pytest.raises(ConfigError, match="names several devices, with --nodes each node has one"):
+        some.runtime(RuntimeConfig(device="cpu,cpu"))
+
+
+def test_nodes_compare_their_files(make_tiny, folder, tmp_path):
+    other = make_tiny("llama", num_hidden_layers=4, **IDS)
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    mine = digest_of(open_checkpoint(folder))
+    assert mine == digest_of(open_checkpoint(copy)) != digest_of(open_checkpoint(other))
+
+
+def start(model, nodes, count, *arguments):
+    """The processes of a run, as torchrun would start them."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    models = model if isinstance(model, list) else [model] * count
+    return [
+        subprocess.Popen(
+            [PROGRAM, *map(str, [arguments[0], models[rank], "--nodes", nodes, *arguments[1:]])],
+            env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        for rank in range(count)
+    ]
+
+
+def finish(process):
+    out, err = process.communicate(timeout=LIMIT_S)
+    return process.returncode, out.decode(), err.decode()
+
+
+@pytest.fixture
+def two(tmp_path):
+    (path := tmp_path / "nodes.toml").write_text('[[node]]\nname="desk"\n[[node]]\nname="shelf"\n')
+    return path
+
+
+@pytest.mark.slow
+def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
+    options = ["-p", "hello there", "-n", "12", "--ignore-eos", "--resident-layers", "1"]
+    options += ["--device", "cpu", "--device-memory", "64MiB", "--dtype", "fp32", "--json"]
+    one = subprocess.run(
+        [PROGRAM, "generate", tiny_model, *options], capture_output=True, check=True, text=True
+    )
+    first, second = map(finish, start(tiny_model, two, 2, "generate", *options))
+    assert (first[0], second[0]) == (0, 0), (first, second)
+    assert json.loads(first[1])["text"] == json.loads(one.stdout)["text"]
+    assert second[1] == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number, monkeypatch):
+    model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000)
+    options = ["-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
+    first, second = start(model, two, 2, "generate", *options, "--device-memory", "64MiB")
+    first.stdout.read(1)
+    second.send_signal(number)
+    code, _, err = finish(first)
+    second.kill()
+    said = "its connection is closed" if number is signal.SIGKILL else "silent for 30 s"
+    assert code == 2
+    assert re.search(rf"error: shelf \(node 1, .*\).*{said}", err), err
+
+
+@pytest.mark.slow
+def test_other_files_and_other_counts_are_one_sentence_on_every_node(make_tiny, two, tiny_model):
+    other = make_tiny("llama", tokenizer=True, num_hidden_layers=3)
+    options = ["generate", "-p", "hello", "-n", "3", "--device", "cpu"]
+    for process in start([tiny_model, other], two, 2, *options):
+        code, _, err = finish(process)
+        assert code == 2 and "has other model files than node 0" in err, err
+    for process in start(tiny_model, two, 3, *options):
+        code, _, err = finish(process)
+        assert code == 2 and "names 2 machines and torchrun started 3 processes" in err, err
