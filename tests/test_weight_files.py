@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.cpu import CpuDevice
-from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.host_memory import LARGE_PAGE_BYTES, allocate_host
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model import weight_files as files_module
@@ -193,6 +193,17 @@ def test_host_memory_is_exactly_what_was_asked_for():
         buffer = allocate_host(nbytes)
         assert buffer.nbytes == len(buffer.view) == nbytes
         assert buffer.tensor.data_ptr() % PAGE_BYTES == 0
+
+
+def test_large_host_memory_begins_at_a_huge_page():
+    """Else one of 4 MiB has one, and a direct read into small pages is hundreds of requests."""
+    for nbytes in (2**21, 2**22 + 2 * PAGE_BYTES, 2**23 + 1):
+        buffers = [allocate_host(nbytes) for _ in range(3)]
+        for buffer in buffers:
+            assert buffer.tensor.data_ptr() % LARGE_PAGE_BYTES == 0
+            assert buffer.nbytes == len(buffer.view) == nbytes
+            buffer.view[-1:] = b"x"
+            assert buffer.tensor[-1] == ord("x")
 
 
 def test_a_file_that_ends_inside_a_page_ends_the_read(model):

@@ -1,9 +1,9 @@
 """A quantised weight as it is stored, and the memory that dequantising it needs. No torch here."""
 
-import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from offload_rt.device import compiled
 from offload_rt.device.system import processor_flags
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.header import TensorExtent
@@ -30,8 +30,8 @@ COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
 KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
 _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 _KERNEL_FORMATS = ("bfloat16", "float16")
-# Who multiplies with stored weights (`kernels/stored.py`), for what, and outputs at once.
-ASSEMBLER, _FLAG, _PANEL = "llvmlite", "avx512_bf16", 64
+# Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
+_FLAG, _PANEL = "avx512_bf16", 64
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 
 
@@ -156,7 +156,7 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
         and _FLAG in processor_flags()
-        and importlib.util.find_spec(ASSEMBLER) is not None
+        and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
 
 
