@@ -9,7 +9,7 @@ from expert_models import make_mixture
 from quantised import CASES, write_gpt_oss, write_twins
 from safetensors.torch import load_file, save_file
 
-from offload_rt.config import HomeKind
+from offload_rt.config import Exact, HomeKind
 from offload_rt.costs.sizes import experts_of as images_of
 from offload_rt.costs.workload import parts_of
 from offload_rt.device.cpu import CpuDevice
@@ -221,3 +221,14 @@ def test_a_dense_model_has_no_experts_in_mxfp4(make_tiny, tmp_path, offload_run)
     (tmp_path / "config.json").write_text(json.dumps(config))
     done = offload_run("plan", tmp_path, "--context", 64)
     assert done.code == 4 and "none that could be" in done.err
+
+
+@pytest.mark.parametrize("name", ["gpt_oss MXFP4", "qwen3_moe W4"])
+def test_a_row_has_the_same_bits_in_any_pass(twins_of, name):
+    """Row-invariant passes: a prompt at once, and token by token, in slots."""
+    with engine_for(
+        twins_of(name, "bfloat16").folder, exact=Exact.ON, expert_slots=5, prefill_chunk_tokens=64
+    ) as engine:
+        rows = [engine.forward([(0, [token])], reuse=False).clone() for token in PROMPT]
+        engine.forget()
+        assert torch.equal(engine.forward([(0, PROMPT)], reuse=True)[-1], rows[-1][-1])
