@@ -2,8 +2,8 @@
 
 import json
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
-from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,6 @@ from offload_rt.cli.options import output_of, settings_of
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
-from offload_rt.session.opening import context_limit
 from offload_rt.session.shared import MOST_SEQUENCES
 from offload_rt.units import format_speed
 from offload_rt.writing import check_target
@@ -49,6 +48,21 @@ if TYPE_CHECKING:
     show_default="auto",
     help="Answers in the making at once; auto is the number predicted to be fastest for all.",
 )
+@click.option(
+    "--ray",
+    metavar="ADDRESS",
+    default=None,
+    show_default="this machine alone",
+    help="Answer on all machines of a Ray cluster, each with the whole model: HOST:PORT, auto for "
+    "the one of RAY_ADDRESS, or local to start one here.",
+)
+@click.option(
+    "--ray-workers",
+    type=click.IntRange(1, 4096),
+    default=None,
+    show_default="one for each machine",
+    help="Workers of --ray, each with a model of its own.",
+)
 @options.nodes_option
 @options.adapter_option
 @options.max_tokens_option
@@ -68,8 +82,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     cannot be answered says why in its error and stops nothing. Each sampled line has a seed of its
     own: its body's, or --seed and the line's number. Ctrl-C keeps what is done.
     """
-    if find_spec("pydantic") is None:
-        raise ConfigError("batch needs pydantic: install it with `pip install offload-rt[serve]`")
+    _check(values)
     source, output_path = values["source"], values["output"]
     fixed = {"stop": (), "ignore_eos": False, "system": None}
     settings, output = settings_of({**values, **fixed}), output_of(values)
@@ -84,21 +97,12 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     check_target(output_path)
     opened, settings = open_answering(model, settings, console)
     from offload_rt.cli.plan import device_there
-    from offload_rt.serve.orders import Maker, Offer
+    from offload_rt.serve.spread import Job, answered, maker_of
     from offload_rt.session.crowd import Crowd
     from offload_rt.session.shared import fastest_room, shared_engine
 
-    most = context_limit(opened, settings.runtime.context_tokens)
-    offer = Offer(
-        names=(opened.name,),
-        sampling=settings.sampling,
-        max_tokens=settings.generation.max_tokens,
-        context_tokens=most,
-        kv_tokens=most,
-        sequences=1,
-        version=metadata.version("offload-rt"),
-    )
-    maker = Maker(offer, opened.tokenizer, opened.end_tokens)
+    maker = maker_of(opened, settings)
+    most = maker.offer.context_tokens
     with console.progress("reading the input") as gauge:
         found: list[Line] = []
         gauge.done, gauge.total = lambda: len(found), len(lines)
@@ -119,6 +123,13 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         return _end(work, output_path, console)
     if journal.results:
         console.note(f"{len(journal.results)} of {len(found)} lines are done already")
+    if values["ray"] is not None:
+        job = Job(model=model, settings=settings, needs=needs, sequences=values["sequences"])
+        work = Batch(None, maker, found, journal)  # type: ignore[arg-type]  # Ray is asked
+        work.refuse()
+        parts = answered(job, work.left, lines, values["ray"], values["ray_workers"])
+        stopped = _gather(parts, work, console)
+        return _end(work, output_path, console) if not stopped else interrupts.exit_code
     opened = adapted(opened, settings, console)
     with ExitStack() as run:
         settings = run.enter_context(across(nodes, opened.checkpoint, settings, console))
@@ -141,10 +152,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             try:
                 work.run(interrupts.check)
             except Interrupted:
-                console.note(
-                    f"stopped: {len(journal.results)} of {len(found)} lines are done and kept, the "
-                    "same command goes on"
-                )
+                _note_stop(work, console)
                 return interrupts.exit_code
         took_s = time.perf_counter() - start
         if work.emitted:
@@ -153,6 +161,38 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             drafted = f"; tokens drafted for each: {', '.join(sizes)}" if engine.draft_sizes else ""
             console.note(f"{work.emitted} tokens in {took_s:.1f} s, {speed}{drafted}")
     return _end(work, output_path, console)
+
+
+def _check(values: dict[str, Any]) -> None:
+    """Refuse what cannot be, before anything is read."""
+    if find_spec("pydantic") is None:
+        raise ConfigError("batch needs pydantic: install it with `pip install offload-rt[serve]`")
+    if values["ray"] is None and values["ray_workers"] is not None:
+        raise ConfigError("--ray-workers has no effect without --ray")
+    if values["ray"] is not None and values["nodes"] is not None:
+        raise ConfigError(
+            "--ray has the whole model on each machine, --nodes a share of it: leave out one"
+        )
+    if values["ray"] is not None and find_spec("ray") is None:
+        raise ConfigError("--ray needs Ray: install it with `pip install offload-rt[ray]`")
+
+
+def _gather(parts: Iterator[tuple[int, Any]], work: Any, console: Console) -> bool:  # noqa: ANN401
+    """Keep results as they come; whether that was stopped."""
+    try:
+        with console.progress("answering") as gauge:
+            gauge.done, gauge.total = lambda: len(work.journal.results), len(work.lines)
+            for result in parts:
+                work.journal.add([result])
+    except Interrupted:
+        _note_stop(work, console)
+        return True
+    return False
+
+
+def _note_stop(work: Any, console: Console) -> None:  # noqa: ANN401
+    done, lines = len(work.journal.results), len(work.lines)
+    console.note(f"stopped: {done} of {lines} lines are done and kept, the same command goes on")
 
 
 def _progress(work: Any, lines: int, before: int, took_s: float) -> str:  # noqa: ANN401

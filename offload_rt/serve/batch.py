@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
 from offload_rt.engine.sequence import Request, TokenLogprob
 from offload_rt.errors import ConfigError, OffloadError
@@ -169,6 +170,16 @@ class Journal:
                 cut_off(self.path, len(rest))
 
 
+class Results(Protocol):
+    """Where results are kept, by their lines."""
+
+    results: dict[int, Json]
+    path: Path
+
+    def add(self, results: Sequence[tuple[int, Json]], /) -> None:
+        """Keep results."""
+
+
 @dataclass(slots=True)
 class Batch:
     """Lines that are answered together.
@@ -187,7 +198,7 @@ class Batch:
     crowd: Crowd
     maker: Maker
     lines: Sequence[Line]
-    journal: Journal
+    journal: Results
     emitted: int = 0
     _texts: dict[int, list[str]] = field(default_factory=dict)
     _members: dict[Member, Line] = field(default_factory=dict)
