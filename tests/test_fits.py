@@ -11,6 +11,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model import fits, probe, sparing
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.exact import Looks
 from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
 from offload_rt.model.mixing import Mixer
 from offload_rt.model.network import Network
@@ -37,18 +38,13 @@ def network_of(folder, dtype="float32"):
 
 
 def test_a_family_is_probed_once_for_all_commands(command, make_tiny, monkeypatch):
-    folder, imported = make_tiny("llama"), []
-    monkeypatch.setattr(fits, "import_module", imported.append)
-    checkpoint = open_checkpoint(folder)
+    folder = make_tiny("llama")
     ran = command()
-    fits.prepare([checkpoint], "auto")
-    assert len(imported) == 2  # before the memory of a run is counted
     first = network_of(folder)
     assert len(ran) == 1
     ran = command()
-    fits.prepare([checkpoint], "auto")
     second = network_of(folder)
-    assert not ran and len(imported) == 2
+    assert not ran
     assert second.kv_shapes == first.kv_shapes and len(first.kv_shapes) == 4
     network_of(folder, "bfloat16")
     network_of(make_tiny("llama", rms_norm_eps=0.25))
@@ -116,3 +112,18 @@ def test_modules_are_made_without_drawing_on_meta(make_tiny, monkeypatch):
     network_of(make_tiny("llama"))
     assert not drawn
     assert torch.nn.init.normal_(torch.zeros(9)).count_nonzero() and len(drawn) == 1
+
+
+def test_what_a_network_computes_is_looked_at_once_for_all_commands(command, make_tiny):
+    command()
+    network, looked = network_of(make_tiny("llama")), []
+    found = Looks(problem="of a reason", regular=True, shapes=frozenset({(8, 16), (4, 2)}))
+
+    def find():
+        looked.append(1)
+        return found
+
+    first, again = (fits.looks(network._model, network._config, find) for _ in range(2))
+    assert first == again == found and len(looked) == 1
+    network._model.config_of_another = torch.nn.Dropout()  # as formats put other modules there
+    assert fits.looks(network._model, network._config, find) == found and len(looked) == 2

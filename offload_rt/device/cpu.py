@@ -6,7 +6,6 @@ copy event fires when every block enqueued before it is done. This is all the or
 compute blocks on `filled`; a slot is only enqueued for refilling after its reader returned.
 """
 
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -29,16 +28,17 @@ from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
 from offload_rt.device.system import (
+    LIBRARIES,
     free_memory_bytes,
     give_back_code,
     give_back_holes,
     give_back_large_blocks,
+    imported_bytes,
     peak_rss_bytes,
+    restart_peak,
     rss_bytes,
 )
 from offload_rt.errors import DeviceError
-
-_LIBRARIES = re.compile(r"\.so(\.[\d.]+)?$")
 
 
 class Copies:
@@ -300,15 +300,12 @@ class MemoryMeter:
 
     def __init__(self) -> None:
         give_back_holes()  # else what an earlier engine freed is used again and counts as nothing
-        give_back_code(_LIBRARIES)  # importing reads more of them than runs do
+        give_back_code(LIBRARIES)  # importing reads more of them than runs do
         self.home_bytes = 0
-        try:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")
-        except OSError:
-            pass  # the peak then includes what came before
+        restart_peak()
         self._start_bytes, self._start_file_bytes = rss_bytes()
         self._most_file_bytes, self._next_look_s = self._start_file_bytes, 0.0
+        self._start_imported_bytes = imported_bytes()
 
     def look(self) -> None:
         """Note what there is of files now; 20 times a second at most."""
@@ -320,7 +317,8 @@ class MemoryMeter:
         self._most_file_bytes = max(self._most_file_bytes, rss_bytes()[1])
 
     def growth_bytes(self) -> int:
-        """Peak resident bytes above those at the start, without what is of files."""
+        """Peak resident bytes above those at the start, without files and modules."""
         self._note_files()
         files = self._most_file_bytes - self._start_file_bytes
-        return max(0, peak_rss_bytes() - self._start_bytes - files)
+        modules = imported_bytes() - self._start_imported_bytes
+        return max(0, peak_rss_bytes() - self._start_bytes - files - modules)

@@ -65,6 +65,12 @@ def rss_bytes() -> tuple[int, int]:
     return resident * _PAGE_BYTES, shared * _PAGE_BYTES
 
 
+def restart_peak() -> None:
+    """Have `peak_rss_bytes` count from now on; where that is not allowed it goes on counting."""
+    with suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+
+
 def cores() -> int:
     """Processor cores this process may run on: its affinity, which a cpuset narrows too."""
     return len(os.sched_getaffinity(0))
@@ -184,6 +190,20 @@ def give_back_holes() -> None:
     """
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
+
+
+LIBRARIES = re.compile(r"\.so(\.[\d.]+)?$")  # for `give_back_code`
+_imported: list[int] = []  # bytes that modules took that were imported late
+
+
+def note_imported(nbytes: int) -> None:
+    """Say that importing took so much just now, while a device's memory may be counted."""
+    _imported.append(nbytes)
+
+
+def imported_bytes() -> int:
+    """What was noted so far."""
+    return sum(_imported)
 
 
 _seen_mapped: set[str] = set()  # lines of /proc/self/maps that `give_back_code` has dealt with

@@ -41,7 +41,6 @@ from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
-from offload_rt.model import fits
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, on_gpu
@@ -847,7 +846,6 @@ def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkp
         others = []  # each is another machine's
     if chosen_kind(first) is CPU:
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
-        fits.prepare(models, config.dtype)
         if any(each.stored for each in models):
             brought.prepare()
     opened = [open_device(first)]

@@ -1,19 +1,17 @@
-"""What the probe found of a family's modules, kept from run to run.
+"""What passes over shapes found of a family's modules, kept from run to run.
 
 The probe's pass computes shapes by code that imports torch's compiler and sympy: 80 MiB and 1.2 s
 of processor time (docs/RESULTS.md, "Memory beside the device memory"). Its verdict depends on the
 class, the number format, the configuration, and on the code that is asked and that asks. So it is
 kept under a digest of all of these, of transformers' own classes only; refusals are found anew.
 A program that has us as a library has imported the compiler with transformers, and asks each time.
-What is imported counts as a run's memory once its device is open, so `prepare` comes before that.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cache
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -23,16 +21,14 @@ import transformers
 from offload_rt.entries import read_entries, write_entries
 from offload_rt.folders import cache_folder
 from offload_rt.kv.base import KVShape
-from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.config import ModelConfig
-from offload_rt.model.layout import compute_dtype
+from offload_rt.model.exact import Looks
 from offload_rt.model.mixing import Mixer
 from offload_rt.model.sparing import is_spared
 
-_FILE = "fits.json"
+_FITS, _LOOKS = "fits.json", "looks.json"
 _MOST_ENTRIES = 64
-_COMPUTES_SHAPES = ("torch._dynamo", "torch.fx.experimental.symbolic_shapes")
-_OURS = ("probe", "probe_states", "mixing", "attention_function", "experts", "fits")
+_OURS = ("probe", "probe_states", "mixing", "attention_function", "experts", "fits", "exact")
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,30 +69,40 @@ def _ours() -> tuple[str, ...]:
     return tuple(hashlib.sha256(file.read_bytes()).hexdigest() for file in files)
 
 
-def prepare(models: Sequence[Checkpoint], dtype: str) -> None:
-    """Import now what the probe of one of these models will; nothing where none needs it.
-
-    Args:
-        models: that a run will build.
-        dtype: of the computation, as it was asked for.
-    """
-    for model in models if is_spared() else ():
-        name = compute_dtype(model.config.dtype, model.tensors.values(), dtype)
-        if kept_fit(fit_key(model.config, getattr(torch, name))) is None:
-            for module in _COMPUTES_SHAPES:
-                import_module(module)
-
-
 def kept_fit(key: str) -> Fit | None:
     """What an earlier run found."""
-    return read_entries(cache_folder() / _FILE, _parsed).get(key)
+    return read_entries(cache_folder() / _FITS, _parsed).get(key)
 
 
 def keep_fit(key: str, fit: Fit) -> None:
     """Keep what was found for runs to come."""
-    path = cache_folder() / _FILE
+    path = cache_folder() / _FITS
     entries = {name: asdict(each) for name, each in read_entries(path, _parsed).items()}
     write_entries(path, entries | {key: asdict(fit)}, _MOST_ENTRIES)
+
+
+def looks(model: torch.nn.Module, config: ModelConfig, find: Callable[[], Looks]) -> Looks:
+    """What a network computes, as an earlier command found it; else as `find` does."""
+    if not is_spared() or not type(model).__module__.startswith("transformers."):
+        return find()
+    kinds = sorted({f"{type(part).__module__}.{type(part).__name__}" for part in model.modules()})
+    dtype = next(model.parameters()).dtype
+    key = hashlib.sha256("\0".join([fit_key(config, dtype), *kinds]).encode()).hexdigest()
+    path = cache_folder() / _LOOKS
+    known = read_entries(path, _parsed_looks)
+    if (found := known.get(key)) is None:
+        found = known[key] = find()
+        entries = {
+            name: {"problem": each.problem, "regular": each.regular, "shapes": sorted(each.shapes)}
+            for name, each in known.items()
+        }
+        write_entries(path, entries, _MOST_ENTRIES)
+    return found
+
+
+def _parsed_looks(raw: Any) -> Looks:  # noqa: ANN401
+    shapes = frozenset((int(inputs), int(outputs)) for inputs, outputs in raw["shapes"])
+    return Looks(problem=str(raw["problem"]), regular=bool(raw["regular"]), shapes=shapes)
 
 
 def _parsed(raw: Any) -> Fit:  # noqa: ANN401

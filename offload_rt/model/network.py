@@ -27,6 +27,7 @@ from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels import attending
 from offload_rt.kv.base import NO_KV, KVCache
+from offload_rt.model import fits
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
@@ -164,6 +165,7 @@ class Network:
         self._model = _with_own_head(model or _build(checkpoint, self.dtype))
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)
         self._container, self._layers = container, layers
+        self._config = checkpoint.config
         self.poll: Callable[[], None] = lambda: None
         self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
@@ -397,7 +399,9 @@ class Network:
 
     def exact_problem(self, device: torch.device) -> str:
         """Why passes there cannot be row-invariant; empty if they can. Before `attach`."""
-        self._looks = looks_of(self._model, partial(run_on_shapes, self._model), self._mixing)
+        run = partial(run_on_shapes, self._model)
+        find = partial(looks_of, self._model, run, self._mixing)
+        self._looks = fits.looks(self._model, self._config, find)
         for shape in {*self.kv_shapes} - {NO_KV}:  # now, as LLVM takes memory for a moment
             attending.takes(self.dtype, shape.key_dim, shape.value_dim)
         wide = widens(self.dtype, device)

@@ -31,7 +31,7 @@ from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS, PreTrainedModel, masking_utils
 from offload_rt.model.probe_states import AskedStates, probe_mixers
-from offload_rt.model.sparing import is_spared
+from offload_rt.model.sparing import import_compiler, is_spared
 
 PROBE_TOKENS = 3
 _MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
@@ -167,6 +167,7 @@ def _in_tuples(results: Sequence[object]) -> int:
 
 def _meta_pass(model: torch.nn.Module, calls: Calls, states: PassStates) -> torch.Tensor:
     """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
+    import_compiler()
     ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     model.to("meta")

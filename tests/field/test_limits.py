@@ -268,7 +268,8 @@ BESIDE = """
 import sys
 from offload_rt.device.system import settle_math
 settle_math()
-from offload_rt.model.sparing import spare_compiler
+from offload_rt.device import system
+from offload_rt.model.sparing import import_compiler, spare_compiler
 spare_compiler()
 import torch
 import offload_rt.engine.engine
@@ -276,7 +277,7 @@ import psutil
 from offload_rt.device import cpu
 from offload_rt.device.system import _mapped_areas
 def resident():
-    found = [a for a in _mapped_areas() if cpu._LIBRARIES.search(a.path) and not a.changed_bytes]
+    found = [a for a in _mapped_areas() if system.LIBRARIES.search(a.path) and not a.changed_bytes]
     return sum(a.resident_bytes for a in found if "w" not in a.rights)
 before = resident()
 cpu.CpuDevice()
@@ -284,6 +285,9 @@ print(before, resident(), psutil.Process().memory_info().rss)
 torch.ones(64, 64) @ torch.ones(64, 64)
 torch.cuda.is_available()
 assert not {"torch._dynamo", "sympy", "torch.distributed.tensor"} & set(sys.modules)
+meter = cpu.MemoryMeter()
+import_compiler()
+assert meter.growth_bytes() < 30 * 2**20 < system.imported_bytes(), meter.growth_bytes()
 import torch._dynamo
 assert torch._dynamo.config and torch._dynamo.disable(len, wrapping=False)([1]) == 1
 """
