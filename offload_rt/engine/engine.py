@@ -43,8 +43,9 @@ from offload_rt.kv.states import HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import passes_problem
-from offload_rt.model.formats import brought, on_gpu
+from offload_rt.model.formats import brought, direct, on_gpu
 from offload_rt.model.kept import layers_keep
+from offload_rt.model.layout import compute_dtype
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.nodes.crossing import AwayKV, AwayPool, Lead
@@ -846,6 +847,9 @@ def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkp
         others = []  # each is another machine's
     if chosen_kind(first) is CPU:
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
+        for model in models:
+            name = compute_dtype(model.config.dtype, model.tensors.values(), config.dtype)
+            direct.prepare(dict.fromkeys(model.stored.values()), name)
         if any(each.stored for each in models):
             brought.prepare()
     opened = [open_device(first)]

@@ -180,6 +180,12 @@ class StoredProduct:
         return out
 
 
+def prepare(how: How, *, ordered: bool = False) -> None:
+    """Assemble a kernel now, where there are any: LLVM takes memory for a moment."""
+    if not problem() and not _trouble():
+        _kernel(how, ordered)
+
+
 def room_bytes(block: int) -> int:
     """What a thread needs: a block of a panel in bf16, and sums in fp32."""
     return PANEL * (2 * block + 4 * ROWS_AT_ONCE)

@@ -3,10 +3,11 @@
 The numbers are those of the dequantised weight's product (`kernels/stored.py`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from offload_rt.kernels import stored as kernels
 from offload_rt.kernels.stored import How, StoredProduct, blocks_of
 from offload_rt.model.formats import integers
 from offload_rt.model.formats.methods import Form
@@ -19,6 +20,33 @@ Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, 
 Direct = Callable[[torch.Tensor, Parts, torch.Tensor | None], torch.Tensor]
 
 _BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
+
+
+def prepare(stored: Iterable[Stored], dtype: str) -> None:
+    """Assemble what multiplies with these weights and with plain ones, before memory is counted.
+
+    Args:
+        stored: weights of a model.
+        dtype: torch's name of the format it computes in.
+    """
+    if dtype != "bfloat16":
+        return
+    kernels.prepare(How.PLAIN)
+    for each in stored:
+        if multiplies(each, dtype):
+            how = _how(each)
+            kernels.prepare(how)
+            if _has_index(each) and each.form is not Form.PACKED:
+                kernels.prepare(how, ordered=True)
+
+
+def _how(stored: Stored) -> How:
+    packed, columns = _BY_BITS[stored.bits]
+    return {Form.PACKED: packed, Form.AWQ: How.AWQ}.get(stored.form, columns)
+
+
+def _has_index(stored: Stored) -> bool:
+    return any(word.endswith("g_idx") for word in stored.parts)
 
 
 def direct_for(
@@ -35,16 +63,14 @@ def direct_for(
     """
     if device.type != "cpu" or not multiplies(stored, str(dtype).removeprefix("torch.")):
         return None
-    packed, columns = _BY_BITS[stored.bits]
-    ordered = not in_order and any(word.endswith("g_idx") for word in stored.parts)
+    ordered = not in_order and _has_index(stored)
     if ordered and stored.form is Form.PACKED:
         return None
     blocks = blocks_of(stored.inputs, stored.outputs, tiles=exact)
     if blocks is None:
         return None
-    how = {Form.PACKED: packed, Form.AWQ: How.AWQ}.get(stored.form, columns)
     product = StoredProduct(
-        how, stored.inputs, stored.outputs, blocks, groups=stored.groups, ordered=ordered
+        _how(stored), stored.inputs, stored.outputs, blocks, groups=stored.groups, ordered=ordered
     )
     numbers = _of_packed if stored.form is Form.PACKED else _of_columns
 
