@@ -325,7 +325,7 @@ def two(tmp_path):
 @pytest.mark.slow
 def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
     options = ["-p", "hello there", "-n", "12", "--ignore-eos", "--resident-layers", "1"]
-    options += ["--device", "cpu", "--device-memory", "64MiB", "--dtype", "fp32", "--json"]
+    options += ["--device", "cpu", "--device-memory", "1GiB", "--dtype", "fp32", "--json"]
     one = subprocess.run(
         [PROGRAM, "generate", tiny_model, *options], capture_output=True, check=True, text=True
     )
@@ -337,10 +337,10 @@ def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number, monkeypatch):
+def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
     model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000)
     options = ["-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
-    first, second = start(model, two, 2, "generate", *options, "--device-memory", "64MiB")
+    first, second = start(model, two, 2, "generate", *options, "--device-memory", "1GiB")
     first.stdout.read(1)
     second.send_signal(number)
     code, _, err = finish(first)
