@@ -88,7 +88,7 @@ def nodes_engine(
 
 @pytest.fixture(scope="module")
 def folder(make_tiny):
-    return make_tiny("llama", num_hidden_layers=6, **IDS)
+    return make_tiny("llama", num_hidden_layers=6, tie_word_embeddings=True, **IDS)
 
 
 @pytest.fixture(autouse=True)

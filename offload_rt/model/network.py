@@ -500,11 +500,12 @@ class Network:
         """
         placed = {place.key for group in self._places.of_layers for place in group}
         placed |= {place.key for place in self._places.of_base}
+        head = _ends(self._model)[0]  # of a node that lacks it, it keeps its shape
         for name, parameter in list(self._model.named_parameters(remove_duplicate=False)):
-            if parameter.is_meta and name not in placed:
-                path, _, leaf = name.rpartition(".")
+            path, _, leaf = name.rpartition(".")
+            owner = self._model.get_submodule(path)
+            if parameter.is_meta and name not in placed and owner is not head:
                 nothing = torch.empty(0, dtype=parameter.dtype, device=device)
-                owner = self._model.get_submodule(path)
                 owner._parameters[leaf] = torch.nn.Parameter(nothing, False)
 
     def lend_host(self, host: Host, layers: Iterable[int]) -> None:
