@@ -322,6 +322,18 @@ def two(tmp_path):
     return path
 
 
+def test_a_plan_says_what_each_machine_has_and_what_binds(tiny_model, two, offload_run):
+    options = ["--nodes", two, "--device", "cpu", "--device-memory", "1GiB", "--context", "64"]
+    done = offload_run("plan", tiny_model, *options)
+    assert done.code == 0, done.err
+    for name in ("desk", "shelf"):
+        said = rf"{name} \S+ \w+ 2 layers resident, .* s of kernels in a pass: compute binds"
+        assert re.search(said, " ".join(done.out.split())), done.out
+    made = json.loads(offload_run("plan", tiny_model, *options, "--json").out)
+    assert [own["resident"] for own in made["devices"]] == [[0, 1], [2, 3]]
+    assert all(own["busy"]["kernels_s"] > 0 for own in made["devices"])
+
+
 @pytest.mark.slow
 def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
     options = ["-p", "hello there", "-n", "12", "--ignore-eos", "--resident-layers", "1"]

@@ -297,9 +297,9 @@ def _free_there(
 
 def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
     """The kind of device a run would compute on, and what is free there and on the host."""
-    check_links(config)
     if config.machines:
         config = config.each_device()[0]
+    check_links(config)
     host, count = free_memory_bytes(), len(config.device_names)
     automatic = config.device == "auto"
     kind, indices = (likely_kind("auto"), (0,)) if automatic else named_devices(config.device)
