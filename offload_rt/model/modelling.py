@@ -1,5 +1,7 @@
 """transformers' modelling as far as it is used here: the one door through which it is imported."""
 
+from importlib import import_module
+
 from offload_rt.model.sparing import compiler_spared
 
 with compiler_spared():
@@ -21,6 +23,9 @@ with compiler_spared():
         revert_weight_conversion,
     )
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+    # What families' modules import, now: once a device is open it would count as its memory.
+    import_module("transformers.models.llama.modeling_llama")
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
