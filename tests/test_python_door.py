@@ -87,6 +87,7 @@ def test_keywords_are_the_options_of_generate():
     options = load_verb("generate").params
     flags = {o.opts[-1][2:].replace("-", "_") for o in options if o.param_type_name == "option"}
     ours = {"prompt", "prompt_file", "json", "verbose", "quiet", "download", "help_all", "trace"}
+    ours |= {"nodes"}  # of processes that torchrun starts
     assert flags - ours == KEYWORDS == get_type_hints(LoadOptions).keys()
     assert get_type_hints(AnswerOptions).keys() == ANSWER_KEYWORDS
 

@@ -24,7 +24,7 @@ from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (
     EMBEDDINGS,
     HEADS,
-    below_module,
+    drafting_module,
     ends_in,
     examples,
     sort_tensors,
@@ -220,14 +220,9 @@ def sort_checkpoint(
     embedding, head, copy = _ends(folder, [*plain, *made], config, family)
     others = [extent for extent in parts.others if extent is not copy]
     _check_dtypes(e for g in (*parts.layers, others) for e in g if e.name not in stored.by_part)
+    drafts = drafting_module(parts.left_out, parts.container, config.num_layers)
     _say_what_is_left_out(
-        folder,
-        [
-            extent
-            for extent in worth_saying(parts.left_out, family)
-            # Of a module for drafting, which `--draft mtp` reads.
-            if not below_module(extent.name, parts.container, config.num_layers)
-        ],
+        folder, [e for e in worth_saying(parts.left_out, family) if e.name not in drafts]
     )
     used = {extent.name for group in (*parts.layers, others) for extent in group}
     return Checkpoint(

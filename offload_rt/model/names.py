@@ -115,6 +115,19 @@ def below_module(name: str, container: str, num_layers: int) -> str:
     return ""
 
 
+def drafting_module(
+    extents: Iterable[TensorExtent], container: str, num_layers: int
+) -> frozenset[str]:
+    """Names of a module for drafting, as `--draft mtp` reads it; none of what is merely named so.
+
+    It joins a state and a token by a matrix, and attends.
+    """
+    parts = {e.name: part for e in extents if (part := below_module(e.name, container, num_layers))}
+    joins = any(part in ("fc.weight", "eh_proj.weight") for part in parts.values())
+    attends = any("self_attn." in part for part in parts.values())
+    return frozenset(parts) if joins and attends else frozenset()
+
+
 def examples(extents: Sequence[TensorExtent], count: int = 2) -> str:
     """A few of their names, no two that differ by numbers only."""
     kinds: dict[str, str] = {}
