@@ -48,6 +48,18 @@ class Rank:
             ) from None
         return found
 
+    def check(self, roster: Roster) -> None:
+        """See that there is a process for each node.
+
+        Raises:
+            ConfigError: there are more or fewer.
+        """
+        if self.count != len(roster.nodes):
+            raise ConfigError(
+                f"--nodes names {len(roster.nodes)} machines and torchrun started {self.count} "
+                "processes: start one for each"
+            )
+
 
 def digest_of(checkpoint: Checkpoint) -> str:
     """What nodes compare: names, sizes and places of all tensors, and the configuration."""
@@ -90,11 +102,7 @@ class Host:
             ConfigError: there are more or fewer processes than nodes in the file.
             NodeError: one did not come, or has other files.
         """
-        if rank.count != len(roster.nodes):
-            raise ConfigError(
-                f"--nodes names {len(roster.nodes)} machines and torchrun started {rank.count} "
-                "processes: start one for each"
-            )
+        rank.check(roster)
         until, host = time.monotonic() + JOIN_S, os.environ["MASTER_ADDR"]
         try:
             server = socket.create_server((host, 0))

@@ -23,13 +23,17 @@ def is_guest(nodes: Path | None) -> bool:
     """Whether this process is another than the first of a run over several machines.
 
     Raises:
-        ConfigError: torchrun did not start it.
+        ConfigError: torchrun did not start it, the file is not usable, or its nodes are not as many
+            as there are processes. Each of those says so: the first may be gone before others come.
     """
     if nodes is None:
         return False
     from offload_rt.nodes.joining import Rank
+    from offload_rt.nodes.roster import read_roster
 
-    return Rank.read().number > 0
+    rank = Rank.read()
+    rank.check(read_roster(nodes))
+    return rank.number > 0
 
 
 def be_guest(model: str, settings: Settings, observer: Observer) -> int:
