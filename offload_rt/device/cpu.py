@@ -34,6 +34,7 @@ from offload_rt.device.system import (
     give_back_holes,
     give_back_large_blocks,
     imported_bytes,
+    most_read,
     peak_rss_bytes,
     restart_peak,
     rss_bytes,
@@ -306,6 +307,7 @@ class MemoryMeter:
         self._start_bytes, self._start_file_bytes = rss_bytes()
         self._most_file_bytes, self._next_look_s = self._start_file_bytes, 0.0
         self._start_imported_bytes = imported_bytes()
+        _, self._given_back = most_read(0)
 
     def look(self) -> None:
         """Note what there is of files now; 20 times a second at most."""
@@ -314,7 +316,8 @@ class MemoryMeter:
             self._note_files()
 
     def _note_files(self) -> None:
-        self._most_file_bytes = max(self._most_file_bytes, rss_bytes()[1])
+        read, _ = most_read(self._given_back)  # as by LLVM, which is there between two looks
+        self._most_file_bytes = max(self._most_file_bytes, rss_bytes()[1], read)
 
     def growth_bytes(self) -> int:
         """Peak resident bytes above those at the start, without files and modules."""

@@ -206,6 +206,21 @@ def imported_bytes() -> int:
     return sum(_imported)
 
 
+_read: list[int] = []  # bytes of files that were there when code was given back
+
+
+def most_read(since: int) -> tuple[int, int]:
+    """The most bytes of files there were when `give_back_code` was called.
+
+    Args:
+        since: of calls after so many.
+
+    Returns:
+        those bytes, 0 where there was no such call; and the number of calls so far.
+    """
+    return max(_read[since:], default=0), len(_read)
+
+
 _seen_mapped: set[str] = set()  # lines of /proc/self/maps that `give_back_code` has dealt with
 
 
@@ -227,6 +242,7 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
     if mapped <= _seen_mapped and not again:
         return 0
     _seen_mapped.update(mapped)
+    _read.append(rss_bytes()[1])
     given = 0
     with suppress(OSError, AttributeError):
         madvise = ctypes.CDLL(None).madvise

@@ -5,6 +5,7 @@ The layouts are made below a folder that stands for `/`; one test joins a group 
 
 import mmap
 import os
+import re
 import subprocess
 import sys
 from contextlib import closing
@@ -262,6 +263,16 @@ def test_what_is_dropped_again_before_the_end_is_no_growth(tmp_path):
         device.upload([1])  # a pass begins
         code.madvise(mmap.MADV_DONTNEED)
         assert device.peak_bytes() < 32 * MIB
+
+
+def test_what_is_given_back_between_two_looks_is_no_growth(tmp_path):
+    """LLVM's 40 MiB are read and given back while a layer is attached, between passes."""
+    (path := tmp_path / "code.so").write_bytes(bytes(64 * MIB))
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as code:
+        meter = cpu.MemoryMeter()
+        assert sum(code[i] for i in range(0, len(code), mmap.PAGESIZE)) == 0
+        assert system.give_back_code(re.compile(r"/code\.so$"), again=True) > 60 * MIB
+        assert meter.growth_bytes() < 32 * MIB
 
 
 BESIDE = """
