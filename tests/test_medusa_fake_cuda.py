@@ -26,7 +26,7 @@ def test_a_step_with_heads_waits_twice_for_all_sequences(gpu, make_tiny, tmp_pat
     folder = make_tiny("llama", num_hidden_layers=3)
     draft = DraftConfig(draft=f"medusa:{KINDS[kind](tmp_path)}", draft_tokens=9)
     runtime = RuntimeConfig(
-        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=3
+        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
     )
     checkpoint = open_checkpoint(folder)
     with (

@@ -293,7 +293,15 @@ def test_nodes_compare_their_files(make_tiny, folder, tmp_path):
     assert mine == digest_of(open_checkpoint(copy)) != digest_of(open_checkpoint(other))
 
 
-def start(model, nodes, count, *arguments):
+PATIENT = """
+from offload_rt.nodes.line import Line
+from offload_rt.cli import main
+Line.__init__.__defaults__ = (8.0,)
+raise SystemExit(main())
+"""
+
+
+def start(model, nodes, count, *arguments, program=(PROGRAM,)):
     """The processes of a run, as torchrun would start them."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
@@ -301,7 +309,7 @@ def start(model, nodes, count, *arguments):
     models = model if isinstance(model, list) else [model] * count
     return [
         subprocess.Popen(
-            [PROGRAM, *map(str, [arguments[0], models[rank], "--nodes", nodes, *arguments[1:]])],
+            [*program, *map(str, [arguments[0], models[rank], "--nodes", nodes, *arguments[1:]])],
             env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -352,12 +360,15 @@ def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
 def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
     model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000)
     options = ["-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
-    first, second = start(model, two, 2, "generate", *options, "--device-memory", "1GiB")
+    patient = (sys.executable, "-c", PATIENT)  # for 8 s instead of 30
+    first, second = start(
+        model, two, 2, "generate", *options, "--device-memory", "1GiB", program=patient
+    )
     first.stdout.read(1)
     second.send_signal(number)
     code, _, err = finish(first)
     second.kill()
-    said = "its connection is closed" if number is signal.SIGKILL else "silent for 30 s"
+    said = "its connection is closed" if number is signal.SIGKILL else "silent for 8 s"
     assert code == 2
     assert re.search(rf"error: shelf \(node 1, .*\).*{said}", err), err
 
