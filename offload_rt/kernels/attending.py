@@ -211,10 +211,7 @@ def _soften() -> str:
     bounds = []
     for name in ("%low", "%high"):
         narrow = code.let(f"trunc i64 {name} to i32")
-        one = code.let(f"insertelement {_WHOLE} poison, i32 {narrow}, i32 0")
-        bounds.append(
-            code.let(f"shufflevector {_WHOLE} {one}, {_WHOLE} poison, {_WHOLE} zeroinitializer")
-        )
+        bounds.append(code.spread(narrow, "i32"))
     spot = code.let(f"alloca {WIDE}, align 64")
     seen = []
     for part in range(_VECTORS):
@@ -354,11 +351,7 @@ def _dots(
     ]
     for row, address in enumerate(rows):
         number = code.let(f"load i32, ptr {code.at(address, f'%{name}.i', 'i32')}, align 2")
-        one = code.let(f"insertelement {_WHOLE} poison, i32 {number}, i32 0")
-        spread = code.let(
-            f"shufflevector {_WHOLE} {one}, {_WHOLE} poison, {_WHOLE} zeroinitializer"
-        )
-        given = code.let(f"bitcast {_WHOLE} {spread} to {_HALVES}")
+        given = code.let(f"bitcast {_WHOLE} {code.spread(number, 'i32')} to {_HALVES}")
         for part in parts:
             code.add(
                 f"%{name}.new{row}.{part} = call {WIDE} @llvm.x86.avx512bf16.dpbf16ps.512({WIDE} "

@@ -153,7 +153,8 @@ class Code:
         """`fadd`, `fmul` and so on of registers."""
         return self.let(f"{operation} {WIDE} {one}, {other}")
 
-    def spread(self, number: str) -> str:
-        """A register with one fp32 number in all places."""
-        first = self.let(f"insertelement {WIDE} poison, float {number}, i32 0")
-        return self.let(f"shufflevector {WIDE} {first}, {WIDE} poison, {_WHOLE} zeroinitializer")
+    def spread(self, number: str, kind: str = "float") -> str:
+        """A register with one number of 32 bits in all places."""
+        wide = f"<{LANES} x {kind}>"
+        first = self.let(f"insertelement {wide} poison, {kind} {number}, i32 0")
+        return self.let(f"shufflevector {wide} {first}, {wide} poison, {_WHOLE} zeroinitializer")

@@ -148,10 +148,7 @@ def _whole_sums(code: Code, inputs: int, count: int, here: str) -> list[str]:
                 first = row * inputs + (2 * load + half) * 4
                 at = code.at("%rows", code.plus(code.times("%group", INPUTS), first), "i8")
                 four = code.let(f"load i32, ptr {at}, align 1")
-                one = code.let(f"insertelement {SUMS} poison, i32 {four}, i32 0")
-                spread = code.let(
-                    f"shufflevector {SUMS} {one}, {SUMS} poison, {SUMS} zeroinitializer"
-                )
+                spread = code.spread(four, "i32")
                 chain = half % chains
                 sums[row][chain] = code.let(
                     f"call {SUMS} {MULTIPLY}({SUMS} {sums[row][chain]}, {SUMS} {weights}, "

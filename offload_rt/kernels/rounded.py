@@ -243,8 +243,7 @@ def _panel(inputs: int, count: int) -> str:
     for row in range(count):
         at = code.plus(code.times("%four", _FOUR), row * inputs)
         number = code.let(f"load i32, ptr {code.at('%rows', at, 'i8')}, align 1")
-        first = code.let(f"insertelement {SUMS} poison, i32 {number}, i32 0")
-        spread = code.let(f"shufflevector {SUMS} {first}, {SUMS} poison, {SUMS} zeroinitializer")
+        spread = code.spread(number, "i32")
         for part in parts:
             code.add(
                 f"%new{row}.{part} = call {SUMS} {MULTIPLY}({SUMS} %sum{row}.{part}, "

@@ -339,9 +339,7 @@ def _take(count: int) -> str:
     for row in range(count):
         at = code.at("%rows", code.plus(code.times("%line", row), "%pair"), "i32")
         number = code.let(f"load i32, ptr {at}, align 4")
-        first = code.let(f"insertelement {_BITS} poison, i32 {number}, i32 0")
-        spread = code.let(f"shufflevector {_BITS} {first}, {_BITS} poison, {_BITS} zeroinitializer")
-        given = code.let(f"bitcast {_BITS} {spread} to {_PAIR}")
+        given = code.let(f"bitcast {_BITS} {code.spread(number, 'i32')} to {_PAIR}")
         for part in range(_PARTS):
             code.add(
                 f"%new{row}.{part} = call {WIDE} @llvm.x86.avx512bf16.dpbf16ps.512("
