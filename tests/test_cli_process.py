@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 
 from offload_rt.cli.interrupts import Interrupts
@@ -28,12 +29,13 @@ def endless_model(make_tiny):
     return make_tiny("llama", tokenizer=True, max_position_embeddings=40_000)
 
 
-def start(*arguments, **options):
+def start(*arguments, program=forks.PROGRAM, **options):
     pipes = {"stdin": subprocess.DEVNULL} | dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    command = [PROGRAM, *map(str, arguments)]
+    command = [program, *map(str, arguments)]
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}
     pipes["env"] = environment  # buffered as for users: what is left in it may fail at the end
-    return subprocess.Popen(command, **(pipes | options))
+    started = forks.Forked if program == forks.PROGRAM else subprocess.Popen
+    return started(command, **(pipes | options))
 
 
 def finish(process):
@@ -66,7 +68,7 @@ def test_ctrl_c_keeps_the_partial_answer_and_the_stats(endless_model):
 
 
 def test_ctrl_c_while_torch_is_imported(tiny_model):
-    process = start("generate", tiny_model, "-p", "x")
+    process = start("generate", tiny_model, "-p", "x", program=PROGRAM)
     maps = Path(f"/proc/{process.pid}/maps")
     while "libtorch" not in maps.read_text() and process.poll() is None:
         time.sleep(0.005)
@@ -112,7 +114,7 @@ def test_closed_pipe_is_quiet(endless_model):
 
 def test_full_disk_is_a_sentence(tiny_model):
     with open("/dev/full", "w") as full:
-        code, _, err = finish(start("plan", tiny_model, stdout=full))
+        code, _, err = finish(start("plan", tiny_model, program=PROGRAM, stdout=full))
     assert (code, err) == (
         2,
         "offload-run: error: cannot write the output: No space left on device\n",
@@ -263,7 +265,17 @@ def test_chat_on_a_terminal(endless_model):
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_standard_streams_are_no_traceback(tiny_model, closed):
-    command = f"{PROGRAM} generate {tiny_model} -p hello -n 3 --device cpu {closed}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    number = {"<&-": 0, ">&-": 1, "2>&-": 2}[closed]
+    source = (
+        "import os, sys\n"
+        f"os.close({number}); sys.{('stdin', 'stdout', 'stderr')[number]} = None\n"
+        "from offload_rt.cli import main\n"
+        "sys.exit(main())\n"
+    )
+    words = ("generate", str(tiny_model), "-p", "hello", "-n", "3", "--device", "cpu")
+    done = forks.run([sys.executable, "-c", source, *words])
     assert done.returncode == 0
     assert "Traceback" not in done.stderr
+    command = f"{PROGRAM} plan {tiny_model} {closed}"  # that Python leaves such a stream None
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "Traceback" in done.stderr) == (0, False)

@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from test_measure import QUICK
 
 from offload_rt.cli import profile as verb
@@ -185,7 +186,7 @@ def python(program, *arguments, folder):
     command = [sys.executable, "-c", program, *map(str, arguments)]
     environment = os.environ | {"TMPDIR": str(folder)}
     pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    return subprocess.Popen(command, **pipes, env=environment)
+    return Forked(command, **pipes, env=environment)
 
 
 def measuring(path):

@@ -9,6 +9,7 @@ import sys
 import threading
 
 import pytest
+from forks import Forked
 
 from offload_rt.cli import serve as module
 
@@ -61,7 +62,7 @@ def test_sigterm_finishes_answers_and_exits_with_zero(tiny_model):
         *(sys.executable, "-m", "offload_rt", "serve", str(tiny_model), "--port", "0"),
         *("--device", "cpu", "--device-memory", "512MiB", "--draft", "none", "--sequences", "2"),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    process = Forked(command, stderr=subprocess.PIPE, text=True)
     try:
         lines, address = [], None
         for line in process.stderr:

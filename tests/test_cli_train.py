@@ -6,11 +6,11 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from engines import reference_model
@@ -215,14 +215,11 @@ def test_killed_anywhere_and_resumed_gives_the_same_heads(whole, tmp_path):
     heads, syncs, arguments = whole
     rest = [str(part) for part in (arguments[:2] + arguments[4:])]
     kills = [7, 13, 24, syncs - 2]
-    done = subprocess.run(
+    done = forks.run(
         [
             *(sys.executable, "-c", KILLS.format(here=str(HERE))),
             *(json.dumps(rest), json.dumps(kills), str(tmp_path)),
-        ],
-        check=False,
-        capture_output=True,
-        text=True,
+        ]
     )
     assert done.returncode == 0, done.stderr
     for after in kills:

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -249,7 +250,7 @@ test_compare.comparison(Path(sys.argv[1]), engines).run(3)
 def test_a_comparison_that_is_killed_goes_on_from_its_rows(tmp_path, monkeypatch):
     monkeypatch.setenv("FAKE_SLEEP", "0.05")
     raw = tmp_path / "raw.jsonl"
-    process = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path, Path(__file__).parent])
+    process = Forked([sys.executable, "-c", KILLED, tmp_path, Path(__file__).parent])
     wait_until(lambda: raw.exists() and raw.read_bytes().count(b"answered") >= 7, limit_s=30.0)
     process.kill()
     process.wait()

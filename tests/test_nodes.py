@@ -11,11 +11,11 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 from engines import PROMPT, ROOMY, all_logits, engine_for, generate
+from forks import PROGRAM, Forked
 
 from offload_rt.config import (
     DraftConfig,
@@ -39,7 +39,6 @@ from offload_rt.nodes.roster import Node, Roster, read_roster
 from offload_rt.nodes.stage import work
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-PROGRAM = str(Path(sys.executable).with_name("offload-run"))
 LIMIT_S = 90
 
 
@@ -308,7 +307,7 @@ def start(model, nodes, count, *arguments, program=(PROGRAM,)):
     common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
     models = model if isinstance(model, list) else [model] * count
     return [
-        subprocess.Popen(
+        Forked(
             [*program, *map(str, [arguments[0], models[rank], "--nodes", nodes, *arguments[1:]])],
             env=os.environ | common | {"RANK": str(rank), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL,
@@ -343,15 +342,13 @@ def test_a_plan_says_what_each_machine_has_and_what_binds(tiny_model, two, offlo
 
 
 @pytest.mark.slow
-def test_generate_over_two_processes_answers_as_one_does(tiny_model, two):
+def test_generate_over_two_processes_answers_as_one_does(tiny_model, two, offload_run):
     options = ["-p", "hello there", "-n", "12", "--ignore-eos", "--resident-layers", "1"]
     options += ["--device", "cpu", "--device-memory", "1GiB", "--dtype", "fp32", "--json"]
-    one = subprocess.run(
-        [PROGRAM, "generate", tiny_model, *options], capture_output=True, check=True, text=True
-    )
+    one = offload_run("generate", tiny_model, *options)
     first, second = map(finish, start(tiny_model, two, 2, "generate", *options))
     assert (first[0], second[0]) == (0, 0), (first, second)
-    assert json.loads(first[1])["text"] == json.loads(one.stdout)["text"]
+    assert json.loads(first[1])["text"] == json.loads(one.out)["text"]
     assert second[1] == ""
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import get_type_hints
 
+import forks
 import pytest
 import torch
 from engines import reference_model
@@ -320,7 +321,7 @@ model.generate("the quick fox", max_tokens=4)
 stream = model.stream("the quick fox", max_tokens=20, ignore_eos=True)
 next(stream)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    done = forks.run([sys.executable, "-c", script])
     assert (done.returncode, done.stderr) == (0, "")
 
 

@@ -5,10 +5,10 @@ import math
 import os
 import resource
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from engines import ROOMY, engine_for, reference_model
@@ -360,9 +360,7 @@ trainer.run(poll=poll, save_s=0)
 def test_killed_and_resumed_gives_the_same_weights(tmp_path):
     whole = trainer_for(tmp_path / "a", epochs=3)
     whole.run()
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED.format(here=str(HERE)), str(tmp_path / "b")], check=False
-    )
+    done = forks.run([sys.executable, "-c", KILLED.format(here=str(HERE)), str(tmp_path / "b")])
     assert done.returncode == -signal.SIGKILL
     again = trainer_for(tmp_path / "b", epochs=3)
     assert again.progress.step == 17
