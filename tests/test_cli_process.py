@@ -155,11 +155,11 @@ def test_weights_changed_while_running(change, tiny_model, tmp_path, offload_run
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["generate", "--help"]])
 def test_help_is_quick_and_imports_no_torch(arguments):
     source = (
-        "import sys, time; start = time.perf_counter()\n"
+        "import sys, time; start = time.process_time()\n"
         "from offload_rt.cli import run\n"
         "code = run(sys.argv[1:])\n"
         "heavy = {'torch', 'transformers', 'numpy', 'rich'} & sys.modules.keys()\n"
-        "print(code, sorted(heavy), time.perf_counter() - start < 1.0)\n"
+        "print(code, sorted(heavy), time.process_time() - start < 0.5)\n"
     )
     assert python(source, *arguments).splitlines()[-1] == "0 [] True"
 
