@@ -18,7 +18,7 @@ from offload_rt.engine import Engine, Run
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import rounded as quantized
-from offload_rt.model.formats.base import GROUP, matrix_bytes, resolve_weights
+from offload_rt.model.formats.base import GROUP, in_panels, matrix_bytes, resolve_weights
 from offload_rt.model.formats.packed import replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.runner import loading
@@ -123,6 +123,24 @@ def test_looks_up_rows_rounded_by_hand(kind, shape, monkeypatch):
     assert all(p.numel() == 0 for p in rounded.parameters())  # and nothing else is kept
 
 
+def test_an_embedding_that_is_the_head_has_its_rows_there(monkeypatch):
+    """The same numbers, bit for bit, as of rows of its own; and nothing is kept twice."""
+    monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 128 * 96)
+    embedding, head = Scaled(320, 96, dtype=torch.bfloat16), linear(320, 96, False)
+    embedding.weight = head.weight
+    made, weight = rounded_linear(head, INT8), head.weight.detach().clone()
+    shared = quantized.RoundedEmbedding(embedding, made)
+    own = Scaled(320, 96, dtype=torch.bfloat16, _weight=weight)
+    own = quantized.RoundedEmbedding(own)
+    with torch.inference_mode():
+        for ids in (torch.tensor([[0, 319, 64, 63, 64]]), torch.tensor([5])):
+            assert torch.equal(shared(ids), own(ids))
+    if quantized.suits(96, 320):
+        assert not [t for t in shared.__dict__.values() if isinstance(t, torch.Tensor)]
+        assert in_panels(320, 96, dtype="bfloat16") and not in_panels(323, 96, dtype="bfloat16")
+    assert not in_panels(320, 96, dtype="float32")
+
+
 @pytest.mark.parametrize("weights", ROUNDED)
 @pytest.mark.parametrize("nodes", [3, 12], ids=["chain", "tree"])
 def test_answers_do_not_change(make_tiny, weights, nodes):
@@ -194,13 +212,14 @@ def module_bytes(module):
     """Bytes of a module's own tensors, rounded or not."""
     if isinstance(module, quantized.Int8Linear):
         if (product := module.product) is not None:
-            planned = matrix_bytes(INT8, module.outputs, module.inputs)
-            assert product.memory.nbytes <= planned  # other kernels fill up blocks
-            return planned + (0 if product.bias is None else product.bias.nbytes)
+            nbytes = product.memory.nbytes
+            assert nbytes == matrix_bytes(INT8, module.outputs, module.inputs, dtype="bfloat16")
+            return nbytes + (0 if product.bias is None else product.bias.nbytes)
         weight, bias = torch.ops.quantized.linear_unpack(module._packed)
         return matrix_bytes(INT8, *weight.shape) + (0 if bias is None else bias.nbytes)
     if isinstance(module, quantized.RoundedEmbedding):
-        return module._rounded.nbytes + module._scales.nbytes
+        own = [] if module._product is not None else [module._rounded, module._scales]
+        return sum(tensor.nbytes for tensor in own)
     tensors = [*module._parameters.values()]
     if isinstance(module, torch.nn.Linear) and module.weight.shape[0] == 3200:
         tensors = []  # the embedding's
@@ -226,7 +245,7 @@ def test_nothing_else_is_kept(weights, inputs):
             one(torch.randn(1, inputs).bfloat16())
         ctypes.CDLL(None).malloc_trim(0)
     grown = psutil.Process().memory_info().rss - before
-    kept = len(made) * matrix_bytes(weights, 4096, inputs)
+    kept = len(made) * matrix_bytes(weights, 4096, inputs, dtype="bfloat16")
     assert 0.5 * kept < grown < 1.1 * kept + 2**23
 
 

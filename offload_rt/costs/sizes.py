@@ -18,7 +18,7 @@ from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.expert_layout import ExpertImages, plan_images
-from offload_rt.model.formats.base import embedding_bytes, matrix_bytes, takes
+from offload_rt.model.formats.base import embedding_bytes, in_panels, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
@@ -165,10 +165,11 @@ def decoding_bytes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> in
     return scratch_bytes(checkpoint.stored.values(), number_bytes, device.processor)
 
 
-def head_bytes(checkpoint: Checkpoint, weights: DraftWeights) -> int:
-    """A rounded output head; 0 where it stays as it is."""
+def head_bytes(checkpoint: Checkpoint, weights: DraftWeights, dtype: str) -> int:
+    """A rounded output head of a model computed in that format; 0 where it stays as it is."""
     shape = (checkpoint.head or checkpoint.embedding).shape
-    return matrix_bytes(weights, *shape) if takes(weights, *shape) else 0
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    return matrix_bytes(weights, *shape, dtype=name) if takes(weights, *shape) else 0
 
 
 def packs(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> bool:
@@ -195,8 +196,12 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: Devi
     if not takes(weights, *head.shape):
         return base.nbytes
     ends = {embedding.name, head.name}
-    others = sum(p.nbytes for p in base.placements if p.name not in ends)
-    return others + matrix_bytes(weights, *head.shape) + embedding_bytes(*embedding.shape)
+    total = sum(p.nbytes for p in base.placements if p.name not in ends)
+    total += head_bytes(checkpoint, weights, "auto")
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    if weights is DraftWeights.INT8 and len(ends) == 1 and in_panels(*head.shape, dtype=name):
+        return total  # its rows are looked up where the head has them
+    return total + embedding_bytes(*embedding.shape)
 
 
 def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:

@@ -17,7 +17,6 @@ from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
     RECORDED_ROWS,
-    head_bytes,
     kv_row_bytes,
     layer_windows,
     layouts_of,
@@ -28,6 +27,7 @@ from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
+from offload_rt.model.formats.base import takes
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, multiplies, suits_kernels
 from offload_rt.model.layout import compute_dtype
@@ -394,7 +394,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     return ModelParts(
         layers=tuple(layers),
         head=LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights),
-        rounds=frozenset(w for w in DraftWeights if w.rounds and head_bytes(checkpoint, w)),
+        rounds=frozenset(w for w in DraftWeights if takes(w, *head.shape)),
         hidden_bytes=config.hidden_size * number_bytes,
     )
 

@@ -150,6 +150,13 @@ def fill(product: RoundedProduct, first: int, rounded: torch.Tensor, scales: tor
     all_sums[:] = (rounded.sum(dim=1, dtype=torch.int32) * _OFFSET).view(-1, PANEL)
 
 
+def rows_of(product: RoundedProduct, outputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `fill` gave some outputs [...]: weights [..., I] in int8, scales [..., 1] in fp32."""
+    weights, scales, _ = _parts(product.memory)
+    panels, places = outputs // PANEL, outputs % PANEL
+    return weights[panels, :, places].flatten(-2), scales[panels, places, None]
+
+
 def _parts(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Views of panels [n, panel_bytes]: weights [n, I / 4, 64, 4], scales and sums [n, 64]."""
     weights, tail = memory.split([memory.shape[1] - _TAIL_BYTES, _TAIL_BYTES], dim=1)

@@ -205,7 +205,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
                 device.enter(kept_bytes - base.nbytes, purpose)
             else:
                 network.round_head(weights)
-                device.enter(head_bytes(checkpoint, weights), purpose)
+                device.enter(head_bytes(checkpoint, weights, dtype), purpose)
         del base
         give_back_holes()
     elif packs and layers is None and target_base is None:

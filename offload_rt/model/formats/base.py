@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from offload_rt.config import DraftWeights
 from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.system import processor_flags
 from offload_rt.errors import ConfigError
 from offload_rt.model.layout import LayerLayout
 
 GROUP = 32  # inputs that share a scale and an offset, of 4-bit weights
 _INT4_OUTPUTS = 16  # the kernels compute whole multiples of that
 _INT8_INPUTS, _INT8_OUTPUTS = 512, 48  # FBGEMM's kernels for VNNI fill up blocks of these sizes
+_PANEL, _LANES, _FLAG = 64, 16, "avx512_vnni"  # of kernels of our own (`kernels/rounded.py`)
 _ROW_SCALE_BYTES = 4
 _SCALE_BYTES, _PAIR_BYTES = 8, 4  # per output of int8 (with a sum of weights), per group of int4
 
@@ -58,21 +61,37 @@ class Rounded:
     Attributes:
         share: of the bytes of 16-bit weights, where the format was not timed.
         fits: whether a weight [outputs, inputs] can be rounded so.
-        nbytes: of a rounded weight [outputs, inputs].
+        nbytes: of a rounded weight [outputs, inputs] whose format torch calls so.
     """
 
     share: float
     fits: Callable[[int, int], bool]
-    nbytes: Callable[[int, int], int]
+    nbytes: Callable[[int, int, str], int]
 
 
-def _int8_bytes(outputs: int, inputs: int) -> int:
+def in_panels(outputs: int, inputs: int, *, dtype: str) -> bool:
+    """Whether kernels of our own take a weight in 8 bits, as `kernels/rounded.suits` says.
+
+    They fill nothing up, and an output head that they multiply with is looked up in, too.
+
+    Args:
+        outputs: of the weight.
+        inputs: of it.
+        dtype: torch's name of its format before; empty: not known.
+    """
+    fits = dtype == "bfloat16" and not outputs % _PANEL and not inputs % _LANES
+    return fits and _FLAG in processor_flags() and find_spec("llvmlite") is not None
+
+
+def _int8_bytes(outputs: int, inputs: int, dtype: str) -> int:
     """At most: kernels differ by CPU."""
-    filled = _whole(outputs, _INT8_OUTPUTS) * _whole(inputs, _INT8_INPUTS)
+    filled = outputs * inputs
+    if not in_panels(outputs, inputs, dtype=dtype):
+        filled = _whole(outputs, _INT8_OUTPUTS) * _whole(inputs, _INT8_INPUTS)
     return filled + outputs * _SCALE_BYTES
 
 
-def _int4_bytes(outputs: int, inputs: int) -> int:
+def _int4_bytes(outputs: int, inputs: int, dtype: str) -> int:
     return outputs * inputs // 2 + outputs * (inputs // GROUP) * _PAIR_BYTES
 
 
@@ -95,9 +114,9 @@ def takes(weights: DraftWeights, outputs: int, inputs: int) -> bool:
     return weights in ROUNDED and ROUNDED[weights].fits(outputs, inputs)
 
 
-def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int) -> int:
-    """Bytes of a rounded weight [outputs, inputs]."""
-    return ROUNDED[weights].nbytes(outputs, inputs)
+def matrix_bytes(weights: DraftWeights, outputs: int, inputs: int, *, dtype: str = "") -> int:
+    """Bytes of a rounded weight [outputs, inputs]; at most, where its format is not known."""
+    return ROUNDED[weights].nbytes(outputs, inputs, dtype)
 
 
 def embedding_bytes(rows: int, width: int) -> int:
@@ -118,5 +137,6 @@ def layer_bytes(layout: LayerLayout, weights: DraftWeights) -> int:
         shape = placement.shape
         if placement.name not in parts:
             rounds = len(shape) == 2 and takes(weights, *shape)
-            total += matrix_bytes(weights, *shape) if rounds else placement.nbytes
+            dtype = placement.dtype
+            total += matrix_bytes(weights, *shape, dtype=dtype) if rounds else placement.nbytes
     return total

@@ -26,7 +26,7 @@ from offload_rt.config import DraftWeights
 from offload_rt.device.system import processor_flags
 from offload_rt.kernels import fours
 from offload_rt.kernels.assembling import traced
-from offload_rt.kernels.rounded import EIGHT, RoundedProduct, fill, suits
+from offload_rt.kernels.rounded import EIGHT, RoundedProduct, fill, rows_of, suits
 from offload_rt.model.formats.base import GROUP, takes
 from offload_rt.model.formats.lookup import looked_up, stripped
 
@@ -92,20 +92,30 @@ class RoundedEmbedding(torch.nn.Module):
     Args:
         embedding: weight [V, E]; it computes what its class does with a row (families scale them),
             but keeps no weight.
+        head: the rounded output head; where that has the very rows, and kernels of our own multiply
+            with them, they are looked up there. None: they are kept here.
     """
 
-    def __init__(self, embedding: torch.nn.Embedding) -> None:
+    def __init__(self, embedding: torch.nn.Embedding, head: torch.nn.Module | None = None) -> None:
         super().__init__()
         weight = embedding.weight.detach()
-        self._rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-        self._scales = weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
-        for part in _blocks(weight):
-            self._rounded[part], self._scales[part] = _rounded_rows(weight[part])
-        self._dtype, self._embedding = weight.dtype, stripped(embedding)
+        self._dtype, self._product = weight.dtype, None
+        if isinstance(head, Int8Linear) and head.product is not None:
+            self._product = head.product
+        else:
+            self._rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+            self._scales = weight.new_empty(weight.shape[0], 1, dtype=torch.float32)
+            for part in _blocks(weight):
+                self._rounded[part], self._scales[part] = _rounded_rows(weight[part])
+        self._embedding = stripped(embedding)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids give [..., E]."""
-        rows = (self._rounded[ids] * self._scales[ids]).to(self._dtype).flatten(0, -2)
+        if self._product is not None:
+            numbers, scales = rows_of(self._product, ids)
+        else:
+            numbers, scales = self._rounded[ids], self._scales[ids]
+        rows = (numbers * scales).to(self._dtype).flatten(0, -2)
         return looked_up(self._embedding, rows, ids.shape)
 
 

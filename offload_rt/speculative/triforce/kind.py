@@ -87,7 +87,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         recorded_bytes=below.recorded_bytes + recorded,
         pass_bytes=below.pass_bytes,
         loading_bytes=below.loading_bytes,
-        head_bytes=head_bytes(run.target, _copied(config)),
+        head_bytes=head_bytes(run.target, _copied(config), run.dtype),
         drawn_nodes=config.nodes + below.drawn_nodes,
     )
 
@@ -120,7 +120,7 @@ def rounded_copy_parts(
     resolve_weights(weights, name, device, "--retrieval-weights")
     *layers, _ = layouts_of(checkpoint, dtype, device)
     scratch = decoding_bytes(checkpoint, dtype, device)  # from which they are rounded
-    head = head_bytes(checkpoint, weights) + scratch
+    head = head_bytes(checkpoint, weights, dtype) + scratch
     return [layer_bytes(layout, weights) for layout in layers], head
 
 
