@@ -1,18 +1,32 @@
 """Products of few rows: oneDNN's bits, in every thread count and for every number of rows."""
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
+from offload_rt.device import compiled
 from offload_rt.device.system import _mapped_areas
+from offload_rt.errors import CheckpointError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
 from offload_rt.kernels.stored import ROWS_AT_ONCE, How, StoredProduct
 from offload_rt.kernels.stored import blocks_of as plain_blocks
 from offload_rt.kernels.tiles import in_tiles
+from offload_rt.model.formats import planes
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import PackedLinear
+from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.wired import WiredLinear
+from offload_rt.model.header import TensorExtent
+from offload_rt.model.layout import CODED_PART
 
 needs_kernels = pytest.mark.skipif(
     bool(products.problem()), reason=f"no kernels here: {products.problem()}"
+)
+needs_decoder = pytest.mark.skipif(
+    bool(products.problem() or compiled.problem()), reason="no kernels here, or no numba"
 )
 # The last two have more inputs than one of oneDNN's blocks, and rows that are no power of two.
 SIZES = [(256, 128), (576, 192), (896, 128), (1536, 256), (4864, 64)]
@@ -28,6 +42,13 @@ def threads(request):
 
 def onednn(packed, rows):
     return torch.ops.mkldnn._linear_pointwise(rows, packed.weight, packed.bias, "none", [], "")
+
+
+def coded(weight, each):
+    """The bytes of a weight in 12 bits, and where its pieces begin."""
+    words = weight.view(torch.int16).numpy().view(np.uint16).ravel()
+    made = [planes.encode(words[start : start + each]) for start in range(0, words.size, each)]
+    return np.concatenate(made), np.cumsum([0, *(piece.size for piece in made)]).tolist()
 
 
 def cancelling(inputs, outputs):
@@ -73,6 +94,76 @@ def test_a_matrix_as_it_lies_gives_the_bits_of_the_library(inputs, outputs, thre
     assert torch.equal(product(many[None], linear.weight, linear.bias)[0], expected)
     without = torch.nn.functional.linear(rows, linear.weight)
     assert torch.equal(product(rows, linear.weight, None), without)
+
+
+@needs_decoder
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "each"), [(576, 192, 448), (1536, 256, 70400), (4864, 64, 2**17)]
+)
+def test_a_matrix_in_12_bits_gives_the_bits_of_the_library(inputs, outputs, each, threads):
+    """Pieces end within lines and panels, and have escapes, exact zeros and several groups."""
+    linear, rows = cancelling(inputs, outputs)
+    weight = linear.weight.data
+    weight[:, ::97] *= 2.0**-40
+    weight[5::7, 3:20] = 0
+    weight[-1, -1], weight[0, 0] = 2.0**60, -(2.0**-50)
+    words, begins = coded(weight, each)
+    described = planes.Described(begins, each, weight.numel())
+    blocks = plain_blocks(inputs, outputs, tiles=True)
+    product = StoredProduct(How.CODED, inputs, outputs, blocks, group=each)
+    assert described.describe(words)
+    for count in (1, 2, 7, 40):
+        made = product(rows[:count], torch.from_numpy(described.records), linear.bias)
+        assert torch.equal(made, in_tiles(linear, rows[:count])), count
+    assert not described.misplaced
+
+
+@needs_decoder
+def test_pieces_that_are_damaged_or_not_coded_are_told():
+    outputs, inputs = 64, 1472  # one piece of two groups
+    weight = (torch.randn(outputs, inputs) / 50).to(torch.bfloat16)
+    weight[::5, ::50] *= 2.0**30
+    weight[-1, -1] = 2.0**70
+    words, begins = coded(weight, weight.numel())
+    described = planes.Described(begins, weight.numel(), weight.numel())
+    part = TensorExtent(
+        name="w", dtype="U8", shape=(words.size,), path=Path("f"), offset=0, nbytes=words.size
+    )
+    stored = Stored(
+        module="w",
+        form=Form.CODED,
+        outputs=outputs,
+        inputs=inputs,
+        bits=12,
+        groups=1,
+        parts={CODED_PART: part},
+        pieces=tuple(begins),
+    )
+    linear = torch.nn.Linear(inputs, outputs, False, "meta", torch.bfloat16)
+    module = WiredLinear(stored, linear)
+    rows = torch.randn(3, inputs).to(torch.bfloat16)
+    module.lend(torch.empty(2 * weight.numel(), dtype=torch.uint8), in_order=True)
+    counts = 64 + weight.numel() * 3 // 2
+    escapes = int(words[8:12].view(np.uint32)[0])
+    damages = {
+        "kind 2": (0, 2),
+        "base 122": (1, 122),
+        "94210 weights": (4, words[4] + 2),
+        "a piece counts": (counts, words[counts] ^ 1),
+        "an escape is weight 13": (counts + 2 * 4 + 2 * escapes - 1, 255),
+    }
+    for what, (place, byte) in damages.items():
+        damaged = words.copy()
+        damaged[place] = byte
+        assert described.describe(damaged) == ("is weight" in what), what
+        setattr(module, CODED_PART, torch.from_numpy(damaged))
+        with pytest.raises(CheckpointError, match=what):
+            module(rows)
+    setattr(module, CODED_PART, torch.from_numpy(words))
+    module.brought = None  # what decodes first is not asked
+    assert torch.equal(module(rows), torch.nn.functional.linear(rows, weight))
+    as_is, _ = coded(torch.arange(2**16).to(torch.int16).view(torch.bfloat16).view(64, -1), 2**16)
+    assert not planes.Described([0, as_is.size], 2**16, 2**16).describe(as_is)
 
 
 @needs_kernels

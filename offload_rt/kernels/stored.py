@@ -1,4 +1,4 @@
-"""Products of rows with a matrix that lies as it is stored: in bf16, or integers of 4 and 8 bits.
+"""Products of rows with a matrix that lies as it is stored: bf16, 12 bits, or integers of 4 and 8.
 
 A panel of `PANEL` outputs is taken at a time, and of that a block of inputs: it is brought into a
 scratch of the thread in the order of `products`, in bf16, and multiplied with all rows before the
@@ -14,13 +14,13 @@ makes subnormal numbers of bf16 zero, and so does the one that multiplies.
 """
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import StrEnum
 from functools import cache
 
 import torch
 
-from offload_rt.kernels import assembling
+from offload_rt.kernels import assembling, twelve
 from offload_rt.kernels.code import LANES, WIDE, Code
 from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
 from offload_rt.kernels.tiles import in_tiles
@@ -33,7 +33,9 @@ _LINE_BYTES = 64
 _BITS = f"<{LANES} x i32>"
 _PAIR = "<32 x bfloat>"
 _ROUND = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
-_DECLARED = f"declare {_PAIR} {_ROUND}({WIDE}, {WIDE})\n"
+_DECLARED = f"""declare {_PAIR} {_ROUND}({WIDE}, {WIDE})
+declare i64 @llvm.usub.sat.i64(i64, i64)
+{twelve.DECLARED}"""
 _AWQ_CODES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 _MATRIX = "ptr %codes, ptr %scales, ptr %zeros, ptr %index"
 _SIZES = "i64 %start, i64 %stop, i64 %output, i64 %inputs, i64 %outputs, i64 %group"
@@ -46,11 +48,13 @@ _FIELDS = (
 class How(StrEnum):
     """How a matrix lies.
 
-    PLAIN: bf16 [O, I]. PACKED4 and PACKED8: words of codes along the inputs, [O, I b / 32].
-    COLUMNS4 and COLUMNS8: the same words, [I b / 32, O]. AWQ: words of 8 outputs, [I, O / 8].
+    PLAIN: bf16 [O, I]. CODED: the same in 12 bits, in pieces (`twelve.py`). PACKED4 and PACKED8:
+    words of codes along the inputs, [O, I b / 32]. COLUMNS4 and COLUMNS8: the same words,
+    [I b / 32, O]. AWQ: words of 8 outputs, [I, O / 8].
     """
 
     PLAIN = "plain"
+    CODED = "coded"
     PACKED4 = "packed4"
     PACKED8 = "packed8"
     COLUMNS4 = "columns4"
@@ -62,6 +66,7 @@ _CODE_BITS = {How.PACKED8: 8, How.COLUMNS8: 8}
 # Inputs that are taken at once; blocks and sums of weights begin at multiples.
 STEP = {
     How.PLAIN: 32,
+    How.CODED: twelve.STEP,
     How.PACKED4: 128,
     How.PACKED8: 64,
     How.COLUMNS4: 8,
@@ -123,7 +128,7 @@ class StoredProduct:
         outputs: O.
         blocks: inputs that are added up before their sum is added to the total, for one row and
             for more (`blocks_of`).
-        groups: G, of inputs; each has a scale and a zero point for each output.
+        group: inputs that share a scale and a zero point; in 12 bits the weights of a piece.
         ordered: inputs are in any order; `index` says which group each is of.
     """
 
@@ -134,14 +139,14 @@ class StoredProduct:
         outputs: int,
         blocks: tuple[int, int],
         *,
-        groups: int = 1,
+        group: int = 1,
         ordered: bool = False,
     ) -> None:
         self._how, self._ordered = how, ordered
         self._inputs, self._outputs = inputs, outputs
         self._blocks = [min(block, inputs) for block in blocks]
         self._room = room_bytes(max(self._blocks))
-        sizes = [inputs, outputs, 0, 0, inputs // groups, 0, self._room]
+        sizes = [inputs, outputs, 0, 0, group, 0, self._room]
         self._record = (ctypes.c_int64 * 17)(*[0] * 8, *sizes)
         self._record[15] = ctypes.addressof(self._record) + 16 * ctypes.sizeof(ctypes.c_int64)
 
@@ -158,7 +163,7 @@ class StoredProduct:
 
         Args:
             rows: that are multiplied.
-            codes: the matrix, without gaps.
+            codes: the matrix, without gaps; of one in 12 bits [pieces, FIELDS] int64 (`twelve.py`).
             bias: [O] in bf16.
             scales: [G, O] in fp32.
             zeros: [G, O] in fp32.
@@ -200,16 +205,26 @@ def _kernel(how: How, ordered: bool) -> int:
 def _bring(how: How, ordered: bool) -> str:
     """Inputs of a block for the outputs of a panel: [pairs, 64, 2] into the scratch."""
     code = Code(f"@bring({_MATRIX}, ptr %scratch, {_SIZES})")
+
+    def put(part: int, vectors: Iterable[tuple[int, str]], place: str) -> None:
+        pair = code.let(f"lshr i64 {code.let(f'sub i64 {place}, %start')}, 1")
+        target = code.at("%scratch", code.plus(code.times(pair, PANEL), part * LANES), "i32")
+        for number, vector in vectors:
+            there = code.at(target, number * PANEL, "i32")
+            code.add(f"store {vector}, ptr {there}, align 64")
+
     for part in range(_PARTS):
+        if how is How.CODED:
+            for lines, place in twelve.lines(code, part):
+                for half, pairs in zip(zip(*lines, strict=True), twelve.PAIRS, strict=True):
+                    vectors = (f"{_BITS} {vector}" for vector in _turned(code, half))
+                    put(part, zip(pairs, vectors, strict=True), place)
+            continue
         output = code.plus("%output", part * LANES)
         with code.loop("%start", "%stop", STEP[how]) as place:
-            pair = code.let(f"lshr i64 {code.let(f'sub i64 {place}, %start')}, 1")
-            line = code.plus(code.times(pair, PANEL), part * LANES)
-            target = code.at("%scratch", line, "i32")
-            found = _pairs(code, how, ordered, place, output)
-            for number, vector in enumerate(found):
-                there = code.at(target, number * PANEL, "i32")
-                code.add(f"store {vector}, ptr {there}, align 64")
+            put(part, enumerate(_pairs(code, how, ordered, place, output)), place)
+    if how is How.CODED:
+        twelve.escapes(code)
     return code.text()
 
 

@@ -1,4 +1,4 @@
-"""Products with quantised weights as they are stored, on a CPU: none is written out in 16 bits.
+"""Products with weights as they are stored, on a CPU: none is written out in 16 bits.
 
 The numbers are those of the dequantised weight's product (`kernels/stored.py`).
 """
@@ -9,15 +9,18 @@ import torch
 
 from offload_rt.kernels import stored as kernels
 from offload_rt.kernels.stored import How, StoredProduct, blocks_of
-from offload_rt.model.formats import integers
+from offload_rt.model.formats import integers, planes
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored, multiplies
+from offload_rt.model.layout import CODED_PART
+from offload_rt.model.packed_files import piece_weights
 
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Parts = Mapping[str, torch.Tensor]
 # Codes, bias, scales [G, O], zero points [G, O], the group of each input where they are unordered.
 Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]
-Direct = Callable[[torch.Tensor, Parts, torch.Tensor | None], torch.Tensor]
+# None: these bytes have to be decoded first.
+Direct = Callable[[torch.Tensor, Parts, torch.Tensor | None], torch.Tensor | None]
 
 _BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
 
@@ -36,11 +39,15 @@ def prepare(stored: Iterable[Stored], dtype: str) -> None:
         if multiplies(each, dtype):
             how = _how(each)
             kernels.prepare(how)
+            if how is How.CODED:
+                planes.prepare()
             if _has_index(each) and each.form is not Form.PACKED:
                 kernels.prepare(how, ordered=True)
 
 
 def _how(stored: Stored) -> How:
+    if stored.form is Form.CODED:
+        return How.CODED
     packed, columns = _BY_BITS[stored.bits]
     return {Form.PACKED: packed, Form.AWQ: How.AWQ}.get(stored.form, columns)
 
@@ -69,13 +76,33 @@ def direct_for(
     blocks = blocks_of(stored.inputs, stored.outputs, tiles=exact)
     if blocks is None:
         return None
+    if stored.form is Form.CODED:
+        return _coded(stored, blocks)
     product = StoredProduct(
-        _how(stored), stored.inputs, stored.outputs, blocks, groups=stored.groups, ordered=ordered
+        _how(stored), stored.inputs, stored.outputs, blocks, group=stored.group, ordered=ordered
     )
     numbers = _of_packed if stored.form is Form.PACKED else _of_columns
 
     def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
         return product(rows, *numbers(stored, parts, bias))
+
+    return multiply
+
+
+def _coded(stored: Stored, blocks: tuple[int, int]) -> Direct:
+    """Of 12 bits; a weight with a piece that is not coded, or is damaged, has no such product."""
+    each = piece_weights(stored.numbers)
+    described = planes.Described(stored.pieces, each, stored.numbers)
+    records = torch.from_numpy(described.records)
+    product = StoredProduct(How.CODED, stored.inputs, stored.outputs, blocks, group=each)
+
+    def multiply(
+        rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if not described.describe(parts[CODED_PART].numpy()):
+            return None
+        made = product(rows, records, bias)
+        return None if described.misplaced else made
 
     return multiply
 

@@ -33,6 +33,7 @@ from typing import Any
 import numpy as np
 
 from offload_rt.device import compiled
+from offload_rt.kernels import twelve
 from offload_rt.model.packed_files import PIECE_ALIGN_BYTES
 
 _HEAD = np.dtype([("kind", "u1"), ("base", "u1"), ("zero", "u1"), ("_", "u1"), ("sizes", "<u4", 2)])
@@ -127,8 +128,60 @@ def _compiled() -> ModuleType | None:
         return None
     from offload_rt.model.formats import planes_compiled
 
-    compiled.warm([planes_compiled.join, planes_compiled.patch])
+    compiled.warm([planes_compiled.join, planes_compiled.patch, planes_compiled.describe])
     return planes_compiled
+
+
+def prepare() -> None:
+    """Compile now what decodes, where it can be: LLVM takes memory for a moment."""
+    _compiled()
+
+
+class Described:
+    """What a kernel that multiplies with coded pieces has to know of them (`kernels/twelve.py`).
+
+    Args:
+        begins: where each piece of a weight begins in its bytes, and last where they end.
+        each: weights of a piece, but for the last.
+        numbers: weights.
+
+    Attributes:
+        records: [pieces, FIELDS] of the bytes that were described last.
+    """
+
+    def __init__(self, begins: Sequence[int], each: int, numbers: int) -> None:
+        self._begins = np.array(begins, np.int64)
+        self._each, self._numbers = each, numbers
+        pieces = len(begins) - 1
+        groups = sum(_groups(min(each, numbers - n * each)) for n in range(pieces))
+        self.records = np.zeros((pieces, twelve.FIELDS), np.int64)
+        self._starts = np.zeros(groups + pieces, np.int32)
+
+    def describe(self, data: Bytes) -> bool:
+        """Describe the bytes of a weight; False: some piece is not coded, or is damaged.
+
+        Args:
+            data: [n], aligned to 4; it must live as long as the records are used.
+        """
+        made = _compiled()
+        assert made is not None
+        found: bool = made.describe(
+            data,
+            data.view(np.uint32),
+            self._begins,
+            self._each,
+            self._numbers,
+            data.ctypes.data,
+            self._starts.ctypes.data,
+            self.records,
+            self._starts,
+        )
+        return found
+
+    @property
+    def misplaced(self) -> bool:
+        """Whether a kernel met an escape behind the end of its piece."""
+        return bool(self.records[:, twelve.FOUND].any())
 
 
 def _join(low: Bytes, pairs: Bytes, words: Words, base: int, zero: int) -> None:

@@ -57,3 +57,62 @@ def patch(counts, places, high, words):  # type: ignore[no-untyped-def]  # noqa:
             words[2 * at + 1] = high[done]
             done += 1
     return -1
+
+
+_RECORDS = "int64[:, ::1], int32[::1]"
+
+
+@kernel(f"boolean(uint8[::1], uint32[::1], int64[::1], int64, int64, int64, int64, {_RECORDS})")
+def describe(data, words, begins, each, numbers, address, room, records, starts):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913
+    """Describe coded pieces to the kernel that multiplies with them (`kernels/twelve.py`).
+
+    Args:
+        data: bytes of a weight's pieces.
+        words: the same, four in each.
+        begins: [pieces + 1] where each begins, and last where they end.
+        each: weights of a piece, but for the last.
+        numbers: weights.
+        address: of `data`.
+        room: address of `starts`.
+        records: [pieces, 16] takes what is known of each.
+        starts: [groups of all pieces + pieces] takes which escape is each group's first.
+
+    Returns:
+        Whether all are coded and have heads and counts that agree with their sizes.
+    """
+    filled = 0
+    for piece in range(begins.size - 1):
+        at = begins[piece]
+        count = min(each, numbers - piece * each)
+        base, zero = np.int64(data[at + 1]), np.int64(data[at + 2])
+        stated = np.int64(words[at + 4 >> 2])
+        escapes = np.int64(words[at + 8 >> 2])
+        low = at + 64
+        codes = low + (count + 63) // 64 * 64
+        counts = codes + ((count + 1) // 2 + 63) // 64 * 64
+        groups = (count + 65535) // 65536
+        places = counts + 4 * groups
+        end = counts + (4 * groups + 3 * escapes + 63) // 64 * 64
+        if data[at] != 1 or stated != count or base > 121 or zero > 1 or end != begins[piece + 1]:
+            return False
+        records[piece, 0], records[piece, 1] = address + low, address + codes
+        records[piece, 3], records[piece, 4] = address + places, address + places + 2 * escapes
+        records[piece, 5], records[piece, 6], records[piece, 2] = count, 0, room + 4 * filled
+        done = np.int64(0)
+        for group in range(groups):
+            starts[filled + group] = done
+            done += np.int64(words[counts + 4 * group >> 2])
+            if done > escapes:
+                return False
+        starts[filled + groups] = done
+        filled += groups + 1
+        if done != escapes:
+            return False
+        for half in range(2):
+            table = np.int64(0)
+            for code in range(8 * half + 7, 8 * half - 1, -1):
+                exponent = 0 if zero and code & 7 == 0 else (base + (code & 7)) & 127
+                table = table << 8 | exponent | (code & 8) << 4
+            for part in range(8 + half, 16, 2):
+                records[piece, part] = table
+    return True

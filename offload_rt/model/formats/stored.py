@@ -32,6 +32,8 @@ _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 _KERNEL_FORMATS = ("bfloat16", "float16")
 # Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
 _FLAG, _PANEL = "avx512_bf16", 64
+# Inputs of a weight in 12 bits: multiples of one, fewer than the other (`kernels/twelve.py`).
+_CODED_INPUTS, _LONGEST = 64, 2**19
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 
 
@@ -149,10 +151,13 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         stored: the weight.
         dtype: torch's name of the format it computes in.
     """
-    step = 512 // stored.bits if stored.form is Form.PACKED else KERNEL_INPUTS  # 16 words
+    coded = stored.form is Form.CODED and stored.inputs < _LONGEST
+    step = _CODED_INPUTS if coded else KERNEL_INPUTS
+    if stored.form is Form.PACKED:
+        step = 512 // stored.bits  # 16 words
     return (
         dtype == "bfloat16"
-        and suits_kernels(stored, dtype)
+        and (coded or suits_kernels(stored, dtype))
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
         and _FLAG in processor_flags()

@@ -107,7 +107,9 @@ class WiredLinear(torch.nn.Module):
             return rows.new_empty(*rows.shape[:-1], self.stored.outputs)
         if not traced():  # what is traced are torch's kernels
             if self._direct is not None:
-                return self._direct(rows, self._parts(), self.bias)
+                made = self._direct(rows, self._parts(), self.bias)
+                if made is not None:
+                    return made
             if self._plain is not None:
                 return self._plain(rows, self.brought(), self.bias)
         weight = self.brought()
