@@ -81,7 +81,7 @@ def _write(source, folder, quantised, plain, stated):
         for path in source.glob("*.json"):
             (folder / name / path.name).write_bytes(path.read_bytes())
         (folder / name / "config.json").write_text(json.dumps(config | more))
-        _save_aligned(tensors, folder / name / "model.safetensors")
+        save_aligned(tensors, folder / name / "model.safetensors")
     return Twins(folder / "quantised", folder / "plain")
 
 
@@ -90,7 +90,7 @@ def _of_module(convert, module):
     return next(word for word in convert if word in module)
 
 
-def _save_aligned(tensors, path):
+def save_aligned(tensors, path):
     """Begin tensors at multiples of 64 bytes, as memory does: fp32 kernels sum by alignment."""
     for spaces in range(0, 64, 8):
         save_file(tensors, path, metadata={"format": "pt" + " " * spaces})

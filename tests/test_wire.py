@@ -8,7 +8,7 @@ import torch
 from engines import all_logits, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from quantised import _save_aligned
+from quantised import save_aligned
 from safetensors.torch import load_file, save_file
 
 from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig, Wire
@@ -40,7 +40,7 @@ def folders(make_tiny, tmp_path_factory):
             if dtype == "float32":
                 aligned = tmp_path_factory.mktemp(family)
                 (aligned / "config.json").write_bytes((plain / "config.json").read_bytes())
-                _save_aligned(load_file(plain / "model.safetensors"), aligned / "model.safetensors")
+                save_aligned(load_file(plain / "model.safetensors"), aligned / "model.safetensors")
                 plain = aligned
             made[family, dtype] = {Wire.RAW: plain}
             for wire in LOSSY:

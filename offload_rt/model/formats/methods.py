@@ -13,8 +13,8 @@ from offload_rt.model.files import shown
 
 READ_METHODS = (
     "compressed-tensors (integers, FP8, MXFP8, MXFP4, NVFP4), AWQ (gemm), GPTQ (2, 3, 4 and 8 "
-    "bits), FP8 (fp8, fbgemm_fp8), MXFP4 (gpt-oss), bitsandbytes (nf4, fp4, int8) and ModelOpt "
-    "(FP8, NVFP4)"
+    "bits), FP8 (fp8, fbgemm_fp8), MXFP4 (gpt-oss), bitsandbytes (nf4, fp4, int8), ModelOpt "
+    "(FP8, NVFP4); and GGUF files (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)"
 )
 UNROUNDED = "activations are not rounded, as the method has it"
 _BITS = range(2, 9)
@@ -42,6 +42,8 @@ class Form(StrEnum):
     `bnb4`: bitsandbytes' pairs of indices into a table of 16 numbers.
     `bnb8`: bitsandbytes' integers, with the largest number of each output.
     `coded`: bf16 in 12 bits, of packed folders (`planes.py`); no method of config.json.
+    `q4_0` to `q6_k`: blocks of GGUF, each with scales of its own (`ggml.py`).
+    `paired`: plain numbers of GGUF in its order of rows.
     """
 
     PACKED = "packed"
@@ -56,6 +58,28 @@ class Form(StrEnum):
     BNB4 = "bnb4"
     BNB8 = "bnb8"
     CODED = "coded"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q8_0 = "q8_0"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
+    PAIRED = "paired"
+
+
+# Numbers and bytes of a block of GGUF (ggml-common.h); blocks of a row follow each other.
+BLOCKS: Mapping[Form, tuple[int, int]] = {
+    Form.Q4_0: (32, 18),
+    Form.Q4_1: (32, 20),
+    Form.Q5_0: (32, 22),
+    Form.Q5_1: (32, 24),
+    Form.Q8_0: (32, 34),
+    Form.Q4_K: (256, 144),
+    Form.Q5_K: (256, 176),
+    Form.Q6_K: (256, 210),
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -354,6 +378,22 @@ def _mxfp4(name: str, stated: Mapping[str, Any]) -> Method | str:
     )
 
 
+def _gguf(name: str, stated: Mapping[str, Any]) -> Method | str:
+    """What a folder made of GGUF files states (`model/gguf/`); others do not say enough."""
+    types = stated.get("types")
+    known = {str(form).upper(): form for form in BLOCKS}
+    if not isinstance(types, list) or not types or not all(each in known for each in types):
+        return "its types are not stated, give the .gguf file"
+    forms = [known[each] for each in types]
+    return Method(
+        name=f"{name}, {' and '.join(types)}",
+        forms=frozenset(forms),
+        bits=frozenset(int(str(form)[1]) for form in forms),
+        blocks=frozenset({(1, BLOCKS[form][0]) for form in forms}),
+        scale="F16",
+    )
+
+
 _READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Method | str]] = {
     "compressed-tensors": _compressed_tensors,
     "awq": _awq,
@@ -363,6 +403,7 @@ _READERS: Mapping[str, Callable[[str, Mapping[str, Any]], Method | str]] = {
     "bitsandbytes": _bitsandbytes,
     "modelopt": _modelopt,
     "mxfp4": _mxfp4,
+    "gguf": _gguf,
 }
 
 

@@ -58,7 +58,8 @@ def tensors_of(one: OneForm, outputs: int, inputs: int) -> Tensors | None:
     size = one.block[1] or inputs
     if inputs % size and one.form not in (Form.FP8, Form.INT8):
         return None
-    return _TENSORS[one.form](one, outputs, inputs)
+    made = _TENSORS.get(one.form)  # none of GGUF: its rows' order is the file's
+    return None if made is None else made(one, outputs, inputs)
 
 
 def is_kept(method: Method, module: str) -> bool:

@@ -70,6 +70,8 @@ class Stored:
         flat: what is stated of blocks that follow each other flat.
         source: the tensor of the files that these parts are made from when they are loaded
             (`rounding.py`), or that they are, coded; None: they are tensors of the files.
+        heads: of a weight whose rows come in pairs, one of each half of a head (GGUF's llama);
+            0: rows are in order.
         pieces: of a coded weight, where each piece begins in its one part, and last where they end.
     """
 
@@ -83,6 +85,7 @@ class Stored:
     block: tuple[int, int] = (1, 1)
     flat: Flat | None = None
     source: TensorExtent | None = None
+    heads: int = 0
     pieces: tuple[int, ...] = ()
 
     @property

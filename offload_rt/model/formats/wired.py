@@ -16,7 +16,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.tiles import FEW_OUTPUTS, in_tiles
 from offload_rt.model.files import shown
-from offload_rt.model.formats import coded, fours, grids, integers
+from offload_rt.model.formats import coded, fours, ggml, grids, integers
 from offload_rt.model.formats.brought import bring_for
 from offload_rt.model.formats.checked import INDICES
 from offload_rt.model.formats.direct import Direct, Plain, direct_for, plain_for
@@ -31,6 +31,7 @@ _BRING: Mapping[Form, integers.Bring] = {
     **grids.DECODERS,
     **fours.DECODERS,
     **coded.DECODERS,
+    **ggml.DECODERS,
 }
 
 
