@@ -1,4 +1,4 @@
-"""A safetensors folder as exact byte extents, layer by layer; every check on untrusted files.
+"""A model folder as exact byte extents, layer by layer; every check on untrusted files.
 
 Only headers are read here (and, where a head may equal the embedding, both).
 `safetensors` itself maps files; a mapped file that is truncated kills the process, so we do not.
@@ -19,6 +19,8 @@ from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.formats.found import each_expert, find_stored
 from offload_rt.model.formats.stored import Stored, StoredTensors
+from offload_rt.model.gguf.folder import names_in
+from offload_rt.model.gguf.tensors import open_tensors
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
 from offload_rt.model.locate import demo_folder, model_name, resolve_model
 from offload_rt.model.names import (
@@ -164,14 +166,19 @@ def open_checkpoint(folder: Path, *, says_adapter: bool = True) -> Checkpoint:
         CheckpointError: anything is missing, damaged, unsafe, contradictory or not supported.
     """
     folder = Path(os.path.abspath(folder))
-    index = find_weights(folder)
+    gguf = names_in(folder)
+    index = {} if gguf else find_weights(folder)
     if says_adapter and (found := adapter_beside(folder)) is not None:
         _log.warning(
             "%s holds an adapter (%s) beside the model: it is not applied", folder.name, found
         )
     config = load_model_config(folder)
-    tensors, files = read_shards(folder, index)
-    checkpoint = sort_checkpoint(folder, config, tensors, files)
+    stored = None
+    if gguf:
+        tensors, files, stored = open_tensors(folder, gguf)
+    else:
+        tensors, files = read_shards(folder, index)
+    checkpoint = sort_checkpoint(folder, config, tensors, files, stored)
     if config.part_of and not (checkpoint.left_out or any(_TEXT_PART in name for name in tensors)):
         raise CheckpointError(
             f"{folder}: config.json is of a {shown(config.part_of)} model with a text part, but "

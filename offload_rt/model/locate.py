@@ -9,8 +9,7 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError
 from offload_rt.folders import cache_folder
 from offload_rt.model.files import open_inside, shown
-from offload_rt.model.kinds import READ
-from offload_rt.units import format_size
+from offload_rt.model.gguf.folder import ENDING, MANIFEST, gguf_folder, gguf_in
 
 _log = logging.getLogger(__name__)
 
@@ -26,6 +25,7 @@ _ADDRESS = re.compile(
     rf"(?:/(?:tree|blob|resolve)/(?P<rev>{_PART})(?:/.*)?)?/?(?:[?#].*)?|hf://(?P<bare>{_REPO})"
 )
 _TAGGED = re.compile(rf"(?:[\w.-]+/)*{_PART}:{_PART}")  # ollama's names
+_WEIGHTS = (".safetensors", ".packed", ".bin", ".pt", ".pth", ".ckpt")  # rather than GGUF beside
 _COMMIT = re.compile(r"[0-9A-Za-z]{1,64}")
 _REF_LIMIT_BYTES = 128
 # A file of a model folder that people give instead of it.
@@ -87,8 +87,8 @@ def resolve_model(spec: str) -> Path:
         return _cached_snapshot(hub_id)
     if _TAGGED.fullmatch(spec.rpartition("://")[2]):
         raise CheckpointError(
-            f"{shown(spec)} is a name with a tag, as of ollama's GGUF files, which are not read: "
-            f"{READ}, so give a model folder or a hub id org/name"
+            f"{shown(spec)} is a name with a tag, as ollama has them: give the .gguf file itself, "
+            "a model folder or a hub id org/name"
         )
     raise CheckpointError(f"{shown(spec)} does not exist: give a model folder or a hub id")
 
@@ -115,24 +115,33 @@ def how_to_complete(folder: Path) -> str:
 
 
 def _folder_of(path: Path) -> Path:
-    """The model folder that a path means: that of a `config.json`, or the path itself.
+    """The model folder that a path means: that of a `config.json` or of GGUF files, or the path.
 
     Raises:
-        CheckpointError: it is another file of a model, or GGUF.
+        CheckpointError: it is another file of a model, or GGUF files that are not read.
     """
     if not path.is_file():
-        return path
+        return _of_gguf(path)
     folder = path.parent
     if path.name == "config.json":
         return folder
-    if path.suffix == ".gguf":
-        raise CheckpointError(
-            f"{path} is a GGUF file ({format_size(path.stat().st_size)}): {READ}, so take the "
-            "model it was made from"
-        )
+    if path.suffix == ENDING:
+        return gguf_folder(path)
     if _OF_A_MODEL.fullmatch(path.name):
         raise CheckpointError(f"{path} is a file of the model folder {folder}: give {folder}")
     return path
+
+
+def _of_gguf(folder: Path) -> Path:
+    """The folder itself, or that of its one model in GGUF files where it holds no other weights."""
+    try:
+        names = os.listdir(folder)
+    except OSError:
+        return folder
+    if MANIFEST in names or any(name.endswith(_WEIGHTS) for name in names):
+        return folder
+    found = gguf_in(folder)
+    return folder if found is None else gguf_folder(found)
 
 
 def demo_folder() -> Path:
@@ -170,11 +179,11 @@ def _cached_snapshot(hub_id: HubId) -> Path:
         commit = _read_ref(repository, ref)
     snapshot = repository / "snapshots" / commit
     if _COMMIT.fullmatch(commit) and snapshot.is_dir():
-        return snapshot
+        return _of_gguf(snapshot)
     commits = _commits(repository)
     if revision is None and len(commits) == 1 and not (repository / ref).exists():
         _log.warning("%s has no refs/main: its only snapshot is taken, %s", repository, commits[0])
-        return repository / "snapshots" / commits[0]
+        return _of_gguf(repository / "snapshots" / commits[0])
     there = f"there are @{', @'.join(commits)}" if commits else "there are none"
     raise CheckpointError(
         f"{hub_id} has no complete snapshot in {repository}, {there}: {hub_id.how_to_get}"

@@ -20,6 +20,7 @@ from pathlib import Path
 from offload_rt.device.compiled import PACKAGE
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
+from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, parse_header
 
 MANIFEST = "offload_rt_packed.json"
@@ -194,11 +195,12 @@ def is_packed(folder: Path) -> bool:
 
 
 def refuse_packed(folder: Path, why: str) -> None:
-    """Refuse a packed folder where transformers would read it.
+    """Refuse a packed folder, or GGUF files, where transformers would read the model.
 
     Raises:
         ConfigError: it is one.
     """
+    refuse_gguf(folder, why)
     if is_packed(folder):
         raise ConfigError(f"{shown(folder.name)} is packed, {why}: `offload-run unpack` it first")
 

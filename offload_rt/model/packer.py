@@ -26,6 +26,7 @@ from offload_rt.model.adapter import WEIGHTS
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import FileIdentity, OpenFile, open_inside
 from offload_rt.model.formats.planes import Bytes, DamagedError, decode, encode
+from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.header import PREFIX_BYTES, header_bytes, parse_header
 from offload_rt.model.packed_files import (
     CODED_DTYPE,
@@ -75,9 +76,10 @@ def check_packable(checkpoint: Checkpoint) -> None:
     """Refuse models that packing would not make smaller.
 
     Raises:
-        ConfigError: it is packed, quantised, or not of bf16.
+        ConfigError: it is packed, quantised, not of bf16, or in GGUF files.
     """
     name = checkpoint.name
+    refuse_gguf(checkpoint.folder, "and safetensors files are packed")
     if is_packed(checkpoint.folder):
         raise ConfigError(f"{name} is packed already: use it as it is, or `offload-run unpack` it")
     if checkpoint.config.quantised is not None:

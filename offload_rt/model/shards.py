@@ -8,7 +8,7 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import FileIdentity, read_json_object, shown
 from offload_rt.model.header import TensorExtent, read_header
-from offload_rt.model.kinds import READ, weights_note
+from offload_rt.model.kinds import weights_note
 from offload_rt.model.locate import how_to_complete
 from offload_rt.model.packed_files import MANIFEST, read_manifest, read_packed_header
 
@@ -86,8 +86,8 @@ def _why_no_weights(names: list[str], complete: str, note: str) -> str:
     gguf = [name for name in names if name.endswith(".gguf")]
     if gguf:
         return (
-            f"holds its weights as GGUF ({shown(gguf[0])}){note}: {READ}, so take the model it was "
-            "made from"
+            f"holds its weights as GGUF ({shown(gguf[0])}){note}: give that file instead of the "
+            "folder"
         )
     return f"holds no weights ({len(names)} files, none .safetensors): {complete}"
 

@@ -20,6 +20,7 @@ from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.formats.methods import Form, Method
 from offload_rt.model.formats.stored import Stored
+from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, GROUP, SCALES_PART
 from offload_rt.model.names import EXPERT
 from offload_rt.model.packed_files import CODED_DTYPE, expected_pieces
@@ -33,7 +34,8 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
     """Refuse a form that weights cannot have.
 
     Raises:
-        ConfigError: they are not packed, quantised already, or most of them are in experts.
+        ConfigError: they are not packed, quantised already, in GGUF files, or most of them are in
+            experts.
     """
     if wire is Wire.LOSSLESS and not _is_lossless(checkpoint) and not _has_coded(checkpoint):
         raise ConfigError(
@@ -43,6 +45,7 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
     if wire not in BITS:
         return
     ask, name = f"--wire {wire}", checkpoint.name
+    refuse_gguf(checkpoint.folder, f"and {ask} rounds weights of safetensors files")
     if checkpoint.config.quantised is not None:
         raise ConfigError(
             f"{ask} rounds weights of 16 or 32 bits, those of {name} are quantised "

@@ -224,4 +224,4 @@ def test_weights_that_are_not_read_are_not_overlooked(make_tiny, tmp_path, offlo
     (tmp_path / name).touch()
     for verb in ("plan", "simulate"):
         done = offload_run(verb, tmp_path)
-        assert done.code == 4 and f"'{name}'" in done.err
+        assert done.code == 4 and name in done.err

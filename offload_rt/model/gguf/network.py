@@ -1,0 +1,373 @@
+"""What network a GGUF file holds: its `config.json`, and what transformers calls its tensors.
+
+llama.cpp numbers layers as `blk.N` and says sizes by the name of an architecture. It keeps the rows
+of queries and keys of `llama` in another order than transformers: one of each half of a head by
+turns (`Stored.heads`). Factors of rotary frequencies are tensors there and numbers here.
+"""
+
+import math
+import re
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.files import open_inside, shown
+from offload_rt.model.gguf.container import GgufTensor, Value
+from offload_rt.model.gguf.types import READ_TYPES
+from offload_rt.units import format_size
+
+ARCHITECTURE = "general.architecture"
+_CONFIG = Mapping[str, object]
+
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
+_TOP = {
+    _EMBEDDING: "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    _HEAD: "lm_head.weight",
+}
+_FREQUENCIES = "rope_freqs.weight"  # of llama
+_LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of phi3
+_SETTINGS = (_FREQUENCIES, _LONG, _SHORT)
+_LAYER = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>\w+)\.(?P<word>weight|bias)")
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_PLAIN = _NORMS | _ATTENTION | _GATED
+_FACTORS_LIMIT = 2**13
+_SCALING = ("type", "factor", "original_context_length", "finetuned")  # what is known of it
+# Llama 3.1 and 3.2: what their published configurations have, from which files have factors only.
+_LLAMA3 = {
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+_NEAR = 1e-5  # of factors that went through fp32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """A family that is read.
+
+    Attributes:
+        model_type: as transformers names it.
+        parts: of a layer, by their names there.
+        biased: those that have a bias.
+        paired: rows of queries and keys come in pairs.
+        more: settings beyond those of all.
+    """
+
+    model_type: str
+    parts: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
+    biased: Sequence[str] = ()
+    paired: bool = False
+    more: Callable[["_Settings"], _CONFIG] = lambda settings: {}
+
+
+class _Settings:
+    """A file's metadata, with checks that name key and value."""
+
+    def __init__(
+        self, path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]
+    ) -> None:
+        self.path, self._metadata = path, metadata
+        self.tensors = {tensor.name: tensor for tensor in tensors}
+        self.architecture = self.text(ARCHITECTURE)
+
+    def error(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: {what}")
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._metadata.get(key, default)
+        if not isinstance(value, str):
+            raise self.error(f"{key} is {shown(value)}, expected a name: take another conversion")
+        return value
+
+    def whole(self, key: str, default: int | None = None) -> int:
+        """A whole number of the architecture; its range is checked with all of `config.json`."""
+        value = self._of(key, default)
+        if type(value) is not int:
+            words = "one for each layer" if isinstance(value, tuple) else shown(value)
+            raise self.error(
+                f"{self.architecture}.{key} is {words}, read is one whole number: this network is "
+                "not supported"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._of(key, default)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise self.error(f"{self.architecture}.{key} is {shown(value)}, expected a number")
+        return value
+
+    def has(self, key: str) -> bool:
+        return self._of(key, None) is not None
+
+    def scaling(self) -> str:
+        """The kind of rotary scaling.
+
+        Raises:
+            CheckpointError: there are settings of it that are not known here.
+        """
+        begin = f"{self.architecture}.rope.scal"
+        for key in self._metadata:
+            if key.startswith(begin) and key.rpartition(".")[2] not in _SCALING:
+                raise self.error(f"has {shown(key)}, which is not known here: not supported")
+        return self.text(f"{self.architecture}.rope.scaling.type", "none")
+
+    def factors(self, name: str, count: int) -> list[float]:
+        """The numbers of a small tensor.
+
+        Raises:
+            CheckpointError: it is of another size, or holds what is no factor.
+        """
+        tensor = self.tensors[name]
+        if tensor.type.dtype != "F32" or tensor.shape != (count,) or count > _FACTORS_LIMIT:
+            raise self.error(
+                f"tensor {name} is {tensor.type.name} {list(tensor.shape)}, expected are {count} "
+                "of F32"
+            )
+        with open_inside(tensor.path.parent, tensor.path.name) as file:
+            data = file.read(tensor.nbytes, tensor.offset)
+        found = list(struct.unpack(f"<{count}f", data))
+        if not all(math.isfinite(each) and each > 0 for each in found):
+            raise self.error(f"tensor {name} holds what is no factor: the file is damaged")
+        return found
+
+    def _of(self, key: str, default: Value | None) -> Value | None:
+        return self._metadata.get(f"{self.architecture}.{key}", default)
+
+
+def describe(
+    path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]
+) -> dict[str, object]:
+    """The `config.json` of the network that files hold, without what is said of its text.
+
+    Args:
+        path: of the first file.
+        metadata: of it.
+        tensors: of all files.
+
+    Raises:
+        CheckpointError: the network or a type of its weights is not read, or something is missing.
+    """
+    settings = _Settings(path, metadata, tensors)
+    family = _family(settings)
+    _check_types(settings)
+    embedding = settings.tensors.get(_EMBEDDING)
+    if embedding is None or len(embedding.shape) != 2:
+        raise settings.error(f"has no {_EMBEDDING} that is a matrix: it holds no whole text model")
+    heads = settings.whole("attention.head_count")
+    hidden = settings.whole("embedding_length")
+    if heads < 1:
+        raise settings.error(f"{settings.architecture}.attention.head_count is {heads}")
+    size = settings.whole("attention.key_length", hidden // heads)
+    if settings.whole("attention.value_length", size) != size:
+        raise settings.error("its keys and values are of different sizes: not supported")
+    config: dict[str, object] = {
+        "model_type": family.model_type,
+        "num_hidden_layers": settings.whole("block_count"),
+        "hidden_size": hidden,
+        "intermediate_size": settings.whole("feed_forward_length"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": settings.whole("attention.head_count_kv", heads),
+        "head_dim": size,
+        "rms_norm_eps": settings.number("attention.layer_norm_rms_epsilon"),
+        "max_position_embeddings": settings.whole("context_length"),
+        "rope_theta": settings.number("rope.freq_base", 10000.0),
+        "vocab_size": embedding.shape[0],
+        "tie_word_embeddings": _HEAD not in settings.tensors,
+        "dtype": _dtype(tensors),
+    }
+    config |= family.more(settings)
+    if types := _block_types(tensors):
+        config["quantization_config"] = {"quant_method": "gguf", "types": types}
+    return config
+
+
+def pairs_of(metadata: Mapping[str, Value]) -> bool:
+    """Whether rows of queries and keys come in pairs."""
+    return _FAMILIES[str(metadata[ARCHITECTURE])].paired
+
+
+def name_of(path: Path, architecture: str, tensor: str) -> str | None:
+    """What transformers calls a tensor; None: it is a setting.
+
+    Raises:
+        CheckpointError: the network of this architecture has no such tensor.
+    """
+    family = _FAMILIES[architecture]
+    if tensor in _SETTINGS:
+        return None
+    if tensor in _TOP:
+        return _TOP[tensor]
+    match = _LAYER.fullmatch(tensor)
+    part = family.parts.get(match["part"]) if match else None
+    if match is None or part is None or (match["word"] == "bias" and part not in family.biased):
+        raise CheckpointError(
+            f"{path}: tensor {shown(tensor)} is none of those that {architecture} is known to have "
+            "here: this network is not supported, take the model it was made from"
+        )
+    return f"model.layers.{match['layer']}.{part}.{match['word']}"
+
+
+def _family(settings: _Settings) -> _Family:
+    family = _FAMILIES.get(settings.architecture)
+    mixture = settings.has("expert_count") and settings.whole("expert_count") > 0
+    if family is None or mixture:
+        what = f"{settings.architecture} with experts" if mixture else settings.architecture
+        size = format_size(sum(tensor.nbytes for tensor in settings.tensors.values()))
+        raise settings.error(
+            f"holds a network of kind {shown(what)} ({size}): read from GGUF are "
+            f"{', '.join(_FAMILIES)}, so take the model it was made from, as safetensors"
+        )
+    return family
+
+
+def _check_types(settings: _Settings) -> None:
+    """Refuse types that are not read, with their bytes."""
+    unread: dict[str, int] = {}
+    for tensor in settings.tensors.values():
+        kind = tensor.type
+        if not kind.is_read or (kind.form is not None and len(tensor.shape) != 2):
+            unread[kind.name] = unread.get(kind.name, 0) + tensor.nbytes
+    if unread:
+        found = ", ".join(f"{name} ({format_size(n)})" for name, n in sorted(unread.items()))
+        total = format_size(sum(tensor.nbytes for tensor in settings.tensors.values()))
+        raise settings.error(
+            f"has weights of type {found} among its {total}, read are {READ_TYPES}: take the "
+            "Q4_K_M, Q5_K_M, Q6_K or Q8_0 file of this model, or the model it was made from"
+        )
+
+
+def _block_types(tensors: Sequence[GgufTensor]) -> list[str]:
+    return sorted({tensor.type.name for tensor in tensors if tensor.type.form is not None})
+
+
+def _dtype(tensors: Sequence[GgufTensor]) -> str:
+    """The number format to compute in: that of most plain matrices, of blocks bf16."""
+    nbytes: dict[str, int] = {}
+    for tensor in tensors:
+        if len(tensor.shape) == 2:
+            code = tensor.type.dtype or "BF16"
+            nbytes[code] = nbytes.get(code, 0) + tensor.nbytes
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return names[max(nbytes, key=lambda code: nbytes[code])]
+
+
+def _whole_heads(settings: _Settings) -> None:
+    """Refuse rotary positions of a part of a head."""
+    heads = max(1, settings.whole("attention.head_count"))
+    size = settings.whole("attention.key_length", settings.whole("embedding_length") // heads)
+    turned = settings.whole("rope.dimension_count", size)
+    if turned != size:
+        raise settings.error(
+            f"turns {turned} of the {size} numbers of a head by position: not supported"
+        )
+
+
+def _scaled(settings: _Settings) -> _CONFIG:
+    """Rotary scaling as transformers has it."""
+    _whole_heads(settings)
+    kind = settings.scaling()
+    if _FREQUENCIES in settings.tensors:
+        return {"rope_scaling": _of_frequencies(settings)}
+    if kind == "none":
+        return {}
+    if kind not in ("linear", "yarn"):
+        raise settings.error(f"scales rotary positions by {shown(kind)}: not supported")
+    scaling: dict[str, object] = {
+        "rope_type": kind,
+        "factor": settings.number("rope.scaling.factor"),
+    }
+    if kind == "yarn":
+        original = settings.whole("rope.scaling.original_context_length")
+        scaling["original_max_position_embeddings"] = original
+    return {"rope_scaling": scaling}
+
+
+def _of_frequencies(settings: _Settings) -> _CONFIG:
+    """What divides each frequency: as Llama 3.1 says it where it is that, else number by number."""
+    heads = max(1, settings.whole("attention.head_count"))
+    size = settings.whole("attention.key_length", settings.whole("embedding_length") // heads)
+    factors = settings.factors(_FREQUENCIES, size // 2)
+    base = settings.number("rope.freq_base", 10000.0)
+    llama3 = {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
+    if all(
+        math.isclose(one, other, rel_tol=_NEAR)
+        for one, other in zip(factors, _llama3_factors(base, size, max(factors)), strict=True)
+    ):
+        return llama3
+    return {
+        "rope_type": "longrope",
+        "short_factor": factors,
+        "long_factor": factors,
+        "factor": 1.0,
+        "attention_factor": 1.0,
+        "original_max_position_embeddings": settings.whole("context_length"),
+    }
+
+
+def _llama3_factors(base: float, size: int, factor: float) -> list[float]:
+    """Llama 3.1's rule: long waves are divided, short ones are not, those between in part."""
+    low, high = _LLAMA3["low_freq_factor"], _LLAMA3["high_freq_factor"]
+    context = _LLAMA3["original_max_position_embeddings"]
+    found = []
+    for index in range(size // 2):
+        turns = context / (2 * math.pi * base ** (2 * index / size))
+        share = min(max((turns - low) / (high - low), 0.0), 1.0)
+        found.append(1 / ((1 - share) / factor + share))
+    return found
+
+
+def _phi3(settings: _Settings) -> _CONFIG:
+    """Partial rotary positions, factors for short and long texts, and a sliding window."""
+    heads = max(1, settings.whole("attention.head_count"))
+    size = settings.whole("attention.key_length", settings.whole("embedding_length") // heads)
+    turned = settings.whole("rope.dimension_count", size)
+    original = settings.whole(
+        "rope.scaling.original_context_length", settings.whole("context_length")
+    )
+    config: dict[str, object] = {
+        "partial_rotary_factor": turned / max(1, size),
+        "original_max_position_embeddings": original,
+        "sliding_window": settings.whole("attention.sliding_window", 0) or None,
+        "pad_token_id": None,  # the class has one, which other vocabularies lack
+    }
+    if {_LONG, _SHORT} <= settings.tensors.keys():
+        config["rope_scaling"] = {
+            "type": "longrope",
+            "long_factor": settings.factors(_LONG, turned // 2),
+            "short_factor": settings.factors(_SHORT, turned // 2),
+        }
+    return config
+
+
+_FAMILIES: Mapping[str, _Family] = {
+    "llama": _Family(model_type="llama", paired=True, more=_scaled),
+    "qwen2": _Family(
+        model_type="qwen2", biased=[_ATTENTION[f"attn_{part}"] for part in "qkv"], more=_scaled
+    ),
+    "qwen3": _Family(
+        model_type="qwen3",
+        parts=_PLAIN | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
+        more=_scaled,
+    ),
+    "phi3": _Family(
+        model_type="phi3",
+        parts=_NORMS
+        | {
+            "attn_qkv": "self_attn.qkv_proj",
+            "attn_output": "self_attn.o_proj",
+            "ffn_up": "mlp.gate_up_proj",
+            "ffn_down": "mlp.down_proj",
+        },
+        more=_phi3,
+    ),
+}

@@ -1,0 +1,164 @@
+"""The tensors of a model in GGUF files, named as transformers names them."""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from offload_rt.errors import CheckpointError
+from offload_rt.model.files import FileIdentity, shown
+from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.stored import Stored, StoredTensors
+from offload_rt.model.gguf.container import GgufHeader, GgufTensor, Value, read_gguf
+from offload_rt.model.gguf.network import ARCHITECTURE, name_of, pairs_of
+from offload_rt.model.header import TensorExtent
+
+_SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
+_ENDING = ".gguf"
+_COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
+_FILES_LIMIT = 1000
+_HEADS = {
+    "q_proj": "attention.head_count",
+    "k_proj": "attention.head_count_kv",
+}
+_PLAIN_BITS = {"F32": 32, "F16": 16, "BF16": 16}
+
+
+def files_of(name: str) -> tuple[str, list[str]]:
+    """The model that a file is of, and the names of all of its files.
+
+    Raises:
+        CheckpointError: it is of more files than are accepted.
+    """
+    match = _SPLIT.fullmatch(name)
+    if match is None:
+        return name.removesuffix(_ENDING), [name]
+    count, stem = int(match["count"]), match["stem"]
+    if not 1 <= int(match["number"]) <= count <= _FILES_LIMIT:
+        raise CheckpointError(
+            f"{shown(name)} is named as file {int(match['number'])} of {count}, accepted are up to "
+            f"{_FILES_LIMIT}"
+        )
+    return stem, [f"{stem}-{number:05}-of-{count:05}.gguf" for number in range(1, count + 1)]
+
+
+def read_files(
+    folder: Path, names: Sequence[str], arrays: Sequence[str] = ()
+) -> tuple[GgufHeader, list[GgufHeader]]:
+    """The header of the first file, which describes the model, and those of all.
+
+    Args:
+        folder: the files are in.
+        names: of all files of the model, in order.
+        arrays: what long arrays of the first are kept.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or is not of these.
+    """
+    headers = [read_gguf(folder, name, () if i else arrays) for i, name in enumerate(names)]
+    first = headers[0]
+    for number, header in enumerate(headers):
+        path, facts = header.identity.path, header.metadata
+        count, place = facts.get(_COUNT, 1), facts.get(_NUMBER, 0)
+        if count in (0, 1) and len(names) == 1:
+            continue
+        if (count, place) != (len(names), number):
+            raise CheckpointError(
+                f"{path} says that it is file {shown(place)} of {shown(count)}, counted from 0, "
+                f"its name {number} of {len(names)}: names were changed, give the files as they "
+                "were"
+            )
+    found = [tensor.name for header in headers for tensor in header.tensors]
+    if len(set(found)) < len(found):
+        twice = next(name for name in found if found.count(name) > 1)
+        raise CheckpointError(
+            f"{first.identity.path}: tensor {shown(twice)} is in two files: download them again"
+        )
+    promised = first.metadata.get(_TENSORS, len(found))
+    if promised != len(found):
+        raise CheckpointError(
+            f"{first.identity.path} promises {shown(promised)} tensors in all files, they have "
+            f"{len(found)}: they are not of one model, download them again"
+        )
+    return first, headers
+
+
+def open_tensors(
+    folder: Path, names: Sequence[str]
+) -> tuple[dict[str, TensorExtent], dict[Path, FileIdentity], StoredTensors]:
+    """Where the tensors lie, as a checkpoint has them.
+
+    Args:
+        folder: the files are in.
+        names: of all files of the model, in order.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or holds another network than is read.
+    """
+    first, headers = read_files(folder, names)
+    architecture = str(first.metadata.get(ARCHITECTURE))
+    tensors, by_part = dict[str, TensorExtent](), dict[str, Stored]()
+    for header in headers:
+        for tensor in header.tensors:
+            name = name_of(tensor.path, architecture, tensor.name)
+            if name is None:
+                continue
+            tensors[name] = extent = _extent(tensor, name)
+            heads = _heads(first.metadata, architecture, name, extent)
+            if tensor.type.form is not None or heads:
+                by_part[name] = _stored(tensor, extent, heads)
+    files = {header.identity.path: header.identity for header in headers}
+    return tensors, files, StoredTensors(by_part, frozenset())
+
+
+def _extent(tensor: GgufTensor, name: str) -> TensorExtent:
+    """The bytes of a tensor; those of blocks are U8 [O, bytes of a row]."""
+    code, shape = tensor.type.dtype, tensor.shape
+    if code is None:
+        code, shape = "U8", (*shape[:-1], tensor.nbytes // max(1, shape[0]))
+    return TensorExtent(
+        name=name,
+        dtype=code,
+        shape=shape,
+        path=tensor.path,
+        offset=tensor.offset,
+        nbytes=tensor.nbytes,
+    )
+
+
+def _heads(
+    metadata: Mapping[str, Value], architecture: str, name: str, extent: TensorExtent
+) -> int:
+    """Of a weight whose rows come in pairs; 0: they are in order.
+
+    Raises:
+        CheckpointError: its rows are no whole heads.
+    """
+    key = _HEADS.get(name.rpartition(".")[0].rpartition(".")[2])
+    if key is None or not pairs_of(metadata):
+        return 0
+    heads = metadata.get(
+        f"{architecture}.{key}", metadata.get(f"{architecture}.{_HEADS['q_proj']}")
+    )
+    rows = extent.shape[0]
+    if type(heads) is not int or heads < 1 or rows % (2 * heads):
+        raise CheckpointError(
+            f"{extent.path}: {name} has {rows} rows, which are not those of {shown(heads)} heads: "
+            "the file is damaged, download it again"
+        )
+    return heads
+
+
+def _stored(tensor: GgufTensor, extent: TensorExtent, heads: int) -> Stored:
+    form = tensor.type.form or Form.PAIRED
+    outputs, inputs = tensor.shape
+    numbers = BLOCKS[form][0] if form in BLOCKS else inputs
+    return Stored(
+        module=extent.name.removesuffix(".weight"),
+        form=form,
+        outputs=outputs,
+        inputs=inputs,
+        bits=_PLAIN_BITS[extent.dtype] if form is Form.PAIRED else int(str(form)[1]),
+        groups=inputs // numbers,
+        parts={"weight": extent},
+        heads=heads,
+    )

@@ -1,0 +1,530 @@
+"""GGUF files run as they are: the numbers of their blocks, their networks, their texts.
+
+Laws: a block's numbers are bit for bit those of a formula and of the package gguf; the run of a
+file is bit for bit the run of the plain model with these numbers, wherever its weights are; a
+damaged file gets a sentence.
+"""
+
+import functools
+import json
+import os
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from gguf_files import (
+    formula,
+    gguf_bytes,
+    paired,
+    random_blocks,
+    tokenizer_settings,
+    write_gguf,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from offload_rt.config import DraftConfig, DraftWeights, HomeKind
+from offload_rt.errors import CheckpointError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
+from offload_rt.model.formats.wired import dequantise
+from offload_rt.model.gguf.container import read_gguf
+from offload_rt.model.gguf.tokenizer import describe_text
+from offload_rt.model.locate import resolve_model
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+
+
+def stored_of(form, outputs, inputs, heads=0):
+    return Stored(
+        module="m",
+        form=form,
+        outputs=outputs,
+        inputs=inputs,
+        bits=4,
+        groups=1,
+        parts={},
+        heads=heads,
+    )
+
+
+def brought(form, data, inputs, dtype, heads=0):
+    data = torch.from_numpy(data)
+    out = torch.full((len(data), inputs), torch.nan, dtype=dtype)
+    dequantise(stored_of(form, len(data), inputs, heads), {"weight": data}, out)
+    return out
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+def test_blocks_are_what_the_formula_says(monkeypatch, form):
+    """In order and in pairs of rows; at once and in blocks of outputs of odd sizes."""
+    data = random_blocks(form, 24, 512, np.random.default_rng(2))
+    data[3], data[4] = 0, data[4] | 0x33  # scales of nothing; large codes
+    expected = torch.from_numpy(formula(form, data))
+    for block in (2**22, 2**12):
+        monkeypatch.setitem(BLOCK_NUMBERS, "cpu", block)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert torch.equal(brought(form, data, 512, dtype), expected.to(dtype)), dtype
+            turned = brought(form, paired(data, 3), 512, dtype, heads=3)
+            assert torch.equal(turned, expected.to(dtype)), dtype
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+def test_blocks_are_those_of_the_package(form):
+    """Of any bytes: also scales that are infinite, NaN or subnormal."""
+    gguf = pytest.importorskip("gguf")
+    data = np.random.default_rng(3).integers(0, 256, (64, BLOCKS[form][1] * 4), dtype=np.uint8)
+    with np.errstate(all="ignore"):
+        kind = gguf.GGMLQuantizationType[form.upper()]
+        expected = torch.from_numpy(gguf.quants.dequantize(data, kind))
+    made = brought(form, data, BLOCKS[form][0] * 4, torch.float32)
+    assert expected.isnan().any() and torch.equal(made.isnan(), expected.isnan())
+    assert torch.equal(made.nan_to_num(0.5), expected.nan_to_num(0.5))
+
+
+MIXED = {  # as Q4_K_M files are: few types, which differ by matrix and layer
+    "q_proj": "Q4_K",
+    "k_proj": "Q8_0",
+    "v_proj": "Q6_K",
+    "o_proj": "Q5_0",
+    "gate": "Q4_K",
+    "up_proj": "Q5_K",
+    "down": "Q6_K",
+    "qkv": "Q5_K",
+    "embed": "Q6_K",
+}
+SMALL = {"gate": "Q4_0", "up_proj": "Q4_1", "down": "Q5_1", "q_proj": "Q8_0", "lm_head": "Q8_0"}
+RUNS = {"llama": MIXED, "qwen2": SMALL, "qwen3": SMALL | {"k_proj": "Q5_0"}, "phi3": MIXED}
+SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "pad_token_id": 0}
+
+
+@pytest.fixture(scope="module")
+def files(make_tiny, tmp_path_factory):
+    made = {}
+
+    def make(family, **options):
+        key = json.dumps([family, options])
+        if key not in made:
+            tied = RUNS[family] is MIXED
+            source = make_tiny(family, tokenizer=True, tie_word_embeddings=tied, **SHAPE)
+            path = tmp_path_factory.mktemp("gguf") / f"tiny-{family}.gguf"
+            made[key] = write_gguf(
+                source, path, RUNS[family], tokenizer=tokenizer_settings(source), **options
+            )
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", RUNS)
+def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family):
+    """L2 and L3: wherever the weights are, and as transformers computes it."""
+    path, plain = files(family)
+    folder = resolve_model(str(path))
+    options = {"dtype": "float32", "resident_layers": 0}
+    with engine_for(plain, **options) as engine:
+        expected, answer = all_logits(engine), generate(engine)
+    for placed in ({"slots": 1}, {"resident_layers": 1, "home": HomeKind.HOST}):
+        with engine_for(folder, **options | placed) as engine:
+            assert torch.equal(all_logits(engine), expected), placed
+            assert generate(engine) == answer
+            if "slots" in placed:  # as in the file, not as they compute
+                stored = engine.checkpoint
+                assert engine.bytes_per_pass == sum(map(stored.layer_bytes, range(2)))
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+    with torch.inference_mode():
+        theirs = reference_model(plain)(torch.tensor([PROMPT])).logits[:, -1]
+    assert torch.allclose(expected[:1], theirs, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("plain", ["F16", "BF16", "F32"])
+def test_plain_numbers_are_read_too(make_tiny, tmp_path, plain):
+    """Of llama only the rows of queries and keys lie in another order."""
+    source = make_tiny("llama", tie_word_embeddings=False, **SHAPE)
+    path, folder = write_gguf(source, tmp_path / "a.gguf", {}, plain=plain)
+    made = resolve_model(str(path))
+    checkpoint = open_checkpoint(made)
+    assert {stored.form for stored in checkpoint.stored.values()} == {Form.PAIRED}
+    names = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+    assert checkpoint.config.dtype == names[plain] and checkpoint.config.quantised is None
+    with engine_for(folder, dtype="float32", resident_layers=0) as engine:
+        expected = all_logits(engine)
+    with engine_for(made, dtype="float32", resident_layers=0) as engine:
+        assert torch.equal(all_logits(engine), expected)
+
+
+def test_a_gguf_file_drafts(files):
+    """For itself and for the model it is the numbers of; a row out of place would not."""
+    path, plain = files("llama")
+    draft = DraftConfig(draft=f"model:{path}", draft_tokens=3, draft_weights=DraftWeights.SAME)
+    for target in (plain, resolve_model(str(path))):
+        with engine_for(target, dtype="float32", resident_layers=0) as engine:
+            alone = generate(engine)
+        with engine_for(target, dtype="float32", resident_layers=1, draft=draft) as engine:
+            assert generate(engine) == alone
+
+
+def settings_of(family="llama", **changed):
+    base = {
+        "general.architecture": family,
+        f"{family}.block_count": 1,
+        f"{family}.context_length": 64,
+        f"{family}.embedding_length": 32,
+        f"{family}.feed_forward_length": 32,
+        f"{family}.attention.head_count": 2,
+        f"{family}.attention.layer_norm_rms_epsilon": 1e-5,
+    }
+    return base | {key.replace("__", "."): value for key, value in changed.items()}
+
+
+EMBEDDING = ("token_embd.weight", "F32", (8, 32), bytes(8 * 32 * 4))
+QUERY = ("blk.0.attn_q.weight", "Q8_0", (32, 32), bytes(32 * 34))
+
+
+def refused(tmp_path, data, name="a.gguf"):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(CheckpointError) as caught:
+        open_checkpoint(resolve_model(str(tmp_path / name)))
+    said = str(caught.value)
+    assert "\n" not in said
+    return said
+
+
+REFUSED = {
+    "version 1": (gguf_bytes({}, [], version=1), "is of version 1: read are versions 2 and 3"),
+    "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is big endian, version 3"),
+    "another file": (b"<!DOCTYPE html>" * 9, "is a web page"),
+    "countless": (b"GGUF" + struct.pack("<IQQ", 3, 2**60, 0), f"has {2**60} tensors"),
+    "no end": (b"GGUF" + struct.pack("<IQQ", 3, 0, 2**50), f"has {2**50} settings"),
+    "no network": (gguf_bytes({}, []), "general.architecture is None"),
+    "another network": (
+        gguf_bytes({"general.architecture": "mamba"}, [EMBEDDING]),
+        "network of kind 'mamba' (1.00 KiB): read from GGUF are llama, qwen2, qwen3, phi3",
+    ),
+    "experts": (
+        gguf_bytes(settings_of(llama__expert_count=8), [EMBEDDING]),
+        "network of kind 'llama with experts'",
+    ),
+    "type that is not read": (
+        gguf_bytes(settings_of(), [EMBEDDING, ("output.weight", "Q2_K", (8, 256), bytes(672))]),
+        "weights of type Q2_K (672 B) among its 1.66 KiB, read are F32, F16, Q4_0",
+    ),
+    "type that is not known": (
+        gguf_bytes(settings_of(), [("token_embd.weight", 77, (8, 32), b"")]),
+        "'token_embd.weight' is of type 77, which is not known here",
+    ),
+    "broken rows": (
+        gguf_bytes(settings_of(), [("token_embd.weight", "Q8_0", (8, 33), bytes(999))]),
+        "rows of 33 numbers, Q8_0 has them in blocks of 32",
+    ),
+    "nothing of a side": (
+        gguf_bytes(settings_of(), [("token_embd.weight", "F32", (0, 32), b"")]),
+        "the shape [32, 0]",
+    ),
+    "a side of petabytes": (
+        gguf_bytes(settings_of(), [("token_embd.weight", "F32", (2**40, 2**40), bytes(64))]),
+        "ends at",
+    ),
+    "twice": (
+        gguf_bytes(settings_of(), [EMBEDDING, EMBEDDING]),
+        "tensor 'token_embd.weight' twice",
+    ),
+    "a stranger": (
+        gguf_bytes(settings_of(), [EMBEDDING, ("blk.0.ssm_a.weight", "F32", (8,), bytes(32))]),
+        "'blk.0.ssm_a.weight' is none of those that llama",
+    ),
+    "a bias": (
+        gguf_bytes(settings_of(), [EMBEDDING, ("blk.0.attn_q.bias", "F32", (32,), bytes(128))]),
+        "'blk.0.attn_q.bias' is none of those that llama",
+    ),
+    "alignment": (
+        gguf_bytes(settings_of() | {"general.alignment": 24}, [EMBEDDING]),
+        "general.alignment of 24",
+    ),
+    "heads that do not fit": (
+        gguf_bytes(settings_of(llama__attention__head_count=5), [EMBEDDING, QUERY]),
+        "32 rows, which are not those of 5 heads",
+    ),
+    "sizes by layer": (
+        gguf_bytes(settings_of(llama__feed_forward_length=[32, 64]), [EMBEDDING]),
+        "feed_forward_length is one for each layer",
+    ),
+    "part of a head turned": (
+        gguf_bytes(settings_of(llama__rope__dimension_count=8), [EMBEDDING]),
+        "turns 8 of the 16 numbers",
+    ),
+    "scaling": (
+        gguf_bytes(settings_of(llama__rope__scaling__yarn_beta_fast=1.0), [EMBEDDING]),
+        "yarn_beta_fast', which is not known here",
+    ),
+    "tokens by scores": (
+        gguf_bytes(
+            settings_of() | {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]},
+            [EMBEDDING],
+        ),
+        "a tokenizer of kind 't5'",
+    ),
+    "splitting": (
+        gguf_bytes(
+            settings_of()
+            | {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.tokens": ["a"]}
+            | {"tokenizer.ggml.pre": "new"},
+            [EMBEDDING],
+        ),
+        "splits text as 'new' does",
+    ),
+    "types of other tokens": (
+        gguf_bytes(
+            settings_of()
+            | {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": ["a"]}
+            | {"tokenizer.ggml.token_type": [1, 1]},
+            [EMBEDDING],
+        ),
+        "1 tokens and no tokenizer.ggml.token_type for each",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_read_gets_a_sentence(tmp_path, case):
+    data, says = REFUSED[case]
+    assert says in refused(tmp_path, data)
+
+
+def test_tensors_lie_one_behind_the_other_within_the_file(tmp_path):
+    data = gguf_bytes(settings_of(), [EMBEDDING, QUERY])
+    at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16 + 4
+    for offset in (0, 32, 2**62):
+        moved = data[:at] + struct.pack("<Q", offset) + data[at + 8 :]
+        assert "it ends so that it would begin at" in refused(tmp_path, moved)
+    assert "the download is not complete" in refused(tmp_path, data[:-1])
+
+
+def whole():
+    """A file with something of everything."""
+    words = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [0.5, 1.0]}
+    return gguf_bytes(settings_of(x__y=True) | words, [EMBEDDING, QUERY])
+
+
+WHOLE = whole()
+
+
+def test_a_file_that_ends_anywhere_gets_a_sentence(tmp_path):
+    for end in range(0, len(WHOLE), 11):
+        (tmp_path / "a.gguf").write_bytes(WHOLE[:end])
+        with pytest.raises(CheckpointError):
+            read_gguf(tmp_path, "a.gguf", ("tokenizer.ggml.tokens",))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, len(WHOLE) - 2300), st.integers(0, 255)), max_size=4))
+def test_any_bytes_are_read_or_get_a_sentence(changes):
+    data = bytearray(WHOLE)
+    for at, byte in changes:
+        data[at] = byte
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place) / "a.gguf"
+        path.write_bytes(data)
+        os.environ["OFFLOAD_RT_CACHE"] = place
+        try:
+            found = read_gguf(path.parent, path.name, ("tokenizer.ggml.tokens",))
+            assert all(tensor.offset + tensor.nbytes <= len(data) for tensor in found.tensors)
+            open_checkpoint(resolve_model(str(path)))
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+
+
+def test_one_model_in_several_files(files, tmp_path):
+    """Any of them, or their folder, means all; one too few does not."""
+    path, _ = files("qwen2")
+    header = read_gguf(path.parent, path.name, ("tokenizer.ggml.tokens", "tokenizer.ggml.merges"))
+    data = path.read_bytes()
+    tensors = [
+        (t.name, t.type.name, t.shape, data[t.offset : t.offset + t.nbytes]) for t in header.tensors
+    ]
+    names = [f"m-{number:05}-of-00003.gguf" for number in (1, 2, 3)]
+    for number, name in enumerate(names):
+        facts = {"split.no": number, "split.count": 3, "split.tensors.count": len(tensors)}
+        kept = {k: v for k, v in header.metadata.items() if k.startswith(("general", "qwen2"))}
+        facts |= {"general.alignment": 64} if number else kept
+        part = gguf_bytes(facts, tensors[number::3], alignment=64)
+        (tmp_path / name).write_bytes(part)
+    found = resolve_model(str(tmp_path / names[1]))
+    assert found == resolve_model(str(tmp_path)) and found.name == "m"
+    options = {"dtype": "float32", "resident_layers": 0}
+    with engine_for(resolve_model(str(path)), **options) as engine:
+        expected = all_logits(engine)
+    with engine_for(found, **options) as engine:
+        assert torch.equal(all_logits(engine), expected)
+    os.rename(tmp_path / names[2], tmp_path / "other.gguf")
+    with pytest.raises(CheckpointError, match="00003-of-00003.gguf is missing, 1 of the 3"):
+        resolve_model(str(tmp_path / names[0]))
+    with pytest.raises(CheckpointError, match="holds 2 models as GGUF"):
+        resolve_model(str(tmp_path))
+
+
+def test_files_that_change_or_go_are_not_mistaken(files, tmp_path):
+    path, _ = files("qwen3")
+    mine = tmp_path / "mine.gguf"
+    mine.write_bytes(path.read_bytes())
+    first = resolve_model(str(mine))
+    assert resolve_model(str(mine)) == first and open_checkpoint(first).name == "mine"
+    os.utime(mine, (1, 1))
+    assert resolve_model(str(mine)) != first
+    mine.unlink()
+    with pytest.raises(CheckpointError, match="is a link to a file that is gone"):
+        open_checkpoint(first)
+    resolve_model(str(path))
+    assert not first.exists()
+
+
+def test_factors_of_frequencies_are_those_of_llama_3(make_tiny, tmp_path):
+    """Named where they are that, and otherwise taken number by number."""
+    source = make_tiny("llama", **SHAPE)
+    stated = {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "max_position_embeddings": 131072}
+    config = LlamaConfig(rope_theta=5e5, rope_scaling=dict(stated), **shape)
+    turned, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
+    factors = 5e5 ** -(torch.arange(0, 64, 2) / 64) / turned
+    assert factors.min() == pytest.approx(1) and factors.max() > 31
+    for change, kind in ((1.0, "llama3"), (1.25, "longrope")):
+        data = (factors * change).numpy().astype("<f4").tobytes()
+        more = {
+            "llama.rope.freq_base": 5e5,
+            "tensors": [("rope_freqs.weight", "F32", (32,), data)],
+        }
+        path, plain = write_gguf(source, tmp_path / kind / "a.gguf", {}, more=more)
+        made = json.loads((resolve_model(str(path)) / "config.json").read_text())
+        assert made["rope_scaling"]["rope_type"] == kind
+        if kind == "llama3":
+            said = made["rope_scaling"]
+            assert said == {
+                k: v if k == "rope_type" else pytest.approx(v) for k, v in stated.items()
+            }
+        again = LlamaConfig(rope_theta=5e5, rope_scaling=made["rope_scaling"], **shape)
+        found, scale = ROPE_INIT_FUNCTIONS[kind](again, "cpu", seq_len=8)
+        assert scale == 1.0 and torch.allclose(found, turned / change, rtol=1e-5)
+
+
+def test_the_command_line_takes_the_file(files, offload_run):
+    path, plain = files("llama")
+    shared = ("quick brown fox", "--max-tokens", "8", "--dtype", "float32", "--raw")
+    expected = offload_run("generate", plain, *shared)
+    for draft in ("none", f"model:{path}"):
+        done = offload_run("generate", path, *shared, "--draft", draft)
+        assert done.code == 0 and done.out == expected.out, done.err
+    done = offload_run("plan", path, "--device-memory", "512MiB")
+    assert done.code == 0 and "GGUF, Q4_K and Q5_0 and Q5_K and Q6_K and Q8_0" in done.out
+
+
+def tokenizer_of(tmp_path, metadata):
+    from tokenizers import Tokenizer
+
+    made = describe_text(tmp_path / "a.gguf", metadata).files["tokenizer.json"]
+    return Tokenizer.from_str(json.dumps(made))
+
+
+TEXTS = st.text() | st.lists(
+    st.sampled_from(["the quick", " brown", "<|im_end|>", "12", "\n\n", "é", "'s", "  "])
+).map("".join)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=TEXTS)
+def test_bytes_become_the_tokens_of_the_original(tiny_model, tmp_path_factory, text):
+    from tokenizers import Tokenizer
+
+    original = Tokenizer.from_file(str(tiny_model / "tokenizer.json"))
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in BYTES(tiny_model).items()}
+    made = tokenizer_of(tmp_path_factory.getbasetemp(), lists)
+    ids = original.encode(text, add_special_tokens=False).ids
+    assert made.encode(text, add_special_tokens=False).ids == ids
+    assert made.decode(ids, skip_special_tokens=False) == original.decode(
+        ids, skip_special_tokens=False
+    )
+
+
+BYTES = functools.cache(tokenizer_settings)
+PIECES = {
+    "tokenizer.ggml.model": "llama",
+    "tokenizer.ggml.bos_token_id": 1,
+    "tokenizer.ggml.eos_token_id": 2,
+    "tokenizer.ggml.unknown_token_id": 0,
+    "tokenizer.ggml.tokens": (
+        *("<unk>", "<s>", "</s>"),
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *("\u2581a", "ab", "\u2581ab", "bc", "\u2581", "a", "b", "c", "<mark>"),
+    ),
+    "tokenizer.ggml.token_type": (2, 3, 3, *[6] * 256, *[1] * 8, 4),
+    "tokenizer.ggml.scores": (*[0.0] * 259, -3.0, -1.0, -4.0, -2.0, *[-9.0] * 4, 0.0),
+}
+
+
+def test_pieces_are_merged_by_their_scores(tmp_path):
+    """`ab` (-1) before `bc` (-2) before `_a` (-3), whatever comes first in the text."""
+    made = tokenizer_of(tmp_path, PIECES)
+    assert made.encode("abc bc").tokens == ["<s>", "\u2581ab", "c", "\u2581", "bc"]
+    assert made.encode("a<mark>b").tokens == ["<s>", "\u2581a", "<mark>", "\u2581", "b"]
+    assert made.encode("\u00e9", add_special_tokens=False).ids == [263, 3 + 0xC3, 3 + 0xA9]
+    for text in ("abc bc", "é 你好\n\tb", "  a", ""):
+        ids = made.encode(text, add_special_tokens=False).ids
+        assert made.decode(ids) == text
+    plain = tokenizer_of(tmp_path, PIECES | {"tokenizer.ggml.add_space_prefix": False})
+    assert plain.encode("abc").tokens == ["<s>", "ab", "c"]
+    bare = tokenizer_of(tmp_path, PIECES | {"tokenizer.ggml.add_bos_token": False})
+    assert bare.encode("c").tokens == ["\u2581", "c"]
+
+
+def test_what_ends_an_answer_is_what_the_file_and_its_chat_say(tmp_path):
+    tokens = {"tokenizer.ggml.tokens": ("a", "<|endoftext|>", "<|im_end|>", "<|im_end|>")}
+    said = {"tokenizer.ggml.token_type": (1, 3, 3, 1), "tokenizer.ggml.merges": ()}
+    named = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}
+    sampled = {"general.sampling.temp": 0.5, "general.sampling.top_k": 20}
+    found = describe_text(tmp_path, tokens | said | named | sampled)
+    assert found.files["generation_config.json"] == {
+        "eos_token_id": [1, 2],
+        "do_sample": True,
+        "temperature": 0.5,
+        "top_k": 20,
+    }
+    of_file = tokens | said | named | {"tokenizer.ggml.eos_token_id": 0}
+    assert describe_text(tmp_path, of_file).config["eos_token_id"] == [0, 1, 2]
+
+
+SPLIT = {  # by the expressions of the models' own tokenizer.json; Ġ is a space, Ċ a line's end
+    "gpt-2": "We|'|LL|ĠpayTen|Ġ1234|/|ĊĊĠ|Ġwe|'ll",
+    "smollm": "We|'|LL|ĠpayTen|Ġ|1|2|3|4|/|ĊĊĠ|Ġwe|'ll",
+    "llama-bpe": "We|'LL|ĠpayTen|Ġ|123|4|/ĊĊ|Ġ|Ġwe|'ll",
+    "qwen2": "We|'LL|ĠpayTen|Ġ|1|2|3|4|/ĊĊ|Ġ|Ġwe|'ll",
+    "deepseek-coder": "We|'|LL|ĠpayTen|Ġ|1|2|3|4|/|Ċ|Ċ|Ġ|Ġwe|'|ll",
+    "tekken": "We|'LL|Ġpay|Ten|Ġ|1|2|3|4|/ĊĊ|Ġ|Ġwe|'ll",
+    "gpt-4o": "We'LL|Ġpay|Ten|Ġ|123|4|/ĊĊ|Ġ|Ġwe'll",
+}
+
+
+@pytest.mark.parametrize("pre", SPLIT)
+def test_text_is_split_as_the_file_names_it(tmp_path, pre):
+    lists = {"tokenizer.ggml.tokens": ("a",), "tokenizer.ggml.merges": ()}
+    made = tokenizer_of(
+        tmp_path, {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre, **lists}
+    )
+    found = made.pre_tokenizer.pre_tokenize_str("We'LL payTen 1234/\n\n  we'll")
+    assert "|".join(word for word, _ in found) == SPLIT[pre]
