@@ -1,6 +1,7 @@
 """Trees of a draft model: the likeliest nodes, whatever is fed ahead of what is known."""
 
 import heapq
+import math
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +13,7 @@ from offload_rt.config import DraftConfig, DraftShape, SamplingConfig
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.speculative.draft_model import drafter as draft_model
 from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
-from offload_rt.speculative.growing import BRANCHES
+from offload_rt.speculative.growing import BRANCHES, GREEDY_POWER
 from offload_rt.speculative.self_draft.drafter import SelfDrafter
 
 VOCAB = 32
@@ -121,6 +122,22 @@ def test_with_passes_enough_it_is_the_likeliest_nodes_whatever_the_text_says(
         tree = drafter_for(nodes).propose(ids, depth).tree
     assert paths_of(tree) == likeliest(law, nodes, min(depth, nodes))
     assert len(paths_of(tree)) == len(tree)
+
+
+@pytest.mark.parametrize(("temperature", "power"), [(0.0, GREEDY_POWER), (1.0, 1.0)])
+def test_it_tells_how_probable_its_nodes_are(temperature, power):
+    law, told = random_law(3), SamplingConfig(temperature=temperature)
+    with drafting(law, passes=80) as drafter_for:
+        drafter = drafter_for(12)
+        drafter.begin(told, torch.Generator())
+        draft = drafter.propose([0, 1], 5)
+    for node, likely in enumerate(draft.likely):
+        path, log = tuple(draft.tree.tokens[n] for n in draft.tree.path(node)), 0.0
+        for depth, token in enumerate(path):
+            log += float(torch.log_softmax(law(path[:depth]), dim=-1)[token])
+        assert likely == pytest.approx(math.exp(power * log), rel=1e-4)
+    assert len(draft.likely) == len(draft.tree) == 12
+    assert list(draft.likely) == sorted(draft.likely, reverse=True)
 
 
 class KnownBehind(Known):

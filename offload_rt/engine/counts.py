@@ -73,7 +73,13 @@ class DraftCounts:
             self._count(len(draft.tree), len(path), max(draft.tree.depths, default=0))
             if not one.is_cut(nodes):
                 size = len(draft.tree)
-                outcome = Outcome(drafted=size, path=path, nested=draft.nested, made=draft.made)
+                outcome = Outcome(
+                    drafted=size,
+                    path=path,
+                    nested=draft.nested,
+                    made=draft.made,
+                    likely=draft.likely,
+                )
                 outcomes.append(outcome)
                 if nodes:
                     self.history.add(nodes, outcome)

@@ -6,27 +6,42 @@ tokens a second. Sizes that are not in use are judged by what is known of them:
 
 - a draft whose beginnings are drafts themselves tells how many tokens of its smaller sizes would
   have been accepted;
+- where the drafter tells how probable its nodes are, these say what each size should give, larger
+  ones too, and what was accepted says how far to believe them: of a few steps that is known far
+  better than what those happened to have accepted;
 - the seconds of one size scale those expected of the others, the more the nearer they are;
-- now and then a neighbour is tried.
+- the next larger and smaller sizes are tried at once if that should cost little, and a neighbour
+  now and then.
 
 Where several sequences take part in a pass, drafts of many make it large, and a size that pays for
 one of them may not pay for sixteen. So seconds of a pass are known by its rows, and a size is
 chosen for each number of sequences, powers of two apart; what is accepted is the same for all.
 """
 
+import math
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 
 from offload_rt.planning.yields import Outcome
 
 _MEMORY = 16  # steps an average looks back, about
 _PRIOR_WEIGHT = 2.0  # steps the plan's expectation counts for
+# How far a drafter's probabilities are to be believed changes less than what they say, and little
+# from size to size (docs/RESULTS.md, "A first run's draft size"): steps it is seen for, and that
+# what all sizes say of it counts for against one of them.
+_BELIEF_MEMORY, _BELIEF_WEIGHT = 64, 16.0
 _OUTLIER = 3.0  # a time above that many averages counts as that many: somebody else was busy
+_FIRST_OUTLIER = 1.3  # and a first one above that many times what was expected, as that many
 _WORTHWHILE = 0.03  # of the tokens of a step, which a change must gain
 _PROBE_STEPS = 3
 _FIRST_PROBE, _LAST_PROBE = 12, 96  # steps between tries; it doubles while they gain nothing
 _PROBE_COST = 0.02  # of the time since the last try, which the next one may be expected to lose
+# Steps a new size is tried for, until it had so many; and steps after which the first is, the last.
+_SCOUT_STEPS, _SCOUTED, _FIRST_SCOUT, _LAST_SCOUT = 2, 4, 3, 48
+_LONGER = 1.15  # times what is planned: then the plan may be wrong about other sizes, too
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,23 +78,51 @@ class _Average:
         self.weight = min(self.weight + 1.0, self.memory)
         self.value += (number - self.value) / self.weight
 
-    def add_time(self, seconds: float) -> None:
-        self.add(min(seconds, _OUTLIER * self.value) if self.weight else seconds)
+    def add_time(self, seconds: float, expected_s: float) -> None:
+        """Take in a time; of a first one far above what was expected the next will tell."""
+        most = _OUTLIER * self.value if self.weight else _FIRST_OUTLIER * expected_s
+        self.add(min(seconds, most))
 
     def known_or(self, prior: float) -> float:
         return self.value if self.weight else prior
 
-    def with_prior(self, prior: float) -> float:
-        whole = self.weight + _PRIOR_WEIGHT
-        return (self.weight * self.value + _PRIOR_WEIGHT * prior) / whole
+    def with_prior(self, prior: float, steps: float = _PRIOR_WEIGHT) -> float:
+        whole = self.weight + steps
+        return (self.weight * self.value + steps * prior) / whole
+
+
+@dataclass(slots=True)
+class _Belief:
+    """How many of the tokens that drafters held probable were accepted."""
+
+    accepted: _Average = field(default_factory=lambda: _Average(memory=_BELIEF_MEMORY))
+    likely: _Average = field(default_factory=lambda: _Average(memory=_BELIEF_MEMORY))
+
+    def add(self, accepted: int, likely: float) -> None:
+        self.accepted.add(accepted)
+        self.likely.add(likely)
+
+    def share(self, prior: float, steps: float) -> float:
+        likely = self.likely.value
+        return self.accepted.with_prior(prior * likely, steps) / likely if likely else prior
 
 
 @dataclass(slots=True)
 class _Seen:
-    """What was seen of one size: tokens of a draft, and seconds to make one."""
+    """What was seen of one size.
+
+    Attributes:
+        accepted: tokens of a draft.
+        draft_s: seconds to make one.
+        likely: accepted tokens that nodes beyond the next smaller size should add, by what the
+            drafter holds probable.
+        belief: how far that is so of drafts of this size.
+    """
 
     accepted: _Average = field(default_factory=_Average)
     draft_s: _Average = field(default_factory=_Average)
+    likely: _Average = field(default_factory=_Average)
+    belief: _Belief = field(default_factory=_Belief)
 
 
 @dataclass(slots=True)
@@ -92,6 +135,10 @@ class _Choice:
         interval: steps between tries; `until_probe` of them are left.
         since_probe_s: time since the last try.
         tries: so far.
+        steps: so far, and the time of them.
+        tried: steps of each size.
+        scouts: the probe is a new size.
+        scout_s: time that trying those has lost.
     """
 
     current: int
@@ -100,6 +147,11 @@ class _Choice:
     until_probe: int = _FIRST_PROBE
     since_probe_s: float = 0.0
     tries: int = 0
+    steps: int = 0
+    steps_s: float = 0.0
+    tried: Counter[int] = field(default_factory=Counter)
+    scouts: bool = False
+    scout_s: float = 0.0
 
     @property
     def nodes(self) -> int:
@@ -131,6 +183,7 @@ class Controller:
         self._outlooks = {outlook.nodes: outlook for outlook in outlooks}
         self._sizes, self._sequences = list(self._outlooks), sequences
         self._seen = {size: _Seen() for size in self._sizes}
+        self._belief = _Belief()
         self._hits = _Average(memory=4 * _MEMORY)  # all or nothing, so it takes more of them
         self._draft_scale = _Average()
         planned = {1 + one.nodes: one.pass_s for one in alone if 1 + one.nodes < sequences}
@@ -208,19 +261,24 @@ class Controller:
         drafts = [outcome for outcome in outcomes if outcome.drafted]
         if rows is None:
             rows = sum(1 + outcome.drafted for outcome in outcomes)
-        self._pass_s[self._point(rows)].add_time(pass_s)
+        point = self._point(rows)
+        self._pass_s[point].add_time(pass_s, self._pass_prior_s(point))
         if asked:
             self._hits.add(len(drafts) / max(1, len(outcomes)))
         for outcome in drafts:
             self._count(asked, outcome)
         if drafts and not self._rested:  # after a rest the drafter reads what it has missed
             size, each_s = self._size(asked), draft_s / running
-            self._seen[size].draft_s.add_time(each_s)
-            if (expected_s := self._draft_prior_s(size)) > 0.0:
-                self._draft_scale.add_time(each_s / expected_s)
+            expected_s = self._draft_prior_s(size)
+            scale = self._draft_scale.known_or(each_s / expected_s if expected_s else 1.0)
+            self._seen[size].draft_s.add_time(each_s, scale * expected_s or each_s)
+            if expected_s > 0.0:
+                self._draft_scale.add_time(each_s / expected_s, each_s / expected_s)
         self._rested = not asked
         choice = self._choice(running)
         choice.since_probe_s += draft_s + pass_s
+        choice.steps, choice.steps_s = choice.steps + 1, choice.steps_s + draft_s + pass_s
+        choice.tried[asked] += 1
         self._choose(choice, running)
 
     def _group(self, running: int) -> int:
@@ -259,14 +317,60 @@ class Controller:
         return self._outlooks[size].draft_s / self._sequences
 
     def _count(self, asked: int, outcome: Outcome) -> None:
-        for size in self._sizes[1:]:
-            if size == asked or (outcome.nested and size < asked):
-                self._seen[size].accepted.add(sum(node < size for node in outcome.path))
+        likely, smaller = outcome.likely if outcome.nested else (), 0
+        counted = [s for s in self._sizes[1:] if s == asked or (outcome.nested and s < asked)]
+        for size in counted:
+            seen, accepted = self._seen[size], sum(node < size for node in outcome.path)
+            seen.accepted.add(accepted)
+            if likely:
+                seen.likely.add(sum(likely[smaller:size]))
+            if self._tells:  # where this draft does not, its size is believed more, or less
+                told = sum(likely[:size]) if likely else self._likely(size)
+                seen.belief.add(accepted, told)
+            smaller = size
+        if self._tells:
+            self._belief.add(len(outcome.path), sum(likely) or self._likely(asked))
+
+    @property
+    def _tells(self) -> bool:
+        """Whether it was ever told how probable nodes are."""
+        return any(seen.likely.weight for seen in self._seen.values())
 
     def _accepted(self, size: int) -> float:
         """Accepted tokens of a draft of that size: seen, or what the nearest seen size tells."""
         if not size:
             return 0.0
+        prior = self._outlooks[size].tokens - 1.0
+        if not self._tells:
+            return self._accepted_alone(size)
+        belief = self._belief.share(1.0, _PRIOR_WEIGHT)
+        belief = self._seen[size].belief.share(belief, _BELIEF_WEIGHT)
+        told = belief * self._likely(size)
+        return _Average(told, self._belief.likely.weight).with_prior(prior)
+
+    def _likely(self, size: int) -> float:
+        """Tokens that a draft of that size should have accepted, by its nodes' probabilities.
+
+        Nodes beyond all that were seen should add as much as those before them did, by what the
+        plan expects of both.
+        """
+        total = expected = ratio = 0.0
+        for each in self._sizes[1:]:
+            adds = self._outlooks[each].tokens - 1.0 - expected
+            expected += adds
+            likely = self._seen[each].likely
+            if likely.weight:
+                gain = likely.with_prior(ratio * adds, _PRIOR_WEIGHT if ratio else 0.0)
+            else:
+                gain = ratio * adds
+            total += gain
+            ratio = gain / adds if adds > 0.0 else ratio
+            if each == size:
+                break
+        return total
+
+    def _accepted_alone(self, size: int) -> float:
+        """The same where nothing tells how probable nodes are."""
         prior = self._outlooks[size].tokens - 1.0
         own = self._seen[size].accepted
         known = [s for s in self._sizes[1:] if self._seen[s].accepted.weight > own.weight]
@@ -289,7 +393,10 @@ class Controller:
         best = max(self._sizes, key=gain)
         if gain(best) > gain(choice.current) + _WORTHWHILE * expected[best].tokens:
             choice.current, choice.interval = best, _FIRST_PROBE
-            choice.probe, choice.until_probe = None, _FIRST_PROBE
+            choice.probe, choice.scouts, choice.until_probe = None, False, _FIRST_PROBE
+            return
+        if choice.probe is None and (scout := self._scout(choice, expected, running)) is not None:
+            choice.probe, choice.scouts, choice.until_probe = scout, True, _SCOUT_STEPS
             return
         choice.until_probe -= 1
         if choice.until_probe > 0:
@@ -303,10 +410,37 @@ class Controller:
             ):
                 choice.probe = probe
                 choice.tries, choice.until_probe = choice.tries + 1, _PROBE_STEPS
+        elif choice.scouts:
+            lost_s = _loss_s(expected[choice.probe], expected[choice.current], _SCOUT_STEPS)
+            choice.scout_s += max(0.0, lost_s)
+            choice.probe, choice.scouts, choice.until_probe = None, False, choice.interval
         else:
             choice.probe, choice.since_probe_s = None, 0.0
             choice.interval = min(2 * choice.interval, _LAST_PROBE)
             choice.until_probe = choice.interval
+
+    def _scout(
+        self, choice: _Choice, expected: Mapping[int, StepOutlook], running: int
+    ) -> int | None:
+        """A size that was hardly tried, if that should lose little: a larger, or else a smaller.
+
+        A smaller one where passes take longer than planned. It may be rows that do, or what passes
+        share; its own, not measured yet, is taken to be in the middle of both.
+        """
+        if not _FIRST_SCOUT <= choice.steps <= _LAST_SCOUT:
+            return None
+        above = (s for s in self._sizes if s > choice.current and choice.tried[s] < _SCOUTED)
+        below = [s for s in self._sizes[1:] if s < choice.current][-1:]
+        for size in [*islice(above, 1), *(s for s in below if not choice.tried[s])]:
+            step, planned_s = expected[size], self._expected_s[self._point(running * (1 + size))]
+            if size < choice.current:
+                if step.pass_s < _LONGER * planned_s:
+                    continue
+                step = replace(step, pass_s=math.sqrt(step.pass_s * planned_s))
+            loss_s = _loss_s(step, expected[choice.current], _SCOUT_STEPS)
+            if choice.scout_s + loss_s <= _PROBE_COST * choice.steps_s:
+                return size
+        return None
 
     def _rate(self, drafting: StepOutlook, plain: StepOutlook) -> float:
         """Tokens a second when a draft is found as often as it was."""
@@ -328,9 +462,9 @@ class Controller:
         return next((size for size in self._sizes if size >= nodes), self._sizes[-1])
 
 
-def _loss_s(probe: StepOutlook, current: StepOutlook) -> float:
+def _loss_s(probe: StepOutlook, current: StepOutlook, steps: int = _PROBE_STEPS) -> float:
     """Time that trying a size is expected to lose against the one in use."""
-    return _PROBE_STEPS * probe.tokens * (probe.s_per_token - current.s_per_token)
+    return steps * probe.tokens * (probe.s_per_token - current.s_per_token)
 
 
 def _between(planned: Mapping[int, float], rows: int) -> float:

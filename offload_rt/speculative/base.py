@@ -20,12 +20,14 @@ class Draft:
             earlier siblings taken out; None when the tokens were not drawn but chosen.
         nested: the first m nodes are what would have been proposed with m as limit, or nearly so.
         made: of the passes a draft model may make for a tree of that size, the share it did make.
+        likely: of each node the probability of its path by the drafter; empty: it does not tell.
     """
 
     tree: TokenTree = TokenTree()
     probs: torch.Tensor | None = None
     nested: bool = True
     made: float | None = None
+    likely: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,9 +49,9 @@ class DraftModelDrafter(GrowingDrafter):
         if not config.as_tree:
             return self._recorded_chain(ids, depth) or self._chain(self._catch_up(ids), depth)
         logits = self._catch_up(ids)
-        tree, passes = self._grower.grow(logits, ids, depth, config, root_pends=False)
+        draft = self._grower.grow(logits, ids, depth, config, root_pends=False)
         self._cache.commit(())
-        return Draft(tree, made=(1 + passes) / config.tree_passes)
+        return draft
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows that were not accepted are forgotten by `_catch_up`."""

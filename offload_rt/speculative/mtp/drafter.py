@@ -94,8 +94,7 @@ class MtpDrafter(GrowingDrafter):
             return Draft()
         try:
             if config.as_tree:
-                tree, passes = self._grower.grow(logits, ids, depth, config, root_pends=False)
-                return Draft(tree, made=(1 + passes) / config.tree_passes)
+                return self._grower.grow(logits, ids, depth, config, root_pends=False)
             return draw_chain(
                 self._module, logits, depth, self._sampling, self._generator, self._feed_next
             )

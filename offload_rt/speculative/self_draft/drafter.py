@@ -61,10 +61,9 @@ class SelfDrafter(GrowingDrafter):
             logits = self._model.draft_logits(Rows.draft(self._cache, ids[-1], TokenTree()))
             if not config.as_tree:
                 return self._chain(logits, depth)
-            tree, passes = self._grower.grow(
+            return self._grower.grow(
                 logits, ids, depth, config, root_pends=True, least_gain=self._least_gain
             )
-            return Draft(tree, made=(1 + passes) / config.tree_passes)
         finally:
             self._cache.truncate(self._cache.length)
 
