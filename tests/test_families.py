@@ -1,8 +1,12 @@
-"""Law 2: equal to transformers, for every family we claim, streamed and prefilled in chunks."""
+"""Law 2: equal to transformers, for every family we claim, streamed and prefilled in chunks.
+
+And the same bits where its layers are on two nodes.
+"""
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from nodes_double import nodes_engine
 
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.kinds import Packing
@@ -59,6 +63,14 @@ FAMILIES = {
     "hunyuan": ("hunyuan_v1_dense", HEAD),
     "seed_oss": ("seed_oss", HEAD),
     "apertus": ("apertus", rope("linear", factor=2.0)),
+    "beam": (
+        "beam",
+        HEAD
+        | WINDOW
+        | {"layer_types": ["full_attention", "sliding_attention"] * 2}
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"n_group": 1, "topk_group": 1},
+    ),
     "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen3_moe": (
         "qwen3_moe",
@@ -81,7 +93,7 @@ def family(request, make_tiny):
     return make_tiny(model_type, **(IDS | config))
 
 
-def test_logits_and_tokens_equal_transformers(family):
+def test_logits_and_tokens_equal_transformers_and_those_of_two_nodes(family):
     reference = reference_model(family)
     with engine_for(family, resident_layers=1, slots=2) as engine, torch.no_grad():
         assert engine.placement.streamed == (0, 1, 3)
@@ -94,6 +106,8 @@ def test_logits_and_tokens_equal_transformers(family):
             torch.tensor([PROMPT]), max_new_tokens=12, do_sample=False, eos_token_id=None
         )
     assert answer == [expected[0, len(PROMPT) :].tolist()]
+    with nodes_engine(family, 2, resident_layers=1) as engine:
+        assert torch.equal(all_logits(engine, steps=3), ours)
 
 
 def test_planned_kv_bytes_are_the_networks(family):

@@ -10,100 +10,42 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
 
 import pytest
 import torch
-from engines import PROMPT, ROOMY, all_logits, engine_for, generate
+from engines import PROMPT, all_logits, engine_for, generate
 from forks import PROGRAM, Forked
+from hybrids import HYBRIDS
+from mtp_models import of_the_token, write_mtp
+from nodes_double import nodes_engine
+from test_medusa import knowing_heads
+from transformers.models.llama import modeling_llama
 
 from offload_rt.config import (
     DraftConfig,
     DraftShape,
     Exact,
+    GenerationConfig,
     HomeKind,
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.device.opening import open_device
-from offload_rt.engine import NO_DRAFT, Engine
+from offload_rt.engine import Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
-from offload_rt.errors import ConfigError, PlanError
+from offload_rt.errors import CheckpointError, ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.network import Network
-from offload_rt.nodes.crossing import Lead, Member
 from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.roster import Node, Roster, read_roster
-from offload_rt.nodes.stage import work
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LIMIT_S = 90
 
 
-@contextmanager
-def others(folder, count, **config):
-    """Nodes 1 to count - 1 as threads of this process; the lead of them."""
-    members, threads = [], []
-    for number in range(1, count):
-        mine, theirs = socket.socketpair(socket.AF_UNIX)
-        device = open_device(RuntimeConfig(device="cpu", **config))
-        arguments = (Line(theirs, "node 0"), open_checkpoint(folder), device)
-        threads.append(threading.Thread(target=work, args=arguments))
-        threads[-1].start()
-        line = Line(mine, f"n{number}")
-        line.works(True)
-        members.append(Member(line=line, device_bytes=ROOMY, host_bytes=ROOMY))
-    lead = Lead(members, Roster(nodes=tuple(Node(name=f"n{i}") for i in range(count))))
-    try:
-        yield lead
-    finally:
-        lead.end()
-        for thread in threads:
-            thread.join(20)
-            assert not thread.is_alive()
-
-
-@contextmanager
-def nodes_engine(
-    folder, count, *, prompts=(PROMPT,), tokens=16, kv_tokens=None, draft=NO_DRAFT, **config
-):
-    config = {"device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5, "exact": Exact.OFF} | config
-    names = tuple(f"n{i}" for i in range(count)) if count > 1 else ()
-    with others(folder, count) as lead:
-        runtime = RuntimeConfig(**config, device=",".join(["cpu"] * count), machines=names)
-        with Engine(
-            open_checkpoint(folder),
-            runtime,
-            capacities=[len(p) + tokens for p in prompts],
-            prompt_tokens=sum(len(p) for p in prompts),
-            kv_tokens=kv_tokens,
-            draft=draft,
-            nodes=lead if names else None,
-        ) as engine:
-            yield engine
-
-
 @pytest.fixture(scope="module")
 def folder(make_tiny):
     return make_tiny("llama", num_hidden_layers=6, tie_word_embeddings=True, **IDS)
-
-
-@pytest.fixture(autouse=True)
-def one_network_at_a_time(monkeypatch):
-    """Nodes are processes; as threads they must not build modules together: that patches torch."""
-    lock = threading.RLock()
-
-    def locked(work):
-        def alone(*args, **options):
-            with lock:
-                return work(*args, **options)
-
-        return alone
-
-    for name in ("__init__", "attach"):
-        monkeypatch.setattr(Network, name, locked(getattr(Network, name)))
 
 
 def answers(engine, prompts=(PROMPT,), **sampling):
@@ -130,13 +72,27 @@ def test_logits_over_nodes_are_those_of_one_process(folder, count, config):
         assert torch.equal(all_logits(engine), expected)
 
 
-@pytest.mark.parametrize("family", ["gemma2"])  # scaled embeddings, other norms
-def test_other_families_over_nodes(make_tiny, family):
-    folder = make_tiny(family, num_hidden_layers=4, **IDS)
+def test_a_family_with_states_is_refused(make_tiny):
+    folder = make_tiny(HYBRIDS["lfm2"][0], **(IDS | HYBRIDS["lfm2"][1]))
+    said = "--nodes: layers of .* keep recurrent states"
+    with pytest.raises(ConfigError, match=said), nodes_engine(folder, 2):
+        pass
+
+
+def test_a_family_whose_layers_read_what_tokens_make_is_refused(make_tiny, monkeypatch):
+    folder = make_tiny("llama", rms_norm_eps=0.03125, **IDS)  # of other modules than probed before
+    rotary = modeling_llama.LlamaRotaryEmbedding.forward
+
+    def by_rows(self, rows, position_ids):
+        cos, sin = rotary(self, rows, position_ids)
+        return cos * rows[..., :1].tanh(), sin
+
+    monkeypatch.setattr(modeling_llama.LlamaRotaryEmbedding, "forward", by_rows)
     with engine_for(folder, resident_layers=1) as engine:
-        expected = all_logits(engine)
-    with nodes_engine(folder, 2, resident_layers=1) as engine:
-        assert torch.equal(all_logits(engine), expected)
+        assert all_logits(engine).isfinite().all()
+    said = "--nodes: layers of llama models run on one device only, as layer 0 reads, beside its"
+    with pytest.raises(CheckpointError, match=said), nodes_engine(folder, 2, resident_layers=1):
+        pass
 
 
 @pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
@@ -155,6 +111,34 @@ def test_drafts_over_nodes_change_no_token_and_memory_keeps_to_each_plan(folder,
             assert 0 < sum(holds.ledger.values()) <= share.device_bytes
         total = sum(own.link_bytes for own in engine.memory().devices)
         assert engine.counters().bytes_copied == total
+
+
+def steps_and_answers(engine):
+    run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=16))
+    run.prefill()
+    steps = 0
+    while run.active:
+        run.step()
+        steps += 1
+    return steps, [sequence.emitted for sequence in run.sequences]
+
+
+@pytest.mark.parametrize("kind", ["mtp", "medusa"])
+def test_drafters_that_read_hidden_states_do_so_over_nodes(folder, tmp_path, kind):
+    if kind == "mtp":
+        folder = write_mtp(tmp_path, change=of_the_token, num_hidden_layers=6)
+        draft = DraftConfig(draft="mtp", draft_tokens=4)
+    else:
+        with engine_for(folder, resident_layers=1) as engine:
+            known = generate(engine, [PROMPT])
+        heads = knowing_heads(tmp_path / "heads", folder, [PROMPT], known)
+        draft = DraftConfig(draft=f"medusa:{heads}", draft_tokens=4)
+    with engine_for(folder, resident_layers=1, draft=draft) as engine:
+        expected = steps_and_answers(engine)
+    with nodes_engine(folder, 3, resident_layers=1, draft=draft) as engine:
+        found = steps_and_answers(engine)
+    assert found == expected
+    assert found[0] <= 6  # they are right: states of the right rows come home
 
 
 def test_sequences_come_and_go_and_share_memory_on_every_node(folder):

@@ -165,6 +165,7 @@ class Engine:
             apart = self.placement.expert_slots > 0
             self.network = Network(checkpoint, config.dtype, packing, experts_apart=apart)
             self._check_kv()
+            self._check_apart()
             self.exact = self._exactness(needed=repeats)
             self.network.exact = self.exact.on
             # First, as rounding takes memory for a moment that the target's layers fill later.
@@ -734,6 +735,19 @@ class Engine:
         if found:
             return Exactness(why=found)
         return Exactness(rows=ROW_TILE, key_block=PIECE, prompt=True)
+
+    def _check_apart(self) -> None:
+        """See that layers can be where they are to be.
+
+        Raises:
+            CheckpointError: they are on several devices, and read more than their rows.
+        """
+        if len(self.config.device_names) > 1 and self.network.apart:
+            option = "--nodes" if self.config.machines else f"--device {self.config.device}"
+            raise CheckpointError(
+                f"{option}: layers of {self.checkpoint.config.model_type} models run on one device "
+                f"only, as {self.network.apart}: name one"
+            )
 
     def _check_kv(self) -> None:
         """See that the plan counted what the network keeps per token.

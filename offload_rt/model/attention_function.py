@@ -28,6 +28,16 @@ _KNOWN_OPTIONS = frozenset(
 )
 
 
+def row_axis(shape: Sequence[int], rows: int) -> int:
+    """Where a tensor that layers are given has one entry per row: [1, S, ...] or [1, 1, S, ...].
+
+    0 where it has none. Only such tensors are cut with the rows of a pass.
+    """
+    if len(shape) > 1 and shape[1] == rows:
+        return 1
+    return 2 if len(shape) > 2 and (*shape[:3],) == (1, 1, rows) else 0
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """Consecutive rows of the packed batch that belong to one sequence.

@@ -28,7 +28,10 @@ from offload_rt.model.sparing import is_spared
 
 _FITS, _LOOKS = "fits.json", "looks.json"
 _MOST_ENTRIES = 64
-_OURS = ("probe", "probe_states", "mixing", "attention_function", "experts", "fits", "exact")
+_OURS = (
+    *("probe", "probe_flow", "probe_states"),
+    *("mixing", "attention_function", "experts", "fits", "exact"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,12 +44,14 @@ class Fit:
             of them a row is sent.
         mixers: what has a state.
         in_tuples: layers return their rows in a tuple of that length; 0: alone.
+        apart: why layers cannot be on several devices; empty if they can.
     """
 
     kv: tuple[KVShape, ...]
     experts: Mapping[str, int]
     mixers: tuple[Mixer, ...] = ()
     in_tuples: int = 0
+    apart: str = ""
 
 
 def fit_key(config: ModelConfig, dtype: torch.dtype) -> str:
@@ -111,4 +116,5 @@ def _parsed(raw: Any) -> Fit:  # noqa: ANN401
         {str(name): int(count) for name, count in raw["experts"].items()},
         tuple(Mixer(**mixer) for mixer in raw["mixers"]),
         int(raw["in_tuples"]),
+        str(raw["apart"]),
     )

@@ -33,6 +33,7 @@ from offload_rt.model.attention_function import (
     CONTEXT_KEYWORD,
     PassContext,
     Segment,
+    row_axis,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exact import Looks, Regular, looks_of, make_exact, products_problem
@@ -134,6 +135,7 @@ class Network:
         base: the image of what is in no layer (embedding, final norm, head).
         kv_shapes: cache sizes of each layer; `NO_KV` of one that does not attend.
         mixers: what has a recurrent state.
+        apart: why layers cannot be on several devices; empty if they can.
         sorts_on_host: rows are sorted by expert on the host, if there are experts (`experts.py`).
         dtype: number format of the computation.
         kept: layers that have their weights for good.
@@ -205,6 +207,7 @@ class Network:
         self._lenders: Mapping[int, ExpertLender] = {}
         fit = probe(self._model, layers, checkpoint.config)
         self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
+        self.apart = fit.apart
         self.sorts_on_host = False
         self._mixtures = tuple(fit.experts)
         self._mixing = [self._model.get_submodule(mixer.path) for mixer in fit.mixers]
@@ -965,7 +968,7 @@ def _bind(holes: Sequence[_Hole], image: DeviceBuffer) -> list[tuple[_Hole, torc
 
 
 def _rows_of(value: object, *, rows: int, part: slice | torch.Tensor) -> object:
-    """Cut a tensor that has one entry per row, [1, S, ...]; leave everything else."""
-    if isinstance(value, torch.Tensor) and value.dim() >= 2 and value.shape[1] == rows:
-        return value[:, part]
-    return value
+    """Cut a tensor that has one entry per row; leave everything else."""
+    if not isinstance(value, torch.Tensor) or not (at := row_axis(value.shape, rows)):
+        return value
+    return value[:, part] if at == 1 else value[:, :, part]

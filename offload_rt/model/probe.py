@@ -5,7 +5,8 @@ The pass computes shapes only, on meta tensors. It must show that
 - each decoder layer is called once with a hidden state,
 - a layer that attends does so once through our function, with options we know, under a mask our
   caches apply,
-- the output head heeds which rows are wanted.
+- the output head heeds which rows are wanted,
+- a layer reads nothing of the pass but its rows and what positions make of them (`probe_flow.py`).
 
 Some layers may have a recurrent state instead, or besides, or neither: `probe_states.py`.
 It also shows which modules have their experts computed by a function of ours.
@@ -15,8 +16,8 @@ No list of names decides.
 
 import re
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from offload_rt.model.experts import PROBE_NAME, Calls
 from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS, PreTrainedModel, masking_utils
+from offload_rt.model.probe_flow import PLACES, TOKENS, Reads
 from offload_rt.model.probe_states import AskedStates, probe_mixers
 from offload_rt.model.sparing import import_compiler, is_spared
 
@@ -119,22 +121,32 @@ def run_on_shapes(model: torch.nn.Module) -> None:
 def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
     cache, experts = _Shapes(), Calls()
     states = AskedStates(PassContext([Segment(cache, PROBE_TOKENS)], strict=True))
-    calls: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    results: list[object] = []
-    handles = []
-    for layer in layers:
+    reads, results = Reads(PROBE_TOKENS, len(layers)), list[object]()
+    calls, handles = 0, []
+
+    def enter(layer: int, args: tuple[object, ...], options: dict[str, object]) -> tuple[Any, Any]:
+        nonlocal calls
+        calls += 1
+        return reads.enter(layer, _rows_given(args, options), options)
+
+    def leave(result: object) -> None:
+        reads.leave()
+        results.append(result)
+
+    for index, layer in enumerate(layers):
         handles += [
             layer.register_forward_pre_hook(
-                lambda _, args, options: calls.append((args, options)), with_kwargs=True
+                lambda _, args, options, index=index: enter(index, args, options), with_kwargs=True
             ),
-            layer.register_forward_hook(lambda *hooked: results.append(hooked[2])),
+            layer.register_forward_hook(lambda *hooked: leave(hooked[2])),
         ]
     try:
-        logits = _meta_pass(model, experts, states)
+        logits = _meta_pass(model, experts, states, reads)
     finally:
         for handle in handles:
             handle.remove()
-    _check_calls(calls, len(layers))
+    if calls != len(layers):
+        raise CheckpointError(f"a pass runs {calls} decoder layers instead of {len(layers)}")
     if logits.shape[:2] != (1, 1):
         raise CheckpointError("their output head ignores which rows are wanted")
     attending = f"{len(cache.shapes)} of {len(layers)} layers use a KV cache"
@@ -150,6 +162,7 @@ def _probed(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> Fit:
         {names[module]: count for module, count in experts.per_token.items()},
         mixers,
         _in_tuples(results),
+        reads.apart,
     )
 
 
@@ -165,10 +178,16 @@ def _in_tuples(results: Sequence[object]) -> int:
     return found.pop()
 
 
-def _meta_pass(model: torch.nn.Module, calls: Calls, states: PassStates) -> torch.Tensor:
+def _meta_pass(
+    model: torch.nn.Module, calls: Calls, states: PassStates, reads: Reads | None = None
+) -> torch.Tensor:
     """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
     import_compiler()
-    ids = torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta")
+    ids, places = (torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta") for _ in range(2))
+    wanted = torch.zeros(1, dtype=torch.int64, device="meta")
+    if reads is not None:
+        reads.mark(ids, TOKENS)
+        reads.mark(places, PLACES)
     buffers = [(module, dict(module._buffers)) for module in model.modules()]
     model.to("meta")
     config = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -177,12 +196,12 @@ def _meta_pass(model: torch.nn.Module, calls: Calls, states: PassStates) -> torc
         ALL_EXPERTS_FUNCTIONS.register(PROBE_NAME, calls)
         model.set_experts_implementation(PROBE_NAME)  # type: ignore[operator]
     try:
-        with torch.no_grad(), _marked_masks(model):
+        with torch.no_grad(), _marked_masks(model), reads or nullcontext():
             output = model(
                 input_ids=ids,
-                position_ids=ids,
+                position_ids=places,
                 use_cache=False,
-                logits_to_keep=ids[0, :1],
+                logits_to_keep=wanted,
                 **{CONTEXT_KEYWORD: states.context, STATES_KEYWORD: states},
             )
     except CheckpointError:
@@ -247,12 +266,11 @@ def _mark(name: str, *args: object, **options: object) -> MaskKind | None:
     return _MASK_KINDS.get(name)
 
 
-def _check_calls(calls: list[tuple[tuple[object, ...], dict[str, object]]], layers: int) -> None:
-    if len(calls) != layers:
-        raise CheckpointError(f"a pass runs {len(calls)} decoder layers instead of {layers}")
-    for args, options in calls:
-        hidden = args[0] if len(args) == 1 else None
-        if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != (1, PROBE_TOKENS):
-            raise CheckpointError("their decoder layers are not called with a hidden state alone")
-        if CONTEXT_KEYWORD not in options:
-            raise CheckpointError("they do not pass keywords on to their decoder layers")
+def _rows_given(args: tuple[object, ...], options: Mapping[str, object]) -> torch.Tensor:
+    """The hidden state that a layer is called with."""
+    hidden = args[0] if len(args) == 1 else None
+    if not isinstance(hidden, torch.Tensor) or hidden.shape[:2] != (1, PROBE_TOKENS):
+        raise CheckpointError("their decoder layers are not called with a hidden state alone")
+    if CONTEXT_KEYWORD not in options:
+        raise CheckpointError("they do not pass keywords on to their decoder layers")
+    return hidden

@@ -9,13 +9,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.states import LayerState
 from offload_rt.model.attention_function import PassContext
 from offload_rt.model.mixing import Mixer, PassStates
+from offload_rt.model.probe_flow import Flow
 
 _ROWS = "hidden_states"  # by which keyword a module is given its rows
 
@@ -107,41 +106,6 @@ class _Given(AskedStates):
 Source = tuple[int, str, int]  # a state: layer, kind and number
 
 
-class _Flow(TorchDispatchMode):
-    """Follows what tensors bear on, through every operation; views are one with what they view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._sources: dict[int, set[Source]] = {}
-        self._alive: list[torch.Tensor] = []  # so that no number is given twice
-
-    def mark(self, tensor: torch.Tensor, sources: set[Source]) -> None:
-        """Let a tensor depend on these, too."""
-        self._alive.append(tensor)
-        self._sources.setdefault(tensor.untyped_storage()._cdata, set()).update(sources)
-
-    def of(self, tensor: torch.Tensor) -> set[Source]:
-        """What a tensor depends on."""
-        return self._sources.get(tensor.untyped_storage()._cdata, set())
-
-    def __torch_dispatch__(
-        self,
-        func: Any,  # noqa: ANN401 - an operator
-        types: object,
-        args: tuple[object, ...] = (),
-        kwargs: dict[str, object] | None = None,
-    ) -> object:
-        """Run an operator; what it makes, or writes to, depends on all it is given."""
-        out = func(*args, **(kwargs or {}))
-        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
-        if found := set[Source]().union(*map(self.of, given)):
-            written = args[:1] if func._schema.is_mutable else ()
-            for tensor in tree_leaves((out, written)):
-                if isinstance(tensor, torch.Tensor):
-                    self.mark(tensor, found)
-        return out
-
-
 def probe_mixers(
     model: torch.nn.Module,
     context: PassContext,
@@ -160,7 +124,7 @@ def probe_mixers(
         CheckpointError: a layer has several such modules, or one is given more than rows, or
             overlooks a state it is given.
     """
-    states, flow = _Given(context, made), _Flow()
+    states, flow = _Given(context, made), Flow()
     results: dict[torch.nn.Module, object] = {}
 
     def enter(module: torch.nn.Module, args: tuple[object, ...], options: dict[str, Any]) -> None:
@@ -193,17 +157,17 @@ def probe_mixers(
     return tuple(mixers)
 
 
-def _marked(flow: _Flow, layer: int, state: LayerState) -> set[Source]:
+def _marked(flow: Flow, layer: int, state: LayerState) -> set[Source]:
     """Follow the tensors of a state."""
     sources = set()
     for kind, tensors in (("convolution", state.conv), ("recurrence", state.recurrent)):
         for index, tensor in tensors.items():
-            flow.mark(tensor, {(layer, kind, index)})
+            flow.mark(tensor, (layer, kind, index))
             sources.add((layer, kind, index))
     return sources
 
 
-def _check_result(layer: int, result: object, flow: _Flow, sources: set[Source]) -> None:
+def _check_result(layer: int, result: object, flow: Flow, sources: set[Source]) -> None:
     """See that what a module made of rows depends on all of its state."""
     if not isinstance(result, torch.Tensor):
         raise CheckpointError("their layers with a state return more than rows")
