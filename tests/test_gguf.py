@@ -29,9 +29,11 @@ from hypothesis import strategies as st
 
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind
 from offload_rt.errors import CheckpointError
+from offload_rt.kernels.products import problem
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.direct import direct_for
 from offload_rt.model.formats.methods import BLOCKS, Form
-from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored
+from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored, multiplies
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.gguf.container import read_gguf
 from offload_rt.model.gguf.tokenizer import describe_text
@@ -75,6 +77,25 @@ def test_blocks_are_what_the_formula_says(monkeypatch, form):
             assert torch.equal(brought(form, data, 512, dtype), expected.to(dtype)), dtype
             turned = brought(form, paired(data, 3), 512, dtype, heads=3)
             assert torch.equal(turned, expected.to(dtype)), dtype
+
+
+@pytest.mark.parametrize(
+    ("form", "heads"), [*((form, 0) for form in BLOCKS), (Form.Q8_0, 2), (Form.Q6_K, 2)]
+)
+def test_products_with_blocks_as_they_lie_have_torchs_bits(form, heads):
+    """Of one row and of several; rows of the weight in order and in pairs."""
+    if problem() or not multiplies(stored_of(form, 128, 512, heads), "bfloat16"):
+        pytest.skip(f"no kernels here: {problem()}")
+    data = torch.from_numpy(random_blocks(form, 128, 512, np.random.default_rng(4)))
+    stored = stored_of(form, 128, 512, heads)
+    product = direct_for(stored, torch.bfloat16, data.device, exact=False, in_order=False)
+    weight = brought(form, data.numpy(), 512, torch.bfloat16, heads)
+    bias = torch.linspace(-1, 1, 128).to(torch.bfloat16)
+    for count in (1, 2, 7):
+        rows = torch.randn(count, 512, generator=torch.Generator().manual_seed(count))
+        rows = rows.to(torch.bfloat16)
+        expected = torch.nn.functional.linear(rows, weight, bias)
+        assert torch.equal(product(rows, {"weight": data}, bias), expected), count
 
 
 @pytest.mark.parametrize("form", BLOCKS)
@@ -124,12 +145,14 @@ def files(make_tiny, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("family", RUNS)
-def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family):
+@pytest.mark.parametrize(
+    ("family", "dtype"), [*((family, "float32") for family in RUNS), ("llama", "bfloat16")]
+)
+def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family, dtype):
     """L2 and L3: wherever the weights are, and as transformers computes it."""
     path, plain = files(family)
     folder = resolve_model(str(path))
-    options = {"dtype": "float32", "resident_layers": 0}
+    options = {"dtype": dtype, "resident_layers": 0}
     with engine_for(plain, **options) as engine:
         expected, answer = all_logits(engine), generate(engine)
     for placed in ({"slots": 1}, {"resident_layers": 1, "home": HomeKind.HOST}):
@@ -141,6 +164,8 @@ def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family):
                 assert engine.bytes_per_pass == sum(map(stored.layer_bytes, range(2)))
             memory = engine.memory()
             assert memory.device_peak_bytes <= memory.device_planned_bytes
+    if dtype == "bfloat16":
+        return
     with torch.inference_mode():
         theirs = reference_model(plain)(torch.tensor([PROMPT])).logits[:, -1]
     assert torch.allclose(expected[:1], theirs, rtol=1e-4, atol=2e-3)

@@ -1,6 +1,6 @@
 """LLVM's language written piece by piece: numbered values, loops, and bf16 in registers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 LANES = 16  # 32-bit numbers in a register
@@ -158,3 +158,21 @@ class Code:
         wide = f"<{LANES} x {kind}>"
         first = self.let(f"insertelement {wide} poison, {kind} {number}, i32 0")
         return self.let(f"shufflevector {wide} {first}, {wide} poison, {_WHOLE} zeroinitializer")
+
+
+def turned(code: Code, rows: Sequence[str]) -> list[str]:
+    """The columns of 16 vectors of 16."""
+    for _ in range(4):  # each pair of vectors is merged lane by lane; after four times they lie so
+        pairs = list(zip(rows[:8], rows[8:], strict=True))
+        rows = [
+            mixed(code, one, other, [at for n in range(start, start + 8) for at in (n, 16 + n)])
+            for one, other in pairs
+            for start in (0, 8)
+        ]
+    return list(rows)
+
+
+def mixed(code: Code, one: str, other: str, lanes: Sequence[int], kind: str = _WHOLE) -> str:
+    """Lanes of two vectors; those of the other are counted on."""
+    order = ", ".join(f"i32 {lane}" for lane in lanes)
+    return code.let(f"shufflevector {kind} {one}, {kind} {other}, <{len(lanes)} x i32> <{order}>")

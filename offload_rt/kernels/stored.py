@@ -14,14 +14,14 @@ makes subnormal numbers of bf16 zero, and so does the one that multiplies.
 """
 
 import ctypes
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from functools import cache
 
 import torch
 
-from offload_rt.kernels import assembling, twelve
-from offload_rt.kernels.code import LANES, WIDE, Code
+from offload_rt.kernels import assembling, blocks, twelve
+from offload_rt.kernels.code import LANES, WIDE, Code, mixed, turned
 from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
 from offload_rt.kernels.tiles import in_tiles
 
@@ -50,7 +50,8 @@ class How(StrEnum):
 
     PLAIN: bf16 [O, I]. CODED: the same in 12 bits, in pieces (`twelve.py`). PACKED4 and PACKED8:
     words of codes along the inputs, [O, I b / 32]. COLUMNS4 and COLUMNS8: the same words,
-    [I b / 32, O]. AWQ: words of 8 outputs, [I, O / 8].
+    [I b / 32, O]. AWQ: words of 8 outputs, [I, O / 8]. Q4_0 and so on: rows of GGUF's blocks
+    (`blocks.py`).
     """
 
     PLAIN = "plain"
@@ -60,6 +61,14 @@ class How(StrEnum):
     COLUMNS4 = "columns4"
     COLUMNS8 = "columns8"
     AWQ = "awq"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q8_0 = "q8_0"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
 
 
 _CODE_BITS = {How.PACKED8: 8, How.COLUMNS8: 8}
@@ -72,6 +81,7 @@ STEP = {
     How.COLUMNS4: 8,
     How.COLUMNS8: 4,
     How.AWQ: 8,
+    **{How(form): layout.numbers for form, layout in blocks.LAYOUTS.items()},
 }
 
 
@@ -167,7 +177,7 @@ class StoredProduct:
             bias: [O] in bf16.
             scales: [G, O] in fp32.
             zeros: [G, O] in fp32.
-            index: [I] int32, the group of each input.
+            index: [I] int32, the group of each input; of blocks [O], the row of each output.
         """
         rows = rows.contiguous()
         out = rows.new_empty(*rows.shape[:-1], self._outputs)
@@ -206,23 +216,30 @@ def _bring(how: How, ordered: bool) -> str:
     """Inputs of a block for the outputs of a panel: [pairs, 64, 2] into the scratch."""
     code = Code(f"@bring({_MATRIX}, ptr %scratch, {_SIZES})")
 
-    def put(part: int, vectors: Iterable[tuple[int, str]], place: str) -> None:
+    def put(first: int | str, vectors: Iterable[tuple[int, str]], place: str) -> None:
         pair = code.let(f"lshr i64 {code.let(f'sub i64 {place}, %start')}, 1")
-        target = code.at("%scratch", code.plus(code.times(pair, PANEL), part * LANES), "i32")
+        target = code.at("%scratch", code.plus(code.times(pair, PANEL), first), "i32")
         for number, vector in vectors:
             there = code.at(target, number * PANEL, "i32")
             code.add(f"store {vector}, ptr {there}, align 64")
 
-    for part in range(_PARTS):
-        if how is How.CODED:
-            for lines, place in twelve.lines(code, part):
-                for half, pairs in zip(zip(*lines, strict=True), twelve.PAIRS, strict=True):
-                    vectors = (f"{_BITS} {vector}" for vector in _turned(code, half))
-                    put(part, zip(pairs, vectors, strict=True), place)
-            continue
-        output = code.plus("%output", part * LANES)
+    def bring(first: int | str) -> None:
+        output = code.plus("%output", first)
         with code.loop("%start", "%stop", STEP[how]) as place:
-            put(part, enumerate(_pairs(code, how, ordered, place, output)), place)
+            put(first, enumerate(_pairs(code, how, ordered, place, output)), place)
+
+    if how in blocks.LAYOUTS:  # whose code is long
+        with code.loop(0, PANEL, LANES) as first:
+            bring(first)
+        return code.text()
+    for part in range(_PARTS):
+        if how is not How.CODED:
+            bring(part * LANES)
+            continue
+        for lines, place in twelve.lines(code, part):
+            for half, pairs in zip(zip(*lines, strict=True), twelve.PAIRS, strict=True):
+                vectors = (f"{_BITS} {vector}" for vector in turned(code, half))
+                put(part * LANES, zip(pairs, vectors, strict=True), place)
     if how is How.CODED:
         twelve.escapes(code)
     return code.text()
@@ -231,14 +248,19 @@ def _bring(how: How, ordered: bool) -> str:
 def _pairs(code: Code, how: How, ordered: bool, place: str, output: str) -> Iterator[str]:
     """Vectors of pairs of inputs from `place` on, of outputs from `output` on, with their types."""
     if how is How.PLAIN:
-        for vector in _turned(code, _lines(code, output, place, "%inputs", 2)):
+        for vector in turned(code, _lines(code, output, place, "%inputs", 2)):
             yield f"{_BITS} {vector}"
+        return
+    if how in blocks.LAYOUTS:
+        made = blocks.numbers_of(code, how, place, output, ordered=ordered)
+        for one in made:
+            yield f"{_PAIR} {_rounded(code, one, next(made))}"
         return
     bits = _CODE_BITS.get(how, 4)
     each = 32 // bits  # inputs of a word
     if how in (How.PACKED4, How.PACKED8):
         lines = _lines(code, output, place, "%inputs", bits / 8)
-        words = _turned(code, lines)
+        words = turned(code, lines)
     elif how is How.AWQ:
         each, words = 8, [""]
     else:
@@ -268,24 +290,6 @@ def _lines(code: Code, output: str, place: str, inputs: str, nbytes: float) -> l
     return found
 
 
-def _turned(code: Code, rows: Sequence[str]) -> list[str]:
-    """The columns of 16 vectors of 16."""
-    for _ in range(4):  # each pair of vectors is merged lane by lane; after four times they lie so
-        pairs = list(zip(rows[:8], rows[8:], strict=True))
-        rows = [
-            _mixed(code, one, other, [at for n in range(start, start + 8) for at in (n, 16 + n)])
-            for one, other in pairs
-            for start in (0, 8)
-        ]
-    return list(rows)
-
-
-def _mixed(code: Code, one: str, other: str, lanes: Sequence[int], kind: str = _BITS) -> str:
-    """Lanes of two vectors; those of the other are counted on."""
-    order = ", ".join(f"i32 {lane}" for lane in lanes)
-    return code.let(f"shufflevector {kind} {one}, {kind} {other}, <{len(lanes)} x i32> <{order}>")
-
-
 def _group_of(code: Code, first: str, n: int) -> str:
     there = code.at("%index", code.plus(first, n), "i32")
     return code.let(f"sext i32 {code.let(f'load i32, ptr {there}')} to i64")
@@ -312,7 +316,7 @@ def _awq(code: Code, first: str, n: int, output: str) -> str:
     line = code.times(code.plus(first, n), code.let("udiv i64 %outputs, 8"))
     at = code.at("%codes", code.plus(line, code.let(f"udiv i64 {output}, 8")), "i32")
     two = code.let(f"load <2 x i32>, ptr {at}, align 4")
-    spread = _mixed(code, two, "poison", [0] * 8 + [1] * 8, "<2 x i32>")
+    spread = mixed(code, two, "poison", [0] * 8 + [1] * 8, "<2 x i32>")
     shifts = ", ".join(f"i32 {4 * _AWQ_CODES[lane % 8]}" for lane in range(LANES))
     shifted = code.let(f"lshr {_BITS} {spread}, <{shifts}>")
     return code.let(f"and {_BITS} {shifted}, splat (i32 15)")
@@ -327,7 +331,7 @@ def _rounded(code: Code, one: str, two: str) -> str:
     """Numbers of two inputs as bf16, of an output one after the other."""
     halves = code.let(f"call {_PAIR} {_ROUND}({WIDE} {two}, {WIDE} {one})")
     order = [at for lane in range(LANES) for at in (lane, LANES + lane)]
-    return _mixed(code, halves, "poison", order, _PAIR)
+    return mixed(code, halves, "poison", order, _PAIR)
 
 
 def _takes() -> str:

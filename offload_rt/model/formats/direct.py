@@ -9,8 +9,8 @@ import torch
 
 from offload_rt.kernels import stored as kernels
 from offload_rt.kernels.stored import How, StoredProduct, blocks_of
-from offload_rt.model.formats import integers, planes
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats import ggml, integers, planes
+from offload_rt.model.formats.methods import BLOCKS, Form
 from offload_rt.model.formats.stored import Stored, multiplies
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
@@ -38,7 +38,7 @@ def prepare(stored: Iterable[Stored], dtype: str) -> None:
     for each in stored:
         if multiplies(each, dtype):
             how = _how(each)
-            kernels.prepare(how)
+            kernels.prepare(how, ordered=each.heads > 0)
             if how is How.CODED:
                 planes.prepare()
             if _has_index(each) and each.form is not Form.PACKED:
@@ -48,6 +48,8 @@ def prepare(stored: Iterable[Stored], dtype: str) -> None:
 def _how(stored: Stored) -> How:
     if stored.form is Form.CODED:
         return How.CODED
+    if stored.form in BLOCKS:
+        return How(stored.form)
     packed, columns = _BY_BITS[stored.bits]
     return {Form.PACKED: packed, Form.AWQ: How.AWQ}.get(stored.form, columns)
 
@@ -78,6 +80,8 @@ def direct_for(
         return None
     if stored.form is Form.CODED:
         return _coded(stored, blocks)
+    if stored.form in BLOCKS:
+        return _of_blocks(stored, blocks)
     product = StoredProduct(
         _how(stored), stored.inputs, stored.outputs, blocks, group=stored.group, ordered=ordered
     )
@@ -103,6 +107,19 @@ def _coded(stored: Stored, blocks: tuple[int, int]) -> Direct:
             return None
         made = product(rows, records, bias)
         return None if described.misplaced else made
+
+    return multiply
+
+
+def _of_blocks(stored: Stored, blocks: tuple[int, int]) -> Direct:
+    """Of GGUF's blocks, whose rows may lie in another order."""
+    sizes, ordered = (stored.inputs, stored.outputs), stored.heads > 0
+    product = StoredProduct(_how(stored), *sizes, blocks, ordered=ordered)
+    order = ggml.order_of(stored, torch.device("cpu"))
+    index = None if order is None else order.int()
+
+    def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
+        return product(rows, parts[ggml.PART], bias, index=index)
 
     return multiply
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from offload_rt.device import compiled
 from offload_rt.device.system import processor_flags
+from offload_rt.model.formats.methods import BLOCKS as GGML
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.header import TensorExtent
 
@@ -25,6 +26,11 @@ SHARES: Mapping[str, float] = {
     Form.NVFP4: 0.4,
     Form.NVFP4_PRODUCT: 0.4,
     Form.MXFP4: 0.4,
+    Form.Q4_1: 0.7,
+    Form.Q5_0: 0.4,
+    Form.Q5_1: 0.4,
+    Form.Q5_K: 0.6,
+    Form.Q6_K: 0.65,
 }
 COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
 KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
@@ -160,7 +166,7 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         step = 512 // stored.bits  # 16 words
     return (
         dtype == "bfloat16"
-        and (coded or suits_kernels(stored, dtype))
+        and (coded or stored.form in GGML or suits_kernels(stored, dtype))
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
         and _FLAG in processor_flags()
