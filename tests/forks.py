@@ -16,7 +16,7 @@ import sys
 from importlib import import_module
 
 PROGRAM = "offload-run"  # instead of the path of a program: the command line of a console
-IMPORTED = (
+IMPORTED = (  # not numba, whose variables are read when it is
     *("offload_rt.cli.app", "offload_rt.cli.answering", "offload_rt.engine"),
     *("transformers.models.llama.modeling_llama", "llvmlite.binding", "llvmlite.ir"),
 )
@@ -130,6 +130,7 @@ def _import_all():
 def _main():
     line = socket.socket(fileno=int(sys.argv[1]))
     _import_all()
+    assert "numba" not in sys.modules
     gc.freeze()
     job, streams = _jobs(line)
     _settle(job, streams)

@@ -6,10 +6,10 @@ Kernels are compiled for this processor, and for ones without its wide instructi
 """
 
 import os
-import subprocess
 import sys
 from dataclasses import replace
 
+import forks
 import pytest
 import torch
 from engines import PROMPT, engine_for
@@ -147,10 +147,9 @@ def test_so_do_kernels_for_other_processors(cpu, can, has, lacks, tmp_path):
         "NUMBA_CPU_NAME": cpu,
         "NUMBA_CPU_FEATURES": can,
         "OFFLOAD_RT_CACHE": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *sys.path]),
     }
     command, environment = [sys.executable, "-c", script], os.environ | variables
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = forks.run(command, env=environment)
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr
 
 
