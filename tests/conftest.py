@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import sys
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -53,12 +54,21 @@ def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
     return folder
 
 
+_numbers = count()
+
+
 @pytest.fixture(autouse=True)
-def own_data_folder(tmp_path, monkeypatch):
-    """Keep profiles, what drafting gave, defaults and what is typed away from the user's own."""
-    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
-    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
-    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+def own_data_folder(request, tmp_path_factory, monkeypatch):
+    """Keep profiles, what drafting gave, defaults and what is typed away from the user's own.
+
+    A test without `tmp_path` has a folder that nobody has made: to make one costs a look at all.
+    """
+    if "tmp_path" in request.fixturenames:
+        folder = request.getfixturevalue("tmp_path")
+    else:
+        folder = tmp_path_factory.getbasetemp() / "own" / str(next(_numbers))
+    for kind in ("DATA", "CONFIG", "STATE"):
+        monkeypatch.setenv(f"XDG_{kind}_HOME", str(folder / kind.lower()))
 
 
 @pytest.fixture(scope="session")
