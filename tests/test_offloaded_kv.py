@@ -713,7 +713,7 @@ def gpu(monkeypatch):
     return double
 
 
-def steps_on(gpu, model, steps=24):
+def steps_on(gpu, model, steps=18):
     """Prompts in chunks, then enough steps that rows go home and blocks grow."""
     prompts = [LONG[:90], LONG[:50]]
     config = RuntimeConfig(
@@ -744,7 +744,7 @@ def test_kv_streams_to_a_gpu_in_order_and_without_host_syncs(gpu, make_tiny):
     waits = steps_on(gpu, model)
     assert len(set(waits)) == 1, "the program waited for an event in a step"
     assert gpu.unpinned_copies == 0
-    rows = sum(n - n % 16 for n in (90 + 24, 50 + 24))  # blocks of 16 are smaller than a write
+    rows = sum(n - n % 16 for n in (90 + 18, 50 + 18))  # blocks of 16 are smaller than a write
     assert gpu.copied_back_bytes == 3 * rows * 2 * 2 * 16 * 4
 
 

@@ -149,7 +149,7 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
             held = sum(module_bytes(m) for m in model.modules() if m not in shared)
             assert held <= sizes[weights] <= held * 1.02 + 2**16
             assert memory.ledger["rounded copy"] == pytest.approx(sizes[weights], rel=0.02)
-            generate(engine, [LONG])
+            generate(engine, [LONG], tokens=6)
             memory = engine.memory()
             assert memory.device_peak_bytes <= memory.device_planned_bytes
     assert 0 == sizes[SAME] < sizes[INT4] < sizes[INT8]
