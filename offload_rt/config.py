@@ -27,11 +27,12 @@ class DType(StrEnum):
 
 
 class HomeKind(StrEnum):
-    """Where streamed layers live: pinned host memory, or the checkpoint's own files."""
+    """Where streamed layers live: pinned host memory, the checkpoint's own files, or both."""
 
     AUTO = "auto"
     HOST = "host"
     DISK = "disk"
+    SPLIT = "split"
 
 
 class Wire(StrEnum):
@@ -685,7 +686,9 @@ class RuntimeConfig:
     home: HomeKind = option(
         HomeKind.AUTO,
         "--home",
-        "Where streamed layers live; auto is host memory on CUDA and the files on CPU.",
+        "Where streamed layers live; auto is host memory on CUDA and the files on CPU. split keeps "
+        "as many in host memory as --host-memory allows and the others in the files, and so does "
+        "auto on CUDA where not all fit.",
     )
     wire: Wire = option(
         Wire.AUTO,

@@ -92,8 +92,9 @@ def test_it_is_quick_and_needs_no_torch(big):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # 128 GiB of RAM do not hold 69 layers: they come from the disk, and that is said.
-    assert "in the model's files" in done.stdout and "config.json alone" in done.stdout
+    # 128 GiB of RAM do not hold 69 layers: some come from the disk, and that is said.
+    assert "in host memory and the model's files" in done.stdout
+    assert "config.json alone" in done.stdout
 
 
 def test_the_same_numbers_as_a_scenario(answer, big, tmp_path):

@@ -267,13 +267,14 @@ def test_without_a_wait_of_kernels_answers_differ(answers, plain, monkeypatch, c
         ("qwen3_moe", 9, HomeKind.HOST, {}),
         ("gpt_oss", 3, HomeKind.HOST, {"pin": False}),
         ("mixtral", 20, HomeKind.DISK, {}),
+        ("mixtral", 5, HomeKind.SPLIT, {}),
         ("mxfp4", 5, HomeKind.HOST, {}),
     ],
 )
 def test_experts_in_slots_have_the_bits_of_all_in_memory(
     make_tiny, tmp_path, monkeypatch, name, slots, home, driver
 ):
-    """Home in pinned memory or the files, filled by the copy stream; a prompt, then tokens."""
+    """Home in pinned memory, the files or both, filled by the copy stream; prompt, then tokens."""
     if name == "mxfp4":
         source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64)
         folder = write_gpt_oss(source, tmp_path).folder
@@ -282,13 +283,19 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
     open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
     with engine_for(folder, resident_layers=4, **ROOM) as engine:
         resident = all_logits(engine)
+        experts = engine.placement.demand.experts
+        half = experts.image_bytes // 2
     monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
     double = open_double(monkeypatch, **driver)
-    with engine_for(folder, expert_slots=slots, home=home, **ROOM) as engine:
+    limit = half if home is HomeKind.SPLIT else None
+    options = ROOM | {"home": home, "host_limit_bytes": limit}
+    with engine_for(folder, expert_slots=slots, **options) as engine:
         assert engine.placement.expert_slots == slots
+        assert (home is HomeKind.SPLIT) == (engine.placement.expert_share < 1.0)
         assert torch.equal(all_logits(engine), resident)
         assert engine.runner.experts.counts.misses > 0
-        assert bool(engine.placement.host_bytes) == (home is HomeKind.HOST)
+        assert bool(engine.placement.host_bytes) == (home is not HomeKind.DISK)
+        assert limit is None or engine.placement.host_bytes <= limit
         assert double.ledger()["experts"] <= engine.placement.pool_bytes
 
 

@@ -41,6 +41,20 @@ def pinning_line(host_bytes: int, pinned_bytes: int) -> list[str]:
     return [f"  of {format_size(host_bytes)} in host memory {format_size(pinned_bytes)} {words}"]
 
 
+def split_lines(placement: Placement) -> list[str]:
+    """How much of a home that is split is where."""
+    if placement.home is not HomeKind.SPLIT:
+        return []
+    held = format_size(placement.held_bytes)
+    if placement.expert_slots:
+        return [f"  of each layer's experts {placement.expert_share:.0%} in host memory ({held})"]
+    staying = len(placement.in_files)
+    return [
+        f"  {len(placement.streamed) - staying} of them in host memory ({held}), {staying} in the "
+        f"files, read ahead into {format_size(placement.ahead_bytes)}"
+    ]
+
+
 def more_memory(
     config: RuntimeConfig,
     device: DeviceKind,
@@ -125,7 +139,7 @@ def _lacking_on_host(
 ) -> int:
     """Host memory that streamed layers lack to live there, where the device would have them."""
     from_choice = config.home is HomeKind.AUTO and device.home is HomeKind.HOST
-    if not from_choice or placement.home is not HomeKind.DISK or not placement.streams:
+    if not from_choice or placement.home is HomeKind.HOST or not placement.streams:
         return 0
     needed = placement.streamed_bytes
     return max(0, needed - _host_limit(config, free))

@@ -13,7 +13,14 @@ import click
 from offload_rt.cli import options
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, headline, more_memory, pinning_line, quantised_lines
+from offload_rt.cli.headline import (
+    More,
+    headline,
+    more_memory,
+    pinning_line,
+    quantised_lines,
+    split_lines,
+)
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.plan_experts import ExpertOutlook, expert_lines, expert_outlook, why_whole
 from offload_rt.cli.plan_option import with_plan
@@ -42,7 +49,13 @@ from offload_rt.planning.striping import smallest_limits
 from offload_rt.session.early import check_context
 from offload_rt.session.means import check_plan, means_for, speeds_for, with_nodes
 from offload_rt.session.opening import AUTO_CONTEXT_TOKENS
-from offload_rt.session.summary import bound_by, layer_words, retrieval_weights_name, weights_name
+from offload_rt.session.summary import (
+    bound_by,
+    home_words,
+    layer_words,
+    retrieval_weights_name,
+    weights_name,
+)
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
@@ -471,7 +484,7 @@ def _as_table(outlook: _Outlook) -> str:
 def _home_lines(outlook: _Outlook) -> list[str]:
     """What is elsewhere, and how it comes."""
     placement, experts = outlook.placement, outlook.experts
-    away = "host memory" if outlook.home == "host" else "the model's files"
+    away = home_words(placement.home)
     if experts is not None:
         return expert_lines(experts, away)
     if not placement.streamed:
@@ -483,6 +496,7 @@ def _home_lines(outlook: _Outlook) -> list[str]:
     return [
         f"in {away}, copied to the device in each pass",
         _row(streamed),
+        *(hanging(line, 4) for line in split_lines(placement)),
         *(hanging(line, 4) for line in pinning_line(placement.host_bytes, pinned)),
         *([hanging(f"  layers are streamed whole: {why}", 4)] if why else []),
     ]

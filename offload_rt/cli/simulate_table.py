@@ -10,14 +10,14 @@ from textwrap import wrap
 from typing import Any, get_args, get_origin, get_type_hints
 
 from offload_rt.cli.columns import columns, hanging
-from offload_rt.cli.headline import pinning_line
-from offload_rt.config import HomeKind
+from offload_rt.cli.headline import pinning_line, split_lines
 from offload_rt.costs.step import Prediction
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.scenarios.published import TOLERANCE, Comparison
 from offload_rt.planning.scenarios.scenario import SCENARIO_VERSION, Scenario
 from offload_rt.profiling.profile import Obtained
+from offload_rt.session.summary import home_words
 from offload_rt.units import format_size, format_speed
 
 _ATTRIBUTE = re.compile(r"(\w+): (.*)")
@@ -55,9 +55,10 @@ def model_table(
     for own, stripe in zip(placement.shares, placement.stripes, strict=True):
         lines.append(_memory(stripe.name, own.device_bytes, own.in_words))
     if placement.streams:
-        away = "host memory" if placement.home is HomeKind.HOST else "the model's files"
+        away = home_words(placement.home)
         what = "experts" if placement.expert_slots else "streamed layers"
         lines.append(_memory(what, placement.streamed_bytes, f"in {away}"))
+        lines += split_lines(placement)
         lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)

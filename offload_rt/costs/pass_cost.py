@@ -39,6 +39,7 @@ from offload_rt.profiling.profile import (
 from offload_rt.profiling.rates import (
     attention_s,
     decoded_per_s,
+    disk_bytes_per_s,
     disk_delay_s,
     disk_slowdown,
     head_s,
@@ -93,6 +94,7 @@ class LayerLoad:
     Attributes:
         work: its weights and arithmetic.
         home_bytes: what crosses the link if it is streamed.
+        read_bytes: what is read from its files before that, if it stays there.
         kv_bytes: cached keys and values on the device that the pass attends to.
         kv_home_bytes: those at the home, which cross the link in blocks.
         kv_back_bytes: new ones that go home, per pass.
@@ -110,6 +112,7 @@ class LayerLoad:
 
     work: LayerWork
     home_bytes: int
+    read_bytes: int = 0
     kv_bytes: int = 0
     kv_home_bytes: int = 0
     kv_back_bytes: int = 0
@@ -148,6 +151,8 @@ class PassLoad:
         hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
             first one has embedding and head.
         recorded: it is replayed (`runner/static.py`), so it is launched at once.
+        ahead_bytes: host memory that layers in files are read ahead into.
+        expert_share: of each layer's experts, so many are in host memory, the others in files.
     """
 
     layers: Sequence[LayerLoad]
@@ -165,6 +170,8 @@ class PassLoad:
     kv_block_s: float = 0.0
     hop_bytes: int = 0
     recorded: bool = False
+    ahead_bytes: int = 0
+    expert_share: float = 1.0
 
     def rows(self, weights: WeightOrder) -> int:
         """Rows that are multiplied with weights that lie so."""
@@ -194,6 +201,7 @@ class LinkRates:
         back: KV that goes home, by device.
         hop_s: seconds until a hidden state is on another device; None with one device.
         readers: reads in flight, where weights come from a disk; None where they do not.
+        files: layers that stay in their files, into host memory; None where none does.
     """
 
     home: tuple[Number, ...]
@@ -201,6 +209,7 @@ class LinkRates:
     back: tuple[Number, ...] = ()
     hop_s: Number | None = None
     readers: int | None = None
+    files: Number | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,6 +233,7 @@ class PassTimes:
             as long.
         piece_s: that a piece of a copy takes, which an upload to a GPU may have to wait for; 0
             where nothing crosses such a link, or a disk feeds it and leaves it idle mostly.
+        files_bytes_per_s: of layers that stay in their files, into host memory.
     """
 
     layer_s: tuple[float, ...]
@@ -239,6 +249,7 @@ class PassTimes:
     slowdown: tuple[float, ...] = ()
     piece_s: float = 0.0
     experts_s: tuple[float, ...] = ()
+    files_bytes_per_s: float = 0.0
 
     def with_others(self, others: "Sequence[PassTimes]", device: Sequence[int]) -> "PassTimes":
         """The same with layers of other machines as long as they take there.
@@ -383,6 +394,14 @@ def home_rates(
         home=_with_decoding(speeds.home_bytes_per_s(home, config, block_bytes, host_bytes), load),
         readers=config.readers if home is HomeKind.DISK else None,
     )
+    if home is HomeKind.SPLIT:
+        disk = disk_bytes_per_s(speeds.profile, config.readers)
+        if any(layer.read_bytes for layer in load.layers):
+            rates = replace(rates, files=disk)
+        else:  # misses of a layer come one after the other
+            share, rest = load.expert_share, (1.0 - load.expert_share) / disk.value
+            mixed = (replace(n, value=1.0 / (share / n.value + rest)) for n in rates.home)
+            rates = replace(rates, home=tuple(mixed))
     if speeds.further:
         rate, latency_s = speeds.network
         others = len(speeds.further)
@@ -434,6 +453,7 @@ def pass_times(
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
     from_disk = rates.readers is not None and load.moved_bytes > 0
     numbers = [*rates.home, *rates.kv, *rates.back, *([rates.hop_s] if rates.hop_s else [])]
+    numbers += [rates.files] if rates.files else []
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
@@ -508,6 +528,7 @@ def pass_times(
         else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
         piece_s=_piece_s(rates, processor),
+        files_bytes_per_s=rates.files.value if rates.files else 0.0,
     )
 
 
@@ -607,6 +628,8 @@ def _timed_pass(load: PassLoad, times: PassTimes) -> TimedPass:
         draft_s=load.between_s,
         draft_passes=load.between_passes,
         piece_s=times.piece_s,
+        files_bytes_per_s=times.files_bytes_per_s,
+        ahead_bytes=load.ahead_bytes,
     )
 
 
@@ -631,6 +654,7 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
         TimedLayer(
             kernel_s=times.layer_s[index],
             home_bytes=layer.home_bytes if index in streamed else None,
+            read_bytes=layer.read_bytes if index in streamed else 0,
             kv_bytes=layer.kv_home_bytes,
             kv_kernel_s=times.kv_s[index] if times.kv_s else 0.0,
             back_bytes=layer.kv_back_bytes,

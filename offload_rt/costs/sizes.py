@@ -12,7 +12,7 @@ from pathlib import Path
 
 from offload_rt.attention.blocks import GROUPED_FROM, KEY_BLOCK, PIECE, SCORE_BYTES, TILE
 from offload_rt.config import DraftWeights
-from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.base import PIECE_BYTES, STAGING_BYTES
 from offload_rt.device.kinds import DeviceKind, Flash
 from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
@@ -103,6 +103,14 @@ def staging_bytes(layouts: Sequence[LayerLayout], device: DeviceKind, readers: i
         return 0
     in_place = all(run.in_place for layout in layouts for run in layout.runs)
     return 0 if in_place else 2 * readers * STAGING_BYTES
+
+
+def ahead_bytes(layer_bytes: int, readers: int) -> int:
+    """Host memory that layers in files are read ahead into (`streaming/ahead.py`).
+
+    Buffers of a piece each, for the largest layer and what is being read meanwhile.
+    """
+    return (-(-layer_bytes // PIECE_BYTES) + readers) * STAGING_BYTES
 
 
 def process_bytes() -> int:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
+from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.device.sim import SimBuffer, SimEvent, SimLink, SimStream
 from offload_rt.streaming.ring import Cycle, Ring, UnitT
 
@@ -21,6 +22,7 @@ _MIN_SLOTS = 2
 # one before (so 5,992 of 6,000 random small ones). Else the mean of the last ones is taken.
 _MOST_PASSES, _TIMED_PASSES = 12, 4
 _SAME = 1e-9  # of a pass: rounding
+_AHEAD_PARTS = 8  # a layer that is read ahead comes and goes in pieces; these are larger
 
 _Block: TypeAlias = tuple[int, int]  # its layer, and which of the layer's it is
 _Ring: TypeAlias = Ring[UnitT, SimBuffer, SimBuffer]
@@ -33,6 +35,7 @@ class TimedLayer:
     Attributes:
         kernel_s: its kernels, but for attention to streamed blocks.
         home_bytes: of its weights that are copied; None if they are resident.
+        read_bytes: that are read from files for that, into host memory; 0: they are there.
         kv_bytes: of cached rows that are copied, in blocks.
         kv_kernel_s: attention to these.
         back_bytes: of new rows that go home, after the pass.
@@ -44,6 +47,7 @@ class TimedLayer:
 
     kernel_s: float
     home_bytes: int | None = None
+    read_bytes: int = 0
     kv_bytes: int = 0
     kv_kernel_s: float = 0.0
     back_bytes: int = 0
@@ -72,6 +76,8 @@ class TimedPass:
         draft_passes: in so many passes.
         piece_s: that a piece of a copy crosses the link in. What a pass uploads waits for the piece
             that is crossing; 0: it does not wait.
+        files_bytes_per_s: of a disk, for layers that are read ahead, on all devices together.
+        ahead_bytes: host memory for what is read ahead, for all devices together.
     """
 
     layers: Sequence[TimedLayer]
@@ -87,6 +93,8 @@ class TimedPass:
     draft_s: float = 0.0
     draft_passes: int = 0
     piece_s: float = 0.0
+    files_bytes_per_s: float = 0.0
+    ahead_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +191,14 @@ def _link_s(work: TimedPass, device: int) -> float:
     rate = work.home_bytes_per_s[device]
     mine = [layer for layer in work.layers if layer.device == device]
     weights_s = sum((layer.home_bytes or 0) + layer.missed_bytes for layer in mine) / rate
-    return weights_s + sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
+    kv_s = sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
+    return max(weights_s + kv_s, _files_s(work))
+
+
+def _files_s(work: TimedPass) -> float:
+    """What a disk takes for the layers that are read ahead."""
+    read_bytes = sum(layer.read_bytes for layer in work.layers)
+    return read_bytes / work.files_bytes_per_s if read_bytes else 0.0
 
 
 def _of(rates: Sequence[float] | float, device: int) -> float:
@@ -257,7 +272,9 @@ class _Device:
         )
         self._streams = [self.compute, *([copy] if copies else []), *[self._kv_copy] * moves_kv]
         self._streams += [self._back] * any(layer.back_bytes for layer in mine.values())
-        self._weights = _layer_ring(work, home, copy, self.compute) if home else None
+        self._ahead = _ahead_of(work, mine, home, copy, device)
+        self._streams += [self._ahead.disk] if self._ahead else []
+        self._weights = _layer_ring(work, home, self._ahead or copy, self.compute) if home else None
         self._kv_order, self._kv = _block_ring(work, mine, self._kv_copy, self.compute)
         self._blocks: dict[int, list[_Block]] = {index: [] for index in mine}
         for block in self._kv_order.home:
@@ -278,6 +295,8 @@ class _Device:
         what |= {id(rows.memory): (SpanKind.KV_BACK, i) for i, rows in self._rows.items()}
 
         def keep(source: SimBuffer, start_s: float, end_s: float) -> None:
+            if self._ahead is not None and id(source) not in what:  # a buffer of what is ahead
+                source = self._ahead.now
             kind, layer = what[id(source)]
             self.spans.append(Span(kind, self._device, layer, start_s, end_s, source.nbytes))
 
@@ -355,8 +374,77 @@ class _Device:
             yield [buffer]
 
 
+class _Ahead:
+    """A copy stream that has some layers from files, by way of host memory (`streaming/ahead.py`).
+
+    Host memory is a ring itself: a disk fills it, and the copy stream reads it.
+
+    Attributes:
+        disk: the stream of reads.
+        now: the layer that was copied last.
+    """
+
+    def __init__(
+        self, copy: SimStream, disk: SimStream, layers: Sequence[SimBuffer], buffers: int
+    ) -> None:
+        self._copy, self.disk = copy, disk
+        parts = {
+            (id(layer), part): SimBuffer(layer.nbytes // _AHEAD_PARTS)
+            for layer in layers
+            for part in range(_AHEAD_PARTS)
+        }
+        self._layers = {id(layer) for layer in layers}
+        self.now = layers[0]
+        each = max(part.nbytes for part in parts.values())
+        memory = [SimBuffer(each) for _ in range(max(1, buffers // max(1, each)))]
+        self._ring: _Ring[tuple[int, int]] = Ring(Cycle(parts), memory, disk, copy, strict=True)
+        self._ring.restart()
+
+    def copy(self, dst: SimBuffer, src: SimBuffer) -> None:
+        """Enqueue a copy of a layer."""
+        self.now = src
+        if id(src) not in self._layers:
+            self._copy.copy(dst, src)
+            return
+        for part in range(_AHEAD_PARTS):
+            with self._ring.lend((id(src), part)) as buffer:
+                self._copy.copy(dst, buffer)
+
+    def record(self) -> SimEvent:
+        """An event behind all copies so far."""
+        return self._copy.record()
+
+    def wait(self, event: Event) -> None:
+        """Order later copies after `event`."""
+        self._copy.wait(event)
+
+    def statistics(self) -> CopyStatistics:
+        """What has been copied so far, in virtual time."""
+        return self._copy.statistics()
+
+
+def _ahead_of(
+    work: TimedPass,
+    mine: Mapping[int, TimedLayer],
+    home: Mapping[int, SimBuffer],
+    copy: SimStream,
+    device: int,
+) -> _Ahead | None:
+    """The layers of a device that are read ahead; of the disk it has the part it needs."""
+    layers = [buffer for i, buffer in home.items() if mine[i].read_bytes]
+    if not layers:
+        return None
+    # Bytes of images a second: what is in the file may be fewer.
+    rate = sum(layer.nbytes for layer in layers) / _files_s(work)
+    share = sum(mine[i].read_bytes for i in home) / sum(one.read_bytes for one in work.layers)
+    return _Ahead(copy, SimStream(f"files {device}", rate), layers, int(work.ahead_bytes * share))
+
+
 def _layer_ring(
-    work: TimedPass, home: Mapping[int, SimBuffer], copy: SimStream, compute: SimStream
+    work: TimedPass,
+    home: Mapping[int, SimBuffer],
+    copy: SimStream | _Ahead,
+    compute: SimStream,
 ) -> _Ring[int]:
     slot_bytes = max(buffer.nbytes for buffer in home.values())
     slots = [SimBuffer(slot_bytes) for _ in range(work.slots)]

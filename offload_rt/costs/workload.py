@@ -177,6 +177,9 @@ class Residence:
         streamed: layers whose weights come from their home, ascending.
         slots: device buffers they share, on each device.
         from_files: they come as they are stored, else as they compute.
+        in_files: of those in host memory, the layers that stay in their files and are read ahead.
+        ahead_bytes: host memory they are read into.
+        expert_share: of each layer's experts, so many are in host memory, the others in files.
         weights: all are kept rounded so.
         copied: only these layers are, and the output head is not; None: all.
         packs_head: the output head is kept reordered.
@@ -188,6 +191,9 @@ class Residence:
     streamed: tuple[int, ...] = ()
     slots: int = 0
     from_files: bool = False
+    in_files: tuple[int, ...] = ()
+    ahead_bytes: int = 0
+    expert_share: float = 1.0
     weights: DraftWeights = DraftWeights.SAME
     copied: frozenset[int] | None = None
     packs_head: bool = False
@@ -258,6 +264,8 @@ class PlacedModel:
             kv_block_bytes=kv.block_bytes if kv else 0,
             kv_block_s=kv_block_s if kv else 0.0,
             hop_bytes=rows * parts.hidden_bytes,
+            ahead_bytes=where.ahead_bytes,
+            expert_share=where.expert_share,
         )
 
     def over_retrieval(self, tokens: int, budget_tokens: int, weights: DraftWeights) -> PassLoad:
@@ -314,6 +322,7 @@ class PlacedModel:
         return LayerLoad(
             work=work,
             home_bytes=layer.file_bytes if where.from_files else layer.image_bytes,
+            read_bytes=layer.file_bytes if index in where.in_files else 0,
             kv_bytes=row_bytes * min(here, window or here),
             kv_home_bytes=row_bytes * home_rows,
             kv_back_bytes=round(row_bytes * committed) if kv else 0,

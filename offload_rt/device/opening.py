@@ -29,7 +29,7 @@ def open_device(config: RuntimeConfig, beside: Device | None = None) -> Device:
         ConfigError: it is not known, or an option does not go with it.
         DeviceError: it is not there.
     """
-    in_host = config.home is HomeKind.HOST or config.kv is KVPlace.HOST
+    in_host = config.home in {HomeKind.HOST, HomeKind.SPLIT} or config.kv is KVPlace.HOST
     if config.link_bytes_per_s is not None and not in_host:
         raise ConfigError(
             "--link-bandwidth emulates a link to host memory: add --home host or --kv host"

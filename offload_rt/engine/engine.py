@@ -13,7 +13,6 @@ from offload_rt.attention.blocks import PIECE
 from offload_rt.config import (
     DraftConfig,
     Exact,
-    HomeKind,
     KVPlace,
     RuntimeConfig,
     SamplingConfig,
@@ -175,7 +174,7 @@ class Engine:
                 self._send_orders(nodes)
             base = load_base(self.network, self.device, self._files, BASE)
             self._rounded_copy = self._load_rounded_copy(base)
-            self.runner = self._load_target(base)
+            self.runner = self._load_target(base, undo)
             if self._rounded_copy is not None and draft.words.over_own_rows:
                 self._rounded_copy.network.borrow(self.network, self.placement.resident)
             self._caches = self._allocate_caches([c + draft.pending_rows for c in capacities], undo)
@@ -542,7 +541,7 @@ class Engine:
     def load_bytes(self) -> int:
         """Bytes that are read before the first pass, about."""
         demand = self.placement.demand
-        held = self.placement.streamed_bytes if self.placement.home is HomeKind.HOST else 0
+        held = self.placement.held_bytes
         copied = 0
         if self.draft.copies.rounds:
             layers = self._copied_layers
@@ -667,7 +666,7 @@ class Engine:
     def _target_ids(self) -> int:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
-    def _load_target(self, base: DeviceBuffer) -> Runner:
+    def _load_target(self, base: DeviceBuffer, undo: ExitStack) -> Runner:
         placement, near = self.placement, len(self.devices)
         streamed = placement.streamed if self._nodes is None else placement.shares[0].streamed
         streaming = Streaming(
@@ -677,6 +676,9 @@ class Engine:
             spare_bytes=[_spare_bytes(own) for own in placement.of_devices[:near]],
             packs_head=placement.packs_head,
             expert_slots=placement.expert_slots,
+            in_files=placement.in_files,
+            expert_share=placement.expert_share,
+            readers=self.config.readers,
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(
@@ -687,6 +689,7 @@ class Engine:
             base,
             streaming,
             chunk_tokens,
+            undo,
             self._nodes,
         )
 

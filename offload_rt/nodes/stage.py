@@ -95,7 +95,7 @@ class Stage:
         self._width = checkpoint.embedding.shape[1]
         self._caches, pool = self._make_caches()
         self._follower = Follower(pool, self._caches)
-        self._runner = self._load(checkpoint, files)
+        self._runner = self._load(checkpoint, files, undo)
 
     def run(self) -> None:
         """Make passes until the first node ends the run.
@@ -163,7 +163,7 @@ class Stage:
             own = [ResidentKV(device, shapes, network.dtype, rows) for rows in order.capacities]
         return [StripedKV({order.node: cache}, order.device) for cache in own], pool
 
-    def _load(self, checkpoint: Checkpoint, files: WeightFiles) -> Runner:
+    def _load(self, checkpoint: Checkpoint, files: WeightFiles, undo: ExitStack) -> Runner:
         order, mine = self._order, self._mine()
         streaming = Streaming(
             layers=order.streamed,
@@ -182,6 +182,7 @@ class Stage:
             None,
             streaming,
             order.chunk_tokens,
+            undo,
             guest,
         )
 

@@ -17,7 +17,13 @@ from offload_rt.costs.pass_cost import (
     pass_times,
     spans_of,
 )
-from offload_rt.costs.sizes import PassShape, kv_row_bytes, layouts_of, number_bytes_of
+from offload_rt.costs.sizes import (
+    PassShape,
+    ahead_bytes,
+    kv_row_bytes,
+    layouts_of,
+    number_bytes_of,
+)
 from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
 from offload_rt.costs.workload import (
     PlacedModel,
@@ -28,7 +34,7 @@ from offload_rt.costs.workload import (
 )
 from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
-from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv
+from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv, spread_layers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.kept import keeps_states
@@ -133,34 +139,36 @@ def place_run(
     _check_effects(placement, config, free)
     host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
     kv_host_bytes = _kv_host_bytes(placement, host_limit)
-    home = _choose_homes(placement, config, device, free, host_limit - kv_host_bytes)
+    placement = _with_homes(placement, config, device, free, host_limit - kv_host_bytes)
+    home = placement.home
     chosen = device.home is HomeKind.DISK or config.home is HomeKind.DISK
-    if home is HomeKind.DISK and placement.streamed and checkpoint.rounded is not None:
+    reads = home is HomeKind.DISK or placement.in_files
+    if reads and placement.streamed and checkpoint.rounded is not None:
         raise _rounded_from_disk(checkpoint, config, device, placement, host_limit)
     unused = home is HomeKind.DISK and chosen  # else the limit may be why the home is the disk
     if unused and not kv_host_bytes and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
-    return replace(placement, home=home)
+    return placement
 
 
-def _choose_homes(
+def _with_homes(
     placement: Placement,
     config: RuntimeConfig,
     device: DeviceKind,
     free: FreeMemory,
     host_limit: int,
-) -> HomeKind:
-    """Where streamed layers live, on every machine alike.
+) -> Placement:
+    """Decide where streamed layers live, on every machine alike.
 
     Raises:
         PlanError: host memory was asked for and they do not fit.
     """
     if not config.machines:
-        return choose_home(config.home, device, placement, host_limit)
+        return with_home(placement, config, device, host_limit)
     others = [config.host_limit_bytes or int(n * FREE_SHARE) for n in free.further_host_bytes]
     pairs = zip(placement.shares, [host_limit, *others], strict=True)
     homes = [choose_home(config.home, device, share, limit) for share, limit in pairs]
-    return HomeKind.DISK if HomeKind.DISK in homes else homes[0]
+    return replace(placement, home=HomeKind.DISK if HomeKind.DISK in homes else homes[0])
 
 
 def drafts_with_states(words: DrafterWords) -> bool:
@@ -201,6 +209,11 @@ def _check_nodes(config: RuntimeConfig, draft: DraftConfig) -> None:
     """
     if not config.machines:
         return
+    if config.home is HomeKind.SPLIT:
+        raise ConfigError(
+            "--home split: with --nodes each node has all of its layers in host memory, or none: "
+            "use --home host or --home disk"
+        )
     if config.kv not in (KVPlace.AUTO, KVPlace.DEVICE):
         raise ConfigError(
             f"--kv {config.kv}: with --nodes each node keeps the KV of its layers on its device: "
@@ -303,6 +316,9 @@ class PlacedRun:
                 streamed=placement.streamed,
                 slots=placement.slots,
                 from_files=placement.home is HomeKind.DISK,
+                in_files=placement.in_files,
+                ahead_bytes=placement.ahead_bytes,
+                expert_share=placement.expert_share,
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
@@ -503,7 +519,7 @@ def bytes_per_pass(
     checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind, placement: Placement
 ) -> int:
     """Bytes of the streamed layers, which cross the link in each pass."""
-    if placement.home is HomeKind.HOST:
+    if placement.home is not HomeKind.DISK:
         return placement.streamed_bytes
     if placement.expert_slots:
         return 0
@@ -528,6 +544,53 @@ def choose_home(
     if home is HomeKind.HOST and not fits:
         raise PlanError(
             f"the streamed layers need {format_size(host_bytes)} of host memory, the limit is "
-            f"{format_size(host_limit)}: raise --host-memory or use --home disk"
+            f"{format_size(host_limit)}: raise --host-memory or use --home split or --home disk"
         )
     return home
+
+
+def with_home(
+    placement: Placement, config: RuntimeConfig, device: DeviceKind, host_limit: int
+) -> Placement:
+    """The same with a home, which is split where host memory has room for a part.
+
+    So it is where that is asked for, and of itself where the device would have all there.
+
+    Raises:
+        PlanError: host memory was asked for and they do not fit, or none of them.
+    """
+    wanted = config.home
+    home = choose_home(wanted, device, placement, host_limit)
+    if home is HomeKind.SPLIT and placement.streamed_bytes <= host_limit:
+        home = HomeKind.HOST
+    lacks = wanted is HomeKind.AUTO and device.home is HomeKind.HOST and home is HomeKind.DISK
+    if not placement.streams or not (lacks or home is HomeKind.SPLIT):
+        return replace(placement, home=home)
+    split = _split(placement, host_limit, config.readers)
+    if split is not None:
+        return split
+    if home is HomeKind.SPLIT:
+        raise PlanError(
+            f"--home split: host memory of {format_size(host_limit)} has no room for a layer and "
+            "what others are read into, or an expert of each layer: raise --host-memory or use "
+            "--home disk"
+        )
+    return replace(placement, home=home)
+
+
+def _split(placement: Placement, host_limit: int, readers: int) -> Placement | None:
+    """As much in host memory as fits; None if that is nothing."""
+    experts, streamed = placement.demand.experts, placement.streamed
+    if experts is not None and placement.expert_slots:
+        share = host_limit / experts.image_bytes
+        if not experts.held_bytes(share):
+            return None
+        return replace(placement, home=HomeKind.SPLIT, expert_share=min(1.0, share))
+    largest = max(placement.layer_bytes[i] for i in streamed)
+    ahead = len(placement.of_devices) * ahead_bytes(largest, readers)
+    for count in range(1, len(streamed)):
+        staying = tuple(streamed[i] for i in sorted(spread_layers(count, len(streamed))))
+        split = replace(placement, home=HomeKind.SPLIT, in_files=staying, ahead_bytes=ahead)
+        if split.held_bytes + ahead <= host_limit:
+            return split
+    return None

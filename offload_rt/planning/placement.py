@@ -51,6 +51,10 @@ class ExpertDemand:
         """Layers that have experts."""
         return sum(count > 0 for count in self.counts)
 
+    def held_bytes(self, share: float) -> int:
+        """Of so much of each layer's experts, which are alike."""
+        return self.image_bytes * sum(int(share * count) for count in self.counts) // self.count
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
@@ -155,6 +159,9 @@ class Placement:
         demand: what the placement was made for.
         device_limit_bytes: the limit it keeps to; of several devices together.
         home: where the streamed layers live.
+        in_files: of a home that is split, the layers that stay in their files.
+        expert_share: of a home that is split, so much of each layer's experts is in host memory.
+        ahead_bytes: host memory that layers in files are read ahead into.
         shares: of several devices, what each has; layers by their numbers in the model.
         stripes: these devices.
         expert_slots: of the pool that experts come through one by one; resident layers are then
@@ -168,6 +175,9 @@ class Placement:
     demand: Demand
     device_limit_bytes: int
     home: HomeKind = HomeKind.DISK
+    in_files: tuple[int, ...] = ()
+    expert_share: float = 1.0
+    ahead_bytes: int = 0
     shares: tuple["Placement", ...] = ()
     stripes: tuple[Stripe, ...] = ()
     expert_slots: int = 0
@@ -229,8 +239,18 @@ class Placement:
     def host_bytes(self) -> int:
         """Of streamed weights and KV in host memory, where the device has its own."""
         kv = self.demand.kv
-        in_host = self.streamed_bytes if self.home is HomeKind.HOST else 0
-        return in_host + (0 if kv is None else kv.host_bytes)
+        return self.held_bytes + self.ahead_bytes + (0 if kv is None else kv.host_bytes)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of streamed layers and experts, those in host memory, as the device has them."""
+        if self.home not in {HomeKind.HOST, HomeKind.SPLIT}:
+            return 0
+        experts, pooled_bytes = self.demand.experts, self.pooled_bytes
+        if experts is not None and self.expert_share < 1.0:
+            pooled_bytes = experts.held_bytes(self.expert_share)
+        held = set(self.streamed) - set(self.in_files)
+        return sum(self.layer_bytes[i] for i in held) + pooled_bytes
 
     @property
     def workspace_bytes(self) -> int:

@@ -60,7 +60,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     runtime, draft = plan.runtime, plan.drafting.config
     kv = plan.placement.demand.kv
     # A home on disk, once it is named, leaves a limit of host memory nothing to limit.
-    limits_host = plan.placement.home is HomeKind.HOST or (kv is not None and kv.host_bytes > 0)
+    limits_host = plan.placement.home is not HomeKind.DISK or (kv is not None and kv.host_bytes > 0)
     options: dict[str, Value] = {
         "device": runtime.device,
         "device_limit_bytes": _limits(plan),

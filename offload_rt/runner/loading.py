@@ -5,17 +5,19 @@ made one layer after the other from one passing image, so that no more than that
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 
 from offload_rt.attention.blocks import SCORE_BYTES
 from offload_rt.config import DraftWeights, HomeKind
-from offload_rt.costs.sizes import draft_base_bytes, head_bytes, packed_head_bytes
+from offload_rt.costs.sizes import ahead_bytes, draft_base_bytes, head_bytes, packed_head_bytes
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes, give_back_large_blocks
+from offload_rt.kv.sizes import spread_layers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
@@ -28,6 +30,7 @@ from offload_rt.model.network import NOBODY, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.experts import Pool, lenders_of, open_pool
 from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
+from offload_rt.streaming.ahead import ReadAhead
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 
@@ -48,6 +51,9 @@ class Streaming:
         spare_bytes: memory of each device that is free until all weights are there.
         packs_head: there is memory for a reordered copy of the output head.
         expert_slots: buffers of the experts' pool; 0 where experts are in their layers.
+        in_files: of a home that is split, the layers that stay in their files.
+        expert_share: of a home that is split, so much of each layer's experts is in host memory.
+        readers: reads in flight.
     """
 
     layers: Sequence[int]
@@ -56,6 +62,9 @@ class Streaming:
     spare_bytes: Sequence[int]
     packs_head: bool = False
     expert_slots: int = 0
+    in_files: Sequence[int] = ()
+    expert_share: float = 1.0
+    readers: int = 4
 
 
 def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
@@ -90,6 +99,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     base: DeviceBuffer | None,
     streaming: Streaming,
     chunk_tokens: int,
+    undo: ExitStack,
     across: Across | None = None,
 ) -> Runner:
     """Load a network of which layers may be streamed, without changing what it computes.
@@ -102,6 +112,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         base: from `load_base`; None where another machine has it.
         streaming: which layers are streamed.
         chunk_tokens: prompt rows that go through a layer at once.
+        undo: ends what reads layers ahead.
         across: other machines that have the layers that no device here has.
     """
     layouts = network.layouts
@@ -118,8 +129,8 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     slot_bytes = max((layouts[i].nbytes for i in streaming.layers), default=0)
     for device, mine in stripes.shares(streaming.layers):
         sources: Mapping[int, HomeSource] = {i: FileSource(layouts[i], files) for i in mine}
-        if streaming.home is HomeKind.HOST:
-            sources = _in_memory(device, sources, layouts)
+        if streaming.home in {HomeKind.HOST, HomeKind.SPLIT}:
+            sources = _homes(device, sources, layouts, streaming, undo)
         if sources:
             count = min(streaming.slots, len(mine))
             slots = [device.allocate(slot_bytes, SLOTS) for _ in range(count)]
@@ -314,13 +325,36 @@ def _open_experts(
     sources: dict[int, Sequence[HomeSource]] = {
         layer: [FileSource(unit, files) for unit in own] for layer, own in units.items()
     }
-    if streaming.home is HomeKind.HOST:
+    if streaming.home in {HomeKind.HOST, HomeKind.SPLIT}:
         for layer, own in units.items():
             by_expert = dict(enumerate(sources[layer]))
-            sources[layer] = [*_in_memory(device, by_expert, own).values()]
+            held = spread_layers(int(streaming.expert_share * len(own)), len(own))
+            there = {i: source for i, source in by_expert.items() if i in held}
+            sources[layer] = [*(by_expert | _in_memory(device, there, own)).values()]
     slot_bytes = max(unit.nbytes for own in units.values() for unit in own)
     slots = [device.allocate(slot_bytes, EXPERTS) for _ in range(streaming.expert_slots)]
     return open_pool(device, units, slots, network.per_token, sources)
+
+
+def _homes(
+    device: Device,
+    files: Mapping[int, HomeSource],
+    layouts: Sequence[LayerLayout],
+    streaming: Streaming,
+    undo: ExitStack,
+) -> Mapping[int, HomeSource]:
+    """Layers in host memory, and those that stay in their files, which are read ahead."""
+    staying = {i: source for i, source in files.items() if i in streaming.in_files}
+    held = {i: source for i, source in files.items() if i not in staying}
+    homes: dict[int, HomeSource] = dict(_in_memory(device, held, layouts))
+    if staying:
+        largest = max(layouts[i].nbytes for i in staying)
+        memory = allocate_host(ahead_bytes(largest, streaming.readers))
+        device.pin(memory)
+        ahead = ReadAhead(staying, memory, streaming.readers)
+        undo.callback(ahead.close)
+        homes |= {i: ahead.source(i) for i in staying}
+    return {i: homes[i] for i in files}
 
 
 def _in_memory(

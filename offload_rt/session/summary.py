@@ -76,7 +76,7 @@ class PlanSummary:
             speed = format_speed(self.prediction.s_per_token)
             lines[0] += f": {speed} predicted, bound by {self.bound_by}"
         if self.streamed:
-            home = "host memory" if self.home == HomeKind.HOST else "the model's files"
+            home = home_words(HomeKind(self.home))
             lines += [
                 f"{len(self.resident)} of {layers} layers resident: {layer_words(self.resident)}"
                 if self.resident
@@ -140,6 +140,14 @@ def summary_of(engine: "Engine") -> PlanSummary:
     )
 
 
+def home_words(home: HomeKind) -> str:
+    """Where streamed weights live, in the reader's words."""
+    return {
+        HomeKind.HOST: "host memory",
+        HomeKind.SPLIT: "host memory and the model's files",
+    }.get(home, "the model's files")
+
+
 def bound_by(limit: str, placement: Placement) -> str:
     """What binds a prediction, in the reader's words."""
     if limit == "drafting":
@@ -149,6 +157,8 @@ def bound_by(limit: str, placement: Placement) -> str:
     if limit != "transfer":
         return "computing"
     if placement.streams:
+        if placement.home is HomeKind.SPLIT:
+            return "the disk and the link to host memory"
         return "the disk" if placement.home is HomeKind.DISK else "the link to host memory"
     kv = placement.demand.kv
     return "the disk, which holds the KV cache" if kv and kv.place is KVPlace.DISK else "the link"
