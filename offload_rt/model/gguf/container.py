@@ -1,6 +1,6 @@
 """Read the header of a GGUF file: its metadata, and which tensor lies at which bytes.
 
-Written against the format's text (ggml-org/ggml, docs/gguf.md). Read are versions 2 and 3, little
+Written against the format's text (gguf.md of ggml-org/ggml). Read are versions 2 and 3, little
 endian. The file is untrusted: every length is compared with what is left of it before anything is
 made of that length, and of arrays only those that are asked for are kept.
 """
