@@ -117,12 +117,15 @@ def _settle(job, streams):
 
 
 def _import_all():
+    from offload_rt.device.system import put_tables_aside
+    from offload_rt.folders import cache_folder
     from offload_rt.model.sparing import import_compiler, spare_compiler
 
     spare_compiler()
     for name in IMPORTED:
         import_module(name)
     import_compiler()
+    put_tables_aside(cache_folder())  # once for all forks
     made = import_module("transformers.conversion_mapping")
     made.get_checkpoint_conversion_mapping("llama")  # compiles expressions of all families
 

@@ -1,9 +1,11 @@
 """What the operating system says of this process's memory and cores. No torch here."""
 
 import ctypes
+import mmap
 import os
 import platform
 import re
+import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -26,6 +28,10 @@ _LARGE_PAGE_BYTES = 2**21
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # asm-generic/mman-common.h of Linux, the last since 6.1.
 _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_COLLAPSE = 4, 14, 25
+_MAP_FIXED = 0x10  # likewise
+_FOR_GPUS = re.compile(r"/lib(cu|nv|nccl)[^/]*\.so[^/]*$")
+_TABLE_BYTES = 16 * 2**20  # smaller ones are not worth a file
+_IN_MEMORY = ("tmpfs", "ramfs")
 _AREA = re.compile(  # of /proc/self/smaps, where a file is mapped
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<rights>\S{4}) \S+ \S+ \d+ +(?P<path>/.*)\n"
     r"(?P<sizes>(?:\w+: .*\n)+)",
@@ -253,6 +259,52 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
             start, nbytes = ctypes.c_void_p(area.start), ctypes.c_size_t(area.nbytes)
             given += 0 if madvise(start, nbytes, _MADV_DONTNEED) else area.resident_bytes
     return given
+
+
+def put_tables_aside(folder: Path) -> int:
+    """Have what libraries for GPUs made of memory when they were loaded lie in a file instead.
+
+    cuBLASLt fills 81 MiB of tables, of which nothing is asked where no GPU is. In a file that has
+    no name they are the same bytes, also to whoever does ask, and memory that the system can take
+    back. Nobody may be writing there meanwhile, so call it before a GPU is used.
+
+    Args:
+        folder: where the file is; made if it is not there.
+
+    Returns:
+        the bytes that were put aside; 0 where they are already, or where that cannot be done.
+    """
+    moved, owner, end = 0, "", 0
+    for line in _lines("/proc/self/maps"):
+        area, rights, _, _, inode, *path = line.split(maxsplit=5)
+        start, stop = (int(number, 16) for number in area.split("-"))
+        behind = not path and inode == "0" and start == end and _FOR_GPUS.search(owner)
+        if behind and rights == "rw-p" and stop - start >= _TABLE_BYTES:
+            with suppress(OSError):
+                _put_into_file(start, stop - start, folder)
+                moved += stop - start
+        owner, end = path[0] if path else owner, stop
+    return moved
+
+
+def _put_into_file(start: int, nbytes: int, folder: Path) -> None:
+    """Replace private memory by a file of the same bytes, mapped so that writes stay private.
+
+    Raises:
+        OSError: there is no such file, as where files are memory; nothing was changed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    if file_system(folder.resolve()) in _IN_MEMORY:
+        raise OSError(f"{folder} is in memory")
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(memoryview((ctypes.c_char * nbytes).from_address(start)))
+        file.flush()
+        map_file = ctypes.CDLL(None, use_errno=True).mmap
+        map_file.restype = ctypes.c_void_p
+        kinds = (mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED)
+        numbers = (ctypes.c_void_p(start), ctypes.c_size_t(nbytes), *kinds, file.fileno())
+        if map_file(*numbers, ctypes.c_long(0)) != start:
+            raise OSError(ctypes.get_errno(), "a file of tables cannot be mapped")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -25,9 +25,10 @@ from offload_rt.device.base import Device, DeviceBuffer
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
-from offload_rt.device.system import free_memory_bytes, peak_rss_bytes
+from offload_rt.device.system import free_memory_bytes, peak_rss_bytes, put_tables_aside
 from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CapacityError, CheckpointError, PlanError
+from offload_rt.folders import cache_folder
 from offload_rt.kernels import products
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
@@ -46,6 +47,7 @@ from offload_rt.model.formats import brought, direct, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.network import Network
+from offload_rt.model.sparing import is_spared
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.nodes.crossing import AwayKV, AwayPool, Lead
 from offload_rt.nodes.stage import Order
@@ -863,6 +865,8 @@ def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkp
     if config.machines:
         others = []  # each is another machine's
     if chosen_kind(first) is CPU:
+        if is_spared():  # the process is ours alone, so nobody in it uses a GPU
+            put_tables_aside(cache_folder())
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
         for model in models:
             name = compute_dtype(model.config.dtype, model.tensors.values(), config.dtype)

@@ -3,6 +3,8 @@
 The layouts are made below a folder that stands for `/`; one test joins a group of its own.
 """
 
+import ctypes
+import gc
 import mmap
 import os
 import re
@@ -275,6 +277,31 @@ def test_what_is_given_back_between_two_looks_is_no_growth(tmp_path):
         assert meter.growth_bytes() < 32 * MIB
 
 
+def test_memory_put_into_a_file_has_the_same_bytes_and_is_no_memory_of_its_own(tmp_path):
+    """What libraries for GPUs made of memory is asked for by nobody, but must be there."""
+    data = os.urandom(MIB) * 32
+    with mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:] = data
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        gc.collect()  # the export is gone, so that the map can be closed
+        before = system.rss_bytes()[0]
+        system._put_into_file(start, len(data), tmp_path)
+        assert system.rss_bytes()[0] < before - 24 * MIB
+        memory[0:2] = b"ab"  # private: the next ones are the file's
+        assert memory[:2] == b"ab" and memory[2:] == data[2:]
+    assert not list(tmp_path.iterdir())
+
+
+def test_memory_stays_where_files_are_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(system, "file_system", lambda folder: "tmpfs")
+    with mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory[:] = data = os.urandom(MIB)
+        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        with pytest.raises(OSError, match="in memory"):
+            system._put_into_file(start, MIB, tmp_path)
+        assert memory[:] == data
+
+
 BESIDE = """
 import sys
 from offload_rt.device.system import settle_math
@@ -287,10 +314,13 @@ import offload_rt.engine.engine
 import psutil
 from offload_rt.device import cpu
 from offload_rt.device.system import _mapped_areas
+from offload_rt.folders import cache_folder
 def resident():
     found = [a for a in _mapped_areas() if system.LIBRARIES.search(a.path) and not a.changed_bytes]
     return sum(a.resident_bytes for a in found if "w" not in a.rights)
 before = resident()
+system.put_tables_aside(cache_folder())
+assert not system.put_tables_aside(cache_folder())
 cpu.CpuDevice()
 print(before, resident(), psutil.Process().memory_info().rss)
 torch.ones(64, 64) @ torch.ones(64, 64)
