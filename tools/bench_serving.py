@@ -104,8 +104,12 @@ def chats(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def _crowded(crowd: Crowd, asked: list[Request], every_s: float, name: str) -> tuple[float, str]:
-    """Tokens a second of all chats, from the first arrival to the last token."""
-    start, todo, over = time.perf_counter(), list(asked), []
+    """Tokens a second of all chats, from the first arrival to the last token.
+
+    Nobody should wait for a first token longer than two sweeps of the weights take, its own prompt
+    in one of them.
+    """
+    start, todo, over, sweeps = time.perf_counter(), list(asked), [], []
     while todo or crowd.busy:
         now = time.perf_counter() - start
         while todo and (name == "static" or now >= every_s * (len(asked) - len(todo))):
@@ -113,11 +117,16 @@ def _crowded(crowd: Crowd, asked: list[Request], every_s: float, name: str) -> t
         if not crowd.busy:
             time.sleep(0.001)
             continue
+        begun = time.perf_counter()
         over += [one.member for one in crowd.advance() if one.member.is_over]
+        sweeps.append(time.perf_counter() - begun)
     took_s = time.perf_counter() - start
     firsts = [one.first_s - one.joined_s for one in over if one.first_s is not None]
     tokens = sum(len(one.token_ids) for one in over)
-    return tokens / took_s, f"first token after {statistics.median(firsts):.2f} s"
+    return tokens / took_s, (
+        f"first token after {statistics.median(firsts):.2f} s, at most {max(firsts):.2f}; a sweep"
+        f" takes {statistics.median(sweeps):.2f} s, at most {max(sweeps):.2f}"
+    )
 
 
 @dataclass(frozen=True, slots=True)
