@@ -27,6 +27,7 @@ from gguf_files import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels.products import problem
@@ -553,3 +554,9 @@ def test_text_is_split_as_the_file_names_it(tmp_path, pre):
     )
     found = made.pre_tokenizer.pre_tokenize_str("We'LL payTen 1234/\n\n  we'll")
     assert "|".join(word for word, _ in found) == SPLIT[pre]
+
+
+def test_doctor_reads_from_the_disk_of_the_file(files, tmp_path):
+    path, _ = files("llama")
+    found = _disk(resolve_model(str(path)))
+    assert found.folder == path.parent.resolve() and found.direct_reads is not None

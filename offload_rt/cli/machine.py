@@ -25,6 +25,7 @@ from offload_rt.device.system import (
 )
 from offload_rt.errors import ProfileError
 from offload_rt.model.checkpoint import demo_folder
+from offload_rt.model.gguf.folder import ENDING
 from offload_rt.model.packed_files import SUFFIX
 from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
@@ -264,8 +265,11 @@ def _disk(model: Path | None) -> DiskFacts:
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
     real = folder.resolve()
-    files = [*real.glob("*.safetensors"), *real.glob(f"*{SUFFIX}")] if model else []
+    endings = (".safetensors", SUFFIX, ENDING) if model else ()
+    files = [path for ending in endings for path in real.glob(f"*{ending}")]
     largest = max(files, key=lambda path: path.stat().st_size, default=None)
+    if largest is not None and largest.suffix == ENDING:  # a link: the file is what is read
+        folder = real = largest.resolve().parent
     direct, rate = _read_rate(largest) if largest else (None, None)
     return DiskFacts(
         folder=folder,
