@@ -35,6 +35,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.costs.machine import speeds_of
+from offload_rt.costs.sizes import ahead_bytes
 from offload_rt.device.base import Device, Stream
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import KINDS, Processor, sharing
@@ -367,9 +368,12 @@ def laws(bench: Bench) -> None:
                 return torch.cat(rows).cpu()
 
         resident = logits({"resident_layers": sizes.law.layers})
-        for home in (HomeKind.HOST, HomeKind.DISK):
+        layer_bytes = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+        limit = ahead_bytes(layer_bytes, RuntimeConfig().readers) + 2 * layer_bytes
+        for home in (HomeKind.HOST, HomeKind.DISK, HomeKind.SPLIT):
             for slots in (1, 2):
                 place = streamed | {"home": home, "slots": slots}
+                place |= {"host_limit_bytes": limit} if home is HomeKind.SPLIT else {}
                 bench.law(
                     f"{dtype}: streamed from {home}, {slots} slots = resident",
                     partial(_equal, partial(logits, place), resident),
