@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from gpu_check_parts import Bench, median_of, opened, timed, wait_for
 
-from offload_rt.model.formats.brought import bring_for, ready
+from offload_rt.model.formats.brought import bring_for, prepare, ready
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
@@ -23,6 +23,7 @@ def check(bench: Bench) -> None:
     """Each form: equal to the CPU's in every bit, then seconds of a weight of a large model."""
     with opened(bench) as device:
         there = device.torch_device
+        prepare()  # `ready` need not, where a weight is multiplied as it is stored
         for name, stored, parts in _weights(8192 if bench.on_gpu else 256):
             expected = torch.empty(stored.outputs, stored.inputs, dtype=torch.bfloat16)
             dequantise(stored, parts, expected)
