@@ -59,7 +59,7 @@ class _Build:
         stores: keys and values of the kept chunks, [K, chunks, c, D] views.
         kept: [K, R, chunks] of what was kept so far: sum of exponentials in a chunk; `EMPTY` where
             nothing is kept yet.
-        total: [K, R] the same of all rows so far, if several ask.
+        total: [K, R, 1] the same of all rows so far, if several ask.
         below_top: [K, R, 1] less the largest logit of the first rows that came; exponents are
             against it.
         carry: keys, values and exponentials of a chunk whose other rows have not come yet.
@@ -88,7 +88,7 @@ class _Build:
         logits = found[0] if len(found) == 1 else torch.cat(found, dim=2)
         exponentials = logits.clamp_(max=HIGHEST).exp_()
         if not self.asks_alone:
-            self.total += exponentials.sum(dim=2)
+            self.total += exponentials.sum(dim=2, keepdim=True)
         return exponentials
 
     def _against_top(self, keys: torch.Tensor) -> torch.Tensor:
@@ -107,7 +107,7 @@ class _Build:
         """[K, M] the attention chunks receive, or what grows with it, from their [K, R, M]."""
         if self.asks_alone:
             return sums[:, 0]
-        return (sums / self.total[:, :, None]).sum(dim=1)
+        return (sums / self.total).sum(dim=1)
 
 
 class RetrievalKV:
@@ -267,7 +267,7 @@ class RetrievalKV:
             asked = grouped.flatten(1, 2).float() * spec.scaling
         rows = 0 if asked is None else asked.shape[1]
         kept = torch.full((heads, rows, chunks), EMPTY, device=query.device)
-        total = torch.zeros(heads, rows, device=query.device)
+        total = torch.zeros(heads, rows, 1, device=query.device)
         shape = (heads, chunks, self._sizes.config.chunk_tokens)
         stores = [
             store[layer][:, : chunks * shape[2]].view(*shape, store[layer].shape[2])
@@ -379,8 +379,8 @@ class RetrievalKV:
         """
         every = torch.cat([build.kept, sums], dim=2)
         best = build.scores(every).topk(build.kept.shape[2], sorted=False).indices
-        build.kept = every.gather(2, best[:, None].expand_as(build.kept))
-        index = best[:, :, None, None]
+        build.kept = every.gather(2, best.unsqueeze(1).expand_as(build.kept))
+        index = best.view(*best.shape, 1, 1)
         for store, rows in zip(build.stores, (keys, values), strict=True):
             torch.gather(torch.cat([store, rows], dim=1), 1, index.expand_as(store), out=store)
 
