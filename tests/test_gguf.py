@@ -21,6 +21,7 @@ from gguf_files import (
     gguf_bytes,
     paired,
     random_blocks,
+    text,
     tokenizer_settings,
     write_gguf,
 )
@@ -335,6 +336,18 @@ def test_tensors_lie_one_behind_the_other_within_the_file(tmp_path):
     assert "the download is not complete" in refused(tmp_path, data[:-1])
 
 
+def test_no_list_is_made_of_what_a_file_says_alone(tmp_path):
+    """A header of 5 MB that would become 5 million numbers, and one that has not what it says."""
+    key = "tokenizer.ggml.token_type"
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(key) + struct.pack("<IIQ", 9, 0, 5 * 2**20)
+    for data, says in ((bytes(5 * 2**20), "accepted are 4194304"), (b"", "does not fit")):
+        (tmp_path / "a.gguf").write_bytes(head + data)
+        with pytest.raises(CheckpointError, match=says):
+            read_gguf(tmp_path, "a.gguf", (key,))
+    (tmp_path / "a.gguf").write_bytes(head + bytes(5 * 2**20))
+    assert read_gguf(tmp_path, "a.gguf").metadata == {}
+
+
 def whole():
     """A file with something of everything."""
     words = {"tokenizer.ggml.tokens": ["a", "b"], "tokenizer.ggml.scores": [0.5, 1.0]}
@@ -510,9 +523,9 @@ def test_pieces_are_merged_by_their_scores(tmp_path):
     assert made.encode("abc bc").tokens == ["<s>", "\u2581ab", "c", "\u2581", "bc"]
     assert made.encode("a<mark>b").tokens == ["<s>", "\u2581a", "<mark>", "\u2581", "b"]
     assert made.encode("\u00e9", add_special_tokens=False).ids == [263, 3 + 0xC3, 3 + 0xA9]
-    for text in ("abc bc", "é 你好\n\tb", "  a", ""):
-        ids = made.encode(text, add_special_tokens=False).ids
-        assert made.decode(ids) == text
+    for words in ("abc bc", "é 你好\n\tb", "  a", ""):
+        ids = made.encode(words, add_special_tokens=False).ids
+        assert made.decode(ids) == words
     plain = tokenizer_of(tmp_path, PIECES | {"tokenizer.ggml.add_space_prefix": False})
     assert plain.encode("abc").tokens == ["<s>", "ab", "c"]
     bare = tokenizer_of(tmp_path, PIECES | {"tokenizer.ggml.add_bos_token": False})

@@ -29,6 +29,7 @@ _NAME_LIMIT = 1024
 _TEXT_LIMIT = 16 * 2**20  # chat templates have up to 100 kB
 _DIMENSIONS = 4  # of the format
 _SIDE_LIMIT = 2**40
+_LONGEST = 2**22  # entries of an array that is kept, as a vocabulary may have
 _SHORT = 2**12  # arrays of numbers up to this length are always kept
 _WINDOW = 2**20
 _TEXT, _ARRAY, _FLAG = 8, 9, 7
@@ -265,6 +266,8 @@ class _Reader:
                 "of the file"
             )
         wanted = key in self._arrays
+        if wanted and count > _LONGEST:
+            raise self._error(f"has {shown(key)}, a list of {count}, accepted are {_LONGEST}")
         if form is None:
             return self._texts(key, count, keep=wanted)
         if not wanted and count > _SHORT:
