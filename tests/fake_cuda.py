@@ -143,6 +143,7 @@ class FakeCuda:
     copied_back_bytes: int = 0
     unpinned_copies: int = 0
     uploads: int = 0
+    mapped_bytes: int = 0
     unpinned_uploads: int = 0
 
     def __post_init__(self):
@@ -231,6 +232,11 @@ class FakeCuda:
     def _has_room(self, nbytes):
         taken = sum((*self.registered.values(), *self.allocated_pinned.values()))
         return taken + nbytes <= self.pinnable_bytes
+
+    def mapped(self, memory, device):
+        self.mapped_bytes += memory.numel()
+        with self.inside_driver():
+            return torch.empty(memory.numel(), dtype=torch.uint8, device=device)
 
     def upload(self, source, device):
         self.uploads += 1

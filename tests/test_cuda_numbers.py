@@ -19,7 +19,7 @@ from offload_rt.config import (
     KVPlace,
     RetrievalConfig,
 )
-from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.base import PAGE_BYTES, STAGING_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams as streams_module
@@ -32,6 +32,7 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.rounded import Int4Linear
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
+from offload_rt.runner.loading import BASE
 from offload_rt.streaming import memory_home as home_module
 from offload_rt.streaming.memory_home import MemoryHome
 
@@ -115,6 +116,41 @@ def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
     open_double(monkeypatch, **driver)
     with engine_for(tiny_model, dtype=dtype, **(STREAMED | {"home": home})) as engine:
         assert torch.equal(all_logits(engine), resident)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "options", "dtype"),
+    [
+        ({}, {}, "bfloat16"),
+        ({}, {"home": HomeKind.DISK}, "float32"),
+        ({"maps": False}, {}, "float32"),
+        ({"pin": False}, {}, "float32"),
+        ({"count": 2}, {"device": "cpu,cpu", "resident_layers": 0, "slots": 1}, "float32"),
+    ],
+)
+def test_an_embedding_in_host_memory_is_read_where_it_lies(
+    make_tiny, monkeypatch, caplog, gpu, options, dtype
+):
+    """Where layers are streamed and the head is another matrix; else it is on the device."""
+    folder = make_tiny(tie_word_embeddings=False, dtype="bfloat16")
+    open_as(monkeypatch, CpuDevice())
+    with engine_for(folder, dtype=dtype, resident_layers=4, **ROOM) as engine:
+        expected, whole_bytes = all_logits(engine), engine.device.ledger()[BASE]
+        assert not engine.placement.demand.host_base_bytes
+        assert engine.device.ledger()[BASE] == engine.placement.base_bytes
+    open_double(monkeypatch, **gpu)
+    with engine_for(folder, dtype=dtype, **(STREAMED | options)) as engine:
+        assert torch.equal(all_logits(engine), expected)
+        placement, kept_bytes = engine.placement, engine.device.ledger()[BASE]
+    own = open_checkpoint(folder).embedding
+    own_bytes = own.nbytes * (2 if dtype == "float32" else 1)
+    assert 0 <= placement.demand.host_base_bytes - own_bytes < PAGE_BYTES
+    in_host = placement.streamed_bytes if placement.home is HomeKind.HOST else 0
+    assert placement.host_bytes == placement.demand.host_base_bytes + in_host
+    there = not gpu or "count" in gpu
+    assert kept_bytes == (placement.base_bytes if there else whole_bytes)
+    assert whole_bytes - placement.base_bytes >= own_bytes - PAGE_BYTES
+    assert ("not in host memory as planned" in caplog.text) == (not there)
 
 
 @pytest.mark.parametrize(
@@ -294,7 +330,9 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
         assert (home is HomeKind.SPLIT) == (engine.placement.expert_share < 1.0)
         assert torch.equal(all_logits(engine), resident)
         assert engine.runner.experts.counts.misses > 0
-        assert bool(engine.placement.host_bytes) == (home is not HomeKind.DISK)
+        placement = engine.placement
+        beside_bytes = placement.demand.host_base_bytes  # the embedding
+        assert (placement.host_bytes > beside_bytes) == (home is not HomeKind.DISK)
         assert limit is None or engine.placement.host_bytes <= limit
         assert double.ledger()["experts"] <= engine.placement.pool_bytes
 

@@ -138,6 +138,23 @@ def test_the_engine_runs_on_two_gpus(gpu, make_tiny, family, home, resident):
     assert gpu.unpinned_copies == 0
 
 
+@pytest.mark.parametrize(("tied", "resident"), [(False, 1), (False, 3), (True, 1)])
+def test_an_embedding_in_host_memory_adds_no_copy_and_no_wait(gpu, make_tiny, tied, resident):
+    """Kernels read it there, so a pass is what it was: one upload, one sync of a step."""
+    folder = make_tiny(num_hidden_layers=3, tie_word_embeddings=tied)
+    counts = [(0, 0)]
+    options = {} if resident < 3 else {"home": HomeKind.AUTO, "slots": None}
+
+    def note(engine):
+        counts.append((gpu.uploads, gpu.downloads))
+        nbytes = engine.placement.demand.host_base_bytes
+        assert (gpu.mapped_bytes, nbytes > 0) == (nbytes, not tied and resident < 3)
+        assert engine.device.ledger()["embedding and head"] == engine.placement.base_bytes
+
+    generate(gpu, folder, resident_layers=resident, after_step=note, **options)
+    assert [(b[0] - a[0], b[1] - a[1]) for a, b in itertools.pairwise(counts)] == [(1, 1)] * 3
+
+
 def test_a_hop_without_its_events_is_found(gpu, tiny, monkeypatch):
     monkeypatch.setattr(CudaComputeStream, "follow", lambda self, event: None)
     with pytest.raises(StreamOrderError, match="hidden state"):
@@ -183,7 +200,7 @@ def test_buffers_are_allocated_once(gpu, tiny, home):
     assert all(map(pinned[0].__eq__, pinned))
     passages = (STAGING_BYTES, pinned_module.UPLOAD_BYTES)
     images = [nbytes for nbytes in pinned[0].values() if nbytes not in passages]
-    assert len(images) == (2 if home is HomeKind.HOST else 0)
+    assert len(images) == (2 if home is HomeKind.HOST else 0) + 1  # the embedding
     assert not gpu.registered
 
 

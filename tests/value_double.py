@@ -81,9 +81,11 @@ class LateDriver:
     Args:
         pin: whether host memory may be registered.
         allocates_pinned: whether it has pinned memory of its own.
+        maps: whether kernels can read host memory.
     """
 
-    def __init__(self, *, pin=True, allocates_pinned=False):
+    def __init__(self, *, pin=True, allocates_pinned=False, maps=True):
+        self.maps = maps
         self.pin, self.allocates_pinned, self.received = pin, allocates_pinned, 0
         self.lock = RLock()
 
@@ -116,6 +118,9 @@ class LateDriver:
 
     def allocate_pinned(self, nbytes):
         return allocate_host(nbytes).tensor if self.allocates_pinned else None  # whole pages
+
+    def mapped(self, memory, device):
+        return memory if self.maps else None
 
     def upload(self, source, device):
         return source.clone()

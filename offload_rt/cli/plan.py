@@ -359,6 +359,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "whole_because": outlook.whole_because,
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.base_bytes,
+        "host_base_bytes": placement.demand.host_base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
         "kv_bytes": placement.kv_bytes,
         "state_bytes": sum(demand.state_bytes),
@@ -434,7 +435,11 @@ def _as_table(outlook: _Outlook) -> str:
     busy = outlook.busy
     demand = placement.demand
     rows = [
-        ("embedding, head", placement.base_bytes, _head_order(placement)),
+        (
+            "head" if demand.host_base_bytes else "embedding, head",
+            placement.base_bytes,
+            _head_order(placement),
+        ),
         _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
         ("KV cache", placement.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
         ("workspace", placement.workspace_bytes, "at most"),
@@ -485,10 +490,14 @@ def _home_lines(outlook: _Outlook) -> list[str]:
     """What is elsewhere, and how it comes."""
     placement, experts = outlook.placement, outlook.experts
     away = home_words(placement.home)
+    rows_of = []
+    if apart := placement.demand.host_base_bytes:
+        detail = "read from host memory, a row for each token of a pass"
+        rows_of = [_row(("embedding", apart, detail))]
     if experts is not None:
-        return expert_lines(experts, away)
+        return [*expert_lines(experts, away), *rows_of]
     if not placement.streamed:
-        return ["nothing is streamed"]
+        return ["nothing is streamed", *rows_of]
     nbytes = outlook.bytes_per_pass
     streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
     pinned = outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes)
@@ -497,6 +506,7 @@ def _home_lines(outlook: _Outlook) -> list[str]:
         f"in {away}, copied to the device in each pass",
         _row(streamed),
         *(hanging(line, 4) for line in split_lines(placement)),
+        *rows_of,
         *(hanging(line, 4) for line in pinning_line(placement.host_bytes, pinned)),
         *([hanging(f"  layers are streamed whole: {why}", 4)] if why else []),
     ]

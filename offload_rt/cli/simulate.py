@@ -333,6 +333,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "draft_tokens": asked.draft.nodes,
         "home": str(placement.home),
         "host_bytes": placement.host_bytes,
+        "host_base_bytes": placement.demand.host_base_bytes,
         "host_pinned_bytes": outlook.pinned_bytes,
         "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
         "slots": placement.slots,

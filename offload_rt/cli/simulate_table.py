@@ -46,7 +46,10 @@ def model_table(
         if not placement.expert_slots
         else _memory(f"{placement.expert_slots} slots of experts", placement.pool_bytes),
         _memory("KV on the device", placement.kv_bytes, kept),
-        _memory("embedding, workspace", demand.base_bytes + placement.workspace_bytes),
+        _memory(
+            "head, workspace" if demand.host_base_bytes else "embedding, workspace",
+            demand.base_bytes + placement.workspace_bytes,
+        ),
     ]
     if placement.drafter_bytes:
         lines.append(_memory("drafting", placement.drafter_bytes))
@@ -59,6 +62,8 @@ def model_table(
         what = "experts" if placement.expert_slots else "streamed layers"
         lines.append(_memory(what, placement.streamed_bytes, f"in {away}"))
         lines += split_lines(placement)
+        if demand.host_base_bytes:
+            lines.append(_memory("embedding", demand.host_base_bytes, "in host memory, by rows"))
         lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)

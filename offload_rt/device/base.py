@@ -272,6 +272,12 @@ class Device(Protocol):
         Where it makes copies faster the memory is page-locked, unless the system refuses.
         """
 
+    def mapped(self, buffer: HostBuffer) -> DeviceBuffer | None:
+        """Host memory as kernels of this device read it where it lies.
+
+        None where they cannot: it is not page-locked, or has no address there.
+        """
+
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64 on the device, without making the host wait."""
 

@@ -257,6 +257,10 @@ class CpuDevice:
         """Take it out of the count; the CPU reads all its memory at one speed."""
         self._memory.home_bytes += buffer.nbytes
 
+    def mapped(self, buffer: HostBuffer) -> HostBuffer:
+        """It is the CPU's own memory."""
+        return buffer
+
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64; a pass begins with it, or a part of one."""
         self._memory.look()

@@ -21,7 +21,7 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import kv_bytes_per_token
-from offload_rt.device.base import Device, DeviceBuffer
+from offload_rt.device.base import Device
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
@@ -46,7 +46,7 @@ from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, direct, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
-from offload_rt.model.network import Network
+from offload_rt.model.network import Images, Network
 from offload_rt.model.sparing import is_spared
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.nodes.crossing import AwayKV, AwayPool, Lead
@@ -174,7 +174,10 @@ class Engine:
             self.mtp = self._load_mtp() if draft.words.of_hidden else None
             if nodes is not None:
                 self._send_orders(nodes)
-            base = load_base(self.network, self.device, self._files, BASE)
+            apart_name = (
+                checkpoint.embedding.name if self.placement.demand.host_base_bytes else None
+            )
+            base = load_base(self.network, self.device, self._files, BASE, apart_name)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base, undo)
             if self._rounded_copy is not None and draft.words.over_own_rows:
@@ -549,7 +552,8 @@ class Engine:
             layers = self._copied_layers
             own = demand.layer_bytes
             copied = sum(own if layers is None else (own[i] for i in layers))
-        return demand.base_bytes + self.placement.resident_bytes + held + copied
+        ends = demand.base_bytes + demand.host_base_bytes
+        return ends + self.placement.resident_bytes + held + copied
 
     @property
     def bytes_per_pass(self) -> int:
@@ -642,7 +646,7 @@ class Engine:
         limit = max(self._prompt_tokens, chunk_tokens)
         return Mtp(module, self.network, layers, limit=limit, chunk_tokens=chunk_tokens)
 
-    def _load_rounded_copy(self, base: DeviceBuffer) -> Runner | None:
+    def _load_rounded_copy(self, base: Images) -> Runner | None:
         """What drafts instead of the target's own weights, or of some of them."""
         if not self.draft.copies.rounds:
             return None
@@ -668,7 +672,7 @@ class Engine:
     def _target_ids(self) -> int:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
-    def _load_target(self, base: DeviceBuffer, undo: ExitStack) -> Runner:
+    def _load_target(self, base: Images, undo: ExitStack) -> Runner:
         placement, near = self.placement, len(self.devices)
         streamed = placement.streamed if self._nodes is None else placement.shares[0].streamed
         streaming = Streaming(

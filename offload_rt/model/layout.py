@@ -8,7 +8,7 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -210,6 +210,34 @@ def plan_layouts(
         for each in checkpoint.layers
     ]
     return *layers, plan_layout(checkpoint.others, dtype, packing, stays_fp32, made=ends)
+
+
+def set_apart(layout: LayerLayout, name: str) -> tuple[LayerLayout, LayerLayout]:
+    """The images of a layout without one tensor, and of that tensor alone.
+
+    Args:
+        layout: of `Packing.DEVICE`, in which each tensor has runs of its own.
+        name: of a tensor whose bytes runs bring.
+    """
+    groups = [[p for p in layout.placements if (p.name == name) is own] for own in (False, True)]
+    rest, own = (_laid_out(layout, placements) for placements in groups)
+    return replace(rest, made=layout.made), own
+
+
+def _laid_out(layout: LayerLayout, placements: Sequence[Placement]) -> LayerLayout:
+    """An image of some tensors of another one."""
+    end, placed, runs = 0, list[Placement](), list[FileRun]()
+    for each in placements:
+        offset = _round_up(end, DEVICE_ALIGN_BYTES)
+        placed.append(replace(each, offset=offset))
+        mine = range(each.offset, each.offset + max(1, each.nbytes))
+        for run in layout.runs:
+            if run.image_offset in mine:
+                assert not run.in_place
+                runs.append(replace(run, image_offset=run.image_offset - each.offset + offset))
+        end = offset + each.nbytes
+    nbytes = _round_up(end, PAGE_BYTES)
+    return LayerLayout(nbytes=nbytes, placements=tuple(placed), runs=tuple(runs))
 
 
 def torch_name(code: str) -> str:

@@ -71,6 +71,9 @@ from offload_rt.report import Dequantising
 NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
 
 
+Images = Sequence[tuple[LayerLayout, DeviceBuffer]]  # and what lies where in each
+
+
 class Weights(Protocol):
     """Whoever lends the image of a layer on the device."""
 
@@ -419,7 +422,7 @@ class Network:
     def attach(
         self,
         weights: Weights | None,
-        base: DeviceBuffer | None,
+        base: Images | None,
         device: torch.device,
         chunk_tokens: int,
         crossing: Crossing | None = None,
@@ -430,7 +433,7 @@ class Network:
         Args:
             weights: lends the image of each layer but those that have theirs (`keep`); None if
                 all have.
-            base: holds the image of `self.base`; None: embedding and head are on another machine,
+            base: hold what is in `self.base`; None: embedding and head are on another machine,
                 and the rest was brought (`bring_rest`).
             device: where passes begin and end.
             chunk_tokens: rows that go through a layer at once.
@@ -448,8 +451,11 @@ class Network:
             self.sorts_on_host = True
         self._lenders = experts
         if base is not None:
-            for hole, tensor in _bind(_holes(self._model, self._places.of_base), base):
-                hole.fill(tensor)
+            of_base = {h.placement.name: h for h in _holes(self._model, self._places.of_base)}
+            for layout, image in base:
+                holes = [replace(of_base[p.name], placement=p) for p in layout.placements]
+                for hole, tensor in _bind(holes, image):
+                    hole.fill(tensor)
         if self._places.tied:
             head, embedding = _ends(self._model)
             head.weight = embedding.weight

@@ -21,6 +21,7 @@ from offload_rt.costs.sizes import (
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.expert_layout import ExpertImages
+from offload_rt.model.layout import set_apart
 from offload_rt.planning.placement import Demand, ExpertDemand
 from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory
@@ -30,7 +31,7 @@ OTHER_BUFFERS = 16  # large ones besides layers: slots, caches, a head; smaller 
 EXPERT_SHARE = 2  # of a layer of experts: their kernels gather and copy; measured up to a quarter
 
 
-def demand_of(
+def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     checkpoint: Checkpoint,
     runtime: RuntimeConfig,
     device: DeviceKind,
@@ -38,6 +39,7 @@ def demand_of(
     capacities: Sequence[int],
     shape: PassShape,
     drafting: Drafting = NO_DRAFTING,
+    apart: bool = False,
 ) -> Demand:
     """Size everything a run keeps on the device.
 
@@ -48,10 +50,15 @@ def demand_of(
         capacities: KV rows of each sequence.
         shape: the largest pass.
         drafting: who drafts.
+        apart: the embedding is in host memory.
     """
     config, dtype = checkpoint.config, runtime.dtype
     number_bytes = number_bytes_of(checkpoint, dtype)
     *layouts, base = layouts_of(checkpoint, dtype, device)
+    in_host = 0
+    if apart:
+        base, own = set_apart(base, checkpoint.embedding.name)
+        in_host = own.nbytes
     layers = [layout.nbytes for layout in layouts]
     run = DraftedRun(
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
@@ -69,6 +76,7 @@ def demand_of(
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
+        host_base_bytes=in_host,
         kv_bytes=kv_bytes_per_token(config, number_bytes)
         * sum(capacity + pending for capacity in capacities),
         state_bytes=tuple(len(capacities) * nbytes for nbytes in states) if any(states) else (),
@@ -104,6 +112,17 @@ def demand_of(
             else staging_bytes(layouts, device, runtime.readers)
         ),
     )
+
+
+def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind) -> bool:
+    """Whether the embedding may be in host memory: the head is another matrix, and it is read so.
+
+    Of a device that computes in host memory nothing would be gained.
+    """
+    own_rows = checkpoint.head is not None and checkpoint.embedding.name not in (
+        checkpoint.stored_ends
+    )
+    return device.own_memory and own_rows and not runtime.machines
 
 
 def _streams_experts(runtime: RuntimeConfig) -> bool:

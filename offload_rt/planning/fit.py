@@ -1,7 +1,8 @@
 """What lives where for one run, from headers, limits and what is free. No torch here."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 from offload_rt.config import DraftConfig, DrafterWords, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
@@ -38,7 +39,7 @@ from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv, spread_layers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.kept import keeps_states
-from offload_rt.planning.demand import demand_of
+from offload_rt.planning.demand import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
 from offload_rt.speculative.kinds import completed, draft_parts
@@ -103,27 +104,40 @@ def place_run(
         logit_rows=checked_rows,
         longest=max(load.capacities),
     )
-    demand = demand_of(
-        checkpoint,
-        config,
-        device,
-        capacities=load.capacities,
-        shape=shape,
-        drafting=load.drafting,
-    ).knowing(load.asked)
-    if load.kv_tokens is not None:
-        spare = load.drafting.config.pending_rows * len(load.capacities)
-        rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
-        demand = replace(demand, kv_bytes=demand.kv_bytes // whole * rows)
-    if config.kv is KVPlace.NONE:
-        sizes = kv_row_bytes(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
-        largest = demand.kv_bytes // sum(sizes) * max(sizes)
-        demand = replace(demand, kv_bytes=largest, kv_passes=True)
+
+    def demanded(*, apart: bool = False) -> Demand:
+        found = demand_of(
+            checkpoint,
+            config,
+            device,
+            capacities=load.capacities,
+            shape=shape,
+            drafting=load.drafting,
+            apart=apart,
+        ).knowing(load.asked)
+        return _with_kv_of(found, checkpoint, config, load)
+
+    demand = demanded()
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
+    host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
+    homed = partial(
+        _homes_within,
+        config=config,
+        device=device,
+        free=free,
+        host_limit=host_limit,
+        speeds=speeds,
+    )
     try:
-        placement = _place_with_kv(demand, stripes, config, device, kv_plans)
+        placement = _place_ends(
+            lambda apart: _place_with_kv(
+                demanded(apart=True) if apart else demand, stripes, config, device, kv_plans
+            ),
+            homed,
+            may_be_apart=may_be_apart(checkpoint, config, device),
+        )
     except PlanError as refusal:
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
@@ -137,18 +151,97 @@ def place_run(
     if placement.device_bytes > free.device_bytes:  # a reordered head is for memory to spare
         placement = replace(placement, demand=replace(placement.demand, packed_head_bytes=0))
     _check_effects(placement, config, free)
-    host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
-    kv_host_bytes = _kv_host_bytes(placement, host_limit)
-    placement = _with_homes(placement, config, device, free, host_limit - kv_host_bytes)
+    placement = homed(placement)
     home = placement.home
     chosen = device.home is HomeKind.DISK or config.home is HomeKind.DISK
     reads = home is HomeKind.DISK or placement.in_files
     if reads and placement.streamed and checkpoint.rounded is not None:
         raise _rounded_from_disk(checkpoint, config, device, placement, host_limit)
     unused = home is HomeKind.DISK and chosen  # else the limit may be why the home is the disk
-    if unused and not kv_host_bytes and config.host_limit_bytes is not None:
+    if unused and not _kept_in_host(placement, host_limit) and config.host_limit_bytes is not None:
         raise ConfigError("--host-memory limits streamed layers in host memory: add --home host")
     return placement
+
+
+def _with_kv_of(
+    demand: Demand, checkpoint: Checkpoint, config: RuntimeConfig, load: RunLoad
+) -> Demand:
+    """The same with KV as the run has it: shared by all, or of one layer after the other."""
+    if load.kv_tokens is not None:
+        spare = load.drafting.config.pending_rows * len(load.capacities)
+        rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
+        demand = replace(demand, kv_bytes=demand.kv_bytes // whole * rows)
+    if config.kv is KVPlace.NONE:
+        sizes = kv_row_bytes(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
+        largest = demand.kv_bytes // sum(sizes) * max(sizes)
+        demand = replace(demand, kv_bytes=largest, kv_passes=True)
+    return demand
+
+
+def _place_ends(
+    place_with: Callable[[bool], Placement],
+    homed: Callable[[Placement], Placement],
+    *,
+    may_be_apart: bool,
+) -> Placement:
+    """Have the embedding in host memory where that leaves room for layers, else on the device.
+
+    A pass reads a row of it for each of its rows, a layer all of its own bytes.
+
+    Args:
+        place_with: places a run, with the embedding in host memory or not.
+        homed: decides where a placement's streamed layers live.
+        may_be_apart: the embedding may be in host memory.
+
+    Raises:
+        PlanError: it fits in neither way.
+    """
+    whole = None
+    try:
+        whole = place_with(False)
+    except PlanError:
+        if not may_be_apart:
+            raise
+    if whole is not None and not (may_be_apart and whole.streams):
+        return whole
+    try:
+        made = place_with(True)
+        home = homed(made).home
+    except PlanError:
+        if whole is None:
+            raise
+        return whole
+    if whole is None:
+        return made
+    if made.demand.copy_bytes and not made.streamed:  # copies are of streamed layers
+        return whole
+    # Host memory is the home of layers before it is the embedding's.
+    same = home is homed(whole).home is not HomeKind.SPLIT
+    return made if same or not made.streams else whole
+
+
+def _homes_within(
+    placement: Placement,
+    *,
+    config: RuntimeConfig,
+    device: DeviceKind,
+    free: FreeMemory,
+    host_limit: int,
+    speeds: Speeds | None,
+) -> Placement:
+    """Decide where streamed layers live beside what else is in host memory.
+
+    Raises:
+        PlanError: that does not fit, or kernels cannot read an embedding there.
+    """
+    in_host = placement.demand.host_base_bytes
+    if speeds is not None and speeds.pinned_bytes(config, in_host) < in_host:
+        raise PlanError(
+            f"the embedding's {format_size(in_host)} cannot be pinned in host memory: use a larger "
+            "--device-memory"
+        )
+    left = host_limit - _kept_in_host(placement, host_limit)
+    return _with_homes(placement, config, device, free, left)
 
 
 def _with_homes(
@@ -478,8 +571,8 @@ def _place_with_kv(
     raise min(refusals, key=lambda refusal: refusal.needed_bytes)
 
 
-def _kv_host_bytes(placement: Placement, host_limit: int) -> int:
-    """Host memory KV takes as its home.
+def _kept_in_host(placement: Placement, host_limit: int) -> int:
+    """Host memory that KV takes as its home, and an embedding that rows are read of.
 
     Raises:
         PlanError: it is more than the limit.
@@ -491,7 +584,13 @@ def _kv_host_bytes(placement: Placement, host_limit: int) -> int:
             f"the KV cache needs {format_size(host_bytes)} of host memory, the limit is "
             f"{format_size(host_limit)}: raise --host-memory or lower --context"
         )
-    return host_bytes
+    base_bytes = placement.demand.host_base_bytes
+    if host_bytes + base_bytes > host_limit:
+        raise PlanError(
+            f"the embedding needs {format_size(base_bytes)} of host memory, the limit is "
+            f"{format_size(host_limit)}: raise --host-memory"
+        )
+    return host_bytes + base_bytes
 
 
 def _rounded_from_disk(

@@ -63,6 +63,7 @@ class Demand:
     Attributes:
         layer_bytes: image of each layer.
         base_bytes: what is in no layer: embedding, final norm, head.
+        host_base_bytes: an embedding in host memory, read by rows; 0: it is on the device.
         kv_bytes: KV caches of all sequences.
         state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
@@ -82,6 +83,7 @@ class Demand:
     base_bytes: int
     kv_bytes: int
     workspace_bytes: int
+    host_base_bytes: int = 0
     drafter_bytes: int = 0
     recorded_bytes: int = 0
     state_bytes: tuple[int, ...] = ()
@@ -237,9 +239,10 @@ class Placement:
 
     @property
     def host_bytes(self) -> int:
-        """Of streamed weights and KV in host memory, where the device has its own."""
+        """Of weights and KV in host memory, where the device has its own."""
         kv = self.demand.kv
-        return self.held_bytes + self.ahead_bytes + (0 if kv is None else kv.host_bytes)
+        kept_bytes = self.demand.host_base_bytes + (0 if kv is None else kv.host_bytes)
+        return self.held_bytes + self.ahead_bytes + kept_bytes
 
     @property
     def held_bytes(self) -> int:

@@ -4,6 +4,7 @@ A resident layer is kept as it is in its file, or as a copy that is reordered or
 made one layer after the other from one passing image, so that no more than that is held twice.
 """
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -25,19 +26,21 @@ from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.formats.wired import dequantise
-from offload_rt.model.layout import LayerLayout
-from offload_rt.model.network import NOBODY, Network
+from offload_rt.model.layout import LayerLayout, set_apart
+from offload_rt.model.network import NOBODY, Images, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.experts import Pool, lenders_of, open_pool
 from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
 from offload_rt.streaming.ahead import ReadAhead
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
+from offload_rt.units import format_size
 
 BASE, RESIDENT, SLOTS = "embedding and head", "resident layers", "slots"  # in the device's ledger
 EXPERTS = "experts"
 DRAFT, COPY = "draft model", "rounded copy"
 SCRATCH = "dequantised weight"
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,17 +70,48 @@ class Streaming:
     readers: int = 4
 
 
-def load_base(network: Network, device: Device, files: WeightFiles, purpose: str) -> DeviceBuffer:
+def load_base(
+    network: Network, device: Device, files: WeightFiles, purpose: str, apart: str | None = None
+) -> Images:
     """Enqueue reading what is in no layer; quantised ends are dequantised now.
+
+    Args:
+        network: whose it is.
+        device: where it goes.
+        files: where it is read from.
+        purpose: in the ledger of device memory.
+        apart: a tensor that stays in host memory, where kernels read the rows they are asked for.
 
     Raises:
         CheckpointError: a scale of these is no number.
     """
     check_numbers(network.base.made, files)
-    base = device.allocate(network.base.nbytes, purpose)
-    device.load.copy(base, FileSource(network.base, files))
-    make_weights(network.base, files, base.tensor)
-    return base
+    rest, images = network.base, list[tuple[LayerLayout, DeviceBuffer]]()
+    if apart is not None:
+        without, own = set_apart(network.base, apart)
+        if (rows := _in_host(device, own, files)) is not None:
+            rest = without
+            images.append((own, rows))
+    image = device.allocate(rest.nbytes, purpose)
+    device.load.copy(image, FileSource(rest, files))
+    make_weights(rest, files, image.tensor)
+    return [*images, (rest, image)]
+
+
+def _in_host(device: Device, layout: LayerLayout, files: WeightFiles) -> DeviceBuffer | None:
+    """Read an image into host memory; None where kernels cannot read it there."""
+    image = allocate_host(layout.nbytes)
+    device.load.copy(image, FileSource(layout, files))
+    device.load.record().synchronize()
+    device.pin(image)
+    if (found := device.mapped(image)) is None:
+        _log.warning(
+            "%s of the embedding are on %s, not in host memory as planned: kernels cannot read "
+            "them there; raise `ulimit -l` or the memory limit of the container or of WSL",
+            format_size(layout.nbytes),
+            device.name,
+        )
+    return found
 
 
 def make_weights(layout: LayerLayout, files: WeightFiles, image: torch.Tensor) -> None:
@@ -96,7 +130,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     network: Network,
     stripes: Stripes,
     files: WeightFiles,
-    base: DeviceBuffer | None,
+    base: Images | None,
     streaming: Streaming,
     chunk_tokens: int,
     undo: ExitStack,
@@ -170,7 +204,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     target_ids: int,
     weights: DraftWeights = DraftWeights.SAME,
     dtype: str = "auto",
-    target_base: DeviceBuffer | None = None,
+    target_base: Images | None = None,
     stripes: Stripes | None = None,
     layers: Sequence[int] | None = None,
     network: Network | None = None,
@@ -213,7 +247,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
             if target_base is None:  # in the ledger is what stays
                 network.round_ends(weights)
                 kept_bytes = draft_base_bytes(checkpoint, weights, device.kind)
-                device.enter(kept_bytes - base.nbytes, purpose)
+                device.enter(kept_bytes - network.base.nbytes, purpose)
             else:
                 network.round_head(weights)
                 device.enter(head_bytes(checkpoint, weights, dtype), purpose)

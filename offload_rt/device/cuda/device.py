@@ -114,6 +114,13 @@ class CudaDevice:
         """Let the copy engine read host memory directly, if the driver allows it."""
         self._pinned.pin(buffer)
 
+    def mapped(self, buffer: HostBuffer) -> CudaBuffer | None:
+        """Pinned memory has an address of the GPU too: what is read of it crosses the link."""
+        if not self._pinned.holds(buffer.tensor):
+            return None
+        made = self._driver.mapped(buffer.tensor, self.torch_device)
+        return None if made is None else CudaBuffer(made)
+
     def usage(self) -> DeviceUsage:
         """What torch had reserved at most, what NVML counts now, and what is pinned."""
         return DeviceUsage(

@@ -71,6 +71,14 @@ class Driver(Protocol):
     def allocate_pinned(self, nbytes: int) -> torch.Tensor | None:
         """Return [nbytes] uint8 of host memory that is pinned from the start, or None."""
 
+    def mapped(self, memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Return registered host memory as a tensor of the device; None if it has no address there.
+
+        Args:
+            memory: [n] uint8; the result keeps it alive.
+            device: whose kernels read it.
+        """
+
     def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a copy of pinned host memory on the device, enqueued in the current stream."""
 

@@ -156,6 +156,22 @@ class TorchDriver:
             except RuntimeError:
                 return None
 
+    def mapped(self, memory: torch.Tensor, device: torch.device) -> torch.Tensor | None:
+        """Take the address that the driver gives the memory on the device."""
+        runtime, address = _loaded_runtime(), ctypes.c_void_p()
+        if runtime is None or not hasattr(runtime, "cudaHostGetDevicePointer"):
+            return None
+        with torch.cuda.device(device):
+            host = ctypes.c_void_p(memory.data_ptr())
+            if runtime.cudaHostGetDevicePointer(ctypes.byref(address), host, 0):
+                self._clear_error()
+                return None
+            try:
+                made = torch.as_tensor(_OnDevice(address.value or 0, memory), device=device)
+            except RuntimeError:
+                return None
+        return made if made.data_ptr() == address.value else None  # else it is a copy
+
     def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Enqueue the copy in the current stream."""
         with torch.cuda.device(device):
@@ -225,6 +241,24 @@ class TorchDriver:
             torch.zeros(1, device=self._device)  # this launch is to report it, once
         except RuntimeError:
             return
+
+
+class _OnDevice:
+    """Host memory as other libraries hand device memory over (CUDA Array Interface, version 2).
+
+    Args:
+        address: of the device.
+        memory: [n] uint8, which lives as long as this.
+    """
+
+    def __init__(self, address: int, memory: torch.Tensor) -> None:
+        self._memory = memory
+        self.__cuda_array_interface__ = {
+            "shape": (memory.numel(),),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 2,
+        }
 
 
 @contextmanager
