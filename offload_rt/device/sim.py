@@ -5,14 +5,18 @@ buffer remembers who wrote and who read it last; touching it without having wait
 `StreamOrderError`, where a GPU would silently compute with stale bytes.
 """
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
+from operator import itemgetter
+from typing import NamedTuple
 
 from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.errors import StreamOrderError
 
 _ROUNDING_S = 1e-12  # less is no time
+_end = itemgetter(1)
 
 Access = tuple[str, int]  # stream name, number of the operation in that stream
 
@@ -26,8 +30,7 @@ class SimBuffer:
     reads: list[Access] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class SimEvent:
+class SimEvent(NamedTuple):
     """The operations finished, and the virtual time, when the event fires."""
 
     clock: dict[str, int]
@@ -54,7 +57,7 @@ class SimLink:
         self.busy_s = 0.0
         self.pieces: list[tuple[float, float]] = []
         self._end_s = 0.0
-        self._gaps: list[tuple[float, float]] = []  # free times before the end
+        self._gaps: list[tuple[float, float]] = []  # free times before the end, in order
         self._carried: list[tuple[float, float]] = []  # what was carried, since the last upload
         self._streams: list[SimStream] = []
 
@@ -66,16 +69,20 @@ class SimLink:
         """Carry a copy that is ready at a time and takes so long; returns when it is done."""
         self.busy_s += seconds
         self.pieces = []
-        oldest_s = min(stream.time_s for stream in self._streams)
-        gaps, self._gaps, rest_s, done_s = self._gaps, [], seconds, ready_s
-        for start_s, end_s in gaps:
+        gaps, rest_s, done_s = self._gaps, seconds, ready_s
+        at = bisect_right(gaps, ready_s, key=_end)  # those before end before it is ready
+        while at < len(gaps) and rest_s > 0.0:
+            start_s, end_s = gaps[at]
             begin_s = max(start_s, ready_s)
-            used_s = min(rest_s, max(0.0, end_s - begin_s))
+            used_s = min(rest_s, end_s - begin_s)
             if used_s > _ROUNDING_S:
                 rest_s, done_s = rest_s - used_s, begin_s + used_s
                 self.pieces.append((begin_s, done_s))
-            pieces = ((start_s, min(begin_s, end_s)), (begin_s + used_s, end_s))
-            self._gaps += [(a, b) for a, b in pieces if b > max(a, oldest_s)]
+            sides = ((start_s, begin_s), (begin_s + used_s, end_s))
+            gaps[at : at + 1] = left = [side for side in sides if side[1] > side[0]]
+            at += len(left)
+        oldest_s = min([stream.time_s for stream in self._streams])
+        del gaps[: bisect_right(gaps, oldest_s, key=_end)]  # no copy will be ready by then
         if rest_s > _ROUNDING_S:
             begin_s = max(self._end_s, ready_s)
             if begin_s > self._end_s:
@@ -178,10 +185,13 @@ class SimStream:
     def wait(self, event: Event) -> None:
         """Order later work in this stream after `event`."""
         assert isinstance(event, SimEvent)
+        clock = self._clock
         for stream, tick in event.clock.items():
-            self._clock[stream] = max(self._clock.get(stream, 0), tick)
-        self._stalled_s += max(0.0, event.time_s - self.time_s)
-        self.time_s = max(self.time_s, event.time_s)
+            if tick > clock.get(stream, 0):
+                clock[stream] = tick
+        if event.time_s > self.time_s:
+            self._stalled_s += event.time_s - self.time_s
+            self.time_s = event.time_s
 
     def stalled_s(self) -> float:
         """Virtual seconds this stream has waited."""
