@@ -9,6 +9,7 @@ the profile.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from math import exp
 
 from offload_rt.config import HomeKind, RuntimeConfig
@@ -47,6 +48,8 @@ from offload_rt.profiling.rates import (
     link_bytes_per_s,
     replay_s,
 )
+
+_steady = lru_cache(maxsize=256)(steady_pass)  # a search prices most passes more than once
 
 # Of this program, on a CPU, to lend a streamed layer and to begin the copy that follows it. The
 # thread that computes was measured to run 5 ms longer for 25 layers, whatever the number of rows.
@@ -592,10 +595,10 @@ def spans_of(load: PassLoad, times: PassTimes) -> list[Span]:
 def _settled(load: PassLoad, times: PassTimes) -> tuple[SteadyPass, PassTimes]:
     """Passes that repeat themselves, with kernels as slow as they are beside their copies."""
     _check(load, times)
-    done, alone = steady_pass(_timed_pass(load, times)), times
+    done, alone = _steady(_timed_pass(load, times)), times
     for _ in range(_SETTLING if times.slowdown else 0):
         times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
-        done = steady_pass(_timed_pass(load, times))
+        done = _steady(_timed_pass(load, times))
     return done, times
 
 
@@ -647,10 +650,10 @@ def _check(load: PassLoad, times: PassTimes) -> None:
         raise ConfigError(f"there are {load.devices} devices, but the speeds of {speeds} links")
 
 
-def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
+def _timed_layers(load: PassLoad, times: PassTimes) -> tuple[TimedLayer, ...]:
     streamed = set(load.streamed)
     experts_s = times.experts_s or (0.0,) * len(load.layers)
-    return [
+    return tuple(
         TimedLayer(
             kernel_s=times.layer_s[index],
             home_bytes=layer.home_bytes if index in streamed else None,
@@ -664,4 +667,4 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> list[TimedLayer]:
             missed_s=experts_s[index] * layer.missed_part,
         )
         for index, layer in enumerate(load.layers)
-    ]
+    )
