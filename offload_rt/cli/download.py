@@ -149,9 +149,12 @@ def _weights(folder: Path, names: Mapping[str, int], hub_id: HubId) -> Sequence[
     if SINGLE in names:
         return [SINGLE]
     kinds = sorted({Path(name).suffix for name in names if names[name] > 2**20 and _is_ours(name)})
+    instead = f": {READ}"
+    if ".gguf" in kinds:
+        instead = f": get one with `hf download {hub_id.repo} FILE.gguf`, and give that file"
     raise CheckpointError(
         f"{hub_id} has no safetensors weights on the hub (large files end in "
-        f"{', '.join(kinds) or 'nothing known'}): {READ}"
+        f"{', '.join(kinds) or 'nothing known'}){instead}"
     )
 
 

@@ -220,7 +220,7 @@ def test_a_repository_without_safetensors_is_refused_by_what_it_has(hub, make_ti
     done = offload_run("plan", "acme/tiny", "--download")
     assert (
         done.code == 4
-        and "no safetensors weights on the hub (large files end in .gguf)" in done.err
+        and "no safetensors weights on the hub (large files end in .gguf): get one with" in done.err
     )
 
 
