@@ -170,7 +170,7 @@ def pending(parents, committed):
     for row, parent in enumerate(parents):
         if parent != ROOT:
             visible[row] |= visible[parent]
-    return PendingTree(visible, committed + visible.sum(1) - 1)
+    return PendingTree(visible, committed + visible.sum(1) - 1, parents)
 
 
 def tree_bits(parents, committed, spec, dtype=torch.bfloat16, dim=16):

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 from offload_rt.attention import rows as attention
 from offload_rt.config import (
     DraftConfig,
+    Exact,
     GenerationConfig,
     HomeKind,
     KVPlace,
@@ -377,18 +378,19 @@ def test_keeping_a_path_of_a_tree_does_not_make_the_host_wait(gpu):
 
 
 @pytest.mark.parametrize(
-    ("device", "drawn", "sampling"),
+    ("device", "drawn", "sampling", "exact"),
     [
-        ("cuda:0", False, SAMPLED),
-        ("cuda:0", False, SamplingConfig()),
-        ("cuda:0", True, SAMPLED),
-        ("cuda:0", True, SamplingConfig()),
-        ("cuda:0,cuda:1", False, SamplingConfig()),
-        ("cuda:0,cuda:1", True, SAMPLED),
+        ("cuda:0", False, SAMPLED, Exact.ON),
+        ("cuda:0", False, SAMPLED, Exact.OFF),
+        ("cuda:0", False, SamplingConfig(), Exact.ON),
+        ("cuda:0", True, SAMPLED, Exact.OFF),
+        ("cuda:0", True, SamplingConfig(), Exact.OFF),
+        ("cuda:0,cuda:1", False, SamplingConfig(), Exact.ON),
+        ("cuda:0,cuda:1", True, SAMPLED, Exact.OFF),
     ],
 )
 def test_a_tree_is_checked_with_one_host_sync_a_step(
-    gpu, make_tiny, monkeypatch, device, drawn, sampling
+    gpu, make_tiny, monkeypatch, device, drawn, sampling, exact
 ):
     """Tree masks, positions and the verifier's numbers all go up and come down in order."""
     folder = make_tiny("gemma3_text", num_hidden_layers=5 if "," in device else 3)
@@ -399,8 +401,15 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
         return Draft(tree, probs)
 
     monkeypatch.setattr(NgramDrafter, "propose", propose)
+    monkeypatch.setattr(network, "places_problem", lambda *_: "")  # fake numbers cannot be compared
     runtime = RuntimeConfig(
-        device=device, home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
+        device=device,
+        home=HomeKind.HOST,
+        resident_layers=1,
+        slots=2,
+        prefill_chunk_tokens=8,
+        exact=exact,
+        kv=KVPlace.DEVICE,
     )
     draft, checkpoint = DraftConfig(draft="ngram", draft_tokens=4), open_checkpoint(folder)
     with (

@@ -378,8 +378,35 @@ def laws(bench: Bench) -> None:
                     f"{dtype}: streamed from {home}, {slots} slots = resident",
                     partial(_equal, partial(logits, place), resident),
                 )
+        same = partial(passes_agree, bench, folder, prompt, streamed)
+        bench.law(f"{dtype}: --exact on: a row has the same bits in any pass", same)
     bench.law("a matrix of 4 bits = rounding by hand", lambda: int4_is_right(bench.device))
     _drafted_is_plain(bench, prompt, streamed)
+
+
+def passes_agree(
+    bench: Bench, folder: Path, prompt: list[int], streamed: Mapping[str, Any]
+) -> bool:
+    """Whether logits of rows decoded one by one are those of a prompt, of chains and of a tree."""
+    how = {**streamed, "exact": Exact.ON, "kv": KVPlace.DEVICE}
+    with engine_of(bench, folder, prompt, 80, how) as engine:
+        first, *later = prompt
+        alone = [engine.forward([(0, [first])], reuse=True)]
+        alone += [engine.forward([(0, [token])], reuse=False) for token in later]
+        wanted = torch.cat(alone).clone()
+        engine.truncate(0, 60)
+        tree = TokenTree((prompt[61], 9, prompt[62], 8, prompt[63]), (-1, -1, 0, 2, 2))
+        (logits,) = engine.check([(0, prompt[60], tree)])
+        if not torch.equal(logits[[0, 1, 3, 5]], wanted[60:64]):
+            return False
+        for start, rows in ((40, 17), (20, 64), (5, 3)):
+            engine.truncate(0, start)
+            chain = TokenTree.chain(prompt[start + 1 : start + rows])
+            (logits,) = engine.check([(0, prompt[start], chain)])
+            if not torch.equal(logits, wanted[start : start + rows]):
+                return False
+        engine.truncate(0, 0)
+        return torch.equal(engine.forward([(0, prompt)], reuse=True), wanted[-1:])
 
 
 def _equal(make: Callable[[], torch.Tensor], wanted: torch.Tensor) -> bool:

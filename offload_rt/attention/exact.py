@@ -22,6 +22,7 @@ from typing import Protocol
 import torch
 
 from offload_rt.attention.blocks import KEY_BLOCK, PIECE, SCORE_BYTES, TILE
+from offload_rt.attention.fixed import FixedAttention
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.kernels import attending
 from offload_rt.kernels.tiles import evenly
@@ -95,6 +96,8 @@ def exact_attention(
         committed: columns before the pending ones.
         tree: which pending rows each sees; None: the query's own, each all before it.
     """
+    if spec.fixed:
+        return FixedAttention(query, kv, spec, committed, tree)
     assembled = spec.softcap is None and attending.takes(query.dtype, query.shape[2], kv[1])
     return (_Assembled if assembled else _WrittenOut)(query, kv, spec, committed, tree)
 

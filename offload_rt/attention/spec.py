@@ -4,9 +4,12 @@ Letters used for shapes everywhere: `B` batch, `S` new tokens, `T` cached tokens
 `K` KV heads, `D` head size, `E` hidden size, `V` vocabulary, `N` tree nodes, `L` layers.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+ROOT = -1  # in place of a row that is continued: none is
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +22,7 @@ class AttentionSpec:
         softcap: products are squashed to softcap * tanh(product / softcap); None leaves them.
         sinks: [H] a logit per head that takes probability and gives no value (GPT-OSS), or None.
         exact: by `exact.py`: a row's bits depend on its past alone.
+        fixed: and on the device products have one shape each (`fixed.py`).
     """
 
     scaling: float
@@ -26,6 +30,7 @@ class AttentionSpec:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     exact: bool = False
+    fixed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,10 @@ class PendingTree:
     Attributes:
         visible: [S, P] bool over all P pending rows, the S newest last; a row sees itself.
         positions: [P] int64, the place in the sequence of each pending row.
+        parents: [P] on the host, the pending row that each continues; ROOT for none. None where
+            nobody asks for them.
     """
 
     visible: torch.Tensor
     positions: torch.Tensor
+    parents: Sequence[int] | None = None

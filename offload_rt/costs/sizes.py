@@ -34,7 +34,16 @@ RUNTIME_BYTES = 64 * 2**20
 _PROCESS_BYTES, BUILD_FOR_GPUS_BYTES = 520 * 2**20, 100 * 2**20
 ROW_BYTES = 64  # of a row of a pass: its id and its place, and what is made of them on the way
 # Families whose file need not say which layers have a window: all but every n-th.
-_ALTERNATING = {"gemma2": 2, "gpt_oss": 2, "gemma3_text": 6, "cohere2": 4, "exaone4": 4, "olmo3": 4}
+_ALTERNATING = {
+    "gemma2": 2,
+    "gpt_oss": 2,
+    "gemma3_text": 6,
+    "cohere2": 4,
+    "exaone4": 4,
+    "olmo3": 4,
+    "beam": 6,
+}
+_ENDS_FULL = {"beam"}  # of these families, the last layer attends to everything in any case
 # Rows are made probabilities of in parts: each takes 32 bytes per id. On a CPU a part is so many
 # rows, on a GPU so many ids. A kernel that reads and writes those takes 37 us of a 4090 (bound: 8
 # bytes an id at 0.9 TB/s), its launch 5 us of the host, so larger parts would only be larger.
@@ -58,12 +67,14 @@ class PassShape:
         chunk_rows: tokens that go through a layer at once.
         logit_rows: rows whose logits are read.
         longest: tokens of the longest sequence, answer included.
+        tile: where a device's row-invariant passes go through layers in tiles, their rows; else 0.
     """
 
     rows: int
     chunk_rows: int
     logit_rows: int
     longest: int
+    tile: int = 0
 
 
 @lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
@@ -268,7 +279,8 @@ def layer_windows(config: ModelConfig) -> tuple[int | None, ...]:
     if isinstance(kinds, list):
         slides = ["sliding" in str(kind) for kind in kinds]
     elif (every := _full_every(config)) is not None:
-        slides = [(i + 1) % every != 0 for i in range(layers)]
+        ends = layers - 1 if config.model_type in _ENDS_FULL else -1
+        slides = [(i + 1) % every != 0 and i != ends for i in range(layers)]
     else:
         first = config.setting("max_window_layers")
         slides = [i >= first if isinstance(first, int) else True for i in range(layers)]
@@ -321,7 +333,7 @@ def workspace_bytes(
     attention needs. Read rows: logits, and for sampling their fp32 copies, an fp64 sum and a sort
     order.
     """
-    chunk = min(shape.chunk_rows, shape.rows)
+    chunk = shape.tile or min(shape.chunk_rows, shape.rows)
     heads = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
     hidden = config.hidden_size * number_bytes
     per_row = hidden + max(hidden, 24 * config.head_dim) + ROW_BYTES
@@ -351,8 +363,13 @@ def attention_bytes(
     Its mask, as bool (with copies while it is made) and as numbers. Where scores are written out
     (all of them, or those of a tree): fp32 copies of a block of keys and values, and the scores of
     some rows in four versions. Results of parts, which are merged eight at a time; of a chain or a
-    tree there are up to four.
+    tree there are up to four. In tiles keys and values of each row's piece besides, by rows and as
+    they are stored, and scores of all heads at once.
     """
+    if shape.tile:
+        keys, kept = config.num_kv_heads * config.head_dim, config.num_heads * shape.tile
+        copies = 2 * keys * (4 * KEY_BLOCK + PIECE * shape.tile * (4 + number_bytes))
+        return copies + kept * 4 * (4 * (KEY_BLOCK + PIECE) + 16 * config.head_dim)
     chunk, keys = min(shape.chunk_rows, shape.rows), min(shape.longest, KEY_BLOCK) + PIECE
     mask = chunk * _masked_keys(config, shape, device) * (3 + number_bytes) if chunk > 1 else 0
     tiled = max(config.num_heads * chunk, config.num_kv_heads * TILE)

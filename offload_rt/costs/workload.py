@@ -295,7 +295,7 @@ class PlacedModel:
 
     @property
     def _tile(self) -> int:
-        return ROW_TILE if self.exact else 1
+        return (self.speeds.device.tile_rows or ROW_TILE) if self.exact else 1
 
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]

@@ -83,6 +83,8 @@ class DeviceKind:
         packs: it has matrix kernels for which resident layers are reordered (`formats/packed.py`).
         state_rows: of a piece in which layers with a recurrent state compute (`kv/states.py`). Up
             to so many rows go through them again in each pass.
+        tile_rows: of a tile that layers are given in row-invariant passes (`model/tiles.py`), as
+            kernels are picked by all of a shape; 0: linears and activations see to it.
         records: launching kernels takes longer than small ones run, so passes of fixed shape are
             recorded and replayed (`runner/static.py`).
         decodes: weights may lie there in 12 bits and be decoded when they compute.
@@ -120,6 +122,7 @@ class DeviceKind:
     runs_flash: Callable[[int], bool]
     packs: bool
     state_rows: int
+    tile_rows: int
     records: bool
     decodes: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
@@ -162,6 +165,7 @@ CPU = DeviceKind(
     runs_flash=_always,
     packs=True,
     state_rows=16,
+    tile_rows=0,
     records=False,
     decodes=True,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
@@ -196,6 +200,7 @@ CUDA = DeviceKind(
     runs_flash=_flash_on_gpu,
     packs=False,
     state_rows=64,
+    tile_rows=64,  # a piece of attention (`attention/blocks.py`)
     records=True,
     decodes=True,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},

@@ -169,6 +169,7 @@ class Engine:
             self._check_apart()
             self.exact = self._exactness(needed=repeats)
             self.network.exact = self.exact.on
+            self.network.tiles = self.device.kind.tile_rows if self.exact.on else 0
             # First, as rounding takes memory for a moment that the target's layers fill later.
             self._draft_model = None if drafting is None else self._load_draft_model(drafting)
             self.mtp = self._load_mtp() if draft.words.of_hidden else None
@@ -734,8 +735,11 @@ class Engine:
         config, kv = self.config, self.placement.demand.kv
         needed = needed or bool(self.placement.streamed) or kv is not None or self.draft.drafts
         kind = self.device.kind
-        found = passes_problem(self.checkpoint.config, config, kind, needed=needed)
-        found = found or self.network.exact_problem(self.device.torch_device)
+        found = passes_problem(
+            self.checkpoint.config, config, kind, needed=needed, kv_away=kv is not None
+        )
+        tiles = kind.tile_rows
+        found = found or self.network.exact_problem(self.device.torch_device, tiles)
         if found and config.exact is Exact.ON:
             raise PlanError(
                 f"--exact on: {self.checkpoint.name} cannot have row-invariant passes here, as "
@@ -743,7 +747,7 @@ class Engine:
             )
         if found:
             return Exactness(why=found)
-        return Exactness(rows=ROW_TILE, key_block=PIECE, prompt=True)
+        return Exactness(rows=tiles or ROW_TILE, key_block=PIECE, prompt=True)
 
     def _check_apart(self) -> None:
         """See that layers can be where they are to be.

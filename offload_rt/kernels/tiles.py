@@ -17,20 +17,23 @@ _LANES = 64  # numbers that those take at once, for any format
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
 
-def in_tiles(forward: Forward, rows: torch.Tensor, *, apart: bool = False) -> torch.Tensor:
-    """What `forward` makes of rows [..., I], given a multiple of `ROW_TILE` of them: [..., O].
+def in_tiles(
+    forward: Forward, rows: torch.Tensor, *, apart: bool = False, tile: int = ROW_TILE
+) -> torch.Tensor:
+    """What `forward` makes of rows [..., I], given whole tiles of them: [..., O].
 
     Args:
         forward: the product.
         rows: to be multiplied.
         apart: give it one tile after the other.
+        tile: its rows.
     """
     flat = rows.reshape(-1, rows.shape[-1])
     count = flat.shape[0]
-    if missing := -count % ROW_TILE:
+    if missing := -count % tile:
         flat = torch.nn.functional.pad(flat, (0, 0, 0, missing))
-    if apart and len(flat) > ROW_TILE:
-        made = torch.cat([forward(tile) for tile in flat.split(ROW_TILE)])
+    if apart and len(flat) > tile:
+        made = torch.cat([forward(tile) for tile in flat.split(tile)])
     else:
         made = forward(flat)
     return made[:count].view(*rows.shape[:-1], -1)

@@ -27,7 +27,7 @@ Rows are token by token, here as at the home (`home.py`): [K, T, D] are strided 
 
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -407,7 +407,7 @@ class OffloadedKV:
     ) -> torch.Tensor:
         """Attend to the recent rows and to those at the home, block by block as they come in."""
         keys, values = state.format.views(state.local())
-        local_tree = tree and PendingTree(tree.visible, tree.positions - state.home_rows)
+        local_tree = tree and replace(tree, positions=tree.positions - state.home_rows)
         parts = PartialAttention(query, state.format.shape.heads, spec)
         parts.add_newest(keys, values, local_tree)
         count, device = query.shape[1], query.device

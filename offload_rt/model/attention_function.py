@@ -61,6 +61,7 @@ class PassContext:
         wanted: [R] int64, packed rows that go on behind the last layer; None: all.
         strict: refuse options of HF's attention call that we do not know.
         exact: attention is row-invariant (`attention/exact.py`).
+        tiles: layers are given whole tiles of so many rows (`tiles.py`); 0: as many as there are.
 
     Attributes:
         rows: the packed rows that are being computed now, of those that have not left.
@@ -75,12 +76,13 @@ class PassContext:
         wanted: torch.Tensor | None = None,
         strict: bool = False,
         exact: bool = False,
+        tiles: int = 0,
     ) -> None:
         self.segments, self.wanted, self.strict = segments, wanted, strict
         self.all_rows = sum(segment.tokens for segment in segments)
         self.rows = range(self.all_rows)
         self.kept: torch.Tensor | None = None
-        self.exact = exact
+        self.exact, self.tiles = exact, tiles
         self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._others: dict[int, PassContext] = {}
 
@@ -130,15 +132,29 @@ class PassContext:
                 return hop(tensor, 0, device)
 
             trees = [
-                s.tree and PendingTree(bring(s.tree.visible), bring(s.tree.positions))
+                s.tree
+                and replace(
+                    s.tree, visible=bring(s.tree.visible), positions=bring(s.tree.positions)
+                )
                 for s in self.segments
             ]
             segments = [replace(s, tree=t) for s, t in zip(self.segments, trees, strict=True)]
             wanted = None if self.wanted is None else bring(self.wanted)
             self._others[device] = PassContext(
-                segments, wanted=wanted, strict=self.strict, exact=self.exact
+                segments,
+                wanted=wanted,
+                strict=self.strict,
+                exact=self.exact,
+                tiles=self.tiles,
             )
         return self._others[device]
+
+    def whole_tile(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """What was made of the segments' rows [n, ...], side by side, filled up to whole tiles."""
+        missing = -len(self.rows) % self.tiles if self.tiles else 0
+        if missing:
+            parts = [*parts, parts[-1][-1:].expand(missing, *parts[-1].shape[1:])]
+        return parts[0] if len(parts) == 1 else torch.cat([*parts])
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:
         """Caches and their rows, counted within the rows that are being computed now."""
@@ -164,7 +180,8 @@ def _rows_of_tree(tree: PendingTree, low: int, high: int) -> PendingTree:
     if (low, high) == (0, rows):
         return tree
     pending = tree.visible.shape[1] - rows + high
-    return PendingTree(tree.visible[low:high, :pending], tree.positions[:pending])
+    parents = tree.parents and tree.parents[:pending]
+    return PendingTree(tree.visible[low:high, :pending], tree.positions[:pending], parents)
 
 
 def attend_packed(
@@ -195,14 +212,14 @@ def attend_packed(
     assert isinstance(layer, int)
     spec = read_spec(query.shape[-1], options)
     if context.exact:
-        spec = replace(spec, exact=True)
+        spec = replace(spec, exact=True, fixed=context.tiles > 0)
     if context.strict:
         _check_options(attention_mask, options, spec)
     parts = []
     for cache, rows, tree in context.parts():
         cache.append(layer, key[0, :, rows], value[0, :, rows])
         parts.append(cache.attend(layer, query[0, :, rows], spec, tree))
-    return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0), None
+    return context.whole_tile(parts).unsqueeze(0), None
 
 
 class MaskKind(StrEnum):

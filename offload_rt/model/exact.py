@@ -30,6 +30,7 @@ from offload_rt.device.system import processor
 from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
 from offload_rt.kernels.assembling import traced
+from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.kernels.tiles import FEW_OUTPUTS, Forward, evenly, in_tiles
 from offload_rt.model.experts import MATRICES
 from offload_rt.model.formats.direct import plain_for
@@ -84,7 +85,14 @@ class Regular(TorchFunctionMode):
     """Has products and activations that no module of their own makes be of whole tiles, too.
 
     Those of an expert are among them: as many rows as are sent to it.
+
+    Args:
+        tiles: of so many rows, one after the other; 0: a multiple of what a CPU needs.
     """
+
+    def __init__(self, tiles: int = 0) -> None:
+        super().__init__()
+        self._tiles = tiles
 
     def __torch_function__(
         self,
@@ -94,11 +102,14 @@ class Regular(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         given = kwargs or {}
-        if function in _UNEVEN and args and isinstance(args[0], torch.Tensor):
+        if not self._tiles and function in _UNEVEN and args and isinstance(args[0], torch.Tensor):
             return evenly(lambda numbers: function(numbers, *args[1:], **given), args[0])
         if function is functional.linear and len(args) > 1:
-            apart = args[1].shape[0] < FEW_OUTPUTS
-            return in_tiles(lambda rows: function(rows, *args[1:], **given), args[0], apart=apart)
+            apart = bool(self._tiles) or args[1].shape[0] < FEW_OUTPUTS
+            tile = self._tiles or ROW_TILE
+            return in_tiles(
+                lambda r: function(r, *args[1:], **given), args[0], apart=apart, tile=tile
+            )
         return function(*args, **given)
 
 
@@ -228,6 +239,12 @@ def looks_of(
             module.forward = forward
     regular = noted.regular or any(MATRICES & m._parameters.keys() for m in model.modules())
     return Looks(problem=noted.problem, regular=regular, shapes=frozenset(noted.shapes))
+
+
+def product_shapes(model: torch.nn.Module) -> set[tuple[int, int]]:
+    """Inputs and outputs of all linears and experts of a network."""
+    linears = {_sizes(child) for child in model.modules() if isinstance(child, _LINEARS)}
+    return linears | _of_experts(model, transposed=False) | _of_experts(model, transposed=True)
 
 
 def products_problem(

@@ -20,16 +20,28 @@ def headers_problem(config: ModelConfig, runtime: RuntimeConfig, device: DeviceK
         return "--exact off"
     if runtime.kv is KVPlace.NONE:
         return "texts are read in one pass each"
-    if not device.host_computes:
-        return f"row-invariant passes are not proven on {device.called} yet"
+    if not device.tile_rows:
+        return ""
+    if runtime.exact is Exact.AUTO:
+        return f"what they cost on {device.called} is not measured: --exact on asks for them"
     return ""
 
 
 def passes_problem(
-    config: ModelConfig, runtime: RuntimeConfig, device: DeviceKind, *, needed: bool
+    config: ModelConfig, runtime: RuntimeConfig, device: DeviceKind, *, needed: bool, kv_away: bool
 ) -> str:
-    """The same, or why they need not be: nothing streams, nobody drafts, and none compares."""
+    """The same, or why they need not be: nothing streams, nobody drafts, and none compares.
+
+    Args:
+        config: of the model.
+        runtime: how it is run.
+        device: what computes.
+        needed: something streams, somebody drafts, or answers are compared.
+        kv_away: keys and values are not on the device.
+    """
     found = headers_problem(config, runtime, device)
+    if not found and device.tile_rows and kv_away:
+        return f"on {device.called} keys and values would come once for each tile of a prompt"
     if not found and runtime.exact is Exact.AUTO and not needed:
         return "all is on the device and nobody drafts"
     return found

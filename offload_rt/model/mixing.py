@@ -149,7 +149,7 @@ class AnchoredMixer:
             assert isinstance(cache, HybridKV)
             seen = None if parents is None else parents[: len(parents) - pending]
             parts.append(cache.states.mix(self._layer, hidden_states[0, rows], step, seen))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).unsqueeze(0)
+        return states.context.whole_tile(parts).unsqueeze(0)
 
     def _step(
         self,

@@ -36,7 +36,14 @@ from offload_rt.model.attention_function import (
     row_axis,
 )
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.exact import Looks, Regular, looks_of, make_exact, products_problem
+from offload_rt.model.exact import (
+    Looks,
+    Regular,
+    looks_of,
+    make_exact,
+    product_shapes,
+    products_problem,
+)
 from offload_rt.model.expert_layout import NO_EXPERTS, Experts, no_experts, plan_units
 from offload_rt.model.experts import (
     EXPERTS_NAME,
@@ -66,6 +73,7 @@ from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_experts, find_places
 from offload_rt.model.probe import probe, run_on_shapes
+from offload_rt.model.tiles import filled, places_problem, tile_outside
 from offload_rt.report import Dequantising
 
 NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
@@ -150,6 +158,8 @@ class Network:
         dequantising: who does that; None where no weight is quantised.
         exact: what is computed of a row does not depend on the pass it is in (`exact.py`); set
             before weights are kept, if at all.
+        tiles: where it is: rows of the tiles that layers are given (`tiles.py`); 0: linears and
+            activations see to it (`exact.py`).
 
     Raises:
         CheckpointError: transformers does not know the family, the family cannot be streamed, or
@@ -174,7 +184,7 @@ class Network:
         self.poll: Callable[[], None] = lambda: None
         self.gone: Callable[[KVCache], bool] | None = None
         self.pass_rows = self.rows_done = 0
-        self.exact = False
+        self.exact, self.tiles = False, 0
         self._looks = Looks()
         self._instead_of_layers: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._tapped: dict[int, torch.Tensor | None] = {}
@@ -405,8 +415,18 @@ class Network:
             hole.fill(hole.meta)
         return same
 
-    def exact_problem(self, device: torch.device) -> str:
-        """Why passes there cannot be row-invariant; empty if they can. Before `attach`."""
+    def exact_problem(self, device: torch.device, tiles: int = 0) -> str:
+        """Why passes there cannot be row-invariant; empty if they can. Before `attach`.
+
+        Args:
+            device: where passes are made.
+            tiles: of so many rows; 0: linears and activations see to it.
+        """
+        if tiles:
+            heads, kv = self._config.num_heads, {*self.kv_shapes} - {NO_KV}
+            attention = {(heads, each.heads, each.key_dim, each.value_dim) for each in kv}
+            products, width = product_shapes(self._model), self._config.hidden_size
+            return places_problem(products, attention, [width], self.dtype, device, tiles)
         run = partial(run_on_shapes, self._model)
         find = partial(looks_of, self._model, run, self._mixing)
         self._looks = fits.looks(self._model, self._config, find)
@@ -445,7 +465,7 @@ class Network:
             lend_experts(self._model.get_submodule(own.module), experts[index])
         apart = bool(experts)
         config: Any = self._model.config
-        ours = device.type == "cpu" or self._wires_experts or apart
+        ours = device.type == "cpu" or self._wires_experts or apart or self.tiles > 0
         if ours and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
@@ -467,7 +487,7 @@ class Network:
             if crossing is not None and crossing.here is None:
                 _move_buffers(layer, crossing.place(crossing.device[index]))
             lender, forward = (None if index in self.kept else weights), layer.forward
-            lean = index in self.kept and not self.mixers
+            lean = index in self.kept and not self.mixers and not self.tiles
             if lean and (made := lean_layer(layer, first=index == min(self.kept))):
                 forward = made
             run = partial(
@@ -500,7 +520,9 @@ class Network:
             widen_linears(self._model)
             for linear in wired_linears(self._model):
                 linear.compute_by(wide_linear)
-        if self.exact:
+        if self.tiles:
+            tile_outside(self._model, self._layers, self.tiles)
+        elif self.exact:
             make_exact(self._model)
 
     def _leave_out_other_parts(self, device: torch.device) -> None:
@@ -620,14 +642,17 @@ class Network:
         Returns:
             [R, V] logits of the wanted rows.
         """
-        context = PassContext(batch.segments, wanted=batch.logit_rows, exact=self.exact)
+        context = PassContext(
+            batch.segments, wanted=batch.logit_rows, exact=self.exact, tiles=self.tiles
+        )
         states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
         given = {"input_ids": batch.token_ids[None]}
         if (hidden := batch.hidden) is not None:
             if self._mixes is not None:
                 hidden = self._mixes(self.embed(batch.token_ids), hidden)
             given = {"inputs_embeds": hidden[None]}
-        with Regular() if self.exact and self._looks.regular else nullcontext():
+        regular = bool(self._mixtures) if self.tiles else self.exact and self._looks.regular
+        with Regular(self.tiles) if regular else nullcontext():
             output = self._model(
                 **given,
                 position_ids=batch.positions[None],
@@ -720,6 +745,7 @@ class Network:
         assert isinstance(context, PassContext)
         if self._instead_of_layers is not None:
             return self._instead_of_layers(hidden)
+        chunk_tokens = self.tiles or chunk_tokens
         self.poll()
         if self.gone is not None and self._crossing is None:
             hidden = context.leave(self.gone, hidden)
@@ -734,7 +760,7 @@ class Network:
             lender.begin(-(-rows // chunk_tokens))
         with self._lent(index, weights):
             if rows <= chunk_tokens:
-                hidden = forward(hidden, **options)
+                hidden = self._in_tile(forward, hidden, options)
                 self.rows_done += rows
                 return self._leave(index, hidden, context)
             for start in range(0, rows, chunk_tokens):
@@ -743,10 +769,25 @@ class Network:
                 cut = partial(_rows_of, rows=rows, part=slice(start, context.rows.stop))
                 # A chunk depends on nothing after it, so its result may replace its input.
                 part = hidden[:, start : context.rows.stop]
-                part.copy_(forward(part, **tree_map(cut, options)))
+                part.copy_(self._in_tile(forward, part, tree_map(cut, options)))
                 self.rows_done += len(context.rows)
             context.rows = range(rows)
             return self._leave(index, hidden, context)
+
+    def _in_tile(
+        self, forward: Callable[..., torch.Tensor], hidden: torch.Tensor, options: dict[str, Any]
+    ) -> torch.Tensor:
+        """Take rows [1, S, E] through a layer, filled up to a tile where there are tiles."""
+        rows = hidden.shape[1]
+        missing = -rows % self.tiles if self.tiles else 0
+        if not missing:
+            return forward(hidden, **options)
+
+        def fill(value: Any) -> Any:  # noqa: ANN401
+            axis = row_axis(value.shape, rows) if isinstance(value, torch.Tensor) else 0
+            return filled(rows, missing, value, axis) if axis else value
+
+        return forward(fill(hidden), **tree_map(fill, options))[:, :rows]
 
     def _is_elsewhere(self, index: int) -> bool:
         """Whether another machine makes a layer."""

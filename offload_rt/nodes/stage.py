@@ -87,9 +87,10 @@ class Stage:
         undo.callback(files.close)
         self._network = network = Network(checkpoint, order.dtype, device.kind.packing)
         undo.callback(network.release)
-        if order.exact and (why := network.exact_problem(device.torch_device)):
+        tiles = device.kind.tile_rows if order.exact else 0
+        if order.exact and (why := network.exact_problem(device.torch_device, tiles)):
             raise PlanError(f"passes cannot be row-invariant here, as {why}: add --exact off")
-        network.exact = order.exact
+        network.exact, network.tiles = order.exact, tiles
         read = {name: partial(files.read, extent) for name, extent in checkpoint.tensors.items()}
         network.bring_rest(lambda name: read[name](), device.torch_device)
         self._width = checkpoint.embedding.shape[1]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from offload_rt.config import DraftConfig, DrafterWords, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DrafterWords, Exact, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import ExpertUse, choosing_s
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -103,6 +103,7 @@ def place_run(
         chunk_rows=config.prefill_chunk_tokens,
         logit_rows=checked_rows,
         longest=max(load.capacities),
+        tile=device.tile_rows if config.exact is Exact.ON else 0,
     )
 
     def demanded(*, apart: bool = False) -> Demand:
@@ -457,7 +458,9 @@ class PlacedRun:
         config, kv = drafting.config, self.placement.demand.kv
         needed = bool(self.placement.streamed) or kv is not None or config.nodes > 0
         device = self.speeds.device
-        problem = passes_problem(self.checkpoint.config, self.config, device, needed=needed)
+        problem = passes_problem(
+            self.checkpoint.config, self.config, device, needed=needed, kv_away=kv is not None
+        )
         target = replace(self.model, exact=not problem)
         parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None

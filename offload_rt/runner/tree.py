@@ -9,10 +9,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from offload_rt.attention.spec import ROOT as ROOT  # of a tree of tokens, too
 from offload_rt.attention.spec import PendingTree
 from offload_rt.errors import ConfigError
-
-ROOT = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,4 +100,4 @@ def pending_tree(
     for _ in range(max(depths).bit_length()):
         visible |= visible[back]
         back = back[back]
-    return PendingTree(visible[len(parents) - rows :], positions)
+    return PendingTree(visible[len(parents) - rows :], positions, parents)
