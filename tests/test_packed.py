@@ -376,6 +376,10 @@ def changed(packed, tmp_path, change):
     return folder
 
 
+def nudge(starts, which, nbytes):
+    starts[which] += nbytes
+
+
 def first_coded(file):
     return next(name for name, starts in file["starts"].items() if len(starts) > 1)
 
@@ -409,6 +413,11 @@ MANIFESTS = {
     "a piece too many": (
         lambda m, f: f["starts"][first_coded(f)].append(f["starts"][first_coded(f)][-1] + 64),
         "is not coded in 2 pieces",
+    ),
+    "not aligned": (lambda m, f: nudge(f["starts"][first_coded(f)], 0, 8), "is not coded in 1"),
+    "a piece too long": (
+        lambda m, f: nudge(f["starts"][first_coded(f)], -1, 2**26),
+        "is not coded in 1 pieces",
     ),
     "backwards": (lambda m, f: f["starts"][first_coded(f)].reverse(), "is not coded in"),
 }
