@@ -153,6 +153,10 @@ def test_times_come_from_the_profile():
     times = pass_times(made, load, Processor.CPU, measured(1e9))
     assert times.layer_s == pytest.approx((1.0, 2.0)) and times.head_s == pytest.approx(2.0)
     assert times.obtained is Obtained.ASSUMED
+    exactly = replace(attention, s_per_kv_byte=measured(3e-9), exact=True)
+    both = replace(made, attention=(attention, exactly))
+    times = pass_times(both, replace(load, tile=16), Processor.CPU, measured(1e9))
+    assert times.layer_s[1] - times.layer_s[0] == pytest.approx(3.0)
     away = replace(plain, kv_home_bytes=10**9)
     blocks = PassLoad(layers=[away], streamed=[], slots=0, kv_slots=2, kv_block_bytes=3 * 10**8)
     for block_s, kv_s in ((0.2, 1.0), (0.5, 4 * 0.5)):  # the host enqueues while kernels run

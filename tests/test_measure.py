@@ -534,6 +534,8 @@ def test_layer_curves_and_attention(cpu):
     assert [s.query_tokens for s in speeds] == [1, 4]
     assert {s.kv_bytes for s in speeds} == {QUICK.kv_bytes}
     assert {s.processor for s in speeds} == {Processor.CPU}
+    exact = measure_attention(cpu, "float32", Curve(QUICK), nothing, exact=True)
+    assert [(s.query_tokens, s.exact) for s in exact] == [(1, True), (4, True)]
 
 
 @pytest.mark.parametrize("order", [WeightOrder.PLAIN, WeightOrder.PACKED])
@@ -630,7 +632,7 @@ def test_a_whole_measurement(on_disk, monkeypatch):
     assert list(said)[:3] == ["disk", "host memory", "cpu, layers with plain weights"]
     assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
     assert made.name == "here" and made.links == () and made.pinning is None
-    assert len(made.attention) == 2 and made.layers
+    assert [s.exact for s in made.attention] == [False, False, True, True] and made.layers
     assert made.disk == (read[1][0], read[0][1])
     assert JUST_WRITTEN in made.notes
     assert made.notes[-1] == "no link was measured: on the CPU weights need not cross one"

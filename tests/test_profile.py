@@ -620,12 +620,16 @@ def test_attention_is_proportional_to_bytes():
             queries_per_head=4,
             kv_bytes=MIB,
             s_per_kv_byte=measured(s),
+            exact=exact,
         )
-        for n, s in ((1, 1e-10), (5, 3e-10))
+        for n, s, exact in ((1, 1e-10, False), (5, 3e-10, False), (1, 5e-11, True))
     ]
     made = profile(attention=tuple(speeds))
     found = [attention_s(made, 10**10, n, processor=Processor.CPU).value for n in (1, 3, 5, 10)]
     assert found == pytest.approx([1.0, 2.0, 3.0, 6.0])
+    both = made, profile(attention=tuple(speeds[:2]))  # of the second none is row-invariant
+    found = [attention_s(p, 10**10, 1, processor=Processor.CPU, exact=True).value for p in both]
+    assert found == pytest.approx([0.5, 1.0])
 
 
 GPU = GpuIdentity(name="GPU X", memory_bytes=2**34, link_generation=4, link_width=16)

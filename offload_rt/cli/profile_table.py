@@ -112,12 +112,13 @@ def _dequantising(profile: HardwareProfile) -> Iterator[str]:
 
 
 def _attention(profile: HardwareProfile) -> Iterator[str]:
-    for processor in dict.fromkeys(speed.processor for speed in profile.attention):
-        speeds = [speed for speed in profile.attention if speed.processor is processor]
+    for way in dict.fromkeys((speed.processor, speed.exact) for speed in profile.attention):
+        processor, exact = way
+        speeds = [s for s in profile.attention if (s.processor, s.exact) == way]
         cells = [
             (str(s.query_tokens), 1e-9 / s.s_per_kv_byte.value, s.s_per_kv_byte) for s in speeds
         ]
-        yield _row(processor, cells)
+        yield _row(f"{processor}, exact" if exact else processor, cells)
 
 
 def _row(head: str, cells: Sequence[Cell]) -> str:

@@ -471,7 +471,8 @@ def pass_times(
         for work, order in works
     }
     asking = load.tokens // load.sequences
-    kv_s = {n: attention_s(profile, n, asking, processor=processor) for n in sizes}
+    exact = load.tile > 1
+    kv_s = {n: attention_s(profile, n, asking, processor=processor, exact=exact) for n in sizes}
     heads = [
         head_s(
             profile,

@@ -400,16 +400,16 @@ def _together(
 
 @torch.inference_mode()
 def measure_attention(
-    device: Device, dtype_name: str, curve: Curve, tick: Tick
+    device: Device, dtype_name: str, curve: Curve, tick: Tick, *, exact: bool = False
 ) -> tuple[AttentionSpeed, ...]:
-    """Time attention of a few rows to many cached ones."""
+    """Time attention of a few rows to many cached ones, by the fast or the row-invariant way."""
     effort = curve.effort
     dtype: torch.dtype = getattr(torch, dtype_name)
     row_bytes = 2 * _KV_HEADS * _HEAD_DIM * dtype.itemsize
     cached = max(max(effort.query_tokens), effort.kv_bytes // row_bytes)
     draw = partial(torch.randn, dtype=dtype, device=device.torch_device)
     key, value = (draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2))
-    spec = AttentionSpec(scaling=_HEAD_DIM**-0.5)
+    spec = AttentionSpec(scaling=_HEAD_DIM**-0.5, exact=exact)
     passes: dict[Place, Sample] = {}
     for rows in effort.query_tokens:
         query = draw(_HEADS, rows, _HEAD_DIM)
@@ -432,6 +432,7 @@ def measure_attention(
                 queries_per_head=_HEADS // _KV_HEADS,
                 kv_bytes=cached * row_bytes,
                 s_per_kv_byte=s_per_kv_byte,
+                exact=exact,
             )
         )
         tick()

@@ -306,11 +306,20 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, output heads with {order} weights"
         yield Part(label, len(effort.heads) * len(effort.head_rows), run_heads)
-    yield Part(
-        f"{device.name}, attention",
-        len(effort.query_tokens),
-        lambda tick: measure_attention(device, dtype, curve, tick),
-    )
+    yield from _attention_parts(curve, device, dtype)
+
+
+def _attention_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
+    """Both ways of it, where row-invariant passes are on by themselves."""
+    ways = {"attention": False}
+    if device.kind.host_computes:
+        ways["attention of row-invariant passes"] = True
+    for label, exact in ways.items():
+
+        def run(tick: Tick, exact: bool = exact) -> Sequence[Record]:
+            return measure_attention(device, dtype, curve, tick, exact=exact)
+
+        yield Part(f"{device.name}, {label}", len(curve.effort.query_tokens), run)
 
 
 def _recorded_parts(

@@ -317,6 +317,7 @@ class AttentionSpeed:
     Attributes:
         kv_bytes: keys and values attended to.
         queries_per_head: query heads per KV head; each reads the same bytes.
+        exact: that of row-invariant passes (`attention/exact.py`).
     """
 
     processor: Processor
@@ -324,6 +325,7 @@ class AttentionSpeed:
     queries_per_head: int = _up_to(_COUNT)
     kv_bytes: int = _up_to(_BYTES)
     s_per_kv_byte: Number = _up_to(1e-3)
+    exact: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -241,18 +241,24 @@ def disk_delay_s(profile: HardwareProfile, queue_depth: int) -> float:
 
 
 def attention_s(
-    profile: HardwareProfile, kv_bytes: int, query_tokens: int, *, processor: Processor
+    profile: HardwareProfile,
+    kv_bytes: int,
+    query_tokens: int,
+    *,
+    processor: Processor,
+    exact: bool = False,
 ) -> Number:
     """Time of attention from `query_tokens` rows to `kv_bytes` of keys and values.
 
     Proportional to the bytes; by query rows straight lines, above the largest count in proportion.
+    That of row-invariant passes counts as any other where the profile has none of these.
 
     Raises:
         ProfileError: the profile has no attention by this processor.
     """
-    speeds = {
-        a.query_tokens: a.s_per_kv_byte for a in profile.attention if a.processor is processor
-    }
+    mine = [a for a in profile.attention if a.processor is processor]
+    found = [a for a in mine if a.exact is exact] or [a for a in mine if not a.exact]
+    speeds = {a.query_tokens: a.s_per_kv_byte for a in found}
     _require(profile, speeds, f"attention time ({processor})")
     per_byte = _between(speeds, query_tokens)
     return replace(per_byte, value=per_byte.value * kv_bytes)
