@@ -419,7 +419,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
         run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=20))
         gpu.strict = True
         run.prefill()
-        for step in range(1, 4):
+        for step in range(1, 3):
             before = gpu.uploads
             gained = [emitted.token_ids for emitted in run.step()]
             stood = [11, 13, 14] if drawn and not sampling.greedy else []
@@ -468,7 +468,7 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
         run = Run.start(engine, prompts, sampling, GenerationConfig(max_tokens=20))
         gpu.strict = True
         run.prefill()
-        for step in range(1, 4):
+        for step in range(1, 3):
             run.step()
             inner = sum(s.retrieval.passes for s in run.sequences)
             assert inner >= 2 * step and gpu.downloads == 1 + step + inner
