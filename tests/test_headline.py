@@ -91,6 +91,17 @@ def test_a_limit_on_pinned_memory_is_said_and_priced(llama_70b, offload_run):
     assert refused.code == 2 and "no pinned memory" in refused.err
 
 
+def test_host_memory_holds_the_embedding_or_the_device_does(llama_70b, offload_run):
+    """2 GiB of it; where that is all of host memory that is used, a limit below has no effect."""
+    base = ("simulate", llama_70b, "--profile", GPU, "--home", "disk", "--draft", "none")
+    found = json.loads(offload_run(*base, "--host-memory", "3GiB", "--json").out)
+    assert found["home"] == "disk" and found["host_bytes"] == found["host_base_bytes"]
+    assert found["host_base_bytes"] == 128256 * 8192 * 2
+    assert "in host memory, by rows" in offload_run(*base, "--host-memory", "3GiB").out
+    refused = offload_run(*base, "--host-memory", "1GiB")
+    assert refused.code == 2 and "--host-memory limits streamed layers" in refused.err
+
+
 def test_plans_first_line(make_tiny, offload_run):
     model = make_tiny("llama", tokenizer=True, num_hidden_layers=8)
     base = ("plan", model, "--draft", "none", "-c", 64)

@@ -62,6 +62,23 @@ def test_without_the_drained_wait_slots_are_overwritten(device, monkeypatch):
     assert stale_reads(device, 2, sources) > 0
 
 
+def test_kernels_read_rows_of_pinned_memory_where_it_lies(device):
+    """The embedding of a model whose layers are streamed: no device memory is taken for it."""
+    image = allocate_host(64 * MIB)
+    weight = image.tensor.view(torch.int16).view(-1, 1024)
+    weight.copy_(torch.randint(-(2**15), 2**15, weight.shape, dtype=torch.int16))
+    assert device.mapped(image) is None  # not pinned yet
+    device.pin(image)
+    before = torch.cuda.memory_allocated()
+    found = device.mapped(image)
+    assert found is not None and torch.cuda.memory_allocated() == before
+    ids = torch.randint(0, len(weight), (300,))
+    rows = torch.nn.functional.embedding(
+        ids.to(device.torch_device), found.tensor.view(torch.bfloat16).view(-1, 1024)
+    )
+    assert torch.equal(rows.view(torch.int16).cpu(), weight[ids])
+
+
 def test_the_link_is_as_fast_as_a_plain_pinned_copy(device):
     image = allocate_host(512 * MIB)
     image.tensor.fill_(1)
