@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs import pass_cost
-from offload_rt.costs.pass_cost import LayerLoad, PassLoad, home_rates
-from offload_rt.costs.workload import parts_of
+from offload_rt.costs.machine import speeds_of
+from offload_rt.costs.pass_cost import home_rates
+from offload_rt.costs.workload import PlacedModel, Residence, parts_of
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CPU, Packing
+from offload_rt.device.kinds import CPU, Packing, Processor
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer, weight_files
 from offload_rt.model.checkpoint import open_checkpoint
@@ -32,6 +33,7 @@ from offload_rt.model.packed_files import MANIFEST
 from offload_rt.model.packer import pack, unpack
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.profiling.profile import Number, Obtained
+from offload_rt.profiling.store import find_profile, load_profile
 
 SPECIAL = [0x0000, 0x8000, 0x0001, 0x8001, 0x7F80, 0xFF80, 0x7FC1, 0xFFFF, 0x3F80]
 
@@ -240,18 +242,13 @@ def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, m
         device=CPU,
         home_bytes_per_s=lambda *given: (Number(value=2e9, obtained=Obtained.MEASURED),),
     )
-    load = PassLoad(
-        layers=[
-            LayerLoad(
-                work=layer.work(1),
-                home_bytes=layer.file_bytes if home is HomeKind.DISK else layer.image_bytes,
-                unpacked=layer.packed if home is HomeKind.DISK else 0,
-            )
-        ]
-        * 4,
-        streamed=[1, 3],
-        slots=2,
+    placed = PlacedModel(
+        parts=parts_of(open_checkpoint(packed), "bfloat16", CPU),
+        speeds=speeds_of(load_profile(find_profile("cpu-2core-avx512bf16")), Processor.CPU),
+        residence=Residence(streamed=(1, 3), slots=2, from_files=home is HomeKind.DISK),
+        context_tokens=8,
     )
+    load = placed.load(1)
     for per_s in (1e9, 1e12):
         monkeypatch.setattr(pass_cost, "unpacked_per_s", lambda per_s=per_s: per_s)
         [rate] = home_rates(speeds, RuntimeConfig(), load, home, None).home
@@ -339,6 +336,20 @@ def test_killed_anywhere_leaves_nothing_that_loads(sharded, small_pieces, tmp_pa
             os._exit(0)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
         assert any(output.iterdir()) and not loads(output)
+
+
+def test_a_file_that_changes_while_it_is_packed_is_noticed(sharded, small_pieces, tmp_path):
+    folder, output = tmp_path / "model", tmp_path / "packed"
+    shutil.copytree(sharded, folder)
+    output.mkdir()
+    path = sorted(folder.glob("*.safetensors"))[0]
+
+    def touch(_):
+        os.utime(path)
+
+    with pytest.raises(CheckpointError, match="changed while"):
+        pack(open_checkpoint(folder), output, touch)
+    assert not any(output.iterdir())
 
 
 def test_a_stop_and_a_full_disk_leave_nothing(model, packed, tmp_path, monkeypatch):
