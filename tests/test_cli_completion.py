@@ -32,7 +32,10 @@ def complete(offload_run, monkeypatch, tmp_path):
         ("offload-run plan org/", ["dir,org/", "plain,org/name"]),
         ("offload-run -m de", ["dir,de", "plain,demo"]),
         ("offload-run ./model --draft-to", ["plain,--draft-tokens"]),
-        ("offload-run plan demo --home ", ["plain,auto", "plain,host", "plain,disk"]),
+        (
+            "offload-run plan demo --home ",
+            ["plain,auto", "plain,host", "plain,disk", "plain,split"],
+        ),
         ("offload-run plan demo --draft ng", ["dir,ng", "plain,ngram"]),
         ("offload-run bench demo --prompts q", ["file,q"]),
         ("offload-run medusa c", ["plain,calibrate"]),

@@ -1,11 +1,9 @@
 """What the operating system says of this process's memory and cores. No torch here."""
 
 import ctypes
-import mmap
 import os
 import platform
 import re
-import tempfile
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -293,6 +291,9 @@ def _put_into_file(start: int, nbytes: int, folder: Path) -> None:
     Raises:
         OSError: there is no such file, as where files are memory; nothing was changed.
     """
+    import mmap
+    import tempfile
+
     folder.mkdir(parents=True, exist_ok=True)
     if file_system(folder.resolve()) in _IN_MEMORY:
         raise OSError(f"{folder} is in memory")
