@@ -217,6 +217,11 @@ EMBEDDING = ("token_embd.weight", "F32", (8, 32), bytes(8 * 32 * 4))
 QUERY = ("blk.0.attn_q.weight", "Q8_0", (32, 32), bytes(32 * 34))
 
 
+def factors_for(name):
+    """Eight numbers that divide frequencies."""
+    return name, "F32", (8,), struct.pack("<8f", *[1.0] * 8)
+
+
 def refused(tmp_path, data, name="a.gguf"):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(CheckpointError) as caught:
@@ -293,6 +298,28 @@ REFUSED = {
         gguf_bytes(settings_of(llama__rope__scaling__yarn_beta_fast=1.0), [EMBEDDING]),
         "yarn_beta_fast', which is not known here",
     ),
+    "scaling of Phi-3": (
+        gguf_bytes(settings_of("phi3", phi3__rope__scaling__type="linear"), [EMBEDDING]),
+        "scales rotary positions by 'linear': not supported",
+    ),
+    "one of two factors": (
+        gguf_bytes(settings_of("phi3"), [EMBEDDING, factors_for("rope_factors_long.weight")]),
+        "has rope_factors_long.weight alone, of two",
+    ),
+    "factors of another network": (
+        gguf_bytes(settings_of(), [EMBEDDING, factors_for("rope_factors_long.weight")]),
+        "has rope_factors_long.weight, which llama is not known to have",
+    ),
+    "no base": (
+        gguf_bytes(
+            settings_of(llama__rope__freq_base=-1.0), [EMBEDDING, factors_for("rope_freqs.weight")]
+        ),
+        "a rope.freq_base of -1.0, which is none",
+    ),
+    "a matrix of one dimension": (
+        gguf_bytes(settings_of(), [EMBEDDING, ("blk.0.attn_q.weight", "F32", (32,), bytes(128))]),
+        "self_attn.q_proj.weight has 1 dimensions, a matrix has two",
+    ),
     "tokens by scores": (
         gguf_bytes(
             settings_of() | {"tokenizer.ggml.model": "t5", "tokenizer.ggml.tokens": ["a"]},
@@ -319,6 +346,12 @@ REFUSED = {
         "1 tokens and no tokenizer.ggml.token_type for each",
     ),
 }
+
+
+def test_a_file_needs_a_name(tmp_path):
+    """Its folder in the cache has it."""
+    for name in ("..gguf", "...gguf"):
+        assert "needs a name before .gguf" in refused(tmp_path, gguf_bytes({}, []), name)
 
 
 @pytest.mark.parametrize("case", REFUSED)

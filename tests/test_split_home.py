@@ -27,9 +27,9 @@ from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import CheckpointError, ConfigError, DeviceError, PlanError
 from offload_rt.model import weight_files as files_module
-from offload_rt.planning.fit import _check_nodes, with_home
+from offload_rt.planning.fit import _check_nodes, _place_ends, _split, with_home
 from offload_rt.planning.given_rates import Acceptance
-from offload_rt.planning.placement import Demand, Placement
+from offload_rt.planning.placement import Demand, ExpertDemand, Placement
 from offload_rt.streaming import ahead as ahead_module
 from offload_rt.streaming.ahead import ReadAhead
 
@@ -327,6 +327,43 @@ def test_host_memory_is_filled_and_not_overfilled(sizes, limit, kind, home):
         assert 0 < len(found.in_files) < len(sizes)
     else:
         assert found.home is HomeKind.DISK and home is HomeKind.AUTO and not found.host_bytes
+
+
+@given(count=st.integers(1, 9), layers=st.integers(1, 5), share=st.floats(0.0, 0.99))
+def test_a_share_of_experts_is_what_is_held(count, layers, share):
+    each = 1000
+    experts = ExpertDemand(
+        rest_bytes=(10,) * layers,
+        slot_bytes=each,
+        counts=(count,) * layers,
+        per_token=1,
+        image_bytes=each * count * layers,
+        file_bytes=each * count * layers,
+    )
+    demand = Demand(
+        layer_bytes=(10,) * layers, base_bytes=0, kv_bytes=0, workspace_bytes=0, experts=experts
+    )
+    placement = replace(placed([10] * layers), demand=demand, streamed=(), expert_slots=1)
+    found = _split(placement, int(share * experts.image_bytes), READERS)
+    if found is None:
+        assert share * count < 1
+        return
+    held = int(found.expert_share * count)  # as `runner/loading.py` has it
+    assert found.held_bytes == each * held * layers <= share * experts.image_bytes
+    assert found.expert_share == pytest.approx(held / count)
+
+
+@pytest.mark.parametrize("otherwise", [None, HomeKind.DISK, HomeKind.SPLIT])
+def test_an_embedding_in_host_memory_may_be_what_makes_layers_fit(otherwise):
+    whole, made = placed([10] * 3), placed([10] * 2)
+
+    def homed(placement):
+        if placement is whole and otherwise is None:
+            raise PlanError("does not fit", 1)
+        return replace(placement, home=HomeKind.HOST if placement is made else otherwise)
+
+    found = _place_ends(lambda apart: made if apart else whole, homed, may_be_apart=True)
+    assert found is made
 
 
 def test_nodes_have_no_split_home():

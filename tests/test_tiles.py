@@ -22,6 +22,7 @@ from offload_rt.config import Exact, KVPlace
 from offload_rt.errors import PlanError
 from offload_rt.model import network as networks
 from offload_rt.model import tiles
+from offload_rt.model.attention_function import row_axis
 
 GIB = 2**30
 SPECS = [{}, {"window": 70}, {"softcap": 5.0}, {"window": 9, "sinks": torch.randn(6)}]
@@ -142,3 +143,9 @@ def test_what_cannot_hold_on_a_gpu_is_off_with_the_reason(make_tiny, monkeypatch
     said = "as a product of .* has other bits in other places of a tile: leave --exact out"
     with pytest.raises(PlanError, match=said), on_a_gpu(make_tiny, monkeypatch, "llama"):
         pass
+
+
+def test_of_one_row_a_number_beside_heads_is_filled_where_the_row_is():
+    """As Beam's scale of queries, [1, 1, S, 1]; a pass of one row leaves no other sign."""
+    assert row_axis((1, 1, 5, 1), 5) == row_axis((1, 1, 1, 1), 1) == 2
+    assert row_axis((1, 1, 64), 1) == row_axis((1, 5, 8), 5) == 1

@@ -5,7 +5,7 @@ piece of the row itself. Besides, all products of a pass have shapes that follow
 alone: always `PIECE` rows, those that are missing filled up, and of the piece each row has columns
 of its own, put in consecutive places, in a chain as in a tree. So for a row neither the kernels nor
 the order of its sums depend on what is beside it. What is left to see on a machine is that a row
-has the same bits in any place of such a product (`model/exact.py` does when a model is loaded).
+has the same bits in any place of such a product (`model/tiles.py` does when a model is loaded).
 
 Of rows that are in different pieces, or on different paths of a tree, all are computed with each of
 these pasts, and each row keeps its own: no row is looked up, so the host waits for nothing.

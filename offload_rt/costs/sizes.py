@@ -364,12 +364,14 @@ def attention_bytes(
     (all of them, or those of a tree): fp32 copies of a block of keys and values, and the scores of
     some rows in four versions. Results of parts, which are merged eight at a time; of a chain or a
     tree there are up to four. In tiles keys and values of each row's piece besides, by rows and as
-    they are stored, and scores of all heads at once.
+    they are stored, and scores of all heads at once; rows of a tree may each have a past of their
+    own, with a last part and a result (`attention/fixed.py`).
     """
     if shape.tile:
+        pasts = 2 * min(shape.tile, shape.logit_rows)
         keys, kept = config.num_kv_heads * config.head_dim, config.num_heads * shape.tile
         copies = 2 * keys * (4 * KEY_BLOCK + PIECE * shape.tile * (4 + number_bytes))
-        return copies + kept * 4 * (4 * (KEY_BLOCK + PIECE) + 16 * config.head_dim)
+        return copies + kept * 4 * (4 * (KEY_BLOCK + PIECE) + (16 + pasts) * config.head_dim)
     chunk, keys = min(shape.chunk_rows, shape.rows), min(shape.longest, KEY_BLOCK) + PIECE
     mask = chunk * _masked_keys(config, shape, device) * (3 + number_bytes) if chunk > 1 else 0
     tiled = max(config.num_heads * chunk, config.num_kv_heads * TILE)

@@ -295,10 +295,11 @@ class _Device:
         what |= {id(rows.memory): (SpanKind.KV_BACK, i) for i, rows in self._rows.items()}
 
         def keep(source: SimBuffer, start_s: float, end_s: float) -> None:
+            nbytes = source.nbytes
             if self._ahead is not None and id(source) not in what:  # a buffer of what is ahead
                 source = self._ahead.now
             kind, layer = what[id(source)]
-            self.spans.append(Span(kind, self._device, layer, start_s, end_s, source.nbytes))
+            self.spans.append(Span(kind, self._device, layer, start_s, end_s, nbytes))
 
         self._copy.watch = self._kv_copy.watch = self._back.watch = keep
         self._watched = True

@@ -739,7 +739,8 @@ class Engine:
             self.checkpoint.config, config, kind, needed=needed, kv_away=kv is not None
         )
         tiles = kind.tile_rows
-        found = found or self.network.exact_problem(self.device.torch_device, tiles)
+        for place in dict.fromkeys(device.torch_device for device in self.devices):
+            found = found or self.network.exact_problem(place, tiles)
         if found and config.exact is Exact.ON:
             raise PlanError(
                 f"--exact on: {self.checkpoint.name} cannot have row-invariant passes here, as "

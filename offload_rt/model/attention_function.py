@@ -31,9 +31,10 @@ _KNOWN_OPTIONS = frozenset(
 def row_axis(shape: Sequence[int], rows: int) -> int:
     """Where a tensor that layers are given has one entry per row: [1, S, ...] or [1, 1, S, ...].
 
-    0 where it has none. Only such tensors are cut with the rows of a pass.
+    0 where it has none. Only such tensors are cut with the rows of a pass. Of one row both may be
+    meant: [1, 1, 1, 1] is taken to be a number for each row beside heads [1, H, S, D].
     """
-    if len(shape) > 1 and shape[1] == rows:
+    if len(shape) > 1 and shape[1] == rows and tuple(shape) != (1, 1, 1, 1):
         return 1
     return 2 if len(shape) > 2 and (*shape[:3],) == (1, 1, rows) else 0
 

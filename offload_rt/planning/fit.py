@@ -217,8 +217,13 @@ def _place_ends(
     if made.demand.copy_bytes and not made.streamed:  # copies are of streamed layers
         return whole
     # Host memory is the home of layers before it is the embedding's.
-    same = home is homed(whole).home is not HomeKind.SPLIT
-    return made if same or not made.streams else whole
+    try:
+        there = homed(whole).home
+    except PlanError:
+        return made
+    gains = home is HomeKind.HOST is not there
+    same = home is there is not HomeKind.SPLIT
+    return made if same or gains or not made.streams else whole
 
 
 def _homes_within(
@@ -685,9 +690,11 @@ def _split(placement: Placement, host_limit: int, readers: int) -> Placement | N
     experts, streamed = placement.demand.experts, placement.streamed
     if experts is not None and placement.expert_slots:
         share = host_limit / experts.image_bytes
-        if not experts.held_bytes(share):
+        if not (held := experts.held_bytes(share)):
             return None
-        return replace(placement, home=HomeKind.SPLIT, expert_share=min(1.0, share))
+        # What whole experts come to, and a little for how numbers are rounded.
+        share = min(1.0, held / experts.image_bytes + 1e-9)
+        return replace(placement, home=HomeKind.SPLIT, expert_share=share)
     largest = max(placement.layer_bytes[i] for i in streamed)
     ahead = len(placement.of_devices) * ahead_bytes(largest, readers)
     for count in range(1, len(streamed)):

@@ -65,7 +65,7 @@ class ReadAhead:
         ]
         self._readings: deque[_Reading] = deque()
         self._changed = threading.Condition()
-        self._closed, self._last = False, units[-1]  # of those that were copied
+        self._closed = False
         self._append(units[0])
         self._threads = [
             threading.Thread(target=self._work, name=f"ahead-{i}", daemon=True)
@@ -122,13 +122,12 @@ class ReadAhead:
             thread.join()
 
     def _append(self, unit: int) -> _Reading:
-        reading = _Reading(unit, self._sources[unit].pieces())
+        reading, self._last = _Reading(unit, self._sources[unit].pieces()), unit
         self._readings.append(reading)
         return reading
 
     def _forget(self, reading: _Reading) -> None:
         if reading in self._readings:
-            self._last = reading.unit
             self._readings.remove(reading)
 
     def _drop(self) -> None:
@@ -147,8 +146,7 @@ class ReadAhead:
             if reading.begun < len(reading.pieces):
                 break
         else:
-            last = self._readings[-1].unit if self._readings else self._last
-            reading = self._append(self._after[last])
+            reading = self._append(self._after[self._last])
         reading.begun += 1
         return reading, reading.begun - 1, self._free.pop()
 
@@ -224,11 +222,14 @@ class AheadSource:
     def _put(self, reading: _Reading, number: int, image: torch.Tensor) -> None:
         piece = reading.pieces[number]
         made, buffer = self.ahead.take(reading, number)
-        image[piece.offset : piece.offset + piece.image_bytes].copy_(made)
-        self.ahead.give_back(buffer)
+        try:
+            image[piece.offset : piece.offset + piece.image_bytes].copy_(made)
+        finally:
+            self.ahead.give_back(buffer)
 
     def _load(self, reading: _Reading, number: int, staging: HostBuffer) -> torch.Tensor:
         made, buffer = self.ahead.take(reading, number)
-        brought = staging.tensor[: made.numel()].copy_(made)
-        self.ahead.give_back(buffer)
-        return brought
+        try:
+            return staging.tensor[: made.numel()].copy_(made)
+        finally:
+            self.ahead.give_back(buffer)

@@ -43,6 +43,8 @@ def gguf_folder(path: Path) -> Path:
     """
     path = Path(os.path.abspath(path))
     stem, names = files_of(path.name)
+    if stem in {"", ".", ".."}:
+        raise CheckpointError(f"{path}: a GGUF file needs a name before {ENDING}: rename it")
     missing = [name for name in names if not (path.parent / name).is_file()]
     if missing:
         raise CheckpointError(
@@ -154,7 +156,10 @@ def _write(
 def _forget_gone(root: Path) -> None:
     """Remove folders of files that are not there any more."""
     for old in root.glob(f"*/*/{MANIFEST}"):
-        links = [entry for entry in old.parent.iterdir() if entry.suffix == ENDING]
+        try:
+            links = [entry for entry in old.parent.iterdir() if entry.suffix == ENDING]
+        except OSError:  # another process removes it
+            continue
         if not all(os.path.exists(link) for link in links):
             _log.info("%s is removed: its files are gone", old.parent)
             shutil.rmtree(old.parent.parent, ignore_errors=True)

@@ -276,6 +276,7 @@ def _scaled(settings: _Settings) -> _CONFIG:
     """Rotary scaling as transformers has it."""
     _whole_heads(settings)
     kind = settings.scaling()
+    _refuse_factors(settings, _LONG, _SHORT)
     if _FREQUENCIES in settings.tensors:
         return {"rope_scaling": _of_frequencies(settings)}
     if kind == "none":
@@ -292,12 +293,23 @@ def _scaled(settings: _Settings) -> _CONFIG:
     return {"rope_scaling": scaling}
 
 
+def _refuse_factors(settings: _Settings, *names: str) -> None:
+    """Refuse factors of rotary positions that this network is not known to have."""
+    for name in names:
+        if name in settings.tensors:
+            raise settings.error(
+                f"has {name}, which {settings.architecture} is not known to have: not supported"
+            )
+
+
 def _of_frequencies(settings: _Settings) -> _CONFIG:
     """What divides each frequency: as Llama 3.1 says it where it is that, else number by number."""
     heads = max(1, settings.whole("attention.head_count"))
     size = settings.whole("attention.key_length", settings.whole("embedding_length") // heads)
     factors = settings.factors(_FREQUENCIES, size // 2)
     base = settings.number("rope.freq_base", 10000.0)
+    if base <= 0.0:
+        raise settings.error(f"has a rope.freq_base of {base}, which is none: download it again")
     llama3 = {"rope_type": "llama3", "factor": max(factors), **_LLAMA3}
     if all(
         math.isclose(one, other, rel_tol=_NEAR)
@@ -340,7 +352,12 @@ def _phi3(settings: _Settings) -> _CONFIG:
         "sliding_window": settings.whole("attention.sliding_window", 0) or None,
         "pad_token_id": None,  # the class has one, which other vocabularies lack
     }
-    if {_LONG, _SHORT} <= settings.tensors.keys():
+    if (kind := settings.scaling()) not in ("none", "longrope"):
+        raise settings.error(f"scales rotary positions by {shown(kind)}: not supported")
+    _refuse_factors(settings, _FREQUENCIES)
+    if there := {_LONG, _SHORT} & settings.tensors.keys():
+        if len(there) == 1:
+            raise settings.error(f"has {there.pop()} alone, of two: download it again")
         config["rope_scaling"] = {
             "type": "longrope",
             "long_factor": settings.factors(_LONG, turned // 2),

@@ -1,6 +1,7 @@
 """The tensors of a model in GGUF files, named as transformers names them."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def read_files(
             )
     found = [tensor.name for header in headers for tensor in header.tensors]
     if len(set(found)) < len(found):
-        twice = next(name for name in found if found.count(name) > 1)
+        counts = Counter(found)
+        twice = next(name for name in found if counts[name] > 1)
         raise CheckpointError(
             f"{first.identity.path}: tensor {shown(twice)} is in two files: download them again"
         )
@@ -150,6 +152,11 @@ def _heads(
 
 def _stored(tensor: GgufTensor, extent: TensorExtent, heads: int) -> Stored:
     form = tensor.type.form or Form.PAIRED
+    if len(tensor.shape) != 2:
+        raise CheckpointError(
+            f"{extent.path}: {extent.name} has {len(tensor.shape)} dimensions, a matrix has two: "
+            "the file is damaged, download it again"
+        )
     outputs, inputs = tensor.shape
     numbers = BLOCKS[form][0] if form in BLOCKS else inputs
     return Stored(
