@@ -34,6 +34,11 @@ class HomeKind(StrEnum):
     DISK = "disk"
     SPLIT = "split"
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether layers, or some of them, are asked to be in host memory, or are there."""
+        return self in {HomeKind.HOST, HomeKind.SPLIT}
+
 
 class Wire(StrEnum):
     """Form in which weights of layers lie in memory and cross the link."""

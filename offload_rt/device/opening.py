@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from offload_rt.config import HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import KVPlace, RuntimeConfig
 from offload_rt.device.base import Device
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
@@ -29,7 +29,7 @@ def open_device(config: RuntimeConfig, beside: Device | None = None) -> Device:
         ConfigError: it is not known, or an option does not go with it.
         DeviceError: it is not there.
     """
-    in_host = config.home in {HomeKind.HOST, HomeKind.SPLIT} or config.kv is KVPlace.HOST
+    in_host = config.home.in_memory or config.kv is KVPlace.HOST
     if config.link_bytes_per_s is not None and not in_host:
         raise ConfigError(
             "--link-bandwidth emulates a link to host memory: add --home host or --kv host"

@@ -626,7 +626,7 @@ def bytes_per_pass(
     checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind, placement: Placement
 ) -> int:
     """Bytes of the streamed layers, which cross the link in each pass."""
-    if placement.home is not HomeKind.DISK:
+    if placement.home.in_memory:
         return placement.streamed_bytes
     if placement.expert_slots:
         return 0

@@ -247,7 +247,7 @@ class Placement:
     @property
     def held_bytes(self) -> int:
         """Of streamed layers and experts, those in host memory, as the device has them."""
-        if self.home not in {HomeKind.HOST, HomeKind.SPLIT}:
+        if not self.home.in_memory:
             return 0
         experts, pooled_bytes = self.demand.experts, self.pooled_bytes
         if experts is not None and self.expert_share < 1.0:

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args
 
-from offload_rt.config import DraftConfig, HomeKind, RetrievalConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, RetrievalConfig, RuntimeConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.options import Form, Settable, settables
@@ -60,7 +60,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
     runtime, draft = plan.runtime, plan.drafting.config
     kv = plan.placement.demand.kv
     # A home on disk, once it is named, leaves a limit of host memory nothing to limit.
-    limits_host = plan.placement.home is not HomeKind.DISK or (kv is not None and kv.host_bytes > 0)
+    limits_host = plan.placement.home.in_memory or (kv is not None and kv.host_bytes > 0)
     options: dict[str, Value] = {
         "device": runtime.device,
         "device_limit_bytes": _limits(plan),

@@ -163,7 +163,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     slot_bytes = max((layouts[i].nbytes for i in streaming.layers), default=0)
     for device, mine in stripes.shares(streaming.layers):
         sources: Mapping[int, HomeSource] = {i: FileSource(layouts[i], files) for i in mine}
-        if streaming.home in {HomeKind.HOST, HomeKind.SPLIT}:
+        if streaming.home.in_memory:
             sources = _homes(device, sources, layouts, streaming, undo)
         if sources:
             count = min(streaming.slots, len(mine))
@@ -359,7 +359,7 @@ def _open_experts(
     sources: dict[int, Sequence[HomeSource]] = {
         layer: [FileSource(unit, files) for unit in own] for layer, own in units.items()
     }
-    if streaming.home in {HomeKind.HOST, HomeKind.SPLIT}:
+    if streaming.home.in_memory:
         for layer, own in units.items():
             by_expert = dict(enumerate(sources[layer]))
             held = spread_layers(int(streaming.expert_share * len(own)), len(own))
