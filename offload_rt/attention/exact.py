@@ -22,14 +22,14 @@ from typing import Protocol
 import torch
 
 from offload_rt.attention.blocks import KEY_BLOCK, PIECE, SCORE_BYTES, TILE
-from offload_rt.attention.fixed import FixedAttention
+from offload_rt.attention.fixed import FixedAttention, first_seen, wide
+from offload_rt.attention.partial import UNSEEN
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.kernels import attending
 from offload_rt.kernels.tiles import evenly
 
 PART = KEY_BLOCK  # columns
 MERGE_AT = 8  # parts
-_UNSEEN = -1e30  # a score; finite, so that a part nobody sees weighs 0
 _PLANS_KEPT = 16  # of trees: those of a pass
 assert attending.COLUMNS == PIECE
 
@@ -154,7 +154,7 @@ class _Assembled:
         """As of `ExactAttention`."""
         key, value = _in_lines(key), _in_lines(value)
         for group, seen in zip(self._groups, self._seen, strict=True):
-            first = max(start, _first_seen(group, self._spec.window))
+            first = max(start, first_seen(group.own, self._spec.window))
             if first < start + PART:
                 seen.add(first, key, value, _counted(first - start, PART, PART - 1))
 
@@ -164,7 +164,7 @@ class _Assembled:
         tail, last = self.tail, key.shape[1] - 1
         for group, seen in zip(self._groups, self._seen, strict=True):
             into = self._out, group.places
-            first = max(tail, _first_seen(group, self._spec.window))
+            first = max(tail, first_seen(group.own, self._spec.window))
             if group.piece is None:
                 index = _counted(first - tail, group.own + PIECE - tail, last)
                 seen.add(first, key, value, index, into)
@@ -215,10 +215,10 @@ class _WrittenOut:
     def add(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """As of `ExactAttention`."""
         window = self._spec.window
-        seeing = [n for n, g in enumerate(self._groups) if _first_seen(g, window) < start + PART]
+        seeing = [n for n, g in enumerate(self._groups) if first_seen(g.own, window) < start + PART]
         if not seeing:  # out of sight for all rows there may be in their pieces
             return
-        key, value = _wide(key), _wide(value)
+        key, value = wide(key), wide(value)
         for number in seeing:
             self._add_whole(number, start, key, value)
 
@@ -239,10 +239,10 @@ class _WrittenOut:
         start = tail
         while start + PART <= group.own:
             part = slice(start - tail, start - tail + PART)
-            self._add_whole(number, start, *(_wide(rows[:, part]) for rows in past))
+            self._add_whole(number, start, *(wide(rows[:, part]) for rows in past))
             start += PART
-        first = max(start, _first_seen(group, self._spec.window))
-        past = [_wide(rows[:, first - tail :]) for rows in past]
+        first = max(start, first_seen(group.own, self._spec.window))
+        past = [wide(rows[:, first - tail :]) for rows in past]
         own = group.own if group.piece is None else min(group.own, self._committed)
         behind = [rows[:, own - tail :] for rows in (key, value)]
         self._add_last(number, first, past, behind)
@@ -260,7 +260,7 @@ class _WrittenOut:
     def _add_whole(self, number: int, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Attend to columns [start, start + PART), in fp32, all before the group's piece."""
         group = self._groups[number]
-        first = max(start, _first_seen(group, self._spec.window))
+        first = max(start, first_seen(group.own, self._spec.window))
         if first >= start + PART:
             return
         key, value = key[:, first - start :], value[:, first - start :]
@@ -322,11 +322,11 @@ class _WrittenOut:
             hidden = columns <= at - window
             if own is not None:
                 hidden |= columns > at
-            self._by_row(scores, group).masked_fill_(hidden, _UNSEEN)
+            self._by_row(scores, group).masked_fill_(hidden, UNSEEN)
         elif own is not None:
             columns = torch.arange(own, own + PIECE, device=scores.device)
             piece = self._by_row(scores, group)[..., width - PIECE :]
-            piece.masked_fill_(columns > at, _UNSEEN)
+            piece.masked_fill_(columns > at, UNSEEN)
 
     def _append(
         self, number: int, out: torch.Tensor, scores: torch.Tensor, weights: torch.Tensor
@@ -336,11 +336,6 @@ class _WrittenOut:
         parts.append((out, scores.amax(dim=-1) - evenly(torch.log, weights.amax(dim=-1))))
         if len(parts) == MERGE_AT:
             self._parts[number] = [_merge(parts)]
-
-
-def _first_seen(group: _Group, window: int | None) -> int:
-    """The first column of a piece that any row of the group's piece may see."""
-    return 0 if window is None else max(0, group.own - window + 1) // PIECE * PIECE
 
 
 _Part = tuple[torch.Tensor, torch.Tensor]  # [K, R, D] and its log-sum-exp [K, R], fp32
@@ -363,11 +358,6 @@ def _before(rows: torch.Tensor, group: _Group, committed: int, tail: int) -> tor
     return torch.cat([rows[:, :committed], rows[:, committed:][:, group.path]], dim=1)
 
 
-def _wide(rows: torch.Tensor) -> torch.Tensor:
-    """In fp32 and in memory of its own, laid out alike wherever the rows come from."""
-    return rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-
-
 def _tiled(rows: torch.Tensor) -> torch.Tensor:
     """[..., R, D] with rows of zeros up to a multiple of `TILE`."""
     return _padded(rows, TILE)
@@ -375,7 +365,7 @@ def _tiled(rows: torch.Tensor) -> torch.Tensor:
 
 def _filled(rows: torch.Tensor) -> torch.Tensor:
     """[K, T, D] in fp32 with zeros up to a multiple of `PIECE`."""
-    return _padded(_wide(rows), PIECE)
+    return _padded(wide(rows), PIECE)
 
 
 def _padded(rows: torch.Tensor, unit: int) -> torch.Tensor:

@@ -17,11 +17,11 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.attention.blocks import KEY_BLOCK, PIECE
+from offload_rt.attention.partial import UNSEEN
 from offload_rt.attention.spec import ROOT, AttentionSpec, PendingTree
 
 PART = KEY_BLOCK  # columns
 MERGE_AT = 8  # parts
-_UNSEEN = -1e30  # a score; finite, so that a part nobody sees weighs 0
 _Part = tuple[torch.Tensor, torch.Tensor]  # [K, G * PIECE, D] and its log-sum-exp, fp32
 
 
@@ -64,8 +64,8 @@ class FixedAttention:
         self._rows, self._kv_heads, self._group = rows, kv[0], heads // kv[0]
         self._spec, self._committed, self._tree = spec, committed, tree
         self.tail = committed // PART * PART
-        wide = query.unflatten(0, (kv[0], -1)).float() * spec.scaling  # [K, G, S, D]
-        self._query = _filled(wide, dim=2).contiguous()
+        grouped = query.unflatten(0, (kv[0], -1)).float() * spec.scaling  # [K, G, S, D]
+        self._query = _filled(grouped, dim=2).contiguous()
         self._like = query
         device = query.device
         if tree is None:
@@ -82,10 +82,10 @@ class FixedAttention:
         """As of `ExactAttention`."""
         made = dict[int, _Part]()
         for number, past in enumerate(self._pasts):
-            if (first := max(start, self._first_seen(past))) < start + PART:
+            if (first := max(start, first_seen(past.own, self._spec.window))) < start + PART:
                 if first not in made:
                     part = slice(first - start, None)
-                    made[first] = self._whole(first, _wide(key[:, part]), _wide(value[:, part]))
+                    made[first] = self._whole(first, wide(key[:, part]), wide(value[:, part]))
                 self._append(number, made[first])
 
     def result(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -110,14 +110,14 @@ class FixedAttention:
         before = self._before(past)
         start = tail
         while start + PART <= past.own:
-            if (first := max(start, self._first_seen(past))) < start + PART:
+            if (first := max(start, first_seen(past.own, self._spec.window))) < start + PART:
                 part = slice(first - tail, start + PART - tail)
-                pair = _wide(_rows_at(key, before, part)), _wide(_rows_at(value, before, part))
+                pair = wide(_rows_at(key, before, part)), wide(_rows_at(value, before, part))
                 self._append(number, self._whole(first, *pair))
             start += PART
-        first = max(start, self._first_seen(past))
+        first = max(start, first_seen(past.own, self._spec.window))
         part = slice(first - tail, past.own - tail)
-        pair = _wide(_rows_at(key, before, part)), _wide(_rows_at(value, before, part))
+        pair = wide(_rows_at(key, before, part)), wide(_rows_at(value, before, part))
         self._append(number, self._last(past, first, *pair, key, value))
         parts = list(self._parts[number])
         if (sinks := self._spec.sinks) is not None:
@@ -167,7 +167,7 @@ class FixedAttention:
         """Attend to columns from `first` on, up to the end of the piece."""
         index, shape = self._in_piece(past), (PIECE, PIECE)
         keys, values = (
-            _wide(rows[:, index.flatten()]).unflatten(1, shape) for rows in (key, value)
+            wide(rows[:, index.flatten()]).unflatten(1, shape) for rows in (key, value)
         )  # [K, PIECE, PIECE, D]
         by_row = self._query.transpose(1, 2)  # [K, PIECE, G, D]
         own = torch.matmul(by_row, keys.transpose(2, 3)).transpose(1, 2).flatten(1, 2)
@@ -195,11 +195,7 @@ class FixedAttention:
         hidden = columns > at if own is not None else torch.zeros_like(columns, dtype=torch.bool)
         if window is not None:
             hidden = hidden | (columns <= at - window)
-        scores.unflatten(1, (self._group, PIECE)).masked_fill_(hidden, _UNSEEN)
-
-    def _first_seen(self, past: _Past) -> int:
-        window = self._spec.window
-        return 0 if window is None else max(0, past.own - window + 1) // PIECE * PIECE
+        scores.unflatten(1, (self._group, PIECE)).masked_fill_(hidden, UNSEEN)
 
     def _append(self, number: int, part: _Part) -> None:
         parts = self._parts[number]
@@ -223,7 +219,12 @@ def _merge(parts: list[_Part]) -> _Part:
     return out, sums.amax(dim=-1) - weights.amax(dim=-1).log_()
 
 
-def _wide(rows: torch.Tensor) -> torch.Tensor:
+def first_seen(own: int, window: int | None) -> int:
+    """The first column that a row of the piece that begins at `own` may see, as a whole piece."""
+    return 0 if window is None else max(0, own - window + 1) // PIECE * PIECE
+
+
+def wide(rows: torch.Tensor) -> torch.Tensor:
     """In fp32 and in memory of its own, laid out alike wherever the rows come from."""
     return rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
 
