@@ -13,6 +13,7 @@ from offload_rt.config import (
     DraftConfig,
     DraftShape,
     GenerationConfig,
+    HomeKind,
     KVPlace,
     RuntimeConfig,
     SamplingConfig,
@@ -42,7 +43,7 @@ def finished(engine, tokens, prompt=PROMPT):
 
 
 @pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
-@pytest.mark.parametrize("home", ["disk", "host"])
+@pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
 def test_copies_that_lose_nothing_are_always_right(make_tiny, monkeypatch, shape, home):
     """So rows, places and all that is shared are those of the target's own passes."""
     monkeypatch.setattr(network, "rounded_linear", lambda linear, weights: copy.deepcopy(linear))
