@@ -77,20 +77,35 @@ def gguf_bytes(metadata, tensors, *, version=3, alignment=32):
     return head + bytes(-len(head) % alignment) + data
 
 
+SCALES = {  # where they are in a block
+    Form.Q4_1: (0, 2),
+    Form.Q5_1: (0, 2),
+    Form.Q2_K: (80, 82),
+    Form.Q3_K: (108,),
+    Form.Q4_K: (0, 2),
+    Form.Q5_K: (0, 2),
+    Form.Q6_K: (208,),
+}
+UNEVEN = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])
+FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
+
+
 def random_blocks(form, outputs, inputs, generator):
     """Bytes [O, row]: any codes, and scales that are small numbers."""
     numbers, nbytes = BLOCKS[form]
     blocks = generator.integers(0, 256, (outputs, inputs // numbers, nbytes), dtype=np.uint8)
-    for start in {Form.Q4_1: (0, 2), Form.Q5_1: (0, 2), Form.Q4_K: (0, 2), Form.Q5_K: (0, 2)}.get(
-        form, (208,) if form is Form.Q6_K else (0,)
-    ):
-        scales = generator.normal(0, 0.02 / (1 + 15 * form.endswith("k")), blocks.shape[:2])
+    if form is Form.BLOCK_MXFP4:
+        blocks[..., 0] = generator.integers(116, 122, blocks.shape[:2])
+        return blocks.reshape(outputs, -1)
+    for start in SCALES.get(form, (0,)):
+        size = 0.02 / (1 + 15 * form.endswith("k")) / (1 + 30 * form.startswith("iq4"))
+        scales = generator.normal(0, size, blocks.shape[:2])
         halves = scales.astype(np.float16)[..., None].view(np.uint8)
         blocks[..., start : start + 2] = halves
     return blocks.reshape(outputs, -1)
 
 
-def formula(form, data):
+def formula(form, data):  # noqa: C901
     """[O, row] bytes as [O, I] fp32, a number at a time over all blocks at once."""
     numbers, nbytes = BLOCKS[form]
     b = data.reshape(-1, nbytes).astype(np.int64)
@@ -121,6 +136,28 @@ def formula(form, data):
             if form is Form.Q5_K:
                 q = q + 16 * (b[:, 16 + n % 32] >> sub & 1)
             out[:, n] = half64(0) * scale * q - half64(2) * less
+        elif form is Form.Q2_K:
+            q = b[:, 16 + n // 128 * 32 + n % 32] >> 2 * (n % 128 // 32) & 3
+            both = b[:, n // 16]
+            out[:, n] = half64(80) * (both & 15) * q - half64(82) * (both >> 4)
+        elif form is Form.Q3_K:
+            q = b[:, 32 + n // 128 * 32 + n % 32] >> 2 * (n % 128 // 32) & 3
+            q = q - 4 * (1 - (b[:, n % 32] >> n // 32 & 1))
+            sub = n // 16
+            scale = b[:, 96 + sub % 8] >> 4 * (sub // 8) & 15
+            scale = scale + 16 * (b[:, 104 + sub % 4] >> 2 * (sub // 4) & 3) - 32
+            out[:, n] = half64(108) * scale * q
+        elif form is Form.IQ4_NL:
+            out[:, n] = half64(0) * UNEVEN[b[:, 2 + n % 16] >> 4 * (n // 16) & 15]
+        elif form is Form.IQ4_XS:
+            sub = n // 32
+            scale = b[:, 4 + sub // 2] >> 4 * (sub % 2) & 15
+            scale = scale + 16 * ((b[:, 2] + 256 * b[:, 3]) >> 2 * sub & 3) - 32
+            index = b[:, 8 + 16 * sub + n % 16] >> 4 * (n % 32 // 16) & 15
+            out[:, n] = half64(0) * scale * UNEVEN[index]
+        elif form is Form.BLOCK_MXFP4:
+            power = np.ldexp(1.0, b[:, 0] - 127)
+            out[:, n] = power * FP4[b[:, 1 + n % 16] >> 4 * (n // 16) & 15]
         else:
             part, j = n // 128, n % 128
             q = b[:, 64 * part + j % 64] >> 4 * (j // 64) & 15

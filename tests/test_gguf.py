@@ -34,7 +34,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.kernels.products import problem
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.direct import direct_for
-from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored, multiplies
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.gguf.container import read_gguf
@@ -106,10 +106,11 @@ def test_blocks_are_those_of_the_package(form):
     gguf = pytest.importorskip("gguf")
     data = np.random.default_rng(3).integers(0, 256, (64, BLOCKS[form][1] * 4), dtype=np.uint8)
     with np.errstate(all="ignore"):
-        kind = gguf.GGMLQuantizationType[form.upper()]
+        kind = gguf.GGMLQuantizationType[block_name(form)]
         expected = torch.from_numpy(gguf.quants.dequantize(data, kind))
     made = brought(form, data, BLOCKS[form][0] * 4, torch.float32)
-    assert expected.isnan().any() and torch.equal(made.isnan(), expected.isnan())
+    assert expected.isnan().any() or form is Form.BLOCK_MXFP4  # whose scales are all numbers
+    assert torch.equal(made.isnan(), expected.isnan())
     assert torch.equal(made.nan_to_num(0.5), expected.nan_to_num(0.5))
 
 
@@ -247,8 +248,8 @@ REFUSED = {
         "network of kind 'llama with experts'",
     ),
     "type that is not read": (
-        gguf_bytes(settings_of(), [EMBEDDING, ("output.weight", "Q2_K", (8, 256), bytes(672))]),
-        "weights of type Q2_K (672 B) among its 1.66 KiB, read are F32, F16, Q4_0",
+        gguf_bytes(settings_of(), [EMBEDDING, ("output.weight", "IQ2_S", (8, 256), bytes(656))]),
+        "weights of type IQ2_S (656 B) among its 1.64 KiB, read are F32, F16, Q4_0",
     ),
     "type that is not known": (
         gguf_bytes(settings_of(), [("token_embd.weight", 77, (8, 32), b"")]),

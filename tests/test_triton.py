@@ -6,12 +6,13 @@ import os
 import numpy as np
 import pytest
 import torch
+from gguf_files import formula, paired, random_blocks
 from quantised import CASES
 from test_formats import found
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from offload_rt.model.formats import on_gpu
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.methods import BLOCKS, Form
 from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import dequantise
@@ -70,6 +71,38 @@ def test_kernels_make_the_numbers_of_the_law(tmp_path, case):
     parts[word] = parts[word].clone()
     parts[word].view(-1).view(torch.uint8)[0] ^= 1
     assert not torch.equal(both(stored, parts, torch.float32)[0], numbers.float())
+
+
+@pytest.mark.parametrize("form", BLOCKS)
+def test_blocks_of_gguf_are_one_launch(monkeypatch, form):
+    """Any bytes, of sizes that fill no block of a program; rows in order and in pairs."""
+    inputs = BLOCKS[form][0] * (9 if BLOCKS[form][0] == 32 else 2)
+    data = random_blocks(form, 18, inputs, np.random.default_rng(2))
+    numbers = torch.from_numpy(formula(form, data))
+    launched, run = [], on_gpu.dequantise
+    monkeypatch.setattr(
+        on_gpu, "dequantise", lambda name, *rest: (launched.append(name), run(name, *rest))
+    )
+    for heads, rows in ((0, data), (3, paired(data, 3))):
+        stored = Stored(
+            module="m",
+            form=form,
+            outputs=18,
+            inputs=inputs,
+            bits=4,
+            groups=1,
+            parts={},
+            heads=heads,
+        )
+        for dtype in FORMATS:
+            made, expected = both(stored, {"weight": torch.from_numpy(rows)}, dtype)
+            assert torch.equal(made, numbers.to(dtype)), dtype
+            assert torch.equal(made, expected)
+    assert len(launched) == 2 * len(FORMATS)
+    wild = np.random.default_rng(3).integers(0, 256, data.shape, dtype=np.uint8)
+    made, expected = both(stored, {"weight": torch.from_numpy(wild)}, torch.float32)
+    assert torch.equal(made.isnan(), expected.isnan())
+    assert torch.equal(made.nan_to_num(0.5), expected.nan_to_num(0.5))
 
 
 def test_every_fp8_number_is_what_torch_says():

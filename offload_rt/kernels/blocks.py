@@ -37,11 +37,21 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "q5_0": Layout(32, 22),
         "q5_1": Layout(32, 24),
         "q8_0": Layout(32, 34),
+        "q2_k": Layout(256, 84),
+        "q3_k": Layout(256, 110),
         "q4_k": Layout(256, 144),
         "q5_k": Layout(256, 176),
         "q6_k": Layout(256, 210),
+        "iq4_nl": Layout(32, 18),
+        "iq4_xs": Layout(256, 136),
+        "block_mxfp4": Layout(32, 17),
     }
 )
+_LOOK_UP = "@llvm.x86.avx512.permvar.sf.512"
+DECLARED = f"declare {WIDE} {_LOOK_UP}({WIDE}, {_WORDS})\n"
+# Of IQ4; and FP4 (E2M1), times two.
+UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 def numbers_of(code: Code, form: str, place: str, output: str, *, ordered: bool) -> Iterator[str]:
@@ -61,6 +71,14 @@ def numbers_of(code: Code, form: str, place: str, output: str, *, ordered: bool)
     block = _Block(code, LAYOUTS[form], place, output, ordered=ordered)
     if form == "q8_0":
         yield from _eights(block)
+    elif form in ("iq4_nl", "block_mxfp4"):
+        yield from _looked_up(block, mxfp4=form == "block_mxfp4")
+    elif form == "iq4_xs":
+        yield from _looked_up_k(block)
+    elif form == "q2_k":
+        yield from _two(block)
+    elif form == "q3_k":
+        yield from _three(block)
     elif form == "q6_k":
         yield from _six(block)
     elif form in ("q4_k", "q5_k"):
@@ -91,7 +109,7 @@ class _Block:
         code, rows = self._code, []
         for start in self._starts:
             kind = f"<{count} x i32>"
-            row = code.let(f"load {kind}, ptr {code.at(start, offset, 'i8')}, align 2")
+            row = code.let(f"load {kind}, ptr {code.at(start, offset, 'i8')}, align 1")
             if count < LANES:
                 lanes = ", ".join(
                     f"i32 {lane if lane < count else 'poison'}" for lane in range(LANES)
@@ -125,6 +143,22 @@ class _Block:
         if left:
             word = code.let(f"shl {_WORDS} {word}, splat (i32 {left})")
         return self.whole(code.let(f"ashr {_WORDS} {word}, splat (i32 24)"))
+
+    def picked(self, numbers: Sequence[int], index: str) -> str:
+        """Numbers of a table of 16, of which each lane takes that at its index."""
+        table = ", ".join(f"float {float(number)}" for number in numbers)
+        return self._code.let(f"call {WIDE} {_LOOK_UP}({WIDE} <{table}>, {_WORDS} {index})")
+
+    def power(self, word: str) -> str:
+        """Half of the power of two that a word's lowest byte is the exponent of, as FP32's."""
+        code = self._code
+        byte = code.let(f"and {_WORDS} {word}, splat (i32 255)")
+        small = code.let(f"icmp ult {_WORDS} {byte}, splat (i32 2)")
+        tiny = code.let(f"shl {_WORDS} splat (i32 2097152), {byte}")
+        less = code.let(f"sub {_WORDS} {byte}, splat (i32 1)")
+        large = code.let(f"shl {_WORDS} {less}, splat (i32 23)")
+        bits = code.let(f"select <{LANES} x i1> {small}, {_WORDS} {tiny}, {_WORDS} {large}")
+        return code.let(f"bitcast {_WORDS} {bits} to {WIDE}")
 
     def either(self, one: str, other: str) -> str:
         """The bits of both."""
@@ -191,6 +225,67 @@ def _subs(block: _Block, *, fifth: bool) -> Iterator[str]:
                 number = block.either(number, block.bits(fifths, n, sub, 1, to=4))
             product = block.fp("fmul", block.whole(number), own)
             yield block.fp("fsub", product, offset)
+
+
+def _looked_up(block: _Block, *, mxfp4: bool) -> Iterator[str]:
+    """IQ4_NL and MXFP4: a scale, 16 bytes of two indices into a table."""
+    (first,) = block.words(0, 1)
+    scale = block.power(first) if mxfp4 else block.half(first)
+    codes = block.words(1 if mxfp4 else 2, 4)
+    for n in range(32):
+        number = block.picked(
+            DOUBLED if mxfp4 else UNEVEN, block.bits(codes, n % 16, 4 * (n // 16), 4)
+        )
+        yield block.fp("fmul", number, scale)
+
+
+def _looked_up_k(block: _Block) -> Iterator[str]:
+    """IQ4_XS: a scale, 6 bits of signed ones of sub-blocks, bytes of two indices into a table."""
+    head = block.words(0, 2)
+    scale = block.half(head[0])
+    for sub in range(8):
+        if sub % 4 == 0:
+            codes = block.words(8 + 16 * sub, 16)
+        high = block.bits(head, 2 + sub // 4, 2 * (sub % 4), 2, to=4)
+        own = block.either(block.bits(head, 4 + sub // 2, 4 * (sub % 2), 4), high)
+        product = block.fp("fmul", scale, block.whole(own, 32))
+        for n in range(_SUB):
+            index = block.bits(codes, 16 * (sub % 4) + n % 16, 4 * (n // 16), 4)
+            yield block.fp("fmul", block.picked(UNEVEN, index), product)
+
+
+def _two(block: _Block) -> Iterator[str]:
+    """Q2_K: bytes of a sub-scale and a sub-offset, 64 of four codes, and what scales those."""
+    (last,) = block.words(80, 1)
+    scale, less = block.half(last), block.half(last, high=True)
+    scales = block.words(0, 4)
+    for n in range(256):
+        if n % 128 == 0:
+            codes = block.words(16 + n // 4, 8)
+        if n % 16 == 0:
+            own = block.fp("fmul", scale, block.whole(block.bits(scales, n // 16, 0, 4)))
+            offset = block.fp("fmul", less, block.whole(block.bits(scales, n // 16, 4, 4)))
+        number = block.whole(block.bits(codes, n % 32, n % 128 // 32 * 2, 2))
+        yield block.fp("fsub", block.fp("fmul", number, own), offset)
+
+
+def _three(block: _Block) -> Iterator[str]:
+    """Q3_K: third bits, 64 bytes of four codes, 6 bits of signed sub-scales, and their scale."""
+    third, last = block.words(0, 8), block.words(94, 4)  # two bytes early, to end with the block
+    scale = block.half(last[3], high=True)
+    for n in range(256):
+        if n % 128 == 0:
+            codes = block.words(32 + n // 4, 8)
+        if n % 16 == 0:
+            sub = n // 16
+            low = block.bits(last, 2 + sub % 8, 4 * (sub // 8), 4)
+            high = block.bits(last, 10 + sub % 4, 2 * (sub // 4), 2, to=4)
+            own = block.fp("fmul", scale, block.whole(block.either(low, high), 32))
+        number = block.either(
+            block.bits(codes, n % 32, n % 128 // 32 * 2, 2),
+            block.bits(third, n % 32, n // 32, 1, to=2),
+        )
+        yield block.fp("fmul", block.whole(number, 4), own)
 
 
 def _six(block: _Block) -> Iterator[str]:

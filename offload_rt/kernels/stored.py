@@ -66,9 +66,14 @@ class How(StrEnum):
     Q5_0 = "q5_0"
     Q5_1 = "q5_1"
     Q8_0 = "q8_0"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
     Q4_K = "q4_k"
     Q5_K = "q5_k"
     Q6_K = "q6_k"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
+    BLOCK_MXFP4 = "block_mxfp4"
 
 
 _CODE_BITS = {How.PACKED8: 8, How.COLUMNS8: 8}
@@ -208,7 +213,7 @@ def room_bytes(block: int) -> int:
 
 @cache
 def _kernel(how: How, ordered: bool) -> int:
-    text = HEAD + _DECLARED + _bring(how, ordered) + _takes() + _finish() + _all()
+    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + _takes() + _finish() + _all()
     return assembling.assemble(text, ["product"])["product"]
 
 

@@ -1,9 +1,9 @@
 """Dequantising blocks of GGUF, whose scales lie among their codes.
 
 A code times its scale (of the K types, the product of a block's scale and a sub-block's) has at
-most 24 bits and so is exact in fp32. What a block adds or takes away (Q4_1, Q5_1, Q4_K, Q5_K) is
-rounded there once, and the sum once to the number format of the computation. Layouts: ggml-common.h
-and the text of ggml-quants.c.
+most 24 bits and so is exact in fp32. What a block adds or takes away (Q4_1, Q5_1, Q2_K, Q4_K, Q5_K)
+is rounded there once, and the sum once to the number format of the computation. Layouts:
+ggml-common.h and the text of ggml-quants.c.
 
 Work goes in blocks of outputs, so that what it passes through stays in the cache.
 """
@@ -13,6 +13,7 @@ from functools import lru_cache, partial
 
 import torch
 
+from offload_rt.kernels.blocks import DOUBLED, UNEVEN
 from offload_rt.model.formats.blocks import outputs_in_blocks
 from offload_rt.model.formats.integers import Bring
 from offload_rt.model.formats.methods import BLOCKS, Form
@@ -132,6 +133,72 @@ def _five_k(blocks: torch.Tensor) -> torch.Tensor:
     return codes.mul_(scales[..., None]).sub_(offsets[..., None]).flatten(-2)
 
 
+def _quarters(codes: torch.Tensor) -> torch.Tensor:
+    """[o, B, 64] bytes as [o, B, 2, 4, 32]: of each half its lowest two bits first, and so on."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device=codes.device)[:, None]
+    return codes.unflatten(-1, (2, 1, 32)) >> shifts & 3
+
+
+def _two_k(blocks: torch.Tensor) -> torch.Tensor:
+    """Q2_K: 16 bytes of a sub-scale and a sub-offset, 64 of four codes, d, dmin."""
+    scales = _half(blocks, 80)[..., None] * (blocks[..., :16] & 15).float()
+    offsets = _half(blocks, 82)[..., None] * (blocks[..., :16] >> 4).float()
+    codes = _quarters(blocks[..., 16:80]).float().view(*scales.shape, 16)
+    return codes.mul_(scales[..., None]).sub_(offsets[..., None]).flatten(-2)
+
+
+def _three_k(blocks: torch.Tensor) -> torch.Tensor:
+    """Q3_K: 32 bytes of third bits, 64 of four codes, 12 of 6-bit sub-scales, d.
+
+    Of the sub-scales 8 bytes have the low halves, 4 the two high bits. A third bit that is not set
+    takes four away.
+    """
+    shifts = torch.arange(8, dtype=torch.uint8, device=blocks.device)[:, None]
+    third = (blocks[..., None, :32] >> shifts & 1).view(*blocks.shape[:-1], 2, 4, 32)
+    codes = (_quarters(blocks[..., 32:96]) | third << 2).float().sub_(4)
+    low, high = blocks[..., 96:104], blocks[..., 104:108]
+    low = torch.cat([low & 15, low >> 4], -1)
+    high = (high[..., None, :] >> shifts[:4] * 2 & 3).flatten(-2)
+    scales = _half(blocks, 108)[..., None] * (low | high << 4).float().sub_(32)
+    return codes.view(*scales.shape, 16).mul_(scales[..., None]).flatten(-2)
+
+
+@lru_cache(maxsize=4)
+def _table(numbers: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device)
+
+
+def _picked(codes: torch.Tensor, numbers: tuple[int, ...]) -> torch.Tensor:
+    """[..., n] bytes as fp32 [..., 2, n]: numbers of low halves, then of high ones."""
+    index = torch.stack([codes & 15, codes >> 4], -2)
+    found = _table(numbers, codes.device).index_select(0, index.flatten().to(torch.int32))
+    return found.view(index.shape)
+
+
+def _uneven(blocks: torch.Tensor) -> torch.Tensor:
+    """IQ4_NL: d, 16 bytes of two indices into a table."""
+    numbers = _picked(blocks[..., _HALF_BYTES:], UNEVEN).flatten(-2)
+    return numbers.mul_(_half(blocks, 0)[..., None])
+
+
+def _uneven_k(blocks: torch.Tensor) -> torch.Tensor:
+    """IQ4_XS: d, 2 bytes of high bits and 4 of low halves of 6-bit sub-scales, 128 of indices."""
+    high = blocks[..., 2:4, None] >> torch.arange(0, 8, 2, dtype=torch.uint8, device=blocks.device)
+    low = torch.stack([blocks[..., 4:8] & 15, blocks[..., 4:8] >> 4], -1).flatten(-2)
+    signed = (low | (high.flatten(-2) & 3) << 4).float().sub_(32)
+    scales = _half(blocks, 0)[..., None] * signed
+    numbers = _picked(blocks[..., 8:].unflatten(-1, (_SUBS, 16)), UNEVEN).flatten(-2)
+    return numbers.mul_(scales[..., None]).flatten(-2)
+
+
+def _mxfp4(blocks: torch.Tensor) -> torch.Tensor:
+    """MXFP4: a power of two (halved, as the table is doubled), 16 bytes of two FP4 numbers."""
+    power = blocks[..., 0].int()
+    tiny = torch.full_like(power, 0x00200000) << power.clamp(max=1)
+    scales = torch.where(power < 2, tiny, (power - 1) << 23).view(torch.float32)
+    return _picked(blocks[..., 1:], DOUBLED).flatten(-2).mul_(scales[..., None])
+
+
 def _six_k(blocks: torch.Tensor) -> torch.Tensor:
     """Q6_K: 128 bytes of low halves, 64 of two high bits, 16 signed sub-scales, d.
 
@@ -152,8 +219,13 @@ _DECODE: dict[Form, Decode] = {
     Form.Q5_0: partial(_fours, zero=16, raised=False, fifth=True),
     Form.Q5_1: partial(_fours, zero=0, raised=True, fifth=True),
     Form.Q8_0: _eights,
+    Form.Q2_K: _two_k,
+    Form.Q3_K: _three_k,
     Form.Q4_K: _four_k,
     Form.Q5_K: _five_k,
     Form.Q6_K: _six_k,
+    Form.IQ4_NL: _uneven,
+    Form.IQ4_XS: _uneven_k,
+    Form.BLOCK_MXFP4: _mxfp4,
 }
 DECODERS: dict[Form, Bring] = {**dict.fromkeys(_DECODE, bring_blocks), Form.PAIRED: bring_paired}

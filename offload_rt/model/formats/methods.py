@@ -14,7 +14,8 @@ from offload_rt.model.files import shown
 READ_METHODS = (
     "compressed-tensors (integers, FP8, MXFP8, MXFP4, NVFP4), AWQ (gemm), GPTQ (2, 3, 4 and 8 "
     "bits), FP8 (fp8, fbgemm_fp8), MXFP4 (gpt-oss), bitsandbytes (nf4, fp4, int8), ModelOpt "
-    "(FP8, NVFP4); and GGUF files (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K)"
+    "(FP8, NVFP4); and GGUF files (Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K, IQ4_NL, IQ4_XS, "
+    "MXFP4)"
 )
 UNROUNDED = "activations are not rounded, as the method has it"
 _BITS = range(2, 9)
@@ -42,7 +43,7 @@ class Form(StrEnum):
     `bnb4`: bitsandbytes' pairs of indices into a table of 16 numbers.
     `bnb8`: bitsandbytes' integers, with the largest number of each output.
     `coded`: bf16 in 12 bits, of packed folders (`planes.py`); no method of config.json.
-    `q4_0` to `q6_k`: blocks of GGUF, each with scales of its own (`ggml.py`).
+    `q4_0` to `block_mxfp4`: blocks of GGUF, each with scales of its own (`ggml.py`).
     `paired`: plain numbers of GGUF in its order of rows.
     """
 
@@ -63,9 +64,14 @@ class Form(StrEnum):
     Q5_0 = "q5_0"
     Q5_1 = "q5_1"
     Q8_0 = "q8_0"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
     Q4_K = "q4_k"
     Q5_K = "q5_k"
     Q6_K = "q6_k"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
+    BLOCK_MXFP4 = "block_mxfp4"
     PAIRED = "paired"
 
 
@@ -76,10 +82,25 @@ BLOCKS: Mapping[Form, tuple[int, int]] = {
     Form.Q5_0: (32, 22),
     Form.Q5_1: (32, 24),
     Form.Q8_0: (32, 34),
+    Form.Q2_K: (256, 84),
+    Form.Q3_K: (256, 110),
     Form.Q4_K: (256, 144),
     Form.Q5_K: (256, 176),
     Form.Q6_K: (256, 210),
+    Form.IQ4_NL: (32, 18),
+    Form.IQ4_XS: (256, 136),
+    Form.BLOCK_MXFP4: (32, 17),
 }
+
+
+def block_name(form: Form) -> str:
+    """What GGUF calls blocks of this form."""
+    return str(form).removeprefix("block_").upper()
+
+
+def block_bits(form: Form) -> int:
+    """Bits of a code in such a block: the first digit of its name."""
+    return int(next(filter(str.isdigit, form)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -381,14 +402,14 @@ def _mxfp4(name: str, stated: Mapping[str, Any]) -> Method | str:
 def _gguf(name: str, stated: Mapping[str, Any]) -> Method | str:
     """What a folder made of GGUF files states (`model/gguf/`); others do not say enough."""
     types = stated.get("types")
-    known = {str(form).upper(): form for form in BLOCKS}
+    known = {block_name(form): form for form in BLOCKS}
     if not isinstance(types, list) or not types or not all(each in known for each in types):
         return "its types are not stated, give the .gguf file"
     forms = [known[each] for each in types]
     return Method(
         name=f"{name}, {' and '.join(types)}",
         forms=frozenset(forms),
-        bits=frozenset(int(str(form)[1]) for form in forms),
+        bits=frozenset(map(block_bits, forms)),
         blocks=frozenset({(1, BLOCKS[form][0]) for form in forms}),
         scale="F16",
     )

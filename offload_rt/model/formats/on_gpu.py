@@ -4,6 +4,7 @@ A kernel is an operator of torch's, so that it is seen by what traces or fakes o
 """
 
 import importlib.util
+import struct
 from collections.abc import Callable, Sequence
 from functools import cache
 
@@ -11,9 +12,10 @@ import torch
 
 from offload_rt.device.cuda.torch_driver import on_device_of
 from offload_rt.errors import DeviceError
-from offload_rt.model.formats import integers
+from offload_rt.kernels.blocks import DOUBLED, UNEVEN
+from offload_rt.model.formats import ggml, integers
 from offload_rt.model.formats.grids import powers
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
@@ -22,6 +24,18 @@ PACKAGE = "triton"
 _INTEGERS = {Form.AWQ: 0, Form.GPTQ: 1, Form.GPTQ_V2: 1, Form.PACKED: 2}  # order of the kernel
 _GRIDS = (Form.FP8, Form.INT8)
 _FOURS = (Form.NVFP4, Form.NVFP4_PRODUCT, Form.MXFP4)
+# Of blocks of 32 numbers: where codes begin, their zero point, and whether fifth bits, an offset,
+# a power of two as the scale, a table are there.
+_BLOCKS = {
+    Form.Q4_0: (2, 8, 0, 0, 0, 0),
+    Form.Q4_1: (4, 0, 0, 1, 0, 0),
+    Form.Q5_0: (6, 16, 1, 0, 0, 0),
+    Form.Q5_1: (8, 0, 1, 1, 0, 0),
+    Form.Q8_0: (2, 0, 0, 0, 0, 0),
+    Form.IQ4_NL: (2, 0, 0, 0, 0, 1),
+    Form.BLOCK_MXFP4: (1, 0, 0, 0, 1, 1),
+}
+_SIXTEENS = (Form.Q2_K, Form.Q3_K, Form.Q6_K)  # whose scales are of so many numbers
 _WORD_BITS = 32
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
@@ -36,7 +50,7 @@ def suits(stored: Stored) -> bool:
     """Whether there is a kernel for a weight."""
     if stored.form in _INTEGERS:
         return _WORD_BITS % stored.bits == 0
-    return stored.form in (*_GRIDS, *_FOURS, Form.CODED)
+    return stored.form in (*_GRIDS, *_FOURS, *BLOCKS, Form.CODED)
 
 
 def bring_for(stored: Stored, device: torch.device) -> integers.Bring | None:
@@ -61,6 +75,8 @@ def bring_for(stored: Stored, device: torch.device) -> integers.Bring | None:
         return _grid
     if stored.form in _FOURS:
         return _fours
+    if stored.form in BLOCKS:
+        return _blocks
     starts = torch.tensor(stored.pieces, dtype=torch.int64).to(device)
 
     def bring(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
@@ -106,6 +122,20 @@ def _fours(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) ->
     codes = parts["weight" if stored.form is Form.NVFP4_PRODUCT else "weight_packed"]
     numbers = [stored.outputs, stored.inputs, stored.groups, stored.block[1]]
     dequantise("fours", [codes, scales], numbers, out)
+
+
+def _blocks(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
+    form = stored.form
+    numbers = [stored.outputs, stored.inputs, stored.heads and stored.outputs // stored.heads]
+    numbers += [BLOCKS[form][1]]
+    table = DOUBLED if form is Form.BLOCK_MXFP4 else UNEVEN
+    words = struct.unpack("<4i", struct.pack("<16b", *table))
+    if form in _BLOCKS:
+        dequantise("blocks", [parts[ggml.PART]], [*numbers, *_BLOCKS[form], *words], out)
+        return
+    which = 0 if form is Form.IQ4_XS else block_bits(form)
+    width = 16 if form in _SIXTEENS else 32
+    dequantise("super_blocks", [parts[ggml.PART]], [*numbers, which, width, *words], out)
 
 
 @torch.library.custom_op("offload_rt::dequantise", mutates_args={"out"})
@@ -174,4 +204,41 @@ def _launches() -> dict[str, Launch]:
         groups = -(-most // made.GROUP)
         made.escapes[(pieces, groups)](*tensors, out, *numbers, kind, made.ESCAPES)
 
-    return {"integers": integers_, "grid": grid, "fours": fours, "coded": coded}
+    def blocks_(
+        tensors: Sequence[torch.Tensor], numbers: Sequence[int], out: torch.Tensor, kind: int
+    ) -> None:
+        outputs, inputs, head, nbytes, start, zero, *flags = numbers
+        *has, a, b, c, d = flags
+        paired = (start, zero, head > 0, *map(bool, has), a, b, c, d)
+        places = (-(-outputs // made.LINES), -(-inputs // made.LINE))
+        made.blocks[places](
+            *tensors, out, outputs, inputs, head, nbytes, *paired, kind, made.LINES, made.LINE
+        )
+
+    def super_blocks(
+        tensors: Sequence[torch.Tensor], numbers: Sequence[int], out: torch.Tensor, kind: int
+    ) -> None:
+        outputs, inputs, head, nbytes, form, width, *words = numbers
+        made.super_blocks[(-(-outputs // made.LINES), inputs // made.LINE)](
+            *tensors,
+            out,
+            outputs,
+            inputs,
+            head,
+            nbytes,
+            form,
+            head > 0,
+            *words,
+            kind,
+            made.LINES,
+            width,
+        )
+
+    return {
+        "integers": integers_,
+        "grid": grid,
+        "fours": fours,
+        "coded": coded,
+        "blocks": blocks_,
+        "super_blocks": super_blocks,
+    }

@@ -14,6 +14,7 @@ import triton.language as tl
 AWQ, GPTQ, PACKED = 0, 1, 2  # orders of integers
 FP8, INT8 = 0, 1  # numbers of a byte
 ROWS, COLUMNS = 32, 64  # of a block
+LINES, LINE = 8, 256  # outputs and inputs of a block where the weight is in blocks of GGUF
 WEIGHTS = 1024  # in 12 bits, of a block
 GROUP = 65536  # weights of such a group
 ESCAPES = 256  # that are put in at once
@@ -161,6 +162,188 @@ def fours(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
     value = tl.where((code & 8) != 0, -size, size)
     value *= tl.load(scales + o * groups + i // group, mask=mask, other=0)
     _store(out + o * inputs + i, value, mask, kind)
+
+
+@triton.jit
+def _byte(place, mask):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    return tl.load(place, mask=mask, other=0).to(tl.int32)
+
+
+@triton.jit
+def _half(place, mask):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """The fp16 number at any byte, as fp32."""
+    word = _byte(place, mask) | (_byte(place + 1, mask) << 8)
+    return word.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _picked(index, a: tl.constexpr, b: tl.constexpr, c: tl.constexpr, d: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """One of 16 signed bytes, of which each word has four."""
+    word = tl.where(index < 8, tl.where(index < 4, a, b), tl.where(index < 12, c, d))
+    left = word.to(tl.int32) << ((3 - (index & 3)) * 8)
+    return (left >> 24).to(tl.float32)
+
+
+@triton.jit
+def _row(o, head):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """The row in the file of an output: those of a head's halves lie by turns."""
+    place = o % head
+    return o - place + place % (head // 2) * 2 + place // (head // 2)
+
+
+@triton.jit
+def blocks(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
+    codes,  # noqa: ANN001
+    out,  # noqa: ANN001
+    outputs,  # noqa: ANN001
+    inputs,  # noqa: ANN001
+    head,  # noqa: ANN001
+    nbytes: tl.constexpr,
+    start: tl.constexpr,
+    zero: tl.constexpr,
+    paired: tl.constexpr,
+    fifth: tl.constexpr,
+    raised: tl.constexpr,
+    power: tl.constexpr,
+    table: tl.constexpr,
+    a: tl.constexpr,
+    b: tl.constexpr,
+    c: tl.constexpr,
+    d: tl.constexpr,
+    kind: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Blocks of GGUF of 32 numbers (`ggml.py` has their layouts), [O, bytes of a row].
+
+    Args:
+        codes: the bytes.
+        out: [O, I].
+        outputs: O.
+        inputs: I.
+        head: outputs of a head, where `paired`.
+        nbytes: of a block.
+        start: of its codes; 34 bytes have one each, others two.
+        zero: point.
+        paired: rows are in the order of `_row`.
+        fifth: bits of codes lie before them.
+        raised: an offset follows the scale.
+        power: the scale is the exponent of one of two.
+        table: codes are looked up in one of a, b, c and d.
+        a: its first four numbers, a byte each.
+        b: the next four.
+        c: then.
+        d: and last.
+        kind: number format of `out`.
+        rows: of a program.
+        columns: of it, whole blocks.
+    """
+    o = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None, None]
+    first = tl.program_id(1).to(tl.int64) * columns
+    block = tl.arange(0, columns // 32)[None, :, None]
+    j = tl.arange(0, 32)[None, None, :]
+    mask = (o < outputs) & (first + block * 32 < inputs)
+    row = _row(o, head) if paired else o
+    at = codes + (row * (inputs // 32) + first // 32 + block) * nbytes
+    if nbytes == 34:
+        code = (_byte(at + start + j, mask) << 24) >> 24
+    else:
+        code = (_byte(at + start + (j & 15), mask) >> ((j >> 4) * 4)) & 15
+    if fifth:
+        code |= ((_byte(at + start - 4 + (j >> 3), mask) >> (j & 7)) & 1) << 4
+    value = _picked(code, a, b, c, d) if table else (code - zero).to(tl.float32)
+    if power:
+        exponent = _byte(at, mask)
+        bits = tl.where(exponent < 2, 0x00200000 << (exponent & 1), (exponent - 1) << 23)
+        value *= bits.to(tl.float32, bitcast=True)
+    else:
+        value *= _half(at, mask)
+    if raised:
+        value += _half(at + 2, mask)
+    _store(out + o * inputs + first + block * 32 + j, value, mask, kind)
+
+
+@triton.jit
+def super_blocks(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
+    codes,  # noqa: ANN001
+    out,  # noqa: ANN001
+    outputs,  # noqa: ANN001
+    inputs,  # noqa: ANN001
+    head,  # noqa: ANN001
+    nbytes: tl.constexpr,
+    form: tl.constexpr,
+    paired: tl.constexpr,
+    a: tl.constexpr,
+    b: tl.constexpr,
+    c: tl.constexpr,
+    d: tl.constexpr,
+    kind: tl.constexpr,
+    rows: tl.constexpr,
+    width: tl.constexpr,
+):
+    """Blocks of GGUF of 256 numbers with scales of sub-blocks; a program one of each of its rows.
+
+    Args:
+        codes: the bytes, [O, bytes of a row].
+        out: [O, I].
+        outputs: O.
+        inputs: I.
+        head: outputs of a head, where `paired`.
+        nbytes: of a block.
+        form: 2 to 6 of Q2_K to Q6_K, 0 of IQ4_XS.
+        paired: rows are in the order of `_row`.
+        a: first four numbers of a table, a byte each.
+        b: the next four.
+        c: then.
+        d: and last.
+        kind: number format of `out`.
+        rows: of a program.
+        width: numbers of a sub-block.
+    """
+    o = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None, None]
+    block = tl.program_id(1).to(tl.int64)
+    s = tl.arange(0, 256 // width)[None, :, None]
+    n = s * width + tl.arange(0, width)[None, None, :]
+    mask = o < outputs
+    row = _row(o, head) if paired else o
+    at = codes + (row * (inputs // 256) + block) * nbytes
+    less = 0.0
+    if form == 2:
+        both = _byte(at + s, mask)
+        code = (_byte(at + 16 + (n >> 7) * 32 + (n & 31), mask) >> ((n >> 5 & 3) * 2)) & 3
+        scale = _half(at + 80, mask) * (both & 15).to(tl.float32)
+        less = _half(at + 82, mask) * (both >> 4).to(tl.float32)
+    elif form == 3:
+        code = (_byte(at + 32 + (n >> 7) * 32 + (n & 31), mask) >> ((n >> 5 & 3) * 2)) & 3
+        code = (code | (((_byte(at + (n & 31), mask) >> (n >> 5)) & 1) << 2)) - 4
+        own = (_byte(at + 96 + (s & 7), mask) >> ((s >> 3) * 4)) & 15
+        own |= ((_byte(at + 104 + (s & 3), mask) >> ((s >> 2) * 2)) & 3) << 4
+        scale = _half(at + 108, mask) * (own - 32).to(tl.float32)
+    elif form == 6:
+        half = n >> 7
+        code = (_byte(at + half * 64 + (n & 63), mask) >> ((n >> 6 & 1) * 4)) & 15
+        high = _byte(at + 128 + half * 32 + (n & 31), mask) >> ((n >> 5 & 3) * 2)
+        code = (code | ((high & 3) << 4)) - 32
+        own = (_byte(at + 192 + s, mask) << 24) >> 24
+        scale = _half(at + 208, mask) * own.to(tl.float32)
+    elif form == 0:
+        code = (_byte(at + 8 + s * 16 + (n & 15), mask) >> ((n >> 4 & 1) * 4)) & 15
+        own = (_byte(at + 4 + (s >> 1), mask) >> ((s & 1) * 4)) & 15
+        own |= ((_byte(at + 2 + (s >> 2), mask) >> ((s & 3) * 2)) & 3) << 4
+        scale = _half(at, mask) * (own - 32).to(tl.float32)
+    else:
+        near = s < 4
+        low, high = _byte(at + 4 + (s & 3), mask), _byte(at + 8 + (s & 3), mask)
+        last = _byte(at + 12 + (s & 3), mask)
+        own = tl.where(near, low & 63, (last & 15) | ((low >> 6) << 4))
+        scale = _half(at, mask) * own.to(tl.float32)
+        own = tl.where(near, high & 63, (last >> 4) | ((high >> 6) << 4))
+        less = _half(at + 2, mask) * own.to(tl.float32)
+        code = (_byte(at + nbytes - 128 + (s >> 1) * 32 + (n & 31), mask) >> ((s & 1) * 4)) & 15
+        if form == 5:
+            code |= ((_byte(at + 16 + (n & 31), mask) >> s) & 1) << 4
+    number = _picked(code, a, b, c, d) if form == 0 else code.to(tl.float32)
+    _store(out + o * inputs + block * 256 + n, number * scale - less, mask, kind)
 
 
 @triton.jit

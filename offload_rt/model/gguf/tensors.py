@@ -7,7 +7,7 @@ from pathlib import Path
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.files import FileIdentity, shown
-from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
 from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.gguf.container import GgufHeader, GgufTensor, Value, read_gguf
 from offload_rt.model.gguf.network import ARCHITECTURE, name_of, pairs_of
@@ -164,7 +164,7 @@ def _stored(tensor: GgufTensor, extent: TensorExtent, heads: int) -> Stored:
         form=form,
         outputs=outputs,
         inputs=inputs,
-        bits=_PLAIN_BITS[extent.dtype] if form is Form.PAIRED else int(str(form)[1]),
+        bits=_PLAIN_BITS[extent.dtype] if form is Form.PAIRED else block_bits(form),
         groups=inputs // numbers,
         parts={"weight": extent},
         heads=heads,

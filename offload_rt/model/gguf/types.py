@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +32,7 @@ class TensorType:
 
 
 def _blocks(form: Form) -> TensorType:
-    return TensorType(str(form).upper(), *BLOCKS[form], form=form)
+    return TensorType(block_name(form), *BLOCKS[form], form=form)
 
 
 # By their number in a file (ggml.h, `enum ggml_type`; sizes: ggml-common.h).
@@ -46,8 +46,8 @@ TYPES: Mapping[int, TensorType] = MappingProxyType(
         7: _blocks(Form.Q5_1),
         8: _blocks(Form.Q8_0),
         9: TensorType("Q8_1", 32, 36),
-        10: TensorType("Q2_K", 256, 84),
-        11: TensorType("Q3_K", 256, 110),
+        10: _blocks(Form.Q2_K),
+        11: _blocks(Form.Q3_K),
         12: _blocks(Form.Q4_K),
         13: _blocks(Form.Q5_K),
         14: _blocks(Form.Q6_K),
@@ -56,10 +56,10 @@ TYPES: Mapping[int, TensorType] = MappingProxyType(
         17: TensorType("IQ2_XS", 256, 74),
         18: TensorType("IQ3_XXS", 256, 98),
         19: TensorType("IQ1_S", 256, 50),
-        20: TensorType("IQ4_NL", 32, 18),
+        20: _blocks(Form.IQ4_NL),
         21: TensorType("IQ3_S", 256, 110),
         22: TensorType("IQ2_S", 256, 82),
-        23: TensorType("IQ4_XS", 256, 136),
+        23: _blocks(Form.IQ4_XS),
         24: TensorType("I8", 1, 1),
         25: TensorType("I16", 1, 2),
         26: TensorType("I32", 1, 4),
@@ -69,7 +69,7 @@ TYPES: Mapping[int, TensorType] = MappingProxyType(
         30: TensorType("BF16", 1, 2, dtype="BF16"),
         34: TensorType("TQ1_0", 256, 54),
         35: TensorType("TQ2_0", 256, 66),
-        39: TensorType("MXFP4", 32, 17),
+        39: _blocks(Form.BLOCK_MXFP4),
     }
 )
 READ_TYPES = ", ".join(each.name for each in TYPES.values() if each.is_read)
