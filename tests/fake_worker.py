@@ -62,7 +62,8 @@ def main():
             misbehave(behaviour, request)
             peaks = {"host_peak_bytes": 5 * 2**20, "device_peak_bytes": 2**20}
             if request["do"] == "load":
-                facts = {"config": {"scratch": request["scratch"]}, "versions": {}}
+                config = {name: request.get(name) for name in ("scratch", "draft")}
+                facts = {"config": config | {"first_draft_tokens": 8}, "versions": {}}
                 if load := os.environ.get("FAKE_LOAD"):
                     with open(load, "w") as file:
                         json.dump(request, file)

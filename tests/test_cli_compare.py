@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from offload_rt.baselines import engines
 from offload_rt.baselines.engines import EngineSpec
 from offload_rt.cli import compare_chart
 from offload_rt.cli.held import held
+from offload_rt.config import DraftConfig, RuntimeConfig
 
 FAKE = Path(__file__).with_name("fake_worker.py")
 
@@ -99,7 +101,7 @@ def test_nothing_measured_is_no_success(compare, fakes, monkeypatch):
 
 
 def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):
-    done = compare("--against", "slow,other,crash", "--batch", "2,1", "--draft", "ngram")
+    done = compare("--against", "slow,other,crash", "--batch", "2,1", "--draft", "auto")
     assert done.code == 0
     assert "crash, batch 1: not run (warm-up: ended with exit code 1" in done.err
     out = tmp_path / "out"
@@ -112,7 +114,8 @@ def test_the_report_and_its_files(compare, fakes, tmp_path, tiny_model):
         "prompts: 2 of questions.jsonl",
         "answers: up to 6 tokens, greedy",
         "batch sizes: 1, 2",
-        "offload-rt+draft: --draft ngram",
+        "offload-rt+draft: --draft auto, as many tokens as are measured to pay; "
+        "batch 1 auto, 8 at first; batch 2 auto, 8 at first",
         "dropped from it before each process",
     ):
         assert fact in done.out
@@ -261,6 +264,27 @@ def test_without_matplotlib_there_is_a_note_and_no_chart(compare, fakes, tmp_pat
     done = compare("--against", "", "--draft", "ngram")
     assert done.code == 0 and "no chart: matplotlib is not installed" in done.err
     assert not (tmp_path / "out" / "chart.png").exists()
+
+
+def test_our_worker_plans_who_drafts_where_that_is_left_open(tiny_model, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "dup2", lambda *_: None)  # stdout stays the tests'
+        from offload_rt.baselines.workers.harness import Clock
+        from offload_rt.baselines.workers.run_offload_rt import OffloadRt
+
+    runtime = RuntimeConfig(device="cpu", device_limit_bytes=80 * 2**20, resident_layers=1)
+    room = {"batch": 2, "longest_tokens": 40, "prompt_tokens": 48, "runtime": asdict(runtime)}
+    seen = []
+    for name in ("auto", "none"):
+        worker = OffloadRt()
+        draft = asdict(DraftConfig(draft=name))
+        config = worker.load({"model": str(tiny_model), "draft": draft, **room})["config"]
+        seen.append((config, worker.answer([[5, 6, 7] * 8] * 2, 9, frozenset(), Clock(worker))))
+        worker.engine.close()
+    (planned, tokens), (plain, wanted) = seen
+    assert (planned["draft"]["draft"], plain["draft"]["draft"]) == ("ngram", "none")
+    assert planned["first_draft_tokens"] > 0 == plain["first_draft_tokens"]
+    assert tokens == wanted
 
 
 @pytest.mark.slow

@@ -35,7 +35,8 @@ RANKS = [
     ["nodes"],
     ["engine"],
     ["training"],  # settings and talks are for the command line too, and free of torch
-    ["session", "baselines"],
+    ["session"],
+    ["baselines"],
     ["integrations", "serve"],
     ["cli"],
     ["__main__"],

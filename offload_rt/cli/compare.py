@@ -221,17 +221,9 @@ def _asked(values: Mapping[str, Any]) -> _Asked:
 
 
 def _drafter(values: Mapping[str, Any]) -> DraftConfig:
-    """Who drafts for the second engine of ours; nobody unless named.
-
-    Raises:
-        ConfigError: --draft auto, which each run would resolve for itself.
-    """
-    draft = draft_of(values)
-    if not draft.automatic:
-        return draft
-    if click.get_current_context().get_parameter_source("draft") is ParameterSource.COMMANDLINE:
-        raise ConfigError("--draft auto cannot be compared yet: name a drafter, or none")
-    return DraftConfig()
+    """Who drafts for the second engine of ours; nobody unless named, or `auto` is."""
+    draft, source = draft_of(values), click.get_current_context().get_parameter_source("draft")
+    return DraftConfig() if draft.automatic and source is not ParameterSource.COMMANDLINE else draft
 
 
 def _batches(text: str) -> list[int]:

@@ -92,13 +92,26 @@ def _header(raw: RawRows) -> str:
         f"batch sizes: {', '.join(map(str, setup.batches))}",
     ]
     if (draft := drafter(setup)) is not None:
-        lines.append(f"{DRAFTED}: --draft {draft['draft']}, {_draft_tokens(draft)}")
+        lines.append(f"{DRAFTED}: --draft {draft['draft']}, {_draft_tokens(raw, draft)}")
     return f"{bullets(lines)}\n- command: {code(setup.command)}"
 
 
-def _draft_tokens(draft: dict[str, Any]) -> str:
-    tokens = draft["draft_tokens"]
-    return "tokens by default" if tokens is None else f"{tokens} tokens"
+def _draft_tokens(raw: RawRows, draft: dict[str, Any]) -> str:
+    """How many tokens are drafted, and who drafted where that was left open."""
+    if draft["draft_tokens"] is not None:
+        return f"{draft['draft_tokens']} tokens"
+    loads = [row for row in _first_loads(raw) if row.run.engine == DRAFTED]
+    each = [f"batch {row.run.batch} {_settled(row.facts)}" for row in loads]
+    return "; ".join(["as many tokens as are measured to pay", *each])
+
+
+def _settled(facts: dict[str, Any]) -> str:
+    """Who drafted, as planned for a batch size."""
+    config = facts.get("config")
+    config = config if isinstance(config, dict) else {}
+    draft = config.get("draft")
+    name = draft.get("draft") if isinstance(draft, dict) else None
+    return f"{name}, {config.get('first_draft_tokens')} at first"
 
 
 def _engines(found: Sequence[Summary]) -> str:

@@ -45,7 +45,7 @@ def search_folders() -> tuple[Path, ...]:
 
 def shipped_folders() -> tuple[Path, Path]:
     """Where those that come with this package are: in a source tree, or installed."""
-    source_tree = Path(__file__).parents[2] / "profiles"
+    source_tree = Path(__file__).resolve().parents[2] / "profiles"  # workers have a link to it
     installed = Path(sysconfig.get_path("data"), "share", "offload-rt", "profiles")
     return source_tree, installed
 

@@ -1,7 +1,13 @@
-"""Worker: offload_rt itself, with or without a drafter, in our own environment."""
+"""Worker: offload_rt itself, with or without a drafter, in our own environment.
+
+It plans each batch size as `generate` plans a run: with the machine's profile, and with what
+drafting gave in earlier runs of other verbs. What it sees itself is not kept, so that rounds are
+alike.
+"""
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +15,13 @@ import torch
 
 from offload_rt.baselines.workers.harness import Clock, serve, versions
 from offload_rt.config import DraftConfig, GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import NumbersError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.options import record_of
+from offload_rt.planning.planner import Means
+from offload_rt.session.means import means_for, speeds_for
 
 
 class OffloadRt:
@@ -24,19 +33,27 @@ class OffloadRt:
             record_of(RuntimeConfig, settings["runtime"]),
             record_of(DraftConfig, settings["draft"]),
         )
+        checkpoint = open_checkpoint(Path(settings["model"]))
+
+        def means(device: DeviceKind) -> Means:
+            speeds = speeds_for(None, device, runtime.device)
+            return means_for(checkpoint, SamplingConfig(), speeds, draft)
+
         self.engine = Engine(
-            open_checkpoint(Path(settings["model"])),
+            checkpoint,
             runtime,
             capacities=[settings["longest_tokens"]] * settings["batch"],
             prompt_tokens=settings["prompt_tokens"],
             draft=draft,
+            means=means,
         )
         self.on_cpu = self.engine.device.torch_device.type == "cpu"
         placement = self.engine.placement
         return {
             "config": {
                 "runtime": settings["runtime"],
-                "draft": settings["draft"],
+                "draft": asdict(self.engine.draft),  # settled
+                "first_draft_tokens": self.engine.plan.first_nodes,
                 "resident_layers": len(placement.resident),
                 "streamed_layers": len(placement.streamed),
                 "slots": placement.slots,
