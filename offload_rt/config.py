@@ -364,8 +364,7 @@ class DraftConfig:
         check_bounds(self)
         if not words.tokens and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
-        grows = self.model or words.over_own_rows or words.of_hidden
-        if not grows and self.shape is not DraftShape.AUTO:
+        if not self.grows and self.shape is not DraftShape.AUTO:
             raise ConfigError("--draft-shape is for drafting with a MODEL, self or mtp")
         if not self.has_weights and self.draft_weights is not DraftWeights.AUTO:
             raise ConfigError("--draft-weights is for drafting with a MODEL, or with mtp")
@@ -413,15 +412,20 @@ class DraftConfig:
     def answers_rest_on_it(self) -> bool:
         """Whether a sampled answer depends on what is drafted: it is drawn, or a rule is not exact.
 
-        A draft model's chain is drawn; of a tree, and of all others, nodes are chosen.
+        A chain of a network is drawn; of a tree, and of all others, nodes are chosen.
         """
-        draws = self.over_retrieval or (bool(self.model) and self.shape is not DraftShape.TREE)
+        draws = self.over_retrieval or (self.grows and self.shape is not DraftShape.TREE)
         return draws or self.accept is AcceptRule.TYPICAL
 
     @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""
         return self._named("MODEL")
+
+    @property
+    def grows(self) -> bool:
+        """Whether a network drafts, chains or trees that it grows."""
+        return bool(self.model) or self.words.over_own_rows or self.words.of_hidden
 
     @property
     def has_weights(self) -> bool:

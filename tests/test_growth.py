@@ -43,7 +43,7 @@ class Known:
     class network:
         kv_shapes, dtype = (), torch.float32
 
-    def draft_logits(self, part):
+    def draft_logits(self, part, *, recorded=True):
         if part.parents is None:
             self.fed, self.passes = [], []
             return self.law(())[None]
@@ -143,7 +143,7 @@ def test_it_tells_how_probable_its_nodes_are(temperature, power):
 class KnownBehind(Known):
     """The same over a cache whose first pending row is the root's."""
 
-    def draft_logits(self, part):
+    def draft_logits(self, part, *, recorded=True):
         if part.parents is None:
             self.fed, self.passes = [], []
             assert list(part.places) == [part.cache.length] and part.cache.pending == 0

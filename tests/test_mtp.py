@@ -30,10 +30,12 @@ from offload_rt.config import (
     SamplingConfig,
     Wire,
 )
+from offload_rt.costs.sizes import RECORDED_ROWS
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import open_or_outline
+from offload_rt.runner import static
 from offload_rt.speculative.hidden import NewestRows
 from offload_rt.speculative.mtp import module
 from offload_rt.speculative.mtp.checkpoint import find_module, open_module
@@ -64,6 +66,11 @@ def answer(engine, tokens=20, prompt=PROMPT, sampling=None):
     while run.active:
         run.step()
     return run
+
+
+def catch_up(drafter, ids):
+    """[1, V] logits of the module after the last of these tokens."""
+    return drafter._keep(drafter._unread(ids), ids)
 
 
 @pytest.fixture(params=FAMILIES, scope="module")
@@ -120,10 +127,9 @@ def test_its_logits_are_those_of_the_formula(family, place):
         for token in (5, 9, 200):  # the last one's row only, and of a prompt all of them
             ids = [*PROMPT, token]
             expected = by_formula(family, ids)
-            logits = drafter._catch_up(ids)
+            logits = catch_up(drafter, ids)
             assert torch.allclose(logits[0], expected[-1], atol=1e-3)
             assert drafter._cache.length == len(ids) - 1
-            drafter._made.clear()
 
 
 # --- what it is right about ----------------------------------------------------------------------
@@ -189,6 +195,16 @@ def test_sampling_keeps_the_targets_distribution(make_mtp, name):
     assert likelihood_of_three_tokens(make_mtp("qwen3"), PROMPT, draft) > 1e-4
 
 
+@pytest.mark.parametrize("draft", ["mtp", "self", "model:x"])
+def test_a_sampled_answer_rests_on_a_chain_that_is_drawn_and_on_no_tree(draft):
+    rests = [DraftConfig(draft=draft, shape=shape).answers_rest_on_it for shape in DraftShape]
+    assert dict(zip(DraftShape, rests, strict=True)) == {
+        DraftShape.AUTO: True,
+        DraftShape.CHAIN: True,
+        DraftShape.TREE: False,
+    }
+
+
 # --- what it keeps -------------------------------------------------------------------------------
 
 
@@ -202,13 +218,13 @@ def test_its_rows_after_an_answer_are_those_of_a_fresh_one(make_mtp, draft):
         assert 5 < counts.accepted < counts.drafted
         ids, drafter = run.sequences[0].ids, engine._drafters[0]
         ids = ids[: len(engine._cached_ids[0]) + 1]
-        drafter._catch_up(ids)
+        catch_up(drafter, ids)
         rows = len(ids) - 1
         kept = [layer[:, :rows].clone() for layer in drafter._cache.memory.keys]
         assert drafter._cache.length == rows
         engine.forget()
         engine.forward([(0, ids[:-1])], reuse=True)
-        drafter._catch_up(ids)
+        catch_up(drafter, ids)
         for ours, fresh in zip(kept, drafter._cache.memory.keys, strict=True):
             assert torch.allclose(ours, fresh[:, :rows], atol=1e-4)
 
@@ -221,11 +237,11 @@ def test_a_prompt_that_goes_on_from_another_is_drafted_for_as_if_it_were_the_fir
         for prompt in (other, [*PROMPT, *first.sequences[0].emitted, 5], PROMPT):
             drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
             engine.forward([(0, prompt)], reuse=True)
-            logits = drafter._catch_up([*prompt, 7]).clone()
+            logits = catch_up(drafter, [*prompt, 7]).clone()
             assert drafter._first == 0 and drafter._cache.length == len(prompt)
             engine.forget()
             engine.forward([(0, prompt)], reuse=True)
-            assert torch.allclose(drafter._catch_up([*prompt, 7]), logits, atol=1e-4)
+            assert torch.allclose(catch_up(drafter, [*prompt, 7]), logits, atol=1e-4)
 
 
 def test_newest_rows_are_found_by_their_places():
@@ -269,9 +285,11 @@ def test_its_bytes_are_the_planned_ones(make_mtp, weights):
         assert memory.device_peak_bytes <= memory.device_planned_bytes
         size, rows = 256, draft.cache_rows(engine.capacities[0])
         planned = engine.placement.demand.drafter_bytes
-        states = 2 * (2 * max(len(PROMPT), 13) + 3 * draft.scratch_rows) * size
+        states = 2 * 2 * max(len(PROMPT), 13) * size
         kv = rows * 2 * 2 * one.config.head_dim * 2
-        assert planned - states - kv == ledger["draft model"]
+        made = 2 * (1 + draft.scratch_rows + 2 * RECORDED_ROWS) * size
+        assert ledger["hidden states of a draft"] == made
+        assert planned - states - kv - made == ledger["draft model"]
 
 
 def test_sizes_from_the_configuration_alone_are_those_of_the_files(family, tmp_path):
@@ -283,25 +301,52 @@ def test_sizes_from_the_configuration_alone_are_those_of_the_files(family, tmp_p
     assert sizes[0] == sizes[1]
 
 
-def test_on_a_gpu_a_chain_waits_once_for_each_token(gpu, make_mtp, monkeypatch):  # noqa: F811
+def launches(gpu, folder, monkeypatch, sampling):  # noqa: F811
+    """Of drafts on a GPU that is not there: kernels, replays, host syncs, tokens."""
     monkeypatch.setattr(module, "_network", build_for_real(module._network))
     runtime = RuntimeConfig(
         device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
     )
-    checkpoint = open_checkpoint(make_mtp("qwen3"))
-    with (
-        fake_gpu(gpu),
-        Engine(checkpoint, runtime, capacities=[60, 60], prompt_tokens=14, draft=CHAIN) as engine,
-    ):
-        run = Run.start(engine, PROMPTS, SamplingConfig(), GenerationConfig(max_tokens=40))
+    made, at = [], {"capacities": [90, 90], "prompt_tokens": 14, "draft": CHAIN}
+    with fake_gpu(gpu), Engine(open_checkpoint(folder), runtime, **at) as engine:
+        run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=70))
         gpu.strict = True
         run.prefill()
-        for _ in range(3):
+        propose = run.sequences[0].drafter.propose
+
+        def watched(*arguments):
+            gpu.trace.clear()
             before = gpu.downloads
+            drafted = propose(*arguments)
+            kinds = [entry[0] for entry in gpu.trace]
+            counts = kinds.count("kernel"), kinds.count("replay"), gpu.downloads - before
+            made.append((*counts, len(drafted.tree)))
+            return drafted
+
+        run.sequences[0].drafter.propose = watched
+        for _ in range(4):
             run.step()
-            assert gpu.downloads - before == 1 + 2 * CHAIN.nodes
         gpu.strict = False
         assert gpu.unpinned_copies == 0
+    return made
+
+
+def test_on_a_gpu_a_chain_is_launched_at_once_and_waited_for_once(gpu, make_mtp, monkeypatch):  # noqa: F811
+    """What is put where the graph reads it is beside it: numbers, and hidden states."""
+    first, *_, last = launches(gpu, make_mtp("qwen3"), monkeypatch, SamplingConfig())
+    kernels, *counts = last
+    assert counts == [1, 1, CHAIN.nodes] and kernels == 3
+    assert first[1:] == (0, CHAIN.nodes, CHAIN.nodes) and first[0] > 100 * kernels
+
+
+def test_on_a_gpu_each_pass_of_a_sampled_chain_is_launched_at_once(gpu, make_mtp, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(static, "EAGER_FIRST", 0)
+    sampling = SamplingConfig(temperature=0.7, seed=1)
+    kernels, replays, downloads, drafted = launches(gpu, make_mtp("qwen3"), monkeypatch, sampling)[
+        -1
+    ]
+    assert replays == downloads == drafted == CHAIN.nodes
+    assert kernels <= 20 * replays  # of choosing tokens, whatever the layer
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 from engines import PROMPT, engine_for, generate
+from mtp_models import nearly_of_the_token, write_mtp
 from test_medusa import (  # noqa: F401 - fixtures
     heads,
     llama,
@@ -50,6 +51,23 @@ def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, 
     (tokens, ours), (others, theirs) = reports
     assert tokens == others and recording["replayed"] > 0
     assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
+
+
+@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
+@pytest.mark.parametrize("nodes", [4, 12], ids=["chain", "tree"])
+def test_a_recorded_module_drafts_what_an_eager_one_does(tmp_path, recording, nodes, sampling):
+    """Hidden states go from pass to pass on the device; rows of a tree continue their parents'."""
+    folder, reports = write_mtp(tmp_path, change=nearly_of_the_token), []
+    draft = DraftConfig(draft="mtp", draft_tokens=nodes)
+    for records in (True, False):
+        with engine_for(folder, tokens=24, draft=draft) as engine:
+            engine.mtp.module._records = records
+            run = start(engine, 24, sampling)
+            reports.append((run.sequences[0].emitted, run.report().speculation))
+    (tokens, ours), (others, theirs) = reports
+    assert tokens == others and recording["replayed"] > recording["recorded"] > 0
+    assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
+    assert 0 < ours.accepted < ours.drafted
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])

@@ -334,7 +334,8 @@ class Engine:
         """
         if not self.draft.drafts:
             return None
-        for runner in filter(None, (self.runner, self._rounded_copy, self._draft_model)):
+        module = None if self.mtp is None else self.mtp.module
+        for runner in filter(None, (self.runner, self._rounded_copy, self._draft_model, module)):
             runner.records_at_once = sampling.seed is not None  # an answer is the same again
         seat = DrafterSeat(
             device=self.device,
@@ -645,7 +646,14 @@ class Engine:
             target_ids=self._target_ids,
         )
         limit = max(self._prompt_tokens, chunk_tokens)
-        return Mtp(module, self.network, layers, limit=limit, chunk_tokens=chunk_tokens)
+        return Mtp(
+            module,
+            self.network,
+            layers,
+            limit=limit,
+            chunk_tokens=chunk_tokens,
+            pending=self.draft.scratch_rows,
+        )
 
     def _load_rounded_copy(self, base: Images) -> Runner | None:
         """What drafts instead of the target's own weights, or of some of them."""

@@ -566,6 +566,11 @@ class Network:
         return self._experts.per_token
 
     @property
+    def hidden_size(self) -> int:
+        """E."""
+        return self._config.hidden_size
+
+    @property
     def head_rows(self) -> int:
         """Rows of the output head: ids the model can answer with."""
         return int(_ends(self._model)[0].weight.shape[0])

@@ -19,7 +19,7 @@ from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Crossing, Network, TokenBatch
 from offload_rt.runner.experts import Pool
-from offload_rt.runner.static import Recordings
+from offload_rt.runner.static import Carried, Recordings
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
 
@@ -52,7 +52,8 @@ class Rows:
             one sees, and itself. None: each sees all before it, and itself.
         wanted: which of the S give a result.
         keeps_all: all of them will be kept, as those of a prompt are.
-        hidden: [S, E] that a network reads beside the tokens (`Network.mix_with`); else None.
+        carried: hidden states that a network reads beside the tokens (`Network.mix_with`).
+        hidden: [S, E] that it reads in place of them; else None.
     """
 
     cache: KVCache
@@ -61,6 +62,7 @@ class Rows:
     parents: Sequence[int] | None = None
     wanted: Sequence[int]
     keeps_all: bool = False
+    carried: Carried | None = None
     hidden: torch.Tensor | None = None
 
     @classmethod
@@ -69,7 +71,7 @@ class Rows:
         cache: KVCache,
         tokens: Sequence[int],
         wanted: Sequence[int] | None = None,
-        hidden: torch.Tensor | None = None,
+        carried: Carried | None = None,
     ) -> "Rows":
         """Tokens in a row behind those of a cache; None wants the last one's result."""
         return cls(
@@ -78,7 +80,7 @@ class Rows:
             places=range(cache.length, cache.length + len(tokens)),
             wanted=[len(tokens) - 1] if wanted is None else wanted,
             keeps_all=True,
-            hidden=hidden,
+            carried=carried,
         )
 
     @classmethod
@@ -175,19 +177,34 @@ class Runner:
         """
         return self._run(parts, self._logits)
 
-    def draft_logits(self, part: Rows) -> torch.Tensor:
+    def draft_logits(self, part: Rows, *, recorded: bool = True) -> torch.Tensor:
         """Run one pass whose rows draft; recorded, where the device has passes recorded.
+
+        Where rows carry hidden states, what the wanted ones go on from is written as they say.
+
+        Args:
+            part: the rows.
+            recorded: it may be.
 
         Returns:
             [R, V] as `logits`, close to it but not the same bits; there until the next such pass.
         """
-        found = self._recorded(
-            part,
-            lambda made: made.logits(
-                part.cache, part.tokens, part.places, part.parents, part.wanted
-            ),
-        )
-        return self.logits([part]) if found is None else found
+        found = None
+        if recorded:
+            found = self._recorded(
+                part,
+                lambda made: made.logits(
+                    part.cache, part.tokens, part.places, part.parents, part.wanted, part.carried
+                ),
+            )
+        if found is not None:
+            return found
+        if (carried := part.carried) is None:
+            return self.logits([part])
+        logits, hidden = self._run([part], self.network.logits_and_hidden)
+        with torch.inference_mode():
+            carried.rows.made[carried.writes : carried.writes + len(hidden)] = hidden
+        return logits[:, : self.target_ids]
 
     def draft_chain(self, part: Rows, depth: int) -> torch.Tensor | None:
         """Feed rows, then the likeliest token after them, and so on, without a host sync.
@@ -197,7 +214,8 @@ class Runner:
             passes are not recorded.
         """
         return self._recorded(
-            part, lambda made: made.chain(part.cache, part.tokens, part.places, depth)
+            part,
+            lambda made: made.chain(part.cache, part.tokens, part.places, depth, part.carried),
         )
 
     def records(self) -> bool:
@@ -239,25 +257,15 @@ class Runner:
         """
         return self._run(parts, self.network.hidden)
 
-    def logits_and_hidden(self, part: Rows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run one pass.
-
-        Returns:
-            [R, V] as `logits`, and [R, E] as `hidden`.
-        """
-        logits, hidden = self._run([part], self.network.logits_and_hidden)
-        return logits[:, : self.target_ids], hidden
-
     def _logits(self, batch: TokenBatch) -> torch.Tensor:
         return self.network.forward(batch)[:, : self.target_ids]
 
     def _run(self, parts: Sequence[Rows], forward: Callable[[TokenBatch], T]) -> T:
-        with self._whole_pass(parts):
+        with self._whole_pass(parts), torch.inference_mode():
             batch = self._batch(parts)
             if self._across is not None:
                 self._across.begin(parts)
-            with torch.inference_mode():
-                return forward(batch)
+            return forward(batch)
 
     def _batch(self, parts: Sequence[Rows]) -> TokenBatch:
         """Pack the rows of all sequences, and bring them to the device in one upload."""
@@ -275,15 +283,20 @@ class Runner:
             wanted += [first + row for row in part.wanted]
             if part.parents is not None:
                 trees += [looks_back(part.parents), part.places]
+            if part.carried is not None and part.carried.given is None:
+                trees += [part.carried.reads]
         sent = iter(upload_together(self.device, [ids, positions, wanted, *trees]))
         there = [next(sent) for _ in (ids, positions, wanted)]
-        segments = []
+        segments, states = [], []
         for part in parts:
             count, tree = len(part.tokens), None
             if part.parents is not None:
                 tree = pending_tree(part.parents, next(sent), next(sent), count)
             segments.append(Segment(part.cache, count, tree, part.parents))
-        states = [part.hidden for part in parts if part.hidden is not None]
+            if part.hidden is not None:
+                states.append(part.hidden)
+            if (carried := part.carried) is not None:
+                states.append(carried.fed(next(sent) if carried.given is None else None))
         hidden = torch.cat(states) if states else None
         return TokenBatch(there[0], there[1], segments, there[2], hidden)
 

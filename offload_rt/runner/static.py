@@ -8,7 +8,7 @@ behind the last row, and nothing looks at what they make.
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
@@ -40,6 +40,45 @@ EAGER_FIRST = 2
 UNUSED_PASSES = 4 * MOST_RECORDINGS
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class HiddenRows:
+    """Hidden states that a network reads beside its tokens, where they stay for the whole run.
+
+    Attributes:
+        made: [M, E] of its own passes: what it goes on from.
+        given: [RECORDED_ROWS, n E] where those of another network are put for a recorded pass.
+        prepare: makes of such [S, n E] what the network is fed: [S, E].
+    """
+
+    made: torch.Tensor
+    given: torch.Tensor
+    prepare: Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Carried:
+    """The hidden states of one pass.
+
+    Attributes:
+        rows: where they are.
+        reads: [S] rows of `made` that are fed beside the tokens.
+        given: [S, n E] those of another network that are fed instead; None: `made` is.
+        writes: the first of the rows of `made` that take what the wanted rows go on from.
+    """
+
+    rows: HiddenRows
+    reads: Sequence[int] = ()
+    given: torch.Tensor | None = None
+    writes: int = 0
+
+    def fed(self, reads: torch.Tensor | None) -> torch.Tensor:
+        """[S, E] beside the tokens; `reads` are on the device, if there are any."""
+        if self.given is not None:
+            return self.rows.prepare(self.given)
+        assert reads is not None
+        return self.rows.made[reads]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StaticPass:
     """What is fixed of a pass, and how its numbers are packed.
@@ -49,17 +88,15 @@ class StaticPass:
         results: rows whose logits are wanted: all, or one.
         chain: tokens that it goes on to choose, each fed to the next pass; 0: none, it gives
             logits.
+        hidden: of a network that reads hidden states beside its tokens.
+        given: it is fed those of another network.
     """
 
     shape: StaticShape
     results: int
     chain: int = 0
-
-    @property
-    def numbers(self) -> int:
-        """That are uploaded."""
-        rows, width = self.shape.rows, self.shape.width
-        return 3 + 2 * rows + width + rows * words_of(width)
+    hidden: HiddenRows | None = None
+    given: bool = False
 
     def pack(
         self,
@@ -68,6 +105,7 @@ class StaticPass:
         places: Sequence[int],
         parents: Sequence[int],
         committed: int,
+        carried: Carried | None = None,
     ) -> list[int]:
         """Numbers of one pass.
 
@@ -77,17 +115,25 @@ class StaticPass:
             places: P places of all pending rows as the cache counts them, these n the last.
             parents: P rows that they continue.
             committed: rows before them.
+            carried: hidden states beside the tokens, if there are any.
         """
         rows, width, count = self.shape.rows, self.shape.width, len(tokens)
         surplus, spare = [0] * (rows - count), [0] * (width - len(places))
         alone = [-1] * (rows - count)
         first = committed + len(places) - count
+        hidden: list[int] = []
+        if carried is not None:
+            hidden = [
+                carried.writes,
+                *([*carried.reads, *surplus] if carried.reads else [0] * rows),
+            ]
         return [
             *(committed, first, count - 1),
             *(*tokens, *surplus),
             *(*positions, *surplus),
             *(*places, *spare),
             *visible_words([*parents, *alone], rows, width),
+            *hidden,
         ]
 
     def vary(self, staged: torch.Tensor, known_ids: int) -> None:
@@ -103,7 +149,7 @@ class StaticPass:
 
     def run(
         self,
-        forward: Callable[[TokenBatch], torch.Tensor],
+        network: Network,
         cache: RecordableCache,
         staged: torch.Tensor,
         known_ids: int,
@@ -112,7 +158,7 @@ class StaticPass:
         """Make the pass of the numbers in `staged`; nothing but these decides what it computes.
 
         Args:
-            forward: of the network, TokenBatch to [R, V or more] logits.
+            network: computes.
             cache: whose memory rows are in.
             staged: [numbers] int64, see `pack`.
             known_ids: that may be fed.
@@ -123,7 +169,10 @@ class StaticPass:
         """
         rows, width = self.shape.rows, self.shape.width
         sizes = [1, 1, 1, rows, rows, width, rows * words_of(width)]
-        committed, first, last, ids, positions, places, words = staged.split(sizes)
+        carried = 0 if self.hidden is None else 1 + rows
+        committed, first, last, ids, positions, places, words, reads = staged.split(
+            [*sizes, carried]
+        )
         every = torch.arange(rows, device=staged.device)
         own = StaticRows(
             at=first + every,
@@ -133,9 +182,12 @@ class StaticPass:
         )
         wanted = last if self.results == 1 else every
         segment = Segment(StaticKV(cache, self.shape, own), rows)
-        logits = forward(TokenBatch(ids, positions, [segment], wanted))
+        batch = TokenBatch(ids, positions, [segment], wanted, self._fed(reads[1:]))
+        logits, made = self._forward(network, batch)
         ids_wide = out.shape[1]
         if not self.chain:
+            if self.hidden is not None and made is not None:
+                self.hidden.made.index_copy_(0, reads[:1] + every[: self.results], made)
             return out[: self.results].copy_(logits[:, :ids_wide])
         tokens = [likeliest(logits[:, :ids_wide])]
         zero = torch.zeros_like(last)
@@ -144,9 +196,26 @@ class StaticPass:
             segment = Segment(StaticKV(cache, self.shape, alone), 1)
             known = tokens[-1].clamp(0, known_ids - 1)  # where logits are no numbers it is -1
             position = positions[last] + step
-            logits = forward(TokenBatch(known, position, [segment], zero))
+            batch = TokenBatch(known, position, [segment], zero, made)
+            logits, made = self._forward(network, batch)
             tokens.append(likeliest(logits[:, :ids_wide]))
         return torch.cat(tokens)
+
+    def _fed(self, reads: torch.Tensor) -> torch.Tensor | None:
+        """[S, E] beside the tokens, if there is anything."""
+        if self.hidden is None:
+            return None
+        if self.given:
+            return self.hidden.prepare(self.hidden.given[: self.shape.rows])
+        return self.hidden.made[reads]
+
+    def _forward(
+        self, network: Network, batch: TokenBatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """[R, V or more] logits, and what the wanted rows go on from, if anything does."""
+        if self.hidden is None:
+            return network.forward(batch), None
+        return network.logits_and_hidden(batch)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +303,7 @@ class Recordings:
         places: Sequence[int],
         parents: Sequence[int] | None,
         wanted: Sequence[int],
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
         """Make a pass (`runner.Rows`); its rows are pending then.
 
@@ -244,11 +314,17 @@ class Recordings:
         alone = len(wanted) == 1 and 0 <= wanted[0] == every[-1]
         if not alone and list(wanted) != list(every):
             return None
-        found = self._replay(cache, tokens, places, parents, results=1 if alone else 0)
+        results = 1 if alone else 0
+        found = self._replay(cache, tokens, places, parents, carried, results=results)
         return None if found is None else found[: len(wanted)]
 
     def chain(
-        self, cache: KVCache, tokens: Sequence[int], places: Sequence[int], depth: int
+        self,
+        cache: KVCache,
+        tokens: Sequence[int],
+        places: Sequence[int],
+        depth: int,
+        carried: Carried | None = None,
     ) -> torch.Tensor | None:
         """Feed tokens, then the likeliest token after them, and so on; all rows are pending then.
 
@@ -256,14 +332,15 @@ class Recordings:
             [depth] int64 ids, the last of which is not fed; `NO_TOKEN` from where logits are no
             numbers. None if this is not recorded.
         """
-        return self._replay(cache, tokens, places, None, results=1, depth=depth)
+        return self._replay(cache, tokens, places, None, carried, results=1, depth=depth)
 
-    def _replay(
+    def _replay(  # noqa: PLR0913 - what `Rows` has
         self,
         cache: KVCache,
         tokens: Sequence[int],
         places: Sequence[int],
         parents: Sequence[int] | None,
+        carried: Carried | None,
         *,
         results: int,
         depth: int = 0,
@@ -277,7 +354,12 @@ class Recordings:
             return None
         width = _power_of_two(before.pending + max(rows, count + more))
         shape = StaticShape.of(before, rows, width)
-        made = StaticPass(shape=shape, results=results or rows, chain=depth)
+        results = results or rows
+        made = StaticPass(shape=shape, results=results, chain=depth)
+        if carried is not None:
+            if carried.writes + results > len(carried.rows.made):
+                return None
+            made = replace(made, hidden=carried.rows, given=carried.given is not None)
         if not self._replays(cache, made):
             return None
         shift = cache.length - before.committed
@@ -287,7 +369,11 @@ class Recordings:
             [place - shift for place in places],
             range(-1, len(places) - 1) if parents is None else parents,
             before.committed,
+            carried,
         )
+        if carried is not None and carried.given is not None:
+            with torch.inference_mode():
+                carried.rows.given[:count].copy_(carried.given)
         self._network.poll()
         staged = self._device.upload(packed)
         recorded = self._recorded(cache, made, staged)
@@ -302,7 +388,7 @@ class Recordings:
         self._passes += 1
         if (cache.memory, made) in self._kept:
             return True
-        kind = (made.shape.rows, made.shape.width, made.results, made.chain)
+        kind = (made.shape.rows, made.shape.width, made.results, made.chain, int(made.given))
         self._asked[kind] += 1
         if not self.at_once and self._asked[kind] <= EAGER_FIRST:
             return False
@@ -333,11 +419,11 @@ class Recordings:
     def _record(
         self, cache: RecordableCache, made: StaticPass, numbers: torch.Tensor
     ) -> Recorded | None:
-        forward, known, out = self._network.forward, self._known_ids, self._logits
+        network, known, out = self._network, self._known_ids, self._logits
         with self._unpolled():
             return Recorded.make(
                 self._device,
-                lambda staged: made.run(forward, cache, staged, known, out),
+                lambda staged: made.run(network, cache, staged, known, out),
                 numbers,
                 lambda staged: made.vary(staged, known),
             )

@@ -77,10 +77,8 @@ class DraftModelDrafter(GrowingDrafter):
     def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
         """Add tokens; returns [1, V] logits after the last."""
         rows = Rows.text(self._cache, tokens)
-        if self._chains_whole:  # so recordings of single passes would be used no more
-            logits = self._model.logits([rows])
-        else:
-            logits = self._model.draft_logits(rows)
+        # Where all of a chain is one, recordings of single passes would be used no more.
+        logits = self._model.draft_logits(rows, recorded=not self._chains_whole)
         self._keep(tokens)
         return logits
 

@@ -6,18 +6,23 @@ target computed: those of a draft only pend. Hidden states come by the tap; thos
 read before the first draft, so they delay no first token.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from offload_rt.config import DraftConfig
+from offload_rt.costs.sizes import RECORDED_ROWS
+from offload_rt.errors import NumbersError
 from offload_rt.kv.prefixes import common_prefix
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.model.network import Network
 from offload_rt.runner.runner import Rows, Runner
+from offload_rt.runner.static import Carried, HiddenRows
+from offload_rt.runner.tree import TokenTree
+from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.growing import Grower, GrowingDrafter, draw_chain
+from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
 from offload_rt.speculative.hidden import HiddenTap, NewestRows
 
 
@@ -30,15 +35,30 @@ class Mtp:
         layers: of the target.
         limit: hidden states of a sequence that are kept until they are read.
         chunk_tokens: of these, how many are read at once.
+        pending: rows of a draft, at most.
 
     Attributes:
         tap: of the target's passes.
+        hidden: what the module goes on from in a draft: that of the root, then of each node's row.
     """
 
     def __init__(
-        self, module: Runner, target: Network, layers: int, *, limit: int, chunk_tokens: int
+        self,
+        module: Runner,
+        target: Network,
+        layers: int,
+        *,
+        limit: int,
+        chunk_tokens: int,
+        pending: int,
     ) -> None:
         self.module, self.chunk_tokens = module, chunk_tokens
+        rows, size = 1 + pending + 2 * RECORDED_ROWS, target.hidden_size
+        nbytes = rows * size * target.dtype.itemsize
+        memory = module.device.allocate(nbytes, "hidden states of a draft").tensor
+        made = memory.view(target.dtype).view(rows, size)
+        made.zero_()  # a recorded pass reads rows that nobody wrote, for rows that nobody looks at
+        self.hidden = HiddenRows(made[RECORDED_ROWS:], made[:RECORDED_ROWS], self.normed)
         self._target, self._limit = target, limit
         self._rows: dict[int, NewestRows] = {}
         self.tap = HiddenTap(target, (layers - 1,))
@@ -83,24 +103,25 @@ class MtpDrafter(GrowingDrafter):
         self._cache = ResidentKV(device, network.kv_shapes, network.dtype, rows)
         self._first = 0  # place of the token whose hidden state is in the first row
         self._ids: list[int] = []  # tokens that the rows were made of, and those before them
-        self._made: list[torch.Tensor] = []  # [1, E] after the root, [S, E] of each pass behind it
         super().__init__(Grower(mtp.module, self._cache, capacity, feed=self._feed))
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first; nothing where hidden states are missing."""
         config = self._config.limited(max_nodes)
         depth = min(max_depth, config.nodes)
-        if depth < 1 or (logits := self._catch_up(ids)) is None:
+        if depth < 1 or (unread := self._unread(ids)) is None:
             return Draft()
+        whole = self._sampling.greedy and not config.as_tree
+        if whole and (draft := self._recorded_chain(unread, ids, depth)) is not None:
+            return draft
+        logits = self._keep(unread, ids, recorded=not whole)
         try:
             if config.as_tree:
                 return self._grower.grow(logits, ids, depth, config, root_pends=False)
-            return draw_chain(
-                self._module, logits, depth, self._sampling, self._generator, self._feed_next
-            )
+            feed = self._feeding(recorded=not whole)
+            return draw_chain(self._module, logits, depth, self._sampling, self._generator, feed)
         finally:
             self._cache.commit(())
-            self._made.clear()
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: rows of other tokens are forgotten by `_catch_up`."""
@@ -111,10 +132,12 @@ class MtpDrafter(GrowingDrafter):
         self._ids.clear()
         self._grower.forget()
 
-    def _catch_up(self, ids: Sequence[int]) -> torch.Tensor | None:
-        """Bring the cache up to the last token; returns [1, V] logits of what follows it.
+    def _unread(self, ids: Sequence[int]) -> Rows | None:
+        """Forget rows of other tokens, and read what is missing but for the newest rows.
 
-        None if the target has not read all tokens but the last one, or what it read is not kept.
+        Returns:
+            Those; None if the target has not read all tokens but the last one, or what it read is
+            not kept.
         """
         hidden, last = self._hidden, len(ids) - 1
         if hidden.end != last or hidden.first >= last:
@@ -124,30 +147,62 @@ class MtpDrafter(GrowingDrafter):
         if not kept or self._first + kept < hidden.first:  # it sees the text from there on only
             self._first, kept = hidden.first, 0
         self._cache.truncate(kept)
-        for start in range(self._first + kept, last, self._mtp.chunk_tokens):
+        start = self._first + kept
+        while True:
             stop = min(start + self._mtp.chunk_tokens, last)
             self._ids = list(ids[: start + 1])
-            states = self._mtp.normed(hidden.between(start, stop))
-            rows = Rows.text(self._cache, ids[start + 1 : stop + 1], hidden=states)
-            logits, made = self._module.logits_and_hidden(rows)
+            carried = Carried(rows=self._mtp.hidden, given=hidden.between(start, stop))
+            rows = Rows.text(self._cache, ids[start + 1 : stop + 1], carried=carried)
+            if stop == last:
+                return rows
+            self._module.draft_logits(rows, recorded=False)
             self._cache.commit(range(stop - start))
-        self._ids, self._made = list(ids), [made]
-        hidden.forget_before(last - 1)
+            start = stop
+
+    def _keep(self, unread: Rows, ids: Sequence[int], *, recorded: bool = True) -> torch.Tensor:
+        """Read the newest rows; returns [1, V] logits of what follows the last token."""
+        logits = self._module.draft_logits(unread, recorded=recorded)
+        self._read(unread, ids)
         return logits
 
-    def _feed(self, rows: Rows) -> torch.Tensor:
+    def _read(self, rows: Rows, ids: Sequence[int]) -> None:
+        """The first pending rows are those, of the last tokens."""
+        self._cache.commit(range(len(rows.tokens)))
+        self._ids = list(ids)
+        self._hidden.forget_before(len(ids) - 2)
+
+    def _recorded_chain(self, unread: Rows, ids: Sequence[int], depth: int) -> Draft | None:
+        """All of a greedy chain with one host sync, where passes are recorded."""
+        drawn = self._module.draft_chain(unread, depth)
+        if drawn is None:
+            return None
+        tokens = self._module.device.download(drawn)  # host sync
+        if NO_TOKEN in tokens:
+            self._cache.truncate(self._cache.length)
+            raise NumbersError(NO_NUMBERS)
+        self._read(unread, ids)
+        return Draft(TokenTree.chain(tokens))
+
+    def _feed(self, rows: Rows, *, recorded: bool = True) -> torch.Tensor:
         """Feed nodes with what their parents gave; returns [R, V] logits after the wanted ones."""
-        count = len(rows.tokens)
-        parents = range(-1, len(rows.places) - 1) if rows.parents is None else rows.parents
-        before = self._module.device.upload([1 + row for row in parents[-count:]])
-        with torch.inference_mode():
-            hidden = torch.cat(self._made)[before]  # the root's is the first
-        logits, made = self._module.logits_and_hidden(replace(rows, hidden=hidden))
-        self._made.append(made)
-        return logits
+        count, pending = len(rows.tokens), len(rows.places)
+        parents = range(-1, pending - 1) if rows.parents is None else rows.parents
+        carried = Carried(
+            rows=self._mtp.hidden,
+            reads=[1 + row for row in parents[-count:]],  # the root's is the first
+            writes=1 + pending - count,
+        )
+        return self._module.draft_logits(replace(rows, carried=carried), recorded=recorded)
 
-    def _feed_next(self, token: int) -> torch.Tensor:
-        """Feed one more token of a chain; returns [1, V] logits after it."""
-        length, pending = self._cache.length, len(self._made)
-        places = range(length, length + pending)
-        return self._feed(Rows(cache=self._cache, tokens=[token], places=places, wanted=[0]))
+    def _feeding(self, *, recorded: bool) -> Callable[[int], torch.Tensor]:
+        """Feeds one more token of a chain; gives [1, V] logits after it."""
+        cache, pending = self._cache, 0
+
+        def feed(token: int) -> torch.Tensor:
+            nonlocal pending
+            pending += 1
+            places = range(cache.length, cache.length + pending)
+            rows = Rows(cache=cache, tokens=[token], places=places, wanted=[0])
+            return self._feed(rows, recorded=recorded)
+
+        return feed

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 from offload_rt.config import DraftConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.sizes import (
+    RECORDED_ROWS,
     PassShape,
     image_bytes,
     kv_bytes_per_token,
     layouts_of,
     number_bytes_of,
+    recorded_bytes,
     workspace_bytes,
 )
 from offload_rt.costs.workload import PlacedModel, Residence, parts_of
@@ -68,7 +70,7 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    passing = DraftPart(times=passes * target.sequences, load=placed.load(rows))
+    passing = DraftPart(times=passes * target.sequences, load=placed.draft_load(rows))
     if not config.as_tree:
         return (passing,)
     growing = DraftPart(times=target.sequences * expected.made, seconds=config.nodes * GROWTH_S)
@@ -79,7 +81,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     """The layer, what mixes its inputs, its KV, and hidden states that it has not read yet.
 
     Of these there are two of the longest prompt's: those of before stay until the next pass is
-    done. Nodes have one each, and once more where they are put together for a pass.
+    done. The nodes of one draft have one each, and a recorded pass has room for its own.
     """
     config, module, device = drafting.config, drafting.checkpoint, run.device
     assert module is not None  # as found in the target's files
@@ -87,7 +89,8 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     layer, base = layouts_of(module, run.dtype, device)
     weights = layer_bytes(layer, config.draft_weights)
     rows = sum(config.cache_rows(capacity) for capacity in run.capacities)
-    states = 2 * run.shape.rows + 3 * config.scratch_rows * len(run.capacities)
+    states = 2 * run.shape.rows + 1 + config.scratch_rows + 2 * RECORDED_ROWS
+    recorded = recorded_bytes(module.config, number_bytes, device)
     passes = PassShape(
         rows=min(run.shape.rows, run.shape.chunk_rows),
         chunk_rows=run.shape.chunk_rows,
@@ -98,8 +101,10 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         kept_bytes=weights
         + base.nbytes
         + rows * kv_bytes_per_token(module.config, number_bytes)
-        + states * module.config.hidden_size * number_bytes,
+        + states * module.config.hidden_size * number_bytes
+        + recorded,
         copied_bytes=weights if config.draft_weights.rounds else 0,
+        recorded_bytes=recorded,
         pass_bytes=workspace_bytes(module.config, number_bytes, passes, device),
         loading_bytes=image_bytes(module, run.dtype, device)[0],
         drawn_nodes=0 if config.as_tree else config.nodes,
