@@ -213,6 +213,14 @@ def test_a_slow_link_is_said_to_bind_and_a_fast_one_not(checkpoint):
     assert slow.home_bytes == fast.home_bytes > 0 and slow.s_per_token > fast.s_per_token
 
 
+def test_what_a_token_of_a_prompt_adds_hides_behind_a_slow_disk(checkpoint):
+    fast, slow = (
+        plan(checkpoint, "none", disk=rate, prompt=500, resident_layers=4).row_s
+        for rate in (1e12, 1e6)
+    )
+    assert 0 <= slow < fast / 2
+
+
 def test_trees_that_end_early_take_less_time(checkpoint):
     draft = DraftConfig(draft=f"model:{checkpoint.folder}", draft_tokens=64)
     points = ((64, 5.0),)

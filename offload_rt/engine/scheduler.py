@@ -17,7 +17,8 @@ it. Sequences end, so nobody waits for ever.
 **Prompts** are read in the sweeps in which others write. How many tokens a sweep reads is shared as
 equally as they can use it, so a short prompt is not behind a long one. It is as many as make the
 sweep take twice the time of one that reads nothing: nobody who writes waits longer than for one
-sweep more. Where nobody writes it is four times that.
+sweep more. Where nobody writes it is four times that, and no less than a quarter of a second: who
+comes meanwhile waits for no more. The plan foresees these times, and sweeps correct them.
 
 **Prefixes**: rows that there are of the same first tokens are not computed again (`seats.py`).
 """
@@ -42,6 +43,7 @@ _log = logging.getLogger(__name__)
 LEAST_READ = 8  # tokens of a sweep: products of so many rows take about as long as of one
 SHARED_TOKENS = 32  # of a prompt, for which it is worth while to wait until another has read them
 _SWEEPS_WHERE_NOBODY_WRITES = 4.0
+_NO_WAIT_S = 0.25  # of a sweep, which nobody minds who comes meanwhile
 _MEMORY = 16  # sweeps an average looks back, about
 
 
@@ -54,9 +56,9 @@ class Pace:
     """How many prompt tokens a sweep may read, from how long sweeps took.
 
     Attributes:
-        plain_s: of a sweep that reads nothing; 0 while it is not known.
-        row_s: that each token read adds.
         first: tokens while nothing is known.
+        plain_s: of a sweep that reads nothing, as foreseen and then as seen; 0: not known.
+        row_s: that each token read adds, likewise.
     """
 
     first: int
@@ -69,15 +71,14 @@ class Pace:
         """Tokens of the next sweep, in which somebody writes, or nobody does."""
         if not self.row_s or not self.plain_s:
             return self.first
-        sweeps = 1.0 if writes else _SWEEPS_WHERE_NOBODY_WRITES
-        rows = int(min(sweeps * self.plain_s / self.row_s, 2**30))
-        return max(LEAST_READ if writes else self.first, rows)
+        alone_s = max(_SWEEPS_WHERE_NOBODY_WRITES * self.plain_s, _NO_WAIT_S)
+        return max(LEAST_READ, int(min((self.plain_s if writes else alone_s) / self.row_s, 2**30)))
 
     def note(self, took_s: float, rows: int) -> None:
         """Take in a sweep that read so many tokens."""
         if not rows:
+            took_s = min(took_s, 3.0 * self.plain_s) if self._plain else took_s
             self._plain = min(self._plain + 1, _MEMORY)
-            took_s = min(took_s, 3.0 * self.plain_s) if self.plain_s else took_s
             self.plain_s += (took_s - self.plain_s) / self._plain
         elif rows >= LEAST_READ:
             self._reads = min(self._reads + 1, _MEMORY)
@@ -145,7 +146,9 @@ class Scheduler:
         self.totals = Totals()
         self._waiting: deque[SequenceState] = deque()
         self._seats = Seats(engine)
-        self._pace = Pace(engine.config.prefill_chunk_tokens)
+        plan = engine.plan
+        foreseen_s = 0.0 if plan.prediction is None else plan.prediction.step_s
+        self._pace = Pace(engine.config.prefill_chunk_tokens, foreseen_s, plan.row_s)
         self._taking_part: dict[int, SequenceState] = {}  # by cache
         engine.poll_with(self._poll)
         engine.leave_with(self._has_left)

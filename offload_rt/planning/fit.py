@@ -457,19 +457,31 @@ class PlacedRun:
         work = self.work(drafting, expected)
         return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
 
+    def row_s(self, tokens: int) -> float:
+        """Seconds that each of so many tokens of a prompt adds to a pass."""
+        model = replace(self._target(drafts=False), sequences=1)
+        long_s, short_s = (self.cost(model.load(rows)).pass_s for rows in (tokens + 1, 1))
+        return (long_s - short_s) / tokens
+
     def work(self, drafting: Drafting, expected: Expected) -> StepWork:
         """What such a step has to do."""
         drafting = completed(drafting, self.checkpoint)
-        config, kv = drafting.config, self.placement.demand.kv
-        needed = bool(self.placement.streamed) or kv is not None or config.nodes > 0
-        device = self.speeds.device
-        problem = passes_problem(
-            self.checkpoint.config, self.config, device, needed=needed, kv_away=kv is not None
-        )
-        target = replace(self.model, exact=not problem)
+        config = drafting.config
+        target = self._target(drafts=config.nodes > 0)
         parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
         return step_work(target, config.nodes, expected, parts, rebuild_tokens=rebuild)
+
+    def _target(self, *, drafts: bool) -> PlacedModel:
+        kv = self.placement.demand.kv
+        problem = passes_problem(
+            self.checkpoint.config,
+            self.config,
+            self.speeds.device,
+            needed=bool(self.placement.streamed) or kv is not None or drafts,
+            kv_away=kv is not None,
+        )
+        return replace(self.model, exact=not problem)
 
 
 def pooled_experts(placement: Placement, device: DeviceKind) -> PooledExperts | None:

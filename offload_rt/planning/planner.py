@@ -73,6 +73,7 @@ class Plan:
         smallest_bytes: the lowest limit of device memory under which one of them fits.
         level: times of recent runs over the profile's, by which all predicted ones are corrected.
         running: sequences of the steps that `prediction` is of; None: all.
+        row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
     """
 
     runtime: RuntimeConfig
@@ -87,6 +88,7 @@ class Plan:
     smallest_bytes: int = 0
     level: float = 1.0
     running: int | None = None
+    row_s: float = 0.0
 
     @property
     def pass_share(self) -> float:
@@ -273,6 +275,7 @@ def plan_run(
         ),
         level=means.level(chosen.placement.streams),
         running=load.running if load.running != sequences else None,
+        row_s=search.row_s(chosen.placement),
     )
 
 
@@ -465,19 +468,27 @@ class _Search:
         sequences: int | None = None,
     ) -> Prediction:
         """A step's costs; `found`: of those only for which a draft is found."""
-        load, speeds = self._load, self._means.speeds
+        run = self._placed(placement, sequences)
+        expected = self.expected(drafting.config)
+        made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
+        return made.scaled(self._means.level(placement.streams))
+
+    def row_s(self, placement: Placement) -> float:
+        """Seconds that each token of a prompt adds to a pass."""
+        tokens = min(self._runtime.prefill_chunk_tokens, self._load.prompt_tokens)
+        return self._placed(placement).row_s(tokens) * self._means.level(placement.streams)
+
+    def _placed(self, placement: Placement, sequences: int | None = None) -> PlacedRun:
+        load = self._load
         most = len(load.capacities)
-        run = PlacedRun(
+        return PlacedRun(
             checkpoint=self._checkpoint,
             config=self._runtime,
-            speeds=speeds,
+            speeds=self._means.speeds,
             placement=placement,
             context_tokens=load.prompt_tokens // most,
             sequences=sequences or load.running or most,
         )
-        expected = self.expected(drafting.config)
-        made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
-        return made.scaled(self._means.level(placement.streams))
 
     def expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""
