@@ -74,6 +74,17 @@ class Exact(StrEnum):
     OFF = "off"
 
 
+class LookAhead(StrEnum):
+    """Whether experts are copied before their layer asks for them.
+
+    `auto` compares passes with and without it, and keeps it only where they are faster.
+    """
+
+    AUTO = "auto"
+    ON = "on"
+    OFF = "off"
+
+
 class AcceptRule(StrEnum):
     """When a drafted token is accepted.
 
@@ -692,6 +703,12 @@ class RuntimeConfig:
         high=2**20,
         accepted=f"auto or 0 to {2**20}",
     )
+    look_ahead: LookAhead = option(
+        LookAhead.AUTO,
+        "--look-ahead",
+        "Ask the next layer's router which experts it should need, and copy them while nothing "
+        "else is copied. auto tries it and keeps it where passes get faster; changes no token.",
+    )
     home: HomeKind = option(
         HomeKind.AUTO,
         "--home",
@@ -782,6 +799,11 @@ class RuntimeConfig:
             raise ConfigError(
                 "--slots and --resident-layers are of whole layers, --expert-slots is of experts: "
                 "leave out one of them"
+            )
+        if self.look_ahead is LookAhead.ON and self.expert_slots == 0:
+            raise ConfigError(
+                "--look-ahead is of experts that come one by one, with --expert-slots 0 layers are "
+                "whole: leave out one of them"
             )
         count = len(self.device_names)
         for field in settables(RuntimeConfig):

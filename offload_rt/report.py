@@ -196,7 +196,10 @@ class ExpertUse:
         hits: experts that were there when a layer asked for them.
         misses: experts that were asked for and had to be copied.
         ahead: of these, those whose copy began before their layer asked.
-        unused: others that were copied ahead, and given up before any layer asked.
+        unused: others that were copied ahead, and given up before any layer asked;
+            `unused_bytes` of them had begun to be copied.
+        looked_ahead: share of the passes that foresaw what their next layers would ask for
+            (`--look-ahead`).
         hit_rate: hits / (hits + misses); None when nothing was asked for.
         union: different experts that a layer asked for in a pass, on average.
         bytes_per_token: copied, for each emitted token.
@@ -215,6 +218,8 @@ class ExpertUse:
     misses: int
     ahead: int
     unused: int
+    unused_bytes: int
+    looked_ahead: float
     hit_rate: float | None
     union: float | None
     bytes_per_token: float | None
@@ -280,6 +285,7 @@ class Counters:
         expert_misses: experts that were asked for and had to come.
         expert_ahead: of these, those whose copy began before a layer asked.
         expert_unused: experts that came ahead and were given up before a layer asked.
+        expert_unused_bytes: of these, that had begun to be copied.
         expert_calls: times a layer asked.
     """
 
@@ -292,6 +298,7 @@ class Counters:
     expert_misses: int = 0
     expert_ahead: int = 0
     expert_unused: int = 0
+    expert_unused_bytes: int = 0
     expert_calls: int = 0
 
     def since(self, start: "Counters") -> "Counters":
@@ -306,6 +313,7 @@ class Counters:
             expert_misses=self.expert_misses - start.expert_misses,
             expert_ahead=self.expert_ahead - start.expert_ahead,
             expert_unused=self.expert_unused - start.expert_unused,
+            expert_unused_bytes=self.expert_unused_bytes - start.expert_unused_bytes,
             expert_calls=self.expert_calls - start.expert_calls,
         )
 

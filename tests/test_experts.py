@@ -15,7 +15,7 @@ from expert_models import MIXTURES, make_mixture
 from safetensors.torch import load_file, save_file
 from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
 
-from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, SamplingConfig
+from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, LookAhead, SamplingConfig
 from offload_rt.device.kinds import CPU, Packing
 from offload_rt.device.sim import SimBuffer, SimStream
 from offload_rt.engine.decoding import Run
@@ -119,10 +119,10 @@ def traced(engine):
     pool, trace = engine.runner.experts, []
     lend = pool.lend
 
-    def watched(layer, needed, rows=1):
+    def watched(layer, needed, rows=1, foresee=None):
         pool.begin(layer, 1) if layer != pool._layer else None
         before = [e for e, slot in pool._held[layer].items() if not slot.ahead]
-        yield from lend(layer, needed, rows)
+        yield from lend(layer, needed, rows, foresee)
         trace.append((layer, list(needed), before))
 
     pool.lend = watched
@@ -212,7 +212,8 @@ def test_a_prompt_in_parts_reads_each_expert_once(make_tiny):
 
 def test_a_trace_and_a_report_tell_what_was_copied_ahead(make_tiny):
     folder, prompt = make_mixture(make_tiny), [3 + i * 7 % 250 for i in range(60)]
-    with engine_for(folder, prompts=[prompt], tokens=4, expert_slots=20) as engine:
+    options = {"expert_slots": 20, "look_ahead": LookAhead.OFF}
+    with engine_for(folder, prompts=[prompt], tokens=4, **options) as engine:
         tracer = engine.trace()
         run = Run.start(engine, [prompt], SamplingConfig(), GenerationConfig(max_tokens=4))
         run.prefill()

@@ -215,6 +215,7 @@ placement_options = _group(
             "slots",
             "resident_layers",
             "expert_slots",
+            "look_ahead",
             "home",
             "context_tokens",
             "kv",

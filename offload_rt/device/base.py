@@ -71,6 +71,27 @@ class CopyStream(Stream, Protocol[BufferT, SourceT]):
         """What has been copied so far."""
 
 
+class Offer(Protocol):
+    """A copy that is made while nobody waits for any other one (`device/idle.py`)."""
+
+    @property
+    def begun_bytes(self) -> int:
+        """Of it, that have begun to be copied."""
+
+    def ask(self) -> Event:
+        """Have what is left copied as if it had been asked for; returns an event behind it."""
+
+    def drop(self) -> Event:
+        """Copy no more of it; returns an event behind what has begun, which raises nothing."""
+
+
+class OfferingStream(CopyStream[BufferT, SourceT], Protocol):
+    """A copy stream that also makes copies nobody needs yet."""
+
+    def offer(self, dst: BufferT, src: SourceT, after: Sequence[Event]) -> Offer:
+        """Offer to fill `dst`, after these events; `record` does not wait for it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyStatistics:
     """Totals of a copy stream since it was made.
@@ -234,7 +255,7 @@ class Device(Protocol):
         """The compute stream."""
 
     @property
-    def copy(self) -> CopyStream[DeviceBuffer, HomeSource]:
+    def copy(self) -> OfferingStream[DeviceBuffer, HomeSource]:
         """The copy stream."""
 
     @property

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 
 import torch
@@ -25,6 +26,7 @@ from offload_rt.device.base import (
     Replay,
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
+from offload_rt.device.idle import IdleCopies, Steps
 from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
 from offload_rt.device.system import (
@@ -43,11 +45,16 @@ from offload_rt.errors import DeviceError
 
 
 class Copies:
-    """A countdown of unfinished blocks of one `copy` call."""
+    """A countdown of unfinished blocks of one `copy` call.
+
+    Attributes:
+        dropped: nobody wants to know of an error.
+    """
 
     def __init__(self, blocks: int) -> None:
         self.done = threading.Event()
         self.error: BaseException | None = None
+        self.dropped = False
         self.done_s = 0.0
         self._left = blocks
         self._lock = threading.Lock()
@@ -77,7 +84,7 @@ class CpuEvent:
         """Block until reached; raise what a copy raised."""
         for copies in self.copies:
             copies.done.wait()
-            if copies.error is not None:
+            if copies.error is not None and not copies.dropped:
                 raise copies.error
 
 
@@ -115,12 +122,11 @@ class CpuCopyStream:
 
     def __init__(self, threads: int, run: Callable[[CopyBlock], None]) -> None:
         self._run = run
-        self._queue: SimpleQueue[tuple[CopyBlock, Copies, Callable[[], None]] | None] = (
-            SimpleQueue()
-        )
+        self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._meter = LinkMeter()
         self._pending: list[Copies] = []
         self._closed = threading.Event()
+        self._idle = IdleCopies(self._quiet)
         self._threads = [
             threading.Thread(target=self._work, name=f"reader-{i}", daemon=True)
             for i in range(threads)
@@ -131,6 +137,31 @@ class CpuCopyStream:
     def copy(self, dst: DeviceBuffer, src: HomeSource) -> None:
         """Enqueue all blocks of `src`."""
         self._enqueue(src.blocks(dst), src.check)
+
+    def offer(self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event]) -> "CpuOffer":
+        """Have blocks of `src` read while no copy that was asked for is under way."""
+        blocks = src.blocks(dst)
+        copies = Copies(len(blocks))
+
+        def made(block: CopyBlock) -> CopyBlock:
+            return CopyBlock(block.nbytes, partial(self._finish, block, copies, src.check, after))
+
+        return CpuOffer(self, copies, self._idle.add([made(block) for block in blocks]))
+
+    def take_over(self, copies: Copies, steps: Steps, *, dropped: bool) -> CpuEvent:
+        """Enqueue what is left of an offered copy, or leave it."""
+        copies.dropped = dropped
+        left = self._idle.take_back(steps)
+        if dropped:
+            for _ in left:
+                if copies.finish_block(None):
+                    copies.finish()
+            return CpuEvent((copies,))
+        if left:
+            self._pend(copies)
+        for block in left:
+            self._queue.put(block.run)
+        return CpuEvent((copies,))
 
     def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
         """Enqueue all blocks of a copy to `dst`."""
@@ -151,6 +182,7 @@ class CpuCopyStream:
     def close(self) -> None:
         """Drop what is not started, wait for what is in flight, end the threads."""
         self._closed.set()
+        self._idle.close()
         for _ in self._threads:
             self._queue.put(None)
         for thread in self._threads:
@@ -158,22 +190,36 @@ class CpuCopyStream:
 
     def _enqueue(self, blocks: Sequence[CopyBlock], check: Callable[[], None]) -> None:
         copies = Copies(len(blocks))
+        self._pend(copies)
+        for block in blocks:
+            self._queue.put(partial(self._finish, block, copies, check))
+
+    def _pend(self, copies: Copies) -> None:
+        """Have later events wait for them."""
         self._pending = [c for c in self._pending if not c.done.is_set() or c.error]
         self._pending.append(copies)
-        for block in blocks:
-            self._queue.put((block, copies, check))
+
+    def _quiet(self) -> None:
+        for copies in self._pending:
+            copies.done.wait()
 
     def _work(self) -> None:
         while True:
             item = self._queue.get()
             if item is None:
                 return
-            self._finish(*item)
+            item()
             del item  # nothing of it is held on to while waiting for the next: it may be a layer
 
-    def _finish(self, block: CopyBlock, copies: Copies, check: Callable[[], None]) -> None:
+    def _finish(
+        self,
+        block: CopyBlock,
+        copies: Copies,
+        check: Callable[[], None],
+        after: Sequence[Event] = (),
+    ) -> None:
         """Run a block, and with the last of a copy say how that went."""
-        error = self._run_block(block) if copies.error is None else copies.error
+        error = self._run_block(block, after) if copies.error is None else copies.error
         if copies.finish_block(error):
             try:
                 check()
@@ -181,15 +227,39 @@ class CpuCopyStream:
                 copies.error = copies.error or changed
             copies.finish()
 
-    def _run_block(self, block: CopyBlock) -> BaseException | None:
+    def _run_block(self, block: CopyBlock, after: Sequence[Event]) -> BaseException | None:
         if self._closed.is_set():
             return DeviceError("the device was closed while a copy was waiting")
         try:
+            for event in after:
+                event.synchronize()
             with self._meter.measure(block.nbytes):
                 self._run(block)
         except Exception as error:  # noqa: BLE001 - handed to whoever waits for the copy
             return error
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class CpuOffer:
+    """A copy that is made while no other one is asked for."""
+
+    stream: CpuCopyStream
+    copies: Copies
+    steps: Steps
+
+    @property
+    def begun_bytes(self) -> int:
+        """Of the blocks that have begun."""
+        return self.steps.begun_bytes
+
+    def ask(self) -> CpuEvent:
+        """Enqueue the blocks that have not begun."""
+        return self.stream.take_over(self.copies, self.steps, dropped=False)
+
+    def drop(self) -> CpuEvent:
+        """Leave the blocks that have not begun."""
+        return self.stream.take_over(self.copies, self.steps, dropped=True)
 
 
 class CpuDevice:

@@ -151,6 +151,13 @@ class SimStream:
         pieces = self._link.pieces if self._link is not None else ()
         self._move(dst, src, done_s - self.time_s, busy_s=seconds, pieces=pieces)
 
+    def offer(self, dst: SimBuffer, src: SimBuffer, after: Sequence[Event]) -> "SimOffer":
+        """Enqueue a copy at once: in virtual time none is put off."""
+        for event in after:
+            self.wait(event)
+        self.copy(dst, src)
+        return SimOffer(src.nbytes, self.record())
+
     def store(self, dst: SimBuffer, src: SimBuffer) -> None:
         """Enqueue a copy of `src` back to a home."""
         seconds = src.nbytes / self.back_bytes_per_s
@@ -221,3 +228,19 @@ class SimStream:
     def _require(self, access: Access | None, what: str) -> None:
         if access is not None and self._clock.get(access[0], 0) < access[1]:
             raise StreamOrderError(f"stream {self.name!r}: buffer {what} by {access[0]!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class SimOffer:
+    """A copy that was made when it was offered."""
+
+    begun_bytes: int
+    event: SimEvent
+
+    def ask(self) -> SimEvent:
+        """It is there, or on its way."""
+        return self.event
+
+    def drop(self) -> SimEvent:
+        """It is too late for that."""
+        return self.event

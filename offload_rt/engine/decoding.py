@@ -171,6 +171,8 @@ class Run:
         drafted = [self._proposed(s, most if self.drafts else 0) for s in writing]
         drafted_at = time.perf_counter()
         texts = [(s, self._next_part(s, count)) for s, count in reading]
+        rows = sum(1 + len(one.draft.tree) for one in drafted)
+        self.engine.look_ahead(0 if texts else rows)
         with self.engine.traced(PASSES, _label(texts, drafted)):
             read, checked = self.engine.sweep(
                 [(s.index, part) for s, part in texts],
@@ -193,8 +195,9 @@ class Run:
         outcomes = self._count(drafted, most)
         if not texts:
             pass_s = self._last.at_s - drafted_at
-            rows = max(len(one.draft.tree) for one in drafted)
-            expected_s = self.engine.plan.expected_pass_s(rows)
+            self.engine.foresight.observe(rows, pass_s)
+            largest = max(len(one.draft.tree) for one in drafted)
+            expected_s = self.engine.plan.expected_pass_s(largest)
             planned = self.engine.plan.running or self.engine.sequences
             if expected_s is not None and len(drafted) == planned:
                 self.engine.pace.add(pass_s, expected_s)
@@ -204,7 +207,7 @@ class Run:
                     outcomes,
                     draft_s=drafted_at - start,
                     pass_s=pass_s,
-                    rows=sum(1 + len(one.draft.tree) for one in drafted),
+                    rows=rows,
                     running=len(drafted),
                 )
         return self._emit([one.sequence for one in deciding], [one.gained for one in deciding])
@@ -397,6 +400,8 @@ class Run:
             misses=decode.expert_misses,
             ahead=decode.expert_ahead,
             unused=decode.expert_unused,
+            unused_bytes=decode.expert_unused_bytes,
+            looked_ahead=self.engine.foresight.share,
             hit_rate=decode.expert_hits / asked if asked else None,
             union=asked / decode.expert_calls if decode.expert_calls else None,
             bytes_per_token=decode.bytes_copied / self._later if self._later else None,

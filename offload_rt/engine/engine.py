@@ -54,6 +54,7 @@ from offload_rt.nodes.stage import Order
 from offload_rt.planning.controller import Controller
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.levels import Pace
+from offload_rt.planning.look_ahead import LookAheadJudge
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.yields import Tally
@@ -195,6 +196,7 @@ class Engine:
                 first, alone = self.plan.first_nodes, self.plan.alone
                 self.controller = Controller(outlooks, first, sequences=sequences, alone=alone)
             self.tally, self.pace = Tally(), Pace()
+            self.foresight = LookAheadJudge(self.config.look_ahead)
             self.tracer: Tracer | None = None
             shared = bool(self._pools) and not self.network.mixers  # a state is no row
             self.prefixes = Prefixes(self._pools) if shared else None
@@ -481,6 +483,11 @@ class Engine:
                 part.watch(partial(tracer.of_kv, number, layers))
         return tracer
 
+    def look_ahead(self, rows: int) -> None:
+        """Settle whether the next pass, of so many rows that no prompt has, foresees experts."""
+        if self.runner.experts is not None:
+            self.runner.experts.foresees = rows > 0 and self.foresight.looks(rows)
+
     def traced(self, lane: str, name: str) -> AbstractContextManager[None]:
         """Note what runs inside, if anything is noted."""
         return nullcontext() if self.tracer is None else self.tracer.on_host(lane, name)
@@ -537,6 +544,7 @@ class Engine:
             expert_misses=asked.misses,
             expert_ahead=asked.ahead,
             expert_unused=asked.unused,
+            expert_unused_bytes=asked.unused_bytes,
             expert_calls=sum(asked.calls.values()),
         )
 
@@ -693,6 +701,7 @@ class Engine:
             expert_slots=placement.expert_slots,
             in_files=placement.in_files,
             expert_share=placement.expert_share,
+            look_ahead=self.config.look_ahead,
             readers=self.config.readers,
         )
         chunk_tokens = self.config.prefill_chunk_tokens

@@ -80,7 +80,7 @@ class Tracer:
         at, name = self._stripes.device[layer], f"expert {expert} of layer {layer}"
         if what == "wait":
             return self.begin(Lane.COMPUTE, f"wait for {name}", stream, at)
-        return self.begin(Lane.COPY, f"{name}, {what}" if what == "ahead" else name, stream, at)
+        return self.begin(Lane.COPY, name if what == "copy" else f"{name}, {what}", stream, at)
 
     def of_kv(
         self, at: int, layers: Sequence[int], what: str, unit: object, stream: Stream

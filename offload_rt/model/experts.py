@@ -8,6 +8,7 @@ between the products (`_apply_gate`), and how its weights lie, are the module's 
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,7 @@ PROBE_NAME = "offload_rt_probe"
 MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .] each
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER, _HOST = "_lent_experts", "_host_of_experts"
+_NEXT, _LISTENS = "_next_router", "_listens_to_router"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
@@ -44,16 +46,65 @@ class Host(Protocol):
 class ExpertLender(Protocol):
     """Whoever has the weights of a layer's experts."""
 
+    @property
+    def foresees(self) -> bool:
+        """Whether it wants to know what the next layer will ask for."""
+
     def begin(self, parts: int, /) -> None:
         """Rows begin to go through the layer, in so many parts."""
 
-    def lend(self, needed: Sequence[int], rows: int, /) -> Iterator[tuple[int, ExpertWeights]]:
+    def lend(
+        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None, /
+    ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of each of these, in any order, until the next is asked for.
 
         Args:
             needed: experts, each once; those that the last rows are sent to come last.
             rows: that are sent to them.
+            foresee: says which experts of the next layer rows should ask for, likeliest first.
         """
+
+
+class _ChosenError(Exception):
+    """A router has chosen experts, and they are not to be computed."""
+
+    def __init__(self, index: torch.Tensor) -> None:
+        super().__init__()
+        self.index = index
+
+
+class NextRouter:
+    """The router of the next layer, asked with rows of this one: they change little in a layer.
+
+    The part of the layer that has router and experts is called, as far as to the experts.
+
+    Args:
+        block: that part.
+        experts: the experts in it.
+    """
+
+    def __init__(self, block: torch.nn.Module, experts: torch.nn.Module) -> None:
+        self._block, self._experts = block, experts
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the experts [T, k] that rows [T, E] would be sent to; raises what the part does.
+
+        Raises:
+            CheckpointError: it comes to its end without its experts.
+        """
+        self._experts.__dict__[_LISTENS] = True
+        try:
+            self._block(hidden[None])
+        except _ChosenError as found:
+            return found.index
+        finally:
+            del self._experts.__dict__[_LISTENS]
+        raise CheckpointError("a router was asked, and did not choose experts")
+
+
+def follow(module: torch.nn.Module, router: NextRouter) -> None:
+    """Let a module of experts know the router of the next layer."""
+    module.__dict__[_NEXT] = router
 
 
 def lend_experts(module: torch.nn.Module, lender: ExpertLender) -> None:
@@ -92,14 +143,26 @@ def compute_experts(
     Returns:
         [T, E].
     """
+    if _LISTENS in module.__dict__:
+        raise _ChosenError(top_k_index)
     rows, k = top_k_index.shape
     host: Host | None = module.__dict__.get(_HOST)
     flat = top_k_index.flatten()
-    sent = flat.tolist() if host is None else host.download(flat)  # host sync, once a layer
+    lender: ExpertLender | None = module.__dict__.get(_LENDER)
+    router: NextRouter | None = module.__dict__.get(_NEXT)
+    foresee: Callable[[], Sequence[int]] | None = None
+    if router is None or lender is None or not lender.foresees:
+        sent = flat.tolist() if host is None else host.download(flat)  # host sync, once a layer
+    elif host is None:  # later, while what is needed is on its way
+        sent, foresee = flat.tolist(), partial(_foreseen, router, hidden)
+    else:
+        both = torch.cat([flat, router(hidden).T.flatten()])
+        both_there = host.download(both)  # host sync, once a layer
+        sent, foreseen = both_there[: len(flat)], both_there[len(flat) :]
+        foresee = partial(list, dict.fromkeys(foreseen))
     places = _places(sent, module.num_experts)
     parts = hidden.new_empty(rows * k, hidden.shape[1])
-    lender: ExpertLender | None = module.__dict__.get(_LENDER)
-    lent = _own(module, places) if lender is None else lender.lend(list(places), rows)
+    lent = _own(module, places) if lender is None else lender.lend(list(places), rows, foresee)
     order = [place for own in places.values() for place in own]
     there = torch.tensor(order) if host is None else host.upload(order)
     each = dict(zip(places, there.split([len(own) for own in places.values()]), strict=True))
@@ -108,6 +171,11 @@ def compute_experts(
         parts[at] = expert_rows(module, expert, weights, hidden[at // k])
     summed = (parts.view(rows, k, -1) * top_k_weights.unsqueeze(-1)).sum(1)
     return summed.to(hidden.dtype)
+
+
+def _foreseen(router: NextRouter, hidden: torch.Tensor) -> list[int]:
+    """Experts of the next layer that rows should ask for: the first choice of each comes first."""
+    return list(dict.fromkeys(router(hidden).T.flatten().tolist()))
 
 
 def expert_rows(

@@ -9,12 +9,13 @@ A prompt is prefilled layer-major: the wrapped layer works through the rows in c
 next layer is touched, so weights are borrowed once per pass, whatever its length.
 """
 
+import logging
 import os
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -51,6 +52,8 @@ from offload_rt.model.experts import (
     ExpertWeights,
     Host,
     Matrix,
+    NextRouter,
+    follow,
     lend_experts,
     lend_host,
 )
@@ -77,6 +80,7 @@ from offload_rt.model.tiles import filled, places_problem, tile_outside
 from offload_rt.report import Dequantising
 
 NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
+_log = logging.getLogger(__name__)
 
 
 Images = Sequence[tuple[LayerLayout, DeviceBuffer]]  # and what lies where in each
@@ -218,6 +222,7 @@ class Network:
         self._wires_experts = quantised
         self.layouts, self.base = self._places.layouts, self._places.base
         self._lenders: Mapping[int, ExpertLender] = {}
+        self._place = torch.device("meta")  # until it is attached
         fit = probe(self._model, layers, checkpoint.config)
         self.kv_shapes, self.mixers, self._in_tuples = fit.kv, fit.mixers, fit.in_tuples
         self.apart = fit.apart
@@ -469,7 +474,7 @@ class Network:
         if ours and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
-        self._lenders = experts
+        self._lenders, self._place = experts, device
         if base is not None:
             of_base = {h.placement.name: h for h in _holes(self._model, self._places.of_base)}
             for layout, image in base:
@@ -498,6 +503,33 @@ class Network:
                 chunk_tokens=chunk_tokens,
             )
             layer.forward = partial(_in_tuple, run, self._in_tuples) if self._in_tuples else run
+
+    def foresee(self) -> int:
+        """Let experts that are apart know the next layer's router; after `attach`.
+
+        A part of a layer that asks for more than rows, as where router and experts are in the layer
+        itself, is not asked.
+
+        Returns:
+            how many layers can say what the next one will ask for.
+        """
+        count, layers = 0, sorted(self._experts.layers.items())
+        for (_, own), (index, other) in pairwise(layers):
+            path = other.module.rpartition(".")[0]
+            if path == f"{self._container}.{index}":
+                continue
+            module, experts = map(self._model.get_submodule, (own.module, other.module))
+            router = NextRouter(self._model.get_submodule(path), experts)
+            rows = torch.zeros(1, self._config.hidden_size, dtype=self.dtype, device=self._place)
+            try:
+                with torch.inference_mode():
+                    router(rows)
+            except Exception as error:  # noqa: BLE001 - a family's own code, asked in another way
+                _log.debug("the router of layer %d is not asked ahead: %s", index, error)
+                continue
+            follow(module, router)
+            count += 1
+        return count
 
     def bring_rest(self, read: Callable[[str], torch.Tensor], device: torch.device) -> None:
         """Have what is in no layer but for embedding and head: norms, and learned positions.

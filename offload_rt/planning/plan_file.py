@@ -69,6 +69,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "slots": plan.placement.slots or None,
         "wire": str(runtime.wire),
         "expert_slots": plan.placement.expert_slots or runtime.expert_slots,
+        "look_ahead": str(runtime.look_ahead),
         "home": str(plan.placement.home if plan.placement.streams else runtime.home),
         "context_tokens": runtime.context_tokens,
         "kv": str(kv.place) if kv else "device",

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -186,7 +186,13 @@ def plan_wires(
             refusals.append(refusal)
     if not found:
         raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
-    return min(found, key=lambda made: _s_per_token(made[1]))
+    best = min(found, key=lambda made: _s_per_token(made[1]))
+    if runtime.look_ahead is LookAhead.ON and not best[1].placement.expert_slots:
+        raise ConfigError(
+            f"--look-ahead on has no effect on {checkpoint.name}: none of it comes expert by "
+            "expert here, leave it out"
+        )
+    return best
 
 
 def _s_per_token(plan: Plan) -> float:

@@ -39,9 +39,16 @@ class PooledExperts:
         """Rows begin to go through the layer, in so many parts."""
         self._pool.begin(self._layer, parts)
 
-    def lend(self, needed: Sequence[int], rows: int) -> Iterator[tuple[int, ExpertWeights]]:
+    @property
+    def foresees(self) -> bool:
+        """Whether it wants to know what the next layer will ask for."""
+        return self._pool.foresees
+
+    def lend(
+        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None = None
+    ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of experts: those that are there first."""
-        for expert, buffer in self._pool.lend(self._layer, needed, rows):
+        for expert, buffer in self._pool.lend(self._layer, needed, rows, foresee):
             key, found = (self._layer, expert), self._views.get(id(buffer))
             if found is None or found[0] != key:
                 found = self._views[id(buffer)] = (
@@ -57,6 +64,8 @@ def open_pool(
     slots: Sequence[DeviceBuffer],
     per_token: int,
     sources: Mapping[int, Sequence[HomeSource]],
+    *,
+    keeps_free: bool,
 ) -> Pool:
     """A pool of these slots.
 
@@ -66,6 +75,7 @@ def open_pool(
         slots: its buffers.
         per_token: experts a token is sent to.
         sources: where each comes from.
+        keeps_free: some slots are for what is foreseen.
     """
     return ExpertPool(
         counts={layer: len(own) for layer, own in units.items()},
@@ -75,6 +85,7 @@ def open_pool(
         compute=device.compute,
         source=lambda layer, expert: sources[layer][expert],
         place=partial(_place, units),
+        keeps_free=keeps_free,
     )
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 
 from offload_rt.attention.blocks import SCORE_BYTES
-from offload_rt.config import DraftWeights, HomeKind
+from offload_rt.config import DraftWeights, HomeKind, LookAhead
 from offload_rt.costs.sizes import ahead_bytes, draft_base_bytes, head_bytes, packed_head_bytes
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes, give_back_large_blocks
+from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import spread_layers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.base import layer_bytes
@@ -56,6 +57,7 @@ class Streaming:
         expert_slots: buffers of the experts' pool; 0 where experts are in their layers.
         in_files: of a home that is split, the layers that stay in their files.
         expert_share: of a home that is split, so much of each layer's experts is in host memory.
+        look_ahead: whether experts are copied before their layer asks.
         readers: reads in flight.
     """
 
@@ -67,6 +69,7 @@ class Streaming:
     expert_slots: int = 0
     in_files: Sequence[int] = ()
     expert_share: float = 1.0
+    look_ahead: LookAhead = LookAhead.OFF
     readers: int = 4
 
 
@@ -180,6 +183,8 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     lenders = NOBODY if pool is None else lenders_of(pool, network.units, network.matrices_of)
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     _lend_hosts(network, stripes.shares(range(len(layouts))))
+    if pool is not None:
+        _foresee(network, checkpoint, streaming.look_ahead)
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()
@@ -367,7 +372,22 @@ def _open_experts(
             sources[layer] = [*(by_expert | _in_memory(device, there, own)).values()]
     slot_bytes = max(unit.nbytes for own in units.values() for unit in own)
     slots = [device.allocate(slot_bytes, EXPERTS) for _ in range(streaming.expert_slots)]
-    return open_pool(device, units, slots, network.per_token, sources)
+    keeps_free = streaming.look_ahead is LookAhead.ON
+    return open_pool(device, units, slots, network.per_token, sources, keeps_free=keeps_free)
+
+
+def _foresee(network: Network, checkpoint: Checkpoint, mode: LookAhead) -> None:
+    """Let layers of experts ask the next one's router.
+
+    Raises:
+        ConfigError: they are to, and none can.
+    """
+    found = mode is not LookAhead.OFF and network.foresee()
+    if mode is LookAhead.ON and not found:
+        raise ConfigError(
+            f"--look-ahead on: no router of {checkpoint.config.model_type} models can be asked "
+            "before its layer: leave it out"
+        )
 
 
 def _homes(

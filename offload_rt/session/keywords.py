@@ -38,6 +38,7 @@ class LoadOptions(AnswerOptions, total=False):
     slots: Auto
     resident_layers: Auto
     expert_slots: Auto
+    look_ahead: str
     home: str
     wire: str
     context: Auto

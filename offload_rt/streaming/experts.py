@@ -4,10 +4,19 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Generic
+from typing import Generic, Protocol, TypeVar
 
-from offload_rt.device.base import CopyStream, Event, Stream
-from offload_rt.streaming.ring import BufferT, RingWatch, SourceT
+from offload_rt.device.base import Event, Offer, OfferingStream, Stream
+from offload_rt.streaming.ring import BufferT, RingWatch
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int:
+        """Bytes that cross the link."""
+
+
+SourceT = TypeVar("SourceT", bound=_Sized)
 
 # Share of a layer's experts that rows ask for from which on they are taken to ask for all of the
 # next one: reading all of it then costs at most 1.1 times its bytes, and the disk never idles.
@@ -23,6 +32,8 @@ class ExpertSlot(Generic[BufferT]):
         drained: compute stream: the last kernel reading `buffer` is done.
         number: of the copy, counted from the first of all.
         ahead: it was copied before anybody asked for it, and nobody has yet.
+        offer: its copy, which is made while no other one is asked for; None: it was asked for.
+        noted: to be called when it is asked for or dropped, if somebody watches.
     """
 
     buffer: BufferT
@@ -30,6 +41,15 @@ class ExpertSlot(Generic[BufferT]):
     drained: Event | None = None
     number: int = 0
     ahead: bool = False
+    offer: Offer | None = None
+    noted: Callable[[], None] | None = None
+
+    def decided(self) -> None:
+        """What was offered is asked for, or dropped."""
+        self.offer = None
+        if self.noted is not None:
+            self.noted()
+            self.noted = None
 
 
 @dataclass(slots=True)
@@ -41,6 +61,7 @@ class ExpertCounts:
         misses: experts that were asked for and had to be copied.
         ahead: of these, those whose copy began before the layer asked.
         unused: others that were copied ahead, and given up before any layer asked.
+        unused_bytes: of these, that had begun to be copied.
         calls: times a layer asked, by rows of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
@@ -51,6 +72,7 @@ class ExpertCounts:
     misses: int = 0
     ahead: int = 0
     unused: int = 0
+    unused_bytes: int = 0
     calls: dict[int, int] = field(default_factory=dict)
     distances: dict[int, list[int]] = field(default_factory=dict)
 
@@ -60,13 +82,18 @@ def row_class(rows: int) -> int:
     return (rows - 1).bit_length()
 
 
-def shares_of(slots: int, layers: int, per_token: int) -> tuple[int, int]:
+def shares_of(
+    slots: int, layers: int, per_token: int, *, foresees: bool = False
+) -> tuple[int, int]:
     """Slots that each layer keeps, and those that the layer that computes has besides.
 
     A token's experts are to be on their way together, so a layer computes with `per_token` slots at
-    least. Where slots suffice for that in each layer, all are dealt out.
+    least. Where slots suffice for that in each layer, all are dealt out, but for as many as two
+    layers ask for at once if the next one's experts are foreseen.
     """
     share = slots // layers
+    if foresees and slots >= (layers + 2) * per_token:
+        share = (slots - 2 * per_token) // layers
     if share < per_token:
         share = (slots - per_token) // layers
     return share, slots - share * layers
@@ -82,6 +109,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
     turn. While a prompt goes through a layer in several parts (`begin`), the layer takes what other
     layers have, those first that come last, so that no part reads again what the one before it
     read; of these slots it keeps its share when the next layer begins.
+
+    Where it is foreseen what the next layer will ask for, that is offered to the copy stream: into
+    slots that nobody has, and only while no expert that was asked for is on its way. What the layer
+    then asks for is a miss whose copy has begun; the rest is dropped, so that layers hold what they
+    hold without. Slots that nobody has are those that do not divide by the layers, or, if
+    `keeps_free`, some more.
 
     Rows that ask for nearly all experts of a layer will ask for nearly all of the next one. These
     are copied ahead, behind what was asked for: into slots that are free or of layers that come
@@ -101,6 +134,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         compute: the stream that reads them.
         source: the bytes of an expert of a layer at their home.
         place: where these lie, for a disk.
+        keeps_free: keep slots free for what is foreseen.
+
+    Attributes:
+        foresees: whether passes are to say what the next layer will ask for.
     """
 
     def __init__(  # noqa: PLR0913 - as a ring, all by keyword
@@ -109,14 +146,15 @@ class ExpertPool(Generic[BufferT, SourceT]):
         counts: Mapping[int, int],
         slots: Sequence[BufferT],
         per_token: int,
-        copy: CopyStream[BufferT, SourceT],
+        copy: OfferingStream[BufferT, SourceT],
         compute: Stream,
         source: Callable[[int, int], SourceT],
         place: Callable[[int, int], tuple[str, int]],
+        keeps_free: bool = False,
     ) -> None:
         self._copy, self._compute, self._source, self._place = copy, compute, source, place
         self._free = [ExpertSlot(buffer) for buffer in slots]
-        self.share, _ = shares_of(len(slots), len(counts), per_token)
+        self.share, _ = shares_of(len(slots), len(counts), per_token, foresees=keeps_free)
         self._counts = dict(counts)
         self._held: dict[int, dict[int, ExpertSlot[BufferT]]] = {layer: {} for layer in counts}
         self._recent: dict[int, list[int]] = {layer: [] for layer in counts}
@@ -126,7 +164,9 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._asked: set[int] = set()  # of the layer that computes, in all parts so far
         self._ahead: int | None = None  # the layer that is copied ahead
         self._rest: deque[int] = deque()  # of it, what there was no slot for yet
+        self._foreseen: int | None = None  # the layer whose experts are offered
         self._copies = 0
+        self.foresees = False
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
 
@@ -139,13 +179,19 @@ class ExpertPool(Generic[BufferT, SourceT]):
         for other in (self._layer, self._ahead):
             if other is not None and other != layer:
                 self._trim(other)
+        if self._foreseen not in (None, layer):
+            self._settle(self._foreseen, ())
         self._layer, self._takes, self._parts_left = layer, parts > 1, parts
         self._ahead = None
         self._asked.clear()
         self._rest.clear()
 
     def lend(
-        self, layer: int, needed: Sequence[int], rows: int = 1
+        self,
+        layer: int,
+        needed: Sequence[int],
+        rows: int = 1,
+        foresee: Callable[[], Sequence[int]] | None = None,
     ) -> Iterator[tuple[int, BufferT]]:
         """Lend experts, each until the next is asked for.
 
@@ -153,6 +199,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
             layer: whose.
             needed: which, each once, the one that was used last as the last.
             rows: of the pass, that ask for them.
+            foresee: says which experts of the next layer rows will ask for, likeliest first; it is
+                called once copies of those that are needed are on their way.
 
         Returns:
             Each with its buffer: those that are there, then the others as they come.
@@ -161,6 +209,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
             self.begin(layer, 1)
         self._parts_left -= 1
         held = self._held[layer]
+        if self._foreseen == layer:
+            self._settle(layer, needed)
         slots = {expert: held.pop(expert) for expert in needed if expert in held}
         held.update(slots)  # as the most recently used, whatever becomes of this call
         self._count(layer, needed, list(slots.values()), rows)
@@ -170,6 +220,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
         kept = set(needed[len(needed) - min(self.share, len(needed)) :])
         self._load(layer, queue, coming, lent)
         self._look_ahead(layer, needed)
+        if foresee is not None and not queue:
+            self._offer(layer, foresee)
         while coming:
             self._load_ahead(layer, queue, lent | kept)
             expert = coming.popleft()
@@ -226,6 +278,39 @@ class ExpertPool(Generic[BufferT, SourceT]):
         slot.number, slot.ahead = self._copies, why == "ahead"
         self._held[layer][expert] = slot
 
+    def _offer(self, layer: int, foresee: Callable[[], Sequence[int]]) -> None:
+        """Offer copies of what the next layer should ask for, into slots that nobody has."""
+        following = self._following.get(layer)
+        if following is None or self._ahead is not None or self._takes or not self._free:
+            return
+        held = self._held[following]
+        for expert in foresee():
+            if not self._free:
+                return
+            if expert in held:
+                continue
+            slot = self._free.pop()
+            after = [event for event in (slot.drained, slot.filled) if event is not None]
+            if self.watch is not None:
+                slot.noted = self.watch("foreseen", (following, expert), self._copy)
+            slot.offer = self._copy.offer(slot.buffer, self._source(following, expert), after)
+            slot.filled, slot.drained, slot.ahead = None, None, True
+            held[expert], self._foreseen = slot, following
+
+    def _settle(self, layer: int, needed: Sequence[int]) -> None:
+        """Of experts that were offered, have those copied that a layer asks for, and no others."""
+        self._foreseen, held = None, self._held[layer]
+        offered = {e: offer for e, slot in held.items() if (offer := slot.offer) is not None}
+        for expert in [expert for expert in needed if expert in offered]:
+            slot, self._copies = held[expert], self._copies + 1
+            slot.filled, slot.number = offered.pop(expert).ask(), self._copies
+            slot.decided()
+        for expert, offer in offered.items():
+            slot = held[expert]
+            slot.filled = offer.drop()
+            self._free.insert(0, self._drop(layer, expert))
+            slot.decided()
+
     def _look_ahead(self, layer: int, needed: Sequence[int]) -> None:
         """See whether the next layer is to be copied ahead; once for all parts of a layer."""
         self._asked.update(needed)
@@ -262,7 +347,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
     def _drop(self, layer: int, expert: int) -> ExpertSlot[BufferT]:
         """Take a slot from an expert."""
         slot = self._held[layer].pop(expert)
-        self.counts.unused += slot.ahead
+        if slot.ahead:
+            offer, slot.ahead = slot.offer, False
+            self.counts.unused += 1
+            nbytes = self._source(layer, expert).nbytes if offer is None else offer.begun_bytes
+            self.counts.unused_bytes += nbytes
         return slot
 
     def _in_place(self, layer: int, experts: Iterable[int]) -> list[int]:

@@ -7,6 +7,7 @@ own (`streams.py`).
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -181,8 +182,10 @@ class CudaDevice:
         return self._driver.upload(source, self.torch_device)
 
     def _copy_stream(self, stream: DriverStream) -> CudaCopyStream:
-        self._copies.append(CudaCopyStream(stream, self._pinned, self._staging, self._readers))
-        return self._copies[-1]
+        new_stream = partial(self._driver.stream, self.torch_device)
+        made = CudaCopyStream(stream, self._pinned, self._staging, self._readers, new_stream)
+        self._copies.append(made)
+        return made
 
     def close(self) -> None:
         """End the copies, then unpin."""

@@ -66,6 +66,11 @@ class OrderedQueue(Generic[LocalT]):
             self._queue.put((self._issued, prepare, always))
             self._issued += 1
 
+    def wait_until_empty(self) -> None:
+        """Block until all that was submitted so far has run."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._issued == self._finished)
+
     def close(self) -> None:
         """Drop what is not started, wait for what is, end the threads."""
         self.error = self.error or DeviceError("the device was closed while a copy was waiting")

@@ -6,7 +6,7 @@ staging buffers by threads, and copied from there.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import Condition, Lock
@@ -15,6 +15,7 @@ import torch
 
 from offload_rt.device.base import (
     COPY_BYTES,
+    PIECE_BYTES,
     CopyBlock,
     CopyPiece,
     CopyStatistics,
@@ -27,6 +28,7 @@ from offload_rt.device.cuda.driver import DriverEvent, DriverStream
 from offload_rt.device.cuda.ordered import Action, OrderedQueue, nothing
 from offload_rt.device.cuda.pinned import PinnedMemory, Staging, StagingBuffer, StagingPool
 from offload_rt.device.host_memory import HostBuffer
+from offload_rt.device.idle import IdleCopies, Steps
 from offload_rt.device.link_meter import LinkMeter
 
 UNSETTLED_SPANS = 64  # timing events kept before finished ones are looked for
@@ -135,12 +137,22 @@ class CudaCopyStream:
         pinned: knows which sources the copy engine can read directly.
         staging: what all others go through.
         readers: pieces that are read at once.
+        new_stream: opens one more of the driver's, for what is offered.
     """
 
     def __init__(
-        self, stream: DriverStream, pinned: PinnedMemory, staging: StagingPool, readers: int
+        self,
+        stream: DriverStream,
+        pinned: PinnedMemory,
+        staging: StagingPool,
+        readers: int,
+        new_stream: Callable[[], DriverStream],
     ) -> None:
         self._stream, self._pinned = stream, pinned
+        self._new_stream = new_stream
+        self._idle_stream: DriverStream | None = None
+        self._idle, self._idle_staging = IdleCopies(self._quiet), Staging(staging)
+        self._latest: DriverEvent | None = None  # behind the last copy that was asked for
         self._copies = Spans()
         self._reads = LinkMeter()
         self._end: DriverEvent | None = None  # behind the last copy, if nothing was enqueued since
@@ -162,6 +174,69 @@ class CudaCopyStream:
                 target = dst.tensor[piece.offset : piece.offset + piece.image_bytes]
                 self._queue.prepare(partial(self._stage, piece, target))
         self._queue.act(src.check)
+
+    def offer(self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event]) -> "CudaOffer":
+        """Fill device memory in a stream of its own, while no copy that was asked for is made."""
+        if self._idle_stream is None:
+            self._idle_stream = self._new_stream()
+        image = src.image
+        pieces: list[_Part]
+        if image is not None and self._pinned.holds(image.tensor):
+            cut = _cut(dst.tensor[: image.nbytes], image.tensor, PIECE_BYTES)
+            pieces = [_Part(part.numel(), part, source) for part, source in cut]
+        else:
+            pieces = [
+                _Part(p.nbytes, dst.tensor[p.offset : p.offset + p.image_bytes], p)
+                for p in src.pieces()
+            ]
+        return CudaOffer(self, self._idle, pieces, src, after)
+
+    def bring(self, part: "_Part", after: Sequence[Event]) -> None:
+        """Copy a part in the stream of what is offered; the thread waits until it is there."""
+        stream = self._idle_stream
+        assert stream is not None  # something was offered
+        for event in after:
+            assert isinstance(event, CudaEvent)
+            stream.wait(event.enqueued())
+        if isinstance(part.source, torch.Tensor):
+            start = stream.record()
+            stream.copy(part.target, part.source)
+            end = stream.record()
+            self._copies.add(start, end, part.nbytes)
+        else:
+            buffer = self._idle_staging.take()
+            with self._reads.measure(part.nbytes):
+                source = part.source.load(buffer.memory)
+            stream.copy(part.target, source)
+            end = buffer.drained = stream.record()
+        end.synchronize()  # on the thread of what is offered
+
+    def go_on(self, offer: "CudaOffer", parts: "Sequence[_Part]", check: Action) -> "CudaEvent":
+        """Have the rest of an offered copy made in its turn; returns an event behind all of it."""
+
+        def begun(_: Staging) -> Action:
+            offer.settle()
+            return nothing
+
+        self._queue.prepare(begun)
+        for part in parts:
+            if isinstance(part.source, torch.Tensor):
+                self._queue.act(partial(self._copy_pinned, part.target, part.source))
+            else:
+                self._queue.prepare(partial(self._stage, part.source, part.target))
+        if parts:
+            self._queue.act(check)
+        return self.record()
+
+    def behind_idle(self) -> DriverEvent:
+        """An event behind what is offered and was copied so far."""
+        assert self._idle_stream is not None  # something was offered
+        return self._idle_stream.record()
+
+    def _quiet(self) -> None:
+        self._queue.wait_until_empty()
+        if self._latest is not None:
+            self._latest.synchronize()
 
     def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
         """Copy device memory into the host memory of a home, in its turn in the driver's queue.
@@ -201,6 +276,7 @@ class CudaCopyStream:
 
     def close(self) -> None:
         """Drop what is not enqueued and wait for the rest, so that buffers may die."""
+        self._idle.close()
         self._queue.close()
         self._stream.synchronize()
 
@@ -220,9 +296,9 @@ class CudaCopyStream:
 
     def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
         start = self._stream.record()
-        for part, piece in _cut(target, source):
+        for part, piece in _cut(target, source, COPY_BYTES):
             self._stream.copy(part, piece)
-        self._end = self._stream.record()
+        self._end = self._latest = self._stream.record()
         self._copies.add(start, self._end, source.numel())
 
     def _run_block(self, block: CopyBlock, _: Staging) -> Action:
@@ -240,14 +316,88 @@ class CudaCopyStream:
         self, target: torch.Tensor, source: torch.Tensor, buffer: StagingBuffer
     ) -> None:
         self._stream.copy(target, source)
-        self._end = buffer.drained = self._stream.record()
+        self._end = self._latest = buffer.drained = self._stream.record()
 
 
-def _cut(target: torch.Tensor, source: torch.Tensor) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A part of a copy that is offered: `nbytes` are moved for it."""
+
+    nbytes: int
+    target: torch.Tensor
+    source: torch.Tensor | CopyPiece
+
+
+class _BehindSteps(CudaEvent):
+    """Behind the step of a dropped copy that is under way; whoever uses its target waits."""
+
+    def __init__(self, copies: CudaCopyStream, idle: IdleCopies, steps: Steps) -> None:
+        super().__init__()
+        self._copies, self._idle, self._steps = copies, idle, steps
+
+    def enqueued(self) -> DriverEvent:
+        """Return the driver's event, once the step is over."""
+        self._idle.wait_for(self._steps)
+        return self._copies.behind_idle()
+
+
+class CudaOffer:
+    """A copy that is made in a stream of its own while no other one is asked for."""
+
+    def __init__(
+        self,
+        copies: CudaCopyStream,
+        idle: IdleCopies,
+        parts: Sequence[_Part],
+        src: HomeSource,
+        after: Sequence[Event],
+    ) -> None:
+        self._copies, self._idle, self._parts = copies, idle, parts
+        self._check, self._after = src.check, after
+        self._error: BaseException | None = None
+        blocks = [CopyBlock(p.nbytes, partial(self._step, i)) for i, p in enumerate(parts)]
+        self._steps = idle.add(blocks)
+
+    @property
+    def begun_bytes(self) -> int:
+        """Of the parts that have begun."""
+        return self._steps.begun_bytes
+
+    def ask(self) -> CudaEvent:
+        """Have the parts that have not begun copied in their turn."""
+        left = len(self._idle.take_back(self._steps))
+        if not left and not self._steps.running and self._error is None:
+            return CudaEvent(self._copies.behind_idle())  # it is there
+        return self._copies.go_on(self, self._parts[len(self._parts) - left :], self._check)
+
+    def drop(self) -> CudaEvent:
+        """Leave the parts that have not begun."""
+        self._idle.take_back(self._steps)
+        return _BehindSteps(self._copies, self._idle, self._steps)
+
+    def settle(self) -> None:
+        """Block until no part is under way; raise what one raised."""
+        self._idle.wait_for(self._steps)
+        if self._error is not None:
+            raise self._error
+
+    def _step(self, index: int) -> None:
+        try:
+            if self._error is None:
+                self._copies.bring(self._parts[index], self._after)
+                if index == len(self._parts) - 1:
+                    self._check()
+        except Exception as error:  # noqa: BLE001 - raised if the copy is asked for
+            self._error = error
+
+
+def _cut(
+    target: torch.Tensor, source: torch.Tensor, piece_bytes: int
+) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
     """Pieces of a copy.
 
     A GPU has one engine for copies to it, and that ends a copy it has begun: what is uploaded in
     another stream waits for a piece, not for a layer.
     """
-    starts = range(0, source.numel(), COPY_BYTES)
-    return [(target[at : at + COPY_BYTES], source[at : at + COPY_BYTES]) for at in starts]
+    starts = range(0, source.numel(), piece_bytes)
+    return [(target[at : at + piece_bytes], source[at : at + piece_bytes]) for at in starts]

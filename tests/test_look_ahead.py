@@ -1,0 +1,291 @@
+"""Experts that are copied before their layer asks: `--look-ahead`."""
+
+import os
+import random
+import threading
+from contextlib import closing
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for, generate
+from expert_models import make_mixture
+from test_cuda_numbers import ROOM
+from test_experts import lru_hits, pool_of, resident_answers, traced
+from value_double import open_as, open_double
+
+from offload_rt.config import GenerationConfig, HomeKind, LookAhead, RuntimeConfig, SamplingConfig
+from offload_rt.device.base import CopyBlock
+from offload_rt.device.cpu import CpuCopyStream, CpuDevice
+from offload_rt.engine.decoding import Run
+from offload_rt.errors import CheckpointError, ConfigError
+from offload_rt.model import experts as experts_module
+from offload_rt.model import weight_files as files_module
+from offload_rt.planning.look_ahead import LookAheadJudge
+
+AHEAD = {"look_ahead": LookAhead.ON}
+
+
+@pytest.mark.parametrize(
+    ("name", "slots", "home"),
+    [
+        ("mixtral", 14, HomeKind.DISK),
+        ("every-second", 5, HomeKind.HOST),
+        ("gpt_oss", 9, HomeKind.DISK),
+        ("qwen2_moe", 14, HomeKind.HOST),
+    ],
+)
+def test_looking_ahead_changes_no_bit(make_tiny, name, slots, home):
+    folder = make_mixture(make_tiny, name, dtype="bfloat16")
+    logits, answer = resident_answers(folder)
+    with engine_for(folder, expert_slots=slots, home=home, **AHEAD) as engine:
+        assert generate(engine, tokens=6) == answer
+        engine.forget()
+        engine.runner.experts.foresees = True
+        assert torch.equal(all_logits(engine), logits)
+        counts = engine.runner.experts.counts
+    assert counts.ahead > 0 or counts.unused > 0
+
+
+@pytest.mark.parametrize(
+    ("home", "driver"),
+    [(HomeKind.HOST, {}), (HomeKind.HOST, {"pin": False}), (HomeKind.DISK, {})],
+)
+def test_on_a_gpu_neither(make_tiny, monkeypatch, home, driver):
+    """Offered copies have a stream and a thread of their own there."""
+    folder = make_mixture(make_tiny)
+    open_as(monkeypatch, CpuDevice())
+    with engine_for(folder, resident_layers=4, **ROOM) as engine:
+        resident = all_logits(engine)
+    open_double(monkeypatch, **driver)
+    with engine_for(folder, expert_slots=13, home=home, **AHEAD, **ROOM) as engine:
+        engine.runner.experts.foresees = True
+        assert torch.equal(all_logits(engine), resident)
+        assert engine.runner.experts.counts.ahead > 0
+
+
+def test_what_a_layer_holds_is_what_it_holds_without(make_tiny):
+    """And all that is read is what was asked for, or counted as read in vain."""
+    folder = make_mixture(make_tiny)
+    with engine_for(folder, expert_slots=20, tokens=40, **AHEAD) as engine:
+        pool = engine.runner.experts
+        assert pool.share == 4  # two tokens' experts are kept free
+        engine.device.copy.record().synchronize()
+        copied, trace = engine.counters().bytes_copied, traced(engine)
+        pool.foresees = True
+        for token in PROMPT * 2:
+            engine.forward([(0, [token])], reuse=False)
+        pool.begin(0, 1)
+        engine.device.copy.record().synchronize()
+        engine.device.copy._idle.close()
+        counts, each = pool.counts, engine.network.units[0][0].file_bytes
+        read = engine.counters().bytes_copied - copied
+    assert counts.hits == lru_hits(trace, pool.share) > 0
+    assert counts.misses * each + counts.unused_bytes == read
+    assert counts.ahead > 0 < counts.unused and counts.unused_bytes <= counts.unused * each
+
+
+def test_the_next_router_is_asked_with_these_rows(make_tiny):
+    """What is foreseen for a layer is what its router says of rows of the layer before."""
+    folder, seen, asked = make_mixture(make_tiny, "mixtral"), [], []
+    with engine_for(folder, expert_slots=9, **AHEAD) as engine:
+        pool, lend = engine.runner.experts, engine.runner.experts.lend
+
+        def watched(layer, needed, rows, foresee):
+            seen.append(None if foresee is None else foresee())
+            return lend(layer, needed, rows, None)
+
+        def noted(module, hidden, *rest):
+            asked.append(hidden)
+            return compute(module, hidden, *rest)
+
+        pool.foresees, pool.lend = True, watched
+        compute = experts_module.ALL_EXPERTS_FUNCTIONS[experts_module.EXPERTS_NAME]
+        experts_module.ALL_EXPERTS_FUNCTIONS.register(experts_module.EXPERTS_NAME, noted)
+        try:
+            engine.forward([(0, PROMPT[:1])], reuse=False)
+        finally:
+            experts_module.ALL_EXPERTS_FUNCTIONS.register(experts_module.EXPERTS_NAME, compute)
+        blocks = [layer.mlp for layer in engine.network._layers]
+        rows = [hidden for hidden in asked if hidden.ndim == 2][:1]
+        chosen = blocks[1].gate(rows[0])[0].float().topk(2).indices[0].tolist()
+    assert seen[0] == chosen and seen[-1] is None and len(seen) == 4
+
+
+def test_no_slot_is_overwritten_whatever_is_foreseen():
+    dice = random.Random(5)
+    for slots in (3, 7, 12, 22):
+        pool, copy, compute = pool_of({0: 8, 1: 8, 2: 4}, slots, per_token=2)
+        for _ in range(60):
+            for layer, count in ((0, 8), (1, 8), (2, 4)):
+                parts = dice.choice([1, 1, 3])
+                pool.begin(layer, parts)
+                for _ in range(parts):
+                    needed = dice.sample(range(count), dice.randint(1, 3))
+                    foreseen = dice.sample(range(4 if layer else 8), 3)
+                    lent = pool.lend(layer, needed, 1, lambda foreseen=foreseen: foreseen)
+                    for _, buffer in lent:
+                        compute.kernel(reads=[buffer], writes=[], seconds=0.5)
+                        if dice.random() < 0.02:
+                            lent.close()
+                            break
+            held = [len(pool.held(layer)) for layer in range(3)]
+            assert sum(held) + len(pool._free) == slots
+        pool.begin(0, 1)
+        counts, read = pool.counts, copy.statistics().bytes_copied
+        assert read == 1000 * (counts.misses + counts.unused) or slots == 3
+        assert counts.ahead > 0 < counts.unused_bytes or slots == 3
+
+
+class Source:
+    """Blocks that tell when they begin, and go on when they may."""
+
+    def __init__(self, name, begun, gate, count=3):
+        self.blocks = lambda _: [
+            CopyBlock(10, lambda i=i: (begun.append((name, i)), gate(name, i)))
+            for i in range(count)
+        ]
+
+    def check(self):
+        pass
+
+
+def test_what_is_asked_for_goes_before_what_is_offered():
+    """An offered copy stops between blocks, and goes on when nothing else is on its way."""
+    begun, holding = [], {("offer", 0): threading.Event(), ("asked", 0): threading.Event()}
+    started = {key: threading.Event() for key in [*holding, ("offer", 1)]}
+
+    def gate(*key):
+        if key in started:
+            started[key].set()
+        if key in holding:
+            assert holding[key].wait(5)
+
+    stream = CpuCopyStream(2, lambda block: block.run())
+    with closing(stream):
+        offer = stream.offer(None, Source("offer", begun, gate), [])
+        assert started["offer", 0].wait(5)
+        stream.copy(None, Source("asked", begun, gate, 1))
+        done = stream.record()
+        assert started["asked", 0].wait(5)  # beside the block under way
+        holding["offer", 0].set()
+        assert not started["offer", 1].wait(0.05)  # no other block of it is begun
+        holding["asked", 0].set()
+        done.synchronize()  # does not wait for what is offered
+        assert started["offer", 1].wait(5)
+        offer.ask().synchronize()
+    assert [key for key in begun if key[0] == "offer"] == [("offer", i) for i in range(3)]
+    assert offer.begun_bytes == 30 or offer.begun_bytes == 20  # the last may be a reader's
+
+
+def test_what_is_dropped_is_not_read_and_raises_nothing():
+    gate, begun = threading.Event(), []
+
+    def fail(*key):
+        assert gate.wait(5)
+        raise OSError(5, "Input/output error")
+
+    with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
+        offer = stream.offer(None, Source("offer", begun, fail), [])
+        while not begun:
+            pass
+        event = offer.drop()
+        gate.set()
+        event.synchronize()
+        assert begun == [("offer", 0)] and offer.begun_bytes == 10
+        offer = stream.offer(None, Source("offer", begun, fail), [])
+        with pytest.raises(OSError, match="Input/output"):
+            offer.ask().synchronize()
+
+
+def test_a_read_that_fails_ends_the_pass_that_needs_it_and_no_other(make_tiny, monkeypatch):
+    folder, broken = make_mixture(make_tiny), set()
+
+    def preadv(fd, buffers, offset):
+        if threading.current_thread().name in broken:
+            raise OSError(5, "Input/output error")
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    logits, _ = resident_answers(folder)
+    with engine_for(folder, expert_slots=13, **AHEAD) as engine:
+        pool = engine.runner.experts
+        pool.foresees = True
+        offer, settle = pool._offer, pool._settle
+        pool._offer = lambda layer, foresee: offer(layer, lambda: [7, 6])
+        pool._settle = lambda layer, needed: settle(layer, [e for e in needed if e < 6])
+        broken.add("idle-copies")  # all of it is in vain
+        assert torch.equal(all_logits(engine), logits)
+    with engine_for(folder, expert_slots=13, **AHEAD) as engine:
+        engine.runner.experts.foresees = True
+        with pytest.raises(CheckpointError, match="Input/output error; check the disk"):
+            for _ in range(20):
+                all_logits(engine)
+                engine.forget()
+
+
+def test_a_report_and_a_trace_tell_of_it(make_tiny):
+    folder = make_mixture(make_tiny)
+    with engine_for(folder, tokens=12, expert_slots=13, **AHEAD) as engine:
+        tracer = engine.trace()
+        run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=12))
+        run.prefill()
+        while run.active:
+            run.step()
+        engine.runner.experts.begin(0, 1)
+        names = [event.name for event in tracer.events()]
+        found = run.report().experts
+    assert found.looked_ahead == 1.0 and 0 < found.ahead <= found.misses
+    assert sum(name.endswith(", foreseen") for name in names) == found.ahead + found.unused > 0
+    assert 0 <= found.unused_bytes <= found.unused * found.slot_bytes
+
+
+@pytest.mark.parametrize(("faster", "share"), [(0.8, 1.0), (1.25, 0.0), (1.0, 0.0)])
+def test_it_is_kept_where_passes_get_faster_and_nowhere_else(faster, share):
+    dice, judge = random.Random(1), LookAheadJudge(LookAhead.AUTO)
+    for _ in range(2 + 2 * 32):
+        looks = judge.looks(1)
+        judge.observe(1, (faster if looks else 1.0) * dice.uniform(0.9, 1.1))
+    later = []
+    for _ in range(200):
+        later.append(judge.looks(1))
+        judge.observe(1, (faster if later[-1] else 1.0) * dice.uniform(0.9, 1.1))
+    assert sum(later) / len(later) == share
+    tried = []
+    for _ in range(256):
+        tried.append(judge.looks(1))
+        judge.observe(1, 1.0)
+    assert True in tried and False in tried  # it is tried again
+
+
+def test_a_clear_loss_is_seen_after_few_passes():
+    judge, lost = LookAheadJudge(LookAhead.AUTO), 0
+    for number in range(100):
+        looks = judge.looks(4)
+        lost += looks
+        judge.observe(4, (1.6 if looks else 1.0) + 0.1 * (number % 3))
+    assert lost == 6
+    assert [LookAheadJudge(mode).looks(1) for mode in (LookAhead.ON, LookAhead.OFF)] == [
+        True,
+        False,
+    ]
+
+
+def test_where_it_has_no_effect_it_is_refused(make_tiny, tiny_model, monkeypatch):
+    with pytest.raises(ConfigError, match="with --expert-slots 0 layers are whole"):
+        RuntimeConfig(expert_slots=0, **AHEAD)
+    for folder in (tiny_model, make_mixture(make_tiny)):  # with room for all of it
+        with pytest.raises(ConfigError, match="--look-ahead on has no effect on"):
+            engine_for(folder, **AHEAD).__enter__()
+
+
+def test_a_router_that_cannot_be_asked_alone_is_left_out(make_tiny, monkeypatch):
+    def refuse(self, hidden):
+        raise TypeError("missing 1 required positional argument")
+
+    monkeypatch.setattr(experts_module.NextRouter, "__call__", refuse)
+    folder = make_mixture(make_tiny)
+    with pytest.raises(ConfigError, match="--look-ahead on: no router of qwen3_moe models"):
+        engine_for(folder, expert_slots=9, **AHEAD).__enter__()
+    with engine_for(folder, expert_slots=9) as engine:
+        assert generate(engine, tokens=6) == resident_answers(folder)[1]
+        assert engine.runner.experts.counts.unused == 0
