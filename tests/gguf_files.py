@@ -13,10 +13,11 @@ import torch
 from quantised import save_aligned
 from safetensors.torch import load_file
 
-from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 from offload_rt.model.gguf.types import TYPES
 
 CODES = {kind.name: code for code, kind in TYPES.items()}
+FORMS = {block_name(form): form for form in BLOCKS}
 ARRAY = 9
 TOP = {
     "model.embed_tokens.weight": "token_embd.weight",
@@ -173,14 +174,62 @@ def paired(rows, heads):
     return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
-def name_in_gguf(name):
+ARCHITECTURES = {"gemma3_text": "gemma3", "mixtral": "llama", "qwen3_moe": "qwen3moe"} | {
+    "qwen2_moe": "qwen2moe"
+}
+GEMMA = {
+    "post_attention_layernorm": "post_attention_norm",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
+}
+MIXTURE = {"gate": "ffn_gate_inp", "shared_expert_gate": "ffn_gate_inp_shexp"}
+SHARED = {each: f"{PARTS[each]}_shexp" for each in ("gate_proj", "up_proj", "down_proj")}
+EXPERTS = {"gate_proj": "gate", "w1": "gate", "up_proj": "up", "w3": "up"} | {
+    "down_proj": "down",
+    "w2": "down",
+}
+
+
+SETTINGS = {
+    "expert_count": "num_experts",
+    "expert_used_count": "num_experts_per_tok",
+    "expert_feed_forward_length": "moe_intermediate_size",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    "attention.sliding_window": "sliding_window",
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+
+
+def name_in_gguf(name, kind):
     if name in TOP:
         return TOP[name]
     words = name.split(".")
-    return f"blk.{words[2]}.{PARTS[words[-2]]}.{words[-1]}"
+    if "experts" in words:
+        return f"blk.{words[2]}.ffn_{EXPERTS[words[-2]]}.{words[-3]}.{words[-1]}"
+    parts = PARTS | (GEMMA if kind.startswith("gemma") else MIXTURE)
+    parts |= SHARED if "shared_expert" in words else {}
+    return f"blk.{words[2]}.{parts[words[-2]]}.{words[-1]}"
 
 
-def write_gguf(source, path, types, *, tokenizer=None, more=(), plain="F32"):
+def of_all_experts(tensors):
+    """The tensors with those of each expert of a layer put into one."""
+    made, found = {}, []
+    for name, form, shape, data in tensors:
+        words = name.split(".")
+        if len(words) < 5:
+            found.append((name, form, shape, data))
+            continue
+        key = f"{'.'.join(words[:3])}_exps.weight"
+        made.setdefault(key, {})[int(words[3])] = (form, shape, data)
+    for key, each in made.items():
+        form, shape, _ = each[0]
+        data = b"".join(each[number][2] for number in sorted(each))
+        found.append((key, form, (len(each), *shape), data))
+    return found
+
+
+def write_gguf(source, path, types, *, tokenizer=None, more=(), plain="F32", apart=False):  # noqa: C901
     """Write a plain model as a GGUF file, and beside it the plain model of the same numbers.
 
     Args:
@@ -190,6 +239,7 @@ def write_gguf(source, path, types, *, tokenizer=None, more=(), plain="F32"):
         tokenizer: metadata of one.
         more: other metadata and tensors.
         plain: type of matrices that are no blocks.
+        apart: each expert's matrices are tensors of their own, as in the first files.
 
     Returns:
         The file and the plain model's folder.
@@ -202,20 +252,27 @@ def write_gguf(source, path, types, *, tokenizer=None, more=(), plain="F32"):
         part = name.split(".")[-2]
         form = next((types[word] for word in types if word in part), None)
         number = numbers[name] = tensor.float().contiguous()
-        turn = heads.get(part) if kind == "llama" else None
-        if form is not None and tensor.dim() == 2 and name.endswith("weight"):
-            data = random_blocks(Form(form.lower()), *tensor.shape, generator)
-            numbers[name] = torch.from_numpy(formula(Form(form.lower()), data))
+        turn = heads.get(part) if kind in ("llama", "mixtral") else None
+        kept = part.endswith("gate") or not name.endswith("weight")  # of routers
+        if form is not None and tensor.dim() == 2 and not kept:
+            data = random_blocks(FORMS[form], *tensor.shape, generator)
+            numbers[name] = torch.from_numpy(formula(FORMS[form], data))
         elif tensor.dim() == 2 and plain != "F32":
             dtype = {"F16": torch.float16, "BF16": torch.bfloat16}[plain]
             numbers[name] = number.to(dtype).float()
             form, data = plain, number.to(dtype).view(torch.int16).numpy()
         else:
             form, data = "F32", number.numpy()
+            data = data + 1 if kind.startswith("gemma") and name.endswith("norm.weight") else data
+        if name.endswith("norm.weight") and kind.startswith("gemma"):
+            numbers[name] = torch.from_numpy(data - np.float32(1))
         data = paired(data, turn) if turn else data
-        tensors.append((name_in_gguf(name), form, tuple(tensor.shape), data.tobytes()))
+        shape = tensor.shape[1:] if part == "shared_expert_gate" else tensor.shape
+        tensors.append((name_in_gguf(name, kind), form, tuple(shape), data.tobytes()))
+    tensors = tensors if apart else of_all_experts(tensors)
     for extra in dict(more).pop("tensors", ()):
         tensors.append(extra)
+    kind = ARCHITECTURES.get(kind, kind)
     settings = {
         "general.architecture": kind,
         f"{kind}.block_count": config["num_hidden_layers"],
@@ -229,6 +286,12 @@ def write_gguf(source, path, types, *, tokenizer=None, more=(), plain="F32"):
     if config.get("head_dim"):
         settings[f"{kind}.attention.key_length"] = config["head_dim"]
         settings[f"{kind}.attention.value_length"] = config["head_dim"]
+    base = (config.get("rope_parameters") or {}).get("rope_theta")
+    if base is not None:
+        settings[f"{kind}.rope.freq_base"] = float(base)
+    for key, word in SETTINGS.items():
+        if config.get(word) is not None:
+            settings[f"{kind}.{key}"] = config[word]
     settings |= (tokenizer or {}) | {k: v for k, v in dict(more).items() if k != "tensors"}
     path.parent.mkdir(parents=True, exist_ok=True)
     settings["general.alignment"] = 64  # as memory has it: fp32 kernels sum by alignment

@@ -126,7 +126,52 @@ MIXED = {  # as Q4_K_M files are: few types, which differ by matrix and layer
     "embed": "Q6_K",
 }
 SMALL = {"gate": "Q4_0", "up_proj": "Q4_1", "down": "Q5_1", "q_proj": "Q8_0", "lm_head": "Q8_0"}
-RUNS = {"llama": MIXED, "qwen2": SMALL, "qwen3": SMALL | {"k_proj": "Q5_0"}, "phi3": MIXED}
+OTHERS = {  # as files of few bits are
+    "q_proj": "IQ4_XS",
+    "v_proj": "Q3_K",
+    "o_proj": "Q4_0",
+    "gate_proj": "Q2_K",
+    "up_proj": "IQ4_NL",
+    "down_proj": "Q3_K",
+    "w": "Q4_K",
+    "lm_head": "Q6_K",
+}
+RUNS = {
+    "llama": MIXED,
+    "qwen2": SMALL,
+    "qwen3": SMALL | {"k_proj": "Q5_0"},
+    "phi3": MIXED,
+    "gemma2": OTHERS,
+    "gemma3_text": MIXED,
+    "mixtral": OTHERS,
+    "qwen2_moe": OTHERS,
+    "qwen3_moe": OTHERS | {"down_proj": "MXFP4"},
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+OWN = {
+    "gemma2": {"head_dim": 64, "sliding_window": 4, "query_pre_attn_scalar": 64},
+    "gemma3_text": {
+        "head_dim": 64,
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 64,
+        "rope_theta": 5e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 256},
+    "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
+}
+SAID = {
+    "gemma3_text": {
+        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.rope.freq_base": 5e4,
+        "gemma3.rope.scaling.type": "linear",
+        "gemma3.rope.scaling.factor": 8.0,
+    },
+    "mixtral": {"llama.expert_count": 4},
+    "qwen3_moe": {"qwen3moe.expert_count": 4},
+}
 SHAPE = {"hidden_size": 256, "intermediate_size": 256, "num_hidden_layers": 2, "pad_token_id": 0}
 
 
@@ -138,7 +183,9 @@ def files(make_tiny, tmp_path_factory):
         key = json.dumps([family, options])
         if key not in made:
             tied = RUNS[family] is MIXED
-            source = make_tiny(family, tokenizer=True, tie_word_embeddings=tied, **SHAPE)
+            shape = SHAPE | OWN.get(family, {})
+            source = make_tiny(family, tokenizer=True, tie_word_embeddings=tied, **shape)
+            options.setdefault("more", SAID.get(family, {}))
             path = tmp_path_factory.mktemp("gguf") / f"tiny-{family}.gguf"
             made[key] = write_gguf(
                 source, path, RUNS[family], tokenizer=tokenizer_settings(source), **options
@@ -190,6 +237,23 @@ def test_plain_numbers_are_read_too(make_tiny, tmp_path, plain):
         assert torch.equal(all_logits(engine), expected)
 
 
+def test_experts_of_the_first_files_lie_apart(make_tiny, tmp_path):
+    """A tensor of each, as files had them before 2024-04: the same names, shapes and bytes."""
+    source, read = make_tiny("mixtral", **SHAPE | OWN["mixtral"]), []
+    for apart in (False, True):
+        path = tmp_path / str(apart) / "a.gguf"
+        write_gguf(source, path, OTHERS, more=SAID["mixtral"], apart=apart)
+        data, found = path.read_bytes(), open_checkpoint(resolve_model(str(path)))
+        read.append(
+            {
+                name: (extent.shape, data[extent.offset : extent.offset + extent.nbytes])
+                for name, extent in found.tensors.items()
+            }
+        )
+        assert {s.form for s in found.stored.values() if s.of_expert} == {Form.Q4_K}
+    assert read[0] == read[1]
+
+
 def test_a_gguf_file_drafts(files):
     """For itself and for the model it is the numbers of; a row out of place would not."""
     path, plain = files("llama")
@@ -232,6 +296,9 @@ def refused(tmp_path, data, name="a.gguf"):
     return said
 
 
+OF_EXPERTS = settings_of(llama__expert_count=4, llama__expert_used_count=2)
+QUARTER = bytes(32 * 8 * 4)
+GEMMA = settings_of("gemma3", gemma3__attention__sliding_window=8)
 REFUSED = {
     "version 1": (gguf_bytes({}, [], version=1), "is of version 1: read are versions 2 and 3"),
     "big endian": (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "is big endian, version 3"),
@@ -241,11 +308,33 @@ REFUSED = {
     "no network": (gguf_bytes({}, []), "general.architecture is None"),
     "another network": (
         gguf_bytes({"general.architecture": "mamba"}, [EMBEDDING]),
-        "network of kind 'mamba' (1.00 KiB): read from GGUF are llama, qwen2, qwen3, phi3",
+        "network of kind 'mamba' (1.00 KiB): read from GGUF are llama, qwen2, qwen3, gemma2",
     ),
     "experts": (
-        gguf_bytes(settings_of(llama__expert_count=8), [EMBEDDING]),
-        "network of kind 'llama with experts'",
+        gguf_bytes(settings_of("qwen2", qwen2__expert_count=8), [EMBEDDING]),
+        "network of kind 'qwen2 with experts'",
+    ),
+    "one expert's matrix as all": (
+        gguf_bytes(OF_EXPERTS, [EMBEDDING, ("blk.0.ffn_up_exps.weight", "F32", (32, 8), QUARTER)]),
+        "ffn_up_exps.weight' is [32, 8], expected are up to 4096 matrices",
+    ),
+    "countless experts": (
+        gguf_bytes(
+            OF_EXPERTS, [EMBEDDING, ("blk.0.ffn_up_exps.weight", "F32", (8192, 1, 1), bytes(2**15))]
+        ),
+        "ffn_up_exps.weight' is [8192, 1, 1], expected are up to 4096 matrices",
+    ),
+    "scaling of Gemma": (
+        gguf_bytes(GEMMA | {"gemma3.rope.scaling.type": "yarn"}, [EMBEDDING]),
+        "scales rotary positions by 'yarn': not supported",
+    ),
+    "no sliding layers": (
+        gguf_bytes(GEMMA | {"gemma3.attention.sliding_window_pattern": 0}, [EMBEDDING]),
+        "has one layer in 0 of 1 that sees all: not supported",
+    ),
+    "a norm of few bits": (
+        gguf_bytes(GEMMA, [EMBEDDING, ("output_norm.weight", "BF16", (32,), bytes(64))]),
+        "'output_norm.weight' is BF16 [32], a norm is a row of F32",
     ),
     "type that is not read": (
         gguf_bytes(settings_of(), [EMBEDDING, ("output.weight", "IQ2_S", (8, 256), bytes(656))]),

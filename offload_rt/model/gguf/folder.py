@@ -2,8 +2,9 @@
 
 All of the package, and transformers' tokenizers, read folders. So what files say of the network and
 its text is written once as the `config.json` and the tokenizer's files that the model would have
-had, into the cache, beside links to the files themselves. Weights are read from there, where they
-lie. Files that change get another folder; those whose files are gone are removed.
+had, into the cache, beside links to the files themselves, and norms that files have otherwise
+(Gemma's). All other weights are read from the files, where they lie. Files that change get another
+folder; those whose files are gone are removed.
 """
 
 import hashlib
@@ -17,8 +18,8 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.folders import cache_folder
 from offload_rt.model.files import read_json_object, shown
-from offload_rt.model.gguf.network import describe
-from offload_rt.model.gguf.tensors import files_of, read_files
+from offload_rt.model.gguf.network import describe, family_of
+from offload_rt.model.gguf.tensors import NORMS, files_of, norms_of, read_files
 from offload_rt.model.gguf.tokenizer import ARRAYS, describe_text
 
 _log = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ _log = logging.getLogger(__name__)
 ENDING = ".gguf"
 MANIFEST = "offload_rt_gguf.json"
 _MANIFEST_BYTES = 2**20
-_VERSION = 1  # of what is written; another one is written anew
+_VERSION = 2  # of what is written; another one is written anew
 _PLACE = "gguf"
 _SHOWN = 4
 
@@ -59,11 +60,18 @@ def gguf_folder(path: Path) -> Path:
     config = describe(path, first.metadata, tensors)
     texts = describe_text(path, first.metadata)
     config |= texts.config
-    written = {
+    values = {
         "config.json": config,
         **texts.files,
         MANIFEST: {"version": _VERSION, "files": names},
     }
+    written = {
+        name: json.dumps(value, ensure_ascii=False).encode() for name, value in values.items()
+    }
+    family = family_of(first.metadata)
+    assert family is not None  # or it would not have been described
+    if (norms := norms_of(path.parent, family, tensors)) is not None:
+        written[NORMS] = norms
     return _write(place, path.parent, names, written)
 
 
@@ -126,9 +134,7 @@ def _key(folder: Path, names: Sequence[str]) -> str:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]
 
 
-def _write(
-    place: Path, folder: Path, names: Sequence[str], written: dict[str, dict[str, object]]
-) -> Path:
+def _write(place: Path, folder: Path, names: Sequence[str], written: dict[str, bytes]) -> Path:
     """Make the folder, which appears whole."""
     from offload_rt.writing import give_names, make_folder, temporary_folder  # and safetensors
 
@@ -141,7 +147,7 @@ def _write(
             for name in names:
                 os.symlink(os.path.realpath(folder / name), made / name)
             for name, value in written.items():
-                (made / name).write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+                (made / name).write_bytes(value)
             give_names(temporary, parent, [place.name])
     except (OSError, ConfigError) as error:
         if (place / MANIFEST).is_file():  # another process was faster

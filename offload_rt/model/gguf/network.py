@@ -2,7 +2,9 @@
 
 llama.cpp numbers layers as `blk.N` and says sizes by the name of an architecture. It keeps the rows
 of queries and keys of `llama` in another order than transformers: one of each half of a head by
-turns (`Stored.heads`). Factors of rotary frequencies are tensors there and numbers here.
+turns (`Stored.heads`). Factors of rotary frequencies are tensors there and numbers here. Matrices
+of all experts of a layer are one tensor there, and so of many names here. Norms of Gemma have the
+one in them that transformers adds.
 """
 
 import math
@@ -30,7 +32,10 @@ _TOP = {
 _FREQUENCIES = "rope_freqs.weight"  # of llama
 _LONG, _SHORT = "rope_factors_long.weight", "rope_factors_short.weight"  # of phi3
 _SETTINGS = (_FREQUENCIES, _LONG, _SHORT)
-_LAYER = re.compile(r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>\w+)\.(?P<word>weight|bias)")
+_LAYER = re.compile(
+    r"blk\.(?P<layer>0|[1-9][0-9]{0,3})\.(?P<part>\w+)(?:\.(?P<expert>0|[1-9][0-9]{0,3}))?"
+    r"\.(?P<word>weight|bias)"
+)
 _NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
 _ATTENTION = {
     "attn_q": "self_attn.q_proj",
@@ -40,7 +45,39 @@ _ATTENTION = {
 }
 _GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
 _PLAIN = _NORMS | _ATTENTION | _GATED
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_EACH = "{}"  # the number of an expert
+_OF_EXPERTS = "_exps."  # in the name of a tensor of all
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": f"mlp.experts.{_EACH}.gate_proj",
+    "ffn_up_exps": f"mlp.experts.{_EACH}.up_proj",
+    "ffn_down_exps": f"mlp.experts.{_EACH}.down_proj",
+}
+_MIXTRAL = {
+    "ffn_gate_inp": "block_sparse_moe.gate",
+    "ffn_gate_exps": f"block_sparse_moe.experts.{_EACH}.w1",
+    "ffn_up_exps": f"block_sparse_moe.experts.{_EACH}.w3",
+    "ffn_down_exps": f"block_sparse_moe.experts.{_EACH}.w2",
+}
+_SHARED = {
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+}
+_GEMMA = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+# Layers of the largest Gemma of each kind, whose queries are scaled by another size than others'.
+_LARGEST_GEMMA = {"gemma2": 46, "gemma3": 62}
+_GEMMA_LOCAL_BASE = 10000.0  # of Gemma 3's rotary positions in sliding layers
+_EXPERTS_LIMIT = 2**12
 _FACTORS_LIMIT = 2**13
+_PATTERN_LIMIT, _LAYERS_LIMIT = 2**10, 10**4
 _SCALING = ("type", "factor", "original_context_length", "finetuned")  # what is known of it
 # Llama 3.1 and 3.2: what their published configurations have, from which files have factors only.
 _LLAMA3 = {
@@ -52,7 +89,7 @@ _NEAR = 1e-5  # of factors that went through fp32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Family:
+class Family:
     """A family that is read.
 
     Attributes:
@@ -60,6 +97,7 @@ class _Family:
         parts: of a layer, by their names there.
         biased: those that have a bias.
         paired: rows of queries and keys come in pairs.
+        raised: norms have the one in them that transformers adds.
         more: settings beyond those of all.
     """
 
@@ -67,6 +105,7 @@ class _Family:
     parts: Mapping[str, str] = field(default_factory=lambda: _PLAIN)
     biased: Sequence[str] = ()
     paired: bool = False
+    raised: bool = False
     more: Callable[["_Settings"], _CONFIG] = lambda settings: {}
 
 
@@ -76,7 +115,7 @@ class _Settings:
     def __init__(
         self, path: Path, metadata: Mapping[str, Value], tensors: Sequence[GgufTensor]
     ) -> None:
-        self.path, self._metadata = path, metadata
+        self.path, self.metadata = path, metadata
         self.tensors = {tensor.name: tensor for tensor in tensors}
         self.architecture = self.text(ARCHITECTURE)
 
@@ -84,7 +123,7 @@ class _Settings:
         return CheckpointError(f"{self.path}: {what}")
 
     def text(self, key: str, default: str | None = None) -> str:
-        value = self._metadata.get(key, default)
+        value = self.metadata.get(key, default)
         if not isinstance(value, str):
             raise self.error(f"{key} is {shown(value)}, expected a name: take another conversion")
         return value
@@ -116,7 +155,7 @@ class _Settings:
             CheckpointError: there are settings of it that are not known here.
         """
         begin = f"{self.architecture}.rope.scal"
-        for key in self._metadata:
+        for key in self.metadata:
             if key.startswith(begin) and key.rpartition(".")[2] not in _SCALING:
                 raise self.error(f"has {shown(key)}, which is not known here: not supported")
         return self.text(f"{self.architecture}.rope.scaling.type", "none")
@@ -141,7 +180,7 @@ class _Settings:
         return found
 
     def _of(self, key: str, default: Value | None) -> Value | None:
-        return self._metadata.get(f"{self.architecture}.{key}", default)
+        return self.metadata.get(f"{self.architecture}.{key}", default)
 
 
 def describe(
@@ -174,7 +213,12 @@ def describe(
         "model_type": family.model_type,
         "num_hidden_layers": settings.whole("block_count"),
         "hidden_size": hidden,
-        "intermediate_size": settings.whole("feed_forward_length"),
+        "intermediate_size": settings.whole(
+            "feed_forward_length",
+            settings.whole("expert_feed_forward_length")
+            if settings.has("expert_feed_forward_length")
+            else None,
+        ),
         "num_attention_heads": heads,
         "num_key_value_heads": settings.whole("attention.head_count_kv", heads),
         "head_dim": size,
@@ -191,41 +235,57 @@ def describe(
     return config
 
 
-def pairs_of(metadata: Mapping[str, Value]) -> bool:
-    """Whether rows of queries and keys come in pairs."""
-    return _FAMILIES[str(metadata[ARCHITECTURE])].paired
+def family_of(metadata: Mapping[str, Value]) -> Family | None:
+    """The family of a file's network; None: it is not read."""
+    name = str(metadata.get(ARCHITECTURE))
+    return (_MIXTURES if metadata.get(f"{name}.expert_count") else _FAMILIES).get(name)
 
 
-def name_of(path: Path, architecture: str, tensor: str) -> str | None:
-    """What transformers calls a tensor; None: it is a setting.
+def names_of(path: Path, family: Family, tensor: GgufTensor) -> list[str]:
+    """What transformers calls a tensor, or each of the equal parts it consists of.
+
+    Returns:
+        Nothing for a setting; of a tensor of all experts a name of each.
 
     Raises:
-        CheckpointError: the network of this architecture has no such tensor.
+        CheckpointError: the network of this family has no such tensor.
     """
-    family = _FAMILIES[architecture]
-    if tensor in _SETTINGS:
-        return None
-    if tensor in _TOP:
-        return _TOP[tensor]
-    match = _LAYER.fullmatch(tensor)
-    part = family.parts.get(match["part"]) if match else None
-    if match is None or part is None or (match["word"] == "bias" and part not in family.biased):
+    if tensor.name in _SETTINGS:
+        return []
+    if tensor.name in _TOP:
+        return [_TOP[tensor.name]]
+    match = _LAYER.fullmatch(tensor.name)
+    part, count = None, 1
+    if match and match["expert"]:  # a tensor of each, as files of the first months have them
+        part = family.parts.get(f"{match['part']}_exps", "").replace(_EACH, match["expert"])
+    elif match:
+        part = family.parts.get(match["part"])
+    if match is None or not part or (match["word"] == "bias" and part not in family.biased):
         raise CheckpointError(
-            f"{path}: tensor {shown(tensor)} is none of those that {architecture} is known to have "
-            "here: this network is not supported, take the model it was made from"
+            f"{path}: tensor {shown(tensor.name)} is none of those that {family.model_type} is "
+            "known to have here: this network is not supported, take the model it was made from"
         )
-    return f"model.layers.{match['layer']}.{part}.{match['word']}"
+    if _EACH in part:
+        count = tensor.shape[0]
+        if len(tensor.shape) != 3 or count > _EXPERTS_LIMIT:
+            raise CheckpointError(
+                f"{path}: tensor {shown(tensor.name)} is {list(tensor.shape)}, expected are up to "
+                f"{_EXPERTS_LIMIT} matrices: the file is damaged, download it again"
+            )
+    begin = f"model.layers.{match['layer']}."
+    return [f"{begin}{part.replace(_EACH, str(n))}.{match['word']}" for n in range(count)]
 
 
-def _family(settings: _Settings) -> _Family:
-    family = _FAMILIES.get(settings.architecture)
-    mixture = settings.has("expert_count") and settings.whole("expert_count") > 0
-    if family is None or mixture:
+def _family(settings: _Settings) -> Family:
+    family = family_of(settings.metadata)
+    if family is None:
+        mixture = settings.has("expert_count") and settings.whole("expert_count") > 0
         what = f"{settings.architecture} with experts" if mixture else settings.architecture
         size = format_size(sum(tensor.nbytes for tensor in settings.tensors.values()))
         raise settings.error(
             f"holds a network of kind {shown(what)} ({size}): read from GGUF are "
-            f"{', '.join(_FAMILIES)}, so take the model it was made from, as safetensors"
+            f"{', '.join(_FAMILIES)}, and with experts {', '.join(_MIXTURES)}, so take the model "
+            "it was made from, as safetensors"
         )
     return family
 
@@ -235,7 +295,8 @@ def _check_types(settings: _Settings) -> None:
     unread: dict[str, int] = {}
     for tensor in settings.tensors.values():
         kind = tensor.type
-        if not kind.is_read or (kind.form is not None and len(tensor.shape) != 2):
+        sides = len(tensor.shape) - (_OF_EXPERTS in tensor.name)
+        if not kind.is_read or (kind.form is not None and sides != 2):
             unread[kind.name] = unread.get(kind.name, 0) + tensor.nbytes
     if unread:
         found = ", ".join(f"{name} ({format_size(n)})" for name, n in sorted(unread.items()))
@@ -254,7 +315,7 @@ def _dtype(tensors: Sequence[GgufTensor]) -> str:
     """The number format to compute in: that of most plain matrices, of blocks bf16."""
     nbytes: dict[str, int] = {}
     for tensor in tensors:
-        if len(tensor.shape) == 2:
+        if len(tensor.shape) > 1:
             code = tensor.type.dtype or "BF16"
             nbytes[code] = nbytes.get(code, 0) + tensor.nbytes
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -366,17 +427,83 @@ def _phi3(settings: _Settings) -> _CONFIG:
     return config
 
 
-_FAMILIES: Mapping[str, _Family] = {
-    "llama": _Family(model_type="llama", paired=True, more=_scaled),
-    "qwen2": _Family(
-        model_type="qwen2", biased=[_ATTENTION[f"attn_{part}"] for part in "qkv"], more=_scaled
+def _gemma(settings: _Settings) -> _CONFIG:
+    """Sliding layers, soft caps, and what queries are scaled by."""
+    _whole_heads(settings)
+    _refuse_factors(settings, _FREQUENCIES, _LONG, _SHORT)
+    third = settings.architecture == "gemma3"
+    layers, hidden = settings.whole("block_count"), settings.whole("embedding_length")
+    heads = max(1, settings.whole("attention.head_count"))
+    size = settings.whole("attention.key_length", hidden // heads)
+    every = settings.whole("attention.sliding_window_pattern", 6 if third else 2)
+    if not 1 <= every <= _PATTERN_LIMIT or layers > _LAYERS_LIMIT:
+        raise settings.error(f"has one layer in {every} of {layers} that sees all: not supported")
+    largest = layers == _LARGEST_GEMMA[settings.architecture]
+    kinds = ("sliding_attention", "full_attention")
+    config: dict[str, object] = {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "query_pre_attn_scalar": hidden // heads if largest else size,
+        "sliding_window": settings.whole("attention.sliding_window"),
+        "layer_types": [kinds[(layer + 1) % every == 0] for layer in range(layers)],
+        "attn_logit_softcapping": None if third else settings.number("attn_logit_softcapping"),
+        "final_logit_softcapping": settings.number("final_logit_softcapping")
+        if settings.has("final_logit_softcapping")
+        else None,
+        "pad_token_id": None,  # the class has one, which other vocabularies lack
+    }
+    kind = settings.scaling()
+    if kind not in (("none", "linear") if third else ("none",)):
+        raise settings.error(f"scales rotary positions by {shown(kind)}: not supported")
+    if third:
+        config["rope_theta"] = settings.number("rope.freq_base", 1e6)
+        config["rope_local_base_freq"] = settings.number("rope.freq_base_swa", _GEMMA_LOCAL_BASE)
+    if kind == "linear":
+        config["rope_scaling"] = {
+            "rope_type": "linear",
+            "factor": settings.number("rope.scaling.factor"),
+        }
+    return config
+
+
+def _of_experts(count: str, normalised: bool | None) -> Callable[[_Settings], _CONFIG]:
+    """Numbers of experts.
+
+    Args:
+        count: what transformers calls it.
+        normalised: the weights of a token's experts add up to one; None: always.
+    """
+
+    def more(settings: _Settings) -> _CONFIG:
+        config = {
+            **_scaled(settings),
+            count: settings.whole("expert_count"),
+            "num_experts_per_tok": settings.whole("expert_used_count"),
+        }
+        if normalised is None:
+            return config
+        inner = settings.whole("expert_feed_forward_length")
+        config |= {"moe_intermediate_size": inner, "norm_topk_prob": normalised}
+        shared = settings.whole("expert_shared_feed_forward_length", 0)
+        return config | ({"shared_expert_intermediate_size": shared} if shared else {})
+
+    return more
+
+
+_QKV = [_ATTENTION[f"attn_{part}"] for part in "qkv"]
+_FAMILIES: Mapping[str, Family] = {
+    "llama": Family(model_type="llama", paired=True, more=_scaled),
+    "qwen2": Family(model_type="qwen2", biased=_QKV, more=_scaled),
+    "qwen3": Family(model_type="qwen3", parts=_PLAIN | _HEAD_NORMS, more=_scaled),
+    "gemma2": Family(
+        model_type="gemma2", parts=_ATTENTION | _GATED | _GEMMA, raised=True, more=_gemma
     ),
-    "qwen3": _Family(
-        model_type="qwen3",
-        parts=_PLAIN | {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"},
-        more=_scaled,
+    "gemma3": Family(
+        model_type="gemma3_text",
+        parts=_ATTENTION | _GATED | _GEMMA | _HEAD_NORMS,
+        raised=True,
+        more=_gemma,
     ),
-    "phi3": _Family(
+    "phi3": Family(
         model_type="phi3",
         parts=_NORMS
         | {
@@ -386,5 +513,24 @@ _FAMILIES: Mapping[str, _Family] = {
             "ffn_down": "mlp.down_proj",
         },
         more=_phi3,
+    ),
+}
+_MIXTURES: Mapping[str, Family] = {
+    "llama": Family(
+        model_type="mixtral",
+        parts=_NORMS | _ATTENTION | _MIXTRAL,
+        paired=True,
+        more=_of_experts("num_local_experts", None),
+    ),
+    "qwen2moe": Family(
+        model_type="qwen2_moe",
+        parts=_NORMS | _ATTENTION | _EXPERTS | _SHARED,
+        biased=_QKV,
+        more=_of_experts("num_experts", normalised=False),
+    ),
+    "qwen3moe": Family(
+        model_type="qwen3_moe",
+        parts=_NORMS | _ATTENTION | _HEAD_NORMS | _EXPERTS,
+        more=_of_experts("num_experts", normalised=True),
     ),
 }

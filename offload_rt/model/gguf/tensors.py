@@ -1,17 +1,20 @@
 """The tensors of a model in GGUF files, named as transformers names them."""
 
+import json
 import re
+import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.files import FileIdentity, shown
+from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
 from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.gguf.container import GgufHeader, GgufTensor, Value, read_gguf
-from offload_rt.model.gguf.network import ARCHITECTURE, name_of, pairs_of
-from offload_rt.model.header import TensorExtent
+from offload_rt.model.gguf.network import ARCHITECTURE, Family, family_of, names_of
+from offload_rt.model.header import TensorExtent, read_header
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ENDING = ".gguf"
@@ -21,6 +24,9 @@ _HEADS = {
     "q_proj": "attention.head_count",
     "k_proj": "attention.head_count_kv",
 }
+_ROWS = "shared_expert_gate.weight"  # matrices of one row, which files have as vectors
+NORMS = "offload_rt_norms.safetensors"
+_ALIGNMENT = 64
 _PLAIN_BITS = {"F32": 32, "F16": 16, "BF16": 16}
 
 
@@ -97,24 +103,81 @@ def open_tensors(
         CheckpointError: a file is missing or damaged, or holds another network than is read.
     """
     first, headers = read_files(folder, names)
-    architecture = str(first.metadata.get(ARCHITECTURE))
+    family = family_of(first.metadata)
+    if family is None:
+        raise CheckpointError(f"{first.identity.path} was another file: give it again")
     tensors, by_part = dict[str, TensorExtent](), dict[str, Stored]()
     for header in headers:
         for tensor in header.tensors:
-            name = name_of(tensor.path, architecture, tensor.name)
-            if name is None:
-                continue
-            tensors[name] = extent = _extent(tensor, name)
-            heads = _heads(first.metadata, architecture, name, extent)
-            if tensor.type.form is not None or heads:
-                by_part[name] = _stored(tensor, extent, heads)
+            found = names_of(tensor.path, family, tensor)
+            for name, each in zip(found, _parts(tensor, len(found)), strict=True):
+                tensors[name] = extent = _extent(each, name)
+                heads = _heads(first.metadata, family, name, extent)
+                if each.type.form is not None or heads:
+                    by_part[name] = _stored(each, extent, heads)
     files = {header.identity.path: header.identity for header in headers}
+    if family.raised:
+        identity, norms = read_header(folder, NORMS)
+        files[identity.path] = identity
+        tensors |= {extent.name: extent for extent in norms}
     return tensors, files, StoredTensors(by_part, frozenset())
+
+
+def norms_of(folder: Path, family: Family, tensors: Sequence[GgufTensor]) -> bytes | None:
+    """A safetensors file of the norms as transformers has them; None: they are so in the files.
+
+    Args:
+        folder: the files are in.
+        family: of the network.
+        tensors: of all files.
+
+    Raises:
+        CheckpointError: a norm is of another type than is known, or not to be read.
+    """
+    if not family.raised:
+        return None
+    import numpy as np  # first runs of such files only
+
+    header, data = dict[str, object](), list[bytes]()
+    at = 0
+    for tensor in tensors:
+        (name, *_) = names_of(tensor.path, family, tensor) or [""]
+        if not name.endswith("norm.weight"):
+            continue
+        if tensor.type.dtype != "F32" or len(tensor.shape) != 1:
+            raise CheckpointError(
+                f"{tensor.path}: {shown(tensor.name)} is {tensor.type.name} {list(tensor.shape)}, "
+                "a norm is a row of F32: take another conversion"
+            )
+        with open_inside(folder, tensor.path.name) as file:
+            numbers = np.frombuffer(file.read(tensor.nbytes, tensor.offset), "<f4")
+        data.append((numbers - np.float32(1)).tobytes())
+        places = [at, at + tensor.nbytes]
+        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
+        at = places[1]
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    return b"".join([struct.pack("<Q", len(text)), text, *data])
+
+
+def _parts(tensor: GgufTensor, count: int) -> list[GgufTensor]:
+    """A tensor, or the matrices of each expert in one of all."""
+    if len(tensor.shape) != 3 or not count:
+        return [tensor] * count
+    nbytes = tensor.nbytes // count
+    return [
+        replace(
+            tensor, shape=tensor.shape[1:], offset=tensor.offset + number * nbytes, nbytes=nbytes
+        )
+        for number in range(count)
+    ]
 
 
 def _extent(tensor: GgufTensor, name: str) -> TensorExtent:
     """The bytes of a tensor; those of blocks are U8 [O, bytes of a row]."""
     code, shape = tensor.type.dtype, tensor.shape
+    if name.endswith(_ROWS) and len(shape) == 1:
+        shape = (1, *shape)
     if code is None:
         code, shape = "U8", (*shape[:-1], tensor.nbytes // max(1, shape[0]))
     return TensorExtent(
@@ -127,17 +190,16 @@ def _extent(tensor: GgufTensor, name: str) -> TensorExtent:
     )
 
 
-def _heads(
-    metadata: Mapping[str, Value], architecture: str, name: str, extent: TensorExtent
-) -> int:
+def _heads(metadata: Mapping[str, Value], family: Family, name: str, extent: TensorExtent) -> int:
     """Of a weight whose rows come in pairs; 0: they are in order.
 
     Raises:
         CheckpointError: its rows are no whole heads.
     """
     key = _HEADS.get(name.rpartition(".")[0].rpartition(".")[2])
-    if key is None or not pairs_of(metadata):
+    if key is None or not family.paired:
         return 0
+    architecture = metadata[ARCHITECTURE]
     heads = metadata.get(
         f"{architecture}.{key}", metadata.get(f"{architecture}.{_HEADS['q_proj']}")
     )

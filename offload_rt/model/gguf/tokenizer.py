@@ -234,7 +234,7 @@ class _Vocabulary:
         known = [
             token
             for token, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
-            if kind == _CONTROL and text in _ENDS
+            if kind in (_CONTROL, _USER) and text in _ENDS  # some files have them as a user's
         ]
         return list(dict.fromkeys([*(token for token in stated if token is not None), *known]))
 
@@ -258,7 +258,7 @@ class _Vocabulary:
                 # Phi-3's own, which a file does not say
                 "rstrip": phi3 and text not in ("<unk>", "<s>", "<|endoftext|>"),
                 "normalized": False,
-                "special": kind != _USER,
+                "special": kind != _USER or text in _ENDS,
             }
             for token, (text, kind) in enumerate(zip(self.tokens, self.types, strict=True))
             if kind in (_UNKNOWN, _CONTROL, _USER) and text
