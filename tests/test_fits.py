@@ -2,14 +2,17 @@
 
 import dataclasses
 import json
+import os
 
 import pytest
 import torch
 
+from offload_rt.device.cuda import torch_driver
 from offload_rt.device.kinds import CPU
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model import fits, probe, sparing
+from offload_rt.model import network as network_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.exact import Looks
 from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
@@ -22,6 +25,7 @@ def command(monkeypatch, tmp_path):
     """Begin another command; what probes run then is counted in the result."""
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path))
     monkeypatch.setattr(sparing, "_asked", {"a command"})
+    monkeypatch.setattr(sparing, "_COMPUTES_SHAPES", {"sys"})  # is there, so nothing is forked
     ran, probed = [], probe._probed
 
     def begin():
@@ -117,6 +121,7 @@ def test_modules_are_made_without_drawing_on_meta(make_tiny, monkeypatch):
 def test_what_a_network_computes_is_looked_at_once_for_all_commands(command, make_tiny):
     command()
     network, looked = network_of(make_tiny("llama")), []
+    (fits.cache_folder() / "looks.json").unlink()  # of the probe, which looks as well
     found = Looks(problem="of a reason", regular=True, shapes=frozenset({(8, 16), (4, 2)}))
 
     def find():
@@ -127,3 +132,33 @@ def test_what_a_network_computes_is_looked_at_once_for_all_commands(command, mak
     assert first == again == found and len(looked) == 1
     network._model.config_of_another = torch.nn.Dropout()  # as formats put other modules there
     assert fits.looks(network._model, network._config, find) == found and len(looked) == 2
+
+
+def test_what_a_fork_finds_is_known_here_and_nothing_else_of_it(monkeypatch):
+    monkeypatch.setattr(sparing, "_asked", {"a command"})
+    monkeypatch.setattr(sparing, "_COMPUTES_SHAPES", {"what nobody imported"})
+    here = []
+
+    def find():
+        here.append(1)
+        return {"found": [len(here), os.getpid()]}
+
+    (count, who) = sparing.apart(find)["found"]
+    assert count == 1 and who != os.getpid() and not here
+
+    def refuse():
+        raise CheckpointError("of a reason")
+
+    with pytest.raises(CheckpointError, match="^of a reason$"):
+        sparing.apart(refuse)
+    parent = os.getpid()
+    assert sparing.apart(lambda: "here" if os.getpid() == parent else 1 / 0) == "here"
+    monkeypatch.setattr(torch_driver, "uses_gpu", lambda: True)
+    assert sparing.apart(os.getpid) == parent
+
+
+def test_a_first_command_keeps_what_the_fork_saw_of_products(command, make_tiny, monkeypatch):
+    command()
+    network = network_of(make_tiny("llama", rms_norm_eps=0.03125))
+    monkeypatch.setattr(network_module, "looks_of", lambda *_: pytest.fail("looked again"))
+    network.exact_problem(torch.device("cpu"))

@@ -35,7 +35,6 @@ from offload_rt.device.system import (
     give_back_code,
     give_back_holes,
     give_back_large_blocks,
-    imported_bytes,
     most_read,
     peak_rss_bytes,
     restart_peak,
@@ -380,7 +379,6 @@ class MemoryMeter:
         restart_peak()
         self._start_bytes, self._start_file_bytes = rss_bytes()
         self._most_file_bytes, self._next_look_s = self._start_file_bytes, 0.0
-        self._start_imported_bytes = imported_bytes()
         _, self._given_back = most_read(0)
 
     def look(self) -> None:
@@ -394,8 +392,7 @@ class MemoryMeter:
         self._most_file_bytes = max(self._most_file_bytes, rss_bytes()[1], read)
 
     def growth_bytes(self) -> int:
-        """Peak resident bytes above those at the start, without files and modules."""
+        """Peak resident bytes above those at the start, without files."""
         self._note_files()
         files = self._most_file_bytes - self._start_file_bytes
-        modules = imported_bytes() - self._start_imported_bytes
-        return max(0, peak_rss_bytes() - self._start_bytes - files - modules)
+        return max(0, peak_rss_bytes() - self._start_bytes - files)

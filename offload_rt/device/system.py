@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups, unescaped
+from offload_rt.errors import ConfigError
 
 _BF16_FLAGS = ("amx_bf16", "avx512_bf16", "avx_ne_convert", "bf16")
 # Of GNU's OpenMP (in turns of its loop; 300,000 by default) and of LLVM's. With 1,000 a pass of a
@@ -29,6 +30,7 @@ _MADV_DONTNEED, _MADV_HUGEPAGE, _MADV_COLLAPSE = 4, 14, 25
 _MAP_FIXED = 0x10  # likewise
 _FOR_GPUS = re.compile(r"/lib(cu|nv|nccl)[^/]*\.so[^/]*$")
 _TABLE_BYTES = 16 * 2**20  # smaller ones are not worth a file
+_TABLES, _COMPARED_BYTES = ".tables", 2**16
 _IN_MEMORY = ("tmpfs", "ramfs")
 _AREA = re.compile(  # of /proc/self/smaps, where a file is mapped
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) (?P<rights>\S{4}) \S+ \S+ \d+ +(?P<path>/.*)\n"
@@ -197,19 +199,6 @@ def give_back_holes() -> None:
 
 
 LIBRARIES = re.compile(r"\.so(\.[\d.]+)?$")  # for `give_back_code`
-_imported: list[int] = []  # bytes that modules took that were imported late
-
-
-def note_imported(nbytes: int) -> None:
-    """Say that importing took so much just now, while a device's memory may be counted."""
-    _imported.append(nbytes)
-
-
-def imported_bytes() -> int:
-    """What was noted so far."""
-    return sum(_imported)
-
-
 _read: list[int] = []  # bytes of files that were there when code was given back
 
 
@@ -262,9 +251,10 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
 def put_tables_aside(folder: Path) -> int:
     """Have what libraries for GPUs made of memory when they were loaded lie in a file instead.
 
-    cuBLASLt fills 81 MiB of tables, of which nothing is asked where no GPU is. In a file that has
-    no name they are the same bytes, also to whoever does ask, and memory that the system can take
-    back. Nobody may be writing there meanwhile, so call it before a GPU is used.
+    cuBLASLt fills 81 MiB of tables, of which nothing is asked where no GPU is. In a file they are
+    the same bytes, also to whoever does ask, and memory that the system can take back. All but 0.7
+    MiB of addresses are the same in every process, so the file is kept. Nobody may be writing there
+    meanwhile, so call it before a GPU is used.
 
     Args:
         folder: where the file is; made if it is not there.
@@ -278,34 +268,74 @@ def put_tables_aside(folder: Path) -> int:
         start, stop = (int(number, 16) for number in area.split("-"))
         behind = not path and inode == "0" and start == end and _FOR_GPUS.search(owner)
         if behind and rights == "rw-p" and stop - start >= _TABLE_BYTES:
-            with suppress(OSError):
-                _put_into_file(start, stop - start, folder)
+            with suppress(OSError, ConfigError):
+                _put_into_file(start, stop - start, folder / _tables_name(Path(owner)))
                 moved += stop - start
         owner, end = path[0] if path else owner, stop
     return moved
 
 
-def _put_into_file(start: int, nbytes: int, folder: Path) -> None:
-    """Replace private memory by a file of the same bytes, mapped so that writes stay private.
+def _tables_name(library: Path) -> str:
+    """Of the file for a library's tables: another for each build of it."""
+    import hashlib
+
+    stat = library.stat()
+    whose = f"{library.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+    return f"{library.name}-{hashlib.sha256(whose.encode()).hexdigest()[:16]}{_TABLES}"
+
+
+def _put_into_file(start: int, nbytes: int, path: Path) -> None:
+    """Replace private memory by a file that has its bytes, mapped so that writes stay private.
+
+    Pages that are others in the file stay memory. A file that is not there, or is of another size,
+    is written, and files of other libraries are removed.
 
     Raises:
-        OSError: there is no such file, as where files are memory; nothing was changed.
+        OSError: there is no such file, as where files are memory, or it has other bytes; nothing
+            was changed.
+        ConfigError: it cannot be written; likewise.
     """
     import mmap
-    import tempfile
 
-    folder.mkdir(parents=True, exist_ok=True)
-    if file_system(folder.resolve()) in _IN_MEMORY:
-        raise OSError(f"{folder} is in memory")
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.write(memoryview((ctypes.c_char * nbytes).from_address(start)))
-        file.flush()
+    from offload_rt.writing import replacing
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if file_system(path.parent.resolve()) in _IN_MEMORY:
+        raise OSError(f"{path} is in memory")
+    if not path.is_file() or path.stat().st_size != nbytes:
+        for old in path.parent.glob(f"*{_TABLES}"):
+            old.unlink(missing_ok=True)
+        with replacing(path, lasting=False) as made, made.open("wb") as written:
+            written.write(memoryview((ctypes.c_char * nbytes).from_address(start)))
+    with path.open("rb") as file:
+        with mmap.mmap(file.fileno(), nbytes, mmap.MAP_PRIVATE) as kept:
+            others = _other_pages(start, (ctypes.c_char * nbytes).from_buffer(kept))
+        if sum(map(len, others.values())) > nbytes // 2:
+            raise OSError(f"{path} has other bytes")
         map_file = ctypes.CDLL(None, use_errno=True).mmap
         map_file.restype = ctypes.c_void_p
         kinds = (mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_PRIVATE | _MAP_FIXED)
         numbers = (ctypes.c_void_p(start), ctypes.c_size_t(nbytes), *kinds, file.fileno())
         if map_file(*numbers, ctypes.c_long(0)) != start:
             raise OSError(ctypes.get_errno(), "a file of tables cannot be mapped")
+    for at, page in others.items():
+        ctypes.memmove(start + at, page, len(page))
+
+
+def _other_pages(start: int, kept: "ctypes.Array[ctypes.c_char]") -> dict[int, bytes]:
+    """Pages of memory that a file has otherwise, by their place."""
+    compare = ctypes.CDLL(None).memcmp
+    compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    there, nbytes = ctypes.addressof(kept), len(kept)
+    found = {}
+    for block in range(0, nbytes, _COMPARED_BYTES):
+        end = min(block + _COMPARED_BYTES, nbytes)
+        if compare(start + block, there + block, end - block):
+            for at in range(block, end, _PAGE_BYTES):
+                size = min(_PAGE_BYTES, end - at)
+                if compare(start + at, there + at, size):
+                    found[at] = ctypes.string_at(start + at, size)
+    return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

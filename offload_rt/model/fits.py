@@ -24,7 +24,7 @@ from offload_rt.kv.base import KVShape
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.exact import Looks
 from offload_rt.model.mixing import Mixer
-from offload_rt.model.sparing import is_spared
+from offload_rt.model.sparing import apart, is_spared
 
 _FITS, _LOOKS = "fits.json", "looks.json"
 _MOST_ENTRIES = 64
@@ -76,41 +76,18 @@ def _ours() -> tuple[str, ...]:
 
 def kept_fit(key: str) -> Fit | None:
     """What an earlier run found."""
-    return read_entries(cache_folder() / _FITS, _parsed).get(key)
+    return read_entries(cache_folder() / _FITS, fit_of).get(key)
 
 
 def keep_fit(key: str, fit: Fit) -> None:
     """Keep what was found for runs to come."""
     path = cache_folder() / _FITS
-    entries = {name: asdict(each) for name, each in read_entries(path, _parsed).items()}
+    entries = {name: asdict(each) for name, each in read_entries(path, fit_of).items()}
     write_entries(path, entries | {key: asdict(fit)}, _MOST_ENTRIES)
 
 
-def looks(model: torch.nn.Module, config: ModelConfig, find: Callable[[], Looks]) -> Looks:
-    """What a network computes, as an earlier command found it; else as `find` does."""
-    if not is_spared() or not type(model).__module__.startswith("transformers."):
-        return find()
-    kinds = sorted({f"{type(part).__module__}.{type(part).__name__}" for part in model.modules()})
-    dtype = next(model.parameters()).dtype
-    key = hashlib.sha256("\0".join([fit_key(config, dtype), *kinds]).encode()).hexdigest()
-    path = cache_folder() / _LOOKS
-    known = read_entries(path, _parsed_looks)
-    if (found := known.get(key)) is None:
-        found = known[key] = find()
-        entries = {
-            name: {"problem": each.problem, "regular": each.regular, "shapes": sorted(each.shapes)}
-            for name, each in known.items()
-        }
-        write_entries(path, entries, _MOST_ENTRIES)
-    return found
-
-
-def _parsed_looks(raw: Any) -> Looks:  # noqa: ANN401
-    shapes = frozenset((int(inputs), int(outputs)) for inputs, outputs in raw["shapes"])
-    return Looks(problem=str(raw["problem"]), regular=bool(raw["regular"]), shapes=shapes)
-
-
-def _parsed(raw: Any) -> Fit:  # noqa: ANN401
+def fit_of(raw: Any) -> Fit:  # noqa: ANN401
+    """What `asdict` made of one."""
     return Fit(
         tuple(KVShape(**shape) for shape in raw["kv"]),
         {str(name): int(count) for name, count in raw["experts"].items()},
@@ -118,3 +95,45 @@ def _parsed(raw: Any) -> Fit:  # noqa: ANN401
         int(raw["in_tuples"]),
         str(raw["apart"]),
     )
+
+
+def looks(model: torch.nn.Module, config: ModelConfig, find: Callable[[], Looks]) -> Looks:
+    """What a network computes, as an earlier command found it; else as `find` does."""
+    if not is_spared() or not type(model).__module__.startswith("transformers."):
+        return find()
+    known, key = _kept_looks(), _looks_key(model, config)
+    if key not in known:
+        known[key] = looks_in(apart(lambda: as_entry(find())))
+        _keep_looks(known)
+    return known[key]
+
+
+def keep_looks(model: torch.nn.Module, config: ModelConfig, found: Looks) -> None:
+    """Keep what `looks` will be asked for."""
+    _keep_looks(_kept_looks() | {_looks_key(model, config): found})
+
+
+def as_entry(looks: Looks) -> dict[str, object]:
+    """What JSON can hold of them; `looks_in` reads it."""
+    return {"problem": looks.problem, "regular": looks.regular, "shapes": sorted(looks.shapes)}
+
+
+def looks_in(raw: Any) -> Looks:  # noqa: ANN401
+    """What `as_entry` wrote."""
+    shapes = frozenset((int(inputs), int(outputs)) for inputs, outputs in raw["shapes"])
+    return Looks(problem=str(raw["problem"]), regular=bool(raw["regular"]), shapes=shapes)
+
+
+def _looks_key(model: torch.nn.Module, config: ModelConfig) -> str:
+    kinds = sorted({f"{type(part).__module__}.{type(part).__name__}" for part in model.modules()})
+    dtype = next(model.parameters()).dtype
+    return hashlib.sha256("\0".join([fit_key(config, dtype), *kinds]).encode()).hexdigest()
+
+
+def _kept_looks() -> dict[str, Looks]:
+    return dict(read_entries(cache_folder() / _LOOKS, looks_in))
+
+
+def _keep_looks(known: Mapping[str, Looks]) -> None:
+    entries = {name: as_entry(each) for name, each in known.items()}
+    write_entries(cache_folder() / _LOOKS, entries, _MOST_ENTRIES)

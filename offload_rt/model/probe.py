@@ -18,6 +18,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -27,13 +28,23 @@ from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import NO_KV, KVShape
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, MaskKind, PassContext, Segment
 from offload_rt.model.config import ModelConfig
+from offload_rt.model.exact import looks_of
 from offload_rt.model.experts import PROBE_NAME, Calls
-from offload_rt.model.fits import Fit, fit_key, keep_fit, kept_fit
+from offload_rt.model.fits import (
+    Fit,
+    as_entry,
+    fit_key,
+    fit_of,
+    keep_fit,
+    keep_looks,
+    kept_fit,
+    looks_in,
+)
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS, PreTrainedModel, masking_utils
 from offload_rt.model.probe_flow import PLACES, TOKENS, Reads
 from offload_rt.model.probe_states import AskedStates, probe_mixers
-from offload_rt.model.sparing import import_compiler, is_spared
+from offload_rt.model.sparing import apart, is_spared
 
 PROBE_TOKENS = 3
 _MASK_FUNCTION = re.compile(r"create_\w*mask\w*")
@@ -103,7 +114,7 @@ def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], config: Mod
         fit = kept_fit(kept_as) if keeps else None
         if fit is None or len(fit.kv) != len(layers):
             try:
-                fit = _probed(model, layers)
+                fit = _found_apart(model, layers, config) if keeps else _probed(model, layers)
             except CheckpointError as error:
                 family = config.part_of or config.model_type
                 raise CheckpointError(f"{family} models cannot be streamed: {error}") from error
@@ -111,6 +122,23 @@ def probe(model: torch.nn.Module, layers: Sequence[torch.nn.Module], config: Mod
                 keep_fit(kept_as, fit)
         _fit[key] = fit
     return _fit[key]
+
+
+def _found_apart(
+    model: torch.nn.Module, layers: Sequence[torch.nn.Module], config: ModelConfig
+) -> Fit:
+    """What the probe finds, in the fork that looks at what the modules compute too."""
+
+    def find() -> dict[str, object]:
+        fit = _probed(model, layers)
+        run = partial(run_on_shapes, model)
+        looks = None if fit.mixers else as_entry(looks_of(model, run, ()))
+        return {"fit": asdict(fit), "looks": looks}
+
+    found = apart(find)
+    if found["looks"] is not None:
+        keep_looks(model, config, looks_in(found["looks"]))
+    return fit_of(found["fit"])
 
 
 def run_on_shapes(model: torch.nn.Module) -> None:
@@ -182,7 +210,6 @@ def _meta_pass(
     model: torch.nn.Module, calls: Calls, states: PassStates, reads: Reads | None = None
 ) -> torch.Tensor:
     """Run a pass of `PROBE_TOKENS` tokens that computes shapes only; returns [1, R, V]."""
-    import_compiler()
     ids, places = (torch.zeros(1, PROBE_TOKENS, dtype=torch.int64, device="meta") for _ in range(2))
     wanted = torch.zeros(1, dtype=torch.int64, device="meta")
     if reads is not None:

@@ -5,27 +5,25 @@ processes; with both come sympy, onnx and triton: 80 MiB and 1.2 s of processor 
 (docs/RESULTS.md, "Memory beside the device memory"). A command line compiles nothing with torch and
 is one process, so there transformers is told that torch has no processes to spread over, as on
 macOS, and its marks are made without the compiler. What anything needs of the compiler besides is
-answered by the real one. A program that has us as a library keeps everything. No torch here at
-import.
+answered by the real one, in a process of its own where that can be (`apart`). NVIDIA's package for
+Python is left out, too: 8 MiB, of which torch has green contexts and notes on graphs. A program
+that has us as a library keeps everything. No torch here at import.
 """
 
+import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, NoReturn
 
-from offload_rt.device.system import (
-    LIBRARIES,
-    give_back_code,
-    note_imported,
-    restart_peak,
-    rss_bytes,
-)
+from offload_rt.errors import CheckpointError
 
 _COMPILER = "torch._dynamo"
+_BINDINGS = "cuda.bindings"
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # of functions, for the compiler
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
 _COMPUTES_SHAPES = {_COMPILER, "torch.fx.experimental.symbolic_shapes"}
@@ -33,8 +31,10 @@ _asked: set[str] = set()
 
 
 def spare_compiler() -> None:
-    """Say that this process is ours alone; call it before transformers' modelling is imported."""
+    """Say that this process is ours alone; call it before torch is imported."""
     _asked.add(_COMPILER)
+    if "torch" not in sys.modules:
+        sys.modules.setdefault(_BINDINGS, None)  # type: ignore[arg-type]
 
 
 def is_spared() -> bool:
@@ -43,16 +43,58 @@ def is_spared() -> bool:
 
 
 def import_compiler() -> None:
-    """Import now what a pass over shapes would; it does not count as a device's memory."""
-    if not is_spared() or sys.modules.keys() >= _COMPUTES_SHAPES:
-        return
-    taken, files = rss_bytes()
+    """Import now what a pass over shapes would."""
     for name in _COMPUTES_SHAPES:
         import_module(name)
-    give_back_code(LIBRARIES)
-    restart_peak()  # which had what was read of libraries just now
-    taken_then, files_then = rss_bytes()
-    note_imported(max(0, taken_then - files_then - taken + files))
+
+
+def apart(find: Callable[[], object]) -> Any:  # noqa: ANN401 - what JSON can hold
+    """What `find` returns, from a fork where it would import torch's compiler into this process.
+
+    The compiler takes 100 MiB for a pass or two over shapes; what a fork takes ends with it. Memory
+    that is read into or used by a GPU must not be forked, so call it before layers are copied.
+
+    Args:
+        find: makes passes over shapes; returns what JSON can hold.
+
+    Raises:
+        CheckpointError: it raised that.
+    """
+    from offload_rt.device.cuda.torch_driver import uses_gpu
+
+    if not is_spared() or sys.modules.keys() >= _COMPUTES_SHAPES or uses_gpu():
+        return find()
+    replies, sink = os.pipe()
+    child = os.fork()
+    if child == 0:
+        _reply(sink, find)
+    os.close(sink)
+    try:
+        with os.fdopen(replies, "rb") as source:
+            data = source.read()
+    finally:  # by Ctrl-C, too
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    if not data:  # it met something else, or was killed
+        return find()
+    reply = json.loads(data)
+    if "error" in reply:
+        raise CheckpointError(reply["error"])
+    return reply["value"]
+
+
+def _reply(sink: int, find: Callable[[], object]) -> NoReturn:
+    """Find it, write it, and end this process with nothing that its parent would do at its end."""
+    try:
+        try:
+            reply = {"value": find()}
+        except CheckpointError as error:
+            reply = {"error": str(error)}
+        with os.fdopen(sink, "wb") as file:
+            file.write(json.dumps(reply).encode())
+    finally:
+        os._exit(0)
 
 
 @contextmanager

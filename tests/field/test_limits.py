@@ -10,7 +10,7 @@ import os
 import re
 import subprocess
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -277,28 +277,48 @@ def test_what_is_given_back_between_two_looks_is_no_growth(tmp_path):
         assert meter.growth_bytes() < 32 * MIB
 
 
-def test_memory_put_into_a_file_has_the_same_bytes_and_is_no_memory_of_its_own(tmp_path):
-    """What libraries for GPUs made of memory is asked for by nobody, but must be there."""
-    data = os.urandom(MIB) * 32
+@contextmanager
+def private_memory(data):
+    """Its address, and it."""
     with mmap.mmap(-1, len(data), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
         memory[:] = data
         start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         gc.collect()  # the export is gone, so that the map can be closed
+        yield start, memory
+
+
+def test_memory_put_into_a_file_has_the_same_bytes_and_is_no_memory_of_its_own(tmp_path):
+    """What libraries for GPUs made of memory is asked for by nobody, but must be there."""
+    data = os.urandom(MIB) * 32
+    (old := tmp_path / "old.tables").write_bytes(b"of another library")
+    path = tmp_path / "a.tables"
+    with private_memory(data) as (start, memory):
         before = system.rss_bytes()[0]
-        system._put_into_file(start, len(data), tmp_path)
+        system._put_into_file(start, len(data), path)
         assert system.rss_bytes()[0] < before - 24 * MIB
         memory[0:2] = b"ab"  # private: the next ones are the file's
         assert memory[:2] == b"ab" and memory[2:] == data[2:]
-    assert not list(tmp_path.iterdir())
+    assert path.read_bytes() == data and not old.exists()
+    # Another process has other addresses in some pages.
+    written, other = path.stat().st_mtime_ns, bytearray(data)
+    other[5 * MIB + 7], other[-1] = other[5 * MIB + 7] ^ 1, other[-1] ^ 1
+    with private_memory(other) as (start, memory):
+        before = system.rss_bytes()[0]
+        system._put_into_file(start, len(data), path)
+        assert system.rss_bytes()[0] < before - 24 * MIB
+        assert memory[:] == other
+    assert path.read_bytes() == data and path.stat().st_mtime_ns == written
 
 
-def test_memory_stays_where_files_are_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(system, "file_system", lambda folder: "tmpfs")
-    with mmap.mmap(-1, MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
-        memory[:] = data = os.urandom(MIB)
-        start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+def test_memory_stays_where_files_are_memory_or_have_other_bytes(tmp_path, monkeypatch):
+    data, path = os.urandom(MIB), tmp_path / "a.tables"
+    with private_memory(data) as (start, memory):
+        path.write_bytes(bytes(MIB))
+        with pytest.raises(OSError, match="other bytes"):
+            system._put_into_file(start, MIB, path)
+        monkeypatch.setattr(system, "file_system", lambda folder: "tmpfs")
         with pytest.raises(OSError, match="in memory"):
-            system._put_into_file(start, MIB, tmp_path)
+            system._put_into_file(start, MIB, path)
         assert memory[:] == data
 
 
@@ -307,7 +327,7 @@ import sys
 from offload_rt.device.system import settle_math
 settle_math()
 from offload_rt.device import system
-from offload_rt.model.sparing import import_compiler, spare_compiler
+from offload_rt.model.sparing import apart, import_compiler, spare_compiler
 spare_compiler()
 import torch
 import offload_rt.engine.engine
@@ -325,10 +345,13 @@ cpu.CpuDevice()
 print(before, resident(), psutil.Process().memory_info().rss)
 torch.ones(64, 64) @ torch.ones(64, 64)
 torch.cuda.is_available()
-assert not {"torch._dynamo", "sympy", "torch.distributed.tensor"} & set(sys.modules)
-meter = cpu.MemoryMeter()
-import_compiler()
-assert meter.growth_bytes() < 30 * 2**20 < system.imported_bytes(), meter.growth_bytes()
+assert sys.modules["cuda.bindings"] is None
+absent = {"torch._dynamo", "sympy", "torch.distributed.tensor"}
+assert not absent & set(sys.modules)
+def find():
+    import_compiler()
+    return absent <= set(sys.modules)
+assert apart(find) and not absent & set(sys.modules)
 import torch._dynamo
 assert torch._dynamo.config and torch._dynamo.disable(len, wrapping=False)([1]) == 1
 """

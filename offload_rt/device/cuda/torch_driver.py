@@ -21,6 +21,11 @@ WARM_UPS = 3  # before a capture: libraries choose kernels and take workspaces (
 REGISTER_PORTABLE = 1  # cudaHostRegisterPortable: pinned for every GPU, not only the current one
 
 
+def uses_gpu() -> bool:
+    """Whether this process has begun to use one."""
+    return torch.cuda.is_initialized()
+
+
 def runs_flash(index: int) -> bool:
     """Whether GPU `index` is new enough for flash attention: Ampere, of 2020, or later."""
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(index) >= (8, 0)
