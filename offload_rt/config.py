@@ -142,6 +142,7 @@ class DrafterWords:
         over_retrieval: it drafts over a retrieval cache, with another drafter below.
         over_own_rows: it drafts over the target's own cache, behind what is committed there.
         of_hidden: it drafts with a layer of its own, from the target's hidden states.
+        within: it reads those between the target's layers.
         folder: of its code.
     """
 
@@ -154,6 +155,7 @@ class DrafterWords:
     over_retrieval: bool = False
     over_own_rows: bool = False
     of_hidden: bool = False
+    within: bool = False
     folder: str = ""
 
     def takes(self, argument: str) -> bool:
@@ -210,6 +212,16 @@ DRAFTERS = {
         called="mtp",
         of_hidden=True,
         folder="mtp",
+    ),
+    "eagle3": DrafterWords(
+        about="eagle3:HEAD, an EAGLE-3 head trained on this model's hidden states",
+        tokens=32,
+        called="an EAGLE-3 head",
+        argument="HEAD",
+        bare=False,
+        of_hidden=True,
+        within=True,
+        folder="eagle3",
     ),
 }
 
@@ -330,8 +342,8 @@ class DraftConfig:
     shape: DraftShape = option(
         DraftShape.AUTO,
         "--draft-shape",
-        "Whether a model or mtp drafts one continuation or a tree of several; auto is a tree "
-        "from 9 tokens on.",
+        "Whether a model, mtp or eagle3 drafts one continuation or a tree of several; auto is a "
+        "tree from 9 tokens on.",
     )
     draft_window: int | None = option(
         None,
@@ -343,9 +355,9 @@ class DraftConfig:
     draft_weights: DraftWeights = option(
         DraftWeights.AUTO,
         "--draft-weights",
-        "How the weights of a draft model, or of mtp, are kept: as in the files, or rounded, which "
-        "is faster and smaller and changes guesses, never answers; auto is int8 for bf16 models on "
-        "a CPU.",
+        "How the weights of a draft model, mtp or eagle3 are kept: as in the files, or rounded, "
+        "which is faster and smaller and changes guesses, never answers; auto is int8 for bf16 "
+        "models on a CPU.",
     )
     accept: AcceptRule = option(
         AcceptRule.LOSSLESS,
@@ -376,9 +388,9 @@ class DraftConfig:
         if not words.tokens and tokens is not None:
             raise ConfigError(f"--draft-tokens has no effect with --draft {kind}: name who drafts")
         if not self.grows and self.shape is not DraftShape.AUTO:
-            raise ConfigError("--draft-shape is for drafting with a MODEL, self or mtp")
+            raise ConfigError("--draft-shape is for drafting with a MODEL, self, mtp or eagle3")
         if not self.has_weights and self.draft_weights is not DraftWeights.AUTO:
-            raise ConfigError("--draft-weights is for drafting with a MODEL, or with mtp")
+            raise ConfigError("--draft-weights is for drafting with a MODEL, mtp or eagle3")
         if not self.model and self.draft_window is not None:
             raise ConfigError("--draft-window is for drafting with a MODEL")
         inner = self.inner_tokens
@@ -447,6 +459,11 @@ class DraftConfig:
     def heads(self) -> str:
         """The Medusa heads, as the user named them; empty for other drafters."""
         return self._named("HEADS")
+
+    @property
+    def module(self) -> str:
+        """The folder of a layer that drafts from hidden states, as the user named it; or empty."""
+        return self._named("HEAD")
 
     @property
     def copies(self) -> DraftWeights:

@@ -89,7 +89,7 @@ def test_a_new_kind_is_asked_for_planned_and_simulated(repeat, tiny_model, offlo
     slow, quick = (json.loads(offload_run(*base, "--draft", d).out) for d in (repeat, "ngram"))
     assert slow["drafting_s"] > 0.4 > quick["drafting_s"]
     done = offload_run("plan", tiny_model, "--draft", "repeat:x")
-    assert done.code == 2 and "triforce:MODEL, self, self:int4|int8, mtp or repeat" in done.err
+    assert done.code == 2 and "self:int4|int8, mtp, eagle3:HEAD or repeat" in done.err
 
 
 @pytest.mark.parametrize(

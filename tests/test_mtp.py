@@ -184,7 +184,7 @@ def test_a_rounded_target_has_its_module_as_stored(make_mtp):
         plain = generate(engine, tokens=24)
     with engine_for(folder, tokens=24, draft=CHAIN, wire=Wire.INT8) as engine:
         assert generate(engine, tokens=24) == plain
-        assert not engine.mtp.module.network.dequantises and engine.network.dequantises
+        assert not engine.module.module.network.dequantises and engine.network.dequantises
 
 
 @pytest.mark.parametrize("name", ["chain", "tree"])

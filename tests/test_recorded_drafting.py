@@ -1,6 +1,7 @@
 """What holds of drafting holds where its passes are recorded."""
 
 import pytest
+from eagle3_models import counts_on, write_counting, write_head
 from engines import PROMPT, engine_for, generate
 from mtp_models import nearly_of_the_token, write_mtp
 from test_medusa import (  # noqa: F401 - fixtures
@@ -55,14 +56,24 @@ def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, 
 
 @pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
 @pytest.mark.parametrize("nodes", [4, 12], ids=["chain", "tree"])
-def test_a_recorded_module_drafts_what_an_eager_one_does(tmp_path, recording, nodes, sampling):
+@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+def test_a_recorded_module_drafts_what_an_eager_one_does(
+    tmp_path, recording, kind, nodes, sampling
+):
     """Hidden states go from pass to pass on the device; rows of a tree continue their parents'."""
-    folder, reports = write_mtp(tmp_path, change=nearly_of_the_token), []
-    draft = DraftConfig(draft="mtp", draft_tokens=nodes)
+    folder, reports, name, prompt = tmp_path / "target", [], kind, [t % 64 for t in PROMPT]
+    if kind == "mtp":
+        write_mtp(folder, change=nearly_of_the_token)
+    else:
+        write_counting(folder)
+        tokens = [*range(50, -1, -1)]
+        head = write_head(tmp_path / "h", folder, tokens=tokens, change=counts_on(tokens))
+        name = f"eagle3:{head}"
+    draft = DraftConfig(draft=name, draft_tokens=nodes)
     for records in (True, False):
         with engine_for(folder, tokens=24, draft=draft) as engine:
-            engine.mtp.module._records = records
-            run = start(engine, 24, sampling)
+            engine.module.module._records = records
+            run = start(engine, 24, sampling, prompt=prompt)
             reports.append((run.sequences[0].emitted, run.report().speculation))
     (tokens, ours), (others, theirs) = reports
     assert tokens == others and recording["replayed"] > recording["recorded"] > 0

@@ -64,13 +64,11 @@ from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Drafter
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.speculative.hidden_drafter import HiddenModule, ModulePlace
 from offload_rt.speculative.kind import DrafterSeat
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
 from offload_rt.speculative.medusa.drafter import Medusa
-from offload_rt.speculative.mtp.checkpoint import open_module
-from offload_rt.speculative.mtp.drafter import Mtp
-from offload_rt.speculative.mtp.module import load_module
 from offload_rt.streaming.experts import ExpertCounts
 
 NO_DRAFT = DraftConfig()
@@ -172,8 +170,7 @@ class Engine:
             self.network.exact = self.exact.on
             self.network.tiles = self.device.kind.tile_rows if self.exact.on else 0
             # First, as rounding takes memory for a moment that the target's layers fill later.
-            self._draft_model = None if drafting is None else self._load_draft_model(drafting)
-            self.mtp = self._load_mtp() if draft.words.of_hidden else None
+            self._draft_model, self.module = self._load_drafting(drafting)
             if nodes is not None:
                 self._send_orders(nodes)
             apart_name = (
@@ -188,7 +185,7 @@ class Engine:
             self.medusa: Medusa | None = None
             if heads is not None:
                 self.medusa = Medusa(heads, self.network, self.device, packing, nodes=draft.nodes)
-            tapping = self.medusa or self.mtp
+            tapping = self.medusa or self.module
             self._tap = None if tapping is None else tapping.tap
             self._drafters: list[Drafter | None] = [None] * len(capacities)
             self.controller: Controller | None = None
@@ -336,7 +333,7 @@ class Engine:
         """
         if not self.draft.drafts:
             return None
-        module = None if self.mtp is None else self.mtp.module
+        module = None if self.module is None else self.module.module
         for runner in filter(None, (self.runner, self._rounded_copy, self._draft_model, module)):
             runner.records_at_once = sampling.seed is not None  # an answer is the same again
         seat = DrafterSeat(
@@ -349,7 +346,7 @@ class Engine:
             kept=self._drafters,
             draft_model=self._draft_model,
             medusa=self.medusa,
-            mtp=self.mtp,
+            module=self.module,
             draft_pass=self.draft_pass,
             rounded_copy=self._rounded_copy,
             pass_share=self.plan.pass_share,
@@ -515,7 +512,7 @@ class Engine:
 
     @property
     def _networks(self) -> Sequence[Network]:
-        module = None if self.mtp is None else self.mtp.module
+        module = None if self.module is None else self.module.module
         models = [m for m in (self._draft_model, self._rounded_copy, module) if m is not None]
         return [self.network, *(model.network for model in models)]
 
@@ -634,34 +631,34 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _load_draft_model(self, checkpoint: Checkpoint) -> Runner:
-        return load_drafting(
+    def _load_drafting(
+        self, checkpoint: Checkpoint | None
+    ) -> tuple[Runner | None, HiddenModule | None]:
+        """The draft model, or a layer that reads hidden states, if one drafts."""
+        chunk_tokens = self.config.prefill_chunk_tokens
+        load = kind_of(self.draft.kind).load if self.draft.drafts else None
+        if load is not None:
+            place = ModulePlace(
+                checkpoint=self.checkpoint,
+                module=checkpoint,
+                target=self.network,
+                device=self.device,
+                draft=self.draft,  # its weights are settled by the plan
+                chunk_tokens=chunk_tokens,
+                target_ids=self._target_ids,
+                limit=max(self._prompt_tokens, chunk_tokens),
+            )
+            return None, load(place)
+        if checkpoint is None:
+            return None, None
+        model = load_drafting(
             checkpoint,
             self.device,
-            chunk_tokens=self.config.prefill_chunk_tokens,
-            target_ids=self._target_ids,
-            weights=self.draft.draft_weights,  # settled by the plan
-        )
-
-    def _load_mtp(self) -> Mtp:
-        chunk_tokens, layers = self.config.prefill_chunk_tokens, self.checkpoint.config.num_layers
-        module = load_module(
-            open_module(self.checkpoint),
-            self.network,
-            self.device,
-            weights=self.draft.draft_weights,  # settled by the plan
             chunk_tokens=chunk_tokens,
             target_ids=self._target_ids,
+            weights=self.draft.draft_weights,
         )
-        limit = max(self._prompt_tokens, chunk_tokens)
-        return Mtp(
-            module,
-            self.network,
-            layers,
-            limit=limit,
-            chunk_tokens=chunk_tokens,
-            pending=self.draft.scratch_rows,
-        )
+        return model, None
 
     def _load_rounded_copy(self, base: Images) -> Runner | None:
         """What drafts instead of the target's own weights, or of some of them."""

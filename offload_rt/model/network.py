@@ -193,6 +193,7 @@ class Network:
         self._instead_of_layers: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._tapped: dict[int, torch.Tensor | None] = {}
         self._mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+        self._goes_on = ""
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
@@ -647,13 +648,20 @@ class Network:
         other._model.set_input_embeddings(_Lent(self.embed))  # type: ignore[operator]
         other._model.set_output_embeddings(_Lent(self.head_logits))  # type: ignore[operator]
 
-    def mix_with(self, mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+    def answer_with(self, work: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Have this make logits [..., V] of what the output head is fed, [..., E]."""
+        self._model.set_output_embeddings(_Lent(work))  # type: ignore[operator]
+
+    def mix_with(
+        self, mixes: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], goes_on: str = ""
+    ) -> None:
         """Read hidden states beside tokens, as a part of the modules says.
 
         Args:
             mixes: of embedded tokens [S, E] and hidden states [S, E], what the first layer is fed.
+            goes_on: the module whose input is what it goes on from; empty: the output head.
         """
-        self._mixes = mixes
+        self._mixes, self._goes_on = mixes, goes_on
 
     def watch_head(self, watch: Callable[[torch.Tensor], None]) -> None:
         """Have each pass call `watch` with [R, E], what the output head is fed."""
@@ -704,11 +712,13 @@ class Network:
         """Run one pass.
 
         Returns:
-            [R, V] logits of the wanted rows, and [R, E] what the output head was fed for them.
+            [R, V] logits of the wanted rows, and [R, E] what the network goes on from behind them.
         """
         fed: list[torch.Tensor] = []
-        head = _ends(self._model)[0]
-        handle = head.register_forward_pre_hook(lambda _, given: fed.append(given[0][0]))
+        ahead = _ends(self._model)[0]
+        if self._goes_on:
+            ahead = self._model.get_submodule(self._goes_on)
+        handle = ahead.register_forward_pre_hook(lambda _, given: fed.append(given[0][0]))
         try:
             logits = self.forward(batch)
         finally:

@@ -304,7 +304,7 @@ def _check_nodes(config: RuntimeConfig, draft: DraftConfig) -> None:
 
     Raises:
         ConfigError: KV is to be elsewhere than on each node's device.
-        PlanError: the drafter reads the target's own rows or weights.
+        PlanError: the drafter reads the target's own rows or weights, or what is between layers.
     """
     if not config.machines:
         return
@@ -322,6 +322,11 @@ def _check_nodes(config: RuntimeConfig, draft: DraftConfig) -> None:
         raise PlanError(
             f"--draft {draft.kind} drafts with the model's own layers, and with --nodes those are "
             "on several machines: use --draft ngram, or a draft model"
+        )
+    if draft.words.within:
+        raise PlanError(
+            f"--draft {draft.kind} reads hidden states between the model's layers, and with "
+            "--nodes those stay on other machines: use --draft ngram, mtp, or a draft model"
         )
 
 

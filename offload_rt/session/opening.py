@@ -90,14 +90,14 @@ def _uncollected() -> Iterator[None]:
 
 
 def check_drafter(model: Model, draft: DraftConfig, *, raw: bool) -> None:
-    """Refuse a draft model that does not speak the model's tokens.
+    """Refuse a draft model that does not speak the model's tokens; a head has no tokenizer.
 
     Raises:
         ConfigError: it has another tokenizer, or no row for a token of the chat template.
         CheckpointError: its files cannot be used.
     """
     checkpoint = open_draft_checkpoint(model.checkpoint, draft)
-    if checkpoint is None:
+    if checkpoint is None or checkpoint.lent_ends:
         return
     rows = checkpoint.embedding.shape[0]
     highest = max(template_ids(model.tokenizer, raw=raw), default=0)

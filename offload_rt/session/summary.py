@@ -171,7 +171,7 @@ def dtype_name(engine: "Engine") -> str:
 
 def drafter_name(draft: DraftConfig) -> str:
     """Who drafts, in few words; a model by its folder's name, and how weights are rounded."""
-    name = Path(draft.model or draft.heads).name
+    name = Path(draft.model or draft.heads or draft.module).name
     words = [draft.kind, *[f"({draft.retrieval.retrieval_weights})"] * draft.retrieval.rounded]
     rounds = draft.draft_weights.rounds
     return " ".join([*words, *[name] * bool(name), *[f"({draft.draft_weights})"] * rounds])

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from offload_rt.kv.base import KVCache
     from offload_rt.runner.runner import Runner
     from offload_rt.speculative.base import Drafter
+    from offload_rt.speculative.hidden_drafter import HiddenModule, ModulePlace
     from offload_rt.speculative.medusa.drafter import Medusa
-    from offload_rt.speculative.mtp.drafter import Mtp
     from offload_rt.speculative.triforce.drafter import TargetPass
 
 SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # nodes of a draft that are looked at
@@ -97,7 +97,7 @@ class DrafterSeat:
         kept: by sequence, drafters that go on from answer to answer.
         draft_model: where one drafts.
         medusa: where heads draft.
-        mtp: where the target's own module does.
+        module: where a layer does that reads hidden states of the target.
         draft_pass: a pass of the target, or of its rounded copy, over another cache.
         rounded_copy: of the target, or of its streamed layers, where one drafts.
         pass_share: predicted seconds of a draft pass by those of a token; 0 where none are.
@@ -115,7 +115,7 @@ class DrafterSeat:
     medusa: "Medusa | None"
     draft_pass: "TargetPass"
     rounded_copy: "Runner | None" = None
-    mtp: "Mtp | None" = None
+    module: "HiddenModule | None" = None
     pass_share: float = 0.0
     below: bool = False
 
@@ -150,6 +150,7 @@ class DrafterKind:
         history: and under these words.
         in_memory: what its device memory holds, in words.
         inside: headers of what drafts, of a kind that the target's own files hold.
+        load: brings a layer that reads hidden states of the target, of a kind that has one.
     """
 
     label: str
@@ -175,6 +176,7 @@ class DrafterKind:
     history: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
     in_memory: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
     inside: Callable[[Checkpoint], Checkpoint | None] | None = None
+    load: "Callable[[ModulePlace], HiddenModule] | None" = None
 
     def most_on(self, device: DeviceKind) -> int:
         """Tokens of the largest draft that the planner looks at."""

@@ -7,6 +7,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.model.kept import keeps_states
 from offload_rt.model.outline import open_or_outline
+from offload_rt.speculative.eagle3.checkpoint import open_head
 from offload_rt.speculative.mtp.checkpoint import open_module
 
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
@@ -16,7 +17,7 @@ _SAME = "take a draft model with the same tokenizer"
 def open_draft_checkpoint(
     target: Checkpoint, config: DraftConfig, *, runs: bool = True
 ) -> Checkpoint | None:
-    """Open the draft model, if one drafts; see that the target has a module, if that does.
+    """Open the draft model or head, if one drafts; see that the target has a module, if that does.
 
     Args:
         target: the model it drafts for.
@@ -26,8 +27,10 @@ def open_draft_checkpoint(
     Raises:
         ConfigError: its token ids mean something else than the target's, or it keeps states; or
             the target has no module.
-        CheckpointError: its files cannot be used, or the module cannot.
+        CheckpointError: its files cannot be used, or the module or head cannot.
     """
+    if config.module:
+        return open_head(target, resolve_model(config.module), runs=runs)
     if config.words.of_hidden:
         open_module(target)
     if not config.model:  # Medusa heads are no model: see medusa/checkpoint.py

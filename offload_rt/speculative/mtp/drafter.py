@@ -1,208 +1,23 @@
-"""The target's own module drafts, as a chain or as a tree grown best first.
+"""The target's own module drafts: how it is loaded, and what of the target it is fed."""
 
-A row of the module is made of the target's hidden state of a token and the token after it. So a row
-is decided by the tokens up to that one, and rows of accepted tokens are fed again with what the
-target computed: those of a draft only pend. Hidden states come by the tap; those of a prompt are
-read before the first draft, so they delay no first token.
-"""
-
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-
-import torch
-
-from offload_rt.config import DraftConfig
-from offload_rt.costs.sizes import RECORDED_ROWS
-from offload_rt.errors import NumbersError
-from offload_rt.kv.prefixes import common_prefix
-from offload_rt.kv.resident import ResidentKV
-from offload_rt.model.network import Network
-from offload_rt.runner.runner import Rows, Runner
-from offload_rt.runner.static import Carried, HiddenRows
-from offload_rt.runner.tree import TokenTree
-from offload_rt.sampling import NO_TOKEN
-from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
-from offload_rt.speculative.hidden import HiddenTap, NewestRows
+from offload_rt.speculative.hidden_drafter import HiddenModule, ModulePlace
+from offload_rt.speculative.mtp.checkpoint import open_module
+from offload_rt.speculative.mtp.module import load_module
 
 
-class Mtp:
-    """The module, shared by the drafters of all sequences.
+def load(place: ModulePlace) -> HiddenModule:
+    """Load the module beside its target: it is fed what leaves the last layer, normed.
 
-    Args:
-        module: its network.
-        target: whose hidden states it reads; its passes are tapped from now on.
-        layers: of the target.
-        limit: hidden states of a sequence that are kept until they are read.
-        chunk_tokens: of these, how many are read at once.
-        pending: rows of a draft, at most.
-
-    Attributes:
-        tap: of the target's passes.
-        hidden: what the module goes on from in a draft: that of the root, then of each node's row.
+    Raises:
+        CheckpointError: the family's layer cannot be run so, or the tensors are not its.
     """
-
-    def __init__(
-        self,
-        module: Runner,
-        target: Network,
-        layers: int,
-        *,
-        limit: int,
-        chunk_tokens: int,
-        pending: int,
-    ) -> None:
-        self.module, self.chunk_tokens = module, chunk_tokens
-        rows, size = 1 + pending + 2 * RECORDED_ROWS, target.hidden_size
-        nbytes = rows * size * target.dtype.itemsize
-        memory = module.device.allocate(nbytes, "hidden states of a draft").tensor
-        made = memory.view(target.dtype).view(rows, size)
-        made.zero_()  # a recorded pass reads rows that nobody wrote, for rows that nobody looks at
-        self.hidden = HiddenRows(made[RECORDED_ROWS:], made[:RECORDED_ROWS], self.normed)
-        self._target, self._limit = target, limit
-        self._rows: dict[int, NewestRows] = {}
-        self.tap = HiddenTap(target, (layers - 1,))
-        self.tap.on_kept = self._keep
-        self.tap.on_cut = lambda index, length: self.rows(index).truncate(length)
-        self.tap.reusable = self._reusable
-
-    def rows(self, index: int) -> NewestRows:
-        """Hidden states of a sequence as they leave the last layer."""
-        return self._rows.setdefault(index, NewestRows(self._limit))
-
-    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[S, E] of these after the target's final norm."""
-        with torch.inference_mode():
-            return self._target.normed(hidden)
-
-    def _keep(self, index: int, kept: torch.Tensor, length: int, text: bool) -> None:
-        self.rows(index).add(kept, length, text=text)
-
-    def _reusable(self, index: int, tokens: int) -> int:
-        """Without the last token's hidden state what follows it could not be drafted."""
-        return tokens if self.rows(index).has(tokens - 1) else max(0, tokens - 1)
-
-
-class MtpDrafter(GrowingDrafter):
-    """Drafts for one sequence.
-
-    Args:
-        mtp: the shared module.
-        index: the sequence.
-        config: how many nodes, chain or tree.
-        capacity: tokens of the sequence.
-    """
-
-    name = "mtp"
-
-    def __init__(self, mtp: Mtp, index: int, config: DraftConfig, capacity: int) -> None:
-        self._mtp, self._module, self._config = mtp, mtp.module, config
-        self._hidden = mtp.rows(index)
-        network, device = mtp.module.network, mtp.module.device
-        rows = config.cache_rows(capacity)
-        self._cache = ResidentKV(device, network.kv_shapes, network.dtype, rows)
-        self._first = 0  # place of the token whose hidden state is in the first row
-        self._ids: list[int] = []  # tokens that the rows were made of, and those before them
-        super().__init__(Grower(mtp.module, self._cache, capacity, feed=self._feed))
-
-    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
-        """Draft a chain, or grow a tree best first; nothing where hidden states are missing."""
-        config = self._config.limited(max_nodes)
-        depth = min(max_depth, config.nodes)
-        if depth < 1 or (unread := self._unread(ids)) is None:
-            return Draft()
-        whole = self._sampling.greedy and not config.as_tree
-        if whole and (draft := self._recorded_chain(unread, ids, depth)) is not None:
-            return draft
-        logits = self._keep(unread, ids, recorded=not whole)
-        try:
-            if config.as_tree:
-                return self._grower.grow(logits, ids, depth, config, root_pends=False)
-            feed = self._feeding(recorded=not whole)
-            return draw_chain(self._module, logits, depth, self._sampling, self._generator, feed)
-        finally:
-            self._cache.commit(())
-
-    def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing: rows of other tokens are forgotten by `_catch_up`."""
-
-    def forget(self) -> None:
-        """Drop all rows of the cache."""
-        self._cache.truncate(0)
-        self._ids.clear()
-        self._grower.forget()
-
-    def _unread(self, ids: Sequence[int]) -> Rows | None:
-        """Forget rows of other tokens, and read what is missing but for the newest rows.
-
-        Returns:
-            Those; None if the target has not read all tokens but the last one, or what it read is
-            not kept.
-        """
-        hidden, last = self._hidden, len(ids) - 1
-        if hidden.end != last or hidden.first >= last:
-            return None
-        known = common_prefix(self._ids, ids) - 1 - self._first  # a row needs the token after its
-        kept = max(0, min(self._cache.length, known, last - 1 - self._first))
-        if not kept or self._first + kept < hidden.first:  # it sees the text from there on only
-            self._first, kept = hidden.first, 0
-        self._cache.truncate(kept)
-        start = self._first + kept
-        while True:
-            stop = min(start + self._mtp.chunk_tokens, last)
-            self._ids = list(ids[: start + 1])
-            carried = Carried(rows=self._mtp.hidden, given=hidden.between(start, stop))
-            rows = Rows.text(self._cache, ids[start + 1 : stop + 1], carried=carried)
-            if stop == last:
-                return rows
-            self._module.draft_logits(rows, recorded=False)
-            self._cache.commit(range(stop - start))
-            start = stop
-
-    def _keep(self, unread: Rows, ids: Sequence[int], *, recorded: bool = True) -> torch.Tensor:
-        """Read the newest rows; returns [1, V] logits of what follows the last token."""
-        logits = self._module.draft_logits(unread, recorded=recorded)
-        self._read(unread, ids)
-        return logits
-
-    def _read(self, rows: Rows, ids: Sequence[int]) -> None:
-        """The first pending rows are those, of the last tokens."""
-        self._cache.commit(range(len(rows.tokens)))
-        self._ids = list(ids)
-        self._hidden.forget_before(len(ids) - 2)
-
-    def _recorded_chain(self, unread: Rows, ids: Sequence[int], depth: int) -> Draft | None:
-        """All of a greedy chain with one host sync, where passes are recorded."""
-        drawn = self._module.draft_chain(unread, depth)
-        if drawn is None:
-            return None
-        tokens = self._module.device.download(drawn)  # host sync
-        if NO_TOKEN in tokens:
-            self._cache.truncate(self._cache.length)
-            raise NumbersError(NO_NUMBERS)
-        self._read(unread, ids)
-        return Draft(TokenTree.chain(tokens))
-
-    def _feed(self, rows: Rows, *, recorded: bool = True) -> torch.Tensor:
-        """Feed nodes with what their parents gave; returns [R, V] logits after the wanted ones."""
-        count, pending = len(rows.tokens), len(rows.places)
-        parents = range(-1, pending - 1) if rows.parents is None else rows.parents
-        carried = Carried(
-            rows=self._mtp.hidden,
-            reads=[1 + row for row in parents[-count:]],  # the root's is the first
-            writes=1 + pending - count,
-        )
-        return self._module.draft_logits(replace(rows, carried=carried), recorded=recorded)
-
-    def _feeding(self, *, recorded: bool) -> Callable[[int], torch.Tensor]:
-        """Feeds one more token of a chain; gives [1, V] logits after it."""
-        cache, pending = self._cache, 0
-
-        def feed(token: int) -> torch.Tensor:
-            nonlocal pending
-            pending += 1
-            places = range(cache.length, cache.length + pending)
-            rows = Rows(cache=cache, tokens=[token], places=places, wanted=[0])
-            return self._feed(rows, recorded=recorded)
-
-        return feed
+    module = load_module(
+        open_module(place.checkpoint),
+        place.target,
+        place.device,
+        weights=place.draft.draft_weights,
+        chunk_tokens=place.chunk_tokens,
+        target_ids=place.target_ids,
+    )
+    last = place.checkpoint.config.num_layers - 1
+    return HiddenModule("mtp", module, place, layers=[last], prepare=place.target.normed)
