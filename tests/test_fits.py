@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import os
+import sys
 
+import forks
 import pytest
 import torch
 
@@ -162,3 +164,17 @@ def test_a_first_command_keeps_what_the_fork_saw_of_products(command, make_tiny,
     network = network_of(make_tiny("llama", rms_norm_eps=0.03125))
     monkeypatch.setattr(network_module, "looks_of", lambda *_: pytest.fail("looked again"))
     network.exact_problem(torch.device("cpu"))
+
+
+def test_files_of_models_are_looked_through_once():
+    """What transformers knows of them then is what a second look would tell."""
+    seen = """
+from transformers import models
+from transformers.utils.import_utils import define_import_structure as look
+asked, told = look.cache_info().misses, look(models.__file__)
+print(look.cache_info().misses - asked)
+known = [(name, one) for name, given in models._import_structure.items() for one in given]
+told = [(name, one) for of in told.values() for name, given in of.items() for one in given]
+print(sorted(known) == sorted(told))
+"""
+    assert forks.run([sys.executable, "-c", seen]).stdout.split() == ["1", "True"]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config import ModelConfig
+from offload_rt.model.sparing import import_models
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,6 +30,7 @@ def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
     Raises:
         CheckpointError: the class refuses a value of the file, or reads another number than we did.
     """
+    import_models()
     from transformers import AutoConfig
 
     logging.getLogger("transformers").setLevel(logging.ERROR)

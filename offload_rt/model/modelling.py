@@ -2,9 +2,10 @@
 
 from importlib import import_module
 
-from offload_rt.model.sparing import compiler_spared
+from offload_rt.model.sparing import compiler_spared, import_models
 
 with compiler_spared():
+    import_models()
     from transformers import (
         AttentionInterface,
         AutoModelForCausalLM,

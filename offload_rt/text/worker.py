@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from offload_rt.device.system import give_back_holes
+from offload_rt.model.sparing import import_models
 from offload_rt.text.stream import TextStream, special_ids
 from offload_rt.units import format_size
 
@@ -50,6 +51,7 @@ def main(life: int) -> None:
         os.dup2(nowhere, number)
     sys.modules["torch"] = None  # type: ignore[assignment]
     with suppress(ImportError):  # said when it is needed
+        import_models()
         from transformers import AutoTokenizer  # noqa: F401 - a second, outside of the limits
     resource.setrlimit(resource.RLIMIT_FSIZE, (_FILE_BYTES, _FILE_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
