@@ -10,12 +10,13 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
 from forks import PROGRAM, Forked
-from hybrids import HYBRIDS
+from hybrids import make_hybrid
 from mtp_models import of_the_token, write_mtp
 from nodes_double import nodes_engine
 from test_medusa import knowing_heads
@@ -72,11 +73,55 @@ def test_logits_over_nodes_are_those_of_one_process(folder, count, config):
         assert torch.equal(all_logits(engine), expected)
 
 
-def test_a_family_with_states_is_refused(make_tiny):
-    folder = make_tiny(HYBRIDS["lfm2"][0], **(IDS | HYBRIDS["lfm2"][1]))
-    said = "--nodes: layers of .* keep recurrent states"
-    with pytest.raises(ConfigError, match=said), nodes_engine(folder, 2):
-        pass
+@pytest.mark.parametrize(("name", "several"), [("lfm2", 3), ("falcon_h1", 2)])
+def test_each_node_has_the_recurrent_states_of_its_layers(name, several, make_tiny):
+    """Prompts in parts, drafts of which some are accepted, and a turn that goes on."""
+    folder = make_hybrid(make_tiny, name)
+    draft, turn = DraftConfig(draft="ngram", draft_tokens=4), [*PROMPT * 3, 5, 6]
+    room = {"prompts": [[*turn, *PROMPT]] * 2, "tokens": 40, "resident_layers": 1}
+    found = []
+    for count in (1, several):
+        with nodes_engine(folder, count, draft=draft, **room) as engine:
+            both = generate(engine, [PROMPT * 3, PROMPT[5:]], tokens=12)
+            again = generate(engine, [turn, PROMPT[5:]], tokens=6)
+            found.append((all_logits(engine), both, again))
+            if count > 1:
+                for holds, share in zip(
+                    engine._nodes.tell(), engine.placement.shares[1:], strict=True
+                ):
+                    assert 0 < sum(holds.ledger.values()) <= share.device_bytes
+                    states = holds.ledger["recurrent states"]
+                    assert states == sum(share.demand.state_bytes)
+    (expected, *texts), (logits, *others) = found
+    assert others == texts and torch.equal(logits, expected)
+
+
+def test_states_on_other_nodes_go_back_where_a_pass_is_given_up(make_tiny):
+    """The first states are elsewhere, so a pass may move those and none here."""
+    kinds = ["full_attention", "conv", "conv", "conv"]
+    folder, turn = make_hybrid(make_tiny, "lfm2", layer_types=kinds), [*PROMPT * 4, 5, 6]
+    room = {"prompts": [[*turn, *PROMPT * 4]], "tokens": 9, "resident_layers": 0, "slots": 1}
+    whole = {"exact": Exact.ON, "prefill_chunk_tokens": 512}  # asked once a layer
+    with nodes_engine(folder, 2, **whole, **room) as engine:
+        assert engine.placement.device[:2] == (0, 1)
+        (answer,) = generate(engine, [turn], tokens=6)
+        more = [*turn, *answer[:3], *PROMPT * 3]
+        expected = engine.forward([(0, more)], reuse=True)
+        for layer in range(1, 5):
+            engine.forget()
+            generate(engine, [turn], tokens=6)
+            calls = iter(range(layer))
+
+            def poll(calls=calls):
+                if next(calls, None) is None:
+                    raise StopError
+
+            engine.poll_with(poll)
+            with suppress(StopError):
+                engine.forward([(0, more)], reuse=True)
+                assert layer == 4  # of four
+            engine.poll_with(lambda: None)
+            assert torch.equal(engine.forward([(0, more)], reuse=True), expected)
 
 
 def test_a_family_whose_layers_read_what_tokens_make_is_refused(make_tiny, monkeypatch):
@@ -170,9 +215,11 @@ class StopError(BaseException):
 
 
 def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder):
-    with nodes_engine(folder, 3, resident_layers=0, slots=1) as engine:
+    other = [token + 1 for token in PROMPT]
+    whole = {"prefill_chunk_tokens": 512}  # asked once a layer
+    with nodes_engine(folder, 3, resident_layers=0, slots=1, **whole) as engine:
         expected = all_logits(engine)
-        for layer in range(2):
+        for layer in range(5):
             engine.forget()
             calls = iter(range(layer + 1))
 
@@ -182,8 +229,10 @@ def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder):
 
             engine.poll_with(poll)
             with pytest.raises(StopError):
-                engine.forward([(0, PROMPT)], reuse=True)
+                engine.forward([(0, other)], reuse=True)
             engine.poll_with(lambda: None)
+            if layer % 2:
+                assert engine.memory().devices  # asked for before the next pass
             assert torch.equal(all_logits(engine), expected)
 
 

@@ -28,7 +28,7 @@ def step(rows, before):
 def fresh(tokens, layers=(0,)):
     """What one pass over a text comes to, and the states it leaves."""
     made = MixerStates(layers, ROWS)
-    made.begin_pass(keeps_all=True)
+    made.begin_pass(0, keeps_all=True)
     out = [made.mix(layer, TEXT[list(tokens)], step) for layer in layers][0]
     made.commit(range(len(tokens)))
     return out, made
@@ -40,7 +40,7 @@ def check_same(one, other, layer=0):
     more = [5, 9, 2, 40, 41, 42, 7]
     results = []
     for each in (one, other):
-        each.begin_pass(keeps_all=False)
+        each.begin_pass(0, keeps_all=False)
         results.append(each.mix(layer, TEXT[more], step))
         each.truncate(each.length)
     assert torch.equal(*results)
@@ -66,7 +66,7 @@ def run_drafts(dice, made, tokens, steps=12):
         tree = dice.random() < 0.5
         parents = drawn_tree(dice, nodes) if tree else list(range(-1, nodes))
         drafted = [dice.randrange(len(TEXT)) for _ in parents]
-        made.begin_pass(keeps_all=False)
+        made.begin_pass(0, keeps_all=False)
         out = made.mix(0, TEXT[drafted], step, parents if tree else None)
         for row in range(len(parents)):
             text = tokens + [drafted[at] for at in path_of(parents, row)]
@@ -92,7 +92,7 @@ def test_a_text_may_be_cut_anywhere(seed):
     made, rows, at = MixerStates([0], ROWS), [], 0
     while at < len(tokens):
         count = min(dice.randrange(1, 12), len(tokens) - at)
-        made.begin_pass(keeps_all=dice.random() < 0.5)
+        made.begin_pass(0, keeps_all=dice.random() < 0.5)
         for part in (tokens[at : at + count // 2], tokens[at + count // 2 : at + count]):
             rows.append(made.mix(0, TEXT[part], step) if part else TEXT[:0])
         made.commit(range(count))
@@ -129,22 +129,53 @@ def test_truncating_again_finds_the_same_prompt():
 
 def test_a_prompt_that_is_broken_off_leaves_a_place_it_can_go_back_to():
     made = fresh(range(10), layers=(0, 1))[1]
-    made.begin_pass(keeps_all=True)
+    made.begin_pass(0, keeps_all=True)
     made.mix(0, TEXT[20:33], step)  # and layer 1 never gets there
     assert made.truncate(made.length) == 10
     for layer in (0, 1):
         check_same(made, fresh(range(10), layers=(0, 1))[1], layer)
 
 
+@pytest.mark.parametrize("near", [(0, 2), ()])
+@pytest.mark.parametrize("seed", range(3))
+def test_states_on_another_machine_follow_wherever_a_pass_was_given_up(near, seed):
+    dice, far = random.Random(seed), (1, 3)
+    lead, guest = MixerStates(near, ROWS, elsewhere=True), MixerStates(far, ROWS)
+    tokens, layers, back = [], sorted((*near, *far)), 0
+    for _ in range(60):
+        keeps_all, count = dice.random() < 0.4, dice.randrange(1, 14)
+        drafted = [dice.randrange(len(TEXT)) for _ in range(count)]
+        for each in (lead, guest):
+            each.begin_pass(count, keeps_all=keeps_all)
+        reached = dice.choice([len(layers)] * 2 + [*range(len(layers))])
+        for layer in layers[:reached]:
+            (guest if layer in far else lead).mix(layer, TEXT[drafted], step)
+        if reached == len(layers):
+            kept = count if keeps_all else dice.randrange(1, count + 1)
+            keep = sorted(dice.sample(range(count), kept))
+            lead.commit(keep)
+            guest.commit(keep)
+            tokens += [drafted[row] for row in keep]
+        if reached < len(layers) or dice.random() < 0.3:
+            length = lead.truncate(dice.randrange(lead.length + 1))
+            assert guest.truncate(length) == length == lead.length
+            back += 0 < length < len(tokens)
+            del tokens[length:]
+        assert lead.length == guest.length == len(tokens)
+        if tokens:
+            check_same(guest, fresh(tokens, far)[1], 3)
+    assert back
+
+
 def test_rows_that_do_not_pend_cannot_be_kept():
     made = fresh(range(5))[1]
-    made.begin_pass(keeps_all=False)
+    made.begin_pass(0, keeps_all=False)
     made.mix(0, TEXT[:2], step)
     with pytest.raises(CapacityError, match="2 rows are pending"):
         made.commit([0, 2])
     with pytest.raises(CapacityError, match="cannot go back to 6 tokens: 5 are cached"):
         made.truncate(6)
-    made.begin_pass(keeps_all=True)
+    made.begin_pass(0, keeps_all=True)
     with pytest.raises(CapacityError, match="1 of 2 rows of a prompt"):
         made.commit([0])
 

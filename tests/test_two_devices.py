@@ -8,6 +8,7 @@ from contextlib import suppress
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
+from hybrids import make_hybrid
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
@@ -62,7 +63,21 @@ def machines(draw):
     ]
 
 
-@given(demand=demands(), stripes=machines(), slots=st.none() | st.integers(1, 3))
+def with_states(demand, every):
+    """The same of a model of which every so-manieth layer attends, and the others keep a state."""
+    layers = range(len(demand.layer_bytes))
+    attends = [(i + 1) % every == 0 for i in layers]
+    kv = tuple(demand.kv_bytes if each else 0 for each in attends)
+    states = tuple(0 if each else 3 * MIB for each in attends)
+    changed = {"kv_bytes": sum(kv), "kv_layer_bytes": kv, "state_bytes": states}
+    return dataclasses.replace(demand, **changed)
+
+
+@given(
+    demand=demands() | st.builds(with_states, demands(), st.integers(1, 4)),
+    stripes=machines(),
+    slots=st.none() | st.integers(1, 3),
+)
 def test_each_device_keeps_its_limit_and_each_layer_has_one(demand, stripes, slots):
     try:
         made = place_striped(demand, stripes, slots=slots)
@@ -242,6 +257,19 @@ def test_two_devices_without_a_ring(model, resident_logits):
     with engine_for(model, device="cpu,cpu") as engine:
         assert engine.placement.device == (0,) * 3 + (1,) * 3
         assert torch.equal(all_logits(engine), resident_logits)
+
+
+def test_two_devices_have_the_recurrent_states_of_their_layers(make_tiny):
+    folder, prompt = make_hybrid(make_tiny, "lfm2"), PROMPT * 2
+    room = {"prompts": [prompt], "draft": DraftConfig(draft="ngram", draft_tokens=4)}
+    with engine_for(folder, **room) as engine:
+        expected = generate(engine, [prompt])
+    with engine_for(folder, device="cpu,cpu", resident_layers=1, **room) as engine:
+        mixers = {mixer.layer for mixer in engine.network.mixers}
+        assert all(mixers & {*own.layers} for own in engine.placement.shares)
+        assert generate(engine, [prompt]) == expected
+        states = sum(sum(own.demand.state_bytes) for own in engine.placement.shares)
+        assert engine.devices.ledger()["recurrent states"] == states > 0
 
 
 def test_a_pass_that_breaks_off_leaves_no_trace(model, resident_logits):

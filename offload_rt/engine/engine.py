@@ -39,7 +39,7 @@ from offload_rt.kv.pool import KVPool
 from offload_rt.kv.prefixes import Prefix, Prefixes, common_prefix
 from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVPlan, retrieval_sizes
-from offload_rt.kv.states import HybridKV, MixerStates
+from offload_rt.kv.states import STATES, HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import passes_problem
@@ -72,7 +72,6 @@ from offload_rt.speculative.medusa.drafter import Medusa
 from offload_rt.streaming.experts import ExpertCounts
 
 NO_DRAFT = DraftConfig()
-STATES = "recurrent states"  # in the device's ledger
 
 
 class Engine:
@@ -730,6 +729,7 @@ class Engine:
                 spare_bytes=_spare_bytes(own),
                 capacities=[rows + draft.pending_rows for rows in self.capacities],
                 kv_rows=rows,
+                state_bytes=sum(own.demand.state_bytes),
                 dtype=self.config.dtype,
                 wire=self.config.wire,
                 exact=self.network.exact,
@@ -810,34 +810,40 @@ class Engine:
         near = placement.of_devices[: len(self.devices)]
         for number, (where, own) in enumerate(zip(self.devices, near, strict=True)):
             attending = [at for at, i in enumerate(own.layers) if i in self.network.attending]
-            if shapes := [self.network.kv_shapes[own.layers[at]] for at in attending]:
+            shapes = [self.network.kv_shapes[own.layers[at]] for at in attending]
+            if shapes or self._nodes is not None:
                 plan = own.demand.kv and own.demand.kv.of_layers(attending)
                 full[number] = self._full_caches(where, shapes, plan, capacities, undo)
                 chosen[number] = self._retrieval_caches(where, shapes)
         indices = range(len(capacities))
-        if self.network.mixers:
-            return [self._with_states(rows) for rows in full[0]]
+        if self.network.mixers:  # of which the rows' layers are numbered
+            device = tuple(device[layer] for layer in self.network.attending)
         if self._nodes is not None:
             full[1] = [AwayKV(self._nodes, i, rows) for i, rows in enumerate(full[0])]
             self._pools = [AwayPool(self._nodes, pool) for pool in self._pools]
-        if len(self.devices) == 1 and self._nodes is None:
-            caches: list[Any] = list(full[0])
-            retrieval: list[ChosenRows] = list(chosen[0])
-        else:
+        several = len(self.devices) > 1 or self._nodes is not None
+        caches: list[Any] = list(full.get(0, ()))
+        if several:
             caches = [StripedKV({d: c[i] for d, c in full.items()}, device) for i in indices]
-            retrieval = [
-                StripedRetrieval({d: c[i] for d, c in chosen.items()}, device)
-                for i in (indices if self.draft.over_retrieval else ())
-            ]
-        pairs = zip(caches, retrieval, strict=False)
-        return [FollowedKV(*pair) for pair in pairs] if retrieval else caches
+        if self.network.mixers:
+            return [self._with_states(rows) for rows in caches]
+        if not self.draft.over_retrieval:
+            return caches
+        retrieval: list[ChosenRows] = list(chosen[0])
+        if several:
+            parts = [{d: c[i] for d, c in chosen.items()} for i in indices]
+            retrieval = [StripedRetrieval(each, device) for each in parts]
+        return [FollowedKV(*pair) for pair in zip(caches, retrieval, strict=True)]
 
     def _with_states(self, rows: KVCache) -> HybridKV:
         """A cache of a sequence with the recurrent states beside it."""
-        network, demand = self.network, self.placement.demand
-        layers = [mixer.layer for mixer in network.mixers]
-        self.device.enter(sum(demand.state_bytes) // len(self.capacities), STATES)
-        states = MixerStates(layers, self.device.kind.state_rows)
+        network, near = self.network, set[int]()
+        for device, own in zip(self.devices, self.placement.of_devices, strict=False):
+            device.enter(sum(own.demand.state_bytes) // len(self.capacities), STATES)
+            near.update(own.layers)
+        layers = [mixer.layer for mixer in network.mixers if mixer.layer in near]
+        elsewhere = self._nodes is not None
+        states = MixerStates(layers, self.device.kind.state_rows, elsewhere=elsewhere)
         return HybridKV(rows, states, network.attending)
 
     def _full_caches(

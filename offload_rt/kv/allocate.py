@@ -15,6 +15,7 @@ from offload_rt.kv.offloaded import KVOptions, KVSpace, OffloadedKV
 from offload_rt.kv.pool import KVPool
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.sizes import KVPlan
+from offload_rt.kv.states import HybridKV
 from offload_rt.kv.striped import StripedKV
 
 
@@ -69,5 +70,6 @@ def kv_bytes_copied(caches: Sequence[KVCache]) -> int:
 def offloaded_parts(cache: KVCache) -> list[OffloadedKV]:
     """What of a cache has a home outside the device."""
     full = cache.full if isinstance(cache, FollowedKV) else cache
+    full = full.rows if isinstance(full, HybridKV) else full
     parts = full.parts if isinstance(full, StripedKV) else [full]
     return [part for part in parts if isinstance(part, OffloadedKV)]

@@ -70,7 +70,7 @@ class KVPool:
         self.rows = rows
         self._store = RowStore.allocate(device, shapes, dtype, rows)
         row_bytes = sum(shape.numbers_per_token for shape in shapes) * dtype.itemsize
-        self._piece_rows = max(1, PIECE_BYTES // row_bytes)
+        self._piece_rows = max(1, PIECE_BYTES // max(1, row_bytes))
         none = self._store.part(0, 0)
         self.caches = [ResidentKV(device, shapes, dtype, 0, none) for _ in range(sequences)]
         self._own = [Stretch(0, 0, cache) for cache in self.caches]

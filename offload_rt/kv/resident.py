@@ -127,7 +127,7 @@ class ResidentKV:
 
     def commit(self, keep: Sequence[int]) -> None:
         """Keep these pending rows, in this order; forget the rest."""
-        pending = min(self._pending)
+        pending = min(self._pending, default=max(keep, default=-1) + 1)
         if any(not 0 <= row < pending for row in keep):
             raise CapacityError(f"cannot keep rows {list(keep)}: {pending} rows are pending")
         if list(keep) != list(range(len(keep))):

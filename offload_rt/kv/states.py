@@ -12,6 +12,10 @@ Only committed rows move the anchor: those of a prompt at once, others in the pa
 commit, when the layer's weights are there again. So a sequence can go back to any place from its
 anchor on. Further back it can go to the end of its newest prompt, of which the state is kept, too:
 a chat's next prompt begins with it. Else it begins anew.
+
+A layer's state is where the layer computes. Of several machines each has those of its own layers,
+and the first decides for all how far a sequence goes back: a pass that was given up may have moved
+anchors on some machines only, so there it counts with as far as they may have moved.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +26,8 @@ import torch
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.errors import CapacityError
 from offload_rt.kv.base import KVCache, RowWatcher
+
+STATES = "recurrent states"  # in a device's ledger
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,10 +93,11 @@ class MixerStates:
     Args:
         layers: that have one.
         rows: A, rows of a piece; the anchor is always a multiple of it.
+        elsewhere: other machines have more such layers, and follow what becomes of these.
     """
 
-    def __init__(self, layers: Sequence[int], rows: int) -> None:
-        self._layers, self._rows = tuple(layers), rows
+    def __init__(self, layers: Sequence[int], rows: int, *, elsewhere: bool = False) -> None:
+        self._layers, self._rows, self._elsewhere = tuple(layers), rows, elsewhere
         self.length = 0
         self._keeps_all = False
         self._forget()
@@ -99,11 +106,24 @@ class MixerStates:
         self._kept = {layer: _Kept() for layer in self._layers}
         self._prompt: dict[int, _Kept] = {}
         self.prompt_length = 0  # of the prompt whose state is kept
+        self._prompt_anchor = 0
+        self._far_anchor = 0  # how far other machines' may have moved
         self.length = 0
 
-    def begin_pass(self, *, keeps_all: bool) -> None:
-        """Say whether all rows of the next pass will be kept, as those of a prompt are."""
+    def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
+        """Say how many rows the next pass has, and whether all are kept, as those of a prompt."""
         self._keeps_all = keeps_all
+        if self._elsewhere:
+            reached = self._floor(self.length + (rows if keeps_all else 0))
+            self._far_anchor = max(self._far_anchor, reached)
+
+    def _floor(self, length: int) -> int:
+        return length // self._rows * self._rows
+
+    @property
+    def _anchor(self) -> int:
+        """The furthest of any layer."""
+        return max([self._far_anchor, *(kept.anchor for kept in self._kept.values())])
 
     def mix(
         self,
@@ -162,7 +182,9 @@ class MixerStates:
         Raises:
             CapacityError: an index is not a pending row, or a prompt is not kept whole.
         """
-        pending = min(kept.stop for kept in self._kept.values()) - self.length
+        stops = [kept.stop for kept in self._kept.values()]
+        most = self.length + max(keep, default=-1) + 1
+        pending = min(stops, default=most) - self.length
         if any(not 0 <= row < pending for row in keep):
             raise CapacityError(f"cannot keep rows {list(keep)}: {pending} rows are pending")
         length = self.length + len(keep)
@@ -179,15 +201,14 @@ class MixerStates:
         self.length = length
         if self._keeps_all and keep:
             self._prompt = {layer: replace(kept) for layer, kept in self._kept.items()}
-            self.prompt_length = length
+            self.prompt_length, self._prompt_anchor = length, self._anchor
         self._keeps_all = False
 
     def reach(self, length: int) -> int:
         """The last place up to `length` that the sequence can go back to."""
-        if length >= max(kept.anchor for kept in self._kept.values()):
+        if length >= self._anchor:
             return min(length, self.length)
-        anchor = max((kept.anchor for kept in self._prompt.values()), default=0)
-        return min(length, self.prompt_length) if anchor <= length else 0
+        return min(length, self.prompt_length) if self._prompt_anchor <= length else 0
 
     def truncate(self, length: int) -> int:
         """Forget pending rows and all committed rows from `length` on, and more where it must.
@@ -205,17 +226,16 @@ class MixerStates:
         if reached == 0:
             self._forget()
             return 0
-        if reached < max(kept.anchor for kept in self._kept.values()):
+        if reached < self._anchor:
             self._kept = {layer: replace(kept) for layer, kept in self._prompt.items()}
         for kept in self._kept.values():
             kept.cut(reached)
-        if reached < self.prompt_length:
+        self._far_anchor = min(self._far_anchor, self._floor(reached))
+        if reached < self.prompt_length:  # and not below its anchor
             self._prompt = {layer: replace(kept) for layer, kept in self._prompt.items()}
-            if reached < max(kept.anchor for kept in self._prompt.values()):
-                self._prompt = {}
             for kept in self._prompt.values():
                 kept.cut(reached)
-            self.prompt_length = reached if self._prompt else 0
+            self.prompt_length = reached
         self.length = reached
         return reached
 
@@ -317,7 +337,7 @@ class HybridKV:
     def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
         """Say what the next pass is."""
         self.rows.begin_pass(rows, keeps_all=keeps_all)
-        self.states.begin_pass(keeps_all=keeps_all)
+        self.states.begin_pass(rows, keeps_all=keeps_all)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """Add pending rows: key [K, S, D], value [K, S, D]."""

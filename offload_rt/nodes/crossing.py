@@ -18,6 +18,7 @@ from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.pool import KVPool, Stretch
+from offload_rt.kv.states import HybridKV
 from offload_rt.kv.striped import StripedKV
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.roster import Roster
@@ -89,6 +90,7 @@ class Lead:
         self.moved = [Moved() for _ in members]
         self.device: Sequence[int] = ()
         self._changes: list[Change] = []
+        self._passes = 0  # begun; of one that was given up, rows may be on their way yet
 
     def with_free(self, free: FreeMemory) -> FreeMemory:
         """What is free here, with what is free on the others."""
@@ -124,7 +126,9 @@ class Lead:
 
     def begin(self, parts: Sequence[Rows]) -> None:
         """Tell the others of a pass."""
-        record = {"changes": self._changes, "parts": [_described(part) for part in parts]}
+        self._passes += 1
+        described = [_described(part) for part in parts]
+        record = {"number": self._passes, "changes": self._changes, "parts": described}
         self._changes = []
         for member in self.members:
             member.line.send(Kind.PASS, record)
@@ -138,17 +142,17 @@ class Lead:
     def hop(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
         """Hidden states that go from one node to another."""
         if source:
-            tensor, moved = receive_rows(self.members[source - 1].line, tensor)
+            tensor, moved = receive_rows(self.members[source - 1].line, tensor, self._passes)
             self.moved[source - 1] = Moved(**moved)
         if target:
-            send_rows(self.members[target - 1].line, tensor)
+            send_rows(self.members[target - 1].line, tensor, self._passes)
         return tensor
 
     def tell(self) -> list[Holds]:
         """What each of the others holds; between passes."""
         for member in self.members:
             member.line.send(Kind.TELL)
-        answers = [member.line.expect(Kind.TELL).record for member in self.members]
+        answers = [m.line.expect(Kind.TELL, but=Kind.ROWS).record for m in self.members]
         return [Holds(**answer) for answer in answers]  # type: ignore[arg-type]
 
     def end(self, why: str = "") -> None:
@@ -165,7 +169,12 @@ class Guest:
         here: number of this one.
         device: the node of each layer.
         moved: says what came over the link so far.
+
+    Attributes:
+        number: of the pass.
     """
+
+    number = 0
 
     def __init__(
         self, line: Line, here: int, device: Sequence[int], moved: Callable[[], Moved]
@@ -189,9 +198,9 @@ class Guest:
             PassDroppedError: none will come.
         """
         if target == self.here:
-            return receive_rows(self._line, tensor)[0]
+            return receive_rows(self._line, tensor, self.number)[0]
         if source == self.here:
-            send_rows(self._line, tensor, asdict(self._moved()))
+            send_rows(self._line, tensor, self.number, asdict(self._moved()))
         return tensor
 
 
@@ -346,23 +355,30 @@ class Follower:
             pool.shorten(kept[index] if rows else kept.pop(index), rows)
 
 
-def send_rows(line: Line, tensor: torch.Tensor, moved: Mapping[str, Any] = NOTHING) -> None:
-    """Send [1, S, E], and what the link has brought."""
+def send_rows(
+    line: Line, tensor: torch.Tensor, number: int, moved: Mapping[str, Any] = NOTHING
+) -> None:
+    """Send [1, S, E] of the pass of that number, and what the link has brought."""
     there = tensor.detach().cpu().contiguous()  # host sync
     data = there.view(torch.uint8).numpy().reshape(-1).data
-    line.send(Kind.ROWS, {"shape": list(there.shape), "moved": dict(moved)}, data)
+    record = {"number": number, "shape": list(there.shape), "moved": dict(moved)}
+    line.send(Kind.ROWS, record, data)
 
 
-def receive_rows(line: Line, like: torch.Tensor) -> tuple[torch.Tensor, dict[str, Any]]:
-    """The hidden states that come next, in the number format and on the device of `like`.
+def receive_rows(
+    line: Line, like: torch.Tensor, number: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """The next hidden states of a pass, in the number format and on the device of `like`.
 
-    With them comes what the other end's link has brought.
+    With them comes what the other end's link has brought. Those of an earlier pass, which was given
+    up, are passed over.
 
     Raises:
         PassDroppedError: there will be none.
         NodeError: the line is broken, or other bytes come.
     """
-    frame = line.take()
+    while (frame := line.take()).kind is Kind.ROWS and frame.record.get("number") != number:
+        pass
     if frame.kind is Kind.DROP:
         raise PassDroppedError
     record: dict[str, Any] = frame.record
@@ -377,8 +393,9 @@ def receive_rows(line: Line, like: torch.Tensor) -> tuple[torch.Tensor, dict[str
 
 
 def _described(part: Rows) -> dict[str, object]:
-    assert isinstance(part.cache, StripedKV)  # where there are other nodes
-    away = next(cache for cache in part.cache.parts if isinstance(cache, AwayKV))
+    striped = part.cache.rows if isinstance(part.cache, HybridKV) else part.cache
+    assert isinstance(striped, StripedKV)  # where there are other nodes
+    away = next(cache for cache in striped.parts if isinstance(cache, AwayKV))
     return {
         "cache": away.index,
         "rows": len(part.tokens),

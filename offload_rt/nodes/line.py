@@ -110,13 +110,14 @@ class Line:
             raise NodeError(f"{self.name} ended: {why}")
         return frame
 
-    def expect(self, kind: Kind) -> Frame:
-        """The next frame, which must be of that kind.
+    def expect(self, kind: Kind, but: Kind | None = None) -> Frame:
+        """The next frame, which must be of that kind; those of kind `but` are passed over.
 
         Raises:
             NodeError: it is not, or as `take`.
         """
-        frame = self.take()
+        while (frame := self.take()).kind is but:
+            pass
         if frame.kind is not kind:
             raise NodeError(
                 f"{self.name} sent {frame.kind.name} where {kind.name} is due: use one version of "

@@ -15,6 +15,7 @@ from offload_rt.errors import OffloadError, PlanError
 from offload_rt.kv.base import KVCache
 from offload_rt.kv.pool import KVPool
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.states import STATES, HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network
@@ -39,6 +40,7 @@ class Order:
         spare_bytes: memory that is free until all weights are there.
         capacities: KV rows of each sequence, those of drafts with them.
         kv_rows: of all sequences together, where they share them; else None.
+        state_bytes: recurrent states of its layers, of all sequences.
         dtype: number format of the computation.
         wire: form of the weights.
         exact: passes are row-invariant.
@@ -53,6 +55,7 @@ class Order:
     spare_bytes: int
     capacities: Sequence[int]
     kv_rows: int | None
+    state_bytes: int
     dtype: str
     wire: str
     exact: bool
@@ -116,6 +119,7 @@ class Stage:
 
     def _pass(self, frame: Frame) -> None:
         record: dict[str, Any] = frame.record
+        self._guest.number = record["number"]
         for change in record["changes"]:
             self._follower.follow(change)
         parts = [
@@ -162,7 +166,14 @@ class Stage:
             own = pool.caches
         else:
             own = [ResidentKV(device, shapes, network.dtype, rows) for rows in order.capacities]
-        return [StripedKV({order.node: cache}, order.device) for cache in own], pool
+        mixing = [mixer.layer for mixer in network.mixers if mixer.layer in self._mine()]
+        if not network.mixers:
+            return [StripedKV({order.node: cache}, order.device) for cache in own], pool
+        device.enter(order.state_bytes, STATES)
+        nodes = [order.device[layer] for layer in network.attending]
+        states = partial(MixerStates, mixing, device.kind.state_rows)
+        parts = [StripedKV({order.node: cache}, nodes) for cache in own]
+        return [HybridKV(rows, states(), network.attending) for rows in parts], pool
 
     def _load(self, checkpoint: Checkpoint, files: WeightFiles, undo: ExitStack) -> Runner:
         order, mine = self._order, self._mine()
@@ -172,7 +183,7 @@ class Stage:
             home=HomeKind(order.home),
             spare_bytes=[order.spare_bytes],
         )
-        guest = Guest(self._line, order.node, order.device, self._moved)
+        self._guest = Guest(self._line, order.node, order.device, self._moved)
         return load_target(
             checkpoint,
             self._network,
@@ -184,7 +195,7 @@ class Stage:
             streaming,
             order.chunk_tokens,
             undo,
-            guest,
+            self._guest,
         )
 
 

@@ -9,7 +9,7 @@ from offload_rt.costs.sizes import (
     PassShape,
     decoding_bytes,
     experts_of,
-    kv_bytes_per_token,
+    kv_row_bytes,
     layouts_of,
     number_bytes_of,
     packed_head_bytes,
@@ -72,13 +72,15 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     pending = drafting.config.pending_rows
+    kv_rows = sum(capacity + pending for capacity in capacities)
+    kv_layers = tuple(nbytes * kv_rows for nbytes in kv_row_bytes(config, number_bytes))
     states = state_bytes(config, number_bytes, rows=device.state_rows, pending=1 + pending)
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
         host_base_bytes=in_host,
-        kv_bytes=kv_bytes_per_token(config, number_bytes)
-        * sum(capacity + pending for capacity in capacities),
+        kv_bytes=sum(kv_layers),
+        kv_layer_bytes=kv_layers if any(states) else (),
         state_bytes=tuple(len(capacities) * nbytes for nbytes in states) if any(states) else (),
         workspace_bytes=max(
             workspace_bytes(config, number_bytes, shape, device) + kept_probs,

@@ -96,7 +96,7 @@ def place_run(
     """
     _check_nodes(config, load.drafting.config)
     if keeps_states(checkpoint.config):
-        _check_states(checkpoint, config, load.drafting.config)
+        _check_states(checkpoint, load.drafting.config)
     checked_rows = len(load.capacities) * (1 + load.drafting.config.nodes)
     shape = PassShape(
         rows=max(load.prompt_tokens, checked_rows),
@@ -275,23 +275,12 @@ def drafts_with_states(words: DrafterWords) -> bool:
     return not (words.over_retrieval or words.over_own_rows)
 
 
-def _check_states(checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig) -> None:
-    """Refuse what recurrent states cannot do yet.
+def _check_states(checkpoint: Checkpoint, draft: DraftConfig) -> None:
+    """Refuse what recurrent states cannot do.
 
     Raises:
-        ConfigError: they are to be on several devices.
         PlanError: the drafter reads or writes the target's own caches.
     """
-    if len(config.device_names) > 1:
-        if config.machines:
-            raise ConfigError(
-                f"--nodes: layers of {checkpoint.name} keep recurrent states, and models with "
-                "those run on one machine"
-            )
-        raise ConfigError(
-            f"--device {config.device}: layers of {checkpoint.name} keep recurrent states, and "
-            "models with those run on one device: name one"
-        )
     if not drafts_with_states(draft.words):
         raise PlanError(
             f"--draft {draft.kind} drafts over the model's own keys and values, and layers of "

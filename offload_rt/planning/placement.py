@@ -65,6 +65,7 @@ class Demand:
         base_bytes: what is in no layer: embedding, final norm, head.
         host_base_bytes: an embedding in host memory, read by rows; 0: it is on the device.
         kv_bytes: KV caches of all sequences.
+        kv_layer_bytes: of these, what lies beside each layer; empty: the same beside all.
         state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
@@ -84,6 +85,7 @@ class Demand:
     kv_bytes: int
     workspace_bytes: int
     host_base_bytes: int = 0
+    kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
     state_bytes: tuple[int, ...] = ()
@@ -115,12 +117,15 @@ class Demand:
         kv_bytes = self.kv_bytes
         if kv is not None:
             kv_bytes = kv.device_bytes
+        elif self.kv_layer_bytes and not self.kv_passes:
+            kv_bytes = sum(self.kv_layer_bytes[i] for i in layers)
         elif not self.kv_passes:
             kv_bytes = kv_bytes // len(self.layer_bytes) * len(layers)
         return Demand(
             layer_bytes=tuple(self.layer_bytes[i] for i in layers),
             base_bytes=self.base_bytes if first else 0,
             kv_bytes=kv_bytes,
+            kv_layer_bytes=tuple(self.kv_layer_bytes[i] for i in layers if self.kv_layer_bytes),
             workspace_bytes=self.workspace_bytes if first else self.further_bytes,
             drafter_bytes=whole + sum(beside),
             recorded_bytes=self.recorded_bytes if first else 0,

@@ -178,12 +178,8 @@ class _Counts:
     def __init__(
         self, demand: Demand, stripes: Sequence[Stripe], slots: int, *, bounded: bool
     ) -> None:
-        devices = range(len(stripes))
-        one, two = ([demand.share(range(n), first=not d) for d in devices] for n in (1, 2))
-        if len(demand.layer_bytes) < 2:
-            two = one
-        self._each = [b.fixed_bytes - a.fixed_bytes for a, b in zip(one, two, strict=True)]
-        self._fixed = [a.fixed_bytes - each for a, each in zip(one, self._each, strict=True)]
+        found = [_beside(demand, first=not device) for device in range(len(stripes))]
+        self._fixed, self._each = [fixed for fixed, _ in found], [each for _, each in found]
         self._layer_bytes = max(demand.layer_bytes)
         self._copy_bytes = max(demand.copy_bytes, default=0)
         self._slots = slots
@@ -191,7 +187,7 @@ class _Counts:
             0 if demand.kv is None else demand.kv.streamed_bytes // len(demand.layer_bytes)
         )
         self._stripes, self._bounded = stripes, bounded
-        self.kept, self.sent = [0 for _ in devices], [0 for _ in devices]
+        self.kept, self.sent = [0 for _ in stripes], [0 for _ in stripes]
 
     def link_s(self, device: int, *, more: int = 0) -> float:
         """Seconds its link is busy in a pass, if it is sent `more` layers."""
@@ -236,6 +232,20 @@ class _Counts:
     @property
     def _devices(self) -> range:
         return range(len(self._stripes))
+
+
+def _beside(demand: Demand, *, first: bool) -> tuple[int, int]:
+    """What a device has whatever its layers, and beside each of them, at most."""
+
+    def held(*layers: int) -> int:
+        return demand.share(layers, first=first).fixed_bytes
+
+    if len(demand.layer_bytes) < 2:
+        return held(0), 0
+    # Where layers keep different things, as rows or a state, each is looked at.
+    others = range(1, len(demand.layer_bytes) if demand.kv_layer_bytes else 2)
+    own = held(0, 1) - held(1)
+    return held(0) - own, max([own, *(held(0, layer) - held(0) for layer in others)])
 
 
 def _split(
