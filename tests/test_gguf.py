@@ -10,6 +10,7 @@ import json
 import os
 import struct
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -460,15 +461,36 @@ def test_tensors_lie_one_behind_the_other_within_the_file(tmp_path):
 
 
 def test_no_list_is_made_of_what_a_file_says_alone(tmp_path):
-    """A header of 5 MB that would become 5 million numbers, and one that has not what it says."""
+    """A header of 3 MB that would become 3 million numbers, and one that has not what it says."""
     key = "tokenizer.ggml.token_type"
-    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(key) + struct.pack("<IIQ", 9, 0, 5 * 2**20)
-    for data, says in ((bytes(5 * 2**20), "accepted are 4194304"), (b"", "does not fit")):
+    head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + text(key) + struct.pack("<IIQ", 9, 0, 3 * 2**20)
+    for data, says in ((bytes(3 * 2**20), "accepted are 2097152"), (b"", "does not fit")):
         (tmp_path / "a.gguf").write_bytes(head + data)
         with pytest.raises(CheckpointError, match=says):
             read_gguf(tmp_path, "a.gguf", (key,))
-    (tmp_path / "a.gguf").write_bytes(head + bytes(5 * 2**20))
+    (tmp_path / "a.gguf").write_bytes(head + bytes(3 * 2**20))
     assert read_gguf(tmp_path, "a.gguf").metadata == {}
+
+
+def test_what_nobody_asked_for_takes_no_memory(tmp_path):
+    """200,000 tokens, a text of 900 kB and a thousand lists, in a header of 6.6 MB."""
+    lists = {f"list.{number}": [0.5] * 1025 for number in range(1000)}
+    said = {"tokens": ["a"] * 200_000, "template": "a" * 900_000, "kept": [1, 2]}
+    (tmp_path / "a.gguf").write_bytes(gguf_bytes(said | lists, []))
+    tracemalloc.start()
+    found = read_gguf(tmp_path, "a.gguf").metadata
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == {"kept": (1, 2)} and peak < 4 * 2**20
+    wanted = read_gguf(tmp_path, "a.gguf", ("tokens", "template")).metadata
+    assert len(wanted["tokens"]) == 200_000 and len(wanted["template"]) == 900_000
+
+
+def test_matrices_of_countless_experts_are_refused(tmp_path):
+    """No name is made of each."""
+    exps = [(f"blk.{n}.ffn_up_exps.weight", "F32", (4096, 1, 1), bytes(2**14)) for n in range(70)]
+    said = refused(tmp_path, gguf_bytes(OF_EXPERTS, [EMBEDDING, *exps]))
+    assert "has matrices of more than 262144 experts" in said
 
 
 def whole():

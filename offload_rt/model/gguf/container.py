@@ -2,7 +2,7 @@
 
 Written against the format's text (gguf.md of ggml-org/ggml). Read are versions 2 and 3, little
 endian. The file is untrusted: every length is compared with what is left of it before anything is
-made of that length, and of arrays only those that are asked for are kept.
+made of that length, and of long arrays and texts only those that are asked for are kept.
 """
 
 import math
@@ -21,16 +21,16 @@ _VERSIONS = (2, 3)
 _AGAIN = "download it again"
 _ALIGNMENT = "general.alignment"
 _DEFAULT_ALIGNMENT, _LARGEST_ALIGNMENT = 32, 2**16
-_HEADER_LIMIT = 512 * 2**20  # the largest vocabularies take 20 MB
-_PAIRS_LIMIT = 2**16
-_TENSOR_LIMIT = 2**18
-_KEY_LIMIT = 2**16 - 1  # of the format
-_NAME_LIMIT = 1024
-_TEXT_LIMIT = 16 * 2**20  # chat templates have up to 100 kB
+_HEADER_LIMIT = 64 * 2**20  # the largest vocabularies take 20 MB
+_PAIRS_LIMIT = 2**12  # files have up to 100
+_TENSOR_LIMIT = 2**16  # the largest models have 2,000
+_KEY_LIMIT = _NAME_LIMIT = 1024
+_TEXT_LIMIT = 2**20  # chat templates have up to 100 kB
+_SHORT_TEXT = 2**12  # which is always kept
 _DIMENSIONS = 4  # of the format
 _SIDE_LIMIT = 2**40
-_LONGEST = 2**22  # entries of an array that is kept, as a vocabulary may have
-_SHORT = 2**12  # arrays of numbers up to this length are always kept
+_LONGEST = 2**21  # entries of an array that is kept, and of any of texts: four vocabularies
+_SHORT = 2**10  # arrays of numbers up to this length are always kept
 _WINDOW = 2**20
 _TEXT, _ARRAY, _FLAG = 8, 9, 7
 _SCALARS = {
@@ -78,7 +78,7 @@ class GgufHeader:
 
     Attributes:
         identity: what the file was.
-        metadata: by key; arrays that were not asked for are left out.
+        metadata: by key; long arrays and texts that were not asked for are left out.
         tensors: in the order of their bytes.
     """
 
@@ -87,26 +87,26 @@ class GgufHeader:
     tensors: tuple[GgufTensor, ...]
 
 
-def read_gguf(folder: Path, name: str, arrays: Container[str] = ()) -> GgufHeader:
+def read_gguf(folder: Path, name: str, wanted: Container[str] = ()) -> GgufHeader:
     """Read the header of `folder/name`.
 
     Args:
         folder: the file is in.
         name: of the file.
-        arrays: keys of long arrays to be kept.
+        wanted: keys of long arrays and texts to be kept.
 
     Raises:
         CheckpointError: the file is not a complete, well-formed GGUF file.
     """
     with open_inside(folder, name) as file:
-        return _Reader(file, folder / name, arrays).read()
+        return _Reader(file, folder / name, wanted).read()
 
 
 class _Reader:
     """A place in the header, which only moves forward."""
 
-    def __init__(self, file: OpenFile, path: Path, arrays: Container[str]) -> None:
-        self._file, self._path, self._arrays = file, path, arrays
+    def __init__(self, file: OpenFile, path: Path, wanted: Container[str]) -> None:
+        self._file, self._path, self._wanted = file, path, wanted
         self._size = file.identity.size
         self._at, self._window, self._start = 0, b"", 0
 
@@ -240,9 +240,9 @@ class _Reader:
         return tuple(placed)
 
     def _value(self, key: str, code: int) -> Value | None:
-        """A setting; None for an array that nobody asked for."""
+        """A setting; None for what is long and nobody asked for."""
         if code == _TEXT:
-            return self._text(_TEXT_LIMIT, shown(key))
+            return self._long_text(key)
         if code == _ARRAY:
             return self._array(key)
         return self._scalar(key, code)
@@ -265,8 +265,8 @@ class _Reader:
                 f"has {shown(key)}, a list of {count}, which does not fit the {self._size} bytes "
                 "of the file"
             )
-        wanted = key in self._arrays
-        if wanted and count > _LONGEST:
+        wanted = key in self._wanted
+        if (wanted or form is None) and count > _LONGEST:
             raise self._error(f"has {shown(key)}, a list of {count}, accepted are {_LONGEST}")
         if form is None:
             return self._texts(key, count, keep=wanted)
@@ -286,6 +286,18 @@ class _Reader:
             else:
                 self._at += size
         return tuple(found) if keep else None
+
+    def _long_text(self, key: str) -> str | None:
+        """A text of any length; None for a long one that nobody asked for."""
+        size = self._number("Q")
+        if size <= _SHORT_TEXT or key in self._wanted:
+            if size > _TEXT_LIMIT:
+                raise self._error(f"has {shown(key)} of {size} bytes, accepted are {_TEXT_LIMIT}")
+            return self._decoded(self._take(size, shown(key)), shown(key))
+        if size > self._left:
+            raise self._cut(shown(key), size)
+        self._at += size
+        return None
 
     def _text(self, limit: int, what: str) -> str:
         size = self._number("Q")

@@ -20,7 +20,7 @@ from offload_rt.folders import cache_folder
 from offload_rt.model.files import read_json_object, shown
 from offload_rt.model.gguf.network import describe, family_of
 from offload_rt.model.gguf.tensors import NORMS, files_of, norms_of, read_files
-from offload_rt.model.gguf.tokenizer import ARRAYS, describe_text
+from offload_rt.model.gguf.tokenizer import WANTED, describe_text
 
 _log = logging.getLogger(__name__)
 
@@ -55,7 +55,7 @@ def gguf_folder(path: Path) -> Path:
     place = cache_folder() / _PLACE / _key(path.parent, names) / stem
     if (place / MANIFEST).is_file():
         return place
-    first, headers = read_files(path.parent, names, ARRAYS)
+    first, headers = read_files(path.parent, names, WANTED)
     tensors = [tensor for header in headers for tensor in header.tensors]
     config = describe(path, first.metadata, tensors)
     texts = describe_text(path, first.metadata)

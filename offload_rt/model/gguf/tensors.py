@@ -20,6 +20,7 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
 _ENDING = ".gguf"
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
 _FILES_LIMIT = 1000
+_TENSOR_LIMIT = 2**18  # as safetensors files have at most
 _HEADS = {
     "q_proj": "attention.head_count",
     "k_proj": "attention.head_count_kv",
@@ -49,19 +50,19 @@ def files_of(name: str) -> tuple[str, list[str]]:
 
 
 def read_files(
-    folder: Path, names: Sequence[str], arrays: Sequence[str] = ()
+    folder: Path, names: Sequence[str], wanted: Sequence[str] = ()
 ) -> tuple[GgufHeader, list[GgufHeader]]:
     """The header of the first file, which describes the model, and those of all.
 
     Args:
         folder: the files are in.
         names: of all files of the model, in order.
-        arrays: what long arrays of the first are kept.
+        wanted: what long arrays and texts of the first are kept.
 
     Raises:
         CheckpointError: a file is missing or damaged, or is not of these.
     """
-    headers = [read_gguf(folder, name, () if i else arrays) for i, name in enumerate(names)]
+    headers = [read_gguf(folder, name, () if i else wanted) for i, name in enumerate(names)]
     first = headers[0]
     for number, header in enumerate(headers):
         path, facts = header.identity.path, header.metadata
@@ -110,6 +111,11 @@ def open_tensors(
     for header in headers:
         for tensor in header.tensors:
             found = names_of(tensor.path, family, tensor)
+            if len(tensors) + len(found) > _TENSOR_LIMIT:
+                raise CheckpointError(
+                    f"{tensor.path} has matrices of more than {_TENSOR_LIMIT} experts: not "
+                    "supported"
+                )
             for name, each in zip(found, _parts(tensor, len(found)), strict=True):
                 tensors[name] = extent = _extent(each, name)
                 heads = _heads(first.metadata, family, name, extent)

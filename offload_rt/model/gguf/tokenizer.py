@@ -17,8 +17,8 @@ from offload_rt.model.gguf.network import ARCHITECTURE
 _BEGIN = "tokenizer.ggml."
 _TOKENS, _TYPES = f"{_BEGIN}tokens", f"{_BEGIN}token_type"
 _SCORES, _MERGES = f"{_BEGIN}scores", f"{_BEGIN}merges"
-ARRAYS = (_TOKENS, _TYPES, _SCORES, _MERGES)
 _TEMPLATE = "tokenizer.chat_template"
+WANTED = (_TOKENS, _TYPES, _SCORES, _MERGES, _TEMPLATE)
 _UNKNOWN, _CONTROL, _USER, _UNUSED = 2, 3, 4, 5  # of token_type; 1 is text, 6 a byte
 _PIECE_LIMIT = 512  # characters of a piece whose merges are looked for
 _MARK = "\u2581"  # what sentencepiece has for a space
@@ -135,7 +135,7 @@ def describe_text(path: Path, metadata: Mapping[str, Value]) -> Texts:
 
     Args:
         path: of the file.
-        metadata: of it, with the arrays of `ARRAYS`.
+        metadata: of it, with what is `WANTED`.
 
     Raises:
         CheckpointError: it is of another kind than is read, or its lists contradict each other.
