@@ -5,11 +5,16 @@ that may come of it is an `OffloadError`, which is what the command line shows a
 """
 
 import json
+import math
+import os
+import shutil
 import struct
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 _WORK = Path(tempfile.mkdtemp(prefix="offload-rt-fuzz-"))
@@ -290,8 +295,124 @@ _TEMPLATE_WORDS = tuple(
 {{ bos_token + eos_token }}
 """.strip().splitlines()
 )
+_GGML = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34)}
+_GGML |= {"Q4_K": (12, 256, 144), "IQ2_S": (22, 256, 82), "IQ4_NL": (20, 32, 18)}
+_MANY = 2**16  # bytes of data, which a file of a fuzzer does not need more of
+
+
+def _gguf_text(value: str) -> bytes:
+    data = value.encode(errors="surrogatepass")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _gguf_value(value: object) -> bytes:
+    """A setting with its kind before it, as near to a JSON value as the format has it."""
+    match value:
+        case bool():
+            return struct.pack("<IB", 7, value)
+        case int():
+            return struct.pack("<IQ", 10, value % 2**64)
+        case float():
+            return struct.pack("<Id", 12, value)
+        case str():
+            return struct.pack("<I", 8) + _gguf_text(value)
+        case [str(), *_]:
+            each = b"".join(_gguf_text(str(one)) for one in value)
+            return struct.pack("<IIQ", 9, 8, len(value)) + each
+        case list():
+            numbers = [one if isinstance(one, int | float) else 0.0 for one in value]
+            fits = (min(max(float(one), -1e30), 1e30) for one in numbers)
+            return struct.pack(f"<IIQ{len(numbers)}f", 9, 6, len(numbers), *fits)
+    return struct.pack("<IB", 7, 0)
+
+
+def with_gguf(text: bytes) -> bytes:
+    """A GGUF file of a JSON value with `metadata` and `tensors` (name, type, sides, and so on)."""
+    value = json.loads(text)
+    metadata, tensors = value["metadata"], value["tensors"]
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(metadata))
+    for key, each in metadata.items():
+        head += _gguf_text(key) + _gguf_value(each)
+    at = 0
+    for name, kind, sides in tensors:
+        code, numbers, nbytes = _GGML.get(str(kind), (kind if isinstance(kind, int) else 99, 1, 1))
+        sides = [int(side) % 2**64 for side in sides]
+        head += _gguf_text(str(name)) + struct.pack(f"<I{len(sides)}Q", len(sides), *sides[::-1])
+        head += struct.pack("<IQ", code % 2**32, at)
+        size = math.prod(sides) // numbers * nbytes
+        at = min(at + size + -size % 32, 2**63)
+    return head + bytes(-len(head) % 32 + min(at, _MANY))
+
+
+def _read_gguf(data: bytes) -> object:
+    from offload_rt.model.checkpoint import open_checkpoint
+    from offload_rt.model.gguf.folder import gguf_folder
+
+    path, cache = _folder("gguf") / "a.gguf", _folder("gguf") / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    if data[:1] == b"{":
+        with suppress(ValueError, TypeError, KeyError, AttributeError, OverflowError):
+            data = with_gguf(data)
+    path.write_bytes(data)
+    with patch.dict(os.environ, {"OFFLOAD_RT_CACHE": str(cache)}):
+        return open_checkpoint(gguf_folder(path))
+
+
+def _gguf_seeds() -> Sequence[bytes]:
+    byte_level = {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "qwen2",
+        "tokenizer.ggml.tokens": ["a", "b", "ab", "<|im_end|>"],
+        "tokenizer.ggml.token_type": [1, 1, 1, 3],
+        "tokenizer.ggml.merges": ["a b"],
+        "tokenizer.ggml.eos_token_id": 3,
+        "tokenizer.chat_template": "{{ messages }}",
+    }
+    pieces = {
+        "tokenizer.ggml.model": "llama",
+        "tokenizer.ggml.tokens": ["<unk>", "<s>", "a", "b", "ab"],
+        "tokenizer.ggml.token_type": [2, 3, 1, 1, 1],
+        "tokenizer.ggml.scores": [0.0, 0.0, -1.0, -2.0, -3.0],
+        "tokenizer.ggml.bos_token_id": 1,
+    }
+    found = []
+    for family, texts in (("llama", byte_level), ("gemma3", pieces), ("qwen3moe", pieces)):
+        experts, gemma = family == "qwen3moe", family == "gemma3"
+        settings = {
+            "general.architecture": family,
+            f"{family}.block_count": 1,
+            f"{family}.context_length": 64,
+            f"{family}.embedding_length": 32,
+            f"{family}.feed_forward_length": 32,
+            f"{family}.attention.head_count": 2,
+            f"{family}.attention.layer_norm_rms_epsilon": 1e-5,
+            f"{family}.attention.sliding_window": 8,
+        }
+        words = ["attn_q", "attn_k", "attn_v", "attn_output"]
+        shapes = {f"blk.0.{word}.weight": [32, 32] for word in words}
+        norms = ["attn_norm", "ffn_norm", *(["post_attention_norm", "post_ffw_norm"] * gemma)]
+        sizes = {"attn_q_norm": 16, "attn_k_norm": 16} if gemma or experts else {}
+        shapes |= {f"blk.0.{n}.weight": [32] for n in norms}
+        shapes |= {f"blk.0.{n}.weight": [size] for n, size in sizes.items()}
+        if experts:
+            settings |= {f"{family}.expert_count": 2, f"{family}.expert_used_count": 1}
+            settings |= {f"{family}.expert_feed_forward_length": 32}
+            shapes |= {"blk.0.ffn_gate_inp.weight": [2, 32]}
+        end, inner = ("_exps", [2, 32, 32]) if experts else ("", [32, 32])
+        shapes |= {f"blk.0.ffn_{word}{end}.weight": inner for word in ("gate", "up", "down")}
+        shapes |= {"token_embd.weight": [8, 32], "output_norm.weight": [32]}
+        kinds = ("IQ4_NL", "Q8_0", "Q4_0")
+        tensors = [
+            [name, kinds[number % 3] if len(sides) > 1 and "inp" not in name else "F32", sides]
+            for number, (name, sides) in enumerate(shapes.items())
+        ]
+        found.append(as_json({"metadata": settings | texts, "tensors": tensors}))
+    return [*found, *map(with_gguf, found)]
+
+
 TARGETS: Mapping[str, Target] = {
     "config": Target(_read_config, lambda: [as_json(c) for c in (_CONFIG, _MOE, _VISION, _YARN)]),
+    "gguf": Target(_read_gguf, _gguf_seeds),
     "headers": Target(_read_headers, lambda: [as_json(_header(list(_shapes())))]),
     "index": Target(_read_index, _index_seeds),
     "plan": Target(_read_plan, _plan_seeds),
