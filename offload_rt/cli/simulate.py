@@ -32,9 +32,10 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired, wires_of
-from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
+from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.scenarios.published import Comparison, compare_published
 from offload_rt.planning.scenarios.scenario import load_scenario
 from offload_rt.planning.scenarios.simulate import simulate
@@ -214,6 +215,7 @@ class _Outlook:
     question: _Question
     checkpoint: Checkpoint
     config: RuntimeConfig
+    draft: DraftConfig
     placement: Placement
     pinned_bytes: int
     prediction: Prediction
@@ -278,33 +280,31 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
 
 
 def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    checkpoint, speeds, draft = wired(asked.checkpoint, config.wire), asked.speeds, asked.draft
-    context = asked.context_tokens
+    checkpoint, speeds, context = (
+        wired(asked.checkpoint, config.wire),
+        asked.speeds,
+        asked.context_tokens,
+    )
+    draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
     drafting = _drafting(checkpoint, config, draft, speeds)
-    placement = place_run(
+    expect(asked.draft, asked.acceptance)  # refuses what says too little
+    plan = plan_run(
         checkpoint,
         config,
         speeds.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
-        speeds=speeds,
+        means=Means(speeds=speeds, stated=lambda sized: expect(sized, asked.acceptance)),
     )
-    run = PlacedRun(
-        checkpoint=checkpoint,
-        config=config,
-        speeds=speeds,
-        placement=placement,
-        context_tokens=context,
-    )
-    prediction = run.predict(drafting, expect(draft, asked.acceptance))
-    pinned = speeds.pinned_bytes(config, placement.host_bytes)
+    assert plan.prediction is not None  # as speeds are known
     return _Outlook(
         question=asked,
         checkpoint=checkpoint,
-        config=config,
-        placement=placement,
-        pinned_bytes=pinned,
-        prediction=prediction,
+        config=plan.runtime,
+        draft=plan.drafting.config,
+        placement=plan.placement,
+        pinned_bytes=speeds.pinned_bytes(config, plan.placement.host_bytes),
+        prediction=plan.prediction,
     )
 
 
@@ -329,8 +329,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "wire": str(outlook.config.wire),
         "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "context_tokens": asked.context_tokens,
-        "drafter": asked.draft.draft,
-        "draft_tokens": asked.draft.nodes,
+        "drafter": outlook.draft.draft,
+        "draft_tokens": outlook.draft.nodes,
         "home": str(placement.home),
         "host_bytes": placement.host_bytes,
         "host_base_bytes": placement.demand.host_base_bytes,

@@ -119,12 +119,14 @@ class Means:
         yields: what drafts of a kind of drafter give.
         level: times of recent runs over those of the speeds, for runs that stream or do not.
         asked: what is known of the experts that the model's tokens ask for.
+        stated: how often drafts are right, if that is given; then `yields` says nothing.
     """
 
     speeds: Speeds
-    yields: Callable[[DraftConfig], Yield]
+    yields: Callable[[DraftConfig], Yield] = lambda draft: Yield(())
     level: Callable[[bool], float] = lambda streams: 1.0
     asked: ExpertUse = ExpertUse()
+    stated: Callable[[DraftConfig], Expected] | None = None
 
 
 class PlanInputs(TypedDict):
@@ -498,6 +500,8 @@ class _Search:
 
     def expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""
+        if self._means.stated is not None:
+            return self._means.stated(draft)
         if not draft.nodes:
             return Expected()
         gives = self._means.yields(draft)
