@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import sys
+import time
 
 import forks
 import pytest
@@ -108,6 +109,7 @@ def test_who_has_us_as_a_library_is_asked_each_time(command, make_tiny, monkeypa
 
 
 def test_modules_are_made_without_drawing_on_meta(make_tiny, monkeypatch):
+    folder = make_tiny("llama")  # drawn now, if no test did before
     drawn, normal = [], torch.nn.init.normal_
 
     def draw(tensor, *rest):
@@ -115,7 +117,7 @@ def test_modules_are_made_without_drawing_on_meta(make_tiny, monkeypatch):
         return normal(tensor, *rest)
 
     monkeypatch.setattr(torch.nn.init, "normal_", draw)
-    network_of(make_tiny("llama"))
+    network_of(folder)
     assert not drawn
     assert torch.nn.init.normal_(torch.zeros(9)).count_nonzero() and len(drawn) == 1
 
@@ -155,6 +157,8 @@ def test_what_a_fork_finds_is_known_here_and_nothing_else_of_it(monkeypatch):
         sparing.apart(refuse)
     parent = os.getpid()
     assert sparing.apart(lambda: "here" if os.getpid() == parent else 1 / 0) == "here"
+    monkeypatch.setattr(sparing, "_LONGEST_S", 0.05)  # a lock that a thread held when it was forked
+    assert sparing.apart(lambda: "here" if os.getpid() == parent else time.sleep(99)) == "here"
     monkeypatch.setattr(torch_driver, "uses_gpu", lambda: True)
     assert sparing.apart(os.getpid) == parent
 

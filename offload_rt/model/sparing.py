@@ -15,6 +15,7 @@ torch here at import.
 
 import json
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ _BINDINGS = "cuda.bindings"
 _MARKS = ("allow_in_graph", "assume_constant_result", "disable")  # of functions, for the compiler
 _ABSENT = ("is_torch_distributed_available", "is_torch_flex_attn_available")
 _COMPUTES_SHAPES = {_COMPILER, "torch.fx.experimental.symbolic_shapes"}
+_LONGEST_S = 60  # a fork's passes over shapes take one to three seconds
 _asked: set[str] = set()
 
 
@@ -106,12 +108,13 @@ def apart(find: Callable[[], object]) -> Any:  # noqa: ANN401 - what JSON can ho
     os.close(sink)
     try:
         with os.fdopen(replies, "rb") as source:
-            data = source.read()
+            ready, _, _ = select.select([source], [], [], _LONGEST_S)
+            data = source.read() if ready else b""
     finally:  # by Ctrl-C, too
         with suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-    if not data:  # it met something else, or was killed
+    if not data:  # it met something else, was killed, or waits for a thread that no fork has
         return find()
     reply = json.loads(data)
     if "error" in reply:
