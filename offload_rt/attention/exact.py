@@ -98,7 +98,8 @@ def exact_attention(
     """
     if spec.fixed:
         return FixedAttention(query, kv, spec, committed, tree)
-    assembled = spec.softcap is None and attending.takes(query.dtype, query.shape[2], kv[1])
+    capped = spec.softcap is not None
+    assembled = attending.takes(query.dtype, query.shape[2], kv[1], capped=capped)
     return (_Assembled if assembled else _WrittenOut)(query, kv, spec, committed, tree)
 
 
@@ -141,7 +142,7 @@ class _Assembled:
         self._out = query.new_empty(rows, heads, value_dim)
         self._groups = _groups(tree, committed, rows, PIECE, query.device)
         sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
-        way = attending.Way(scaling=spec.scaling, window=spec.window, sinks=sinks)
+        way = attending.Way(scaling=spec.scaling, window=spec.window, cap=spec.softcap, sinks=sinks)
         grouped = query.unflatten(0, (kv_heads, group)).transpose(1, 2)  # [K, S, G, D]
         self._seen = [
             attending.Attending(

@@ -1,19 +1,22 @@
-"""Attention of rows to tiles of keys in bf16, whose bits for a row depend on its past alone.
+"""Attention of rows to tiles of keys, whose bits for a row depend on its past alone.
 
 A tile is `COLUMNS` columns, from the first one a row sees to its own. Of each tile the scores of
-some rows are summed up in registers, pair after pair of `vdpbf16ps`; a running maximum, sum and
-result of each row are carried on from tile to tile, in fp32. A row goes through the same
+some rows are summed up in registers, of bf16 pair after pair by `vdpbf16ps`, of fp16 and fp32
+number after number in fp32; a running maximum, sum and result of each row are carried on from tile
+to tile, in fp32. A row goes through the same
 instructions in the same order whoever goes beside it, so nothing is filled up. Which rows of the
 cache a tile's columns are is said by a list: a tree's row is given its path so, in consecutive
 columns.
 
 Threads share KV heads and rows. A thread turns a tile's keys around once, so that columns lie in
-lanes, and takes the tile's values in pairs; query heads of one KV head use both together.
+lanes, and takes the tile's values in pairs or in fp32; query heads of one KV head use both
+together.
 """
 
 import ctypes
 import math
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -28,34 +31,95 @@ COLUMNS = 64  # of a tile
 _MOST_ROWS = 7  # whose sums of a tile are in registers, beside four of the tile's
 _VECTORS = COLUMNS // LANES
 _PAIRS = COLUMNS // 2
-_UNIT = 2 * LANES  # numbers of a head that are turned around at once
 _MOST_DIM = 256
 _NO_WINDOW = 2**40
 _UNSEEN = -1e30  # the maximum of a row that has seen nothing
 _LEAST = -200.0  # whose exponential is 0
+_NUMBERS = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
 _WHOLE, _HALVES = f"<{LANES} x i32>", f"<{2 * LANES} x bfloat>"
 _DECLARED = f"""
 declare {WIDE} @llvm.rint.v16f32({WIDE})
+declare {WIDE} @llvm.fabs.v16f32({WIDE})
+declare {WIDE} @llvm.copysign.v16f32({WIDE}, {WIDE})
 declare {WIDE} @llvm.fma.v16f32({WIDE}, {WIDE}, {WIDE})
 declare {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE}, {WIDE}, {WIDE}, i16, i32)
 """
 _FIELDS = (
     "query keys values index at most seen n_rows n_heads n_key_head n_key_row n_value_head "
-    "n_value_row n_tiles n_start n_window n_scale n_parts n_step n_group target places sinks"
+    "n_value_row n_tiles n_start n_window n_scale n_cap n_parts n_step n_group target places sinks"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """What a kernel is made for.
+
+    Attributes:
+        dim: numbers of a key.
+        value_dim: of a value.
+        number: LLVM's name of the format of keys, values and results.
+        capped: scores are squashed.
+    """
+
+    dim: int
+    value_dim: int
+    number: str = "bfloat"
+    capped: bool = False
+
+    @property
+    def pairs(self) -> bool:
+        """Whether two numbers are multiplied at once; the query is then in that format too."""
+        return self.number == "bfloat"
+
+    @property
+    def stored(self) -> str:
+        """What a number is in memory."""
+        return "i32" if self.number == "float" else "i16"
+
+    @property
+    def fed(self) -> str:
+        """What a number of the query, and a weight, is in memory."""
+        return "i16" if self.pairs else "i32"
+
+    @property
+    def units(self) -> int:
+        """Of a key, that are multiplied one after another."""
+        return self.dim // 2 if self.pairs else self.dim
+
+    @property
+    def lines(self) -> int:
+        """Of a tile's values, likewise."""
+        return _PAIRS if self.pairs else COLUMNS
+
+    def widened(self, code: Code, address: str) -> str:
+        """`LANES` numbers of 32 bits: of bf16 pairs, else each number in fp32."""
+        if self.number != "half":
+            return code.let(f"load {_WHOLE}, ptr {address}, align 2")
+        half = code.let(f"load <{LANES} x half>, ptr {address}, align 2")
+        wide = code.let(f"fpext <{LANES} x half> {half} to {WIDE}")
+        return code.let(f"bitcast {WIDE} {wide} to {_WHOLE}")
+
+    def write(self, code: Code, value: str, address: str) -> None:
+        """Store a register as results are."""
+        if self.number != "float":
+            kind = f"<{LANES} x {self.number}>"
+            value = code.let(f"fptrunc {WIDE} {value} to {kind}")
+            code.add(f"store {kind} {value}, ptr {address}, align 2")
+        else:
+            code.add(f"store {WIDE} {value}, ptr {address}, align 4")
 
 
 @cache
 def problem() -> str:
     """Why there is no such kernel; empty where there is."""
-    return products_problem() or assembling.trouble(lambda: _kernel(64, 64))
+    return products_problem() or assembling.trouble(lambda: _kernel(_Form(64, 64)))
 
 
-def takes(dtype: torch.dtype, key_dim: int, value_dim: int) -> bool:
+def takes(dtype: torch.dtype, key_dim: int, value_dim: int, *, capped: bool = False) -> bool:
     """Whether there is a kernel for heads of these sizes; it is assembled when first asked for."""
-    dims = key_dim, value_dim
-    fits = dtype is torch.bfloat16 and not any(d % _UNIT or d > _MOST_DIM for d in dims)
-    return fits and not problem() and _kernel(key_dim, value_dim) != 0
+    dims, unit = (key_dim, value_dim), 2 * LANES  # so many numbers of bf16 are turned at once
+    fits = dtype in _NUMBERS and not any(d % unit or d > _MOST_DIM for d in dims)
+    return fits and not problem() and _kernel(_Form(*dims, _NUMBERS[dtype], capped)) != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,11 +129,13 @@ class Way:
     Attributes:
         scaling: factor on products.
         window: positions that a row sees, its own the last; None: all.
+        cap: scores are squashed to cap * tanh(score / cap); None leaves them.
         sinks: [H] fp32, a score of each head that has no value; or None.
     """
 
     scaling: float
     window: int | None = None
+    cap: float | None = None
     sinks: torch.Tensor | None = None
 
 
@@ -77,7 +143,7 @@ class Attending:
     """What some query rows have seen so far.
 
     Args:
-        query: [K, R, D] in bf16: G heads of a KV head for each of R / G rows, row after row.
+        query: [K, R, D]: G heads of a KV head for each of R / G rows, row after row.
         at: [R / G] int64 position of each.
         value_dim: D of values.
         how: the layer attends.
@@ -91,10 +157,11 @@ class Attending:
         how: Way,
     ) -> None:
         kv_heads, rows, dim = query.shape
-        self._query, self._at, self._sinks = query, at, how.sinks
+        form = _Form(dim, value_dim, _NUMBERS[query.dtype], how.cap is not None)
+        self._query, self._at, self._sinks = query if form.pairs else query.float(), at, how.sinks
         self._sizes = rows // len(at), kv_heads, rows
-        self._kernel = _kernel(dim, value_dim)
-        self._scale = struct.unpack("<i", struct.pack("<f", how.scaling))[0]
+        self._kernel = _kernel(form)
+        self._scale, self._cap = _bits(how.scaling), _bits(how.cap or 0.0)
         self._window = _NO_WINDOW if how.window is None else how.window
         wide = torch.float32
         self._most = torch.full((kv_heads, rows), _UNSEEN, dtype=wide)
@@ -127,19 +194,25 @@ class Attending:
             *(t.data_ptr() for t in (self._query, key, value, index, self._at, self._most)),
             self._seen.data_ptr(),
             *(rows, kv_heads, *key.stride()[:2], *value.stride()[:2]),
-            *(index.shape[-1] // COLUMNS, start, self._window, self._scale),
+            *(index.shape[-1] // COLUMNS, start, self._window, self._scale, self._cap),
             *(parts, COLUMNS if by_row else 0, heads, target, places),
             0 if self._sinks is None else self._sinks.data_ptr(),
         )
         assembling.together(self._kernel, (ctypes.c_int64 * len(numbers))(*numbers))
 
 
+def _bits(number: float) -> int:
+    """Those of a number in fp32."""
+    (bits,) = struct.unpack("<i", struct.pack("<f", number))
+    return int(bits)
+
+
 @cache
-def _kernel(dim: int, value_dim: int) -> int:
-    text = HEAD + _DECLARED + _exponential() + _soften() + _turn(dim) + _pair(value_dim)
+def _kernel(form: _Form) -> int:
+    text = HEAD + _DECLARED + _exponential() + _soften(form) + _turn(form) + _pair(form)
     for count in range(1, _MOST_ROWS + 1):
-        text += _scores(dim, count) + _weighted(value_dim, count)
-    text += _tile(dim, value_dim) + _finish(value_dim) + _attend(dim, value_dim)
+        text += _scores(form, count) + _weighted(form, count)
+    text += _tile(form) + _finish(form) + _attend(form)
     return assembling.assemble(text, ["attend"])["attend"]
 
 
@@ -197,26 +270,45 @@ def _greatest(code: Code, values: list[str]) -> str:
     return value
 
 
-def _soften() -> str:
-    """@soften: a row's scores of a tile to weights in bf16, its maximum and sum carried on.
+def _capped(code: Code, score: str, cap: str, exponential: Callable[[str], str]) -> str:
+    """Squashed scores, cap * tanh(x / cap): by 1 - e^-2y and 1 + e^-2y of the size y of x / cap."""
+    part = code.fp("fdiv", score, cap)
+    size = code.let(f"call {WIDE} @llvm.fabs.v16f32({WIDE} {part})")
+    power = exponential(code.fp("fmul", size, _splat(-2.0)))
+    less, more = (code.fp(f"f{word}", _splat(1.0), power) for word in ("sub", "add"))
+    made = code.fp("fmul", code.fp("fdiv", less, more), cap)
+    return code.let(f"call {WIDE} @llvm.copysign.v16f32({WIDE} {made}, {WIDE} {part})")
 
-    Args: scores [COLUMNS] fp32; weights [COLUMNS] bf16; most; sums [LANES]; factor, by which what
-    was there is to be multiplied; scale; first and last column of the tile that the row sees.
+
+def _soften(form: _Form) -> str:
+    """@soften: a row's scores of a tile to weights, its maximum and sum carried on.
+
+    Args: scores [COLUMNS] fp32; weights [COLUMNS], bf16 or fp32; most; sums [LANES]; factor, by
+    which what was there is to be multiplied; scale; cap; first and last column of the tile that the
+    row sees.
     """
     code = Code(
         "@soften(ptr %scores, ptr %weights, ptr %most, ptr %sums, ptr %factor, float %scale, "
-        "i64 %low, i64 %high)"
+        "float %cap, i64 %low, i64 %high)"
     )
-    scale = code.spread("%scale")
+    scale, cap = code.spread("%scale"), code.spread("%cap")
     bounds = []
     for name in ("%low", "%high"):
         narrow = code.let(f"trunc i64 {name} to i32")
         bounds.append(code.spread(narrow, "i32"))
     spot = code.let(f"alloca {WIDE}, align 64")
+
+    def exponential(value: str) -> str:
+        code.add(f"store {WIDE} {value}, ptr {spot}, align 64")
+        code.add(f"call void @exponential(ptr {spot})")
+        return code.let(f"load {WIDE}, ptr {spot}, align 64")
+
     seen = []
     for part in range(_VECTORS):
         score = code.let(f"load {WIDE}, ptr {code.at('%scores', part * LANES, 'float')}, align 64")
         score = code.fp("fmul", score, scale)
+        if form.capped:
+            score = _capped(code, score, cap, exponential)
         lanes = ", ".join(f"i32 {part * LANES + lane}" for lane in range(LANES))
         late = code.let(f"icmp sle {_WHOLE} <{lanes}>, {bounds[1]}")
         early = code.let(f"icmp sge {_WHOLE} <{lanes}>, {bounds[0]}")
@@ -227,12 +319,6 @@ def _soften() -> str:
     old = code.spread(before)
     most = _greatest(code, [*seen, old])
     code.add(f"store float {code.let(f'extractelement {WIDE} {most}, i32 0')}, ptr %most, align 4")
-
-    def exponential(value: str) -> str:
-        code.add(f"store {WIDE} {value}, ptr {spot}, align 64")
-        code.add(f"call void @exponential(ptr {spot})")
-        return code.let(f"load {WIDE}, ptr {spot}, align 64")
-
     factor = exponential(code.fp("fsub", old, most))
     first = code.let(f"extractelement {WIDE} {factor}, i32 0")
     code.add(f"store float {first}, ptr %factor, align 4")
@@ -240,10 +326,11 @@ def _soften() -> str:
     for part, score in enumerate(seen):
         weight = exponential(code.fp("fsub", score, most))
         total = code.fp("fadd", total, weight)
-        narrow = code.let(f"fptrunc {WIDE} {weight} to <{LANES} x bfloat>")
-        code.add(
-            f"store <{LANES} x bfloat> {narrow}, ptr {code.at('%weights', part * LANES)}, align 2"
-        )
+        place = code.at("%weights", part * LANES, form.fed)
+        if form.pairs:
+            form.write(code, weight, place)
+        else:
+            code.add(f"store {WIDE} {weight}, ptr {place}, align 64")
     code.add(f"store {WIDE} {total}, ptr %sums, align 4")
     return code.text().replace("#0 {", "noinline #0 {", 1)
 
@@ -254,19 +341,17 @@ def _row_at(code: Code, start: str, index: str, column: str, stride: str, kind: 
     return code.at(start, code.times(place, stride), kind)
 
 
-def _turn(dim: int) -> str:
-    """@turn: keys of a tile, [COLUMNS, D], to [D / 2, COLUMNS, 2]."""
+def _turn(form: _Form) -> str:
+    """@turn: keys of a tile, [COLUMNS, D], to [D / 2, COLUMNS, 2], or [D, COLUMNS] in fp32."""
     code = Code("@turn(ptr noalias %keys, ptr noalias %index, i64 %stride, ptr noalias %out)")
     with code.loop(0, COLUMNS, LANES) as column:
         starts = [
-            _row_at(code, "%keys", "%index", code.plus(column, lane), "%stride", "i16")
+            _row_at(code, "%keys", "%index", code.plus(column, lane), "%stride", form.stored)
             for lane in range(LANES)
         ]
-        with code.loop(0, dim // 2, LANES) as pair:
-            rows = [
-                code.let(f"load {_WHOLE}, ptr {code.at(start, pair, 'i32')}, align 2")
-                for start in starts
-            ]
+        unit = "i16" if form.number == "half" else "i32"
+        with code.loop(0, form.units, LANES) as pair:
+            rows = [form.widened(code, code.at(start, pair, unit)) for start in starts]
             step = 1
             while step < LANES:  # exchange blocks of so many lanes between rows so far apart
                 made = list(rows)
@@ -292,46 +377,54 @@ def _turn(dim: int) -> str:
     return code.text()
 
 
-def _pair(dim: int) -> str:
-    """@pair: values of a tile, [COLUMNS, D], to [COLUMNS / 2, D, 2]."""
+def _pair(form: _Form) -> str:
+    """@pair: values of a tile, [COLUMNS, D], to [COLUMNS / 2, D, 2]; or as they are, in fp32."""
     code = Code("@pair(ptr noalias %values, ptr noalias %index, i64 %stride, ptr noalias %out)")
-    kind = f"<{LANES} x i16>"
-    with code.loop(0, COLUMNS, 2) as column:
-        both = [
-            _row_at(code, "%values", "%index", code.plus(column, n), "%stride", "i16")
-            for n in range(2)
+    kind, dim, each = f"<{LANES} x i16>", form.value_dim, 2 if form.pairs else 1
+    with code.loop(0, COLUMNS, each) as column:
+        starts = [
+            _row_at(code, "%values", "%index", code.plus(column, n), "%stride", form.stored)
+            for n in range(each)
         ]
-        line = code.at("%out", code.times(column, dim))
+        line = code.at("%out", code.times(column, dim), form.fed)
         with code.loop(0, dim, LANES) as place:
-            one, other = (
-                code.let(f"load {kind}, ptr {code.at(start, place)}, align 2") for start in both
-            )
-            lanes = ", ".join(f"i32 {lane}, i32 {LANES + lane}" for lane in range(LANES))
-            mixed = code.let(
-                f"shufflevector {kind} {one}, {kind} {other}, <{2 * LANES} x i32> <{lanes}>"
-            )
-            to = code.at(line, code.times(place, 2))
-            code.add(f"store <{2 * LANES} x i16> {mixed}, ptr {to}, align 64")
+            to = code.at(line, code.times(place, each), form.fed)
+            if form.pairs:
+                one, other = (
+                    code.let(f"load {kind}, ptr {code.at(start, place)}, align 2")
+                    for start in starts
+                )
+                lanes = ", ".join(f"i32 {lane}, i32 {LANES + lane}" for lane in range(LANES))
+                mixed = code.let(
+                    f"shufflevector {kind} {one}, {kind} {other}, <{2 * LANES} x i32> <{lanes}>"
+                )
+                code.add(f"store <{2 * LANES} x i16> {mixed}, ptr {to}, align 64")
+            else:
+                value = form.widened(code, code.at(starts[0], place, form.stored))
+                code.add(f"store {_WHOLE} {value}, ptr {to}, align 64")
     return code.text()
 
 
-def _dots(
+def _dots(  # noqa: PLR0913 - the parts of a product
     code: Code,
     name: str,
-    pairs: int,
+    units: int,
     rows: list[str],
     panel: tuple[str, int],
     sums: list[list[str]],
+    *,
+    pairs: bool,
 ) -> list[list[str]]:
-    """Add to `sums` [row][part] the products of rows with a panel, pair after pair.
+    """Add to `sums` [row][part] the products of rows with a panel, unit after unit.
 
     Args:
         code: to write to.
         name: of the blocks.
-        pairs: of numbers of a row.
+        units: pairs of numbers of a row, or numbers in fp32.
         rows: addresses.
-        panel: [pairs, columns] pairs, from the first column to take on, and how many columns.
+        panel: [units, columns] units, from the first column to take on, and how many columns.
         sums: before.
+        pairs: units are pairs.
     """
     before = code._block
     code.add(f"br label %{name}")
@@ -345,31 +438,34 @@ def _dots(
                 f"[%{name}.new{row}.{part}, %{name}]"
             )
     start = code.at(panel[0], code.times(f"%{name}.i", panel[1]), "i32")
+    kind = _HALVES if pairs else WIDE
     columns = [
-        code.let(f"load {_HALVES}, ptr {code.at(start, part * LANES, 'i32')}, align 64")
+        code.let(f"load {kind}, ptr {code.at(start, part * LANES, 'i32')}, align 64")
         for part in parts
     ]
     for row, address in enumerate(rows):
         number = code.let(f"load i32, ptr {code.at(address, f'%{name}.i', 'i32')}, align 2")
-        given = code.let(f"bitcast {_WHOLE} {code.spread(number, 'i32')} to {_HALVES}")
+        given = code.let(f"bitcast {_WHOLE} {code.spread(number, 'i32')} to {kind}")
         for part in parts:
-            code.add(
-                f"%{name}.new{row}.{part} = call {WIDE} @llvm.x86.avx512bf16.dpbf16ps.512({WIDE} "
-                f"%{name}.{row}.{part}, {_HALVES} {given}, {_HALVES} {columns[part]})"
-            )
+            before_it, column = f"{WIDE} %{name}.{row}.{part}", f"{kind} {columns[part]}"
+            if pairs:
+                call = f"@llvm.x86.avx512bf16.dpbf16ps.512({before_it}, {kind} {given}, {column})"
+            else:
+                call = f"@llvm.fma.v16f32({kind} {given}, {column}, {before_it})"
+            code.add(f"%{name}.new{row}.{part} = call {WIDE} {call}")
     code.add(f"%{name}.next = add i64 %{name}.i, 1")
-    code.add(f"%{name}.more = icmp ult i64 %{name}.next, {pairs}")
+    code.add(f"%{name}.more = icmp ult i64 %{name}.next, {units}")
     code.add(f"br i1 %{name}.more, label %{name}, label %{name}.end")
     code.block(f"{name}.end")
     return [[f"%{name}.new{row}.{part}" for part in parts] for row in range(len(rows))]
 
 
-def _scores(dim: int, count: int) -> str:
+def _scores(form: _Form, count: int) -> str:
     """@scores1 and so on: of so many rows [count, D] with a tile's keys, [count, COLUMNS]."""
     code = Code(f"@scores{count}(ptr noalias %rows, ptr noalias %keys, ptr noalias %out)")
-    rows = [code.at("%rows", row * dim) for row in range(count)]
+    rows = [code.at("%rows", row * form.dim, form.fed) for row in range(count)]
     zeros = [["zeroinitializer"] * _VECTORS for _ in rows]
-    sums = _dots(code, "dot", dim // 2, rows, ("%keys", COLUMNS), zeros)
+    sums = _dots(code, "dot", form.units, rows, ("%keys", COLUMNS), zeros, pairs=form.pairs)
     for row, line in enumerate(sums):
         for part, value in enumerate(line):
             to = code.at("%out", row * COLUMNS + part * LANES, "float")
@@ -377,14 +473,15 @@ def _scores(dim: int, count: int) -> str:
     return code.text()
 
 
-def _weighted(dim: int, count: int) -> str:
+def _weighted(form: _Form, count: int) -> str:
     """@weighted1 and so on: out [count, D] times factors, plus weights of a tile's values."""
+    dim = form.value_dim
     stride = LANES + dim
     code = Code(
         f"@weighted{count}(ptr noalias %weights, ptr noalias %values, ptr noalias %factors, "
         "ptr noalias %out)"
     )
-    rows = [code.at("%weights", row * COLUMNS) for row in range(count)]
+    rows = [code.at("%weights", row * COLUMNS, form.fed) for row in range(count)]
     factors = [
         code.spread(code.let(f"load float, ptr {code.at('%factors', row, 'float')}, align 4"))
         for row in range(count)
@@ -404,7 +501,8 @@ def _weighted(dim: int, count: int) -> str:
             for row, line in enumerate(places)
         ]
         panel = code.at("%values", first, "i32")
-        made = _dots(code, f"dot{first}", _PAIRS, rows, (panel, dim), sums)
+        name, lines = f"dot{first}", form.lines
+        made = _dots(code, name, lines, rows, (panel, dim), sums, pairs=form.pairs)
         for line, values in zip(places, made, strict=True):
             for place, value in zip(line, values, strict=True):
                 code.add(f"store {WIDE} {value}, ptr {place}, align 4")
@@ -412,20 +510,20 @@ def _weighted(dim: int, count: int) -> str:
     return code.text()
 
 
-def _tile(dim: int, value_dim: int) -> str:
+def _tile(form: _Form) -> str:
     """@tile: rows `first` to `last` of a KV head with one tile that is turned around."""
-    line = LANES + value_dim
+    line = LANES + form.value_dim
     code = Code(
         "@tile(ptr %query, ptr %keys, ptr %values, ptr %at, ptr %most, ptr %seen, "
-        "i64 %first, i64 %last, i64 %column, i64 %window, float %scale, i64 %group)"
+        "i64 %first, i64 %last, i64 %column, i64 %window, float %scale, float %cap, i64 %group)"
     )
     scores = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x float], align 64")
-    weights = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x i16], align 64")
+    weights = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x {form.fed}], align 64")
     factors = code.let(f"alloca [{_MOST_ROWS} x float], align 64")
     with code.loop("%first", "%last", _MOST_ROWS) as row:
         left = code.let(f"sub i64 %last, {row}")
         count = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {_MOST_ROWS})")
-        given = code.at("%query", code.times(row, dim))
+        given = code.at("%query", code.times(row, form.dim), form.fed)
         made = code.at("%seen", code.plus(code.times(row, line), LANES), "float")
 
         def each(name: str, arguments: str, count: str = count) -> None:
@@ -442,10 +540,10 @@ def _tile(dim: int, value_dim: int) -> str:
             low = code.plus(code.let(f"sub i64 {high}, %window"), 1)
             code.add(
                 f"call void @soften(ptr {code.at(scores, code.times(number, COLUMNS), 'float')}, "
-                f"ptr {code.at(weights, code.times(number, COLUMNS))}, "
+                f"ptr {code.at(weights, code.times(number, COLUMNS), form.fed)}, "
                 f"ptr {code.at('%most', this, 'float')}, "
                 f"ptr {code.at('%seen', code.times(this, line), 'float')}, "
-                f"ptr {code.at(factors, number, 'float')}, float %scale, "
+                f"ptr {code.at(factors, number, 'float')}, float %scale, float %cap, "
                 f"i64 {_clamped(code, low)}, i64 {_clamped(code, high)})"
             )
         each("weighted", f"ptr {weights}, ptr %values, ptr {factors}, ptr {made}")
@@ -460,14 +558,17 @@ def _clamped(code: Code, number: str) -> str:
     return code.let(f"select i1 {high}, i64 {COLUMNS}, i64 {number}")
 
 
-def _attend(dim: int, value_dim: int) -> str:
+def _attend(form: _Form) -> str:
     """@attend: a thread's share of KV heads and rows, tile after tile."""
+    dim, value_dim = form.dim, form.value_dim
     code = Code("@attend(ptr %record)", internal=False)
     field = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
-    keys = code.let(f"alloca [{dim // 2 * COLUMNS} x i32], align 64")
-    values = code.let(f"alloca [{value_dim * _PAIRS} x i32], align 64")
-    bits = code.let(f"trunc i64 {field['n_scale']} to i32")
-    scale = code.let(f"bitcast i32 {bits} to float")
+    keys = code.let(f"alloca [{form.units * COLUMNS} x i32], align 64")
+    values = code.let(f"alloca [{value_dim * form.lines} x i32], align 64")
+    scale, cap = (
+        code.let(f"bitcast i32 {code.let(f'trunc i64 {field[name]} to i32')} to float")
+        for name in ("n_scale", "n_cap")
+    )
     rows, parts = field["n_rows"], field["n_parts"]
     mine, last_of_mine = code.my_share(code.times(field["n_heads"], parts))
     with code.loop(mine, last_of_mine) as unit:
@@ -479,8 +580,8 @@ def _attend(dim: int, value_dim: int) -> str:
         most = code.at(field["most"], before, "float")
         seen = code.at(field["seen"], code.times(before, LANES + value_dim), "float")
         index = code.at(field["index"], code.times(part, field["n_step"]), "i64")
-        key = code.at(field["keys"], code.times(head, field["n_key_head"]))
-        value = code.at(field["values"], code.times(head, field["n_value_head"]))
+        key = code.at(field["keys"], code.times(head, field["n_key_head"]), form.stored)
+        value = code.at(field["values"], code.times(head, field["n_value_head"]), form.stored)
         some = code.let(f"icmp ult i64 {first}, {last}")
         tiles = code.let(f"select i1 {some}, i64 {field['n_tiles']}, i64 0")
         with code.loop(0, tiles) as tile:
@@ -490,12 +591,12 @@ def _attend(dim: int, value_dim: int) -> str:
             code.add(
                 f"call void @pair(ptr {value}, ptr {at}, i64 {field['n_value_row']}, ptr {values})"
             )
+            given = code.at(field["query"], code.times(before, dim), form.fed)
             code.add(
-                f"call void @tile(ptr {code.at(field['query'], code.times(before, dim))}, "
-                f"ptr {keys}, ptr {values}, ptr {field['at']}, "
+                f"call void @tile(ptr {given}, ptr {keys}, ptr {values}, ptr {field['at']}, "
                 f"ptr {most}, ptr {seen}, i64 {first}, i64 {last}, "
                 f"i64 {code.plus(field['n_start'], column)}, "
-                f"i64 {field['n_window']}, float {scale}, i64 {field['n_group']})"
+                f"i64 {field['n_window']}, float {scale}, float {cap}, i64 {field['n_group']})"
             )
         ends = code.let(f"icmp ne ptr {field['target']}, null")
         stop = code.let(f"select i1 {ends}, i64 {last}, i64 {first}")
@@ -512,13 +613,13 @@ def _attend(dim: int, value_dim: int) -> str:
                 f"call void @finish(ptr {code.at(most, row, 'float')}, "
                 f"ptr {code.at(seen, code.times(row, LANES + value_dim), 'float')}, "
                 f"ptr {code.let(f'select i1 {given}, ptr {sink}, ptr null')}, "
-                f"ptr {code.at(field['target'], place)})"
+                f"ptr {code.at(field['target'], place, form.stored)})"
             )
     return code.text()
 
 
-def _finish(dim: int) -> str:
-    """@finish: a row's result in bf16, of its maximum, its sums and values, and maybe a sink."""
+def _finish(form: _Form) -> str:
+    """@finish: a row's result, of its maximum, its sums and values, and maybe a sink."""
     code = Code("@finish(ptr %most, ptr %seen, ptr %sink, ptr %to)")
     spot = code.let(f"alloca {WIDE}, align 64")
     factor, total = (code.let(f"alloca {WIDE}, align 64") for _ in range(2))
@@ -546,8 +647,7 @@ def _finish(dim: int) -> str:
     scale = code.fp(
         "fdiv", *(code.let(f"load {WIDE}, ptr {name}, align 64") for name in (factor, total))
     )
-    for first in range(0, dim, LANES):
+    for first in range(0, form.value_dim, LANES):
         value = code.let(f"load {WIDE}, ptr {code.at('%seen', LANES + first, 'float')}, align 4")
-        narrow = code.let(f"fptrunc {WIDE} {code.fp('fmul', value, scale)} to <{LANES} x bfloat>")
-        code.add(f"store <{LANES} x bfloat> {narrow}, ptr {code.at('%to', first)}, align 2")
+        form.write(code, code.fp("fmul", value, scale), code.at("%to", first, form.stored))
     return code.text()

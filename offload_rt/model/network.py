@@ -436,8 +436,9 @@ class Network:
         run = partial(run_on_shapes, self._model)
         find = partial(looks_of, self._model, run, self._mixing)
         self._looks = fits.looks(self._model, self._config, find)
+        capped = self._config.setting("attn_logit_softcapping") is not None
         for shape in {*self.kv_shapes} - {NO_KV}:  # now, as LLVM takes memory for a moment
-            attending.takes(self.dtype, shape.key_dim, shape.value_dim)
+            attending.takes(self.dtype, shape.key_dim, shape.value_dim, capped=capped)
         wide = widens(self.dtype, device)
         found = self._looks.problem
         below = {bringer.stored for bringer in bringers_below(self._model)} | {*self._bringers}
