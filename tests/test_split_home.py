@@ -13,23 +13,26 @@ import torch
 from engines import all_logits, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nodes_double import nodes_engine
 from test_costs_one_road import IDS, LARGE, MACHINES, SAME, model_of, planned, simulated
 from value_double import open_as, open_double
 
-from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig
+from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs import sizes as sizes_module
 from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import ahead_bytes
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.device.base import PAGE_BYTES, STAGING_BYTES, CopyPiece
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CPU, CUDA
-from offload_rt.errors import CheckpointError, ConfigError, DeviceError, PlanError
+from offload_rt.device.kinds import CPU, CUDA, FREE_SHARE
+from offload_rt.errors import CheckpointError, DeviceError, PlanError
 from offload_rt.model import weight_files as files_module
-from offload_rt.planning.fit import _check_nodes, _place_ends, _split, with_home
+from offload_rt.planning.fit import _place_ends, _split, _with_homes, with_home
 from offload_rt.planning.given_rates import Acceptance
-from offload_rt.planning.placement import Demand, ExpertDemand, Placement
+from offload_rt.planning.placement import Demand, ExpertDemand, Placement, Stripe
+from offload_rt.planning.striping import place_striped
 from offload_rt.streaming import ahead as ahead_module
 from offload_rt.streaming.ahead import ReadAhead
 
@@ -229,12 +232,22 @@ def test_split_streams_the_bits_of_resident_layers(
     assert "ahead-0" not in {thread.name for thread in threading.enumerate()}
 
 
+def test_nodes_with_split_homes_stream_the_bits_of_resident_layers(small_pieces, model, resident):
+    logits, answer, layer_bytes = resident
+    options = SPLIT | {"host_limit_bytes": limit_for(1, layer_bytes)}
+    with nodes_engine(model, 2, **options) as engine:
+        assert [len(share.in_files) for share in engine.placement.shares] == [4, 3]
+        assert torch.equal(all_logits(engine), logits)
+        engine.forget()
+        assert generate(engine) == answer
+
+
 @pytest.mark.usefixtures("small_pieces")
 def test_a_prompt_that_breaks_off_leaves_the_order_right(
     small_pieces, model, resident, monkeypatch
 ):
     logits, _, layer_bytes = resident
-    options = SPLIT | {"slots": 2, "host_limit_bytes": limit_for(2, layer_bytes)}
+    options = SPLIT | {"slots": 2, "host_limit_bytes": limit_for(1, layer_bytes)}
     with engine_for(model, **options) as engine:
         ring, broken = engine.runner._rings[0], [3]
         lend = ring.lend
@@ -366,10 +379,30 @@ def test_an_embedding_in_host_memory_may_be_what_makes_layers_fit(otherwise):
     assert found is made
 
 
-def test_nodes_have_no_split_home():
-    config = RuntimeConfig(home=HomeKind.SPLIT, machines=("a", "b"), device="cpu,cpu")
-    with pytest.raises(ConfigError, match="--home split: with --nodes"):
-        _check_nodes(config, DraftConfig(draft="none"))
+def test_each_node_splits_by_its_own_host_memory():
+    mib, layers = 2**20, range(12)
+    demand = Demand(layer_bytes=(10 * mib,) * 12, base_bytes=0, kv_bytes=0, workspace_bytes=0)
+    stripes = [Stripe(name=name, limit_bytes=20 * mib, apart=True) for name in "abc"]
+    placement = place_striped(demand, stripes, slots=2, resident_layers=0)
+    config = RuntimeConfig(
+        home=HomeKind.SPLIT, machines=("a", "b", "c"), device="cpu,cpu,cpu", readers=1
+    )
+    ahead = ahead_bytes(10 * mib, 1)
+    further = [(ahead + 21 * mib) / FREE_SHARE, 60 * mib]
+    free = FreeMemory(
+        device_bytes=0, host_bytes=0, further_host_bytes=tuple(int(n) for n in further)
+    )
+    made = _with_homes(placement, config, CPU, free, 80 * mib)
+    assert [share.home for share in made.shares] == ["host", "split", "host"]
+    assert [len(share.layers_in_files) for share in made.shares] == [0, 2, 0]
+    assert (made.home, made.ahead_bytes, len(made.in_files)) == ("split", ahead, 2)
+    assert made.held_bytes == 100 * mib and made.layers == list(layers)
+    free = replace(free, further_host_bytes=(mib, 60 * mib))
+    with pytest.raises(PlanError, match="b: --home split: host memory of 8"):
+        _with_homes(placement, config, CPU, free, 80 * mib)
+    unasked = _with_homes(placement, replace(config, home=HomeKind.AUTO), CUDA, free, 80 * mib)
+    assert [share.home for share in unasked.shares] == ["host", "disk", "host"]
+    assert unasked.home == "split" and len(unasked.in_files) == 4
 
 
 # --- what it takes -------------------------------------------------------------------------------
@@ -381,8 +414,11 @@ def test_nodes_have_no_split_home():
     disk=st.floats(0.1, 2.0),
     slots=st.integers(2, 4),
     devices=st.integers(1, 2),
+    own_disks=st.booleans(),
 )
-def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(staying, disk, slots, devices):
+def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(
+    staying, disk, slots, devices, own_disks
+):
     """Layers of a second each; at most what it takes from host memory, and the disk in turn."""
     layers = [
         TimedLayer(
@@ -399,11 +435,13 @@ def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(staying, disk, slot
         home_bytes_per_s=(800.0,) * devices,
         files_bytes_per_s=800.0 * disk,
         ahead_bytes=800 * devices,
+        own_disks=own_disks,
     )
     made = steady_pass(work)
     held = steady_pass(replace(work, layers=[replace(layer, read_bytes=0) for layer in layers]))
     link_s = 12 / devices
-    disk_s = len(staying) / disk
+    each = [sum(layers[i].device == d for i in staying) for d in range(devices)]
+    disk_s = (max(each) if own_disks else len(staying)) / disk
     assert max(link_s, disk_s) <= made.pass_s * (1 + 1e-9)
     assert made.pass_s <= (held.pass_s + disk_s) * (1 + 1e-6)
     assert made.transfer_s == pytest.approx(max(link_s, disk_s))

@@ -237,6 +237,7 @@ class PassTimes:
         piece_s: that a piece of a copy takes, which an upload to a GPU may have to wait for; 0
             where nothing crosses such a link, or a disk feeds it and leaves it idle mostly.
         files_bytes_per_s: of layers that stay in their files, into host memory.
+        own_disks: each device reads its layers from a disk of its own.
     """
 
     layer_s: tuple[float, ...]
@@ -253,6 +254,7 @@ class PassTimes:
     piece_s: float = 0.0
     experts_s: tuple[float, ...] = ()
     files_bytes_per_s: float = 0.0
+    own_disks: bool = False
 
     def with_others(self, others: "Sequence[PassTimes]", device: Sequence[int]) -> "PassTimes":
         """The same with layers of other machines as long as they take there.
@@ -276,6 +278,7 @@ class PassTimes:
             kv_s=theirs(lambda times: times.kv_s),
             slowdown=theirs(lambda times: times.slowdown),
             numbers=tuple(number for times in all_of_them for number in times.numbers),
+            own_disks=True,
         )
 
     @property
@@ -633,6 +636,7 @@ def _timed_pass(load: PassLoad, times: PassTimes) -> TimedPass:
         draft_passes=load.between_passes,
         piece_s=times.piece_s,
         files_bytes_per_s=times.files_bytes_per_s,
+        own_disks=times.own_disks,
         ahead_bytes=load.ahead_bytes,
     )
 

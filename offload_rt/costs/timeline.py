@@ -78,6 +78,7 @@ class TimedPass:
             that is crossing; 0: it does not wait.
         files_bytes_per_s: of a disk, for layers that are read ahead, on all devices together.
         ahead_bytes: host memory for what is read ahead, for all devices together.
+        own_disks: each device reads from a disk of its own; else all from one.
     """
 
     layers: Sequence[TimedLayer]
@@ -95,6 +96,7 @@ class TimedPass:
     piece_s: float = 0.0
     files_bytes_per_s: float = 0.0
     ahead_bytes: int = 0
+    own_disks: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,12 +194,13 @@ def _link_s(work: TimedPass, device: int) -> float:
     mine = [layer for layer in work.layers if layer.device == device]
     weights_s = sum((layer.home_bytes or 0) + layer.missed_bytes for layer in mine) / rate
     kv_s = sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
-    return max(weights_s + kv_s, _files_s(work))
+    return max(weights_s + kv_s, _files_s(work, device))
 
 
-def _files_s(work: TimedPass) -> float:
-    """What a disk takes for the layers that are read ahead."""
-    read_bytes = sum(layer.read_bytes for layer in work.layers)
+def _files_s(work: TimedPass, device: int) -> float:
+    """What a device's disk takes for the layers that are read ahead, of all who share it."""
+    mine = (layer for layer in work.layers if not work.own_disks or layer.device == device)
+    read_bytes = sum(layer.read_bytes for layer in mine)
     return read_bytes / work.files_bytes_per_s if read_bytes else 0.0
 
 
@@ -436,7 +439,7 @@ def _ahead_of(
     if not layers:
         return None
     # Bytes of images a second: what is in the file may be fewer.
-    rate = sum(layer.nbytes for layer in layers) / _files_s(work)
+    rate = sum(layer.nbytes for layer in layers) / _files_s(work, device)
     share = sum(mine[i].read_bytes for i in home) / sum(one.read_bytes for one in work.layers)
     return _Ahead(copy, SimStream(f"files {device}", rate), layers, int(work.ahead_bytes * share))
 

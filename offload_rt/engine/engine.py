@@ -687,15 +687,15 @@ class Engine:
 
     def _load_target(self, base: Images, undo: ExitStack) -> Runner:
         placement, near = self.placement, len(self.devices)
-        streamed = placement.streamed if self._nodes is None else placement.shares[0].streamed
+        here = placement if self._nodes is None else placement.shares[0]
         streaming = Streaming(
-            layers=streamed,
+            layers=here.streamed,
             slots=placement.slots,
-            home=placement.home,
+            home=here.home,
             spare_bytes=[_spare_bytes(own) for own in placement.of_devices[:near]],
             packs_head=placement.packs_head,
             expert_slots=placement.expert_slots,
-            in_files=placement.in_files,
+            in_files=here.in_files,
             expert_share=placement.expert_share,
             look_ahead=self.config.look_ahead,
             readers=self.config.readers,
@@ -725,7 +725,9 @@ class Engine:
                 device=placement.device,
                 streamed=own.streamed,
                 slots=own.slots,
-                home=placement.home,
+                home=own.home,
+                in_files=own.in_files,
+                readers=self.config.readers,
                 spare_bytes=_spare_bytes(own),
                 capacities=[rows + draft.pending_rows for rows in self.capacities],
                 kv_rows=rows,

@@ -37,6 +37,8 @@ class Order:
         streamed: of its layers, those that are copied in each pass.
         slots: of its ring.
         home: where these live.
+        in_files: of a home that is split, the layers that stay in their files.
+        readers: reads in flight.
         spare_bytes: memory that is free until all weights are there.
         capacities: KV rows of each sequence, those of drafts with them.
         kv_rows: of all sequences together, where they share them; else None.
@@ -52,6 +54,8 @@ class Order:
     streamed: Sequence[int]
     slots: int
     home: str
+    in_files: Sequence[int]
+    readers: int
     spare_bytes: int
     capacities: Sequence[int]
     kv_rows: int | None
@@ -181,6 +185,8 @@ class Stage:
             layers=order.streamed,
             slots=order.slots,
             home=HomeKind(order.home),
+            in_files=order.in_files,
+            readers=order.readers,
             spare_bytes=[order.spare_bytes],
         )
         self._guest = Guest(self._line, order.node, order.device, self._moved)

@@ -171,7 +171,9 @@ def _with_kv_of(
     if load.kv_tokens is not None:
         spare = load.drafting.config.pending_rows * len(load.capacities)
         rows, whole = load.kv_tokens + spare, sum(load.capacities) + spare
-        demand = replace(demand, kv_bytes=demand.kv_bytes // whole * rows)
+        layers = tuple(nbytes // whole * rows for nbytes in demand.kv_layer_bytes)
+        shared_bytes = demand.kv_bytes // whole * rows
+        demand = replace(demand, kv_bytes=shared_bytes, kv_layer_bytes=layers)
     if config.kv is KVPlace.NONE:
         sizes = kv_row_bytes(checkpoint.config, number_bytes_of(checkpoint, config.dtype))
         largest = demand.kv_bytes // sum(sizes) * max(sizes)
@@ -257,7 +259,7 @@ def _with_homes(
     free: FreeMemory,
     host_limit: int,
 ) -> Placement:
-    """Decide where streamed layers live, on every machine alike.
+    """Decide where streamed layers live, on every machine by its own host memory.
 
     Raises:
         PlanError: host memory was asked for and they do not fit.
@@ -265,9 +267,22 @@ def _with_homes(
     if not config.machines:
         return with_home(placement, config, device, host_limit)
     others = [config.host_limit_bytes or int(n * FREE_SHARE) for n in free.further_host_bytes]
-    pairs = zip(placement.shares, [host_limit, *others], strict=True)
-    homes = [choose_home(config.home, device, share, limit) for share, limit in pairs]
-    return replace(placement, home=HomeKind.DISK if HomeKind.DISK in homes else homes[0])
+    shares = list[Placement]()
+    for share, limit in zip(placement.shares, [host_limit, *others], strict=True):
+        try:
+            shares.append(with_home(share, config, device, limit))
+        except PlanError as error:
+            raise PlanError(f"{config.machines[len(shares)]}: {error}") from error
+    placement = replace(placement, shares=tuple(shares))
+    homes = {share.home for share in shares if share.streams} or {shares[0].home}
+    if homes == {HomeKind.DISK} or homes == {HomeKind.HOST}:
+        return replace(placement, home=homes.pop())
+    return replace(
+        placement,
+        home=HomeKind.SPLIT,
+        in_files=tuple(sorted(i for share in shares for i in share.layers_in_files)),
+        ahead_bytes=sum(share.ahead_bytes for share in shares),
+    )
 
 
 def drafts_with_states(words: DrafterWords) -> bool:
@@ -297,11 +312,6 @@ def _check_nodes(config: RuntimeConfig, draft: DraftConfig) -> None:
     """
     if not config.machines:
         return
-    if config.home is HomeKind.SPLIT:
-        raise ConfigError(
-            "--home split: with --nodes each node has all of its layers in host memory, or none: "
-            "use --home host or --home disk"
-        )
     if config.kv not in (KVPlace.AUTO, KVPlace.DEVICE):
         raise ConfigError(
             f"--kv {config.kv}: with --nodes each node keeps the KV of its layers on its device: "

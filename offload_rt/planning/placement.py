@@ -261,6 +261,11 @@ class Placement:
         return sum(self.layer_bytes[i] for i in held) + pooled_bytes
 
     @property
+    def layers_in_files(self) -> tuple[int, ...]:
+        """Of the streamed layers, those that are not in host memory."""
+        return self.in_files if self.home.in_memory else self.streamed
+
+    @property
     def workspace_bytes(self) -> int:
         """What passes take and give back, on all devices."""
         return sum(own.demand.workspace_bytes for own in self.of_devices)
