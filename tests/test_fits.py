@@ -167,7 +167,7 @@ def test_a_first_command_keeps_what_the_fork_saw_of_products(command, make_tiny,
     command()
     network = network_of(make_tiny("llama", rms_norm_eps=0.03125))
     monkeypatch.setattr(network_module, "looks_of", lambda *_: pytest.fail("looked again"))
-    network.exact_problem(torch.device("cpu"))
+    network.exact_problem(torch.device("cpu"), limit_bytes=2**30)
 
 
 def test_files_of_models_are_looked_through_once():

@@ -19,10 +19,12 @@ from offload_rt.attention import fixed
 from offload_rt.attention.exact import attend_exact
 from offload_rt.attention.rows import attend_rows
 from offload_rt.config import Exact, KVPlace
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import PlanError
 from offload_rt.model import network as networks
 from offload_rt.model import tiles
 from offload_rt.model.attention_function import row_axis
+from offload_rt.model.checkpoint import open_checkpoint
 
 GIB = 2**30
 SPECS = [{}, {"window": 70}, {"softcap": 5.0}, {"window": 9, "sinks": torch.randn(6)}]
@@ -143,6 +145,30 @@ def test_what_cannot_hold_on_a_gpu_is_off_with_the_reason(make_tiny, monkeypatch
     said = "as a product of .* has other bits in other places of a tile: leave --exact out"
     with pytest.raises(PlanError, match=said), on_a_gpu(make_tiny, monkeypatch, "llama"):
         pass
+
+
+def problem(products=(), attention=(), limit_bytes=GIB):
+    device = torch.device("cpu")
+    return tiles.places_problem(products, attention, [], torch.float32, device, 64, limit_bytes)
+
+
+def test_a_tree_is_compared_before_a_model_is_loaded(monkeypatch):
+    heads = [(4, 2, 16, 16)]
+    assert problem(attention=heads) == ""
+    real = fixed._paths
+    monkeypatch.setattr(fixed, "_paths", lambda tree, committed: real(tree, committed).flip(1))
+    assert problem(attention=heads) == "attention of 4 heads of 16 has other bits in a tree"
+
+
+def test_no_more_is_drawn_than_is_planned(make_tiny, monkeypatch):
+    said = problem([(64, 4096)], limit_bytes=2**20)
+    assert said == "a product of 64 by 4096 takes 4.06 MiB to compare, and 1.00 MiB are planned"
+    asked = []
+    monkeypatch.setattr(networks, "places_problem", lambda products, *_: asked.append(products))
+    network = networks.Network(open_checkpoint(make_tiny("llama")), "auto", Packing.FILE)
+    for ends in (True, False):
+        network.exact_problem(torch.device("cpu"), 64, limit_bytes=GIB, ends=ends)
+    assert asked[0] - asked[1] == {(64, network.head_rows)}  # it is on the first device only
 
 
 def test_of_one_row_a_number_beside_heads_is_filled_where_the_row_is():

@@ -755,8 +755,14 @@ class Engine:
             self.checkpoint.config, config, kind, needed=needed, kv_away=kv is not None
         )
         tiles = kind.tile_rows
-        for place in dict.fromkeys(device.torch_device for device in self.devices):
-            found = found or self.network.exact_problem(place, tiles)
+        places = dict[torch.device, int]()  # what is planned on each
+        for device, share in zip(self.devices, self.placement.of_devices, strict=False):
+            places.setdefault(device.torch_device, share.device_bytes)
+        first = self.device.torch_device
+        for place, planned in places.items():  # of several machines this one's
+            found = found or self.network.exact_problem(
+                place, tiles, limit_bytes=planned, ends=place == first
+            )
         if found and config.exact is Exact.ON:
             raise PlanError(
                 f"--exact on: {self.checkpoint.name} cannot have row-invariant passes here, as "

@@ -421,18 +421,26 @@ class Network:
             hole.fill(hole.meta)
         return same
 
-    def exact_problem(self, device: torch.device, tiles: int = 0) -> str:
+    def exact_problem(
+        self, device: torch.device, tiles: int = 0, *, limit_bytes: int, ends: bool = True
+    ) -> str:
         """Why passes there cannot be row-invariant; empty if they can. Before `attach`.
 
         Args:
             device: where passes are made.
             tiles: of so many rows; 0: linears and activations see to it.
+            limit_bytes: planned there, of which nothing is used yet.
+            ends: the output head is there, too.
         """
         if tiles:
             heads, kv = self._config.num_heads, {*self.kv_shapes} - {NO_KV}
             attention = {(heads, each.heads, each.key_dim, each.value_dim) for each in kv}
-            products, width = product_shapes(self._model), self._config.hidden_size
-            return places_problem(products, attention, [width], self.dtype, device, tiles)
+            parts = [self._model] if ends else self._layers
+            products = {shape for part in parts for shape in product_shapes(part)}
+            widths = [self._config.hidden_size]
+            return places_problem(
+                products, attention, widths, self.dtype, device, tiles, limit_bytes
+            )
         run = partial(run_on_shapes, self._model)
         find = partial(looks_of, self._model, run, self._mixing)
         self._looks = fits.looks(self._model, self._config, find)

@@ -95,7 +95,12 @@ class Stage:
         self._network = network = Network(checkpoint, order.dtype, device.kind.packing)
         undo.callback(network.release)
         tiles = device.kind.tile_rows if order.exact else 0
-        if order.exact and (why := network.exact_problem(device.torch_device, tiles)):
+        mine = [layer for layer, node in enumerate(order.device) if node == order.node]
+        planned = sum(network.layouts[layer].nbytes for layer in mine)
+        place = device.torch_device
+        if order.exact and (
+            why := network.exact_problem(place, tiles, limit_bytes=planned, ends=False)
+        ):
             raise PlanError(f"passes cannot be row-invariant here, as {why}: add --exact off")
         network.exact, network.tiles = order.exact, tiles
         read = {name: partial(files.read, extent) for name, extent in checkpoint.tensors.items()}
