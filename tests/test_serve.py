@@ -349,6 +349,7 @@ def test_the_document_tells_of_every_route(server):
     assert {path for path, method in routes if method == "post"} == guards.READING
     wrong = get(server.app, CHAT)
     assert wrong.status == 405 and wrong.headers["allow"] == "POST"
+    assert "this route is not for GET: use POST" in wrong.text
     wrong = post(server.app, "/health", b"x", {"content-type": "text/plain"})
     assert wrong.status == 405 and wrong.headers["allow"] == "GET"
 
@@ -481,7 +482,8 @@ def test_bodies_are_small_whole_and_json(server, monkeypatch):
     told = post(server.app, CHAT, b"{}", {"content-length": str(2**40)})
     assert large.status == told.status == 413 and str(guards.MOST_BODY_BYTES) in large.text
     for kind in ("text/plain", "application/x-www-form-urlencoded", None):
-        assert post(server.app, CHAT, {"messages": HI}, {"content-type": kind}).status == 415
+        refused = post(server.app, CHAT, {"messages": HI}, {"content-type": kind})
+        assert refused.status == 415 and "send that header" in refused.text
     many = {f"x-{i}": "1" for i in range(200)}
     assert post(server.app, CHAT, {"messages": HI}, many).status == 431
     monkeypatch.setattr(guards, "BODY_S", 0.05)

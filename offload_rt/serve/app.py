@@ -479,8 +479,11 @@ def _tell_errors(app: FastAPI, service: Service) -> None:
 
     @app.exception_handler(404)
     @app.exception_handler(405)
-    async def unknown(_: HttpRequest, error: HTTPException) -> Response:
-        said = WireError("there is no such route here", status=error.status_code)
+    async def unknown(request: HttpRequest, error: HTTPException) -> Response:
+        why = "there is no such route here"
+        if allowed := (error.headers or {}).get("Allow"):
+            why = f"this route is not for {request.method}: use {allowed}"
+        said = WireError(why, status=error.status_code)
         return JSONResponse(said.body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)

@@ -180,7 +180,8 @@ async def _whole_body(scope: Scope, headers: dict[str, str], receive: Receive) -
     if scope["method"] == "POST" and scope["path"] in READING:
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         if kind != "application/json":  # another could be sent by any page without asking first
-            raise WireError("the content-type is not application/json", status=415)
+            why = "the content-type is not application/json: send that header (curl -H)"
+            raise WireError(why, status=415)
     parts, size = [], 0
     try:
         async with asyncio.timeout(BODY_S):

@@ -163,6 +163,7 @@ def _rendered(
         CheckpointError: it fails, or leaves out or changes a turn, both ways.
     """
     advice = "leave out --system or use --raw" if turns[0].role == "system" else "use --raw"
+    advice = "leave the tools out" if tools else advice
     failure: CheckpointError | None = None
     for parts in (False, True):
         try:
