@@ -18,7 +18,7 @@ def on_gpu(folder, **config):
 
 @pytest.fixture
 def resident(wide):
-    with on_gpu(wide, resident_layers=6) as engine:
+    with on_gpu(wide, resident_layers=6, home=HomeKind.AUTO) as engine:
         return all_logits(engine)
 
 
@@ -39,7 +39,7 @@ def test_many_streamed_steps_repeat_bit_for_bit(wide):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_transformers(make_tiny, family):
-    folder = make_tiny(family)
+    folder = make_tiny(family, pad_token_id=0)
     model = reference_model(folder).to("cuda:0")
     with on_gpu(folder, slots=2, resident_layers=1) as engine:
         tokens = generate(engine, tokens=12)[0]
