@@ -123,6 +123,28 @@ def test_looks_up_rows_rounded_by_hand(kind, shape, monkeypatch):
     assert all(p.numel() == 0 for p in rounded.parameters())  # and nothing else is kept
 
 
+def test_an_embedding_that_is_a_head_of_4_bits_has_its_rows_there(monkeypatch):
+    if not quantized.fours.takes(96, 320):
+        pytest.skip("kernels of our own are not here")
+    monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 128 * 96)
+    embedding, head = Scaled(320, 96, dtype=torch.bfloat16), linear(320, 96, False)
+    embedding.weight = head.weight
+    groups = head.weight.detach().double().unflatten(1, (-1, GROUP))
+    made = rounded_linear(head, INT4)
+    shared = quantized.RoundedEmbedding(embedding, made)
+    low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+    scale = (high - low) / 15
+    expected = ((groups - low) / scale).round() * scale.bfloat16() + low.bfloat16()
+    with torch.inference_mode():
+        for ids in (torch.tensor([[0, 319, 64, 63, 64, 17, 33]]), torch.tensor([50])):
+            hand = expected.flatten(1)[ids].bfloat16() * 3.0
+            assert torch.allclose(shared(ids), hand, rtol=2**-7, atol=1e-6)
+        row = torch.randn(1, 96, dtype=torch.bfloat16)
+        product = row.float() @ shared(torch.arange(320)).float().t() / 3.0
+        assert torch.allclose(made(row).float(), product, rtol=0.02, atol=0.05)
+    assert not [t for t in shared.__dict__.values() if isinstance(t, torch.Tensor)]
+
+
 def test_an_embedding_that_is_the_head_has_its_rows_there(monkeypatch):
     """The same numbers, bit for bit, as of rows of its own; and nothing is kept twice."""
     monkeypatch.setattr(quantized, "_BLOCK_NUMBERS", 128 * 96)

@@ -218,7 +218,8 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: Devi
     total = sum(p.nbytes for p in base.placements if p.name not in ends)
     total += head_bytes(checkpoint, weights, "auto")
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
-    if weights is DraftWeights.INT8 and len(ends) == 1 and in_panels(*head.shape, dtype=name):
+    one = len(ends) == 1 and device.host_computes
+    if one and in_panels(*head.shape, dtype=name):
         return total  # its rows are looked up where the head has them
     return total + embedding_bytes(*embedding.shape)
 

@@ -58,6 +58,17 @@ def fill(product: RoundedProduct, first: int, numbers: torch.Tensor, pairs: torc
     affine[:] = pairs.view(-1, _PARTS, LANES, groups, 2).permute(0, 1, 3, 4, 2)
 
 
+def rows_of(product: RoundedProduct, outputs: torch.Tensor) -> torch.Tensor:
+    """What `fill` gave some outputs [...]: their weights [..., I] in fp32."""
+    weights, affine = _views(product.memory)
+    at = outputs // PANEL, outputs % PANEL // LANES
+    lanes = outputs % LANES
+    both = weights[*at, :, :, lanes]  # [..., G, 4, 4]
+    numbers = torch.stack([both & 15, both >> 4], dim=-2).flatten(-3).float()  # [..., G, 32]
+    scale, offset = affine[*at, :, :, lanes].float().split(1, dim=-1)
+    return (numbers * scale + offset).flatten(-2)
+
+
 def _views(memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Of panels: weights [n, 4, G, 4, 16, 4] in bytes, scales and offsets [n, 4, G, 2, 16]."""
     groups = memory.unflatten(1, (_PARTS, -1, _GROUP_BYTES))

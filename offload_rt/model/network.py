@@ -66,7 +66,12 @@ from offload_rt.model.formats.packed import (
     packed_exactly,
     replace_linears,
 )
-from offload_rt.model.formats.rounded import Int8Linear, RoundedEmbedding, rounded_linear
+from offload_rt.model.formats.rounded import (
+    Int4Linear,
+    Int8Linear,
+    RoundedEmbedding,
+    rounded_linear,
+)
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
 from offload_rt.model.formats.wired import Bringer, WiredLinear, bringers_below, wired_linears
@@ -290,7 +295,7 @@ class Network:
         made = rounded_linear(head, weights) if type(head) is torch.nn.Linear else None
         if made is None or not isinstance(embedding, torch.nn.Embedding):
             return
-        tied = isinstance(made, Int8Linear)
+        tied = isinstance(made, Int8Linear | Int4Linear) and made.product is not None
         tied = tied and head.weight.data_ptr() == embedding.weight.data_ptr()
         self._replace_ends(made, RoundedEmbedding(embedding, made if tied else None))
 

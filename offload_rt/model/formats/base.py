@@ -70,7 +70,7 @@ class Rounded:
 
 
 def in_panels(outputs: int, inputs: int, *, dtype: str) -> bool:
-    """Whether kernels of our own take a weight in 8 bits, as `kernels/rounded.suits` says.
+    """Whether kernels of our own take a weight in 8 or 4 bits, as `kernels/rounded.suits` says.
 
     They fill nothing up, and an output head that they multiply with is looked up in, too.
 

@@ -87,7 +87,7 @@ class Int8Linear(torch.nn.Module):
 
 
 class RoundedEmbedding(torch.nn.Module):
-    """Looks up what the given embedding does, nearly, from rows of 8 bits with a scale each.
+    """Looks up what the given embedding does, nearly, from rows of 8 bits with a scale each, or 4.
 
     Args:
         embedding: weight [V, E]; it computes what its class does with a row (families scale them),
@@ -100,7 +100,7 @@ class RoundedEmbedding(torch.nn.Module):
         super().__init__()
         weight = embedding.weight.detach()
         self._dtype, self._product = weight.dtype, None
-        if isinstance(head, Int8Linear) and head.product is not None:
+        if isinstance(head, Int8Linear | Int4Linear) and head.product is not None:
             self._product = head.product
         else:
             self._rounded = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
@@ -111,12 +111,13 @@ class RoundedEmbedding(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids give [..., E]."""
-        if self._product is not None:
-            numbers, scales = rows_of(self._product, ids)
+        if self._product is None:
+            wide = self._rounded[ids] * self._scales[ids]
+        elif self._product.form is fours.FOUR:
+            wide = fours.rows_of(self._product, ids)
         else:
-            numbers, scales = self._rounded[ids], self._scales[ids]
-        rows = (numbers * scales).to(self._dtype).flatten(0, -2)
-        return looked_up(self._embedding, rows, ids.shape)
+            wide = torch.mul(*rows_of(self._product, ids))
+        return looked_up(self._embedding, wide.to(self._dtype).flatten(0, -2), ids.shape)
 
 
 class Int4Linear(torch.nn.Module):
