@@ -18,7 +18,7 @@ from engines import PROMPT, all_logits, engine_for, generate
 from forks import PROGRAM, Forked
 from hybrids import make_hybrid
 from mtp_models import of_the_token, write_mtp
-from nodes_double import nodes_engine
+from nodes_double import LateGroup, nodes_engine, open_roads
 from test_medusa import knowing_heads
 from transformers.models.llama import modeling_llama
 
@@ -36,8 +36,10 @@ from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
 from offload_rt.errors import CheckpointError, ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.nodes.carrying import ByGroup
 from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
+from offload_rt.nodes.meeting import be_met, meet
 from offload_rt.nodes.roster import Node, Roster, read_roster
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -214,9 +216,10 @@ class StopError(BaseException):
     """Ends a pass."""
 
 
-def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder):
+@pytest.mark.parametrize("roads", [None, open_roads()], ids=["line", "group"])
+def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder, roads):
     other = [token + 1 for token in PROMPT]
-    whole = {"prefill_chunk_tokens": 512}  # asked once a layer
+    whole = {"prefill_chunk_tokens": 512, "roads": roads}  # asked once a layer
     with nodes_engine(folder, 3, resident_layers=0, slots=1, **whole) as engine:
         expected = all_logits(engine)
         for layer in range(5):
@@ -234,6 +237,91 @@ def test_a_pass_that_is_given_up_leaves_no_trace_on_other_nodes(folder):
             if layer % 2:
                 assert engine.memory().devices  # asked for before the next pass
             assert torch.equal(all_logits(engine), expected)
+    assert not any(road.qsize() for road in (roads or {}).values())  # sends and receives in pairs
+
+
+def test_hidden_states_cross_beside_the_line_where_there_is_a_group(folder, monkeypatch):
+    with engine_for(folder, resident_layers=0, slots=1) as engine:
+        expected = all_logits(engine)
+    sizes, real = [], Line.send
+
+    def send(self, kind, record=None, data=b""):
+        sizes.append((kind, len(data)))
+        return real(self, kind, record, data)
+
+    monkeypatch.setattr(Line, "send", send)
+    options = {"resident_layers": 0, "slots": 1, "roads": open_roads()}
+    with nodes_engine(folder, 3, **options) as engine:
+        assert torch.equal(all_logits(engine), expected)
+    assert len(options["roads"]) == 4 and (Kind.ROWS, 0) in sizes
+    assert not any(nbytes for _, nbytes in sizes)
+    monkeypatch.setattr(ByGroup, "take", without_a_wait)
+    with nodes_engine(folder, 3, **options) as engine:
+        assert not torch.equal(all_logits(engine), expected)
+
+
+def without_a_wait(self, frame, like):
+    made = torch.empty(frame.record["shape"], dtype=like.dtype)
+    self._group.irecv(made, self._peer)
+    return made
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_node_that_is_gone_ends_what_waits_for_it_on_a_gpu(folder):
+    with nodes_engine(folder, 2, resident_layers=0, slots=1, roads=open_roads()) as engine:
+        (member,) = engine._nodes.members
+        all_logits(engine)
+        member.line.end("a test ends it")
+        with pytest.raises(NodeError):
+            all_logits(engine)
+        assert member.carrier._group.closed == "aborted"
+
+
+@pytest.mark.parametrize(
+    ("versions", "failing", "why"),
+    [
+        (["2.28", "2.28", "2.28"], None, ""),
+        (["2.28", "2.27", "2.28"], None, "a has NCCL 2.28 and b 2.27"),
+        (["2.28", "2.28", ""], None, "torch has no NCCL on c"),
+        (["", "", ""], None, ""),
+        (["2.28", "2.28", "2.28"], 2, "c: Duplicate GPU detected"),
+        (["2.28", "2.28", "2.28"], 0, "a: Duplicate GPU detected"),
+    ],
+)
+def test_nodes_agree_how_hidden_states_cross(versions, failing, why):
+    roads, opened, made = open_roads(), {}, {}
+
+    def open_group(number):
+        if number == failing:
+            raise RuntimeError("Duplicate GPU detected\nat some place")
+        return opened.setdefault(number, LateGroup(roads, number))
+
+    def free(number):
+        return {"device_bytes": number, "host_bytes": 10 + (number in opened)}
+
+    def guest(line, number):
+        made[number] = be_met(line, lambda: open_group(number), lambda: free(number))
+
+    pairs = [socket.socketpair(socket.AF_UNIX) for _ in "bc"]
+    ends = [(Line(mine, "guest"), Line(theirs, "lead")) for mine, theirs in pairs]
+    threads = [
+        threading.Thread(target=guest, args=(line, number))
+        for number, (_, line) in enumerate(ends, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    lines = [line for line, _ in ends]
+    found, group, said = meet(lines, ["a", "b", "c"], versions, lambda: open_group(0))
+    for thread in threads:
+        thread.join(20)
+    for line in [line for pair in ends for line in pair]:
+        line.close()
+    assert said == why and (group is not None) == (why == "" and versions[0] != "")
+    # What is free is told after NCCL took its memory.
+    assert [one["device_bytes"] for one in found] == [1, 2]
+    assert [one["host_bytes"] for one in found] == [10 + (made[n] is not None) for n in (1, 2)]
+    if failing == 2:
+        assert opened[0].closed == "aborted"
 
 
 def test_what_needs_all_layers_here_is_refused(folder):

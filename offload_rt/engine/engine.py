@@ -736,6 +736,7 @@ class Engine:
                 wire=self.config.wire,
                 exact=self.network.exact,
                 chunk_tokens=self.config.prefill_chunk_tokens,
+                by_group=nodes.by_group,
             )
             for number, own in enumerate(placement.shares)
             if number

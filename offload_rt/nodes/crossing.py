@@ -6,9 +6,9 @@ with it what became of the rows of earlier ones (`AwayKV`, `AwayPool`): so there
 after a pass. Hidden states go by way of the first node; the others know only that one.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.kv.pool import KVPool, Stretch
 from offload_rt.kv.states import HybridKV
 from offload_rt.kv.striped import StripedKV
+from offload_rt.nodes.carrying import ByGroup, ByLine, Carrier
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.roster import Roster
 from offload_rt.runner.runner import Rows
@@ -36,11 +37,13 @@ class Member:
         line: to it.
         device_bytes: free on its device.
         host_bytes: free in its host memory.
+        carrier: of hidden states.
     """
 
     line: Line
     device_bytes: int
     host_bytes: int
+    carrier: Carrier = field(default_factory=ByLine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,6 +94,12 @@ class Lead:
         self.device: Sequence[int] = ()
         self._changes: list[Change] = []
         self._passes = 0  # begun; of one that was given up, rows may be on their way yet
+        self._like: torch.Tensor | None = None  # of what crosses
+
+    @property
+    def by_group(self) -> bool:
+        """Whether hidden states go from GPU to GPU."""
+        return all(isinstance(member.carrier, ByGroup) for member in self.members)
 
     def with_free(self, free: FreeMemory) -> FreeMemory:
         """What is free here, with what is free on the others."""
@@ -130,8 +139,9 @@ class Lead:
         described = [_described(part) for part in parts]
         record = {"number": self._passes, "changes": self._changes, "parts": described}
         self._changes = []
-        for member in self.members:
-            member.line.send(Kind.PASS, record)
+        with self._ending():
+            for member in self.members:
+                member.line.send(Kind.PASS, record)
 
     def drop(self) -> None:
         """Tell the others that the pass will not be finished."""
@@ -141,19 +151,45 @@ class Lead:
 
     def hop(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
         """Hidden states that go from one node to another."""
-        if source:
-            tensor, moved = receive_rows(self.members[source - 1].line, tensor, self._passes)
-            self.moved[source - 1] = Moved(**moved)
-        if target:
-            send_rows(self.members[target - 1].line, tensor, self._passes)
+        self._like = tensor[:, :0]
+        with self._ending():
+            if source:
+                member = self.members[source - 1]
+                tensor, moved = receive_rows(member.line, member.carrier, tensor, self._passes)
+                self.moved[source - 1] = Moved(**moved)
+            if target:
+                member = self.members[target - 1]
+                member.carrier.send(member.line, tensor, _record(self._passes))
         return tensor
 
     def tell(self) -> list[Holds]:
         """What each of the others holds; between passes."""
+        with self._ending():
+            for member in self.members:
+                member.line.send(Kind.TELL)
+            answers: list[dict[str, Any]] = [self._told(member) for member in self.members]
+        return [Holds(**answer) for answer in answers]
+
+    def _told(self, member: Member) -> dict[str, Any]:
+        """What a node answers, behind rows of a pass that was given up."""
+        while (frame := member.line.take()).kind is Kind.ROWS:
+            assert self._like is not None  # some have crossed
+            member.carrier.take(frame, self._like)
+        return member.line.checked(frame, Kind.TELL).record
+
+    @contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Where a node is gone, end what waits for it on a GPU."""
+        try:
+            yield
+        except NodeError:
+            self.close(abort=True)
+            raise
+
+    def close(self, *, abort: bool = False) -> None:
+        """Nothing more will cross."""
         for member in self.members:
-            member.line.send(Kind.TELL)
-        answers = [m.line.expect(Kind.TELL, but=Kind.ROWS).record for m in self.members]
-        return [Holds(**answer) for answer in answers]  # type: ignore[arg-type]
+            member.carrier.close(abort=abort)
 
     def end(self, why: str = "") -> None:
         """End the run on all of them."""
@@ -169,6 +205,7 @@ class Guest:
         here: number of this one.
         device: the node of each layer.
         moved: says what came over the link so far.
+        carrier: of hidden states.
 
     Attributes:
         number: of the pass.
@@ -177,9 +214,15 @@ class Guest:
     number = 0
 
     def __init__(
-        self, line: Line, here: int, device: Sequence[int], moved: Callable[[], Moved]
+        self,
+        line: Line,
+        here: int,
+        device: Sequence[int],
+        moved: Callable[[], Moved],
+        carrier: Carrier,
     ) -> None:
         self._line, self.here, self.device, self._moved = line, here, device, moved
+        self._carrier = carrier
 
     def place(self, device: int) -> torch.device:
         """Nothing of another node has a place here."""
@@ -198,9 +241,10 @@ class Guest:
             PassDroppedError: none will come.
         """
         if target == self.here:
-            return receive_rows(self._line, tensor, self.number)[0]
+            return receive_rows(self._line, self._carrier, tensor, self.number)[0]
         if source == self.here:
-            send_rows(self._line, tensor, self.number, asdict(self._moved()))
+            record = _record(self.number, asdict(self._moved()))
+            self._carrier.send(self._line, tensor, record)
         return tensor
 
 
@@ -355,18 +399,8 @@ class Follower:
             pool.shorten(kept[index] if rows else kept.pop(index), rows)
 
 
-def send_rows(
-    line: Line, tensor: torch.Tensor, number: int, moved: Mapping[str, Any] = NOTHING
-) -> None:
-    """Send [1, S, E] of the pass of that number, and what the link has brought."""
-    there = tensor.detach().cpu().contiguous()  # host sync
-    data = there.view(torch.uint8).numpy().reshape(-1).data
-    record = {"number": number, "shape": list(there.shape), "moved": dict(moved)}
-    line.send(Kind.ROWS, record, data)
-
-
 def receive_rows(
-    line: Line, like: torch.Tensor, number: int
+    line: Line, carrier: Carrier, like: torch.Tensor, number: int
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     """The next hidden states of a pass, in the number format and on the device of `like`.
 
@@ -378,7 +412,7 @@ def receive_rows(
         NodeError: the line is broken, or other bytes come.
     """
     while (frame := line.take()).kind is Kind.ROWS and frame.record.get("number") != number:
-        pass
+        carrier.take(frame, like)
     if frame.kind is Kind.DROP:
         raise PassDroppedError
     record: dict[str, Any] = frame.record
@@ -388,8 +422,12 @@ def receive_rows(
             f"{line.name} sent {frame.kind.name} {shape} where hidden states of {rows} rows are "
             "due: use one version of offload-run on all nodes"
         )
-    found = torch.frombuffer(frame.data, dtype=torch.uint8).view(like.dtype)
-    return found.view(*shape).to(like.device), record["moved"]
+    return carrier.take(frame, like), record["moved"]
+
+
+def _record(number: int, moved: Mapping[str, Any] = NOTHING) -> dict[str, Any]:
+    """Of which pass rows are, and what the link has brought."""
+    return {"number": number, "moved": dict(moved)}
 
 
 def _described(part: Rows) -> dict[str, object]:

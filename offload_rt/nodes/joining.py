@@ -79,7 +79,7 @@ class Host:
     """
 
     def __init__(self) -> None:
-        self._store = _store()
+        self._store = rendezvous_store()
         self._lines = dict[int, Line]()
         self._announced = False
 
@@ -158,7 +158,7 @@ def join(rank: Rank, digest: str) -> Line:
         NodeError: it is not there.
     """
     until = time.monotonic() + JOIN_S
-    store = _store()
+    store = rendezvous_store()
     try:
         store.wait([_ADDRESS], timedelta(seconds=JOIN_S))
         port, token = store.get(_ADDRESS).decode().split(maxsplit=1)
@@ -178,7 +178,7 @@ def join(rank: Rank, digest: str) -> Line:
     return line
 
 
-def _store() -> Any:  # noqa: ANN401 - torch has no types for it
+def rendezvous_store() -> Any:  # noqa: ANN401 - torch has no types for it
     """The store of torchrun's rendezvous."""
     from torch.distributed import rendezvous
 

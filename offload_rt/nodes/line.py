@@ -36,6 +36,7 @@ class Kind(Enum):
     TELL = 7  # what was copied, and memory; asked and answered
     END = 8  # the run is over; with a sentence if something failed
     ALIVE = 9
+    MEET = 10  # whether hidden states cross by NCCL; what is free then
 
 
 class NodeError(OffloadError):
@@ -110,14 +111,20 @@ class Line:
             raise NodeError(f"{self.name} ended: {why}")
         return frame
 
-    def expect(self, kind: Kind, but: Kind | None = None) -> Frame:
-        """The next frame, which must be of that kind; those of kind `but` are passed over.
+    def expect(self, kind: Kind) -> Frame:
+        """The next frame, which must be of that kind.
 
         Raises:
             NodeError: it is not, or as `take`.
         """
-        while (frame := self.take()).kind is but:
-            pass
+        return self.checked(self.take(), kind)
+
+    def checked(self, frame: Frame, kind: Kind) -> Frame:
+        """A frame that must be of that kind.
+
+        Raises:
+            NodeError: it is not.
+        """
         if frame.kind is not kind:
             raise NodeError(
                 f"{self.name} sent {frame.kind.name} where {kind.name} is due: use one version of "

@@ -21,6 +21,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Network
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.model.wire import wired
+from offload_rt.nodes.carrying import ByGroup, ByLine, Carrier, Group
 from offload_rt.nodes.crossing import Follower, Guest, Moved, PassDroppedError
 from offload_rt.nodes.line import Frame, Kind, Line, NodeError
 from offload_rt.runner.loading import Streaming, load_target
@@ -47,6 +48,7 @@ class Order:
         wire: form of the weights.
         exact: passes are row-invariant.
         chunk_tokens: rows that go through a layer at once.
+        by_group: hidden states go from GPU to GPU.
     """
 
     node: int
@@ -64,6 +66,7 @@ class Order:
     wire: str
     exact: bool
     chunk_tokens: int
+    by_group: bool
 
     @classmethod
     def read(cls, record: Mapping[str, Any]) -> "Order":
@@ -86,10 +89,11 @@ class Stage:
         order: Order,
         checkpoint: Checkpoint,
         device: Device,
+        carrier: Carrier,
         undo: ExitStack,
     ) -> None:
         checkpoint = wired(checkpoint, Wire(order.wire))
-        self._line, self._device, self._order = line, device, order
+        self._line, self._device, self._order, self._carrier = line, device, order, carrier
         files = WeightFiles(checkpoint.files)
         undo.callback(files.close)
         self._network = network = Network(checkpoint, order.dtype, device.kind.packing)
@@ -194,7 +198,8 @@ class Stage:
             readers=order.readers,
             spare_bytes=[order.spare_bytes],
         )
-        self._guest = Guest(self._line, order.node, order.device, self._moved)
+        guest = Guest(self._line, order.node, order.device, self._moved, self._carrier)
+        self._guest = guest
         return load_target(
             checkpoint,
             self._network,
@@ -206,12 +211,18 @@ class Stage:
             streaming,
             order.chunk_tokens,
             undo,
-            self._guest,
+            guest,
         )
 
 
-def work(line: Line, checkpoint: Checkpoint, device: Device) -> None:
+def work(line: Line, checkpoint: Checkpoint, device: Device, group: Group | None = None) -> None:
     """Load what the first node orders, and make passes until it ends the run.
+
+    Args:
+        line: to the first node.
+        checkpoint: headers of the model.
+        device: that computes here.
+        group: of all nodes' GPUs, if this one has joined one; it is closed at the end.
 
     Raises:
         NodeError: the first node is gone, or ended as something failed.
@@ -222,14 +233,21 @@ def work(line: Line, checkpoint: Checkpoint, device: Device) -> None:
         if (frame := line.take()).kind is Kind.END:
             return
         order = Order.read(frame.record)
+        carrier: Carrier = ByLine() if group is None else ByGroup(group, 0)
+        if group is not None and not order.by_group:  # another could not join
+            carrier.close(abort=True)
+            carrier = ByLine()
         line.works(True)
         try:
-            stage = Stage(line, order, checkpoint, device, undo)
+            stage = Stage(line, order, checkpoint, device, carrier, undo)
             line.send(Kind.READY)
             line.works(False)
             stage.run()
+            carrier.close()
         except NodeError:
+            carrier.close(abort=True)
             raise
         except OffloadError as error:
             line.end(str(error))
+            carrier.close(abort=True)
             raise

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +14,12 @@ from offload_rt.session.observer import Observer
 from offload_rt.session.settings import Settings
 
 if TYPE_CHECKING:
+    import torch
+
+    from offload_rt.device.kinds import DeviceKind
     from offload_rt.model.checkpoint import Checkpoint
-    from offload_rt.nodes.crossing import Member
+    from offload_rt.nodes.carrying import Group
+    from offload_rt.nodes.joining import Rank
     from offload_rt.nodes.line import Line
     from offload_rt.nodes.roster import Node
 
@@ -57,7 +62,9 @@ def be_guest(model: str, settings: Settings, observer: Observer) -> int:
 
 def _take_part(line: "Line", checkpoint: "Checkpoint", settings: Settings, undo: ExitStack) -> None:
     from offload_rt.engine.engine import open_devices
+    from offload_rt.nodes.joining import Rank
     from offload_rt.nodes.line import Kind, NodeError
+    from offload_rt.nodes.meeting import be_met
     from offload_rt.nodes.stage import work
 
     if (frame := line.take()).kind is Kind.END:
@@ -73,12 +80,17 @@ def _take_part(line: "Line", checkpoint: "Checkpoint", settings: Settings, undo:
                 f"this node computes on {device.kind.processor} and the first on "
                 f"{told['processor']}: give all the same kind with --device"
             )
-        (device_bytes,), host_bytes = devices.free_bytes(), _free_host_bytes(told)
-        line.send(Kind.HELLO, {"device_bytes": device_bytes, "host_bytes": host_bytes})
+        line.send(Kind.HELLO, {"nccl": _nccl(device.kind)})
+
+        def free() -> dict[str, int]:
+            (device_bytes,) = devices.free_bytes()
+            return {"device_bytes": device_bytes, "host_bytes": _free_host_bytes(told)}
+
+        group = be_met(line, partial(_open_group, Rank.read(), device.torch_device), free)
     except OffloadError as error:
         line.end(str(error))
         raise
-    work(line, checkpoint, device)
+    work(line, checkpoint, device, group)
 
 
 def _named(settings: Settings, processor: str) -> str:
@@ -86,15 +98,40 @@ def _named(settings: Settings, processor: str) -> str:
     return processor if device == "auto" else device
 
 
-def _greet(line: "Line", node: "Node", part: RuntimeConfig, processor: str) -> "Member":
-    """Tell a node what it is to open; what it has then."""
-    from offload_rt.nodes.crossing import Member
+def _greet(line: "Line", node: "Node", part: RuntimeConfig, processor: str) -> str:
+    """Tell a node what it is to open; its version of NCCL."""
     from offload_rt.nodes.line import Kind
 
     asked = {"link_bytes_per_s": part.link_bytes_per_s, "host_bytes": node.host_bytes}
     line.send(Kind.HELLO, {**asked, "processor": processor})
-    found: dict[str, Any] = line.expect(Kind.HELLO).record
-    return Member(line=line, **found)
+    return str(line.expect(Kind.HELLO).record.get("nccl", ""))
+
+
+def _nccl(kind: "DeviceKind") -> str:
+    """The version of NCCL there is for a kind of device; empty: none."""
+    if not kind.own_memory:
+        return ""
+    from offload_rt.device.cuda.nccl import nccl_version
+
+    return nccl_version()
+
+
+def _open_group(rank: "Rank", device: "torch.device") -> "Group":
+    """Join the nodes' group of GPUs."""
+    from offload_rt.device.cuda.nccl import NcclGroup
+    from offload_rt.nodes.joining import rendezvous_store
+
+    return NcclGroup(rendezvous_store(), rank.number, rank.count, device)
+
+
+def _place(name: str) -> "torch.device":
+    """Where tensors of a device live."""
+    import torch
+
+    from offload_rt.device.kinds import named_devices
+
+    kind, (index,) = named_devices(name)
+    return torch.device(kind.processor, index)
 
 
 def _free_host_bytes(told: dict[str, Any]) -> int:
@@ -123,8 +160,10 @@ def across(
         yield settings
         return
     from offload_rt.device.opening import chosen_kind
-    from offload_rt.nodes.crossing import Lead
+    from offload_rt.nodes.carrying import ByGroup, ByLine
+    from offload_rt.nodes.crossing import Lead, Member
     from offload_rt.nodes.joining import Host, Rank, digest_of
+    from offload_rt.nodes.meeting import meet
     from offload_rt.nodes.roster import read_roster
 
     rank = Rank.read()
@@ -135,5 +174,23 @@ def across(
         with observer.waiting(f"waiting for {rank.count - 1} other nodes"):
             lines = host.gather(roster, rank, digest_of(checkpoint))
             others = zip(lines, roster.nodes[1:], runtime.each_device()[1:], strict=True)
-            members = [_greet(line, node, part, processor) for line, node, part in others]
-        yield replace(settings, runtime=runtime, nodes=Lead(members, roster))
+            versions = [_greet(line, node, part, processor) for line, node, part in others]
+            first = runtime.each_device()[0]
+            names = [node.name for node in roster.nodes]
+            every = [_nccl(chosen_kind(first)), *versions]
+            found, group, why = meet(
+                lines, names, every, lambda: _open_group(rank, _place(first.device))
+            )
+        if why:
+            observer.note(f"hidden states cross in host memory, as {why}")
+        members = [
+            Member(line=line, carrier=ByLine() if group is None else ByGroup(group, at), **free)
+            for at, (line, free) in enumerate(zip(lines, found, strict=True), 1)
+        ]
+        lead = Lead(members, roster)
+        try:
+            yield replace(settings, runtime=runtime, nodes=lead)
+        except BaseException:
+            lead.close(abort=True)
+            raise
+        lead.close()
