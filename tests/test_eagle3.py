@@ -1,6 +1,7 @@
 """An EAGLE-3 head drafts: what it computes, what it keeps, and what is refused."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from mtp_models import IDS
 from safetensors.torch import load_file
 from test_mtp import answer, catch_up
 from test_speculation import likelihood_of_three_tokens
+from tool_runs import TOOLS
 
 from offload_rt.config import (
     DraftConfig,
@@ -27,7 +29,7 @@ from offload_rt.device.kinds import CPU
 from offload_rt.errors import CheckpointError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.fit import FreeMemory, RunLoad, place_run
-from offload_rt.speculative.eagle3.checkpoint import layers_read, open_head
+from offload_rt.speculative.eagle3.checkpoint import CONVERT, PICKLED, layers_read, open_head
 
 SOME = [t for t in range(300) if t % 3]  # of the vocabulary
 HEADS = {
@@ -330,6 +332,30 @@ def test_a_head_that_is_not_this_models_is_refused_with_a_sentence(target, tmp_p
     with pytest.raises(CheckpointError, match=message) as caught:
         open_head(open_checkpoint(target), folder)
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+
+
+def test_a_pickle_is_refused_with_the_command_that_converts_it(
+    target, make_head, tmp_path, monkeypatch, capsys
+):
+    folder, checkpoint = tmp_path / "pickled", open_checkpoint(target)
+    folder.mkdir()
+    theirs = make_head("some tokens")
+    (folder / "config.json").write_bytes((theirs / "config.json").read_bytes())
+    tensors = load_file(theirs / "model.safetensors")
+    torch.save(tensors | {"embed_tokens.weight": torch.zeros(9, 9)}, folder / PICKLED)
+    made = tmp_path / "made"
+    with pytest.raises(CheckpointError, match=f"`{CONVERT} {folder} NEW_FOLDER`"):
+        open_head(checkpoint, folder)
+    monkeypatch.syspath_prepend(TOOLS)
+    import convert_eagle3
+
+    monkeypatch.setattr(sys, "argv", [convert_eagle3.__file__, str(folder), str(made)])
+    assert convert_eagle3.main() == 0 and "KiB" in capsys.readouterr().out
+    found = load_file(made / "model.safetensors")
+    assert found.keys() == tensors.keys() - {"t2d"}
+    assert all(torch.equal(found[name], tensors[name]) for name in found)
+    open_head(checkpoint, made)
+    assert convert_eagle3.main() == 2 and "is already there" in capsys.readouterr().err
 
 
 def test_over_several_machines_it_is_refused(target, make_head):

@@ -27,7 +27,7 @@ CONTAINER = "model.layers"
 MIXING, HEAD, FINAL_NORM = "eagle3.fc.weight", "eagle3.head.weight", "model.norm.weight"
 MIXING_BIAS, TOKENS = "eagle3.fc.bias", "d2t"
 _LAYER = f"{CONTAINER}.0."
-_UNUSED = ("t2d", "embed_tokens.weight")  # the same map the other way, and a copy
+UNUSED = ("t2d", "embed_tokens.weight")  # the same map the other way, and a copy
 _PLAIN = {
     "fc.weight": MIXING,
     "fc.bias": MIXING_BIAS,
@@ -37,6 +37,7 @@ _PLAIN = {
 }
 _INTEGERS = {"I64": "q", "I32": "i"}
 ARCHITECTURE = "LlamaForCausalLMEagle3"
+PICKLED, CONVERT = "pytorch_model.bin", "python tools/convert_eagle3.py"
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 _NAMED = "eagle_aux_hidden_state_layer_ids"
 _WHERE = "--draft eagle3"
@@ -59,13 +60,20 @@ def open_head(target: Checkpoint, folder: Path, *, runs: bool = True) -> Checkpo
     config = _config_of(folder, target)
     taps = layers_read(folder, config, target)
     needed = _needed(config, len(taps))
-    if runs or any(name.endswith(".safetensors") for name in os.listdir(folder)):
+    names = os.listdir(folder)
+    stored = any(name.endswith(".safetensors") for name in names)
+    if PICKLED in names and not stored:
+        raise CheckpointError(
+            f"{_WHERE}: {folder.name} is a pickle ({PICKLED}), which no run opens: convert it with "
+            f"`{CONVERT} {folder} NEW_FOLDER`, a tool of the source repository"
+        )
+    if runs or stored:
         extents, files = read_shards(folder, find_weights(folder))
         found = {_name(name): replace(e, name=_name(name)) for name, e in extents.items()}
     else:
         found, files = _outlined(folder, needed, target), {}
     tokens = found.pop(TOKENS, None)
-    tensors = {name: extent for name, extent in found.items() if name not in _UNUSED}
+    tensors = {name: extent for name, extent in found.items() if name not in UNUSED}
     _check(folder, tensors, needed)
     module = replace(
         target,
