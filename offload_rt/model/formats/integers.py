@@ -5,11 +5,16 @@ once to the number format of the computation. Where scale and result have one 16
 product of a code's few bits and the scale is exact in fp32, and kernels of that format round it
 once, to the same bits.
 
+Where they have two formats, as AWQ's and GPTQ's fp16 scales and bf16 have, groups of 4-bit codes
+are rows of an embedding on an x86 CPU: FBGEMM's kernels for those take an fp16 scale and an offset
+at the end of each. A product has 15 bits at most, and so has its difference to a zero point's:
+nothing is rounded before the number format of the computation.
+
 Work goes in blocks of outputs, so that what it passes through stays in the cache.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -18,6 +23,7 @@ from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 
 _WORD_BITS = 32
+_PAIR_BYTES = 4  # of an fp16 scale and offset
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 
 
@@ -111,9 +117,45 @@ def numbers(
         out: [o, I].
         index: [I] the group of each input; None: they follow each other.
     """
+    if bits == 4 and index is None and _as_rows(words, scales, zeros, out):
+        return
     whole = zeros if isinstance(zeros, int) else 0
     codes = codes_less(words, bits, whole, out, exact_format(scales, out))
     _scale(codes, scales, None if isinstance(zeros, int) else zeros, out, index)
+
+
+def _as_rows(
+    words: torch.Tensor, scales: torch.Tensor, zeros: torch.Tensor | int, out: torch.Tensor
+) -> bool:
+    """Dequantise codes of 4 bits as rows of an embedding, if nothing is rounded so."""
+    groups, inputs = scales.shape[1], out.shape[1]
+    group = inputs // groups
+    shaped = group % WHOLE == 0 and words.shape[1] * WHOLE == inputs
+    quick = exact_format(scales, out).itemsize == 2  # for which look-ups give 16 bits at once
+    if words.device.type != "cpu" or quick or not shaped or not _has_rows():
+        return False
+    wide = scales.float()
+    less = wide * zeros
+    pairs = torch.stack([wide, -less if isinstance(zeros, int) else torch.zeros_like(wide)], -1)
+    halves = pairs.half()
+    if not torch.equal(halves.float(), pairs):
+        return False
+    codes = words.contiguous().view(torch.uint8).view(-1, group // 2)
+    rows = torch.cat([codes, halves.view(torch.uint8).view(-1, _PAIR_BYTES)], 1)
+    order = torch.arange(len(rows) + 1, dtype=torch.int32)
+    found: torch.Tensor = torch.ops.quantized.embedding_bag_4bit_rowwise_offsets(
+        rows, order[:-1], order, include_last_offset=True
+    ).view(-1, groups, group)
+    if not isinstance(zeros, int):
+        found.sub_(less[..., None])
+    out.copy_(found.view(out.shape))
+    return True
+
+
+@cache
+def _has_rows() -> bool:
+    """Whether torch was built with FBGEMM, which has them."""
+    return "fbgemm" in torch.backends.quantized.supported_engines
 
 
 def exact_format(scales: torch.Tensor, out: torch.Tensor) -> torch.dtype:
