@@ -165,7 +165,7 @@ OWN = {
 }
 SAID = {
     "gemma3_text": {
-        "gemma3.attention.sliding_window_pattern": 2,
+        "gemma3.attention.sliding_window_pattern": [1, 0],
         "gemma3.rope.freq_base": 5e4,
         "gemma3.rope.scaling.type": "linear",
         "gemma3.rope.scaling.factor": 8.0,

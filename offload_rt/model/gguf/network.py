@@ -160,6 +160,17 @@ class _Settings:
                 raise self.error(f"has {shown(key)}, which is not known here: not supported")
         return self.text(f"{self.architecture}.rope.scaling.type", "none")
 
+    def sliding(self, layers: int, default: int) -> list[bool]:
+        """Which layers have a window: stated of each, or all but one in so many."""
+        key = "attention.sliding_window_pattern"
+        stated = self._of(key, default)
+        if isinstance(stated, tuple) and len(stated) == layers:
+            return [bool(each) for each in stated]
+        every = self.whole(key, default)
+        if not 1 <= every <= _PATTERN_LIMIT or layers > _LAYERS_LIMIT:
+            raise self.error(f"has one layer in {every} of {layers} that sees all: not supported")
+        return [(layer + 1) % every > 0 for layer in range(layers)]
+
     def factors(self, name: str, count: int) -> list[float]:
         """The numbers of a small tensor.
 
@@ -435,16 +446,14 @@ def _gemma(settings: _Settings) -> _CONFIG:
     layers, hidden = settings.whole("block_count"), settings.whole("embedding_length")
     heads = max(1, settings.whole("attention.head_count"))
     size = settings.whole("attention.key_length", hidden // heads)
-    every = settings.whole("attention.sliding_window_pattern", 6 if third else 2)
-    if not 1 <= every <= _PATTERN_LIMIT or layers > _LAYERS_LIMIT:
-        raise settings.error(f"has one layer in {every} of {layers} that sees all: not supported")
+    sliding = settings.sliding(layers, 6 if third else 2)
     largest = layers == _LARGEST_GEMMA[settings.architecture]
     kinds = ("sliding_attention", "full_attention")
     config: dict[str, object] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "query_pre_attn_scalar": hidden // heads if largest else size,
         "sliding_window": settings.whole("attention.sliding_window"),
-        "layer_types": [kinds[(layer + 1) % every == 0] for layer in range(layers)],
+        "layer_types": [kinds[not slides] for slides in sliding],
         "attn_logit_softcapping": None if third else settings.number("attn_logit_softcapping"),
         "final_logit_softcapping": settings.number("final_logit_softcapping")
         if settings.has("final_logit_softcapping")
