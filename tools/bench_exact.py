@@ -5,6 +5,11 @@
 Each answer is decoded greedily, one row a pass, and its logits are kept. Then its tokens are
 checked again as drafts of random sizes, chains and trees in turn, with wrong tokens among those of
 trees. One JSON line: rows compared, and rows with the same bits. `--exact off` shows the contrast.
+
+    python tools/bench_exact.py MODEL --seconds 5 --cached 300 --device-memory 2GiB
+
+Seconds, and processor seconds, of passes of one row and of a tree of 64: medians, `--exact off` and
+on in turns, each in an engine of its own.
 """
 
 from offload_rt.device.system import settle_math
@@ -14,8 +19,11 @@ settle_math()
 import argparse  # noqa: E402
 import json  # noqa: E402
 import random  # noqa: E402
+import statistics  # noqa: E402
 import sys  # noqa: E402
+import time  # noqa: E402
 from collections.abc import Iterator, Sequence  # noqa: E402
+from dataclasses import replace  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import torch  # noqa: E402
@@ -23,31 +31,32 @@ import torch  # noqa: E402
 from offload_rt.cli.prompt_set import read_prompt_set, spread  # noqa: E402
 from offload_rt.config import Exact, RuntimeConfig  # noqa: E402
 from offload_rt.engine import Engine  # noqa: E402
-from offload_rt.model.checkpoint import open_checkpoint  # noqa: E402
+from offload_rt.model.checkpoint import Checkpoint, open_checkpoint  # noqa: E402
 from offload_rt.runner.tree import ROOT, TokenTree  # noqa: E402
 from offload_rt.text import Tokenizer, build_prompt  # noqa: E402
 from offload_rt.units import parse_size  # noqa: E402
 
 MOST_ROWS = 64
+TURNS = 2
 
 
 def main() -> None:
     """Compare, and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
-    parser.add_argument("--prompts", required=True)
+    parser.add_argument("--prompts")
     parser.add_argument("--limit", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=200)
     parser.add_argument("--device-memory", type=parse_size)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--exact", choices=["on", "off"], default="on")
+    parser.add_argument("--seconds", type=int, metavar="PASSES")
+    parser.add_argument("--cached", type=int, default=300)
     given = parser.parse_args()
+    if (given.prompts is None) == (given.seconds is None):
+        parser.error("give --prompts to compare bits, or --seconds to time passes")
     checkpoint = open_checkpoint(Path(given.model))
-    chosen = spread(read_prompt_set(given.prompts), given.limit)
-    tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
-    prompts = [build_prompt(tokenizer, item.text, system=None, raw=False) for item in chosen]
-    longest = max(map(len, prompts))
     config = RuntimeConfig(
         device="cpu",
         device_limit_bytes=given.device_memory,
@@ -55,6 +64,13 @@ def main() -> None:
         threads=given.threads,
         exact=Exact(given.exact),
     )
+    if given.seconds is not None:
+        time_passes(checkpoint, config, given.cached, given.seconds)
+        return
+    chosen = spread(read_prompt_set(given.prompts), given.limit)
+    tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
+    prompts = [build_prompt(tokenizer, item.text, system=None, raw=False) for item in chosen]
+    longest = max(map(len, prompts))
     capacity = longest + given.tokens + MOST_ROWS
     with Engine(checkpoint, config, capacities=[capacity], prompt_tokens=longest) as engine:
         found = [Found(engine, ids, given.tokens) for ids in prompts]
@@ -64,6 +80,32 @@ def main() -> None:
     record |= {"prompts": len(prompts), "rows": rows, "same": same, "share": same / rows}
     record |= {"same_choice": sum(f.same_choice for f in found) / rows}
     sys.stdout.write(json.dumps(record) + "\n")
+
+
+def time_passes(checkpoint: Checkpoint, config: RuntimeConfig, cached: int, passes: int) -> None:
+    """Print what passes take behind so many cached rows, a JSON line for each engine."""
+    chance = random.Random(0)
+    parents = [chance.randrange(max(ROOT, node - 9), node) for node in range(MOST_ROWS - 1)]
+    trees = {1: TokenTree(), MOST_ROWS: TokenTree((5,) * len(parents), tuple(parents))}
+    for exact in [Exact.OFF, Exact.ON] * TURNS:
+        room = [cached + MOST_ROWS]
+        own = replace(config, exact=exact)
+        with Engine(checkpoint, own, capacities=room, prompt_tokens=cached) as engine:
+            ids = [chance.randrange(5, 1000) for _ in range(cached)]
+            engine.forward([(0, ids)], reuse=True)
+            record = {"exact": str(exact), "streamed_layers": len(engine.placement.streamed)}
+            for rows, tree in trees.items():
+                taken = []
+                for _ in range(1 + passes):  # the first one is not counted
+                    begin = time.perf_counter(), time.process_time()
+                    engine.check([(0, 5, tree)])
+                    end = time.perf_counter(), time.process_time()
+                    taken.append([b - a for a, b in zip(begin, end, strict=True)])
+                    engine.truncate(0, cached)
+                for name, times in zip(("s", "cpu_s"), zip(*taken[1:], strict=True), strict=True):
+                    record[f"rows_{rows}_{name}"] = statistics.median(times)
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
 
 
 class Found:
