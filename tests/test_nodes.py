@@ -31,6 +31,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.sizes import RUNTIME_BYTES
 from offload_rt.engine import Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
@@ -151,6 +152,7 @@ def test_drafts_over_nodes_change_no_token_and_memory_keeps_to_each_plan(folder,
     with nodes_engine(folder, 3, resident_layers=2, prompts=prompts, draft=draft) as engine:
         assert answers(engine, prompts) == expected
         shares = engine.placement.shares
+        assert all(share.demand.workspace_bytes > RUNTIME_BYTES for share in shares)
         for own, share in zip(engine.memory().devices, shares, strict=True):
             assert own.planned_bytes == share.device_bytes
             assert bool(own.link_bytes) == bool(share.streamed)

@@ -105,13 +105,14 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         else _experts(images, device),
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch
+        + staging_bytes(layouts, device, runtime.readers)
         + (
             workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
             + draft.building_bytes
             + taken
             + experts
-            if device.own_memory
-            else staging_bytes(layouts, device, runtime.readers)
+            if device.own_memory or runtime.machines
+            else 0
         ),
     )
 
