@@ -29,7 +29,7 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 @contextmanager
 def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=False, **config):
     """An engine with room for these prompts and that many tokens after each."""
-    config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 5} | config
+    config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 9} | config
     config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
     checkpoint = wired(open_checkpoint(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one

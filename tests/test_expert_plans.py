@@ -104,7 +104,7 @@ def test_a_plan_that_is_kept_is_run_as_it_was(offload_run, folder, tmp_path):
 
 
 def test_a_report_counts_what_was_asked_for(folder):
-    with engine_for(folder, expert_slots=24) as engine:
+    with engine_for(folder, expert_slots=24, prefill_chunk_tokens=5) as engine:
         generate(engine)
         pool = engine.runner.experts
         # A prompt of 17 in chunks of 5, the last of 2 rows; 15 tokens.

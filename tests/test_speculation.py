@@ -859,7 +859,8 @@ def likelihood_of_three_tokens(folder, prompt, draft, **place):
     together, runs = 24, 15
     sampling = SamplingConfig(temperature=1.0, top_k=3, seed=0)
     expected, names = torch.zeros(3, 3, 3), {}
-    with engine_for(folder, prompts=[prompt], tokens=8) as engine:
+    whole = {"tokens": 8, "prefill_chunk_tokens": 512}  # in few calls
+    with engine_for(folder, prompts=[prompt], **whole) as engine:
         first, ids = names[()] = top_three(engine, prompt, sampling)
         for i, a in enumerate(ids):
             second, after = names[a,] = top_three(engine, [*prompt, a], sampling)
@@ -868,7 +869,7 @@ def likelihood_of_three_tokens(folder, prompt, draft, **place):
                 expected[i, j] = first[i] * second[j] * third
     counts = torch.zeros(3, 3, 3)
     prompts = [prompt] * together
-    with engine_for(folder, prompts=prompts, tokens=8, draft=draft, **place) as engine:
+    with engine_for(folder, prompts=prompts, draft=draft, **whole, **place) as engine:
         for number in range(runs):
             seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * together)
             for a, b, c in generate(engine, prompts, tokens=3, sampling=seeded):
