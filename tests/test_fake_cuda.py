@@ -170,33 +170,20 @@ def test_every_access_is_ordered(gpu, tiny, slots, resident, home):
 
 @pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
 @pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
-def test_one_host_sync_per_step(gpu, tiny, home, sampling):
-    counts = []
-
-    def count(_):
-        counts.append((gpu.downloads, gpu.host_syncs[threading.current_thread().name]))
-
-    generate(gpu, tiny, home=home, sampling=sampling, after_step=count)
-    assert [downloads for downloads, _ in counts] == [1, 2, 3]
-    assert len({waits for _, waits in counts}) == 1, "the program waited for an event in a step"
-
-
-def test_one_upload_per_pass(gpu, tiny):
+def test_a_step_syncs_once_uploads_once_and_allocates_nothing(gpu, tiny, home, sampling):
     """Ids, places and wanted rows of both sequences go up together."""
-    counts = [0]
-    generate(gpu, tiny, after_step=lambda _: counts.append(gpu.uploads))
-    assert [b - a for a, b in itertools.pairwise(counts)] == [1, 1, 1]
-
-
-@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
-def test_buffers_are_allocated_once(gpu, tiny, home):
-    ledgers, pinned = [], []
+    counts, uploads, ledgers, pinned = [], [0], [], []
 
     def note(engine):
+        counts.append((gpu.downloads, gpu.host_syncs[threading.current_thread().name]))
+        uploads.append(gpu.uploads)
         ledgers.append((engine.device.ledger(), len(gpu.buffers)))
         pinned.append(dict(gpu.registered))
 
-    generate(gpu, tiny, home=home, after_step=note)
+    generate(gpu, tiny, home=home, sampling=sampling, after_step=note)
+    assert [downloads for downloads, _ in counts] == [1, 2, 3]
+    assert len({waits for _, waits in counts}) == 1, "the program waited for an event in a step"
+    assert [b - a for a, b in itertools.pairwise(uploads)] == [1, 1, 1]
     assert all(ledger == ledgers[0] for ledger in ledgers)
     assert all(map(pinned[0].__eq__, pinned))
     passages = (STAGING_BYTES, pinned_module.UPLOAD_BYTES)
