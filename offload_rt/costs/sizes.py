@@ -28,10 +28,10 @@ from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 # are touched for the first time, thread stacks, allocator slack. Measured on CPU
 # (docs/RESULTS.md, "Streaming against raw reads").
 RUNTIME_BYTES = 64 * 2**20
-# What a command on a CPU takes besides its device memory, the first for a model: 420 MiB for Python
-# with torch and transformers, 95 for the process of a tokenizer of 152,000 tokens; and what of it
-# only torch's build for GPUs has (docs/RESULTS.md, "Memory beside the device memory").
-_PROCESS_BYTES, BUILD_FOR_GPUS_BYTES = 520 * 2**20, 100 * 2**20
+# What a command on a CPU takes besides its device memory, 384 to 409 MiB: 320 for Python with torch
+# and transformers, 90 for the process of a tokenizer of 152,000 tokens; and what of it only torch's
+# build for GPUs has (docs/RESULTS.md, "Memory beside the device memory").
+_PROCESS_BYTES, BUILD_FOR_GPUS_BYTES = 420 * 2**20, 80 * 2**20
 ROW_BYTES = 64  # of a row of a pass: its id and its place, and what is made of them on the way
 # Families whose file need not say which layers have a window: all but every n-th.
 _ALTERNATING = {
