@@ -230,12 +230,14 @@ def work(line: Line, checkpoint: Checkpoint, device: Device, group: Group | None
     """
     with ExitStack() as undo:
         undo.callback(line.close)
+        if group is not None:
+            undo.callback(group.close, abort=True)  # unless it was left in good order
         if (frame := line.take()).kind is Kind.END:
             return
         order = Order.read(frame.record)
         carrier: Carrier = ByLine() if group is None else ByGroup(group, 0)
         if group is not None and not order.by_group:  # another could not join
-            carrier.close(abort=True)
+            group.close(abort=True)
             carrier = ByLine()
         line.works(True)
         try:
