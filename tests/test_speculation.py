@@ -6,6 +6,7 @@ import random
 import sys
 from array import array
 from dataclasses import asdict, replace
+from functools import cache
 
 import forks
 import pytest
@@ -190,16 +191,17 @@ def sampled_tree(draft_logits, sampling):
     """Two siblings drawn without replacement, each with two children drawn likewise."""
     after = target_probs(draft_logits, sampling)
 
+    @cache
+    def left_of(row, *drawn):
+        left = after[row].clone()
+        left[list(drawn)] = 0.0
+        return left / left.sum() if left.sum() > 0 else None
+
     def siblings(row, generator):
-        left = after[row]
-        for _ in range(2):
-            if left.sum() <= 0:
-                return
-            probs = left / left.sum()
-            token = int(torch.multinomial(probs, 1, generator=generator))
-            yield token, probs
-            left = probs.clone()
-            left[token] = 0.0
+        drawn = []
+        while len(drawn) < 2 and (probs := left_of(row, *drawn)) is not None:
+            drawn.append(int(torch.multinomial(probs, 1, generator=generator)))
+            yield drawn[-1], probs
 
     def make(generator):
         tokens, parents, probs = [], [], []
