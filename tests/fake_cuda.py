@@ -238,6 +238,9 @@ class FakeCuda:
         with self.inside_driver():
             return torch.empty(memory.numel(), dtype=torch.uint8, device=device)
 
+    def address(self, tensor):
+        return 0  # fake tensors are nowhere
+
     def upload(self, source, device):
         self.uploads += 1
         self.unpinned_uploads += not self.is_registered(source)

@@ -8,10 +8,23 @@ from math import inf
 import pytest
 from engines import engine_for, generate
 from expert_models import make_mixture
+from quantised import write_gpt_oss
 from test_experts import pool_of
+from test_workload import CPU as CPU_SPEEDS
+from test_workload import GPU
 
-from offload_rt.costs.experts import Distances, ExpertUse, prior_hit_rate, union
+from offload_rt.costs.experts import (
+    IN_VAIN,
+    Distances,
+    ExpertUse,
+    choosing_s,
+    prior_hit_rate,
+    union,
+)
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
+from offload_rt.costs.workload import PlacedModel, Residence, parts_of
+from offload_rt.device.kinds import CUDA
+from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.history import add_asked, read_asked
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
@@ -233,3 +246,39 @@ def test_hits_compute_while_misses_come(hits):
         one = TimedPass(layers=[layer] * 3, slots=0, home_bytes_per_s=(rate,))
         beside = max(0.8 * hits, 300 / rate)
         assert steady_pass(one).pass_s == pytest.approx(3 * (0.2 + beside + 0.8 * (1 - hits)))
+
+
+def test_what_is_foreseen_crosses_while_nothing_else_does():
+    """From one router to the next, right and wrong in turn; of the first layer nothing is known."""
+
+    def took(foreseen, attention=1.5):
+        layer = TimedLayer(
+            kernel_s=attention + 0.5, missed_bytes=100, experts_s=0.5, foreseen_bytes=foreseen
+        )
+        return steady_pass(TimedPass(layers=[layer] * 3, slots=0, home_bytes_per_s=(100.0,))).pass_s
+
+    assert took(0) == pytest.approx(3 * (1.5 + 1.0))
+    assert took(60) == pytest.approx(1.5 + 1.0 + 2 * (1.5 + 0.5))  # 0.4 s are left, and hidden
+    crossed = 100 * 0.25 / (1 + IN_VAIN)  # all of the time between
+    assert took(60, 0.25) == pytest.approx(3 * 0.25 + 1.0 + 2 * (1 - crossed / 100), rel=0.02)
+
+
+def test_few_rows_are_multiplied_with_mxfp4_as_it_is_stored(make_tiny, tmp_path):
+    """On a GPU, where passes are not row-invariant; else experts are dequantised."""
+    source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64)
+    checkpoint = open_checkpoint(write_gpt_oss(source, tmp_path).folder)
+    for speeds, rows, exact, expected in (
+        (GPU, 8, False, False),
+        (GPU, 9, False, True),
+        (GPU, 1, True, True),
+        (CPU_SPEEDS, 1, False, True),
+    ):
+        model = PlacedModel(
+            parts=parts_of(checkpoint, "bfloat16", speeds.device),
+            speeds=speeds,
+            residence=Residence(),
+            context_tokens=64,
+            exact=exact,
+        )
+        assert all(bool(la.experts_decoded) == expected for la in model.load(rows).layers)
+    assert choosing_s(CUDA, 4, together=True) < choosing_s(CUDA, 4)

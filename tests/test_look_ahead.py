@@ -9,6 +9,7 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
 from expert_models import make_mixture
+from flash_double import flash_of_a_gpu
 from test_cuda_numbers import ROOM
 from test_experts import lru_hits, pool_of, resident_answers, traced
 from value_double import open_as, open_double
@@ -46,6 +47,15 @@ def test_looking_ahead_changes_no_bit(make_tiny, name, slots, home):
     assert counts.ahead > 0 or counts.unused > 0
 
 
+@pytest.fixture
+def flash(monkeypatch):
+    """What attends on a GPU, in fp32 too."""
+    with flash_of_a_gpu(torch.float32):
+        yield
+        monkeypatch.undo()  # kinds it put in meanwhile are to go before those that were
+
+
+@pytest.mark.usefixtures("flash")
 @pytest.mark.parametrize(
     ("home", "driver"),
     [(HomeKind.HOST, {}), (HomeKind.HOST, {"pin": False}), (HomeKind.DISK, {})],

@@ -122,6 +122,9 @@ class LateDriver:
     def mapped(self, memory, device):
         return memory if self.maps else None
 
+    def address(self, tensor):
+        return tensor.data_ptr()
+
     def upload(self, source, device):
         return source.clone()
 

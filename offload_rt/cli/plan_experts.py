@@ -45,7 +45,10 @@ class ExpertOutlook:
 def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> ExpertOutlook | None:
     """What is expected; None where layers are whole."""
     placement = plan.placement
-    facts, pooled = placement.demand.experts, pooled_experts(placement, device)
+    facts, pooled = (
+        placement.demand.experts,
+        pooled_experts(placement, device, plan.runtime.look_ahead),
+    )
     if facts is None or pooled is None:
         return None
     layers = [index for index, count in enumerate(facts.counts) if count]

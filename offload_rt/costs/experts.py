@@ -40,6 +40,14 @@ _ROW_SHARING = ((0.0, 0.39), (0.125, 0.19), (0.25, 0.11), (0.5, 0.05), (1.0, 0.0
 # On a GPU the host waits for the router once a layer (30 us from an event to the next launch, as of
 # `REPLAY_S`), and launches some ten kernels for each expert, 6 us each. Assumed: none was timed.
 _ROUND_TRIP_S, _LAUNCHES_S = 30e-6, 60e-6
+# Where few rows are multiplied with experts as they are stored, all that are there take ten kernels
+# together, and those that come ten more (counted on a double of a GPU, docs/RESULTS.md).
+_GROUPS = 2
+# Of the experts that a layer will lack, those that the next router names a layer before; and bytes
+# read in vain for each byte of these (docs/RESULTS.md, "Looking ahead": a bench mixture with as
+# little locality as any published one, 1,147 of 2,189 and 1,218). Of all experts of a token, those
+# that are there among them, GLM-5.2's routers name 0.72 and 0.74 (colibri, issue 200).
+FORESEEN, IN_VAIN = 0.52, 1.06
 # Different experts of n rows are E (1 - (1 - k / E)^(n^a)); a = 1 if rows were independent.
 _UNION = 0.8
 
@@ -110,14 +118,16 @@ class ExpertUse:
         return min(many, union(rows, experts, per_token))
 
 
-def choosing_s(device: DeviceKind, per_token: int) -> float:
+def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) -> float:
     """Of the host for a layer of a pass, until it knows the experts and has launched their kernels.
 
     Args:
         device: what computes; a CPU is the host itself.
         per_token: experts that a token is sent to.
+        together: all that are there are multiplied in one launch.
     """
-    return 0.0 if device.host_computes else _ROUND_TRIP_S + per_token * _LAUNCHES_S
+    launches = _GROUPS if together else per_token
+    return 0.0 if device.host_computes else _ROUND_TRIP_S + launches * _LAUNCHES_S
 
 
 def prior_hit_rate(held: float, experts: int, per_token: int) -> float:

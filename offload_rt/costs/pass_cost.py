@@ -111,6 +111,7 @@ class LayerLoad:
         missed_part: of its experts' kernels, those of experts that cross the link.
         choosing_s: of the host, until it knows which experts these are.
         expert_bytes: of one of them at its home.
+        foreseen: share of these that is offered to the link a layer before.
     """
 
     work: LayerWork
@@ -129,6 +130,7 @@ class LayerLoad:
     missed_part: float = 0.0
     choosing_s: float = 0.0
     expert_bytes: int = 0
+    foreseen: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -670,6 +672,7 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> tuple[TimedLayer, ...]:
             missed_bytes=layer.missed_bytes,
             experts_s=experts_s[index] if layer.expert_part else 0.0,
             missed_s=experts_s[index] * layer.missed_part,
+            foreseen_bytes=round(layer.foreseen * layer.missed_bytes),
         )
         for index, layer in enumerate(load.layers)
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeAlias
 
+from offload_rt.costs.experts import IN_VAIN
 from offload_rt.device.base import CopyStatistics, Event
 from offload_rt.device.sim import SimBuffer, SimEvent, SimLink, SimStream
 from offload_rt.streaming.ring import Cycle, Ring, UnitT
@@ -43,6 +44,8 @@ class TimedLayer:
         missed_bytes: of experts that are copied after the layer's router has chosen them.
         experts_s: of `kernel_s`, the experts', which come last.
         missed_s: of these, the copied ones', which wait for it.
+        foreseen_bytes: of `missed_bytes`, those that are offered to the link when the router of the
+            layer before has chosen; others are offered among them in vain.
     """
 
     kernel_s: float
@@ -55,6 +58,7 @@ class TimedLayer:
     missed_bytes: int = 0
     experts_s: float = 0.0
     missed_s: float = 0.0
+    foreseen_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -260,6 +264,7 @@ class _Device:
         shared = copies and moves_kv
         self._link = link = SimLink() if shared or work.piece_s else None
         self.spans: list[Span] = []
+        self._chosen_s: float | None = None  # when the layer before knew its experts
         self.draft_waits_s: list[float] = []  # of each pass
         self._watched, self._device, self._home = False, device, home
         self._missed, self._slot = (
@@ -350,7 +355,9 @@ class _Device:
             kernel_s = layer.kernel_s - layer.experts_s
             self._compute(SpanKind.LAYER, index, kernel_s, weights, written)
             if index in self._missed:
+                self._missed[index].nbytes = layer.missed_bytes - self._brought(layer)
                 self._copy.wait(self.compute.record())
+                self._chosen_s = self.compute.time_s
                 self._copy.copy(self._slot, self._missed[index])
                 self._compute(SpanKind.LAYER, index, layer.experts_s - layer.missed_s, weights)
                 self.compute.wait(self._copy.record())
@@ -358,8 +365,20 @@ class _Device:
             elif layer.experts_s:
                 self._compute(SpanKind.LAYER, index, layer.experts_s, weights)
 
+    def _brought(self, layer: TimedLayer) -> int:
+        """Of what a layer's router chose, that has crossed since the one before it chose.
+
+        What is offered crosses while nothing that was asked for does, right and wrong in turn.
+        """
+        if self._chosen_s is None or not layer.foreseen_bytes:
+            return 0
+        idle_s = self.compute.time_s - max(self._chosen_s, self._copy.time_s)
+        crossed = max(0.0, idle_s) * self._copy.bytes_per_s / (1.0 + IN_VAIN)
+        return min(layer.foreseen_bytes, int(crossed))
+
     def end_pass(self) -> None:
-        """Send new rows home."""
+        """Send new rows home; what the first layer will ask for is not foreseen."""
+        self._chosen_s = None
         for index, rows in self._rows.items():
             self._back.wait(self.compute.record())
             self._back.store(SimBuffer(0), rows.memory)  # they go behind those that are read

@@ -23,13 +23,19 @@ from offload_rt.costs.sizes import (
     number_bytes_of,
 )
 from offload_rt.device import compiled
-from offload_rt.device.kinds import CPU, DeviceKind
+from offload_rt.device.kinds import CPU, CUDA, DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.base import takes
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import Stored, multiplies, suits_kernels
+from offload_rt.model.formats.stored import (
+    TOGETHER_ROWS,
+    Stored,
+    multiplied_together,
+    multiplies,
+    suits_kernels,
+)
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.names import EXPERT_MATRIX
 from offload_rt.profiling.profile import Decoder, LayerWork
@@ -153,6 +159,8 @@ class PooledExperts:
         use: what is known of those that tokens ask for.
         host_s: of a layer, until the host knows which a token asks for and their kernels are on
             their way.
+        together_s: the same where few rows are multiplied with experts as they are stored.
+        foreseen: of what a layer lacks, the share that is offered to the link a layer before.
     """
 
     counts: tuple[int, ...]
@@ -162,6 +170,8 @@ class PooledExperts:
     image_bytes: int
     use: ExpertUse = ExpertUse()
     host_s: float = 0.0
+    together_s: float = 0.0
+    foreseen: float = 0.0
 
     def misses(self, layer: int, rows: int) -> float:
         """Experts of a layer that a pass of so many rows waits for, on average."""
@@ -297,6 +307,20 @@ class PlacedModel:
     def _tile(self) -> int:
         return (self.speeds.device.tile_rows or ROW_TILE) if self.exact else 1
 
+    def _dequantised_experts(
+        self, layer: LayerParts, rows: int
+    ) -> tuple[tuple[Decoded, ...], bool]:
+        """What of a layer's experts a pass dequantises; and whether it multiplies them as stored.
+
+        Few rows are multiplied so on a GPU, unless passes are row-invariant.
+        """
+        parts = layer.experts_decoded
+        few = rows <= TOGETHER_ROWS and self._tile == 1 and self.speeds.device is CUDA
+        if few and parts and all(multiplied_together(each.form) for each in parts):
+            return (), True
+        used = layer.used(rows)
+        return tuple(replace(each, numbers=round(each.numbers * used)) for each in parts), False
+
     def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
@@ -307,6 +331,7 @@ class PlacedModel:
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
             decoded = ()
+        dequantised, together = self._dequantised_experts(layer, rows)
         pooled = where.experts if where.experts and where.experts.counts[index] else None
         misses = 0.0
         if pooled is not None:
@@ -329,15 +354,13 @@ class PlacedModel:
             device=where.device[index] if where.device else 0,
             weights=order,
             decoded=decoded,
-            experts_decoded=tuple(
-                replace(each, numbers=round(each.numbers * layer.used(rows)))
-                for each in layer.experts_decoded
-            ),
+            experts_decoded=dequantised,
             unpacked=layer.packed if where.from_files else 0,
             missed_bytes=round(misses * pooled.home_bytes) if pooled else 0,
             expert_part=active if pooled else 0.0,
             missed_part=min(1.0, misses / asked) if asked else 0.0,
-            choosing_s=pooled.host_s if pooled else 0.0,
+            choosing_s=(pooled.together_s if together else pooled.host_s) if pooled else 0.0,
+            foreseen=pooled.foreseen if pooled else 0.0,
             expert_bytes=pooled.home_bytes if pooled else 0,
         )
 

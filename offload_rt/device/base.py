@@ -299,6 +299,9 @@ class Device(Protocol):
         None where they cannot: it is not page-locked, or has no address there.
         """
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Return where a tensor of this device lies, as kernels see it."""
+
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64 on the device, without making the host wait."""
 

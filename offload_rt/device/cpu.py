@@ -330,6 +330,10 @@ class CpuDevice:
         """It is the CPU's own memory."""
         return buffer
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Return where a tensor lies."""
+        return tensor.data_ptr()
+
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64; a pass begins with it, or a part of one."""
         self._memory.look()

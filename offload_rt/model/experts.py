@@ -15,8 +15,9 @@ import torch
 from torch.nn.functional import linear
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.formats.stored import Stored
-from offload_rt.model.formats.wired import WiredExpert
+from offload_rt.model.formats import together
+from offload_rt.model.formats.stored import TOGETHER_ROWS, Stored
+from offload_rt.model.formats.wired import StoredMatrix, WiredExpert
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
 
 EXPERTS_NAME = "offload_rt"
@@ -25,6 +26,7 @@ MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER, _HOST = "_lent_experts", "_host_of_experts"
 _NEXT, _LISTENS = "_next_router", "_listens_to_router"
+_TOGETHER = "_multiplies_stored"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
@@ -42,6 +44,9 @@ class Host(Protocol):
     def download(self, values: torch.Tensor, /) -> list[int]:
         """The values of an integer tensor; the host waits for them."""
 
+    def address(self, tensor: torch.Tensor, /) -> int:
+        """Where a tensor there lies, as kernels see it."""
+
 
 class ExpertLender(Protocol):
     """Whoever has the weights of a layer's experts."""
@@ -49,6 +54,10 @@ class ExpertLender(Protocol):
     @property
     def foresees(self) -> bool:
         """Whether it wants to know what the next layer will ask for."""
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The quantised matrices of an expert, as each has them."""
 
     def begin(self, parts: int, /) -> None:
         """Rows begin to go through the layer, in so many parts."""
@@ -63,6 +72,11 @@ class ExpertLender(Protocol):
             rows: that are sent to them.
             foresee: says which experts of the next layer rows should ask for, likeliest first.
         """
+
+    def lend_together(
+        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None, /
+    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+        """Lend the weights of all that are there at once, then of the others."""
 
 
 class _ChosenError(Exception):
@@ -117,6 +131,25 @@ def lend_host(module: torch.nn.Module, host: Host) -> None:
     module.__dict__[_HOST] = host
 
 
+def multiply_stored(module: torch.nn.Module) -> bool:
+    """Let a module of experts multiply few rows with its weights as they are stored, if it can.
+
+    Each of its experts has quantised matrices that `formats/together.py` takes; the host is lent.
+    """
+    lender: ExpertLender | None = module.__dict__.get(_LENDER)
+    wired = module._modules.get(WIRED)
+    stored: Mapping[str, Stored] = {} if lender is None else lender.stored
+    if isinstance(wired, torch.nn.ModuleList):
+        one = wired[0]
+        assert isinstance(one, WiredExpert)
+        stored = {name: bringer.stored for name, bringer in one.bringers.items()}
+    names = {_first_of(module), "down_proj"}
+    able = stored.keys() == names and all(map(together.suits, stored.values()))
+    if able and not module.has_post_expert_norm:
+        module.__dict__[_TOGETHER] = True
+    return _TOGETHER in module.__dict__
+
+
 def wire_experts(
     module: torch.nn.Module, experts: Sequence[Mapping[str, Stored]], dtype: torch.dtype
 ) -> None:
@@ -162,6 +195,14 @@ def compute_experts(
         foresee = partial(list, dict.fromkeys(foreseen))
     places = _places(sent, module.num_experts)
     parts = hidden.new_empty(rows * k, hidden.shape[1])
+    if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
+        for group in (
+            [[*_own(module, places)]]
+            if lender is None
+            else lender.lend_together(list(places), rows, foresee)
+        ):
+            _rows_together(module, host, group, places, hidden, parts)
+        return _summed(parts, top_k_weights, hidden.dtype)
     lent = _own(module, places) if lender is None else lender.lend(list(places), rows, foresee)
     order = [place for own in places.values() for place in own]
     there = torch.tensor(order) if host is None else host.upload(order)
@@ -169,8 +210,51 @@ def compute_experts(
     for expert, weights in lent:
         at = each[expert]
         parts[at] = expert_rows(module, expert, weights, hidden[at // k])
-    summed = (parts.view(rows, k, -1) * top_k_weights.unsqueeze(-1)).sum(1)
-    return summed.to(hidden.dtype)
+    return _summed(parts, top_k_weights, hidden.dtype)
+
+
+def _summed(parts: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """[T, E] of what is in the places [T * k, E] of rows."""
+    return (parts.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1).to(dtype)
+
+
+def _first_of(module: Any) -> str:  # noqa: ANN401
+    """The matrix that rows are multiplied with first."""
+    return "gate_up_proj" if module.has_gate else "up_proj"
+
+
+def _rows_together(
+    module: Any,  # noqa: ANN401 - a family's class
+    host: Host,
+    group: Sequence[tuple[int, ExpertWeights]],
+    places: Mapping[int, Sequence[int]],
+    hidden: torch.Tensor,
+    parts: torch.Tensor,
+) -> None:
+    """All rows of some experts, [T, E] to their places in [T * k, E], in two launches."""
+    names, k = (_first_of(module), "down_proj"), len(parts) // len(hidden)
+    tables: tuple[list[int], list[int]] = [], []
+    stored: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    width = count = 0
+    for expert, weights in group:
+        matrices = [weights[name] for name in names]
+        lies = []
+        for matrix, tensors in zip(matrices, stored, strict=True):
+            assert isinstance(matrix, StoredMatrix)  # or they would not be multiplied so
+            lies.append(together.places_of(matrix.parts, host.address))
+            tensors += matrix.parts.values()
+        assert isinstance(matrices[0], StoredMatrix)
+        width = matrices[0].bringer.stored.outputs
+        for place in places[expert]:
+            tables[0].extend([place // k, count, expert, *lies[0]])
+            tables[1].extend([count, place, expert, *lies[1]])
+            count += 1
+    first, second = host.upload(tables[0] + tables[1]).view(2, count, -1)
+    biases = [module._parameters.get(f"{n}_bias") if module.has_bias else None for n in names]
+    made = hidden.new_empty(count, width)
+    together.multiply_together(hidden, first, stored[0], biases[0], made)
+    made = module._apply_gate(made) if module.has_gate else module.act_fn(made)
+    together.multiply_together(made, second, stored[1], biases[1], parts)
 
 
 def _foreseen(router: NextRouter, hidden: torch.Tensor) -> list[int]:

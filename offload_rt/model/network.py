@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, pairwise
+from itertools import chain, islice, pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -56,7 +56,9 @@ from offload_rt.model.experts import (
     follow,
     lend_experts,
     lend_host,
+    multiply_stored,
 )
+from offload_rt.model.formats import together
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
@@ -74,7 +76,13 @@ from offload_rt.model.formats.rounded import (
 )
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
-from offload_rt.model.formats.wired import Bringer, WiredLinear, bringers_below, wired_linears
+from offload_rt.model.formats.wired import (
+    Bringer,
+    StoredMatrix,
+    WiredLinear,
+    bringers_below,
+    wired_linears,
+)
 from offload_rt.model.layout import LayerLayout, Placement, compute_dtype
 from offload_rt.model.lean import lean_layer
 from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
@@ -383,7 +391,7 @@ class Network:
                 continue
             if name not in parts:
                 parts[name] = {}
-                found[name] = partial(self._bringers[next(stored)].bring, parts[name])
+                found[name] = StoredMatrix(self._bringers[next(stored)], parts[name])
             parts[name][word] = tensor
         return found
 
@@ -593,7 +601,12 @@ class Network:
         mine = tuple(f"{self._container}.{index}." for index in layers)
         for name in self._mixtures:
             if name.startswith(mine):
-                lend_host(self._model.get_submodule(name), host)
+                module = self._model.get_submodule(name)
+                lend_host(module, host)
+                bringers = chain(bringers_below(module), self._bringers.values())
+                places = [bringer.scratch.device for bringer in islice(bringers, 1)]
+                if places and not self.exact and together.is_there(places[0]):
+                    multiply_stored(module)
 
     def release(self) -> None:
         """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""

@@ -4,9 +4,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from offload_rt.config import DraftConfig, DrafterWords, Exact, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.config import (
+    DraftConfig,
+    DrafterWords,
+    Exact,
+    HomeKind,
+    KVPlace,
+    LookAhead,
+    RuntimeConfig,
+)
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
-from offload_rt.costs.experts import ExpertUse, choosing_s
+from offload_rt.costs.experts import FORESEEN, ExpertUse, choosing_s
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -425,7 +433,7 @@ class PlacedRun:
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
-                experts=pooled_experts(placement, self.speeds.device),
+                experts=pooled_experts(placement, self.speeds.device, self.config.look_ahead),
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
@@ -488,13 +496,16 @@ class PlacedRun:
         return replace(self.model, exact=not problem)
 
 
-def pooled_experts(placement: Placement, device: DeviceKind) -> PooledExperts | None:
+def pooled_experts(
+    placement: Placement, device: DeviceKind, look_ahead: LookAhead
+) -> PooledExperts | None:
     """Experts that come one by one, and what is known of those that tokens ask for."""
     experts, slots = placement.demand.experts, placement.expert_slots
     if experts is None or not slots:
         return None
     total_bytes = experts.file_bytes if placement.home is HomeKind.DISK else experts.image_bytes
-    share, spare = shares_of(slots, experts.layers, experts.per_token)
+    foresees = look_ahead is LookAhead.ON
+    share, spare = shares_of(slots, experts.layers, experts.per_token, foresees=foresees)
     return PooledExperts(
         counts=experts.counts,
         per_token=experts.per_token,
@@ -503,6 +514,8 @@ def pooled_experts(placement: Placement, device: DeviceKind) -> PooledExperts | 
         image_bytes=experts.image_bytes // experts.count,
         use=experts.use,
         host_s=choosing_s(device, experts.per_token),
+        together_s=choosing_s(device, experts.per_token, together=True),
+        foreseen=FORESEEN if foresees else 0.0,
     )
 
 

@@ -5,6 +5,7 @@ from functools import partial
 
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.model.experts import ExpertLender, ExpertWeights
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import LayerLayout
 from offload_rt.streaming.experts import ExpertPool
 
@@ -35,6 +36,13 @@ class PooledExperts:
         self._pool, self._layer, self._units, self._views = pool, layer, units, views
         self._matrices_of = matrices_of
 
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """The quantised matrices of an expert, as each has them."""
+        unit = self._units[0]
+        names = dict.fromkeys(p.name.partition(":")[0] for p in unit.placements if ":" in p.name)
+        return dict(zip(names, unit.stored, strict=True))
+
     def begin(self, parts: int) -> None:
         """Rows begin to go through the layer, in so many parts."""
         self._pool.begin(self._layer, parts)
@@ -49,13 +57,22 @@ class PooledExperts:
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of experts: those that are there first."""
         for expert, buffer in self._pool.lend(self._layer, needed, rows, foresee):
-            key, found = (self._layer, expert), self._views.get(id(buffer))
-            if found is None or found[0] != key:
-                found = self._views[id(buffer)] = (
-                    key,
-                    self._matrices_of(self._units[expert], buffer),
-                )
-            yield expert, found[1]
+            yield expert, self._weights(expert, buffer)
+
+    def lend_together(
+        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None = None
+    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+        """Lend the weights of all that are there at once, then of the others."""
+        for group in self._pool.lend_together(self._layer, needed, rows, foresee):
+            yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
+
+    def _weights(self, expert: int, buffer: DeviceBuffer) -> ExpertWeights:
+        """Of an expert that is in a buffer."""
+        key, found = (self._layer, expert), self._views.get(id(buffer))
+        if found is None or found[0] != key:
+            made = self._matrices_of(self._units[expert], buffer)
+            found = self._views[id(buffer)] = key, made
+        return found[1]
 
 
 def open_pool(

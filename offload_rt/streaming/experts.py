@@ -205,6 +205,29 @@ class ExpertPool(Generic[BufferT, SourceT]):
         Returns:
             Each with its buffer: those that are there, then the others as they come.
         """
+        for group in self._groups(layer, needed, rows, foresee, most=1):
+            yield from group
+
+    def lend_together(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        rows: int = 1,
+        foresee: Callable[[], Sequence[int]] | None = None,
+    ) -> Iterator[Sequence[tuple[int, BufferT]]]:
+        """Lend all experts that are there at once, then the others as far as there are slots."""
+        return self._groups(layer, needed, rows, foresee, most=len(needed))
+
+    def _groups(
+        self,
+        layer: int,
+        needed: Sequence[int],
+        rows: int,
+        foresee: Callable[[], Sequence[int]] | None,
+        *,
+        most: int,
+    ) -> Iterator[Sequence[tuple[int, BufferT]]]:
+        """Lend experts, at most so many at once, and none that is there with one that is not."""
         if layer != self._layer:
             self.begin(layer, 1)
         self._parts_left -= 1
@@ -224,20 +247,24 @@ class ExpertPool(Generic[BufferT, SourceT]):
             self._offer(layer, foresee)
         while coming:
             self._load_ahead(layer, queue, lent | kept)
-            expert = coming.popleft()
-            yield from self._use(layer, expert, held[expert])
-            lent.discard(expert)
+            there = held[coming[0]].filled is None
+            group = [coming.popleft()]
+            while coming and len(group) < most and (held[coming[0]].filled is None) == there:
+                group.append(coming.popleft())
+            yield from self._use(layer, group)
+            lent.difference_update(group)
             self._load(layer, queue, coming, lent)
         assert not queue  # a slot that was handed back is there for the next
         self._load_ahead(layer, queue, lent | kept)
         ordered = {expert: held.pop(expert) for expert in needed if expert in held}
         held.update(ordered)
 
-    def _use(
-        self, layer: int, expert: int, slot: ExpertSlot[BufferT]
-    ) -> Iterator[tuple[int, BufferT]]:
-        """Lend one that is there or on its way; one that cannot be read is not there afterwards."""
-        if slot.filled is not None:
+    def _use(self, layer: int, group: Sequence[int]) -> Iterator[Sequence[tuple[int, BufferT]]]:
+        """Lend experts; one that cannot be read is not there afterwards."""
+        slots = {expert: self._held[layer][expert] for expert in group}
+        for expert, slot in slots.items():
+            if slot.filled is None:
+                continue
             watch = self.watch
             end = None if watch is None else watch("wait", (layer, expert), self._compute)
             try:
@@ -249,9 +276,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
             if end is not None:
                 end()
         try:
-            yield expert, slot.buffer
+            yield [(expert, slot.buffer) for expert, slot in slots.items()]
         finally:
-            slot.drained = self._compute.record()
+            drained = self._compute.record()
+            for slot in slots.values():
+                slot.drained = drained
 
     def _load(self, layer: int, queue: deque[int], coming: deque[int], lent: set[int]) -> None:
         """Have as many experts copied as there are slots for."""

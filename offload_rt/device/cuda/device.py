@@ -130,6 +130,10 @@ class CudaDevice:
             pinning=self._pinned.state(),
         )
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Return where a tensor lies in the GPU's memory."""
+        return self._driver.address(tensor)
+
     def upload(self, values: Sequence[int]) -> torch.Tensor:
         """Return [len(values)] int64 on the device; the host does not wait."""
         parts = self._uploads.send(values, self._upload)

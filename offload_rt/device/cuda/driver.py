@@ -79,6 +79,9 @@ class Driver(Protocol):
             device: whose kernels read it.
         """
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """Where a tensor of the device lies."""
+
     def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Return a copy of pinned host memory on the device, enqueued in the current stream."""
 

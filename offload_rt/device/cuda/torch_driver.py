@@ -177,6 +177,10 @@ class TorchDriver:
                 return None
         return made if made.data_ptr() == address.value else None  # else it is a copy
 
+    def address(self, tensor: torch.Tensor) -> int:
+        """As torch knows it."""
+        return tensor.data_ptr()
+
     def upload(self, source: torch.Tensor, device: torch.device) -> torch.Tensor:
         """Enqueue the copy in the current stream."""
         with torch.cuda.device(device):

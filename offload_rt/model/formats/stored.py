@@ -65,6 +65,9 @@ class Flat:
     offset: float = 0.0
 
 
+TOGETHER_ROWS = 8  # of a pass; each reads the weights of its experts by itself
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Stored:
     """A quantised weight. One is equal to itself only, and so can be a key.
@@ -194,3 +197,8 @@ def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -
     block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in parts), default=0))
     block = min(max((each.numbers for each in parts), default=0), block * BLOCKS[processor])
     return largest * number_bytes + block * _BLOCK_BYTES
+
+
+def multiplied_together(form: str) -> bool:
+    """Whether a GPU multiplies few rows with experts of this form as stored (`together.py`)."""
+    return form == Form.MXFP4

@@ -8,7 +8,7 @@ On a GPU the scratch is used in the order of its compute stream, so that nothing
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from functools import partial
+from dataclasses import dataclass
 
 import torch
 
@@ -63,15 +63,27 @@ class Bringer:
         made = bring_for(self.stored, self.dtype, scratch.device)
         self._bring = made or _BRING[self.stored.form]
 
-    def bring(self, parts: Mapping[str, torch.Tensor | None]) -> torch.Tensor:
+    def bring(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight [O, I] of its parts, in the scratch until another is brought."""
         stored = self.stored
         data = self.scratch[: stored.numbers * self.dtype.itemsize]
         out = data.view(self.dtype).view(stored.outputs, stored.inputs)
         unused = INDICES if self.in_order else ()
-        used = {w: t for w, t in parts.items() if t is not None and w not in unused}
+        used = {w: t for w, t in parts.items() if w not in unused}
         self._bring(stored, used, out)
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class StoredMatrix:
+    """A weight of an expert as it is stored, where it computes; called, it is dequantised."""
+
+    bringer: Bringer
+    parts: dict[str, torch.Tensor]
+
+    def __call__(self) -> torch.Tensor:
+        """The weight [O, I], in the scratch until another is brought."""
+        return self.bringer.bring(self.parts)
 
 
 class WiredLinear(torch.nn.Module):
@@ -178,15 +190,14 @@ class WiredExpert(torch.nn.Module):
         """What the buffer of a part is called."""
         return f"{matrix.replace('.', '_')}_{word}"
 
-    def weights(self) -> dict[str, Callable[[], torch.Tensor]]:
+    def weights(self) -> dict[str, StoredMatrix]:
         """What brings each matrix."""
-        return {
-            name: partial(
-                bringer.bring,
-                {word: self._buffers[self.buffer_of(name, word)] for word in bringer.stored.parts},
-            )
-            for name, bringer in self.bringers.items()
-        }
+        found: dict[str, StoredMatrix] = {}
+        for name, bringer in self.bringers.items():
+            buffers = {w: self._buffers[self.buffer_of(name, w)] for w in bringer.stored.parts}
+            parts = {word: tensor for word, tensor in buffers.items() if tensor is not None}
+            found[name] = StoredMatrix(bringer, parts)
+        return found
 
 
 def _on_meta(stored: Stored, word: str) -> torch.Tensor:
