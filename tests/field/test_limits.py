@@ -297,8 +297,10 @@ def test_memory_put_into_a_file_has_the_same_bytes_and_is_no_memory_of_its_own(t
         system._put_into_file(start, len(data), path)
         assert system.rss_bytes()[0] < before - 24 * MIB
         memory[0:2] = b"ab"  # private: the next ones are the file's
-        assert memory[:2] == b"ab" and memory[2:] == data[2:]
-    assert path.read_bytes() == data and not old.exists()
+        same = memory[:2] == b"ab" and memory[2:] == data[2:]
+        assert same  # not the comparison itself: pytest would show how 32 MB differ
+    same = path.read_bytes() == data
+    assert same and not old.exists()
     # Another process has other addresses in some pages.
     written, other = path.stat().st_mtime_ns, bytearray(data)
     other[5 * MIB + 7], other[-1] = other[5 * MIB + 7] ^ 1, other[-1] ^ 1
@@ -306,8 +308,10 @@ def test_memory_put_into_a_file_has_the_same_bytes_and_is_no_memory_of_its_own(t
         before = system.rss_bytes()[0]
         system._put_into_file(start, len(data), path)
         assert system.rss_bytes()[0] < before - 24 * MIB
-        assert memory[:] == other
-    assert path.read_bytes() == data and path.stat().st_mtime_ns == written
+        same = memory[:] == other
+        assert same
+    same = path.read_bytes() == data
+    assert same and path.stat().st_mtime_ns == written
 
 
 def test_memory_stays_where_files_are_memory_or_have_other_bytes(tmp_path, monkeypatch):
@@ -319,7 +323,8 @@ def test_memory_stays_where_files_are_memory_or_have_other_bytes(tmp_path, monke
         monkeypatch.setattr(system, "file_system", lambda folder: "tmpfs")
         with pytest.raises(OSError, match="in memory"):
             system._put_into_file(start, MIB, path)
-        assert memory[:] == data
+        same = memory[:] == data
+        assert same
 
 
 BESIDE = """
