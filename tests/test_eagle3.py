@@ -256,6 +256,26 @@ def test_sizes_from_the_configuration_alone_are_those_of_the_files(target, make_
     assert sizes[0] == sizes[1]
 
 
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"draft_vocab_size": -(10**9)}, "draft_vocab_size is -1000000000, .* from 1 to 300"),
+        ({"draft_vocab_size": 0}, "draft_vocab_size is 0,"),
+        ({"draft_vocab_size": 301}, "draft_vocab_size is 301,"),
+        ({"draft_vocab_size": 9.5}, "draft_vocab_size is 9.5,"),
+        ({"draft_vocab_size": True}, "draft_vocab_size is True,"),
+        ({"draft_vocab_size": 301, "vocab_size": 400}, "head of 301 rows, the model has 300"),
+    ],
+)
+def test_an_output_head_that_no_model_has_is_refused_by_the_configuration_alone(
+    target, make_head, tmp_path, config, message
+):
+    raw = json.loads((make_head("some tokens") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(raw | config))
+    with pytest.raises(CheckpointError, match=message):
+        open_head(open_checkpoint(target), tmp_path, runs=False)
+
+
 def test_layers_are_counted_in_both_ways_that_are_about(make_tiny, tmp_path):
     target = open_checkpoint(make_tiny("llama", num_hidden_layers=8, **IDS))
     name, ways = "eagle_aux_hidden_state_layer_ids", {}

@@ -95,6 +95,12 @@ def open_head(target: Checkpoint, folder: Path, *, runs: bool = True) -> Checkpo
         rounded=None,
         lent_ends=True,
     )
+    rows, known = tensors[HEAD].shape[0] if HEAD in tensors else 0, _tokens_known(module)
+    if rows > known:
+        raise CheckpointError(
+            f"{_WHERE}: {folder.name} has an output head of {rows} rows, the model has {known} "
+            f"tokens: {_ANOTHER}"
+        )
     if files:
         tokens_of(module)
     return module
@@ -132,10 +138,10 @@ def tokens_of(module: Checkpoint) -> Sequence[int] | None:
     """
     if HEAD not in module.tensors:
         return None
-    rows, known = module.tensors[HEAD].shape[0], (module.head or module.embedding).shape[0]
+    rows, known = module.tensors[HEAD].shape[0], _tokens_known(module)
     where = f"{_WHERE}: {module.folder.name}"
     if not module.left_out:
-        if rows != module.config.vocab_size or rows > known:
+        if rows != module.config.vocab_size:
             raise CheckpointError(
                 f"{where} has an output head of {rows} rows, and no {TOKENS} says which of the "
                 f"model's {known} tokens they are: {_ANOTHER}"
@@ -167,6 +173,11 @@ def tokens_of(module: Checkpoint) -> Sequence[int] | None:
             f"others are: {_ANOTHER}"
         )
     return tokens
+
+
+def _tokens_known(module: Checkpoint) -> int:
+    """Tokens of the model that it drafts for."""
+    return (module.head or module.embedding).shape[0]
 
 
 def _config_of(folder: Path, target: Checkpoint) -> ModelConfig:
@@ -203,6 +214,12 @@ def _config_of(folder: Path, target: Checkpoint) -> ModelConfig:
         raise CheckpointError(
             f"{where} is for a vocabulary of {config.vocab_size} tokens, {target.name} has "
             f"{theirs.vocab_size}: {_ANOTHER}"
+        )
+    rows = raw.get("draft_vocab_size")
+    if rows is not None and (type(rows) is not int or not 1 <= rows <= config.vocab_size):
+        raise CheckpointError(
+            f"{where}: draft_vocab_size is {shown(rows)}, accepted is a whole number from 1 to "
+            f"{config.vocab_size}: {_ANOTHER}"
         )
     return config
 
