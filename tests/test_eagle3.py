@@ -314,6 +314,14 @@ BAD = {
         "1 tensors that such a head has not",
     ),
     "a shape": ({"change": put(fc__weight=torch.zeros(64, 64))}, r"has shape \[64, 64\]"),
+    "two names": (
+        {"change": put(model__fc__weight=torch.zeros(64, 192))},
+        "a tensor under two names, 'fc.weight'",
+    ),
+    "two names of the layer": (
+        {"change": put(layers__0__hidden_norm__weight=torch.zeros(64))},
+        "a tensor under two names, 'midlayer.hidden_norm.weight'",
+    ),
     "quantised": (
         {"change": put(fc__weight=torch.zeros(64, 192, dtype=torch.int8))},
         "is quantised",

@@ -10,6 +10,7 @@ used, and so is its embedding always: one that the files hold is a copy.
 
 import os
 from array import array
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from math import prod
@@ -70,6 +71,12 @@ def open_head(target: Checkpoint, folder: Path, *, runs: bool = True) -> Checkpo
     if runs or stored:
         extents, files = read_shards(folder, find_weights(folder))
         found = {_name(name): replace(e, name=_name(name)) for name, e in extents.items()}
+        if len(found) < len(extents):
+            twice = next(n for n, many in Counter(map(_name, extents)).items() if many > 1)
+            raise CheckpointError(
+                f"{_WHERE}: {folder.name} has a tensor under two names, "
+                f"{shown(_stored(twice))}: download it again"
+            )
     else:
         found, files = _outlined(folder, needed, target), {}
     tokens = found.pop(TOKENS, None)
