@@ -34,6 +34,7 @@ _TEXT_PART = "text_config"
 _LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")  # a kind for each layer
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")  # which JSON does not have
 
+PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many a layer has
 
 # Names a number goes by in the families, the standard one first, and the range that is accepted.

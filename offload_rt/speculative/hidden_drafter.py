@@ -159,7 +159,7 @@ class HiddenDrafter(GrowingDrafter):
             self._cache.commit(())
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing: rows of other tokens are forgotten by `_catch_up`."""
+        """Nothing: rows of other tokens are forgotten by `_unread`."""
 
     def forget(self) -> None:
         """Drop all rows of the cache."""

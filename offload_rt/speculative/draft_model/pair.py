@@ -5,12 +5,12 @@ from collections.abc import Mapping
 from offload_rt.config import DraftConfig
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
+from offload_rt.model.config import PADDING_TOKENS
 from offload_rt.model.kept import keeps_states
 from offload_rt.model.outline import open_or_outline
 from offload_rt.speculative.eagle3.checkpoint import open_head
 from offload_rt.speculative.mtp.checkpoint import open_module
 
-PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 _SAME = "take a draft model with the same tokenizer"
 
 

@@ -19,7 +19,7 @@ from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, in_file_order
-from offload_rt.model.config import ModelConfig, load_model_config
+from offload_rt.model.config import PADDING_TOKENS, ModelConfig, load_model_config
 from offload_rt.model.files import open_inside, read_json_object, shown
 from offload_rt.model.layout import CODES, FLOATS, compute_dtype
 from offload_rt.model.shards import find_weights, read_shards
@@ -39,7 +39,6 @@ _PLAIN = {
 _INTEGERS = {"I64": "q", "I32": "i"}
 ARCHITECTURE = "LlamaForCausalLMEagle3"
 PICKLED, CONVERT = "pytorch_model.bin", "python tools/convert_eagle3.py"
-PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 _NAMED = "eagle_aux_hidden_state_layer_ids"
 _WHERE = "--draft eagle3"
 _ANOTHER = "take a head that was trained for this model, or another drafter"

@@ -12,6 +12,7 @@ from offload_rt.config import DraftConfig
 from offload_rt.device.kinds import DeviceKind, Packing
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, resolve_model
+from offload_rt.model.config import PADDING_TOKENS
 from offload_rt.model.files import FileIdentity, read_json_object
 from offload_rt.model.header import TensorExtent, read_header
 from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layout
@@ -27,7 +28,6 @@ CONVERT = "python tools/convert_medusa.py"
 
 _CONFIG_LIMIT_BYTES = 4 * 2**20
 _MAP_DTYPES = {"I64": 8, "I32": 4}
-PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
