@@ -13,7 +13,7 @@ import pytest
 
 from offload_rt.baselines import engines
 from offload_rt.baselines.engines import EngineSpec
-from offload_rt.cli import compare_chart
+from offload_rt.cli import compare_chart, compare_report
 from offload_rt.cli.held import held
 from offload_rt.config import DraftConfig, RuntimeConfig
 
@@ -303,3 +303,15 @@ def test_the_real_engines_of_this_environment_write_the_same_text(compare, tmp_p
     assert name == "deepspeed-nvme" and "tools/setup_baselines.sh" in reason
     record = json.loads((tmp_path / "out" / "report.json").read_text())
     assert "disk" in record["configurations"]["accelerate, batch 2"]["config"]["modules"]
+
+
+@pytest.mark.parametrize(
+    ("facts", "shown"),
+    [
+        ({}, "not planned"),  # it failed before
+        ({"config": {"draft": {"draft": "ngram"}}}, "ngram"),  # of an edition that did not say
+        ({"config": {"draft": {"draft": "ngram"}, "first_draft_tokens": 4}}, "ngram, 4 at first"),
+    ],
+)
+def test_who_drafted_is_named_as_far_as_it_is_known(facts, shown):
+    assert compare_report._settled(facts) == shown

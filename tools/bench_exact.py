@@ -6,7 +6,7 @@ Each answer is decoded greedily, one row a pass, and its logits are kept. Then i
 checked again as drafts of random sizes, chains and trees in turn, with wrong tokens among those of
 trees. One JSON line: rows compared, and rows with the same bits. `--exact off` shows the contrast.
 
-    python tools/bench_exact.py MODEL --seconds 5 --cached 300 --device-memory 2GiB
+    python tools/bench_exact.py MODEL --time-passes 5 --cached 300 --device-memory 2GiB
 
 Seconds, and processor seconds, of passes of one row and of a tree of 64: medians, `--exact off` and
 on in turns, each in an engine of its own.
@@ -45,38 +45,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("--prompts")
-    parser.add_argument("--limit", type=int, default=20)
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--tokens", type=int)
     parser.add_argument("--device-memory", type=parse_size)
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--exact", choices=["on", "off"], default="on")
-    parser.add_argument("--seconds", type=int, metavar="PASSES")
-    parser.add_argument("--cached", type=int, default=300)
+    parser.add_argument("--exact", choices=["on", "off"])
+    parser.add_argument("--time-passes", type=int, metavar="N")
+    parser.add_argument("--cached", type=int)
     given = parser.parse_args()
-    if (given.prompts is None) == (given.seconds is None):
-        parser.error("give --prompts to compare bits, or --seconds to time passes")
+    timed = given.time_passes is not None
+    if (given.prompts is not None) == timed:
+        parser.error("give --prompts to compare bits, or --time-passes to time passes")
+    names = ("limit", "tokens", "exact") if timed else ("cached",)
+    if vain := [f"--{name}" for name in names if getattr(given, name) is not None]:
+        parser.error(f"{vain[0]} has no effect {'with' if timed else 'without'} --time-passes")
+    if timed and given.time_passes < 1:
+        parser.error("--time-passes is at least 1")
     checkpoint = open_checkpoint(Path(given.model))
     config = RuntimeConfig(
         device="cpu",
         device_limit_bytes=given.device_memory,
         dtype=given.dtype,
         threads=given.threads,
-        exact=Exact(given.exact),
+        exact=Exact(given.exact or "on"),
     )
-    if given.seconds is not None:
-        time_passes(checkpoint, config, given.cached, given.seconds)
+    if timed:
+        time_passes(checkpoint, config, given.cached or 300, given.time_passes)
         return
-    chosen = spread(read_prompt_set(given.prompts), given.limit)
+    tokens = given.tokens or 200
+    chosen = spread(read_prompt_set(given.prompts), given.limit or 20)
     tokenizer = Tokenizer(checkpoint.folder, checkpoint.embedding.shape[0])
     prompts = [build_prompt(tokenizer, item.text, system=None, raw=False) for item in chosen]
     longest = max(map(len, prompts))
-    capacity = longest + given.tokens + MOST_ROWS
+    capacity = longest + tokens + MOST_ROWS
     with Engine(checkpoint, config, capacities=[capacity], prompt_tokens=longest) as engine:
-        found = [Found(engine, ids, given.tokens) for ids in prompts]
+        found = [Found(engine, ids, tokens) for ids in prompts]
         placed = len(engine.placement.streamed)
     rows, same = sum(f.rows for f in found), sum(f.same for f in found)
-    record = {"model": checkpoint.name, "exact": given.exact, "streamed_layers": placed}
+    record = {"model": checkpoint.name, "exact": str(config.exact), "streamed_layers": placed}
     record |= {"prompts": len(prompts), "rows": rows, "same": same, "share": same / rows}
     record |= {"same_choice": sum(f.same_choice for f in found) / rows}
     sys.stdout.write(json.dumps(record) + "\n")

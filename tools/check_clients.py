@@ -213,7 +213,7 @@ def fuzzed(given: argparse.Namespace) -> dict[str, Any]:
     if command is None:
         raise SystemExit("schemathesis is not here: install the extra `clients`")
     limits = ("--max-tokens", "4", "--context", "256", "--queue", "100", "--api-key", _KEY)
-    with served(given, *limits) as server:
+    with served(given, *limits) as server, tempfile.TemporaryDirectory() as folder:
         address = server.address
         done = subprocess.run(
             [
@@ -224,6 +224,7 @@ def fuzzed(given: argparse.Namespace) -> dict[str, Any]:
             ],
             stdout=sys.stderr,
             check=False,
+            cwd=folder,  # it writes notes where it runs
         )
     return {"exit_code": done.returncode, "right": done.returncode == 0}
 

@@ -111,7 +111,10 @@ def _settled(facts: dict[str, Any]) -> str:
     config = config if isinstance(config, dict) else {}
     draft = config.get("draft")
     name = draft.get("draft") if isinstance(draft, dict) else None
-    return f"{name}, {config.get('first_draft_tokens')} at first"
+    if name is None:
+        return "not planned"
+    tokens = config.get("first_draft_tokens")
+    return f"{name}" if tokens is None else f"{name}, {tokens} at first"
 
 
 def _engines(found: Sequence[Summary]) -> str:

@@ -166,6 +166,7 @@ def main() -> None:
         "-rss_limit_mb=6000",
         "-verbosity=0",
         "-mutate_depth=1",
+        f"-artifact_prefix={given.keep / given.target}.",  # its own notes of slow inputs
     ]
     atheris.Setup(
         [sys.argv[0], *options, str(corpus)],
