@@ -325,6 +325,21 @@ REFUSED = {
         ),
         "ffn_up_exps.weight' is [8192, 1, 1], expected are up to 4096 matrices",
     ),
+    "three dimensions of no experts": (
+        gguf_bytes(settings_of(), [EMBEDDING, ("output.weight", "F32", (3, 8, 32), bytes(3072))]),
+        "'output.weight' has three dimensions, here a matrix has two",
+    ),
+    "a matrix in two forms": (
+        gguf_bytes(
+            OF_EXPERTS,
+            [
+                EMBEDDING,
+                ("blk.0.ffn_up_exps.weight", "F32", (8, 1, 1), bytes(32)),
+                ("blk.0.ffn_up.0.weight", "F32", (1, 1), bytes(4)),
+            ],
+        ),
+        "'blk.0.ffn_up.0.weight' is there in two forms",
+    ),
     "scaling of Gemma": (
         gguf_bytes(GEMMA | {"gemma3.rope.scaling.type": "yarn"}, [EMBEDDING]),
         "scales rotary positions by 'yarn': not supported",

@@ -117,6 +117,11 @@ def open_tensors(
                     "supported"
                 )
             for name, each in zip(found, _parts(tensor, len(found)), strict=True):
+                if name in tensors:
+                    raise CheckpointError(
+                        f"{tensor.path}: {shown(tensor.name)} is there in two forms: the file is "
+                        "damaged, download it again"
+                    )
                 tensors[name] = extent = _extent(each, name)
                 heads = _heads(first.metadata, family, name, extent)
                 if each.type.form is not None or heads:
@@ -167,9 +172,18 @@ def norms_of(folder: Path, family: Family, tensors: Sequence[GgufTensor]) -> byt
 
 
 def _parts(tensor: GgufTensor, count: int) -> list[GgufTensor]:
-    """A tensor, or the matrices of each expert in one of all."""
+    """A tensor, or the matrices of each expert in one of all.
+
+    Raises:
+        CheckpointError: it has other matrices than those.
+    """
     if len(tensor.shape) != 3 or not count:
         return [tensor] * count
+    if tensor.shape[0] != count:
+        raise CheckpointError(
+            f"{tensor.path}: {shown(tensor.name)} has three dimensions, here a matrix has two: the "
+            "file is damaged, download it again"
+        )
     nbytes = tensor.nbytes // count
     return [
         replace(
