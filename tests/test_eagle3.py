@@ -12,6 +12,7 @@ from engines import PROMPT, ROOMY, engine_for, generate, reference_model
 from mtp_models import IDS
 from safetensors.torch import load_file
 from test_mtp import answer, catch_up
+from test_recorded_costs import placed
 from test_speculation import likelihood_of_three_tokens
 from tool_runs import TOOLS
 
@@ -23,13 +24,14 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.costs.sizes import RECORDED_ROWS
 from offload_rt.device.kinds import CPU
 from offload_rt.errors import CheckpointError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.fit import FreeMemory, RunLoad, place_run
 from offload_rt.speculative.eagle3.checkpoint import CONVERT, PICKLED, layers_read, open_head
+from offload_rt.speculative.kinds import kind_of
 
 SOME = [t for t in range(300) if t % 3]  # of the vocabulary
 HEADS = {
@@ -287,6 +289,18 @@ def test_layers_are_counted_in_both_ways_that_are_about(make_tiny, tmp_path):
         head = open_head(target, write_head(tmp_path / way, target.folder, **config))
         ways[way] = layers_read(head.folder, head.config, target)
     assert {*ways.values()} == {(1, 3, 4)}
+
+
+@pytest.mark.parametrize("nodes", [4, 12], ids=["chain", "tree"])
+def test_what_makes_its_inputs_is_priced_once_a_draft(target, make_head, nodes):
+    checkpoint, folder = open_checkpoint(target), make_head("some tokens")
+    draft = replace(chain(folder, nodes), draft_weights=DraftWeights.SAME)
+    drafting, expected = Drafting(draft, open_head(checkpoint, folder)), Expected(made=0.5)
+    part = kind_of("eagle3").parts(drafting, placed(checkpoint), expected)[0]
+    assert part.times == (4 if nodes == 4 else draft.tree_passes / 2)
+    numbers = len(SOME) * 64 + round(64 * 192 / part.times)  # of its head, and of `fc`
+    assert part.load.head.flops_per_token == 2 * numbers
+    assert part.load.head.weight_bytes == 4 * numbers
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What layers that draft from the target's hidden states have in common. No torch here."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
 
 def hidden_parts(
-    drafting: Drafting, target: PlacedModel, expected: Expected, *, own_head: bool = False
+    drafting: Drafting,
+    target: PlacedModel,
+    expected: Expected,
+    *,
+    own_head: bool = False,
+    once: Collection[str] = (),
 ) -> tuple[DraftPart, ...]:
     """Passes of one layer and an output head, for one sequence at a time.
 
@@ -36,12 +42,17 @@ def hidden_parts(
         target: that it drafts for.
         expected: how often it is right.
         own_head: the head is the layer's own; else the target's.
+        once: matrices that a draft's first pass alone goes through.
     """
     config, module, device = drafting.config, drafting.checkpoint, target.speeds.device
     assert module is not None  # as found, or opened
     parts = parts_of(module, target.dtype, device)
+    passes, rows = float(config.nodes), 1
+    if config.as_tree:
+        passes, rows = config.tree_passes * expected.made, config.tree_breadth
     # What makes its inputs, and a head of its own.
-    mixed = sum(prod(extent.shape) for extent in module.others if len(extent.shape) == 2)
+    matrices = {e.name: prod(e.shape) for e in module.others if len(e.shape) == 2}
+    mixed = round(sum(n / max(1.0, passes) if e in once else n for e, n in matrices.items()))
     number_bytes, head = number_bytes_of(module, target.dtype), parts.head
     head = LayerWork(
         weight_bytes=(0 if own_head else head.weight_bytes) + mixed * number_bytes,
@@ -53,9 +64,6 @@ def hidden_parts(
         residence=Residence(weights=config.draft_weights),
         context_tokens=target.context_tokens,
     )
-    passes, rows = float(config.nodes), 1
-    if config.as_tree:
-        passes, rows = config.tree_passes * expected.made, config.tree_breadth
     passing = DraftPart(times=passes * target.sequences, load=placed.draft_load(rows))
     if not config.as_tree:
         return (passing,)

@@ -36,7 +36,7 @@ def _variants(
 def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
     assert drafting.checkpoint is not None  # as opened for it
     own_head = HEAD in drafting.checkpoint.tensors
-    return hidden_parts(drafting, target, expected, own_head=own_head)
+    return hidden_parts(drafting, target, expected, own_head=own_head, once=(MIXING,))
 
 
 def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
