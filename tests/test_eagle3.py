@@ -155,6 +155,35 @@ def test_its_logits_are_those_of_the_formula_and_it_goes_on_from_its_own_results
             assert drafter._cache.length == len(ids) - 1
 
 
+def test_each_node_of_a_tree_goes_on_from_what_its_parent_made(target, make_head):
+    folder = make_head("all tokens")
+    formula, ids = Formula(target, folder), [*PROMPT, 5]
+    with engine_for(target, draft=chain(folder, 12)) as engine:
+        drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
+        engine.forward([(0, PROMPT)], reuse=True)
+        feed, tokens, found = drafter._grower._feed, [], {}
+
+        def watched(rows):
+            logits = feed(rows)
+            for token, made in zip(rows.tokens, logits.clone(), strict=True):
+                at, path = rows.parents[len(tokens)], [token]
+                tokens.append(token)
+                while at >= 0:
+                    at, path = rows.parents[at], [tokens[at], *path]
+                found[tuple(path)] = made
+            return logits
+
+        drafter._grower._feed = watched
+        drafter.propose(ids, 12)
+    assert len({path[0] for path in found if len(path) == 2}) > 1  # siblings with children
+    for path, logits in found.items():
+        hidden = formula.states(PROMPT)
+        for place in range(len(ids), len(ids) + len(path)):
+            made = formula(hidden, [*ids, *path][1:place])[1]
+            hidden = torch.cat([hidden, made[-1:]])
+        assert torch.allclose(logits, formula(hidden, [*ids, *path][1:])[0][-1], atol=1e-3)
+
+
 # --- what it is right about ----------------------------------------------------------------------
 
 
@@ -166,11 +195,8 @@ def test_a_head_that_is_right_is_accepted_at_every_depth(tmp_path, shape):
     draft, prompt = replace(chain(head), shape=shape), [token % 64 for token in PROMPT]
     with engine_for(target, prompts=[prompt], tokens=21, draft=draft) as engine:
         speculation = answer(engine, 21, prompt).report().speculation
-    if draft.as_tree:
-        assert speculation.acceptance_per_depth[0] == 1.0
-    else:
-        assert speculation.passes == 1 + 4  # the prompt's, then 5 tokens each
-        assert speculation.acceptance_per_depth == [1.0] * 4
+    assert speculation.passes == 1 + 4  # the prompt's, then 5 tokens each
+    assert speculation.acceptance_per_depth == [1.0] * 4
 
 
 # --- what it changes: nothing --------------------------------------------------------------------

@@ -149,7 +149,7 @@ def test_a_module_that_is_right_is_accepted_at_every_depth(make_mtp, name, draft
     prompt = [token % 64 for token in PROMPT]
     with engine_for(folder, prompts=[prompt], tokens=21, draft=draft) as engine:
         speculation = answer(engine, 21, prompt).report().speculation
-    if draft.as_tree:
+    if draft.as_tree and change is of_the_token:  # which is seldom sure, so trees are broad
         assert speculation.acceptance_per_depth[0] == 1.0
     else:
         assert speculation.passes == 1 + 4  # the prompt's, then 5 tokens each
