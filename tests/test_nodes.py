@@ -14,6 +14,7 @@ from contextlib import suppress
 
 import pytest
 import torch
+import torch.distributed as dist
 from engines import PROMPT, all_logits, engine_for, generate
 from forks import PROGRAM, Forked
 from hybrids import make_hybrid
@@ -32,6 +33,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.costs.sizes import RUNTIME_BYTES
+from offload_rt.device.cuda.nccl import CROSS_S, OPEN_S, NcclGroup
 from offload_rt.engine import Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
@@ -277,6 +279,25 @@ def test_a_node_that_is_gone_ends_what_waits_for_it_on_a_gpu(folder):
         with pytest.raises(NodeError):
             all_logits(engine)
         assert member.carrier._group.closed == "aborted"
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_crosses_may_take_longer_than_joining(monkeypatch, older):
+    """torch counts from when a receive is enqueued, which may be behind a prompt's kernels."""
+    limits_s = []
+
+    def keep(*_, timeout, **options):
+        limits_s.append(timeout.total_seconds())
+
+    def change(timeout):
+        limits_s.append(timeout.total_seconds())
+
+    monkeypatch.setattr(dist, "PrefixStore", lambda prefix, store: store)
+    monkeypatch.setattr(dist, "init_process_group", keep)
+    monkeypatch.setattr(dist, "set_timeout", None if older else change, raising=False)
+    monkeypatch.setattr(dist.distributed_c10d, "_set_pg_timeout", change)
+    NcclGroup(None, 1, 2, torch.device("cuda", 0))
+    assert limits_s == [OPEN_S, CROSS_S] and CROSS_S >= 24 * 3600
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 OPEN_S = 60.0  # until all have joined
+# Of a send or receive, after which torch ends the process. It counts from when that is enqueued,
+# maybe behind a long prompt's kernels. A node that is gone is noticed on the line.
+CROSS_S = 86_400.0
 
 
 class NcclGroup:
@@ -36,6 +39,9 @@ class NcclGroup:
             device_id=device,  # connects now, so that it fails now
             timeout=timedelta(seconds=OPEN_S),
         )
+        # Before torch 2.14 there was only the second, which warns since then.
+        limit = getattr(dist, "set_timeout", None) or self._dist.distributed_c10d._set_pg_timeout
+        limit(timedelta(seconds=CROSS_S))
 
     def isend(self, tensor: torch.Tensor, dst: int) -> Any:  # noqa: ANN401 - torch's own
         """Begin to send to a process, behind what the current stream has enqueued."""
