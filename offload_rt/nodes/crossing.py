@@ -94,7 +94,7 @@ class Lead:
         self.device: Sequence[int] = ()
         self._changes: list[Change] = []
         self._passes = 0  # begun; of one that was given up, rows may be on their way yet
-        self._like: torch.Tensor | None = None  # of what crosses
+        self._like: torch.Tensor | None = None  # what crosses, but for its rows
 
     @property
     def by_group(self) -> bool:
@@ -151,7 +151,7 @@ class Lead:
 
     def hop(self, tensor: torch.Tensor, source: int, target: int) -> torch.Tensor:
         """Hidden states that go from one node to another."""
-        self._like = tensor[:, :0]
+        self._like = tensor.new_empty(0)  # a view would keep all rows of a prompt
         with self._ending():
             if source:
                 member = self.members[source - 1]
