@@ -39,6 +39,7 @@ from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
 from offload_rt.errors import CheckpointError, ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.network import Network
 from offload_rt.nodes.carrying import ByGroup
 from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
@@ -68,12 +69,22 @@ def answers(engine, prompts=(PROMPT,), **sampling):
         (3, {"resident_layers": 0, "home": HomeKind.HOST}),
     ],
 )
-def test_logits_over_nodes_are_those_of_one_process(folder, count, config):
+def test_logits_over_nodes_are_those_of_one_process(folder, count, config, monkeypatch):
     with engine_for(folder, **config) as engine:
         expected = all_logits(engine)
+    limits, real = [], Network.exact_problem
+
+    def exact_problem(self, *given, limit_bytes, **options):
+        limits.append(limit_bytes)
+        return real(self, *given, limit_bytes=limit_bytes, **options)
+
+    monkeypatch.setattr(Network, "exact_problem", exact_problem)
     with nodes_engine(folder, count, **config) as engine:
         assert len(set(engine.placement.device)) == count
+        if config.get("exact") is Exact.ON:  # in what is planned for each
+            assert {*limits} == {share.device_bytes for share in engine.placement.shares}
         assert torch.equal(all_logits(engine), expected)
+        assert not engine._nodes._like.untyped_storage().nbytes()  # no rows outlive their pass
         engine.forget()  # what is committed on the other nodes goes, too
         assert torch.equal(all_logits(engine), expected)
 

@@ -732,6 +732,7 @@ class Engine:
                 capacities=[rows + draft.pending_rows for rows in self.capacities],
                 kv_rows=rows,
                 state_bytes=sum(own.demand.state_bytes),
+                device_bytes=own.device_bytes,
                 dtype=self.config.dtype,
                 wire=self.config.wire,
                 exact=self.network.exact,

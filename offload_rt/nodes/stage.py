@@ -44,6 +44,7 @@ class Order:
         capacities: KV rows of each sequence, those of drafts with them.
         kv_rows: of all sequences together, where they share them; else None.
         state_bytes: recurrent states of its layers, of all sequences.
+        device_bytes: planned for its device.
         dtype: number format of the computation.
         wire: form of the weights.
         exact: passes are row-invariant.
@@ -62,6 +63,7 @@ class Order:
     capacities: Sequence[int]
     kv_rows: int | None
     state_bytes: int
+    device_bytes: int
     dtype: str
     wire: str
     exact: bool
@@ -99,9 +101,7 @@ class Stage:
         self._network = network = Network(checkpoint, order.dtype, device.kind.packing)
         undo.callback(network.release)
         tiles = device.kind.tile_rows if order.exact else 0
-        mine = [layer for layer, node in enumerate(order.device) if node == order.node]
-        planned = sum(network.layouts[layer].nbytes for layer in mine)
-        place = device.torch_device
+        place, planned = device.torch_device, order.device_bytes
         if order.exact and (
             why := network.exact_problem(place, tiles, limit_bytes=planned, ends=False)
         ):
