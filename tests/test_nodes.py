@@ -20,6 +20,7 @@ from forks import PROGRAM, Forked
 from hybrids import make_hybrid
 from mtp_models import of_the_token, write_mtp
 from nodes_double import LateGroup, nodes_engine, open_roads
+from test_experts import copied
 from test_medusa import knowing_heads
 from transformers.models.llama import modeling_llama
 
@@ -37,7 +38,7 @@ from offload_rt.device.cuda.nccl import CROSS_S, OPEN_S, NcclGroup
 from offload_rt.engine import Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
-from offload_rt.errors import CheckpointError, ConfigError, PlanError
+from offload_rt.errors import CheckpointError, ConfigError, PlanError, WeightsError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.network import Network
 from offload_rt.nodes.carrying import ByGroup
@@ -138,6 +139,22 @@ def test_states_on_other_nodes_go_back_where_a_pass_is_given_up(make_tiny):
                 assert layer == 4  # of four
             engine.poll_with(lambda: None)
             assert torch.equal(engine.forward([(0, more)], reuse=True), expected)
+
+
+@pytest.mark.parametrize(
+    ("broken", "said"), [(1, "from layer 1 on:"), (3, "in or before layer 4, here or on")]
+)
+def test_numbers_that_are_none_are_traced_over_nodes(folder, tmp_path, broken, said):
+    """Layers 2 and 3 are on the second node; what they made is seen on its way to the third."""
+    name = f"model.layers.{broken}.mlp.up_proj.weight"
+
+    def spoil(tensors):
+        tensors[name][3, 3] = float("nan")
+
+    with nodes_engine(copied(folder, tmp_path, spoil), 3, resident_layers=6) as engine:
+        assert engine.placement.device == (0, 0, 1, 1, 2, 2)
+        with pytest.raises(WeightsError, match=f"{said}.*{re.escape(name)}.* holds 1 of them"):
+            generate(engine, [PROMPT])
 
 
 def test_a_family_whose_layers_read_what_tokens_make_is_refused(make_tiny, monkeypatch):

@@ -45,16 +45,26 @@ def not_numbers(engine: Engine, again: Callable[[], torch.Tensor]) -> NumbersErr
             "the model's numbers were NaN or infinite, and are not when they are computed again: "
             "run it again, and suspect the memory if that fails too"
         )
-    layer = good.index(False) if not all(good[:-1]) else None
-    where = "behind the last layer" if layer is None else f"from layer {layer} on"
+    layers = [] if all(good[:-1]) else _suspects(engine, good.index(False))
+    where = f"from layer {layers[-1]} on" if layers else "behind the last layer"
+    if any(map(engine.network.is_elsewhere, layers)):
+        where = f"in or before layer {layers[-1]}, here or on another machine"
     what = f"the model's numbers are NaN or infinite {where}"
-    return _of_weights(engine, layer, what) or _of_format(engine.network.dtype, what)
+    return _of_weights(engine, layers, what) or _of_format(engine.network.dtype, what)
 
 
-def _of_weights(engine: Engine, layer: int | None, what: str) -> NumbersError | None:
-    """Whether weights are to blame: those of a layer, and those of none."""
+def _suspects(engine: Engine, layer: int) -> list[int]:
+    """The layer in which that is first seen, behind those of other machines that it may be from."""
+    first = layer
+    while first and engine.network.is_elsewhere(first - 1):
+        first -= 1
+    return [*range(first, layer + 1)]
+
+
+def _of_weights(engine: Engine, layers: Sequence[int], what: str) -> NumbersError | None:
+    """Whether weights are to blame: those of layers, by the files here, and those of none."""
     checkpoint, dtype = engine.checkpoint, engine.network.dtype
-    own = [] if layer is None else [checkpoint.in_files(e) for e in checkpoint.layers[layer]]
+    own = [checkpoint.in_files(e) for layer in layers for e in checkpoint.layers[layer]]
     for extent in dict.fromkeys(e for e in (*own, *checkpoint.others) if e.dtype in FLOATS):
         broken, converted = engine.not_finite(extent)
         name = f"{shown(extent.name)} in {extent.path.name}"

@@ -783,16 +783,19 @@ class Network:
     def noting_finite(self) -> Iterator[list[torch.Tensor]]:
         """Have passes of the body note of each layer whether all that leaves it is finite, [] bool.
 
-        For the search after a failure: a pass reads all it computes once more.
+        For the search after a failure: a pass reads all it computes once more. Of a layer on
+        another machine (`is_elsewhere`) it is what this one has of the layers before it.
         """
         notes: list[torch.Tensor] = []
 
         def note(index: int, made: torch.Tensor | tuple[torch.Tensor, ...]) -> None:
             rows = made[0] if isinstance(made, tuple) else made
             finite, crossing = rows.isfinite().all(), self._crossing
-            # What leaves the last layer is on the first device.
-            at = 0 if crossing is None or index == len(self._layers) - 1 else crossing.device[index]
-            notes.append(crossing.hop(finite, at, 0) if crossing is not None and at else finite)
+            # What leaves the last layer is on the first device; other machines send no notes.
+            if crossing is not None and crossing.here is None and index < len(self._layers) - 1:
+                at = crossing.device[index]
+                finite = crossing.hop(finite, at, 0) if at else finite
+            notes.append(finite)
 
         handles = [
             layer.register_forward_hook(lambda _, given, made, index=index: note(index, made))
@@ -828,7 +831,7 @@ class Network:
                 options = tree_map(cut_all, options)
         self.pass_rows = rows = hidden.shape[1]
         hidden, context, options = self._cross(index, hidden, context, options)
-        if self._is_elsewhere(index):
+        if self.is_elsewhere(index):
             return self._leave(index, hidden, context)
         if (lender := self._lenders.get(index)) is not None:
             lender.begin(-(-rows // chunk_tokens))
@@ -863,7 +866,7 @@ class Network:
 
         return forward(fill(hidden), **tree_map(fill, options))[:, :rows]
 
-    def _is_elsewhere(self, index: int) -> bool:
+    def is_elsewhere(self, index: int) -> bool:
         """Whether another machine makes a layer."""
         crossing = self._crossing
         return crossing is not None and crossing.here not in (None, crossing.device[index])
