@@ -120,6 +120,23 @@ def features():
     return found()
 
 
+@pytest.mark.skipif(not integers._has_rows(), reason="torch has no embeddings of 4 bits here")
+def test_rows_of_an_embedding_have_the_bits_of_shifts(monkeypatch):
+    """Of 4 bits with fp16 scales above 0 in bf16; with others nothing is made so."""
+    taken, made = [], integers._as_rows
+    for case in CASES:
+        stored, parts = weight(*case, scale_dtype=torch.float16)
+        name = "weight_scale" if stored.form is Form.PACKED else "scales"
+        parts[name] = parts[name].abs()
+        asked = {"stored": stored, "parts": parts, "dtype": torch.bfloat16}
+        with monkeypatch.context() as patch:
+            patch.setattr(integers, "_as_rows", lambda *all: taken.append(made(*all)) or taken[-1])
+            found = bits_of(TORCH[stored.form], **asked)
+        monkeypatch.setattr(integers, "_as_rows", lambda *_: False)
+        assert found == bits_of(TORCH[stored.form], **asked), case
+    assert any(taken)
+
+
 @with_numba
 def test_kernels_compute_what_torch_does():
     brought.prepare()

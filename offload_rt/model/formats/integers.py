@@ -138,8 +138,8 @@ def _as_rows(
     less = wide * zeros
     pairs = torch.stack([wide, -less if isinstance(zeros, int) else torch.zeros_like(wide)], -1)
     halves = pairs.half()
-    if not torch.equal(halves.float(), pairs):
-        return False
+    if not torch.equal(halves.float(), pairs) or not bool((wide > 0).all()):
+        return False  # with a scale below 0 a product of 0 is -0, and a difference is not
     codes = words.contiguous().view(torch.uint8).view(-1, group // 2)
     rows = torch.cat([codes, halves.view(torch.uint8).view(-1, _PAIR_BYTES)], 1)
     order = torch.arange(len(rows) + 1, dtype=torch.int32)
