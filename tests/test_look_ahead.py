@@ -4,6 +4,7 @@ import os
 import random
 import threading
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,11 +13,13 @@ from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from test_cuda_numbers import ROOM
 from test_experts import lru_hits, pool_of, resident_answers, traced
-from value_double import open_as, open_double
+from value_double import LateDriver, open_as, open_double
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, RuntimeConfig, SamplingConfig
-from offload_rt.device.base import CopyBlock
+from offload_rt.device.base import CopyBlock, CopyPiece
 from offload_rt.device.cpu import CpuCopyStream, CpuDevice
+from offload_rt.device.cuda.device import CudaDevice
+from offload_rt.device.sim import SimStream
 from offload_rt.engine.decoding import Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import experts as experts_module
@@ -144,6 +147,67 @@ def test_no_slot_is_overwritten_whatever_is_foreseen():
         counts, read = pool.counts, copy.statistics().bytes_copied
         assert read == 1000 * (counts.misses + counts.unused) or slots == 3
         assert counts.ahead > 0 < counts.unused_bytes or slots == 3
+
+
+class NeverBegun(SimStream):
+    """No offered copy has begun when it is asked for, or dropped."""
+
+    def offer(self, dst, src, after):
+        def ask():
+            for event in after:
+                self.wait(event)
+            self.copy(dst, src)
+            return self.record()
+
+        return SimpleNamespace(begun_bytes=0, ask=ask, drop=SimStream("nothing").record)
+
+
+def test_what_a_dropped_copy_was_to_wait_for_the_next_one_waits_for():
+    """The slot of an expert that was computed with last is offered, and then filled."""
+    pool, _, compute = pool_of({0: 8, 1: 8}, 7, per_token=2)
+    pool._copy = NeverBegun("copy", 1e3)
+    for layer, needed in [(0, [0, 1, 2]), (1, [0, 1, 2, 3]), (0, [0, 1, 2]), (1, [4])]:
+        for _, buffer in pool.lend(layer, needed, 1, lambda: [7]):
+            compute.kernel(reads=[buffer], writes=[], seconds=0.5)
+    assert pool.counts.unused > 0 == pool.counts.unused_bytes
+
+
+class Held:
+    """A source of 64 bytes for a GPU, which are read when they may be."""
+
+    image = None
+
+    def __init__(self, value, gate=None):
+        self.value, self.gate, self.begun = value, gate, threading.Event()
+
+    def pieces(self):
+        return [CopyPiece(offset=0, image_bytes=64, nbytes=64, load=self._load)]
+
+    def _load(self, memory):
+        self.begun.set()
+        assert self.gate is None or self.gate.wait(5)
+        return memory.tensor[:64].fill_(self.value)
+
+    def check(self):
+        pass
+
+
+def test_what_is_asked_for_before_it_began_waits_for_its_slot():
+    """A read for a dropped copy is still under way into the same memory."""
+    gate, device = threading.Event(), CudaDevice(0, driver=LateDriver())
+    with closing(device):
+        buffer = device.allocate(64, "test")
+        source = Held(1, gate)
+        dropped = device.copy.offer(buffer, source, [])
+        assert source.begun.wait(5)
+        behind = dropped.drop()
+        asked = device.copy.offer(buffer, Held(2), [behind]).ask()
+        later = threading.Timer(0.05, gate.set)
+        later.start()
+        asked.synchronize()
+        later.join()
+        behind.synchronize()
+        assert buffer.tensor.tolist() == [2] * 64
 
 
 class Source:

@@ -323,7 +323,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
             if self.watch is not None:
                 slot.noted = self.watch("foreseen", (following, expert), self._copy)
             slot.offer = self._copy.offer(slot.buffer, self._source(following, expert), after)
-            slot.filled, slot.drained, slot.ahead = None, None, True
+            slot.ahead = True
             held[expert], self._foreseen = slot, following
 
     def _settle(self, layer: int, needed: Sequence[int]) -> None:
@@ -332,11 +332,13 @@ class ExpertPool(Generic[BufferT, SourceT]):
         offered = {e: offer for e, slot in held.items() if (offer := slot.offer) is not None}
         for expert in [expert for expert in needed if expert in offered]:
             slot, self._copies = held[expert], self._copies + 1
-            slot.filled, slot.number = offered.pop(expert).ask(), self._copies
+            slot.filled, slot.drained = offered.pop(expert).ask(), None
+            slot.number = self._copies
             slot.decided()
         for expert, offer in offered.items():
-            slot = held[expert]
-            slot.filled = offer.drop()
+            slot, behind = held[expert], offer.drop()
+            if offer.begun_bytes:  # else the next copy comes after what this one was to
+                slot.filled, slot.drained = behind, None
             self._free.insert(0, self._drop(layer, expert))
             slot.decided()
 

@@ -196,8 +196,7 @@ class CudaCopyStream:
         stream = self._idle_stream
         assert stream is not None  # something was offered
         for event in after:
-            assert isinstance(event, CudaEvent)
-            stream.wait(event.enqueued())
+            stream.wait(_enqueued(event))
         if isinstance(part.source, torch.Tensor):
             start = stream.record()
             stream.copy(part.target, part.source)
@@ -212,11 +211,14 @@ class CudaCopyStream:
         end.synchronize()  # on the thread of what is offered
 
     def go_on(self, offer: "CudaOffer", parts: "Sequence[_Part]", check: Action) -> "CudaEvent":
-        """Have the rest of an offered copy made in its turn; returns an event behind all of it."""
+        """Have the rest of an offered copy made in its turn; returns an event behind all of it.
+
+        If none of it had begun, nothing has waited yet for what the copy is to come after. A thread
+        of the queue does: there may be a read under way into the same memory, for a dropped copy.
+        """
 
         def begun(_: Staging) -> Action:
-            offer.settle()
-            return nothing
+            return partial(self._wait_for_all, offer.settle())
 
         self._queue.prepare(begun)
         for part in parts:
@@ -258,8 +260,7 @@ class CudaCopyStream:
 
     def wait(self, event: Event) -> None:
         """Order later copies after `event`."""
-        assert isinstance(event, CudaEvent)
-        self._queue.act(partial(self._wait, event.enqueued()))
+        self._queue.act(partial(self._wait, _enqueued(event)))
 
     def statistics(self) -> CopyStatistics:
         """Bytes that arrived, and the time it took them.
@@ -293,6 +294,10 @@ class CudaCopyStream:
     def _wait(self, event: DriverEvent) -> None:
         self._stream.wait(event)
         self._end = None
+
+    def _wait_for_all(self, events: Sequence[DriverEvent]) -> None:
+        for event in events:
+            self._wait(event)
 
     def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
         start = self._stream.record()
@@ -375,11 +380,15 @@ class CudaOffer:
         self._idle.take_back(self._steps)
         return _BehindSteps(self._copies, self._idle, self._steps)
 
-    def settle(self) -> None:
-        """Block until no part is under way; raise what one raised."""
+    def settle(self) -> list[DriverEvent]:
+        """Block until no part is under way; returns what the others come after.
+
+        Raises what a part raised.
+        """
         self._idle.wait_for(self._steps)
         if self._error is not None:
             raise self._error
+        return [_enqueued(event) for event in self._after]
 
     def _step(self, index: int) -> None:
         try:
@@ -389,6 +398,11 @@ class CudaOffer:
                     self._check()
         except Exception as error:  # noqa: BLE001 - raised if the copy is asked for
             self._error = error
+
+
+def _enqueued(event: Event) -> DriverEvent:
+    assert isinstance(event, CudaEvent)
+    return event.enqueued()
 
 
 def _cut(
