@@ -10,9 +10,11 @@ from engines import engine_for, generate
 from expert_models import make_mixture
 from quantised import write_gpt_oss
 from test_experts import pool_of
+from test_planner import plan
 from test_workload import CPU as CPU_SPEEDS
 from test_workload import GPU
 
+from offload_rt.config import LookAhead
 from offload_rt.costs.experts import (
     IN_VAIN,
     Distances,
@@ -22,7 +24,7 @@ from offload_rt.costs.experts import (
     union,
 )
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
-from offload_rt.costs.workload import PlacedModel, Residence, parts_of
+from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
 from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.history import add_asked, read_asked
@@ -261,6 +263,37 @@ def test_what_is_foreseen_crosses_while_nothing_else_does():
     assert took(60) == pytest.approx(1.5 + 1.0 + 2 * (1.5 + 0.5))  # 0.4 s are left, and hidden
     crossed = 100 * 0.25 / (1 + IN_VAIN)  # all of the time between
     assert took(60, 0.25) == pytest.approx(3 * 0.25 + 1.0 + 2 * (1 - crossed / 100), rel=0.02)
+
+
+def test_what_reads_a_prompt_or_asks_for_nearly_all_foresees_nothing(folder):
+    checkpoint = open_checkpoint(folder)
+    counts = (32,) * 4
+    pooled = PooledExperts(
+        counts=counts, per_token=2, held=4.0, home_bytes=100, image_bytes=100, foreseen=0.5
+    )
+    model = PlacedModel(
+        parts=parts_of(checkpoint, "bfloat16", CPU_SPEEDS.device),
+        speeds=CPU_SPEEDS,
+        residence=Residence(experts=pooled),
+        context_tokens=64,
+    )
+    for load, share in (
+        (model.load(1), 0.5),
+        (model.load(35), 0.5),  # 1 - (1 - 2 / 32) ** 35 = 0.896 of a layer's experts
+        (model.load(36), 0.0),  # 0.902
+        (model.load(1, reads_prompt=True), 0.0),
+    ):
+        assert {layer.foreseen for layer in load.layers} == {share}
+
+
+def test_a_token_of_a_prompt_adds_what_it_does_without_looking_ahead(folder):
+    """Only the pass it is compared with, of one row, looks ahead: the difference is larger."""
+    ahead, plain = (
+        plan(open_checkpoint(folder), "none", disk=1e8, prompt=2, expert_slots=25, look_ahead=mode)
+        for mode in (LookAhead.ON, LookAhead.OFF)
+    )
+    assert ahead.prediction.step_s < plain.prediction.step_s
+    assert ahead.row_s > plain.row_s > 0
 
 
 def test_few_rows_are_multiplied_with_mxfp4_as_it_is_stored(make_tiny, tmp_path):

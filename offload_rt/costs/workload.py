@@ -39,6 +39,7 @@ from offload_rt.model.formats.stored import (
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.names import EXPERT_MATRIX
 from offload_rt.profiling.profile import Decoder, LayerWork
+from offload_rt.streaming.experts import NEARLY_ALL
 
 _EXPERT_MATRICES = 3  # gate, up and down
 
@@ -160,7 +161,8 @@ class PooledExperts:
         host_s: of a layer, until the host knows which a token asks for and their kernels are on
             their way.
         together_s: the same where few rows are multiplied with experts as they are stored.
-        foreseen: of what a layer lacks, the share that is offered to the link a layer before.
+        foreseen: of what a layer lacks, the share that is offered to the link a layer before, in
+            passes that read no prompt and do not ask for nearly all experts.
     """
 
     counts: tuple[int, ...]
@@ -248,13 +250,21 @@ class PlacedModel:
         )
         return replace(load, recorded=recorded)
 
-    def load(self, tokens: int, committed: float = 1.0, *, kv_block_s: float = 0.0) -> PassLoad:
+    def load(
+        self,
+        tokens: int,
+        committed: float = 1.0,
+        *,
+        kv_block_s: float = 0.0,
+        reads_prompt: bool = False,
+    ) -> PassLoad:
         """A pass.
 
         Args:
             tokens: of each sequence, that go through the layers.
             committed: of them that are kept, on average.
             kv_block_s: see `PassLoad`.
+            reads_prompt: some of them are a prompt's, so no layer foresees experts.
         """
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
@@ -262,7 +272,10 @@ class PlacedModel:
         if where.weights in parts.rounds and where.copied is None:
             head, order = self.speeds.draft_work(head, where.weights)
         return PassLoad(
-            layers=tuple(self._layer(index, rows, committed) for index in range(len(parts.layers))),
+            layers=tuple(
+                self._layer(index, rows, committed, reads_prompt=reads_prompt)
+                for index in range(len(parts.layers))
+            ),
             streamed=where.streamed,
             slots=where.slots,
             tokens=rows,
@@ -321,7 +334,7 @@ class PlacedModel:
         used = layer.used(rows)
         return tuple(replace(each, numbers=round(each.numbers * used)) for each in parts), False
 
-    def _layer(self, index: int, rows: int, committed: float) -> LayerLoad:
+    def _layer(self, index: int, rows: int, committed: float, *, reads_prompt: bool) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = (
@@ -339,6 +352,7 @@ class PlacedModel:
         whole = layer.image_bytes + layer.grown_bytes
         active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
+        few = pooled is not None and asked < NEARLY_ALL * pooled.counts[index]
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -360,7 +374,7 @@ class PlacedModel:
             expert_part=active if pooled else 0.0,
             missed_part=min(1.0, misses / asked) if asked else 0.0,
             choosing_s=(pooled.together_s if together else pooled.host_s) if pooled else 0.0,
-            foreseen=pooled.foreseen if pooled else 0.0,
+            foreseen=pooled.foreseen if pooled and few and not reads_prompt else 0.0,
             expert_bytes=pooled.home_bytes if pooled else 0,
         )
 

@@ -472,7 +472,9 @@ class PlacedRun:
     def row_s(self, tokens: int) -> float:
         """Seconds that each of so many tokens of a prompt adds to a pass."""
         model = replace(self._target(drafts=False), sequences=1)
-        long_s, short_s = (self.cost(model.load(rows)).pass_s for rows in (tokens + 1, 1))
+        long_s, short_s = (
+            self.cost(model.load(rows, reads_prompt=rows > 1)).pass_s for rows in (tokens + 1, 1)
+        )
         return (long_s - short_s) / tokens
 
     def work(self, drafting: Drafting, expected: Expected) -> StepWork:

@@ -20,7 +20,7 @@ SourceT = TypeVar("SourceT", bound=_Sized)
 
 # Share of a layer's experts that rows ask for from which on they are taken to ask for all of the
 # next one: reading all of it then costs at most 1.1 times its bytes, and the disk never idles.
-_NEARLY_ALL = 0.9
+NEARLY_ALL = 0.9
 
 
 @dataclass(slots=True, eq=False)
@@ -346,7 +346,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         """See whether the next layer is to be copied ahead; once for all parts of a layer."""
         self._asked.update(needed)
         following = self._following.get(layer)
-        nearly_all = len(self._asked) >= _NEARLY_ALL * self._counts[layer]
+        nearly_all = len(self._asked) >= NEARLY_ALL * self._counts[layer]
         if nearly_all and following is not None and self._ahead is None:
             others = set(range(self._counts[following])) - self._held[following].keys()
             self._ahead, self._rest = following, deque(self._in_place(following, others))
