@@ -311,6 +311,16 @@ def test_wrong_command_lines_are_one_sentence(offload_run, big, tmp_path, argume
     assert done.err.count("\n") == 1 and "Traceback" not in done.err
 
 
+def test_what_a_run_would_refuse_is_refused(offload_run, tiny_model):
+    for more, says in [
+        (("--context", 64, "--look-ahead", "on"), "--look-ahead on has no effect on"),
+        (("--context", 10**6), "was made for up to"),
+    ]:
+        for verb in ("plan", "simulate"):
+            done = offload_run(verb, tiny_model, "--device", "cpu", *more)
+            assert done.code == 2 and says in done.err, (verb, done.err)
+
+
 def test_what_fits_nowhere_and_broken_files_have_their_codes(offload_run, big, tmp_path):
     done = offload_run("simulate", big, "--profile", GPU, "--device-memory", "1GiB")
     assert done.code == 3 and "needs" in done.err

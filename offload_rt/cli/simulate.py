@@ -35,13 +35,14 @@ from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.planner import Means, plan_run
+from offload_rt.planning.planner import Means, check_look_ahead, plan_run
 from offload_rt.planning.scenarios.published import Comparison, compare_published
 from offload_rt.planning.scenarios.scenario import load_scenario
 from offload_rt.planning.scenarios.simulate import simulate
 from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
+from offload_rt.session.early import check_context
 from offload_rt.session.means import profile_for, profile_source
 from offload_rt.session.summary import bound_by
 from offload_rt.speculative.draft_model.kind import settled
@@ -242,6 +243,8 @@ def _model(model: str, values: dict[str, Any]) -> None:
     )
     speeds = speeds_there(profile, config.device)
     checkpoint, from_files = open_or_outline(resolve_model(model))
+    if config.context_tokens is not None:
+        check_context(checkpoint, config.context_tokens)
     if config.wire is Wire.LOSSLESS:
         checkpoint = as_if_packed(checkpoint)
     wired(checkpoint, config.wire)  # refuses what cannot be
@@ -276,7 +279,9 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
             refusals.append(refusal)
     if not found:
         raise refusals[0]
-    return min(found, key=lambda outlook: outlook.prediction.s_per_token)
+    best = min(found, key=lambda outlook: outlook.prediction.s_per_token)
+    check_look_ahead(config, best.checkpoint, best.placement)
+    return best
 
 
 def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:

@@ -189,12 +189,21 @@ def plan_wires(
     if not found:
         raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
     best = min(found, key=lambda made: _s_per_token(made[1]))
-    if runtime.look_ahead is LookAhead.ON and not best[1].placement.expert_slots:
+    check_look_ahead(runtime, checkpoint, best[1].placement)
+    return best
+
+
+def check_look_ahead(runtime: RuntimeConfig, checkpoint: Checkpoint, placement: Placement) -> None:
+    """Refuse to look ahead where there is nothing to look for.
+
+    Raises:
+        ConfigError: it is asked for, and no experts come one by one.
+    """
+    if runtime.look_ahead is LookAhead.ON and not placement.expert_slots:
         raise ConfigError(
             f"--look-ahead on has no effect on {checkpoint.name}: none of it comes expert by "
             "expert here, leave it out"
         )
-    return best
 
 
 def _s_per_token(plan: Plan) -> float:
