@@ -662,6 +662,7 @@ class RuntimeConfig:
         device_limit_bytes: None takes what is free, as do others whose default is None.
         resident: these very layers, as a plan names them; None chooses.
         machines: names of the machines that have a device each; empty: all are on this one.
+        machine_host_bytes: what each may use of its host memory; None: as `host_limit_bytes` says.
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
         threads: None is what affinity and the cgroup's quota allow.
     """
@@ -711,6 +712,7 @@ class RuntimeConfig:
     )
     resident: tuple[int, ...] | None = None
     machines: tuple[str, ...] = ()
+    machine_host_bytes: tuple[int | None, ...] = ()
     expert_slots: int | None = option(
         None,
         "--expert-slots",

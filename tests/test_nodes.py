@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 import torch
@@ -33,8 +34,10 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
+from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import RUNTIME_BYTES
 from offload_rt.device.cuda.nccl import CROSS_S, OPEN_S, NcclGroup
+from offload_rt.device.kinds import FREE_SHARE
 from offload_rt.engine import Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
@@ -46,6 +49,7 @@ from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.meeting import be_met, meet
 from offload_rt.nodes.roster import Node, Roster, read_roster
+from offload_rt.planning.fit import _host_limits
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LIMIT_S = 90
@@ -450,6 +454,14 @@ def test_limits_and_links_of_nodes_are_for_all_or_none():
         some.runtime(RuntimeConfig(device="cpu"))
     made = some.runtime(RuntimeConfig(device="cpu", device_limit_bytes=7))
     assert (made.device_limit_bytes, made.machines, made.device) == ((5, 7), ("a", "b"), "cpu,cpu")
+    own = replace(some, nodes=(replace(some.nodes[0], host_bytes=9), some.nodes[1]))
+    made = own.runtime(RuntimeConfig(device="cpu", device_limit_bytes=7, host_limit_bytes=20))
+    assert made.machine_host_bytes == (9, None)
+    for host_bytes, expected in ((30, [9, 20]), (8, [8, 20])):
+        free = FreeMemory(device_bytes=0, host_bytes=host_bytes, further_host_bytes=(40,))
+        assert _host_limits(made, free) == expected
+    free = replace(free, further_bytes=(0,))
+    assert _host_limits(replace(made, host_limit_bytes=None), free) == [8, int(40 * FREE_SHARE)]
     with pytest.raises(ConfigError, match="names several devices, with --nodes each node has one"):
         some.runtime(RuntimeConfig(device="cpu,cpu"))
 

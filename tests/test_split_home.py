@@ -397,6 +397,10 @@ def test_each_node_splits_by_its_own_host_memory():
     assert [len(share.layers_in_files) for share in made.shares] == [0, 2, 0]
     assert (made.home, made.ahead_bytes, len(made.in_files)) == ("split", ahead, 2)
     assert made.held_bytes == 100 * mib and made.layers == list(layers)
+    roomy, own = replace(free, further_host_bytes=(90 * mib,) * 2), (None, ahead + 21 * mib, None)
+    stated = replace(config, host_limit_bytes=80 * mib, machine_host_bytes=own)
+    made = _with_homes(placement, stated, CPU, roomy, 80 * mib)
+    assert [share.home for share in made.shares] == ["host", "split", "host"]
     free = replace(free, further_host_bytes=(mib, 60 * mib))
     with pytest.raises(PlanError, match="b: --home split: host memory of 8"):
         _with_homes(placement, config, CPU, free, 80 * mib)

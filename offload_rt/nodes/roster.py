@@ -23,7 +23,7 @@ class Node:
     Attributes:
         name: in output.
         limit_bytes: device memory it may use; None: as --device-memory says.
-        host_bytes: host memory it may use; None: what is free.
+        host_bytes: host memory it may use; None: as --host-memory says.
         link_bytes_per_s: emulated; None: as --link-bandwidth says.
         profile: its speeds; None: those of the first node.
     """
@@ -81,6 +81,7 @@ class Roster:
             device_limit_bytes=tuple(size for size in limits if size) or None,
             link_bytes_per_s=tuple(rate for rate in links if rate) or None,
             machines=tuple(node.name for node in self.nodes),
+            machine_host_bytes=tuple(node.host_bytes for node in self.nodes),
         )
 
 

@@ -130,7 +130,7 @@ def place_run(
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
-    host_limit = config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
+    host_limit = _host_limits(config, free)[0]
     homed = partial(
         _homes_within,
         config=config,
@@ -274,7 +274,7 @@ def _with_homes(
     """
     if not config.machines:
         return with_home(placement, config, device, host_limit)
-    others = [config.host_limit_bytes or int(n * FREE_SHARE) for n in free.further_host_bytes]
+    others = _host_limits(config, free)[1:]
     shares = list[Placement]()
     for share, limit in zip(placement.shares, [host_limit, *others], strict=True):
         try:
@@ -291,6 +291,16 @@ def _with_homes(
         in_files=tuple(sorted(i for share in shares for i in share.layers_in_files)),
         ahead_bytes=sum(share.ahead_bytes for share in shares),
     )
+
+
+def _host_limits(config: RuntimeConfig, free: FreeMemory) -> list[int]:
+    """Host memory that each machine may use: what is said of it, else of all, else what is free."""
+    there = (free.host_bytes, *free.further_host_bytes)
+    stated = config.machine_host_bytes or (None,) * len(there)
+    return [
+        min(own, free_bytes) if own else config.host_limit_bytes or int(free_bytes * FREE_SHARE)
+        for own, free_bytes in zip(stated, there, strict=True)
+    ]
 
 
 def drafts_with_states(words: DrafterWords) -> bool:
