@@ -29,10 +29,20 @@ from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA, FREE_SHARE
 from offload_rt.errors import CheckpointError, DeviceError, PlanError
 from offload_rt.model import weight_files as files_module
-from offload_rt.planning.fit import _place_ends, _split, _with_homes, with_home
+from offload_rt.planning.fit import (
+    PlacedRun,
+    RunLoad,
+    _place_ends,
+    _split,
+    _with_homes,
+    place_run,
+    with_home,
+)
 from offload_rt.planning.given_rates import Acceptance
 from offload_rt.planning.placement import Demand, ExpertDemand, Placement, Stripe
 from offload_rt.planning.striping import place_striped
+from offload_rt.profiling.adjust import adjust_profile
+from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.streaming import ahead as ahead_module
 from offload_rt.streaming.ahead import ReadAhead
 
@@ -415,13 +425,13 @@ def test_each_node_splits_by_its_own_host_memory():
 @settings(deadline=None, max_examples=30)
 @given(
     staying=st.sets(st.integers(0, 11), min_size=1, max_size=11),
-    disk=st.floats(0.1, 2.0),
+    disks=st.tuples(st.floats(0.1, 2.0), st.floats(0.1, 2.0)),
     slots=st.integers(2, 4),
     devices=st.integers(1, 2),
     own_disks=st.booleans(),
 )
 def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(
-    staying, disk, slots, devices, own_disks
+    staying, disks, slots, devices, own_disks
 ):
     """Layers of a second each; at most what it takes from host memory, and the disk in turn."""
     layers = [
@@ -437,7 +447,7 @@ def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(
         layers=layers,
         slots=slots,
         home_bytes_per_s=(800.0,) * devices,
-        files_bytes_per_s=800.0 * disk,
+        files_bytes_per_s=[800.0 * disk for disk in disks],
         ahead_bytes=800 * devices,
         own_disks=own_disks,
     )
@@ -445,7 +455,8 @@ def test_a_pass_takes_as_long_as_the_slower_of_disk_and_link(
     held = steady_pass(replace(work, layers=[replace(layer, read_bytes=0) for layer in layers]))
     link_s = 12 / devices
     each = [sum(layers[i].device == d for i in staying) for d in range(devices)]
-    disk_s = (max(each) if own_disks else len(staying)) / disk
+    own_s = [count / disk for count, disk in zip(each, disks, strict=False)]
+    disk_s = max(own_s) if own_disks else len(staying) / disks[0]
     assert max(link_s, disk_s) <= made.pass_s * (1 + 1e-9)
     assert made.pass_s <= (held.pass_s + disk_s) * (1 + 1e-6)
     assert made.transfer_s == pytest.approx(max(link_s, disk_s))
@@ -462,10 +473,47 @@ def test_disk_and_link_are_busy_at_once_where_layers_are_spread(every):
         layers=layers,
         slots=2,
         home_bytes_per_s=(800.0,),
-        files_bytes_per_s=800.0 / every,
+        files_bytes_per_s=[800.0 / every],
         ahead_bytes=800,
     )
     assert 12 <= steady_pass(work).pass_s <= 12.5
+
+
+@pytest.mark.parametrize("room", [1, 2**30])
+def test_each_machine_has_the_disk_of_its_own_in_a_prediction(tmp_path, room):
+    """The second one's is slow; it has no layer in its host memory, or some."""
+    first = MACHINES["gpu"]
+    slow = replace(first, profile=adjust_profile(first.profile, ["disk_bytes_per_s=3e8"]))
+    speeds = replace(first, further=(slow,), network=(1e9, 1e-4))
+    disk, own = (disk_bytes_per_s(one.profile, 4).value for one in (first, slow))
+    assert own < disk / 5
+    checkpoint = model_of(tmp_path, LARGE | IDS | {"model_type": "llama", "num_hidden_layers": 8})
+    config = RuntimeConfig(
+        machines=("desk", "shelf"),
+        device="cuda:0,cuda:1",
+        resident_layers=0,
+        slots=2,
+        machine_host_bytes=(None, room),
+    )
+    free = FreeMemory(
+        device_bytes=2**36, host_bytes=2**36, further_bytes=(2**36,), further_host_bytes=(2**36,)
+    )
+    load = RunLoad(capacities=[64], prompt_tokens=64)
+    placement = place_run(checkpoint, config, CUDA, load=load, free=free, speeds=speeds)
+    homes = [share.home for share in placement.shares]
+    assert homes == [HomeKind.HOST, HomeKind.DISK if room == 1 else HomeKind.SPLIT]
+    run = PlacedRun(
+        checkpoint=checkpoint, config=config, speeds=speeds, placement=placement, context_tokens=64
+    )
+    work = run.model.load(1)
+    link, there = (rate.value for rate in run.rates(work).home)
+    read = [layer.read_bytes for layer in work.layers if layer.device]
+    if room == 1:
+        assert there == own < link and not any(read)
+        read = [layer.home_bytes for layer in work.layers if layer.device]
+    else:
+        assert there == link and run.times(work).files_bytes_per_s == (disk, own)
+    assert sum(read) / own <= run.cost(work).pass_s <= 1.1 * sum(read) / own
 
 
 @pytest.mark.parametrize("held", [1, 3])

@@ -158,6 +158,7 @@ class PassLoad:
         recorded: it is replayed (`runner/static.py`), so it is launched at once.
         ahead_bytes: host memory that layers in files are read ahead into.
         expert_share: of each layer's experts, so many are in host memory, the others in files.
+        straight: of machines that differ, those whose layers come from their files at once.
     """
 
     layers: Sequence[LayerLoad]
@@ -177,6 +178,7 @@ class PassLoad:
     recorded: bool = False
     ahead_bytes: int = 0
     expert_share: float = 1.0
+    straight: frozenset[int] = frozenset()
 
     def rows(self, weights: WeightOrder) -> int:
         """Rows that are multiplied with weights that lie so."""
@@ -206,7 +208,8 @@ class LinkRates:
         back: KV that goes home, by device.
         hop_s: seconds until a hidden state is on another device; None with one device.
         readers: reads in flight, where weights come from a disk; None where they do not.
-        files: layers that stay in their files, into host memory; None where none does.
+        files: layers that stay in their files, into host memory, on each machine; empty where none
+            does.
     """
 
     home: tuple[Number, ...]
@@ -214,7 +217,7 @@ class LinkRates:
     back: tuple[Number, ...] = ()
     hop_s: Number | None = None
     readers: int | None = None
-    files: Number | None = None
+    files: tuple[Number, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -238,7 +241,7 @@ class PassTimes:
             as long.
         piece_s: that a piece of a copy takes, which an upload to a GPU may have to wait for; 0
             where nothing crosses such a link, or a disk feeds it and leaves it idle mostly.
-        files_bytes_per_s: of layers that stay in their files, into host memory.
+        files_bytes_per_s: of layers that stay in their files, into host memory, on each machine.
         own_disks: each device reads its layers from a disk of its own.
     """
 
@@ -255,7 +258,7 @@ class PassTimes:
     slowdown: tuple[float, ...] = ()
     piece_s: float = 0.0
     experts_s: tuple[float, ...] = ()
-    files_bytes_per_s: float = 0.0
+    files_bytes_per_s: tuple[float, ...] = ()
     own_disks: bool = False
 
     def with_others(self, others: "Sequence[PassTimes]", device: Sequence[int]) -> "PassTimes":
@@ -398,16 +401,22 @@ def home_rates(
     """
     largest = max(layer.work.weight_bytes for layer in load.layers) if load.layers else 1
     block_bytes = _block_bytes(load, largest)
+    homes = speeds.home_bytes_per_s(home, config, block_bytes, host_bytes)
+    if load.straight:
+        disks = speeds.home_bytes_per_s(HomeKind.DISK, config, block_bytes)
+        both = enumerate(zip(homes, disks, strict=True))
+        homes = tuple(disk if node in load.straight else link for node, (link, disk) in both)
     rates = LinkRates(
-        home=_with_decoding(speeds.home_bytes_per_s(home, config, block_bytes, host_bytes), load),
+        home=_with_decoding(homes, load),
         readers=config.readers if home is HomeKind.DISK else None,
     )
     if home is HomeKind.SPLIT:
-        disk = disk_bytes_per_s(speeds.profile, config.readers)
+        machines = (speeds, *speeds.further)
+        files = tuple(disk_bytes_per_s(node.profile, config.readers) for node in machines)
         if any(layer.read_bytes for layer in load.layers):
-            rates = replace(rates, files=disk)
+            rates = replace(rates, files=files)
         else:  # misses of a layer come one after the other
-            share, rest = load.expert_share, (1.0 - load.expert_share) / disk.value
+            share, rest = load.expert_share, (1.0 - load.expert_share) / files[0].value
             mixed = (replace(n, value=1.0 / (share / n.value + rest)) for n in rates.home)
             rates = replace(rates, home=tuple(mixed))
     if speeds.further:
@@ -430,14 +439,15 @@ def _with_decoding(rates: tuple[Number, ...], load: PassLoad) -> tuple[Number, .
 
     So it was measured, with processors to spare (docs/RESULTS.md, "bf16 from disk in 12 bits").
     """
-    unpacked = sum(load.layers[i].unpacked for i in load.streamed)
-    if not unpacked:
-        return rates
-    nbytes = sum(load.layers[i].home_bytes for i in load.streamed)
-    decoding = unpacked / (unpacked_per_s() * nbytes)  # seconds for a byte
-    return tuple(
-        Number(value=1 / (1 / rate.value + decoding), obtained=Obtained.ASSUMED) for rate in rates
-    )
+    found = list(rates)
+    for device, rate in enumerate(rates):
+        layers = [load.layers[i] for i in load.streamed if load.layers[i].device == device]
+        if unpacked := sum(layer.unpacked for layer in layers):
+            nbytes = sum(layer.home_bytes for layer in layers)
+            decoding = unpacked / (unpacked_per_s() * nbytes)  # seconds for a byte
+            value = 1 / (1 / rate.value + decoding)
+            found[device] = Number(value=value, obtained=Obtained.ASSUMED)
+    return tuple(found)
 
 
 def pass_times(
@@ -461,7 +471,7 @@ def pass_times(
     rates = rate if isinstance(rate, LinkRates) else LinkRates(home=(rate,))
     from_disk = rates.readers is not None and load.moved_bytes > 0
     numbers = [*rates.home, *rates.kv, *rates.back, *([rates.hop_s] if rates.hop_s else [])]
-    numbers += [rates.files] if rates.files else []
+    numbers += rates.files
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     work_s = {
@@ -537,7 +547,7 @@ def pass_times(
         else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
         piece_s=_piece_s(rates, processor),
-        files_bytes_per_s=rates.files.value if rates.files else 0.0,
+        files_bytes_per_s=tuple(number.value for number in rates.files),
     )
 
 

@@ -80,7 +80,8 @@ class TimedPass:
         draft_passes: in so many passes.
         piece_s: that a piece of a copy crosses the link in. What a pass uploads waits for the piece
             that is crossing; 0: it does not wait.
-        files_bytes_per_s: of a disk, for layers that are read ahead, on all devices together.
+        files_bytes_per_s: of a disk, for layers that are read ahead: of each device's own, or of
+            the one for all together.
         ahead_bytes: host memory for what is read ahead, for all devices together.
         own_disks: each device reads from a disk of its own; else all from one.
     """
@@ -98,7 +99,7 @@ class TimedPass:
     draft_s: float = 0.0
     draft_passes: int = 0
     piece_s: float = 0.0
-    files_bytes_per_s: float = 0.0
+    files_bytes_per_s: Sequence[float] = ()
     ahead_bytes: int = 0
     own_disks: bool = False
 
@@ -205,7 +206,8 @@ def _files_s(work: TimedPass, device: int) -> float:
     """What a device's disk takes for the layers that are read ahead, of all who share it."""
     mine = (layer for layer in work.layers if not work.own_disks or layer.device == device)
     read_bytes = sum(layer.read_bytes for layer in mine)
-    return read_bytes / work.files_bytes_per_s if read_bytes else 0.0
+    disk = device if work.own_disks else 0
+    return read_bytes / work.files_bytes_per_s[disk] if read_bytes else 0.0
 
 
 def _of(rates: Sequence[float] | float, device: int) -> float:

@@ -191,6 +191,7 @@ class Residence:
         from_files: they come as they are stored, else as they compute.
         in_files: of those in host memory, the layers that stay in their files and are read ahead.
         ahead_bytes: host memory they are read into.
+        straight: of these, layers that go to the device at once, as their machine has no others.
         expert_share: of each layer's experts, so many are in host memory, the others in files.
         weights: all are kept rounded so.
         copied: only these layers are, and the output head is not; None: all.
@@ -205,6 +206,7 @@ class Residence:
     from_files: bool = False
     in_files: tuple[int, ...] = ()
     ahead_bytes: int = 0
+    straight: tuple[int, ...] = ()
     expert_share: float = 1.0
     weights: DraftWeights = DraftWeights.SAME
     copied: frozenset[int] | None = None
@@ -289,6 +291,7 @@ class PlacedModel:
             hop_bytes=rows * parts.hidden_bytes,
             ahead_bytes=where.ahead_bytes,
             expert_share=where.expert_share,
+            straight=frozenset(where.device[layer] for layer in where.straight),
         )
 
     def over_retrieval(self, tokens: int, budget_tokens: int, weights: DraftWeights) -> PassLoad:
@@ -356,12 +359,13 @@ class PlacedModel:
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
+        straight = where.from_files or index in where.straight
         here = min(context, kv.waiting_tokens) if kv else context
         row_bytes = self.sequences * layer.kv_row_bytes
         return LayerLoad(
             work=work,
-            home_bytes=layer.file_bytes if where.from_files else layer.image_bytes,
-            read_bytes=layer.file_bytes if index in where.in_files else 0,
+            home_bytes=layer.file_bytes if straight else layer.image_bytes,
+            read_bytes=layer.file_bytes if index in where.in_files and not straight else 0,
             kv_bytes=row_bytes * min(here, window or here),
             kv_home_bytes=row_bytes * home_rows,
             kv_back_bytes=round(row_bytes * committed) if kv else 0,
@@ -369,7 +373,7 @@ class PlacedModel:
             weights=order,
             decoded=decoded,
             experts_decoded=dequantised,
-            unpacked=layer.packed if where.from_files else 0,
+            unpacked=layer.packed if straight else 0,
             missed_bytes=round(misses * pooled.home_bytes) if pooled else 0,
             expert_part=active if pooled else 0.0,
             missed_part=min(1.0, misses / asked) if asked else 0.0,

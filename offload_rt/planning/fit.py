@@ -439,6 +439,7 @@ class PlacedRun:
                 from_files=placement.home is HomeKind.DISK,
                 in_files=placement.in_files,
                 ahead_bytes=placement.ahead_bytes,
+                straight=placement.straight,
                 expert_share=placement.expert_share,
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),

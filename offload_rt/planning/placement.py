@@ -266,6 +266,14 @@ class Placement:
         return self.in_files if self.home.in_memory else self.streamed
 
     @property
+    def straight(self) -> tuple[int, ...]:
+        """Where machines differ, the streamed layers of those that have none in host memory."""
+        if self.home is not HomeKind.SPLIT or not any(stripe.apart for stripe in self.stripes):
+            return ()
+        apart = (own.streamed for own in self.shares if own.home is HomeKind.DISK)
+        return tuple(sorted(layer for layers in apart for layer in layers))
+
+    @property
     def workspace_bytes(self) -> int:
         """What passes take and give back, on all devices."""
         return sum(own.demand.workspace_bytes for own in self.of_devices)
