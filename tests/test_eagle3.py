@@ -25,8 +25,11 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.costs.drafters import Drafting, Expected
-from offload_rt.costs.sizes import RECORDED_ROWS
+from offload_rt.costs.sizes import RECORDED_ROWS, held_rows
 from offload_rt.device.kinds import CPU
+from offload_rt.engine import Engine
+from offload_rt.engine.scheduler import Scheduler
+from offload_rt.engine.sequence import Request
 from offload_rt.errors import CheckpointError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.fit import FreeMemory, RunLoad, place_run
@@ -268,11 +271,32 @@ def test_its_bytes_are_the_planned_ones(make_tiny, tmp_path):
         ledger, memory = engine.device.ledger(), engine.memory()
         assert memory.device_peak_bytes <= memory.device_planned_bytes
         planned = engine.placement.demand.drafter_bytes
-        states = 3 * 3 * max(len(PROMPT), 13) * 2 * size
+        held = held_rows(draft.nodes, engine.capacities, len(PROMPT))
+        states = 3 * (held + 1 + 2 * len(PROMPT)) * 2 * size
         made = (1 + draft.scratch_rows + RECORDED_ROWS + 3 * RECORDED_ROWS) * 2 * size
         kv = draft.cache_rows(engine.capacities[0]) * 2 * 2 * (size // 4) * 2
         assert ledger["hidden states of a draft"] == made
         assert planned - states - made - kv == ledger["draft model"]
+
+
+def test_no_more_hidden_states_wait_for_drafts_than_are_planned(target, make_head):
+    """Answers of one token are drafted for by nobody, so nobody reads them."""
+    draft, prompt, seats = chain(make_head("some tokens")), (PROMPT * 4)[:60], 8
+    runtime = RuntimeConfig(device="cpu", device_limit_bytes=ROOMY, prefill_chunk_tokens=16)
+    load = {"capacities": [80] * seats, "prompt_tokens": 60, "draft": draft}
+    with Engine(open_checkpoint(target), runtime, **load) as engine:
+        held = held_rows(draft.nodes, engine.capacities, 60)
+        assert held == 60 + seats * (4 + 3) < 60 * seats
+        scheduler, most = Scheduler(engine), []
+        for first in range(seats):
+            scheduler.join(Request(ids=[first + 3, *prompt[1:]], max_tokens=1))
+        while scheduler.busy:
+            scheduler.sweep()
+            most.append(engine.module.held_bytes)
+        assert held * 3 * 64 * 4 <= most[-1] <= max(most) <= (held + seats) * 3 * 64 * 4
+        ids, drafter = [*PROMPT, 5], engine.drafter(0, SamplingConfig(), torch.Generator())
+        engine.forward([(0, PROMPT)], reuse=True)
+        assert len(drafter.propose(ids, 4).tree) == 4
 
 
 def test_sizes_from_the_configuration_alone_are_those_of_the_files(target, make_head, tmp_path):

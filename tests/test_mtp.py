@@ -30,7 +30,7 @@ from offload_rt.config import (
     SamplingConfig,
     Wire,
 )
-from offload_rt.costs.sizes import RECORDED_ROWS
+from offload_rt.costs.sizes import RECORDED_ROWS, held_rows
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
@@ -245,7 +245,7 @@ def test_a_prompt_that_goes_on_from_another_is_drafted_for_as_if_it_were_the_fir
 
 
 def test_newest_rows_are_found_by_their_places():
-    rows = NewestRows(limit=6)
+    rows = NewestRows()
     states = torch.arange(40.0)[:, None]
     rows.add(states[:5], 5)
     rows.add(states[5:6], 6)
@@ -253,7 +253,8 @@ def test_newest_rows_are_found_by_their_places():
     rows.truncate(4)
     rows.add(states[4:8], 8)
     assert (rows.first, rows.end) == (0, 8) and torch.equal(rows.between(0, 8), states[:8])
-    rows.add(states[8:11], 11)  # seven without the oldest four
+    rows.add(states[8:11], 11)
+    rows.forget_before(4)
     assert rows.first == 4 and torch.equal(rows.between(4, 11), states[4:11])
     rows.forget_before(9)
     assert rows.first == 9 and torch.equal(rows.between(9, 11), states[9:11])
@@ -285,7 +286,8 @@ def test_its_bytes_are_the_planned_ones(make_mtp, weights):
         assert memory.device_peak_bytes <= memory.device_planned_bytes
         size, rows = 256, draft.cache_rows(engine.capacities[0])
         planned = engine.placement.demand.drafter_bytes
-        states = 2 * 2 * max(len(PROMPT), 13) * size
+        held = held_rows(draft.nodes, engine.capacities, len(PROMPT))
+        states = 2 * (held + 1 + 2 * len(PROMPT)) * size
         kv = rows * 2 * 2 * one.config.head_dim * 2
         made = 2 * (1 + draft.scratch_rows + 2 * RECORDED_ROWS) * size
         assert ledger["hidden states of a draft"] == made

@@ -302,6 +302,23 @@ def drawn_rows(device: DeviceKind, rows: int, vocab: int) -> int:
     return min(rows, most)
 
 
+def newest_rows(nodes: int) -> int:
+    """Hidden states of a sequence that wait for its next draft.
+
+    One that was read already, those of a pass that accepted a whole draft of so many nodes, and one
+    of a last pass without a draft.
+    """
+    return nodes + 3
+
+
+def held_rows(nodes: int, capacities: Sequence[int], pass_rows: int) -> int:
+    """Hidden states of all sequences together that are kept until they are read.
+
+    As many as a pass makes, and beside them a few of each sequence.
+    """
+    return min(sum(capacities), pass_rows + len(capacities) * newest_rows(nodes))
+
+
 def recorded_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -> int:
     """Upper bound of what recorded draft passes of a model keep; 0 where none are recorded.
 

@@ -20,7 +20,7 @@ from offload_rt.config import (
 )
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
-from offload_rt.costs.sizes import kv_bytes_per_token
+from offload_rt.costs.sizes import held_rows, kv_bytes_per_token
 from offload_rt.device.base import Device
 from offload_rt.device.kinds import CPU, DeviceKind
 from offload_rt.device.opening import chosen_kind, open_device
@@ -645,7 +645,9 @@ class Engine:
                 draft=self.draft,  # its weights are settled by the plan
                 chunk_tokens=chunk_tokens,
                 target_ids=self._target_ids,
-                limit=max(self._prompt_tokens, chunk_tokens),
+                limit=held_rows(
+                    self.draft.nodes, self.capacities, max(self.pass_rows, chunk_tokens)
+                ),
             )
             return None, load(place)
         if checkpoint is None:

@@ -89,21 +89,26 @@ class NewestRows:
     """The newest hidden states of one sequence, by the places of their tokens.
 
     And that of the last token of the newest text that was given: an answer may be written anew in
-    the text that follows, so that is where many go back to.
-
-    Args:
-        limit: more rows than that are not kept, but for those of the newest pass.
+    the text that follows, so that is where many go back to. Nothing else of a pass stays with them.
 
     Attributes:
         first: place of the first row.
         end: place behind the last one.
     """
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self) -> None:
         self._parts: list[torch.Tensor] = []
         self._mark: tuple[int, torch.Tensor] | None = None  # the place behind that token
         self.first = self.end = 0
+
+    def __len__(self) -> int:
+        return self.end - self.first
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that they have."""
+        parts = [*self._parts, *([] if self._mark is None else [self._mark[1]])]
+        return sum({p.data_ptr(): p.untyped_storage().nbytes() for p in parts}.values())
 
     def add(self, rows: torch.Tensor, end: int, *, text: bool = False) -> None:
         """Add [k, E] of the tokens before place `end`; what does not lead up to them is dropped."""
@@ -112,10 +117,9 @@ class NewestRows:
         if end - len(rows) != self.end:
             self._parts.clear()
             self.first = end - len(rows)
-        self._parts.append(rows)
+        whole = rows.untyped_storage().nbytes() == rows.nbytes
+        self._parts.append(rows if whole else rows.clone())  # a view would keep all of a pass
         self.end = end
-        while len(self._parts) > 1 and end - self.first - len(self._parts[0]) >= self._limit:
-            self.first += len(self._parts.pop(0))
 
     def between(self, start: int, stop: int) -> torch.Tensor:
         """[stop - start, E] of the tokens at these places, which are kept."""
@@ -131,12 +135,15 @@ class NewestRows:
         """Forget the rows of tokens from place `length` on."""
         if length >= self.end:
             return
-        kept = self.between(self.first, length).clone() if length > self.first else None
-        if kept is None and self._mark is not None and self._mark[0] == length:
-            kept = self._mark[1]
+        cut = self.end - length
+        while self._parts and cut >= len(self._parts[-1]):
+            cut -= len(self._parts.pop())
+        if self._parts and cut:
+            self._parts[-1] = self._parts[-1][:-cut].clone()
+        if self._mark is not None and self._mark[0] == length and not self._parts:
+            self._parts = [self._mark[1]]
         if self._mark is not None and self._mark[0] > length:
             self._mark = None
-        self._parts = [] if kept is None else [kept]
         self.first, self.end = length - sum(map(len, self._parts)), length
 
     def has(self, place: int) -> bool:

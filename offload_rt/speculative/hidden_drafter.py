@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from offload_rt.config import DraftConfig
-from offload_rt.costs.sizes import RECORDED_ROWS
+from offload_rt.config import DraftConfig, SamplingConfig
+from offload_rt.costs.sizes import RECORDED_ROWS, newest_rows
 from offload_rt.device.base import Device
 from offload_rt.errors import NumbersError
 from offload_rt.kv.prefixes import common_prefix
@@ -43,7 +43,7 @@ class ModulePlace:
         draft: how much is drafted; formats of weights are settled.
         chunk_tokens: rows that go through a layer at once.
         target_ids: width of the target's logits.
-        limit: hidden states of a sequence that are kept until they are read.
+        limit: hidden states of all sequences together that are kept until they are read.
     """
 
     checkpoint: Checkpoint
@@ -94,8 +94,8 @@ class HiddenModule:
             rows(RECORDED_ROWS, len(layers) * size),
         )
         self.hidden = HiddenRows(made, given, prepare)
-        self._limit = place.limit
-        self._rows: dict[int, NewestRows] = {}
+        self._limit, self._newest = place.limit, newest_rows(place.draft.nodes)
+        self._rows: dict[int, NewestRows] = {}  # the longest not drafted for first
         self.tap = HiddenTap(target, layers)
         self.tap.on_kept = self._keep
         self.tap.on_cut = lambda index, length: self.rows(index).truncate(length)
@@ -103,9 +103,24 @@ class HiddenModule:
 
     def rows(self, index: int) -> NewestRows:
         """Hidden states of a sequence as they leave the tapped layers."""
-        return self._rows.setdefault(index, NewestRows(self._limit))
+        return self._rows.setdefault(index, NewestRows())
+
+    def drafts_for(self, index: int) -> None:
+        """An answer begins or is drafted for: others' hidden states are dropped before its."""
+        self._rows[index] = self._rows.pop(index)
+
+    @property
+    def held_bytes(self) -> int:
+        """Of hidden states that are kept until they are read."""
+        return sum(rows.nbytes for rows in self._rows.values())
 
     def _keep(self, index: int, kept: torch.Tensor, length: int, text: bool) -> None:
+        """Of sequences that nobody drafts for, the oldest make room; a few of each stay."""
+        over = sum(map(len, self._rows.values())) + len(kept) - self._limit
+        for rows in self._rows.values():
+            if over > 0 and (gone := min(over, len(rows) - self._newest)) > 0:
+                rows.forget_before(rows.first + gone)
+                over -= gone
         self.rows(index).add(kept, length, text=text)
 
     def _reusable(self, index: int, tokens: int) -> int:
@@ -127,6 +142,7 @@ class HiddenDrafter(GrowingDrafter):
         self, module: HiddenModule, index: int, config: DraftConfig, capacity: int
     ) -> None:
         self._shared, self._module, self._config = module, module.module, config
+        self._index = index
         self._hidden = module.rows(index)
         network, device = self._module.network, self._module.device
         rows = config.cache_rows(capacity)
@@ -139,6 +155,11 @@ class HiddenDrafter(GrowingDrafter):
     def name(self) -> str:
         """What the report calls it."""
         return self._shared.name
+
+    def begin(self, sampling: SamplingConfig, generator: torch.Generator) -> None:
+        """Start a new answer, as `GrowingDrafter` does."""
+        self._shared.drafts_for(self._index)
+        super().begin(sampling, generator)
 
     def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
         """Draft a chain, or grow a tree best first; nothing where hidden states are missing."""
@@ -205,6 +226,7 @@ class HiddenDrafter(GrowingDrafter):
         self._cache.commit(range(len(rows.tokens)))
         self._ids = list(ids)
         self._hidden.forget_before(len(ids) - 2)
+        self._shared.drafts_for(self._index)
 
     def _recorded_chain(self, unread: Rows, ids: Sequence[int], depth: int) -> Draft | None:
         """All of a greedy chain with one host sync, where passes are recorded."""

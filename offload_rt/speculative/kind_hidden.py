@@ -10,6 +10,7 @@ from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.sizes import (
     RECORDED_ROWS,
     PassShape,
+    held_rows,
     image_bytes,
     kv_bytes_per_token,
     layouts_of,
@@ -74,9 +75,9 @@ def hidden_parts(
 def hidden_memory(drafting: Drafting, run: DraftedRun, *, taps: int = 1) -> DraftMemory:
     """The layer, what makes its inputs, its KV, and hidden states that it has not read yet.
 
-    Of these there are two of the longest prompt's: those of before stay until the next pass is
-    done; of several layers once more while they are put side by side. The nodes of one draft have
-    one each, and a recorded pass has room for its own.
+    These are `held_rows`, the last one of each sequence's text, and twice those of a pass: as it is
+    made, and while those of several layers are put side by side or some are dropped. The nodes of
+    one draft have one each, and a recorded pass has room for its own.
 
     Args:
         drafting: its checkpoint is the layer's.
@@ -90,7 +91,8 @@ def hidden_memory(drafting: Drafting, run: DraftedRun, *, taps: int = 1) -> Draf
     weights = layer_bytes(layer, config.draft_weights)
     rows = sum(config.cache_rows(capacity) for capacity in run.capacities)
     read = min(run.shape.rows, run.shape.chunk_rows)
-    states = taps * ((2 if taps == 1 else 3) * run.shape.rows + RECORDED_ROWS)
+    held = held_rows(config.nodes, run.capacities, max(run.shape.rows, run.shape.chunk_rows))
+    states = taps * (held + len(run.capacities) + 2 * run.shape.rows + RECORDED_ROWS)
     states += 1 + config.scratch_rows + RECORDED_ROWS
     recorded = recorded_bytes(module.config, number_bytes, device)
     passes = PassShape(
