@@ -362,4 +362,15 @@ def test_a_router_that_cannot_be_asked_alone_is_left_out(make_tiny, monkeypatch)
         engine_for(folder, expert_slots=9, **AHEAD).__enter__()
     with engine_for(folder, expert_slots=9) as engine:
         assert generate(engine, tokens=6) == resident_answers(folder)[1]
-        assert engine.runner.experts.counts.unused == 0
+        assert engine.runner.experts.counts.unused == 0 == engine.foresight.share
+
+
+def test_without_a_free_slot_no_pass_looks_ahead(make_tiny):
+    """Two experts for each of four layers, which a token is sent to."""
+    folder = make_mixture(make_tiny)
+    with pytest.raises(ConfigError, match=r"with 8 --expert-slots: none is free .* give 9,"):
+        engine_for(folder, expert_slots=8, **AHEAD).__enter__()
+    for slots, looks in ((8, False), (9, True)):
+        with engine_for(folder, expert_slots=slots) as engine:
+            generate(engine, tokens=6)
+            assert (engine.foresight.share > 0) == looks == engine.runner.experts.may_foresee

@@ -14,6 +14,7 @@ from offload_rt.config import (
     DraftConfig,
     Exact,
     KVPlace,
+    LookAhead,
     RuntimeConfig,
     SamplingConfig,
     Wire,
@@ -192,7 +193,9 @@ class Engine:
                 first, alone = self.plan.first_nodes, self.plan.alone
                 self.controller = Controller(outlooks, first, sequences=sequences, alone=alone)
             self.tally, self.pace = Tally(), Pace()
-            self.foresight = LookAheadJudge(self.config.look_ahead)
+            pool = self.runner.experts
+            may = pool is not None and pool.may_foresee
+            self.foresight = LookAheadJudge(self.config.look_ahead if may else LookAhead.OFF)
             self.tracer: Tracer | None = None
             shared = bool(self._pools) and not self.network.mixers  # a state is no row
             self.prefixes = Prefixes(self._pools) if shared else None

@@ -51,7 +51,7 @@ from offload_rt.planning.demand import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
 from offload_rt.speculative.kinds import completed, draft_parts
-from offload_rt.streaming.experts import shares_of
+from offload_rt.streaming.experts import leaves_free, shares_of
 from offload_rt.units import format_size
 
 
@@ -528,7 +528,7 @@ def pooled_experts(
         use=experts.use,
         host_s=choosing_s(device, experts.per_token),
         together_s=choosing_s(device, experts.per_token, together=True),
-        foreseen=FORESEEN if foresees else 0.0,
+        foreseen=FORESEEN if foresees and leaves_free(share, spare, experts.per_token) else 0.0,
     )
 
 

@@ -5,6 +5,7 @@ Each candidate must fit in memory (`fit.place_run`); then the seconds of its ste
 What the user fixed is fixed in all candidates.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ from offload_rt.planning.yields import Yield
 from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import NAMES, kind_of
+from offload_rt.streaming.experts import leaves_free, shares_of
 
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
@@ -194,15 +196,29 @@ def plan_wires(
 
 
 def check_look_ahead(runtime: RuntimeConfig, checkpoint: Checkpoint, placement: Placement) -> None:
-    """Refuse to look ahead where there is nothing to look for.
+    """Refuse to look ahead where that has no effect.
 
     Raises:
-        ConfigError: it is asked for, and no experts come one by one.
+        ConfigError: it is asked for, and no experts come one by one, or no slot is free for it.
     """
-    if runtime.look_ahead is LookAhead.ON and not placement.expert_slots:
+    if runtime.look_ahead is not LookAhead.ON:
+        return
+    experts, slots = placement.demand.experts, placement.expert_slots
+    if experts is None or not slots:
         raise ConfigError(
             f"--look-ahead on has no effect on {checkpoint.name}: none of it comes expert by "
             "expert here, leave it out"
+        )
+
+    def suffice(count: int) -> bool:
+        shares = shares_of(count, experts.layers, experts.per_token, foresees=True)
+        return leaves_free(*shares, experts.per_token)
+
+    if not suffice(slots):
+        more = next(filter(suffice, itertools.count(slots)))
+        raise ConfigError(
+            f"--look-ahead on has no effect with {slots} --expert-slots: none is free while a "
+            f"layer computes; give {more}, or leave it out"
         )
 
 

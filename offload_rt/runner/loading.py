@@ -184,7 +184,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     _lend_hosts(network, stripes.shares(range(len(layouts))))
     if pool is not None:
-        _foresee(network, checkpoint, streaming.look_ahead)
+        _foresee(network, checkpoint, pool, streaming.look_ahead)
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()
@@ -376,13 +376,14 @@ def _open_experts(
     return open_pool(device, units, slots, network.per_token, sources, keeps_free=keeps_free)
 
 
-def _foresee(network: Network, checkpoint: Checkpoint, mode: LookAhead) -> None:
-    """Let layers of experts ask the next one's router.
+def _foresee(network: Network, checkpoint: Checkpoint, pool: Pool, mode: LookAhead) -> None:
+    """Let layers of experts ask the next one's router, where there are slots for what it says.
 
     Raises:
         ConfigError: they are to, and none can.
     """
-    found = mode is not LookAhead.OFF and network.foresee()
+    found = 0 if mode is LookAhead.OFF else network.foresee()
+    pool.may_foresee = found > 0 and pool.leaves_free
     if mode is LookAhead.ON and not found:
         raise ConfigError(
             f"--look-ahead on: no router of {checkpoint.config.model_type} models can be asked "

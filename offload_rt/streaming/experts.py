@@ -99,6 +99,17 @@ def shares_of(
     return share, slots - share * layers
 
 
+def leaves_free(share: int, spare: int, per_token: int) -> bool:
+    """Whether some slot is nobody's while a layer computes with a token's experts.
+
+    Args:
+        share: slots that each layer keeps.
+        spare: those that the layer that computes has besides.
+        per_token: experts a token is sent to.
+    """
+    return spare > max(0, per_token - share)
+
+
 class ExpertPool(Generic[BufferT, SourceT]):
     """Slots for experts, a share for each layer, the least recently used of it replaced.
 
@@ -137,7 +148,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         keeps_free: keep slots free for what is foreseen.
 
     Attributes:
-        foresees: whether passes are to say what the next layer will ask for.
+        share: slots that each layer keeps.
+        leaves_free: see the function.
+        may_foresee: passes can say what the next layer will ask for, and there are slots for that.
+        foresees: whether the next pass is to.
     """
 
     def __init__(  # noqa: PLR0913 - as a ring, all by keyword
@@ -154,7 +168,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
     ) -> None:
         self._copy, self._compute, self._source, self._place = copy, compute, source, place
         self._free = [ExpertSlot(buffer) for buffer in slots]
-        self.share, _ = shares_of(len(slots), len(counts), per_token, foresees=keeps_free)
+        self.share, spare = shares_of(len(slots), len(counts), per_token, foresees=keeps_free)
+        self.leaves_free = leaves_free(self.share, spare, per_token)
         self._counts = dict(counts)
         self._held: dict[int, dict[int, ExpertSlot[BufferT]]] = {layer: {} for layer in counts}
         self._recent: dict[int, list[int]] = {layer: [] for layer in counts}
@@ -166,7 +181,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._rest: deque[int] = deque()  # of it, what there was no slot for yet
         self._foreseen: int | None = None  # the layer whose experts are offered
         self._copies = 0
-        self.foresees = False
+        self.may_foresee = self.foresees = False
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
 
