@@ -25,6 +25,7 @@ from offload_rt.costs.experts import (
 )
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
+from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.history import add_asked, read_asked
@@ -284,6 +285,16 @@ def test_what_reads_a_prompt_or_asks_for_nearly_all_foresees_nothing(folder):
         (model.load(1, reads_prompt=True), 0.0),
     ):
         assert {layer.foreseen for layer in load.layers} == {share}
+
+
+def test_what_the_thread_of_offered_copies_reads_into_is_planned(folder):
+    """Two buffers more, where weights do not land in place."""
+    off, on = (
+        plan(open_checkpoint(folder), "none", expert_slots=25, look_ahead=mode)
+        for mode in (LookAhead.OFF, LookAhead.AUTO)
+    )
+    grown = on.placement.demand.workspace_bytes - off.placement.demand.workspace_bytes
+    assert grown == 2 * STAGING_BYTES
 
 
 def test_a_token_of_a_prompt_adds_what_it_does_without_looking_ahead(folder):

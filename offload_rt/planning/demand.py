@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offload_rt.config import RuntimeConfig
+from offload_rt.config import LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
@@ -68,6 +68,8 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
     if not isinstance(images, str):
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
+    # A thread of its own reads what is offered (`device/idle.py`).
+    offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
@@ -88,7 +90,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
             draft.loading_bytes - base.nbytes,
             draft.head_bytes,  # there twice while it is copied
         )
-        + staging_bytes([*layouts, base], device, runtime.readers)
+        + staging_bytes([*layouts, base], device, runtime.readers + offers)
         + _slack_bytes(draft.copied_bytes, device)
         + scratch
         + taken
