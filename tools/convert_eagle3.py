@@ -22,17 +22,11 @@ from offload_rt.model.checkpoint import resolve_model
 from offload_rt.model.files import open_inside, shown
 from offload_rt.printable import printable
 from offload_rt.speculative.eagle3.checkpoint import PICKLED, UNUSED
+from offload_rt.speculative.medusa.storage import DTYPES
 from offload_rt.units import format_size
 from offload_rt.writing import replacing, writing
 
 _CONFIG, _WEIGHTS, _CONFIG_LIMIT_BYTES = "config.json", "model.safetensors", 2**22
-_DTYPES = {
-    "BF16": torch.bfloat16,
-    "F16": torch.float16,
-    "F32": torch.float32,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -49,12 +43,12 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
             )
         found = {}
         for name, tensor in wanted.items():
-            if tensor.dtype not in _DTYPES:
+            if tensor.dtype not in DTYPES:
                 raise CheckpointError(
                     f"{folder / PICKLED}: {shown(name)} is {tensor.dtype}, accepted are "
-                    f"{', '.join(_DTYPES)}"
+                    f"{', '.join(DTYPES)}"
                 )
-            data = torch.frombuffer(bytearray(file.read(name)), dtype=_DTYPES[tensor.dtype])
+            data = torch.frombuffer(bytearray(file.read(name)), dtype=DTYPES[tensor.dtype])
             found[name] = data.view(tensor.shape)
     return found
 

@@ -285,11 +285,8 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
 
 
 def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    checkpoint, speeds, context = (
-        wired(asked.checkpoint, config.wire),
-        asked.speeds,
-        asked.context_tokens,
-    )
+    checkpoint = wired(asked.checkpoint, config.wire)
+    speeds, context = asked.speeds, asked.context_tokens
     draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
     drafting = _drafting(checkpoint, config, draft, speeds)
     expect(asked.draft, asked.acceptance)  # refuses what says too little

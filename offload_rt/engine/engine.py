@@ -335,8 +335,7 @@ class Engine:
         """
         if not self.draft.drafts:
             return None
-        module = None if self.module is None else self.module.module
-        for runner in filter(None, (self.runner, self._rounded_copy, self._draft_model, module)):
+        for runner in (self.runner, *self._drafting):
             runner.records_at_once = sampling.seed is not None  # an answer is the same again
         seat = DrafterSeat(
             device=self.device,
@@ -514,9 +513,13 @@ class Engine:
 
     @property
     def _networks(self) -> Sequence[Network]:
+        return [self.network, *(runner.network for runner in self._drafting)]
+
+    @property
+    def _drafting(self) -> Sequence[Runner]:
+        """What drafts with a network of its own."""
         module = None if self.module is None else self.module.module
-        models = [m for m in (self._draft_model, self._rounded_copy, module) if m is not None]
-        return [self.network, *(model.network for model in models)]
+        return [r for r in (self._draft_model, self._rounded_copy, module) if r is not None]
 
     @property
     def sequences(self) -> int:

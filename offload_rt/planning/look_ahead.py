@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 
 from offload_rt.config import LookAhead
 
-_FIRST_PASSES = (
-    2  # of a run: memory is touched for the first time, and the pool is what a prompt left
-)
+# Of a run: memory is touched for the first time, and the pool is what a prompt left.
+_FIRST_PASSES = 2
 _FEWEST_PAIRS, _MOST_PAIRS = 6, 32
 _DOUBT = 2.5  # standard errors of a mean that is beyond doubt
 _OUTLIER = 1.0  # of a logarithm: what else the machine did counts as no more

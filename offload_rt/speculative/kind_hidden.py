@@ -1,6 +1,6 @@
 """What layers that draft from the target's hidden states have in common. No torch here."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from math import prod
 from typing import TYPE_CHECKING
@@ -19,13 +19,24 @@ from offload_rt.costs.sizes import (
     workspace_bytes,
 )
 from offload_rt.costs.workload import PlacedModel, Residence, parts_of
-from offload_rt.model.formats.base import layer_bytes
+from offload_rt.device.kinds import DeviceKind
+from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.formats.base import layer_bytes, resolve_weights
+from offload_rt.model.layout import compute_dtype
 from offload_rt.profiling.profile import LayerWork
 from offload_rt.speculative.draft_model.kind import GROWTH_S
 from offload_rt.speculative.kind import DraftedRun, DrafterSeat, DraftMemory
 
 if TYPE_CHECKING:
     from offload_rt.speculative.base import Drafter
+
+
+def hidden_variants(
+    draft: DraftConfig, numbers: Checkpoint, dtype: str, device: DeviceKind
+) -> Sequence[DraftConfig]:
+    """With the format of its layer chosen, which computes in the number format of `numbers`."""
+    name = compute_dtype(numbers.config.dtype, numbers.tensors.values(), dtype)
+    return (replace(draft, draft_weights=resolve_weights(draft.draft_weights, name, device)),)
 
 
 def hidden_parts(

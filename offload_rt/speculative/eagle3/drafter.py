@@ -116,9 +116,8 @@ def load(place: ModulePlace) -> HiddenModule:
     runner = load_drafting(
         checkpoint,
         place.device,
-        chunk_tokens=max(
-            place.chunk_tokens, RECORDED_ROWS
-        ),  # what it is fed is wider than its rows
+        # What it is fed is wider than its rows.
+        chunk_tokens=max(place.chunk_tokens, RECORDED_ROWS),
         target_ids=place.target_ids,
         weights=place.draft.draft_weights,
         layers=(0,),

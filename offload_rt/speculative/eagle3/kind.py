@@ -1,20 +1,18 @@
 """An EAGLE-3 head as a kind of drafter. No torch here."""
 
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from offload_rt.config import DraftConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.workload import PlacedModel
-from offload_rt.device.kinds import DeviceKind
-from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.formats.base import resolve_weights
-from offload_rt.model.layout import compute_dtype
 from offload_rt.speculative.eagle3.checkpoint import HEAD, MIXING
 from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory, Points
-from offload_rt.speculative.kind_hidden import hidden_memory, hidden_parts, make_hidden
+from offload_rt.speculative.kind_hidden import (
+    hidden_memory,
+    hidden_parts,
+    hidden_variants,
+    make_hidden,
+)
 
 if TYPE_CHECKING:
     from offload_rt.speculative.hidden_drafter import HiddenModule, ModulePlace
@@ -23,14 +21,6 @@ if TYPE_CHECKING:
 # constant rate of 0.74 a token makes of fewer. Trees: 6.1 tokens a pass of the paper's trees of 60
 # nodes for the same model and prompts (arXiv:2503.01840, table 1).
 _PRIOR: Points = ((1, 0.74), (2, 1.29), (4, 1.99), (7, 2.5), (60, 5.1))
-
-
-def _variants(
-    draft: DraftConfig, target: Checkpoint, dtype: str, device: DeviceKind
-) -> Sequence[DraftConfig]:
-    """With the format of its layer chosen."""
-    name = compute_dtype(target.config.dtype, target.tensors.values(), dtype)
-    return (replace(draft, draft_weights=resolve_weights(draft.draft_weights, name, device)),)
 
 
 def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple[DraftPart, ...]:
@@ -59,7 +49,7 @@ KIND = DrafterKind(
     memory=_memory,
     load=_load,
     prior=_PRIOR,
-    variants=_variants,
+    variants=hidden_variants,
     tree_depth=lambda draft, known: draft.tree_passes if draft.as_tree else None,
     size=lambda draft: "tree of" if draft.as_tree else "chain of",
     history=lambda draft: (

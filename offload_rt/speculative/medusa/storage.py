@@ -33,7 +33,8 @@ from offload_rt.speculative.medusa.checkpoint import (
 from offload_rt.speculative.medusa.names import COMMON_HEAD, TOKEN_MAP, HeadsShape, LmHead
 from offload_rt.writing import replacing, write_text, writing
 
-_DTYPES = {
+# By the names that safetensors has for them.
+DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
@@ -107,7 +108,7 @@ def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
 
 def tensor_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """A tensor of stored bytes; `dtype` is a safetensors name."""
-    return torch.frombuffer(bytearray(data), dtype=_DTYPES[dtype]).view(shape)
+    return torch.frombuffer(bytearray(data), dtype=DTYPES[dtype]).view(shape)
 
 
 def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:

@@ -1,17 +1,19 @@
 """A checkpoint's own module for drafting as a kind of drafter. No torch here."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.formats.base import resolve_weights
-from offload_rt.model.layout import compute_dtype
 from offload_rt.speculative.kind import DrafterKind, Points
-from offload_rt.speculative.kind_hidden import hidden_memory, hidden_parts, make_hidden
+from offload_rt.speculative.kind_hidden import (
+    hidden_memory,
+    hidden_parts,
+    hidden_variants,
+    make_hidden,
+)
 from offload_rt.speculative.mtp.checkpoint import find_module
 
 if TYPE_CHECKING:
@@ -31,10 +33,7 @@ def _variants(
         module = find_module(target)
     except CheckpointError:  # asked for by name it was refused before
         module = None
-    if module is None:
-        return ()
-    name = compute_dtype(module.config.dtype, module.tensors.values(), dtype)
-    return (replace(draft, draft_weights=resolve_weights(draft.draft_weights, name, device)),)
+    return () if module is None else hidden_variants(draft, module, dtype, device)
 
 
 def _load(place: "ModulePlace") -> "HiddenModule":
