@@ -1,7 +1,9 @@
 """The CUDA device over CPU memory: what it copies gives the same bits, and the same answers."""
 
+import importlib
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -292,6 +294,26 @@ def test_without_a_wait_of_kernels_answers_differ(answers, plain, monkeypatch, c
     except NumbersError:  # poison: numbers that are none
         found = None
     assert left_out and found != plain[CASES[case].get("many", False)]
+
+
+# --- what is asked of a real GPU -----------------------------------------------------------------
+
+
+def test_what_is_asked_of_a_gpu_the_double_does_too(make_tiny, monkeypatch):
+    """Cases of `tests/gpu`, which are never run elsewhere, would go stale unseen."""
+    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
+    asked = importlib.import_module("test_engine_on_gpu")
+
+    def opened(folder, **config):
+        open_double(monkeypatch)
+        return engine_for(folder, **config)
+
+    monkeypatch.setattr(asked, "engine_for", opened)
+    monkeypatch.setattr(asked, "DEVICE", "cpu")
+    folder = make_tiny(num_hidden_layers=6)
+    resident = asked.all_resident(folder)
+    asked.test_streamed_equals_resident(folder, resident, 2, 1, HomeKind.DISK)
+    asked.test_a_failed_pass_leaves_the_engine_usable(folder, resident, monkeypatch)
 
 
 # --- experts one by one --------------------------------------------------------------------------

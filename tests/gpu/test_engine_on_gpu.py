@@ -1,4 +1,7 @@
-"""The engine on a real GPU: same output streamed and resident, no hidden sync, planned memory."""
+"""The engine on a real GPU: same output streamed and resident, no hidden sync, planned memory.
+
+What needs no real driver runs without a GPU, too, over CPU tensors (`test_cuda_numbers.py`).
+"""
 
 import pytest
 import torch
@@ -7,19 +10,24 @@ from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from offload_rt.config import HomeKind, SamplingConfig
 from offload_rt.device.cuda.device import TorchDriver
 
+DEVICE = "cuda:0"
 ROOMY = 4 * 2**30
 FAMILIES = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "gpt_neox", "phi3"]
 
 
 def on_gpu(folder, **config):
-    options = {"device": "cuda:0", "device_limit_bytes": ROOMY, "home": HomeKind.HOST}
+    options = {"device": DEVICE, "device_limit_bytes": ROOMY, "home": HomeKind.HOST}
     return engine_for(folder, **(options | config))
+
+
+def all_resident(folder):
+    with on_gpu(folder, resident_layers=6, home=HomeKind.AUTO) as engine:
+        return all_logits(engine)
 
 
 @pytest.fixture
 def resident(wide):
-    with on_gpu(wide, resident_layers=6, home=HomeKind.AUTO) as engine:
-        return all_logits(engine)
+    return all_resident(wide)
 
 
 @pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
@@ -40,11 +48,11 @@ def test_many_streamed_steps_repeat_bit_for_bit(wide):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_transformers(make_tiny, family):
     folder = make_tiny(family, pad_token_id=0)
-    model = reference_model(folder).to("cuda:0")
+    model = reference_model(folder).to(DEVICE)
     with on_gpu(folder, slots=2, resident_layers=1) as engine:
         tokens = generate(engine, tokens=12)[0]
         first = all_logits(engine, steps=0)
-    ids = torch.tensor([PROMPT], device="cuda:0")
+    ids = torch.tensor([PROMPT], device=DEVICE)
     with torch.no_grad():
         wanted = model(ids).logits[0, -1:]
         for _ in range(12):
