@@ -17,8 +17,6 @@ Usage: python tools/make_bench_mixture.py OUT --experts 64    (5.2 G parameters,
 
 import argparse
 import json
-import math
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,18 +25,19 @@ from pathlib import Path
 
 import torch
 from make_bench_model import (
-    TOKENIZER_FILES,
     Source,
     Tensor,
+    copy_tokenizer,
     cut_in_shards,
+    in_order,
     make_room,
     say,
-    write_shard,
+    write_shards,
 )
 
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import demo_folder
-from offload_rt.units import format_size, parse_size
+from offload_rt.units import parse_size
 
 PARTS = {"w1": "gate", "w2": "down", "w3": "up"}
 ROUNDS = 25  # of k-means
@@ -225,24 +224,9 @@ def write_mixture(
 ) -> None:
     """Write shards, each sorted by name as safetensors does, index, tokenizer and config.json."""
     tensors = list(Upcycling(source, mixture, routers).tensors())
-    item = source.dtype.itemsize
-    total = sum(math.prod(tensor.shape) for tensor in tensors) * item
-    if total > (free := shutil.disk_usage(out).free):
-        raise ConfigError(
-            f"the model takes {format_size(total)}, {out} has {format_size(free)} free"
-        )
-    shards = cut_in_shards(tensors, item, limit)
-    where: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        say(f"writing {name} ({format_size(total)} in all)")
-        write_shard(out / name, sorted(shard, key=lambda tensor: tensor.name), source.dtype)
-        where |= {tensor.name: name for tensor in shard}
-    index = {"metadata": {"total_size": total}, "weight_map": where}
-    (out / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, out / name)
+    shards = cut_in_shards(tensors, source.dtype.itemsize, limit)
+    write_shards(out, [in_order(shard) for shard in shards], source.dtype)
+    copy_tokenizer(source.folder, out)
     (out / "config.json").write_text(json.dumps(mixture_config(source, mixture), indent=2) + "\n")
 
 

@@ -22,8 +22,9 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +302,11 @@ def cut_in_shards(
     return shards
 
 
+def in_order(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Sorted by name, as safetensors sorts those of one number format."""
+    return sorted(tensors, key=lambda tensor: tensor.name)
+
+
 def write_shard(path: Path, tensors: Sequence[Tensor], dtype: torch.dtype) -> None:
     """Write a safetensors file with one tensor in memory at a time.
 
@@ -327,31 +333,42 @@ def write_shard(path: Path, tensors: Sequence[Tensor], dtype: torch.dtype) -> No
             file.write(made.view(-1).view(torch.uint8).numpy().data)
 
 
-def write_checkpoint(out: Path, source: Source, target: Shape, seed: int, limit: int) -> None:
-    """Write shards, index and tokenizer, then config.json: a folder with a config is complete."""
-    item = source.dtype.itemsize
-    tensors = list(Padding(source, target, seed).tensors())
-    total = sum(math.prod(tensor.shape) for tensor in tensors) * item
-    free = shutil.disk_usage(out).free
-    if total > free:
+def write_shards(out: Path, shards: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> None:
+    """Write safetensors files, and their index if they are several.
+
+    Raises:
+        ConfigError: the disk has no room for them.
+    """
+    total = sum(math.prod(tensor.shape) for tensor in chain(*shards)) * dtype.itemsize
+    if total > (free := shutil.disk_usage(out).free):
         raise ConfigError(
             f"the model takes {format_size(total)}, {out} has {format_size(free)} free"
         )
-    shards = cut_in_shards(tensors, item, limit)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors"
         if len(shards) > 1:
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         say(f"writing {name} ({number} of {len(shards)}, {format_size(total)} in all)")
-        write_shard(out / name, shard, source.dtype)
+        write_shard(out / name, shard, dtype)
         weight_map |= {tensor.name: name for tensor in shard}
     if len(shards) > 1:
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the files of a model's tokenizer."""
     for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, out / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def write_checkpoint(out: Path, source: Source, target: Shape, seed: int, limit: int) -> None:
+    """Write shards, index and tokenizer, then config.json: a folder with a config is complete."""
+    tensors = list(Padding(source, target, seed).tensors())
+    write_shards(out, cut_in_shards(tensors, source.dtype.itemsize, limit), source.dtype)
+    copy_tokenizer(source.folder, out)
     config = json.dumps(target_config(source, target), indent=2) + "\n"
     (out / "config.json").write_text(config)
 
