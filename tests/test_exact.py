@@ -494,6 +494,29 @@ def test_few_outputs_are_computed_tile_by_tile(monkeypatch):
     assert exact.unlike_product(64, 4, torch.bfloat16, torch.nn.functional.linear)
 
 
+@pytest.mark.parametrize(
+    ("flag", "limit", "dtype", "given"),
+    [
+        ("amx_bf16", None, "bfloat16", [16, 16, 16]),
+        ("amx_bf16", "AVX512_CORE_AMX", "bfloat16", [16, 16, 16]),
+        ("amx_bf16", "AVX512_CORE_BF16", "bfloat16", [48]),
+        ("amx_bf16", None, "float16", [48]),
+        ("amx_fp16", None, "float16", [16, 16, 16]),
+        ("avx512_bf16", None, "bfloat16", [48]),
+    ],
+)
+def test_with_matrix_registers_each_tile_is_a_product(flag, limit, dtype, given, monkeypatch):
+    monkeypatch.setattr(tiles, "processor_flags", lambda: frozenset({flag}))
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+    if limit is not None:
+        monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    rows, seen = torch.randn(40, 8).to(getattr(torch, dtype)), []
+    made = tiles.in_tiles(lambda tile: seen.append(len(tile)) or tile + 1, rows)
+    assert seen == given
+    assert torch.equal(made, rows + 1)
+
+
 @pytest.mark.skipif(bool(products.problem()), reason=f"no kernels: {products.problem()}")
 def test_the_order_of_sums_of_few_rows_is_missed(make_tiny, own_cache, monkeypatch):
     folder = make_tiny("llama", **PACKED, dtype="bfloat16")
