@@ -298,19 +298,19 @@ def test_ctrl_c_before_anything_is_done(tiny_model, offload_run, questions, monk
 
 def test_every_answer_of_every_round_starts_cold(tiny_model, offload_run, questions, monkeypatch):
     """The draft model reads the whole prompt again each time; so does the target."""
-    feed, forward, drafted, read = DraftModelDrafter._feed, Engine._pass, [], []
+    feed, forward, drafted, read = DraftModelDrafter.feed, Engine._pass, [], []
 
-    def noted_feed(self, tokens):
-        if len(tokens) > 6:  # a draft's own tokens come one by one
-            drafted.append((self._cache.length, len(tokens)))
-        return feed(self, tokens)
+    def noted_feed(self, rows):
+        if len(rows.tokens) > 6:  # a draft's own tokens come one by one
+            drafted.append((self._cache.length, len(rows.tokens)))
+        return feed(self, rows)
 
     def noted_pass(self, rows):
         if rows[0].keeps_all:
             read.append((self._caches[0].length, len(rows[0].tokens)))
         return forward(self, rows)
 
-    monkeypatch.setattr(DraftModelDrafter, "_feed", noted_feed)
+    monkeypatch.setattr(DraftModelDrafter, "feed", noted_feed)
     monkeypatch.setattr(Engine, "_pass", noted_pass)
     base = ("bench", tiny_model, "--prompts", questions, "-n", 6, "--limit", 1)
     done = offload_run(*base, *drafting(tiny_model), "--rounds", 3, "--json")

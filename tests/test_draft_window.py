@@ -61,16 +61,19 @@ class Watched(DraftModelDrafter):
         super().__init__(*arguments)
         self.logits, self.rows = None, []
 
-    def _catch_up(self, ids):
-        self.logits = super()._catch_up(ids).clone()
-        return self.logits
+    def _unread(self, ids):
+        self.logits = None
+        return super()._unread(ids)
 
     def _recorded_chain(self, ids, depth):
         """None: the logits that a chain is chosen from in one recording are kept nowhere."""
 
-    def _feed(self, tokens):
-        self.rows.append(len(tokens))
-        return super()._feed(tokens)
+    def feed(self, rows):
+        self.rows.append(len(rows.tokens))
+        logits = super().feed(rows)
+        if self.logits is None:  # those that a draft begins from
+            self.logits = logits.clone()
+        return logits
 
 
 @pytest.fixture(params=FAMILIES)
@@ -159,14 +162,16 @@ def test_sampling_with_a_window_shorter_than_the_prompt_is_lossless(near_sighted
 def test_wrong_probabilities_of_a_windowed_draft_fail_the_same_test(near_sighted, monkeypatch):
     """The negative control: the drafter says what it drew was the least likely of three."""
     folder, draft = near_sighted
-    honest = DraftModelDrafter._chain
+    honest = DraftModelDrafter.propose
 
-    def liar(self, logits, depth):
-        told = honest(self, logits, depth)
+    def liar(self, ids, max_depth, max_nodes=None):
+        told = honest(self, ids, max_depth, max_nodes)
+        if told.probs is None:
+            return told
         likeliest = told.probs.topk(3)
         return Draft(told.tree, told.probs.scatter(1, likeliest.indices, likeliest.values.flip(1)))
 
-    monkeypatch.setattr(DraftModelDrafter, "_chain", liar)
+    monkeypatch.setattr(DraftModelDrafter, "propose", liar)
     assert likelihood_of_three_tokens(folder, LONG[:51], draft(3)) < 1e-6
 
 

@@ -30,11 +30,12 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.prefixes import common_prefix
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, make_generator, sample, target_probs
-from offload_rt.speculative import verifier
+from offload_rt.speculative import together, verifier
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.ngram import drafter as ngram_module
 from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
 from offload_rt.speculative.ngram.followers import RANKS, Followers, Likely, pack_likely
+from offload_rt.speculative.together import Asked, propose_all
 from offload_rt.speculative.verifier import draw, walk
 
 REPEATS = PROMPT * 3
@@ -764,6 +765,43 @@ def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(make_tiny, drafts
         assert generate(engine, tokens=60) == plain
     told = [r.getMessage() for r in caplog.records if "goes on without it" in r.getMessage()]
     assert len(told) == 1
+
+
+@pytest.mark.parametrize("name", ["chain", "tree", "self-tree"])
+def test_drafts_of_several_are_made_in_the_same_passes(make_tiny, drafts, monkeypatch, name):
+    """Each is what its drafter makes alone, and one that fails hurts no other."""
+    prompts = [PROMPT, PROMPT[::-1], PROMPT[3:]]
+    place = STREAMED.get(name, {})
+    folder, passes = make_tiny("llama", **IDS), []
+    with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **place) as engine:
+        run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=30))
+        run.prefill()
+        model = engine._draft_model or engine._rounded_copy
+        honest = model.logits
+        monkeypatch.setattr(model, "logits", lambda rows: passes.append(len(rows)) or honest(rows))
+        asked = [Asked(s.drafter, s.ids, 20, engine.draft.nodes) for s in run.sequences]
+
+        def made(some):
+            passes.clear()
+            for one in asked:
+                one.drafter.forget()
+                one.drafter.begin(SamplingConfig(), make_generator(1, "cpu"))
+            return propose_all(some), len(passes)
+
+        alone, counts = zip(*(made([one]) for one in asked), strict=True)
+        drafts_of_all, count = made(asked)
+        assert [draft.tree for draft in drafts_of_all] == [draft.tree for (draft,) in alone]
+        assert all(len(draft.tree) > 2 for draft in drafts_of_all)
+        assert passes[0] == 3 and count == max(counts) < sum(counts)
+        monkeypatch.setattr(together, "SHARED_ROWS", 2)
+        assert [d.tree for d in made(asked)[0]] == [d.tree for d in drafts_of_all]
+        assert len(passes) > count
+        if not drafts[name].as_tree:
+            return
+        monkeypatch.setattr(asked[1].drafter._grower, "_children", lambda logits: 1 / 0)
+        first, broken, last = made(asked)[0]
+        assert isinstance(broken, ZeroDivisionError)
+        assert [first.tree, last.tree] == [drafts_of_all[0].tree, drafts_of_all[2].tree]
 
 
 def test_a_draft_model_with_another_vocabulary_is_refused_with_both_sizes(make_tiny):

@@ -308,16 +308,11 @@ class PlacedModel:
         seen = min(budget_tokens, self.context_tokens)
         return replace(self, residence=where, context_tokens=seen).draft_load(tokens)
 
-    def over_own_rows(self, tokens: int, weights: DraftWeights) -> PassLoad:
-        """A pass of one sequence in which rounded copies stand in for the streamed layers.
-
-        Args:
-            tokens: that go through the layers.
-            weights: how the copies are kept.
-        """
+    def over_own_rows(self, weights: DraftWeights) -> "PlacedModel":
+        """The same with rounded copies, kept so, in place of the streamed layers."""
         here = self.residence
         where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
-        return replace(self, residence=where, sequences=1).draft_load(tokens)
+        return replace(self, residence=where)
 
     @property
     def _tile(self) -> int:

@@ -44,6 +44,7 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.deciding import Checked, decide
+from offload_rt.speculative.together import Asked, propose_all
 from offload_rt.trace import Lane
 
 _log = logging.getLogger(__name__)
@@ -168,7 +169,7 @@ class Run:
         if controller is not None:
             most = controller.nodes_for(len(writing))
         start = time.perf_counter()
-        drafted = [self._proposed(s, most if self.drafts else 0) for s in writing]
+        drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at = time.perf_counter()
         texts = [(s, self._next_part(s, count)) for s, count in reading]
         rows = sum(1 + len(one.draft.tree) for one in drafted)
@@ -225,24 +226,34 @@ class Run:
                 raise type(error)(f"answer {place + 1} of {len(self.sequences)}: {error}")
         return emitted
 
-    def _proposed(self, sequence: SequenceState, nodes: int) -> "_Step":
-        """Ask the drafter; one that fails is not asked again, and decoding goes on without it."""
-        asked = sequence.request.draft_tokens
-        nodes = nodes if asked is None else min(nodes, asked)
-        step = _Step(sequence, nodes=nodes)
-        if sequence.drafter is None or sequence.remaining <= 1 or not nodes:
-            return step
+    def _proposed(self, writing: Sequence[SequenceState], most: int) -> "list[_Step]":
+        """Ask the drafters; one that fails is not asked again, and decoding goes on without it."""
+        steps, asked = [], []
+        for sequence in writing:
+            own = sequence.request.draft_tokens
+            nodes = most if own is None else min(most, own)
+            step = _Step(sequence, nodes=nodes)
+            steps.append(step)
+            drafter, depth = sequence.drafter, sequence.remaining - 1
+            if drafter is not None and depth > 0 and nodes:
+                asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
+        if not asked:
+            return steps
         start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
-            with self.engine.traced(Lane.DRAFTING, sequence.drafter.name):
-                step.draft = sequence.drafter.propose(sequence.ids, sequence.remaining - 1, nodes)
-        except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
-            name, sequence.drafter = sequence.drafter.name, None
-            _log.warning("the %s drafter failed (%s): decoding goes on without it", name, error)
+            with self.engine.traced(Lane.DRAFTING, asked[0][1].drafter.name):
+                made = propose_all([one for _, one in asked])
         finally:
             self.counts.draft_s += time.perf_counter() - start
             self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
-        return step
+        for (step, one), draft in zip(asked, made, strict=True):
+            if isinstance(draft, Draft):
+                step.draft = draft
+                continue
+            step.sequence.drafter = None
+            name = one.drafter.name
+            _log.warning("the %s drafter failed (%s): decoding goes on without it", name, draft)
+        return steps
 
     def _next_part(self, sequence: SequenceState, count: int) -> list[int]:
         """The next tokens of its prompt."""

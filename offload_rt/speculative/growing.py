@@ -7,8 +7,9 @@ quote their prompt need.
 """
 
 import math
+from abc import ABC, abstractmethod
 from bisect import bisect_right, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice, takewhile
 
@@ -39,6 +40,11 @@ UNKNOWN = float("-inf")  # score of a node whose parent's logits are not there y
 _SEEN_BEFORE = 2  # last tokens that must be the same
 NO_NUMBERS = "its logits are NaN or infinite"
 
+# A draft in the making: rows that it wants fed, for [R, V] logits of the wanted ones, until it is
+# made. So one pass may feed the rows of several (`together`).
+Feeding = Generator[Rows, torch.Tensor, torch.Tensor]
+Drafting = Generator[Rows, torch.Tensor, Draft]
+
 
 @dataclass(slots=True)
 class _Candidate:
@@ -61,9 +67,7 @@ class Grower:
         greedy_temperature: of the model's distribution where answers are greedy. The nearer the
             model is to the target, the surer it is of the target's likeliest token, however
             unlikely that is itself.
-        records: its passes are recorded, where the device has passes recorded.
-        feed: makes its passes instead, [R, V] logits of rows. A row then needs what its parent's
-            gave, so none is fed ahead.
+        ahead: rows may be fed before their parents' logits are there.
     """
 
     def __init__(
@@ -73,11 +77,9 @@ class Grower:
         capacity: int,
         *,
         greedy_temperature: float = 1.0,
-        records: bool = False,
-        feed: Callable[[Rows], torch.Tensor] | None = None,
+        ahead: bool = True,
     ) -> None:
-        self._model, self._cache, self._ahead_of_parents = model, cache, feed is None
-        self._feed = feed or (model.draft_logits if records else lambda rows: model.logits([rows]))
+        self._model, self._cache, self._ahead_of_parents = model, cache, ahead
         self._greedy_temperature = greedy_temperature
         self._sampling = SamplingConfig()
         self._text = SuffixIndex(SHORTEST_QUOTED)
@@ -102,7 +104,7 @@ class Grower:
         *,
         root_pends: bool,
         least_gain: float = 0.0,
-    ) -> Draft:
+    ) -> Drafting:
         """Grow a tree best first: in each pass feed the likeliest nodes that have no children yet.
 
         What is kept is the likeliest nodes of all that were seen (SpecExec, arXiv:2406.02532).
@@ -147,7 +149,7 @@ class Grower:
                 parents=parents,
                 wanted=range(len(fed)),
             )
-            logits = self._feed(rows)
+            logits = yield rows
             passes += 1
             for node, (found, logprobs) in zip(fed, self._children(logits), strict=True):
                 growth.add(node, found, logprobs)
@@ -196,15 +198,17 @@ class Grower:
         return [([int(t) for t in row[:BRANCHES]], row[BRANCHES:]) for row in rows]
 
 
-class GrowingDrafter(Unlearned):
+class GrowingDrafter(Unlearned, ABC):
     """What drafters have in common that draw a chain from a network, or grow a tree with it.
 
     Args:
+        model: the network.
         grower: grows its trees.
+        config: how many nodes, chain or tree.
     """
 
-    def __init__(self, grower: Grower) -> None:
-        self._grower = grower
+    def __init__(self, model: Runner, grower: Grower, config: DraftConfig) -> None:
+        self._model, self._grower, self._config = model, grower, config
         self._sampling = SamplingConfig()
         self._generator: torch.Generator | None = None
 
@@ -218,6 +222,38 @@ class GrowingDrafter(Unlearned):
         self._sampling, self._generator = sampling, generator
         self._grower.begin(sampling)
 
+    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
+        """Draft a chain, or grow a tree best first."""
+        making = self.proposing(ids, max_depth, max_nodes)
+        try:
+            rows = next(making)
+            while True:
+                rows = making.send(self.feed(rows))
+        except StopIteration as end:
+            made: Draft = end.value
+            return made
+        finally:
+            making.close()
+
+    @abstractmethod
+    def proposing(
+        self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None
+    ) -> Drafting:
+        """Make a draft as `propose` does, of logits that are sent in."""
+
+    @abstractmethod
+    def feed(self, rows: Rows) -> torch.Tensor:
+        """Feed what a draft in the making wants; returns [R, V] logits of the wanted rows."""
+
+    def shared_model(self, max_nodes: int | None) -> Runner | None:
+        """The network, if rows of other sequences may be in the passes of such a draft.
+
+        Not where passes are recorded, as each is of one sequence; and not where tokens are drawn:
+        they are to be the same whoever else is there, to the last bit.
+        """
+        drawn = not (self._sampling.greedy or self._config.limited(max_nodes).as_tree)
+        return None if drawn or self._model.records() else self._model
+
 
 def draw_chain(
     model: Runner,
@@ -225,8 +261,8 @@ def draw_chain(
     depth: int,
     sampling: SamplingConfig,
     generator: torch.Generator | None,
-    feed: Callable[[int], torch.Tensor],
-) -> Draft:
+    feed: Callable[[int], Feeding],
+) -> Drafting:
     """A model's own continuation: likeliest tokens, or drawn ones.
 
     Args:
@@ -252,7 +288,7 @@ def draw_chain(
             raise NumbersError(NO_NUMBERS)
         if len(tokens) == depth:
             return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
-        logits = feed(tokens[-1])
+        logits = yield from feed(tokens[-1])
 
 
 @dataclass(slots=True)

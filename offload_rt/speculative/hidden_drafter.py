@@ -25,7 +25,14 @@ from offload_rt.runner.static import Carried, HiddenRows
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
+from offload_rt.speculative.growing import (
+    NO_NUMBERS,
+    Drafting,
+    Feeding,
+    Grower,
+    GrowingDrafter,
+    draw_chain,
+)
 from offload_rt.speculative.hidden import HiddenTap, NewestRows
 
 STATES = "hidden states of a draft"  # in the device's ledger
@@ -141,15 +148,17 @@ class HiddenDrafter(GrowingDrafter):
     def __init__(
         self, module: HiddenModule, index: int, config: DraftConfig, capacity: int
     ) -> None:
-        self._shared, self._module, self._config = module, module.module, config
-        self._index = index
+        self._shared, self._index = module, index
         self._hidden = module.rows(index)
-        network, device = self._module.network, self._module.device
+        network, device = module.module.network, module.module.device
         rows = config.cache_rows(capacity)
         self._cache = ResidentKV(device, network.kv_shapes, network.dtype, rows)
         self._first = 0  # place of the token whose hidden state is in the first row
         self._ids: list[int] = []  # tokens that the rows were made of, and those before them
-        super().__init__(Grower(self._module, self._cache, capacity, feed=self._feed))
+        self._whole = False  # where passes are recorded, a draft is one
+        # A row needs what its parent's gave, so none is fed ahead.
+        grower = Grower(module.module, self._cache, capacity, ahead=False)
+        super().__init__(module.module, grower, config)
 
     @property
     def name(self) -> str:
@@ -161,21 +170,35 @@ class HiddenDrafter(GrowingDrafter):
         self._shared.drafts_for(self._index)
         super().begin(sampling, generator)
 
-    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
-        """Draft a chain, or grow a tree best first; nothing where hidden states are missing."""
+    def shared_model(self, max_nodes: int | None) -> None:
+        """None: what its passes go on from is kept of one draft at a time."""
+
+    def proposing(
+        self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None
+    ) -> Drafting:
+        """Make a draft of logits that are sent in; nothing where hidden states are missing."""
         config = self._config.limited(max_nodes)
         depth = min(max_depth, config.nodes)
         if depth < 1 or (unread := self._unread(ids)) is None:
             return Draft()
-        whole = self._sampling.greedy and not config.as_tree
-        if whole and (draft := self._recorded_chain(unread, ids, depth)) is not None:
+        self._whole = self._sampling.greedy and not config.as_tree
+        if self._whole and (draft := self._recorded_chain(unread, ids, depth)) is not None:
             return draft
-        logits = self._keep(unread, ids, recorded=not whole)
+        logits = yield unread
+        self._read(unread, ids)
         try:
             if config.as_tree:
-                return self._grower.grow(logits, ids, depth, config, root_pends=False)
-            feed = self._feeding(recorded=not whole)
-            return draw_chain(self._module, logits, depth, self._sampling, self._generator, feed)
+                return (yield from self._grower.grow(logits, ids, depth, config, root_pends=False))
+            return (
+                yield from draw_chain(
+                    self._model,
+                    logits,
+                    depth,
+                    self._sampling,
+                    self._generator,
+                    self._feeding(),
+                )
+            )
         finally:
             self._cache.commit(())
 
@@ -211,15 +234,9 @@ class HiddenDrafter(GrowingDrafter):
             rows = Rows.text(self._cache, ids[start + 1 : stop + 1], carried=carried)
             if stop == last:
                 return rows
-            self._module.draft_logits(rows, recorded=False)
+            self._model.draft_logits(rows, recorded=False)
             self._cache.commit(range(stop - start))
             start = stop
-
-    def _keep(self, unread: Rows, ids: Sequence[int], *, recorded: bool = True) -> torch.Tensor:
-        """Read the newest rows; returns [1, V] logits of what follows the last token."""
-        logits = self._module.draft_logits(unread, recorded=recorded)
-        self._read(unread, ids)
-        return logits
 
     def _read(self, rows: Rows, ids: Sequence[int]) -> None:
         """The first pending rows are those, of the last tokens."""
@@ -230,36 +247,37 @@ class HiddenDrafter(GrowingDrafter):
 
     def _recorded_chain(self, unread: Rows, ids: Sequence[int], depth: int) -> Draft | None:
         """All of a greedy chain with one host sync, where passes are recorded."""
-        drawn = self._module.draft_chain(unread, depth)
+        drawn = self._model.draft_chain(unread, depth)
         if drawn is None:
             return None
-        tokens = self._module.device.download(drawn)  # host sync
+        tokens = self._model.device.download(drawn)  # host sync
         if NO_TOKEN in tokens:
             self._cache.truncate(self._cache.length)
             raise NumbersError(NO_NUMBERS)
         self._read(unread, ids)
         return Draft(TokenTree.chain(tokens))
 
-    def _feed(self, rows: Rows, *, recorded: bool = True) -> torch.Tensor:
-        """Feed nodes with what their parents gave; returns [R, V] logits after the wanted ones."""
-        count, pending = len(rows.tokens), len(rows.places)
-        parents = range(-1, pending - 1) if rows.parents is None else rows.parents
-        carried = Carried(
-            rows=self._shared.hidden,
-            reads=[1 + row for row in parents[-count:]],  # the root's is the first
-            writes=1 + pending - count,
-        )
-        return self._module.draft_logits(replace(rows, carried=carried), recorded=recorded)
+    def feed(self, rows: Rows) -> torch.Tensor:
+        """Feed nodes with what their parents gave, or what the target gave with that."""
+        if rows.carried is None:
+            count, pending = len(rows.tokens), len(rows.places)
+            parents = range(-1, pending - 1) if rows.parents is None else rows.parents
+            carried = Carried(
+                rows=self._shared.hidden,
+                reads=[1 + row for row in parents[-count:]],  # the root's is the first
+                writes=1 + pending - count,
+            )
+            rows = replace(rows, carried=carried)
+        return self._model.draft_logits(rows, recorded=not self._whole)
 
-    def _feeding(self, *, recorded: bool) -> Callable[[int], torch.Tensor]:
+    def _feeding(self) -> Callable[[int], Feeding]:
         """Feeds one more token of a chain; gives [1, V] logits after it."""
         cache, pending = self._cache, 0
 
-        def feed(token: int) -> torch.Tensor:
+        def feed(token: int) -> Feeding:
             nonlocal pending
             pending += 1
             places = range(cache.length, cache.length + pending)
-            rows = Rows(cache=cache, tokens=[token], places=places, wanted=[0])
-            return self._feed(rows, recorded=recorded)
+            return (yield Rows(cache=cache, tokens=[token], places=places, wanted=[0]))
 
         return feed

@@ -18,7 +18,14 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import NO_TOKEN
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.draft_model.window import seen_tokens
-from offload_rt.speculative.growing import NO_NUMBERS, Grower, GrowingDrafter, draw_chain
+from offload_rt.speculative.growing import (
+    NO_NUMBERS,
+    Drafting,
+    Feeding,
+    Grower,
+    GrowingDrafter,
+    draw_chain,
+)
 
 
 class DraftModelDrafter(GrowingDrafter):
@@ -33,38 +40,50 @@ class DraftModelDrafter(GrowingDrafter):
     name = "model"
 
     def __init__(self, model: Runner, config: DraftConfig, capacity: int) -> None:
-        self._model, self._config = model, config
         rows = config.cache_rows(capacity)
         self._cache = ResidentKV(model.device, model.network.kv_shapes, model.network.dtype, rows)
         # Tokens whose rows are in the cache; a row is decided by its token and those before it.
         self._ids: list[int] = []
-        super().__init__(Grower(model, self._cache, capacity, records=True))
+        super().__init__(model, Grower(model, self._cache, capacity), config)
 
-    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
-        """Draft a chain, or grow a tree best first."""
+    def proposing(
+        self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None
+    ) -> Drafting:
+        """Make a draft of logits that are sent in."""
         config = self._config.limited(max_nodes)
         depth = min(max_depth, config.nodes)
         if depth < 1:
             return Draft()
+        if not config.as_tree and (drafted := self._recorded_chain(ids, depth)) is not None:
+            return drafted
+        logits = yield from self._add(self._unread(ids))
         if not config.as_tree:
-            return self._recorded_chain(ids, depth) or self._chain(self._catch_up(ids), depth)
-        logits = self._catch_up(ids)
-        draft = self._grower.grow(logits, ids, depth, config, root_pends=False)
+            return (
+                yield from draw_chain(
+                    self._model,
+                    logits,
+                    depth,
+                    self._sampling,
+                    self._generator,
+                    lambda token: self._add([token]),
+                )
+            )
+        draft = yield from self._grower.grow(logits, ids, depth, config, root_pends=False)
         self._cache.commit(())
         return draft
 
+    def feed(self, rows: Rows) -> torch.Tensor:
+        """Feed rows; where all of a chain is one recording, single passes would be used no more."""
+        return self._model.draft_logits(rows, recorded=not self._chains_whole)
+
     def observe(self, draft: Draft, verdict: Verdict) -> None:
-        """Nothing: rows that were not accepted are forgotten by `_catch_up`."""
+        """Nothing: rows that were not accepted are forgotten by `_unread`."""
 
     def forget(self) -> None:
         """Drop all rows of the cache."""
         self._cache.truncate(0)
         self._ids.clear()
         self._grower.forget()
-
-    def _catch_up(self, ids: Sequence[int]) -> torch.Tensor:
-        """Bring the cache up to what is seen of `ids`; returns [1, V] logits after the last."""
-        return self._feed(self._unread(ids))
 
     def _unread(self, ids: Sequence[int]) -> Sequence[int]:
         """Forget rows of other tokens; returns what is seen of `ids` and has no rows."""
@@ -74,11 +93,9 @@ class DraftModelDrafter(GrowingDrafter):
         del self._ids[common:]
         return seen[common:]
 
-    def _feed(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Add tokens; returns [1, V] logits after the last."""
-        rows = Rows.text(self._cache, tokens)
-        # Where all of a chain is one, recordings of single passes would be used no more.
-        logits = self._model.draft_logits(rows, recorded=not self._chains_whole)
+    def _add(self, tokens: Sequence[int]) -> Feeding:
+        """Add tokens; gives [1, V] logits after the last."""
+        logits = yield Rows.text(self._cache, tokens)
         self._keep(tokens)
         return logits
 
@@ -105,14 +122,3 @@ class DraftModelDrafter(GrowingDrafter):
             raise NumbersError(NO_NUMBERS)
         self._keep([*unread, *tokens[:-1]])
         return Draft(TokenTree.chain(tokens))
-
-    def _chain(self, logits: torch.Tensor, depth: int) -> Draft:
-        """The draft model's own continuation."""
-        return draw_chain(
-            self._model,
-            logits,
-            depth,
-            self._sampling,
-            self._generator,
-            lambda token: self._feed([token]),
-        )

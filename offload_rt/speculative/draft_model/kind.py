@@ -4,9 +4,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig, DraftWeights
-from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected, growing_pass, shared_rows
 from offload_rt.costs.sizes import (
-    PassShape,
     decoding_bytes,
     draft_base_bytes,
     image_bytes,
@@ -66,11 +65,13 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
             packs_head=_packs_ends(model, config.draft_weights, target.speeds.device),
         ),
         context_tokens=min(context, config.window_tokens or context),
+        sequences=target.sequences,
     )
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    parts = (DraftPart(times=passes * target.sequences, load=placed.draft_load(rows)),)
+    each, load = growing_pass(placed, rows)
+    parts = (DraftPart(times=passes * each, load=load),)
     if not config.as_tree:
         return parts
     return (
@@ -97,7 +98,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         kept_bytes=weight_bytes + kv_bytes + quotes + recorded,
         copied_bytes=weight_bytes,
         recorded_bytes=recorded,
-        pass_bytes=_pass_bytes(model, config, run.shape, device),
+        pass_bytes=_pass_bytes(model, config, run),
         loading_bytes=max(layers) + (base if rounds else 0),
         drawn_nodes=0 if config.as_tree else config.nodes,
     )
@@ -108,14 +109,14 @@ def _packs_ends(model: Checkpoint, weights: DraftWeights, device: DeviceKind) ->
     return weights is DraftWeights.SAME and not model.stored and packs(model, "auto", device)
 
 
-def _pass_bytes(
-    model: Checkpoint, config: DraftConfig, shape: PassShape, device: DeviceKind
-) -> int:
-    passes = replace(shape, logit_rows=config.tree_breadth)
+def _pass_bytes(model: Checkpoint, config: DraftConfig, run: DraftedRun) -> int:
+    shape, sequences = run.shape, len(run.capacities)
+    rows = config.tree_breadth if config.as_tree else 1
+    passes = replace(shape, logit_rows=shared_rows(rows, sequences))
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
         seen = min(shape.longest, config.window_tokens)
         passes = replace(passes, rows=seen, longest=seen)
-    return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes, device)
+    return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes, run.device)
 
 
 def draft_weights_of(

@@ -16,7 +16,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.growing import Grower, GrowingDrafter, draw_chain
+from offload_rt.speculative.growing import Drafting, Feeding, Grower, GrowingDrafter, draw_chain
 
 # Temperature of the copies' distribution where answers are greedy. The mean log of the probability
 # of what the target chose was -0.20 at 0.25 to 0.3, -0.41 at 1 (352 tokens of MT-Bench answers;
@@ -46,26 +46,34 @@ class SelfDrafter(GrowingDrafter):
         *,
         least_gain: float = 0.0,
     ) -> None:
-        self._model, self._cache, self._config = model, cache, config
-        self._least_gain = least_gain
-        super().__init__(Grower(model, cache, capacity, greedy_temperature=SHARPENED, records=True))
+        self._cache, self._least_gain = cache, least_gain
+        grower = Grower(model, cache, capacity, greedy_temperature=SHARPENED)
+        super().__init__(model, grower, config)
 
-    def propose(self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None) -> Draft:
-        """Draft a chain, or grow a tree best first, behind the target's own rows."""
+    def proposing(
+        self, ids: Sequence[int], max_depth: int, max_nodes: int | None = None
+    ) -> Drafting:
+        """Make a draft behind the target's own rows, of logits that are sent in."""
         config = self._config.limited(max_nodes)
         depth = min(max_depth, config.nodes)
         if depth < 1:
             return Draft()
         assert self._cache.length == len(ids) - 1  # what is committed is all but the root
         try:
-            logits = self._model.draft_logits(Rows.draft(self._cache, ids[-1], TokenTree()))
+            logits = yield Rows.draft(self._cache, ids[-1], TokenTree())
             if not config.as_tree:
-                return self._chain(logits, depth)
-            return self._grower.grow(
-                logits, ids, depth, config, root_pends=True, least_gain=self._least_gain
+                return (yield from self._chain(logits, depth))
+            return (
+                yield from self._grower.grow(
+                    logits, ids, depth, config, root_pends=True, least_gain=self._least_gain
+                )
             )
         finally:
             self._cache.truncate(self._cache.length)
+
+    def feed(self, rows: Rows) -> torch.Tensor:
+        """Feed rows."""
+        return self._model.draft_logits(rows)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Nothing: the rows of a draft are gone already."""
@@ -74,16 +82,18 @@ class SelfDrafter(GrowingDrafter):
         """Drop what was read of the text; the cache is the target's."""
         self._grower.forget()
 
-    def _chain(self, logits: torch.Tensor, depth: int) -> Draft:
+    def _chain(self, logits: torch.Tensor, depth: int) -> Drafting:
         """The copies' own continuation."""
         cache, pending = self._cache, 1  # the root
 
-        def feed(token: int) -> torch.Tensor:
+        def feed(token: int) -> Feeding:
             nonlocal pending
             place = cache.length + pending
             pending += 1
-            return self._model.draft_logits(
-                Rows(cache=cache, tokens=[token], places=range(cache.length, place + 1), wanted=[0])
+            return (
+                yield Rows(
+                    cache=cache, tokens=[token], places=range(cache.length, place + 1), wanted=[0]
+                )
             )
 
         return draw_chain(self._model, logits, depth, self._sampling, self._generator, feed)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from offload_rt.config import DraftConfig, DraftWeights, KVPlace, RuntimeConfig
-from offload_rt.costs.drafters import Drafting, DraftPart, Expected
+from offload_rt.costs.drafters import Drafting, DraftPart, Expected, growing_pass
 from offload_rt.costs.sizes import decoding_bytes, layouts_of, number_bytes_of, recorded_bytes
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.device.kinds import DeviceKind
@@ -87,8 +87,8 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    load = target.over_own_rows(rows, _format(config))
-    parts = (DraftPart(times=passes * target.sequences, load=load),)
+    each, load = growing_pass(target.over_own_rows(_format(config)), rows)
+    parts = (DraftPart(times=passes * each, load=load),)
     if not config.as_tree:
         return parts
     growth = DraftPart(times=target.sequences * expected.made, seconds=config.nodes * GROWTH_S)
