@@ -58,6 +58,27 @@ def test_simulates_first_line_is_what_simulating_with_more_memory_gives(llama_70
     assert float(with_more) > 1.05 * float(rate)
 
 
+def test_of_several_machines_the_one_that_lacks_host_memory_is_told(
+    llama_70b, offload_run, tmp_path
+):
+    """The first has 96 GiB and lacks none; the second has 16."""
+
+    def planned(*host_memory, as_json=False):
+        nodes = zip(("desk", "shelf"), host_memory, strict=True)
+        roster = tmp_path / "nodes.toml"
+        line = '[[node]]\nname = "{}"\ndevice_memory = "20GiB"\nhost_memory = "{}"\n'
+        roster.write_text("".join(line.format(*node) for node in nodes))
+        how = ("--device", "cuda", "--profile", GPU, "--draft", "none", "--context", 512)
+        return offload_run("plan", llama_70b, "--nodes", roster, *how, *["--json"] * as_json).out
+
+    _, rate, _, more, memory, with_more = parts(planned("96GiB", "16GiB"))
+    assert memory == "host" and float(with_more) > 3 * float(rate)
+    grown = 16 * 2**30 + parse_size(more)
+    roomy = json.loads(planned("96GiB", f"{grown}", as_json=True))
+    assert with_more == format_speed(roomy["predicted"]["s_per_token"]).split()[0]
+    assert parts(planned("96GiB", f"{grown}"))[4] != "host"
+
+
 def test_a_gpu_whose_layers_do_not_fit_in_host_memory_is_told_so(llama_70b, offload_run):
     base = ("simulate", llama_70b, "--profile", GPU, "--profile-set", "ram_bytes=96GiB")
     _, rate, bound, more, memory, with_more = parts(offload_run(*base).out)

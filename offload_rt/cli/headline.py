@@ -1,14 +1,16 @@
 """The first line of a prediction: how fast, what binds it, and what more memory would give."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import add
 
 from offload_rt.cli.columns import hanging
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import IN_TWELVE, StoredSizes
-from offload_rt.device.kinds import FREE_SHARE, DeviceKind
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import OffloadError
+from offload_rt.planning.fit import host_limits
 from offload_rt.planning.placement import Placement
 from offload_rt.units import format_size, format_speed
 
@@ -66,7 +68,7 @@ def more_memory(
 
     On the device: the rest, where half as much again holds everything; else a quarter, then twice
     that, as long as it does not help. On the host: what streamed layers lack to live there instead
-    of in the files, for a GPU. The one of more tokens/s is told.
+    of in the files, for a GPU, on each machine. The one of more tokens/s is told.
 
     Args:
         config: what is asked for.
@@ -85,11 +87,15 @@ def more_memory(
         there = replace(free, device_bytes=first, further_bytes=tuple(others))
         return _tried("device", more, sum(limits), lambda: predict(roomy, there))
 
-    def try_host(more: int) -> More | None:
-        limit = _host_limit(config, free) + more
-        roomy = replace(config, host_limit_bytes=limit)
-        there = replace(free, host_bytes=max(free.host_bytes, limit))
-        return _tried("host", more, limit, lambda: predict(roomy, there))
+    def try_host(more: Sequence[int]) -> More | None:
+        limits = tuple(map(add, host_limits(config, free), more))
+        if config.machines:
+            roomy = replace(config, machine_host_bytes=limits)
+        else:
+            roomy = replace(config, host_limit_bytes=limits[0])
+        first, *others = map(max, (free.host_bytes, *free.further_host_bytes), limits)
+        there = replace(free, host_bytes=first, further_host_bytes=tuple(others))
+        return _tried("host", sum(more), sum(limits), lambda: predict(roomy, there))
 
     def helps(made: More | None) -> bool:
         return made is not None and s_per_token >= _GAIN * made.s_per_token
@@ -97,8 +103,8 @@ def more_memory(
     tries: list[More | None] = [
         next(filter(helps, map(try_device, _device_steps(placement))), None)
     ]
-    if lacking := _lacking_on_host(config, device, free, placement):
-        tries.append(try_host(_round_up(lacking)))
+    if any(lacking := _lacking_on_host(config, device, free, placement)):
+        tries.append(try_host([_round_up(nbytes) for nbytes in lacking]))
     return min((made for made in tries if made and helps(made)), key=_seconds, default=None)
 
 
@@ -136,17 +142,15 @@ def _lacking_on_device(placement: Placement) -> int:
 
 def _lacking_on_host(
     config: RuntimeConfig, device: DeviceKind, free: FreeMemory, placement: Placement
-) -> int:
-    """Host memory that streamed layers lack to live there, where the device would have them."""
-    from_choice = config.home is HomeKind.AUTO and device.home is HomeKind.HOST
-    if not from_choice or placement.home is HomeKind.HOST or not placement.streams:
-        return 0
-    needed = placement.streamed_bytes
-    return max(0, needed - _host_limit(config, free))
-
-
-def _host_limit(config: RuntimeConfig, free: FreeMemory) -> int:
-    return config.host_limit_bytes or int(free.host_bytes * FREE_SHARE)
+) -> list[int]:
+    """Host memory that each machine's streamed layers lack to live there, where they would."""
+    if config.home is not HomeKind.AUTO or device.home is not HomeKind.HOST:
+        return []
+    shares = placement.shares if config.machines else (placement,)
+    return [
+        max(0, own.streamed_bytes - limit) if own.streams and own.home is not HomeKind.HOST else 0
+        for own, limit in zip(shares, host_limits(config, free), strict=True)
+    ]
 
 
 def headline(name: str, s_per_token: float, bound: str, more: More | None) -> str:
@@ -161,7 +165,9 @@ def headline(name: str, s_per_token: float, bound: str, more: More | None) -> st
 
 
 def _round_up(nbytes: int) -> int:
-    """The next size that people would name: 1, 1.5, 2, 3, 4, 6, 8, 12 ... MiB or GiB."""
+    """The next size that people would name: 0, 1, 1.5, 2, 3, 4, 6, 8, 12 ... MiB or GiB."""
+    if not nbytes:
+        return 0
     for unit in (2**20, 2**30):
         for steps in _STEPS:
             if steps * unit >= nbytes:

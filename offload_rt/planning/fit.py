@@ -130,7 +130,7 @@ def place_run(
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
-    host_limit = _host_limits(config, free)[0]
+    host_limit = host_limits(config, free)[0]
     homed = partial(
         _homes_within,
         config=config,
@@ -274,7 +274,7 @@ def _with_homes(
     """
     if not config.machines:
         return with_home(placement, config, device, host_limit)
-    others = _host_limits(config, free)[1:]
+    others = host_limits(config, free)[1:]
     shares = list[Placement]()
     for share, limit in zip(placement.shares, [host_limit, *others], strict=True):
         try:
@@ -293,7 +293,7 @@ def _with_homes(
     )
 
 
-def _host_limits(config: RuntimeConfig, free: FreeMemory) -> list[int]:
+def host_limits(config: RuntimeConfig, free: FreeMemory) -> list[int]:
     """Host memory that each machine may use: what is said of it, else of all, else what is free."""
     there = (free.host_bytes, *free.further_host_bytes)
     stated = config.machine_host_bytes or (None,) * len(there)
