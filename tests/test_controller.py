@@ -144,14 +144,14 @@ def test_smaller_drafts_are_judged_by_the_beginnings_of_larger_ones():
     assert set(other.accepted()) == {64}
 
 
-def test_the_first_draft_after_a_rest_is_not_timed():
+def test_a_draft_before_which_a_text_is_read_is_not_timed():
     controller = Controller(outlooks())
-    rest = Outcome(drafted=0, path=[], nested=True)
-    controller.observe(0, [rest], draft_s=0.0, pass_s=0.1)
     before = controller.expect(8).draft_s
     late = Outcome(drafted=8, path=[0], nested=True)
-    controller.observe(8, [late], draft_s=60.0, pass_s=0.108)
+    controller.observe(8, [late], draft_s=None, pass_s=0.108)
     assert controller.expect(8).draft_s == before
+    controller.observe(8, [late], draft_s=60.0, pass_s=0.108)
+    assert controller.expect(8).draft_s > 10 * before
 
 
 TREES = (0, 1, 2, 4, 8, 16, 32, 64)

@@ -252,7 +252,7 @@ def test_a_pass_with_copies_costs_what_is_rounded_and_what_is_not(wide):
         parts=parts, speeds=there, residence=Residence(streamed=(1, 4, 7), slots=2),
         context_tokens=50,
     )  # fmt: skip
-    load = model.over_own_rows(4, INT4.copies)
+    load = model.over_own_rows(INT4.copies).draft_load(4)
     own = model.load(4)
     assert load.streamed == () and load.tokens == 4 and load.head == own.head
     assert load.head_weights is own.head_weights

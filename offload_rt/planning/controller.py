@@ -42,6 +42,9 @@ _PROBE_COST = 0.02  # of the time since the last try, which the next one may be 
 # Steps a new size is tried for, until it had so many; and steps after which the first is, the last.
 _SCOUT_STEPS, _SCOUTED, _FIRST_SCOUT, _LAST_SCOUT = 2, 4, 3, 48
 _LONGER = 1.15  # times what is planned: then the plan may be wrong about other sizes, too
+# Steps with as many rows that the plan's time of a pass counts for against a time of others: that
+# 130 rows compute longer than planned says little of 4, which wait for copies.
+_PLANNED_WEIGHT = 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,14 +116,14 @@ class _Seen:
 
     Attributes:
         accepted: tokens of a draft.
-        draft_s: seconds to make one.
+        draft_scale: seconds to make one, by those that were planned.
         likely: accepted tokens that nodes beyond the next smaller size should add, by what the
             drafter holds probable.
         belief: how far that is so of drafts of this size.
     """
 
     accepted: _Average = field(default_factory=_Average)
-    draft_s: _Average = field(default_factory=_Average)
+    draft_scale: _Average = field(default_factory=_Average)
     likely: _Average = field(default_factory=_Average)
     belief: _Belief = field(default_factory=_Belief)
 
@@ -181,6 +184,7 @@ class Controller:
         if not outlooks or outlooks[0].nodes != 0:
             raise ValueError("the first outlook must be that of drafting nothing")
         self._outlooks = {outlook.nodes: outlook for outlook in outlooks}
+        self._alone_s = {one.nodes: one.draft_s for one in alone}
         self._sizes, self._sequences = list(self._outlooks), sequences
         self._seen = {size: _Seen() for size in self._sizes}
         self._belief = _Belief()
@@ -196,7 +200,6 @@ class Controller:
         self._choices: dict[int, _Choice] = {}
         if nodes is not None:
             self._choices[sequences] = _Choice(self._size(nodes))
-        self._rested = False  # the last step drafted nothing
 
     @property
     def nodes(self) -> int:
@@ -220,13 +223,13 @@ class Controller:
     def expect(self, size: int, running: int = 1) -> StepOutlook:
         """What is expected now of a step of so many sequences; tokens are those of each."""
         seen = self._seen[size]
-        draft_prior = self._draft_prior_s(size) * self._draft_scale.known_or(1.0)
+        scale = seen.draft_scale.with_prior(self._draft_scale.known_or(1.0))
         point = self._point(running * (1 + size))
         pass_prior = self._pass_prior_s(point)
         return StepOutlook(
             nodes=size,
             tokens=1.0 + self._accepted(size),
-            draft_s=running * seen.draft_s.with_prior(draft_prior) if size else 0.0,
+            draft_s=scale * self._planned_draft_s(size, running) if size else 0.0,
             pass_s=self._pass_s[point].with_prior(pass_prior),
         )
 
@@ -243,7 +246,7 @@ class Controller:
         asked: int,
         outcomes: Sequence[Outcome],
         *,
-        draft_s: float,
+        draft_s: float | None,
         pass_s: float,
         rows: int | None = None,
         running: int = 1,
@@ -253,7 +256,8 @@ class Controller:
         Args:
             asked: `nodes_for` those that ran when it began.
             outcomes: of sequences that took part.
-            draft_s: time spent drafting, of all of them.
+            draft_s: time spent drafting, of all of them; None where drafters read more than the
+                last step's tokens first, a prompt or what they missed, so that it tells nothing.
             pass_s: time from there until their tokens were known.
             rows: of the pass; None: those of the outcomes.
             running: sequences that took part.
@@ -267,17 +271,15 @@ class Controller:
             self._hits.add(len(drafts) / max(1, len(outcomes)))
         for outcome in drafts:
             self._count(asked, outcome)
-        if drafts and not self._rested:  # after a rest the drafter reads what it has missed
-            size, each_s = self._size(asked), draft_s / running
-            expected_s = self._draft_prior_s(size)
-            scale = self._draft_scale.known_or(each_s / expected_s if expected_s else 1.0)
-            self._seen[size].draft_s.add_time(each_s, scale * expected_s or each_s)
-            if expected_s > 0.0:
-                self._draft_scale.add_time(each_s / expected_s, each_s / expected_s)
-        self._rested = not asked
+        if drafts and draft_s is not None:
+            size = self._size(asked)
+            scale = draft_s / self._planned_draft_s(size, running)
+            self._seen[size].draft_scale.add_time(scale, self._draft_scale.known_or(scale))
+            self._draft_scale.add_time(scale, scale)
         choice = self._choice(running)
-        choice.since_probe_s += draft_s + pass_s
-        choice.steps, choice.steps_s = choice.steps + 1, choice.steps_s + draft_s + pass_s
+        step_s = (draft_s or 0.0) + pass_s
+        choice.since_probe_s += step_s
+        choice.steps, choice.steps_s = choice.steps + 1, choice.steps_s + step_s
         choice.tried[asked] += 1
         self._choose(choice, running)
 
@@ -302,7 +304,7 @@ class Controller:
         The plan's seconds are scaled as those of others were, the more the nearer their rows are;
         and fewer rows take no longer than more of them did.
         """
-        scale = weight = 0.0
+        scale = weight = _PLANNED_WEIGHT
         most = float("inf")
         for rows, seen in self._pass_s.items():
             if seen.weight:
@@ -310,11 +312,14 @@ class Controller:
                 scale += near * seen.value / self._expected_s[rows]
                 weight += near
                 most = min(most, seen.value) if rows > point else most
-        return min(most, self._expected_s[point] * (scale / weight if weight else 1.0))
+        return min(most, self._expected_s[point] * scale / weight)
 
-    def _draft_prior_s(self, size: int) -> float:
-        """What the plan expects of drafting for one sequence."""
-        return self._outlooks[size].draft_s / self._sequences
+    def _planned_draft_s(self, size: int, running: int) -> float:
+        """What the plan expects of drafting for so many sequences."""
+        whole_s, most = self._outlooks[size].draft_s, self._sequences
+        alone_s = self._alone_s.get(size, whole_s / most)
+        more = (whole_s - alone_s) * (running - 1) / (most - 1) if most > 1 else 0.0
+        return max(alone_s + more, 1e-6)
 
     def _count(self, asked: int, outcome: Outcome) -> None:
         likely, smaller = outcome.likely if outcome.nested else (), 0
