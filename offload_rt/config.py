@@ -164,7 +164,11 @@ class DrafterWords:
 
 
 DRAFTERS = {
-    "auto": DrafterWords(about="auto (whichever of those without a folder should be fastest)"),
+    "auto": DrafterWords(
+        about="auto[:MODEL] (whichever of those without a folder, or of them and a small MODEL, "
+        "should be fastest)",
+        argument="MODEL",
+    ),
     "none": DrafterWords(about="none"),
     "ngram": DrafterWords(
         about="ngram (phrases of the text, and the model's own earlier guesses)",
@@ -419,7 +423,7 @@ class DraftConfig:
     @property
     def automatic(self) -> bool:
         """Whether the planner chooses who drafts."""
-        return self.draft == "auto"
+        return self.kind == "auto"
 
     @property
     def drafts(self) -> bool:
@@ -499,6 +503,18 @@ class DraftConfig:
             shape=self.shape,
             draft_window=window,
             draft_weights=self.draft_weights,
+        )
+
+    def chosen(self, draft: str) -> "DraftConfig":
+        """Of `auto`: the same with that drafter. What is said of MODEL is not for others."""
+        if draft == f"model:{self.model}":
+            return replace(self, draft=draft)
+        return replace(
+            self,
+            draft=draft,
+            shape=DraftShape.AUTO,
+            draft_window=None,
+            draft_weights=DraftWeights.AUTO,
         )
 
     def limited(self, nodes: int | None) -> "DraftConfig":

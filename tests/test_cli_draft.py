@@ -45,6 +45,14 @@ def saying_model(tiny_model, tmp_path_factory):
     return make
 
 
+def test_auto_with_a_model_answers_as_it_would_alone(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--json")
+    plain = json.loads(offload_run(*base, "--draft", "none").out)
+    both = json.loads(offload_run(*base, "--draft", f"auto:{tiny_model}").out)
+    assert both["token_ids"] == plain["token_ids"]
+    assert offload_run(*base, "--draft", "auto:nowhere").code == 4
+
+
 def test_a_stop_string_inside_a_draft_ends_exactly_there(saying_model, offload_run):
     text = "a\u20acb\U0001f600\u00e9c"  # 1 + 3 + 1 + 4 + 2 + 1 bytes, a token each
     folder = saying_model(text)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT
 
-from offload_rt.config import DraftConfig, DraftShape, KVPlace, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftShape, DraftWeights, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
@@ -241,6 +241,23 @@ def test_a_draft_model_takes_room_and_time(checkpoint):
     own = plan(checkpoint, "model:self", drafter=checkpoint, disk=1e6)
     assert own.placement.demand.drafter_bytes > 0
     assert own.prediction.draft_s > 0.0
+
+
+def test_auto_looks_at_a_model_that_is_given_beside_the_others(checkpoint):
+    """What is said of the model is not for the others, and it is loaded only if it is chosen."""
+    given = DraftConfig(
+        draft="auto:small", shape=DraftShape.CHAIN, draft_weights=DraftWeights.SAME, draft_window=99
+    )
+    slow = plan(checkpoint, given, drafter=checkpoint, disk=1e6, resident_layers=4)
+    assert {c.draft.draft for c in slow.considered} == {"none", "ngram", "model:small"}
+    for config in (c.draft for c in slow.considered):
+        own = config.kind == "model"
+        assert config.shape is (DraftShape.CHAIN if own else DraftShape.AUTO)
+        assert (config.draft_window == 99) is own
+    assert slow.drafting.config.kind == "model" and slow.drafting.checkpoint is checkpoint
+    quick = plan(checkpoint, given, drafter=checkpoint, gives=Yield(((1, 0.01),)))
+    assert quick.drafting.config.kind == "none" and quick.drafting.checkpoint is None
+    assert quick.placement.demand.drafter_bytes == 0
 
 
 def test_triforce_is_looked_at_where_kv_is_offloaded(checkpoint):

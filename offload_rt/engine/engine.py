@@ -170,7 +170,7 @@ class Engine:
             self.network.exact = self.exact.on
             self.network.tiles = self.device.kind.tile_rows if self.exact.on else 0
             # First, as rounding takes memory for a moment that the target's layers fill later.
-            self._draft_model, self.module = self._load_drafting(drafting)
+            self._draft_model, self.module = self._load_drafting(self.plan.drafting.checkpoint)
             if nodes is not None:
                 self._send_orders(nodes)
             apart_name = (

@@ -353,11 +353,12 @@ def _sized_drafts(
         return
     names: Sequence[str] = (draft.draft,)
     if draft.automatic:
-        yield replace(draft, draft="none")
+        yield draft.chosen("none")
         tokens = load.prompt_tokens
         names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, dtype, tokens)]
+        names += [f"model:{draft.model}"] if draft.model else []
     for name in names:
-        sized = replace(draft, draft=name)
+        sized = draft.chosen(name) if draft.automatic else draft
         for size in _sizes(sized, device, load):
             yield replace(sized, draft_tokens=size)
 
@@ -411,7 +412,9 @@ class _Search:
 
     def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
         """Place one and price it."""
-        drafting = replace(self._load.drafting, config=draft)
+        given = self._load.drafting
+        own = given.checkpoint if draft.model or not given.config.automatic else None
+        drafting = replace(given, config=draft, checkpoint=own)
         load = replace(self._load, drafting=drafting)
         placement = place_run(
             self._checkpoint,

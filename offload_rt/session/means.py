@@ -176,7 +176,7 @@ def reproducible(
     if not draft.answers_rest_on_it and not headers_problem(model, runtime, kind):
         return draft
     if draft.automatic:
-        return dataclasses.replace(draft, draft="none")
+        return draft.chosen("none")
     return dataclasses.replace(draft, draft_tokens=draft.nodes or None)
 
 
