@@ -4,6 +4,7 @@ import ast
 import graphlib
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,21 @@ def name_of(path):
 FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 
+@cache
+def nodes_of(source):
+    """All that a source consists of."""
+    return [*ast.walk(ast.parse(source))]
+
+
+def in_all(wrong, files):
+    """What `wrong` finds, by module; it is asked for source, module and whether that is a package.
+
+    One test for all modules: what a test costs beside its own work, 600 times, is seconds.
+    """
+    found = {m: wrong(FILES[m].read_text(), m, FILES[m].name == "__init__.py") for m in files}
+    return {module: sentences for module, sentences in found.items() if sentences}
+
+
 def covering(table, module):
     """The most specific name in `table` that covers `module`, or None."""
     covers = [name for name in table if module == name or module.startswith(name + ".")]
@@ -158,7 +174,7 @@ def targets(node, module, is_package):
 def upward_imports(source, module, is_package=False):
     """What breaks the rule, as sentences."""
     mine, wrong = rank_of(module), []
-    for node in ast.walk(ast.parse(source)):
+    for node in nodes_of(source):
         for target in dict.fromkeys(targets(node, module, is_package)):
             other = target.removeprefix("offload_rt.")
             inside = other != target and not same_package(module, other)
@@ -180,12 +196,12 @@ def find_heavy(folder, names):
     return done.stdout
 
 
-def unsafe_uses(source):
+def unsafe_uses(source, module="", is_package=False):
     """Ways to run code that came with a model, as sentences."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     wrong = []
-    for node in ast.walk(ast.parse(source)):
-        for target in targets(node, "", False):
+    for node in nodes_of(source):
+        for target in targets(node, module, is_package):
             if target.split(".")[0] in modules:
                 wrong.append(f"line {node.lineno}: imports {target}")
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
@@ -200,21 +216,20 @@ def unsafe_uses(source):
     return wrong
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if name])
-def test_imports_point_down(module):
-    path = FILES[module]
-    wrong = upward_imports(path.read_text(), module, is_package=path.name == "__init__.py")
-    assert not wrong, "\n".join(wrong)
+def test_imports_point_down():
+    assert in_all(upward_imports, filter(None, FILES)) == {}
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if name.startswith("session")])
-def test_a_session_knows_no_command_line(module):
-    named = {
-        target.split(".")[0]
-        for node in ast.walk(ast.parse(FILES[module].read_text()))
-        for target in targets(node, module, FILES[module].name == "__init__.py")
-    }
-    assert not named & {"click", "rich", "prompt_toolkit", "sys"}
+def uses_console(source, module, is_package=False):
+    """What of a command line a module imports."""
+    nodes = nodes_of(source)
+    named = {t.split(".")[0] for node in nodes for t in targets(node, module, is_package)}
+    return sorted(named & {"click", "rich", "prompt_toolkit", "sys"})
+
+
+def test_a_session_knows_no_command_line():
+    assert in_all(uses_console, [name for name in FILES if name.startswith("session")]) == {}
+    assert uses_console("def f():\n    from rich.text import Text", "session.x") == ["rich"]
 
 
 HARNESS = ("baselines", "cli.compare")  # measures others; the program runs without it
@@ -224,16 +239,15 @@ def uses_harness(source, module, is_package=False):
     """Modules of the comparison harness that a module imports."""
     return [
         target
-        for node in ast.walk(ast.parse(source))
+        for node in nodes_of(source)
         for target in targets(node, module, is_package)
         if target.removeprefix("offload_rt.").startswith(HARNESS)
     ]
 
 
-@pytest.mark.parametrize("module", [name for name in FILES if not name.startswith(HARNESS)])
-def test_only_the_comparison_imports_its_harness(module):
-    path = FILES[module]
-    assert uses_harness(path.read_text(), module, path.name == "__init__.py") == []
+def test_only_the_comparison_imports_its_harness():
+    others = [name for name in FILES if not name.startswith(HARNESS)]
+    assert in_all(uses_harness, others) == {}
 
 
 def test_planted_uses_of_the_harness_are_found():
@@ -247,7 +261,7 @@ def circle(files):
     """Files that import each other, in turn; empty if none do."""
     graph = {}
     for module, (source, is_package) in files.items():
-        nodes = ast.walk(ast.parse(source))
+        nodes = nodes_of(source)
         named = {target for node in nodes for target in targets(node, module, is_package)}
         graph[module] = {name.removeprefix("offload_rt.") for name in named} & files.keys() - {
             module
@@ -277,10 +291,8 @@ def test_no_torch_at_import_time():
     assert not found, f"these must import without torch:\n{found}"
 
 
-@pytest.mark.parametrize("module", FILES)
-def test_nothing_is_unpickled_or_evaluated(module):
-    wrong = unsafe_uses(FILES[module].read_text())
-    assert not wrong, f"offload_rt.{module}:\n" + "\n".join(wrong)
+def test_nothing_is_unpickled_or_evaluated():
+    assert in_all(unsafe_uses, FILES) == {}
 
 
 @pytest.mark.parametrize(
