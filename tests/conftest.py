@@ -3,6 +3,7 @@
 import gc
 import io
 import json
+import logging
 import sys
 from itertools import count
 from types import SimpleNamespace
@@ -18,9 +19,16 @@ gc.disable()  # until all is imported: it lives on, and is looked through for no
 
 
 def pytest_collection_finish():
-    """Collect from now on what the tests make."""
+    """Collect from now on what the tests make, and let what is logged reach the root.
+
+    pytest puts two handlers on each logger that does not propagate, and takes them off, three
+    times a test: 60 of torch's are 0.66 of the 0.93 ms of processor time that it takes.
+    """
     gc.freeze()
     gc.enable()
+    for name, logger in logging.root.manager.loggerDict.items():
+        if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
+            logger.propagate = True
 
 
 TEMPLATE = (
