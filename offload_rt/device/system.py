@@ -23,6 +23,8 @@ _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 # number of rows, of some 0.5 MB, and keep 1,024 by default: checking 2 to 33 tokens of a model with
 # six shapes took 114 MB, with 32 kept 14. A pass has five to ten shapes; a kernel takes 0.4 ms.
 _KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
+_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # of what oneDNN takes; the first one counts
+_UNLIMITED = "ALL", "DEFAULT", "AMX"
 _LARGE_PAGE_BYTES = 2**21
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # asm-generic/mman-common.h of Linux, the last since 6.1.
@@ -148,6 +150,12 @@ def processor() -> tuple[str, str]:
 def processor_flags() -> frozenset[str]:
     """What the processor can do, by Linux's names; empty where that is not told."""
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
+
+
+def takes_matrix_registers() -> bool:
+    """Whether oneDNN multiplies with a processor's matrix registers where there are any."""
+    limit = next((os.environ[name] for name in _LIMITS if name in os.environ), "ALL").upper()
+    return any(word in limit for word in _UNLIMITED)
 
 
 def _cpuinfo(wanted: str) -> str:

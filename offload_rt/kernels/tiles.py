@@ -6,20 +6,17 @@ Where oneDNN has a processor's matrix registers, it takes them from 33 rows on, 
 the number of rows: there each tile is a product of its own.
 """
 
-import os
 from collections.abc import Callable
 
 import torch
 
-from offload_rt.device.system import processor_flags
+from offload_rt.device.system import processor_flags, takes_matrix_registers
 from offload_rt.kernels.rows import ROW_TILE
 
 FEW_OUTPUTS = 64  # of a product, below which torch goes by the number of rows: tiles are kept apart
 _GRAIN = 2**15  # numbers that one thread takes at least, of torch's elementwise kernels
 _LANES = 64  # numbers that those take at once, for any format
 _MATRIX_FLAGS = {torch.bfloat16: "amx_bf16", torch.float16: "amx_fp16"}
-_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # of what oneDNN takes; the first one counts
-_UNLIMITED = "ALL", "DEFAULT", "AMX"
 
 Forward = Callable[[torch.Tensor], torch.Tensor]
 
@@ -49,9 +46,7 @@ def in_tiles(
 
 def goes_by_count(dtype: torch.dtype) -> bool:
     """Whether a product of some whole tiles adds up in another order than one of others."""
-    limit = next((os.environ[name] for name in _LIMITS if name in os.environ), "ALL").upper()
-    free = any(word in limit for word in _UNLIMITED)
-    return free and _MATRIX_FLAGS.get(dtype) in processor_flags()
+    return _MATRIX_FLAGS.get(dtype) in processor_flags() and takes_matrix_registers()
 
 
 def evenly(function: Forward, numbers: torch.Tensor) -> torch.Tensor:

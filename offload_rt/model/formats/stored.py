@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from offload_rt.device import compiled
-from offload_rt.device.system import processor_flags
+from offload_rt.device.system import processor_flags, takes_matrix_registers
 from offload_rt.model.formats.methods import BLOCKS as GGML
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.header import TensorExtent
@@ -43,6 +43,7 @@ _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 _KERNEL_FORMATS = ("bfloat16", "float16")
 # Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
 _FLAG, _PANEL = "avx512_bf16", 64
+_MATRICES = "amx_bf16"  # with which torch's library adds up in another order
 # Inputs of a weight in 12 bits: multiples of one, fewer than the other (`kernels/twelve.py`).
 _CODED_INPUTS, _LONGEST = 64, 2**19
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
@@ -178,6 +179,7 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
         and _FLAG in processor_flags()
+        and not (_MATRICES in processor_flags() and takes_matrix_registers())
         and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
 
