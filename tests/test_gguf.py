@@ -28,12 +28,19 @@ from gguf_files import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from value_double import open_as, open_double
 
 from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind
+from offload_rt.costs.workload import parts_of
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels.products import problem
+from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.ends import forms_of_ends, with_stored_ends
+from offload_rt.model.formats import stored as stored_module
 from offload_rt.model.formats.direct import direct_for
 from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored, multiplies
@@ -41,6 +48,8 @@ from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.gguf.container import read_gguf
 from offload_rt.model.gguf.tokenizer import describe_text
 from offload_rt.model.locate import resolve_model
+from offload_rt.planning import planner
+from offload_rt.runner.loading import BASE
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +110,19 @@ def test_products_with_blocks_as_they_lie_have_torchs_bits(form, heads):
         assert torch.equal(product(rows, {"weight": data}, bias), expected), count
 
 
+def test_plans_count_on_kernels_where_torch_adds_up_as_they_do(monkeypatch):
+    """Not with AMX, unless oneDNN is kept from it."""
+    stored, flags = stored_of(Form.Q6_K, 128, 512), {"avx512_bf16"}
+    monkeypatch.setattr(stored_module, "processor_flags", lambda: flags)
+    monkeypatch.setattr(stored_module.compiled, "problem", lambda: "")
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    assert multiplies(stored, "bfloat16")
+    flags.add("amx_bf16")
+    assert not multiplies(stored, "bfloat16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+    assert multiplies(stored, "bfloat16")
+
+
 @pytest.mark.parametrize("form", BLOCKS)
 def test_blocks_are_those_of_the_package(form):
     """Of any bytes: also scales that are infinite, NaN or subnormal."""
@@ -126,7 +148,14 @@ MIXED = {  # as Q4_K_M files are: few types, which differ by matrix and layer
     "qkv": "Q5_K",
     "embed": "Q6_K",
 }
-SMALL = {"gate": "Q4_0", "up_proj": "Q4_1", "down": "Q5_1", "q_proj": "Q8_0", "lm_head": "Q8_0"}
+SMALL = {
+    "gate": "Q4_0",
+    "up_proj": "Q4_1",
+    "down": "Q5_1",
+    "q_proj": "Q8_0",
+    "embed": "Q5_0",
+    "lm_head": "Q8_0",
+}
 OTHERS = {  # as files of few bits are
     "q_proj": "IQ4_XS",
     "v_proj": "Q3_K",
@@ -135,6 +164,7 @@ OTHERS = {  # as files of few bits are
     "up_proj": "IQ4_NL",
     "down_proj": "Q3_K",
     "w": "Q4_K",
+    "embed": "Q4_1",
     "lm_head": "Q6_K",
 }
 RUNS = {
@@ -148,6 +178,7 @@ RUNS = {
     "qwen2_moe": OTHERS,
     "qwen3_moe": OTHERS | {"down_proj": "MXFP4"},
 }
+ENDS = ("model.embed_tokens.weight", "lm_head.weight")
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 OWN = {
     "gemma2": {"head_dim": 64, "sliding_window": 4, "query_pre_attn_scalar": 64},
@@ -199,8 +230,11 @@ def files(make_tiny, tmp_path_factory):
 @pytest.mark.parametrize(
     ("family", "dtype"), [*((family, "float32") for family in RUNS), ("llama", "bfloat16")]
 )
-def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family, dtype):
-    """L2 and L3: wherever the weights are, and as transformers computes it."""
+def test_a_run_is_that_of_its_numbers_bit_for_bit(files, monkeypatch, family, dtype):
+    """L2 and L3: wherever the weights are, and as transformers computes it.
+
+    Embedding and head are dequantised when they are loaded, and then stay as they are stored.
+    """
     path, plain = files(family)
     folder = resolve_model(str(path))
     options = {"dtype": dtype, "resident_layers": 0}
@@ -215,11 +249,55 @@ def test_a_run_is_that_of_its_numbers_bit_for_bit(files, family, dtype):
                 assert engine.bytes_per_pass == sum(map(stored.layer_bytes, range(2)))
             memory = engine.memory()
             assert memory.device_peak_bytes <= memory.device_planned_bytes
+    whole_bytes = engine.placement.base_bytes
+    monkeypatch.setattr(planner, "forms_of_ends", lambda made, *_: (with_stored_ends(made),))
+    monkeypatch.setattr(ends, "AT_ONCE", 64 * 256)  # five products make the logits
+    for placed in ({"slots": 1}, {"resident_layers": 1, "home": HomeKind.HOST}):
+        with engine_for(folder, **options | placed) as engine:
+            assert torch.equal(all_logits(engine), expected), placed
+            assert generate(engine) == answer
+            stored, demand = engine.checkpoint, engine.placement.demand
+            kept = {stored.stored[n] for n in ENDS if n in stored.stored}
+            assert {each.at_once for each in kept} == {64}
+            by_rows = stored.head is not None and "slots" in placed  # no other home has files
+            numbers = sum(stored.tensors[n].nbytes for n in ENDS if n in stored.tensors)
+            numbers -= demand.file_base_bytes // 4096 * 4096 if by_rows else 0
+            assert (demand.file_base_bytes > 0) == by_rows
+            assert engine.device.ledger()[BASE] == engine.placement.base_bytes
+            assert 0 < engine.placement.base_bytes - numbers < 4 * 4096 < whole_bytes
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
     if dtype == "bfloat16":
         return
     with torch.inference_mode():
         theirs = reference_model(plain)(torch.tensor([PROMPT])).logits[:, -1]
     assert torch.allclose(expected[:1], theirs, rtol=1e-4, atol=2e-3)
+
+
+def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):
+    """Rows are found there and dequantised on the device; the head is, in each pass."""
+    path, _ = files("qwen2")
+    made = open_checkpoint(resolve_model(str(path)))
+    whole, kept = forms_of_ends(made, "auto", CUDA)
+    assert whole is made and kept is with_stored_ends(made)
+    monkeypatch.setattr(ends, "multiplies", lambda *_: True)
+    assert forms_of_ends(made, "auto", CPU) == (kept,)
+    assert forms_of_ends(made, "auto", CUDA) == (made, kept)
+    (head,) = parts_of(kept, "auto", CUDA).head_decoded
+    assert (head.form, head.numbers) == ("q8_0", 300 * 256)
+    assert not parts_of(made, "auto", CUDA).head_decoded
+    options = {"dtype": "float32", "resident_layers": 0, "slots": 2, "home": HomeKind.HOST}
+    open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
+    with engine_for(made.folder, device_limit_bytes=2**31, **options) as engine:
+        expected = all_logits(engine)
+    monkeypatch.setattr(planner, "forms_of_ends", lambda made, *_: (with_stored_ends(made),))
+    open_double(monkeypatch)
+    with engine_for(made.folder, device_limit_bytes=2**31, **options) as engine:
+        assert torch.equal(all_logits(engine), expected)
+        demand = engine.placement.demand
+        own = engine.checkpoint.tensors["model.embed_tokens.weight"]
+        assert 0 <= demand.host_base_bytes - own.nbytes < 4096
+        assert engine.device.ledger()[BASE] == engine.placement.base_bytes < 3 * own.nbytes
 
 
 @pytest.mark.parametrize("plain", ["F16", "BF16", "F32"])

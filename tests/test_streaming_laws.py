@@ -11,7 +11,7 @@ from contextlib import closing
 
 import pytest
 import torch
-from engines import PROMPT, all_logits, engine_for, generate
+from engines import NO_DRAFT, PROMPT, all_logits, engine_for, generate
 
 from offload_rt.config import (
     DraftConfig,
@@ -22,11 +22,12 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.device import cpu as cpu_module
-from offload_rt.device.base import CopyBlock
+from offload_rt.device.base import PAGE_BYTES, CopyBlock
 from offload_rt.engine import Run
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError, PlanError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.formats.packed import PackedLinear, can_pack
+from offload_rt.runner.loading import BASE
 
 MANY = 10
 
@@ -102,6 +103,33 @@ def test_a_prompt_moves_each_streamed_byte_once(model, prompt_tokens):
         engine.device.copy.record().synchronize()
         moved = engine.counters().bytes_copied - ring_full
         assert moved == engine.bytes_per_pass == 6 * layer_bytes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_rows_of_an_embedding_that_is_no_head_are_read_of_its_file(make_tiny, dtype):
+    """Where layers are; its place on the device is left to them."""
+    folder = make_tiny("llama", tie_word_embeddings=False, dtype="bfloat16", num_hidden_layers=4)
+    with engine_for(folder, dtype=dtype) as engine:
+        expected, answer = all_logits(engine), generate(engine)
+        whole_bytes = engine.placement.demand.base_bytes
+        assert not engine.placement.demand.rows_apart
+    selves = DraftConfig(draft="self:int4", draft_tokens=3)
+    for draft in (NO_DRAFT, selves) if dtype == "float32" else (NO_DRAFT,):
+        with engine_for(folder, dtype=dtype, resident_layers=1, slots=2, draft=draft) as engine:
+            assert torch.equal(all_logits(engine), expected)
+            engine.truncate(0, 0)
+            assert generate(engine) == answer
+            placement = engine.placement
+            assert engine.device.ledger()[BASE] == placement.base_bytes
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+            own = engine.checkpoint.tensors["model.embed_tokens.weight"]
+    width = 2 if dtype == "float32" else 1
+    assert 0 <= placement.demand.file_base_bytes - width * own.nbytes < 2 * PAGE_BYTES
+    pages = 4 * PAGE_BYTES  # that norm and head begin and end in, apart and together
+    assert abs(whole_bytes - placement.base_bytes - width * own.nbytes) < pages
+    with engine_for(folder, dtype=dtype, resident_layers=1, home=HomeKind.HOST) as engine:
+        assert not engine.placement.demand.rows_apart  # nothing of it stays in files
 
 
 def test_an_interrupted_pass_leaves_no_trace(model, resident_logits):

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from contextlib import closing
 
 import pytest
 import torch
@@ -150,6 +151,34 @@ def test_a_file_that_changes_ends_the_run_with_a_sentence(model, device, change,
     with pytest.raises(CheckpointError, match=message) as caught:
         read_layer(checkpoint, layout, files, device)
     assert "model.safetensors" in str(caught.value)
+
+
+def test_single_rows_are_read_and_nothing_else(model):
+    """Each once, through short reads; the file's end, and its change, get a sentence."""
+    checkpoint, asked = open_checkpoint(model), []
+
+    def preadv(fd, buffers, offset):
+        part = buffers[0][:100]
+        asked.append((offset, len(part)))
+        return os.preadv(fd, [part], offset)
+
+    own = checkpoint.embedding
+    ids = torch.tensor([7, 299, 0, 7])
+    with closing(WeightFiles(checkpoint.files, preadv=preadv, direct=False)) as files:
+        whole = files.read(own)
+        asked.clear()
+        assert torch.equal(files.rows(own, ids), whole[ids])
+        each = own.nbytes // 300
+        for number in (0, 7, 299):
+            start = own.offset + number * each
+            reads = [(at, n) for at, n in asked if start <= at < start + each]
+            assert sum(n for _, n in reads) == each
+        assert sum(n for _, n in asked) == 3 * each
+        os.truncate(own.path, own.offset + 250 * each)
+        with pytest.raises(CheckpointError, match="truncated while running"):
+            files.rows(own, ids)
+        with pytest.raises(CheckpointError, match="changed while running"):
+            files.rows(own, ids[:1])
 
 
 def test_a_file_that_changed_between_header_and_open_is_refused(model):

@@ -360,6 +360,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.base_bytes,
         "host_base_bytes": placement.demand.host_base_bytes,
+        "file_base_bytes": placement.demand.file_base_bytes,
         "kv": str(demand.kv.place) if (demand := placement.demand).kv else "device",
         "kv_bytes": placement.kv_bytes,
         "state_bytes": sum(demand.state_bytes),
@@ -436,7 +437,7 @@ def _as_table(outlook: _Outlook) -> str:
     demand = placement.demand
     rows = [
         (
-            "head" if demand.host_base_bytes else "embedding, head",
+            "head" if demand.rows_apart else "embedding, head",
             placement.base_bytes,
             _head_order(placement),
         ),
@@ -491,8 +492,10 @@ def _home_lines(outlook: _Outlook) -> list[str]:
     placement, experts = outlook.placement, outlook.experts
     away = home_words(placement.home)
     rows_of = []
-    if apart := placement.demand.host_base_bytes:
-        detail = "read from host memory, a row for each token of a pass"
+    demand = placement.demand
+    if apart := demand.host_base_bytes + demand.file_base_bytes:
+        where = "host memory" if demand.host_base_bytes else "its file"
+        detail = f"read from {where}, a row for each token of a pass"
         rows_of = [_row(("embedding", apart, detail))]
     if experts is not None:
         return [*expert_lines(experts, away), *rows_of]

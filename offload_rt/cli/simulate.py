@@ -336,6 +336,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "home": str(placement.home),
         "host_bytes": placement.host_bytes,
         "host_base_bytes": placement.demand.host_base_bytes,
+        "file_base_bytes": placement.demand.file_base_bytes,
         "host_pinned_bytes": outlook.pinned_bytes,
         "kv": str(placement.demand.kv.place) if placement.demand.kv else "device",
         "slots": placement.slots,

@@ -47,7 +47,7 @@ def model_table(
         else _memory(f"{placement.expert_slots} slots of experts", placement.pool_bytes),
         _memory("KV on the device", placement.kv_bytes, kept),
         _memory(
-            "head, workspace" if demand.host_base_bytes else "embedding, workspace",
+            "head, workspace" if demand.rows_apart else "embedding, workspace",
             demand.base_bytes + placement.workspace_bytes,
         ),
     ]
@@ -64,6 +64,8 @@ def model_table(
         lines += split_lines(placement)
         if demand.host_base_bytes:
             lines.append(_memory("embedding", demand.host_base_bytes, "in host memory, by rows"))
+        if demand.file_base_bytes:
+            lines.append(_memory("embedding", demand.file_base_bytes, "in its file, by rows"))
         lines += pinning_line(placement.host_bytes, pinned_bytes)
     lines += prediction_table(made)
     return "\n".join(hanging(line, 35 if line.startswith("  ") else 2) for line in lines)

@@ -147,6 +147,7 @@ class PassLoad:
         sequences: that these belong to, as many to each; a token attends to its own alone.
         head: final projection, for as many rows; None to leave it out.
         head_weights: how its weights lie.
+        head_decoded: of them, what is dequantised.
         between_s: what the device computes before the next pass, a drafter's time for one: the
             ring is refilled meanwhile.
         between_passes: that it does so in; each uploads its tokens.
@@ -169,6 +170,7 @@ class PassLoad:
     sequences: int = 1
     head: LayerWork | None = None
     head_weights: WeightOrder = WeightOrder.PLAIN
+    head_decoded: tuple[Decoded, ...] = ()
     between_s: float = 0.0
     between_passes: int = 0
     kv_slots: int = 0
@@ -506,7 +508,7 @@ def pass_times(
             profile, processor, each.decoder, each.form, each.bits
         )
         for layer in load.layers
-        for each in (*layer.decoded, *layer.experts_decoded)
+        for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
     }
     numbers += decoding.values()
     seconds = {key: number.value for key, number in work_s.items()}
@@ -531,7 +533,7 @@ def pass_times(
             + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
-        head_s=sum(head.value for head in heads),
+        head_s=sum(head.value for head in heads) + decoded_s(load.head_decoded),
         home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
         kv_s=tuple(

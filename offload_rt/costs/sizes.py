@@ -17,6 +17,7 @@ from offload_rt.device.kinds import DeviceKind, Flash
 from offload_rt.device.system import processor
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint
 from offload_rt.model.config import ModelConfig
+from offload_rt.model.ends import head_is_stored
 from offload_rt.model.expert_layout import ExpertImages, plan_images
 from offload_rt.model.formats.base import embedding_bytes, in_panels, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
@@ -187,6 +188,8 @@ def decoding_bytes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> in
 def head_bytes(checkpoint: Checkpoint, weights: DraftWeights, dtype: str) -> int:
     """A rounded output head of a model computed in that format; 0 where it stays as it is."""
     shape = (checkpoint.head or checkpoint.embedding).shape
+    if head_is_stored(checkpoint):
+        return 0
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
     return matrix_bytes(weights, *shape, dtype=name) if takes(weights, *shape) else 0
 

@@ -112,12 +112,14 @@ class ModelParts:
     Attributes:
         layers: in order.
         head: final projection.
+        head_decoded: of it, what is dequantised in each pass.
         rounds: forms of rounded weights that the head can have.
         hidden_bytes: of a token's hidden state.
     """
 
     layers: tuple[LayerParts, ...]
     head: LayerWork
+    head_decoded: tuple[Decoded, ...] = ()
     rounds: frozenset[DraftWeights] = frozenset()
     hidden_bytes: int = 0
 
@@ -285,6 +287,7 @@ class PlacedModel:
             sequences=self.sequences,
             head=head,
             head_weights=order,
+            head_decoded=parts.head_decoded,
             kv_slots=kv.slots if kv else 0,
             kv_block_bytes=kv.block_bytes if kv else 0,
             kv_block_s=kv_block_s if kv else 0.0,
@@ -435,11 +438,12 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
             )
         )
     head = checkpoint.head or checkpoint.embedding
-    weights = prod(head.shape)
+    weights, kept = prod(head.shape), checkpoint.stored.get(head.name)
     return ModelParts(
         layers=tuple(layers),
         head=LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights),
-        rounds=frozenset(w for w in DraftWeights if takes(w, *head.shape)),
+        head_decoded=_decoded([] if kept is None else [kept], name, device),
+        rounds=frozenset(w for w in DraftWeights if kept is None and takes(w, *head.shape)),
         hidden_bytes=config.hidden_size * number_bytes,
     )
 

@@ -47,7 +47,7 @@ from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, direct, on_gpu
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
-from offload_rt.model.network import Images, Network
+from offload_rt.model.network import Base, Network
 from offload_rt.model.sparing import is_spared
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.nodes.crossing import AwayKV, AwayPool, Lead
@@ -173,10 +173,10 @@ class Engine:
             self._draft_model, self.module = self._load_drafting(self.plan.drafting.checkpoint)
             if nodes is not None:
                 self._send_orders(nodes)
-            apart_name = (
-                checkpoint.embedding.name if self.placement.demand.host_base_bytes else None
-            )
-            base = load_base(self.network, self.device, self._files, BASE, apart_name)
+            embedding = None
+            if self.placement.demand.rows_apart:
+                embedding = checkpoint.tensors[checkpoint.embedding.name]
+            base = load_base(self.network, self.device, self._files, BASE, embedding)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base, undo)
             if self._rounded_copy is not None and draft.words.over_own_rows:
@@ -667,7 +667,7 @@ class Engine:
         )
         return model, None
 
-    def _load_rounded_copy(self, base: Images) -> Runner | None:
+    def _load_rounded_copy(self, base: Base) -> Runner | None:
         """What drafts instead of the target's own weights, or of some of them."""
         if not self.draft.copies.rounds:
             return None
@@ -693,7 +693,7 @@ class Engine:
     def _target_ids(self) -> int:
         return (self.checkpoint.head or self.checkpoint.embedding).shape[0]
 
-    def _load_target(self, base: Images, undo: ExitStack) -> Runner:
+    def _load_target(self, base: Base, undo: ExitStack) -> Runner:
         placement, near = self.placement, len(self.devices)
         here = placement if self._nodes is None else placement.shares[0]
         streaming = Streaming(

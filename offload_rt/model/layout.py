@@ -209,19 +209,20 @@ def plan_layouts(
         )
         for each in checkpoint.layers
     ]
-    return *layers, plan_layout(checkpoint.others, dtype, packing, stays_fp32, made=ends)
+    base = plan_layout(checkpoint.others, dtype, packing, stays_fp32, stored, made=ends)
+    return *layers, base
 
 
 def set_apart(layout: LayerLayout, name: str) -> tuple[LayerLayout, LayerLayout]:
     """The images of a layout without one tensor, and of that tensor alone.
 
     Args:
-        layout: of `Packing.DEVICE`, in which each tensor has runs of its own.
+        layout: what is in no layer.
         name: of a tensor whose bytes runs bring.
     """
     groups = [[p for p in layout.placements if (p.name == name) is own] for own in (False, True)]
     rest, own = (_laid_out(layout, placements) for placements in groups)
-    return replace(rest, made=layout.made), own
+    return replace(rest, made=layout.made, stored=layout.stored), own
 
 
 def _laid_out(layout: LayerLayout, placements: Sequence[Placement]) -> LayerLayout:
@@ -229,13 +230,23 @@ def _laid_out(layout: LayerLayout, placements: Sequence[Placement]) -> LayerLayo
     end, placed, runs = 0, list[Placement](), list[FileRun]()
     for each in placements:
         offset = _round_up(end, DEVICE_ALIGN_BYTES)
-        placed.append(replace(each, offset=offset))
         mine = range(each.offset, each.offset + max(1, each.nbytes))
         for run in layout.runs:
+            if run.in_place and each.offset in range(
+                run.image_offset, run.image_offset + run.nbytes
+            ):
+                # In pages of its own, where it may be one of several tensors of a run now.
+                start = run.file_offset + each.offset - run.image_offset
+                offset = _round_up(end, PAGE_BYTES) + start % PAGE_BYTES
+                runs.append(
+                    replace(run, file_offset=start, nbytes=each.nbytes, image_offset=offset)
+                )
+                end = _round_up(offset + each.nbytes, PAGE_BYTES)
+                break
             if run.image_offset in mine:
-                assert not run.in_place
                 runs.append(replace(run, image_offset=run.image_offset - each.offset + offset))
-        end = offset + each.nbytes
+        placed.append(replace(each, offset=offset))
+        end = max(end, offset + each.nbytes)
     nbytes = _round_up(end, PAGE_BYTES)
     return LayerLayout(nbytes=nbytes, placements=tuple(placed), runs=tuple(runs))
 

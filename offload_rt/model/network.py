@@ -78,6 +78,7 @@ from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wide import wide_linear, widen_linears, widens
 from offload_rt.model.formats.wired import (
     Bringer,
+    RowEmbedding,
     StoredMatrix,
     WiredLinear,
     bringers_below,
@@ -96,7 +97,18 @@ NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
 _log = logging.getLogger(__name__)
 
 
-Images = Sequence[tuple[LayerLayout, DeviceBuffer]]  # and what lies where in each
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What is in no layer, where it computes.
+
+    Attributes:
+        images: hold it, and what lies where in each.
+        rows: reads rows of the embedding of its file, [N] numbers to [N, ...]; None: it is in an
+            image.
+    """
+
+    images: Sequence[tuple[LayerLayout, DeviceBuffer]]
+    rows: Callable[[torch.Tensor], torch.Tensor] | None = None
 
 
 class Weights(Protocol):
@@ -404,7 +416,14 @@ class Network:
             layers: their indices.
             memory: room for one weight.
             in_order: weights of which inputs of a group follow each other.
+
+        Output head and embedding are where it is lent first.
         """
+        head, embedding = _ends(self._model)
+        if isinstance(head, WiredLinear) and not head.scratch.numel():
+            head.lend(memory.tensor, in_order=True, exact=self.exact)
+        if isinstance(embedding, RowEmbedding):
+            embedding.lend(memory.tensor.device)
         for index in layers:
             for linear in wired_linears(self._layers[index]):
                 in_order_too = linear.stored in in_order
@@ -470,7 +489,7 @@ class Network:
     def attach(
         self,
         weights: Weights | None,
-        base: Images | None,
+        base: Base | None,
         device: torch.device,
         chunk_tokens: int,
         crossing: Crossing | None = None,
@@ -481,7 +500,7 @@ class Network:
         Args:
             weights: lends the image of each layer but those that have theirs (`keep`); None if
                 all have.
-            base: hold what is in `self.base`; None: embedding and head are on another machine,
+            base: what is in `self.base`; None: embedding and head are on another machine,
                 and the rest was brought (`bring_rest`).
             device: where passes begin and end.
             chunk_tokens: rows that go through a layer at once.
@@ -499,14 +518,7 @@ class Network:
             self.sorts_on_host = True
         self._lenders, self._place = experts, device
         if base is not None:
-            of_base = {h.placement.name: h for h in _holes(self._model, self._places.of_base)}
-            for layout, image in base:
-                holes = [replace(of_base[p.name], placement=p) for p in layout.placements]
-                for hole, tensor in _bind(holes, image):
-                    hole.fill(tensor)
-        if self._places.tied:
-            head, embedding = _ends(self._model)
-            head.weight = embedding.weight
+            self._have_base(base)
         self._leave_out_other_parts(device)
         self._settle_products(device)
         _move_buffers(self._model, device)
@@ -526,6 +538,23 @@ class Network:
                 chunk_tokens=chunk_tokens,
             )
             layer.forward = partial(_in_tuple, run, self._in_tuples) if self._in_tuples else run
+
+    def _have_base(self, base: Base) -> None:
+        """Connect what is in no layer."""
+        of_base = {h.placement.name: h for h in _holes(self._model, self._places.of_base)}
+        for layout, image in base.images:
+            holes = [replace(of_base[p.name], placement=p) for p in layout.placements]
+            for hole, tensor in _bind(holes, image):
+                hole.fill(tensor)
+        head, embedding = _ends(self._model)
+        if self._places.tied:
+            head.weight = embedding.weight
+        if base.rows is None:
+            return
+        if not isinstance(embedding, RowEmbedding):
+            embedding = RowEmbedding(embedding)
+            self._model.set_input_embeddings(embedding)  # type: ignore[operator]
+        embedding.rows = base.rows
 
     def foresee(self) -> int:
         """Let experts that are apart know the next layer's router; after `attach`.

@@ -99,7 +99,7 @@ def find_places(  # noqa: PLR0913 - experts may be in one of two places
     if checkpoint.stored:
         elsewhere = apart.taken | quantised.taken
         others = {each: None for n, each in checkpoint.stored.items() if n not in elsewhere}
-        wire_linears(model, others, names.key_of)
+        wire_linears(model, others, names.key_of, tied=checkpoint.head is None)
         keys = _wire_experts(model, quantised, dtype)
         names = _Names(model, checkpoint, container, keys)
     name = str(dtype).removeprefix("torch.")

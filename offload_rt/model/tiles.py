@@ -17,6 +17,7 @@ from torch.nn import functional
 from offload_rt.attention.exact import PART, attend_exact
 from offload_rt.attention.spec import ROOT, AttentionSpec, PendingTree
 from offload_rt.kernels.tiles import Forward, in_tiles
+from offload_rt.model.formats.wired import WiredLinear
 from offload_rt.units import format_size
 
 _ROLLED = 17  # places that rows are moved by
@@ -36,7 +37,9 @@ def tile_outside(model: torch.nn.Module, layers: Iterable[torch.nn.Module], tile
     inside = {module for layer in layers for module in layer.modules()}
     for module in model.modules():
         lookup = isinstance(module, torch.nn.Embedding)
-        if module in inside or lookup or [*module.children()] or not module._parameters:
+        if module in inside or lookup or [*module.children()]:
+            continue
+        if not module._parameters and not isinstance(module, WiredLinear):
             continue
         module.forward = partial(_by_tiles, module.forward, tile)
 

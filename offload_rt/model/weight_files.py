@@ -63,6 +63,7 @@ class WeightFiles:
         self._preadv = preadv
         self._bounces = threading.local()
         self._files: dict[Path, _WeightFile] = {}
+        self._rows: dict[Path, _WeightFile] = {}
         try:
             for path, identity in identities.items():
                 self._files[path] = _WeightFile(_open(path, direct), identity)
@@ -78,9 +79,9 @@ class WeightFiles:
 
     def close(self) -> None:
         """Close all files."""
-        for each in self._files.values():
+        for each in (*self._files.values(), *self._rows.values()):
             each.file.close()
-        self._files = {}
+        self._files, self._rows = {}, {}
 
     def check(self, paths: Iterable[Path]) -> None:
         """Compare files with what they were at the start.
@@ -146,6 +147,35 @@ class WeightFiles:
         parts = [piece.load(staging).clone() for piece in self.pieces(_whole(extent))]
         numbers = torch.cat(parts).view(getattr(torch, torch_name(extent.dtype)))
         return numbers.view(extent.shape)
+
+    def rows(self, extent: TensorExtent, numbers: torch.Tensor) -> torch.Tensor:
+        """Some rows [N, ...] of a tensor of the file, by their numbers [N], each once.
+
+        They are read through the page cache, all asked for before the first is waited for.
+
+        Raises:
+            CheckpointError: the file was truncated, rewritten, replaced or removed.
+        """
+        wanted, places = numbers.unique(return_inverse=True)
+        file, each = self._rows_file(extent.path), extent.nbytes // extent.shape[0]
+        starts = [extent.offset + number * each for number in wanted.tolist()]
+        for start in starts:
+            os.posix_fadvise(file.file.fd, start, each, os.POSIX_FADV_WILLNEED)
+        data = torch.empty(len(starts) * each, dtype=torch.uint8)
+        view = memoryview(data.numpy().data)
+        for place, start in enumerate(starts):
+            self._read(file, view[place * each : (place + 1) * each], start, each)
+        self.check([extent.path])
+        found = data.view(getattr(torch, torch_name(extent.dtype)))
+        return found.view(len(starts), *extent.shape[1:]).index_select(0, places)
+
+    def _rows_file(self, path: Path) -> _WeightFile:
+        """The file, open for single rows: nothing is read ahead."""
+        if path not in self._rows:
+            file = _open(path, False)
+            os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_RANDOM)
+            self._rows[path] = _WeightFile(file, self._files[path].identity)
+        return self._rows[path]
 
     def not_finite(self, extent: TensorExtent, dtype: torch.dtype) -> tuple[int, int]:
         """How many numbers of a tensor are NaN or infinite: in the file, and in `dtype`."""

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offload_rt.config import LookAhead, RuntimeConfig
+from offload_rt.config import HomeKind, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
@@ -20,6 +20,7 @@ from offload_rt.costs.sizes import (
 )
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.ends import head_is_stored
 from offload_rt.model.expert_layout import ExpertImages
 from offload_rt.model.layout import set_apart
 from offload_rt.planning.placement import Demand, ExpertDemand
@@ -50,15 +51,15 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         capacities: KV rows of each sequence.
         shape: the largest pass.
         drafting: who drafts.
-        apart: the embedding is in host memory.
+        apart: the embedding is in host memory, or in its file where the device has no other.
     """
     config, dtype = checkpoint.config, runtime.dtype
     number_bytes = number_bytes_of(checkpoint, dtype)
     *layouts, base = layouts_of(checkpoint, dtype, device)
-    in_host = 0
+    apart_bytes = 0
     if apart:
         base, own = set_apart(base, checkpoint.embedding.name)
-        in_host = own.nbytes
+        apart_bytes = own.nbytes
     layers = [layout.nbytes for layout in layouts]
     run = DraftedRun(
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
@@ -80,7 +81,8 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     return Demand(
         layer_bytes=tuple(layers),
         base_bytes=base.nbytes,
-        host_base_bytes=in_host,
+        host_base_bytes=apart_bytes if device.own_memory else 0,
+        file_base_bytes=0 if device.own_memory else apart_bytes,
         kv_bytes=sum(kv_layers),
         kv_layer_bytes=kv_layers if any(states) else (),
         state_bytes=tuple(len(capacities) * nbytes for nbytes in states) if any(states) else (),
@@ -98,7 +100,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         drafter_bytes=draft.kept_bytes,
         recorded_bytes=draft.recorded_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes)
-        if packs(checkpoint, dtype, device)
+        if packs(checkpoint, dtype, device) and not head_is_stored(checkpoint)
         else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
@@ -120,14 +122,15 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
 
 
 def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind) -> bool:
-    """Whether the embedding may be in host memory: the head is another matrix, and it is read so.
+    """Whether passes may read their rows of the embedding where it is: the head is another matrix.
 
-    Of a device that computes in host memory nothing would be gained.
+    That is host memory, or, for a device that computes there, the file that layers are read of.
     """
-    own_rows = checkpoint.head is not None and checkpoint.embedding.name not in (
-        checkpoint.stored_ends
-    )
-    return device.own_memory and own_rows and not runtime.machines
+    embedding = checkpoint.embedding
+    if checkpoint.head is None or embedding.name in checkpoint.stored_ends or runtime.machines:
+        return False
+    from_file = runtime.home in (HomeKind.AUTO, HomeKind.DISK) and not embedding.coded
+    return device.own_memory or (device.home is HomeKind.DISK and from_file)
 
 
 def _streams_experts(runtime: RuntimeConfig) -> bool:

@@ -63,7 +63,8 @@ class Demand:
     Attributes:
         layer_bytes: image of each layer.
         base_bytes: what is in no layer: embedding, final norm, head.
-        host_base_bytes: an embedding in host memory, read by rows; 0: it is on the device.
+        host_base_bytes: an embedding in host memory, read by rows; 0: it is elsewhere.
+        file_base_bytes: the same of one that stays in its file.
         kv_bytes: KV caches of all sequences.
         kv_layer_bytes: of these, what lies beside each layer; empty: the same beside all.
         state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
@@ -85,6 +86,7 @@ class Demand:
     kv_bytes: int
     workspace_bytes: int
     host_base_bytes: int = 0
+    file_base_bytes: int = 0
     kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
@@ -96,6 +98,11 @@ class Demand:
     copy_bytes: tuple[int, ...] = ()
     further_bytes: int = 0
     experts: ExpertDemand | None = None
+
+    @property
+    def rows_apart(self) -> bool:
+        """Whether the embedding is not on the device: passes read their rows of it."""
+        return self.host_base_bytes + self.file_base_bytes > 0
 
     @property
     def fixed_bytes(self) -> int:

@@ -19,6 +19,7 @@ from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.wire import wired, wires_of
 from offload_rt.planning.controller import StepOutlook
@@ -175,7 +176,7 @@ def make_plan(
 def plan_wires(
     checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind, **more: Unpack[PlanInputs]
 ) -> tuple[Checkpoint, Plan]:
-    """Plan a run in each form that its weights may have; see `make_plan`.
+    """Plan a run in each form that its weights may have, its ends too; see `make_plan`.
 
     Returns:
         The model in the form that is predicted to be fastest, or, where nothing is predicted, in
@@ -183,11 +184,12 @@ def plan_wires(
     """
     found, refusals = list[tuple[Checkpoint, Plan]](), list[PlanError]()
     for wire in wires_of(checkpoint, runtime.wire, device):
-        model, named = wired(checkpoint, wire), replace(runtime, wire=wire)
-        try:
-            found.append((model, make_plan(model, named, device, **more)))
-        except PlanError as refusal:
-            refusals.append(refusal)
+        named = replace(runtime, wire=wire)
+        for model in forms_of_ends(wired(checkpoint, wire), runtime.dtype, device):
+            try:
+                found.append((model, make_plan(model, named, device, **more)))
+            except PlanError as refusal:
+                refusals.append(refusal)
     if not found:
         raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
     best = min(found, key=lambda made: _s_per_token(made[1]))

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -20,7 +21,7 @@ from offload_rt.device.several import Stripes
 from offload_rt.device.system import give_back_holes, give_back_large_blocks
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import spread_layers
-from offload_rt.model.checkpoint import Checkpoint
+from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
@@ -28,7 +29,7 @@ from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import LayerLayout, set_apart
-from offload_rt.model.network import NOBODY, Images, Network
+from offload_rt.model.network import NOBODY, Base, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.experts import Pool, lenders_of, open_pool
 from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
@@ -74,8 +75,12 @@ class Streaming:
 
 
 def load_base(
-    network: Network, device: Device, files: WeightFiles, purpose: str, apart: str | None = None
-) -> Images:
+    network: Network,
+    device: Device,
+    files: WeightFiles,
+    purpose: str,
+    apart: TensorExtent | None = None,
+) -> Base:
     """Enqueue reading what is in no layer; quantised ends are dequantised now.
 
     Args:
@@ -83,22 +88,26 @@ def load_base(
         device: where it goes.
         files: where it is read from.
         purpose: in the ledger of device memory.
-        apart: a tensor that stays in host memory, where kernels read the rows they are asked for.
+        apart: of the embedding, of which each pass reads its rows: of host memory, where kernels
+            do, or of the file where the device has no memory of its own.
 
     Raises:
         CheckpointError: a scale of these is no number.
     """
     check_numbers(network.base.made, files)
     rest, images = network.base, list[tuple[LayerLayout, DeviceBuffer]]()
+    rows = None
     if apart is not None:
-        without, own = set_apart(network.base, apart)
-        if (rows := _in_host(device, own, files)) is not None:
+        without, own = set_apart(network.base, apart.name)
+        if not device.kind.own_memory:
+            rest, rows = without, partial(files.rows, apart)
+        elif (there := _in_host(device, own, files)) is not None:
             rest = without
-            images.append((own, rows))
+            images.append((own, there))
     image = device.allocate(rest.nbytes, purpose)
     device.load.copy(image, FileSource(rest, files))
     make_weights(rest, files, image.tensor)
-    return [*images, (rest, image)]
+    return Base([*images, (rest, image)], rows)
 
 
 def _in_host(device: Device, layout: LayerLayout, files: WeightFiles) -> DeviceBuffer | None:
@@ -133,7 +142,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     network: Network,
     stripes: Stripes,
     files: WeightFiles,
-    base: Images | None,
+    base: Base | None,
     streaming: Streaming,
     chunk_tokens: int,
     undo: ExitStack,
@@ -210,7 +219,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     target_ids: int,
     weights: DraftWeights = DraftWeights.SAME,
     dtype: str = "auto",
-    target_base: Images | None = None,
+    target_base: Base | None = None,
     stripes: Stripes | None = None,
     layers: Sequence[int] | None = None,
     network: Network | None = None,

@@ -88,6 +88,7 @@ class Stored:
         heads: of a weight whose rows come in pairs, one of each half of a head (GGUF's llama);
             0: rows are in order.
         pieces: of a coded weight, where each piece begins in its one part, and last where they end.
+        at_once: outputs that are dequantised at once, of a weight too large for all; 0: all are.
     """
 
     module: str
@@ -102,6 +103,7 @@ class Stored:
     source: TensorExtent | None = None
     heads: int = 0
     pieces: tuple[int, ...] = ()
+    at_once: int = 0
 
     @property
     def of_expert(self) -> bool:
@@ -112,6 +114,11 @@ class Stored:
     def numbers(self) -> int:
         """Of the weight."""
         return self.outputs * self.inputs
+
+    @property
+    def scratch_numbers(self) -> int:
+        """Of the weight that are dequantised at once."""
+        return (self.at_once or self.outputs) * self.inputs
 
     @property
     def group(self) -> int:
@@ -193,11 +200,12 @@ def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -
         processor: `cpu` or `cuda`.
     """
     stored = list(stored)
-    largest = max((each.numbers for each in stored), default=0)
+    largest = max((each.scratch_numbers for each in stored), default=0)
     # On a GPU one kernel decodes 12 bits, and no torch is there to do it in steps.
     parts = [s for s in stored if not (processor == "cuda" and s.form is Form.CODED)]
     block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in parts), default=0))
-    block = min(max((each.numbers for each in parts), default=0), block * BLOCKS[processor])
+    most = max((each.scratch_numbers for each in parts), default=0)
+    block = min(most, block * BLOCKS[processor])
     return largest * number_bytes + block * _BLOCK_BYTES
 
 

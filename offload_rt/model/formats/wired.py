@@ -8,7 +8,8 @@ On a GPU the scratch is used in the order of its compute stream, so that nothing
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from offload_rt.model.formats import coded, fours, ggml, grids, integers
 from offload_rt.model.formats.brought import bring_for
 from offload_rt.model.formats.checked import INDICES
 from offload_rt.model.formats.direct import Direct, Plain, direct_for, plain_for
+from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import torch_name
@@ -123,13 +125,26 @@ class WiredLinear(torch.nn.Module):
                 made = self._direct(rows, self._parts(), self.bias)
                 if made is not None:
                     return made
-            if self._plain is not None:
+            if self._plain is not None and not self.stored.at_once:
                 return self._plain(rows, self.brought(), self.bias)
-        weight = self.brought()
+        return self._by_parts(rows) if self.stored.at_once else self._product(rows, self.brought())
+
+    def _product(
+        self, rows: torch.Tensor, weight: torch.Tensor, part: slice = slice(None)
+    ) -> torch.Tensor:
+        """[..., I] times some outputs."""
+        bias = None if self.bias is None else self.bias[part]
         if not self.exact:
-            return self.product(rows, weight, self.bias)
-        apart = self.stored.outputs < FEW_OUTPUTS
-        return in_tiles(lambda tiles: self.product(tiles, weight, self.bias), rows, apart=apart)
+            return self.product(rows, weight, bias)
+        apart = weight.shape[0] < FEW_OUTPUTS
+        return in_tiles(lambda tiles: self.product(tiles, weight, bias), rows, apart=apart)
+
+    def _by_parts(self, rows: torch.Tensor) -> torch.Tensor:
+        """The same, some outputs after the other: all would need too large a scratch."""
+        made = rows.new_empty(*rows.shape[:-1], self.stored.outputs)
+        for part, stored, parts in _cut(self.stored, self._parts()):
+            made[..., part] = self._product(rows, self._brought(stored, parts), part)
+        return made
 
     def compute_by(self, product: Product) -> None:
         """Multiply so, whatever else could."""
@@ -148,10 +163,12 @@ class WiredLinear(torch.nn.Module):
 
     def brought(self) -> torch.Tensor:
         """The weight [O, I], in the scratch until another is brought."""
-        stored = self.stored
+        return self._brought(self.stored, self._parts())
+
+    def _brought(self, stored: Stored, parts: dict[str, torch.Tensor]) -> torch.Tensor:
         data = self.scratch[: stored.numbers * self.dtype.itemsize]
         out = data.view(self.dtype).view(stored.outputs, stored.inputs)
-        self._bring(stored, self._parts(), out)
+        self._bring(stored, parts, out)
         return out
 
     def _parts(self) -> dict[str, torch.Tensor]:
@@ -165,6 +182,63 @@ class WiredLinear(torch.nn.Module):
         linear.weight = torch.nn.Parameter(self.brought(), False)
         linear.bias = self.bias
         return linear
+
+
+class RowEmbedding(torch.nn.Module):
+    """Looks up rows of a matrix that are brought when they are asked for.
+
+    Args:
+        embedding: that it replaces; it computes what its class does with a row, and has no weight.
+        stored: the matrix as it lies in a buffer of its own; None: plain numbers.
+
+    Attributes:
+        rows: reads rows [N, ...] by their numbers [N]; None: they are in the buffer.
+    """
+
+    def __init__(self, embedding: torch.nn.Embedding, stored: Stored | None = None) -> None:
+        super().__init__()
+        self.stored, self.dtype = stored, embedding.weight.dtype
+        self.rows: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._bring = None if stored is None else _BRING[stored.form]
+        self._embedding = stripped(embedding)
+        self._embedding._parameters["weight"] = None  # no parameter of the network
+        if stored is not None:
+            self.register_buffer(ggml.PART, _on_meta(stored, ggml.PART))
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """[...] ids to [..., E]."""
+        flat = ids.flatten()
+        found = self._found(flat) if self.rows is None else self.rows(flat)
+        if self.stored is None or self._bring is None:
+            return looked_up(self._embedding, found.to(self.dtype), ids.shape)
+        wide = found.new_empty(len(flat), self.stored.inputs, dtype=self.dtype)
+        if not found.is_meta:
+            few = replace(self.stored, outputs=len(flat))
+            self._bring(few, {ggml.PART: found}, wide)
+        return looked_up(self._embedding, wide, ids.shape)
+
+    def lend(self, device: torch.device) -> None:
+        """Say where it computes."""
+        if self.stored is not None:
+            made = bring_for(self.stored, self.dtype, device)
+            self._bring = made or _BRING[self.stored.form]
+
+    def _found(self, ids: torch.Tensor) -> torch.Tensor:
+        data = self._buffers[ggml.PART]
+        assert data is not None  # it was registered
+        if data.is_meta:
+            return data.new_empty(len(ids), *data.shape[1:])
+        return data.index_select(0, ids)
+
+
+def _cut(
+    stored: Stored, parts: Mapping[str, torch.Tensor]
+) -> Iterator[tuple[slice, Stored, dict[str, torch.Tensor]]]:
+    """A weight of GGUF's blocks, some outputs after the other."""
+    for start in range(0, stored.outputs, stored.at_once):
+        part = slice(start, min(start + stored.at_once, stored.outputs))
+        few = replace(stored, outputs=part.stop - part.start)
+        yield part, few, {ggml.PART: parts[ggml.PART][part]}
 
 
 class WiredExpert(torch.nn.Module):
@@ -206,7 +280,11 @@ def _on_meta(stored: Stored, word: str) -> torch.Tensor:
 
 
 def wire_linears(
-    model: torch.nn.Module, stored: Iterable[Stored], key_of: Callable[[str], str | None]
+    model: torch.nn.Module,
+    stored: Iterable[Stored],
+    key_of: Callable[[str], str | None],
+    *,
+    tied: bool,
 ) -> None:
     """Put such modules in place of the linears of a network whose weights are stored so.
 
@@ -214,6 +292,7 @@ def wire_linears(
         model: transformers' modules.
         stored: the weights.
         key_of: the network's name of a tensor of the files.
+        tied: an embedding among them is the output head, too.
 
     Raises:
         CheckpointError: a module is none that is read so, or of another shape.
@@ -221,8 +300,9 @@ def wire_linears(
     for each in stored:
         key = key_of(f"{each.module}.weight")
         path = "" if key is None else key.rpartition(".")[0]
-        linear = model.get_submodule(path) if path else None
-        if type(linear) is not torch.nn.Linear:
+        linear: Any = model.get_submodule(path) if path else None
+        looks_up = isinstance(linear, torch.nn.Embedding) and each.at_once > 0
+        if type(linear) is not torch.nn.Linear and not looks_up:
             raise CheckpointError(
                 f"{shown(each.module)} is quantised, but is no linear layer of this network: take "
                 "the model it was made from"
@@ -232,8 +312,12 @@ def wire_linears(
                 f"{shown(each.module)} is a quantised weight of {[each.outputs, each.inputs]}, "
                 f"config.json makes it {list(linear.weight.shape)}"
             )
+        if looks_up and tied:
+            whole: Any = model
+            whole.set_output_embeddings(WiredLinear(each, whole.get_output_embeddings()))
+        made = RowEmbedding(linear, each) if looks_up else WiredLinear(each, linear)
         parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, WiredLinear(each, linear))
+        setattr(model.get_submodule(parent), name, made)
 
 
 def wired_linears(module: torch.nn.Module) -> list[WiredLinear]:
