@@ -144,6 +144,22 @@ def test_smaller_drafts_are_judged_by_the_beginnings_of_larger_ones():
     assert set(other.accepted()) == {64}
 
 
+def test_where_rows_are_far_slower_than_planned_drafting_nothing_is_tried_at_once():
+    """Sixteen take part, and 80 rows take eight times what is planned; 16 rows do not."""
+    sizes = (0, 1, 2, 4)
+    planned = [
+        StepOutlook(nodes=n, tokens=1.0 + 0.6 * n, draft_s=0.04 * n, pass_s=0.75 + 0.03 * n)
+        for n in sizes
+    ]
+    controller, used = Controller(planned, 4, sequences=16), []
+    for _ in range(8):
+        used.append(size := controller.nodes_for(16))
+        some = [Outcome(drafted=size, path=list(range(size // 2)), nested=True)] * 16
+        pass_s = {0: 0.8, 1: 2.0, 2: 4.0, 4: 6.5}[size]
+        controller.observe(size, some, draft_s=0.04 * size, pass_s=pass_s, running=16)
+    assert used[0] == 4 and used[4:] == [0] * 4
+
+
 def test_a_draft_before_which_a_text_is_read_is_not_timed():
     controller = Controller(outlooks())
     before = controller.expect(8).draft_s

@@ -169,7 +169,7 @@ class Run:
         if controller is not None:
             most = controller.nodes_for(len(writing))
         start = time.perf_counter()
-        reads = any(len(s.ids) > s.asked_at + most + 1 for s in writing)
+        reads = any(len(s.ids) > s.drafter_knows + 1 for s in writing)
         drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at = time.perf_counter()
         texts = [(s, self._next_part(s, count)) for s, count in reading]
@@ -237,7 +237,7 @@ class Run:
             steps.append(step)
             drafter, depth = sequence.drafter, sequence.remaining - 1
             if drafter is not None and depth > 0 and nodes:
-                sequence.asked_at = len(sequence.ids)
+                sequence.drafter_knows = len(sequence.ids) + nodes
                 asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
         if not asked:
             return steps

@@ -81,7 +81,7 @@ class SequenceState:
         logprobs: of the emitted tokens, where they are asked for. There may be more than tokens,
             of a pass that went beyond.
         prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
-        asked_at: its tokens when a draft was last asked for.
+        drafter_knows: tokens of it that its drafter has seen or proposed, at most.
         drafted: tokens proposed for it; `accepted` of them were kept.
         reused: tokens of its prompt whose rows were there.
     """
@@ -99,7 +99,7 @@ class SequenceState:
     leaving: bool = False
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    asked_at: int = 0
+    drafter_knows: int = 0
     drafted: int = 0
     accepted: int = 0
     reused: int = 0

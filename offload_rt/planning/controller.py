@@ -11,7 +11,8 @@ tokens a second. Sizes that are not in use are judged by what is known of them:
   better than what those happened to have accepted;
 - the seconds of one size scale those expected of the others, the more the nearer they are;
 - the next larger and smaller sizes are tried at once if that should cost little, and a neighbour
-  now and then.
+  now and then;
+- drafting nothing is tried at once where steps are slower than was planned without drafts.
 
 Where several sequences take part in a pass, drafts of many make it large, and a size that pays for
 one of them may not pay for sixteen. So seconds of a pass are known by its rows, and a size is
@@ -44,7 +45,7 @@ _SCOUT_STEPS, _SCOUTED, _FIRST_SCOUT, _LAST_SCOUT = 2, 4, 3, 48
 _LONGER = 1.15  # times what is planned: then the plan may be wrong about other sizes, too
 # Steps with as many rows that the plan's time of a pass counts for against a time of others: that
 # 130 rows compute longer than planned says little of 4, which wait for copies.
-_PLANNED_WEIGHT = 0.1
+_PLANNED_WEIGHT = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +77,22 @@ class _Average:
     value: float = 0.0
     weight: float = 0.0
     memory: float = _MEMORY
+    last_s: float = 0.0  # as it was measured
 
     def add(self, number: float) -> None:
         self.weight = min(self.weight + 1.0, self.memory)
         self.value += (number - self.value) / self.weight
 
     def add_time(self, seconds: float, expected_s: float) -> None:
-        """Take in a time; of a first one far above what was expected the next will tell."""
+        """Take in a time; of one far above what was expected the next will tell.
+
+        Where that is as long, both count.
+        """
         most = _OUTLIER * self.value if self.weight else _FIRST_OUTLIER * expected_s
+        both_s = min(seconds, self.last_s)
+        if both_s > most:
+            self.value, most = (both_s if self.weight == 1.0 else self.value), both_s
+        self.last_s = seconds
         self.add(min(seconds, most))
 
     def known_or(self, prior: float) -> float:
@@ -400,6 +409,11 @@ class Controller:
             choice.current, choice.interval = best, _FIRST_PROBE
             choice.probe, choice.scouts, choice.until_probe = None, False, _FIRST_PROBE
             return
+        if choice.probe is None and choice.current and not choice.tried[0]:
+            planned_s = self._expected_s[self._point(running)]
+            if rate * planned_s < 1.0:  # nobody need draft for that, if the plan is right there
+                choice.probe, choice.scouts, choice.until_probe = 0, True, 1
+                return
         if choice.probe is None and (scout := self._scout(choice, expected, running)) is not None:
             choice.probe, choice.scouts, choice.until_probe = scout, True, _SCOUT_STEPS
             return
