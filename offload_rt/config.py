@@ -359,9 +359,10 @@ class DraftConfig:
     draft_weights: DraftWeights = option(
         DraftWeights.AUTO,
         "--draft-weights",
-        "How the weights of a draft model, mtp or eagle3 are kept: as in the files, or rounded, "
-        "which is faster and smaller and changes guesses, never answers; auto is int8 for bf16 "
-        "models on a CPU.",
+        "How the weights of a draft model, or of the layer of mtp or eagle3, are kept: as in the "
+        "files, or rounded, which is faster and smaller and changes guesses, never answers; auto "
+        "is int8 for bf16 models on a CPU. What feeds that layer, and its output head, stay as "
+        "they are.",
     )
     accept: AcceptRule = option(
         AcceptRule.LOSSLESS,
