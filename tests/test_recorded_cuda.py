@@ -102,7 +102,7 @@ def test_a_refused_capture_is_said_once_and_drafting_goes_on(gpu, make_tiny, mon
     assert [(replays, drafted) for _, replays, *_, drafted in made] == [(0, GAMMA)] * 3
     said = [record.message for record in caplog.records if "recorded" in record.message]
     assert said == [
-        "cuda:0: draft passes are not recorded as a graph (operation not permitted when stream is "
+        "cuda:0: passes are not recorded as a graph (operation not permitted when stream is "
         "capturing): they run kernel by kernel"
     ]
     assert "recorded passes" not in ledger
@@ -165,7 +165,7 @@ def test_a_graph_that_is_not_the_work_is_not_used(case, caplog):
     assert device.record(work, given.neg_) is None
     assert device.record(work, given.neg_) is None  # it was said, and is not tried again
     assert [record.message for record in caplog.records] == [
-        f"cuda:0: draft passes are not recorded as a graph ({reason}): they run kernel by kernel"
+        f"cuda:0: passes are not recorded as a graph ({reason}): they run kernel by kernel"
     ]
     assert len(calls) == (2 if case == "stale" else 1)
     device.close()

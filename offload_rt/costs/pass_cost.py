@@ -38,6 +38,7 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
+    PIECES_S,
     attention_s,
     decoded_per_s,
     disk_bytes_per_s,
@@ -157,6 +158,7 @@ class PassLoad:
         hop_bytes: of the hidden state, which goes on when the next layer is on another device; the
             first one has embedding and head.
         recorded: it is replayed (`runner/static.py`), so it is launched at once.
+        pieced: it is replayed but for attention and experts (`runner/pieces.py`).
         ahead_bytes: host memory that layers in files are read ahead into.
         expert_share: of each layer's experts, so many are in host memory, the others in files.
         straight: of machines that differ, those whose layers come from their files at once.
@@ -178,6 +180,7 @@ class PassLoad:
     kv_block_s: float = 0.0
     hop_bytes: int = 0
     recorded: bool = False
+    pieced: bool = False
     ahead_bytes: int = 0
     expert_share: float = 1.0
     straight: frozenset[int] = frozenset()
@@ -476,6 +479,7 @@ def pass_times(
     numbers += rates.files
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
+    replayed = load.recorded or load.pieced
     work_s = {
         (work, order): layer_s(
             profile,
@@ -483,7 +487,7 @@ def pass_times(
             load.rows(order),
             processor=processor,
             weights=order,
-            recorded=load.recorded,
+            recorded=replayed,
         )
         for work, order in works
     }
@@ -497,11 +501,11 @@ def pass_times(
             load.rows(load.head_weights),
             processor=processor,
             weights=load.head_weights,
-            recorded=load.recorded,
+            recorded=replayed,
         )
         for head in ([load.head] if load.head else [])
     ]
-    heads += [replay_s(profile, processor)] if load.recorded else []
+    heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
     decoding = {
         (each.decoder, each.form, each.bits): decoded_per_s(
@@ -530,6 +534,7 @@ def pass_times(
             + decoded_s((*layer.decoded, *layer.experts_decoded))
             + attending[layer.kv_bytes]
             + layer.choosing_s
+            + (PIECES_S if load.pieced else 0.0)
             + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),

@@ -56,6 +56,8 @@ RECORDED_SPAN = 2048
 # Recordings of a model that are kept. One that grows trees needs about one for each of its passes,
 # anew each time the sequence has grown by `FLOOR_ROWS`.
 MOST_RECORDINGS = 64
+# Rows of a pass that is recorded in pieces (`runner/pieces.py`), and kinds of it that are kept.
+PIECED_ROWS, MOST_PIECED = 8, 4
 KERNEL_BYTES = 2**10  # of each kernel of a recording on the device, beside its pool; assumed
 
 
@@ -340,6 +342,22 @@ def recorded_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -
     pool_bytes = workspace_bytes(config, number_bytes, pool, device) - RUNTIME_BYTES
     kernels = config.num_layers * LAYER_KERNELS + OTHER_KERNELS
     return pool_bytes + logits + MOST_RECORDINGS * kernels * KERNEL_BYTES
+
+
+def pieced_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -> int:
+    """Upper bound of what passes that are recorded in pieces keep.
+
+    Of each what a piece leaves to later ones and to steps, what these make, and the recording; of
+    all together the pool they compute in.
+    """
+    pool = PassShape(rows=PIECED_ROWS, chunk_rows=PIECED_ROWS, longest=1, logit_rows=PIECED_ROWS)
+    pool_bytes = workspace_bytes(config, number_bytes, pool, device) - RUNTIME_BYTES
+    # Queries, keys, values, what is attended; states beside these and experts, and their results.
+    heads = 2 * (config.num_heads + config.num_kv_heads) * config.head_dim
+    layer = PIECED_ROWS * (heads + 6 * config.hidden_size) * number_bytes + 16 * 512  # of each 512
+    logits = PIECED_ROWS * config.vocab_size * number_bytes
+    kernels = config.num_layers * LAYER_KERNELS + OTHER_KERNELS
+    return pool_bytes + MOST_PIECED * (config.num_layers * layer + logits + kernels * KERNEL_BYTES)
 
 
 def workspace_bytes(

@@ -16,6 +16,7 @@ from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
+    PIECED_ROWS,
     RECORDED_ROWS,
     kv_row_bytes,
     layer_windows,
@@ -230,6 +231,7 @@ class PlacedModel:
         sequences: that run at once.
         dtype: number format it computes in; `auto` is its own.
         exact: passes are row-invariant (`model/exact.py`), but for those that draft.
+        in_pieces: those of few rows may be recorded in pieces (`runner/pieces.py`).
     """
 
     parts: ModelParts
@@ -239,6 +241,7 @@ class PlacedModel:
     sequences: int = 1
     dtype: str = "auto"
     exact: bool = False
+    in_pieces: bool = False
 
     def draft_load(self, tokens: int) -> PassLoad:
         """A pass that drafts, of one device's kept weights: recorded, where launches cost."""
@@ -283,6 +286,7 @@ class PlacedModel:
             streamed=where.streamed,
             slots=where.slots,
             tokens=rows,
+            pieced=self._pieced(rows),
             tile=self._tile,
             sequences=self.sequences,
             head=head,
@@ -316,6 +320,13 @@ class PlacedModel:
         here = self.residence
         where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
         return replace(self, residence=where)
+
+    def _pieced(self, rows: int) -> bool:
+        """Whether a pass is recorded in pieces: experts are chosen on the host, no layer comes."""
+        where = self.residence
+        chosen = where.experts is not None or any(e.experts_decoded for e in self.parts.layers)
+        few = rows <= PIECED_ROWS and not self.exact
+        return self.in_pieces and few and chosen and not where.streamed
 
     @property
     def _tile(self) -> int:

@@ -228,10 +228,14 @@ class CopyPiece:
     load: Callable[[HostBuffer], torch.Tensor]
 
 
-class Replay(Protocol):
+MadeT = TypeVar("MadeT")
+ReplayedT = TypeVar("ReplayedT", covariant=True)
+
+
+class Replay(Protocol[ReplayedT]):
     """Work that was recorded."""
 
-    def __call__(self) -> torch.Tensor:
+    def __call__(self) -> ReplayedT:
         """Enqueue all of it; what it returns is where it was when it was recorded."""
 
 
@@ -314,12 +318,13 @@ class Device(Protocol):
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
 
-    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay | None:
+    def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT] | None:
         """Record kernels, to enqueue them all at once from then on.
 
         Args:
             work: reads and writes tensors that stay, and decides by their shapes alone; it is run
-                a few times, each of which must leave the same in memory.
+                a few times, each of which must leave the same in memory. It makes a tensor, or a
+                sequence of them.
             vary: puts other numbers into what `work` reads. With them a replay is compared with
                 the work itself, once, which shows whatever of it hides in Python.
 

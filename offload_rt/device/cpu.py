@@ -23,6 +23,7 @@ from offload_rt.device.base import (
     Event,
     HomeSource,
     HomeTarget,
+    MadeT,
     Replay,
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
@@ -347,7 +348,7 @@ class CpuDevice:
         """Return the values as Python integers."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
 
-    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay:
+    def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT]:
         """The work itself; what it launches costs the same each time."""
         return work
 

@@ -7,6 +7,7 @@ here they part: each segment appends its keys and values to its own cache and at
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import partial
 
 import torch
 
@@ -19,6 +20,9 @@ ATTENTION_NAME = "offload_rt"
 CONTEXT_KEYWORD = "offload_context"
 
 Hop = Callable[[torch.Tensor, int, int], torch.Tensor]  # from one device to another
+# A part of a pass that Python decides about: of the pass and what it is given, what it makes.
+Step = Callable[["PassContext", Sequence[torch.Tensor]], torch.Tensor]
+Apart = Callable[[Step, Sequence[torch.Tensor]], torch.Tensor]  # makes a step, and notes it
 
 # Keywords of HF's attention call that we honour, or that cannot change what inference computes.
 _KNOWN_OPTIONS = frozenset(
@@ -63,6 +67,7 @@ class PassContext:
         strict: refuse options of HF's attention call that we do not know.
         exact: attention is row-invariant (`attention/exact.py`).
         tiles: layers are given whole tiles of so many rows (`tiles.py`); 0: as many as there are.
+        apart: makes what may differ from pass to pass though rows are as many (`runner/pieces.py`).
 
     Attributes:
         rows: the packed rows that are being computed now, of those that have not left.
@@ -78,8 +83,10 @@ class PassContext:
         strict: bool = False,
         exact: bool = False,
         tiles: int = 0,
+        apart: Apart | None = None,
     ) -> None:
         self.segments, self.wanted, self.strict = segments, wanted, strict
+        self.apart = apart
         self.all_rows = sum(segment.tokens for segment in segments)
         self.rows = range(self.all_rows)
         self.kept: torch.Tensor | None = None
@@ -216,11 +223,22 @@ def attend_packed(
         spec = replace(spec, exact=True, fixed=context.tiles > 0)
     if context.strict:
         _check_options(attention_mask, options, spec)
+    step, given = partial(_attended, layer, spec), (query, key, value)
+    if context.apart is not None:
+        return context.apart(step, given), None
+    return step(context, given), None
+
+
+def _attended(
+    layer: int, spec: AttentionSpec, context: PassContext, given: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """What `attend_packed` returns for queries, keys and values."""
+    query, key, value = given
     parts = []
     for cache, rows, tree in context.parts():
         cache.append(layer, key[0, :, rows], value[0, :, rows])
         parts.append(cache.attend(layer, query[0, :, rows], spec, tree))
-    return context.whole_tile(parts).unsqueeze(0), None
+    return context.whole_tile(parts).unsqueeze(0)
 
 
 class MaskKind(StrEnum):

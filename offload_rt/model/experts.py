@@ -7,7 +7,8 @@ summed in the order of places at the end. So what comes first changes no bit. Wh
 between the products (`_apply_gate`), and how its weights lie, are the module's own flags.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ import torch
 from torch.nn.functional import linear
 
 from offload_rt.errors import CheckpointError
+from offload_rt.model.attention_function import Apart, PassContext
 from offload_rt.model.formats import together
 from offload_rt.model.formats.stored import TOGETHER_ROWS, Stored
 from offload_rt.model.formats.wired import StoredMatrix, WiredExpert
@@ -26,7 +28,7 @@ MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER, _HOST = "_lent_experts", "_host_of_experts"
 _NEXT, _LISTENS = "_next_router", "_listens_to_router"
-_TOGETHER = "_multiplies_stored"
+_TOGETHER, _APART = "_multiplies_stored", "_made_apart"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
@@ -131,6 +133,19 @@ def lend_host(module: torch.nn.Module, host: Host) -> None:
     module.__dict__[_HOST] = host
 
 
+@contextmanager
+def experts_apart(modules: Iterable[torch.nn.Module], apart: Apart | None) -> Iterator[None]:
+    """Let modules of experts compute as a step of a pass meanwhile (`runner/pieces.py`)."""
+    mine = [] if apart is None else [*modules]
+    for module in mine:
+        module.__dict__[_APART] = apart
+    try:
+        yield
+    finally:
+        for module in mine:
+            del module.__dict__[_APART]
+
+
 def multiply_stored(module: torch.nn.Module) -> bool:
     """Let a module of experts multiply few rows with its weights as they are stored, if it can.
 
@@ -178,6 +193,29 @@ def compute_experts(
     """
     if _LISTENS in module.__dict__:
         raise _ChosenError(top_k_index)
+    apart: Apart | None = module.__dict__.get(_APART)
+    if apart is not None:
+        return apart(partial(_in_turn, module), (hidden, top_k_index, top_k_weights))
+    return _computed(module, hidden, top_k_index, top_k_weights)
+
+
+def _in_turn(
+    module: torch.nn.Module, _: PassContext, given: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """The experts of a layer that rows go through at once."""
+    lender: ExpertLender | None = module.__dict__.get(_LENDER)
+    if lender is not None:
+        lender.begin(1)
+    return _computed(module, *given)
+
+
+def _computed(
+    module: Any,  # noqa: ANN401 - a family's class
+    hidden: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+) -> torch.Tensor:
+    """What `compute_experts` returns."""
     rows, k = top_k_index.shape
     host: Host | None = module.__dict__.get(_HOST)
     flat = top_k_index.flatten()

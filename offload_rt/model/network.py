@@ -32,6 +32,7 @@ from offload_rt.model import fits
 from offload_rt.model.attention_function import (
     ATTENTION_NAME,
     CONTEXT_KEYWORD,
+    Apart,
     PassContext,
     Segment,
     row_axis,
@@ -53,6 +54,7 @@ from offload_rt.model.experts import (
     Host,
     Matrix,
     NextRouter,
+    experts_apart,
     follow,
     lend_experts,
     lend_host,
@@ -184,6 +186,8 @@ class Network:
             goes on without them. Where layers are on several devices they stay to the end.
         pass_rows: rows of the newest pass.
         rows_done: rows that went through a layer, of all passes and layers.
+        chunk_tokens: rows that go through a layer at once.
+        watched: who looks at what passes compute, or at layers while they run.
         dequantising: who does that; None where no weight is quantised.
         exact: what is computed of a row does not depend on the pass it is in (`exact.py`); set
             before weights are kept, if at all.
@@ -212,7 +216,7 @@ class Network:
         self._config = checkpoint.config
         self.poll: Callable[[], None] = lambda: None
         self.gone: Callable[[KVCache], bool] | None = None
-        self.pass_rows = self.rows_done = 0
+        self.pass_rows = self.rows_done = self.watched = self.chunk_tokens = 0
         self.exact, self.tiles = False, 0
         self._looks = Looks()
         self._instead_of_layers: Callable[[torch.Tensor], torch.Tensor] | None = None
@@ -516,7 +520,7 @@ class Network:
         if ours and config.get_text_config()._experts_implementation is not None:
             self._model.set_experts_implementation(EXPERTS_NAME)  # type: ignore[operator]
             self.sorts_on_host = True
-        self._lenders, self._place = experts, device
+        self._lenders, self._place, self.chunk_tokens = experts, device, chunk_tokens
         if base is not None:
             self._have_base(base)
         self._leave_out_other_parts(device)
@@ -721,11 +725,13 @@ class Network:
 
     def watch_head(self, watch: Callable[[torch.Tensor], None]) -> None:
         """Have each pass call `watch` with [R, E], what the output head is fed."""
+        self.watched += 1
         head = _ends(self._model)[0]
         head.register_forward_pre_hook(lambda _, fed: watch(fed[0][0]))
 
     def tap(self, layers: Sequence[int]) -> None:
         """Have each pass keep what leaves these layers, until `tapped` fetches it."""
+        self.watched += 1
         self._tapped = dict.fromkeys(layers)
 
     def tapped(self) -> list[torch.Tensor]:
@@ -737,15 +743,32 @@ class Network:
             self._tapped[index] = None
         return found
 
-    def forward(self, batch: TokenBatch) -> torch.Tensor:
+    def context(self, batch: TokenBatch, apart: Apart | None = None) -> PassContext:
+        """What layers know of a pass."""
+        return PassContext(
+            batch.segments,
+            wanted=batch.logit_rows,
+            exact=self.exact,
+            tiles=self.tiles,
+            apart=apart,
+        )
+
+    def passed(self, rows: int) -> None:
+        """A pass of so many rows was made of steps that were noted."""
+        self.pass_rows = rows
+        self.rows_done += rows * len(self._layers)
+
+    def forward(self, batch: TokenBatch, context: PassContext | None = None) -> torch.Tensor:
         """Run one pass; rows are appended to the caches and stay pending.
+
+        Args:
+            batch: the rows.
+            context: of it, if its steps are made apart.
 
         Returns:
             [R, V] logits of the wanted rows.
         """
-        context = PassContext(
-            batch.segments, wanted=batch.logit_rows, exact=self.exact, tiles=self.tiles
-        )
+        context = context or self.context(batch)
         states = {STATES_KEYWORD: PassStates(context)} if self.mixers else {}
         given = {"input_ids": batch.token_ids[None]}
         if (hidden := batch.hidden) is not None:
@@ -753,7 +776,8 @@ class Network:
                 hidden = self._mixes(self.embed(batch.token_ids), hidden)
             given = {"inputs_embeds": hidden[None]}
         regular = bool(self._mixtures) if self.tiles else self.exact and self._looks.regular
-        with Regular(self.tiles) if regular else nullcontext():
+        mixtures = experts_apart(map(self._model.get_submodule, self._mixtures), context.apart)
+        with mixtures, Regular(self.tiles) if regular else nullcontext():
             output = self._model(
                 **given,
                 position_ids=batch.positions[None],
@@ -804,6 +828,7 @@ class Network:
 
     def watch_layers(self, enter: Callable[[int], None], leave: Callable[[int], None]) -> None:
         """Have passes call `enter` and `leave` with the index of each layer, around it."""
+        self.watched += 1
         for index, layer in enumerate(self._layers):
             layer.register_forward_pre_hook(lambda *_, index=index: enter(index))
             layer.register_forward_hook(lambda *_, index=index: leave(index))
@@ -830,9 +855,11 @@ class Network:
             layer.register_forward_hook(lambda _, given, made, index=index: note(index, made))
             for index, layer in enumerate(self._layers)
         ]
+        self.watched += 1
         try:
             yield notes
         finally:
+            self.watched -= 1
             for handle in handles:
                 handle.remove()
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from offload_rt.config import HomeKind, LookAhead, RuntimeConfig
+from offload_rt.config import Exact, HomeKind, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting
 from offload_rt.costs.sizes import (
     PassShape,
@@ -14,6 +14,7 @@ from offload_rt.costs.sizes import (
     number_bytes_of,
     packed_head_bytes,
     packs,
+    pieced_bytes,
     staging_bytes,
     state_bytes,
     workspace_bytes,
@@ -22,10 +23,11 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.ends import head_is_stored
 from offload_rt.model.expert_layout import ExpertImages
+from offload_rt.model.kept import keeps_states
 from offload_rt.model.layout import set_apart
 from offload_rt.planning.placement import Demand, ExpertDemand
 from offload_rt.speculative.kind import DraftedRun
-from offload_rt.speculative.kinds import draft_memory
+from offload_rt.speculative.kinds import draft_memory, kind_of
 
 MOST_SLACK_BYTES, SLACK_PART = 32 * 2**20, 16
 OTHER_BUFFERS = 16  # large ones besides layers: slots, caches, a head; smaller ones share 20 MiB
@@ -71,6 +73,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     # A thread of its own reads what is offered (`device/idle.py`).
     offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
+    in_pieces = _in_pieces(checkpoint, runtime, device, drafting)
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
@@ -96,7 +99,9 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         + _slack_bytes(draft.copied_bytes, device)
         + scratch
         + taken
-        + experts,
+        + experts
+        + (pieced_bytes(config, number_bytes, device) if in_pieces else 0),
+        in_pieces=in_pieces,
         drafter_bytes=draft.kept_bytes,
         recorded_bytes=draft.recorded_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes)
@@ -131,6 +136,17 @@ def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceK
         return False
     from_file = runtime.home in (HomeKind.AUTO, HomeKind.DISK) and not embedding.coded
     return device.own_memory or (device.home is HomeKind.DISK and from_file)
+
+
+def _in_pieces(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind, drafting: Drafting
+) -> bool:
+    """Whether passes of few rows are recorded in pieces (`runner/pieces.py`), on one device."""
+    config = checkpoint.config
+    fits = device.records and config.has_experts and not keeps_states(config)
+    watched = drafting.config.nodes > 0 and kind_of(drafting.config.kind).watches
+    apart = len(runtime.device_names) > 1 or bool(runtime.machines)
+    return fits and not watched and not apart and runtime.exact is not Exact.ON
 
 
 def _streams_experts(runtime: RuntimeConfig) -> bool:

@@ -449,6 +449,7 @@ class PlacedRun:
             context_tokens=self.context_tokens,
             sequences=self.sequences,
             dtype=self.config.dtype,
+            in_pieces=placement.demand.in_pieces,
         )
 
     def rates(self, load: PassLoad) -> LinkRates:

@@ -71,6 +71,7 @@ class Demand:
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         recorded_bytes: of these, what recorded passes keep.
+        in_pieces: passes of few rows are recorded in pieces, if all but experts is on the device.
         packed_head_bytes: a reordered copy of the output head, where the device has kernels for it;
             else 0.
         kv: how the caches are kept outside the device; None keeps them there.
@@ -90,6 +91,7 @@ class Demand:
     kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
+    in_pieces: bool = False
     state_bytes: tuple[int, ...] = ()
     packed_head_bytes: int = 0
     kv: KVPlan | None = None

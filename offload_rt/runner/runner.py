@@ -19,6 +19,7 @@ from offload_rt.model.attention_function import Segment
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Crossing, Network, TokenBatch
 from offload_rt.runner.experts import Pool
+from offload_rt.runner.pieces import Pieces
 from offload_rt.runner.static import Carried, Recordings
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
@@ -145,6 +146,9 @@ class Runner:
         lends = bool(rings) or experts is not None or across is not None
         looks = network.sorts_on_host and checkpoint.config.has_experts
         self._records = device.kind.records and not (lends or network.mixers or looks)
+        whole = bool(rings) or across is not None or network.mixers or network.exact
+        pieced = device.kind.records and looks and not whole
+        self._pieces = Pieces(network, device) if pieced else None
         self.records_at_once = False
         self._recordings: Recordings | None = None  # made when the first pass is
 
@@ -258,6 +262,10 @@ class Runner:
         return self._run(parts, self.network.hidden)
 
     def _logits(self, batch: TokenBatch) -> torch.Tensor:
+        if self._pieces is not None and batch.hidden is None:
+            made = self._pieces.logits(batch)
+            if made is not None:
+                return made[:, : self.target_ids]
         return self.network.forward(batch)[:, : self.target_ids]
 
     def _run(self, parts: Sequence[Rows], forward: Callable[[TokenBatch], T]) -> T:

@@ -228,7 +228,7 @@ class Recorded:
     """
 
     staged: torch.Tensor
-    replay: Replay
+    replay: Replay[torch.Tensor]
 
     @classmethod
     def make(

@@ -151,6 +151,7 @@ class DrafterKind:
         in_memory: what its device memory holds, in words.
         inside: headers of what drafts, of a kind that the target's own files hold.
         load: brings a layer that reads hidden states of the target, of a kind that has one.
+        watches: it looks at what the target's passes compute.
     """
 
     label: str
@@ -177,6 +178,7 @@ class DrafterKind:
     in_memory: Callable[[DraftConfig], Iterable[str]] = lambda draft: ()
     inside: Callable[[Checkpoint], Checkpoint | None] | None = None
     load: "Callable[[ModulePlace], HiddenModule] | None" = None
+    watches: bool = False
 
     def most_on(self, device: DeviceKind) -> int:
         """Tokens of the largest draft that the planner looks at."""

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch.utils._pytree import tree_leaves
 
-from offload_rt.device.base import STAGED_STREAMS, DeviceUsage, Event, Replay
+from offload_rt.device.base import STAGED_STREAMS, DeviceUsage, Event, MadeT, Replay
 from offload_rt.device.cuda.driver import Driver, DriverEvent, DriverStream
 from offload_rt.device.cuda.nvml import own_gpu_bytes
 from offload_rt.device.cuda.pinned import PinnedMemory, StagingPool, UploadRing
@@ -147,7 +148,7 @@ class CudaDevice:
         """Return the values of an integer tensor; the one host sync of a step."""
         return self._driver.download(values)
 
-    def record(self, work: Callable[[], torch.Tensor], vary: Callable[[], object]) -> Replay | None:
+    def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT] | None:
         """Capture a graph and try it; where that fails, say so and go on without."""
         if not self._records:
             return None
@@ -159,7 +160,7 @@ class CudaDevice:
         except Exception as error:  # noqa: BLE001 - whatever it is, the work itself can still be done
             self._records = False
             _log.warning(
-                "%s: draft passes are not recorded as a graph (%s): they run kernel by kernel",
+                "%s: passes are not recorded as a graph (%s): they run kernel by kernel",
                 self.name,
                 str(error).partition("\n")[0] or type(error).__name__,
             )
@@ -168,11 +169,14 @@ class CudaDevice:
             self.enter(grown, "recorded passes")
         return replay
 
-    def _has_bits_of(self, result: torch.Tensor, replay: Replay) -> bool:
+    def _has_bits_of(self, result: MadeT, replay: Replay[MadeT]) -> bool:
         """Whether a replay makes the same bits, NaN included; the host waits for it."""
-        wanted = result.clone()  # it may be where the replay's goes
-        equal = (replay().view(torch.uint8) == wanted.view(torch.uint8)).all()
-        return all(self._driver.download(equal.to(torch.int64)[None]))
+        wanted = [
+            _bits(each).clone() for each in tree_leaves(result)
+        ]  # it may go to the same place
+        pairs = zip(tree_leaves(replay()), wanted, strict=True)
+        equal = torch.stack([(_bits(again) == each).all() for again, each in pairs])
+        return all(self._driver.download(equal.to(torch.int64)))
 
     def reached_s(self, event: Event, recorded_s: float) -> float:
         """When the GPU reached an event; the first one sets the clock."""
@@ -197,3 +201,8 @@ class CudaDevice:
             self.copy.close()
         finally:
             self._pinned.release()
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """[bytes] uint8 of a tensor."""
+    return tensor.contiguous().view(torch.uint8)

@@ -4,9 +4,11 @@
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
+
+MadeT = TypeVar("MadeT")
 
 
 class DriverEvent(Protocol):
@@ -92,8 +94,8 @@ class Driver(Protocol):
         """Return the values of an integer tensor; the host waits for the current stream."""
 
     def capture(
-        self, work: Callable[[], torch.Tensor], device: torch.device
-    ) -> tuple[Callable[[], torch.Tensor], int]:
+        self, work: Callable[[], MadeT], device: torch.device
+    ) -> tuple[Callable[[], MadeT], int]:
         """Run work a few times, then capture it as a graph.
 
         Returns:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from offload_rt.device.cuda.driver import DriverEvent
+from offload_rt.device.cuda.driver import DriverEvent, MadeT
 from offload_rt.device.cuda.present import absent_gpu, old_driver
 
 WARM_UPS = 3  # before a capture: libraries choose kernels and take workspaces (torch's own advice)
@@ -195,11 +195,12 @@ class TorchDriver:
         return [int(v) for v in values.flatten().tolist()]  # host sync
 
     def capture(
-        self, work: Callable[[], torch.Tensor], device: torch.device
-    ) -> tuple[Callable[[], torch.Tensor], int]:
+        self, work: Callable[[], MadeT], device: torch.device
+    ) -> tuple[Callable[[], MadeT], int]:
         """Capture a CUDA graph; all graphs of a run share one pool of memory.
 
-        They may, as they are replayed in one stream and each result is used before the next replay.
+        They may, as they are replayed in one stream and each result is used before the next replay,
+        or keeps its memory from later captures while somebody refers to it (`runner/pieces.py`).
         Feeder threads go on calling CUDA meanwhile, so only this thread's calls can spoil it.
         """
         with torch.cuda.device(device):
@@ -230,7 +231,7 @@ class TorchDriver:
                 graph.capture_end()
             grown = torch.cuda.memory_reserved(device) - before
 
-        def replay() -> torch.Tensor:
+        def replay() -> MadeT:
             with torch.cuda.device(device):
                 graph.replay()
             return result

@@ -48,6 +48,7 @@ KIND = DrafterKind(
     parts=_parts,
     memory=_memory,
     load=_load,
+    watches=True,
     prior=_PRIOR,
     variants=hidden_variants,
     tree_depth=lambda draft, known: draft.tree_passes if draft.as_tree else None,

@@ -41,6 +41,7 @@ KIND = DrafterKind(
     make=_make,
     parts=_parts,
     memory=_memory,
+    watches=True,
     prior=_PRIOR,
     tree_depth=lambda draft, known: known,
     history=lambda draft: (Path(draft.heads).name,),

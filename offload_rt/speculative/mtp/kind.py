@@ -49,6 +49,7 @@ KIND = DrafterKind(
     parts=hidden_parts,
     memory=hidden_memory,
     load=_load,
+    watches=True,
     prior=_PRIOR,
     automatic=lambda draft, runtime, dtype, prompt_tokens: True,
     variants=_variants,

@@ -1,0 +1,131 @@
+"""Passes over mixtures in pieces: the bits of passes that are made at once, with few launches."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for
+from expert_models import make_mixture
+from flash_double import flash_of_a_gpu
+from recorded import counts
+from test_costs_one_road import MACHINES, SMALL, model_of
+from test_cuda_numbers import ROOM
+from value_double import open_double
+
+from offload_rt.config import HomeKind
+from offload_rt.costs.pass_cost import cost_of, link_rates, pass_times
+from offload_rt.costs.sizes import PIECED_ROWS
+from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
+from offload_rt.profiling.rates import PIECES_S
+from offload_rt.runner import pieces
+
+LAYERS = 4
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """A GPU over CPU tensors that records at once."""
+    monkeypatch.setattr(pieces, "EAGER_FIRST", 0)
+    counts.clear()
+    with flash_of_a_gpu(), pytest.MonkeyPatch.context() as inner:  # undone in this order
+        yield open_double(inner)
+
+
+def both(engine):
+    """Logits of passes made at once, and in pieces."""
+    made = engine.runner._pieces
+    made._refused = True
+    expected = all_logits(engine)
+    assert not counts["recorded"]
+    engine.forget()
+    made._refused = False
+    return expected, all_logits(engine)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "every-second"])
+def test_pieces_have_the_bits_of_a_pass_made_at_once(make_tiny, double, name):
+    """Biases, sinks and windows; layers without experts."""
+    folder = make_mixture(make_tiny, name, dtype="bfloat16")
+    with engine_for(folder, expert_slots=9, home=HomeKind.HOST, **ROOM) as engine:
+        expected, found = both(engine)
+        assert torch.equal(found, expected) and engine.placement.demand.in_pieces
+        mixtures = len(engine.network.units)
+        steps, passes = LAYERS + mixtures, len(expected)
+        assert not engine.runner._pieces._refused
+        # The prompt's rows are too many; of the others the first is noted while it is made.
+        assert counts["recorded"] == steps + 1
+        replayed = counts["replayed"]
+        engine.forward([(0, [5])], reuse=False)
+        assert counts["replayed"] - replayed == steps + 1
+        assert passes > 2
+        engine.trace()
+        engine.forward([(0, [5])], reuse=False)  # whoever looks at layers sees them
+        assert counts["replayed"] - replayed == steps + 1
+
+
+def test_rows_of_drafts_and_of_several_sequences_are_replayed(make_tiny, double):
+    folder = make_mixture(make_tiny, dtype="bfloat16")
+    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=9, **ROOM) as engine:
+        found = []
+        for refused in (True, False):
+            engine.runner._pieces._refused = refused
+            for index in (0, 1):
+                engine.forward([(index, PROMPT[: 9 + index])], reuse=True)
+            for _ in range(2):
+                found.append(engine.forward([(0, [7]), (1, [9])], reuse=False))
+            engine.forget()
+        assert all(torch.equal(a, b) for a, b in zip(found[:2], found[2:], strict=True))
+        assert counts["replayed"] > 2 * LAYERS
+
+
+def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
+    make_tiny, double, monkeypatch, caplog
+):
+    folder = make_mixture(make_tiny, dtype="bfloat16")
+    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+        norm = engine.network._layers[1].post_attention_layernorm
+        forward, seen = norm.forward, []
+
+        def reads_back(hidden):
+            seen.append(float(hidden.float().mean()))
+            return forward(hidden)
+
+        monkeypatch.setattr(norm, "forward", reads_back)
+        expected, found = both(engine)
+        assert torch.equal(found, expected) and len(set(seen)) > 2
+        assert engine.runner._pieces._refused
+    said = [r.message for r in caplog.records if "kernel by kernel" in r.message]
+    assert said == [
+        "passes over experts are launched kernel by kernel: a value is read back between their "
+        "steps"
+    ]
+
+
+def test_passes_in_pieces_cost_their_launches_and_bytes(tmp_path):
+    config = SMALL | {"model_type": "qwen2_moe", "num_experts": 8, "num_experts_per_tok": 2}
+    model = model_of(tmp_path, config | {"moe_intermediate_size": 1408})
+    gpu = MACHINES["gpu"]
+    parts = parts_of(model, "auto", gpu.device)
+    experts = PooledExperts(
+        counts=(8,) * len(parts.layers), per_token=2, held=8, home_bytes=1, image_bytes=1
+    )
+
+    def placed(**how):
+        where = Residence(experts=experts)
+        return PlacedModel(
+            parts=parts, speeds=gpu, residence=where, context_tokens=9, in_pieces=True, **how
+        )
+
+    def seconds(load):
+        rates = link_rates(gpu.profile, load)
+        return cost_of(load, pass_times(gpu.profile, load, gpu.processor, rates)).pass_s
+
+    load = placed().load(1)
+    assert load.pieced and not placed(exact=True).load(1).pieced
+    assert not placed().load(PIECED_ROWS + 1).pieced
+    assert not replace(placed(), residence=Residence(streamed=(1,), slots=1)).load(1).pieced
+    assert not replace(placed(), in_pieces=False).load(1).pieced
+    recorded = replace(load, pieced=False, recorded=True)
+    more = len(parts.layers) * PIECES_S
+    assert seconds(load) == pytest.approx(seconds(recorded) + more)
+    assert seconds(load) < 0.7 * seconds(replace(load, pieced=False))
