@@ -30,6 +30,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from value_double import open_as, open_double
 
+from offload_rt.cli import simulate
 from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind
 from offload_rt.costs.workload import parts_of
@@ -298,6 +299,15 @@ def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):
         own = engine.checkpoint.tensors["model.embed_tokens.weight"]
         assert 0 <= demand.host_base_bytes - own.nbytes < 4096
         assert engine.device.ledger()[BASE] == engine.placement.base_bytes < 3 * own.nbytes
+
+
+def test_simulate_looks_at_ends_in_their_blocks(files, monkeypatch, offload_run):
+    path, _ = files("qwen2")
+    ask, counts = ("simulate", path, "--profile", "rtx4090-pcie4x16", "--draft", "none"), []
+    for forms in (lambda made, *_: (made,), lambda made, *_: (with_stored_ends(made),)):
+        monkeypatch.setattr(simulate, "forms_of_ends", forms)
+        counts.append(json.loads(offload_run(*ask, "--json").out)["quantised"]["weights"])
+    assert counts[1] - counts[0] == 2 * 300 * 256
 
 
 @pytest.mark.parametrize("plain", ["F16", "BF16", "F32"])

@@ -30,6 +30,7 @@ from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import check_links, likely_kind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
+from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
@@ -270,11 +271,15 @@ def _model(model: str, values: dict[str, Any]) -> None:
 
 
 def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    """The fastest of the forms that weights may have."""
+    """The fastest of the forms that weights may have, and embedding and head."""
     found, refusals = list[_Outlook](), list[PlanError]()
-    for wire in wires_of(asked.checkpoint, config.wire, asked.speeds.device):
+    device = asked.speeds.device
+    models = forms_of_ends(asked.checkpoint, config.dtype, device)
+    forms = [(model, wire) for model in models for wire in wires_of(model, config.wire, device)]
+    for model, wire in forms:
+        question = dataclasses.replace(asked, checkpoint=model)
         try:
-            found.append(_in_form(asked, dataclasses.replace(config, wire=wire), free))
+            found.append(_in_form(question, dataclasses.replace(config, wire=wire), free))
         except PlanError as refusal:
             refusals.append(refusal)
     if not found:
