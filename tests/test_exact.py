@@ -27,7 +27,7 @@ from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
 from offload_rt.kernels.tiles import evenly
 from offload_rt.kv import offloaded, states
-from offload_rt.model import exact, network
+from offload_rt.model import exact, fits, network
 from offload_rt.model.formats import packed
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import target_probs
@@ -455,6 +455,7 @@ MEASURES = {
 
 
 def switch_off(measure, monkeypatch):
+    monkeypatch.setattr(fits, "_looks", {})  # what is seen without it is not known to other tests
     for place, name, value in MEASURES[measure]:
         monkeypatch.setattr(place, name, value)
 
@@ -625,6 +626,7 @@ def test_what_nobody_cares_for_is_seen(compute, why, make_tiny, monkeypatch):
 
     real = modeling_llama.LlamaRMSNorm.forward
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    monkeypatch.setattr(fits, "_looks", {})
     with engine_for(make_tiny("llama"), exact=Exact.AUTO, **STREAMED) as engine:
         assert why in engine.exact.why
 

@@ -33,6 +33,7 @@ def command(monkeypatch, tmp_path):
 
     def begin():
         monkeypatch.setattr(probe, "_fit", {})
+        monkeypatch.setattr(fits, "_looks", {})
         monkeypatch.setattr(probe, "_probed", lambda *args: ran.append(1) or probed(*args))
         ran.clear()
         return ran
@@ -168,6 +169,23 @@ def test_a_first_command_keeps_what_the_fork_saw_of_products(command, make_tiny,
     network = network_of(make_tiny("llama", rms_norm_eps=0.03125))
     monkeypatch.setattr(network_module, "looks_of", lambda *_: pytest.fail("looked again"))
     network.exact_problem(torch.device("cpu"), limit_bytes=2**30)
+
+
+def test_a_process_looks_once_at_what_a_model_computes(make_tiny, monkeypatch):
+    """Each setting of a sweep, and a server's next model of the same files, is the same one."""
+    monkeypatch.setattr(fits, "_looks", {})
+    looked, real = [], network_module.looks_of
+    monkeypatch.setattr(network_module, "looks_of", lambda *a: looked.append(1) or real(*a))
+    mixture = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    for model in (("llama", {}), ("llama", {"rms_norm_eps": 0.0625}), ("mixtral", mixture)):
+        looked.clear()
+        seen = []
+        for _ in range(2):
+            network = network_of(make_tiny(model[0], **model[1]))
+            network.exact_problem(torch.device("cpu"), limit_bytes=2**30)
+            seen.append(network._looks)
+        assert len(looked) == 1 and seen[0] == seen[1]
+    assert seen[0].regular and len(fits._looks) == 3
 
 
 def test_files_of_models_are_looked_through_once():

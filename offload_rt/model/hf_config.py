@@ -33,7 +33,8 @@ def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
     import_models()
     from transformers import AutoConfig
 
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    if (library := logging.getLogger("transformers")).level != logging.ERROR:
+        library.setLevel(logging.ERROR)  # goes through all loggers there are
     family = config.part_of or config.model_type
     raw = config.raw if config.whole is None else config.whole
     fields = {key: value for key, value in raw.items() if key != "model_type"}
