@@ -23,7 +23,7 @@ from offload_rt.device.cuda.ordered import OrderedQueue, nothing
 from offload_rt.device.cuda.pinned import PinnedMemory, UploadRing
 from offload_rt.device.cuda.present import missing_gpu
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CPU, CUDA
+from offload_rt.device.kinds import CPU, CUDA, check_device
 from offload_rt.device.opening import open_device
 from offload_rt.device.several import Devices
 from offload_rt.errors import ConfigError, DeviceError
@@ -305,6 +305,20 @@ def test_a_driver_that_is_too_old(monkeypatch, newest, reason):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         CudaDevice(3, driver=TorchDriver())
+
+
+@pytest.mark.parametrize(
+    ("second", "said"), [("one", None), ("other", "GPU 0 is a one, GPU 1 a other, .*: name one of")]
+)
+def test_a_model_is_spread_over_equal_cards_only(monkeypatch, second, said):
+    size = {"total_bytes": 2**30, "free_bytes": 2**30, "capability": (9, 0)}
+    gpus = tuple(Gpu(name=name, **size) for name in ("one", second))
+    driver = Driver(version="580.1", cuda_version=(13, 0), gpus=gpus)
+    monkeypatch.setattr(nvml, "find_driver", lambda: driver)
+    monkeypatch.setattr(present, "version", lambda _: "2.14.1+cu130")
+    runtime = RuntimeConfig(device="cuda:0,cuda:1")
+    with nullcontext() if said is None else pytest.raises(DeviceError, match=said):
+        check_device(runtime)
 
 
 def test_why_there_is_no_gpu(monkeypatch):
