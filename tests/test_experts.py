@@ -233,13 +233,19 @@ def test_a_trace_and_a_report_tell_what_was_copied_ahead(make_tiny):
 COPIED = r"expert \d of layer \d"
 
 
-def test_a_pass_that_asks_for_more_than_there_is_does_not_lose_all_it_has():
-    """A cycle through more experts than slots: those that are there come first and are hits."""
-    pool = pool_of(counts={0: 12}, slots=8, per_token=2)[0]
+@pytest.mark.parametrize("layers", [1, 3])
+def test_a_pass_that_asks_for_more_than_there_is_does_not_lose_all_it_has(layers):
+    """A cycle through more experts than slots: those that are there come first and are hits.
+
+    Of several layers each keeps its share; one order for all would have replaced every expert of a
+    pass by the time the next one asks for it.
+    """
+    pool = pool_of(dict.fromkeys(range(layers), 16), slots=8 * layers, per_token=2)[0]
     for turn in range(4):
-        lent = [expert for expert, _ in pool.lend(0, range(12), rows=6)]
-        assert sorted(lent) == list(range(12))
-        assert pool.counts.hits == 8 * turn
+        for layer in range(layers):
+            lent = [expert for expert, _ in pool.lend(layer, range(12), rows=6)]
+            assert sorted(lent) == list(range(12))
+        assert pool.counts.hits == 8 * layers * turn
 
 
 def pool_of(counts, slots, per_token):
