@@ -12,6 +12,7 @@ import struct
 import tempfile
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,10 +34,11 @@ from value_double import open_as, open_double
 from offload_rt.cli import simulate
 from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind
+from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.workload import parts_of
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.kinds import CPU, CUDA
-from offload_rt.errors import CheckpointError
+from offload_rt.errors import CheckpointError, PlanError
 from offload_rt.kernels.products import problem
 from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
@@ -51,6 +53,8 @@ from offload_rt.model.gguf.tokenizer import describe_text
 from offload_rt.model.locate import resolve_model
 from offload_rt.planning import planner
 from offload_rt.runner.loading import BASE
+from offload_rt.session.options import settings_from
+from offload_rt.session.shared import fastest_room
 
 
 @pytest.fixture(autouse=True)
@@ -308,6 +312,32 @@ def test_simulate_looks_at_ends_in_their_blocks(files, monkeypatch, offload_run)
         monkeypatch.setattr(simulate, "forms_of_ends", forms)
         counts.append(json.loads(offload_run(*ask, "--json").out)["quantised"]["weights"])
     assert counts[1] - counts[0] == 2 * 300 * 256
+
+
+def test_rooms_of_a_batch_are_planned_as_the_engine_plans(files, monkeypatch):
+    """In each form of weights and ends: what fits in one is not refused."""
+    path, _ = files("llama")
+    made = SimpleNamespace(checkpoint=open_checkpoint(resolve_model(str(path))))
+    there = CPU, FreeMemory(device_bytes=2**34, host_bytes=2**34)
+    monkeypatch.setattr(ends, "AT_ONCE", 64 * 256)  # else scratch is as large as what it saves
+    asked, wires_of = [], planner.wires_of
+    monkeypatch.setattr(planner, "wires_of", lambda *of: asked.append(of[1]) or wires_of(*of))
+
+    def rooms(nbytes, *forms):
+        monkeypatch.setattr(planner, "forms_of_ends", lambda made, *_: [f(made) for f in forms])
+        chosen = {"device": "cpu", "draft": "none", "resident_layers": 0, "device_memory": nbytes}
+        return fastest_room(made, settings_from(chosen), *there, [(20, 12)] * 2)
+
+    def as_they_compute(checkpoint):
+        return checkpoint
+
+    with pytest.raises(PlanError) as refused:
+        rooms("1KiB", with_stored_ends)
+    suffices = str(refused.value.needed_bytes)
+    assert [room.sequences for room in rooms(suffices, as_they_compute, with_stored_ends)] == [1]
+    with pytest.raises(PlanError, match="needs"):
+        rooms(suffices, as_they_compute)
+    assert set(asked) == {settings_from({}).runtime.wire}
 
 
 @pytest.mark.parametrize("plain", ["F16", "BF16", "F32"])

@@ -104,7 +104,7 @@ def fastest_room(
         PlanError: there is memory for none.
     """
     from offload_rt.planning.fit import RunLoad
-    from offload_rt.planning.planner import make_plan
+    from offload_rt.planning.planner import plan_wires
     from offload_rt.session.means import means_for, speeds_of_run
     from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
@@ -134,7 +134,7 @@ def fastest_room(
             kv_tokens=room.kv_tokens if settings.runtime.kv is KVPlace.DEVICE else None,
         )
         try:
-            plan = make_plan(
+            _, plan = plan_wires(
                 model.checkpoint, settings.runtime, device, load=load, free=free, means=means
             )
         except PlanError:
