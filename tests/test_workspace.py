@@ -6,12 +6,15 @@ from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from engines import engine_for
 from flash_double import flash_of_a_gpu
+from gguf_files import random_blocks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
 
 from offload_rt.attention.blocks import SCORE_BYTES
 from offload_rt.attention.rows import attend_rows
@@ -20,7 +23,9 @@ from offload_rt.costs.sizes import RUNTIME_BYTES, PassShape, attention_bytes, wo
 from offload_rt.device.kinds import CPU, KINDS, Processor
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.rounded import RoundedEmbedding
 from offload_rt.model.formats.stored import Stored, scratch_bytes
+from offload_rt.model.formats.wired import RowEmbedding
 from offload_rt.runner import loading
 
 
@@ -115,6 +120,31 @@ def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
     hidden = 3000 * 512 * 2
     assert hidden < planned - chunk < 3 * hidden  # as it was measured: hidden states and tables
     assert live.peak <= planned - (chunk - attention_bytes(config, 2, replace(rows, rows=64), CPU))
+
+
+@pytest.mark.parametrize("kind", ["plain", "stored", "rounded"])
+def test_rows_of_a_long_prompt_are_looked_up_within_it(kind):
+    """A result and what becomes of it are planned: two hidden states of each row."""
+    embedding = Gemma3TextScaledWordEmbedding(192, 512, 0, 3.0).bfloat16()
+    weight, stored = embedding.weight.detach().clone(), None
+    if kind == "rounded":
+        made = RoundedEmbedding(embedding)
+    else:
+        blocks = random_blocks(Form.Q4_0, 192, 512, np.random.default_rng(1))
+        extent = SimpleNamespace(shape=blocks.shape, dtype="U8")
+        sizes = {"outputs": 192, "inputs": 512, "bits": 4, "groups": 16}
+        if kind == "stored":
+            weight = torch.from_numpy(blocks)
+            stored = Stored(module="m", form=Form.Q4_0, parts={"weight": extent}, **sizes)
+        made = RowEmbedding(embedding, stored)
+        made.rows = lambda numbers: weight.index_select(0, numbers)
+    ids = torch.randint(0, 192, (1, 16000))
+    with torch.inference_mode(), Live() as live:
+        found = made(ids)
+    assert live.peak <= 2 * found.nbytes and found.shape == (1, 16000, 512)
+    with torch.inference_mode():
+        few = [made(part) for part in ids.split(1000, 1)]
+    assert torch.equal(torch.cat(few, 1), found)
 
 
 def test_a_gpu_packs_no_weight_and_decodes_12_bits_in_one_kernel(make_tiny, tmp_path):

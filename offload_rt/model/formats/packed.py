@@ -89,8 +89,10 @@ class PackedEmbedding(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids give [..., E]."""
-        rows = self._panels[ids // PANEL, :, ids % PANEL]  # [..., E / 2, 2]
-        return looked_up(self._embedding, rows.flatten(-2).flatten(0, -2), ids.shape)
+        return looked_up(self._embedding, self._rows, ids)
+
+    def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        return self._panels[ids // PANEL, :, ids % PANEL].flatten(-2)  # [N, E / 2, 2]
 
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:

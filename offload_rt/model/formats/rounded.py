@@ -111,13 +111,16 @@ class RoundedEmbedding(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids give [..., E]."""
+        return looked_up(self._embedding, self._wide, ids)
+
+    def _wide(self, ids: torch.Tensor) -> torch.Tensor:
         if self._product is None:
             wide = self._rounded[ids] * self._scales[ids]
         elif self._product.form is fours.FOUR:
             wide = fours.rows_of(self._product, ids)
         else:
             wide = torch.mul(*rows_of(self._product, ids))
-        return looked_up(self._embedding, wide.to(self._dtype).flatten(0, -2), ids.shape)
+        return wide.to(self._dtype)
 
 
 class Int4Linear(torch.nn.Module):

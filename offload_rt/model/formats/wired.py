@@ -207,15 +207,17 @@ class RowEmbedding(torch.nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """[...] ids to [..., E]."""
-        flat = ids.flatten()
-        found = self._found(flat) if self.rows is None else self.rows(flat)
+        return looked_up(self._embedding, self._brought, ids)
+
+    def _brought(self, ids: torch.Tensor) -> torch.Tensor:
+        found = self._found(ids) if self.rows is None else self.rows(ids)
         if self.stored is None or self._bring is None:
-            return looked_up(self._embedding, found.to(self.dtype), ids.shape)
-        wide = found.new_empty(len(flat), self.stored.inputs, dtype=self.dtype)
+            return found.to(self.dtype)
+        wide = found.new_empty(len(ids), self.stored.inputs, dtype=self.dtype)
         if not found.is_meta:
-            few = replace(self.stored, outputs=len(flat))
+            few = replace(self.stored, outputs=len(ids))
             self._bring(few, {ggml.PART: found}, wide)
-        return looked_up(self._embedding, wide, ids.shape)
+        return wide
 
     def lend(self, device: torch.device) -> None:
         """Say where it computes."""
