@@ -194,7 +194,6 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     _lend_hosts(network, stripes.shares(range(len(layouts))))
     if pool is not None:
         _foresee(network, checkpoint, pool, streaming.look_ahead)
-        pool.fill()
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()

@@ -185,20 +185,6 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
 
-    def fill(self) -> None:
-        """Have the share of each layer copied, those experts first that lie first.
-
-        Nobody waits for it here: who asks for one before it is there waits for that one. From then
-        on experts count as if each had been used before, those that lie first most recently, so
-        stack distances still have the hits of every size of pool, which would be filled likewise.
-        """
-        for layer, count in self._counts.items():
-            order = self._in_place(layer, range(count))
-            self._recent[layer] = order[::-1]
-            for expert in order[: self.share]:
-                self._fill(self._free.pop(), layer, expert, "fill")
-            self._held[layer] = dict(reversed(self._held[layer].items()))
-
     def held(self, layer: int) -> list[int]:
         """Experts of a layer that are there or on their way, least recently used first."""
         return list(self._held[layer])
