@@ -151,6 +151,25 @@ def test_an_answer_does_not_depend_on_how_much_is_drafted_for_how_many(tiny, alo
     assert [s.emitted for s in joined] == [alone(request) for request in asked]
 
 
+def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
+    """One drafter failed, one answer asks for no drafts: others' drafts have their time."""
+    took = []
+    with served(tiny, draft=NGRAM) as engine:
+        sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
+        engine.controller = Controller(sizes, 4, sequences=SEQUENCES)
+        engine.controller.observe = lambda *_, draft_s, **__: took.append(draft_s)
+        scheduler = Scheduler(engine)
+        asked = Request(ids=PROMPT, max_tokens=30)
+        failed, _, _ = map(scheduler.join, (asked, replace(asked, draft_tokens=0), asked))
+        while not took:
+            scheduler.sweep()
+            failed.drafter = None
+        for _ in range(3):
+            scheduler.sweep()
+    assert took[0] is None  # the prompt is read
+    assert len(took) == 4 and all(isinstance(draft_s, float) for draft_s in took[1:])
+
+
 @pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])
 def test_all_come_to_an_answer_in_any_memory(tiny, alone, kv_tokens):
     asked = requests(20, seed=4)

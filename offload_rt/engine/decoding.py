@@ -169,7 +169,6 @@ class Run:
         if controller is not None:
             most = controller.nodes_for(len(writing))
         start = time.perf_counter()
-        reads = any(len(s.ids) > s.drafter_knows + 1 for s in writing)
         drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at = time.perf_counter()
         texts = [(s, self._next_part(s, count)) for s, count in reading]
@@ -207,7 +206,7 @@ class Run:
                 controller.observe(
                     most,
                     outcomes,
-                    draft_s=None if reads else drafted_at - start,
+                    draft_s=None if any(one.reads for one in drafted) else drafted_at - start,
                     pass_s=pass_s,
                     rows=rows,
                     running=len(drafted),
@@ -237,6 +236,7 @@ class Run:
             steps.append(step)
             drafter, depth = sequence.drafter, sequence.remaining - 1
             if drafter is not None and depth > 0 and nodes:
+                step.reads = len(sequence.ids) > sequence.drafter_knows + 1
                 sequence.drafter_knows = len(sequence.ids) + nodes
                 asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
         if not asked:
@@ -452,11 +452,13 @@ class _Step:
     Attributes:
         logits: [N + 1, V] after the root and after each node; of a prompt [1, V] after its end.
         nodes: asked of its drafter; None at the end of a prompt.
+        reads: its drafter is asked, and reads more of the text first than the last answer's tokens.
     """
 
     sequence: SequenceState
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     nodes: int | None = None
+    reads: bool = False
     draft: Draft = field(default_factory=Draft)
     verdict: Verdict | None = None
 
