@@ -517,6 +517,8 @@ def test_with_matrix_registers_each_tile_is_a_product(flag, limit, dtype, given,
     made = tiles.in_tiles(lambda tile: seen.append(len(tile)) or tile + 1, rows)
     assert seen == given
     assert torch.equal(made, rows + 1)
+    tiles.in_tiles(lambda tile: seen.append(len(tile)) or tile, rows.to("meta"))
+    assert seen == [*given, 48]  # another device has its own kernels
 
 
 @pytest.mark.skipif(

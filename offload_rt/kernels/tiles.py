@@ -32,7 +32,7 @@ def in_tiles(
         apart: give it one tile after the other, as is done where kernels go by their number.
         tile: its rows.
     """
-    apart = apart or goes_by_count(rows.dtype)
+    apart = apart or (rows.device.type == "cpu" and goes_by_count(rows.dtype))
     flat = rows.reshape(-1, rows.shape[-1])
     count = flat.shape[0]
     if missing := -count % tile:
@@ -45,7 +45,7 @@ def in_tiles(
 
 
 def goes_by_count(dtype: torch.dtype) -> bool:
-    """Whether a product of some whole tiles adds up in another order than one of others."""
+    """Whether a CPU's product of some whole tiles adds up in another order than one of others."""
     return _MATRIX_FLAGS.get(dtype) in processor_flags() and takes_matrix_registers()
 
 
