@@ -11,12 +11,18 @@ from hypothesis import strategies as st
 from test_speculation import likelihood_of_three_tokens
 
 from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, SamplingConfig
+from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.sizes import PassShape
+from offload_rt.device.kinds import CPU
 from offload_rt.engine import Run
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.runner.runner import Rows
 from offload_rt.speculative.base import Draft
+from offload_rt.speculative.draft_model import kind
 from offload_rt.speculative.draft_model.drafter import DraftModelDrafter
 from offload_rt.speculative.draft_model.window import seen_tokens
+from offload_rt.speculative.kind import DraftedRun
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 FAMILIES = {
@@ -193,6 +199,23 @@ def test_memory_for_the_cache_is_the_windows(make_tiny):
     saved = found[None][1] - found[64][1]
     assert saved >= (capacity - 64) * row_bytes  # shorter passes need less workspace, too
     assert found[None][1] == found[0][1] and found[5000][1] >= found[None][1]
+
+
+def test_memory_for_passes_is_that_of_all_they_draft_for(make_tiny, monkeypatch):
+    """Rows of several sequences may be more than a window; below triforce each has its own pass."""
+    shapes, checkpoint = [], open_checkpoint(make_tiny("llama", **IDS))
+    monkeypatch.setattr(kind, "workspace_bytes", lambda m, n, shape, d: shapes.append(shape) or 0)
+    draft = DraftConfig(draft="model:x", draft_tokens=4, draft_window=24)
+    run = DraftedRun(
+        target=checkpoint,
+        dtype="auto",
+        device=CPU,
+        capacities=[90] * 40,
+        shape=PassShape(rows=200, chunk_rows=200, logit_rows=40, longest=90),
+    )
+    for each in (run, run.behind(4)):
+        kind.KIND.memory(Drafting(draft, checkpoint), each)
+    assert [(shape.rows, shape.logit_rows) for shape in shapes] == [(40, 40), (24, 1)]
 
 
 def test_memory_with_a_window_stays_within_the_plan(make_tiny):

@@ -40,6 +40,7 @@ class DraftedRun:
         device: what computes.
         capacities: tokens of each sequence.
         shape: the largest pass.
+        below: it drafts for another drafter, for each sequence by itself.
     """
 
     target: Checkpoint
@@ -47,10 +48,12 @@ class DraftedRun:
     device: DeviceKind
     capacities: Sequence[int]
     shape: PassShape
+    below: bool = False
 
     def behind(self, nodes: int) -> "DraftedRun":
         """The same for a drafter that goes on behind drafts of so many nodes."""
-        return replace(self, capacities=[capacity + nodes for capacity in self.capacities])
+        capacities = [capacity + nodes for capacity in self.capacities]
+        return replace(self, capacities=capacities, below=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

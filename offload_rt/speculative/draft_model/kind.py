@@ -110,12 +110,13 @@ def _packs_ends(model: Checkpoint, weights: DraftWeights, device: DeviceKind) ->
 
 
 def _pass_bytes(model: Checkpoint, config: DraftConfig, run: DraftedRun) -> int:
-    shape, sequences = run.shape, len(run.capacities)
+    shape, sequences = run.shape, 1 if run.below else len(run.capacities)
     rows = config.tree_breadth if config.as_tree else 1
-    passes = replace(shape, logit_rows=shared_rows(rows, sequences))
+    most = shared_rows(rows, sequences)
+    passes = replace(shape, logit_rows=most)
     if config.window_tokens is not None:  # a jump may compute more rows at once than a short prompt
         seen = min(shape.longest, config.window_tokens)
-        passes = replace(passes, rows=seen, longest=seen)
+        passes = replace(passes, rows=max(seen, most), longest=seen)
     return workspace_bytes(model.config, number_bytes_of(model, "auto"), passes, run.device)
 
 
