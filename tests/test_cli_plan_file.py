@@ -195,6 +195,22 @@ def test_what_drafting_gave_is_kept_and_read_again(tiny_model, offload_run):
     assert one["predicted"]["tokens_per_pass"] > 1.8  # 1.75 if nothing had been learned
 
 
+def test_what_auto_chose_beside_a_model_is_read_again(tiny_model, offload_run):
+    """A run that chose another drafter than the model keeps what that gave under its own name."""
+    base = ("-p", PROMPT * 3, "-n", 40, "--draft", "ngram", "--draft-tokens", 4)
+    offload_run("generate", tiny_model, *base)
+    (key,) = json.loads(experience_path().read_text())["entries"]
+    add_seen(experience_path(), key, Seen(accepted={1: (500.0, 0.0)}, hits=(500.0, 1.0)))
+    gives = {}
+    for draft in ("auto", f"auto:{tiny_model}"):
+        made = json.loads(offload_run("plan", tiny_model, "--json", "--draft", draft).out)
+        ways = [way for way in made["considered"] if way["draft"] == "ngram"]
+        gives[draft] = [way["predicted"]["tokens_per_pass"] for way in ways]
+    first, second = gives.values()
+    assert first == second
+    assert first[0] < 1.05  # not what is expected of it at first
+
+
 def test_that_nothing_was_found_is_kept_too(tmp_path):
     path = tmp_path / "drafting.json"
     add_seen(path, "k", Seen(accepted={4: (2.0, 1.5)}, hits=(10.0, 1.0)))

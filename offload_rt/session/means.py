@@ -130,12 +130,14 @@ def means_for(
     """Everything the planner asks: speeds, and what drafting gives with these models."""
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     known: dict[str, Yield] = {}
-    own = _calibrated(checkpoint, draft)
+    calibrated = _calibrated(checkpoint, draft)
 
     def yields(config: DraftConfig) -> Yield:
-        key = experience_key(checkpoint, config, drafter, sampling)
+        # As what a run saw is kept: a model that `auto` looks at drafts for that candidate alone.
+        own = drafter if config.model or not draft.automatic else None
+        key = experience_key(checkpoint, config, own, sampling)
         if key not in known:
-            known[key] = expected_yield(config.kind, read_seen(experience_path(), key), own)
+            known[key] = expected_yield(config.kind, read_seen(experience_path(), key), calibrated)
         return known[key]
 
     @cache
