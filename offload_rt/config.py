@@ -440,10 +440,11 @@ class DraftConfig:
     def answers_rest_on_it(self) -> bool:
         """Whether a sampled answer depends on what is drafted: it is drawn, or a rule is not exact.
 
-        A chain of a network is drawn; of a tree, and of all others, nodes are chosen.
+        A chain of a network is drawn; of a tree, and of all others, nodes are chosen. Whom `auto`
+        chooses is not known here.
         """
         draws = self.over_retrieval or (self.grows and self.shape is not DraftShape.TREE)
-        return draws or self.accept is AcceptRule.TYPICAL
+        return (draws and not self.automatic) or self.accept is AcceptRule.TYPICAL
 
     @property
     def model(self) -> str:
@@ -639,6 +640,11 @@ class SamplingConfig:
     def greedy(self) -> bool:
         """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a sampled answer is to be the same again."""
+        return self.seed is not None and not self.greedy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_profile import PROJECT
 
-from offload_rt.config import DraftConfig, DraftShape, DraftWeights, KVPlace, RuntimeConfig
+from offload_rt.config import (
+    DraftConfig,
+    DraftShape,
+    DraftWeights,
+    DType,
+    KVPlace,
+    RuntimeConfig,
+    SamplingConfig,
+)
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
@@ -18,6 +26,7 @@ from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, make_plan, plan_run
 from offload_rt.planning.yields import Seen, Yield, expected_yield
 from offload_rt.profiling.store import load_profile
+from offload_rt.session.means import reproducible
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import kind_of
 
@@ -45,7 +54,17 @@ def speeds(disk=None, processor=Processor.CPU):
     return Speeds(profile=made, processor=processor, packs=True)
 
 
-def plan(checkpoint, draft="auto", *, disk=None, gives=None, prompt=100, drafter=None, **runtime):
+def plan(
+    checkpoint,
+    draft="auto",
+    *,
+    disk=None,
+    gives=None,
+    prompt=100,
+    drafter=None,
+    repeats=False,
+    **runtime,
+):
     """Plan with a yield for all drafters, or what each kind's prior is."""
     config = draft if isinstance(draft, DraftConfig) else DraftConfig(draft=draft)
     drafting = Drafting(config, drafter)
@@ -55,7 +74,11 @@ def plan(checkpoint, draft="auto", *, disk=None, gives=None, prompt=100, drafter
         CPU,
         load=RunLoad(capacities=[prompt + 50], prompt_tokens=prompt, drafting=drafting),
         free=FREE,
-        means=Means(speeds=speeds(disk), yields=lambda c: gives or expected_yield(c.kind)),
+        means=Means(
+            speeds=speeds(disk),
+            yields=lambda c: gives or expected_yield(c.kind),
+            repeats=repeats,
+        ),
     )
 
 
@@ -258,6 +281,24 @@ def test_auto_looks_at_a_model_that_is_given_beside_the_others(checkpoint):
     quick = plan(checkpoint, given, drafter=checkpoint, gives=Yield(((1, 0.01),)))
     assert quick.drafting.config.kind == "none" and quick.drafting.checkpoint is None
     assert quick.placement.demand.drafter_bytes == 0
+
+
+def test_auto_draws_nothing_where_a_sampled_answer_is_to_be_the_same_again(checkpoint):
+    """Then networks grow trees, whose nodes are chosen; a chain that is asked for is left out."""
+    small, sampling = DraftConfig(draft="auto:small"), SamplingConfig(temperature=1.0, seed=1)
+    assert not small.answers_rest_on_it
+    runtime = RuntimeConfig(device="cpu", dtype=DType.FLOAT32, resident_layers=2)
+    assert reproducible(small, sampling, checkpoint.config, runtime) == small
+    known = {"drafter": checkpoint, "disk": 1e6, "resident_layers": 4, "repeats": True}
+    made = plan(checkpoint, small, **known)
+    assert made.drafting.config.model == "small"
+    shapes = {c.draft.kind: c.draft.shape for c in made.considered}
+    grown = {kind: shape for kind, shape in shapes.items() if kind not in ("none", "ngram")}
+    assert grown == {"model": DraftShape.TREE}
+    chain = plan(checkpoint, dataclasses.replace(small, shape=DraftShape.CHAIN), **known)
+    assert {c.draft.kind for c in chain.considered} == {"none", "ngram"}
+    far = plan(checkpoint, prompt=4000, kv=KVPlace.DISK, repeats=True)
+    assert {c.draft.kind for c in far.considered} == {"none", "ngram"}  # triforce draws
 
 
 def test_triforce_is_looked_at_where_kv_is_offloaded(checkpoint):

@@ -264,10 +264,8 @@ class Scheduler:
 
     def _by_times(self, sequence: SequenceState) -> bool:
         """Whether measured times would decide about drafts of an answer that is to come again."""
-        sampling, asked = sequence.sampling, sequence.request.draft_tokens
-        repeats = not sampling.greedy and sampling.seed is not None
         decides = self._engine.controller is not None and not self._engine.repeats_answers
-        return repeats and decides and asked is None
+        return sequence.sampling.repeats and decides and sequence.request.draft_tokens is None
 
     def _is_read(self, sequence: SequenceState) -> bool:
         """Whether all of a prompt is in its cache."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
-from offload_rt.config import DraftConfig, LookAhead, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftShape, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -123,6 +123,8 @@ class Means:
         level: times of recent runs over those of the speeds, for runs that stream or do not.
         asked: what is known of the experts that the model's tokens ask for.
         stated: how often drafts are right, if that is given; then `yields` says nothing.
+        repeats: sampled answers are to be the same again, so `auto` looks at no draft they rest on;
+            networks grow trees then, unless chains are asked for.
     """
 
     speeds: Speeds
@@ -130,6 +132,7 @@ class Means:
     level: Callable[[bool], float] = lambda streams: 1.0
     asked: ExpertUse = ExpertUse()
     stated: Callable[[DraftConfig], Expected] | None = None
+    repeats: bool = False
 
 
 class PlanInputs(TypedDict):
@@ -272,6 +275,11 @@ def plan_run(
     found: list[_Candidate] = []
     refusals: list[tuple[DraftConfig, PlanError]] = []
     for config in _drafts(draft, checkpoint, runtime, device, load):
+        if draft.automatic and means.repeats:
+            if config.grows and config.shape is DraftShape.AUTO:
+                config = replace(config, shape=DraftShape.TREE)
+            if config.answers_rest_on_it:
+                continue
         if _is_bold(config, means) and not _is_fixed(draft):
             continue
         try:

@@ -122,12 +122,12 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             kv_tokens=kv_tokens,
             running=running,
             draft=draft,
-            repeats=repeats or (settings.draft.automatic and _repeats(sampling)),
+            repeats=repeats or (settings.draft.automatic and sampling.repeats),
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
             nodes=settings.nodes,
         )
-    if _repeats(sampling) and not engine.repeats_answers:  # found out as it was loaded
+    if sampling.repeats and not engine.repeats_answers:  # found out as it was loaded
         engine.controller = None
     with engine:
         try:
@@ -136,11 +136,6 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             _keep_seen(model, settings, engine)
             _keep_asked(engine)
             _keep_pace(engine, speeds)
-
-
-def _repeats(sampling: SamplingConfig) -> bool:
-    """Whether a sampled answer is to be the same again."""
-    return sampling.seed is not None and not sampling.greedy
 
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:

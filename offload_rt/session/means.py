@@ -146,7 +146,8 @@ def means_for(
         return read_level(levels_path(), key, time.time())
 
     asked = read_asked(asked_path(), model_key(checkpoint))
-    return Means(speeds=speeds, yields=yields, level=level, asked=asked)
+    repeats = sampling.repeats
+    return Means(speeds=speeds, yields=yields, level=level, asked=asked, repeats=repeats)
 
 
 def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
@@ -168,9 +169,10 @@ def reproducible(
     """Fix what measured times would decide, where that can change the answer of a seed.
 
     It cannot where passes are row-invariant and a draft only proposes: one random number for each
-    place decides, whatever is drafted. Typical acceptance, and drafters that draw, go by the draft.
+    place decides, whatever is drafted. Typical acceptance, and drafters that draw, go by the draft;
+    where who drafts is left open, the planner leaves these out (`Means.repeats`).
     """
-    if sampling.greedy or sampling.seed is None:
+    if not sampling.repeats:
         return draft
     from offload_rt.device.opening import chosen_kind
 

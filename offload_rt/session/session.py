@@ -399,8 +399,7 @@ class Session:
         """Answer prompts together; the answers are put into `made`."""
         engine, sampling = self._engine, settings.sampling
         assert engine is not None
-        repeats = not sampling.greedy and sampling.seed is not None
-        firm = engine.repeats_answers
+        repeats, firm = sampling.repeats, engine.repeats_answers
         if repeats and not firm:
             engine.forget()
         by_times = engine.controller is not None or self._settings.draft.automatic
