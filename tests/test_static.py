@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
+from offload_rt.config import DraftConfig, GenerationConfig, HomeKind, SamplingConfig
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.engine import Run
 from offload_rt.kv import static
@@ -25,6 +25,7 @@ from offload_rt.runner import static as runner_static
 from offload_rt.runner.loading import load_drafting
 from offload_rt.runner.runner import Rows
 from offload_rt.runner.tree import ROOT, TokenTree
+from offload_rt.sampling import make_generator
 
 FLOOR = 4
 
@@ -257,7 +258,19 @@ def test_a_pass_that_cannot_be_recorded_is_made_eagerly(make_tiny, recording, mo
     monkeypatch.setattr(CpuDevice, "record", lambda device, work, vary: None)
     with engine_for(folder, prompts=[prompt], draft=draft) as engine:
         assert len(generate(engine, [prompt])[0]) == 16
-        assert not engine._draft_model.records()
+        assert not engine._draft_model.records(engine._drafters[0]._cache)
+
+
+@pytest.mark.parametrize(("device", "shares"), [("cpu", False), ("cpu,cpu", True)])
+def test_rows_on_several_devices_are_not_recorded_and_go_with_others(
+    make_tiny, recording, device, shares
+):
+    """As it is planned: each sequence alone where passes are recorded, and else together."""
+    draft = DraftConfig(draft="self:int4", draft_tokens=4)
+    place = {"resident_layers": 2, "slots": 1, "home": HomeKind.HOST, "device": device}
+    with engine_for(make_tiny("llama", **IDS), draft=draft, **place) as engine:
+        drafter = engine.drafter(0, SamplingConfig(), make_generator(0, "cpu"))
+        assert (drafter.shared_model(4) is not None) is shares
 
 
 def drafted(model, cache, count):

@@ -639,7 +639,7 @@ def _replays(bench: Bench, name: str, model: Runner, prompt: list[int]) -> None:
     host_s, pass_s = median_of([timed(again, wait) for _ in range(12)][2:])
     bench.fact(f"{name}, a greedy chain of {CHAIN}", recorded_host_s=host_s, recorded_s=pass_s)
     # What was captured was tried before it was used: another input, bit for bit.
-    bench.law(f"{name}: all was captured, and replayed to the bit", model.records)
+    bench.law(f"{name}: all was captured, and replayed to the bit", partial(model.records, cache))
     ledger = device.ledger()
     bench.fact(f"{name}: memory", pool=ledger.get("recorded passes", 0))
 

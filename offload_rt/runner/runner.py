@@ -20,7 +20,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.network import Crossing, Network, TokenBatch
 from offload_rt.runner.experts import Pool
 from offload_rt.runner.pieces import Pieces
-from offload_rt.runner.static import Carried, Recordings
+from offload_rt.runner.static import Carried, Recordings, records
 from offload_rt.runner.tree import TokenTree, looks_back, pending_tree
 from offload_rt.streaming.ring import Ring, RingWatch
 
@@ -222,10 +222,10 @@ class Runner:
             lambda made: made.chain(part.cache, part.tokens, part.places, depth, part.carried),
         )
 
-    def records(self) -> bool:
-        """Whether passes are recorded, and none was refused so far."""
+    def records(self, cache: KVCache) -> bool:
+        """Whether passes over a cache are recorded, and none was refused so far."""
         made = self._recordings
-        return self._records and (made is None or not made.refused)
+        return self._records and records(cache) and (made is None or not made.refused)
 
     def _recorded(
         self, part: Rows, make: Callable[[Recordings], torch.Tensor | None]

@@ -9,7 +9,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 import torch
 
@@ -346,7 +346,7 @@ class Recordings:
         depth: int = 0,
     ) -> torch.Tensor | None:
         count, more = len(tokens), max(0, depth - 1)
-        if self.refused or count > RECORDED_ROWS or not isinstance(cache, ResidentKV | RetrievalKV):
+        if self.refused or count > RECORDED_ROWS or not records(cache):
             return None
         before, rows = cache.rows_before(), _power_of_two(count)
         last = before.committed + before.pending + max(rows, count + more)
@@ -436,6 +436,11 @@ class Recordings:
             yield
         finally:
             self._network.poll = poll
+
+
+def records(cache: KVCache) -> TypeGuard[RecordableCache]:
+    """Whether passes over a cache may be recorded: all its rows are on one device."""
+    return isinstance(cache, ResidentKV | RetrievalKV)
 
 
 def _power_of_two(number: int) -> int:

@@ -79,7 +79,7 @@ class Grower:
         greedy_temperature: float = 1.0,
         ahead: bool = True,
     ) -> None:
-        self._model, self._cache, self._ahead_of_parents = model, cache, ahead
+        self._model, self.cache, self._ahead_of_parents = model, cache, ahead
         self._greedy_temperature = greedy_temperature
         self._sampling = SamplingConfig()
         self._text = SuffixIndex(SHORTEST_QUOTED)
@@ -124,7 +124,7 @@ class Grower:
         """
         if self._ahead_of_parents:
             self._text.read(ids)
-        budget, breadth, cache = config.nodes, config.tree_breadth, self._cache
+        budget, breadth, cache = config.nodes, config.tree_breadth, self.cache
         growth = _Growth(cache.length - (not root_pends), budget, max_depth)
         if root_pends:
             growth.take_root()
@@ -252,7 +252,7 @@ class GrowingDrafter(Unlearned, ABC):
         they are to be the same whoever else is there, to the last bit.
         """
         drawn = not (self._sampling.greedy or self._config.limited(max_nodes).as_tree)
-        return None if drawn or self._model.records() else self._model
+        return None if drawn or self._model.records(self._grower.cache) else self._model
 
 
 def draw_chain(
