@@ -796,6 +796,12 @@ def test_drafts_of_several_are_made_in_the_same_passes(make_tiny, drafts, monkey
         monkeypatch.setattr(together, "SHARED_ROWS", 2)
         assert [d.tree for d in made(asked)[0]] == [d.tree for d in drafts_of_all]
         assert len(passes) > count
+        monkeypatch.setattr(together, "SHARED_ROWS", 64)
+        asked[1] = replace(asked[1], ids=[*asked[1].ids[:-1], 300])
+        first, unknown, last = made(asked)[0]
+        assert isinstance(unknown, ConfigError) and "token 300 has no row" in str(unknown)
+        assert [first.tree, last.tree] == [drafts_of_all[0].tree, drafts_of_all[2].tree]
+        asked[1] = replace(asked[1], ids=run.sequences[1].ids)
         if not drafts[name].as_tree:
             return
         monkeypatch.setattr(asked[1].drafter._grower, "_children", lambda logits: 1 / 0)

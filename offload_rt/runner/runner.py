@@ -222,6 +222,15 @@ class Runner:
             lambda made: made.chain(part.cache, part.tokens, part.places, depth, part.carried),
         )
 
+    def require_rows(self, tokens: Sequence[int]) -> None:
+        """Refuse tokens of which one is unknown to this model.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        if max(tokens) >= self.known_ids:
+            self._checkpoint.require_rows(tokens)
+
     def records(self, cache: KVCache) -> bool:
         """Whether passes over a cache are recorded, and none was refused so far."""
         made = self._recordings
@@ -235,8 +244,7 @@ class Runner:
             return None
         if self._recordings is None and not self._make_room():
             return None
-        if max(part.tokens) >= self.known_ids:
-            self._checkpoint.require_rows(part.tokens)
+        self.require_rows(part.tokens)
         assert self._recordings is not None  # there was room
         self._recordings.at_once = self.records_at_once
         with self._whole_pass([part]):
@@ -283,8 +291,7 @@ class Runner:
         trees: list[Sequence[int]] = []
         for part in parts:
             first = len(ids)
-            if max(part.tokens) >= self.known_ids:
-                self._checkpoint.require_rows(part.tokens)
+            self.require_rows(part.tokens)
             part.cache.begin_pass(len(part.tokens), keeps_all=part.keeps_all)
             ids += part.tokens
             positions += part.places[-len(part.tokens) :]

@@ -40,9 +40,13 @@ class _Making:
     made: Made = Draft()
 
     def go_on(self, logits: torch.Tensor | None) -> None:
-        """Send in what it waits for; None begins."""
+        """Send in what it waits for; None begins.
+
+        Tokens that the model does not know are its own failure, not that of the pass.
+        """
         try:
             self.rows = next(self.drafting) if logits is None else self.drafting.send(logits)
+            self.model.require_rows(self.rows.tokens)
         except StopIteration as end:
             self.rows, self.made = None, end.value
         except Exception as error:  # noqa: BLE001 - a drafter must never cost the answer
