@@ -810,6 +810,19 @@ def test_drafts_of_several_are_made_in_the_same_passes(make_tiny, drafts, monkey
         assert [first.tree, last.tree] == [drafts_of_all[0].tree, drafts_of_all[2].tree]
 
 
+@pytest.mark.parametrize("accept", [AcceptRule.LOSSLESS, AcceptRule.TYPICAL])
+@pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
+def test_what_a_sampled_answer_rests_on_is_drafted_alone(make_tiny, shape, accept):
+    """Rows of others in a pass may change its last bits: then answers would go by who is there."""
+    folder = make_tiny("llama", **IDS)
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=6, shape=shape, accept=accept)
+    with engine_for(folder, tokens=8, draft=draft) as engine:
+        for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)):
+            drafter = engine.drafter(0, sampling, make_generator(3, "cpu"))
+            shared = drafter.shared_model(6) is not None
+            assert shared is (sampling.greedy or not draft.answers_rest_on_it)
+
+
 def test_a_draft_model_with_another_vocabulary_is_refused_with_both_sizes(make_tiny):
     other = make_tiny("llama", vocab_size=900, **IDS)
     draft = DraftConfig(draft=f"model:{other}")
