@@ -154,7 +154,7 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
     [
         (
             ["--draft", "magic"],
-            "--draft magic is not known: use auto, none, ngram, model:MODEL, medusa:HEADS, trif",
+            "--draft magic is not known: use auto, auto:MODEL, none, ngram, model:MODEL, medusa:",
         ),
         (["--draft", "model:"], "is not known"),
         (
