@@ -16,6 +16,7 @@ from offload_rt.config import HomeKind
 from offload_rt.costs.pass_cost import cost_of, link_rates, pass_times
 from offload_rt.costs.sizes import PIECED_ROWS
 from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
+from offload_rt.model.formats.wired import RowEmbedding
 from offload_rt.profiling.rates import PIECES_S
 from offload_rt.runner import pieces
 
@@ -78,27 +79,50 @@ def test_rows_of_drafts_and_of_several_sequences_are_replayed(make_tiny, double)
         assert counts["replayed"] > 2 * LAYERS
 
 
+def test_rows_of_an_embedding_are_found_in_each_pass(make_tiny, double):
+    """Not those of the pass that was noted."""
+    folder = make_mixture(make_tiny, dtype="bfloat16")
+    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+        model = engine.network._model
+        weight = model.get_input_embeddings().weight
+        own = RowEmbedding(model.get_input_embeddings())
+        own.rows = lambda ids: weight[ids]
+        model.set_input_embeddings(own)
+        expected, found = both(engine)
+        assert torch.equal(found, expected) and not engine.runner._pieces._refused
+    assert counts["replayed"]
+
+
+def read_back(seen, hidden):
+    seen.append(float(hidden.float().mean()))
+    return hidden
+
+
+def renamed(seen, hidden):
+    seen.append(len(seen))
+    return torch.nn.Parameter(hidden, False)  # another tensor, and no operator
+
+
+@pytest.mark.parametrize(
+    ("changed", "why"),
+    [
+        (read_back, "a value is read back between their steps"),
+        (renamed, "no operator made a tensor that is in memory which they fill"),
+    ],
+)
 def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
-    make_tiny, double, monkeypatch, caplog
+    make_tiny, double, monkeypatch, caplog, changed, why
 ):
     folder = make_mixture(make_tiny, dtype="bfloat16")
     with engine_for(folder, expert_slots=9, **ROOM) as engine:
         norm = engine.network._layers[1].post_attention_layernorm
         forward, seen = norm.forward, []
-
-        def reads_back(hidden):
-            seen.append(float(hidden.float().mean()))
-            return forward(hidden)
-
-        monkeypatch.setattr(norm, "forward", reads_back)
+        monkeypatch.setattr(norm, "forward", lambda hidden: forward(changed(seen, hidden)))
         expected, found = both(engine)
         assert torch.equal(found, expected) and len(set(seen)) > 2
         assert engine.runner._pieces._refused
     said = [r.message for r in caplog.records if "kernel by kernel" in r.message]
-    assert said == [
-        "passes over experts are launched kernel by kernel: a value is read back between their "
-        "steps"
-    ]
+    assert said == [f"passes over experts are launched kernel by kernel: {why}"]
 
 
 def test_passes_in_pieces_cost_their_launches_and_bytes(tmp_path):

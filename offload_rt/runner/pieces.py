@@ -249,10 +249,13 @@ class _Recorder:
     def _wanted(self, logits: torch.Tensor) -> list[list[torch.Tensor]]:
         """Of each piece, what it makes that is read behind it."""
         wanted: list[dict[int, torch.Tensor]] = []
-        at = 0
+        at, filled = 0, set[int]()  # memory that pieces so far made
 
         def read(tensor: torch.Tensor) -> None:
-            if (maker := self._maker.get(id(tensor))) is not None and maker < at:
+            maker = self._maker.get(id(tensor))
+            if maker is None and _memory(tensor) in filled:
+                raise _UnfitError("no operator made a tensor that is in memory which they fill")
+            if maker is not None and maker < at:
                 wanted[maker][id(tensor)] = tensor
 
         ends = [*(noted.given for noted in self._notes.steps), [logits]]
@@ -268,6 +271,7 @@ class _Recorder:
                 if len(made) < len([m for m in tree_leaves(kernel.made) if m is not None]):
                     raise _UnfitError("a value is read back between their steps")
                 own.update({*map(_memory, made)} - {*map(_memory, given)})
+                filled |= own
                 self._maker |= dict.fromkeys(map(id, made), at)
             at += 1
             for tensor in end:

@@ -1,6 +1,7 @@
 """Embeddings whose rows are kept otherwise: rounded, or where the output head has them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -45,10 +46,12 @@ def looked_up(
 
 def _by_class(embedding: torch.nn.Embedding, rows: torch.Tensor) -> torch.Tensor:
     numbers = torch.arange(rows.shape[0], device=rows.device)
-    saved = embedding.weight
-    embedding.weight = torch.nn.Parameter(rows, False)
+    weights: dict[str, Any] = embedding._parameters
+    saved = weights["weight"]
+    # As a parameter it would be another tensor, which passes in pieces take for one that stays.
+    weights["weight"] = rows
     try:
         made: torch.Tensor = embedding(numbers)
     finally:
-        embedding.weight = saved
+        weights["weight"] = saved
     return made
