@@ -7,6 +7,7 @@ import torch
 from engines import PROMPT, all_logits, engine_for
 from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
+from quantised import CASES, write_gpt_oss, write_twins
 from recorded import counts
 from test_costs_one_road import MACHINES, SMALL, model_of
 from test_cuda_numbers import ROOM
@@ -93,6 +94,15 @@ def test_rows_of_an_embedding_are_found_in_each_pass(make_tiny, double):
     assert counts["replayed"]
 
 
+def test_linears_that_share_memory_are_not_planned_in_pieces(make_tiny, double, tmp_path):
+    """Attention in 4 bits is dequantised into it."""
+    source = make_mixture(make_tiny, "qwen3_moe", dtype="bfloat16")
+    case = CASES["W4 g32"]
+    folder = write_twins(source, tmp_path, *case, dtype=torch.bfloat16, kept=("gate",)).folder
+    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+        assert engine.runner._pieces is None and not engine.placement.demand.in_pieces
+
+
 def read_back(seen, hidden):
     seen.append(float(hidden.float().mean()))
     return hidden
@@ -123,6 +133,23 @@ def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
         assert engine.runner._pieces._refused
     said = [r.message for r in caplog.records if "kernel by kernel" in r.message]
     assert said == [f"passes over experts are launched kernel by kernel: {why}"]
+
+
+def test_passes_over_two_gpus_are_not_in_pieces(make_tiny, double, tmp_path):
+    """A recording has the kernels of one GPU's stream."""
+    source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64, dtype="bfloat16")
+    folder = write_gpt_oss(source, tmp_path, torch.bfloat16).folder
+    with engine_for(folder, **ROOM) as engine:
+        assert engine.runner._pieces is not None and engine.placement.demand.in_pieces
+        expected = all_logits(engine)
+    assert counts["recorded"]
+    counts.clear()
+    with pytest.MonkeyPatch.context() as inner:  # undone before the fixture's
+        open_double(inner, count=2)
+        with engine_for(folder, device="cpu,cpu", **ROOM) as engine:
+            assert engine.runner._pieces is None and not engine.placement.demand.in_pieces
+            assert torch.equal(all_logits(engine), expected)
+    assert not counts["recorded"]
 
 
 def test_passes_in_pieces_cost_their_launches_and_bytes(tmp_path):

@@ -654,6 +654,16 @@ class Network:
         self.poll = lambda: None
 
     @property
+    def lends_scratch(self) -> bool:
+        """Whether linears outside experts dequantise into memory that they share."""
+        return bool(wired_linears(self._model))
+
+    @property
+    def crosses(self) -> bool:
+        """Whether layers are on several devices or machines."""
+        return self._crossing is not None
+
+    @property
     def per_token(self) -> int:
         """Experts of a layer that a token is sent to, of those that are apart."""
         return self._experts.per_token

@@ -73,7 +73,10 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     # A thread of its own reads what is offered (`device/idle.py`).
     offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
-    in_pieces = _in_pieces(checkpoint, runtime, device, drafting)
+    stored = [each for layout in layouts for each in layout.stored]
+    chosen = not isinstance(images, str) or any(each.of_expert for each in stored)
+    shares = head_is_stored(checkpoint) or not all(each.of_expert for each in stored)
+    in_pieces = chosen and not shares and _in_pieces(checkpoint, runtime, device, drafting)
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
@@ -141,7 +144,10 @@ def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceK
 def _in_pieces(
     checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind, drafting: Drafting
 ) -> bool:
-    """Whether passes of few rows are recorded in pieces (`runner/pieces.py`), on one device."""
+    """Whether passes of few rows are recorded in pieces (`runner/pieces.py`), on one device.
+
+    If the host chooses the experts, and no linear beside them dequantises into shared memory.
+    """
     config = checkpoint.config
     fits = device.records and config.has_experts and not keeps_states(config)
     watched = drafting.config.nodes > 0 and kind_of(drafting.config.kind).watches

@@ -142,12 +142,13 @@ class Runner:
         self.known_ids = checkpoint.embedding.shape[0]
         self._checkpoint, self._rings, self.experts = checkpoint, rings, experts
         self._across = across
-        # What a replay cannot do: lend layers or experts, keep states, look at what it computes.
-        lends = bool(rings) or experts is not None or across is not None
+        # What a replay cannot do: lend layers or experts, use the kernels of other devices, keep
+        # states, look at what it computes.
+        lends = bool(rings) or experts is not None or network.crosses
         looks = network.sorts_on_host and checkpoint.config.has_experts
         self._records = device.kind.records and not (lends or network.mixers or looks)
-        whole = bool(rings) or across is not None or network.mixers or network.exact
-        pieced = device.kind.records and looks and not whole
+        whole = bool(rings) or network.crosses or network.mixers or network.exact
+        pieced = device.kind.records and looks and not (whole or network.lends_scratch)
         self._pieces = Pieces(network, device) if pieced else None
         self.records_at_once = False
         self._recordings: Recordings | None = None  # made when the first pass is
