@@ -49,7 +49,7 @@ from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.meeting import be_met, meet
 from offload_rt.nodes.roster import Node, Roster, read_roster
-from offload_rt.planning.fit import _host_limits
+from offload_rt.planning.fit import host_limits
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LIMIT_S = 90
@@ -459,9 +459,9 @@ def test_limits_and_links_of_nodes_are_for_all_or_none():
     assert made.machine_host_bytes == (9, None)
     for host_bytes, expected in ((30, [9, 20]), (8, [8, 20])):
         free = FreeMemory(device_bytes=0, host_bytes=host_bytes, further_host_bytes=(40,))
-        assert _host_limits(made, free) == expected
+        assert host_limits(made, free) == expected
     free = replace(free, further_bytes=(0,))
-    assert _host_limits(replace(made, host_limit_bytes=None), free) == [8, int(40 * FREE_SHARE)]
+    assert host_limits(replace(made, host_limit_bytes=None), free) == [8, int(40 * FREE_SHARE)]
     with pytest.raises(ConfigError, match="names several devices, with --nodes each node has one"):
         some.runtime(RuntimeConfig(device="cpu,cpu"))
 

@@ -139,13 +139,16 @@ def place_run(
         host_limit=host_limit,
         speeds=speeds,
     )
+    bare = demanded(apart=True) if may_be_apart(checkpoint, config, device) else None
+    if bare is not None and bare.host_base_bytes <= host_limit:
+        demand = replace(demand, spare_base_bytes=max(0, demand.fixed_bytes - bare.fixed_bytes))
     try:
         placement = _place_ends(
             lambda apart: _place_with_kv(
-                demanded(apart=True) if apart else demand, stripes, config, device, kv_plans
+                bare if apart and bare is not None else demand, stripes, config, device, kv_plans
             ),
             homed,
-            may_be_apart=may_be_apart(checkpoint, config, device),
+            may_be_apart=bare is not None,
         )
     except PlanError as refusal:
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:

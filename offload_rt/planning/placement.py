@@ -65,6 +65,8 @@ class Demand:
         base_bytes: what is in no layer: embedding, final norm, head.
         host_base_bytes: an embedding in host memory, read by rows; 0: it is elsewhere.
         file_base_bytes: the same of one that stays in its file.
+        spare_base_bytes: less is needed by so much where the embedding is not on the device, as it
+            is here; 0: it is not, or has to be.
         kv_bytes: KV caches of all sequences.
         kv_layer_bytes: of these, what lies beside each layer; empty: the same beside all.
         state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
@@ -88,6 +90,7 @@ class Demand:
     workspace_bytes: int
     host_base_bytes: int = 0
     file_base_bytes: int = 0
+    spare_base_bytes: int = 0
     kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
@@ -111,6 +114,11 @@ class Demand:
         """What is there whatever the placement."""
         states = sum(self.state_bytes)
         return self.base_bytes + self.kv_bytes + states + self.workspace_bytes + self.drafter_bytes
+
+    @property
+    def least(self) -> "Demand":
+        """The same with as little on the device as can be."""
+        return replace(self, base_bytes=self.base_bytes - self.spare_base_bytes, spare_base_bytes=0)
 
     def knowing(self, asked: ExpertUse) -> "Demand":
         """The same with what is known of the experts that tokens ask for."""

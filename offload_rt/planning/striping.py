@@ -147,7 +147,7 @@ def smallest_limits(
     expert_slots: int | None = None,
 ) -> tuple[int, ...]:
     """The lowest limits under which there is a placement for the same, with links as they are."""
-    demand, stripes = placement.demand, placement.stripes
+    demand, stripes = placement.demand.least, placement.stripes
     if len(stripes) < 2:
         least = smallest_bytes(
             demand, slots=slots, resident_layers=resident_layers, expert_slots=expert_slots
