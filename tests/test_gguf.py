@@ -33,7 +33,7 @@ from value_double import open_as, open_double
 
 from offload_rt.cli import simulate
 from offload_rt.cli.machine import _disk
-from offload_rt.config import DraftConfig, DraftWeights, HomeKind
+from offload_rt.config import DraftConfig, DraftWeights, Exact, HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.workload import parts_of
 from offload_rt.device.cpu import CpuDevice
@@ -43,11 +43,12 @@ from offload_rt.kernels.products import problem
 from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.ends import forms_of_ends, with_stored_ends
+from offload_rt.model.exact import product_shapes
 from offload_rt.model.formats import stored as stored_module
 from offload_rt.model.formats.direct import direct_for
 from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored, multiplies
-from offload_rt.model.formats.wired import dequantise
+from offload_rt.model.formats.wired import WiredLinear, dequantise
 from offload_rt.model.gguf.container import read_gguf
 from offload_rt.model.gguf.tokenizer import describe_text
 from offload_rt.model.locate import resolve_model
@@ -283,11 +284,13 @@ def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):
     """Rows are found there and dequantised on the device; the head is, in each pass."""
     path, _ = files("qwen2")
     made = open_checkpoint(resolve_model(str(path)))
-    whole, kept = forms_of_ends(made, "auto", CUDA)
+    whole, kept = forms_of_ends(made, RuntimeConfig(), CUDA)
     assert whole is made and kept is with_stored_ends(made)
     monkeypatch.setattr(ends, "multiplies", lambda *_: True)
-    assert forms_of_ends(made, "auto", CPU) == (kept,)
-    assert forms_of_ends(made, "auto", CUDA) == (made, kept)
+    assert forms_of_ends(made, RuntimeConfig(), CPU) == (kept,)
+    assert forms_of_ends(made, RuntimeConfig(), CUDA) == (made, kept)
+    # What a draft leaves room for does not choose the kernels of an answer.
+    assert forms_of_ends(made, RuntimeConfig(exact=Exact.ON), CUDA) == (kept,)
     (head,) = parts_of(kept, "auto", CUDA).head_decoded
     assert (head.form, head.numbers) == ("q8_0", 300 * 256)
     assert not parts_of(made, "auto", CUDA).head_decoded
@@ -303,6 +306,32 @@ def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):
         own = engine.checkpoint.tensors["model.embed_tokens.weight"]
         assert 0 <= demand.host_base_bytes - own.nbytes < 4096
         assert engine.device.ledger()[BASE] == engine.placement.base_bytes < 3 * own.nbytes
+
+
+@pytest.mark.parametrize(("outputs", "last"), [(1500, 476), (1100, 332), (1024, 512), (40, 40)])
+def test_products_of_a_head_in_parts_are_those_that_are_compared(outputs, last):
+    """None has so few outputs that torch adds up in another order, nor more than scratch has."""
+    sizes = {"outputs": outputs, "inputs": 256, "bits": 4, "groups": 8, "at_once": 512}
+    sizes["parts"] = {"weight": SimpleNamespace(shape=(outputs, 144), dtype="U8")}
+    stored = Stored(module="head", form=Form.Q4_0, **sizes)
+    with torch.device("meta"):
+        made = WiredLinear(stored, torch.nn.Linear(256, outputs, dtype=torch.float32))
+    made.bias = None
+    made.weight = torch.from_numpy(random_blocks(Form.Q4_0, outputs, 256, np.random.default_rng(2)))
+    made.lend(torch.empty(512 * 256 * 4, dtype=torch.uint8), in_order=True, exact=True)
+    multiplied = set()
+
+    def product(rows, weight, bias):
+        multiplied.add(weight.shape[::-1])
+        return torch.nn.functional.linear(rows, weight, bias)
+
+    made.compute_by(product)
+    rows, weight = torch.randn(16, 256), torch.empty(outputs, 256)
+    dequantise(stored, {"weight": made.weight}, weight)
+    assert torch.equal(made(rows), torch.nn.functional.linear(rows, weight))
+    assert multiplied == product_shapes(made)
+    assert min(size for _, size in multiplied) >= min(256, outputs)
+    assert max(size for _, size in multiplied) <= 512 and (256, last) in multiplied
 
 
 def test_simulate_looks_at_ends_in_their_blocks(files, monkeypatch, offload_run):

@@ -274,7 +274,7 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
     """The fastest of the forms that weights may have, and embedding and head."""
     found, refusals = list[_Outlook](), list[PlanError]()
     device = asked.speeds.device
-    models = forms_of_ends(asked.checkpoint, config.dtype, device)
+    models = forms_of_ends(asked.checkpoint, config, device)
     forms = [(model, wire) for model in models for wire in wires_of(model, config.wire, device)]
     for model, wire in forms:
         question = dataclasses.replace(asked, checkpoint=model)

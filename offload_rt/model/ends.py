@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import lru_cache
 from types import MappingProxyType
 
+from offload_rt.config import Exact, RuntimeConfig
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.formats.methods import BLOCKS
@@ -20,22 +21,28 @@ AT_ONCE = 2**25  # numbers of a head that are dequantised at once, in whole tile
 _TILE = 64
 
 
-def forms_of_ends(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> tuple[Checkpoint, ...]:
+def forms_of_ends(
+    checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind
+) -> tuple[Checkpoint, ...]:
     """A model with its ends in each form they may have; where nothing is predicted, first is best.
+
+    It is one form where answers are to be the same whoever drafts, and a GPU's library may take
+    another kernel for a part of a head than for all of it: which is faster may go by the drafter.
 
     Args:
         checkpoint: headers of the model.
-        dtype: number format it computes in; `auto` is its own.
+        runtime: number format it computes in, and whether passes are to be row-invariant.
         device: what computes.
     """
     ends = dict.fromkeys(checkpoint.stored_ends.values())
     if not ends or any(each.form not in BLOCKS for each in ends):
         return (checkpoint,)
     kept = with_stored_ends(checkpoint)
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
     head = (checkpoint.head or checkpoint.embedding).name
     direct = device.host_computes and head in kept.stored and multiplies(kept.stored[head], name)
-    return (kept,) if direct else (checkpoint, kept)
+    alike = runtime.exact is Exact.ON and device.tile_rows > 0
+    return (kept,) if direct or alike else (checkpoint, kept)
 
 
 @lru_cache(maxsize=8)  # what is known of a model is kept by its identity

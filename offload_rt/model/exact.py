@@ -243,8 +243,11 @@ def looks_of(
 
 def product_shapes(model: torch.nn.Module) -> set[tuple[int, int]]:
     """Inputs and outputs of all linears and experts of a network."""
-    linears = {_sizes(child) for child in model.modules() if isinstance(child, _LINEARS)}
-    return linears | _of_experts(model, transposed=False) | _of_experts(model, transposed=True)
+    return (
+        _of_linears(model)
+        | _of_experts(model, transposed=False)
+        | _of_experts(model, transposed=True)
+    )
 
 
 def products_problem(
@@ -259,7 +262,7 @@ def products_problem(
         widens: bf16 products are computed in fp32 blocks.
     """
     how = wide_linear if widens else functional.linear
-    shapes = {_sizes(child) for child in model.modules() if isinstance(child, _LINEARS)}
+    shapes = _of_linears(model)
     bare = looks.shapes | _of_experts(model, transposed=False)
     across = _of_experts(model, transposed=True)
     for sizes, product in ((shapes, how), (bare, functional.linear), (across, linear_across)):
@@ -328,12 +331,18 @@ def _read(path: Path) -> list[str]:
     return [key for key in found if isinstance(key, str)] if isinstance(found, list) else []
 
 
-def _sizes(linear: Any) -> tuple[int, int]:  # noqa: ANN401 - one of `_LINEARS`
-    """Inputs and outputs."""
-    if isinstance(linear, WiredLinear):
-        return linear.stored.inputs, linear.stored.outputs
-    outputs, inputs = linear.weight.shape
-    return inputs, outputs
+def _of_linears(model: torch.nn.Module) -> set[tuple[int, int]]:
+    """Inputs and outputs of the products of linears: of one in parts those of each."""
+    shapes = set[tuple[int, int]]()
+    linears: Any = [child for child in model.modules() if isinstance(child, _LINEARS)]
+    for linear in linears:
+        if isinstance(linear, WiredLinear):
+            stored = linear.stored
+            shapes |= {(stored.inputs, part.stop - part.start) for part in stored.cuts()}
+        else:
+            outputs, inputs = linear.weight.shape
+            shapes.add((inputs, outputs))
+    return shapes
 
 
 def unlike_product(inputs: int, outputs: int, dtype: torch.dtype, how: Product) -> str:

@@ -188,7 +188,7 @@ def plan_wires(
     found, refusals = list[tuple[Checkpoint, Plan]](), list[PlanError]()
     for wire in wires_of(checkpoint, runtime.wire, device):
         named = replace(runtime, wire=wire)
-        for model in forms_of_ends(wired(checkpoint, wire), runtime.dtype, device):
+        for model in forms_of_ends(wired(checkpoint, wire), runtime, device):
             try:
                 found.append((model, make_plan(model, named, device, **more)))
             except PlanError as refusal:

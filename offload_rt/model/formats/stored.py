@@ -1,5 +1,6 @@
 """A quantised weight as it is stored, and the memory that dequantising it needs. No torch here."""
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -46,6 +47,9 @@ _FLAG, _PANEL = "avx512_bf16", 64
 _MATRICES = "amx_bf16"  # with which torch's library adds up in another order
 # Inputs of a weight in 12 bits: multiples of one, fewer than the other (`kernels/twelve.py`).
 _CODED_INPUTS, _LONGEST = 64, 2**19
+# Outputs of a part: torch adds up those of fewer than 192 in another order (fp32, 16 rows, one
+# thread: docs/RESULTS.md, "Output heads in parts").
+_LEAST = 256
 _BLOCK_BYTES = 16  # of intermediate results, for a number of a block
 
 
@@ -119,6 +123,14 @@ class Stored:
     def scratch_numbers(self) -> int:
         """Of the weight that are dequantised at once."""
         return (self.at_once or self.outputs) * self.inputs
+
+    def cuts(self) -> list[slice]:
+        """Outputs that are dequantised at once, some after the other; no few are left over."""
+        step = self.at_once or self.outputs
+        starts = [*range(0, self.outputs, step)]
+        if starts[1:] and step >= 2 * _LEAST and self.outputs - starts[-1] < _LEAST:
+            starts[-1] -= _LEAST
+        return [slice(*pair) for pair in itertools.pairwise([*starts, self.outputs])]
 
     @property
     def group(self) -> int:

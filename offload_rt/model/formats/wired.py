@@ -237,8 +237,7 @@ def _cut(
     stored: Stored, parts: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[slice, Stored, dict[str, torch.Tensor]]]:
     """A weight of GGUF's blocks, some outputs after the other."""
-    for start in range(0, stored.outputs, stored.at_once):
-        part = slice(start, min(start + stored.at_once, stored.outputs))
+    for part in stored.cuts():
         few = replace(stored, outputs=part.stop - part.start)
         yield part, few, {ggml.PART: parts[ggml.PART][part]}
 
