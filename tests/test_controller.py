@@ -160,6 +160,22 @@ def test_where_rows_are_far_slower_than_planned_drafting_nothing_is_tried_at_onc
     assert used[0] == 4 and used[4:] == [0] * 4
 
 
+def test_what_trying_to_draft_nothing_lost_is_that_of_its_one_step():
+    """All passes take eight times what is planned, so that a plain one gives less."""
+    outlook = {"draft_s": 0.0, "pass_s": 0.5}
+    planned = [StepOutlook(nodes=n, tokens=1.0 + n, **outlook) for n in (0, 1)]
+    controller, used = Controller(planned, 1), []
+    choice = controller._choices[1]
+    while not choice.scout_s and len(used) < 20:
+        used.append(size := controller.nodes_for(1))
+        outcome = Outcome(drafted=size, path=list(range(size)), nested=True)
+        controller.observe(size, [outcome], draft_s=0.0, pass_s=4.0)
+    assert used.count(0) == 1
+    plain, drafting = controller.expect(0), controller.expect(1)
+    lost_s = plain.tokens * (plain.s_per_token - drafting.s_per_token)
+    assert choice.scout_s == pytest.approx(lost_s) and lost_s > 1.0
+
+
 def test_a_draft_before_which_a_text_is_read_is_not_timed():
     controller = Controller(outlooks())
     before = controller.expect(8).draft_s

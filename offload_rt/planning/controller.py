@@ -430,7 +430,8 @@ class Controller:
                 choice.probe = probe
                 choice.tries, choice.until_probe = choice.tries + 1, _PROBE_STEPS
         elif choice.scouts:
-            lost_s = _loss_s(expected[choice.probe], expected[choice.current], _SCOUT_STEPS)
+            steps = _SCOUT_STEPS if choice.probe else 1  # of drafting nothing one tells
+            lost_s = _loss_s(expected[choice.probe], expected[choice.current], steps)
             choice.scout_s += max(0.0, lost_s)
             choice.probe, choice.scouts, choice.until_probe = None, False, choice.interval
         else:
