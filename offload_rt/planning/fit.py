@@ -198,14 +198,15 @@ def _place_ends(
     *,
     may_be_apart: bool,
 ) -> Placement:
-    """Have the embedding in host memory where that leaves room for layers, else on the device.
+    """Have the embedding apart where that leaves room for layers, else on the device.
 
-    A pass reads a row of it for each of its rows, a layer all of its own bytes.
+    Apart it is in host memory, or of a device that computes there in its file. A pass reads a row
+    of it for each of its rows, a layer all of its own bytes.
 
     Args:
-        place_with: places a run, with the embedding in host memory or not.
+        place_with: places a run, with the embedding apart or not.
         homed: decides where a placement's streamed layers live.
-        may_be_apart: the embedding may be in host memory.
+        may_be_apart: the embedding may be apart.
 
     Raises:
         PlanError: it fits in neither way.
