@@ -103,6 +103,22 @@ def test_linears_that_share_memory_are_not_planned_in_pieces(make_tiny, double, 
         assert engine.runner._pieces is None and not engine.placement.demand.in_pieces
 
 
+def test_pieces_are_planned_where_they_are_made(make_tiny, double):
+    """Not where the device's kernels choose experts, nor where layers are streamed whole."""
+    folder, found = make_mixture(make_tiny, dtype="bfloat16"), []
+    for options in ({"expert_slots": 9}, {}, {"resident_layers": 1, "home": HomeKind.HOST}):
+        with pytest.MonkeyPatch.context() as inner:
+            open_double(inner)
+            with engine_for(folder, **options, **ROOM) as engine:
+                demand = engine.placement.demand
+                found.append((engine.runner._pieces is not None, demand.in_pieces))
+                found.append(demand.workspace_bytes)
+    assert [planned for _, planned in found[::2]] == [True, False, False]
+    made = [made for made, _ in found[::2]]
+    assert (made[0], made[2]) == (True, False)  # of the other, whose tensors are a CPU's here, too
+    assert found[1] > found[3] == found[5]
+
+
 def read_back(seen, hidden):
     seen.append(float(hidden.float().mean()))
     return hidden

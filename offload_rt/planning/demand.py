@@ -74,9 +74,11 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     # A thread of its own reads what is offered (`device/idle.py`).
     offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
     stored = [each for layout in layouts for each in layout.stored]
-    chosen = not isinstance(images, str) or any(each.of_expert for each in stored)
+    wires = any(each.of_expert for each in stored)
     shares = head_is_stored(checkpoint) or not all(each.of_expert for each in stored)
-    in_pieces = chosen and not shares and _in_pieces(checkpoint, runtime, device, drafting)
+    chosen = (wires or not isinstance(images, str)) and not shares
+    in_pieces = chosen and _in_pieces(checkpoint, runtime, device, drafting)
+    pieces = pieced_bytes(config, number_bytes, device) if in_pieces else 0
     scratch = decoding_bytes(checkpoint, dtype, device)
     taken = device.context_bytes + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
@@ -103,8 +105,9 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         + scratch
         + taken
         + experts
-        + (pieced_bytes(config, number_bytes, device) if in_pieces else 0),
-        in_pieces=in_pieces,
+        + pieces,
+        pieced_bytes=pieces,
+        wires_experts=wires,
         drafter_bytes=draft.kept_bytes,
         recorded_bytes=draft.recorded_bytes,
         packed_head_bytes=packed_head_bytes(checkpoint, number_bytes)

@@ -73,7 +73,10 @@ class Demand:
         workspace_bytes: activations, logits and the runtime's own needs, at most.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         recorded_bytes: of these, what recorded passes keep.
-        in_pieces: passes of few rows are recorded in pieces, if all but experts is on the device.
+        pieced_bytes: of `workspace_bytes`, what passes of few rows keep that are recorded in
+            pieces; 0: none are.
+        wires_experts: experts are dequantised in each pass, so the host chooses them wherever they
+            are.
         packed_head_bytes: a reordered copy of the output head, where the device has kernels for it;
             else 0.
         kv: how the caches are kept outside the device; None keeps them there.
@@ -94,7 +97,8 @@ class Demand:
     kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
-    in_pieces: bool = False
+    pieced_bytes: int = 0
+    wires_experts: bool = False
     state_bytes: tuple[int, ...] = ()
     packed_head_bytes: int = 0
     kv: KVPlan | None = None
@@ -119,6 +123,19 @@ class Demand:
     def least(self) -> "Demand":
         """The same with as little on the device as can be."""
         return replace(self, base_bytes=self.base_bytes - self.spare_base_bytes, spare_base_bytes=0)
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether passes of few rows are recorded in pieces."""
+        return self.pieced_bytes > 0
+
+    def without_units(self, *, streams: bool) -> "Demand":
+        """The same where no expert is streamed by itself, and maybe whole layers are."""
+        if not self.in_pieces or (self.wires_experts and not streams):
+            return self
+        return replace(
+            self, workspace_bytes=self.workspace_bytes - self.pieced_bytes, pieced_bytes=0
+        )
 
     def knowing(self, asked: ExpertUse) -> "Demand":
         """The same with what is known of the experts that tokens ask for."""
@@ -518,7 +535,7 @@ def _keep(demand: Demand, limit: int, kept: Sequence[int], slots: int | None) ->
         streamed=streamed,
         slots=min(slots or ring_slots(slot_bytes), len(streamed)),
         slot_bytes=slot_bytes,
-        demand=demand,
+        demand=demand.without_units(streams=bool(streamed)),
         device_limit_bytes=limit,
     )
 
