@@ -138,10 +138,14 @@ def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceK
     That is host memory, or, for a device that computes there, the file that layers are read of.
     """
     embedding = checkpoint.embedding
-    if checkpoint.head is None or embedding.name in checkpoint.stored_ends or runtime.machines:
+    made = {f"{each.module}.weight" for each in checkpoint.stored_ends.values()}
+    dequantised = embedding.name in made or embedding.name in checkpoint.stored_ends
+    if checkpoint.head is None or dequantised or runtime.machines:
         return False
-    from_file = runtime.home in (HomeKind.AUTO, HomeKind.DISK) and not embedding.coded
-    return device.own_memory or (device.home is HomeKind.DISK and from_file)
+    # What is recorded cannot read a file.
+    reads = runtime.home in (HomeKind.AUTO, HomeKind.DISK) and not device.records
+    from_file = device.home is HomeKind.DISK and reads and not embedding.coded
+    return device.own_memory or from_file
 
 
 def _in_pieces(
