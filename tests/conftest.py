@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import logging
+import os
 import sys
 from itertools import count
 from types import SimpleNamespace
@@ -14,6 +15,9 @@ from tool_runs import TOOLS
 
 from offload_rt.device.system import settle_math
 
+# Kernels as without matrix registers, on any processor: with them oneDNN adds up in another order,
+# and kernels of our own have not its bits. It reads this when it computes first.
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 settle_math()  # as the command line does: workers keep few kernels
 gc.disable()  # until all is imported: it lives on, and is looked through for nothing
 

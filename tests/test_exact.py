@@ -23,6 +23,7 @@ from offload_rt.attention.exact import PART, attend_exact
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.config import DraftConfig, DraftShape, Exact, KVPlace, SamplingConfig
+from offload_rt.device.system import processor_flags
 from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
 from offload_rt.kernels.tiles import evenly
@@ -316,7 +317,12 @@ def rows_from(alone, rows):
 
 def engines(folder, **config):
     config = {"exact": Exact.ON, "prefill_chunk_tokens": 48} | config
-    return engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
+    try:
+        return engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
+    except PlanError as refusal:  # as is right: torch's fp32 is MKL's, with several threads
+        if "amx_bf16" in processor_flags() and "in passes of 512 rows" in str(refusal):
+            pytest.skip(f"this processor's library: {refusal}")
+        raise
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
