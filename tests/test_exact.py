@@ -3,7 +3,7 @@
 Each measure that makes them so is switched off once and must be missed.
 """
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
@@ -315,14 +315,18 @@ def rows_from(alone, rows):
     return torch.cat([rows[:1], alone[: len(rows) - 1]])
 
 
+@contextmanager
 def engines(folder, **config):
     config = {"exact": Exact.ON, "prefill_chunk_tokens": 48} | config
-    try:
-        return engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
-    except PlanError as refusal:  # as is right: torch's fp32 is MKL's, with several threads
-        if "amx_bf16" in processor_flags() and "in passes of 512 rows" in str(refusal):
-            pytest.skip(f"this processor's library: {refusal}")
-        raise
+    with ExitStack() as stack:
+        made = engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
+        try:
+            engine = stack.enter_context(made)
+        except PlanError as refusal:  # as is right: torch's fp32 is MKL's, with several threads
+            if "amx_bf16" in processor_flags() and "in passes of 512 rows" in str(refusal):
+                pytest.skip(f"this processor's library: {refusal}")
+            raise
+        yield engine
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
