@@ -57,7 +57,8 @@ def test_copies_that_lose_nothing_are_always_right(make_tiny, monkeypatch, shape
 
 
 def test_what_is_resident_is_there_once(make_tiny):
-    with engine_for(make_tiny("llama", **IDS), draft=INT4, resident_layers=2, slots=2) as engine:
+    options = {"resident_layers": 2, "slots": 2, "home": HomeKind.HOST}  # the embedding is here
+    with engine_for(make_tiny("llama", **IDS), draft=INT4, **options) as engine:
         own, copied = engine.network, engine._rounded_copy.network
         for index in range(4):
             is_own = copied._layers[index] is own._layers[index]
