@@ -12,6 +12,7 @@ from threading import RLock
 import torch
 from recorded import capture
 
+from offload_rt.attention.flash import flash_of
 from offload_rt.device import kinds
 from offload_rt.device.cuda.device import CudaDevice
 from offload_rt.device.host_memory import allocate_host
@@ -159,6 +160,7 @@ def open_as(monkeypatch, *devices):
 
     Several have places of other numbers, so that hidden states are sent, though all is CPU memory.
     """
+    flash_of(torch.device("cpu"))  # a process remembers whose it is: the processor's
     for number, device in enumerate(devices):
         device.torch_device = torch.device("cpu", number) if number else torch.device("cpu")
         device.kind = CUDA
