@@ -164,10 +164,12 @@ def test_each_node_of_a_tree_goes_on_from_what_its_parent_made(target, make_head
     with engine_for(target, draft=chain(folder, 12)) as engine:
         drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
         engine.forward([(0, PROMPT)], reuse=True)
-        feed, tokens, found = drafter._grower._feed, [], {}
+        feed, tokens, found = drafter.feed, [], {}
 
         def watched(rows):
             logits = feed(rows)
+            if rows.parents is None:  # of what the target read, not of the tree
+                return logits
             for token, made in zip(rows.tokens, logits.clone(), strict=True):
                 at, path = rows.parents[len(tokens)], [token]
                 tokens.append(token)
@@ -176,7 +178,7 @@ def test_each_node_of_a_tree_goes_on_from_what_its_parent_made(target, make_head
                 found[tuple(path)] = made
             return logits
 
-        drafter._grower._feed = watched
+        drafter.feed = watched
         drafter.propose(ids, 12)
     assert len({path[0] for path in found if len(path) == 2}) > 1  # siblings with children
     for path, logits in found.items():
