@@ -33,21 +33,23 @@ def target_probs(logits: torch.Tensor, config: SamplingConfig) -> torch.Tensor:
     if config.greedy:
         probs = torch.zeros_like(logits, dtype=torch.float32)
         return probs.scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    scores = logits.float()
+    # Where it lies: of 120,000 ids each temporary has 0.5 MB a row, and malloc keeps their holes.
+    scores = logits.to(torch.float32, copy=True)
     # Before the division: a temperature of 1e-37 must not turn the largest score into inf.
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / config.temperature
+    scores.sub_(scores.amax(dim=-1, keepdim=True)).div_(config.temperature)
     if 0 < config.top_k < scores.shape[-1]:
         kth = scores.topk(config.top_k, dim=-1).values[:, -1:]  # [S, 1]
-        scores = scores.masked_fill(scores < kth, -torch.inf)
+        scores.masked_fill_(scores < kth, -torch.inf)
     probs = scores.softmax(dim=-1)
+    del scores
     if config.top_p < 1.0:
         probs = _keep_top_p(probs, config.top_p)
     if config.min_p > 0.0:
         # The share of the largest one is the same before and after normalising.
-        probs = probs.masked_fill(probs < config.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
+        probs.masked_fill_(probs < config.min_p * probs.amax(dim=-1, keepdim=True), 0.0)
     # A lone row would be added up by several threads, in another order than one of many.
     pair = probs.expand(2, -1) if len(probs) == 1 else probs
-    return probs / pair.sum(dim=-1, keepdim=True)[: len(probs)]
+    return probs.div_(pair.sum(dim=-1, keepdim=True)[: len(probs)])
 
 
 class Dice:
@@ -189,4 +191,4 @@ def _keep_top_p(probs: torch.Tensor, top_p: float) -> torch.Tensor:
     before = ordered.cumsum(dim=-1, dtype=torch.float64) - ordered
     # `before` of the first entry is exactly 0, so at least one token stays.
     dropped = torch.empty_like(probs, dtype=torch.bool).scatter_(-1, ids, before >= top_p)
-    return probs.masked_fill(dropped, 0.0)
+    return probs.masked_fill_(dropped, 0.0)

@@ -96,7 +96,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         state_bytes=tuple(len(capacities) * nbytes for nbytes in states) if any(states) else (),
         workspace_bytes=max(
             workspace_bytes(config, number_bytes, shape, device) + kept_probs,
-            draft.pass_bytes + 2 * kept_probs,  # also side by side
+            draft.pass_bytes + kept_probs,
             draft.loading_bytes - base.nbytes,
             draft.head_bytes,  # there twice while it is copied
         )

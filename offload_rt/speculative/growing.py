@@ -23,7 +23,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import NO_TOKEN, likeliest, sample, target_probs
-from offload_rt.speculative.base import Draft, Unlearned
+from offload_rt.speculative.base import Draft, Laws, Unlearned
 from offload_rt.speculative.ngram.drafter import SuffixIndex
 from offload_rt.speculative.ngram.followers import Followers
 from offload_rt.speculative.ngram.suffixes import LONGEST, SHORTEST_QUOTED, most_contexts
@@ -257,41 +257,33 @@ class GrowingDrafter(Unlearned, ABC):
         alone = rests and not self._sampling.greedy
         return None if alone or self._model.records(self._grower.cache) else self._model
 
+    def _draw_chain(
+        self, logits: torch.Tensor, depth: int, feed: Callable[[int], Feeding]
+    ) -> Drafting:
+        """The network's own continuation: likeliest tokens, or drawn ones.
 
-def draw_chain(
-    model: Runner,
-    logits: torch.Tensor,
-    depth: int,
-    sampling: SamplingConfig,
-    generator: torch.Generator | None,
-    feed: Callable[[int], Feeding],
-) -> Drafting:
-    """A model's own continuation: likeliest tokens, or drawn ones.
-
-    Args:
-        model: drafts.
-        logits: [1, V] after the root.
-        depth: tokens of it.
-        sampling: drawn ones are from the same filtered distribution as the target's.
-        generator: source of their randomness.
-        feed: gives [1, V] logits after one more token.
-    """
-    tokens: list[int] = []
-    probs: list[torch.Tensor] = []
-    while True:
-        if sampling.greedy:
-            drawn = likeliest(logits)
-        else:
-            assert model.target_ids is not None and generator is not None  # loaded, begun to draft
-            spare = model.target_ids - logits.shape[1]
-            probs.append(pad(target_probs(logits, sampling), (0, spare)))
-            drawn = sample(probs[-1], generator)
-        tokens += model.device.download(drawn)  # host sync
-        if tokens[-1] == NO_TOKEN:
-            raise NumbersError(NO_NUMBERS)
-        if len(tokens) == depth:
-            return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
-        logits = yield from feed(tokens[-1])
+        Args:
+            logits: [1, V] after the root.
+            depth: tokens of it.
+            feed: gives [1, V] logits after one more token.
+        """
+        tokens: list[int] = []
+        laws = Laws(depth)
+        while True:
+            if self._sampling.greedy:
+                drawn = likeliest(logits)
+            else:
+                vocabulary, generator = self._model.target_ids, self._generator
+                assert vocabulary is not None and generator is not None  # loaded, begun to draft
+                spare = vocabulary - logits.shape[1]
+                law = laws.add(pad(target_probs(logits, self._sampling), (0, spare)))
+                drawn = sample(law, generator)
+            tokens += self._model.device.download(drawn)  # host sync
+            if tokens[-1] == NO_TOKEN:
+                raise NumbersError(NO_NUMBERS)
+            if len(tokens) == depth:
+                return Draft(TokenTree.chain(tokens), laws.rows)
+            logits = yield from feed(tokens[-1])
 
 
 @dataclass(slots=True)

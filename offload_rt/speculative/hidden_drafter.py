@@ -31,7 +31,6 @@ from offload_rt.speculative.growing import (
     Feeding,
     Grower,
     GrowingDrafter,
-    draw_chain,
 )
 from offload_rt.speculative.hidden import HiddenTap, NewestRows
 
@@ -189,16 +188,7 @@ class HiddenDrafter(GrowingDrafter):
         try:
             if config.as_tree:
                 return (yield from self._grower.grow(logits, ids, depth, config, root_pends=False))
-            return (
-                yield from draw_chain(
-                    self._model,
-                    logits,
-                    depth,
-                    self._sampling,
-                    self._generator,
-                    self._feeding(),
-                )
-            )
+            return (yield from self._draw_chain(logits, depth, self._feeding()))
         finally:
             self._cache.commit(())
 

@@ -50,6 +50,10 @@ class DraftedRun:
     shape: PassShape
     below: bool = False
 
+    def drawn_nodes(self, draft: DraftConfig) -> int:
+        """Nodes of chains, which are drawn, of all sequences that are drafted for at once."""
+        return 0 if draft.as_tree else draft.nodes * (1 if self.below else len(self.capacities))
+
     def behind(self, nodes: int) -> "DraftedRun":
         """The same for a drafter that goes on behind drafts of so many nodes."""
         capacities = [capacity + nodes for capacity in self.capacities]

@@ -124,7 +124,7 @@ def hidden_memory(drafting: Drafting, run: DraftedRun, *, taps: int = 1) -> Draf
         recorded_bytes=recorded,
         pass_bytes=workspace_bytes(module.config, number_bytes, passes, device) + beside,
         loading_bytes=image_bytes(module, run.dtype, device)[0],
-        drawn_nodes=0 if config.as_tree else config.nodes,
+        drawn_nodes=run.drawn_nodes(config),
     )
 
 

@@ -96,9 +96,11 @@ def _draw_tokens(
     numbers = dice.ahead(max(tree.depths, default=0) + 1)
     if not tree.is_chain:
         numbers = numbers[device.upload([0, *tree.depths])]
-    rows = drawn_rows(device.kind, *logits.shape)
-    parts = zip(logits.split(rows), numbers.split(rows), strict=True)
-    return torch.cat([next_tokens(part, sampling, uniform) for part, uniform in parts])
+    rows, tokens = drawn_rows(device.kind, *logits.shape), _ids(len(logits), device)
+    parts = zip(*(whole.split(rows) for whole in (tokens, logits, numbers)), strict=True)
+    for drawn, part, uniform in parts:
+        drawn.copy_(next_tokens(part, sampling, uniform))
+    return tokens
 
 
 def _draw_residual(
@@ -119,7 +121,7 @@ def _draw_residual(
     # One number a row, as for rows that are drawn one by one (`sample`).
     last = torch.rand(nodes + 1, dtype=torch.float64, generator=generator, device=logits.device)
     rows, tried = drawn_rows(device.kind, *logits.shape), list[int]()
-    accepted, ends = [], []
+    stands, ends = _ids(nodes, device), _ids(nodes + 1, device)
     for start in range(0, nodes + 1, rows):
         target = target_probs(logits[start : start + rows], sampling)
         families = [children.get(start + row - 1, ()) for row in range(len(target))]
@@ -129,18 +131,17 @@ def _draw_residual(
             tokens = device.upload([tree.tokens[node] for node in chosen])[:, None]
             left, draft = _take(target, at, device), _take(draft_probs, chosen, device)
             ratios = _take(coins, chosen, device) * draft.gather(1, tokens)[:, 0]
-            accepted.append(ratios < left.gather(1, tokens)[:, 0])
-            residual = (left - draft).clamp(min=0.0)
+            stands[len(tried) : len(tried) + len(at)] = ratios < left.gather(1, tokens)[:, 0]
+            residual = (left - draft).clamp_(min=0.0)
             mass = residual.sum(dim=-1, keepdim=True)
             # No mass is left only where target = draft, and then the node is always accepted.
-            left = torch.where(mass > 0, residual / mass.clamp(min=1e-30), left)
+            left = torch.where(mass > 0, residual.div_(mass.clamp(min=1e-30)), left)
             target = _put(target, at, left, device)
             tried += chosen
-        ends.append(pick(target, last[start : start + rows]))
-    stands = [part.to(torch.int64) for part in accepted]
+        ends[start : start + rows] = pick(target, last[start : start + rows])
     if tried != list(range(nodes)):
-        stands = [torch.cat(stands)[device.upload(_places(tried))]]
-    return torch.cat([*stands, *ends])
+        stands = stands[device.upload(_places(tried))]
+    return torch.cat([stands, ends])
 
 
 def _draw_typical(
@@ -181,6 +182,15 @@ def _best_typical(tree: TokenTree, bits: Sequence[int]) -> int:
 def _by_parent(tree: TokenTree) -> list[int]:
     """Nodes in the order of their parents."""
     return sorted(range(len(tree)), key=tree.parents.__getitem__)
+
+
+def _ids(count: int, device: Device) -> torch.Tensor:
+    """[count] to be filled part by part.
+
+    Made first: what each part leaves behind would lie between the holes of its large temporaries,
+    and malloc would find no room for the next ones there (docs/RESULTS.md, "Holes of drawing").
+    """
+    return torch.empty(count, dtype=torch.int64, device=device.torch_device)
 
 
 def _take(values: torch.Tensor, rows: Sequence[int], device: Device) -> torch.Tensor:

@@ -24,7 +24,6 @@ from offload_rt.speculative.growing import (
     Feeding,
     Grower,
     GrowingDrafter,
-    draw_chain,
 )
 
 
@@ -58,16 +57,7 @@ class DraftModelDrafter(GrowingDrafter):
             return drafted
         logits = yield from self._add(self._unread(ids))
         if not config.as_tree:
-            return (
-                yield from draw_chain(
-                    self._model,
-                    logits,
-                    depth,
-                    self._sampling,
-                    self._generator,
-                    lambda token: self._add([token]),
-                )
-            )
+            return (yield from self._draw_chain(logits, depth, lambda token: self._add([token])))
         draft = yield from self._grower.grow(logits, ids, depth, config, root_pends=False)
         self._cache.commit(())
         return draft

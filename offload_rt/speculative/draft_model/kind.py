@@ -100,7 +100,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         recorded_bytes=recorded,
         pass_bytes=_pass_bytes(model, config, run),
         loading_bytes=max(layers) + (base if rounds else 0),
-        drawn_nodes=0 if config.as_tree else config.nodes,
+        drawn_nodes=run.drawn_nodes(config),
     )
 
 

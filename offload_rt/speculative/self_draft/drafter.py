@@ -16,7 +16,7 @@ from offload_rt.kv.base import KVCache
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Verdict
-from offload_rt.speculative.growing import Drafting, Feeding, Grower, GrowingDrafter, draw_chain
+from offload_rt.speculative.growing import Drafting, Feeding, Grower, GrowingDrafter
 
 # Temperature of the copies' distribution where answers are greedy. The mean log of the probability
 # of what the target chose was -0.20 at 0.25 to 0.3, -0.41 at 1 (352 tokens of MT-Bench answers;
@@ -96,4 +96,4 @@ class SelfDrafter(GrowingDrafter):
                 )
             )
 
-        return draw_chain(self._model, logits, depth, self._sampling, self._generator, feed)
+        return self._draw_chain(logits, depth, feed)

@@ -109,7 +109,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         streamed_bytes=copies,
         copied_bytes=sum(copies),
         loading_bytes=max(layout.nbytes for layout in layers),
-        drawn_nodes=0 if config.as_tree else config.nodes,
+        drawn_nodes=run.drawn_nodes(config),
     )
 
 

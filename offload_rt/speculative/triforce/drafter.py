@@ -22,7 +22,7 @@ from offload_rt.kv.followed import FollowedKV
 from offload_rt.report import RetrievalCounts
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, target_probs
-from offload_rt.speculative.base import Draft, Drafter, Unlearned, Verdict
+from offload_rt.speculative.base import Draft, Drafter, Laws, Unlearned, Verdict
 from offload_rt.speculative.deciding import Checked, decide
 from offload_rt.speculative.growing import NO_NUMBERS
 
@@ -85,15 +85,13 @@ class TriForceDrafter(Unlearned):
             return Draft()
         self._share = None if retrieval.is_complete else self._cache.choice.current
         tokens: list[int] = []
-        probs: list[torch.Tensor] = []
+        laws = Laws(depth)
         try:
             while len(tokens) < depth:
-                found, laws = self._extend([*ids, *tokens], depth - len(tokens))
-                tokens += found
-                probs += laws
+                tokens += self._extend([*ids, *tokens], depth - len(tokens), laws)
         finally:
             retrieval.truncate(len(ids) - 1)
-        return Draft(TokenTree.chain(tokens), torch.cat(probs) if probs else None)
+        return Draft(TokenTree.chain(tokens), laws.rows)
 
     def observe(self, draft: Draft, verdict: Verdict) -> None:
         """Note what is accepted; when that is little, have the retrieval cache built anew."""
@@ -113,12 +111,16 @@ class TriForceDrafter(Unlearned):
         self._inner.forget()
         self._rates.clear()
 
-    def _extend(self, ids: Sequence[int], room: int) -> tuple[list[int], list[torch.Tensor]]:
+    def _extend(self, ids: Sequence[int], room: int, laws: Laws) -> list[int]:
         """One draft-verify step of the retrieval model.
 
+        Args:
+            ids: the sequence with what is drafted so far.
+            room: tokens at most.
+            laws: gets, unless greedy, the distribution each token was drawn from.
+
         Returns:
-            At least one and at most `room` tokens, and, unless greedy, [1, V] the distribution each
-            was drawn from.
+            At least one and at most `room` tokens.
         """
         assert self._dice is not None  # begin set it
         retrieval, sampling = self._cache.retrieval, self._sampling
@@ -134,6 +136,7 @@ class TriForceDrafter(Unlearned):
         self._inner.observe(draft, verdict)
         self.counts.add(drafted=len(draft.tree), accepted=len(verdict.path))
         tokens = [*(draft.tree.tokens[node] for node in verdict.path), verdict.token]
-        if sampling.greedy:
-            return tokens, []
-        return tokens, [target_probs(logits[row : row + 1], sampling) for row in verdict.rows]
+        if not sampling.greedy:
+            for row in verdict.rows:
+                laws.add(target_probs(logits[row : row + 1], sampling))
+        return tokens

@@ -88,7 +88,7 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
         pass_bytes=below.pass_bytes,
         loading_bytes=below.loading_bytes,
         head_bytes=head_bytes(run.target, _copied(config), run.dtype),
-        drawn_nodes=config.nodes + below.drawn_nodes,
+        drawn_nodes=run.drawn_nodes(config) + below.drawn_nodes,
     )
 
 
