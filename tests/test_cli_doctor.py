@@ -2,9 +2,11 @@
 
 import json
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import pytest
+from expert_models import make_mixture
 
 from offload_rt.cli import run
 from offload_rt.cli.checks import Level, diagnose
@@ -18,8 +20,11 @@ from offload_rt.cli.machine import (
     TorchFacts,
     inspect_machine,
 )
+from offload_rt.config import RuntimeConfig
 from offload_rt.device.cgroup import MemoryGroup
 from offload_rt.device.cuda.nvml import Driver, Gpu, GpuProcess
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.units import format_size
 
 GIB = 2**30
 DISK = DiskFacts(
@@ -237,3 +242,16 @@ def test_this_machine_with_a_model(tiny_model):
 def test_missing_model(capsys):
     assert run(["doctor", "/no/such/folder"]) == 4
     assert "/no/such/folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mixture", ["qwen3_moe", "gpt_oss"])
+def test_experts_are_read_as_runs_do(make_tiny, doctor, mixture):
+    """A matrix of one expert a read, also where a tensor has those of all."""
+    folder = make_mixture(make_tiny, mixture)
+    found = inspect_machine(folder).disk.experts
+    tensors = open_checkpoint(folder).tensors
+    shapes = [extent.shape for name, extent in tensors.items() if ".experts." in name]
+    assert found.nbytes == 4 * max(prod(shape[-2:]) for shape in shapes if len(shape) > 1)
+    assert found.bytes_per_s > 0 and found.at_once == RuntimeConfig().readers
+    _, out = doctor(replace(HEALTHY, **disk_with(experts=found)))
+    assert f"experts, {format_size(found.nbytes)} a read, 4 at once: " in out

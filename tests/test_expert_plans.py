@@ -29,6 +29,7 @@ from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.planning.history import add_asked, read_asked
+from offload_rt.units import format_rate
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
 
@@ -58,8 +59,11 @@ def test_a_plan_says_what_is_expected_of_experts(offload_run, folder):
     idle = (128 - 4 * 2) * 3 * 256 * 256
     assert experts["total_parameters"] - experts["active_parameters"] == idle
     assert found["resident"] == [0, 1, 2, 3] and not found["streamed"]
-    table = offload_run("plan", folder, "--context", 64, "--expert-slots", 64).out
-    assert "84% of a token's experts expected in the slots" in " ".join(table.split())
+    rate = experts["bytes_per_s"]
+    assert rate == pytest.approx(predicted["home_bytes"] / predicted["transfer_s"])
+    table = " ".join(offload_run("plan", folder, "--context", 64, "--expert-slots", 64).out.split())
+    assert "84% of a token's experts expected in the slots" in table
+    assert f"read per token at {format_rate(rate)}" in table
     simulated = offload_run(
         *("simulate", folder, "--profile", "cpu-2core-avx512bf16", "--context", 64),
         *("--draft", "none", "--expert-slots", 64),

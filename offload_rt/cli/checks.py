@@ -248,6 +248,11 @@ def check_disk(machine: Machine) -> Finding:
         parts.append("direct reads" if disk.direct_reads else "no direct reads")
     if disk.read_bytes_per_s is not None:
         parts.append(f"{format_rate(disk.read_bytes_per_s)}, one read at a time")
+    if (experts := disk.experts) is not None:
+        parts.append(
+            f"experts, {format_size(experts.nbytes)} a read, {experts.at_once} at once: "
+            f"{format_rate(experts.bytes_per_s)}"
+        )
     detail = ", ".join(parts)
     if disk.kind.startswith(_NETWORK_KINDS):
         fix = "copy the model to a local disk: streaming runs at the speed of the network"

@@ -4,13 +4,16 @@ import importlib.metadata
 import mmap
 import os
 import platform
+import random
 import resource
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from offload_rt.config import RuntimeConfig
 from offload_rt.device import compiled
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota
@@ -23,13 +26,16 @@ from offload_rt.device.system import (
     narrowest_memory,
     processor,
 )
-from offload_rt.errors import ProfileError
-from offload_rt.model.checkpoint import demo_folder
+from offload_rt.errors import OffloadError, ProfileError
+from offload_rt.model.checkpoint import Checkpoint, demo_folder, open_checkpoint
+from offload_rt.model.config import EXPERTS
+from offload_rt.model.expert_layout import slices_of
 from offload_rt.model.gguf.folder import ENDING
+from offload_rt.model.header import TensorExtent
 from offload_rt.model.packed_files import SUFFIX
 from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
-from offload_rt.streaming.direct_io import open_file
+from offload_rt.streaming.direct_io import OpenFile, open_file
 
 _READ_BYTES, _READ_LIMIT_S = 256 * 2**20, 2.0
 
@@ -49,6 +55,21 @@ class TorchFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertReads:
+    """How fast experts of a model come from its files.
+
+    Attributes:
+        nbytes: of one read, a matrix of an expert.
+        at_once: reads in flight.
+        bytes_per_s: of matrices here and there in the files.
+    """
+
+    nbytes: int
+    at_once: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DiskFacts:
     """The file system of a folder.
 
@@ -56,6 +77,7 @@ class DiskFacts:
         kind: `ext4`, `nfs4`, ...
         direct_reads: whether O_DIRECT works; None when there was no file to try.
         read_bytes_per_s: of the model's largest file, past the page cache if possible.
+        experts: the same of a mixture's experts; None for other models.
     """
 
     folder: Path
@@ -63,6 +85,7 @@ class DiskFacts:
     free_bytes: int
     direct_reads: bool | None
     read_bytes_per_s: float | None
+    experts: ExpertReads | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,7 +187,7 @@ class Machine:
 
 
 def inspect_machine(model: Path | None) -> Machine:
-    """Look at this machine; with a model folder its disk is read for up to two seconds."""
+    """Look at this machine; with a model its disk is read for two seconds, a mixture's for four."""
     torch, torch_error = _torch()
     driver = find_driver()
     return Machine(
@@ -277,6 +300,7 @@ def _disk(model: Path | None) -> DiskFacts:
         free_bytes=psutil.disk_usage(str(real)).free,
         direct_reads=direct,
         read_bytes_per_s=rate,
+        experts=None if rate is None else _expert_reads(real if model is None else model),
     )
 
 
@@ -304,3 +328,55 @@ def _rate(fd: int, buffer: mmap.mmap) -> float | None:
             break
     seconds = time.perf_counter() - start
     return done / seconds if done and seconds else None
+
+
+def _expert_reads(folder: Path) -> ExpertReads | None:
+    """Read matrices of experts in any order, as many at once as runs do."""
+    try:
+        checkpoint = open_checkpoint(folder)
+        extents = _expert_matrices(checkpoint)
+    except OffloadError:  # runs say what is wrong with it
+        return None
+    if not extents:
+        return None
+    readers, largest = RuntimeConfig().readers, max(extent.nbytes for extent in extents)
+    alike = [extent for extent in extents if extent.nbytes == largest]
+    random.Random(0).shuffle(alike)
+    until, waiting = time.perf_counter() + _READ_LIMIT_S, iter(alike[: _READ_BYTES // largest + 1])
+    files: dict[Path, OpenFile] = {}
+
+    def read(_: int) -> int:
+        buffer, done = mmap.mmap(-1, largest + 2 * mmap.PAGESIZE), 0
+        with memoryview(buffer) as view:
+            while time.perf_counter() < until and (extent := next(waiting, None)) is not None:
+                start = extent.offset // mmap.PAGESIZE * mmap.PAGESIZE
+                end = -(-(extent.offset + largest) // mmap.PAGESIZE) * mmap.PAGESIZE
+                done += os.preadv(files[extent.path].fd, [view[: end - start]], start)
+        return done
+
+    try:
+        for path in {extent.path for extent in alike}:
+            files[path] = open_file(path, os.O_RDONLY)
+        start = time.perf_counter()
+        with ThreadPoolExecutor(readers) as pool:
+            done = sum(pool.map(read, range(readers)))
+        seconds = time.perf_counter() - start
+    except OSError:
+        return None
+    finally:
+        for file in files.values():
+            file.close()
+    return ExpertReads(nbytes=largest, at_once=readers, bytes_per_s=done / seconds)
+
+
+def _expert_matrices(checkpoint: Checkpoint) -> list[TensorExtent]:
+    """Of each expert, also where one tensor has those of all."""
+    found: list[TensorExtent] = []
+    if not checkpoint.config.has_experts:
+        return found
+    counts = [checkpoint.config.setting(name) for name in EXPERTS]
+    for name, extent in checkpoint.tensors.items():
+        if ".experts." in name:
+            whole = len(extent.shape) > 2 and extent.shape[0] in counts
+            found += slices_of(extent, extent.shape[0]) if whole else [extent]
+    return found

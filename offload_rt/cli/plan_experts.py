@@ -10,7 +10,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.fit import pooled_experts
 from offload_rt.planning.planner import Plan
-from offload_rt.units import format_size
+from offload_rt.units import format_rate, format_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +24,7 @@ class ExpertOutlook:
         hit_rate: of a token's experts, expected to be there.
         measured: the hit rate is of this model's own passes; else of routers with little locality.
         bytes_per_token: expected to be read for a token without drafting.
+        bytes_per_s: expected of these reads, alone; None where a token needs none.
         total_parameters: of the model.
         active_parameters: that a token meets, the embedding's row among them not counted.
         active_bytes: of these in the files.
@@ -37,6 +38,7 @@ class ExpertOutlook:
     hit_rate: float
     measured: bool
     bytes_per_token: int
+    bytes_per_s: float | None
     total_parameters: int
     active_parameters: int
     active_bytes: int
@@ -52,6 +54,7 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
     if facts is None or pooled is None:
         return None
     layers = [index for index, count in enumerate(facts.counts) if count]
+    expected = plan.prediction
     misses = sum(pooled.misses(index, 1) for index in layers)
     stored = dict.fromkeys(checkpoint.stored.values())
     plain = [e for name, e in checkpoint.tensors.items() if name not in checkpoint.stored]
@@ -69,6 +72,9 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
         hit_rate=1.0 - misses / (facts.per_token * len(layers)),
         measured=0 in pooled.use.seen,
         bytes_per_token=round(misses * pooled.home_bytes),
+        bytes_per_s=expected.home_bytes / expected.transfer_s
+        if expected is not None and expected.transfer_s
+        else None,
         total_parameters=total,
         active_parameters=total - round(inside * idle_share),
         active_bytes=checkpoint.total_bytes - idle_bytes,
@@ -78,6 +84,7 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
 def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
     """The same in words."""
     known = "as seen" if outlook.measured else "as routers with little locality have it"
+    rate = f" at {format_rate(outlook.bytes_per_s)}" if outlook.bytes_per_s else ""
     total, active = outlook.total_parameters / 1e9, outlook.active_parameters / 1e9
     return [
         f"in {away}, read expert by expert",
@@ -88,7 +95,7 @@ def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
         ),
         hanging(
             f"  {outlook.hit_rate:.0%} of a token's experts expected in the slots ({known}), "
-            f"{format_size(outlook.bytes_per_token)} read per token",
+            f"{format_size(outlook.bytes_per_token)} read per token{rate}",
             4,
         ),
     ]
