@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import quantised
 import torch
-from engines import PROMPT, engine_for, generate
+from engines import engine_for
 from expert_models import make_mixture
 from hybrids import HYBRIDS, make_hybrid
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ from offload_rt.attention.blocks import PIECE
 from offload_rt.attention.exact import PART, attend_exact
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.config import DraftConfig, DraftShape, Exact, KVPlace, SamplingConfig
+from offload_rt.config import DraftConfig, Exact, KVPlace, SamplingConfig
 from offload_rt.device.system import processor_flags
 from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
@@ -555,36 +555,7 @@ def test_merging_by_counts_is_missed(make_tiny, short_parts, monkeypatch):
         assert disagree(engine)
 
 
-# --- texts ---------------------------------------------------------------------------------------
-
-
-SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=0.9, seed=3)
-ANSWERED = {"prompts": (PROMPT * 3,), "tokens": 48, "exact": Exact.ON}
-
-
-def answers(engine):
-    return [generate(engine, ANSWERED["prompts"], 48, sampling) for sampling in SAMPLINGS]
-
-
-@pytest.fixture(scope="module")
-def undrafted(make_tiny):
-    """What one answers whose weights and rows are on the device."""
-    with engine_for(make_tiny("llama", **SIZES, dtype="bfloat16"), **ANSWERED) as engine:
-        return answers(engine)
-
-
-@pytest.mark.parametrize("config", [{}, STREAMED, ON_DISK])
-def test_drafting_changes_no_token_in_bf16(config, undrafted, make_tiny):
-    folder = make_tiny("llama", **SIZES, dtype="bfloat16")
-    tree = {"shape": DraftShape.TREE}
-    drafts = [{"draft": "ngram"}, {"draft": f"model:{folder}"} | tree]
-    if config == STREAMED:  # copies of what is streamed draft
-        drafts.append({"draft": "self"} | tree)
-    for draft in drafts:
-        made = DraftConfig(draft_tokens=12, **draft)
-        with engine_for(folder, **ANSWERED, **config, draft=made) as engine:
-            assert engine.exact.on
-            assert answers(engine) == undrafted
+# --- sampling ------------------------------------------------------------------------------------
 
 
 def test_a_probability_is_the_same_in_any_number_of_rows():

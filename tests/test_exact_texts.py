@@ -1,0 +1,201 @@
+"""Drafting changes no bit of a streamed bf16 model's logits, whoever drafts.
+
+Few ids and many nodes, so that what is drafted at random is accepted now and then.
+"""
+
+import random
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+from eagle3_models import TAPS, write_head
+from engines import PROMPT, engine_for
+from medusa_heads import write_shared
+from mtp_models import write_mtp
+
+from offload_rt.config import (
+    DraftConfig,
+    DraftShape,
+    Exact,
+    GenerationConfig,
+    KVPlace,
+    RetrievalConfig,
+    SamplingConfig,
+)
+from offload_rt.engine import Run, decoding
+
+VOCAB, ANSWER = 16, 32
+PROMPTS = [[token % VOCAB for token in PROMPT * 3], [token % VOCAB for token in PROMPT[::-1]]]
+# Odd widths, more inputs than a block of oneDNN's, and heads whose groups fill no tile.
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 192,
+    "intermediate_size": 1419,
+    "num_hidden_layers": 1 + max(TAPS),
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "dtype": "bfloat16",
+}
+HYBRID = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "num_attention_heads": 4,
+}
+STREAMED = {"exact": Exact.ON, "resident_layers": 1, "slots": 1}
+ON_DISK = STREAMED | {"kv": KVPlace.DISK, "kv_block_tokens": 24}
+SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    """What is found of products here is kept from the user's, and once for this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OFFLOAD_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A model with a module of its own, heads of both kinds for it, and a small one; a hybrid."""
+    root = tmp_path_factory.mktemp("exact")
+    target = write_mtp(root / "target", "llama", **SIZES)
+    return {
+        "target": target,
+        "hybrid": write_mtp(root / "hybrid", "qwen3_5_text", **(SIZES | HYBRID)),
+        "small": write_mtp(root / "small", "llama", **(SIZES | {"num_hidden_layers": 1})),
+        "heads": write_shared(root / "heads", size=SIZES["hidden_size"], heads=3),
+        "head": write_head(root / "head", target),
+    }
+
+
+TREE = {"shape": DraftShape.TREE, "draft_tokens": 16}
+CHAIN = {"shape": DraftShape.CHAIN, "draft_tokens": 4}
+OVER_RETRIEVAL = {
+    "draft_tokens": 6,
+    "inner_tokens": 4,
+    "retrieval": RetrievalConfig(budget_tokens=32, chunk_tokens=4, rebuild_tokens=7),
+}
+TREES = {
+    "ngram": {"draft": "ngram", "draft_tokens": 16},
+    "model": {"draft": "model:{target}", **TREE},
+    "self": {"draft": "self", **TREE},
+    "medusa": {"draft": "medusa:{heads}", "draft_tokens": 16},
+    "mtp": {"draft": "mtp", **TREE},
+    "eagle3": {"draft": "eagle3:{head}", **TREE},
+}
+DRAFTERS = TREES | {
+    "mtp chain": {"draft": "mtp", **CHAIN},
+    "eagle3 chain": {"draft": "eagle3:{head}", **CHAIN},
+    "triforce": {"draft": "triforce", **OVER_RETRIEVAL},
+    "triforce over a model": {"draft": "triforce:{small}", **OVER_RETRIEVAL},
+}
+
+
+def drafted_by(name, folders):
+    options = DRAFTERS[name]
+    return DraftConfig(**options | {"draft": options["draft"].format(**folders)})
+
+
+def rows_of_answers(engine, monkeypatch, sampling=SAMPLINGS[0], sizes=None):
+    """Tokens of the answers, and the logits that each came from: [S, V] of every answer.
+
+    Args:
+        engine: answers two prompts at once.
+        monkeypatch: has what decides watched.
+        sampling: how tokens are drawn.
+        sizes: gives most nodes of each draft.
+    """
+    kept = {}
+
+    def watched(checked, device, rule):
+        before = [one.logits.clone() for one in checked]  # deciding uses them up
+        verdicts = decide(checked, device, rule)
+        for one, logits, verdict in zip(checked, before, verdicts, strict=True):
+            rows = [0, *(node + 1 for node in verdict.path)]
+            kept.setdefault(id(one.dice), []).append(logits[rows])
+        return verdicts
+
+    decide = decoding.decide
+    with monkeypatch.context() as patch:
+        patch.setattr(decoding, "decide", watched)
+        run = Run.start(engine, PROMPTS, sampling, GenerationConfig(max_tokens=ANSWER))
+        run.prefill()
+        while run.active:
+            for sequence in run.active if sizes else ():
+                sequence.request = replace(sequence.request, draft_tokens=sizes())
+            run.step()
+    rows = [torch.cat(kept[id(sequence.dice)]) for sequence in run.sequences]
+    return [sequence.emitted for sequence in run.sequences], rows, run.counts
+
+
+@contextmanager
+def opened(folder, **config):
+    with engine_for(folder, prompts=PROMPTS, tokens=ANSWER, **config) as engine:
+        yield engine
+
+
+@pytest.fixture(scope="module")
+def undrafted(folders):
+    """Of each model and sampling, what is answered without drafts; nothing of it is streamed."""
+    made = {}
+
+    def answered(name, sampling=SAMPLINGS[0]):
+        if name not in made:
+            with (
+                opened(folders[name], exact=Exact.ON) as engine,
+                pytest.MonkeyPatch.context() as patch,
+            ):
+                made[name] = [rows_of_answers(engine, patch, one) for one in SAMPLINGS]
+        return made[name][SAMPLINGS.index(sampling)]
+
+    return answered
+
+
+def same_rows(made, expected):
+    return made[0] == expected[0] and all(map(torch.equal, made[1], expected[1]))
+
+
+CASES = [("target", name, STREAMED) for name in DRAFTERS]
+CASES += [("target", name, ON_DISK) for name in ("ngram", "mtp", "triforce")]
+CASES += [("target", "model", {"exact": Exact.ON})]
+CASES += [("hybrid", name, STREAMED) for name in ("mtp", "mtp chain")]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "config"),
+    CASES,
+    ids=[f"{model}-{name}-{list(config)[-1]}" for model, name, config in CASES],
+)
+def test_drafting_changes_no_bit_of_a_greedy_answer(
+    model, name, config, folders, undrafted, monkeypatch
+):
+    draft = drafted_by(name, folders)
+    with opened(folders[model], draft=draft, **config) as engine:
+        assert engine.exact.on
+        made = rows_of_answers(engine, monkeypatch)
+    assert same_rows(made, undrafted(model))
+    assert made[2].accepted > 0
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_a_seeded_answer_does_not_depend_on_the_sizes_of_trees(
+    name, folders, undrafted, monkeypatch
+):
+    """Of 1 to 16 nodes, another number in each step, as measured times may choose them."""
+    draft, numbers = drafted_by(name, folders), random.Random(7)
+    assert not draft.answers_rest_on_it
+    with opened(folders["target"], draft=draft, **STREAMED) as engine:
+        made = rows_of_answers(engine, monkeypatch, SAMPLINGS[1], lambda: numbers.randint(1, 16))
+    assert same_rows(made, undrafted("target", SAMPLINGS[1]))
+    assert made[2].accepted > 0
+
+
+def test_without_row_invariance_bits_depend_on_drafts(folders, monkeypatch):
+    made = []
+    for more in ({}, {"draft": drafted_by("mtp", folders)}):
+        with opened(folders["target"], **STREAMED | {"exact": Exact.OFF}, **more) as engine:
+            made.append(rows_of_answers(engine, monkeypatch))
+    assert not same_rows(*made)
