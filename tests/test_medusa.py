@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from safetensors.torch import load_file, save_file
-from test_speculation import IDS, chi_square, start
+from test_speculation import IDS, TWO, chi_square, start
 
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
 from offload_rt.engine import Run
@@ -67,7 +67,7 @@ def knowing_heads(folder, model, prompts, answers):
 
 @pytest.fixture(scope="module")
 def llama(make_tiny):
-    return make_tiny("llama", **IDS)
+    return make_tiny("llama", **TWO)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +99,7 @@ def heads(llama, plain, tmp_path_factory):
 KINDS = ["shared", "deep", "own", "common", "truncated", "knowing"]
 PLACES = [
     {},
-    {"resident_layers": 1, "slots": 2},
+    {"resident_layers": 1, "slots": 1},
     {"resident_layers": 0, "slots": 1, "kv": KVPlace.HOST, "kv_block_tokens": 8},
     {"kv": KVPlace.DISK, "kv_block_tokens": 8},
 ]
@@ -201,11 +201,11 @@ def test_depth_and_nodes_are_kept_to(llama, heads):
 def tiny_engines(make_tiny, heads):
     """A full-attention and a sliding-window model, streamed, with room for 63 nodes."""
     window = {"head_dim": 16, "sliding_window": 6}
-    window["layer_types"] = ["sliding_attention", "full_attention"] * 2
-    options = {"tokens": 20, "resident_layers": 1, "slots": 2, "draft": draft_of(heads["shared"])}
+    window["layer_types"] = ["sliding_attention", "full_attention"]
+    options = {"tokens": 20, "resident_layers": 0, "slots": 1, "draft": draft_of(heads["shared"])}
     with (
-        engine_for(make_tiny("llama", **IDS), **options) as one,
-        engine_for(make_tiny("gemma2", **IDS, **window), **options) as other,
+        engine_for(make_tiny("llama", **TWO), **options) as one,
+        engine_for(make_tiny("gemma2", **TWO, **window), **options) as other,
     ):
         yield [one, other]
 

@@ -15,6 +15,7 @@ from test_speculation import (  # noqa: F401
     REPEATS,
     SELF,
     STREAMED,
+    TWO,
     drafts,
     start,
     test_a_drafter_that_is_the_target_is_always_right,
@@ -29,7 +30,7 @@ TOKENS = 10
 
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_with_a_recorded_drafter_equals_greedy_without(make_tiny, drafts, recording, name):  # noqa: F811
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **TWO)
     with engine_for(folder, prompts=[REPEATS], tokens=TOKENS) as engine:
         plain = generate(engine, [REPEATS], tokens=TOKENS)
     options = {"draft": drafts[name]} | STREAMED.get(name, {})
@@ -42,7 +43,7 @@ def test_greedy_with_a_recorded_drafter_equals_greedy_without(make_tiny, drafts,
 @pytest.mark.parametrize("name", ["tree", "windowed-chain", "self-tree"])
 def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, name, sampling):  # noqa: F811
     """In fp32 the likeliest tokens are the same, and so is what is accepted of them."""
-    folder, reports = make_tiny("llama", **IDS), []
+    folder, reports = make_tiny("llama", **TWO), []
     for records in (True, False):
         options = {"draft": drafts[name]} | STREAMED.get(name, {})
         with engine_for(folder, tokens=TOKENS, **options) as engine:
