@@ -176,14 +176,26 @@ def test_what_trying_to_draft_nothing_lost_is_that_of_its_one_step():
     assert choice.scout_s == pytest.approx(lost_s) and lost_s > 1.0
 
 
-def test_a_draft_before_which_a_text_is_read_is_not_timed():
+def test_what_a_drafter_reads_first_is_not_taken_for_drafting():
     controller = Controller(outlooks())
     before = controller.expect(8).draft_s
     late = Outcome(drafted=8, path=[0], nested=True)
-    controller.observe(8, [late], draft_s=None, pass_s=0.108)
-    assert controller.expect(8).draft_s == before
-    controller.observe(8, [late], draft_s=60.0, pass_s=0.108)
-    assert controller.expect(8).draft_s > 10 * before
+    controller.observe(8, [late], draft_s=before + 5.0, pass_s=0.108, unread=500)
+    assert controller.expect(8).draft_s == pytest.approx(before)
+    for _ in range(20):
+        controller.observe(8, [late], draft_s=3 * before, pass_s=0.108)
+    controller.observe(8, [late], draft_s=3 * before + 4.0, pass_s=0.108, unread=400)
+    assert controller.expect(8).draft_s == pytest.approx(3 * before, rel=0.1)
+
+
+def test_a_pass_that_reads_prompts_tells_of_drafts_and_of_no_pass():
+    controller = Controller(outlooks())
+    before = controller.expect(8)
+    outcome = Outcome(drafted=8, path=range(8), nested=True)
+    controller.observe(8, [outcome], draft_s=2 * before.draft_s, pass_s=None)
+    after = controller.expect(8)
+    assert after.pass_s == before.pass_s
+    assert after.draft_s > before.draft_s and after.tokens > before.tokens
 
 
 TREES = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -329,3 +341,116 @@ def test_with_many_it_drafts_nothing_and_alone_it_does(believed):
     assert controller.chosen[1] >= 4 and 1 <= controller.chosen[4] <= 4
     assert crowd(controller, draw, 16, 0.02, 60) > 0.93 * 16 / (0.1 + 0.02 * 8)
     assert crowd(controller, draw, 1, 0.02, 60) > 1.8 / 0.1
+
+
+class Server:
+    """Answers that come and go in virtual time: who ends makes room for the next at once.
+
+    A drafter reads a prompt before its first draft, and what it missed; `steady`: all prompts and
+    answers are of one length.
+    """
+
+    SIZES = (0, 1, 2, 4, 8, 16)
+
+    def __init__(self, *, steady=False, running=16, node_s=0.01, read_s=0.0, row_s=0.001):
+        self.draw, self.steady, self.running = random.Random(3), steady, running
+        self.node_s, self.read_s, self.row_s = node_s, read_s, row_s
+        self.seats = [self.newcomer(share=(1 + i) / running) for i in range(running)]
+        self.tokens = self.seconds = 0.0
+
+    def newcomer(self, share=1.0):
+        """Tokens its drafter has not read, tokens to come, whether it is new."""
+        lengths = [200, 40 * share]
+        return [n if self.steady else n * self.draw.uniform(0.5, 1.5) for n in lengths] + [True]
+
+    def outlooks(self, running, drafting=1.0):
+        return [
+            StepOutlook(
+                nodes=n,
+                tokens=sum(0.7**i for i in range(n + 1)),
+                draft_s=drafting * self.node_s * n * (1 + running / 16),
+                pass_s=0.5 + self.row_s * running * (1 + n),
+            )
+            for n in self.SIZES
+        ]
+
+    def controller(self, drafting):
+        """One that takes drafts for so many times what they cost."""
+        alone = self.outlooks(1, drafting)
+        planned = self.outlooks(self.running, drafting)
+        return Controller(planned, sequences=self.running, alone=alone)
+
+    def step(self, controller, size=None):
+        asked = controller.nodes_for(self.running) if size is None else size
+        unread, came, outcomes = round(sum(seat[0] for seat in self.seats)), [], []
+        for place, seat in enumerate(self.seats):
+            if seat[2]:
+                came.append(round(seat[0]))
+            path = []
+            while len(path) < asked and self.draw.random() < 0.7:
+                path.append(len(path))
+            outcomes.append(Outcome(drafted=asked, path=path, nested=True))
+            seat[:] = [0 if asked else seat[0] + 1, seat[1] - 1 - len(path), False]
+            if seat[1] <= 0:
+                self.seats[place] = self.newcomer()
+        step = self.outlooks(self.running)[self.SIZES.index(asked)]
+        draft_s = (step.draft_s + bool(asked) * self.read_s * unread) * self.draw.uniform(0.9, 1.1)
+        pass_s = step.pass_s * self.draw.uniform(0.9, 1.1)
+        self.seconds += draft_s + pass_s
+        self.tokens += sum(1 + len(one.path) for one in outcomes)
+        if size is None:
+            took = {"draft_s": draft_s, "pass_s": pass_s, "running": self.running}
+            controller.observe(asked, outcomes, unread=unread, came=came, **took)
+
+    def speed(self, steps, controller=None, size=None):
+        """Tokens a second."""
+        self.tokens = self.seconds = 0.0
+        for _ in range(steps):
+            self.step(controller, size)
+        return self.tokens / self.seconds
+
+
+@pytest.mark.parametrize("steady", [False, True])
+@pytest.mark.parametrize("drafting", [0.02, 1.0, 10.0])
+@pytest.mark.parametrize(
+    ("best", "costs"),
+    [
+        (4, {"node_s": 0.01, "read_s": 0.0003}),
+        (0, {"node_s": 0.4, "read_s": 0.0003}),
+        (0, {"node_s": 0.01, "read_s": 0.004}),
+        (2, {"node_s": 0.05, "read_s": 0.0, "row_s": 0.002}),
+    ],
+    ids=["drafts are cheap", "drafts are dear", "reading is dear", "nothing is read"],
+)
+def test_under_constant_turnover_it_comes_to_the_fastest_size(best, costs, drafting, steady):
+    """One in two steps or more has somebody's first draft, whatever the plan takes drafts for."""
+    speeds = {n: Server(steady=steady, **costs).speed(300, size=n) for n in Server.SIZES}
+    assert max(speeds, key=speeds.get) == best
+    server = Server(steady=steady, **costs)
+    controller = server.controller(drafting)
+    server.speed(300, controller)
+    assert server.speed(300, controller) > 0.94 * speeds[best]
+
+
+def test_that_all_begin_with_a_text_is_no_reason_not_to_draft():
+    """They come one by one and nobody ends: their texts are read, and drafting costs little."""
+    server = Server(read_s=0.01)
+    controller, outcome = server.controller(1.0), Outcome(drafted=4, path=[0, 1], nested=True)
+    for running in range(1, 17):
+        asked = controller.nodes_for(running)
+        took = {"draft_s": 0.02 * asked + 20.0, "pass_s": 0.5, "running": running}
+        some = [Outcome(drafted=asked, path=[0, 1][:asked], nested=True)] * running
+        controller.observe(asked, some, unread=200, came=[200], **took)
+    outcomes = [outcome] * 16
+    for _ in range(50):
+        asked = controller.nodes_for(16)
+        controller.observe(asked, outcomes, draft_s=0.02 * asked, pass_s=0.5, running=16)
+    assert controller.chosen[16] >= 2
+
+
+def test_where_nobody_drafts_trying_it_costs_little_though_texts_are_read_first():
+    server = Server(node_s=0.4, read_s=0.004)
+    speed = Server(node_s=0.4, read_s=0.004).speed(900, size=0)
+    controller = server.controller(1.0)
+    server.speed(100, controller)
+    assert server.speed(900, controller) > 0.97 * speed

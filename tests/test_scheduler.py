@@ -157,7 +157,7 @@ def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
     with served(tiny, draft=NGRAM) as engine:
         sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
         engine.controller = Controller(sizes, 4, sequences=SEQUENCES)
-        engine.controller.observe = lambda *_, draft_s, **__: took.append(draft_s)
+        engine.controller.observe = lambda *_, **times: took.append(times)
         scheduler = Scheduler(engine)
         asked = Request(ids=PROMPT, max_tokens=30)
         failed, _, _ = map(scheduler.join, (asked, replace(asked, draft_tokens=0), asked))
@@ -166,8 +166,33 @@ def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
             failed.drafter = None
         for _ in range(3):
             scheduler.sweep()
-    assert took[0] is None  # the prompt is read
-    assert len(took) == 4 and all(isinstance(draft_s, float) for draft_s in took[1:])
+    assert all(times["draft_s"] > 0.0 for times in took)
+    came = [tokens for times in took for tokens in times["came"]]
+    assert sorted(came) == [0, 0, len(PROMPT)]  # one drafter reads
+    assert [times["unread"] for times in took] == [sum(times["came"]) for times in took]
+
+
+def test_drafters_read_a_prompt_once_and_what_was_written_while_nobody_drafted(tiny):
+    """What is read first is told beside its time, of passes too in which others read prompts."""
+    took = []
+    with served(tiny, draft=NGRAM) as engine:
+        sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
+        engine.controller = Controller(sizes, 4, sequences=SEQUENCES)
+        engine.controller.nodes_for = lambda running: 4 * (len(took) != 1)
+        engine.controller.observe = lambda asked, _, **times: took.append((asked, times))
+        scheduler = Scheduler(engine)
+        scheduler.join(Request(ids=PROMPT, max_tokens=40))
+        while len(took) < 7:
+            scheduler.sweep()
+        scheduler.join(Request(ids=PROMPT[::-1], max_tokens=40))
+        while not took[-1][1]["came"]:
+            scheduler.sweep()
+    told = [(asked, times["unread"], times["came"]) for asked, times in took]
+    assert told[0] == (4, len(PROMPT), [len(PROMPT)])
+    assert [asked for asked, _, _ in told[1:3]] == [0, 4] and not any(c for _, _, c in told[1:3])
+    assert told[-1] == (4, len(PROMPT), [len(PROMPT)])
+    own = [times["pass_s"] is None for _, times in took]
+    assert not any(own[:7]) and all(own[7:-1]) and not own[-1]
 
 
 @pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])

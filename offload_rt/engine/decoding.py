@@ -168,6 +168,8 @@ class Run:
         most = self.engine.draft.nodes
         if controller is not None:
             most = controller.nodes_for(len(writing))
+        unread = [self._unread(s) for s in writing]
+        came = [count for s, count in zip(writing, unread, strict=True) if len(s.emitted) == 1]
         start = time.perf_counter()
         drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at = time.perf_counter()
@@ -202,15 +204,17 @@ class Run:
             planned = self.engine.plan.running or self.engine.sequences
             if expected_s is not None and len(drafted) == planned:
                 self.engine.pace.add(pass_s, expected_s)
-            if controller is not None and outcomes:
-                controller.observe(
-                    most,
-                    outcomes,
-                    draft_s=None if any(one.reads for one in drafted) else drafted_at - start,
-                    pass_s=pass_s,
-                    rows=rows,
-                    running=len(drafted),
-                )
+        if controller is not None and outcomes:
+            controller.observe(
+                most,
+                outcomes,
+                draft_s=drafted_at - start,
+                pass_s=None if texts else self._last.at_s - drafted_at,
+                rows=rows,
+                running=len(drafted),
+                unread=sum(unread),
+                came=came,
+            )
         return self._emit([one.sequence for one in deciding], [one.gained for one in deciding])
 
     def _or_raise(self, emitted: list[Emitted]) -> list[Emitted]:
@@ -236,7 +240,6 @@ class Run:
             steps.append(step)
             drafter, depth = sequence.drafter, sequence.remaining - 1
             if drafter is not None and depth > 0 and nodes:
-                step.reads = len(sequence.ids) > sequence.drafter_knows + 1
                 sequence.drafter_knows = len(sequence.ids) + nodes
                 asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
         if not asked:
@@ -256,6 +259,12 @@ class Run:
             name = one.drafter.name
             _log.warning("the %s drafter failed (%s): decoding goes on without it", name, draft)
         return steps
+
+    def _unread(self, sequence: SequenceState) -> int:
+        """Tokens of a sequence that its drafter would read before it drafts."""
+        if sequence.drafter is None or sequence.request.draft_tokens == 0:
+            return 0
+        return min(sequence.unread, self.engine.draft.window_tokens or len(sequence.ids))
 
     def _next_part(self, sequence: SequenceState, count: int) -> list[int]:
         """The next tokens of its prompt."""
@@ -452,13 +461,11 @@ class _Step:
     Attributes:
         logits: [N + 1, V] after the root and after each node; of a prompt [1, V] after its end.
         nodes: asked of its drafter; None at the end of a prompt.
-        reads: its drafter is asked, and reads more of the text first than the last answer's tokens.
     """
 
     sequence: SequenceState
     logits: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     nodes: int | None = None
-    reads: bool = False
     draft: Draft = field(default_factory=Draft)
     verdict: Verdict | None = None
 

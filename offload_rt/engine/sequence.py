@@ -124,6 +124,11 @@ class SequenceState:
         """Tokens it may still emit."""
         return self.max_tokens - (len(self.ids) - self.prompt_tokens)
 
+    @property
+    def unread(self) -> int:
+        """Tokens that its drafter has not seen, but for the one that the model added last."""
+        return max(0, len(self.ids) - self.drafter_knows - 1)
+
     def finish(self, reason: FinishReason) -> None:
         """End the sequence; it takes part in no further pass."""
         self.finish_reason = self.finish_reason or reason

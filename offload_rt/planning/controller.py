@@ -17,6 +17,11 @@ tokens a second. Sizes that are not in use are judged by what is known of them:
 Where several sequences take part in a pass, drafts of many make it large, and a size that pays for
 one of them may not pay for sixteen. So seconds of a pass are known by its rows, and a size is
 chosen for each number of sequences, powers of two apart; what is accepted is the same for all.
+
+A drafter reads a text before its first draft, and what was written while nobody drafted. Where
+answers come and go, hardly a step is without such a first draft, so seconds are told apart by how
+many tokens were read (`_Reading`). Each text is read once, however much is drafted: its seconds
+are shared by the tokens of an answer, and speak for drafting nothing only.
 """
 
 import math
@@ -46,6 +51,9 @@ _LONGER = 1.15  # times what is planned: then the plan may be wrong about other 
 # Steps with as many rows that the plan's time of a pass counts for against a time of others: that
 # 130 rows compute longer than planned says little of 4, which wait for copies.
 _PLANNED_WEIGHT = 0.3
+_READING_MEMORY = 64  # steps for which seconds of drafting and of reading are told apart
+_MOST_READING = 0.5  # of a step's drafting: beyond, what is left of it says too little of a size
+_TURNOVER_MEMORY = 256  # steps in which answers are counted that took the place of others
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,6 +125,76 @@ class _Belief:
     def share(self, prior: float, steps: float) -> float:
         likely = self.likely.value
         return self.accepted.with_prior(prior * likely, steps) / likely if likely else prior
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Seconds in which drafters read, told apart from those in which they draft.
+
+    Both are one time. By what is planned to draft it is y = scale + token_s * x, where x is the
+    number of tokens read by the same; the line that steps are nearest to tells both. A plan stands
+    for steps without reading that take what is planned, so that it is known what is drafting as
+    long as each step reads as much as the others.
+
+    Attributes:
+        weight: steps that count, and of these, older ones less, sums of x, y and their products.
+    """
+
+    weight: float = _PRIOR_WEIGHT
+    x: float = 0.0
+    y: float = _PRIOR_WEIGHT
+    xx: float = 0.0
+    xy: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Seconds of drafting, by planned ones."""
+        return max(0.0, (self.y - self.token_s * self.x) / self.weight)
+
+    @property
+    def token_s(self) -> float:
+        """Seconds of each token that is read."""
+        spread = self.weight * self.xx - self.x**2
+        return max(0.0, (self.weight * self.xy - self.x * self.y) / spread) if spread > 0.0 else 0.0
+
+    def add(self, draft_s: float, tokens: int, planned_s: float) -> None:
+        """Take in the drafting of a step, for which so many tokens were read."""
+        x, y = tokens / planned_s, draft_s / planned_s
+        kept = 1.0 - 1.0 / _READING_MEMORY
+        self.weight = kept * self.weight + 1.0
+        self.x, self.y = kept * self.x + x, kept * self.y + y
+        self.xx, self.xy = kept * self.xx + x * x, kept * self.xy + x * y
+
+
+@dataclass(slots=True)
+class _Turnover:
+    """Texts of answers that took the place of others that ended.
+
+    Those that all begin with are no turnover: that they are read once is no reason to stop.
+
+    Attributes:
+        running: sequences of the last step.
+        vacant: places of ended ones that nobody took yet.
+        texts: tokens that had to be read in a step; `emitted` of all answers.
+    """
+
+    running: int = 0
+    vacant: int = 0
+    texts: _Average = field(default_factory=lambda: _Average(memory=_TURNOVER_MEMORY))
+    emitted: _Average = field(default_factory=lambda: _Average(memory=_TURNOVER_MEMORY))
+
+    def add(self, running: int, came: Sequence[int], emitted: float) -> None:
+        """Take in a step, and the tokens of texts of those that had not taken part before."""
+        self.vacant += max(0, self.running + len(came) - running)
+        followed = min(self.vacant, len(came))
+        self.running, self.vacant = running, self.vacant - followed
+        self.texts.add(sum(came) * followed / len(came) if came else 0.0)
+        self.emitted.add(emitted)
+
+    @property
+    def texts_per_token(self) -> float:
+        """Tokens to be read for each that is emitted."""
+        return self.texts.value / self.emitted.value if self.emitted.value else 0.0
 
 
 @dataclass(slots=True)
@@ -199,12 +277,14 @@ class Controller:
         self._belief = _Belief()
         self._hits = _Average(memory=4 * _MEMORY)  # all or nothing, so it takes more of them
         self._draft_scale = _Average()
+        self._reading, self._turnover = _Reading(), _Turnover()
+        self._unread = 0  # tokens that drafters would have to read first, after a step without
         planned = {1 + one.nodes: one.pass_s for one in alone if 1 + one.nodes < sequences}
         planned |= {sequences * (1 + one.nodes): one.pass_s for one in outlooks}
         groups = {self._group(count) for count in range(1, sequences + 1)}
         points = {group * (1 + size) for group in groups for size in self._sizes}
         self._points = sorted(points | planned.keys())
-        self._expected_s = {rows: max(_between(planned, rows), 1e-9) for rows in self._points}
+        self._expected_s = {rows: max(between(planned, rows), 1e-9) for rows in self._points}
         self._pass_s = {rows: _Average() for rows in self._points}
         self._choices: dict[int, _Choice] = {}
         if nodes is not None:
@@ -235,10 +315,14 @@ class Controller:
         scale = seen.draft_scale.with_prior(self._draft_scale.known_or(1.0))
         point = self._point(running * (1 + size))
         pass_prior = self._pass_prior_s(point)
+        tokens, draft_s = 1.0 + self._accepted(size), 0.0
+        if size:
+            read = self._turnover.texts_per_token * tokens * running
+            draft_s = scale * self._planned_draft_s(size, running) + self._reading.token_s * read
         return StepOutlook(
             nodes=size,
-            tokens=1.0 + self._accepted(size),
-            draft_s=scale * self._planned_draft_s(size, running) if size else 0.0,
+            tokens=tokens,
+            draft_s=draft_s,
             pass_s=self._pass_s[point].with_prior(pass_prior),
         )
 
@@ -250,47 +334,66 @@ class Controller:
             if size and seen.accepted.weight
         }
 
-    def observe(
+    def observe(  # noqa: PLR0913 - all that a step tells
         self,
         asked: int,
         outcomes: Sequence[Outcome],
         *,
-        draft_s: float | None,
-        pass_s: float,
+        draft_s: float,
+        pass_s: float | None,
         rows: int | None = None,
         running: int = 1,
+        unread: int = 0,
+        came: Sequence[int] = (),
     ) -> None:
         """Take in a step.
 
         Args:
             asked: `nodes_for` those that ran when it began.
             outcomes: of sequences that took part.
-            draft_s: time spent drafting, of all of them; None where drafters read more than the
-                last step's tokens first, a prompt or what they missed, so that it tells nothing.
-            pass_s: time from there until their tokens were known.
+            draft_s: time spent drafting, of all of them.
+            pass_s: time from there until their tokens were known; None where prompts were read in
+                the same pass, so that it tells nothing.
             rows: of the pass; None: those of the outcomes.
             running: sequences that took part.
+            unread: tokens of theirs that drafters had not seen when it began, the last step's
+                aside; they read them before they draft.
+            came: of sequences that took part for the first time, the tokens that their drafters
+                had not seen.
         """
         drafts = [outcome for outcome in outcomes if outcome.drafted]
         if rows is None:
             rows = sum(1 + outcome.drafted for outcome in outcomes)
-        point = self._point(rows)
-        self._pass_s[point].add_time(pass_s, self._pass_prior_s(point))
+        if pass_s is not None:
+            point = self._point(rows)
+            self._pass_s[point].add_time(pass_s, self._pass_prior_s(point))
         if asked:
             self._hits.add(len(drafts) / max(1, len(outcomes)))
         for outcome in drafts:
             self._count(asked, outcome)
-        if drafts and draft_s is not None:
-            size = self._size(asked)
-            scale = draft_s / self._planned_draft_s(size, running)
-            self._seen[size].draft_scale.add_time(scale, self._draft_scale.known_or(scale))
-            self._draft_scale.add_time(scale, scale)
+        if drafts:
+            self._time_draft(self._size(asked), draft_s, running, unread)
+        self._unread = 0 if asked else unread
+        tokens = sum(1 + len(outcome.path) for outcome in outcomes) / max(1, len(outcomes))
+        self._turnover.add(running, came, running * tokens)
         choice = self._choice(running)
-        step_s = (draft_s or 0.0) + pass_s
+        step_s = draft_s + (self.expect(asked, running).pass_s if pass_s is None else pass_s)
         choice.since_probe_s += step_s
         choice.steps, choice.steps_s = choice.steps + 1, choice.steps_s + step_s
         choice.tried[asked] += 1
         self._choose(choice, running)
+
+    def _time_draft(self, size: int, draft_s: float, running: int, unread: int) -> None:
+        """Take in the time of drafts, for which so many tokens were read first."""
+        planned_s = self._planned_draft_s(size, running)
+        self._reading.add(draft_s, unread, planned_s)
+        read_s = self._reading.token_s * unread
+        if read_s <= _MOST_READING * draft_s:
+            scale = (draft_s - read_s) / planned_s
+            self._seen[size].draft_scale.add_time(scale, self._draft_scale.known_or(scale))
+        else:
+            scale = self._reading.scale
+        self._draft_scale.add_time(scale, scale)
 
     def _group(self, running: int) -> int:
         """The number of sequences for which a choice is made: the next power of two."""
@@ -424,11 +527,8 @@ class Controller:
             others = [size for size in self._sizes if size != choice.current]
             hopeful = max(others, key=gain, default=None)
             probe = hopeful if choice.tries % 2 else self._neighbour(choice)
-            if probe is not None and _loss_s(expected[probe], expected[choice.current]) <= (
-                _PROBE_COST * choice.since_probe_s
-            ):
-                choice.probe = probe
-                choice.tries, choice.until_probe = choice.tries + 1, _PROBE_STEPS
+            if probe is not None:
+                self._try(choice, expected, probe)
         elif choice.scouts:
             steps = _SCOUT_STEPS if choice.probe else 1  # of drafting nothing one tells
             lost_s = _loss_s(expected[choice.probe], expected[choice.current], steps)
@@ -438,6 +538,16 @@ class Controller:
             choice.probe, choice.since_probe_s = None, 0.0
             choice.interval = min(2 * choice.interval, _LAST_PROBE)
             choice.until_probe = choice.interval
+
+    def _try(self, choice: _Choice, expected: Mapping[int, StepOutlook], size: int) -> None:
+        """Try a size in the next steps if that should lose little."""
+        steps, loss_s = _PROBE_STEPS, _loss_s(expected[size], expected[choice.current])
+        if self._unread_s > loss_s:  # then more steps of it cost little more
+            steps = _FIRST_PROBE
+            loss_s = _loss_s(expected[size], expected[choice.current], steps)
+        if loss_s + self._unread_s <= _PROBE_COST * choice.since_probe_s:
+            choice.probe = size
+            choice.tries, choice.until_probe = choice.tries + 1, steps
 
     def _scout(
         self, choice: _Choice, expected: Mapping[int, StepOutlook], running: int
@@ -457,10 +567,15 @@ class Controller:
                 if step.pass_s < _LONGER * planned_s:
                     continue
                 step = replace(step, pass_s=math.sqrt(step.pass_s * planned_s))
-            loss_s = _loss_s(step, expected[choice.current], _SCOUT_STEPS)
+            loss_s = _loss_s(step, expected[choice.current], _SCOUT_STEPS) + self._unread_s
             if choice.scout_s + loss_s <= _PROBE_COST * choice.steps_s:
                 return size
         return None
+
+    @property
+    def _unread_s(self) -> float:
+        """Time in which drafters would read what they have not seen."""
+        return self._reading.token_s * self._unread
 
     def _rate(self, drafting: StepOutlook, plain: StepOutlook) -> float:
         """Tokens a second when a draft is found as often as it was."""
@@ -487,12 +602,12 @@ def _loss_s(probe: StepOutlook, current: StepOutlook, steps: int = _PROBE_STEPS)
     return steps * probe.tokens * (probe.s_per_token - current.s_per_token)
 
 
-def _between(planned: Mapping[int, float], rows: int) -> float:
-    """Seconds of a pass of so many rows, in between if the plan says nothing of it."""
+def between(planned: Mapping[int, float], count: int) -> float:
+    """Seconds of a pass of so many rows, or sequences; in between if none are planned of it."""
     known = sorted(planned)
-    place = bisect_left(known, rows)
-    if place == len(known) or known[place] == rows or not place:
+    place = bisect_left(known, count)
+    if place == len(known) or known[place] == count or not place:
         return planned[known[min(place, len(known) - 1)]]
     below, above = known[place - 1], known[place]
-    share = (rows - below) / (above - below)
+    share = (count - below) / (above - below)
     return planned[below] + share * (planned[above] - planned[below])
