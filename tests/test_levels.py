@@ -96,19 +96,46 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
 def test_few_or_short_passes_say_nothing():
     pace = Pace()
     for _ in range(7):
-        pace.add(0.2, 0.1)
-    assert pace.ratio is None
-    pace.add(60.0, 0.1)  # a hiccup
-    assert pace.ratio == 2.0
+        pace.add(0.2, 0.1, 1)
+        pace.add(0.3, 0.1, 9)
+    assert not pace.ratios
+    pace.add(60.0, 0.1, 1)  # a hiccup
+    assert pace.ratios == {1: 2.0}
+    pace.add(0.3, 0.1, 16)  # about as many
+    assert pace.ratios == {1: 2.0, 16: pytest.approx(3.0)}
     tiny = Pace()
     for _ in range(50):
-        tiny.add(0.01, 0.001)
-    assert tiny.ratio is None
+        tiny.add(0.01, 0.001, 1)
+    assert not tiny.ratios
+
+
+def test_a_level_is_that_of_about_as_many_sequences(path):
+    """What many rows take is another guess than what copies take: one says little of the other."""
+    many, few = replace(KEY, running=16), replace(KEY, running=4)
+    add_level(path, many, 3.0, 0.0)
+    assert read_level(path, many, 0.0) == 3.0
+    assert read_level(path, replace(many, model="other"), 0.0) == 3.0
+    assert read_level(path, few, 0.0) == 1.0 == read_level(path, KEY, 0.0)
+    add_level(path, KEY, 1.5, 0.0)
+    assert read_level(path, few, 0.0) == 1.5  # the hour is as bad for them
+    assert read_level(path, many, 0.0) == 3.0
+    assert read_level(path, replace(KEY, streams=False, running=16), 0.0) == 1.0
+
+
+def test_what_was_kept_before_is_that_of_one_sequence(path):
+    path.parent.mkdir()
+    name = "box of 2026, cpu, 2 threads, streamed, big of 9 bytes"
+    path.write_text(json.dumps({"version": 1, "entries": {name: [2.0, 0.0]}}))
+    assert read_level(path, KEY, 0.0) == 2.0
+    add_level(path, replace(KEY, running=16), 3.0, 0.0)
+    assert read_level(path, KEY, 0.0) == 2.0
 
 
 def planned(checkpoint, draft, level):
     means = Means(
-        speeds=speeds(1e8), yields=lambda c: expected_yield(c.kind), level=lambda streams: level
+        speeds=speeds(1e8),
+        yields=lambda c: expected_yield(c.kind),
+        level=lambda streams, running: level,
     )
     return plan_run(
         checkpoint,
@@ -134,8 +161,7 @@ def test_all_times_of_a_plan_follow_the_level_and_no_choice_does(make_tiny, draf
     for before, after in zip(plain.outlooks, slow.outlooks, strict=True):
         assert (after.nodes, after.tokens) == (before.nodes, before.tokens)
         assert after.pass_s == pytest.approx(3.0 * before.pass_s)
-    passes = slow.expected_pass_s(0), plain.expected_pass_s(0)
-    assert passes[0] == pytest.approx(3.0 * passes[1])
+    assert slow.profile_pass_s(0, 1) == pytest.approx(plain.profile_pass_s(0, 1))
 
 
 def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, monkeypatch):
@@ -156,17 +182,47 @@ def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, mon
     assert slow == pytest.approx(3.0 * fast)
     assert "corrected by recent runs: x3.00" in offload_run(*asked).out
     kept = json.loads(levels_path().read_text())["entries"]
-    (key,) = kept
-    assert f"cpu, {compute_threads()} threads, streamed, {tiny_model.name}" in key
+    one, many = kept
+    assert f"cpu, {compute_threads()} threads, streamed, {tiny_model.name}" in one
+    assert f"cpu, {compute_threads()} threads, streamed by 16, {tiny_model.name}" in many
     other = ("plan", tiny_model, *place, "--context", 32, "--profile", PROFILE.name)
     levels_path().write_text(levels_path().read_text().replace("streamed", "resident"))
     assert "corrected" not in offload_run(*other).out
 
 
+def test_each_number_of_sequences_has_its_own_level_in_a_plan(make_tiny):
+    """Of 16 at once that are planned for one: what drafts of one take is as it is alone."""
+    checkpoint = open_checkpoint(make_tiny("llama", num_hidden_layers=4))
+
+    def made(level):
+        means = Means(speeds=speeds(1e8), yields=lambda c: expected_yield(c.kind), level=level)
+        load = RunLoad(
+            capacities=[150] * 16,
+            prompt_tokens=100,
+            drafting=Drafting(DraftConfig(draft="ngram")),
+            kv_tokens=150 * 16,
+            running=1,
+        )
+        runtime = RuntimeConfig(device="cpu", resident_layers=1)
+        return plan_run(checkpoint, runtime, CPU, load=load, free=FREE, means=means)
+
+    plain = made(lambda streams, running: 1.0)
+    slow = made(lambda streams, running: 3.0 if running == 16 else 1.5)
+    assert (slow.level, slow.drafting) == (1.5, plain.drafting)
+    assert slow.prediction.pass_s == pytest.approx(1.5 * plain.prediction.pass_s)
+    for before, after in zip(plain.alone, slow.alone, strict=True):
+        assert after.pass_s == pytest.approx(1.5 * before.pass_s)
+    for before, after in zip(plain.outlooks, slow.outlooks, strict=True):
+        assert after.pass_s == pytest.approx(3.0 * before.pass_s)
+    for running in (1, 5, 16):
+        expected = plain.profile_pass_s(4, running)
+        assert slow.profile_pass_s(4, running) == pytest.approx(expected)
+
+
 class Triple:
     """A pace that an engine cannot change."""
 
-    ratio = 3.0
+    ratios = {1: 3.0, 16: 2.0}
 
     def __set__(self, engine, value):
         pass
@@ -174,5 +230,5 @@ class Triple:
     def __get__(self, engine, kind):
         return self
 
-    def add(self, pass_s, predicted_s):
-        assert pass_s > 0.0 and predicted_s > 0.0
+    def add(self, pass_s, predicted_s, running):
+        assert pass_s > 0.0 and predicted_s > 0.0 and running == 1

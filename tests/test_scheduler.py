@@ -630,19 +630,20 @@ def test_any_history_of_joins_and_leaves(tiny, alone, seed):
         assert sequence.emitted == expected
 
 
-def test_the_pace_is_that_of_as_many_as_were_planned_for(tiny):
-    """What a pass of others takes says nothing of what was predicted."""
-    for running, planned in ((1, 1), (None, 2)):
+def test_the_pace_is_told_with_how_many_take_part(tiny):
+    """A pass that a plan says nothing of, as of its number of sequences, tells nothing."""
+    for planned in ({1: 1.0, 2: 2.0}, {2: 2.0}):
         with served(tiny, sequences=2) as engine:
-            known = {"running": running, "prediction": None, "row_s": 0.0}
-            engine.plan = SimpleNamespace(**known, expected_pass_s=lambda nodes: 1.0)
+            known = {"prediction": None, "row_s": 0.0}
+            told = lambda nodes, running, p=planned: p.get(running)  # noqa: E731
+            engine.plan = SimpleNamespace(**known, profile_pass_s=told)
             scheduler, counted = Scheduler(engine), []
-            noted = lambda *took, s=scheduler, c=counted: c.append(len(s.running))  # noqa: E731
+            noted = lambda took, expected, running, c=counted: c.append((running, expected))  # noqa: E731
             engine.pace = SimpleNamespace(add=noted)
             for ids, count in (([1, 2], 9), ([3, 4], 5)):
                 scheduler.join(Request(ids=ids, max_tokens=count))
             finished(scheduler)
-            assert set(counted) == {planned}
+            assert set(counted) == set(planned.items())
 
 
 def test_a_broken_draft_is_left_out(tiny, alone, caplog):

@@ -200,10 +200,9 @@ class Run:
             pass_s = self._last.at_s - drafted_at
             self.engine.foresight.observe(rows, pass_s)
             largest = max(len(one.draft.tree) for one in drafted)
-            expected_s = self.engine.plan.expected_pass_s(largest)
-            planned = self.engine.plan.running or self.engine.sequences
-            if expected_s is not None and len(drafted) == planned:
-                self.engine.pace.add(pass_s, expected_s)
+            expected_s = self.engine.plan.profile_pass_s(largest, len(drafted))
+            if expected_s is not None:
+                self.engine.pace.add(pass_s, expected_s, len(drafted))
         if controller is not None and outcomes:
             controller.observe(
                 most,

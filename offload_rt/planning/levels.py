@@ -3,14 +3,16 @@
 A busy hour makes all seconds longer by about one factor, and a profile made in one makes all
 predictions too slow. So after a run the seconds of its passes over the predicted ones are kept.
 Runs that stream have a level of their own, as other work slows a disk and a processor differently.
-A model's own runs count for it, as its layers may differ from the timed ones; for a model that did
-not run lately the others' do. A damaged file is put aside as if there were none: it only makes
-predictions better.
+So do passes in which several sequences take part, by their number to the next power of two: what
+many rows take is another guess than what copies take. A model's own runs count for it, as its
+layers may differ from the timed ones; for a model that did not run lately the others' do, and then
+those of fewer sequences, never of more. A damaged file is put aside as if there were none: it only
+makes predictions better.
 """
 
 import math
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,17 +34,18 @@ _MOST_ENTRIES = 100
 class Pace:
     """The passes of an engine against what was predicted of them."""
 
-    _ratios: list[float] = field(default_factory=list)
+    _ratios: dict[int, list[float]] = field(default_factory=dict)
 
-    def add(self, pass_s: float, predicted_s: float) -> None:
-        """Take in a pass."""
+    def add(self, pass_s: float, predicted_s: float, running: int) -> None:
+        """Take in a pass in which so many sequences took part."""
         if predicted_s >= _LEAST_S:
-            self._ratios.append(pass_s / predicted_s)
+            self._ratios.setdefault(group_of(running), []).append(pass_s / predicted_s)
 
     @property
-    def ratio(self) -> float | None:
-        """The median over all passes; None before there were enough."""
-        return statistics.median(self._ratios) if len(self._ratios) >= _LEAST_PASSES else None
+    def ratios(self) -> dict[int, float]:
+        """The medians over all passes of up to so many sequences, where there were enough."""
+        enough = {n: found for n, found in self._ratios.items() if len(found) >= _LEAST_PASSES}
+        return {running: statistics.median(found) for running, found in enough.items()}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,14 +56,18 @@ class LevelKey:
         machine: the profile, who computes with how many threads.
         streams: whether layers are copied in each pass.
         model: its name and size.
+        running: sequences that take part in a pass.
     """
 
     machine: str
     streams: bool
     model: str
+    running: int = 1
 
     @classmethod
-    def of(cls, speeds: Speeds, threads: int, model: Checkpoint, *, streams: bool) -> "LevelKey":
+    def of(
+        cls, speeds: Speeds, threads: int, model: Checkpoint, *, streams: bool, running: int
+    ) -> "LevelKey":
         """That of a run."""
         profile = speeds.profile
         return cls(
@@ -68,24 +75,36 @@ class LevelKey:
             f"{threads} threads",
             streams=streams,
             model=model_key(model),
+            running=group_of(running),
         )
 
     @property
     def others(self) -> str:
         """How entries of all models begin."""
-        return f"{self.machine}, {'streamed' if self.streams else 'resident'}, "
+        at_once = f" by {self.running}" if self.running > 1 else ""
+        return f"{self.machine}, {'streamed' if self.streams else 'resident'}{at_once}, "
 
     def __str__(self) -> str:
         return self.others + self.model
+
+
+def group_of(running: int) -> int:
+    """Those for whom one level is kept: a number of sequences, to the next power of two."""
+    return 1 << max(0, running - 1).bit_length()
 
 
 def read_level(path: Path, key: LevelKey, now_s: float) -> float:
     """Times of recent runs over predicted ones; 1 where nothing is known or it is about that."""
     known = read_entries(path, _entry).items()
     fresh = {name: ratio for name, (ratio, at_s) in known if _lasts(at_s, now_s)}
-    others = [ratio for name, ratio in fresh.items() if name.startswith(key.others)]
-    ratio = fresh.get(str(key)) or (statistics.median(others) if others else 1.0)
-    return ratio if abs(ratio - 1.0) > _SAME else 1.0
+    while True:
+        others = [ratio for name, ratio in fresh.items() if name.startswith(key.others)]
+        if others:
+            ratio = fresh.get(str(key)) or statistics.median(others)
+            return ratio if abs(ratio - 1.0) > _SAME else 1.0
+        if key.running == 1:
+            return 1.0
+        key = replace(key, running=key.running // 2)
 
 
 def add_level(path: Path, key: LevelKey, ratio: float, now_s: float) -> None:

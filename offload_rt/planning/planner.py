@@ -7,8 +7,8 @@ What the user fixed is fixed in all candidates.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
 from offload_rt.config import DraftConfig, DraftShape, LookAhead, RuntimeConfig
@@ -22,7 +22,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.wire import wired, wires_of
-from offload_rt.planning.controller import StepOutlook
+from offload_rt.planning.controller import StepOutlook, between
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.striping import smallest_limits
@@ -74,7 +74,9 @@ class Plan:
         expected: how often drafts of the first steps should be right.
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
-        level: times of recent runs over the profile's, by which all predicted ones are corrected.
+        levels: times of recent runs over the profile's, by number of sequences in a pass, by which
+            predicted ones are corrected.
+        sequences: that may run at once.
         running: sequences of the steps that `prediction` is of; None: all.
         row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
     """
@@ -89,7 +91,8 @@ class Plan:
     expected: Expected = Expected()
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
-    level: float = 1.0
+    levels: Mapping[int, float] = field(default_factory=dict)
+    sequences: int = 1
     running: int | None = None
     row_s: float = 0.0
 
@@ -101,16 +104,33 @@ class Plan:
         pass_s = self.prediction.draft_s / self.prediction.draft_passes
         return pass_s / self.prediction.s_per_token
 
-    def expected_pass_s(self, nodes: int) -> float | None:
-        """Predicted seconds of a pass that checks drafts of that size; None without a profile.
+    @property
+    def level(self) -> float:
+        """The level that `prediction` is corrected by."""
+        return self.levels.get(self.running or self.sequences, 1.0)
 
-        Of a pass in which as many sequences take part as the plan is fastest for (`running`).
+    def profile_pass_s(self, nodes: int, running: int) -> float | None:
+        """Seconds of a pass by the profile alone, without what recent runs say of them.
+
+        Args:
+            nodes: of the drafts that it checks.
+            running: sequences that take part.
+
+        Returns:
+            None where nothing is predicted of so many.
         """
         if self.prediction is None:
             return None
-        steps = {None: self.outlooks, 1: self.alone}.get(self.running, ())
-        near = (step.pass_s for step in steps if step.nodes >= nodes)
-        return next(near, self.prediction.pass_s)
+        known = {
+            count: pass_s / self.levels.get(count, 1.0)
+            for count, steps in ((1, self.alone), (self.sequences, self.outlooks))
+            if (pass_s := next((s.pass_s for s in steps if s.nodes >= nodes), None)) is not None
+        }
+        if len(known) == 2:
+            return between(known, running)
+        if running == (self.running or self.sequences):
+            known.setdefault(running, self.prediction.pass_s / self.level)
+        return known.get(running)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,7 +140,8 @@ class Means:
     Attributes:
         speeds: of the machine.
         yields: what drafts of a kind of drafter give.
-        level: times of recent runs over those of the speeds, for runs that stream or do not.
+        level: times of recent runs over those of the speeds, for runs that stream or do not, and
+            so many sequences in a pass.
         asked: what is known of the experts that the model's tokens ask for.
         stated: how often drafts are right, if that is given; then `yields` says nothing.
         repeats: sampled answers are to be the same again, so `auto` looks at no draft they rest on;
@@ -129,7 +150,7 @@ class Means:
 
     speeds: Speeds
     yields: Callable[[DraftConfig], Yield] = lambda draft: Yield(())
-    level: Callable[[bool], float] = lambda streams: 1.0
+    level: Callable[[bool, int], float] = lambda streams, running: 1.0
     asked: ExpertUse = ExpertUse()
     stated: Callable[[DraftConfig], Expected] | None = None
     repeats: bool = False
@@ -316,7 +337,11 @@ def plan_run(
             *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
-        level=means.level(chosen.placement.streams),
+        levels={
+            count: search.level(chosen.placement, count)
+            for count in (1, load.running or sequences, sequences)
+        },
+        sequences=sequences,
         running=load.running if load.running != sequences else None,
         row_s=search.row_s(chosen.placement),
     )
@@ -517,12 +542,17 @@ class _Search:
         run = self._placed(placement, sequences)
         expected = self.expected(drafting.config)
         made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
-        return made.scaled(self._means.level(placement.streams))
+        return made.scaled(self.level(placement, run.sequences))
+
+    def level(self, placement: Placement, running: int) -> float:
+        """Times of recent runs over predicted ones."""
+        return self._means.level(placement.streams, running)
 
     def row_s(self, placement: Placement) -> float:
         """Seconds that each token of a prompt adds to a pass."""
         tokens = min(self._runtime.prefill_chunk_tokens, self._load.prompt_tokens)
-        return self._placed(placement).row_s(tokens) * self._means.level(placement.streams)
+        run = self._placed(placement)
+        return run.row_s(tokens) * self.level(placement, run.sequences)
 
     def _placed(self, placement: Placement, sequences: int | None = None) -> PlacedRun:
         load = self._load

@@ -156,13 +156,14 @@ def _keep_asked(engine: "Engine") -> None:
 
 def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:
     """Add how long passes took to what is known of this hour; of an emulated link it is nothing."""
-    config, ratio = engine.config, engine.pace.ratio
+    config, streams = engine.config, engine.placement.streams
     emulated = config.link_bytes_per_s is not None or config.threads is not None
-    if speeds is None or ratio is None or emulated:
+    if speeds is None or emulated:
         return
-    streams = engine.placement.streams
-    key = LevelKey.of(speeds, compute_threads(), engine.checkpoint, streams=streams)
-    add_level(levels_path(), key, ratio * engine.plan.level, time.time())
+    threads = compute_threads()
+    for running, ratio in engine.pace.ratios.items():
+        key = LevelKey.of(speeds, threads, engine.checkpoint, streams=streams, running=running)
+        add_level(levels_path(), key, ratio, time.time())
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,8 +141,9 @@ def means_for(
         return known[key]
 
     @cache
-    def level(streams: bool) -> float:
-        key = LevelKey.of(speeds, compute_threads(), checkpoint, streams=streams)
+    def level(streams: bool, running: int) -> float:
+        threads = compute_threads()
+        key = LevelKey.of(speeds, threads, checkpoint, streams=streams, running=running)
         return read_level(levels_path(), key, time.time())
 
     asked = read_asked(asked_path(), model_key(checkpoint))

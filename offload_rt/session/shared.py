@@ -124,6 +124,9 @@ def fastest_room(
     settings = kept_near(settings)
     speeds = speeds_of_run(settings, device)
     means = means_for(model.checkpoint, settings.sampling, speeds, settings.draft)
+    # What is known of one number of sequences only would speak for or against it.
+    level = means.level
+    means = replace(means, level=lambda streams, running: level(streams, 1))
     drafter = open_draft_checkpoint(model.checkpoint, settings.draft)
     found: list[tuple[float, Shared]] = []
     for room in rooms:
