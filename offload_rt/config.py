@@ -508,7 +508,10 @@ class DraftConfig:
         )
 
     def chosen(self, draft: str) -> "DraftConfig":
-        """Of `auto`: the same with that drafter. What is said of MODEL is not for others."""
+        """Of `auto`: the same with that drafter. What is said of MODEL is not for others.
+
+        Nor is how drafted tokens are accepted for none.
+        """
         if draft == f"model:{self.model}":
             return replace(self, draft=draft)
         return replace(
@@ -517,6 +520,7 @@ class DraftConfig:
             shape=DraftShape.AUTO,
             draft_window=None,
             draft_weights=DraftWeights.AUTO,
+            accept=AcceptRule.LOSSLESS if draft == "none" else self.accept,
         )
 
     def limited(self, nodes: int | None) -> "DraftConfig":

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from offload_rt.errors import ConfigError
+from offload_rt.planning.yields import Yield
+from offload_rt.session import means
 from offload_rt.speculative.draft_model.pair import check_vocabularies
 from offload_rt.speculative.ngram.drafter import NgramDrafter
 from offload_rt.text import load_tokenizer
@@ -138,6 +140,20 @@ def test_typical_says_that_it_changes_the_distribution(tiny_model, offload_run):
     assert record["speculation"]["accept_rule"] == "typical"
 
 
+@pytest.mark.parametrize("wins", [True, False])
+def test_auto_may_draft_for_typical_acceptance_and_says_where_it_does_not(
+    wins, tiny_model, offload_run, monkeypatch
+):
+    gives = Yield(((8, 7.9 * wins),))
+    monkeypatch.setattr(means, "expected_yield", lambda *_: gives)
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--temperature", 1)
+    done = offload_run(*base, "--accept", "typical")
+    assert done.code == 0, done.err
+    assert ("typical (changes the distribution)" in done.err) is wins
+    assert ("--accept typical has no effect here" in done.err) is not wins
+    assert "no effect" not in offload_run(*base).err
+
+
 def test_json_has_the_drafters_numbers(tiny_model, offload_run):
     base = ("generate", tiny_model, "-p", PROMPT, "-n", 12, "--json")
     record = json.loads(offload_run(*base, *chain_of(tiny_model)).out)
@@ -168,7 +184,14 @@ def test_json_has_the_drafters_numbers(tiny_model, offload_run):
         (["--draft", "triforce", "--retrieval-chunk", "0"], "--retrieval-chunk is 0"),
         (["--draft", "triforce", "--inner-gamma", "0"], "--inner-gamma is 0"),
         (["--draft", "ngram", "--retrieval-recent", "0.5"], "options are for --draft triforce"),
-        (["--accept", "typical", "--temperature", "1"], "typical has no effect without --draft"),
+        (
+            ["--draft", "none", "--accept", "typical", "--temperature", "1"],
+            "typical has no effect without --draft",
+        ),
+        (
+            ["--accept", "typical", "--temperature", "1", "--seed", "1"],
+            "typical has no effect on an answer with --seed where --draft auto chooses",
+        ),
         (["--draft", "ngram", "--accept", "typical"], "no effect on a greedy answer"),
         (
             ["--draft", "ngram", "--accept", "greedy", "--temperature", "0.5"],

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from offload_rt.config import GenerationConfig, KVPlace, SamplingConfig
+from offload_rt.config import AcceptRule, GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
 from offload_rt.planning.history import add_asked, add_seen, experience_key, model_key
 from offload_rt.planning.levels import LevelKey, add_level
@@ -126,6 +126,11 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             means=None if settings.runtime.kv is KVPlace.NONE else means,
             on_placed=show,
             nodes=settings.nodes,
+        )
+    if settings.draft.accept is AcceptRule.TYPICAL and not engine.draft.drafts:
+        observer.note(
+            "--accept typical has no effect here: of --draft auto, nobody is predicted to draft "
+            "faster than the model decodes alone; name who drafts"
         )
     if sampling.repeats and not engine.repeats_answers:  # found out as it was loaded
         engine.controller = None

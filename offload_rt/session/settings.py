@@ -88,3 +88,9 @@ def check_accept(sampling: SamplingConfig, draft: DraftConfig) -> None:
         raise ConfigError(
             "--accept typical has no effect on a greedy answer: add a --temperature above 0"
         )
+    if draft.accept is AcceptRule.TYPICAL and draft.automatic and sampling.repeats:
+        raise ConfigError(
+            "--accept typical has no effect on an answer with --seed where --draft auto chooses "
+            "who drafts: such an answer rests on its drafts, so that nothing measured may decide "
+            "about them; name who drafts, or leave --seed out"
+        )
