@@ -80,6 +80,30 @@ def test_rows_of_drafts_and_of_several_sequences_are_replayed(make_tiny, double)
         assert counts["replayed"] > 2 * LAYERS
 
 
+def test_a_client_that_leaves_while_a_pass_is_noted_is_not_in_the_recording(make_tiny, double):
+    """Later passes of as many rows are of all of them."""
+    folder = make_mixture(make_tiny, dtype="bfloat16")
+    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=9, **ROOM) as engine:
+        found, left, leave = [], set(), engine.network._leave
+        engine.leave_with(left.__contains__)
+
+        def leaving(index, hidden, context):
+            left.update([0] if index == 1 and not refused and len(found) == 2 else [])
+            return leave(index, hidden, context)
+
+        engine.network._leave = leaving
+        for refused in (True, False):
+            engine.runner._pieces._refused = refused
+            for index in (0, 1):
+                engine.forward([(index, PROMPT[: 9 + index])], reuse=True)
+            for token in (7, 11):
+                found.append(engine.forward([(0, [token]), (1, [9])], reuse=False))
+                left.clear()
+            engine.forget()
+        assert all(torch.equal(a, b) for a, b in zip(found[:2], found[2:], strict=True))
+        assert counts["replayed"] > 2 * LAYERS and not engine.runner._pieces._refused
+
+
 def test_rows_of_an_embedding_are_found_in_each_pass(make_tiny, double):
     """Not those of the pass that was noted."""
     folder = make_mixture(make_tiny, dtype="bfloat16")

@@ -10,7 +10,8 @@ as ever, by the same code, so any cache and any home of experts will do, and no 
 
 import logging
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -175,7 +176,8 @@ class Pieces:
         """Make a pass, and keep it recorded."""
         inputs = [given.clone() for given in _inputs(batch)]
         ids, positions, wanted = inputs
-        with _Notes(self._network, TokenBatch(ids, positions, batch.segments, wanted)) as notes:
+        notes = _Notes(self._network, TokenBatch(ids, positions, batch.segments, wanted))
+        with self._whole(), notes:
             logits = self._network.forward(notes.batch, notes.context)
         try:
             made = _Recorder(self._device, notes, inputs).recording(logits)
@@ -189,6 +191,15 @@ class Pieces:
         self._kept[key] = made
         made.used = self._passes
         return logits
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """No row may leave a pass while it is noted: later pieces would be of fewer rows."""
+        gone, self._network.gone = self._network.gone, None
+        try:
+            yield
+        finally:
+            self._network.gone = gone
 
 
 class _Recorder:
