@@ -582,6 +582,8 @@ def test_auto_is_on_where_something_streams_or_drafts(make_tiny):
     for more in (STREAMED, {"draft": DraftConfig(draft="ngram", draft_tokens=4)}):
         with engine_for(folder, **auto, **more) as engine:
             assert (engine.exact.rows, engine.exact.key_block) == (tiles.ROW_TILE, PIECE)
+    with engine_for(make_mixture(make_tiny), expert_slots=8, **auto) as engine:
+        assert engine.placement.streams and not engine.placement.streamed and engine.exact.on
 
 
 def test_what_cannot_be_exact_says_why(make_tiny, own_cache, monkeypatch):

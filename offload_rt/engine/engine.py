@@ -759,7 +759,7 @@ class Engine:
             PlanError: they are to be, and cannot.
         """
         config, kv = self.config, self.placement.demand.kv
-        needed = needed or bool(self.placement.streamed) or kv is not None or self.draft.drafts
+        needed = needed or self.placement.streams or kv is not None or self.draft.drafts
         kind = self.device.kind
         found = passes_problem(
             self.checkpoint.config, config, kind, needed=needed, kv_away=kv is not None

@@ -508,7 +508,7 @@ class PlacedRun:
             self.checkpoint.config,
             self.config,
             self.speeds.device,
-            needed=bool(self.placement.streamed) or kv is not None or drafts,
+            needed=self.placement.streams or kv is not None or drafts,
             kv_away=kv is not None,
         )
         return replace(self.model, exact=not problem)
