@@ -137,6 +137,36 @@ def test_the_best_chunks_are_kept_however_the_rows_come_by(
         assert retrieval.length == length
 
 
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("kind", [CPU, CUDA])
+def test_what_is_kept_of_a_rings_buffers_is_what_was_in_them(kind, group):
+    """They are seen again and again, each time with the next rows; a block need not be whole."""
+    config = RetrievalConfig(budget_tokens=48, chunk_tokens=4, recent_share=0.25)
+    keys, values = numbered(150, 4)
+    noise = torch.Generator().manual_seed(2)
+    query = 3 * torch.randn(group * HEADS, 1, DIM, generator=noise)
+    held = []
+    with closing(CpuDevice(readers=1)) as device:
+        device.kind = kind
+        for buffers in ([], torch.zeros(2, 2, HEADS, 16, DIM)):
+            ring = [(*pair,) for pair in buffers]
+            retrieval = RetrievalKV(device, [SHAPE], torch.float32, sizes_for(config))
+            retrieval.begin_build(150, config.shares[0])
+            retrieval.begin_layer(0, query, SPEC)
+            for block, first in enumerate(range(0, 150, 16)):
+                rows = keys[:, first : first + 16], values[:, first : first + 16]
+                if ring and rows[0].shape[1] == 16:
+                    lent = ring[block % 2]
+                    for memory, part in zip(lent, rows, strict=True):
+                        memory.copy_(part)
+                    rows = lent
+                retrieval.see(0, first, *rows)
+            retrieval.end_build()
+            held.append([retrieval._keys[0].clone(), rows_of(retrieval)])
+    assert held[0][1] == held[1][1]
+    assert torch.equal(held[0][0], held[1][0])
+
+
 @settings(deadline=None, max_examples=60)
 @given(config=retrievals(), data=st.data())
 def test_it_follows_the_full_cache_and_never_outgrows_its_memory(config, data):

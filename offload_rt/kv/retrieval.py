@@ -14,8 +14,8 @@ the rows as they come by, so nothing of the full cache is read twice and none of
 two builds it follows the full cache: the rows a pass adds there are added here (`followed.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -33,6 +33,7 @@ EMPTY = -1.0  # of a place that nothing is kept in yet: below every sum of expon
 # Exponents against the largest logit of the first rows, which have the sink; what is above it by
 # more counts as this, and so many of them add up without overflow.
 HIGHEST = 60.0
+_RING = 16  # buffers of a ring whose views are kept while a layer is built, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,25 @@ class _Layout:
 
     chunks: int = 0
     tail_start: int = 0
+
+
+class _Views:
+    """Views of rows that are seen again with other contents, as a ring's buffers are.
+
+    There are few buffers and many blocks, and to make a view is a call for each block.
+    """
+
+    def __init__(self) -> None:
+        self._made: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def of(self, rows: torch.Tensor, make: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """The view that `make` makes of rows; both are kept, so nothing else has their `id`."""
+        found = self._made.get(id(rows))
+        if found is None:
+            found = rows, make(rows)
+            if len(self._made) < _RING:
+                self._made[id(rows)] = found
+        return found[1]
 
 
 @dataclass(slots=True)
@@ -64,6 +84,8 @@ class _Build:
             against it.
         carry: keys, values and exponentials of a chunk whose other rows have not come yet.
         next_row: position of the row that comes next.
+        turned: [K, D, T] views of keys [K, T, D] that were seen.
+        cut: [K, M, c, D] views of keys and values.
     """
 
     query: torch.Tensor | None
@@ -74,6 +96,8 @@ class _Build:
     below_top: torch.Tensor | None = None
     carry: Sequence[torch.Tensor] | None = None
     next_row: int = 0
+    turned: _Views = field(default_factory=_Views)
+    cut: _Views = field(default_factory=_Views)
 
     @property
     def asks_alone(self) -> bool:
@@ -83,9 +107,12 @@ class _Build:
     def exponentials(self, keys: torch.Tensor, part_rows: int) -> torch.Tensor:
         """[K, R, T] of the products with more keys [K, T, D], in fp32; `total` has them then."""
         assert self.query is not None
-        parts = keys.split(part_rows, dim=1) if keys.shape[1] > part_rows else (keys,)
-        found = [self._against_top(part.float().transpose(1, 2)) for part in parts]
-        logits = found[0] if len(found) == 1 else torch.cat(found, dim=2)
+        if keys.shape[1] <= part_rows:
+            turned = self.turned.of(keys, lambda keys: keys.transpose(1, 2))
+            logits = self._against_top(turned.float())
+        else:
+            parts = keys.transpose(1, 2).split(part_rows, dim=2)
+            logits = torch.cat([self._against_top(part.float()) for part in parts], dim=2)
         exponentials = logits.clamp_(max=HIGHEST).exp_()
         if not self.asks_alone:
             self.total += exponentials.sum(dim=2, keepdim=True)
@@ -333,7 +360,10 @@ class RetrievalKV:
         sums = sums.reshape(*sums.shape[:2], count, size).sum(dim=3)
         if first < size:
             sums[:, :, 0] = PINNED
-        keys, values = (r.view(r.shape[0], count, size, r.shape[2]) for r in (keys, values))
+        keys, values = (
+            build.cut.of(rows, lambda rows: rows.unflatten(1, (count, size)))
+            for rows in (keys, values)
+        )
         if self._device.kind.host_computes:
             self._exchange(build, keys, values, sums)
             return
@@ -379,10 +409,14 @@ class RetrievalKV:
         """
         every = torch.cat([build.kept, sums], dim=2)
         best = build.scores(every).topk(build.kept.shape[2], sorted=False).indices
-        build.kept = every.gather(2, best.unsqueeze(1).expand_as(build.kept))
-        index = best.view(*best.shape, 1, 1)
+        # Strides say at once what several views would; each is a call, for each block.
+        head = best.stride(0)
+        build.kept = every.gather(2, best.as_strided(build.kept.shape, (head, 0, 1)))
+        index: torch.Tensor | None = None
         for store, rows in zip(build.stores, (keys, values), strict=True):
-            torch.gather(torch.cat([store, rows], dim=1), 1, index.expand_as(store), out=store)
+            if index is None or index.shape != store.shape:
+                index = best.as_strided(store.shape, (head, 1, 0, 0))
+            torch.gather(torch.cat([store, rows], dim=1), 1, index, out=store)
 
     @property
     def _window_first(self) -> int:
