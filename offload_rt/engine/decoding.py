@@ -239,7 +239,7 @@ class Run:
             steps.append(step)
             drafter, depth = sequence.drafter, sequence.remaining - 1
             if drafter is not None and depth > 0 and nodes:
-                sequence.drafter_knows = len(sequence.ids) + nodes
+                sequence.drafter_knows = len(sequence.ids)
                 asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
         if not asked:
             return steps
@@ -347,6 +347,7 @@ class Run:
                 known.setdefault(one.nodes, []).append(Drafted(one.draft, one.verdict, room))
                 one.sequence.drafted += len(one.draft.tree)
                 one.sequence.accepted += len(one.verdict.path)
+                one.sequence.drafter_knows += len(one.verdict.path)
         counted = {nodes: self.counts.add(nodes, some) for nodes, some in known.items()}
         return counted.get(most if self.drafts else 0, [])
 

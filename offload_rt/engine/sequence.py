@@ -81,7 +81,7 @@ class SequenceState:
         logprobs: of the emitted tokens, where they are asked for. There may be more than tokens,
             of a pass that went beyond.
         prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
-        drafter_knows: tokens of it that its drafter has seen or proposed, at most.
+        drafter_knows: tokens of it that its drafter has seen, or proposed and seen accepted.
         drafted: tokens proposed for it; `accepted` of them were kept.
         reused: tokens of its prompt whose rows were there.
     """
