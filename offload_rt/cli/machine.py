@@ -339,8 +339,8 @@ def _expert_reads(folder: Path) -> ExpertReads | None:
         return None
     if not extents:
         return None
-    readers, largest = RuntimeConfig().readers, max(extent.nbytes for extent in extents)
-    alike = [extent for extent in extents if extent.nbytes == largest]
+    readers, largest = RuntimeConfig().readers, max(extent.file_bytes for extent in extents)
+    alike = [extent for extent in extents if 2 * extent.file_bytes > largest]
     random.Random(0).shuffle(alike)
     until, waiting = time.perf_counter() + _READ_LIMIT_S, iter(alike[: _READ_BYTES // largest + 1])
     files: dict[Path, OpenFile] = {}
@@ -349,8 +349,9 @@ def _expert_reads(folder: Path) -> ExpertReads | None:
         buffer, done = mmap.mmap(-1, largest + 2 * mmap.PAGESIZE), 0
         with memoryview(buffer) as view:
             while time.perf_counter() < until and (extent := next(waiting, None)) is not None:
-                start = extent.offset // mmap.PAGESIZE * mmap.PAGESIZE
-                end = -(-(extent.offset + largest) // mmap.PAGESIZE) * mmap.PAGESIZE
+                first = extent.coded[0] if extent.coded else extent.offset
+                start = first // mmap.PAGESIZE * mmap.PAGESIZE
+                end = -(-(first + extent.file_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
                 done += os.preadv(files[extent.path].fd, [view[: end - start]], start)
         return done
 
