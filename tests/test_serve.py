@@ -5,10 +5,13 @@ import json
 import random
 import re
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+import uvicorn
 from engines import reference_model
 from serving import ask, get, post, serving
 
@@ -16,7 +19,7 @@ import offload_rt
 from offload_rt.engine import Run
 from offload_rt.errors import DeviceError
 from offload_rt.serve import app as app_module
-from offload_rt.serve import guards
+from offload_rt.serve import guards, running
 from offload_rt.serve.guards import Rules
 from offload_rt.session.shared import Shared
 
@@ -264,6 +267,82 @@ def test_who_goes_away_frees_what_was_set_aside(server, monkeypatch, streams):
     assert post(server.app, CHAT, {"messages": HI, "max_tokens": 2}).status == 200
 
 
+@pytest.mark.parametrize("streams", [True, False])
+def test_who_goes_away_while_the_prompt_is_read_holds_nothing(server, monkeypatch, streams):
+    """Before anything of the answer was sent."""
+    maker = type(server.service.maker)
+    real = maker.plain_ids
+    monkeypatch.setattr(maker, "plain_ids", lambda *given: time.sleep(0.2) or real(*given))
+    body = {"prompt": "the fox", "max_tokens": 200, "stream": streams, "ignore_eos": True}
+
+    async def leaving():
+        asking = ask(server.app, "POST", PLAIN, body)
+        await asyncio.sleep(0.05)
+        assert server.service.unanswered == 1 and not server.desk.unfinished
+        asking.leave()
+        await asking.over()
+
+    asyncio.run(leaving())
+    settled(server)
+
+
+def test_the_end_waits_for_what_was_counted_in():
+    """A prompt that is being made tokens is no order yet, and a stream may be told late."""
+    desk = SimpleNamespace(unfinished=0, withdraw_all=lambda: None)
+    service = SimpleNamespace(desk=desk, draining=False, unanswered=1, log=lambda line: None)
+    server = running.Server(uvicorn.Config(None), service, drain_s=30.0)
+    server.handle_exit(15, None)
+    time.sleep(0.2)
+    assert service.draining and not server.should_exit
+    service.unanswered = 0
+    until = time.monotonic() + 10
+    while not server.should_exit:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    impatient = running.Server(uvicorn.Config(None), service, drain_s=0.1)
+    service.draining, service.unanswered = False, 1
+    impatient.handle_exit(15, None)
+    while not impatient.should_exit:
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
+def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, before):
+    """Neither at first nor after it was answered; one that waits for its answer is not."""
+    monkeypatch.setattr(running, "HEADERS_S", 0.3)
+
+    async def app(scope, receive, send):
+        await asyncio.sleep(0.6)
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def asked():
+        listening = running._listen("127.0.0.1", 0)
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=running._Impatient, lifespan="off", log_config=None)
+        )
+        server.capture_signals = nullcontext
+        task = asyncio.ensure_future(server.serve(sockets=[listening]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        for _ in range(before):
+            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(
+                b"HTTP/1.1 204"
+            )
+        writer.write(b"GET / HT")
+        start = time.monotonic()
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        writer.close()
+        server.should_exit = True
+        await task
+        return time.monotonic() - start
+
+    assert asyncio.run(asked()) < 3.0
+
+
 def test_comments_come_while_a_pass_takes_long(tiny_model, monkeypatch):
     slowed(monkeypatch, 0.3)
     room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
@@ -418,8 +497,9 @@ def test_nonsense_is_one_sentence(server, body, param):
     "prompt", ["", [], [[]], [""], [300], [-1], [2**70], {"a": 1}, ["a", 7], [[1], "", [2]], None]
 )
 def test_prompts_that_are_none(server, prompt):
-    found = post(server.app, PLAIN, {"prompt": prompt})
-    assert found.status == 400 and found.json["error"]["message"], found.text
+    for more in ({}, {"echo": True}):
+        found = post(server.app, PLAIN, {"prompt": prompt} | more)
+        assert found.status == 400 and found.json["error"]["message"], found.text
     assert post(server.app, PLAIN, {"prompt": "the", "suffix": "x"}).status == 400
     assert get(server.app, "/health").status == 200
 

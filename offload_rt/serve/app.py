@@ -39,6 +39,7 @@ from offload_rt.serve.wire import (
     TokenizeBody,
     Turn,
     WireError,
+    check_tokens,
     read_body,
 )
 from offload_rt.text import Tokenizer
@@ -79,6 +80,11 @@ class Service:
     def _count(self, order: Order, told: Told) -> None:
         if told.over in ("stop", "length"):
             self.metrics.add(told.tally)
+
+    @property
+    def unanswered(self) -> int:
+        """Answers that were counted in and are not told to their end."""
+        return self._asked
 
     # --- before anything is done
 
@@ -564,8 +570,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/detokenize")
     async def detokenize(http: HttpRequest) -> Response:
         body = read_body(DetokenizeBody, await http.body())
-        if min(body.tokens, default=0) < 0 or max(body.tokens, default=0) >= 2**31:
-            raise WireError("a token is below 0 or above 2^31", param="tokens")
+        check_tokens(body.tokens, "tokens")
         try:
             found = await asyncio.to_thread(service.prompts.decode, body.tokens)
         except OffloadError as error:

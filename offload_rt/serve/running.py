@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -23,16 +24,36 @@ _LEAVE_S = 2.0  # for what is told last to reach its client
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection that does not come to say what it wants."""
+    """Closes a connection that does not come to say what it wants, for the first time or again."""
+
+    _patience: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait."""
         super().connection_made(transport)
-        self.loop.call_later(HEADERS_S, self._give_up)
+        self._patience = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def data_received(self, data: bytes) -> None:
+        """Wait for the rest of headers; uvicorn waits for the first byte of a further request."""
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._be_patient()
+        elif self._patience is None:
+            self._patience = self.loop.call_later(HEADERS_S, self._give_up)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Wait no more."""
+        self._be_patient()
+        super().connection_lost(exc)
+
+    def _be_patient(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
 
     def _give_up(self) -> None:
-        asked: object = self.cycle  # of the last request; annotated as always there
-        if asked is None and not self.transport.is_closing():
+        self._patience = None
+        if not self.transport.is_closing():
             self.transport.close()
 
 
@@ -57,7 +78,8 @@ class Server(uvicorn.Server):
         desk, until_s = self._service.desk, time.monotonic() + self._drain_s
         if left := desk.unfinished:
             self._service.log(f"{left} answers are finished, for up to {self._drain_s:g} s")
-        while desk.unfinished and time.monotonic() < until_s:
+        # Of those that were counted in some are no orders yet, and others are not told to the end.
+        while (desk.unfinished or self._service.unanswered) and time.monotonic() < until_s:
             time.sleep(0.05)
         desk.withdraw_all()
         self.should_exit = True

@@ -4,6 +4,7 @@ Fields that are not known are left alone. A field of the protocol that is not do
 if its value would change the answer, so nobody gets another answer than he asked for.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -224,6 +225,9 @@ class CompletionBody(Drawn):
             raise WireError(
                 "prompt is a text that is not empty, a list of those, or token ids", param="prompt"
             )
+        for one in given:
+            if not isinstance(one, str):
+                check_tokens(one, "prompt")
         return given
 
     def check(self) -> None:
@@ -268,6 +272,16 @@ def read_body(kind: type[BodyT], raw: bytes) -> BodyT:
             raise WireError("the body is not JSON, or no object") from None
         what = f"{place}: {first['msg']}" if place else f"the body: {first['msg']}"
         raise WireError(f"{what[:300]}", param=place or None) from None
+
+
+def check_tokens(tokens: Sequence[int], param: str) -> None:
+    """Refuse numbers that no tokenizer takes for tokens.
+
+    Raises:
+        WireError: there is one.
+    """
+    if min(tokens, default=0) < 0 or max(tokens, default=0) >= _MOST_TOKENS:
+        raise WireError("a token is below 0 or above 2^31", param=param)
 
 
 def _is_ids(value: object) -> bool:
