@@ -355,14 +355,21 @@ KEPT_OTHERWISE = [
 ]
 
 
+BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
 def make_other(make_tiny, name, dtype):
-    made = make_hybrid if name in HYBRIDS else make_mixture
-    return made(make_tiny, name, dtype=dtype)
+    """With one layer of each kind, where a family lets one choose."""
+    if name not in HYBRIDS:
+        return make_mixture(make_tiny, name, dtype=dtype, num_hidden_layers=2)
+    kinds = BOTH if name.startswith("qwen3") else {}
+    return make_hybrid(make_tiny, name, dtype=dtype, **kinds)
 
 
 @pytest.mark.parametrize(("name", "dtype", "count"), KEPT_OTHERWISE)
 def test_states_and_experts_too(name, dtype, count, make_tiny):
-    with engines(make_other(make_tiny, name, dtype), threads=count, **STREAMED) as engine:
+    streamed = {"resident_layers": 0, "slots": 1}
+    with engines(make_other(make_tiny, name, dtype), threads=count, **streamed) as engine:
         assert engine.exact.on
         assert agree(engine)
 
@@ -411,7 +418,7 @@ def test_without_bf16_instructions(make_tiny, own_cache, monkeypatch):
 )
 def test_quantised_weights_beside_states(name, how, make_tiny, tmp_path):
     """The plain model of the same numbers, resident and streamed, with every draft rolled back."""
-    source = make_hybrid(make_tiny, name, dtype="bfloat16")
+    source = make_other(make_tiny, name, "bfloat16")
     pair = quantised.write_twins(source, tmp_path, *how, dtype=torch.bfloat16)
 
     def logits(engine):

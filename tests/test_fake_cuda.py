@@ -380,7 +380,7 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
     gpu, make_tiny, monkeypatch, device, drawn, sampling, exact
 ):
     """Tree masks, positions and the verifier's numbers all go up and come down in order."""
-    folder = make_tiny("gemma3_text", num_hidden_layers=5 if "," in device else 3)
+    folder = make_tiny("gemma3_text", num_hidden_layers=4 if "," in device else 2)
     tree = TokenTree((11, 12, 13, 14), (-1, -1, 0, 2))
 
     def propose(self, ids, max_depth, max_nodes=None):
@@ -392,8 +392,8 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
     runtime = RuntimeConfig(
         device=device,
         home=HomeKind.HOST,
-        resident_layers=1,
-        slots=2,
+        resident_layers=0,
+        slots=1,
         prefill_chunk_tokens=8,
         exact=exact,
         kv=KVPlace.DEVICE,
@@ -434,12 +434,12 @@ def test_triforce_downloads_once_a_pass_and_builds_without_waiting(
     # A part of host memory is to be real, with an address, and known as part of the whole.
     monkeypatch.setattr(RamHome, "_part", build_for_real(RamHome._part))
     monkeypatch.setattr(kv_sizes, "PAGE_BYTES", 64)
-    folder = make_tiny("llama", num_hidden_layers=5 if "," in device else 3)
+    folder = make_tiny("llama", num_hidden_layers=4 if "," in device else 2)
     runtime = RuntimeConfig(
         device=device,
         home=HomeKind.HOST,
-        resident_layers=1,
-        slots=2,
+        resident_layers=0,
+        slots=1,
         prefill_chunk_tokens=24,
         kv=kv,
         kv_block_tokens=16 if kv is KVPlace.HOST else None,

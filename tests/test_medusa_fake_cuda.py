@@ -23,10 +23,10 @@ KINDS = {
 @pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
 def test_a_step_with_heads_waits_twice_for_all_sequences(gpu, make_tiny, tmp_path, kind, sampling):  # noqa: F811
     """Once for the heads' tokens and once for the verifier's, however many sequences there are."""
-    folder = make_tiny("llama", num_hidden_layers=3)
+    folder = make_tiny("llama", num_hidden_layers=2)
     draft = DraftConfig(draft=f"medusa:{KINDS[kind](tmp_path)}", draft_tokens=9)
     runtime = RuntimeConfig(
-        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=8
+        device="cuda:0", home=HomeKind.HOST, resident_layers=0, slots=1, prefill_chunk_tokens=8
     )
     checkpoint = open_checkpoint(folder)
     with (
