@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engines import PROMPT, all_logits, engine_for
+from engines import PROMPT, all_logits, engine_for, generate
 from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from quantised import CASES, write_gpt_oss, write_twins
@@ -13,7 +13,7 @@ from test_costs_one_road import MACHINES, SMALL, model_of
 from test_cuda_numbers import ROOM
 from value_double import open_double
 
-from offload_rt.config import HomeKind
+from offload_rt.config import DraftConfig, DraftShape, HomeKind
 from offload_rt.costs.pass_cost import cost_of, link_rates, pass_times
 from offload_rt.costs.sizes import PIECED_ROWS
 from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
@@ -173,6 +173,29 @@ def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
         assert engine.runner._pieces._refused
     said = [r.message for r in caplog.records if "kernel by kernel" in r.message]
     assert said == [f"passes over experts are launched kernel by kernel: {why}"]
+
+
+def test_a_draft_model_is_recorded_whatever_becomes_of_pieces(make_tiny, double, monkeypatch):
+    """A router that cannot be captured is no reason to launch drafts kernel by kernel."""
+    folder = make_mixture(make_tiny, dtype="bfloat16")
+    small = make_tiny("llama", num_hidden_layers=1, dtype="bfloat16")
+    captured, capture = [], double._driver.capture
+
+    def refusing(work, device):
+        captured.append(work.__qualname__)
+        if "_Recorder" in captured[-1]:
+            raise RuntimeError("operation not permitted")
+        return capture(work, device)
+
+    monkeypatch.setattr(double._driver, "capture", refusing)
+    draft = DraftConfig(draft=f"model:{small}", draft_tokens=3, shape=DraftShape.CHAIN)
+    with engine_for(folder, tokens=40, draft=draft, expert_slots=9, **ROOM) as engine:
+        engine.forward([(0, [5])], reuse=False)
+        assert engine.runner._pieces._refused
+        engine.forget()
+        generate(engine, tokens=40)
+    assert ["_Recorder" in name for name in captured[:2]] == [True, False]
+    assert counts["replayed"] > counts["recorded"] > 0
 
 
 def test_passes_over_two_gpus_are_not_in_pieces(make_tiny, double, tmp_path):

@@ -330,8 +330,8 @@ class Device(Protocol):
 
         Returns:
             What does the same work on what the tensors hold by then. None if this cannot be
-            recorded, or if its replay has other bits: that is said once, and from then on nothing
-            is recorded.
+            recorded, or if its replay has other bits: why is said once. Other work may be; who
+            asks decides whether to ask again.
         """
 
     def reached_s(self, event: Event, recorded_s: float) -> float:

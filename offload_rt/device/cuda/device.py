@@ -70,7 +70,7 @@ class CudaDevice:
         self._copies: list[CudaCopyStream] = []
         self.load = self.copy = self._copy_stream(copy)
         self._ledger: dict[str, int] = {}
-        self._records = True
+        self._unrecorded = set[str]()  # why: what was said
         self._clock: tuple[DriverEvent, float] | None = None  # an event, and when it was reached
 
     def new_copy_stream(self) -> CudaCopyStream:
@@ -150,20 +150,20 @@ class CudaDevice:
 
     def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT] | None:
         """Capture a graph and try it; where that fails, say so and go on without."""
-        if not self._records:
-            return None
         try:
             replay, grown = self._driver.capture(work, self.torch_device)
             vary()
             if not self._has_bits_of(work(), replay):
                 raise DeviceError("a replayed graph computed something else")
         except Exception as error:  # noqa: BLE001 - whatever it is, the work itself can still be done
-            self._records = False
-            _log.warning(
-                "%s: passes are not recorded as a graph (%s): they run kernel by kernel",
-                self.name,
-                str(error).partition("\n")[0] or type(error).__name__,
-            )
+            why = str(error).partition("\n")[0] or type(error).__name__
+            if why not in self._unrecorded:
+                self._unrecorded.add(why)
+                _log.warning(
+                    "%s: some passes are not recorded as a graph (%s): they run kernel by kernel",
+                    self.name,
+                    why,
+                )
             return None
         if grown:
             self.enter(grown, "recorded passes")
