@@ -85,6 +85,18 @@ class LookAhead(StrEnum):
     OFF = "off"
 
 
+class ExpertMisses(StrEnum):
+    """Who computes experts that no slot holds when a layer asks for them.
+
+    `link` brings them to the device, `host` has the processor compute some of them where they lie
+    meanwhile; `auto` is `host` where `--exact` is off and that is predicted to take less time.
+    """
+
+    AUTO = "auto"
+    LINK = "link"
+    HOST = "host"
+
+
 class AcceptRule(StrEnum):
     """When a drafted token is accepted.
 
@@ -755,6 +767,13 @@ class RuntimeConfig:
         "Ask the next layer's router which experts it should need, and copy them while nothing "
         "else is copied. auto tries it and keeps it where passes get faster; changes no token.",
     )
+    expert_misses: ExpertMisses = option(
+        ExpertMisses.AUTO,
+        "--expert-misses",
+        "What is done with experts that no slot of a GPU holds: link brings them, host computes "
+        "some of them on the CPU where they lie meanwhile. Bits then go by what is in slots, so "
+        "host needs --exact off; auto is host there, as far as that is predicted to be faster.",
+    )
     home: HomeKind = option(
         HomeKind.AUTO,
         "--home",
@@ -851,6 +870,7 @@ class RuntimeConfig:
                 "--look-ahead is of experts that come one by one, with --expert-slots 0 layers are "
                 "whole: leave out one of them"
             )
+        self._check_misses()
         count = len(self.device_names)
         for field in settables(RuntimeConfig):
             value = getattr(self, field.name)
@@ -859,6 +879,24 @@ class RuntimeConfig:
                     f"{field.option.flag} has {len(value)} values, --device {self.device} names "
                     f"{count}: give one for each, or one for all"
                 )
+
+    def _check_misses(self) -> None:
+        if self.expert_misses is not ExpertMisses.HOST:
+            return
+        if self.exact is not Exact.OFF:
+            raise ConfigError(
+                "--expert-misses host makes bits go by what is in slots: add --exact off"
+            )
+        if self.expert_slots == 0:
+            raise ConfigError(
+                "--expert-misses is of experts that come one by one, with --expert-slots 0 layers "
+                "are whole: leave out one of them"
+            )
+
+    @property
+    def misses_on_host(self) -> bool:
+        """Whether a processor may compute experts that a GPU lacks."""
+        return self.exact is Exact.OFF and self.expert_misses is not ExpertMisses.LINK
 
     @property
     def device_names(self) -> tuple[str, ...]:

@@ -196,6 +196,8 @@ class ExpertUse:
         hits: experts that were there when a layer asked for them.
         misses: experts that were asked for and had to be copied.
         ahead: of these, those whose copy began before their layer asked.
+        on_host: of the misses, those that the processor computed where they lie; they were copied
+            afterwards, as far as the link had time (`--expert-misses`).
         unused: others that were copied ahead, and given up before any layer asked;
             `unused_bytes` of them had begun to be copied.
         looked_ahead: share of the passes that foresaw what their next layers would ask for
@@ -217,6 +219,7 @@ class ExpertUse:
     hits: int
     misses: int
     ahead: int
+    on_host: int
     unused: int
     unused_bytes: int
     looked_ahead: float
@@ -284,6 +287,7 @@ class Counters:
         expert_hits: experts that were there when a layer asked for them.
         expert_misses: experts that were asked for and had to come.
         expert_ahead: of these, those whose copy began before a layer asked.
+        expert_on_host: of the misses, those that the host computed.
         expert_unused: experts that came ahead and were given up before a layer asked.
         expert_unused_bytes: of these, that had begun to be copied.
         expert_calls: times a layer asked.
@@ -297,6 +301,7 @@ class Counters:
     expert_hits: int = 0
     expert_misses: int = 0
     expert_ahead: int = 0
+    expert_on_host: int = 0
     expert_unused: int = 0
     expert_unused_bytes: int = 0
     expert_calls: int = 0
@@ -312,6 +317,7 @@ class Counters:
             expert_hits=self.expert_hits - start.expert_hits,
             expert_misses=self.expert_misses - start.expert_misses,
             expert_ahead=self.expert_ahead - start.expert_ahead,
+            expert_on_host=self.expert_on_host - start.expert_on_host,
             expert_unused=self.expert_unused - start.expert_unused,
             expert_unused_bytes=self.expert_unused_bytes - start.expert_unused_bytes,
             expert_calls=self.expert_calls - start.expert_calls,

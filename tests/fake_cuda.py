@@ -253,6 +253,13 @@ class FakeCuda:
         self.host().wait(self.compute.record())
         return [5] * values.numel()
 
+    def fetch(self, data):
+        assert data.device == self.device, f"{data.device} is not {self.device}"
+        self.downloads += 1
+        self.host().wait(self.compute.record())
+        with self.inside_driver():
+            return torch.zeros(data.shape, dtype=data.dtype)
+
     def capture(self, work, device):
         """The kernels themselves each time, so that what they touch is seen each time."""
         if self.refuses_captures:

@@ -103,7 +103,7 @@ def test_the_next_router_is_asked_with_these_rows(make_tiny):
     with engine_for(folder, expert_slots=9, **AHEAD) as engine:
         pool, lend = engine.runner.experts, engine.runner.experts.lend
 
-        def watched(layer, needed, rows, foresee):
+        def watched(layer, needed, rows, foresee, *_):
             seen.append(None if foresee is None else foresee())
             return lend(layer, needed, rows, None)
 

@@ -216,6 +216,7 @@ placement_options = _group(
             "resident_layers",
             "expert_slots",
             "look_ahead",
+            "expert_misses",
             "home",
             "context_tokens",
             "kv",

@@ -25,6 +25,8 @@ class ExpertOutlook:
         measured: the hit rate is of this model's own passes; else of routers with little locality.
         bytes_per_token: expected to be read for a token without drafting.
         bytes_per_s: expected of these reads, alone; None where a token needs none.
+        on_host_per_token: of a token's experts, expected to be computed by the processor where they
+            lie; they are read behind all others.
         total_parameters: of the model.
         active_parameters: that a token meets, the embedding's row among them not counted.
         active_bytes: of these in the files.
@@ -39,6 +41,7 @@ class ExpertOutlook:
     measured: bool
     bytes_per_token: int
     bytes_per_s: float | None
+    on_host_per_token: float
     total_parameters: int
     active_parameters: int
     active_bytes: int
@@ -49,13 +52,14 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
     placement = plan.placement
     facts, pooled = (
         placement.demand.experts,
-        pooled_experts(placement, device, plan.runtime.look_ahead),
+        pooled_experts(placement, device, plan.runtime.look_ahead, plan.misses),
     )
     if facts is None or pooled is None:
         return None
     layers = [index for index, count in enumerate(facts.counts) if count]
     expected = plan.prediction
     misses = sum(pooled.misses(index, 1) for index in layers)
+    splits = [pooled.split(index, 1, pooled.per_token) for index in layers]
     stored = dict.fromkeys(checkpoint.stored.values())
     plain = [e for name, e in checkpoint.tensors.items() if name not in checkpoint.stored]
     total = sum(prod(e.shape) for e in plain) + sum(each.numbers for each in stored)
@@ -75,6 +79,7 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
         bytes_per_s=expected.home_bytes / expected.transfer_s
         if expected is not None and expected.transfer_s
         else None,
+        on_host_per_token=sum(split.on_host for split in splits if split),
         total_parameters=total,
         active_parameters=total - round(inside * idle_share),
         active_bytes=checkpoint.total_bytes - idle_bytes,
@@ -85,6 +90,8 @@ def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
     """The same in words."""
     known = "as seen" if outlook.measured else "as routers with little locality have it"
     rate = f" at {format_rate(outlook.bytes_per_s)}" if outlook.bytes_per_s else ""
+    there = outlook.on_host_per_token
+    host = f", {there:.1f} experts computed on the CPU meanwhile" if there else ""
     total, active = outlook.total_parameters / 1e9, outlook.active_parameters / 1e9
     return [
         f"in {away}, read expert by expert",
@@ -95,7 +102,7 @@ def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
         ),
         hanging(
             f"  {outlook.hit_rate:.0%} of a token's experts expected in the slots ({known}), "
-            f"{format_size(outlook.bytes_per_token)} read per token{rate}",
+            f"{format_size(outlook.bytes_per_token)} read per token{rate}{host}",
             4,
         ),
     ]

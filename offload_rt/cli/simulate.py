@@ -36,7 +36,7 @@ from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.planner import Means, check_look_ahead, plan_run
+from offload_rt.planning.planner import Means, check_expert_misses, check_look_ahead, plan_run
 from offload_rt.planning.scenarios.published import Comparison, compare_published
 from offload_rt.planning.scenarios.scenario import load_scenario
 from offload_rt.planning.scenarios.simulate import simulate
@@ -286,6 +286,7 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
         raise refusals[0]
     best = min(found, key=lambda outlook: outlook.prediction.s_per_token)
     check_look_ahead(config, best.checkpoint, best.placement)
+    check_expert_misses(config, best.checkpoint, best.placement, device)
     return best
 
 

@@ -78,6 +78,8 @@ def prediction_table(made: Prediction) -> Iterator[str]:
     rate = f"{format_speed(made.s_per_token)}, {made.tokens_per_pass:.2f} tokens per pass"
     yield _time("token", made.s_per_token, rate)
     yield _time("pass", made.step_s, f"limited by {made.limit}")
+    host = f", {_gb(made.on_host_bytes)} of it behind, of experts the CPU computes"
+    back += host if made.on_host_bytes else ""
     yield _time("  transfer", made.transfer_s, _gb(made.bytes_per_pass) + back)
     yield _time("  compute", made.compute_s, f"{made.streamed_layers} layers streamed")
     yield _time("  drafting", made.draft_s, "")
@@ -94,6 +96,7 @@ def prediction_record(made: Prediction) -> dict[str, object]:
         "tokens_per_pass": made.tokens_per_pass,
         "bytes_per_pass": made.bytes_per_pass,
         "back_bytes_per_pass": made.kv_back_bytes,
+        "on_host_bytes_per_pass": made.on_host_bytes,
         "transfer_s": made.transfer_s,
         "compute_s": made.compute_s,
         "stall_s": made.stall_s,

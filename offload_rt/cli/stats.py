@@ -183,6 +183,9 @@ def _experts(experts: ExpertUse | None) -> list[tuple[str, str]]:
     there = f"{experts.hit_rate:.0%} there of {experts.union:.1f} a layer and pass"
     unused = experts.unused + experts.prompt_unused
     vain = f", {_count(unused, 'expert')} read ahead in vain" if unused else ""
+    if experts.on_host:
+        part = experts.on_host / experts.misses
+        there = f"{there}, {part:.0%} of the others computed on the CPU"
     if experts.looked_ahead:
         there = f"{there}, {experts.looked_ahead:.0%} of passes looked ahead"
     return [("experts", f"{there}, {read} read per token{vain}")]

@@ -10,11 +10,14 @@ No torch here.
 """
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import pairwise
+from math import comb
 
 from offload_rt.device.kinds import DeviceKind
+from offload_rt.streaming.experts import MissRates
 
 # Share of a layer's experts that a pool holds, and of a token's experts that are among these:
 # routers made of all 576 directions of a 135M model's states, 64 experts, 4 a token. 26 % of them
@@ -48,6 +51,12 @@ _GROUPS = 2
 # little locality as any published one, 1,147 of 2,189 and 1,218). Of all experts of a token, those
 # that are there among them, GLM-5.2's routers name 0.72 and 0.74 (colibri, issue 200).
 FORESEEN, IN_VAIN = 0.52, 1.06
+# Of the host, for a layer of which it computes experts: to fetch rows with the router's choice, and
+# to send back what it made: ten launches of 6 us, two uploads of 10 us, and 20 us to gather and
+# spread rows. Assumed: none was timed on a GPU.
+ON_HOST_S = 100e-6
+# Bytes a second, where nothing is known of a machine: PCIe 4.0, and what it leaves of DDR5.
+_UNKNOWN_LINK, _UNKNOWN_HOST = 25e9, 40e9
 # Different experts of n rows are E (1 - (1 - k / E)^(n^a)); a = 1 if rows were independent.
 _UNION = 0.8
 
@@ -118,6 +127,53 @@ class ExpertUse:
         return min(many, union(rows, experts, per_token))
 
 
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Experts that a layer lacks, on average, where some are computed by the host.
+
+    Attributes:
+        on_host: those.
+        over_link: those that are waited for.
+        until_s: until both are done.
+    """
+
+    on_host: float
+    over_link: float
+    until_s: float
+
+
+@lru_cache(maxsize=4096)
+def split_of(misses: float, most: int, share: float, rates: MissRates) -> Split:
+    """How a pool splits what a layer lacks, which is a whole number each time.
+
+    Each of the experts that are asked for lacks as likely as any other, whatever the others do.
+
+    Args:
+        misses: of a layer, on average.
+        most: experts that it asks for.
+        share: of all experts, those in host memory.
+        rates: of them.
+    """
+    host = link = until_s = 0.0
+    for lacking, at_home, chance in _chances(misses, most, share):
+        on_host = rates.on_host(lacking, at_home)
+        host, link = host + chance * on_host, link + chance * (lacking - on_host)
+        until_s += chance * rates.until_s(lacking, at_home, on_host)
+    return Split(host, link, until_s)
+
+
+def _chances(misses: float, most: int, share: float) -> Iterator[tuple[int, int, float]]:
+    """How many experts lack, how many of these are in host memory, and how likely that is."""
+    for lacking in range(most + 1):
+        chance = _binomial(lacking, most, min(1.0, misses / most))
+        for at_home in range(lacking + 1):
+            yield lacking, at_home, chance * _binomial(at_home, lacking, share)
+
+
+def _binomial(count: int, most: int, chance: float) -> float:
+    return comb(most, count) * chance**count * (1.0 - chance) ** (most - count)
+
+
 def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) -> float:
     """Of the host for a layer of a pass, until it knows the experts and has launched their kernels.
 
@@ -128,6 +184,12 @@ def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) ->
     """
     launches = _GROUPS if together else per_token
     return 0.0 if device.host_computes else _ROUND_TRIP_S + launches * _LAUNCHES_S
+
+
+def unknown_rates(nbytes: int) -> MissRates:
+    """Of experts of so many bytes, where nothing is known of the machine."""
+    link_s, host_s = nbytes / _UNKNOWN_LINK, nbytes / _UNKNOWN_HOST
+    return MissRates(link_s=link_s, host_s=host_s, file_s=link_s, begin_s=ON_HOST_S)
 
 
 def prior_hit_rate(held: float, experts: int, per_token: int) -> float:

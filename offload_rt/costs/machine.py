@@ -7,7 +7,9 @@ from offload_rt.device.base import STAGED_STREAMS, STAGING_BYTES
 from offload_rt.device.kinds import KINDS, DeviceKind, Processor, named_devices, sharing
 from offload_rt.errors import ConfigError
 from offload_rt.model.formats.base import ROUNDED
+from offload_rt.model.formats.stored import FOURS_PER_CORE, Stored, multiplies_fours
 from offload_rt.profiling.profile import (
+    Decoder,
     HardwareProfile,
     LayerWork,
     LinkLoad,
@@ -17,6 +19,7 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
+    decoded_per_s,
     disk_bytes_per_s,
     link_bytes_per_s,
     memory_bytes_per_s,
@@ -141,6 +144,29 @@ class Speeds:
         if not pinned:  # it was refused when the links were measured
             load = LinkLoad.ALONE
         return link_bytes_per_s(self.profile, block_bytes, gpu=index, pinned=pinned, load=load)
+
+    def products_bytes_per_s(self, link_bytes_per_s: float, stored: Stored | None) -> float:
+        """How fast the processor multiplies few rows with weights in host memory.
+
+        It reads what the memory gives beside a GPU's link, which is assumed: no product was timed.
+        Quantised weights are as fast as their product or what dequantises them is, if less.
+
+        Args:
+            link_bytes_per_s: of the memory, that the link has.
+            stored: how such a weight is stored; None: as it computes.
+        """
+        cores = self.profile.machine.cores
+        read = memory_bytes_per_s(self.profile, MemoryUse.READ, cores).value
+        rate = max(read - link_bytes_per_s, read / 2)
+        if stored is None:
+            return rate
+        numbers_per_s = cores * FOURS_PER_CORE
+        if not multiplies_fours(stored):
+            found = decoded_per_s(
+                self.profile, Processor.CPU, Decoder.TORCH, stored.form, stored.bits
+            )
+            numbers_per_s = found.value
+        return min(rate, numbers_per_s * stored.nbytes / stored.numbers)
 
     def pinned_bytes(self, config: RuntimeConfig, host_bytes: int) -> int:
         """How much of what lives in host memory a GPU can read directly.

@@ -113,6 +113,9 @@ class LayerLoad:
         choosing_s: of the host, until it knows which experts these are.
         expert_bytes: of one of them at its home.
         foreseen: share of these that is offered to the link a layer before.
+        host_s: until experts are computed where they lie, from when the router has chosen, and what
+            crosses the link meanwhile is there; 0: none is.
+        behind_bytes: of those, which cross the link for later.
     """
 
     work: LayerWork
@@ -132,6 +135,8 @@ class LayerLoad:
     choosing_s: float = 0.0
     expert_bytes: int = 0
     foreseen: float = 0.0
+    host_s: float = 0.0
+    behind_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +199,7 @@ class PassLoad:
     @property
     def moved_bytes(self) -> int:
         """Weights that cross links."""
-        missed = sum(layer.missed_bytes for layer in self.layers)
+        missed = sum(layer.missed_bytes + layer.behind_bytes for layer in self.layers)
         return sum(self.layers[i].home_bytes for i in self.streamed) + missed
 
     @property
@@ -690,6 +695,8 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> tuple[TimedLayer, ...]:
             experts_s=experts_s[index] if layer.expert_part else 0.0,
             missed_s=experts_s[index] * layer.missed_part,
             foreseen_bytes=round(layer.foreseen * layer.missed_bytes),
+            host_s=layer.host_s,
+            behind_bytes=layer.behind_bytes,
         )
         for index, layer in enumerate(load.layers)
     )

@@ -84,6 +84,8 @@ class Prediction:
         streamed_layers: whose do not.
         limit: what would have to be faster.
         obtained: how the worst number behind it is known.
+        on_host_bytes: of `home_bytes`, experts that the processor computes meanwhile where they
+            lie; they cross behind all others.
     """
 
     s_per_token: float
@@ -101,6 +103,7 @@ class Prediction:
     streamed_layers: int
     limit: Limit
     obtained: Obtained
+    on_host_bytes: int = 0
 
     @property
     def step_s(self) -> float:
@@ -193,6 +196,7 @@ def predict(work: StepWork, price: Price) -> Prediction:
         streamed_layers=streamed,
         limit=cost.limit,
         obtained=cost.obtained,
+        on_host_bytes=sum(layer.behind_bytes for layer in work.load.layers),
     )
 
 

@@ -46,6 +46,9 @@ class TimedLayer:
         missed_s: of these, the copied ones', which wait for it.
         foreseen_bytes: of `missed_bytes`, those that are offered to the link when the router of the
             layer before has chosen; others are offered among them in vain.
+        host_s: from when the router has chosen until what the host computes is there, which then is
+            waited for with the copies; 0: it computes nothing.
+        behind_bytes: of experts, that are copied behind all others, and waited for by nobody.
     """
 
     kernel_s: float
@@ -59,6 +62,8 @@ class TimedLayer:
     experts_s: float = 0.0
     missed_s: float = 0.0
     foreseen_bytes: int = 0
+    host_s: float = 0.0
+    behind_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,7 +202,8 @@ def _repeats(last: Sequence[float], trace: Sequence[float], length_s: float) -> 
 def _link_s(work: TimedPass, device: int) -> float:
     rate = work.home_bytes_per_s[device]
     mine = [layer for layer in work.layers if layer.device == device]
-    weights_s = sum((layer.home_bytes or 0) + layer.missed_bytes for layer in mine) / rate
+    missed = sum(layer.missed_bytes + layer.behind_bytes for layer in mine)
+    weights_s = (sum(layer.home_bytes or 0 for layer in mine) + missed) / rate
     kv_s = sum(layer.kv_bytes for layer in mine) / _of(work.kv_bytes_per_s, device)
     return max(weights_s + kv_s, _files_s(work, device))
 
@@ -356,16 +362,26 @@ class _Device:
             written = [rows.memory] if rows is not None else []
             kernel_s = layer.kernel_s - layer.experts_s
             self._compute(SpanKind.LAYER, index, kernel_s, weights, written)
-            if index in self._missed:
-                self._missed[index].nbytes = layer.missed_bytes - self._brought(layer)
-                self._copy.wait(self.compute.record())
-                self._chosen_s = self.compute.time_s
-                self._copy.copy(self._slot, self._missed[index])
-                self._compute(SpanKind.LAYER, index, layer.experts_s - layer.missed_s, weights)
-                self.compute.wait(self._copy.record())
-                self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slot])
+            if index in self._missed or layer.host_s:
+                self._run_experts(index, layer, weights)
             elif layer.experts_s:
                 self._compute(SpanKind.LAYER, index, layer.experts_s, weights)
+
+    def _run_experts(self, index: int, layer: TimedLayer, weights: Sequence[SimBuffer]) -> None:
+        """Enqueue experts that are there while others cross the link, or the host computes them."""
+        chosen = self.compute.record()
+        there = SimEvent({}, self.compute.time_s + layer.host_s)
+        missed = self._missed.get(index)
+        if missed is not None:
+            missed.nbytes = layer.missed_bytes - self._brought(layer)
+            self._copy.wait(chosen)
+            self._chosen_s = self.compute.time_s
+            self._copy.copy(self._slot, missed)
+        self._compute(SpanKind.LAYER, index, layer.experts_s - layer.missed_s, weights)
+        self.compute.wait(there)
+        if missed is not None:
+            self.compute.wait(self._copy.record())
+            self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slot])
 
     def _brought(self, layer: TimedLayer) -> int:
         """Of what a layer's router chose, that has crossed since the one before it chose.

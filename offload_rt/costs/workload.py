@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import ceil, prod
 
 from offload_rt.config import DraftWeights
-from offload_rt.costs.experts import ExpertUse
+from offload_rt.costs.experts import ExpertUse, Split, split_of
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
@@ -31,6 +31,7 @@ from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.base import takes
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import (
+    HOST_ROWS,
     TOGETHER_ROWS,
     Stored,
     multiplied_together,
@@ -40,7 +41,7 @@ from offload_rt.model.formats.stored import (
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.names import EXPERT_MATRIX
 from offload_rt.profiling.profile import Decoder, LayerWork
-from offload_rt.streaming.experts import NEARLY_ALL
+from offload_rt.streaming.experts import NEARLY_ALL, MissRates
 
 _EXPERT_MATRICES = 3  # gate, up and down
 
@@ -166,6 +167,8 @@ class PooledExperts:
         together_s: the same where few rows are multiplied with experts as they are stored.
         foreseen: of what a layer lacks, the share that is offered to the link a layer before, in
             passes that read no prompt and do not ask for nearly all experts.
+        rates: of what a layer lacks, where the host may compute some of it; None: all of it comes.
+        share: of all experts, those in host memory.
     """
 
     counts: tuple[int, ...]
@@ -177,6 +180,17 @@ class PooledExperts:
     host_s: float = 0.0
     together_s: float = 0.0
     foreseen: float = 0.0
+    rates: MissRates | None = None
+    share: float = 1.0
+
+    def split(self, layer: int, rows: int, asked: float) -> Split | None:
+        """What becomes of experts that a layer lacks in a pass of few rows that reads no prompt.
+
+        None where all of them come. Of what they ask for, rows share some experts.
+        """
+        if self.rates is None or rows > HOST_ROWS:
+            return None
+        return split_of(self.misses(layer, rows), ceil(asked), self.share, self.rates)
 
     def misses(self, layer: int, rows: int) -> float:
         """Experts of a layer that a pass of so many rows waits for, on average."""
@@ -364,6 +378,8 @@ class PlacedModel:
         whole = layer.image_bytes + layer.grown_bytes
         active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
+        split = pooled.split(index, rows, asked) if pooled and not reads_prompt else None
+        link = misses if split is None else split.over_link
         few = pooled is not None and asked < NEARLY_ALL * pooled.counts[index]
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
@@ -383,11 +399,16 @@ class PlacedModel:
             decoded=decoded,
             experts_decoded=dequantised,
             unpacked=layer.packed if straight else 0,
-            missed_bytes=round(misses * pooled.home_bytes) if pooled else 0,
+            missed_bytes=round(link * pooled.home_bytes) if pooled else 0,
             expert_part=active if pooled else 0.0,
-            missed_part=min(1.0, misses / asked) if asked else 0.0,
+            missed_part=min(1.0, link / asked) if asked else 0.0,
+            host_s=split.until_s if split and split.on_host else 0.0,
+            behind_bytes=round(split.on_host * pooled.home_bytes) if pooled and split else 0,
             choosing_s=(pooled.together_s if together else pooled.host_s) if pooled else 0.0,
-            foreseen=pooled.foreseen if pooled and few and not reads_prompt else 0.0,
+            # What is computed by the host crosses behind, in the time that this would have.
+            foreseen=pooled.foreseen
+            if pooled and few and not (reads_prompt or split and split.on_host)
+            else 0.0,
             expert_bytes=pooled.home_bytes if pooled else 0,
         )
 

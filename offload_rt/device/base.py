@@ -318,6 +318,12 @@ class Device(Protocol):
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
 
+    def fetch(self, data: torch.Tensor) -> torch.Tensor:
+        """Return bytes [n] of this device in host memory; the host waits for them."""
+
+    def put(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of host memory on the device; the host does not wait, and may change them."""
+
     def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT] | None:
         """Record kernels, to enqueue them all at once from then on.
 

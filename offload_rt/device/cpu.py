@@ -348,6 +348,14 @@ class CpuDevice:
         """Return the values as Python integers."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
 
+    def fetch(self, data: torch.Tensor) -> torch.Tensor:
+        """Return them: they are in the host's memory."""
+        return data
+
+    def put(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return a copy."""
+        return rows.clone()
+
     def record(self, work: Callable[[], MadeT], vary: Callable[[], object]) -> Replay[MadeT]:
         """The work itself; what it launches costs the same each time."""
         return work

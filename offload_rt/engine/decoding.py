@@ -421,6 +421,7 @@ class Run:
             hits=decode.expert_hits,
             misses=decode.expert_misses,
             ahead=decode.expert_ahead,
+            on_host=decode.expert_on_host,
             unused=decode.expert_unused,
             unused_bytes=decode.expert_unused_bytes,
             looked_ahead=self.engine.foresight.share,

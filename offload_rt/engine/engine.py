@@ -545,6 +545,7 @@ class Engine:
             expert_hits=asked.hits,
             expert_misses=asked.misses,
             expert_ahead=asked.ahead,
+            expert_on_host=asked.on_host,
             expert_unused=asked.unused,
             expert_unused_bytes=asked.unused_bytes,
             expert_calls=sum(asked.calls.values()),
@@ -706,6 +707,7 @@ class Engine:
             in_files=here.in_files,
             expert_share=placement.expert_share,
             look_ahead=self.config.look_ahead,
+            misses=self.plan.misses,
             readers=self.config.readers,
         )
         chunk_tokens = self.config.prefill_chunk_tokens

@@ -47,8 +47,8 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "block_mxfp4": Layout(32, 17),
     }
 )
-_LOOK_UP = "@llvm.x86.avx512.permvar.sf.512"
-DECLARED = f"declare {WIDE} {_LOOK_UP}({WIDE}, {_WORDS})\n"
+LOOK_UP = "@llvm.x86.avx512.permvar.sf.512"
+DECLARED = f"declare {WIDE} {LOOK_UP}({WIDE}, {_WORDS})\n"
 # Of IQ4; and FP4 (E2M1), times two.
 UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 DOUBLED = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
@@ -147,7 +147,7 @@ class _Block:
     def picked(self, numbers: Sequence[int], index: str) -> str:
         """Numbers of a table of 16, of which each lane takes that at its index."""
         table = ", ".join(f"float {float(number)}" for number in numbers)
-        return self._code.let(f"call {WIDE} {_LOOK_UP}({WIDE} <{table}>, {_WORDS} {index})")
+        return self._code.let(f"call {WIDE} {LOOK_UP}({WIDE} <{table}>, {_WORDS} {index})")
 
     def power(self, word: str) -> str:
         """Half of the power of two that a word's lowest byte is the exponent of, as FP32's."""

@@ -7,8 +7,9 @@ summed in the order of places at the end. So what comes first changes no bit. Wh
 between the products (`_apply_gate`), and how its weights lie, are the module's own flags.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch.nn.functional import linear
 from offload_rt.errors import CheckpointError
 from offload_rt.model.attention_function import Apart, PassContext
 from offload_rt.model.formats import together
-from offload_rt.model.formats.stored import TOGETHER_ROWS, Stored
+from offload_rt.model.formats.stored import HOST_ROWS, TOGETHER_ROWS, Stored
 from offload_rt.model.formats.wired import StoredMatrix, WiredExpert
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
 
@@ -49,6 +50,12 @@ class Host(Protocol):
     def address(self, tensor: torch.Tensor, /) -> int:
         """Where a tensor there lies, as kernels see it."""
 
+    def fetch(self, data: torch.Tensor, /) -> torch.Tensor:
+        """Bytes [n] in memory of the host, which waits for them."""
+
+    def put(self, rows: torch.Tensor, /) -> torch.Tensor:
+        """Rows of the host there; it may change them at once."""
+
 
 class ExpertLender(Protocol):
     """Whoever has the weights of a layer's experts."""
@@ -61,11 +68,26 @@ class ExpertLender(Protocol):
     def stored(self) -> Mapping[str, Stored]:
         """The quantised matrices of an expert, as each has them."""
 
+    @property
+    def computes(self) -> bool:
+        """Whether the host may compute experts where they lie."""
+
     def begin(self, parts: int, /) -> None:
         """Rows begin to go through the layer, in so many parts."""
 
+    def on_host(self, needed: Sequence[int], /) -> list[int]:
+        """Which of these the host is to compute."""
+
+    def at_home(self, expert: int, /) -> ExpertWeights:
+        """The weights of one of those, in host memory."""
+
     def lend(
-        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None, /
+        self,
+        needed: Sequence[int],
+        rows: int,
+        foresee: Callable[[], Sequence[int]] | None,
+        on_host: Set[int],
+        /,
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of each of these, in any order, until the next is asked for.
 
@@ -73,10 +95,16 @@ class ExpertLender(Protocol):
             needed: experts, each once; those that the last rows are sent to come last.
             rows: that are sent to them.
             foresee: says which experts of the next layer rows should ask for, likeliest first.
+            on_host: of those that are needed, what the host computes: they are not lent.
         """
 
     def lend_together(
-        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None, /
+        self,
+        needed: Sequence[int],
+        rows: int,
+        foresee: Callable[[], Sequence[int]] | None,
+        on_host: Set[int],
+        /,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of all that are there at once, then of the others."""
 
@@ -222,7 +250,12 @@ def _computed(
     lender: ExpertLender | None = module.__dict__.get(_LENDER)
     router: NextRouter | None = module.__dict__.get(_NEXT)
     foresee: Callable[[], Sequence[int]] | None = None
-    if router is None or lender is None or not lender.foresees:
+    there: _OnHost | None = None
+    if host is not None and lender is not None and lender.computes and rows <= HOST_ROWS:
+        ahead = None if router is None or not lender.foresees else router(hidden).T.flatten()
+        sent, foreseen, there = _OnHost.fetched(module, host, flat, hidden, ahead)
+        foresee = None if ahead is None else partial(list, dict.fromkeys(foreseen))
+    elif router is None or lender is None or not lender.foresees:
         sent = flat.tolist() if host is None else host.download(flat)  # host sync, once a layer
     elif host is None:  # later, while what is needed is on its way
         sent, foresee = flat.tolist(), partial(_foreseen, router, hidden)
@@ -233,22 +266,78 @@ def _computed(
         foresee = partial(list, dict.fromkeys(foreseen))
     places = _places(sent, module.num_experts)
     parts = hidden.new_empty(rows * k, hidden.shape[1])
+    needed, away = list(places), list[int]()
+    if there is not None and lender is not None:
+        away = lender.on_host(needed)
+    asked = needed, rows, foresee, frozenset(away)
     if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
-        for group in (
-            [[*_own(module, places)]]
-            if lender is None
-            else lender.lend_together(list(places), rows, foresee)
-        ):
+        for group in [[*_own(module, places)]] if lender is None else lender.lend_together(*asked):
             _rows_together(module, host, group, places, hidden, parts)
-        return _summed(parts, top_k_weights, hidden.dtype)
-    lent = _own(module, places) if lender is None else lender.lend(list(places), rows, foresee)
-    order = [place for own in places.values() for place in own]
-    there = torch.tensor(order) if host is None else host.upload(order)
-    each = dict(zip(places, there.split([len(own) for own in places.values()]), strict=True))
-    for expert, weights in lent:
-        at = each[expert]
-        parts[at] = expert_rows(module, expert, weights, hidden[at // k])
+    else:
+        lent = _own(module, places) if lender is None else lender.lend(*asked)
+        order = [place for own in places.values() for place in own]
+        index = torch.tensor(order) if host is None else host.upload(order)
+        each = dict(zip(places, index.split([len(own) for own in places.values()]), strict=True))
+        for expert, weights in lent:
+            at = each[expert]
+            parts[at] = expert_rows(module, expert, weights, hidden[at // k])
+    if there is not None and lender is not None and away:  # kernels of the others run meanwhile
+        there.compute(lender, {expert: places[expert] for expert in away}, parts)
     return _summed(parts, top_k_weights, hidden.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _OnHost:
+    """Rows of a layer in host memory, which may compute some of its experts there.
+
+    Attributes:
+        module: of the experts.
+        host: whoever brought them.
+        hidden: [T, E].
+        biases: of the expert in each place, [T * k, O], by the names of its matrices.
+    """
+
+    module: Any
+    host: Host
+    hidden: torch.Tensor
+    biases: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def fetched(
+        cls,
+        module: Any,  # noqa: ANN401 - a family's class
+        host: Host,
+        sent: torch.Tensor,
+        hidden: torch.Tensor,
+        ahead: torch.Tensor | None,
+    ) -> "tuple[list[int], list[int], _OnHost]":
+        """What the router has chosen, and what is foreseen, with the rows: in one download."""
+        names = [name for name in (_first_of(module), "down_proj") if module.has_bias]
+        biases = [module._parameters[f"{name}_bias"].index_select(0, sent) for name in names]
+        given = [sent, *([] if ahead is None else [ahead]), hidden, *biases]
+        data = [each.contiguous().view(torch.uint8).flatten() for each in given]
+        found = host.fetch(torch.cat(data)).split([len(each) for each in data])  # host sync
+        made = [
+            each.clone().view(like.dtype).view(like.shape)
+            for each, like in zip(found, given, strict=True)
+        ]
+        chosen = made.pop(0).tolist()
+        foreseen = [] if ahead is None else made.pop(0).tolist()
+        rows = made.pop(0)
+        return chosen, foreseen, cls(module, host, rows, dict(zip(names, made, strict=True)))
+
+    def compute(
+        self, lender: ExpertLender, places: Mapping[int, Sequence[int]], parts: torch.Tensor
+    ) -> None:
+        """Have experts compute their rows, which go to their places in [T * k, E] there."""
+        k, made = len(parts) // len(self.hidden), []
+        for expert, own in places.items():
+            rows = self.hidden[[place // k for place in own]]
+            biases = {name: each[own[0]] for name, each in self.biases.items()}
+            weights = lender.at_home(expert)
+            made.append(expert_rows(self.module, expert, weights, rows, biases))
+        order = [place for own in places.values() for place in own]
+        parts[self.host.upload(order)] = self.host.put(torch.cat(made))
 
 
 def _summed(parts: torch.Tensor, weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -305,10 +394,16 @@ def expert_rows(
     expert: int,
     weights: ExpertWeights,
     rows: torch.Tensor,
+    own: Mapping[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
-    """One expert's rows, [n, E] to [n, E]; the only place that multiplies with its weights."""
+    """One expert's rows, [n, E] to [n, E]; the only place that multiplies with its weights.
+
+    Its biases are the module's, or its `own`, where it computes in other memory.
+    """
 
     def product(name: str, rows: torch.Tensor) -> torch.Tensor:
+        if own is not None:
+            return _product(module, name, weights, rows, own.get(name))
         biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
         return _product(module, name, weights, rows, None if biases is None else biases[expert])
 
@@ -332,7 +427,8 @@ def _product(
     if f"{name}.0" in weights:
         halves = weights[f"{name}.0"], weights[f"{name}.1"]
     elif not isinstance(whole := weights[name], torch.Tensor):
-        return linear(rows, whole(), bias)
+        made = whole.multiplied(rows, bias) if isinstance(whole, StoredMatrix) else None
+        return linear(rows, whole(), bias) if made is None else made
     elif module.is_transposed:
         return linear(rows, whole.t(), bias)
     elif name == "gate_up_proj" and module.is_concatenated:

@@ -61,6 +61,7 @@ from offload_rt.model.experts import (
     multiply_stored,
 )
 from offload_rt.model.formats import together
+from offload_rt.model.formats.direct import at_home
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
@@ -95,6 +96,7 @@ from offload_rt.model.probe import probe, run_on_shapes
 from offload_rt.model.tiles import filled, places_problem, tile_outside
 from offload_rt.report import Dequantising
 
+MatricesOf = Callable[[LayerLayout, DeviceBuffer], ExpertWeights]
 NOBODY: Mapping[int, ExpertLender] = MappingProxyType({})
 _log = logging.getLogger(__name__)
 
@@ -396,6 +398,27 @@ class Network:
 
     def matrices_of(self, unit: LayerLayout, image: DeviceBuffer) -> ExpertWeights:
         """The matrices of an expert that is in `image`."""
+        return self._matrices(unit, image, self._bringers)
+
+    def compute_at_home(self, in_order: Container[Stored]) -> MatricesOf:
+        """Prepare the host to compute experts that are apart; returns their matrices there.
+
+        Args:
+            in_order: quantised weights of which inputs of a group follow each other.
+        """
+        stored = [s for own in self.units.values() for unit in own for s in unit.stored]
+        numbers = max((each.numbers for each in stored), default=0)
+        scratch = torch.empty(numbers * self.dtype.itemsize, dtype=torch.uint8)
+        host = dict[Stored, Bringer]()
+        for each in stored:
+            host[each] = Bringer(each, self.dtype)
+            host[each].lend(scratch, in_order=each in in_order)
+            host[each].direct = at_home(each, self.dtype, in_order=each in in_order)
+        return lambda unit, image: self._matrices(unit, image, host)
+
+    def _matrices(
+        self, unit: LayerLayout, image: DeviceBuffer, bringers: Mapping[Stored, Bringer]
+    ) -> ExpertWeights:
         found, stored = dict[str, Matrix](), iter(unit.stored)
         parts = dict[str, dict[str, torch.Tensor]]()
         for place in unit.placements:
@@ -407,7 +430,7 @@ class Network:
                 continue
             if name not in parts:
                 parts[name] = {}
-                found[name] = StoredMatrix(self._bringers[next(stored)], parts[name])
+                found[name] = StoredMatrix(bringers[next(stored)], parts[name])
             parts[name][word] = tensor
         return found
 

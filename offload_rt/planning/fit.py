@@ -8,13 +8,20 @@ from offload_rt.config import (
     DraftConfig,
     DrafterWords,
     Exact,
+    ExpertMisses,
     HomeKind,
     KVPlace,
     LookAhead,
     RuntimeConfig,
 )
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
-from offload_rt.costs.experts import FORESEEN, ExpertUse, choosing_s
+from offload_rt.costs.experts import (
+    FORESEEN,
+    ON_HOST_S,
+    ExpertUse,
+    choosing_s,
+    unknown_rates,
+)
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -50,8 +57,9 @@ from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
+from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.speculative.kinds import completed, draft_parts
-from offload_rt.streaming.experts import leaves_free, shares_of
+from offload_rt.streaming.experts import MissRates, leaves_free, shares_of
 from offload_rt.units import format_size
 
 
@@ -448,13 +456,24 @@ class PlacedRun:
                 packs_head=placement.packs_head,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
-                experts=pooled_experts(placement, self.speeds.device, self.config.look_ahead),
+                experts=pooled_experts(
+                    placement,
+                    self.speeds.device,
+                    self.config.look_ahead,
+                    self.misses,
+                ),
             ),
             context_tokens=self.context_tokens,
             sequences=self.sequences,
             dtype=self.config.dtype,
             in_pieces=placement.demand.in_pieces,
         )
+
+    @property
+    def misses(self) -> MissRates | None:
+        """What experts that a GPU lacks cost, where a processor may compute them."""
+        device = self.speeds.device
+        return miss_rates(self.checkpoint, self.placement, self.config, device, self.speeds)
 
     def rates(self, load: PassLoad) -> LinkRates:
         """Speeds of the homes for a pass."""
@@ -514,8 +533,46 @@ class PlacedRun:
         return replace(self.model, exact=not problem)
 
 
+def splits_misses(placement: Placement, config: RuntimeConfig, device: DeviceKind) -> bool:
+    """Whether a processor may compute experts that a GPU lacks: some are in host memory."""
+    comes = placement.expert_slots > 0 and placement.home.in_memory
+    return config.misses_on_host and device.own_memory and comes
+
+
+def miss_rates(
+    checkpoint: Checkpoint,
+    placement: Placement,
+    config: RuntimeConfig,
+    device: DeviceKind,
+    speeds: Speeds | None,
+) -> MissRates | None:
+    """What experts that a GPU lacks cost, where a processor may compute them; else None.
+
+    Where nothing is known of the machine, only if it is to: then what is assumed of any.
+    """
+    experts = placement.demand.experts
+    if experts is None or not splits_misses(placement, config, device):
+        return None
+    nbytes = experts.image_bytes // experts.count
+    if speeds is None:
+        asked = config.expert_misses is ExpertMisses.HOST
+        return unknown_rates(nbytes) if asked else None
+    link = speeds.home_bytes_per_s(HomeKind.HOST, config, nbytes, placement.host_bytes)[0].value
+    files = disk_bytes_per_s(speeds.profile, config.readers).value if speeds.profile.disk else link
+    stored = next((each for each in checkpoint.stored.values() if each.of_expert), None)
+    return MissRates(
+        link_s=nbytes / link,
+        host_s=nbytes / speeds.products_bytes_per_s(link, stored),
+        file_s=nbytes / link + experts.file_bytes / experts.count / files,
+        begin_s=ON_HOST_S,
+    )
+
+
 def pooled_experts(
-    placement: Placement, device: DeviceKind, look_ahead: LookAhead
+    placement: Placement,
+    device: DeviceKind,
+    look_ahead: LookAhead,
+    rates: MissRates | None = None,
 ) -> PooledExperts | None:
     """Experts that come one by one, and what is known of those that tokens ask for."""
     experts, slots = placement.demand.experts, placement.expert_slots
@@ -533,6 +590,8 @@ def pooled_experts(
         use=experts.use,
         host_s=choosing_s(device, experts.per_token),
         together_s=choosing_s(device, experts.per_token, together=True),
+        rates=rates,
+        share=placement.expert_share,
         foreseen=FORESEEN if foresees and leaves_free(share, spare, experts.per_token) else 0.0,
     )
 

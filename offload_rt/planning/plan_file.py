@@ -70,6 +70,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "wire": str(runtime.wire),
         "expert_slots": plan.placement.expert_slots or runtime.expert_slots,
         "look_ahead": str(runtime.look_ahead),
+        "expert_misses": str(runtime.expert_misses),
         "home": str(plan.placement.home if plan.placement.streams else runtime.home),
         "context_tokens": runtime.context_tokens,
         "kv": str(kv.place) if kv else "device",

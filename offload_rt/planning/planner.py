@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
-from offload_rt.config import DraftConfig, DraftShape, LookAhead, RuntimeConfig
+from offload_rt.config import DraftConfig, DraftShape, ExpertMisses, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -23,14 +23,14 @@ from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.wire import wired, wires_of
 from offload_rt.planning.controller import StepOutlook, between
-from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.fit import PlacedRun, RunLoad, miss_rates, place_run, splits_misses
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.striping import smallest_limits
 from offload_rt.planning.yields import Yield
 from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import NAMES, kind_of
-from offload_rt.streaming.experts import leaves_free, shares_of
+from offload_rt.streaming.experts import MissRates, leaves_free, shares_of
 
 SLOT_CHOICES = (2, 3, 4, 6, 8, 12)  # rings that are tried when drafting leaves time to fill them
 _REFINED = 4  # candidates whose rings are varied
@@ -79,6 +79,7 @@ class Plan:
         sequences: that may run at once.
         running: sequences of the steps that `prediction` is of; None: all.
         row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
+        misses: what experts cost that no slot of a GPU holds, where the processor may compute them.
     """
 
     runtime: RuntimeConfig
@@ -95,6 +96,7 @@ class Plan:
     sequences: int = 1
     running: int | None = None
     row_s: float = 0.0
+    misses: MissRates | None = None
 
     @property
     def pass_share(self) -> float:
@@ -194,6 +196,7 @@ def make_plan(
         first_nodes=load.drafting.config.nodes,
         placement=placement,
         smallest_bytes=_smallest(placement, runtime),
+        misses=miss_rates(checkpoint, placement, runtime, device, None),
     )
 
 
@@ -218,7 +221,25 @@ def plan_wires(
         raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
     best = min(found, key=lambda made: _s_per_token(made[1]))
     check_look_ahead(runtime, checkpoint, best[1].placement)
+    check_expert_misses(runtime, checkpoint, best[1].placement, device)
     return best
+
+
+def check_expert_misses(
+    runtime: RuntimeConfig, checkpoint: Checkpoint, placement: Placement, device: DeviceKind
+) -> None:
+    """Refuse to have experts computed by the host where that has no effect.
+
+    Raises:
+        ConfigError: it is asked for, and the device is the host, or no experts come one by one
+            from host memory.
+    """
+    if runtime.expert_misses is not ExpertMisses.HOST or splits_misses(placement, runtime, device):
+        return
+    why = f"no experts of {checkpoint.name} come one by one from host memory"
+    if not device.own_memory:
+        why = "the CPU computes all of it"
+    raise ConfigError(f"--expert-misses host has no effect here: {why}, leave it out")
 
 
 def check_look_ahead(runtime: RuntimeConfig, checkpoint: Checkpoint, placement: Placement) -> None:
@@ -344,6 +365,7 @@ def plan_run(
         sequences=sequences,
         running=load.running if load.running != sequences else None,
         row_s=search.row_s(chosen.placement),
+        misses=miss_rates(checkpoint, chosen.placement, runtime, device, means.speeds),
     )
 
 

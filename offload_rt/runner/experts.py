@@ -1,17 +1,31 @@
 """The experts of a network's layers, lent from one pool."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
 from functools import partial
 
 from offload_rt.device.base import Device, DeviceBuffer, HomeSource
 from offload_rt.model.experts import ExpertLender, ExpertWeights
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import LayerLayout
+from offload_rt.model.network import MatricesOf
 from offload_rt.streaming.experts import ExpertPool
 
 Pool = ExpertPool[DeviceBuffer, HomeSource]
 Units = Mapping[int, Sequence[LayerLayout]]
-MatricesOf = Callable[[LayerLayout, DeviceBuffer], ExpertWeights]
+
+
+@dataclass(frozen=True, slots=True)
+class Homes:
+    """Experts in host memory, which the host may compute there.
+
+    Attributes:
+        images: of each, by layer.
+        matrices_of: an expert's image there.
+    """
+
+    images: Mapping[int, Mapping[int, DeviceBuffer]]
+    matrices_of: MatricesOf
 
 
 class PooledExperts:
@@ -23,6 +37,7 @@ class PooledExperts:
         units: the image of each.
         views: of buffers of the pool: the layer and expert, and its weights there.
         matrices_of: an expert's image in a buffer.
+        homes: of those that the host computes where they lie, the image of each there, by layer.
     """
 
     def __init__(
@@ -32,9 +47,10 @@ class PooledExperts:
         units: Sequence[LayerLayout],
         views: dict[int, tuple[tuple[int, int], ExpertWeights]],
         matrices_of: MatricesOf,
+        homes: Homes | None,
     ) -> None:
         self._pool, self._layer, self._units, self._views = pool, layer, units, views
-        self._matrices_of = matrices_of
+        self._matrices_of, self._homes = matrices_of, homes
 
     @property
     def stored(self) -> Mapping[str, Stored]:
@@ -52,18 +68,43 @@ class PooledExperts:
         """Whether it wants to know what the next layer will ask for."""
         return self._pool.foresees
 
+    @property
+    def computes(self) -> bool:
+        """Whether the host may compute experts where they lie."""
+        return self._homes is not None
+
+    def on_host(self, needed: Sequence[int]) -> list[int]:
+        """Which of these the host is to compute."""
+        assert self._homes is not None  # it computes
+        return self._pool.on_host(self._layer, needed, self._homes.images[self._layer].__contains__)
+
+    def at_home(self, expert: int) -> ExpertWeights:
+        """The weights of one of those, in host memory."""
+        assert self._homes is not None  # it computes
+        image = self._homes.images[self._layer][expert]
+        return self._homes.matrices_of(self._units[expert], image)
+
     def lend(
-        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None = None
+        self,
+        needed: Sequence[int],
+        rows: int,
+        foresee: Callable[[], Sequence[int]] | None = None,
+        on_host: Set[int] = frozenset(),
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of experts: those that are there first."""
-        for expert, buffer in self._pool.lend(self._layer, needed, rows, foresee):
+        for expert, buffer in self._pool.lend(self._layer, needed, rows, foresee, on_host):
             yield expert, self._weights(expert, buffer)
 
     def lend_together(
-        self, needed: Sequence[int], rows: int, foresee: Callable[[], Sequence[int]] | None = None
+        self,
+        needed: Sequence[int],
+        rows: int,
+        foresee: Callable[[], Sequence[int]] | None = None,
+        on_host: Set[int] = frozenset(),
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of all that are there at once, then of the others."""
-        for group in self._pool.lend_together(self._layer, needed, rows, foresee):
+        asked = needed, rows, foresee, on_host
+        for group in self._pool.lend_together(self._layer, *asked):
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 
     def _weights(self, expert: int, buffer: DeviceBuffer) -> ExpertWeights:
@@ -106,11 +147,23 @@ def open_pool(
     )
 
 
-def lenders_of(pool: Pool, units: Units, matrices_of: MatricesOf) -> dict[int, ExpertLender]:
-    """Who lends the experts of each layer."""
+def homes_of(sources: Mapping[int, Sequence[HomeSource]], matrices_of: MatricesOf) -> Homes:
+    """Of all experts those in host memory."""
+    images = {
+        layer: {i: source.image for i, source in enumerate(own) if source.image is not None}
+        for layer, own in sources.items()
+    }
+    return Homes(images, matrices_of)
+
+
+def lenders_of(
+    pool: Pool, units: Units, matrices_of: MatricesOf, homes: Homes | None = None
+) -> dict[int, ExpertLender]:
+    """Who lends the experts of each layer; and computes them, where their homes are given."""
     views: dict[int, tuple[tuple[int, int], ExpertWeights]] = {}
     return {
-        layer: PooledExperts(pool, layer, own, views, matrices_of) for layer, own in units.items()
+        layer: PooledExperts(pool, layer, own, views, matrices_of, homes)
+        for layer, own in units.items()
     }
 
 

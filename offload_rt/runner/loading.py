@@ -22,18 +22,20 @@ from offload_rt.device.system import give_back_holes, give_back_large_blocks
 from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import spread_layers
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
+from offload_rt.model.experts import ExpertLender
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.packed import can_pack
-from offload_rt.model.formats.stored import scratch_bytes
+from offload_rt.model.formats.stored import Stored, scratch_bytes
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import LayerLayout, set_apart
-from offload_rt.model.network import NOBODY, Base, Network
+from offload_rt.model.network import NOBODY, Base, MatricesOf, Network
 from offload_rt.model.weight_files import FileSource, WeightFiles
-from offload_rt.runner.experts import Pool, lenders_of, open_pool
+from offload_rt.runner.experts import Pool, homes_of, lenders_of, open_pool
 from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
 from offload_rt.streaming.ahead import ReadAhead
+from offload_rt.streaming.experts import MissRates
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
 from offload_rt.units import format_size
@@ -59,6 +61,7 @@ class Streaming:
         in_files: of a home that is split, the layers that stay in their files.
         expert_share: of a home that is split, so much of each layer's experts is in host memory.
         look_ahead: whether experts are copied before their layer asks.
+        misses: what experts cost that no slot holds, if the host may compute them; else None.
         readers: reads in flight.
     """
 
@@ -71,6 +74,7 @@ class Streaming:
     in_files: Sequence[int] = ()
     expert_share: float = 1.0
     look_ahead: LookAhead = LookAhead.OFF
+    misses: MissRates | None = None
     readers: int = 4
 
 
@@ -165,7 +169,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
     if checkpoint.config.writes_out_scores and not stripes.devices[0].kind.own_memory:
         # Kept among others they leave holes: a pass that needs 125 MB took 155 to 269.
         give_back_large_blocks(SCORE_BYTES // 2)
-    _prepare_stored(checkpoint, network, stripes.shares(range(len(layouts))), files)
+    in_order = _prepare_stored(checkpoint, network, stripes.shares(range(len(layouts))), files)
     resident = [i for i in range(len(layouts)) if i not in streaming.layers]
     for (device, mine), spare in zip(stripes.shares(resident), streaming.spare_bytes, strict=True):
         nbytes = max((layouts[i].nbytes for i in mine), default=0)
@@ -185,15 +189,15 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
             ring_of |= dict.fromkeys(mine, rings[-1])
             streamed_bytes += sum(source.nbytes for source in sources.values())
     first = stripes.devices[0]
-    pool = _open_experts(network, first, files, streaming) if streaming.expert_slots else None
+    pool, lenders = None, NOBODY
+    if streaming.expert_slots:
+        pool, lenders = _open_experts(network, first, files, streaming, in_order)
     for device in stripes.devices:
         device.load.record().synchronize()
     crossing = across or (stripes if len(stripes.devices) > 1 else None)
-    lenders = NOBODY if pool is None else lenders_of(pool, network.units, network.matrices_of)
     network.attach(LayerRings(ring_of), base, first.torch_device, chunk_tokens, crossing, lenders)
     _lend_hosts(network, stripes.shares(range(len(layouts))))
-    if pool is not None:
-        _foresee(network, checkpoint, pool, streaming.look_ahead)
+    _foresee(network, checkpoint, pool, streaming.look_ahead)
     if streaming.packs_head and can_pack(network.dtype, first.torch_device):
         with torch.inference_mode():
             packed = network.pack_head()
@@ -287,8 +291,11 @@ def _prepare_stored(
     network: Network,
     shares: Iterable[tuple[Device, Sequence[int]]],
     files: WeightFiles,
-) -> None:
+) -> frozenset[Stored]:
     """Check what describes quantised weights, and give layers memory to dequantise into.
+
+    Returns:
+        those of which inputs of a group follow each other.
 
     Raises:
         CheckpointError: a scale is no number, or an input is in a group that is not there.
@@ -301,6 +308,14 @@ def _prepare_stored(
         )
         nbytes = scratch_bytes(stored, network.dtype.itemsize, device.kind.processor)
         network.lend_scratch(layers, device.allocate(nbytes, SCRATCH), in_order)
+    return frozenset(in_order)
+
+
+def _at_home(network: Network, in_order: frozenset[Stored]) -> MatricesOf:
+    """Matrices of experts that the host computes; what dequantises them is ready."""
+    stored = [s for own in network.units.values() for unit in own for s in unit.stored]
+    ready(stored, network.dtype, torch.device("cpu"), exact=False, in_order=in_order)
+    return network.compute_at_home(in_order)
 
 
 def _packs(network: Network, device: Device) -> bool:
@@ -365,10 +380,10 @@ def _keep(  # noqa: PLR0913 - the same, and how
             network.keep(index, image)
 
 
-def _open_experts(
+def _sources(
     network: Network, device: Device, files: WeightFiles, streaming: Streaming
-) -> Pool:
-    """Set slots for experts aside; those whose home is host memory are read now."""
+) -> Mapping[int, Sequence[HomeSource]]:
+    """Where experts come from; those whose home is host memory are read now."""
     units = network.units
     sources: dict[int, Sequence[HomeSource]] = {
         layer: [FileSource(unit, files) for unit in own] for layer, own in units.items()
@@ -379,18 +394,36 @@ def _open_experts(
             held = spread_layers(int(streaming.expert_share * len(own)), len(own))
             there = {i: source for i, source in by_expert.items() if i in held}
             sources[layer] = [*(by_expert | _in_memory(device, there, own)).values()]
+    return sources
+
+
+def _open_experts(
+    network: Network,
+    device: Device,
+    files: WeightFiles,
+    streaming: Streaming,
+    in_order: frozenset[Stored],
+) -> tuple[Pool, Mapping[int, ExpertLender]]:
+    """Set slots for experts aside, and have who computes some of them ready."""
+    units, sources = network.units, _sources(network, device, files, streaming)
     slot_bytes = max(unit.nbytes for own in units.values() for unit in own)
     slots = [device.allocate(slot_bytes, EXPERTS) for _ in range(streaming.expert_slots)]
     keeps_free = streaming.look_ahead is LookAhead.ON
-    return open_pool(device, units, slots, network.per_token, sources, keeps_free=keeps_free)
+    pool = open_pool(device, units, slots, network.per_token, sources, keeps_free=keeps_free)
+    homes = None
+    if streaming.misses is not None:
+        pool.rates, homes = streaming.misses, homes_of(sources, _at_home(network, in_order))
+    return pool, lenders_of(pool, units, network.matrices_of, homes)
 
 
-def _foresee(network: Network, checkpoint: Checkpoint, pool: Pool, mode: LookAhead) -> None:
+def _foresee(network: Network, checkpoint: Checkpoint, pool: Pool | None, mode: LookAhead) -> None:
     """Let layers of experts ask the next one's router, where there are slots for what it says.
 
     Raises:
         ConfigError: they are to, and none can.
     """
+    if pool is None:
+        return
     found = 0 if mode is LookAhead.OFF else network.foresee()
     pool.may_foresee = found > 0 and pool.leaves_free
     if mode is LookAhead.ON and not found:

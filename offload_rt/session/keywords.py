@@ -39,6 +39,7 @@ class LoadOptions(AnswerOptions, total=False):
     resident_layers: Auto
     expert_slots: Auto
     look_ahead: str
+    expert_misses: str
     home: str
     wire: str
     context: Auto

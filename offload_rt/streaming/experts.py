@@ -23,6 +23,39 @@ SourceT = TypeVar("SourceT", bound=_Sized)
 NEARLY_ALL = 0.9
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MissRates:
+    """What an expert that a layer lacks costs.
+
+    Attributes:
+        link_s: to bring it to the device from host memory.
+        host_s: to compute it there.
+        file_s: to bring it from its file, where not all are in host memory.
+        begin_s: of a layer that has any computed there.
+    """
+
+    link_s: float
+    host_s: float
+    file_s: float = 0.0
+    begin_s: float = 0.0
+
+    def on_host(self, misses: int, at_home: int) -> int:
+        """How many to compute where they lie, so that all are done as soon as may be.
+
+        Args:
+            misses: experts that a layer lacks.
+            at_home: of these, those in host memory.
+        """
+        counts = range(at_home + 1)
+        return min(counts, key=lambda count: (self.until_s(misses, at_home, count), count))
+
+    def until_s(self, misses: int, at_home: int, on_host: int) -> float:
+        """Until all misses of a layer are done, of which so many are computed where they lie."""
+        host_s = self.begin_s + on_host * self.host_s if on_host else 0.0
+        files_s = (misses - at_home) * self.file_s
+        return max(host_s, (at_home - on_host) * self.link_s + files_s)
+
+
 @dataclass(slots=True, eq=False)
 class ExpertSlot(Generic[BufferT]):
     """One device buffer, large enough for any expert.
@@ -33,6 +66,7 @@ class ExpertSlot(Generic[BufferT]):
         number: of the copy, counted from the first of all.
         ahead: it was copied before anybody asked for it, and nobody has yet.
         offer: its copy, which is made while no other one is asked for; None: it was asked for.
+            If not `ahead`, a layer has asked, and the host has computed it meanwhile.
         noted: to be called when it is asked for or dropped, if somebody watches.
     """
 
@@ -60,6 +94,7 @@ class ExpertCounts:
         hits: experts that were there when a layer asked for them.
         misses: experts that were asked for and had to be copied.
         ahead: of these, those whose copy began before the layer asked.
+        on_host: of the misses, those that the host computed, and that are copied behind all others.
         unused: others that were copied ahead, and given up before any layer asked.
         unused_bytes: of these, that had begun to be copied.
         calls: times a layer asked, by rows of the pass (`row_class`).
@@ -71,6 +106,7 @@ class ExpertCounts:
     hits: int = 0
     misses: int = 0
     ahead: int = 0
+    on_host: int = 0
     unused: int = 0
     unused_bytes: int = 0
     calls: dict[int, int] = field(default_factory=dict)
@@ -127,6 +163,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
     hold without. Slots that nobody has are those that do not divide by the layers, or, if
     `keeps_free`, some more.
 
+    Some of what a layer lacks may be computed where it lies (`on_host`). That is offered likewise,
+    for the next time, in the place of what would have been given up for it. So layers hold what
+    they hold without, as far as the link has time; what has not begun to cross may be computed
+    there again.
+
     Rows that ask for nearly all experts of a layer will ask for nearly all of the next one. These
     are copied ahead, behind what was asked for: into slots that are free or of layers that come
     later, and into those that the layer needs no more, but for its share. So a prompt reads without
@@ -152,6 +193,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         leaves_free: see the function.
         may_foresee: passes can say what the next layer will ask for, and there are slots for that.
         foresees: whether the next pass is to.
+        rates: of misses, some of which are computed where they lie; None: none is.
     """
 
     def __init__(  # noqa: PLR0913 - as a ring, all by keyword
@@ -182,6 +224,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._foreseen: int | None = None  # the layer whose experts are offered
         self._copies = 0
         self.may_foresee = self.foresees = False
+        self.rates: MissRates | None = None
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
 
@@ -201,12 +244,41 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._asked.clear()
         self._rest.clear()
 
+    def on_host(
+        self, layer: int, needed: Sequence[int], at_home: Callable[[int], bool]
+    ) -> list[int]:
+        """Which of the experts that a layer lacks are best computed where they lie.
+
+        Those come that were used last, as they should be asked for again. None is computed there of
+        a prompt in parts, which has the time to read.
+
+        Args:
+            layer: whose.
+            needed: by rows, each once.
+            at_home: whether an expert is in host memory.
+        """
+        if self.rates is None or (layer == self._layer and self._takes):
+            return []
+        missing = [expert for expert in needed if self._is_missing(layer, expert)]
+        there = [expert for expert in missing if at_home(expert)]
+        used = {expert: at for at, expert in enumerate(self._recent[layer])}
+        there.sort(key=lambda expert: used.get(expert, -1))
+        return there[: self.rates.on_host(len(missing), len(there))]
+
+    def _is_missing(self, layer: int, expert: int) -> bool:
+        """Whether nothing of an expert is there, or on its way."""
+        slot = self._held[layer].get(expert)
+        return slot is None or (
+            slot.offer is not None and not slot.ahead and not slot.offer.begun_bytes
+        )
+
     def lend(
         self,
         layer: int,
         needed: Sequence[int],
         rows: int = 1,
         foresee: Callable[[], Sequence[int]] | None = None,
+        on_host: Set[int] = frozenset(),
     ) -> Iterator[tuple[int, BufferT]]:
         """Lend experts, each until the next is asked for.
 
@@ -216,11 +288,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
             rows: of the pass, that ask for them.
             foresee: says which experts of the next layer rows will ask for, likeliest first; it is
                 called once copies of those that are needed are on their way.
+            on_host: of those that are needed, what is computed where it lies and is not lent.
 
         Returns:
             Each with its buffer: those that are there, then the others as they come.
         """
-        for group in self._groups(layer, needed, rows, foresee, most=1):
+        for group in self._groups(layer, needed, rows, foresee, on_host, most=1):
             yield from group
 
     def lend_together(
@@ -229,9 +302,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         needed: Sequence[int],
         rows: int = 1,
         foresee: Callable[[], Sequence[int]] | None = None,
+        on_host: Set[int] = frozenset(),
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
         """Lend all experts that are there at once, then the others as far as there are slots."""
-        return self._groups(layer, needed, rows, foresee, most=len(needed))
+        return self._groups(layer, needed, rows, foresee, on_host, most=len(needed))
 
     def _groups(
         self,
@@ -239,6 +313,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         needed: Sequence[int],
         rows: int,
         foresee: Callable[[], Sequence[int]] | None,
+        on_host: Set[int],
         *,
         most: int,
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
@@ -249,14 +324,23 @@ class ExpertPool(Generic[BufferT, SourceT]):
         held = self._held[layer]
         if self._foreseen == layer:
             self._settle(layer, needed)
-        slots = {expert: held.pop(expert) for expert in needed if expert in held}
+        late = {expert for expert in needed if self._is_missing(layer, expert)}
+        mine = [expert for expert in needed if expert in held and expert not in on_host]
+        slots = {expert: held.pop(expert) for expert in mine}
         held.update(slots)  # as the most recently used, whatever becomes of this call
-        self._count(layer, needed, list(slots.values()), rows)
-        queue, lent = deque(self._in_place(layer, set(needed) - slots.keys())), set(slots)
+        hits = [slot for expert, slot in slots.items() if expert not in late]
+        self._count(layer, needed, hits, rows)
+        self.counts.on_host += len(on_host)
+        for slot in slots.values():
+            self._ask_for(slot)
+        absent = set(needed) - slots.keys() - on_host
+        queue, lent = deque(self._in_place(layer, absent)), set(slots)
         # Those that are there, then those on their way, as they come.
         coming = deque(sorted(slots, key=lambda e: slots[e].number if slots[e].filled else 0))
         kept = set(needed[len(needed) - min(self.share, len(needed)) :])
         self._load(layer, queue, coming, lent)
+        if not queue:
+            self._bring_behind(layer, on_host, lent)
         self._look_ahead(layer, needed)
         if foresee is not None and not queue:
             self._offer(layer, foresee)
@@ -322,6 +406,24 @@ class ExpertPool(Generic[BufferT, SourceT]):
         slot.number, slot.ahead = self._copies, why == "ahead"
         self._held[layer][expert] = slot
 
+    def _bring_behind(self, layer: int, experts: Set[int], lent: set[int]) -> None:
+        """Offer copies of what the host computes now, for later."""
+        for expert in self._in_place(layer, experts - self._held[layer].keys()):
+            slot = self._take(layer, lent | experts)
+            if slot is None:
+                return
+            after = [event for event in (slot.drained, slot.filled) if event is not None]
+            slot.offer = self._copy.offer(slot.buffer, self._source(layer, expert), after)
+            self._held[layer][expert] = slot
+
+    def _ask_for(self, slot: ExpertSlot[BufferT]) -> None:
+        """Have what is offered copied in its turn."""
+        if slot.offer is None:
+            return
+        self._copies += 1
+        slot.filled, slot.drained, slot.number = slot.offer.ask(), None, self._copies
+        slot.decided()
+
     def _offer(self, layer: int, foresee: Callable[[], Sequence[int]]) -> None:
         """Offer copies of what the next layer should ask for, into slots that nobody has."""
         following = self._following.get(layer)
@@ -344,18 +446,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
     def _settle(self, layer: int, needed: Sequence[int]) -> None:
         """Of experts that were offered, have those copied that a layer asks for, and no others."""
         self._foreseen, held = None, self._held[layer]
-        offered = {e: offer for e, slot in held.items() if (offer := slot.offer) is not None}
+        offered = [e for e, slot in held.items() if slot.offer is not None and slot.ahead]
         for expert in [expert for expert in needed if expert in offered]:
-            slot, self._copies = held[expert], self._copies + 1
-            slot.filled, slot.drained = offered.pop(expert).ask(), None
-            slot.number = self._copies
-            slot.decided()
-        for expert, offer in offered.items():
-            slot, behind = held[expert], offer.drop()
-            if offer.begun_bytes:  # else the next copy comes after what this one was to
-                slot.filled, slot.drained = behind, None
+            offered.remove(expert)
+            self._ask_for(held[expert])
+        for expert in offered:
             self._free.insert(0, self._drop(layer, expert))
-            slot.decided()
 
     def _look_ahead(self, layer: int, needed: Sequence[int]) -> None:
         """See whether the next layer is to be copied ahead; once for all parts of a layer."""
@@ -393,11 +489,16 @@ class ExpertPool(Generic[BufferT, SourceT]):
     def _drop(self, layer: int, expert: int) -> ExpertSlot[BufferT]:
         """Take a slot from an expert."""
         slot = self._held[layer].pop(expert)
+        offer, begun_bytes = slot.offer, self._source(layer, expert).nbytes
+        if offer is not None:
+            behind, begun_bytes = offer.drop(), offer.begun_bytes
+            if begun_bytes:  # else the next copy comes after what this one was to
+                slot.filled, slot.drained = behind, None
+            slot.decided()
         if slot.ahead:
-            offer, slot.ahead = slot.offer, False
+            slot.ahead = False
             self.counts.unused += 1
-            nbytes = self._source(layer, expert).nbytes if offer is None else offer.begun_bytes
-            self.counts.unused_bytes += nbytes
+            self.counts.unused_bytes += begun_bytes
         return slot
 
     def _in_place(self, layer: int, experts: Iterable[int]) -> list[int]:

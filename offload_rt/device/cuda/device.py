@@ -144,6 +144,14 @@ class CudaDevice:
         """Return a copy of another GPU's tensor on this one."""
         return self._driver.receive(tensor, self.torch_device)
 
+    def fetch(self, data: torch.Tensor) -> torch.Tensor:
+        """Return bytes [n] in host memory; the host waits for them."""
+        return self._driver.fetch(data)
+
+    def put(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of host memory on the GPU, by way of pinned memory; the host goes on."""
+        return self._uploads.send_rows(rows, self._upload)
+
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the one host sync of a step."""
         return self._driver.download(values)

@@ -93,6 +93,9 @@ class Driver(Protocol):
     def download(self, values: torch.Tensor) -> list[int]:
         """Return the values of an integer tensor; the host waits for the current stream."""
 
+    def fetch(self, data: torch.Tensor) -> torch.Tensor:
+        """Return bytes [n] in host memory; the host waits for the current stream."""
+
     def capture(
         self, work: Callable[[], MadeT], device: torch.device
     ) -> tuple[Callable[[], MadeT], int]:

@@ -168,7 +168,7 @@ class Staging:
 
 
 class UploadRing:
-    """Pinned host memory that integers go up from, part by part, in the compute stream.
+    """Pinned host memory that integers and rows go up from, part by part, in the compute stream.
 
     A part is written again only after the event behind the copy out of it.
 
@@ -194,10 +194,7 @@ class UploadRing:
     def _send(
         self, values: Sequence[int], upload: Callable[[torch.Tensor], torch.Tensor]
     ) -> torch.Tensor:
-        self._ring.rotate(1)
-        buffer, nbytes = self._ring[0], _ID_BYTES * len(values)
-        if buffer.drained is not None and not buffer.drained.done():
-            buffer.drained.synchronize()
+        buffer, nbytes = self._next(), _ID_BYTES * len(values)
         buffer.memory.view[:nbytes] = array("q", values).tobytes()
         source = torch.empty(0, dtype=torch.int64)
         if values:
@@ -205,3 +202,23 @@ class UploadRing:
         sent = upload(source)
         buffer.drained = self._record()
         return sent
+
+    def send_rows(
+        self, rows: torch.Tensor, upload: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Upload rows [n, E], as many at a time as a part takes."""
+        sent = []
+        for some in rows.split(max(1, UPLOAD_BYTES // (rows.shape[1] * rows.itemsize))):
+            buffer = self._next()
+            source = buffer.memory.tensor[: some.nbytes].view(rows.dtype).view(some.shape)
+            sent.append(upload(source.copy_(some)))
+            buffer.drained = self._record()
+        return sent[0] if len(sent) == 1 else torch.cat(sent)
+
+    def _next(self) -> StagingBuffer:
+        """The part that was written longest ago, once it has gone up."""
+        self._ring.rotate(1)
+        buffer = self._ring[0]
+        if buffer.drained is not None and not buffer.drained.done():
+            buffer.drained.synchronize()
+        return buffer

@@ -194,6 +194,10 @@ class TorchDriver:
         """Return the values of an integer tensor."""
         return [int(v) for v in values.flatten().tolist()]  # host sync
 
+    def fetch(self, data: torch.Tensor) -> torch.Tensor:
+        """Return bytes in host memory."""
+        return data.cpu()  # host sync
+
     def capture(
         self, work: Callable[[], MadeT], device: torch.device
     ) -> tuple[Callable[[], MadeT], int]:

@@ -4,14 +4,17 @@ The numbers are those of the dequantised weight's product (`kernels/stored.py`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, partial
 
 import torch
 
+from offload_rt.kernels import pairs
 from offload_rt.kernels import stored as kernels
 from offload_rt.kernels.stored import How, StoredProduct, blocks_of
 from offload_rt.model.formats import ggml, integers, planes
+from offload_rt.model.formats.grids import powers
 from offload_rt.model.formats.methods import BLOCKS, Form
-from offload_rt.model.formats.stored import Stored, multiplies
+from offload_rt.model.formats.stored import Stored, multiplies, multiplies_fours
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
 
@@ -91,6 +94,40 @@ def direct_for(
         return product(rows, *numbers(stored, parts, bias))
 
     return multiply
+
+
+def at_home(stored: Stored, dtype: torch.dtype, *, in_order: bool) -> Direct | None:
+    """What multiplies few rows with an expert's weight where a GPU's experts live.
+
+    As of `direct_for`; MXFP4 too, in an order of its own that has other bits than the product with
+    the dequantised weight.
+    """
+    if multiplies_fours(stored) and not pairs.problem():
+        return partial(_fours, stored)
+    return direct_for(stored, dtype, torch.device("cpu"), exact=False, in_order=in_order)
+
+
+def _fours(
+    stored: Stored, rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """One sum in fp32 for each number, rounded once."""
+    codes, scales = (
+        parts[word].view(torch.uint8).view(stored.outputs, -1)
+        for word in ("weight_packed", "weight_scale")
+    )
+    out = torch.cat(
+        [
+            pairs.multiply(some, codes, scales, _halves())
+            for some in rows.float().split(pairs.MOST_ROWS)
+        ]
+    )
+    return (out if bias is None else out.add_(bias)).to(rows.dtype)
+
+
+@cache
+def _halves() -> torch.Tensor:
+    """Half of what each scale stands for: a power of two, or no number."""
+    return powers(torch.arange(256, dtype=torch.uint8)).float() * 0.5
 
 
 def _coded(stored: Stored, blocks: tuple[int, int]) -> Direct:

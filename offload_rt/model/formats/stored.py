@@ -44,6 +44,7 @@ _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
 _KERNEL_FORMATS = ("bfloat16", "float16")
 # Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
 _FLAG, _PANEL = "avx512_bf16", 64
+_FOURS, _LOOKS_UP = 32, "avx512f"  # inputs of a scale of MXFP4; who multiplies it needs that
 _MATRICES = "amx_bf16"  # with which torch's library adds up in another order
 # Inputs of a weight in 12 bits: multiples of one, fewer than the other (`kernels/twelve.py`).
 _CODED_INPUTS, _LONGEST = 64, 2**19
@@ -71,6 +72,10 @@ class Flat:
 
 
 TOGETHER_ROWS = 8  # of a pass; each reads the weights of its experts by itself
+# Weights of MXFP4 that a core multiplies in a second, assumed: two thirds of the best of 40
+# products on a Xeon with AVX-512 (9.5e9, beside other work).
+FOURS_PER_CORE = 6e9
+HOST_ROWS = 8  # of a pass, whose experts a processor may compute where they lie
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -201,6 +206,12 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         and not (_MATRICES in processor_flags() and takes_matrix_registers())
         and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
+
+
+def multiplies_fours(stored: Stored) -> bool:
+    """Whether a processor like this one multiplies few rows with MXFP4 as it is stored."""
+    suits = multiplied_together(stored.form) and stored.block == (1, _FOURS)
+    return suits and _LOOKS_UP in processor_flags() and not compiled.problem()
 
 
 def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -> int:

@@ -52,11 +52,13 @@ class Bringer:
     Attributes:
         scratch: bytes for the one weight that computes, lent before a pass runs.
         in_order: inputs of a group follow each other, so that an index of groups says nothing.
+        direct: multiplies rows with the parts as they are stored; None: they are dequantised.
     """
 
     def __init__(self, stored: Stored, dtype: torch.dtype) -> None:
         self.stored, self.dtype = stored, dtype
         self.scratch, self.in_order = torch.empty(0, dtype=torch.uint8), False
+        self.direct: Direct | None = None
         self._bring = _BRING[stored.form]
 
     def lend(self, scratch: torch.Tensor, *, in_order: bool) -> None:
@@ -86,6 +88,11 @@ class StoredMatrix:
     def __call__(self) -> torch.Tensor:
         """The weight [O, I], in the scratch until another is brought."""
         return self.bringer.bring(self.parts)
+
+    def multiplied(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+        """[n, O] of rows [n, I] times it, where that needs no dequantised weight."""
+        direct = self.bringer.direct
+        return None if direct is None else direct(rows, self.parts, bias)
 
 
 class WiredLinear(torch.nn.Module):
