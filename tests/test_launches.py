@@ -1,11 +1,13 @@
 """How many kernels a step launches beside its passes does not grow with its draft."""
 
+import json
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 from engines import HOST, what_rows_see
+from tool_runs import loaded
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from offload_rt.config import AcceptRule, SamplingConfig
@@ -88,7 +90,7 @@ def test_a_verification_launches_few_kernels_whatever_its_size(nodes, rule, shap
     if shape == "drawn chain":
         probs = torch.full((nodes, 250), 1 / 250)
     uploads = Mock(side_effect=HOST.upload)
-    gpu = SimpleNamespace(kind=CUDA, upload=uploads, download=torch.Tensor.tolist)
+    gpu = SimpleNamespace(**vars(HOST) | {"kind": CUDA, "upload": uploads})
     logits = torch.randn(nodes + 1, 250).bfloat16()
     drafter = NgramDrafter(4, 99)
     dice = Dice(make_generator(0, "cpu"))
@@ -100,3 +102,14 @@ def test_a_verification_launches_few_kernels_whatever_its_size(nodes, rule, shap
 def test_parts_of_a_gpu_are_large_and_within_what_is_planned():
     assert [drawn_rows(CUDA, rows, 128_000) for rows in (1, 17, 1025)] == [1, 17, 32]
     assert drawn_rows(CUDA, 1025, 2_000_000) == drawn_rows(CPU, 1025, 32_000) == DRAW_ROWS
+
+
+def test_the_tool_counts_and_times_a_step(run_tool, monkeypatch):
+    with loaded("bench_steps") as tool:
+        monkeypatch.setattr(torch, "set_num_threads", lambda _: None)
+        monkeypatch.setattr(tool, "SIZES", (16,))
+        row = json.loads(run_tool(tool))
+    assert row["nodes"] == row["ngram_nodes"] == 16
+    assert row["greedy_launches"] <= 40
+    assert all(0 < row[f"{rule}_launches"] <= 80 for rule in ("sampling", "drawn", "typical"))
+    assert min(row["see_ms"], row["grow_ms"], row["ngram_propose_ms"]) > 0

@@ -35,6 +35,7 @@ from offload_rt.speculative.ngram.drafter import NgramDrafter  # noqa: E402
 from offload_rt.speculative.ngram.followers import Likely, pack_likely  # noqa: E402
 from offload_rt.speculative.verifier import draw  # noqa: E402
 
+SIZES = 64, 256, 512, 1024  # nodes of a draft
 VOCAB, QUOTED_VOCAB, ROUNDS = 512, 120, 25
 FILTERS = SamplingConfig(temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, seed=0)
 
@@ -93,7 +94,7 @@ def grown(nodes: int) -> tuple[float, TokenTree]:
     table = [3 * torch.randn(64, VOCAB, generator=generator) for _ in range(8)]
     passes, spent, trees = [0], [0.0], []
 
-    def logits(part: Rows) -> torch.Tensor:
+    def logits(part: Rows, *, recorded: bool = True) -> torch.Tensor:
         passes[0] += 1
         return table[passes[0] % 8][: len(part.wanted)]
 
@@ -146,7 +147,7 @@ def ngrams(nodes: int) -> dict[str, float]:
 def launches(tree: TokenTree, sampling: SamplingConfig, rule: AcceptRule, *, drawn: bool) -> int:
     """Kernels and uploads of a verification; of a chain that was drawn where asked."""
     nodes, uploads = len(tree), mock.Mock(side_effect=upload)
-    device: Any = SimpleNamespace(kind=CUDA, upload=uploads)
+    device: Any = SimpleNamespace(kind=CUDA, upload=uploads, torch_device=torch.device("cpu"))
     probs = torch.full((nodes, 250), 1 / 250) if drawn else None
     tokens = tuple(token % 250 for token in tree.tokens)
     shape = TokenTree.chain(tokens) if drawn else TokenTree(tokens, tree.parents)
@@ -161,7 +162,7 @@ def main() -> None:
     torch.set_num_threads(1)
     host: Any = SimpleNamespace(upload=upload)
     cache: Any = SimpleNamespace(length=300)
-    for nodes in (64, 256, 512, 1024):
+    for nodes in SIZES:
         growth_ms, tree = grown(nodes)
 
         def see(tree: TokenTree = tree) -> None:
