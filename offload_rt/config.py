@@ -458,6 +458,18 @@ class DraftConfig:
         draws = self.over_retrieval or (self.grows and self.shape is not DraftShape.TREE)
         return (draws and not self.automatic) or self.accept is AcceptRule.TYPICAL
 
+    def is_made_together(self, *, sampled: bool) -> bool:
+        """Whether a network may make such drafts of several sequences in the same passes.
+
+        Not where a sampled answer rests on the draft, which is to be the same whoever else is
+        there, to the last bit: where tokens are drawn, or acceptance is typical.
+
+        Args:
+            sampled: answers are.
+        """
+        rests = not self.as_tree or self.accept is AcceptRule.TYPICAL
+        return not (sampled and rests)
+
     @property
     def model(self) -> str:
         """The draft model, as the user named it; empty for other drafters."""

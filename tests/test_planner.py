@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_profile import PROJECT
 
 from offload_rt.config import (
+    AcceptRule,
     DraftConfig,
     DraftShape,
     DraftWeights,
@@ -26,7 +27,7 @@ from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, make_plan, plan_run
 from offload_rt.planning.yields import Seen, Yield, expected_yield
 from offload_rt.profiling.store import load_profile
-from offload_rt.session.means import reproducible
+from offload_rt.session.means import means_for, reproducible
 from offload_rt.speculative.kind import SIZES
 from offload_rt.speculative.kinds import kind_of
 
@@ -310,6 +311,32 @@ def test_triforce_is_looked_at_where_kv_is_offloaded(checkpoint):
     assert kinds == {"none", "ngram", "triforce"}
     near = plan(checkpoint, prompt=4000, kv=KVPlace.DEVICE)
     assert {c.draft.kind for c in near.considered} == {"none", "ngram"}
+
+
+@pytest.mark.parametrize("accept", [AcceptRule.LOSSLESS, AcceptRule.TYPICAL])
+@pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
+@pytest.mark.parametrize("name", ["model:self", "self:int4"])
+def test_what_is_drafted_alone_is_planned_alone(make_tiny, name, shape, accept):
+    """Of four sequences, what a sampled answer rests on takes four times the passes."""
+    checkpoint = open_checkpoint(make_tiny("llama", hidden_size=256, intermediate_size=512))
+    draft = DraftConfig(draft=name, draft_tokens=6, shape=shape, accept=accept)
+    drafting = Drafting(draft, checkpoint if draft.model else None)
+    load = RunLoad(capacities=[100] * 4, prompt_tokens=200, drafting=drafting)
+
+    def passes(sampling):
+        made = plan_run(
+            checkpoint,
+            RuntimeConfig(device="cpu", dtype=DType.BFLOAT16, resident_layers=1),
+            CPU,
+            load=load,
+            free=FREE,
+            means=means_for(checkpoint, sampling, speeds(), DraftConfig(draft="ngram")),
+        )
+        return made.prediction.draft_passes
+
+    rests = shape is DraftShape.CHAIN or accept is AcceptRule.TYPICAL
+    alone = passes(SamplingConfig(temperature=1.0))
+    assert alone == (4 if rests else 1) * passes(SamplingConfig())
 
 
 def test_nothing_fits_and_the_refusal_names_a_limit_that_does(checkpoint):

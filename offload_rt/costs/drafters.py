@@ -21,11 +21,18 @@ class Drafting:
         config: how much.
         checkpoint: headers of the draft model, if one drafts; or of the target's own module.
         heads_bytes: Medusa heads with what they compute, if they draft.
+        sampled: answers are, for which some drafts are made one sequence after the other.
     """
 
     config: DraftConfig = DraftConfig()
     checkpoint: Checkpoint | None = None
     heads_bytes: int = 0
+    sampled: bool = False
+
+    @property
+    def together(self) -> bool:
+        """Whether a network makes drafts of several sequences in the same passes."""
+        return self.config.is_made_together(sampled=self.sampled)
 
 
 NO_DRAFTING = Drafting()
@@ -74,18 +81,19 @@ def shared_rows(rows: int, sequences: int) -> int:
     return max(rows, min(rows * sequences, SHARED_ROWS))
 
 
-def growing_pass(placed: PlacedModel, rows: int) -> tuple[int, PassLoad]:
+def growing_pass(placed: PlacedModel, rows: int, *, together: bool) -> tuple[int, PassLoad]:
     """Passes in which all sequences are fed so many rows each by a model that drafts, and one.
 
     Args:
         placed: the model, and how many sequences it drafts for.
         rows: of each sequence.
+        together: a pass may have rows of several sequences (`Drafting.together`).
 
     Returns:
         How many passes that is, and the load of each: recorded ones are of one sequence.
     """
     alone = replace(placed, sequences=1).draft_load(rows)
-    if alone.recorded or placed.sequences == 1:
+    if not together or alone.recorded or placed.sequences == 1:
         return placed.sequences, alone
     passes = ceil(placed.sequences / max(1, SHARED_ROWS // rows))
     return passes, replace(placed, sequences=ceil(placed.sequences / passes)).draft_load(rows)

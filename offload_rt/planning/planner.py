@@ -148,6 +148,7 @@ class Means:
         stated: how often drafts are right, if that is given; then `yields` says nothing.
         repeats: sampled answers are to be the same again, so `auto` looks at no draft they rest on;
             networks grow trees then, unless chains are asked for.
+        sampled: answers are.
     """
 
     speeds: Speeds
@@ -156,6 +157,7 @@ class Means:
     asked: ExpertUse = ExpertUse()
     stated: Callable[[DraftConfig], Expected] | None = None
     repeats: bool = False
+    sampled: bool = False
 
 
 class PlanInputs(TypedDict):
@@ -311,8 +313,9 @@ def plan_run(
         PlanError: nothing fits; the refusal that asks for least.
         ProfileError: the profile lacks a number.
     """
-    load = replace(load, drafting=settled(load.drafting, device), asked=means.asked)
-    draft = load.drafting.config
+    drafting = replace(settled(load.drafting, device), sampled=means.sampled)
+    load = replace(load, drafting=drafting, asked=means.asked)
+    draft = drafting.config
     search = _Search(checkpoint, runtime, device, load, free, means)
     found: list[_Candidate] = []
     refusals: list[tuple[DraftConfig, PlanError]] = []

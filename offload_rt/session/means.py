@@ -147,8 +147,14 @@ def means_for(
         return read_level(levels_path(), key, time.time())
 
     asked = read_asked(asked_path(), model_key(checkpoint))
-    repeats = sampling.repeats
-    return Means(speeds=speeds, yields=yields, level=level, asked=asked, repeats=repeats)
+    return Means(
+        speeds=speeds,
+        yields=yields,
+        level=level,
+        asked=asked,
+        repeats=sampling.repeats,
+        sampled=not sampling.greedy,
+    )
 
 
 def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:

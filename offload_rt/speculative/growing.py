@@ -16,7 +16,7 @@ from itertools import islice, takewhile
 import torch
 from torch.nn.functional import pad
 
-from offload_rt.config import AcceptRule, DraftConfig, SamplingConfig
+from offload_rt.config import DraftConfig, SamplingConfig
 from offload_rt.costs.sizes import DRAW_ROWS
 from offload_rt.errors import NumbersError
 from offload_rt.kv.base import KVCache
@@ -248,14 +248,11 @@ class GrowingDrafter(Unlearned, ABC):
     def shared_model(self, max_nodes: int | None) -> Runner | None:
         """The network, if rows of other sequences may be in the passes of such a draft.
 
-        Not where passes are recorded, as each is of one sequence; and not where a sampled answer
-        rests on the draft, which is to be the same whoever else is there, to the last bit: where
-        tokens are drawn, or acceptance is typical.
+        Not where passes are recorded, as each is of one sequence.
         """
         config = self._config.limited(max_nodes)
-        rests = not config.as_tree or config.accept is AcceptRule.TYPICAL
-        alone = rests and not self._sampling.greedy
-        return None if alone or self._model.records(self._grower.cache) else self._model
+        together = config.is_made_together(sampled=not self._sampling.greedy)
+        return self._model if together and not self._model.records(self._grower.cache) else None
 
     def _draw_chain(
         self, logits: torch.Tensor, depth: int, feed: Callable[[int], Feeding]

@@ -70,7 +70,7 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    each, load = growing_pass(placed, rows)
+    each, load = growing_pass(placed, rows, together=drafting.together)
     parts = (DraftPart(times=passes * each, load=load),)
     if not config.as_tree:
         return parts

@@ -87,7 +87,8 @@ def _parts(drafting: Drafting, target: PlacedModel, expected: Expected) -> tuple
     passes, rows = float(config.nodes), 1
     if config.as_tree:
         passes, rows = config.tree_passes * expected.made, config.tree_breadth
-    each, load = growing_pass(target.over_own_rows(_format(config)), rows)
+    own = target.over_own_rows(_format(config))
+    each, load = growing_pass(own, rows, together=drafting.together)
     parts = (DraftPart(times=passes * each, load=load),)
     if not config.as_tree:
         return parts
