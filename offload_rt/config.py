@@ -531,16 +531,24 @@ class DraftConfig:
             draft_weights=self.draft_weights,
         )
 
-    def chosen(self, draft: str) -> "DraftConfig":
+    def chosen(self, draft: str, tokens: int | None = None) -> "DraftConfig":
         """Of `auto`: the same with that drafter. What is said of MODEL is not for others.
 
         Nor is how drafted tokens are accepted for none.
+
+        Args:
+            draft: who drafts.
+            tokens: of a draft; None: the drafter's own default.
+
+        Raises:
+            ConfigError: the window is too small for them.
         """
         if draft == f"model:{self.model}":
-            return replace(self, draft=draft)
+            return replace(self, draft=draft, draft_tokens=tokens)
         return replace(
             self,
             draft=draft,
+            draft_tokens=tokens,
             shape=DraftShape.AUTO,
             draft_window=None,
             draft_weights=DraftWeights.AUTO,
@@ -596,12 +604,13 @@ class DraftConfig:
         return self.draft.partition(":")[2] if self.words.argument == argument else ""
 
     def _check_window(self) -> None:
-        window, least = self.window_tokens, SINK_TOKENS + self.nodes + 1
+        nodes = max(1, self.nodes)  # how many `auto` may come to is not known here
+        window, least = self.window_tokens, SINK_TOKENS + nodes + 1
         if window is not None and window < least:
+            advice = "raise it or lower --draft-tokens" if nodes > 1 else "raise it"
             raise ConfigError(
                 f"--draft-window is {window}, accepted is auto, full or {least} or more: the first "
-                f"{SINK_TOKENS} tokens, the {self.nodes} of a draft and one to go on from; "
-                "raise it or lower --draft-tokens"
+                f"{SINK_TOKENS} tokens, the {nodes} of a draft and one to go on from; {advice}"
             )
 
 

@@ -287,6 +287,18 @@ def test_auto_looks_at_a_model_that_is_given_beside_the_others(checkpoint):
     assert quick.placement.demand.drafter_bytes == 0
 
 
+def test_a_window_leaves_a_model_that_auto_looks_at_the_sizes_it_has_room_for(checkpoint):
+    def sizes(window):
+        given = DraftConfig(draft="auto:small", draft_window=window)
+        made = plan(checkpoint, given, drafter=checkpoint, disk=1e6, resident_layers=4)
+        return {c.draft.nodes for c in made.considered if c.draft.kind == "model"}
+
+    assert sizes(64) == {size for size in SIZES if 16 + size + 1 <= 64}
+    assert sizes(18) == {1}
+    with pytest.raises(ConfigError, match="accepted is auto, full or 18 or more.*; raise it$"):
+        DraftConfig(draft="auto:small", draft_window=17)
+
+
 def test_auto_draws_nothing_where_a_sampled_answer_is_to_be_the_same_again(checkpoint):
     """Then networks grow trees, whose nodes are chosen; a chain that is asked for is left out."""
     small, sampling = DraftConfig(draft="auto:small"), SamplingConfig(temperature=1.0, seed=1)

@@ -8,6 +8,7 @@ What the user fixed is fixed in all candidates.
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import TypedDict, Unpack
 
@@ -418,25 +419,19 @@ def _sized_drafts(
         names = [name for name in NAMES if kind_of(name).automatic(draft, runtime, dtype, tokens)]
         names += [f"model:{draft.model}"] if draft.model else []
     for name in names:
-        sized = draft.chosen(name) if draft.automatic else draft
-        for size in _sizes(sized, device, load):
-            yield replace(sized, draft_tokens=size)
+        yield from _in_sizes(draft, name, device, load)
 
 
-def _sizes(draft: DraftConfig, device: DeviceKind, load: RunLoad) -> Sequence[int]:
-    """Numbers of tokens a drafter may be asked for."""
-    if not draft.drafts:
-        return ()
-    most = min(kind_of(draft.kind).most_on(device), max(load.capacities))
-    return [size for size in SIZES if size <= most and _has_room(draft, size)]
-
-
-def _has_room(draft: DraftConfig, size: int) -> bool:
-    try:
-        replace(draft, draft_tokens=size)
-    except ConfigError:  # a window too small for that size
-        return False
-    return True
+def _in_sizes(
+    draft: DraftConfig, name: str, device: DeviceKind, load: RunLoad
+) -> Iterator[DraftConfig]:
+    """Drafts of that drafter in each size it may be asked for, ascending."""
+    most = min(kind_of(name.partition(":")[0]).most_on(device), max(load.capacities))
+    for size in SIZES:
+        if size > most:
+            return
+        with suppress(ConfigError):  # a window too small for that size
+            yield draft.chosen(name, size) if draft.automatic else replace(draft, draft_tokens=size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -529,11 +524,14 @@ class _Search:
 
         Its prediction is that of the first steps, whose drafts are as large as before.
         """
-        for size in reversed(_sizes(best.draft, self._device, self._load)):
-            if not best.draft.nodes < size <= _MOST_ROOM * best.draft.nodes:
+        draft = best.draft
+        if not draft.drafts:
+            return best
+        for sized in reversed([*_in_sizes(draft, draft.draft, self._device, self._load)]):
+            if not draft.nodes < sized.nodes <= _MOST_ROOM * draft.nodes:
                 continue
             try:
-                roomy = self.candidate(replace(best.draft, draft_tokens=size), best.runtime)
+                roomy = self.candidate(sized, best.runtime)
             except (PlanError, ConfigError):  # the ring is larger than what it would stream
                 continue
             prediction = self._predict(best.drafting, roomy.placement)
