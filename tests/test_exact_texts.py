@@ -3,6 +3,7 @@
 Few ids and many nodes, so that what is drafted at random is accepted now and then.
 """
 
+import json
 import random
 from contextlib import contextmanager
 from dataclasses import replace
@@ -191,6 +192,16 @@ def test_a_seeded_answer_does_not_depend_on_the_sizes_of_trees(
         made = rows_of_answers(engine, monkeypatch, SAMPLINGS[1], lambda: numbers.randint(1, 16))
     assert same_rows(made, undrafted("target", SAMPLINGS[1]))
     assert made[2].accepted > 0
+
+
+def test_a_seeded_answer_is_the_same_whoever_auto_lets_draft(make_tiny, offload_run):
+    folder = make_tiny("llama", tokenizer=True, **SIZES | {"vocab_size": 300})
+    base = ("generate", folder, "-p", "the quick brown fox " * 6, "-n", ANSWER, "--exact", "on")
+    sampled = (*base, "--temperature", 1, "--seed", 7, "--resident-layers", 1, "--json")
+    ways = "none", "auto", f"auto:{folder}"
+    made = [json.loads(offload_run(*sampled, "--draft", way).out) for way in ways]
+    assert [one["token_ids"] for one in made] == [made[0]["token_ids"]] * len(ways)
+    assert made[-1]["speculation"]["drafted"] > 0
 
 
 def test_without_row_invariance_bits_depend_on_drafts(folders, monkeypatch):
