@@ -272,7 +272,7 @@ def test_who_goes_away_while_the_prompt_is_read_holds_nothing(server, monkeypatc
     """Before anything of the answer was sent."""
     maker = type(server.service.maker)
     real = maker.plain_ids
-    monkeypatch.setattr(maker, "plain_ids", lambda *given: time.sleep(0.2) or real(*given))
+    monkeypatch.setattr(maker, "plain_ids", lambda *a, **k: time.sleep(0.2) or real(*a, **k))
     body = {"prompt": "the fox", "max_tokens": 200, "stream": streams, "ignore_eos": True}
 
     async def leaving():
@@ -511,6 +511,28 @@ def test_a_prompt_that_is_too_long_says_both_numbers(server):
     longest = post(server.app, PLAIN, {"prompt": [5] * 255, "max_tokens": 50, "ignore_eos": True})
     assert longest.json["choices"][0]["finish_reason"] == "length"
     assert longest.json["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.parametrize("chats", [True, False])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, monkeypatch, chats):
+    """A few of 8 MB would keep the prompts of all others waiting."""
+    made = []
+    tokenizer = type(server.service.prompts)
+    real = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda *a, **k: made.append(a) or real(*a, **k))
+    longest = max(map(len, server.service.prompts.get_vocab()))
+    route, param = (CHAT, "messages") if chats else (PLAIN, "prompt")
+
+    def asked(text):
+        given = [{"role": "user", "content": text}] if chats else text
+        found = post(server.app, route, {param: given})
+        assert found.status == 400 and found.json["error"]["code"] == "context_length_exceeded"
+        return found.json["error"]["message"]
+
+    assert f"{256 * longest + 1} characters" in asked("x" * (256 * longest + 1)) and not made
+    assert "tokens, there is room for 256" in asked("x" * (256 * longest)) and made
+    counted = post(server.app, "/tokenize", {"prompt": "x" * (256 * longest + 1)})
+    assert counted.json["count"] > 256
 
 
 def test_another_model_is_not_here(server):

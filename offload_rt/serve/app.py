@@ -126,11 +126,14 @@ class Service:
         """Token ids of a conversation."""
         return await asyncio.to_thread(self.maker.chat_ids, turns, tools)
 
-    async def plain_ids(self, prompt: str | list[int], special: bool = True) -> list[int]:
+    async def plain_ids(
+        self, prompt: str | list[int], special: bool = True, *, answered: bool = True
+    ) -> list[int]:
         """Token ids of a text, as it is."""
         if not isinstance(prompt, str):
             return prompt
-        return await asyncio.to_thread(self.maker.plain_ids, prompt, special)
+        read = self.maker.plain_ids
+        return await asyncio.to_thread(read, prompt, special, answered=answered)
 
     async def words(self, told: Iterable[TokenLogprob], more: Iterable[int] = ()) -> Words:
         """Texts of the tokens that are told of."""
@@ -561,7 +564,8 @@ def _add_texts(app: FastAPI, service: Service) -> None:
         if body.messages is not None:
             ids = await service.chat_ids(body.messages, None)
         elif (given := body.content if body.prompt is None else body.prompt) is not None:
-            ids = await service.plain_ids(given, body.add_special_tokens is not False)
+            special = body.add_special_tokens is not False
+            ids = await service.plain_ids(given, special, answered=False)
         else:
             raise WireError("give prompt or messages", param="prompt")
         most = service.offer.context_tokens

@@ -15,6 +15,7 @@ from offload_rt.text import Message, Tokenizer, build_prompt
 
 PLAIN_TOKENS = 16  # of a plain completion that does not say, as in the protocol
 _SEEDS = 2**63
+_USUAL_CHARS = 8  # of a token, at most: texts with no more are let through without a look
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,16 +89,46 @@ class Maker:
             Message(role=turn.role, content=turn.text(place), more=turn.more())
             for place, turn in enumerate(turns)
         ]
+        told = [
+            one for one in messages if one.role != "assistant"
+        ]  # of theirs a part may be left out
+        self._check_length(sum(len(one.content.strip()) for one in told), "messages")
         return self._tokens(lambda: build_prompt(self.prompts, messages, tools=tools), "messages")
 
-    def plain_ids(self, prompt: str, special: bool = True) -> list[int]:
+    def plain_ids(self, prompt: str, special: bool = True, *, answered: bool = True) -> list[int]:
         """Token ids of a text, as it is.
+
+        Args:
+            prompt: the text.
+            special: with tokens that begin a text.
+            answered: it is to be answered, so one that is too long is refused before it is read.
 
         Raises:
             WireError: the tokenizer refuses it.
         """
+        if answered:
+            self._check_length(len(prompt.strip()), "prompt")
         encode = self.prompts.encode
         return self._tokens(lambda: encode(prompt, add_special_tokens=special), "prompt")
+
+    def _check_length(self, chars: int, param: str) -> None:
+        """Refuse a text that is too long however its tokens are: to find them takes seconds.
+
+        Raises:
+            WireError: it is.
+        """
+        room = min(self.offer.context_tokens, self.offer.kv_tokens)
+        if chars <= _USUAL_CHARS * room:
+            return
+        longest = max(map(len, self.prompts.get_vocab()))
+        if chars > longest * room:
+            raise WireError(
+                f"the prompt has {chars} characters, a token has {longest} at most, and there is "
+                f"room for {room} tokens with the answer (--context and --kv-tokens): shorten the "
+                "prompt",
+                code="context_length_exceeded",
+                param=param,
+            )
 
     def _tokens(self, make: Callable[[], list[int]], param: str) -> list[int]:
         try:
