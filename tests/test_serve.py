@@ -21,6 +21,7 @@ from offload_rt.errors import DeviceError
 from offload_rt.serve import app as app_module
 from offload_rt.serve import guards, running
 from offload_rt.serve.guards import Rules
+from offload_rt.session.crowd import Crowd
 from offload_rt.session.shared import Shared
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -390,6 +391,32 @@ def test_an_engine_that_breaks_says_so(tiny_model, monkeypatch):
         later = post(server.app, CHAT, {"messages": HI})
         assert (first.status, later.status, get(server.app, "/health").status) == (500, 503, 503)
         assert later.headers["x-should-retry"] == "false"
+
+
+def test_whatever_fails_as_an_order_is_taken_in_nobody_waits_for_ever(tiny_model, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("no more of it")
+
+    room = Shared(sequences=2, context_tokens=128, kv_tokens=256)
+    with serving(tiny_model, room=room) as server:
+        monkeypatch.setattr(Crowd, "join", broken)
+        found = post(server.app, CHAT, {"messages": HI, "max_tokens": 4, "n": 2})
+        assert found.status == 500 and "the engine failed" in found.text
+        settled(server)
+
+
+def test_an_order_that_is_being_taken_in_is_withdrawn_with_all(server, monkeypatch):
+    real = Crowd.join
+
+    def joined(*given):
+        assert server.desk.unfinished == 1
+        server.desk.withdraw_all()
+        return real(*given)
+
+    monkeypatch.setattr(Crowd, "join", joined)
+    found = post(server.app, CHAT, {"messages": HI, "max_tokens": 80, "ignore_eos": True})
+    assert found.status == 503 and "the server ended the answer" in found.text
+    settled(server)
 
 
 def test_more_than_may_wait_are_refused(tiny_model, monkeypatch):

@@ -190,16 +190,19 @@ class Desk:
                 self._rest()
             while not (self._arrived or crowd.busy or self._ends):
                 self._changed.wait()
-            arrived, self._arrived = self._arrived, []
+            arrived = [*self._arrived]
             if self._ends and not arrived and not crowd.busy:
                 return False
-        for order in arrived:
+        for order in arrived:  # each is in one of the lists all the time: all may be to end
             try:
                 member = crowd.join(order.request, order.stop)
             except OffloadError as error:
+                with self._changed:
+                    self._arrived.remove(order)
                 self._over(order, Told(over=FinishReason.ERROR, error=error))
                 continue
             with self._changed:
+                self._arrived.remove(order)
                 order.member = member
                 self._orders[member] = order
             if order.withdrawn:  # before it was a member
