@@ -562,6 +562,17 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, monk
     assert counted.json["count"] > 256
 
 
+def test_head_is_answered_as_get_is(server):
+    """As who watches a server asks; over a socket uvicorn leaves the body out."""
+
+    async def asked(path):
+        return await ask(server.app, "HEAD", path).over()
+
+    for path, status in (("/health", 200), ("/", 200), ("/nothing", 404), (CHAT, 405)):
+        assert asyncio.run(asked(path)).status == status
+    assert asyncio.run(asked("/health")).headers["content-type"] == "application/json"
+
+
 def test_another_model_is_not_here(server):
     found = post(server.app, CHAT, {"model": "gpt\x1b[31m", "messages": HI})
     assert found.status == 404 and found.json["error"]["code"] == "model_not_found"

@@ -93,7 +93,7 @@ class Guards:
         except WireError as error:
             await refuse(named, error)
             return
-        await self.app(scope, received, named)
+        await self.app(_as_get(scope), received, named)
 
     def _check(self, scope: Scope, headers: dict[str, str]) -> None:
         """Whether it may be asked like that at all."""
@@ -134,6 +134,11 @@ class Guards:
                 kind="authentication_error",
                 code="invalid_api_key",
             )
+
+
+def _as_get(scope: Scope) -> Scope:
+    """A HEAD as a GET; uvicorn leaves the body out, by its own scope."""
+    return {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
 
 
 async def refuse(send: Send, error: WireError) -> None:
