@@ -31,7 +31,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from value_double import open_as, open_double
 
-from offload_rt.cli import simulate
 from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, Exact, HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
@@ -338,9 +337,23 @@ def test_simulate_looks_at_ends_in_their_blocks(files, monkeypatch, offload_run)
     path, _ = files("qwen2")
     ask, counts = ("simulate", path, "--profile", "rtx4090-pcie4x16", "--draft", "none"), []
     for forms in (lambda made, *_: (made,), lambda made, *_: (with_stored_ends(made),)):
-        monkeypatch.setattr(simulate, "forms_of_ends", forms)
+        monkeypatch.setattr(planner, "forms_of_ends", forms)
         counts.append(json.loads(offload_run(*ask, "--json").out)["quantised"]["weights"])
     assert counts[1] - counts[0] == 2 * 300 * 256
+
+
+def test_simulate_refuses_with_what_suffices_in_some_form(files, monkeypatch, offload_run):
+    """Whichever form is looked at first."""
+    path, _ = files("llama")
+    ask = ("simulate", path, "--profile", "rtx4090-pcie4x16", "--draft", "none")
+    ask += ("--device-memory", "1KiB", "--resident-layers", 0)
+    monkeypatch.setattr(ends, "AT_ONCE", 64 * 256)
+    said = []
+    for order in (1, -1):
+        forms = lambda made, *_, order=order: (made, with_stored_ends(made))[::order]  # noqa: E731
+        monkeypatch.setattr(planner, "forms_of_ends", forms)
+        said.append(offload_run(*ask).err)
+    assert "needs" in said[0] and said[0] == said[1]
 
 
 def test_rooms_of_a_batch_are_planned_as_the_engine_plans(files, monkeypatch):

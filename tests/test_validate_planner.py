@@ -7,6 +7,7 @@ import pytest
 from test_planner import PROFILE
 from tool_runs import loaded
 
+from offload_rt.planning import planner
 from offload_rt.profiling.store import save_profile
 
 
@@ -68,3 +69,15 @@ def test_other_processes_end_with_the_body(tool, monkeypatch):
     with tool.busy(3, 1):
         pass
     assert all(process.poll() is not None for process in started)
+
+
+def test_a_plan_is_predicted_in_the_forms_an_engine_looks_at(tool, monkeypatch, tiny_model):
+    seen, forms = [], planner.forms_of_ends
+    monkeypatch.setattr(planner, "forms_of_ends", lambda *of: seen.append(of) or forms(*of))
+    case = tool.Case(model="small", memory=None)
+    prompts, models = {"small": [[1, 2, 3]]}, {"small": tiny_model}
+    bench = tool.Bench(models=models, prompts=prompts, answer=4, profiles=[None])
+    predicted = bench._predicted_s(None, case, tool.NOTHING_SEEN)
+    assert predicted > 0 and len(seen) == 1
+    with bench._engine(case, tool.NOTHING_SEEN):
+        assert seen[0][1:] == seen[1][1:]

@@ -47,7 +47,7 @@ from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
 from offload_rt.model.checkpoint import Checkpoint, open_checkpoint, resolve_model
 from offload_rt.planning.fit import RunLoad
-from offload_rt.planning.planner import Means, plan_run
+from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.yields import NOTHING_SEEN, Seen, Yield, expected_yield
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.report import RunReport
@@ -175,7 +175,7 @@ class Bench:
         free = FreeMemory(device_bytes=free_memory_bytes(), host_bytes=free_memory_bytes())
         load = RunLoad(capacities=[longest + self.answer], prompt_tokens=longest, drafting=drafting)
         means = self._means(profile, CPU, seen)
-        plan = plan_run(checkpoint, runtime, CPU, load=load, free=free, means=means)
+        _, plan = plan_wires(checkpoint, runtime, CPU, load=load, free=free, means=means)
         assert plan.prediction is not None
         return plan.prediction.s_per_token
 

@@ -28,15 +28,14 @@ from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.sizes import StoredSizes, stored_sizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import check_links, likely_kind
-from offload_rt.errors import ConfigError, PlanError
+from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
-from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.outline import open_or_outline
-from offload_rt.model.wire import as_if_packed, wired, wires_of
+from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.placement import Placement
-from offload_rt.planning.planner import Means, check_expert_misses, check_look_ahead, plan_run
+from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.scenarios.published import Comparison, compare_published
 from offload_rt.planning.scenarios.scenario import load_scenario
 from offload_rt.planning.scenarios.simulate import simulate
@@ -271,33 +270,12 @@ def _model(model: str, values: dict[str, Any]) -> None:
 
 
 def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    """The fastest of the forms that weights may have, and embedding and head."""
-    found, refusals = list[_Outlook](), list[PlanError]()
-    device = asked.speeds.device
-    models = forms_of_ends(asked.checkpoint, config, device)
-    forms = [(model, wire) for model in models for wire in wires_of(model, config.wire, device)]
-    for model, wire in forms:
-        question = dataclasses.replace(asked, checkpoint=model)
-        try:
-            found.append(_in_form(question, dataclasses.replace(config, wire=wire), free))
-        except PlanError as refusal:
-            refusals.append(refusal)
-    if not found:
-        raise refusals[0]
-    best = min(found, key=lambda outlook: outlook.prediction.s_per_token)
-    check_look_ahead(config, best.checkpoint, best.placement)
-    check_expert_misses(config, best.checkpoint, best.placement, device)
-    return best
-
-
-def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
-    checkpoint = wired(asked.checkpoint, config.wire)
     speeds, context = asked.speeds, asked.context_tokens
     draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
-    drafting = _drafting(checkpoint, config, draft, speeds)
+    drafting = _drafting(asked.checkpoint, config, draft, speeds)
     expect(asked.draft, asked.acceptance)  # refuses what says too little
-    plan = plan_run(
-        checkpoint,
+    checkpoint, plan = plan_wires(
+        asked.checkpoint,
         config,
         speeds.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
@@ -311,7 +289,7 @@ def _in_form(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outl
         config=plan.runtime,
         draft=plan.drafting.config,
         placement=plan.placement,
-        pinned_bytes=speeds.pinned_bytes(config, plan.placement.host_bytes),
+        pinned_bytes=speeds.pinned_bytes(plan.runtime, plan.placement.host_bytes),
         prediction=plan.prediction,
     )
 
