@@ -107,6 +107,15 @@ def make_hybrid(make_tiny, name, **config):
     return make_tiny(model_type, **(own | config))
 
 
+BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+
+
+def make_short(make_tiny, name, **config):
+    """The same with one layer of each kind, where a family lets one choose."""
+    kinds = BOTH if name.startswith(("qwen3", "olmo", "kimi")) else {}
+    return make_hybrid(make_tiny, name, **(kinds | config))
+
+
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}
 # Families that cannot run, or not yet; what the reason is the probe says.
 REFUSED = {

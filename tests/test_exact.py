@@ -11,7 +11,7 @@ import quantised
 import torch
 from engines import engine_for
 from expert_models import make_mixture
-from hybrids import HYBRIDS, make_hybrid
+from hybrids import HYBRIDS, make_short
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.llama import modeling_llama
@@ -355,15 +355,11 @@ KEPT_OTHERWISE = [
 ]
 
 
-BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
-
-
 def make_other(make_tiny, name, dtype):
     """With one layer of each kind, where a family lets one choose."""
-    if name not in HYBRIDS:
-        return make_mixture(make_tiny, name, dtype=dtype, num_hidden_layers=2)
-    kinds = BOTH if name.startswith("qwen3") else {}
-    return make_hybrid(make_tiny, name, dtype=dtype, **kinds)
+    if name in HYBRIDS:
+        return make_short(make_tiny, name, dtype=dtype)
+    return make_mixture(make_tiny, name, dtype=dtype, num_hidden_layers=2)
 
 
 @pytest.mark.parametrize(("name", "dtype", "count"), KEPT_OTHERWISE)

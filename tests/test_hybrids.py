@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
-from hybrids import HYBRIDS, IDS, JAMBA, make_hybrid, write_whole
+from hybrids import HYBRIDS, IDS, JAMBA, make_hybrid, make_short, write_whole
 from transformers.integrations.moe import ExpertsInterface
 
 from offload_rt.config import (
@@ -376,7 +376,7 @@ def rollbacks(folder, monkeypatch, dtype):
     monkeypatch.setattr("offload_rt.kv.resident.attend_rows", exact_attention)
     same = []
     room = {"prompts": [TEXT], "tokens": TILE, "dtype": dtype, "prefill_chunk_tokens": 512}
-    with engine_for(folder, resident_layers=4, **room) as engine:
+    with engine_for(folder, **room) as engine:
         made = Exact(engine)
         whole = made.prompt(TEXT)
         made.cache.truncate(0)
@@ -396,12 +396,12 @@ def rollbacks(folder, monkeypatch, dtype):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_after_any_number_of_accepted_tokens_all_is_as_in_one_prompt(name, make_tiny, monkeypatch):
-    assert rollbacks(make_hybrid(make_tiny, name), monkeypatch, "float32") == [True] * 9
+    assert rollbacks(make_short(make_tiny, name), monkeypatch, "float32") == [True] * 9
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "falcon_h1"])
 def test_in_bf16_too(name, make_tiny, monkeypatch):
-    assert rollbacks(make_hybrid(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9
+    assert rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9
 
 
 def test_rejected_rows_that_move_the_anchor_are_found(delta, monkeypatch):

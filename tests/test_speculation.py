@@ -675,8 +675,8 @@ THREE = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2]
 @pytest.fixture(scope="module")
 def plain(make_tiny):
     """Answers to three prompts without drafts."""
-    with engine_for(make_tiny("llama", **TWO), prompts=THREE, tokens=30) as engine:
-        return generate(engine, THREE, tokens=30)
+    with engine_for(make_tiny("llama", **TWO), prompts=THREE, tokens=20) as engine:
+        return generate(engine, THREE, tokens=20)
 
 
 @pytest.fixture(scope="module")
@@ -693,8 +693,8 @@ def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, n
     options |= {"kv": kv, "kv_block_tokens": 16 if kv == "disk" else None}
     at_once = kv == "device" and resident is None or name in SELF  # others have two, for time
     prompts = THREE if at_once else THREE[:2]
-    with engine_for(folder, prompts=prompts, tokens=30, draft=drafts[name], **options) as engine:
-        for tokens in (30, 7, 1):
+    with engine_for(folder, prompts=prompts, tokens=20, draft=drafts[name], **options) as engine:
+        for tokens in (20, 7, 1):
             run_tokens = generate(engine, prompts, tokens=tokens)
             assert run_tokens == [answer[:tokens] for answer in plain[: len(prompts)]]
 
