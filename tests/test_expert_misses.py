@@ -5,6 +5,7 @@ import random
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -193,6 +194,25 @@ def test_no_slot_is_overwritten_whatever_the_host_computes():
             held = [len(pool.held(layer)) for layer in range(3)]
             assert sum(held) + len(pool._free) == slots
         assert 0 < pool.counts.on_host < pool.counts.misses
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_the_host_computes_before_it_waits(monkeypatch, together):
+    """A wait for what is on its way may block the host: what it can do until then, it does."""
+    pool, _, compute = pool_of({0: 8}, 6, per_token=4)
+    order = [expert for expert, _ in pool.lend(0, [0, 1])]
+    wait = compute.wait
+    monkeypatch.setattr(compute, "wait", lambda event: (order.append("wait"), wait(event)))
+    order.clear()
+    away, meanwhile = frozenset([3]), partial(order.append, "host")
+    for one in (pool.lend_together if together else pool.lend)(
+        0, [0, 1, 2, 3], 1, None, away, meanwhile
+    ):
+        order.extend(expert for expert, _ in (one if together else [one]))
+    assert order == [0, 1, "host", "wait", 2]
+    order.clear()
+    assert len([*pool.lend(0, [0, 1], 1, None, frozenset(), meanwhile)]) == 2
+    assert order == ["host"]  # nothing is waited for: afterwards
 
 
 def test_link_and_host_end_together_by_their_rates():

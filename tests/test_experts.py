@@ -119,10 +119,10 @@ def traced(engine):
     pool, trace = engine.runner.experts, []
     lend = pool.lend
 
-    def watched(layer, needed, rows=1, foresee=None, on_host=frozenset()):
+    def watched(layer, needed, rows=1, foresee=None, *away):
         pool.begin(layer, 1) if layer != pool._layer else None
         before = [e for e, slot in pool._held[layer].items() if not slot.ahead]
-        yield from lend(layer, needed, rows, foresee, on_host)
+        yield from lend(layer, needed, rows, foresee, *away)
         trace.append((layer, list(needed), before))
 
     pool.lend = watched

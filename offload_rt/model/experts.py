@@ -87,6 +87,7 @@ class ExpertLender(Protocol):
         rows: int,
         foresee: Callable[[], Sequence[int]] | None,
         on_host: Set[int],
+        meanwhile: Callable[[], None] | None,
         /,
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of each of these, in any order, until the next is asked for.
@@ -96,6 +97,7 @@ class ExpertLender(Protocol):
             rows: that are sent to them.
             foresee: says which experts of the next layer rows should ask for, likeliest first.
             on_host: of those that are needed, what the host computes: they are not lent.
+            meanwhile: has it compute them; called before any is waited for that is on its way.
         """
 
     def lend_together(
@@ -104,6 +106,7 @@ class ExpertLender(Protocol):
         rows: int,
         foresee: Callable[[], Sequence[int]] | None,
         on_host: Set[int],
+        meanwhile: Callable[[], None] | None,
         /,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of all that are there at once, then of the others."""
@@ -267,9 +270,12 @@ def _computed(
     places = _places(sent, module.num_experts)
     parts = hidden.new_empty(rows * k, hidden.shape[1])
     needed, away = list(places), list[int]()
+    meanwhile: Callable[[], None] | None = None
     if there is not None and lender is not None:
         away = lender.on_host(needed)
-    asked = needed, rows, foresee, frozenset(away)
+        mine = {expert: places[expert] for expert in away}
+        meanwhile = partial(there.compute, lender, mine, parts)
+    asked = needed, rows, foresee, frozenset(away), meanwhile
     if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
         for group in [[*_own(module, places)]] if lender is None else lender.lend_together(*asked):
             _rows_together(module, host, group, places, hidden, parts)
@@ -281,8 +287,6 @@ def _computed(
         for expert, weights in lent:
             at = each[expert]
             parts[at] = expert_rows(module, expert, weights, hidden[at // k])
-    if there is not None and lender is not None and away:  # kernels of the others run meanwhile
-        there.compute(lender, {expert: places[expert] for expert in away}, parts)
     return _summed(parts, top_k_weights, hidden.dtype)
 
 
@@ -330,6 +334,8 @@ class _OnHost:
         self, lender: ExpertLender, places: Mapping[int, Sequence[int]], parts: torch.Tensor
     ) -> None:
         """Have experts compute their rows, which go to their places in [T * k, E] there."""
+        if not places:
+            return
         k, made = len(parts) // len(self.hidden), []
         for expert, own in places.items():
             rows = self.hidden[[place // k for place in own]]

@@ -90,9 +90,11 @@ class PooledExperts:
         rows: int,
         foresee: Callable[[], Sequence[int]] | None = None,
         on_host: Set[int] = frozenset(),
+        meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[tuple[int, ExpertWeights]]:
         """Lend the weights of experts: those that are there first."""
-        for expert, buffer in self._pool.lend(self._layer, needed, rows, foresee, on_host):
+        asked = needed, rows, foresee, on_host, meanwhile
+        for expert, buffer in self._pool.lend(self._layer, *asked):
             yield expert, self._weights(expert, buffer)
 
     def lend_together(
@@ -101,9 +103,10 @@ class PooledExperts:
         rows: int,
         foresee: Callable[[], Sequence[int]] | None = None,
         on_host: Set[int] = frozenset(),
+        meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of all that are there at once, then of the others."""
-        asked = needed, rows, foresee, on_host
+        asked = needed, rows, foresee, on_host, meanwhile
         for group in self._pool.lend_together(self._layer, *asked):
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 

@@ -279,6 +279,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         rows: int = 1,
         foresee: Callable[[], Sequence[int]] | None = None,
         on_host: Set[int] = frozenset(),
+        meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[tuple[int, BufferT]]:
         """Lend experts, each until the next is asked for.
 
@@ -289,11 +290,13 @@ class ExpertPool(Generic[BufferT, SourceT]):
             foresee: says which experts of the next layer rows will ask for, likeliest first; it is
                 called once copies of those that are needed are on their way.
             on_host: of those that are needed, what is computed where it lies and is not lent.
+            meanwhile: computes that; it is called once those that are there have been lent, before
+                any other is waited for.
 
         Returns:
             Each with its buffer: those that are there, then the others as they come.
         """
-        for group in self._groups(layer, needed, rows, foresee, on_host, most=1):
+        for group in self._groups(layer, needed, rows, foresee, on_host, meanwhile, most=1):
             yield from group
 
     def lend_together(
@@ -303,17 +306,20 @@ class ExpertPool(Generic[BufferT, SourceT]):
         rows: int = 1,
         foresee: Callable[[], Sequence[int]] | None = None,
         on_host: Set[int] = frozenset(),
+        meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
         """Lend all experts that are there at once, then the others as far as there are slots."""
-        return self._groups(layer, needed, rows, foresee, on_host, most=len(needed))
+        asked = layer, needed, rows, foresee, on_host, meanwhile
+        return self._groups(*asked, most=len(needed))
 
-    def _groups(
+    def _groups(  # noqa: PLR0913 - as `lend`, and how many
         self,
         layer: int,
         needed: Sequence[int],
         rows: int,
         foresee: Callable[[], Sequence[int]] | None,
         on_host: Set[int],
+        meanwhile: Callable[[], None] | None,
         *,
         most: int,
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
@@ -347,6 +353,9 @@ class ExpertPool(Generic[BufferT, SourceT]):
         while coming:
             self._load_ahead(layer, queue, lent | kept)
             there = held[coming[0]].filled is None
+            if meanwhile is not None and not there:
+                meanwhile()
+                meanwhile = None
             group = [coming.popleft()]
             while coming and len(group) < most and (held[coming[0]].filled is None) == there:
                 group.append(coming.popleft())
@@ -354,6 +363,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
             lent.difference_update(group)
             self._load(layer, queue, coming, lent)
         assert not queue  # a slot that was handed back is there for the next
+        if meanwhile is not None:
+            meanwhile()
         self._load_ahead(layer, queue, lent | kept)
         ordered = {expert: held.pop(expert) for expert in needed if expert in held}
         held.update(ordered)
