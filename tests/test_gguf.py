@@ -290,6 +290,10 @@ def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):
     assert forms_of_ends(made, RuntimeConfig(), CUDA) == (made, kept)
     # What a draft leaves room for does not choose the kernels of an answer.
     assert forms_of_ends(made, RuntimeConfig(exact=Exact.ON), CUDA) == (kept,)
+    monkeypatch.setattr(ends, "multiplies", lambda *_: False)
+    for exact in (Exact.AUTO, Exact.ON):
+        assert forms_of_ends(made, RuntimeConfig(exact=exact), CPU) == (kept,)
+    assert forms_of_ends(made, RuntimeConfig(exact=Exact.OFF), CPU) == (made, kept)
     (head,) = parts_of(kept, "auto", CUDA).head_decoded
     assert (head.form, head.numbers) == ("q8_0", 300 * 256)
     assert not parts_of(made, "auto", CUDA).head_decoded

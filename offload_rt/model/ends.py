@@ -26,8 +26,9 @@ def forms_of_ends(
 ) -> tuple[Checkpoint, ...]:
     """A model with its ends in each form they may have; where nothing is predicted, first is best.
 
-    It is one form where answers are to be the same whoever drafts, and a GPU's library may take
-    another kernel for a part of a head than for all of it: which is faster may go by the drafter.
+    It is one form where answers are to be the same whoever drafts, and a library may take another
+    kernel for a part of a head than for all of it: which is faster may go by the drafter. On a CPU
+    that is where passes may come to be row-invariant, too.
 
     Args:
         checkpoint: headers of the model.
@@ -41,7 +42,10 @@ def forms_of_ends(
     name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
     head = (checkpoint.head or checkpoint.embedding).name
     direct = device.host_computes and head in kept.stored and multiplies(kept.stored[head], name)
-    alike = runtime.exact is Exact.ON and device.tile_rows > 0
+    if device.host_computes:
+        alike = runtime.exact is not Exact.OFF
+    else:
+        alike = runtime.exact is Exact.ON and device.tile_rows > 0
     return (kept,) if direct or alike else (checkpoint, kept)
 
 
