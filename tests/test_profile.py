@@ -51,7 +51,6 @@ from offload_rt.profiling.rates import (
     layer_s,
     link_bytes_per_s,
     memory_bytes_per_s,
-    pin_bytes_per_s,
 )
 from offload_rt.profiling.store import find_profile, list_profiles, load_profile, save_profile
 
@@ -408,7 +407,7 @@ def test_shipped_profiles_answer_every_question(path):
                 rate = link_bytes_per_s(made, 64 * MIB, gpu=index, load=load, direction=direction)
                 assert 1e9 < rate.value < 64e9
         assert link_bytes_per_s(made, 64 * MIB, gpu=index, pinned=False).value > 1e9
-        assert pin_bytes_per_s(made).value > 1e8
+        assert made.pinning.bytes_per_s.value > 1e8
     work = LayerWork(weight_bytes=400 * MIB, flops_per_token=400 * MIB)
     for processor in processors:
         one = layer_s(made, work, 1, processor=processor).value

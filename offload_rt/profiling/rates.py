@@ -100,17 +100,6 @@ def memory_bytes_per_s(profile: HardwareProfile, use: MemoryUse, threads: int) -
     return _between(speeds, min(max(threads, min(speeds)), max(speeds)))
 
 
-def pin_bytes_per_s(profile: HardwareProfile) -> Number:
-    """How fast host memory is page-locked.
-
-    Raises:
-        ProfileError: the profile has no such number.
-    """
-    if profile.pinning is None:
-        raise _lacking(profile, "pin rate")
-    return profile.pinning.bytes_per_s
-
-
 def layer_s(
     profile: HardwareProfile,
     work: LayerWork,

@@ -9,7 +9,7 @@ from offload_rt.profiling.codec import decode, encode
 from offload_rt.profiling.identity import find_changes
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.profile import Direction, LayerWork
-from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s, pin_bytes_per_s
+from offload_rt.profiling.rates import attention_s, layer_s, link_bytes_per_s
 
 MIB = 2**20
 BLOCKS = (64 * 2**10, 64 * MIB)
@@ -25,7 +25,7 @@ def test_a_profile_of_this_gpu():
         pageable = link_bytes_per_s(made, BLOCKS[1], direction=direction, pinned=False).value
         assert 1e9 < large < 1e12
         assert small < large and pageable < 1.05 * large
-    assert pin_bytes_per_s(made).value > 1e8
+    assert made.pinning.bytes_per_s.value > 1e8
     work = LayerWork(weight_bytes=MIB, flops_per_token=MIB)
     for processor in Processor:
         assert layer_s(made, work, 1, processor=processor).value > 0
