@@ -14,7 +14,7 @@ from test_planner import plan
 from test_workload import CPU as CPU_SPEEDS
 from test_workload import GPU
 
-from offload_rt.config import LookAhead
+from offload_rt.config import Exact, ExpertMisses, LookAhead
 from offload_rt.costs.experts import (
     IN_VAIN,
     Distances,
@@ -299,6 +299,16 @@ def test_what_the_thread_of_offered_copies_reads_into_is_planned(folder):
     )
     grown = on.placement.demand.workspace_bytes - off.placement.demand.workspace_bytes
     assert grown == 2 * STAGING_BYTES
+
+
+def test_a_cpu_plans_nothing_for_experts_that_a_gpu_would_lack(folder):
+    """It computes all of them, whatever `--exact` says."""
+    checkpoint = open_checkpoint(folder)
+    found = [
+        plan(checkpoint, expert_slots=9, look_ahead=LookAhead.OFF, exact=Exact.OFF, **more)
+        for more in ({}, {"expert_misses": ExpertMisses.LINK})
+    ]
+    assert len({each.placement.demand.workspace_bytes for each in found}) == 1
 
 
 def test_a_token_of_a_prompt_adds_what_it_does_without_looking_ahead(folder):

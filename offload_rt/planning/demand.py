@@ -72,8 +72,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     if not isinstance(images, str):
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     # A thread of its own reads what is offered (`device/idle.py`).
-    offers = runtime.look_ahead is not LookAhead.OFF or runtime.misses_on_host
-    offers = offers and not isinstance(images, str)
+    offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
     stored = [each for layout in layouts for each in layout.stored]
     wires = any(each.of_expert for each in stored)
     shares = head_is_stored(checkpoint) or not all(each.of_expert for each in stored)
