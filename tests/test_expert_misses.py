@@ -6,13 +6,14 @@ import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate
 from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
-from quantised import write_gpt_oss
+from quantised import CASES, write_gpt_oss, write_twins
 from test_cuda_numbers import ROOM
 from test_experts import lru_hits, pool_of, traced
 from value_double import open_double
@@ -20,6 +21,7 @@ from value_double import open_double
 from offload_rt.config import Exact, ExpertMisses, HomeKind, LookAhead, RuntimeConfig
 from offload_rt.costs.experts import split_of
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
+from offload_rt.device.kinds import CUDA
 from offload_rt.errors import ConfigError
 from offload_rt.kernels import pairs
 from offload_rt.model import experts as experts_module
@@ -27,6 +29,7 @@ from offload_rt.model.formats import direct
 from offload_rt.model.formats.fours import DECODERS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
+from offload_rt.planning.fit import splits_misses
 from offload_rt.streaming.experts import MissRates
 
 ON_HOST = {"expert_misses": ExpertMisses.HOST, "home": HomeKind.HOST} | ROOM
@@ -103,6 +106,51 @@ def test_quantised_experts_are_multiplied_as_they_are_stored(mxfp4, monkeypatch,
         assert engine.runner.experts.counts.on_host > 0
     assert torch.equal(found, logits) != compiles
     assert (found - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+
+def test_halves_of_a_matrix_are_multiplied_as_they_are_stored(
+    make_tiny, tmp_path, monkeypatch, opened
+):
+    """Gate and up of each expert, which these files have apart."""
+    if pairs.problem():
+        pytest.skip(pairs.problem())
+    source = make_mixture(make_tiny, dtype="float32")
+    folder = write_twins(source, tmp_path, *CASES["MXFP4"], kept=("gate", "router")).folder
+    logits, _ = resident_answers(folder, monkeypatch)
+    with opened(folder, expert_slots=9) as engine:
+        products, multiply = [], pairs.multiply
+        monkeypatch.setattr(
+            pairs, "multiply", lambda *given: products.append(given) or multiply(*given)
+        )
+        found = all_logits(engine)
+        assert len(products) == 3 * engine.runner.experts.counts.on_host > 0
+    assert (found - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+
+def test_what_has_a_norm_of_its_own_is_not_computed_by_the_host(make_tiny, opened):
+    """The norm's weight is in memory of the GPU."""
+    with opened(make_mixture(make_tiny), expert_slots=9) as engine:
+        for module in engine.runner.network._model.modules():
+            if hasattr(module, "has_post_expert_norm"):
+                module.has_post_expert_norm, module.post_expert_norm = True, torch.nn.Identity()
+        generate(engine, tokens=2)
+        assert engine.runner.experts.counts.on_host == 0 < engine.runner.experts.counts.misses
+    placement = SimpleNamespace(expert_slots=9, home=HomeKind.HOST)
+    for name in ("down_proj", "post_expert_norm.weight"):
+        checkpoint = SimpleNamespace(tensors={f"model.layers.0.mlp.experts.{name}": None})
+        found = splits_misses(checkpoint, placement, RuntimeConfig(exact=Exact.OFF), CUDA)
+        assert found == (name == "down_proj")
+
+
+def test_a_row_sent_to_no_expert_takes_no_bias_from_beyond():
+    """It is refused when the host has the router's choice; and a matrix may have no bias."""
+    module = SimpleNamespace(
+        has_gate=True, num_experts=4, _parameters={"gate_up_proj_bias": torch.arange(12).view(4, 3)}
+    )
+    host, rows = SimpleNamespace(fetch=lambda data: data), torch.ones(1, 2)
+    sent, _, there = experts_module._OnHost.fetched(module, host, torch.tensor([9, 1]), rows, None)
+    assert sent == [9, 1] and there.biases.keys() == {"gate_up_proj"}
+    assert there.biases["gate_up_proj"].tolist() == [[9, 10, 11], [3, 4, 5]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -254,7 +254,9 @@ def _computed(
     router: NextRouter | None = module.__dict__.get(_NEXT)
     foresee: Callable[[], Sequence[int]] | None = None
     there: _OnHost | None = None
-    if host is not None and lender is not None and lender.computes and rows <= HOST_ROWS:
+    # A norm of what an expert makes has its weight where the module computes.
+    few = rows <= HOST_ROWS and not module.has_post_expert_norm
+    if host is not None and lender is not None and lender.computes and few:
         ahead = None if router is None or not lender.foresees else router(hidden).T.flatten()
         sent, foreseen, there = _OnHost.fetched(module, host, flat, hidden, ahead)
         foresee = None if ahead is None else partial(list, dict.fromkeys(foreseen))
@@ -316,8 +318,9 @@ class _OnHost:
         ahead: torch.Tensor | None,
     ) -> "tuple[list[int], list[int], _OnHost]":
         """What the router has chosen, and what is foreseen, with the rows: in one download."""
-        names = [name for name in (_first_of(module), "down_proj") if module.has_bias]
-        biases = [module._parameters[f"{name}_bias"].index_select(0, sent) for name in names]
+        own, within = module._parameters, sent.clamp(0, module.num_experts - 1)  # checked later
+        names = [n for n in (_first_of(module), "down_proj") if own.get(f"{n}_bias") is not None]
+        biases = [own[f"{name}_bias"].index_select(0, within) for name in names]
         given = [sent, *([] if ahead is None else [ahead]), hidden, *biases]
         data = [each.contiguous().view(torch.uint8).flatten() for each in given]
         found = host.fetch(torch.cat(data)).split([len(each) for each in data])  # host sync
@@ -433,17 +436,23 @@ def _product(
     if f"{name}.0" in weights:
         halves = weights[f"{name}.0"], weights[f"{name}.1"]
     elif not isinstance(whole := weights[name], torch.Tensor):
-        made = whole.multiplied(rows, bias) if isinstance(whole, StoredMatrix) else None
-        return linear(rows, whole(), bias) if made is None else made
+        return _times(whole, rows, bias)
     elif module.is_transposed:
         return linear(rows, whole.t(), bias)
     elif name == "gate_up_proj" and module.is_concatenated:
         halves = whole.chunk(2)
     else:
         return linear(rows, whole, bias)
-    each = (half if isinstance(half, torch.Tensor) else half() for half in halves)
-    made = torch.cat([linear(rows, half) for half in each], -1)
+    made = torch.cat([_times(half, rows) for half in halves], -1)
     return made if bias is None else made + bias
+
+
+def _times(matrix: Matrix, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Rows times a matrix as it is stored, where something multiplies so."""
+    if isinstance(matrix, torch.Tensor):
+        return linear(rows, matrix, bias)
+    made = matrix.multiplied(rows, bias) if isinstance(matrix, StoredMatrix) else None
+    return linear(rows, matrix(), bias) if made is None else made
 
 
 def _places(sent: Sequence[int], count: int) -> dict[int, list[int]]:

@@ -533,10 +533,16 @@ class PlacedRun:
         return replace(self.model, exact=not problem)
 
 
-def splits_misses(placement: Placement, config: RuntimeConfig, device: DeviceKind) -> bool:
-    """Whether a processor may compute experts that a GPU lacks: some are in host memory."""
+def splits_misses(
+    checkpoint: Checkpoint, placement: Placement, config: RuntimeConfig, device: DeviceKind
+) -> bool:
+    """Whether a processor may compute experts that a GPU lacks: some are in host memory.
+
+    Not those that have a norm of what they make, whose weight is on the GPU.
+    """
     comes = placement.expert_slots > 0 and placement.home.in_memory
-    return config.misses_on_host and device.own_memory and comes
+    may = config.misses_on_host and device.own_memory and comes
+    return may and not any(".post_expert_norm." in name for name in checkpoint.tensors)
 
 
 def miss_rates(
@@ -551,7 +557,7 @@ def miss_rates(
     Where nothing is known of the machine, only if it is to: then what is assumed of any.
     """
     experts = placement.demand.experts
-    if experts is None or not splits_misses(placement, config, device):
+    if experts is None or not splits_misses(checkpoint, placement, config, device):
         return None
     nbytes = experts.image_bytes // experts.count
     if speeds is None:

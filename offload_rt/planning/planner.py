@@ -237,9 +237,10 @@ def check_expert_misses(
         ConfigError: it is asked for, and the device is the host, or no experts come one by one
             from host memory.
     """
-    if runtime.expert_misses is not ExpertMisses.HOST or splits_misses(placement, runtime, device):
+    splits = splits_misses(checkpoint, placement, runtime, device)
+    if splits or runtime.expert_misses is not ExpertMisses.HOST:
         return
-    why = f"no experts of {checkpoint.name} come one by one from host memory"
+    why = f"no experts of {checkpoint.name} that it could compute come one by one from host memory"
     if not device.own_memory:
         why = "the CPU computes all of it"
     raise ConfigError(f"--expert-misses host has no effect here: {why}, leave it out")
