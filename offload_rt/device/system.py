@@ -23,8 +23,12 @@ _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 # number of rows, of some 0.5 MB, and keep 1,024 by default: checking 2 to 33 tokens of a model with
 # six shapes took 114 MB, with 32 kept 14. A pass has five to ten shapes; a kernel takes 0.4 ms.
 _KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
-_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"  # of what oneDNN takes; the first one counts
-_UNLIMITED = "ALL", "DEFAULT", "AMX"
+# Of what oneDNN takes: the first that is not empty counts, and a word it does not know is no limit.
+_LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"
+_WITHOUT_MATRICES = (  # oneDNN's "CPU Dispatcher Control"; tried with torch 2.14.1
+    *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
+    *("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2", "AVX10_2_512"),
+)
 _LARGE_PAGE_BYTES = 2**21
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 # asm-generic/mman-common.h of Linux, the last since 6.1.
@@ -154,8 +158,8 @@ def processor_flags() -> frozenset[str]:
 
 def takes_matrix_registers() -> bool:
     """Whether oneDNN multiplies with a processor's matrix registers where there are any."""
-    limit = next((os.environ[name] for name in _LIMITS if name in os.environ), "ALL").upper()
-    return any(word in limit for word in _UNLIMITED)
+    limit = next(filter(None, map(os.environ.get, _LIMITS)), "")
+    return limit.upper() not in _WITHOUT_MATRICES
 
 
 def _cpuinfo(wanted: str) -> str:
