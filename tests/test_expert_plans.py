@@ -3,7 +3,9 @@
 import json
 import random
 from collections import deque
+from dataclasses import replace
 from math import inf
+from types import SimpleNamespace
 
 import pytest
 from engines import engine_for, generate
@@ -28,7 +30,10 @@ from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, par
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.stored import Stored
 from offload_rt.planning.history import add_asked, read_asked
+from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.units import format_rate
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
@@ -309,6 +314,26 @@ def test_a_cpu_plans_nothing_for_experts_that_a_gpu_would_lack(folder):
         for more in ({}, {"expert_misses": ExpertMisses.LINK})
     ]
     assert len({each.placement.demand.workspace_bytes for each in found}) == 1
+
+
+def test_a_processor_multiplies_no_faster_than_it_was_timed_to():
+    """In as many threads as compute, and with the slowest of an expert's matrices."""
+    memory, link = GPU.products_bytes_per_s(0.0, ()), 0.4 * GPU.products_bytes_per_s(0.0, ())
+    assert GPU.products_bytes_per_s(link, ()) == pytest.approx(0.6 * memory)
+    layers = load_profile(find_profile("cpu-2core-avx512")).layers
+    timed = replace(GPU, profile=replace(GPU.profile, layers=layers))
+    plain = timed.products_bytes_per_s(0.0, ())
+    assert plain == pytest.approx(37.4e9, rel=0.01) and plain < memory
+    assert timed.products_bytes_per_s(0.0, (), 1) <= plain / GPU.profile.machine.cores * 1.001
+    extent = SimpleNamespace(nbytes=4096 * 2048)
+    common = {"module": "m", "outputs": 4096, "inputs": 4096, "groups": 128}
+    awq, eight = (
+        Stored(form=form, bits=bits, parts={"qweight": extent}, **common)
+        for form, bits in ((Form.AWQ, 4), (Form.GPTQ, 8))
+    )
+    each = [timed.products_bytes_per_s(0.0, (one,)) for one in (awq, eight)]
+    assert timed.products_bytes_per_s(0.0, (awq, eight)) == min(each)
+    assert all(extent.nbytes / rate > 2 * awq.numbers / plain for rate in each)
 
 
 def test_a_token_of_a_prompt_adds_what_it_does_without_looking_ahead(folder):

@@ -1,5 +1,6 @@
 """How long the parts of a pass take on one machine: a profile, and who computes. No torch here."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from offload_rt.config import DraftWeights, HomeKind, RuntimeConfig
@@ -23,7 +24,10 @@ from offload_rt.profiling.rates import (
     disk_bytes_per_s,
     link_bytes_per_s,
     memory_bytes_per_s,
+    plain_bytes_per_s,
 )
+
+_NUMBER_BYTES = 2  # of a dequantised weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,28 +149,41 @@ class Speeds:
             load = LinkLoad.ALONE
         return link_bytes_per_s(self.profile, block_bytes, gpu=index, pinned=pinned, load=load)
 
-    def products_bytes_per_s(self, link_bytes_per_s: float, stored: Stored | None) -> float:
-        """How fast the processor multiplies few rows with weights in host memory.
+    def products_bytes_per_s(
+        self, link_bytes_per_s: float, stored: Iterable[Stored], threads: int | None = None
+    ) -> float:
+        """How fast the processor multiplies few rows with experts in host memory.
 
         It reads what the memory gives beside a GPU's link, which is assumed: no product was timed.
-        Quantised weights are as fast as their product or what dequantises them is, if less.
+        Plain weights are no faster than the fastest layer in the profile. Quantised ones are as
+        fast as the slowest of them: as its product, or as dequantising it and the plain product.
 
         Args:
             link_bytes_per_s: of the memory, that the link has.
-            stored: how such a weight is stored; None: as it computes.
+            stored: their quantised weights; none: they are as they compute.
+            threads: that compute; None: as many as there are cores.
         """
-        cores = self.profile.machine.cores
+        all_cores = self.profile.machine.cores
+        cores = min(all_cores, threads or all_cores)
+        share = cores / all_cores  # of what all of them are timed to do
         read = memory_bytes_per_s(self.profile, MemoryUse.READ, cores).value
         rate = max(read - link_bytes_per_s, read / 2)
-        if stored is None:
-            return rate
-        numbers_per_s = cores * FOURS_PER_CORE
-        if not multiplies_fours(stored):
-            found = decoded_per_s(
-                self.profile, Processor.CPU, Decoder.TORCH, stored.form, stored.bits
-            )
-            numbers_per_s = found.value
-        return min(rate, numbers_per_s * stored.nbytes / stored.numbers)
+        timed = plain_bytes_per_s(self.profile, Processor.CPU)
+        plain = rate if timed is None else min(rate, timed * share)
+        found = dict[tuple[object, ...], float]()
+        for each in stored:
+            kind = each.form, each.bits, each.block, each.nbytes, each.numbers
+            if kind in found:
+                continue
+            if multiplies_fours(each):
+                number_s = 1 / (cores * FOURS_PER_CORE)
+            else:
+                decoded = decoded_per_s(
+                    self.profile, Processor.CPU, Decoder.TORCH, each.form, each.bits
+                )
+                number_s = 1 / (decoded.value * share) + _NUMBER_BYTES / plain
+            found[kind] = min(rate, each.nbytes / each.numbers / number_s)
+        return min(found.values(), default=plain)
 
     def pinned_bytes(self, config: RuntimeConfig, host_bytes: int) -> int:
         """How much of what lives in host memory a GPU can read directly.

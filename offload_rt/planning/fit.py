@@ -565,10 +565,10 @@ def miss_rates(
         return unknown_rates(nbytes) if asked else None
     link = speeds.home_bytes_per_s(HomeKind.HOST, config, nbytes, placement.host_bytes)[0].value
     files = disk_bytes_per_s(speeds.profile, config.readers).value if speeds.profile.disk else link
-    stored = next((each for each in checkpoint.stored.values() if each.of_expert), None)
+    stored = (each for each in checkpoint.stored.values() if each.of_expert)
     return MissRates(
         link_s=nbytes / link,
-        host_s=nbytes / speeds.products_bytes_per_s(link, stored),
+        host_s=nbytes / speeds.products_bytes_per_s(link, stored, config.threads),
         file_s=nbytes / link + experts.file_bytes / experts.count / files,
         begin_s=ON_HOST_S,
     )

@@ -141,6 +141,14 @@ def layer_s(
     return replace(_worst([reading, computing]), value=reading.value + computing.value)
 
 
+def plain_bytes_per_s(profile: HardwareProfile, processor: Processor) -> float | None:
+    """How fast plain weights are multiplied with one row, of the fastest layer that was timed."""
+    mine = [
+        c for c in profile.layers if c.processor is processor and c.weights is WeightOrder.PLAIN
+    ]
+    return max((c.shape.work.weight_bytes / _curve_s(c, 1).value for c in mine), default=None)
+
+
 def _unlaunched(first: Mapping[int, Number], weight_bytes: int, launched: Number) -> Number:
     """Seconds of reading a layer in a recorded pass, from those of layers that are launched."""
     s_per_byte = min(number.value / nbytes for nbytes, number in first.items())
