@@ -148,7 +148,7 @@ def test_a_row_sent_to_no_expert_takes_no_bias_from_beyond():
         has_gate=True, num_experts=4, _parameters={"gate_up_proj_bias": torch.arange(12).view(4, 3)}
     )
     host, rows = SimpleNamespace(fetch=lambda data: data), torch.ones(1, 2)
-    sent, _, there = experts_module._OnHost.fetched(module, host, torch.tensor([9, 1]), rows, None)
+    sent, there = experts_module._OnHost.fetched(module, host, torch.tensor([9, 1]), rows)
     assert sent == [9, 1] and there.biases.keys() == {"gate_up_proj"}
     assert there.biases["gate_up_proj"].tolist() == [[9, 10, 11], [3, 4, 5]]
 
@@ -261,6 +261,24 @@ def test_the_host_computes_before_it_waits(monkeypatch, together):
     order.clear()
     assert len([*pool.lend(0, [0, 1], 1, None, frozenset(), meanwhile)]) == 2
     assert order == ["host"]  # nothing is waited for: afterwards
+
+
+def test_nothing_is_foreseen_where_the_host_may_compute(make_tiny, opened):
+    """As it is predicted; passes of more rows look ahead."""
+    folder = make_mixture(make_tiny)
+    with opened(folder, expert_slots=13, look_ahead=LookAhead.ON) as engine:
+        pool = engine.runner.experts
+        generate(engine, tokens=12)
+        assert pool.may_foresee and pool.counts.on_host > 0 == engine.foresight.share
+        assert pool.counts.ahead == pool.counts.unused == 0
+        for rows in (8, 9):
+            engine.look_ahead(rows)
+            assert pool.foresees == (rows > 8)
+    for meanwhile in (None, list):
+        pool, copy, _ = pool_of({0: 4, 1: 4}, 8, per_token=2)
+        for _ in pool.lend(0, range(4), 4, None, frozenset(), meanwhile):
+            pass
+        assert copy.statistics().bytes_copied == (4000 if meanwhile else 8000)
 
 
 def test_link_and_host_end_together_by_their_rates():

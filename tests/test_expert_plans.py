@@ -4,6 +4,7 @@ import json
 import random
 from collections import deque
 from dataclasses import replace
+from itertools import product
 from math import inf
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.planning.history import add_asked, read_asked
 from offload_rt.profiling.store import find_profile, load_profile
+from offload_rt.streaming.experts import MissRates
 from offload_rt.units import format_rate
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
@@ -294,6 +296,12 @@ def test_what_reads_a_prompt_or_asks_for_nearly_all_foresees_nothing(folder):
         (model.load(1, reads_prompt=True), 0.0),
     ):
         assert {layer.foreseen for layer in load.layers} == {share}
+    with_rates = replace(pooled, rates=MissRates(link_s=2.0, host_s=1.0))
+    shared = replace(model, residence=Residence(experts=with_rates))
+    for rows, prompt in product((8, 9), (True, False)):  # up to 8 a host may compute some
+        layers = shared.load(rows, reads_prompt=prompt).layers
+        assert {layer.behind_bytes > 0 for layer in layers} == {rows == 8}
+        assert {layer.foreseen > 0 for layer in layers} == {rows == 9 and not prompt}
 
 
 def test_what_the_thread_of_offered_copies_reads_into_is_planned(folder):

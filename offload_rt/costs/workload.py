@@ -184,7 +184,7 @@ class PooledExperts:
     share: float = 1.0
 
     def split(self, layer: int, rows: int, asked: float) -> Split | None:
-        """What becomes of experts that a layer lacks in a pass of few rows that reads no prompt.
+        """What becomes of experts that a layer lacks in a pass of few rows.
 
         None where all of them come. Of what they ask for, rows share some experts.
         """
@@ -378,7 +378,7 @@ class PlacedModel:
         whole = layer.image_bytes + layer.grown_bytes
         active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
-        split = pooled.split(index, rows, asked) if pooled and not reads_prompt else None
+        split = pooled.split(index, rows, asked) if pooled else None
         link = misses if split is None else split.over_link
         few = pooled is not None and asked < NEARLY_ALL * pooled.counts[index]
         kv = where.kv if where.kv and index in where.kv.layers else None
@@ -405,7 +405,7 @@ class PlacedModel:
             host_s=split.until_s if split and split.on_host else 0.0,
             behind_bytes=round(split.on_host * pooled.home_bytes) if pooled and split else 0,
             choosing_s=(pooled.together_s if together else pooled.host_s) if pooled else 0.0,
-            # What is computed by the host crosses behind, in the time that this would have.
+            # Nothing is, where the host may compute: what it does crosses behind in that time.
             foreseen=pooled.foreseen
             if pooled and few and not (reads_prompt or split and split.on_host)
             else 0.0,

@@ -45,6 +45,7 @@ from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats import brought, direct, on_gpu
+from offload_rt.model.formats.stored import HOST_ROWS
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.network import Base, Network
@@ -195,7 +196,9 @@ class Engine:
             self.tally, self.pace = Tally(), Pace()
             pool = self.runner.experts
             may = pool is not None and pool.may_foresee
-            self.foresight = LookAheadJudge(self.config.look_ahead if may else LookAhead.OFF)
+            mode = self.config.look_ahead if may else LookAhead.OFF
+            shares = pool is not None and pool.rates is not None
+            self.foresight = LookAheadJudge(mode, above=HOST_ROWS if shares else 0)
             self.tracer: Tracer | None = None
             shared = bool(self._pools) and not self.network.mixers  # a state is no row
             self.prefixes = Prefixes(self._pools) if shared else None

@@ -257,9 +257,7 @@ def _computed(
     # A norm of what an expert makes has its weight where the module computes.
     few = rows <= HOST_ROWS and not module.has_post_expert_norm
     if host is not None and lender is not None and lender.computes and few:
-        ahead = None if router is None or not lender.foresees else router(hidden).T.flatten()
-        sent, foreseen, there = _OnHost.fetched(module, host, flat, hidden, ahead)
-        foresee = None if ahead is None else partial(list, dict.fromkeys(foreseen))
+        sent, there = _OnHost.fetched(module, host, flat, hidden)
     elif router is None or lender is None or not lender.foresees:
         sent = flat.tolist() if host is None else host.download(flat)  # host sync, once a layer
     elif host is None:  # later, while what is needed is on its way
@@ -315,13 +313,12 @@ class _OnHost:
         host: Host,
         sent: torch.Tensor,
         hidden: torch.Tensor,
-        ahead: torch.Tensor | None,
-    ) -> "tuple[list[int], list[int], _OnHost]":
-        """What the router has chosen, and what is foreseen, with the rows: in one download."""
+    ) -> "tuple[list[int], _OnHost]":
+        """What the router has chosen, with the rows: in one download."""
         own, within = module._parameters, sent.clamp(0, module.num_experts - 1)  # checked later
         names = [n for n in (_first_of(module), "down_proj") if own.get(f"{n}_bias") is not None]
         biases = [own[f"{name}_bias"].index_select(0, within) for name in names]
-        given = [sent, *([] if ahead is None else [ahead]), hidden, *biases]
+        given = [sent, hidden, *biases]
         data = [each.contiguous().view(torch.uint8).flatten() for each in given]
         found = host.fetch(torch.cat(data)).split([len(each) for each in data])  # host sync
         made = [
@@ -329,9 +326,8 @@ class _OnHost:
             for each, like in zip(found, given, strict=True)
         ]
         chosen = made.pop(0).tolist()
-        foreseen = [] if ahead is None else made.pop(0).tolist()
         rows = made.pop(0)
-        return chosen, foreseen, cls(module, host, rows, dict(zip(names, made, strict=True)))
+        return chosen, cls(module, host, rows, dict(zip(names, made, strict=True)))
 
     def compute(
         self, lender: ExpertLender, places: Mapping[int, Sequence[int]], parts: torch.Tensor

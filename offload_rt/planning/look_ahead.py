@@ -81,15 +81,18 @@ class LookAheadJudge:
 
     Args:
         mode: whether that is settled.
+        above: passes of no more rows than this never do.
     """
 
-    def __init__(self, mode: LookAhead) -> None:
-        self._mode = mode
+    def __init__(self, mode: LookAhead, above: int = 0) -> None:
+        self._mode, self._above = mode, above
         self._trials: dict[int, _Trial] = {}
         self._passes = self._looked = 0
 
     def looks(self, rows: int) -> bool:
         """Whether the next pass, of so many rows, looks ahead."""
+        if rows <= self._above:
+            return False
         if self._mode is LookAhead.AUTO:
             return self._trial(rows).next_looks()
         return self._mode is LookAhead.ON
@@ -98,7 +101,7 @@ class LookAheadJudge:
         """Take in how long that pass took."""
         self._passes += 1
         self._looked += self.looks(rows)
-        if self._mode is LookAhead.AUTO and seconds > 0.0:
+        if self._mode is LookAhead.AUTO and rows > self._above and seconds > 0.0:
             self._trial(rows).add(seconds)
 
     @property

@@ -166,7 +166,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
     Some of what a layer lacks may be computed where it lies (`on_host`). That is offered likewise,
     for the next time, in the place of what would have been given up for it. So layers hold what
     they hold without, as far as the link has time; what has not begun to cross may be computed
-    there again.
+    there again. In passes where it may, nothing else is copied before its layer asks: link and host
+    share what a layer lacks by what is on the link then, and both want it while it idles.
 
     Rows that ask for nearly all experts of a layer will ask for nearly all of the next one. These
     are copied ahead, behind what was asked for: into slots that are free or of layers that come
@@ -347,7 +348,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._load(layer, queue, coming, lent)
         if not queue:
             self._bring_behind(layer, on_host, lent)
-        self._look_ahead(layer, needed)
+        self._look_ahead(layer, needed, shared=meanwhile is not None and not self._takes)
         if foresee is not None and not queue:
             self._offer(layer, foresee)
         while coming:
@@ -464,12 +465,15 @@ class ExpertPool(Generic[BufferT, SourceT]):
         for expert in offered:
             self._free.insert(0, self._drop(layer, expert))
 
-    def _look_ahead(self, layer: int, needed: Sequence[int]) -> None:
-        """See whether the next layer is to be copied ahead; once for all parts of a layer."""
+    def _look_ahead(self, layer: int, needed: Sequence[int], *, shared: bool) -> None:
+        """See whether the next layer is to be copied ahead; once for all parts of a layer.
+
+        Not if the host shares what layers lack, and is to have its part of the next one's.
+        """
         self._asked.update(needed)
         following = self._following.get(layer)
         nearly_all = len(self._asked) >= NEARLY_ALL * self._counts[layer]
-        if nearly_all and following is not None and self._ahead is None:
+        if nearly_all and not shared and following is not None and self._ahead is None:
             others = set(range(self._counts[following])) - self._held[following].keys()
             self._ahead, self._rest = following, deque(self._in_place(following, others))
 
