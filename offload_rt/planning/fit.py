@@ -53,6 +53,7 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv, spread_layers
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import passes_problem
+from offload_rt.model.formats.stored import HOST_ROWS
 from offload_rt.model.kept import keeps_states
 from offload_rt.planning.demand import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
@@ -554,24 +555,28 @@ def miss_rates(
 ) -> MissRates | None:
     """What experts that a GPU lacks cost, where a processor may compute them; else None.
 
-    Where nothing is known of the machine, only if it is to: then what is assumed of any.
+    Unless it is to, only if that saves time where most are lacking, so that no layer fetches rows
+    in vain. Where nothing is known of the machine it is not known to: then what is assumed of any.
     """
     experts = placement.demand.experts
     if experts is None or not splits_misses(checkpoint, placement, config, device):
         return None
     nbytes = experts.image_bytes // experts.count
+    asked = config.expert_misses is ExpertMisses.HOST
     if speeds is None:
-        asked = config.expert_misses is ExpertMisses.HOST
         return unknown_rates(nbytes) if asked else None
     link = speeds.home_bytes_per_s(HomeKind.HOST, config, nbytes, placement.host_bytes)[0].value
     files = disk_bytes_per_s(speeds.profile, config.readers).value if speeds.profile.disk else link
     stored = (each for each in checkpoint.stored.values() if each.of_expert)
-    return MissRates(
+    rates = MissRates(
         link_s=nbytes / link,
         host_s=nbytes / speeds.products_bytes_per_s(link, stored, config.threads),
         file_s=nbytes / link + experts.file_bytes / experts.count / files,
         begin_s=ON_HOST_S,
     )
+    most = min(max(experts.counts), HOST_ROWS * experts.per_token)
+    fewest = most if placement.expert_share == 1.0 else 1  # in host memory, of the most that lack
+    return rates if asked or any(rates.on_host(most, there) for there in (fewest, most)) else None
 
 
 def pooled_experts(
