@@ -16,6 +16,7 @@ from flash_double import flash_of_a_gpu
 from quantised import CASES, write_gpt_oss, write_twins
 from test_cuda_numbers import ROOM
 from test_experts import lru_hits, pool_of, traced
+from test_workload import GPU
 from value_double import open_double
 
 from offload_rt.config import Exact, ExpertMisses, HomeKind, LookAhead, RuntimeConfig
@@ -29,7 +30,9 @@ from offload_rt.model.formats import direct
 from offload_rt.model.formats.fours import DECODERS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
-from offload_rt.planning.fit import splits_misses
+from offload_rt.model.formats.wired import Bringer
+from offload_rt.planning.fit import miss_rates, splits_misses
+from offload_rt.planning.placement import ExpertDemand
 from offload_rt.streaming.experts import MissRates
 
 ON_HOST = {"expert_misses": ExpertMisses.HOST, "home": HomeKind.HOST} | ROOM
@@ -106,6 +109,31 @@ def test_quantised_experts_are_multiplied_as_they_are_stored(mxfp4, monkeypatch,
         assert engine.runner.experts.counts.on_host > 0
     assert torch.equal(found, logits) != compiles
     assert (found - logits).abs().max() <= 1e-4 * logits.abs().max()
+
+
+def test_nothing_is_assembled_or_taken_for_dequantising_in_a_pass(mxfp4, monkeypatch, opened):
+    """Kernels for any number of rows are there before; what needs no scratch has none."""
+    if pairs.problem():
+        pytest.skip(pairs.problem())
+    made, lend = pairs._kernel.cache_info().misses, Bringer.lend
+    rows, scales = torch.ones(8, 32), torch.zeros(16, 1, dtype=torch.uint8)
+    codes = torch.zeros(16, 16, dtype=torch.uint8)
+    for count in range(1, 9):
+        pairs.multiply(rows[:count], codes, scales, torch.ones(256))
+    assert pairs._kernel.cache_info().misses == made
+    with opened(mxfp4, expert_slots=9) as engine:
+        lent = []
+        monkeypatch.setattr(
+            Bringer,
+            "lend",
+            lambda self, room, **_: lent.append(room.numel()) or lend(self, room, **_),
+        )
+        network = engine.runner.network
+        network.compute_at_home(frozenset())
+        assert lent and not any(lent)
+        monkeypatch.setattr(direct, "multiplies_fours", lambda stored: False)
+        network.compute_at_home(frozenset())
+        assert lent[-1] > 0
 
 
 def test_halves_of_a_matrix_are_multiplied_as_they_are_stored(
@@ -292,6 +320,37 @@ def test_link_and_host_end_together_by_their_rates():
         assert split.on_host + split.over_link == pytest.approx(mean)
         assert split.until_s <= mean * rates.link_s
     assert split_of(2.4, 4, 0.0, rates).on_host == 0
+
+
+def test_rows_are_not_fetched_where_no_layer_would_gain(make_tiny):
+    """Of a fast link for the most that may lack: only if it is asked for."""
+    experts = ExpertDemand(
+        rest_bytes=(1,),
+        slot_bytes=10**7,
+        counts=(8, 8),
+        per_token=2,
+        image_bytes=16 * 10**7,
+        file_bytes=16 * 10**7,
+    )
+    placement = SimpleNamespace(
+        expert_slots=3,
+        home=HomeKind.HOST,
+        expert_share=1.0,
+        host_bytes=0,
+        demand=SimpleNamespace(experts=experts),
+    )
+    checkpoint = SimpleNamespace(tensors={}, stored={})
+    config = RuntimeConfig(exact=Exact.OFF)
+    for rate, is_there in ((25e9, True), (1e13, False)):
+        links = [
+            replace(link, bytes_per_s=replace(link.bytes_per_s, value=rate))
+            for link in GPU.profile.links
+        ]
+        speeds = replace(GPU, profile=replace(GPU.profile, links=tuple(links)))
+        found = miss_rates(checkpoint, placement, config, CUDA, speeds)
+        assert (found is not None) == is_there
+        asked = replace(config, expert_misses=ExpertMisses.HOST)
+        assert miss_rates(checkpoint, placement, asked, CUDA, speeds) is not None
 
 
 def test_a_layer_waits_for_the_later_of_host_and_link():

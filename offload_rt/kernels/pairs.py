@@ -33,10 +33,11 @@ _FIELDS = "codes scales powers even odd out n_groups n_outputs next"
 
 @cache
 def problem() -> str:
-    """Why there are no such kernels; empty where there are."""
+    """Why there are no such kernels; empty where there are, one for each number of rows."""
     if _LOOKS_UP not in processor_flags():
         return "the processor has no AVX-512"
-    return assembling.problem() or assembling.trouble(lambda: _kernel(1))
+    counts = range(1, MOST_ROWS + 1)
+    return assembling.problem() or assembling.trouble(lambda: [*map(_kernel, counts)])
 
 
 def multiply(

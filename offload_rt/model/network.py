@@ -62,6 +62,7 @@ from offload_rt.model.experts import (
 )
 from offload_rt.model.formats import together
 from offload_rt.model.formats.direct import at_home
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
@@ -407,13 +408,14 @@ class Network:
             in_order: quantised weights of which inputs of a group follow each other.
         """
         stored = [s for own in self.units.values() for unit in own for s in unit.stored]
-        numbers = max((each.numbers for each in stored), default=0)
+        host = {each: Bringer(each, self.dtype) for each in stored}
+        for each, bringer in host.items():
+            bringer.direct = at_home(each, self.dtype, in_order=each in in_order)
+        decoded = [s for s in host if host[s].direct is None or s.form is Form.CODED]
+        numbers = max((each.numbers for each in decoded), default=0)
         scratch = torch.empty(numbers * self.dtype.itemsize, dtype=torch.uint8)
-        host = dict[Stored, Bringer]()
-        for each in stored:
-            host[each] = Bringer(each, self.dtype)
-            host[each].lend(scratch, in_order=each in in_order)
-            host[each].direct = at_home(each, self.dtype, in_order=each in in_order)
+        for each, bringer in host.items():
+            bringer.lend(scratch, in_order=each in in_order)
         return lambda unit, image: self._matrices(unit, image, host)
 
     def _matrices(
