@@ -199,7 +199,8 @@ class ExpertUse:
         on_host: of the misses, those that the processor computed where they lie; they were copied
             afterwards, as far as the link had time (`--expert-misses`).
         unused: others that were copied ahead, and given up before any layer asked;
-            `unused_bytes` of them had begun to be copied.
+            `unused_bytes` of them had begun to be copied, and of what the processor computed and
+            no layer asked for again in time.
         looked_ahead: share of the passes that foresaw what their next layers would ask for
             (`--look-ahead`).
         hit_rate: hits / (hits + misses); None when nothing was asked for.

@@ -309,6 +309,17 @@ def test_nothing_is_foreseen_where_the_host_may_compute(make_tiny, opened):
         assert copy.statistics().bytes_copied == (4000 if meanwhile else 8000)
 
 
+def test_what_is_copied_behind_in_vain_is_counted():
+    """All that is read was asked for, or is counted as read in vain."""
+    pool, copy, _ = pool_of({0: 8}, 4, per_token=2)
+    for needed, away in (([0, 1], [1]), ([2, 3], []), ([4, 5], [])):
+        for _ in pool.lend(0, needed, on_host=frozenset(away)):
+            pass
+    counts, read = pool.counts, copy.statistics().bytes_copied
+    assert (counts.misses, counts.on_host, counts.unused, counts.unused_bytes) == (6, 1, 0, 1000)
+    assert read == 1000 * (counts.misses - counts.on_host) + counts.unused_bytes
+
+
 def test_link_and_host_end_together_by_their_rates():
     """Of any split the soonest; a file is no place to compute from."""
     rates = MissRates(link_s=2.0, host_s=1.0, file_s=5.0, begin_s=0.5)

@@ -96,7 +96,8 @@ class ExpertCounts:
         ahead: of these, those whose copy began before the layer asked.
         on_host: of the misses, those that the host computed, and that are copied behind all others.
         unused: others that were copied ahead, and given up before any layer asked.
-        unused_bytes: of these, that had begun to be copied.
+        unused_bytes: of these, that had begun to be copied; so, too, of what the host computed and
+            was given up before it was asked for again.
         calls: times a layer asked, by rows of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
@@ -510,10 +511,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
             if begun_bytes:  # else the next copy comes after what this one was to
                 slot.filled, slot.drained = behind, None
             slot.decided()
+        if slot.ahead or offer is not None:
+            self.counts.unused_bytes += begun_bytes
         if slot.ahead:
             slot.ahead = False
             self.counts.unused += 1
-            self.counts.unused_bytes += begun_bytes
         return slot
 
     def _in_place(self, layer: int, experts: Iterable[int]) -> list[int]:
