@@ -491,6 +491,38 @@ def test_values_go_up_in_parts_of_pinned_memory(monkeypatch):
     assert [event.waited for event in events] == [True] * 3 + [False] * 4  # 7 parts, a ring of 4
 
 
+def test_rows_stay_in_their_part_until_they_are_up(monkeypatch):
+    """An upload reads its part as late as may be: when somebody waits for an event behind it."""
+    late = []
+
+    class Event:
+        def __init__(self):
+            self.copies = late[:]
+
+        def done(self):
+            return False
+
+        def synchronize(self):
+            for source, made in self.copies:
+                if any(each[1] is made for each in late):
+                    late[:] = [each for each in late if each[1] is not made]
+                    made.copy_(source)
+
+    def upload(source):
+        late.append((source, torch.zeros_like(source)))
+        return late[-1][1]
+
+    ring = UploadRing(PinnedMemory(FakeCuda()), Event)
+    sent = [torch.full((2, 8), float(number)) for number in range(9)]
+    made = [ring.send_rows(rows, upload) for rows in sent]
+    Event().synchronize()
+    assert all(map(torch.equal, made, sent))
+    rows, sizes = torch.rand(700, 1024), []  # 2.7 MiB
+    whole = ring.send_rows(rows, lambda part: (sizes.append(part.nbytes), part.clone())[1])
+    assert torch.equal(whole, rows)
+    assert len(sizes) == 3 and max(sizes) <= pinned_module.UPLOAD_BYTES
+
+
 def test_staging_is_pinned_before_layers_and_kept(gpu, caplog):
     """Where 96 MiB may be pinned in all, layers get what staging and uploads leave."""
     gpu.pinnable_bytes = 96 * MIB
