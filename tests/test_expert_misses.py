@@ -20,7 +20,7 @@ from test_workload import GPU
 from value_double import open_double
 
 from offload_rt.config import Exact, ExpertMisses, HomeKind, LookAhead, RuntimeConfig
-from offload_rt.costs.experts import split_of
+from offload_rt.costs.experts import FETCH_S, split_of
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.device.kinds import CUDA
 from offload_rt.errors import ConfigError
@@ -422,3 +422,10 @@ def test_a_simulation_prices_what_the_host_computes(make_tiny, offload_run):
     assert 0 < host["on_host_bytes_per_pass"] <= host["bytes_per_pass"]
     assert host["bytes_per_pass"] == pytest.approx(link["bytes_per_pass"], rel=0.01)
     assert host["stall_s"] < link["stall_s"]
+    asked = ("link", "host")  # of a fast link none is computed so, and each layer brings rows
+    fast = [
+        offload_run("simulate", folder, *more[:-2], "--exact", "off", "--expert-misses", m)
+        for m in asked
+    ]
+    plain, fetched = (json.loads(done.out)["s_per_token"] for done in fast)
+    assert fetched - plain == pytest.approx(4 * FETCH_S)

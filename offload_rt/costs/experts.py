@@ -51,10 +51,10 @@ _GROUPS = 2
 # little locality as any published one, 1,147 of 2,189 and 1,218). Of all experts of a token, those
 # that are there among them, GLM-5.2's routers name 0.72 and 0.74 (colibri, issue 200).
 FORESEEN, IN_VAIN = 0.52, 1.06
-# Of the host, for a layer of which it computes experts: to fetch rows with the router's choice, and
-# to send back what it made: ten launches of 6 us, two uploads of 10 us, and 20 us to gather and
-# spread rows. Assumed: none was timed on a GPU.
-ON_HOST_S = 100e-6
+# Of the host, to fetch rows with the router's choice, in each layer: five launches of 6 us; and to
+# send back what it made: five more, two uploads of 10 us, and 20 us to gather and spread rows.
+# Assumed: none was timed on a GPU.
+FETCH_S, SEND_BACK_S = 30e-6, 70e-6
 # Bytes a second, where nothing is known of a machine: PCIe 4.0, and what it leaves of DDR5.
 _UNKNOWN_LINK, _UNKNOWN_HOST = 25e9, 40e9
 # Different experts of n rows are E (1 - (1 - k / E)^(n^a)); a = 1 if rows were independent.
@@ -189,7 +189,7 @@ def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) ->
 def unknown_rates(nbytes: int) -> MissRates:
     """Of experts of so many bytes, where nothing is known of the machine."""
     link_s, host_s = nbytes / _UNKNOWN_LINK, nbytes / _UNKNOWN_HOST
-    return MissRates(link_s=link_s, host_s=host_s, file_s=link_s, begin_s=ON_HOST_S)
+    return MissRates(link_s=link_s, host_s=host_s, file_s=link_s, begin_s=SEND_BACK_S)
 
 
 def prior_hit_rate(held: float, experts: int, per_token: int) -> float:

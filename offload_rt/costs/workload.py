@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import ceil, prod
 
 from offload_rt.config import DraftWeights
-from offload_rt.costs.experts import ExpertUse, Split, split_of
+from offload_rt.costs.experts import FETCH_S, ExpertUse, Split, split_of
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
 from offload_rt.costs.sizes import (
@@ -380,6 +380,8 @@ class PlacedModel:
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
         split = pooled.split(index, rows, asked) if pooled else None
         link = misses if split is None else split.over_link
+        choosing_s = (pooled.together_s if together else pooled.host_s) if pooled else 0.0
+        choosing_s += 0.0 if split is None else FETCH_S
         few = pooled is not None and asked < NEARLY_ALL * pooled.counts[index]
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
@@ -404,7 +406,7 @@ class PlacedModel:
             missed_part=min(1.0, link / asked) if asked else 0.0,
             host_s=split.until_s if split and split.on_host else 0.0,
             behind_bytes=round(split.on_host * pooled.home_bytes) if pooled and split else 0,
-            choosing_s=(pooled.together_s if together else pooled.host_s) if pooled else 0.0,
+            choosing_s=choosing_s,
             # Nothing is, where the host may compute: what it does crosses behind in that time.
             foreseen=pooled.foreseen
             if pooled and few and not (reads_prompt or split and split.on_host)

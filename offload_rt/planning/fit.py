@@ -17,7 +17,7 @@ from offload_rt.config import (
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import (
     FORESEEN,
-    ON_HOST_S,
+    SEND_BACK_S,
     ExpertUse,
     choosing_s,
     unknown_rates,
@@ -572,7 +572,7 @@ def miss_rates(
         link_s=nbytes / link,
         host_s=nbytes / speeds.products_bytes_per_s(link, stored, config.threads),
         file_s=nbytes / link + experts.file_bytes / experts.count / files,
-        begin_s=ON_HOST_S,
+        begin_s=SEND_BACK_S,
     )
     most = min(max(experts.counts), HOST_ROWS * experts.per_token)
     fewest = most if placement.expert_share == 1.0 else 1  # in host memory, of the most that lack
