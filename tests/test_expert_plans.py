@@ -296,11 +296,11 @@ def test_what_reads_a_prompt_or_asks_for_nearly_all_foresees_nothing(folder):
         (model.load(1, reads_prompt=True), 0.0),
     ):
         assert {layer.foreseen for layer in load.layers} == {share}
-    with_rates = replace(pooled, rates=MissRates(link_s=2.0, host_s=1.0))
-    shared = replace(model, residence=Residence(experts=with_rates))
-    for rows, prompt in product((8, 9), (True, False)):  # up to 8 a host may compute some
-        layers = shared.load(rows, reads_prompt=prompt).layers
-        assert {layer.behind_bytes > 0 for layer in layers} == {rows == 8}
+    for host_s, rows, prompt in product((1.0, 999.0), (8, 9), (True, False)):
+        with_rates = replace(pooled, rates=MissRates(link_s=2.0, host_s=host_s))
+        shared = replace(model, residence=Residence(experts=with_rates))
+        layers = shared.load(rows, reads_prompt=prompt).layers  # up to 8 a host may compute some
+        assert {layer.behind_bytes > 0 for layer in layers} == {rows == 8 and host_s < 2.0}
         assert {layer.foreseen > 0 for layer in layers} == {rows == 9 and not prompt}
 
 

@@ -409,7 +409,7 @@ class PlacedModel:
             choosing_s=choosing_s,
             # Nothing is, where the host may compute: what it does crosses behind in that time.
             foreseen=pooled.foreseen
-            if pooled and few and not (reads_prompt or split and split.on_host)
+            if pooled and few and not reads_prompt and split is None
             else 0.0,
             expert_bytes=pooled.home_bytes if pooled else 0,
         )
