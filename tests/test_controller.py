@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.planning.controller import Controller, StepOutlook
+from offload_rt.planning.controller import Controller, StepOutlook, _Reading
 from offload_rt.planning.yields import Outcome
 
 SIZES = (0, 1, 2, 4, 8, 16, 32, 64)
@@ -430,6 +430,18 @@ def test_under_constant_turnover_it_comes_to_the_fastest_size(best, costs, draft
     controller = server.controller(drafting)
     server.speed(300, controller)
     assert server.speed(300, controller) > 0.94 * speeds[best]
+
+
+@pytest.mark.parametrize("spread", [0, 5, 250])
+def test_reading_is_told_from_drafting_however_long_all_read_alike(spread):
+    """Each step has a first draft of about one length, as with one seat and short answers."""
+    reading, draw = _Reading(), random.Random(2)
+    for step in range(4000):
+        tokens = 500 + draw.randint(-spread, spread)
+        reading.add((0.1 + 0.001 * tokens) * draw.uniform(0.9, 1.1), tokens, 0.1)
+        if step > 50:
+            assert reading.scale == pytest.approx(1.0, abs=0.3)
+            assert reading.token_s == pytest.approx(0.001, rel=0.1)
 
 
 def test_that_all_begin_with_a_text_is_no_reason_not_to_draft():

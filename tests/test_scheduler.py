@@ -152,7 +152,7 @@ def test_an_answer_does_not_depend_on_how_much_is_drafted_for_how_many(tiny, alo
 
 
 def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
-    """One drafter failed, one answer asks for no drafts: others' drafts have their time."""
+    """One failed, one answer asks for none, one has no room: others' drafts have their time."""
     took = []
     with served(tiny, draft=NGRAM) as engine:
         sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
@@ -160,7 +160,8 @@ def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
         engine.controller.observe = lambda *_, **times: took.append(times)
         scheduler = Scheduler(engine)
         asked = Request(ids=PROMPT, max_tokens=30)
-        failed, _, _ = map(scheduler.join, (asked, replace(asked, draft_tokens=0), asked))
+        others = replace(asked, draft_tokens=0), replace(asked, max_tokens=2), asked
+        failed, *_ = map(scheduler.join, (asked, *others))
         while not took:
             scheduler.sweep()
             failed.drafter = None
@@ -168,7 +169,7 @@ def test_drafting_is_timed_beside_sequences_nobody_drafts_for(tiny):
             scheduler.sweep()
     assert all(times["draft_s"] > 0.0 for times in took)
     came = [tokens for times in took for tokens in times["came"]]
-    assert sorted(came) == [0, 0, len(PROMPT)]  # one drafter reads
+    assert sorted(came) == [0, 0, 0, len(PROMPT)]  # one drafter reads
     assert [times["unread"] for times in took] == [sum(times["came"]) for times in took]
 
 

@@ -344,6 +344,35 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, bef
     assert asyncio.run(asked()) < 3.0
 
 
+def test_a_body_that_nobody_waits_for_any_more_does_not_keep_a_connection(monkeypatch):
+    """The answer, a refused key, came before it."""
+    monkeypatch.setattr(running, "HEADERS_S", 0.3)
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def asked():
+        listening = running._listen("127.0.0.1", 0)
+        server = uvicorn.Server(
+            uvicorn.Config(app, http=running._Impatient, lifespan="off", log_config=None)
+        )
+        server.capture_signals = nullcontext
+        task = asyncio.ensure_future(server.serve(sockets=[listening]))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*listening.getsockname())
+        writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+        writer.write(b"x")
+        assert await asyncio.wait_for(reader.read(), 3) == b""
+        writer.close()
+        server.should_exit = True
+        await task
+
+    asyncio.run(asked())
+
+
 def test_comments_come_while_a_pass_takes_long(tiny_model, monkeypatch):
     slowed(monkeypatch, 0.3)
     room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
@@ -558,8 +587,9 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, monk
 
     assert f"{256 * longest + 1} characters" in asked("x" * (256 * longest + 1)) and not made
     assert "tokens, there is room for 256" in asked("x" * (256 * longest)) and made
-    counted = post(server.app, "/tokenize", {"prompt": "x" * (256 * longest + 1)})
-    assert counted.json["count"] > 256
+    given = "x" * (256 * longest + 1)
+    given = [{"role": "user", "content": given}] if chats else given
+    assert post(server.app, "/tokenize", {param: given}).json["count"] > 256
 
 
 def test_head_is_answered_as_get_is(server):

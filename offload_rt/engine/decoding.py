@@ -199,8 +199,8 @@ class Run:
         if not texts:
             pass_s = self._last.at_s - drafted_at
             self.engine.foresight.observe(rows, pass_s)
-            largest = max(len(one.draft.tree) for one in drafted)
-            expected_s = self.engine.plan.profile_pass_s(largest, len(drafted))
+            nodes = -(-rows // len(drafted)) - 1  # of each, on average: rows are what takes time
+            expected_s = self.engine.plan.profile_pass_s(nodes, len(drafted))
             if expected_s is not None:
                 self.engine.pace.add(pass_s, expected_s, len(drafted))
         if controller is not None and outcomes:
@@ -263,6 +263,8 @@ class Run:
         """Tokens of a sequence that its drafter would read before it drafts."""
         if sequence.drafter is None or sequence.request.draft_tokens == 0:
             return 0
+        if sequence.remaining < 2:
+            return 0  # nobody is asked for a draft that has no room
         return min(sequence.unread, self.engine.draft.window_tokens or len(sequence.ids))
 
     def _next_part(self, sequence: SequenceState, count: int) -> list[int]:

@@ -132,9 +132,9 @@ class _Reading:
     """Seconds in which drafters read, told apart from those in which they draft.
 
     Both are one time. By what is planned to draft it is y = scale + token_s * x, where x is the
-    number of tokens read by the same; the line that steps are nearest to tells both. A plan stands
-    for steps without reading that take what is planned, so that it is known what is drafting as
-    long as each step reads as much as the others.
+    number of tokens read by the same; the line that steps are nearest to tells both. The plan
+    stands, always, for steps without reading that take what is planned, so that it is known what is
+    drafting even where each step reads as much as the others.
 
     Attributes:
         weight: steps that count, and of these, older ones less, sums of x, y and their products.
@@ -160,9 +160,9 @@ class _Reading:
     def add(self, draft_s: float, tokens: int, planned_s: float) -> None:
         """Take in the drafting of a step, for which so many tokens were read."""
         x, y = tokens / planned_s, draft_s / planned_s
-        kept = 1.0 - 1.0 / _READING_MEMORY
-        self.weight = kept * self.weight + 1.0
-        self.x, self.y = kept * self.x + x, kept * self.y + y
+        kept, plan = 1.0 - 1.0 / _READING_MEMORY, _PRIOR_WEIGHT / _READING_MEMORY
+        self.weight = kept * self.weight + plan + 1.0
+        self.x, self.y = kept * self.x + x, kept * self.y + plan + y
         self.xx, self.xy = kept * self.xx + x * x, kept * self.xy + x * y
 
 

@@ -12,6 +12,7 @@ makes predictions better.
 
 import math
 import statistics
+from collections import deque
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,19 +28,21 @@ _SAME = 0.1  # a level so near to 1 is none
 _NEW_SHARE = 0.5  # of the latest run
 _LEAST_PASSES = 8  # of a run that says something
 _LEAST_S = 0.02  # a shorter pass is mostly this program's own work, and tells nothing of others
+_LATEST = 1024  # passes that a level is the median of
 _MOST_ENTRIES = 100
 
 
 @dataclass(slots=True)
 class Pace:
-    """The passes of an engine against what was predicted of them."""
+    """The latest passes of an engine against what was predicted of them."""
 
-    _ratios: dict[int, list[float]] = field(default_factory=dict)
+    _ratios: dict[int, deque[float]] = field(default_factory=dict)
 
     def add(self, pass_s: float, predicted_s: float, running: int) -> None:
         """Take in a pass in which so many sequences took part."""
         if predicted_s >= _LEAST_S:
-            self._ratios.setdefault(group_of(running), []).append(pass_s / predicted_s)
+            latest = self._ratios.setdefault(group_of(running), deque(maxlen=_LATEST))
+            latest.append(pass_s / predicted_s)
 
     @property
     def ratios(self) -> dict[int, float]:

@@ -121,10 +121,14 @@ class Service:
     # --- prompts
 
     async def chat_ids(
-        self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None
+        self,
+        turns: Sequence[Turn],
+        tools: list[dict[str, Any]] | None,
+        *,
+        answered: bool = True,
     ) -> list[int]:
         """Token ids of a conversation."""
-        return await asyncio.to_thread(self.maker.chat_ids, turns, tools)
+        return await asyncio.to_thread(self.maker.chat_ids, turns, tools, answered=answered)
 
     async def plain_ids(
         self, prompt: str | list[int], special: bool = True, *, answered: bool = True
@@ -562,7 +566,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     async def tokenize(http: HttpRequest) -> Response:
         body = read_body(TokenizeBody, await http.body())
         if body.messages is not None:
-            ids = await service.chat_ids(body.messages, None)
+            ids = await service.chat_ids(body.messages, None, answered=False)
         elif (given := body.content if body.prompt is None else body.prompt) is not None:
             special = body.add_special_tokens is not False
             ids = await service.plain_ids(given, special, answered=False)

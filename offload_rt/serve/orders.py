@@ -79,8 +79,19 @@ class Maker:
                 code="model_not_found",
             )
 
-    def chat_ids(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[int]:
+    def chat_ids(
+        self,
+        turns: Sequence[Turn],
+        tools: list[dict[str, Any]] | None,
+        *,
+        answered: bool = True,
+    ) -> list[int]:
         """Token ids of a conversation.
+
+        Args:
+            turns: of it.
+            tools: that the chat template is told of.
+            answered: it is to be answered, so one that is too long is refused before it is read.
 
         Raises:
             WireError: it is none, or the chat template refuses it.
@@ -92,7 +103,8 @@ class Maker:
         told = [
             one for one in messages if one.role != "assistant"
         ]  # of theirs a part may be left out
-        self._check_length(sum(len(one.content.strip()) for one in told), "messages")
+        if answered:
+            self._check_length(sum(len(one.content.strip()) for one in told), "messages")
         return self._tokens(lambda: build_prompt(self.prompts, messages, tools=tools), "messages")
 
     def plain_ids(self, prompt: str, special: bool = True, *, answered: bool = True) -> list[int]:

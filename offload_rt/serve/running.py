@@ -36,7 +36,9 @@ class _Impatient(H11Protocol):
     def data_received(self, data: bytes) -> None:
         """Wait for the rest of headers; uvicorn waits for the first byte of a further request."""
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
+        # Answered before its body came: what is left of that is thrown away, and not for ever.
+        early = self.conn.our_state is h11.DONE
+        if self.conn.their_state is not h11.IDLE and not early:
             self._be_patient()
         elif self._patience is None:
             self._patience = self.loop.call_later(HEADERS_S, self._give_up)
