@@ -308,13 +308,26 @@ def test_the_end_waits_for_what_was_counted_in():
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize("before", [0, 1, 2], ids=["first", "second", "third"])
-def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, before):
+GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+BODILESS = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("before", "takes_s", "last"),
+    [
+        ([], 0.6, b"GET / HT"),
+        ([GET], 0.6, b"GET / HT"),
+        ([GET, GET], 0.6, b"GET / HT"),
+        ([BODILESS], 0.0, b"x"),
+    ],
+    ids=["first", "second", "third", "answered before its body"],
+)
+def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, before, takes_s, last):
     """Neither at first nor after it was answered; one that waits for its answer is not."""
     monkeypatch.setattr(running, "HEADERS_S", 0.3)
 
     async def app(scope, receive, send):
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(takes_s)
         await send({"type": "http.response.start", "status": 204, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -328,12 +341,12 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, bef
         while not server.started:
             await asyncio.sleep(0.01)
         reader, writer = await asyncio.open_connection(*listening.getsockname())
-        for _ in range(before):
-            writer.write(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        for request in before:
+            writer.write(request)
             assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(
                 b"HTTP/1.1 204"
             )
-        writer.write(b"GET / HT")
+        writer.write(last)
         start = time.monotonic()
         assert await asyncio.wait_for(reader.read(), 3) == b""
         writer.close()
@@ -342,35 +355,6 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, bef
         return time.monotonic() - start
 
     assert asyncio.run(asked()) < 3.0
-
-
-def test_a_body_that_nobody_waits_for_any_more_does_not_keep_a_connection(monkeypatch):
-    """The answer, a refused key, came before it."""
-    monkeypatch.setattr(running, "HEADERS_S", 0.3)
-
-    async def app(scope, receive, send):
-        await send({"type": "http.response.start", "status": 204, "headers": []})
-        await send({"type": "http.response.body", "body": b""})
-
-    async def asked():
-        listening = running._listen("127.0.0.1", 0)
-        server = uvicorn.Server(
-            uvicorn.Config(app, http=running._Impatient, lifespan="off", log_config=None)
-        )
-        server.capture_signals = nullcontext
-        task = asyncio.ensure_future(server.serve(sockets=[listening]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
-        writer.write(b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n")
-        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
-        writer.write(b"x")
-        assert await asyncio.wait_for(reader.read(), 3) == b""
-        writer.close()
-        server.should_exit = True
-        await task
-
-    asyncio.run(asked())
 
 
 def test_comments_come_while_a_pass_takes_long(tiny_model, monkeypatch):
