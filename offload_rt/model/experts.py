@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -89,8 +90,10 @@ class ExpertLender(Protocol):
         on_host: Set[int],
         meanwhile: Callable[[], None] | None,
         /,
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        """Lend the weights of each of these, in any order, until the next is asked for.
+        *,
+        together: bool,
+    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+        """Lend the weights of each of these, in any order, until the next ones are asked for.
 
         Args:
             needed: experts, each once; those that the last rows are sent to come last.
@@ -98,18 +101,8 @@ class ExpertLender(Protocol):
             foresee: says which experts of the next layer rows should ask for, likeliest first.
             on_host: of those that are needed, what the host computes: they are not lent.
             meanwhile: has it compute them; called before any is waited for that is on its way.
+            together: all that are there at once, then the others; else one by one.
         """
-
-    def lend_together(
-        self,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None,
-        on_host: Set[int],
-        meanwhile: Callable[[], None] | None,
-        /,
-    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
-        """Lend the weights of all that are there at once, then of the others."""
 
 
 class _ChosenError(Exception):
@@ -277,10 +270,15 @@ def _computed(
         meanwhile = partial(there.compute, lender, mine, parts)
     asked = needed, rows, foresee, frozenset(away), meanwhile
     if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
-        for group in [[*_own(module, places)]] if lender is None else lender.lend_together(*asked):
+        groups = [[*_own(module, places)]] if lender is None else lender.lend(*asked, together=True)
+        for group in groups:
             _rows_together(module, host, group, places, hidden, parts)
     else:
-        lent = _own(module, places) if lender is None else lender.lend(*asked)
+        lent = (
+            _own(module, places)
+            if lender is None
+            else chain.from_iterable(lender.lend(*asked, together=False))
+        )
         order = [place for own in places.values() for place in own]
         index = torch.tensor(order) if host is None else host.upload(order)
         each = dict(zip(places, index.split([len(own) for own in places.values()]), strict=True))

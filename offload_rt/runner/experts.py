@@ -88,26 +88,16 @@ class PooledExperts:
         self,
         needed: Sequence[int],
         rows: int,
-        foresee: Callable[[], Sequence[int]] | None = None,
-        on_host: Set[int] = frozenset(),
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Iterator[tuple[int, ExpertWeights]]:
-        """Lend the weights of experts: those that are there first."""
-        asked = needed, rows, foresee, on_host, meanwhile
-        for expert, buffer in self._pool.lend(self._layer, *asked):
-            yield expert, self._weights(expert, buffer)
-
-    def lend_together(
-        self,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None = None,
-        on_host: Set[int] = frozenset(),
-        meanwhile: Callable[[], None] | None = None,
+        foresee: Callable[[], Sequence[int]] | None,
+        on_host: Set[int],
+        meanwhile: Callable[[], None] | None,
+        *,
+        together: bool,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
-        """Lend the weights of all that are there at once, then of the others."""
-        asked = needed, rows, foresee, on_host, meanwhile
-        for group in self._pool.lend_together(self._layer, *asked):
+        """Lend the weights of experts: those that are there first."""
+        pool, asked = self._pool, (self._layer, needed, rows, foresee, on_host, meanwhile)
+        groups = pool.lend_together(*asked) if together else ([one] for one in pool.lend(*asked))
+        for group in groups:
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 
     def _weights(self, expert: int, buffer: DeviceBuffer) -> ExpertWeights:
