@@ -169,6 +169,21 @@ def test_times_come_from_the_profile():
         pass_times(made, only, Processor.CUDA, measured(1e9))
 
 
+def test_row_invariant_passes_take_their_rows_as_the_processor_multiplies_them():
+    made = profile(layers=(curve(1, {1: 1.0, 16: 2.0, 32: 3.0, 128: 5.0}),))
+    apart = replace(made, machine=replace(made.machine, rows_apart=32))
+    load = PassLoad(layers=[LayerLoad(work=shape(1).work, home_bytes=5)], streamed=[], slots=0)
+
+    def seconds(profile, rows, tile, processor=Processor.CPU):
+        exact = replace(load, tokens=rows, tile=tile, head=shape(1).work)
+        times = pass_times(profile, exact, processor, measured(1e9))
+        assert times.head_s == pytest.approx(times.layer_s[0])
+        return times.layer_s[0]
+
+    assert [seconds(apart, n, 16) for n in (1, 17, 33, 64, 128)] == pytest.approx([2, 3, 5, 6, 12])
+    assert seconds(apart, 128, 1) == seconds(made, 128, 16) == pytest.approx(5.0)
+
+
 @pytest.mark.parametrize("factor", [1.0, 1.5])
 def test_kernels_take_longer_for_as_long_as_the_disk_is_read(factor):
     """All the time where the disk is the limit, never where nothing is streamed."""

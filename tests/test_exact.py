@@ -27,6 +27,7 @@ from offload_rt.attention.exact import PART, attend_exact
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.config import DraftConfig, Exact, KVPlace, SamplingConfig
+from offload_rt.device import system
 from offload_rt.device.system import processor_flags
 from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
@@ -531,9 +532,7 @@ def test_few_outputs_are_computed_tile_by_tile(monkeypatch):
     ],
 )
 def test_with_matrix_registers_each_tile_is_a_product(flag, limit, dtype, given, monkeypatch):
-    monkeypatch.setattr(tiles, "processor_flags", lambda: frozenset({flag}))
-    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
-        monkeypatch.delenv(name, raising=False)
+    has_matrix_registers(monkeypatch, flag)
     if limit is not None:
         monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     rows, seen = torch.randn(40, 8).to(getattr(torch, dtype)), []
@@ -544,13 +543,49 @@ def test_with_matrix_registers_each_tile_is_a_product(flag, limit, dtype, given,
     assert seen == [*given, 48]  # another device has its own kernels
 
 
+def has_matrix_registers(monkeypatch, flag="amx_bf16"):
+    monkeypatch.setattr(system, "processor_flags", lambda: frozenset({flag}))
+    for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def by_count_above(limit):
+    """A product that computes as many rows as `limit` in one way, and more in another."""
+    linear = torch.nn.functional.linear
+
+    def product(rows, weight, bias):
+        made = linear(rows.double(), weight.double(), bias)
+        return (made if len(rows) <= limit else made + 1e-3).to(rows.dtype)
+
+    return product
+
+
+@pytest.mark.parametrize(
+    ("limit", "given", "kept"), [(32, [32, 16], "2 of 16 rows"), (16, [16] * 3, "1 of 16 rows")]
+)
+def test_two_tiles_are_a_product_where_their_bits_are_those_of_two(
+    limit, given, kept, own_cache, tmp_path, monkeypatch
+):
+    has_matrix_registers(monkeypatch)
+    monkeypatch.setattr(tiles, "_IN_PAIRS", set())
+    product, bf16 = by_count_above(limit), torch.bfloat16
+    monkeypatch.setattr(torch.nn.functional, "linear", product)
+    rows, seen = torch.randn(40, 64).to(bf16), []
+    for times in (1, 2):  # compared, then found among what was kept
+        assert not exact._compared([(64, 96)], bf16, product)
+        tiles.in_tiles(lambda part: seen.append(len(part)) or part, rows, outputs=96)
+        assert seen == given * times
+        monkeypatch.setattr(tiles, "_IN_PAIRS", set())
+        assert exact._read(tmp_path / "cache" / "exact.json")[0].endswith(f"64 by 96, {kept}")
+
+
 IN_PASSES = """
 import json, sys
 from engines import engine_for
 from offload_rt.config import Exact
 from offload_rt.device.system import takes_matrix_registers
 folder, text = sys.argv[1], json.loads(sys.argv[2])
-assert takes_matrix_registers()
+assert takes_matrix_registers("bfloat16")
 with engine_for(folder, prompts=[text], exact=Exact.ON, prefill_chunk_tokens=192) as engine:
     assert engine.exact.on
     for count in (1, 17, 48, 64, 192):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
+from offload_rt.profiling import identity
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.identity import compare
 from offload_rt.profiling.profile import (
@@ -638,6 +639,12 @@ VERSIONS = Versions(torch="2.14.1", driver="570.1")
 
 def gpu_with(**changed):
     return {"gpus": (dataclasses.replace(GPU, **changed),)}
+
+
+@pytest.mark.parametrize(("there", "rows"), [(True, 32), (False, 0)])
+def test_a_machine_says_how_many_rows_its_products_take_apart(there, rows, monkeypatch):
+    monkeypatch.setattr(identity, "takes_matrix_registers", lambda dtype: there)
+    assert identity.this_machine(None).rows_apart == rows
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,11 @@ says how long one takes once the rings are full. How long each copy and each lay
 the profile.
 """
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import exp
 
 from offload_rt.config import HomeKind, RuntimeConfig
@@ -485,31 +486,21 @@ def pass_times(
     works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     replayed = load.recorded or load.pieced
-    work_s = {
-        (work, order): layer_s(
-            profile,
-            work,
-            load.rows(order),
-            processor=processor,
-            weights=order,
-            recorded=replayed,
-        )
-        for work, order in works
-    }
-    asking = load.tokens // load.sequences
     exact = load.tile > 1
+    apart_rows = profile.machine.rows_apart if exact and processor is Processor.CPU else 0
+
+    def timed(how: Callable[..., Number], work: LayerWork, order: WeightOrder) -> Number:
+        ask = partial(how, profile, work, processor=processor, weights=order, recorded=replayed)
+        products, rest = divmod(load.rows(order), apart_rows or sys.maxsize)
+        if not products:
+            return ask(rest)
+        parts = [(products, ask(apart_rows)), *([(1, ask(rest))] if rest else [])]
+        return replace(parts[0][1], value=sum(count * each.value for count, each in parts))
+
+    work_s = {(work, order): timed(layer_s, work, order) for work, order in works}
+    asking = load.tokens // load.sequences
     kv_s = {n: attention_s(profile, n, asking, processor=processor, exact=exact) for n in sizes}
-    heads = [
-        head_s(
-            profile,
-            head,
-            load.rows(load.head_weights),
-            processor=processor,
-            weights=load.head_weights,
-            recorded=replayed,
-        )
-        for head in ([load.head] if load.head else [])
-    ]
+    heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
     decoding = {

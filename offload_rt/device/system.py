@@ -25,6 +25,7 @@ _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 _KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 # Of what oneDNN takes: the first that is not empty counts, and a word it does not know is no limit.
 _LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"
+_MATRIX_FLAGS = {"bfloat16": "amx_bf16", "float16": "amx_fp16"}
 _WITHOUT_MATRICES = (  # oneDNN's "CPU Dispatcher Control"; tried with torch 2.14.1
     *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
     *("AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512", "AVX10_2", "AVX10_2_512"),
@@ -156,10 +157,11 @@ def processor_flags() -> frozenset[str]:
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
-def takes_matrix_registers() -> bool:
-    """Whether oneDNN multiplies with a processor's matrix registers where there are any."""
+def takes_matrix_registers(dtype: str) -> bool:
+    """Whether oneDNN multiplies numbers of a format (torch's name) with matrix registers here."""
     limit = next(filter(None, map(os.environ.get, _LIMITS)), "")
-    return limit.upper() not in _WITHOUT_MATRICES
+    there = _MATRIX_FLAGS.get(dtype) in processor_flags()
+    return there and limit.upper() not in _WITHOUT_MATRICES
 
 
 def _cpuinfo(wanted: str) -> str:

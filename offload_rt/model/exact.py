@@ -31,7 +31,14 @@ from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.rows import ROW_TILE
-from offload_rt.kernels.tiles import FEW_OUTPUTS, Forward, evenly, in_tiles
+from offload_rt.kernels.tiles import (
+    FEW_OUTPUTS,
+    Forward,
+    allow_pairs,
+    evenly,
+    goes_by_count,
+    in_tiles,
+)
 from offload_rt.model.experts import MATRICES
 from offload_rt.model.formats.direct import plain_for
 from offload_rt.model.formats.packed import PackedLinear
@@ -105,10 +112,13 @@ class Regular(TorchFunctionMode):
         if not self._tiles and function in _UNEVEN and args and isinstance(args[0], torch.Tensor):
             return evenly(lambda numbers: function(numbers, *args[1:], **given), args[0])
         if function is functional.linear and len(args) > 1:
-            apart = bool(self._tiles) or args[1].shape[0] < FEW_OUTPUTS
-            tile = self._tiles or ROW_TILE
+            outputs = args[1].shape[0]
             return in_tiles(
-                lambda r: function(r, *args[1:], **given), args[0], apart=apart, tile=tile
+                lambda r: function(r, *args[1:], **given),
+                args[0],
+                outputs=outputs if args[1].is_contiguous() else 0,
+                apart=bool(self._tiles) or outputs < FEW_OUTPUTS,
+                tile=self._tiles or ROW_TILE,
             )
         return function(*args, **given)
 
@@ -161,7 +171,8 @@ def _outer(args: tuple[Any, ...]) -> bool:
 def _tiled(linear: torch.nn.Linear) -> Computes:
     """Kernels of our own where they give the bits of tiles, else torch's with tiles."""
     outputs, inputs = linear.weight.shape
-    tiles, widened = partial(in_tiles, apart=outputs < FEW_OUTPUTS), "forward" in linear.__dict__
+    widened = "forward" in linear.__dict__
+    tiles = partial(in_tiles, outputs=0 if widened else outputs, apart=outputs < FEW_OUTPUTS)
     dtype, host = linear.weight.dtype, torch.device("cpu")  # nothing else is exact
     product = None if widened else plain_for(inputs, outputs, dtype, host, exact=True)
     if product is None:
@@ -300,19 +311,24 @@ def _compared(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, how: Product
     """What `unlike_product` says of the first of these; what was alike once is not made again.
 
     It takes 0.1 to 1 s a product, so what was found is kept, for this processor, torch, and number
-    of threads. What differed is compared each time.
+    of threads. What differed is compared each time. Where a product may take two tiles at once,
+    it does from now on.
     """
     machine = [processor()[0], f"torch {torch.__version__}", f"{torch.get_num_threads()} threads"]
     machine += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
     begin = ", ".join([*machine, how.__name__, str(dtype).removeprefix("torch.")])
     path = cache_folder() / "exact.json"
-    known = _read(path)
+    known, by_count = _read(path), goes_by_count(dtype) and how is functional.linear
     for inputs, outputs in sizes:
-        if f"{begin}, {inputs} by {outputs}" in known:
-            continue
-        if problem := unlike_product(inputs, outputs, dtype, how):
-            return problem
-        known.append(f"{begin}, {inputs} by {outputs}")
+        alike = f"{begin}, {inputs} by {outputs}"
+        one, two = (f"{alike}, {n} of {ROW_TILE} rows" if by_count else alike for n in (1, 2))
+        if not {one, two} & set(known):
+            if problem := unlike_product(inputs, outputs, dtype, how):
+                return problem
+            pairs = by_count and not unlike_product(inputs, outputs, dtype, how, tiles=2)
+            known.append(two if pairs else one)
+        if by_count and two in known:
+            allow_pairs(inputs, outputs, dtype)
     if known != _read(path):
         try:
             make_folder(path.parent)
@@ -345,7 +361,9 @@ def _of_linears(model: torch.nn.Module) -> set[tuple[int, int]]:
     return shapes
 
 
-def unlike_product(inputs: int, outputs: int, dtype: torch.dtype, how: Product) -> str:
+def unlike_product(
+    inputs: int, outputs: int, dtype: torch.dtype, how: Product, *, tiles: int = 1
+) -> str:
     """A number of rows for which a product has other bits than for a tile; empty if none has.
 
     Args:
@@ -353,6 +371,7 @@ def unlike_product(inputs: int, outputs: int, dtype: torch.dtype, how: Product) 
         outputs: O; of large matrices some are compared.
         dtype: number format.
         how: the product of rows [S, I] with weight [O, I] and no bias.
+        tiles: which a product takes at once, where it is given one after the other.
     """
     outputs = min(outputs, max(64, _COMPARED_NUMBERS // inputs // 64 * 64))
     generator = torch.Generator().manual_seed(0)
@@ -371,6 +390,10 @@ def unlike_product(inputs: int, outputs: int, dtype: torch.dtype, how: Product) 
 
         tiled = partial(in_tiles, forward, apart=outputs < FEW_OUTPUTS)
         expected = tiled(rows)
+        if tiles > 1:
+            together = torch.cat([forward(part) for part in rows.split(tiles * ROW_TILE)])
+            differs = not torch.equal(together, expected)
+            return f"{tiles} tiles at once have other bits" if differs else ""
         for cut in _CUTS:
             given = rows.repeat(-(-cut // _COMPARED_ROWS), 1)
             parts = [tiled(part) for part in given.split(cut)]

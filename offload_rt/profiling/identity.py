@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import psutil
 
 from offload_rt.device.cuda.nvml import Driver, find_driver
-from offload_rt.device.system import compute_threads, processor
+from offload_rt.device.system import compute_threads, processor, takes_matrix_registers
+from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, Versions
 
 
@@ -18,6 +19,7 @@ def this_machine(driver: Driver | None) -> Machine:
         cpu=processor()[0],
         cores=compute_threads(),
         ram_bytes=psutil.virtual_memory().total,
+        rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") else 0,
         gpus=tuple(
             GpuIdentity(
                 name=gpu.name,

@@ -128,11 +128,14 @@ class Machine:
 
     Attributes:
         cores: threads that compute: those this process may use, within its cgroup's quota.
+        rows_apart: that row-invariant products of the CPU take at once (`kernels/tiles.py`), one
+            product after the other; 0: all.
     """
 
     cpu: str
     cores: int = _up_to(_COUNT)
     ram_bytes: int = _up_to(_BYTES)
+    rows_apart: int = field(default=0, metadata={"least": 0, "most": _COUNT})
     gpus: tuple[GpuIdentity, ...] = ()
 
 

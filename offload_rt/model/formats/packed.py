@@ -61,7 +61,9 @@ class PackedLinear(torch.nn.Module):
         # What is traced are torch's kernels.
         if product is not None and rows.numel() <= self._most_numbers and not traced():
             return product(rows)
-        return in_tiles(self._by_onednn, rows) if self.exact else self._by_onednn(rows)
+        if self.exact:
+            return in_tiles(self._by_onednn, rows, outputs=self.outputs)
+        return self._by_onednn(rows)
 
     def _by_onednn(self, rows: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -120,11 +122,12 @@ def packed_exactly(
     """The packed form of a linear, or None where that gives other numbers for so many rows."""
     packed = PackedLinear(linear, exact=exact)
     plain = partial(torch.nn.Linear.forward, linear)
+    tiled = partial(in_tiles, plain, outputs=linear.out_features)
     generator = torch.Generator().manual_seed(0)
     for count in counts:
         rows = torch.randn(1, count, linear.in_features, generator=generator)
         rows = rows.to(linear.weight.dtype)
-        if not torch.equal(packed(rows), in_tiles(plain, rows) if exact else plain(rows)):
+        if not torch.equal(packed(rows), tiled(rows) if exact else plain(rows)):
             return None
     return packed
 

@@ -45,7 +45,6 @@ _KERNEL_FORMATS = ("bfloat16", "float16")
 # Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
 _FLAG, _PANEL = "avx512_bf16", 64
 _FOURS, _LOOKS_UP = 32, "avx512f"  # inputs of a scale of MXFP4; who multiplies it needs that
-_MATRICES = "amx_bf16"  # with which torch's library adds up in another order
 # Inputs of a weight in 12 bits: multiples of one, fewer than the other (`kernels/twelve.py`).
 _CODED_INPUTS, _LONGEST = 64, 2**19
 # Outputs of a part: torch adds up those of fewer than 192 in another order (fp32, 16 rows, one
@@ -203,7 +202,7 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
         and _FLAG in processor_flags()
-        and not (_MATRICES in processor_flags() and takes_matrix_registers())
+        and not takes_matrix_registers(dtype)
         and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
 

@@ -143,8 +143,13 @@ class WiredLinear(torch.nn.Module):
         bias = None if self.bias is None else self.bias[part]
         if not self.exact:
             return self.product(rows, weight, bias)
-        apart = weight.shape[0] < FEW_OUTPUTS
-        return in_tiles(lambda tiles: self.product(tiles, weight, bias), rows, apart=apart)
+        outputs, plain = weight.shape[0], self.product is torch.nn.functional.linear
+        return in_tiles(
+            lambda tiles: self.product(tiles, weight, bias),
+            rows,
+            outputs=outputs if plain else 0,
+            apart=outputs < FEW_OUTPUTS,
+        )
 
     def _by_parts(self, rows: torch.Tensor) -> torch.Tensor:
         """The same, some outputs after the other: all would need too large a scratch."""
