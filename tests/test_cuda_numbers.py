@@ -23,6 +23,7 @@ from offload_rt.config import (
 )
 from offload_rt.device.base import PAGE_BYTES, STAGING_BYTES
 from offload_rt.device.cpu import CpuDevice
+from offload_rt.device.cuda import nvml
 from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams as streams_module
 from offload_rt.device.cuda.streams import CudaComputeStream
@@ -190,6 +191,14 @@ def test_rows_that_cannot_be_pinned_are_read_after_they_were_written(monkeypatch
     assert torch.equal(back.tensor, rows.tensor)
     stream.close()
     device.close()
+
+
+def test_memory_is_told_where_pynvml_is_not_installed(tiny_model, monkeypatch):
+    monkeypatch.setattr(nvml, "pynvml", None)
+    open_double(monkeypatch)
+    with engine_for(tiny_model, **STREAMED) as engine:
+        memory = engine.memory()
+    assert memory.device_driver_bytes is None and memory.device_planned_bytes > 0
 
 
 # --- the same answers ----------------------------------------------------------------------------

@@ -78,6 +78,8 @@ def find_driver() -> Driver | None:
 
 def own_gpu_bytes() -> int | None:
     """What the driver counts for this process on all GPUs; None where it does not say."""
+    if pynvml is None:
+        return None
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError:
