@@ -3,15 +3,21 @@
 And the same bits where its layers are on two nodes.
 """
 
+import sys
+
 import pytest
 import torch
+from accelerate import init_empty_weights
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from nodes_double import nodes_engine
+from transformers import AutoModelForCausalLM
 
 from offload_rt.costs.sizes import kv_bytes_per_token
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.hf_config import build_hf_config
+from offload_rt.model.modules import build_modules
 from offload_rt.model.network import Network
 
 HEAD = {"head_dim": 16}
@@ -85,6 +91,29 @@ FAMILIES = {
         | {"num_local_experts": 4, "num_experts_per_tok": 2},
     ),
 }
+
+
+@pytest.mark.parametrize("name", ["llama-tied", "gemma3", "gpt_oss", "gpt_neox"])
+def test_modules_are_those_that_accelerate_makes_empty(make_tiny, monkeypatch, name):
+    """Which is not asked: a machine with a GPU may lack it."""
+    model_type, config = FAMILIES[name]
+    checkpoint = open_checkpoint(make_tiny(model_type, **(IDS | config)))
+    with init_empty_weights(include_buffers=False):
+        made = build_hf_config(checkpoint.config, checkpoint.folder)
+        theirs = AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    ours = build_modules(checkpoint.config, checkpoint.folder, torch.bfloat16)
+
+    def parameters(model):
+        found = model.named_parameters(remove_duplicate=False)
+        return {n: (p.shape, p.dtype, p.device, p.requires_grad) for n, p in found}
+
+    assert repr(ours) == repr(theirs)
+    assert parameters(ours) == parameters(theirs)
+    assert all(p.is_meta and p._is_hf_initialized for p in ours.parameters())
+    buffers = dict(theirs.named_buffers())
+    assert buffers.keys() == dict(ours.named_buffers()).keys()
+    assert all(torch.equal(buffer, buffers[n]) for n, buffer in ours.named_buffers())
 
 
 @pytest.fixture(params=FAMILIES, scope="module")

@@ -12,7 +12,7 @@ import offload_rt
 from offload_rt.device.cpu import CpuDevice
 
 # What a machine with a GPU may lack (docs: tools/gpu_check.sh).
-ABSENT = {"platformdirs", "prompt_toolkit", "gguf", "peft", "matplotlib", "pynvml"}
+ABSENT = {"accelerate", "gguf", "matplotlib", "peft", "platformdirs", "prompt_toolkit", "pynvml"}
 TERMINAL = {"chat_terminal.py"}  # imported by a chat on a terminal alone
 
 

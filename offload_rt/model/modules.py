@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config import ModelConfig
@@ -55,24 +54,27 @@ def build_modules(
 
 @contextmanager
 def _empty_weights() -> Iterator[None]:
-    """Let modules be made with parameters on meta that count as filled.
+    """Let modules be made with parameters on meta that count as filled; buffers are real.
 
     transformers then draws no first values for them, of which only shapes would be left, and torch
-    none either: on meta some of its functions for that import its compiler (80 MiB).
+    none either: on meta some of its functions for that import its compiler (80 MiB). accelerate's
+    `init_empty_weights` does the same, but a machine with a GPU alone may lack it.
     """
-    with init_empty_weights(include_buffers=False), _nothing_drawn():
-        register = torch.nn.Module.register_parameter
+    register = torch.nn.Module.register_parameter
 
-        def register_filled(module: Any, name: str, param: torch.nn.Parameter | None) -> None:  # noqa: ANN401
-            register(module, name, param)
-            if param is not None:
-                module._parameters[name]._is_hf_initialized = True
+    def register_empty(module: Any, name: str, param: torch.nn.Parameter | None) -> None:  # noqa: ANN401
+        register(module, name, param)
+        if param is not None:
+            empty = torch.nn.Parameter(param.detach().to("meta"), param.requires_grad)
+            empty.__dict__.update(param.__dict__, _is_hf_initialized=True)
+            module._parameters[name] = empty
 
-        torch.nn.Module.register_parameter = register_filled  # type: ignore
-        try:
+    torch.nn.Module.register_parameter = register_empty  # type: ignore
+    try:
+        with _nothing_drawn():
             yield
-        finally:
-            torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+    finally:
+        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 @contextmanager
