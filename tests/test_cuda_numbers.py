@@ -28,7 +28,7 @@ from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams as streams_module
 from offload_rt.device.cuda.streams import CudaComputeStream
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import Packing
+from offload_rt.device.kinds import CUDA, Packing, named_devices
 from offload_rt.errors import NumbersError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
@@ -323,6 +323,16 @@ def test_what_is_asked_of_a_gpu_the_double_does_too(make_tiny, monkeypatch):
     resident = asked.all_resident(folder)
     asked.test_streamed_equals_resident(folder, resident, 2, 1, HomeKind.DISK)
     asked.test_a_failed_pass_leaves_the_engine_usable(folder, resident, monkeypatch)
+
+
+def test_no_case_of_a_gpu_is_run_on_the_processor(folders, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
+    asked = importlib.import_module("test_drafting_on_gpu")
+    assert asked.ON_GPUS.keys() == CASES.keys()
+    for case in asked.ON_GPUS.values():
+        _, double, options = options_of(folders, **case)
+        kind, indices = named_devices(options["device"])
+        assert (kind, len(indices)) == (CUDA, double["count"])
 
 
 # --- experts one by one --------------------------------------------------------------------------

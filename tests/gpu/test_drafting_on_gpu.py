@@ -22,9 +22,18 @@ def plain(llama):  # noqa: F811
     return answers
 
 
-@pytest.mark.parametrize("case", CASES)
+ON_GPUS = {
+    name: case | {"device": ",".join(f"cuda:{i}" for i in range(case.get("gpus", 1)))}
+    for name, case in CASES.items()
+}
+
+
+@pytest.mark.parametrize("case", ON_GPUS)
 def test_same_answers_as_drafted_by_nobody(llama, folders, plain, monkeypatch, case):  # noqa: F811
-    many, driver, options = options_of(folders, **CASES[case])
+    needed = ON_GPUS[case].get("gpus", 1)
+    if torch.cuda.device_count() < needed:
+        pytest.skip(f"torch finds no {needed} GPUs")
+    many, driver, options = options_of(folders, **ON_GPUS[case])
     if not driver.get("pin", True):
         monkeypatch.setattr(TorchDriver, "register", lambda *_: "refused by the test")
         monkeypatch.setattr(TorchDriver, "allocate_pinned", lambda *_: None)
