@@ -2,6 +2,7 @@
 
 import ast
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -88,6 +89,39 @@ def test_a_part_that_fails_or_hangs_stops_nothing(check, tmp_path, monkeypatch, 
     assert ends == {"kv": "time is over", "link": "7", "laws": "0"}
     said = capsys.readouterr().out
     assert "FAILED part kv: time is over" in said and "FAILED part link: 7" in said
+
+
+def test_results_of_the_suite_are_told_as_they_come(check, tmp_path):
+    """What passes, fails, hangs, lacks a fixture and cannot be collected, then what kills it."""
+    (tmp_path / "test_one.py").write_text(
+        "import os, time\n"
+        "def test_passes(): pass\n"
+        "def test_fails(): assert 1 == 2\n"
+        "def test_hangs(): time.sleep(60)\n"
+        "def test_lacks(nothing): pass\n"
+        "def test_passes_too(): pass\n"
+        "def test_dies(): os._exit(9)\n"
+        "def test_never_runs(): pass\n"
+    )
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name\n")
+    (tmp_path / "pytest.ini").write_text("[pytest]\n")
+    out = tmp_path / "facts.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", tmp_path]
+    command += ["-pno:xdist", "-pno:cacheprovider", "-pgpu_check_suite"]
+    command += [f"--facts={out}", "--test-seconds=0.5"]
+    paths = os.pathsep.join([str(TOOLS), str(TOOLS.parent)])
+    done = subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}, capture_output=True)
+    assert done.returncode == 9, done.stdout
+    facts = {fact["fact"].rpartition("test_")[2]: fact for fact in check.read_facts(out)}
+    assert {name: fact["held"] for name, fact in facts.items()} == {
+        "broken.py": False,
+        "passes": True,
+        "fails": False,
+        "hangs": False,
+        "lacks": False,
+        "passes_too": True,
+    }
+    assert "not done after 0.5 s" in facts["hangs"]["why"] and "1 == 2" in facts["fails"]["why"]
 
 
 def test_the_summary_names_broken_laws_and_predictions(check, tmp_path):
