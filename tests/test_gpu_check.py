@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_without_a_gpu_it_says_so(check, tmp_path, monkeypatch, capsys):
     assert "no CUDA GPU" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         check.main(["--parts", "laws,none"])
+
+
+def test_no_question_about_a_gpu_is_of_the_first_whatever_is_checked():
+    for file in TOOLS.glob("gpu_check*.py"):
+        asked = set(re.findall(r"torch\.cuda\.(\w+)\(\)", file.read_text()))
+        assert asked <= {"is_available", "device_count"}, file.name
 
 
 def test_the_parts_fit_in_the_time_that_a_gpu_is_lent(check):

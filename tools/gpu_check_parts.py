@@ -10,7 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -317,18 +317,18 @@ def machine(bench: Bench) -> None:
     began = time.perf_counter()
     torch.ones(1, device=bench.device)
     context_s = time.perf_counter() - began
-    free, total = torch.cuda.mem_get_info()
+    free, total = torch.cuda.mem_get_info(bench.device)
     bench.fact("context", seconds=context_s, bytes=total - free, total=total)
     properties = torch.cuda.get_device_properties(bench.device)
     bench.fact(
         "gpu",
         gpu=properties.name,
-        capability=torch.cuda.get_device_capability(),
+        capability=torch.cuda.get_device_capability(bench.device),
         cudnn=torch.backends.cudnn.version(),
         gpus=torch.cuda.device_count(),
     )
     driver = find_driver()
-    bench.fact("driver", driver=None if driver is None else driver)
+    bench.fact("driver", driver=None if driver is None else asdict(driver))
 
 
 def suite(bench: Bench) -> None:
@@ -661,7 +661,7 @@ def _kernels(bench: Bench) -> None:
             attend_rows(query, keys, keys, spec)
             with profile(activities=[ProfilerActivity.CUDA]) as found:
                 attend_rows(query, keys, keys, spec)
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(bench.device)
             names = [
                 f"{e.key[:90]} {e.self_device_time_total:.0f} us" for e in found.key_averages()
             ]
@@ -814,8 +814,9 @@ def plan(bench: Bench) -> None:
         within = memory.device_peak_bytes <= memory.device_planned_bytes
         more = {}
         if bench.on_gpu:
-            free, total = torch.cuda.mem_get_info()
-            more = {"reserved": torch.cuda.max_memory_reserved(), "taken_now": total - free}
+            free, total = torch.cuda.mem_get_info(bench.device)
+            reserved = torch.cuda.max_memory_reserved(bench.device)
+            more = {"reserved": reserved, "taken_now": total - free}
         bench.fact(
             f"device memory within the plan, {name}",
             held=within,
