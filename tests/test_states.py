@@ -1,6 +1,7 @@
 """States of one sequence: rollback is exact, wherever the anchor is and however a text was cut."""
 
 import random
+import weakref
 
 import pytest
 import torch
@@ -83,6 +84,34 @@ def test_after_any_commit_states_are_those_of_a_fresh_prefill(seed):
     dice = random.Random(seed)
     tokens = [dice.randrange(len(TEXT)) for _ in range(dice.randrange(1, 11))]
     run_drafts(dice, fresh(tokens)[1], tokens)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_states_go_when_no_row_continues_them_any_more(seed):
+    """Of a draft of N rows N // A wait, the one before it, and two while a piece is computed."""
+    dice, alive, most = random.Random(seed), [0], [0]
+
+    def gone():
+        alive[0] -= 1
+
+    def counting(rows, before):
+        made, state = step(rows, before)
+        weakref.finalize(state.recurrent[0], gone)
+        alive[0] += 1
+        most.append(alive[0])
+        return made, state
+
+    made, nodes = fresh(range(dice.randrange(1, 9)))[1], 8 * ROWS
+    parents = drawn_tree(dice, nodes)
+    if seed < 3:  # all beside each other; a chain; one that branches wherever a piece ends
+        parents = [-1, *([0] * nodes)] if seed == 0 else [*range(-1, nodes)]
+    if seed == 2:
+        tips, parents = list(range(nodes - nodes // ROWS)), [*range(-1, nodes - nodes // ROWS - 1)]
+        parents += [tip for tip in tips if tip % ROWS == 0]
+    made.begin_pass(0, keeps_all=False)
+    made.mix(0, TEXT[[dice.randrange(64) for _ in parents]], counting, parents)
+    assert max(most) <= 3 + len(parents) // ROWS
+    assert alive[0] <= 1  # but for an anchor that was moved
 
 
 @pytest.mark.parametrize("seed", range(4))

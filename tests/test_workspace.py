@@ -12,6 +12,7 @@ import torch
 from engines import engine_for
 from flash_double import flash_of_a_gpu
 from gguf_files import random_blocks
+from hybrids import make_short
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding
@@ -19,7 +20,14 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 from offload_rt.attention.blocks import SCORE_BYTES
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
-from offload_rt.costs.sizes import RUNTIME_BYTES, PassShape, attention_bytes, workspace_bytes
+from offload_rt.config import DraftConfig
+from offload_rt.costs.sizes import (
+    RUNTIME_BYTES,
+    PassShape,
+    attention_bytes,
+    state_bytes,
+    workspace_bytes,
+)
 from offload_rt.device.kinds import CPU, KINDS, Processor
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.methods import Form
@@ -27,6 +35,7 @@ from offload_rt.model.formats.rounded import RoundedEmbedding
 from offload_rt.model.formats.stored import Stored, scratch_bytes
 from offload_rt.model.formats.wired import RowEmbedding
 from offload_rt.runner import loading
+from offload_rt.runner.runner import Rows
 
 
 class Live(TorchDispatchMode):
@@ -120,6 +129,25 @@ def test_a_long_prompt_takes_no_more_than_is_planned(make_tiny, family):
     hidden = 3000 * 512 * 2
     assert hidden < planned - chunk < 3 * hidden  # as it was measured: hidden states and tables
     assert live.peak <= planned - (chunk - attention_bytes(config, 2, replace(rows, rows=64), CPU))
+
+
+@pytest.mark.parametrize("branching", [False, True], ids=["beside each other", "branching"])
+def test_nor_do_states_of_many_branches(make_tiny, branching):
+    """States of 2 MiB, as of Qwen3-Next; 64 of them were alive once."""
+    heads = {"linear_num_key_heads": 16, "linear_num_value_heads": 32}
+    sizes = {"linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    model = make_short(make_tiny, "qwen3_next-dense", **heads, **sizes)
+    parents = [-1, *(at // 2 * 2 if branching else 0 for at in range(63))]
+    draft = DraftConfig(draft="ngram", draft_tokens=63)
+    with engine_for(model, dtype="bfloat16", draft=draft, tokens=80) as engine:
+        config, cache = engine.checkpoint.config, engine._caches[0]
+        engine.forward([(0, range(17))], reuse=True)
+        drafted = {"tokens": range(64), "places": range(17, 81), "parents": parents}
+        with Live() as live:
+            engine.runner.logits([Rows(cache=cache, **drafted, wanted=range(64))])
+    shape = PassShape(rows=64, chunk_rows=512, logit_rows=64, longest=97, tree_rows=64)
+    kept = state_bytes(config, 2, rows=CPU.state_rows, pending=64)
+    assert live.peak <= workspace_bytes(config, 2, shape, CPU) - RUNTIME_BYTES + sum(kept)
 
 
 @pytest.mark.parametrize("kind", ["plain", "stored", "rounded"])

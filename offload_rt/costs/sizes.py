@@ -71,6 +71,7 @@ class PassShape:
         logit_rows: rows whose logits are read.
         longest: tokens of the longest sequence, answer included.
         tile: where a device's row-invariant passes go through layers in tiles, their rows; else 0.
+        tree_rows: of the largest draft that is checked, its root included; 0: nothing is.
     """
 
     rows: int
@@ -78,6 +79,7 @@ class PassShape:
     logit_rows: int
     longest: int
     tile: int = 0
+    tree_rows: int = 0
 
 
 @lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
@@ -263,14 +265,16 @@ def state_bytes(
     return tuple(2 * nbytes + inputs if nbytes else 0 for nbytes in kept)
 
 
-def mixing_bytes(config: ModelConfig, number_bytes: int, device: DeviceKind) -> int:
+def mixing_bytes(config: ModelConfig, number_bytes: int, tree_rows: int, device: DeviceKind) -> int:
     """Upper bound of what a layer with a state allocates and frees again, but for its rows.
 
-    States while pieces follow each other, and for a piece some sixteen fp32 numbers for each of its
-    rows and each channel of the convolution, which are at most a quarter of its newest inputs.
+    States while pieces follow each other, one more for each whole piece down a tree, and for a
+    piece some sixteen fp32 numbers for each of its rows and each channel of the convolution, which
+    are at most a quarter of its newest inputs.
     """
+    states = 4 + tree_rows // device.state_rows
     each = [
-        4 * kept.state_bytes(number_bytes) + device.state_rows * 16 * kept.conv_numbers
+        states * kept.state_bytes(number_bytes) + device.state_rows * 16 * kept.conv_numbers
         for kept in layers_keep(config)
     ]
     return max(each)
@@ -387,7 +391,7 @@ def workspace_bytes(
         RUNTIME_BYTES
         + shape.rows * per_row
         + chunk * per_chunk_row
-        + mixing_bytes(config, number_bytes, device)
+        + mixing_bytes(config, number_bytes, shape.tree_rows, device)
         + packed_weight
         + attention_bytes(config, number_bytes, shape, device)
         + logits

@@ -18,6 +18,7 @@ and the first decides for all how far a sequence goes back: a pass that was give
 anchors on some machines only, so there it counts with as far as they may have moved.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -150,19 +151,25 @@ class MixerStates:
         committed = max(0, self.length - kept.anchor)  # of them; the anchor is ahead amid a prompt
         standing = self._standing(kept, len(rows))
         out = torch.empty_like(new)
-        behind: list[LayerState] = []
-        moved = last = 0
-        for piece in _pieces(before, len(new), committed, parents, self._rows):
+        behind: dict[int, LayerState] = {}
+        moved, last = 0, kept.state
+        pieces = _pieces(before, len(new), committed, parents, self._rows)
+        waiting = Counter(piece.after for piece in pieces)
+        for number, piece in enumerate(pieces):
             state = kept.state if piece.after is None else behind[piece.after]
-            made, after = step(self._padded(_taken(rows, piece.rows)), state)
-            behind.append(after)
+            waiting[piece.after] -= 1
+            if piece.after is not None and not waiting[piece.after]:
+                del behind[piece.after]
+            made, state = step(self._padded(_taken(rows, piece.rows)), state)
+            if waiting[number]:
+                behind[number] = state
             for run in _runs(piece.given):
                 out[run[0][1] : run[-1][1] + 1] = made[run[0][0] : run[-1][0] + 1]
             if piece.rows[-1] == moved + self._rows - 1 < standing:
                 moved += self._rows  # in order: what stands is a chain
-                last = len(behind) - 1
+                last = state
         if moved:
-            kept.state, kept.anchor = behind[last], kept.anchor + moved
+            kept.state, kept.anchor = last, kept.anchor + moved
             rows = rows[moved:].clone()  # what lies before it goes
         kept.inputs = rows
         return out
@@ -250,6 +257,8 @@ def _pieces(
 ) -> list[_Piece]:
     """Cut the rows of a layer into pieces, for each path down a tree those that others lack.
 
+    Depth first, so that no more states wait than pieces that a path down a tree fills, and one.
+
     Args:
         before: rows that are there already.
         new: rows to compute.
@@ -288,7 +297,7 @@ def _paths(parents: Sequence[int], committed: int, total: int) -> list[tuple[int
     ways: list[tuple[int, ...]] = []
     for row, parent in enumerate(parents):
         ways.append((*(stands if parent < 0 else ways[parent]), committed + row))
-    return [way for row, way in enumerate(ways) if row not in inner]
+    return sorted(way for row, way in enumerate(ways) if row not in inner)  # depth first
 
 
 def _taken(rows: torch.Tensor, index: tuple[int, ...]) -> torch.Tensor:

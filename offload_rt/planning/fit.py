@@ -121,6 +121,7 @@ def place_run(
         logit_rows=checked_rows,
         longest=max(load.capacities),
         tile=device.tile_rows if config.exact is Exact.ON else 0,
+        tree_rows=load.drafting.config.nodes and 1 + load.drafting.config.nodes,
     )
 
     def demanded(*, apart: bool = False) -> Demand:
