@@ -20,11 +20,17 @@ from offload_rt.config import (
     DraftShape,
     Exact,
     GenerationConfig,
+    HomeKind,
     KVPlace,
     RetrievalConfig,
     SamplingConfig,
+    Wire,
 )
 from offload_rt.engine import Run, decoding
+from offload_rt.model import packer
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.rounded_files import write_rounded
+from offload_rt.model.wire import wired
 
 VOCAB, ANSWER = 16, 32
 PROMPTS = [[token % VOCAB for token in PROMPT * 3], [token % VOCAB for token in PROMPT[::-1]]]
@@ -47,6 +53,7 @@ HYBRID = {
 }
 STREAMED = {"exact": Exact.ON, "resident_layers": 1, "slots": 1}
 ON_DISK = STREAMED | {"kv": KVPlace.DISK, "kv_block_tokens": 24}
+IN_12_BITS = STREAMED | {"home": HomeKind.HOST, "wire": Wire.LOSSLESS}
 SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)
 
 
@@ -60,11 +67,20 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """A model with a module of its own, heads of both kinds for it, and a small one; a hybrid."""
+    """A model, also in 4 and in 12 bits, with heads of both kinds for it; a hybrid; a small one."""
     root = tmp_path_factory.mktemp("exact")
     target = write_mtp(root / "target", "llama", **SIZES)
+    checkpoint = open_checkpoint(target)
+    for name in ("int4", "packed"):
+        (root / name).mkdir()
+    write_rounded(wired(checkpoint, Wire.INT4), root / "int4", lambda nbytes: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "SMALLEST_WEIGHTS", 512)
+        packer.pack(checkpoint, root / "packed", lambda nbytes: None)
     return {
         "target": target,
+        "int4": root / "int4",
+        "packed": root / "packed",
         "hybrid": write_mtp(root / "hybrid", "qwen3_5_text", **(SIZES | HYBRID)),
         "small": write_mtp(root / "small", "llama", **(SIZES | {"num_hidden_layers": 1})),
         "heads": write_shared(root / "heads", size=SIZES["hidden_size"], heads=3),
@@ -163,6 +179,8 @@ CASES = [("target", name, STREAMED) for name in DRAFTERS]
 CASES += [("target", name, ON_DISK) for name in ("ngram", "mtp", "triforce")]
 CASES += [("target", "model", {"exact": Exact.ON})]
 CASES += [("hybrid", name, STREAMED) for name in ("mtp", "mtp chain")]
+OTHER_BYTES = [("int4", STREAMED), ("packed", STREAMED), ("packed", IN_12_BITS)]
+CASES += [(model, name, config) for model, config in OTHER_BYTES for name in ("ngram", "model")]
 
 
 @pytest.mark.parametrize(
@@ -181,17 +199,31 @@ def test_drafting_changes_no_bit_of_a_greedy_answer(
     assert made[2].accepted > 0
 
 
-@pytest.mark.parametrize("name", TREES)
+SEEDED = [("target", name, STREAMED) for name in TREES]
+SEEDED += [(model, name, config) for model, config in OTHER_BYTES for name in ("ngram", "model")]
+
+
+@pytest.mark.parametrize(
+    ("model", "name", "config"),
+    SEEDED,
+    ids=[f"{model}-{name}-{list(config)[-1]}" for model, name, config in SEEDED],
+)
 def test_a_seeded_answer_does_not_depend_on_the_sizes_of_trees(
-    name, folders, undrafted, monkeypatch
+    model, name, config, folders, undrafted, monkeypatch
 ):
     """Of 1 to 16 nodes, another number in each step, as measured times may choose them."""
     draft, numbers = drafted_by(name, folders), random.Random(7)
     assert not draft.answers_rest_on_it
-    with opened(folders["target"], draft=draft, **STREAMED) as engine:
+    with opened(folders[model], draft=draft, **config) as engine:
         made = rows_of_answers(engine, monkeypatch, SAMPLINGS[1], lambda: numbers.randint(1, 16))
-    assert same_rows(made, undrafted("target", SAMPLINGS[1]))
+    assert same_rows(made, undrafted(model, SAMPLINGS[1]))
     assert made[2].accepted > 0
+
+
+def test_a_packed_model_answers_as_the_one_it_was_packed_from(undrafted):
+    for sampling in SAMPLINGS:
+        assert same_rows(undrafted("packed", sampling), undrafted("target", sampling))
+        assert not same_rows(undrafted("int4", sampling), undrafted("target", sampling))
 
 
 def test_a_seeded_answer_is_the_same_whoever_auto_lets_draft(make_tiny, offload_run):

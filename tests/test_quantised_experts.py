@@ -8,6 +8,7 @@ from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from expert_models import make_mixture
 from quantised import CASES, write_gpt_oss, write_twins
 from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from offload_rt.config import Exact, HomeKind
 from offload_rt.costs.sizes import experts_of as images_of
@@ -84,6 +85,28 @@ def test_logits_equal_transformers_over_the_dequantised_weights(twins_of, name):
         theirs = reference_model(twins.plain)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
     theirs = theirs[len(PROMPT) - 1 :]
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gpt_oss_has_the_numbers_that_transformers_reads_from_its_files(twins_of, dtype):
+    """L1 with the library that defines the format: the twin's numbers are its own, bit for bit."""
+    twins = twins_of("gpt_oss MXFP4", dtype)
+    stored = load_file(twins.folder / "model.safetensors")
+    plain = load_file(twins.plain / "model.safetensors")
+    for name in plain.keys() - stored.keys():
+        parts = stored[f"{name}_blocks"], stored[f"{name}_scales"]
+        theirs = convert_moe_packed_tensors(*parts, dtype=getattr(torch, dtype))
+        assert torch.equal(theirs, plain[name]), name
+    with engine_for(twins.folder, expert_slots=5) as engine:
+        ours = all_logits(engine)
+    if dtype == "bfloat16":
+        with engine_for(twins.plain, expert_slots=5) as engine:
+            assert torch.equal(all_logits(engine), ours)
+        return
+    with torch.no_grad():  # fp32 kernels sum by alignment, and attention is theirs
+        theirs = reference_model(twins.folder)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+    theirs = theirs[len(PROMPT) - 1 :]
+    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
 
 
 @pytest.mark.parametrize("name", ["gpt_oss MXFP4", "qwen3_moe W4"])
