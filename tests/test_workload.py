@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 from engines import PROMPT, engine_for
+from hybrids import make_hybrid
 from test_families import FAMILIES, IDS
 from test_outline import LLAMA_70B
 from test_profile import PROJECT
 from tiny import SHAPE
 
 from offload_rt.config import DraftConfig, DraftWeights, Exact, HomeKind, KVPlace, RuntimeConfig
+from offload_rt.costs.acceptance import grow_tree
 from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.costs.machine import speeds_there
 from offload_rt.costs.pass_cost import home_rates, pass_times
@@ -19,16 +21,23 @@ from offload_rt.costs.sizes import layer_windows
 from offload_rt.costs.workload import PlacedModel, Residence, StreamedKV, parts_of
 from offload_rt.errors import ConfigError
 from offload_rt.kv.resident import ResidentKV
+from offload_rt.kv.states import _pieces
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
 from offload_rt.planning.yields import MADE
 from offload_rt.profiling.profile import MemoryUse, WeightOrder
-from offload_rt.profiling.rates import disk_bytes_per_s, link_bytes_per_s, memory_bytes_per_s
+from offload_rt.profiling.rates import (
+    disk_bytes_per_s,
+    layer_s,
+    link_bytes_per_s,
+    memory_bytes_per_s,
+    scan_s,
+)
 from offload_rt.profiling.store import load_profile
 from offload_rt.speculative.draft_model.kind import GROWTH_S, settled
-from offload_rt.speculative.kinds import draft_parts
+from offload_rt.speculative.kinds import branches_of, draft_parts
 
 GPU = speeds_there(load_profile(PROJECT / "profiles" / "rtx4090-pcie4x16.json"), "auto")
 CPU = speeds_there(load_profile(PROJECT / "profiles" / "cpu-2core-avx512bf16.json"), "auto")
@@ -328,3 +337,49 @@ def test_rates_are_read_as_they_are_written():
 def test_families_differ_in_what_they_leave_out(tmp_path, family, tied):
     (tmp_path / "config.json").write_text(json.dumps(SHAPE | {"model_type": family}))
     assert (outline_checkpoint(tmp_path).head is None) is tied
+
+
+@pytest.mark.parametrize("speeds", [CPU, GPU], ids=["cpu", "gpu"])
+@pytest.mark.parametrize("rates", [(0.8, 0.08, 0.03), (0.5, 0.15, 0.08)])
+@pytest.mark.parametrize("nodes", [7, 15, 31, 63])
+def test_pieces_of_trees_are_counted_as_they_are_computed(speeds, rates, nodes, make_tiny):
+    """Half as many to twice as many: whose tokens are seldom right branch more."""
+    paths = grow_tree([list(rates)], nodes, 20).choices
+    place = {path: row for row, path in enumerate([(), *paths], 0)}
+    parents = [-1, *(place[path[:-1]] for path in paths)]
+    mixing = parts_of(open_checkpoint(make_hybrid(make_tiny, "lfm2")), "auto", speeds.device)
+    (mixing,) = {layer.mixing for layer in mixing.layers} - {None}
+    size, committed = mixing.rows, range(speeds.device.state_rows)
+    made = [len(_pieces(n, nodes + 1, n, parents, size)) for n in committed]
+    draft = DraftConfig(draft="ngram", draft_tokens=nodes)
+    counted = mixing.pieces(nodes + 1, branches_of(draft))
+    assert 0.5 < counted / (sum(made) / size) < 2.1
+    made = [len(_pieces(n, nodes + 1, n, None, size)) for n in committed]
+    assert mixing.pieces(nodes + 1, 1.0) == pytest.approx(sum(made) / size, abs=0.1)
+
+
+def test_a_branch_costs_what_a_piece_does(make_tiny):
+    """Its products, which read their weights again, and its scan."""
+    checkpoint = open_checkpoint(make_hybrid(make_tiny, "qwen3_next-dense"))
+    parts = parts_of(checkpoint, "auto", CPU.device)
+    placed = PlacedModel(parts=parts, speeds=CPU, residence=Residence(), context_tokens=CONTEXT)
+    rate = disk_bytes_per_s(CPU.profile, 4)
+
+    def seconds(**options):
+        load = placed.load(32, **options)
+        return pass_times(CPU.profile, load, CPU.processor, rate).layer_s
+
+    mixing = parts.layers[0].mixing
+    piece = layer_s(
+        CPU.profile, mixing.work, 16, processor=CPU.processor, weights=CPU.order(resident=True)
+    )
+    scan = scan_s(CPU.profile, 4 * 16 * 16, CPU.processor)
+    added = [b - a for a, b in zip(seconds(), seconds(branches=5.0), strict=True)]
+    assert added == pytest.approx([4 * (piece.value + scan.value)] * 3 + [0.0])
+    hidden, heads = 64, 4 * 16
+    width = 2 * 32 + 2 * heads + 2 * 4  # queries, keys, values, gates, and two numbers of each head
+    assert mixing.work.weight_bytes == 4 * (hidden * width + heads * hidden)
+    load = replace(placed, sequences=3).load(1)
+    three = pass_times(CPU.profile, load, CPU.processor, rate).layer_s[0]
+    one = pass_times(CPU.profile, placed.load(3), CPU.processor, rate).layer_s[0]
+    assert three - one == pytest.approx((3 - 1 - 2 / 16) * (piece.value + scan.value))

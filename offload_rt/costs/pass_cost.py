@@ -49,6 +49,7 @@ from offload_rt.profiling.rates import (
     layer_s,
     link_bytes_per_s,
     replay_s,
+    scan_s,
 )
 
 _steady = lru_cache(maxsize=256)(steady_pass)  # a search prices most passes more than once
@@ -93,11 +94,36 @@ class Decoded:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Mixing:
+    """What a layer with a recurrent state computes piece by piece (`kv/states.py`).
+
+    Attributes:
+        work: its products.
+        rows: of a piece.
+        state_numbers: of its state.
+    """
+
+    work: LayerWork
+    rows: int
+    state_numbers: int
+
+    def pieces(self, rows: int, branches: float) -> float:
+        """How many there are for the rows of a sequence.
+
+        Half a piece stands before these on average, and half of one is padding behind them. Each
+        path down a tree but the first takes one more: trees are 5 to 18 deep, pieces 16 and 64
+        (docs/RESULTS.md, "Trees on models with recurrent states").
+        """
+        return branches + (rows - 1) / self.rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLoad:
     """One layer in a pass.
 
     Attributes:
         work: its weights and arithmetic.
+        mixing: of this, what it computes piece by piece; None: nothing.
         home_bytes: what crosses the link if it is streamed.
         read_bytes: what is read from its files before that, if it stays there.
         kv_bytes: cached keys and values on the device that the pass attends to.
@@ -121,6 +147,7 @@ class LayerLoad:
 
     work: LayerWork
     home_bytes: int
+    mixing: Mixing | None = None
     read_bytes: int = 0
     kv_bytes: int = 0
     kv_home_bytes: int = 0
@@ -152,6 +179,7 @@ class PassLoad:
         tile: rows of a product are filled up to a multiple of it, but where kernels for few rows
             compute.
         sequences: that these belong to, as many to each; a token attends to its own alone.
+        branches: paths down the tree that the tokens of each are; 1: they are a chain.
         head: final projection, for as many rows; None to leave it out.
         head_weights: how its weights lie.
         head_decoded: of them, what is dequantised.
@@ -176,6 +204,7 @@ class PassLoad:
     tokens: int = 1
     tile: int = 1
     sequences: int = 1
+    branches: float = 1.0
     head: LayerWork | None = None
     head_weights: WeightOrder = WeightOrder.PLAIN
     head_decoded: tuple[Decoded, ...] = ()
@@ -515,6 +544,18 @@ def pass_times(
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
 
+    mixed_s: dict[tuple[Mixing | None, WeightOrder], float]
+    mixed_s = {(None, order): 0.0 for order in WeightOrder}
+    for mixing, order in {(layer.mixing, layer.weights) for layer in load.layers}:
+        if mixing is None:
+            continue
+        piece = layer_s(profile, mixing.work, mixing.rows, processor=processor, weights=order)
+        scan = scan_s(profile, mixing.state_numbers, processor)
+        count = load.sequences * mixing.pieces(asking, load.branches)
+        whole_s = timed(layer_s, mixing.work, order).value  # as the layer has it
+        mixed_s[mixing, order] = max(0.0, count * (piece.value + scan.value) - whole_s)
+        numbers += [piece, scan]
+
     def decoded_s(parts: Sequence[Decoded]) -> float:
         return sum(d.numbers / decoding[d.decoder, d.form, d.bits].value for d in parts)
 
@@ -527,6 +568,7 @@ def pass_times(
         ),
         layer_s=tuple(
             seconds[layer.work, layer.weights]
+            + mixed_s[layer.mixing, layer.weights]
             + decoded_s((*layer.decoded, *layer.experts_decoded))
             + attending[layer.kv_bytes]
             + layer.choosing_s

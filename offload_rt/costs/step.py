@@ -135,6 +135,7 @@ def step_work(
     parts: tuple[DraftPart, ...],
     *,
     rebuild_tokens: int | None = None,
+    branches: float = 1.0,
 ) -> StepWork:
     """What a step has to do that checks drafts of so many nodes for this model.
 
@@ -144,6 +145,7 @@ def step_work(
         expected: how often drafts are found and right.
         parts: drafting.
         rebuild_tokens: after which a retrieval cache is chosen anew, if there is one.
+        branches: paths down a draft, on average.
     """
     tokens = expected.tokens_per_pass
     block_s = 0.0
@@ -151,7 +153,7 @@ def step_work(
         chooses = min(1.0, tokens / rebuild_tokens) if rebuild_tokens else 0.0
         block_s = KV_BLOCK_S + chooses * KV_CHOICE_S
     return StepWork(
-        load=target.load(1 + nodes, tokens, kv_block_s=block_s),
+        load=target.load(1 + nodes, tokens, kv_block_s=block_s, branches=branches),
         plain=target.load(1, tokens, kv_block_s=block_s),
         expected=expected,
         parts=parts,

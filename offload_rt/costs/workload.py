@@ -14,7 +14,7 @@ from math import ceil, prod
 from offload_rt.config import DraftWeights
 from offload_rt.costs.experts import FETCH_S, ExpertUse, Split, split_of
 from offload_rt.costs.machine import Speeds
-from offload_rt.costs.pass_cost import Decoded, LayerLoad, PassLoad
+from offload_rt.costs.pass_cost import Decoded, LayerLoad, Mixing, PassLoad
 from offload_rt.costs.sizes import (
     PIECED_ROWS,
     RECORDED_ROWS,
@@ -38,6 +38,7 @@ from offload_rt.model.formats.stored import (
     multiplies,
     suits_kernels,
 )
+from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.names import EXPERT_MATRIX
 from offload_rt.profiling.profile import Decoder, LayerWork
@@ -61,7 +62,7 @@ class LayerParts:
         experts_decoded: which are, of all experts.
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
-        again_flops: for rows that go through a recurrent state again, in a pass over a sequence.
+        mixing: what it computes piece by piece, with a state; None: nothing.
         sent: share of the experts that a token is sent to.
         expert_flops: of the flops, in experts.
     """
@@ -77,7 +78,7 @@ class LayerParts:
     experts_decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
     packed: int = 0
-    again_flops: int = 0
+    mixing: Mixing | None = None
     expert_flops: int = 0
 
     def used(self, tokens: int) -> float:
@@ -87,7 +88,7 @@ class LayerParts:
         """
         return 1.0 - (1.0 - self.sent) ** tokens
 
-    def work(self, tokens: int, sequences: int = 1, tile: int = 1) -> LayerWork:
+    def work(self, tokens: int, tile: int = 1) -> LayerWork:
         """What a pass of `tokens` computes with: of experts those that some token is sent to.
 
         Tokens choose independently of each other here; related ones choose fewer experts. Each
@@ -103,7 +104,7 @@ class LayerParts:
         idle_bytes = round((1.0 - used) * self.expert_bytes)
         return LayerWork(
             weight_bytes=self.image_bytes + self.grown_bytes - idle_bytes,
-            flops_per_token=flops + self.again_flops * sequences // tokens,
+            flops_per_token=flops,
         )
 
 
@@ -278,6 +279,7 @@ class PlacedModel:
         *,
         kv_block_s: float = 0.0,
         reads_prompt: bool = False,
+        branches: float = 1.0,
     ) -> PassLoad:
         """A pass.
 
@@ -286,6 +288,7 @@ class PlacedModel:
             committed: of them that are kept, on average.
             kv_block_s: see `PassLoad`.
             reads_prompt: some of them are a prompt's, so no layer foresees experts.
+            branches: see `PassLoad`.
         """
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
@@ -303,6 +306,7 @@ class PlacedModel:
             pieced=self._pieced(rows),
             tile=self._tile,
             sequences=self.sequences,
+            branches=branches,
             head=head,
             head_weights=order,
             head_decoded=parts.head_decoded,
@@ -364,7 +368,7 @@ class PlacedModel:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = (
-            layer.work(rows, self.sequences, self._tile),
+            layer.work(rows, self._tile),
             self.speeds.order(resident=resident and not layer.grown_bytes),
         )
         if where.weights.rounds and (where.copied is None or index in where.copied):
@@ -391,6 +395,7 @@ class PlacedModel:
         row_bytes = self.sequences * layer.kv_row_bytes
         return LayerLoad(
             work=work,
+            mixing=layer.mixing,
             home_bytes=layer.file_bytes if straight else layer.image_bytes,
             read_bytes=layer.file_bytes if index in where.in_files and not straight else 0,
             kv_bytes=row_bytes * min(here, window or here),
@@ -447,8 +452,8 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     row_bytes = kv_row_bytes(config, number_bytes)
     windows = layer_windows(config)
     layers = []
-    each = zip(layouts, checkpoint.layers, windows, row_bytes, strict=True)
-    for layout, extents, window, kv_row in each:
+    each = zip(layouts, checkpoint.layers, windows, row_bytes, layers_keep(config), strict=True)
+    for layout, extents, window, kv_row, kept in each:
         others, experts, sent = _weights(checkpoint, extents)
         inside = [each for each in layout.stored if each.of_expert]
         outside = [each for each in layout.stored if not each.of_expert]
@@ -468,30 +473,32 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 experts_decoded=_decoded(inside, name, device),
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
                 packed=layout.packed_weights,
-                again_flops=2 * (device.state_rows - 1) * _mixing_weights(extents),
+                mixing=_mixing(extents, number_bytes, kept.state_numbers, device),
             )
         )
     head = checkpoint.head or checkpoint.embedding
-    weights, kept = prod(head.shape), checkpoint.stored.get(head.name)
+    weights, stored = prod(head.shape), checkpoint.stored.get(head.name)
     return ModelParts(
         layers=tuple(layers),
         head=LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights),
-        head_decoded=_decoded([] if kept is None else [kept], name, device),
-        rounds=frozenset(w for w in DraftWeights if kept is None and takes(w, *head.shape)),
+        head_decoded=_decoded([] if stored is None else [stored], name, device),
+        rounds=frozenset(w for w in DraftWeights if stored is None and takes(w, *head.shape)),
         hidden_bytes=config.hidden_size * number_bytes,
     )
 
 
-def _mixing_weights(layer: Sequence[TensorExtent]) -> int:
-    """Weights in matrices of the module that has a convolution, as all have that keep a state.
-
-    A row goes through it A - 1 times more on average, half of them in padding (`kv/states.py`).
-    """
+def _mixing(
+    layer: Sequence[TensorExtent], number_bytes: int, state_numbers: int, device: DeviceKind
+) -> Mixing | None:
+    """What the module computes that has a convolution, as all have that keep a state."""
     convolved = (e for e in layer if len(e.shape) == 3 and e.shape[1] == 1)
     if (conv := next(convolved, None)) is None:
-        return 0
+        return None
     module = conv.name.rsplit(".", 2)[0] + "."
-    return sum(prod(e.shape) for e in layer if e.name.startswith(module) and len(e.shape) == 2)
+    own = [e for e in layer if e.name.startswith(module) and len(e.shape) == 2]
+    weights = sum(prod(e.shape) for e in own)
+    work = LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights)
+    return Mixing(work=work, rows=device.state_rows, state_numbers=state_numbers)
 
 
 def _holds_experts(checkpoint: Checkpoint, extent: TensorExtent) -> bool:

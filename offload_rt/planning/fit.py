@@ -59,7 +59,7 @@ from offload_rt.planning.demand import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
 from offload_rt.profiling.rates import disk_bytes_per_s
-from offload_rt.speculative.kinds import completed, draft_parts
+from offload_rt.speculative.kinds import branches_of, completed, draft_parts
 from offload_rt.streaming.experts import MissRates, leaves_free, shares_of
 from offload_rt.units import format_size
 
@@ -521,7 +521,14 @@ class PlacedRun:
         target = self._target(drafts=config.nodes > 0)
         parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
-        return step_work(target, config.nodes, expected, parts, rebuild_tokens=rebuild)
+        return step_work(
+            target,
+            config.nodes,
+            expected,
+            parts,
+            rebuild_tokens=rebuild,
+            branches=branches_of(config),
+        )
 
     def _target(self, *, drafts: bool) -> PlacedModel:
         kv = self.placement.demand.kv

@@ -45,6 +45,14 @@ REPLAYED = "assumed: an upload, the launch of a graph, and a round trip; none wa
 # copies of what attention and experts make. All assumed: none was timed.
 PIECES_S = 2 * 1e-5 + 10 * 6e-6
 
+# A piece of a recurrence beside its products: kernels one after the other, whatever the number of
+# rows, and some passes over its state. Gated DeltaNet on one thread, 16 rows: 1.3 ms and 7.5 ns for
+# each number of the state, which threads are assumed to share. 48 kernels were counted and 30 are
+# assumed around them; on a GPU each is launched, 6 us
+# (docs/RESULTS.md, "Trees on models with recurrent states").
+_SCAN_CPU_S, _SCAN_NUMBER_S, _SCAN_GPU_S = 1.3e-3, 7.5e-9, 80 * 6e-6
+SCANNED = "assumed: as Gated DeltaNet on one core of another machine; on a GPU 80 launches"
+
 _WORSE = list(Obtained)
 
 
@@ -139,6 +147,14 @@ def layer_s(
     more = {c.shape.work.flops_per_token: _arithmetic_s(c, tokens) for c in curves}
     computing = _between(more, work.flops_per_token)
     return replace(_worst([reading, computing]), value=reading.value + computing.value)
+
+
+def scan_s(profile: HardwareProfile, state_numbers: int, processor: Processor) -> Number:
+    """Time of a piece of a recurrence beside its products; a convolution alone takes none."""
+    on_cpu = _SCAN_CPU_S + state_numbers * _SCAN_NUMBER_S / profile.machine.cores
+    seconds = on_cpu if processor is Processor.CPU else _SCAN_GPU_S
+    value = seconds if state_numbers else 0.0
+    return Number(value=value, obtained=Obtained.ASSUMED, source=SCANNED)
 
 
 def plain_bytes_per_s(profile: HardwareProfile, processor: Processor) -> float | None:

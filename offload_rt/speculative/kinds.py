@@ -7,12 +7,15 @@ from dataclasses import replace
 from functools import cache
 from importlib import import_module
 
-from offload_rt.config import DRAFTERS
+from offload_rt.config import DRAFTERS, DraftConfig
 from offload_rt.costs.drafters import Drafting, DraftPart, Expected
 from offload_rt.costs.workload import PlacedModel
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.speculative.kind import DraftedRun, DrafterKind, DraftMemory
 
+# Paths down a tree for each of its nodes: 0.2 to 0.3 where much is accepted and of n-grams, 0.45
+# where little is (docs/RESULTS.md, "Trees on models with recurrent states").
+_LEAVES = 0.3
 NAMES = tuple(name for name, words in DRAFTERS.items() if words.tokens)
 
 
@@ -28,6 +31,13 @@ def draft_parts(
     """
     config = drafting.config
     return kind_of(config.kind).parts(drafting, target, expected) if config.nodes else ()
+
+
+def branches_of(config: DraftConfig) -> float:
+    """Paths down a draft, on average; 1 where it is a chain."""
+    if not config.nodes or kind_of(config.kind).tree_depth(config, 1) is None:
+        return 1.0
+    return max(1.0, _LEAVES * config.nodes)
 
 
 def draft_memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
