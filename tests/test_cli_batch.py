@@ -84,6 +84,21 @@ def test_each_line_is_its_offline_answer(tiny_model, source, tmp_path, offload_r
     assert not list(tmp_path.glob("*.part")) and oct(output.stat().st_mode)[-3:] == "600"
 
 
+def test_weights_are_rounded_by_request_as_those_of_one_answer(tiny_model, tmp_path, offload_run):
+    source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("the lazy dog\n")
+    done = offload_run(*words(tiny_model, source, output, "--wire", "int4"))
+    assert done.code == 0, done.err
+    (result,) = (json.loads(text) for text in output.read_text().splitlines())
+    assert result["response"]["body"]["model"].endswith("rounded to int4")
+    texts = []
+    for wire in ("int4", "raw"):
+        small = {"device": "cpu", "device_memory": "512MiB", "dtype": "float32"}
+        with offload_rt.load(tiny_model, draft="none", wire=wire, **small) as model:
+            texts.append(model.generate("the lazy dog", max_tokens=8).text)
+    assert texts[0] == text_of(result) != texts[1]
+
+
 def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
     tiny_model, source, tmp_path, offload_run, monkeypatch
 ):

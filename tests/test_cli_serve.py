@@ -28,6 +28,8 @@ from offload_rt.cli import serve as module
         (["--port", "70000"], "70000 is not in the range"),
         (["--temperature", "-1"], "--temperature"),
         (["--seed", "1"], "No such option"),
+        (["--wire", "lossless"], "has none: make one with `offload-run pack`"),
+        (["--wire", "int4", "--resident-layers", "0"], "--wire int4"),
         (["--device-memory", "1MiB", "--sequences", "2"], "MiB"),
     ],
 )

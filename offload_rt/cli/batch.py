@@ -70,6 +70,7 @@ if TYPE_CHECKING:
 @options.draft_options
 @options.accept_option
 @options.placement_options
+@options.wire_option
 @options.runtime_options
 @options.plan_options
 @options.output_options
@@ -109,7 +110,8 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         for number, text in lines:
             interrupts.check()
             found.append(understood(maker, number, text))
-    settled = [str(settings.sampling), settings.generation.max_tokens, str(settings.runtime.dtype)]
+    settled = [str(settings.sampling), settings.generation.max_tokens]
+    settled += [str(settings.runtime.dtype), str(settings.runtime.wire)]
     mark = json.dumps([digest, opened.name, *settled, settings.adapter, most])
     journal = Journal(output_path.with_name(output_path.name + ".part"), mark)
     needs = [

@@ -114,6 +114,7 @@ _LEAST_KEY = 8
 @options.draft_options
 @options.accept_option
 @options.placement_options
+@options.wire_option
 @options.runtime_options
 @options.plan_options
 @options.output_options

@@ -331,14 +331,12 @@ def plan_run(
             continue
         try:
             found.append(search.candidate(config, runtime))
-        except (
-            PlanError
-        ) as refusal:  # that no memory would change says nothing of one not asked for
-            if refusal.needed_bytes or not draft.automatic:
-                refusals.append((config, refusal))
-    if not found:
-        # One about other memory than the device's names no bytes of it.
-        raise min((r for _, r in refusals), key=lambda r: r.needed_bytes or math.inf)
+        except PlanError as refusal:
+            refusals.append((config, refusal))
+    if not found:  # one about other memory than the device's names no bytes of it
+        raise min(refusals, key=lambda r: (r[1].needed_bytes or math.inf, r[0].drafts))[1]
+    if draft.automatic:  # what no memory would change says nothing of one not asked for
+        refusals = [(config, refusal) for config, refusal in refusals if refusal.needed_bytes]
     best = min(search.refined(found), key=lambda c: (c.s_per_token, c.draft.nodes))
     fixed, sequences = _is_fixed(draft), len(load.capacities)
     chosen = best if fixed else search.with_room(best)
