@@ -12,12 +12,16 @@ from engines import all_logits, engine_for, generate
 from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig, Wire
 from offload_rt.costs.machine import FreeMemory, speeds_of
 from offload_rt.costs.workload import parts_of
-from offload_rt.device.kinds import CPU, Processor
+from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.host_memory import allocate_host
+from offload_rt.device.kinds import CPU, Packing, Processor
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.rounded import Int4Linear
+from offload_rt.model.layout import plan_layouts
 from offload_rt.model.packer import pack
+from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_wires
@@ -86,10 +90,64 @@ def test_a_damaged_piece_ends_a_lossless_pass_in_a_sentence(in_pieces, tmp_path)
         file.seek(extent.coded[-2])
         file.write(b"\x07" * 16)  # of a head
     with (
-        engine_for(tmp_path / "broken", wire=Wire.LOSSLESS, resident_layers=0) as engine,
         pytest.raises(CheckpointError, match="head of a piece .*pack the model again"),
+        engine_for(tmp_path / "broken", wire=Wire.LOSSLESS, resident_layers=0) as engine,
     ):
         all_logits(engine)
+
+
+def loads(folder, wire, packing, how):
+    """Read layer 2 twice, as a device does into memory or through staging; returns its image."""
+    checkpoint = wired(open_checkpoint(folder), wire)
+    layout = plan_layouts(checkpoint, "bfloat16", packing)[2]
+    image, staging = allocate_host(layout.nbytes), allocate_host(STAGING_BYTES)
+    files = WeightFiles(checkpoint.files)
+    try:
+        for _ in range(2):
+            source = FileSource(layout, files)
+            for block in source.blocks(image) if how == "blocks" else ():
+                block.run()
+            for piece in source.pieces() if how == "pieces" else ():
+                image.tensor[piece.offset : piece.offset + piece.image_bytes] = piece.load(staging)
+    finally:
+        files.close()
+    return image.tensor.clone()
+
+
+WAYS = [(Packing.FILE, "blocks"), (Packing.DEVICE, "blocks"), (Packing.DEVICE, "pieces")]
+
+
+@pytest.mark.parametrize(("packing", "how"), WAYS)
+@pytest.mark.parametrize("wire", [Wire.RAW, Wire.LOSSLESS])
+def test_no_damaged_piece_reaches_a_device(in_pieces, tmp_path, wire, packing, how):
+    """Heads by what they say, all else by a checksum, wherever layers go; old pieces have none."""
+    intact = loads(in_pieces, wire, packing, how)
+    shutil.copytree(in_pieces, tmp_path / "broken")
+    path = tmp_path / "broken" / "model.packed"
+    extent = next(e for e in open_checkpoint(path.parent).layers[2] if len(e.coded) > 2)
+    begin = extent.coded[1]
+    whole = path.read_bytes()
+
+    def changed(places):
+        data = bytearray(whole)
+        for at, byte in places.items():
+            data[begin + at] = byte
+        path.write_bytes(data)
+        return path.parent
+
+    old = {3: 0} | dict.fromkeys(range(12, 16), 0)  # as the first version wrote it
+    again = loads(changed(old), wire, packing, how)
+    assert wire is Wire.LOSSLESS or torch.equal(again, intact)  # else heads are in the image
+    low = {70: whole[begin + 70] ^ 1}
+    assert not torch.equal(loads(changed(old | low), wire, packing, how), again)
+    for places, said in (
+        ({0: 7, 1: 200}, "says kind 7, base 200"),
+        ({1: whole[begin + 1] ^ 1}, "has checksum"),
+        (low, "has checksum"),
+        ({3: 2}, "version 2"),
+    ):
+        with pytest.raises(CheckpointError, match=f"model.packed: .*{said}.*: the file is damaged"):
+            loads(changed(places), wire, packing, how)
 
 
 def test_lossless_asks_for_a_packed_folder(model, make_tiny):

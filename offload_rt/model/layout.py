@@ -9,6 +9,7 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.names import EXPERT
-from offload_rt.model.packed_files import CODED_DTYPE
+from offload_rt.model.packed_files import CODED_DTYPE, piece_weights
 
 DEVICE_ALIGN_BYTES = 256
 CACHE_LINE_BYTES = 64
@@ -117,6 +118,8 @@ class FileRun:
         coded: where each coded piece begins in the file, and last where they end; empty: the bytes
             lie there as they are.
         rounded: what is made of them; None: they stay what they are.
+        kept: coded pieces that stay so in the image: where each begins and ends in the file, and
+            how many weights it has.
     """
 
     path: Path
@@ -127,6 +130,7 @@ class FileRun:
     convert: tuple[str, str] | None = None
     coded: tuple[int, ...] = ()
     rounded: RoundedRun | None = None
+    kept: tuple[tuple[int, int, int], ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -341,6 +345,8 @@ class _Builder:
         else:
             offset = self._reserve(prod(extent.shape) * element_bytes)
             self._runs.append(self._piece(extent, dtype, offset))
+        if name in self._stored and (kept := _kept(self._stored[name], extent.offset)):
+            self._runs[-1] = replace(self._runs[-1], kept=(*self._runs[-1].kept, *kept))
         self._placements.append(
             Placement(name=name, dtype=dtype, shape=extent.shape, offset=offset)
         )
@@ -457,13 +463,7 @@ class _Builder:
         )
         if last is not None and follows:
             offset = last.image_offset + last.nbytes
-            self._runs[-1] = FileRun(
-                path=last.path,
-                file_offset=last.file_offset,
-                nbytes=last.nbytes + extent.nbytes,
-                image_offset=last.image_offset,
-                in_place=True,
-            )
+            self._runs[-1] = replace(last, nbytes=last.nbytes + extent.nbytes)
         else:
             offset = _round_up(self._end, PAGE_BYTES) + extent.offset % PAGE_BYTES
             self._runs.append(
@@ -496,6 +496,15 @@ class _Builder:
             convert=None if same else (extent.dtype, dtype),
             coded=extent.coded,
         )
+
+
+def _kept(stored: Stored, offset: int) -> list[tuple[int, int, int]]:
+    """The pieces of a coded weight that begins at `offset` of its file."""
+    each = piece_weights(stored.numbers)
+    return [
+        (offset + begin, offset + end, min(each, stored.numbers - number * each))
+        for number, (begin, end) in enumerate(pairwise(stored.pieces))
+    ]
 
 
 def _round_up(value: int, multiple: int) -> int:

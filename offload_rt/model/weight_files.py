@@ -10,6 +10,7 @@ that says so.
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -29,7 +30,7 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, FileIdentity, TensorExtent
-from offload_rt.model.formats.planes import DamagedError, decode
+from offload_rt.model.formats.planes import DamagedError, check, decode
 from offload_rt.model.formats.rounding import Bytes, NotFiniteError, numbers_of, rounded
 from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, RoundedRun, torch_name
 from offload_rt.model.packed_files import piece_weights
@@ -64,6 +65,7 @@ class WeightFiles:
         self._bounces = threading.local()
         self._files: dict[Path, _WeightFile] = {}
         self._rows: dict[Path, _WeightFile] = {}
+        self._summed = set[tuple[Path, int]]()  # coded pieces whose checksum agreed
         try:
             for path, identity in identities.items():
                 self._files[path] = _WeightFile(_open(path, direct), identity)
@@ -117,8 +119,7 @@ class WeightFiles:
             yield CopyBlock(end - begin, partial(self._decode_into, file, run, number, image))
         if run.coded:
             return
-        for start in range(0, run.nbytes, PIECE_BYTES):
-            nbytes = min(PIECE_BYTES, run.nbytes - start)
+        for start, nbytes in _cut(run, PIECE_BYTES):
             yield CopyBlock(nbytes, partial(self._bounce, file, run, start, nbytes, image))
 
     def pieces(self, run: FileRun) -> Iterator[CopyPiece]:
@@ -132,8 +133,7 @@ class WeightFiles:
             yield from self._coded_pieces(file, run)
             return
         step = PIECE_BYTES * have.itemsize // max(have.itemsize, want.itemsize)
-        for start in range(0, run.nbytes, step):
-            nbytes = min(step, run.nbytes - start)
+        for start, nbytes in _cut(run, step):
             yield CopyPiece(
                 offset=run.image_offset + start // have.itemsize * want.itemsize,
                 image_bytes=nbytes // have.itemsize * want.itemsize,
@@ -190,9 +190,20 @@ class WeightFiles:
     def _blocks_in_place(
         self, file: _WeightFile, run: FileRun, image: HostBuffer
     ) -> Iterator[CopyBlock]:
-        """Cut at page borders of the file; the first and last page are read whole if direct."""
-        begin, end = run.file_offset, run.file_offset + run.nbytes
+        """Cut at page borders of the file; the first and last page are read whole if direct.
+
+        Coded pieces are read whole, to be checked: pages that two of them share are read twice,
+        with the same bytes.
+        """
         shift = run.image_offset - run.file_offset
+        if run.kept:
+            for begin, nbytes in _cut(run, PIECE_BYTES):
+                yield CopyBlock(
+                    nbytes,
+                    partial(self._read_whole, file, run, run.file_offset + begin, nbytes, image),
+                )
+            return
+        begin, end = run.file_offset, run.file_offset + run.nbytes
         first = begin - begin % PAGE_BYTES
         for page in range(first, end, PIECE_BYTES):
             start, stop = max(begin, page), min(end, page + PIECE_BYTES)
@@ -201,6 +212,38 @@ class WeightFiles:
                 low, high = page, whole_pages(stop)
             target = image.view[low + shift : high + shift]
             yield CopyBlock(stop - start, partial(self._read, file, target, low, stop - low))
+
+    def _read_whole(
+        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
+    ) -> None:
+        """Read a part of a run into place, and check it if it is a coded piece."""
+        shift, low, high = run.image_offset - run.file_offset, start, start + nbytes
+        if file.file.direct:
+            low, high = start - start % PAGE_BYTES, whole_pages(high)
+        self._read(file, image.view[low + shift : high + shift], low, start + nbytes - low)
+        self._check_kept(file, run, start, image.tensor[start + shift : start + nbytes + shift])
+
+    def _check_kept(
+        self, file: _WeightFile, run: FileRun, start: int, source: torch.Tensor
+    ) -> None:
+        """Refuse bytes that should be a coded piece and are none: heads always, sums once."""
+        for begin, _, count in run.kept:
+            if begin == start:
+                self._check_piece(file, begin, source, count)
+
+    def _decode(
+        self, file: _WeightFile, begin: int, source: torch.Tensor, words: torch.Tensor
+    ) -> None:
+        """A piece of [n] uint8 that was read from `begin` to [2 w] uint8 of weights."""
+        self._check_piece(file, begin, source, words.numel() // 2)
+        with _damaged(file):
+            decode(source.numpy(), words.numpy().view(np.uint16))
+
+    def _check_piece(self, file: _WeightFile, begin: int, source: torch.Tensor, count: int) -> None:
+        key = (file.identity.path, begin)
+        with _damaged(file):
+            check(source.numpy(), count, whole=key not in self._summed)
+        self._summed.add(key)
 
     def _read(self, file: _WeightFile, target: memoryview, offset: int, need: int) -> None:
         """Read at least `need` bytes at `offset` into `target`."""
@@ -224,6 +267,7 @@ class WeightFiles:
         bounce = self._bounce_buffer()
         have, want = _formats(run)
         source = self._read_into(file, run, start, nbytes, bounce)
+        self._check_kept(file, run, run.file_offset + start, source)
         at = run.image_offset + start // have.itemsize * want.itemsize
         size = nbytes // have.itemsize * want.itemsize
         image.tensor[at : at + size].view(want).copy_(source.view(have))
@@ -234,6 +278,7 @@ class WeightFiles:
         """Read into `staging` and convert there; returns the part of it that is the result."""
         have, want = _formats(run)
         source = self._read_into(file, run, start, nbytes, staging)
+        self._check_kept(file, run, run.file_offset + start, source)
         if have is want:
             return source
         converted = source.view(have).to(want).view(torch.uint8)
@@ -265,10 +310,10 @@ class WeightFiles:
         at = run.image_offset + number * piece_weights(_weights(run)) * want.itemsize
         place = image.tensor[at : at + count * want.itemsize]
         if want is torch.bfloat16:
-            _decode(file, source, place)
+            self._decode(file, begin, source, place)
             return
         words = scratch.tensor[: count * torch.bfloat16.itemsize]
-        _decode(file, source, words)
+        self._decode(file, begin, source, words)
         place.view(want).copy_(words.view(torch.bfloat16))
 
     def _stage_coded(
@@ -279,7 +324,7 @@ class WeightFiles:
         begin, end = run.coded[number : number + 2]
         source = self._read_pages(file, begin, end - begin, staging)
         words = self._buffers()[1].tensor[: _weights_of(run, number) * torch.bfloat16.itemsize]
-        _decode(file, source, words)
+        self._decode(file, begin, source, words)
         made = words.view(torch.bfloat16)[part].to(want).view(torch.uint8)
         return staging.tensor[: made.numel()].copy_(made)
 
@@ -347,7 +392,8 @@ class WeightFiles:
         for number in range(start // each, -(-(start + nbytes) // each)):
             begin, end = run.coded[number : number + 2]
             words = self._buffers()[1].tensor[: 2 * _weights_of(run, number)]
-            _decode(file, self._read_pages(file, begin, end - begin, buffer), words)
+            source = self._read_pages(file, begin, end - begin, buffer)
+            self._decode(file, begin, source, words)
             first = max(start - number * each, 0)
             found.append(words[first : start + nbytes - number * each].clone())
         return torch.cat(found)
@@ -426,6 +472,17 @@ def _whole(extent: TensorExtent) -> FileRun:
     )
 
 
+def _cut(run: FileRun, step: int) -> Iterator[tuple[int, int]]:
+    """Where parts of a run begin in it, and their bytes: coded pieces, and all else in steps."""
+    at = 0
+    for begin, end, _ in run.kept:
+        start, stop = begin - run.file_offset, end - run.file_offset
+        yield from ((part, min(step, start - part)) for part in range(at, start, step))
+        yield start, stop - start
+        at = stop
+    yield from ((part, min(step, run.nbytes - part)) for part in range(at, run.nbytes, step))
+
+
 def _outputs(run: FileRun, how: RoundedRun) -> Iterator[slice]:
     """Outputs of a weight, as many at once as a staging buffer takes."""
     each = how.inputs * DTYPE_BYTES[how.dtype]
@@ -457,10 +514,11 @@ def _weights(run: FileRun) -> int:
     return run.nbytes // torch.bfloat16.itemsize
 
 
-def _decode(file: _WeightFile, source: torch.Tensor, words: torch.Tensor) -> None:
-    """[n] uint8 that were read to [2 w] uint8 of weights."""
+@contextmanager
+def _damaged(file: _WeightFile) -> Iterator[None]:
+    """Say which file a damaged piece is of."""
     try:
-        decode(source.numpy(), words.numpy().view(np.uint16))
+        yield
     except DamagedError as error:
         raise CheckpointError(
             f"{file.identity.path.name}: {error}: the file is damaged, pack the model again"

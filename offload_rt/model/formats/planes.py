@@ -13,7 +13,8 @@ escape. In trained weights 0.1 to 0.5 % are (docs/RESULTS.md, "bf16 from disk in
 A tensor is cut into pieces of one size, of up to 2^21 weights, so that reader threads can work on
 different ones:
 
-    head         64 bytes: kind, base, whether 0 means 0; weights and escapes (little endian)
+    head         64 bytes: kind, base, whether 0 means 0, version; weights and escapes (little
+                 endian); of version 1 the CRC-32 of these and of all behind the head
     low bytes    one for each weight
     codes        one byte for two weights, the first in the low half
     counts       uint32 for each 65,536 weights: escapes among them
@@ -25,6 +26,7 @@ not make smaller is kept as it is, behind a head. The same weights give the same
 here.
 """
 
+import zlib
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from types import ModuleType
@@ -36,8 +38,15 @@ from offload_rt.device import compiled
 from offload_rt.kernels import twelve
 from offload_rt.model.packed_files import PIECE_ALIGN_BYTES
 
-_HEAD = np.dtype([("kind", "u1"), ("base", "u1"), ("zero", "u1"), ("_", "u1"), ("sizes", "<u4", 2)])
-_HEAD_BYTES = 64
+_HEAD = np.dtype(
+    [
+        *((name, "u1") for name in ("kind", "base", "zero", "version")),
+        ("sizes", "<u4", 2),
+        ("checksum", "<u4"),
+    ]
+)
+_HEAD_BYTES, _SUMMED_BYTES = 64, 12
+_UNSUMMED, _SUMMED = 0, 1  # versions
 _AS_IS, _CODED = 0, 1
 _ESCAPE, _WINDOW = 7, 7  # the code that says so; exponents that have another
 _EXPONENTS = 128  # of a high byte, without its sign
@@ -67,7 +76,7 @@ def encode(words: Words) -> Bytes:
     base, zero, escapes = _window(np.bincount(high & _EXPONENTS - 1, minlength=_EXPONENTS))
     size = _size(words.size, escapes)
     if size >= _as_is_size(words.size):
-        return _filled([_head(_AS_IS, 0, 0, words.size, 0), parts])
+        return _summed(_filled([_head(_AS_IS, 0, 0, words.size, 0), parts]))
     codes = _codes(base, zero)[high]
     places = np.flatnonzero(codes & _ESCAPE == _ESCAPE)
     pairs = np.zeros(_pairs(words.size), np.uint8)
@@ -86,7 +95,29 @@ def encode(words: Words) -> Bytes:
         ]
     )
     assert made.size == size
-    return made
+    return _summed(made)
+
+
+def check(piece: Bytes, count: int, *, whole: bool) -> None:
+    """See that bytes are a piece, as far as its head says, without decoding it.
+
+    Args:
+        piece: [m] bytes.
+        count: weights it should have.
+        whole: compare its checksum too; pieces of the first version have none.
+
+    Raises:
+        DamagedError: they are none.
+    """
+    head, _ = _headed(piece, count)
+    if not whole or head["version"] == _UNSUMMED:
+        return
+    found = _checksum(piece)
+    if found != head["checksum"]:
+        raise DamagedError(
+            f"a piece of {piece.size} bytes has checksum {found:08x}, its head says "
+            f"{int(head['checksum']):08x}"
+        )
 
 
 def decode(piece: Bytes, words: Words) -> None:
@@ -101,18 +132,10 @@ def decode(piece: Bytes, words: Words) -> None:
     """
     if not piece.flags.writeable:
         piece = piece.copy()  # compiled for the others only
-    if piece.size < _HEAD_BYTES:
-        raise DamagedError(f"a piece has {piece.size} bytes, fewer than its head")
-    head = piece[: _HEAD.itemsize].view(_HEAD)[0]
-    kind, base, zero = int(head["kind"]), int(head["base"]), int(head["zero"])
-    count, escapes = (int(size) for size in head["sizes"])
-    expected = {_AS_IS: _as_is_size(count), _CODED: _size(count, escapes)}.get(kind)
-    if count != words.size or expected != piece.size or base + _WINDOW > _EXPONENTS or zero > 1:
-        raise DamagedError(
-            f"the head of a piece of {piece.size} bytes says kind {kind}, base {base}, {count} "
-            f"weights of {words.size} and {escapes} escapes"
-        )
-    if kind == _AS_IS:
+    count = words.size
+    head, escapes = _headed(piece, count)
+    base, zero = int(head["base"]), int(head["zero"])
+    if head["kind"] == _AS_IS:
         words[:] = piece[_HEAD_BYTES : _HEAD_BYTES + 2 * count].view(np.uint16)
         return
     at = _HEAD_BYTES + _whole(count)
@@ -265,9 +288,36 @@ def _fours(base: int, zero: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
     )
 
 
+def _headed(piece: Bytes, count: int) -> tuple[Any, int]:
+    """The head of a piece of so many weights, and its escapes."""
+    if piece.size < _HEAD_BYTES:
+        raise DamagedError(f"a piece has {piece.size} bytes, fewer than its head")
+    head = piece[: _HEAD.itemsize].view(_HEAD)[0]
+    kind, base, version = int(head["kind"]), int(head["base"]), int(head["version"])
+    stated, escapes = (int(size) for size in head["sizes"])
+    expected = {_AS_IS: _as_is_size(stated), _CODED: _size(stated, escapes)}.get(kind)
+    known = base + _WINDOW <= _EXPONENTS and head["zero"] <= 1 and version <= _SUMMED
+    if stated != count or expected != piece.size or not known:
+        raise DamagedError(
+            f"the head of a piece of {piece.size} bytes says kind {kind}, base {base}, version "
+            f"{version}, {stated} weights of {count} and {escapes} escapes"
+        )
+    return head, escapes
+
+
+def _checksum(piece: Bytes) -> int:
+    return zlib.crc32(piece[_HEAD_BYTES:].data, zlib.crc32(piece[:_SUMMED_BYTES].data))
+
+
+def _summed(piece: Bytes) -> Bytes:
+    """The piece with its checksum in its head."""
+    piece[: _HEAD.itemsize].view(_HEAD)[0]["checksum"] = _checksum(piece)
+    return piece
+
+
 def _head(kind: int, base: int, zero: int, count: int, escapes: int) -> Bytes:
     made = np.zeros(_HEAD_BYTES, np.uint8)
-    made[: _HEAD.itemsize].view(_HEAD)[0] = (kind, base, zero, 0, (count, escapes))
+    made[: _HEAD.itemsize].view(_HEAD)[0] = (kind, base, zero, _SUMMED, (count, escapes), 0)
     return made
 
 
