@@ -159,6 +159,18 @@ def test_lossless_asks_for_a_packed_folder(model, make_tiny):
         )
 
 
+def test_lossless_has_no_experts(make_tiny, tmp_path):
+    """Packed or not, what is said is why, and not to pack it; raw and auto read a packed one."""
+    folder = make_tiny("mixtral", dtype="bfloat16", num_hidden_layers=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packer, "SMALLEST_WEIGHTS", 512)
+        pack(open_checkpoint(folder), tmp_path, lambda nbytes: None)
+    for found in (open_checkpoint(tmp_path), as_if_packed(open_checkpoint(folder))):
+        with pytest.raises(ConfigError, match=r"experts\..* is of experts.*one size.*: use raw"):
+            wired(found, Wire.LOSSLESS)
+        assert wires_of(found, Wire.AUTO, CPU) == (Wire.RAW,)
+
+
 def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch):
     """Of a packed folder: raw where decoding is slow, 12 bits where bytes are."""
     checkpoint = open_checkpoint(in_pieces)

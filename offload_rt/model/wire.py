@@ -34,25 +34,31 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
     """Refuse a form that weights cannot have.
 
     Raises:
-        ConfigError: they are not packed, quantised already, in GGUF files, or most of them are in
+        ConfigError: they are not packed, quantised already, in GGUF files, or of a mixture of
             experts.
     """
+    ask, name = f"--wire {wire}", checkpoint.name
+    layers = [extent for layer in checkpoint.layers for extent in layer]
+    inside = [extent for extent in layers if _of_experts(extent)]
     if wire is Wire.LOSSLESS and not _is_lossless(checkpoint) and not _has_coded(checkpoint):
+        if inside:
+            raise ConfigError(
+                f"{ask} keeps the 12 bits of a packed folder, and {shown(inside[0].name)} of "
+                f"{name} is of experts, which share slots of one size and have several in 12 bits: "
+                "use raw, packed files are unpacked when they are read"
+            )
         raise ConfigError(
-            f"--wire {wire} keeps the 12 bits that linear layers have in a packed folder, and "
-            f"{checkpoint.name} has none: make one with `offload-run pack`, or leave it out"
+            f"{ask} keeps the 12 bits that linear layers have in a packed folder, and {name} has "
+            "none: make one with `offload-run pack`, or leave it out"
         )
     if wire not in BITS:
         return
-    ask, name = f"--wire {wire}", checkpoint.name
     refuse_gguf(checkpoint.folder, f"and {ask} rounds weights of safetensors files")
     if checkpoint.config.quantised is not None:
         raise ConfigError(
             f"{ask} rounds weights of 16 or 32 bits, those of {name} are quantised "
             f"({checkpoint.config.quantised.name}): leave it out"
         )
-    layers = [extent for layer in checkpoint.layers for extent in layer]
-    inside = [extent for extent in layers if _of_experts(extent)]
     if inside:
         raise ConfigError(
             f"{ask} rounds linear layers, and {shown(inside[0].name)} of {name} is of experts: "
