@@ -6,6 +6,7 @@ with these numbers, resident and streamed.
 """
 
 import json
+import re
 import shutil
 import tracemalloc
 from types import SimpleNamespace
@@ -126,6 +127,59 @@ def test_the_law_is_that_of_the_libraries():
     assert len(record) == 32
     for case, facts in record.items():
         assert digest_of(*example(case)) == facts["digest"], case
+
+
+UNSTATED = {
+    "W4 g32": "compressed-tensors (pack-quantized)",
+    "W4 g16 act-order": "compressed-tensors (pack-quantized)",
+    "AWQ g32": "AWQ",
+    "GPTQ 4 g32": "GPTQ",
+    "FP8 channel": "compressed-tensors (float-quantized), FP8 or ModelOpt",
+    "W8A8 channel": "compressed-tensors (int-quantized)",
+    "NVFP4": "compressed-tensors (nvfp4-pack-quantized)",
+    "MXFP4": "compressed-tensors (mxfp4-pack-quantized)",
+    "fp8 blocks": "FP8",
+    "ModelOpt NVFP4": "ModelOpt (NVFP4)",
+    "nf4": "bitsandbytes (4 bits)",
+    "nf4 fp32": "bitsandbytes (4 bits)",
+    "int8": "bitsandbytes (8 bits)",
+}
+
+
+def without_config(folder):
+    """`quantization_config` is gone from config.json."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config.pop("quantization_config", None)
+    path.write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("case", UNSTATED)
+def test_weights_that_config_json_says_nothing_of_are_refused_by_method(make_tiny, tmp_path, case):
+    """The method that tensors' names tell, and the size."""
+    twins = write_twins(make_tiny("llama", num_hidden_layers=2), tmp_path / "t", *CASES[case])
+    said = rf"weights of {re.escape(UNSTATED[case])} are, [\d.]+ \w+ here, and config.json has no "
+    with pytest.raises(CheckpointError, match=said + "quantization_config that says so: take the"):
+        open_checkpoint(without_config(twins.folder))
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"q_weight": torch.int32, "q_scale": torch.int32}, "weights of EXL2 are"),
+        ({"W_q": torch.uint8, "meta": torch.float32}, "weights of HQQ are"),
+        ({"weight": torch.uint32, "scales": torch.bfloat16, "biases": torch.float32}, "of MLX are"),
+        ({"numbers": torch.int32}, "in quantised weights of an unknown method"),
+    ],
+)
+def test_weights_of_unread_methods_are_refused_by_name(make_tiny, tmp_path, words, said):
+    def convert(weight, generator):
+        return {word: torch.ones(8, 8).to(dtype) for word, dtype in words.items()}, weight.double()
+
+    twins = write_twins(make_tiny("llama", num_hidden_layers=2), tmp_path / "t", convert, {})
+    with pytest.raises(CheckpointError, match=f"{said}, [\\d.]+ \\w+ here: .* are read, and .*AWQ"):
+        open_checkpoint(without_config(twins.folder))
 
 
 class Wrong:

@@ -19,6 +19,7 @@ from offload_rt.model.family import Family, read_family
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.formats.found import each_expert, find_stored
 from offload_rt.model.formats.stored import Stored, StoredTensors
+from offload_rt.model.formats.unstated import refuse_unstated
 from offload_rt.model.gguf.folder import names_in
 from offload_rt.model.gguf.tensors import open_tensors
 from offload_rt.model.header import DTYPE_BYTES, TensorExtent
@@ -50,7 +51,9 @@ _log = logging.getLogger(__name__)
 
 _CODES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
-# integers and booleans are masks and counters of older checkpoints; other floats are not streamed
+# Integers and booleans that are no matrices are masks and counters of older checkpoints; other
+# floats are not streamed.
+_CODE_DTYPES = {"U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64"}
 _UNSUPPORTED_DTYPES = {"F64", "C64", *(name for name in DTYPE_BYTES if name.startswith("F8"))}
 
 HEAD_DIFFERS = "%s differs from the embedding it is tied to in config.json: it is used as it is"
@@ -226,16 +229,17 @@ def sort_checkpoint(
     plain = [extent for extent in parts.others if extent.name not in outside]
     embedding, head, copy = _ends(folder, [*plain, *made], config, family)
     others = [extent for extent in parts.others if extent is not copy]
-    _check_dtypes(e for g in (*parts.layers, others) for e in g if e.name not in stored.by_part)
+    used = [extent for group in (*parts.layers, others) for extent in group]
+    _check_dtypes(folder, (e for e in used if e.name not in stored.by_part), tensors)
     drafts = drafting_module(parts.left_out, parts.container, config.num_layers)
     _say_what_is_left_out(
         folder, [e for e in worth_saying(parts.left_out, family) if e.name not in drafts]
     )
-    used = {extent.name for group in (*parts.layers, others) for extent in group}
+    names = {extent.name for extent in used}
     return Checkpoint(
         folder=folder,
         config=config,
-        tensors=MappingProxyType({name: e for name, e in tensors.items() if name in used}),
+        tensors=MappingProxyType({name: e for name, e in tensors.items() if name in names}),
         layers=tuple(map(in_file_order, parts.layers)),
         others=in_file_order(others),
         container=parts.container,
@@ -245,7 +249,7 @@ def sort_checkpoint(
         family=family,
         files=MappingProxyType(dict(files)),
         stored=MappingProxyType(
-            {n: s for n, s in stored.by_part.items() if n in used and n not in outside}
+            {n: s for n, s in stored.by_part.items() if n in names and n not in outside}
         ),
         stored_ends=MappingProxyType(outside),
     )
@@ -303,13 +307,13 @@ def in_file_order(extents: Iterable[TensorExtent]) -> tuple[TensorExtent, ...]:
     return tuple(sorted(extents, key=lambda extent: (extent.path, extent.offset, extent.nbytes)))
 
 
-def _check_dtypes(extents: Iterable[TensorExtent]) -> None:
+def _check_dtypes(
+    folder: Path, extents: Iterable[TensorExtent], tensors: Mapping[str, TensorExtent]
+) -> None:
     for extent in extents:
-        if extent.dtype in _UNSUPPORTED_DTYPES:
-            raise CheckpointError(
-                f"{extent.path}, tensor {shown(extent.name)}, is {extent.dtype}: this version "
-                "streams BF16, F16 and F32 weights only, use the original model"
-            )
+        matrix = extent.name.endswith(".weight") and len(extent.shape) > 1
+        if extent.dtype in _UNSUPPORTED_DTYPES or (matrix and extent.dtype in _CODE_DTYPES):
+            raise refuse_unstated(folder, extent, tensors.values())
 
 
 def _has_row_per_token(extent: TensorExtent, config: ModelConfig) -> bool:

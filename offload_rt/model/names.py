@@ -13,6 +13,8 @@ from types import MappingProxyType
 from offload_rt.errors import CheckpointError
 from offload_rt.model.family import Family
 from offload_rt.model.files import shown
+from offload_rt.model.formats.found import STATE
+from offload_rt.model.formats.unstated import refuse_unstated
 from offload_rt.model.header import TensorExtent
 
 EMBEDDINGS = (
@@ -95,7 +97,7 @@ def sort_tensors(
     others = [e for e in outside if text.has(e)]
     kept = {id(extent) for group in (*layers, others) for extent in group}
     left_out = [extent for extent in extents if id(extent) not in kept]
-    _refuse_quantised(left_out, text, family)
+    _refuse_quantised(folder, extents, left_out, text, family)
     return Sorted(container=container, layers=layers, others=others, left_out=left_out)
 
 
@@ -191,7 +193,13 @@ def _is_mask(extent: TensorExtent, family: Family) -> bool:
     return extent.dtype in _NOT_WEIGHTS and family.ignores(extent.name)
 
 
-def _refuse_quantised(left_out: Iterable[TensorExtent], text: _TextNames, family: Family) -> None:
+def _refuse_quantised(
+    folder: Path,
+    extents: Sequence[TensorExtent],
+    left_out: Iterable[TensorExtent],
+    text: _TextNames,
+    family: Family,
+) -> None:
     """Refuse numbers that make up weights together with scales; one in a row is no weight.
 
     Raises:
@@ -199,13 +207,10 @@ def _refuse_quantised(left_out: Iterable[TensorExtent], text: _TextNames, family
     """
     for extent in left_out:
         whole = extent.dtype in _NOT_WEIGHTS - {"BOOL"} and len(extent.shape) > 1
-        packed = (whole or extent.dtype.startswith("F8")) and not _COMPUTED.search(extent.name)
-        if packed and text.is_below(extent.name) and not _is_mask(extent, family):
-            raise CheckpointError(
-                f"{extent.path}, tensor {shown(extent.name)}, is {extent.dtype}, as in quantised "
-                "weights: this version streams BF16, F16 and F32 weights only, use the original "
-                "model"
-            )
+        packed = whole or extent.dtype.startswith("F8") or STATE in extent.name
+        computed = _COMPUTED.search(extent.name) or _is_mask(extent, family)
+        if packed and text.is_below(extent.name) and not computed:
+            raise refuse_unstated(folder, extent, extents)
 
 
 def ends_in(name: str, endings: Iterable[str]) -> bool:

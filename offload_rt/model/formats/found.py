@@ -21,7 +21,7 @@ _WORD_BITS = 32
 _FLOATS = ("BF16", "F16", "F32")
 _POWERS = ("U8", "F8_E8M0")  # bytes that are exponents of two
 _PLAIN = "weight"  # what is quantised in some forms, and in all others is not
-_STATE = "quant_state.bitsandbytes__"
+STATE = "quant_state.bitsandbytes__"
 _STATE_LIMIT_BYTES = 2**16
 _TYPES = {"nf4", "fp4"}
 _DTYPES = {"bfloat16", "float16", "float32"}
@@ -51,7 +51,7 @@ class _Parts:
 
 
 # The experts of a layer in one tensor each of codes and of scales, and what these are of one.
-_FUSED = re.compile(r"(?P<matrix>.*\.experts\.(?:gate_up|down)_proj)_(?P<word>blocks|scales)$")
+PARTED = re.compile(r"(?P<matrix>.*\.experts\.(?:gate_up|down)_proj)_(?P<word>blocks|scales)$")
 _OF_ONE = {"blocks": "weight_packed", "scales": "weight_scale"}
 _MOST_EXPERTS = 2**12
 _PAIRS = 16  # bytes of a block of codes
@@ -86,7 +86,7 @@ _PARTS = {
         (_PLAIN, ["U8", *_FLOATS]),
         ("absmax", "quant_map"),
         ("nested_absmax", "nested_quant_map"),
-        tuple(f"{_STATE}{kind}" for kind in sorted(_TYPES)),
+        tuple(f"{STATE}{kind}" for kind in sorted(_TYPES)),
     ),
     Form.BNB8: _Parts((_PLAIN, ["I8"]), ("SCB",), (), ("weight_format",)),
 }
@@ -113,7 +113,7 @@ def find_stored(
         return StoredTensors({}, frozenset())
     modules: dict[str, dict[str, TensorExtent]] = {}
     for name, extent in tensors.items():
-        module, word = _split(name)
+        module, word = split_name(name)
         if word in _KNOWN:
             modules.setdefault(module, {})[word] = extent
     found, facts = dict[str, Stored](), set[str]()
@@ -146,7 +146,7 @@ def each_expert(
         return tensors
     fused = dict[str, dict[str, TensorExtent]]()
     for name, extent in tensors.items():
-        if match := _FUSED.match(name):
+        if match := PARTED.match(name):
             fused.setdefault(match["matrix"], {})[match["word"]] = extent
     found = dict(tensors)
     for matrix, parts in fused.items():
@@ -168,8 +168,8 @@ def each_expert(
     return found
 
 
-def _split(name: str) -> tuple[str, str]:
-    """Module and word of a tensor."""
+def split_name(name: str) -> tuple[str, str]:
+    """Module and last word of a tensor's name."""
     module, _, below = name.rpartition(f".{_PLAIN}.")
     if module and below in _BELOW:
         return module, below
@@ -312,11 +312,11 @@ class _Reader:
 
     def flat(self, form: Form) -> Stored:
         """Pairs of bitsandbytes in the order of the matrix, whose shape is in a JSON text."""
-        words = [word for word in self._parts if word.startswith(_STATE)]
+        words = [word for word in self._parts if word.startswith(STATE)]
         if len(words) != 1:
-            raise self._error(f"has {len(words)} of {_STATE}nf4 and {_STATE}fp4, expected is one")
+            raise self._error(f"has {len(words)} of {STATE}nf4 and {STATE}fp4, expected is one")
         state = self._state(self._parts[words[0]])
-        if state.get("quant_type") != words[0].removeprefix(_STATE):
+        if state.get("quant_type") != words[0].removeprefix(STATE):
             raise self._error(f"has {words[0]} that says {shown(state.get('quant_type'))}")
         shape, block, dtype = state.get("shape"), state.get("blocksize"), state.get("dtype")
         if not (
