@@ -19,6 +19,7 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from gguf_files import (
+    SCALES,
     formula,
     gguf_bytes,
     paired,
@@ -43,6 +44,7 @@ from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.ends import forms_of_ends, with_stored_ends
 from offload_rt.model.exact import product_shapes
+from offload_rt.model.formats import ggml, methods
 from offload_rt.model.formats import stored as stored_module
 from offload_rt.model.formats.direct import direct_for
 from offload_rt.model.formats.methods import BLOCKS, Form, block_name
@@ -277,6 +279,46 @@ def test_a_run_is_that_of_its_numbers_bit_for_bit(files, monkeypatch, family, dt
     with torch.inference_mode():
         theirs = reference_model(plain)(torch.tensor([PROMPT])).logits[:, -1]
     assert torch.allclose(expected[:1], theirs, rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("form", [*BLOCKS])
+def test_scales_are_told_from_codes(form):
+    """Codes may be any bytes; NaN and infinite of either sign are counted, once each."""
+    data = random_blocks(form, 6, 4 * BLOCKS[form][0], np.random.default_rng(1))
+    places = methods.SCALES.get(form, ())
+    assert sorted(places) == sorted(SCALES.get(form, (0,))) or form is Form.BLOCK_MXFP4
+    if not places:
+        return
+    blocks = data.reshape(-1, BLOCKS[form][1])
+    assert ggml.broken_scales(data, form) == 0
+    for count, number in enumerate((np.inf, -np.inf, np.nan), 1):
+        at = places[count % len(places)]
+        blocks[5 * count, at : at + 2] = np.array([number], np.float16).view(np.uint8)
+        assert ggml.broken_scales(data, form) == count
+
+
+def test_scales_that_are_no_numbers_are_refused_at_the_first_read(files, tmp_path):
+    """Of a layer, resident, in host memory and streamed; of the ends, whichever form they have."""
+    path, _ = files("llama")
+    whole = path.read_bytes()
+    checkpoint = open_checkpoint(resolve_model(str(path)))
+    layer = next(s for s in checkpoint.stored.values() if s.form in methods.SCALES)
+    end = next(s for s in checkpoint.stored_ends.values() if s.form in methods.SCALES)
+    for number, stored in enumerate((layer, end)):
+        broken, (extent,) = bytearray(whole), stored.parts.values()
+        at = extent.offset + extent.nbytes - BLOCKS[stored.form][1]  # the last block
+        broken[at + methods.SCALES[stored.form][0] + 1] |= 0x7C
+        copy = tmp_path / f"broken-{number}.gguf"
+        copy.write_bytes(broken)
+        streamed = {"resident_layers": 0, "slots": 1}
+        for placed in (streamed, {"resident_layers": 1, "home": HomeKind.HOST}, {}):
+            with (
+                pytest.raises(
+                    CheckpointError, match="holds 1 scales of .* that are NaN or infinite"
+                ),
+                engine_for(resolve_model(str(copy)), dtype="float32", **placed) as engine,
+            ):
+                all_logits(engine)
 
 
 def test_blocks_of_an_embedding_in_a_gpus_host_memory(files, monkeypatch):

@@ -14,11 +14,12 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
-from offload_rt.device.base import PAGE_BYTES
+from offload_rt.device.base import PAGE_BYTES, PIECE_BYTES
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent
 from offload_rt.model.files import shown
+from offload_rt.model.formats.methods import BLOCKS, SCALES, Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.names import EXPERT
 from offload_rt.model.packed_files import CODED_DTYPE, piece_weights
@@ -107,6 +108,23 @@ class RoundedRun:
         return self.inputs // self.group * DTYPE_BYTES[self.dtype]
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Bytes that stay as they are and can be checked by themselves, of at most `PIECE_BYTES`.
+
+    Attributes:
+        begin: in the file.
+        end: in the file.
+        form: coded, then it is one piece; or whole blocks of GGUF.
+        weights: of a piece.
+    """
+
+    begin: int
+    end: int
+    form: Form
+    weights: int = 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FileRun:
     """Consecutive file bytes that go to consecutive image bytes.
@@ -118,8 +136,7 @@ class FileRun:
         coded: where each coded piece begins in the file, and last where they end; empty: the bytes
             lie there as they are.
         rounded: what is made of them; None: they stay what they are.
-        kept: coded pieces that stay so in the image: where each begins and ends in the file, and
-            how many weights it has.
+        kept: parts of quantised weights that are checked when they are read; not all are.
     """
 
     path: Path
@@ -130,7 +147,7 @@ class FileRun:
     convert: tuple[str, str] | None = None
     coded: tuple[int, ...] = ()
     rounded: RoundedRun | None = None
-    kept: tuple[tuple[int, int, int], ...] = ()
+    kept: tuple[Kept, ...] = ()
 
     @property
     def file_bytes(self) -> int:
@@ -242,8 +259,15 @@ def _laid_out(layout: LayerLayout, placements: Sequence[Placement]) -> LayerLayo
                 # In pages of its own, where it may be one of several tensors of a run now.
                 start = run.file_offset + each.offset - run.image_offset
                 offset = _round_up(end, PAGE_BYTES) + start % PAGE_BYTES
+                kept = tuple(k for k in run.kept if start <= k.begin < start + each.nbytes)
                 runs.append(
-                    replace(run, file_offset=start, nbytes=each.nbytes, image_offset=offset)
+                    replace(
+                        run,
+                        file_offset=start,
+                        nbytes=each.nbytes,
+                        image_offset=offset,
+                        kept=kept,
+                    )
                 )
                 end = _round_up(offset + each.nbytes, PAGE_BYTES)
                 break
@@ -345,7 +369,7 @@ class _Builder:
         else:
             offset = self._reserve(prod(extent.shape) * element_bytes)
             self._runs.append(self._piece(extent, dtype, offset))
-        if name in self._stored and (kept := _kept(self._stored[name], extent.offset)):
+        if name in self._stored and (kept := checked_parts(self._stored[name], extent)):
             self._runs[-1] = replace(self._runs[-1], kept=(*self._runs[-1].kept, *kept))
         self._placements.append(
             Placement(name=name, dtype=dtype, shape=extent.shape, offset=offset)
@@ -498,11 +522,18 @@ class _Builder:
         )
 
 
-def _kept(stored: Stored, offset: int) -> list[tuple[int, int, int]]:
-    """The pieces of a coded weight that begins at `offset` of its file."""
+def checked_parts(stored: Stored, extent: TensorExtent) -> list[Kept]:
+    """What of a weight's tensor is checked when it is read."""
+    start = extent.offset
+    if stored.form in SCALES:
+        step = PIECE_BYTES // BLOCKS[stored.form][1] * BLOCKS[stored.form][1]
+        return [
+            Kept(start + at, start + min(at + step, extent.nbytes), stored.form)
+            for at in range(0, extent.nbytes, step)
+        ]
     each = piece_weights(stored.numbers)
     return [
-        (offset + begin, offset + end, min(each, stored.numbers - number * each))
+        Kept(start + begin, start + end, stored.form, min(each, stored.numbers - number * each))
         for number, (begin, end) in enumerate(pairwise(stored.pieces))
     ]
 

@@ -30,9 +30,20 @@ from offload_rt.device.base import (
 from offload_rt.device.host_memory import HostBuffer, allocate_host
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, FileIdentity, TensorExtent
+from offload_rt.model.formats.ggml import broken_scales
+from offload_rt.model.formats.methods import Form, block_name
 from offload_rt.model.formats.planes import DamagedError, check, decode
 from offload_rt.model.formats.rounding import Bytes, NotFiniteError, numbers_of, rounded
-from offload_rt.model.layout import FLOATS, FileRun, LayerLayout, RoundedRun, torch_name
+from offload_rt.model.formats.stored import Stored
+from offload_rt.model.layout import (
+    FLOATS,
+    FileRun,
+    Kept,
+    LayerLayout,
+    RoundedRun,
+    checked_parts,
+    torch_name,
+)
 from offload_rt.model.packed_files import piece_weights
 from offload_rt.streaming.direct_io import OpenFile, PReadV, open_file, whole_pages
 
@@ -65,7 +76,7 @@ class WeightFiles:
         self._bounces = threading.local()
         self._files: dict[Path, _WeightFile] = {}
         self._rows: dict[Path, _WeightFile] = {}
-        self._summed = set[tuple[Path, int]]()  # coded pieces whose checksum agreed
+        self._checked = set[tuple[Path, int]]()  # parts of weights that are not damaged
         try:
             for path, identity in identities.items():
                 self._files[path] = _WeightFile(_open(path, direct), identity)
@@ -119,8 +130,8 @@ class WeightFiles:
             yield CopyBlock(end - begin, partial(self._decode_into, file, run, number, image))
         if run.coded:
             return
-        for start, nbytes in _cut(run, PIECE_BYTES):
-            yield CopyBlock(nbytes, partial(self._bounce, file, run, start, nbytes, image))
+        for start, nbytes, kept in _cut(run, PIECE_BYTES):
+            yield CopyBlock(nbytes, partial(self._bounce, file, run, start, nbytes, kept, image))
 
     def pieces(self, run: FileRun) -> Iterator[CopyPiece]:
         """Cut the reading of `run` through staging buffers into independent pieces."""
@@ -133,18 +144,21 @@ class WeightFiles:
             yield from self._coded_pieces(file, run)
             return
         step = PIECE_BYTES * have.itemsize // max(have.itemsize, want.itemsize)
-        for start, nbytes in _cut(run, step):
+        for start, nbytes, kept in _cut(run, step):
             yield CopyPiece(
                 offset=run.image_offset + start // have.itemsize * want.itemsize,
                 image_bytes=nbytes // have.itemsize * want.itemsize,
                 nbytes=nbytes,
-                load=partial(self._stage, file, run, start, nbytes),
+                load=partial(self._stage, file, run, start, nbytes, kept),
             )
 
-    def read(self, extent: TensorExtent) -> torch.Tensor:
-        """A tensor of the file, in memory."""
+    def read(self, extent: TensorExtent, stored: Stored | None = None) -> torch.Tensor:
+        """A tensor of the file, in memory; checked, where it is a part of a quantised weight."""
         staging = allocate_host(STAGING_BYTES)
-        parts = [piece.load(staging).clone() for piece in self.pieces(_whole(extent))]
+        run = _whole(extent)
+        if stored is not None:
+            run = replace(run, kept=tuple(checked_parts(stored, extent)))
+        parts = [piece.load(staging).clone() for piece in self.pieces(run)]
         numbers = torch.cat(parts).view(getattr(torch, torch_name(extent.dtype)))
         return numbers.view(extent.shape)
 
@@ -192,16 +206,14 @@ class WeightFiles:
     ) -> Iterator[CopyBlock]:
         """Cut at page borders of the file; the first and last page are read whole if direct.
 
-        Coded pieces are read whole, to be checked: pages that two of them share are read twice,
-        with the same bytes.
+        What is checked is read whole: pages that two such parts share are read twice, with the
+        same bytes.
         """
         shift = run.image_offset - run.file_offset
         if run.kept:
-            for begin, nbytes in _cut(run, PIECE_BYTES):
-                yield CopyBlock(
-                    nbytes,
-                    partial(self._read_whole, file, run, run.file_offset + begin, nbytes, image),
-                )
+            for start, nbytes, kept in _cut(run, PIECE_BYTES):
+                load = partial(self._read_whole, file, run, start, nbytes, kept, image)
+                yield CopyBlock(nbytes, load)
             return
         begin, end = run.file_offset, run.file_offset + run.nbytes
         first = begin - begin % PAGE_BYTES
@@ -214,22 +226,37 @@ class WeightFiles:
             yield CopyBlock(stop - start, partial(self._read, file, target, low, stop - low))
 
     def _read_whole(
-        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
+        self,
+        file: _WeightFile,
+        run: FileRun,
+        start: int,
+        nbytes: int,
+        kept: Kept | None,
+        image: HostBuffer,
     ) -> None:
-        """Read a part of a run into place, and check it if it is a coded piece."""
-        shift, low, high = run.image_offset - run.file_offset, start, start + nbytes
+        """Read a part of a run into place, and check it."""
+        begin, at = run.file_offset + start, run.image_offset + start
+        low, high = 0, nbytes
         if file.file.direct:
-            low, high = start - start % PAGE_BYTES, whole_pages(high)
-        self._read(file, image.view[low + shift : high + shift], low, start + nbytes - low)
-        self._check_kept(file, run, start, image.tensor[start + shift : start + nbytes + shift])
+            low, high = -(begin % PAGE_BYTES), whole_pages(begin + nbytes) - begin
+        self._read(file, image.view[at + low : at + high], begin + low, nbytes - low)
+        self._check(file, kept, image.tensor[at : at + nbytes])
 
-    def _check_kept(
-        self, file: _WeightFile, run: FileRun, start: int, source: torch.Tensor
-    ) -> None:
-        """Refuse bytes that should be a coded piece and are none: heads always, sums once."""
-        for begin, _, count in run.kept:
-            if begin == start:
-                self._check_piece(file, begin, source, count)
+    def _check(self, file: _WeightFile, kept: Kept | None, source: torch.Tensor) -> None:
+        """Refuse what is damaged: heads of coded pieces in each read, all else in the first."""
+        if kept is None:
+            return
+        if kept.form is Form.CODED:
+            self._check_piece(file, kept.begin, source, kept.weights)
+            return
+        key = (file.identity.path, kept.begin)
+        if key not in self._checked and (wrong := broken_scales(source.numpy(), kept.form)):
+            raise CheckpointError(
+                f"{file.identity.path.name} holds {wrong} scales of {block_name(kept.form)} that "
+                f"are NaN or infinite, from byte {kept.begin} on: the file is damaged, download it "
+                "again"
+            )
+        self._checked.add(key)
 
     def _decode(
         self, file: _WeightFile, begin: int, source: torch.Tensor, words: torch.Tensor
@@ -242,8 +269,8 @@ class WeightFiles:
     def _check_piece(self, file: _WeightFile, begin: int, source: torch.Tensor, count: int) -> None:
         key = (file.identity.path, begin)
         with _damaged(file):
-            check(source.numpy(), count, whole=key not in self._summed)
-        self._summed.add(key)
+            check(source.numpy(), count, whole=key not in self._checked)
+        self._checked.add(key)
 
     def _read(self, file: _WeightFile, target: memoryview, offset: int, need: int) -> None:
         """Read at least `need` bytes at `offset` into `target`."""
@@ -261,24 +288,36 @@ class WeightFiles:
             )
 
     def _bounce(
-        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, image: HostBuffer
+        self,
+        file: _WeightFile,
+        run: FileRun,
+        start: int,
+        nbytes: int,
+        kept: Kept | None,
+        image: HostBuffer,
     ) -> None:
         """Read through a buffer of this thread, then copy or convert into place."""
         bounce = self._bounce_buffer()
         have, want = _formats(run)
         source = self._read_into(file, run, start, nbytes, bounce)
-        self._check_kept(file, run, run.file_offset + start, source)
+        self._check(file, kept, source)
         at = run.image_offset + start // have.itemsize * want.itemsize
         size = nbytes // have.itemsize * want.itemsize
         image.tensor[at : at + size].view(want).copy_(source.view(have))
 
     def _stage(
-        self, file: _WeightFile, run: FileRun, start: int, nbytes: int, staging: HostBuffer
+        self,
+        file: _WeightFile,
+        run: FileRun,
+        start: int,
+        nbytes: int,
+        kept: Kept | None,
+        staging: HostBuffer,
     ) -> torch.Tensor:
         """Read into `staging` and convert there; returns the part of it that is the result."""
         have, want = _formats(run)
         source = self._read_into(file, run, start, nbytes, staging)
-        self._check_kept(file, run, run.file_offset + start, source)
+        self._check(file, kept, source)
         if have is want:
             return source
         converted = source.view(have).to(want).view(torch.uint8)
@@ -472,15 +511,16 @@ def _whole(extent: TensorExtent) -> FileRun:
     )
 
 
-def _cut(run: FileRun, step: int) -> Iterator[tuple[int, int]]:
-    """Where parts of a run begin in it, and their bytes: coded pieces, and all else in steps."""
+def _cut(run: FileRun, step: int) -> Iterator[tuple[int, int, Kept | None]]:
+    """Where parts of a run begin in it, and their bytes: what is checked, and all else in steps."""
     at = 0
-    for begin, end, _ in run.kept:
-        start, stop = begin - run.file_offset, end - run.file_offset
-        yield from ((part, min(step, start - part)) for part in range(at, start, step))
-        yield start, stop - start
-        at = stop
-    yield from ((part, min(step, run.nbytes - part)) for part in range(at, run.nbytes, step))
+    for kept in (*run.kept, None):
+        stop = run.nbytes if kept is None else kept.begin - run.file_offset
+        for start in range(at, stop, step):
+            yield start, min(step, stop - start), None
+        if kept is not None:
+            at = kept.end - run.file_offset
+            yield stop, at - stop, kept
 
 
 def _outputs(run: FileRun, how: RoundedRun) -> Iterator[slice]:

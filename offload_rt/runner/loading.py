@@ -137,7 +137,7 @@ def make_weights(layout: LayerLayout, files: WeightFiles, image: torch.Tensor) -
         place = places[f"{each.module}.weight"]
         data = image[place.offset : place.offset + place.nbytes]
         out = data.view(getattr(torch, place.dtype)).view(place.shape)
-        parts = {w: files.read(extent).to(image.device) for w, extent in each.parts.items()}
+        parts = {w: files.read(extent, each).to(image.device) for w, extent in each.parts.items()}
         dequantise(each, parts, out)
 
 

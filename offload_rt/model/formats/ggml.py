@@ -10,18 +10,21 @@ Work goes in blocks of outputs, so that what it passes through stays in the cach
 
 from collections.abc import Callable
 from functools import lru_cache, partial
+from typing import Any
 
+import numpy as np
 import torch
 
 from offload_rt.kernels.blocks import DOUBLED, UNEVEN
 from offload_rt.model.formats.blocks import outputs_in_blocks
 from offload_rt.model.formats.integers import Bring
-from offload_rt.model.formats.methods import BLOCKS, Form
+from offload_rt.model.formats.methods import BLOCKS, SCALES, Form
 from offload_rt.model.formats.stored import Stored
 
 PART = "weight"  # of a weight, [O, bytes of a row]
 _SUBS = 8  # sub-blocks of Q4_K and Q5_K, of 32 numbers
 _HALF_BYTES = 2
+_INFINITE = 0x7C  # the exponent in the high byte of an fp16 number that is none
 
 Decode = Callable[[torch.Tensor], torch.Tensor]
 
@@ -48,6 +51,13 @@ def bring_paired(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tens
         out[rows].copy_(data.index_select(0, order[rows]))
 
     outputs_in_blocks(stored, out.device, bring)
+
+
+def broken_scales(data: np.ndarray[Any, np.dtype[np.uint8]], form: Form) -> int:
+    """How many of the scales of whole blocks are NaN or infinite."""
+    blocks = data.reshape(-1, BLOCKS[form][1])
+    highs = (blocks[:, start + 1] & _INFINITE for start in SCALES[form])
+    return sum(int(np.count_nonzero(high == _INFINITE)) for high in highs)
 
 
 def order_of(stored: Stored, device: torch.device) -> torch.Tensor | None:

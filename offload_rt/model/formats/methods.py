@@ -93,6 +93,23 @@ BLOCKS: Mapping[Form, tuple[int, int]] = {
 }
 
 
+# Where in it fp16 numbers begin that scale its codes, or are added; MXFP4 has a power of two.
+SCALES: Mapping[Form, tuple[int, ...]] = {
+    Form.Q4_0: (0,),
+    Form.Q4_1: (0, 2),
+    Form.Q5_0: (0,),
+    Form.Q5_1: (0, 2),
+    Form.Q8_0: (0,),
+    Form.Q2_K: (80, 82),
+    Form.Q3_K: (108,),
+    Form.Q4_K: (0, 2),
+    Form.Q5_K: (0, 2),
+    Form.Q6_K: (208,),
+    Form.IQ4_NL: (0,),
+    Form.IQ4_XS: (0,),
+}
+
+
 def block_name(form: Form) -> str:
     """What GGUF calls blocks of this form."""
     return str(form).removeprefix("block_").upper()
