@@ -332,7 +332,7 @@ def machine(bench: Bench) -> None:
 
 
 def suite(bench: Bench) -> None:
-    """`tests/gpu`, where there is pytest, which tells its results itself; without a GPU, skipped."""
+    """`tests/gpu`, where there is pytest, which tells its results; without a GPU, skipped."""
     command = [sys.executable, "-m", "pytest", "-q", "--continue-on-collection-errors", "tests/gpu"]
     command += [f"-p{name}" for name in ("no:xdist", "no:cacheprovider", "gpu_check_suite")]
     command += [f"--facts={bench.out.resolve()}"]
