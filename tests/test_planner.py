@@ -14,15 +14,18 @@ from offload_rt.config import (
     DraftShape,
     DraftWeights,
     DType,
+    HomeKind,
     KVPlace,
     RuntimeConfig,
     SamplingConfig,
+    Wire,
 )
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Speeds
 from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.wire import wired
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, make_plan, plan_run
 from offload_rt.planning.yields import Seen, Yield, expected_yield
@@ -358,6 +361,34 @@ def test_nothing_fits_and_the_refusal_names_a_limit_that_does(checkpoint):
     made = plan(checkpoint, device_limit_bytes=needed)
     assert made.placement.device_bytes <= needed
     assert made.smallest_bytes == needed
+
+
+@pytest.mark.parametrize(
+    ("resident", "runtime"),
+    [
+        (None, {"kv": KVPlace.HOST}),
+        (0, {"home": HomeKind.HOST}),
+        (2, {"home": HomeKind.HOST}),
+        (None, {"wire": Wire.INT8, "resident_layers": 1}),
+    ],
+)
+def test_auto_refuses_with_what_is_said_where_nothing_drafts(checkpoint, resident, runtime):
+    """Where host memory binds, a drafter that nobody asked for asks for more of the device's."""
+    runtime = {"host_limit_bytes": 64 * 2**10, **runtime}
+    if resident is not None:
+        limit = limit_for(checkpoint, resident)
+    if "wire" in runtime:
+        checkpoint = wired(checkpoint, runtime["wire"])
+    said = []
+    for draft in ("none", "auto"):
+        for more in (0, 2**12, 2**13):
+            if resident is not None:
+                runtime["device_limit_bytes"] = limit + more
+            with pytest.raises(PlanError) as refused:
+                plan(checkpoint, draft, **runtime)
+            said.append((str(refused.value), refused.value.needed_bytes))
+    assert len(said) == 6 and said[:3] == said[3:]
+    assert all("host" in sentence and not needed for sentence, needed in said)
 
 
 def test_without_speeds_a_drafter_must_be_named(checkpoint):

@@ -6,7 +6,6 @@ What the user fixed is fixed in all candidates.
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -221,11 +220,22 @@ def plan_wires(
             except PlanError as refusal:
                 refusals.append(refusal)
     if not found:
-        raise min(refusals, key=lambda refusal: refusal.needed_bytes or math.inf)
+        raise _asking_least(refusals)
     best = min(found, key=lambda made: _s_per_token(made[1]))
     check_look_ahead(runtime, checkpoint, best[1].placement)
     check_expert_misses(runtime, checkpoint, best[1].placement, device)
     return best
+
+
+def _asking_least(refusals: Sequence[PlanError]) -> PlanError:
+    """The refusal to show: the one of the lowest limit of device memory.
+
+    Args:
+        refusals: of the way that asks for least first. Where that one names no limit, more device
+            memory does not help it, nor then what asks for more: it is the one to show.
+    """
+    first, limits = refusals[0], [refusal for refusal in refusals if refusal.needed_bytes]
+    return min(limits, key=lambda r: r.needed_bytes) if first.needed_bytes else first
 
 
 def check_expert_misses(
@@ -333,8 +343,10 @@ def plan_run(
             found.append(search.candidate(config, runtime))
         except PlanError as refusal:
             refusals.append((config, refusal))
-    if not found:  # one about other memory than the device's names no bytes of it
-        raise min(refusals, key=lambda r: (r[1].needed_bytes or math.inf, r[0].drafts))[1]
+    if not found:
+        # Of `auto` the first is of no drafts, which asks for least.
+        several = refusals[:1] if draft.automatic else refusals
+        raise _asking_least([refusal for _, refusal in several])
     if draft.automatic:  # what no memory would change says nothing of one not asked for
         refusals = [(config, refusal) for config, refusal in refusals if refusal.needed_bytes]
     best = min(search.refined(found), key=lambda c: (c.s_per_token, c.draft.nodes))
