@@ -10,6 +10,8 @@ from offload_rt.options import Form, check_bounds, option, settables
 
 T = TypeVar("T")
 
+SEEDS = 2**63  # that there are
+
 _SHORT_DTYPES = {
     **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
     **dict.fromkeys(("fp16", "f16", "half"), "float16"),
@@ -664,7 +666,7 @@ class SamplingConfig:
         also=("-s",),
         form=Form.INTEGER,
         low=0,
-        high=2**63,
+        high=SEEDS,
         below=True,
         accepted="0 to 2^63 - 1",
         unset="drawn, and reported",
@@ -672,6 +674,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+
+    def seeds(self, count: int) -> list[int]:
+        """A seed for each of several answers: this one and those after it; 0 follows the last."""
+        return [((self.seed or 0) + place) % SEEDS for place in range(count)]
 
     @property
     def greedy(self) -> bool:

@@ -219,7 +219,7 @@ def _size(_: Settable, value: object) -> int | None:
     if value is None:
         return None
     try:
-        return value if type(value) is int else parse_size(str(value))
+        return value if type(value) is int and value > 0 else parse_size(str(value))
     except (ConfigError, OverflowError) as error:
         raise ValueError(str(error)) from error
 

@@ -8,7 +8,7 @@ import pytest
 
 import offload_rt
 from offload_rt.errors import ConfigError
-from offload_rt.session.options import ANSWER_KEYWORDS
+from offload_rt.session.options import ANSWER_KEYWORDS, KEYWORDS
 from offload_rt.session.scoring import encoded_pair
 
 LONG = "x " * 600
@@ -17,7 +17,10 @@ LINKS = {"device": "cpu,cpu", "link_bandwidth": "1,1", "home": "host"}
 WRONG = [
     ({"device_memory": "lots"}, "'lots' is not a memory size"),
     ({"device_memory": "0"}, "not a memory size"),
+    ({"device_memory": 0}, "'0' is not a memory size"),
+    ({"device_memory": -5}, "'-5' is not a memory size"),
     ({"host_memory": "2 parsecs"}, "not a memory size"),
+    ({"host_memory": 0}, "'0' is not a memory size"),
     ({"host_memory": "2GiB"}, "add --home host"),
     ({"device": "tpu"}, "--device tpu is not known"),
     ({"device": "cuda:99"}, "--device cuda:99 cannot be used"),
@@ -32,13 +35,30 @@ WRONG = [
     ({"slots": "many"}, "neither auto nor a whole number"),
     ({"slots": 0}, "--slots is 0, accepted is"),
     ({"slots": 2.5}, "neither auto nor a whole number"),
+    ({"expert_slots": "few"}, "neither auto nor a whole number"),
+    ({"expert_slots": -1}, "--expert-slots is -1"),
+    ({"expert_slots": 4}, "--expert-slots"),
+    ({"expert_slots": 4, "slots": 2}, "leave out one of them"),
+    ({"look_ahead": "maybe"}, "'maybe' is not one of"),
+    ({"look_ahead": "on"}, "--look-ahead on has no effect"),
+    ({"look_ahead": "on", "expert_slots": 0}, "leave out one of them"),
+    ({"expert_misses": "gpu"}, "'gpu' is not one of"),
+    ({"expert_misses": "host"}, "add --exact off"),
+    ({"expert_misses": "host", "exact": "off"}, "the CPU computes all of it"),
+    ({"wire": "int3"}, "'int3' is not one of"),
+    ({"wire": "lossless"}, "keeps the 12 bits"),
+    ({"wire": "int8", "resident_layers": 1}, "would be read from the files in each pass"),
+    ({"exact": "maybe"}, "'maybe' is not one of"),
     ({"resident_layers": -1}, "--resident-layers is -1"),
     ({"resident_layers": 9}, "9, the model has 4 layers"),
     ({"home": "moon"}, "'moon' is not one of"),
     ({"home": "host"}, "--home has no effect"),
+    ({"home": "host", "resident_layers": 0, "host_memory": "8KiB"}, "host memory"),
+    ({"home": "split", "resident_layers": 0, "host_memory": "8KiB"}, "--home split"),
     ({"context": 0}, "--context is 0"),
     ({"context": 513}, "--context is 513, .* up to 512"),
     ({"kv": "none"}, "'none' is not one of"),
+    ({"kv": "host", "host_memory": "8KiB"}, "the KV cache needs .* of host memory"),
     ({"kv": "host", "kv_folder": "/tmp"}, "add --kv disk"),
     ({"kv_block_tokens": 0}, "--kv-block-tokens is 0"),
     ({"kv": "device", "kv_block_tokens": 4}, "no effect with --kv device"),
@@ -53,6 +73,14 @@ WRONG = [
     ({"draft": "4"}, "4 is no drafter"),
     ({"draft": "/no/such/model"}, "/no/such/model"),
     ({"draft": "medusa:/no/such/heads"}, "/no/such/heads"),
+    ({"draft": "auto:/no/such/model"}, "/no/such/model"),
+    ({"draft": "eagle3"}, "--draft eagle3 is not known"),
+    ({"draft": "eagle3:/no/such/head"}, "/no/such/head"),
+    ({"draft": "mtp"}, "--draft mtp"),
+    ({"draft": "mtp:x"}, "--draft mtp:x is not known"),
+    ({"draft": "self"}, "drafts with copies of streamed layers"),
+    ({"draft": "self:int3"}, "--draft self:int3 is not known"),
+    ({"draft": "self", "kv": "disk", "resident_layers": 1}, "--draft self"),
     ({"draft": "ngram", "draft_tokens": 0}, "--draft-tokens is 0"),
     ({"draft": "ngram", "draft_tokens": "few"}, "neither auto nor a whole number"),
     ({"draft": "none", "draft_tokens": 4}, "no effect with --draft none"),
@@ -75,6 +103,7 @@ WRONG = [
     ({"accept": "greedy", "temperature": 0.5}, "contradicts --temperature 0.5"),
     ({"plan": "/no/such/plan.json"}, "there is no such file"),
     ({"profile": "no-such-machine"}, "no-such-machine"),
+    ({"profile": ""}, "there is no profile ''"),
     ({"adapter": "/no/such/adapter"}, "/no/such/adapter"),
     ({"max_tokens": 0}, "--max-tokens is 0"),
     ({"max_tokens": "x"}, "not a valid integer"),
@@ -95,10 +124,19 @@ WRONG = [
     ({"system": "s", "raw": True}, "system prompt needs a chat template"),
     ({"prompt": ""}, "is empty"),
     ({"prompt": " \n "}, "is empty"),
+    ({"prompt": "\ufeff"}, "is empty"),
     ({"prompt": "\ud800"}, "not UTF-8"),
     ({"prompt": LONG}, r"the prompt has 1\d\d\d tokens, .* 512"),
     ({"prompt": "x " * 20, "context": 30}, r"the prompt has \d\d tokens, --context .* 30"),
 ]
+
+
+KEYWORDS_OF_SWITCHES = {"ignore_eos"}  # on a command line it is there or not
+
+
+def test_every_option_is_among_what_is_refused():
+    tried = {keyword for wrong, _ in WRONG for keyword in wrong} - {"prompt"}
+    assert KEYWORDS - tried == KEYWORDS_OF_SWITCHES
 
 
 def words_of(options):
@@ -214,6 +252,9 @@ def test_both_doors_refuse_a_plan_that_contradicts_alike(tiny_model, tmp_path, o
         (lambda m: m.generate([True]), "the prompt is True, accepted is a text"),
         (lambda m: m.generate([{"role": "user"}]), "a turn of the prompt is {'role': 'user'}"),
         (lambda m: m.generate([[]]), "the prompt is empty"),
+        (lambda m: m.stream([]), "the prompt is empty: give some text"),
+        (lambda m: m.generate("a", logprobs="x"), "logprobs is 'x', accepted is True or False"),
+        (lambda m: m.stream("a", logprobs=1), "logprobs is 1, accepted is True or False"),
         (lambda m: m.generate("a", raw="yes"), "--raw is 'yes'"),
         (lambda m: m.generate("a", ignore_eos=1), "'--ignore-eos': '1' is not a valid boolean"),
         (lambda m: m.generate("a", system=5), "--system is 5"),
@@ -248,3 +289,26 @@ def test_names_that_are_no_option_of_load(tiny_model):
         "load has no option device_memori: did you mean device_memory?"
         in refusal(lambda: offload_rt.load(tiny_model, device_memori=1))[0]
     )
+
+
+@pytest.mark.parametrize("wrong", [5, None, b"x", ["x"]])
+def test_what_is_no_model(wrong):
+    assert f"the model is {wrong!r}, accepted is" in refusal(lambda: offload_rt.load(wrong))[0]
+
+
+def test_what_is_no_observer(tiny_model):
+    sentence = refusal(lambda: offload_rt.load(tiny_model, observer=5))[0]
+    assert "the observer is 5, accepted is an object with note, waiting and progress" in sentence
+
+
+def test_a_byte_order_mark_is_no_text(loaded):
+    marked, plain = (loaded.generate(text, max_tokens=2) for text in ("\ufeffThe fox", "The fox"))
+    assert marked.token_ids == plain.token_ids
+    assert marked.prompt_tokens == plain.prompt_tokens
+
+
+def test_after_the_largest_seed_comes_the_first(loaded):
+    drawn = {"temperature": 1.0, "max_tokens": 3}
+    last, first = loaded.generate(["a", "b"], seed=2**63 - 1, **drawn)
+    assert (last.seed, first.seed) == (2**63 - 1, 0)
+    assert loaded.generate("b", seed=0, **drawn).token_ids == first.token_ids

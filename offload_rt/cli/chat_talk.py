@@ -6,13 +6,11 @@ from dataclasses import dataclass, field
 from offload_rt.cli.answering import Answering
 from offload_rt.cli.chat_file import Conversation, Exchange
 from offload_rt.cli.faults import of_system
-from offload_rt.config import SamplingConfig
+from offload_rt.config import SEEDS, SamplingConfig
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.session.answering import Answer, seeded
 from offload_rt.session.settings import Settings
 from offload_rt.units import format_speed
-
-_SEEDS = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,7 +217,7 @@ class Talk:
         chosen = seeded(self.settings.sampling)
         if chosen.seed is None:
             return chosen
-        return dataclasses.replace(chosen, seed=(chosen.seed + len(self.said)) % _SEEDS)
+        return dataclasses.replace(chosen, seed=(chosen.seed + len(self.said)) % SEEDS)
 
     def _take_back(self) -> Said:
         """Remove the last exchange; what the engine keeps of it goes, too."""

@@ -184,7 +184,8 @@ def _row(row: Comparison) -> dict[str, Any]:
 
 def _scenario(values: dict[str, Any]) -> None:
     scenario = load_scenario(values["scenario"])
-    name = values["profile_name"] or scenario.profile
+    named = values["profile_name"]
+    name = scenario.profile if named is None else named
     profile = load_profile(find_profile(name))
     scenario = dataclasses.replace(scenario, set=(*scenario.set, *values["profile_set"]))
     made = simulate(scenario, profile)  # the flags come last, so they count

@@ -105,7 +105,7 @@ class Run:
             raise CapacityError(f"{len(prompts)} prompts, room for {len(capacities)} sequences")
         for ids, capacity in zip(prompts, capacities, strict=False):
             check_prompt(engine, ids, capacity)
-        seeds = seeds or [(sampling.seed or 0) + i for i in range(len(prompts))]
+        seeds = seeds or sampling.seeds(len(prompts))
         sequences = [
             new_sequence(
                 engine,

@@ -46,7 +46,6 @@ from offload_rt.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-_SEEDS = 2**63
 SEND_S = 60.0  # in which a client must have taken a piece
 
 

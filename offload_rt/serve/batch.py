@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
+from offload_rt.config import SEEDS
 from offload_rt.engine.sequence import Request, TokenLogprob
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.reading import decode_text, read_plain
@@ -26,7 +27,6 @@ from offload_rt.writing import append, cut_off, write_text, writing
 
 _LIMIT_BYTES = 2**30
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
-_SEEDS = 2**63
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _request(maker: Maker, number: int, raw: bytes, url: str) -> tuple[Request, 
         asked, usual, top = body.max_tokens, PLAIN_TOKENS, body.logprobs
     request = maker.request(body, ids, asked, usual, top)
     if not request.sampling.greedy and body.seed is None:  # one of its own for each line
-        seed = ((maker.offer.sampling.seed or 0) + number) % _SEEDS
+        seed = ((maker.offer.sampling.seed or 0) + number) % SEEDS
         request = replace(request, seed=seed, sampling=replace(request.sampling, seed=seed))
     return request, body.stops()
 

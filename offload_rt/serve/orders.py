@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from offload_rt.config import SamplingConfig
+from offload_rt.config import SEEDS, SamplingConfig
 from offload_rt.engine.sequence import Request
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.sampling import resolve_seed
@@ -14,7 +14,6 @@ from offload_rt.serve.wire import ChatBody, Drawn, Turn, WireError
 from offload_rt.text import Message, Tokenizer, build_prompt
 
 PLAIN_TOKENS = 16  # of a plain completion that does not say, as in the protocol
-_SEEDS = 2**63
 _USUAL_CHARS = 8  # of a token, at most: texts with no more are let through without a look
 
 
@@ -189,7 +188,7 @@ class Maker:
         given = {name: value for name in names if (value := getattr(body, name)) is not None}
         if given.get("top_k") == -1:  # as vLLM writes it
             given["top_k"] = 0
-        seed = self.offer.sampling.seed if body.seed is None else body.seed % _SEEDS
+        seed = self.offer.sampling.seed if body.seed is None else body.seed % SEEDS
         try:
             found = replace(self.offer.sampling, **given, seed=seed)
         except ConfigError as error:
@@ -200,4 +199,4 @@ class Maker:
 
 def several(request: Request, count: int) -> list[Request]:
     """As many choices, each with a seed of its own."""
-    return [replace(request, seed=(request.seed + i) % _SEEDS) for i in range(count)]
+    return [replace(request, seed=(request.seed + i) % SEEDS) for i in range(count)]

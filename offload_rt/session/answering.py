@@ -209,7 +209,7 @@ class Answers:
         self._model, self._engine = model, engine
         self._seeds = seeds
         if seeds is None and sampling.seed is not None:
-            self._seeds = [sampling.seed + place for place in range(len(prompts))]
+            self._seeds = sampling.seeds(len(prompts))
         self._streams = [model.tokenizer.stream(generation.stop) for _ in prompts]
         self._run = Run.start(engine, prompts, sampling, generation, model.end_tokens, self._seeds)
 

@@ -66,7 +66,7 @@ def profile_for(profile: str | None, device: DeviceKind) -> tuple[HardwareProfil
     Raises:
         ProfileError: there is no such profile, or it is damaged.
     """
-    name = profile or machine_name()
+    name = machine_name() if profile is None else profile
     own = profile is not None or name in list_profiles()
     return load_profile(find_profile(name if own else _stand_in(device))), own
 

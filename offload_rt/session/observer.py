@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
 class Interrupted(BaseException):
@@ -37,6 +37,7 @@ class Gauge:
     detail: Callable[[], str] = str
 
 
+@runtime_checkable
 class Observer(Protocol):
     """Is told what goes on."""
 

@@ -230,7 +230,7 @@ class Session:
         as it is. A conversation is a list of turns, `{"role": "user", "content": "Hi"}`; a list of
         numbers is the prompt's token ids. Of any other list as many prompts are answered together
         as fit: each pass over the weights serves all of them. Their seeds are `seed`, `seed + 1`,
-        ...
+        ...; 0 comes after the largest.
 
         A sampled answer with a seed of its own is the same again. Where passes are not
         row-invariant (`report.exact`) it is made from a fresh cache, and without drafts unless
@@ -250,7 +250,7 @@ class Session:
         alone = is_one(prompts)
         batch = [prompts] if alone else list(prompts)
         with self._used():
-            settings = self._settings_for(options)
+            settings = self._settings_for(options, logprobs)
             asked = [self._asked(i, prompt, settings) for i, prompt in enumerate(batch)]  # type: ignore[arg-type]
             answers: dict[int, Answer] = {}
             for wave in self._waves(asked):
@@ -271,7 +271,7 @@ class Session:
             OffloadError: the prompt or an option is refused; later, there is no answer.
         """
         with self._used():
-            settings = self._settings_for(options)
+            settings = self._settings_for(options, logprobs)
             asked = self._asked(0, prompt, settings)
         answers: list[Answer] = []
 
@@ -374,9 +374,15 @@ class Session:
         if self._stops.signalled:
             raise KeyboardInterrupt
 
-    def _settings_for(self, options: AnswerOptions) -> Settings:
-        """The settings of an answer."""
+    def _settings_for(self, options: AnswerOptions, logprobs: object) -> Settings:
+        """The settings of an answer.
+
+        Raises:
+            ConfigError: one is refused.
+        """
         check_keywords(options, ANSWER_KEYWORDS, "an answer")
+        if not isinstance(logprobs, bool):
+            raise ConfigError(f"logprobs is {logprobs!r:.60}, accepted is True or False")
         settings = answer_settings(self._settings, self._defaults, options)
         return with_recommended(settings, self._model.checkpoint.folder, self._observer)
 
@@ -404,7 +410,7 @@ class Session:
             engine.forget()
         by_times = engine.controller is not None or self._settings.draft.automatic
         sampling = seeded(sampling)
-        first = sampling.seed
+        seeds = sampling.seeds(1 + max(one.index for one in wave))
         with self._failing_safely(engine):
             answers = Answers(
                 self._model,
@@ -412,7 +418,7 @@ class Session:
                 [one.ids for one in wave],
                 sampling,
                 settings.generation,
-                seeds=None if first is None else [first + one.index for one in wave],
+                seeds=None if sampling.seed is None else [seeds[one.index] for one in wave],
             )
             if repeats and by_times and not firm:
                 answers.leave_out_drafts()
@@ -534,6 +540,13 @@ def load(
     Raises:
         OffloadError: an option is refused, the files cannot be used, or it does not fit.
     """
+    if not isinstance(model, str | os.PathLike) or not isinstance(os.fspath(model), str):
+        raise ConfigError(f"the model is {model!r:.60}, accepted is a folder, a hub id or demo")
+    if not (observer is None or isinstance(observer, Observer)):
+        raise ConfigError(
+            f"the observer is {observer!r:.60}, accepted is an object with note, waiting and "
+            "progress"
+        )
     check_keywords(options, KEYWORDS, "load")
     settings, observer = settings_from(options), observer or Logged()
     settle_math()
@@ -562,6 +575,7 @@ def _turns(prompt: object) -> "str | list[Message]":
     from offload_rt.text import Message
 
     if isinstance(prompt, str):
+        prompt = prompt.removeprefix("\ufeff")  # of a file that was read
         if not prompt.strip():
             raise ConfigError("the prompt is empty: give some text")
         return prompt

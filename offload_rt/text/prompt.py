@@ -64,7 +64,7 @@ def build_prompt(
         raise ConfigError(f"{what} needs a chat template and {why}: give one plain text")
     turns = [Message(role="user", content=prompt)] if isinstance(prompt, str) else list(prompt)
     if not turns or not turns[-1].content:
-        raise ConfigError("the prompt is empty: give text with -p, -f or on stdin")
+        raise ConfigError("the prompt is empty: give some text")
     if system is not None:
         if turns[0].role == "system":
             raise ConfigError("two system prompts: leave out --system or the system message")
