@@ -17,9 +17,12 @@ from offload_rt.costs.pass_cost import (
     cost_of,
     pass_times,
 )
+from offload_rt.device import compiled
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
+from offload_rt.profiling import decoding
 from offload_rt.profiling.codec import decode, encode
+from offload_rt.profiling.decoding import SHARES
 from offload_rt.profiling.profile import (
     AttentionSpeed,
     Decoder,
@@ -98,7 +101,9 @@ def test_streaming_without_slots_is_refused():
         cost_of(load_of(3, [0, 2], 0), times_of([0.0] * 3))
 
 
-def test_dequantising_takes_the_measured_time_of_its_form_and_decoder():
+def test_dequantising_takes_the_measured_time_of_its_form_and_decoder(monkeypatch):
+    monkeypatch.setattr(compiled, "problem", lambda: "")
+
     def speed(decoder, form, bits, rate, processor=Processor.CPU):
         return DecodeSpeed(
             processor=processor,
@@ -130,9 +135,48 @@ def test_dequantising_takes_the_measured_time_of_its_form_and_decoder():
     made = profile(layers=curves, dequantising=speeds)
     assert seconds(made, four) == (pytest.approx(0.5), Obtained.MEASURED)
     assert seconds(made, quick) == (pytest.approx(0.1), Obtained.MEASURED)
-    assert seconds(made, replace(four, bits=3))[0] == pytest.approx(2.0)  # as the slowest
+    odd = pytest.approx(0.5 / SHARES["packed", 0])  # not as the slowest
+    assert seconds(made, replace(four, bits=3)) == (odd, Obtained.ASSUMED)
     assert seconds(made, four, quick)[0] == pytest.approx(0.6)
     assert decode(encode(made)) == made
+
+
+def test_who_dequantises_is_who_the_profile_timed(monkeypatch):
+    """Whatever is here, unless it is the profile's own processor, or nothing was timed."""
+
+    def speed(decoder):
+        return DecodeSpeed(
+            processor=Processor.CPU,
+            decoder=decoder,
+            form="packed",
+            bits=4,
+            numbers_per_s=measured(1e9 if decoder is Decoder.TORCH else 1e10),
+        )
+
+    both = (speed(Decoder.TORCH), speed(Decoder.COMPILED))
+    here, there = "this processor", "another processor"
+    monkeypatch.setattr(decoding, "processor", lambda: (here, ""))
+    four = Decoded(numbers=10**10, form="packed", bits=4, decoder=Decoder.COMPILED, direct=True)
+    cases = [  # a profile's CPU, what it timed, whether it multiplies; kernels here; seconds
+        (there, both, False, False, 1.0),
+        (there, both, True, False, 0.0),
+        (there, both[:1], False, True, 10.0),
+        (there, both[:1], None, True, 0.0),
+        (here, both, True, False, 10.0),
+        (here, both, False, True, 0.0),
+        (here, (), None, True, 0.0),
+    ]
+    for cpu, timed, multiplies, kernels, expected in cases:
+        problem = "" if kernels else "not installed"
+        monkeypatch.setattr(compiled, "problem", lambda problem=problem: problem)
+        monkeypatch.setattr(decoding, "kernels_multiply", lambda kernels=kernels: kernels)
+        made = profile(layers=(curve(1, {1: 1.0}),), dequantising=timed)
+        made = replace(made, machine=replace(made.machine, cpu=cpu, multiplies=multiplies))
+        layer = LayerLoad(work=shape(1).work, home_bytes=5, decoded=(four,))
+        load = PassLoad(layers=[layer], streamed=[], slots=0)
+        times = pass_times(made, load, Processor.CPU, measured(1e9))
+        assert times.layer_s[0] - 1.0 == pytest.approx(expected), (cpu, timed, multiplies, kernels)
+        assert decode(encode(made)) == made
 
 
 def test_times_come_from_the_profile():

@@ -2,21 +2,26 @@
 
 import json
 import shutil
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from quantised import CASES, mixed, write_twins
 
 from offload_rt.costs.sizes import stored_sizes
-from offload_rt.device.kinds import CPU, Processor
+from offload_rt.costs.workload import parts_of
+from offload_rt.device import compiled
+from offload_rt.device.kinds import CPU, CUDA, Processor
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.config import QuantisedError
 from offload_rt.model.formats.methods import Method, read_method
 from offload_rt.model.formats.stated import is_kept
 from offload_rt.model.outline import open_or_outline, outline_checkpoint
-from offload_rt.profiling.profile import Decoder
-from offload_rt.profiling.rates import decoded_per_s
+from offload_rt.profiling import decoding
+from offload_rt.profiling.decoding import SHARES, decoded_per_s
+from offload_rt.profiling.profile import Decoder, Obtained
+from offload_rt.profiling.store import find_profile, load_profile
+from offload_rt.session import means
 
 # As the tools write scales; others of `quantised.py` have them in other formats for the laws.
 AS_WRITTEN = [
@@ -119,14 +124,56 @@ def test_models_quantised_in_several_ways_are_sized_by_their_files(make_tiny, tm
         outline_checkpoint(alone(folder, tmp_path / "alone"))
 
 
-def test_forms_that_torch_dequantises_slowly_are_counted_so():
-    profile = SimpleNamespace(dequantising=())  # of a machine that was not measured
+@pytest.mark.parametrize("name", ["cpu-2core-avx512", "cpu-2core-avx512bf16", None])
+def test_forms_that_no_profile_timed_are_counted_by_their_share(name):
+    """Of the profile's own integers; of nothing as the slowest that was timed."""
+    made = load_profile(find_profile(name or "cpu-2core-avx512"))
+    made = made if name else replace(made, dequantising=())
 
-    def rate(form, processor=Processor.CPU):
-        return decoded_per_s(profile, processor, Decoder.TORCH, form, 8).value
+    def rate(form, bits=8, decoder=Decoder.TORCH):
+        found = decoded_per_s(made, Processor.CPU, decoder, form, bits)
+        assert found.obtained is Obtained.MEASURED or "RESULTS.md" in found.source
+        return found.value
 
-    assert rate("fp8") < rate("packed") / 2 and rate("nvfp4") < rate("fp8")
-    assert rate("fp8", Processor.CUDA) == rate("packed", Processor.CUDA)
+    integers = rate("packed", 4)
+    for (form, bits), share in SHARES.items():
+        if form not in ("packed", "awq", "gptq"):  # which were timed
+            assert rate(form, bits) == pytest.approx(share * integers), form
+    assert rate("fp8") > 0.4 * integers > 1.5 * rate("awq", 4) > rate("packed", 3)
+    assert rate("gptq_v2", 4) == rate("gptq", 4) and rate("nvfp4_product", 4) == rate("nvfp4", 4)
+    assert rate("awq", 4, Decoder.COMPILED) < rate("packed", 4, Decoder.COMPILED) / 3
+    coded = [rate("coded", 12, decoder) for decoder in Decoder]
+    assert coded == [2.3e9, 6.5e9]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_stand_in_has_the_kernels_that_are_here(monkeypatch, kernels):
+    """Not so a profile that was asked for: it is of its own machine."""
+    monkeypatch.setattr(means, "list_profiles", dict)
+    monkeypatch.setattr(compiled, "problem", lambda: "" if kernels else "not installed")
+    monkeypatch.setattr(decoding, "kernels_multiply", lambda: kernels)
+    found, own = means.profile_for(None, CPU)
+    assert not own
+    assert decoding.compiles(found) is decoding.multiplies(found) is kernels
+    monkeypatch.setattr(decoding, "processor", lambda: ("another", ""))
+    for name, multiplies in (("cpu-2core-avx512bf16", True), ("cpu-2core-avx512", False)):
+        asked, _ = means.profile_for(name, CPU)
+        assert decoding.compiles(asked) and decoding.multiplies(asked) is multiplies
+
+
+def test_what_no_kernel_dequantises_on_a_gpu_is_counted_as_torchs(make_tiny, tmp_path):
+    made = load_profile(find_profile("rtx4090-pcie4x16"))
+    per_s = {}
+    for case in ("W4 g32", "W3 g32", "FP8 channel", "nf4", "int8"):
+        twins = write_twins(make_tiny("llama", dtype="bfloat16"), tmp_path / case, *CASES[case])
+        parts = parts_of(open_checkpoint(twins.folder), "auto", CUDA)
+        ((d,),) = {layer.decoded for layer in parts.layers}
+        number = decoded_per_s(made, Processor.CUDA, d.decoder, d.form, d.bits)
+        assert number.obtained is Obtained.ASSUMED and "4090" in number.source
+        per_s[case] = number.value
+    assert per_s["W4 g32"] == per_s["FP8 channel"] == 175e9
+    assert per_s["nf4"] == pytest.approx(806.4e9 / 19) and per_s["int8"] < per_s["nf4"]
+    assert per_s["W3 g32"] < per_s["nf4"] / 5
 
 
 def test_groups_that_divide_no_weight_are_refused(tmp_path):

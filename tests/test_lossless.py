@@ -25,6 +25,7 @@ from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.model.wire import as_if_packed, wired, wires_of
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.planner import Means, plan_wires
+from offload_rt.profiling import decoding
 from offload_rt.profiling.store import find_profile, load_profile
 
 
@@ -177,12 +178,14 @@ def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch
     assert wires_of(checkpoint, Wire.AUTO, CPU) == (Wire.RAW, Wire.LOSSLESS)
     assert wires_of(open_checkpoint(model), Wire.AUTO, CPU) == (Wire.RAW,)
     profile = load_profile(find_profile("cpu-2core-avx512bf16"))
+    profile = replace(profile, machine=replace(profile.machine, multiplies=False))
     load = RunLoad(capacities=[64], prompt_tokens=32)
     config = RuntimeConfig(
         device="cpu", home=HomeKind.HOST, resident_layers=0, device_limit_bytes=2**29
     )
     for per_s, link, expected in ((1e12, 1e7, Wire.LOSSLESS), (1e4, 1e9, Wire.RAW)):
-        monkeypatch.setattr("offload_rt.profiling.rates.unpacked_per_s", lambda per_s=per_s: per_s)
+        rates = dict.fromkeys(decoding._CODED_PER_S, per_s)
+        monkeypatch.setattr(decoding, "_CODED_PER_S", rates)
         parts_of.cache_clear()
         means = Means(speeds=speeds_of(profile, Processor.CPU), yields=lambda draft: None)
         made, plan = plan_wires(

@@ -19,12 +19,14 @@ from offload_rt.device import compiled
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
-from offload_rt.device.kinds import Processor
+from offload_rt.device.kinds import CUDA, Processor
 from offload_rt.device.system import file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.layers import ROUNDED_ROWS
 from offload_rt.kernels.products import MOST_ROWS
+from offload_rt.model.formats import on_gpu
+from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling import dequantising, link, timing
@@ -331,39 +333,79 @@ def test_host_memory_by_threads():
     assert torch.get_num_threads() == threads
 
 
-def test_dequantising_is_timed_for_each_form_and_whoever_does_it(monkeypatch):
-    calls, ticked = [], []
+def timed_dequantising(monkeypatch, device, side=256):
+    """What is found where a run takes 4 ms and has to make numbers."""
+    called, ticked = [], []
 
     def timed(run, least_s, *, computes):
         def sample_s():
+            bring, stored, _, out, *_ = run.args
             run()
+            assert out.isfinite().all() and out.any()
+            out.zero_()
+            called.append((stored.form, stored.bits))
             return 0.004
 
         return sample_s
 
-    def noting(bring):
-        def noted(stored, parts, out):
-            calls.append((stored.form, stored.bits))
-            bring(stored, parts, out.fill_(0.0))
-            assert out.isfinite().all() and out.any()
-
-        return noted
-
-    monkeypatch.setattr(dequantising, "_SIDE", 256)
+    monkeypatch.setattr(dequantising, "_SIDE", side)
     monkeypatch.setattr(dequantising, "Timed", timed)
-    for form, bring in [*dequantising.BRING.items()]:
-        monkeypatch.setitem(dequantising.BRING, form, noting(bring))
-    cpu, tick = CpuDevice(), partial(ticked.append, 1)
+    effort = Curve(replace(QUICK, again_s=0.0))
+    found = dequantising.measure_dequantising(
+        device, torch.bfloat16, effort, partial(ticked.append, 1)
+    )
+    assert len(ticked) == len(dequantising.MEASURED)
+    assert set(called) == {(Form(s.form), s.bits) for s in found}
+    return found
+
+
+def test_dequantising_is_timed_for_each_form_and_whoever_does_it(monkeypatch):
+    cpu = CpuDevice()
     try:
-        found = dequantising.measure_dequantising(cpu, torch.bfloat16, Curve(QUICK), tick)
+        found = timed_dequantising(monkeypatch, cpu)
     finally:
         cpu.close()
-    assert len(found) == len(ticked) == dequantising.ticks()
-    assert set(calls) == set(dequantising._MEASURED)
     assert all(s.numbers_per_s.value == pytest.approx(256 * 256 / 0.004) for s in found)
-    kinds = [(s.form, s.bits) for s in found if s.decoder == "torch"]
-    assert kinds == [(f.value, b) for f, b in dequantising._MEASURED]
-    assert len(found) == len(kinds) * (1 if compiled.problem() else 2)
+    kinds = [(Form(s.form), s.bits) for s in found if s.decoder == "torch"]
+    if compiled.problem():
+        assert kinds == [*dequantising.MEASURED]
+        return
+    both = [(f, b) for f, b in dequantising.MEASURED if f is not Form.CODED]
+    assert kinds == both  # of 12 bits numpy is never timed beside numba
+    twice = [(Form(s.form), s.bits) for s in found if s.decoder == "compiled"]
+    integers = [(Form.PACKED, 4), (Form.PACKED, 8), (Form.AWQ, 4), (Form.GPTQ, 4)]
+    assert twice == [*integers, (Form.CODED, 12)]
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_dequantising_on_a_gpu_is_timed_for_whoever_does_it(monkeypatch, triton):
+    """On a double: Triton's kernels where there are some, and eight of them before a wait."""
+    launched, waited = [], []
+
+    def fake(kernel, tensors, numbers, out):
+        launched.append(kernel)
+        out.fill_(1.0)
+
+    monkeypatch.setattr(on_gpu, "dequantise", fake)
+    monkeypatch.setattr(on_gpu, "is_there", lambda: triton)
+    event = SimpleNamespace(synchronize=lambda: waited.append(len(launched)))
+    double = SimpleNamespace(
+        kind=CUDA,
+        torch_device=torch.device("cpu"),
+        compute=SimpleNamespace(record=lambda: event),
+    )
+    found = timed_dequantising(monkeypatch, double)
+    assert {s.processor for s in found} == {Processor.CUDA}
+    by = {(Form(s.form), s.bits): s.decoder for s in found}
+    if not triton:
+        assert not launched and set(by.values()) == {"torch"}
+        assert by.keys() == set(dequantising.MEASURED) - {(Form.CODED, 12)}
+        return
+    slow = {(Form.BNB4, 4), (Form.BNB8, 8), (Form.PACKED, 3)}
+    assert by == {k: "torch" if k in slow else "compiled" for k in dequantising.MEASURED}
+    assert all(s.numbers_per_s.value == pytest.approx(8 * 256 * 256 / 0.004) for s in found)
+    assert set(launched) == {*["integers", "grid", "fours", "coded", "blocks", "super_blocks"]}
+    assert len(launched) * len(by) == 8 * len(waited) * (len(by) - len(slow))
 
 
 class Links:

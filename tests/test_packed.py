@@ -239,6 +239,7 @@ def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, m
     speeds = SimpleNamespace(
         devices=[CPU],
         further=(),
+        profile=load_profile(find_profile("cpu-2core-avx512bf16")),
         device=CPU,
         home_bytes_per_s=lambda *given: (Number(value=2e9, obtained=Obtained.MEASURED),),
     )
@@ -250,7 +251,8 @@ def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, m
     )
     load = placed.load(1)
     for per_s in (1e9, 1e12):
-        monkeypatch.setattr(pass_cost, "unpacked_per_s", lambda per_s=per_s: per_s)
+        made = Number(value=per_s, obtained=Obtained.ASSUMED)
+        monkeypatch.setattr(pass_cost, "decoded_per_s", lambda *_, made=made: made)
         [rate] = home_rates(speeds, RuntimeConfig(), load, home, None).home
         read_s = layer.file_bytes / 2e9
         pass_s = read_s + (layer.packed / per_s if home is HomeKind.DISK else 0)

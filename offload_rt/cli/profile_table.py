@@ -103,12 +103,13 @@ def _beside(profile: HardwareProfile) -> Iterator[str]:
 
 
 def _dequantising(profile: HardwareProfile) -> Iterator[str]:
-    for decoder, group in groupby(profile.dequantising, key=lambda speed: speed.decoder):
+    for who in dict.fromkeys((speed.processor, speed.decoder) for speed in profile.dequantising):
+        mine = [s for s in profile.dequantising if (s.processor, s.decoder) == who]
         cells = [
             (f"{s.form} {s.bits} bits", 1e-9 * s.numbers_per_s.value, s.numbers_per_s)
-            for s in sorted(group, key=lambda speed: (speed.form, speed.bits))
+            for s in sorted(mine, key=lambda speed: (speed.form, speed.bits))
         ]
-        yield _row(decoder, cells)
+        yield _row(", ".join(who), cells)
 
 
 def _attention(profile: HardwareProfile) -> Iterator[str]:

@@ -9,6 +9,7 @@ from offload_rt.device.kinds import KINDS, DeviceKind, Processor, named_devices,
 from offload_rt.errors import ConfigError
 from offload_rt.model.formats.base import ROUNDED
 from offload_rt.model.formats.stored import FOURS_PER_CORE, Stored, multiplies_fours
+from offload_rt.profiling.decoding import decoded_per_s
 from offload_rt.profiling.profile import (
     Decoder,
     HardwareProfile,
@@ -20,7 +21,6 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
-    decoded_per_s,
     disk_bytes_per_s,
     link_bytes_per_s,
     memory_bytes_per_s,

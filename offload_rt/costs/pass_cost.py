@@ -27,7 +27,9 @@ from offload_rt.device.base import COPY_BYTES
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.kernels.rows import MOST_ROWS
-from offload_rt.model.packed_files import unpacked_per_s
+from offload_rt.model.formats.methods import Form
+from offload_rt.model.packed_files import CODED_BITS
+from offload_rt.profiling.decoding import compiles, decoded_per_s, multiplies
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -41,7 +43,6 @@ from offload_rt.profiling.profile import (
 from offload_rt.profiling.rates import (
     PIECES_S,
     attention_s,
-    decoded_per_s,
     disk_bytes_per_s,
     disk_delay_s,
     disk_slowdown,
@@ -84,13 +85,15 @@ class Decoded:
         numbers: how many.
         form: how they are stored.
         bits: of one.
-        decoder: who does it.
+        decoder: who does it, where there are kernels.
+        direct: kernels of a CPU multiply with them as they are stored, where there are any.
     """
 
     numbers: int
     form: str
     bits: int
     decoder: Decoder
+    direct: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -447,7 +450,7 @@ def home_rates(
         both = enumerate(zip(homes, disks, strict=True))
         homes = tuple(disk if node in load.straight else link for node, (link, disk) in both)
     rates = LinkRates(
-        home=_with_decoding(homes, load),
+        home=_with_decoding(homes, load, speeds.profile),
         readers=config.readers if home is HomeKind.DISK else None,
     )
     if home is HomeKind.SPLIT:
@@ -474,7 +477,9 @@ def home_rates(
     return replace(rates, kv=each, back=each)
 
 
-def _with_decoding(rates: tuple[Number, ...], load: PassLoad) -> tuple[Number, ...]:
+def _with_decoding(
+    rates: tuple[Number, ...], load: PassLoad, profile: HardwareProfile
+) -> tuple[Number, ...]:
     """Rates of weights that readers decode: a pass takes what reading does, and the decoding.
 
     So it was measured, with processors to spare (docs/RESULTS.md, "bf16 from disk in 12 bits").
@@ -484,9 +489,12 @@ def _with_decoding(rates: tuple[Number, ...], load: PassLoad) -> tuple[Number, .
         layers = [load.layers[i] for i in load.streamed if load.layers[i].device == device]
         if unpacked := sum(layer.unpacked for layer in layers):
             nbytes = sum(layer.home_bytes for layer in layers)
-            decoding = unpacked / (unpacked_per_s() * nbytes)  # seconds for a byte
+            decoder = Decoder.COMPILED if compiles(profile) else Decoder.TORCH
+            per_s = decoded_per_s(profile, Processor.CPU, decoder, Form.CODED, CODED_BITS).value
+            decoding = unpacked / (per_s * nbytes)  # seconds for a byte
             value = 1 / (1 / rate.value + decoding)
-            found[device] = Number(value=value, obtained=Obtained.ASSUMED)
+            why = "assumed: readers read and then decode 12 bits"
+            found[device] = Number(value=value, obtained=Obtained.ASSUMED, source=why)
     return tuple(found)
 
 
@@ -532,12 +540,23 @@ def pass_times(
     heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
-    decoding = {
-        (each.decoder, each.form, each.bits): decoded_per_s(
-            profile, processor, each.decoder, each.form, each.bits
-        )
+    compiled = processor is not Processor.CPU or compiles(profile)
+    direct = processor is Processor.CPU and multiplies(profile)
+    parts = {
+        replace(each, numbers=0)
         for layer in load.layers
         for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
+        if not (direct and each.direct)  # no slower than a product with 16 bits
+    }
+    decoding = {
+        each: decoded_per_s(
+            profile,
+            processor,
+            each.decoder if compiled else Decoder.TORCH,
+            each.form,
+            each.bits,
+        )
+        for each in parts
     }
     numbers += decoding.values()
     seconds = {key: number.value for key, number in work_s.items()}
@@ -557,7 +576,8 @@ def pass_times(
         numbers += [piece, scan]
 
     def decoded_s(parts: Sequence[Decoded]) -> float:
-        return sum(d.numbers / decoding[d.decoder, d.form, d.bits].value for d in parts)
+        rates_of = ((d.numbers, decoding.get(replace(d, numbers=0))) for d in parts)
+        return sum(numbers / rate.value for numbers, rate in rates_of if rate is not None)
 
     apart = any(layer.expert_part for layer in load.layers)
     return PassTimes(

@@ -23,7 +23,6 @@ from offload_rt.costs.sizes import (
     layouts_of,
     number_bytes_of,
 )
-from offload_rt.device import compiled
 from offload_rt.device.kinds import CPU, CUDA, DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
@@ -34,9 +33,10 @@ from offload_rt.model.formats.stored import (
     HOST_ROWS,
     TOGETHER_ROWS,
     Stored,
+    could_multiply,
     multiplied_together,
-    multiplies,
     suits_kernels,
+    suits_triton,
 )
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
@@ -421,20 +421,22 @@ class PlacedModel:
 
 
 def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[Decoded, ...]:
-    """What of a layer is dequantised, and by whom; compiled kernels are as on this machine."""
-    counts: dict[tuple[str, int, Decoder], int] = {}
+    """What of a layer is dequantised, and by whom where kernels can be compiled."""
+    counts: dict[Decoded, int] = {}
     for each in stored:
-        if device is CPU and multiplies(each, dtype) and not each.of_expert:
-            continue  # no slower than a product with 16 bits
-        suits = suits_kernels(each, dtype) or each.form is Form.CODED
-        compiles = device is CPU and suits and not compiled.problem()
-        decoder = Decoder.COMPILED if compiles else Decoder.TORCH
-        key = (each.form.value, each.bits, decoder)
-        counts[key] = counts.get(key, 0) + each.numbers
-    return tuple(
-        Decoded(numbers=numbers, form=form, bits=bits, decoder=decoder)
-        for (form, bits, decoder), numbers in counts.items()
-    )
+        if device is CPU:
+            suits = suits_kernels(each, dtype) or each.form is Form.CODED
+        else:
+            suits = suits_triton(each.form, each.bits)
+        kind = Decoded(
+            numbers=0,
+            form=each.form.value,
+            bits=each.bits,
+            decoder=Decoder.COMPILED if suits else Decoder.TORCH,
+            direct=device is CPU and could_multiply(each, dtype) and not each.of_expert,
+        )
+        counts[kind] = counts.get(kind, 0) + each.numbers
+    return tuple(replace(kind, numbers=numbers) for kind, numbers in counts.items())
 
 
 @lru_cache(maxsize=16)  # a search asks for the same ones hundreds of times

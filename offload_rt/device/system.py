@@ -144,6 +144,7 @@ def thread_times() -> dict[str, tuple[int, int]]:
     return found
 
 
+@cache
 def processor() -> tuple[str, str]:
     """The processor's name, and its bf16 instruction or nothing."""
     name = _cpuinfo("model name") or platform.processor() or platform.machine()

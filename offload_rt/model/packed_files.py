@@ -10,14 +10,12 @@ Everything is checked before a weight is read: a manifest is data from a strange
 No torch here.
 """
 
-import importlib.util
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
-from offload_rt.device.compiled import PACKAGE
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
 from offload_rt.model.gguf.folder import refuse_gguf
@@ -26,7 +24,7 @@ from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, pa
 MANIFEST = "offload_rt_packed.json"
 SUFFIX = ".packed"
 FORMAT, VERSION = "offload_rt packed bf16", 1
-CODED_DTYPE = "BF16"
+CODED_DTYPE, CODED_BITS = "BF16", 12
 PIECE_WEIGHTS = 2**21  # of a piece, at most: 4 MiB of bf16, which is what readers read at once
 PIECE_ALIGN_BYTES = 64
 # Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
@@ -35,10 +33,6 @@ SMALLEST_WEIGHTS = 2**16
 # Of a weight that is coded: 12 bits, and three bytes for one in a thousand, as many as there are
 # escapes in trained matrices (docs/RESULTS.md, "bf16 from disk in 12 bits").
 EXPECTED_BYTES = 1.503
-# Of two cores that compute besides, whether numba is there: without it a pass of 1.3 G weights took
-# 1.33 s, of which reading was 0.75, with it one thread reached what is here
-# (docs/RESULTS.md, "bf16 from disk in 12 bits").
-_UNPACKED_PER_S = {False: 2.3e9, True: 6.5e9}
 _LIMIT_BYTES = 64 * 2**20
 _FILES_LIMIT = 2**12
 _STEM = re.compile(r"[A-Za-z0-9._-]+")
@@ -98,11 +92,6 @@ def expected_pieces(weights: int) -> tuple[int, ...]:
 
 def _aligned(size: int) -> int:
     return -(-size // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
-
-
-def unpacked_per_s() -> float:
-    """Weights that a run's readers decode in a second, assumed until profiles have it."""
-    return _UNPACKED_PER_S[importlib.util.find_spec(PACKAGE) is not None]
 
 
 def read_manifest(folder: Path) -> tuple[PackedFile, ...]:

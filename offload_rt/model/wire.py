@@ -23,7 +23,7 @@ from offload_rt.model.formats.stored import Stored
 from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, GROUP, SCALES_PART
 from offload_rt.model.names import EXPERT
-from offload_rt.model.packed_files import CODED_DTYPE, expected_pieces
+from offload_rt.model.packed_files import CODED_BITS, CODED_DTYPE, expected_pieces
 
 BITS: Mapping[Wire, int] = MappingProxyType({Wire.INT8: 8, Wire.INT4: 4})
 _WEIGHT = ".weight"
@@ -189,7 +189,7 @@ def _coded(extent: TensorExtent) -> Stored:
         form=Form.CODED,
         outputs=outputs,
         inputs=inputs,
-        bits=12,
+        bits=CODED_BITS,
         groups=1,
         parts={CODED_PART: part},
         source=extent,

@@ -9,6 +9,7 @@ import psutil
 from offload_rt.device.cuda.nvml import Driver, find_driver
 from offload_rt.device.system import compute_threads, processor, takes_matrix_registers
 from offload_rt.kernels.rows import ROW_TILE
+from offload_rt.model.formats.stored import kernels_multiply
 from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, Versions
 
 
@@ -20,6 +21,7 @@ def this_machine(driver: Driver | None) -> Machine:
         cores=compute_threads(),
         ram_bytes=psutil.virtual_memory().total,
         rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") else 0,
+        multiplies=kernels_multiply(),
         gpus=tuple(
             GpuIdentity(
                 name=gpu.name,

@@ -31,7 +31,7 @@ from offload_rt.profiling.compute import (
     measure_recorded,
     measure_replay,
 )
-from offload_rt.profiling.dequantising import measure_dequantising, ticks
+from offload_rt.profiling.dequantising import MEASURED, measure_dequantising
 from offload_rt.profiling.disk import (
     JUST_WRITTEN,
     folder_to_read,
@@ -236,9 +236,9 @@ def _parts(
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
         parts += _compute_parts(curve, device)
-    cpu, numbers = devices[0], getattr(torch, _dtype(devices[0]))
-    dequantise = partial(measure_dequantising, cpu, numbers, curve)
-    parts.append(Part("cpu, dequantising", ticks(), dequantise))
+    for device in devices:
+        dequantise = partial(measure_dequantising, device, getattr(torch, _dtype(device)), curve)
+        parts.append(Part(f"{device.name}, dequantising", len(MEASURED), dequantise))
     orders = _orders(devices[0])
     beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
     beside_reads = partial(_beside_reads, disk, devices[0], orders, curve)

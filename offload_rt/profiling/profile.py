@@ -48,7 +48,10 @@ class MemoryUse(StrEnum):
 
 
 class Decoder(StrEnum):
-    """What dequantises weights: torch's operations, or kernels compiled for the processor."""
+    """What dequantises weights: torch's operations, or kernels compiled for the processor.
+
+    Of a CPU numba compiles them, and without it numpy decodes 12 bits; of a GPU Triton does.
+    """
 
     TORCH = "torch"
     COMPILED = "compiled"
@@ -130,12 +133,15 @@ class Machine:
         cores: threads that compute: those this process may use, within its cgroup's quota.
         rows_apart: that row-invariant products of the CPU take at once (`kernels/tiles.py`), one
             product after the other; 0: all.
+        multiplies: kernels multiply bf16 with weights as they are stored (`kernels/stored.py`);
+            None: that is not known.
     """
 
     cpu: str
     cores: int = _up_to(_COUNT)
     ram_bytes: int = _up_to(_BYTES)
     rows_apart: int = field(default=0, metadata={"least": 0, "most": _COUNT})
+    multiplies: bool | None = None
     gpus: tuple[GpuIdentity, ...] = ()
 
 

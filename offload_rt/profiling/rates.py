@@ -11,11 +11,7 @@ from statistics import fmean
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ProfileError
-from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import CODED_PER_S, COMPILED_PER_S, DECODED_PER_S, SHARES
-from offload_rt.model.packed_files import unpacked_per_s
 from offload_rt.profiling.profile import (
-    Decoder,
     Direction,
     HardwareProfile,
     HeadCurve,
@@ -202,26 +198,6 @@ def head_s(
     if not curves:
         return layer_s(profile, work, rows, processor=processor, weights=weights, recorded=recorded)
     return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
-
-
-def decoded_per_s(
-    profile: HardwareProfile, processor: Processor, decoder: Decoder, form: str, bits: int
-) -> Number:
-    """Weights dequantised in a second; of what was not measured, as the slowest that was.
-
-    A profile without any, or without that decoder, has what is assumed.
-    """
-    mine = [s for s in profile.dequantising if s.processor is processor and s.decoder is decoder]
-    same = [s for s in mine if (s.form, s.bits) == (form, bits)]
-    if form == Form.CODED and not same:
-        value = unpacked_per_s() if processor is Processor.CPU else CODED_PER_S
-        return Number(value=value, obtained=Obtained.ASSUMED)
-    if mine:
-        return min((s.numbers_per_s for s in same or mine), key=lambda number: number.value)
-    compiles = decoder is Decoder.COMPILED and processor is Processor.CPU
-    share = SHARES.get(form, 1.0) if processor is Processor.CPU else 1.0
-    value = COMPILED_PER_S if compiles else share * DECODED_PER_S[processor]
-    return Number(value=value, obtained=Obtained.ASSUMED)
 
 
 def disk_slowdown(profile: HardwareProfile, weight_bytes: int, weights: WeightOrder) -> float:

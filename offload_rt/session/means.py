@@ -24,6 +24,7 @@ from offload_rt.planning.levels import LevelKey, read_level
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
 from offload_rt.planning.yields import Yield, expected_yield
+from offload_rt.profiling.decoding import standing_in
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import (
     find_profile,
@@ -61,14 +62,15 @@ def profile_for(profile: str | None, device: DeviceKind) -> tuple[HardwareProfil
     """This machine's profile, or the one that is asked for; and whether it is either of them.
 
     Without a profile of its own the machine is planned for with a shipped one: a GPU's of the same
-    name, else one like it.
+    name, else one like it, with the kernels for stored weights that are here.
 
     Raises:
         ProfileError: there is no such profile, or it is damaged.
     """
     name = machine_name() if profile is None else profile
     own = profile is not None or name in list_profiles()
-    return load_profile(find_profile(name if own else _stand_in(device))), own
+    found = load_profile(find_profile(name if own else _stand_in(device)))
+    return (found if own else standing_in(found)), own
 
 
 def profile_source(name: str, own: bool) -> str:

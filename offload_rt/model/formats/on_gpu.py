@@ -16,7 +16,7 @@ from offload_rt.kernels.blocks import DOUBLED, UNEVEN
 from offload_rt.model.formats import ggml, integers
 from offload_rt.model.formats.grids import powers
 from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
-from offload_rt.model.formats.stored import Stored
+from offload_rt.model.formats.stored import Stored, suits_triton
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
 
@@ -36,7 +36,6 @@ _BLOCKS = {
     Form.BLOCK_MXFP4: (1, 0, 0, 0, 1, 1),
 }
 _SIXTEENS = (Form.Q2_K, Form.Q3_K, Form.Q6_K)  # whose scales are of so many numbers
-_WORD_BITS = 32
 _KINDS = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
 
 
@@ -48,9 +47,7 @@ def is_there() -> bool:
 
 def suits(stored: Stored) -> bool:
     """Whether there is a kernel for a weight."""
-    if stored.form in _INTEGERS:
-        return _WORD_BITS % stored.bits == 0
-    return stored.form in (*_GRIDS, *_FOURS, *BLOCKS, Form.CODED)
+    return suits_triton(stored.form, stored.bits)
 
 
 def bring_for(stored: Stored, device: torch.device) -> integers.Bring | None:

@@ -14,33 +14,10 @@ from offload_rt.model.header import TensorExtent
 # second cache (docs/RESULTS.md, "Dequantising on the way").
 BLOCK_NUMBERS = {"cpu": 2**19, "cuda": 2**22}
 BLOCKS = {"cpu": 8, "cuda": 1}  # at once, by as many threads
-# Weights dequantised in a second, assumed where a profile has none. Of a CPU: two cores (measured,
-# same section); of a GPU half of what a 4090's memory allows (350 GB/s written).
-DECODED_PER_S = {"cpu": 1.6e9, "cuda": 175e9}
-# Of a GPU, in 12 bits: 230 GB/s written, a third less than integers (assumed: 1.5 bytes a weight
-# are read, and escapes are written twice).
-CODED_PER_S = 115e9
-# Of it what torch reaches on a CPU with forms that it multiplies in fp32 or in groups of 16 and 32
-# (measured beside other work, same section); all others are taken as equal.
-SHARES: Mapping[str, float] = {
-    Form.FP8: 0.45,
-    Form.NVFP4: 0.4,
-    Form.NVFP4_PRODUCT: 0.4,
-    Form.MXFP4: 0.4,
-    Form.Q2_K: 0.85,
-    Form.Q3_K: 0.5,
-    Form.IQ4_NL: 0.7,
-    Form.IQ4_XS: 0.75,
-    Form.BLOCK_MXFP4: 0.65,
-    Form.Q4_1: 0.7,
-    Form.Q5_0: 0.4,
-    Form.Q5_1: 0.4,
-    Form.Q5_K: 0.6,
-    Form.Q6_K: 0.65,
-}
-COMPILED_PER_S = 6.5e9  # of a CPU, by compiled kernels
 KERNEL_BITS, KERNEL_INPUTS = (4, 8), 32  # which have such; inputs of a group: multiples
 _KERNEL_FORMS = (Form.PACKED, Form.AWQ, Form.GPTQ, Form.GPTQ_V2)
+_TRITON = (Form.FP8, Form.INT8, Form.NVFP4, Form.NVFP4_PRODUCT, Form.MXFP4, Form.CODED)
+_WORD_BITS = 32
 _KERNEL_FORMATS = ("bfloat16", "float16")
 # Who multiplies with stored weights (`kernels/stored.py`) needs this, and so many outputs at once.
 _FLAG, _PANEL = "avx512_bf16", 64
@@ -192,6 +169,20 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         stored: the weight.
         dtype: torch's name of the format it computes in.
     """
+    return could_multiply(stored, dtype) and kernels_multiply()
+
+
+def kernels_multiply() -> bool:
+    """Whether there are such kernels for bf16, here and now."""
+    return (
+        _FLAG in processor_flags()
+        and not takes_matrix_registers("bfloat16")
+        and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
+    )
+
+
+def could_multiply(stored: Stored, dtype: str) -> bool:
+    """Whether such kernels take a weight, where there are any."""
     coded = stored.form is Form.CODED and stored.inputs < _LONGEST
     step = _CODED_INPUTS if coded else KERNEL_INPUTS
     if stored.form is Form.PACKED:
@@ -201,10 +192,14 @@ def multiplies(stored: Stored, dtype: str) -> bool:
         and (coded or stored.form in GGML or suits_kernels(stored, dtype))
         and stored.outputs % _PANEL == 0
         and stored.inputs % step == 0
-        and _FLAG in processor_flags()
-        and not takes_matrix_registers(dtype)
-        and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
+
+
+def suits_triton(form: str, bits: int) -> bool:
+    """Whether there is a kernel of Triton's that dequantises such weights on a GPU."""
+    if form in _KERNEL_FORMS:
+        return _WORD_BITS % bits == 0
+    return form in _TRITON or form in GGML
 
 
 def multiplies_fours(stored: Stored) -> bool:

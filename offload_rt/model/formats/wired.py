@@ -28,7 +28,7 @@ from offload_rt.model.layout import torch_name
 
 Product = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
-_BRING: Mapping[Form, integers.Bring] = {
+BRING: Mapping[Form, integers.Bring] = {
     **integers.BRING,
     **grids.DECODERS,
     **fours.DECODERS,
@@ -39,7 +39,7 @@ _BRING: Mapping[Form, integers.Bring] = {
 
 def dequantise(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
     """Bring a weight from its parts, as they are stored, into `out` [O, I]."""
-    _BRING[stored.form](stored, parts, out)
+    BRING[stored.form](stored, parts, out)
 
 
 class Bringer:
@@ -59,13 +59,13 @@ class Bringer:
         self.stored, self.dtype = stored, dtype
         self.scratch, self.in_order = torch.empty(0, dtype=torch.uint8), False
         self.direct: Direct | None = None
-        self._bring = _BRING[stored.form]
+        self._bring = BRING[stored.form]
 
     def lend(self, scratch: torch.Tensor, *, in_order: bool) -> None:
         """Give it room, where it computes; what it dequantises with is ready by then."""
         self.scratch, self.in_order = scratch, in_order
         made = bring_for(self.stored, self.dtype, scratch.device)
-        self._bring = made or _BRING[self.stored.form]
+        self._bring = made or BRING[self.stored.form]
 
     def bring(self, parts: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """The weight [O, I] of its parts, in the scratch until another is brought."""
@@ -117,7 +117,7 @@ class WiredLinear(torch.nn.Module):
         self.exact = False
         self._direct: Direct | None = None
         self._plain: Plain | None = None
-        self._bring = _BRING[stored.form]
+        self._bring = BRING[stored.form]
         self.product: Product = torch.nn.functional.linear
         self.bias = linear.bias
         for word in stored.parts:
@@ -171,7 +171,7 @@ class WiredLinear(torch.nn.Module):
         sizes = self.stored.inputs, self.stored.outputs
         self._plain = plain_for(*sizes, self.dtype, scratch.device, exact=exact)
         made = bring_for(self.stored, self.dtype, scratch.device)
-        self._bring = made or _BRING[self.stored.form]
+        self._bring = made or BRING[self.stored.form]
 
     def brought(self) -> torch.Tensor:
         """The weight [O, I], in the scratch until another is brought."""
@@ -211,7 +211,7 @@ class RowEmbedding(torch.nn.Module):
         super().__init__()
         self.stored, self.dtype = stored, embedding.weight.dtype
         self.rows: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._bring = None if stored is None else _BRING[stored.form]
+        self._bring = None if stored is None else BRING[stored.form]
         self._embedding = stripped(embedding)
         self._embedding._parameters["weight"] = None  # no parameter of the network
         if stored is not None:
@@ -235,7 +235,7 @@ class RowEmbedding(torch.nn.Module):
         """Say where it computes."""
         if self.stored is not None:
             made = bring_for(self.stored, self.dtype, device)
-            self._bring = made or _BRING[self.stored.form]
+            self._bring = made or BRING[self.stored.form]
 
     def _found(self, ids: torch.Tensor) -> torch.Tensor:
         data = self._buffers[ggml.PART]
