@@ -6,7 +6,8 @@
 
 Each row is a tiny configuration from the tests, of which transformers builds modules without
 memory. They go through what a run does with them before it reads weights: names and shapes of the
-files, the probe, what a sequence keeps. Nothing is written by hand but the configurations.
+files, the probe, what a sequence keeps, a plan in which no layer stays and keys and values are in a
+file. Nothing is written by hand but the configurations.
 """
 
 import json
@@ -14,9 +15,15 @@ import logging
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from offload_rt.model.checkpoint import Checkpoint
+    from offload_rt.planning.placement import Placement
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "MODELS.md"
@@ -34,6 +41,7 @@ class Row:
     family: str
     model_class: str
     layers: str = ""
+    streamed: str = ""
     drafters: str = ""
     draft_model: str = ""
     kv: str = ""
@@ -45,7 +53,7 @@ class Row:
         if self.refusal:
             return f"| {self.family} | {self.model_class} | | no: {self.refusal} | | | | | |"
         drafting = self.drafters, self.draft_model
-        cells = (self.layers, "yes", *drafting, self.kv, self.exact, self.quantised)
+        cells = (self.layers, self.streamed, *drafting, self.kv, self.exact, self.quantised)
         return f"| {self.family} | {self.model_class} | {' | '.join(cells)} |"
 
 
@@ -122,12 +130,32 @@ def _accepted(model_type: str, folder: Path) -> Row:
         family=model_type,
         model_class=type(network._model).__name__,
         layers=_layers(network),
+        streamed=_placed(checkpoint, lambda found: len(found.streamed) == len(network.layouts)),
         drafters="all" if drafters == every else ", ".join(drafters),
         draft_model="no" if states else "yes",
-        kv="yes",
+        kv=_placed(checkpoint, lambda found: found.demand.kv is not None),
         exact=f"no: {problem}" if problem else "yes",
         quantised="all but experts" if experts and whole else "yes",
     )
+
+
+def _placed(checkpoint: "Checkpoint", holds: "Callable[[Placement], bool]") -> str:
+    """Whether something is so where no layer stays and keys and values are in a file."""
+    from offload_rt.config import KVPlace, RuntimeConfig
+    from offload_rt.costs.machine import FreeMemory
+    from offload_rt.device.kinds import CPU
+    from offload_rt.errors import ConfigError, PlanError
+    from offload_rt.planning.fit import RunLoad, place_run
+
+    config = RuntimeConfig(device="cpu", resident_layers=0, slots=1, kv=KVPlace.DISK)
+    load, free = (
+        RunLoad(capacities=[64], prompt_tokens=32),
+        FreeMemory(device_bytes=2**34, host_bytes=2**34),
+    )
+    try:
+        return "yes" if holds(place_run(checkpoint, config, CPU, load=load, free=free)) else "no"
+    except (ConfigError, PlanError) as error:
+        return f"no: {error}"
 
 
 def _layers(network: object) -> str:
