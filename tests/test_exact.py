@@ -3,7 +3,6 @@
 Each measure that makes them so is switched off once and must be missed.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from offload_rt.kernels import attending, products, tiles
 from offload_rt.kernels.tiles import evenly
 from offload_rt.kv import offloaded, states
 from offload_rt.model import exact, fits, network
+from offload_rt.model import tiles as of_tiles
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import packed
 from offload_rt.runner.tree import ROOT, TokenTree
@@ -355,10 +355,10 @@ def test_other_families_too(family, make_tiny, short_parts):
 
 # Two kinds of states, with experts, bare activations, gates and routers; experts alone, whose
 # weights lie the other way round.
-KEPT_OTHERWISE = [
+KEPT_OTHERWISE = [(name, "bfloat16", 1) for name in HYBRIDS if name != "qwen3_next"]
+KEPT_OTHERWISE += [
     ("qwen3_next", "bfloat16", 3),
     ("qwen3_next", "float32", 3),
-    ("nemotron_h", "bfloat16", 1),
     ("gpt_oss", "bfloat16", 1),
 ]
 
@@ -405,11 +405,21 @@ def test_where_things_are_changes_no_bit(sizes, config, make_tiny, short_parts, 
         assert torch.equal(one, other)
 
 
-def test_without_bf16_instructions(make_tiny, own_cache, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_without_bf16_instructions(dtype, make_tiny, own_cache, short_parts, monkeypatch):
+    """Products in fp32 blocks, attention written out."""
     monkeypatch.setattr("offload_rt.model.formats.wide.processor", lambda: ("some", ""))
-    with engines(make_tiny("llama", **SIZES, dtype="bfloat16")) as engine:
-        assert engine.exact.on
-        assert agree(engine)
+    monkeypatch.setattr(products, "problem", always("the processor has no AVX-512 BF16"))
+    monkeypatch.setattr(attending, "products_problem", products.problem)
+    attending.problem.cache_clear()
+    try:
+        assert not attending.takes(getattr(torch, dtype), 64, 64)
+        folder = make_tiny("llama", **(SIZES | {"head_dim": 64}), dtype=dtype)
+        with engines(folder) as engine:
+            assert engine.exact.on
+            assert agree(engine)
+    finally:
+        attending.problem.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -459,6 +469,7 @@ def untouched(_, function, types, args=(), kwargs=None):
 
 
 UNSEEN = (exact, "unlike_product", always(""))  # not found when the model is loaded
+UNSEEN_ATTENTION = (exact, "unlike_attention", always(""))
 MEASURES = {
     "tiles": [(exact, "in_tiles", no_tiles), UNSEEN],
     "bare products": [(exact.Regular, "__torch_function__", untouched)],
@@ -466,7 +477,7 @@ MEASURES = {
     "pieces": [(states.MixerStates, "_padded", lambda _, rows: rows)],
     "vectors": [(exact, "evenly", no_tiles)],
     "attention": [(all_rows, "attend_exact", inexact)],
-    "query rows": [(attention, "TILE", 1), (attending, "takes", always(False))],
+    "query rows": [(attention, "TILE", 1), (attending, "takes", always(False)), UNSEEN_ATTENTION],
     "blocks": [
         (packed, "blocks_of", lambda inputs, outputs, tile: products.blocks_of(inputs, outputs)),
         (packed, "computes_the_same", always(True)),
@@ -493,6 +504,42 @@ def test_each_measure_is_missed(measure, dtype, make_tiny, own_cache, monkeypatc
         assert disagree(engine)
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_powers_that_are_no_products_are_computed_in_whole_vectors(even, monkeypatch):
+    """1.7, as some families have it, and 2 to the power of numbers; squares stay as they are."""
+    if not even:
+        monkeypatch.setattr(exact, "_UNEVEN", frozenset())
+        monkeypatch.setattr(exact, "_POWERS", frozenset())
+    seen, real = [], exact.evenly
+    monkeypatch.setattr(exact, "evenly", lambda f, numbers: seen.append(f) or real(f, numbers))
+    numbers = torch.rand(64 * 1419) + 0.5
+    for power in (lambda n: n.pow(1.7), lambda n: n**1.7, lambda n: 2.0**n):
+        with threads(1), exact.Regular():
+            parts = torch.cat([power(part) for part in numbers.split(1419)])
+            assert torch.equal(power(numbers), parts) is even
+    assert bool(seen) is even
+    count = len(seen)
+    with exact.Regular():
+        numbers.pow(2), numbers**0.5, torch.pow(numbers, exponent=3)
+    assert len(seen) == count
+
+
+@pytest.mark.parametrize("changed", [[], [(of_tiles, "attend_exact", inexact)]])
+def test_attention_is_compared_when_a_model_is_loaded(changed, make_tiny, own_cache, monkeypatch):
+    """Written out, it rests on torch's products; what is alike is not compared again."""
+    monkeypatch.setattr(attending, "takes", always(False))
+    for place, name, value in changed:
+        monkeypatch.setattr(place, name, value)
+    folder, found = make_tiny("llama", **SIZES, dtype="float32"), []
+    real = exact.unlike_attention
+    monkeypatch.setattr(exact, "unlike_attention", lambda *a: found.append(a[0]) or real(*a))
+    for _ in range(2):
+        with engine_for(folder, exact=Exact.AUTO, threads=1, **STREAMED) as engine:
+            assert engine.exact.on is not bool(changed)
+            assert not changed or "attention of 6 heads of 32 has other bits" in engine.exact.why
+    assert found == [(6, 2, 32, 32)] * (1 + len(changed))
+
+
 OTHER_MUTANTS = [
     ("bare products", "mixtral", "float32"),
     ("bare activations", "qwen3_next", "float32"),
@@ -515,6 +562,24 @@ def test_few_outputs_are_computed_tile_by_tile(monkeypatch):
     monkeypatch.setattr(exact, "FEW_OUTPUTS", 0)
     monkeypatch.setattr(tiles, "goes_by_count", always(False))
     assert exact.unlike_product(64, 4, torch.bfloat16, torch.nn.functional.linear)
+
+
+def test_a_product_is_compared_with_all_its_outputs(own_cache, tmp_path):
+    """Or with as many as fit, which is kept with what was found."""
+    linear, bf16 = torch.nn.functional.linear, torch.bfloat16
+
+    def product(rows, weight, bias):
+        return linear(rows, weight) + (len(weight) > 4096 and len(rows) > 32)
+
+    assert not exact.unlike_product(1024, 4096, bf16, product)
+    assert "other bits in passes of" in exact.unlike_product(1024, 4352, bf16, product)
+    assert not exact.unlike_product(1024, 4352, bf16, product, 4096)
+    for limit, count in ((2**20, 2048), (25 * 2**20, 3648), (2**30, 4352)):
+        assert exact._outputs_within(1024, 4352, bf16, limit) == count
+        found = exact._compared([(1024, 4352)], bf16, product, limit)
+        assert bool(found) is (count == 4352)
+        kept = exact._read(tmp_path / "cache" / "exact.json")
+        assert found or kept[-1].endswith(f"1024 by 4352, {count} compared")
 
 
 @pytest.mark.parametrize(
@@ -572,28 +637,38 @@ def test_two_tiles_are_a_product_where_their_bits_are_those_of_two(
     monkeypatch.setattr(torch.nn.functional, "linear", product)
     rows, seen = torch.randn(40, 64).to(bf16), []
     for times in (1, 2):  # compared, then found among what was kept
-        assert not exact._compared([(64, 96)], bf16, product)
+        assert not exact._compared([(64, 96)], bf16, product, 2**30)
         tiles.in_tiles(lambda part: seen.append(len(part)) or part, rows, outputs=96)
         assert seen == given * times
         monkeypatch.setattr(tiles, "_IN_PAIRS", set())
         assert exact._read(tmp_path / "cache" / "exact.json")[0].endswith(f"64 by 96, {kept}")
 
 
-IN_PASSES = """
+WITH_MATRIX_REGISTERS = """
 import json, sys
-from engines import engine_for
+from engines import engine_for, generate
+from test_exact import NGRAMS, STREAMED, TEXT, agree, engines
 from offload_rt.config import Exact
 from offload_rt.device.system import takes_matrix_registers
-folder, text = sys.argv[1], json.loads(sys.argv[2])
 assert takes_matrix_registers("bfloat16")
-with engine_for(folder, prompts=[text], exact=Exact.ON, prefill_chunk_tokens=192) as engine:
-    assert engine.exact.on
+dense, mixture = sys.argv[1:]
+with engine_for(dense, prompts=[TEXT], tokens=60, exact=Exact.ON, prefill_chunk_tokens=192) as one:
+    seen, text = set(), TEXT + TEXT[:42]
     for count in (1, 17, 48, 64, 192):
-        engine.forget()
+        one.forget()
         for start in range(0, 192, count):
-            rows = engine.forward([(0, text[start : start + count])], reuse=not start)
-        print(rows.float().tolist())
+            rows = one.forward([(0, text[start : start + count])], reuse=not start)
+        seen.add(str(rows.float().tolist()))
+    print("passes", len(seen) == 1)
+with engines(mixture, **STREAMED) as made:
+    print("rows", made.exact.on and agree(made))
+texts = []
+for draft in ({}, {"draft": NGRAMS}):
+    with engine_for(dense, tokens=24, exact=Exact.ON, **STREAMED, **draft) as made:
+        texts.append(generate(made, tokens=24))
+print("drafted", texts[0] == texts[1])
 """
+NGRAMS = DraftConfig(draft="ngram", draft_tokens=40)
 
 
 @pytest.mark.skipif("amx_bf16" not in processor_flags(), reason="no matrix registers of bf16")
@@ -603,12 +678,13 @@ def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny):
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     # Of 1,152 by 192 a product of 192 rows has other bits than one of 144 (a Xeon, torch 2.14.1).
     sizes = SIZES | {"hidden_size": 1152, "intermediate_size": 192, "head_dim": 32}
-    folder = make_tiny("llama", **sizes, dtype="bfloat16")
-    words = [sys.executable, "-c", IN_PASSES, folder, json.dumps(TEXT + TEXT[:42])]
-    made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
+    dense = make_tiny("llama", **sizes, dtype="bfloat16")
+    mixture = make_mixture(make_tiny, "mixtral", **sizes, dtype="bfloat16")
+    words = [sys.executable, "-c", WITH_MATRIX_REGISTERS, dense, mixture]
+    made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
     assert made.returncode == 0, made.stderr
-    passes = made.stdout.splitlines()
-    assert len(passes) == 5 and len(set(passes)) == 1
+    found = made.stdout.splitlines()
+    assert found == [f"{name} True" for name in ("passes", "rows", "drafted")]
 
 
 @pytest.mark.skipif(
@@ -683,6 +759,8 @@ def test_what_cannot_be_exact_says_why(make_tiny, own_cache, monkeypatch):
     [
         (lambda hidden: hidden @ hidden.transpose(1, 2) @ hidden, "matmul multiplies outside"),
         (lambda hidden: hidden.clone().sigmoid_(), "sigmoid_ works in place"),
+        (lambda hidden: hidden**hidden, "pow takes exponents from a tensor"),
+        (lambda hidden: torch.pow(2.0, hidden), "pow takes exponents from a tensor"),
     ],
 )
 def test_what_nobody_cares_for_is_seen(compute, why, make_tiny, monkeypatch):

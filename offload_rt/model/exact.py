@@ -8,8 +8,8 @@ expert, the rows that are sent to it), activations whole vectors, and attention 
 size at absolute places in any pass (`kv/states.py`), so nothing of it is of another shape.
 
 Nothing is taken for granted: `looks_of` looks at what a family does in a pass over shapes,
-`unlike_product` compares each shape of product here and now, and where either finds something,
-passes are not row-invariant and the report says why.
+`unlike_product` compares each shape of product here and now, `attention_problem` attention, and
+where any finds something, passes are not row-invariant and the report says why.
 """
 
 import json
@@ -26,6 +26,7 @@ import torch
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from offload_rt.attention.spec import AttentionSpec
 from offload_rt.device.system import processor
 from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
@@ -44,13 +45,18 @@ from offload_rt.model.formats.direct import plain_for
 from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.formats.wide import wide_linear
 from offload_rt.model.formats.wired import Product, WiredLinear
+from offload_rt.model.tiles import unlike_attention
 from offload_rt.writing import make_folder, write_text
 
 _COMPARED_ROWS = 64
 _CUTS = (1, 3, 16, 17, 48, 512)  # rows of a pass that are compared with those of one of 64
-_COMPARED_NUMBERS = 2**21  # of a matrix whose products are compared
+# Of so many numbers of a matrix all passes are compared that make 64 rows; of the whole matrix two
+# of each, which takes as long for one of five times as many.
+_COMPARED_NUMBERS, _FEW_PASSES = 2**21, 2
 _ACTIVATIONS = ("transformers.activations", "torch.nn.modules.activation")
 _SETTINGS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS")
+_COMPARED = "whole"  # of what was compared otherwise once nothing is known
+_ATTENDING = 64  # rows of a pass of attention that is compared
 _MOST_KEPT = 1000
 _log = logging.getLogger(__name__)
 Computes = Callable[[Forward, torch.Tensor], torch.Tensor]
@@ -67,8 +73,12 @@ def _called(names: str) -> frozenset[Any]:
     )
 
 
-# Whose scalar and vector code part by an ulp.
-_UNEVEN = _called("exp expm1 gelu log log1p logsigmoid sigmoid silu softplus tanh")
+# Whose scalar and vector code part by an ulp; powers do but for those that are products and roots.
+_POWERS = _called("float_power pow __pow__")
+_UNEVEN = _POWERS | _called(
+    "exp expm1 gelu log log1p logsigmoid sigmoid silu softplus tanh __rpow__"
+)
+_EVEN_EXPONENTS = frozenset({-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, 3.0})
 _PRODUCTS = _called(
     "__matmul__ addbmm addmm addmv baddbmm bilinear bmm conv1d conv2d dot einsum inner matmul mm "
     "mv scaled_dot_product_attention tensordot"
@@ -86,6 +96,14 @@ def make_exact(model: torch.nn.Module) -> None:
 
 def _is_activation(module: torch.nn.Module) -> bool:
     return type(module).__module__ in _ACTIVATIONS and not list(module.children())
+
+
+def _uneven(function: Any, args: tuple[Any, ...], given: dict[str, Any]) -> bool:  # noqa: ANN401
+    """Whether what it computes of a number may depend on how many there are."""
+    if function not in _POWERS:
+        return function in _UNEVEN
+    exponent = args[1] if len(args) > 1 else given.get("exponent")
+    return not (isinstance(exponent, int | float) and exponent in _EVEN_EXPONENTS)
 
 
 class Regular(TorchFunctionMode):
@@ -109,7 +127,8 @@ class Regular(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
         given = kwargs or {}
-        if not self._tiles and function in _UNEVEN and args and isinstance(args[0], torch.Tensor):
+        numbers = bool(args) and isinstance(args[0], torch.Tensor)
+        if not self._tiles and numbers and _uneven(function, args, given):
             return evenly(lambda numbers: function(numbers, *args[1:], **given), args[0])
         if function is functional.linear and len(args) > 1:
             outputs = args[1].shape[0]
@@ -147,7 +166,10 @@ class _Noting(TorchFunctionMode):
     ) -> Any:  # noqa: ANN401
         if not self.inside:
             name = getattr(function, "__name__", "")
-            self.regular |= function in _UNEVEN
+            uneven = _uneven(function, args, kwargs or {})
+            self.regular |= uneven
+            if uneven and function in _POWERS and not _of_a_number(args, kwargs or {}):
+                self.problem = self.problem or f"{name} takes exponents from a tensor"
             if function is functional.linear:
                 self.regular = True
                 outputs, inputs = args[1].shape
@@ -157,6 +179,12 @@ class _Noting(TorchFunctionMode):
             elif name.rstrip("_") != name and getattr(torch, name.rstrip("_"), None) in _UNEVEN:
                 self.problem = self.problem or f"{name} works in place"
         return function(*args, **kwargs or {})
+
+
+def _of_a_number(args: tuple[Any, ...], given: dict[str, Any]) -> bool:
+    """Whether a tensor is raised to a power that is a number."""
+    tensors = [isinstance(each, torch.Tensor) for each in (*args, *given.values())]
+    return sum(tensors) == 1 and tensors[0]
 
 
 def _outer(args: tuple[Any, ...]) -> bool:
@@ -262,7 +290,7 @@ def product_shapes(model: torch.nn.Module) -> set[tuple[int, int]]:
 
 
 def products_problem(
-    model: torch.nn.Module, looks: Looks, dtype: torch.dtype, *, widens: bool
+    model: torch.nn.Module, looks: Looks, dtype: torch.dtype, *, widens: bool, limit_bytes: int
 ) -> str:
     """Which product of a network has other bits in some passes; empty if none has.
 
@@ -271,14 +299,37 @@ def products_problem(
         looks: what was found of it.
         dtype: number format of the computation.
         widens: bf16 products are computed in fp32 blocks.
+        limit_bytes: of memory, for a matrix and its products.
     """
     how = wide_linear if widens else functional.linear
     shapes = _of_linears(model)
     bare = looks.shapes | _of_experts(model, transposed=False)
     across = _of_experts(model, transposed=True)
     for sizes, product in ((shapes, how), (bare, functional.linear), (across, linear_across)):
-        if problem := _compared(sorted(sizes), dtype, product):
+        if problem := _compared(sorted(sizes), dtype, product, limit_bytes):
             return problem
+    return ""
+
+
+def attention_problem(
+    attention: Iterable[tuple[int, int, int, int]], dtype: torch.dtype, *, capped: bool
+) -> str:
+    """Which attention has other bits in smaller passes, or in a tree; empty if none has.
+
+    Args:
+        attention: query heads, KV heads, and sizes of keys and values.
+        dtype: number format.
+        capped: scores are.
+    """
+    spec = AttentionSpec(scaling=1.0, exact=True, softcap=30.0 if capped else None)
+    known = _Known(f"attention {dtype}{' capped' * capped}")
+    for shape in sorted(set(attention)):
+        what = "heads {}, of {}, keys {}, values {}".format(*shape)
+        if what not in known:
+            if problem := unlike_attention(shape, spec, dtype, torch.device("cpu"), _ATTENDING):
+                return problem
+            known.add(what)
+    known.keep()
     return ""
 
 
@@ -307,35 +358,78 @@ def linear_across(
     return functional.linear(rows, weight.t().contiguous().t(), bias)
 
 
-def _compared(sizes: Sequence[tuple[int, int]], dtype: torch.dtype, how: Product) -> str:
+def _compared(
+    sizes: Sequence[tuple[int, int]], dtype: torch.dtype, how: Product, limit_bytes: int
+) -> str:
     """What `unlike_product` says of the first of these; what was alike once is not made again.
 
-    It takes 0.1 to 1 s a product, so what was found is kept, for this processor, torch, and number
-    of threads. What differed is compared each time. Where a product may take two tiles at once,
-    it does from now on.
+    It takes 0.1 to 1 s a product, so what was found is kept. Where a product may take two tiles at
+    once, it does from now on.
     """
-    machine = [processor()[0], f"torch {torch.__version__}", f"{torch.get_num_threads()} threads"]
-    machine += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
-    begin = ", ".join([*machine, how.__name__, str(dtype).removeprefix("torch.")])
-    path = cache_folder() / "exact.json"
-    known, by_count = _read(path), goes_by_count(dtype) and how is functional.linear
+    known = _Known(f"{how.__name__}, {str(dtype).removeprefix('torch.')}")
+    by_count = goes_by_count(dtype) and how is functional.linear
     for inputs, outputs in sizes:
-        alike = f"{begin}, {inputs} by {outputs}"
+        count = _outputs_within(inputs, outputs, dtype, limit_bytes)
+        alike = f"{inputs} by {outputs}" + (f", {count} compared" if count < outputs else "")
         one, two = (f"{alike}, {n} of {ROW_TILE} rows" if by_count else alike for n in (1, 2))
-        if not {one, two} & set(known):
-            if problem := unlike_product(inputs, outputs, dtype, how):
+        if one not in known and two not in known:
+            if problem := unlike_product(inputs, outputs, dtype, how, count):
                 return problem
-            pairs = by_count and not unlike_product(inputs, outputs, dtype, how, tiles=2)
-            known.append(two if pairs else one)
+            pairs = by_count and not unlike_product(inputs, outputs, dtype, how, count, tiles=2)
+            known.add(two if pairs else one)
         if by_count and two in known:
             allow_pairs(inputs, outputs, dtype)
-    if known != _read(path):
+    known.keep()
+    return ""
+
+
+def _outputs_within(inputs: int, outputs: int, dtype: torch.dtype, limit_bytes: int) -> int:
+    """How many outputs of a product are compared: all, if a matrix and its products fit."""
+    rows = 3 * max(_CUTS)  # products of two passes, and what they are put together in
+    fitting = limit_bytes // dtype.itemsize // (2 * inputs + rows) // 64 * 64
+    return min(outputs, max(fitting, _few_outputs(inputs)))
+
+
+def _few_outputs(inputs: int) -> int:
+    return max(64, _COMPARED_NUMBERS // inputs // 64 * 64)
+
+
+class _Known:
+    """What was found alike, for this processor, torch, and number of threads.
+
+    What differed is compared each time.
+
+    Args:
+        what: of which of them.
+    """
+
+    def __init__(self, what: str) -> None:
+        threads = f"{torch.get_num_threads()} threads"
+        machine = [processor()[0], f"torch {torch.__version__}", threads]
+        machine += [f"{name}={os.environ[name]}" for name in _SETTINGS if name in os.environ]
+        self._begin = ", ".join([*machine, what, _COMPARED])
+        self._path = cache_folder() / "exact.json"
+        self._all = _read(self._path)
+        self._new: list[str] = []
+
+    def __contains__(self, key: str) -> bool:
+        return f"{self._begin}, {key}" in self._all
+
+    def add(self, key: str) -> None:
+        """From now on it is known."""
+        self._all.append(f"{self._begin}, {key}")
+        self._new.append(self._all[-1])
+
+    def keep(self) -> None:
+        """For the next time, too."""
+        if not self._new:
+            return
         try:
-            make_folder(path.parent)
-            write_text(path, json.dumps(known[-_MOST_KEPT:], indent=0), lasting=False)
+            make_folder(self._path.parent)
+            found = [*_read(self._path), *self._new][-_MOST_KEPT:]
+            write_text(self._path, json.dumps(found, indent=0), lasting=False)
         except ConfigError as error:  # it only saves time
             _log.debug("%s", error)
-    return ""
 
 
 def _read(path: Path) -> list[str]:
@@ -362,44 +456,53 @@ def _of_linears(model: torch.nn.Module) -> set[tuple[int, int]]:
 
 
 def unlike_product(
-    inputs: int, outputs: int, dtype: torch.dtype, how: Product, *, tiles: int = 1
+    inputs: int, outputs: int, dtype: torch.dtype, how: Product, count: int = 0, *, tiles: int = 1
 ) -> str:
     """A number of rows for which a product has other bits than for a tile; empty if none has.
 
     Args:
         inputs: I.
-        outputs: O; of large matrices some are compared.
+        outputs: O.
         dtype: number format.
         how: the product of rows [S, I] with weight [O, I] and no bias.
+        count: of the outputs so many are compared; 0: all.
         tiles: which a product takes at once, where it is given one after the other.
     """
-    outputs = min(outputs, max(64, _COMPARED_NUMBERS // inputs // 64 * 64))
+    few, count = min(outputs, _few_outputs(inputs)), count or outputs
     generator = torch.Generator().manual_seed(0)
     half = inputs // 2
     # Sums that nearly cancel out, so that another order of additions shows.
     order = torch.randperm(half, generator=generator)
-    weight = torch.randn(outputs, half, generator=generator)
+    weight = torch.randn(few, half, generator=generator)
     rows = torch.randn(_COMPARED_ROWS, half, generator=generator)
-    weight = torch.cat([weight, -weight[:, order], torch.ones(outputs, inputs % 2)], 1).to(dtype)
+    weight = torch.cat([weight, -weight[:, order], torch.ones(few, inputs % 2)], 1).to(dtype)
     rows = torch.cat([rows, rows[:, order], torch.ones(_COMPARED_ROWS, inputs % 2)], 1).to(dtype)
     with torch.inference_mode():
+        problem = _unlike(rows, weight, how, tiles, _COMPARED_ROWS)
+        if not problem and count > few:
+            whole = weight.new_empty(count, inputs)
+            for part in whole.split(few):
+                part.copy_(weight[: len(part)])
+            problem = _unlike(rows, whole, how, tiles, _FEW_PASSES)
+    return problem and f"a product of {inputs} by {outputs} has other bits {problem}"
 
-        def forward(given: torch.Tensor) -> torch.Tensor:
-            made: torch.Tensor = how(given, weight, None)
-            return made
 
-        tiled = partial(in_tiles, forward, apart=outputs < FEW_OUTPUTS)
-        expected = tiled(rows)
-        if tiles > 1:
-            together = torch.cat([forward(part) for part in rows.split(tiles * ROW_TILE)])
-            differs = not torch.equal(together, expected)
-            return f"{tiles} tiles at once have other bits" if differs else ""
-        for cut in _CUTS:
-            given = rows.repeat(-(-cut // _COMPARED_ROWS), 1)
-            parts = [tiled(part) for part in given.split(cut)]
-            if not torch.equal(torch.cat(parts)[:_COMPARED_ROWS], expected):
-                return f"a product of {inputs} by {outputs} has other bits in passes of {cut} rows"
-        placed = tiled(rows.flip(0)).flip(0)
-        if not torch.equal(placed, expected):
-            return f"a product of {inputs} by {outputs} has other bits in other places of a tile"
-    return ""
+def _unlike(rows: torch.Tensor, weight: torch.Tensor, how: Product, tiles: int, passes: int) -> str:
+    """In which of so many passes of each size a product has other bits; empty if in none."""
+
+    def forward(given: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = how(given, weight, None)
+        return made
+
+    tiled = partial(in_tiles, forward, apart=len(weight) < FEW_OUTPUTS)
+    expected = tiled(rows)
+    if tiles > 1:
+        together = torch.cat([forward(part) for part in rows.split(tiles * ROW_TILE)])
+        return "" if torch.equal(together, expected) else f"where it takes {tiles} tiles at once"
+    for cut in _CUTS:
+        given = rows.repeat(-(-cut // _COMPARED_ROWS), 1)
+        parts = torch.cat([tiled(part) for part in given.split(cut)[:passes]])
+        known = expected.repeat(-(-len(parts) // len(expected)), 1)
+        if not torch.equal(parts, known[: len(parts)]):
+            return f"in passes of {cut} rows"
+    return "" if torch.equal(tiled(rows.flip(0)).flip(0), expected) else "in other places of a tile"

@@ -41,6 +41,7 @@ from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.exact import (
     Looks,
     Regular,
+    attention_problem,
     looks_of,
     make_exact,
     product_shapes,
@@ -493,9 +494,9 @@ class Network:
             limit_bytes: planned there, of which nothing is used yet.
             ends: the output head is there, too.
         """
+        heads, kv = self._config.num_heads, {*self.kv_shapes} - {NO_KV}
+        attention = {(heads, each.heads, each.key_dim, each.value_dim) for each in kv}
         if tiles:
-            heads, kv = self._config.num_heads, {*self.kv_shapes} - {NO_KV}
-            attention = {(heads, each.heads, each.key_dim, each.value_dim) for each in kv}
             parts = [self._model] if ends else self._layers
             products = {shape for part in parts for shape in product_shapes(part)}
             widths = [self._config.hidden_size]
@@ -506,14 +507,17 @@ class Network:
         find = partial(looks_of, self._model, run, self._mixing)
         self._looks = fits.looks(self._model, self._config, find)
         capped = self._config.setting("attn_logit_softcapping") is not None
-        for shape in {*self.kv_shapes} - {NO_KV}:  # now, as LLVM takes memory for a moment
+        for shape in kv:  # now, as LLVM takes memory for a moment
             attending.takes(self.dtype, shape.key_dim, shape.value_dim, capped=capped)
         wide = widens(self.dtype, device)
         found = self._looks.problem
         below = {bringer.stored for bringer in bringers_below(self._model)} | {*self._bringers}
         experts = frozenset((one.inputs, one.outputs) for one in below if one.of_expert)
         looks = replace(self._looks, shapes=self._looks.shapes | experts)
-        return found or products_problem(self._model, looks, self.dtype, widens=wide)
+        found = found or products_problem(
+            self._model, looks, self.dtype, widens=wide, limit_bytes=limit_bytes
+        )
+        return found or attention_problem(attention, self.dtype, capped=capped)
 
     def attach(
         self,

@@ -9,6 +9,7 @@ than what is planned there.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -86,15 +87,40 @@ def places_problem(  # noqa: PLR0913 - what a network computes, and where
         for width in sorted(set(widths)):
             if _depends(_norm, draw(tile, width), draw):
                 return f"a norm of {width} numbers has other bits in other places of a tile"
-        for heads, kv_heads, dim, value_dim in sorted(set(attention)):
-            for before in _COMMITTED:
-                total = before + tile
-                query, key = draw(heads, total, dim), draw(kv_heads, total, dim)
-                value = draw(kv_heads, total, value_dim)
-                if _attends_otherwise(query, key, value, tile):
-                    return f"attention of {heads} heads of {dim} has other bits in smaller passes"
-                if _branches_otherwise(query, key, value, tile):
-                    return f"attention of {heads} heads of {dim} has other bits in a tree"
+        spec = AttentionSpec(scaling=1.0, exact=True, fixed=True)
+        for shape in sorted(set(attention)):
+            if problem := unlike_attention(shape, spec, dtype, device, tile):
+                return problem
+    return ""
+
+
+def unlike_attention(
+    shape: tuple[int, int, int, int],
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    rows: int,
+) -> str:
+    """What of attention has other bits than in a pass of so many rows; empty if nothing has.
+
+    Args:
+        shape: query heads, KV heads, and sizes of keys and values.
+        spec: how it is computed, but for the factor on products.
+        dtype: number format.
+        device: where.
+        rows: of a pass.
+    """
+    heads, kv_heads, dim, value_dim = shape
+    spec, draw = replace(spec, scaling=dim**-0.5), partial(torch.randn, dtype=dtype, device=device)
+    with torch.inference_mode():
+        for before in _COMMITTED:
+            total = before + rows
+            query, key = draw(heads, total, dim), draw(kv_heads, total, dim)
+            value = draw(kv_heads, total, value_dim)
+            if _attends_otherwise(query, key, value, spec, rows):
+                return f"attention of {heads} heads of {dim} has other bits in smaller passes"
+            if _branches_otherwise(query, key, value, spec, rows):
+                return f"attention of {heads} heads of {dim} has other bits in a tree"
     return ""
 
 
@@ -117,10 +143,10 @@ def _depends(forward: Forward, rows: torch.Tensor, draw: Callable[..., torch.Ten
 
 
 def _attends_otherwise(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec, tile: int
 ) -> bool:
     """Whether rows have other bits in passes of fewer than a tile."""
-    spec, total = _spec(query), query.shape[1]
+    total = query.shape[1]
     made = attend_exact(query[:, total - tile :], key, value, spec)
     for start, stop in ((0, 1), (5, 8), (tile - 1, tile), (tile - _ROLLED, tile)):
         first, last = total - tile + start, total - tile + stop
@@ -131,13 +157,13 @@ def _attends_otherwise(
 
 
 def _branches_otherwise(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, tile: int
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, spec: AttentionSpec, tile: int
 ) -> bool:
     """Whether rows of a tree have other bits than at the ends of chains that are their paths.
 
     Half of the tree's nodes have two children each, the rest is one branch.
     """
-    spec, committed, half = _spec(query), query.shape[1] - tile, tile // 2
+    committed, half = query.shape[1] - tile, tile // 2
     parents = [ROOT, *((n - 1) // 2 if n < half else n - 1 for n in range(1, tile))]
     paths: list[list[int]] = []
     for node, parent in enumerate(parents):
@@ -152,7 +178,3 @@ def _branches_otherwise(
         if not torch.equal(attend_exact(own, key[:, path], value[:, path], spec)[0], made[row]):
             return True
     return False
-
-
-def _spec(query: torch.Tensor) -> AttentionSpec:
-    return AttentionSpec(scaling=query.shape[2] ** -0.5, exact=True, fixed=True)
