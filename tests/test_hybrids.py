@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from hybrids import HYBRIDS, IDS, JAMBA, make_hybrid, make_short, write_whole
 from transformers.integrations.moe import ExpertsInterface
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from offload_rt.config import (
     DraftConfig,
@@ -23,11 +25,12 @@ from offload_rt.device.kinds import Packing
 from offload_rt.engine import Engine, FinishReason, Request, Run
 from offload_rt.engine.scheduler import Scheduler
 from offload_rt.errors import CheckpointError, ConfigError, PlanError
-from offload_rt.kv.states import MixerStates
+from offload_rt.kv.states import LayerState, MixerStates
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.mixing import PassStates
 from offload_rt.model.network import Network
+from offload_rt.model.probe_states import probe_mixers
 from offload_rt.runner.runner import Rows
 from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft, Unlearned
@@ -249,12 +252,67 @@ def test_families_that_cannot_be_rolled_back_are_refused(make_tiny, model_type, 
     assert "\n" not in str(caught.value)
 
 
+def test_a_family_that_needs_what_is_not_there_is_refused_in_words(make_tiny, monkeypatch):
+    def forward(norm, hidden):
+        return None[0]
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
+    reason = r"\(forward in test_hybrids.py needs something that is not there\)"
+    with pytest.raises(CheckpointError, match=reason):
+        Network(open_checkpoint(make_tiny("llama", **IDS)), "auto", Packing.FILE)
+
+
+class Mixing(torch.nn.Module):
+    """Adds a state to its rows."""
+
+    def forward(self, hidden_states, cache, mask=None, several=False):
+        rows = hidden_states[0] if isinstance(hidden_states, list) else hidden_states
+        rows = rows + cache.get_recurrent_state(0).sum()
+        return (rows, rows) if several else rows
+
+
+class MixingModel(torch.nn.Module):
+    """One such module, called with more than it should be."""
+
+    def __init__(self, asks, options):
+        super().__init__()
+        self.mixer, self.asks, self.options = Mixing(), asks, options
+
+    def forward(self, hidden, cache):
+        if self.asks:
+            cache.get_conv_state(0)
+        return self.mixer(**({"hidden_states": hidden, "cache": cache} | self.options))
+
+
+ROWS = torch.zeros(1, 2, 4, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("asks", "options", "reason"),
+    [
+        (False, {}, None),
+        (True, {}, "2 modules of layer 0 ask for its state"),
+        (False, {"several": True}, "their layers with a state return more than rows"),
+        (False, {"mask": ROWS}, "their layers with a state are given mask"),
+        (False, {"hidden_states": [ROWS]}, "their layers with a state are given no hidden states"),
+    ],
+)
+def test_modules_that_mix_in_another_way_are_refused(asks, options, reason):
+    made = {0: LayerState({}, {0: torch.zeros(1, 4, device="meta")})}
+    model = MixingModel(asks, options)
+    expected = nullcontext() if reason is None else pytest.raises(CheckpointError, match=reason)
+    with expected:
+        (mixer,) = probe_mixers(model, None, made, lambda states: model(ROWS, states))
+        assert (mixer.path, mixer.keyword, mixer.state_bytes) == ("mixer", "cache", 16)
+
+
 def test_what_states_cannot_do_is_refused_by_name(delta, make_tiny):
     llama = make_tiny("llama", **IDS)
     with pytest.raises(ConfigError, match="such models do not draft yet"):
         engine_for(llama, draft=DraftConfig(draft=f"model:{delta}", draft_tokens=2)).__enter__()
     for name in ("triforce", "self"):
-        with pytest.raises(PlanError, match=f"--draft {name} drafts over the model's own keys"):
+        advice = f"--draft {name} drafts over the model's own keys.* or mtp where the files have"
+        with pytest.raises(PlanError, match=advice):
             engine_for(delta, draft=DraftConfig(draft=name, draft_tokens=2)).__enter__()
 
 
@@ -399,7 +457,7 @@ def test_after_any_number_of_accepted_tokens_all_is_as_in_one_prompt(name, make_
     assert rollbacks(make_short(make_tiny, name), monkeypatch, "float32") == [True] * 9
 
 
-@pytest.mark.parametrize("name", ["qwen3_5", "kimi_linear", "falcon_h1"])
+@pytest.mark.parametrize("name", HYBRIDS)
 def test_in_bf16_too(name, make_tiny, monkeypatch):
     assert rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9
 

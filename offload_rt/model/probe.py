@@ -16,10 +16,12 @@ No list of names decides.
 
 import re
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -234,9 +236,8 @@ def _meta_pass(
     except CheckpointError:
         raise
     except Exception as error:
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise CheckpointError(
-            f"their forward pass does not run on shapes alone ({reason})"
+            f"their forward pass does not run on shapes alone ({_reason(error)})"
         ) from error
     finally:
         if experts is not None:
@@ -245,6 +246,15 @@ def _meta_pass(
             module._buffers.update(saved)
     logits: torch.Tensor = output.logits
     return logits
+
+
+def _reason(error: Exception) -> str:
+    """Why code of others stopped, in a few words."""
+    said = str(error).strip().split("\n")[0] or type(error).__name__
+    if "NoneType" not in said:
+        return said
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{where.name} in {Path(where.filename).name} needs something that is not there"
 
 
 @contextmanager

@@ -331,7 +331,8 @@ def _check_states(checkpoint: Checkpoint, draft: DraftConfig) -> None:
     if not drafts_with_states(draft.words):
         raise PlanError(
             f"--draft {draft.kind} drafts over the model's own keys and values, and layers of "
-            f"{checkpoint.name} keep recurrent states instead: use --draft ngram, or a draft model"
+            f"{checkpoint.name} keep recurrent states instead: use --draft ngram, a draft model, "
+            "or mtp where the files have a module"
         )
 
 
