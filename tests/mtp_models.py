@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from hybrids import HYBRIDS
+from hybrids import BOTH, HYBRIDS, write_whole
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
@@ -34,7 +34,11 @@ FAMILIES = {
     "glm4_moe": EXPERTS,
     "deepseek_v3": EXPERTS | LATENT,
     "qwen3_5_text": HYBRIDS["qwen3_5"][1],
+    "qwen3_5": {},  # whole, with vision
+    "qwen3_next": HYBRIDS["qwen3_next"][1] | BOTH,
+    "qwen3_5_moe_text": HYBRIDS["qwen3_5_moe"][1] | BOTH,
 }
+WHOLE = {"qwen3_5"}  # families whose files have more than text, and text below a name of its own
 BEHIND = {
     "glm4_moe",
     "deepseek_v3",
@@ -53,11 +57,16 @@ def write_mtp(folder, model_type="qwen3", *, change=None, seed=9, **config):
     `change` is given all tensors by name, the module's as `module.enorm.weight` or, of its layer,
     `module.layer.self_attn.q_proj.weight`.
     """
-    write_model(folder, model_type, **(IDS | FAMILIES.get(model_type, {}) | config))
+    if model_type in WHOLE:
+        write_whole(folder)
+    else:
+        write_model(folder, model_type, **(IDS | FAMILIES.get(model_type, {}) | config))
     raw = json.loads((folder / "config.json").read_text())
-    layers, size = raw["num_hidden_layers"], raw["hidden_size"]
+    text = raw["text_config"] if model_type in WHOLE else raw
+    layers, size = text["num_hidden_layers"], text["hidden_size"]
     path = folder / "model.safetensors"
-    tensors = load_file(path)
+    files = {n: t for n, t in load_file(path).items() if not n.startswith("mtp.")}
+    tensors = {of_text(name): tensor for name, tensor in files.items()}
     generator = torch.Generator().manual_seed(seed)
 
     def like(tensor):
@@ -80,16 +89,25 @@ def write_mtp(folder, model_type="qwen3", *, change=None, seed=9, **config):
     if change is not None:
         change(tensors)
     behind = model_type in BEHIND
-    stored = {stored_name(name, layers, behind): tensor for name, tensor in tensors.items()}
+    names = {of_text(name): name for name in files}
+    stored = {
+        names.get(name) or stored_name(name, layers, behind): tensor
+        for name, tensor in tensors.items()
+    }
     if behind:
         copies = {"embed_tokens": "model.embed_tokens", "shared_head.head": "lm_head"}
         for name, of in copies.items():
             if f"{of}.weight" in tensors:
                 stored[f"model.layers.{layers}.{name}.weight"] = tensors[f"{of}.weight"].clone()
     save_file(stored, path, metadata={"format": "pt"})
-    raw |= {"num_nextn_predict_layers": 1} if behind else {"mtp_num_hidden_layers": 1}
+    text |= {"num_nextn_predict_layers": 1} if behind else {"mtp_num_hidden_layers": 1}
     (folder / "config.json").write_text(json.dumps(raw))
     return folder
+
+
+def of_text(name):
+    """What a tensor is called where there is text alone."""
+    return name.replace("model.language_model.", "model.")
 
 
 def stored_name(name, layers, behind):

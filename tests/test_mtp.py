@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 
 import pytest
+import quantised
 import torch
 from engines import PROMPT, engine_for, generate, reference_model
 from fake_cuda import build_for_real, fake_gpu
@@ -84,10 +85,15 @@ def family(request, make_mtp):
 # --- what it computes ----------------------------------------------------------------------------
 
 
+def text_of(model):
+    """The network of text alone of a model that may have others beside it."""
+    return getattr(model.model, "language_model", model.model)
+
+
 def by_formula(folder, ids):
     """[len(ids) - 1, V] logits of the module: of row i, what follows token i + 1."""
     model = reference_model(folder)
-    config, inner = model.config, model.model
+    config, inner = model.config.get_text_config(), text_of(model)
     tensors, behind = load_file(folder / "model.safetensors"), config.model_type in BEHIND
 
     def of(name):
@@ -103,15 +109,15 @@ def by_formula(folder, ids):
     own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     names = set(layer.state_dict()) & set(own)
     layer.load_state_dict({n: own[n] for n in names}, strict=False)
-    if behind:  # transformers has the experts of a layer as one parameter
+    if "mlp.experts.0.up_proj.weight" in own:  # transformers has those of a layer as one parameter
         experts = layer.mlp.experts
-        for e in range(config.n_routed_experts):
+        for e in range(len(experts.down_proj)):
             parts = {p: own[f"mlp.experts.{e}.{p}_proj.weight"] for p in ("gate", "up", "down")}
             experts.gate_up_proj.data[e] = torch.cat([parts["gate"], parts["up"]])
             experts.down_proj.data[e] = parts["down"]
     row = torch.tensor([ids])
     with torch.no_grad():
-        seen = reference_model(folder).model(row).last_hidden_state[:, :-1]
+        seen = text_of(reference_model(folder))(row).last_hidden_state[:, :-1]
         parts = [norm(inner.embed_tokens(row[:, 1:]), of("enorm.weight"))]
         parts.append(norm(seen, of("hnorm.weight")))
         fed = torch.cat(parts, -1) @ of("eh_proj.weight").T
@@ -407,6 +413,38 @@ def test_half_a_module_is_refused_with_a_sentence(tmp_path, change, message):
     with pytest.raises(CheckpointError, match=message) as caught:
         open_module(checkpoint)
     assert caught.value.exit_code == 4 and "\n" not in str(caught.value)
+
+
+OUTSIDE = ("eh_proj", "embed_tokens", "head", "gate")  # of the module: what stays as it is
+
+
+def test_a_module_that_is_quantised_as_the_layers_drafts_as_the_plain_one(tmp_path):
+    """As DeepSeek-V3 is published: FP8 in blocks, behind the last layer too."""
+    (tmp_path / "source").mkdir()
+    source = write_mtp(tmp_path / "source", "deepseek_v3")
+    pair = quantised.write_twins(source, tmp_path, *quantised.fp8((32, 32)), kept=OUTSIDE)
+    found = []
+    for folder in (pair.plain, pair.folder):
+        with engine_for(folder, tokens=24, draft=CHAIN, **PLACES["streamed"]) as engine:
+            drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
+            engine.forward([(0, PROMPT)], reuse=True)
+            logits = catch_up(drafter, [*PROMPT, 5])
+            engine.forget()
+            found.append((logits, generate(engine, tokens=24)))
+            memory = engine.memory()
+            assert memory.device_peak_bytes <= memory.device_planned_bytes
+    stored = find_module(engine.checkpoint).stored
+    assert len(set(stored.values())) == 3 * 5 + 5  # five experts with the shared one, attention
+    assert torch.allclose(found[0][0], found[1][0], atol=1e-4)
+    assert found[0][1] == found[1][1]
+
+
+def test_a_quantised_projection_is_refused(tmp_path):
+    (tmp_path / "source").mkdir()
+    source = write_mtp(tmp_path / "source", "deepseek_v3")
+    pair = quantised.write_twins(source, tmp_path, *quantised.fp8((32, 32)), kept=OUTSIDE[1:])
+    with pytest.raises(CheckpointError, match="or those whose layer is quantised"):
+        open_module(open_checkpoint(pair.folder))
 
 
 def test_a_quantised_module_is_refused(tmp_path):

@@ -85,6 +85,7 @@ class Checkpoint:
         stored: the quantised weight of a layer that a tensor is a part of, by the tensor's name.
         stored_ends: the same of an embedding or head, which is dequantised when it is loaded;
             `embedding` and `head` then have its name and shape, and no bytes.
+        stored_drafts: the same of a module for drafting that the files hold, which is left out.
         rounded: to what its layers are rounded when they are loaded (`model/wire.py`), if they are.
         lent_ends: embedding and head are those of a network that lends them, and in no other
             attribute.
@@ -104,6 +105,7 @@ class Checkpoint:
     adapter: str | None = None
     stored: Mapping[str, Stored] = field(default_factory=dict)
     stored_ends: Mapping[str, Stored] = field(default_factory=dict)
+    stored_drafts: Mapping[str, Stored] = field(default_factory=dict)
     rounded: Wire | None = None
     lent_ends: bool = False
 
@@ -252,6 +254,7 @@ def sort_checkpoint(
             {n: s for n, s in stored.by_part.items() if n in names and n not in outside}
         ),
         stored_ends=MappingProxyType(outside),
+        stored_drafts=MappingProxyType({n: s for n, s in stored.by_part.items() if n in drafts}),
     )
 
 

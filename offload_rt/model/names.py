@@ -97,7 +97,8 @@ def sort_tensors(
     others = [e for e in outside if text.has(e)]
     kept = {id(extent) for group in (*layers, others) for extent in group}
     left_out = [extent for extent in extents if id(extent) not in kept]
-    _refuse_quantised(folder, extents, left_out, text, family)
+    stray = [e for e in left_out if e.name not in parts]
+    _refuse_quantised(folder, extents, stray, text, family)
     return Sorted(container=container, layers=layers, others=others, left_out=left_out)
 
 

@@ -8,10 +8,11 @@ Multi-token prediction (DeepSeek-V3, arXiv:2412.19437, 2.2). Two layouts are rea
   `mtp.layers.0.*` and `mtp.norm`.
 
 The module's layer is like one of the target's own, so names and shapes are compared with that one.
-Where a checkpoint has several modules, the first drafts for every depth.
+Its matrices may be quantised as the target's are (DeepSeek-V3 is published so). Where a checkpoint
+has several modules, the first drafts for every depth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
@@ -21,6 +22,7 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, in_file_order
 from offload_rt.model.config import ModelConfig
 from offload_rt.model.files import shown
+from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import FLOATS
 from offload_rt.model.names import below_module
 
@@ -48,7 +50,7 @@ def open_module(target: Checkpoint) -> Checkpoint:
 
     Raises:
         ConfigError: the model has none.
-        CheckpointError: tensors of it are missing, quantised or of other shapes.
+        CheckpointError: tensors of it are missing, of other shapes, or quantised in another way.
     """
     module = find_module(target)
     if module is None:
@@ -64,14 +66,17 @@ def find_module(target: Checkpoint) -> Checkpoint | None:
     """The same; None where the model has none.
 
     Raises:
-        CheckpointError: tensors of it are missing, quantised or of other shapes.
+        CheckpointError: tensors of it are missing, of other shapes, or quantised in another way.
     """
     found = _found(target) if target.files else _outlined(target)
     if not found:
         return None
-    layer = {name.removeprefix(_LAYER): e for name, e in found.items() if name.startswith(_LAYER)}
+    stored = _stored(target, found)
+    whole = _whole(found, stored)
+    _check_plain(target, [extent for name, extent in found.items() if name not in stored])
+    layer = {name.removeprefix(_LAYER) for name in whole if name.startswith(_LAYER)}
     like = _like(target, layer)
-    _check(target, found, like)
+    _check(target, found, whole, like)
     tensors = {name: replace(extent, name=name) for name, extent in found.items()}
     own = in_file_order(e for name, e in tensors.items() if name.startswith(_LAYER))
     others = in_file_order(e for name, e in tensors.items() if not name.startswith(_LAYER))
@@ -83,7 +88,7 @@ def find_module(target: Checkpoint) -> Checkpoint | None:
         others=others,
         container=CONTAINER,
         left_out=(),
-        stored=MappingProxyType({}),
+        stored=MappingProxyType(stored),
         stored_ends=MappingProxyType({}),
         rounded=None,
         lent_ends=True,
@@ -104,6 +109,30 @@ def _found(target: Checkpoint) -> dict[str, TensorExtent]:
         if name is not None:
             found[name] = extent
     return found
+
+
+def _stored(target: Checkpoint, found: Mapping[str, TensorExtent]) -> dict[str, Stored]:
+    """The quantised weights of the module's layer by our names of their tensors."""
+    ours = {extent.name: name for name, extent in found.items()}
+    made: dict[str, Stored] = {}
+    for each in dict.fromkeys(target.stored_drafts.values()):
+        names = {word: ours[e.name] for word, e in each.parts.items() if e.name in ours}
+        if len(names) < len(each.parts) or not all(n.startswith(_LAYER) for n in names.values()):
+            continue  # of a copy that is not used, or not in the layer: it is refused
+        word, name = next(iter(names.items()))
+        parts = {word: replace(each.parts[word], name=name) for word, name in names.items()}
+        one = replace(each, module=name.removesuffix(f".{word}"), parts=MappingProxyType(parts))
+        made |= dict.fromkeys(names.values(), one)
+    return made
+
+
+def _whole(
+    found: Mapping[str, TensorExtent], stored: Mapping[str, Stored]
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes, those of quantised weights as they compute."""
+    shapes = {name: extent.shape for name, extent in found.items() if name not in stored}
+    weights = dict.fromkeys(stored.values())
+    return shapes | {f"{s.module}.weight": (s.outputs, s.inputs) for s in weights}
 
 
 def _of_qwen(rest: str, extent: TensorExtent, target: Checkpoint) -> str | None:
@@ -157,12 +186,12 @@ def _attends_to_all(config: ModelConfig, layer: int) -> bool:
     return kinds is None or kinds[layer] == "full_attention"
 
 
-def _like(target: Checkpoint, layer: Mapping[str, TensorExtent]) -> int:
+def _like(target: Checkpoint, layer: Set[str]) -> int:
     """The layer of the target that has most of the module's tensors; of several the last."""
 
     def alike(index: int) -> tuple[int, int]:
         names = _below(target, index).keys()
-        return len(names & layer.keys()) - len(names ^ layer.keys()), index
+        return len(names & layer) - len(names ^ layer), index
 
     return max(range(len(target.layers)), key=alike)
 
@@ -172,14 +201,40 @@ def _below(target: Checkpoint, index: int) -> Mapping[str, tuple[int, ...]]:
     prefix, below = f"{target.container}.{index}.", {}
     for extent in target.layers[index]:
         name, shape = extent.name, extent.shape
-        if (stored := target.stored.get(name)) is not None:  # quantised, which the module is not
+        if (stored := target.stored.get(name)) is not None:  # the module's may not be, or as well
             name, shape = f"{stored.module}.weight", (stored.outputs, stored.inputs)
         below[name.removeprefix(prefix)] = shape
     return below
 
 
-def _check(target: Checkpoint, found: Mapping[str, TensorExtent], like: int) -> None:
+def _check_plain(target: Checkpoint, extents: Iterable[TensorExtent]) -> None:
+    """See that what is no part of a quantised weight is a plain one.
+
+    Raises:
+        CheckpointError: one is not.
+    """
+    for extent in extents:
+        if extent.dtype not in FLOATS:
+            raise CheckpointError(
+                f"--draft mtp: the module of {target.name} is quantised ({shown(extent.name)} is "
+                f"{extent.dtype}): only modules in {', '.join(FLOATS)} are read, or those whose "
+                "layer is quantised as the model's are: use another drafter"
+            )
+
+
+def _check(
+    target: Checkpoint,
+    found: Mapping[str, TensorExtent],
+    whole: Mapping[str, tuple[int, ...]],
+    like: int,
+) -> None:
     """Compare what there is with what a module has.
+
+    Args:
+        target: the model.
+        found: the module's tensors by our names.
+        whole: their shapes, those of quantised weights as they compute.
+        like: the layer of the target that it is like.
 
     Raises:
         CheckpointError: it is not that.
@@ -189,23 +244,20 @@ def _check(target: Checkpoint, found: Mapping[str, TensorExtent], like: int) -> 
     needed |= {PROJECTION: (size, 2 * size)}
     needed |= dict.fromkeys((EMBEDDING_NORM, HIDDEN_NORM, FINAL_NORM), (size,))
     where = f"--draft mtp: the module of {target.name}"
-    for name, extent in found.items():
-        if extent.dtype not in FLOATS:
+    for name, shape in whole.items():
+        if name in needed and shape != needed[name]:
+            called = found[name].name if name in found else name.removeprefix(_LAYER)
             raise CheckpointError(
-                f"{where} is quantised ({shown(extent.name)} is {extent.dtype}): only modules in "
-                f"{', '.join(FLOATS)} are read, use another drafter"
-            )
-        if name in needed and extent.shape != needed[name]:
-            raise CheckpointError(
-                f"{where}: {shown(extent.name)} has shape {list(extent.shape)}, layer {like} of "
+                f"{where}: {shown(called)} has shape {list(shape)}, layer {like} of "
                 f"the model and hidden_size {size} make it {list(needed[name])}: {_ANOTHER}"
             )
-    if missing := sorted(needed.keys() - found.keys()):
+    if missing := sorted(needed.keys() - whole.keys()):
         raise CheckpointError(
             f"{where} lacks {len(missing)} of {len(needed)} tensors, such as "
             f"{missing[0].removeprefix(_LAYER)}: {_ANOTHER}"
         )
-    if strays := sorted(found[name].name for name in found.keys() - needed.keys()):
+    if strays := sorted(whole.keys() - needed.keys()):
+        strays = [found[name].name if name in found else name for name in strays]
         raise CheckpointError(
             f"{where} has {len(strays)} tensors that layer {like} of the model has not, such as "
             f"{shown(strays[0])}: {_ANOTHER}"
