@@ -665,6 +665,9 @@ def test_pages_of_other_places_may_not_ask(server):
     found = post(server.app, CHAT, {"messages": HI}, other)
     assert found.status == 403 and "access-control-allow-origin" not in found.headers
     assert get(server.app, "/props", {"origin": "null"}).status == 403
+    for none in ("http://[", "http://[::1", "http://a]b", "http://a\u00bcb", "//", "", "\x00"):
+        refused = get(server.app, "/props", {"origin": none})
+        assert refused.status == 403 and refused.json["error"]["type"] == "permission_error"
     own = {"origin": "http://127.0.0.1:8080", "host": "127.0.0.1:8080"}
     assert get(server.app, "/props", own).status == 200
     allowed = replace(server.app, rules=Rules(origins=("https://chat.example",)))

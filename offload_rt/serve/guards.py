@@ -114,7 +114,7 @@ class Guards:
         origin = headers.get("origin")
         if origin is None or origin in self.rules.origins:
             return
-        if urlsplit(origin).netloc != headers.get("host"):
+        if _place_of(origin) != headers.get("host"):
             raise WireError(
                 "pages of another origin may not ask this server: start it with --cors-origin",
                 status=403,
@@ -212,6 +212,14 @@ async def _whole_body(scope: Scope, headers: dict[str, str], receive: Receive) -
 
 def _headers(scope: Scope) -> dict[str, str]:
     return {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
+
+
+def _place_of(origin: str) -> str | None:
+    """Host and port of an Origin; None where it is none."""
+    try:
+        return urlsplit(origin).netloc
+    except ValueError:  # such as `http://[`
+        return None
 
 
 def _name_of(host: str) -> str:
