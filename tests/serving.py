@@ -55,6 +55,7 @@ def serving(folder, *, room=None, rules=None, options=(), **offer):
             desk.withdraw_all()
             desk.close()
             thread.join(30)
+            service.end()
             process.close()
 
 

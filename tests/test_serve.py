@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import re
+import threading
 import time
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,10 +20,11 @@ import offload_rt
 from offload_rt.engine import Run
 from offload_rt.errors import DeviceError
 from offload_rt.serve import app as app_module
-from offload_rt.serve import guards, running
+from offload_rt.serve import guards, reading, running
 from offload_rt.serve.guards import Rules
 from offload_rt.session.crowd import Crowd
 from offload_rt.session.shared import Shared
+from offload_rt.text.process import TextProcess
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
 HI = [{"role": "user", "content": "the quick fox"}]
@@ -570,10 +572,48 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, monk
         return found.json["error"]["message"]
 
     assert f"{256 * longest + 1} characters" in asked("x" * (256 * longest + 1)) and not made
-    assert "tokens, there is room for 256" in asked("x" * (256 * longest)) and made
-    given = "x" * (256 * longest + 1)
-    given = [{"role": "user", "content": given}] if chats else given
-    assert post(server.app, "/tokenize", {param: given}).json["count"] > 256
+    assert "tokens, there is room for 256" in asked("x" * (250 * longest)) and made
+    made.clear()
+    for role in ("user", "assistant") if chats else ("",):
+        given = "x" * (256 * longest + 1)
+        given = [{"role": role, "content": given}, *HI] if chats else given
+        for path in (route, "/tokenize"):
+            found = post(server.app, path, {param: given})
+            assert found.json["error"]["code"] == "context_length_exceeded" and not made
+
+
+def test_texts_that_are_not_to_be_answered_keep_no_prompt_waiting(server, monkeypatch):
+    """They are counted too, those of clients that left among them."""
+    go, real = threading.Event(), TextProcess.request
+
+    def request(self, operation, limits, **given):
+        with self._lock:
+            if given.get("text") == "slow":
+                assert go.wait(20)
+            return real(self, operation, limits, **given)
+
+    monkeypatch.setattr(TextProcess, "request", request)
+    monkeypatch.setattr(reading, "MOST_TEXTS", 3)
+
+    async def asked():
+        slow = [ask(server.app, "POST", "/tokenize", {"prompt": "slow"}) for _ in range(3)]
+        await asyncio.sleep(0.1)
+        slow[1].leave()
+        more = [await ask(server.app, "POST", "/detokenize", {"tokens": [5]}).over()]
+        more.append(await ask(server.app, "POST", "/tokenize", {"messages": HI}).over())
+        bodies = [{"prompt": "the fox", "max_tokens": 2}] * 9  # more than threads of asyncio's own
+        answers = [ask(server.app, "POST", PLAIN, body) for body in bodies]
+        answers = [await asyncio.wait_for(one.over(), 15) for one in answers]
+        assert not any(one.status for one in slow)
+        go.set()
+        return [await one.over() for one in slow], more, answers
+
+    slow, more, answers = asyncio.run(asked())
+    assert [one.status for one in (*slow, *answers)] == [200] * 12
+    assert slow[0].json["count"] == len(slow[0].json["tokens"]) > 0
+    for one in more:
+        assert one.status == 429 and int(one.headers["retry-after"]) >= 1
+    assert post(server.app, "/tokenize", {"prompt": "the"}).status == 200
 
 
 def test_head_is_answered_as_get_is(server):
@@ -798,7 +838,13 @@ def test_text_and_tokens_there_and_back(server):
     assert len(chat) > len(ids["tokens"])
     for wrong in ({}, {"prompt": 7}, {"messages": []}):
         assert post(server.app, "/tokenize", wrong).status == 400
-    for wrong in ({}, {"tokens": [-1]}, {"tokens": [2**70]}, {"tokens": "a"}):
+    for wrong in (
+        {},
+        {"tokens": [-1]},
+        {"tokens": [2**70]},
+        {"tokens": "a"},
+        {"tokens": [5] * 257},
+    ):
         assert post(server.app, "/detokenize", wrong).status == 400
     info = get(server.app, "/tokenizer_info").json
     assert info["eos_token"] == "<|im_end|>" and info["chat_template"]

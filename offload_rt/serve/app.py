@@ -30,6 +30,7 @@ from offload_rt.serve.document import document
 from offload_rt.serve.guards import App, Guards, Rules, error_headers
 from offload_rt.serve.metrics import Metrics
 from offload_rt.serve.orders import PLAIN_TOKENS, Maker, Offer, several
+from offload_rt.serve.reading import Reading, T
 from offload_rt.serve.wire import (
     MOST_CHOICES,
     ChatBody,
@@ -57,6 +58,7 @@ class Service:
         prompts: a tokenizer in a process of its own: a long prompt keeps no answer waiting.
         end_tokens: that end an answer.
         maker: makes requests of the engine of what clients send.
+        reading: of texts that are not to be answered.
         log: takes a line for each answer.
         draining: no more requests are taken.
     """
@@ -66,6 +68,7 @@ class Service:
     prompts: Tokenizer
     end_tokens: frozenset[int]
     maker: Maker = field(init=False)
+    reading: Reading = field(init=False)
     metrics: Metrics = field(default_factory=Metrics)
     log: Callable[[str], None] = lambda line: None
     draining: bool = False
@@ -75,6 +78,7 @@ class Service:
     def __post_init__(self) -> None:
         self.desk.on_over = self._count
         self.maker = Maker(self.offer, self.prompts, self.end_tokens)
+        self.reading = Reading(self.maker)
 
     def _count(self, order: Order, told: Told) -> None:
         if told.over in ("stop", "length"):
@@ -87,16 +91,24 @@ class Service:
 
     # --- before anything is done
 
+    def check_open(self) -> None:
+        """See that requests are taken.
+
+        Raises:
+            WireError: none are any more.
+        """
+        if self.desk.broken is not None:
+            raise WireError(self.desk.broken, status=503, kind="server_error")
+        if self.draining:
+            raise WireError("the server ends", status=503, kind="server_error", retry_s=10)
+
     def take(self, choices: int) -> None:
         """Count answers in that are to be made.
 
         Raises:
             WireError: there are too many, or none are made any more.
         """
-        if self.desk.broken is not None:
-            raise WireError(self.desk.broken, status=503, kind="server_error")
-        if self.draining:
-            raise WireError("the server ends", status=503, kind="server_error", retry_s=10)
+        self.check_open()
         most = self.offer.sequences + self.offer.queue
         if self._asked + choices > most:
             raise WireError(
@@ -120,23 +132,16 @@ class Service:
     # --- prompts
 
     async def chat_ids(
-        self,
-        turns: Sequence[Turn],
-        tools: list[dict[str, Any]] | None,
-        *,
-        answered: bool = True,
+        self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None
     ) -> list[int]:
         """Token ids of a conversation."""
-        return await asyncio.to_thread(self.maker.chat_ids, turns, tools, answered=answered)
+        return await asyncio.to_thread(self.maker.chat_ids, turns, tools)
 
-    async def plain_ids(
-        self, prompt: str | list[int], special: bool = True, *, answered: bool = True
-    ) -> list[int]:
+    async def plain_ids(self, prompt: str | list[int]) -> list[int]:
         """Token ids of a text, as it is."""
         if not isinstance(prompt, str):
             return prompt
-        read = self.maker.plain_ids
-        return await asyncio.to_thread(read, prompt, special, answered=answered)
+        return await asyncio.to_thread(self.maker.plain_ids, prompt)
 
     async def words(self, told: Iterable[TokenLogprob], more: Iterable[int] = ()) -> Words:
         """Texts of the tokens that are told of."""
@@ -145,6 +150,20 @@ class Service:
             ids = sorted(wanted)
             self._texts |= zip(ids, await asyncio.to_thread(self.prompts.texts, ids), strict=True)
         return Words(self._texts)
+
+    async def read(self, work: Callable[[Maker], T]) -> T:
+        """The result of some work on texts that are not to be answered.
+
+        Raises:
+            WireError: none is done now, or the work raised it.
+        """
+        self.check_open()
+        return await self.reading.read(work)
+
+    def end(self) -> None:
+        """Read no more prompts and texts: those that are being read come to nothing."""
+        self.reading.end()
+        self.prompts.end()
 
     def line(self, http: HttpRequest, tally: Tally, reasons: Sequence[str], prompt: str) -> None:
         """Log an answer; its prompt only where that is asked for."""
@@ -564,11 +583,11 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     @app.post("/tokenize")
     async def tokenize(http: HttpRequest) -> Response:
         body = read_body(TokenizeBody, await http.body())
-        if body.messages is not None:
-            ids = await service.chat_ids(body.messages, None, answered=False)
+        if (turns := body.messages) is not None:
+            ids = await service.read(lambda maker: maker.chat_ids(turns, None))
         elif (given := body.content if body.prompt is None else body.prompt) is not None:
             special = body.add_special_tokens is not False
-            ids = await service.plain_ids(given, special, answered=False)
+            ids = await service.read(lambda maker: maker.plain_ids(given, special))
         else:
             raise WireError("give prompt or messages", param="prompt")
         most = service.offer.context_tokens
@@ -578,10 +597,7 @@ def _add_texts(app: FastAPI, service: Service) -> None:
     async def detokenize(http: HttpRequest) -> Response:
         body = read_body(DetokenizeBody, await http.body())
         check_tokens(body.tokens, "tokens")
-        try:
-            found = await asyncio.to_thread(service.prompts.decode, body.tokens)
-        except OffloadError as error:
-            raise WireError("these tokens cannot be decoded", param="tokens") from error
+        found = await service.read(lambda maker: maker.text(body.tokens))
         return JSONResponse({"prompt": found, "content": found})
 
     @app.get("/tokenizer_info")

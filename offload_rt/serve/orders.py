@@ -50,7 +50,7 @@ class Offer:
     logs_prompts: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Maker:
     """Makes requests of the engine of what clients send.
 
@@ -63,6 +63,7 @@ class Maker:
     offer: Offer
     prompts: Tokenizer
     end_tokens: frozenset[int]
+    _longest: int = 0  # characters of a token, once they are looked up
 
     def check_model(self, name: str | None) -> None:
         """See that the model asked for is this one.
@@ -78,22 +79,15 @@ class Maker:
                 code="model_not_found",
             )
 
-    def chat_ids(
-        self,
-        turns: Sequence[Turn],
-        tools: list[dict[str, Any]] | None,
-        *,
-        answered: bool = True,
-    ) -> list[int]:
-        """Token ids of a conversation.
+    def chat_ids(self, turns: Sequence[Turn], tools: list[dict[str, Any]] | None) -> list[int]:
+        """Token ids of a conversation; one that is too long is refused before it is read.
 
         Args:
             turns: of it.
             tools: that the chat template is told of.
-            answered: it is to be answered, so one that is too long is refused before it is read.
 
         Raises:
-            WireError: it is none, or the chat template refuses it.
+            WireError: it is none or too long, or the chat template refuses it.
         """
         messages = [
             Message(role=turn.role, content=turn.text(place), more=turn.more())
@@ -102,25 +96,48 @@ class Maker:
         told = [
             one for one in messages if one.role != "assistant"
         ]  # of theirs a part may be left out
-        if answered:
-            self._check_length(sum(len(one.content.strip()) for one in told), "messages")
-        return self._tokens(lambda: build_prompt(self.prompts, messages, tools=tools), "messages")
+        self._check_length(sum(len(one.content.strip()) for one in told), "messages")
 
-    def plain_ids(self, prompt: str, special: bool = True, *, answered: bool = True) -> list[int]:
-        """Token ids of a text, as it is.
+        def make() -> list[int]:
+            # What the template wrote of all turns is looked at again.
+            return build_prompt(
+                self.prompts,
+                messages,
+                tools=tools,
+                check=lambda text: self._check_length(len(text.strip()), "messages"),
+            )
+
+        return self._tokens(make, "messages")
+
+    def plain_ids(self, prompt: str, special: bool = True) -> list[int]:
+        """Token ids of a text, as it is; one that is too long is refused before it is read.
 
         Args:
             prompt: the text.
             special: with tokens that begin a text.
-            answered: it is to be answered, so one that is too long is refused before it is read.
 
         Raises:
-            WireError: the tokenizer refuses it.
+            WireError: it is too long, or the tokenizer refuses it.
         """
-        if answered:
-            self._check_length(len(prompt.strip()), "prompt")
+        self._check_length(len(prompt.strip()), "prompt")
         encode = self.prompts.encode
         return self._tokens(lambda: encode(prompt, add_special_tokens=special), "prompt")
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """The text of tokens.
+
+        Raises:
+            WireError: they are too many, or none of this model.
+        """
+        if len(tokens) > (most := self.offer.context_tokens):
+            raise WireError(
+                f"tokens has {len(tokens)}, accepted are {most} (--context): send parts of them",
+                param="tokens",
+            )
+        try:
+            return self.prompts.decode(tokens)
+        except OffloadError as error:
+            raise WireError("these tokens cannot be decoded", param="tokens") from error
 
     def _check_length(self, chars: int, param: str) -> None:
         """Refuse a text that is too long however its tokens are: to find them takes seconds.
@@ -131,10 +148,10 @@ class Maker:
         room = min(self.offer.context_tokens, self.offer.kv_tokens)
         if chars <= _USUAL_CHARS * room:
             return
-        longest = max(map(len, self.prompts.get_vocab()))
-        if chars > longest * room:
+        self._longest = self._longest or max(map(len, self.prompts.get_vocab()))
+        if chars > self._longest * room:
             raise WireError(
-                f"the prompt has {chars} characters, a token has {longest} at most, and there is "
+                f"the prompt has {chars} characters, a token has {self._longest} at most, there is "
                 f"room for {room} tokens with the answer (--context and --kv-tokens): shorten the "
                 "prompt",
                 code="context_length_exceeded",
@@ -144,6 +161,8 @@ class Maker:
     def _tokens(self, make: Callable[[], list[int]], param: str) -> list[int]:
         try:
             return make()
+        except WireError:
+            raise
         except OffloadError as error:  # a template that refuses these turns is no fault of ours
             said = str(error).replace(str(self.prompts.folder), self.offer.names[0])
             raise WireError(said, param=param) from error

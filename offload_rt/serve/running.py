@@ -134,7 +134,10 @@ def run_server(
             await asyncio.sleep(0.01)
         if server.started:
             on_started(f"http://{shown}:{at[1]}")
-        await task
+        try:
+            await task
+        finally:  # asyncio waits for the threads that wait for a text
+            service.end()
 
     asyncio.run(serve())
 

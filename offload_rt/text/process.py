@@ -123,6 +123,7 @@ class TextProcess:
         self._child: _Child | None = None
         self._unread: Pending | None = None
         self._forgotten: list[int] = []
+        self._ended = False
         self._lock = threading.RLock()
         atexit.register(self.close)
 
@@ -138,6 +139,8 @@ class TextProcess:
                 self._child, self._unread = None, None
                 self.generation += 1
             self._child = self._child or _Child()
+            if self._ended:  # meanwhile, by a thread that saw no child
+                self._child.stop()
 
     def forget(self, number: int) -> None:
         """Have a tokenizer dropped with the next request; called by the garbage collector."""
@@ -148,6 +151,9 @@ class TextProcess:
         with self._lock:
             if self._unread is not None:
                 self.settle(self._unread)
+            if self._ended:
+                (pending := Pending(self, limits)).close(RequestError("was ended"))
+                return pending
             self.start()
             forgotten, self._forgotten = self._forgotten, []
             message = {
@@ -200,6 +206,12 @@ class TextProcess:
             if child is not None:
                 self.generation += 1
                 child.kill()
+
+    def end(self) -> None:
+        """End it for good, at once, from any thread; requests that wait fail."""
+        self._ended = True
+        if (child := self._child) is not None:
+            child.stop()
 
     def _fail(self, pending: Pending, reason: str) -> None:
         pending.close(RequestError(reason))
@@ -301,6 +313,11 @@ class _Child:
         if code == -signal.SIGABRT:  # how the library leaves when it gets no memory
             return f"needed more than {format_size(limits.memory_bytes)} of memory"
         return f"ended by {signal.Signals(-code).name}" if code < 0 else f"ended with {code}"
+
+    def stop(self) -> None:
+        """Have it end; whoever waits for a reply reads the end of it."""
+        with suppress(ProcessLookupError):
+            self._process.kill()
 
     def kill(self) -> None:
         os.close(self._life)

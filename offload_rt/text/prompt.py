@@ -7,7 +7,7 @@ compared with what it was given, so nothing a user said is dropped or changed in
 
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,6 +41,7 @@ def build_prompt(
     system: str | None = None,
     raw: bool = False,
     tools: Sequence[Mapping[str, object]] | None = None,
+    check: Callable[[str], None] = lambda text: None,
 ) -> list[int]:
     """Token ids of a prompt, through the model's chat template when it has one.
 
@@ -50,6 +51,7 @@ def build_prompt(
         system: system prompt put in front; needs a chat template.
         raw: encode a text as it is, without the chat template.
         tools: that the chat template is to tell the model of.
+        check: called with the text before tokens are made of it; may raise.
 
     Raises:
         ConfigError: nothing to encode, options that need a chat template without one, or a token
@@ -73,6 +75,7 @@ def build_prompt(
     for turn in turns:
         require_unicode(turn.content, "the prompt")
     text = _rendered(tokenizer, turns, tools) if templated else turns[0].content
+    check(text)
     # The template has written the special tokens already.
     ids = tokenizer.encode(text, add_special_tokens=not templated)
     if not ids:

@@ -107,6 +107,10 @@ class Tokenizer:
             _log.warning("%s: %s", self.folder.name, note)
         return self
 
+    def end(self) -> None:
+        """End its process for good, from any thread; whoever waits for it gets an error."""
+        self._process.end()
+
     def render(
         self,
         messages: Sequence[dict[str, object]],
