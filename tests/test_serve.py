@@ -179,6 +179,21 @@ def test_completions_score_as_lm_eval_asks(server, tiny_model):
     assert lengths == [4, 6] and only["usage"]["completion_tokens"] == 0
 
 
+@pytest.mark.parametrize("most", [0, 1, 6])
+def test_scores_of_a_prompt_are_streamed_before_the_answer(server, most):
+    body = {"prompt": [[7, 41, 3, 99], [5]], "max_tokens": most, "echo": True, "logprobs": 2}
+    whole = post(server.app, PLAIN, body).json["choices"]
+    events = post(server.app, PLAIN, body | {"stream": True}).events
+    for expected in whole:
+        pieces = [c for e in events for c in e["choices"] if c["index"] == expected["index"]]
+        assert "".join(one["text"] for one in pieces) == expected["text"]
+        told = [one["logprobs"] for one in pieces if one["logprobs"]]
+        assert len(told[0]["tokens"]) == len(body["prompt"][expected["index"]])
+        for name, values in expected["logprobs"].items():
+            found = [value for part in told for value in part[name]]
+            assert found == values or name == "text_offset", name
+
+
 def test_plain_completions(server, offline):
     texts = ["the quick", "lazy dog jumps"]
     expected = [offline.generate(text, raw=True, max_tokens=6).text for text in texts]

@@ -198,6 +198,7 @@ class Choices:
 
         self.orders = [Order(one, stop, teller(i)) for i, one in enumerate(requests)]
         self.last: dict[int, Told] = {}
+        self.scores: dict[int, Sequence[TokenLogprob]] = {}  # of prompts
 
     def place(self) -> None:
         """Have them answered."""
@@ -216,6 +217,7 @@ class Choices:
         """
         while len(self.last) < len(self.orders):
             index, told = await self._told.get()
+            self.scores.setdefault(index, told.prompt_logprobs)
             if told.over is not None:
                 self.last[index] = told
             if told.error is not None or told.over == "abort":
@@ -399,24 +401,23 @@ class _Teller:
             parts.setdefault(index, []).append(told)
         found = []
         for index in range(len(self.choices.orders)):
-            logprobs = await self._logprobs(index, parts[index], whole=True)
+            logprobs = await self._logprobs(index, parts[index], prompt=True)
             text = self.before.get(index, "") + "".join(texts[index])
             reason = self.choices.last[index].over or "stop"
             found.append(self.envelope.choice(index, text, reason, logprobs))
         return self.envelope.whole(found, self.choices.tally())
 
     async def _logprobs(
-        self, index: int, parts: Sequence[Told], *, whole: bool = False, start: int = 0
+        self, index: int, parts: Sequence[Told], *, prompt: bool = False, start: int = 0
     ) -> Json | None:
-        """`logprobs` of some of what a choice was told."""
+        """`logprobs` of some of what a choice was told, behind those of its prompt if asked for."""
         request = self.choices.orders[index].request
         if request.logprobs is None:
             return None
         found: list[TokenLogprob | None] = [one for told in parts for one in told.logprobs]
         tokens = [token for told in parts for token in told.tokens]
-        if whole and request.scores:
-            known = self.choices.last[index].prompt_logprobs
-            found = [None, *known, *found]
+        if prompt and request.scores:
+            found = [None, *self.choices.scores[index], *found]
             tokens = [*request.ids, *tokens]
         words = await self.service.words([one for one in found if one is not None], tokens)
         if self.envelope.chat:
@@ -425,14 +426,19 @@ class _Teller:
 
     async def _events(self) -> AsyncIterator[ServerSentEvent]:
         """Pieces of the answer; an error is one of them."""
+        scored: set[int] = set()
         try:
             for index in range(len(self.choices.orders)):
                 if self.envelope.chat:
                     yield _event(self.envelope.piece(index, {"role": "assistant", "content": ""}))
-                elif before := self.before.get(index):
-                    yield _event(self.envelope.piece(index, before))
+                elif index in self.before and not self.choices.orders[index].request.scores:
+                    yield _event(self.envelope.piece(index, self.before[index]))
             told_chars: dict[int, int] = {i: len(text) for i, text in self.before.items()}
             async for index, told in self.choices.told():
+                if index not in scored and self.choices.orders[index].request.scores:
+                    scored.add(index)  # a prompt comes with its scores, once they are known
+                    scores = await self._logprobs(index, [], prompt=True)
+                    yield _event(self.envelope.piece(index, self.before[index], logprobs=scores))
                 if told.text or told.logprobs:
                     start = told_chars.get(index, 0)
                     told_chars[index] = start + len(told.text)

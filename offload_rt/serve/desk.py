@@ -38,8 +38,8 @@ class Told:
         logprobs: of those, where they were asked for.
         over: why it ended; None: more will come.
         error: why there is no answer.
-        prompt_logprobs: of the prompt's tokens but the first, where they were asked for; at the
-            end.
+        prompt_logprobs: of the prompt's tokens but the first, where they were asked for; before
+            or with the first token.
         tally: what it took; at the end.
     """
 
@@ -213,15 +213,16 @@ class Desk:
         """Tell of what an answer gained."""
         order = self._orders[member]
         kept, logprobs = member.token_ids, member.logprobs
+        sequence, first = member.sequence, member.told == tokens
         told = Told(
             text=text,
             tokens=tuple(kept[len(kept) - tokens :]),
             logprobs=tuple(logprobs[len(kept) - tokens :]),
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
         )
         if not member.is_over:
             order.tell(told)
             return
-        sequence = member.sequence
         with self._changed:
             del self._orders[member]
         self._over(
@@ -230,7 +231,6 @@ class Desk:
                 told,
                 over=member.finish_reason,
                 error=sequence.error,
-                prompt_logprobs=tuple(sequence.prompt_logprobs),
                 tally=tally_of(member),
             ),
         )
