@@ -21,6 +21,7 @@ from offload_rt.engine import Run
 from offload_rt.errors import DeviceError
 from offload_rt.serve import app as app_module
 from offload_rt.serve import guards, reading, running
+from offload_rt.serve.desk import Desk
 from offload_rt.serve.guards import Rules
 from offload_rt.session.crowd import Crowd
 from offload_rt.session.shared import Shared
@@ -468,6 +469,40 @@ def test_more_than_may_wait_are_refused(tiny_model, monkeypatch):
         server.service.draining = True
         assert post(server.app, CHAT, {"messages": HI}).status == 503
         assert get(server.app, "/health").json == {"status": "ending"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_list_has_as_many_places_as_are_counted(server, offline, monkeypatch, stream):
+    """The rest of it comes to the desk as others of it end, and all are answered."""
+    placed, real = [], Desk.place
+
+    def place(self, order):
+        real(self, order)
+        placed.append(self.unfinished)
+
+    monkeypatch.setattr(Desk, "place", place)
+    monkeypatch.setattr(server.service, "offer", replace(server.service.offer, queue=7))
+    texts = [f"the {one} {other}" for one in WORDS for other in WORDS][:30]
+    body = {"prompt": texts, "max_tokens": 2, "temperature": 0.8, "seed": 3, "stream": stream}
+
+    async def both():
+        first = ask(server.app, "POST", PLAIN, body)
+        while not placed:
+            await asyncio.sleep(0.001)
+        second = await ask(server.app, "POST", PLAIN, body).over()
+        return await first.over(), second
+
+    first, second = asyncio.run(both())
+    assert (first.status, second.status) == (200, 429) and "8 answers are in" in second.text
+    assert len(placed) == 30 and max(placed) <= 8
+    found = [""] * 30
+    for event in first.events if stream else [first.json]:
+        for choice in event["choices"]:
+            found[choice["index"]] += choice["text"]
+    options = {"raw": True, "max_tokens": 2, "temperature": 0.8, "seed": 3}
+    for place in (0, 9, 29):
+        assert found[place] == offline.generate(texts[place], **options).text
+    settled(server)
 
 
 def test_the_document_tells_of_every_route(server):

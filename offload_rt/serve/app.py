@@ -6,6 +6,7 @@ Nothing is imported here from click or torch; a request is read by `wire`, answe
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import logging
 import re
@@ -181,10 +182,15 @@ class Choices:
         service: whose desk they are placed at.
         requests: of each choice, with the prompt's place.
         stop: texts that end each.
+        most: that are at the desk at once; None: all.
     """
 
     def __init__(
-        self, service: Service, requests: Sequence[Request], stop: tuple[str, ...]
+        self,
+        service: Service,
+        requests: Sequence[Request],
+        stop: tuple[str, ...],
+        most: int | None = None,
     ) -> None:
         loop, self._service = asyncio.get_running_loop(), service
         self._told: asyncio.Queue[tuple[int, Told]] = asyncio.Queue()
@@ -197,13 +203,14 @@ class Choices:
             return tell
 
         self.orders = [Order(one, stop, teller(i)) for i, one in enumerate(requests)]
+        self._unplaced, self._most = iter(self.orders), most
         self.last: dict[int, Told] = {}
         self.scores: dict[int, Sequence[TokenLogprob]] = {}  # of prompts
 
-    def place(self) -> None:
-        """Have them answered."""
+    def place(self, most: int | None = None) -> None:
+        """Have them answered, or so many of those that are not yet at the desk."""
         try:
-            for order in self.orders:
+            for order in itertools.islice(self._unplaced, most or self._most):
                 self._service.desk.place(order)
         except SessionError as error:
             self.withdraw()
@@ -220,6 +227,7 @@ class Choices:
             self.scores.setdefault(index, told.prompt_logprobs)
             if told.over is not None:
                 self.last[index] = told
+                self.place(1)
             if told.error is not None or told.over == "abort":
                 raise _failure(told)
             yield index, told
@@ -313,9 +321,12 @@ async def _plain(service: Service, http: HttpRequest) -> Response:
     stop, prompts, count = body.stops(), body.prompts(), body.n or 1
     if len(prompts) * count > max(MOST_CHOICES, len(prompts)):
         raise WireError(f"n is {count} for {len(prompts)} prompts, accepted is 1", param="n")
-    # Prompts of one request are no reason to refuse it: lm-eval sends many.
-    service.take(min(count * len(prompts), service.offer.sequences))
-    held = _Held(service, min(count * len(prompts), service.offer.sequences))
+    # Prompts of one request are no reason to refuse it: lm-eval sends many. Those that the engine
+    # answers are at the desk, and as many behind them.
+    offer = service.offer
+    places = min(count * len(prompts), 2 * offer.sequences, offer.sequences + offer.queue)
+    service.take(places)
+    held = _Held(service, places)
     try:
         requests: list[Request] = []
         scores = bool(body.echo) and body.logprobs is not None
@@ -323,7 +334,7 @@ async def _plain(service: Service, http: HttpRequest) -> Response:
             ids = await service.plain_ids(prompt)
             one = service.maker.request(body, ids, body.max_tokens, PLAIN_TOKENS, body.logprobs)
             requests += several(replace(one, scores=scores), count)
-        choices = Choices(service, requests, stop)
+        choices = Choices(service, requests, stop, places)
         teller = _Teller(service, http, choices, held, body, _envelope(service, chat=False))
         if body.echo:
             for index, request in enumerate(requests):
