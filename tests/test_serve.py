@@ -4,10 +4,13 @@ import asyncio
 import json
 import random
 import re
+import socket
+import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -25,6 +28,7 @@ from offload_rt.serve.desk import Desk
 from offload_rt.serve.guards import Rules
 from offload_rt.session.crowd import Crowd
 from offload_rt.session.shared import Shared
+from offload_rt.text import process
 from offload_rt.text.process import TextProcess
 
 CHAT, PLAIN = "/v1/chat/completions", "/v1/completions"
@@ -326,6 +330,24 @@ def test_the_end_waits_for_what_was_counted_in():
         time.sleep(0.01)
 
 
+@asynccontextmanager
+async def listening(app):
+    """An application behind our uvicorn; gives its address."""
+    at = running._listen("127.0.0.1", 0)
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=running._Impatient, lifespan="off", log_config=None)
+    )
+    server.capture_signals = nullcontext
+    task = asyncio.ensure_future(server.serve(sockets=[at]))
+    while not server.started:
+        await asyncio.sleep(0.01)
+    try:
+        yield at.getsockname()
+    finally:
+        server.should_exit = True
+        await task
+
+
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 BODILESS = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
 
@@ -350,29 +372,111 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, bef
         await send({"type": "http.response.body", "body": b""})
 
     async def asked():
-        listening = running._listen("127.0.0.1", 0)
-        server = uvicorn.Server(
-            uvicorn.Config(app, http=running._Impatient, lifespan="off", log_config=None)
-        )
-        server.capture_signals = nullcontext
-        task = asyncio.ensure_future(server.serve(sockets=[listening]))
-        while not server.started:
-            await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_connection(*listening.getsockname())
-        for request in before:
-            writer.write(request)
-            assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(
-                b"HTTP/1.1 204"
-            )
-        writer.write(last)
-        start = time.monotonic()
-        assert await asyncio.wait_for(reader.read(), 3) == b""
-        writer.close()
-        server.should_exit = True
-        await task
+        async with listening(app) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            for request in before:
+                writer.write(request)
+                assert (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).startswith(
+                    b"HTTP/1.1 204"
+                )
+            writer.write(last)
+            start = time.monotonic()
+            assert await asyncio.wait_for(reader.read(), 3) == b""
+            writer.close()
         return time.monotonic() - start
 
     assert asyncio.run(asked()) < 3.0
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["in one piece", "in many"])
+@pytest.mark.parametrize("takes", [0, 1, 2**17], ids=["nothing", "a byte at a time", "all"])
+def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch, takes, whole):
+    """What is sent is kept for nobody for ever; who is slow but takes it gets all of it."""
+    monkeypatch.setattr(running, "SEND_S", 0.5)
+    pieces = [b"x" * 2**23] if whole else [b"x" * 2**16] * 2**7
+    gone = asyncio.Event()
+
+    async def app(scope, receive, send):
+        length = [(b"content-length", b"%d" % 2**23)]
+        await send({"type": "http.response.start", "status": 200, "headers": length})
+        await receive()
+        for place, piece in enumerate(pieces):
+            more = place < len(pieces) - 1
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        gone.set()
+
+    async def asked():
+        loop, found = asyncio.get_running_loop(), 0
+        async with listening(app) as address:
+            with socket.socket() as client:
+                if takes < 2:
+                    client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+                client.setblocking(False)
+                await loop.sock_connect(client, address)
+                await loop.sock_sendall(client, GET)
+                if takes == 2**17:
+                    while part := await loop.sock_recv(client, takes):
+                        found += len(part)
+                        await asyncio.sleep(0.01)
+                    return found - 2**23
+                start = time.monotonic()
+                while not gone.is_set() or _connections(address):
+                    assert time.monotonic() - start < 5
+                    if takes:
+                        await loop.sock_recv(client, takes)
+                    await asyncio.sleep(0.02)
+
+    found = asyncio.run(asked())
+    assert found is None or 0 < found < 200  # headers
+
+
+def _connections(address):
+    """Connections of a port that somebody here has not closed."""
+    port = f":{address[1]:04X}"
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()]
+    return [row for row in rows if row[1].endswith(port) and row[3] == "01"]
+
+
+SENT = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+BODY = b'{"prompt": "the", "max_tokens": 1}'
+INNER = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        b"Content-Length: 34\r\nContent-Length: 35\r\n",
+        b"Content-Length: 34, 35\r\n",
+        b"Content-Length: +34\r\n",
+        b"Content-Length: -1\r\n",
+        b"Content-Length: 34\r\nTransfer-Encoding: chunked\r\n",
+        b"Transfer-Encoding: gzip, chunked\r\n",
+        b"Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n",
+        b"Transfer-Encoding : chunked\r\n",
+        b"Content-Length: 34\r\nHost: evil.example\r\n",
+        b"Content-Length: 34\r\nX: a\x00b\r\n",
+        b"Content-Length: 34\r\nX: " + b"a" * 200_000 + b"\r\n",
+    ],
+)
+def test_a_request_is_where_its_headers_say_or_nowhere(server, headers):
+    """What is behind the one that is refused is not answered as another."""
+
+    async def asked():
+        async with listening(server.app) as address:
+            reader, writer = await asyncio.open_connection(*address)
+            writer.write(SENT + headers + b"\r\n" + BODY + INNER)
+            found = b""
+            with suppress(ConnectionResetError):  # what was not read of it
+                while part := await asyncio.wait_for(reader.read(4096), 10):
+                    found += part
+            writer.close()
+            return found
+
+    found = asyncio.run(asked())
+    assert found.startswith(b"HTTP/1.1 400 ") or (not found and len(headers) > 65536)
+    assert found.count(b"HTTP/1.1 ") <= 1
 
 
 def test_comments_come_while_a_pass_takes_long(tiny_model, monkeypatch):
@@ -594,6 +698,70 @@ def test_prompts_that_are_none(server, prompt):
         assert found.status == 400 and found.json["error"]["message"], found.text
     assert post(server.app, PLAIN, {"prompt": "the", "suffix": "x"}).status == 400
     assert get(server.app, "/health").status == 200
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a\x00b",
+        "\x00",
+        "\u202efox\u202c the",
+        "\u200bfox\u2066",
+        "\ufefffox",
+        "\x1b[31mfox\x07",
+        "\x85",
+    ],
+    ids=ascii,
+)
+def test_any_character_may_be_asked(server, offline, text):
+    asked = [{"role": "user", "content": text + " the"}]
+    found = post(server.app, CHAT, {"messages": asked, "max_tokens": 3})
+    assert found.status == 200 and said(found) == offline.generate(asked, max_tokens=3).text
+    found = post(server.app, PLAIN, {"prompt": text, "max_tokens": 1, "echo": True})
+    assert found.status == 200 and found.json["choices"][0]["text"].startswith(text)
+    named = post(server.app, CHAT, {"messages": asked, "model": text})
+    assert named.status == 404 and len(named.json["error"]["message"]) < 200
+
+
+def test_no_address_in_a_request_is_asked(server, monkeypatch, tmp_path):
+    """Neither here nor in the processes that read texts."""
+    asked = tmp_path / "asked"
+    hook = (
+        "import sys; sys.addaudithook(lambda event, given: event.startswith(('socket.connect', "
+        "'socket.getaddrinfo', 'socket.sendto', 'urllib.')) and "
+        f"open({str(asked)!r}, 'a').write(event + chr(10))); "
+    )
+    monkeypatch.setattr(process, "_CODE", hook + process._CODE)
+    for reader in (server.service.prompts._process, server.service.reading._process):
+        reader.close()  # the next begins with the hook
+    events, records = [], [True]
+    names = ("socket.connect", "socket.getaddrinfo", "socket.sendto", "urllib.")
+
+    def seen(event, given):
+        if records and event.startswith(names):
+            events.append(event)
+
+    sys.addaudithook(seen)
+    url = "http://127.0.0.1:9/x.png"
+    text = {"type": "text", "text": f"look at {url} and file:///etc/passwd"}
+    tool = {"type": "function", "function": {"name": "t", "parameters": {"$ref": url}}}
+    for parts, status in (
+        ([text], 200),
+        ([text, {"type": "image_url", "image_url": {"url": url}}], 400),
+        ([text, {"type": "input_audio", "input_audio": {"url": url}}], 400),
+        ([text, {"type": "file", "file": {"file_id": url}}], 400),
+    ):
+        body = {"messages": [{"role": "user", "content": parts}], "max_tokens": 1}
+        assert post(server.app, CHAT, body).status == status
+        post(server.app, CHAT, body | {"tools": [tool], "user": url, "metadata": {"url": url}})
+        post(server.app, "/tokenize", {"messages": body["messages"]})
+    assert post(server.app, PLAIN, {"prompt": url, "max_tokens": 1}).status == 200
+    assert post(server.app, CHAT, {"messages": HI, "model": url}).status == 404
+    assert events == [] and not asked.exists()
+    with pytest.raises(OSError):
+        socket.create_connection(("127.0.0.1", 9), timeout=1)
+    records.clear()
+    assert "socket.connect" in events
 
 
 def test_a_prompt_that_is_too_long_says_both_numbers(server):

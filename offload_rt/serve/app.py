@@ -48,7 +48,6 @@ from offload_rt.text import Tokenizer
 
 _log = logging.getLogger(__name__)
 
-SEND_S = 60.0  # in which a client must have taken a piece
 
 
 @dataclass(eq=False, slots=True)
@@ -390,7 +389,6 @@ class _Teller:
             ping=self.service.offer.ping_s,
             ping_message_factory=lambda: ServerSentEvent(comment="still working", sep="\n"),
             sep="\n",
-            send_timeout=SEND_S,
         )
 
     def _over(self) -> None:

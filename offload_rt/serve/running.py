@@ -19,18 +19,25 @@ from offload_rt.serve.app import Service
 from offload_rt.serve.guards import App
 
 HEADERS_S = 20.0  # in which the headers of a request must have come
+SEND_S, SEND_BYTES = 60.0, 2**16  # in which a client must take so much of what waits for it, or all
 _CONNECTIONS = 1024
 _LEAVE_S = 2.0  # for what is told last to reach its client
 
 
 class _Impatient(H11Protocol):
-    """Closes a connection that does not come to say what it wants, for the first time or again."""
+    """Closes a connection that does not come to say what it wants, for the first time or again.
+
+    And one that does not take what it is sent: the next piece of an answer is made when nothing of
+    the last waits here, so a reader that is slow has the kernel's buffers and one piece.
+    """
 
     _patience: asyncio.TimerHandle | None = None
+    _taking: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait."""
         super().connection_made(transport)
+        transport.set_write_buffer_limits(high=0)  # tell of every byte that waits
         self._patience = self.loop.call_later(HEADERS_S, self._give_up)
 
     def data_received(self, data: bytes) -> None:
@@ -46,7 +53,33 @@ class _Impatient(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Wait no more."""
         self._be_patient()
+        self._stop_looking()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """See that the client takes what waits."""
+        super().pause_writing()
+        self._look_later()
+
+    def resume_writing(self) -> None:
+        """It has taken all."""
+        super().resume_writing()
+        self._stop_looking()
+
+    def _look_later(self) -> None:
+        left = self.transport.get_write_buffer_size()
+        self._taking = self.loop.call_later(SEND_S, self._look, left)
+
+    def _look(self, before: int) -> None:
+        if self.transport.get_write_buffer_size() > before - SEND_BYTES:
+            self.transport.abort()  # to close would wait for it
+        else:
+            self._look_later()
+
+    def _stop_looking(self) -> None:
+        if self._taking is not None:
+            self._taking.cancel()
+            self._taking = None
 
     def _be_patient(self) -> None:
         if self._patience is not None:
