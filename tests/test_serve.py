@@ -1033,6 +1033,45 @@ def test_metrics_are_what_prometheus_reads(server):
     assert "vllm:generation_tokens_total" in later and later.count("\n") == text.count("\n")
 
 
+def metric(server, name, **labels):
+    text = "".join(f',{key}="{value}"' for key, value in labels.items())
+    found = re.search(
+        rf"^{re.escape(name)}{{model_name=\"tiny\"{text}}} (\S+)$",
+        get(server.app, "/metrics").text,
+        re.MULTILINE,
+    )
+    return float(found[1])
+
+
+def test_ends_and_gaps_are_counted_as_vllm_counts_them(tiny_model, monkeypatch):
+    """Each reason is there from the start, and of tokens that come together one gap is seen."""
+    ended, gaps = "vllm:request_success_total", "vllm:inter_token_latency_seconds"
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    with serving(tiny_model, room=room, options={"draft": "none"}) as server:
+        reasons = ("stop", "length", "abort", "error")
+        assert [metric(server, ended, finished_reason=one) for one in reasons] == [0] * 4
+        assert metric(server, f"{gaps}_count") == 0
+        slowed(monkeypatch, 0.05)
+        body = {"messages": HI, "ignore_eos": True}
+        assert post(server.app, CHAT, body | {"max_tokens": 6}).status == 200
+        settled(server)
+        assert metric(server, f"{gaps}_count") == 5
+        assert metric(server, f"{gaps}_sum") >= 0.25
+        found = post(server.app, CHAT, body | {"max_tokens": 40, "stop": ["e", "a", "o", "i"]})
+        assert found.json["choices"][0]["finish_reason"] == "stop"
+
+        async def leaving():
+            asking = ask(server.app, "POST", CHAT, body | {"max_tokens": 60})
+            while not server.desk.state.running:
+                await asyncio.sleep(0.01)
+            asking.leave()
+            await asking.over()
+
+        asyncio.run(leaving())
+        settled(server)
+        assert [metric(server, ended, finished_reason=one) for one in reasons] == [1, 1, 1, 0]
+
+
 def test_the_page_needs_nothing_from_elsewhere(server):
     found = get(server.app, "/")
     assert found.status == 200 and found.headers["content-type"].startswith("text/html")

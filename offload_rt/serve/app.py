@@ -76,7 +76,7 @@ class Service:
     _texts: dict[int, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.desk.on_over = self._count
+        self.desk.on_over, self.desk.on_gain = self._count, self.metrics.gain
         self.maker = Maker(self.offer, self.prompts, self.end_tokens)
         self.reading = Reading(self.maker)
 

@@ -112,6 +112,8 @@ class Desk:
     Args:
         model: that answers.
         on_over: called from the engine's thread with each order that has ended.
+        on_gain: likewise with the seconds between tokens of an answer that came one after the
+            other; what came in one sweep came together.
 
     Attributes:
         state: what the engine does; replaced after each sweep.
@@ -120,6 +122,7 @@ class Desk:
 
     model: Model
     on_over: Callable[[Order, Told], None] = lambda order, told: None
+    on_gain: Callable[[float], None] = lambda since_s: None
     state: State = field(default_factory=State)
     broken: str | None = None
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -176,6 +179,8 @@ class Desk:
                 gained = crowd.advance()
                 took_s = time.perf_counter() - start
                 for one in gained:
+                    if one.since_s is not None:
+                        self.on_gain(one.since_s)
                     self._tell(one.member, one.text, one.tokens)
                 self._look(crowd, engine, took_s)
         except Exception as error:

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
+from offload_rt.engine.sequence import FinishReason
 from offload_rt.report import overlap_ratio
 from offload_rt.serve.bodies import Tally
 from offload_rt.serve.desk import State
@@ -47,6 +48,10 @@ class Histogram:
 def _histograms() -> dict[str, tuple[str, Histogram]]:
     return {
         "vllm:time_to_first_token_seconds": ("Until the first token.", Histogram(_SECONDS)),
+        "vllm:inter_token_latency_seconds": (
+            "Between tokens of an answer that came one after the other.",
+            Histogram(_PER_TOKEN),
+        ),
         "vllm:request_time_per_output_token_seconds": (
             "Per token after the first, of an answer.",
             Histogram(_PER_TOKEN),
@@ -91,6 +96,11 @@ class Metrics:
             for name, value in values.items():
                 self._of[name][1].add(value)
 
+    def gain(self, since_s: float) -> None:
+        """Count a time between tokens."""
+        with self._lock:
+            self._of["vllm:inter_token_latency_seconds"][1].add(since_s)
+
     def refuse(self, status: int) -> None:
         """Count a request that was answered with an error."""
         with self._lock:
@@ -108,6 +118,7 @@ class Metrics:
         name = model.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
         label = f'model_name="{name}"'
         lines: list[str] = []
+        ended = dict(state.ended)
 
         def put(metric: str, kind: str, about: str, rows: Iterable[tuple[str, float]]) -> None:
             lines.append(f"# HELP {metric} {about}")
@@ -119,8 +130,8 @@ class Metrics:
         put(
             "vllm:request_success_total",
             "counter",
-            "Answers by why they ended.",
-            [(f',finished_reason="{reason}"', count) for reason, count in state.ended],
+            "Answers by why they ended; abort is a client that left, as vLLM counts it.",
+            [(f',finished_reason="{reason}"', ended.get(reason, 0)) for reason in FinishReason],
         )
         put(
             "vllm:spec_decode_num_accepted_tokens_per_pos_total",

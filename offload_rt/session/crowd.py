@@ -28,6 +28,7 @@ class Member:
         joined_s: when it was asked for, by the crowd's clock.
         admitted_s: when it got a cache.
         first_s: when its first token came.
+        last_s: when its last one came as yet.
         over_s: when it ended.
         told: its tokens that were told of.
     """
@@ -37,6 +38,7 @@ class Member:
     joined_s: float
     admitted_s: float | None = None
     first_s: float | None = None
+    last_s: float | None = None
     over_s: float | None = None
     told: int = 0
 
@@ -71,11 +73,13 @@ class Gained:
     Attributes:
         text: that is safe to show.
         tokens: how many more are told of.
+        since_s: since the last ones before them; None: there were none, or there are none now.
     """
 
     member: Member
     text: str
     tokens: int
+    since_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -147,13 +151,14 @@ class Crowd:
                 member.sequence.finish(FinishReason.STOP)
             new = member.stream.kept_tokens - member.told
             member.told += new
-            if new and member.first_s is None:
-                member.first_s = now
+            since_s = now - member.last_s if new and member.last_s is not None else None
+            if new:
+                member.first_s, member.last_s = member.first_s or now, now
             if member.sequence.finish_reason is not None:
                 text += self._ended(member)
                 member.over_s = now
                 del self._members[member.sequence]
-            found.append(Gained(member, text, new))
+            found.append(Gained(member, text, new, since_s))
         return found
 
     def _pushed(self, members: Sequence[Member]) -> list[str]:
