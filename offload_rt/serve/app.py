@@ -49,7 +49,6 @@ from offload_rt.text import Tokenizer
 _log = logging.getLogger(__name__)
 
 
-
 @dataclass(eq=False, slots=True)
 class Service:
     """A desk, and what requests to it need besides.

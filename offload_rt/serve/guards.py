@@ -20,6 +20,7 @@ from offload_rt.serve.wire import WireError
 MOST_BODY_BYTES = 8 * 2**20
 MOST_HEADERS = 100
 BODY_S = 30.0  # in which a body must have come
+AMBIGUOUS = "ambiguous_length"  # a proxy before us may see the end of the request elsewhere
 PUBLIC = frozenset({"/", "/health"})
 READING = frozenset({"/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"})
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
@@ -102,6 +103,8 @@ class Guards:
                 f"the request has {len(scope['headers'])} headers, accepted are {MOST_HEADERS}",
                 status=431,
             )
+        if {"content-length", "transfer-encoding"} <= headers.keys():
+            raise WireError("the request has a length and chunks: send one of them", code=AMBIGUOUS)
         hosts = [value for key, value in scope["headers"] if key == b"host"]
         host = _name_of(headers.get("host", ""))
         if len(hosts) != 1 or (self.rules.hosts and host not in self.rules.hosts):
@@ -149,7 +152,7 @@ async def refuse(send: Send, error: WireError) -> None:
         (b"content-length", str(len(data)).encode()),
         *error_headers(error),
     ]
-    if error.status in (408, 413, 431):  # what is left of the body is not read
+    if error.status in (408, 413, 431) or error.code == AMBIGUOUS:  # what is left is not read
         headers.append((b"connection", b"close"))
     await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
