@@ -8,22 +8,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 from engines import all_logits, engine_for, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig, Wire
 from offload_rt.costs.machine import FreeMemory, speeds_of
 from offload_rt.costs.workload import parts_of
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CPU, Packing, Processor
+from offload_rt.device.kinds import CPU, CUDA, Packing, Processor
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.rounded import Int4Linear
 from offload_rt.model.layout import plan_layouts
+from offload_rt.model.outline import outline_checkpoint
 from offload_rt.model.packer import pack
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.model.wire import as_if_packed, wired, wires_of
-from offload_rt.planning.fit import RunLoad
+from offload_rt.planning.fit import RunLoad, place_run
+from offload_rt.planning.placement import place, smallest_bytes
 from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.profiling import decoding
 from offload_rt.profiling.store import find_profile, load_profile
@@ -232,3 +236,40 @@ def test_simulate_looks_ahead_and_plan_does_not(make_tiny, offload_run):
     assert less["quantised"]["method"] == "bf16 in 12 bits"
     planned = offload_run("plan", folder, "--wire", "lossless")
     assert planned.code == 2 and "make one with `offload-run pack`" in planned.err
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "hidden_size": st.integers(4, 64).map(lambda n: 128 * n),
+        "intermediate_size": st.integers(8, 240).map(lambda n: 128 * n),
+        "num_hidden_layers": st.integers(2, 12),
+        "num_key_value_heads": st.sampled_from([1, 2, 4]),
+        "vocab_size": st.sampled_from([1000, 32000, 152064]),
+        "tie_word_embeddings": st.booleans(),
+    }
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(shape=SHAPES, resident=st.integers(0, 12))
+def test_12_bits_take_no_more_of_a_gpu(tmp_path_factory, shape, resident):
+    """Nor do fewer layers stay within the limit that plain ones need.
+
+    They are decoded into the bytes of one matrix, and leave more of two layers, in slots or for
+    good. Of one layer alone they may not, nor on a CPU, which decodes in steps besides.
+    """
+    folder, resident = tmp_path_factory.mktemp("sizes"), min(resident, shape["num_hidden_layers"])
+    config = shape | {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config |= {"num_attention_heads": 4, "max_position_embeddings": 256, "dtype": "bfloat16"}
+    (folder / "config.json").write_text(json.dumps(config))
+    plain = outline_checkpoint(folder)
+    coded = wired(as_if_packed(plain), Wire.LOSSLESS)
+    load, room = RunLoad(capacities=[128], prompt_tokens=64), 2**44
+    runtime = RuntimeConfig(device_limit_bytes=room, resident_layers=resident)
+    free = FreeMemory(device_bytes=room, host_bytes=room)
+    made = [place_run(one, runtime, CUDA, load=load, free=free) for one in (plain, coded)]
+    slots = min(2, len(made[0].streamed)) or None
+    needed = [smallest_bytes(m.demand, slots=slots, resident_layers=resident) for m in made]
+    assert needed[1] <= needed[0]
+    within = [place(m.demand, needed[0]) for m in made]
+    assert len(within[1].resident) >= len(within[0].resident)
