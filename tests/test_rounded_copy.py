@@ -20,6 +20,7 @@ from offload_rt.config import (
     SamplingConfig,
 )
 from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.workload import PlacedModel, Residence, parts_of
 from offload_rt.device.kinds import CPU
 from offload_rt.engine import Engine, Run
 from offload_rt.errors import OffloadError
@@ -71,8 +72,11 @@ def test_answers_do_not_change(make_tiny, family, weights, place):
         plain = generate(engine, [LONG], tokens=30)
     draft = triforce(weights)
     with engine_for(folder, prompts=[LONG], tokens=30, draft=draft, **place) as engine:
-        kinds = {type(m) for m in engine._rounded_copy.network._model.modules()}
+        copy = engine._rounded_copy.network
+        kinds = {type(m) for i in engine.placement.copied for m in copy._layers[i].modules()}
         assert MODULES[weights] in kinds and torch.nn.Linear not in kinds
+        for index in set(engine.placement.resident) - set(engine.placement.copied):
+            assert copy._layers[index] is engine.network._layers[index]
         run = finished(engine, LONG, 30)
         assert [s.emitted for s in run.sequences] == plain
         if weights is INT8:  # 4 bits change a random model of this size too much
@@ -89,11 +93,12 @@ def test_a_draft_that_leaves_nothing_out_is_mostly_right(make_tiny):
     assert min(speculation.acceptance_per_depth) > 0.7
 
 
-def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatch):
+@pytest.mark.parametrize("place", [{}, {"resident_layers": 1, "slots": 2}])
+def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatch, place):
     """The distribution that goes with a draft is the copies', not the target's: law 4 needs it."""
     folder = make_tiny("llama", **IDS)
     sampling = SamplingConfig(temperature=1.0, seed=3)
-    with engine_for(folder, prompts=[LONG], tokens=20, draft=triforce(INT4)) as engine:
+    with engine_for(folder, prompts=[LONG], tokens=20, draft=triforce(INT4), **place) as engine:
         laws, real = [], engine._rounded_copy.draft_logits
 
         def check(part):
@@ -127,7 +132,9 @@ def test_drafting_streams_no_weights(make_tiny):
             assert abs(engine.link_bytes() - before - passes * each) <= ahead
 
 
-def test_what_is_planned_is_what_is_kept(make_tiny):
+@pytest.mark.parametrize("resident", [0, 7, None])
+def test_what_is_planned_is_what_is_kept(make_tiny, resident):
+    """Of the streamed layers, or of all where none is, and of the head; all else is shared."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
     shape |= {"num_hidden_layers": 24, "tie_word_embeddings": True}
     folder = make_tiny("llama", **shape)
@@ -135,8 +142,12 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     for weights in (SAME, INT8, INT4):
         draft = triforce(weights)
         layers, head = rounded_copy_parts(checkpoint, draft, "auto", CPU)
-        sizes[weights] = sum(layers) + head
-        with engine_for(folder, prompts=[LONG], draft=draft, resident_layers=0, slots=2) as engine:
+        place = {"resident_layers": resident} | ({} if resident is None else {"slots": 2})
+        with engine_for(folder, prompts=[LONG], draft=draft, **place) as engine:
+            copied = engine.placement.streamed or range(24)
+            assert len(copied) == 24 - (resident or 0)
+            sizes[weights] = sum(layers[i] for i in copied) + head
+            assert engine.placement.copy_bytes == sizes[weights] - head
             memory = engine.memory()
             if weights is SAME:
                 assert engine._rounded_copy is None and "rounded copy" not in memory.ledger
@@ -145,7 +156,9 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
             embedding = model.get_input_embeddings()
             own = engine.network._model.get_input_embeddings()
             assert embedding.weight.data_ptr() == own.weight.data_ptr()  # the target's
-            shared = (embedding, model.get_submodule("model.norm"))  # what is in no layer
+            shared = [embedding, model.get_submodule("model.norm")]  # what is in no layer
+            for index in set(range(24)) - set(copied):
+                shared += engine.network._layers[index].modules()
             held = sum(module_bytes(m) for m in model.modules() if m not in shared)
             assert held <= sizes[weights] <= held * 1.02 + 2**16
             assert memory.ledger["rounded copy"] == pytest.approx(sizes[weights], rel=0.02)
@@ -191,8 +204,28 @@ def test_auto_takes_whichever_is_faster_and_fits(wide):
     assert tight.drafting.config.retrieval.retrieval_weights is SAME
     layers, head = rounded_copy_parts(wide, copies.drafting.config, "auto", CPU)
     copied = sum(layers) + head
-    spent = copies.placement.demand.drafter_bytes - own.placement.demand.drafter_bytes
+    copied -= sum(layers[i] for i in copies.placement.resident)
+    spent = copies.placement.drafter_bytes - own.placement.drafter_bytes
     assert spent == copied > 0
+
+
+@pytest.mark.parametrize("streamed", [(1, 4, 7), ()])
+def test_a_pass_with_copies_costs_what_is_rounded_and_what_is_not(wide, streamed):
+    """By hand: copies of the streamed layers, or of all where none is; the head is rounded."""
+    there = speeds()
+    parts = parts_of(wide, "auto", CPU)
+    model = PlacedModel(
+        parts=parts, speeds=there, residence=Residence(streamed=streamed, slots=2),
+        context_tokens=50,
+    )  # fmt: skip
+    load = model.over_retrieval(4, 32, INT8)
+    assert load.streamed == () and load.tokens == 4
+    assert (load.head, load.head_weights) == there.draft_work(model.load(4).head, INT8)
+    for index, layer in enumerate(load.layers):
+        plain = parts.layers[index].work(4)
+        own = plain, there.order(resident=True)
+        made = there.draft_work(plain, INT8) if index in streamed or not streamed else own
+        assert (layer.work, layer.weights) == made
 
 
 def test_auto_drafting_takes_copies_where_weights_are_streamed(wide):
@@ -226,7 +259,7 @@ def test_the_flag_is_used_shown_and_kept_in_plans(offload_run, tiny_model, tmp_p
     assert "triforce (int8)" in shown.err and "of int8 copies over at most" in shown.err
     path = tmp_path / "plan.json"
     done = offload_run("plan", tiny_model, *flags, *memory, "--context", 64, "--output", path)
-    assert done.code == 0 and "int8 copies of all layers" in done.out
+    assert done.code == 0 and "int8 copies of layers" in done.out
     assert json.loads(path.read_text())["options"]["retrieval_weights"] == "int8"
     done = offload_run(*common, "--plan", path, "--json")
     assert done.code == 0 and json.loads(done.out)["plan"]["retrieval_weights"] == "int8"
@@ -266,7 +299,8 @@ def test_int4_copies_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
             inner = sum(s.retrieval.passes for s in run.sequences)
             assert inner >= step and gpu.downloads == 1 + step + inner
         gpu.strict = False
-        kinds = {type(m) for m in engine._rounded_copy.network._model.modules()}
+        copied = [engine._rounded_copy.network._layers[i] for i in engine.placement.streamed]
+        kinds = {type(m) for layer in copied for m in layer.modules()}
         assert quantized.Int4Linear in kinds and torch.nn.Linear not in kinds
 
 

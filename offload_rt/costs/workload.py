@@ -212,7 +212,8 @@ class Residence:
         straight: of these, layers that go to the device at once, as their machine has no others.
         expert_share: of each layer's experts, so many are in host memory, the others in files.
         weights: all are kept rounded so.
-        copied: only these layers are, and the output head is not; None: all.
+        copied: only these layers are; None: all.
+        shares_head: the output head is not.
         packs_head: the output head is kept reordered.
         kv: rows that come from their home; None: all are on the device.
         device: that has each layer; empty: the first has them all.
@@ -228,6 +229,7 @@ class Residence:
     expert_share: float = 1.0
     weights: DraftWeights = DraftWeights.SAME
     copied: frozenset[int] | None = None
+    shares_head: bool = False
     packs_head: bool = False
     kv: StreamedKV | None = None
     device: tuple[int, ...] = ()
@@ -293,7 +295,7 @@ class PlacedModel:
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
         head, order = parts.head, self.speeds.order(resident=where.packs_head)
-        if where.weights in parts.rounds and where.copied is None:
+        if where.weights in parts.rounds and not where.shares_head:
             head, order = self.speeds.draft_work(head, where.weights)
         return PassLoad(
             layers=tuple(
@@ -325,18 +327,21 @@ class PlacedModel:
         Args:
             tokens: of each sequence.
             budget_tokens: of the cache.
-            weights: `same`: the model's own, wherever they are; else rounded copies on the device.
+            weights: `same`: the model's own, wherever they are; else rounded copies in place of the
+                streamed layers, or of all where none is.
         """
         where = replace(self.residence, kv=None)
         if weights.rounds:
-            where = Residence(weights=weights, device=where.device)
+            copied = frozenset(where.streamed) or None
+            where = Residence(weights=weights, copied=copied, device=where.device)
         seen = min(budget_tokens, self.context_tokens)
         return replace(self, residence=where, context_tokens=seen).draft_load(tokens)
 
     def over_own_rows(self, weights: DraftWeights) -> "PlacedModel":
         """The same with rounded copies, kept so, in place of the streamed layers."""
         here = self.residence
-        where = Residence(weights=weights, copied=frozenset(here.streamed), device=here.device)
+        copied = frozenset(here.streamed)
+        where = Residence(weights=weights, copied=copied, shares_head=True, device=here.device)
         return replace(self, residence=where)
 
     def _pieced(self, rows: int) -> bool:

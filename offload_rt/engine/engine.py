@@ -180,7 +180,7 @@ class Engine:
             base = load_base(self.network, self.device, self._files, BASE, embedding)
             self._rounded_copy = self._load_rounded_copy(base)
             self.runner = self._load_target(base, undo)
-            if self._rounded_copy is not None and draft.words.over_own_rows:
+            if self._rounded_copy is not None and self._copied_layers is not None:
                 self._rounded_copy.network.borrow(self.network, self.placement.resident)
             self._caches = self._allocate_caches([c + draft.pending_rows for c in capacities], undo)
             self.medusa: Medusa | None = None
@@ -686,12 +686,13 @@ class Engine:
             target_base=base,
             stripes=self._stripes if len(self.devices) > 1 else None,
             layers=self._copied_layers,
+            shares_head=self.draft.words.over_own_rows,
         )
 
     @property
     def _copied_layers(self) -> Sequence[int] | None:
         """The layers of which there are rounded copies; None: all."""
-        return self.placement.streamed if self.draft.words.over_own_rows else None
+        return self.placement.streamed or None
 
     @property
     def _target_ids(self) -> int:

@@ -115,6 +115,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         else 0,
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
+        copies_all=draft.copies_all,
         experts=None
         if isinstance(images, str) or draft.streamed_bytes
         else _experts(images, device),

@@ -164,7 +164,7 @@ def place_run(
         if config.device_limit_bytes is None and refusal.needed_bytes > free.device_bytes:
             raise _not_free(refusal.needed_bytes, free.device_bytes) from refusal
         raise
-    if demand.copy_bytes and not placement.streamed:
+    if demand.copy_bytes and not placement.copied:
         raise PlanError(
             f"--draft {load.drafting.config.kind} drafts with copies of streamed layers, and all "
             f"{len(placement.resident)} stay on the device: use another drafter, or lower "
@@ -238,7 +238,7 @@ def _place_ends(
         return whole
     if whole is None:
         return made
-    if made.demand.copy_bytes and not made.streamed:  # copies are of streamed layers
+    if made.demand.copy_bytes and not made.copied:
         return whole
     # Host memory is the home of layers before it is the embedding's.
     try:

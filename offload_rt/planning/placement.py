@@ -83,6 +83,7 @@ class Demand:
         kv_passes: `kv_bytes` are those of one layer, which the next one takes over.
         beside_bytes: of `drafter_bytes`, what lies beside each layer; empty: nothing does.
         copy_bytes: of a copy that drafts, beside each layer that is streamed; empty: there is none.
+        copies_all: where none is streamed there are copies of all.
         further_bytes: what each device after the first needs for passes through its layers.
         experts: how the layers lie whose experts are streamed one by one; None: they are not.
     """
@@ -105,6 +106,7 @@ class Demand:
     kv_passes: bool = False
     beside_bytes: tuple[int, ...] = ()
     copy_bytes: tuple[int, ...] = ()
+    copies_all: bool = False
     further_bytes: int = 0
     experts: ExpertDemand | None = None
 
@@ -168,6 +170,7 @@ class Demand:
             kv_passes=self.kv_passes,
             beside_bytes=beside,
             copy_bytes=tuple(self.copy_bytes[i] for i in layers) if self.copy_bytes else (),
+            copies_all=self.copies_all,
         )
 
 
@@ -329,13 +332,18 @@ class Placement:
 
     @property
     def copy_bytes(self) -> int:
-        """Bytes of copies of the streamed layers, which draft."""
+        """Bytes of the copies that draft."""
         copies = self.demand.copy_bytes
-        return sum(copies[i] for i in self.streamed) if copies else 0
+        return sum(copies[i] for i in self.copied) if copies else 0
+
+    @property
+    def copied(self) -> tuple[int, ...]:
+        """The layers of which copies would draft: the streamed ones, or maybe all that stay."""
+        return self.streamed or (self.resident if self.demand.copies_all else ())
 
     @property
     def drafter_bytes(self) -> int:
-        """What a drafter keeps, copies of streamed layers included."""
+        """What a drafter keeps, copies of layers included."""
         return self.demand.drafter_bytes + self.copy_bytes
 
     @property

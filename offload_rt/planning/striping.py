@@ -181,7 +181,7 @@ class _Counts:
         found = [_beside(demand, first=not device) for device in range(len(stripes))]
         self._fixed, self._each = [fixed for fixed, _ in found], [each for _, each in found]
         self._layer_bytes = max(demand.layer_bytes)
-        self._copy_bytes = max(demand.copy_bytes, default=0)
+        self._copy_bytes, self._copies_all = max(demand.copy_bytes, default=0), demand.copies_all
         self._slots = slots
         self._kv_bytes = (
             0 if demand.kv is None else demand.kv.streamed_bytes // len(demand.layer_bytes)
@@ -200,7 +200,8 @@ class _Counts:
         keeps, gets = self.kept[device] + kept, self.sent[device] + sent
         used = self._fixed[device] + self._each[device] * (keeps + gets)
         used += keeps * self._layer_bytes + min(self._slots, gets) * self._layer_bytes
-        used += gets * self._copy_bytes
+        streams = any(self.sent) or sent > 0 or not self._copies_all
+        used += (gets if streams else keeps) * self._copy_bytes
         return self._stripes[device].limit_bytes - used
 
     def send(self) -> bool:
@@ -299,6 +300,7 @@ def _arrange(
                     demand.share(mine, first=device == 0),
                     layer_bytes=demand.layer_bytes,
                     copy_bytes=demand.copy_bytes,
+                    copies_all=demand.copies_all and not streamed,
                 ),
                 device_limit_bytes=stripe.limit_bytes,
             )

@@ -225,6 +225,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
     target_base: Base | None = None,
     stripes: Stripes | None = None,
     layers: Sequence[int] | None = None,
+    shares_head: bool = False,
     network: Network | None = None,
 ) -> Runner:
     """Load a network that drafts: none of it is streamed.
@@ -239,8 +240,9 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         target_base: of the target, if this is a rounded copy of it: what is in no layer is shared,
             but for the output head.
         stripes: where its layers are; None: all on `device`.
-        layers: of a rounded copy, those that are copied; it will `Network.borrow` the others, and
-            the output head is shared too. None: all.
+        layers: of a rounded copy, those that are copied; it will `Network.borrow` the others. None:
+            all.
+        shares_head: of a rounded copy, that the output head is the target's, too.
         network: of the checkpoint, if it is there already.
     """
     network = network or Network(checkpoint, dtype, device.kind.packing)
@@ -260,7 +262,7 @@ def load_drafting(  # noqa: PLR0913 - what a runner is made of, most of it by ke
         files.close()
     network.attach(None, base, device.torch_device, chunk_tokens, stripes)
     _lend_hosts(network, shares)
-    if rounds and layers is None:
+    if rounds and not shares_head:
         with torch.inference_mode():
             if target_base is None:  # in the ledger is what stays
                 network.round_ends(weights)

@@ -70,6 +70,7 @@ class DraftMemory:
         building_bytes: on each device, while what lies there is made from the target's cache.
         streamed_bytes: besides, what lies beside each layer of the target that is streamed; empty:
             nothing does.
+        copies_all: where none is streamed, that lies beside all.
         copied_bytes: of these, small copies of weights, at most.
         recorded_bytes: of these, what recorded passes keep.
         pass_bytes: in one of its passes, when the target makes none.
@@ -81,6 +82,7 @@ class DraftMemory:
     kept_bytes: int = 0
     beside_bytes: tuple[int, ...] = ()
     streamed_bytes: tuple[int, ...] = ()
+    copies_all: bool = False
     building_bytes: int = 0
     copied_bytes: int = 0
     recorded_bytes: int = 0

@@ -74,14 +74,15 @@ def _memory(drafting: Drafting, run: DraftedRun) -> DraftMemory:
     config = drafting.config
     below = draft_memory(replace(drafting, config=config.inner), run.behind(config.nodes))
     copies, head = rounded_copy_parts(run.target, config, run.dtype, run.device)
-    rows, building_bytes = _retrieval_bytes(config, run)
-    beside = tuple(row + copy for row, copy in zip(rows, copies, strict=True))
+    beside, building_bytes = _retrieval_bytes(config, run)
     copied_bytes = sum(copies) + head
     number_bytes = number_bytes_of(run.target, run.dtype)
     recorded = recorded_bytes(run.target.config, number_bytes, run.device)
     return DraftMemory(
         kept_bytes=below.kept_bytes + building_bytes + sum(beside) + head + recorded,
-        beside_bytes=beside,
+        beside_bytes=tuple(beside),
+        streamed_bytes=tuple(copies) if any(copies) else (),
+        copies_all=True,
         building_bytes=building_bytes,
         copied_bytes=below.copied_bytes + copied_bytes,
         recorded_bytes=below.recorded_bytes + recorded,
@@ -146,7 +147,7 @@ def _history(draft: DraftConfig) -> Iterator[str]:
 def _in_memory(draft: DraftConfig) -> Iterator[str]:
     yield f"{draft.retrieval.budget_tokens} tokens of KV"
     if draft.retrieval.rounded:
-        yield f"{draft.retrieval.retrieval_weights} copies of all layers"
+        yield f"{draft.retrieval.retrieval_weights} copies of layers"
 
 
 def _make(seat: DrafterSeat, draft: DraftConfig) -> "Drafter":
