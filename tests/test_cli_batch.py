@@ -2,12 +2,18 @@
 
 import json
 import os
+import shutil
 import signal
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import offload_rt
+from offload_rt.adapters.reading import read_adapter
 from offload_rt.errors import ConfigError
+from offload_rt.model.adapter import CONFIG, WEIGHTS
+from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.serve import batch as module
 from offload_rt.session.crowd import Crowd
 
@@ -133,7 +139,7 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
 
 def test_a_journal_that_ends_anywhere_is_gone_on_with(tmp_path):
     """What a kill leaves is the beginning of the file, to any byte."""
-    path, mark = tmp_path / "out.part", json.dumps(["a", "b"])
+    path, mark = tmp_path / "out.part", {"input": "a", "model": "b"}
     results = [(n, {"id": f"batch-{n}", "text": "\u00e9\u2028" * n}) for n in (3, 1, 2)]
     journal = module.Journal(path, mark)
     for one in results:
@@ -166,13 +172,95 @@ def test_ctrl_c_keeps_what_is_done(tiny_model, source, tmp_path, offload_run, mo
     done = offload_run(*words(tiny_model, source, output))
     assert done.code == 130 and "the same command goes on" in done.err and not output.exists()
     other = offload_run(*words(tiny_model, source, output, "--temperature", 1))
-    assert other.code == 2 and "is of another input, model or settings" in other.err
+    assert other.code == 2 and "was begun with another sampling" in other.err
     part = tmp_path / "out.jsonl.part"
     lines = part.read_bytes()
     part.write_bytes(b"{}\n" + lines)
     assert "is damaged: remove it" in offload_run(*words(tiny_model, source, output)).err
     part.write_bytes(lines)
     assert offload_run(*words(tiny_model, source, output)).code == 0
+
+
+@pytest.fixture
+def cut_off(tmp_path, offload_run, monkeypatch):
+    """Begin a batch that is interrupted after a few sweeps; returns its output's path."""
+
+    def begin(model, source, *more):
+        output, real, sweeps = tmp_path / "cut.jsonl", Crowd.advance, []
+        output.with_name("cut.jsonl.part").unlink(missing_ok=True)
+
+        def interrupted(self):
+            sweeps.append(1)
+            if len(sweeps) == 8:
+                os.kill(os.getpid(), signal.SIGINT)
+            return real(self)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Crowd, "advance", interrupted)
+            assert offload_run(*words(model, source, output, *more)).code == 130
+        return output
+
+    return begin
+
+
+SAMPLED = ("--temperature", 0.9, "--seed", 5)
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "said"),
+    [
+        (SAMPLED, ("--accept", "typical"), "another --draft, its options, or --accept"),
+        ((), ("--exact", "off"), "another --exact"),
+        (("--exact", "off", "--dtype", "bfloat16"), ("--draft-tokens", 3), "another --draft or"),
+        ((), ("--dtype", "bfloat16"), "another --dtype"),
+        ((), ("--context", 64), "or --context"),
+    ],
+)
+def test_what_answers_depend_on_is_not_changed_midway(
+    tiny_model, source, offload_run, cut_off, first, then, said
+):
+    output = cut_off(tiny_model, source, *first)
+    before = output.with_name("cut.jsonl.part").read_bytes()
+    done = offload_run(*words(tiny_model, source, output, *first, *then))
+    assert done.code == 2 and said in done.err and "Traceback" not in done.err, done.err
+    assert output.with_name("cut.jsonl.part").read_bytes() == before and not output.exists()
+
+
+def test_what_answers_do_not_depend_on_may_be_changed(tiny_model, source, offload_run, cut_off):
+    output = cut_off(tiny_model, source)
+    more = ("--sequences", 2, "--draft-tokens", 3, "--resident-layers", 0, "--slots", 2)
+    done = offload_run(*words(tiny_model, source, output, *more))
+    assert done.code == 0, done.err
+
+
+def test_a_model_of_the_same_name_with_other_weights_is_another(
+    tiny_model, source, tmp_path, offload_run, cut_off
+):
+    folder = shutil.copytree(tiny_model, tmp_path / "copy" / tiny_model.name)
+    output = cut_off(tiny_model, source)
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    extent = open_checkpoint(folder).tensors["model.layers.2.mlp.up_proj.weight"]
+    changed = bytearray(whole)
+    for place in range(extent.offset, extent.offset + extent.nbytes, 4):
+        changed[place] ^= 1  # the last bit of each number of one matrix
+    weights.write_bytes(changed)
+    done = offload_run(*words(folder, source, output))
+    assert done.code == 2 and "another weights of that model" in done.err, done.err
+    weights.write_bytes(whole)  # a copy of other dates and place is the same
+    assert offload_run(*words(folder, source, output)).code == 0
+
+
+def test_an_adapter_of_the_same_name_with_other_weights_is_another(tmp_path):
+    digests = []
+    for number in range(2):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        numbers = torch.full((4, 4), float(number))
+        save_file({"base_model.model.x.lora_A.weight": numbers}, folder / WEIGHTS)
+        (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4}))
+        digests.append(read_adapter(folder).digest)
+    assert digests[0] != digests[1] and digests[0] == read_adapter(tmp_path / "0").digest
 
 
 def test_files_that_cannot_be_are_sentences(tiny_model, tmp_path, offload_run):

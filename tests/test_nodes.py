@@ -43,9 +43,9 @@ from offload_rt.engine.scheduler import Scheduler
 from offload_rt.engine.sequence import Request
 from offload_rt.errors import CheckpointError, ConfigError, PlanError, WeightsError
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.identity import digest_of
 from offload_rt.model.network import Network
 from offload_rt.nodes.carrying import ByGroup
-from offload_rt.nodes.joining import digest_of
 from offload_rt.nodes.line import Kind, Line, NodeError
 from offload_rt.nodes.meeting import be_met, meet
 from offload_rt.nodes.roster import Node, Roster, read_roster
@@ -560,7 +560,7 @@ def test_other_files_and_other_counts_are_one_sentence_on_every_node(make_tiny, 
     options = ["generate", "-p", "hello", "-n", "3", "--device", "cpu"]
     for process in start([tiny_model, other], two, 2, *options):
         code, _, err = finish(process)
-        assert code == 2 and "has other model files than node 0" in err, err
+        assert code == 2 and "has another model than node 0" in err, err
     for process in start(tiny_model, two, 3, *options):
         code, _, err = finish(process)
         assert code == 2 and "names 2 machines and torchrun started 3 processes" in err, err

@@ -8,6 +8,7 @@ from offload_rt.errors import CheckpointError
 from offload_rt.model.adapter import CONFIG, WEIGHTS
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
 from offload_rt.model.header import read_header
+from offload_rt.model.identity import digest_of_tensors
 
 _LIMIT_BYTES = 2**20
 # Settings that peft's merge takes care of, or that only matter while an adapter is trained.
@@ -57,6 +58,7 @@ class Adapter:
         files: what its two files were when they were read.
         tensors: how many it has.
         has_tokenizer: whether tokenizer files lie beside it.
+        digest: of what it says and its weights (`model/identity.py`).
     """
 
     folder: Path
@@ -66,6 +68,7 @@ class Adapter:
     files: tuple[FileIdentity, FileIdentity]
     tensors: int
     has_tokenizer: bool
+    digest: str
 
     @property
     def name(self) -> str:
@@ -92,6 +95,7 @@ def read_adapter(folder: Path) -> Adapter:
         files=(settings, weights),
         tensors=len(extents),
         has_tokenizer=(folder / "tokenizer_config.json").exists(),
+        digest=digest_of_tensors(repr(sorted(config.items())), extents),
     )
 
 

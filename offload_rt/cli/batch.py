@@ -1,6 +1,5 @@
 """`offload-run batch`: many prompts from a file, answered together."""
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -14,6 +13,7 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import output_of, settings_of
+from offload_rt.config import Exact
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
@@ -87,7 +87,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     source, output_path = values["source"], values["output"]
     fixed = {"stop": (), "ignore_eos": False, "system": None}
     settings, output = settings_of({**values, **fixed}), output_of(values)
-    from offload_rt.serve.batch import Batch, Journal, read_batch, understood
+    from offload_rt.serve.batch import Batch, Journal, mark_of, passes_of, read_batch, understood
 
     quiet_libraries(output)
     console = Console(output)
@@ -103,16 +103,13 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     from offload_rt.session.shared import fastest_room, shared_engine
 
     maker = maker_of(opened, settings)
-    most = maker.offer.context_tokens
     with console.progress("reading the input") as gauge:
         found: list[Line] = []
         gauge.done, gauge.total = lambda: len(found), len(lines)
         for number, text in lines:
             interrupts.check()
             found.append(understood(maker, number, text))
-    settled = [str(settings.sampling), settings.generation.max_tokens]
-    settled += [str(settings.runtime.dtype), str(settings.runtime.wire)]
-    mark = json.dumps([digest, opened.name, *settled, settings.adapter, most])
+    mark = mark_of(digest, opened, settings, maker.offer.version, found)
     journal = Journal(output_path.with_name(output_path.name + ".part"), mark)
     needs = [
         (len(line.request.ids), line.request.max_tokens)
@@ -126,6 +123,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     if journal.results:
         console.note(f"{len(journal.results)} of {len(found)} lines are done already")
     if values["ray"] is not None:
+        journal.settle(passes_of(settings, exact=settings.runtime.exact is Exact.ON))
         job = Job(model=model, settings=settings, needs=needs, sequences=values["sequences"])
         work = Batch(None, maker, found, journal)  # type: ignore[arg-type]  # Ray is asked
         work.refuse()
@@ -140,6 +138,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             free = settings.nodes.with_free(free)
         rooms = fastest_room(opened, settings, device, free, needs, values["sequences"])
         engine, room = run.enter_context(shared_engine(opened, settings, console, rooms))
+        journal.settle(passes_of(settings, exact=engine.exact.on))
         console.note(f"{len(needs)} lines, {room.sequences} at once, {room.kv_tokens} tokens of KV")
         crowd = Crowd(opened, engine, patient=True, check=interrupts.check)
         work, start = Batch(crowd, maker, found, journal), time.perf_counter()

@@ -5,7 +5,6 @@ node listens at a port of its own and leaves its address there, with a number by
 come are told from strangers. That is no authentication: the network has to be trusted.
 """
 
-import hashlib
 import os
 import secrets
 import socket
@@ -15,7 +14,6 @@ from datetime import timedelta
 from typing import Any, Self
 
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.nodes.line import SILENCE_S, Kind, Line, NodeError
 from offload_rt.nodes.roster import Roster
 
@@ -59,17 +57,6 @@ class Rank:
                 f"--nodes names {len(roster.nodes)} machines and torchrun started {self.count} "
                 "processes: start one for each"
             )
-
-
-def digest_of(checkpoint: Checkpoint) -> str:
-    """What nodes compare: names, sizes and places of all tensors, and the configuration."""
-    found = hashlib.sha256(repr(checkpoint.config).encode())
-    for name, extent in sorted(checkpoint.tensors.items()):
-        what = (name, extent.dtype, extent.shape, extent.path.name, extent.offset, extent.nbytes)
-        found.update(repr(what).encode())
-    for path, identity in sorted(checkpoint.files.items()):
-        found.update(f"{path.name} {identity.size}".encode())
-    return found.hexdigest()
 
 
 class Host:
@@ -145,8 +132,8 @@ class Host:
         self._lines[number] = line
         if hello.get("digest") != digest:
             raise NodeError(
-                f"{line.name} has other model files than {_FIRST}: config.json, or names, sizes "
-                "or places of tensors in its safetensors files differ: copy the same folder to all"
+                f"{line.name} has another model than {_FIRST}: config.json, or names, sizes "
+                "or weights of tensors differ: copy the same folder to all"
             )
         line.works(True)
 

@@ -9,24 +9,32 @@ with the bytes of one that was not, as far as the answers are the same (docs/SER
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
-from offload_rt.config import SEEDS
+from offload_rt.adapters.reading import read_adapter
+from offload_rt.config import SEEDS, DType, Wire
 from offload_rt.engine.sequence import Request, TokenLogprob
 from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.model.checkpoint import resolve_model
+from offload_rt.model.identity import digest_of
 from offload_rt.reading import decode_text, read_plain
 from offload_rt.serve.bodies import Envelope, Json, Words
 from offload_rt.serve.desk import known_tokens, tally_of
 from offload_rt.serve.orders import PLAIN_TOKENS, Maker
 from offload_rt.serve.wire import ChatBody, CompletionBody, WireError, read_body
 from offload_rt.session.crowd import Crowd, Member
+from offload_rt.session.opening import Model
+from offload_rt.session.settings import NO_ADAPTER, Settings
+from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
+from offload_rt.units import join_words
 from offload_rt.writing import append, cut_off, write_text, writing
 
 _LIMIT_BYTES = 2**30
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
+_PASSES = 0  # in place of a line's number in a journal: what all answers are made with
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +136,16 @@ class Journal:
 
     Args:
         path: of the file; what a killed run left in it is read.
-        mark: of input, model and settings: a journal of others is refused.
+        mark: what decides about answers, by what it is called: a journal of others is refused.
 
     Raises:
         ConfigError: it is of another input or other settings, or damaged.
     """
 
-    def __init__(self, path: Path, mark: str) -> None:
+    def __init__(self, path: Path, mark: Mapping[str, str]) -> None:
         self.path = path
         self.results: dict[int, Json] = {}
+        self._settled: Json | None = None
         head = json.dumps({"mark": mark}) + "\n"
         begun = read_plain(path, 4 * _LIMIT_BYTES) if path.exists() else b""
         if head.encode().startswith(begun):  # the run was killed before its first line was whole
@@ -147,27 +156,45 @@ class Journal:
 
     def add(self, results: Sequence[tuple[int, Json]]) -> None:
         """Keep results; once this returns they are there for good."""
+        self._append(results)
+        self.results |= dict(results)
+
+    def settle(self, passes: Mapping[str, str]) -> None:
+        """Keep what decides about answers and is known only when the engine is there.
+
+        Raises:
+            ConfigError: the run that began this journal found something else.
+        """
+        if self._settled is None:
+            self._settled = dict(passes)
+            self._append([(_PASSES, self._settled)])
+        self._compare(self._settled, passes)
+
+    def _append(self, results: Sequence[tuple[int, Json]]) -> None:
         lines = [json.dumps({"line": n, "result": r}, ensure_ascii=False) for n, r in results]
         with writing(self.path):
             append(self.path, "".join(line + "\n" for line in lines))
-        self.results |= dict(results)
 
-    def _read(self, begun: bytes, mark: str) -> None:
+    def _read(self, begun: bytes, mark: Mapping[str, str]) -> None:
         whole, _, rest = begun.rpartition(b"\n")
         try:
             head, *lines = [json.loads(line) for line in whole.split(b"\n")]
-            known = head["mark"]
+            known = dict(head["mark"])
             self.results = {int(line["line"]): dict(line["result"]) for line in lines}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"{self.path} is damaged: remove it to begin anew") from None
-        if known != mark:
-            raise ConfigError(
-                f"{self.path} is of another input, model or settings: remove it to begin anew, or "
-                "take another --output"
-            )
+        self._compare(known, mark)
+        self._settled = self.results.pop(_PASSES, None)
         if rest:  # a line that was being written when the run was killed
             with writing(self.path):
                 cut_off(self.path, len(rest))
+
+    def _compare(self, known: Mapping[str, object], now: Mapping[str, str]) -> None:
+        if others := [name for name in {**now, **known} if known.get(name) != now.get(name)]:
+            raise ConfigError(
+                f"{self.path} was begun with another {join_words(others)}: take the same again, "
+                "remove the file to begin anew, or take another --output"
+            )
 
 
 class Results(Protocol):
@@ -288,6 +315,64 @@ class Batch:
         text = "".join(json.dumps(result, ensure_ascii=False) + "\n" for result in results)
         write_text(output, text, private=True)
         self.journal.path.unlink()
+
+
+def mark_of(
+    digest: str, model: Model, settings: Settings, version: str, lines: Sequence[Line]
+) -> dict[str, str]:
+    """What decides about answers, by what it is called.
+
+    What layers are where, how many answers are made at once, and what streams are not in it. Who
+    drafts is in it where a sampled answer rests on its drafts.
+
+    Args:
+        digest: of the input.
+        model: that answers, without its adapter.
+        settings: of the command line.
+        version: of this program, which answers name.
+        lines: of the input, with their tokens, sampling and limits.
+
+    Raises:
+        CheckpointError: files of the model, its adapter or its drafter cannot be read.
+    """
+    wanted = hashlib.sha256()
+    for line in lines:
+        asked = line.request and replace(line.request, seed=0)  # a greedy one's is drawn anew
+        wanted.update(repr(replace(line, request=asked)).encode(errors="surrogatepass"))
+    adapter, wire = "", settings.runtime.wire
+    if settings.adapter not in (None, NO_ADAPTER):
+        adapter = read_adapter(resolve_model(settings.adapter)).digest
+    mark = {
+        "input": digest,
+        "sampling, tokenizer, chat template, --max-tokens or --context": wanted.hexdigest(),
+        "model": model.name,
+        "weights of that model": digest_of(model.checkpoint),
+        "adapter": adapter,
+        "--dtype": str(settings.runtime.dtype),
+        "--wire": str(wire) if wire in (Wire.INT8, Wire.INT4) else "",
+        "kind of --device": settings.runtime.device.partition(":")[0],
+        "version of offload-rt": version,
+    }
+    sampled = any(line.request and not line.request.sampling.greedy for line in lines)
+    if sampled and settings.draft.answers_rest_on_it:
+        drafter = open_draft_checkpoint(model.checkpoint, settings.draft)
+        weights = digest_of(drafter) if drafter is not None else ""
+        mark["--draft, its options, or --accept"] = f"{settings.draft} {weights}"
+    return mark
+
+
+def passes_of(settings: Settings, *, exact: bool) -> dict[str, str]:
+    """What decides about the last bits of answers, by what it is called.
+
+    Args:
+        settings: of the command line.
+        exact: passes are row-invariant. Where they are not, bits go by how many rows a pass has,
+            and so by who drafts; in fp32 texts do not.
+    """
+    found = {"--exact, as it is on or off by what streams and who drafts": "on" if exact else "off"}
+    if not exact and settings.runtime.dtype is not DType.FLOAT32:
+        found["--draft or its options"] = str(settings.draft)
+    return found
 
 
 def failure(line: Line, why: str) -> Json:

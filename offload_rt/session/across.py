@@ -48,7 +48,8 @@ def be_guest(model: str, settings: Settings, observer: Observer) -> int:
         NodeError: the first node is gone, or ended as something failed.
         OffloadError: this one cannot take part.
     """
-    from offload_rt.nodes.joining import Rank, digest_of, join
+    from offload_rt.model.identity import digest_of
+    from offload_rt.nodes.joining import Rank, join
 
     rank = Rank.read()
     with observer.waiting(f"opening {model}"):
@@ -160,9 +161,10 @@ def across(
         yield settings
         return
     from offload_rt.device.opening import chosen_kind
+    from offload_rt.model.identity import digest_of
     from offload_rt.nodes.carrying import ByGroup, ByLine
     from offload_rt.nodes.crossing import Lead, Member
-    from offload_rt.nodes.joining import Host, Rank, digest_of
+    from offload_rt.nodes.joining import Host, Rank
     from offload_rt.nodes.meeting import meet
     from offload_rt.nodes.roster import read_roster
 
