@@ -377,3 +377,20 @@ def test_planted_heavy_imports_are_found(source, found, tmp_path):
 )
 def test_planted_unsafe_uses_are_found(source, found):
     assert bool(unsafe_uses(source)) is found
+
+
+def opens_ports(source):
+    """Whether a module listens, or starts what does."""
+    names = {"bind", "create_server", "start_server", "TCPStore", "rendezvous"}
+    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    called = {getattr(each, "attr", getattr(each, "id", "")) for each in calls}
+    return bool(called & names or any(ast.unparse(each) == "ray.init" for each in calls))
+
+
+def test_ports_are_opened_where_security_says():
+    found = {
+        p.relative_to(ROOT).as_posix() for p in ROOT.rglob("*.py") if opens_ports(p.read_text())
+    }
+    assert found == {"nodes/joining.py", "serve/running.py", "serve/spread.py"}
+    said = (PROJECT / "SECURITY.md").read_text()
+    assert "Ports are opened by `serve`, `--nodes` and `--ray local` only." in said
