@@ -12,6 +12,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
@@ -45,8 +46,9 @@ from offload_rt.errors import CheckpointError, ConfigError, PlanError, WeightsEr
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.identity import digest_of
 from offload_rt.model.network import Network
+from offload_rt.nodes import joining
 from offload_rt.nodes.carrying import ByGroup
-from offload_rt.nodes.line import Kind, Line, NodeError
+from offload_rt.nodes.line import _HEAD, Kind, Line, NodeError
 from offload_rt.nodes.meeting import be_met, meet
 from offload_rt.nodes.roster import Node, Roster, read_roster
 from offload_rt.planning.fit import host_limits
@@ -474,6 +476,121 @@ def test_nodes_compare_their_files(make_tiny, folder, tmp_path):
         (copy / file.name).write_bytes(file.read_bytes())
     mine = digest_of(open_checkpoint(folder))
     assert mine == digest_of(open_checkpoint(copy)) != digest_of(open_checkpoint(other))
+
+
+class Store(dict):
+    """What torchrun's rendezvous keeps."""
+
+    def set(self, name, said):
+        self[name] = said.encode()
+
+    def get(self, name):
+        return self[name]
+
+    def wait(self, names, limit):
+        until = time.monotonic() + limit.total_seconds()
+        while not set(names) <= self.keys() and time.monotonic() < until:
+            time.sleep(0.005)
+
+
+@pytest.fixture
+def meeting(monkeypatch):
+    """Where nodes of this process meet."""
+    store = Store()
+    monkeypatch.setattr(joining, "rendezvous_store", lambda: store)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    return store
+
+
+def strange(store, sent):
+    """Somebody connects to the first node's port, and says that."""
+    store.wait([joining._ADDRESS], timedelta(seconds=20))
+    port = int(store.get(joining._ADDRESS).decode().split()[0])
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(sent)
+    return connection
+
+
+def gathering(results, monkeypatch):
+    """The first node waits for one other, in a thread; returns that."""
+
+    def gather():
+        roster = Roster(nodes=(Node(name="desk"), Node(name="shelf")))
+        with joining.Host() as host:
+            results.append(host.gather(roster, joining.Rank(0, 2), "same"))
+            results.append(results[0][0].take().record)
+
+    thread = threading.Thread(target=gather, daemon=True)
+    thread.start()
+    return thread
+
+
+STRANGERS = {
+    "silent": b"",
+    "in the middle": b"\x01\x00",
+    "64 GiB": _HEAD.pack(Kind.HELLO.value, 2, 2**36) + b"{}",
+    "a long record": _HEAD.pack(Kind.HELLO.value, 2**26, 0) + b"{",
+    "another frame": _HEAD.pack(Kind.ROWS.value, 2, 0) + b"{}",
+    "no record": _HEAD.pack(Kind.HELLO.value, 4, 0) + b"[{]]",
+    "HTTP": b"GET / HTTP/1.1\r\nHost: desk\r\n\r\n",
+}
+
+
+def test_strangers_hold_up_nobody_who_joins(meeting, monkeypatch):
+    results, begun, asked = [], time.monotonic(), []
+    real = Line._bytes
+    monkeypatch.setattr(Line, "_bytes", lambda self, n: asked.append(n) or real(self, n))
+    thread = gathering(results, monkeypatch)
+    strangers = {name: strange(meeting, sent) for name, sent in STRANGERS.items()}
+    strangers["wrong number"] = strange(meeting, b"")
+    other = Line(strangers["wrong number"], "first")
+    other.send(Kind.HELLO, {"node": 1, "token": "0" * 32, "digest": "same", "host": "x"})
+    line = joining.join(joining.Rank(1, 2), "same")
+    line.send(Kind.TELL, {"it": "works"})
+    thread.join(timeout=20)
+    assert results[1] == {"it": "works"} and time.monotonic() - begun < 15
+    assert max(asked) <= 4096  # bytes that are set aside
+    line.close()
+    with pytest.raises(NodeError, match="this is another run"):
+        other.take()
+    other.close()
+    for name in STRANGERS:
+        with suppress(ConnectionResetError):  # what it said was not read
+            assert strangers[name].recv(1) == b"", name
+
+
+def test_who_says_nothing_is_sent_away_and_so_is_the_oldest_of_many(meeting, monkeypatch):
+    monkeypatch.setattr(joining, "HELLO_S", 0.2)
+    monkeypatch.setattr(joining, "_MOST_WAITING", 2)
+    results = []
+    thread = gathering(results, monkeypatch)
+    for count in (1, 4):
+        silent = [strange(meeting, b"") for _ in range(count)]
+        for one in silent:
+            one.settimeout(20)
+            assert one.recv(1) == b""
+    line = joining.join(joining.Rank(1, 2), "same")
+    line.send(Kind.TELL, {})
+    thread.join(timeout=20)
+    assert len(results) == 2
+    line.close()
+
+
+def test_a_frame_for_which_there_is_no_memory_is_a_sentence(monkeypatch):
+    here, there = socket.socketpair()
+    line, real = Line(here, "shelf"), Line._bytes
+
+    def bytes_of(self, count):
+        if count > 2**30:
+            raise MemoryError
+        return real(self, count)
+
+    monkeypatch.setattr(Line, "_bytes", bytes_of)
+    there.sendall(_HEAD.pack(Kind.ROWS.value, 2, 2**36) + b"{}")
+    with pytest.raises(NodeError, match=r"shelf sends 64\.0? ?GiB at once"):
+        line.take()
+    line.close()
+    there.close()
 
 
 PATIENT = """

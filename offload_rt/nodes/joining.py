@@ -9,15 +9,20 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Self
 
 from offload_rt.errors import ConfigError, OffloadError
-from offload_rt.nodes.line import SILENCE_S, Kind, Line, NodeError
+from offload_rt.nodes.line import SILENCE_S, Kind, Line, NodeError, greets
 from offload_rt.nodes.roster import Roster
 
 JOIN_S = 300.0  # until all have joined
+HELLO_S = 10.0  # until somebody who connects has said who it is
+_LOOK_S = 0.02
+_MOST_WAITING = 64
 _ADDRESS = "offload-rt/address"
 _FIRST = "node 0"
 
@@ -59,6 +64,36 @@ class Rank:
             )
 
 
+class _Comers:
+    """Connections of those who have not said yet who they are; none holds up the others."""
+
+    def __init__(self, server: socket.socket) -> None:
+        self._server = server
+        server.settimeout(_LOOK_S)
+        self._waiting: dict[socket.socket, float] = {}  # since when
+
+    def greeting(self) -> Iterator[socket.socket]:
+        """Those whose whole greeting is there, after a short wait for more of them."""
+        try:
+            connection, _ = self._server.accept()
+            self._waiting[connection] = time.monotonic()
+        except (TimeoutError, ConnectionError):
+            pass
+        for connection, since in list(self._waiting.items()):
+            late = time.monotonic() - since > HELLO_S or len(self._waiting) > _MOST_WAITING
+            if said := greets(connection):
+                del self._waiting[connection]
+                yield connection
+            elif late or said is False:
+                del self._waiting[connection]
+                connection.close()
+
+    def close(self) -> None:
+        """Send the others away."""
+        for connection in self._waiting:
+            connection.close()
+
+
 class Host:
     """The first node's side: where the others find it, and lines to them.
 
@@ -96,20 +131,18 @@ class Host:
         except OSError as error:
             raise NodeError(f"{_FIRST} cannot listen at {host}: {error.strerror}") from error
         token = secrets.token_hex(16)
-        with server:
+        with server, closing(_Comers(server)) as comers:
             self._store.set(_ADDRESS, f"{server.getsockname()[1]} {token}")
             self._announced = True
             while len(self._lines) < rank.count - 1:
-                server.settimeout(max(0.01, until - time.monotonic()))
-                try:
-                    connection, _ = server.accept()
-                except TimeoutError:
+                if time.monotonic() > until:
                     names = [node.name for node in roster.nodes]
                     missing = next(n for i, n in enumerate(names) if i and i not in self._lines)
                     raise NodeError(
                         f"{missing} did not join within {JOIN_S:.0f} s: see what its process says"
-                    ) from None
-                self._admit(Line(connection, "a node that joins"), roster, digest, token)
+                    )
+                for connection in comers.greeting():
+                    self._admit(Line(connection, "a node that joins"), roster, digest, token)
         return [self._lines[number] for number in sorted(self._lines)]
 
     def _admit(self, line: Line, roster: Roster, digest: str, token: str) -> None:

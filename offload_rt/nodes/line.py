@@ -18,9 +18,11 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from offload_rt.errors import OffloadError
+from offload_rt.units import format_size
 
 _HEAD = struct.Struct("!BIQ")  # kind, bytes of the record, bytes behind it
-_MOST_RECORD, _MOST_DATA = 2**26, 2**36
+_MOST_RECORD, _MOST_DATA = 2**26, 2**36  # of a node that has joined
+_MOST_HELLO = 4096  # bytes of what one says that has not
 SILENCE_S = 30.0
 
 
@@ -50,6 +52,25 @@ class Frame:
     kind: Kind
     record: dict[str, object]
     data: bytearray = field(default_factory=bytearray)
+
+
+def greets(connection: socket.socket) -> bool | None:
+    """Whether a whole HELLO of a node that joins has come; it is not taken. None: not yet.
+
+    Nothing is set aside for what a stranger announces, and nobody waits for it.
+    """
+    try:
+        there = connection.recv(_HEAD.size + _MOST_HELLO, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return None
+    except OSError:
+        return False
+    if len(there) < _HEAD.size:
+        return None if there else False
+    kind, head, data = _HEAD.unpack_from(there)
+    if kind != Kind.HELLO.value or head > _MOST_HELLO or data:
+        return False
+    return len(there) >= _HEAD.size + head or None
 
 
 class Line:
@@ -155,6 +176,10 @@ class Line:
             return Frame(found, record, self._bytes(data))
         except OSError as error:
             raise self._gone(error) from error
+        except MemoryError as error:
+            raise NodeError(
+                f"{self.name} sends {format_size(data)} at once, and there is no memory for it"
+            ) from error
         except ValueError as error:
             raise NodeError(
                 f"what came from {self.name} is no frame of offload-run: something else uses "
