@@ -105,11 +105,12 @@ def test_weights_are_rounded_by_request_as_those_of_one_answer(tiny_model, tmp_p
     assert texts[0] == text_of(result) != texts[1]
 
 
+@pytest.mark.parametrize("more", [(), ("--dtype", "bf16", "--exact", "on")], ids=["fp32", "bf16"])
 def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
-    tiny_model, source, tmp_path, offload_run, monkeypatch
+    tiny_model, source, tmp_path, offload_run, monkeypatch, more
 ):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    seed = ("--seed", 5)
+    seed = ("--seed", 5, *more)
     assert offload_run(*words(tiny_model, source, whole, *seed)).code == 0
     real, sweeps = Crowd.advance, []
 

@@ -11,7 +11,14 @@ from engines import PROMPT, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.config import DraftConfig, Exact, GenerationConfig, RuntimeConfig, SamplingConfig
+from offload_rt.config import (
+    DraftConfig,
+    DType,
+    Exact,
+    GenerationConfig,
+    RuntimeConfig,
+    SamplingConfig,
+)
 from offload_rt.engine import NO_DRAFT, Engine, FinishReason, Request, Run
 from offload_rt.engine.scheduler import Pace, Scheduler, shares
 from offload_rt.errors import CapacityError, CheckpointError, ConfigError
@@ -124,6 +131,50 @@ def test_an_answer_does_not_depend_on_who_else_is_there(tiny, alone, draft, stre
             assert sequence.finish_reason is FinishReason.LENGTH
             assert sequence.emitted == expected
     assert sum(s.finish_reason is FinishReason.ABORT for s in joined) <= 1
+
+
+HELD, STREAMED = {}, {"resident_layers": 1, "slots": 2}
+IN_BF16 = {"dtype": DType.BFLOAT16, "prefill_chunk_tokens": 16}
+
+
+def arriving(engine, asked, *, together):
+    """They come one every second sweep, one leaves; or each when the one before has ended."""
+    scheduler, joined = Scheduler(engine), []
+    for sweep in range(600):
+        if len(joined) < len(asked) and (not sweep % 2 if together else not scheduler.busy):
+            if not together:
+                engine.forget()
+            joined.append(scheduler.join(asked[len(joined)]))
+        if together and sweep == 12:
+            scheduler.leave(joined[2])
+        if not scheduler.busy and len(joined) == len(asked):
+            return joined
+        scheduler.sweep()
+    raise AssertionError("it does not come to an end")
+
+
+@pytest.fixture(scope="module")
+def in_bf16(tiny):
+    """Requests, some of which begin alike, and what each is answered alone without drafts."""
+    asked = [replace(request, logprobs=2) for request in requests(10, seed=8)]
+    begun = prompts(1, seed=9, longest=40)[0] + PROMPT
+    asked[2:8] = [replace(one, ids=[*begun, *one.ids[:9]]) for one in asked[2:8]]
+    with served(tiny, exact=Exact.ON, **IN_BF16) as engine:
+        return asked, arriving(engine, asked, together=False)
+
+
+@pytest.mark.parametrize("draft", [NO_DRAFT, NGRAM], ids=["plain", "ngram"])
+@pytest.mark.parametrize("streams", [HELD, STREAMED], ids=["held", "streamed"])
+def test_in_bf16_too_where_passes_are_row_invariant(tiny, in_bf16, draft, streams):
+    """Log-probabilities to the last bit: of who joins, leaves, and goes on with others' rows."""
+    asked, expected = in_bf16
+    with served(tiny, draft=draft, exact=Exact.ON, **IN_BF16, **streams) as engine:
+        joined = arriving(engine, asked, together=True)
+    assert sum(one.reused > 0 for one in joined) >= 3
+    for one, alone in zip(joined, expected, strict=True):
+        count = len(one.emitted) if one.finish_reason is FinishReason.ABORT else one.max_tokens
+        assert one.emitted == alone.emitted[:count] and count > 0
+        assert one.logprobs[:count] == alone.logprobs[:count]
 
 
 def test_an_answer_does_not_depend_on_how_much_is_drafted_for_how_many(tiny, alone):
