@@ -4,12 +4,27 @@ import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+
+from offload_rt.cli import batch as command
+from offload_rt.config import RuntimeConfig
+from offload_rt.device import system
+from offload_rt.device.kinds import FREE_SHARE
+from offload_rt.errors import ConfigError
+from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.identity import digest_of
+from offload_rt.serve.batch import Batch, Journal
+from offload_rt.serve.spread import Job, Share, Worker, share_of, shared_out
+from offload_rt.session.options import settings_from
 
 PROGRAM = str(Path(sys.executable).with_name("offload-run"))
 SMALL = ["--device", "cpu", "--device-memory", "256MiB", "--dtype", "float32", "--draft", "none"]
@@ -60,6 +75,101 @@ def test_what_does_not_go_together_is_refused(tiny_model, source, tmp_path, offl
     if importlib.util.find_spec("ray") is None:
         done = offload_run(*words(tiny_model, source, tmp_path / "out", "--ray", "local"))
         assert (done.code, "pip install offload-rt[ray]" in done.err) == (2, True)
+
+
+def machine(alive=True, **resources):
+    return {"Alive": alive, "Resources": {"CPU": 2.0, **resources}}
+
+
+@pytest.mark.parametrize(
+    ("device", "machines", "workers", "expected"),
+    [
+        ("cpu", [machine(), machine(), machine(alive=False)], None, (2, 0, 1)),
+        ("cpu", [machine(GPU=2.0), machine()], 3, (3, 0, 2)),
+        ("auto", [machine(), machine()], None, (2, 0, 1)),
+        ("auto", [machine(GPU=2.0), machine()], None, (1, 1, 1)),
+        ("auto", [machine(GPU=2.0), machine(GPU=1.0)], 3, (3, 1, 2)),
+        ("cuda", [machine(GPU=4.0)], None, (1, 1, 1)),
+        ("cuda:3", [machine(GPU=4.0)], 4, (4, 1, 4)),
+        ("cuda:0,cuda:1", [machine(GPU=5.0), machine(GPU=1.0)], 2, (2, 2, 2)),
+        ("cuda", [machine()], None, "1 of them do not fit, .* room for 0"),
+        ("auto", [machine(GPU=2.0)], 3, "3 of them do not fit, .* room for 2"),
+    ],
+)
+def test_workers_have_gpus_to_themselves_where_the_cluster_has_them(
+    device, machines, workers, expected
+):
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            share_of(device, machines, workers)
+    else:
+        share = share_of(device, machines, workers)
+        assert (share.workers, share.gpus, share.together) == expected
+
+
+def test_workers_on_one_machine_share_its_memory_and_threads(monkeypatch):
+    monkeypatch.setattr(system, "free_memory_bytes", lambda: 1000)
+    monkeypatch.setattr(system, "machine_threads", lambda: 9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # as Ray does
+    two, alone = Share(workers=2, gpus=0, together=2), Share(workers=1, gpus=0, together=1)
+    made = shared_out(RuntimeConfig(device="cpu"), two)
+    assert (made.threads, made.device_limit_bytes) == (4, 500 * FREE_SHARE)
+    made = shared_out(RuntimeConfig(device="cpu"), alone)
+    assert (made.threads, made.device_limit_bytes) == (9, None)
+    said = RuntimeConfig(device="cpu", threads=3, device_limit_bytes=7)
+    assert shared_out(said, two) == said
+    made = shared_out(RuntimeConfig(device="cuda:3"), replace(two, gpus=1))
+    assert (made.device, made.device_limit_bytes) == ("cuda:0", None)
+    assert made.host_limit_bytes == 500 * FREE_SHARE
+
+
+def test_what_a_worker_cannot_be_made_for_is_told_with_its_first_lines(tiny_model):
+    settings = settings_from({"device": "cpu", "device_memory": "1MiB", "draft": "none"})
+    ours = digest_of(open_checkpoint(tiny_model))
+    for weights, kind, why in (
+        (ours, "PlanError", "the limit is 1.00 MiB"),
+        ("x", "ConfigError", "weights"),
+    ):
+        job = Job(
+            model=str(tiny_model),
+            weights=weights,
+            settings=settings,
+            needs=[(5, 5)],
+            sequences=None,
+        )
+        worker = Worker(job, Share(workers=1, gpus=0, together=1))
+        (result,) = worker({"line": [1], "text": ["the fox"]})["result"]
+        told = json.loads(result)
+        assert told["kind"] == kind and why in told["why"], told
+        assert told["why"].startswith(f"on {socket.gethostname()}: ")
+
+
+def test_progress_of_workers_has_tokens_and_time_left(tmp_path, monkeypatch):
+    said = []
+    gauge = SimpleNamespace(detail=lambda: "")
+    console = SimpleNamespace(progress=lambda _: nullcontext(gauge))
+    work = Batch(None, None, list(range(4)), Journal(tmp_path / "part", {}))
+
+    def parts():
+        for number in range(1, 4):
+            body = {"usage": {"completion_tokens": 10}}
+            yield number, {"response": {"body": body}}, True
+            said.append(gauge.detail())
+
+    times = iter(range(0, 60, 5))
+    monkeypatch.setattr(command.time, "perf_counter", lambda: next(times))
+    assert not command._gather(parts(), work, settings_from({}), console)
+    assert said[0] == "1 of 4, 2.0 tokens/s, 15 s left"
+    assert said[2] == "3 of 4, 2.0 tokens/s, 5 s left"
+
+
+@pytest.mark.slow
+def test_a_plan_that_does_not_fit_is_one_sentence(tiny_model, source, tmp_path, offload_run):
+    pytest.importorskip("ray")
+    more = ["--ray", "local", "--device-memory", "1MiB"]
+    done = offload_run(*words(tiny_model, source, tmp_path / "out.jsonl", *more))
+    assert done.code == 3 and f"error: on {socket.gethostname()}: " in done.err, done.err
+    assert "Traceback" not in done.err and "ray." not in done.err
 
 
 @pytest.mark.slow

@@ -13,10 +13,10 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import output_of, settings_of
-from offload_rt.config import Exact
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
+from offload_rt.session.settings import Settings
 from offload_rt.session.shared import MOST_SEQUENCES
 from offload_rt.units import format_speed
 from offload_rt.writing import check_target
@@ -87,7 +87,15 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     source, output_path = values["source"], values["output"]
     fixed = {"stop": (), "ignore_eos": False, "system": None}
     settings, output = settings_of({**values, **fixed}), output_of(values)
-    from offload_rt.serve.batch import Batch, Journal, mark_of, passes_of, read_batch, understood
+    from offload_rt.serve.batch import (
+        WEIGHTS,
+        Batch,
+        Journal,
+        mark_of,
+        passes_of,
+        read_batch,
+        understood,
+    )
 
     quiet_libraries(output)
     console = Console(output)
@@ -123,12 +131,17 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     if journal.results:
         console.note(f"{len(journal.results)} of {len(found)} lines are done already")
     if values["ray"] is not None:
-        journal.settle(passes_of(settings, exact=settings.runtime.exact is Exact.ON))
-        job = Job(model=model, settings=settings, needs=needs, sequences=values["sequences"])
+        job = Job(
+            model=model,
+            weights=mark[WEIGHTS],
+            settings=settings,
+            needs=needs,
+            sequences=values["sequences"],
+        )
         work = Batch(None, maker, found, journal)  # type: ignore[arg-type]  # Ray is asked
         work.refuse()
         parts = answered(job, work.left, lines, values["ray"], values["ray_workers"])
-        stopped = _gather(parts, work, console)
+        stopped = _gather(parts, work, settings, console)
         return _end(work, output_path, console) if not stopped else interrupts.exit_code
     opened = adapted(opened, settings, console)
     with ExitStack() as run:
@@ -178,13 +191,27 @@ def _check(values: dict[str, Any]) -> None:
         raise ConfigError("--ray needs Ray: install it with `pip install offload-rt[ray]`")
 
 
-def _gather(parts: Iterator[tuple[int, Any]], work: Any, console: Console) -> bool:  # noqa: ANN401
+def _gather(
+    parts: Iterator[tuple[int, Any, bool]],
+    work: Any,  # noqa: ANN401
+    settings: Settings,
+    console: Console,
+) -> bool:
     """Keep results as they come; whether that was stopped."""
+    from offload_rt.serve.batch import passes_of, tokens_of
+
+    journal, start = work.journal, time.perf_counter()
+    before = len(journal.results)
     try:
         with console.progress("answering") as gauge:
-            gauge.done, gauge.total = lambda: len(work.journal.results), len(work.lines)
-            for result in parts:
-                work.journal.add([result])
+            gauge.done, gauge.total = lambda: len(journal.results), len(work.lines)
+            gauge.detail = lambda: _progress(
+                work, len(work.lines), before, time.perf_counter() - start
+            )
+            for number, result, exact in parts:
+                journal.settle(passes_of(settings, exact=exact))
+                journal.add([(number, result)])
+                work.emitted += tokens_of(result)
     except Interrupted:
         _note_stop(work, console)
         return True

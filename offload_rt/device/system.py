@@ -97,6 +97,11 @@ def compute_threads() -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     if asked.isdecimal() and int(asked) > 0:
         return int(asked)
+    return machine_threads()
+
+
+def machine_threads() -> int:
+    """The same, whatever OMP_NUM_THREADS says."""
     return max(1, min(cores(), int(cpu_quota() or cores())))
 
 

@@ -34,6 +34,7 @@ from offload_rt.writing import append, cut_off, write_text, writing
 
 _LIMIT_BYTES = 2**30
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
+WEIGHTS = "weights of that model"
 _PASSES = 0  # in place of a line's number in a journal: what all answers are made with
 
 
@@ -346,7 +347,7 @@ def mark_of(
         "input": digest,
         "sampling, tokenizer, chat template, --max-tokens or --context": wanted.hexdigest(),
         "model": model.name,
-        "weights of that model": digest_of(model.checkpoint),
+        WEIGHTS: digest_of(model.checkpoint),
         "adapter": adapter,
         "--dtype": str(settings.runtime.dtype),
         "--wire": str(wire) if wire in (Wire.INT8, Wire.INT4) else "",
@@ -373,6 +374,12 @@ def passes_of(settings: Settings, *, exact: bool) -> dict[str, str]:
     if not exact and settings.runtime.dtype is not DType.FLOAT32:
         found["--draft or its options"] = str(settings.draft)
     return found
+
+
+def tokens_of(result: Json) -> int:
+    """Tokens of an answer; 0 where there is none."""
+    answer = result["response"]
+    return 0 if answer is None else int(answer["body"]["usage"]["completion_tokens"])
 
 
 def failure(line: Line, why: str) -> Json:

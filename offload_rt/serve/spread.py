@@ -7,15 +7,20 @@ others.
 """
 
 import json
+import logging
 import os
-from collections.abc import Iterator, Sequence
+import socket
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from offload_rt.errors import ConfigError
+from offload_rt import errors
+from offload_rt.config import RuntimeConfig
+from offload_rt.errors import ConfigError, OffloadError
+from offload_rt.model.identity import digest_of
 from offload_rt.serve.batch import Batch, Line, understood
 from offload_rt.serve.bodies import Json
 from offload_rt.serve.orders import Maker, Offer
@@ -63,21 +68,79 @@ class Job:
 
     Attributes:
         model: folder or hub id, the same on all machines.
+        weights: its digest where the command was given; one with another is not the same model.
         settings: how it is run.
         needs: tokens of each prompt, and of its answer at most.
         sequences: answers in the making at once; None: as many as are predicted to be fastest.
     """
 
     model: str
+    weights: str
     settings: Settings
     needs: Sequence[tuple[int, int]]
     sequences: int | None
 
 
-class Worker:
-    """The model on one machine, for as long as there are lines."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What workers are given of a cluster.
 
-    def __init__(self, job: Job) -> None:
+    Attributes:
+        workers: there are.
+        gpus: that each has to itself.
+        together: workers on one machine, at most, if Ray spreads them as it is asked to.
+    """
+
+    workers: int
+    gpus: int
+    together: int
+
+
+def share_of(device: str, machines: Sequence[Mapping[str, Any]], workers: int | None) -> Share:
+    """How a cluster is shared out: a worker on each machine, or on each that has GPUs to be used.
+
+    Args:
+        device: as in --device.
+        machines: as Ray tells of them.
+        workers: that are asked for; None: one for each machine.
+
+    Raises:
+        ConfigError: there are too few GPUs.
+    """
+    names = device.split(",")
+    found = [m["Resources"] for m in machines if m["Alive"]]
+    gpus = 0 if names[0].startswith("cpu") else len(names)
+    fitting = [int(resources.get("GPU", 0)) // gpus for resources in found] if gpus else []
+    if device == "auto" and not sum(fitting):
+        gpus = 0
+    if not gpus:
+        count = workers or len(found)
+        return Share(workers=count, gpus=0, together=-(-count // len(found)))
+    room, wanted = sum(fitting), workers or max(1, sum(map(bool, fitting)))
+    if wanted > room:
+        raise ConfigError(
+            f"--ray-workers of --device {device} have a GPU for each of its names to themselves: "
+            f"{wanted} of them do not fit, the machines of the cluster have room for {room}"
+        )
+    return Share(workers=wanted, gpus=gpus, together=min(max(fitting), wanted))
+
+
+class Worker:
+    """The model on one machine, for as long as there are lines.
+
+    What it cannot be made for is told with the first lines: Ray would make of an error here one of
+    its own.
+    """
+
+    def __init__(self, job: Job, share: Share) -> None:
+        self._open, self._failed = ExitStack(), ""
+        try:
+            self._begin(job, share)
+        except OffloadError as error:
+            told = {"kind": type(error).__name__, "why": f"on {socket.gethostname()}: {error}"}
+            self._failed = json.dumps(told)
+
+    def _begin(self, job: Job, share: Share) -> None:
         from offload_rt.costs.machine import FreeMemory
         from offload_rt.device.opening import chosen_kind
         from offload_rt.device.system import free_memory_bytes, settle_math
@@ -88,28 +151,59 @@ class Worker:
 
         settle_math()
         observer = Logged()
-        opened, settings = open_answering(job.model, job.settings, observer)
+        settings = replace(job.settings, runtime=shared_out(job.settings.runtime, share))
+        opened, settings = open_answering(job.model, settings, observer)
+        if digest_of(opened.checkpoint) != job.weights:
+            raise ConfigError(
+                f"{opened.name} has other weights here than where the command was given: copy the "
+                "same folder to all machines"
+            )
         opened = adapted(opened, settings, observer)
         kind, host = chosen_kind(settings.runtime), free_memory_bytes()
         free = FreeMemory(
             device_bytes=kind.free_bytes()[0] if kind.own_memory else host, host_bytes=host
         )
         rooms = fastest_room(opened, settings, kind, free, job.needs, job.sequences)
-        self._open = ExitStack()
         engine, _ = self._open.enter_context(shared_engine(opened, settings, observer, rooms))
+        self._exact = engine.exact.on
         self._maker = maker_of(opened, settings)
         self._crowd = Crowd(opened, engine, patient=True, check=lambda: None)
 
     def __call__(self, rows: dict[str, Any]) -> dict[str, list[Any]]:
         """Answer a block of lines."""
         numbers = [int(number) for number in rows["line"]]
+        if self._failed:
+            told = [self._failed] * len(numbers)
+            return {"line": numbers, "result": told, "exact": [False] * len(numbers)}
         lines = [
             understood(self._maker, n, str(t)) for n, t in zip(numbers, rows["text"], strict=True)
         ]
         kept = Kept()
         Batch(self._crowd, self._maker, lines, kept).run(lambda: None)
         results = [json.dumps(kept.results[number]) for number in numbers]
-        return {"line": numbers, "result": results}
+        return {"line": numbers, "result": results, "exact": [self._exact] * len(numbers)}
+
+
+def shared_out(runtime: RuntimeConfig, share: Share) -> RuntimeConfig:
+    """A worker's part of what its machine has, where the user does not say.
+
+    Ray tells each worker to compute with one thread (OMP_NUM_THREADS), which is not the user's
+    word. A GPU's place among those of its machine is Ray's to say.
+    """
+    from offload_rt.device.kinds import FREE_SHARE
+    from offload_rt.device.system import free_memory_bytes, machine_threads
+
+    together, own = share.together, free_memory_bytes() // share.together
+    changes: dict[str, Any] = {}
+    if runtime.threads is None:
+        changes["threads"] = max(1, machine_threads() // together)
+    if share.gpus and runtime.device != "auto":
+        changes["device"] = ",".join(f"cuda:{place}" for place in range(share.gpus))
+    if together > 1 and share.gpus and runtime.host_limit_bytes is None:
+        changes["host_limit_bytes"] = int(own * FREE_SHARE)
+    if together > 1 and not share.gpus and runtime.device_limit_bytes is None:
+        changes["device_limit_bytes"] = int(own * FREE_SHARE)
+    return replace(runtime, **changes)
 
 
 def answered(
@@ -118,8 +212,8 @@ def answered(
     texts: Sequence[tuple[int, str]],
     address: str,
     workers: int | None,
-) -> Iterator[tuple[int, Json]]:
-    """Results of lines, in whatever order they come.
+) -> Iterator[tuple[int, Json, bool]]:
+    """Results of lines, in whatever order they come, and whether passes were row-invariant.
 
     Args:
         job: of the workers.
@@ -129,7 +223,8 @@ def answered(
         workers: how many; None: one for each machine.
 
     Raises:
-        ConfigError: Ray does not answer at that address.
+        ConfigError: Ray does not answer at that address, or its machines have too few GPUs.
+        OffloadError: what a worker cannot be made for.
     """
     import ray
     import ray.data
@@ -137,26 +232,33 @@ def answered(
 
     try:
         known = None if address == LOCAL else address
-        ray.init(address=known, include_dashboard=False, log_to_driver=False)
+        ray.init(
+            address=known,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (RayError, ConnectionError, ValueError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0]
         raise ConfigError(f"--ray {address}: no Ray cluster answers there: {first}") from error
     try:
-        machines = sum(node["Alive"] for node in ray.nodes())
-        count = workers or machines
+        share = share_of(job.settings.runtime.device, ray.nodes(), workers)
         wanted = {line.number for line in lines}
         rows = [{"line": n, "text": text} for n, text in texts if n in wanted]
-        size = max(1, min(_MOST_LINES, -(-len(rows) // (2 * count))))
+        size = max(1, min(_MOST_LINES, -(-len(rows) // (2 * share.workers))))
         found = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // size)).map_batches(
             Worker,
-            fn_constructor_args=(job,),
+            fn_constructor_args=(job, share),
             batch_size=size,
-            compute=ray.data.ActorPoolStrategy(size=count),
+            compute=ray.data.ActorPoolStrategy(size=share.workers),
             num_cpus=1,
-            num_gpus=0 if job.settings.runtime.device.startswith("cpu") else None,
+            num_gpus=share.gpus,
             scheduling_strategy="SPREAD",
         )
         for row in found.iter_rows():
-            yield int(row["line"]), json.loads(row["result"])
+            result = json.loads(row["result"])
+            if why := result.get("why"):
+                raise getattr(errors, result["kind"], OffloadError)(why)
+            yield int(row["line"]), result, bool(row["exact"])
     finally:
         ray.shutdown()
