@@ -4,14 +4,19 @@
     python tools/bench_serving.py batches MODEL --device-memory 2GiB --tokens 16 --draft auto
     python tools/bench_serving.py overhead MODEL --rounds 50
     python tools/bench_serving.py soak MODEL
+    python tools/bench_serving.py batches MODEL --draft auto --against deepspeed-nvme
     python tools/bench_serving.py killed MODEL --dtype float32
+    python tools/bench_serving.py killed MODEL --dtype bfloat16 --resident-layers 0
+    python tools/bench_serving.py paced MODEL --tokens 8 --link-bandwidth 0.1
 
 `chats` answers 16 chats of unequal length, all at once in a fixed batch and then arriving one after
-the other. `batches` answers 1 to 64 prompts in each pass. `overhead` has one client ask a server
-and a session in turns. `soak` has 64 clients ask 500 times, of which every tenth leaves and every
-twentieth sends nonsense, and compares each answer with the one made alone. `killed` kills a batch
-of 500 lines ten times, and compares the file it ends with. Servers are processes of their own;
-clients of others are in `check_clients.py`.
+the other. `batches` answers 1 to 64 prompts in each pass; with --against others answer them too, in
+rounds that take turns (`offload-run compare`, one for each size). `overhead` has one client ask a
+server and a session in turns. `soak` has 64 clients ask 500 times, of which every tenth leaves and
+every twentieth sends nonsense, and compares each answer with the one made alone. `killed` kills a
+batch of 500 lines ten times, and compares the file it ends with. `paced` has one process, and two
+with a share of the layers each, answer in turns over emulated links. Servers are processes of their
+own; clients of others are in `check_clients.py`.
 """
 
 import argparse
@@ -21,6 +26,7 @@ import os
 import random
 import re
 import signal
+import socket
 import statistics
 import subprocess
 import sys
@@ -51,13 +57,17 @@ _WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dog")
 def main() -> None:
     """Run one of them and print one JSON object."""
     work = {"chats": chats, "batches": batches, "overhead": overhead}
-    work |= {"soak": soak, "killed": killed}
+    work |= {"soak": soak, "killed": killed, "paced": paced}
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=list(work))
     parser.add_argument("model")
     parser.add_argument("--device-memory", default="1GiB")
     parser.add_argument("--draft", default="none")
     parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--resident-layers", type=int, help="as of the command line; else auto")
+    parser.add_argument("--against", help="runtimes of `offload-run compare`, for batches")
+    parser.add_argument("--memory-cap", default="4GiB", help="of every process of those")
+    parser.add_argument("--link-bandwidth", type=float, default=0.1, help="GB/s, for paced")
     parser.add_argument("--tokens", type=int, default=64, help="of the longest answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--every", type=float, default=0.3, help="seconds between arrivals")
@@ -70,12 +80,21 @@ def main() -> None:
 
 
 def _options(given: argparse.Namespace) -> dict[str, Any]:
-    return {
+    found = {
         "device": "cpu",
         "device_memory": given.device_memory,
         "draft": given.draft,
         "dtype": given.dtype,
     }
+    if given.resident_layers is not None:
+        found["resident_layers"] = given.resident_layers
+    return found
+
+
+def _words(given: argparse.Namespace) -> list[str]:
+    """The same for a command line."""
+    pairs = _options(given).items()
+    return [word for name, value in pairs for word in (f"--{name.replace('_', '-')}", str(value))]
 
 
 def chats(given: argparse.Namespace) -> dict[str, Any]:
@@ -148,9 +167,7 @@ class Server:
 def served(given: argparse.Namespace, *more: str) -> Iterator[Server]:
     """Start a server, and end it."""
     command = [sys.executable, "-m", "offload_rt", "serve", given.model, "--port", "0"]
-    for name, value in _options(given).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    process = subprocess.Popen([*command, *more], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen([*command, *_words(given), *more], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
         for line in process.stderr:
@@ -172,6 +189,8 @@ def batches(given: argparse.Namespace) -> dict[str, Any]:
         for noun in ("word", "line", "file", "node", "date", "path", "row", "key")
     ]
     random.Random(0).shuffle(prompts)
+    if given.against is not None:
+        return _against(given, prompts)
     found = {}
     for size in map(int, given.sizes.split(",")):
         with offload_rt.load(given.model, **_options(given)) as session:
@@ -189,6 +208,46 @@ def batches(given: argparse.Namespace) -> dict[str, Any]:
             "overlap": report.transfer.overlap_ratio,
         }
         print(f"{size}: {found[size]}", file=sys.stderr)
+    return {"device_memory": given.device_memory, "draft": given.draft, "batches": found}
+
+
+def _against(given: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
+    """The same beside other runtimes: each size as many differing prompts, and rounds in turns."""
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in map(int, given.sizes.split(",")):
+            source, report = folder / f"{size}.jsonl", folder / str(size)
+            source.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts[:size]))
+            command = [
+                sys.executable,
+                "-m",
+                "offload_rt",
+                "compare",
+                given.model,
+                "--json",
+                "--raw",
+            ]
+            command += ["--against", given.against, "--prompts", str(source), "--ignore-eos"]
+            command += ["--batch", str(size), "--rounds", str(given.rounds)]
+            command += ["-n", str(given.tokens), "--memory-cap", given.memory_cap]
+            done = subprocess.run(
+                [*command, *_words(given), "--output", str(report)], stdout=subprocess.PIPE
+            )
+            if done.returncode:
+                raise SystemExit(f"compare ended with {done.returncode}")
+            told = json.loads(done.stdout)
+            found[size] = {
+                one["engine"]: {
+                    "tokens_per_s": one["tokens_per_s"],
+                    "ours_faster": one["faster"],
+                    "ours_drafting_faster": one["faster_drafted"],
+                    "same": [one["same"], one["compared"]],
+                }
+                for one in told["engines"]
+            }
+            failed = [f"{row['run']['engine']}: {row['reason']}" for row in told["failed"]]
+            print(f"{size}: {found[size]} {failed}", file=sys.stderr)
     return {"device_memory": given.device_memory, "draft": given.draft, "batches": found}
 
 
@@ -344,7 +403,7 @@ def killed(given: argparse.Namespace) -> dict[str, Any]:
         (folder / "in").write_text("\n".join(lines) + "\n")
         whole, output = folder / "whole", folder / "out"
         _batch(given, folder / "in", whole).wait()
-        part, deaths = folder / "out.part", 0
+        part, deaths, passes = folder / "out.part", 0, ""
         points = sorted(draw.sample(range(1, given.requests - 1), given.kills))
         while not output.exists():
             process = _batch(given, folder / "in", output)
@@ -354,19 +413,68 @@ def killed(given: argparse.Namespace) -> dict[str, Any]:
                     process.kill()
                     points.pop(0)
                     deaths += process.wait() == -signal.SIGKILL
+                    passes = part.read_text().split("\n")[1]  # what all answers are made with
                 time.sleep(0.002)
             if process.wait() not in (0, -signal.SIGKILL):
                 raise SystemExit(f"the batch ended with {process.returncode}")
         same = output.read_bytes() == whole.read_bytes()
-    return {"lines": given.requests, "killed": deaths, "same_bytes": same}
+    return {
+        "lines": given.requests,
+        "killed": deaths,
+        "same_bytes": same,
+        "passes": json.loads(passes)["result"] if passes else None,
+    }
 
 
 def _batch(given: argparse.Namespace, source: Path, output: Path) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "offload_rt", "batch", given.model]
     command += ["--input", str(source), "--output", str(output), "--seed", "1", "-q"]
-    for name, value in _options(given).items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return subprocess.Popen(command)
+    return subprocess.Popen([*command, *_words(given)])
+
+
+def paced(given: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of one process and of two, in pairs that begin with either."""
+    found: dict[int, list[float]] = {1: [], 2: []}
+    with tempfile.TemporaryDirectory() as folder:
+        nodes = Path(folder) / "nodes.toml"
+        nodes.write_text("".join(f'[[node]]\nname = "{name}"\n' for name in ("desk", "shelf")))
+        texts = set()
+        for number in range(given.rounds):
+            for count in (1, 2) if number % 2 == 0 else (2, 1):
+                text, speed = _paced(given, count, nodes)
+                found[count].append(speed)
+                texts.add(text)
+                print(f"round {number}, {count}: {speed:.3f} tokens/s", file=sys.stderr)
+    ratios = [two / one for one, two in zip(found[1], found[2], strict=True)]
+    return {
+        "one": found[1],
+        "two": found[2],
+        "ratios": ratios,
+        "ratio": statistics.median(ratios),
+        "same_text": len(texts) == 1,
+    }
+
+
+def _paced(given: argparse.Namespace, count: int, nodes: Path) -> tuple[str, float]:
+    """The answer of so many processes, each with one thread and a link of its own."""
+    command = [sys.executable, "-m", "offload_rt", "generate", given.model, "-p", "hello"]
+    command += ["-n", str(given.tokens), "--ignore-eos", *_words(given), "--slots", "4", "--json"]
+    command += ["--home", "host", "--link-bandwidth", str(given.link_bandwidth), "--threads", "1"]
+    command += ["--nodes", str(nodes)] if count > 1 else []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(count)}
+    started = [
+        subprocess.Popen(
+            command, env=os.environ | meeting | {"RANK": str(rank)}, stdout=subprocess.PIPE
+        )
+        for rank in range(count)
+    ]
+    out, *_ = [process.communicate()[0] for process in started]
+    if any(process.returncode for process in started):
+        raise SystemExit(f"{count} processes ended with {[p.returncode for p in started]}")
+    answer = json.loads(out)
+    return answer["text"], answer["timings"]["tokens_per_s"]
 
 
 if __name__ == "__main__":
