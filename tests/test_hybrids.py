@@ -252,14 +252,16 @@ def test_families_that_cannot_be_rolled_back_are_refused(make_tiny, model_type, 
     assert "\n" not in str(caught.value)
 
 
-def test_a_family_that_needs_what_is_not_there_is_refused_in_words(make_tiny, monkeypatch):
-    def forward(norm, hidden):
+@pytest.mark.parametrize("name", ["__init__", "forward"])
+def test_a_family_that_needs_what_is_not_there_is_refused_in_words(name, make_tiny, monkeypatch):
+    def needing(*_, **__):
         return None[0]
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", forward)
-    reason = r"\(forward in test_hybrids.py needs something that is not there\)"
+    folder = make_tiny("llama", **IDS)
+    monkeypatch.setattr(LlamaRMSNorm, name, needing)
+    reason = "needing in test_hybrids.py needs something that is not there"
     with pytest.raises(CheckpointError, match=reason):
-        Network(open_checkpoint(make_tiny("llama", **IDS)), "auto", Packing.FILE)
+        Network(open_checkpoint(folder), "auto", Packing.FILE)
 
 
 class Mixing(torch.nn.Module):

@@ -30,6 +30,7 @@ from offload_rt.attention.spec import AttentionSpec
 from offload_rt.device.system import processor
 from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
+from offload_rt.kernels import attending
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.kernels.tiles import (
@@ -325,6 +326,8 @@ def attention_problem(
     known = _Known(f"attention {dtype}{' capped' * capped}")
     for shape in sorted(set(attention)):
         what = "heads {}, of {}, keys {}, values {}".format(*shape)
+        if not attending.takes(dtype, *shape[2:], capped=capped):
+            what += ", written out"
         if what not in known:
             if problem := unlike_attention(shape, spec, dtype, torch.device("cpu"), _ATTENDING):
                 return problem

@@ -1,7 +1,9 @@
 """The family's own configuration class, built from what `config.json` says."""
 
 import logging
+import traceback
 import warnings
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from offload_rt.errors import CheckpointError
@@ -62,11 +64,15 @@ def reason_of(error: Exception) -> str:
     """What an error of transformers says, on one line.
 
     Its first line may be an introduction that ends in a colon ("Class validation error ...:"),
-    the next then is the reason.
+    the next then is the reason. Python's words for what is None say nothing of a model: where
+    that was needed does.
     """
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     while len(lines) > 1 and lines[0].endswith(":"):
         lines.pop(0)
     text = lines[0] if lines else type(error).__name__
+    if "NoneType" in text and (places := traceback.extract_tb(error.__traceback__)):
+        last = places[-1]
+        return f"{last.name} in {Path(last.filename).name} needs something that is not there"
     name, _, rest = text.partition(": ")
     return rest if name.endswith("Error") and name.isidentifier() and rest else text

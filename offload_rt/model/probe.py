@@ -16,12 +16,10 @@ No list of names decides.
 
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +40,7 @@ from offload_rt.model.fits import (
     kept_fit,
     looks_in,
 )
+from offload_rt.model.hf_config import reason_of
 from offload_rt.model.mixing import STATES_KEYWORD, Mixer, PassStates, use_torch_forms
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS, PreTrainedModel, masking_utils
 from offload_rt.model.probe_flow import PLACES, TOKENS, Reads
@@ -237,7 +236,7 @@ def _meta_pass(
         raise
     except Exception as error:
         raise CheckpointError(
-            f"their forward pass does not run on shapes alone ({_reason(error)})"
+            f"their forward pass does not run on shapes alone ({reason_of(error)})"
         ) from error
     finally:
         if experts is not None:
@@ -246,15 +245,6 @@ def _meta_pass(
             module._buffers.update(saved)
     logits: torch.Tensor = output.logits
     return logits
-
-
-def _reason(error: Exception) -> str:
-    """Why code of others stopped, in a few words."""
-    said = str(error).strip().split("\n")[0] or type(error).__name__
-    if "NoneType" not in said:
-        return said
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{where.name} in {Path(where.filename).name} needs something that is not there"
 
 
 @contextmanager
