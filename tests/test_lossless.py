@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig, Wire
 from offload_rt.costs.machine import FreeMemory, speeds_of
 from offload_rt.costs.workload import parts_of
-from offload_rt.device.base import STAGING_BYTES
+from offload_rt.device.base import PIECE_BYTES, STAGING_BYTES
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CPU, CUDA, Packing, Processor
 from offload_rt.errors import CheckpointError, ConfigError
@@ -110,12 +110,15 @@ def loads(folder, wire, packing, how):
     try:
         for _ in range(2):
             source = FileSource(layout, files)
-            for block in source.blocks(image) if how == "blocks" else ():
+            cut = source.blocks(image) if how == "blocks" else ()
+            for block in cut:
                 block.run()
             for piece in source.pieces() if how == "pieces" else ():
                 image.tensor[piece.offset : piece.offset + piece.image_bytes] = piece.load(staging)
     finally:
         files.close()
+    if wire is Wire.LOSSLESS and packing is Packing.FILE:  # as any file, once it was checked
+        assert len(cut) <= sum(-(-run.nbytes // PIECE_BYTES) + 1 for run in layout.runs)
     return image.tensor.clone()
 
 

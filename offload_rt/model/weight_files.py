@@ -206,11 +206,11 @@ class WeightFiles:
     ) -> Iterator[CopyBlock]:
         """Cut at page borders of the file; the first and last page are read whole if direct.
 
-        What is checked is read whole: pages that two such parts share are read twice, with the
-        same bytes.
+        What is checked is read whole in the first read: pages that two such parts share are read
+        twice, with the same bytes. Later what decodes coded pieces looks at their heads.
         """
         shift = run.image_offset - run.file_offset
-        if run.kept:
+        if any((file.identity.path, kept.begin) not in self._checked for kept in run.kept):
             for start, nbytes, kept in _cut(run, PIECE_BYTES):
                 load = partial(self._read_whole, file, run, start, nbytes, kept, image)
                 yield CopyBlock(nbytes, load)
