@@ -19,6 +19,7 @@ from offload_rt.config import Exact, GenerationConfig, SamplingConfig
 from offload_rt.device import compiled
 from offload_rt.engine import Run
 from offload_rt.kernels import assembling, products
+from offload_rt.kernels import stored as stored_kernels
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats import brought, direct, integers
 from offload_rt.model.formats.methods import Form
@@ -89,6 +90,7 @@ MULTIPLIED = [
     (Form.GPTQ, 64, 96, 8, 32, True, True),
     (Form.GPTQ_V2, 128, 2080, 4, 32, True, True),
 ]
+REGISTERS = stored_kernels.registers_problem()
 needs_products = pytest.mark.skipif(
     bool(products.problem()), reason=f"no kernels: {products.problem()}"
 )
@@ -209,6 +211,19 @@ def test_products_with_what_is_stored_are_those_of_what_it_means(case):
 
 
 @needs_products
+@pytest.mark.skipif(bool(REGISTERS), reason=REGISTERS)
+@pytest.mark.parametrize("case", MULTIPLIED, ids=lambda case: f"{case[0]} {case[3]} {case[6]}")
+def test_in_matrix_registers_too(case, monkeypatch):
+    monkeypatch.setattr(stored_kernels, "multiplies_in_registers", lambda *_: True)
+    stored, parts, out, rows = multiplied(case)
+    in_order = not case[6]
+    made = direct.direct_for(stored, torch.bfloat16, CPU, exact=True, in_order=in_order)
+    plain = direct.plain_for(stored.inputs, stored.outputs, torch.bfloat16, CPU, exact=True)
+    bias = torch.linspace(-1, 1, stored.outputs).to(torch.bfloat16)
+    assert torch.equal(made(rows, parts, bias), plain(rows, out, bias))
+
+
+@needs_products
 def test_where_no_kernel_gives_the_bits_a_weight_is_dequantised(monkeypatch):
     options = {"exact": True, "in_order": True}
     for case in (
@@ -221,7 +236,7 @@ def test_where_no_kernel_gives_the_bits_a_weight_is_dequantised(monkeypatch):
     stored, parts = weight(*MULTIPLIED[0])
     assert direct.direct_for(stored, torch.bfloat16, CPU, **options) is not None
     assert direct.direct_for(stored, torch.float16, CPU, **options) is None
-    monkeypatch.setattr(direct, "blocks_of", lambda *_, **__: None)
+    monkeypatch.setattr(direct, "product_for", lambda *_, **__: None)
     assert direct.direct_for(stored, torch.bfloat16, CPU, **options) is None
 
 

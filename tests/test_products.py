@@ -1,5 +1,6 @@
 """Products of few rows: oneDNN's bits, in every thread count and for every number of rows."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from offload_rt.device.system import _mapped_areas
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
-from offload_rt.kernels.stored import ROWS_AT_ONCE, How, StoredProduct
+from offload_rt.kernels.stored import ROWS_AT_ONCE, How, StoredProduct, registers_problem
 from offload_rt.kernels.stored import blocks_of as plain_blocks
 from offload_rt.kernels.tiles import goes_by_count, in_tiles
 from offload_rt.model.formats import planes
@@ -30,6 +31,8 @@ needs_kernels = pytest.mark.skipif(
 needs_decoder = pytest.mark.skipif(
     bool(products.problem() or compiled.problem()) or OTHERWISE, reason="no kernels, or no numba"
 )
+REGISTERS = registers_problem()
+needs_registers = pytest.mark.skipif(bool(REGISTERS), reason=REGISTERS)
 # The last two have more inputs than one of oneDNN's blocks, and rows that are no power of two.
 SIZES = [(256, 128), (576, 192), (896, 128), (1536, 256), (4864, 64)]
 
@@ -98,6 +101,34 @@ def test_a_matrix_as_it_lies_gives_the_bits_of_the_library(inputs, outputs, thre
     assert torch.equal(product(rows, linear.weight, None), without)
 
 
+@needs_registers
+@pytest.mark.parametrize(("inputs", "outputs"), SIZES)
+def test_matrix_registers_give_a_row_the_same_bits_in_any_pass(inputs, outputs, threads):
+    linear, rows = cancelling(inputs, outputs)
+    product, many = StoredProduct(How.PLAIN, inputs, outputs, None), rows.repeat(5, 1)
+    whole = product(many[None], linear.weight, linear.bias)[0]
+    for first, count in ((0, 1), (3, 2), (39, 15), (40, 16), (7, 17), (130, 33), (1, ROWS_AT_ONCE)):
+        made = product(many[first : first + count], linear.weight, linear.bias)
+        assert torch.equal(made, whole[first : first + count]), (first, count)
+    weight, given = linear.weight.double(), rows.double()
+    error = (whole[: len(rows)].double() - linear.bias.double() - given @ weight.t()).abs()
+    assert bool(
+        (error <= 2.0**-16 * (given.abs() @ weight.abs().t()) + 2.0**-8 * error.max()).all()
+    )
+    alone = torch.eye(inputs, dtype=torch.bfloat16)[: 3 * inputs // 4]  # each weight, by itself
+    assert torch.equal(product(alone, linear.weight, None), linear.weight[:, : len(alone)].t())
+
+
+@needs_registers
+def test_two_threads_may_multiply_with_one_matrix():
+    linear, rows = cancelling(576, 192)
+    product = StoredProduct(How.PLAIN, 576, 192, None)
+    expected = [product(rows[:count], linear.weight, None) for count in range(1, 33)]
+    with ThreadPoolExecutor(2) as pool:
+        made = pool.map(lambda n: product(rows[: 1 + n % 32], linear.weight, None), range(320))
+        assert all(torch.equal(one, expected[n % 32]) for n, one in enumerate(made))
+
+
 @needs_decoder
 @pytest.mark.parametrize(
     ("inputs", "outputs", "each"), [(576, 192, 448), (1536, 256, 70400), (4864, 64, 2**17)]
@@ -118,6 +149,12 @@ def test_a_matrix_in_12_bits_gives_the_bits_of_the_library(inputs, outputs, each
         made = product(rows[:count], torch.from_numpy(described.records), linear.bias)
         assert torch.equal(made, in_tiles(linear, rows[:count])), count
     assert not described.misplaced
+    if not REGISTERS:
+        one, other = (
+            StoredProduct(how, inputs, outputs, None, group=each) for how in (How.CODED, How.PLAIN)
+        )
+        expected = other(rows, weight, linear.bias)
+        assert torch.equal(one(rows, torch.from_numpy(described.records), linear.bias), expected)
 
 
 @needs_decoder

@@ -641,9 +641,12 @@ def gpu_with(**changed):
     return {"gpus": (dataclasses.replace(GPU, **changed),)}
 
 
-@pytest.mark.parametrize(("there", "rows"), [(True, 32), (False, 0)])
-def test_a_machine_says_how_many_rows_its_products_take_apart(there, rows, monkeypatch):
+@pytest.mark.parametrize(
+    ("there", "kernels", "rows"), [(True, None, 32), (True, "there", 0), (False, None, 0)]
+)
+def test_a_machine_says_how_many_rows_its_products_take_apart(there, kernels, rows, monkeypatch):
     monkeypatch.setattr(identity, "takes_matrix_registers", lambda dtype: there)
+    monkeypatch.setattr(identity.importlib.util, "find_spec", lambda name: kernels)
     assert identity.this_machine(None).rows_apart == rows
 
 

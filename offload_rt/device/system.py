@@ -25,6 +25,7 @@ _SPIN_LIMITS = {"GOMP_SPINCOUNT": "10000", "KMP_BLOCKTIME": "0"}
 _KERNEL_LIMITS = {"ONEDNN_PRIMITIVE_CACHE_CAPACITY": "32", "LRU_CACHE_CAPACITY": "32"}
 # Of what oneDNN takes: the first that is not empty counts, and a word it does not know is no limit.
 _LIMITS = "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18  # of x86-64
 _MATRIX_FLAGS = {"bfloat16": "amx_bf16", "float16": "amx_fp16"}
 _WITHOUT_MATRICES = (  # oneDNN's "CPU Dispatcher Control"; tried with torch 2.14.1
     *("SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"),
@@ -168,6 +169,16 @@ def takes_matrix_registers(dtype: str) -> bool:
     limit = next(filter(None, map(os.environ.get, _LIMITS)), "")
     there = _MATRIX_FLAGS.get(dtype) in processor_flags()
     return there and limit.upper() not in _WITHOUT_MATRICES
+
+
+@cache
+def may_use_matrix_registers() -> bool:
+    """Ask Linux for them, which a process has to before it uses them (`arch_prctl(2)`)."""
+    try:
+        call = ctypes.CDLL(None, use_errno=True).syscall
+        return bool(call(_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA) == 0)
+    except (OSError, AttributeError):
+        return False
 
 
 def _cpuinfo(wanted: str) -> str:

@@ -9,22 +9,34 @@ The results are those of oneDNN with the dequantised matrix, bit for bit: the sa
 in the same order, and blocks of inputs are as long as `products` found out. What is computed of a
 row does not depend on how many there are.
 
+Where oneDNN multiplies with a processor's matrix registers, in an order that goes by the number of
+rows, row-invariant passes take a kernel that does so too, in one order: inputs are added up two by
+two, from the first to the last, of one row as of many (`multiplies_in_registers`).
+
 A number is (code - zero) x scale, rounded to fp32 and then to bf16. The instruction that rounds
 makes subnormal numbers of bf16 zero, and so does the one that multiplies.
 """
 
 import ctypes
+import math
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
 from functools import cache
 
 import torch
 
+from offload_rt.device.system import (
+    may_use_matrix_registers,
+    processor_flags,
+    takes_matrix_registers,
+)
 from offload_rt.kernels import assembling, blocks, twelve
 from offload_rt.kernels.code import LANES, WIDE, Code, mixed, turned
 from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
 from offload_rt.kernels.tiles import in_tiles
 
+_REGISTERS_BLOCK = 1024  # inputs: of a panel 128 KiB, of the second cache
+_REGISTERS_STEP = 32  # inputs of a register
 ROWS_AT_ONCE = 128  # that a block is multiplied with; for more it is brought again
 LONGEST_BLOCK = 4096  # inputs
 _TOGETHER = 6  # rows whose sums are in registers, with 4 vectors of weights
@@ -35,6 +47,11 @@ _PAIR = "<32 x bfloat>"
 _ROUND = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 _DECLARED = f"""declare {_PAIR} {_ROUND}({WIDE}, {WIDE})
 declare i64 @llvm.usub.sat.i64(i64, i64)
+declare void @llvm.x86.ldtilecfg(ptr)
+declare void @llvm.x86.tilerelease()
+declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 {twelve.DECLARED}"""
 _AWQ_CODES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 _MATRIX = "ptr %codes, ptr %scales, ptr %zeros, ptr %index"
@@ -130,8 +147,52 @@ def blocks_of(inputs: int, outputs: int, *, tiles: bool) -> tuple[int, int] | No
 
 
 @cache
+def multiplies_in_registers(inputs: int, outputs: int) -> bool:
+    """Whether row-invariant products with a bf16 matrix are those of matrix registers.
+
+    Args:
+        inputs: I.
+        outputs: O.
+    """
+    fits = not (outputs % PANEL or inputs % _REGISTERS_STEP)
+    return fits and takes_matrix_registers("bfloat16") and not registers_problem()
+
+
+@cache
+def registers_problem() -> str:
+    """Why no kernel multiplies with matrix registers; empty where one does."""
+    return (
+        problem()
+        or ("" if "amx_bf16" in processor_flags() else "the processor has no matrix registers")
+        or ("" if may_use_matrix_registers() else "the system does not allow it")
+        or assembling.trouble(lambda: _kernel(How.PLAIN, False, True))
+    )
+
+
+def product_for(
+    how: How, inputs: int, outputs: int, *, exact: bool, group: int = 1, ordered: bool = False
+) -> "StoredProduct | None":
+    """The product with a matrix; None where there are no kernels, or none with torch's bits.
+
+    Args:
+        how: the matrix lies.
+        inputs: I.
+        outputs: O.
+        exact: torch is given whole tiles of rows, or matrix registers multiply.
+        group: as of `StoredProduct`.
+        ordered: as of `StoredProduct`.
+    """
+    blocks = None
+    if not (exact and multiplies_in_registers(inputs, outputs)):
+        blocks = blocks_of(inputs, outputs, tiles=exact)
+        if blocks is None:
+            return None
+    return StoredProduct(how, inputs, outputs, blocks, group=group, ordered=ordered)
+
+
+@cache
 def _trouble() -> str:
-    return assembling.trouble(lambda: _kernel(How.PLAIN, False))
+    return assembling.trouble(lambda: _kernel(How.PLAIN, False, False))
 
 
 class StoredProduct:
@@ -142,7 +203,7 @@ class StoredProduct:
         inputs: I.
         outputs: O.
         blocks: inputs that are added up before their sum is added to the total, for one row and
-            for more (`blocks_of`).
+            for more (`blocks_of`); None: all are, in matrix registers.
         group: inputs that share a scale and a zero point; in 12 bits the weights of a piece.
         ordered: inputs are in any order; `index` says which group each is of.
     """
@@ -152,18 +213,21 @@ class StoredProduct:
         how: How,
         inputs: int,
         outputs: int,
-        blocks: tuple[int, int],
+        blocks: tuple[int, int] | None,
         *,
         group: int = 1,
         ordered: bool = False,
     ) -> None:
-        self._how, self._ordered = how, ordered
+        self._kernel = how, ordered, blocks is None
         self._inputs, self._outputs = inputs, outputs
+        if blocks is None:
+            assert not registers_problem()  # which asks the system for them
+            step = math.lcm(STEP[how], _REGISTERS_STEP)
+            blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
         self._room = room_bytes(max(self._blocks))
         sizes = [inputs, outputs, 0, 0, group, 0, self._room]
         self._record = (ctypes.c_int64 * 17)(*[0] * 8, *sizes)
-        self._record[15] = ctypes.addressof(self._record) + 16 * ctypes.sizeof(ctypes.c_int64)
 
     def __call__(
         self,
@@ -174,7 +238,7 @@ class StoredProduct:
         zeros: torch.Tensor | None = None,
         index: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[..., I] in bf16 gives [..., O]; not from two threads at once.
+        """[..., I] in bf16 gives [..., O].
 
         Args:
             rows: that are multiplied.
@@ -188,22 +252,23 @@ class StoredProduct:
         out = rows.new_empty(*rows.shape[:-1], self._outputs)
         room = torch.empty(torch.get_num_threads() * self._room + _LINE_BYTES, dtype=torch.uint8)
         parts = rows, codes, scales, zeros, index, bias, out, room
-        record = self._record
+        record = type(self._record).from_buffer_copy(self._record)  # two threads may be here
         for place, part in enumerate(parts):
             record[place] = 0 if part is None else part.data_ptr()
         record[7] += -record[7] % _LINE_BYTES
         count = rows.numel() // self._inputs
         block = self._blocks[count > 1]
         record[10], record[11], record[13] = count, block, -(-self._inputs // block)
-        record[16] = 0  # the panel that is next
-        assembling.together(_kernel(self._how, self._ordered), record)
+        record[15] = ctypes.addressof(record) + 16 * ctypes.sizeof(ctypes.c_int64)  # the panel next
+        assembling.together(_kernel(*self._kernel), record)
         return out
 
 
 def prepare(how: How, *, ordered: bool = False) -> None:
     """Assemble a kernel now, where there are any: LLVM takes memory for a moment."""
     if not problem() and not _trouble():
-        _kernel(how, ordered)
+        registers = takes_matrix_registers("bfloat16") and not registers_problem()
+        _kernel(how, ordered, registers)
 
 
 def room_bytes(block: int) -> int:
@@ -212,9 +277,10 @@ def room_bytes(block: int) -> int:
 
 
 @cache
-def _kernel(how: How, ordered: bool) -> int:
-    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + _takes() + _finish() + _all()
-    return assembling.assemble(text, ["product"])["product"]
+def _kernel(how: How, ordered: bool, tiles: bool) -> int:
+    takes = _tiles() if tiles else _takes()
+    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + takes + _finish()
+    return assembling.assemble(text + _all(tiles), ["product"])["product"]
 
 
 def _bring(how: How, ordered: bool) -> str:
@@ -381,6 +447,35 @@ def _take(count: int) -> str:
     return code.text()
 
 
+def _tiles() -> str:
+    """Up to 16 rows times a block, added to their totals, in matrix registers."""
+    arguments = "ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line, i64 %count"
+    code = Code(f"@tiles({arguments})")
+    settings = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
+    shape = code.let("alloca [64 x i8], align 64")
+    whole = ", ".join(f"i8 {byte}" for byte in settings)
+    code.add(f"store <64 x i8> <{whole}>, ptr {shape}, align 64")
+    height = code.let("trunc i64 %count to i8")
+    for tile in range(_PARTS + 1):  # totals, and rows
+        code.add(f"store i8 {height}, ptr {code.at(shape, 48 + tile, 'i8')}")
+    code.add(f"call void @llvm.x86.ldtilecfg(ptr {shape})")
+    totals = [code.at("%totals", part * LANES, "float") for part in range(_PARTS)]
+    for part, at in enumerate(totals):
+        code.add(f"call void @llvm.x86.tileloadd64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
+    across = code.times("%line", 4)
+    with code.loop(0, "%pairs", LANES) as pair:
+        at = code.at("%rows", pair, "i32")
+        code.add(f"call void @llvm.x86.tileloadd64(i8 {_PARTS}, ptr {at}, i64 {across})")
+        start = code.times(pair, PANEL)
+        for part in range(_PARTS):
+            at, tile = code.at("%scratch", code.plus(start, part * LANES), "i32"), 5 + part % 2
+            code.add(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {at}, i64 {4 * PANEL})")
+            code.add(f"call void @llvm.x86.tdpbf16ps(i8 {part}, i8 {_PARTS}, i8 {tile})")
+    for part, at in enumerate(totals):
+        code.add(f"call void @llvm.x86.tilestored64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
+    return code.text()
+
+
 def _finish() -> str:
     """Totals of a row, with the bias, rounded."""
     code = Code("@finish(ptr %totals, ptr %bias, ptr %out)")
@@ -397,7 +492,7 @@ def _finish() -> str:
     return code.text()
 
 
-def _all() -> str:
+def _all(tiles: bool) -> str:
     """Panels, one after the other, for all rows."""
     code = Code("@product(ptr %record)", internal=False)
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
@@ -429,12 +524,37 @@ def _all() -> str:
                     f"i64 {found['n_group']})"
                 )
                 pairs = code.let(f"lshr i64 {code.let(f'sub i64 {stop}, {start}')}, 1")
-                _multiply(code, rows, (begin, some), (totals, brought), (start, pairs), line)
+                multiply = _multiply_tiles if tiles else _multiply
+                multiply(code, rows, (begin, some), (totals, brought), (start, pairs), line)
             with code.loop(0, some) as row:
                 sums = code.at(totals, code.times(row, PANEL), "float")
                 spot = code.plus(code.times(code.plus(begin, row), outputs), output)
                 code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {code.at(out, spot)})")
+    if tiles:
+        code.add("call void @llvm.x86.tilerelease()")
     return code.text()
+
+
+def _multiply_tiles(
+    code: Code,
+    rows: str,
+    some: tuple[str, str],
+    room: tuple[str, str],
+    block: tuple[str, str],
+    line: str,
+) -> None:
+    """As `_multiply`, in matrix registers."""
+    (begin, count), (totals, brought), (start, pairs) = some, room, block
+    with code.loop(0, count, LANES) as row:
+        left = code.let(f"sub i64 {count}, {row}")
+        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {LANES})")
+        skipped = code.times(code.times(code.plus(begin, row), line), 2)
+        given = code.at(rows, code.plus(skipped, start))
+        sums = code.at(totals, code.times(row, PANEL), "float")
+        code.add(
+            f"call void @tiles(ptr {given}, ptr {brought}, ptr {sums}, "
+            f"i64 {pairs}, i64 {line}, i64 {taking})"
+        )
 
 
 def _multiply(

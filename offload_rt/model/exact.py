@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -33,6 +33,7 @@ from offload_rt.folders import cache_folder
 from offload_rt.kernels import attending
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.rows import ROW_TILE
+from offload_rt.kernels.stored import multiplies_in_registers
 from offload_rt.kernels.tiles import (
     FEW_OUTPUTS,
     Forward,
@@ -133,6 +134,10 @@ class Regular(TorchFunctionMode):
             return evenly(lambda numbers: function(numbers, *args[1:], **given), args[0])
         if function is functional.linear and len(args) > 1:
             outputs = args[1].shape[0]
+            product = None if self._tiles or traced() else _own_product(args[0], args[1])
+            if product is not None:
+                bias = args[2] if len(args) > 2 else given.get("bias")
+                return product(args[0], args[1], bias)
             return in_tiles(
                 lambda r: function(r, *args[1:], **given),
                 args[0],
@@ -141,6 +146,27 @@ class Regular(TorchFunctionMode):
                 tile=self._tiles or ROW_TILE,
             )
         return function(*args, **given)
+
+
+def _own_product(rows: torch.Tensor, weight: torch.Tensor) -> Product | None:
+    """What multiplies with a matrix that no module has, as an expert's; None: torch does."""
+    if weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
+        return None
+    outputs, inputs = weight.shape
+    return _product_for(inputs, outputs, rows.device)
+
+
+def _in_registers(
+    rows: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    product = _own_product(rows, weight)
+    assert product is not None  # who asks knows
+    return product(rows, weight, bias)
+
+
+@cache
+def _product_for(inputs: int, outputs: int, device: torch.device) -> Product | None:
+    return plain_for(inputs, outputs, torch.bfloat16, device, exact=True)
 
 
 class _Noting(TorchFunctionMode):
@@ -374,6 +400,13 @@ def _compared(
     for inputs, outputs in sizes:
         count = _outputs_within(inputs, outputs, dtype, limit_bytes)
         alike = f"{inputs} by {outputs}" + (f", {count} compared" if count < outputs else "")
+        if by_count and multiplies_in_registers(inputs, outputs):
+            alike = f"{alike}, in registers"
+            if alike not in known:
+                if problem := unlike_product(inputs, outputs, dtype, _in_registers, count, tiles=0):
+                    return problem
+                known.add(alike)
+            continue
         one, two = (f"{alike}, {n} of {ROW_TILE} rows" if by_count else alike for n in (1, 2))
         if one not in known and two not in known:
             if problem := unlike_product(inputs, outputs, dtype, how, count):
@@ -469,7 +502,8 @@ def unlike_product(
         dtype: number format.
         how: the product of rows [S, I] with weight [O, I] and no bias.
         count: of the outputs so many are compared; 0: all.
-        tiles: which a product takes at once, where it is given one after the other.
+        tiles: which a product takes at once, where it is given one after the other; 0: it takes
+            any number of rows.
     """
     few, count = min(outputs, _few_outputs(inputs)), count or outputs
     generator = torch.Generator().manual_seed(0)
@@ -497,7 +531,7 @@ def _unlike(rows: torch.Tensor, weight: torch.Tensor, how: Product, tiles: int, 
         made: torch.Tensor = how(given, weight, None)
         return made
 
-    tiled = partial(in_tiles, forward, apart=len(weight) < FEW_OUTPUTS)
+    tiled = partial(in_tiles, forward, apart=len(weight) < FEW_OUTPUTS) if tiles else forward
     expected = tiled(rows)
     if tiles > 1:
         together = torch.cat([forward(part) for part in rows.split(tiles * ROW_TILE)])

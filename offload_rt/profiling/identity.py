@@ -1,6 +1,7 @@
 """Which machine this is, and whether a profile still belongs to it. Imports no torch."""
 
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Iterator
 
@@ -16,11 +17,12 @@ from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, 
 def this_machine(driver: Driver | None) -> Machine:
     """Describe this machine; without a driver it has no GPU."""
     gpus = () if driver is None else driver.gpus
+    own = importlib.util.find_spec("llvmlite") is not None  # kernels (`kernels/stored.py`)
     return Machine(
         cpu=processor()[0],
         cores=compute_threads(),
         ram_bytes=psutil.virtual_memory().total,
-        rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") else 0,
+        rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") and not own else 0,
         multiplies=kernels_multiply(),
         gpus=tuple(
             GpuIdentity(

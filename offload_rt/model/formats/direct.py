@@ -10,7 +10,7 @@ import torch
 
 from offload_rt.kernels import pairs
 from offload_rt.kernels import stored as kernels
-from offload_rt.kernels.stored import How, StoredProduct, blocks_of
+from offload_rt.kernels.stored import How, StoredProduct, product_for
 from offload_rt.model.formats import ggml, integers, planes
 from offload_rt.model.formats.grids import powers
 from offload_rt.model.formats.methods import BLOCKS, Form
@@ -73,21 +73,27 @@ def direct_for(
         exact: torch is given tiles of rows.
         in_order: inputs of a group follow each other.
     """
-    if device.type != "cpu" or not multiplies(stored, str(dtype).removeprefix("torch.")):
+    name = str(dtype).removeprefix("torch.")
+    if device.type != "cpu" or not multiplies(stored, name, exact=exact):
         return None
     ordered = not in_order and _has_index(stored)
     if ordered and stored.form is Form.PACKED:
         return None
-    blocks = blocks_of(stored.inputs, stored.outputs, tiles=exact)
-    if blocks is None:
-        return None
-    if stored.form is Form.CODED:
-        return _coded(stored, blocks)
-    if stored.form in BLOCKS:
-        return _of_blocks(stored, blocks)
-    product = StoredProduct(
-        _how(stored), stored.inputs, stored.outputs, blocks, group=stored.group, ordered=ordered
+    coded, in_blocks = stored.form is Form.CODED, stored.form in BLOCKS
+    product = product_for(
+        _how(stored),
+        stored.inputs,
+        stored.outputs,
+        exact=exact,
+        group=piece_weights(stored.numbers) if coded else 1 if in_blocks else stored.group,
+        ordered=stored.heads > 0 if in_blocks else ordered,
     )
+    if product is None:
+        return None
+    if coded:
+        return _coded(stored, product)
+    if in_blocks:
+        return _of_blocks(stored, product)
     numbers = _of_packed if stored.form is Form.PACKED else _of_columns
 
     def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
@@ -130,12 +136,11 @@ def _halves() -> torch.Tensor:
     return powers(torch.arange(256, dtype=torch.uint8)).float() * 0.5
 
 
-def _coded(stored: Stored, blocks: tuple[int, int]) -> Direct:
+def _coded(stored: Stored, product: StoredProduct) -> Direct:
     """Of 12 bits; a weight with a piece that is not coded, or is damaged, has no such product."""
     each = piece_weights(stored.numbers)
     described = planes.Described(stored.pieces, each, stored.numbers)
     records = torch.from_numpy(described.records)
-    product = StoredProduct(How.CODED, stored.inputs, stored.outputs, blocks, group=each)
 
     def multiply(
         rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None
@@ -148,10 +153,8 @@ def _coded(stored: Stored, blocks: tuple[int, int]) -> Direct:
     return multiply
 
 
-def _of_blocks(stored: Stored, blocks: tuple[int, int]) -> Direct:
+def _of_blocks(stored: Stored, product: StoredProduct) -> Direct:
     """Of GGUF's blocks, whose rows may lie in another order."""
-    sizes, ordered = (stored.inputs, stored.outputs), stored.heads > 0
-    product = StoredProduct(_how(stored), *sizes, blocks, ordered=ordered)
     order = ggml.order_of(stored, torch.device("cpu"))
     index = None if order is None else order.int()
 
@@ -175,8 +178,7 @@ def plain_for(
     """
     if device.type != "cpu" or dtype is not torch.bfloat16:
         return None
-    blocks = blocks_of(inputs, outputs, tiles=exact)
-    return None if blocks is None else StoredProduct(How.PLAIN, inputs, outputs, blocks)
+    return product_for(How.PLAIN, inputs, outputs, exact=exact)
 
 
 def _of_packed(stored: Stored, parts: Parts, bias: torch.Tensor | None) -> Operands:

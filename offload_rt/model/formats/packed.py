@@ -22,6 +22,7 @@ from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.products import PANEL, Product, blocks_of, lies_in_panels
 from offload_rt.kernels.rows import MOST_ROWS, ROW_TILE
+from offload_rt.kernels.stored import multiplies_in_registers
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
@@ -120,6 +121,8 @@ def packed_exactly(
     linear: torch.nn.Linear, counts: Sequence[int] = COMPARED_ROWS, *, exact: bool = False
 ) -> PackedLinear | None:
     """The packed form of a linear, or None where that gives other numbers for so many rows."""
+    if exact and multiplies_in_registers(linear.in_features, linear.out_features):
+        return None  # the plain one has a kernel that is as fast
     packed = PackedLinear(linear, exact=exact)
     plain = partial(torch.nn.Linear.forward, linear)
     tiled = partial(in_tiles, plain, outputs=linear.out_features)

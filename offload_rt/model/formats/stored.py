@@ -162,21 +162,22 @@ def suits_kernels(stored: Stored, dtype: str) -> bool:
     )
 
 
-def multiplies(stored: Stored, dtype: str) -> bool:
+def multiplies(stored: Stored, dtype: str, *, exact: bool = False) -> bool:
     """Whether a CPU's kernels multiply with a weight as it is stored, here and now.
 
     Args:
         stored: the weight.
         dtype: torch's name of the format it computes in.
+        exact: passes are row-invariant, where kernels may multiply in matrix registers.
     """
-    return could_multiply(stored, dtype) and kernels_multiply()
+    return could_multiply(stored, dtype) and kernels_multiply(exact=exact)
 
 
-def kernels_multiply() -> bool:
-    """Whether there are such kernels for bf16, here and now."""
+def kernels_multiply(*, exact: bool = False) -> bool:
+    """Whether there are such kernels for bf16, here and now; `exact` as of `multiplies`."""
     return (
         _FLAG in processor_flags()
-        and not takes_matrix_registers("bfloat16")
+        and (exact or not takes_matrix_registers("bfloat16"))
         and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
 
