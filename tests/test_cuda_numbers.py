@@ -1,9 +1,7 @@
 """The CUDA device over CPU memory: what it copies gives the same bits, and the same answers."""
 
-import importlib
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +26,7 @@ from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda import streams as streams_module
 from offload_rt.device.cuda.streams import CudaComputeStream
 from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import CUDA, Packing, named_devices
+from offload_rt.device.kinds import Packing
 from offload_rt.errors import NumbersError
 from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
@@ -303,36 +301,6 @@ def test_without_a_wait_of_kernels_answers_differ(answers, plain, monkeypatch, c
     except NumbersError:  # poison: numbers that are none
         found = None
     assert left_out and found != plain[CASES[case].get("many", False)]
-
-
-# --- what is asked of a real GPU -----------------------------------------------------------------
-
-
-def test_what_is_asked_of_a_gpu_the_double_does_too(make_tiny, monkeypatch):
-    """Cases of `tests/gpu`, which are never run elsewhere, would go stale unseen."""
-    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
-    asked = importlib.import_module("test_engine_on_gpu")
-
-    def opened(folder, **config):
-        open_double(monkeypatch)
-        return engine_for(folder, **config)
-
-    monkeypatch.setattr(asked, "engine_for", opened)
-    monkeypatch.setattr(asked, "DEVICE", "cpu")
-    folder = make_tiny(num_hidden_layers=6)
-    resident = asked.all_resident(folder)
-    asked.test_streamed_equals_resident(folder, resident, 2, 1, HomeKind.DISK)
-    asked.test_a_failed_pass_leaves_the_engine_usable(folder, resident, monkeypatch)
-
-
-def test_no_case_of_a_gpu_is_run_on_the_processor(folders, monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parent / "gpu")
-    asked = importlib.import_module("test_drafting_on_gpu")
-    assert asked.ON_GPUS.keys() == CASES.keys()
-    for case in asked.ON_GPUS.values():
-        _, double, options = options_of(folders, **case)
-        kind, indices = named_devices(options["device"])
-        assert (kind, len(indices)) == (CUDA, double["count"])
 
 
 # --- experts one by one --------------------------------------------------------------------------

@@ -23,12 +23,13 @@ def check(monkeypatch):
     monkeypatch.syspath_prepend(str(TOOLS))
     with loaded("gpu_check") as module:
         yield module
-    sys.modules.pop("gpu_check_parts", None)
-    sys.modules.pop("gpu_check_models", None)
+    for name in [name for name in sys.modules if name.startswith("gpu_check_")]:
+        del sys.modules[name]
 
 
 @pytest.mark.parametrize(
-    "part", ["machine", "laws", "link", "streaming", "launches", "graphs", "formats", "kv"]
+    "part",
+    ["machine", "laws", "link", "streaming", "drafts", "launches", "graphs", "formats", "kv"],
 )
 def test_a_part_runs_on_the_cpu(check, tmp_path, part):
     import gpu_check_parts
@@ -39,7 +40,7 @@ def test_a_part_runs_on_the_cpu(check, tmp_path, part):
     assert facts and {fact["part"] for fact in facts} == {part}
     laws = [fact for fact in facts if "held" in fact]
     assert all(fact["held"] for fact in laws)
-    assert (len(laws) >= 17) == (part == "laws")
+    assert part != "laws" or len(laws) >= 17
 
 
 def test_graphs_are_checked_over_the_double_and_a_wrong_one_is_found(
@@ -149,7 +150,7 @@ def test_without_a_gpu_it_says_so(check, tmp_path, monkeypatch, capsys):
 def test_no_question_about_a_gpu_is_of_the_first_whatever_is_checked():
     for file in TOOLS.glob("gpu_check*.py"):
         asked = set(re.findall(r"torch\.cuda\.(\w+)\(\)", file.read_text()))
-        assert asked <= {"is_available", "device_count"}, file.name
+        assert asked <= {"is_available", "device_count", "empty_cache"}, file.name
 
 
 def test_the_parts_fit_in_the_time_that_a_gpu_is_lent(check):

@@ -1,14 +1,19 @@
-"""The part of `gpu_check.py` about formats: kernels that dequantise are right, and how fast."""
+"""The part of `gpu_check.py` about formats: kernels for stored weights are right, and how fast."""
 
+import sys
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from gpu_check import ROOT
 from gpu_check_parts import Bench, median_of, opened, timed, wait_for
 
+from offload_rt.device.base import Device
+from offload_rt.model.formats import together
 from offload_rt.model.formats.brought import bring_for, prepare, ready
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.methods import BLOCKS, Form
 from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import dequantise
@@ -51,6 +56,45 @@ def check(bench: Bench) -> None:
                 written_bytes_per_s=out.nbytes / seconds,
                 moved_bytes_per_s=(nbytes + out.nbytes) / seconds,
             )
+        _together(bench, device)
+
+
+def _together(bench: Bench, device: Device) -> None:
+    """A token's experts of a gpt-oss layer, multiplied as they are stored in one launch."""
+    chosen, outputs, inputs = (4, 5760, 2880) if bench.on_gpu else (2, 96, 64)
+    if not together.is_there(device.torch_device):
+        bench.fact("no experts are multiplied together", device=device.name)
+        return
+    dice, there = torch.Generator().manual_seed(1), device.torch_device
+    sizes: dict[str, Any] = {"outputs": outputs, "inputs": inputs, "groups": inputs // 32}
+    stored = Stored(module="m", form=Form.MXFP4, bits=4, block=(1, 32), parts={}, **sizes)
+    parts, numbers = [], []
+    for _ in range(chosen):
+        codes = torch.randint(0, 256, (outputs, inputs // 2), generator=dice).to(torch.uint8)
+        scales = torch.randint(118, 124, (outputs, inputs // 32), generator=dice).to(torch.uint8)
+        parts.append({"weight_packed": codes.to(there), "weight_scale": scales.to(there)})
+        weight = torch.empty(outputs, inputs, dtype=torch.bfloat16, device=there)
+        dequantise(stored, parts[-1], weight)
+        numbers.append(weight)
+    row = torch.randn(1, inputs, dtype=torch.bfloat16, device=there)
+    places = [together.places_of(each, device.address) for each in parts]
+    table = torch.tensor([[0, e, e, *places[e]] for e in range(chosen)], device=there)
+    out = torch.empty(chosen, outputs, dtype=torch.bfloat16, device=there)
+    kept = [tensor for each in parts for tensor in each.values()]
+    run = partial(together.multiply_together, row, table, kept, None, out)
+
+    def near() -> bool | str:
+        run()
+        wanted = torch.stack([weight.double() @ row[0].double() for weight in numbers])
+        error = float((out.double() - wanted).norm() / wanted.norm())
+        return error < 0.01 or f"off by {error:.4f}"
+
+    bench.law("experts multiplied as they are stored, and as fp64 does", near)
+    host_s, seconds = median_of(
+        [timed(run, partial(wait_for, device.compute)) for _ in range(SAMPLES)][1:]
+    )
+    nbytes = sum(tensor.nbytes for tensor in kept)
+    bench.fact("MXFP4 times a row", seconds=seconds, host_s=host_s, bytes_per_s=nbytes / seconds)
 
 
 def _weights(side: int) -> Iterator[Weight]:
@@ -91,3 +135,12 @@ def _weights(side: int) -> Iterator[Weight]:
     starts = np.concatenate([[0], np.cumsum([piece.size for piece in pieces])]).tolist()
     coded = Stored(form=Form.CODED, bits=12, groups=1, pieces=tuple(starts), **whole)
     yield "bf16 in 12 bits", coded, {CODED_PART: torch.from_numpy(np.concatenate(pieces))}
+    sys.path.append(str(ROOT / "tests"))  # which write such files by hand
+    from gguf_files import random_blocks
+
+    for form, (per_block, _) in BLOCKS.items():
+        outputs, inputs = (2048, 4096) if side > 4096 else (16, 4 * per_block)
+        whole |= {"outputs": outputs, "inputs": inputs}
+        stored = Stored(form=form, bits=4, groups=inputs // per_block, **whole)
+        data = random_blocks(form, outputs, inputs, np.random.default_rng(2))
+        yield f"GGUF {form}", stored, {"weight": torch.from_numpy(data)}

@@ -24,6 +24,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import (
     DraftConfig,
+    DraftShape,
     DraftWeights,
     Exact,
     GenerationConfig,
@@ -33,13 +34,11 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.costs.machine import speeds_of
 from offload_rt.costs.sizes import ahead_bytes
 from offload_rt.device.base import Device, Stream
-from offload_rt.device.host_memory import allocate_host
-from offload_rt.device.kinds import KINDS, Processor, sharing
 from offload_rt.device.opening import open_device
 from offload_rt.engine import NO_DRAFT, Engine, Run
+from offload_rt.errors import OffloadError
 from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.home import RamHome
 from offload_rt.kv.offloaded import KVSpace, OffloadedKV
@@ -48,18 +47,13 @@ from offload_rt.kv.retrieval import RetrievalKV
 from offload_rt.kv.sizes import KVSizes, RetrievalSizes
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.rounded import Int4Linear
-from offload_rt.planning.planner import Means
-from offload_rt.planning.yields import expected_yield
-from offload_rt.profiling.codec import encode
 from offload_rt.profiling.effort import Effort
-from offload_rt.profiling.measure import measure
 from offload_rt.report import RunReport
 from offload_rt.runner.loading import load_drafting
 from offload_rt.runner.runner import Rows, Runner
 from offload_rt.runner.static import EAGER_FIRST
 from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import likeliest
-from offload_rt.streaming.memory_home import MemoryHome
 
 MIB, GIB = 2**20, 2**30
 CHAIN = 4  # tokens of a greedy draft
@@ -76,6 +70,7 @@ class Sizes:
         prompt: tokens of its prompt.
         budgets: of its retrieval cache.
         streamed: layers of a 70B model.
+        drafted: a streamed model of which a draft model has the first layers.
         rows: of a streamed pass.
         small: layers, hidden size, intermediate size of models whose passes launches bound.
         blocks: bytes of copies that are timed.
@@ -90,6 +85,7 @@ class Sizes:
     prompt: int
     budgets: tuple[int, ...]
     streamed: Made
+    drafted: Made
     rows: tuple[int, ...]
     small: tuple[tuple[int, int, int], ...]
     blocks: tuple[int, ...]
@@ -105,6 +101,7 @@ TINY = Sizes(
     prompt=160,
     budgets=(32, 64),
     streamed=Made(layers=3),
+    drafted=Made(),
     rows=(1, 8),
     small=((2, 64, 128),),
     blocks=(2**16, 2**20),
@@ -163,6 +160,15 @@ FULL = Sizes(
         intermediate=28_672,
         heads=64,
         kv_heads=8,
+        vocab=32_000,
+        dtype="bfloat16",
+    ),
+    drafted=Made(
+        hidden=2048,
+        layers=12,
+        intermediate=5632,
+        heads=16,
+        kv_heads=4,
         vocab=32_000,
         dtype="bfloat16",
     ),
@@ -463,69 +469,64 @@ def int4_is_right(device: str) -> bool | str:
 
 
 def link(bench: Bench) -> None:
-    """Copies by size, and what an upload waits behind a large one."""
-    sizes = bench.sizes
-    with opened(bench) as device:
-        for block in sizes.blocks:
-            host = allocate_host(block)
-            host.tensor.zero_()
-            began = time.perf_counter()
-            device.pin(host)
-            pin_s = time.perf_counter() - began
-            slot, home, stream = device.allocate(block, "slots"), MemoryHome(host), device.copy
-            back = device.new_copy_stream()
+    """Copies, and what waits behind them."""
+    from gpu_check_links import check  # which takes what is here
 
-            ways = {
-                "to": (stream, partial(stream.copy, slot, home)),
-                "from": (back, partial(back.store, home, slot.tensor)),
-            }
-            rates = {}
-            for name, (queue, work) in ways.items():
-                taken = [timed(work, partial(wait_for, queue)) for _ in range(6)]
-                rates[f"{name}_bytes_per_s"] = block / median_of(taken[1:])[1]
-            bench.fact(f"copies of {block} bytes", **rates, pin_bytes_per_s=block / pin_s)
-            back.close()
-        host = allocate_host(sizes.large)
-        host.tensor.zero_()
-        device.pin(host)
-        slot = device.allocate(sizes.large, "slots")
-        waits = []
-        for busy in (False, True) * 5:
-            if busy:
-                device.copy.copy(slot, MemoryHome(host))
-            waits.append(
-                timed(partial(device.upload, range(512)), partial(wait_for, device.compute))
-            )
-            device.copy.record().synchronize()
-        bench.fact(
-            "upload of 4 KiB",
-            idle_s=median_of(waits[::2])[1],
-            behind_a_layer_s=median_of(waits[1::2])[1],
-        )
+    check(bench)
 
 
 def streaming(bench: Bench) -> None:
-    """Passes over layers of a 70B model."""
+    """Passes over layers of a 70B model, against their kernels and their copies alone."""
     sizes = bench.sizes
     folder = bench.made("streamed", sizes.streamed)
-    tokens = [text_of(rows, sizes.streamed.vocab) for rows in sizes.rows]
-    longest, place = [1] * (max(sizes.rows) + 8), {"home": HomeKind.HOST, "resident_layers": 0}
+    place = {"home": HomeKind.HOST, "resident_layers": 0}
+    passes, nbytes = _timed_passes(bench, folder, place)
+    for rows, facts in passes.items():
+        bench.fact(f"a pass of {rows} rows", bytes_per_s=nbytes / facts["pass_s"], **facts)
+    copies_s = nbytes / _link_rate(bench)
+    try:
+        whole = {"resident_layers": sizes.streamed.layers, "device_limit_bytes": None}
+        kernels, _ = _timed_passes(bench, folder, whole)
+    except OffloadError as error:
+        bench.fact("no pass with all resident", why=str(error))
+        return
+    for rows, facts in kernels.items():
+        kernels_s = facts["pass_s"]
+        bench.fact(
+            f"a pass of {rows} rows, and the longer of its kernels and its copies",
+            measured=passes[rows]["pass_s"],
+            predicted=max(kernels_s, copies_s),
+            kernels_s=kernels_s,
+            copies_s=copies_s,
+        )
+
+
+def _timed_passes(
+    bench: Bench, folder: Path, place: Mapping[str, Any]
+) -> tuple[dict[int, dict[str, float]], int]:
+    """Seconds of passes by their rows, and the bytes that one streams."""
+    sizes, found = bench.sizes, {}
+    longest = [1] * (max(sizes.rows) + 8)
     with engine_of(bench, folder, longest, 8, place) as engine:
-        for ids in tokens:
-            before, taken = engine.counters(), []
+        for rows in sizes.rows:
+            ids, before, taken = text_of(rows, sizes.streamed.vocab), engine.counters(), []
             for _ in range(4):
                 engine.truncate(0, 0)
                 work = partial(engine.forward, [(0, ids)], reuse=False)
                 taken.append(timed(work, partial(wait_for, engine.device.compute)))
-            after = engine.counters()
+            stalled_s = engine.counters().stalled_s - before.stalled_s
             enqueue_s, pass_s = median_of(taken[1:])
-            bench.fact(
-                f"a pass of {len(ids)} rows",
-                pass_s=pass_s,
-                enqueue_s=enqueue_s,
-                bytes_per_s=engine.bytes_per_pass / pass_s,
-                stall_s=(after.stalled_s - before.stalled_s) / 4,
-            )
+            found[rows] = {"pass_s": pass_s, "enqueue_s": enqueue_s, "stall_s": stalled_s / 4}
+        return found, engine.bytes_per_pass
+
+
+def _link_rate(bench: Bench) -> float:
+    """Bytes per second of a copy to the device with nothing beside."""
+    from gpu_check_links import lanes, seconds_of
+
+    block = max(bench.sizes.blocks)
+    with opened(bench) as device, lanes([device], block) as (lane,):
+        return block / seconds_of([lane.to], [lane.queue])
 
 
 def narrow(bench: Bench, layers: int, hidden: int, intermediate: int) -> Made:
@@ -666,6 +667,37 @@ def _kernels(bench: Bench) -> None:
                 f"{e.key[:90]} {e.self_device_time_total:.0f} us" for e in found.key_averages()
             ]
             bench.fact(f"kernels of {rows} rows, {kv_heads} KV heads", names=names)
+            ours = partial(_none_of, names)
+            bench.law(f"no kernel of cuDNN: {rows} rows, {kv_heads} KV heads", ours)
+    _cudnn(bench)
+
+
+def _none_of(names: Sequence[str]) -> bool:
+    return not any("cudnn" in name.lower() for name in names)
+
+
+def _cudnn(bench: Bench) -> None:
+    """Torch's own choice by name: a new number of keys each time, and the same once more."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    attend = torch.nn.functional.scaled_dot_product_attention
+    query = torch.randn(1, 32, 1, 128, dtype=torch.bfloat16, device=bench.device)
+    keys = torch.randn(1, 32, 4096, 128, dtype=torch.bfloat16, device=bench.device)
+    wait = partial(torch.cuda.synchronize, bench.device)
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        new: list[tuple[float, float]] = []
+        again: list[tuple[float, float]] = []
+        try:
+            with sdpa_kernel(backend):
+                for length in range(4000, 4008):
+                    rows = keys[:, :, :length]
+                    for taken in (new, again):
+                        taken.append(timed(partial(attend, query, rows, rows), wait))
+        except RuntimeError as error:
+            bench.fact(f"{backend.name} is refused", why=str(error)[:200])
+            continue
+        seconds = {"new_length_s": median_of(new[1:])[1], "same_length_s": median_of(again[1:])[1]}
+        bench.fact(f"{backend.name}, one row", **seconds)
 
 
 def kv(bench: Bench) -> None:
@@ -771,59 +803,48 @@ def triforce(bench: Bench) -> None:
         return report
 
     measure("plain", NO_DRAFT)
+    drawn = DraftConfig(draft="triforce", draft_tokens=6)
+    ways = {
+        "": {"retrieval_weights": DraftWeights.SAME},
+        ", the newest alone": {"retrieval_weights": DraftWeights.SAME, "recent_share": 1.0},
+        ", level 2 in 4 bits": {"retrieval_weights": DraftWeights.INT4},
+    }
     for budget in sizes.budgets:
-        for share in (None, 1.0):
-            retrieval = RetrievalConfig(
-                budget_tokens=budget, recent_share=share, retrieval_weights=DraftWeights.SAME
-            )
-            draft = DraftConfig(draft="triforce", draft_tokens=6, retrieval=retrieval)
-            measure(f"budget {budget}" + ", the newest alone" * (share == 1.0), draft)
+        for name, way in ways.items():
+            retrieval = RetrievalConfig(budget_tokens=budget, **way)  # type: ignore[arg-type]
+            measure(f"budget {budget}{name}", replace(drawn, retrieval=retrieval))
+
+
+def drafts(bench: Bench) -> None:
+    """A draft model of the first layers, by what later ones add: accepted tokens, and speed."""
+    made, tokens, rates = bench.sizes.drafted, 48, []
+    first = bench.made("first", made, made.first)
+    draft = DraftConfig(draft=f"model:{first}", draft_tokens=6, shape=DraftShape.CHAIN)
+    place, prompt = {"home": HomeKind.HOST, "resident_layers": 0}, text_of(64, made.vocab)
+    for late in (1.0, 0.05, 0.03, 0.01):  # of tiny ones 0.20, 0.21 (0.1), 0.53 and all are accepted
+        target = bench.made(f"late-{late}", replace(made, late=late))
+        found = {}
+        for name, drafter in (("plain", NO_DRAFT), ("drafted", draft)):
+            with engine_of(bench, target, prompt, tokens, {**place, "draft": drafter}) as engine:
+                report = finished(engine, prompt, tokens).report()
+            found[f"{name}_s_per_token"] = report.timings.s_per_token
+        counted = report.speculation
+        rates.append(counted.acceptance_rate or 0.0)
+        bench.fact(
+            f"later layers times {late}",
+            acceptance_rate=counted.acceptance_rate,
+            tokens_per_pass=counted.tokens_per_pass,
+            **found,
+        )
+        shutil.rmtree(target)
+    bench.law("drafts are accepted by what later layers add", lambda: rates[0] < rates[-1])
 
 
 def plan(bench: Bench) -> None:
     """A profile of this machine, and what it predicts of runs; device memory against the plan."""
-    kind = KINDS[Processor(bench.device.partition(":")[0])]
-    effort = QUICK if bench.on_gpu else SMALL
-    profile = measure("here", device=bench.device.partition(":")[0], effort=effort)
-    (bench.out.parent / f"{bench.out.stem}-profile.json").write_text(encode(profile))
-    speeds = speeds_of(profile, kind.processor, sharing(bench.device))
-    means = Means(speeds=speeds, yields=lambda config: expected_yield(config.kind))
-    sizes, tokens = bench.sizes, 24
-    runs: dict[str, tuple[Made, int, dict[str, Any]]] = {
-        "resident": (sizes.law, 90, {}),
-        "streamed": (
-            sizes.law,
-            90,
-            {"home": HomeKind.HOST, "resident_layers": 0},
-        ),
-        "KV offloaded": (sizes.long, sizes.prompt // 2, {"kv": KVPlace.HOST}),
-    }
-    for name, (made, length, config) in runs.items():
-        folder = bench.made(f"plan-{name}", made)
-        prompt = text_of(length, made.vocab)
-        how = {**config, "means": lambda device: means}
-        with engine_of(bench, folder, prompt, tokens, how) as engine:
-            predicted = engine.plan.prediction
-            report = finished(engine, prompt, tokens).report()
-        bench.fact(
-            f"seconds per token, {name}",
-            measured=report.timings.s_per_token,
-            predicted=None if predicted is None else predicted.s_per_token,
-        )
-        memory = report.memory
-        within = memory.device_peak_bytes <= memory.device_planned_bytes
-        more = {}
-        if bench.on_gpu:
-            free, total = torch.cuda.mem_get_info(bench.device)
-            reserved = torch.cuda.max_memory_reserved(bench.device)
-            more = {"reserved": reserved, "taken_now": total - free}
-        bench.fact(
-            f"device memory within the plan, {name}",
-            held=within,
-            peak=memory.device_peak_bytes,
-            planned=memory.device_planned_bytes,
-            **more,
-        )
+    from gpu_check_plans import check  # which takes what is here
+
+    check(bench)
 
 
 def formats(bench: Bench) -> None:
@@ -840,6 +861,7 @@ PARTS: dict[str, Callable[[Bench], None]] = {
     "sanitizer": sanitizer,
     "link": link,
     "streaming": streaming,
+    "drafts": drafts,
     "launches": launches,
     "graphs": graphs,
     "formats": formats,
