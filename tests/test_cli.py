@@ -388,6 +388,7 @@ def test_plan_table_and_json_agree(tiny_model, offload_run):
     total = sum(record[part] for part in parts) + record["slots"] * record["slot_bytes"]
     assert total == record["device_bytes"] <= record["device_limit_bytes"]
     assert record["process_bytes"] == process_bytes() and "the process" in table
+    assert (record["context_bytes"], record["slack_bytes"]) == (0, 0)
     assert "1 resident layers" in table and "0-1, 3" in table and "64 tokens" in table
 
 

@@ -1,6 +1,7 @@
 """`simulate`: a machine one does not own, a scenario, the published table; and what it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from test_profile import PROJECT
 from test_scenario import CHAIN, LAYER_70B, tree_of
 
 from offload_rt.config import DraftConfig
+from offload_rt.device.kinds import CUDA
+from offload_rt.planning.demand import OTHER_BUFFERS
 from offload_rt.planning.scenarios.scenario import (
     DrafterShape,
     ModelShape,
@@ -19,6 +22,7 @@ from offload_rt.planning.scenarios.scenario import (
 )
 from offload_rt.session import means
 from offload_rt.speculative.ngram.kind import lookup_s
+from offload_rt.units import parse_size
 
 GPU = "rtx4090-pcie4x16"
 PARTS = {
@@ -82,6 +86,27 @@ def test_seventy_billion_weights_on_a_gpu_nobody_has(answer, big):
         "h2d_bytes_per_s=13e9",
     )  # fmt: skip
     assert slow["s_per_token"] == pytest.approx(2 * made["s_per_token"], rel=0.01)
+
+
+def test_what_a_gpus_driver_and_allocator_take_is_told(answer, offload_run, small):
+    """A row and a key each, of each GPU; a processor has neither."""
+    one = answer(small, "--profile", GPU)
+    assert one["context_bytes"] == CUDA.context_bytes
+    assert one["slack_bytes"] == (22 + OTHER_BUFFERS) * (CUDA.buffer_bytes - 1)
+    assert one["context_bytes"] + one["slack_bytes"] < one["workspace_bytes"]
+    two = answer(small, "--profile", "2x-rtx4090-pcie4x16", "--device", "cuda:0,cuda:1")
+    for key in ("context_bytes", "slack_bytes"):
+        assert two[key] == 2 * one[key]
+    none = answer(small, "--profile", "cpu-2core-avx512bf16")
+    assert (none["context_bytes"], none["slack_bytes"]) == (0, 0)
+    table = offload_run("simulate", small, "--profile", GPU).out
+    rows = dict(re.findall(r"^  (\S.*?) {2,}([0-9.]+ [GM]iB)", table, re.MULTILINE))
+    assert rows["driver's context"] == "512 MiB" and rows["allocator's slack"] == "76.0 MiB"
+    parts = [parse_size(size.replace(" ", "")) for size in rows.values()]
+    at = list(rows).index("device memory")
+    assert sum(parts[:at]) == pytest.approx(parts[at], rel=0.01)
+    table = offload_run("simulate", small, "--profile", "cpu-2core-avx512bf16").out
+    assert "context" not in table and "slack" not in table and "workspace" in table
 
 
 def test_it_is_quick_and_needs_no_torch(big):

@@ -365,6 +365,8 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "kv_bytes": placement.kv_bytes,
         "state_bytes": sum(demand.state_bytes),
         "workspace_bytes": placement.workspace_bytes,
+        "context_bytes": placement.context_bytes,
+        "slack_bytes": placement.slack_bytes,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
         "devices": [
@@ -443,7 +445,7 @@ def _as_table(outlook: _Outlook) -> str:
         ),
         _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
         ("KV cache", placement.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
-        ("workspace", placement.workspace_bytes, "at most"),
+        *placement.taken_rows,
     ]
     if states := sum(demand.state_bytes):
         rows.insert(3, ("recurrent states", states, "with the newest inputs, whatever the context"))

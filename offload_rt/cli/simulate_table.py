@@ -46,10 +46,8 @@ def model_table(
         if not placement.expert_slots
         else _memory(f"{placement.expert_slots} slots of experts", placement.pool_bytes),
         _memory("KV on the device", placement.kv_bytes, kept),
-        _memory(
-            "head, workspace" if demand.rows_apart else "embedding, workspace",
-            demand.base_bytes + placement.workspace_bytes,
-        ),
+        _memory("head" if demand.rows_apart else "embedding, head", demand.base_bytes),
+        *(_memory(*row) for row in placement.taken_rows),
     ]
     if placement.drafter_bytes:
         lines.append(_memory("drafting", placement.drafter_bytes))

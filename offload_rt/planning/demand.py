@@ -80,7 +80,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     in_pieces = chosen and _in_pieces(checkpoint, runtime, device, drafting)
     pieces = pieced_bytes(config, number_bytes, device) if in_pieces else 0
     scratch = decoding_bytes(checkpoint, dtype, device)
-    taken = device.context_bytes + _rounding_bytes(len(layers), device)
+    slack = _slack_bytes(draft.copied_bytes, device) + _rounding_bytes(len(layers), device)
     kept_probs = 4 * config.vocab_size * draft.drawn_nodes
     pending = drafting.config.pending_rows
     kv_rows = sum(capacity + pending for capacity in capacities)
@@ -101,11 +101,13 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
             draft.head_bytes,  # there twice while it is copied
         )
         + staging_bytes([*layouts, base], device, runtime.readers + offers)
-        + _slack_bytes(draft.copied_bytes, device)
+        + slack
         + scratch
-        + taken
+        + device.context_bytes
         + experts
         + pieces,
+        context_bytes=device.context_bytes,
+        slack_bytes=slack,
         pieced_bytes=pieces,
         wires_experts=wires,
         drafter_bytes=draft.kept_bytes,
@@ -125,7 +127,8 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         + (
             workspace_bytes(config, number_bytes, replace(shape, logit_rows=0), device)
             + draft.building_bytes
-            + taken
+            + device.context_bytes
+            + _rounding_bytes(len(layers), device)
             + experts
             if device.own_memory or runtime.machines
             else 0

@@ -71,6 +71,8 @@ class Demand:
         kv_layer_bytes: of these, what lies beside each layer; empty: the same beside all.
         state_bytes: recurrent states of all sequences, beside each layer; empty: there are none.
         workspace_bytes: activations, logits and the runtime's own needs, at most.
+        context_bytes: of `workspace_bytes`, what a GPU's driver takes for itself and its kernels.
+        slack_bytes: of `workspace_bytes`, what allocators take beyond what they are asked for.
         drafter_bytes: a draft model with its caches, Medusa heads, retrieval caches.
         recorded_bytes: of these, what recorded passes keep.
         pieced_bytes: of `workspace_bytes`, what passes of few rows keep that are recorded in
@@ -95,6 +97,8 @@ class Demand:
     host_base_bytes: int = 0
     file_base_bytes: int = 0
     spare_base_bytes: int = 0
+    context_bytes: int = 0
+    slack_bytes: int = 0
     kv_layer_bytes: tuple[int, ...] = ()
     drafter_bytes: int = 0
     recorded_bytes: int = 0
@@ -163,6 +167,9 @@ class Demand:
             kv_bytes=kv_bytes,
             kv_layer_bytes=tuple(self.kv_layer_bytes[i] for i in layers if self.kv_layer_bytes),
             workspace_bytes=self.workspace_bytes if first else self.further_bytes,
+            context_bytes=self.context_bytes,
+            # Of a processor's only what drafts is many small copies.
+            slack_bytes=self.slack_bytes if first or self.context_bytes else 0,
             drafter_bytes=whole + sum(beside),
             recorded_bytes=self.recorded_bytes if first else 0,
             state_bytes=tuple(self.state_bytes[i] for i in layers) if self.state_bytes else (),
@@ -314,6 +321,27 @@ class Placement:
     def workspace_bytes(self) -> int:
         """What passes take and give back, on all devices."""
         return sum(own.demand.workspace_bytes for own in self.of_devices)
+
+    @property
+    def context_bytes(self) -> int:
+        """Of these, what drivers take."""
+        return sum(own.demand.context_bytes for own in self.of_devices)
+
+    @property
+    def slack_bytes(self) -> int:
+        """Of these, what allocators take beyond what they are asked for."""
+        return sum(own.demand.slack_bytes for own in self.of_devices)
+
+    @property
+    def taken_rows(self) -> tuple[tuple[str, int, str], ...]:
+        """The workspace in parts, for tables: a name, bytes and a remark each."""
+        context, slack = self.context_bytes, self.slack_bytes
+        rows = (
+            ("workspace", self.workspace_bytes - context - slack, "at most"),
+            ("driver's context", context, "with the kernels it loads, assumed"),
+            ("allocator's slack", slack, "of buffers in whole blocks, at most"),
+        )
+        return tuple(row for row in rows if row[1] or row is rows[0])
 
     @property
     def ring_bytes(self) -> int:

@@ -29,6 +29,8 @@ class PlanSummary:
         resident: layers that stay on the device.
         streamed: layers that are copied to it in each pass.
         expert_slots: of the experts that come one by one; 0 where layers are whole.
+        context_bytes: of `workspace_bytes`, what a GPU's driver takes.
+        slack_bytes: of it, what allocators take beyond what they are asked for.
         home: where those live.
         bound_by: what most of a step's time is spent on.
         prediction: what a step should take; None for a model that only reads texts (`score`).
@@ -58,6 +60,8 @@ class PlanSummary:
     kv: str
     kv_bytes: int
     workspace_bytes: int
+    context_bytes: int
+    slack_bytes: int
     device_bytes: int
     device_limit_bytes: int
     home: str
@@ -132,6 +136,8 @@ def summary_of(engine: "Engine") -> PlanSummary:
         kv=str(demand.kv.place) if demand.kv else "device",
         kv_bytes=placement.kv_bytes,
         workspace_bytes=placement.workspace_bytes,
+        context_bytes=placement.context_bytes,
+        slack_bytes=placement.slack_bytes,
         device_bytes=placement.device_bytes,
         device_limit_bytes=placement.device_limit_bytes,
         home=str(placement.home),
