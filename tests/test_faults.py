@@ -7,6 +7,7 @@ import stat
 from pathlib import Path
 
 import pytest
+import torch
 
 EVIL = "\x1b]0;x\x07\nsecond line \udcff"
 
@@ -92,3 +93,11 @@ def test_what_the_system_is_short_of(number, says, break_with, tiny_model, offlo
     break_with(OSError(number, os.strerror(number)))
     done = offload_run("generate", tiny_model, "-p", "x")
     assert done.code == 2 and says in done.err and done.err.count("\n") == 1
+
+
+def test_the_card_that_is_short_of_memory_is_named(break_with, tiny_model, offload_run):
+    said = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 1 has a total capacity of 23.6 GiB"
+    break_with(torch.OutOfMemoryError(said))
+    done = offload_run("generate", tiny_model, "-p", "x")
+    lower = "out of memory on cuda:1: lower --device-memory or --context, or free memory"
+    assert (done.code, done.err) == (2, f"offload-run: error: {lower}\n")

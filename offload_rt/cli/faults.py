@@ -3,6 +3,7 @@
 import errno
 import os
 import platform
+import re
 import shlex
 import sys
 import traceback
@@ -17,7 +18,8 @@ from offload_rt.writing import make_folder, size_limit, write_text
 DEBUG = "OFFLOAD_RT_DEBUG"
 EXIT_CODE = 1
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-_OUT_OF_MEMORY = "out of memory: lower --device-memory or --context, or free memory"
+_OUT_OF_MEMORY = "out of memory{}: lower --device-memory or --context, or free memory"
+_CARD = re.compile(r"\bGPU (\d+)\b")  # as torch's own sentence names it
 _NAME = "traceback.txt"
 _PACKAGE = Path(__file__).parents[1]
 _SHOWN_CHARACTERS = 300
@@ -29,7 +31,8 @@ def of_system(error: BaseException) -> str:
     if lacks_memory or (
         isinstance(error, RuntimeError | OSError) and "allocate memory" in str(error)
     ):
-        return _OUT_OF_MEMORY
+        card = _CARD.search(str(error))
+        return _OUT_OF_MEMORY.format(f" on cuda:{card[1]}" if card else "")
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.EFBIG:
         return f"cannot write the output: {size_limit()}"
