@@ -21,11 +21,11 @@ STEP_S = 1e-3  # sampling and bookkeeping of a step, measured: 1 to 2 ms on a CP
 # More of it for each node of a draft: rows, positions and parents, the verdict, its download.
 # Measured: 1.3 to 1.9 us (docs/RESULTS.md, "Host time of a step").
 NODE_S = 2e-6
-# The host's, to enqueue what a block of KV needs on a GPU, and more of it where a retrieval cache
-# is chosen meanwhile. Measured without launches: 41 and 75 us
-# (docs/RESULTS.md, "Host time of a block of KV"). 2 us for each of 3 and 11 to 15 launches are
-# assumed.
-KV_BLOCK_S, KV_CHOICE_S = 50e-6, 100e-6
+# The host's, to enqueue what a block of KV needs on a GPU, more of it where a retrieval cache is
+# chosen meanwhile, and more again where several query heads ask for a KV head. Measured without
+# launches: 41, 75 and 85 us (docs/RESULTS.md, "Host time of a block of KV"). 2 us for each of 3, 11
+# and 15 launches are assumed.
+KV_BLOCK_S, KV_CHOICE_S, KV_GROUPED_S = 50e-6, 100e-6, 115e-6
 
 _CALLED = {
     SpanKind.WEIGHTS: (Lane.COPY, "weights of layer {}"),
@@ -128,13 +128,27 @@ class Prediction:
         )
 
 
+def choice_s(expected: Expected, rebuild_tokens: int | None, *, grouped: bool) -> float:
+    """The host's for a block of KV where a retrieval cache is chosen anew; the average of passes.
+
+    Args:
+        expected: how often drafts are found and right.
+        rebuild_tokens: after which it is, if there is one.
+        grouped: whether several query heads share a KV head.
+    """
+    if rebuild_tokens is None:
+        return 0.0
+    share = min(1.0, expected.tokens_per_pass / rebuild_tokens)
+    return share * (KV_GROUPED_S if grouped else KV_CHOICE_S)
+
+
 def step_work(
     target: PlacedModel,
     nodes: int,
     expected: Expected,
     parts: tuple[DraftPart, ...],
     *,
-    rebuild_tokens: int | None = None,
+    choice_s: float = 0.0,
     branches: float = 1.0,
 ) -> StepWork:
     """What a step has to do that checks drafts of so many nodes for this model.
@@ -144,14 +158,11 @@ def step_work(
         nodes: of a draft.
         expected: how often drafts are found and right.
         parts: drafting.
-        rebuild_tokens: after which a retrieval cache is chosen anew, if there is one.
+        choice_s: see `choice_s`.
         branches: paths down a draft, on average.
     """
     tokens = expected.tokens_per_pass
-    block_s = 0.0
-    if not target.speeds.device.host_computes:
-        chooses = min(1.0, tokens / rebuild_tokens) if rebuild_tokens else 0.0
-        block_s = KV_BLOCK_S + chooses * KV_CHOICE_S
+    block_s = 0.0 if target.speeds.device.host_computes else KV_BLOCK_S + choice_s
     return StepWork(
         load=target.load(1 + nodes, tokens, kv_block_s=block_s, branches=branches),
         plain=target.load(1, tokens, kv_block_s=block_s),

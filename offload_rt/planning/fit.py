@@ -40,7 +40,15 @@ from offload_rt.costs.sizes import (
     layouts_of,
     number_bytes_of,
 )
-from offload_rt.costs.step import Events, Prediction, StepWork, predict, step_events, step_work
+from offload_rt.costs.step import (
+    Events,
+    Prediction,
+    StepWork,
+    choice_s,
+    predict,
+    step_events,
+    step_work,
+)
 from offload_rt.costs.workload import (
     PlacedModel,
     PooledExperts,
@@ -522,12 +530,13 @@ class PlacedRun:
         target = self._target(drafts=config.nodes > 0)
         parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
+        heads = self.checkpoint.config
         return step_work(
             target,
             config.nodes,
             expected,
             parts,
-            rebuild_tokens=rebuild,
+            choice_s=choice_s(expected, rebuild, grouped=heads.num_heads > heads.num_kv_heads),
             branches=branches_of(config),
         )
 
