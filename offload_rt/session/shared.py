@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from offload_rt.device.kinds import DeviceKind
     from offload_rt.engine import Engine
 
-AUTO_SEQUENCES = 8
+AUTO_SEQUENCES = 8  # for who does not know how many will ask (RESULTS.md "Serving")
 MOST_SEQUENCES = 256  # Python's part of a step grows with them
 _FURTHER_TOKENS = 1024  # of KV for each sequence behind the first, if nobody says
 MOST_READ = 2048  # tokens of prompts in one sweep, at most
