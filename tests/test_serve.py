@@ -2,8 +2,10 @@
 
 import asyncio
 import json
+import os
 import random
 import re
+import signal
 import socket
 import sys
 import threading
@@ -834,6 +836,28 @@ def test_texts_that_are_not_to_be_answered_keep_no_prompt_waiting(server, monkey
     for one in more:
         assert one.status == 429 and int(one.headers["retry-after"]) >= 1
     assert post(server.app, "/tokenize", {"prompt": "the"}).status == 200
+
+
+def test_the_end_waits_for_no_text(tiny_model):
+    """Neither for one that is being read nor for those behind it, whatever holds them up."""
+    room = Shared(sequences=1, context_tokens=128, kv_tokens=128)
+    with serving(tiny_model, room=room) as server:
+        readers = (server.service.prompts._process, server.service.reading._process)
+        assert post(server.app, "/tokenize", {"prompt": "the"}).status == 200
+        for reader in readers:
+            os.kill(reader.pid, signal.SIGSTOP)
+
+        async def ended():
+            body = {"prompt": "the fox"}
+            asked = [ask(server.app, "POST", path, body) for path in (PLAIN, "/tokenize") * 2]
+            await asyncio.sleep(0.2)
+            assert not any(one.task.done() for one in asked)
+            server.service.end()
+            await asyncio.wait([one.task for one in asked], timeout=10)
+            return [one.task.done() for one in asked]
+
+        assert all(asyncio.run(ended()))
+        assert [reader.pid for reader in readers] == [None, None]
 
 
 def test_head_is_answered_as_get_is(server):
