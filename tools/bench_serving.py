@@ -34,14 +34,17 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+from bench_process import taken
 
 import offload_rt
+from offload_rt.costs.sizes import process_bytes
 from offload_rt.engine import Request
 from offload_rt.session.adapters import open_answering
 from offload_rt.session.crowd import Crowd
@@ -162,6 +165,45 @@ class Server:
             for name, folder in (("threads", "task"), ("descriptors", "fd"))
         }
 
+    def metrics(self, key: str | None = None) -> dict[str, float]:
+        """Its numbers, by name and labels without the model's."""
+        headers = {} if key is None else {"authorization": f"Bearer {key}"}
+        text = httpx.get(f"{self.address}/metrics", headers=headers).text
+        rows = re.findall(r'^([a-z0-9_:]+)\{model_name="[^"]*"([^}]*)\} (\S+)$', text, re.MULTILINE)
+        return {name + labels: float(value) for name, labels, value in rows}
+
+    def plan(self) -> dict[str, Any]:
+        """What lives where in it."""
+        found: dict[str, Any] = httpx.get(f"{self.address}/props").json()["plan"]
+        return found
+
+    @contextmanager
+    def weighed(self) -> Iterator[list[int]]:
+        """Bytes of it and its children (`bench_process.taken`), looked at five times a second."""
+        found, over = [weight(self.pid)], threading.Event()
+
+        def look() -> None:
+            while not over.wait(0.2):
+                found.append(weight(self.pid))
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            thread.join()
+
+
+def weight(pid: int) -> int:
+    """Bytes that a process and its children have."""
+    parent, nbytes = psutil.Process(pid), 0
+    for process in [parent, *parent.children(recursive=True)]:
+        with suppress(psutil.Error, OSError, KeyError):  # it has just ended
+            found = taken(process)
+            nbytes += found.own_bytes + found.file_bytes
+    return nbytes
+
 
 @contextmanager
 def served(given: argparse.Namespace, *more: str) -> Iterator[Server]:
@@ -170,12 +212,14 @@ def served(given: argparse.Namespace, *more: str) -> Iterator[Server]:
     process = subprocess.Popen([*command, *_words(given), *more], stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     try:
+        said = []
         for line in process.stderr:
+            said.append(line)
             if found := re.search(r"answers at (http://[\d.:]+)/v1", line):
                 threading.Thread(target=process.stderr.read, daemon=True).start()
                 yield Server(found[1], process.pid)
                 return
-        raise SystemExit("the server did not start")
+        raise SystemExit(f"the server did not start: {said[-3:]}")
     finally:
         process.terminate()
         process.wait()
@@ -295,7 +339,9 @@ def overhead(given: argparse.Namespace) -> dict[str, Any]:
 def soak(given: argparse.Namespace) -> dict[str, Any]:
     """64 clients, of whose requests every tenth is left and every twentieth is nonsense.
 
-    No answer may be lost or another's, and no descriptor or thread of the server be left over.
+    No answer may be lost or another's, and no descriptor or thread of the server be left over. The
+    most memory that it and its tokenizers had is put beside the plan: that of the device, and what
+    `plan` says of a process besides.
     """
     draw, wishes = random.Random(1), []
     for place in range(given.requests):
@@ -334,7 +380,9 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
         url = f"{server.address}/v1/chat/completions"
         asyncio.run(_greeted(url))  # threads that work on prompts are begun when they are needed
         held, begun = server.held(), time.perf_counter()
-        asyncio.run(all_of_them(url))
+        with server.weighed() as weights:
+            asyncio.run(all_of_them(url))
+        plan = server.plan()
         took_s = time.perf_counter() - begun
         time.sleep(1.0)
         held_after = server.held()
@@ -351,6 +399,13 @@ def soak(given: argparse.Namespace) -> dict[str, Any]:
         "held": held,
         "held_after": held_after,
         "running_after": running and int(running[1]),
+        "memory": {
+            "peak_mib": max(weights) >> 20,
+            "first_mib": weights[0] >> 20,
+            "device_planned_mib": plan["device_bytes"] >> 20,
+            "process_planned_mib": process_bytes() >> 20,
+            "samples": len(weights),
+        },
         "s": took_s,
         "start_s": begun - start,
     }
