@@ -16,13 +16,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
-from bench_serving import served
+from bench_serving import Server, served
 from compare_lm_eval import WINDOW, logprobs, write_tasks
 
 _KEY = "a-long-secret"
+_LONG, _LEFT_S, _NEWS_S = 600, 10.0, 0.25
 _ASKED: Any = [{"role": "user", "content": "What is the capital of France?"}]
 _CHECKS = (
     "not_a_server_error,status_code_conformance,content_type_conformance,"
@@ -71,9 +73,7 @@ def of_openai(given: argparse.Namespace) -> dict[str, Any]:
         plain = known.completions.create(
             model=model.id, prompt=[[1, 2, 3]], max_tokens=1, echo=True, logprobs=1
         )
-        left = known.chat.completions.create(model=model.id, messages=_ASKED, stream=True)
-        next(iter(left))
-        left.close()
+        stopped = _left(known, server, model.id)
         refusals = {}
         wrong = openai.OpenAI(base_url=f"{address}/v1", api_key="another-key", max_retries=0)
         for name, ask in {
@@ -98,7 +98,56 @@ def of_openai(given: argparse.Namespace) -> dict[str, Any]:
         "usage": usage,
         "scored": plain.choices[0].logprobs is not None,
         "refusals": refusals,
-        "right": same and usage[0] == usage[1] and list(refusals.values()) == expected,
+        "stopped": stopped,
+        "right": same
+        and usage[0] == usage[1]
+        and list(refusals.values()) == expected
+        and stopped["in_time"],
+    }
+
+
+def _left(known: Any, server: Server, model: str) -> dict[str, Any]:  # noqa: ANN401 - a client
+    """Close a stream after its first words; the server makes no more of the answer.
+
+    Its rows are freed before the next layer, so within the sweep that was being made or the next.
+    """
+    before = server.metrics(_KEY)
+    left = known.chat.completions.create(
+        model=model,
+        messages=_ASKED,
+        stream=True,
+        max_completion_tokens=_LONG,
+        extra_body={"ignore_eos": True},
+    )
+    pieces = iter(left)
+    while not next(pieces).choices[0].delta.content:
+        pass
+    left.close()
+    closed = server.metrics(_KEY)
+    start = time.perf_counter()
+    while (after := server.metrics(_KEY))["vllm:num_requests_running"]:
+        if time.perf_counter() - start > _LEFT_S:
+            break
+        time.sleep(0.005)
+    aborts = 'vllm:request_success_total,finished_reason="abort"'
+    names = {
+        "sweeps": "offload_rt:sweeps_total",
+        "tokens": "vllm:generation_tokens_total",
+        "aborted": aborts,
+    }
+    found = {name: after[key] - before[key] for name, key in names.items()}
+    swept_s = closed["offload_rt:sweep_seconds_total"] / closed["offload_rt:sweeps_total"]
+    more = after["offload_rt:sweeps_total"] - closed["offload_rt:sweeps_total"]
+    return {
+        **found,
+        "s_after": time.perf_counter() - start,
+        "s_of_a_sweep": swept_s,
+        "sweeps_after": more,
+        "in_time": found["aborted"] == 1
+        and found["tokens"] < _LONG
+        # A sweep, and what the news of the end takes to come here.
+        and more * swept_s <= 2 * swept_s + _NEWS_S
+        and after["vllm:num_requests_running"] == 0,
     }
 
 
@@ -133,25 +182,43 @@ def of_langchain(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def of_curl(given: argparse.Namespace) -> dict[str, Any]:
-    """`curl -N`: events, one after the other, as they come."""
-    body = {"messages": _ASKED, "max_tokens": 12, "stream": True}
+    """`curl -N`: events, one after the other, as they come.
+
+    The first is here while the server still writes, and from it to the last it takes about as long
+    as the answer was written.
+    """
+    body = {"messages": _ASKED, "max_tokens": 40, "ignore_eos": True, "stream": True}
+    events, times, running = [], [], 0.0
     with served(given) as server:
-        address = server.address
-        done = subprocess.run(
+        asking = subprocess.Popen(
             [
                 *("curl", "-sN", "-H", "content-type: application/json"),
-                *("-d", json.dumps(body), f"{address}/v1/chat/completions"),
+                *("-d", json.dumps(body), f"{server.address}/v1/chat/completions"),
             ],
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
-            check=True,
         )
-    events = [line[6:] for line in done.stdout.splitlines() if line.startswith("data: ")]
+        assert asking.stdout is not None
+        for line in asking.stdout:
+            if not line.startswith("data: "):
+                continue
+            times.append(time.perf_counter())
+            events.append(line[6:].strip())
+            if len(events) == 3:
+                running = server.metrics()["vllm:num_requests_running"]
+        code = asking.wait()
+        written_s = server.metrics()["vllm:request_decode_time_seconds_sum"]
     pieces = [json.loads(event)["choices"][0] for event in events if event != "[DONE]"]
+    said = [at for at, one in zip(times, pieces, strict=False) if one["delta"].get("content")]
+    came_s = said[-1] - said[0]
+    ends = events[-1] == "[DONE]" and pieces[-1]["finish_reason"] == "length"
     return {
         "text": "".join(piece["delta"].get("content", "") for piece in pieces),
         "events": len(events),
-        "right": events[-1] == "[DONE]" and pieces[-1]["finish_reason"] in ("stop", "length"),
+        "written_s": written_s,
+        "came_s": came_s,
+        "running_at_the_third": running,
+        "right": ends and code == 0 and running == 1 and came_s > 0.7 * written_s > 0,
     }
 
 
