@@ -1,6 +1,7 @@
 """What a user sets, as frozen records. A default lives here and nowhere else."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import TypeVar
@@ -252,9 +253,17 @@ def _written() -> str:
     return f"{', '.join(forms[:-1])} or {forms[-1]}"
 
 
-def _about_drafters() -> str:
-    *most, last = [words.about for words in DRAFTERS.values()]
+def _about_drafters(names: Collection[str] = DRAFTERS) -> str:
+    *most, last = [words.about for name, words in DRAFTERS.items() if name in names]
     return f"{', '.join(most)}, or {last}"
+
+
+_DRAFT_HELP = "Who drafts tokens that one pass then checks: "
+# Where nothing runs that could be measured.
+STATED_DRAFT_HELP = (
+    f"{_DRAFT_HELP}{_about_drafters(DRAFTERS.keys() - {'auto'})}. How often drafts are right is "
+    "for you to say, with --acceptance or --tokens-per-pass."
+)
 
 
 def _default_tokens() -> str:
@@ -344,7 +353,7 @@ class DraftConfig:
     draft: str = option(
         "none",
         "--draft",
-        f"Who drafts tokens that one pass then checks: {_about_drafters()}.",
+        f"{_DRAFT_HELP}{_about_drafters()}.",
         form=Form.DRAFTER,
     )
     draft_tokens: int | None = option(

@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.completion import model_items
 from offload_rt.config import (
     DRAFTERS,
+    STATED_DRAFT_HELP,
     DraftConfig,
     GenerationConfig,
     RetrievalConfig,
@@ -144,8 +145,10 @@ _PLAIN: Mapping[Form, Any] = {
 }
 
 
-def _option(name: str, default: str | None = None) -> Callable[[CommandT], CommandT]:
-    """The option of a record's field; its default is the field's unless another is given."""
+def _option(
+    name: str, default: str | None = None, help: str | None = None
+) -> Callable[[CommandT], CommandT]:
+    """The option of a record's field; default and help are the field's unless others are given."""
     field = _FIELDS[name]
     said, form, value = field.option, field.form, field.default if default is None else default
     names = [*said.also, said.flag, name]
@@ -162,7 +165,7 @@ def _option(name: str, default: str | None = None) -> Callable[[CommandT], Comma
         default=str(value) if form is Form.CHOICE else value,
         multiple=form is Form.TEXTS,
         show_default=said.unset or True,
-        help=said.help,
+        help=said.help if help is None else help,
     )
 
 
@@ -230,8 +233,7 @@ placement_options = _group(
 
 runtime_options = _group(*map(_option, ("readers", "threads")))
 
-draft_options = _group(
-    _option("draft", default="auto"),
+_drafting = _group(
     *map(
         _option,
         (
@@ -248,6 +250,8 @@ draft_options = _group(
         ),
     ),
 )
+draft_options = _group(_option("draft", default="auto"), _drafting)
+stated_draft_options = _group(_option("draft", help=STATED_DRAFT_HELP), _drafting)
 
 accept_option = _option("accept")
 

@@ -25,7 +25,7 @@ VERBS = {
     "compare": ("offload_rt.cli.compare", "compare", "Measure other runtimes side by side."),
     "pack": ("offload_rt.cli.pack", "pack_verb", "Write a model's bf16 weights in 12 bits."),
     "unpack": ("offload_rt.cli.pack", "unpack_verb", "Give the files of a packed model back."),
-    "medusa": ("offload_rt.cli.medusa", "medusa", "Look at Medusa heads, convert, calibrate."),
+    "medusa": ("offload_rt.cli.medusa", "medusa", "Look at Medusa heads, calibrate their tree."),
     "train-medusa": ("offload_rt.cli.train", "train_medusa", "Train Medusa heads for a model."),
     "config": (
         "offload_rt.cli.config",

@@ -102,7 +102,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
 )
 @options.placement_options
 @options.wire_option
-@options.draft_options
+@options.stated_draft_options
 @options.json_option
 @click.pass_context
 def simulate_verb(context: click.Context, model: str | None, **values: Any) -> int:  # noqa: ANN401
@@ -110,8 +110,8 @@ def simulate_verb(context: click.Context, model: str | None, **values: Any) -> i
 
     MODEL needs no weights: config.json suffices. Layers are placed as a run would
     place them on the profile's machine if nothing else used it; then the real rings run in
-    virtual time. Nothing is measured here: the answer is as good as the profile. Without --draft
-    nothing drafts.
+    virtual time. Nothing is measured here: the answer is as good as the profile. `plan` also counts
+    how much slower or faster than it recent runs on this machine were; simulate does not.
     """
     mode = _mode(context, model)
     if mode == "scenario_help":
@@ -122,8 +122,6 @@ def simulate_verb(context: click.Context, model: str | None, **values: Any) -> i
         _scenario(values)
     else:
         assert model is not None  # _mode saw to it
-        if context.get_parameter_source("draft") is ParameterSource.DEFAULT:
-            values["draft"] = "none"
         _model(model, values)
     return 0
 
