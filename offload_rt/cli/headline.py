@@ -1,13 +1,14 @@
 """The first line of a prediction: how fast, what binds it, and what more memory would give."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from operator import add
 
 from offload_rt.cli.columns import hanging
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import IN_TWELVE, StoredSizes
+from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import OffloadError
 from offload_rt.planning.fit import host_limits
@@ -196,3 +197,18 @@ def quantised_lines(sizes: StoredSizes | None) -> list[str]:
             4,
         )
     ]
+
+
+def prediction_record(made: Prediction) -> dict[str, object]:
+    """A prediction as `--json` has it, of `plan` and `simulate`: a name means the same in both.
+
+    Of some numbers there are two names, as each verb once had its own.
+    """
+    return asdict(made) | {
+        "s_per_pass": made.step_s,  # with drafting, which `pass_s` is without
+        "tokens_per_s": 1.0 / made.s_per_token,
+        "bytes_per_pass": made.bytes_per_pass,
+        "back_bytes_per_pass": made.kv_back_bytes,
+        "on_host_bytes_per_pass": made.on_host_bytes,
+        "drafting_s": made.draft_s,
+    }

@@ -18,6 +18,7 @@ from offload_rt.cli.headline import (
     headline,
     more_memory,
     pinning_line,
+    prediction_record,
     quantised_lines,
     split_lines,
 )
@@ -41,7 +42,7 @@ from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.nodes.roster import Roster, read_roster
-from offload_rt.planning.fit import PlacedRun, RunLoad, bytes_per_pass
+from offload_rt.planning.fit import PlacedRun, RunLoad
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_wires
@@ -181,10 +182,9 @@ class _Outlook:
         return stored_sizes(self.checkpoint, self.config.dtype, self.device)
 
     @property
-    def bytes_per_pass(self) -> int:
-        if self.placement.expert_slots and (made := self.plan.prediction) is not None:
-            return made.home_bytes
-        return bytes_per_pass(self.checkpoint, self.config, self.device, self.placement)
+    def prediction(self) -> Prediction:
+        assert self.plan.prediction is not None  # there are speeds
+        return self.plan.prediction
 
     @property
     def experts(self) -> ExpertOutlook | None:
@@ -384,31 +384,24 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         ],
         "smallest_device_bytes": sum(outlook.smallest_limits),
         "process_bytes": _process_bytes(outlook),
-        "bytes_per_pass": outlook.bytes_per_pass,
+        "bytes_per_pass": outlook.prediction.bytes_per_pass,
         "host_bytes": placement.host_bytes,
         "host_pinned_bytes": outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes),
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
         "level": outlook.plan.level,
-        "predicted": _prediction(outlook.plan.prediction),
+        "predicted": prediction_record(outlook.prediction),
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
         "considered": [
             {
                 "draft": c.draft.draft,
                 "draft_tokens": c.draft.nodes,
-                "predicted": _prediction(c.prediction),
+                "predicted": prediction_record(c.prediction) if c.prediction else None,
                 "refusal": c.refusal,
             }
             for c in outlook.plan.considered
         ],
     }
-
-
-def _prediction(prediction: Prediction | None) -> dict[str, Any] | None:
-    if prediction is None:
-        return None
-    known = {"limit": prediction.limit, "tokens_per_s": 1.0 / prediction.s_per_token}
-    return dataclasses.asdict(prediction) | known
 
 
 def _kv_home(kv: KVPlan | None) -> str:
@@ -503,7 +496,7 @@ def _home_lines(outlook: _Outlook) -> list[str]:
         return [*expert_lines(experts, away), *rows_of]
     if not placement.streamed:
         return ["nothing is streamed", *rows_of]
-    nbytes = outlook.bytes_per_pass
+    nbytes = outlook.prediction.home_bytes
     streamed = _layers("streamed", placement.streamed, placement.resident, nbytes)
     pinned = outlook.speeds.pinned_bytes(outlook.config, placement.host_bytes)
     why = outlook.whole_because
@@ -532,9 +525,7 @@ def _drafting_rows(drafting: Drafting, placement: Placement) -> list[tuple[str, 
 
 
 def _headline(outlook: _Outlook) -> list[str]:
-    prediction, name = outlook.plan.prediction, outlook.checkpoint.name
-    if prediction is None:
-        return []
+    prediction, name = outlook.prediction, outlook.checkpoint.name
     bound = bound_by(prediction.limit, outlook.placement)
     return [hanging(headline(name, prediction.s_per_token, bound, outlook.more), 2)]
 

@@ -13,12 +13,17 @@ from offload_rt.cli import options
 from offload_rt.cli.chat import AUTO_CONTEXT_TOKENS
 from offload_rt.cli.columns import hanging
 from offload_rt.cli.console import quiet_libraries
-from offload_rt.cli.headline import More, headline, more_memory, quantised_lines
+from offload_rt.cli.headline import (
+    More,
+    headline,
+    more_memory,
+    prediction_record,
+    quantised_lines,
+)
 from offload_rt.cli.options import Output, draft_of, runtime_of
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,
-    prediction_record,
     prediction_table,
     scenario_help,
 )
@@ -196,8 +201,14 @@ def _scenario(values: dict[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Question:
-    """What is asked about a model on a machine, but for where it runs and what it may use."""
+class Question:
+    """What is asked about a model on a machine, but for where it runs and what it may use.
+
+    Attributes:
+        from_files: whether its weights are there.
+        own: whether the profile is this machine's, or was asked for.
+        acceptance: how often drafts are right.
+    """
 
     checkpoint: Checkpoint
     from_files: bool
@@ -209,10 +220,10 @@ class _Question:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Outlook:
+class Simulated:
     """A simulated run, what it was made from, and what more memory would give."""
 
-    question: _Question
+    question: Question
     checkpoint: Checkpoint
     config: RuntimeConfig
     draft: DraftConfig
@@ -247,7 +258,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
     if config.wire is Wire.LOSSLESS:
         checkpoint = as_if_packed(checkpoint)
     wired(checkpoint, config.wire)  # refuses what cannot be
-    question = _Question(
+    question = Question(
         checkpoint=checkpoint,
         from_files=from_files,
         own=own,
@@ -257,10 +268,11 @@ def _model(model: str, values: dict[str, Any]) -> None:
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
-    outlook = _look_ahead(question, config, speeds.free)
+    drafting = _drafting(question, config)
+    outlook = simulated(question, config, speeds.free, drafting)
 
     def with_limits(roomy: RuntimeConfig, there: FreeMemory) -> float:
-        return _look_ahead(question, roomy, there).prediction.s_per_token
+        return simulated(question, roomy, there, drafting).prediction.s_per_token
 
     made = outlook.placement, outlook.prediction.s_per_token
     more = more_memory(config, speeds.device, speeds.free, made, with_limits)
@@ -268,10 +280,23 @@ def _model(model: str, values: dict[str, Any]) -> None:
     click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
 
 
-def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _Outlook:
+def simulated(
+    asked: Question, config: RuntimeConfig, free: FreeMemory, drafting: Drafting
+) -> Simulated:
+    """What a run would take.
+
+    Args:
+        asked: of what model, on what machine.
+        config: where it runs, and what it may use.
+        free: memory of that machine.
+        drafting: who drafts how much, with the sizes of what drafts.
+
+    Raises:
+        ConfigError: an option has no effect, or too little is said of the acceptance.
+        PlanError: it does not fit.
+        ProfileError: the profile lacks a number.
+    """
     speeds, context = asked.speeds, asked.context_tokens
-    draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
-    drafting = _drafting(asked.checkpoint, config, draft, speeds)
     expect(asked.draft, asked.acceptance)  # refuses what says too little
     checkpoint, plan = plan_wires(
         asked.checkpoint,
@@ -282,7 +307,7 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
         means=Means(speeds=speeds, stated=lambda sized: expect(sized, asked.acceptance)),
     )
     assert plan.prediction is not None  # as speeds are known
-    return _Outlook(
+    return Simulated(
         question=asked,
         checkpoint=checkpoint,
         config=plan.runtime,
@@ -293,17 +318,17 @@ def _look_ahead(asked: _Question, config: RuntimeConfig, free: FreeMemory) -> _O
     )
 
 
-def _drafting(
-    checkpoint: Checkpoint, config: RuntimeConfig, draft: DraftConfig, speeds: Speeds
-) -> Drafting:
+def _drafting(asked: Question, config: RuntimeConfig) -> Drafting:
     """The drafter's sizes; of a draft model config.json suffices too."""
+    checkpoint, speeds = asked.checkpoint, asked.speeds
+    draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
     heads = open_draft_heads(checkpoint, draft)
     nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device, sequences=1)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     return settled(Drafting(draft, drafter, nbytes), speeds.device)
 
 
-def _as_json(outlook: _Outlook) -> dict[str, Any]:
+def _as_json(outlook: Simulated) -> dict[str, Any]:
     placement, asked = outlook.placement, outlook.question
     known = {
         "model": str(asked.checkpoint.folder),
@@ -328,13 +353,12 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "slack_bytes": placement.slack_bytes,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
-        "tokens_per_s": 1.0 / outlook.prediction.s_per_token,
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
     }
     return known | prediction_record(outlook.prediction)
 
 
-def _as_table(outlook: _Outlook) -> str:
+def _as_table(outlook: Simulated) -> str:
     asked, made = outlook.question, outlook.prediction
     speeds = asked.speeds
     bound = bound_by(made.limit, outlook.placement)

@@ -86,26 +86,6 @@ def prediction_table(made: Prediction) -> Iterator[str]:
         yield f"rests on {made.obtained} numbers of the profile"
 
 
-def prediction_record(made: Prediction) -> dict[str, object]:
-    """The same as `--json` names it."""
-    return {
-        "s_per_token": made.s_per_token,
-        "s_per_pass": made.step_s,
-        "tokens_per_pass": made.tokens_per_pass,
-        "bytes_per_pass": made.bytes_per_pass,
-        "back_bytes_per_pass": made.kv_back_bytes,
-        "on_host_bytes_per_pass": made.on_host_bytes,
-        "transfer_s": made.transfer_s,
-        "compute_s": made.compute_s,
-        "stall_s": made.stall_s,
-        "drafting_s": made.draft_s,
-        "resident_layers": made.resident_layers,
-        "streamed_layers": made.streamed_layers,
-        "limit": made.limit,
-        "obtained": made.obtained,
-    }
-
-
 def comparisons_table(rows: Sequence[Comparison]) -> str:
     """Published and predicted times; what was assumed is in the last column."""
     lines = [f"{'seconds per token':<46}{'published':>10}{'predicted':>10}{'error':>8}"]

@@ -37,7 +37,6 @@ from offload_rt.costs.sizes import (
     PassShape,
     ahead_bytes,
     kv_row_bytes,
-    layouts_of,
     number_bytes_of,
 )
 from offload_rt.costs.step import (
@@ -755,18 +754,6 @@ def _rounded_from_disk(
         f"larger --device-memory, or make a folder of rounded weights with `offload-run pack "
         f"--wire {wire}` and stream from that"
     )
-
-
-def bytes_per_pass(
-    checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind, placement: Placement
-) -> int:
-    """Bytes of the streamed layers, which cross the link in each pass."""
-    if placement.home.in_memory:
-        return placement.streamed_bytes
-    if placement.expert_slots:
-        return 0
-    layouts = layouts_of(checkpoint, config.dtype, device)
-    return sum(layouts[i].file_bytes for i in placement.streamed)
 
 
 def choose_home(
