@@ -30,7 +30,7 @@ from offload_rt.errors import OffloadError, ProfileError
 from offload_rt.model.checkpoint import Checkpoint, demo_folder, open_checkpoint
 from offload_rt.model.config import EXPERTS
 from offload_rt.model.expert_layout import slices_of
-from offload_rt.model.gguf.folder import ENDING
+from offload_rt.model.gguf import ENDING
 from offload_rt.model.header import TensorExtent
 from offload_rt.model.packed_files import SUFFIX
 from offload_rt.profiling.identity import compare, these_versions, this_machine

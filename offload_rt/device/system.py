@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import psutil
-
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups, unescaped
 from offload_rt.errors import ConfigError
 
@@ -51,6 +49,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
 
 def free_memory_bytes() -> int:
     """Memory this process may still take: what the system has free, or the rest of its cgroup."""
+    import psutil  # 30 ms, which help does not need
+
     rests = [group.rest_bytes for group in memory_groups()]
     return min([psutil.virtual_memory().available, *rests])
 
@@ -69,6 +69,8 @@ def peak_rss_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
+    import psutil
+
     return int(psutil.Process().memory_info().rss)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError
 from offload_rt.folders import cache_folder
 from offload_rt.model.files import open_inside, shown
-from offload_rt.model.gguf.folder import ENDING, MANIFEST, gguf_folder, gguf_in
+from offload_rt.model.gguf import ENDING, MANIFEST
 
 _log = logging.getLogger(__name__)
 
@@ -126,7 +126,7 @@ def _folder_of(path: Path) -> Path:
     if path.name == "config.json":
         return folder
     if path.suffix == ENDING:
-        return gguf_folder(path)
+        return _gguf_folder(path)
     if _OF_A_MODEL.fullmatch(path.name):
         raise CheckpointError(f"{path} is a file of the model folder {folder}: give {folder}")
     return path
@@ -140,8 +140,16 @@ def _of_gguf(folder: Path) -> Path:
         return folder
     if MANIFEST in names or any(name.endswith(_WEIGHTS) for name in names):
         return folder
+    from offload_rt.model.gguf.folder import gguf_in
+
     found = gguf_in(folder)
-    return folder if found is None else gguf_folder(found)
+    return folder if found is None else _gguf_folder(found)
+
+
+def _gguf_folder(path: Path) -> Path:
+    from offload_rt.model.gguf.folder import gguf_folder  # 100 ms, which help does not need
+
+    return gguf_folder(path)
 
 
 def demo_folder() -> Path:

@@ -18,14 +18,13 @@ from pathlib import Path
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.folders import cache_folder
 from offload_rt.model.files import read_json_object, shown
+from offload_rt.model.gguf import ENDING, MANIFEST
 from offload_rt.model.gguf.network import describe, family_of
 from offload_rt.model.gguf.tensors import NORMS, files_of, norms_of, read_files
 from offload_rt.model.gguf.tokenizer import WANTED, describe_text
 
 _log = logging.getLogger(__name__)
 
-ENDING = ".gguf"
-MANIFEST = "offload_rt_gguf.json"
 _MANIFEST_BYTES = 2**20
 _VERSION = 2  # of what is written; another one is written anew
 _PLACE = "gguf"

@@ -12,12 +12,12 @@ from offload_rt.errors import CheckpointError
 from offload_rt.model.files import FileIdentity, open_inside, shown
 from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
 from offload_rt.model.formats.stored import Stored, StoredTensors
+from offload_rt.model.gguf import ENDING
 from offload_rt.model.gguf.container import GgufHeader, GgufTensor, Value, read_gguf
 from offload_rt.model.gguf.network import ARCHITECTURE, Family, family_of, names_of
 from offload_rt.model.header import TensorExtent, read_header
 
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf")
-_ENDING = ".gguf"
 _COUNT, _NUMBER, _TENSORS = "split.count", "split.no", "split.tensors.count"
 _FILES_LIMIT = 1000
 _TENSOR_LIMIT = 2**18  # as safetensors files have at most
@@ -39,7 +39,7 @@ def files_of(name: str) -> tuple[str, list[str]]:
     """
     match = _SPLIT.fullmatch(name)
     if match is None:
-        return name.removesuffix(_ENDING), [name]
+        return name.removesuffix(ENDING), [name]
     count, stem = int(match["count"]), match["stem"]
     if not 1 <= int(match["number"]) <= count <= _FILES_LIMIT:
         raise CheckpointError(
