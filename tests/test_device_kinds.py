@@ -1,8 +1,11 @@
 """A kind of device is its traits: planning obeys each of them, whatever the kind is called."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+from test_profile import PROJECT
 
 from offload_rt.config import DraftConfig, DraftWeights, HomeKind, KVPlace, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
@@ -153,3 +156,22 @@ def test_what_lies_in_host_memory_counts_where_that_is_the_devices(tiny_model):
         for kind in (CPU, apart)
     ]
     assert demands[0].drafter_bytes > 0 == demands[1].drafter_bytes
+
+
+# Kernels are written for a device: they ask torch for its type. What is assumed of how fast weights
+# are dequantised is a table by processor.
+KERNELS = ("device", "kernels", "model", "attention", "baselines", "sampling.py")
+TABLE = Path("profiling", "decoding.py")
+BY_NAME = re.compile(r"\bis (not )?(CPU|CUDA|Processor\.\w+)\b|[!=]= Processor\.|\.type [!=]=")
+
+
+def test_nothing_but_kernels_asks_which_kind_it_is():
+    package = PROJECT / "offload_rt"
+    asked = {
+        f"{path.relative_to(package)}: {line.strip()}"
+        for path in package.rglob("*.py")
+        if path.relative_to(package).parts[0] not in KERNELS and path.relative_to(package) != TABLE
+        for line in path.read_text().splitlines()
+        if BY_NAME.search(line)
+    }
+    assert not asked

@@ -524,7 +524,7 @@ def pass_times(
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     replayed = load.recorded or load.pieced
     exact = load.tile > 1
-    apart_rows = profile.machine.rows_apart if exact and processor is Processor.CPU else 0
+    apart_rows = profile.machine.rows_apart if exact and KINDS[processor].host_computes else 0
 
     def timed(how: Callable[..., Number], work: LayerWork, order: WeightOrder) -> Number:
         ask = partial(how, profile, work, processor=processor, weights=order, recorded=replayed)
@@ -540,8 +540,9 @@ def pass_times(
     heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
-    compiled = processor is not Processor.CPU or compiles(profile)
-    direct = processor is Processor.CPU and multiplies(profile)
+    host_computes = KINDS[processor].host_computes
+    compiled = not host_computes or compiles(profile)
+    direct = host_computes and multiplies(profile)
     parts = {
         replace(each, numbers=0)
         for layer in load.layers

@@ -23,7 +23,7 @@ from offload_rt.costs.sizes import (
     layouts_of,
     number_bytes_of,
 )
-from offload_rt.device.kinds import CPU, CUDA, DeviceKind
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.config import EXPERTS
@@ -360,10 +360,10 @@ class PlacedModel:
     ) -> tuple[tuple[Decoded, ...], bool]:
         """What of a layer's experts a pass dequantises; and whether it multiplies them as stored.
 
-        Few rows are multiplied so on a GPU, unless passes are row-invariant.
+        Few rows are multiplied so where there are kernels, unless passes are row-invariant.
         """
         parts = layer.experts_decoded
-        few = rows <= TOGETHER_ROWS and self._tile == 1 and self.speeds.device is CUDA
+        few = rows <= TOGETHER_ROWS and self._tile == 1 and self.speeds.device.multiplies_few
         if few and parts and all(multiplied_together(each.form) for each in parts):
             return (), True
         used = layer.used(rows)
@@ -429,7 +429,7 @@ def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[
     """What of a layer is dequantised, and by whom where kernels can be compiled."""
     counts: dict[Decoded, int] = {}
     for each in stored:
-        if device is CPU:
+        if device.host_computes:
             suits = suits_kernels(each, dtype) or each.form is Form.CODED
         else:
             suits = suits_triton(each.form, each.bits)
@@ -438,7 +438,7 @@ def _decoded(stored: Iterable[Stored], dtype: str, device: DeviceKind) -> tuple[
             form=each.form.value,
             bits=each.bits,
             decoder=Decoder.COMPILED if suits else Decoder.TORCH,
-            direct=device is CPU and could_multiply(each, dtype) and not each.of_expert,
+            direct=device.host_computes and could_multiply(each, dtype) and not each.of_expert,
         )
         counts[kind] = counts.get(kind, 0) + each.numbers
     return tuple(replace(kind, numbers=numbers) for kind, numbers in counts.items())

@@ -88,6 +88,8 @@ class DeviceKind:
         records: launching kernels takes longer than small ones run, so passes of fixed shape are
             recorded and replayed (`runner/static.py`).
         decodes: weights may lie there in 12 bits and be decoded when they compute.
+        multiplies_few: it has kernels that multiply few rows with experts as they are stored, all
+            of a pass at once (`formats/together.py`).
         kernels: to what weights may be rounded, and for which formats of the model.
         draft_weights: how a bf16 draft model is kept unless --draft-weights says.
         copy_weights: to what a bf16 model is rounded to draft for itself.
@@ -125,6 +127,7 @@ class DeviceKind:
     tile_rows: int
     records: bool
     decodes: bool
+    multiplies_few: bool
     kernels: Mapping[DraftWeights, frozenset[str]]
     draft_weights: DraftWeights
     copy_weights: DraftWeights
@@ -168,6 +171,7 @@ CPU = DeviceKind(
     tile_rows=0,
     records=False,
     decodes=True,
+    multiplies_few=False,
     kernels={DraftWeights.INT8: _ANY_FLOAT, DraftWeights.INT4: _ANY_FLOAT},
     draft_weights=DraftWeights.INT8,
     copy_weights=DraftWeights.INT8,
@@ -203,6 +207,7 @@ CUDA = DeviceKind(
     tile_rows=64,  # a piece of attention (`attention/blocks.py`)
     records=True,
     decodes=True,
+    multiplies_few=True,
     kernels={DraftWeights.INT4: frozenset({"bfloat16"})},
     draft_weights=DraftWeights.SAME,
     copy_weights=DraftWeights.INT4,

@@ -23,7 +23,7 @@ from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.sizes import held_rows, kv_bytes_per_token
 from offload_rt.device.base import Device
-from offload_rt.device.kinds import CPU, DeviceKind
+from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.opening import chosen_kind, open_device
 from offload_rt.device.several import Devices, Stripes
 from offload_rt.device.system import free_memory_bytes, peak_rss_bytes, put_tables_aside
@@ -917,7 +917,7 @@ def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkp
     first, *others = config.each_device()
     if config.machines:
         others = []  # each is another machine's
-    if chosen_kind(first) is CPU:
+    if chosen_kind(first).host_computes:
         if is_spared():  # the process is ours alone, so nobody in it uses a GPU
             put_tables_aside(cache_folder())
         products.prepare()  # first, as a CPU's memory is counted from when it was opened

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from statistics import fmean
 
-from offload_rt.device.kinds import Processor
+from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.profile import (
     Direction,
@@ -148,7 +148,7 @@ def layer_s(
 def scan_s(profile: HardwareProfile, state_numbers: int, processor: Processor) -> Number:
     """Time of a piece of a recurrence beside its products; a convolution alone takes none."""
     on_cpu = _SCAN_CPU_S + state_numbers * _SCAN_NUMBER_S / profile.machine.cores
-    seconds = on_cpu if processor is Processor.CPU else _SCAN_GPU_S
+    seconds = on_cpu if KINDS[processor].host_computes else _SCAN_GPU_S
     value = seconds if state_numbers else 0.0
     return Number(value=value, obtained=Obtained.ASSUMED, source=SCANNED)
 
