@@ -385,9 +385,17 @@ def test_without_a_profile_of_its_own_it_takes_the_stand_in_of_plan(tiny_model, 
     simulated = json.loads(offload_run("simulate", tiny_model, *place, "--json").out)
     assert simulated["own_profile"] is planned["own_profile"] is False
     assert simulated["profile"] == planned["profile"]
+    assert simulated.items() >= planned["predicted"].items()
+    assert simulated["bytes_per_pass"] == planned["bytes_per_pass"]
     words = f"{planned['profile']}; measure this machine with `offload-run profile`"
     for verb in ("simulate", "plan"):
         assert words in " ".join(offload_run(verb, tiny_model, *place).out.split())
+
+
+def test_help_says_that_nothing_drafts(offload_run):
+    text = " ".join(offload_run("simulate", "--help-all").out.split())
+    about = text.partition(" --draft ")[2].partition(" --draft-tokens ")[0]
+    assert "[default: none]" in about and "ngram" in about and "auto" not in about
 
 
 def test_a_stand_in_for_a_gpu_that_is_asked_for(tiny_model, offload_run):
