@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from offload_rt.config import DRAFTERS
+
 PROJECT = Path(__file__).parent.parent
 ROOT = PROJECT / "offload_rt"
 # Low to high; the longest matching prefix of a module's name decides. A module may import modules
@@ -83,8 +85,7 @@ TORCH_FREE = {
     *("baselines.process", "baselines.rows", "baselines.summary"),
 }
 TORCH_FREE |= {"speculative.kind", "speculative.kinds"}
-DRAFTERS = ("ngram", "draft_model", "medusa", "triforce", "self_draft", "mtp")
-TORCH_FREE |= {f"speculative.{name}.kind" for name in DRAFTERS}
+TORCH_FREE |= {f"speculative.{kind.folder}.kind" for kind in DRAFTERS.values() if kind.folder}
 # The finder refuses torch and notes the nearest line of our own that asked for it, so an import
 # inside try/except is found too. transformers and accelerate import torch.
 PROBE = """
@@ -218,6 +219,18 @@ def unsafe_uses(source, module="", is_package=False):
 
 def test_imports_point_down():
     assert in_all(upward_imports, filter(None, FILES)) == {}
+
+
+def test_the_tower_has_every_floor():
+    """The table of docs/ARCHITECTURE.md names each package, and each module beside them."""
+    page = (PROJECT / "docs" / "ARCHITECTURE.md").read_text()
+    tower = page.partition("## The tower")[2].partition("## Five trips")[0]
+    first = [line.split("|")[1] for line in tower.splitlines() if line.startswith("| ")]
+    rows = " ".join(first) + tower.partition("| ground |")[2]
+    packages = {name for name in RANK if (ROOT / name).is_dir()}
+    named = {f"`{name}/`" for name in packages}
+    named |= {f"`offload_rt/{name}.py`" for name in RANK.keys() - packages - {"__main__"}}
+    assert {name for name in named if name not in rows} == set()
 
 
 def uses_console(source, module, is_package=False):
