@@ -7,7 +7,7 @@
     python tools/bench_serving.py batches MODEL --draft auto --against deepspeed-nvme
     python tools/bench_serving.py killed MODEL --dtype float32
     python tools/bench_serving.py killed MODEL --dtype bfloat16 --resident-layers 0
-    python tools/bench_serving.py paced MODEL --tokens 8 --link-bandwidth 0.1
+    python tools/bench_serving.py paced MODEL --resident-layers 0 --tokens 8
 
 `chats` answers 16 chats of unequal length, all at once in a fixed batch and then arriving one after
 the other. `batches` answers 1 to 64 prompts in each pass; with --against others answer them too, in
@@ -71,6 +71,7 @@ def main() -> None:
     parser.add_argument("--against", help="runtimes of `offload-run compare`, for batches")
     parser.add_argument("--memory-cap", default="4GiB", help="of every process of those")
     parser.add_argument("--link-bandwidth", type=float, default=0.1, help="GB/s, for paced")
+    parser.add_argument("--slots", type=int, default=4, help="of each process, for paced")
     parser.add_argument("--tokens", type=int, default=64, help="of the longest answer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--every", type=float, default=0.3, help="seconds between arrivals")
@@ -513,8 +514,9 @@ def paced(given: argparse.Namespace) -> dict[str, Any]:
 def _paced(given: argparse.Namespace, count: int, nodes: Path) -> tuple[str, float]:
     """The answer of so many processes, each with one thread and a link of its own."""
     command = [sys.executable, "-m", "offload_rt", "generate", given.model, "-p", "hello"]
-    command += ["-n", str(given.tokens), "--ignore-eos", *_words(given), "--slots", "4", "--json"]
+    command += ["-n", str(given.tokens), "--ignore-eos", *_words(given), "--json"]
     command += ["--home", "host", "--link-bandwidth", str(given.link_bandwidth), "--threads", "1"]
+    command += ["--slots", str(given.slots)]
     command += ["--nodes", str(nodes)] if count > 1 else []
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
