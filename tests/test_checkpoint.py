@@ -303,7 +303,7 @@ BAD_FILES = {
     "dimensions": (changed(shape=[1] * 10_000), "shape of a list of 10000"),
     "unknown dtype": (changed(dtype="BF17"), "has dtype 'BF17', known are"),
     "dtype list": (changed(dtype=["BF16"]), "has dtype a list of 1"),
-    "quantized": (weights(dtype="F8_E4M3", size=1), "is F8_E4M3: this version streams BF16"),
+    "quantized": (weights(dtype="F8_E4M3", size=1), "no quantization_config that says so"),
     "unknown key": (changed(strides=[1]), "described by 'dtype', 'shape', 'data_offsets', 'strid"),
     "entry a list": (raw_file(GOOD | {NORM: [1]}, DATA), "is described by a list of 1"),
     "metadata number": (raw_file(GOOD | {"__metadata__": {"a": 1}}, DATA), "__metadata__ that is"),
