@@ -150,7 +150,7 @@ class Regular(TorchFunctionMode):
 
 def _own_product(rows: torch.Tensor, weight: torch.Tensor) -> Product | None:
     """What multiplies with a matrix that no module has, as an expert's; None: torch does."""
-    if weight.dtype is not torch.bfloat16 or not weight.is_contiguous():
+    if {rows.dtype, weight.dtype} != {torch.bfloat16} or not weight.is_contiguous():
         return None
     outputs, inputs = weight.shape
     return _product_for(inputs, outputs, rows.device)
@@ -335,6 +335,9 @@ def products_problem(
     for sizes, product in ((shapes, how), (bare, functional.linear), (across, linear_across)):
         if problem := _compared(sorted(sizes), dtype, product, limit_bytes):
             return problem
+    if dtype is torch.bfloat16:  # kernels are looked for now: it takes memory for a moment
+        for inputs, outputs in bare:
+            _product_for(inputs, outputs, torch.device("cpu"))
     return ""
 
 
