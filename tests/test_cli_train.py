@@ -17,7 +17,7 @@ from engines import reference_model
 from safetensors.torch import load_file
 
 from offload_rt.cli.held import held
-from offload_rt.cli.talks import read_talks
+from offload_rt.cli.talk_file import read_talks
 from offload_rt.speculative.medusa.calibration import read_calibration
 from offload_rt.training.frozen import FrozenTrainer
 from offload_rt.training.talks import Talk, split

@@ -16,7 +16,7 @@ from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.held import held
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import Output, runtime_of
-from offload_rt.cli.talks import read_talks, require_answers
+from offload_rt.cli.talk_file import read_talks, require_answers
 from offload_rt.cli.train_options import check_effects, corpus_of, flags, train_of, training_options
 from offload_rt.config import DraftConfig, RuntimeConfig
 from offload_rt.errors import ConfigError

@@ -534,7 +534,7 @@ def test_a_mark_is_no_part_of_a_prompt(tiny_model, offload_run, tmp_path):
 
 def test_a_mark_is_no_part_of_other_files(tiny_model, offload_run, tmp_path):
     from offload_rt.cli.prompt_set import read_prompt_set
-    from offload_rt.cli.talks import read_talks
+    from offload_rt.cli.talk_file import read_talks
 
     lines = tmp_path / "lines.jsonl"
     lines.write_bytes(MARK + b'{"prompt": "one"}\n' + MARK + b'{"prompt": "two"}\n')
