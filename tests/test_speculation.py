@@ -794,6 +794,7 @@ def test_a_drafter_that_fails_is_left_out_and_decoding_goes_on(
 
 
 @pytest.mark.parametrize("name", ["chain", "tree", "self-tree"])
+@pytest.mark.eager
 def test_drafts_of_several_are_made_in_the_same_passes(make_tiny, drafts, monkeypatch, name):
     """Each is what its drafter makes alone, and one that fails hurts no other."""
     prompts = [PROMPT, PROMPT[::-1], PROMPT[3:]]
@@ -838,6 +839,7 @@ def test_drafts_of_several_are_made_in_the_same_passes(make_tiny, drafts, monkey
 
 @pytest.mark.parametrize("accept", [AcceptRule.LOSSLESS, AcceptRule.TYPICAL])
 @pytest.mark.parametrize("shape", [DraftShape.CHAIN, DraftShape.TREE])
+@pytest.mark.eager
 def test_what_a_sampled_answer_rests_on_is_drafted_alone(make_tiny, shape, accept):
     """Rows of others in a pass may change its last bits: then answers would go by who is there."""
     folder = make_tiny("llama", **TWO)
@@ -872,6 +874,7 @@ def test_a_vocabulary_padded_otherwise_changes_nothing(make_tiny, alone, ids, sh
         assert len(start(engine, 16, sampling).sequences[0].emitted) == 16
 
 
+@pytest.mark.eager
 def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
     config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
     folder = make_tiny("llama", **config)
