@@ -608,6 +608,29 @@ def test_with_matrix_registers_each_tile_is_a_product(flag, limit, dtype, given,
     assert seen == [*given, 48]  # another device has its own kernels
 
 
+@pytest.mark.skipif(bool(products.problem()), reason=f"torch multiplies: {products.problem()}")
+def test_matrices_that_no_module_has_are_multiplied_by_the_same_kernel(monkeypatch):
+    """As those of experts; in other formats, and where they do not lie row by row, by torch."""
+    rows, weight = torch.randn(5, 128).bfloat16(), torch.randn(192, 128).bfloat16()
+    bias, asked = torch.randn(192).bfloat16(), []
+    plain = exact.plain_for(128, 192, torch.bfloat16, torch.device("cpu"), exact=True)
+    assert plain is not None
+
+    def product_for(*shape):
+        return lambda *given: asked.append(shape[:2]) or plain(*given)
+
+    monkeypatch.setattr(exact, "_product_for", product_for)
+    linear = torch.nn.functional.linear
+    with exact.Regular():
+        made = linear(rows, weight, bias), linear(rows, weight, bias=bias), linear(rows, weight)
+        assert asked == [(128, 192)] * 3
+        linear(rows, weight.t().contiguous().t())
+        linear(rows.float(), weight.float())
+    assert len(asked) == 3
+    assert torch.equal(made[0], plain(rows, weight, bias)) and torch.equal(made[0], made[1])
+    assert torch.equal(made[2], plain(rows, weight, None))
+
+
 def has_matrix_registers(monkeypatch, flag="amx_bf16"):
     monkeypatch.setattr(system, "processor_flags", lambda: frozenset({flag}))
     for name in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
