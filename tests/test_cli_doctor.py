@@ -1,12 +1,13 @@
 """`doctor`: each faked fault has its line and its fix, and decides the exit code."""
 
 import json
+import shutil
 from dataclasses import replace
-from math import prod
 from pathlib import Path
 
 import pytest
 from expert_models import make_mixture
+from safetensors.torch import load_file, save_file
 
 from offload_rt.cli import run
 from offload_rt.cli.checks import Level, diagnose
@@ -23,7 +24,6 @@ from offload_rt.cli.machine import (
 from offload_rt.config import RuntimeConfig
 from offload_rt.device.cgroup import MemoryGroup
 from offload_rt.device.cuda.nvml import Driver, Gpu, GpuProcess
-from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.units import format_size
 
 GIB = 2**30
@@ -244,14 +244,37 @@ def test_missing_model(capsys):
     assert "/no/such/folder" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("mixture", ["qwen3_moe", "gpt_oss"])
-def test_experts_are_read_as_runs_do(make_tiny, doctor, mixture):
-    """A matrix of one expert a read, also where a tensor has those of all."""
-    folder = make_mixture(make_tiny, mixture)
-    found = inspect_machine(folder).disk.experts
-    tensors = open_checkpoint(folder).tensors
-    shapes = [extent.shape for name, extent in tensors.items() if ".experts." in name]
-    assert found.nbytes == 4 * max(prod(shape[-2:]) for shape in shapes if len(shape) > 1)
+@pytest.mark.parametrize(
+    ("mixture", "inner", "extents"),
+    [("qwen3_moe", 32, 1), ("gpt_oss", 128, 2), ("granitemoe", 128, 2)],
+)
+def test_experts_are_read_as_runs_do(make_tiny, doctor, mixture, inner, extents):
+    """One whole expert after the other, also where a tensor has those of all."""
+    found = inspect_machine(make_mixture(make_tiny, mixture)).disk.experts
+    assert (found.nbytes, found.extents, found.cut) == (4 * 3 * inner * 64, extents, 0)
     assert found.bytes_per_s > 0 and found.at_once == RuntimeConfig().readers
     _, out = doctor(replace(HEALTHY, **disk_with(experts=found)))
-    assert f"experts, {format_size(found.nbytes)} a read, 4 at once: " in out
+    reads = "one read" if extents == 1 else "2 reads"
+    assert f"experts, {format_size(found.nbytes)} in {reads}, 4 at once: " in out
+    assert "lie in more reads" not in out
+
+
+def test_experts_that_are_cut_are_said(make_tiny, doctor, tmp_path):
+    """Each layer's in two files, one of them with a part of an expert that the other has."""
+    folder = tmp_path / "cut"
+    shutil.copytree(make_mixture(make_tiny), folder)
+    tensors = load_file(folder / "model.safetensors")
+    moved = {name: tensors.pop(name) for name in [*tensors] if ".experts.7.down_proj" in name}
+    (folder / "model.safetensors").unlink()
+    save_file(tensors, folder / "some.safetensors")
+    save_file(moved, folder / "more.safetensors")
+    index = dict.fromkeys(tensors, "some.safetensors") | dict.fromkeys(moved, "more.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    found = inspect_machine(folder).disk.experts
+    assert (found.extents, found.cut) == (1, 1 / 8)
+    _, out = doctor(replace(HEALTHY, **disk_with(experts=found)))
+    assert "12% of the experts lie in more reads than most" in " ".join(out.split())
+
+
+def test_a_model_whose_layers_are_whole_has_no_reads_of_experts(tiny_model):
+    assert inspect_machine(tiny_model).disk.experts is None

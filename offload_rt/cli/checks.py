@@ -12,6 +12,7 @@ from offload_rt.units import format_rate, format_size
 _PYTHON, _TORCH, _TRANSFORMERS = (3, 11), (2, 6), (5, 3)  # as in pyproject.toml
 _SMALL_FREE_BYTES = 2 * 2**30
 _SLOW_READ_BYTES_PER_S = 0.2e9  # a disk with platters; 1 GB of layers would take 5 s per token
+_MOST_CUT = 0.05  # of experts, that lie in more extents than most: each costs reads more
 _SWAPPED_SHARE = 0.05  # of memory; less has lain there since the machine was started
 _SHOWN_PROCESSES = 3
 _NETWORK_KINDS = ("nfs", "cifs", "smb", "9p", "fuse.sshfs", "drvfs", "ceph", "glusterfs")
@@ -249,10 +250,13 @@ def check_disk(machine: Machine) -> Finding:
     if disk.read_bytes_per_s is not None:
         parts.append(f"{format_rate(disk.read_bytes_per_s)}, one read at a time")
     if (experts := disk.experts) is not None:
+        reads = f"{experts.extents} reads" if experts.extents > 1 else "one read"
         parts.append(
-            f"experts, {format_size(experts.nbytes)} a read, {experts.at_once} at once: "
+            f"experts, {format_size(experts.nbytes)} in {reads}, {experts.at_once} at once: "
             f"{format_rate(experts.bytes_per_s)}"
         )
+        if experts.cut > _MOST_CUT:
+            parts.append(f"{experts.cut:.0%} of the experts lie in more reads than most")
     detail = ", ".join(parts)
     if disk.kind.startswith(_NETWORK_KINDS):
         fix = "copy the model to a local disk: streaming runs at the speed of the network"

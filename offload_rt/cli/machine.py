@@ -7,6 +7,7 @@ import platform
 import random
 import resource
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,12 @@ from pathlib import Path
 import psutil
 
 from offload_rt.config import RuntimeConfig
+from offload_rt.costs.sizes import experts_of
 from offload_rt.device import compiled
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota
 from offload_rt.device.cuda.nvml import Driver, find_driver
+from offload_rt.device.kinds import CPU
 from offload_rt.device.system import (
     compute_threads,
     cores,
@@ -27,11 +30,8 @@ from offload_rt.device.system import (
     processor,
 )
 from offload_rt.errors import OffloadError, ProfileError
-from offload_rt.model.checkpoint import Checkpoint, demo_folder, open_checkpoint
-from offload_rt.model.config import EXPERTS
-from offload_rt.model.expert_layout import slices_of
+from offload_rt.model.checkpoint import demo_folder, open_checkpoint
 from offload_rt.model.gguf import ENDING
-from offload_rt.model.header import TensorExtent
 from offload_rt.model.packed_files import SUFFIX
 from offload_rt.profiling.identity import compare, these_versions, this_machine
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
@@ -59,12 +59,16 @@ class ExpertReads:
     """How fast experts of a model come from its files.
 
     Attributes:
-        nbytes: of one read, a matrix of an expert.
+        nbytes: of an expert.
+        extents: in which most experts lie, each a read.
+        cut: share of the experts that lie in more.
         at_once: reads in flight.
-        bytes_per_s: of matrices here and there in the files.
+        bytes_per_s: of experts here and there in the files.
     """
 
     nbytes: int
+    extents: int
+    cut: float
     at_once: int
     bytes_per_s: float
 
@@ -331,32 +335,38 @@ def _rate(fd: int, buffer: mmap.mmap) -> float | None:
 
 
 def _expert_reads(folder: Path) -> ExpertReads | None:
-    """Read matrices of experts in any order, as many at once as runs do."""
+    """Read experts in any order, as many reads at once as runs have; None where layers are whole.
+
+    Importing torch takes seconds, so only a model that has some is asked which they are.
+    """
     try:
-        checkpoint = open_checkpoint(folder)
-        extents = _expert_matrices(checkpoint)
+        images = experts_of(open_checkpoint(folder), "auto", CPU)
     except OffloadError:  # runs say what is wrong with it
         return None
-    if not extents:
+    if isinstance(images, str):
         return None
-    readers, largest = RuntimeConfig().readers, max(extent.file_bytes for extent in extents)
-    alike = [extent for extent in extents if 2 * extent.file_bytes > largest]
-    random.Random(0).shuffle(alike)
-    until, waiting = time.perf_counter() + _READ_LIMIT_S, iter(alike[: _READ_BYTES // largest + 1])
+    experts = [unit for own in images.units.values() for unit in own]
+    extents = Counter(len(unit.runs) for unit in experts)
+    usual = extents.most_common(1)[0][0]
+    random.Random(0).shuffle(experts)
+    readers, count = RuntimeConfig().readers, _READ_BYTES // max(1, experts[0].file_bytes) + 1
+    runs = [run for unit in experts[:count] for run in unit.runs]
+    largest = max(run.file_bytes for run in runs)
+    until, waiting = time.perf_counter() + _READ_LIMIT_S, iter(runs)
     files: dict[Path, OpenFile] = {}
 
     def read(_: int) -> int:
         buffer, done = mmap.mmap(-1, largest + 2 * mmap.PAGESIZE), 0
         with memoryview(buffer) as view:
-            while time.perf_counter() < until and (extent := next(waiting, None)) is not None:
-                first = extent.coded[0] if extent.coded else extent.offset
+            while time.perf_counter() < until and (run := next(waiting, None)) is not None:
+                first = run.coded[0] if run.coded else run.file_offset
                 start = first // mmap.PAGESIZE * mmap.PAGESIZE
-                end = -(-(first + extent.file_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
-                done += os.preadv(files[extent.path].fd, [view[: end - start]], start)
+                end = -(-(first + run.file_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
+                done += os.preadv(files[run.path].fd, [view[: end - start]], start)
         return done
 
     try:
-        for path in {extent.path for extent in alike}:
+        for path in {run.path for run in runs}:
             files[path] = open_file(path, os.O_RDONLY)
         start = time.perf_counter()
         with ThreadPoolExecutor(readers) as pool:
@@ -367,17 +377,10 @@ def _expert_reads(folder: Path) -> ExpertReads | None:
     finally:
         for file in files.values():
             file.close()
-    return ExpertReads(nbytes=largest, at_once=readers, bytes_per_s=done / seconds)
-
-
-def _expert_matrices(checkpoint: Checkpoint) -> list[TensorExtent]:
-    """Of each expert, also where one tensor has those of all."""
-    found: list[TensorExtent] = []
-    if not checkpoint.config.has_experts:
-        return found
-    counts = [checkpoint.config.setting(name) for name in EXPERTS]
-    for name, extent in checkpoint.tensors.items():
-        if ".experts." in name:
-            whole = len(extent.shape) > 2 and extent.shape[0] in counts
-            found += slices_of(extent, extent.shape[0]) if whole else [extent]
-    return found
+    return ExpertReads(
+        nbytes=experts[0].file_bytes,
+        extents=usual,
+        cut=sum(number for runs_of, number in extents.items() if runs_of > usual) / len(experts),
+        at_once=readers,
+        bytes_per_s=done / seconds,
+    )
