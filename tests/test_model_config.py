@@ -103,10 +103,44 @@ def test_of_two_names_the_one_counts_that_the_class_sets_last(tmp_path):
         ({"moe_intermediate_size": 100, "num_experts_per_tok": 8}, 1536),
         ({"num_experts_per_tok": 2, "num_local_experts": 8}, 1536),
         ({"moe_intermediate_size": 768}, 1536),
+        ({"moe_intermediate_size": [768, 100], "moe_topk": [8, 2], "num_experts": 64}, 6144),
     ],
 )
 def test_widest_mlp(tmp_path, fields, expected):
     assert load(tmp_path, LLAMA | fields).intermediate_size == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "experts", "sent"),
+    [
+        ("ernie4_5_moe", {"moe_num_experts": 32, "moe_k": 3}, 32, 3),
+        ("ernie4_5_moe", {"num_experts": 32, "num_experts_per_tok": 3}, 32, 3),
+        ("ernie4_5_moe", {}, 64, 6),
+        ("aria_text", {"moe_num_experts": 16, "moe_topk": 4}, 16, 4),
+        ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": 8}, 16, 8),
+        ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": [8, 2, 8]}, 16, 8),
+        ("kimi_linear", {"num_experts": 32, "num_experts_per_token": 4}, 32, 4),
+        ("gemma4_text", {"num_experts": 16, "top_k_experts": 3}, 16, 3),
+        ("deepseek_v2", {"n_routed_experts": 16, "num_experts_per_tok": 3}, 16, 3),
+        ("qwen3_next", {"num_experts": 0}, 0, 10),
+        ("llama", {}, 0, 0),
+    ],
+)
+def test_experts_by_the_names_of_their_family(tmp_path, model_type, fields, experts, sent):
+    found = load(tmp_path, LLAMA | {"model_type": model_type} | fields)
+    assert (found.experts, found.experts_per_token) == (experts, sent)
+    assert found.has_experts == (experts > 0)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"moe_num_experts": 8, "moe_k": 9}, "sent to 9 experts of a layer, which has 8"),
+        ({"moe_num_experts": 8, "moe_k": [2, "two"]}, "moe_k is 'two', accepted is a whole number"),
+    ],
+)
+def test_experts_a_token_that_cannot_be(tmp_path, fields, message):
+    assert message in error_of(tmp_path, LLAMA | {"model_type": "ernie4_5_moe"} | fields)
 
 
 def test_optional_fields(tmp_path):

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 from engines import PROMPT, engine_for
+from expert_models import make_mixture
 from hybrids import make_hybrid
 from test_families import FAMILIES, IDS
 from test_outline import LLAMA_70B
@@ -118,6 +119,14 @@ def test_what_crosses_is_what_the_files_hold(tiny_model):
         assert load.layers[index].home_bytes == checkpoint.layer_bytes(index)
     matrices = 2 * 64 * 16 * (4 + 2) + 3 * 64 * 128
     assert {layer.work.flops_per_token for layer in load.layers} == {2 * matrices}
+
+
+@pytest.mark.parametrize("family", ["hunyuan_v1_moe", "ernie4_5_moe", "aria_text", "dots1"])
+def test_a_token_meets_the_experts_of_its_family_however_they_are_called(make_tiny, family):
+    """Two of eight, in the last layer."""
+    checkpoint = open_checkpoint(make_mixture(make_tiny, family))
+    layer = parts_of(checkpoint, "float32", CPU.device).layers[-1]
+    assert layer.used(1) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe"])

@@ -194,7 +194,7 @@ class _Outlook:
     @property
     def whole_because(self) -> str:
         """Why the layers of a mixture of experts are streamed whole; empty where none are."""
-        if not self.checkpoint.config.has_experts or not self.placement.streamed:
+        if not self.checkpoint.has_experts or not self.placement.streamed:
             return ""
         return why_whole(self.checkpoint, self.config, self.device)
 

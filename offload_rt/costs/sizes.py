@@ -99,7 +99,7 @@ def experts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> Expert
     Raises:
         CheckpointError: experts of a layer are not alike, or a tensor of all does not divide.
     """
-    if not checkpoint.config.has_experts:
+    if not checkpoint.has_experts:
         return ""
     from offload_rt.model import network
 

@@ -26,7 +26,6 @@ from offload_rt.costs.sizes import (
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.config import EXPERTS
 from offload_rt.model.formats.base import takes
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import (
@@ -510,8 +509,7 @@ def _mixing(
 
 def _holds_experts(checkpoint: Checkpoint, extent: TensorExtent) -> bool:
     """Whether a tensor is a matrix of each of as many experts as there are."""
-    stated = [checkpoint.config.setting(name) for name in EXPERTS]
-    return len(extent.shape) > 2 and extent.shape[0] in stated
+    return len(extent.shape) > 2 and extent.shape[0] == checkpoint.config.experts
 
 
 def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:
@@ -524,8 +522,8 @@ def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int
     others += sum(each.numbers for each in quantised if not each.of_expert)
     experts = sum(prod(extent.shape) for extent in inside)
     experts += sum(each.numbers for each in quantised if each.of_expert)
-    sent = checkpoint.config.setting("num_experts_per_tok")
-    if not experts or not isinstance(sent, int):
+    sent = checkpoint.config.experts_per_token
+    if not experts or not sent:
         return others, experts, 1.0
     fused = [extent.shape[0] for extent in inside if len(extent.shape) > 2]
     each = {match["expert"] for s in quantised if (match := EXPERT_MATRIX.match(s.module))}

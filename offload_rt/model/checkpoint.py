@@ -130,6 +130,14 @@ class Checkpoint:
         return name if self.rounded is None else f"{name} rounded to {self.rounded}"
 
     @property
+    def has_experts(self) -> bool:
+        """Whether some of its MLPs are mixtures of experts, by its config or else by its tensors.
+
+        A family may call their number what is not known here (`config.py`).
+        """
+        return self.config.has_experts or any(".experts." in name for name in self.tensors)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors the network uses; of coded ones as they are decoded."""
         coded = {each for each in self.stored.values() if each.pieces}

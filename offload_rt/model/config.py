@@ -35,7 +35,6 @@ _LAYER_LISTS = ("layers_block_type", "hybrid_override_pattern")  # a kind for ea
 _FLOAT_TAG, _FLOATS = "__float__", ("Infinity", "-Infinity", "NaN")  # which JSON does not have
 
 PADDING_TOKENS = 512  # families pad their vocabularies differently, Qwen2.5 by up to 400
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")  # how many a layer has
 
 # Names a number goes by in the families, the standard one first, and the range that is accepted.
 # The upper ends are a few times the largest published models; they bound what a hostile file can
@@ -51,10 +50,27 @@ _NUMBERS: Mapping[str, tuple[tuple[str, ...], int, int]] = {
     "original_positions": (("original_max_position_embeddings",), 1, 2**28),
     "intermediate_size": (("intermediate_size", "n_inner", "ffn_dim"), 1, 2**20),
     "moe_intermediate_size": (("moe_intermediate_size",), 1, 2**20),
-    "experts_per_token": (("num_experts_per_tok", "num_experts_per_token"), 0, 2**12),
-    "experts": (EXPERTS, 0, 2**12),
+    "experts_per_token": (
+        (
+            "num_experts_per_tok",
+            "num_experts_per_token",
+            "moe_k",  # Ernie 4.5
+            "moe_topk",  # Hunyuan, Aria
+            "moe_top_k",
+            "top_k_experts",  # Gemma 4
+        ),
+        0,
+        2**12,
+    ),
+    "experts": (
+        ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+        0,
+        2**12,
+    ),
     "sliding_window": (("sliding_window",), 0, 2**28),  # 0 is how Qwen2-MoE writes none
 }
+# Some files list them by layer, Hunyuan's do.
+_BY_LAYER = ("experts", "experts_per_token", "moe_intermediate_size")
 _ROPE_KEYS = ("rope_theta", "factor", "rope_local_base_freq", "original_max_position_embeddings")
 _ROPE_LIMIT = 1e12
 # Kinds of rotary scaling whose factor a file may add to a max_position_embeddings left as it was;
@@ -114,6 +130,8 @@ class ModelConfig:
         intermediate_size: widest MLP; sizes the workspace.
         dtype: `bfloat16`, `float16`, `float32`, or None when the file does not say.
         sliding_window: window of the layers that have one, or None.
+        experts: of a layer, the most; 0 in a dense model.
+        experts_per_token: of these, how many a token is sent to, the most; 0 where nothing says.
         raw: what the family's class is built from: the file's object (or its part about the text
             model), read-only, without what makes transformers run or pick code.
         defaults: what the family's class sets where `raw` says nothing.
@@ -135,6 +153,8 @@ class ModelConfig:
     intermediate_size: int
     dtype: str | None
     sliding_window: int | None
+    experts: int = 0
+    experts_per_token: int = 0
     raw: Mapping[str, object] = field(repr=False)
     defaults: Mapping[str, object] = field(default_factory=dict, repr=False, compare=False)
     positions_note: str = ""
@@ -161,7 +181,7 @@ class ModelConfig:
     @property
     def has_experts(self) -> bool:
         """Whether its MLPs are mixtures of experts."""
-        return any(isinstance(self.setting(name), int) for name in _NUMBERS["experts"][0])
+        return self.experts > 0
 
 
 def load_model_config(folder: Path) -> ModelConfig:
@@ -220,6 +240,8 @@ def _model_config(reader: "_Reader", whole: "_Reader | None") -> ModelConfig:
         intermediate_size=_intermediate_size(reader, hidden_size),
         dtype=_dtype(reader),
         sliding_window=_sliding_window(reader),
+        experts=reader.optional_number("experts") or 0,
+        experts_per_token=reader.optional_number("experts_per_token") or 0,
         raw=MappingProxyType(_plain(reader.raw)),
         defaults=reader.family.defaults,
         positions_note=note,
@@ -259,6 +281,8 @@ class _Reader:
             value = self.stated(name)
             if value is None:
                 continue
+            if what in _BY_LAYER and isinstance(value, list):  # the most, or what is no number
+                value = max(value, key=lambda one: (type(one) is not int, one), default=None)
             if type(value) is not int or not low <= value <= high:
                 raise self.error(
                     f"{name} is {shown(value)}, accepted is a whole number from {low} to {high}"
@@ -451,10 +475,7 @@ def _values(value: object) -> list[object]:
 
 def _check_nested_numbers(reader: _Reader) -> None:
     """Numbers nobody here uses, but which transformers computes or allocates with."""
-    reader.optional_number("experts")
-    sent = reader.optional_number("experts_per_token")
-    stated = [value for name in EXPERTS if isinstance(value := reader.raw.get(name), int)]
-    experts = max(stated, default=0)  # none in a dense model of a family of mixtures
+    sent, experts = map(reader.optional_number, ("experts_per_token", "experts"))
     if experts and sent is not None and sent > experts:
         raise reader.error(
             f"a token is sent to {sent} experts of a layer, which has {experts} experts: files "

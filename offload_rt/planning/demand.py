@@ -68,7 +68,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     )
     draft = draft_memory(drafting, run)
     images = experts_of(checkpoint, dtype, device) if _streams_experts(runtime) else ""
-    experts = max(layers) // EXPERT_SHARE if config.has_experts else 0
+    experts = max(layers) // EXPERT_SHARE if checkpoint.has_experts else 0
     if not isinstance(images, str):
         experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
     # A thread of its own reads what is offered (`device/idle.py`).
@@ -121,6 +121,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         experts=None
         if isinstance(images, str) or draft.streamed_bytes
         else _experts(images, device),
+        whole_because=images if isinstance(images, str) else "",
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch
         + staging_bytes(layouts, device, runtime.readers)
@@ -160,7 +161,7 @@ def _in_pieces(
     If the host chooses the experts, and no linear beside them dequantises into shared memory.
     """
     config = checkpoint.config
-    fits = device.records and config.has_experts and not keeps_states(config)
+    fits = device.records and checkpoint.has_experts and not keeps_states(config)
     watched = drafting.config.nodes > 0 and kind_of(drafting.config.kind).watches
     apart = len(runtime.device_names) > 1 or bool(runtime.machines)
     return fits and not watched and not apart and runtime.exact is not Exact.ON

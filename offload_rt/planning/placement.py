@@ -88,6 +88,7 @@ class Demand:
         copies_all: where none is streamed there are copies of all.
         further_bytes: what each device after the first needs for passes through its layers.
         experts: how the layers lie whose experts are streamed one by one; None: they are not.
+        whole_because: why experts are not; empty where the model has none.
     """
 
     layer_bytes: tuple[int, ...]
@@ -113,6 +114,7 @@ class Demand:
     copies_all: bool = False
     further_bytes: int = 0
     experts: ExpertDemand | None = None
+    whole_because: str = ""
 
     @property
     def rows_apart(self) -> bool:
@@ -475,10 +477,8 @@ def _pooled(demand: Demand, limit: int, slots: int | None) -> Placement:
         )
     experts = demand.experts
     if experts is None:
-        raise ConfigError(
-            "--expert-slots has no effect, as this model's layers are streamed whole here: leave "
-            "it out (`offload-run plan` says why)"
-        )
+        why = demand.whole_because or "this model has no experts"
+        raise ConfigError(f"--expert-slots has no effect, as {why}: leave it out")
     bare = Placement(
         resident=tuple(range(len(demand.layer_bytes))),
         streamed=(),

@@ -145,7 +145,7 @@ class Runner:
         # What a replay cannot do: lend layers or experts, use the kernels of other devices, keep
         # states, look at what it computes.
         lends = bool(rings) or experts is not None or network.crosses
-        looks = network.sorts_on_host and checkpoint.config.has_experts
+        looks = network.sorts_on_host and checkpoint.has_experts
         self._records = device.kind.records and not (lends or network.mixers or looks)
         whole = bool(rings) or network.crosses or network.mixers or network.exact
         pieced = device.kind.records and looks and not (whole or network.lends_scratch)
