@@ -459,6 +459,17 @@ def test_after_any_number_of_accepted_tokens_all_is_as_in_one_prompt(name, make_
     assert rollbacks(make_short(make_tiny, name), monkeypatch, "float32") == [True] * 9
 
 
+def test_a_model_whose_layers_all_keep_a_state_can_be_planned(make_tiny, offload_run):
+    """No layer keeps keys and values, which then have no home."""
+    folder = make_hybrid(make_tiny, "kimi_linear", layer_types=["linear_attention"] * 4)
+    asked = ("plan", folder, "--context", 64, "--draft", "none")
+    done = offload_run(*asked, "--json")
+    assert done.code == 0, done.err
+    assert json.loads(done.out)["kv_bytes"] == 0
+    refused = offload_run(*asked, "--kv", "disk")
+    assert refused.code == 2 and "--kv disk has no effect, as no layer" in refused.err
+
+
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_in_bf16_too(name, make_tiny, monkeypatch):
     assert rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9

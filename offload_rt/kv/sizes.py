@@ -212,7 +212,7 @@ def plan_kv(
     capacities: Sequence[int],
     scratch_tokens: int,
 ) -> KVPlan | None:
-    """Size offloaded caches; None if `place` is the device, or rows are not kept.
+    """Size offloaded caches; None if `place` is the device, or no layer keeps rows.
 
     Args:
         place: where committed rows live.
@@ -221,9 +221,19 @@ def plan_kv(
         row_bytes: keys and values of one token in each layer.
         capacities: KV rows of each sequence.
         scratch_tokens: rows a step may leave pending.
+
+    Raises:
+        ConfigError: a place is asked for, and no layer keeps rows.
     """
     if place in (KVPlace.DEVICE, KVPlace.NONE):
         return None
+    if not any(row_bytes):
+        if config.kv is KVPlace.AUTO:
+            return None
+        raise ConfigError(
+            f"--kv {config.kv} has no effect, as no layer of this model keeps keys and values: "
+            "leave it out"
+        )
     emulated = config.link_bytes_per_s is not None  # a link to host memory
     attend_on_host = device.attends_at_home and place is KVPlace.HOST and not emulated
     block_tokens = config.kv_block_tokens or block_tokens_for(max(row_bytes), device)
