@@ -208,9 +208,9 @@ class ExpertUse:
         bytes_per_token: copied, for each emitted token.
         prompt_misses: misses of the prompt's pass, of `prompt_asked`; `prompt_ahead` and
             `prompt_unused` are as above.
-        distances: of all passes of one row so far, how often an expert was asked for that was the
-            n-th most recently used of its layer, counted from 0; last of those not used before.
-            Those before the n-th are the hits of n slots a layer.
+        distances: of all passes of one row so far but prompts', how often an expert was asked for
+            that was the n-th most recently used of its layer, counted from 0; last of those not
+            used before. Those before the n-th are the hits of n slots a layer.
     """
 
     slots: int

@@ -303,7 +303,7 @@ def test_nothing_is_foreseen_where_the_host_may_compute(make_tiny, opened):
         assert pool.may_foresee and pool.counts.on_host > 0 == engine.foresight.share
         assert pool.counts.ahead == pool.counts.unused == 0
         for rows in (8, 9):
-            engine.look_ahead(rows)
+            engine.announce(rows)
             assert pool.foresees == (rows > 8)
     for meanwhile in (None, list):
         pool, copy, _ = pool_of({0: 4, 1: 4}, 8, per_token=2)

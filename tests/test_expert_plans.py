@@ -33,9 +33,11 @@ from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
-from offload_rt.planning.history import add_asked, read_asked
+from offload_rt.planning.history import add_asked, model_key, read_asked
 from offload_rt.profiling.store import find_profile, load_profile
-from offload_rt.streaming.experts import MissRates
+from offload_rt.session.means import asked_path
+from offload_rt.streaming import direct_io
+from offload_rt.streaming.experts import PROMPTS, MissRates
 from offload_rt.units import format_rate
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
@@ -135,7 +137,7 @@ def test_a_report_counts_what_was_asked_for(folder):
         generate(engine)
         pool = engine.runner.experts
         # A prompt of 17 in chunks of 5, the last of 2 rows; 15 tokens.
-        assert pool.counts.calls == {3: 4 * 3, 1: 4, 0: 4 * 15}
+        assert pool.counts.calls == {PROMPTS + 3: 4 * 3, PROMPTS + 1: 4, 0: 4 * 15}
         assert sum(map(sum, pool.counts.distances.values())) == pool.counts.hits + (
             pool.counts.misses
         )
@@ -237,6 +239,27 @@ def test_one_run_says_the_hits_and_bytes_of_others_in_pools_of_other_sizes(tmp_p
         assert 1 - said / 4 == pytest.approx(1 - seen / 4, rel=0.15)
 
 
+def test_hits_that_are_stated_are_priced_as_those_that_were_seen(offload_run, folder):
+    """One road: 0.8 by hand, and runs of which as many were in 10 slots a layer."""
+    asked = ("simulate", folder, "--profile", "cpu-2core-avx512bf16", "--context", 64, "--json")
+    asked += ("--expert-slots", 40)
+    stated = offload_run(*asked, "--expert-hits", 0.8)
+    assert stated.code == 0, stated.err
+    counts = [0] * 33
+    counts[3], counts[20] = 1600, 400
+    add_asked(asked_path(), model_key(open_checkpoint(folder)), {0: 1000}, {0: counts})
+    seen = json.loads(offload_run(*asked).out)
+    stated = json.loads(stated.out)
+    for key in ("s_per_token", "bytes_per_pass"):
+        assert stated[key] == pytest.approx(seen[key], rel=1e-6)
+    assert stated["experts"]["hit_rate"] == pytest.approx(0.8)
+    assert stated["experts"]["stated"] and not seen["experts"]["stated"]
+    words = offload_run(*asked[:-3], *asked[-2:], "--expert-hits", 0.8).out
+    assert "80% of a token's experts expected in the slots (as stated)" in " ".join(words.split())
+    whole = offload_run(*asked[:-2], "--expert-slots", 0, "--expert-hits", 0.8)
+    assert whole.code == 2 and "--expert-hits has no effect" in whole.err
+
+
 def test_a_plan_after_a_run_is_of_what_the_run_asked_for(offload_run, folder):
     before = planned(offload_run, folder, "--expert-slots", 40)["experts"]
     assert not before["measured"]
@@ -248,6 +271,10 @@ def test_a_plan_after_a_run_is_of_what_the_run_asked_for(offload_run, folder):
     assert after["measured"]
     assert after["hit_rate"] == pytest.approx(sum(counts[:10]) / sum(counts), abs=1e-6)
     assert after["bytes_per_token"] != before["bytes_per_token"]
+    asked = ("simulate", folder, "--context", 64, "--expert-slots", 40, "--json")
+    simulated = json.loads(offload_run(*asked).out)["experts"]  # as it was learnt, too
+    assert simulated["hit_rate"] == after["hit_rate"] and simulated["measured"]
+    assert simulated["bytes_per_token"] == after["bytes_per_token"]
     table = offload_run("plan", folder, "--context", 64, "--expert-slots", 40).out
     assert "expected in the slots (as seen)" in " ".join(table.split())
 

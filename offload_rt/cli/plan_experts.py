@@ -23,6 +23,7 @@ class ExpertOutlook:
         share: of all experts that the slots hold.
         hit_rate: of a token's experts, expected to be there.
         measured: the hit rate is of this model's own passes; else of routers with little locality.
+        stated: it is given by hand.
         bytes_per_token: expected to be read for a token without drafting.
         bytes_per_s: expected of these reads, alone; None where a token needs none.
         on_host_per_token: of a token's experts, expected to be computed by the processor where they
@@ -39,6 +40,7 @@ class ExpertOutlook:
     share: float
     hit_rate: float
     measured: bool
+    stated: bool
     bytes_per_token: int
     bytes_per_s: float | None
     on_host_per_token: float
@@ -75,6 +77,7 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
         share=placement.expert_slots / facts.count,
         hit_rate=1.0 - misses / (facts.per_token * len(layers)),
         measured=0 in pooled.use.seen,
+        stated=pooled.use.hit_rate is not None,
         bytes_per_token=round(misses * pooled.home_bytes),
         bytes_per_s=expected.home_bytes / expected.transfer_s
         if expected is not None and expected.transfer_s
@@ -88,7 +91,6 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
 
 def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
     """The same in words."""
-    known = "as seen" if outlook.measured else "as routers with little locality have it"
     rate = f" at {format_rate(outlook.bytes_per_s)}" if outlook.bytes_per_s else ""
     there = outlook.on_host_per_token
     host = f", {there:.1f} experts computed on the CPU meanwhile" if there else ""
@@ -101,11 +103,18 @@ def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
             4,
         ),
         hanging(
-            f"  {outlook.hit_rate:.0%} of a token's experts expected in the slots ({known}), "
-            f"{format_size(outlook.bytes_per_token)} read per token{rate}{host}",
+            f"  {hits_in_words(outlook)}, {format_size(outlook.bytes_per_token)} read per "
+            f"token{rate}{host}",
             4,
         ),
     ]
+
+
+def hits_in_words(outlook: ExpertOutlook) -> str:
+    """How many of a token's experts are expected to be there, and how that is known."""
+    known = "as seen" if outlook.measured else "as routers with little locality have it"
+    known = "as stated" if outlook.stated else known
+    return f"{outlook.hit_rate:.0%} of a token's experts expected in the slots ({known})"
 
 
 def why_whole(checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind) -> str:

@@ -21,6 +21,7 @@ from offload_rt.cli.headline import (
     quantised_lines,
 )
 from offload_rt.cli.options import Output, draft_of, runtime_of
+from offload_rt.cli.plan_experts import ExpertOutlook, expert_outlook
 from offload_rt.cli.simulate_table import (
     comparisons_table,
     model_table,
@@ -29,6 +30,7 @@ from offload_rt.cli.simulate_table import (
 )
 from offload_rt.config import DraftConfig, RuntimeConfig, Wire
 from offload_rt.costs.drafters import Drafting
+from offload_rt.costs.experts import ExpertUse
 from offload_rt.costs.machine import FreeMemory, Speeds, speeds_there
 from offload_rt.costs.sizes import StoredSizes, stored_sizes
 from offload_rt.costs.step import Prediction
@@ -39,6 +41,7 @@ from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
+from offload_rt.planning.history import model_key, read_asked
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.planner import Means, plan_wires
 from offload_rt.planning.scenarios.published import Comparison, compare_published
@@ -48,7 +51,7 @@ from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.early import check_context
-from offload_rt.session.means import profile_for, profile_source
+from offload_rt.session.means import asked_path, profile_for, profile_source
 from offload_rt.session.summary import bound_by
 from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
@@ -104,6 +107,13 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
     type=click.FloatRange(min=1, max=2**20),
     default=None,
     help="Tokens a pass emits, if that is what is known.",
+)
+@click.option(
+    "--expert-hits",
+    type=click.FloatRange(min=0, max=1),
+    default=None,
+    show_default="what runs of this model here saw, else a prior",
+    help="Share of a token's experts that are in their slots, where experts come one by one.",
 )
 @options.placement_options
 @options.wire_option
@@ -208,6 +218,7 @@ class Question:
         from_files: whether its weights are there.
         own: whether the profile is this machine's, or was asked for.
         acceptance: how often drafts are right.
+        use: what is known of the experts that tokens ask for.
     """
 
     checkpoint: Checkpoint
@@ -217,6 +228,7 @@ class Question:
     draft: DraftConfig
     acceptance: Acceptance
     context_tokens: int
+    use: ExpertUse = ExpertUse()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -230,6 +242,7 @@ class Simulated:
     placement: Placement
     pinned_bytes: int
     prediction: Prediction
+    experts: ExpertOutlook | None
     more: More | None = None
 
     @property
@@ -265,6 +278,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         speeds=speeds,
         draft=draft,
         acceptance=acceptance,
+        use=_use(checkpoint, values["expert_hits"]),
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
     )
@@ -278,6 +292,13 @@ def _model(model: str, values: dict[str, Any]) -> None:
     more = more_memory(config, speeds.device, speeds.free, made, with_limits)
     outlook = dataclasses.replace(outlook, more=more)
     click.echo(json.dumps(_as_json(outlook)) if values["json"] else _as_table(outlook))
+
+
+def _use(checkpoint: Checkpoint, hit_rate: float | None) -> ExpertUse:
+    """Which experts tokens ask for: as it is stated, else as earlier runs of the model saw it."""
+    if hit_rate is not None:
+        return ExpertUse(hit_rate=hit_rate)
+    return read_asked(asked_path(), model_key(checkpoint))
 
 
 def simulated(
@@ -304,9 +325,17 @@ def simulated(
         speeds.device,
         load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
         free=free,
-        means=Means(speeds=speeds, stated=lambda sized: expect(sized, asked.acceptance)),
+        means=Means(
+            speeds=speeds,
+            asked=asked.use,
+            stated=lambda sized: expect(sized, asked.acceptance),
+        ),
     )
     assert plan.prediction is not None  # as speeds are known
+    if asked.use.hit_rate is not None and not plan.placement.expert_slots:
+        raise ConfigError(
+            "--expert-hits has no effect, as no experts come one by one here: leave it out"
+        )
     return Simulated(
         question=asked,
         checkpoint=checkpoint,
@@ -315,6 +344,7 @@ def simulated(
         placement=plan.placement,
         pinned_bytes=speeds.pinned_bytes(plan.runtime, plan.placement.host_bytes),
         prediction=plan.prediction,
+        experts=expert_outlook(checkpoint, plan, speeds.device),
     )
 
 
@@ -353,6 +383,7 @@ def _as_json(outlook: Simulated) -> dict[str, Any]:
         "slack_bytes": placement.slack_bytes,
         "device_bytes": placement.device_bytes,
         "device_limit_bytes": placement.device_limit_bytes,
+        "experts": dataclasses.asdict(outlook.experts) if outlook.experts else None,
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
     }
     return known | prediction_record(outlook.prediction)
@@ -368,6 +399,7 @@ def _as_table(outlook: Simulated) -> str:
         outlook.checkpoint,
         outlook.placement,
         made,
+        experts=outlook.experts,
         pinned_bytes=outlook.pinned_bytes,
         source="headers" if asked.from_files else "config.json alone",
         machine=f"{profile_source(speeds.profile.name, asked.own)} ({speeds.processor})",

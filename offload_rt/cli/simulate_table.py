@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from offload_rt.cli.columns import columns, hanging
 from offload_rt.cli.headline import pinning_line, split_lines
+from offload_rt.cli.plan_experts import ExpertOutlook, hits_in_words
 from offload_rt.costs.step import Prediction
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.placement import Placement
@@ -24,11 +25,12 @@ _ATTRIBUTE = re.compile(r"(\w+): (.*)")
 _PLAIN = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 
 
-def model_table(
+def model_table(  # noqa: PLR0913 - all but the first three by keyword
     checkpoint: Checkpoint,
     placement: Placement,
     made: Prediction,
     *,
+    experts: ExpertOutlook | None,
     pinned_bytes: int,
     source: str,
     machine: str,
@@ -59,6 +61,8 @@ def model_table(
         away = home_words(placement.home)
         what = "experts" if placement.expert_slots else "streamed layers"
         lines.append(_memory(what, placement.streamed_bytes, f"in {away}"))
+        if experts is not None:
+            lines.append("  " + hits_in_words(experts))
         lines += split_lines(placement)
         if demand.host_base_bytes:
             lines.append(_memory("embedding", demand.host_base_bytes, "in host memory, by rows"))

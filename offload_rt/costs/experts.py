@@ -17,7 +17,7 @@ from itertools import pairwise
 from math import comb
 
 from offload_rt.device.kinds import DeviceKind
-from offload_rt.streaming.experts import MissRates
+from offload_rt.streaming.experts import MissRates, row_class
 
 # Share of a layer's experts that a pool holds, and of a token's experts that are among these:
 # routers made of all 576 directions of a 135M model's states, 64 experts, 4 a token. 26 % of them
@@ -102,12 +102,16 @@ class ExpertUse:
     """What is known of the experts that a model's tokens ask for.
 
     Attributes:
-        seen: by class of a pass's rows (1, 2, 3 to 4, 5 to 8, ... as 0, 1, 2, 3, ...).
+        seen: by class of a pass (`row_class`).
+        hit_rate: of a token's experts, those that are held, if it is stated; then nothing is seen.
     """
 
     seen: Mapping[int, Distances] = field(default_factory=dict)
+    hit_rate: float | None = None
 
-    def misses(self, rows: int, held: float, experts: int, per_token: int) -> float:
+    def misses(
+        self, rows: int, held: float, experts: int, per_token: int, *, prompt: bool = False
+    ) -> float:
         """Experts of a layer that a pass of so many rows has to wait for, on average.
 
         Args:
@@ -115,12 +119,15 @@ class ExpertUse:
             held: experts of the layer that the pool holds.
             experts: of the layer.
             per_token: that a row is sent to.
+            prompt: the pass reads one.
         """
-        if (seen := self.seen.get((rows - 1).bit_length())) is not None:
+        if (seen := self.seen.get(row_class(rows, prompt=prompt))) is not None:
             return seen.misses(held)
         share = min(1.0, held / experts)
         if (single := self.seen.get(0)) is not None:
             one = single.misses(held)
+        elif self.hit_rate is not None:
+            one = per_token * (1.0 - self.hit_rate)
         else:
             one = per_token * (1.0 - prior_hit_rate(held, experts, per_token))
         many = one * rows ** (1.0 - _between(_ROW_SHARING, share))

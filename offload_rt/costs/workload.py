@@ -183,19 +183,20 @@ class PooledExperts:
     rates: MissRates | None = None
     share: float = 1.0
 
-    def split(self, layer: int, rows: int, asked: float) -> Split | None:
+    def split(self, layer: int, rows: int, asked: float, *, prompt: bool = False) -> Split | None:
         """What becomes of experts that a layer lacks in a pass of few rows.
 
         None where all of them come. Of what they ask for, rows share some experts.
         """
         if self.rates is None or rows > HOST_ROWS:
             return None
-        return split_of(self.misses(layer, rows), ceil(asked), self.share, self.rates)
+        misses = self.misses(layer, rows, prompt=prompt)
+        return split_of(misses, ceil(asked), self.share, self.rates)
 
-    def misses(self, layer: int, rows: int) -> float:
+    def misses(self, layer: int, rows: int, *, prompt: bool = False) -> float:
         """Experts of a layer that a pass of so many rows waits for, on average."""
-        held = min(self.held, self.counts[layer])
-        return self.use.misses(rows, held, self.counts[layer], self.per_token)
+        held, count = min(self.held, self.counts[layer]), self.counts[layer]
+        return self.use.misses(rows, held, count, self.per_token, prompt=prompt)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -382,11 +383,12 @@ class PlacedModel:
         pooled = where.experts if where.experts and where.experts.counts[index] else None
         misses = 0.0
         if pooled is not None:
-            misses, order = pooled.misses(index, rows), self.speeds.order(resident=False)
+            misses = pooled.misses(index, rows, prompt=reads_prompt)
+            order = self.speeds.order(resident=False)
         whole = layer.image_bytes + layer.grown_bytes
         active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
-        split = pooled.split(index, rows, asked) if pooled else None
+        split = pooled.split(index, rows, asked, prompt=reads_prompt) if pooled else None
         link = misses if split is None else split.over_link
         choosing_s = (pooled.together_s if together else pooled.host_s) if pooled else 0.0
         choosing_s += 0.0 if split is None else FETCH_S

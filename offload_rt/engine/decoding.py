@@ -175,7 +175,7 @@ class Run:
         drafted_at = time.perf_counter()
         texts = [(s, self._next_part(s, count)) for s, count in reading]
         rows = sum(1 + len(one.draft.tree) for one in drafted)
-        self.engine.look_ahead(0 if texts else rows)
+        self.engine.announce(0 if texts else rows)
         with self.engine.traced(PASSES, _label(texts, drafted)):
             read, checked = self.engine.sweep(
                 [(s.index, part) for s, part in texts],

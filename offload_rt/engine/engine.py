@@ -484,10 +484,15 @@ class Engine:
                 part.watch(partial(tracer.of_kv, number, layers))
         return tracer
 
-    def look_ahead(self, rows: int) -> None:
-        """Settle whether the next pass, of so many rows that no prompt has, foresees experts."""
-        if self.runner.experts is not None:
-            self.runner.experts.foresees = rows > 0 and self.foresight.looks(rows)
+    def announce(self, rows: int) -> None:
+        """Tell the pool of experts what the next pass is, and settle whether it foresees some.
+
+        Args:
+            rows: of it; 0 if it reads a prompt, too.
+        """
+        if (pool := self.runner.experts) is not None:
+            pool.reads_prompt = rows == 0
+            pool.foresees = rows > 0 and self.foresight.looks(rows)
 
     def traced(self, lane: str, name: str) -> AbstractContextManager[None]:
         """Note what runs inside, if anything is noted."""

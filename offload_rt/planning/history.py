@@ -14,6 +14,7 @@ from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.yields import NOTHING_SEEN, Seen
 from offload_rt.speculative.kinds import kind_of
+from offload_rt.streaming.experts import PROMPTS
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
@@ -136,7 +137,9 @@ def _parsed_asked(entry: Any) -> dict[int, Distances]:  # noqa: ANN401 - of JSON
     found = {}
     for size, numbers in entry.items():
         calls, *counts = map(float, numbers)
-        fits = calls > 0 and 2 <= len(counts) <= _MOST_EXPERTS and 0 <= int(size) <= _MOST_CLASSES
+        of_prompts, like = divmod(int(size), PROMPTS)
+        fits = calls > 0 and 2 <= len(counts) <= _MOST_EXPERTS
+        fits &= of_prompts in (0, 1) and like <= _MOST_CLASSES
         if not fits or not all(0.0 <= number < math.inf for number in (calls, *counts)):
             raise ValueError(f"{size!r} is no class of passes, or its counts cannot be")
         found[int(size)] = Distances(calls=calls, counts=tuple(counts))

@@ -18,6 +18,7 @@ class _Sized(Protocol):
 
 SourceT = TypeVar("SourceT", bound=_Sized)
 
+PROMPTS = 32  # above every class of passes that check drafts, and added to those of prompts
 # Share of a layer's experts that rows ask for from which on they are taken to ask for all of the
 # next one: reading all of it then costs at most 1.1 times its bytes, and the disk never idles.
 NEARLY_ALL = 0.9
@@ -114,9 +115,13 @@ class ExpertCounts:
     distances: dict[int, list[int]] = field(default_factory=dict)
 
 
-def row_class(rows: int) -> int:
-    """Passes of like numbers of rows: 1, 2, 3 to 4, 5 to 8, 9 to 16, ... as 0, 1, 2, 3, 4, ..."""
-    return (rows - 1).bit_length()
+def row_class(rows: int, *, prompt: bool = False) -> int:
+    """Passes of like numbers of rows: 1, 2, 3 to 4, 5 to 8, 9 to 16, ... as 0, 1, 2, 3, 4, ...
+
+    Those that read a prompt are of classes of their own: its tokens are new to the pool, those of
+    a draft follow what it holds.
+    """
+    return (rows - 1).bit_length() + (PROMPTS if prompt else 0)
 
 
 def shares_of(
@@ -195,6 +200,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         leaves_free: see the function.
         may_foresee: passes can say what the next layer will ask for, and there are slots for that.
         foresees: whether the next pass is to.
+        reads_prompt: whether the next pass reads one.
         rates: of misses, some of which are computed where they lie; None: none is.
     """
 
@@ -225,7 +231,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._rest: deque[int] = deque()  # of it, what there was no slot for yet
         self._foreseen: int | None = None  # the layer whose experts are offered
         self._copies = 0
-        self.may_foresee = self.foresees = False
+        self.may_foresee = self.foresees = self.reads_prompt = False
         self.rates: MissRates | None = None
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
@@ -560,7 +566,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         rows: int,
     ) -> None:
         counts, recent = self.counts, self._recent[layer]
-        like = row_class(rows)
+        like = row_class(rows, prompt=self.reads_prompt)
         counts.calls[like] = counts.calls.get(like, 0) + 1
         ahead = sum(slot.ahead for slot in there)
         for slot in there:
