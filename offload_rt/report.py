@@ -201,6 +201,7 @@ class ExpertUse:
         unused: others that were copied ahead, and given up before any layer asked;
             `unused_bytes` of them had begun to be copied, and of what the processor computed and
             no layer asked for again in time.
+        host_bytes: of experts that were copied, from host memory; `file_bytes` from files.
         looked_ahead: share of the passes that foresaw what their next layers would ask for
             (`--look-ahead`).
         hit_rate: hits / (hits + misses); None when nothing was asked for.
@@ -223,6 +224,8 @@ class ExpertUse:
     on_host: int
     unused: int
     unused_bytes: int
+    host_bytes: int
+    file_bytes: int
     looked_ahead: float
     hit_rate: float | None
     union: float | None
@@ -291,6 +294,8 @@ class Counters:
         expert_on_host: of the misses, those that the host computed.
         expert_unused: experts that came ahead and were given up before a layer asked.
         expert_unused_bytes: of these, that had begun to be copied.
+        expert_host_bytes: of experts that were copied, from host memory; `expert_file_bytes` from
+            files.
         expert_calls: times a layer asked.
     """
 
@@ -305,6 +310,8 @@ class Counters:
     expert_on_host: int = 0
     expert_unused: int = 0
     expert_unused_bytes: int = 0
+    expert_host_bytes: int = 0
+    expert_file_bytes: int = 0
     expert_calls: int = 0
 
     def since(self, start: "Counters") -> "Counters":
@@ -321,6 +328,8 @@ class Counters:
             expert_on_host=self.expert_on_host - start.expert_on_host,
             expert_unused=self.expert_unused - start.expert_unused,
             expert_unused_bytes=self.expert_unused_bytes - start.expert_unused_bytes,
+            expert_host_bytes=self.expert_host_bytes - start.expert_host_bytes,
+            expert_file_bytes=self.expert_file_bytes - start.expert_file_bytes,
             expert_calls=self.expert_calls - start.expert_calls,
         )
 

@@ -337,8 +337,15 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
     with engine_for(folder, expert_slots=slots, **options) as engine:
         assert engine.placement.expert_slots == slots
         assert (home is HomeKind.SPLIT) == (engine.placement.expert_share < 1.0)
+        loaded_bytes = engine.counters().bytes_copied
         assert torch.equal(all_logits(engine), resident)
-        assert engine.runner.experts.counts.misses > 0
+        counts = engine.runner.experts.counts
+        engine.device.copy.record().synchronize()
+        assert counts.misses > 0
+        assert (counts.host_bytes > 0) == (home is not HomeKind.DISK)
+        assert (counts.file_bytes > 0) == (home is not HomeKind.HOST)
+        moved = engine.counters().bytes_copied - loaded_bytes
+        assert counts.host_bytes + counts.file_bytes == moved
         placement = engine.placement
         beside_bytes = placement.demand.host_base_bytes  # the embedding
         assert (placement.host_bytes > beside_bytes) == (home is not HomeKind.DISK)

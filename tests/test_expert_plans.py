@@ -143,6 +143,70 @@ def test_a_report_counts_what_was_asked_for(folder):
         )
 
 
+def test_a_report_says_how_much_came_from_files(offload_run, folder):
+    """Where some experts are in host memory, and others in their files."""
+    asked = ("generate", folder, "-p", "the dog", "-n", 9, "--ignore-eos", "--draft", "none")
+    asked += ("--temperature", 2, "--seed", 1, "--expert-slots", 12)
+    split = ("--home", "split", "--host-memory", "25MiB")
+    done = offload_run(*asked, *split, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    experts, moved = found["experts"], found["experts"]["bytes_per_token"] * 8
+    assert min(experts["host_bytes"], experts["file_bytes"]) > 0
+    assert experts["host_bytes"] + experts["file_bytes"] == pytest.approx(moved)
+    share = experts["file_bytes"] / moved
+    table = " ".join(offload_run(*asked, *split).err.split())
+    assert f"read per token, {share:.0%} of it from files" in table
+    table = " ".join(offload_run(*asked).err.split())
+    assert "read per token" in table and "from files" not in table
+
+
+@pytest.mark.parametrize("slots", [24, 0])
+def test_reads_through_the_page_cache_are_said(offload_run, folder, monkeypatch, slots):
+    """And work; where direct reads do, nothing is said."""
+    asked = ("--draft", "none", "--expert-slots", slots)
+    if not slots:
+        asked += ("--resident-layers", 1)
+    run = ("generate", folder, "-p", "the dog", "-n", 3, *asked)
+    direct = offload_run(*run)
+    assert direct.code == 0 and "page cache" not in direct.err
+    monkeypatch.setattr(direct_io, "_direct_works", lambda fd, *, writes: False)
+    buffered = offload_run(*run)
+    assert buffered.out == direct.out
+    what = "experts" if slots else "streamed layers"
+    for done in (buffered, offload_run("plan", folder, "--context", 64, *asked)):
+        assert done.code == 0, done.err
+        assert done.err.count(f"{what} are read through the page cache") == 1
+
+
+def test_what_a_prompt_misses_says_nothing_of_drafts():
+    """Passes of as many rows: those of a prompt are new to the pool, those of a draft are not."""
+    drafts, prompts = Distances(calls=9, counts=(0, 18, 0)), Distances(calls=9, counts=(0, 0, 36))
+    use = ExpertUse(seen={4: drafts, PROMPTS + 4: prompts})
+    assert use.misses(12, 1, experts=4, per_token=2) == 2.0
+    assert use.misses(12, 1, experts=4, per_token=2, prompt=True) == 4.0
+    only = ExpertUse(seen={PROMPTS + 4: prompts})
+    assert only.misses(12, 1, 4, 2) == ExpertUse().misses(12, 1, 4, 2)
+
+
+@pytest.mark.parametrize("reads_prompt", [True, False])
+def test_what_a_pass_reads_is_priced_of_its_own_kind(folder, reads_prompt):
+    checkpoint = open_checkpoint(folder)
+    prompts = {PROMPTS + 2: Distances(calls=1, counts=(*[0] * 31, 1, 7))}
+    use = ExpertUse(seen=prompts | {2: Distances(calls=1, counts=(*[0] * 31, 1, 1))})
+    pooled = PooledExperts(
+        counts=(32,) * 4, per_token=2, held=8, home_bytes=100, image_bytes=100, use=use
+    )
+    model = PlacedModel(
+        parts=parts_of(checkpoint, "bfloat16", CPU_SPEEDS.device),
+        speeds=CPU_SPEEDS,
+        residence=Residence(experts=pooled),
+        context_tokens=64,
+    )
+    found = model.load(4, reads_prompt=reads_prompt).layers
+    assert {layer.missed_bytes for layer in found} == {800 if reads_prompt else 200}
+
+
 def test_expected_misses_are_bounded_by_what_is_asked_for():
     use = ExpertUse()
     for held in (0, 4, 16, 40, 64):

@@ -263,6 +263,7 @@ def pool_of(counts, slots, per_token):
         compute=compute,
         source=lambda layer, expert: homes[layer, expert],
         place=lambda layer, expert: ("", expert),
+        in_file=lambda layer, expert: expert % 2 == 1,
     )
     return pool, copy, compute
 

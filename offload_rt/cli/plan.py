@@ -60,6 +60,7 @@ from offload_rt.session.summary import (
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.medusa.checkpoint import heads_bytes, open_draft_heads
+from offload_rt.streaming.direct_io import BUFFERED, reads_directly
 from offload_rt.text.files import check_tokenizer_files
 from offload_rt.trace import Lane, TraceEvent
 from offload_rt.units import format_size
@@ -116,6 +117,8 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     if roster is not None:
         config = roster.runtime(config)
     outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"], roster)
+    if from_files and outlook.placement.reads_files:
+        _note_buffered(checkpoint, outlook.placement)
     if values["output"] is not None:
         write_plan(values["output"], plan_file(checkpoint, outlook.plan))
     if values["timeline"] is not None:
@@ -136,6 +139,12 @@ def _note_tokenizer(checkpoint: Checkpoint) -> None:
         check_tokenizer_files(checkpoint.folder)
     except CheckpointError as error:
         _log.warning("no text can be generated as it is: %s", error)
+
+
+def _note_buffered(checkpoint: Checkpoint, placement: Placement) -> None:
+    """Say where passes will read through the page cache; as a run does."""
+    if not all(map(reads_directly, checkpoint.files)):
+        _log.warning(BUFFERED, "experts" if placement.expert_slots else "streamed layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

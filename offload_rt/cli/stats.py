@@ -188,7 +188,12 @@ def _experts(experts: ExpertUse | None) -> list[tuple[str, str]]:
         there = f"{there}, {part:.0%} of the others computed on the CPU"
     if experts.looked_ahead:
         there = f"{there}, {experts.looked_ahead:.0%} of passes looked ahead"
-    return [("experts", f"{there}, {read} read per token{vain}")]
+    if experts.host_bytes and experts.file_bytes:
+        part = experts.file_bytes / (experts.host_bytes + experts.file_bytes)
+        read = f"{read} read per token, {part:.0%} of it from files"
+    else:
+        read = f"{read} read per token"
+    return [("experts", f"{there}, {read}{vain}")]
 
 
 def _tokens(answer: Answer) -> str:

@@ -426,6 +426,8 @@ class Run:
             on_host=decode.expert_on_host,
             unused=decode.expert_unused,
             unused_bytes=decode.expert_unused_bytes,
+            host_bytes=decode.expert_host_bytes,
+            file_bytes=decode.expert_file_bytes,
             looked_ahead=self.engine.foresight.share,
             hit_rate=decode.expert_hits / asked if asked else None,
             union=asked / decode.expert_calls if decode.expert_calls else None,

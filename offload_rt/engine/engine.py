@@ -556,6 +556,8 @@ class Engine:
             expert_on_host=asked.on_host,
             expert_unused=asked.unused,
             expert_unused_bytes=asked.unused_bytes,
+            expert_host_bytes=asked.host_bytes,
+            expert_file_bytes=asked.file_bytes,
             expert_calls=sum(asked.calls.values()),
         )
 
@@ -718,6 +720,7 @@ class Engine:
             look_ahead=self.config.look_ahead,
             misses=self.plan.misses,
             readers=self.config.readers,
+            reads_files=here.reads_files,
         )
         chunk_tokens = self.config.prefill_chunk_tokens
         return load_target(

@@ -312,6 +312,12 @@ class Placement:
         return self.in_files if self.home.in_memory else self.streamed
 
     @property
+    def reads_files(self) -> bool:
+        """Whether passes read weights from the model's files."""
+        experts = self.expert_slots > 0 and self.expert_share < 1.0
+        return self.streams and (not self.home.in_memory or bool(self.layers_in_files) or experts)
+
+    @property
     def straight(self) -> tuple[int, ...]:
         """Where machines differ, the streamed layers of those that have none in host memory."""
         if self.home is not HomeKind.SPLIT or not any(stripe.apart for stripe in self.stripes):

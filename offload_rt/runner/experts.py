@@ -136,6 +136,7 @@ def open_pool(
         compute=device.compute,
         source=lambda layer, expert: sources[layer][expert],
         place=partial(_place, units),
+        in_file=lambda layer, expert: sources[layer][expert].image is None,
         keeps_free=keeps_free,
     )
 

@@ -35,6 +35,7 @@ from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.runner.experts import Pool, homes_of, lenders_of, open_pool
 from offload_rt.runner.runner import Across, LayerRing, LayerRings, Runner
 from offload_rt.streaming.ahead import ReadAhead
+from offload_rt.streaming.direct_io import BUFFERED
 from offload_rt.streaming.experts import MissRates
 from offload_rt.streaming.memory_home import MemoryHome
 from offload_rt.streaming.ring import Cycle, Ring
@@ -63,6 +64,7 @@ class Streaming:
         look_ahead: whether experts are copied before their layer asks.
         misses: what experts cost that no slot holds, if the host may compute them; else None.
         readers: reads in flight.
+        reads_files: whether passes read from the model's files.
     """
 
     layers: Sequence[int]
@@ -76,6 +78,7 @@ class Streaming:
     look_ahead: LookAhead = LookAhead.OFF
     misses: MissRates | None = None
     readers: int = 4
+    reads_files: bool = False
 
 
 def load_base(
@@ -175,6 +178,7 @@ def load_target(  # noqa: PLR0913 - what a runner is made of
         nbytes = max((layouts[i].nbytes for i in mine), default=0)
         packs = _packs(network, device) and nbytes <= spare
         _keep(network, device, files, mine, RESIDENT, packs=packs, exact=True)
+    _note_buffered(streaming, files)
     streamed_bytes, rings, ring_of = 0, list[LayerRing](), dict[int, LayerRing]()
     slot_bytes = max((layouts[i].nbytes for i in streaming.layers), default=0)
     for device, mine in stripes.shares(streaming.layers):
@@ -380,6 +384,12 @@ def _keep(  # noqa: PLR0913 - the same, and how
             image = device.allocate(layouts[index].nbytes, purpose)
             device.load.copy(image, FileSource(layouts[index], files))
             network.keep(index, image)
+
+
+def _note_buffered(streaming: Streaming, files: WeightFiles) -> None:
+    """Say that passes read through the page cache, if they do."""
+    if streaming.reads_files and not files.direct:
+        _log.warning(BUFFERED, "experts" if streaming.expert_slots else "streamed layers")
 
 
 def _sources(

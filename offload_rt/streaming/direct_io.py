@@ -16,6 +16,11 @@ from offload_rt.device.base import PAGE_BYTES
 PReadV = Callable[[int, Sequence[memoryview], int], int]
 PWrite = Callable[[int, memoryview, int], int]
 
+BUFFERED = (
+    "%s are read through the page cache, as their file system has no direct reads: that takes "
+    "memory beside --device-memory; keep the model on ext4 or xfs"
+)
+
 
 @dataclass(frozen=True, slots=True)
 class OpenFile:
@@ -93,6 +98,13 @@ def open_file(path: Path, flags: int, *, direct: bool = True) -> OpenFile:
                 return OpenFile(fd, True)
             os.close(fd)
     return OpenFile(os.open(path, flags), False)
+
+
+def reads_directly(path: Path) -> bool:
+    """Whether a file that is there can be read past the page cache."""
+    file = open_file(path, os.O_RDONLY)
+    file.close()
+    return file.direct
 
 
 def whole_pages(nbytes: int) -> int:

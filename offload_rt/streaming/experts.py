@@ -99,7 +99,9 @@ class ExpertCounts:
         unused: others that were copied ahead, and given up before any layer asked.
         unused_bytes: of these, that had begun to be copied; so, too, of what the host computed and
             was given up before it was asked for again.
-        calls: times a layer asked, by rows of the pass (`row_class`).
+        host_bytes: of all that were copied, as far as they were, from host memory; `file_bytes`
+            from files.
+        calls: times a layer asked, by class of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
             The hits of every size of pool at once (Mattson's stack distances).
@@ -111,6 +113,8 @@ class ExpertCounts:
     on_host: int = 0
     unused: int = 0
     unused_bytes: int = 0
+    host_bytes: int = 0
+    file_bytes: int = 0
     calls: dict[int, int] = field(default_factory=dict)
     distances: dict[int, list[int]] = field(default_factory=dict)
 
@@ -193,6 +197,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         compute: the stream that reads them.
         source: the bytes of an expert of a layer at their home.
         place: where these lie, for a disk.
+        in_file: whether that home is a file, not host memory.
         keeps_free: keep slots free for what is foreseen.
 
     Attributes:
@@ -214,9 +219,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
         compute: Stream,
         source: Callable[[int, int], SourceT],
         place: Callable[[int, int], tuple[str, int]],
+        in_file: Callable[[int, int], bool],
         keeps_free: bool = False,
     ) -> None:
         self._copy, self._compute, self._source, self._place = copy, compute, source, place
+        self._in_file = in_file
         self._free = [ExpertSlot(buffer) for buffer in slots]
         self.share, spare = shares_of(len(slots), len(counts), per_token, foresees=keeps_free)
         self.leaves_free = leaves_free(self.share, spare, per_token)
@@ -345,8 +352,8 @@ class ExpertPool(Generic[BufferT, SourceT]):
         hits = [slot for expert, slot in slots.items() if expert not in late]
         self._count(layer, needed, hits, rows)
         self.counts.on_host += len(on_host)
-        for slot in slots.values():
-            self._ask_for(slot)
+        for expert, slot in slots.items():
+            self._ask_for(slot, layer, expert)
         absent = set(needed) - slots.keys() - on_host
         queue, lent = deque(self._in_place(layer, absent)), set(slots)
         # Those that are there, then those on their way, as they come.
@@ -421,6 +428,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         slot.filled, slot.drained = self._copy.record(), None
         if end is not None:
             end()
+        self._crosses(layer, expert, self._source(layer, expert).nbytes)
         self._copies += 1
         slot.number, slot.ahead = self._copies, why == "ahead"
         self._held[layer][expert] = slot
@@ -435,10 +443,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
             slot.offer = self._copy.offer(slot.buffer, self._source(layer, expert), after)
             self._held[layer][expert] = slot
 
-    def _ask_for(self, slot: ExpertSlot[BufferT]) -> None:
+    def _ask_for(self, slot: ExpertSlot[BufferT], layer: int, expert: int) -> None:
         """Have what is offered copied in its turn."""
         if slot.offer is None:
             return
+        self._crosses(layer, expert, self._source(layer, expert).nbytes)
         self._copies += 1
         slot.filled, slot.drained, slot.number = slot.offer.ask(), None, self._copies
         slot.decided()
@@ -468,7 +477,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         offered = [e for e, slot in held.items() if slot.offer is not None and slot.ahead]
         for expert in [expert for expert in needed if expert in offered]:
             offered.remove(expert)
-            self._ask_for(held[expert])
+            self._ask_for(held[expert], layer, expert)
         for expert in offered:
             self._free.insert(0, self._drop(layer, expert))
 
@@ -514,6 +523,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         offer, begun_bytes = slot.offer, self._source(layer, expert).nbytes
         if offer is not None:
             behind, begun_bytes = offer.drop(), offer.begun_bytes
+            self._crosses(layer, expert, begun_bytes)
             if begun_bytes:  # else the next copy comes after what this one was to
                 slot.filled, slot.drained = behind, None
             slot.decided()
@@ -523,6 +533,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
             slot.ahead = False
             self.counts.unused += 1
         return slot
+
+    def _crosses(self, layer: int, expert: int, nbytes: int) -> None:
+        if self._in_file(layer, expert):
+            self.counts.file_bytes += nbytes
+        else:
+            self.counts.host_bytes += nbytes
 
     def _in_place(self, layer: int, experts: Iterable[int]) -> list[int]:
         """Experts in the order in which they lie."""
