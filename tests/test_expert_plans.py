@@ -464,3 +464,20 @@ def test_few_rows_are_multiplied_with_mxfp4_as_it_is_stored(make_tiny, tmp_path)
         )
         assert all(bool(la.experts_decoded) == expected for la in model.load(rows).layers)
     assert choosing_s(CUDA, 4, together=True) < choosing_s(CUDA, 4)
+
+
+def test_few_rows_are_multiplied_with_plain_experts_in_one(folder):
+    """As with MXFP4: on a GPU, where passes are not row-invariant."""
+    pooled = PooledExperts(
+        counts=(32,) * 4, per_token=2, held=8, home_bytes=1, image_bytes=1, host_s=5.0,
+        together_s=2.0,
+    )  # fmt: skip
+    for rows, exact, expected in ((8, False, 2.0), (9, False, 5.0), (1, True, 5.0)):
+        model = PlacedModel(
+            parts=parts_of(open_checkpoint(folder), "bfloat16", CUDA),
+            speeds=GPU,
+            residence=Residence(experts=pooled),
+            context_tokens=64,
+            exact=exact,
+        )
+        assert {layer.choosing_s for layer in model.load(rows).layers} == {expected}

@@ -22,6 +22,7 @@ from offload_rt.model.formats.stored import Stored
 
 pytest.importorskip("triton")
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)
+DTYPE = torch.float32
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -114,11 +115,48 @@ def test_extreme_scales_are_those_of_the_law():
     assert torch.equal(out[0].nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
-def as_torch(table, given, biases, out, has_bias, kind):
-    """What the kernel does, of fp32, from what lies at the addresses of the table."""
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("form", ["whole", "halves", "transposed"])
+def test_rows_are_multiplied_with_experts_that_are_not_quantised(dtype, form):
+    """Whole numbers, whose sums are exact; sizes that fill no block, weights at odd places."""
+    outputs, inputs = 42, 150
+    given = torch.randint(-8, 9, (4, inputs)).to(dtype)
+    biases = torch.randint(-8, 9, (3, outputs)).to(dtype)
+    memory = torch.randint(-8, 9, (3, outputs * inputs + 1)).to(dtype)
+    whole = [one[1:].view(outputs, inputs) for one in memory]
+    numbers = whole
+    if form == "transposed":
+        whole = [one[1:].view(inputs, outputs) for one in memory]
+        numbers = [one.T for one in whole]
+    halves = [one.chunk(2) if form == "halves" else (one, one) for one in whole]
+    sent = [(0, 5, 2), (3, 0, 0), (3, 2, 1), (1, 1, 2)]
+    entries = [[s, t, e, *(half.data_ptr() for half in halves[e])] for s, t, e in sent]
+    half = outputs // 2 if form == "halves" else outputs
+    for bias in (biases, None):
+        out = torch.full((6, outputs), 7.0, dtype=dtype)
+        table, flat = torch.tensor(entries), [part for pair in halves for part in pair]
+        together.multiply_plain(given, table, flat, bias, out, half, form == "transposed")
+        assert (out[3:5] == 7.0).all()  # nobody's rows
+        for source, target, e in sent:
+            exact = numbers[e].double() @ given[source].double()
+            exact += 0.0 if bias is None else bias[e].double()
+            assert torch.equal(out[target], exact.float().to(dtype))
+
+
+def as_torch(table, given, biases, out, has_bias, kind, half=0, transposed=False):
+    """What the kernels do, of fp32, from what lies at the addresses of the table."""
     assert kind == FORMATS.index(torch.float32)
     outputs, inputs = out.shape[1], given.shape[1]
     for source, target, e, *places in table.tolist():
+        if half:
+            parts = [
+                torch.frombuffer((ctypes.c_float * (half * inputs)).from_address(at), dtype=DTYPE)
+                for at in places[: outputs // half]
+            ]
+            weight = torch.cat(parts).view((inputs, outputs) if transposed else (outputs, inputs))
+            made = ((weight.T if transposed else weight).double() @ given[source].double()).float()
+            out[target] = made + biases[e] if has_bias else made
+            continue
         sizes = outputs * inputs // 2, outputs * inputs // 32
         codes, scales = (
             torch.frombuffer((ctypes.c_uint8 * n).from_address(at), dtype=torch.uint8)
@@ -179,3 +217,31 @@ def test_a_layer_launches_two_products_whatever_its_experts(gpt_oss):
     apart = gpt_oss(there=False, work=launches, expert_slots=8, home=HomeKind.HOST)
     assert names.count("offload_rt::multiply_together") == 2 * 2
     assert len(apart) - len(names) >= 2 * 20
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe", "mixtral", "gpt_oss", "granitemoe"])
+def test_plain_experts_are_multiplied_in_one(make_tiny, monkeypatch, flash, name):
+    """Gate and up in one tensor or two, transposed with biases, rows of one tensor of all."""
+    folder = make_mixture(make_tiny, name, num_hidden_layers=2)
+    asked = []
+
+    def run(*, there, slots, work=all_logits):
+        monkeypatch.setattr(together, "is_there", lambda device: there)
+        monkeypatch.setattr(together, "_launch", lambda: as_torch)
+        open_double(monkeypatch)
+        config = {"expert_slots": slots, "home": HomeKind.HOST}
+        with engine_for(folder, **ROOM, **config) as engine:
+            return work(engine)
+
+    def names(engine):
+        engine.forward([(0, PROMPT)], reuse=True)
+        with Launches() as counted:
+            engine.forward([(0, [3])], reuse=False)
+        asked.append(counted.names.count("offload_rt::multiply_plain_together"))
+
+    few, many = run(there=True, slots=3), run(there=True, slots=8)
+    assert torch.equal(few, many)
+    other = run(there=False, slots=8)
+    assert (few - other).abs().max() <= 1e-4 * other.abs().max()
+    run(there=True, slots=8, work=names)
+    assert asked[0] >= 2 * 2

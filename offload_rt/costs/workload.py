@@ -358,13 +358,14 @@ class PlacedModel:
     def _dequantised_experts(
         self, layer: LayerParts, rows: int
     ) -> tuple[tuple[Decoded, ...], bool]:
-        """What of a layer's experts a pass dequantises; and whether it multiplies them as stored.
+        """What of a layer's experts a pass dequantises; and whether it multiplies all in one.
 
-        Few rows are multiplied so where there are kernels, unless passes are row-invariant.
+        Few rows are multiplied so where there are kernels, with what is stored in MXFP4 or not
+        quantised, unless passes are row-invariant.
         """
         parts = layer.experts_decoded
         few = rows <= TOGETHER_ROWS and self._tile == 1 and self.speeds.device.multiplies_few
-        if few and parts and all(multiplied_together(each.form) for each in parts):
+        if few and all(multiplied_together(each.form) for each in parts):
             return (), True
         used = layer.used(rows)
         return tuple(replace(each, numbers=round(each.numbers * used)) for each in parts), False

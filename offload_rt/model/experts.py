@@ -30,7 +30,7 @@ MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER, _HOST = "_lent_experts", "_host_of_experts"
 _NEXT, _LISTENS = "_next_router", "_listens_to_router"
-_TOGETHER, _APART = "_multiplies_stored", "_made_apart"
+_TOGETHER, _APART = "_multiplies_together", "_made_apart"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
@@ -170,10 +170,11 @@ def experts_apart(modules: Iterable[torch.nn.Module], apart: Apart | None) -> It
             del module.__dict__[_APART]
 
 
-def multiply_stored(module: torch.nn.Module) -> bool:
-    """Let a module of experts multiply few rows with its weights as they are stored, if it can.
+def multiply_together(module: torch.nn.Module) -> bool:
+    """Let a module of experts multiply few rows with all that are there in one launch, if it can.
 
-    Each of its experts has quantised matrices that `formats/together.py` takes; the host is lent.
+    Each of its experts has quantised matrices that `formats/together.py` takes, or none that are
+    quantised; the host is lent.
     """
     lender: ExpertLender | None = module.__dict__.get(_LENDER)
     wired = module._modules.get(WIRED)
@@ -184,7 +185,7 @@ def multiply_stored(module: torch.nn.Module) -> bool:
         stored = {name: bringer.stored for name, bringer in one.bringers.items()}
     names = {_first_of(module), "down_proj"}
     able = stored.keys() == names and all(map(together.suits, stored.values()))
-    if able and not module.has_post_expert_norm:
+    if (able or not stored) and not module.has_post_expert_norm:
         module.__dict__[_TOGETHER] = True
     return _TOGETHER in module.__dict__
 
@@ -364,27 +365,66 @@ def _rows_together(
     """All rows of some experts, [T, E] to their places in [T * k, E], in two launches."""
     names, k = (_first_of(module), "down_proj"), len(parts) // len(hidden)
     tables: tuple[list[int], list[int]] = [], []
-    stored: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
-    width = count = 0
+    tensors: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
+    count = 0
     for expert, weights in group:
-        matrices = [weights[name] for name in names]
         lies = []
-        for matrix, tensors in zip(matrices, stored, strict=True):
-            assert isinstance(matrix, StoredMatrix)  # or they would not be multiplied so
-            lies.append(together.places_of(matrix.parts, host.address))
-            tensors += matrix.parts.values()
-        assert isinstance(matrices[0], StoredMatrix)
-        width = matrices[0].bringer.stored.outputs
+        for name, there in zip(names, tensors, strict=True):
+            own, places_of = _lying(weights, name, host)
+            lies.append(places_of)
+            there += own
         for place in places[expert]:
             tables[0].extend([place // k, count, expert, *lies[0]])
             tables[1].extend([count, place, expert, *lies[1]])
             count += 1
+    one = group[0][1]
     first, second = host.upload(tables[0] + tables[1]).view(2, count, -1)
-    biases = [module._parameters.get(f"{n}_bias") if module.has_bias else None for n in names]
-    made = hidden.new_empty(count, width)
-    together.multiply_together(hidden, first, stored[0], biases[0], made)
+    made = hidden.new_empty(count, _outputs(module, one, names[0]))
+    _multiply_in_one(module, names[0], one, hidden, first, tensors[0], made)
     made = module._apply_gate(made) if module.has_gate else module.act_fn(made)
-    together.multiply_together(made, second, stored[1], biases[1], parts)
+    _multiply_in_one(module, names[1], one, made, second, tensors[1], parts)
+
+
+def _lying(
+    weights: ExpertWeights, name: str, host: Host
+) -> tuple[Sequence[torch.Tensor], list[int]]:
+    """The tensors that a matrix of an expert is, and where they lie: two places."""
+    if isinstance(matrix := weights.get(name), StoredMatrix):
+        return [*matrix.parts.values()], together.places_of(matrix.parts, host.address)
+    halves = [weights[f"{name}.0"], weights[f"{name}.1"]] if matrix is None else [matrix]
+    tensors = [half for half in halves if isinstance(half, torch.Tensor)]
+    where = [host.address(tensor) for tensor in tensors]
+    return tensors, [where[0], where[-1]]
+
+
+def _outputs(module: Any, weights: ExpertWeights, name: str) -> int:  # noqa: ANN401
+    """Of a matrix of an expert."""
+    matrix = weights.get(name)
+    if isinstance(matrix, StoredMatrix):
+        return matrix.bringer.stored.outputs
+    if isinstance(matrix, torch.Tensor):
+        return int(matrix.shape[1 if module.is_transposed else 0])
+    halves = weights[f"{name}.0"], weights[f"{name}.1"]
+    return sum(len(half) for half in halves if isinstance(half, torch.Tensor))
+
+
+def _multiply_in_one(  # noqa: PLR0913 - as the kernels
+    module: Any,  # noqa: ANN401
+    name: str,
+    like: ExpertWeights,
+    given: torch.Tensor,
+    table: torch.Tensor,
+    tensors: Sequence[torch.Tensor],
+    out: torch.Tensor,
+) -> None:
+    """Rows times a matrix of the experts of a table, which all have it in the form of one."""
+    biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
+    if isinstance(like.get(name), StoredMatrix):
+        together.multiply_together(given, table, tensors, biases, out)
+        return
+    halves = 1 if name in like else 2
+    half = out.shape[1] // halves
+    together.multiply_plain(given, table, tensors, biases, out, half, module.is_transposed)
 
 
 def _foreseen(router: NextRouter, hidden: torch.Tensor) -> list[int]:

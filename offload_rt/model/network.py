@@ -15,7 +15,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Se
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, pairwise
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -59,7 +59,7 @@ from offload_rt.model.experts import (
     follow,
     lend_experts,
     lend_host,
-    multiply_stored,
+    multiply_together,
 )
 from offload_rt.model.formats import together
 from offload_rt.model.formats.direct import at_home
@@ -665,10 +665,8 @@ class Network:
             if name.startswith(mine):
                 module = self._model.get_submodule(name)
                 lend_host(module, host)
-                bringers = chain(bringers_below(module), self._bringers.values())
-                places = [bringer.scratch.device for bringer in islice(bringers, 1)]
-                if places and not self.exact and together.is_there(places[0]):
-                    multiply_stored(module)
+                if not self.exact and together.is_there(self._place):
+                    multiply_together(module)
 
     def release(self) -> None:
         """Let go of all weights now, not when Python finds the cycles; no pass can run after it."""

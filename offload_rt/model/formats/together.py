@@ -1,8 +1,8 @@
 """Products of few rows with all experts that are there, in one launch, on a GPU.
 
-Codes are multiplied as they are stored: nothing is dequantised. A number of the result is one sum
-in fp32, rounded once, in an order of its own: other bits than the product with the dequantised
-weight has, and the same ones for experts that come as for those that stay.
+Codes are multiplied as they are stored, nothing is dequantised; and numbers as they are. A number
+of the result is one sum in fp32, rounded once, in an order of its own: other bits than a product of
+torch's has, and the same ones for experts that come as for those that stay.
 """
 
 from collections.abc import Callable, Sequence
@@ -52,12 +52,8 @@ def multiply_together(
         biases: [experts, O].
         out: [., O] takes n rows.
     """
-    kind = _KINDS[out.dtype]
-    given, biases = given.contiguous(), given if biases is None else biases.contiguous()
-    numbers = (given, biases, out)
-    words = [n.view(torch.uint16) if kind == 0 else n for n in numbers]
     with on_device_of(out):
-        _launch()(table, *words, biases is not given, kind)
+        _launch()(table, *_words(given, biases, out))
 
 
 @multiply_together.register_fake
@@ -71,22 +67,81 @@ def _(
     """Nothing but `out` changes."""
 
 
+@torch.library.custom_op("offload_rt::multiply_plain_together", mutates_args={"out"})
+def multiply_plain(  # noqa: PLR0913 - as the kernel
+    given: torch.Tensor,
+    table: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    half: int,
+    transposed: bool,
+) -> None:
+    """Multiply each row with the weight of its expert, of numbers in the format of rows.
+
+    Args:
+        given: [., I].
+        table: [n, 5] int64: row of `given`, row of `out`, expert, and where both halves lie.
+        weights: these, which must be there; they are contiguous.
+        biases: [experts, O].
+        out: [., O] takes n rows.
+        half: outputs of a half; all of them: there is but one.
+        transposed: a weight is [I, O], not [O, I]; it is whole then.
+    """
+    with on_device_of(out):
+        _launch()(table, *_words(given, biases, out), half, transposed)
+
+
+@multiply_plain.register_fake
+def _(  # noqa: PLR0913 - as the kernel
+    given: torch.Tensor,
+    table: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: torch.Tensor | None,
+    out: torch.Tensor,
+    half: int,
+    transposed: bool,
+) -> None:
+    """Nothing but `out` changes."""
+
+
+def _words(
+    given: torch.Tensor, biases: torch.Tensor | None, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, bool, int]:
+    """What both kernels take of these: as words of 16 bits where they are bf16."""
+    kind = _KINDS[out.dtype]
+    numbers = given.contiguous(), (given if biases is None else biases).contiguous(), out
+    words = [n.view(torch.uint16) if kind == 0 else n for n in numbers]
+    return words[0], words[1], words[2], biases is not None, kind
+
+
 @cache
 def _launch() -> Callable[..., None]:
-    """What starts the kernel; triton is imported now."""
+    """What starts a kernel; triton is imported now."""
     from offload_rt.model.formats import triton_rows as made
 
-    def launch(
+    def launch(  # noqa: PLR0913 - as the kernels
         table: torch.Tensor,
         given: torch.Tensor,
         biases: torch.Tensor,
         out: torch.Tensor,
         has_bias: bool,
         kind: int,
+        half: int = 0,
+        transposed: bool = False,
     ) -> None:
-        outputs, inputs = out.shape[1], given.shape[1]
-        blocks = table.shape[0], -(-outputs // made.ROWS)
-        more = (has_bias, kind, made.FIELDS, made.ROWS, made.PAIRS)
-        made.mxfp4[blocks](table, given, biases, out, outputs, inputs, *more)
+        outputs, inputs, entries = out.shape[1], given.shape[1], table.shape[0]
+        if not half:
+            more = (has_bias, kind, made.FIELDS, made.ROWS, made.PAIRS)
+            blocks = entries, -(-outputs // made.ROWS)
+            made.mxfp4[blocks](table, given, biases, out, outputs, inputs, *more)
+            return
+        # What is next to each other in memory is read together.
+        rows, columns = (made.COLUMNS, made.ROWS) if transposed else (made.ROWS, made.COLUMNS)
+        steps = (1, outputs) if transposed else (inputs, 1)
+        blocks = entries, -(-half // rows) * (outputs // half)
+        sizes = outputs, inputs, half, *steps
+        more = has_bias, kind, made.FIELDS, rows, columns
+        made.plain[blocks](table, given, biases, out, *sizes, *more)
 
     return launch

@@ -1,4 +1,4 @@
-"""Kernels that multiply rows with weights as they are stored, in Triton's language.
+"""Kernels that multiply rows with weights as they lie, in Triton's language.
 
 One launch computes the rows of all experts that are there: each program a block of the outputs of
 one row and one expert, whose codes lie where a table says. So what it makes of a row depends on
@@ -14,6 +14,7 @@ import triton.language as tl
 from offload_rt.model.formats.triton_kernels import _store
 
 ROWS, PAIRS = 16, 64  # outputs of a program, and bytes of codes that it takes at once
+COLUMNS = 128  # inputs that it takes at once of numbers as they are
 FIELDS = 5  # of the table
 
 
@@ -83,6 +84,57 @@ def mxfp4(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
         product = _four(byte & 15) * even[None, :] + _four(byte >> 4) * odd[None, :]
         total += tl.where(mask, product * scale, 0.0)
     made = tl.reduce(total, 1, _add)
+    if has_bias:
+        made += _number(biases + tl.load(entry + 2) * outputs + o, real, kind)
+    _store(out + target * outputs + o, made, real, kind)
+
+
+@triton.jit
+def plain(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
+    table,  # noqa: ANN001
+    given,  # noqa: ANN001
+    biases,  # noqa: ANN001
+    out,  # noqa: ANN001
+    outputs,  # noqa: ANN001
+    inputs,  # noqa: ANN001
+    half,  # noqa: ANN001
+    step_o,  # noqa: ANN001
+    step_i,  # noqa: ANN001
+    has_bias: tl.constexpr,
+    kind: tl.constexpr,
+    fields: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Numbers as they are: `half` of the outputs [half, I], then those of another such matrix.
+
+    An entry of the table is as of `mxfp4`, with the addresses of both; the second one is nobody's
+    where one matrix has all outputs. The next output of a matrix is `step_o` numbers on, the next
+    input `step_i`.
+    """
+    entry = table + tl.program_id(0) * fields
+    source, target = tl.load(entry), tl.load(entry + 1)
+    blocks = (half + rows - 1) // rows
+    second = tl.program_id(1) // blocks
+    address = tl.load(entry + 3 + second)
+    if kind == 0:
+        weight = address.to(tl.pointer_type(tl.uint16))
+    elif kind == 1:
+        weight = address.to(tl.pointer_type(tl.float16))
+    else:
+        weight = address.to(tl.pointer_type(tl.float32))
+    o = (tl.program_id(1) - second * blocks).to(tl.int64) * rows + tl.arange(0, rows)
+    real = o < half
+    total = tl.full((rows, columns), 0.0, tl.float32)
+    for first in range(0, inputs, columns):
+        i = first + tl.arange(0, columns)
+        inside = i < inputs
+        mask = real[:, None] & inside[None, :]
+        number = _number(weight + o[:, None] * step_o + i[None, :] * step_i, mask, kind)
+        product = number * _number(given + source * inputs + i, inside, kind)[None, :]
+        total += tl.where(mask, product, 0.0)
+    made = tl.reduce(total, 1, _add)
+    o += second * half
     if has_bias:
         made += _number(biases + tl.load(entry + 2) * outputs + o, real, kind)
     _store(out + target * outputs + o, made, real, kind)
