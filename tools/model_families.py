@@ -30,7 +30,7 @@ PAGE = ROOT / "docs" / "MODELS.md"
 BEGIN, END = "<!-- table: tools/model_families.py -->", "<!-- end of the table -->"
 HEAD = (
     "| family | class | layers | streamed | drafts for it | drafts for others | KV elsewhere "
-    "| exact | quantised |\n|---|---|---|---|---|---|---|---|---|"
+    "| exact | quantised | expert by expert |\n|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -47,24 +47,28 @@ class Row:
     kv: str = ""
     exact: str = ""
     quantised: str = ""
+    experts: str = ""
     refusal: str = ""
 
     def __str__(self) -> str:
         if self.refusal:
-            return f"| {self.family} | {self.model_class} | | no: {self.refusal} | | | | | |"
+            return f"| {self.family} | {self.model_class} | | no: {self.refusal} | | | | | | |"
         drafting = self.drafters, self.draft_model
-        cells = (self.layers, self.streamed, *drafting, self.kv, self.exact, self.quantised)
+        kept = self.kv, self.exact, self.quantised, self.experts
+        cells = (self.layers, self.streamed, *drafting, *kept)
         return f"| {self.family} | {self.model_class} | {' | '.join(cells)} |"
 
 
 def configurations() -> list[tuple[str, dict[str, object]]]:
     """Families of the tests, each once, with a tiny configuration."""
     sys.path.insert(0, str(ROOT / "tests"))
+    from expert_models import MIXTURES
     from hybrids import HYBRIDS, REFUSED
     from test_families import FAMILIES, IDS
 
     found: dict[str, dict[str, object]] = {}
-    for model_type, config in [*FAMILIES.values(), *HYBRIDS.values(), *REFUSED.values()]:
+    each = *FAMILIES.values(), *HYBRIDS.values(), *REFUSED.values(), *MIXTURES.values()
+    for model_type, config in each:
         found.setdefault(model_type, IDS | config)
     return sorted(found.items())
 
@@ -124,7 +128,8 @@ def _accepted(model_type: str, folder: Path) -> Row:
         if words.tokens and (not states or drafts_with_states(words))
     ]
     every = [name for name, words in DRAFTERS.items() if words.tokens]
-    whole = isinstance(experts_of(checkpoint, "auto", CPU), str)
+    found = experts_of(checkpoint, "auto", CPU)
+    why_whole = f"no: {found}" if isinstance(found, str) and found else ""
     experts = any(".experts." in name for name in checkpoint.tensors)
     return Row(
         family=model_type,
@@ -135,7 +140,8 @@ def _accepted(model_type: str, folder: Path) -> Row:
         draft_model="no" if states else "yes",
         kv=_placed(checkpoint, lambda found: found.demand.kv is not None),
         exact=f"no: {problem}" if problem else "yes",
-        quantised="all but experts" if experts and whole else "yes",
+        quantised="all but experts" if experts and why_whole else "yes",
+        experts="yes" if not isinstance(found, str) else why_whole,
     )
 
 
