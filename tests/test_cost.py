@@ -169,7 +169,7 @@ def test_who_dequantises_is_who_the_profile_timed(monkeypatch):
     for cpu, timed, multiplies, kernels, expected in cases:
         problem = "" if kernels else "not installed"
         monkeypatch.setattr(compiled, "problem", lambda problem=problem: problem)
-        monkeypatch.setattr(decoding, "kernels_multiply", lambda kernels=kernels: kernels)
+        monkeypatch.setattr(decoding, "kernels_multiply", lambda kernels=kernels, **_: kernels)
         made = profile(layers=(curve(1, {1: 1.0}),), dequantising=timed)
         made = replace(made, machine=replace(made.machine, cpu=cpu, multiplies=multiplies))
         layer = LayerLoad(work=shape(1).work, home_bytes=5, decoded=(four,))
@@ -177,6 +177,13 @@ def test_who_dequantises_is_who_the_profile_timed(monkeypatch):
         times = pass_times(made, load, Processor.CPU, measured(1e9))
         assert times.layer_s[0] - 1.0 == pytest.approx(expected), (cpu, timed, multiplies, kernels)
         assert decode(encode(made)) == made
+    made = replace(made, machine=replace(made.machine, cpu=there, multiplies=False))
+    for stated, expected in ((True, 0.0), (False, 1.0), (None, 1.0)):  # in row-invariant passes
+        machine = replace(made.machine, multiplies_exactly=stated)
+        exact = replace(load, tile=16)
+        timed = replace(made, machine=machine, dequantising=both)
+        times = pass_times(timed, exact, Processor.CPU, measured(1e9))
+        assert times.layer_s[0] - 1.0 == pytest.approx(expected), stated
 
 
 def test_times_come_from_the_profile():

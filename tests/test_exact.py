@@ -797,6 +797,22 @@ def test_what_nobody_cares_for_is_seen(compute, why, make_tiny, monkeypatch):
         assert why in engine.exact.why
 
 
+def test_squares_in_place_are_no_matter(make_tiny, monkeypatch):
+    def forward(norm, hidden):
+        return hidden.clone().pow_(2)
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", forward)
+    monkeypatch.setattr(fits, "_looks", {})
+    with engine_for(make_tiny("llama"), exact=Exact.AUTO, **STREAMED) as engine:
+        assert engine.exact.on
+
+
+def test_registers_multiply_no_fp16(own_cache, monkeypatch):
+    has_matrix_registers(monkeypatch, "amx_fp16")
+    monkeypatch.setattr(exact, "multiplies_in_registers", always(True))
+    assert not exact._compared([(64, 64)], torch.float16, torch.nn.functional.linear, 2**30)
+
+
 def test_what_was_alike_is_not_compared_again(make_tiny, own_cache, monkeypatch):
     folder, compared = make_tiny("llama"), []
     real = exact.unlike_product

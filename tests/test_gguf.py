@@ -36,17 +36,20 @@ from offload_rt.cli.machine import _disk
 from offload_rt.config import DraftConfig, DraftWeights, Exact, HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
 from offload_rt.costs.workload import parts_of
+from offload_rt.device import system
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import CheckpointError, PlanError
+from offload_rt.kernels import stored as stored_kernels
 from offload_rt.kernels.products import problem
+from offload_rt.kernels.stored import registers_problem
 from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.ends import forms_of_ends, with_stored_ends
 from offload_rt.model.exact import product_shapes
 from offload_rt.model.formats import ggml, methods
 from offload_rt.model.formats import stored as stored_module
-from offload_rt.model.formats.direct import direct_for
+from offload_rt.model.formats.direct import direct_for, plain_for
 from offload_rt.model.formats.methods import BLOCKS, Form, block_name
 from offload_rt.model.formats.stored import BLOCK_NUMBERS, Stored, multiplies
 from offload_rt.model.formats.wired import WiredLinear, dequantise
@@ -101,8 +104,11 @@ def test_blocks_are_what_the_formula_says(monkeypatch, form):
 @pytest.mark.parametrize(
     ("form", "heads"), [*((form, 0) for form in BLOCKS), (Form.Q8_0, 2), (Form.Q6_K, 2)]
 )
-def test_products_with_blocks_as_they_lie_have_torchs_bits(form, heads):
-    """Of one row and of several; rows of the weight in order and in pairs."""
+def test_products_with_blocks_as_they_lie_have_torchs_bits(form, heads, monkeypatch):
+    """Of one row and of several; rows of the weight in order and in pairs.
+
+    In matrix registers, where there are any, those of a plain weight there.
+    """
     if problem() or not multiplies(stored_of(form, 128, 512, heads), "bfloat16"):
         pytest.skip(f"no kernels here: {problem()}")
     data = torch.from_numpy(random_blocks(form, 128, 512, np.random.default_rng(4)))
@@ -115,17 +121,24 @@ def test_products_with_blocks_as_they_lie_have_torchs_bits(form, heads):
         rows = rows.to(torch.bfloat16)
         expected = torch.nn.functional.linear(rows, weight, bias)
         assert torch.equal(product(rows, {"weight": data}, bias), expected), count
+    if not registers_problem():
+        monkeypatch.setattr(stored_kernels, "multiplies_in_registers", lambda *_: True)
+        product = direct_for(stored, torch.bfloat16, data.device, exact=True, in_order=False)
+        plain = plain_for(512, 128, torch.bfloat16, data.device, exact=True)
+        assert torch.equal(product(rows, {"weight": data}, bias), plain(rows, weight, bias))
 
 
 def test_plans_count_on_kernels_where_torch_adds_up_as_they_do(monkeypatch):
-    """Not with AMX, unless oneDNN is kept from it."""
+    """Not with AMX, unless passes are row-invariant or oneDNN is kept from it."""
     stored, flags = stored_of(Form.Q6_K, 128, 512), {"avx512_bf16"}
-    monkeypatch.setattr(stored_module, "processor_flags", lambda: flags)
+    for module in (stored_module, system):
+        monkeypatch.setattr(module, "processor_flags", lambda: flags)
     monkeypatch.setattr(stored_module.compiled, "problem", lambda: "")
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     assert multiplies(stored, "bfloat16")
     flags.add("amx_bf16")
     assert not multiplies(stored, "bfloat16")
+    assert multiplies(stored, "bfloat16", exact=True)
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
     assert multiplies(stored, "bfloat16")
 

@@ -542,7 +542,7 @@ def pass_times(
     numbers += [*work_s.values(), *kv_s.values(), *heads]
     host_computes = KINDS[processor].host_computes
     compiled = not host_computes or compiles(profile)
-    direct = host_computes and multiplies(profile)
+    direct = host_computes and multiplies(profile, exact=exact)
     parts = {
         replace(each, numbers=0)
         for layer in load.layers

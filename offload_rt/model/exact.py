@@ -203,7 +203,9 @@ class _Noting(TorchFunctionMode):
                 self.shapes.add((inputs, outputs))
             elif function in _PRODUCTS and not _outer(args):
                 self.problem = self.problem or f"{name} multiplies outside of linears"
-            elif name.rstrip("_") != name and getattr(torch, name.rstrip("_"), None) in _UNEVEN:
+            elif name.rstrip("_") != name and _uneven(
+                getattr(torch, name.rstrip("_"), None), args, kwargs or {}
+            ):
                 self.problem = self.problem or f"{name} works in place"
         return function(*args, **kwargs or {})
 
@@ -403,7 +405,7 @@ def _compared(
     for inputs, outputs in sizes:
         count = _outputs_within(inputs, outputs, dtype, limit_bytes)
         alike = f"{inputs} by {outputs}" + (f", {count} compared" if count < outputs else "")
-        if by_count and multiplies_in_registers(inputs, outputs):
+        if by_count and dtype is torch.bfloat16 and multiplies_in_registers(inputs, outputs):
             alike = f"{alike}, in registers"
             if alike not in known:
                 if problem := unlike_product(inputs, outputs, dtype, _in_registers, count, tiles=0):

@@ -88,13 +88,15 @@ def compiles(profile: HardwareProfile) -> bool:
     return there and (bool(timed and not _is_here(profile)) or not compiled.problem())
 
 
-def multiplies(profile: HardwareProfile) -> bool:
+def multiplies(profile: HardwareProfile, *, exact: bool) -> bool:
     """Whether kernels multiply bf16 with weights as they are stored on the CPU of a profile.
 
-    As `compiles`.
+    As `compiles`; `exact`: in row-invariant passes.
     """
-    stated = profile.machine.multiplies
-    return kernels_multiply() if stated is None or _is_here(profile) else stated
+    machine = profile.machine
+    stated = machine.multiplies_exactly if exact else machine.multiplies
+    stated = machine.multiplies if stated is None else stated
+    return kernels_multiply(exact=exact) if stated is None or _is_here(profile) else stated
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:
@@ -104,7 +106,7 @@ def standing_in(profile: HardwareProfile) -> HardwareProfile:
         for s in profile.dequantising
         if s.processor is not Processor.CPU or s.decoder is Decoder.TORCH or not compiled.problem()
     )
-    machine = replace(profile.machine, multiplies=None)
+    machine = replace(profile.machine, multiplies=None, multiplies_exactly=None)
     return replace(profile, machine=machine, dequantising=timed)
 
 

@@ -24,6 +24,7 @@ def this_machine(driver: Driver | None) -> Machine:
         ram_bytes=psutil.virtual_memory().total,
         rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") and not own else 0,
         multiplies=kernels_multiply(),
+        multiplies_exactly=kernels_multiply(exact=True),
         gpus=tuple(
             GpuIdentity(
                 name=gpu.name,

@@ -135,6 +135,7 @@ class Machine:
             product after the other; 0: all.
         multiplies: kernels multiply bf16 with weights as they are stored (`kernels/stored.py`);
             None: that is not known.
+        multiplies_exactly: they do in row-invariant passes; None: as `multiplies`.
     """
 
     cpu: str
@@ -142,6 +143,7 @@ class Machine:
     ram_bytes: int = _up_to(_BYTES)
     rows_apart: int = field(default=0, metadata={"least": 0, "most": _COUNT})
     multiplies: bool | None = None
+    multiplies_exactly: bool | None = None
     gpus: tuple[GpuIdentity, ...] = ()
 
 

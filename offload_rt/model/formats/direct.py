@@ -39,7 +39,7 @@ def prepare(stored: Iterable[Stored], dtype: str) -> None:
         return
     kernels.prepare(How.PLAIN)
     for each in stored:
-        if multiplies(each, dtype):
+        if multiplies(each, dtype, exact=True):  # as most passes are, where kernels go by that
             how = _how(each)
             kernels.prepare(how, ordered=each.heads > 0)
             if how is How.CODED:
