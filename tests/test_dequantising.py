@@ -258,7 +258,7 @@ def test_a_model_is_the_same_whether_its_weights_are_written_out(make_tiny, tmp_
                 alone = [engine.forward([(0, [t])], reuse=False).clone() for t in PROMPT]
                 assert torch.equal(alone[-1], together)
                 found[who, len(config)] = together
-        monkeypatch.setattr(direct, "multiplies", lambda *_: False)
+        monkeypatch.setattr(direct, "multiplies", lambda *_, **__: False)
     (first, *others) = found.values()
     assert all(torch.equal(first, other) for other in others)
     with engine_for(twins.plain, exact=Exact.ON) as engine:
@@ -285,7 +285,7 @@ def test_an_index_in_order_is_left_alone_and_the_decoder_is_reported(
     make_tiny, tmp_path, dtype, monkeypatch
 ):
     source = make_tiny("llama", dtype=dtype, pad_token_id=0)
-    monkeypatch.setattr(direct, "multiplies", lambda *_: False)
+    monkeypatch.setattr(direct, "multiplies", lambda *_, **__: False)
     compiles = dtype == "bfloat16" and not compiled.problem()
     for shuffled in (False, True):
         convert = gptq(4, 32, shuffled=shuffled)

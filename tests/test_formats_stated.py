@@ -151,7 +151,7 @@ def test_a_stand_in_has_the_kernels_that_are_here(monkeypatch, kernels):
     """Not so a profile that was asked for: it is of its own machine."""
     monkeypatch.setattr(means, "list_profiles", dict)
     monkeypatch.setattr(compiled, "problem", lambda: "" if kernels else "not installed")
-    monkeypatch.setattr(decoding, "kernels_multiply", lambda: kernels)
+    monkeypatch.setattr(decoding, "kernels_multiply", lambda **_: kernels)
     found, own = means.profile_for(None, CPU)
     assert not own
     assert decoding.compiles(found) is decoding.multiplies(found) is kernels
