@@ -88,7 +88,7 @@ def compiles(profile: HardwareProfile) -> bool:
     return there and (bool(timed and not _is_here(profile)) or not compiled.problem())
 
 
-def multiplies(profile: HardwareProfile, *, exact: bool) -> bool:
+def multiplies(profile: HardwareProfile, *, exact: bool = False) -> bool:
     """Whether kernels multiply bf16 with weights as they are stored on the CPU of a profile.
 
     As `compiles`; `exact`: in row-invariant passes.
