@@ -181,7 +181,8 @@ def test_who_dequantises_is_who_the_profile_timed(monkeypatch):
     for stated, expected in ((True, 0.0), (False, 1.0), (None, 1.0)):  # in row-invariant passes
         machine = replace(made.machine, multiplies_exactly=stated)
         exact = replace(load, tile=16)
-        timed = replace(made, machine=machine, dequantising=both)
+        curves = (curve(1, {1: 1.0, 16: 1.0}),)
+        timed = replace(made, machine=machine, dequantising=both, layers=curves)
         times = pass_times(timed, exact, Processor.CPU, measured(1e9))
         assert times.layer_s[0] - 1.0 == pytest.approx(expected), stated
 
