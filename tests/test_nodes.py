@@ -532,6 +532,7 @@ STRANGERS = {
     "a long record": _HEAD.pack(Kind.HELLO.value, 2**26, 0) + b"{",
     "another frame": _HEAD.pack(Kind.ROWS.value, 2, 0) + b"{}",
     "no record": _HEAD.pack(Kind.HELLO.value, 4, 0) + b"[{]]",
+    "deep": _HEAD.pack(Kind.HELLO.value, 4000, 0) + b"[" * 4000,
     "HTTP": b"GET / HTTP/1.1\r\nHost: desk\r\n\r\n",
 }
 

@@ -180,7 +180,7 @@ class Line:
             raise NodeError(
                 f"{self.name} sends {format_size(data)} at once, and there is no memory for it"
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise NodeError(
                 f"what came from {self.name} is no frame of offload-run: something else uses "
                 "this port"
