@@ -23,7 +23,7 @@ from serving import ask, get, post, serving
 
 import offload_rt
 from offload_rt.engine import Run
-from offload_rt.errors import DeviceError
+from offload_rt.errors import CheckpointError, DeviceError
 from offload_rt.serve import app as app_module
 from offload_rt.serve import guards, reading, running
 from offload_rt.serve.desk import Desk
@@ -802,6 +802,21 @@ def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(server, monk
         for path in (route, "/tokenize"):
             found = post(server.app, path, {param: given})
             assert found.json["error"]["code"] == "context_length_exceeded" and not made
+
+
+def test_a_tokenizer_that_fails_at_a_long_text_is_a_sentence(server, monkeypatch):
+    def fails(self):
+        raise CheckpointError(f"the tokenizer of {self.folder} took more than 10 s")
+
+    monkeypatch.setattr(type(server.service.prompts), "get_vocab", fails)
+    monkeypatch.setattr(server.service.maker, "_longest", 0)
+    monkeypatch.setattr(server.service.reading, "_own", None)
+    long = "x" * (8 * 256 + 1)
+    chat = {"messages": [{"role": "user", "content": long}]}
+    for path in (CHAT, PLAIN, "/tokenize"):
+        found = post(server.app, path, chat if path == CHAT else {"prompt": long})
+        assert found.status == 400 and "took more than 10 s" in found.text, found.text
+        assert str(server.service.prompts.folder) not in found.text
 
 
 def test_texts_that_are_not_to_be_answered_keep_no_prompt_waiting(server, monkeypatch):

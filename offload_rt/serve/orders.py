@@ -96,9 +96,9 @@ class Maker:
         told = [
             one for one in messages if one.role != "assistant"
         ]  # of theirs a part may be left out
-        self._check_length(sum(len(one.content.strip()) for one in told), "messages")
 
         def make() -> list[int]:
+            self._check_length(sum(len(one.content.strip()) for one in told), "messages")
             # What the template wrote of all turns is looked at again.
             return build_prompt(
                 self.prompts,
@@ -119,9 +119,12 @@ class Maker:
         Raises:
             WireError: it is too long, or the tokenizer refuses it.
         """
-        self._check_length(len(prompt.strip()), "prompt")
-        encode = self.prompts.encode
-        return self._tokens(lambda: encode(prompt, add_special_tokens=special), "prompt")
+
+        def make() -> list[int]:
+            self._check_length(len(prompt.strip()), "prompt")
+            return self.prompts.encode(prompt, add_special_tokens=special)
+
+        return self._tokens(make, "prompt")
 
     def text(self, tokens: Sequence[int]) -> str:
         """The text of tokens.
@@ -144,6 +147,7 @@ class Maker:
 
         Raises:
             WireError: it is.
+            OffloadError: the tokenizer does not tell its tokens.
         """
         room = min(self.offer.context_tokens, self.offer.kv_tokens)
         if chars <= _USUAL_CHARS * room:
