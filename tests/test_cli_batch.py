@@ -11,10 +11,14 @@ from safetensors.torch import save_file
 
 import offload_rt
 from offload_rt.adapters.reading import read_adapter
+from offload_rt.config import RuntimeConfig
+from offload_rt.device import opening
+from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import ConfigError
 from offload_rt.model.adapter import CONFIG, WEIGHTS
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.serve import batch as module
+from offload_rt.session import shared
 from offload_rt.session.crowd import Crowd
 
 SMALL = ("--device", "cpu", "--device-memory", "512MiB", "--dtype", "float32", "--draft", "ngram")
@@ -158,6 +162,9 @@ def test_a_journal_that_ends_anywhere_is_gone_on_with(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ConfigError, match="is damaged: remove it"):
             module.Journal(path, mark)
+    path.write_text('{"mark": "5e1f"}\n{"line": 1, "result": {}}\n')
+    with pytest.raises(ConfigError, match="was begun by another version of offload-run"):
+        module.Journal(path, mark)
 
 
 def test_ctrl_c_keeps_what_is_done(tiny_model, source, tmp_path, offload_run, monkeypatch):
@@ -232,6 +239,54 @@ def test_what_answers_do_not_depend_on_may_be_changed(tiny_model, source, offloa
     more = ("--sequences", 2, "--draft-tokens", 3, "--resident-layers", 0, "--slots", 2)
     done = offload_run(*words(tiny_model, source, output, *more))
     assert done.code == 0, done.err
+
+
+def test_the_same_command_finds_the_same_room_again(
+    tiny_model, source, offload_run, cut_off, monkeypatch
+):
+    real, asked = shared.fastest_room, []
+
+    def noted(model, settings, device, free, needs, sequences):
+        asked.append(needs)
+        return real(model, settings, device, free, needs, sequences)
+
+    monkeypatch.setattr(shared, "fastest_room", noted)
+    output = cut_off(tiny_model, source)
+    done = offload_run(*words(tiny_model, source, output))
+    assert done.code == 0 and "of 11 lines are done already" in done.err, done.err
+    assert "5 of 11 lines are done already" not in done.err  # the refused ones alone
+    assert asked[0] == asked[1] and len(asked[0]) == 6
+
+
+@pytest.mark.parametrize(("exact", "more"), [("off", ()), ("on", ("--draft", "none"))])
+def test_what_was_open_is_as_the_journal_was_begun(
+    tiny_model, source, offload_run, cut_off, exact, more
+):
+    """By itself it would be on with a drafter, and off without."""
+    more = ("--dtype", "bfloat16", *more)
+    output = cut_off(tiny_model, source, *more, "--exact", exact)
+    done = offload_run(*words(tiny_model, source, output, *more))
+    assert done.code == 0 and f"was begun with --exact {exact}, it goes on so" in done.err, done.err
+
+
+def test_bits_that_no_line_tells_are_not_compared_in_fp32(
+    tiny_model, tmp_path, offload_run, cut_off
+):
+    source = tmp_path / "texts.jsonl"
+    source.write_text("\n".join(line for line in LINES if "logprobs" not in line))
+    output = cut_off(tiny_model, source, "--exact", "on")
+    done = offload_run(*words(tiny_model, source, output, "--exact", "off"))
+    assert done.code == 0, done.err
+
+
+def test_another_kind_of_device_is_seen_behind_auto(
+    tiny_model, source, offload_run, cut_off, monkeypatch
+):
+    output = cut_off(tiny_model, source, "--device", "auto")
+    other = CPU if opening.chosen_kind(RuntimeConfig()) is CUDA else CUDA
+    monkeypatch.setattr(opening, "chosen_kind", lambda config: other)
+    done = offload_run(*words(tiny_model, source, output, "--device", "auto"))
+    assert done.code == 2 and "was begun with another kind of --device" in done.err, done.err
 
 
 def test_a_model_of_the_same_name_with_other_weights_is_another(

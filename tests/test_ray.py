@@ -163,6 +163,16 @@ def test_progress_of_workers_has_tokens_and_time_left(tmp_path, monkeypatch):
     assert said[2] == "3 of 4, 2.0 tokens/s, 5 s left"
 
 
+def test_workers_whose_passes_differ_are_no_change_of_the_command(tmp_path):
+    result = {"response": {"body": {"usage": {"completion_tokens": 10}}}}
+    work = Batch(None, None, list(range(4)), Journal(tmp_path / "part", {}))
+    console = SimpleNamespace(progress=lambda _: nullcontext(SimpleNamespace()))
+    parts = iter([(1, result, True), (2, result, True), (3, result, False)])
+    with pytest.raises(ConfigError, match="workers differ: .* give --exact on to go on"):
+        command._gather(parts, work, settings_from({}), console)
+    assert work.journal.results.keys() == {1, 2}
+
+
 @pytest.mark.slow
 def test_a_plan_that_does_not_fit_is_one_sentence(tiny_model, source, tmp_path, offload_run):
     pytest.importorskip("ray")

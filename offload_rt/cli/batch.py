@@ -91,6 +91,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         WEIGHTS,
         Batch,
         Journal,
+        as_begun,
         mark_of,
         passes_of,
         read_batch,
@@ -119,17 +120,17 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             found.append(understood(maker, number, text))
     mark = mark_of(digest, opened, settings, maker.offer.version, found)
     journal = Journal(output_path.with_name(output_path.name + ".part"), mark)
-    needs = [
-        (len(line.request.ids), line.request.max_tokens)
-        for line in found
-        if line.request is not None and line.number not in journal.results
-    ]
-    if not needs:
+    asked = [line for line in found if line.request is not None]
+    left = [line for line in asked if line.number not in journal.results]
+    if not left:
         work = Batch(None, maker, found, journal)  # type: ignore[arg-type]  # nobody is asked
         work.refuse()
         return _end(work, output_path, console)
     if journal.results:
         console.note(f"{len(journal.results)} of {len(found)} lines are done already")
+    # Those that are done too: the same command is to find the same room, plan and drafter again.
+    needs = [(len(line.request.ids), line.request.max_tokens) for line in asked if line.request]
+    settings = as_begun(settings, journal, console)
     if values["ray"] is not None:
         job = Job(
             model=model,
@@ -151,8 +152,8 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
             free = settings.nodes.with_free(free)
         rooms = fastest_room(opened, settings, device, free, needs, values["sequences"])
         engine, room = run.enter_context(shared_engine(opened, settings, console, rooms))
-        journal.settle(passes_of(settings, exact=engine.exact.on))
-        console.note(f"{len(needs)} lines, {room.sequences} at once, {room.kv_tokens} tokens of KV")
+        journal.settle(passes_of(settings, found, exact=engine.exact.on))
+        console.note(f"{len(left)} lines, {room.sequences} at once, {room.kv_tokens} tokens of KV")
         crowd = Crowd(opened, engine, patient=True, check=interrupts.check)
         work, start = Batch(crowd, maker, found, journal), time.perf_counter()
         before = len(journal.results)
@@ -197,11 +198,17 @@ def _gather(
     settings: Settings,
     console: Console,
 ) -> bool:
-    """Keep results as they come; whether that was stopped."""
+    """Keep results as they come; whether that was stopped.
+
+    Raises:
+        ConfigError: passes are not as those that began the journal, or not the same on all workers.
+    """
     from offload_rt.serve.batch import passes_of, tokens_of
 
     journal, start = work.journal, time.perf_counter()
     before = len(journal.results)
+    passes = {exact: passes_of(settings, work.lines, exact=exact) for exact in (True, False)}
+    first = None
     try:
         with console.progress("answering") as gauge:
             gauge.done, gauge.total = lambda: len(journal.results), len(work.lines)
@@ -209,7 +216,14 @@ def _gather(
                 work, len(work.lines), before, time.perf_counter() - start
             )
             for number, result, exact in parts:
-                journal.settle(passes_of(settings, exact=exact))
+                first = exact if first is None else first
+                if passes[exact] != passes[first]:
+                    raise ConfigError(
+                        "workers differ: passes are row-invariant on some and not on others: give "
+                        f"--exact {journal.exact} to go on, or remove {journal.path} and give "
+                        "--exact on or off"
+                    )
+                journal.settle(passes[exact])
                 journal.add([(number, result)])
                 work.emitted += tokens_of(result)
     except Interrupted:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Protocol
 
 from offload_rt.adapters.reading import read_adapter
-from offload_rt.config import SEEDS, DType, Wire
+from offload_rt.config import SEEDS, DType, Exact, ExpertMisses, Wire
 from offload_rt.engine.sequence import Request, TokenLogprob
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.model.checkpoint import resolve_model
@@ -26,6 +26,7 @@ from offload_rt.serve.desk import known_tokens, tally_of
 from offload_rt.serve.orders import PLAIN_TOKENS, Maker
 from offload_rt.serve.wire import ChatBody, CompletionBody, WireError, read_body
 from offload_rt.session.crowd import Crowd, Member
+from offload_rt.session.observer import Observer
 from offload_rt.session.opening import Model
 from offload_rt.session.settings import NO_ADAPTER, Settings
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
@@ -35,6 +36,7 @@ from offload_rt.writing import append, cut_off, write_text, writing
 _LIMIT_BYTES = 2**30
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
 WEIGHTS = "weights of that model"
+_EXACT = "--exact, as it is on or off by what streams and who drafts"
 _PASSES = 0  # in place of a line's number in a journal: what all answers are made with
 
 
@@ -160,6 +162,11 @@ class Journal:
         self._append(results)
         self.results |= dict(results)
 
+    @property
+    def exact(self) -> str:
+        """`on` or `off`, as passes were that began it; empty where that is open."""
+        return str((self._settled or {}).get(_EXACT, ""))
+
     def settle(self, passes: Mapping[str, str]) -> None:
         """Keep what decides about answers and is known only when the engine is there.
 
@@ -180,7 +187,11 @@ class Journal:
         whole, _, rest = begun.rpartition(b"\n")
         try:
             head, *lines = [json.loads(line) for line in whole.split(b"\n")]
-            known = dict(head["mark"])
+            if not isinstance(known := head["mark"], dict):
+                raise ConfigError(
+                    f"{self.path} was begun by another version of offload-run: end it with that "
+                    "one, remove the file to begin anew, or take another --output"
+                )
             self.results = {int(line["line"]): dict(line["result"]) for line in lines}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"{self.path} is damaged: remove it to begin anew") from None
@@ -336,6 +347,8 @@ def mark_of(
     Raises:
         CheckpointError: files of the model, its adapter or its drafter cannot be read.
     """
+    from offload_rt.device.opening import chosen_kind
+
     wanted = hashlib.sha256()
     for line in lines:
         asked = line.request and replace(line.request, seed=0)  # a greedy one's is drawn anew
@@ -351,7 +364,7 @@ def mark_of(
         "adapter": adapter,
         "--dtype": str(settings.runtime.dtype),
         "--wire": str(wire) if wire in (Wire.INT8, Wire.INT4) else "",
-        "kind of --device": settings.runtime.device.partition(":")[0],
+        "kind of --device": str(chosen_kind(settings.runtime).processor),
         "version of offload-rt": version,
     }
     sampled = any(line.request and not line.request.sampling.greedy for line in lines)
@@ -362,16 +375,38 @@ def mark_of(
     return mark
 
 
-def passes_of(settings: Settings, *, exact: bool) -> dict[str, str]:
+def as_begun(settings: Settings, journal: Journal, observer: Observer) -> Settings:
+    """The same with passes as they were that began a journal, where the user leaves them open.
+
+    Memory may be another now, and with it what streams and who drafts.
+    """
+    runtime = settings.runtime
+    if runtime.exact is not Exact.AUTO or journal.exact not in (Exact.ON, Exact.OFF):
+        return settings
+    observer.note(
+        f"{journal.path} was begun with --exact {journal.exact}, it goes on so: remove it to begin "
+        "anew"
+    )
+    # A host computes experts only where the user says off.
+    misses = runtime.expert_misses if journal.exact == Exact.ON else ExpertMisses.LINK
+    runtime = replace(runtime, exact=Exact(journal.exact), expert_misses=misses)
+    return replace(settings, runtime=runtime)
+
+
+def passes_of(settings: Settings, lines: Sequence[Line], *, exact: bool) -> dict[str, str]:
     """What decides about the last bits of answers, by what it is called.
 
     Args:
         settings: of the command line.
+        lines: of the input.
         exact: passes are row-invariant. Where they are not, bits go by how many rows a pass has,
-            and so by who drafts; in fp32 texts do not.
+            and so by who drafts; in fp32 texts do not, and log-probabilities do.
     """
-    found = {"--exact, as it is on or off by what streams and who drafts": "on" if exact else "off"}
-    if not exact and settings.runtime.dtype is not DType.FLOAT32:
+    in_fp32 = settings.runtime.dtype is DType.FLOAT32
+    if in_fp32 and all(not line.request or line.request.logprobs is None for line in lines):
+        return {}
+    found = {_EXACT: "on" if exact else "off"}
+    if not exact and not in_fp32:
         found["--draft or its options"] = str(settings.draft)
     return found
 
