@@ -256,7 +256,7 @@ SHAPES = st.fixed_dictionaries(
 @settings(deadline=None, max_examples=40)
 @given(shape=SHAPES, resident=st.integers(0, 12))
 def test_12_bits_take_no_more_of_a_gpu(tmp_path_factory, shape, resident):
-    """Nor do fewer layers stay within the limit that plain ones need.
+    """Nor is there room for fewer layers within the limit that plain ones need.
 
     They are decoded into the bytes of one matrix, and leave more of two layers, in slots or for
     good. Of one layer alone they may not, nor on a CPU, which decodes in steps besides.
@@ -266,7 +266,9 @@ def test_12_bits_take_no_more_of_a_gpu(tmp_path_factory, shape, resident):
     config |= {"num_attention_heads": 4, "max_position_embeddings": 256, "dtype": "bfloat16"}
     (folder / "config.json").write_text(json.dumps(config))
     plain = outline_checkpoint(folder)
-    coded = wired(as_if_packed(plain), Wire.LOSSLESS)
+    with pytest.MonkeyPatch.context() as patch:  # `in_pieces` has thousands of times as many
+        patch.setattr(packed_files, "PIECE_WEIGHTS", 2**21)
+        coded = wired(as_if_packed(plain), Wire.LOSSLESS)
     load, room = RunLoad(capacities=[128], prompt_tokens=64), 2**44
     runtime = RuntimeConfig(device_limit_bytes=room, resident_layers=resident)
     free = FreeMemory(device_bytes=room, host_bytes=room)
@@ -275,4 +277,5 @@ def test_12_bits_take_no_more_of_a_gpu(tmp_path_factory, shape, resident):
     needed = [smallest_bytes(m.demand, slots=slots, resident_layers=resident) for m in made]
     assert needed[1] <= needed[0]
     within = [place(m.demand, needed[0]) for m in made]
-    assert len(within[1].resident) >= len(within[0].resident)
+    kept = [len(each.resident) + each.slots for each in within]  # a slot may be worth a layer
+    assert kept[1] >= kept[0]
