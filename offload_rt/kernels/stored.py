@@ -524,8 +524,8 @@ def _all(tiles: bool) -> str:
                     f"i64 {found['n_group']})"
                 )
                 pairs = code.let(f"lshr i64 {code.let(f'sub i64 {stop}, {start}')}, 1")
-                multiply = _multiply_tiles if tiles else _multiply
-                multiply(code, rows, (begin, some), (totals, brought), (start, pairs), line)
+                given = (begin, some, LANES if tiles else _TOGETHER)
+                _multiply(code, rows, given, (totals, brought), (start, pairs), line)
             with code.loop(0, some) as row:
                 sums = code.at(totals, code.times(row, PANEL), "float")
                 spot = code.plus(code.times(code.plus(begin, row), outputs), output)
@@ -535,47 +535,25 @@ def _all(tiles: bool) -> str:
     return code.text()
 
 
-def _multiply_tiles(
-    code: Code,
-    rows: str,
-    some: tuple[str, str],
-    room: tuple[str, str],
-    block: tuple[str, str],
-    line: str,
-) -> None:
-    """As `_multiply`, in matrix registers."""
-    (begin, count), (totals, brought), (start, pairs) = some, room, block
-    with code.loop(0, count, LANES) as row:
-        left = code.let(f"sub i64 {count}, {row}")
-        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {LANES})")
-        skipped = code.times(code.times(code.plus(begin, row), line), 2)
-        given = code.at(rows, code.plus(skipped, start))
-        sums = code.at(totals, code.times(row, PANEL), "float")
-        code.add(
-            f"call void @tiles(ptr {given}, ptr {brought}, ptr {sums}, "
-            f"i64 {pairs}, i64 {line}, i64 {taking})"
-        )
-
-
 def _multiply(
     code: Code,
     rows: str,
-    some: tuple[str, str],
+    some: tuple[str, str, int],
     room: tuple[str, str],
     block: tuple[str, str],
     line: str,
 ) -> None:
-    """All rows of some times a block that was brought."""
-    (begin, count), (totals, brought), (start, pairs) = some, room, block
-    with code.loop(0, count, _TOGETHER) as row:
+    """All rows of some, so many in a call, times a block that was brought."""
+    (begin, count, at_once), (totals, brought), (start, pairs) = some, room, block
+    with code.loop(0, count, at_once) as row:
         left = code.let(f"sub i64 {count}, {row}")
-        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {_TOGETHER})")
+        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {at_once})")
         skipped = code.times(code.times(code.plus(begin, row), line), 2)
         given = code.at(rows, code.plus(skipped, start))
         sums = code.at(totals, code.times(row, PANEL), "float")
-        for number in range(1, _TOGETHER + 1):
+        parts = f"ptr {given}, ptr {brought}, ptr {sums}, i64 {pairs}, i64 {line}"
+        if at_once == LANES:
+            code.add(f"call void @tiles({parts}, i64 {taking})")
+        for number in range(1, at_once + 1) if at_once == _TOGETHER else ():
             with code.when(code.let(f"icmp eq i64 {taking}, {number}")):
-                code.add(
-                    f"call void @take{number}(ptr {given}, ptr {brought}, ptr {sums}, "
-                    f"i64 {pairs}, i64 {line})"
-                )
+                code.add(f"call void @take{number}({parts})")
