@@ -103,7 +103,10 @@ def test_of_two_names_the_one_counts_that_the_class_sets_last(tmp_path):
         ({"moe_intermediate_size": 100, "num_experts_per_tok": 8}, 1536),
         ({"num_experts_per_tok": 2, "num_local_experts": 8}, 1536),
         ({"moe_intermediate_size": 768}, 1536),
-        ({"moe_intermediate_size": [768, 100], "moe_topk": [8, 2], "num_experts": 64}, 6144),
+        (
+            {"moe_intermediate_size": [768, 100] * 15, "moe_topk": [8, 2] * 15, "num_experts": 64},
+            6144,
+        ),
     ],
 )
 def test_widest_mlp(tmp_path, fields, expected):
@@ -118,7 +121,7 @@ def test_widest_mlp(tmp_path, fields, expected):
         ("ernie4_5_moe", {}, 64, 6),
         ("aria_text", {"moe_num_experts": 16, "moe_topk": 4}, 16, 4),
         ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": 8}, 16, 8),
-        ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": [8, 2, 8]}, 16, 8),
+        ("hunyuan_v1_moe", {"num_experts": 16, "moe_topk": [8, 2, 8] * 10}, 16, 8),
         ("kimi_linear", {"num_experts": 32, "num_experts_per_token": 4}, 32, 4),
         ("gemma4_text", {"num_experts": 16, "top_k_experts": 3}, 16, 3),
         ("deepseek_v2", {"n_routed_experts": 16, "num_experts_per_tok": 3}, 16, 3),
@@ -136,7 +139,10 @@ def test_experts_by_the_names_of_their_family(tmp_path, model_type, fields, expe
     ("fields", "message"),
     [
         ({"moe_num_experts": 8, "moe_k": 9}, "sent to 9 experts of a layer, which has 8"),
-        ({"moe_num_experts": 8, "moe_k": [2, "two"]}, "moe_k is 'two', accepted is a whole number"),
+        (
+            {"moe_num_experts": 8, "moe_k": [2, "two"]},
+            "moe_k is [2, 'two'], accepted is a whole number",
+        ),
     ],
 )
 def test_experts_a_token_that_cannot_be(tmp_path, fields, message):
@@ -167,7 +173,9 @@ NUMBERS = {
 }
 
 
-@pytest.mark.parametrize("value", [-1, 10**9, 2**63, 1.5, 8.0, "8", True, [8], {"a": 8}])
+@pytest.mark.parametrize(
+    "value", [-1, 10**9, 2**63, 1.5, 8.0, "8", True, [8], [8] * 29 + ["8"], {"a": 8}]
+)
 @pytest.mark.parametrize("key", NUMBERS)
 def test_numbers(tmp_path, key, value):
     message = error_of(tmp_path, LLAMA | {key: value})

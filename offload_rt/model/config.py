@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config_class import (
@@ -281,14 +281,18 @@ class _Reader:
             value = self.stated(name)
             if value is None:
                 continue
-            if what in _BY_LAYER and isinstance(value, list):  # the most, or what is no number
-                value = max(value, key=lambda one: (type(one) is not int, one), default=None)
+            if what in _BY_LAYER and isinstance(value, list) and self._one_a_layer(value):
+                value = max(value)
             if type(value) is not int or not low <= value <= high:
                 raise self.error(
                     f"{name} is {shown(value)}, accepted is a whole number from {low} to {high}"
                 )
             return value
         return None
+
+    def _one_a_layer(self, values: list[object]) -> TypeGuard[list[int]]:
+        whole = all(type(value) is int for value in values)
+        return whole and len(values) == self.optional_number("num_layers")
 
     def flag(self, name: str) -> bool | None:
         value = self.stated(name)
