@@ -4,7 +4,7 @@ import json
 import re
 
 import torch
-from hybrids import BOTH, HYBRIDS, write_whole
+from hybrids import HYBRIDS, write_whole
 from safetensors.torch import load_file, save_file
 from tiny import write_model
 
@@ -35,8 +35,8 @@ FAMILIES = {
     "deepseek_v3": EXPERTS | LATENT,
     "qwen3_5_text": HYBRIDS["qwen3_5"][1],
     "qwen3_5": {},  # whole, with vision
-    "qwen3_next": HYBRIDS["qwen3_next"][1] | BOTH,
-    "qwen3_5_moe_text": HYBRIDS["qwen3_5_moe"][1] | BOTH,
+    "qwen3_next": HYBRIDS["qwen3_next"][1],
+    "qwen3_5_moe_text": HYBRIDS["qwen3_5_moe"][1],
 }
 WHOLE = {"qwen3_5"}  # families whose files have more than text, and text below a name of its own
 BEHIND = {

@@ -141,7 +141,7 @@ def test_experts_by_the_names_of_their_family(tmp_path, model_type, fields, expe
         ({"moe_num_experts": 8, "moe_k": 9}, "sent to 9 experts of a layer, which has 8"),
         (
             {"moe_num_experts": 8, "moe_k": [2, "two"]},
-            "moe_k is [2, 'two'], accepted is a whole number",
+            "moe_k is a list of 2, accepted is a whole number",
         ),
     ],
 )

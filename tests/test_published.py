@@ -25,7 +25,7 @@ MIXTURES = {
     "freetoken-5090-flash-next": False,
     "freetoken-5090-qwen36-35b": False,
     "llamacpp-4090-gpt-oss-120b": True,
-    "llamacpp-cache-5090-flash-next": True,
+    "llamacpp-cache-5090-flash-next": False,
 }
 
 

@@ -14,7 +14,7 @@ from engines import all_logits, engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes_double import nodes_engine
-from test_costs_one_road import IDS, LARGE, MACHINES, SAME, model_of, planned, simulated
+from test_costs_one_road import IDS, LARGE, MACHINES, SAME, asked_of_simulate, model_of, planned
 from value_double import open_as, open_double
 
 from offload_rt.config import HomeKind, RuntimeConfig
@@ -526,7 +526,7 @@ def test_plan_and_simulate_say_the_same(tmp_path, held):
         limit = 2**29 * (held + 1) if home is HomeKind.AUTO else None
         config = RuntimeConfig(resident_layers=1, slots=2, home=home, host_limit_bytes=limit)
         case = (checkpoint, config, speeds, Drafting(), Acceptance(), 4096)
-        one, other = planned(*case), simulated(*case)
+        one, other = planned(*case), asked_of_simulate(*case)
         assert one.prediction.s_per_token == pytest.approx(other.s_per_token, rel=SAME)
         assert one.prediction.limit == other.limit
         found.append((one.placement.home, one.prediction.pass_s))

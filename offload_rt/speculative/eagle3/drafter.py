@@ -121,6 +121,7 @@ def load(place: ModulePlace) -> HiddenModule:
         target_ids=place.target_ids,
         weights=place.draft.draft_weights,
         layers=(0,),
+        shares_head=True,
         network=network,
     )
     if ends.head is not None:

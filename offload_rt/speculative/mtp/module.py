@@ -76,6 +76,7 @@ def load_module(
         target_ids=target_ids,
         weights=weights,
         layers=(0,),
+        shares_head=True,
         network=network,
     )
 
