@@ -613,13 +613,14 @@ def test_matrices_that_no_module_has_are_multiplied_by_the_same_kernel(monkeypat
     """As those of experts; in other formats, and where they do not lie row by row, by torch."""
     rows, weight = torch.randn(5, 128).bfloat16(), torch.randn(192, 128).bfloat16()
     bias, asked = torch.randn(192).bfloat16(), []
-    plain = exact.plain_for(128, 192, torch.bfloat16, torch.device("cpu"), exact=True)
-    assert plain is not None
+    of = 128, 192, torch.bfloat16, torch.device("cpu")
+    plain = exact.plain_for(*of, exact=True)
+    assert plain is not None and exact.plain_for(*of, exact=True) is plain
 
-    def product_for(*shape):
+    def plain_for(*shape, **_):
         return lambda *given: asked.append(shape[:2]) or plain(*given)
 
-    monkeypatch.setattr(exact, "_product_for", product_for)
+    monkeypatch.setattr(exact, "plain_for", plain_for)
     linear = torch.nn.functional.linear
     with exact.Regular():
         made = linear(rows, weight, bias), linear(rows, weight, bias=bias), linear(rows, weight)

@@ -174,6 +174,8 @@ def product_for(
 ) -> "StoredProduct | None":
     """The product with a matrix; None where there are no kernels, or none with torch's bits.
 
+    There is one of each kind, so asking for it in each pass costs a look-up.
+
     Args:
         how: the matrix lies.
         inputs: I.
@@ -187,7 +189,7 @@ def product_for(
         blocks = blocks_of(inputs, outputs, tiles=exact)
         if blocks is None:
             return None
-    return StoredProduct(how, inputs, outputs, blocks, group=group, ordered=ordered)
+    return _kept(how, inputs, outputs, blocks, group=group, ordered=ordered)
 
 
 @cache
@@ -262,6 +264,9 @@ class StoredProduct:
         record[15] = ctypes.addressof(record) + 16 * ctypes.sizeof(ctypes.c_int64)  # the panel next
         assembling.together(_kernel(*self._kernel), record)
         return out
+
+
+_kept = cache(StoredProduct)
 
 
 def prepare(how: How, *, ordered: bool = False) -> None:

@@ -17,7 +17,7 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import ref
@@ -153,7 +153,7 @@ def _own_product(rows: torch.Tensor, weight: torch.Tensor) -> Product | None:
     if {rows.dtype, weight.dtype} != {torch.bfloat16} or not weight.is_contiguous():
         return None
     outputs, inputs = weight.shape
-    return _product_for(inputs, outputs, rows.device)
+    return plain_for(inputs, outputs, torch.bfloat16, rows.device, exact=True)
 
 
 def _in_registers(
@@ -162,11 +162,6 @@ def _in_registers(
     product = _own_product(rows, weight)
     assert product is not None  # who asks knows
     return product(rows, weight, bias)
-
-
-@cache
-def _product_for(inputs: int, outputs: int, device: torch.device) -> Product | None:
-    return plain_for(inputs, outputs, torch.bfloat16, device, exact=True)
 
 
 class _Noting(TorchFunctionMode):
@@ -337,9 +332,8 @@ def products_problem(
     for sizes, product in ((shapes, how), (bare, functional.linear), (across, linear_across)):
         if problem := _compared(sorted(sizes), dtype, product, limit_bytes):
             return problem
-    if dtype is torch.bfloat16:  # kernels are looked for now: it takes memory for a moment
-        for inputs, outputs in bare:
-            _product_for(inputs, outputs, torch.device("cpu"))
+    for inputs, outputs in bare:  # kernels are looked for now: it takes memory for a moment
+        plain_for(inputs, outputs, dtype, torch.device("cpu"), exact=True)
     return ""
 
 
