@@ -171,20 +171,18 @@ def test_who_dequantises_is_who_the_profile_timed(monkeypatch):
         monkeypatch.setattr(compiled, "problem", lambda problem=problem: problem)
         monkeypatch.setattr(decoding, "kernels_multiply", lambda kernels=kernels, **_: kernels)
         made = profile(layers=(curve(1, {1: 1.0}),), dequantising=timed)
-        made = replace(made, machine=replace(made.machine, cpu=cpu, multiplies=multiplies))
+        made = replace(made, machine=replace(made.machine, cpu=cpu, kernels=multiplies))
         layer = LayerLoad(work=shape(1).work, home_bytes=5, decoded=(four,))
         load = PassLoad(layers=[layer], streamed=[], slots=0)
         times = pass_times(made, load, Processor.CPU, measured(1e9))
         assert times.layer_s[0] - 1.0 == pytest.approx(expected), (cpu, timed, multiplies, kernels)
         assert decode(encode(made)) == made
-    made = replace(made, machine=replace(made.machine, cpu=there, multiplies=False))
-    for stated, expected in ((True, 0.0), (False, 1.0), (None, 1.0)):  # in row-invariant passes
-        machine = replace(made.machine, multiplies_exactly=stated)
-        exact = replace(load, tile=16)
-        curves = (curve(1, {1: 1.0, 16: 1.0}),)
-        timed = replace(made, machine=machine, dequantising=both, layers=curves)
-        times = pass_times(timed, exact, Processor.CPU, measured(1e9))
-        assert times.layer_s[0] - 1.0 == pytest.approx(expected), stated
+    curves = (curve(1, {1: 1.0, 16: 1.0}),)
+    registers = replace(made.machine, cpu=there, kernels=True, matrix_registers=True)
+    made = replace(made, machine=registers, dequantising=both, layers=curves)
+    for tile, expected in ((1, 1.0), (16, 0.0)):  # only in row-invariant passes
+        times = pass_times(made, replace(load, tile=tile), Processor.CPU, measured(1e9))
+        assert times.layer_s[0] - 1.0 == pytest.approx(expected), tile
 
 
 def test_times_come_from_the_profile():
@@ -223,7 +221,9 @@ def test_times_come_from_the_profile():
 
 def test_row_invariant_passes_take_their_rows_as_the_processor_multiplies_them():
     made = profile(layers=(curve(1, {1: 1.0, 16: 2.0, 32: 3.0, 128: 5.0}),))
-    apart = replace(made, machine=replace(made.machine, rows_apart=32))
+    apart = replace(
+        made, machine=replace(made.machine, cpu="another", kernels=False, matrix_registers=True)
+    )
     load = PassLoad(layers=[LayerLoad(work=shape(1).work, home_bytes=5)], streamed=[], slots=0)
 
     def seconds(profile, rows, tile, processor=Processor.CPU):

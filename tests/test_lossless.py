@@ -185,7 +185,7 @@ def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch
     assert wires_of(checkpoint, Wire.AUTO, CPU) == (Wire.RAW, Wire.LOSSLESS)
     assert wires_of(open_checkpoint(model), Wire.AUTO, CPU) == (Wire.RAW,)
     profile = load_profile(find_profile("cpu-2core-avx512bf16"))
-    profile = replace(profile, machine=replace(profile.machine, multiplies=False))
+    profile = replace(profile, machine=replace(profile.machine, kernels=False))
     load = RunLoad(capacities=[64], prompt_tokens=32)
     config = RuntimeConfig(
         device="cpu", home=HomeKind.HOST, resident_layers=0, device_limit_bytes=2**29

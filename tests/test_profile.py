@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
-from offload_rt.profiling import identity
+from offload_rt.profiling import decoding, identity
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.identity import compare
 from offload_rt.profiling.profile import (
@@ -641,13 +641,42 @@ def gpu_with(**changed):
     return {"gpus": (dataclasses.replace(GPU, **changed),)}
 
 
+@pytest.mark.parametrize("registers", [True, False])
+@pytest.mark.parametrize("kernels", [True, False])
+def test_a_machine_says_who_multiplies(registers, kernels, monkeypatch):
+    """Elsewhere a plan makes of it what the machine itself would."""
+    monkeypatch.setattr(identity, "takes_matrix_registers", lambda dtype: registers)
+    monkeypatch.setattr(identity, "kernels_multiply", lambda *, exact: exact and kernels)
+    made = profile(machine=identity.this_machine(None))
+    monkeypatch.setattr(decoding, "processor", lambda: ("another", ""))
+    monkeypatch.setattr(decoding, "kernels_multiply", lambda **_: pytest.fail("it is elsewhere"))
+    assert decoding.multiplies(made, exact=True) is kernels
+    assert decoding.multiplies(made) is (kernels and not registers)
+    assert decoding.rows_apart(made) == (32 if registers and not kernels else 0)
+    assert decode(encode(made)) == made
+
+
 @pytest.mark.parametrize(
-    ("there", "kernels", "rows"), [(True, None, 32), (True, "there", 0), (False, None, 0)]
+    ("stated", "kernels", "registers"),
+    [
+        ({}, None, False),
+        ({"rows_apart": 32}, False, True),
+        ({"rows_apart": 32, "multiplies": False}, False, True),
+        ({"multiplies": True}, True, False),
+        ({"multiplies": True, "multiplies_exactly": True}, True, False),
+        ({"multiplies": False, "multiplies_exactly": True}, True, True),
+        ({"multiplies": False, "multiplies_exactly": False}, False, False),
+    ],
 )
-def test_a_machine_says_how_many_rows_its_products_take_apart(there, kernels, rows, monkeypatch):
-    monkeypatch.setattr(identity, "takes_matrix_registers", lambda dtype: there)
-    monkeypatch.setattr(identity.importlib.util, "find_spec", lambda name: kernels)
-    assert identity.this_machine(None).rows_apart == rows
+def test_older_profiles_say_who_multiplies_in_other_words(stated, kernels, registers):
+    tree = json.loads(encode(profile()))
+    tree["machine"] |= stated
+    machine = decode(json.dumps(tree)).machine
+    assert (machine.kernels, machine.matrix_registers) == (kernels, registers)
+    tree["machine"]["multiplies"] = "often"
+    tree["machine"].pop("multiplies_exactly", None)
+    with pytest.raises(MalformedError, match="machine.kernels is .often., must be true or false"):
+        decode(json.dumps(tree))
 
 
 @pytest.mark.parametrize(

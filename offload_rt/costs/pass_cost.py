@@ -29,7 +29,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.packed_files import CODED_BITS
-from offload_rt.profiling.decoding import compiles, decoded_per_s, multiplies
+from offload_rt.profiling.decoding import compiles, decoded_per_s, multiplies, rows_apart
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -524,7 +524,7 @@ def pass_times(
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     replayed = load.recorded or load.pieced
     exact = load.tile > 1
-    apart_rows = profile.machine.rows_apart if exact and KINDS[processor].host_computes else 0
+    apart_rows = rows_apart(profile) if exact and KINDS[processor].host_computes else 0
 
     def timed(how: Callable[..., Number], work: LayerWork, order: WeightOrder) -> Number:
         ask = partial(how, profile, work, processor=processor, weights=order, recorded=replayed)

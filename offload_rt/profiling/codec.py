@@ -33,6 +33,21 @@ def read_tree(tree: dict[str, object]) -> HardwareProfile:
         MalformedError: it is not one.
     """
     check_version(tree, SCHEMA_VERSION)
-    profile = RecordReader("a profile").read(HardwareProfile, tree)
+    profile = RecordReader("a profile").read(HardwareProfile, _renamed(tree))
     assert isinstance(profile, HardwareProfile)
     return profile
+
+
+def _renamed(tree: dict[str, object]) -> dict[str, object]:
+    """What profiles of before December 2026 say of a machine's products, by its new names."""
+    machine = tree.get("machine")
+    if not isinstance(machine, dict):
+        return tree
+    machine = dict(machine)
+    apart, always, exactly = (
+        machine.pop(name, None) for name in ("rows_apart", "multiplies", "multiplies_exactly")
+    )
+    if apart or (exactly and not always):
+        machine["matrix_registers"] = True
+    found = [stated for stated in (exactly, always, False if apart else None) if stated is not None]
+    return tree | {"machine": machine | ({"kernels": found[0]} if found else {})}

@@ -9,7 +9,8 @@ from dataclasses import replace
 
 from offload_rt.device import compiled
 from offload_rt.device.kinds import Processor
-from offload_rt.device.system import processor
+from offload_rt.device.system import processor, takes_matrix_registers
+from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import kernels_multiply
 from offload_rt.profiling.profile import Decoder, HardwareProfile, Number, Obtained
@@ -94,9 +95,18 @@ def multiplies(profile: HardwareProfile, *, exact: bool = False) -> bool:
     As `compiles`; `exact`: in row-invariant passes.
     """
     machine = profile.machine
-    stated = machine.multiplies_exactly if exact else machine.multiplies
-    stated = machine.multiplies if stated is None else stated
-    return kernels_multiply(exact=exact) if stated is None or _is_here(profile) else stated
+    if machine.kernels is None or _is_here(profile):
+        return kernels_multiply(exact=exact)
+    return machine.kernels and (exact or not machine.matrix_registers)
+
+
+def rows_apart(profile: HardwareProfile) -> int:
+    """Rows that a row-invariant product of the CPU takes at once, one after the other; 0: all.
+
+    Where torch multiplies in matrix registers (`kernels/tiles.py`), unless kernels do instead.
+    """
+    alone = profile.machine.matrix_registers and not multiplies(profile, exact=True)
+    return 2 * ROW_TILE if alone else 0
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:
@@ -106,7 +116,8 @@ def standing_in(profile: HardwareProfile) -> HardwareProfile:
         for s in profile.dequantising
         if s.processor is not Processor.CPU or s.decoder is Decoder.TORCH or not compiled.problem()
     )
-    machine = replace(profile.machine, multiplies=None, multiplies_exactly=None)
+    registers = takes_matrix_registers("bfloat16")
+    machine = replace(profile.machine, kernels=None, matrix_registers=registers)
     return replace(profile, machine=machine, dequantising=timed)
 
 

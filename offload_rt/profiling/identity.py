@@ -1,7 +1,6 @@
 """Which machine this is, and whether a profile still belongs to it. Imports no torch."""
 
 import importlib.metadata
-import importlib.util
 import platform
 from collections.abc import Iterator
 
@@ -9,7 +8,6 @@ import psutil
 
 from offload_rt.device.cuda.nvml import Driver, find_driver
 from offload_rt.device.system import compute_threads, processor, takes_matrix_registers
-from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.formats.stored import kernels_multiply
 from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, Versions
 
@@ -17,14 +15,12 @@ from offload_rt.profiling.profile import GpuIdentity, HardwareProfile, Machine, 
 def this_machine(driver: Driver | None) -> Machine:
     """Describe this machine; without a driver it has no GPU."""
     gpus = () if driver is None else driver.gpus
-    own = importlib.util.find_spec("llvmlite") is not None  # kernels (`kernels/stored.py`)
     return Machine(
         cpu=processor()[0],
         cores=compute_threads(),
         ram_bytes=psutil.virtual_memory().total,
-        rows_apart=2 * ROW_TILE if takes_matrix_registers("bfloat16") and not own else 0,
-        multiplies=kernels_multiply(),
-        multiplies_exactly=kernels_multiply(exact=True),
+        kernels=kernels_multiply(exact=True),
+        matrix_registers=takes_matrix_registers("bfloat16"),
         gpus=tuple(
             GpuIdentity(
                 name=gpu.name,

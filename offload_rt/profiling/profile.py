@@ -131,19 +131,17 @@ class Machine:
 
     Attributes:
         cores: threads that compute: those this process may use, within its cgroup's quota.
-        rows_apart: that row-invariant products of the CPU take at once (`kernels/tiles.py`), one
-            product after the other; 0: all.
-        multiplies: kernels multiply bf16 with weights as they are stored (`kernels/stored.py`);
-            None: that is not known.
-        multiplies_exactly: they do in row-invariant passes; None: as `multiplies`.
+        kernels: there are some that multiply bf16 with weights as they are stored
+            (`kernels/stored.py`); None: that is not known.
+        matrix_registers: torch multiplies bf16 in them, in another order than those kernels, which
+            multiply in row-invariant passes only.
     """
 
     cpu: str
     cores: int = _up_to(_COUNT)
     ram_bytes: int = _up_to(_BYTES)
-    rows_apart: int = field(default=0, metadata={"least": 0, "most": _COUNT})
-    multiplies: bool | None = None
-    multiplies_exactly: bool | None = None
+    kernels: bool | None = None
+    matrix_registers: bool = False
     gpus: tuple[GpuIdentity, ...] = ()
 
 
