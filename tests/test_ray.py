@@ -17,7 +17,7 @@ import pytest
 
 from offload_rt.cli import batch as command
 from offload_rt.config import RuntimeConfig
-from offload_rt.device import system
+from offload_rt.device import opening, system
 from offload_rt.device.kinds import FREE_SHARE
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import open_checkpoint
@@ -153,7 +153,7 @@ def test_progress_of_workers_has_tokens_and_time_left(tmp_path, monkeypatch):
     def parts():
         for number in range(1, 4):
             body = {"usage": {"completion_tokens": 10}}
-            yield number, {"response": {"body": body}}, True
+            yield number, {"response": {"body": body}}, True, "cpu"
             said.append(gauge.detail())
 
     times = iter(range(0, 60, 5))
@@ -167,10 +167,34 @@ def test_workers_whose_passes_differ_are_no_change_of_the_command(tmp_path):
     result = {"response": {"body": {"usage": {"completion_tokens": 10}}}}
     work = Batch(None, None, list(range(4)), Journal(tmp_path / "part", {}))
     console = SimpleNamespace(progress=lambda _: nullcontext(SimpleNamespace()))
-    parts = iter([(1, result, True), (2, result, True), (3, result, False)])
-    with pytest.raises(ConfigError, match="workers differ: .* give --exact on to go on"):
+
+    def gather(*made):
+        parts = iter([(number, result, *how) for number, how in enumerate(made, 1)])
         command._gather(parts, work, settings_from({}), console)
+
+    cpu = True, "cpu"
+    with pytest.raises(ConfigError, match="workers differ: .* give --exact on to go on"):
+        gather(cpu, cpu, (False, "cpu"))
     assert work.journal.results.keys() == {1, 2}
+    with pytest.raises(ConfigError, match="some compute on cpu, others on cuda: give --device"):
+        gather(cpu, (True, "cuda"))
+    with pytest.raises(ConfigError, match="was begun with another kind of --device"):
+        gather((True, "cuda"))  # whatever the machine has where the command is given
+
+
+def test_a_worker_tells_the_kind_of_its_device(tiny_model):
+    settings = settings_from({"device": "auto", "device_memory": "256MiB", "draft": "none"})
+    job = Job(
+        model=str(tiny_model),
+        weights=digest_of(open_checkpoint(tiny_model)),
+        settings=settings,
+        needs=[(5, 5)],
+        sequences=1,
+    )
+    worker = Worker(job, Share(workers=1, gpus=0, together=1))
+    made = worker({"line": [1], "text": ["the fox"]})
+    assert made["kind"] == [opening.chosen_kind(settings.runtime).processor]
+    worker._open.close()
 
 
 @pytest.mark.slow

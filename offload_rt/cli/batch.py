@@ -88,6 +88,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     fixed = {"stop": (), "ignore_eos": False, "system": None}
     settings, output = settings_of({**values, **fixed}), output_of(values)
     from offload_rt.serve.batch import (
+        KIND,
         WEIGHTS,
         Batch,
         Journal,
@@ -107,6 +108,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
     check_target(output_path)
     opened, settings = open_answering(model, settings, console)
     from offload_rt.cli.plan import device_there
+    from offload_rt.device.opening import chosen_kind
     from offload_rt.serve.spread import Job, answered, maker_of
     from offload_rt.session.crowd import Crowd
     from offload_rt.session.shared import fastest_room, shared_engine
@@ -144,6 +146,7 @@ def batch(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         parts = answered(job, work.left, lines, values["ray"], values["ray_workers"])
         stopped = _gather(parts, work, settings, console)
         return _end(work, output_path, console) if not stopped else interrupts.exit_code
+    journal.settle({KIND: str(chosen_kind(settings.runtime).processor)})
     opened = adapted(opened, settings, console)
     with ExitStack() as run:
         settings = run.enter_context(across(nodes, opened.checkpoint, settings, console))
@@ -193,7 +196,7 @@ def _check(values: dict[str, Any]) -> None:
 
 
 def _gather(
-    parts: Iterator[tuple[int, Any, bool]],
+    parts: Iterator[tuple[int, Any, bool, str]],
     work: Any,  # noqa: ANN401
     settings: Settings,
     console: Console,
@@ -203,27 +206,33 @@ def _gather(
     Raises:
         ConfigError: passes are not as those that began the journal, or not the same on all workers.
     """
-    from offload_rt.serve.batch import passes_of, tokens_of
+    from offload_rt.serve.batch import KIND, passes_of, tokens_of
 
     journal, start = work.journal, time.perf_counter()
     before = len(journal.results)
     passes = {exact: passes_of(settings, work.lines, exact=exact) for exact in (True, False)}
-    first = None
+    first: dict[str, str] = {}
     try:
         with console.progress("answering") as gauge:
             gauge.done, gauge.total = lambda: len(journal.results), len(work.lines)
             gauge.detail = lambda: _progress(
                 work, len(work.lines), before, time.perf_counter() - start
             )
-            for number, result, exact in parts:
-                first = exact if first is None else first
-                if passes[exact] != passes[first]:
+            for number, result, exact, kind in parts:
+                made = passes[exact] | {KIND: kind}
+                first = first or made
+                if kind != first[KIND]:
+                    raise ConfigError(
+                        f"workers differ: some compute on {first[KIND]}, others on {kind}: give "
+                        "--device cpu or cuda"
+                    )
+                if made != first:
                     raise ConfigError(
                         "workers differ: passes are row-invariant on some and not on others: give "
                         f"--exact {journal.exact} to go on, or remove {journal.path} and give "
                         "--exact on or off"
                     )
-                journal.settle(passes[exact])
+                journal.settle(made)
                 journal.add([(number, result)])
                 work.emitted += tokens_of(result)
     except Interrupted:

@@ -36,6 +36,7 @@ from offload_rt.writing import append, cut_off, write_text, writing
 _LIMIT_BYTES = 2**30
 _ROUTES = ("/v1/chat/completions", "/v1/completions")
 WEIGHTS = "weights of that model"
+KIND = "kind of --device"
 _EXACT = "--exact, as it is on or off by what streams and who drafts"
 _PASSES = 0  # in place of a line's number in a journal: what all answers are made with
 
@@ -148,7 +149,7 @@ class Journal:
     def __init__(self, path: Path, mark: Mapping[str, str]) -> None:
         self.path = path
         self.results: dict[int, Json] = {}
-        self._settled: Json | None = None
+        self._settled: Json = {}
         head = json.dumps({"mark": mark}) + "\n"
         begun = read_plain(path, 4 * _LIMIT_BYTES) if path.exists() else b""
         if head.encode().startswith(begun):  # the run was killed before its first line was whole
@@ -165,18 +166,19 @@ class Journal:
     @property
     def exact(self) -> str:
         """`on` or `off`, as passes were that began it; empty where that is open."""
-        return str((self._settled or {}).get(_EXACT, ""))
+        return str(self._settled.get(_EXACT, ""))
 
     def settle(self, passes: Mapping[str, str]) -> None:
-        """Keep what decides about answers and is known only when the engine is there.
+        """Keep what decides about answers and is known only where they are made, and then.
 
         Raises:
             ConfigError: the run that began this journal found something else.
         """
-        if self._settled is None:
-            self._settled = dict(passes)
+        both = passes.keys() & self._settled.keys()
+        self._compare({n: self._settled[n] for n in both}, {n: passes[n] for n in both})
+        if passes.keys() - both:
+            self._settled = {**self._settled, **passes}
             self._append([(_PASSES, self._settled)])
-        self._compare(self._settled, passes)
 
     def _append(self, results: Sequence[tuple[int, Json]]) -> None:
         lines = [json.dumps({"line": n, "result": r}, ensure_ascii=False) for n, r in results]
@@ -196,7 +198,7 @@ class Journal:
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"{self.path} is damaged: remove it to begin anew") from None
         self._compare(known, mark)
-        self._settled = self.results.pop(_PASSES, None)
+        self._settled = self.results.pop(_PASSES, {})
         if rest:  # a line that was being written when the run was killed
             with writing(self.path):
                 cut_off(self.path, len(rest))
@@ -347,8 +349,6 @@ def mark_of(
     Raises:
         CheckpointError: files of the model, its adapter or its drafter cannot be read.
     """
-    from offload_rt.device.opening import chosen_kind
-
     wanted = hashlib.sha256()
     for line in lines:
         asked = line.request and replace(line.request, seed=0)  # a greedy one's is drawn anew
@@ -364,7 +364,6 @@ def mark_of(
         "adapter": adapter,
         "--dtype": str(settings.runtime.dtype),
         "--wire": str(wire) if wire in (Wire.INT8, Wire.INT4) else "",
-        "kind of --device": str(chosen_kind(settings.runtime).processor),
         "version of offload-rt": version,
     }
     sampled = any(line.request and not line.request.sampling.greedy for line in lines)

@@ -165,7 +165,7 @@ class Worker:
         )
         rooms = fastest_room(opened, settings, kind, free, job.needs, job.sequences)
         engine, _ = self._open.enter_context(shared_engine(opened, settings, observer, rooms))
-        self._exact = engine.exact.on
+        self._made = engine.exact.on, str(kind.processor)
         self._maker = maker_of(opened, settings)
         self._crowd = Crowd(opened, engine, patient=True, check=lambda: None)
 
@@ -173,15 +173,22 @@ class Worker:
         """Answer a block of lines."""
         numbers = [int(number) for number in rows["line"]]
         if self._failed:
-            told = [self._failed] * len(numbers)
-            return {"line": numbers, "result": told, "exact": [False] * len(numbers)}
+            return _columns(numbers, [self._failed] * len(numbers), (False, ""))
         lines = [
             understood(self._maker, n, str(t)) for n, t in zip(numbers, rows["text"], strict=True)
         ]
         kept = Kept()
         Batch(self._crowd, self._maker, lines, kept).run(lambda: None)
         results = [json.dumps(kept.results[number]) for number in numbers]
-        return {"line": numbers, "result": results, "exact": [self._exact] * len(numbers)}
+        return _columns(numbers, results, self._made)
+
+
+def _columns(
+    numbers: list[int], results: list[str], made: tuple[bool, str]
+) -> dict[str, list[Any]]:
+    """Rows of Ray's: lines, their results, and how they were made."""
+    exact, kind = ([each] * len(numbers) for each in made)
+    return {"line": numbers, "result": results, "exact": exact, "kind": kind}
 
 
 def shared_out(runtime: RuntimeConfig, share: Share) -> RuntimeConfig:
@@ -212,8 +219,10 @@ def answered(
     texts: Sequence[tuple[int, str]],
     address: str,
     workers: int | None,
-) -> Iterator[tuple[int, Json, bool]]:
-    """Results of lines, in whatever order they come, and whether passes were row-invariant.
+) -> Iterator[tuple[int, Json, bool, str]]:
+    """Results of lines, in whatever order they come.
+
+    Of each its number, its result, whether passes were row-invariant, and the kind of device.
 
     Args:
         job: of the workers.
@@ -259,6 +268,6 @@ def answered(
             result = json.loads(row["result"])
             if why := result.get("why"):
                 raise getattr(errors, result["kind"], OffloadError)(why)
-            yield int(row["line"]), result, bool(row["exact"])
+            yield int(row["line"]), result, bool(row["exact"]), str(row["kind"])
     finally:
         ray.shutdown()
