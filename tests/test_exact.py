@@ -579,7 +579,10 @@ def test_a_product_is_compared_with_all_its_outputs(own_cache, tmp_path):
         found = exact._compared([(1024, 4352)], bf16, product, limit)
         assert bool(found) is (count == 4352)
         kept = exact._read(tmp_path / "cache" / "exact.json")
-        assert found or kept[-1].endswith(f"1024 by 4352, {count} compared")
+        assert found or kept[-1].endswith(f"1024 by 4352, {count} compared, 1 tiles at once")
+    assert exact._compared([(64, 64), (1024, 4352)], bf16, product, 2**30)
+    kept = exact._read(tmp_path / "cache" / "exact.json")
+    assert kept[-1].endswith("64 by 64, 64 compared, 1 tiles at once")  # before what differs
 
 
 @pytest.mark.parametrize(
@@ -650,7 +653,8 @@ def by_count_above(limit):
 
 
 @pytest.mark.parametrize(
-    ("limit", "given", "kept"), [(32, [32, 16], "2 of 16 rows"), (16, [16] * 3, "1 of 16 rows")]
+    ("limit", "given", "kept"),
+    [(32, [32, 16], "2 tiles at once"), (16, [16] * 3, "1 tiles at once")],
 )
 def test_two_tiles_are_a_product_where_their_bits_are_those_of_two(
     limit, given, kept, own_cache, tmp_path, monkeypatch
@@ -665,7 +669,9 @@ def test_two_tiles_are_a_product_where_their_bits_are_those_of_two(
         tiles.in_tiles(lambda part: seen.append(len(part)) or part, rows, outputs=96)
         assert seen == given * times
         monkeypatch.setattr(tiles, "_IN_PAIRS", set())
-        assert exact._read(tmp_path / "cache" / "exact.json")[0].endswith(f"64 by 96, {kept}")
+        assert exact._read(tmp_path / "cache" / "exact.json")[0].endswith(
+            f"64 by 96, 96 compared, {kept}"
+        )
 
 
 WITH_MATRIX_REGISTERS = """

@@ -357,7 +357,6 @@ def attention_problem(
             if problem := unlike_attention(shape, spec, dtype, torch.device("cpu"), _ATTENDING):
                 return problem
             known.add(what)
-    known.keep()
     return ""
 
 
@@ -391,30 +390,27 @@ def _compared(
 ) -> str:
     """What `unlike_product` says of the first of these; what was alike once is not made again.
 
-    It takes 0.1 to 1 s a product, so what was found is kept. Where a product may take two tiles at
-    once, it does from now on.
+    It takes 0.1 to 1 s a product, so what was found is kept, by how many tiles a product may take
+    at once; 0: any number of rows. Where it may take two, it does from now on.
     """
     known = _Known(f"{how.__name__}, {str(dtype).removeprefix('torch.')}")
     by_count = goes_by_count(dtype) and how is functional.linear
     for inputs, outputs in sizes:
         count = _outputs_within(inputs, outputs, dtype, limit_bytes)
-        alike = f"{inputs} by {outputs}" + (f", {count} compared" if count < outputs else "")
+        product, ways = how, [1, 2] if by_count else [1]
         if by_count and dtype is torch.bfloat16 and multiplies_in_registers(inputs, outputs):
-            alike = f"{alike}, in registers"
-            if alike not in known:
-                if problem := unlike_product(inputs, outputs, dtype, _in_registers, count, tiles=0):
-                    return problem
-                known.add(alike)
-            continue
-        one, two = (f"{alike}, {n} of {ROW_TILE} rows" if by_count else alike for n in (1, 2))
-        if one not in known and two not in known:
-            if problem := unlike_product(inputs, outputs, dtype, how, count):
+            product, ways = _in_registers, [0]
+        names = {n: f"{inputs} by {outputs}, {count} compared, {n} tiles at once" for n in ways}
+        found = next((n for n in ways if names[n] in known), None)
+        if found is None:
+            compare = partial(unlike_product, inputs, outputs, dtype, product, count)
+            found, *more = ways
+            if problem := compare(found):
                 return problem
-            pairs = by_count and not unlike_product(inputs, outputs, dtype, how, count, tiles=2)
-            known.add(two if pairs else one)
-        if by_count and two in known:
+            found = next((n for n in more if not compare(n)), found)
+            known.add(names[found])
+        if found > 1:
             allow_pairs(inputs, outputs, dtype)
-    known.keep()
     return ""
 
 
@@ -445,23 +441,16 @@ class _Known:
         self._begin = ", ".join([*machine, what, _COMPARED])
         self._path = cache_folder() / "exact.json"
         self._all = _read(self._path)
-        self._new: list[str] = []
 
     def __contains__(self, key: str) -> bool:
         return f"{self._begin}, {key}" in self._all
 
     def add(self, key: str) -> None:
-        """From now on it is known."""
+        """From now on it is known, the next time, too, whatever is found of others."""
         self._all.append(f"{self._begin}, {key}")
-        self._new.append(self._all[-1])
-
-    def keep(self) -> None:
-        """For the next time, too."""
-        if not self._new:
-            return
         try:
             make_folder(self._path.parent)
-            found = [*_read(self._path), *self._new][-_MOST_KEPT:]
+            found = [*_read(self._path), self._all[-1]][-_MOST_KEPT:]
             write_text(self._path, json.dumps(found, indent=0), lasting=False)
         except ConfigError as error:  # it only saves time
             _log.debug("%s", error)
@@ -491,7 +480,7 @@ def _of_linears(model: torch.nn.Module) -> set[tuple[int, int]]:
 
 
 def unlike_product(
-    inputs: int, outputs: int, dtype: torch.dtype, how: Product, count: int = 0, *, tiles: int = 1
+    inputs: int, outputs: int, dtype: torch.dtype, how: Product, count: int = 0, tiles: int = 1
 ) -> str:
     """A number of rows for which a product has other bits than for a tile; empty if none has.
 
