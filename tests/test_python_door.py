@@ -1,6 +1,7 @@
 """`offload_rt.load`: the same answers and the same refusals as the command line, from Python."""
 
 import json
+import random
 import re
 import runpy
 import shutil
@@ -13,9 +14,14 @@ from pathlib import Path
 from typing import get_type_hints
 
 import forks
+import numpy as np
 import pytest
 import torch
+from conftest import write_tokenizer
+from eagle3_models import write_head
 from engines import reference_model
+from medusa_heads import write_shared
+from mtp_models import IDS, write_mtp
 from transformers import AutoTokenizer
 
 import offload_rt
@@ -171,6 +177,28 @@ def test_a_fixed_number_of_draft_tokens_is_drafted_with_a_seed(tiny_model):
         assert first.report.speculation.drafter == "ngram"
         model.generate(PROMPTS[2], max_tokens=20)
         assert model.generate(HI, **sampled).token_ids == first.token_ids
+
+
+@pytest.mark.parametrize("draft", ["ngram", "eagle3", "mtp", "medusa"])
+def test_random_numbers_of_the_user_are_left_alone(draft, make_tiny, tmp_path, monkeypatch):
+    """Also by what is compared when a model is loaded for the first time."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))
+    if draft == "mtp":
+        write_tokenizer(target := write_mtp(tmp_path / "model"))
+    else:
+        target = make_tiny("llama", tokenizer=True, **IDS)
+    if draft == "eagle3":
+        draft = f"eagle3:{write_head(tmp_path / 'head', target)}"
+    if draft == "medusa":
+        write_shared(tmp_path / "heads")
+        draft = f"medusa:{tmp_path / 'heads'}"
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
+    streamed = {"draft": draft, "resident_layers": 1, "exact": "on", **SMALL}
+    with offload_rt.load(target, **streamed) as model:
+        answer = model.generate(PROMPTS[0], max_tokens=8, temperature=0.7, seed=1)
+        assert answer.report.exact.on
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before[1:]
 
 
 @pytest.mark.parametrize("problem", ["", "a product differs"])

@@ -69,7 +69,7 @@ def places_problem(  # noqa: PLR0913 - what a network computes, and where
         tile: its rows.
         limit_bytes: of memory there.
     """
-    draw = partial(torch.randn, dtype=dtype, device=device)
+    draw = _numbers(dtype, device)
     with torch.inference_mode():
         for inputs, outputs in sorted(set(products)):
             # A weight, four times the rows, and of three products the results.
@@ -111,7 +111,7 @@ def unlike_attention(
         rows: of a pass.
     """
     heads, kv_heads, dim, value_dim = shape
-    spec, draw = replace(spec, scaling=dim**-0.5), partial(torch.randn, dtype=dtype, device=device)
+    spec, draw = replace(spec, scaling=dim**-0.5), _numbers(dtype, device)
     with torch.inference_mode():
         for before in _COMMITTED:
             total = before + rows
@@ -122,6 +122,12 @@ def unlike_attention(
             if _branches_otherwise(query, key, value, spec, rows):
                 return f"attention of {heads} heads of {dim} has other bits in a tree"
     return ""
+
+
+def _numbers(dtype: torch.dtype, device: torch.device) -> Callable[..., torch.Tensor]:
+    """Draws from a normal distribution, and leaves the user's random numbers alone."""
+    generator = torch.Generator(device).manual_seed(0)
+    return partial(torch.randn, generator=generator, dtype=dtype, device=device)
 
 
 def _norm(rows: torch.Tensor) -> torch.Tensor:
