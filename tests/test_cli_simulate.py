@@ -13,7 +13,7 @@ from test_scenario import CHAIN, LAYER_70B, tree_of
 
 from offload_rt.config import DraftConfig
 from offload_rt.device.kinds import CUDA
-from offload_rt.planning.demand import OTHER_BUFFERS
+from offload_rt.planning.memory import OTHER_BUFFERS
 from offload_rt.planning.scenarios.scenario import (
     DrafterShape,
     ModelShape,

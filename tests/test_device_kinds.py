@@ -17,8 +17,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.sizes import kv_places, plan_kv
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.base import resolve_weights, rounded_kind
-from offload_rt.planning.demand import OTHER_BUFFERS
 from offload_rt.planning.fit import RunLoad, place_run
+from offload_rt.planning.memory import OTHER_BUFFERS
 
 FREE = FreeMemory(device_bytes=2**32, host_bytes=2**30)
 

@@ -62,7 +62,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import passes_problem
 from offload_rt.model.formats.stored import HOST_ROWS
 from offload_rt.model.kept import keeps_states
-from offload_rt.planning.demand import demand_of, may_be_apart
+from offload_rt.planning.memory import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
 from offload_rt.profiling.rates import disk_bytes_per_s
