@@ -14,6 +14,7 @@ import quantised
 import torch
 from engines import engine_for
 from expert_models import make_mixture
+from gguf_files import write_gguf
 from hybrids import HYBRIDS, make_short
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +37,7 @@ from offload_rt.model import exact, fits, network
 from offload_rt.model import tiles as of_tiles
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import packed
+from offload_rt.model.locate import resolve_model
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import target_probs
 
@@ -680,8 +682,9 @@ from engines import engine_for, generate
 from test_exact import NGRAMS, STREAMED, TEXT, agree, engines
 from offload_rt.config import Exact
 from offload_rt.device.system import takes_matrix_registers
+from offload_rt.model.formats.wired import WiredLinear
 assert takes_matrix_registers("bfloat16")
-dense, mixture = sys.argv[1:]
+dense, mixture, *stored = sys.argv[1:]
 with engine_for(dense, prompts=[TEXT], tokens=60, exact=Exact.ON, prefill_chunk_tokens=192) as one:
     seen, text = set(), TEXT + TEXT[:42]
     for count in (1, 17, 48, 64, 192):
@@ -697,24 +700,44 @@ for draft in ({}, {"draft": NGRAMS}):
     with engine_for(dense, tokens=24, exact=Exact.ON, **STREAMED, **draft) as made:
         texts.append(generate(made, tokens=24))
 print("drafted", texts[0] == texts[1])
+for name, folder, plain in zip(*[iter(stored)] * 3):
+    logits, linears = [], []
+    for each in (plain, folder):
+        with engines(each, dtype="bfloat16", **STREAMED) as made:
+            logits.append(made.forward([(0, TEXT[:100])], reuse=True).clone())
+            made.truncate(0, 0)
+            same = agree(made)
+            modules = [m for layer in made.network._layers for m in layer.modules()]
+            linears += [m._direct is not None for m in modules if isinstance(m, WiredLinear)]
+    print(name, same and len(linears) == 14 and all(linears) and logits[0].equal(logits[1]))
 """
 NGRAMS = DraftConfig(draft="ngram", draft_tokens=40)
 
 
 @pytest.mark.skipif("amx_bf16" not in processor_flags(), reason="no matrix registers of bf16")
-def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny):
-    """In a Python of its own: the others' oneDNN is kept from them (`conftest.py`)."""
+def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny, tmp_path):
+    """In a Python of its own: the others' oneDNN is kept from them (`conftest.py`).
+
+    Weights as they are stored have the bits of plain ones of the same numbers.
+    """
     environment = {n: v for n, v in os.environ.items() if not n.endswith("_MAX_CPU_ISA")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     # Of 1,152 by 192 a product of 192 rows has other bits than one of 144 (a Xeon, torch 2.14.1).
     sizes = SIZES | {"hidden_size": 1152, "intermediate_size": 192, "head_dim": 32}
     dense = make_tiny("llama", **sizes, dtype="bfloat16")
     mixture = make_mixture(make_tiny, "mixtral", **sizes, dtype="bfloat16")
-    words = [sys.executable, "-c", WITH_MATRIX_REGISTERS, dense, mixture]
+    blocks = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4}
+    source = make_tiny("llama", **SIZES | blocks, dtype="bfloat16")
+    twins = quantised.write_twins(
+        source, tmp_path / "gptq", *quantised.gptq(4, 32), dtype=torch.bfloat16
+    )
+    file, plain = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", {"proj": "Q4_K"})
+    stored = ["gptq", twins.folder, twins.plain, "q4_k", resolve_model(str(file)), plain]
+    words = [sys.executable, "-c", WITH_MATRIX_REGISTERS, dense, mixture, *stored]
     made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
     assert made.returncode == 0, made.stderr
     found = made.stdout.splitlines()
-    assert found == [f"{name} True" for name in ("passes", "rows", "drafted")]
+    assert found == [f"{name} True" for name in ("passes", "rows", "drafted", "gptq", "q4_k")]
 
 
 @pytest.mark.skipif(
