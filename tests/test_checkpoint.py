@@ -20,6 +20,7 @@ from offload_rt.model.checkpoint import (
     open_checkpoint,
     resolve_model,
 )
+from offload_rt.model.files import read_part
 from offload_rt.model.header import read_header
 
 LAYERS, HIDDEN, VOCAB = 3, 8, 16
@@ -733,6 +734,13 @@ def test_file_cut_while_its_header_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "pread", lambda fd, n, o: b"" if o == 64 else pread(fd, min(n, 56), o))
     with pytest.raises(CheckpointError, match="became shorter while it was read"):
         open_checkpoint(tmp_path)
+
+
+def test_a_file_that_ends_before_what_is_read_of_it_is_named(tmp_path):
+    (tmp_path / "part").write_bytes(bytes(range(10)))
+    assert read_part(tmp_path, "part", 4, 6) == bytes([6, 7, 8, 9])
+    with pytest.raises(CheckpointError, match="part became shorter while it was read: start again"):
+        read_part(tmp_path, "part", 5, 6)
 
 
 # --- D10: fuzz ---------------------------------------------------------------------------------

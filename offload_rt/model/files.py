@@ -122,6 +122,19 @@ def open_inside(folder: Path, name: str) -> Iterator[OpenFile]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
+def read_part(folder: Path, name: str, nbytes: int, offset: int) -> bytes:
+    """So many bytes of `folder/name`.
+
+    Raises:
+        CheckpointError: as of `open_inside`, or the file ends before.
+    """
+    with open_inside(folder, name) as file:
+        data = file.read(nbytes, offset)
+    if len(data) < nbytes:
+        raise CheckpointError(f"{folder / name} became shorter while it was read: start again")
+    return data
+
+
 def read_json_object(
     folder: Path, name: str, limit_bytes: int, *, lenient: bool = False
 ) -> dict[str, object]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.files import open_inside, shown
+from offload_rt.model.files import read_part, shown
 from offload_rt.training.files import read_json, write_json, writing
 from offload_rt.writing import is_temporary, make_folder
 
@@ -93,6 +93,6 @@ def model_identity(checkpoint: Checkpoint) -> str:
             digest.update(repr((extent.name, extent.dtype, extent.shape)).encode())
         largest = max(group, key=lambda extent: extent.nbytes)
         count = min(_SAMPLE_BYTES, largest.nbytes)
-        with open_inside(checkpoint.folder, largest.path.name) as file:
-            digest.update(file.read(count, largest.offset + (largest.nbytes - count) // 2))
+        middle = largest.offset + (largest.nbytes - count) // 2
+        digest.update(read_part(checkpoint.folder, largest.path.name, count, middle))
     return digest.hexdigest()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.files import open_inside, parse_json_object, shown
+from offload_rt.model.files import parse_json_object, read_part, shown
 from offload_rt.model.formats.methods import Block, Form, Method, listed
 from offload_rt.model.formats.stored import Flat, Stored, StoredTensors
 from offload_rt.model.header import TensorExtent
@@ -463,13 +463,12 @@ class _Reader:
         data = self._data(extent)
         half = extent.element_bytes
         sides = [int.from_bytes(data[i : i + half], "little", signed=True) for i in (0, half)]
-        if len(data) != extent.nbytes or not all(1 <= side <= _SIDES for side in sides):
+        if not all(1 <= side <= _SIDES for side in sides):
             raise self._error(f"weight_shape is {sides}, accepted are sides from 1 to {_SIDES}")
         return sides[0], sides[1]
 
     def _data(self, extent: TensorExtent) -> bytes:
-        with open_inside(self._folder, extent.path.name) as file:
-            return file.read(extent.nbytes, extent.offset)
+        return read_part(self._folder, extent.path.name, extent.nbytes, extent.offset)
 
     def _sides(self, word: str, *dtypes: str) -> tuple[int, int]:
         outputs, columns = self._matrix(word, *dtypes)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.files import open_inside, shown
+from offload_rt.model.files import read_part, shown
 from offload_rt.model.gguf.container import GgufTensor, Value
 from offload_rt.model.gguf.types import READ_TYPES
 from offload_rt.units import format_size
@@ -183,8 +183,7 @@ class _Settings:
                 f"tensor {name} is {tensor.type.name} {list(tensor.shape)}, expected are {count} "
                 "of F32"
             )
-        with open_inside(tensor.path.parent, tensor.path.name) as file:
-            data = file.read(tensor.nbytes, tensor.offset)
+        data = read_part(tensor.path.parent, tensor.path.name, tensor.nbytes, tensor.offset)
         found = list(struct.unpack(f"<{count}f", data))
         if not all(math.isfinite(each) and each > 0 for each in found):
             raise self.error(f"tensor {name} holds what is no factor: the file is damaged")

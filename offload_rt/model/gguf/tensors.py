@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from offload_rt.errors import CheckpointError
-from offload_rt.model.files import FileIdentity, open_inside, shown
+from offload_rt.model.files import FileIdentity, read_part, shown
 from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
 from offload_rt.model.formats.stored import Stored, StoredTensors
 from offload_rt.model.gguf import ENDING
@@ -160,9 +160,8 @@ def norms_of(folder: Path, family: Family, tensors: Sequence[GgufTensor]) -> byt
                 f"{tensor.path}: {shown(tensor.name)} is {tensor.type.name} {list(tensor.shape)}, "
                 "a norm is a row of F32: take another conversion"
             )
-        with open_inside(folder, tensor.path.name) as file:
-            numbers = np.frombuffer(file.read(tensor.nbytes, tensor.offset), "<f4")
-        data.append((numbers - np.float32(1)).tobytes())
+        stored = read_part(folder, tensor.path.name, tensor.nbytes, tensor.offset)
+        data.append((np.frombuffer(stored, "<f4") - np.float32(1)).tobytes())
         places = [at, at + tensor.nbytes]
         header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": places}
         at = places[1]

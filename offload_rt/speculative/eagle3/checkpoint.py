@@ -20,7 +20,7 @@ from types import MappingProxyType
 from offload_rt.errors import CheckpointError
 from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, TensorExtent, in_file_order
 from offload_rt.model.config import PADDING_TOKENS, ModelConfig, load_model_config
-from offload_rt.model.files import open_inside, read_json_object, shown
+from offload_rt.model.files import read_json_object, read_part, shown
 from offload_rt.model.layout import CODES, FLOATS, compute_dtype
 from offload_rt.model.shards import find_weights, read_shards
 
@@ -160,12 +160,8 @@ def tokens_of(module: Checkpoint) -> Sequence[int] | None:
             f"{' or '.join(_INTEGERS)} of shape [{rows}], one for each row of the output head: "
             f"{_ANOTHER}"
         )
-    with open_inside(module.folder, extent.path.name) as file:
-        data = file.read(extent.nbytes, extent.offset)
-    if len(data) != extent.nbytes:
-        raise CheckpointError(f"{extent.path} became shorter while it was read: start again")
     offsets = array(_INTEGERS[extent.dtype])
-    offsets.frombytes(data)
+    offsets.frombytes(read_part(module.folder, extent.path.name, extent.nbytes, extent.offset))
     tokens = [row + offset for row, offset in enumerate(offsets)]
     wrong = next((row for row, token in enumerate(tokens) if not 0 <= token < known), None)
     if wrong is not None:

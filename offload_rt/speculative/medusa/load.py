@@ -7,14 +7,12 @@ import torch
 from offload_rt.device.base import Device
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
-from offload_rt.model.files import open_inside
-from offload_rt.model.header import TensorExtent
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.speculative.medusa.checkpoint import HeadsCheckpoint
 from offload_rt.speculative.medusa.heads import MedusaHeads
+from offload_rt.speculative.medusa.storage import read_tensor
 
 PURPOSE = "Medusa heads"
-_INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 
 
 def load_heads(
@@ -70,22 +68,13 @@ def load_token_map(checkpoint: HeadsCheckpoint, device: Device, tokens: int) -> 
     extent = checkpoint.token_map
     if extent is None:
         return None
-    ids = _read_integers(checkpoint, extent)
+    ids: list[int] = read_tensor(checkpoint.folder, extent).tolist()
     if ids and not (min(ids) >= 0 and max(ids) < tokens):
         raise CheckpointError(
             f"{extent.path}: token_map names tokens from {min(ids)} to {max(ids)}, the model knows "
             f"0 to {tokens - 1}: take heads made for this model"
         )
     return device.upload(ids)
-
-
-def _read_integers(checkpoint: HeadsCheckpoint, extent: TensorExtent) -> list[int]:
-    with open_inside(checkpoint.folder, extent.path.name) as file:
-        data = bytearray(file.read(extent.nbytes, extent.offset))
-    if len(data) != extent.nbytes:
-        raise CheckpointError(f"{extent.path} became shorter while it was read: start again")
-    values: list[int] = torch.frombuffer(data, dtype=_INTEGERS[extent.dtype]).tolist()
-    return values
 
 
 def _check_finite(

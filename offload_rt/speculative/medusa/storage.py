@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.files import open_inside
+from offload_rt.model.files import read_part
 from offload_rt.model.header import TensorExtent
 from offload_rt.speculative.medusa.checkpoint import (
     CONFIG,
@@ -71,7 +71,7 @@ def read_heads(checkpoint: HeadsCheckpoint) -> Heads:
     Raises:
         CheckpointError: a file changed, or a number is not finite.
     """
-    tensors = {name: _read(checkpoint.folder, e) for name, e in checkpoint.extents.items()}
+    tensors = {name: read_tensor(checkpoint.folder, e) for name, e in checkpoint.extents.items()}
     check_finite(tensors, checkpoint.folder)
     return Heads(shape=checkpoint.names.shape, tensors=tensors, base=base_model(checkpoint.config))
 
@@ -98,12 +98,12 @@ def read_output_head(model: Checkpoint) -> torch.Tensor:
             f"heads begin as the output head of {model.name}, which is quantised: train them with "
             "the model it was made from"
         )
-    return _read(model.folder, head)
+    return read_tensor(model.folder, head)
 
 
 def read_output_bias(model: Checkpoint) -> torch.Tensor | None:
     """The bias of a model's output head, [V], if it has one."""
-    return None if model.head_bias is None else _read(model.folder, model.head_bias)
+    return None if model.head_bias is None else read_tensor(model.folder, model.head_bias)
 
 
 def tensor_of(data: bytes, dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -144,11 +144,13 @@ def write_heads(heads: Heads, folder: Path, layout: Layout) -> Path:
     return folder / name
 
 
-def _read(folder: Path, extent: TensorExtent) -> torch.Tensor:
-    with open_inside(folder, extent.path.name) as file:
-        data = file.read(extent.nbytes, extent.offset)
-    if len(data) != extent.nbytes:
-        raise CheckpointError(f"{extent.path} became shorter while it was read: start again")
+def read_tensor(folder: Path, extent: TensorExtent) -> torch.Tensor:
+    """A tensor of a folder's files.
+
+    Raises:
+        CheckpointError: a file cannot be read, or changed.
+    """
+    data = read_part(folder, extent.path.name, extent.nbytes, extent.offset)
     return tensor_of(data, extent.dtype, extent.shape)
 
 
