@@ -307,7 +307,7 @@ def test_auto_draws_nothing_where_a_sampled_answer_is_to_be_the_same_again(check
     small, sampling = DraftConfig(draft="auto:small"), SamplingConfig(temperature=1.0, seed=1)
     assert not small.answers_rest_on_it
     runtime = RuntimeConfig(device="cpu", dtype=DType.FLOAT32, resident_layers=2)
-    assert reproducible(small, sampling, checkpoint.config, runtime) == small
+    assert reproducible(small, sampling, runtime) == small
     known = {"drafter": checkpoint, "disk": 1e6, "resident_layers": 4, "repeats": True}
     made = plan(checkpoint, small, **known)
     assert made.drafting.config.model == "small"

@@ -80,7 +80,7 @@ def bench(interrupts: Interrupts, model: str, **values: Any) -> int:  # noqa: AN
         settings = with_recommended(settings, checkpoint.folder, console)
     opened = open_model(checkpoint, settings.runtime, console, settings.draft)
     # Only a seed of the user's fixes what is drafted; one that is drawn for him does not.
-    fixed = reproducible(settings.draft, settings.sampling, checkpoint.config, settings.runtime)
+    fixed = reproducible(settings.draft, settings.sampling, settings.runtime)
     settings = dataclasses.replace(settings, draft=fixed)
     if values["against_none"] and not settings.draft.drafts:
         raise ConfigError(

@@ -775,9 +775,7 @@ class Engine:
         config, kv = self.config, self.placement.demand.kv
         needed = needed or self.placement.streams or kv is not None or self.draft.drafts
         kind = self.device.kind
-        found = passes_problem(
-            self.checkpoint.config, config, kind, needed=needed, kv_away=kv is not None
-        )
+        found = passes_problem(config, kind, needed=needed, kv_away=kv is not None)
         tiles = kind.tile_rows
         places = dict[torch.device, int]()  # what is planned on each
         for device, share in zip(self.devices, self.placement.of_devices, strict=False):

@@ -66,7 +66,7 @@ def multiply(
 
 @cache
 def _kernel(count: int) -> int:
-    text = _HEAD + _output(count) + _all(count)
+    text = _HEAD + _output(count) + _all()
     return assembling.assemble(text, ["product"])["product"]
 
 
@@ -117,7 +117,7 @@ def _fused(code: Code, one: str, other: str, third: str) -> str:
     return code.let(f"call {WIDE} {_FUSED}({WIDE} {one}, {WIDE} {other}, {WIDE} {third})")
 
 
-def _all(count: int) -> str:
+def _all() -> str:
     """Outputs that threads take in parts."""
     code = Code("@product(ptr %record)", internal=False)
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))

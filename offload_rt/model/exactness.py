@@ -2,20 +2,10 @@
 
 from offload_rt.config import Exact, KVPlace, RuntimeConfig
 from offload_rt.device.kinds import DeviceKind
-from offload_rt.model.config import ModelConfig
 
 
-def headers_problem(config: ModelConfig, runtime: RuntimeConfig, device: DeviceKind) -> str:
-    """Why passes cannot be row-invariant, as far as is known before modules are built.
-
-    Args:
-        config: of the model.
-        runtime: how it is run.
-        device: what computes.
-
-    Returns:
-        a reason; empty if there is none.
-    """
+def headers_problem(runtime: RuntimeConfig, device: DeviceKind) -> str:
+    """Why passes cannot be row-invariant, as far as is known before modules are built; or empty."""
     if runtime.exact is Exact.OFF:
         return "--exact off"
     if runtime.kv is KVPlace.NONE:
@@ -28,18 +18,17 @@ def headers_problem(config: ModelConfig, runtime: RuntimeConfig, device: DeviceK
 
 
 def passes_problem(
-    config: ModelConfig, runtime: RuntimeConfig, device: DeviceKind, *, needed: bool, kv_away: bool
+    runtime: RuntimeConfig, device: DeviceKind, *, needed: bool, kv_away: bool
 ) -> str:
     """The same, or why they need not be: nothing streams, nobody drafts, and none compares.
 
     Args:
-        config: of the model.
         runtime: how it is run.
         device: what computes.
         needed: something streams, somebody drafts, or answers are compared.
         kv_away: keys and values are not on the device.
     """
-    found = headers_problem(config, runtime, device)
+    found = headers_problem(runtime, device)
     if not found and device.tile_rows and kv_away:
         return f"on {device.called} keys and values would come once for each tile of a prompt"
     if not found and runtime.exact is Exact.AUTO and not needed:

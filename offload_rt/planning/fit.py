@@ -542,7 +542,6 @@ class PlacedRun:
     def _target(self, *, drafts: bool) -> PlacedModel:
         kv = self.placement.demand.kv
         problem = passes_problem(
-            self.checkpoint.config,
             self.config,
             self.speeds.device,
             needed=self.placement.streams or kv is not None or drafts,

@@ -507,14 +507,14 @@ def _look(offer: Offer, state: State) -> Json:
 def make_app(service: Service, rules: Rules) -> App:
     """The application, behind its guards."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    _tell_errors(app, service)
+    _tell_errors(app)
     _add_looks(app, service)
     _add_answers(app, service)
     _add_texts(app, service)
     return Guards(app, rules, service.metrics.refuse)
 
 
-def _tell_errors(app: FastAPI, service: Service) -> None:
+def _tell_errors(app: FastAPI) -> None:
     """Every error has the protocol's shape, and none tells of paths or code."""
 
     @app.exception_handler(WireError)

@@ -93,8 +93,8 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
     """
     check_plan(settings.plan, model.checkpoint)
     check_drafter(model, settings.draft, raw=settings.raw)
-    config, sampling = model.checkpoint.config, settings.sampling
-    draft = reproducible(settings.draft, sampling, config, settings.runtime)
+    sampling = settings.sampling
+    draft = reproducible(settings.draft, sampling, settings.runtime)
     if draft.over_retrieval and prompt_tokens <= draft.retrieval.budget_tokens:
         observer.note(
             f"the prompt's {prompt_tokens} tokens are within --retrieval-budget "

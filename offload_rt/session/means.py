@@ -17,7 +17,6 @@ from offload_rt.device.kinds import DeviceKind, sharing
 from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.config import ModelConfig
 from offload_rt.model.exactness import headers_problem
 from offload_rt.planning.history import experience_key, model_key, read_asked, read_seen
 from offload_rt.planning.levels import LevelKey, read_level
@@ -173,7 +172,7 @@ def check_plan(plan: PlanFile | None, checkpoint: Checkpoint) -> None:
 
 
 def reproducible(
-    draft: DraftConfig, sampling: SamplingConfig, model: ModelConfig, runtime: RuntimeConfig
+    draft: DraftConfig, sampling: SamplingConfig, runtime: RuntimeConfig
 ) -> DraftConfig:
     """Fix what measured times would decide, where that can change the answer of a seed.
 
@@ -186,7 +185,7 @@ def reproducible(
     from offload_rt.device.opening import chosen_kind
 
     kind = chosen_kind(runtime.each_device()[0])
-    if not draft.answers_rest_on_it and not headers_problem(model, runtime, kind):
+    if not draft.answers_rest_on_it and not headers_problem(runtime, kind):
         return draft
     if draft.automatic:
         return draft.chosen("none")
