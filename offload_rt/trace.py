@@ -6,7 +6,7 @@ torch here.
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
@@ -43,10 +43,6 @@ class TraceEvent:
     start_s: float
     end_s: float
     details: Mapping[str, int | float] = field(default_factory=dict)
-
-    def scaled(self, times: float) -> "TraceEvent":
-        """The same where all is `times` times as long."""
-        return replace(self, start_s=times * self.start_s, end_s=times * self.end_s)
 
 
 def lanes_of(events: Iterable[TraceEvent]) -> list[str]:

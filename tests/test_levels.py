@@ -2,19 +2,35 @@
 
 import json
 from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
+from engines import engine_for, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
-from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
-from offload_rt.device.kinds import CPU
+from offload_rt.costs.machine import FreeMemory, Levels, speeds_of
+from offload_rt.device.kinds import CPU, Processor
 from offload_rt.device.system import compute_threads
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.fit import RunLoad
-from offload_rt.planning.levels import LASTS_S, LEAST, MOST, LevelKey, Pace, add_level, read_level
+from offload_rt.planning.levels import (
+    LASTS_S,
+    LEAST,
+    MOST,
+    LevelKey,
+    Pace,
+    SeenLevels,
+    Took,
+    add_levels,
+    levels_of,
+    read_levels,
+)
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.planning.yields import expected_yield
 from offload_rt.session.means import levels_path
@@ -26,6 +42,18 @@ HOUR = 3600.0
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "new" / "levels.json"
+
+
+def add_level(path, key, level, now_s):
+    """Keep one level of both terms."""
+    add_levels(path, key, SeenLevels(level, level), now_s)
+
+
+def read_level(path, key, now_s):
+    """The level of both terms."""
+    found = read_levels(path, key, now_s)
+    assert found.reading == found.computing
+    return found.reading
 
 
 def test_runs_move_the_level_towards_what_they_found(path):
@@ -93,20 +121,35 @@ def test_a_folder_that_cannot_be_written_costs_nothing(tmp_path):
     add_level(tmp_path / "file" / "levels.json", KEY, 2.0, 0.0)
 
 
+def test_a_term_that_was_not_seen_stays_as_it_was(path):
+    add_levels(path, KEY, SeenLevels(reading=2.0), 0.0)
+    assert read_levels(path, KEY, 0.0) == Levels(reading=2.0)
+    add_levels(path, KEY, SeenLevels(computing=3.0), LASTS_S)
+    assert read_levels(path, KEY, LASTS_S) == Levels(reading=2.0, computing=3.0)
+    late = LASTS_S + 1.0
+    assert read_levels(path, KEY, late) == Levels(computing=3.0)  # each has its own hour
+    add_levels(path, KEY, SeenLevels(), late)
+    assert read_levels(path, KEY, late) == Levels(computing=3.0)
+    other = replace(KEY, model="other")
+    add_levels(path, other, SeenLevels(computing=1.5), LASTS_S)
+    assert read_levels(path, other, LASTS_S) == Levels(reading=2.0, computing=1.5)
+
+
 def test_few_or_short_passes_say_nothing():
     pace = Pace()
     for _ in range(7):
-        pace.add(0.2, 0.1, 1)
-        pace.add(0.3, 0.1, 9)
-    assert not pace.ratios
-    pace.add(60.0, 0.1, 1)  # a hiccup
-    assert pace.ratios == {1: 2.0}
-    pace.add(0.3, 0.1, 16)  # about as many
-    assert pace.ratios == {1: 2.0, 16: pytest.approx(3.0)}
-    tiny = Pace()
-    for _ in range(50):
-        tiny.add(0.01, 0.001, 1)
-    assert not tiny.ratios
+        pace.add(Took(1, 1, 0.2, 0.1))
+        pace.add(Took(9, 1, 0.3, 0.0))
+    assert not pace.kinds
+    pace.add(Took(1, 1, 60.0, 50.0))  # a hiccup
+    for rows in (8, 5):
+        pace.add(Took(1, rows, 0.5, 0.1))  # others, which are fewer
+    assert pace.kinds == [Took(1, 1, pytest.approx(0.2), pytest.approx(0.1))]
+    pace.add(Took(16, 1, 0.3, 0.0))  # about as many
+    assert [took.running for took in pace.kinds] == [1, 9]
+    tiny = Took(1, 1, 0.05, 0.01)
+    short = lambda levels: SimpleNamespace(pass_s=0.01, stall_s=0.005)  # noqa: E731
+    assert levels_of(tiny, short, Levels()) == SeenLevels()
 
 
 def test_a_level_is_that_of_about_as_many_sequences(path):
@@ -135,7 +178,7 @@ def planned(checkpoint, draft, level):
     means = Means(
         speeds=speeds(1e8),
         yields=lambda c: expected_yield(c.kind),
-        level=lambda streams, running: level,
+        level=lambda streams, running: Levels(reading=level, computing=level),
     )
     return plan_run(
         checkpoint,
@@ -153,7 +196,7 @@ def planned(checkpoint, draft, level):
 def test_all_times_of_a_plan_follow_the_level_and_no_choice_does(make_tiny, draft):
     checkpoint = open_checkpoint(make_tiny("llama", num_hidden_layers=4))
     plain, slow = (planned(checkpoint, draft, level) for level in (1.0, 3.0))
-    assert (slow.level, slow.placement) == (3.0, plain.placement)
+    assert (slow.level, slow.placement) == (pytest.approx(3.0), plain.placement)
     assert (slow.drafting, slow.first_nodes) == (plain.drafting, plain.first_nodes)
     for name in ("s_per_token", "pass_s", "draft_s", "compute_s", "stall_s"):
         before, after = (getattr(plan.prediction, name) for plan in (plain, slow))
@@ -161,33 +204,54 @@ def test_all_times_of_a_plan_follow_the_level_and_no_choice_does(make_tiny, draf
     for before, after in zip(plain.outlooks, slow.outlooks, strict=True):
         assert (after.nodes, after.tokens) == (before.nodes, before.tokens)
         assert after.pass_s == pytest.approx(3.0 * before.pass_s)
-    assert slow.profile_pass_s(0, 1) == pytest.approx(plain.profile_pass_s(0, 1))
 
 
 def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, monkeypatch):
-    """A run whose passes took three times as long as the profile says."""
-    from offload_rt.engine import Engine
+    """A run whose passes computed three times as long as the profile says, and waited twice."""
+    from offload_rt.planning import levels
+    from offload_rt.planning.planner import Plan
 
+    foretold = Plan.foretold
+    monkeypatch.setattr(levels, "_LEAST_S", 0.0)
+    monkeypatch.setattr(Pace, "kinds", [Took(1, 1, 5.0, 2.0), Took(16, 1, 3.0, 0.0)])
+
+    def price(plan, nodes, running, levels, asked=None):
+        foretold(plan, nodes, running, levels, asked)  # it can be
+        stall_s = levels.reading if running == 1 else 0.0
+        return SimpleNamespace(pass_s=levels.computing + stall_s, stall_s=stall_s)
+
+    monkeypatch.setattr(Plan, "foretold", price)
     place = ("--device", "cpu", "--draft", "none", "--resident-layers", 1)
     asked = ("plan", tiny_model, *place, "--context", 32)
     before = json.loads(offload_run(*asked, "--json").out)
-    monkeypatch.setattr(Engine, "pace", Triple(), raising=False)
     done = offload_run(
         "generate", tiny_model, "-p", "the", "-n", 4, *place, "--ignore-eos", "--json"
     )
     assert done.code == 0, done.err
     after = json.loads(offload_run(*asked, "--json").out)
-    assert (before["level"], after["level"]) == (1.0, 3.0)
-    slow, fast = (made["predicted"]["s_per_token"] for made in (after, before))
-    assert slow == pytest.approx(3.0 * fast)
-    assert "corrected by recent runs: x3.00" in offload_run(*asked).out
+    assert (before["level"], before["levels"]) == (1.0, {"reading": 1.0, "computing": 1.0})
+    assert after["levels"] == pytest.approx({"reading": 2.0, "computing": 3.0}, rel=1e-2)
+    slow, fast = (made["predicted"] for made in (after, before))
+    assert slow["compute_s"] == pytest.approx(3.0 * fast["compute_s"], rel=1e-2)
+    assert after["level"] == pytest.approx(slow["pass_s"] / fast["pass_s"])
+    assert "corrected by recent runs: reading x2.00, computing x3.00" in offload_run(*asked).out
     kept = json.loads(levels_path().read_text())["entries"]
     one, many = kept
     assert f"cpu, {compute_threads()} threads, streamed, {tiny_model.name}" in one
     assert f"cpu, {compute_threads()} threads, streamed by 16, {tiny_model.name}" in many
+    assert kept[many].keys() == {"computing"}
     other = ("plan", tiny_model, *place, "--context", 32, "--profile", PROFILE.name)
     levels_path().write_text(levels_path().read_text().replace("streamed", "resident"))
     assert "corrected" not in offload_run(*other).out
+
+
+def test_an_engine_tells_what_passes_took_and_waited(tiny_model):
+    slow = {"home": HomeKind.HOST, "link_bytes_per_s": 2e6}
+    with engine_for(tiny_model, resident_layers=1, **slow) as engine:
+        generate(engine, tokens=12)
+        (took,) = engine.pace.kinds
+        assert (took.running, took.rows) == (1, 1)
+        assert 0.0 < took.stall_s < took.pass_s
 
 
 def test_each_number_of_sequences_has_its_own_level_in_a_plan(make_tiny):
@@ -206,29 +270,118 @@ def test_each_number_of_sequences_has_its_own_level_in_a_plan(make_tiny):
         runtime = RuntimeConfig(device="cpu", resident_layers=1)
         return plan_run(checkpoint, runtime, CPU, load=load, free=FREE, means=means)
 
-    plain = made(lambda streams, running: 1.0)
-    slow = made(lambda streams, running: 3.0 if running == 16 else 1.5)
-    assert (slow.level, slow.drafting) == (1.5, plain.drafting)
+    plain = made(lambda streams, running: Levels())
+    slow = made(
+        lambda streams, running: (
+            Levels(reading=3.0, computing=3.0)
+            if running == 16
+            else Levels(reading=1.5, computing=1.5)
+        )
+    )
+    assert (slow.level, slow.drafting) == (pytest.approx(1.5), plain.drafting)
     assert slow.prediction.pass_s == pytest.approx(1.5 * plain.prediction.pass_s)
     for before, after in zip(plain.alone, slow.alone, strict=True):
         assert after.pass_s == pytest.approx(1.5 * before.pass_s)
     for before, after in zip(plain.outlooks, slow.outlooks, strict=True):
         assert after.pass_s == pytest.approx(3.0 * before.pass_s)
-    for running in (1, 5, 16):
-        expected = plain.profile_pass_s(4, running)
-        assert slow.profile_pass_s(4, running) == pytest.approx(expected)
 
 
-class Triple:
-    """A pace that an engine cannot change."""
+GIB = 2**30
+SIZES = (1.5, 2, 3, 4, 5.4, 8)  # GiB, of memory for the mixture
 
-    ratios = {1: 3.0, 16: 2.0}
 
-    def __set__(self, engine, value):
-        pass
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """64 experts, of which a token has 4: 10 GB."""
+    folder = tmp_path_factory.mktemp("mixture")
+    config = {
+        "model_type": "mixtral",
+        "architectures": ["MixtralForCausalLM"],
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "vocab_size": 49152,
+        "num_local_experts": 64,
+        "num_experts_per_tok": 4,
+        "tie_word_embeddings": True,
+        "dtype": "bfloat16",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return outline_checkpoint(folder)
 
-    def __get__(self, engine, kind):
-        return self
 
-    def add(self, pass_s, predicted_s, running):
-        assert pass_s > 0.0 and predicted_s > 0.0 and running == 1
+def slower(profile, reading, computing):
+    """A machine that reads and computes so many times as long."""
+
+    def longer(record, field):
+        number = getattr(record, field)
+        return replace(record, **{field: replace(number, value=computing * number.value)})
+
+    def curve(record):
+        return replace(record, times=tuple(longer(time, "layer_s") for time in record.times))
+
+    def disk(record):
+        rate = record.bytes_per_s
+        return replace(record, bytes_per_s=replace(rate, value=rate.value / reading))
+
+    return replace(
+        profile,
+        layers=tuple(map(curve, profile.layers)),
+        heads=tuple(map(curve, profile.heads)),
+        attention=tuple(longer(each, "s_per_kv_byte") for each in profile.attention),
+        disk=tuple(map(disk, profile.disk)),
+    )
+
+
+def plan_of(mixture, gib, profile=PROFILE, level=lambda streams, running: Levels()):
+    return plan_run(
+        mixture,
+        RuntimeConfig(device="cpu", device_limit_bytes=int(gib * GIB)),
+        CPU,
+        load=RunLoad(capacities=[150], prompt_tokens=100),
+        free=FreeMemory(device_bytes=64 * GIB, host_bytes=64 * GIB),
+        means=Means(speeds=speeds_of(profile, Processor.CPU), level=level),
+    )
+
+
+def run_of(mixture, gib, machine, profile=PROFILE):
+    """What passes take on a machine that the plan does not know, and what that says."""
+    true = plan_of(mixture, gib, machine).prediction
+    took = Took(1, 1, true.pass_s, true.stall_s)
+    made = plan_of(mixture, gib, profile)
+    return took, levels_of(took, partial(made.foretold, 0, 1), Levels())
+
+
+@pytest.mark.parametrize(("reading", "computing"), [(2.0, 1.0), (1.0, 2.0), (1.8, 1.4), (0.7, 3.0)])
+def test_a_run_with_one_memory_corrects_plans_of_any_other(mixture, path, reading, computing):
+    """Of a machine that reads and computes so many times as long as its profile says."""
+    machine = slower(PROFILE, reading, computing)
+    expected = {gib: plan_of(mixture, gib, machine).prediction.s_per_token for gib in SIZES}
+    runs = 0
+    for gib in SIZES:
+        took, seen = run_of(mixture, gib, machine)
+        if None in (seen.reading, seen.computing):
+            assert seen.reading is None and took.stall_s < 0.1 * took.pass_s
+            continue
+        runs += 1
+        known = path.with_name(f"{gib}.json")
+        add_levels(known, KEY, seen, 0.0)
+        levels = read_levels(known, KEY, 0.0)
+        for other in SIZES:
+            said = plan_of(mixture, other, level=lambda s, r, at=levels: at).prediction
+            assert said.s_per_token == pytest.approx(expected[other], rel=0.05), (gib, other)
+    assert runs >= 2
+
+
+def test_a_run_that_hardly_reads_says_nothing_of_reading(mixture):
+    """Nor one that hardly computes of computing: a plan of other memory keeps what it knew."""
+    machine = slower(PROFILE, 3.0, 2.0)
+    _, seen = run_of(mixture, 9.5, machine)
+    assert (seen.reading, seen.computing) == (None, pytest.approx(2.0, rel=0.02))
+    quick = slower(PROFILE, 1.0, 0.05)
+    took, seen = run_of(mixture, 1.5, slower(quick, 3.0, 1.2), quick)
+    assert took.stall_s > 0.9 * took.pass_s
+    assert (seen.reading, seen.computing) == (pytest.approx(3.0, rel=0.05), None)

@@ -21,7 +21,7 @@ from offload_rt.config import (
     Wire,
 )
 from offload_rt.costs.drafters import Drafting
-from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.machine import FreeMemory, Levels, Speeds
 from offload_rt.device.kinds import CPU, Processor
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.checkpoint import open_checkpoint
@@ -198,9 +198,9 @@ def test_memory_for_many_and_the_fastest_for_one(checkpoint):
     assert server.first_nodes == best.nodes < server.drafting.config.nodes
     assert (one.running, many.running, server.running) == (None, None, 1)
     for plan, steps in ((many, many.outlooks), (server, server.alone)):
-        known = plan.profile_pass_s(4, plan.running or plan.sequences)
-        assert known == next(s.pass_s for s in steps if s.nodes == 4)
-    some = [many.profile_pass_s(4, running) for running in (1, 2, 9, 16)]
+        known = plan.foretold(4, plan.running or plan.sequences, Levels())
+        assert known.pass_s == next(s.pass_s for s in steps if s.nodes == 4)
+    some = [many.foretold(4, running, Levels()).pass_s for running in (1, 2, 9, 16)]
     assert some == sorted(some) and some[0] < some[-1]
     assert min(server.alone, key=lambda outlook: outlook.s_per_token).nodes > best.nodes
 

@@ -42,7 +42,7 @@ from offload_rt.model.layout import compute_dtype
 from offload_rt.model.outline import open_or_outline
 from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.nodes.roster import Roster, read_roster
-from offload_rt.planning.fit import PlacedRun, RunLoad
+from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.plan_file import plan_file, write_plan
 from offload_rt.planning.planner import Plan, plan_wires
@@ -211,16 +211,9 @@ class _Outlook:
     def events(self) -> list[TraceEvent]:
         """What the streams are busy with in one of the first steps."""
         plan = self.plan
-        run = PlacedRun(
-            checkpoint=self.checkpoint,
-            config=self.config,
-            speeds=self.speeds,
-            placement=self.placement,
-            context_tokens=self.context_tokens,
-        )
+        assert plan.placed is not None  # there are speeds
         first = self.drafting.config.limited(plan.first_nodes)
-        events = run.events(dataclasses.replace(self.drafting, config=first), plan.expected)
-        return [event.scaled(plan.level) for event in events]
+        return plan.placed.events(dataclasses.replace(self.drafting, config=first), plan.expected)
 
     @property
     def busy(self) -> dict[str, "_Busy"]:
@@ -340,6 +333,7 @@ def device_there(config: RuntimeConfig) -> tuple[DeviceKind, FreeMemory]:
 
 def _as_json(outlook: _Outlook) -> dict[str, Any]:
     placement, checkpoint, busy = outlook.placement, outlook.checkpoint, outlook.busy
+    placed = outlook.plan.placed
     return {
         "model": str(checkpoint.folder),
         "family": checkpoint.config.model_type,
@@ -399,6 +393,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "profile": outlook.speeds.profile.name,
         "own_profile": outlook.speeds.own,
         "level": outlook.plan.level,
+        "levels": dataclasses.asdict(placed.speeds.levels) if placed else None,
         "predicted": prediction_record(outlook.prediction),
         "more_memory": dataclasses.asdict(outlook.more) if outlook.more else None,
         "considered": [

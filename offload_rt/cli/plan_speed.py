@@ -20,8 +20,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     if plan.prediction is None:
         return []
     source = f"profile {profile_source(speeds.profile.name, speeds.own)}"
-    if plan.level != 1.0:
-        source += f"; corrected by recent runs: x{plan.level:.2f}"
+    if terms := corrections(plan):
+        source += f"; corrected by recent runs: {terms}"
     chosen = plan.prediction
     lines = [
         hanging(f"predicted ({source})", 2),
@@ -33,6 +33,16 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
     others = _others(plan)
     return [*lines, *(["other ways", *others] if others else [])]
+
+
+def corrections(plan: Plan) -> str:
+    """How many times as long as the profile says copies and computing take; empty: as long."""
+    assert plan.placed is not None  # there is a prediction
+    levels = plan.placed.speeds.levels
+    terms = {"computing": levels.computing}
+    if plan.placement.streams:
+        terms = {"reading": levels.reading} | terms
+    return ", ".join(f"{term} x{level:.2f}" for term, level in terms.items() if level != 1.0)
 
 
 def _yield(prediction: Prediction, obtained: Obtained | None = None) -> str:

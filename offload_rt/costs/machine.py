@@ -52,6 +52,19 @@ class FreeMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Levels:
+    """How many times as long as its profile says a machine takes just now.
+
+    Attributes:
+        reading: for copies.
+        computing: for all else.
+    """
+
+    reading: float = 1.0
+    computing: float = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Speeds:
     """What is asked of a machine.
 
@@ -60,6 +73,7 @@ class Speeds:
         processor: who computes.
         packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
         own: whether the profile was measured here; else it is a shipped one.
+        levels: by which predicted seconds are corrected.
         devices: by number, those that have the layers in turn.
         further: of further machines that have layers in turn with this one, on a device each.
         network: bytes a second between those, and the seconds of a message.
@@ -69,6 +83,7 @@ class Speeds:
     processor: Processor
     packs: bool
     own: bool = True
+    levels: Levels = Levels()
     devices: tuple[int, ...] = (0,)
     further: "tuple[Speeds, ...]" = ()
     network: tuple[float, float] = (0.0, 0.0)

@@ -14,7 +14,7 @@ from functools import lru_cache, partial
 from math import exp
 
 from offload_rt.config import HomeKind, RuntimeConfig
-from offload_rt.costs.machine import Speeds
+from offload_rt.costs.machine import Levels, Speeds
 from offload_rt.costs.timeline import (
     Span,
     SteadyPass,
@@ -327,6 +327,32 @@ class PassTimes:
             slowdown=theirs(lambda times: times.slowdown),
             numbers=tuple(number for times in all_of_them for number in times.numbers),
             own_disks=True,
+        )
+
+    def slowed(self, levels: Levels) -> "PassTimes":
+        """The same where copies and kernels take so many times as long."""
+        reading, computing = levels.reading, levels.computing
+
+        def longer(seconds: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(computing * each for each in seconds)
+
+        def slower(rates: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(rate / reading for rate in rates)
+
+        return replace(
+            self,
+            layer_s=longer(self.layer_s),
+            experts_s=longer(self.experts_s),
+            kv_s=longer(self.kv_s),
+            head_s=computing * self.head_s,
+            home_bytes_per_s=self.home_bytes_per_s / reading,
+            device_bytes_per_s=slower(self.device_bytes_per_s),
+            kv_bytes_per_s=slower(self.kv_bytes_per_s),
+            back_bytes_per_s=slower(self.back_bytes_per_s),
+            files_bytes_per_s=slower(self.files_bytes_per_s),
+            hop_s=reading * self.hop_s,
+            home_delay_s=reading * self.home_delay_s,
+            piece_s=reading * self.piece_s,
         )
 
     @property

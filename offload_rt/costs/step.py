@@ -58,6 +58,11 @@ class StepWork:
     parts: tuple[DraftPart, ...] = ()
     host_s: float = STEP_S
 
+    def slowed(self, times: float) -> "StepWork":
+        """The same where what is in no pass takes so many times as long."""
+        parts = tuple(replace(part, seconds=times * part.seconds) for part in self.parts)
+        return replace(self, parts=parts, host_s=times * self.host_s)
+
     @property
     def drafting_streams(self) -> bool:
         """Whether the drafter's passes use the ring."""
@@ -114,18 +119,6 @@ class Prediction:
     def bytes_per_pass(self) -> int:
         """Weights and KV that cross the links to the devices."""
         return self.home_bytes + self.kv_home_bytes
-
-    def scaled(self, level: float) -> "Prediction":
-        """The same where all times are `level` times as long."""
-        return replace(
-            self,
-            s_per_token=level * self.s_per_token,
-            pass_s=level * self.pass_s,
-            draft_s=level * self.draft_s,
-            compute_s=level * self.compute_s,
-            stall_s=level * self.stall_s,
-            transfer_s=level * self.transfer_s,
-        )
 
 
 def choice_s(expected: Expected, rebuild_tokens: int | None, *, grouped: bool) -> float:

@@ -30,6 +30,7 @@ from offload_rt.engine.sequence import (
 )
 from offload_rt.engine.tracing import PASSES
 from offload_rt.errors import CapacityError, ConfigError
+from offload_rt.planning.levels import Took
 from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
     Counters,
@@ -172,7 +173,7 @@ class Run:
         came = [count for s, count in zip(writing, unread, strict=True) if len(s.emitted) == 1]
         start = time.perf_counter()
         drafted = self._proposed(writing, most if self.drafts else 0)
-        drafted_at = time.perf_counter()
+        drafted_at, stalled_s = time.perf_counter(), self.engine.stalled_s
         texts = [(s, self._next_part(s, count)) for s, count in reading]
         rows = sum(1 + len(one.draft.tree) for one in drafted)
         self.engine.announce(0 if texts else rows)
@@ -199,10 +200,9 @@ class Run:
         if not texts:
             pass_s = self._last.at_s - drafted_at
             self.engine.foresight.observe(rows, pass_s)
-            nodes = -(-rows // len(drafted)) - 1  # of each, on average: rows are what takes time
-            expected_s = self.engine.plan.profile_pass_s(nodes, len(drafted))
-            if expected_s is not None:
-                self.engine.pace.add(pass_s, expected_s, len(drafted))
+            waited_s = min(pass_s, self._last.stalled_s - stalled_s)
+            each = -(-rows // len(drafted))  # on average: rows are what takes time
+            self.engine.pace.add(Took(len(drafted), each, pass_s, waited_s))
         if controller is not None and outcomes:
             controller.observe(
                 most,

@@ -549,7 +549,7 @@ class Engine:
             bytes_copied=copied.bytes_copied + sum(one.bytes_copied for one in away),
             kv_bytes_copied=kv_bytes_copied(self._caches),
             busy_s=max([copied.busy_s, *(one.busy_s for one in away)]),
-            stalled_s=self.devices.stalled_s() + sum(one.stalled_s for one in away),
+            stalled_s=self.stalled_s,
             expert_hits=asked.hits,
             expert_misses=asked.misses,
             expert_ahead=asked.ahead,
@@ -560,6 +560,12 @@ class Engine:
             expert_file_bytes=asked.file_bytes,
             expert_calls=sum(asked.calls.values()),
         )
+
+    @property
+    def stalled_s(self) -> float:
+        """Time that computation waited for copies so far, on all machines."""
+        away = () if self._nodes is None else self._nodes.moved
+        return self.devices.stalled_s() + sum(one.stalled_s for one in away)
 
     def link_bytes(self) -> int:
         """Bytes of layers and KV that have crossed the link so far; waits for nothing."""

@@ -499,7 +499,8 @@ class PlacedRun:
         speeds, rates = self.speeds, self.rates(load)
         found = pass_times(speeds.profile, load, speeds.processor, rates)
         others = [pass_times(node.profile, load, node.processor, rates) for node in speeds.further]
-        return found.with_others(others, [layer.device for layer in load.layers])
+        found = found.with_others(others, [layer.device for layer in load.layers])
+        return found.slowed(speeds.levels)
 
     def cost(self, load: PassLoad) -> PassCost:
         """What a pass costs."""
@@ -530,7 +531,7 @@ class PlacedRun:
         parts = draft_parts(drafting, target, expected)
         rebuild = config.retrieval.rebuild_tokens if config.over_retrieval else None
         heads = self.checkpoint.config
-        return step_work(
+        work = step_work(
             target,
             config.nodes,
             expected,
@@ -538,6 +539,7 @@ class PlacedRun:
             choice_s=choice_s(expected, rebuild, grouped=heads.num_heads > heads.num_kv_heads),
             branches=branches_of(config),
         )
+        return work.slowed(self.speeds.levels.computing)
 
     def _target(self, *, drafts: bool) -> PlacedModel:
         kv = self.placement.demand.kv
@@ -584,11 +586,13 @@ def miss_rates(
     link = speeds.home_bytes_per_s(HomeKind.HOST, config, nbytes, placement.host_bytes)[0].value
     files = disk_bytes_per_s(speeds.profile, config.readers).value if speeds.profile.disk else link
     stored = (each for each in checkpoint.stored.values() if each.of_expert)
+    reading, computing = speeds.levels.reading, speeds.levels.computing
+    products = speeds.products_bytes_per_s(link, stored, config.threads)
     rates = MissRates(
-        link_s=nbytes / link,
-        host_s=nbytes / speeds.products_bytes_per_s(link, stored, config.threads),
-        file_s=nbytes / link + experts.file_bytes / experts.count / files,
-        begin_s=SEND_BACK_S,
+        link_s=reading * nbytes / link,
+        host_s=computing * nbytes / products,
+        file_s=reading * (nbytes / link + experts.file_bytes / experts.count / files),
+        begin_s=computing * SEND_BACK_S,
     )
     most = min(max(experts.counts), HOST_ROWS * experts.per_token)
     fewest = most if placement.expert_share == 1.0 else 1  # in host memory, of the most that lack

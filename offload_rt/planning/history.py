@@ -103,6 +103,14 @@ def read_asked(path: Path, key: str) -> ExpertUse:
     return ExpertUse(seen={c: found for c, found in entry.items() if found.calls >= _FEWEST_CALLS})
 
 
+def use_of(calls: Mapping[int, int], distances: Mapping[int, Sequence[int]]) -> ExpertUse:
+    """What a pool counted (`ExpertCounts`)."""
+    each = distances.items()
+    return ExpertUse(
+        seen={size: Distances(calls=calls[size], counts=tuple(counts)) for size, counts in each}
+    )
+
+
 def add_asked(
     path: Path, key: str, calls: Mapping[int, int], distances: Mapping[int, Sequence[int]]
 ) -> None:
@@ -118,8 +126,7 @@ def add_asked(
         return
     entries = read_entries(path, _parsed_asked)
     known = dict(entries.pop(key, {}))
-    for size, counts in distances.items():
-        new = Distances(calls=calls[size], counts=tuple(counts))
+    for size, new in use_of(calls, distances).seen.items():
         known[size] = known[size].joined(new, _MOST_CALLS) if size in known else new
     entries[key] = known  # the latest is last
     made = {name: _asked_as_json(each) for name, each in entries.items()}

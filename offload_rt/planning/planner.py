@@ -6,15 +6,15 @@ What the user fixed is fixed in all candidates.
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TypedDict, Unpack
 
 from offload_rt.config import DraftConfig, DraftShape, ExpertMisses, LookAhead, RuntimeConfig
 from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import ExpertUse
-from offload_rt.costs.machine import FreeMemory, Speeds
+from offload_rt.costs.machine import FreeMemory, Levels, Speeds
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError, PlanError
@@ -22,7 +22,7 @@ from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.ends import forms_of_ends
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.wire import wired, wires_of
-from offload_rt.planning.controller import StepOutlook, between
+from offload_rt.planning.controller import StepOutlook
 from offload_rt.planning.fit import PlacedRun, RunLoad, miss_rates, place_run, splits_misses
 from offload_rt.planning.placement import Placement
 from offload_rt.planning.striping import smallest_limits
@@ -74,8 +74,9 @@ class Plan:
         expected: how often drafts of the first steps should be right.
         considered: the best way with each drafter and size.
         smallest_bytes: the lowest limit of device memory under which one of them fits.
-        levels: times of recent runs over the profile's, by number of sequences in a pass, by which
-            predicted ones are corrected.
+        placed: the run that `prediction` is of, whose speeds are corrected by recent runs; None
+            without a profile.
+        level: its seconds of a pass over those of the profile alone.
         sequences: that may run at once.
         running: sequences of the steps that `prediction` is of; None: all.
         row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
@@ -92,7 +93,8 @@ class Plan:
     expected: Expected = Expected()
     considered: tuple[Considered, ...] = ()
     smallest_bytes: int = 0
-    levels: Mapping[int, float] = field(default_factory=dict)
+    placed: PlacedRun | None = None
+    level: float = 1.0
     sequences: int = 1
     running: int | None = None
     row_s: float = 0.0
@@ -106,33 +108,27 @@ class Plan:
         pass_s = self.prediction.draft_s / self.prediction.draft_passes
         return pass_s / self.prediction.s_per_token
 
-    @property
-    def level(self) -> float:
-        """The level that `prediction` is corrected by."""
-        return self.levels.get(self.running or self.sequences, 1.0)
-
-    def profile_pass_s(self, nodes: int, running: int) -> float | None:
-        """Seconds of a pass by the profile alone, without what recent runs say of them.
+    def foretold(
+        self, nodes: int, running: int, levels: Levels, asked: ExpertUse | None = None
+    ) -> Prediction:
+        """A step of this plan, for which drafts were found.
 
         Args:
-            nodes: of the drafts that it checks.
+            nodes: of each draft that its pass checks, or some more that are planned for.
             running: sequences that take part.
-
-        Returns:
-            None where nothing is predicted of so many.
+            levels: by which the profile's seconds are corrected.
+            asked: what is known of the experts that tokens ask for; None: what was planned with.
         """
-        if self.prediction is None:
-            return None
-        known = {
-            count: pass_s / self.levels.get(count, 1.0)
-            for count, steps in ((1, self.alone), (self.sequences, self.outlooks))
-            if (pass_s := next((s.pass_s for s in steps if s.nodes >= nodes), None)) is not None
-        }
-        if len(known) == 2:
-            return between(known, running)
-        if running == (self.running or self.sequences):
-            known.setdefault(running, self.prediction.pass_s / self.level)
-        return known.get(running)
+        placed, config = self.placed, self.drafting.config
+        assert placed is not None  # there are speeds
+        placement = placed.placement
+        if asked is not None:
+            placement = replace(placement, demand=placement.demand.knowing(asked))
+        speeds = replace(placed.speeds, levels=levels)
+        run = replace(placed, placement=placement, speeds=speeds, sequences=running)
+        size = next((s.nodes for s in self.outlooks if s.nodes >= nodes), config.nodes)
+        drafting = replace(self.drafting, config=config.limited(size)) if nodes else NO_DRAFTING
+        return run.predict(drafting, replace(self.expected, hits=1.0))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,8 +138,8 @@ class Means:
     Attributes:
         speeds: of the machine.
         yields: what drafts of a kind of drafter give.
-        level: times of recent runs over those of the speeds, for runs that stream or do not, and
-            so many sequences in a pass.
+        level: what recent runs say of the speeds, for runs that stream or do not, and so many
+            sequences in a pass.
         asked: what is known of the experts that the model's tokens ask for.
         stated: how often drafts are right, if that is given; then `yields` says nothing.
         repeats: sampled answers are to be the same again, so `auto` looks at no draft they rest on;
@@ -153,7 +149,7 @@ class Means:
 
     speeds: Speeds
     yields: Callable[[DraftConfig], Yield] = lambda draft: Yield(())
-    level: Callable[[bool, int], float] = lambda streams, running: 1.0
+    level: Callable[[bool, int], Levels] = lambda streams, running: Levels()
     asked: ExpertUse = ExpertUse()
     stated: Callable[[DraftConfig], Expected] | None = None
     repeats: bool = False
@@ -373,10 +369,8 @@ def plan_run(
             *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
-        levels={
-            count: search.level(chosen.placement, count)
-            for count in (1, load.running or sequences, sequences)
-        },
+        placed=search.placed(chosen.placement),
+        level=search.level(best.drafting, chosen),
         sequences=sequences,
         running=load.running if load.running != sequences else None,
         row_s=search.row_s(chosen.placement),
@@ -488,7 +482,7 @@ class _Search:
             self._device,
             load=load,
             free=self._free,
-            speeds=self._means.speeds,
+            speeds=self._corrected(streams=True, sequences=self._running),
         )
         prediction = self._predict(drafting, placement)
         return _Candidate(
@@ -573,32 +567,42 @@ class _Search:
         sequences: int | None = None,
     ) -> Prediction:
         """A step's costs; `found`: of those only for which a draft is found."""
-        run = self._placed(placement, sequences)
-        expected = self.expected(drafting.config)
-        made = run.predict(drafting, replace(expected, hits=1.0) if found else expected)
-        return made.scaled(self.level(placement, run.sequences))
+        return self._costs(self.placed(placement, sequences), drafting, found=found)
 
-    def level(self, placement: Placement, running: int) -> float:
-        """Times of recent runs over predicted ones."""
-        return self._means.level(placement.streams, running)
+    def _costs(self, run: PlacedRun, drafting: Drafting, *, found: bool = False) -> Prediction:
+        expected = self.expected(drafting.config)
+        return run.predict(drafting, replace(expected, hits=1.0) if found else expected)
+
+    def level(self, drafting: Drafting, chosen: _Candidate) -> float:
+        """Seconds of its pass over those of the profile alone."""
+        run = self.placed(chosen.placement)
+        bare = self._costs(replace(run, speeds=self._means.speeds), drafting)
+        return self._costs(run, drafting).pass_s / bare.pass_s
 
     def row_s(self, placement: Placement) -> float:
         """Seconds that each token of a prompt adds to a pass."""
         tokens = min(self._runtime.prefill_chunk_tokens, self._load.prompt_tokens)
-        run = self._placed(placement)
-        return run.row_s(tokens) * self.level(placement, run.sequences)
+        return self.placed(placement).row_s(tokens)
 
-    def _placed(self, placement: Placement, sequences: int | None = None) -> PlacedRun:
-        load = self._load
-        most = len(load.capacities)
+    def placed(self, placement: Placement, sequences: int | None = None) -> PlacedRun:
+        """The run there, of so many sequences; None: of those that usually run."""
+        sequences = sequences or self._running
         return PlacedRun(
             checkpoint=self._checkpoint,
             config=self._runtime,
-            speeds=self._means.speeds,
+            speeds=self._corrected(streams=placement.streams, sequences=sequences),
             placement=placement,
-            context_tokens=load.prompt_tokens // most,
-            sequences=sequences or load.running or most,
+            context_tokens=self._load.prompt_tokens // len(self._load.capacities),
+            sequences=sequences,
         )
+
+    @property
+    def _running(self) -> int:
+        return self._load.running or len(self._load.capacities)
+
+    def _corrected(self, *, streams: bool, sequences: int) -> Speeds:
+        """The machine's speeds as recent runs found them."""
+        return replace(self._means.speeds, levels=self._means.level(streams, sequences))
 
     def expected(self, draft: DraftConfig) -> Expected:
         """How often a drafter should be right."""

@@ -5,12 +5,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from offload_rt.config import AcceptRule, GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
-from offload_rt.planning.history import add_asked, add_seen, experience_key, model_key
-from offload_rt.planning.levels import LevelKey, add_level
+from offload_rt.planning.history import add_asked, add_seen, experience_key, model_key, use_of
+from offload_rt.planning.levels import LevelKey, add_levels, levels_of
 from offload_rt.report import RunReport
 from offload_rt.session.means import (
     asked_path,
@@ -27,7 +28,6 @@ from offload_rt.session.settings import Settings
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
 
 if TYPE_CHECKING:
-    from offload_rt.costs.machine import Speeds
     from offload_rt.device.kinds import DeviceKind
     from offload_rt.engine import Engine
     from offload_rt.planning.planner import Means
@@ -102,7 +102,6 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         )
     from offload_rt.engine import Engine
 
-    speeds: Speeds | None = None
     with observer.progress(f"loading {model.name}") as gauge:
 
         def show(engine: Engine) -> None:
@@ -110,7 +109,6 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
             gauge.total = engine.load_bytes
 
         def means(device: "DeviceKind") -> "Means":
-            nonlocal speeds
             speeds = speeds_of_run(settings, device)
             return means_for(model.checkpoint, settings.sampling, speeds, draft)
 
@@ -140,7 +138,7 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         finally:
             _keep_seen(model, settings, engine)
             _keep_asked(engine)
-            _keep_pace(engine, speeds)
+            _keep_pace(engine)
 
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
@@ -159,16 +157,20 @@ def _keep_asked(engine: "Engine") -> None:
         add_asked(asked_path(), key, pool.counts.calls, pool.counts.distances)
 
 
-def _keep_pace(engine: "Engine", speeds: "Speeds | None") -> None:
+def _keep_pace(engine: "Engine") -> None:
     """Add how long passes took to what is known of this hour; of an emulated link it is nothing."""
-    config, streams = engine.config, engine.placement.streams
+    config, plan, pool = engine.config, engine.plan, engine.runner.experts
     emulated = config.link_bytes_per_s is not None or config.threads is not None
-    if speeds is None or emulated:
+    if plan.placed is None or emulated:
         return
-    threads = compute_threads()
-    for running, ratio in engine.pace.ratios.items():
-        key = LevelKey.of(speeds, threads, engine.checkpoint, streams=streams, running=running)
-        add_level(levels_path(), key, ratio, time.time())
+    speeds, streams = plan.placed.speeds, engine.placement.streams
+    asked = None if pool is None else use_of(pool.counts.calls, pool.counts.distances)
+    for took in engine.pace.kinds:
+        price = partial(plan.foretold, took.rows - 1, took.running, asked=asked)
+        key = LevelKey.of(
+            speeds, compute_threads(), engine.checkpoint, streams=streams, running=took.running
+        )
+        add_levels(levels_path(), key, levels_of(took, price, speeds.levels), time.time())
 
 
 @dataclass(frozen=True, slots=True)

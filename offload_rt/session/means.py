@@ -11,7 +11,7 @@ from offload_rt.config import (
     RuntimeConfig,
     SamplingConfig,
 )
-from offload_rt.costs.machine import Speeds, speeds_of
+from offload_rt.costs.machine import Levels, Speeds, speeds_of
 from offload_rt.device.cuda.nvml import find_driver
 from offload_rt.device.kinds import DeviceKind, sharing
 from offload_rt.device.system import compute_threads, processor
@@ -19,7 +19,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import headers_problem
 from offload_rt.planning.history import experience_key, model_key, read_asked, read_seen
-from offload_rt.planning.levels import LevelKey, read_level
+from offload_rt.planning.levels import LevelKey, read_levels
 from offload_rt.planning.plan_file import PlanFile
 from offload_rt.planning.planner import Means
 from offload_rt.planning.yields import Yield, expected_yield
@@ -142,10 +142,10 @@ def means_for(
         return known[key]
 
     @cache
-    def level(streams: bool, running: int) -> float:
+    def level(streams: bool, running: int) -> Levels:
         threads = compute_threads()
         key = LevelKey.of(speeds, threads, checkpoint, streams=streams, running=running)
-        return read_level(levels_path(), key, time.time())
+        return read_levels(levels_path(), key, time.time())
 
     asked = read_asked(asked_path(), model_key(checkpoint))
     return Means(
