@@ -22,6 +22,7 @@ from offload_rt.costs.experts import (
     IN_VAIN,
     Distances,
     ExpertUse,
+    chances_of,
     choosing_s,
     prior_hit_rate,
     union,
@@ -351,6 +352,28 @@ def test_hits_compute_while_misses_come(hits):
         one = TimedPass(layers=[layer] * 3, slots=0, home_bytes_per_s=(rate,))
         beside = max(0.8 * hits, 300 / rate)
         assert steady_pass(one).pass_s == pytest.approx(3 * (0.2 + beside + 0.8 * (1 - hits)))
+
+
+def test_misses_are_whole_and_each_number_of_them_waits_as_it_would():
+    """A layer that lacks two half of the time waits, one that always lacks one might not."""
+
+    def took(misses, rate=100.0, hits=0.75):
+        layer = TimedLayer(
+            kernel_s=1.2, missed_bytes=100, experts_s=1.0, missed_s=1 - hits, misses=misses
+        )
+        return steady_pass(TimedPass(layers=[layer] * 3, slots=0, home_bytes_per_s=(rate,))).pass_s
+
+    for rate in (100.0, 200.0, 1e6):
+        assert took((0.0, 1.0, 0.0, 0.0, 0.0), rate) == pytest.approx(took((), rate))
+    # One takes a second of the link. Two are there 2 - 0.5 seconds after those that are held.
+    assert took((0.5, 0.0, 0.5, 0.0, 0.0)) == pytest.approx(3 * (1.2 + 0.5 * (2.0 - 0.5)))
+    assert took((0.5, 0.0, 0.5, 0.0, 0.0), 200.0) == pytest.approx(3 * (1.2 + 0.5 * (1.0 - 0.5)))
+    assert took((), 200.0) == pytest.approx(3 * 1.2)
+    assert took(chances_of(1.0, 4), 200.0) > 3 * 1.21
+    for mean in (0.01, 1.0, 2.7, 4.0):
+        chances = chances_of(mean, 4)
+        assert sum(chances) == pytest.approx(1.0)
+        assert sum(n * chance for n, chance in enumerate(chances)) == pytest.approx(mean)
 
 
 def test_what_is_foreseen_crosses_while_nothing_else_does():

@@ -153,8 +153,6 @@ class Split:
 def split_of(misses: float, most: int, share: float, rates: MissRates) -> Split:
     """How a pool splits what a layer lacks, which is a whole number each time.
 
-    Each of the experts that are asked for lacks as likely as any other, whatever the others do.
-
     Args:
         misses: of a layer, on average.
         most: experts that it asks for.
@@ -171,10 +169,23 @@ def split_of(misses: float, most: int, share: float, rates: MissRates) -> Split:
 
 def _chances(misses: float, most: int, share: float) -> Iterator[tuple[int, int, float]]:
     """How many experts lack, how many of these are in host memory, and how likely that is."""
-    for lacking in range(most + 1):
-        chance = _binomial(lacking, most, min(1.0, misses / most))
+    for lacking, chance in enumerate(chances_of(misses, most)):
         for at_home in range(lacking + 1):
             yield lacking, at_home, chance * _binomial(at_home, lacking, share)
+
+
+@lru_cache(maxsize=4096)
+def chances_of(misses: float, most: int) -> tuple[float, ...]:
+    """How likely a layer lacks 0, 1, ... of the experts it asks for.
+
+    Each lacks as likely as any other, whatever the others do.
+
+    Args:
+        misses: of a layer, on average.
+        most: experts that it asks for.
+    """
+    chance = min(1.0, misses / most)
+    return tuple(_binomial(lacking, most, chance) for lacking in range(most + 1))
 
 
 def _binomial(count: int, most: int, chance: float) -> float:

@@ -11,9 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
-from math import exp
+from math import ceil
 
 from offload_rt.config import HomeKind, RuntimeConfig
+from offload_rt.costs.experts import chances_of
 from offload_rt.costs.machine import Levels, Speeds
 from offload_rt.costs.timeline import (
     Span,
@@ -634,19 +635,13 @@ def pass_times(
         kv_bytes_per_s=tuple(number.value for number in rates.kv),
         back_bytes_per_s=tuple(number.value for number in rates.back),
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
-        home_delay_s=disk_delay_s(profile, rates.readers) * _waiting_share(load)
+        home_delay_s=disk_delay_s(profile, rates.readers)
         if from_disk and rates.readers
         else 0.0,
         slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
         piece_s=_piece_s(rates, processor),
         files_bytes_per_s=tuple(number.value for number in rates.files),
     )
-
-
-def _waiting_share(load: PassLoad) -> float:
-    """How often a copy is waited for: of layers with experts not all wait for one."""
-    misses = [each.missed_bytes / each.expert_bytes for each in load.layers if each.expert_bytes]
-    return sum(1.0 - exp(-missed) for missed in misses) / len(misses) if misses else 1.0
 
 
 def _enqueued_s(load: PassLoad, nbytes: int) -> float:
@@ -774,9 +769,21 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> tuple[TimedLayer, ...]:
             missed_bytes=layer.missed_bytes,
             experts_s=experts_s[index] if layer.expert_part else 0.0,
             missed_s=experts_s[index] * layer.missed_part,
+            misses=_misses(layer),
             foreseen_bytes=round(layer.foreseen * layer.missed_bytes),
             host_s=layer.host_s,
             behind_bytes=layer.behind_bytes,
         )
         for index, layer in enumerate(load.layers)
     )
+
+
+def _misses(layer: LayerLoad) -> tuple[float, ...]:
+    """How likely it is that so many of a layer's experts cross the link; empty if none does.
+
+    Where the host computes some of them, it is averaged already what is waited for.
+    """
+    if not layer.missed_bytes or not layer.expert_bytes or layer.host_s:
+        return ()
+    mean = layer.missed_bytes / layer.expert_bytes
+    return chances_of(mean, max(1, ceil(mean / layer.missed_part - _ROUNDING)))

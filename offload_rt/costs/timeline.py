@@ -44,6 +44,8 @@ class TimedLayer:
         missed_bytes: of experts that are copied after the layer's router has chosen them.
         experts_s: of `kernel_s`, the experts', which come last.
         missed_s: of these, the copied ones', which wait for it.
+        misses: how likely it is that 0, 1, ... of the experts that it asks for are copied, of which
+            `missed_bytes` is the mean; empty: it is the same each time.
         foreseen_bytes: of `missed_bytes`, those that are offered to the link when the router of the
             layer before has chosen; others are offered among them in vain.
         host_s: from when the router has chosen until what the host computes is there, which then is
@@ -61,6 +63,7 @@ class TimedLayer:
     missed_bytes: int = 0
     experts_s: float = 0.0
     missed_s: float = 0.0
+    misses: tuple[float, ...] = ()
     foreseen_bytes: int = 0
     host_s: float = 0.0
     behind_bytes: int = 0
@@ -376,12 +379,39 @@ class _Device:
             missed.nbytes = layer.missed_bytes - self._brought(layer)
             self._copy.wait(chosen)
             self._chosen_s = self.compute.time_s
+            start_s = self._copy.time_s
             self._copy.copy(self._slot, missed)
+            done = self._copy.record()
+            if layer.misses:
+                done = SimEvent(done.clock, self._until_s(layer, start_s, done.time_s))
         self._compute(SpanKind.LAYER, index, layer.experts_s - layer.missed_s, weights)
         self.compute.wait(there)
         if missed is not None:
-            self.compute.wait(self._copy.record())
+            self.compute.wait(done)
             self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slot])
+
+    def _until_s(self, layer: TimedLayer, start_s: float, end_s: float) -> float:
+        """Until missed experts are waited for, on average: of many some are, of none nothing is.
+
+        Args:
+            layer: has chosen now.
+            start_s: when their copies begin.
+            end_s: when they end, if it misses as many as on average.
+        """
+        most, here_s = len(layer.misses) - 1, self.compute.time_s
+        mean = sum(count * chance for count, chance in enumerate(layer.misses))
+        copied_s = self._copy.time_s - start_s
+        expert_s, delay_s = layer.experts_s / most, end_s - self._copy.time_s
+        waited_s = sum(
+            chance
+            * max(
+                0.0,
+                start_s + count / mean * copied_s + delay_s - here_s - (most - count) * expert_s,
+            )
+            for count, chance in enumerate(layer.misses)
+            if count
+        )
+        return here_s + layer.experts_s - layer.missed_s + waited_s
 
     def _brought(self, layer: TimedLayer) -> int:
         """Of what a layer's router chose, that has crossed since the one before it chose.
