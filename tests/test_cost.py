@@ -10,6 +10,7 @@ from test_profile import PROJECT, curve, measured, profile, shape
 
 from offload_rt.costs.pass_cost import (
     Decoded,
+    ExpertWork,
     LayerLoad,
     LinkRates,
     PassLoad,
@@ -29,6 +30,8 @@ from offload_rt.profiling.profile import (
     DecodeSpeed,
     DiskSlowdown,
     DiskSpeed,
+    ExpertCurve,
+    LayerTime,
     LayerWork,
     Number,
     Obtained,
@@ -139,6 +142,49 @@ def test_dequantising_takes_the_measured_time_of_its_form_and_decoder(monkeypatc
     assert seconds(made, replace(four, bits=3)) == (odd, Obtained.ASSUMED)
     assert seconds(made, four, quick)[0] == pytest.approx(0.6)
     assert decode(encode(made)) == made
+
+
+def test_experts_take_what_experts_were_timed_to_take():
+    """Of those that some row is sent to; as parts of their layer where none was timed."""
+
+    def timed(seconds, nbytes=100, exact=False):
+        times = tuple(LayerTime(tokens=n, layer_s=measured(s)) for n, s in seconds.items())
+        return ExpertCurve(processor=Processor.CPU, exact=exact, weight_bytes=nbytes, times=times)
+
+    whole = curve(4, {1: 4.0})
+    known = (timed({1: 1.0, 3: 2.0}), timed({1: 3.0, 3: 4.0}, 300), timed({1: 9.0}, exact=True))
+    rest = shape(1).work
+    experts = ExpertWork(count=2.5, nbytes=100, rows=1.0, rest=rest)
+
+    def seconds(made, work, tile=1):
+        layer = LayerLoad(
+            work=whole.shape.work, home_bytes=5, expert_work=work, expert_part=0.25, missed_part=0.1
+        )
+        load = PassLoad(layers=[layer, layer], streamed=[], slots=0, tile=tile)
+        times = pass_times(made, load, Processor.CPU, measured(1e9))
+        return [(x, y) for x, y in zip(times.layer_s, times.experts_s, strict=True)][1]
+
+    curves = (curve(1, {1: 1.0}), whole)
+    plain, made = profile(layers=curves), profile(layers=curves, experts=known)
+    assert seconds(plain, experts) == (4.0, 1.0) == seconds(made, None)
+    assert seconds(made, experts) == (pytest.approx(1.0 + 2.5), pytest.approx(2.5))
+    assert seconds(made, replace(experts, rows=2.0))[1] == pytest.approx(2.5 * 1.5)
+    assert seconds(made, replace(experts, nbytes=200))[1] == pytest.approx(2.5 * 2.0)
+    assert seconds(made, experts, tile=16)[1] == pytest.approx(2.5 * 9.0)
+    assert decode(encode(made)) == made
+
+
+@pytest.mark.parametrize("kernel_s", [0.0, 0.4, 1.0])
+def test_reads_are_slower_while_layers_compute(kernel_s):
+    """In 8 n seconds of a pass of p, where p = 8 + half of these seconds' reads, 8 (8 n / p)."""
+    load = load_of(8, range(8), 2)
+    times = replace(
+        times_of([kernel_s] * 8), slowdown=(1.0,) * 9, read_slowdown=1.5, device_bytes_per_s=(1e3,)
+    )
+    expected = 4.0 + (16.0 + 32.0 * kernel_s) ** 0.5
+    assert cost_of(load, times).pass_s == pytest.approx(expected, rel=0.03)
+    alone = replace(times, read_slowdown=1.0)
+    assert cost_of(load, alone).pass_s == pytest.approx(8.0)
 
 
 def test_who_dequantises_is_who_the_profile_timed(monkeypatch):

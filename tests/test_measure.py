@@ -20,16 +20,17 @@ from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
 from offload_rt.device.kinds import CUDA, Processor
-from offload_rt.device.system import file_system, thread_times
+from offload_rt.device.system import cache_bytes, file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.layers import ROUNDED_ROWS
 from offload_rt.kernels.products import MOST_ROWS
+from offload_rt.model.experts import compute_experts, lend_experts
 from offload_rt.model.formats import on_gpu
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.weight_files import WeightFiles
-from offload_rt.profiling import dequantising, link, timing
+from offload_rt.profiling import compute, dequantising, experts, link, timing
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.compute import (
@@ -38,6 +39,7 @@ from offload_rt.profiling.compute import (
     measure_beside_reads,
     measure_heads,
     measure_layers,
+    measure_reads_beside,
 )
 from offload_rt.profiling.disk import (
     JUST_WRITTEN,
@@ -77,11 +79,14 @@ QUICK = Effort(
     pin_most_bytes=4 * MIB,
     shapes=((64, 128, 4, 2, 16),),
     cold_bytes=200 * KIB,
+    caches=0,
     compute_sample_s=0.0,
     tokens=(1, 4),
     packed_tokens=(1, 2),
     heads=((64, 128),),
     head_rows=(1, 4),
+    experts=((32, 64), (32, 128)),
+    expert_rows=(1, 4),
     beside_disk=(0, 1),
     beside_tokens=(1, 4),
     beside_read_bytes=MIB,
@@ -524,6 +529,63 @@ def test_the_timed_layer_is_the_shape_it_claims(cpu):
     assert len(addresses) == len(linears)
 
 
+def test_weights_are_cold_that_are_more_than_the_largest_cache(cpu, monkeypatch):
+    """A model's layers together at most, as no pass has more; a GPU has other caches."""
+    monkeypatch.setattr(compute, "cache_bytes", lambda: 400 * MIB)
+    effort = Effort()
+    assert compute.beyond_caches(10 * MIB, cpu, effort) == effort.cold_bytes == 256 * MIB
+    assert compute.beyond_caches(300 * MIB, cpu, effort) == 300 * MIB
+    assert compute.beyond_caches(2**40, cpu, effort) == 800 * MIB
+    assert compute.beyond_caches(2**40, SimpleNamespace(kind=CUDA), effort) == 256 * MIB
+    monkeypatch.setattr(compute, "cache_bytes", lambda: 2 * MIB)
+    (shape,) = QUICK.layer_shapes("float32", 4)
+    layer = TimedLayer(shape, cpu, torch.float32, WeightOrder.PLAIN, replace(QUICK, caches=1))
+    assert len(layer._layers) * shape.weight_bytes >= 2 * MIB
+
+
+def test_the_largest_cache_is_known_where_linux_tells_it():
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    told = [int(path.read_text().strip("K\n")) * KIB for path in sizes]
+    assert cache_bytes() == max(told, default=0)
+
+
+@torch.inference_mode()
+def test_timed_experts_are_those_of_a_pass_and_none_comes_again_soon():
+    memory = torch.randn(3 * 32 * 64 * 40)
+    lender = experts.ColdExperts(memory, 32, 64)
+    module = experts._experts(32, 64, lender.count)
+    lend_experts(module, lender)
+    calls = [lender.next() for _ in range(lender.count // experts.PER_TOKEN)]
+    assert sorted(sum(calls, [])) == [*range(40)] != sum(calls, [])
+    places = {lender.at_home(expert)["down_proj"].data_ptr() for expert in range(40)}
+    assert len(places) == 40
+    hidden, index = torch.randn(2, 32), torch.tensor([calls[0]] * 2)
+    weights = torch.rand(2, experts.PER_TOKEN)
+    expected = 0
+    for place, expert in enumerate(calls[0]):
+        gate, up, down = memory.view(40, -1)[expert].split(32 * 64)
+        made = torch.nn.functional.silu(hidden @ gate.view(64, 32).T) * (hidden @ up.view(64, 32).T)
+        expected = expected + weights[:, place, None] * (made @ down.view(32, 64).T)
+    torch.testing.assert_close(compute_experts(module, hidden, index, weights), expected)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_experts_are_timed_by_size_and_rows(cpu, monkeypatch, exact):
+    """Of a call the seconds of each of its experts; of row-invariant passes as these compute."""
+    regular, ticks = [], []
+    usual = experts.Regular
+    monkeypatch.setattr(experts, "Regular", lambda: regular.append(1) or usual())
+    monkeypatch.setattr(timing, "_computed_s", lambda run: run() or 1.0)
+    monkeypatch.setattr(timing, "_TYPICAL", 1.0)
+    given = cpu, "bfloat16", Curve(QUICK), partial(ticks.append, 1)
+    small, large = experts.measure_experts(*given, exact=exact)
+    assert [small.weight_bytes, large.weight_bytes] == [2 * 3 * 32 * 64, 2 * 3 * 32 * 128]
+    for found in (small, large):
+        assert [time.tokens for time in found.times] == [1, 4] and found.exact is exact
+        assert {time.layer_s.value for time in found.times} == {1.0 / experts.PER_TOKEN}
+    assert len(ticks) == 4 and bool(regular) is exact
+
+
 @torch.inference_mode()
 def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
     (shape,) = QUICK.layer_shapes("float32", 4)
@@ -635,6 +697,27 @@ def test_a_layer_beside_reads_is_no_faster(cpu, weights):
     assert all(s.factor.value >= 1.0 for s in found) and began and len(ticks) == 2
 
 
+def test_reads_beside_a_layer_take_as_much_longer_as_they_do(cpu, monkeypatch):
+    """A disk that gives 300 bytes a second, and 200 of them while a layer computes."""
+    (shape,) = QUICK.layer_shapes("bfloat16", 2)
+    now, come, ticks = [0.0], [0.0], []
+
+    def spend(rate):
+        now[0] += 0.1
+        come[0] += 0.1 * rate
+
+    @contextmanager
+    def reading():
+        yield lambda: come[0]
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda s: spend(300.0))
+    monkeypatch.setattr(compute, "time", clock)
+    monkeypatch.setattr(TimedLayer, "pass_over", lambda *_: partial(spend, 200.0))
+    tick = partial(ticks.append, 1)
+    found = measure_reads_beside([shape], cpu, reading, Curve(QUICK), tick)
+    assert found.factor.value == pytest.approx(1.5) and len(ticks) == 1
+
+
 def test_what_slows_most_runs_is_in_a_typical_time_and_what_slows_some_or_one_less_is_not(
     monkeypatch,
 ):
@@ -676,6 +759,8 @@ def test_a_whole_measurement(on_disk, monkeypatch):
     assert made.name == "here" and made.links == () and made.pinning is None
     assert [s.exact for s in made.attention] == [False, False, True, True] and made.layers
     assert made.disk == (read[1][0], read[0][1])
+    assert [c.exact for c in made.experts] == [False, False, True, True]
+    assert made.beside_computing.factor.value >= 1.0
     assert JUST_WRITTEN in made.notes
     assert made.notes[-1] == "no link was measured: on the CPU weights need not cross one"
     assert statistics.median(t.layer_s.value for c in made.layers for t in c.times) < 1

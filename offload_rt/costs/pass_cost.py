@@ -47,6 +47,7 @@ from offload_rt.profiling.rates import (
     disk_bytes_per_s,
     disk_delay_s,
     disk_slowdown,
+    expert_s,
     head_s,
     layer_s,
     link_bytes_per_s,
@@ -122,11 +123,29 @@ class Mixing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertWork:
+    """Products of a layer with plain experts.
+
+    Attributes:
+        count: of experts that some row is sent to, on average.
+        nbytes: of one.
+        rows: that are sent to each of them, on average.
+        rest: what else the layer computes.
+    """
+
+    count: float
+    nbytes: int
+    rows: float
+    rest: LayerWork
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LayerLoad:
     """One layer in a pass.
 
     Attributes:
         work: its weights and arithmetic.
+        expert_work: of this, what experts are; None: nothing, or they are quantised.
         mixing: of this, what it computes piece by piece; None: nothing.
         home_bytes: what crosses the link if it is streamed.
         read_bytes: what is read from its files before that, if it stays there.
@@ -151,6 +170,7 @@ class LayerLoad:
 
     work: LayerWork
     home_bytes: int
+    expert_work: ExpertWork | None = None
     mixing: Mixing | None = None
     read_bytes: int = 0
     kv_bytes: int = 0
@@ -283,6 +303,7 @@ class PassTimes:
         home_delay_s: from when a layer's last byte has come until the copy is whole.
         slowdown: how much longer each layer, and last the head, takes while weights come; empty:
             as long.
+        read_slowdown: how much longer weights take to come while layers compute.
         piece_s: that a piece of a copy takes, which an upload to a GPU may have to wait for; 0
             where nothing crosses such a link, or a disk feeds it and leaves it idle mostly.
         files_bytes_per_s: of layers that stay in their files, into host memory, on each machine.
@@ -300,6 +321,7 @@ class PassTimes:
     hop_s: float = 0.0
     home_delay_s: float = 0.0
     slowdown: tuple[float, ...] = ()
+    read_slowdown: float = 1.0
     piece_s: float = 0.0
     experts_s: tuple[float, ...] = ()
     files_bytes_per_s: tuple[float, ...] = ()
@@ -547,7 +569,6 @@ def pass_times(
     from_disk = rates.readers is not None and load.moved_bytes > 0
     numbers = [*rates.home, *rates.kv, *rates.back, *([rates.hop_s] if rates.hop_s else [])]
     numbers += rates.files
-    works = {(layer.work, layer.weights) for layer in load.layers}
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     replayed = load.recorded or load.pieced
     exact = load.tile > 1
@@ -561,7 +582,21 @@ def pass_times(
         parts = [(products, ask(apart_rows)), *([(1, ask(rest))] if rest else [])]
         return replace(parts[0][1], value=sum(count * each.value for count, each in parts))
 
+    def apart(work: ExpertWork | None) -> Number | None:
+        """The seconds of experts, if they were timed by themselves."""
+        if work is None or replayed:
+            return None
+        each = expert_s(profile, work.nbytes, work.rows, processor=processor, exact=exact)
+        return None if each is None else replace(each, value=work.count * each.value)
+
+    experts = {each: apart(each) for each in {layer.expert_work for layer in load.layers}}
+    products = [
+        layer.expert_work.rest if layer.expert_work and experts[layer.expert_work] else layer.work
+        for layer in load.layers
+    ]
+    works = {*zip(products, (layer.weights for layer in load.layers), strict=True)}
     work_s = {(work, order): timed(layer_s, work, order) for work, order in works}
+    numbers += [number for number in experts.values() if number is not None]
     asking = load.tokens // load.sequences
     kv_s = {n: attention_s(profile, n, asking, processor=processor, exact=exact) for n in sizes}
     heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
@@ -607,15 +642,21 @@ def pass_times(
         rates_of = ((d.numbers, decoding.get(replace(d, numbers=0))) for d in parts)
         return sum(numbers / rate.value for numbers, rate in rates_of if rate is not None)
 
-    apart = any(layer.expert_part for layer in load.layers)
+    def experts_s(layer: LayerLoad, whole_s: float) -> float:
+        """What experts take of the seconds of a layer's products, and dequantising them."""
+        known = experts[layer.expert_work]
+        own_s = whole_s * layer.expert_part if known is None else known.value
+        return own_s + decoded_s(layer.experts_decoded)
+
+    products_s = [
+        seconds[work, layer.weights] + (known.value if (known := experts[layer.expert_work]) else 0)
+        for work, layer in zip(products, load.layers, strict=True)
+    ]
+    one_by_one = any(layer.expert_part for layer in load.layers)
     return PassTimes(
-        experts_s=tuple(
-            seconds[layer.work, layer.weights] * layer.expert_part
-            + decoded_s(layer.experts_decoded)
-            for layer in (load.layers if apart else ())
-        ),
+        experts_s=tuple(map(experts_s, load.layers, products_s)) if one_by_one else (),
         layer_s=tuple(
-            seconds[layer.work, layer.weights]
+            products_s[index]
             + mixed_s[layer.mixing, layer.weights]
             + decoded_s((*layer.decoded, *layer.experts_decoded))
             + attending[layer.kv_bytes]
@@ -635,10 +676,11 @@ def pass_times(
         kv_bytes_per_s=tuple(number.value for number in rates.kv),
         back_bytes_per_s=tuple(number.value for number in rates.back),
         hop_s=rates.hop_s.value if rates.hop_s else 0.0,
-        home_delay_s=disk_delay_s(profile, rates.readers)
-        if from_disk and rates.readers
-        else 0.0,
-        slowdown=_slowdown(profile, load) if from_disk and KINDS[processor].host_computes else (),
+        home_delay_s=disk_delay_s(profile, rates.readers) if from_disk and rates.readers else 0.0,
+        slowdown=_slowdown(profile, load) if from_disk and host_computes else (),
+        read_slowdown=profile.beside_computing.factor.value
+        if from_disk and host_computes and profile.beside_computing
+        else 1.0,
         piece_s=_piece_s(rates, processor),
         files_bytes_per_s=tuple(number.value for number in rates.files),
     )
@@ -700,20 +742,33 @@ def _settled(load: PassLoad, times: PassTimes) -> tuple[SteadyPass, PassTimes]:
     _check(load, times)
     done, alone = _steady(_timed_pass(load, times)), times
     for _ in range(_SETTLING if times.slowdown else 0):
-        times = _beside(alone, min(1.0, done.transfer_s / done.pass_s))
+        kernels_s = sum(times.layer_s) + sum(times.kv_s) + times.head_s
+        both_s = max(0.0, done.transfer_s + kernels_s - (done.pass_s - load.between_s))
+        reading = min(1.0, done.transfer_s / done.pass_s)
+        computing = min(1.0, both_s / done.transfer_s) if done.transfer_s else 0.0
+        times = _beside(alone, reading, computing)
         done = _steady(_timed_pass(load, times))
     return done, times
 
 
-def _beside(times: PassTimes, share: float) -> PassTimes:
-    """The times of kernels during that share of which weights come from a disk."""
-    *layers, head = [1.0 + share * (factor - 1.0) for factor in times.slowdown]
+def _beside(times: PassTimes, reading: float, computing: float) -> PassTimes:
+    """The times of kernels and of copies from a disk that go on beside each other.
+
+    Args:
+        times: of each alone.
+        reading: share of a pass, and so of kernels, in which weights come.
+        computing: share of the time in which they come, in which kernels run.
+    """
+    *layers, head = [1.0 + reading * (factor - 1.0) for factor in times.slowdown]
+    longer = 1.0 + computing * (times.read_slowdown - 1.0)
     return replace(
         times,
         layer_s=tuple(s * f for s, f in zip(times.layer_s, layers, strict=True)),
         kv_s=tuple(s * f for s, f in zip(times.kv_s, layers, strict=True)) if times.kv_s else (),
         experts_s=tuple(s * f for s, f in zip(times.experts_s, layers, strict=False)),
         head_s=times.head_s * head,
+        home_bytes_per_s=times.home_bytes_per_s / longer,
+        device_bytes_per_s=tuple(rate / longer for rate in times.device_bytes_per_s),
     )
 
 

@@ -14,7 +14,7 @@ from math import ceil, prod
 from offload_rt.config import DraftWeights
 from offload_rt.costs.experts import FETCH_S, ExpertUse, Split, split_of
 from offload_rt.costs.machine import Speeds
-from offload_rt.costs.pass_cost import Decoded, LayerLoad, Mixing, PassLoad
+from offload_rt.costs.pass_cost import Decoded, ExpertWork, LayerLoad, Mixing, PassLoad
 from offload_rt.costs.sizes import (
     PIECED_ROWS,
     RECORDED_ROWS,
@@ -62,7 +62,8 @@ class LayerParts:
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
         mixing: what it computes piece by piece, with a state; None: nothing.
-        sent: share of the experts that a token is sent to.
+        experts: how many it has.
+        sent: share of them that a token is sent to.
         expert_flops: of the flops, in experts.
     """
 
@@ -72,6 +73,7 @@ class LayerParts:
     kv_row_bytes: int
     window: int | None = None
     expert_bytes: int = 0
+    experts: int = 0
     sent: float = 1.0
     decoded: tuple[Decoded, ...] = ()
     experts_decoded: tuple[Decoded, ...] = ()
@@ -104,6 +106,21 @@ class LayerParts:
         return LayerWork(
             weight_bytes=self.image_bytes + self.grown_bytes - idle_bytes,
             flops_per_token=flops,
+        )
+
+    def expert_work(self, tokens: int) -> ExpertWork | None:
+        """What of that are products with plain experts; None where it has none of these."""
+        if not self.experts or self.experts_decoded:
+            return None
+        used = self.used(tokens)
+        return ExpertWork(
+            count=used * self.experts,
+            nbytes=self.expert_bytes // self.experts,
+            rows=tokens * self.sent / used,
+            rest=LayerWork(
+                weight_bytes=self.image_bytes + self.grown_bytes - self.expert_bytes,
+                flops_per_token=self.flops_per_token - self.expert_flops,
+            ),
         )
 
 
@@ -377,9 +394,10 @@ class PlacedModel:
             layer.work(rows, self._tile),
             self.speeds.order(resident=resident and not layer.grown_bytes),
         )
+        expert_work = layer.expert_work(rows)
         if where.weights.rounds and (where.copied is None or index in where.copied):
             work, order = self.speeds.draft_work(work, where.weights)
-            decoded = ()
+            decoded, expert_work = (), None
         dequantised, together = self._dequantised_experts(layer, rows)
         pooled = where.experts if where.experts and where.experts.counts[index] else None
         misses = 0.0
@@ -414,6 +432,7 @@ class PlacedModel:
             experts_decoded=dequantised,
             unpacked=layer.packed if straight else 0,
             missed_bytes=round(link * pooled.home_bytes) if pooled else 0,
+            expert_work=expert_work,
             expert_part=active if pooled else 0.0,
             missed_part=min(1.0, link / asked) if asked else 0.0,
             host_s=split.until_s if split and split.on_host else 0.0,
@@ -463,7 +482,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     layers = []
     each = zip(layouts, checkpoint.layers, windows, row_bytes, layers_keep(config), strict=True)
     for layout, extents, window, kv_row, kept in each:
-        others, experts, sent = _weights(checkpoint, extents)
+        others, experts, count, sent = _weights(checkpoint, extents)
         inside = [each for each in layout.stored if each.of_expert]
         outside = [each for each in layout.stored if not each.of_expert]
         numbers = sum(each.numbers for each in layout.stored)
@@ -476,6 +495,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 kv_row_bytes=kv_row,
                 window=window,
                 expert_bytes=experts * number_bytes,
+                experts=count,
                 sent=sent,
                 expert_flops=round(2 * sent * experts),
                 decoded=_decoded(outside, name, device),
@@ -515,8 +535,8 @@ def _holds_experts(checkpoint: Checkpoint, extent: TensorExtent) -> bool:
     return len(extent.shape) > 2 and extent.shape[0] == checkpoint.config.experts
 
 
-def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, float]:
-    """Weights in matrices outside and inside of experts, and the share of these a token meets."""
+def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int, int, int, float]:
+    """Weights outside and inside of experts, how many these are, and the share a token meets."""
     stored = checkpoint.stored
     matrices = [e for e in layer if len(e.shape) > 1 and e.name not in stored]
     inside = [e for e in matrices if ".experts." in e.name or _holds_experts(checkpoint, e)]
@@ -527,8 +547,8 @@ def _weights(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[int
     experts += sum(each.numbers for each in quantised if each.of_expert)
     sent = checkpoint.config.experts_per_token
     if not experts or not sent:
-        return others, experts, 1.0
+        return others, experts, 0, 1.0
     fused = [extent.shape[0] for extent in inside if len(extent.shape) > 2]
     each = {match["expert"] for s in quantised if (match := EXPERT_MATRIX.match(s.module))}
     count = len(each) or (fused[0] if fused else len(inside) // _EXPERT_MATRICES)
-    return others, experts, min(1.0, sent / max(1, count))
+    return others, experts, count, min(1.0, sent / max(1, count))

@@ -166,6 +166,14 @@ def processor_flags() -> frozenset[str]:
     return frozenset((_cpuinfo("flags") or _cpuinfo("Features")).split())
 
 
+@cache
+def cache_bytes() -> int:
+    """Of the largest cache that a core reads through; 0 where that is not told."""
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    found = (_lines(str(size)) for size in sizes)
+    return max((int(line[0].rstrip("K")) * 1024 for line in found if line), default=0)
+
+
 def takes_matrix_registers(dtype: str) -> bool:
     """Whether oneDNN multiplies numbers of a format (torch's name) with matrix registers here."""
     limit = next(filter(None, map(os.environ.get, _LIMITS)), "")

@@ -6,6 +6,7 @@ products (norms, rotary embedding, appending keys) is in its time.
 """
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -21,6 +22,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
+from offload_rt.device.system import cache_bytes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
 from offload_rt.kv.static import StaticKV, StaticRows, StaticShape
@@ -44,6 +46,7 @@ from offload_rt.profiling.profile import (
     LayerShape,
     LayerTime,
     Number,
+    ReadSlowdown,
     RecordedCurve,
     ReplayTime,
     WeightOrder,
@@ -51,9 +54,12 @@ from offload_rt.profiling.profile import (
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
+Reading = Callable[[], AbstractContextManager[Callable[[], int]]]  # see `disk.open_for_reading`
 
 _RANDOM_NUMBERS = 2**18
 _RECORDED_LAYERS = 8
+_REST_S, _LONGEST_S = 1e-3, 5.0
+_LAYERS, _HEADS_PART = 30, 6  # of a model, and its bytes over those of its head
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
 _ROUNDED = {WeightOrder(weights): weights for weights in DraftWeights if weights.rounds}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
@@ -84,7 +90,7 @@ class TimedLayer:
         kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
         self._cache = ResidentKV(device, [kv], dtype, max(effort.tokens))
         first = _random_layer(config, device.torch_device, dtype)
-        self._layers = _copies(first, shape.weight_bytes, effort)
+        self._layers = _copies(first, _cold_bytes(shape, device, effort) // shape.weight_bytes)
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
                 pack_linears(layer)
@@ -168,7 +174,8 @@ def measure_layers(
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
     computes = device.kind.host_computes  # else it goes on while its host thread waits
     taken: dict[Place, list[float]] = {}
-    for group in _together(shapes, effort.cold_bytes, device.free_bytes()):
+    cold = {shape: _cold_bytes(shape, device, effort) for shape in shapes}
+    for group in _together(cold, device.free_bytes()):
         layers = {
             shape: TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
             for shape in group
@@ -277,7 +284,8 @@ def measure_heads(
         head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
-        copies = torch.nn.ModuleList(_copies(head, nbytes, effort))
+        cold = beyond_caches(_HEADS_PART * nbytes, device, effort)
+        copies = torch.nn.ModuleList(_copies(head, -(-cold // nbytes)))
         if weights is WeightOrder.PACKED:
             pack_linears(copies)
         elif widens(dtype, device.torch_device):
@@ -306,10 +314,27 @@ def measure_heads(
     )
 
 
-def _copies(module: ModuleT, nbytes: int, effort: Effort) -> list[ModuleT]:
-    """The module and copies of it, so many that together they are `cold_bytes`."""
-    more = max(1, -(-effort.cold_bytes // nbytes)) - 1
-    return [module, *(copy.deepcopy(module) for _ in range(more))]
+def beyond_caches(most_bytes: int, device: Device, effort: Effort) -> int:
+    """Bytes that are used in turn so that no cache has them when they are used again.
+
+    Args:
+        most_bytes: that are ever used so: a model's.
+        device: that computes.
+        effort: how much that is.
+    """
+    caches = effort.caches * cache_bytes() if device.kind.host_computes else 0
+    return max(effort.cold_bytes, min(most_bytes, caches))
+
+
+def _cold_bytes(shape: LayerShape, device: Device, effort: Effort) -> int:
+    """Of all copies of a layer: whole ones."""
+    nbytes = shape.weight_bytes
+    return -(-beyond_caches(_LAYERS * nbytes, device, effort) // nbytes) * nbytes
+
+
+def _copies(module: ModuleT, count: int) -> list[ModuleT]:
+    """The module and copies of it, so many together."""
+    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
 
 
 def _times(
@@ -335,7 +360,7 @@ def measure_beside_reads(
     shapes: Sequence[LayerShape],
     device: Device,
     weights: WeightOrder,
-    reading: Callable[[], AbstractContextManager[None]],
+    reading: Reading,
     curve: Curve,
     tick: Tick,
 ) -> list[DiskSlowdown]:
@@ -377,19 +402,58 @@ def measure_beside_reads(
     return found
 
 
-def _beside(reading: Callable[[], AbstractContextManager[None]], sample_s: Sample) -> float:
+def _beside(reading: Reading, sample_s: Sample) -> float:
     with reading():
         return sample_s()
 
 
-def _together(
-    shapes: Sequence[LayerShape], cold_bytes: int, free_bytes: int
-) -> Iterator[list[LayerShape]]:
+@torch.inference_mode()
+def measure_reads_beside(
+    shapes: Sequence[LayerShape], device: Device, reading: Reading, curve: Curve, tick: Tick
+) -> ReadSlowdown:
+    """Time reads alone and while a layer computes one token over and over, in turns.
+
+    Args:
+        shapes: by size, ascending; the last of `Effort.beside_disk` computes.
+        device: the CPU.
+        reading: as of `measure_beside_reads`.
+        curve: how much is measured, and what could not be.
+        tick: called after the number.
+    """
+    effort = curve.effort
+    shape = shapes[slice(*effort.beside_disk)][-1]
+    dtype = getattr(torch, shape.dtype)
+    layer = TimedLayer(shape, device, dtype, WeightOrder.PLAIN, effort)
+    whiles: dict[int, Callable[[], None]] = {0: partial(time.sleep, _REST_S), 1: layer.pass_over(1)}
+    samples: dict[Place, Sample] = {
+        (busy,): partial(_s_per_byte, reading, meanwhile, effort.beside_sample_s)
+        for busy, meanwhile in whiles.items()
+    }
+    numbers = curve.numbers(curve.take(samples))
+    alone_s, beside_s = numbers[0,], numbers[1,]
+    tick()
+    spread = (beside_s.spread or 0.0) / alone_s.value
+    return ReadSlowdown(
+        factor=replace(beside_s, value=beside_s.value / alone_s.value, spread=spread)
+    )
+
+
+def _s_per_byte(reading: Reading, meanwhile: Callable[[], None], least_s: float) -> float:
+    """Seconds in which a byte is read while something is done over and over."""
+    with reading() as come:
+        start, before = time.perf_counter(), come()
+        while (spent_s := time.perf_counter() - start) < _LONGEST_S:
+            if spent_s > least_s and come() > before:
+                break
+            meanwhile()
+        return spent_s / max(1, come() - before)
+
+
+def _together(cold: Mapping[LayerShape, int], free_bytes: int) -> Iterator[list[LayerShape]]:
     """Layers whose copies there is room for at once; each alone where memory is short."""
     group: list[LayerShape] = []
     left = most = free_bytes // _ROOM_PART
-    for shape in shapes:
-        needed = max(cold_bytes, shape.weight_bytes)
+    for shape, needed in cold.items():
         if group and needed > left:
             yield group
             group, left = [], most

@@ -150,12 +150,12 @@ def measure_disk(folder: Path, curve: Curve, tick: Tick) -> tuple[DiskSpeed, ...
 @contextmanager
 def open_for_reading(
     folder: Path, effort: Effort, readers: int
-) -> Iterator[Callable[[], AbstractContextManager[None]]]:
+) -> Iterator[Callable[[], AbstractContextManager[Callable[[], int]]]]:
     """Open the disk of a folder to be read while something else is timed.
 
     Yields:
         What keeps that many reads in flight while the `with` of its result lasts, from the first
-        that is done.
+        that is done. It tells how many bytes have come.
 
     Raises:
         ProfileError: the folder is not on a disk, is full, or cannot be written.
@@ -167,6 +167,9 @@ def open_for_reading(
         turns = cycle(windows)
         stream = CpuCopyStream(readers, lambda block: block.run())
 
+        def come() -> int:
+            return stream.statistics().bytes_copied
+
         def keep_reading(ended: threading.Event) -> None:
             begun: deque[Event] = deque()
             while not ended.is_set():
@@ -177,14 +180,14 @@ def open_for_reading(
                     images.reverse()
 
         @contextmanager
-        def reading() -> Iterator[None]:
-            ended, before = threading.Event(), stream.statistics().bytes_copied
+        def reading() -> Iterator[Callable[[], int]]:
+            ended, before = threading.Event(), come()
             thread = threading.Thread(target=keep_reading, args=(ended,), name="reading")
             thread.start()
-            while thread.is_alive() and stream.statistics().bytes_copied == before:
+            while thread.is_alive() and come() == before:
                 time.sleep(_STARTING_S)
             try:
-                yield
+                yield come
             finally:
                 ended.set()
                 thread.join()

@@ -27,14 +27,18 @@ class Effort:
         pin_bytes: host memory that is page-locked at once; less where that is refused.
         pin_most_bytes: what is locked together to see whether there is a limit, at most.
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
-        cold_bytes: of all copies of a layer that are used in turn, so that no cache holds their
-            weights.
+        cold_bytes: of all copies of a layer that are used in turn, at least, so that no cache
+            holds their weights.
+        caches: times the bytes of the largest cache that are cold, where that is more; of layers
+            no more than those of a model have together.
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
         recorded_tokens: in a recorded pass.
         heads: hidden size and vocabulary of the output heads that are timed.
         head_rows: rows that go through them.
+        experts: hidden and intermediate size of the experts that are timed.
+        expert_rows: that each of them is sent.
         beside_disk: the shapes that are timed while the disk is read, from this to before that one.
         beside_tokens: in these passes.
         beside_read_bytes: of one copy from the disk meanwhile.
@@ -66,6 +70,7 @@ class Effort:
         (4096, 14336, 32, 8, 128),
     )
     cold_bytes: int = 256 * MIB
+    caches: int = 2
     compute_sample_s: float = 0.02
     tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     # Above 8 rows, of 8-bit weights above 32, other kernels compute (`kernels/layers.py`).
@@ -74,6 +79,10 @@ class Effort:
     # Heads of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
     heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936), (2048, 128256))
     head_rows: tuple[int, ...] = (1, 4, 8, 9, 16, 64)
+    # One that is little more than its kernels' starts, then experts of a SmolLM2-135M that was made
+    # a mixture, and of DeepSeek-V2-Lite.
+    experts: tuple[tuple[int, int], ...] = ((256, 704), (576, 1536), (2048, 1408))
+    expert_rows: tuple[int, ...] = (1, 4, 16)
     beside_disk: tuple[int, int] = (1, 4)
     beside_tokens: tuple[int, ...] = (1, 8)
     beside_read_bytes: int = 32 * MIB

@@ -28,6 +28,7 @@ from offload_rt.profiling.compute import (
     measure_beside_reads,
     measure_heads,
     measure_layers,
+    measure_reads_beside,
     measure_recorded,
     measure_replay,
 )
@@ -40,6 +41,7 @@ from offload_rt.profiling.disk import (
     reads_a_model,
 )
 from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.experts import measure_experts
 from offload_rt.profiling.identity import these_versions, this_machine
 from offload_rt.profiling.memory import measure_memory, thread_counts
 from offload_rt.profiling.profile import (
@@ -48,6 +50,7 @@ from offload_rt.profiling.profile import (
     DecodeSpeed,
     DiskSlowdown,
     DiskSpeed,
+    ExpertCurve,
     HardwareProfile,
     HeadCurve,
     LayerCurve,
@@ -55,6 +58,7 @@ from offload_rt.profiling.profile import (
     LinkSpeed,
     MemorySpeed,
     PinSpeed,
+    ReadSlowdown,
     RecordedCurve,
     ReplayTime,
     Versions,
@@ -78,7 +82,9 @@ Record = (
     | RecordedCurve
     | ReplayTime
     | HeadCurve
+    | ExpertCurve
     | DiskSlowdown
+    | ReadSlowdown
     | DecodeSpeed
     | AttentionSpeed
 )
@@ -242,7 +248,7 @@ def _parts(
     orders = _orders(devices[0])
     beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
     beside_reads = partial(_beside_reads, disk, devices[0], orders, curve)
-    parts.append(Part("layers beside reads", len(orders) * beside, beside_reads))
+    parts.append(Part("layers beside reads", len(orders) * beside + 1, beside_reads))
     parts.append(Part("disk, again", len(effort.disk_depths), run_disk))
     return parts
 
@@ -266,11 +272,12 @@ def _beside_reads(
     dtype = _dtype(device)
     shapes = curve.effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
     with open_for_reading(folder, curve.effort, RuntimeConfig().readers) as reading:
-        return [
+        found: list[Record] = [
             slowdown
             for weights in orders
             for slowdown in measure_beside_reads(shapes, device, weights, reading, curve, tick)
         ]
+        return [*found, measure_reads_beside(shapes, device, reading, curve, tick)]
 
 
 def _orders(device: Device) -> list[WeightOrder]:
@@ -306,7 +313,20 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
 
         label = f"{device.name}, output heads with {order} weights"
         yield Part(label, len(effort.heads) * len(effort.head_rows), run_heads)
+    if device.kind.host_computes:
+        yield from _expert_parts(curve, device, dtype)
     yield from _attention_parts(curve, device, dtype)
+
+
+def _expert_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
+    """Experts of usual passes, and of row-invariant ones."""
+    count = len(curve.effort.experts) * len(curve.effort.expert_rows)
+    for label, exact in {"experts": False, "experts of row-invariant passes": True}.items():
+
+        def run(tick: Tick, exact: bool = exact) -> Sequence[Record]:
+            return measure_experts(device, dtype, curve, tick, exact=exact)
+
+        yield Part(f"{device.name}, {label}", count, run)
 
 
 def _attention_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
@@ -421,9 +441,11 @@ def _assemble(
         pinning=next((r for r in records if isinstance(r, PinSpeed)), None),
         layers=tuple(r for r in records if isinstance(r, LayerCurve)),
         heads=tuple(r for r in records if isinstance(r, HeadCurve)),
+        experts=tuple(r for r in records if isinstance(r, ExpertCurve)),
         recorded=tuple(r for r in records if isinstance(r, RecordedCurve)),
         replays=tuple(r for r in records if isinstance(r, ReplayTime)),
         beside_disk=tuple(r for r in records if isinstance(r, DiskSlowdown)),
+        beside_computing=next((r for r in records if isinstance(r, ReadSlowdown)), None),
         dequantising=tuple(r for r in records if isinstance(r, DecodeSpeed)),
         attention=tuple(r for r in records if isinstance(r, AttentionSpeed)),
     )

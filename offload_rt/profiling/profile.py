@@ -285,6 +285,23 @@ class HeadCurve:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertCurve:
+    """An expert's time by the rows it is sent, with weights that no cache has.
+
+    Its part of all that a layer does with its experts is in it.
+
+    Attributes:
+        exact: that of row-invariant passes (`model/exact.py`).
+        weight_bytes: of its matrices: gate, up and down.
+    """
+
+    processor: Processor
+    exact: bool = False
+    weight_bytes: int = _up_to(_BYTES)
+    times: tuple[LayerTime, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSpeed:
     """Quantised weights that become numbers of 16 bits, by all threads together.
 
@@ -320,6 +337,17 @@ class DiskSlowdown:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ReadSlowdown:
+    """How much longer reads from the disk take while a CPU computes.
+
+    Attributes:
+        factor: seconds beside a layer over seconds alone, 1 or more.
+    """
+
+    factor: Number = _up_to(1000)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionSpeed:
     """Attention of some query rows to cached keys and values of one layer.
 
@@ -348,10 +376,12 @@ class HardwareProfile:
         notes: what could not be measured, and why.
         pinning: None on a machine without a GPU.
         heads: empty where none was measured: they then count as layers of their size.
+        experts: empty where none was measured: they then count as parts of their layers.
         recorded: layers of recorded passes; empty where none was measured: then what is left of
             `layers` without launches is assumed.
         replays: one for each processor whose passes are recorded; likewise.
         beside_disk: empty where it was not measured: computing then is as fast as alone.
+        beside_computing: None where it was not measured: reads then are as fast as alone.
         dequantising: empty where it was not measured: it then takes what is assumed.
     """
 
@@ -368,8 +398,10 @@ class HardwareProfile:
     pinning: PinSpeed | None = None
     layers: tuple[LayerCurve, ...] = ()
     heads: tuple[HeadCurve, ...] = ()
+    experts: tuple[ExpertCurve, ...] = ()
     recorded: tuple[RecordedCurve, ...] = ()
     replays: tuple[ReplayTime, ...] = ()
     beside_disk: tuple[DiskSlowdown, ...] = ()
+    beside_computing: ReadSlowdown | None = None
     dequantising: tuple[DecodeSpeed, ...] = ()
     attention: tuple[AttentionSpeed, ...] = ()

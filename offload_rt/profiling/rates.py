@@ -13,6 +13,7 @@ from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ProfileError
 from offload_rt.profiling.profile import (
     Direction,
+    ExpertCurve,
     HardwareProfile,
     HeadCurve,
     LayerCurve,
@@ -200,6 +201,26 @@ def head_s(
     return _between({n: _curve_s(c, rows) for n, c in curves.items()}, work.weight_bytes)
 
 
+def expert_s(
+    profile: HardwareProfile,
+    weight_bytes: int,
+    rows: float,
+    *,
+    processor: Processor,
+    exact: bool = False,
+) -> Number | None:
+    """Time of an expert that is sent so many rows; straight lines between sizes and counts.
+
+    That of row-invariant passes counts as any other where the profile has none of these. None
+    where it has no expert by this processor.
+    """
+    mine = [c for c in profile.experts if c.processor is processor]
+    curves = [c for c in mine if c.exact is exact] or mine
+    if not curves:
+        return None
+    return _between({c.weight_bytes: _curve_s(c, rows) for c in curves}, weight_bytes)
+
+
 def disk_slowdown(profile: HardwareProfile, weight_bytes: int, weights: WeightOrder) -> float:
     """How much longer a CPU takes for a layer while the disk is read; 1 if that is not known.
 
@@ -258,7 +279,7 @@ def attention_s(
     return replace(per_byte, value=per_byte.value * kv_bytes)
 
 
-def _curve_s(curve: LayerCurve | RecordedCurve | HeadCurve, tokens: int) -> Number:
+def _curve_s(curve: LayerCurve | RecordedCurve | HeadCurve | ExpertCurve, tokens: float) -> Number:
     return _between({time.tokens: time.layer_s for time in curve.times}, tokens)
 
 
@@ -275,7 +296,7 @@ def _rate(speeds: Mapping[int, Number], nbytes: int) -> Number:
     return replace(time, value=nbytes / time.value)
 
 
-def _between(points: Mapping[int, Number], x: int) -> Number:
+def _between(points: Mapping[int, Number], x: float) -> Number:
     """Straight lines between points; in proportion to x above the last.
 
     Below the first the first line goes on, but its value at 0 stays between 0 and the first's.
