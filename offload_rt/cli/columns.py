@@ -9,11 +9,7 @@ _LEAST, _MOST, _USUAL = 40, 100, 80
 
 
 def columns(file: int = 1) -> int:
-    """Width to write for: $COLUMNS, a terminal's, or 80 where there is none.
-
-    Args:
-        file: number of the open file.
-    """
+    """Width to write for: $COLUMNS, a terminal's, or 80 where there is none."""
     try:
         width = int(os.environ.get("COLUMNS", "")) or os.get_terminal_size(file).columns
     except ValueError:

@@ -168,10 +168,6 @@ def step_work(
 def predict(work: StepWork, price: Price) -> Prediction:
     """Put a pass and its drafting together.
 
-    Args:
-        work: of the step.
-        price: tells the cost of a pass.
-
     Raises:
         ConfigError: something is streamed, but there is no slot, or no speed.
         ProfileError: the profile lacks a number.
@@ -239,11 +235,6 @@ def step_events(work: StepWork, price: Price, spans: Callable[[PassLoad], list[S
     """What the streams are busy with in a step that has a draft, from the begin of its pass on.
 
     Drafting for the next step comes last.
-
-    Args:
-        work: of the step.
-        price: tells the cost of a pass.
-        spans: tells what the streams do in a pass.
     """
     load = _with_drafting(work, price)
     drafting_s = _with_draft(work, price).between_s

@@ -117,10 +117,6 @@ class NextRouter:
     """The router of the next layer, asked with rows of this one: they change little in a layer.
 
     The part of the layer that has router and experts is called, as far as to the experts.
-
-    Args:
-        block: that part.
-        experts: the experts in it.
     """
 
     def __init__(self, block: torch.nn.Module, experts: torch.nn.Module) -> None:

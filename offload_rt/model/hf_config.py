@@ -25,10 +25,6 @@ _COMPARED = {
 def build_hf_config(config: ModelConfig, folder: object) -> "PretrainedConfig":
     """Build transformers' configuration, of a text part that of the whole; imports torch.
 
-    Args:
-        config: what was read of the file.
-        folder: names the model in errors.
-
     Raises:
         CheckpointError: the class refuses a value of the file, or reads another number than we did.
     """

@@ -49,11 +49,7 @@ class Mixer:
 
 
 class PassStates:
-    """What transformers' layers take for their cache in a pass; attention has its own.
-
-    Args:
-        context: of the pass.
-    """
+    """What transformers' layers take for their cache in a pass; attention has its own."""
 
     def __init__(self, context: PassContext) -> None:
         self.context = context
@@ -127,12 +123,7 @@ class PassStates:
 
 
 class AnchoredMixer:
-    """The forward of a mixer in a pass over several sequences.
-
-    Args:
-        module: the mixer.
-        mixer: what it is.
-    """
+    """The forward of a mixer in a pass over several sequences."""
 
     def __init__(self, module: torch.nn.Module, mixer: Mixer) -> None:
         self._forward: Callable[..., torch.Tensor] = module.forward

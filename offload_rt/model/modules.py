@@ -28,12 +28,6 @@ def build_modules(
 ) -> torch.nn.Module:
     """Build the modules: parameters on meta, computed buffers (rotary tables) real.
 
-    Args:
-        config: of the model.
-        folder: names it in errors.
-        dtype: of the computation.
-        attn_implementation: name of a registered attention.
-
     Raises:
         CheckpointError: transformers cannot build it.
     """

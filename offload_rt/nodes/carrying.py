@@ -81,12 +81,7 @@ class ByLine:
 
 
 class ByGroup:
-    """From device to device, beside the frame.
-
-    Args:
-        group: of all nodes.
-        peer: the node at the other end.
-    """
+    """From device to device, beside the frame."""
 
     def __init__(self, group: Group, peer: int) -> None:
         self._group, self._peer = group, peer

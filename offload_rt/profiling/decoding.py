@@ -124,15 +124,7 @@ def standing_in(profile: HardwareProfile) -> HardwareProfile:
 def decoded_per_s(
     profile: HardwareProfile, processor: Processor, decoder: Decoder, form: str, bits: int
 ) -> Number:
-    """Weights dequantised in a second.
-
-    Args:
-        profile: of the machine.
-        processor: who does it.
-        decoder: with what.
-        form: how they are stored.
-        bits: of one.
-    """
+    """Weights dequantised in a second."""
     kind, form = (processor, decoder), _SAME.get(Form(form), form)
     mine = [s for s in profile.dequantising if (s.processor, s.decoder) == kind]
     alike = [s for s in mine if s.form == form]

@@ -58,10 +58,6 @@ class _Noted(NamedTuple):
 class _Notes(TorchDispatchMode):
     """Notes the operators of a pass while it is made, and the steps between them.
 
-    Args:
-        network: makes it.
-        batch: its rows.
-
     Attributes:
         batch: the rows.
         context: of the pass.

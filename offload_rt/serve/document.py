@@ -88,12 +88,7 @@ _ERROR = {
 
 
 def document(version: str, names: Sequence[str]) -> Json:
-    """All of it, as OpenAPI 3.1 has it.
-
-    Args:
-        version: of this program.
-        names: of the model.
-    """
+    """All of it, as OpenAPI 3.1 has it."""
     bodies = [body for _, body in _ASKED.values()]
     template = "#/components/schemas/{model}"
     made, found = models_json_schema([(b, "validation") for b in bodies], ref_template=template)

@@ -17,12 +17,6 @@ CROSS_S = 86_400.0
 class NcclGroup:
     """All processes of a run, each with a GPU of its own.
 
-    Args:
-        store: of torchrun's rendezvous.
-        number: of this process.
-        count: of all.
-        device: that computes here.
-
     Raises:
         RuntimeError: NCCL cannot be used here, or not with the others.
     """

@@ -49,11 +49,7 @@ def absent_gpu(index: int, count: int) -> str | None:
 
 
 def old_driver(cuda_build: str) -> str | None:
-    """That the driver runs no such CUDA, if so, and what to do.
-
-    Args:
-        cuda_build: version of CUDA that torch was built for.
-    """
+    """That the driver runs no such CUDA, if so, and what to do."""
     from offload_rt.device.cuda.nvml import find_driver
 
     driver = find_driver()

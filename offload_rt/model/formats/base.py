@@ -45,12 +45,7 @@ def resolve_weights(
 
 
 def rounded_kind(dtype: str, device: DeviceKind) -> DraftWeights | None:
-    """To what a model's own weights are rounded for drafting where that may be worth while.
-
-    Args:
-        dtype: torch's name of the model's number format.
-        device: what computes.
-    """
+    """To what a model's own weights are rounded for drafting where that may be worth while."""
     return device.copy_weights if dtype == "bfloat16" else None
 
 

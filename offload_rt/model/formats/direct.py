@@ -29,12 +29,7 @@ _BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
 
 
 def prepare(stored: Iterable[Stored], dtype: str) -> None:
-    """Assemble what multiplies with these weights and with plain ones, before memory is counted.
-
-    Args:
-        stored: weights of a model.
-        dtype: torch's name of the format it computes in.
-    """
+    """Assemble what multiplies with these weights and with plain ones, before memory is counted."""
     if dtype != "bfloat16":
         return
     kernels.prepare(How.PLAIN)

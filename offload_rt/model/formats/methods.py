@@ -150,10 +150,6 @@ class Method:
 def read_method(name: str, stated: object) -> Method | str:
     """Read `quantization_config`.
 
-    Args:
-        name: of the method, as it is shown.
-        stated: the object of the file.
-
     Returns:
         What is stated, or why such weights are not read.
     """

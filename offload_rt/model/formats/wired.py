@@ -100,10 +100,6 @@ class WiredLinear(torch.nn.Module):
 
     Its buffers have the names and number formats of the files.
 
-    Args:
-        stored: the weight.
-        linear: that it replaces.
-
     Attributes:
         scratch: bytes for the one weight that computes, lent before a pass runs; no buffer of it.
         in_order: inputs of a group follow each other, so that an index of groups says nothing.

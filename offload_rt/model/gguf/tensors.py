@@ -137,11 +137,6 @@ def open_tensors(
 def norms_of(folder: Path, family: Family, tensors: Sequence[GgufTensor]) -> bytes | None:
     """A safetensors file of the norms as transformers has them; None: they are so in the files.
 
-    Args:
-        folder: the files are in.
-        family: of the network.
-        tensors: of all files.
-
     Raises:
         CheckpointError: a norm is of another type than is known, or not to be read.
     """

@@ -22,12 +22,7 @@ from offload_rt.speculative.mtp.checkpoint import FINAL_NORM
 
 
 class Mixer(torch.nn.Module):
-    """Makes the input of the layer; its parameters are named as `mtp.checkpoint` names tensors.
-
-    Args:
-        norm: makes a norm of the family.
-        size: E.
-    """
+    """Makes the input of the layer; its parameters are named as `mtp.checkpoint` names tensors."""
 
     def __init__(self, norm: Any, size: int) -> None:  # noqa: ANN401 - a class of transformers
         super().__init__()
