@@ -284,9 +284,8 @@ def test_the_host_computes_before_it_waits(monkeypatch, together):
     monkeypatch.setattr(compute, "wait", lambda event: (order.append("wait"), wait(event)))
     order.clear()
     away, meanwhile = frozenset([3]), partial(order.append, "host")
-    for one in (pool.lend_together if together else pool.lend)(
-        0, [0, 1, 2, 3], 1, None, away, meanwhile
-    ):
+    lend = partial(pool.lend_together, coming=1) if together else pool.lend
+    for one in lend(0, [0, 1, 2, 3], 1, None, away, meanwhile):
         order.extend(expert for expert, _ in (one if together else [one]))
     assert order == [0, 1, "host", "wait", 2]
     order.clear()

@@ -12,7 +12,14 @@ from offload_rt.device.system import _mapped_areas
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
-from offload_rt.kernels.stored import ROWS_AT_ONCE, How, StoredProduct, registers_problem
+from offload_rt.kernels.stored import (
+    ROWS_AT_ONCE,
+    How,
+    StoredProduct,
+    Task,
+    multiply_all,
+    registers_problem,
+)
 from offload_rt.kernels.stored import blocks_of as plain_blocks
 from offload_rt.kernels.tiles import goes_by_count, in_tiles
 from offload_rt.model.formats import planes
@@ -117,6 +124,32 @@ def test_matrix_registers_give_a_row_the_same_bits_in_any_pass(inputs, outputs, 
     )
     alone = torch.eye(inputs, dtype=torch.bfloat16)[: 3 * inputs // 4]  # each weight, by itself
     assert torch.equal(product(alone, linear.weight, None), linear.weight[:, : len(alone)].t())
+
+
+@needs_registers
+@pytest.mark.parametrize("registers", [False, True])
+def test_products_at_once_have_the_bits_of_each(registers, threads):
+    """Of unlike sizes, which need unlike rooms, into columns of one tensor, too."""
+    tasks, expected = [], []
+    for number, (inputs, outputs) in enumerate([*SIZES, *SIZES[:2]]):
+        linear, rows = cancelling(inputs, outputs)
+        blocks = None if registers else plain_blocks(inputs, outputs, tiles=True)
+        product = StoredProduct(How.PLAIN, inputs, outputs, blocks or (inputs, inputs))
+        if registers:
+            product = StoredProduct(How.PLAIN, inputs, outputs, None)
+        some = rows[: (1, 40, 7, 16, 3, 17, 2)[number]]
+        bias = linear.bias if number % 2 else None
+        wide = torch.full((len(some), 3 * outputs), 7.0, dtype=torch.bfloat16)
+        out = wide[:, outputs : 2 * outputs]
+        tasks.append((Task(product, some, out, linear.weight, bias), wide))
+        expected.append(product(some, linear.weight, bias))
+    for order in (tasks, tasks[::-1]):
+        multiply_all([task for task, _ in order])
+        for (task, wide), alone in zip(tasks, expected, strict=True):
+            assert torch.equal(task.out, alone)
+            outputs = alone.shape[1]
+            assert bool((wide[:, :outputs] == 7).all() and (wide[:, 2 * outputs :] == 7).all())
+            task.out.zero_()
 
 
 @needs_registers

@@ -16,8 +16,14 @@ from offload_rt.costs.workload import parts_of
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.kinds import CPU, Packing
 from offload_rt.errors import CheckpointError
+from offload_rt.kernels import products
+from offload_rt.kernels import stored as stored_kernels
+from offload_rt.model import exact
+from offload_rt.model import experts as experts_module
+from offload_rt.model import network as network_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.expert_layout import plan_units
+from offload_rt.model.formats import direct
 from offload_rt.model.network import experts_of
 from offload_rt.model.outline import outline_checkpoint
 
@@ -255,3 +261,44 @@ def test_a_row_has_the_same_bits_in_any_pass(twins_of, name):
         rows = [engine.forward([(0, [token])], reuse=False).clone() for token in PROMPT]
         engine.forget()
         assert torch.equal(engine.forward([(0, PROMPT)], reuse=True)[-1], rows[-1][-1])
+
+
+def registers_fit(inputs, outputs):
+    return outputs % 64 == 0 and inputs % 32 == 0
+
+
+@pytest.mark.skipif(bool(products.problem()), reason=f"no kernels: {products.problem()}")
+@pytest.mark.parametrize(
+    ("case", "registers"), [(None, False), ("W4 g32", False), ("MXFP4", False), ("W4 g32", True)]
+)
+def test_experts_at_once_have_the_bits_of_one_after_the_other(
+    make_tiny, tmp_path, monkeypatch, case, registers
+):
+    """Whatever was there, and where a form has no kernel (MXFP4)."""
+    if registers and stored_kernels.registers_problem():
+        pytest.skip(stored_kernels.registers_problem())
+    fits = registers_fit if registers else lambda *_: False
+    monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
+    monkeypatch.setattr(exact, "multiplies_in_registers", fits)
+    direct.plain_for.cache_clear()
+    source = make_mixture(
+        make_tiny, "qwen3_moe", dtype="bfloat16", hidden_size=128, moe_intermediate_size=128
+    )
+    folder = source
+    if case is not None:
+        folder = write_twins(source, tmp_path, *CASES[case], dtype=torch.bfloat16, kept=KEPT).folder
+    calls = []
+    together = experts_module.multiply_all
+    monkeypatch.setattr(
+        experts_module, "multiply_all", lambda tasks: (calls.append(len(tasks)), together(tasks))
+    )
+    found = []
+    for at_once in (True, False):
+        if not at_once:
+            monkeypatch.setattr(network_module, "multiply_at_once", lambda module: None)
+        for slots in (None, 5):
+            calls.clear()
+            with engine_for(folder, exact=Exact.ON, expert_slots=slots) as engine:
+                found.append(all_logits(engine))
+            assert (max(calls, default=0) > 2) == (at_once and case != "MXFP4"), (at_once, slots)
+    assert [torch.equal(one, found[0]) for one in found] == [True] * 4

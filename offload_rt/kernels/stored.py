@@ -19,7 +19,8 @@ makes subnormal numbers of bf16 zero, and so does the one that multiplies.
 
 import ctypes
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import cache
 
@@ -58,8 +59,9 @@ _MATRIX = "ptr %codes, ptr %scales, ptr %zeros, ptr %index"
 _SIZES = "i64 %start, i64 %stop, i64 %output, i64 %inputs, i64 %outputs, i64 %group"
 _FIELDS = (
     "rows codes scales zeros index bias out scratch n_inputs n_outputs n_count n_block n_group "
-    "n_blocks n_room next"
+    "n_blocks n_room n_line n_taken"
 )
+_WORDS = len(_FIELDS.split())  # of a record: the last counts panels that were taken
 
 
 class How(StrEnum):
@@ -208,6 +210,9 @@ class StoredProduct:
             for more (`blocks_of`); None: all are, in matrix registers.
         group: inputs that share a scale and a zero point; in 12 bits the weights of a piece.
         ordered: inputs are in any order; `index` says which group each is of.
+
+    Attributes:
+        kernel: which it is, as others may be with it (`multiply_all`).
     """
 
     def __init__(
@@ -220,7 +225,7 @@ class StoredProduct:
         group: int = 1,
         ordered: bool = False,
     ) -> None:
-        self._kernel = how, ordered, blocks is None
+        self.kernel = how, ordered, blocks is None
         self._inputs, self._outputs = inputs, outputs
         if blocks is None:
             assert not registers_problem()  # which asks the system for them
@@ -228,8 +233,7 @@ class StoredProduct:
             blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
         self._room = room_bytes(max(self._blocks))
-        sizes = [inputs, outputs, 0, 0, group, 0, self._room]
-        self._record = (ctypes.c_int64 * 17)(*[0] * 8, *sizes)
+        self._group = group
 
     def __call__(
         self,
@@ -252,18 +256,57 @@ class StoredProduct:
         """
         rows = rows.contiguous()
         out = rows.new_empty(*rows.shape[:-1], self._outputs)
-        room = torch.empty(torch.get_num_threads() * self._room + _LINE_BYTES, dtype=torch.uint8)
-        parts = rows, codes, scales, zeros, index, bias, out, room
-        record = type(self._record).from_buffer_copy(self._record)  # two threads may be here
-        for place, part in enumerate(parts):
-            record[place] = 0 if part is None else part.data_ptr()
-        record[7] += -record[7] % _LINE_BYTES
-        count = rows.numel() // self._inputs
-        block = self._blocks[count > 1]
-        record[10], record[11], record[13] = count, block, -(-self._inputs // block)
-        record[15] = ctypes.addressof(record) + 16 * ctypes.sizeof(ctypes.c_int64)  # the panel next
-        assembling.together(_kernel(*self._kernel), record)
+        into = out.view(-1, self._outputs)
+        multiply_all([Task(self, rows, into, codes, bias, scales, zeros, index)])
         return out
+
+    def record(self, task: "Task", scratch: int, room: int) -> list[int]:
+        """What the kernel reads of a task."""
+        given = task.rows, task.codes, task.scales, task.zeros, task.index, task.bias, task.out
+        places = [0 if part is None else part.data_ptr() for part in given]
+        count = task.rows.numel() // self._inputs
+        block = self._blocks[count > 1]
+        sizes = [self._inputs, self._outputs, count, block, self._group, -(-self._inputs // block)]
+        line = task.out.stride(0)
+        return [*places, scratch, *sizes, room, line, 0]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One of several products that are computed at once.
+
+    Attributes:
+        product: whose kernel those of all have.
+        rows: [n, I] in bf16, without gaps.
+        out: [n, O] in bf16 for the result; numbers of a row follow each other.
+        codes: this and what follows as a product is called with.
+    """
+
+    product: StoredProduct
+    rows: torch.Tensor
+    out: torch.Tensor
+    codes: torch.Tensor
+    bias: torch.Tensor | None = None
+    scales: torch.Tensor | None = None
+    zeros: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+
+
+def multiply_all(tasks: Sequence[Task]) -> None:
+    """Compute products into their `out`: threads share out the panels of all, waiting once.
+
+    Small products are worth it: threads that wait for each other after every one, and take unlike
+    shares of few panels, cost as much as a product of a megabyte does.
+    """
+    kernel, room = tasks[0].product.kernel, max(task.product._room for task in tasks)
+    assert all(task.product.kernel == kernel for task in tasks)
+    rooms = torch.empty(torch.get_num_threads() * room + _LINE_BYTES, dtype=torch.uint8)
+    scratch = rooms.data_ptr() + -rooms.data_ptr() % _LINE_BYTES
+    words = [len(tasks)]
+    for task in tasks:
+        words += task.product.record(task, scratch, room)
+    batch = (ctypes.c_int64 * len(words))(*words)
+    assembling.together(_kernel(*kernel), batch)
 
 
 _kept = cache(StoredProduct)
@@ -498,8 +541,8 @@ def _finish() -> str:
 
 
 def _all(tiles: bool) -> str:
-    """Panels, one after the other, for all rows."""
-    code = Code("@product(ptr %record)", internal=False)
+    """Products, one after the other: panels of each, one after the other, for all rows."""
+    code = Code("@one(ptr %record)")
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
     rows, scratch, out, bias = (found[name] for name in ("rows", "scratch", "out", "bias"))
     inputs, outputs, count = (found[f"n_{name}"] for name in ("inputs", "outputs", "count"))
@@ -509,7 +552,8 @@ def _all(tiles: bool) -> str:
     line = code.let(f"lshr i64 {inputs}, 1")
     biased = code.let(f"icmp ne ptr {bias}, null")
     panels = code.let(f"udiv i64 {outputs}, {PANEL}")
-    with code.taken(found["next"], panels) as panel:
+    taken = code.at("%record", _WORDS - 1, "i64")
+    with code.taken(taken, panels) as panel:
         output = code.times(panel, PANEL)
         added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
         with code.loop(0, count, ROWS_AT_ONCE) as begin:
@@ -533,11 +577,17 @@ def _all(tiles: bool) -> str:
                 _multiply(code, rows, given, (totals, brought), (start, pairs), line)
             with code.loop(0, some) as row:
                 sums = code.at(totals, code.times(row, PANEL), "float")
-                spot = code.plus(code.times(code.plus(begin, row), outputs), output)
+                spot = code.plus(code.times(code.plus(begin, row), found["n_line"]), output)
                 code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {code.at(out, spot)})")
+    one = code.text()
+    code = Code("@product(ptr %batch)", internal=False)
+    (count,) = code.fields("%batch", "n_tasks")
+    with code.loop(0, count) as task:
+        record = code.at("%batch", code.plus(code.times(task, _WORDS), 1), "i64")
+        code.add(f"call void @one(ptr {record})")
     if tiles:
         code.add("call void @llvm.x86.tilerelease()")
-    return code.text()
+    return one + code.text()
 
 
 def _multiply(

@@ -18,8 +18,11 @@ import torch
 from torch.nn.functional import linear
 
 from offload_rt.errors import CheckpointError
+from offload_rt.kernels.assembling import traced
+from offload_rt.kernels.stored import Task, multiply_all
 from offload_rt.model.attention_function import Apart, PassContext
 from offload_rt.model.formats import together
+from offload_rt.model.formats.direct import Multiplies, plain_for
 from offload_rt.model.formats.stored import HOST_ROWS, TOGETHER_ROWS, Stored
 from offload_rt.model.formats.wired import StoredMatrix, WiredExpert
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
@@ -30,7 +33,7 @@ MATRICES = frozenset({"gate_up_proj", "up_proj", "down_proj"})  # [experts, ., .
 WIRED = "wired"  # modules of experts whose quantised weights are in the image of their layer
 _LENDER, _HOST = "_lent_experts", "_host_of_experts"
 _NEXT, _LISTENS = "_next_router", "_listens_to_router"
-_TOGETHER, _APART = "_multiplies_together", "_made_apart"
+_TOGETHER, _APART, _AT_ONCE = "_multiplies_together", "_made_apart", "_multiplies_at_once"
 
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
@@ -91,7 +94,7 @@ class ExpertLender(Protocol):
         meanwhile: Callable[[], None] | None,
         /,
         *,
-        together: bool,
+        coming: int | None,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of each of these, in any order, until the next ones are asked for.
 
@@ -101,7 +104,8 @@ class ExpertLender(Protocol):
             foresee: says which experts of the next layer rows should ask for, likeliest first.
             on_host: of those that are needed, what the host computes: they are not lent.
             meanwhile: has it compute them; called before any is waited for that is on its way.
-            together: all that are there at once, then the others; else one by one.
+            coming: all that are there are lent at once, then so many of the others; None: each
+                alone.
         """
 
 
@@ -186,6 +190,18 @@ def multiply_together(module: torch.nn.Module) -> bool:
     return _TOGETHER in module.__dict__
 
 
+def multiply_at_once(module: torch.nn.Module) -> None:
+    """Let a module of experts, in passes that are row-invariant, take few calls of a kernel.
+
+    That is for a CPU, where kernels of ours multiply (`kernels/stored.py`): rows of all experts
+    that are there go through each matrix in one call, and all of them through what is between two.
+    Their bits are those of one expert after the other, as a row's never depend on others. Where no
+    such kernel takes a matrix, experts are computed one by one.
+    """
+    if not module.has_post_expert_norm and not module.is_transposed:
+        module.__dict__[_AT_ONCE] = True
+
+
 def wire_experts(
     module: torch.nn.Module, experts: Sequence[Mapping[str, Stored]], dtype: torch.dtype
 ) -> None:
@@ -267,14 +283,20 @@ def _computed(
         meanwhile = partial(there.compute, lender, mine, parts)
     asked = needed, rows, foresee, frozenset(away), meanwhile
     if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
-        groups = [[*_own(module, places)]] if lender is None else lender.lend(*asked, together=True)
+        groups = lender.lend(*asked, coming=len(needed)) if lender else [[*_own(module, places)]]
         for group in groups:
             _rows_together(module, host, group, places, hidden, parts)
+    elif _AT_ONCE in module.__dict__ and hidden.device.type == "cpu" and not traced():
+        groups = lender.lend(*asked, coming=1) if lender else [[*_own(module, places)]]
+        for group in groups:
+            at = torch.tensor([place for expert, _ in group for place in places[expert]])
+            counts = [len(places[expert]) for expert, _ in group]
+            parts[at] = _rows_at_once(module, group, hidden[at // k].split(counts))
     else:
         lent = (
             _own(module, places)
             if lender is None
-            else chain.from_iterable(lender.lend(*asked, together=False))
+            else chain.from_iterable(lender.lend(*asked, coming=None))
         )
         order = [place for own in places.values() for place in own]
         index = torch.tensor(order) if host is None else host.upload(order)
@@ -381,6 +403,62 @@ def _rows_together(
     _multiply_in_one(module, names[1], one, made, second, tensors[1], parts)
 
 
+def _rows_at_once(
+    module: Any,  # noqa: ANN401
+    group: Sequence[tuple[int, ExpertWeights]],
+    rows: Sequence[torch.Tensor],
+) -> torch.Tensor:
+    """[N, E] of the rows [n, E] of each expert, one expert after the other."""
+    first = _products_at_once(module, _first_of(module), group, rows)
+    if first is not None:
+        made = module._apply_gate(first) if module.has_gate else module.act_fn(first)
+        second = _products_at_once(module, "down_proj", group, made.split([*map(len, rows)]))
+        if second is not None:
+            return second
+    return torch.cat([expert_rows(module, *one, own) for one, own in zip(group, rows, strict=True)])
+
+
+def _products_at_once(
+    module: Any,  # noqa: ANN401
+    name: str,
+    group: Sequence[tuple[int, ExpertWeights]],
+    rows: Sequence[torch.Tensor],
+) -> torch.Tensor | None:
+    """[N, O] of each expert's rows [n, I] times its matrix; None where no kernel of ours has it."""
+    biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
+    out = rows[0].new_empty(sum(map(len, rows)), _outputs(module, group[0][1], name))
+    tasks = list[Task]()
+    for (expert, weights), own, into in zip(group, rows, out.split([*map(len, rows)]), strict=True):
+        halves = _halves_of(module, name, weights)
+        if len(halves) > 1 and biases is not None:
+            return None  # which is added to what is rounded
+        bias = None if biases is None else biases[expert]
+        for half, part in zip(halves, into.chunk(len(halves), 1), strict=True):
+            task = _task(half, own, part, bias)
+            if task is None:
+                return None
+            tasks.append(task)
+    if len({task.product.kernel for task in tasks}) > 1:
+        return None
+    multiply_all(tasks)
+    return out
+
+
+def _task(
+    matrix: Matrix, rows: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None
+) -> Task | None:
+    """Rows [n, I] times a matrix, as a kernel of ours takes it."""
+    if isinstance(matrix, StoredMatrix):
+        direct = matrix.bringer.direct
+        if not isinstance(direct, Multiplies):
+            return None
+        return Task(direct.product, rows, out, *direct.operands(matrix.parts, bias))
+    if not isinstance(matrix, torch.Tensor) or not matrix.is_contiguous():
+        return None
+    product = plain_for(matrix.shape[1], len(matrix), matrix.dtype, matrix.device, exact=True)
+    return None if product is None else Task(product, rows, out, matrix, bias)
+
+
 def _lying(
     weights: ExpertWeights, name: str, host: Host
 ) -> tuple[Sequence[torch.Tensor], list[int]]:
@@ -395,13 +473,13 @@ def _lying(
 
 def _outputs(module: Any, weights: ExpertWeights, name: str) -> int:  # noqa: ANN401
     """Of a matrix of an expert."""
-    matrix = weights.get(name)
-    if isinstance(matrix, StoredMatrix):
-        return matrix.bringer.stored.outputs
-    if isinstance(matrix, torch.Tensor):
-        return int(matrix.shape[1 if module.is_transposed else 0])
-    halves = weights[f"{name}.0"], weights[f"{name}.1"]
-    return sum(len(half) for half in halves if isinstance(half, torch.Tensor))
+    found = 0
+    for half in _halves_of(module, name, weights):
+        if isinstance(half, StoredMatrix):
+            found += half.bringer.stored.outputs
+        elif isinstance(half, torch.Tensor):
+            found += int(half.shape[1 if module.is_transposed else 0])
+    return found
 
 
 def _multiply_in_one(  # noqa: PLR0913 - as the kernels
@@ -462,19 +540,23 @@ def _product(
     bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """Rows times a matrix; one of two halves always as two, as files may have them apart."""
-    halves: Sequence[Matrix]
-    if f"{name}.0" in weights:
-        halves = weights[f"{name}.0"], weights[f"{name}.1"]
-    elif not isinstance(whole := weights[name], torch.Tensor):
-        return _times(whole, rows, bias)
-    elif module.is_transposed:
+    if module.is_transposed and isinstance(whole := weights.get(name), torch.Tensor):
         return linear(rows, whole.t(), bias)
-    elif name == "gate_up_proj" and module.is_concatenated:
-        halves = whole.chunk(2)
-    else:
-        return linear(rows, whole, bias)
+    halves = _halves_of(module, name, weights)
+    if len(halves) == 1:
+        return _times(halves[0], rows, bias)
     made = torch.cat([_times(half, rows) for half in halves], -1)
     return made if bias is None else made + bias
+
+
+def _halves_of(module: Any, name: str, weights: ExpertWeights) -> Sequence[Matrix]:  # noqa: ANN401
+    """A matrix; one of two halves always as two, as files may have them apart."""
+    if f"{name}.0" in weights:
+        return weights[f"{name}.0"], weights[f"{name}.1"]
+    whole = weights[name]
+    if isinstance(whole, torch.Tensor) and name == "gate_up_proj" and module.is_concatenated:
+        return whole.chunk(2)
+    return (whole,)
 
 
 def _times(matrix: Matrix, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -59,10 +59,11 @@ from offload_rt.model.experts import (
     follow,
     lend_experts,
     lend_host,
+    multiply_at_once,
     multiply_together,
 )
 from offload_rt.model.formats import together
-from offload_rt.model.formats.direct import at_home
+from offload_rt.model.formats.direct import at_home, direct_for
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
@@ -460,7 +461,13 @@ class Network:
                 linear.lend(memory.tensor, in_order=in_order_too, exact=self.exact)
             units = [self._bringers[s] for u in self.units.get(index, ()) for s in u.stored]
             for bringer in chain(bringers_below(self._layers[index]), units):
-                bringer.lend(memory.tensor, in_order=bringer.stored in in_order)
+                ordered = bringer.stored in in_order
+                bringer.lend(memory.tensor, in_order=ordered)
+                bringer.direct = direct_for(
+                    *(bringer.stored, self.dtype, memory.tensor.device),
+                    exact=self.exact,
+                    in_order=ordered,
+                )
 
     @property
     def attending(self) -> tuple[int, ...]:
@@ -641,6 +648,8 @@ class Network:
             tile_outside(self._model, self._layers, self.tiles)
         elif self.exact:
             make_exact(self._model)
+            for name in self._mixtures:
+                multiply_at_once(self._model.get_submodule(name))
 
     def _leave_out_other_parts(self, device: torch.device) -> None:
         """Give parameters of no part of the text network nothing, where passes run.

@@ -17,7 +17,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from offload_rt.device.base import Device
 from offload_rt.model.exact import Regular, make_exact
-from offload_rt.model.experts import ExpertWeights, compute_experts, lend_experts
+from offload_rt.model.experts import ExpertWeights, compute_experts, lend_experts, multiply_at_once
 from offload_rt.model.formats.stored import Stored
 from offload_rt.profiling.compute import beyond_caches
 from offload_rt.profiling.curves import Place
@@ -80,11 +80,11 @@ class ColdExperts:
         on_host: Set[int],
         meanwhile: Callable[[], None] | None,
         *,
-        together: bool,
+        coming: int | None,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
-        """Each by itself."""
-        for expert in needed:
-            yield [(expert, self.at_home(expert))]
+        """All are there."""
+        group = [(expert, self.at_home(expert)) for expert in needed]
+        yield from ([one] for one in group) if coming is None else [group]
 
 
 @torch.inference_mode()
@@ -113,6 +113,7 @@ def measure_experts(
         lend_experts(module, experts)
         if exact:
             make_exact(module)
+            multiply_at_once(module)
         for rows in effort.expert_rows:
             run = _call(module, experts, torch.randn(rows, hidden).to(dtype), exact=exact)
             passes[nbytes, rows] = Timed(run, effort.compute_sample_s, computes=True)

@@ -92,11 +92,15 @@ class PooledExperts:
         on_host: Set[int],
         meanwhile: Callable[[], None] | None,
         *,
-        together: bool,
+        coming: int | None,
     ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of experts: those that are there first."""
         pool, asked = self._pool, (self._layer, needed, rows, foresee, on_host, meanwhile)
-        groups = pool.lend_together(*asked) if together else ([one] for one in pool.lend(*asked))
+        groups = (
+            ([one] for one in pool.lend(*asked))
+            if coming is None
+            else pool.lend_together(*asked, coming=coming)
+        )
         for group in groups:
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 

@@ -314,7 +314,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         for group in self._groups(layer, needed, rows, foresee, on_host, meanwhile, most=1):
             yield from group
 
-    def lend_together(
+    def lend_together(  # noqa: PLR0913 - as `lend`, and how many
         self,
         layer: int,
         needed: Sequence[int],
@@ -322,10 +322,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
         foresee: Callable[[], Sequence[int]] | None = None,
         on_host: Set[int] = frozenset(),
         meanwhile: Callable[[], None] | None = None,
+        *,
+        coming: int,
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
-        """Lend all experts that are there at once, then the others as far as there are slots."""
+        """Lend all experts that are there at once, then so many `coming` as there are slots for."""
         asked = layer, needed, rows, foresee, on_host, meanwhile
-        return self._groups(*asked, most=len(needed))
+        return self._groups(*asked, most=len(needed), coming=coming)
 
     def _groups(  # noqa: PLR0913 - as `lend`, and how many
         self,
@@ -337,6 +339,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         meanwhile: Callable[[], None] | None,
         *,
         most: int,
+        coming: int = 1,
     ) -> Iterator[Sequence[tuple[int, BufferT]]]:
         """Lend experts, at most so many at once, and none that is there with one that is not."""
         if layer != self._layer:
@@ -357,26 +360,30 @@ class ExpertPool(Generic[BufferT, SourceT]):
         absent = set(needed) - slots.keys() - on_host
         queue, lent = deque(self._in_place(layer, absent)), set(slots)
         # Those that are there, then those on their way, as they come.
-        coming = deque(sorted(slots, key=lambda e: slots[e].number if slots[e].filled else 0))
+        due = deque(sorted(slots, key=lambda e: slots[e].number if slots[e].filled else 0))
         kept = set(needed[len(needed) - min(self.share, len(needed)) :])
-        self._load(layer, queue, coming, lent)
+        self._load(layer, queue, due, lent)
         if not queue:
             self._bring_behind(layer, on_host, lent)
         self._look_ahead(layer, needed, shared=meanwhile is not None and not self._takes)
         if foresee is not None and not queue:
             self._offer(layer, foresee)
-        while coming:
+        while due:
             self._load_ahead(layer, queue, lent | kept)
-            there = held[coming[0]].filled is None
+            there = held[due[0]].filled is None
             if meanwhile is not None and not there:
                 meanwhile()
                 meanwhile = None
-            group = [coming.popleft()]
-            while coming and len(group) < most and (held[coming[0]].filled is None) == there:
-                group.append(coming.popleft())
+            group = [due.popleft()]
+            while (
+                due
+                and len(group) < (most if there else coming)
+                and (held[due[0]].filled is None) == there
+            ):
+                group.append(due.popleft())
             yield from self._use(layer, group)
             lent.difference_update(group)
-            self._load(layer, queue, coming, lent)
+            self._load(layer, queue, due, lent)
         assert not queue  # a slot that was handed back is there for the next
         if meanwhile is not None:
             meanwhile()

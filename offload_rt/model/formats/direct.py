@@ -4,6 +4,7 @@ The numbers are those of the dequantised weight's product (`kernels/stored.py`).
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import cache, partial
 
 import torch
@@ -21,9 +22,28 @@ from offload_rt.model.packed_files import piece_weights
 Plain = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 Parts = Mapping[str, torch.Tensor]
 # Codes, bias, scales [G, O], zero points [G, O], the group of each input where they are unordered.
-Operands = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None]
+Operands = tuple[
+    torch.Tensor,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+    torch.Tensor | None,
+]
 # None: these bytes have to be decoded first.
 Direct = Callable[[torch.Tensor, Parts, torch.Tensor | None], torch.Tensor | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Multiplies:
+    """A `Direct` that is one product of a kernel, which may compute several at once."""
+
+    product: StoredProduct
+    operands: Callable[[Parts, torch.Tensor | None], Operands]
+
+    def __call__(self, rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
+        """[..., I] gives [..., O]."""
+        return self.product(rows, *self.operands(parts, bias))
+
 
 _BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
 
@@ -88,13 +108,9 @@ def direct_for(
     if coded:
         return _coded(stored, product)
     if in_blocks:
-        return _of_blocks(stored, product)
+        return Multiplies(product, _of_blocks(stored))
     numbers = _of_packed if stored.form is Form.PACKED else _of_columns
-
-    def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
-        return product(rows, *numbers(stored, parts, bias))
-
-    return multiply
+    return Multiplies(product, partial(numbers, stored))
 
 
 def at_home(stored: Stored, dtype: torch.dtype, *, in_order: bool) -> Direct | None:
@@ -148,20 +164,17 @@ def _coded(stored: Stored, product: StoredProduct) -> Direct:
     return multiply
 
 
-def _of_blocks(stored: Stored, product: StoredProduct) -> Direct:
+def _of_blocks(stored: Stored) -> Callable[[Parts, torch.Tensor | None], Operands]:
     """Of GGUF's blocks, whose rows may lie in another order."""
     order = ggml.order_of(stored, torch.device("cpu"))
     index = None if order is None else order.int()
-
-    def multiply(rows: torch.Tensor, parts: Parts, bias: torch.Tensor | None) -> torch.Tensor:
-        return product(rows, parts[ggml.PART], bias, index=index)
-
-    return multiply
+    return lambda parts, bias: (parts[ggml.PART], bias, None, None, index)
 
 
+@cache
 def plain_for(
     inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, *, exact: bool
-) -> Plain | None:
+) -> StoredProduct | None:
     """What multiplies rows with a bf16 weight [O, I] as it lies; None as above.
 
     Args:
