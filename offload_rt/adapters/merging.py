@@ -79,7 +79,7 @@ def with_adapter(
             f"--adapter is for models whose weights are not quantised: merge {shown(adapter.name)} "
             f"into the model that {checkpoint.name} was made from"
         )
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     path = _path(checkpoint, adapter, name)
     if not path.exists():
         _write(checkpoint, adapter, name, path, on_write)

@@ -367,7 +367,7 @@ def _conditions(
 
 
 def _dtype(checkpoint: Checkpoint, runtime: RuntimeConfig) -> str:
-    return compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
+    return compute_dtype(checkpoint, runtime.dtype)
 
 
 def _report(raw: RawRows, folder: Path, console: Console) -> None:

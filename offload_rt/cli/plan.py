@@ -246,8 +246,7 @@ class _Outlook:
 
     @property
     def dtype(self) -> str:
-        tensors = self.checkpoint.tensors.values()
-        return compute_dtype(self.checkpoint.config.dtype, tensors, self.config.dtype)
+        return compute_dtype(self.checkpoint, self.config.dtype)
 
     @property
     def home(self) -> str:

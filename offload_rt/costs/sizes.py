@@ -22,7 +22,7 @@ from offload_rt.model.expert_layout import ExpertImages, plan_images
 from offload_rt.model.formats.base import embedding_bytes, in_panels, matrix_bytes, takes
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.kept import layers_keep
-from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layouts
+from offload_rt.model.layout import CODES, LayerLayout, compute_dtype, plan_layouts
 from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
@@ -85,8 +85,7 @@ class PassShape:
 @lru_cache(maxsize=8)  # a search asks for the same ones hundreds of times
 def layouts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> tuple[LayerLayout, ...]:
     """The image of each layer, and last of what is in no layer."""
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return plan_layouts(checkpoint, name, device.packing)
+    return plan_layouts(checkpoint, compute_dtype(checkpoint, dtype), device.packing)
 
 
 @lru_cache(maxsize=8)
@@ -103,7 +102,7 @@ def experts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> Expert
         return ""
     from offload_rt.model import network
 
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     found = network.experts_of(checkpoint, name)
     return found.reason or plan_images(checkpoint, found, name, device.packing)
 
@@ -194,14 +193,14 @@ def head_bytes(checkpoint: Checkpoint, weights: DraftWeights, dtype: str) -> int
     shape = (checkpoint.head or checkpoint.embedding).shape
     if head_is_stored(checkpoint):
         return 0
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     return matrix_bytes(weights, *shape, dtype=name) if takes(weights, *shape) else 0
 
 
 def packs(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> bool:
     """Whether weights that stay are reordered, as `formats/packed.can_pack` says with torch."""
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return device.packs and name == "bfloat16" and bool(processor()[1])
+    bf16 = compute_dtype(checkpoint, dtype) == "bfloat16"
+    return device.packs and bf16 and bool(processor()[1])
 
 
 def packed_head_bytes(checkpoint: Checkpoint, number_bytes: int) -> int:
@@ -224,7 +223,7 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: Devi
     ends = {embedding.name, head.name}
     total = sum(p.nbytes for p in base.placements if p.name not in ends)
     total += head_bytes(checkpoint, weights, "auto")
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    name = compute_dtype(checkpoint, "auto")
     one = len(ends) == 1 and device.host_computes
     if one and in_panels(*head.shape, dtype=name):
         return total  # its rows are looked up where the head has them
@@ -233,8 +232,7 @@ def draft_base_bytes(checkpoint: Checkpoint, weights: DraftWeights, device: Devi
 
 def number_bytes_of(checkpoint: Checkpoint, dtype: str) -> int:
     """Bytes of a number in the format the model computes in."""
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
-    return DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
+    return DTYPE_BYTES[CODES[compute_dtype(checkpoint, dtype)]]
 
 
 def kv_row_bytes(config: ModelConfig, number_bytes: int) -> tuple[int, ...]:

@@ -476,7 +476,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     """
     *layouts, _ = layouts_of(checkpoint, dtype, device)
     config, number_bytes = checkpoint.config, number_bytes_of(checkpoint, dtype)
-    name = compute_dtype(config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     row_bytes = kv_row_bytes(config, number_bytes)
     windows = layer_windows(config)
     layers = []

@@ -934,7 +934,7 @@ def open_devices(config: RuntimeConfig, undo: ExitStack, models: Sequence[Checkp
             put_tables_aside(cache_folder())
         products.prepare()  # first, as a CPU's memory is counted from when it was opened
         for model in models:
-            name = compute_dtype(model.config.dtype, model.tensors.values(), config.dtype)
+            name = compute_dtype(model, config.dtype)
             direct.prepare(dict.fromkeys(model.stored.values()), name)
         if any(each.stored for each in models):
             brought.prepare()

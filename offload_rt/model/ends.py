@@ -39,7 +39,7 @@ def forms_of_ends(
     if not ends or any(each.form not in BLOCKS for each in ends):
         return (checkpoint,)
     kept = with_stored_ends(checkpoint)
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
+    name = compute_dtype(checkpoint, runtime.dtype)
     head = (checkpoint.head or checkpoint.embedding).name
     direct = device.host_computes and head in kept.stored and multiplies(kept.stored[head], name)
     if device.host_computes:

@@ -7,7 +7,7 @@ then copied piece by piece while the home is filled. No torch here: `plan` sizes
 """
 
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -187,18 +187,16 @@ class LayerLayout:
         return sum(coded) // DTYPE_BYTES[CODED_DTYPE]
 
 
-def compute_dtype(stated: str | None, extents: Iterable[TensorExtent], wanted: str) -> str:
-    """Choose the number format of the computation.
+def compute_dtype(checkpoint: Checkpoint, wanted: str) -> str:
+    """Torch's name of the number format of a model's computation.
 
-    Args:
-        stated: what config.json says, or None.
-        extents: the checkpoint's tensors; the first floating one decides when nothing is stated.
-        wanted: the user's choice; `auto` is the checkpoint's own.
+    `auto` is the checkpoint's own: what config.json says, else that of the first floating tensor.
     """
     if wanted != "auto":
         return wanted
-    if stated in CODES:
+    if (stated := checkpoint.config.dtype) in CODES:
         return stated
+    extents = checkpoint.tensors.values()
     found = next((FLOATS[e.dtype] for e in extents if e.dtype in FLOATS), None)
     if found is None:
         raise CheckpointError("the checkpoint has no bf16, fp16 or fp32 tensors to compute with")

@@ -213,7 +213,7 @@ class Network:
         *,
         experts_apart: bool = False,
     ) -> None:
-        name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+        name = compute_dtype(checkpoint, dtype)
         self.dtype: torch.dtype = getattr(torch, name)
         self._model = _with_own_head(model or _build(checkpoint, self.dtype))
         container, layers = _find_layers(self._model, checkpoint.config.num_layers)

@@ -406,7 +406,7 @@ def _drafts(
     load: RunLoad,
 ) -> Iterator[DraftConfig]:
     """Every drafter, size and variant to look at."""
-    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), runtime.dtype)
+    dtype = compute_dtype(checkpoint, runtime.dtype)
     for config in _sized_drafts(draft, runtime, dtype, device, load):
         yield from _variants(config, checkpoint, runtime, device)
 

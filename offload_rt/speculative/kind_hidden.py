@@ -35,7 +35,7 @@ def hidden_variants(
     draft: DraftConfig, numbers: Checkpoint, dtype: str, device: DeviceKind
 ) -> Sequence[DraftConfig]:
     """With the format of its layer chosen, which computes in the number format of `numbers`."""
-    name = compute_dtype(numbers.config.dtype, numbers.tensors.values(), dtype)
+    name = compute_dtype(numbers, dtype)
     return (replace(draft, draft_weights=resolve_weights(draft.draft_weights, name, device)),)
 
 

@@ -84,8 +84,7 @@ class Job:
     @property
     def dtype(self) -> str:
         """Torch's name of the number format the model computes in."""
-        tensors = self.checkpoint.tensors.values()
-        return compute_dtype(self.checkpoint.config.dtype, tensors, self.runtime.dtype)
+        return compute_dtype(self.checkpoint, self.runtime.dtype)
 
     def recipe(self, state: str) -> Recipe:
         """How it trains, with the file of its saved state."""

@@ -128,7 +128,7 @@ def draft_weights_of(
     Raises:
         ConfigError: the device has no kernels for what is asked for.
     """
-    dtype = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), "auto")
+    dtype = compute_dtype(checkpoint, "auto")
     return resolve_weights(config.draft_weights, dtype, device)
 
 

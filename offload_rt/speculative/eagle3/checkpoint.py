@@ -86,7 +86,7 @@ def open_head(target: Checkpoint, folder: Path, *, runs: bool = True) -> Checkpo
         folder=folder,
         config=replace(
             config,
-            dtype=compute_dtype(target.config.dtype, target.tensors.values(), "auto"),
+            dtype=compute_dtype(target, "auto"),
             quantised=None,
         ),
         tensors=MappingProxyType(tensors),
@@ -267,7 +267,7 @@ def _outlined(
     folder: Path, needed: Mapping[str, tuple[int, ...]], target: Checkpoint
 ) -> dict[str, TensorExtent]:
     """What the tensors of a head would be of which only the configuration is here."""
-    code = CODES[compute_dtype(target.config.dtype, target.tensors.values(), "auto")]
+    code = CODES[compute_dtype(target, "auto")]
     return {
         name: TensorExtent(
             name=name,

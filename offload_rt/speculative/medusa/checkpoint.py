@@ -15,7 +15,7 @@ from offload_rt.model.checkpoint import DTYPE_BYTES, Checkpoint, resolve_model
 from offload_rt.model.config import PADDING_TOKENS
 from offload_rt.model.files import FileIdentity, read_json_object
 from offload_rt.model.header import TensorExtent, read_header
-from offload_rt.model.layout import FLOATS, LayerLayout, compute_dtype, plan_layout
+from offload_rt.model.layout import CODES, FLOATS, LayerLayout, compute_dtype, plan_layout
 from offload_rt.model.shards import find_weights, read_shards
 from offload_rt.speculative.medusa.calibration import read_calibration, tree_for
 from offload_rt.speculative.medusa.names import TOKEN_MAP, Names, read_names
@@ -140,8 +140,8 @@ def heads_bytes(
     if heads is None:
         return 0
     shape = heads.names.shape
-    name = compute_dtype(target.config.dtype, target.tensors.values(), dtype)
-    number_bytes = DTYPE_BYTES[{v: k for k, v in FLOATS.items()}[name]]
+    name = compute_dtype(target, dtype)
+    number_bytes = DTYPE_BYTES[CODES[name]]
     rows = shape.head_rows or (target.head or target.embedding).shape[0]
     states = shape.heads * sequences
     logits = states * rows * (number_bytes + 4)  # choosing the likeliest needs a copy to sort

@@ -39,7 +39,7 @@ def _variants(
     """With copies in the format that is asked for, else in each that the device has kernels for."""
     if draft.copies is not DraftWeights.AUTO:
         return (draft,)
-    name = compute_dtype(target.config.dtype, target.tensors.values(), dtype)
+    name = compute_dtype(target, dtype)
     formats = [w for w in _FORMATS if name in device.kernels.get(w, ())] or [_USUAL]
     return [replace(draft, draft=f"{draft.kind}:{weights}") for weights in formats]
 
@@ -64,7 +64,7 @@ def copied_layer_bytes(
         PlanError: the device has no kernels for it, or it is no smaller than the layer itself.
     """
     weights = _format(draft)
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     try:
         resolve_weights(weights, name, device, f"--draft {draft.kind}:")
     except ConfigError as refusal:

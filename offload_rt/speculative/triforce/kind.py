@@ -38,7 +38,7 @@ def _variants(
     asked = draft.retrieval.retrieval_weights
     if asked is not DraftWeights.AUTO:
         return (draft,)
-    name = compute_dtype(target.config.dtype, target.tensors.values(), dtype)
+    name = compute_dtype(target, dtype)
     weights = filter(None, (DraftWeights.SAME, rounded_kind(name, device)))
     return [
         replace(draft, retrieval=replace(draft.retrieval, retrieval_weights=kept))
@@ -117,7 +117,7 @@ def rounded_copy_parts(
     weights = _copied(draft)
     if weights is DraftWeights.SAME:
         return [0] * checkpoint.config.num_layers, 0
-    name = compute_dtype(checkpoint.config.dtype, checkpoint.tensors.values(), dtype)
+    name = compute_dtype(checkpoint, dtype)
     resolve_weights(weights, name, device, "--retrieval-weights")
     *layers, _ = layouts_of(checkpoint, dtype, device)
     scratch = decoding_bytes(checkpoint, dtype, device)  # from which they are rounded
