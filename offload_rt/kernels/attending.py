@@ -241,9 +241,7 @@ def _exponential() -> str:
     terms = [math.log(2) ** n / math.factorial(n) for n in range(8)]
     value = _splat(terms[-1])
     for term in reversed(terms[:-1]):
-        value = code.let(
-            f"call {WIDE} @llvm.fma.v16f32({WIDE} {value}, {WIDE} {rest}, {WIDE} {_splat(term)})"
-        )
+        value = code.fused(value, rest, _splat(term))
     scaled = code.let(
         f"call {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE} {value}, {WIDE} {whole}, "
         f"{WIDE} zeroinitializer, i16 -1, i32 4)"

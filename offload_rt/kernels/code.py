@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 LANES = 16  # 32-bit numbers in a register
 WIDE, NARROW = f"<{LANES} x float>", f"<{LANES} x i16>"
+FUSED = "@llvm.fma.v16f32"  # to be declared
 _WHOLE = f"<{LANES} x i32>"
 
 
@@ -152,6 +153,10 @@ class Code:
     def fp(self, operation: str, one: str, other: str) -> str:
         """`fadd`, `fmul` and so on of registers."""
         return self.let(f"{operation} {WIDE} {one}, {other}")
+
+    def fused(self, one: str, other: str, third: str) -> str:
+        """One x other + third of registers, rounded once."""
+        return self.let(f"call {WIDE} {FUSED}({WIDE} {one}, {WIDE} {other}, {WIDE} {third})")
 
     def spread(self, number: str, kind: str = "float") -> str:
         """A register with one number of 32 bits in all places."""

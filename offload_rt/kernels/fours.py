@@ -133,7 +133,7 @@ def _panel(inputs: int, count: int) -> str:
             number = code.let(f"sitofp {SUMS} {whole} to {WIDE}")
             at = code.at("%factors", code.plus("%group", row * stride + 1), "float")
             total = code.spread(code.let(f"load float, ptr {at}"))
-            added = _fused(code, scale, number, f"%sum{row}")
+            added = code.fused(scale, number, f"%sum{row}")
             code.add(
                 f"%new{row} = call {WIDE} @llvm.fma.v16f32({WIDE} {offset}, {WIDE} {total}, "
                 f"{WIDE} {added})"
@@ -182,10 +182,6 @@ def _store(code: Code, part: str, count: int, stride: int) -> None:
         result = code.fp("fadd", code.fp("fmul", f"%new{row}", factor), bias)
         there = code.plus(code.times("%outputs", row), place)
         code.write(code.rounded(result), code.at("%out", there))
-
-
-def _fused(code: Code, one: str, other: str, third: str) -> str:
-    return code.let(f"call {WIDE} @llvm.fma.v16f32({WIDE} {one}, {WIDE} {other}, {WIDE} {third})")
 
 
 def _factors(inputs: int) -> int:

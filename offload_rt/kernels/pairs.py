@@ -15,7 +15,7 @@ import torch
 from offload_rt.device.system import processor_flags
 from offload_rt.kernels import assembling
 from offload_rt.kernels.blocks import DECLARED, DOUBLED, LOOK_UP
-from offload_rt.kernels.code import LANES, WIDE, Code
+from offload_rt.kernels.code import FUSED, LANES, WIDE, Code
 from offload_rt.kernels.products import HEAD
 
 MOST_ROWS = 8  # whose sums are in registers
@@ -24,9 +24,8 @@ _LOOKS_UP = "avx512f"
 _OUTPUTS = 16  # that a thread takes at once
 _WORDS, _BYTES = f"<{LANES} x i32>", f"<{LANES} x i8>"
 _REDUCE = "@llvm.vector.reduce.fadd.v16f32"
-_FUSED = "@llvm.fma.v16f32"
 _HEAD = f"""{HEAD}{DECLARED}declare float {_REDUCE}(float, {WIDE})
-declare {WIDE} {_FUSED}({WIDE}, {WIDE}, {WIDE})
+declare {WIDE} {FUSED}({WIDE}, {WIDE}, {WIDE})
 """
 _FIELDS = "codes scales powers even odd out n_groups n_outputs next"
 
@@ -98,9 +97,9 @@ def _output(count: int) -> str:
             code.let(f"load {WIDE}, ptr {code.at(start, place, 'float')}, align 4")
             for start in ("%even", "%odd")
         )
-        made = _fused(code, high, odd, code.fp("fmul", low, even))
+        made = code.fused(high, odd, code.fp("fmul", low, even))
         code.add(
-            f"%new{row} = call {WIDE} {_FUSED}({WIDE} {made}, {WIDE} {scale}, {WIDE} %sum{row})"
+            f"%new{row} = call {WIDE} {FUSED}({WIDE} {made}, {WIDE} {scale}, {WIDE} %sum{row})"
         )
     code.add("%next = add i64 %group, 1")
     code.add("%inside = icmp ult i64 %next, %groups")
@@ -111,10 +110,6 @@ def _output(count: int) -> str:
         there = code.at("%out", code.times("%outputs", row), "float")
         code.add(f"store float {total}, ptr {there}")
     return code.text()
-
-
-def _fused(code: Code, one: str, other: str, third: str) -> str:
-    return code.let(f"call {WIDE} {_FUSED}({WIDE} {one}, {WIDE} {other}, {WIDE} {third})")
 
 
 def _all() -> str:

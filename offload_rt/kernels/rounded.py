@@ -171,10 +171,6 @@ def _formula(memory: torch.Tensor, eights: torch.Tensor, factors: torch.Tensor) 
     return (eights @ weight.t()).float() * (scales.flatten() * factors)
 
 
-def _panel_bytes(inputs: int) -> int:
-    return PANEL * inputs + _TAIL_BYTES
-
-
 @cache
 def _kernel(form: Form, inputs: int, outputs: int) -> int:
     text = HEAD + DECLARED + form.code(inputs) + _all(form, inputs, outputs)
@@ -312,7 +308,7 @@ def _all(form: Form, inputs: int, outputs: int) -> str:
 
 
 EIGHT = Form(
-    panel_bytes=_panel_bytes,
+    panel_bytes=lambda inputs: PANEL * inputs + _TAIL_BYTES,
     factors=lambda inputs: 1,
     eighth=_eighth,
     panel=_panel,

@@ -107,7 +107,7 @@ def find_places(  # noqa: PLR0913 - experts may be in one of two places
     places = [names.places(layout) for layout in layouts]
     if dtype is not torch.float32:
         wide = _fp32_names(model, names.state, places, dtype) - checkpoint.stored.keys()
-        planned = {p.name for layout in layouts for p in layout.placements if _is_fp32(p)}
+        planned = {p.name for layout in layouts for p in layout.placements if p.dtype == "float32"}
         if wide != planned - checkpoint.stored.keys():
             # A rule that only the classes know; the plan has counted a few bytes less.
             layouts = plan_layouts(checkpoint, name, packing, _exactly(wide), apart.taken)
@@ -442,10 +442,6 @@ def _fp32_names(
         for place in group
         if state[place.key].dtype is torch.float32 or (stays and stays.search(place.key))
     }
-
-
-def _is_fp32(placement: Placement) -> bool:
-    return placement.dtype == "float32"
 
 
 def _exactly(names: Iterable[str]) -> re.Pattern[str]:

@@ -10,7 +10,7 @@ With one device this is `placement.place`.
 """
 
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from operator import mul
 
@@ -382,9 +382,5 @@ def _refusal(
         max(share.device_bytes, stripe.limit_bytes) if at != device else share.device_bytes
         for at, (share, stripe) in enumerate(zip(shares, stripes, strict=True))
     ]
-    why = why_not(shares[device], _mib(limits))
+    why = why_not(shares[device], ",".join(f"{-(-limit // 2**20)}MiB" for limit in limits))
     return PlanError(f"{stripes[device].name} {why}", smallest.device_bytes)
-
-
-def _mib(limits: Iterable[int]) -> str:
-    return ",".join(f"{-(-limit // 2**20)}MiB" for limit in limits)

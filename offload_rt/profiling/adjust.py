@@ -32,7 +32,7 @@ def adjust_profile(profile: HardwareProfile, settings: Sequence[str]) -> Hardwar
     for setting in settings:
         key, sign, text = setting.partition("=")
         if not sign or not key or not text:
-            raise ConfigError(f"{setting!r} sets nothing: write KEY=VALUE, as {_example()}")
+            raise ConfigError(f"{setting!r} sets nothing: write KEY=VALUE, as h2d_bytes_per_s=13e9")
         value = _number(key, text)
         if key in NAMES:
             NAMES[key](tree, value)
@@ -157,7 +157,3 @@ NAMES: dict[str, Callable[[Tree, float], None]] = {
     "ram_bytes": _set_ram,
     "pinned_bytes": _set_pinned,
 }
-
-
-def _example() -> str:
-    return "h2d_bytes_per_s=13e9"

@@ -240,7 +240,7 @@ def describe(
         "dtype": _dtype(tensors),
     }
     config |= family.more(settings)
-    if types := _block_types(tensors):
+    if types := sorted({each.type.name for each in tensors if each.type.form is not None}):
         config["quantization_config"] = {"quant_method": "gguf", "types": types}
     return config
 
@@ -315,10 +315,6 @@ def _check_types(settings: _Settings) -> None:
             f"has weights of type {found} among its {total}, read are {READ_TYPES}: take the "
             "Q4_K_M, Q5_K_M, Q6_K or Q8_0 file of this model, or the model it was made from"
         )
-
-
-def _block_types(tensors: Sequence[GgufTensor]) -> list[str]:
-    return sorted({tensor.type.name for tensor in tensors if tensor.type.form is not None})
 
 
 def _dtype(tensors: Sequence[GgufTensor]) -> str:
