@@ -93,6 +93,7 @@ QUICK = Effort(
     beside_sample_s=0.0,
     kv_bytes=64 * KIB,
     query_tokens=(1, 4),
+    dequantised_side=256,
 )
 
 
@@ -338,7 +339,7 @@ def test_host_memory_by_threads():
     assert torch.get_num_threads() == threads
 
 
-def timed_dequantising(monkeypatch, device, side=256):
+def timed_dequantising(monkeypatch, device):
     """What is found where a run takes 4 ms and has to make numbers."""
     called, ticked = [], []
 
@@ -353,7 +354,6 @@ def timed_dequantising(monkeypatch, device, side=256):
 
         return sample_s
 
-    monkeypatch.setattr(dequantising, "_SIDE", side)
     monkeypatch.setattr(dequantising, "Timed", timed)
     effort = Curve(replace(QUICK, again_s=0.0))
     found = dequantising.measure_dequantising(

@@ -25,7 +25,7 @@ from offload_rt.model.packed_files import CODED_BITS, piece_weights
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
 from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
 
-_SIDE, _GROUP = 4096, 128  # of a matrix of a 7B model, and of most checkpoints
+_GROUP = 128  # of most checkpoints
 _AT_ONCE = 8  # weights on a GPU before the host waits
 _NUMBER_S = 0.3  # no further sample of a form is begun after that; the slowest takes 0.2 s
 
@@ -67,9 +67,9 @@ def _scales(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, 0.01, dtype=dtype)
 
 
-def _pieces() -> tuple[torch.Tensor, tuple[int, ...]]:
+def _pieces(count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
     """Weights in 12 bits, as trained ones are, and where their pieces begin."""
-    count, each = _SIDE * _SIDE, piece_weights(_SIDE * _SIDE)
+    each = piece_weights(count)
     numbers = np.random.default_rng(1).normal(0, 0.02, each).astype(np.float32)
     words = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     made = planes.encode(words)
@@ -81,9 +81,9 @@ def _pieces() -> tuple[torch.Tensor, tuple[int, ...]]:
     return torch.from_numpy(np.concatenate(pieces)), tuple(map(int, ends))
 
 
-def _example(form: Form, bits: int, dtype: torch.dtype) -> tuple[Stored, Parts]:
-    """A weight [_SIDE, _SIDE] and its tensors; what its numbers are does not matter."""
-    side, groups = _SIDE, _SIDE // _GROUP
+def _example(form: Form, bits: int, side: int, dtype: torch.dtype) -> tuple[Stored, Parts]:
+    """A weight [side, side] and its tensors; what its numbers are does not matter."""
+    groups = side // _GROUP
     stored = Stored(
         module="", form=form, outputs=side, inputs=side, bits=bits, groups=groups, parts={}
     )
@@ -123,7 +123,7 @@ def _example(form: Form, bits: int, dtype: torch.dtype) -> tuple[Stored, Parts]:
             codes = _bytes(side, side).view(torch.int8)
             return replace(stored, groups=1), {"weight": codes, "SCB": _scales(side)}
         case Form.CODED:
-            data, pieces = _pieces()
+            data, pieces = _pieces(side * side)
             return replace(stored, groups=1, pieces=pieces), {CODED_PART: data}
     numbers, nbytes = BLOCKS[form]
     return replace(stored, groups=1), {ggml.PART: _bytes(side, side // numbers * nbytes)}
@@ -153,9 +153,10 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
     host = device.kind.host_computes
     if host:
         prepare()
-    out = torch.empty(_SIDE, _SIDE, dtype=dtype, device=device.torch_device)
+    side = curve.effort.dequantised_side
+    out = torch.empty(side, side, dtype=dtype, device=device.torch_device)
     for form, bits in MEASURED:
-        stored, parts = _example(form, bits, dtype)
+        stored, parts = _example(form, bits, side, dtype)
         one = {word: part.to(device.torch_device) for word, part in parts.items()}
         nbytes = sum(part.nbytes for part in one.values())
         count = max(1, -(-curve.effort.cold_bytes // nbytes))

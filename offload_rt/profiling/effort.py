@@ -45,6 +45,7 @@ class Effort:
         beside_sample_s: a sample of these repeats a pass until that is over.
         kv_bytes: keys and values of a layer that are attended to.
         query_tokens: rows that attend to them.
+        dequantised_side: rows and columns of the weights that are dequantised.
     """
 
     least_samples: int = 3
@@ -89,6 +90,7 @@ class Effort:
     beside_sample_s: float = 0.1
     kv_bytes: int = 64 * MIB
     query_tokens: tuple[int, ...] = (1, 16, 64)
+    dequantised_side: int = 4096  # of a 7B model's matrix
 
     def layer_shapes(self, dtype: str, itemsize: int) -> tuple[LayerShape, ...]:
         """The layers that are timed, in a number format of `itemsize` bytes."""
