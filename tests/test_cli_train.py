@@ -16,6 +16,7 @@ import torch
 from engines import reference_model
 from safetensors.torch import load_file
 
+from offload_rt.cli import run
 from offload_rt.cli.held import held
 from offload_rt.cli.talk_file import read_talks
 from offload_rt.speculative.medusa.calibration import read_calibration
@@ -179,38 +180,54 @@ from test_cli_train import Syncs
 from offload_rt.cli import run
 from offload_rt.training.frozen import FrozenTrainer
 
-def child(output, after):
+FrozenTrainer.run.__kwdefaults__["save_s"] = 0.0  # after every step
+for after in json.loads(sys.argv[2]):
+    output = os.path.join(sys.argv[3], str(after))
     pid = os.fork()
     if not pid:
         os.fsync = Syncs(after, lambda: os.kill(os.getpid(), signal.SIGKILL))
         os._exit(run([*json.loads(sys.argv[1]), "--output", output]))
-    return os.waitpid(pid, 0)[1]
-
-FrozenTrainer.run.__kwdefaults__["save_s"] = 0.0  # after every step
-for after in json.loads(sys.argv[2]):
-    output = os.path.join(sys.argv[3], str(after))
-    died = child(output, after)
+    died = os.waitpid(pid, 0)[1]
     assert os.WIFSIGNALED(died) and os.WTERMSIG(died) == signal.SIGKILL, (after, died)
-    with open(os.path.join(output, "training.json")) as file:
-        assert json.load(file)["result"] is None, after
-    assert child(output, 0) == 0, after
 """
 RESULTS = ("medusa_lm_head.safetensors", "medusa_calibration.json", "config.json")
 
 
 @pytest.fixture
-def whole(tiny_model, offload_run, prompts, tmp_path, monkeypatch):
-    """Heads from a training that was never stopped, how often it synced, its arguments."""
-    syncs = Syncs()
+def saves_often(monkeypatch):
+    """After every step."""
     monkeypatch.setitem(FrozenTrainer.run.__kwdefaults__, "save_s", 0.0)
-    monkeypatch.setattr(os, "fsync", syncs)
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_model, prompts, tmp_path_factory):
+    """Heads from a training that was never stopped, how often it synced, its arguments."""
+    folder, syncs = tmp_path_factory.mktemp("whole"), Syncs()
     options = (*DISTILL, "--epochs", 2, "--temperature", 0.8)
-    arguments = command(tiny_model, tmp_path / "whole", prompts, *options)
-    assert offload_run(*arguments).code == 0
-    return tmp_path / "whole", syncs.count, arguments
+    arguments = command(tiny_model, folder / "heads", prompts, *options)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(FrozenTrainer.run.__kwdefaults__, "save_s", 0.0)
+        patch.setattr(os, "fsync", syncs)
+        train_once(arguments, folder)
+    return folder / "heads", syncs.count, arguments
 
 
-def test_killed_anywhere_and_resumed_gives_the_same_heads(whole, tmp_path):
+def train_once(arguments, folder):
+    """For several tests; what is kept of it is not the user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in ("DATA", "CONFIG", "STATE"):
+            patch.setenv(f"XDG_{kind}_HOME", str(folder / kind.lower()))
+        assert run([str(part) for part in arguments]) == 0
+
+
+def with_output(arguments, output):
+    """The same arguments for another folder."""
+    return [*arguments[:3], output, *arguments[4:]]
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_heads(
+    whole, saves_often, offload_run, tmp_path, monkeypatch
+):
     """Each kill comes where a file is brought to the disk: answers, states, steps, the result."""
     heads, syncs, arguments = whole
     rest = [str(part) for part in (arguments[:2] + arguments[4:])]
@@ -222,16 +239,20 @@ def test_killed_anywhere_and_resumed_gives_the_same_heads(whole, tmp_path):
         ]
     )
     assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(os, "fsync", Syncs())
     for after in kills:
+        output = tmp_path / str(after)
+        assert json.loads((output / "training.json").read_text())["result"] is None
+        resumed = offload_run(*with_output(arguments, output))
+        assert resumed.code == 0, resumed.err
         for name in RESULTS:
-            assert (tmp_path / str(after) / name).read_bytes() == (heads / name).read_bytes()
+            assert (output / name).read_bytes() == (heads / name).read_bytes()
 
 
 @pytest.mark.parametrize("after", [6, 14, 24])
-def test_ctrl_c_says_how_to_go_on(whole, offload_run, tmp_path, monkeypatch, after):
+def test_ctrl_c_says_how_to_go_on(whole, saves_often, offload_run, tmp_path, monkeypatch, after):
     heads, _, arguments = whole
-    loud = [part for part in arguments if part != "-q"]
-    loud[loud.index(heads)] = tmp_path / "heads"
+    loud = [part for part in with_output(arguments, tmp_path / "heads") if part != "-q"]
     ctrl_c = Syncs(after, lambda: signal.raise_signal(signal.SIGINT))
     monkeypatch.setattr(os, "fsync", ctrl_c)
     stopped = offload_run(*loud)
@@ -256,17 +277,32 @@ def test_half_a_batch_of_answers_is_written_anew(tiny_model, offload_run, prompt
     assert len(set(lines)) > 12
 
 
+JOINT = (*DISTILL, "--method", "medusa-2", "--lora-rank", 4)
+
+
+@pytest.fixture(scope="module")
+def joint_heads(tiny_model, prompts, tmp_path_factory):
+    """Heads and a model that learned together, by the warm-up."""
+    made = {}
+
+    def make(warm_up):
+        if warm_up not in made:
+            folder = tmp_path_factory.mktemp(warm_up)
+            options = (*JOINT, "--warm-up", warm_up)
+            train_once(command(tiny_model, folder / "heads", prompts, *options), folder)
+            made[warm_up] = folder / "heads"
+        return made[warm_up]
+
+    return make
+
+
 @needs_peft
 @pytest.mark.parametrize("warm_up", ["two-stage", "sine"])
 def test_medusa_2_makes_a_model_and_heads_that_generate_loads(
-    tiny_model, offload_run, prompts, tmp_path, warm_up
+    tiny_model, joint_heads, offload_run, warm_up
 ):
-    heads = tmp_path / "heads"
-    options = ("--method", "medusa-2", "--warm-up", warm_up, "--lora-rank", 4, "--json")
-    done = offload_run(*command(tiny_model, heads, prompts, *DISTILL, *options))
-    assert done.code == 0, done.err
-    made = json.loads(done.out)
-    before, after = made["perplexity"]
+    heads = joint_heads(warm_up)
+    before, after = json.loads((heads / "training.json").read_text())["result"]["perplexity"]
     assert abs(after / before - 1) < 0.1 and after != before
     model = heads / "model"
     plain = offload_run("generate", model, *ASK)
@@ -285,13 +321,12 @@ def test_medusa_2_makes_a_model_and_heads_that_generate_loads(
 
 @needs_peft
 def test_medusa_2_resumes_to_the_same_weights(
-    tiny_model, offload_run, prompts, tmp_path, monkeypatch
+    tiny_model, joint_heads, offload_run, prompts, tmp_path, monkeypatch
 ):
     from offload_rt.training import joint
 
-    options = ("--method", "medusa-2", "--warm-up", "sine", "--lora-rank", 4)
-    whole, heads = tmp_path / "whole", tmp_path / "heads"
-    assert offload_run(*command(tiny_model, whole, prompts, *DISTILL, *options)).code == 0
+    whole, heads = joint_heads("sine"), tmp_path / "heads"
+    options = (*JOINT, "--warm-up", "sine")
     losses, calls = joint.JointTrainer._losses, 0
 
     def interrupting(*arguments):
@@ -302,25 +337,23 @@ def test_medusa_2_resumes_to_the_same_weights(
         return losses(*arguments)
 
     monkeypatch.setattr(joint.JointTrainer, "_losses", interrupting)
-    assert offload_run(*command(tiny_model, heads, prompts, *DISTILL, *options)).code == 130
+    assert offload_run(*command(tiny_model, heads, prompts, *options)).code == 130
     torch.manual_seed(99)  # dropout must come from the training's own seed
-    assert offload_run(*command(tiny_model, heads, prompts, *DISTILL, *options)).code == 0
+    assert offload_run(*command(tiny_model, heads, prompts, *options)).code == 0
     for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
         assert (whole / name).read_bytes() == (heads / name).read_bytes()
 
 
-@pytest.mark.parametrize("taken", ["--output", "--cache"])
-def test_a_folder_is_written_by_one_training_at_a_time(
-    tiny_model, offload_run, prompts, tmp_path, taken
-):
+def test_a_folder_is_written_by_one_training_at_a_time(tiny_model, offload_run, prompts, tmp_path):
     folders = {"--output": tmp_path / "heads", "--cache": tmp_path / "cache"}
     arguments = command(tiny_model, folders["--output"], prompts, "--cache", folders["--cache"])
-    folders[taken].mkdir()
-    with held(folders[taken], taken):
-        done = offload_run(*arguments, *DISTILL)
-    assert done.code == 2
-    assert f"another run is writing in {folders[taken]}" in done.err
-    assert f"give another {taken}" in done.err
+    for taken, folder in folders.items():
+        folder.mkdir(exist_ok=True)
+        with held(folder, taken):
+            done = offload_run(*arguments, *DISTILL)
+        assert done.code == 2
+        assert f"another run is writing in {folder}" in done.err
+        assert f"give another {taken}" in done.err
     assert offload_run(*arguments, *DISTILL).code == 0
     with held(folders["--output"], "--output"):  # what is trained may be asked for meanwhile
         done = offload_run(*arguments, *DISTILL)
