@@ -82,15 +82,22 @@ class Watched(DraftModelDrafter):
         return logits
 
 
-@pytest.fixture(params=FAMILIES)
-def drafter(make_tiny, request):
-    """A drafter of each family that sees 40 tokens, with room for a sequence of 200."""
+@pytest.fixture(params=FAMILIES, scope="module")
+def drafting(make_tiny, request):
+    """An engine with a draft model of each family, and how it drafts: it sees 40 tokens."""
     small = make_tiny(request.param, **IDS, **FAMILIES[request.param])
     draft = DraftConfig(draft=f"model:{small}", draft_tokens=3, draft_window=40)
     with engine_for(make_tiny("llama", **IDS), draft=draft) as engine:
-        made = Watched(engine._draft_model, draft, 200)
-        made.begin(SamplingConfig(), torch.Generator())
-        yield made
+        yield engine, draft
+
+
+@pytest.fixture
+def drafter(drafting):
+    """A drafter that knows nothing yet, with room for a sequence of 200."""
+    engine, draft = drafting
+    made = Watched(engine._draft_model, draft, 200)
+    made.begin(SamplingConfig(), torch.Generator())
+    return made
 
 
 def fresh_logits(drafter, tokens):

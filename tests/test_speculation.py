@@ -967,7 +967,7 @@ def test_sampling_through_the_engine_keeps_the_targets_distribution(make_tiny, d
 
 def likelihood_of_three_tokens(folder, prompt, draft, **place):
     """Chi-square survival of the first three sampled tokens, against the target's own passes."""
-    together, runs = 24, 15
+    together, runs = 72, 5
     expected, names = law_of_three_tokens(folder, tuple(prompt))
     counts = torch.zeros(3, 3, 3)
     prompts = [prompt] * together
