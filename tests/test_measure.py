@@ -569,21 +569,28 @@ def test_timed_experts_are_those_of_a_pass_and_none_comes_again_soon():
     torch.testing.assert_close(compute_experts(module, hidden, index, weights), expected)
 
 
-@pytest.mark.parametrize("exact", [False, True])
-def test_experts_are_timed_by_size_and_rows(cpu, monkeypatch, exact):
+def test_experts_are_timed_by_size_and_rows(cpu, monkeypatch):
     """Of a call the seconds of each of its experts; of row-invariant passes as these compute."""
     regular, ticks = [], []
     usual = experts.Regular
     monkeypatch.setattr(experts, "Regular", lambda: regular.append(1) or usual())
-    monkeypatch.setattr(timing, "_computed_s", lambda run: run() or 1.0)
+
+    def took(run):
+        before = len(regular)
+        run()
+        return 2.0 if len(regular) > before else 1.0
+
+    monkeypatch.setattr(timing, "_computed_s", took)
     monkeypatch.setattr(timing, "_TYPICAL", 1.0)
-    given = cpu, "bfloat16", Curve(QUICK), partial(ticks.append, 1)
-    small, large = experts.measure_experts(*given, exact=exact)
-    assert [small.weight_bytes, large.weight_bytes] == [2 * 3 * 32 * 64, 2 * 3 * 32 * 128]
-    for found in (small, large):
-        assert [time.tokens for time in found.times] == [1, 4] and found.exact is exact
-        assert {time.layer_s.value for time in found.times} == {1.0 / experts.PER_TOKEN}
-    assert len(ticks) == 4 and bool(regular) is exact
+    found = experts.measure_experts(cpu, "bfloat16", Curve(QUICK), partial(ticks.append, 1))
+    sizes = [2 * 3 * 32 * 64, 2 * 3 * 32 * 128]
+    assert [one.weight_bytes for one in found] == sizes * 2
+    assert [one.exact for one in found] == [False, False, True, True]
+    for one in found:
+        assert [time.tokens for time in one.times] == [1, 4]
+        seconds = (2.0 if one.exact else 1.0) / experts.PER_TOKEN
+        assert {time.layer_s.value for time in one.times} == {seconds}
+    assert len(ticks) == 8
 
 
 @torch.inference_mode()

@@ -59,7 +59,7 @@ Reading = Callable[[], AbstractContextManager[Callable[[], int]]]  # see `disk.o
 _RANDOM_NUMBERS = 2**18
 _RECORDED_LAYERS = 8
 _REST_S, _LONGEST_S = 1e-3, 5.0
-_LAYERS, _HEADS_PART = 30, 6  # of a model, and its bytes over those of its head
+_LAYERS = 30  # of a model
 _ROOM_PART = 4  # of free memory, which layers that are timed in turns may take
 _ROUNDED = {WeightOrder(weights): weights for weights in DraftWeights if weights.rounds}
 _HEADS, _KV_HEADS, _HEAD_DIM = 32, 8, 128  # attention of Llama-3.1-8B
@@ -90,7 +90,9 @@ class TimedLayer:
         kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
         self._cache = ResidentKV(device, [kv], dtype, max(effort.tokens))
         first = _random_layer(config, device.torch_device, dtype)
-        self._layers = _copies(first, _cold_bytes(shape, device, effort) // shape.weight_bytes)
+        self._layers = _copies(
+            first, _cold_bytes(shape, weights, device, effort) // shape.weight_bytes
+        )
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
                 pack_linears(layer)
@@ -174,7 +176,7 @@ def measure_layers(
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
     computes = device.kind.host_computes  # else it goes on while its host thread waits
     taken: dict[Place, list[float]] = {}
-    cold = {shape: _cold_bytes(shape, device, effort) for shape in shapes}
+    cold = {shape: _cold_bytes(shape, weights, device, effort) for shape in shapes}
     for group in _together(cold, device.free_bytes()):
         layers = {
             shape: TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
@@ -284,8 +286,7 @@ def measure_heads(
         head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
-        cold = beyond_caches(_HEADS_PART * nbytes, device, effort)
-        copies = torch.nn.ModuleList(_copies(head, -(-cold // nbytes)))
+        copies = torch.nn.ModuleList(_copies(head, -(-effort.cold_bytes // nbytes)))
         if weights is WeightOrder.PACKED:
             pack_linears(copies)
         elif widens(dtype, device.torch_device):
@@ -326,10 +327,16 @@ def beyond_caches(most_bytes: int, device: Device, effort: Effort) -> int:
     return max(effort.cold_bytes, min(most_bytes, caches))
 
 
-def _cold_bytes(shape: LayerShape, device: Device, effort: Effort) -> int:
-    """Of all copies of a layer: whole ones."""
-    nbytes = shape.weight_bytes
-    return -(-beyond_caches(_LAYERS * nbytes, device, effort) // nbytes) * nbytes
+def _cold_bytes(shape: LayerShape, weights: WeightOrder, device: Device, effort: Effort) -> int:
+    """Of all copies of a layer: whole ones.
+
+    Those that lie as in the files are streamed, so no cache has them. Others stay, and a draft
+    model's may well be in one.
+    """
+    nbytes, cold_bytes = shape.weight_bytes, effort.cold_bytes
+    if weights is WeightOrder.PLAIN:
+        cold_bytes = beyond_caches(_LAYERS * nbytes, device, effort)
+    return -(-cold_bytes // nbytes) * nbytes
 
 
 def _copies(module: ModuleT, count: int) -> list[ModuleT]:

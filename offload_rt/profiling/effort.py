@@ -29,8 +29,8 @@ class Effort:
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
         cold_bytes: of all copies of a layer that are used in turn, at least, so that no cache
             holds their weights.
-        caches: times the bytes of the largest cache that are cold, where that is more; of layers
-            no more than those of a model have together.
+        caches: times the bytes of the largest cache that are cold, where that is more: of experts,
+            and of layers that lie as in the files, no more than those of a model have together.
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
@@ -83,7 +83,7 @@ class Effort:
     # One that is little more than its kernels' starts, then experts of a SmolLM2-135M that was made
     # a mixture, and of DeepSeek-V2-Lite.
     experts: tuple[tuple[int, int], ...] = ((256, 704), (576, 1536), (2048, 1408))
-    expert_rows: tuple[int, ...] = (1, 4, 16)
+    expert_rows: tuple[int, ...] = (1, 16, 64)
     beside_disk: tuple[int, int] = (1, 4)
     beside_tokens: tuple[int, ...] = (1, 8)
     beside_read_bytes: int = 32 * MIB

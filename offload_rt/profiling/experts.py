@@ -88,23 +88,38 @@ class ColdExperts:
 
 
 @torch.inference_mode()
-def measure_experts(
-    device: Device, dtype_name: str, curve: Curve, tick: Tick, *, exact: bool
-) -> list[ExpertCurve]:
-    """Time experts by the rows each is sent, in usual or in row-invariant passes.
+def measure_experts(device: Device, dtype_name: str, curve: Curve, tick: Tick) -> list[ExpertCurve]:
+    """Time experts by the rows each is sent, in usual and in row-invariant passes.
 
     Args:
         device: the CPU.
         dtype_name: of the numbers.
         curve: how much is measured, and what could not be.
         tick: called after each number.
-        exact: passes are row-invariant.
     """
     curve = replace(curve, by_bytes=True)
     effort, dtype = curve.effort, getattr(torch, dtype_name)
     largest = max(3 * hidden * intermediate for hidden, intermediate in effort.experts)
     cold_bytes = beyond_caches(device.free_bytes() // _ROOM_PART, device, effort)
     memory = _random(max(cold_bytes // dtype.itemsize, PER_TOKEN * largest), dtype)
+    return [
+        found
+        for exact in (False, True)
+        for found in _curves(device, memory, dtype, curve, tick, exact=exact)
+    ]
+
+
+def _curves(
+    device: Device,
+    memory: torch.Tensor,
+    dtype: torch.dtype,
+    curve: Curve,
+    tick: Tick,
+    *,
+    exact: bool,
+) -> list[ExpertCurve]:
+    """Of each size, in turns."""
+    effort = curve.effort
     passes: dict[Place, Sample] = {}
     for hidden, intermediate in effort.experts:
         nbytes = 3 * hidden * intermediate * dtype.itemsize

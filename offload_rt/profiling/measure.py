@@ -314,19 +314,10 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
         label = f"{device.name}, output heads with {order} weights"
         yield Part(label, len(effort.heads) * len(effort.head_rows), run_heads)
     if device.kind.host_computes:
-        yield from _expert_parts(curve, device, dtype)
+        count = 2 * len(effort.experts) * len(effort.expert_rows)
+        experts = partial(measure_experts, device, dtype, curve)
+        yield Part(f"{device.name}, experts", count, experts)
     yield from _attention_parts(curve, device, dtype)
-
-
-def _expert_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
-    """Experts of usual passes, and of row-invariant ones."""
-    count = len(curve.effort.experts) * len(curve.effort.expert_rows)
-    for label, exact in {"experts": False, "experts of row-invariant passes": True}.items():
-
-        def run(tick: Tick, exact: bool = exact) -> Sequence[Record]:
-            return measure_experts(device, dtype, curve, tick, exact=exact)
-
-        yield Part(f"{device.name}, {label}", count, run)
 
 
 def _attention_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
