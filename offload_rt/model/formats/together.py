@@ -56,17 +56,6 @@ def multiply_together(
         _launch()(table, *_words(given, biases, out))
 
 
-@multiply_together.register_fake
-def _(
-    given: torch.Tensor,
-    table: torch.Tensor,
-    stored: Sequence[torch.Tensor],
-    biases: torch.Tensor | None,
-    out: torch.Tensor,
-) -> None:
-    """Nothing but `out` changes."""
-
-
 @torch.library.custom_op("offload_rt::multiply_plain_together", mutates_args={"out"})
 def multiply_plain(  # noqa: PLR0913 - as the kernel
     given: torch.Tensor,
@@ -92,17 +81,8 @@ def multiply_plain(  # noqa: PLR0913 - as the kernel
         _launch()(table, *_words(given, biases, out), half, transposed)
 
 
-@multiply_plain.register_fake
-def _(  # noqa: PLR0913 - as the kernel
-    given: torch.Tensor,
-    table: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    biases: torch.Tensor | None,
-    out: torch.Tensor,
-    half: int,
-    transposed: bool,
-) -> None:
-    """Nothing but `out` changes."""
+for _product in (multiply_together, multiply_plain):
+    _product.register_fake(lambda *_, **__: None)  # nothing but `out` changes
 
 
 def _words(
