@@ -66,32 +66,30 @@ def finished(scheduler, most=2000):
 
 @pytest.fixture(scope="module")
 def tiny(make_tiny):
-    return make_tiny("llama")
+    return make_tiny("llama", num_hidden_layers=3)
 
 
 @pytest.fixture(scope="module")
 def alone(tiny):
-    """What a prompt's answer is when nobody else is there, one engine for each kind."""
+    """What a prompt's answer is when nobody else is there, and nothing is left of those before."""
     known = {}
+    with engine_for(tiny, prompts=[[0] * LONGEST], tokens=LONGEST) as engine:
 
-    def answer(request):
-        key = (tuple(request.ids), request.sampling, request.seed, request.max_tokens)
-        if key not in known:
-            with engine_for(tiny, prompts=[request.ids], tokens=request.max_tokens) as engine:
+        def answer(request):
+            key = (tuple(request.ids), request.sampling, request.seed, request.max_tokens)
+            if key not in known:
+                engine.forget()
+                options = GenerationConfig(max_tokens=request.max_tokens)
                 run = Run.start(
-                    engine,
-                    [request.ids],
-                    request.sampling,
-                    GenerationConfig(max_tokens=request.max_tokens),
-                    seeds=[request.seed],
+                    engine, [request.ids], request.sampling, options, seeds=[request.seed]
                 )
                 run.prefill()
                 while run.active:
                     run.step()
                 known[key] = run.sequences[0].emitted
-        return known[key]
+            return known[key]
 
-    return answer
+        yield answer
 
 
 def requests(count, seed=0):
@@ -539,7 +537,7 @@ def test_one_that_leaves_within_a_pass_takes_no_part_in_the_next_layer(tiny, alo
         network._leave = leave
         scheduler.sweep()
         before, after = seen[1][1], seen[2][1]
-        assert before - after >= 30 and [index for index, _ in seen[:4]] == [0, 1, 2, 3]
+        assert before - after >= 30 and [index for index, _ in seen[:3]] == [0, 1, 2]
         assert long.finish_reason is FinishReason.ABORT and not long.emitted
         finished(scheduler)
     assert [s.emitted for s in joined] == [alone(request) for request in asked]
