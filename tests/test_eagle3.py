@@ -221,9 +221,11 @@ def plain(target):
         return generate(engine, THREE, tokens=24)
 
 
-@pytest.mark.parametrize("nodes", [4, 12], ids=["chain", "tree"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "nodes"), [("resident", 4), ("streamed", 12), ("exact", 12), ("kv", 4)]
+)
 def test_greedy_with_a_head_equals_greedy_without(target, make_head, plain, nodes, place):
+    """A chain or a tree in each place; both where bits are compared: `test_exact_texts.py`."""
     draft = chain(make_head("some tokens"), nodes)
     with engine_for(target, prompts=THREE, tokens=24, draft=draft, **PLACES[place]) as engine:
         for tokens in (24, 1):

@@ -44,6 +44,9 @@ from offload_rt.speculative.mtp.checkpoint import find_module, open_module
 CHAIN = DraftConfig(draft="mtp", draft_tokens=4)
 TREE = DraftConfig(draft="mtp", draft_tokens=12)
 PLACES = {"resident": {}, "streamed": {"resident_layers": 1, "slots": 2}}
+SMALL = {"num_hidden_layers": 3}
+HYBRID = {"qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"}
+STATES = {"layer_types": ["linear_attention"] * 2 + ["full_attention"]}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +54,7 @@ def make_mtp(tmp_path_factory):
     made = {}
 
     def make(model_type="qwen3", **options):
+        options = SMALL | (STATES if model_type in HYBRID else {}) | options
         key = json.dumps([model_type, sorted(map(str, options.items()))])
         if key not in made:
             made[key] = write_mtp(tmp_path_factory.mktemp(model_type), model_type, **options)
@@ -178,9 +182,9 @@ def plain(family):
         return generate(engine, THREE, tokens=24)
 
 
-@pytest.mark.parametrize("draft", [CHAIN, TREE], ids=["chain", "tree"])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("draft", "place"), [(CHAIN, "resident"), (TREE, "streamed")])
 def test_greedy_with_the_module_equals_greedy_without(family, plain, draft, place):
+    """Each way of drafting in one place; the others of both: `test_exact_texts.py`."""
     with engine_for(family, prompts=THREE, tokens=24, draft=draft, **PLACES[place]) as engine:
         for tokens in (24, 1):
             assert generate(engine, THREE, tokens=tokens) == [a[:tokens] for a in plain]
@@ -220,7 +224,7 @@ def test_a_sampled_answer_rests_on_a_chain_that_is_drawn_and_on_no_tree(draft):
 @pytest.mark.parametrize("draft", [CHAIN, TREE], ids=["chain", "tree"])
 def test_its_rows_after_an_answer_are_those_of_a_fresh_one(make_mtp, draft):
     """Accepted tokens are fed again with the target's hidden states, one by one or at once."""
-    folder = make_mtp("qwen3", change=nearly_of_the_token)
+    folder = make_mtp("qwen3", change=nearly_of_the_token, num_hidden_layers=4)
     with engine_for(folder, tokens=24, draft=draft) as engine:
         run = answer(engine, 24)
         counts = run.report().speculation
