@@ -162,14 +162,18 @@ def test_a_hop_without_its_events_is_found(gpu, tiny, monkeypatch):
         generate(gpu, tiny, device="cuda:0,cuda:1", resident_layers=0)
 
 
-@pytest.mark.parametrize(("slots", "resident"), [(1, 1), (2, 0), (3, 0)])
-@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+@pytest.mark.parametrize(
+    ("slots", "resident", "home"),
+    [(1, 1, HomeKind.HOST), (1, 0, HomeKind.DISK), (3, 0, HomeKind.HOST), (3, 0, HomeKind.DISK)],
+)
 def test_every_access_is_ordered(gpu, tiny, slots, resident, home):
+    """The fewest slots and as many as layers; two of them all other tests have."""
     generate(gpu, tiny, slots=slots, resident_layers=resident, home=home)
 
 
-@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
-@pytest.mark.parametrize("sampling", [SAMPLED, SamplingConfig()], ids=["sampled", "greedy"])
+@pytest.mark.parametrize(
+    ("home", "sampling"), [(HomeKind.HOST, SAMPLED), (HomeKind.DISK, SamplingConfig())]
+)
 def test_a_step_syncs_once_uploads_once_and_allocates_nothing(gpu, tiny, home, sampling):
     """Ids, places and wanted rows of both sequences go up together."""
     counts, uploads, ledgers, pinned = [], [0], [], []
@@ -204,7 +208,7 @@ def test_without_either_wait_the_order_breaks(gpu, tiny, monkeypatch, waiting, h
 
 
 def test_staging_is_not_overwritten_while_copied_from(gpu, make_tiny, monkeypatch):
-    folder = make_tiny(num_hidden_layers=8)
+    folder = make_tiny(num_hidden_layers=5)
     generate(gpu, folder, home=HomeKind.DISK)
 
     def forget(self):
