@@ -122,6 +122,25 @@ def test_too_few_slots_end_with_code_3_and_the_number(offload_run, folder):
     assert done.code == 3 and "2 experts of a layer at once: use 2 or more" in done.err
 
 
+@pytest.mark.parametrize(
+    ("draft", "way_out"),
+    [
+        (("triforce", "--retrieval-weights", "int8"), "use --retrieval-weights same"),
+        (("self:int8",), "use another drafter"),
+    ],
+)
+def test_copies_that_draft_are_refused_beside_slots_with_a_way_out_that_works(
+    offload_run, folder, draft, way_out
+):
+    asked = ("plan", folder, "--context", 64, "--expert-slots", 40, "--draft-tokens", 4)
+    asked += ("--json",)
+    done = offload_run(*asked, "--draft", *draft)
+    named = " ".join(("--draft", *draft))
+    assert done.code == 3 and named.removesuffix(":int8") in done.err and way_out in done.err
+    other = ("triforce", "--retrieval-weights", "same") if len(draft) > 1 else ("ngram",)
+    assert offload_run(*asked, "--draft", *other).code == 0
+
+
 def test_a_plan_that_is_kept_is_run_as_it_was(offload_run, folder, tmp_path):
     path = tmp_path / "plan.json"
     planned(offload_run, folder, "--expert-slots", 40, "--output", path)

@@ -144,6 +144,7 @@ def place_run(
         return _with_kv_of(found, checkpoint, config, load)
 
     demand = demanded()
+    _check_copies(demand, config, load.drafting.config)
     stripes = _stripes(config, free, device, max(demand.layer_bytes), speeds)
     places = _kv_places(config, device, load.drafting.config)
     kv_plans = [_plan_kv(kv, checkpoint, config, device, load) for kv in places]
@@ -322,6 +323,26 @@ def host_limits(config: RuntimeConfig, free: FreeMemory) -> list[int]:
         min(own, free_bytes) if own else config.host_limit_bytes or int(free_bytes * FREE_SHARE)
         for own, free_bytes in zip(stated, there, strict=True)
     ]
+
+
+def _check_copies(demand: Demand, config: RuntimeConfig, draft: DraftConfig) -> None:
+    """Refuse copies of layers that draft where experts are to come one by one.
+
+    Raises:
+        PlanError: they are.
+    """
+    if not (config.expert_slots and demand.copy_bytes):
+        return
+    if draft.over_retrieval:
+        raise PlanError(
+            f"--draft {draft.kind} --retrieval-weights {draft.copies} drafts with rounded copies "
+            "of whole layers, and with --expert-slots layers are without their experts: use "
+            "--retrieval-weights same, or leave out --expert-slots"
+        )
+    raise PlanError(
+        f"--draft {draft.kind} drafts with copies of streamed layers, and with --expert-slots none "
+        "is streamed: use another drafter, or leave out --expert-slots"
+    )
 
 
 def drafts_with_states(words: DrafterWords) -> bool:

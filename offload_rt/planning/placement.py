@@ -476,11 +476,6 @@ def _pooled(demand: Demand, limit: int, slots: int | None) -> Placement:
         ConfigError: the model's experts are not streamed one by one, or are fewer.
         PlanError: one token's experts would not have a slot each.
     """
-    if demand.copy_bytes:
-        raise PlanError(
-            "what drafts are copies of streamed layers, and with --expert-slots none is streamed: "
-            "use another drafter, or leave out --expert-slots"
-        )
     experts = demand.experts
     if experts is None:
         why = demand.whole_because or "this model has no experts"
