@@ -57,7 +57,8 @@ FORESEEN, IN_VAIN = 0.52, 1.06
 FETCH_S, SEND_BACK_S = 30e-6, 70e-6
 # Bytes a second, where nothing is known of a machine: PCIe 4.0, and what it leaves of DDR5.
 _UNKNOWN_LINK, _UNKNOWN_HOST = 25e9, 40e9
-# Different experts of n rows are E (1 - (1 - k / E)^(n^a)); a = 1 if rows were independent.
+# Different experts of n rows of a text are E (1 - (1 - k / E)^(n^a)); of different texts, whose
+# rows are independent, a = 1.
 _UNION = 0.8
 
 
@@ -110,7 +111,14 @@ class ExpertUse:
     hit_rate: float | None = None
 
     def misses(
-        self, rows: int, held: float, experts: int, per_token: int, *, prompt: bool = False
+        self,
+        rows: int,
+        held: float,
+        experts: int,
+        per_token: int,
+        *,
+        prompt: bool = False,
+        sequences: int = 1,
     ) -> float:
         """Experts of a layer that a pass of so many rows has to wait for, on average.
 
@@ -120,18 +128,34 @@ class ExpertUse:
             experts: of the layer.
             per_token: that a row is sent to.
             prompt: the pass reads one.
+            sequences: that the rows belong to, as many to each.
         """
         if (seen := self.seen.get(row_class(rows, prompt=prompt))) is not None:
             return seen.misses(held)
-        share = min(1.0, held / experts)
+        return self._expected(rows / sequences, held, experts, per_token, sequences)
+
+    def _expected(
+        self, rows: float, held: float, experts: int, per_token: int, sequences: int
+    ) -> float:
+        """The same of so many rows of each sequence, of which nothing was seen.
+
+        Texts share slots: each finds again what it asked for as if it had its part of them, and
+        beyond that what others asked for, as chance has it. What several lack is brought once. (A
+        pool of drawn routes, docs/RESULTS.md "Batches of mixtures".)
+        """
+        own = min(held, experts) / sequences
         if (single := self.seen.get(0)) is not None:
-            one = single.misses(held)
+            one = single.misses(own)
         elif self.hit_rate is not None:
-            one = per_token * (1.0 - self.hit_rate)
+            one, own = per_token * (1.0 - self.hit_rate), min(held, experts)
         else:
-            one = per_token * (1.0 - prior_hit_rate(held, experts, per_token))
-        many = one * rows ** (1.0 - _between(_ROW_SHARING, share))
-        return min(many, union(rows, experts, per_token))
+            one = per_token * (1.0 - prior_hit_rate(own, experts, per_token))
+        text = one * rows ** (1.0 - _between(_ROW_SHARING, own / experts))
+        elsewhere = 1.0 - (min(held, experts) - own) / max(1e-9, experts - own)
+        all_asked = union(rows * sequences, experts, per_token, sequences)
+        once = all_asked / union(rows, experts, per_token)
+        missed = max(1.0 - min(1.0, held / experts), one / per_token * elsewhere)
+        return min(text * elsewhere * once, missed * all_asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,10 +247,10 @@ def prior_hit_rate(held: float, experts: int, per_token: int) -> float:
     return min(_between(_HIT_RATES, share), share + (1.0 - share) * beyond)
 
 
-def union(rows: int, experts: int, per_token: int) -> float:
-    """Different experts of a layer that rows after each other are sent to."""
+def union(rows: float, experts: int, per_token: int, sequences: int = 1) -> float:
+    """Different experts of a layer that rows are sent to, which so many sequences share evenly."""
     idle = max(0.0, 1.0 - per_token / experts)
-    return float(experts * (1.0 - idle ** (rows**_UNION)))
+    return float(experts * (1.0 - idle ** (sequences * (rows / sequences) ** _UNION)))
 
 
 def _between(points: Sequence[tuple[float, float]], at: float) -> float:

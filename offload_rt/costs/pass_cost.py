@@ -166,6 +166,8 @@ class LayerLoad:
         host_s: until experts are computed where they lie, from when the router has chosen, and what
             crosses the link meanwhile is there; 0: none is.
         behind_bytes: of those, which cross the link for later.
+        ahead: experts cross once the router of the layer before has chosen, as rows ask for nearly
+            all of a layer.
     """
 
     work: LayerWork
@@ -189,6 +191,8 @@ class LayerLoad:
     foreseen: float = 0.0
     host_s: float = 0.0
     behind_bytes: int = 0
+    ahead: bool = False
+    in_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -828,6 +832,8 @@ def _timed_layers(load: PassLoad, times: PassTimes) -> tuple[TimedLayer, ...]:
             foreseen_bytes=round(layer.foreseen * layer.missed_bytes),
             host_s=layer.host_s,
             behind_bytes=layer.behind_bytes,
+            ahead=layer.ahead,
+            in_turn=layer.in_turn,
         )
         for index, layer in enumerate(load.layers)
     )

@@ -51,6 +51,8 @@ class TimedLayer:
         host_s: from when the router has chosen until what the host computes is there, which then is
             waited for with the copies; 0: it computes nothing.
         behind_bytes: of experts, that are copied behind all others, and waited for by nobody.
+        ahead: `missed_bytes` are copied once the router of the layer before has chosen.
+        in_turn: copied experts are computed each as it comes; else all once the last is there.
     """
 
     kernel_s: float
@@ -67,6 +69,8 @@ class TimedLayer:
     foreseen_bytes: int = 0
     host_s: float = 0.0
     behind_bytes: int = 0
+    ahead: bool = False
+    in_turn: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -275,13 +279,11 @@ class _Device:
         shared = copies and moves_kv
         self._link = link = SimLink() if shared or work.piece_s else None
         self.spans: list[Span] = []
-        self._chosen_s: float | None = None  # when the layer before knew its experts
+        self._chosen: SimEvent | None = None  # the layer before knew its experts
         self.draft_waits_s: list[float] = []  # of each pass
         self._watched, self._device, self._home = False, device, home
-        self._missed, self._slot = (
-            missed,
-            SimBuffer(max((b.nbytes for b in missed.values()), default=0)),
-        )
+        self._missed = missed
+        self._slots = {index: SimBuffer(source.nbytes) for index, source in missed.items()}
         self.compute = SimStream(f"compute {device}")
         rate, delay_s = work.home_bytes_per_s[device], work.home_delay_s
         self._copy = copy = SimStream(f"copy {device}", rate, link=link, delay_s=delay_s)
@@ -377,10 +379,10 @@ class _Device:
         missed = self._missed.get(index)
         if missed is not None:
             missed.nbytes = layer.missed_bytes - self._brought(layer)
-            self._copy.wait(chosen)
-            self._chosen_s = self.compute.time_s
+            self._copy.wait(self._chosen if layer.ahead and self._chosen else chosen)
+            self._chosen = chosen
             start_s = self._copy.time_s
-            self._copy.copy(self._slot, missed)
+            self._copy.copy(self._slots[index], missed)
             done = self._copy.record()
             if layer.misses:
                 done = SimEvent(done.clock, self._until_s(layer, start_s, done.time_s))
@@ -388,7 +390,7 @@ class _Device:
         self.compute.wait(there)
         if missed is not None:
             self.compute.wait(done)
-            self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slot])
+            self._compute(SpanKind.LAYER, index, layer.missed_s, [self._slots[index]])
 
     def _until_s(self, layer: TimedLayer, start_s: float, end_s: float) -> float:
         """Until missed experts are waited for, on average: of many some are, of none nothing is.
@@ -402,31 +404,33 @@ class _Device:
         mean = sum(count * chance for count, chance in enumerate(layer.misses))
         copied_s = self._copy.time_s - start_s
         expert_s, delay_s = layer.experts_s / most, end_s - self._copy.time_s
-        waited_s = sum(
-            chance
-            * max(
-                0.0,
-                start_s + count / mean * copied_s + delay_s - here_s - (most - count) * expert_s,
-            )
-            for count, chance in enumerate(layer.misses)
-            if count
-        )
-        return here_s + layer.experts_s - layer.missed_s + waited_s
+        came_s = start_s + delay_s - here_s
+
+        def waited_s(misses: int) -> float:
+            """The last of them is computed once it is there, and all at most since the first is."""
+            first, last = (1, 1) if layer.in_turn else (misses, misses)
+            since_first_s = came_s + first / mean * copied_s - (most - misses) * expert_s
+            since_last_s = came_s + misses / mean * copied_s - (most - last) * expert_s
+            return max(0.0, since_first_s, since_last_s)
+
+        chances = list(enumerate(layer.misses))[1:]
+        mean_s = sum(chance * waited_s(misses) for misses, chance in chances)
+        return here_s + layer.experts_s - layer.missed_s + mean_s
 
     def _brought(self, layer: TimedLayer) -> int:
         """Of what a layer's router chose, that has crossed since the one before it chose.
 
         What is offered crosses while nothing that was asked for does, right and wrong in turn.
         """
-        if self._chosen_s is None or not layer.foreseen_bytes:
+        if self._chosen is None or not layer.foreseen_bytes:
             return 0
-        idle_s = self.compute.time_s - max(self._chosen_s, self._copy.time_s)
+        idle_s = self.compute.time_s - max(self._chosen.time_s, self._copy.time_s)
         crossed = max(0.0, idle_s) * self._copy.bytes_per_s / (1.0 + IN_VAIN)
         return min(layer.foreseen_bytes, int(crossed))
 
     def end_pass(self) -> None:
         """Send new rows home; what the first layer will ask for is not foreseen."""
-        self._chosen_s = None
+        self._chosen = None
         for index, rows in self._rows.items():
             self._back.wait(self.compute.record())
             self._back.store(SimBuffer(0), rows.memory)  # they go behind those that are read

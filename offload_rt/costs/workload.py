@@ -12,7 +12,7 @@ from functools import lru_cache
 from math import ceil, prod
 
 from offload_rt.config import DraftWeights
-from offload_rt.costs.experts import FETCH_S, ExpertUse, Split, split_of
+from offload_rt.costs.experts import FETCH_S, ExpertUse, Split, split_of, union
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Decoded, ExpertWork, LayerLoad, Mixing, PassLoad
 from offload_rt.costs.sizes import (
@@ -200,20 +200,29 @@ class PooledExperts:
     rates: MissRates | None = None
     share: float = 1.0
 
-    def split(self, layer: int, rows: int, asked: float, *, prompt: bool = False) -> Split | None:
+    def split(
+        self, layer: int, rows: int, asked: float, *, prompt: bool = False, sequences: int = 1
+    ) -> Split | None:
         """What becomes of experts that a layer lacks in a pass of few rows.
 
         None where all of them come. Of what they ask for, rows share some experts.
         """
         if self.rates is None or rows > HOST_ROWS:
             return None
-        misses = self.misses(layer, rows, prompt=prompt)
+        misses = self.misses(layer, rows, prompt=prompt, sequences=sequences)
         return split_of(misses, ceil(asked), self.share, self.rates)
 
-    def misses(self, layer: int, rows: int, *, prompt: bool = False) -> float:
+    def nearly_all(self, layer: int, rows: int, sequences: int) -> bool:
+        """Whether rows ask for so many experts of a layer that the next one's are copied ahead."""
+        count = self.counts[layer]
+        return union(rows, count, self.per_token, sequences) >= NEARLY_ALL * count
+
+    def misses(self, layer: int, rows: int, *, prompt: bool = False, sequences: int = 1) -> float:
         """Experts of a layer that a pass of so many rows waits for, on average."""
         held, count = min(self.held, self.counts[layer]), self.counts[layer]
-        return self.use.misses(rows, held, count, self.per_token, prompt=prompt)
+        return self.use.misses(
+            rows, held, count, self.per_token, prompt=prompt, sequences=sequences
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -402,16 +411,20 @@ class PlacedModel:
         pooled = where.experts if where.experts and where.experts.counts[index] else None
         misses = 0.0
         if pooled is not None:
-            misses = pooled.misses(index, rows, prompt=reads_prompt)
+            misses = pooled.misses(index, rows, prompt=reads_prompt, sequences=self.sequences)
             order = self.speeds.order(resident=False)
         whole = layer.image_bytes + layer.grown_bytes
         active = 1.0 - (whole - layer.expert_bytes) / max(1, work.weight_bytes)
         asked = layer.used(rows) * pooled.counts[index] if pooled else 0.0
-        split = pooled.split(index, rows, asked, prompt=reads_prompt) if pooled else None
+        split = (
+            pooled.split(index, rows, asked, prompt=reads_prompt, sequences=self.sequences)
+            if pooled
+            else None
+        )
         link = misses if split is None else split.over_link
         choosing_s = (pooled.together_s if together else pooled.host_s) if pooled else 0.0
         choosing_s += 0.0 if split is None else FETCH_S
-        few = pooled is not None and asked < NEARLY_ALL * pooled.counts[index]
+        few = pooled is not None and not pooled.nearly_all(index, rows, self.sequences)
         kv = where.kv if where.kv and index in where.kv.layers else None
         context, window = self.context_tokens, layer.window
         home_rows = kv.rows(context, window) if kv else 0
@@ -443,6 +456,8 @@ class PlacedModel:
             if pooled and few and not reads_prompt and split is None
             else 0.0,
             expert_bytes=pooled.home_bytes if pooled else 0,
+            ahead=pooled is not None and not few and split is None,
+            in_turn=not together,
         )
 
 
