@@ -67,16 +67,23 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         target=checkpoint, dtype=dtype, device=device, capacities=capacities, shape=shape
     )
     draft = draft_memory(drafting, run)
-    images = experts_of(checkpoint, dtype, device) if _streams_experts(runtime) else ""
-    experts = max(layers) // EXPERT_SHARE if checkpoint.has_experts else 0
-    if not isinstance(images, str):
-        experts = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
-    # A thread of its own reads what is offered (`device/idle.py`).
-    offers = not isinstance(images, str) and runtime.look_ahead is not LookAhead.OFF
     stored = [each for layout in layouts for each in layout.stored]
     wires = any(each.of_expert for each in stored)
+    images = experts_of(checkpoint, dtype, device)
+    experts = max(layers) // EXPERT_SHARE if checkpoint.has_experts else 0
+    staging, units_bytes = staging_bytes([*layouts, base], device, runtime.readers), 0
+    units = None if isinstance(images, str) or not _streams_experts(runtime) else images
+    if not isinstance(images, str):
+        rows_bytes = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
+        if device.host_computes or wires or shape.tile:  # the same function in whole layers
+            experts = rows_bytes
+        if units is not None:
+            # A thread of its own reads what is offered (`device/idle.py`).
+            offers = runtime.look_ahead is not LookAhead.OFF
+            there = staging_bytes([*layouts, base], device, runtime.readers + offers)
+            units_bytes = rows_bytes - experts + there - staging
     shares = head_is_stored(checkpoint) or not all(each.of_expert for each in stored)
-    chosen = (wires or not isinstance(images, str)) and not shares
+    chosen = (wires or units is not None) and not shares
     in_pieces = chosen and _in_pieces(checkpoint, runtime, device, drafting)
     pieces = pieced_bytes(config, number_bytes, device) if in_pieces else 0
     scratch = decoding_bytes(checkpoint, dtype, device)
@@ -100,11 +107,12 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
             draft.loading_bytes - base.nbytes,
             draft.head_bytes,  # there twice while it is copied
         )
-        + staging_bytes([*layouts, base], device, runtime.readers + offers)
+        + staging
         + slack
         + scratch
         + device.context_bytes
         + experts
+        + units_bytes
         + pieces,
         context_bytes=device.context_bytes,
         slack_bytes=slack,
@@ -118,9 +126,8 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
         copies_all=draft.copies_all,
-        experts=None
-        if isinstance(images, str) or draft.streamed_bytes
-        else _experts(images, device),
+        experts=None if units is None or draft.streamed_bytes else _experts(units, device),
+        units_bytes=units_bytes,
         whole_because=images if isinstance(images, str) else "",
         # What devices of one memory compute in, they compute in by turns.
         further_bytes=scratch

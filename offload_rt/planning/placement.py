@@ -88,7 +88,10 @@ class Demand:
         copies_all: where none is streamed there are copies of all.
         further_bytes: what each device after the first needs for passes through its layers.
         experts: how the layers lie whose experts are streamed one by one; None: they are not.
+        units_bytes: of `workspace_bytes`, what passes need only where experts come one by one,
+            beside `pieced_bytes`; below 0: whole layers need more.
         whole_because: why experts are not; empty where the model has none.
+        of_units: what this was before layers were taken to be whole (`without_units`).
     """
 
     layer_bytes: tuple[int, ...]
@@ -114,7 +117,9 @@ class Demand:
     copies_all: bool = False
     further_bytes: int = 0
     experts: ExpertDemand | None = None
+    units_bytes: int = 0
     whole_because: str = ""
+    of_units: "Demand | None" = None
 
     @property
     def rows_apart(self) -> bool:
@@ -129,8 +134,9 @@ class Demand:
 
     @property
     def least(self) -> "Demand":
-        """The same with as little on the device as can be."""
-        return replace(self, base_bytes=self.base_bytes - self.spare_base_bytes, spare_base_bytes=0)
+        """The same with as little on the device as can be, however experts come."""
+        full = self.of_units or self
+        return replace(full, base_bytes=full.base_bytes - full.spare_base_bytes, spare_base_bytes=0)
 
     @property
     def in_pieces(self) -> bool:
@@ -139,10 +145,16 @@ class Demand:
 
     def without_units(self, *, streams: bool) -> "Demand":
         """The same where no expert is streamed by itself, and maybe whole layers are."""
-        if not self.in_pieces or (self.wires_experts and not streams):
+        pieced_bytes = self.pieced_bytes if self.wires_experts and not streams else 0
+        spared_bytes = self.units_bytes + self.pieced_bytes - pieced_bytes
+        if not spared_bytes:
             return self
         return replace(
-            self, workspace_bytes=self.workspace_bytes - self.pieced_bytes, pieced_bytes=0
+            self,
+            workspace_bytes=self.workspace_bytes - spared_bytes,
+            pieced_bytes=pieced_bytes,
+            units_bytes=0,
+            of_units=self.of_units or self,
         )
 
     def knowing(self, asked: ExpertUse) -> "Demand":
