@@ -12,6 +12,8 @@ from offload_rt.options import Form, check_bounds, option, settables
 T = TypeVar("T")
 
 SEEDS = 2**63  # that there are
+MOST_SEQUENCES = 256  # at once: Python's part of a step grows with them
+MOST_READ = 2048  # tokens of prompts in one sweep of several sequences, at most
 
 _SHORT_DTYPES = {
     **dict.fromkeys(("bf16", "bfloat"), "bfloat16"),
@@ -736,6 +738,8 @@ class RuntimeConfig:
     Attributes:
         device_limit_bytes: None takes what is free, as do others whose default is None.
         resident: these very layers, as a plan names them; None chooses.
+        whole_layers: so many layers have their experts in them where those of others come one by
+            one, as a plan says.
         machines: names of the machines that have a device each; empty: all are on this one.
         machine_host_bytes: what each may use of its host memory; None: as `host_limit_bytes` says.
         prefill_chunk_tokens: prompt tokens that go through a layer at once.
@@ -786,6 +790,7 @@ class RuntimeConfig:
         accepted="auto or 0 or more",
     )
     resident: tuple[int, ...] | None = None
+    whole_layers: int = 0
     machines: tuple[str, ...] = ()
     machine_host_bytes: tuple[int | None, ...] = ()
     expert_slots: int | None = option(

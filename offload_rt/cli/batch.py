@@ -13,11 +13,11 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupted, Interrupts
 from offload_rt.cli.options import output_of, settings_of
+from offload_rt.config import MOST_SEQUENCES
 from offload_rt.errors import ConfigError, OffloadError
 from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.settings import Settings
-from offload_rt.session.shared import MOST_SEQUENCES
 from offload_rt.units import format_speed
 from offload_rt.writing import check_target
 

@@ -23,7 +23,13 @@ from offload_rt.cli.headline import (
     split_lines,
 )
 from offload_rt.cli.options import Output, draft_of, runtime_of
-from offload_rt.cli.plan_experts import ExpertOutlook, expert_lines, expert_outlook, why_whole
+from offload_rt.cli.plan_experts import (
+    ExpertOutlook,
+    expert_lines,
+    expert_outlook,
+    ways_record,
+    why_whole,
+)
 from offload_rt.cli.plan_option import with_plan
 from offload_rt.cli.plan_speed import speed_lines
 from offload_rt.cli.plan_timeline import check_picture, timeline_lines, write_picture
@@ -205,7 +211,7 @@ class _Outlook:
         """Why the layers of a mixture of experts are streamed whole; empty where none are."""
         if not self.checkpoint.has_experts or not self.placement.streamed:
             return ""
-        return why_whole(self.checkpoint, self.config, self.device)
+        return why_whole(self.checkpoint, self.plan, self.device)
 
     @property
     def events(self) -> list[TraceEvent]:
@@ -359,6 +365,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "slot_bytes": placement.slot_bytes,
         "experts": None if outlook.experts is None else dataclasses.asdict(outlook.experts),
         "whole_because": outlook.whole_because,
+        "ways": ways_record(outlook.plan),
         "resident_bytes": placement.resident_bytes,
         "base_bytes": placement.base_bytes,
         "host_base_bytes": placement.demand.host_base_bytes,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from math import prod
 
 from offload_rt.cli.columns import hanging
-from offload_rt.config import RuntimeConfig
 from offload_rt.costs.sizes import experts_of
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.fit import pooled_experts
 from offload_rt.planning.planner import Plan
+from offload_rt.session.summary import layer_words
 from offload_rt.units import format_rate, format_size
 
 
@@ -31,6 +31,7 @@ class ExpertOutlook:
         total_parameters: of the model.
         active_parameters: that a token meets, the embedding's row among them not counted.
         active_bytes: of these in the files.
+        whole_layers: that have their experts in them.
     """
 
     slots: int
@@ -47,6 +48,7 @@ class ExpertOutlook:
     total_parameters: int
     active_parameters: int
     active_bytes: int
+    whole_layers: tuple[int, ...] = ()
 
 
 def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> ExpertOutlook | None:
@@ -58,7 +60,9 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
     )
     if facts is None or pooled is None:
         return None
-    layers = [index for index, count in enumerate(facts.counts) if count]
+    layers = placement.pooled_layers
+    every = (placement.demand.of_units or placement.demand).experts or facts
+    asked = every.per_token * every.layers
     expected = plan.prediction
     misses = sum(pooled.misses(index, 1) for index in layers)
     splits = [pooled.split(index, 1, pooled.per_token) for index in layers]
@@ -66,16 +70,16 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
     plain = [e for name, e in checkpoint.tensors.items() if name not in checkpoint.stored]
     total = sum(prod(e.shape) for e in plain) + sum(each.numbers for each in stored)
     quantised = sum(each.numbers for each in stored if each.of_expert)
-    inside = quantised or round(facts.file_bytes * total / max(1, checkpoint.total_bytes))
-    idle_share = 1.0 - facts.per_token * len(layers) / facts.count
-    idle_bytes = round(facts.file_bytes * idle_share)
+    inside = quantised or round(every.file_bytes * total / max(1, checkpoint.total_bytes))
+    idle_share = 1.0 - asked / every.count
+    idle_bytes = round(every.file_bytes * idle_share)
     return ExpertOutlook(
         slots=placement.expert_slots,
         slot_bytes=facts.slot_bytes,
-        experts=facts.count,
+        experts=every.count,
         per_token=facts.per_token,
-        share=placement.expert_slots / facts.count,
-        hit_rate=1.0 - misses / (facts.per_token * len(layers)),
+        share=placement.expert_slots / every.count,
+        hit_rate=1.0 - misses / asked,
         measured=0 in pooled.use.seen,
         stated=pooled.use.hit_rate is not None,
         bytes_per_token=round(misses * pooled.home_bytes),
@@ -86,6 +90,7 @@ def expert_outlook(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> Ex
         total_parameters=total,
         active_parameters=total - round(inside * idle_share),
         active_bytes=checkpoint.total_bytes - idle_bytes,
+        whole_layers=placement.whole_layers,
     )
 
 
@@ -94,12 +99,14 @@ def expert_lines(outlook: ExpertOutlook, away: str) -> list[str]:
     rate = f" at {format_rate(outlook.bytes_per_s)}" if outlook.bytes_per_s else ""
     there = outlook.on_host_per_token
     host = f", {there:.1f} experts computed on the CPU meanwhile" if there else ""
+    whole = f", of layers {layer_words(outlook.whole_layers)} all stay"
+    whole = whole if outlook.whole_layers else ""
     total, active = outlook.total_parameters / 1e9, outlook.active_parameters / 1e9
     return [
         f"in {away}, read expert by expert",
         hanging(
             f"  {outlook.experts} experts, {outlook.per_token} of a layer for each token "
-            f"({active:.2f} of {total:.2f} billion parameters active)",
+            f"({active:.2f} of {total:.2f} billion parameters active){whole}",
             4,
         ),
         hanging(
@@ -117,12 +124,31 @@ def hits_in_words(outlook: ExpertOutlook) -> str:
     return f"{outlook.hit_rate:.0%} of a token's experts expected in the slots ({known})"
 
 
-def why_whole(checkpoint: Checkpoint, config: RuntimeConfig, device: DeviceKind) -> str:
+def ways_record(plan: Plan) -> list[dict[str, object]]:
+    """Ways for experts to come that were looked at, as `--json` has them."""
+    return [
+        {
+            "one_by_one": way.one_by_one,
+            "expert_slots": way.placement.expert_slots,
+            "whole_layers": len(way.placement.whole_layers),
+            "resident_layers": way.prediction.resident_layers,
+            "bytes_per_pass": way.prediction.bytes_per_pass,
+            "s_per_token": way.prediction.s_per_token,
+            "prompt_s": way.prompt_s,
+        }
+        for way in plan.ways
+    ]
+
+
+def why_whole(checkpoint: Checkpoint, plan: Plan, device: DeviceKind) -> str:
     """Why the layers of a mixture of experts are streamed whole.
 
     Raises:
         CheckpointError: its experts are not alike.
     """
+    config = plan.runtime
+    if plan.ways:
+        return "one by one experts are predicted to take longer"
     if config.expert_slots == 0:
         return "--expert-slots is 0"
     if len(config.device_names) > 1:

@@ -6,7 +6,7 @@ from offload_rt.cli.columns import hanging
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Limit
 from offload_rt.costs.step import Prediction
-from offload_rt.planning.planner import Considered, Plan
+from offload_rt.planning.planner import Considered, Plan, Way
 from offload_rt.profiling.profile import Obtained
 from offload_rt.session.means import profile_source
 from offload_rt.session.summary import drafter_name, drafts_name
@@ -31,6 +31,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     if chosen.draft_s:
         lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", f"{drafts_name(plan)} a pass"))
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
+    if plan.ways:
+        lines += ["how experts may come", *map(_way, plan.ways)]
     others = _others(plan)
     return [*lines, *(["other ways", *others] if others else [])]
 
@@ -43,6 +45,21 @@ def corrections(plan: Plan) -> str:
     if plan.placement.streams:
         terms = {"reading": levels.reading} | terms
     return ", ".join(f"{term} x{level:.2f}" for term, level in terms.items() if level != 1.0)
+
+
+def _way(way: Way) -> str:
+    """How fast a way for experts to come should be, and what it reads."""
+    made, placement = way.prediction, way.placement
+    name = "one by one" if way.one_by_one else "in whole layers"
+    held = f"{placement.expert_slots} slots"
+    if whole := len(placement.whole_layers):
+        held += f", {whole} of {len(placement.layers)} layers whole"
+    if not way.one_by_one:
+        held = f"{made.resident_layers} of {len(placement.layers)} layers resident"
+    detail = f"{made.s_per_token:.3f} s/token, {format_size(made.home_bytes)} a pass, {held}"
+    if way.answer_tokens:
+        detail += f"; {way.prompt_s:.2f} s for the prompt"
+    return _line(name, format_speed(made.s_per_token), detail)
 
 
 def _yield(prediction: Prediction, obtained: Obtained | None = None) -> str:

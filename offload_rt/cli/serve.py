@@ -13,12 +13,12 @@ from offload_rt.cli import options
 from offload_rt.cli.console import Console, quiet_libraries
 from offload_rt.cli.interrupts import Interrupts
 from offload_rt.cli.options import output_of, settings_of
+from offload_rt.config import MOST_SEQUENCES
 from offload_rt.errors import ConfigError
 from offload_rt.reading import read_plain
 from offload_rt.session.across import across, be_guest, is_guest
 from offload_rt.session.adapters import adapted, open_answering
 from offload_rt.session.settings import Settings
-from offload_rt.session.shared import MOST_SEQUENCES
 
 if TYPE_CHECKING:
     from offload_rt.engine import Engine

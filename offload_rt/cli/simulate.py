@@ -332,7 +332,7 @@ def simulated(
         ),
     )
     assert plan.prediction is not None  # as speeds are known
-    if asked.use.hit_rate is not None and not plan.placement.expert_slots:
+    if asked.use.hit_rate is not None and not (plan.placement.expert_slots or plan.ways):
         raise ConfigError(
             "--expert-hits has no effect, as no experts come one by one here: leave it out"
         )

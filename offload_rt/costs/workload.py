@@ -401,7 +401,8 @@ class PlacedModel:
         resident, decoded = index not in where.streamed, layer.decoded
         work, order = (
             layer.work(rows, self._tile),
-            self.speeds.order(resident=resident and not layer.grown_bytes),
+            # Experts are not reordered.
+            self.speeds.order(resident=resident and not layer.grown_bytes + layer.expert_bytes),
         )
         expert_work = layer.expert_work(rows)
         if where.weights.rounds and (where.copied is None or index in where.copied):
@@ -422,7 +423,9 @@ class PlacedModel:
             else None
         )
         link = misses if split is None else split.over_link
-        choosing_s = (pooled.together_s if together else pooled.host_s) if pooled else 0.0
+        choosing_s = 0.0
+        if where.experts is not None and layer.expert_bytes:  # in layers that are whole, too
+            choosing_s = where.experts.together_s if together else where.experts.host_s
         choosing_s += 0.0 if split is None else FETCH_S
         few = pooled is not None and not pooled.nearly_all(index, rows, self.sequences)
         kv = where.kv if where.kv and index in where.kv.layers else None

@@ -163,7 +163,7 @@ class Engine:
             self._nodes = nodes
             if on_placed is not None:
                 on_placed(self)
-            apart = self.placement.expert_slots > 0
+            apart = self.placement.pooled_layers
             self.network = Network(checkpoint, config.dtype, packing, experts_apart=apart)
             self._check_kv()
             self._check_apart()

@@ -6,7 +6,7 @@ file bytes. Which parameters are experts is asked of transformers' modules (`net
 not of names. No torch here.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from offload_rt.device.kinds import Packing
@@ -74,6 +74,18 @@ class Experts:
     leaves: frozenset[str]
     taken: frozenset[str]
     reason: str = ""
+
+    def of(self, layers: Container[int]) -> "Experts":
+        """Those of some layers."""
+        kept = {index: own for index, own in self.layers.items() if index in layers}
+        tensors = (t for own in kept.values() for expert in own.tensors for t in expert)
+        modules = tuple(f"{own.module}." for own in kept.values())
+        return replace(
+            self,
+            layers=kept,
+            leaves=frozenset(leaf for leaf in self.leaves if leaf.startswith(modules)),
+            taken=frozenset(tensor.extent.name for tensor in tensors),
+        )
 
     @property
     def per_token(self) -> int:

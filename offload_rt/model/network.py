@@ -11,7 +11,7 @@ next layer is touched, so weights are borrowed once per pass, whatever its lengt
 
 import logging
 import os
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,7 +174,8 @@ class Network:
         dtype: `auto` or torch's name of a number format.
         packing: how layer images are laid out.
         model: its modules (`build_modules`), if they are there already.
-        experts_apart: experts are lent one by one, and have images of their own (`units`).
+        experts_apart: layers whose experts are lent one by one, and have images of their own
+            (`units`).
 
     Attributes:
         layouts: the image of each layer, without experts that are apart.
@@ -211,7 +212,7 @@ class Network:
         packing: Packing,
         model: torch.nn.Module | None = None,
         *,
-        experts_apart: bool = False,
+        experts_apart: Collection[int] = (),
     ) -> None:
         name = compute_dtype(checkpoint, dtype)
         self.dtype: torch.dtype = getattr(torch, name)
@@ -231,19 +232,18 @@ class Network:
         self._crossing: Crossing | None = None
         self.kept: set[int] = set()
         self.dequantising: Dequantising | None = None
-        apart = NO_EXPERTS
-        inside = NO_EXPERTS
+        apart = inside = NO_EXPERTS
         quantised = any(each.of_expert for each in checkpoint.stored.values())
         if experts_apart or quantised:
             calls = probe(self._model, layers, checkpoint.config).experts
-            apart = find_experts(self._model, checkpoint, self.dtype, container, calls)
-            if quantised and apart.reason:
+            found = find_experts(self._model, checkpoint, self.dtype, container, calls)
+            if quantised and found.reason:
                 raise CheckpointError(
                     f"{checkpoint.folder.name}: its experts are quantised, and can be computed one "
-                    f"by one only, but {apart.reason}: take the model it was made from"
+                    f"by one only, but {found.reason}: take the model it was made from"
                 )
-        if not experts_apart:
-            apart, inside = NO_EXPERTS, apart if quantised else NO_EXPERTS
+            apart = found.of(experts_apart)
+            inside = found.of(found.layers.keys() - experts_apart) if quantised else NO_EXPERTS
         self._experts, self.units = apart, plan_units(apart, name, packing)
         self._bringers = {
             stored: Bringer(stored, self.dtype)

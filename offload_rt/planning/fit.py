@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from offload_rt.config import (
+    MOST_READ,
     DraftConfig,
     DrafterWords,
     Exact,
@@ -84,6 +85,11 @@ class RunLoad:
         running: sequences that usually run, for whom the fastest is chosen; memory is for all of
             them either way. None: all.
         asked: what is known of the experts that the model's tokens ask for.
+        context_tokens: of each sequence, that passes attend to; None: as many as of the largest
+            prompt pass.
+        whole: layers are streamed whole, even where experts could come one by one.
+        whole_layers: so many layers have their experts in them where those of others come one by
+            one.
     """
 
     capacities: Sequence[int]
@@ -92,6 +98,25 @@ class RunLoad:
     kv_tokens: int | None = None
     running: int | None = None
     asked: ExpertUse = ExpertUse()
+    context_tokens: int | None = None
+    whole: bool = False
+    whole_layers: int = 0
+
+    @classmethod
+    def alike(cls, sequences: int, context_tokens: int, drafting: Drafting) -> "RunLoad":
+        """Of sequences of so many tokens each, which are counted as prompts."""
+        several = min(sequences * context_tokens, MOST_READ)
+        return cls(
+            capacities=[context_tokens] * sequences,
+            prompt_tokens=context_tokens if sequences == 1 else several,
+            drafting=drafting,
+            context_tokens=context_tokens,
+        )
+
+    @property
+    def cached_tokens(self) -> int:
+        """Of each sequence, that passes attend to."""
+        return self.context_tokens or self.prompt_tokens // len(self.capacities)
 
 
 def place_run(
@@ -141,6 +166,7 @@ def place_run(
             drafting=load.drafting,
             apart=apart,
         ).knowing(load.asked)
+        found = found.keeping(config.whole_layers or load.whole_layers)
         return _with_kv_of(found, checkpoint, config, load)
 
     demand = demanded()
@@ -163,7 +189,11 @@ def place_run(
     try:
         placement = _place_ends(
             lambda apart: _place_with_kv(
-                bare if apart and bare is not None else demand, stripes, config, device, kv_plans
+                bare if apart and bare is not None else demand,
+                stripes,
+                replace(config, expert_slots=0) if load.whole else config,
+                device,
+                kv_plans,
             ),
             homed,
             may_be_apart=bare is not None,
@@ -535,6 +565,10 @@ class PlacedRun:
         """What the streams are busy with in such a step."""
         work = self.work(drafting, expected)
         return step_events(work, self.cost, lambda load: spans_of(load, self.times(load)))
+
+    def prompt_s(self, tokens: int) -> float:
+        """Seconds of a pass that reads a prompt of so many tokens for each sequence."""
+        return self.cost(self._target(drafts=False).load(tokens, reads_prompt=True)).pass_s
 
     def row_s(self, tokens: int) -> float:
         """Seconds that each of so many tokens of a prompt adds to a pass."""

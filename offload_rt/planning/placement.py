@@ -31,6 +31,7 @@ class ExpertDemand:
         image_bytes: of all experts, as they compute.
         file_bytes: of them as they are stored.
         use: what is known of those that tokens ask for.
+        whole: layers that have their experts in them, all the same.
     """
 
     rest_bytes: tuple[int, ...]
@@ -40,6 +41,7 @@ class ExpertDemand:
     image_bytes: int
     file_bytes: int
     use: ExpertUse = ExpertUse()
+    whole: tuple[int, ...] = ()
 
     @property
     def count(self) -> int:
@@ -50,6 +52,28 @@ class ExpertDemand:
     def layers(self) -> int:
         """Layers that have experts."""
         return sum(count > 0 for count in self.counts)
+
+    def keeping(self, whole: int, layer_bytes: Sequence[int]) -> "ExpertDemand":
+        """The same where the last so many layers of experts have theirs in them.
+
+        Those that come one by one then follow each other, so that each can be foreseen by the one
+        before.
+
+        Args:
+            whole: how many; fewer than there are.
+            layer_bytes: image of each layer with its experts.
+        """
+        kept = [layer for layer, count in enumerate(self.counts) if count][-whole:]
+        counts = tuple(0 if layer in kept else n for layer, n in enumerate(self.counts))
+        sizes = enumerate(zip(self.rest_bytes, layer_bytes, strict=True))
+        return replace(
+            self,
+            rest_bytes=tuple(full if layer in kept else rest for layer, (rest, full) in sizes),
+            counts=counts,
+            image_bytes=self.image_bytes * sum(counts) // self.count,
+            file_bytes=self.file_bytes * sum(counts) // self.count,
+            whole=tuple(kept),
+        )
 
     def held_bytes(self, share: float) -> int:
         """Of so much of each layer's experts, which are alike."""
@@ -91,7 +115,7 @@ class Demand:
         units_bytes: of `workspace_bytes`, what passes need only where experts come one by one,
             beside `pieced_bytes`; below 0: whole layers need more.
         whole_because: why experts are not; empty where the model has none.
-        of_units: what this was before layers were taken to be whole (`without_units`).
+        of_units: what this was before layers were taken to be whole (`without_units`, `keeping`).
     """
 
     layer_bytes: tuple[int, ...]
@@ -162,6 +186,13 @@ class Demand:
         if self.experts is None:
             return self
         return replace(self, experts=replace(self.experts, use=asked))
+
+    def keeping(self, whole: int) -> "Demand":
+        """The same where so many layers of experts have theirs in them, and others one by one."""
+        if not whole or self.experts is None:
+            return self
+        experts = self.experts.keeping(whole, self.layer_bytes)
+        return replace(self, experts=experts, of_units=self.of_units or self)
 
     def share(self, layers: Sequence[int], *, first: bool) -> "Demand":
         """What a device needs that has these layers, and if it is the first what is in none."""
@@ -258,6 +289,19 @@ class Placement:
         experts = self.demand.experts
         apart = experts is not None and self.expert_slots
         return experts.rest_bytes if experts is not None and apart else self.demand.layer_bytes
+
+    @property
+    def pooled_layers(self) -> tuple[int, ...]:
+        """Layers whose experts come through the pool."""
+        experts = self.demand.experts if self.expert_slots else None
+        counts = () if experts is None else experts.counts
+        return tuple(layer for layer, count in enumerate(counts) if count)
+
+    @property
+    def whole_layers(self) -> tuple[int, ...]:
+        """Layers that have their experts in them, where those of others come through the pool."""
+        experts = self.demand.experts if self.expert_slots else None
+        return () if experts is None else experts.whole
 
     @property
     def pool_bytes(self) -> int:

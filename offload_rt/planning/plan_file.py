@@ -33,7 +33,7 @@ OPTIONS: Mapping[str, Settable] = {
     for field in settables(record)
     if field.name not in _LEFT_OUT
 }
-_KEYS = {"schema_version", "model", "layers", "options", "resident", "predicted"}
+_KEYS = {"schema_version", "model", "layers", "options", "resident", "whole_layers", "predicted"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +45,7 @@ class PlanFile:
         layers: how many it has.
         options: values of command-line options, by the names of `OPTIONS`.
         resident: layers that stay on the device.
+        whole_layers: so many have their experts in them where those of others come one by one.
         predicted: what a step should take; for the reader.
     """
 
@@ -52,6 +53,7 @@ class PlanFile:
     layers: int
     options: Mapping[str, Value]
     resident: tuple[int, ...]
+    whole_layers: int = 0
     predicted: Mapping[str, object] | None = None
 
 
@@ -91,6 +93,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         layers=checkpoint.config.num_layers,
         options=options,
         resident=plan.placement.resident,
+        whole_layers=len(plan.placement.whole_layers),
         predicted=asdict(plan.prediction) if plan.prediction else None,
     )
 
@@ -127,6 +130,9 @@ def read_plan(path: Path) -> PlanFile:
     model, layers, resident = raw.get("model"), raw.get("layers"), raw.get("resident")
     if not isinstance(model, str) or not _is_count(layers):
         raise _unusable(path, "model must be a name and layers a number")
+    whole = raw.get("whole_layers", 0)
+    if not _is_count(whole):
+        raise _unusable(path, "whole_layers must be a number")
     if not isinstance(resident, list) or not all(_is_count(layer) for layer in resident):
         raise _unusable(path, "resident must be a list of layers")
     return PlanFile(
@@ -134,6 +140,7 @@ def read_plan(path: Path) -> PlanFile:
         layers=layers,  # type: ignore[arg-type]
         options=_options(path, raw.get("options")),
         resident=tuple(resident),
+        whole_layers=whole,  # type: ignore[arg-type]
     )
 
 

@@ -38,6 +38,7 @@ _REFINED = 4  # candidates whose rings are varied
 # steps no more than that.
 _MOST_ROOM, _ROOM_COST = 4, 1.02
 
+_SHARES_WHOLE = (0.25, 0.5, 0.75, 1.0)  # of as many layers of experts as slots would hold
 _SHARES_KEPT = (0.0, 0.25, 0.5, 0.75)  # of the layers that fit, where fewer may be better
 
 _KNOWN_STEPS = 16  # after which a drafter is taken to be known
@@ -56,6 +57,37 @@ class Considered:
     draft: DraftConfig
     prediction: Prediction | None = None
     refusal: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A way for experts of a mixture to come that was looked at.
+
+    Attributes:
+        placement: what lives where.
+        prediction: of the first steps.
+        prompt_s: predicted seconds of the pass that reads the prompts; 0: none is counted, as where
+            a plan takes the whole context for one prompt.
+        answer_tokens: of each sequence; the first comes of that pass.
+    """
+
+    placement: Placement
+    prediction: Prediction
+    prompt_s: float = 0.0
+    answer_tokens: int = 0
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether experts come one by one; else layers are whole."""
+        return self.placement.expert_slots > 0
+
+    @property
+    def s_per_token(self) -> float:
+        """Seconds of prompts and answers together, by tokens of an answer."""
+        if not self.answer_tokens:
+            return self.prediction.s_per_token
+        later_s = (self.answer_tokens - 1) * self.prediction.s_per_token
+        return (self.prompt_s + later_s) / self.answer_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +113,8 @@ class Plan:
         running: sequences of the steps that `prediction` is of; None: all.
         row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
         misses: what experts cost that no slot of a GPU holds, where the processor may compute them.
+        ways: for experts of a mixture to come, the fastest first, which was chosen; empty where
+            there was nothing to choose.
     """
 
     runtime: RuntimeConfig
@@ -99,6 +133,7 @@ class Plan:
     running: int | None = None
     row_s: float = 0.0
     misses: MissRates | None = None
+    ways: tuple[Way, ...] = ()
 
     @property
     def pass_share(self) -> float:
@@ -279,6 +314,12 @@ def check_look_ahead(runtime: RuntimeConfig, checkpoint: Checkpoint, placement: 
         )
 
 
+def _leaves_ways_open(runtime: RuntimeConfig) -> bool:
+    """Whether it is left open how experts come, and nothing is asked for that is of one way."""
+    asked = runtime.look_ahead is LookAhead.ON or runtime.expert_misses is ExpertMisses.HOST
+    return runtime.expert_slots is None and not asked
+
+
 def _s_per_token(plan: Plan) -> float:
     return 0.0 if plan.prediction is None else plan.prediction.s_per_token
 
@@ -375,6 +416,7 @@ def plan_run(
         running=load.running if load.running != sequences else None,
         row_s=search.row_s(chosen.placement),
         misses=miss_rates(checkpoint, chosen.placement, runtime, device, means.speeds),
+        ways=chosen.ways,
     )
 
 
@@ -445,6 +487,7 @@ class _Candidate:
     drafting: Drafting
     placement: Placement
     prediction: Prediction
+    ways: tuple[Way, ...] = ()
 
     @property
     def draft(self) -> DraftConfig:
@@ -452,7 +495,13 @@ class _Candidate:
 
     @property
     def s_per_token(self) -> float:
-        return self.prediction.s_per_token
+        return self.ways[0].s_per_token if self.ways else self.prediction.s_per_token
+
+    def of(self, ways: Sequence[Way]) -> "_Candidate":
+        """The same in the fastest of these ways."""
+        ways = sorted(ways, key=lambda way: way.s_per_token)
+        first, looked_at = ways[0], tuple(ways) if len(ways) > 1 else ()
+        return replace(self, placement=first.placement, prediction=first.prediction, ways=looked_at)
 
 
 class _Search:
@@ -471,27 +520,64 @@ class _Search:
         self._load, self._free, self._means = load, free, means
 
     def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
-        """Place one and price it."""
+        """Place one and price it; of a mixture in each way that experts may come."""
         given = self._load.drafting
         own = given.checkpoint if draft.model or not given.config.automatic else None
         drafting = replace(given, config=draft, checkpoint=own)
-        load = replace(self._load, drafting=drafting)
+        ways = [self._way(drafting, runtime)]
+        if ways[0].one_by_one and _leaves_ways_open(runtime):
+            with suppress(PlanError):  # no ring fits
+                ways.append(self._way(drafting, runtime, whole=True))
+        first = ways[0]
+        return _Candidate(
+            runtime=runtime,
+            drafting=drafting,
+            placement=first.placement,
+            prediction=first.prediction,
+        ).of(ways)
+
+    def _mixed(self, candidate: _Candidate) -> _Candidate:
+        """The same, or with some layers whole and experts of the others one by one."""
+        placement = next((w.placement for w in candidate.ways if w.one_by_one), None)
+        experts = None if placement is None else placement.demand.experts
+        if placement is None or experts is None:
+            return candidate
+        room = placement.expert_slots * experts.layers // experts.count
+        counts = {round(share * min(room, experts.layers - 1)) for share in _SHARES_WHOLE} - {0}
+        ways = list(candidate.ways)
+        for count in sorted(counts):
+            with suppress(PlanError):  # a slot for each of a token's experts is left to no layer
+                way = self._way(candidate.drafting, candidate.runtime, whole_layers=count)
+                ways += [way] if way.one_by_one else []
+        return candidate.of(ways)
+
+    def _way(
+        self,
+        drafting: Drafting,
+        runtime: RuntimeConfig,
+        *,
+        whole: bool = False,
+        whole_layers: int = 0,
+    ) -> Way:
         placement = place_run(
             self._checkpoint,
             runtime,
             self._device,
-            load=load,
+            load=replace(self._load, drafting=drafting, whole=whole, whole_layers=whole_layers),
             free=self._free,
             speeds=self._corrected(streams=True, sequences=self._running),
         )
-        prediction = self._predict(drafting, placement)
-        return _Candidate(
-            runtime=runtime, drafting=drafting, placement=placement, prediction=prediction
-        )
+        made = Way(placement=placement, prediction=self._predict(drafting, placement))
+        most, prompt = len(self._load.capacities), self._load.prompt_tokens
+        answers = (sum(self._load.capacities) - prompt) // most
+        if answers <= 0 or not self._checkpoint.has_experts:
+            return made
+        prompt_s = self.placed(placement).prompt_s(max(1, prompt // most))
+        return replace(made, prompt_s=prompt_s, answer_tokens=answers)
 
     def refined(self, found: Sequence[_Candidate]) -> list[_Candidate]:
         """The same, and the best of them with fewer layers resident and with other rings."""
-        best = sorted(found, key=lambda c: c.s_per_token)[:_REFINED]
+        best = [*map(self._mixed, sorted(found, key=lambda c: c.s_per_token)[:_REFINED])]
         more = [made for candidate in best for made in self._with_fewer(candidate)]
         for candidate in sorted([*best, *more], key=lambda c: c.s_per_token)[:_REFINED]:
             streamed = len(candidate.placement.streamed)
@@ -505,7 +591,7 @@ class _Search:
                     more.append(self.candidate(candidate.draft, runtime))
                 except (PlanError, ConfigError):  # the ring is larger than what it would stream
                     continue
-        return [*found, *more]
+        return [*found, *best, *more]
 
     def _with_fewer(self, candidate: _Candidate) -> Iterator[_Candidate]:
         """The same with fewer layers resident, where copies of the streamed ones draft.
@@ -540,7 +626,7 @@ class _Search:
             except (PlanError, ConfigError):  # the ring is larger than what it would stream
                 continue
             prediction = self._predict(best.drafting, roomy.placement)
-            if prediction.s_per_token <= _ROOM_COST * best.s_per_token:
+            if prediction.s_per_token <= _ROOM_COST * best.prediction.s_per_token:
                 return replace(roomy, prediction=prediction)
         return best
 
@@ -592,7 +678,7 @@ class _Search:
             config=self._runtime,
             speeds=self._corrected(streams=placement.streams, sequences=sequences),
             placement=placement,
-            context_tokens=self._load.prompt_tokens // len(self._load.capacities),
+            context_tokens=self._load.cached_tokens,
             sequences=sequences,
         )
 

@@ -125,7 +125,7 @@ def with_plan(
         raise ConfigError(
             f"--resident-layers contradicts --plan {path}, which names the layers: leave out one"
         )
-    return merged | {"resident": plan.resident}
+    return merged | {"resident": plan.resident, "whole_layers": plan.whole_layers}
 
 
 def _read(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Unpack, overload
 
-from offload_rt.config import KVPlace
+from offload_rt.config import MOST_SEQUENCES, KVPlace
 from offload_rt.device.system import settle_math
 from offload_rt.errors import ConfigError, PlanError, SessionError
 from offload_rt.report import RunReport
@@ -52,7 +52,6 @@ if TYPE_CHECKING:
 Turn = Mapping[str, str]
 Prompt = str | Sequence[Turn] | Sequence[int]
 
-_MOST_SEQUENCES = 256  # at once: Python's part of a step grows with them
 _ROUND_TOKENS = 1024
 _BUSY = (
     "the model is in use, by another thread or a stream that is not over: wait for it, or close "
@@ -455,7 +454,7 @@ class Session:
 
     def _make_room(self, largest: Sequence[_Asked]) -> int:
         """An engine for as many prompts at once as fit; returns how many."""
-        count = min(len(largest), _MOST_SEQUENCES)
+        count = min(len(largest), MOST_SEQUENCES)
         now = self._room
         if now is not None and self._fullest is not None:
             count = min(count, self._fullest)

@@ -5,7 +5,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from offload_rt.config import KVPlace
+from offload_rt.config import MOST_READ, KVPlace
 from offload_rt.costs.drafters import Drafting
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.session.answering import started_engine
@@ -19,9 +19,7 @@ if TYPE_CHECKING:
     from offload_rt.engine import Engine
 
 AUTO_SEQUENCES = 8  # for who does not know how many will ask (RESULTS.md "Serving")
-MOST_SEQUENCES = 256  # Python's part of a step grows with them
 _FURTHER_TOKENS = 1024  # of KV for each sequence behind the first, if nobody says
-MOST_READ = 2048  # tokens of prompts in one sweep, at most
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ class PlanSummary:
         resident: layers that stay on the device.
         streamed: layers that are copied to it in each pass.
         expert_slots: of the experts that come one by one; 0 where layers are whole.
+        whole_layers: that have their experts in them where those of others come one by one.
         context_bytes: of `workspace_bytes`, what a GPU's driver takes.
         slack_bytes: of it, what allocators take beyond what they are asked for.
         home: where those live.
@@ -52,6 +53,7 @@ class PlanSummary:
     resident: tuple[int, ...]
     streamed: tuple[int, ...]
     expert_slots: int
+    whole_layers: tuple[int, ...]
     slots: int
     slot_bytes: int
     resident_bytes: int
@@ -89,8 +91,9 @@ class PlanSummary:
                 f"per pass through {self.slots} of {format_size(self.slot_bytes)}",
             ]
         elif self.expert_slots:
+            kept = f" of {layers - len(self.whole_layers)}" if self.whole_layers else ""
             lines.append(
-                f"all {layers} layers resident but for their experts, which come one by one "
+                f"all {layers} layers resident but for the experts{kept}, which come one by one "
                 f"through {self.expert_slots} slots"
             )
         else:
@@ -128,6 +131,7 @@ def summary_of(engine: "Engine") -> PlanSummary:
         resident=placement.resident,
         streamed=placement.streamed,
         expert_slots=placement.expert_slots,
+        whole_layers=placement.whole_layers,
         slots=placement.slots,
         slot_bytes=placement.slot_bytes,
         resident_bytes=placement.resident_bytes,
