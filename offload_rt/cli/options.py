@@ -17,6 +17,7 @@ from click.shell_completion import CompletionItem
 from offload_rt.cli.completion import model_items
 from offload_rt.config import (
     DRAFTERS,
+    MOST_SEQUENCES,
     STATED_DRAFT_HELP,
     DraftConfig,
     GenerationConfig,
@@ -298,6 +299,14 @@ plan_options = _group(
         show_default="this machine's",
         help="Plan with the speeds of this profile: its name, or a file.",
     ),
+)
+
+together_option = click.option(
+    "--sequences",
+    type=click.IntRange(1, MOST_SEQUENCES),
+    default=1,
+    show_default=True,
+    help="Answers in the making at once, each with --context.",
 )
 
 json_option = click.option(

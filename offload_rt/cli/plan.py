@@ -83,6 +83,7 @@ _log = logging.getLogger(__name__)
 @options.draft_options
 @options.plan_options
 @options.nodes_option
+@options.together_option
 @click.option(
     "--output",
     type=click.Path(path_type=Path),
@@ -122,7 +123,9 @@ def plan(model: str, **values: Any) -> int:  # noqa: ANN401
     roster = None if values["nodes"] is None else read_roster(values["nodes"])
     if roster is not None:
         config = roster.runtime(config)
-    outlook = _look_ahead(checkpoint, config, draft_of(values), values["profile"], roster)
+    outlook = _look_ahead(
+        checkpoint, config, draft_of(values), values["profile"], roster, values["sequences"]
+    )
     if from_files and outlook.placement.reads_files:
         _note_buffered(checkpoint, outlook.placement)
     if values["output"] is not None:
@@ -265,16 +268,17 @@ def _look_ahead(
     draft: DraftConfig,
     profile: str | None,
     roster: Roster | None = None,
+    sequences: int = 1,
 ) -> _Outlook:
     longest = checkpoint.config.max_positions
     context = config.context_tokens or min(longest, AUTO_CONTEXT_TOKENS)
     check_context(checkpoint, context)
     device, free = device_there(config)
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, device, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, device, sequences)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     drafting = Drafting(draft, drafter, nbytes)
-    load = RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting)
+    load = RunLoad.alike(sequences, context, drafting)
     speeds = speeds_for(profile, device, config.device if roster is None else "auto")
     if roster is not None:
         speeds = with_nodes(speeds, roster, profile, device)
@@ -351,6 +355,7 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
         "device": str(outlook.device.processor),
         "home": outlook.home,
         "context_tokens": outlook.context_tokens,
+        "sequences": outlook.plan.sequences,
         "resident": list(placement.resident),
         "streamed": list(placement.streamed),
         "drafter": outlook.drafting.config.draft,
@@ -414,6 +419,12 @@ def _as_json(outlook: _Outlook) -> dict[str, Any]:
     }
 
 
+def _tokens_kept(outlook: _Outlook) -> str:
+    count = outlook.plan.sequences
+    each = f" of each of {count} sequences" if count > 1 else ""
+    return f"{outlook.context_tokens} tokens{each}"
+
+
 def _kv_home(kv: KVPlan | None) -> str:
     if kv is None:
         return ""
@@ -447,7 +458,7 @@ def _as_table(outlook: _Outlook) -> str:
             _head_order(placement),
         ),
         _layers("resident", placement.resident, placement.streamed, placement.resident_bytes),
-        ("KV cache", placement.kv_bytes, f"{outlook.context_tokens} tokens{_kv_home(demand.kv)}"),
+        ("KV cache", placement.kv_bytes, f"{_tokens_kept(outlook)}{_kv_home(demand.kv)}"),
         *placement.taken_rows,
     ]
     if states := sum(demand.state_bytes):

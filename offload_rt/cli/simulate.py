@@ -118,6 +118,7 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
 @options.placement_options
 @options.wire_option
 @options.stated_draft_options
+@options.together_option
 @options.json_option
 @click.pass_context
 def simulate_verb(context: click.Context, model: str | None, **values: Any) -> int:  # noqa: ANN401
@@ -219,6 +220,7 @@ class Question:
         own: whether the profile is this machine's, or was asked for.
         acceptance: how often drafts are right.
         use: what is known of the experts that tokens ask for.
+        sequences: that run at once, each with as many tokens.
     """
 
     checkpoint: Checkpoint
@@ -229,6 +231,7 @@ class Question:
     acceptance: Acceptance
     context_tokens: int
     use: ExpertUse = ExpertUse()
+    sequences: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,6 +284,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         use=_use(checkpoint, values["expert_hits"]),
         context_tokens=config.context_tokens
         or min(checkpoint.config.max_positions, AUTO_CONTEXT_TOKENS),
+        sequences=values["sequences"],
     )
     drafting = _drafting(question, config)
     outlook = simulated(question, config, speeds.free, drafting)
@@ -323,7 +327,7 @@ def simulated(
         asked.checkpoint,
         config,
         speeds.device,
-        load=RunLoad(capacities=[context], prompt_tokens=context, drafting=drafting),
+        load=RunLoad.alike(asked.sequences, context, drafting),
         free=free,
         means=Means(
             speeds=speeds,
@@ -353,7 +357,7 @@ def _drafting(asked: Question, config: RuntimeConfig) -> Drafting:
     checkpoint, speeds = asked.checkpoint, asked.speeds
     draft = dataclasses.replace(asked.draft, draft_tokens=asked.draft.nodes or None)
     heads = open_draft_heads(checkpoint, draft)
-    nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device, sequences=1)
+    nbytes = heads_bytes(heads, checkpoint, config.dtype, speeds.device, asked.sequences)
     drafter = open_draft_checkpoint(checkpoint, draft, runs=False)
     return settled(Drafting(draft, drafter, nbytes), speeds.device)
 
@@ -369,6 +373,7 @@ def _as_json(outlook: Simulated) -> dict[str, Any]:
         "wire": str(outlook.config.wire),
         "quantised": dataclasses.asdict(outlook.stored) if outlook.stored else None,
         "context_tokens": asked.context_tokens,
+        "sequences": asked.sequences,
         "drafter": outlook.draft.draft,
         "draft_tokens": outlook.draft.nodes,
         "home": str(placement.home),
