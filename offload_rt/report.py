@@ -1,6 +1,6 @@
 """What a run measured, as records; `generate --json` prints them with these very names."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,6 +201,8 @@ class ExpertUse:
         unused: others that were copied ahead, and given up before any layer asked;
             `unused_bytes` of them had begun to be copied, and of what the processor computed and
             no layer asked for again in time.
+        filled: of all hits, prompts' too, those that slots were filled with when the model was
+            loaded, before anybody asked; `filled_bytes` were copied so, which nothing else counts.
         host_bytes: of experts that were copied, from host memory; `file_bytes` from files.
         looked_ahead: share of the passes that foresaw what their next layers would ask for
             (`--look-ahead`).
@@ -224,6 +226,8 @@ class ExpertUse:
     on_host: int
     unused: int
     unused_bytes: int
+    filled: int
+    filled_bytes: int
     host_bytes: int
     file_bytes: int
     looked_ahead: float
@@ -296,6 +300,8 @@ class Counters:
         expert_unused_bytes: of these, that had begun to be copied.
         expert_host_bytes: of experts that were copied, from host memory; `expert_file_bytes` from
             files.
+        expert_filled: of the hits, those that slots were filled with when the model was loaded.
+        expert_filled_bytes: of `bytes_copied`, what slots were filled with so.
         expert_calls: times a layer asked.
     """
 
@@ -312,26 +318,14 @@ class Counters:
     expert_unused_bytes: int = 0
     expert_host_bytes: int = 0
     expert_file_bytes: int = 0
+    expert_filled: int = 0
+    expert_filled_bytes: int = 0
     expert_calls: int = 0
 
     def since(self, start: "Counters") -> "Counters":
         """The phase from `start` to here."""
-        return Counters(
-            at_s=self.at_s - start.at_s,
-            bytes_copied=self.bytes_copied - start.bytes_copied,
-            kv_bytes_copied=self.kv_bytes_copied - start.kv_bytes_copied,
-            busy_s=self.busy_s - start.busy_s,
-            stalled_s=self.stalled_s - start.stalled_s,
-            expert_hits=self.expert_hits - start.expert_hits,
-            expert_misses=self.expert_misses - start.expert_misses,
-            expert_ahead=self.expert_ahead - start.expert_ahead,
-            expert_on_host=self.expert_on_host - start.expert_on_host,
-            expert_unused=self.expert_unused - start.expert_unused,
-            expert_unused_bytes=self.expert_unused_bytes - start.expert_unused_bytes,
-            expert_host_bytes=self.expert_host_bytes - start.expert_host_bytes,
-            expert_file_bytes=self.expert_file_bytes - start.expert_file_bytes,
-            expert_calls=self.expert_calls - start.expert_calls,
-        )
+        each = {f.name: getattr(self, f.name) - getattr(start, f.name) for f in fields(self)}
+        return Counters(**each)
 
 
 def overlap_ratio(phase: Counters) -> float:

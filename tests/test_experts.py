@@ -36,6 +36,12 @@ from offload_rt.model.network import experts_of
 from offload_rt.streaming.experts import ExpertPool, shares_of
 
 
+@pytest.fixture(autouse=True)
+def empty_slots(monkeypatch):
+    """What is counted here is of tokens: nothing is there before."""
+    monkeypatch.setattr(ExpertPool, "fill", lambda self: None)
+
+
 def resident_answers(folder, **config):
     """Logits and an answer with all in memory."""
     with engine_for(folder, **config) as engine:

@@ -25,8 +25,15 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import experts as experts_module
 from offload_rt.model import weight_files as files_module
 from offload_rt.planning.look_ahead import LookAheadJudge
+from offload_rt.streaming.experts import ExpertPool
 
 AHEAD = {"look_ahead": LookAhead.ON}
+
+
+@pytest.fixture(autouse=True)
+def empty_slots(monkeypatch):
+    """What is counted here is of tokens: nothing is there before."""
+    monkeypatch.setattr(ExpertPool, "fill", lambda self: None)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +159,7 @@ def test_no_slot_is_overwritten_whatever_is_foreseen():
 class NeverBegun(SimStream):
     """No offered copy has begun when it is asked for, or dropped."""
 
-    def offer(self, dst, src, after):
+    def offer(self, dst, src, after, *, last=False):
         def ask():
             for event in after:
                 self.wait(event)

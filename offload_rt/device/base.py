@@ -88,8 +88,17 @@ class Offer(Protocol):
 class OfferingStream(CopyStream[BufferT, SourceT], Protocol):
     """A copy stream that also makes copies nobody needs yet."""
 
-    def offer(self, dst: BufferT, src: SourceT, after: Sequence[Event]) -> Offer:
-        """Offer to fill `dst`, after these events; `record` does not wait for it."""
+    def offer(
+        self, dst: BufferT, src: SourceT, after: Sequence[Event], *, last: bool = False
+    ) -> Offer:
+        """Offer to fill `dst`, after these events; `record` does not wait for it.
+
+        Args:
+            dst: is filled.
+            src: with that.
+            after: these events.
+            last: behind all that is offered without that, whenever it is.
+        """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

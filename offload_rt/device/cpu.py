@@ -138,7 +138,9 @@ class CpuCopyStream:
         """Enqueue all blocks of `src`."""
         self._enqueue(src.blocks(dst), src.check)
 
-    def offer(self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event]) -> "CpuOffer":
+    def offer(
+        self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
+    ) -> "CpuOffer":
         """Have blocks of `src` read while no copy that was asked for is under way."""
         blocks = src.blocks(dst)
         copies = Copies(len(blocks))
@@ -146,7 +148,7 @@ class CpuCopyStream:
         def made(block: CopyBlock) -> CopyBlock:
             return CopyBlock(block.nbytes, partial(self._finish, block, copies, src.check, after))
 
-        return CpuOffer(self, copies, self._idle.add([made(block) for block in blocks]))
+        return CpuOffer(self, copies, self._idle.add([made(block) for block in blocks], last=last))
 
     def take_over(self, copies: Copies, steps: Steps, *, dropped: bool) -> CpuEvent:
         """Enqueue what is left of an offered copy, or leave it."""

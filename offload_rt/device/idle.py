@@ -28,7 +28,7 @@ class Steps:
 
 
 class IdleCopies:
-    """Makes steps in the order they were offered.
+    """Makes steps in the order they were offered, those last that may be last.
 
     Args:
         quiet: blocks until nothing that was asked for is on its way.
@@ -36,18 +36,18 @@ class IdleCopies:
 
     def __init__(self, quiet: Callable[[], None]) -> None:
         self._quiet = quiet
-        self._offered: deque[Steps] = deque()
+        self._offered: tuple[deque[Steps], deque[Steps]] = deque(), deque()  # these come last
         self._changed = threading.Condition()
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="idle-copies", daemon=True)
 
-    def add(self, blocks: Sequence[CopyBlock]) -> Steps:
-        """Offer steps; what they raise is theirs to keep."""
+    def add(self, blocks: Sequence[CopyBlock], *, last: bool = False) -> Steps:
+        """Offer steps, behind all others if `last`; what they raise is theirs to keep."""
         steps = Steps(deque(blocks))
         with self._changed:
             if self._thread.ident is None:
                 self._thread.start()
-            self._offered.append(steps)
+            self._offered[last].append(steps)
             self._changed.notify_all()
         return steps
 
@@ -90,6 +90,9 @@ class IdleCopies:
 
     def _next(self) -> Steps | None:
         """What has a step to make; what has none any more is forgotten."""
-        while self._offered and not self._offered[0].left:
-            self._offered.popleft()
-        return self._offered[0] if self._offered else None
+        for offered in self._offered:
+            while offered and not offered[0].left:
+                offered.popleft()
+            if offered:
+                return offered[0]
+        return None

@@ -151,7 +151,9 @@ class SimStream:
         pieces = self._link.pieces if self._link is not None else ()
         self._move(dst, src, done_s - self.time_s, busy_s=seconds, pieces=pieces)
 
-    def offer(self, dst: SimBuffer, src: SimBuffer, after: Sequence[Event]) -> "SimOffer":
+    def offer(
+        self, dst: SimBuffer, src: SimBuffer, after: Sequence[Event], *, last: bool = False
+    ) -> "SimOffer":
         """Enqueue a copy at once: in virtual time none is put off."""
         for event in after:
             self.wait(event)

@@ -382,7 +382,7 @@ class Run:
         passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
         per_pass = self.engine.bytes_per_pass
         if self.engine.placement.expert_slots:  # what comes depends on the tokens
-            per_pass = timed.bytes_copied // max(1, passes)
+            per_pass = (timed.bytes_copied - timed.expert_filled_bytes) // max(1, passes)
         return RunReport(
             timings=Timings(
                 load_s=self.engine.load_s,
@@ -415,6 +415,7 @@ class Run:
         pool = self.engine.runner.experts
         assert pool is not None  # there are slots
         asked = decode.expert_hits + decode.expert_misses
+        copied_bytes = decode.bytes_copied - decode.expert_filled_bytes
         return ExpertUse(
             slots=slots,
             slot_bytes=facts.slot_bytes,
@@ -426,12 +427,14 @@ class Run:
             on_host=decode.expert_on_host,
             unused=decode.expert_unused,
             unused_bytes=decode.expert_unused_bytes,
+            filled=prefill.expert_filled + decode.expert_filled,
+            filled_bytes=pool.filled_bytes,
             host_bytes=decode.expert_host_bytes,
             file_bytes=decode.expert_file_bytes,
             looked_ahead=self.engine.foresight.share,
             hit_rate=decode.expert_hits / asked if asked else None,
             union=asked / decode.expert_calls if decode.expert_calls else None,
-            bytes_per_token=decode.bytes_copied / self._later if self._later else None,
+            bytes_per_token=copied_bytes / self._later if self._later else None,
             prompt_misses=prefill.expert_misses,
             prompt_asked=prefill.expert_hits + prefill.expert_misses,
             prompt_ahead=prefill.expert_ahead,

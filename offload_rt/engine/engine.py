@@ -204,6 +204,7 @@ class Engine:
             self.prefixes = Prefixes(self._pools) if shared else None
             if nodes is not None:
                 nodes.wait_ready()
+            self._fill_slots()  # last: nothing else is read any more
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self._last_ids: list[list[int]] = [[] for _ in capacities]
@@ -558,6 +559,8 @@ class Engine:
             expert_unused_bytes=asked.unused_bytes,
             expert_host_bytes=asked.host_bytes,
             expert_file_bytes=asked.file_bytes,
+            expert_filled=asked.filled,
+            expert_filled_bytes=0 if pool is None else pool.filled_bytes,
             expert_calls=sum(asked.calls.values()),
         )
 
@@ -652,6 +655,12 @@ class Engine:
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def _fill_slots(self) -> None:
+        """Have experts copied for the time until tokens ask, unless that is not wanted."""
+        pool = self.runner.experts
+        if pool is not None and self.config.look_ahead is not LookAhead.OFF:
+            pool.fill()
 
     def _load_drafting(
         self, checkpoint: Checkpoint | None

@@ -69,6 +69,8 @@ class ExpertSlot(Generic[BufferT]):
         offer: its copy, which is made while no other one is asked for; None: it was asked for.
             If not `ahead`, a layer has asked, and the host has computed it meanwhile.
         noted: to be called when it is asked for or dropped, if somebody watches.
+        filling: its copy was offered when the model was loaded (`ExpertPool.fill`), and nobody has
+            asked for it yet.
     """
 
     buffer: BufferT
@@ -78,10 +80,11 @@ class ExpertSlot(Generic[BufferT]):
     ahead: bool = False
     offer: Offer | None = None
     noted: Callable[[], None] | None = None
+    filling: bool = False
 
     def decided(self) -> None:
         """What was offered is asked for, or dropped."""
-        self.offer = None
+        self.offer, self.filling = None, False
         if self.noted is not None:
             self.noted()
             self.noted = None
@@ -99,8 +102,11 @@ class ExpertCounts:
         unused: others that were copied ahead, and given up before any layer asked.
         unused_bytes: of these, that had begun to be copied; so, too, of what the host computed and
             was given up before it was asked for again.
-        host_bytes: of all that were copied, as far as they were, from host memory; `file_bytes`
-            from files.
+        filled: of the hits, experts that slots were filled with when the model was loaded.
+        filled_bytes: of all experts that slots were filled with, as far as they were, and were
+            asked for or given up since.
+        host_bytes: of all others that were copied, as far as they were, from host memory;
+            `file_bytes` from files.
         calls: times a layer asked, by class of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
@@ -113,6 +119,8 @@ class ExpertCounts:
     on_host: int = 0
     unused: int = 0
     unused_bytes: int = 0
+    filled: int = 0
+    filled_bytes: int = 0
     host_bytes: int = 0
     file_bytes: int = 0
     calls: dict[int, int] = field(default_factory=dict)
@@ -238,10 +246,41 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._rest: deque[int] = deque()  # of it, what there was no slot for yet
         self._foreseen: int | None = None  # the layer whose experts are offered
         self._copies = 0
+        self._filling: set[ExpertSlot[BufferT]] = set()
         self.may_foresee = self.foresees = self.reads_prompt = False
         self.rates: MissRates | None = None
         self.counts = ExpertCounts()
         self.watch: RingWatch | None = None
+
+    def fill(self) -> None:
+        """Offer experts for the share of each layer, for the time until tokens ask for them.
+
+        Behind all else that is offered, so they are copied while nothing else is, a step at a time,
+        those first that lie first. What a layer asks for before its copy has begun is a miss like
+        any other. What nobody asked for is replaced first.
+
+        Always, whatever the length of answers: it costs time of a link that idles and no memory,
+        what is asked for shares the disk with one step of a few MiB at most, and who ends a run
+        early ends it. It is worth the reads of a first prompt that it saves: the share that is held
+        (docs/RESULTS.md, "Slots that are filled at load"). Not as layers that stay are loaded, with
+        everybody waiting: that would cost a run its pool's bytes before the first token, and a
+        short answer asks for few of them.
+        """
+        for layer, count in self._counts.items():
+            held = dict[int, ExpertSlot[BufferT]]()
+            for expert in self._in_place(layer, range(count))[: self.share]:
+                held[expert] = slot = self._free.pop()
+                source = self._source(layer, expert)
+                slot.offer = self._copy.offer(slot.buffer, source, (), last=True)
+                slot.filling = True
+                self._filling.add(slot)
+            self._held[layer] = dict(reversed(held.items()))
+
+    @property
+    def filled_bytes(self) -> int:
+        """Of all experts that slots were filled with, as far as they were."""
+        there = (slot.offer.begun_bytes for slot in self._filling if slot.offer is not None)
+        return self.counts.filled_bytes + sum(there)
 
     def held(self, layer: int) -> list[int]:
         """Experts of a layer that are there or on their way, least recently used first."""
@@ -353,6 +392,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         slots = {expert: held.pop(expert) for expert in mine}
         held.update(slots)  # as the most recently used, whatever becomes of this call
         hits = [slot for expert, slot in slots.items() if expert not in late]
+        self._find_filled(layer, {e: slot for e, slot in slots.items() if e not in late})
         self._count(layer, needed, hits, rows)
         self.counts.on_host += len(on_host)
         for expert, slot in slots.items():
@@ -454,10 +494,26 @@ class ExpertPool(Generic[BufferT, SourceT]):
         """Have what is offered copied in its turn."""
         if slot.offer is None:
             return
-        self._crosses(layer, expert, self._source(layer, expert).nbytes)
         self._copies += 1
         slot.filled, slot.drained, slot.number = slot.offer.ask(), None, self._copies
+        begun_bytes = self._was_filled(slot)
+        self._crosses(layer, expert, self._source(layer, expert).nbytes - begun_bytes)
         slot.decided()
+
+    def _find_filled(self, layer: int, there: Mapping[int, ExpertSlot[BufferT]]) -> None:
+        """Of what slots were filled with, what is not all there is a miss whose copy has begun."""
+        for expert, slot in there.items():
+            if slot.filling and slot.offer is not None:
+                slot.ahead = slot.offer.begun_bytes < self._source(layer, expert).nbytes
+                self.counts.filled += not slot.ahead
+
+    def _was_filled(self, slot: ExpertSlot[BufferT]) -> int:
+        """Bytes of what a slot was filled with, which is asked for or given up now."""
+        if slot.offer is None or not slot.filling:
+            return 0
+        self._filling.discard(slot)
+        self.counts.filled_bytes += slot.offer.begun_bytes
+        return slot.offer.begun_bytes
 
     def _offer(self, layer: int, foresee: Callable[[], Sequence[int]]) -> None:
         """Offer copies of what the next layer should ask for, into slots that nobody has."""
@@ -530,9 +586,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         offer, begun_bytes = slot.offer, self._source(layer, expert).nbytes
         if offer is not None:
             behind, begun_bytes = offer.drop(), offer.begun_bytes
-            self._crosses(layer, expert, begun_bytes)
             if begun_bytes:  # else the next copy comes after what this one was to
                 slot.filled, slot.drained = behind, None
+            begun_bytes -= self._was_filled(slot)
+            self._crosses(layer, expert, begun_bytes)
             slot.decided()
         if slot.ahead or offer is not None:
             self.counts.unused_bytes += begun_bytes

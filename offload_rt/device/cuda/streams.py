@@ -175,7 +175,9 @@ class CudaCopyStream:
                 self._queue.prepare(partial(self._stage, piece, target))
         self._queue.act(src.check)
 
-    def offer(self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event]) -> "CudaOffer":
+    def offer(
+        self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
+    ) -> "CudaOffer":
         """Fill device memory in a stream of its own, while no copy that was asked for is made."""
         if self._idle_stream is None:
             self._idle_stream = self._new_stream()
@@ -189,7 +191,7 @@ class CudaCopyStream:
                 _Part(p.nbytes, dst.tensor[p.offset : p.offset + p.image_bytes], p)
                 for p in src.pieces()
             ]
-        return CudaOffer(self, self._idle, pieces, src, after)
+        return CudaOffer(self, self._idle, pieces, src, after, last=last)
 
     def bring(self, part: "_Part", after: Sequence[Event]) -> None:
         """Copy a part in the stream of what is offered; the thread waits until it is there."""
@@ -356,12 +358,14 @@ class CudaOffer:
         parts: Sequence[_Part],
         src: HomeSource,
         after: Sequence[Event],
+        *,
+        last: bool,
     ) -> None:
         self._copies, self._idle, self._parts = copies, idle, parts
         self._check, self._after = src.check, after
         self._error: BaseException | None = None
         blocks = [CopyBlock(p.nbytes, partial(self._step, i)) for i, p in enumerate(parts)]
-        self._steps = idle.add(blocks)
+        self._steps = idle.add(blocks, last=last)
 
     @property
     def begun_bytes(self) -> int:

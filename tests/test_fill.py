@@ -1,0 +1,163 @@
+"""Slots of experts are filled when a model is loaded, while nothing else is read."""
+
+import os
+import threading
+import time
+from contextlib import closing
+
+import pytest
+import torch
+from engines import PROMPT, all_logits, engine_for
+from expert_models import make_mixture
+from test_experts import pool_of, resident_answers
+from test_look_ahead import Source
+
+from offload_rt.config import GenerationConfig, HomeKind, LookAhead, SamplingConfig
+from offload_rt.device.cpu import CpuCopyStream
+from offload_rt.engine.decoding import Run
+from offload_rt.model import weight_files as files_module
+from offload_rt.streaming.experts import ExpertPool
+
+
+def settled(engine):
+    """Once slots have all they are to be filled with."""
+    pool = engine.runner.experts
+    each = engine.network.units[0][0].file_bytes
+    until = time.monotonic() + 20
+    while pool.filled_bytes < pool.share * len(pool._held) * each:
+        assert time.monotonic() < until
+        time.sleep(1e-3)
+    return pool, each
+
+
+@pytest.mark.parametrize("slots", [9, 20, 32])
+def test_a_prompt_reads_only_what_its_layers_do_not_hold(make_tiny, slots):
+    """Each layer has its share; what was filled is counted apart from all else."""
+    folder = make_mixture(make_tiny)
+    logits, _ = resident_answers(folder)
+    with engine_for(folder, expert_slots=slots) as engine:
+        pool, each = settled(engine)
+        loaded = engine.counters().bytes_copied - pool.filled_bytes
+        filled = {layer: pool.held(layer) for layer in range(4)}
+        assert all(held == [*reversed(range(pool.share))] for held in filled.values())
+        run = Run.start(engine, [PROMPT[:5]], SamplingConfig(), GenerationConfig(max_tokens=1))
+        run.prefill()
+        engine.device.copy.record().synchronize()
+        counts, found = pool.counts, run.report().experts
+        assert counts.filled == counts.hits > 0 and found.filled == counts.filled
+        moved = engine.counters().bytes_copied - loaded
+        assert moved == (counts.misses + counts.unused) * each + pool.filled_bytes
+        assert counts.host_bytes + counts.file_bytes == moved - pool.filled_bytes
+        assert found.filled_bytes == pool.filled_bytes == pool.share * 4 * each
+        engine.forget()
+        assert torch.equal(all_logits(engine), logits)
+
+
+@pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
+def test_whatever_has_come_when_tokens_ask_no_bit_differs(make_tiny, monkeypatch, home):
+    folder = make_mixture(make_tiny, "mixtral", dtype="bfloat16")
+    logits, _ = resident_answers(folder)
+    for pause in (0.0, 2e-4, 2e-3):
+
+        def preadv(fd, buffers, offset, pause=pause):
+            if threading.current_thread().name == "idle-copies":
+                time.sleep(pause)
+            return os.preadv(fd, buffers, offset)
+
+        monkeypatch.setattr(files_module, "PIECE_BYTES", 4096)
+        monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+        with engine_for(folder, expert_slots=13, home=home) as engine:
+            assert torch.equal(all_logits(engine), logits)
+            counts = engine.runner.experts.counts
+            assert counts.hits + counts.misses == sum(map(sum, counts.distances.values()))
+
+
+def test_nothing_that_is_asked_for_waits_for_what_fills_slots(make_tiny, monkeypatch):
+    """Reads that fill stop at once and never go on; the pass has its experts all the same."""
+    gate, begun = threading.Event(), threading.Event()
+
+    def preadv(fd, buffers, offset):
+        if threading.current_thread().name == "idle-copies":
+            begun.set()
+            assert gate.wait(20)
+        return os.preadv(fd, buffers, offset)
+
+    folder, row = make_mixture(make_tiny), [(0, PROMPT[:1])]
+    with engine_for(folder, expert_slots=13, look_ahead=LookAhead.OFF) as engine:
+        expected = engine.forward(row, reuse=False)
+        asked = engine.runner.experts._recent[0]
+    order = ExpertPool._in_place
+    first = next(e for e in range(8) if e not in asked)  # of the first layer, and of all others
+
+    def in_place(self, layer, experts):
+        return sorted(order(self, layer, experts), key=lambda expert: expert != first)
+
+    monkeypatch.setattr(ExpertPool, "_in_place", in_place)
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    with engine_for(folder, expert_slots=13) as engine:
+        assert begun.wait(20)
+        try:
+            assert torch.equal(engine.forward(row, reuse=False), expected)
+        finally:
+            gate.set()
+
+
+def test_a_model_that_is_closed_meanwhile_reads_no_more(make_tiny, monkeypatch):
+    reads, second = [], threading.Event()
+
+    def preadv(fd, buffers, offset):
+        if threading.current_thread().name == "idle-copies":
+            reads.append(offset)
+            second.wait(0.05)
+        return os.preadv(fd, buffers, offset)
+
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    folder = make_mixture(make_tiny)
+    with engine_for(folder, expert_slots=32):
+        while not reads:
+            time.sleep(1e-3)
+    assert len(reads) <= 4  # of 32 experts
+    with engine_for(folder, expert_slots=32, look_ahead=LookAhead.OFF) as engine:
+        engine.forward([(0, PROMPT)], reuse=False)
+        assert engine.runner.experts.filled_bytes == engine.runner.experts.counts.filled == 0
+    assert len(reads) <= 4
+
+
+def test_what_may_be_last_comes_after_all_else_that_is_offered():
+    begun, gates = [], {("last", 0): threading.Event()}
+
+    def gate(*key):
+        if key in gates:
+            assert gates[key].wait(5)
+
+    with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
+        last = stream.offer(None, Source("last", begun, gate), (), last=True)
+        while not begun:
+            time.sleep(1e-3)
+        first = stream.offer(None, Source("first", begun, gate), ())
+        gates["last", 0].set()
+        while len(begun) < 6:
+            time.sleep(1e-3)
+        assert begun[1:4] == [("first", i) for i in range(3)]
+        assert first.begun_bytes == last.begun_bytes == 30
+
+
+@pytest.mark.parametrize("slots", [16, 23, 40])
+def test_what_nobody_asked_for_is_replaced_first(slots):
+    """A token's experts stay, whatever slots were filled with."""
+    pool, copy, compute = pool_of(dict.fromkeys(range(5), 8), slots, per_token=2)
+    pool.fill()
+    share = slots // 5
+    assert [pool.held(layer) for layer in range(5)] == [[*reversed(range(share))]] * 5
+    assert copy.statistics().bytes_copied == pool.filled_bytes == 5 * share * 1000
+    asked = [7, 6]
+    for layer in range(5):
+        for _, buffer in pool.lend(layer, asked):
+            compute.kernel(reads=[buffer], writes=[], seconds=0.5)
+    pool.begin(0, 1)
+    counts = pool.counts
+    kept = [e for e in (7, 6) if e < share]
+    assert counts.filled == counts.hits == 5 * len(kept)
+    assert counts.misses == 5 * (2 - len(kept)) and counts.unused == counts.unused_bytes == 0
+    assert all(pool.held(layer)[-2:] == asked for layer in range(5))
+    assert counts.file_bytes + counts.host_bytes == 1000 * counts.misses
