@@ -21,22 +21,26 @@ from value_double import open_double
 
 from offload_rt.config import Exact, ExpertMisses, HomeKind, LookAhead, RuntimeConfig
 from offload_rt.costs.experts import FETCH_S, split_of
+from offload_rt.costs.machine import FreeMemory, Levels
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.device.kinds import CUDA
 from offload_rt.errors import ConfigError
 from offload_rt.kernels import pairs
 from offload_rt.model import experts as experts_module
+from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats import direct
 from offload_rt.model.formats.fours import DECODERS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import Bringer
-from offload_rt.planning.fit import miss_rates, splits_misses
+from offload_rt.planning.fit import RunLoad, miss_rates, splits_misses
 from offload_rt.planning.placement import ExpertDemand
+from offload_rt.planning.planner import Means, plan_run
 from offload_rt.streaming.experts import MissRates
 
 ON_HOST = {"expert_misses": ExpertMisses.HOST, "home": HomeKind.HOST} | ROOM
 RATES = MissRates(link_s=2.0, host_s=1.0)
+GIB = 2**30
 
 
 @pytest.fixture(autouse=True)
@@ -364,6 +368,24 @@ def test_rows_are_not_fetched_where_no_layer_would_gain(make_tiny):
         assert (found is not None) == is_there
         asked = replace(config, expert_misses=ExpertMisses.HOST)
         assert miss_rates(checkpoint, placement, asked, CUDA, speeds) is not None
+
+
+def test_a_pool_splits_by_the_hours_seconds_as_its_plan_does(make_tiny):
+    """Where recent runs found that reading and computing are unlike what the profile says."""
+    runtime = RuntimeConfig(expert_slots=9, exact=Exact.OFF, **ON_HOST)
+    means = Means(speeds=GPU, level=lambda streams, running: Levels(reading=3.0, computing=0.5))
+    plan = plan_run(
+        open_checkpoint(make_mixture(make_tiny)),
+        runtime,
+        CUDA,
+        load=RunLoad(capacities=[64], prompt_tokens=17),
+        free=FreeMemory(device_bytes=8 * GIB, host_bytes=8 * GIB),
+        means=means,
+    )
+    plain = replace(plan.placed, speeds=GPU).misses
+    assert plan.misses == plan.placed.misses
+    assert plan.misses.link_s == pytest.approx(3.0 * plain.link_s)
+    assert plan.misses.host_s == pytest.approx(0.5 * plain.host_s)
 
 
 def test_a_layer_waits_for_the_later_of_host_and_link():

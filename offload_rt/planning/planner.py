@@ -395,6 +395,7 @@ def plan_run(
         first_nodes = min(outlooks, key=lambda outlook: outlook.s_per_token).nodes
     considered = [Considered(draft=c.draft, prediction=c.prediction) for c in found]
     considered += [Considered(draft=config, refusal=str(why)) for config, why in refusals]
+    placed = search.placed(chosen.placement)
     return Plan(
         runtime=chosen.runtime,
         drafting=chosen.drafting,
@@ -410,12 +411,12 @@ def plan_run(
             *(refusal.needed_bytes for _, refusal in refusals if refusal.needed_bytes),
             chosen.placement.device_bytes,
         ),
-        placed=search.placed(chosen.placement),
+        placed=placed,
         level=search.level(best.drafting, chosen),
         sequences=sequences,
         running=load.running if load.running != sequences else None,
         row_s=search.row_s(chosen.placement),
-        misses=miss_rates(checkpoint, chosen.placement, runtime, device, means.speeds),
+        misses=placed.misses,
         ways=chosen.ways,
     )
 
