@@ -18,6 +18,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.model.adapter import CONFIG, WEIGHTS
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.serve import batch as module
+from offload_rt.serve.batch import KIND
 from offload_rt.session import shared
 from offload_rt.session.crowd import Crowd
 
@@ -287,6 +288,26 @@ def test_another_kind_of_device_is_seen_behind_auto(
     monkeypatch.setattr(opening, "chosen_kind", lambda config: other)
     done = offload_run(*words(tiny_model, source, output, "--device", "auto"))
     assert done.code == 2 and "was begun with another kind of --device" in done.err, done.err
+
+
+def test_a_journal_that_has_the_kind_in_its_mark_is_gone_on_with(
+    tiny_model, source, offload_run, cut_off
+):
+    """As those of before December 2026; of another kind it is refused."""
+    output = cut_off(tiny_model, source)
+    part = output.with_name("cut.jsonl.part")
+    head, *lines = map(json.loads, part.read_text().splitlines())
+    for line in lines:
+        if line["line"] == 0:
+            head["mark"][KIND] = line["result"].pop(KIND)
+    assert head["mark"][KIND] == "cpu"
+    old = "".join(json.dumps(line) + "\n" for line in (head, *lines))
+    part.write_text(old.replace('"cpu"', '"cuda"', 1))
+    done = offload_run(*words(tiny_model, source, output))
+    assert done.code == 2 and "was begun with another kind of --device" in done.err, done.err
+    part.write_text(old)
+    done = offload_run(*words(tiny_model, source, output))
+    assert done.code == 0, done.err
 
 
 def test_a_model_of_the_same_name_with_other_weights_is_another(

@@ -197,8 +197,9 @@ class Journal:
             self.results = {int(line["line"]): dict(line["result"]) for line in lines}
         except (ValueError, KeyError, TypeError, RecursionError):
             raise ConfigError(f"{self.path} is damaged: remove it to begin anew") from None
+        begun_on = {KIND: known.pop(KIND)} if KIND in known else {}  # before December 2026
         self._compare(known, mark)
-        self._settled = self.results.pop(_PASSES, {})
+        self._settled = begun_on | self.results.pop(_PASSES, {})
         if rest:  # a line that was being written when the run was killed
             with writing(self.path):
                 cut_off(self.path, len(rest))
