@@ -1,6 +1,7 @@
 """What runs say of the hour: kept, bounded, forgotten, and every prediction follows it."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_planner import FREE, PROFILE, speeds
 
+import offload_rt
 from offload_rt.config import DraftConfig, HomeKind, RuntimeConfig
 from offload_rt.costs.drafters import Drafting
 from offload_rt.costs.machine import FreeMemory, Levels, speeds_of
@@ -105,6 +107,10 @@ def test_whatever_runs_say_it_is_bounded(tmp_path_factory, runs):
         '{"version": 1, "entries": {"x": [NaN, 0.0]}}',
         '{"version": 1, "entries": {"x": ["a", 0.0]}}',
         '{"version": 1, "entries": {"x": 7}}',
+        '{"version": 1, "entries": {"x": {"reading": [99.0, 0.0]}}}',
+        '{"version": 1, "entries": {"x": {"computing": [2.0]}}}',
+        '{"version": 1, "entries": {"x": {"computing": [2.0, NaN]}}}',
+        '{"version": 1, "entries": {"x": {"reading": 2.0}}}',
         "[" * 10_000,
     ],
 )
@@ -243,6 +249,25 @@ def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, mon
     other = ("plan", tiny_model, *place, "--context", 32, "--profile", PROFILE.name)
     levels_path().write_text(levels_path().read_text().replace("streamed", "resident"))
     assert "corrected" not in offload_run(*other).out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_cannot_be_priced_ends_no_run(tiny_model, monkeypatch, fails):
+    """Neither one that is done nor one that has an error of its own."""
+    from offload_rt.errors import CapacityError, PlanError
+    from offload_rt.planning.planner import Plan
+
+    def refuse(*asked, **more):
+        raise PlanError("no such step")
+
+    monkeypatch.setattr(Pace, "kinds", [Took(1, 1, 5.0, 2.0)])
+    monkeypatch.setattr(Plan, "foretold", refuse)
+    model = offload_rt.load(tiny_model, device="cpu", draft="none", resident_layers=1)
+    with pytest.raises(CapacityError, match="its own") if fails else nullcontext(), model:
+        assert model.generate("the", max_tokens=2).token_ids
+        if fails:
+            raise CapacityError("its own")
+    assert not levels_path().exists()
 
 
 def test_an_engine_tells_what_passes_took_and_waited(tiny_model):

@@ -1,6 +1,7 @@
 """Answers in text: an engine started for a model, and what becomes of prompts."""
 
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from offload_rt.config import AcceptRule, GenerationConfig, KVPlace, SamplingConfig
 from offload_rt.device.system import compute_threads
+from offload_rt.errors import OffloadError
 from offload_rt.planning.history import add_asked, add_seen, experience_key, model_key, use_of
 from offload_rt.planning.levels import LevelKey, add_levels, levels_of
 from offload_rt.report import RunReport
@@ -31,6 +33,8 @@ if TYPE_CHECKING:
     from offload_rt.device.kinds import DeviceKind
     from offload_rt.engine import Engine
     from offload_rt.planning.planner import Means
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,9 +140,11 @@ def started_engine(  # noqa: PLR0913 - what an engine is made of
         try:
             yield engine
         finally:
-            _keep_seen(model, settings, engine)
-            _keep_asked(engine)
-            _keep_pace(engine)
+            for keep in (partial(_keep_seen, model, settings), _keep_asked, _keep_pace):
+                try:
+                    keep(engine)
+                except OffloadError:  # a run that is done stays so, and its own error is told
+                    _log.debug("not all that the run found is kept", exc_info=True)
 
 
 def _keep_seen(model: Model, settings: Settings, engine: "Engine") -> None:
