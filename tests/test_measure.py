@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from offload_rt.device import compiled
+from offload_rt.device import compiled, system
 from offload_rt.device.base import PIECE_BYTES
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda import nvml
@@ -547,6 +547,15 @@ def test_the_largest_cache_is_known_where_linux_tells_it():
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
     told = [int(path.read_text().strip("K\n")) * KIB for path in sizes]
     assert cache_bytes() == max(told, default=0)
+
+
+def test_a_size_that_is_written_otherwise_is_not_told(tmp_path, monkeypatch):
+    for number, size in enumerate(("32K\n", "2048K\n", "9M\n", "unknown\n", "\n")):
+        (tmp_path / f"index{number}").mkdir()
+        (tmp_path / f"index{number}" / "size").write_text(size)
+    elsewhere = lambda path: tmp_path if path.endswith("/cache") else Path(path)  # noqa: E731
+    monkeypatch.setattr(system, "Path", elsewhere)
+    assert cache_bytes.__wrapped__() == 2048 * KIB
 
 
 @torch.inference_mode()

@@ -673,10 +673,14 @@ def test_older_profiles_say_who_multiplies_in_other_words(stated, kernels, regis
     tree["machine"] |= stated
     machine = decode(json.dumps(tree)).machine
     assert (machine.kernels, machine.matrix_registers) == (kernels, registers)
-    tree["machine"]["multiplies"] = "often"
-    tree["machine"].pop("multiplies_exactly", None)
-    with pytest.raises(MalformedError, match="machine.kernels is .often., must be true or false"):
-        decode(json.dumps(tree))
+    for name, wanted in (
+        ("rows_apart", "a whole number"),
+        ("multiplies", "true or false"),
+        ("multiplies_exactly", "true or false"),
+    ):
+        wrong = json.dumps(tree | {"machine": tree["machine"] | {name: "often"}})
+        with pytest.raises(MalformedError, match=f"machine.{name} is .often., must be {wanted}"):
+            decode(wrong)
 
 
 @pytest.mark.parametrize(

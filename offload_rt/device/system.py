@@ -170,8 +170,8 @@ def processor_flags() -> frozenset[str]:
 def cache_bytes() -> int:
     """Of the largest cache that a core reads through; 0 where that is not told."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    found = (_lines(str(size)) for size in sizes)
-    return max((int(line[0].rstrip("K")) * 1024 for line in found if line), default=0)
+    found = (re.fullmatch(r"(\d+)K", "".join(_lines(str(size)))) for size in sizes)
+    return max((int(size[1]) * 1024 for size in found if size), default=0)
 
 
 def takes_matrix_registers(dtype: str) -> bool:

@@ -6,10 +6,13 @@ from offload_rt.profiling.records import (
     RecordReader,
     check_version,
     parse_object,
+    shown_json,
     to_json,
 )
 
 __all__ = ["MalformedError", "decode", "encode", "read_tree"]
+
+_OLD_NAMES = {"rows_apart": int, "multiplies": bool, "multiplies_exactly": bool}
 
 
 def encode(profile: HardwareProfile) -> str:
@@ -43,10 +46,13 @@ def _renamed(tree: dict[str, object]) -> dict[str, object]:
     machine = tree.get("machine")
     if not isinstance(machine, dict):
         return tree
-    machine = dict(machine)
-    apart, always, exactly = (
-        machine.pop(name, None) for name in ("rows_apart", "multiplies", "multiplies_exactly")
-    )
+    machine, old = dict(machine), []
+    for name, wanted in _OLD_NAMES.items():
+        old.append(value := machine.pop(name, None))
+        if value is not None and type(value) is not wanted:
+            says = "a whole number" if wanted is int else "true or false"
+            raise MalformedError(f"machine.{name} is {shown_json(value)}, must be {says}")
+    apart, always, exactly = old
     if apart or (exactly and not always):
         machine["matrix_registers"] = True
     found = [stated for stated in (exactly, always, False if apart else None) if stated is not None]
