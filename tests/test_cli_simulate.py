@@ -249,6 +249,25 @@ def test_the_same_numbers_as_a_plan(answer, offload_run, tiny_model, monkeypatch
     assert made["s_per_pass"] == pytest.approx(planned["pass_s"], abs=1.1e-3)  # and its bookkeeping
 
 
+def test_sequences_at_once_each_have_their_tokens(answer, offload_run, tiny_model):
+    """In `simulate` and in `plan`, whose table says so."""
+    place = ("--device", "cpu", "--draft", "none", "--context", 64, "--resident-layers", 1)
+    plan = ("plan", tiny_model, *place)
+    one, four = (
+        json.loads(offload_run(*plan, "--sequences", count, "--json").out) for count in (1, 4)
+    )
+    assert (one["sequences"], four["sequences"]) == (1, 4)
+    assert four["kv_bytes"] == 4 * one["kv_bytes"]
+    assert "64 tokens of each of 4 sequences" in " ".join(
+        offload_run(*plan, "--sequences", 4).out.split()
+    )
+    place = ("--profile", "cpu-2core-avx512bf16", "--context", 64, "--resident-layers", 1)
+    one, four = (answer(tiny_model, *place, "--sequences", count) for count in (1, 4))
+    assert (one["sequences"], four["sequences"]) == (1, 4)
+    assert four["device_bytes"] > one["device_bytes"]
+    assert four["compute_s"] > one["compute_s"]
+
+
 def test_a_flag_counts_more_than_the_scenarios_own_change(answer, tmp_path):
     slow, fast = ["h2d_bytes_per_s=1e9"], "h2d_bytes_per_s=9e9"
     own = answer("--scenario", scenario_file(tmp_path, set=slow))
