@@ -382,7 +382,7 @@ def run_of(mixture, gib, machine, profile=PROFILE):
 
 @pytest.mark.parametrize(("reading", "computing"), [(2.0, 1.0), (1.0, 2.0), (1.8, 1.4), (0.7, 1.6)])
 def test_a_run_with_one_memory_corrects_plans_of_any_other(mixture, path, reading, computing):
-    """Of a machine that reads and computes so many times as long as its profile says."""
+    """Of a machine that reads and computes so many times as long as its profile says, up to 2."""
     machine = slower(PROFILE, reading, computing)
     expected = {gib: plan_of(mixture, gib, machine).prediction.s_per_token for gib in SIZES}
     runs = 0

@@ -168,6 +168,7 @@ class LayerLoad:
         behind_bytes: of those, which cross the link for later.
         ahead: experts cross once the router of the layer before has chosen, as rows ask for nearly
             all of a layer.
+        in_turn: copied experts are computed each as it comes; else all once the last is there.
     """
 
     work: LayerWork

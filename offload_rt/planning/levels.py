@@ -28,7 +28,7 @@ from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.history import model_key
 
-# Beyond them it is not the hour that is wrong. The shipped profile of another processor says 0.10 s
+# Beyond them it is not the hour that is wrong. The shipped profile of another processor says 0.25 s
 # of a mixture's products that took 0.44 to 0.48 (docs/RESULTS.md, "Looking ahead").
 LEAST, MOST = 0.5, 8.0
 LASTS_S = 4 * 3600.0  # then nobody knows whether the neighbours are still there
