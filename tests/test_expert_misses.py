@@ -36,7 +36,7 @@ from offload_rt.model.formats.wired import Bringer
 from offload_rt.planning.fit import RunLoad, miss_rates, splits_misses
 from offload_rt.planning.placement import ExpertDemand
 from offload_rt.planning.planner import Means, plan_run
-from offload_rt.streaming.experts import MissRates
+from offload_rt.streaming.experts import Asked, MissRates
 
 ON_HOST = {"expert_misses": ExpertMisses.HOST, "home": HomeKind.HOST} | ROOM
 RATES = MissRates(link_s=2.0, host_s=1.0)
@@ -288,9 +288,9 @@ def test_the_host_computes_before_it_waits(monkeypatch, together):
     monkeypatch.setattr(compute, "wait", lambda event: (order.append("wait"), wait(event)))
     order.clear()
     away, meanwhile = frozenset([3]), partial(order.append, "host")
-    lend = partial(pool.lend_together, coming=1) if together else pool.lend
-    for one in lend(0, [0, 1, 2, 3], 1, None, away, meanwhile):
-        order.extend(expert for expert, _ in (one if together else [one]))
+    asked = Asked([0, 1, 2, 3], 1, None, away, meanwhile, there=4 if together else 1)
+    for group in pool.lend_together(0, asked):
+        order.extend(expert for expert, _ in group)
     assert order == [0, 1, "host", "wait", 2]
     order.clear()
     assert len([*pool.lend(0, [0, 1], 1, None, frozenset(), meanwhile)]) == 2

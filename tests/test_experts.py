@@ -7,11 +7,14 @@ import re
 import threading
 import time
 from collections import Counter, deque
+from types import SimpleNamespace
 
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from expert_models import FAMILIES, MIXTURES, make_mixture
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from transformers.models.olmoe.modeling_olmoe import OlmoeConfig, OlmoeExperts
 
@@ -126,15 +129,15 @@ def test_places_are_summed_in_their_order_whoever_came_first(monkeypatch):
 def traced(engine):
     """What each layer asks for from now on: layer, experts, those held before and after."""
     pool, trace = engine.runner.experts, []
-    lend = pool.lend
+    lend = pool.lend_together
 
-    def watched(layer, needed, rows=1, foresee=None, *away):
+    def watched(layer, asked):
         pool.begin(layer, 1) if layer != pool._layer else None
         before = [e for e, slot in pool._held[layer].items() if not slot.ahead]
-        yield from lend(layer, needed, rows, foresee, *away)
-        trace.append((layer, list(needed), before))
+        yield from lend(layer, asked)
+        trace.append((layer, list(asked.needed), before))
 
-    pool.lend = watched
+    pool.lend_together = watched
     return trace
 
 
@@ -653,3 +656,29 @@ def test_experts_by_a_name_that_is_not_known_are_found_by_their_tensors(make_tin
     checkpoint = open_checkpoint(make_mixture(make_tiny))
     assert not checkpoint.config.has_experts and checkpoint.has_experts
     assert not isinstance(images_of(checkpoint, "float32", CPU), str)
+
+
+@given(
+    st.lists(st.integers(1, 100), min_size=1, max_size=12),
+    st.integers(1, 130),
+)
+def test_experts_at_once_have_few_rows(counts, most):
+    """What a pass takes besides its slots is bounded: one expert may have more rows, alone."""
+    lent = [(expert, {}) for expert in range(len(counts))]
+    places = {expert: range(count) for expert, count in enumerate(counts)}
+    groups = list(experts_module._cut(lent, places, most))
+    assert [one for group in groups for one in group] == lent
+    for group in groups:
+        assert len(group) == 1 or sum(counts[expert] for expert, _ in group) <= most
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("concatenated", [False, True])
+def test_a_matrix_has_the_outputs_that_it_has_however_it_lies(transposed, concatenated):
+    """Aria's are transposed and have gate and up one after the other."""
+    module = SimpleNamespace(is_transposed=transposed, is_concatenated=concatenated)
+    whole = torch.empty(12, 40) if transposed else torch.empty(40, 12)
+    assert experts_module._outputs(module, {"gate_up_proj": whole}, "gate_up_proj") == 40
+    halves = {"gate_up_proj.0": torch.empty(20, 12), "gate_up_proj.1": torch.empty(20, 12)}
+    if not transposed:
+        assert experts_module._outputs(module, halves, "gate_up_proj") == 40

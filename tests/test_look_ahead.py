@@ -4,6 +4,7 @@ import os
 import random
 import threading
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -108,17 +109,17 @@ def test_the_next_router_is_asked_with_these_rows(make_tiny):
     """What is foreseen for a layer is what its router says of rows of the layer before."""
     folder, seen, asked = make_mixture(make_tiny, "mixtral"), [], []
     with engine_for(folder, expert_slots=9, **AHEAD) as engine:
-        pool, lend = engine.runner.experts, engine.runner.experts.lend
+        pool, lend = engine.runner.experts, engine.runner.experts.lend_together
 
-        def watched(layer, needed, rows, foresee, *_):
-            seen.append(None if foresee is None else foresee())
-            return lend(layer, needed, rows, None)
+        def watched(layer, given):
+            seen.append(None if given.foresee is None else given.foresee())
+            return lend(layer, replace(given, foresee=None))
 
         def noted(module, hidden, *rest):
             asked.append(hidden)
             return compute(module, hidden, *rest)
 
-        pool.foresees, pool.lend = True, watched
+        pool.foresees, pool.lend_together = True, watched
         compute = experts_module.ALL_EXPERTS_FUNCTIONS[experts_module.EXPERTS_NAME]
         experts_module.ALL_EXPERTS_FUNCTIONS.register(experts_module.EXPERTS_NAME, noted)
         try:

@@ -23,7 +23,6 @@ from offload_rt.model import experts as experts_module
 from offload_rt.model import network as network_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.expert_layout import plan_units
-from offload_rt.model.formats import direct
 from offload_rt.model.network import experts_of
 from offload_rt.model.outline import outline_checkpoint
 
@@ -280,7 +279,6 @@ def test_experts_at_once_have_the_bits_of_one_after_the_other(
     fits = registers_fit if registers else lambda *_: False
     monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
     monkeypatch.setattr(exact, "multiplies_in_registers", fits)
-    direct.plain_for.cache_clear()
     source = make_mixture(
         make_tiny, "qwen3_moe", dtype="bfloat16", hidden_size=128, moe_intermediate_size=128
     )

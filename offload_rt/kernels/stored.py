@@ -299,7 +299,7 @@ def multiply_all(tasks: Sequence[Task]) -> None:
     shares of few panels, cost as much as a product of a megabyte does.
     """
     kernel, room = tasks[0].product.kernel, max(task.product._room for task in tasks)
-    assert all(task.product.kernel == kernel for task in tasks)
+    assert all(task.product.kernel == kernel and task.rows.is_contiguous() for task in tasks)
     rooms = torch.empty(torch.get_num_threads() * room + _LINE_BYTES, dtype=torch.uint8)
     scratch = rooms.data_ptr() + -rooms.data_ptr() % _LINE_BYTES
     words = [len(tasks)]

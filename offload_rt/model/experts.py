@@ -7,11 +7,11 @@ summed in the order of places at the end. So what comes first changes no bit. Wh
 between the products (`_apply_gate`), and how its weights lie, are the module's own flags.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any, Protocol
 
 import torch
@@ -23,9 +23,16 @@ from offload_rt.kernels.stored import Task, multiply_all
 from offload_rt.model.attention_function import Apart, PassContext
 from offload_rt.model.formats import together
 from offload_rt.model.formats.direct import Multiplies, plain_for
-from offload_rt.model.formats.stored import HOST_ROWS, TOGETHER_ROWS, Stored
+from offload_rt.model.formats.stored import (
+    AT_ONCE_EXPERTS,
+    AT_ONCE_ROWS,
+    HOST_ROWS,
+    TOGETHER_ROWS,
+    Stored,
+)
 from offload_rt.model.formats.wired import StoredMatrix, WiredExpert
 from offload_rt.model.modelling import ALL_EXPERTS_FUNCTIONS
+from offload_rt.streaming.experts import Asked
 
 EXPERTS_NAME = "offload_rt"
 PROBE_NAME = "offload_rt_probe"
@@ -85,28 +92,8 @@ class ExpertLender(Protocol):
     def at_home(self, expert: int, /) -> ExpertWeights:
         """The weights of one of those, in host memory."""
 
-    def lend(
-        self,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None,
-        on_host: Set[int],
-        meanwhile: Callable[[], None] | None,
-        /,
-        *,
-        coming: int | None,
-    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
-        """Lend the weights of each of these, in any order, until the next ones are asked for.
-
-        Args:
-            needed: experts, each once; those that the last rows are sent to come last.
-            rows: that are sent to them.
-            foresee: says which experts of the next layer rows should ask for, likeliest first.
-            on_host: of those that are needed, what the host computes: they are not lent.
-            meanwhile: has it compute them; called before any is waited for that is on its way.
-            coming: all that are there are lent at once, then so many of the others; None: each
-                alone.
-        """
+    def lend(self, asked: Asked, /) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+        """Lend the weights of what is asked for, in any order, until the next ones are."""
 
 
 class _ChosenError(Exception):
@@ -281,30 +268,51 @@ def _computed(
         away = lender.on_host(needed)
         mine = {expert: places[expert] for expert in away}
         meanwhile = partial(there.compute, lender, mine, parts)
-    asked = needed, rows, foresee, frozenset(away), meanwhile
+    asked = Asked(needed, rows, foresee, frozenset(away), meanwhile)
     if host is not None and rows <= TOGETHER_ROWS and _TOGETHER in module.__dict__:
-        groups = lender.lend(*asked, coming=len(needed)) if lender else [[*_own(module, places)]]
-        for group in groups:
+        all_of_them = replace(asked, there=len(needed), coming=len(needed))
+        for group in _lent(module, lender, all_of_them):
             _rows_together(module, host, group, places, hidden, parts)
     elif _AT_ONCE in module.__dict__ and hidden.device.type == "cpu" and not traced():
-        groups = lender.lend(*asked, coming=1) if lender else [[*_own(module, places)]]
-        for group in groups:
-            at = torch.tensor([place for expert, _ in group for place in places[expert]])
-            counts = [len(places[expert]) for expert, _ in group]
-            parts[at] = _rows_at_once(module, group, hidden[at // k].split(counts))
+        for group in _lent(module, lender, replace(asked, there=AT_ONCE_EXPERTS)):
+            _compute_at_once(module, group, places, hidden, parts)
     else:
-        lent = (
-            _own(module, places)
-            if lender is None
-            else chain.from_iterable(lender.lend(*asked, coming=None))
-        )
         order = [place for own in places.values() for place in own]
         index = torch.tensor(order) if host is None else host.upload(order)
         each = dict(zip(places, index.split([len(own) for own in places.values()]), strict=True))
-        for expert, weights in lent:
+        for expert, weights in chain.from_iterable(_lent(module, lender, asked)):
             at = each[expert]
             parts[at] = expert_rows(module, expert, weights, hidden[at // k])
     return _summed(parts, top_k_weights, hidden.dtype)
+
+
+def _lent(
+    module: Any,  # noqa: ANN401
+    lender: ExpertLender | None,
+    asked: Asked,
+) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+    """The experts that are asked for, from whoever has them."""
+    if lender is not None:
+        yield from lender.lend(asked)
+        return
+    own = iter(_own(module, asked.needed))
+    while group := list(islice(own, asked.there)):
+        yield group
+
+
+def _cut(
+    lent: Sequence[tuple[int, ExpertWeights]], places: Mapping[int, Sequence[int]], most: int
+) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+    """Groups of experts, one after the other, of so many rows at most; one may have more alone."""
+    group, count = list[tuple[int, ExpertWeights]](), 0
+    for one in lent:
+        rows = len(places[one[0]])
+        if group and count + rows > most:
+            yield group
+            group, count = [], 0
+        group.append(one)
+        count += rows
+    yield group
 
 
 @dataclass(frozen=True, slots=True)
@@ -403,19 +411,30 @@ def _rows_together(
     _multiply_in_one(module, names[1], one, made, second, tensors[1], parts)
 
 
+def _compute_at_once(
+    module: Any,  # noqa: ANN401
+    group: Sequence[tuple[int, ExpertWeights]],
+    places: Mapping[int, Sequence[int]],
+    hidden: torch.Tensor,
+    parts: torch.Tensor,
+) -> None:
+    """All rows of some experts, [T, E] to their places in [T * k, E], a bounded number at once."""
+    k = len(parts) // len(hidden)
+    for some in _cut(group, places, max(len(hidden), AT_ONCE_ROWS)):
+        at = torch.tensor([place for expert, _ in some for place in places[expert]])
+        rows = hidden[at // k].split([len(places[expert]) for expert, _ in some])
+        parts[at] = _rows_at_once(module, some, rows)
+
+
 def _rows_at_once(
     module: Any,  # noqa: ANN401
     group: Sequence[tuple[int, ExpertWeights]],
     rows: Sequence[torch.Tensor],
 ) -> torch.Tensor:
     """[N, E] of the rows [n, E] of each expert, one expert after the other."""
-    first = _products_at_once(module, _first_of(module), group, rows)
-    if first is not None:
-        made = module._apply_gate(first) if module.has_gate else module.act_fn(first)
-        second = _products_at_once(module, "down_proj", group, made.split([*map(len, rows)]))
-        if second is not None:
-            return second
-    return torch.cat([expert_rows(module, *one, own) for one, own in zip(group, rows, strict=True)])
+    made = _products_at_once(module, _first_of(module), group, rows)
+    made = module._apply_gate(made) if module.has_gate else module.act_fn(made)
+    return _products_at_once(module, "down_proj", group, made.split([*map(len, rows)]))
 
 
 def _products_at_once(
@@ -423,25 +442,24 @@ def _products_at_once(
     name: str,
     group: Sequence[tuple[int, ExpertWeights]],
     rows: Sequence[torch.Tensor],
-) -> torch.Tensor | None:
-    """[N, O] of each expert's rows [n, I] times its matrix; None where no kernel of ours has it."""
+) -> torch.Tensor:
+    """[N, O] of each expert's rows [n, I] times its matrix."""
     biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
+    each = [None if biases is None else biases[expert] for expert, _ in group]
     out = rows[0].new_empty(sum(map(len, rows)), _outputs(module, group[0][1], name))
-    tasks = list[Task]()
-    for (expert, weights), own, into in zip(group, rows, out.split([*map(len, rows)]), strict=True):
+    tasks = list[Task | None]()
+    parts = zip(group, rows, out.split([*map(len, rows)]), each, strict=True)
+    for (_, weights), own, into, bias in parts:
         halves = _halves_of(module, name, weights)
-        if len(halves) > 1 and biases is not None:
-            return None  # which is added to what is rounded
-        bias = None if biases is None else biases[expert]
         for half, part in zip(halves, into.chunk(len(halves), 1), strict=True):
-            task = _task(half, own, part, bias)
-            if task is None:
-                return None
-            tasks.append(task)
-    if len({task.product.kernel for task in tasks}) > 1:
-        return None
-    multiply_all(tasks)
-    return out
+            # The bias of two halves is added to what is rounded.
+            tasks.append(_task(half, own, part, bias) if len(halves) == 1 or bias is None else None)
+    known = [task for task in tasks if task is not None]
+    if len(known) == len(tasks) and len({task.product.kernel for task in known}) == 1:
+        multiply_all(known)
+        return out
+    alone = zip(group, rows, each, strict=True)
+    return torch.cat([_product(module, name, one[1], own, bias) for one, own, bias in alone])
 
 
 def _task(
@@ -554,9 +572,9 @@ def _halves_of(module: Any, name: str, weights: ExpertWeights) -> Sequence[Matri
     if f"{name}.0" in weights:
         return weights[f"{name}.0"], weights[f"{name}.1"]
     whole = weights[name]
-    if isinstance(whole, torch.Tensor) and name == "gate_up_proj" and module.is_concatenated:
-        return whole.chunk(2)
-    return (whole,)
+    if not isinstance(whole, torch.Tensor) or name != "gate_up_proj" or module.is_transposed:
+        return (whole,)
+    return whole.chunk(2) if module.is_concatenated else (whole,)
 
 
 def _times(matrix: Matrix, rows: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -585,7 +603,7 @@ def _places(sent: Sequence[int], count: int) -> dict[int, list[int]]:
     return found
 
 
-def _own(module: Any, needed: Mapping[int, object]) -> Iterator[tuple[int, ExpertWeights]]:  # noqa: ANN401
+def _own(module: Any, needed: Iterable[int]) -> Iterator[tuple[int, ExpertWeights]]:  # noqa: ANN401
     """The weights of experts that stay, as views of the module's parameters, or quantised."""
     found = {name: module._parameters.get(name) for name in MATRICES}
     own = {name: tensor for name, tensor in found.items() if tensor is not None}

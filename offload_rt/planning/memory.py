@@ -23,6 +23,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.ends import head_is_stored
 from offload_rt.model.expert_layout import ExpertImages
+from offload_rt.model.formats.stored import AT_ONCE_EXPERTS, AT_ONCE_ROWS
 from offload_rt.model.kept import keeps_states
 from offload_rt.model.layout import set_apart
 from offload_rt.planning.placement import Demand, ExpertDemand
@@ -75,6 +76,9 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
     units = None if isinstance(images, str) or not _streams_experts(runtime) else images
     if not isinstance(images, str):
         rows_bytes = _expert_rows_bytes(checkpoint, images.per_token, number_bytes, shape)
+        if device.host_computes:  # gate and up of those that are multiplied at once
+            operands = (each.operand_bytes for each in stored if each.of_expert)
+            rows_bytes += 2 * AT_ONCE_EXPERTS * max(operands, default=0)
         if device.host_computes or wires or shape.tile:  # the same function in whole layers
             experts = rows_bytes
         if units is not None:
@@ -197,13 +201,14 @@ def _expert_rows_bytes(
     """What a layer's experts compute in (`model/experts.py`).
 
     Each row has a place for each of its experts, and these are weighted and summed in fp32. The
-    rows of one expert, all of a chunk at most: themselves, two halves and both together, the
-    product of the halves in fp32 and rounded, and what it becomes.
+    rows that are multiplied at once, all of a chunk or `AT_ONCE_ROWS` at most: themselves, two
+    halves and both together, the product of the halves in fp32 and rounded, and what it becomes.
     """
     config, rows = checkpoint.config, min(shape.chunk_rows, shape.rows)
     places = per_token * config.hidden_size * (2 * number_bytes + 4)
     inner = config.intermediate_size * (6 * number_bytes + 4)
-    return rows * (places + inner + 2 * config.hidden_size * number_bytes)
+    at_once = max(rows, min(AT_ONCE_ROWS, per_token * rows))
+    return rows * places + at_once * (inner + 2 * config.hidden_size * number_bytes)
 
 
 def _slack_bytes(copied_bytes: int, device: DeviceKind) -> int:

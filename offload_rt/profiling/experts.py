@@ -5,7 +5,7 @@ So here they are views of one memory that is larger than the caches, taken in no
 """
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import cycle, islice
@@ -23,6 +23,7 @@ from offload_rt.profiling.compute import beyond_caches
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import ExpertCurve, LayerTime
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed
+from offload_rt.streaming.experts import Asked
 
 PER_TOKEN = 4  # experts of a call; those of a token usually are 2 to 8
 _RANDOM_NUMBERS = 2**18
@@ -72,19 +73,11 @@ class ColdExperts:
             "down_proj": down.view(hidden, intermediate),
         }
 
-    def lend(
-        self,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None,
-        on_host: Set[int],
-        meanwhile: Callable[[], None] | None,
-        *,
-        coming: int | None,
-    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+    def lend(self, asked: Asked) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """All are there."""
-        group = [(expert, self.at_home(expert)) for expert in needed]
-        yield from ([one] for one in group) if coming is None else [group]
+        for first in range(0, len(asked.needed), asked.there):
+            group = asked.needed[first : first + asked.there]
+            yield [(expert, self.at_home(expert)) for expert in group]
 
 
 @torch.inference_mode()

@@ -1,6 +1,6 @@
 """The experts of a network's layers, lent from one pool."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -9,7 +9,7 @@ from offload_rt.model.experts import ExpertLender, ExpertWeights
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.layout import LayerLayout
 from offload_rt.model.network import MatricesOf
-from offload_rt.streaming.experts import ExpertPool
+from offload_rt.streaming.experts import Asked, ExpertPool
 
 Pool = ExpertPool[DeviceBuffer, HomeSource]
 Units = Mapping[int, Sequence[LayerLayout]]
@@ -84,24 +84,9 @@ class PooledExperts:
         image = self._homes.images[self._layer][expert]
         return self._homes.matrices_of(self._units[expert], image)
 
-    def lend(
-        self,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None,
-        on_host: Set[int],
-        meanwhile: Callable[[], None] | None,
-        *,
-        coming: int | None,
-    ) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
+    def lend(self, asked: Asked) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of experts: those that are there first."""
-        pool, asked = self._pool, (self._layer, needed, rows, foresee, on_host, meanwhile)
-        groups = (
-            ([one] for one in pool.lend(*asked))
-            if coming is None
-            else pool.lend_together(*asked, coming=coming)
-        )
-        for group in groups:
+        for group in self._pool.lend_together(self._layer, asked):
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 
     def _weights(self, expert: int, buffer: DeviceBuffer) -> ExpertWeights:

@@ -164,6 +164,31 @@ def leaves_free(share: int, spare: int, per_token: int) -> bool:
     return spare > max(0, per_token - share)
 
 
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What rows of a pass ask for of a layer's experts.
+
+    Attributes:
+        needed: which, each once; those that the last rows are sent to come last.
+        rows: that ask for them.
+        foresee: says which experts of the next layer rows will ask for, likeliest first; it is
+            called once copies of those that are needed are on their way.
+        on_host: of those that are needed, what is computed where it lies and is not lent.
+        meanwhile: computes that; it is called once those that are there have been lent, before any
+            other is waited for.
+        there: how many are lent at once of those that are there.
+        coming: of the others.
+    """
+
+    needed: Sequence[int]
+    rows: int = 1
+    foresee: Callable[[], Sequence[int]] | None = None
+    on_host: Set[int] = frozenset()
+    meanwhile: Callable[[], None] | None = None
+    there: int = 1
+    coming: int = 1
+
+
 class ExpertPool(Generic[BufferT, SourceT]):
     """Slots for experts, a share for each layer, the least recently used of it replaced.
 
@@ -335,52 +360,19 @@ class ExpertPool(Generic[BufferT, SourceT]):
         on_host: Set[int] = frozenset(),
         meanwhile: Callable[[], None] | None = None,
     ) -> Iterator[tuple[int, BufferT]]:
-        """Lend experts, each until the next is asked for.
-
-        Args:
-            layer: whose.
-            needed: which, each once, the one that was used last as the last.
-            rows: of the pass, that ask for them.
-            foresee: says which experts of the next layer rows will ask for, likeliest first; it is
-                called once copies of those that are needed are on their way.
-            on_host: of those that are needed, what is computed where it lies and is not lent.
-            meanwhile: computes that; it is called once those that are there have been lent, before
-                any other is waited for.
+        """Lend experts of a layer, each until the next is asked for; arguments as of `Asked`.
 
         Returns:
             Each with its buffer: those that are there, then the others as they come.
         """
-        for group in self._groups(layer, needed, rows, foresee, on_host, meanwhile, most=1):
+        asked = Asked(needed, rows, foresee, on_host, meanwhile)
+        for group in self.lend_together(layer, asked):
             yield from group
 
-    def lend_together(  # noqa: PLR0913 - as `lend`, and how many
-        self,
-        layer: int,
-        needed: Sequence[int],
-        rows: int = 1,
-        foresee: Callable[[], Sequence[int]] | None = None,
-        on_host: Set[int] = frozenset(),
-        meanwhile: Callable[[], None] | None = None,
-        *,
-        coming: int,
-    ) -> Iterator[Sequence[tuple[int, BufferT]]]:
-        """Lend all experts that are there at once, then so many `coming` as there are slots for."""
-        asked = layer, needed, rows, foresee, on_host, meanwhile
-        return self._groups(*asked, most=len(needed), coming=coming)
-
-    def _groups(  # noqa: PLR0913 - as `lend`, and how many
-        self,
-        layer: int,
-        needed: Sequence[int],
-        rows: int,
-        foresee: Callable[[], Sequence[int]] | None,
-        on_host: Set[int],
-        meanwhile: Callable[[], None] | None,
-        *,
-        most: int,
-        coming: int = 1,
-    ) -> Iterator[Sequence[tuple[int, BufferT]]]:
-        """Lend experts, at most so many at once, and none that is there with one that is not."""
+    def lend_together(self, layer: int, asked: Asked) -> Iterator[Sequence[tuple[int, BufferT]]]:
+        """Lend experts in groups as is asked, none that is there with one that is not."""
+        needed, rows, foresee = asked.needed, asked.rows, asked.foresee
+        on_host, meanwhile = asked.on_host, asked.meanwhile
         if layer != self._layer:
             self.begin(layer, 1)
         self._parts_left -= 1
@@ -410,16 +402,12 @@ class ExpertPool(Generic[BufferT, SourceT]):
             self._offer(layer, foresee)
         while due:
             self._load_ahead(layer, queue, lent | kept)
-            there = held[due[0]].filled is None
-            if meanwhile is not None and not there:
+            here = held[due[0]].filled is None
+            if meanwhile is not None and not here:
                 meanwhile()
                 meanwhile = None
-            group = [due.popleft()]
-            while (
-                due
-                and len(group) < (most if there else coming)
-                and (held[due[0]].filled is None) == there
-            ):
+            group, most = [due.popleft()], asked.there if here else asked.coming
+            while due and len(group) < most and (held[due[0]].filled is None) == here:
                 group.append(due.popleft())
             yield from self._use(layer, group)
             lent.difference_update(group)

@@ -171,7 +171,6 @@ def _of_blocks(stored: Stored) -> Callable[[Parts, torch.Tensor | None], Operand
     return lambda parts, bias: (parts[ggml.PART], bias, None, None, index)
 
 
-@cache
 def plain_for(
     inputs: int, outputs: int, dtype: torch.dtype, device: torch.device, *, exact: bool
 ) -> StoredProduct | None:

@@ -52,6 +52,8 @@ TOGETHER_ROWS = 8  # of a pass; each reads the weights of its experts by itself
 # products on a Xeon with AVX-512 (9.5e9, beside other work).
 FOURS_PER_CORE = 6e9
 HOST_ROWS = 8  # of a pass, whose experts a processor may compute where they lie
+AT_ONCE_EXPERTS = 8  # that a processor multiplies with in one call
+AT_ONCE_ROWS = 64  # that are sent to those, at least; as many as the pass has, if it has more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -117,6 +119,11 @@ class Stored:
     def group(self) -> int:
         """Inputs that share a scale."""
         return self.inputs // self.groups
+
+    @property
+    def operand_bytes(self) -> int:
+        """Of scales and zero points in fp32, that a kernel of ours takes besides the codes."""
+        return 0 if self.form in GGML else 8 * self.groups * self.outputs
 
     @property
     def nbytes(self) -> int:

@@ -92,7 +92,7 @@ class StoredMatrix:
     def multiplied(self, rows: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
         """[n, O] of rows [n, I] times it, where that needs no dequantised weight."""
         direct = self.bringer.direct
-        return None if direct is None else direct(rows, self.parts, bias)
+        return None if direct is None or traced() else direct(rows, self.parts, bias)
 
 
 class WiredLinear(torch.nn.Module):
