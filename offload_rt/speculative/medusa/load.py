@@ -7,12 +7,13 @@ import torch
 from offload_rt.device.base import Device
 from offload_rt.device.kinds import Packing
 from offload_rt.errors import CheckpointError
+from offload_rt.model.files import read_part
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.speculative.medusa.checkpoint import HeadsCheckpoint
 from offload_rt.speculative.medusa.heads import MedusaHeads
-from offload_rt.speculative.medusa.storage import read_tensor
 
 PURPOSE = "Medusa heads"
+_INTEGERS = {"I64": torch.int64, "I32": torch.int32}
 
 
 def load_heads(
@@ -68,7 +69,9 @@ def load_token_map(checkpoint: HeadsCheckpoint, device: Device, tokens: int) -> 
     extent = checkpoint.token_map
     if extent is None:
         return None
-    ids: list[int] = read_tensor(checkpoint.folder, extent).tolist()
+    data = read_part(checkpoint.folder, extent.path.name, extent.nbytes, extent.offset)
+    # Memory of the host, whatever device torch takes for its own just now.
+    ids: list[int] = torch.frombuffer(bytearray(data), dtype=_INTEGERS[extent.dtype]).tolist()
     if ids and not (min(ids) >= 0 and max(ids) < tokens):
         raise CheckpointError(
             f"{extent.path}: token_map names tokens from {min(ids)} to {max(ids)}, the model knows "
