@@ -202,7 +202,8 @@ class ExpertUse:
             `unused_bytes` of them had begun to be copied, and of what the processor computed and
             no layer asked for again in time.
         filled: of all hits, prompts' too, those that slots were filled with when the model was
-            loaded, before anybody asked; `filled_bytes` were copied so, which nothing else counts.
+            loaded, before anybody asked. `filled_bytes` were copied so since then; bytes of a
+            pass or a token leave them out, the link's own totals have them.
         host_bytes: of experts that were copied, from host memory; `file_bytes` from files.
         looked_ahead: share of the passes that foresaw what their next layers would ask for
             (`--look-ahead`).

@@ -161,3 +161,35 @@ def test_what_nobody_asked_for_is_replaced_first(slots):
     assert counts.misses == 5 * (2 - len(kept)) and counts.unused == counts.unused_bytes == 0
     assert all(pool.held(layer)[-2:] == asked for layer in range(5))
     assert counts.file_bytes + counts.host_bytes == 1000 * counts.misses
+
+
+class Waiting:
+    """What is offered and has not begun."""
+
+    begun_bytes = 0
+
+    def __init__(self, copy, buffer, source):
+        self._copied = copy, buffer, source
+
+    def ask(self):
+        copy, buffer, source = self._copied
+        copy.copy(buffer, source)
+        return copy.record()
+
+    def drop(self):
+        return self._copied[0].record()
+
+
+def test_a_prompt_copies_ahead_what_only_waits_to_be_filled(monkeypatch):
+    """A fill that has not begun is behind all else: what a prompt asks for next is in front."""
+    pool, copy, _ = pool_of({0: 8, 1: 8}, 16, per_token=2)
+    offered = lambda buffer, source, after, last=False: Waiting(copy, buffer, source)  # noqa: E731
+    monkeypatch.setattr(copy, "offer", offered)
+    pool.fill()
+    assert len(pool.held(1)) == pool.share == 8
+    pool.begin(0, 1)
+    assert sorted(expert for expert, _ in pool.lend(0, range(8), rows=20)) == [*range(8)]
+    assert [slot.ahead for slot in pool._held[1].values()] == [True] * 8
+    pool.begin(1, 1)
+    assert sorted(expert for expert, _ in pool.lend(1, range(8), rows=20)) == [*range(8)]
+    assert pool.counts.ahead == 8 and pool.counts.unused == pool.filled_bytes == 0

@@ -382,7 +382,7 @@ class Run:
         passes, timed = (self.passes - 1, decode) if self.passes > 1 else (self.passes, prefill)
         per_pass = self.engine.bytes_per_pass
         if self.engine.placement.expert_slots:  # what comes depends on the tokens
-            per_pass = (timed.bytes_copied - timed.expert_filled_bytes) // max(1, passes)
+            per_pass = _asked_bytes(timed) // max(1, passes)
         return RunReport(
             timings=Timings(
                 load_s=self.engine.load_s,
@@ -415,7 +415,7 @@ class Run:
         pool = self.engine.runner.experts
         assert pool is not None  # there are slots
         asked = decode.expert_hits + decode.expert_misses
-        copied_bytes = decode.bytes_copied - decode.expert_filled_bytes
+        copied_bytes = _asked_bytes(decode)
         return ExpertUse(
             slots=slots,
             slot_bytes=facts.slot_bytes,
@@ -549,3 +549,8 @@ def _logprobs(logits: torch.Tensor, tokens: Sequence[int], top: int) -> list[Tok
         for token, logprob, *likeliest in zip(told, own.tolist(), ids, values, strict=True):
             found.append(TokenLogprob(token, logprob, tuple(zip(*likeliest, strict=True))))
     return found
+
+
+def _asked_bytes(counters: Counters) -> int:
+    """Copied bytes without those of filling slots, which count from when a step of it begins."""
+    return max(0, counters.bytes_copied - counters.expert_filled_bytes)

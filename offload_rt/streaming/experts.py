@@ -189,6 +189,11 @@ class Asked:
     coming: int = 1
 
 
+def _waits_to_fill(slot: ExpertSlot[BufferT]) -> bool:
+    """Whether a slot is only offered, for the time when nothing else is read."""
+    return slot.filling and slot.offer is not None and not slot.offer.begun_bytes
+
+
 class ExpertPool(Generic[BufferT, SourceT]):
     """Slots for experts, a share for each layer, the least recently used of it replaced.
 
@@ -430,6 +435,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
             try:
                 self._compute.wait(slot.filled)
             except BaseException:
+                slot.filled = None  # nothing is on its way into it any more
                 self._free.append(self._held[layer].pop(expert))
                 raise
             slot.filled = None
@@ -512,9 +518,9 @@ class ExpertPool(Generic[BufferT, SourceT]):
         for expert in foresee():
             if not self._free:
                 return
-            if expert in held:
+            if expert in held and not _waits_to_fill(held[expert]):
                 continue
-            slot = self._free.pop()
+            slot = self._drop(following, expert) if expert in held else self._free.pop()
             after = [event for event in (slot.drained, slot.filled) if event is not None]
             if self.watch is not None:
                 slot.noted = self.watch("foreseen", (following, expert), self._copy)
@@ -541,7 +547,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         following = self._following.get(layer)
         nearly_all = len(self._asked) >= NEARLY_ALL * self._counts[layer]
         if nearly_all and not shared and following is not None and self._ahead is None:
-            others = set(range(self._counts[following])) - self._held[following].keys()
+            held = self._held[following]
+            for expert in [e for e, slot in held.items() if _waits_to_fill(slot)]:
+                self._free.append(self._drop(following, expert))
+            others = set(range(self._counts[following])) - held.keys()
             self._ahead, self._rest = following, deque(self._in_place(following, others))
 
     def _load_ahead(self, layer: int, queue: Sequence[int], kept: Set[int]) -> None:
