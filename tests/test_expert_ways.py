@@ -20,7 +20,7 @@ from offload_rt.costs.drafters import NO_DRAFTING
 from offload_rt.costs.experts import Distances, ExpertUse
 from offload_rt.costs.machine import FreeMemory, speeds_there
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
-from offload_rt.errors import PlanError
+from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.planner import Means, plan_run
@@ -353,6 +353,13 @@ def test_layers_that_are_whole_beside_slots_change_no_bit(make_tiny, name, dtype
         engine.forget()
         assert torch.equal(all_logits(engine), logits)
         assert engine.memory().device_peak_bytes <= placement.device_bytes
+
+
+def test_as_many_whole_layers_as_there_are_leave_slots_nothing(make_tiny):
+    folder = make_mixture(make_tiny, "mixtral")
+    refused = pytest.raises(ConfigError, match="whole_layers is 4, and the model has 4 layers of")
+    with refused, engine_for(folder, expert_slots=6, whole_layers=4):
+        pass
 
 
 def test_quantised_experts_may_be_whole_beside_slots(make_tiny, tmp_path):

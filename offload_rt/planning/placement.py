@@ -191,6 +191,11 @@ class Demand:
         """The same where so many layers of experts have theirs in them, and others one by one."""
         if not whole or self.experts is None:
             return self
+        if whole >= self.experts.layers:
+            raise ConfigError(
+                f"whole_layers is {whole}, and the model has {self.experts.layers} layers of "
+                "experts: one at least is left to the slots"
+            )
         experts = self.experts.keeping(whole, self.layer_bytes)
         return replace(self, experts=experts, of_units=self.of_units or self)
 

@@ -6,6 +6,7 @@ What the user fixed is fixed in all candidates.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -488,21 +489,24 @@ class _Candidate:
     drafting: Drafting
     placement: Placement
     prediction: Prediction
+    s_per_token: float = math.inf
     ways: tuple[Way, ...] = ()
 
     @property
     def draft(self) -> DraftConfig:
         return self.drafting.config
 
-    @property
-    def s_per_token(self) -> float:
-        return self.ways[0].s_per_token if self.ways else self.prediction.s_per_token
-
     def of(self, ways: Sequence[Way]) -> "_Candidate":
         """The same in the fastest of these ways."""
         ways = sorted(ways, key=lambda way: way.s_per_token)
         first, looked_at = ways[0], tuple(ways) if len(ways) > 1 else ()
-        return replace(self, placement=first.placement, prediction=first.prediction, ways=looked_at)
+        return replace(
+            self,
+            placement=first.placement,
+            prediction=first.prediction,
+            s_per_token=first.s_per_token,  # with its prompt, whatever ways there are
+            ways=looked_at,
+        )
 
 
 class _Search:
@@ -520,13 +524,21 @@ class _Search:
         self._checkpoint, self._runtime, self._device = checkpoint, runtime, device
         self._load, self._free, self._means = load, free, means
 
-    def candidate(self, draft: DraftConfig, runtime: RuntimeConfig) -> _Candidate:
-        """Place one and price it; of a mixture in each way that experts may come."""
+    def candidate(
+        self, draft: DraftConfig, runtime: RuntimeConfig, like: Placement | None = None
+    ) -> _Candidate:
+        """Place one and price it; of a mixture in each way experts may come, or `like` that."""
         given = self._load.drafting
         own = given.checkpoint if draft.model or not given.config.automatic else None
         drafting = replace(given, config=draft, checkpoint=own)
-        ways = [self._way(drafting, runtime)]
-        if ways[0].one_by_one and _leaves_ways_open(runtime):
+        experts = None if like is None else like.demand.experts
+        if like is None or experts is None:
+            ways = [self._way(drafting, runtime)]
+        else:
+            count = len(experts.whole)
+            whole = not like.expert_slots
+            ways = [self._way(drafting, runtime, whole=whole, whole_layers=count)]
+        if like is None and ways[0].one_by_one and _leaves_ways_open(runtime):
             with suppress(PlanError):  # no ring fits
                 ways.append(self._way(drafting, runtime, whole=True))
         first = ways[0]
@@ -623,12 +635,12 @@ class _Search:
             if not draft.nodes < sized.nodes <= _MOST_ROOM * draft.nodes:
                 continue
             try:
-                roomy = self.candidate(sized, best.runtime)
+                roomy = self.candidate(sized, best.runtime, best.placement)
             except (PlanError, ConfigError):  # the ring is larger than what it would stream
                 continue
             prediction = self._predict(best.drafting, roomy.placement)
             if prediction.s_per_token <= _ROOM_COST * best.prediction.s_per_token:
-                return replace(roomy, prediction=prediction)
+                return replace(roomy, prediction=prediction, ways=best.ways)
         return best
 
     def outlooks(self, chosen: _Candidate, sequences: int) -> Iterator[StepOutlook]:
