@@ -176,7 +176,12 @@ def _keep_pace(engine: "Engine") -> None:
         key = LevelKey.of(
             speeds, compute_threads(), engine.checkpoint, streams=streams, running=took.running
         )
-        add_levels(levels_path(), key, levels_of(took, price, speeds.levels), time.time())
+        try:
+            found = levels_of(took, price, speeds.levels)
+        except OffloadError:  # of other kinds it may be told all the same
+            _log.debug("what passes took is not compared", exc_info=True)
+            continue
+        add_levels(levels_path(), key, found, time.time())
 
 
 @dataclass(frozen=True, slots=True)
