@@ -10,7 +10,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from tiny import SHAPE, write_model
+from tiny import write_model, write_tokenizer
 from tool_runs import TOOLS
 
 from offload_rt.device.system import settle_math
@@ -33,37 +33,6 @@ def pytest_collection_finish():
     for name, logger in logging.root.manager.loggerDict.items():
         if name.split(".")[0] == "torch" and isinstance(logger, logging.Logger):
             logger.propagate = True
-
-
-TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-
-
-def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
-    """Write a byte-level tokenizer with a chat template and make `<|im_end|>` end an answer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=SPECIAL,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 9], trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE
-    )
-    fast.save_pretrained(folder)
-    ends = {"eos_token_id": SPECIAL.index("<|im_end|>")}
-    (folder / "generation_config.json").write_text(json.dumps(ends))
-    return folder
 
 
 _numbers = count()

@@ -17,11 +17,11 @@ import forks
 import numpy as np
 import pytest
 import torch
-from conftest import write_tokenizer
 from eagle3_models import write_head
 from engines import reference_model
 from medusa_heads import write_shared
 from mtp_models import IDS, write_mtp
+from tiny import write_tokenizer
 from transformers import AutoTokenizer
 
 import offload_rt

@@ -1,5 +1,7 @@
 """The tiny random models. Not in conftest.py: there are two of those."""
 
+import json
+
 SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
@@ -25,4 +27,35 @@ def write_model(folder, model_type="llama", *, dtype="float32", **config):
         elif parameter.dim() == 2:  # wide enough that the tokens of an answer differ
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 2)
     model.save_pretrained(folder)
+    return folder
+
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def write_tokenizer(folder, vocab_size=SHAPE["vocab_size"]):
+    """Write a byte-level tokenizer with a chat template and make `<|im_end|>` end an answer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=SPECIAL,
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog " * 9], trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=TEMPLATE
+    )
+    fast.save_pretrained(folder)
+    ends = {"eos_token_id": SPECIAL.index("<|im_end|>")}
+    (folder / "generation_config.json").write_text(json.dumps(ends))
     return folder

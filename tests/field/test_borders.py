@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_tokenizer
 from engines import reference_model
+from tiny import write_tokenizer
 
 from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError

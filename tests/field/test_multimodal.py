@@ -8,10 +8,9 @@ import re
 
 import pytest
 import torch
-from conftest import write_tokenizer
 from engines import PROMPT, engine_for, generate
 from folders import rewritten
-from tiny import SHAPE
+from tiny import SHAPE, write_tokenizer
 
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
