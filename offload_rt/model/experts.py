@@ -45,8 +45,6 @@ _TOGETHER, _APART, _AT_ONCE = "_multiplies_together", "_made_apart", "_multiplie
 # A matrix, or what dequantises it [O, I] into a scratch that the next one takes.
 Matrix = torch.Tensor | Callable[[], torch.Tensor]
 ExpertWeights = Mapping[str, Matrix]
-# (module, hidden [T, E], index [T, k], weights [T, k]) -> [T, E]
-ExpertsFunction = Callable[[Any, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Host(Protocol):
@@ -446,9 +444,10 @@ def _products_at_once(
     """[N, O] of each expert's rows [n, I] times its matrix."""
     biases = module._parameters.get(f"{name}_bias") if module.has_bias else None
     each = [None if biases is None else biases[expert] for expert, _ in group]
-    out = rows[0].new_empty(sum(map(len, rows)), _outputs(module, group[0][1], name))
+    counts = [len(own) for own in rows]
+    out = rows[0].new_empty(sum(counts), _outputs(module, group[0][1], name))
     tasks = list[Task | None]()
-    parts = zip(group, rows, out.split([*map(len, rows)]), each, strict=True)
+    parts = zip(group, rows, out.split(counts), each, strict=True)
     for (_, weights), own, into, bias in parts:
         halves = _halves_of(module, name, weights)
         for half, part in zip(halves, into.chunk(len(halves), 1), strict=True):
