@@ -24,10 +24,14 @@ def settled(engine):
     pool = engine.runner.experts
     each = engine.network.units[0][0].file_bytes
     until = time.monotonic() + 20
-    while pool.filled_bytes < pool.share * len(pool._held) * each:
+    while pool.filled_bytes < pool.share * len(pool._held) * each or is_reading(pool):
         assert time.monotonic() < until
         time.sleep(1e-3)
     return pool, each
+
+
+def is_reading(pool):
+    return not all(slot.offer.copies.done.is_set() for slot in pool._filling)
 
 
 @pytest.mark.parametrize("slots", [9, 20, 32])
@@ -100,6 +104,29 @@ def test_nothing_that_is_asked_for_waits_for_what_fills_slots(make_tiny, monkeyp
             assert torch.equal(engine.forward(row, reuse=False), expected)
         finally:
             gate.set()
+
+
+def test_what_failed_while_slots_were_filled_is_read_when_a_token_asks(make_tiny, monkeypatch):
+    """Reads that nobody asked for all fail; no pass ends of it, and each reads what it needs."""
+    failed = []
+
+    def preadv(fd, buffers, offset):
+        if threading.current_thread().name == "idle-copies":
+            failed.append(offset)
+            raise OSError(5, "Input/output error")
+        return os.preadv(fd, buffers, offset)
+
+    folder = make_mixture(make_tiny)
+    logits, _ = resident_answers(folder)
+    monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
+    with engine_for(folder, expert_slots=20) as engine:
+        until = time.monotonic() + 20
+        while len(failed) < 20:  # each is tried once
+            assert time.monotonic() < until
+            time.sleep(1e-3)
+        assert torch.equal(all_logits(engine), logits)
+        counts = engine.runner.experts.counts
+        assert counts.filled == engine.runner.experts.filled_bytes == 0 < counts.misses
 
 
 def test_a_model_that_is_closed_meanwhile_reads_no_more(make_tiny, monkeypatch):

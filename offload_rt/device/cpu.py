@@ -145,25 +145,37 @@ class CpuCopyStream:
         blocks = src.blocks(dst)
         copies = Copies(len(blocks))
 
-        def made(block: CopyBlock) -> CopyBlock:
-            return CopyBlock(block.nbytes, partial(self._finish, block, copies, src.check, after))
+        def finish(block: CopyBlock) -> None:
+            self._finish(block, copies, src.check, after)
 
-        return CpuOffer(self, copies, self._idle.add([made(block) for block in blocks], last=last))
+        def step(block: CopyBlock) -> None:
+            if (error := self._run_block(block, after)) is not None:
+                raise error
+            self._count(copies, None, src.check)
 
-    def take_over(self, copies: Copies, steps: Steps, *, dropped: bool) -> CpuEvent:
-        """Enqueue what is left of an offered copy, or leave it."""
-        copies.dropped = dropped
-        left = self._idle.take_back(steps)
-        if dropped:
-            for _ in left:
-                if copies.finish_block(None):
-                    copies.finish()
-            return CpuEvent((copies,))
-        if left:
-            self._pend(copies)
-        for block in left:
-            self._queue.put(block.run)
-        return CpuEvent((copies,))
+        return CpuOffer(self, copies, finish, self._idle.add(blocks, step, last=last))
+
+    def ask_for(self, offer: "CpuOffer") -> CpuEvent:
+        """Enqueue what is left of an offered copy; so, too, a step under way that fails yet."""
+
+        def enqueue(block: CopyBlock) -> None:
+            self._queue.put(partial(offer.finish, block))
+
+        self._pend(offer.copies)
+        for block in self._idle.take_back(offer.steps, enqueue):
+            enqueue(block)
+        return CpuEvent((offer.copies,))
+
+    def drop(self, offer: "CpuOffer") -> CpuEvent:
+        """Leave what is left of an offered copy."""
+
+        def leave(_: CopyBlock) -> None:
+            self._count(offer.copies, None, lambda: None)
+
+        offer.copies.dropped = True
+        for block in self._idle.take_back(offer.steps, leave):
+            leave(block)
+        return CpuEvent((offer.copies,))
 
     def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
         """Enqueue all blocks of a copy to `dst`."""
@@ -222,6 +234,12 @@ class CpuCopyStream:
     ) -> None:
         """Run a block, and with the last of a copy say how that went."""
         error = self._run_block(block, after) if copies.error is None else copies.error
+        self._count(copies, error, check)
+
+    def _count(
+        self, copies: Copies, error: BaseException | None, check: Callable[[], None]
+    ) -> None:
+        """A block of a copy is over."""
         if copies.finish_block(error):
             try:
                 check()
@@ -248,6 +266,7 @@ class CpuOffer:
 
     stream: CpuCopyStream
     copies: Copies
+    finish: Callable[[CopyBlock], None]
     steps: Steps
 
     @property
@@ -257,11 +276,11 @@ class CpuOffer:
 
     def ask(self) -> CpuEvent:
         """Enqueue the blocks that have not begun."""
-        return self.stream.take_over(self.copies, self.steps, dropped=False)
+        return self.stream.ask_for(self)
 
     def drop(self) -> CpuEvent:
         """Leave the blocks that have not begun."""
-        return self.stream.take_over(self.copies, self.steps, dropped=True)
+        return self.stream.drop(self)
 
 
 class CpuDevice:

@@ -217,20 +217,31 @@ class CudaCopyStream:
 
         If none of it had begun, nothing has waited yet for what the copy is to come after. A thread
         of the queue does: there may be a read under way into the same memory, for a dropped copy.
+        It reads again what was under way and failed.
         """
 
-        def begun(_: Staging) -> Action:
-            return partial(self._wait_for_all, offer.settle())
+        def begun(staging: Staging) -> Action:
+            after, failed = offer.settle()
+            brought = nothing if failed is None else self._brought(failed, staging)
+
+            def go_on() -> None:
+                for event in after:
+                    self._wait(event)
+                brought()
+
+            return go_on
 
         self._queue.prepare(begun)
         for part in parts:
-            if isinstance(part.source, torch.Tensor):
-                self._queue.act(partial(self._copy_pinned, part.target, part.source))
-            else:
-                self._queue.prepare(partial(self._stage, part.source, part.target))
-        if parts:
-            self._queue.act(check)
+            self._queue.prepare(partial(self._brought, part))
+        self._queue.act(check)
         return self.record()
+
+    def _brought(self, part: "_Part", staging: Staging) -> Action:
+        """Read a part if it has to be; what is left to do in its turn."""
+        if isinstance(part.source, torch.Tensor):
+            return partial(self._copy_pinned, part.target, part.source)
+        return self._stage(part.source, part.target, staging)
 
     def behind_idle(self) -> DriverEvent:
         """An event behind what is offered and was copied so far."""
@@ -297,10 +308,6 @@ class CudaCopyStream:
         self._stream.wait(event)
         self._end = None
 
-    def _wait_for_all(self, events: Sequence[DriverEvent]) -> None:
-        for event in events:
-            self._wait(event)
-
     def _copy_pinned(self, target: torch.Tensor, source: torch.Tensor) -> None:
         start = self._stream.record()
         for part, piece in _cut(target, source, COPY_BYTES):
@@ -363,9 +370,9 @@ class CudaOffer:
     ) -> None:
         self._copies, self._idle, self._parts = copies, idle, parts
         self._check, self._after = src.check, after
-        self._error: BaseException | None = None
-        blocks = [CopyBlock(p.nbytes, partial(self._step, i)) for i, p in enumerate(parts)]
-        self._steps = idle.add(blocks, last=last)
+        self._failed: _Part | None = None  # while it was asked for
+        self._blocks = [CopyBlock(p.nbytes, partial(self._step, i)) for i, p in enumerate(parts)]
+        self._steps = idle.add(self._blocks, lambda block: block.run(), last=last)
 
     @property
     def begun_bytes(self) -> int:
@@ -374,34 +381,33 @@ class CudaOffer:
 
     def ask(self) -> CudaEvent:
         """Have the parts that have not begun copied in their turn."""
-        left = len(self._idle.take_back(self._steps))
-        if not left and not self._steps.running and self._error is None:
+        left = len(self._idle.take_back(self._steps, self._fails))
+        if not left and not self._steps.running and self._failed is None:
             return CudaEvent(self._copies.behind_idle())  # it is there
         return self._copies.go_on(self, self._parts[len(self._parts) - left :], self._check)
 
     def drop(self) -> CudaEvent:
         """Leave the parts that have not begun."""
-        self._idle.take_back(self._steps)
+        self._idle.take_back(self._steps, lambda _: None)
         return _BehindSteps(self._copies, self._idle, self._steps)
 
-    def settle(self) -> list[DriverEvent]:
-        """Block until no part is under way; returns what the others come after.
+    def settle(self) -> tuple[list[DriverEvent], _Part | None]:
+        """Block until no part is under way.
 
-        Raises what a part raised.
+        Returns:
+            What the others come after, and the part that was under way and failed.
         """
         self._idle.wait_for(self._steps)
-        if self._error is not None:
-            raise self._error
-        return [_enqueued(event) for event in self._after]
+        return [_enqueued(event) for event in self._after], self._failed
 
     def _step(self, index: int) -> None:
-        try:
-            if self._error is None:
-                self._copies.bring(self._parts[index], self._after)
-                if index == len(self._parts) - 1:
-                    self._check()
-        except Exception as error:  # noqa: BLE001 - raised if the copy is asked for
-            self._error = error
+        self._copies.bring(self._parts[index], self._after)
+        if index == len(self._parts) - 1:
+            self._check()
+
+    def _fails(self, block: CopyBlock) -> None:
+        """Keep the part that was under way when all was asked for."""
+        self._failed = self._parts[self._blocks.index(block)]
 
 
 def _enqueued(event: Event) -> DriverEvent:
