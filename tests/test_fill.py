@@ -3,6 +3,8 @@
 import os
 import threading
 import time
+import tracemalloc
+from collections import deque
 from contextlib import closing
 
 import pytest
@@ -31,7 +33,7 @@ def settled(engine):
 
 
 def is_reading(pool):
-    return not all(slot.offer.copies.done.is_set() for slot in pool._filling)
+    return any(slot.offer._made is not None for slot in pool._filling)
 
 
 @pytest.mark.parametrize("slots", [9, 20, 32])
@@ -167,6 +169,61 @@ def test_what_may_be_last_comes_after_all_else_that_is_offered():
             time.sleep(1e-3)
         assert begun[1:4] == [("first", i) for i in range(3)]
         assert first.begun_bytes == last.begun_bytes == 30
+
+
+def test_of_copies_that_wait_to_be_last_one_takes_memory():
+    """No plan counts what they take: not while they wait, and not when they are there."""
+    count, gate, last = 3000, threading.Event(), threading.Event()
+
+    def read(*key):
+        assert gate.wait(20)
+        if key == (count - 1, 11):
+            last.set()
+
+    with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
+        sources = [Source(i, deque(maxlen=0), read, count=12) for i in range(count)]
+        tracemalloc.start()
+        try:
+            offers = [stream.offer(None, source, (), last=True) for source in sources]
+            waiting, _ = tracemalloc.get_traced_memory()
+            gate.set()
+            assert last.wait(60)
+            offers.pop().ask().synchronize()
+            there, most = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert all(offer.begun_bytes == 120 for offer in offers)
+        assert max(waiting, there, most) < 150 * count  # bytes; each was 6 KB
+
+
+@pytest.mark.parametrize("kept", [True, False])
+@pytest.mark.parametrize(
+    ("when", "name", "reads"), [("waits", "b", 0), ("made", "a", 1), ("there", "a", 3)]
+)
+def test_a_copy_that_may_be_last_is_asked_for_or_dropped_at_any_time(when, name, reads, kept):
+    """Each block is read once if it is asked for, and else no more once it is dropped."""
+    begun, hold = [], threading.Event()
+
+    def gate(*key):
+        if key == ("a", 0):
+            assert hold.wait(5)
+
+    with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
+        offers = {
+            each: stream.offer(None, Source(each, begun, gate), (), last=True) for each in "ab"
+        }
+        while not begun:
+            time.sleep(1e-3)
+        if when == "there":
+            hold.set()
+            while offers["a"]._made is not None:
+                time.sleep(1e-3)
+        event = offers[name].ask() if kept else offers[name].drop()
+        threading.Timer(0.02, hold.set).start()
+        event.synchronize()
+        own = [at for one, at in begun if one == name]
+        assert sorted(own) == [*range(3 if kept else reads)]
+        assert offers[name].begun_bytes == 10 * reads
 
 
 @pytest.mark.parametrize("slots", [16, 23, 40])

@@ -223,6 +223,7 @@ class Source:
     """Blocks that tell when they begin, and go on when they may."""
 
     def __init__(self, name, begun, gate, count=3):
+        self.nbytes = 10 * count
         self.blocks = lambda _: [
             CopyBlock(10, lambda i=i: (begun.append((name, i)), gate(name, i)))
             for i in range(count)

@@ -27,7 +27,7 @@ from offload_rt.device.base import (
     Replay,
 )
 from offload_rt.device.host_memory import HostBuffer, allocate_host
-from offload_rt.device.idle import IdleCopies, Steps
+from offload_rt.device.idle import IdleCopies, LateOffer, Steps
 from offload_rt.device.kinds import CPU
 from offload_rt.device.link_meter import LinkMeter, Pacer
 from offload_rt.device.system import (
@@ -49,6 +49,7 @@ class Copies:
 
     Attributes:
         dropped: nobody wants to know of an error.
+        left: blocks that are not done.
     """
 
     def __init__(self, blocks: int) -> None:
@@ -56,7 +57,7 @@ class Copies:
         self.error: BaseException | None = None
         self.dropped = False
         self.done_s = 0.0
-        self._left = blocks
+        self.left = blocks
         self._lock = threading.Lock()
         if not blocks:
             self.finish()
@@ -70,8 +71,8 @@ class Copies:
         """Count one block; returns whether it was the last."""
         with self._lock:
             self.error = self.error or error
-            self._left -= 1
-            return self._left == 0
+            self.left -= 1
+            return self.left == 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,8 +141,21 @@ class CpuCopyStream:
 
     def offer(
         self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
-    ) -> "CpuOffer":
+    ) -> "CpuOffer | LateOffer":
         """Have blocks of `src` read while no copy that was asked for is under way."""
+        return LateOffer(self, self._idle, dst, src) if last else self._offer(dst, src, after)
+
+    def offer_last(self, dst: DeviceBuffer, src: HomeSource) -> "CpuOffer":
+        """The same behind all that is offered, cut into blocks now."""
+        return self._offer(dst, src, (), last=True)
+
+    def reached(self) -> CpuEvent:
+        """What was offered and is there needs no event."""
+        return CpuEvent()
+
+    def _offer(
+        self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
+    ) -> "CpuOffer":
         blocks = src.blocks(dst)
         copies = Copies(len(blocks))
 
@@ -151,6 +165,8 @@ class CpuCopyStream:
         def step(block: CopyBlock) -> None:
             if (error := self._run_block(block, after)) is not None:
                 raise error
+            if copies.left == 1:
+                src.check()  # what is told of it is told to whoever asks
             self._count(copies, None, src.check)
 
         return CpuOffer(self, copies, finish, self._idle.add(blocks, step, last=last))

@@ -28,7 +28,7 @@ from offload_rt.device.cuda.driver import DriverEvent, DriverStream
 from offload_rt.device.cuda.ordered import Action, OrderedQueue, nothing
 from offload_rt.device.cuda.pinned import PinnedMemory, Staging, StagingBuffer, StagingPool
 from offload_rt.device.host_memory import HostBuffer
-from offload_rt.device.idle import IdleCopies, Steps
+from offload_rt.device.idle import IdleCopies, LateOffer, Steps
 from offload_rt.device.link_meter import LinkMeter
 
 UNSETTLED_SPANS = 64  # timing events kept before finished ones are looked for
@@ -177,10 +177,23 @@ class CudaCopyStream:
 
     def offer(
         self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
-    ) -> "CudaOffer":
+    ) -> "CudaOffer | LateOffer":
         """Fill device memory in a stream of its own, while no copy that was asked for is made."""
         if self._idle_stream is None:
             self._idle_stream = self._new_stream()
+        return LateOffer(self, self._idle, dst, src) if last else self._offer(dst, src, after)
+
+    def offer_last(self, dst: DeviceBuffer, src: HomeSource) -> "CudaOffer":
+        """The same behind all that is offered, cut into parts now."""
+        return self._offer(dst, src, (), last=True)
+
+    def reached(self) -> CudaEvent:
+        """Return an event behind what was offered and was copied so far."""
+        return CudaEvent(self.behind_idle())
+
+    def _offer(
+        self, dst: DeviceBuffer, src: HomeSource, after: Sequence[Event], *, last: bool = False
+    ) -> "CudaOffer":
         image = src.image
         pieces: list[_Part]
         if image is not None and self._pinned.holds(image.tensor):
@@ -383,7 +396,7 @@ class CudaOffer:
         """Have the parts that have not begun copied in their turn."""
         left = len(self._idle.take_back(self._steps, self._fails))
         if not left and not self._steps.running and self._failed is None:
-            return CudaEvent(self._copies.behind_idle())  # it is there
+            return self._copies.reached()  # it is there
         return self._copies.go_on(self, self._parts[len(self._parts) - left :], self._check)
 
     def drop(self) -> CudaEvent:
