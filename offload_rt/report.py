@@ -214,7 +214,8 @@ class ExpertUse:
             `prompt_unused` are as above.
         distances: of all passes of one row so far but prompts', how often an expert was asked for
             that was the n-th most recently used of its layer, counted from 0; last of those not
-            used before. Those before the n-th are the hits of n slots a layer.
+            used before, but for those that slots were filled with: these come behind all used ones.
+            Those before the n-th are the hits of n slots a layer.
     """
 
     slots: int

@@ -1,6 +1,7 @@
 """Slots of experts are filled when a model is loaded, while nothing else is read."""
 
 import os
+import random
 import threading
 import time
 import tracemalloc
@@ -18,6 +19,7 @@ from offload_rt.config import GenerationConfig, HomeKind, LookAhead, SamplingCon
 from offload_rt.device.cpu import CpuCopyStream
 from offload_rt.engine.decoding import Run
 from offload_rt.model import weight_files as files_module
+from offload_rt.planning.history import use_of
 from offload_rt.streaming.experts import ExpertPool
 
 
@@ -193,7 +195,7 @@ def test_of_copies_that_wait_to_be_last_one_takes_memory():
         finally:
             tracemalloc.stop()
         assert all(offer.begun_bytes == 120 for offer in offers)
-        assert max(waiting, there, most) < 150 * count  # bytes; each was 6 KB
+        assert max(waiting, there, most) < 150 * count  # bytes; one that is cut takes 3 KB
 
 
 @pytest.mark.parametrize("kept", [True, False])
@@ -245,6 +247,42 @@ def test_what_nobody_asked_for_is_replaced_first(slots):
     assert counts.misses == 5 * (2 - len(kept)) and counts.unused == counts.unused_bytes == 0
     assert all(pool.held(layer)[-2:] == asked for layer in range(5))
     assert counts.file_bytes + counts.host_bytes == 1000 * counts.misses
+
+
+@pytest.mark.parametrize("skewed", [True, False])
+def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed):
+    """A load, not something asked for: one run says the hits of all sizes, filled or not."""
+    dice, layers, experts = random.Random(7), range(3), 16
+    weights = [1 / (1 + e) if skewed else 1 for e in range(experts)]
+    tokens = [
+        [list(dict.fromkeys(dice.choices(range(experts), weights, k=2))) for _ in layers]
+        for _ in range(12)
+    ]
+
+    def counted(share, *, fill):
+        pool = pool_of(dict.fromkeys(layers, experts), share * len(layers), per_token=2)[0]
+        if fill:
+            pool.fill()
+        for token in tokens:
+            for layer in layers:
+                deque(pool.lend(layer, token[layer]), maxlen=0)
+        return pool.counts
+
+    plain = counted(experts, fill=False)
+    for share in (3, 5, 8, 11, 16):
+        own = counted(share, fill=True)
+        assert own.filled > 0 and own.calls == plain.calls
+        assert sum(own.distances[0]) == own.hits + own.misses == sum(plain.distances[0])
+        assert sum(own.distances[0][:share]) == own.hits
+        assert own.distances[0][-1] == plain.distances[0][-1] - own.filled
+        moved = [a - b for a, b in zip(own.distances[0][:-1], plain.distances[0], strict=False)]
+        assert min(moved) >= 0 and sum(moved) == sum(moved[:share]) == own.filled
+        use = use_of(own.calls, own.distances)  # as passes of the run are priced afterwards
+        said = use.misses(1, share, experts, per_token=2)
+        assert said * own.calls[0] == pytest.approx(own.misses)
+        for other in (3, 5, 8, 11, 16):
+            if other <= share:
+                assert sum(own.distances[0][:other]) == counted(other, fill=True).hits
 
 
 class Waiting:

@@ -110,7 +110,9 @@ class ExpertCounts:
         calls: times a layer asked, by class of the pass (`row_class`).
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
-            The hits of every size of pool at once (Mattson's stack distances).
+            The hits of every size of pool at once (Mattson's stack distances). What a slot was
+            filled with, and nobody has asked for, comes behind all that were, those first that lie
+            first: a pool of n slots a layer was filled with the first n.
     """
 
     hits: int = 0
@@ -268,6 +270,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._counts = dict(counts)
         self._held: dict[int, dict[int, ExpertSlot[BufferT]]] = {layer: {} for layer in counts}
         self._recent: dict[int, list[int]] = {layer: [] for layer in counts}
+        self._unasked = {layer: set(range(count)) for layer, count in counts.items()}
         self._following = dict(pairwise(sorted(counts)))
         self._layer: int | None = None
         self._takes, self._parts_left = False, 0
@@ -297,8 +300,9 @@ class ExpertPool(Generic[BufferT, SourceT]):
         short answer asks for few of them.
         """
         for layer, count in self._counts.items():
-            held = dict[int, ExpertSlot[BufferT]]()
-            for expert in self._in_place(layer, range(count))[: self.share]:
+            held, order = dict[int, ExpertSlot[BufferT]](), self._in_place(layer, range(count))
+            self._recent[layer] = order[::-1]
+            for expert in order[: self.share]:
                 held[expert] = slot = self._free.pop()
                 source = self._source(layer, expert)
                 slot.offer = self._copy.offer(slot.buffer, source, (), last=True)
@@ -388,9 +392,9 @@ class ExpertPool(Generic[BufferT, SourceT]):
         mine = [expert for expert in needed if expert in held and expert not in on_host]
         slots = {expert: held.pop(expert) for expert in mine}
         held.update(slots)  # as the most recently used, whatever becomes of this call
-        hits = [slot for expert, slot in slots.items() if expert not in late]
-        self._find_filled(layer, {e: slot for e, slot in slots.items() if e not in late})
-        self._count(layer, needed, hits, rows)
+        there = {expert: slot for expert, slot in slots.items() if expert not in late}
+        self._find_filled(layer, there)
+        self._count(layer, needed, there, rows)
         self.counts.on_host += len(on_host)
         for expert, slot in slots.items():
             self._ask_for(slot, layer, expert)
@@ -639,14 +643,15 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self,
         layer: int,
         needed: Sequence[int],
-        there: Sequence[ExpertSlot[BufferT]],
+        there: Mapping[int, ExpertSlot[BufferT]],
         rows: int,
     ) -> None:
         counts, recent = self.counts, self._recent[layer]
         like = row_class(rows, prompt=self.reads_prompt)
         counts.calls[like] = counts.calls.get(like, 0) + 1
-        ahead = sum(slot.ahead for slot in there)
-        for slot in there:
+        filled = {e for e, slot in there.items() if slot.filling and not slot.ahead}
+        ahead = sum(slot.ahead for slot in there.values())
+        for slot in there.values():
             slot.ahead = False
         counts.hits += len(there) - ahead
         counts.misses += len(needed) - len(there) + ahead
@@ -654,8 +659,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         size = max(self._counts.values()) + 1
         seen = counts.distances.setdefault(like, [0] * size)
         order = {expert: at for at, expert in enumerate(reversed(recent))}
+        order |= dict.fromkeys(self._unasked[layer] - filled, size - 1)
         for expert in needed:
-            seen[order.get(expert, size - 1)] += 1
+            seen[order[expert]] += 1
         fresh = set(needed)
+        self._unasked[layer] -= fresh
         recent[:] = [expert for expert in recent if expert not in fresh]
         recent += needed
