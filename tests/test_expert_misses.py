@@ -15,7 +15,7 @@ from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from quantised import CASES, write_gpt_oss, write_twins
 from test_cuda_numbers import ROOM
-from test_experts import lru_hits, pool_of, traced
+from test_experts import lend, lru_hits, pool_of, traced
 from test_workload import GPU
 from value_double import open_double
 
@@ -264,7 +264,7 @@ def test_no_slot_is_overwritten_whatever_the_host_computes():
                     foreseen = dice.sample(range(4 if layer else 8), dice.randint(0, 3))
                     # A pass that the host has a part of foresees nothing; the pool can do both.
                     foresee = foreseen.copy if dice.random() < 0.5 else None
-                    lent = pool.lend(layer, needed, 1, foresee, frozenset(away))
+                    lent = lend(pool, layer, needed, 1, foresee, frozenset(away))
                     got = set()
                     for expert, buffer in lent:
                         compute.kernel(reads=[buffer], writes=[], seconds=0.5)
@@ -283,17 +283,17 @@ def test_no_slot_is_overwritten_whatever_the_host_computes():
 def test_the_host_computes_before_it_waits(monkeypatch, together):
     """A wait for what is on its way may block the host: what it can do until then, it does."""
     pool, _, compute = pool_of({0: 8}, 6, per_token=4)
-    order = [expert for expert, _ in pool.lend(0, [0, 1])]
+    order = [expert for expert, _ in lend(pool, 0, [0, 1])]
     wait = compute.wait
     monkeypatch.setattr(compute, "wait", lambda event: (order.append("wait"), wait(event)))
     order.clear()
     away, meanwhile = frozenset([3]), partial(order.append, "host")
     asked = Asked([0, 1, 2, 3], 1, None, away, meanwhile, there=4 if together else 1)
-    for group in pool.lend_together(0, asked):
+    for group in pool.lend(0, asked):
         order.extend(expert for expert, _ in group)
     assert order == [0, 1, "host", "wait", 2]
     order.clear()
-    assert len([*pool.lend(0, [0, 1], 1, None, frozenset(), meanwhile)]) == 2
+    assert len([*lend(pool, 0, [0, 1], 1, None, frozenset(), meanwhile)]) == 2
     assert order == ["host"]  # nothing is waited for: afterwards
 
 
@@ -310,7 +310,7 @@ def test_nothing_is_foreseen_where_the_host_may_compute(make_tiny, opened):
             assert pool.foresees == (rows > 8)
     for meanwhile in (None, list):
         pool, copy, _ = pool_of({0: 4, 1: 4}, 8, per_token=2)
-        for _ in pool.lend(0, range(4), 4, None, frozenset(), meanwhile):
+        for _ in lend(pool, 0, range(4), 4, None, frozenset(), meanwhile):
             pass
         assert copy.statistics().bytes_copied == (4000 if meanwhile else 8000)
 
@@ -319,7 +319,7 @@ def test_what_is_copied_behind_in_vain_is_counted():
     """All that is read was asked for, or is counted as read in vain."""
     pool, copy, _ = pool_of({0: 8}, 4, per_token=2)
     for needed, away in (([0, 1], [1]), ([2, 3], []), ([4, 5], [])):
-        for _ in pool.lend(0, needed, on_host=frozenset(away)):
+        for _ in lend(pool, 0, needed, on_host=frozenset(away)):
             pass
     counts, read = pool.counts, copy.statistics().bytes_copied
     assert (counts.misses, counts.on_host, counts.unused, counts.unused_bytes) == (6, 1, 0, 1000)

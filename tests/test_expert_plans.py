@@ -12,7 +12,7 @@ import pytest
 from engines import engine_for, generate
 from expert_models import make_mixture
 from quantised import write_gpt_oss
-from test_experts import pool_of
+from test_experts import lend, pool_of
 from test_planner import plan
 from test_workload import CPU as CPU_SPEEDS
 from test_workload import GPU
@@ -305,11 +305,11 @@ def test_one_run_says_the_hits_and_bytes_of_others_in_pools_of_other_sizes(tmp_p
             texts
         ):  # a prompt: all at once, what was used last as the last
             asked = reversed(dict.fromkeys(e for row in reversed(text[:60]) for e in row))
-            deque(pool.lend(layer, list(asked), rows=60), maxlen=0)
+            deque(lend(pool, layer, list(asked), rows=60), maxlen=0)
         before = pool.counts.hits, pool.counts.misses
         for token in range(60, 1260):
             for layer, text in enumerate(texts):
-                deque(pool.lend(layer, text[token]), maxlen=0)
+                deque(lend(pool, layer, text[token]), maxlen=0)
         return pool.counts, pool.counts.hits - before[0], pool.counts.misses - before[1]
 
     asked, *_ = run(share=16, seed=1)

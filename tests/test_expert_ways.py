@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from quantised import write_gpt_oss
 from test_expert_plans import routed
-from test_experts import pool_of, resident_answers, through_layers
+from test_experts import lend, pool_of, resident_answers, through_layers
 from test_profile import PROJECT
 
 from offload_rt.config import RuntimeConfig
@@ -219,7 +219,7 @@ def test_sequences_share_slots_as_a_pool_has_it(repeat, held):
     """Of drawn routes: each finds less again the more there are, until they ask for all."""
     own = pool_of({0: 64}, held, per_token=4)[0]
     for asked in routed(1200, 7, repeat):
-        deque(own.lend(0, asked), maxlen=0)
+        deque(lend(own, 0, asked), maxlen=0)
     seen = {kind: Distances(calls=n, counts=tuple(own.counts.distances[kind]))
             for kind, n in own.counts.calls.items()}  # fmt: skip
     use, lacked = ExpertUse(seen=seen), {}
@@ -230,7 +230,7 @@ def test_sequences_share_slots_as_a_pool_has_it(repeat, held):
             if token == 30:
                 before = pool.counts.misses
             asked = reversed(dict.fromkeys(e for row in reversed(rows) for e in row))
-            deque(pool.lend(0, list(asked), rows=sequences), maxlen=0)
+            deque(lend(pool, 0, list(asked), rows=sequences), maxlen=0)
         lacked[sequences] = (pool.counts.misses - before) / 170
         said = use.misses(sequences, held, experts=64, per_token=4, sequences=sequences)
         assert said == pytest.approx(lacked[sequences], rel=0.15, abs=0.2 * sequences)
@@ -272,7 +272,7 @@ def test_what_a_layer_lacks_is_computed_as_it_comes(misses):
     for _ in range(4):
         start_s = compute.time_s
         copy.wait(compute.record())  # the router's choice is known then
-        for _, buffer in pool.lend(0, [next(asked) for _ in range(misses)]):
+        for _, buffer in lend(pool, 0, [next(asked) for _ in range(misses)]):
             compute.kernel(reads=[buffer], writes=[], seconds=seconds)
         took_s = compute.time_s - start_s
     assert copy.statistics().bytes_copied == 4 * misses * 1000

@@ -36,7 +36,7 @@ from offload_rt.model import weight_files as files_module
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.expert_layout import plan_units
 from offload_rt.model.network import experts_of
-from offload_rt.streaming.experts import ExpertPool, shares_of
+from offload_rt.streaming.experts import Asked, ExpertPool, shares_of
 
 
 @pytest.fixture(autouse=True)
@@ -129,7 +129,7 @@ def test_places_are_summed_in_their_order_whoever_came_first(monkeypatch):
 def traced(engine):
     """What each layer asks for from now on: layer, experts, those held before and after."""
     pool, trace = engine.runner.experts, []
-    lend = pool.lend_together
+    lend = pool.lend
 
     def watched(layer, asked):
         pool.begin(layer, 1) if layer != pool._layer else None
@@ -137,7 +137,7 @@ def traced(engine):
         yield from lend(layer, asked)
         trace.append((layer, list(asked.needed), before))
 
-    pool.lend_together = watched
+    pool.lend = watched
     return trace
 
 
@@ -255,7 +255,7 @@ def test_a_pass_that_asks_for_more_than_there_is_does_not_lose_all_it_has(layers
     pool = pool_of(dict.fromkeys(range(layers), 16), slots=8 * layers, per_token=2)[0]
     for turn in range(4):
         for layer in range(layers):
-            lent = [expert for expert, _ in pool.lend(layer, range(12), rows=6)]
+            lent = [expert for expert, _ in lend(pool, layer, range(12), rows=6)]
             assert sorted(lent) == list(range(12))
         assert pool.counts.hits == 8 * layers * turn
 
@@ -277,6 +277,12 @@ def pool_of(counts, slots, per_token):
     return pool, copy, compute
 
 
+def lend(pool, layer, *asked, **named):
+    """The experts that a pool lends, one after the other; the rest as of `Asked`."""
+    for group in pool.lend(layer, Asked(*asked, **named)):
+        yield from group
+
+
 def test_no_slot_is_overwritten_before_it_was_computed_from():
     """Random passes of several layers; breaking off leaves the pool good, too."""
     dice = random.Random(3)
@@ -288,7 +294,7 @@ def test_no_slot_is_overwritten_before_it_was_computed_from():
                 pool.begin(layer, parts)
                 for _ in range(parts):
                     needed = dice.sample(range(count), dice.randint(1, count))
-                    lent = pool.lend(layer, needed)
+                    lent = lend(pool, layer, needed)
                     for number, (_, buffer) in enumerate(lent):
                         compute.kernel(reads=[buffer], writes=[], seconds=0.5)
                         if dice.random() < 0.02:
@@ -304,7 +310,7 @@ def through_layers(pool, compute, layers, parts, seconds):
     for layer in layers:
         pool.begin(layer, parts)
         for _ in range(parts):
-            for _, buffer in pool.lend(layer, range(8), rows=99):
+            for _, buffer in lend(pool, layer, range(8), rows=99):
                 compute.kernel(reads=[buffer], writes=[], seconds=seconds / parts)
     return compute.time_s
 
@@ -325,7 +331,7 @@ def test_a_prompt_takes_the_time_of_its_reads_or_of_its_computing(slots, parts, 
 def test_what_was_copied_ahead_in_vain_is_counted_and_given_up_first():
     pool, copy, _ = pool_of({0: 8, 1: 8, 2: 8}, 24, per_token=2)
     for layer, needed in ((0, range(8)), (1, [3]), (2, [1])):
-        for _ in pool.lend(layer, needed):
+        for _ in lend(pool, layer, needed):
             pass
     pool.begin(0, 1)
     counts, read = pool.counts, copy.statistics().bytes_copied // 1000
@@ -333,12 +339,12 @@ def test_what_was_copied_ahead_in_vain_is_counted_and_given_up_first():
     assert pool.held(1)[-1] == 3 and len(pool.held(1)) == pool.share == 8
     assert counts.unused == 0 and read == 8 + 8 + 1  # seven may still be asked for
     for expert in range(8):
-        for _ in pool.lend(1, [expert]):
+        for _ in lend(pool, 1, [expert]):
             pass
     assert (counts.hits, counts.misses, counts.ahead) == (1, 8 + 1 + 1 + 7, 8)
     small = pool_of({0: 8, 1: 8, 2: 8}, 12, per_token=2)[0]
     for layer, needed in ((0, range(8)), (1, [3]), (2, [1])):
-        for _ in small.lend(layer, needed):
+        for _ in lend(small, layer, needed):
             pass
     assert small.counts.ahead == 1 and small.counts.unused == 8 - small.share
     assert 3 in small.held(1)
@@ -349,7 +355,7 @@ def test_a_layer_keeps_its_share_for_what_its_last_rows_asked_for(parts):
     pool = pool_of({0: 8, 1: 8}, 12, per_token=2)[0]
     pool.begin(0, parts)
     for _ in range(parts):
-        for _ in pool.lend(0, range(8)):
+        for _ in lend(pool, 0, range(8)):
             pass
     assert pool.held(0) == list(range(8 - pool.share, 8)) and len(pool.held(1)) == 12 - pool.share
 
@@ -358,7 +364,7 @@ def test_a_wait_that_is_left_out_is_found(monkeypatch):
     monkeypatch.setattr(SimStream, "wait", lambda stream, event: None)
     pool, _, compute = pool_of({0: 4}, 2, per_token=2)
     with pytest.raises(StreamOrderError):
-        for _, buffer in pool.lend(0, [0, 1]):
+        for _, buffer in lend(pool, 0, [0, 1]):
             compute.kernel(reads=[buffer], writes=[], seconds=1.0)
 
 

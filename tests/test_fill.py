@@ -12,7 +12,7 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for
 from expert_models import make_mixture
-from test_experts import pool_of, resident_answers
+from test_experts import lend, pool_of, resident_answers
 from test_look_ahead import Source
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, SamplingConfig
@@ -238,7 +238,7 @@ def test_what_nobody_asked_for_is_replaced_first(slots):
     assert copy.statistics().bytes_copied == pool.filled_bytes == 5 * share * 1000
     asked = [7, 6]
     for layer in range(5):
-        for _, buffer in pool.lend(layer, asked):
+        for _, buffer in lend(pool, layer, asked):
             compute.kernel(reads=[buffer], writes=[], seconds=0.5)
     pool.begin(0, 1)
     counts = pool.counts
@@ -265,7 +265,7 @@ def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed):
             pool.fill()
         for token in tokens:
             for layer in layers:
-                deque(pool.lend(layer, token[layer]), maxlen=0)
+                deque(lend(pool, layer, token[layer]), maxlen=0)
         return pool.counts
 
     plain = counted(experts, fill=False)
@@ -310,8 +310,8 @@ def test_a_prompt_copies_ahead_what_only_waits_to_be_filled(monkeypatch):
     pool.fill()
     assert len(pool.held(1)) == pool.share == 8
     pool.begin(0, 1)
-    assert sorted(expert for expert, _ in pool.lend(0, range(8), rows=20)) == [*range(8)]
+    assert sorted(expert for expert, _ in lend(pool, 0, range(8), rows=20)) == [*range(8)]
     assert [slot.ahead for slot in pool._held[1].values()] == [True] * 8
     pool.begin(1, 1)
-    assert sorted(expert for expert, _ in pool.lend(1, range(8), rows=20)) == [*range(8)]
+    assert sorted(expert for expert, _ in lend(pool, 1, range(8), rows=20)) == [*range(8)]
     assert pool.counts.ahead == 8 and pool.counts.unused == pool.filled_bytes == 0

@@ -14,7 +14,7 @@ from engines import PROMPT, all_logits, engine_for, generate
 from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from test_cuda_numbers import ROOM
-from test_experts import lru_hits, pool_of, resident_answers, traced
+from test_experts import lend, lru_hits, pool_of, resident_answers, traced
 from value_double import LateDriver, open_as, open_double
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, RuntimeConfig, SamplingConfig
@@ -110,7 +110,7 @@ def test_the_next_router_is_asked_with_these_rows(make_tiny):
     """What is foreseen for a layer is what its router says of rows of the layer before."""
     folder, seen, asked = make_mixture(make_tiny, "mixtral"), [], []
     with engine_for(folder, expert_slots=9, **AHEAD) as engine:
-        pool, lend = engine.runner.experts, engine.runner.experts.lend_together
+        pool, lend = engine.runner.experts, engine.runner.experts.lend
 
         def watched(layer, given):
             seen.append(None if given.foresee is None else given.foresee())
@@ -120,7 +120,7 @@ def test_the_next_router_is_asked_with_these_rows(make_tiny):
             asked.append(hidden)
             return compute(module, hidden, *rest)
 
-        pool.foresees, pool.lend_together = True, watched
+        pool.foresees, pool.lend = True, watched
         compute = experts_module.ALL_EXPERTS_FUNCTIONS[experts_module.EXPERTS_NAME]
         experts_module.ALL_EXPERTS_FUNCTIONS.register(experts_module.EXPERTS_NAME, noted)
         try:
@@ -144,7 +144,7 @@ def test_no_slot_is_overwritten_whatever_is_foreseen():
                 for _ in range(parts):
                     needed = dice.sample(range(count), dice.randint(1, 3))
                     foreseen = dice.sample(range(4 if layer else 8), 3)
-                    lent = pool.lend(layer, needed, 1, lambda foreseen=foreseen: foreseen)
+                    lent = lend(pool, layer, needed, 1, lambda foreseen=foreseen: foreseen)
                     for _, buffer in lent:
                         compute.kernel(reads=[buffer], writes=[], seconds=0.5)
                         if dice.random() < 0.02:
@@ -176,7 +176,7 @@ def test_what_a_dropped_copy_was_to_wait_for_the_next_one_waits_for():
     pool, _, compute = pool_of({0: 8, 1: 8}, 7, per_token=2)
     pool._copy = NeverBegun("copy", 1e3)
     for layer, needed in [(0, [0, 1, 2]), (1, [0, 1, 2, 3]), (0, [0, 1, 2]), (1, [4])]:
-        for _, buffer in pool.lend(layer, needed, 1, lambda: [7]):
+        for _, buffer in lend(pool, layer, needed, 1, lambda: [7]):
             compute.kernel(reads=[buffer], writes=[], seconds=0.5)
     assert pool.counts.unused > 0 == pool.counts.unused_bytes
 

@@ -86,7 +86,7 @@ class PooledExperts:
 
     def lend(self, asked: Asked) -> Iterator[Sequence[tuple[int, ExpertWeights]]]:
         """Lend the weights of experts: those that are there first."""
-        for group in self._pool.lend_together(self._layer, asked):
+        for group in self._pool.lend(self._layer, asked):
             yield [(expert, self._weights(expert, buffer)) for expert, buffer in group]
 
     def _weights(self, expert: int, buffer: DeviceBuffer) -> ExpertWeights:

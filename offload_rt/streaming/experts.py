@@ -360,25 +360,7 @@ class ExpertPool(Generic[BufferT, SourceT]):
             slot.offer is not None and not slot.ahead and not slot.offer.begun_bytes
         )
 
-    def lend(
-        self,
-        layer: int,
-        needed: Sequence[int],
-        rows: int = 1,
-        foresee: Callable[[], Sequence[int]] | None = None,
-        on_host: Set[int] = frozenset(),
-        meanwhile: Callable[[], None] | None = None,
-    ) -> Iterator[tuple[int, BufferT]]:
-        """Lend experts of a layer, each until the next is asked for; arguments as of `Asked`.
-
-        Returns:
-            Each with its buffer: those that are there, then the others as they come.
-        """
-        asked = Asked(needed, rows, foresee, on_host, meanwhile)
-        for group in self.lend_together(layer, asked):
-            yield from group
-
-    def lend_together(self, layer: int, asked: Asked) -> Iterator[Sequence[tuple[int, BufferT]]]:
+    def lend(self, layer: int, asked: Asked) -> Iterator[Sequence[tuple[int, BufferT]]]:
         """Lend experts in groups as is asked, none that is there with one that is not."""
         needed, rows, foresee = asked.needed, asked.rows, asked.foresee
         on_host, meanwhile = asked.on_host, asked.meanwhile
