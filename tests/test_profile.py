@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from offload_rt.device.kinds import Processor
 from offload_rt.errors import ConfigError, ProfileError
+from offload_rt.model.formats import stored
 from offload_rt.profiling import decoding, identity
 from offload_rt.profiling.codec import MalformedError, decode, encode
 from offload_rt.profiling.identity import compare
@@ -654,6 +655,19 @@ def test_a_machine_says_who_multiplies(registers, kernels, monkeypatch):
     assert decoding.multiplies(made) is (kernels and not registers)
     assert decoding.rows_apart(made) == (32 if registers and not kernels else 0)
     assert decode(encode(made)) == made
+
+
+@pytest.mark.parametrize("llvm", [True, False])
+def test_plain_weights_are_multiplied_by_kernels_whether_numba_is_on_or_off(llvm, monkeypatch):
+    """LLVM makes those kernels without it; only without LLVM a product takes 32 rows at a time."""
+    machine = dataclasses.replace(MACHINE, kernels=False, matrix_registers=True)
+    made = profile(machine=machine)
+    monkeypatch.setattr(decoding, "processor", lambda: (machine.cpu, ""))
+    monkeypatch.setattr(stored, "processor_flags", lambda: {"avx512_bf16", "amx_bf16"})
+    monkeypatch.setattr(stored.compiled, "problem", lambda: "switched off by NUMBA_DISABLE_JIT")
+    monkeypatch.setattr(stored.importlib.util, "find_spec", lambda name: llvm or None)
+    assert decoding.rows_apart(made) == (0 if llvm else 32)
+    assert not decoding.multiplies(made, exact=True)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from offload_rt.device.kinds import Processor
 from offload_rt.device.system import processor, takes_matrix_registers
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.stored import kernels_multiply
+from offload_rt.model.formats.stored import kernels_multiply, kernels_multiply_plain
 from offload_rt.profiling.profile import Decoder, HardwareProfile, Number, Obtained
 
 _WHERE = 'docs/RESULTS.md, "Dequantising on the way"'
@@ -103,10 +103,13 @@ def multiplies(profile: HardwareProfile, *, exact: bool = False) -> bool:
 def rows_apart(profile: HardwareProfile) -> int:
     """Rows that a row-invariant product of the CPU takes at once, one after the other; 0: all.
 
-    Where torch multiplies in matrix registers (`kernels/tiles.py`), unless kernels do instead.
+    Where torch multiplies in matrix registers (`kernels/tiles.py`), unless kernels do instead: with
+    plain weights, and with those that torch has dequantised.
     """
-    alone = profile.machine.matrix_registers and not multiplies(profile, exact=True)
-    return 2 * ROW_TILE if alone else 0
+    machine = profile.machine
+    here = machine.kernels is None or _is_here(profile)
+    instead = kernels_multiply_plain() if here else machine.kernels
+    return 2 * ROW_TILE if machine.matrix_registers and not instead else 0
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:

@@ -1,5 +1,6 @@
 """A quantised weight as it is stored, and the memory that dequantising it needs. No torch here."""
 
+import importlib.util
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -187,6 +188,14 @@ def kernels_multiply(*, exact: bool = False) -> bool:
         and (exact or not takes_matrix_registers("bfloat16"))
         and not compiled.problem()  # numba brings llvmlite, and is what can be switched off
     )
+
+
+def kernels_multiply_plain() -> bool:
+    """Whether kernels of LLVM's multiply plain bf16 in row-invariant passes, here and now.
+
+    They do whether numba is switched off or not (`kernels/assembling.py`).
+    """
+    return _FLAG in processor_flags() and importlib.util.find_spec("llvmlite") is not None
 
 
 def could_multiply(stored: Stored, dtype: str) -> bool:
