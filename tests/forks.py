@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 from importlib import import_module
+from types import SimpleNamespace
 
 PROGRAM = "offload-run"  # instead of the path of a program: the command line of a console
 IMPORTED = (  # not numba, whose variables are read when it is
@@ -22,11 +23,13 @@ IMPORTED = (  # not numba, whose variables are read when it is
 )
 _PR_SET_CHILD_SUBREAPER = 36  # prctl.h
 _MESSAGE_BYTES = 2**20
-_parent: list[socket.socket] = []
+_lines: dict[str, socket.socket] = {}
 
 
 class Forked(subprocess.Popen):
     """As `subprocess.Popen` of `[sys.executable, "-c", ...]`, `"-m"`, or `[PROGRAM, ...]`."""
+
+    imported = "all"
 
     def _execute_child(
         self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startup, flags, shell,
@@ -34,9 +37,10 @@ class Forked(subprocess.Popen):
         start_new_session, *more,
     ):  # fmt: skip
         words = list(map(os.fspath, args))
-        assert words[0] in (PROGRAM, sys.executable) and not (preexec_fn or pass_fds or shell)
+        assert words[0] in (PROGRAM, sys.executable) and not (preexec_fn or shell)
         job = {
-            "words": words if words[0] == PROGRAM else words[1:],
+            "words": words if words[0] == PROGRAM else [w for w in words[1:] if w != "-P"],
+            "kept": sorted(pass_fds),
             "folder": os.fspath(cwd or os.getcwd()),
             "environment": dict(os.environ if env is None else env),
             "session": start_new_session,
@@ -48,14 +52,28 @@ class Forked(subprocess.Popen):
         prctl = ctypes.CDLL(None).prctl
         prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # whose parent ends is a child of this process
         try:
-            line = _line()
-            socket.send_fds(line, [json.dumps(job).encode()], streams)
+            line = _line(self.imported)
+            socket.send_fds(line, [json.dumps(job).encode()], [*streams, *job["kept"]])
             self.pid = int(line.recv(_MESSAGE_BYTES))
             assert line.recv(_MESSAGE_BYTES) == b"ended"
         finally:
             prctl(_PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
         self._child_created = True
+
+
+class ForkedText(Forked):
+    """The same of a process that has imported what one for tokenizers does, and no torch."""
+
+    imported = "text"
+
+
+def fork_tokenizers(monkeypatch):
+    """Have processes for tokenizers be forks; each of those that a bomb ends takes 1.4 s else."""
+    from offload_rt.text import process
+
+    pipes = {name: getattr(subprocess, name) for name in ("PIPE", "DEVNULL")}
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=ForkedText, **pipes))
 
 
 def run(arguments, **options):
@@ -66,21 +84,27 @@ def run(arguments, **options):
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
 
-def _line():
-    """To the process that has imported all; it ends with this one."""
-    if not _parent:
+def _line(imported):
+    """To the process that has imported `all`, or `text`; it ends with this one."""
+    if imported not in _lines:
+        from offload_rt.text.process import _ENVIRONMENT
+
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, __file__, str(theirs.fileno())]
-        subprocess.Popen(command, pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL)
+        subprocess.Popen(
+            [sys.executable, __file__, str(theirs.fileno()), imported],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            env=os.environ | (_ENVIRONMENT if imported == "text" else {}),
+        )
         theirs.close()
-        _parent.append(ours)
-    return _parent[0]
+        _lines[imported] = ours
+    return _lines[imported]
 
 
 def _jobs(line):
     """Fork as asked until nobody can ask; returns in a process that was asked for."""
     while True:
-        message, streams, _, _ = socket.recv_fds(line, _MESSAGE_BYTES, 3)
+        message, streams, _, _ = socket.recv_fds(line, _MESSAGE_BYTES, 8)
         if not message:
             sys.exit()
         between = os.fork()
@@ -98,9 +122,10 @@ def _jobs(line):
 
 def _settle(job, streams):
     """Make this process what it would be if it had just been started."""
-    for number, stream in enumerate(streams):
-        os.dup2(stream, number)
-        os.close(stream)
+    for number, stream in zip([0, 1, 2, *job["kept"]], streams, strict=True):
+        if number != stream:
+            os.dup2(stream, number)
+            os.close(stream)
     if job["session"]:
         os.setsid()
     os.chdir(job["folder"])
@@ -130,9 +155,18 @@ def _import_all():
     made.get_checkpoint_conversion_mapping("llama")  # compiles expressions of all families
 
 
+def _import_text():
+    from offload_rt.model.sparing import import_models
+
+    sys.modules["torch"] = None
+    import_models()
+    for name in ("offload_rt.text.worker", "transformers.models.auto.tokenization_auto"):
+        import_module(name)
+
+
 def _main():
     line = socket.socket(fileno=int(sys.argv[1]))
-    _import_all()
+    _import_all() if sys.argv[2] == "all" else _import_text()
     assert "numba" not in sys.modules
     gc.freeze()
     job, streams = _jobs(line)

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines import reference_model
+from forks import fork_tokenizers
 from tiny import write_tokenizer
 
 from offload_rt.engine import Run
@@ -47,6 +48,11 @@ DOUBLING = {
     "type": "Sequence",
     "normalizers": [{"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}] * 27,
 }
+
+
+@pytest.fixture(autouse=True)
+def _forked_tokenizers(monkeypatch):
+    fork_tokenizers(monkeypatch)
 
 
 @pytest.fixture(scope="module")
