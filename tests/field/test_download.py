@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -43,6 +44,14 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Repository)
         self.folder, self.sent, self.lost, self.cut = folder, Counter(), None, None
         self.stalled, self.ended = threading.Event(), threading.Event()
+
+    def others_are_there(self, name):
+        """Wait until the other files of weights are in the cache."""
+        others = [n for n in self.names if n.endswith(".safetensors") and n != name]
+        blobs = Path(os.environ["HF_HUB_CACHE"]) / "models--acme--tiny" / "blobs"
+        until = time.monotonic() + 20
+        while not all((blobs / etag(n)).exists() for n in others) and time.monotonic() < until:
+            time.sleep(0.01)
 
     @property
     def names(self):
@@ -88,7 +97,7 @@ class Repository(BaseHTTPRequestHandler):
 
     def send_file(self, name, body):
         if name == self.server.lost and body:
-            time.sleep(1)  # the other files come through meanwhile
+            self.server.others_are_there(name)
             return self.refuse("EntryNotFound")
         data = (self.server.folder / name).read_bytes()
         start = int(self.headers.get("Range", "bytes=0-")[6:].partition("-")[0])
@@ -133,7 +142,7 @@ def hub(tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with Hub(tmp_path / "repo") as server:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield server
         server.ended.set()
         server.shutdown()
