@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -451,7 +452,7 @@ def checked(kind: type[RowT], values: object) -> RowT:
 def _record(kind: Any, values: object) -> object:  # noqa: ANN401 - any dataclass
     if not isinstance(values, dict):
         raise MalformedError(f"{kind.__name__} is not an object")
-    hints, fields = get_type_hints(kind), dataclasses.fields(kind)
+    hints, fields = _hints(kind), dataclasses.fields(kind)
     if unknown := sorted(set(values) - {one.name for one in fields}):
         raise MalformedError(f"the key {unknown[0]!r} is not known")
     made = {}
@@ -461,6 +462,11 @@ def _record(kind: Any, values: object) -> object:  # noqa: ANN401 - any dataclas
         elif one.default is dataclasses.MISSING:
             raise MalformedError(f"the key {one.name!r} is missing")
     return kind(**made)
+
+
+@cache  # else a row costs more than its JSON does
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
 
 
 def _value(kind: Any, value: object, key: str) -> object:  # noqa: ANN401 - any annotation
