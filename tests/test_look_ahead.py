@@ -182,15 +182,18 @@ def test_what_a_dropped_copy_was_to_wait_for_the_next_one_waits_for():
 
 
 class Held:
-    """A source of 64 bytes for a GPU, which are read when they may be."""
+    """A source of 64 bytes, which are read when they may be."""
 
-    image = None
+    image, nbytes = None, 64
 
     def __init__(self, value, gate=None):
         self.value, self.gate, self.begun = value, gate, threading.Event()
 
     def pieces(self):
         return [CopyPiece(offset=0, image_bytes=64, nbytes=64, load=self._load)]
+
+    def blocks(self, dst):
+        return [CopyBlock(64, lambda: self._load(dst))]
 
     def _load(self, memory):
         self.begun.set()
@@ -259,6 +262,28 @@ def test_what_is_asked_for_goes_before_what_is_offered():
         offer.ask().synchronize()
     assert [key for key in begun if key[0] == "offer"] == [("offer", i) for i in range(3)]
     assert offer.begun_bytes == 30 or offer.begun_bytes == 20  # the last may be a reader's
+
+
+@pytest.mark.parametrize("device", [CpuDevice, lambda: CudaDevice(0, driver=LateDriver())])
+def test_what_is_offered_waits_for_all_streams_of_a_device(device):
+    """What KV that is away asks of a stream of its own goes first, too."""
+    held, others = Held(1, threading.Event()), [Held(2), Held(3)]
+    with closing(device()) as device, closing(device.new_copy_stream()) as kv:
+        buffers = [device.allocate(64, "test") for _ in range(3)]
+        kv.copy(buffers[0], held)
+        done = kv.record()
+        assert held.begun.wait(5)
+        offers = [
+            device.copy.offer(buffer, source, (), last=last)
+            for buffer, source, last in zip(buffers[1:], others, (False, True), strict=True)
+        ]
+        assert not others[0].begun.wait(0.05) and not others[1].begun.is_set()
+        held.gate.set()
+        done.synchronize()
+        assert others[1].begun.wait(5)  # behind the other one
+        for offer in offers:
+            offer.ask().synchronize()
+        assert [buffer.tensor.tolist() for buffer in buffers] == [[n] * 64 for n in (1, 2, 3)]
 
 
 def test_what_is_dropped_is_not_read_and_raises_nothing():

@@ -119,10 +119,18 @@ class CpuCopyStream:
     Args:
         threads: blocks in flight at once.
         run: how a block is run; a `Pacer`'s, or straight away.
+        streams: all of the device, to which it adds itself: what is offered waits for each.
     """
 
-    def __init__(self, threads: int, run: Callable[[CopyBlock], None]) -> None:
+    def __init__(
+        self,
+        threads: int,
+        run: Callable[[CopyBlock], None],
+        streams: "list[CpuCopyStream] | None" = None,
+    ) -> None:
         self._run = run
+        self._streams = [] if streams is None else streams
+        self._streams.append(self)
         self._queue: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._meter = LinkMeter()
         self._pending: list[Copies] = []
@@ -230,8 +238,14 @@ class CpuCopyStream:
         self._pending.append(copies)
 
     def _quiet(self) -> None:
-        for copies in self._pending:
-            copies.done.wait()
+        while asked := [
+            copies
+            for stream in [*self._streams]
+            for copies in stream._pending
+            if not copies.done.is_set()
+        ]:
+            for copies in asked:
+                copies.done.wait()
 
     def _work(self) -> None:
         while True:
@@ -321,7 +335,8 @@ class CpuDevice:
     ) -> None:
         self._readers = readers
         self._pacer = None if link_bytes_per_s is None else Pacer(link_bytes_per_s)
-        self.load = CpuCopyStream(readers, lambda block: block.run())
+        self._streams = list[CpuCopyStream]()
+        self.load = CpuCopyStream(readers, lambda block: block.run(), self._streams)
         self.copy = self.load if self._pacer is None else self.new_copy_stream()
         self.compute = CpuComputeStream()
         self._ledger: dict[str, int] = {}
@@ -331,8 +346,8 @@ class CpuDevice:
     def new_copy_stream(self) -> CpuCopyStream:
         """Start more reader threads; an emulated link is shared by all its streams."""
         if self._pacer is not None:
-            return CpuCopyStream(1, self._pacer.run)
-        return CpuCopyStream(self._readers, lambda block: block.run())
+            return CpuCopyStream(1, self._pacer.run, self._streams)
+        return CpuCopyStream(self._readers, lambda block: block.run(), self._streams)
 
     def allocate(self, nbytes: int, purpose: str) -> HostBuffer:
         """Allocate memory for the whole run and enter it in the ledger."""

@@ -293,11 +293,11 @@ class ExpertPool(Generic[BufferT, SourceT]):
         any other. What nobody asked for is replaced first.
 
         Always, whatever the length of answers: it costs time of a link that idles and no memory,
-        what is asked for shares the disk with one step of a few MiB at most, and who ends a run
-        early ends it. It is worth the reads of a first prompt that it saves: the share that is held
-        (docs/RESULTS.md, "Slots that are filled at load"). Not as layers that stay are loaded, with
-        everybody waiting: that would cost a run its pool's bytes before the first token, and a
-        short answer asks for few of them.
+        what is asked for on this device, of KV that is away too, shares the disk with one step of a
+        few MiB at most, and who ends a run early ends it. It is worth the reads of a first prompt
+        that it saves: the share that is held (docs/RESULTS.md, "Slots that are filled at load").
+        Not as layers that stay are loaded, with everybody waiting: that would cost a run its pool's
+        bytes before the first token, and a short answer asks for few of them.
         """
         for layer, count in self._counts.items():
             held, order = dict[int, ExpertSlot[BufferT]](), self._in_place(layer, range(count))

@@ -199,9 +199,9 @@ class CudaDevice:
 
     def _copy_stream(self, stream: DriverStream) -> CudaCopyStream:
         new_stream = partial(self._driver.stream, self.torch_device)
-        made = CudaCopyStream(stream, self._pinned, self._staging, self._readers, new_stream)
-        self._copies.append(made)
-        return made
+        return CudaCopyStream(
+            stream, self._pinned, self._staging, self._readers, new_stream, self._copies
+        )
 
     def close(self) -> None:
         """End the copies, then unpin."""

@@ -66,10 +66,15 @@ class OrderedQueue(Generic[LocalT]):
             self._queue.put((self._issued, prepare, always))
             self._issued += 1
 
+    def is_empty(self) -> bool:
+        """Whether all that was submitted so far has run."""
+        with self._lock:
+            return self._issued == self._finished
+
     def wait_until_empty(self) -> None:
         """Block until all that was submitted so far has run."""
         with self._turn:
-            self._turn.wait_for(lambda: self._issued == self._finished)
+            self._turn.wait_for(self.is_empty)
 
     def close(self) -> None:
         """Drop what is not started, wait for what is, end the threads."""

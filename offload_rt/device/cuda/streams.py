@@ -138,6 +138,7 @@ class CudaCopyStream:
         staging: what all others go through.
         readers: pieces that are read at once.
         new_stream: opens one more of the driver's, for what is offered.
+        streams: all of the device, to which it adds itself: what is offered waits for each.
     """
 
     def __init__(
@@ -147,7 +148,10 @@ class CudaCopyStream:
         staging: StagingPool,
         readers: int,
         new_stream: Callable[[], DriverStream],
+        streams: "list[CudaCopyStream]",
     ) -> None:
+        self._streams = streams
+        streams.append(self)
         self._stream, self._pinned = stream, pinned
         self._new_stream = new_stream
         self._idle_stream: DriverStream | None = None
@@ -262,9 +266,15 @@ class CudaCopyStream:
         return self._idle_stream.record()
 
     def _quiet(self) -> None:
-        self._queue.wait_until_empty()
-        if self._latest is not None:
-            self._latest.synchronize()
+        while asked := [stream for stream in [*self._streams] if not stream._is_quiet()]:
+            for stream in asked:
+                stream._queue.wait_until_empty()
+                if stream._latest is not None:
+                    stream._latest.synchronize()
+
+    def _is_quiet(self) -> bool:
+        """Whether nothing that was asked for is on its way."""
+        return self._queue.is_empty() and (self._latest is None or self._latest.done())
 
     def store(self, dst: HomeTarget, src: torch.Tensor) -> None:
         """Copy device memory into the host memory of a home, in its turn in the driver's queue.
