@@ -15,13 +15,14 @@ from test_expert_plans import routed
 from test_experts import lend, pool_of, resident_answers, through_layers
 from test_profile import PROJECT
 
-from offload_rt.config import RuntimeConfig
-from offload_rt.costs.drafters import NO_DRAFTING
+from offload_rt.config import DraftConfig, RuntimeConfig
+from offload_rt.costs.drafters import NO_DRAFTING, Drafting, Expected
 from offload_rt.costs.experts import Distances, ExpertUse
 from offload_rt.costs.machine import FreeMemory, speeds_there
 from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.outline import outline_checkpoint
+from offload_rt.planning import planner as planner_module
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
 from offload_rt.planning.planner import Means, plan_run
 from offload_rt.profiling.store import load_profile
@@ -146,6 +147,38 @@ def test_neither_way_alone_would_be_faster(
             continue
         assert alone.placement.expert_slots == fixed_slots and not alone.ways
         assert least <= seconds_of(alone, load, checkpoint, speeds) * (1 + 1e-9)
+
+
+def test_a_way_that_is_alone_is_compared_with_its_prompt(models, monkeypatch):
+    """A long prompt, a short answer, and drafts that do not pay and leave room for one way of two.
+
+    Without the seconds of its prompt that way would seem the fastest of all.
+    """
+    checkpoint, speeds = models["qwen3_moe"], slower(MACHINES["cpu-2core-avx512bf16"], 1e8)
+    place = planner_module.place_run
+
+    def tight(*args, load, **more):
+        if load.whole and load.drafting.config.drafts:
+            raise PlanError("no ring fits beside what drafts")
+        return place(*args, load=load, **more)
+
+    monkeypatch.setattr(planner_module, "place_run", tight)
+    load = RunLoad(capacities=[1504], prompt_tokens=1500)
+    demand = place_run(checkpoint, RuntimeConfig(), speeds.device, load=load, free=FREE).demand
+    runtime = RuntimeConfig(device_limit_bytes=demand.fixed_bytes + sum(demand.layer_bytes) // 3)
+    means = Means(speeds=speeds, stated=lambda draft: Expected(tokens=1 + draft.nodes / 100))
+
+    def plan(**draft):
+        run = dataclasses.replace(load, drafting=Drafting(DraftConfig(**draft)))
+        return plan_run(checkpoint, runtime, speeds.device, load=run, free=FREE, means=means)
+
+    none, auto = plan(draft="none"), plan(draft="auto")
+    drafts = [plan(draft="ngram", draft_tokens=tokens) for tokens in (1, 2, 4)]
+    assert len(none.ways) == len(auto.ways) == 2 and not any(made.ways for made in drafts)
+    together_s = [seconds_of(made, load, checkpoint, speeds) for made in (none, *drafts)]
+    assert max(made.prediction.s_per_token for made in drafts) < together_s[0] < min(together_s[1:])
+    assert not auto.drafting.config.drafts
+    assert seconds_of(auto, load, checkpoint, speeds) == pytest.approx(together_s[0])
 
 
 def test_each_way_is_fastest_somewhere(models, tmp_path):
