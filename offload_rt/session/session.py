@@ -43,6 +43,7 @@ from offload_rt.session.options import (
 from offload_rt.session.recommended import with_recommended
 from offload_rt.session.scoring import Score, Text, Texts, encoded_pair, is_ids
 from offload_rt.session.settings import Settings
+from offload_rt.session.shared import kept_near
 from offload_rt.session.summary import PlanSummary, summary_of
 
 if TYPE_CHECKING:
@@ -463,7 +464,7 @@ class Session:
         while True:
             room = _rounded(_room_for(largest[:count]), self._limit)
             try:
-                self._engine_for(room, _kept_near(self._settings) if count > 1 else None)
+                self._engine_for(room, kept_near(self._settings) if count > 1 else None)
             except PlanError:
                 if count == 1:
                     raise
@@ -588,18 +589,6 @@ def _turns(prompt: object) -> "str | list[Message]":
             case _:
                 raise ConfigError(f"a turn of the prompt is {turn!r:.60}, {_ACCEPTED}")
     return turns
-
-
-def _kept_near(settings: Settings) -> Settings:
-    """The same with keys and values on the device, where the user leaves their place open.
-
-    More sequences save passes over the weights; keys and values that cross the link in each pass
-    would spend them again.
-    """
-    runtime = settings.runtime
-    if (runtime.kv, runtime.kv_folder, runtime.kv_block_tokens) != (KVPlace.AUTO, None, None):
-        return settings
-    return replace(settings, runtime=replace(runtime, kv=KVPlace.DEVICE))
 
 
 def _room_for(asked: Sequence[_Asked]) -> Room:
