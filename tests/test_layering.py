@@ -1,6 +1,7 @@
 """Imports point down, what must start fast imports no torch, and nothing unpickles or evals."""
 
 import ast
+import gc
 import graphlib
 import subprocess
 import sys
@@ -122,8 +123,18 @@ FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 
 @cache
 def nodes_of(source):
-    """All that a source consists of."""
-    return [*ast.walk(ast.parse(source))]
+    """All that a source consists of; a collection would look through all sources again."""
+    gc.disable()
+    try:
+        return [*ast.walk(ast.parse(source))]
+    finally:
+        gc.enable()
+
+
+@cache
+def imports_of(source):
+    """Its imports, wherever they are."""
+    return [node for node in nodes_of(source) if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
 def in_all(wrong, files):
@@ -175,7 +186,7 @@ def targets(node, module, is_package):
 def upward_imports(source, module, is_package=False):
     """What breaks the rule, as sentences."""
     mine, wrong = rank_of(module), []
-    for node in nodes_of(source):
+    for node in imports_of(source):
         for target in dict.fromkeys(targets(node, module, is_package)):
             other = target.removeprefix("offload_rt.")
             inside = other != target and not same_package(module, other)
@@ -201,15 +212,16 @@ def unsafe_uses(source, module="", is_package=False):
     """Ways to run code that came with a model, as sentences."""
     modules = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
     wrong = []
-    for node in nodes_of(source):
+    for node in imports_of(source):
         for target in targets(node, module, is_package):
             if target.split(".")[0] in modules:
                 wrong.append(f"line {node.lineno}: imports {target}")
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
-            if any(alias.name == "load" for alias in node.names):
-                wrong.append(f"line {node.lineno}: imports torch.load")
-        elif isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load":
-            wrong.append(f"line {node.lineno}: torch.load")
+            loads = any(alias.name == "load" for alias in node.names)
+            wrong += [f"line {node.lineno}: imports torch.load"] * loads
+    for node in nodes_of(source):
+        if isinstance(node, ast.Attribute) and node.attr == "load":
+            wrong += [f"line {node.lineno}: torch.load"] * (ast.unparse(node) == "torch.load")
         elif isinstance(node, ast.Name) and node.id in {"eval", "exec"}:
             wrong.append(f"line {node.lineno}: {node.id}()")
         elif isinstance(node, ast.keyword) and node.arg == "trust_remote_code":
@@ -235,7 +247,7 @@ def test_the_tower_has_every_floor():
 
 def uses_console(source, module, is_package=False):
     """What of a command line a module imports."""
-    nodes = nodes_of(source)
+    nodes = imports_of(source)
     named = {t.split(".")[0] for node in nodes for t in targets(node, module, is_package)}
     return sorted(named & {"click", "rich", "prompt_toolkit", "sys"})
 
@@ -252,7 +264,7 @@ def uses_harness(source, module, is_package=False):
     """Modules of the comparison harness that a module imports."""
     return [
         target
-        for node in nodes_of(source)
+        for node in imports_of(source)
         for target in targets(node, module, is_package)
         if target.removeprefix("offload_rt.").startswith(HARNESS)
     ]
@@ -274,7 +286,7 @@ def circle(files):
     """Files that import each other, in turn; empty if none do."""
     graph = {}
     for module, (source, is_package) in files.items():
-        nodes = nodes_of(source)
+        nodes = imports_of(source)
         named = {target for node in nodes for target in targets(node, module, is_package)}
         graph[module] = {name.removeprefix("offload_rt.") for name in named} & files.keys() - {
             module
@@ -395,9 +407,10 @@ def test_planted_unsafe_uses_are_found(source, found):
 def opens_ports(source):
     """Whether a module listens, or starts what does."""
     names = {"bind", "create_server", "start_server", "TCPStore", "rendezvous"}
-    calls = [node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [node.func for node in nodes_of(source) if isinstance(node, ast.Call)]
     called = {getattr(each, "attr", getattr(each, "id", "")) for each in calls}
-    return bool(called & names or any(ast.unparse(each) == "ray.init" for each in calls))
+    starts = (each for each in calls if getattr(each, "attr", "") == "init")
+    return bool(called & names or any(ast.unparse(each) == "ray.init" for each in starts))
 
 
 def test_ports_are_opened_where_security_says():
