@@ -587,10 +587,11 @@ def answered(request, make_tiny):
     model = make_tiny(request.param, num_hidden_layers=3, sliding_window=32)
 
     def answers(**place):
-        prompts, second = [LONG, PROMPT], [[*LONG, 5, 6, 7], LONG[:30]]
-        limits = {"tokens": 60, "prefill_chunk_tokens": 64, "device_limit_bytes": None}
+        long = LONG[:170]
+        prompts, second = [long, PROMPT], [[*long, 5, 6, 7], long[:30]]
+        limits = {"tokens": 24, "prefill_chunk_tokens": 64, "device_limit_bytes": None}
         with engine_for(model, prompts=prompts, **limits, **place) as engine:
-            return [generate(engine, asked, tokens=24) for asked in (prompts, second)]
+            return [generate(engine, asked, tokens=8) for asked in (prompts, second)]
 
     return answers, answers(kv=KVPlace.DEVICE)
 
@@ -598,17 +599,17 @@ def answered(request, make_tiny):
 @pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
 def test_answers_are_those_of_a_resident_cache(answered, place):
     answers, expected = answered
-    assert answers(kv_block_tokens=96, **place) == expected
+    assert answers(kv_block_tokens=48, **place) == expected
 
 
 @pytest.mark.parametrize("place", PLACES, ids=["disk", "host", "link", "link for KV alone"])
 def test_streamed_weights_and_streamed_kv(make_tiny, place):
-    model = make_tiny("llama", num_hidden_layers=4)
-    config = {"prompts": [LONG], "tokens": 40, "prefill_chunk_tokens": 100, "resident_layers": 1}
+    model, long = make_tiny("llama", num_hidden_layers=3), LONG[:150]
+    config = {"prompts": [long], "tokens": 20, "prefill_chunk_tokens": 100, "resident_layers": 1}
     with engine_for(model, kv=KVPlace.DEVICE, **config) as engine:
-        expected = all_logits(engine, LONG, steps=20)
+        expected = all_logits(engine, long, steps=12)
     with engine_for(model, kv_block_tokens=32, **(config | place)) as engine:
-        assert torch.allclose(all_logits(engine, LONG, steps=20), expected, atol=2e-4, rtol=1e-4)
+        assert torch.allclose(all_logits(engine, long, steps=12), expected, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("draft_tokens", [3, 24])
@@ -713,9 +714,9 @@ def gpu(monkeypatch):
     return double
 
 
-def steps_on(gpu, model, steps=18):
-    """Prompts in chunks, then enough steps that rows go home and blocks grow."""
-    prompts = [LONG[:90], LONG[:50]]
+def steps_on(gpu, model, steps=5):
+    """Prompts in chunks, then enough steps that rows of both go home and blocks grow."""
+    prompts = [LONG[:60], LONG[:28]]
     config = RuntimeConfig(
         device="cuda:0",
         home=HomeKind.HOST,
@@ -728,7 +729,7 @@ def steps_on(gpu, model, steps=18):
     checkpoint, waits = open_checkpoint(model), []
     with (
         fake_gpu(gpu),
-        Engine(checkpoint, config, capacities=[140, 100], prompt_tokens=140) as engine,
+        Engine(checkpoint, config, capacities=[80, 50], prompt_tokens=88) as engine,
     ):
         run = Run.start(engine, prompts, SamplingConfig(), GenerationConfig(max_tokens=steps + 1))
         gpu.strict = True
@@ -744,7 +745,7 @@ def test_kv_streams_to_a_gpu_in_order_and_without_host_syncs(gpu, make_tiny):
     waits = steps_on(gpu, model)
     assert len(set(waits)) == 1, "the program waited for an event in a step"
     assert gpu.unpinned_copies == 0
-    rows = sum(n - n % 16 for n in (90 + 18, 50 + 18))  # blocks of 16 are smaller than a write
+    rows = sum(n - n % 16 for n in (60 + 5, 28 + 5))  # blocks of 16 are smaller than a write
     assert gpu.copied_back_bytes == 3 * rows * 2 * 2 * 16 * 4
 
 
