@@ -20,6 +20,7 @@ from offload_rt.cli import run
 from offload_rt.cli.held import held
 from offload_rt.cli.talk_file import read_talks
 from offload_rt.speculative.medusa.calibration import read_calibration
+from offload_rt.training import job
 from offload_rt.training.frozen import FrozenTrainer
 from offload_rt.training.talks import Talk, split
 
@@ -32,6 +33,24 @@ needs_peft = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
+def tiny_model(make_tiny):
+    """Of two layers: a training reads all of them, and of no law here their number matters."""
+    return make_tiny("llama", tokenizer=True, num_hidden_layers=2)
+
+
+@pytest.fixture(autouse=True)
+def no_curve(request, monkeypatch):
+    """A curve is half a second of drawing: only who looks for one has it drawn."""
+    if "curves" not in request.fixturenames:
+        monkeypatch.setattr(job, "draw_curve", lambda *_: True)
+
+
+@pytest.fixture
+def curves():
+    """They are drawn."""
+
+
+@pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
     path = tmp_path_factory.mktemp("data") / "prompts.txt"
     path.write_text("".join(f"{a} {b} fox\n" for a in WORDS for b in WORDS[:2]))
@@ -40,7 +59,7 @@ def prompts(tmp_path_factory):
 
 def command(model, output, data, *more):
     """A training of seconds."""
-    usual = ("--epochs", 6, "--batch-tokens", 64, "--heads", 3, "--seed", 3, "-q")
+    usual = ("--epochs", 2, "--batch-tokens", 64, "--heads", 3, "--seed", 3, "-q")
     usual += ("--vocabulary", "full")
     place = ("--device", "cpu", "--device-memory", "400MiB")
     return ("train-medusa", model, "--output", output, "--data", data, *usual, *place, *more)
@@ -54,9 +73,12 @@ def folder_bytes():
     return lambda folder: {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
 
 
-def test_from_prompts_to_heads_that_draft(tiny_model, offload_run, prompts, tmp_path, folder_bytes):
+def test_from_prompts_to_heads_that_draft(
+    tiny_model, offload_run, prompts, tmp_path, folder_bytes, curves
+):
     before, heads = folder_bytes(tiny_model), tmp_path / "heads"
-    done = offload_run(*command(tiny_model, heads, prompts, *DISTILL, "--json"))
+    training = command(tiny_model, heads, prompts, *DISTILL, "--epochs", 6, "--json")
+    done = offload_run(*training)
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert made["train"]["texts"] == 12 and made["held_out"]["texts"] == 4
@@ -72,7 +94,7 @@ def test_from_prompts_to_heads_that_draft(tiny_model, offload_run, prompts, tmp_
     losses = [json.loads(line)["loss"] for line in lines]
     assert sum(losses[len(losses) // 2 :]) < sum(losses[: len(losses) // 2])
     # What is trained already is not trained again.
-    same = offload_run(*command(tiny_model, heads, prompts, *DISTILL, "--json"))
+    same = offload_run(*training)
     assert same.code == 0 and json.loads(same.out) == made
 
 
@@ -215,6 +237,7 @@ def whole(tiny_model, prompts, tmp_path_factory):
 def train_once(arguments, folder):
     """For several tests; what is kept of it is not the user's."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(job, "draw_curve", lambda *_: True)
         for kind in ("DATA", "CONFIG", "STATE"):
             patch.setenv(f"XDG_{kind}_HOME", str(folder / kind.lower()))
         assert run([str(part) for part in arguments]) == 0
@@ -332,7 +355,7 @@ def test_medusa_2_resumes_to_the_same_weights(
     def interrupting(*arguments):
         nonlocal calls
         calls += 1
-        if calls == 30:  # in the middle of a step
+        if calls == 9:  # in the middle of a step
             signal.raise_signal(signal.SIGINT)
         return losses(*arguments)
 
@@ -360,7 +383,9 @@ def test_a_folder_is_written_by_one_training_at_a_time(tiny_model, offload_run, 
     assert done.code == 0
 
 
-def test_what_is_missing_is_a_sentence(tiny_model, offload_run, prompts, tmp_path, monkeypatch):
+def test_what_is_missing_is_a_sentence(
+    tiny_model, offload_run, prompts, tmp_path, monkeypatch, curves
+):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name)
