@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import lru_cache
 from typing import TypeAlias
 
 from offload_rt.costs.experts import IN_VAIN
@@ -153,6 +154,12 @@ class Span:
     start_s: float
     end_s: float
     nbytes: int = 0
+
+
+@lru_cache(maxsize=256)  # the same of most layers, in each pass
+def _mean(chances: tuple[float, ...]) -> float:
+    """Of a number, by how likely 0, 1, ... are."""
+    return sum(count * chance for count, chance in enumerate(chances))
 
 
 def steady_pass(work: TimedPass) -> SteadyPass:
@@ -401,20 +408,15 @@ class _Device:
             end_s: when they end, if it misses as many as on average.
         """
         most, here_s = len(layer.misses) - 1, self.compute.time_s
-        mean = sum(count * chance for count, chance in enumerate(layer.misses))
-        copied_s = self._copy.time_s - start_s
+        each_s = (self._copy.time_s - start_s) / _mean(layer.misses)
         expert_s, delay_s = layer.experts_s / most, end_s - self._copy.time_s
-        came_s = start_s + delay_s - here_s
-
-        def waited_s(misses: int) -> float:
-            """The last of them is computed once it is there, and all at most since the first is."""
-            first, last = (1, 1) if layer.in_turn else (misses, misses)
-            since_first_s = came_s + first / mean * copied_s - (most - misses) * expert_s
-            since_last_s = came_s + misses / mean * copied_s - (most - last) * expert_s
-            return max(0.0, since_first_s, since_last_s)
-
-        chances = list(enumerate(layer.misses))[1:]
-        mean_s = sum(chance * waited_s(misses) for misses, chance in chances)
+        came_s, mean_s = start_s + delay_s - here_s, 0.0
+        for misses, chance in enumerate(layer.misses[1:], 1):
+            waited_s = came_s + misses * each_s - (most - misses) * expert_s
+            if layer.in_turn:  # all are since the first is there, the last once it is there itself
+                since_last_s = came_s + misses * each_s - (most - 1) * expert_s
+                waited_s = max(came_s + each_s - (most - misses) * expert_s, since_last_s)
+            mean_s += chance * max(0.0, waited_s)
         return here_s + layer.experts_s - layer.missed_s + mean_s
 
     def _brought(self, layer: TimedLayer) -> int:
