@@ -608,14 +608,16 @@ def pass_times(
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
     host_computes = KINDS[processor].host_computes
-    compiled = not host_computes or compiles(profile)
-    direct = host_computes and multiplies(profile, exact=exact)
-    parts = {
+    quantised = {
         replace(each, numbers=0)
         for layer in load.layers
         for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
-        if not (direct and each.direct)  # no slower than a product with 16 bits
     }
+    # Of quantised weights alone it is asked who multiplies them: to know that takes numba, 0.8 s.
+    direct = bool(quantised) and host_computes and multiplies(profile, exact=exact)
+    # Directly they take no longer than a product with 16 bits.
+    parts = {each for each in quantised if not (direct and each.direct)}
+    compiled = bool(parts) and (not host_computes or compiles(profile))
     decoding = {
         each: decoded_per_s(
             profile,

@@ -82,11 +82,14 @@ _SAME = {Form.GPTQ_V2: Form.GPTQ, Form.NVFP4_PRODUCT: Form.NVFP4}
 def compiles(profile: HardwareProfile) -> bool:
     """Whether kernels that numba compiles dequantise on the CPU of a profile.
 
-    As it was timed; as it is here and now, where that is this CPU or nothing was timed.
+    As it was timed; as it is here and now, where that is this CPU, the profile stands in for its
+    own, or nothing was timed.
     """
     timed = {s.decoder for s in profile.dequantising if s.processor is Processor.CPU}
-    there = not timed or Decoder.COMPILED in timed
-    return there and (bool(timed and not _is_here(profile)) or not compiled.problem())
+    if timed and Decoder.COMPILED not in timed:
+        return False
+    elsewhere = timed and profile.machine.kernels is not None and not _is_here(profile)
+    return bool(elsewhere) or not compiled.problem()
 
 
 def multiplies(profile: HardwareProfile, *, exact: bool = False) -> bool:
@@ -113,15 +116,13 @@ def rows_apart(profile: HardwareProfile) -> int:
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:
-    """A profile of another machine that stands in for this one: kernels are those that are here."""
-    timed = tuple(
-        s
-        for s in profile.dequantising
-        if s.processor is not Processor.CPU or s.decoder is Decoder.TORCH or not compiled.problem()
-    )
+    """A profile of another machine that stands in for this one: kernels are those that are here.
+
+    Which those are is found out when a quantised model is priced.
+    """
     registers = takes_matrix_registers("bfloat16")
     machine = replace(profile.machine, kernels=None, matrix_registers=registers)
-    return replace(profile, machine=machine, dequantising=timed)
+    return replace(profile, machine=machine)
 
 
 def decoded_per_s(
