@@ -2,7 +2,8 @@
 
 torch, transformers and this package are 5 s of processor time, and tests of signals, pipes and
 files that other processes hold are not about them. What is about imports or an environment that
-libraries read when they are imported has to start a Python of its own.
+libraries read when they are imported has to start a Python of its own. What reads text for a fork
+is a fork of that.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ IMPORTED = (  # not numba, whose variables are read when it is
     *("offload_rt.cli.app", "offload_rt.cli.answering", "offload_rt.engine"),
     *("transformers.models.llama.modeling_llama", "llvmlite.binding", "llvmlite.ir"),
 )
+TEXT = ("offload_rt.text.worker", "transformers.models.auto.tokenization_auto", "jinja2")
 _PR_SET_CHILD_SUBREAPER = 36  # prctl.h
 _MESSAGE_BYTES = 2**20
 _lines: dict[str, socket.socket] = {}
@@ -76,10 +78,33 @@ def fork_tokenizers(monkeypatch):
     monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=ForkedText, **pipes))
 
 
+class _Text(subprocess.Popen):
+    """The process for tokenizers of one that is a fork, whose fork it is."""
+
+    def _execute_child(
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startup, flags, shell,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more,
+    ):  # fmt: skip
+        self.pid = os.fork()
+        if not self.pid:
+            os.setsid()
+            for number, stream in enumerate((p2cread, c2pwrite, errwrite, *pass_fds)):
+                os.dup2(stream, number)
+            os.closerange(3 + len(pass_fds), os.sysconf("SC_OPEN_MAX"))
+            os.environ.update(env)
+            from offload_rt.text import worker
+
+            worker.sys = SimpleNamespace(modules={})  # torch is there, and would be taken away
+            worker.main(3)
+            os._exit(0)
+        self._child_created = True
+        self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+
+
 def run(arguments, **options):
     """As `subprocess.run` with output that is kept as text."""
-    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
-    with Forked(arguments, **(pipes | {"text": True}), **options) as process:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with Forked(arguments, **(pipes | options)) as process:
         out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
@@ -147,7 +172,7 @@ def _import_all():
     from offload_rt.model.sparing import import_compiler, spare_compiler
 
     spare_compiler()
-    for name in IMPORTED:
+    for name in (*IMPORTED, *TEXT):
         import_module(name)
     import_compiler()
     put_tables_aside(cache_folder())  # once for all forks
@@ -160,7 +185,7 @@ def _import_text():
 
     sys.modules["torch"] = None
     import_models()
-    for name in ("offload_rt.text.worker", "transformers.models.auto.tokenization_auto"):
+    for name in TEXT:
         import_module(name)
 
 
@@ -171,6 +196,9 @@ def _main():
     gc.freeze()
     job, streams = _jobs(line)
     _settle(job, streams)
+    if sys.argv[2] == "all":
+        pipes = {"PIPE": subprocess.PIPE, "DEVNULL": subprocess.DEVNULL}
+        import_module("offload_rt.text.process").subprocess = SimpleNamespace(Popen=_Text, **pipes)
     kind, *rest = job["words"]
     if kind == "-c":
         sys.argv = ["-c", *rest[1:]]

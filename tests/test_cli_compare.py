@@ -5,13 +5,17 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from forks import Forked
 
-from offload_rt.baselines import engines
+from offload_rt.baselines import engines, process
 from offload_rt.baselines.engines import EngineSpec
 from offload_rt.cli import compare_chart, compare_report
 from offload_rt.cli.held import held
@@ -287,10 +291,18 @@ def test_our_worker_plans_who_drafts_where_that_is_left_open(tiny_model, monkeyp
     assert tokens == wanted
 
 
-@pytest.mark.slow
+def started(command, **options):
+    """One engine's Python is started, below the cap; others are forks, which import nothing."""
+    if "offload_rt.baselines.workers.run_accelerate" in command:
+        return subprocess.Popen(command, **options)
+    return Forked(command[command.index(sys.executable) :], **options)
+
+
 def test_the_real_engines_of_this_environment_write_the_same_text(compare, tmp_path, monkeypatch):
     """fp32, prompts of two lengths as one batch; accelerate keeps some modules on disk."""
     monkeypatch.setattr(engines, "baselines_folder", lambda: tmp_path)
+    known = {"PIPE": subprocess.PIPE, "TimeoutExpired": subprocess.TimeoutExpired}
+    monkeypatch.setattr(process, "subprocess", SimpleNamespace(Popen=started, **known))
     done = compare(
         "--against", "accelerate,transformers,deepspeed-nvme", "--rounds", 1, "--batch", 2,
         memory="128.4MiB",
