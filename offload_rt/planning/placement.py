@@ -626,7 +626,8 @@ def _arrange(demand: Demand, limit: int, resident: int, slots: int | None) -> Pl
 
 
 def _keep(demand: Demand, limit: int, kept: Sequence[int], slots: int | None) -> Placement:
-    streamed = tuple(i for i in range(len(demand.layer_bytes)) if i not in set(kept))
+    there = set(kept)
+    streamed = tuple(i for i in range(len(demand.layer_bytes)) if i not in there)
     slot_bytes = max((demand.layer_bytes[i] for i in streamed), default=0)
     return Placement(
         resident=tuple(kept),

@@ -271,8 +271,9 @@ def _arrange(
 ) -> Placement:
     """Say which layers these are."""
     layers = len(demand.layer_bytes)
-    kept = sorted(spread_layers(sum(split.kept), layers) if resident is None else set(resident))
-    streamed = [layer for layer in range(layers) if layer not in set(kept)]
+    stay = set(spread_layers(sum(split.kept), layers) if resident is None else resident)
+    kept = sorted(stay)
+    streamed = [layer for layer in range(layers) if layer not in stay]
     crosses = bool(streamed) or demand.kv is not None
     # Between machines hops take long, so each has as many layers in a row as its ring holds.
     runs = stripes[0].apart or not crosses
@@ -288,10 +289,10 @@ def _arrange(
     shares = []
     for device, stripe in enumerate(stripes):
         mine = [layer for layer in range(layers) if homes[layer] == device]
-        sent = tuple(layer for layer in mine if layer in set(streamed))
+        sent = tuple(layer for layer in mine if layer not in stay)
         shares.append(
             Placement(
-                resident=tuple(layer for layer in mine if layer in set(kept)),
+                resident=tuple(layer for layer in mine if layer in stay),
                 streamed=sent,
                 slots=min(ring, len(sent)),
                 slot_bytes=slot_bytes if sent else 0,
