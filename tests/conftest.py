@@ -74,6 +74,12 @@ def tiny_model(make_tiny):
     return make_tiny("llama", tokenizer=True)
 
 
+@pytest.fixture(scope="session")
+def short_model(make_tiny):
+    """The same of 2 layers, for what is about answers and not about layers."""
+    return make_tiny("llama", tokenizer=True, num_hidden_layers=2)
+
+
 def pytest_addoption(parser):
     parser.addoption(
         "--recorded",

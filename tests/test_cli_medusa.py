@@ -121,17 +121,12 @@ def test_the_models_head_goes_to_vllm(tiny_model, offload_run, convert_medusa, t
 @pytest.fixture
 def prompts(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text(
-        "".join(
-            f"{word} fox\n"
-            for word in ["the", "quick", "brown", "lazy", "dog", "jumps", "over", "a", "b", "c"]
-        )
-    )
+    path.write_text("".join(f"{word} fox\n" for word in ["the", "quick", "brown", "lazy"]))
     return path
 
 
 def test_calibrating_shapes_later_trees(tiny_model, offload_run, shared, prompts):
-    command = ("medusa", "calibrate", shared, tiny_model, "--prompts", prompts, "-n", 24)
+    command = ("medusa", "calibrate", shared, tiny_model, "--prompts", prompts, "-n", 12)
     done = offload_run(*command, "--json")
     assert done.code == 0, done.err
     record = json.loads(done.out)
@@ -140,7 +135,7 @@ def test_calibrating_shapes_later_trees(tiny_model, offload_run, shared, prompts
     assert kept.accuracy == record["accuracy"] and kept.model == tiny_model.name
     assert [len(row) for row in kept.hits] == [32] * 3
     one, two, three = kept.places
-    assert one >= two >= three > 0 and one <= 10 * 23
+    assert one >= two >= three > 0 and one <= 4 * 11
     shown = offload_run("medusa", "info", shared).out
     assert f"{one} places in answers of {tiny_model.name}" in shown and "head 3" in shown
     plain = offload_run("generate", tiny_model, *BASE).out

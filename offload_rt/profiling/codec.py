@@ -1,5 +1,7 @@
 """Profiles as JSON. The dataclasses of `profile.py` are the schema; `records.py` does the work."""
 
+from functools import lru_cache
+
 from offload_rt.profiling.profile import SCHEMA_VERSION, HardwareProfile
 from offload_rt.profiling.records import (
     MalformedError,
@@ -20,6 +22,7 @@ def encode(profile: HardwareProfile) -> str:
     return to_json(profile)
 
 
+@lru_cache(maxsize=4)  # a run asks for one several times: 20 ms
 def decode(text: str) -> HardwareProfile:
     """Read what `encode` wrote.
 
