@@ -71,6 +71,7 @@ class Sizes:
         budgets: of its retrieval cache.
         streamed: layers of a 70B model.
         drafted: a streamed model of which a draft model has the first layers.
+        answer: tokens that it and the model of the laws say.
         rows: of a streamed pass.
         small: layers, hidden size, intermediate size of models whose passes launches bound.
         blocks: bytes of copies that are timed.
@@ -86,6 +87,7 @@ class Sizes:
     budgets: tuple[int, ...]
     streamed: Made
     drafted: Made
+    answer: int
     rows: tuple[int, ...]
     small: tuple[tuple[int, int, int], ...]
     blocks: tuple[int, ...]
@@ -96,12 +98,13 @@ class Sizes:
 
 
 TINY = Sizes(
-    law=Made(late=0.3, positions=512),
+    law=Made(layers=3, late=0.3, positions=512),
     long=Made(looks_back=True, late=0.3, positions=1024),
     prompt=160,
     budgets=(32, 64),
     streamed=Made(layers=3),
     drafted=Made(),
+    answer=16,
     rows=(1, 8),
     small=((2, 64, 128),),
     blocks=(2**16, 2**20),
@@ -172,6 +175,7 @@ FULL = Sizes(
         vocab=32_000,
         dtype="bfloat16",
     ),
+    answer=48,
     rows=(1, 64, 256, 1024),
     small=((2, 768, 3072), (24, 896, 4864), (16, 2048, 8192), (22, 2048, 5632)),
     blocks=(MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB),
@@ -379,7 +383,7 @@ def laws(bench: Bench) -> None:
         same = partial(passes_agree, bench, folder, prompt, streamed)
         bench.law(f"{dtype}: --exact on: a row has the same bits in any pass", same)
     bench.law("a matrix of 4 bits = rounding by hand", lambda: int4_is_right(bench.device))
-    _drafted_is_plain(bench, prompt, streamed)
+    _drafted_is_plain(bench, prompt, streamed, sizes.answer)
 
 
 def passes_agree(
@@ -419,7 +423,7 @@ def sanitizer(bench: Bench) -> None:
 
 
 def _drafted_is_plain(
-    bench: Bench, prompt: list[int], streamed: dict[str, Any], tokens: int = 40
+    bench: Bench, prompt: list[int], streamed: dict[str, Any], tokens: int
 ) -> None:
     sizes = bench.sizes
     target = bench.made("float32", replace(sizes.law, dtype="float32"))
@@ -817,7 +821,7 @@ def triforce(bench: Bench) -> None:
 
 def drafts(bench: Bench) -> None:
     """A draft model of the first layers, by what later ones add: accepted tokens, and speed."""
-    made, tokens, rates = bench.sizes.drafted, 48, []
+    made, tokens, rates = bench.sizes.drafted, bench.sizes.answer, []
     first = bench.made("first", made, made.first)
     draft = DraftConfig(draft=f"model:{first}", draft_tokens=6, shape=DraftShape.CHAIN)
     place, prompt = {"home": HomeKind.HOST, "resident_layers": 0}, text_of(64, made.vocab)
