@@ -675,6 +675,8 @@ class _Search:
     def level(self, drafting: Drafting, chosen: _Candidate) -> float:
         """Seconds of its pass over those of the profile alone."""
         run = self.placed(chosen.placement)
+        if run.speeds.levels == self._means.speeds.levels:
+            return 1.0
         bare = self._costs(replace(run, speeds=self._means.speeds), drafting)
         return self._costs(run, drafting).pass_s / bare.pass_s
 
