@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from offload_rt.errors import CheckpointError
 from offload_rt.model.config import ModelConfig
@@ -54,21 +55,19 @@ def _empty_weights() -> Iterator[None]:
     none either: on meta some of its functions for that import its compiler (80 MiB). accelerate's
     `init_empty_weights` does the same, but a machine with a GPU alone may lack it.
     """
-    register = torch.nn.Module.register_parameter
 
-    def register_empty(module: Any, name: str, param: torch.nn.Parameter | None) -> None:  # noqa: ANN401
-        register(module, name, param)
-        if param is not None:
-            empty = torch.nn.Parameter(param.detach().to("meta"), param.requires_grad)
-            empty.__dict__.update(param.__dict__, _is_hf_initialized=True)
-            module._parameters[name] = empty
+    def emptied(_: object, __: str, param: torch.nn.Parameter) -> torch.nn.Parameter:
+        empty = torch.nn.Parameter(param.detach().to("meta"), param.requires_grad)
+        empty.__dict__.update(param.__dict__, _is_hf_initialized=True)
+        return empty
 
-    torch.nn.Module.register_parameter = register_empty  # type: ignore
+    # To change the class itself would have Python forget what it knows of all its subclasses.
+    hook = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
     try:
         with _nothing_drawn():
             yield
     finally:
-        torch.nn.Module.register_parameter = register  # type: ignore[method-assign]
+        hook.remove()
 
 
 @contextmanager
