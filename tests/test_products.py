@@ -1,5 +1,6 @@
 """Products of few rows: oneDNN's bits, in every thread count and for every number of rows."""
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -328,3 +329,24 @@ def test_llvm_leaves_memory_each_time_it_has_assembled():
         sizes = [area for area in _mapped_areas() if assembling.CODE.search(area.path)]
         kept = sum(area.resident_bytes - area.changed_bytes for area in sizes)
         assert sizes and kept < 8 * 2**20
+
+
+@needs_kernels
+def test_machine_code_is_kept_and_what_is_damaged_is_made_again(tmp_path, monkeypatch):
+    """By its text; LLVM's language is read once, and code that lacks a byte is not run."""
+    import llvmlite.binding as llvm
+
+    monkeypatch.setattr(assembling, "kept_in", lambda: tmp_path)
+    read, parse = [], llvm.parse_assembly
+    monkeypatch.setattr(llvm, "parse_assembly", lambda text: (read.append(text), parse(text))[1])
+
+    def stored(number):
+        text = f"define void @put(ptr %record) {{ store i64 {number}, ptr %record\n ret void }}"
+        record = (ctypes.c_int64 * 1)()
+        assembling.together(assembling.assemble(text, ["put"])["put"], record)
+        return record[0], len([one for one in read if one])
+
+    assert [stored(7), stored(7), stored(8)] == [(7, 1), (7, 1), (8, 2)]
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes()[:-1])
+    assert [stored(8), stored(8)] == [(8, 3), (8, 3)] and len(list(tmp_path.iterdir())) == 2

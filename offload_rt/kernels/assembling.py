@@ -3,29 +3,38 @@
 No compiler is needed on the user's machine: llvmlite carries LLVM, and comes with
 `pip install offload-rt[fast]`. Without it torch's kernels compute.
 
+What LLVM made is kept beside numba's kernels (`device/compiled.py`), by its text and the processor:
+the next process loads it.
+
 A kernel is a function of one argument, a record of 64-bit numbers and addresses, that runs in all
 threads of torch's OpenMP at once (`together`): those wait for work anyway, so no second pool of
 threads gets in their way, and a kernel of 50 microseconds is worth starting.
 """
 
 import ctypes
+import hashlib
 import importlib.metadata
 import importlib.util
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from offload_rt.device.compiled import kept_in
 from offload_rt.device.system import give_back_code, give_back_holes
+from offload_rt.errors import ConfigError
+from offload_rt.writing import replacing
 
 PACKAGE = "llvmlite"
 CODE = re.compile(r"/libllvmlite[^/]*$")
 _LIBRARY_OF_THREADS = re.compile(r"/lib(g|i)?omp[^/]*\.so[^/]*$")
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
+_KEPT, _DIGEST_BYTES = ".o", 32
 _HELD: list[Any] = []  # what keeps machine code in memory
 _log = logging.getLogger(__name__)
 traced = torch._C._len_torch_dispatch_stack  # whether who calls is recorded: then torch computes
@@ -78,16 +87,38 @@ def assemble(text: str, names: Iterable[str]) -> Mapping[str, int]:
     for needed in _NEEDED:
         address = ctypes.cast(getattr(library, needed), ctypes.c_void_p).value
         llvm.add_symbol(needed, address)
-    module = llvm.parse_assembly(text)
-    module.verify()
     machine = _target()
-    engine = llvm.create_mcjit_compiler(module, machine)
+    code = _machine_code(text, machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine.add_object_file(llvm.ObjectFileRef.from_data(code))
     engine.finalize_object()
     _HELD.append((engine, machine))
     found = {name: engine.get_function_address(name) for name in names}
     give_back_code(CODE, again=True)  # 40 MiB of LLVM; machine code needs none of it
     give_back_holes()
     return found
+
+
+def _machine_code(text: str, machine: Any) -> bytes:  # noqa: ANN401
+    """What LLVM makes of a module, from the folder where it is kept if it is there."""
+    import llvmlite.binding as llvm
+
+    who = importlib.metadata.version(PACKAGE), llvm.get_host_cpu_name(), _features()
+    key = hashlib.sha256("\n".join([*who, text]).encode()).hexdigest()
+    folder = kept_in()
+    path = None if folder is None else folder / f"{key}{_KEPT}"
+    if path is not None:
+        with suppress(OSError):
+            digest, code = (data := path.read_bytes())[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
+            if hashlib.sha256(code).digest() == digest:
+                return code
+    module = llvm.parse_assembly(text)
+    module.verify()
+    made: bytes = machine.emit_object(module)
+    if path is not None:
+        with suppress(ConfigError), replacing(path, lasting=False) as temporary:
+            temporary.write_bytes(hashlib.sha256(made).digest() + made)
+    return made
 
 
 def together(address: int, record: "ctypes.Array[ctypes.c_int64]") -> None:
@@ -125,7 +156,13 @@ def _target() -> Any:  # noqa: ANN401 - llvmlite has no types
 
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
-    features = llvm.get_host_cpu_features().flatten()
     return llvm.Target.from_default_triple().create_target_machine(
-        cpu=llvm.get_host_cpu_name(), features=features, opt=3
+        cpu=llvm.get_host_cpu_name(), features=_features(), opt=3
     )
+
+
+def _features() -> str:
+    import llvmlite.binding as llvm
+
+    features: str = llvm.get_host_cpu_features().flatten()
+    return features
