@@ -13,12 +13,14 @@ import pytest
 from tiny import write_model, write_tokenizer
 from tool_runs import TOOLS
 
+from offload_rt.device.compiled import kept_in
 from offload_rt.device.system import settle_math
 
 # Kernels as without matrix registers, on any processor: with them oneDNN adds up in another order,
 # and kernels of our own have not its bits. It reads this when it computes first.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
 settle_math()  # as the command line does: workers keep few kernels
+kept_in()  # it is asked once, and not by a test that has a folder of caches of its own
 gc.disable()  # until all is imported: it lives on, and is looked through for nothing
 
 

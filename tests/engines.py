@@ -9,7 +9,6 @@ import torch
 from offload_rt.config import Exact, GenerationConfig, RuntimeConfig, SamplingConfig, Wire
 from offload_rt.device.base import upload_together
 from offload_rt.device.kinds import CPU
-from offload_rt.device.system import give_back_holes
 from offload_rt.engine import NO_DRAFT, Engine, Run
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.wire import wired
@@ -33,7 +32,6 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=
     config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
     checkpoint = wired(open_checkpoint(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
-    give_back_holes()
     with Engine(
         checkpoint,
         RuntimeConfig(**config),

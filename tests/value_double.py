@@ -153,7 +153,7 @@ def open_double(monkeypatch, *, count=1, **options):
     Returns:
         the first of them.
     """
-    devices = [CudaDevice(i, driver=LateDriver(**options)) for i in range(count)]
+    devices = [CudaDevice(i, readers=2, driver=LateDriver(**options)) for i in range(count)]
     open_as(monkeypatch, *devices)
     return devices[0]
 
