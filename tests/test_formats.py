@@ -71,7 +71,7 @@ def twins(make_tiny, tmp_path_factory):
     def make(case, dtype="float32"):
         if (case, dtype) not in made:
             family, numbers = RUNS.get(case, "llama"), getattr(torch, dtype)
-            source = make_tiny(family, dtype=dtype, pad_token_id=0, num_hidden_layers=3)
+            source = make_tiny(family, dtype=dtype, pad_token_id=0, num_hidden_layers=2)
             folder = tmp_path_factory.mktemp("twins")
             quantised = CASES[case] if case != "mixed" else mixed(MIXED)
             made[case, dtype] = write_twins(source, folder, *quantised, dtype=numbers)
@@ -214,15 +214,12 @@ def test_one_wrong_bit_of_any_part_shows(tmp_path):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", RUNS)
 def test_a_quantised_run_is_that_of_its_numbers_bit_for_bit(twins, case, dtype):
-    """L2: wherever the weights are."""
+    """L2: wherever the weights are; of each format streamed, in host memory and resident."""
     pair = twins(case, dtype)
     with engine_for(pair.plain, resident_layers=0) as engine:
         expected, plain_bytes = all_logits(engine), engine.bytes_per_pass
-    for options in (
-        {"resident_layers": 0, "slots": 1},
-        {"resident_layers": 1, "home": HomeKind.HOST},
-        {},
-    ):
+    kept = {"resident_layers": 1, "home": HomeKind.HOST} if dtype == "float32" else {}
+    for options in ({"resident_layers": 0, "slots": 1}, kept):
         with engine_for(pair.folder, **options) as engine:
             assert torch.equal(all_logits(engine), expected), options
             if options.get("slots"):  # as they are in the file, not as they compute
@@ -285,7 +282,7 @@ def test_one_wrong_nibble_shows(twins):
     folder = twins("W4 g32").folder
     with engine_for(folder, resident_layers=0) as engine:
         expected = all_logits(engine)
-    name = "model.layers.2.mlp.up_proj.weight_packed"
+    name = "model.layers.1.mlp.up_proj.weight_packed"
     broken = load_file(folder / "model.safetensors")
     broken[name][3, 1] ^= 1 << 4
     other = folder.parent / "broken"

@@ -73,11 +73,14 @@ def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(twins_of, name
         assert not engine.placement.streams
         logits = all_logits(engine)
         engine.forget()
-        answer = generate(engine, tokens=6)
-    for slots, home in ((3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)):
+        answer = generate(engine, tokens=4)
+    # Of two formats each size of a pool and each home; of the others one of either, in turn.
+    places = (3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)
+    own = places if dtype == "bfloat16" else places[list(TWINS).index(name) % 2 :][:1]
+    for slots, home in own:
         with engine_for(folder, expert_slots=slots, home=home) as engine:
             assert engine.placement.expert_slots == slots
-            assert generate(engine, tokens=6) == answer
+            assert generate(engine, tokens=4) == answer
             engine.forget()
             assert torch.equal(all_logits(engine), logits)
 
