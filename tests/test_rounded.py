@@ -191,7 +191,7 @@ def engine_sampling():
 
 def test_what_is_planned_is_what_is_kept(make_tiny):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
-    shape["num_hidden_layers"] = 32  # freed memory between what is kept would add up
+    shape["num_hidden_layers"] = 12  # freed memory between what is kept would add up
     folder = make_tiny("llama", tie_word_embeddings=True, **shape)
     checkpoint = open_checkpoint(folder)
     sizes = {}
@@ -215,7 +215,7 @@ def test_ends_take_what_is_planned_in_every_family(make_tiny, family, weights, v
     """Untied heads, heads with a bias or another name in the files, embeddings that scale."""
     more = {"llama": {"tie_word_embeddings": False}, "gpt_neox": {"num_key_value_heads": 4}}
     own = more.get(family, {})
-    folder = make_tiny(family, dtype="bfloat16", vocab_size=vocabulary, **own)
+    folder = make_tiny(family, dtype="bfloat16", vocab_size=vocabulary, num_hidden_layers=1, **own)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=12, draft_weights=weights)
     planned = draft_base_bytes(open_checkpoint(folder), weights, CPU)
     with engine_for(folder, draft=draft) as engine:
@@ -227,7 +227,7 @@ def test_ends_take_what_is_planned_in_every_family(make_tiny, family, weights, v
             outside.remove(head)
         held = sum(map(module_bytes, outside))
         assert abs(held - planned) < 2**14  # pages of images; a bias is fp32 beside int8
-        generate(engine)
+        generate(engine, tokens=3)
 
 
 def module_bytes(module):
@@ -262,13 +262,13 @@ def test_nothing_else_is_kept(weights, inputs):
         rounded_linear(layer, weights)(torch.randn(1, inputs).bfloat16())  # libraries start up
         ctypes.CDLL(None).malloc_trim(0)
         before = psutil.Process().memory_info().rss
-        made = [rounded_linear(layer, weights) for _ in range(24)]
+        made = [rounded_linear(layer, weights) for _ in range(12)]
         for one in made:
             one(torch.randn(1, inputs).bfloat16())
         ctypes.CDLL(None).malloc_trim(0)
     grown = psutil.Process().memory_info().rss - before
     kept = len(made) * matrix_bytes(weights, 4096, inputs, dtype="bfloat16")
-    assert 0.5 * kept < grown < 1.1 * kept + 2**23
+    assert 0.5 * kept < grown < 1.1 * kept + 2**22
 
 
 @pytest.mark.parametrize("flags", [frozenset(), frozenset({"avx2", "avx512bw"})])

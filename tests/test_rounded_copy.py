@@ -68,16 +68,16 @@ def test_answers_do_not_change(make_tiny, family, weights, place):
     if family == "gemma2":
         config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
     folder = make_tiny(family, **(config if family != "phi" else IDS))
-    with engine_for(folder, prompts=[LONG], tokens=30) as engine:
-        plain = generate(engine, [LONG], tokens=30)
+    with engine_for(folder, prompts=[LONG], tokens=20) as engine:
+        plain = generate(engine, [LONG], tokens=20)
     draft = triforce(weights)
-    with engine_for(folder, prompts=[LONG], tokens=30, draft=draft, **place) as engine:
+    with engine_for(folder, prompts=[LONG], tokens=20, draft=draft, **place) as engine:
         copy = engine._rounded_copy.network
         kinds = {type(m) for i in engine.placement.copied for m in copy._layers[i].modules()}
         assert MODULES[weights] in kinds and torch.nn.Linear not in kinds
         for index in set(engine.placement.resident) - set(engine.placement.copied):
             assert copy._layers[index] is engine.network._layers[index]
-        run = finished(engine, LONG, 30)
+        run = finished(engine, LONG, 20)
         assert [s.emitted for s in run.sequences] == plain
         if weights is INT8:  # 4 bits change a random model of this size too much
             assert run.report().speculation.accepted > 2
@@ -121,10 +121,10 @@ def test_drafting_streams_no_weights(make_tiny):
     place = {"resident_layers": 1, "slots": 2}
     for weights in (SAME, INT8):
         with engine_for(
-            folder, prompts=[LONG], tokens=30, draft=triforce(weights), **place
+            folder, prompts=[LONG], tokens=12, draft=triforce(weights), **place
         ) as engine:
             before, each = engine.link_bytes(), engine.bytes_per_pass
-            speculation = finished(engine, LONG, 30).report().speculation
+            speculation = finished(engine, LONG, 12).report().speculation
             passes = speculation.passes
             if weights is SAME:
                 passes += speculation.retrieval.passes
@@ -132,11 +132,11 @@ def test_drafting_streams_no_weights(make_tiny):
             assert abs(engine.link_bytes() - before - passes * each) <= ahead
 
 
-@pytest.mark.parametrize("resident", [0, 7, None])
+@pytest.mark.parametrize("resident", [0, 3, None])
 def test_what_is_planned_is_what_is_kept(make_tiny, resident):
     """Of the streamed layers, or of all where none is, and of the head; all else is shared."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
-    shape |= {"num_hidden_layers": 24, "tie_word_embeddings": True}
+    shape |= {"num_hidden_layers": 8, "tie_word_embeddings": True}
     folder = make_tiny("llama", **shape)
     checkpoint, sizes = open_checkpoint(folder), {}
     for weights in (SAME, INT8, INT4):
@@ -144,8 +144,8 @@ def test_what_is_planned_is_what_is_kept(make_tiny, resident):
         layers, head = rounded_copy_parts(checkpoint, draft, "auto", CPU)
         place = {"resident_layers": resident} | ({} if resident is None else {"slots": 2})
         with engine_for(folder, prompts=[LONG], draft=draft, **place) as engine:
-            copied = engine.placement.streamed or range(24)
-            assert len(copied) == 24 - (resident or 0)
+            copied = engine.placement.streamed or range(8)
+            assert len(copied) == 8 - (resident or 0)
             sizes[weights] = sum(layers[i] for i in copied) + head
             assert engine.placement.copy_bytes == sizes[weights] - head
             memory = engine.memory()
@@ -157,7 +157,7 @@ def test_what_is_planned_is_what_is_kept(make_tiny, resident):
             own = engine.network._model.get_input_embeddings()
             assert embedding.weight.data_ptr() == own.weight.data_ptr()  # the target's
             shared = [embedding, model.get_submodule("model.norm")]  # what is in no layer
-            for index in set(range(24)) - set(copied):
+            for index in set(range(8)) - set(copied):
                 shared += engine.network._layers[index].modules()
             held = sum(module_bytes(m) for m in model.modules() if m not in shared)
             assert held <= sizes[weights] <= held * 1.02 + 2**16
@@ -279,12 +279,12 @@ def test_the_flag_is_refused_where_nothing_reads_it(offload_run, tiny_model, dra
 def test_int4_copies_on_a_gpu(gpu, make_tiny, monkeypatch):  # noqa: F811
     """Fake tensors: no device is mixed up, and no draft pass waits but for its verdict."""
     monkeypatch.setattr(loading, "Network", build_for_real(loading.Network))
-    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=3, vocab_size=320)
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2, vocab_size=320)
     runtime = RuntimeConfig(
-        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=2, prefill_chunk_tokens=9
+        device="cuda:0", home=HomeKind.HOST, resident_layers=1, slots=1, prefill_chunk_tokens=16
     )
     draft = triforce(INT4, tokens=3, budget_tokens=12, chunk_tokens=3, rebuild_tokens=2)
-    prompt = [(7 * i) % 290 for i in range(40)]
+    prompt = [(7 * i) % 290 for i in range(30)]
     with (
         fake_gpu(gpu),
         Engine(
