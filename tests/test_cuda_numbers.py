@@ -40,7 +40,7 @@ from offload_rt.streaming.memory_home import MemoryHome
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
-TOKENS = 24
+TOKENS = 12
 PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
 ROOM = {"device_limit_bytes": 2**31}  # with what a GPU takes beside what is allocated
 STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2} | ROOM
@@ -74,7 +74,6 @@ CASES = {
     "KV, tree of a model": KV_HOST | {"draft": "model", "draft_tokens": 16},
     "KV of resident layers": KV_HOST | {"resident_layers": 4, "slots": None, "home": HomeKind.AUTO},
     "TriForce": {"draft": TRIFORCE},
-    "KV, TriForce": KV_HOST | {"draft": TRIFORCE},
     "KV, TriForce, batch": KV_HOST | {"draft": TRIFORCE, "many": True},
 }
 # On two GPUs everything may be: each has its ring, its streams and its share of KV.

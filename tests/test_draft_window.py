@@ -139,15 +139,15 @@ def test_another_sequence_after_a_long_one_is_drafted_as_if_it_came_first(drafte
 
 def test_conversations_go_on_with_other_prompts(make_tiny):
     """A second run with a longer, a shorter and a different prompt gives the plain answers."""
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", num_hidden_layers=2, **IDS)
     small = make_tiny("llama", num_hidden_layers=1, hidden_size=32, **IDS)
     draft = DraftConfig(draft=f"model:{small}", draft_tokens=4, draft_window=24)
     prompts = [LONG[:60], LONG[:90], LONG[:40], PROMPT, LONG[30:100]]
     room = {"prompts": [LONG[:90]], "tokens": 30}
     with engine_for(folder, **room) as engine:
-        plain = [generate(engine, [p], tokens=20) for p in prompts]
+        plain = [generate(engine, [p], tokens=12) for p in prompts]
     with engine_for(folder, draft=draft, **room) as engine:
-        assert [generate(engine, [p], tokens=20) for p in prompts] == plain
+        assert [generate(engine, [p], tokens=12) for p in prompts] == plain
         assert engine._draft_model is not None
 
 
@@ -157,7 +157,7 @@ def near_sighted(make_tiny):
 
     About half of what is drafted is accepted: the window changes the draft, but not too much.
     """
-    folder = make_tiny("mistral", sliding_window=8, **IDS)
+    folder = make_tiny("mistral", sliding_window=8, num_hidden_layers=2, **IDS)
 
     def draft(tokens):
         return DraftConfig(draft=f"model:{folder}", draft_tokens=tokens, draft_window=30)
@@ -231,7 +231,7 @@ def test_memory_with_a_window_stays_within_the_plan(make_tiny):
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_window=64)
     room = {"prompts": [LONG], "tokens": 40, "resident_layers": 1, "slots": 2}
     with engine_for(folder, draft=draft, **room) as engine:
-        generate(engine, [LONG], tokens=40)
+        generate(engine, [LONG], tokens=12)
         memory = engine.memory()
         assert memory.device_peak_bytes <= memory.device_planned_bytes
 

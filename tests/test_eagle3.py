@@ -217,8 +217,8 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def plain(target):
-    with engine_for(target, prompts=THREE, tokens=24) as engine:
-        return generate(engine, THREE, tokens=24)
+    with engine_for(target, prompts=THREE, tokens=14) as engine:
+        return generate(engine, THREE, tokens=14)
 
 
 @pytest.mark.parametrize(
@@ -227,8 +227,8 @@ def plain(target):
 def test_greedy_with_a_head_equals_greedy_without(target, make_head, plain, nodes, place):
     """A chain or a tree in each place; both where bits are compared: `test_exact_texts.py`."""
     draft = chain(make_head("some tokens"), nodes)
-    with engine_for(target, prompts=THREE, tokens=24, draft=draft, **PLACES[place]) as engine:
-        for tokens in (24, 1):
+    with engine_for(target, prompts=THREE, tokens=14, draft=draft, **PLACES[place]) as engine:
+        for tokens in (14, 1):
             assert generate(engine, THREE, tokens=tokens) == [a[:tokens] for a in plain]
         assert engine.tally.seen().hits[0] > 0
 
@@ -271,7 +271,7 @@ def test_its_bytes_are_the_planned_ones(make_tiny, tmp_path):
     head = write_head(tmp_path, target, tokens=SOME, torch_dtype="bfloat16")
     draft = replace(chain(head, 12), draft_weights=DraftWeights.SAME)
     with engine_for(target, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:
-        generate(engine, tokens=20)
+        generate(engine, tokens=8)
         ledger, memory = engine.device.ledger(), engine.memory()
         assert memory.device_peak_bytes <= memory.device_planned_bytes
         planned = engine.placement.demand.drafter_bytes

@@ -70,7 +70,7 @@ def resident_answers(folder, monkeypatch):
     with engine_for(folder, resident_layers=4, **ROOM) as engine:
         logits = all_logits(engine)
         engine.forget()
-        return logits, generate(engine, tokens=12)
+        return logits, generate(engine, tokens=6)
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_answers_are_those_of_all_in_memory(make_tiny, monkeypatch, opened, name
         {"expert_slots": 13, "look_ahead": LookAhead.ON, "pin": False},
     ):
         with opened(folder, **more) as engine:
-            assert generate(engine, tokens=12) == answer
+            assert generate(engine, tokens=6) == answer
             engine.forget()
             assert torch.equal(all_logits(engine), logits)
             counts = engine.runner.experts.counts

@@ -227,11 +227,11 @@ def test_logprobs_are_the_models_own(options, tiny_model):
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
-@pytest.mark.parametrize("resident", [0, 4])
+@pytest.mark.parametrize("resident", [0, 2])
 def test_scores_are_those_of_transformers(family, resident, make_tiny):
     """Families that scale or squash their logits too, streamed and resident, many in a pass."""
-    folder = make_tiny(family, tokenizer=True)
-    pairs = [("the quick", " brown fox"), ("the ", "dog"), ("", "lazy"), ("fox", " jumps" * 60)]
+    folder = make_tiny(family, tokenizer=True, num_hidden_layers=2)
+    pairs = [("the quick", " brown fox"), ("the ", "dog"), ("", "lazy"), ("fox", " jumps" * 20)]
     options = SMALL | {"resident_layers": resident, "dtype": "float32"}
     with offload_rt.load(folder, draft="none", **options) as model:
         scores = model.score([*pairs, pairs[0]])
@@ -458,7 +458,7 @@ def test_the_readme_says_it_so(monkeypatch, tiny_model, capsys, tmp_path):
 
     def tiny(model, **options):
         assert model == named[0]
-        return real(tiny_model, **(options | SMALL))
+        return real(tiny_model, max_tokens=16, **(options | SMALL))  # of what names no number
 
     monkeypatch.setitem(vars(offload_rt), "load", tiny)
     (tmp_path / "readme.py").write_text(block)
