@@ -5,10 +5,11 @@ import mmap
 import os
 import statistics
 import time
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -533,14 +534,48 @@ def test_weights_are_cold_that_are_more_than_the_largest_cache(cpu, monkeypatch)
     """A model's layers together at most, as no pass has more; a GPU has other caches."""
     monkeypatch.setattr(compute, "cache_bytes", lambda: 400 * MIB)
     effort = Effort()
-    assert compute.beyond_caches(10 * MIB, cpu, effort) == effort.cold_bytes == 256 * MIB
-    assert compute.beyond_caches(300 * MIB, cpu, effort) == 300 * MIB
-    assert compute.beyond_caches(2**40, cpu, effort) == 800 * MIB
-    assert compute.beyond_caches(2**40, SimpleNamespace(kind=CUDA), effort) == 256 * MIB
+    assert compute.beyond_caches(cpu, effort, 10 * MIB) == effort.cold_bytes == 256 * MIB
+    assert compute.beyond_caches(cpu, effort, 300 * MIB) == 300 * MIB
+    assert compute.beyond_caches(cpu, effort) == 800 * MIB
+    assert compute.beyond_caches(SimpleNamespace(kind=CUDA), effort) == 256 * MIB
+    monkeypatch.setattr(cpu, "free_bytes", lambda: 2000 * MIB)
+    assert compute.beyond_caches(cpu, effort) == 500 * MIB
     monkeypatch.setattr(compute, "cache_bytes", lambda: 2 * MIB)
     (shape,) = QUICK.layer_shapes("float32", 4)
     layer = TimedLayer(shape, cpu, torch.float32, WeightOrder.PLAIN, replace(QUICK, caches=1))
     assert len(layer._layers) * shape.weight_bytes >= 2 * MIB
+
+
+def test_no_cache_holds_what_a_pass_uses_once(cpu, monkeypatch):
+    """Layers that stay, KV, heads, weights to dequantise; but for layers that may only draft."""
+    monkeypatch.setattr(compute, "cache_bytes", lambda: 2 * MIB)
+    effort, used = replace(QUICK, caches=1, query_tokens=(1,), head_rows=(1,)), Counter()
+    (shape,) = effort.layer_shapes("bfloat16", 2)
+    for order, cold_bytes in ((WeightOrder.PACKED, 2 * MIB), (WeightOrder.INT8, QUICK.cold_bytes)):
+        found = compute._cold_bytes(shape, order, cpu, effort)
+        assert cold_bytes <= found < cold_bytes + shape.weight_bytes
+    attend, made = compute.attend_rows, compute._copies
+    monkeypatch.setattr(
+        compute,
+        "attend_rows",
+        lambda query, key, *more: (used.update([key.data_ptr()]), attend(query, key, *more))[1],
+    )
+    many = Curve(replace(effort, least_samples=40, most_samples=40))
+    measure_attention(cpu, "float32", many, nothing)
+    assert len(used) == 30  # a model's; they are 64 KiB each
+    counts = []
+    monkeypatch.setattr(
+        compute, "_copies", lambda module, count: (counts.append(count), made(module, count))[1]
+    )
+    measure_heads(cpu, "float32", WeightOrder.PLAIN, Curve(effort), nothing)
+    assert counts == [2 * MIB // (64 * 128 * 4)]
+    sizes = []
+    monkeypatch.setattr(dequantising, "MEASURED", dequantising.MEASURED[:1])
+    monkeypatch.setattr(
+        dequantising, "cycle", lambda weights: (sizes.append(len(weights)), cycle(weights))[1]
+    )
+    [*dequantising.measure_dequantising(cpu, torch.bfloat16, Curve(effort), nothing)]
+    assert sizes[0] >= 2 * MIB // (256 * 256)
 
 
 def test_the_largest_cache_is_known_where_linux_tells_it():

@@ -6,6 +6,7 @@ products (norms, rotary embedding, appending keys) is in its time.
 """
 
 import copy
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -286,7 +287,8 @@ def measure_heads(
         head = torch.nn.Linear(hidden, vocabulary, bias=False, device="meta", dtype=dtype)
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
-        copies = torch.nn.ModuleList(_copies(head, -(-effort.cold_bytes // nbytes)))
+        cold_bytes = beyond_caches(device, effort, _model_bytes(hidden, nbytes, dtype, effort))
+        copies = torch.nn.ModuleList(_copies(head, -(-cold_bytes // nbytes)))
         if weights is WeightOrder.PACKED:
             pack_linears(copies)
         elif widens(dtype, device.torch_device):
@@ -315,28 +317,40 @@ def measure_heads(
     )
 
 
-def beyond_caches(most_bytes: int, device: Device, effort: Effort) -> int:
+def beyond_caches(device: Device, effort: Effort, most_bytes: int = sys.maxsize) -> int:
     """Bytes that are used in turn so that no cache has them when they are used again.
 
+    The largest cache counts whole, also where a virtual machine shares it with others: no more of
+    it can be ours. They take a part of the memory that is free at most.
+
     Args:
-        most_bytes: that are ever used so: a model's.
         device: that computes.
         effort: how much that is.
+        most_bytes: that are ever used so: a model's.
     """
-    caches = effort.caches * cache_bytes() if device.kind.host_computes else 0
-    return max(effort.cold_bytes, min(most_bytes, caches))
+    if not device.kind.host_computes:
+        return effort.cold_bytes
+    most_bytes = min(most_bytes, device.free_bytes() // _ROOM_PART)
+    return max(effort.cold_bytes, min(most_bytes, effort.caches * cache_bytes()))
 
 
 def _cold_bytes(shape: LayerShape, weights: WeightOrder, device: Device, effort: Effort) -> int:
     """Of all copies of a layer: whole ones.
 
-    Those that lie as in the files are streamed, so no cache has them. Others stay, and a draft
-    model's may well be in one.
+    Those of a target that stays are in no cache either, if the model is larger. Rounded ones draft,
+    pass after pass, and a draft model's may well be in one.
     """
     nbytes, cold_bytes = shape.weight_bytes, effort.cold_bytes
-    if weights is WeightOrder.PLAIN:
-        cold_bytes = beyond_caches(_LAYERS * nbytes, device, effort)
+    if weights not in _ROUNDED:
+        cold_bytes = beyond_caches(device, effort, _LAYERS * nbytes)
     return -(-cold_bytes // nbytes) * nbytes
+
+
+def _model_bytes(hidden: int, head_bytes: int, dtype: torch.dtype, effort: Effort) -> int:
+    """Of a model with such a head, before which all its layers compute: timed ones."""
+    shapes = effort.layer_shapes(str(dtype).removeprefix("torch."), dtype.itemsize)
+    layers = (shape.weight_bytes for shape in shapes if shape.hidden == hidden)
+    return head_bytes + _LAYERS * max(layers, default=0)
 
 
 def _copies(module: ModuleT, count: int) -> list[ModuleT]:
@@ -479,20 +493,24 @@ def measure_attention(
     row_bytes = 2 * _KV_HEADS * _HEAD_DIM * dtype.itemsize
     cached = max(max(effort.query_tokens), effort.kv_bytes // row_bytes)
     draw = partial(torch.randn, dtype=dtype, device=device.torch_device)
-    key, value = (draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2))
+    layer_bytes = cached * row_bytes
+    cold_bytes = beyond_caches(device, effort, _LAYERS * layer_bytes)
+    first = [draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2)]
+    others = [[each.clone() for each in first] for _ in range(-(-cold_bytes // layer_bytes) - 1)]
+    layers = cycle([first, *others])
     spec = AttentionSpec(scaling=_HEAD_DIM**-0.5, exact=exact)
     passes: dict[Place, Sample] = {}
     for rows in effort.query_tokens:
         query = draw(_HEADS, rows, _HEAD_DIM)
 
         def run(query: torch.Tensor = query) -> None:
+            key, value = next(layers)
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
         passes[(rows,)] = Timed(run, effort.compute_sample_s, computes=device.kind.host_computes)
     taken = {
-        place: [s / (cached * row_bytes) for s in seconds]
-        for place, seconds in curve.take(passes).items()
+        place: [s / layer_bytes for s in seconds] for place, seconds in curve.take(passes).items()
     }
     speeds = []
     for (rows,), s_per_kv_byte in curve.numbers(taken).items():
@@ -501,7 +519,7 @@ def measure_attention(
                 processor=device.kind.processor,
                 query_tokens=rows,
                 queries_per_head=_HEADS // _KV_HEADS,
-                kv_bytes=cached * row_bytes,
+                kv_bytes=layer_bytes,
                 s_per_kv_byte=s_per_kv_byte,
                 exact=exact,
             )

@@ -22,6 +22,7 @@ from offload_rt.model.formats.stored import Flat, Stored, suits_kernels
 from offload_rt.model.formats.wired import BRING
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import CODED_BITS, piece_weights
+from offload_rt.profiling.compute import beyond_caches
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
 from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
 
@@ -159,7 +160,7 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
         stored, parts = _example(form, bits, side, dtype)
         one = {word: part.to(device.torch_device) for word, part in parts.items()}
         nbytes = sum(part.nbytes for part in one.values())
-        count = max(1, -(-curve.effort.cold_bytes // nbytes))
+        count = max(1, -(-beyond_caches(device, curve.effort) // nbytes))
         weights = cycle([{word: part.clone() for word, part in one.items()} for _ in range(count)])
         for decoder, bring in _brings(stored, dtype, device):
             at_once = 1 if host else _AT_ONCE

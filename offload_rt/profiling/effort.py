@@ -29,8 +29,9 @@ class Effort:
         shapes: hidden, intermediate, heads, KV heads, head size of the layers that are timed.
         cold_bytes: of all copies of a layer that are used in turn, at least, so that no cache
             holds their weights.
-        caches: times the bytes of the largest cache that are cold, where that is more: of experts,
-            and of layers that lie as in the files, no more than those of a model have together.
+        caches: times the bytes of the largest cache that are cold, where that is more: of experts
+            and of weights that are dequantised; of layers that are not rounded, their KV and heads
+            no more than a model has together.
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.

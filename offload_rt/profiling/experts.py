@@ -27,7 +27,6 @@ from offload_rt.streaming.experts import Asked
 
 PER_TOKEN = 4  # experts of a call; those of a token usually are 2 to 8
 _RANDOM_NUMBERS = 2**18
-_ROOM_PART = 4  # of free memory, which the experts may have
 _SEED = 0
 
 
@@ -93,7 +92,7 @@ def measure_experts(device: Device, dtype_name: str, curve: Curve, tick: Tick) -
     curve = replace(curve, by_bytes=True)
     effort, dtype = curve.effort, getattr(torch, dtype_name)
     largest = max(3 * hidden * intermediate for hidden, intermediate in effort.experts)
-    cold_bytes = beyond_caches(device.free_bytes() // _ROOM_PART, device, effort)
+    cold_bytes = beyond_caches(device, effort)
     memory = _random(max(cold_bytes // dtype.itemsize, PER_TOKEN * largest), dtype)
     return [
         found
