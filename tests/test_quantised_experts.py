@@ -303,3 +303,34 @@ def test_experts_at_once_have_the_bits_of_one_after_the_other(
                 found.append(all_logits(engine))
             assert (max(calls, default=0) > 2) == (at_once and case != "MXFP4"), (at_once, slots)
     assert [torch.equal(one, found[0]) for one in found] == [True] * 4
+
+
+@pytest.mark.skipif(bool(products.problem()), reason=f"no kernels: {products.problem()}")
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_few_rows_take_experts_at_once_where_passes_need_not_be_row_invariant_too(
+    make_tiny, monkeypatch, name, registers
+):
+    """Any slots have the same bits; not where more than an activation is between two products."""
+    if registers and stored_kernels.registers_problem():
+        pytest.skip(stored_kernels.registers_problem())
+    fits = registers_fit if registers else lambda *_: False
+    monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
+    folder = make_mixture(make_tiny, name, dtype="bfloat16", **sizes)
+    calls, together = [], experts_module.multiply_all
+    monkeypatch.setattr(
+        experts_module, "multiply_all", lambda tasks: (calls.append(len(tasks)), together(tasks))
+    )
+    few, many, found = PROMPT[:1], [token % 60 for token in range(33)], []
+    for slots in (None, 5, 14):
+        with engine_for(
+            folder, exact=Exact.OFF, expert_slots=slots, prefill_chunk_tokens=64, tokens=40
+        ) as engine:
+            made = []
+            for rows in (few, PROMPT, many):
+                calls.clear()
+                made.append(engine.forward([(0, rows)], reuse=False).clone())
+                assert bool(calls) == (name == "qwen3_moe" and len(rows) < 33)
+            found.append(torch.cat(made))
+    assert [torch.equal(one, found[0]) for one in found] == [True] * 3

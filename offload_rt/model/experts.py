@@ -7,6 +7,7 @@ summed in the order of places at the end. So what comes first changes no bit. Wh
 between the products (`_apply_gate`), and how its weights lie, are the module's own flags.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -175,8 +176,8 @@ def multiply_together(module: torch.nn.Module) -> bool:
     return _TOGETHER in module.__dict__
 
 
-def multiply_at_once(module: torch.nn.Module) -> None:
-    """Let a module of experts, in passes that are row-invariant, take few calls of a kernel.
+def multiply_at_once(module: torch.nn.Module, most_rows: int = sys.maxsize) -> None:
+    """Let a module of experts take few calls of a kernel, in passes of so many rows at most.
 
     That is for a CPU, where kernels of ours multiply (`kernels/stored.py`): rows of all experts
     that are there go through each matrix in one call, and all of them through what is between two.
@@ -184,7 +185,7 @@ def multiply_at_once(module: torch.nn.Module) -> None:
     such kernel takes a matrix, experts are computed one by one.
     """
     if not module.has_post_expert_norm and not module.is_transposed:
-        module.__dict__[_AT_ONCE] = True
+        module.__dict__[_AT_ONCE] = most_rows
 
 
 def wire_experts(
@@ -271,7 +272,7 @@ def _computed(
         all_of_them = replace(asked, there=len(needed), coming=len(needed))
         for group in _lent(module, lender, all_of_them):
             _rows_together(module, host, group, places, hidden, parts)
-    elif _AT_ONCE in module.__dict__ and hidden.device.type == "cpu" and not traced():
+    elif rows <= module.__dict__.get(_AT_ONCE, 0) and hidden.device.type == "cpu" and not traced():
         for group in _lent(module, lender, replace(asked, there=AT_ONCE_EXPERTS)):
             _compute_at_once(module, group, places, hidden, parts)
     else:

@@ -44,6 +44,7 @@ from offload_rt.model.exact import (
     attention_problem,
     looks_of,
     make_exact,
+    multiply_few_rows_at_once,
     product_shapes,
     products_problem,
 )
@@ -559,8 +560,8 @@ class Network:
         self._lenders, self._place, self.chunk_tokens = experts, device, chunk_tokens
         if base is not None:
             self._have_base(base)
+        self._settle_products(device)  # by their shapes, of experts that are apart too
         self._leave_out_other_parts(device)
-        self._settle_products(device)
         _move_buffers(self._model, device)
         self._crossing = crossing
         for index, layer in enumerate(self._layers):
@@ -650,6 +651,9 @@ class Network:
             make_exact(self._model)
             for name in self._mixtures:
                 multiply_at_once(self._model.get_submodule(name))
+        elif device.type == "cpu" and self.dtype is torch.bfloat16:
+            for name in self._mixtures:
+                multiply_few_rows_at_once(self._model.get_submodule(name))
 
     def _leave_out_other_parts(self, device: torch.device) -> None:
         """Give parameters of no part of the text network nothing, where passes run.

@@ -16,7 +16,7 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from offload_rt.device.base import Device
-from offload_rt.model.exact import Regular, make_exact
+from offload_rt.model.exact import Regular, make_exact, multiply_few_rows_at_once
 from offload_rt.model.experts import ExpertWeights, compute_experts, lend_experts, multiply_at_once
 from offload_rt.model.formats.stored import Stored
 from offload_rt.profiling.compute import beyond_caches
@@ -121,6 +121,8 @@ def _curves(
         if exact:
             make_exact(module)
             multiply_at_once(module)
+        elif dtype is torch.bfloat16:
+            multiply_few_rows_at_once(module)
         for rows in effort.expert_rows:
             run = _call(module, experts, torch.randn(rows, hidden).to(dtype), exact=exact)
             passes[nbytes, rows] = Timed(run, effort.compute_sample_s, computes=True)
