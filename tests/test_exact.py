@@ -108,13 +108,12 @@ def cancelling_rows(rows, **sizes):
     return query * 0, key, both.to(value.dtype)
 
 
-def one_by_one(query, key, value, spec, rows):
-    """Each of the newest rows in a pass of its own."""
-    cached = key.shape[1]
+def one_by_one(query, key, value, spec, places):
+    """Each of these rows in a pass of its own."""
     return torch.cat(
         [
             attend_exact(query[:, i : i + 1], key[:, : i + 1], value[:, : i + 1], spec)
-            for i in range(cached - rows, cached)
+            for i in places
         ]
     )
 
@@ -131,26 +130,33 @@ SPECS = [
 ]
 
 
+NUMBERS = [
+    (torch.bfloat16, 16),
+    (torch.bfloat16, 96),
+    (torch.float16, 64),
+    (torch.float32, 16),
+    (torch.float32, 64),
+]
+
+
 @pytest.mark.parametrize(
-    ("dtype", "dim"),
+    ("cached", "spec", "dtype", "dim"),
     [
-        (torch.bfloat16, 16),
-        (torch.bfloat16, 96),
-        (torch.float16, 64),
-        (torch.float32, 16),
-        (torch.float32, 64),
+        *((300, spec, *numbers) for spec in range(len(SPECS)) for numbers in NUMBERS),
+        *((70, *each) for each in zip(range(4), *zip(*NUMBERS[1:], strict=True), strict=True)),
     ],
 )
-@pytest.mark.parametrize("spec", SPECS)
-@pytest.mark.parametrize("cached", [70, 300])
 def test_attention_of_a_row_has_the_same_bits_in_any_pass(cached, spec, dtype, dim, short_parts):
-    query, key, value = random_rows(cached, dim=dim, dtype=dtype)
+    """Of the newest 66; every fifth of them alone, and those beside the ends of a tile."""
+    spec, (query, key, value) = SPECS[spec], random_rows(cached, dim=dim, dtype=dtype)
+    places = [i for i in range(cached - 66, cached) if i % 5 == 0 or i % 16 in (0, 15)]
+    at = [i - cached for i in places]
     for count in (1, 3):
         with threads(count):
-            alone = one_by_one(query, key, value, spec, 66)
-            for rows in (2, 5, 16, 33, 66):
-                assert torch.equal(attend_exact(query[:, -rows:], key, value, spec), alone[-rows:])
-            assert torch.equal(attend_exact(query, key, value, spec)[-66:], alone)
+            whole = attend_exact(query, key, value, spec)
+            assert torch.equal(one_by_one(query, key, value, spec, places), whole[at])
+            for rows in (1, 2, 5, 16, 33, 66):
+                assert torch.equal(attend_exact(query[:, -rows:], key, value, spec), whole[-rows:])
     plain = AttentionSpec(
         **{n: getattr(spec, n) for n in ("scaling", "window", "softcap", "sinks")}
     )
@@ -159,13 +165,13 @@ def test_attention_of_a_row_has_the_same_bits_in_any_pass(cached, spec, dtype, d
     # Results are up to 8, where bf16 rounds by a 64th; the kernel rounds weights as well.
     near = 2e-5 if dtype is torch.float32 else 1.6e-2
     narrow = dtype is torch.bfloat16 and dim != 16
-    assert torch.allclose(alone.float(), expected, atol=near, rtol=2**-8 if narrow else 0)
+    assert torch.allclose(whole[-66:].float(), expected, atol=near, rtol=2**-8 if narrow else 0)
 
 
 @pytest.mark.parametrize("dim", [16, 64])
 def test_parts_of_usual_size_are_cut_alike(dim):
     query, key, value = random_rows(PART + 200, dim=dim)
-    alone = one_by_one(query, key, value, SPECS[0], 5)
+    alone = one_by_one(query, key, value, SPECS[0], range(PART + 195, PART + 200))
     assert torch.equal(attend_exact(query[:, -70:], key, value, SPECS[0])[-5:], alone)
     assert torch.equal(attend_exact(query, key, value, SPECS[0])[-5:], alone)
 
@@ -258,12 +264,19 @@ def test_every_number_is_in_a_whole_vector():
 # --- a network -----------------------------------------------------------------------------------
 
 
+# Rows that are computed one by one: the first, those about the ends of tiles of rows, of pieces of
+# keys and of states (48 and 64), and the last.
+ALONE = (range(1, 8), range(46, 66), range(99, 100))
+
+
 def logits_of_passes(engine):
     """The same rows of a text in many ways: [S, V] each, of rows from some place on."""
-    first, *later = TEXT[:100]
-    engine.forward([(0, [first])], reuse=True)
-    alone = [engine.forward([(0, [token])], reuse=False)[0].clone() for token in later]
-    yield 1, torch.stack(alone)
+    done = 0
+    for places in ALONE:
+        engine.forward([(0, TEXT[done : places.start])], reuse=not done)
+        alone = [engine.forward([(0, [TEXT[i]])], reuse=False)[0].clone() for i in places]
+        yield places.start, torch.stack(alone)
+        done = places.stop
     yield from logits_of_larger_passes(engine)
 
 
@@ -297,12 +310,13 @@ def agree(engine):
 
 
 def all_agree(passes):
-    (_, alone), *others = passes
-    assert alone.unique(dim=0).shape[0] > 50
-    return all(
-        torch.equal(rows, alone[start - 1 :][: len(rows)] if start else rows_from(alone, rows))
-        for start, rows in others
-    )
+    """Whether all rows are those of the largest pass, and the last one is as it was alone."""
+    found = list(passes)
+    largest = max((rows for start, rows in found if not start), key=len)
+    (last,) = found[len(ALONE) - 1][1]
+    whole = torch.cat([largest, last[None]])
+    assert len(whole) == 100 and whole.unique(dim=0).shape[0] > 50
+    return all(torch.equal(rows, whole[start:][: len(rows)]) for start, rows in found)
 
 
 def disagree(engine):
@@ -316,11 +330,6 @@ def disagree(engine):
         if place and not all(torch.equal(row, other) for other in inside):
             return True
     return False
-
-
-def rows_from(alone, rows):
-    """Of a pass from the first row on, which nothing is compared with, the others."""
-    return torch.cat([rows[:1], alone[: len(rows) - 1]])
 
 
 @contextmanager
@@ -679,6 +688,7 @@ def test_two_tiles_are_a_product_where_their_bits_are_those_of_two(
 
 WITH_MATRIX_REGISTERS = """
 import json, sys
+from itertools import pairwise
 from engines import engine_for, generate
 from test_exact import NGRAMS, STREAMED, TEXT, agree, engines
 from offload_rt.config import Exact
@@ -690,8 +700,8 @@ with engine_for(dense, prompts=[TEXT], tokens=60, exact=Exact.ON, prefill_chunk_
     seen, text = set(), TEXT + TEXT[:42]
     for count in (1, 17, 48, 64, 192):
         one.forget()
-        for start in range(0, 192, count):
-            rows = one.forward([(0, text[start : start + count])], reuse=not start)
+        for start, stop in pairwise([0, *range(170 if count == 1 else count, 192, count), 192]):
+            rows = one.forward([(0, text[start:stop])], reuse=not start)
         seen.add(str(rows.float().tolist()))
     print("passes", len(seen) == 1)
 with engines(mixture, **STREAMED) as made:
