@@ -6,6 +6,7 @@ import shutil
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -49,9 +50,11 @@ def delta(make_tiny):
     return make_hybrid(make_tiny, "qwen3_5")
 
 
+reference = cache(reference_model)
+
+
 def expected_answer(folder, prompt, tokens):
-    reference = reference_model(folder)
-    answer = reference.generate(
+    answer = reference(folder).generate(
         torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False, eos_token_id=None
     )
     return answer[0, len(prompt) :].tolist()
@@ -98,17 +101,17 @@ def answered(engine, prompts, expected, seed=0):
 
 def test_logits_and_tokens_equal_transformers(hybrid):
     """Streamed, in chunks, with trees for drafts, and once more behind a prompt that is there."""
-    answer = expected_answer(hybrid, PROMPT, 24)
-    with engine_for(hybrid, draft=NGRAMS, resident_layers=1, slots=2, tokens=24) as engine:
+    answer = expected_answer(hybrid, PROMPT, 18)  # behind a prompt of 17: across an anchor
+    with engine_for(hybrid, draft=NGRAMS, resident_layers=1, slots=2, tokens=18) as engine:
         assert len(engine.placement.streamed) == 3
         ours = all_logits(engine, steps=3)
         with torch.no_grad():
-            theirs = reference_model(hybrid)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+            theirs = reference(hybrid)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
         difference = (ours - theirs[len(PROMPT) - 1 :]).abs().max()
         assert difference <= 1e-3 * theirs.abs().max()  # its own two forms differ by 1e-4
         found, passes = answered(engine, [PROMPT], [answer])
         assert found == [answer]
-        assert passes < 20
+        assert passes < 15
         turn = PROMPT + answer[:9]
         assert answered(engine, [turn], [answer[9:]])[0] == [answer[9:]]
 
@@ -234,7 +237,7 @@ def test_a_convolution_that_lacks_a_row_is_found(delta, monkeypatch):
     monkeypatch.setattr(PassStates, "update_conv_state", short)
     with engine_for(delta, prompts=[LONG]) as engine, torch.no_grad():
         ours = all_logits(engine, LONG, steps=0)
-        theirs = reference_model(delta)(torch.tensor([LONG])).logits[0, -1:]
+        theirs = reference(delta)(torch.tensor([LONG])).logits[0, -1:]
     assert (ours - theirs).abs().max() > 1e-3 * theirs.abs().max()
 
 
@@ -432,8 +435,12 @@ class Exact:
         return rows[:keep]
 
 
-def rollbacks(folder, monkeypatch, dtype):
-    """For each number of 0 to 8 accepted tokens of 8 whether all behind has the same bits."""
+# Tokens of 8 that are accepted: none, up to an anchor, one more, all.
+ACCEPTED = (0, 3, 4, 8)
+
+
+def rollbacks(folder, monkeypatch, dtype, numbers=ACCEPTED):
+    """For each number of accepted tokens of 8 whether all behind has the same bits."""
     monkeypatch.setattr("offload_rt.kv.resident.attend_rows", exact_attention)
     same = []
     room = {"prompts": [TEXT], "tokens": TILE, "dtype": dtype, "prefill_chunk_tokens": 512}
@@ -442,7 +449,7 @@ def rollbacks(folder, monkeypatch, dtype):
         whole = made.prompt(TEXT)
         made.cache.truncate(0)
         made.prompt(TEXT[:TILE])
-        for accepted in range(9):
+        for accepted in numbers:
             made.cache.truncate(TILE)
             assert made.cache.length == TILE
             first = TILE + 12  # what is drafted crosses an anchor
@@ -457,7 +464,8 @@ def rollbacks(folder, monkeypatch, dtype):
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_after_any_number_of_accepted_tokens_all_is_as_in_one_prompt(name, make_tiny, monkeypatch):
-    assert rollbacks(make_short(make_tiny, name), monkeypatch, "float32") == [True] * 9
+    numbers = range(9) if name == "qwen3_5" else ACCEPTED
+    assert all(rollbacks(make_short(make_tiny, name), monkeypatch, "float32", numbers))
 
 
 def test_a_model_whose_layers_all_keep_a_state_can_be_planned(make_tiny, offload_run):
@@ -473,7 +481,7 @@ def test_a_model_whose_layers_all_keep_a_state_can_be_planned(make_tiny, offload
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_in_bf16_too(name, make_tiny, monkeypatch):
-    assert rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16") == [True] * 9
+    assert all(rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16"))
 
 
 def test_rejected_rows_that_move_the_anchor_are_found(delta, monkeypatch):
