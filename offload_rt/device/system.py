@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from offload_rt.device.cgroup import MemoryGroup, cpu_quota, memory_groups, unescaped
 from offload_rt.errors import ConfigError
@@ -45,6 +46,11 @@ _AREA = re.compile(  # of /proc/self/smaps, where a file is mapped
 )
 _AREA_SIZE = re.compile(r"^(Rss|Anonymous): +(\d+) kB$", re.MULTILINE)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h of glibc
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)  # making one makes classes, 20 us each time
 
 
 def free_memory_bytes() -> int:
@@ -222,7 +228,7 @@ def give_back_large_blocks(border_bytes: int = 16 * 2**20) -> None:
     border.
     """
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        mallopt = _libc().mallopt
     except (OSError, AttributeError):
         return
     mallopt(_M_MMAP_THRESHOLD, border_bytes)
@@ -236,7 +242,7 @@ def give_back_holes() -> None:
     cannot.
     """
     with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
+        _libc().malloc_trim(0)
 
 
 LIBRARIES = re.compile(r"\.so(\.[\d.]+)?$")  # for `give_back_code`
@@ -256,6 +262,31 @@ def most_read(since: int) -> tuple[int, int]:
 
 
 _seen_mapped: set[str] = set()  # lines of /proc/self/maps that `give_back_code` has dealt with
+_seen_loaded: dict[re.Pattern[str], int] = {}  # `_loads` when it did, by what it was asked for
+
+
+class _Loads(ctypes.Structure):
+    """What `dl_iterate_phdr(3)` tells of a library: the process's loads are counted in it."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("address", "path", "headers")),
+        ("header_count", ctypes.c_uint16),
+        ("loads", ctypes.c_ulonglong),
+    )
+
+
+def _loads() -> int:
+    """How often a library was loaded so far; -1 where the C library does not count."""
+    counted = [-1]
+
+    def first(info: Any, *_: object) -> int:  # noqa: ANN401 - a pointer of ctypes
+        counted[0] = info.contents.loads
+        return 1  # ask for no other library
+
+    told = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(_Loads), ctypes.c_size_t, ctypes.c_void_p)
+    with suppress(OSError, AttributeError):
+        _libc().dl_iterate_phdr(told(first), None)
+    return counted[0]
 
 
 def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
@@ -272,6 +303,10 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
     Returns:
         the bytes that were given back; 0 where the system does not tell what is mapped.
     """
+    loads = _loads()
+    if loads == _seen_loaded.get(libraries) and loads >= 0 and not again:
+        return 0
+    _seen_loaded[libraries] = loads
     mapped = {line for line in _lines("/proc/self/maps") if libraries.search(line)}
     if mapped <= _seen_mapped and not again:
         return 0
@@ -279,7 +314,7 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
     _read.append(rss_bytes()[1])
     given = 0
     with suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
+        madvise = _libc().madvise
         for area in _mapped_areas():
             # What was changed since it was read (by relocation) would be lost.
             if "w" in area.rights or area.changed_bytes or not libraries.search(area.path):
@@ -365,7 +400,7 @@ def _put_into_file(start: int, nbytes: int, path: Path) -> None:
 
 def _other_pages(start: int, kept: "ctypes.Array[ctypes.c_char]") -> dict[int, bytes]:
     """Pages of memory that a file has otherwise, by their place."""
-    compare = ctypes.CDLL(None).memcmp
+    compare = _libc().memcmp
     compare.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
     there, nbytes = ctypes.addressof(kept), len(kept)
     found = {}
@@ -422,6 +457,6 @@ def ask_for_large_pages(start: int, nbytes: int) -> None:
     if room <= 0:
         return
     with suppress(OSError, AttributeError):
-        madvise = ctypes.CDLL(None).madvise
+        madvise = _libc().madvise
         for advice in (_MADV_HUGEPAGE, _MADV_COLLAPSE):
             madvise(ctypes.c_void_p(first), ctypes.c_size_t(room), advice)
