@@ -27,8 +27,7 @@ def undrafted(tmp_path_factory):
     return tmp_path_factory.mktemp("undrafted")
 
 
-@pytest.mark.parametrize("nodes", [3, 24])
-@pytest.mark.parametrize("window", ["full", 44])
+@pytest.mark.parametrize(("nodes", "window"), [(3, "full"), (24, 44)])
 def test_a_replay_takes_the_passes_that_are_made(
     bench, make_tiny, offload_run, prompt_file, tmp_path, undrafted, nodes, window
 ):

@@ -62,18 +62,18 @@ def logits(folder):
 
 
 @pytest.mark.parametrize(
-    "sizes",
+    ("sizes", "tied"),
     [
-        {"hidden": HIDDEN, "intermediate": 40, "heads": 4},
-        {"hidden": 48},
-        {"hidden": 4 * HIDDEN, "heads": 16, "intermediate": 100},
-        {"hidden": 36, "layers": 5},
-        {"hidden": 80, "layers": 3, "heads": 4, "intermediate": 41},
-        {"hidden": HIDDEN, "heads": 8, "intermediate": 40},
+        ({"hidden": HIDDEN, "intermediate": 40, "heads": 4}, True),
+        ({"hidden": HIDDEN, "intermediate": 40, "heads": 4}, False),
+        ({"hidden": 48}, True),
+        ({"hidden": 4 * HIDDEN, "heads": 16, "intermediate": 100}, False),
+        ({"hidden": 36, "layers": 5}, True),
+        ({"hidden": 80, "layers": 3, "heads": 4, "intermediate": 41}, False),
+        ({"hidden": HIDDEN, "heads": 8, "intermediate": 40}, True),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_same_logits_as_the_source(tool, tmp_path, sizes, tied):
     small = write_source(tmp_path / "small", tied=tied)
     assert tool.main([str(tmp_path / "large"), "--source", str(small), *options(**sizes)]) == 0

@@ -60,16 +60,22 @@ class Row:
 
 
 def configurations() -> list[tuple[str, dict[str, object]]]:
-    """Families of the tests, each once, with a tiny configuration."""
+    """Families of the tests, each once, with a tiny configuration.
+
+    Where layers are alike two of them say what four do.
+    """
     sys.path.insert(0, str(ROOT / "tests"))
     from expert_models import MIXTURES
     from hybrids import HYBRIDS, REFUSED
     from test_families import FAMILIES, IDS
 
     found: dict[str, dict[str, object]] = {}
-    each = *FAMILIES.values(), *HYBRIDS.values(), *REFUSED.values(), *MIXTURES.values()
-    for model_type, config in each:
-        found.setdefault(model_type, IDS | config)
+    alike = {"num_hidden_layers": 2}
+    for families in (FAMILIES, HYBRIDS, REFUSED, MIXTURES):
+        short = alike if families in (FAMILIES, MIXTURES) else {}
+        for model_type, config in families.values():
+            few = {} if "layer_types" in config else short
+            found.setdefault(model_type, IDS | few | config)
     return sorted(found.items())
 
 
