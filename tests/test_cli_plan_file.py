@@ -163,19 +163,19 @@ def test_a_profile_can_be_named(tiny_model, offload_run):
 
 
 def test_auto_writes_what_none_writes(tiny_model, offload_run):
-    base = ("generate", tiny_model, "-p", PROMPT * 3, "-n", 40, "-q")
+    base = ("generate", tiny_model, "-p", PROMPT * 3, "-n", 24, "-q")
     plain = offload_run(*base, "--draft", "none").out
     assert offload_run(*base).out == plain
     assert offload_run(*base, "--draft", f"model:{tiny_model}").out == plain
 
 
 def test_a_seed_brings_the_same_answer_whatever_was_learned(tiny_model, offload_run):
-    base = ("generate", tiny_model, "-p", PROMPT, "-n", 24, "--temperature", 1, "--seed", 7)
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 12, "--temperature", 1, "--seed", 7)
     first = json.loads(offload_run(*base, "--json").out)
     assert first["exact"] == {"rows": 16, "key_block": 64, "prompt": True, "why": None}
     plain = json.loads(offload_run(*base, "--exact", "off", "--json").out)
     assert plain["speculation"]["drafter"] == "none"
-    offload_run("generate", tiny_model, "-p", PROMPT * 4, "-n", 40, "-q", "--temperature", 1)
+    offload_run("generate", tiny_model, "-p", PROMPT * 4, "-n", 20, "-q", "--temperature", 1)
     assert offload_run(*base, "-q").out == first["text"] + "\n"
     drafted = [*base, "--draft", f"model:{tiny_model}", "--json"]
     one, two = (json.loads(offload_run(*drafted).out) for _ in range(2))
