@@ -913,15 +913,14 @@ def test_a_template_that_loops_costs_one_request(make_tiny, tmp_path):
             body = {"messages": [{"role": "user", "content": "bomb"}]}
             bad = ask(server.app, "POST", CHAT, body)
             plain = ask(server.app, "POST", PLAIN, {"prompt": [1, 2, 3], "max_tokens": 4})
-            start = time.monotonic()
             await plain.over()
             await ask(server.app, "GET", "/health").over()
-            took = time.monotonic() - start
-            return await bad.over(), plain, took
+            meanwhile = not bad.task.done()
+            return await bad.over(), plain, meanwhile
 
-        bad, plain, took = asyncio.run(together())
+        bad, plain, meanwhile = asyncio.run(together())
         assert bad.status == 400 and "ran for more than" in bad.text and str(folder) not in bad.text
-        assert plain.status == 200 and took < 1.5
+        assert plain.status == 200 and meanwhile
         escaping = {"messages": [{"role": "user", "content": "escape"}], "max_tokens": 1}
         assert post(server.app, CHAT, escaping).status == 400
         assert post(server.app, CHAT, {"messages": HI, "max_tokens": 1}).status == 200
