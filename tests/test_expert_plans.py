@@ -347,7 +347,7 @@ def test_hits_that_are_stated_are_priced_as_those_that_were_seen(offload_run, fo
 def test_a_plan_after_a_run_is_of_what_the_run_asked_for(offload_run, folder):
     before = planned(offload_run, folder, "--expert-slots", 40)["experts"]
     assert not before["measured"]
-    asked = ("generate", folder, "-p", "the dog", "-n", 90, "--ignore-eos", "--json")
+    asked = ("generate", folder, "-p", "the dog", "-n", 54, "--ignore-eos", "--json")
     done = offload_run(*asked, "--expert-slots", 64, "--draft", "none")
     assert done.code == 0, done.err
     counts = json.loads(done.out)["experts"]["distances"]

@@ -65,7 +65,8 @@ def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(make_tiny, nam
     folder = make_mixture(make_tiny, name, dtype=dtype)
     logits, answer = resident_answers(folder)
     places = (3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)
-    for slots, home in places[:1] if name in FAMILIES else places:
+    own = places[1:2] if dtype == "float32" else places[:1] if name in FAMILIES else places
+    for slots, home in own:
         with engine_for(folder, expert_slots=slots, home=home) as engine:
             assert engine.placement.expert_slots == slots
             assert generate(engine, tokens=6) == answer

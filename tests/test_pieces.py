@@ -21,7 +21,8 @@ from offload_rt.model.formats.wired import RowEmbedding
 from offload_rt.profiling.rates import PIECES_S
 from offload_rt.runner import pieces
 
-LAYERS = 4
+LAYERS = 2
+SHORT = {"dtype": "bfloat16", "num_hidden_layers": LAYERS}
 
 
 @pytest.fixture
@@ -47,8 +48,8 @@ def both(engine):
 @pytest.mark.parametrize("name", ["gpt_oss", "every-second"])
 def test_pieces_have_the_bits_of_a_pass_made_at_once(make_tiny, double, name):
     """Biases, sinks and windows; layers without experts."""
-    folder = make_mixture(make_tiny, name, dtype="bfloat16")
-    with engine_for(folder, expert_slots=9, home=HomeKind.HOST, **ROOM) as engine:
+    folder = make_mixture(make_tiny, name, **SHORT)
+    with engine_for(folder, expert_slots=5, home=HomeKind.HOST, **ROOM) as engine:
         expected, found = both(engine)
         assert torch.equal(found, expected) and engine.placement.demand.in_pieces
         mixtures = len(engine.network.units)
@@ -66,8 +67,8 @@ def test_pieces_have_the_bits_of_a_pass_made_at_once(make_tiny, double, name):
 
 
 def test_rows_of_drafts_and_of_several_sequences_are_replayed(make_tiny, double):
-    folder = make_mixture(make_tiny, dtype="bfloat16")
-    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=9, **ROOM) as engine:
+    folder = make_mixture(make_tiny, **SHORT)
+    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=5, **ROOM) as engine:
         found = []
         for refused in (True, False):
             engine.runner._pieces._refused = refused
@@ -82,8 +83,8 @@ def test_rows_of_drafts_and_of_several_sequences_are_replayed(make_tiny, double)
 
 def test_a_client_that_leaves_while_a_pass_is_noted_is_not_in_the_recording(make_tiny, double):
     """Later passes of as many rows are of all of them."""
-    folder = make_mixture(make_tiny, dtype="bfloat16")
-    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=9, **ROOM) as engine:
+    folder = make_mixture(make_tiny, **SHORT)
+    with engine_for(folder, prompts=[PROMPT, PROMPT], expert_slots=5, **ROOM) as engine:
         found, left, leave = [], set(), engine.network._leave
         engine.leave_with(left.__contains__)
 
@@ -106,8 +107,8 @@ def test_a_client_that_leaves_while_a_pass_is_noted_is_not_in_the_recording(make
 
 def test_rows_of_an_embedding_are_found_in_each_pass(make_tiny, double):
     """Not those of the pass that was noted."""
-    folder = make_mixture(make_tiny, dtype="bfloat16")
-    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+    folder = make_mixture(make_tiny, **SHORT)
+    with engine_for(folder, expert_slots=5, **ROOM) as engine:
         model = engine.network._model
         weight = model.get_input_embeddings().weight
         own = RowEmbedding(model.get_input_embeddings())
@@ -120,17 +121,17 @@ def test_rows_of_an_embedding_are_found_in_each_pass(make_tiny, double):
 
 def test_linears_that_share_memory_are_not_planned_in_pieces(make_tiny, double, tmp_path):
     """Attention in 4 bits is dequantised into it."""
-    source = make_mixture(make_tiny, "qwen3_moe", dtype="bfloat16")
+    source = make_mixture(make_tiny, "qwen3_moe", **SHORT)
     case = CASES["W4 g32"]
     folder = write_twins(source, tmp_path, *case, dtype=torch.bfloat16, kept=("gate",)).folder
-    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+    with engine_for(folder, expert_slots=5, **ROOM) as engine:
         assert engine.runner._pieces is None and not engine.placement.demand.in_pieces
 
 
 def test_pieces_are_planned_where_they_are_made(make_tiny, double):
     """Not where the device's kernels choose experts, nor where layers are streamed whole."""
-    folder, found = make_mixture(make_tiny, dtype="bfloat16"), []
-    for options in ({"expert_slots": 9}, {}, {"resident_layers": 1, "home": HomeKind.HOST}):
+    folder, found = make_mixture(make_tiny, **SHORT), []
+    for options in ({"expert_slots": 5}, {}, {"resident_layers": 1, "home": HomeKind.HOST}):
         with pytest.MonkeyPatch.context() as inner:
             open_double(inner)
             with engine_for(folder, **options, **ROOM) as engine:
@@ -163,8 +164,8 @@ def renamed(seen, hidden):
 def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
     make_tiny, double, monkeypatch, caplog, changed, why
 ):
-    folder = make_mixture(make_tiny, dtype="bfloat16")
-    with engine_for(folder, expert_slots=9, **ROOM) as engine:
+    folder = make_mixture(make_tiny, **SHORT)
+    with engine_for(folder, expert_slots=5, **ROOM) as engine:
         norm = engine.network._layers[1].post_attention_layernorm
         forward, seen = norm.forward, []
         monkeypatch.setattr(norm, "forward", lambda hidden: forward(changed(seen, hidden)))
@@ -177,7 +178,7 @@ def test_what_cannot_be_replayed_is_said_once_and_made_as_ever(
 
 def test_a_draft_model_is_recorded_whatever_becomes_of_pieces(make_tiny, double, monkeypatch):
     """A router that cannot be captured is no reason to launch drafts kernel by kernel."""
-    folder = make_mixture(make_tiny, dtype="bfloat16")
+    folder = make_mixture(make_tiny, **SHORT)
     small = make_tiny("llama", num_hidden_layers=1, dtype="bfloat16")
     captured, capture = [], double._driver.capture
 
@@ -189,18 +190,18 @@ def test_a_draft_model_is_recorded_whatever_becomes_of_pieces(make_tiny, double,
 
     monkeypatch.setattr(double._driver, "capture", refusing)
     draft = DraftConfig(draft=f"model:{small}", draft_tokens=3, shape=DraftShape.CHAIN)
-    with engine_for(folder, tokens=40, draft=draft, expert_slots=9, **ROOM) as engine:
+    with engine_for(folder, tokens=16, draft=draft, expert_slots=5, **ROOM) as engine:
         engine.forward([(0, [5])], reuse=False)
         assert engine.runner._pieces._refused
         engine.forget()
-        generate(engine, tokens=40)
+        generate(engine, tokens=16)
     assert ["_Recorder" in name for name in captured[:2]] == [True, False]
     assert counts["replayed"] > counts["recorded"] > 0
 
 
 def test_passes_over_two_gpus_are_not_in_pieces(make_tiny, double, tmp_path):
     """A recording has the kernels of one GPU's stream."""
-    source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64, dtype="bfloat16")
+    source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64, **SHORT)
     folder = write_gpt_oss(source, tmp_path, torch.bfloat16).folder
     with engine_for(folder, **ROOM) as engine:
         assert engine.runner._pieces is not None and engine.placement.demand.in_pieces

@@ -282,9 +282,8 @@ def test_experts_at_once_have_the_bits_of_one_after_the_other(
     fits = registers_fit if registers else lambda *_: False
     monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
     monkeypatch.setattr(exact, "multiplies_in_registers", fits)
-    source = make_mixture(
-        make_tiny, "qwen3_moe", dtype="bfloat16", hidden_size=128, moe_intermediate_size=128
-    )
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 2}
+    source = make_mixture(make_tiny, "qwen3_moe", dtype="bfloat16", **sizes)
     folder = source
     if case is not None:
         folder = write_twins(source, tmp_path, *CASES[case], dtype=torch.bfloat16, kept=KEPT).folder

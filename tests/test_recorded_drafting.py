@@ -55,9 +55,15 @@ def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, 
     assert (ours.drafted, ours.accepted) == (theirs.drafted, theirs.accepted)
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
-@pytest.mark.parametrize("nodes", [4, 12], ids=["chain", "tree"])
-@pytest.mark.parametrize("kind", ["mtp", "eagle3"])
+@pytest.mark.parametrize(
+    ("kind", "nodes", "sampling"),
+    [  # each two of the three
+        ("mtp", 4, SamplingConfig()),
+        ("mtp", 12, SamplingConfig(temperature=0.7, seed=3)),
+        ("eagle3", 4, SamplingConfig(temperature=0.7, seed=3)),
+        ("eagle3", 12, SamplingConfig()),
+    ],
+)
 def test_a_recorded_module_drafts_what_an_eager_one_does(
     tmp_path, recording, kind, nodes, sampling
 ):
