@@ -24,7 +24,7 @@ def edited(folder, target, drop=(), **changes):
     return target
 
 
-def answers(folder, prompt=PROMPT, tokens=8):
+def answers(folder, prompt=PROMPT, tokens=5):
     """What we answer, and what transformers does."""
     with engine_for(folder, prompts=[prompt], resident_layers=1, slots=2) as engine:
         ours = generate(engine, [prompt], tokens=tokens)
