@@ -330,6 +330,20 @@ class FakeCuda:
             compute.kernel(reads=reads, writes=writes, seconds=KERNEL_S)
 
 
+class FakeTensors(FakeTensorMode):
+    """Of each thread whether it is inside an operator: those that offer copies cut tensors, too."""
+
+    _threads = threading.local()
+
+    @property
+    def in_kernel_invocation(self):
+        return getattr(self._threads, "inside", False)
+
+    @in_kernel_invocation.setter
+    def in_kernel_invocation(self, inside):
+        self._threads.inside = inside
+
+
 class FakeKernels(TorchDispatchMode):
     """Shows the double every operation torch runs."""
 
@@ -370,7 +384,7 @@ def fake_gpu(gpu):
     # Rotary tables are made before; they become fake where the network is attached to the device.
     # Parts of host memory are to be real, with an address, and known as parts of the whole.
     with (
-        FakeTensorMode(allow_non_fake_inputs=True),
+        FakeTensors(allow_non_fake_inputs=True),
         FakeKernels(gpu),
         patch.object(streams, "_cut", build_for_real(streams._cut)),
     ):
