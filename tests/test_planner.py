@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -86,13 +87,20 @@ def plan(
     )
 
 
+@cache
+def roomy(folder, draft="auto"):
+    """Without a limit; the model drafts for itself where one is to."""
+    checkpoint = open_checkpoint(folder)
+    return plan(checkpoint, draft, drafter=checkpoint if draft == "model:self" else None)
+
+
 def layer_bytes(checkpoint):
-    return plan(checkpoint).placement.demand.layer_bytes[0]
+    return roomy(checkpoint.folder).placement.demand.layer_bytes[0]
 
 
 def limit_for(checkpoint, resident, slots=2, draft="none"):
     """A limit under which so many layers stay on the device with that drafter."""
-    fixed = plan(checkpoint, draft).placement.demand.fixed_bytes
+    fixed = roomy(checkpoint.folder, draft).placement.demand.fixed_bytes
     return fixed + (resident + slots) * layer_bytes(checkpoint) + 1000
 
 
@@ -225,7 +233,7 @@ def test_a_run_may_draft_more_than_it_begins_with(checkpoint):
 @given(limit=st.integers(0, 40), nodes=st.sampled_from([2, 4, 8, 16]))
 @settings(max_examples=15, deadline=None)
 def test_room_for_more_costs_the_first_steps_next_to_nothing(checkpoint, limit, nodes):
-    smallest = plan(checkpoint, "model:self", drafter=checkpoint).smallest_bytes
+    smallest = roomy(checkpoint.folder, "model:self").smallest_bytes
     memory = smallest + limit * layer_bytes(checkpoint) // 4
     known = {"drafter": checkpoint, "gives": best_at(nodes), "disk": 1e7}
     made = plan(checkpoint, "model:self", device_limit_bytes=memory, **known)
