@@ -17,6 +17,7 @@ from forks import Forked
 
 from offload_rt.baselines import engines, process
 from offload_rt.baselines.engines import EngineSpec
+from offload_rt.cli import compare as verb
 from offload_rt.cli import compare_chart, compare_report
 from offload_rt.cli.held import held
 from offload_rt.config import DraftConfig, RuntimeConfig
@@ -25,12 +26,22 @@ FAKE = Path(__file__).with_name("fake_worker.py")
 
 
 @pytest.fixture
-def fakes(monkeypatch):
-    """Engines `good`, `other`, ... that compute nothing; ours is one of them."""
+def charts():
+    """They are drawn."""
+
+
+@pytest.fixture
+def fakes(request, monkeypatch):
+    """Engines `good`, `other`, ... that compute nothing; ours is one of them.
+
+    A chart takes longer than their processes: only who looks for one has it drawn.
+    """
+    if "charts" not in request.fixturenames:
+        monkeypatch.setattr(verb, "draw", lambda *_: None)
     for name in ("offload-rt", "offload-rt+draft", "good", "slow", "other", "crash", "hang"):
         behaviour = "good" if name.startswith("offload-rt") else name
         spec = EngineSpec(
-            name=name, arguments=(str(FAKE), behaviour), environment=name, module="json"
+            name=name, arguments=("-S", str(FAKE), behaviour), environment=name, module="json"
         )
         monkeypatch.setitem(engines.KNOWN, name, spec)
 
@@ -253,14 +264,16 @@ def test_a_folder_without_rows_is_refused(offload_run, tmp_path):
     assert done.code == 2 and "has no rows: run the comparison first" in done.err
 
 
-def test_the_chart(compare, fakes, tmp_path, monkeypatch):
+def test_the_chart(compare, fakes, charts, tmp_path):
     pytest.importorskip("matplotlib")
     done = compare("--against", "slow", "--batch", "1,2")
     assert (done.code, "no chart" in done.err) == (0, False)
     assert (tmp_path / "out" / "chart.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_without_matplotlib_there_is_a_note_and_no_chart(compare, fakes, tmp_path, monkeypatch):
+def test_without_matplotlib_there_is_a_note_and_no_chart(
+    compare, fakes, charts, tmp_path, monkeypatch
+):
     find = compare_chart.importlib.util.find_spec
     monkeypatch.setattr(
         compare_chart.importlib.util, "find_spec", lambda n: None if n == "matplotlib" else find(n)
