@@ -43,6 +43,7 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.speculative.base import Draft
 from offload_rt.speculative.ngram.drafter import NgramDrafter
 from offload_rt.streaming import memory_home as home_module
+from offload_rt.streaming.experts import ExpertPool
 
 PROMPTS = ([7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24])
 STEPS = 2
@@ -479,6 +480,7 @@ def experts_of(gpu, make_tiny, monkeypatch):
     def sent_on(sent, count):
         return places([next(turn) * 5 % count for _ in sent], count)
 
+    monkeypatch.setattr(ExpertPool, "fill", lambda pool: None)  # fake tensors are of one thread
     monkeypatch.setattr(experts, "_places", sent_on)
     monkeypatch.setattr(network, "experts_of", build_for_real(network.experts_of))
 

@@ -198,6 +198,27 @@ def test_of_copies_that_wait_to_be_last_one_takes_memory():
         assert max(waiting, there, most) < 150 * count  # bytes; one that is cut takes 3 KB
 
 
+def test_a_copy_that_cannot_be_cut_keeps_no_other_from_its_turn():
+    """Whoever asks for it is told."""
+    begun, broken = [], Source("broken", [], lambda *_: None)
+
+    def refuse(_):
+        raise OSError(9, "Bad file descriptor")
+
+    broken.blocks = refuse
+    with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
+        offers = [
+            stream.offer(None, source, (), last=True)
+            for source in (broken, Source("good", begun, lambda *_: None))
+        ]
+        until = time.monotonic() + 5
+        while len(begun) < 3:
+            assert time.monotonic() < until
+            time.sleep(1e-3)
+        with pytest.raises(OSError, match="Bad file"):
+            offers[0].ask()
+
+
 @pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize(
     ("when", "name", "reads"), [("waits", "b", 0), ("made", "a", 1), ("there", "a", 3)]

@@ -106,9 +106,13 @@ class LateOffer:
             return self._made
 
     def begin(self) -> None:
-        """Its turn has come; on the thread."""
-        if not self._is_settled:
+        """Its turn has come; one that cannot be cut is left to whoever asks. On the thread."""
+        if self._is_settled:
+            return
+        try:
             self._made = self._stream.offer_last(self._dst, self._src)
+        except Exception:  # noqa: BLE001 - others are to have their turn
+            _log.debug("a copy that nobody asked for was not begun", exc_info=True)
 
     def end(self, *, failed: bool) -> None:
         """It is there, or else to be copied anew by whoever asks; on the thread."""
