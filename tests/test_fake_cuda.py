@@ -374,7 +374,6 @@ def test_keeping_a_path_of_a_tree_does_not_make_the_host_wait(gpu):
     [
         ("cuda:0", False, SAMPLED, Exact.ON),
         ("cuda:0", False, SAMPLED, Exact.OFF),
-        ("cuda:0", False, SamplingConfig(), Exact.ON),
         ("cuda:0", True, SAMPLED, Exact.OFF),
         ("cuda:0", True, SamplingConfig(), Exact.OFF),
         ("cuda:0,cuda:1", False, SamplingConfig(), Exact.ON),
@@ -426,7 +425,6 @@ def test_a_tree_is_checked_with_one_host_sync_a_step(
     ("device", "sampling", "kv"),
     [
         ("cuda:0", SAMPLED, KVPlace.DEVICE),
-        ("cuda:0", SAMPLED, KVPlace.HOST),
         ("cuda:0", SamplingConfig(), KVPlace.HOST),
         ("cuda:0,cuda:1", SAMPLED, KVPlace.HOST),
         ("cuda:1,cuda:0", SamplingConfig(), KVPlace.DEVICE),
