@@ -613,7 +613,7 @@ def pass_times(
         for layer in load.layers
         for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
     }
-    # Of quantised weights alone it is asked who multiplies them: to know that takes numba, 0.8 s.
+    # Of quantised weights alone it is asked who multiplies them: who knows that imports numba.
     direct = bool(quantised) and host_computes and multiplies(profile, exact=exact)
     # Directly they take no longer than a product with 16 bits.
     parts = {each for each in quantised if not (direct and each.direct)}
