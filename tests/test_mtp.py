@@ -322,7 +322,7 @@ def test_sizes_from_the_configuration_alone_are_those_of_the_files(family, tmp_p
     assert sizes[0] == sizes[1]
 
 
-def launches(gpu, folder, monkeypatch, sampling):  # noqa: F811
+def launches(gpu, folder, monkeypatch, sampling, steps):  # noqa: F811
     """Of drafts on a GPU that is not there: kernels, replays, host syncs, tokens."""
     monkeypatch.setattr(module, "_network", build_for_real(module._network))
     runtime = RuntimeConfig(
@@ -345,7 +345,7 @@ def launches(gpu, folder, monkeypatch, sampling):  # noqa: F811
             return drafted
 
         run.sequences[0].drafter.propose = watched
-        for _ in range(7):
+        for _ in range(steps):
             run.step()
         gpu.strict = False
         assert gpu.unpinned_copies == 0
@@ -355,7 +355,7 @@ def launches(gpu, folder, monkeypatch, sampling):  # noqa: F811
 def test_on_a_gpu_a_chain_is_launched_at_once_and_waited_for_once(gpu, make_mtp, monkeypatch):  # noqa: F811
     """What is put where the graph reads it is beside it: numbers, and hidden states."""
     first, *_, last = launches(
-        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, SamplingConfig()
+        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, SamplingConfig(), 7
     )
     kernels, *counts = last
     assert counts == [1, 1, CHAIN.nodes] and kernels == 3
@@ -366,7 +366,7 @@ def test_on_a_gpu_each_pass_of_a_sampled_chain_is_launched_at_once(gpu, make_mtp
     monkeypatch.setattr(static, "EAGER_FIRST", 0)
     sampling = SamplingConfig(temperature=0.7, seed=1)
     kernels, replays, downloads, drafted = launches(
-        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, sampling
+        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, sampling, 3
     )[-1]
     assert replays == downloads == drafted == CHAIN.nodes
     assert kernels <= 20 * replays  # of choosing tokens, whatever the layer
