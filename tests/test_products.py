@@ -25,7 +25,7 @@ from offload_rt.kernels.stored import blocks_of as plain_blocks
 from offload_rt.kernels.tiles import goes_by_count, in_tiles
 from offload_rt.model.formats import planes
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.formats.packed import PackedLinear
+from offload_rt.model.formats.packed import PackedLinear, can_pack, unlike_when_packed
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import WiredLinear
 from offload_rt.model.header import TensorExtent
@@ -350,3 +350,26 @@ def test_machine_code_is_kept_and_what_is_damaged_is_made_again(tmp_path, monkey
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     assert [stored(8), stored(8)] == [(8, 3), (8, 3)] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.bfloat16, torch.device("cpu")), reason="no bf16 instructions"
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_shape_that_is_packed_has_the_plain_bits_of_any_weights(bias):
+    """Of sums that cancel out, too, whose last bits show the order of additions."""
+    generator = torch.Generator().manual_seed(5)
+    for outputs, inputs in [(32, 64), (16, 64), (48, 128), (64, 96), (128, 1056), (24, 2048)]:
+        linear = torch.nn.Linear(inputs, outputs, bias=bias, dtype=torch.bfloat16)
+        if (outputs, inputs) in unlike_when_packed(torch.nn.Sequential(linear)):
+            continue
+        for _ in range(8):
+            order = torch.randperm(inputs // 2, generator=generator)
+            half = torch.randn(outputs, inputs // 2, generator=generator)
+            linear.weight.data.copy_(torch.cat([half, -half[:, order]], 1))
+            for count in (1, 1, 1, 2, 5, 16, 40):
+                rows = torch.randn(count, inputs // 2, generator=generator)
+                rows = torch.cat([rows, rows[:, order]], 1).to(torch.bfloat16)
+                with torch.inference_mode():
+                    same = torch.equal(PackedLinear(linear)(rows), linear(rows))
+                assert same, (outputs, inputs, count)

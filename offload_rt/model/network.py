@@ -70,10 +70,10 @@ from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
     PackedLinear,
-    computes_the_same,
     pack_linears,
     packed_exactly,
     replace_linears,
+    unlike_when_packed,
 )
 from offload_rt.model.formats.rounded import (
     Int4Linear,
@@ -275,7 +275,7 @@ class Network:
         index: int,
         image: DeviceBuffer,
         *,
-        pack: bool = False,
+        pack: frozenset[tuple[int, int]] = frozenset(),
         weights: DraftWeights = DraftWeights.SAME,
     ) -> None:
         """Let a layer have its weights for good.
@@ -283,7 +283,8 @@ class Network:
         Args:
             index: layer index.
             image: holds them.
-            pack: keep reordered copies (`formats/packed.py`).
+            pack: keep reordered copies of linears of these outputs and inputs
+                (`formats/packed.py`).
             weights: keep rounded copies (`formats/rounded.py`). Nothing refers to `image` after
                 either.
         """
@@ -294,7 +295,7 @@ class Network:
             replace_linears(self._layers[index], make)
             replace_linears(self._layers[index], lambda wired: make(wired.as_linear()), WiredLinear)
         elif pack:
-            pack_linears(self._layers[index], exact=self.exact)
+            pack_linears(self._layers[index], pack, exact=self.exact)
         if pack or weights is not DraftWeights.SAME:
             self._holes[index] = []
         self.kept.add(index)
@@ -480,16 +481,16 @@ class Network:
         linears = (m for m in self._layers[index].modules() if isinstance(m, torch.nn.Linear))
         return frozenset((linear.out_features, linear.in_features) for linear in linears)
 
-    def packs_exactly(self, index: int, image: DeviceBuffer) -> bool:
-        """Whether a layer whose weights are in `image` computes the same when it is packed."""
+    def unlike_when_packed(self, index: int, image: DeviceBuffer) -> frozenset[tuple[int, int]]:
+        """Shapes of linears that compute other numbers packed; the layer's weights in `image`."""
         pairs = _bind(self._holes[index], image)
         for hole, tensor in pairs:
             hole.fill(tensor)
         with torch.inference_mode():
-            same = computes_the_same(self._layers[index], exact=self.exact)
+            unlike = unlike_when_packed(self._layers[index], exact=self.exact)
         for hole, _ in pairs:
             hole.fill(hole.meta)
-        return same
+        return unlike
 
     def exact_problem(
         self, device: torch.device, tiles: int = 0, *, limit_bytes: int, ends: bool = True

@@ -350,7 +350,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
         purpose: in the ledger of device memory.
         packs: keep reordered copies.
         weights: how matrices are kept.
-        exact: pack only if that computes the same numbers.
+        exact: pack only what computes the same numbers then.
     """
     layouts = network.layouts
     copies = packs or weights is not DraftWeights.SAME
@@ -366,14 +366,16 @@ def _keep(  # noqa: PLR0913 - the same, and how
             there = index
             return passing
 
+        kinds = {network.linear_shapes(index): index for index in reversed(layers)}
+        shapes = frozenset[tuple[int, int]]().union(*kinds) if packs else frozenset()
         if exact:  # of each kind of layer the first
-            kinds = {network.linear_shapes(index): index for index in reversed(layers)}
-            firsts = sorted(kinds.values(), reverse=True)
-            copies = all(network.packs_exactly(index, bring(index)) for index in firsts)
+            for index in sorted(kinds.values(), reverse=True):
+                shapes -= network.unlike_when_packed(index, bring(index))
+            copies = bool(shapes)
         for index in layers if copies else ():
             bring(index)
             with torch.inference_mode():
-                network.keep(index, passing, pack=packs, weights=weights)
+                network.keep(index, passing, pack=shapes, weights=weights)
             device.load.wait(device.compute.record())  # until it has been read
             device.enter(layer_bytes(layouts[index], weights), purpose)
             give_back_holes()

@@ -7,11 +7,12 @@ pass. They lie in large pages, which are read faster
 multiplied by kernels of our own that read the same memory faster (`kernels/products.py`).
 
 On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
-so resident layers of the target may be packed too; `computes_the_same` makes sure of it.
+so resident layers of the target may be packed too. Shapes of which that is not so on another
+machine are found (`unlike_when_packed`), and stay plain.
 """
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -27,9 +28,12 @@ from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
 
+Shape = tuple[int, int]  # outputs, inputs
 PACK_FOR_ROWS = 16
+_CANCELLED_NUMBERS = 2**21  # of the weight, in fp32 while rows are made
+_CANCELLED_SUMS = 1024  # for each number of rows
 COMPARED_ROWS = (1, 2, 8, 16, 17, 65)  # kernels differ by the number of rows
-HEAD_ROWS = COMPARED_ROWS[:5]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
+HEAD_ROWS = COMPARED_ROWS[:-1]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
 
 
 class PackedLinear(torch.nn.Module):
@@ -109,12 +113,13 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     )
 
 
-def computes_the_same(module: torch.nn.Module, *, exact: bool = False) -> bool:
-    """Whether every linear below `module` gives the very same numbers when packed."""
+def unlike_when_packed(module: torch.nn.Module, *, exact: bool = False) -> frozenset[Shape]:
+    """Outputs and inputs of linears below `module` that give other numbers when they are packed."""
     linears = [child for child in module.modules() if type(child) is torch.nn.Linear]
     linears = [linear for linear in linears if linear.weight.dtype is torch.bfloat16]
-    shapes = {(*linear.weight.shape, linear.bias is None): linear for linear in linears}
-    return all(packed_exactly(each, exact=exact) is not None for each in shapes.values())
+    kinds = {(*linear.weight.shape, linear.bias is None): linear for linear in linears}
+    unlike = [each for each in kinds.values() if packed_exactly(each, exact=exact) is None]
+    return frozenset((each.out_features, each.in_features) for each in unlike)
 
 
 def packed_exactly(
@@ -126,22 +131,51 @@ def packed_exactly(
     packed = PackedLinear(linear, exact=exact)
     plain = partial(torch.nn.Linear.forward, linear)
     tiled = partial(in_tiles, plain, outputs=linear.out_features)
-    generator = torch.Generator().manual_seed(0)
-    for count in counts:
-        rows = torch.randn(1, count, linear.in_features, generator=generator)
-        rows = rows.to(linear.weight.dtype)
+    for rows in _telling_rows(linear, counts):
         if not torch.equal(packed(rows), tiled(rows) if exact else plain(rows)):
             return None
     return packed
 
 
-def pack_linears(module: torch.nn.Module, *, exact: bool = False) -> None:
-    """Replace every linear in bf16 below `module`; all else becomes memory of its own."""
-    replace_linears(module, partial(_packed, exact=exact))
+def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[torch.Tensor]:
+    """Random rows [1, S, I], so many at a time, whose sums nearly cancel out in some outputs.
+
+    Another order of additions changes one of 5,000 rounded sums of random rows, and one of 90 of
+    these: rows are moved by as little as takes the chosen outputs to zero, bias and all.
+    """
+    outputs, inputs = linear.weight.shape
+    few = min(outputs, inputs // 2, max(1, _CANCELLED_NUMBERS // inputs))
+    chosen = torch.linspace(0, outputs - 1, few).long()
+    weight = linear.weight.detach()[chosen].float()
+    bias = 0 if linear.bias is None else linear.bias.detach()[chosen].float()
+    square = weight @ weight.T
+    # What is no full rank, as zeros, can be divided by, too.
+    square.diagonal().add_(1e-6 * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
+    generator = torch.Generator().manual_seed(0)
+    for count in counts:
+        for _ in range(max(1, _CANCELLED_SUMS // (count * max(1, few)))):
+            rows = torch.randn(count, inputs, generator=generator)
+            moved = torch.linalg.solve_ex(square, (rows @ weight.T + bias).T).result
+            yield (rows - moved.T @ weight).to(linear.weight.dtype)[None]
 
 
-def _packed(linear: torch.nn.Linear, *, exact: bool) -> PackedLinear | None:
-    return PackedLinear(linear, exact=exact) if linear.weight.dtype is torch.bfloat16 else None
+def pack_linears(
+    module: torch.nn.Module, shapes: frozenset[Shape] | None = None, *, exact: bool = False
+) -> None:
+    """Replace linears in bf16 below `module`; all else becomes memory of its own.
+
+    Args:
+        module: what they are below.
+        shapes: outputs and inputs of those that are replaced; None: of any.
+        exact: as of `PackedLinear`.
+    """
+
+    def packed(linear: torch.nn.Linear) -> PackedLinear | None:
+        fits = shapes is None or (linear.out_features, linear.in_features) in shapes
+        takes = fits and linear.weight.dtype is torch.bfloat16
+        return PackedLinear(linear, exact=exact) if takes else None
+
+    replace_linears(module, packed)
 
 
 def replace_linears(
