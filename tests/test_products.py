@@ -350,6 +350,8 @@ def test_machine_code_is_kept_and_what_is_damaged_is_made_again(tmp_path, monkey
     for path in tmp_path.iterdir():
         path.write_bytes(path.read_bytes()[:-1])
     assert [stored(8), stored(8)] == [(8, 3), (8, 3)] and len(list(tmp_path.iterdir())) == 2
+    monkeypatch.setattr(assembling, "_MOST_KEPT", 1)
+    assert [stored(9), stored(9)] == [(9, 4), (9, 4)] and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.skipif(

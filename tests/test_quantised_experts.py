@@ -46,7 +46,9 @@ def twins_of(make_tiny, tmp_path_factory):
     def make(name, dtype="float32"):
         if (name, dtype) not in made:
             family, case = TWINS[name]
-            size = {"intermediate_size": 64, "num_hidden_layers": 3} if family == "gpt_oss" else {}
+            size = {"intermediate_size": 64} if family == "gpt_oss" else {}
+            if size and dtype == "bfloat16":  # of these numbers packed layers had other bits
+                size["num_hidden_layers"] = 3
             source = make_mixture(make_tiny, family, dtype=dtype, **size)
             folder, number = tmp_path_factory.mktemp("twins"), getattr(torch, dtype)
             made[name, dtype] = (
@@ -321,15 +323,15 @@ def test_few_rows_take_experts_at_once_where_passes_need_not_be_row_invariant_to
     monkeypatch.setattr(
         experts_module, "multiply_all", lambda tasks: (calls.append(len(tasks)), together(tasks))
     )
-    few, many, found = PROMPT[:1], [token % 60 for token in range(33)], []
+    few, many, found = PROMPT[:1], [token % 60 for token in range(200)], []
     for slots in (None, 5, 14):
         with engine_for(
-            folder, exact=Exact.OFF, expert_slots=slots, prefill_chunk_tokens=64, tokens=40
+            folder, exact=Exact.OFF, expert_slots=slots, prefill_chunk_tokens=256, tokens=210
         ) as engine:
             made = []
             for rows in (few, PROMPT, many):
                 calls.clear()
                 made.append(engine.forward([(0, rows)], reuse=False).clone())
-                assert bool(calls) == (name == "qwen3_moe" and len(rows) < 33)
+                assert bool(calls) == (name == "qwen3_moe" and len(rows) < 200)
             found.append(torch.cat(made))
     assert [torch.equal(one, found[0]) for one in found] == [True] * 3

@@ -34,7 +34,7 @@ PACKAGE = "llvmlite"
 CODE = re.compile(r"/libllvmlite[^/]*$")
 _LIBRARY_OF_THREADS = re.compile(r"/lib(g|i)?omp[^/]*\.so[^/]*$")
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-_KEPT, _DIGEST_BYTES = ".o", 32
+_KEPT, _DIGEST_BYTES, _MOST_KEPT = ".o", 32, 200
 _HELD: list[Any] = []  # what keeps machine code in memory
 _log = logging.getLogger(__name__)
 traced = torch._C._len_torch_dispatch_stack  # whether who calls is recorded: then torch computes
@@ -116,9 +116,18 @@ def _machine_code(text: str, machine: Any) -> bytes:  # noqa: ANN401
     module.verify()
     made: bytes = machine.emit_object(module)
     if path is not None:
-        with suppress(ConfigError), replacing(path, lasting=False) as temporary:
-            temporary.write_bytes(hashlib.sha256(made).digest() + made)
+        with suppress(ConfigError, OSError):
+            with replacing(path, lasting=False) as temporary:
+                temporary.write_bytes(hashlib.sha256(made).digest() + made)
+            _drop_old(path.parent)
     return made
+
+
+def _drop_old(folder: Path) -> None:
+    """Keep what was made last: of other versions and models nothing is looked for again."""
+    made = sorted(folder.glob(f"*{_KEPT}"), key=lambda one: one.stat().st_mtime_ns)
+    for old in made[:-_MOST_KEPT]:
+        old.unlink(missing_ok=True)
 
 
 def together(address: int, record: "ctypes.Array[ctypes.c_int64]") -> None:

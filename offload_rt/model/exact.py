@@ -100,7 +100,7 @@ def make_exact(model: torch.nn.Module) -> None:
 
 
 def multiply_few_rows_at_once(module: Any) -> None:  # noqa: ANN401 - a family's class
-    """Let a module of experts multiply as row-invariant passes do in all passes of few rows.
+    """Let a module of experts multiply as row-invariant passes do where one has few rows.
 
     Kernels take 0.4 to 0.67 of torch's time there, one expert after the other (docs/RESULTS.md,
     "Experts at once"). Where they take plain matrices of bf16, and what is between two products is

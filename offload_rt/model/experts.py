@@ -177,7 +177,9 @@ def multiply_together(module: torch.nn.Module) -> bool:
 
 
 def multiply_at_once(module: torch.nn.Module, most_rows: int = sys.maxsize) -> None:
-    """Let a module of experts take few calls of a kernel, in passes of so many rows at most.
+    """Let a module of experts take few calls of a kernel, where one has so many rows at most.
+
+    That is the mean of those a pass needs, by which plans price it, too.
 
     That is for a CPU, where kernels of ours multiply (`kernels/stored.py`): rows of all experts
     that are there go through each matrix in one call, and all of them through what is between two.
@@ -272,7 +274,7 @@ def _computed(
         all_of_them = replace(asked, there=len(needed), coming=len(needed))
         for group in _lent(module, lender, all_of_them):
             _rows_together(module, host, group, places, hidden, parts)
-    elif rows <= module.__dict__.get(_AT_ONCE, 0) and hidden.device.type == "cpu" and not traced():
+    elif _at_once(module, len(flat) / max(1, len(needed)), hidden):
         for group in _lent(module, lender, replace(asked, there=AT_ONCE_EXPERTS)):
             _compute_at_once(module, group, places, hidden, parts)
     else:
@@ -283,6 +285,11 @@ def _computed(
             at = each[expert]
             parts[at] = expert_rows(module, expert, weights, hidden[at // k])
     return _summed(parts, top_k_weights, hidden.dtype)
+
+
+def _at_once(module: Any, rows_each: float, hidden: torch.Tensor) -> bool:  # noqa: ANN401
+    few = rows_each <= module.__dict__.get(_AT_ONCE, 0)
+    return few and hidden.device.type == "cpu" and not traced()
 
 
 def _lent(

@@ -303,6 +303,7 @@ def measure_heads(
                 for rows in effort.head_rows
             }
         )
+        del head, copies  # before the next head's
         for _ in effort.head_rows:
             tick()
     numbers = curve.numbers(taken)

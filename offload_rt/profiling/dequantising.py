@@ -164,12 +164,11 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
         weights = cycle([{word: part.clone() for word, part in one.items()} for _ in range(count)])
         for decoder, bring in _brings(stored, dtype, device):
             at_once = 1 if host else _AT_ONCE
-            timed = Timed(
-                partial(_some, bring, stored, weights, out, 0 if host else at_once, device),
-                curve.effort.compute_sample_s,
-                computes=host,
-            )
-            (time_s,) = curve.numbers(curve.take({(0,): timed})).values()
+            run = partial(_some, bring, stored, weights, out, 0 if host else at_once, device)
+            sample_s = curve.effort.compute_sample_s
+            taken = curve.take({(0,): Timed(run, sample_s, computes=host)})
+            (time_s,) = curve.numbers(taken).values()
+            del run
             yield DecodeSpeed(
                 processor=device.kind.processor,
                 decoder=decoder,
@@ -177,6 +176,7 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
                 bits=bits,
                 numbers_per_s=rate_of(at_once * stored.numbers, time_s),
             )
+        del weights  # before the next form's
         tick()
 
 

@@ -371,7 +371,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
         if exact:  # of each kind of layer the first
             for index in sorted(kinds.values(), reverse=True):
                 shapes -= network.unlike_when_packed(index, bring(index))
-            copies = bool(shapes)
+        copies = bool(shapes) or weights is not DraftWeights.SAME
         for index in layers if copies else ():
             bring(index)
             with torch.inference_mode():

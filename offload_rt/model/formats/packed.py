@@ -6,7 +6,7 @@ pass. They lie in large pages, which are read faster
 (docs/RESULTS.md, "Large pages and a reordered output head"). Where LLVM can be had, few rows are
 multiplied by kernels of our own that read the same memory faster (`kernels/products.py`).
 
-On the machine it was tried on (AVX-512 BF16) the results are equal bit for bit for 1 to 512 rows,
+On the machine it was tried on (AVX-512 BF16) a product has the same bits reordered and plain,
 so resident layers of the target may be packed too. Shapes of which that is not so on another
 machine are found (`unlike_when_packed`), and stay plain.
 """
@@ -30,8 +30,8 @@ from offload_rt.model.formats.wide import widens
 
 Shape = tuple[int, int]  # outputs, inputs
 PACK_FOR_ROWS = 16
-_CANCELLED_NUMBERS = 2**21  # of the weight, in fp32 while rows are made
-_CANCELLED_SUMS = 1024  # for each number of rows
+_CANCELLED_NUMBERS, _CANCELLED_OUTPUTS = 2**20, 256  # of the weight, in fp32 while rows are made
+_CANCELLED_SUMS, _MOST_DRAWS = 1024, 64  # for each number of rows
 COMPARED_ROWS = (1, 2, 8, 16, 17, 65)  # kernels differ by the number of rows
 HEAD_ROWS = COMPARED_ROWS[:-1]  # twice 65 rows of 152,000 logits were 40 MB that no plan counts
 
@@ -144,7 +144,7 @@ def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[to
     these: rows are moved by as little as takes the chosen outputs to zero, bias and all.
     """
     outputs, inputs = linear.weight.shape
-    few = min(outputs, inputs // 2, max(1, _CANCELLED_NUMBERS // inputs))
+    few = min(outputs, inputs // 2, _CANCELLED_OUTPUTS, max(1, _CANCELLED_NUMBERS // inputs))
     chosen = torch.linspace(0, outputs - 1, few).long()
     weight = linear.weight.detach()[chosen].float()
     bias = 0 if linear.bias is None else linear.bias.detach()[chosen].float()
@@ -153,10 +153,12 @@ def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[to
     square.diagonal().add_(1e-6 * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(0)
     for count in counts:
-        for _ in range(max(1, _CANCELLED_SUMS // (count * max(1, few)))):
+        for _ in range(min(_MOST_DRAWS, -(-_CANCELLED_SUMS // (count * max(1, few))))):
             rows = torch.randn(count, inputs, generator=generator)
-            moved = torch.linalg.solve_ex(square, (rows @ weight.T + bias).T).result
-            yield (rows - moved.T @ weight).to(linear.weight.dtype)[None]
+            sums = (rows @ weight.T + bias).T
+            moved = rows - torch.linalg.solve_ex(square, sums).result.T @ weight
+            finite = bool(moved.isfinite().all())  # as of most weights
+            yield (moved if finite else rows).to(linear.weight.dtype)[None]
 
 
 def pack_linears(

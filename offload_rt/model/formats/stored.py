@@ -54,7 +54,7 @@ TOGETHER_ROWS = 8  # of a pass; each reads the weights of its experts by itself
 FOURS_PER_CORE = 6e9
 HOST_ROWS = 8  # of a pass, whose experts a processor may compute where they lie
 AT_ONCE_EXPERTS = 8  # that a processor multiplies with in one call
-AT_ONCE_FEW = 32  # rows of a pass that need not be row-invariant, from which on torch multiplies
+AT_ONCE_FEW = 32  # rows of an expert up to which that is so where it need not be row-invariant
 AT_ONCE_ROWS = 64  # that are sent to those, at least; as many as the pass has, if it has more
 
 
