@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 from forks import Forked
+from waits import wait_until
 
 from offload_rt.baselines import engines, process
 from offload_rt.baselines.engines import EngineSpec
@@ -193,9 +194,7 @@ def test_ctrl_c_keeps_the_rows_and_the_same_command_goes_on(compare, fakes, tmp_
     monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
 
     def interrupt():
-        until = threading.Event()
-        while not (tmp_path / "pids").exists():
-            until.wait(0.01)
+        wait_until((tmp_path / "pids").exists)
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)

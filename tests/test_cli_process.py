@@ -14,6 +14,7 @@ from pathlib import Path
 
 import forks
 import pytest
+from waits import wait_until
 
 from offload_rt.cli.interrupts import Interrupts
 
@@ -70,8 +71,7 @@ def test_ctrl_c_keeps_the_partial_answer_and_the_stats(endless_model):
 def test_ctrl_c_while_torch_is_imported(tiny_model):
     process = start("generate", tiny_model, "-p", "x", program=PROGRAM)
     maps = Path(f"/proc/{process.pid}/maps")
-    while "libtorch" not in maps.read_text() and process.poll() is None:
-        time.sleep(0.005)
+    wait_until(lambda: "libtorch" in maps.read_text() or process.poll() is not None)
     process.send_signal(signal.SIGINT)
     assert finish(process) == (130, b"", "offload-run: interrupted\n")
 
@@ -79,8 +79,7 @@ def test_ctrl_c_while_torch_is_imported(tiny_model):
 def test_ctrl_c_while_the_prompt_is_read(tiny_model):
     process = start("generate", tiny_model, stdin=subprocess.PIPE)
     wchan = Path(f"/proc/{process.pid}/syscall")
-    while not wchan.read_text().startswith("0 0x0 "):  # read of file 0
-        time.sleep(0.005)
+    wait_until(lambda: wchan.read_text().startswith("0 0x0 "))  # read of file 0
     process.send_signal(signal.SIGINT)
     code, out, err = finish(process)
     assert (code, out, err) == (130, b"", "offload-run: interrupted\n")

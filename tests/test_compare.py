@@ -6,13 +6,13 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from forks import Forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from waits import wait_until
 
 from offload_rt.baselines import pagecache
 from offload_rt.baselines.cap import DataLimit, GroupCap, ScopeCap, find_cap
@@ -200,13 +200,6 @@ def alive(pid):
         return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
     except OSError:
         return False
-
-
-def wait_until(condition, limit_s=10.0):
-    until = time.monotonic() + limit_s
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)
 
 
 def test_an_engine_without_an_environment_and_a_batch_too_large_are_rows(tmp_path):

@@ -2,7 +2,6 @@
 
 import json
 import random
-import time
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -18,6 +17,7 @@ from test_cuda_numbers import ROOM
 from test_experts import lend, lru_hits, pool_of, traced
 from test_workload import GPU
 from value_double import open_double
+from waits import wait_until
 
 from offload_rt.config import Exact, ExpertMisses, HomeKind, LookAhead, RuntimeConfig
 from offload_rt.costs.experts import FETCH_S, split_of
@@ -243,8 +243,9 @@ def test_slots_hold_what_they_hold_without(make_tiny, opened):
         pool, trace = engine.runner.experts, traced(engine)
         for token in PROMPT:
             engine.forward([(0, [token])], reuse=False)
-            while any(slot.offer and slot.offer.begun_bytes < 1 for slot in slots_of(pool)):
-                time.sleep(1e-3)  # a thread of its own copies what is offered
+            wait_until(  # a thread of its own copies what is offered
+                lambda: not any(s.offer and s.offer.begun_bytes < 1 for s in slots_of(pool))
+            )
         assert pool.counts.hits == lru_hits(trace, pool.share) > 0
 
 

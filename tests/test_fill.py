@@ -14,6 +14,7 @@ from engines import PROMPT, all_logits, engine_for
 from expert_models import make_mixture
 from test_experts import lend, pool_of, resident_answers
 from test_look_ahead import Source
+from waits import wait_until
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, SamplingConfig
 from offload_rt.device.cpu import CpuCopyStream
@@ -27,10 +28,8 @@ def settled(engine):
     """Once slots have all they are to be filled with."""
     pool = engine.runner.experts
     each = engine.network.units[0][0].file_bytes
-    until = time.monotonic() + 20
-    while pool.filled_bytes < pool.share * len(pool._held) * each or is_reading(pool):
-        assert time.monotonic() < until
-        time.sleep(1e-3)
+    whole_bytes = pool.share * len(pool._held) * each
+    wait_until(lambda: pool.filled_bytes >= whole_bytes and not is_reading(pool))
     return pool, each
 
 
@@ -124,10 +123,7 @@ def test_what_failed_while_slots_were_filled_is_read_when_a_token_asks(make_tiny
     logits, _ = resident_answers(folder)
     monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
     with engine_for(folder, expert_slots=20) as engine:
-        until = time.monotonic() + 20
-        while len(failed) < 20:  # each is tried once
-            assert time.monotonic() < until
-            time.sleep(1e-3)
+        wait_until(lambda: len(failed) >= 20)  # each is tried once
         assert torch.equal(all_logits(engine), logits)
         counts = engine.runner.experts.counts
         assert counts.filled == engine.runner.experts.filled_bytes == 0 < counts.misses
@@ -145,8 +141,7 @@ def test_a_model_that_is_closed_meanwhile_reads_no_more(make_tiny, monkeypatch):
     monkeypatch.setitem(files_module.WeightFiles.__init__.__kwdefaults__, "preadv", preadv)
     folder = make_mixture(make_tiny)
     with engine_for(folder, expert_slots=32):
-        while not reads:
-            time.sleep(1e-3)
+        wait_until(lambda: reads)
     assert len(reads) <= 4  # of 32 experts
     with engine_for(folder, expert_slots=32, look_ahead=LookAhead.OFF) as engine:
         engine.forward([(0, PROMPT)], reuse=False)
@@ -163,12 +158,10 @@ def test_what_may_be_last_comes_after_all_else_that_is_offered():
 
     with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
         last = stream.offer(None, Source("last", begun, gate), (), last=True)
-        while not begun:
-            time.sleep(1e-3)
+        wait_until(lambda: begun)
         first = stream.offer(None, Source("first", begun, gate), ())
         gates["last", 0].set()
-        while len(begun) < 6:
-            time.sleep(1e-3)
+        wait_until(lambda: len(begun) >= 6)
         assert begun[1:4] == [("first", i) for i in range(3)]
         assert first.begun_bytes == last.begun_bytes == 30
 
@@ -211,10 +204,7 @@ def test_a_copy_that_cannot_be_cut_keeps_no_other_from_its_turn():
             stream.offer(None, source, (), last=True)
             for source in (broken, Source("good", begun, lambda *_: None))
         ]
-        until = time.monotonic() + 5
-        while len(begun) < 3:
-            assert time.monotonic() < until
-            time.sleep(1e-3)
+        wait_until(lambda: len(begun) >= 3)
         with pytest.raises(OSError, match="Bad file"):
             offers[0].ask()
 
@@ -235,12 +225,10 @@ def test_a_copy_that_may_be_last_is_asked_for_or_dropped_at_any_time(when, name,
         offers = {
             each: stream.offer(None, Source(each, begun, gate), (), last=True) for each in "ab"
         }
-        while not begun:
-            time.sleep(1e-3)
+        wait_until(lambda: begun)
         if when == "there":
             hold.set()
-            while offers["a"]._made is not None:
-                time.sleep(1e-3)
+            wait_until(lambda: offers["a"]._made is None)
         event = offers[name].ask() if kept else offers[name].drop()
         threading.Timer(0.02, hold.set).start()
         event.synchronize()

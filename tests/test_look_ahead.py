@@ -3,7 +3,6 @@
 import os
 import random
 import threading
-import time
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from flash_double import flash_of_a_gpu
 from test_cuda_numbers import ROOM
 from test_experts import lend, lru_hits, pool_of, resident_answers, traced
 from value_double import LateDriver, open_as, open_double
+from waits import wait_until
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, RuntimeConfig, SamplingConfig
 from offload_rt.device.base import CopyBlock, CopyPiece
@@ -295,8 +295,7 @@ def test_what_is_dropped_is_not_read_and_raises_nothing():
 
     with closing(CpuCopyStream(1, lambda block: block.run())) as stream:
         offer = stream.offer(None, Source("offer", begun, fail), [])
-        while not begun:
-            pass
+        wait_until(lambda: begun)
         event = offer.drop()
         gate.set()
         event.synchronize()
@@ -354,8 +353,8 @@ def failing_event(read, offer, asked):
     assert read.begun.wait(5)
     event = offer.ask() if asked == "before" else None
     read.gate.set()
-    while offer.begun_bytes and event is None:
-        time.sleep(1e-3)
+    if event is None:
+        wait_until(lambda: not offer.begun_bytes)
     return event or offer.ask()
 
 

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from nodes_double import nodes_engine
 from test_costs_one_road import IDS, LARGE, MACHINES, SAME, asked_of_simulate, model_of, planned
 from value_double import open_as, open_double
+from waits import wait_until
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs import sizes as sizes_module
@@ -133,28 +134,21 @@ def test_layers_are_read_while_nobody_asks_as_far_as_there_are_buffers():
     for number, layer in enumerate(layers):
         layer._load = lambda a, b, s, load=layer._load, n=number: (read.append(n), load(a, b, s))[1]
     with opened(layers, buffers=5) as ahead:
-        until(lambda: len(read) == 5)
+        wait_until(lambda: len(read) == 5)
         time.sleep(0.02)
         assert sorted(read) == [0, 0, 1, 1, 2]
         copied(allocate_host(100), ahead.source(0).pieces())
-        until(lambda: len(read) == 7)
+        wait_until(lambda: len(read) == 7)
         assert sorted(read[5:]) == [2, 3]
         copied(allocate_host(100), ahead.source(4).pieces())  # what was read is dropped
-        until(lambda: len(read) == 14)
+        wait_until(lambda: len(read) == 14)
         assert sorted(read[7:]) == [0, 0, 1, 4, 4, 5, 5]
-
-
-def until(true):
-    end = time.monotonic() + 5
-    while not true() and time.monotonic() < end:
-        time.sleep(1e-3)
-    assert true()
 
 
 def test_what_cannot_be_read_is_told_to_who_copies_it():
     layers = [Layer(torch.zeros(100, dtype=torch.uint8), []) for _ in range(2)]
     with opened(layers) as ahead:
-        until(lambda: sum(len(each.ready) for each in ahead._readings) == 2)
+        wait_until(lambda: sum(len(each.ready) for each in ahead._readings) == 2)
         layers[1].error = CheckpointError("it was truncated")
         copied(allocate_host(100), ahead.source(0).pieces())
         copied(allocate_host(100), ahead.source(1).pieces())  # was read before
@@ -180,7 +174,7 @@ def test_closing_ends_a_copy_that_waits():
     threads = [threading.Thread(target=copy), threading.Thread(target=ahead.close)]
     for thread in threads:
         thread.start()
-    until(lambda: found)
+    wait_until(lambda: found)
     gate.set()
     for thread in threads:
         thread.join(5)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from waits import wait_until
 
 from offload_rt.cli import console
 from offload_rt.cli.download import _Hub
@@ -207,8 +208,7 @@ def test_when_nobody_listens_no_half_file_is_left(hub, make_tiny, tmp_path):
     blobs = tmp_path / "cache" / "models--acme--tiny" / "blobs"
     with _Hub.open(HubId("acme/tiny")) as repository:
         threading.Thread(target=lambda: suppressed(repository.get, [hub.cut]), daemon=True).start()
-        while not any(blobs.glob("*.incomplete")):
-            time.sleep(0.02)
+        wait_until(lambda: any(blobs.glob("*.incomplete")))
         assert hub.stalled.wait(10)
     assert not list(blobs.glob("*.incomplete"))
 
