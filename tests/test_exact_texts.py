@@ -58,7 +58,7 @@ HYBRID = {
     "num_attention_heads": 4,
 }
 STREAMED = {"exact": Exact.ON, "resident_layers": 1, "slots": 1}
-ON_DISK = STREAMED | {"kv": KVPlace.DISK, "kv_block_tokens": 24}
+ON_DISK = STREAMED | {"kv": KVPlace.DISK, "kv_block_tokens": 20}
 IN_12_BITS = STREAMED | {"home": HomeKind.HOST, "wire": Wire.LOSSLESS}
 SAMPLINGS = SamplingConfig(), SamplingConfig(temperature=1.0, seed=3)
 
@@ -198,7 +198,9 @@ CASES += [(model, "ngram", config) for model, config in OTHER_BYTES]
 def test_drafting_changes_no_bit_of_a_greedy_answer(
     model, name, config, folders, undrafted, monkeypatch
 ):
-    draft = drafted_by(name, folders)
+    draft, block = drafted_by(name, folders), config.get("kv_block_tokens", 1)
+    for length in map(len, PROMPTS):  # a block ends within each answer
+        assert length // block < (length + ANSWER - 1) // block
     with opened(folders[model], draft=draft, **config) as engine:
         assert engine.exact.on
         made = rows_of_answers(engine, monkeypatch)

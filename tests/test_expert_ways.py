@@ -119,7 +119,7 @@ def seconds_of(plan, load, checkpoint, speeds):
 )
 @example("mixtral", "cpu-2core-avx512bf16", 2e9, 0.5, 1, 50, 1, None)
 @example("qwen3_moe", "cpu-2core-avx512bf16", 2e9, 0.25, 64, 1, 100, None)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_neither_way_alone_would_be_faster(
     models, model, machine, disk, share, sequences, prompt, answers, hits
 ):

@@ -726,6 +726,7 @@ def test_what_nobody_asked_for_takes_no_memory(tmp_path):
 
 def test_matrices_of_countless_experts_are_refused(tmp_path, monkeypatch):
     """No name is made of each."""
+    assert tensors_module._TENSOR_LIMIT == 2**18
     monkeypatch.setattr(tensors_module, "_TENSOR_LIMIT", 2**13)
     exps = [(f"blk.{n}.ffn_up_exps.weight", "F32", (4096, 1, 1), bytes(2**14)) for n in range(3)]
     said = refused(tmp_path, gguf_bytes(OF_EXPERTS, [EMBEDDING, *exps]))

@@ -390,35 +390,39 @@ def known_plans(mixture):
 
 
 @pytest.mark.parametrize(
-    ("reading", "computing", "half"),
-    [(2.0, 1.0, 0), (1.0, 2.0, 1), (0.7, 1.6, 0), (6.0, 3.0, 1)],
+    ("reading", "computing", "apart"),
+    [(2.0, 1.0, 2), (1.0, 2.0, 1), (0.7, 1.6, 1), (6.0, 3.0, 2)],
 )
 def test_a_run_with_one_memory_corrects_plans_of_any_other(
-    mixture, known_plans, path, reading, computing, half
+    mixture, known_plans, path, reading, computing, apart
 ):
     """Of a machine that reads and computes so many times as long as its profile says.
 
     Where it computes three times as long and reads faster, no run of these waits for a tenth of
     its passes: then nothing of reading is learned.
-    Two memories are compared on two of these machines.
+    Each memory is corrected on each machine, by another: where all learn, by those an even number
+    of places in `SIZES` apart, and where two do, by those an odd number apart.
     """
     machine = slower(PROFILE, reading, computing)
     true = {gib: plan_of(mixture, gib, machine) for gib in SIZES}
-    runs = 0
+    learned, corrected = set(), set()
     for number, gib in enumerate(SIZES):
         took, seen = run_of(true[gib], known_plans[gib])
         if None in (seen.reading, seen.computing):
             assert seen.reading is None and took.stall_s < 0.1 * took.pass_s
             continue
-        runs += 1
+        learned.add(gib)
         known = path.with_name(f"{gib}.json")
         add_levels(known, KEY, seen, 0.0)
         levels = read_levels(known, KEY, 0.0)
-        for other in SIZES[(number + half) % 2 :: 2]:
+        others = {*SIZES[(number + apart) % 2 :: 2]} - {gib}
+        corrected |= others
+        for other in others:
             said = plan_of(mixture, other, level=lambda s, r, at=levels: at).prediction
             expected = true[other].prediction.s_per_token
             assert said.s_per_token == pytest.approx(expected, rel=0.05), (gib, other)
-    assert runs >= 2
+    assert corrected == {*SIZES}
+    assert learned == {*(SIZES if reading > computing else SIZES[:2])}
 
 
 def test_a_run_that_hardly_reads_says_nothing_of_reading(mixture):

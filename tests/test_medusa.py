@@ -2,7 +2,7 @@
 
 import json
 import math
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ HEADS, ANSWER = 3, 15
 PROMPTS = [PROMPT * 2, PROMPT[:4], PROMPT[::-1]]
 
 
-reference = cache(reference_model)
+reference = lru_cache(1)(reference_model)
 
 
 def draft_of(folder, **options):
@@ -42,9 +42,11 @@ def fed_to_head(folder, ids):
     model, fed = reference(folder), []
     head = model.get_output_embeddings()
     handle = head.register_forward_pre_hook(lambda _, args: fed.append(args[0][0]))
-    with torch.no_grad():
-        model(torch.tensor([ids]))
-    handle.remove()
+    try:
+        with torch.no_grad():
+            model(torch.tensor([ids]))
+    finally:
+        handle.remove()
     return fed[0], head.weight.detach(), None if head.bias is None else head.bias.detach()
 
 

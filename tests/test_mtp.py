@@ -3,7 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
-from functools import cache
+from functools import lru_cache
 
 import pytest
 import quantised
@@ -95,7 +95,7 @@ def text_of(model):
     return getattr(model.model, "language_model", model.model)
 
 
-@cache
+@lru_cache(1)
 def formula(folder):
     """Of len(ids) ids [len(ids) - 1, V] logits of the module: of row i, what follows i + 1."""
     model, target = reference_model(folder), text_of(reference_model(folder))
