@@ -11,6 +11,7 @@ import gc
 import json
 import os
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -87,16 +88,20 @@ class _Text(subprocess.Popen):
     ):  # fmt: skip
         self.pid = os.fork()
         if not self.pid:
-            os.setsid()
-            for number, stream in enumerate((p2cread, c2pwrite, errwrite, *pass_fds)):
-                os.dup2(stream, number)
-            os.closerange(3 + len(pass_fds), os.sysconf("SC_OPEN_MAX"))
-            os.environ.update(env)
-            from offload_rt.text import worker
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)  # it may be noted, as by a program
+                os.setsid()
+                for number, stream in enumerate((p2cread, c2pwrite, errwrite, *pass_fds)):
+                    os.dup2(stream, number)
+                os.closerange(3 + len(pass_fds), os.sysconf("SC_OPEN_MAX"))
+                os.environ.update(env)
+                from offload_rt.text import worker
 
-            worker.sys = SimpleNamespace(modules={})  # torch is there, and would be taken away
-            worker.main(3)
-            os._exit(0)
+                worker.sys = SimpleNamespace(modules={})  # torch is there, and would be taken away
+                worker.main(3)
+                os._exit(0)
+            finally:
+                os._exit(1)  # whatever was raised: it is not to go on as the program it is of
         self._child_created = True
         self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
 
