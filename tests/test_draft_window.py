@@ -155,7 +155,7 @@ def test_conversations_go_on_with_other_prompts(make_tiny):
 def near_sighted(make_tiny):
     """A target that mostly looks at near tokens, and itself as drafter that sees 30 of 52 tokens.
 
-    About half of what is drafted is accepted: the window changes the draft, but not too much.
+    Of about half of the drafts the first token is accepted.
     """
     folder = make_tiny("mistral", sliding_window=8, num_hidden_layers=2, **IDS)
 
@@ -166,10 +166,16 @@ def near_sighted(make_tiny):
 
 
 @pytest.mark.parametrize("tokens", [3, 12])
-def test_sampling_with_a_window_shorter_than_the_prompt_is_lossless(near_sighted, tokens):
+def test_sampling_with_a_window_shorter_than_the_prompt_is_lossless(
+    near_sighted, monkeypatch, tokens
+):
     """Law 4 end to end, with a chain and with a tree."""
     folder, draft = near_sighted
+    runs, start = [], Run.start
+    monkeypatch.setattr(Run, "start", lambda *asked: runs.append(start(*asked)) or runs[-1])
     assert likelihood_of_three_tokens(folder, LONG[:51], draft(tokens)) > 1e-4
+    kept, reached = sum(r.counts.kept[0] for r in runs), sum(r.counts.reached[0] for r in runs)
+    assert 0.2 < kept / reached < 0.8  # the window changes the draft, but not too much
 
 
 def test_wrong_probabilities_of_a_windowed_draft_fail_the_same_test(near_sighted, monkeypatch):

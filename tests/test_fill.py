@@ -12,16 +12,20 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for
 from expert_models import make_mixture
+from fake_cuda import FakeCuda, key
 from test_experts import lend, pool_of, resident_answers
 from test_look_ahead import Source
 from waits import wait_until
 
 from offload_rt.config import GenerationConfig, HomeKind, LookAhead, SamplingConfig
 from offload_rt.device.cpu import CpuCopyStream
+from offload_rt.device.cuda.device import CudaDevice
+from offload_rt.device.host_memory import allocate_host
 from offload_rt.engine.decoding import Run
 from offload_rt.model import weight_files as files_module
 from offload_rt.planning.history import use_of
 from offload_rt.streaming.experts import ExpertPool
+from offload_rt.streaming.memory_home import MemoryHome
 
 
 def settled(engine):
@@ -292,6 +296,44 @@ def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed):
         for other in (3, 5, 8, 11, 16):
             if other <= share:
                 assert sum(own.distances[0][:other]) == counted(other, fill=True).hits
+
+
+@pytest.mark.parametrize("pinned", [True, False])
+def test_on_a_gpu_slots_are_filled_in_turn_and_kernels_wait_for_them(pinned):
+    """All copies are out of pinned memory; those that come last among the experts lie first."""
+    gpu = FakeCuda()
+    device, cpu = CudaDevice(0, driver=gpu), torch.device("cpu")
+    device.torch_device = cpu  # its memory is real: fake tensors are of one thread
+    gpu.computes[cpu] = gpu.compute
+    with closing(device):
+        homes = [[MemoryHome(allocate_host(1000)) for _ in range(4)] for _ in range(2)]
+        for home in homes[0] + homes[1] if pinned else []:
+            device.pin(home.image)
+        pool = ExpertPool(
+            counts={0: 4, 1: 4},
+            slots=[device.allocate(1000, "slots") for _ in range(6)],
+            per_token=2,
+            copy=device.copy,
+            compute=device.compute,
+            source=lambda layer, expert: homes[layer][expert],
+            place=lambda layer, expert: ("", -expert),
+            in_file=lambda layer, expert: False,
+        )
+        pool.fill()
+        until = time.monotonic() + 20
+        while pool.filled_bytes < 6000 or is_reading(pool):
+            assert time.monotonic() < until
+            time.sleep(1e-3)
+        held = [pool._held[layer][expert] for layer in range(2) for expert in (3, 2, 1)]
+        copies = [at[1] for at in gpu.trace if at[0] == "copy"]
+        assert copies == [gpu.names[key(slot.buffer.tensor)] for slot in held]
+        for layer, needed in [(0, [3, 2]), (1, [3, 2]), (0, [1, 0]), (1, [1, 0])]:
+            for _, buffer in lend(pool, layer, needed):  # the last ones where others were read
+                with gpu.lock:
+                    slot = gpu.buffers[key(buffer.tensor)]
+                    gpu.compute.kernel(reads=[slot], writes=[], seconds=0.5)
+        assert (pool.counts.filled, pool.counts.misses) == (6, 2)
+        assert gpu.copied_bytes == 8000 and gpu.unpinned_copies == 0
 
 
 class Waiting:
