@@ -572,6 +572,20 @@ def test_copies_of_every_stream_come_after_kernels_that_used_the_memory(gpu, dev
     stream.close()
 
 
+def test_so_do_copies_that_are_offered(gpu, device):
+    """Into memory given out before their stream was opened, and after."""
+    device.torch_device = torch.device("cpu")  # its memory is real: fake tensors are of one thread
+    gpu.computes[device.torch_device] = gpu.compute
+    image = buffer_of(40)
+    device.pin(image)
+    slot = device.allocate(40, "slots")
+    begin = len(gpu.trace)
+    device.copy.offer(slot, MemoryHome(image), []).ask().synchronize()
+    assert [one for one in gpu.trace[begin:] if "kv" in one[:2]][0] == ("wait", "kv")
+    device.allocate(40, "slots")
+    assert gpu.trace[-3:] == [("record", "compute"), ("wait", "copy"), ("wait", "kv")]
+
+
 @pytest.mark.parametrize(
     ("name", "opened"), [("auto", "cuda:0"), ("cuda", "cuda:0"), ("cuda:1", "cuda:1")]
 )

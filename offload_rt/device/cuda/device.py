@@ -92,7 +92,7 @@ class CudaDevice:
         # torch may hand out memory that kernels enqueued before still use.
         idle = self.compute.record()
         for stream in self._copies:
-            stream.wait(idle)
+            stream.reuse(idle)
         self.enter(nbytes, purpose)
         return CudaBuffer(tensor)
 

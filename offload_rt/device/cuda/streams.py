@@ -155,6 +155,7 @@ class CudaCopyStream:
         self._stream, self._pinned = stream, pinned
         self._new_stream = new_stream
         self._idle_stream: DriverStream | None = None
+        self._reused: DriverEvent | None = None  # behind kernels that may use memory given out
         self._idle, self._idle_staging = IdleCopies(self._quiet), Staging(staging)
         self._latest: DriverEvent | None = None  # behind the last copy that was asked for
         self._copies = Spans()
@@ -185,6 +186,8 @@ class CudaCopyStream:
         """Fill device memory in a stream of its own, while no copy that was asked for is made."""
         if self._idle_stream is None:
             self._idle_stream = self._new_stream()
+            if self._reused is not None:
+                self._idle_stream.wait(self._reused)
         return LateOffer(self, self._idle, dst, src) if last else self._offer(dst, src, after)
 
     def offer_last(self, dst: DeviceBuffer, src: HomeSource) -> "CudaOffer":
@@ -287,6 +290,13 @@ class CudaCopyStream:
         self._queue.act(partial(self._copy_pinned, image.tensor, src))
         if not self._pinned.holds(image.tensor):
             self.record().synchronize()
+
+    def reuse(self, idle: Event) -> None:
+        """Order later copies, offered ones too, after kernels that may use memory given out now."""
+        self._reused = _enqueued(idle)
+        self.wait(idle)
+        if self._idle_stream is not None:
+            self._idle_stream.wait(self._reused)
 
     def record(self) -> CudaEvent:
         """Return an event behind all copies asked for so far."""
