@@ -286,6 +286,16 @@ def test_what_is_offered_waits_for_all_streams_of_a_device(device):
         assert [buffer.tensor.tolist() for buffer in buffers] == [[n] * 64 for n in (1, 2, 3)]
 
 
+@pytest.mark.parametrize("device", [CpuDevice, lambda: CudaDevice(0, driver=LateDriver())])
+def test_nothing_waits_for_a_stream_that_is_closed(device):
+    with closing(device()) as device:
+        closed, offered = device.new_copy_stream(), Held(2)
+        closed.close()
+        closed.copy(device.allocate(64, "test"), Held(1))  # nobody will
+        device.copy.offer(device.allocate(64, "test"), offered, ())
+        assert offered.begun.wait(5)
+
+
 def test_what_is_dropped_is_not_read_and_raises_nothing():
     gate, begun = threading.Event(), []
 

@@ -225,6 +225,8 @@ class CpuCopyStream:
             self._queue.put(None)
         for thread in self._threads:
             thread.join()
+        if self in self._streams:  # nobody waits for what is asked of it from now on
+            self._streams.remove(self)
 
     def _enqueue(self, blocks: Sequence[CopyBlock], check: Callable[[], None]) -> None:
         copies = Copies(len(blocks))

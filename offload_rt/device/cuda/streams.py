@@ -326,6 +326,8 @@ class CudaCopyStream:
         self._idle.close()
         self._queue.close()
         self._stream.synchronize()
+        if self in self._streams:  # nobody waits for what is asked of it from now on
+            self._streams.remove(self)
 
     def _settle(self, event: CudaEvent) -> None:
         if self._queue.error is not None:
