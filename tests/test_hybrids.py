@@ -258,7 +258,8 @@ def test_families_that_cannot_be_rolled_back_are_refused(make_tiny, model_type, 
 @pytest.mark.parametrize("name", ["__init__", "forward"])
 def test_a_family_that_needs_what_is_not_there_is_refused_in_words(name, make_tiny, monkeypatch):
     def needing(*_, **__):
-        return None[0]
+        nothing = None
+        return nothing[0]
 
     # Of other sizes than any test's, or it is known by now that the family fits.
     folder = make_tiny("llama", **IDS, intermediate_size=208, rms_norm_eps=3e-6)
