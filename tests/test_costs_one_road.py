@@ -190,19 +190,10 @@ def told(call, *case):
         return str(refusal)
 
 
-CONTEXTS = {"gpu": (32768, 4096), "cpu": (4096, 32768)}
-# Dense, with a window, of experts, with states, quantised: with texts of both lengths.
-IN_FULL = {"llama", "gemma2", "mixtral", "states", "awq"}
-
-
+@pytest.mark.parametrize("context", [4096, 32768])
 @pytest.mark.parametrize("machine", MACHINES)
-def test_plan_and_simulate_say_the_same(family, small, head, machine):
+def test_plan_and_simulate_say_the_same(family, small, head, machine, context):
     model, name = family
-    for context in CONTEXTS[machine][: 2 if name in IN_FULL else 1]:
-        say_the_same(model, name, small, head, machine, context)
-
-
-def say_the_same(model, name, small, head, machine, context):
     speeds, refused = MACHINES[machine], set()
     eagle3 = open_head(model, head, runs=False)
     for draft, acceptance in drafters(machine):
