@@ -20,6 +20,7 @@ import torch
 from engines import reference_model
 from forks import fork_tokenizers
 from tiny import write_tokenizer
+from waits import wait_until
 
 from offload_rt.engine import Run
 from offload_rt.errors import CheckpointError, ConfigError
@@ -269,10 +270,7 @@ def test_it_ends_with_whoever_started_it_whatever_it_is_doing(edited):
     time.sleep(0.3)  # in the middle of it
     asking.kill()
     asking.communicate()
-    until = time.monotonic() + 20
-    while child.exists() and _runs(child) and time.monotonic() < until:
-        time.sleep(0.02)
-    assert not (child.exists() and _runs(child))
+    wait_until(lambda: not (child.exists() and _runs(child)))
 
 
 def _runs(process):
