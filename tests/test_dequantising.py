@@ -18,7 +18,7 @@ from quantised import compressed_tensors, gptq, write_twins
 from offload_rt.config import Exact, GenerationConfig, SamplingConfig
 from offload_rt.device import compiled
 from offload_rt.engine import Run
-from offload_rt.kernels import assembling, products
+from offload_rt.kernels import assembling, products, registers
 from offload_rt.kernels import stored as stored_kernels
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats import brought, direct, integers
@@ -90,7 +90,7 @@ MULTIPLIED = [
     (Form.GPTQ, 64, 96, 8, 32, True, True),
     (Form.GPTQ_V2, 128, 2080, 4, 32, True, True),
 ]
-REGISTERS = stored_kernels.registers_problem()
+REGISTERS = registers.problem()
 needs_products = pytest.mark.skipif(
     bool(products.problem()), reason=f"no kernels: {products.problem()}"
 )

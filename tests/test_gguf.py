@@ -42,7 +42,7 @@ from offload_rt.device.kinds import CPU, CUDA
 from offload_rt.errors import CheckpointError, PlanError
 from offload_rt.kernels import stored as stored_kernels
 from offload_rt.kernels.products import problem
-from offload_rt.kernels.stored import registers_problem
+from offload_rt.kernels.registers import problem as registers_problem
 from offload_rt.model import ends
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.ends import forms_of_ends, with_stored_ends

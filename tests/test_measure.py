@@ -24,7 +24,7 @@ from offload_rt.device.kinds import CUDA, Processor
 from offload_rt.device.system import cache_bytes, file_system, thread_times
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.kernels import assembling, products
-from offload_rt.kernels.layers import ROUNDED_ROWS
+from offload_rt.kernels.layers import MANY_ROWS
 from offload_rt.kernels.products import MOST_ROWS
 from offload_rt.model.experts import compute_experts, lend_experts
 from offload_rt.model.formats import on_gpu
@@ -655,13 +655,13 @@ def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
 @torch.inference_mode()
 def test_a_layer_is_timed_with_the_kernels_that_networks_run_it_with(cpu, monkeypatch):
     (shape,) = replace(QUICK, shapes=((64, 128, 1, 1, 64),)).layer_shapes("bfloat16", 2)
-    effort, runs = replace(QUICK, tokens=(1, ROUNDED_ROWS + 1)), []
+    effort, runs = replace(QUICK, tokens=(1, MANY_ROWS + 1)), []
     together = assembling.together
     monkeypatch.setattr(assembling, "together", lambda *given: runs.append(together(*given)))
-    most = {WeightOrder.PLAIN: 0, WeightOrder.PACKED: MOST_ROWS, WeightOrder.INT8: ROUNDED_ROWS}
+    most = {WeightOrder.PLAIN: 0, WeightOrder.PACKED: MOST_ROWS, WeightOrder.INT8: MANY_ROWS}
     for order, rows in most.items():
         layer = TimedLayer(shape, cpu, torch.bfloat16, order, effort)
-        for tokens in {1, MOST_ROWS, MOST_ROWS + 1, ROUNDED_ROWS, ROUNDED_ROWS + 1}:
+        for tokens in {1, MOST_ROWS, MOST_ROWS + 1, MANY_ROWS, MANY_ROWS + 1}:
             run, before = layer.pass_over(tokens), len(runs)
             run()
             if tokens <= rows:
@@ -672,7 +672,7 @@ def test_a_layer_is_timed_with_the_kernels_that_networks_run_it_with(cpu, monkey
 
 def test_rows_on_both_sides_of_where_other_kernels_begin_are_timed():
     effort = Effort()
-    for last in (MOST_ROWS, ROUNDED_ROWS):
+    for last in (MOST_ROWS, MANY_ROWS):
         assert {last, last + 1} <= set(effort.packed_tokens)
     assert {MOST_ROWS, MOST_ROWS + 1} <= set(effort.head_rows)
 

@@ -18,6 +18,7 @@ from offload_rt.device.kinds import CPU, Packing
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels import products
 from offload_rt.kernels import stored as stored_kernels
+from offload_rt.kernels.registers import problem as registers_problem
 from offload_rt.model import exact
 from offload_rt.model import experts as experts_module
 from offload_rt.model import network as network_module
@@ -279,8 +280,8 @@ def test_experts_at_once_have_the_bits_of_one_after_the_other(
     make_tiny, tmp_path, monkeypatch, case, registers
 ):
     """Whatever was there, and where a form has no kernel (MXFP4)."""
-    if registers and stored_kernels.registers_problem():
-        pytest.skip(stored_kernels.registers_problem())
+    if registers and registers_problem():
+        pytest.skip(registers_problem())
     fits = registers_fit if registers else lambda *_: False
     monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
     monkeypatch.setattr(exact, "multiplies_in_registers", fits)
@@ -313,8 +314,8 @@ def test_few_rows_take_experts_at_once_where_passes_need_not_be_row_invariant_to
     make_tiny, monkeypatch, name, registers
 ):
     """Any slots have the same bits; not where more than an activation is between two products."""
-    if registers and stored_kernels.registers_problem():
-        pytest.skip(stored_kernels.registers_problem())
+    if registers and registers_problem():
+        pytest.skip(registers_problem())
     fits = registers_fit if registers else lambda *_: False
     monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}

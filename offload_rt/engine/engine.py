@@ -43,7 +43,7 @@ from offload_rt.kv.sizes import KVPlan, retrieval_sizes
 from offload_rt.kv.states import STATES, HybridKV, MixerStates
 from offload_rt.kv.striped import StripedKV, StripedRetrieval
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
-from offload_rt.model.exactness import passes_problem
+from offload_rt.model.exactness import are_quickest, passes_problem
 from offload_rt.model.formats import brought, direct, on_gpu
 from offload_rt.model.formats.stored import HOST_ROWS
 from offload_rt.model.kept import layers_keep
@@ -788,8 +788,9 @@ class Engine:
             PlanError: they are to be, and cannot.
         """
         config, kv = self.config, self.placement.demand.kv
+        kind, dtype = self.device.kind, str(self.network.dtype).removeprefix("torch.")
         needed = needed or self.placement.streams or kv is not None or self.draft.drafts
-        kind = self.device.kind
+        needed = needed or are_quickest(dtype, kind)
         found = passes_problem(config, kind, needed=needed, kv_away=kv is not None)
         tiles = kind.tile_rows
         places = dict[torch.device, int]()  # what is planned on each

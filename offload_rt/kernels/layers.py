@@ -18,7 +18,7 @@ from functools import cache
 
 import torch
 
-from offload_rt.kernels import assembling
+from offload_rt.kernels import assembling, registers
 from offload_rt.kernels.code import LANES, WIDE, Code
 from offload_rt.kernels.products import HEAD, PANEL, panels
 from offload_rt.kernels.rounded import DECLARED, Form
@@ -27,7 +27,7 @@ from offload_rt.kernels.rows import MOST_ROWS
 _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/SumKernel.cpp
 _LEAST_STEP = 4  # as a power of two
 _EIGHT = f"<{_SUM_LANES} x float>"
-ROUNDED_ROWS = 32  # of rounded matrices: what a draft model is fed at once
+MANY_ROWS = 32  # of rounded matrices and in matrix registers: what a draft model is fed at once
 TABLE_NUMBERS = 2**16  # an activation of every bf16 number
 
 BEFORE = (
@@ -52,6 +52,7 @@ class LayerSizes:
         products: outputs of gate and up.
         eps: what both norms add to the mean of squares, as an fp32 number.
         form: of rounded matrices; None: they are bf16.
+        in_registers: matrix registers multiply, with bf16.
     """
 
     hidden: int
@@ -61,11 +62,12 @@ class LayerSizes:
     products: int
     eps: float
     form: Form | None = None
+    in_registers: bool = False
 
     @property
     def most_rows(self) -> int:
         """Rows there is code for; of more torch's kernels are as quick, or the rest is little."""
-        return ROUNDED_ROWS if self.form else MOST_ROWS
+        return MANY_ROWS if self.form or self.in_registers else MOST_ROWS
 
     @property
     def suit(self) -> bool:
@@ -91,7 +93,13 @@ class Record:
 @cache
 def assembled(sizes: LayerSizes) -> Mapping[str, int]:
     """The kernels `before`, `after` and, to compare the order of a sum, `squares`."""
-    takes = panels() + _take() if sizes.form is None else DECLARED + _rounding(sizes, sizes.form)
+    if sizes.form is not None:
+        takes = DECLARED + _rounding(sizes, sizes.form)
+    elif sizes.in_registers:
+        takes = registers.DECLARED + registers.tiles(registers.AHEAD) + registers.finish()
+        takes += registers.take()
+    else:
+        takes = panels() + _take()
     text = HEAD + takes + _norm(sizes) + _rotate(sizes) + _activate() + _add()
     text += _before(sizes) + _after(sizes) + _squares(sizes)
     return assembling.assemble(text, ["before", "after", "squares"])
@@ -393,6 +401,7 @@ def _before(sizes: LayerSizes) -> str:
                             f"ptr {code.at(field['cosine'], angle)}, "
                             f"ptr {code.at(field['sine'], angle)})"
                         )
+    _release(code, sizes)
     return code.text()
 
 
@@ -433,4 +442,11 @@ def _after(sizes: LayerSizes) -> str:
     code.add("call void @GOMP_barrier()")
     factor = _factor(code, sizes, products, sizes.products, count, field["n_products_block"])
     project(factor, "down", summed, field["out"])
+    _release(code, sizes)
     return code.text()
+
+
+def _release(code: Code, sizes: LayerSizes) -> None:
+    """Leave no matrix registers in use, which Linux would keep for the thread."""
+    if sizes.in_registers:
+        code.add(registers.RELEASE)

@@ -26,18 +26,14 @@ from functools import cache
 
 import torch
 
-from offload_rt.device.system import (
-    may_use_matrix_registers,
-    processor_flags,
-    takes_matrix_registers,
-)
-from offload_rt.kernels import assembling, blocks, twelve
+from offload_rt.device.system import takes_matrix_registers
+from offload_rt.kernels import assembling, blocks, registers, twelve
 from offload_rt.kernels.code import LANES, WIDE, Code, mixed, turned
 from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
+from offload_rt.kernels.registers import multiplies_in_registers
 from offload_rt.kernels.tiles import in_tiles
 
 _REGISTERS_BLOCK = 1024  # inputs: of a panel 128 KiB, of the second cache
-_REGISTERS_STEP = 32  # inputs of a register
 ROWS_AT_ONCE = 128  # that a block is multiplied with; for more it is brought again
 LONGEST_BLOCK = 4096  # inputs
 _TOGETHER = 6  # rows whose sums are in registers, with 4 vectors of weights
@@ -48,11 +44,7 @@ _PAIR = "<32 x bfloat>"
 _ROUND = "@llvm.x86.avx512bf16.cvtne2ps2bf16.512"
 _DECLARED = f"""declare {_PAIR} {_ROUND}({WIDE}, {WIDE})
 declare i64 @llvm.usub.sat.i64(i64, i64)
-declare void @llvm.x86.ldtilecfg(ptr)
-declare void @llvm.x86.tilerelease()
-declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
-declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
-declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+{registers.DECLARED}
 {twelve.DECLARED}"""
 _AWQ_CODES = (0, 4, 1, 5, 2, 6, 3, 7)  # which of a word's codes is each of its outputs'
 _MATRIX = "ptr %codes, ptr %scales, ptr %zeros, ptr %index"
@@ -148,29 +140,6 @@ def blocks_of(inputs: int, outputs: int, *, tiles: bool) -> tuple[int, int] | No
     return (found[0], found[1]) if len(found) == 2 else None
 
 
-@cache
-def multiplies_in_registers(inputs: int, outputs: int) -> bool:
-    """Whether row-invariant products with a bf16 matrix are those of matrix registers.
-
-    Args:
-        inputs: I.
-        outputs: O.
-    """
-    fits = not (outputs % PANEL or inputs % _REGISTERS_STEP)
-    return fits and takes_matrix_registers("bfloat16") and not registers_problem()
-
-
-@cache
-def registers_problem() -> str:
-    """Why no kernel multiplies with matrix registers; empty where one does."""
-    return (
-        problem()
-        or ("" if "amx_bf16" in processor_flags() else "the processor has no matrix registers")
-        or ("" if may_use_matrix_registers() else "the system does not allow it")
-        or assembling.trouble(lambda: _kernel(How.PLAIN, False, True))
-    )
-
-
 def product_for(
     how: How, inputs: int, outputs: int, *, exact: bool, group: int = 1, ordered: bool = False
 ) -> "StoredProduct | None":
@@ -228,8 +197,8 @@ class StoredProduct:
         self.kernel = how, ordered, blocks is None
         self._inputs, self._outputs = inputs, outputs
         if blocks is None:
-            assert not registers_problem()  # which asks the system for them
-            step = math.lcm(STEP[how], _REGISTERS_STEP)
+            assert not registers.problem()  # which asks the system for them
+            step = math.lcm(STEP[how], registers.STEP)
             blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
         self._room = room_bytes(max(self._blocks))
@@ -315,8 +284,8 @@ _kept = cache(StoredProduct)
 def prepare(how: How, *, ordered: bool = False) -> None:
     """Assemble a kernel now, where there are any: LLVM takes memory for a moment."""
     if not problem() and not _trouble():
-        registers = takes_matrix_registers("bfloat16") and not registers_problem()
-        _kernel(how, ordered, registers)
+        tiles = takes_matrix_registers("bfloat16") and not registers.problem()
+        _kernel(how, ordered, tiles)
 
 
 def room_bytes(block: int) -> int:
@@ -326,8 +295,8 @@ def room_bytes(block: int) -> int:
 
 @cache
 def _kernel(how: How, ordered: bool, tiles: bool) -> int:
-    takes = _tiles() if tiles else _takes()
-    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + takes + _finish()
+    takes = registers.tiles() if tiles else _takes()
+    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + takes + registers.finish()
     return assembling.assemble(text + _all(tiles), ["product"])["product"]
 
 
@@ -495,51 +464,6 @@ def _take(count: int) -> str:
     return code.text()
 
 
-def _tiles() -> str:
-    """Up to 16 rows times a block, added to their totals, in matrix registers."""
-    arguments = "ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line, i64 %count"
-    code = Code(f"@tiles({arguments})")
-    settings = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
-    shape = code.let("alloca [64 x i8], align 64")
-    whole = ", ".join(f"i8 {byte}" for byte in settings)
-    code.add(f"store <64 x i8> <{whole}>, ptr {shape}, align 64")
-    height = code.let("trunc i64 %count to i8")
-    for tile in range(_PARTS + 1):  # totals, and rows
-        code.add(f"store i8 {height}, ptr {code.at(shape, 48 + tile, 'i8')}")
-    code.add(f"call void @llvm.x86.ldtilecfg(ptr {shape})")
-    totals = [code.at("%totals", part * LANES, "float") for part in range(_PARTS)]
-    for part, at in enumerate(totals):
-        code.add(f"call void @llvm.x86.tileloadd64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
-    across = code.times("%line", 4)
-    with code.loop(0, "%pairs", LANES) as pair:
-        at = code.at("%rows", pair, "i32")
-        code.add(f"call void @llvm.x86.tileloadd64(i8 {_PARTS}, ptr {at}, i64 {across})")
-        start = code.times(pair, PANEL)
-        for part in range(_PARTS):
-            at, tile = code.at("%scratch", code.plus(start, part * LANES), "i32"), 5 + part % 2
-            code.add(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {at}, i64 {4 * PANEL})")
-            code.add(f"call void @llvm.x86.tdpbf16ps(i8 {part}, i8 {_PARTS}, i8 {tile})")
-    for part, at in enumerate(totals):
-        code.add(f"call void @llvm.x86.tilestored64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
-    return code.text()
-
-
-def _finish() -> str:
-    """Totals of a row, with the bias, rounded."""
-    code = Code("@finish(ptr %totals, ptr %bias, ptr %out)")
-    biased = code.let("icmp ne ptr %bias, null")
-    for part in range(_PARTS):
-        total = code.let(f"load {WIDE}, ptr {code.at('%totals', part * LANES, 'float')}, align 64")
-        there = code.at("%bias", part * LANES)
-        readable = code.let(f"select i1 {biased}, ptr {there}, ptr %totals")
-        summed = code.fp("fadd", total, code.read(readable))
-        made = code.let(f"select i1 {biased}, {WIDE} {summed}, {WIDE} {total}")
-        narrow = code.let(f"fptrunc {WIDE} {made} to <{LANES} x bfloat>")
-        at = code.at("%out", part * LANES)
-        code.add(f"store <{LANES} x bfloat> {narrow}, ptr {at}, align 2")
-    return code.text()
-
-
 def _all(tiles: bool) -> str:
     """Products, one after the other: panels of each, one after the other, for all rows."""
     code = Code("@one(ptr %record)")
@@ -586,7 +510,7 @@ def _all(tiles: bool) -> str:
         record = code.at("%batch", code.plus(code.times(task, _WORDS), 1), "i64")
         code.add(f"call void @one(ptr {record})")
     if tiles:
-        code.add("call void @llvm.x86.tilerelease()")
+        code.add(registers.RELEASE)
     return one + code.text()
 
 

@@ -32,8 +32,8 @@ from offload_rt.errors import ConfigError
 from offload_rt.folders import cache_folder
 from offload_rt.kernels import attending
 from offload_rt.kernels.assembling import traced
+from offload_rt.kernels.registers import multiplies_in_registers
 from offload_rt.kernels.rows import ROW_TILE
-from offload_rt.kernels.stored import multiplies_in_registers
 from offload_rt.kernels.tiles import (
     FEW_OUTPUTS,
     Forward,

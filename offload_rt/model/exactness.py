@@ -2,6 +2,10 @@
 
 from offload_rt.config import Exact, KVPlace, RuntimeConfig
 from offload_rt.device.kinds import DeviceKind
+from offload_rt.device.system import takes_matrix_registers
+from offload_rt.model.formats.stored import kernels_multiply_plain
+
+_BF16 = "bfloat16"
 
 
 def headers_problem(runtime: RuntimeConfig, device: DeviceKind) -> str:
@@ -17,6 +21,22 @@ def headers_problem(runtime: RuntimeConfig, device: DeviceKind) -> str:
     return ""
 
 
+def are_quickest(dtype: str, device: DeviceKind, *, in_registers: bool | None = None) -> bool:
+    """Whether row-invariant passes are the quickest a CPU has, so that they are wanted anyway.
+
+    Args:
+        dtype: they compute in.
+        device: what computes.
+        in_registers: their kernels multiply bf16 in matrix registers (`kernels/registers.py`);
+            None: as it is here and now.
+    """
+    if not device.host_computes or dtype != _BF16:
+        return False
+    if in_registers is None:
+        return takes_matrix_registers(_BF16) and kernels_multiply_plain()
+    return in_registers
+
+
 def passes_problem(
     runtime: RuntimeConfig, device: DeviceKind, *, needed: bool, kv_away: bool
 ) -> str:
@@ -25,7 +45,7 @@ def passes_problem(
     Args:
         runtime: how it is run.
         device: what computes.
-        needed: something streams, somebody drafts, or answers are compared.
+        needed: something streams, somebody drafts, answers are compared, or they are the quickest.
         kv_away: keys and values are not on the device.
     """
     found = headers_problem(runtime, device)

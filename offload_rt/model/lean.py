@@ -19,13 +19,14 @@ from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.layers import (
     AFTER,
     BEFORE,
-    ROUNDED_ROWS,
+    MANY_ROWS,
     TABLE_NUMBERS,
     LayerSizes,
     Record,
     adds_as_torch,
     assembled,
 )
+from offload_rt.kernels.registers import RegisterProduct
 from offload_rt.kernels.rounded import RoundedProduct
 from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
@@ -46,7 +47,7 @@ _COMPARED = (1, 3)  # rows that each layer is compared with; the first one with 
 class _Witness:
     """Stands for a cache in a comparison: keeps what it is given, answers with random numbers."""
 
-    length, capacity = 0, ROUNDED_ROWS
+    length, capacity = 0, MANY_ROWS
 
     def __init__(self, value_dim: int) -> None:
         self.seen: list[torch.Tensor] = []
@@ -207,7 +208,7 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     forward, made = layer.forward, None
     with torch.inference_mode():
-        for rows in (*range(1, MOST_ROWS + 2), ROUNDED_ROWS) if first else _COMPARED:
+        for rows in (*range(1, MOST_ROWS + 2), MANY_ROWS) if first else _COMPARED:
             if rows > parts.sizes.most_rows:
                 continue
             expected, witness = _tried(forward, parts.sizes, rows)
@@ -247,11 +248,11 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         "down": mlp.down_proj,
     }
     kinds = {type(one) for one in linears.values()}
-    if kinds not in ({PackedLinear}, {Int8Linear}, {Int4Linear}) or not all(
-        one.product for one in linears.values()
-    ):
+    if kinds not in ({PackedLinear}, {Int8Linear}, {Int4Linear}):
         return None
     product = linears["query"].product
+    if product is None or {type(one.product) for one in linears.values()} != {type(product)}:
+        return None
     eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
     weights = [norm._parameters.get("weight") for norm in norms]
     if len(eps) != 1 or None in eps or any(getattr(w, "dtype", None) is not _BF16 for w in weights):
@@ -264,6 +265,7 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         products=linears["gate"].outputs,
         eps=eps.pop(),
         form=product.form if isinstance(product, RoundedProduct) else None,
+        in_registers=isinstance(product, RegisterProduct),
     )
     hidden, attended, keys = sizes.hidden, linears["query"].outputs, linears["key"].outputs
     expected = [(hidden, attended), (hidden, keys), (hidden, keys), (attended, hidden)]

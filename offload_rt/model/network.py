@@ -69,9 +69,9 @@ from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
     PackedEmbedding,
-    PackedLinear,
     pack_linears,
     packed_exactly,
+    quickest,
     replace_linears,
     unlike_when_packed,
 )
@@ -277,6 +277,7 @@ class Network:
         *,
         pack: frozenset[tuple[int, int]] = frozenset(),
         weights: DraftWeights = DraftWeights.SAME,
+        drafts: bool = False,
     ) -> None:
         """Let a layer have its weights for good.
 
@@ -287,6 +288,7 @@ class Network:
                 (`formats/packed.py`).
             weights: keep rounded copies (`formats/rounded.py`). Nothing refers to `image` after
                 either.
+            drafts: as of `pack_linears`.
         """
         for hole, tensor in _bind(self._holes[index], image):
             hole.fill(tensor)
@@ -295,7 +297,7 @@ class Network:
             replace_linears(self._layers[index], make)
             replace_linears(self._layers[index], lambda wired: make(wired.as_linear()), WiredLinear)
         elif pack:
-            pack_linears(self._layers[index], pack, exact=self.exact)
+            pack_linears(self._layers[index], pack, exact=self.exact, drafts=drafts)
         if pack or weights is not DraftWeights.SAME:
             self._holes[index] = []
         self.kept.add(index)
@@ -331,7 +333,7 @@ class Network:
         self._replace_ends(made, RoundedEmbedding(embedding, made if tied else None))
 
     def pack_ends(self) -> bool:
-        """Use a reordered copy of the output head, also as the embedding where both are one.
+        """Have what drafts use a reordered output head, as the embedding too where both are one.
 
         After `attach`; then nothing refers to the image of `base`.
 
@@ -343,7 +345,7 @@ class Network:
             return False
         if head.weight.dtype is not torch.bfloat16:
             return False
-        made, found = PackedLinear(head), None
+        made, found = quickest(head), None
         if head.weight.data_ptr() == embedding.weight.data_ptr():
             if made.product is None:
                 return False

@@ -60,12 +60,14 @@ from offload_rt.device.kinds import FREE_SHARE, DeviceKind
 from offload_rt.errors import ConfigError, PlanError
 from offload_rt.kv.sizes import KVPlan, kv_places, plan_kv, spread_layers
 from offload_rt.model.checkpoint import Checkpoint
-from offload_rt.model.exactness import passes_problem
+from offload_rt.model.exactness import are_quickest, passes_problem
 from offload_rt.model.formats.stored import HOST_ROWS
 from offload_rt.model.kept import keeps_states
+from offload_rt.model.layout import compute_dtype
 from offload_rt.planning.memory import demand_of, may_be_apart
 from offload_rt.planning.placement import Demand, Placement
 from offload_rt.planning.striping import Stripe, place_striped, with_spare_blocks
+from offload_rt.profiling.decoding import in_registers
 from offload_rt.profiling.rates import disk_bytes_per_s
 from offload_rt.speculative.kinds import branches_of, completed, draft_parts
 from offload_rt.streaming.experts import MissRates, leaves_free, shares_of
@@ -597,13 +599,11 @@ class PlacedRun:
         return work.slowed(self.speeds.levels.computing)
 
     def _target(self, *, drafts: bool) -> PlacedModel:
-        kv = self.placement.demand.kv
-        problem = passes_problem(
-            self.config,
-            self.speeds.device,
-            needed=self.placement.streams or kv is not None or drafts,
-            kv_away=kv is not None,
-        )
+        kv, device = self.placement.demand.kv, self.speeds.device
+        dtype = compute_dtype(self.checkpoint, self.config.dtype)
+        quickest = are_quickest(dtype, device, in_registers=in_registers(self.speeds.profile))
+        needed = self.placement.streams or kv is not None or drafts or quickest
+        problem = passes_problem(self.config, device, needed=needed, kv_away=kv is not None)
         return replace(self.model, exact=not problem)
 
 

@@ -33,6 +33,8 @@ from offload_rt.model.attention_function import (
     PassContext,
     Segment,
 )
+from offload_rt.model.exact import make_exact
+from offload_rt.model.exactness import are_quickest
 from offload_rt.model.formats.packed import pack_linears, replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
@@ -94,9 +96,14 @@ class TimedLayer:
         self._layers = _copies(
             first, _cold_bytes(shape, weights, device, effort) // shape.weight_bytes
         )
+        # As passes multiply by default where their kernels take matrix registers.
+        exact = are_quickest(shape.dtype, device.kind)
+        if exact and weights not in _ROUNDED:
+            for layer in self._layers:
+                make_exact(layer)
         if weights is WeightOrder.PACKED:
             for layer in self._layers:
-                pack_linears(layer)
+                pack_linears(layer, exact=exact)
         elif weights in _ROUNDED:
             for layer in self._layers:
                 replace_linears(layer, partial(rounded_linear, weights=_ROUNDED[weights]))
@@ -289,8 +296,11 @@ def measure_heads(
         _fill(head, hidden)
         cold_bytes = beyond_caches(device, effort, _model_bytes(hidden, nbytes, dtype, effort))
         copies = torch.nn.ModuleList(_copies(head, -(-cold_bytes // nbytes)))
+        exact = are_quickest(dtype_name, device.kind)
+        if exact:
+            make_exact(copies)
         if weights is WeightOrder.PACKED:
-            pack_linears(copies)
+            pack_linears(copies, exact=exact)
         elif widens(dtype, device.torch_device):
             widen_linears(copies)
         taken |= curve.take(

@@ -109,10 +109,16 @@ def rows_apart(profile: HardwareProfile) -> int:
     Where torch multiplies in matrix registers (`kernels/tiles.py`), unless kernels do instead: with
     plain weights, and with those that torch has dequantised.
     """
+    apart = profile.machine.matrix_registers and not in_registers(profile)
+    return 2 * ROW_TILE if apart else 0
+
+
+def in_registers(profile: HardwareProfile) -> bool:
+    """Whether kernels multiply bf16 in matrix registers in row-invariant passes of the CPU."""
     machine = profile.machine
     here = machine.kernels is None or _is_here(profile)
-    instead = kernels_multiply_plain() if here else machine.kernels
-    return 2 * ROW_TILE if machine.matrix_registers and not instead else 0
+    instead = kernels_multiply_plain() if here else bool(machine.kernels)
+    return machine.matrix_registers and instead
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:

@@ -350,7 +350,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
         purpose: in the ledger of device memory.
         packs: keep reordered copies.
         weights: how matrices are kept.
-        exact: pack only what computes the same numbers then.
+        exact: pack only what computes the same numbers then; else it drafts.
     """
     layouts = network.layouts
     copies = packs or weights is not DraftWeights.SAME
@@ -375,7 +375,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
         for index in layers if copies else ():
             bring(index)
             with torch.inference_mode():
-                network.keep(index, passing, pack=shapes, weights=weights)
+                network.keep(index, passing, pack=shapes, weights=weights, drafts=not exact)
             device.load.wait(device.compute.record())  # until it has been read
             device.enter(layer_bytes(layouts[index], weights), purpose)
             give_back_holes()

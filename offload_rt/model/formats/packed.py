@@ -8,10 +8,12 @@ multiplied by kernels of our own that read the same memory faster (`kernels/prod
 
 On the machine it was tried on (AVX-512 BF16) a product has the same bits reordered and plain,
 so resident layers of the target may be packed too. Shapes of which that is not so on another
-machine are found (`unlike_when_packed`), and stay plain.
+machine are found (`unlike_when_packed`), and stay plain. Where row-invariant passes multiply in
+matrix registers they do with both, so any number of rows (`kernels/registers.py`).
 """
 
 import ctypes
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -22,8 +24,9 @@ from torch.nn import Linear
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.products import PANEL, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.registers import RegisterProduct, in_panels, multiplies_in_registers
 from offload_rt.kernels.rows import MOST_ROWS, ROW_TILE
-from offload_rt.kernels.stored import multiplies_in_registers
+from offload_rt.kernels.stored import How, product_for
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
@@ -42,23 +45,32 @@ class PackedLinear(torch.nn.Module):
     Args:
         linear: weight [O, I] in bf16 on the CPU, bias [O] or None.
         exact: a row has the bits of one in a tile of rows, however many there are.
+
+    Attributes:
+        in_registers: matrix registers multiply any number of rows.
     """
 
     def __init__(self, linear: torch.nn.Linear, *, exact: bool = False) -> None:
         super().__init__()
         self.exact = exact
-        reorder = torch.ops.mkldnn._reorder_linear_weight
-        self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
-        start = torch.ops.mkldnn.data_ptr(self.weight)
-        ask_for_large_pages(start, linear.weight.nbytes)
-        self.bias = None if linear.bias is None else linear.bias.detach().clone()
         outputs, inputs = linear.weight.shape
-        blocks = blocks_of(inputs, outputs, ROW_TILE if exact else 1)
         self.inputs, self.outputs = inputs, outputs
-        self.product: Product | None = None
-        if blocks is not None and lies_in_panels(self.weight, linear.weight):
-            self.product = Product(start, inputs, outputs, self.bias, blocks)
+        self.bias = None if linear.bias is None else linear.bias.detach().clone()
+        self.product: Product | RegisterProduct | None = None
         self._most_numbers = MOST_ROWS * inputs
+        self.in_registers = exact and multiplies_in_registers(inputs, outputs)
+        if self.in_registers:
+            self.weight = in_panels(linear.weight)
+            start, self._most_numbers = self.weight.data_ptr(), sys.maxsize
+            self.product = RegisterProduct(start, inputs, outputs, self.bias)
+        else:
+            reorder = torch.ops.mkldnn._reorder_linear_weight
+            self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
+            start = torch.ops.mkldnn.data_ptr(self.weight)
+            blocks = blocks_of(inputs, outputs, ROW_TILE if exact else 1)
+            if blocks is not None and lies_in_panels(self.weight, linear.weight):
+                self.product = Product(start, inputs, outputs, self.bias, blocks)
+        ask_for_large_pages(start, linear.weight.nbytes)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """[..., I] gives [..., O]."""
@@ -66,9 +78,12 @@ class PackedLinear(torch.nn.Module):
         # What is traced are torch's kernels.
         if product is not None and rows.numel() <= self._most_numbers and not traced():
             return product(rows)
-        if self.exact:
-            return in_tiles(self._by_onednn, rows, outputs=self.outputs)
-        return self._by_onednn(rows)
+        by_torch = self._by_torch if self.in_registers else self._by_onednn
+        return in_tiles(by_torch, rows, outputs=self.outputs) if self.exact else by_torch(rows)
+
+    def _by_torch(self, rows: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.transpose(1, 2).reshape(self.outputs, self.inputs)
+        return torch.nn.functional.linear(rows, weight, self.bias)
 
     def _by_onednn(self, rows: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -126,15 +141,16 @@ def packed_exactly(
     linear: torch.nn.Linear, counts: Sequence[int] = COMPARED_ROWS, *, exact: bool = False
 ) -> PackedLinear | None:
     """The packed form of a linear, or None where that gives other numbers for so many rows."""
-    if exact and multiplies_in_registers(linear.in_features, linear.out_features):
-        return None  # the plain one has a kernel that is as fast
     packed = PackedLinear(linear, exact=exact)
-    plain = partial(torch.nn.Linear.forward, linear)
-    tiled = partial(in_tiles, plain, outputs=linear.out_features)
-    for rows in _telling_rows(linear, counts):
-        if not torch.equal(packed(rows), tiled(rows) if exact else plain(rows)):
-            return None
-    return packed
+    plain: Callable[[torch.Tensor], torch.Tensor] = partial(torch.nn.Linear.forward, linear)
+    if exact and not packed.in_registers:
+        plain = partial(in_tiles, plain, outputs=linear.out_features)
+    elif exact:
+        product = product_for(How.PLAIN, linear.in_features, linear.out_features, exact=True)
+        assert product is not None  # as such products are
+        plain = partial(product, codes=linear.weight.detach(), bias=linear.bias)
+    alike = (torch.equal(packed(rows), plain(rows)) for rows in _telling_rows(linear, counts))
+    return packed if all(alike) else None
 
 
 def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[torch.Tensor]:
@@ -162,7 +178,11 @@ def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[to
 
 
 def pack_linears(
-    module: torch.nn.Module, shapes: frozenset[Shape] | None = None, *, exact: bool = False
+    module: torch.nn.Module,
+    shapes: frozenset[Shape] | None = None,
+    *,
+    exact: bool = False,
+    drafts: bool = False,
 ) -> None:
     """Replace linears in bf16 below `module`; all else becomes memory of its own.
 
@@ -170,14 +190,23 @@ def pack_linears(
         module: what they are below.
         shapes: outputs and inputs of those that are replaced; None: of any.
         exact: as of `PackedLinear`.
+        drafts: no answer rests on the bits, so the quickest will do.
     """
 
     def packed(linear: torch.nn.Linear) -> PackedLinear | None:
         fits = shapes is None or (linear.out_features, linear.in_features) in shapes
-        takes = fits and linear.weight.dtype is torch.bfloat16
-        return PackedLinear(linear, exact=exact) if takes else None
+        if not fits or linear.weight.dtype is not torch.bfloat16:
+            return None
+        return quickest(linear) if drafts else PackedLinear(linear, exact=exact)
 
     replace_linears(module, packed)
+
+
+def quickest(linear: torch.nn.Linear) -> PackedLinear:
+    """The packed form of a linear that drafts: in matrix registers, where they can be used."""
+    return PackedLinear(
+        linear, exact=multiplies_in_registers(linear.in_features, linear.out_features)
+    )
 
 
 def replace_linears(

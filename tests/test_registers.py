@@ -1,0 +1,151 @@
+"""Resident layers in matrix registers: the bits of streamed ones, in the quickest passes there are.
+
+The kernels are used here though the library is kept from the registers (`conftest.py`).
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from engines import all_logits, engine_for
+from test_exact import SIZES, STREAMED, TEXT, agree, engines
+from test_lean import FAMILIES, WIDE, lean_layers, some_passes
+from test_measure import QUICK
+from test_workload import CPU
+
+from offload_rt.config import DraftConfig, DraftWeights, Exact
+from offload_rt.costs.drafters import Drafting, Expected
+from offload_rt.device.cpu import CpuDevice
+from offload_rt.kernels import registers, stored
+from offload_rt.kernels.layers import MANY_ROWS
+from offload_rt.model import exact, exactness, network
+from offload_rt.model.formats import packed
+from offload_rt.model.formats.packed import PackedLinear, unlike_when_packed
+from offload_rt.model.lean import LeanLayer
+from offload_rt.planning.fit import PlacedRun
+from offload_rt.profiling.compute import TimedLayer
+from offload_rt.profiling.profile import WeightOrder
+
+pytestmark = pytest.mark.skipif(bool(registers.problem()), reason=registers.problem())
+
+
+@pytest.fixture(autouse=True)
+def in_registers(monkeypatch, tmp_path):
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))  # what is compared is not known
+    for module in (exact, packed, stored):
+        monkeypatch.setattr(
+            module, "multiplies_in_registers", lambda i, o: not (i % registers.STEP or o % 64)
+        )
+    monkeypatch.setattr(exactness, "takes_matrix_registers", lambda _: True)
+    monkeypatch.setattr(exact, "goes_by_count", lambda _: True)
+
+
+def linears_of(engine):
+    layers = engine.network._layers
+    return [m for layer in layers for m in layer.modules() if isinstance(m, PackedLinear)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_streamed_equals_resident(family, make_tiny):
+    folder = make_tiny(family, **WIDE, **FAMILIES[family])
+    found = []
+    for resident, how in ((2, {}), (1, {"slots": 1}), (0, {"slots": 1})):
+        with engine_for(folder, exact=Exact.ON, resident_layers=resident, **how) as engine:
+            assert sorted(lean_layers(engine)) == [False] * (2 - resident) + [True] * resident
+            assert all(linear.in_registers for linear in linears_of(engine))
+            found.append(some_passes(engine))
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_a_row_has_the_same_logits_in_any_pass(make_tiny):
+    with engines(make_tiny("llama", **WIDE, **FAMILIES["llama"])) as engine:
+        assert all(lean_layers(engine)) and agree(engine)
+
+
+def test_the_two_kernels_of_a_layer_have_the_bits_of_its_modules(make_tiny, monkeypatch):
+    folder, found = make_tiny("qwen2", **WIDE, **FAMILIES["qwen2"]), []
+    for lean in (True, False):
+        if not lean:
+            monkeypatch.setattr(network, "lean_layer", lambda *_, **__: None)
+        with engines(folder, **({} if lean else {"prefill_chunk_tokens": MANY_ROWS})) as engine:
+            assert lean_layers(engine) == [lean] * 2
+            found.append(engine.forward([(0, TEXT[:MANY_ROWS])], reuse=True).clone())
+    assert torch.equal(*found)
+
+
+def test_shapes_that_do_not_fit_are_left_to_the_library(make_tiny):
+    """1,419 products are no whole panels; the other matrices are in registers."""
+    sizes = SIZES | {"hidden_size": 384, "head_dim": 64}
+    folder, found = make_tiny("llama", **sizes, dtype="bfloat16"), []
+    for config in ({}, STREAMED):
+        with engines(folder, **config) as engine:
+            assert {linear.in_registers for linear in linears_of(engine)} >= {True}
+            found.append(all_logits(engine))
+    assert torch.equal(*found)
+
+
+def test_other_bits_are_noticed(monkeypatch):
+    layer = torch.nn.Sequential(torch.nn.Linear(128, 192, dtype=torch.bfloat16))
+    assert unlike_when_packed(layer, exact=True) == frozenset()
+    was = packed.in_panels
+    monkeypatch.setattr(packed, "in_panels", lambda weight: was(weight).flip(1))
+    assert unlike_when_packed(layer, exact=True) == {(192, 128)}
+
+
+def test_what_is_traced_are_torch_s_kernels(monkeypatch):
+    linear = torch.nn.Linear(128, 192, dtype=torch.bfloat16)
+    made, rows = PackedLinear(linear, exact=True), torch.randn(3, 128).to(torch.bfloat16)
+    assert made.in_registers
+    expected = made(rows).float()
+    monkeypatch.setattr(packed, "traced", lambda: True)
+    monkeypatch.setattr(made, "product", None)
+    torch.testing.assert_close(made(rows).float(), expected, atol=0.02, rtol=0.02)
+
+
+def test_a_draft_model_takes_them_whatever_its_target_does(make_tiny):
+    folder = make_tiny("llama", **WIDE, **FAMILIES["llama"])
+    draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_weights=DraftWeights.SAME)
+    with engine_for(folder, draft=draft) as engine:  # without row-invariant passes
+        network = engine._draft_model.network
+        kept = [m for m in network._model.modules() if isinstance(m, PackedLinear)]
+        fits = [linear.in_registers for linear in kept if linear.outputs % 64 == 0]
+        assert len(kept) == 15 and fits == [True] * 14  # all but the head
+        assert not any(linear.in_registers for linear in linears_of(engine))
+
+
+def test_auto_is_on_where_they_are_the_quickest(make_tiny, monkeypatch):
+    folder = make_tiny("llama", **WIDE, **FAMILIES["llama"])
+    with engine_for(folder, exact=Exact.AUTO) as engine:
+        assert engine.exact.on and all(lean_layers(engine))
+    for way, config in (("fp32", {"dtype": "float32"}), ("no kernels", {})):
+        if way == "no kernels":
+            monkeypatch.setattr(exactness, "kernels_multiply_plain", lambda: False)
+        with engine_for(folder, exact=Exact.AUTO, **config) as engine:
+            assert engine.exact.why == "all is on the device and nobody drafts", way
+
+
+def test_plans_know_it(make_tiny):
+    machine = replace(CPU.profile.machine, kernels=None, matrix_registers=True)
+    speeds = replace(CPU, profile=replace(CPU.profile, machine=machine))
+    for dtype in ("bfloat16", "float32"):
+        folder = make_tiny("llama", dtype=dtype)
+        with engine_for(folder, exact=Exact.AUTO) as engine:
+            run = PlacedRun(
+                checkpoint=engine.checkpoint,
+                config=engine.config,
+                speeds=speeds,
+                placement=engine.placement,
+                context_tokens=16,
+            )
+            load = run.work(Drafting(engine.draft), Expected()).load
+            assert load.tile == (engine.exact.rows or 1)
+            assert engine.exact.on == (dtype == "bfloat16")
+
+
+def test_a_layer_is_timed_so():
+    effort = replace(QUICK, shapes=((64, 128, 1, 1, 64),))
+    (shape,) = effort.layer_shapes("bfloat16", 2)
+    layer = TimedLayer(shape, CpuDevice(), torch.bfloat16, WeightOrder.PACKED, effort)
+    kept = [m for one in layer._layers for m in one.modules() if isinstance(m, PackedLinear)]
+    assert kept and all(linear.in_registers for linear in kept)
+    assert isinstance(next(layer._turns), LeanLayer)
