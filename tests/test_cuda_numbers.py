@@ -320,7 +320,7 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
     make_tiny, tmp_path, monkeypatch, name, slots, home, driver
 ):
     """Home in pinned memory, the files or both, filled by the copy stream; prompt, then tokens."""
-    monkeypatch.setattr(ExpertPool, "fill", lambda self: None)  # bytes here are of tokens
+    monkeypatch.setattr(ExpertPool, "fill", lambda self, uses: None)  # bytes here are of tokens
     if name == "mxfp4":
         source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64)
         folder = write_gpt_oss(source, tmp_path).folder

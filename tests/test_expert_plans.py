@@ -34,11 +34,11 @@ from offload_rt.device.kinds import CUDA
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
-from offload_rt.planning.history import add_asked, model_key, read_asked
+from offload_rt.planning.history import add_asked, model_key, read_asked, use_of
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.means import asked_path
 from offload_rt.streaming import direct_io
-from offload_rt.streaming.experts import PROMPTS, MissRates
+from offload_rt.streaming.experts import PROMPTS, ExpertCounts, ExpertPool, MissRates
 from offload_rt.units import format_rate
 
 LARGE = {"hidden_size": 256, "moe_intermediate_size": 256, "num_experts": 32, "dtype": "bfloat16"}
@@ -260,19 +260,58 @@ def test_before_any_run_few_experts_are_few_tokens_worth():
         assert all(rate >= held / experts - 1e-9 for held, rate in enumerate(rates) if held)
 
 
+def counted(calls, distances, uses=None):
+    return use_of(ExpertCounts(calls=calls, distances=distances, uses=uses or {}))
+
+
 def test_what_a_run_asked_for_is_kept_by_model_and_fades(tmp_path):
     path = tmp_path / "experts.json"
     assert not read_asked(path, "a").seen
-    add_asked(path, "a", {0: 100, 3: 500}, {0: [50, 30, 20], 3: [900, 50, 50]})
+    add_asked(path, "a", counted({0: 100, 3: 500}, {0: [50, 30, 20], 3: [900, 50, 50]}))
     assert read_asked(path, "a").seen == {3: Distances(calls=500, counts=(900, 50, 50))}
-    add_asked(path, "a", {0: 100}, {0: [70, 10, 20]})
+    add_asked(path, "a", counted({0: 100}, {0: [70, 10, 20]}))
     found = read_asked(path, "a").seen[0]
     assert (found.calls, found.counts) == (200, (120, 40, 40))
     assert not read_asked(path, "b").seen
-    add_asked(path, "a", {0: 2**16}, {0: [0, 0, 2**17]})
+    add_asked(path, "a", counted({0: 2**16}, {0: [0, 0, 2**17]}))
     assert read_asked(path, "a").seen[0].counts == (0, 0, 2**17)  # nothing is left of the first
     path.write_text(path.read_text().replace("131072.0", '"many"'))
     assert not read_asked(path, "a").seen
+
+
+def kept_uses(path, *runs):
+    """What is known of a model after runs that asked for experts so often."""
+    for uses in runs:
+        add_asked(path, "m", counted({0: 10}, {0: [10, 10, 10]}, uses))
+    return {layer: [*own] for layer, own in read_asked(path, "m").uses.items()}
+
+
+def test_how_often_experts_were_asked_for_is_kept_in_a_byte_each_and_fades(tmp_path):
+    path = tmp_path / "experts.json"
+    few = {0: [3, 0, 200], 2: [1, 2, 3, 4]}
+    assert kept_uses(path, few) == few
+    # A layer's are halved together; what one run asked for a thousand times is no more than 255.
+    assert kept_uses(path, {0: [997, 0, 0], 2: [0] * 4})[0] == [250, 0, 50]
+    assert kept_uses(path, *[{0: [0, 200, 0], 2: [0] * 4}] * 9) == {0: [0, 200, 0], 2: [1, 2, 3, 4]}
+    assert kept_uses(path, {0: [1, 2]}) == {0: [1, 2]}  # another model by the same name
+    assert kept_uses(path, dict.fromkeys(range(129), [1] * 256)) == {}  # more than are kept
+
+
+@pytest.mark.parametrize("broken", ['"zz"', "7", "[1, 2]", "null"])
+def test_a_damaged_history_of_uses_is_none(tmp_path, broken):
+    path = tmp_path / "experts.json"
+    assert kept_uses(path, {0: [1, 2]}) == {0: [1, 2]}
+    path.write_text(path.read_text().replace('"0102"', broken))
+    assert read_asked(path, "m") == ExpertUse()
+    assert kept_uses(path, {0: [0, 2]}) == {0: [0, 2]}  # and is made anew
+
+
+def test_an_older_history_has_no_uses(tmp_path):
+    path = tmp_path / "experts.json"
+    entry = {"0": [300.0, 200.0, 50.0, 50.0]}
+    path.write_text(json.dumps({"version": 1, "entries": {"m": entry}}))
+    found = read_asked(path, "m")
+    assert found.seen[0].counts == (200, 50, 50) and not found.uses
 
 
 def routed(tokens, seed, repeat=0.5, experts=64, per_token=4):
@@ -312,8 +351,8 @@ def test_one_run_says_the_hits_and_bytes_of_others_in_pools_of_other_sizes(tmp_p
                 deque(lend(pool, layer, text[token]), maxlen=0)
         return pool.counts, pool.counts.hits - before[0], pool.counts.misses - before[1]
 
-    asked, *_ = run(share=16, seed=1)
-    add_asked(path, "m", asked.calls, asked.distances)
+    counts_of_one, *_ = run(share=16, seed=1)
+    add_asked(path, "m", use_of(counts_of_one))
     use = read_asked(path, "m")
     for share in (6, 24, 32):
         _, hits, misses = run(share, seed=500)
@@ -331,7 +370,8 @@ def test_hits_that_are_stated_are_priced_as_those_that_were_seen(offload_run, fo
     assert stated.code == 0, stated.err
     counts = [0] * 33
     counts[3], counts[20] = 1600, 400
-    add_asked(asked_path(), model_key(open_checkpoint(folder)), {0: 1000}, {0: counts})
+    key = model_key(open_checkpoint(folder))
+    add_asked(asked_path(), key, counted({0: 1000}, {0: counts}))
     seen = json.loads(offload_run(*asked).out)
     stated = json.loads(stated.out)
     for key in ("s_per_token", "bytes_per_pass"):
@@ -361,6 +401,27 @@ def test_a_plan_after_a_run_is_of_what_the_run_asked_for(offload_run, folder):
     assert simulated["bytes_per_token"] == after["bytes_per_token"]
     table = offload_run("plan", folder, "--context", 64, "--expert-slots", 40).out
     assert "expected in the slots (as seen)" in " ".join(table.split())
+
+
+def test_a_run_fills_slots_with_what_earlier_runs_used_most(offload_run, folder, monkeypatch):
+    fill, known, filled = ExpertPool.fill, [], []
+
+    def noted(pool, uses):
+        fill(pool, uses)
+        known.append({layer: [*own] for layer, own in uses.items()})
+        filled.append([pool.held(layer)[::-1] for layer in range(4)])
+
+    monkeypatch.setattr(ExpertPool, "fill", noted)
+    run = ("generate", folder, "-p", "the dog", "-n", 9, "--ignore-eos", "--draft", "none")
+    first, second = (offload_run(*run, "--expert-slots", 40) for _ in range(2))
+    assert first.code == 0, first.err
+    assert second.out == first.out
+    lying = sorted(range(32), key=str)  # as files have them
+    assert known[0] == {} and filled[0] == [lying[:10]] * 4
+    assert sum(map(sum, known[1].values())) >= 8 * 4 * 2  # of tokens, and of the prompt
+    for layer, own in known[1].items():
+        used = sorted(lying, key=lambda expert, own=own: -own[expert])
+        assert filled[1][layer] == used[:10] != lying[:10]
 
 
 @pytest.mark.parametrize("hits", [0.0, 0.5])

@@ -42,7 +42,7 @@ from offload_rt.streaming.experts import Asked, ExpertPool, shares_of
 @pytest.fixture(autouse=True)
 def empty_slots(monkeypatch):
     """What is counted here is of tokens: nothing is there before."""
-    monkeypatch.setattr(ExpertPool, "fill", lambda self: None)
+    monkeypatch.setattr(ExpertPool, "fill", lambda self, uses: None)
 
 
 def resident_answers(folder, **config):

@@ -478,7 +478,8 @@ def experts_of(gpu, make_tiny, monkeypatch):
     def sent_on(sent, count):
         return places([next(turn) * 5 % count for _ in sent], count)
 
-    monkeypatch.setattr(ExpertPool, "fill", lambda pool: None)  # fake tensors are of one thread
+    # Fake tensors are of one thread.
+    monkeypatch.setattr(ExpertPool, "fill", lambda pool, uses: None)
     monkeypatch.setattr(experts, "_places", sent_on)
     monkeypatch.setattr(network, "experts_of", build_for_real(network.experts_of))
 

@@ -5,7 +5,7 @@ import random
 import threading
 import time
 import tracemalloc
-from collections import deque
+from collections import Counter, deque
 from contextlib import closing
 
 import pytest
@@ -66,8 +66,16 @@ def test_a_prompt_reads_only_what_its_layers_do_not_hold(make_tiny, slots):
 
 @pytest.mark.parametrize("home", [HomeKind.DISK, HomeKind.HOST])
 def test_whatever_has_come_when_tokens_ask_no_bit_differs(make_tiny, monkeypatch, home):
+    """And whatever earlier runs used."""
     folder = make_mixture(make_tiny, "mixtral", dtype="bfloat16")
     logits, _ = resident_answers(folder)
+    dice, fill = random.Random(5), ExpertPool.fill
+
+    def filled(pool, uses):
+        assert not uses
+        fill(pool, {layer: [dice.randrange(4) for _ in range(8)] for layer in range(4)})
+
+    monkeypatch.setattr(ExpertPool, "fill", filled)
     for pause in (0.0, 2e-4, 2e-3):
 
         def preadv(fd, buffers, offset, pause=pause):
@@ -245,7 +253,7 @@ def test_a_copy_that_may_be_last_is_asked_for_or_dropped_at_any_time(when, name,
 def test_what_nobody_asked_for_is_replaced_first(slots):
     """A token's experts stay, whatever slots were filled with."""
     pool, copy, compute = pool_of(dict.fromkeys(range(5), 8), slots, per_token=2)
-    pool.fill()
+    pool.fill({})
     share = slots // 5
     assert [pool.held(layer) for layer in range(5)] == [[*reversed(range(share))]] * 5
     assert copy.statistics().bytes_copied == pool.filled_bytes == 5 * share * 1000
@@ -262,8 +270,26 @@ def test_what_nobody_asked_for_is_replaced_first(slots):
     assert counts.file_bytes + counts.host_bytes == 1000 * counts.misses
 
 
+def test_slots_are_filled_with_what_earlier_runs_used_most(monkeypatch):
+    """The first is the last to be replaced; of layers of another size nothing is known."""
+    pool, copy, _ = pool_of(dict.fromkeys(range(3), 8), 12, per_token=2)
+    offered, offer = [], copy.offer
+
+    def noted(buffer, source, *more, **named):
+        offered.append(source)
+        return offer(buffer, source, *more, **named)
+
+    monkeypatch.setattr(copy, "offer", noted)
+    pool.fill({0: [0, 5, 0, 9, 5, 0, 0, 1], 1: [0, 1, 2], 7: [1] * 8})
+    first = [3, 1, 4, 7]
+    assert offered[:4] == [pool._source(0, expert) for expert in first]
+    assert pool.held(0) == first[::-1]
+    assert pool.held(1) == pool.held(2) == [3, 2, 1, 0]
+
+
+@pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("skewed", [True, False])
-def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed):
+def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed, known):
     """A load, not something asked for: one run says the hits of all sizes, filled or not."""
     dice, layers, experts = random.Random(7), range(3), 16
     weights = [1 / (1 + e) if skewed else 1 for e in range(experts)]
@@ -272,30 +298,33 @@ def test_history_has_what_a_fill_gave_as_hits_and_nothing_else_of_it(skewed):
         for _ in range(12)
     ]
 
-    def counted(share, *, fill):
+    def counted(share, uses):
         pool = pool_of(dict.fromkeys(layers, experts), share * len(layers), per_token=2)[0]
-        if fill:
-            pool.fill()
+        if uses is not None:
+            pool.fill(uses)
         for token in tokens:
             for layer in layers:
                 deque(lend(pool, layer, token[layer]), maxlen=0)
         return pool.counts
 
-    plain = counted(experts, fill=False)
+    plain = counted(experts, None)
+    uses = plain.uses if known else {}
+    asked = Counter((layer, e) for token in tokens for layer in layers for e in token[layer])
+    assert all(plain.uses[layer][e] == asked[layer, e] for layer in layers for e in range(experts))
     for share in (3, 5, 8, 11, 16):
-        own = counted(share, fill=True)
-        assert own.filled > 0 and own.calls == plain.calls
+        own = counted(share, uses)
+        assert own.filled > 0 and own.calls == plain.calls and own.uses == plain.uses
         assert sum(own.distances[0]) == own.hits + own.misses == sum(plain.distances[0])
         assert sum(own.distances[0][:share]) == own.hits
         assert own.distances[0][-1] == plain.distances[0][-1] - own.filled
         moved = [a - b for a, b in zip(own.distances[0][:-1], plain.distances[0], strict=False)]
         assert min(moved) >= 0 and sum(moved) == sum(moved[:share]) == own.filled
-        use = use_of(own.calls, own.distances)  # as passes of the run are priced afterwards
+        use = use_of(own)  # as passes of the run are priced afterwards
         said = use.misses(1, share, experts, per_token=2)
         assert said * own.calls[0] == pytest.approx(own.misses)
         for other in (3, 5, 8, 11, 16):
             if other <= share:
-                assert sum(own.distances[0][:other]) == counted(other, fill=True).hits
+                assert sum(own.distances[0][:other]) == counted(other, uses).hits
 
 
 @pytest.mark.parametrize("pinned", [True, False])
@@ -319,7 +348,7 @@ def test_on_a_gpu_slots_are_filled_in_turn_and_kernels_wait_for_them(pinned):
             place=lambda layer, expert: ("", -expert),
             in_file=lambda layer, expert: False,
         )
-        pool.fill()
+        pool.fill({})
         wait_until(lambda: pool.filled_bytes >= 6000 and not is_reading(pool))
         held = [pool._held[layer][expert] for layer in range(2) for expert in (3, 2, 1)]
         copies = [at[1] for at in gpu.trace if at[0] == "copy"]
@@ -355,7 +384,7 @@ def test_a_prompt_copies_ahead_what_only_waits_to_be_filled(monkeypatch):
     pool, copy, _ = pool_of({0: 8, 1: 8}, 16, per_token=2)
     offered = lambda buffer, source, after, last=False: Waiting(copy, buffer, source)  # noqa: E731
     monkeypatch.setattr(copy, "offer", offered)
-    pool.fill()
+    pool.fill({})
     assert len(pool.held(1)) == pool.share == 8
     pool.begin(0, 1)
     assert sorted(expert for expert, _ in lend(pool, 0, range(8), rows=20)) == [*range(8)]

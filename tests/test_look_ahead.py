@@ -35,7 +35,7 @@ AHEAD = {"look_ahead": LookAhead.ON}
 @pytest.fixture(autouse=True)
 def empty_slots(monkeypatch):
     """What is counted here is of tokens: nothing is there before."""
-    monkeypatch.setattr(ExpertPool, "fill", lambda self: None)
+    monkeypatch.setattr(ExpertPool, "fill", lambda self, uses: None)
 
 
 @pytest.mark.parametrize(

@@ -104,10 +104,12 @@ class ExpertUse:
 
     Attributes:
         seen: by class of a pass (`row_class`).
+        uses: by layer, how often each expert was asked for, of late.
         hit_rate: of a token's experts, those that are held, if it is stated; then nothing is seen.
     """
 
     seen: Mapping[int, Distances] = field(default_factory=dict)
+    uses: Mapping[int, Sequence[int]] = field(default_factory=dict)
     hit_rate: float | None = None
 
     def misses(

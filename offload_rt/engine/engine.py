@@ -148,13 +148,14 @@ class Engine:
             self._pools: list[Any] = []  # KVPool, or what other nodes follow
             if config.wire is Wire.AUTO and device.own_memory and not on_gpu.is_there():
                 config = replace(config, wire=Wire.RAW)  # nothing would decode 12 bits there
+            known = None if means is None else means(device)
             self.checkpoint, self.plan = plan_wires(
                 checkpoint,
                 config,
                 device,
                 load=load,
                 free=free,
-                means=None if means is None else means(device),
+                means=known,
             )
             checkpoint = self.checkpoint
             self.config, self.placement = self.plan.runtime, self.plan.placement
@@ -204,7 +205,7 @@ class Engine:
             self.prefixes = Prefixes(self._pools) if shared else None
             if nodes is not None:
                 nodes.wait_ready()
-            self._fill_slots()  # last: nothing else is read any more
+            self._fill_slots(known)  # last: nothing else is read any more
             self._resources = undo.pop_all()
         self._cached_ids: list[list[int]] = [[] for _ in capacities]
         self._last_ids: list[list[int]] = [[] for _ in capacities]
@@ -656,11 +657,11 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _fill_slots(self) -> None:
+    def _fill_slots(self, known: Means | None) -> None:
         """Have experts copied for the time until tokens ask, unless that is not wanted."""
         pool = self.runner.experts
         if pool is not None and self.config.look_ahead is not LookAhead.OFF:
-            pool.fill()
+            pool.fill({} if known is None else known.asked.uses)
 
     def _load_drafting(
         self, checkpoint: Checkpoint | None

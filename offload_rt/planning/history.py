@@ -14,14 +14,16 @@ from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.planning.yields import NOTHING_SEEN, Seen
 from offload_rt.speculative.kinds import kind_of
-from offload_rt.streaming.experts import PROMPTS
+from offload_rt.streaming.experts import PROMPTS, ExpertCounts
 
 _MOST_STEPS = 512.0  # older steps fade, so that a change of habits shows
 _MOST_ENTRIES = 500
 # Times that layers asked for experts. Fewer say little: nearly all are asked for the first time.
 _FEWEST_CALLS, _MOST_CALLS = 200, 2**16
-_MOST_MIXTURES = 20  # 20 kB each, of 256 experts
 _MOST_EXPERTS, _MOST_CLASSES = 2**13, 24
+_MOST_MIXTURES = 8  # 50 kB each, of 60 layers of 256 experts, in a file of 1 MiB
+_MOST_USES = 2**15  # counts of a model, 64 kB; of one with more experts in all none are kept
+_USE_BITS = 8  # of such a count: a layer's are halved until its largest is that small
 
 
 def model_key(checkpoint: Checkpoint) -> str:
@@ -99,50 +101,58 @@ def _pair(pair: object, most: float) -> tuple[float, float]:
 
 def read_asked(path: Path, key: str) -> ExpertUse:
     """Which experts tokens of a model asked for; nothing where too little or nothing is known."""
-    entry = read_entries(path, _parsed_asked).get(key, {})
-    return ExpertUse(seen={c: found for c, found in entry.items() if found.calls >= _FEWEST_CALLS})
+    entry = read_entries(path, _parsed_asked).get(key, ExpertUse())
+    seen = {c: found for c, found in entry.seen.items() if found.calls >= _FEWEST_CALLS}
+    return ExpertUse(seen=seen, uses=entry.uses)
 
 
-def use_of(calls: Mapping[int, int], distances: Mapping[int, Sequence[int]]) -> ExpertUse:
-    """What a pool counted (`ExpertCounts`)."""
-    each = distances.items()
-    return ExpertUse(
-        seen={size: Distances(calls=calls[size], counts=tuple(counts)) for size, counts in each}
-    )
+def use_of(counts: ExpertCounts) -> ExpertUse:
+    """What a pool counted."""
+    seen = {
+        size: Distances(calls=counts.calls[size], counts=tuple(found))
+        for size, found in counts.distances.items()
+    }
+    return ExpertUse(seen=seen, uses=counts.uses)
 
 
-def add_asked(
-    path: Path, key: str, calls: Mapping[int, int], distances: Mapping[int, Sequence[int]]
-) -> None:
-    """Add what a pool counted to that of a model; what goes wrong is only logged.
-
-    Args:
-        path: of the file.
-        key: of the model.
-        calls: times that layers asked, by class of a pass's rows.
-        distances: stack distances of what they asked for, likewise.
-    """
-    if not calls:
+def add_asked(path: Path, key: str, new: ExpertUse) -> None:
+    """Add what a pool counted to that of a model; what goes wrong is only logged."""
+    if not new.seen:
         return
     entries = read_entries(path, _parsed_asked)
-    known = dict(entries.pop(key, {}))
-    for size, new in use_of(calls, distances).seen.items():
-        known[size] = known[size].joined(new, _MOST_CALLS) if size in known else new
-    entries[key] = known  # the latest is last
+    known = entries.pop(key, ExpertUse())
+    seen = dict(known.seen)
+    for size, found in new.seen.items():
+        seen[size] = seen[size].joined(found, _MOST_CALLS) if size in seen else found
+    uses = {layer: _faded(known.uses.get(layer, ()), own) for layer, own in new.uses.items()}
+    if sum(map(len, uses.values())) > _MOST_USES:
+        uses = {}
+    entries[key] = ExpertUse(seen=seen, uses=uses)  # the latest is last
     made = {name: _asked_as_json(each) for name, each in entries.items()}
     write_entries(path, made, _MOST_MIXTURES)
 
 
-def _asked_as_json(entry: Mapping[int, Distances]) -> dict[str, object]:
-    return {
+def _faded(old: Sequence[int], new: Sequence[int]) -> bytes:
+    """Uses of a layer's experts, both together; older ones count half whenever they are halved."""
+    if len(old) != len(new):
+        old = [0] * len(new)  # of another model by the same name
+    both = [a + b for a, b in zip(old, new, strict=True)]
+    halvings = max(0, max(both).bit_length() - _USE_BITS)
+    return bytes(count >> halvings for count in both)
+
+
+def _asked_as_json(entry: ExpertUse) -> dict[str, object]:
+    made: dict[str, object] = {
         str(size): [round(found.calls, 1), *(round(count, 1) for count in found.counts)]
-        for size, found in sorted(entry.items())
+        for size, found in sorted(entry.seen.items())
     }
+    return made | {"uses": {str(layer): bytes(own).hex() for layer, own in entry.uses.items()}}
 
 
-def _parsed_asked(entry: Any) -> dict[int, Distances]:  # noqa: ANN401 - of JSON
-    found = {}
-    for size, numbers in entry.items():
+def _parsed_asked(entry: Any) -> ExpertUse:  # noqa: ANN401 - of JSON
+    found, numbered = {}, dict(entry)
+    uses = {int(layer): bytes.fromhex(own) for layer, own in numbered.pop("uses", {}).items()}
+    for size, numbers in numbered.items():
         calls, *counts = map(float, numbers)
         of_prompts, like = divmod(int(size), PROMPTS)
         fits = calls > 0 and 2 <= len(counts) <= _MOST_EXPERTS
@@ -150,4 +160,4 @@ def _parsed_asked(entry: Any) -> dict[int, Distances]:  # noqa: ANN401 - of JSON
         if not fits or not all(0.0 <= number < math.inf for number in (calls, *counts)):
             raise ValueError(f"{size!r} is no class of passes, or its counts cannot be")
         found[int(size)] = Distances(calls=calls, counts=tuple(counts))
-    return found
+    return ExpertUse(seen=found, uses=uses)

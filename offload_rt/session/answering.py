@@ -160,7 +160,7 @@ def _keep_asked(engine: "Engine") -> None:
     """Add which experts tokens asked for to what is known of it."""
     if (pool := engine.runner.experts) is not None:
         key = model_key(engine.checkpoint)
-        add_asked(asked_path(), key, pool.counts.calls, pool.counts.distances)
+        add_asked(asked_path(), key, use_of(pool.counts))
 
 
 def _keep_pace(engine: "Engine") -> None:
@@ -170,7 +170,7 @@ def _keep_pace(engine: "Engine") -> None:
     if plan.placed is None or emulated:
         return
     speeds, streams = plan.placed.speeds, engine.placement.streams
-    asked = None if pool is None else use_of(pool.counts.calls, pool.counts.distances)
+    asked = None if pool is None else use_of(pool.counts)
     for took in engine.pace.kinds:
         price = partial(plan.foretold, took.rows - 1, took.running, asked=asked)
         key = LevelKey.of(

@@ -111,8 +111,9 @@ class ExpertCounts:
         distances: by the same, how often an expert was asked for that was the
             n-th most recently used of its layer, counted from 0; last of those never used before.
             The hits of every size of pool at once (Mattson's stack distances). What a slot was
-            filled with, and nobody has asked for, comes behind all that were, those first that lie
-            first: a pool of n slots a layer was filled with the first n.
+            filled with, and nobody has asked for, comes behind all that were, in the order of
+            `fill`: a pool of n slots a layer was filled with the first n.
+        uses: by layer, how often each expert was asked for.
     """
 
     hits: int = 0
@@ -127,6 +128,7 @@ class ExpertCounts:
     file_bytes: int = 0
     calls: dict[int, int] = field(default_factory=dict)
     distances: dict[int, list[int]] = field(default_factory=dict)
+    uses: dict[int, list[int]] = field(default_factory=dict)
 
 
 def row_class(rows: int, *, prompt: bool = False) -> int:
@@ -282,15 +284,16 @@ class ExpertPool(Generic[BufferT, SourceT]):
         self._filling: set[ExpertSlot[BufferT]] = set()
         self.may_foresee = self.foresees = self.reads_prompt = False
         self.rates: MissRates | None = None
-        self.counts = ExpertCounts()
+        self.counts = ExpertCounts(uses={layer: [0] * count for layer, count in counts.items()})
         self.watch: RingWatch | None = None
 
-    def fill(self) -> None:
+    def fill(self, uses: Mapping[int, Sequence[int]]) -> None:
         """Offer experts for the share of each layer, for the time until tokens ask for them.
 
         Behind all else that is offered, so they are copied while nothing else is, a step at a time,
-        those first that lie first. What a layer asks for before its copy has begun is a miss like
-        any other. What nobody asked for is replaced first.
+        those of a layer first that earlier runs used most, and of those used alike that lie first.
+        What a layer asks for before its copy has begun is a miss like any other. What nobody asked
+        for is replaced first.
 
         Always, whatever the length of answers: it costs time of a link that idles and no memory,
         what is asked for on this device, of KV that is away too, shares the disk with one step of a
@@ -298,9 +301,15 @@ class ExpertPool(Generic[BufferT, SourceT]):
         that it saves: the share that is held (docs/RESULTS.md, "Slots that are filled at load").
         Not as layers that stay are loaded, with everybody waiting: that would cost a run its pool's
         bytes before the first token, and a short answer asks for few of them.
+
+        Args:
+            uses: by layer, how often each expert was asked for; of layers that are not in it, or
+                have another number of experts there, nothing is known.
         """
         for layer, count in self._counts.items():
             held, order = dict[int, ExpertSlot[BufferT]](), self._in_place(layer, range(count))
+            if len(used := uses.get(layer, ())) == count:
+                order.sort(key=used.__getitem__, reverse=True)
             self._recent[layer] = order[::-1]
             for expert in order[: self.share]:
                 held[expert] = slot = self._free.pop()
@@ -642,8 +651,10 @@ class ExpertPool(Generic[BufferT, SourceT]):
         seen = counts.distances.setdefault(like, [0] * size)
         order = {expert: at for at, expert in enumerate(reversed(recent))}
         order |= dict.fromkeys(self._unasked[layer] - filled, size - 1)
+        uses = counts.uses[layer]
         for expert in needed:
             seen[order[expert]] += 1
+            uses[expert] += 1
         fresh = set(needed)
         self._unasked[layer] -= fresh
         recent[:] = [expert for expert in recent if expert not in fresh]
