@@ -37,6 +37,7 @@ from offload_rt.kv.home import RamHome
 from offload_rt.model import experts, network
 from offload_rt.model import weight_files as files
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats.stored import TOGETHER_ROWS
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner import loading
 from offload_rt.runner.tree import TokenTree
@@ -503,6 +504,69 @@ def test_the_host_learns_of_experts_once_a_layer(gpu, experts_of, home):
     assert report.experts.misses > 0 and report.memory.streamed_layers == 0
     assert downloads[2] - downloads[1] == 1 + 3  # its tokens, and one for each layer
     assert gpu.unpinned_copies == 0 and report.transfer.stall_s > 0
+
+
+@pytest.fixture
+def of_experts(gpu, make_tiny, monkeypatch):
+    """What the experts of each layer of a pass are: those used, kernels, uploads and syncs."""
+    made, used, computed, places = [], [], experts._computed, experts._places
+
+    def sent_on(sent, count):
+        found = places([place * 5 % count for place in range(len(sent))], count)
+        used.append(len(found))
+        return found
+
+    def now():
+        kernels = sum(at[0] == "kernel" for at in gpu.trace)
+        return kernels, gpu.uploads, gpu.downloads, gpu.host_syncs[threading.current_thread().name]
+
+    def watched(*given):
+        before = now()
+        result = computed(*given)
+        made.append((used[-1], *(b - a for a, b in zip(before, now(), strict=True))))
+        return result
+
+    monkeypatch.setattr(ExpertPool, "fill", lambda pool, uses: None)
+    monkeypatch.setattr(experts, "_places", sent_on)
+    monkeypatch.setattr(experts, "_computed", watched)
+    monkeypatch.setattr(network, "experts_of", build_for_real(network.experts_of))
+
+    def run(rows, **config):
+        folder = make_mixture(make_tiny, num_hidden_layers=LAYERS, **config)
+        runtime = RuntimeConfig(device="cuda:0", home=HomeKind.HOST, expert_slots=12)
+        made.clear()
+        with (
+            fake_gpu(gpu),
+            Engine(
+                open_checkpoint(folder), runtime, capacities=[rows], prompt_tokens=rows
+            ) as engine,
+        ):
+            gpu.strict = True
+            engine.forward([(0, [7] * rows)], reuse=False)
+            gpu.strict = False
+        assert len(made) == LAYERS
+        return made[-1]
+
+    return run
+
+
+LAYERS = 2
+# An expert's rows are gathered, multiplied with two halves and put together, gated by two kernels,
+# multiplied again and put into their places. Of few rows those that come together are two products.
+OF_EXPERT, OF_LAYER, OF_TOGETHER, COME_TOGETHER = 8, 4, 5, 6
+
+
+@pytest.mark.parametrize("count", [8, 32])
+@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+def test_experts_launch_by_how_many_are_used_and_wait_once_a_layer(of_experts, rows, count):
+    used, kernels, uploads, downloads, waits = of_experts(rows, num_experts=count)
+    assert used == min(2 * rows, count)
+    turns = -(-used // COME_TOGETHER) if rows <= TOGETHER_ROWS else 1
+    launched = OF_LAYER + OF_EXPERT * used
+    if rows <= TOGETHER_ROWS:
+        launched = OF_LAYER - 1 + OF_TOGETHER * turns
+    assert (kernels, uploads) == (launched, turns)
+    assert (downloads, waits) == (1, 0)
 
 
 @pytest.mark.parametrize(

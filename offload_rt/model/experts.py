@@ -280,10 +280,12 @@ def _computed(
     else:
         order = [place for own in places.values() for place in own]
         index = torch.tensor(order) if host is None else host.upload(order)
-        each = dict(zip(places, index.split([len(own) for own in places.values()]), strict=True))
+        counts = [len(own) for own in places.values()]
+        rows_of = zip(index.split(counts), (index // k).split(counts), strict=True)
+        each = dict(zip(places, rows_of, strict=True))
         for expert, weights in chain.from_iterable(_lent(module, lender, asked)):
-            at = each[expert]
-            parts[at] = expert_rows(module, expert, weights, hidden[at // k])
+            at, sent_there = each[expert]
+            parts[at] = expert_rows(module, expert, weights, hidden[sent_there])
     return _summed(parts, top_k_weights, hidden.dtype)
 
 
