@@ -569,6 +569,28 @@ def test_few_rows_are_multiplied_with_mxfp4_as_it_is_stored(make_tiny, tmp_path)
     assert choosing_s(CUDA, 4, together=True) < choosing_s(CUDA, 4)
 
 
+@pytest.mark.parametrize(("exact", "tiles"), [(False, 1), (True, 8)])
+def test_launches_are_priced_by_the_experts_that_rows_are_sent_to(folder, exact, tiles):
+    """Once a layer however many rows there are; where these go by tiles of 64, once for each."""
+    pooled = PooledExperts(
+        counts=(32,) * 4, per_token=2, held=8, home_bytes=1, image_bytes=1, host_s=5.0,
+        launch_s=1.0,
+    )  # fmt: skip
+    model = PlacedModel(
+        parts=parts_of(open_checkpoint(folder), "bfloat16", CUDA),
+        speeds=GPU,
+        residence=Residence(experts=pooled),
+        context_tokens=64,
+        exact=exact,
+    )
+    found = [model.load(rows).layers[0].choosing_s for rows in (1, 9, 64, 512)]
+    used = [32 * (1 - (1 - 1 / 16) ** rows) for rows in (1, 9, 64, 64 if exact else 512)]
+    expected = [5.0 + experts - 2.0 for experts in used]
+    if not exact:
+        expected[0] = 0.0  # in one launch
+    assert found == pytest.approx([*expected[:-1], tiles * expected[-1]])
+
+
 def test_few_rows_are_multiplied_with_plain_experts_in_one(folder):
     """As with MXFP4: on a GPU, where passes are not row-invariant."""
     pooled = PooledExperts(

@@ -219,7 +219,7 @@ def _binomial(count: int, most: int, chance: float) -> float:
 
 
 def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) -> float:
-    """Of the host for a layer of a pass, until it knows the experts and has launched their kernels.
+    """Of the host for a layer of one row, until it knows its experts and has launched them.
 
     Args:
         device: what computes; a CPU is the host itself.
@@ -227,7 +227,12 @@ def choosing_s(device: DeviceKind, per_token: int, *, together: bool = False) ->
         together: all that are there are multiplied in one launch.
     """
     launches = _GROUPS if together else per_token
-    return 0.0 if device.host_computes else _ROUND_TRIP_S + launches * _LAUNCHES_S
+    return 0.0 if device.host_computes else _ROUND_TRIP_S + launches * launching_s(device)
+
+
+def launching_s(device: DeviceKind) -> float:
+    """Of the host, to launch the kernels of an expert; a CPU is the host itself."""
+    return 0.0 if device.host_computes else _LAUNCHES_S
 
 
 def unknown_rates(nbytes: int) -> MissRates:

@@ -181,7 +181,9 @@ class PooledExperts:
         use: what is known of those that tokens ask for.
         host_s: of a layer, until the host knows which a token asks for and their kernels are on
             their way.
-        together_s: the same where few rows are multiplied with experts as they are stored.
+        launch_s: for each expert that more rows are sent to.
+        together_s: the same where few rows are multiplied with experts as they are stored, whatever
+            these are.
         foreseen: of what a layer lacks, the share that is offered to the link a layer before, in
             passes that read no prompt and do not ask for nearly all experts.
         rates: of what a layer lacks, where the host may compute some of it; None: all of it comes.
@@ -195,6 +197,7 @@ class PooledExperts:
     image_bytes: int
     use: ExpertUse = ExpertUse()
     host_s: float = 0.0
+    launch_s: float = 0.0
     together_s: float = 0.0
     foreseen: float = 0.0
     rates: MissRates | None = None
@@ -396,6 +399,12 @@ class PlacedModel:
         used = layer.used(rows)
         return tuple(replace(each, numbers=round(each.numbers * used)) for each in parts), False
 
+    def _choosing_s(self, experts: PooledExperts, layer: LayerParts, rows: int) -> float:
+        """Of the host where experts are launched one by one, for each tile of a layer's rows."""
+        tile = (self.exact and self.speeds.device.tile_rows) or rows
+        more = layer.used(min(rows, tile)) * layer.experts - experts.per_token
+        return ceil(rows / tile) * (experts.host_s + max(0.0, more) * experts.launch_s)
+
     def _layer(self, index: int, rows: int, committed: float, *, reads_prompt: bool) -> LayerLoad:
         where, layer = self.residence, self.parts.layers[index]
         resident, decoded = index not in where.streamed, layer.decoded
@@ -425,7 +434,8 @@ class PlacedModel:
         link = misses if split is None else split.over_link
         choosing_s = 0.0
         if where.experts is not None and layer.expert_bytes:  # in layers that are whole, too
-            choosing_s = where.experts.together_s if together else where.experts.host_s
+            one_by_one_s = self._choosing_s(where.experts, layer, rows)
+            choosing_s = where.experts.together_s if together else one_by_one_s
         choosing_s += 0.0 if split is None else FETCH_S
         few = pooled is not None and not pooled.nearly_all(index, rows, self.sequences)
         kv = where.kv if where.kv and index in where.kv.layers else None

@@ -21,6 +21,7 @@ from offload_rt.costs.experts import (
     SEND_BACK_S,
     ExpertUse,
     choosing_s,
+    launching_s,
     unknown_rates,
 )
 from offload_rt.costs.machine import FreeMemory, Speeds
@@ -675,6 +676,7 @@ def pooled_experts(
         image_bytes=experts.image_bytes // experts.count,
         use=experts.use,
         host_s=choosing_s(device, experts.per_token),
+        launch_s=launching_s(device),
         together_s=choosing_s(device, experts.per_token, together=True),
         rates=rates,
         share=placement.expert_share,

@@ -9,7 +9,7 @@ from functools import partial
 from offload_rt.config import DraftWeights
 from offload_rt.costs.acceptance import chain_tokens, grow_tree, rate_of_share, triforce_tokens
 from offload_rt.costs.drafters import DraftPart, Expected
-from offload_rt.costs.experts import Distances, ExpertUse, choosing_s
+from offload_rt.costs.experts import Distances, ExpertUse, choosing_s, launching_s
 from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import (
     LinkRates,
@@ -101,12 +101,13 @@ def _experts(scenario: Scenario) -> PooledExperts | None:
     model, shape = scenario.model, scenario.placement
     if shape.expert_slots is None:
         return None
-    use, host_s = ExpertUse(), shape.expert_host_s
+    use, host_s, launch_s = ExpertUse(), shape.expert_host_s, 0.0
     if shape.expert_hit_rate is not None:  # what is not there was never there
         missed = model.experts_per_token * (1.0 - shape.expert_hit_rate)
         use = ExpertUse(seen={0: Distances(calls=1, counts=(*[0.0] * model.experts, missed))})
     if host_s is None:
-        host_s = choosing_s(KINDS[shape.processor], model.experts_per_token)
+        device = KINDS[shape.processor]
+        host_s, launch_s = choosing_s(device, model.experts_per_token), launching_s(device)
     return PooledExperts(
         counts=(model.experts,) * model.layers,
         per_token=model.experts_per_token,
@@ -115,6 +116,7 @@ def _experts(scenario: Scenario) -> PooledExperts | None:
         image_bytes=model.expert_bytes,
         use=use,
         host_s=host_s,
+        launch_s=launch_s,
     )
 
 
