@@ -12,6 +12,7 @@ import resource
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from offload_rt.errors import ConfigError
 from offload_rt.units import format_size
 
+A_DAY_S = 86400.0
 _OWNER_ONLY = 0o600
 _PREFIX, _SUFFIX = ".offload-run-", ".tmp"
 _LEFT_BEHIND = re.compile(rf"{re.escape(_PREFIX)}\w{{8}}{re.escape(_SUFFIX)}")
@@ -81,12 +83,15 @@ def replacing(
         path: a plain file, or nothing yet.
         private: let nobody but its owner read it; else it is as readable as the file of ours that
             it replaces, or as any new file.
-        lasting: have it on the disk before it gets its name.
+        lasting: have it on the disk before it gets its name. Else it lies where only this package
+            writes: what killed runs left there a day ago is removed.
         after: what to say behind the reason.
 
     Raises:
         ConfigError: it could not be written, or `path` is something else; `path` is what it was.
     """
+    if not lasting:
+        sweep(path.parent, A_DAY_S)
     with writing(path, after):
         mode = _mode(_require_plain(path), private)
         handle, name = tempfile.mkstemp(prefix=_PREFIX, suffix=_SUFFIX, dir=path.parent)
@@ -152,14 +157,27 @@ def give_names(made: Path, folder: Path, names: Sequence[str]) -> None:
             os.rename(made / name, folder / name)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what runs that were killed left behind; nobody else may be writing in the folder."""
+def sweep(folder: Path, least_age_s: float = 0.0) -> None:
+    """Remove what runs that were killed left behind.
+
+    Args:
+        folder: to be swept.
+        least_age_s: what was written later is left, as another run may be at it; 0: nobody else
+            writes in the folder.
+    """
     with suppress(OSError):
         for entry in os.scandir(folder):
-            if is_temporary(entry.name) and entry.is_dir(follow_symlinks=False):
+            if not is_temporary(entry.name) or _age_s(entry) < least_age_s:
+                continue
+            if entry.is_dir(follow_symlinks=False):
                 shutil.rmtree(entry.path, ignore_errors=True)
-            elif is_temporary(entry.name):
+            else:
                 os.unlink(entry.path)
+
+
+def _age_s(entry: "os.DirEntry[str]") -> float:
+    """Seconds since it was written; none where a clock says that it will be."""
+    return max(0.0, time.time() - entry.stat(follow_symlinks=False).st_mtime)
 
 
 def open_growing(path: Path, flags: int) -> int:

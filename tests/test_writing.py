@@ -5,12 +5,14 @@ import os
 import resource
 import stat
 import threading
+import time
 
 import pytest
 from safetensors import SafetensorError
 
 from offload_rt.errors import ConfigError
 from offload_rt.writing import (
+    A_DAY_S,
     append,
     check_target,
     cut_off,
@@ -220,6 +222,18 @@ def test_what_killed_runs_left_is_swept_and_nothing_else(tmp_path):
         [".offload-run-x.tmp", "x.tmp", ".offload-run-abcd_123.tmp.json"]
     )
     assert os.path.exists("/etc/hostname")
+
+
+def test_where_files_can_be_made_again_what_was_left_a_day_ago_goes_with_the_next(tmp_path):
+    """Another run may be writing what is younger; beside files that last nothing is removed."""
+    old, young = (tmp_path / f".offload-run-{name}_123.tmp" for name in ("old_", "new_"))
+    for path in (old, young):
+        path.touch()
+    os.utime(old, (time.time() - A_DAY_S - 60,) * 2)
+    write_text(tmp_path / "lasts", "")
+    assert old.exists() and young.exists()
+    write_text(tmp_path / "kept", "", lasting=False)
+    assert sorted(os.listdir(tmp_path)) == sorted([young.name, "kept", "lasts"])
 
 
 def test_a_temporary_folder_is_private_and_may_be_renamed(tmp_path):

@@ -33,7 +33,7 @@ from offload_rt.model.layout import CODES, compute_dtype
 from offload_rt.model.network import modules_and_tensors
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.units import format_size
-from offload_rt.writing import make_folder, replacing, writing
+from offload_rt.writing import A_DAY_S, make_folder, replacing, sweep, writing
 
 _log = logging.getLogger(__name__)
 
@@ -144,7 +144,8 @@ def _write(
         model, places = modules_and_tensors(checkpoint, getattr(torch, dtype))
         changes = list(_changes(_loaded(model, adapter), adapter, places, files))
         header, starts, total = _header(places, changes)
-        _require_room(make_folder(path.parent), total)
+        sweep(make_folder(path.parent), A_DAY_S)
+        _require_room(path.parent, total)
         done = 0
         on_write(total, lambda: done)
         with replacing(path) as temporary, temporary.open("wb") as file:
