@@ -10,6 +10,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
+from expert_models import make_mixture
 from forks import Forked
 from test_measure import QUICK
 
@@ -18,6 +19,7 @@ from offload_rt.cli.checks import diagnose
 from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.device.system import file_system
+from offload_rt.profiling import decoding
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.codec import decode
 from offload_rt.profiling.store import BUSY, load_profile, machine_name, save_profile
@@ -64,6 +66,28 @@ def test_a_busy_machine_is_said_on_stderr_and_kept(quick, offload_run, monkeypat
     assert f"note: {BUSY}" in offload_run("profile", "--show").out
     (finding,) = [f for f in diagnose(inspect_machine(None)) if f.what == "profile"]
     assert finding.detail.startswith(BUSY) and "offload-run profile" in finding.fix
+
+
+def test_a_profile_made_too_early_for_a_model_is_said(quick, offload_run, make_tiny, monkeypatch):
+    """By `plan` and `doctor`, of mixtures; its few rows of an expert were timed without kernels."""
+    monkeypatch.setattr(decoding, "kernels_multiply_plain", lambda: True)
+    assert offload_run("profile", "--device", "cpu").code == 0
+    path = quick / f"{machine_name()}.json"
+    made, says = load_profile(path), "older than the kernels that multiply few rows of an expert"
+    mixture, dense = make_mixture(make_tiny, dtype="bfloat16"), make_tiny("llama")
+
+    def said(model, few_rows):
+        experts = tuple(replace(c, few_rows=0 if c.exact else few_rows) for c in made.experts)
+        save_profile(replace(made, experts=experts), path)
+        (finding,) = [f for f in diagnose(inspect_machine(model)) if f.what == "profile"]
+        asked = ("plan", model, "--context", 64, "--draft", "none", "--exact", "off")
+        lines = " ".join(offload_run(*asked).out.split())
+        assert ("run `offload-run profile` again" in lines) is (says in lines)
+        old = json.loads(offload_run(*asked, "--json").out)["predicted"]["old_profile"]
+        return says in finding.detail, says in lines, old
+
+    assert said(mixture, 0) == (True, True, True)
+    assert said(mixture, 32) == said(dense, 0) == (False, False, False)
 
 
 def test_a_repaired_number_is_named(offload_run, tmp_path):

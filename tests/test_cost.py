@@ -174,6 +174,38 @@ def test_experts_take_what_experts_were_timed_to_take():
     assert decode(encode(made)) == made
 
 
+@pytest.mark.parametrize("twin", [True, False])
+def test_few_rows_of_an_expert_are_guessed_where_the_profile_timed_them_without_kernels(
+    twin, monkeypatch
+):
+    """As in row-invariant passes, or a share of torch's time; of many rows torch's time is right."""
+    there = [True]
+    monkeypatch.setattr(decoding, "kernels_multiply_plain", lambda: there[0])
+
+    def timed(seconds, **more):
+        times = tuple(LayerTime(tokens=n, layer_s=measured(s)) for n, s in seconds.items())
+        return ExpertCurve(processor=Processor.CPU, weight_bytes=100, times=times, **more)
+
+    usual = timed({1: 1.0, 16: 4.0, 64: 16.0})
+    exact = (timed({1: 0.5, 16: 5.0, 64: 6.0}, exact=True),) if twin else ()
+
+    def priced(rows, usual=usual, tile=1):
+        work = ExpertWork(count=1.0, nbytes=100, rows=rows, rest=shape(1).work)
+        layer = LayerLoad(work=shape(2).work, home_bytes=5, expert_work=work, expert_part=0.5)
+        load = PassLoad(layers=[layer], streamed=[], slots=0, tile=tile)
+        made = profile(layers=(curve(1, {1: 1.0}),), experts=(usual, *exact))
+        times = pass_times(made, load, Processor.CPU, measured(1e9))
+        return times.experts_s[0], times.obtained, times.old_profile
+
+    assert priced(1.0) == (pytest.approx(0.5 if twin else 0.6), Obtained.ASSUMED, True)
+    assert priced(16.0)[0] == pytest.approx(4.0 if twin else 2.4)
+    assert priced(64.0) == (pytest.approx(16.0), Obtained.MEASURED, False)
+    assert not priced(1.0, tile=16)[2]
+    assert priced(1.0, replace(usual, few_rows=32)) == (1.0, Obtained.MEASURED, False)
+    there[0] = False
+    assert priced(1.0) == (1.0, Obtained.MEASURED, False)
+
+
 @pytest.mark.parametrize("kernel_s", [0.0, 0.4, 1.0])
 def test_reads_are_slower_while_layers_compute(kernel_s):
     """In 8 n seconds of a pass of p, where p = 8 + half of these seconds' reads, 8 (8 n / p)."""

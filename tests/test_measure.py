@@ -30,6 +30,7 @@ from offload_rt.model.experts import compute_experts, lend_experts
 from offload_rt.model.formats import on_gpu
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import can_pack
+from offload_rt.model.formats.stored import AT_ONCE_FEW
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.profiling import compute, dequantising, experts, link, timing
 from offload_rt.profiling import disk as disk_module
@@ -637,6 +638,15 @@ def test_experts_are_timed_by_size_and_rows(cpu, monkeypatch):
     assert len(ticks) == 8
 
 
+@pytest.mark.skipif(bool(products.problem()), reason=products.problem())
+def test_it_is_kept_whether_kernels_took_few_rows_of_an_expert(cpu):
+    """In passes that need not be row-invariant, which older profiles timed without."""
+    effort = replace(QUICK, experts=((64, 128),), expert_rows=(1,))
+    for dtype, rows in (("bfloat16", AT_ONCE_FEW), ("float32", 0)):
+        usual, exact = experts.measure_experts(cpu, dtype, Curve(effort), nothing)
+        assert (usual.few_rows, exact.few_rows) == (rows, 0)
+
+
 @torch.inference_mode()
 def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
     (shape,) = QUICK.layer_shapes("float32", 4)
@@ -675,6 +685,7 @@ def test_rows_on_both_sides_of_where_other_kernels_begin_are_timed():
     for last in (MOST_ROWS, MANY_ROWS):
         assert {last, last + 1} <= set(effort.packed_tokens)
     assert {MOST_ROWS, MOST_ROWS + 1} <= set(effort.head_rows)
+    assert {AT_ONCE_FEW, AT_ONCE_FEW + 1} <= set(effort.expert_rows)
 
 
 def test_layer_curves_and_attention(cpu):

@@ -33,7 +33,9 @@ from offload_rt.errors import OffloadError, ProfileError
 from offload_rt.model.checkpoint import demo_folder, open_checkpoint
 from offload_rt.model.gguf import ENDING
 from offload_rt.model.packed_files import SUFFIX
-from offload_rt.profiling.identity import compare, these_versions, this_machine
+from offload_rt.profiling.decoding import times_old_experts
+from offload_rt.profiling.identity import compare, old_profile, these_versions, this_machine
+from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
 from offload_rt.streaming.direct_io import OpenFile, open_file
 
@@ -155,7 +157,8 @@ class ProfileFacts:
         found: whether there is one.
         problem: why it cannot be used, or empty.
         changes: what is different now, a sentence each.
-        notes: that it carries of other work while it was measured.
+        notes: that it carries of other work while it was measured, and what it was made too early
+            for.
         pinned_bytes: of host memory that the system pinned at most; None if no limit was met.
     """
 
@@ -203,7 +206,7 @@ def inspect_machine(model: Path | None) -> Machine:
         compiler=_compiler(),
         memory=_memory(),
         driver=driver,
-        profile=_profile(driver),
+        profile=_profile(driver, model),
         wsl="microsoft" in _read("/proc/version").lower(),
         disk=_disk(model),
         demo=(demo_folder() / "config.json").is_file(),
@@ -241,7 +244,7 @@ def _memory() -> MemoryFacts:
     )
 
 
-def _profile(driver: Driver | None) -> ProfileFacts:
+def _profile(driver: Driver | None, model: Path | None) -> ProfileFacts:
     name = machine_name()
     if name not in list_profiles():
         return ProfileFacts(name=name, found=False)
@@ -255,9 +258,20 @@ def _profile(driver: Driver | None) -> ProfileFacts:
         name=name,
         found=True,
         changes=tuple(changes),
-        notes=busy,
+        notes=(*busy, *([old_profile(name)] if _is_old(profile, model) else [])),
         pinned_bytes=profile.pinning.most_bytes if profile.pinning else None,
     )
+
+
+def _is_old(profile: HardwareProfile, model: Path | None) -> bool:
+    """Whether a model has what the profile was made too early for."""
+    if model is None or not times_old_experts(profile):
+        return False
+    try:
+        checkpoint = open_checkpoint(model)
+    except OffloadError:  # runs say what is wrong with it
+        return False
+    return checkpoint.has_experts and not any(s.of_expert for s in checkpoint.stored.values())
 
 
 def _torch() -> tuple[TorchFacts | None, str]:

@@ -7,6 +7,7 @@ from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Limit
 from offload_rt.costs.step import Prediction
 from offload_rt.planning.planner import Considered, Plan, Way
+from offload_rt.profiling.identity import old_profile
 from offload_rt.profiling.profile import Obtained
 from offload_rt.session.means import profile_source
 from offload_rt.session.summary import drafter_name, drafts_name
@@ -31,6 +32,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     if chosen.draft_s:
         lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", f"{drafts_name(plan)} a pass"))
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
+    if chosen.old_profile:
+        lines.append(hanging(f"  {old_profile(speeds.profile.name)}", 4))
     if plan.ways:
         lines += ["how experts may come", *map(_way, plan.ways)]
     others = _others(plan)

@@ -51,6 +51,8 @@ def _sections(profile: HardwareProfile) -> Iterator[tuple[str, Iterable[str]]]:
     yield "a recorded pass beside its layers, ms", _replays(profile)
     if profile.heads:
         yield "output heads, ms by rows", _heads(profile)
+    if profile.experts:
+        yield "experts, ms by the rows that each is sent", _experts(profile)
     if profile.beside_disk:
         yield "layers while the disk is read, times as long by tokens", _beside(profile)
     if profile.dequantising:
@@ -90,7 +92,15 @@ def _layers(curves: Sequence[LayerCurve | RecordedCurve]) -> Iterator[str]:
 def _heads(profile: HardwareProfile) -> Iterator[str]:
     for curve in profile.heads:
         cells = [(str(t.tokens), t.layer_s.value * 1e3, t.layer_s) for t in curve.times]
-        yield _row(f"{curve.processor}, {format_size(curve.weight_bytes)}", cells)
+        size = format_size(curve.weight_bytes)
+        yield _row(f"{curve.processor} {curve.weights}, {size}", cells)
+
+
+def _experts(profile: HardwareProfile) -> Iterator[str]:
+    for curve in profile.experts:
+        cells = [(str(t.tokens), t.layer_s.value * 1e3, t.layer_s) for t in curve.times]
+        way = ", exact" if curve.exact else ""
+        yield _row(f"{curve.processor}{way}, {format_size(curve.weight_bytes)}", cells)
 
 
 def _beside(profile: HardwareProfile) -> Iterator[str]:

@@ -30,7 +30,13 @@ from offload_rt.errors import ConfigError
 from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.packed_files import CODED_BITS
-from offload_rt.profiling.decoding import compiles, decoded_per_s, multiplies, rows_apart
+from offload_rt.profiling.decoding import (
+    compiles,
+    decoded_per_s,
+    multiplies,
+    rows_apart,
+    times_old_experts,
+)
 from offload_rt.profiling.profile import (
     Decoder,
     Direction,
@@ -42,6 +48,7 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.rates import (
+    OLD_EXPERTS,
     PIECES_S,
     attention_s,
     disk_bytes_per_s,
@@ -388,6 +395,11 @@ class PassTimes:
         """How the worst of the numbers is known."""
         return max((n.obtained for n in self.numbers), key=list(Obtained).index)
 
+    @property
+    def old_profile(self) -> bool:
+        """Whether a part is priced by a guess, as the profile was made before it was so."""
+        return any(n.source == OLD_EXPERTS for n in self.numbers)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PassCost:
@@ -399,6 +411,7 @@ class PassCost:
         stall_s: in which no kernel runs: a copy or a hop is waited for.
         home_bytes: weights that cross the link.
         obtained: how the worst number behind it is known.
+        old_profile: a guess is among them, as the profile was made before a part was as it is.
         transfer_s: in which the busiest link carries weights or KV to its device.
         between_s: of which the drafter takes, see `PassLoad`, and what its uploads wait.
         kv_home_bytes: KV that crosses the link.
@@ -414,6 +427,7 @@ class PassCost:
     between_s: float = 0.0
     kv_home_bytes: int = 0
     kv_back_bytes: int = 0
+    old_profile: bool = False
 
     @property
     def limit(self) -> Limit:
@@ -591,10 +605,13 @@ def pass_times(
         """The seconds of experts, if they were timed by themselves."""
         if work is None or replayed:
             return None
-        each = expert_s(profile, work.nbytes, work.rows, processor=processor, exact=exact)
+        ask = partial(expert_s, profile, processor=processor, exact=exact, old=old)
+        each = ask(work.nbytes, work.rows)
         return None if each is None else replace(each, value=work.count * each.value)
 
-    experts = {each: apart(each) for each in {layer.expert_work for layer in load.layers}}
+    asked = {layer.expert_work for layer in load.layers}
+    old = any(asked) and not exact and times_old_experts(profile)
+    experts = {each: apart(each) for each in asked}
     products = [
         layer.expert_work.rest if layer.expert_work and experts[layer.expert_work] else layer.work
         for layer in load.layers
@@ -727,6 +744,7 @@ def cost_of(load: PassLoad, times: PassTimes) -> PassCost:
         stall_s=stall_s if stall_s > _ROUNDING * done.pass_s else 0.0,
         home_bytes=load.moved_bytes,
         obtained=times.obtained,
+        old_profile=times.old_profile,
         transfer_s=done.transfer_s,
         between_s=between_s,
         kv_home_bytes=sum(layer.kv_home_bytes for layer in load.layers),

@@ -89,6 +89,7 @@ class Prediction:
         streamed_layers: whose do not.
         limit: what would have to be faster.
         obtained: how the worst number behind it is known.
+        old_profile: a guess is among them, as the profile was made before a part was as it is.
         on_host_bytes: of `home_bytes`, experts that the processor computes meanwhile where they
             lie; they cross behind all others.
     """
@@ -109,6 +110,7 @@ class Prediction:
     limit: Limit
     obtained: Obtained
     on_host_bytes: int = 0
+    old_profile: bool = False
 
     @property
     def step_s(self) -> float:
@@ -198,6 +200,7 @@ def predict(work: StepWork, price: Price) -> Prediction:
         streamed_layers=streamed,
         limit=cost.limit,
         obtained=cost.obtained,
+        old_profile=cost.old_profile or plain.old_profile,
         on_host_bytes=sum(layer.behind_bytes for layer in work.load.layers),
     )
 

@@ -99,13 +99,16 @@ def make_exact(model: torch.nn.Module) -> None:
             _wrap(child, evenly)
 
 
-def multiply_few_rows_at_once(module: Any) -> None:  # noqa: ANN401 - a family's class
+def multiply_few_rows_at_once(module: Any) -> int:  # noqa: ANN401 - a family's class
     """Let a module of experts multiply as row-invariant passes do where one has few rows.
 
     Kernels take 0.4 to 0.67 of torch's time there, one expert after the other (docs/RESULTS.md,
     "Experts at once"). Where they take plain matrices of bf16, and what is between two products is
     an activation alone: that has to be in whole vectors, for experts that are there are computed in
     other groups than those that come.
+
+    Returns:
+        rows of one up to which it does; 0: torch multiplies with any number.
     """
     shapes = _of_experts(module, transposed=False)
     takes = (plain_for(*sizes, torch.bfloat16, _HOST, exact=True) for sizes in shapes)
@@ -113,6 +116,8 @@ def multiply_few_rows_at_once(module: Any) -> None:  # noqa: ANN401 - a family's
     if shapes and gate in ("", _DEFAULT_GATE) and _is_activation(module.act_fn) and all(takes):
         make_exact(module)
         multiply_at_once(module, AT_ONCE_FEW)
+        return AT_ONCE_FEW
+    return 0
 
 
 def _is_activation(module: torch.nn.Module) -> bool:

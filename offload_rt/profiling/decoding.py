@@ -115,10 +115,23 @@ def rows_apart(profile: HardwareProfile) -> int:
 
 def in_registers(profile: HardwareProfile) -> bool:
     """Whether kernels multiply bf16 in matrix registers in row-invariant passes of the CPU."""
-    machine = profile.machine
-    here = machine.kernels is None or _is_here(profile)
-    instead = kernels_multiply_plain() if here else bool(machine.kernels)
-    return machine.matrix_registers and instead
+    return profile.machine.matrix_registers and multiplies_plain(profile)
+
+
+def multiplies_plain(profile: HardwareProfile) -> bool:
+    """Whether kernels multiply with plain bf16 in row-invariant passes on the CPU of a profile."""
+    kernels = profile.machine.kernels
+    return kernels_multiply_plain() if kernels is None or _is_here(profile) else kernels
+
+
+def times_old_experts(profile: HardwareProfile) -> bool:
+    """Whether torch multiplied where few rows of an expert take kernels now.
+
+    Of passes that need not be row-invariant: profiles of before December 2026 timed them so.
+    """
+    usual = [curve for curve in profile.experts if not curve.exact]
+    marked = any(curve.few_rows for curve in usual)
+    return bool(usual) and not marked and multiplies_plain(profile)
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:

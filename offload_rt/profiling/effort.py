@@ -84,7 +84,8 @@ class Effort:
     # One that is little more than its kernels' starts, then experts of a SmolLM2-135M that was made
     # a mixture, and of DeepSeek-V2-Lite.
     experts: tuple[tuple[int, int], ...] = ((256, 704), (576, 1536), (2048, 1408))
-    expert_rows: tuple[int, ...] = (1, 16, 64)
+    # Above 32 rows torch multiplies in passes that need not be row-invariant (`AT_ONCE_FEW`).
+    expert_rows: tuple[int, ...] = (1, 16, 32, 33, 64)
     beside_disk: tuple[int, int] = (1, 4)
     beside_tokens: tuple[int, ...] = (1, 8)
     beside_read_bytes: int = 32 * MIB

@@ -111,7 +111,7 @@ def _curves(
     exact: bool,
 ) -> list[ExpertCurve]:
     """Of each size, in turns."""
-    effort = curve.effort
+    effort, few_rows = curve.effort, 0
     passes: dict[Place, Sample] = {}
     for hidden, intermediate in effort.experts:
         nbytes = 3 * hidden * intermediate * dtype.itemsize
@@ -122,7 +122,7 @@ def _curves(
             make_exact(module)
             multiply_at_once(module)
         elif dtype is torch.bfloat16:
-            multiply_few_rows_at_once(module)
+            few_rows = multiply_few_rows_at_once(module)
         for rows in effort.expert_rows:
             run = _call(module, experts, torch.randn(rows, hidden).to(dtype), exact=exact)
             passes[nbytes, rows] = Timed(run, effort.compute_sample_s, computes=True)
@@ -136,6 +136,7 @@ def _curves(
         ExpertCurve(
             processor=device.kind.processor,
             exact=exact,
+            few_rows=few_rows,
             weight_bytes=nbytes,
             times=tuple(
                 LayerTime(tokens=rows, layer_s=found[nbytes, rows]) for rows in effort.expert_rows

@@ -72,6 +72,14 @@ def compare(profile: HardwareProfile, machine: Machine, versions: Versions) -> l
     ]
 
 
+def old_profile(name: str) -> str:
+    """What to say where a profile was made before parts of plans were priced by what it lacks."""
+    return (
+        f"profile {name} is older than the kernels that multiply few rows of an expert, so these "
+        "are guessed: run `offload-run profile` again"
+    )
+
+
 def _gpu_pairs(was: Machine, machine: Machine) -> Iterator[tuple[str, object, object]]:
     for index, (before, now) in enumerate(zip(was.gpus, machine.gpus, strict=False)):
         yield f"GPU {index}", before.name, now.name

@@ -11,6 +11,7 @@ from statistics import fmean
 
 from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ProfileError
+from offload_rt.model.formats.stored import AT_ONCE_FEW
 from offload_rt.profiling.profile import (
     Direction,
     ExpertCurve,
@@ -49,6 +50,11 @@ PIECES_S = 2 * 1e-5 + 10 * 6e-6
 # (docs/RESULTS.md, "Trees on models with recurrent states").
 _SCAN_CPU_S, _SCAN_NUMBER_S, _SCAN_GPU_S = 1.3e-3, 7.5e-9, 80 * 6e-6
 SCANNED = "assumed: as Gated DeltaNet on one core of another machine; on a GPU 80 launches"
+
+# What kernels take of torch's time for 1 to 16 rows of an expert, in the middle (docs/RESULTS.md,
+# "Experts at once").
+_KERNELS_SHARE = 0.6
+OLD_EXPERTS = "assumed: kernels multiply few rows of an expert, the profile timed torch"
 
 _WORSE = list(Obtained)
 
@@ -208,17 +214,34 @@ def expert_s(
     *,
     processor: Processor,
     exact: bool = False,
+    old: bool = False,
 ) -> Number | None:
     """Time of an expert that is sent so many rows; straight lines between sizes and counts.
 
     That of row-invariant passes counts as any other where the profile has none of these. None
     where it has no expert by this processor.
+
+    Args:
+        profile: of the machine.
+        weight_bytes: of an expert.
+        rows: that it is sent.
+        processor: that computes.
+        exact: in a row-invariant pass.
+        old: torch multiplied few rows in other passes, where kernels do now
+            (`decoding.times_old_experts`). They take no longer than in row-invariant ones, or a
+            share of torch's time.
     """
     mine = [c for c in profile.experts if c.processor is processor]
     curves = [c for c in mine if c.exact is exact] or mine
     if not curves:
         return None
-    return _between({c.weight_bytes: _curve_s(c, rows) for c in curves}, weight_bytes)
+    found = _between({c.weight_bytes: _curve_s(c, rows) for c in curves}, weight_bytes)
+    if exact or not old or rows > AT_ONCE_FEW:
+        return found
+    known = {c.weight_bytes: _curve_s(c, rows) for c in mine if c.exact}
+    kernels_s = _between(known, weight_bytes).value if known else _KERNELS_SHARE * found.value
+    value = min(found.value, kernels_s)
+    return replace(found, value=value, obtained=Obtained.ASSUMED, source=OLD_EXPERTS)
 
 
 def disk_slowdown(profile: HardwareProfile, weight_bytes: int, weights: WeightOrder) -> float:
