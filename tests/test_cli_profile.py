@@ -19,8 +19,7 @@ from offload_rt.cli.checks import diagnose
 from offload_rt.cli.machine import inspect_machine
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.device.system import file_system
-from offload_rt.profiling import decoding
-from offload_rt.profiling import measure as measure_module
+from offload_rt.profiling import decoding, neighbours
 from offload_rt.profiling.codec import decode
 from offload_rt.profiling.store import BUSY, load_profile, machine_name, save_profile
 from offload_rt.profiling.timing import REPAIRED
@@ -31,8 +30,8 @@ LIMIT_S = 60
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
     """A small measurement on a quiet machine, and a user's folder of its own."""
-    monkeypatch.setattr(measure_module, "_waited_s", lambda: 0.0)
-    monkeypatch.setattr(measure_module, "_stolen_s", lambda: 0.0)
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: 0.0)
+    monkeypatch.setattr(neighbours, "_stolen_s", lambda: 0.0)
     monkeypatch.setattr(verb.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
     monkeypatch.setattr(verb, "EFFORT", QUICK)
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
@@ -56,7 +55,7 @@ def test_a_measurement_is_written_and_printed(quick, offload_run):
 
 def test_a_busy_machine_is_said_on_stderr_and_kept(quick, offload_run, monkeypatch):
     waited = count(step=10**6)
-    monkeypatch.setattr(measure_module, "_waited_s", lambda: next(waited))
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: next(waited))
     monkeypatch.setattr(verb.os, "getloadavg", lambda: (99.0, 0.0, 0.0))
     done = offload_run("profile", "--device", "cpu")
     before, after, written = done.err.splitlines()

@@ -178,7 +178,7 @@ def test_experts_take_what_experts_were_timed_to_take():
 def test_few_rows_of_an_expert_are_guessed_where_the_profile_timed_them_without_kernels(
     twin, monkeypatch
 ):
-    """As in row-invariant passes, or a share of torch's time; of many rows torch's time is right."""
+    """As in row-invariant passes, or a share of torch's time; of many rows torch's is right."""
     there = [True]
     monkeypatch.setattr(decoding, "kernels_multiply_plain", lambda: there[0])
 

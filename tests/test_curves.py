@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from offload_rt.profiling import timing
+from offload_rt.profiling import neighbours, timing
 from offload_rt.profiling.curves import impossible, monotone
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.timing import REPAIRED, Curve, Timed
@@ -16,6 +16,13 @@ from offload_rt.profiling.timing import REPAIRED, Curve, Timed
 SIZES, TOKENS = (7, 28, 116, 416), (1, 2, 4, 8, 16, 32, 64)
 PLACES = list(product(SIZES, TOKENS))
 times = st.floats(1e-6, 1e3)
+
+
+@pytest.fixture(autouse=True)
+def untold(monkeypatch):
+    """The kernel does not tell how long threads waited for a core."""
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: None)
+    monkeypatch.setattr(neighbours, "_stolen_s", lambda: 0.0)
 
 
 def rises(curve):
@@ -204,6 +211,26 @@ def test_samples_that_lie_apart_are_followed_by_more(monkeypatch):
     found = curve.numbers(taken)
     assert found[1,].value == pytest.approx(0.01, rel=0.05)
     assert len(taken[2,]) == 9 < len(taken[1,]) <= curve.effort.scattered_samples
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+def test_where_nothing_else_runs_what_was_measured_stands(quiet, monkeypatch):
+    """Matrices of a middle size that are multiplied worse, in runs that lie apart by themselves."""
+    machine, apart = Neighbour(monkeypatch, 0.0), random.Random(3)
+    waited_s = (lambda: 0.0) if quiet else (lambda: machine.now)
+    monkeypatch.setattr(neighbours, "_waited_s", waited_s)
+    worse = {p: 1.6 if p[0] == 28 else 1.0 for p in PLACES}
+
+    def run(place):
+        machine.work(worse[place] * true_s(place) * apart.choice([1.0, 1.0, 1.4, 1.5, 1.6]))
+
+    curve = Curve(replace(Effort(), compute_sample_s=0.0), by_bytes=True)
+    taken = curve.take({p: Timed(lambda p=p: run(p)) for p in PLACES})
+    found = curve.numbers(taken)
+    error = found[28, 8].value / (1.6 * true_s((28, 8))) - 1.0
+    assert (abs(error) < 0.05, curve.doubts.repaired == 0, curve.doubts.found == 0) == (quiet,) * 3
+    assert (max(map(len, taken.values())) > curve.effort.most_samples) is not quiet
+    assert 0.0 < curve.doubts.timed_s <= machine.now
 
 
 def test_measuring_again_ends(monkeypatch):

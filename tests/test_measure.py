@@ -32,7 +32,7 @@ from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import AT_ONCE_FEW
 from offload_rt.model.weight_files import WeightFiles
-from offload_rt.profiling import compute, dequantising, experts, link, timing
+from offload_rt.profiling import compute, dequantising, experts, link, neighbours, timing
 from offload_rt.profiling import disk as disk_module
 from offload_rt.profiling import measure as measure_module
 from offload_rt.profiling.compute import (
@@ -106,8 +106,8 @@ def nothing():
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     """Whatever else runs on the machine of the tests."""
-    monkeypatch.setattr(measure_module, "_waited_s", lambda: 0.0)
-    monkeypatch.setattr(measure_module, "_stolen_s", lambda: 0.0)
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: 0.0)
+    monkeypatch.setattr(neighbours, "_stolen_s", lambda: 0.0)
 
 
 @pytest.fixture
@@ -566,7 +566,9 @@ def test_no_cache_holds_what_a_pass_uses_once(cpu, monkeypatch):
     assert len(used) == 30  # a model's; they are 64 KiB each
     counts = []
     monkeypatch.setattr(
-        compute, "_copies", lambda module, count: (counts.append(count), made(module, count))[1]
+        compute,
+        "_copies",
+        lambda module, count, on: (counts.append(count), made(module, count, on))[1],
     )
     measure_heads(cpu, "float32", WeightOrder.PLAIN, Curve(effort), nothing)
     assert counts == [2 * MIB // (64 * 128 * 4)]
@@ -841,20 +843,20 @@ def test_a_whole_measurement(on_disk, monkeypatch):
     ],
 )
 def test_other_work_is_a_note(waited_s, stolen_s, load, scatter, says, monkeypatch):
-    monkeypatch.setattr(measure_module, "compute_threads", lambda: 1)
-    monkeypatch.setattr(measure_module, "cores", lambda: 2)
-    monkeypatch.setattr(measure_module.os, "getloadavg", lambda: (load, 0.0, 0.0))
-    monkeypatch.setattr(measure_module.time, "perf_counter", lambda: 110.0)
-    monkeypatch.setattr(measure_module, "_waited_s", lambda: waited_s)
-    monkeypatch.setattr(measure_module, "_stolen_s", lambda: stolen_s)
+    monkeypatch.setattr(neighbours, "compute_threads", lambda: 1)
+    monkeypatch.setattr(neighbours, "cores", lambda: 2)
+    monkeypatch.setattr(neighbours.os, "getloadavg", lambda: (load, 0.0, 0.0))
+    monkeypatch.setattr(neighbours.time, "perf_counter", lambda: 110.0)
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: waited_s)
+    monkeypatch.setattr(neighbours, "_stolen_s", lambda: stolen_s)
     before = None if waited_s is None else 0.0
-    note = measure_module.Neighbours(began_s=100.0, waited_s=before, stolen_s=0.0).note(scatter)
+    note = neighbours.Neighbours(began_s=100.0, waited_s=before, stolen_s=0.0).note(scatter)
     assert note is None if says is None else says in note and note.startswith(BUSY)
 
 
 def test_a_busy_machine_is_a_note_of_the_profile(monkeypatch, on_disk):
     waited = count(step=10**6)
-    monkeypatch.setattr(measure_module, "_waited_s", lambda: next(waited))
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: next(waited))
     made = measure("here", device="cpu", folder=on_disk, effort=QUICK)
     assert made.notes[0].startswith(BUSY)
 

@@ -14,6 +14,7 @@ All rows go through a panel, `MOST_ROWS` at a time, before the next is read, so 
 more memory.
 """
 
+import copy
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -114,6 +115,13 @@ class RoundedProduct:
         ask_for_large_pages(self.address, self.memory.nbytes)
         start = 0 if bias is None else bias.data_ptr()
         self._record = (ctypes.c_int64 * 7)(0, self.address, start)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "RoundedProduct":
+        """The same weights in other memory, and so at another address."""
+        bias = copy.deepcopy(self.bias, memo)
+        made = RoundedProduct(self.form, self._inputs, self._outputs, bias)
+        made.memory.copy_(self.memory)
+        return made
 
     def by_formula(self, rows: torch.Tensor) -> torch.Tensor:
         """The same numbers from torch's operators, slowly: for traces and tests."""

@@ -119,6 +119,12 @@ class LeanLayer:
         self._summed = torch.empty(sizes.most_rows, sizes.hidden, dtype=torch.bfloat16)
         self._records = [self._record(few) for few in (0, 1)]
 
+    def of(self, layer: torch.nn.Module) -> "LeanLayer":
+        """The same of a layer that has the same weights in memory of its own."""
+        parts = _parts_of(layer)
+        assert parts is not None
+        return LeanLayer(parts, self._specs[0], self._index, layer.forward)
+
     def _record(self, several: int) -> tuple[Record, Record]:
         """What the kernels are given, for one row and for several."""
         parts = self._parts

@@ -8,12 +8,12 @@ products (norms, rotary embedding, appending keys) is in its time.
 import copy
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import LlamaConfig
@@ -23,6 +23,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
+from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.system import cache_bytes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
@@ -38,6 +39,7 @@ from offload_rt.model.exactness import are_quickest
 from offload_rt.model.formats.packed import pack_linears, replace_linears
 from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
+from offload_rt.model.layout import DEVICE_ALIGN_BYTES
 from offload_rt.model.lean import lean_layer
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
@@ -93,26 +95,29 @@ class TimedLayer:
         kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
         self._cache = ResidentKV(device, [kv], dtype, max(effort.tokens))
         first = _random_layer(config, device.torch_device, dtype)
-        self._layers = _copies(
-            first, _cold_bytes(shape, weights, device, effort) // shape.weight_bytes
-        )
+        count = _cold_bytes(shape, weights, device, effort) // shape.weight_bytes
         # As passes multiply by default where their kernels take matrix registers.
         exact = are_quickest(shape.dtype, device.kind)
-        if exact and weights not in _ROUNDED:
-            for layer in self._layers:
-                make_exact(layer)
         if weights is WeightOrder.PACKED:
+            self._layers = [_again(first) for _ in range(count)]
             for layer in self._layers:
+                if exact:
+                    make_exact(layer)
                 pack_linears(layer, exact=exact)
         elif weights in _ROUNDED:
+            replace_linears(first, partial(rounded_linear, weights=_ROUNDED[weights]))
+            self._layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
+        else:
+            self._layers = _copies(first, count, device)
             for layer in self._layers:
-                replace_linears(layer, partial(rounded_linear, weights=_ROUNDED[weights]))
-        elif widens(dtype, device.torch_device):
-            for layer in self._layers:
-                widen_linears(layer)
+                if exact:
+                    make_exact(layer)
+                if widens(dtype, device.torch_device):
+                    widen_linears(layer)
         # As a network runs layers that stay on its device (`Network.attach`).
-        lean = (lean_layer(layer, first=layer is first) for layer in self._layers)
-        self._turns = cycle([of or layer for of, layer in zip(lean, self._layers, strict=True)])
+        lean = lean_layer(self._layers[0], first=True)
+        turns: list[Any] = [lean.of(layer) for layer in self._layers] if lean else self._layers
+        self._turns = cycle(turns)
         self._inputs = torch.randn(
             1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device
         )
@@ -295,8 +300,11 @@ def measure_heads(
         head = head.to_empty(device=device.torch_device)
         _fill(head, hidden)
         cold_bytes = beyond_caches(device, effort, _model_bytes(hidden, nbytes, dtype, effort))
-        copies = torch.nn.ModuleList(_copies(head, -(-cold_bytes // nbytes)))
-        exact = are_quickest(dtype_name, device.kind)
+        count, exact = -(-cold_bytes // nbytes), are_quickest(dtype_name, device.kind)
+        if weights is WeightOrder.PACKED:
+            copies = torch.nn.ModuleList(_again(head) for _ in range(count))
+        else:
+            copies = torch.nn.ModuleList(_copies(head, count, device))
         if exact:
             make_exact(copies)
         if weights is WeightOrder.PACKED:
@@ -364,9 +372,52 @@ def _model_bytes(hidden: int, head_bytes: int, dtype: torch.dtype, effort: Effor
     return head_bytes + _LAYERS * max(layers, default=0)
 
 
-def _copies(module: ModuleT, count: int) -> list[ModuleT]:
-    """The module and copies of it, so many together."""
-    return [module, *(copy.deepcopy(module) for _ in range(count - 1))]
+def run_memory(device: Device, nbytes: int) -> torch.Tensor:
+    """[nbytes] of memory as weights and KV of runs lie in: on a CPU in large pages.
+
+    So it is taken faster, too: 4 KiB at a time, 1 GiB takes this process 1.5 s.
+    """
+    if device.kind.host_computes:
+        return allocate_host(nbytes).tensor
+    return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
+
+
+def laid_out(parts: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
+    """Copies of tensors in memory of `laid_bytes`, one behind the other."""
+    places = memory.split([_whole(part.nbytes) for part in parts])
+    views = (
+        place[: part.nbytes].view(part.dtype).view(part.shape)
+        for place, part in zip(places, parts, strict=True)
+    )
+    return [view.copy_(part) for view, part in zip(views, parts, strict=True)]
+
+
+def laid_bytes(parts: Iterable[torch.Tensor]) -> int:
+    """Bytes of tensors that lie one behind the other."""
+    return sum(_whole(part.nbytes) for part in parts)
+
+
+def _whole(nbytes: int) -> int:
+    return -(-nbytes // DEVICE_ALIGN_BYTES) * DEVICE_ALIGN_BYTES
+
+
+def _again(module: ModuleT) -> ModuleT:
+    """The module once more, with the same memory for its weights."""
+    return copy.deepcopy(module, {id(each): each for each in module.parameters()})
+
+
+def _copies(module: ModuleT, count: int, device: Device) -> list[ModuleT]:
+    """So many of the module; the weights of each lie as those of runs."""
+    found = [_again(module) for _ in range(count)]
+    weights = [parameter.detach() for parameter in module.parameters()]
+    for each in found:
+        own = laid_out(weights, run_memory(device, laid_bytes(weights)))
+        instead = {id(p): q for p, q in zip(module.parameters(), own, strict=True)}
+        for part in each.modules():
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    part._parameters[name] = torch.nn.Parameter(instead[id(parameter)], False)
+    return found
 
 
 def _times(
@@ -507,8 +558,8 @@ def measure_attention(
     layer_bytes = cached * row_bytes
     cold_bytes = beyond_caches(device, effort, _LAYERS * layer_bytes)
     first = [draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2)]
-    others = [[each.clone() for each in first] for _ in range(-(-cold_bytes // layer_bytes) - 1)]
-    layers = cycle([first, *others])
+    count = -(-cold_bytes // layer_bytes)
+    layers = cycle([laid_out(first, run_memory(device, laid_bytes(first))) for _ in range(count)])
     spec = AttentionSpec(scaling=_HEAD_DIM**-0.5, exact=exact)
     passes: dict[Place, Sample] = {}
     for rows in effort.query_tokens:

@@ -22,12 +22,13 @@ from offload_rt.model.formats.stored import Flat, Stored, suits_kernels
 from offload_rt.model.formats.wired import BRING
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import CODED_BITS, piece_weights
-from offload_rt.profiling.compute import beyond_caches
+from offload_rt.profiling.compute import beyond_caches, laid_bytes, laid_out, run_memory
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
 from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
 
 _GROUP = 128  # of most checkpoints
 _AT_ONCE = 8  # weights on a GPU before the host waits
+_MOST_BYTES = 4  # of a weight, with what scales and lies beside it
 _NUMBER_S = 0.3  # no further sample of a form is begun after that; the slowest takes 0.2 s
 
 # Most of what checkpoints have; of forms that are alike one. The rest is a share of the first
@@ -154,21 +155,22 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
     host = device.kind.host_computes
     if host:
         prepare()
-    side = curve.effort.dequantised_side
+    side, cold_bytes = curve.effort.dequantised_side, beyond_caches(device, curve.effort)
+    memory = run_memory(device, cold_bytes + _MOST_BYTES * side * side)  # for all, one by one
     out = torch.empty(side, side, dtype=dtype, device=device.torch_device)
     for form, bits in MEASURED:
         stored, parts = _example(form, bits, side, dtype)
         one = {word: part.to(device.torch_device) for word, part in parts.items()}
-        nbytes = sum(part.nbytes for part in one.values())
-        count = max(1, -(-beyond_caches(device, curve.effort) // nbytes))
-        weights = cycle([{word: part.clone() for word, part in one.items()} for _ in range(count)])
+        nbytes = laid_bytes(one.values())
+        places = memory.split(nbytes)[: max(1, -(-cold_bytes // nbytes))]
+        copies = (laid_out([*one.values()], place) for place in places)
+        weights = cycle([dict(zip(one, each, strict=True)) for each in copies])
         for decoder, bring in _brings(stored, dtype, device):
             at_once = 1 if host else _AT_ONCE
             run = partial(_some, bring, stored, weights, out, 0 if host else at_once, device)
             sample_s = curve.effort.compute_sample_s
             taken = curve.take({(0,): Timed(run, sample_s, computes=host)})
             (time_s,) = curve.numbers(taken).values()
-            del run
             yield DecodeSpeed(
                 processor=device.kind.processor,
                 decoder=decoder,
@@ -176,7 +178,6 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
                 bits=bits,
                 numbers_per_s=rate_of(at_once * stored.numbers, time_s),
             )
-        del weights  # before the next form's
         tick()
 
 

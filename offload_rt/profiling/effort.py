@@ -14,9 +14,10 @@ class Effort:
     Attributes:
         least_samples: of each number, however long they are.
         most_samples: of each number.
-        scattered_samples: of each number whose samples lie apart: other work comes and goes in
-            seconds, so more of them find it gone.
-        number_s: no further sample of a number is begun after that.
+        scattered_samples: of each number whose samples lie apart beside other work: that comes and
+            goes in seconds, so more of them find it gone.
+        number_s: no further sample of a number is begun after that; after twice that beside other
+            work.
         again_s: for measuring the implausible times of a curve again.
         link_blocks: sizes of copies to and from a GPU.
         link_sample_bytes: a sample copies a block until these bytes have crossed.
@@ -50,9 +51,9 @@ class Effort:
     """
 
     least_samples: int = 3
-    most_samples: int = 9
+    most_samples: int = 7
     scattered_samples: int = 40
-    number_s: float = 1.0
+    number_s: float = 0.5
     again_s: float = 8.0
     link_blocks: tuple[int, ...] = (64 * KIB, MIB, 4 * MIB, 16 * MIB, 64 * MIB, 256 * MIB)
     link_sample_bytes: int = 256 * MIB

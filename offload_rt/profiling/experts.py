@@ -19,7 +19,7 @@ from offload_rt.device.base import Device
 from offload_rt.model.exact import Regular, make_exact, multiply_few_rows_at_once
 from offload_rt.model.experts import ExpertWeights, compute_experts, lend_experts, multiply_at_once
 from offload_rt.model.formats.stored import Stored
-from offload_rt.profiling.compute import beyond_caches
+from offload_rt.profiling.compute import beyond_caches, run_memory
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import ExpertCurve, LayerTime
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed
@@ -93,7 +93,9 @@ def measure_experts(device: Device, dtype_name: str, curve: Curve, tick: Tick) -
     effort, dtype = curve.effort, getattr(torch, dtype_name)
     largest = max(3 * hidden * intermediate for hidden, intermediate in effort.experts)
     cold_bytes = beyond_caches(device, effort)
-    memory = _random(max(cold_bytes // dtype.itemsize, PER_TOKEN * largest), dtype)
+    numbers = max(cold_bytes // dtype.itemsize, PER_TOKEN * largest)
+    memory = run_memory(device, numbers * dtype.itemsize).view(dtype)
+    _randomise(memory)
     return [
         found
         for exact in (False, True)
@@ -172,10 +174,8 @@ def _call(
     return run
 
 
-def _random(numbers: int, dtype: torch.dtype) -> torch.Tensor:
-    """[numbers] of one random block over and over: drawing all would be too slow."""
-    memory = torch.empty(numbers, dtype=dtype)
-    block = (torch.randn(_RANDOM_NUMBERS) / 64).to(dtype)
+def _randomise(memory: torch.Tensor) -> None:
+    """Give it one random block over and over: drawing all would be too slow."""
+    block = (torch.randn(_RANDOM_NUMBERS) / 64).to(memory.dtype)
     for part in memory.split(_RANDOM_NUMBERS):
         part.copy_(block[: len(part)])
-    return memory

@@ -2,7 +2,6 @@
 
 import datetime
 import logging
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
-import psutil
 import torch
 
 from offload_rt.config import RuntimeConfig
@@ -19,7 +17,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
 from offload_rt.device.cuda.driver import Driver
 from offload_rt.device.cuda.nvml import find_driver
-from offload_rt.device.system import compute_threads, cores, thread_times
+from offload_rt.device.system import compute_threads
 from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.profiling import link
@@ -44,6 +42,7 @@ from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.experts import measure_experts
 from offload_rt.profiling.identity import these_versions, this_machine
 from offload_rt.profiling.memory import measure_memory, thread_counts
+from offload_rt.profiling.neighbours import Neighbours
 from offload_rt.profiling.profile import (
     SCHEMA_VERSION,
     AttentionSpeed,
@@ -64,12 +63,7 @@ from offload_rt.profiling.profile import (
     Versions,
     WeightOrder,
 )
-from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import Curve, Tick
-
-_QUIET = 0.05  # of the time threads could have computed: without a core, or to other machines
-_BELIEVABLE = 0.5  # between the quartiles of a number, of its value; the median of all numbers
-_QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
 
 logger = logging.getLogger(__name__)
 
@@ -114,6 +108,11 @@ class _Session:
     notes: list[str] = field(default_factory=list)
     nvml: list[tuple[int, int]] = field(default_factory=list)
 
+    @property
+    def spent_s(self) -> tuple[float, float]:
+        """Seconds of timing, the first time and again."""
+        return self.curve.doubts.timed_s, self.curve.doubts.again_s
+
 
 def measure(
     name: str,
@@ -150,53 +149,6 @@ def measure(
         session.notes.append("no link was measured: on the CPU weights need not cross one")
     seconds = time.perf_counter() - began
     return _assemble(name, session, records, f"measured by offload-run profile in {seconds:.0f} s")
-
-
-@dataclass(slots=True)
-class Neighbours:
-    """How much of the time of this process's threads other work took, from here on."""
-
-    began_s: float = field(default_factory=time.perf_counter)
-    waited_s: float | None = field(default_factory=lambda: _waited_s())
-    stolen_s: float = field(default_factory=lambda: _stolen_s())
-
-    def share(self) -> float | None:
-        """Of the time they could have computed; None where the kernel does not count it."""
-        waited_s = _waited_s()
-        if waited_s is None or self.waited_s is None:
-            return None
-        passed_s = max(time.perf_counter() - self.began_s, 1e-9)
-        lost_s = max(0.0, waited_s - self.waited_s) / compute_threads()
-        return (lost_s + (_stolen_s() - self.stolen_s) / cores()) / passed_s
-
-    def note(self, scatter: float) -> str | None:
-        """A sentence for the profile, if the machine was not quiet.
-
-        Args:
-            scatter: of the numbers, the distance of their quartiles over their value.
-        """
-        share, load = self.share(), os.getloadavg()[0]
-        if share is None:
-            known, busy = "", load > _QUIET_LOAD * cores()
-        else:
-            known, busy = f"threads waited for a core {share:.0%} of the time, ", share > _QUIET
-        if not busy:
-            return None
-        advice = "measure again when the machine is quiet"
-        if scatter > _BELIEVABLE:
-            advice = f"the numbers scatter by {scatter:.0%} and are not to be believed: {advice}"
-        return f"{BUSY} ({known}load average {load:.1f} on {cores()} cores): {advice}"
-
-
-def _waited_s() -> float | None:
-    """Seconds this process's threads were kept from a core, all together."""
-    waits = [waited for _, waited in thread_times().values()]
-    return sum(waits) / 1e9 if waits else None
-
-
-def _stolen_s() -> float:
-    """Seconds of all cores that went to other virtual machines."""
-    return float(getattr(psutil.cpu_times(), "steal", 0.0))
 
 
 def _choose_gpus(driver: Driver, device: str) -> int:
@@ -390,6 +342,7 @@ def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bo
 
     for part in parts:
         start, begin_s, what = done, time.perf_counter(), part.label
+        before = session.spent_s
         report(done, total, what)
         logger.debug("measuring %s", what)
         try:
@@ -401,7 +354,10 @@ def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bo
                 session.notes.append(str(error))
         done = start + part.ticks
         report(done, total, what)
-        logger.debug("%s took %.1f s", part.label, time.perf_counter() - begin_s)
+        timed_s, again_s = (now - then for now, then in zip(session.spent_s, before, strict=True))
+        whole_s = time.perf_counter() - begin_s
+        text = "%s took %.1f s: %.1f to prepare, %.1f to time, %.1f to time again"
+        logger.debug(text, part.label, whole_s, whole_s - timed_s - again_s, timed_s, again_s)
     return records
 
 

@@ -9,6 +9,7 @@ What the kernel tells of the time that threads waited for a core is not subtract
 when it is over, so a run of less than a millisecond is told of waits from before it.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from offload_rt.device.system import compute_threads
 from offload_rt.profiling.curves import Place, impossible, monotone
 from offload_rt.profiling.effort import Effort
+from offload_rt.profiling.neighbours import Neighbours
 from offload_rt.profiling.profile import Number, Obtained
 
 Tick = Callable[[], None]  # called after each number, for a progress bar
@@ -27,6 +29,7 @@ _APART = 1.1  # the median over the lower decile: most samples were disturbed
 _DISTURBED = 1.25  # the median run over the quickest; alone it is 1.05 to 1.14
 _TYPICAL = 1.03  # the lower decile of runs over the quickest, alone
 _AGAIN = 3  # times that points are measured again, at most
+_log = logging.getLogger(__name__)
 REPAIRED = "taken down: more work was faster"
 
 
@@ -39,16 +42,19 @@ def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]
     """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
 
     Each has `least_samples`, and more until they last `number_s`; a warm-up as long as that counts.
-    Those whose samples lie apart have up to `scattered_samples`.
+    Beside other work it is twice that, and those whose samples lie apart have up to
+    `scattered_samples`. Where nothing else runs, more of them say the same.
     """
     taken: list[list[float]] = [[] for _ in samples]
-    spent_s = [0.0] * len(samples)
+    spent_s, neighbours = [0.0] * len(samples), Neighbours()
     for turn in range(1 + max(effort.most_samples, effort.scattered_samples)):
+        quiet = neighbours.quiet
+        limit_s = effort.number_s * (1 if quiet else 2)
         for index, sample_s in enumerate(samples):
             own, is_warm_up = taken[index], turn == 0
-            if turn and len(own) >= effort.least_samples and spent_s[index] > effort.number_s:
+            if turn and len(own) >= effort.least_samples and spent_s[index] > limit_s:
                 continue
-            if len(own) >= effort.most_samples and not _scattered(own, sample_s):
+            if len(own) >= effort.most_samples and (quiet or not _scattered(own, sample_s)):
                 continue
             start = time.perf_counter()
             own.append(sample_s())
@@ -75,6 +81,8 @@ class Doubts:
     """What was found that cannot be.
 
     Attributes:
+        timed_s: spent on all.
+        again_s: spent on those that were measured again.
         points: measured.
         found: times above that of more work.
         again: of those, measured again.
@@ -82,6 +90,8 @@ class Doubts:
         scatters: of each number, the distance of its quartiles over its value.
     """
 
+    timed_s: float = 0.0
+    again_s: float = 0.0
     points: int = 0
     found: int = 0
     again: int = 0
@@ -112,29 +122,41 @@ class Curve:
         effort: how much is measured.
         doubts: counts what could not be.
         by_bytes: a time is a fixed part and one for each byte, the first number of its place.
+            So it is nearly: matrices of other shapes are multiplied better or worse, and norms and
+            attention grow with their sides. So nothing is doubted for that but beside other work.
+        disturbed: other work ran meanwhile, or may have.
     """
 
     effort: Effort
     doubts: Doubts = field(default_factory=Doubts)
     by_bytes: bool = False
+    disturbed: bool = False
 
     def take(self, samples: Mapping[Place, Sample]) -> dict[Place, list[float]]:
         """Seconds of each place; what cannot be is measured again beside what contradicts it."""
+        neighbours, begun_s = Neighbours(), time.perf_counter()
         taken = dict(zip(samples, take_in_turns([*samples.values()], self.effort), strict=True))
+        timed_s = time.perf_counter()
         least = self.effort.least_samples
         effort = replace(self.effort, most_samples=least, scattered_samples=least)
-        until_s = time.perf_counter() + self.effort.again_s
+        until_s = timed_s + self.effort.again_s
         wrong: set[Place] = set()
         repeated: set[Place] = set()
-        for _ in range(_AGAIN):
+        for repetition in range(_AGAIN):
+            if repetition and neighbours.quiet:
+                break
             times = {place: undisturbed(own) for place, own in taken.items()}
-            found = impossible(times, by_bytes=self.by_bytes)
+            by_bytes = self.by_bytes and not neighbours.quiet
+            found = impossible(times, by_bytes=by_bytes)
             wrong |= set(found)
             chosen = self._affordable([*found, *found.values()], times, until_s)
             more = take_in_turns([samples[place] for place in chosen], effort)
             for place, own in zip(chosen, more, strict=True):
                 taken[place] += own
             repeated |= set(chosen)
+        self.disturbed |= not neighbours.quiet
+        self.doubts.timed_s += timed_s - begun_s
+        self.doubts.again_s += time.perf_counter() - timed_s
         self.doubts.points += len(samples)
         self.doubts.found += len(wrong)
         self.doubts.again += len(wrong & repeated)
@@ -157,8 +179,12 @@ class Curve:
         """A number for each place; more work is no faster."""
         made = {place: measured(times) for place, times in taken.items()}
         values = {place: number.value for place, number in made.items()}
-        rising = monotone(values, by_bytes=self.by_bytes)
-        wrong = impossible(values, by_bytes=self.by_bytes)
+        by_bytes = self.by_bytes and self.disturbed
+        rising = monotone(values, by_bytes=by_bytes)
+        wrong = impossible(values, by_bytes=by_bytes)
+        for place, other in wrong.items():
+            text = "of %s: %.4g s are %.4g, as %s takes %.4g"
+            _log.debug(text, place, values[place], rising[place], other, values[other])
         self.doubts.repaired += len(wrong)
         self.doubts.scatters += [(n.spread or 0.0) / n.value for n in made.values()]
         return {
