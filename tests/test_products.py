@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from engines import engine_for
 
+from offload_rt.config import Exact
 from offload_rt.device import compiled
 from offload_rt.device.system import _mapped_areas
 from offload_rt.errors import CheckpointError
@@ -24,7 +26,8 @@ from offload_rt.kernels.stored import (
 )
 from offload_rt.kernels.stored import blocks_of as plain_blocks
 from offload_rt.kernels.tiles import goes_by_count, in_tiles
-from offload_rt.model.formats import planes
+from offload_rt.model.formats import packed, planes
+from offload_rt.model.formats.left_plain import left_plain
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import PackedLinear, can_pack, unlike_when_packed
 from offload_rt.model.formats.stored import Stored
@@ -360,6 +363,34 @@ def test_machine_code_is_kept_and_what_is_damaged_is_made_again(tmp_path, monkey
     assert [stored(8), stored(8)] == [(8, 3), (8, 3)] and len(list(tmp_path.iterdir())) == 2
     monkeypatch.setattr(assembling, "_MOST_KEPT", 1)
     assert [stored(9), stored(9)] == [(9, 4), (9, 4)] and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.skipif(
+    not can_pack(torch.bfloat16, torch.device("cpu")), reason="no bf16 instructions"
+)
+@pytest.mark.parametrize("exact", [Exact.OFF, Exact.ON])
+def test_a_shape_that_stays_plain_is_said_and_kept_for_plans(
+    exact, make_tiny, tmp_path, monkeypatch, caplog
+):
+    """But not where passes are row-invariant: there plain weights have kernels of their own."""
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path))
+    caplog.set_level("INFO", "offload_rt")
+    compared, differ = packed.packed_exactly, (64, 128)
+
+    def other_bits(linear, *given, **more):
+        shape = linear.out_features, linear.in_features
+        return None if shape == differ else compared(linear, *given, **more) or linear
+
+    monkeypatch.setattr(packed, "packed_exactly", other_bits)
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=2)
+    for _ in range(2):
+        with engine_for(folder, exact=exact) as engine:
+            kept = {type(engine.network._layers[0].mlp.down_proj), torch.nn.Linear}
+        assert kept == {torch.nn.Linear}
+    said = "weights of 64 by 128 stay as they are: reordered, products have other bits"
+    off = exact is Exact.OFF
+    assert left_plain() == ({differ} if off else set())
+    assert caplog.text.count(said) == (2 if off else 0)
 
 
 @pytest.mark.skipif(

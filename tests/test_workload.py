@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from math import prod
 
 import pytest
 from engines import PROMPT, engine_for
@@ -80,6 +81,37 @@ def test_a_retrieval_cache_is_chosen_for_the_query_heads_that_share_a_kv_head(tm
         found.append(run.work(drafting, Expected()).load.kv_block_s - KV_BLOCK_S)
     alone, together = found
     assert together / alone == pytest.approx(1.15) and alone > 0
+
+
+def test_weights_that_stay_plain_among_reordered_ones_are_priced_plain(make_tiny):
+    """By their part of the layer; where passes are row-invariant they are others."""
+    checkpoint = open_checkpoint(make_tiny("llama", dtype="bfloat16"))
+    shapes = {e.shape for e in checkpoint.layers[0] if len(e.shape) == 2}
+    down, head = (64, 128), (checkpoint.head or checkpoint.embedding).shape
+    assert down in shapes
+
+    def priced(left, exact=False):
+        speeds, config = replace(CPU, left_plain=frozenset(left)), RuntimeConfig()
+        load = RunLoad(capacities=[CONTEXT], prompt_tokens=CONTEXT)
+        run = PlacedRun(
+            checkpoint=checkpoint,
+            config=config,
+            speeds=speeds,
+            placement=place_run(checkpoint, config, CPU.device, load=load, free=CPU.free),
+            context_tokens=CONTEXT,
+        )
+        load = replace(run.model, exact=exact).load(1)
+        times = pass_times(CPU.profile, load, CPU.processor, run.rates(load))
+        return times.layer_s[0], load.head_weights
+
+    packed_s, packed_head = priced([])
+    plain_s, plain_head = priced([*shapes, head])
+    assert packed_s < plain_s
+    assert (packed_head, plain_head) == (WeightOrder.PACKED, WeightOrder.PLAIN)
+    numbers = sum(prod(e.shape) for e in checkpoint.layers[0] if len(e.shape) == 2)
+    part_s = packed_s + (plain_s - packed_s) * prod(down) / numbers
+    assert priced([down]) == (pytest.approx(part_s), packed_head)
+    assert priced([*shapes, head], exact=True) == priced([], exact=True)
 
 
 def test_where_pinning_was_refused_links_are_as_fast_as_without():

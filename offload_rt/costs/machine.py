@@ -72,6 +72,8 @@ class Speeds:
         profile: of the machine.
         processor: who computes.
         packs: whether layers that stay on the device are kept reordered (`formats/packed.py`).
+        left_plain: shapes, outputs and inputs, of weights that are not where passes need not be
+            row-invariant, as their products would have other bits.
         own: whether the profile was measured here; else it is a shipped one.
         levels: by which predicted seconds are corrected.
         devices: by number, those that have the layers in turn.
@@ -82,6 +84,7 @@ class Speeds:
     profile: HardwareProfile
     processor: Processor
     packs: bool
+    left_plain: frozenset[tuple[int, int]] = frozenset()
     own: bool = True
     levels: Levels = Levels()
     devices: tuple[int, ...] = (0,)

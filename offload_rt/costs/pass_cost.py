@@ -161,6 +161,7 @@ class LayerLoad:
         kv_back_bytes: new ones that go home, per pass.
         device: that holds the layer.
         weights: how they lie where they compute.
+        plain_part: of its products, those with weights that lie plain all the same.
         decoded: which of them are dequantised first.
         experts_decoded: which are, of experts that some token is sent to.
         unpacked: weights that readers decode on their way (`model/packed_files.py`).
@@ -188,6 +189,7 @@ class LayerLoad:
     kv_back_bytes: int = 0
     device: int = 0
     weights: WeightOrder = WeightOrder.PLAIN
+    plain_part: float = 0.0
     decoded: tuple[Decoded, ...] = ()
     experts_decoded: tuple[Decoded, ...] = ()
     unpacked: int = 0
@@ -612,12 +614,15 @@ def pass_times(
     asked = {layer.expert_work for layer in load.layers}
     old = any(asked) and not exact and times_old_experts(profile)
     experts = {each: apart(each) for each in asked}
+
     products = [
         layer.expert_work.rest if layer.expert_work and experts[layer.expert_work] else layer.work
         for layer in load.layers
     ]
-    works = {*zip(products, (layer.weights for layer in load.layers), strict=True)}
-    work_s = {(work, order): timed(layer_s, work, order) for work, order in works}
+    lie = [(layer.weights, layer.plain_part) for layer in load.layers]
+    works = [(work, *how) for work, how in zip(products, lie, strict=True)]
+    layer_time = partial(timed, layer_s)
+    work_s = {each: _partly_plain(layer_time, *each) for each in set(works)}
     numbers += [number for number in experts.values() if number is not None]
     asking = load.tokens // load.sequences
     kv_s = {n: attention_s(profile, n, asking, processor=processor, exact=exact) for n in sizes}
@@ -673,8 +678,8 @@ def pass_times(
         return own_s + decoded_s(layer.experts_decoded)
 
     products_s = [
-        seconds[work, layer.weights] + (known.value if (known := experts[layer.expert_work]) else 0)
-        for work, layer in zip(products, load.layers, strict=True)
+        seconds[work] + (known.value if (known := experts[layer.expert_work]) else 0)
+        for work, layer in zip(works, load.layers, strict=True)
     ]
     one_by_one = any(layer.expert_part for layer in load.layers)
     return PassTimes(
@@ -708,6 +713,20 @@ def pass_times(
         piece_s=_piece_s(rates, processor),
         files_bytes_per_s=tuple(number.value for number in rates.files),
     )
+
+
+def _partly_plain(
+    timed: Callable[[LayerWork, WeightOrder], Number],
+    work: LayerWork,
+    order: WeightOrder,
+    plain_part: float,
+) -> Number:
+    """Seconds of products of which a part lies plain."""
+    made = timed(work, order)
+    if not plain_part:
+        return made
+    plain_s = timed(work, WeightOrder.PLAIN).value
+    return replace(made, value=plain_part * plain_s + (1.0 - plain_part) * made.value)
 
 
 def _enqueued_s(load: PassLoad, nbytes: int) -> float:

@@ -27,6 +27,7 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.formats.base import takes
+from offload_rt.model.formats.left_plain import Shape
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import (
     HOST_ROWS,
@@ -40,7 +41,7 @@ from offload_rt.model.formats.stored import (
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import compute_dtype
 from offload_rt.model.names import EXPERT_MATRIX
-from offload_rt.profiling.profile import Decoder, LayerWork
+from offload_rt.profiling.profile import Decoder, LayerWork, WeightOrder
 from offload_rt.streaming.experts import NEARLY_ALL, MissRates
 
 _EXPERT_MATRICES = 3  # gate, up and down
@@ -62,6 +63,7 @@ class LayerParts:
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
         mixing: what it computes piece by piece, with a state; None: nothing.
+        matrices: shapes of weights that are neither quantised nor in experts.
         experts: how many it has.
         sent: share of them that a token is sent to.
         expert_flops: of the flops, in experts.
@@ -73,6 +75,7 @@ class LayerParts:
     kv_row_bytes: int
     window: int | None = None
     expert_bytes: int = 0
+    matrices: tuple[Shape, ...] = ()
     experts: int = 0
     sent: float = 1.0
     decoded: tuple[Decoded, ...] = ()
@@ -81,6 +84,11 @@ class LayerParts:
     packed: int = 0
     mixing: Mixing | None = None
     expert_flops: int = 0
+
+    def part_in(self, shapes: frozenset[Shape]) -> float:
+        """Of its matrices, those of some shapes, by their numbers."""
+        sizes = [(shape in shapes, prod(shape)) for shape in self.matrices]
+        return sum(size for inside, size in sizes if inside) / max(1, sum(s for _, s in sizes))
 
     def used(self, tokens: int) -> float:
         """Share of the experts that some token is sent to.
@@ -131,6 +139,7 @@ class ModelParts:
     Attributes:
         layers: in order.
         head: final projection.
+        head_shape: of its weight: outputs and inputs.
         head_decoded: of it, what is dequantised in each pass.
         rounds: forms of rounded weights that the head can have.
         hidden_bytes: of a token's hidden state.
@@ -138,6 +147,7 @@ class ModelParts:
 
     layers: tuple[LayerParts, ...]
     head: LayerWork
+    head_shape: Shape = (0, 0)
     head_decoded: tuple[Decoded, ...] = ()
     rounds: frozenset[DraftWeights] = frozenset()
     hidden_bytes: int = 0
@@ -244,6 +254,7 @@ class Residence:
         copied: only these layers are; None: all.
         shares_head: the output head is not.
         packs_head: the output head is kept reordered.
+        left_plain: shapes of weights that are not.
         kv: rows that come from their home; None: all are on the device.
         device: that has each layer; empty: the first has them all.
         experts: that come one by one to layers that stay; None: they stay, too.
@@ -260,6 +271,7 @@ class Residence:
     copied: frozenset[int] | None = None
     shares_head: bool = False
     packs_head: bool = False
+    left_plain: frozenset[Shape] = frozenset()
     kv: StreamedKV | None = None
     device: tuple[int, ...] = ()
     experts: PooledExperts | None = None
@@ -323,7 +335,10 @@ class PlacedModel:
         """
         where, parts, rows = self.residence, self.parts, tokens * self.sequences
         kv = where.kv
-        head, order = parts.head, self.speeds.order(resident=where.packs_head)
+        packs_head = where.packs_head
+        if not self.exact:
+            packs_head &= parts.head_shape not in where.left_plain
+        head, order = parts.head, self.speeds.order(resident=packs_head)
         if where.weights in parts.rounds and not where.shares_head:
             head, order = self.speeds.draft_work(head, where.weights)
         return PassLoad(
@@ -444,8 +459,10 @@ class PlacedModel:
         straight = where.from_files or index in where.straight
         here = min(context, kv.waiting_tokens) if kv else context
         row_bytes = self.sequences * layer.kv_row_bytes
+        packed = order is WeightOrder.PACKED and bool(where.left_plain) and not self.exact
         return LayerLoad(
             work=work,
+            plain_part=layer.part_in(where.left_plain) if packed else 0.0,
             mixing=layer.mixing,
             home_bytes=layer.file_bytes if straight else layer.image_bytes,
             read_bytes=layer.file_bytes if index in where.in_files and not straight else 0,
@@ -523,6 +540,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 kv_row_bytes=kv_row,
                 window=window,
                 expert_bytes=experts * number_bytes,
+                matrices=_matrices(checkpoint, extents),
                 experts=count,
                 sent=sent,
                 expert_flops=round(2 * sent * experts),
@@ -538,6 +556,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
     return ModelParts(
         layers=tuple(layers),
         head=LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights),
+        head_shape=(head.shape[0], head.shape[1]),
         head_decoded=_decoded([] if stored is None else [stored], name, device),
         rounds=frozenset(w for w in DraftWeights if stored is None and takes(w, *head.shape)),
         hidden_bytes=config.hidden_size * number_bytes,
@@ -556,6 +575,11 @@ def _mixing(
     weights = sum(prod(e.shape) for e in own)
     work = LayerWork(weight_bytes=weights * number_bytes, flops_per_token=2 * weights)
     return Mixing(work=work, rows=device.state_rows, state_numbers=state_numbers)
+
+
+def _matrices(checkpoint: Checkpoint, layer: Sequence[TensorExtent]) -> tuple[Shape, ...]:
+    found = (e for e in layer if len(e.shape) == 2 and e.name not in checkpoint.stored)
+    return tuple((e.shape[0], e.shape[1]) for e in found if ".experts." not in e.name)
 
 
 def _holds_experts(checkpoint: Checkpoint, extent: TensorExtent) -> bool:

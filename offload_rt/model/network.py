@@ -65,6 +65,7 @@ from offload_rt.model.experts import (
 )
 from offload_rt.model.formats import together
 from offload_rt.model.formats.direct import at_home, direct_for
+from offload_rt.model.formats.left_plain import note_left_plain
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.packed import (
     HEAD_ROWS,
@@ -393,6 +394,8 @@ class Network:
             return False
         made = packed_exactly(head, HEAD_ROWS, exact=self.exact)
         if made is None:
+            if not self.exact:
+                note_left_plain([(head.out_features, head.in_features)])
             return False
         self._model.set_output_embeddings(made)  # type: ignore[operator]
         head._parameters.clear()

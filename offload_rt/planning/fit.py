@@ -518,6 +518,7 @@ class PlacedRun:
                 straight=placement.straight,
                 expert_share=placement.expert_share,
                 packs_head=placement.packs_head,
+                left_plain=self.speeds.left_plain,
                 kv=_streamed_kv(placement.demand.kv, self.context_tokens),
                 device=placement.device,
                 experts=pooled_experts(

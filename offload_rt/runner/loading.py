@@ -26,6 +26,7 @@ from offload_rt.model.experts import ExpertLender
 from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
+from offload_rt.model.formats.left_plain import note_left_plain
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.model.formats.stored import Stored, scratch_bytes
 from offload_rt.model.formats.wired import dequantise
@@ -369,8 +370,11 @@ def _keep(  # noqa: PLR0913 - the same, and how
         kinds = {network.linear_shapes(index): index for index in reversed(layers)}
         shapes = frozenset[tuple[int, int]]().union(*kinds) if packs else frozenset()
         if exact:  # of each kind of layer the first
+            whole = shapes
             for index in sorted(kinds.values(), reverse=True):
                 shapes -= network.unlike_when_packed(index, bring(index))
+            if not network.exact:  # else some stay plain that have kernels as they are
+                note_left_plain(whole - shapes)
         copies = bool(shapes) or weights is not DraftWeights.SAME
         for index in layers if copies else ():
             bring(index)

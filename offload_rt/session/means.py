@@ -18,6 +18,7 @@ from offload_rt.device.system import compute_threads, processor
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.exactness import headers_problem
+from offload_rt.model.formats.left_plain import left_plain
 from offload_rt.planning.history import experience_key, model_key, read_asked, read_seen
 from offload_rt.planning.levels import LevelKey, read_levels
 from offload_rt.planning.plan_file import PlanFile
@@ -90,7 +91,9 @@ def speeds_for(profile: str | None, device: DeviceKind, name: str = "auto") -> S
     """
     found, own = profile_for(profile, device)
     there = speeds_of(found, device.processor, sharing(name))
-    return dataclasses.replace(there, packs=there.packs and bool(processor()[1]), own=own)
+    packs = there.packs and bool(processor()[1])
+    left = left_plain() if packs and found.machine.cpu == processor()[0] else frozenset()
+    return dataclasses.replace(there, packs=packs, left_plain=left, own=own)
 
 
 def speeds_of_run(settings: Settings, device: DeviceKind) -> Speeds:
