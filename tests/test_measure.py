@@ -26,6 +26,8 @@ from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.layers import MANY_ROWS
 from offload_rt.kernels.products import MOST_ROWS
+from offload_rt.kernels.rounded import RoundedProduct
+from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.experts import compute_experts, lend_experts
 from offload_rt.model.formats import on_gpu
 from offload_rt.model.formats.methods import Form
@@ -531,6 +533,41 @@ def test_the_timed_layer_is_the_shape_it_claims(cpu):
     assert len(addresses) == len(linears)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("order", [*WeightOrder])
+def test_copies_of_a_timed_layer_compute_the_same_from_weights_of_their_own(cpu, order):
+    if order is WeightOrder.PACKED and not can_pack(torch.bfloat16, torch.device("cpu")):
+        pytest.skip("this CPU has no bf16 instructions")
+    effort = replace(QUICK, shapes=((128, 256, 2, 1, 64),), cold_bytes=600 * KIB)
+    (shape,) = effort.layer_shapes("bfloat16", 2)
+    layer = TimedLayer(shape, cpu, torch.bfloat16, order, effort)
+    rows, positions = layer._inputs[:, :3], torch.arange(3)[None]
+
+    def all_of_them():
+        found = []
+        for _ in layer._layers:
+            context = PassContext([Segment(layer._cache, 3)])
+            options = {
+                "position_embeddings": layer._rotary(rows, positions),
+                CONTEXT_KEYWORD: context,
+            }
+            found.append(next(layer._turns)(rows, **options).clone())
+            layer._cache.commit([])
+        return found
+
+    first, *others = all_of_them()
+    assert others and all(torch.equal(first, other) for other in others)
+    down = layer._layers[0].mlp.down_proj
+    product = getattr(down, "product", None)
+    if isinstance(product, RoundedProduct):
+        product.memory.zero_()
+    elif order is WeightOrder.PACKED:
+        ctypes.memset(torch.ops.mkldnn.data_ptr(down.weight), 0, 2 * 128 * 256)
+    else:
+        down.weight.zero_()
+    assert [torch.equal(first, made) for made in all_of_them()].count(False) == 1
+
+
 def test_weights_are_cold_that_are_more_than_the_largest_cache(cpu, monkeypatch):
     """A model's layers together at most, as no pass has more; a GPU has other caches."""
     monkeypatch.setattr(compute, "cache_bytes", lambda: 400 * MIB)
@@ -659,7 +696,8 @@ def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
     run = layer.pass_over(4)
     for _ in range(3 * len(layer._layers)):
         run()  # more rows than the cache has room for, if they stayed
-    assert seen == [*range(len(layer._layers))] * 3
+    assert seen == seen[: len(layer._layers)] * 3
+    assert sorted(seen[: len(layer._layers)]) == [*range(len(layer._layers))]
     assert layer._cache.length == 0 and set(layer._cache._pending) == {0}
 
 
@@ -755,7 +793,8 @@ def test_a_layer_beside_reads_is_no_faster(cpu, weights):
         yield
 
     tick = partial(ticks.append, 1)
-    found = measure_beside_reads([shape], cpu, weights, reading, Curve(QUICK), tick)
+    layer = TimedLayer(shape, cpu, torch.bfloat16, weights, QUICK)
+    found = measure_beside_reads(layer, reading, Curve(QUICK), tick)
     places = [(s.weights, s.weight_bytes, s.tokens) for s in found]
     assert places == [(weights, shape.weight_bytes, tokens) for tokens in (1, 4)]
     assert all(s.factor.value >= 1.0 for s in found) and began and len(ticks) == 2
@@ -778,7 +817,8 @@ def test_reads_beside_a_layer_take_as_much_longer_as_they_do(cpu, monkeypatch):
     monkeypatch.setattr(compute, "time", clock)
     monkeypatch.setattr(TimedLayer, "pass_over", lambda *_: partial(spend, 200.0))
     tick = partial(ticks.append, 1)
-    found = measure_reads_beside([shape], cpu, reading, Curve(QUICK), tick)
+    layer = TimedLayer(shape, cpu, torch.bfloat16, WeightOrder.PLAIN, QUICK)
+    found = measure_reads_beside(layer, reading, Curve(QUICK), tick)
     assert found.factor.value == pytest.approx(1.5) and len(ticks) == 1
 
 
@@ -818,7 +858,8 @@ def test_a_whole_measurement(on_disk, monkeypatch):
     )
     done = [d for d, _, _ in reports]
     said = dict.fromkeys(what for _, _, what in reports)
-    assert list(said)[:3] == ["disk", "host memory", "cpu, layers with plain weights"]
+    plain = "cpu, layers with plain weights, also beside reads"
+    assert list(said)[:3] == ["disk", "host memory", plain]
     assert done == sorted(done) and reports[-1][0] == reports[-1][1] and len(set(done)) > 8
     assert made.name == "here" and made.links == () and made.pinning is None
     assert [s.exact for s in made.attention] == [False, False, True, True] and made.layers

@@ -271,7 +271,10 @@ def _is_old(profile: HardwareProfile, model: Path | None) -> bool:
         checkpoint = open_checkpoint(model)
     except OffloadError:  # runs say what is wrong with it
         return False
-    return checkpoint.has_experts and not any(s.of_expert for s in checkpoint.stored.values())
+    return any(
+        ".experts." in name and extent.dtype == "BF16" and name not in checkpoint.stored
+        for name, extent in checkpoint.tensors.items()
+    )
 
 
 def _torch() -> tuple[TorchFacts | None, str]:

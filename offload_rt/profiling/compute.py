@@ -6,6 +6,7 @@ products (norms, rotary embedding, appending keys) is in its time.
 """
 
 import copy
+import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -61,7 +62,7 @@ from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 Reading = Callable[[], AbstractContextManager[Callable[[], int]]]  # see `disk.open_for_reading`
 
-_RANDOM_NUMBERS = 2**18
+_RANDOM_NUMBERS, _SEED = 2**18, 0
 _RECORDED_LAYERS = 8
 _REST_S, _LONGEST_S = 1e-3, 5.0
 _LAYERS = 30  # of a model
@@ -79,6 +80,9 @@ class TimedLayer:
         dtype: number format.
         weights: plain, packed or rounded.
         effort: how many bytes the copies have together, and the largest pass.
+
+    Attributes:
+        shape, weights: the same.
     """
 
     def __init__(
@@ -89,7 +93,7 @@ class TimedLayer:
         weights: WeightOrder,
         effort: Effort,
     ) -> None:
-        self._device = device
+        self.shape, self.weights, self._device = shape, weights, device
         config = _config(shape)
         self._rotary = LlamaRotaryEmbedding(config).to(device.torch_device)
         kv = KVShape(heads=shape.kv_heads, key_dim=shape.head_dim, value_dim=shape.head_dim)
@@ -116,7 +120,10 @@ class TimedLayer:
                     widen_linears(layer)
         # As a network runs layers that stay on its device (`Network.attach`).
         lean = lean_layer(self._layers[0], first=True)
-        turns: list[Any] = [lean.of(layer) for layer in self._layers] if lean else self._layers
+        turns: list[Any] = [lean.of(layer) for layer in self._layers] if lean else [*self._layers]
+        # In no order, but always the same: some places of memory are read more slowly than others,
+        # and passes of all counts of rows are to meet these as often.
+        random.Random(_SEED).shuffle(turns)
         self._turns = cycle(turns)
         self._inputs = torch.randn(
             1, max(effort.tokens), shape.hidden, dtype=dtype, device=device.torch_device
@@ -173,7 +180,13 @@ class TimedLayer:
 
 @torch.inference_mode()
 def measure_layers(
-    shapes: Sequence[LayerShape], device: Device, weights: WeightOrder, curve: Curve, tick: Tick
+    shapes: Sequence[LayerShape],
+    device: Device,
+    weights: WeightOrder,
+    curve: Curve,
+    tick: Tick,
+    *,
+    then: Callable[[LayerShape, TimedLayer], None] = lambda shape, layer: None,
 ) -> list[LayerCurve]:
     """Time layers by tokens in the pass, all sizes in turns; weights lie on the device.
 
@@ -183,6 +196,7 @@ def measure_layers(
         weights: plain, packed or rounded.
         curve: how much is measured, and what could not be.
         tick: called after each number.
+        then: measures more of each, while it is there.
     """
     curve = replace(curve, by_bytes=True)
     effort = curve.effort
@@ -206,6 +220,9 @@ def measure_layers(
         )
         for _ in range(len(group) * len(counts)):
             tick()
+        for shape, layer in layers.items():
+            then(shape, layer)
+        del layers  # before the next group's
     numbers = curve.numbers(taken)
     return [
         LayerCurve(
@@ -440,48 +457,41 @@ def _head_pass(
 
 @torch.inference_mode()
 def measure_beside_reads(
-    shapes: Sequence[LayerShape],
-    device: Device,
-    weights: WeightOrder,
-    reading: Reading,
-    curve: Curve,
-    tick: Tick,
+    layer: TimedLayer, reading: Reading, curve: Curve, tick: Tick
 ) -> list[DiskSlowdown]:
-    """Time layers alone and while the disk is read, in turns.
+    """Time a layer of the CPU alone and while the disk is read, in turns.
 
     Args:
-        shapes: by size, ascending; those of `Effort.beside_disk` are timed.
-        device: the CPU.
-        weights: plain, packed or rounded.
+        layer: plain or packed.
         reading: reads the disk while the `with` of its result lasts.
         curve: how much is measured, and what could not be.
         tick: called after each number.
     """
     effort = curve.effort
     # A sample is many runs already, of which the disturbed ones do not count.
-    curve = replace(curve, effort=replace(effort, scattered_samples=effort.most_samples))
+    few = (effort.least_samples + effort.most_samples) // 2
+    fewer = replace(effort, most_samples=few, scattered_samples=few)
+    curve = replace(curve, effort=fewer)
     found = []
-    for shape in shapes[slice(*effort.beside_disk)]:
-        layer = TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
-        samples: dict[Place, Sample] = {}
-        for tokens in effort.beside_tokens:
-            alone = typical(layer.pass_over(tokens), effort.beside_sample_s)
-            samples[tokens, 0] = alone
-            samples[tokens, 1] = partial(_beside, reading, alone)
-        numbers = curve.numbers(curve.take(samples))
-        for tokens in effort.beside_tokens:
-            alone_s, beside_s = numbers[tokens, 0], numbers[tokens, 1]
-            spread = (beside_s.spread or 0.0) / alone_s.value
-            factor = replace(beside_s, value=beside_s.value / alone_s.value, spread=spread)
-            found.append(
-                DiskSlowdown(
-                    weights=weights,
-                    weight_bytes=shape.weight_bytes,
-                    tokens=tokens,
-                    factor=factor,
-                )
+    samples: dict[Place, Sample] = {}
+    for tokens in effort.beside_tokens:
+        alone = typical(layer.pass_over(tokens), effort.beside_sample_s)
+        samples[tokens, 0] = alone
+        samples[tokens, 1] = partial(_beside, reading, alone)
+    numbers = curve.numbers(curve.take(samples))
+    for tokens in effort.beside_tokens:
+        alone_s, beside_s = numbers[tokens, 0], numbers[tokens, 1]
+        spread = (beside_s.spread or 0.0) / alone_s.value
+        factor = replace(beside_s, value=beside_s.value / alone_s.value, spread=spread)
+        found.append(
+            DiskSlowdown(
+                weights=layer.weights,
+                weight_bytes=layer.shape.weight_bytes,
+                tokens=tokens,
+                factor=factor,
             )
-            tick()
+        )
+        tick()
     return found
 
 
@@ -492,21 +502,17 @@ def _beside(reading: Reading, sample_s: Sample) -> float:
 
 @torch.inference_mode()
 def measure_reads_beside(
-    shapes: Sequence[LayerShape], device: Device, reading: Reading, curve: Curve, tick: Tick
+    layer: TimedLayer, reading: Reading, curve: Curve, tick: Tick
 ) -> ReadSlowdown:
     """Time reads alone and while a layer computes one token over and over, in turns.
 
     Args:
-        shapes: by size, ascending; the last of `Effort.beside_disk` computes.
-        device: the CPU.
+        layer: on the CPU.
         reading: as of `measure_beside_reads`.
         curve: how much is measured, and what could not be.
         tick: called after the number.
     """
     effort = curve.effort
-    shape = shapes[slice(*effort.beside_disk)][-1]
-    dtype = getattr(torch, shape.dtype)
-    layer = TimedLayer(shape, device, dtype, WeightOrder.PLAIN, effort)
     whiles: dict[int, Callable[[], None]] = {0: partial(time.sleep, _REST_S), 1: layer.pass_over(1)}
     samples: dict[Place, Sample] = {
         (busy,): partial(_s_per_byte, reading, meanwhile, effort.beside_sample_s)

@@ -16,8 +16,8 @@ class Effort:
         most_samples: of each number.
         scattered_samples: of each number whose samples lie apart beside other work: that comes and
             goes in seconds, so more of them find it gone.
-        number_s: no further sample of a number is begun after that; after twice that beside other
-            work.
+        number_s: no further sample of a number is begun after that; twice that where they lie apart
+            beside other work.
         again_s: for measuring the implausible times of a curve again.
         link_blocks: sizes of copies to and from a GPU.
         link_sample_bytes: a sample copies a block until these bytes have crossed.
@@ -51,7 +51,7 @@ class Effort:
     """
 
     least_samples: int = 3
-    most_samples: int = 7
+    most_samples: int = 5
     scattered_samples: int = 40
     number_s: float = 0.5
     again_s: float = 8.0
@@ -87,7 +87,7 @@ class Effort:
     experts: tuple[tuple[int, int], ...] = ((256, 704), (576, 1536), (2048, 1408))
     # Above 32 rows torch multiplies in passes that need not be row-invariant (`AT_ONCE_FEW`).
     expert_rows: tuple[int, ...] = (1, 16, 32, 33, 64)
-    beside_disk: tuple[int, int] = (1, 4)
+    beside_disk: tuple[int, int] = (2, 4)
     beside_tokens: tuple[int, ...] = (1, 8)
     beside_read_bytes: int = 32 * MIB
     beside_sample_s: float = 0.1

@@ -22,6 +22,8 @@ from offload_rt.errors import DeviceError, ProfileError
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.profiling import link
 from offload_rt.profiling.compute import (
+    Reading,
+    TimedLayer,
     measure_attention,
     measure_beside_reads,
     measure_heads,
@@ -102,11 +104,40 @@ class Part:
 
 @dataclass(slots=True)
 class _Session:
-    """What is known of the machine while it is measured."""
+    """What is known of the machine while it is measured.
+
+    Attributes:
+        curve: how much is measured, and what could not be.
+        folder: the disk.
+        strict: it was asked for, so that it can be measured.
+        undo: closes it when all is measured.
+    """
 
     curve: Curve
+    folder: Path
+    strict: bool
+    undo: ExitStack
     notes: list[str] = field(default_factory=list)
     nvml: list[tuple[int, int]] = field(default_factory=list)
+    _reading: Reading | None = None
+
+    def refuse(self, error: ProfileError) -> None:
+        """Go on without what could not be measured, and say so once; else raise it."""
+        if self.strict:
+            raise error
+        if str(error) not in self.notes:
+            self.notes.append(str(error))
+
+    def reading(self) -> Reading:
+        """What reads the disk; opened once.
+
+        Raises:
+            ProfileError: it cannot be read.
+        """
+        if self._reading is None:
+            opened = open_for_reading(self.folder, self.curve.effort, RuntimeConfig().readers)
+            self._reading = self.undo.enter_context(opened)
+        return self._reading
 
     @property
     def spent_s(self) -> tuple[float, float]:
@@ -135,13 +166,14 @@ def measure(
         DeviceError: there is no such device.
         ProfileError: the folder cannot be measured.
     """
-    session = _Session(Curve(effort or Effort()))
+    curve = Curve(effort or Effort())
     driver: Driver = TorchDriver()
     gpus = _choose_gpus(driver, device)
     began, neighbours = time.perf_counter(), Neighbours()
-    with _open_devices(gpus) as devices:
-        parts = _parts(session, driver, gpus, devices, folder)
-        records = _run(parts, session, report, strict=folder is not None)
+    disk = folder or folder_to_read(curve.effort.disk_sample_bytes)
+    with _open_devices(gpus) as devices, ExitStack() as undo:
+        session = _Session(curve, disk, folder is not None, undo)
+        records = _run(_parts(session, driver, gpus, devices), session, report)
         doubts = session.curve.doubts
         notes = [neighbours.note(doubts.scatter), doubts.note]
     session.notes[:0] = [note for note in notes if note is not None]
@@ -173,17 +205,14 @@ def _open_devices(gpus: int) -> Iterator[list[Device]]:
         yield devices
 
 
-def _parts(
-    session: _Session, driver: Driver, gpus: int, devices: Sequence[Device], folder: Path | None
-) -> list[Part]:
+def _parts(session: _Session, driver: Driver, gpus: int, devices: Sequence[Device]) -> list[Part]:
     curve = session.curve
     effort = curve.effort
-    disk = folder or folder_to_read(effort.disk_sample_bytes)
-    if not reads_a_model(disk):
+    if not reads_a_model(session.folder):
         session.notes.append(JUST_WRITTEN)
 
     def run_disk(tick: Tick) -> Sequence[Record]:
-        return measure_disk(disk, curve, tick)
+        return measure_disk(session.folder, curve, tick)
 
     parts = [
         Part("disk", len(effort.disk_depths), run_disk),
@@ -193,14 +222,10 @@ def _parts(
         parts.append(Part("links", 2, partial(_measure_links, session, driver, gpus)))
         parts.append(Part("pinning", 1, lambda tick: link.measure_pinning(driver, effort, tick)))
     for device in devices:
-        parts += _compute_parts(curve, device)
+        parts += _compute_parts(session, device)
     for device in devices:
         dequantise = partial(measure_dequantising, device, getattr(torch, _dtype(device)), curve)
         parts.append(Part(f"{device.name}, dequantising", len(MEASURED), dequantise))
-    orders = _orders(devices[0])
-    beside = len(effort.shapes[slice(*effort.beside_disk)]) * len(effort.beside_tokens)
-    beside_reads = partial(_beside_reads, disk, devices[0], orders, curve)
-    parts.append(Part("layers beside reads", len(orders) * beside + 1, beside_reads))
     parts.append(Part("disk, again", len(effort.disk_depths), run_disk))
     return parts
 
@@ -218,28 +243,15 @@ def _undisturbed(records: Iterable[DiskSpeed]) -> tuple[DiskSpeed, ...]:
     return tuple(best.values())
 
 
-def _beside_reads(
-    folder: Path, device: Device, orders: Sequence[WeightOrder], curve: Curve, tick: Tick
-) -> Sequence[Record]:
-    dtype = _dtype(device)
-    shapes = curve.effort.layer_shapes(dtype, getattr(torch, dtype).itemsize)
-    with open_for_reading(folder, curve.effort, RuntimeConfig().readers) as reading:
-        found: list[Record] = [
-            slowdown
-            for weights in orders
-            for slowdown in measure_beside_reads(shapes, device, weights, reading, curve, tick)
-        ]
-        return [*found, measure_reads_beside(shapes, device, reading, curve, tick)]
-
-
 def _orders(device: Device) -> list[WeightOrder]:
     """In which unrounded weights lie on a device."""
     packs = can_pack(getattr(torch, _dtype(device)), device.torch_device)
     return [WeightOrder.PLAIN, WeightOrder.PACKED][: 1 + packs]
 
 
-def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
+def _compute_parts(session: _Session, device: Device) -> Iterator[Part]:
     """Layers and attention on one device; the host's layers too, for a drafter may run there."""
+    curve = session.curve
     effort = curve.effort
     dtype = _dtype(device)
     unrounded = _orders(device)
@@ -253,8 +265,16 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
         def run(tick: Tick, order: WeightOrder = order) -> Sequence[Record]:
             return measure_layers(shapes, device, order, curve, tick)
 
-        label = f"{device.name}, layers with {order} weights"
-        yield Part(label, len(shapes) * len(counts), run)
+        label, ticks = f"{device.name}, layers with {order} weights", len(shapes) * len(counts)
+        if device.kind.host_computes and order in unrounded:
+            beside = _Beside(session, shapes[slice(*effort.beside_disk)])
+            yield Part(
+                f"{label}, also beside reads",
+                ticks + beside.ticks,
+                partial(beside.measure, shapes, device, order),
+            )
+        else:
+            yield Part(label, ticks, run)
     if device.kind.records:
         plain = [order for order in orders if order is not WeightOrder.PACKED]
         yield from _recorded_parts(curve, device, shapes, plain)
@@ -270,6 +290,45 @@ def _compute_parts(curve: Curve, device: Device) -> Iterator[Part]:
         experts = partial(measure_experts, device, dtype, curve)
         yield Part(f"{device.name}, experts", count, experts)
     yield from _attention_parts(curve, device, dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Beside:
+    """Layers that are timed beside reads from the disk, too, while they are there.
+
+    Attributes:
+        session: of the machine.
+        shapes: of these layers, by size, ascending; reads are timed beside the last.
+    """
+
+    session: _Session
+    shapes: Sequence[LayerShape]
+
+    @property
+    def ticks(self) -> int:
+        """Numbers of an order of weights; reads are timed beside plain ones only."""
+        return len(self.shapes) * len(self.session.curve.effort.beside_tokens) + 1
+
+    def measure(
+        self, shapes: Sequence[LayerShape], device: Device, order: WeightOrder, tick: Tick
+    ) -> Sequence[Record]:
+        """Time layers of all shapes, and those beside reads."""
+        found = list[Record]()
+
+        def then(shape: LayerShape, layer: TimedLayer) -> None:
+            if shape not in self.shapes:
+                return
+            curve = self.session.curve
+            try:
+                reading = self.session.reading()
+                found.extend(measure_beside_reads(layer, reading, curve, tick))
+                if order is WeightOrder.PLAIN and shape == self.shapes[-1]:
+                    found.append(measure_reads_beside(layer, reading, curve, tick))
+            except ProfileError as error:
+                self.session.refuse(error)
+
+        curves = measure_layers(shapes, device, order, self.session.curve, tick, then=then)
+        return [*curves, *found]
 
 
 def _attention_parts(curve: Curve, device: Device, dtype: str) -> Iterator[Part]:
@@ -331,7 +390,7 @@ def _note_links(session: _Session) -> None:
         session.nvml = [(gpu.link_generation, gpu.link_width) for gpu in nvml.gpus]
 
 
-def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bool) -> list[Record]:
+def _run(parts: Sequence[Part], session: _Session, report: Report) -> list[Record]:
     total = sum(part.ticks for part in parts)
     done, what, records = 0, "", list[Record]()
 
@@ -342,22 +401,20 @@ def _run(parts: Sequence[Part], session: _Session, report: Report, *, strict: bo
 
     for part in parts:
         start, begin_s, what = done, time.perf_counter(), part.label
-        before = session.spent_s
+        before, neighbours = session.spent_s, Neighbours()
         report(done, total, what)
         logger.debug("measuring %s", what)
         try:
             records += part.run(tick)
         except ProfileError as error:
-            if strict:
-                raise
-            if str(error) not in session.notes:  # two parts read the disk
-                session.notes.append(str(error))
+            session.refuse(error)
         done = start + part.ticks
         report(done, total, what)
         timed_s, again_s = (now - then for now, then in zip(session.spent_s, before, strict=True))
         whole_s = time.perf_counter() - begin_s
-        text = "%s took %.1f s: %.1f to prepare, %.1f to time, %.1f to time again"
-        logger.debug(text, part.label, whole_s, whole_s - timed_s - again_s, timed_s, again_s)
+        took = (whole_s, whole_s - timed_s - again_s, timed_s, again_s)
+        text = "%s took %.1f s: %.1f to prepare, %.1f to time, %.1f to time again; waited %.0f%%"
+        logger.debug(text, part.label, *took, 100 * (neighbours.share() or 0.0))
     return records
 
 

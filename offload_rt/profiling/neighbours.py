@@ -10,6 +10,7 @@ from offload_rt.device.system import compute_threads, cores, thread_times
 from offload_rt.profiling.store import BUSY
 
 _QUIET = 0.05  # of the time threads could have computed: without a core, or to other machines
+_LITTLE = 0.15  # of it; threads of this process and of the kernel wait for each other, too
 _BELIEVABLE = 0.5  # between the quartiles of a number, of its value; the median of all numbers
 _QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
 
@@ -33,9 +34,9 @@ class Neighbours:
 
     @property
     def quiet(self) -> bool:
-        """Whether it was next to nothing, as far as the kernel counts it."""
+        """Whether it was little, as far as the kernel counts it."""
         share = self.share()
-        return share is not None and share <= _QUIET
+        return share is not None and share <= _LITTLE
 
     def note(self, scatter: float) -> str | None:
         """A sentence for the profile, if the machine was not quiet.

@@ -42,20 +42,21 @@ def take_in_turns(samples: Sequence[Sample], effort: Effort) -> list[list[float]
     """The same of several that are to be compared, A B C A B C: a bad moment is shared by all.
 
     Each has `least_samples`, and more until they last `number_s`; a warm-up as long as that counts.
-    Beside other work it is twice that, and those whose samples lie apart have up to
-    `scattered_samples`. Where nothing else runs, more of them say the same.
+    Those whose samples lie apart beside other work have twice that, and up to `scattered_samples`.
+    Where nothing else runs, more of them say the same.
     """
     taken: list[list[float]] = [[] for _ in samples]
     spent_s, neighbours = [0.0] * len(samples), Neighbours()
     for turn in range(1 + max(effort.most_samples, effort.scattered_samples)):
         quiet = neighbours.quiet
-        limit_s = effort.number_s * (1 if quiet else 2)
         for index, sample_s in enumerate(samples):
             own, is_warm_up = taken[index], turn == 0
-            if turn and len(own) >= effort.least_samples and spent_s[index] > limit_s:
-                continue
-            if len(own) >= effort.most_samples and (quiet or not _scattered(own, sample_s)):
-                continue
+            if len(own) >= effort.least_samples and not is_warm_up:
+                scattered = not quiet and _scattered(own, sample_s)
+                if spent_s[index] > effort.number_s * (2 if scattered else 1):
+                    continue
+                if len(own) >= effort.most_samples and not scattered:
+                    continue
             start = time.perf_counter()
             own.append(sample_s())
             spent_s[index] += time.perf_counter() - start

@@ -43,6 +43,7 @@ def _path() -> Path:
 
 
 def _machine() -> str:
+    """What they depend on."""
     torch = importlib.metadata.version("torch")
     return f"{processor()[0]}, torch {torch}, {compute_threads()} threads"
 
