@@ -56,6 +56,7 @@ from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.memory import measure_memory, thread_counts
 from offload_rt.profiling.profile import Direction, LinkLoad, MemoryUse, Obtained, WeightOrder
+from offload_rt.profiling.run_memory import RunMemory
 from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import (
     Curve,
@@ -531,6 +532,24 @@ def test_the_timed_layer_is_the_shape_it_claims(cpu):
         m.weight.data_ptr() for one in layer._layers for m in one.modules() if m in linears
     }
     assert len(addresses) == len(linears)
+
+
+def test_memory_is_lent_again_and_what_it_has_no_room_for_is_new(cpu, monkeypatch):
+    monkeypatch.setattr(cpu, "free_bytes", lambda: 40 * MIB)  # a quarter of it
+    memory = RunMemory()
+    lent = [memory.take(cpu, nbytes) for nbytes in (3 * MIB, 3 * MIB, MIB, 5 * MIB)]
+    for value, each in enumerate(lent):
+        each.fill_(value)
+    assert [(len(each), *each.unique().tolist()) for each in lent] == [
+        (3 * MIB, 0),
+        (3 * MIB, 1),
+        (MIB, 2),
+        (5 * MIB, 3),
+    ]
+    starts = [each.data_ptr() for each in lent]
+    assert starts[1] == starts[0] + 4 * MIB and not starts[0] % (2 * MIB)  # whole large pages
+    memory.begin()
+    assert memory.take(cpu, 7 * MIB).data_ptr() == starts[0]
 
 
 @torch.inference_mode()

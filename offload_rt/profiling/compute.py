@@ -24,7 +24,6 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
 from offload_rt.config import DraftWeights
 from offload_rt.device.base import Device
-from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.system import cache_bytes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.resident import ResidentKV
@@ -57,6 +56,7 @@ from offload_rt.profiling.profile import (
     ReplayTime,
     WeightOrder,
 )
+from offload_rt.profiling.run_memory import RunMemory
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
@@ -80,6 +80,7 @@ class TimedLayer:
         dtype: number format.
         weights: plain, packed or rounded.
         effort: how many bytes the copies have together, and the largest pass.
+        memory: that plain weights lie in.
 
     Attributes:
         shape, weights: the same.
@@ -92,6 +93,7 @@ class TimedLayer:
         dtype: torch.dtype,
         weights: WeightOrder,
         effort: Effort,
+        memory: RunMemory | None = None,
     ) -> None:
         self.shape, self.weights, self._device = shape, weights, device
         config = _config(shape)
@@ -112,7 +114,7 @@ class TimedLayer:
             replace_linears(first, partial(rounded_linear, weights=_ROUNDED[weights]))
             self._layers = [first, *(copy.deepcopy(first) for _ in range(count - 1))]
         else:
-            self._layers = _copies(first, count, device)
+            self._layers = _copies(first, count, partial((memory or RunMemory()).take, device))
             for layer in self._layers:
                 if exact:
                     make_exact(layer)
@@ -205,8 +207,11 @@ def measure_layers(
     taken: dict[Place, list[float]] = {}
     cold = {shape: _cold_bytes(shape, weights, device, effort) for shape in shapes}
     for group in _together(cold, device.free_bytes()):
+        curve.memory.begin()
         layers = {
-            shape: TimedLayer(shape, device, getattr(torch, shape.dtype), weights, effort)
+            shape: TimedLayer(
+                shape, device, getattr(torch, shape.dtype), weights, effort, curve.memory
+            )
             for shape in group
         }
         taken |= curve.take(
@@ -321,7 +326,9 @@ def measure_heads(
         if weights is WeightOrder.PACKED:
             copies = torch.nn.ModuleList(_again(head) for _ in range(count))
         else:
-            copies = torch.nn.ModuleList(_copies(head, count, device))
+            curve.memory.begin()
+            take = partial(curve.memory.take, device)
+            copies = torch.nn.ModuleList(_copies(head, count, take))
         if exact:
             make_exact(copies)
         if weights is WeightOrder.PACKED:
@@ -389,16 +396,6 @@ def _model_bytes(hidden: int, head_bytes: int, dtype: torch.dtype, effort: Effor
     return head_bytes + _LAYERS * max(layers, default=0)
 
 
-def run_memory(device: Device, nbytes: int) -> torch.Tensor:
-    """[nbytes] of memory as weights and KV of runs lie in: on a CPU in large pages.
-
-    So it is taken faster, too: 4 KiB at a time, 1 GiB takes this process 1.5 s.
-    """
-    if device.kind.host_computes:
-        return allocate_host(nbytes).tensor
-    return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)
-
-
 def laid_out(parts: Sequence[torch.Tensor], memory: torch.Tensor) -> list[torch.Tensor]:
     """Copies of tensors in memory of `laid_bytes`, one behind the other."""
     places = memory.split([_whole(part.nbytes) for part in parts])
@@ -423,12 +420,12 @@ def _again(module: ModuleT) -> ModuleT:
     return copy.deepcopy(module, {id(each): each for each in module.parameters()})
 
 
-def _copies(module: ModuleT, count: int, device: Device) -> list[ModuleT]:
-    """So many of the module; the weights of each lie as those of runs."""
+def _copies(module: ModuleT, count: int, take: Callable[[int], torch.Tensor]) -> list[ModuleT]:
+    """So many of the module; the weights of each lie in memory that is taken for them."""
     found = [_again(module) for _ in range(count)]
     weights = [parameter.detach() for parameter in module.parameters()]
     for each in found:
-        own = laid_out(weights, run_memory(device, laid_bytes(weights)))
+        own = laid_out(weights, take(laid_bytes(weights)))
         instead = {id(p): q for p, q in zip(module.parameters(), own, strict=True)}
         for part in each.modules():
             for name, parameter in part._parameters.items():
@@ -565,7 +562,9 @@ def measure_attention(
     cold_bytes = beyond_caches(device, effort, _LAYERS * layer_bytes)
     first = [draw(_KV_HEADS, cached, _HEAD_DIM) for _ in range(2)]
     count = -(-cold_bytes // layer_bytes)
-    layers = cycle([laid_out(first, run_memory(device, laid_bytes(first))) for _ in range(count)])
+    curve.memory.begin()
+    places = (curve.memory.take(device, laid_bytes(first)) for _ in range(count))
+    layers = cycle([laid_out(first, place) for place in places])
     spec = AttentionSpec(scaling=_HEAD_DIM**-0.5, exact=exact)
     passes: dict[Place, Sample] = {}
     for rows in effort.query_tokens:

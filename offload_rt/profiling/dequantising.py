@@ -22,7 +22,7 @@ from offload_rt.model.formats.stored import Flat, Stored, suits_kernels
 from offload_rt.model.formats.wired import BRING
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import CODED_BITS, piece_weights
-from offload_rt.profiling.compute import beyond_caches, laid_bytes, laid_out, run_memory
+from offload_rt.profiling.compute import beyond_caches, laid_bytes, laid_out
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
 from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
 
@@ -156,7 +156,8 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
     if host:
         prepare()
     side, cold_bytes = curve.effort.dequantised_side, beyond_caches(device, curve.effort)
-    memory = run_memory(device, cold_bytes + _MOST_BYTES * side * side)  # for all, one by one
+    curve.memory.begin()
+    memory = curve.memory.take(device, cold_bytes + _MOST_BYTES * side * side)  # of one by one
     out = torch.empty(side, side, dtype=dtype, device=device.torch_device)
     for form, bits in MEASURED:
         stored, parts = _example(form, bits, side, dtype)

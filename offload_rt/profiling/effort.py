@@ -75,13 +75,13 @@ class Effort:
     cold_bytes: int = 256 * MIB
     caches: int = 2
     compute_sample_s: float = 0.02
-    tokens: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+    tokens: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     # Above 8 rows, of 8-bit weights above 32, other kernels compute (`kernels/layers.py`).
     packed_tokens: tuple[int, ...] = (1, 2, 4, 8, 9, 16, 32, 33, 64)
     recorded_tokens: tuple[int, ...] = (1, 8, 32)
     # Heads of SmolLM2-135M, Qwen2.5-0.5B and Llama-3.2-1B.
     heads: tuple[tuple[int, int], ...] = ((576, 49152), (896, 151936), (2048, 128256))
-    head_rows: tuple[int, ...] = (1, 4, 8, 9, 16, 64)
+    head_rows: tuple[int, ...] = (1, 8, 9, 64)
     # One that is little more than its kernels' starts, then experts of a SmolLM2-135M that was made
     # a mixture, and of DeepSeek-V2-Lite.
     experts: tuple[tuple[int, int], ...] = ((256, 704), (576, 1536), (2048, 1408))

@@ -19,7 +19,7 @@ from offload_rt.device.base import Device
 from offload_rt.model.exact import Regular, make_exact, multiply_few_rows_at_once
 from offload_rt.model.experts import ExpertWeights, compute_experts, lend_experts, multiply_at_once
 from offload_rt.model.formats.stored import Stored
-from offload_rt.profiling.compute import beyond_caches, run_memory
+from offload_rt.profiling.compute import beyond_caches
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import ExpertCurve, LayerTime
 from offload_rt.profiling.timing import Curve, Sample, Tick, Timed
@@ -94,7 +94,8 @@ def measure_experts(device: Device, dtype_name: str, curve: Curve, tick: Tick) -
     largest = max(3 * hidden * intermediate for hidden, intermediate in effort.experts)
     cold_bytes = beyond_caches(device, effort)
     numbers = max(cold_bytes // dtype.itemsize, PER_TOKEN * largest)
-    memory = run_memory(device, numbers * dtype.itemsize).view(dtype)
+    curve.memory.begin()
+    memory = curve.memory.take(device, numbers * dtype.itemsize).view(dtype)
     _randomise(memory)
     return [
         found

@@ -20,6 +20,7 @@ from offload_rt.profiling.curves import Place, impossible, monotone
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.neighbours import Neighbours
 from offload_rt.profiling.profile import Number, Obtained
+from offload_rt.profiling.run_memory import RunMemory
 
 Tick = Callable[[], None]  # called after each number, for a progress bar
 Sample = Callable[[], float]
@@ -126,12 +127,14 @@ class Curve:
             So it is nearly: matrices of other shapes are multiplied better or worse, and norms and
             attention grow with their sides. So nothing is doubted for that but beside other work.
         disturbed: other work ran meanwhile, or may have.
+        memory: that weights and KV are laid out in.
     """
 
     effort: Effort
     doubts: Doubts = field(default_factory=Doubts)
     by_bytes: bool = False
     disturbed: bool = False
+    memory: RunMemory = field(default_factory=RunMemory)
 
     def take(self, samples: Mapping[Place, Sample]) -> dict[Place, list[float]]:
         """Seconds of each place; what cannot be is measured again beside what contradicts it."""
