@@ -282,6 +282,23 @@ def test_planted_uses_of_the_harness_are_found():
     assert uses_harness("from .compare import y", "cli.bench") == found[1:]
 
 
+DOOR = "model.modelling"  # leaves torch's compiler out, of which importing takes 8 s on two cores
+
+
+def passes_by_the_door(source, module, *_):
+    """Names of transformers that a module imports when it is imported itself."""
+    top = [node for node in ast.parse(source).body if isinstance(node, ast.ImportFrom)]
+    return [ast.unparse(node) for node in top if (node.module or "").startswith("transformers")]
+
+
+def test_modelling_is_imported_through_one_door():
+    """A direct import, if it is the first, has torch's compiler imported into a command."""
+    others = [name for name in FILES if name != DOOR and not name.startswith("baselines.workers")]
+    assert in_all(passes_by_the_door, others) == {}
+    assert passes_by_the_door("from transformers import LlamaConfig", "profiling.compute")
+    assert not passes_by_the_door("def f():\n    from transformers import X", "model.x")
+
+
 def circle(files):
     """Files that import each other, in turn; empty if none do."""
     graph = {}

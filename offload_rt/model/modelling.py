@@ -1,7 +1,5 @@
 """transformers' modelling as far as it is used here: the one door through which it is imported."""
 
-from importlib import import_module
-
 from offload_rt.model.sparing import compiler_spared, import_models
 
 with compiler_spared():
@@ -11,6 +9,7 @@ with compiler_spared():
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoModelForMultimodalLM,
+        LlamaConfig,
         PretrainedConfig,
         PreTrainedModel,
         masking_utils,
@@ -26,7 +25,7 @@ with compiler_spared():
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     # What families' modules import, now: once a device is open it would count as its memory.
-    import_module("transformers.models.llama.modeling_llama")
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 __all__ = [
     "ALL_EXPERTS_FUNCTIONS",
@@ -34,6 +33,9 @@ __all__ = [
     "AutoModelForCausalLM",
     "AutoModelForImageTextToText",
     "AutoModelForMultimodalLM",
+    "LlamaConfig",
+    "LlamaDecoderLayer",
+    "LlamaRotaryEmbedding",
     "PreTrainedModel",
     "PretrainedConfig",
     "WeightConverter",

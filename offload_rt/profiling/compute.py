@@ -17,8 +17,6 @@ from itertools import cycle, islice
 from typing import Any, TypeVar
 
 import torch
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec
@@ -41,6 +39,7 @@ from offload_rt.model.formats.rounded import rounded_linear
 from offload_rt.model.formats.wide import widen_linears, widens
 from offload_rt.model.layout import DEVICE_ALIGN_BYTES
 from offload_rt.model.lean import lean_layer
+from offload_rt.model.modelling import LlamaConfig, LlamaDecoderLayer, LlamaRotaryEmbedding
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.profile import (

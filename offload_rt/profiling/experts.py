@@ -12,8 +12,6 @@ from itertools import cycle, islice
 from typing import Any
 
 import torch
-from transformers import MixtralConfig
-from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from offload_rt.device.base import Device
 from offload_rt.model.exact import Regular, make_exact, multiply_few_rows_at_once
@@ -150,6 +148,9 @@ def _curves(
 
 
 def _experts(hidden: int, intermediate: int, count: int) -> Any:  # noqa: ANN401 - a family's class
+    from transformers import MixtralConfig
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
     config = MixtralConfig(
         hidden_size=hidden, intermediate_size=intermediate, num_local_experts=count
     )
