@@ -24,7 +24,9 @@ from offload_rt.errors import ConfigError, PlanError
 from offload_rt.model.outline import outline_checkpoint
 from offload_rt.planning import planner as planner_module
 from offload_rt.planning.fit import PlacedRun, RunLoad, place_run
+from offload_rt.planning.plan_file import plan_file
 from offload_rt.planning.planner import Means, plan_run
+from offload_rt.planning.yields import expected_yield
 from offload_rt.profiling.store import load_profile
 
 MIB, GIB = 2**20, 2**30
@@ -147,6 +149,31 @@ def test_neither_way_alone_would_be_faster(
             continue
         assert alone.placement.expert_slots == fixed_slots and not alone.ways
         assert least <= seconds_of(alone, load, checkpoint, speeds) * (1 + 1e-9)
+
+
+def test_n_grams_are_there_where_no_draft_should_pay(models):
+    """The text decides, and nobody has seen it: of experts one by one rows are never free."""
+    checkpoint, speeds = models["qwen3_moe"], slower(MACHINES["cpu-2core-avx512bf16"], 1e9)
+    load = RunLoad(capacities=[300], prompt_tokens=100)
+    demand = place_run(checkpoint, RuntimeConfig(), speeds.device, load=load, free=FREE).demand
+    limit = demand.fixed_bytes + sum(demand.layer_bytes) // 3
+    means = Means(speeds=speeds, yields=lambda draft: expected_yield(draft.kind))
+
+    def plan(draft, **config):
+        run = dataclasses.replace(load, drafting=Drafting(DraftConfig(draft=draft)))
+        runtime = RuntimeConfig(device_limit_bytes=limit, **config)
+        return plan_run(checkpoint, runtime, speeds.device, load=run, free=FREE, means=means)
+
+    none, auto = plan("none"), plan("auto")
+    assert none.placement.expert_slots and not none.watches
+    assert auto.watches and auto.first_nodes == 0 and auto.first == NO_DRAFTING
+    assert auto.drafting.config.kind == "ngram"
+    assert [one.nodes for one in auto.outlooks] == [0, 1, 2, 4, 8, 16]
+    assert auto.prediction.s_per_token <= 1.02 * none.prediction.s_per_token
+    assert not auto.prediction.draft_s
+    assert plan_file(checkpoint, auto).options["draft"] == "none"
+    whole = plan("auto", expert_slots=0)
+    assert whole.placement.streamed and not whole.watches
 
 
 def test_a_way_that_is_alone_is_compared_with_its_prompt(models, monkeypatch):

@@ -221,8 +221,7 @@ class _Outlook:
         """What the streams are busy with in one of the first steps."""
         plan = self.plan
         assert plan.placed is not None  # there are speeds
-        first = self.drafting.config.limited(plan.first_nodes)
-        return plan.placed.events(dataclasses.replace(self.drafting, config=first), plan.expected)
+        return plan.placed.events(plan.first, plan.expected)
 
     @property
     def busy(self) -> dict[str, "_Busy"]:

@@ -31,6 +31,8 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
     ]
     if chosen.draft_s:
         lines.append(_line("drafting", f"{chosen.draft_s:.3f} s", f"{drafts_name(plan)} a pass"))
+    elif plan.watches:
+        lines.append(_line("drafting", "", drafts_name(plan)))
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
     if chosen.old_profile:
         lines.append(hanging(f"  {old_profile(speeds.profile.name)}", 4))
@@ -95,8 +97,8 @@ def _advice(prediction: Prediction) -> str:
 
 def _others(plan: Plan) -> Sequence[str]:
     """The best of each drafter, the sizes next to the chosen one, and what does not fit."""
-    chosen = plan.drafting.config.limited(plan.first_nodes)
-    rest = [c for c in plan.considered if c.draft != chosen]
+    chosen = plan.first.config
+    rest = [c for c in plan.considered if c.draft != chosen and (c.draft.drafts or chosen.drafts)]
     fitting = [c for c in rest if c.prediction is not None]
     fitting.sort(key=lambda c: c.prediction.s_per_token if c.prediction else 0.0)
     none = [c for c in fitting if not c.draft.drafts]

@@ -27,9 +27,11 @@ from offload_rt.engine.sequence import (
     Request,
     SequenceState,
     TokenLogprob,
+    Unchecked,
 )
 from offload_rt.engine.tracing import PASSES
 from offload_rt.errors import CapacityError, ConfigError
+from offload_rt.planning.controller import Controller
 from offload_rt.planning.levels import Took
 from offload_rt.planning.yields import Outcome
 from offload_rt.report import (
@@ -45,6 +47,7 @@ from offload_rt.runner.tree import TokenTree
 from offload_rt.sampling import Dice, make_generator
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.deciding import Checked, decide
+from offload_rt.speculative.kinds import kind_of
 from offload_rt.speculative.together import Asked, propose_all
 from offload_rt.trace import Lane
 
@@ -171,6 +174,8 @@ class Run:
             most = controller.nodes_for(len(writing))
         unread = [self._unread(s) for s in writing]
         came = [count for s, count in zip(writing, unread, strict=True) if len(s.emitted) == 1]
+        if controller is not None:
+            self._watch(controller, writing, most)
         start = time.perf_counter()
         drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at, stalled_s = time.perf_counter(), self.engine.stalled_s
@@ -258,6 +263,32 @@ class Run:
             name = one.drafter.name
             _log.warning("the %s drafter failed (%s): decoding goes on without it", name, draft)
         return steps
+
+    def _watch(
+        self, controller: Controller, writing: Sequence[SequenceState], checked: int
+    ) -> None:
+        """Compare what would be drafted, if more were checked, with the tokens that come.
+
+        Where that is found in memory it costs no pass, and a text for which more drafting would pay
+        is noticed at once.
+        """
+        if not kind_of(self.engine.draft.kind).looks_up:
+            return
+        nodes = controller.watched_size(checked)
+        for sequence in writing:
+            if (held := sequence.unchecked) is not None:
+                if (outcome := held.outcome(sequence.ids)) is None:
+                    continue
+                controller.watched(held.nodes, outcome)
+                self.counts.history.add(held.nodes, outcome)
+            sequence.unchecked = None
+            drafter, room = sequence.drafter, sequence.remaining - 1
+            if drafter is None or sequence.request.draft_tokens == 0 or not 0 < nodes <= room:
+                continue
+            (made,) = propose_all([Asked(drafter, sequence.ids, room, nodes)])
+            if isinstance(made, Draft):
+                sequence.unchecked = Unchecked(nodes, len(sequence.ids), made)
+                sequence.drafter_knows = len(sequence.ids)
 
     def _unread(self, sequence: SequenceState) -> int:
         """Tokens of a sequence that its drafter would read before it drafts."""

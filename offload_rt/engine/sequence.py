@@ -6,9 +6,10 @@ from enum import StrEnum
 
 from offload_rt.config import SamplingConfig
 from offload_rt.errors import OffloadError
+from offload_rt.planning.yields import Outcome
 from offload_rt.report import RetrievalCounts
 from offload_rt.sampling import Dice
-from offload_rt.speculative.base import Drafter
+from offload_rt.speculative.base import Draft, Drafter
 
 
 class FinishReason(StrEnum):
@@ -61,6 +62,27 @@ class TokenLogprob:
     likeliest: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Unchecked:
+    """A draft that no pass checks.
+
+    Attributes:
+        nodes: that were asked for.
+        start: tokens of its sequence when it was made.
+    """
+
+    nodes: int
+    start: int
+    draft: Draft
+
+    def outcome(self, ids: Sequence[int]) -> Outcome | None:
+        """What would have become of it, by the tokens that came; None: more of them decide."""
+        path, undecided = self.draft.tree.followed(ids[self.start :])
+        if undecided:
+            return None
+        return Outcome(drafted=len(self.draft.tree), path=path, nested=self.draft.nested)
+
+
 @dataclass(eq=False, slots=True)
 class SequenceState:
     """One sequence of a run.
@@ -82,6 +104,7 @@ class SequenceState:
             of a pass that went beyond.
         prompt_logprobs: of the prompt's tokens but the first, where they are asked for.
         drafter_knows: tokens of it that its drafter has seen, or proposed and seen accepted.
+        unchecked: what its drafter would draft, if more were asked for.
         drafted: tokens proposed for it; `accepted` of them were kept.
         reused: tokens of its prompt whose rows were there.
     """
@@ -100,6 +123,7 @@ class SequenceState:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     drafter_knows: int = 0
+    unchecked: Unchecked | None = None
     drafted: int = 0
     accepted: int = 0
     reused: int = 0

@@ -12,7 +12,9 @@ tokens a second. Sizes that are not in use are judged by what is known of them:
 - the seconds of one size scale those expected of the others, the more the nearer they are;
 - the next larger and smaller sizes are tried at once if that should cost little, and a neighbour
   now and then;
-- drafting nothing is tried at once where steps are slower than was planned without drafts.
+- drafting nothing is tried at once where steps are slower than was planned without drafts;
+- where few nodes or none are checked, drafts that are found in memory are compared with the tokens
+  that come.
 
 Where several sequences take part in a pass, drafts of many make it large, and a size that pays for
 one of them may not pay for sixteen. So seconds of a pass are known by its rows, and a size is
@@ -47,6 +49,12 @@ _FIRST_PROBE, _LAST_PROBE = 12, 96  # steps between tries; it doubles while they
 _PROBE_COST = 0.02  # of the time since the last try, which the next one may be expected to lose
 # Steps a new size is tried for, until it had so many; and steps after which the first is, the last.
 _SCOUT_STEPS, _SCOUTED, _FIRST_SCOUT, _LAST_SCOUT = 2, 4, 3, 48
+# Nodes of a draft that nobody checks: few, as tokens to come decide about each. Finding them takes
+# 0.14 ms (docs/RESULTS.md, "Host time of a step"), which is to be 1 % of a pass.
+_WATCHED, _WATCHED_S = 4, 0.014
+# Times the seconds of a token without drafts, with which a size is not tried where it is known
+# without a try what of it would be accepted.
+_HOPELESS = 1.25
 _LONGER = 1.15  # times what is planned: then the plan may be wrong about other sizes, too
 # Steps with as many rows that the plan's time of a pass counts for against a time of others: that
 # 130 rows compute longer than planned says little of 4, which wait for copies.
@@ -278,6 +286,7 @@ class Controller:
         self._hits = _Average(memory=4 * _MEMORY)  # all or nothing, so it takes more of them
         self._draft_scale = _Average()
         self._reading, self._turnover = _Reading(), _Turnover()
+        self._watches = False
         self._unread = 0  # tokens that drafters would have to read first, after a step without
         planned = {1 + one.nodes: one.pass_s for one in alone if 1 + one.nodes < sequences}
         planned |= {sequences * (1 + one.nodes): one.pass_s for one in outlooks}
@@ -333,6 +342,18 @@ class Controller:
             for size, seen in self._seen.items()
             if size and seen.accepted.weight
         }
+
+    def watched_size(self, nodes: int) -> int:
+        """Nodes of drafts that nobody checks, where so many are checked; 0: it would not pay."""
+        size = self._size(_WATCHED)
+        return size if nodes < size and self.expect(nodes).pass_s >= _WATCHED_S else 0
+
+    def watched(self, size: int, outcome: Outcome) -> None:
+        """Take in what would have become of a draft of that size, which nobody checked."""
+        self._watches = True
+        self._hits.add(float(outcome.drafted > 0))
+        if outcome.drafted:
+            self._count(size, outcome)
 
     def observe(  # noqa: PLR0913 - all that a step tells
         self,
@@ -541,6 +562,9 @@ class Controller:
 
     def _try(self, choice: _Choice, expected: Mapping[int, StepOutlook], size: int) -> None:
         """Try a size in the next steps if that should lose little."""
+        known = self._watches and not choice.current
+        if known and expected[size].s_per_token > _HOPELESS * expected[0].s_per_token:
+            return
         steps, loss_s = _PROBE_STEPS, _loss_s(expected[size], expected[choice.current])
         if self._unread_s > loss_s:  # then more steps of it cost little more
             steps = _FIRST_PROBE

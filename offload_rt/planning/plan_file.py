@@ -79,7 +79,7 @@ def plan_file(checkpoint: Checkpoint, plan: Plan) -> PlanFile:
         "kv_block_tokens": runtime.kv_block_tokens if kv else None,
         "kv_folder": runtime.kv_folder if kv else None,
         "exact": str(runtime.exact),
-        "draft": draft.draft,
+        "draft": "none" if plan.watches else draft.draft,
         "draft_tokens": plan.first_nodes or None,
     }
     if draft.has_weights:

@@ -38,6 +38,7 @@ _REFINED = 4  # candidates whose rings are varied
 # Room is kept for that many times the first draft size, if it costs the run's first
 # steps no more than that.
 _MOST_ROOM, _ROOM_COST = 4, 1.02
+_MOST_WATCHED = 16  # nodes that a run may come to which begins without drafts
 
 _SHARES_WHOLE = (0.25, 0.5, 0.75, 1.0)  # of as many layers of experts as slots would hold
 _SHARES_KEPT = (0.0, 0.25, 0.5, 0.75)  # of the layers that fit, where fewer may be better
@@ -100,6 +101,7 @@ class Plan:
         drafting: who drafts, and how much at most.
         first_nodes: how much at first where all sequences take part.
         placement: what lives where.
+        watches: nobody drafts at first, whoever `drafting` says.
         prediction: what a step should take, of the first ones; None without a profile.
         outlooks: what drafts of each size should give and take, for the controller; empty if the
             number of tokens is fixed.
@@ -122,6 +124,7 @@ class Plan:
     drafting: Drafting
     first_nodes: int
     placement: Placement
+    watches: bool = False
     prediction: Prediction | None = None
     outlooks: tuple[StepOutlook, ...] = ()
     alone: tuple[StepOutlook, ...] = ()
@@ -135,6 +138,14 @@ class Plan:
     row_s: float = 0.0
     misses: MissRates | None = None
     ways: tuple[Way, ...] = ()
+
+    @property
+    def first(self) -> Drafting:
+        """Who drafts in the first steps, and how much."""
+        config = self.drafting.config
+        if config.drafts and not self.first_nodes:
+            return NO_DRAFTING
+        return replace(self.drafting, config=config.limited(self.first_nodes))
 
     @property
     def pass_share(self) -> float:
@@ -402,6 +413,7 @@ def plan_run(
         drafting=chosen.drafting,
         first_nodes=first_nodes,
         placement=chosen.placement,
+        watches=chosen.draft.drafts and not (best.draft.drafts or first_nodes),
         prediction=chosen.prediction,
         outlooks=outlooks,
         alone=() if fixed or sequences == 1 else tuple(search.outlooks(chosen, 1)),
@@ -626,13 +638,19 @@ class _Search:
     def with_room(self, best: _Candidate) -> _Candidate:
         """The same with room for larger drafts, which the controller may come to, if it is cheap.
 
-        Its prediction is that of the first steps, whose drafts are as large as before.
+        Where experts come one by one drafts seldom pay, and where they do it is the text that
+        decides: of `auto` n-grams are there although none are to be checked at first. Its
+        prediction is that of the first steps, whose drafts are as large as before.
         """
-        draft = best.draft
-        if not draft.drafts:
+        draft, given = best.draft, self._load.drafting.config
+        if draft.drafts:
+            sizes, most = _in_sizes(draft, draft.draft, self._device, self._load), _MOST_ROOM
+        elif given.automatic and best.placement.expert_slots and self._means.stated is None:
+            sizes, most = _in_sizes(given, "ngram", self._device, self._load), _MOST_WATCHED
+        else:
             return best
-        for sized in reversed([*_in_sizes(draft, draft.draft, self._device, self._load)]):
-            if not draft.nodes < sized.nodes <= _MOST_ROOM * draft.nodes:
+        for sized in reversed([*sizes]):
+            if not draft.nodes < sized.nodes <= most * max(1, draft.nodes):
                 continue
             try:
                 roomy = self.candidate(sized, best.runtime, best.placement)

@@ -61,6 +61,18 @@ class TokenTree:
             found.setdefault(parent, []).append(node)
         return found
 
+    def followed(self, tokens: Sequence[int]) -> tuple[tuple[int, ...], bool]:
+        """Nodes that tokens behind the root follow, and whether more of them might come."""
+        places = enumerate(zip(self.parents, self.tokens, strict=True))
+        children = {place: node for node, place in places}
+        path = list[int]()
+        for token in tokens:
+            node = children.get((path[-1] if path else ROOT, token))
+            if node is None:
+                return tuple(path), False
+            path.append(node)
+        return tuple(path), True
+
     def row_parents(self) -> list[int]:
         """[N + 1] as rows of a pass, the root first: the row that each continues, ROOT for it."""
         return [ROOT, *(parent + 1 for parent in self.parents)]

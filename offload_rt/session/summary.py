@@ -190,6 +190,8 @@ def drafter_name(draft: DraftConfig) -> str:
 def drafts_name(plan: Plan) -> str:
     """Who drafts, how many tokens, and to how many a run may come."""
     name, first, most = drafter_name(plan.drafting.config), plan.first_nodes, plan.drafting
+    if plan.watches:
+        return f"none at first, {name} up to {most.config.nodes} tokens where they would pay"
     if not first:
         return name
     later = f" at first, up to {most.config.nodes}" if most.config.nodes > first else ""

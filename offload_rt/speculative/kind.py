@@ -161,6 +161,8 @@ class DrafterKind:
         inside: headers of what drafts, of a kind that the target's own files hold.
         load: brings a layer that reads hidden states of the target, of a kind that has one.
         watches: it looks at what the target's passes compute.
+        looks_up: it finds drafts in memory of the host, so that those nobody checks cost next to
+            nothing.
     """
 
     label: str
@@ -188,6 +190,7 @@ class DrafterKind:
     inside: Callable[[Checkpoint], Checkpoint | None] | None = None
     load: "Callable[[ModulePlace], HiddenModule] | None" = None
     watches: bool = False
+    looks_up: bool = False
 
     def most_on(self, device: DeviceKind) -> int:
         """Tokens of the largest draft that the planner looks at."""

@@ -257,19 +257,11 @@ class SelectiveNgramDrafter:
         """Compare what was kept back with what came; returns whether that is decided."""
         assert self._held is not None
         start, tree = self._held
-        nodes = zip(tree.parents, tree.tokens, strict=True)
-        children = {place: node for node, place in enumerate(nodes)}
-        node, accepted = ROOT, 0
-        for token in ids[start:]:
-            found = children.get((node, token))
-            if found is None:
-                break
-            node, accepted = found, accepted + 1
-        else:
-            if len(ids) >= start:  # all of it right so far; a token that is not there decides
-                return False
+        path, undecided = tree.followed(ids[start:])
+        if undecided and len(ids) >= start:  # right so far; a token that is not there decides
+            return False
         if len(ids) > start:  # else the tokens behind it were taken back
-            self._note(accepted)
+            self._note(len(path))
         self._held = None
         return True
 

@@ -78,5 +78,6 @@ KIND = DrafterKind(
     automatic=lambda draft, runtime, dtype, prompt_tokens: True,
     tree_depth=lambda draft, known: draft.nodes,
     seen_as="ngram trees",  # what chains gave before says nothing of them
+    looks_up=True,
     in_memory=lambda draft: ("where tokens occurred, and what was likely after them",),
 )
