@@ -10,7 +10,7 @@ from itertools import count
 from types import SimpleNamespace
 
 import pytest
-from tiny import write_model, write_tokenizer
+from tiny import DEEP, write_model, write_tokenizer
 from tool_runs import TOOLS
 
 from offload_rt.device.compiled import kept_in
@@ -72,14 +72,14 @@ def make_tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def tiny_model(make_tiny):
-    """A Llama of 4 layers in fp32 with a byte-level tokenizer; tests must not change it."""
+    """A Llama of 2 layers in fp32 with a byte-level tokenizer; tests must not change it."""
     return make_tiny("llama", tokenizer=True)
 
 
 @pytest.fixture(scope="session")
-def short_model(make_tiny):
-    """The same of 2 layers, for what is about answers and not about layers."""
-    return make_tiny("llama", tokenizer=True, num_hidden_layers=2)
+def deep_model(make_tiny):
+    """The same of 4 layers, for what is about layers and slots and not about answers."""
+    return make_tiny("llama", tokenizer=True, **DEEP)
 
 
 def pytest_addoption(parser):

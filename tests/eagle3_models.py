@@ -5,7 +5,7 @@ import json
 import torch
 from mtp_models import IDS, quiet
 from safetensors.torch import load_file, save_file
-from tiny import write_model
+from tiny import DEEP, write_model
 
 TAPS = [0, 1, 2]  # transformers has what leaves the last one normed
 
@@ -81,7 +81,7 @@ def write_head(folder, target, *, change=None, tokens=None, seed=11, own_head=Tr
 def write_counting(folder, size=64):
     """A target that counts through a permutation: hidden states are unit vectors of the tokens."""
     sizes = {"vocab_size": size, "hidden_size": size, "intermediate_size": size}
-    write_model(folder, "llama", tie_word_embeddings=False, **sizes, **IDS)
+    write_model(folder, "llama", tie_word_embeddings=False, **sizes, **DEEP, **IDS)
     path = folder / "model.safetensors"
     tensors = load_file(path)
     quiet(tensors, "model.layers.")

@@ -1,6 +1,7 @@
 """Tiny mixtures of experts, by how their files have the experts."""
 
 from hybrids import DELTA
+from tiny import DEEP
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SMALL = {"head_dim": 16, "moe_intermediate_size": 32}
@@ -83,4 +84,4 @@ MIXTURES |= {family: (family, own) for family, own in FAMILIES.items()}
 def make_mixture(make_tiny, name="qwen3_moe", **config):
     """The folder of one of them."""
     family, own = MIXTURES[name]
-    return make_tiny(family, **(IDS | own | config))
+    return make_tiny(family, **(IDS | DEEP | own | config))

@@ -1,5 +1,7 @@
 """Tiny random models whose layers keep recurrent states, in the forms that families have."""
 
+from tiny import DEEP
+
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DELTA = {
     "head_dim": 16,
@@ -32,7 +34,7 @@ MAMBA = {
     "mamba_expand": 2,
     "mamba_chunk_size": 64,
 }
-# Name: family of transformers, and its configuration on top of `tiny.SHAPE`.
+# Name: family of transformers, and its configuration on top of `tiny.SHAPE` and `tiny.DEEP`.
 HYBRIDS = {
     "qwen3_next": ("qwen3_next", IDS | DELTA | EXPERTS),
     "qwen3_next-dense": ("qwen3_next", IDS | DELTA | {"num_experts": 0}),
@@ -104,15 +106,22 @@ HYBRIDS = {
 def make_hybrid(make_tiny, name, **config):
     """Write the model of that name; the same arguments give the same folder."""
     model_type, own = HYBRIDS[name]
-    return make_tiny(model_type, **(own | config))
+    return make_tiny(model_type, **(DEEP | own | config))
 
 
-BOTH = {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]}
+TWO = {"num_hidden_layers": 2}
+BOTH = TWO | {"layer_types": ["linear_attention", "full_attention"]}
+SHORT = {
+    "granitemoehybrid": TWO | {"layer_types": ["mamba", "attention"]},
+    "bamba": TWO | {"attn_layer_indices": [1]},
+    "falcon_h1": TWO,
+    "lfm2": TWO | {"layer_types": ["conv", "full_attention"]},
+}
 
 
 def make_short(make_tiny, name, **config):
     """The same with one layer of each kind, where a family lets one choose."""
-    kinds = BOTH if name.startswith(("qwen3", "olmo", "kimi")) else {}
+    kinds = BOTH if name.startswith(("qwen3", "olmo", "kimi")) else SHORT.get(name, {})
     return make_hybrid(make_tiny, name, **(kinds | config))
 
 
@@ -151,7 +160,7 @@ def write_whole(folder):
     torch.manual_seed(0)
     made = AutoConfig.for_model(
         "qwen3_5",
-        text_config=SHAPE | config | {"model_type": model_type},
+        text_config=SHAPE | DEEP | config | {"model_type": model_type},
         vision_config=vision,
         image_token_id=290,
         video_token_id=291,

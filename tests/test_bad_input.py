@@ -50,7 +50,7 @@ WRONG = [
     ({"wire": "int8", "resident_layers": 1}, "would be read from the files in each pass"),
     ({"exact": "maybe"}, "'maybe' is not one of"),
     ({"resident_layers": -1}, "--resident-layers is -1"),
-    ({"resident_layers": 9}, "9, the model has 4 layers"),
+    ({"resident_layers": 9}, "9, the model has 2 layers"),
     ({"home": "moon"}, "'moon' is not one of"),
     ({"home": "host"}, "--home has no effect"),
     ({"home": "host", "resident_layers": 0, "host_memory": "8KiB"}, "host memory"),

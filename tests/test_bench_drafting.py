@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny import DEEP
 from tool_runs import loaded
 
 
@@ -31,7 +32,7 @@ def undrafted(tmp_path_factory):
 def test_a_replay_takes_the_passes_that_are_made(
     bench, make_tiny, offload_run, prompt_file, tmp_path, undrafted, nodes, window
 ):
-    model = small = make_tiny("llama", tokenizer=True)  # a window makes it err
+    model = small = make_tiny("llama", tokenizer=True, **DEEP)  # a window makes it err
     common = ("bench", model, "--prompts", prompt_file, "-n", 40, "--device-memory", "400MiB", "-q")
     drafting = ("--draft", f"model:{small}", "--draft-tokens", nodes, "--draft-window", window)
     answers = undrafted / "bench.json"

@@ -18,10 +18,10 @@ PLAIN = ("-n", 6, "--draft", "none")
 
 
 @pytest.fixture
-def talk(short_model, offload_run, tmp_path):
+def talk(tiny_model, offload_run, tmp_path):
     """Say lines in one chat; returns what came of it, with the conversation as it was saved."""
 
-    def say(*lines, options=PLAIN, model=short_model):
+    def say(*lines, options=PLAIN, model=tiny_model):
         path = tmp_path / "said.json"
         path.unlink(missing_ok=True)
         typed = [line.encode() if isinstance(line, str) else line for line in lines]
@@ -35,10 +35,10 @@ def talk(short_model, offload_run, tmp_path):
 
 
 @pytest.fixture
-def type_keys(short_model, offload_run, tmp_path, monkeypatch):
+def type_keys(tiny_model, offload_run, tmp_path, monkeypatch):
     """Type keys into a chat on a terminal's stand-in."""
 
-    def type_all(keys, *options, model=short_model):
+    def type_all(keys, *options, model=tiny_model):
         def reader(interrupts, console):
             history = HistoryFile(tmp_path / "history")
             return TerminalReader(
@@ -139,8 +139,8 @@ def test_system_prompts_are_set_shown_and_removed(talk):
     assert lines.saved["system"] == "be\nbrief"
 
 
-def test_a_system_prompt_that_the_template_refuses_is_not_set(talk, short_model, tmp_path):
-    folder = shutil.copytree(short_model, tmp_path / "model")
+def test_a_system_prompt_that_the_template_refuses_is_not_set(talk, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
     template = folder / "chat_template.jinja"
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template.write_text(refusal + template.read_text())
@@ -228,8 +228,8 @@ def test_a_conversation_that_cannot_be_loaded_changes_nothing(talk, tmp_path):
     assert done.err.count("error: ") == 3 and len(done.turns) == 2
 
 
-def test_a_conversation_that_the_template_refuses_is_not_loaded(talk, short_model, tmp_path):
-    folder = shutil.copytree(short_model, tmp_path / "model")
+def test_a_conversation_that_the_template_refuses_is_not_loaded(talk, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
     template = folder / "chat_template.jinja"
     refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     template.write_text(refusal + template.read_text())
@@ -293,8 +293,8 @@ def test_help_leaves_and_stats(talk):
     assert done.out == "" and done.saved is None
 
 
-def test_a_template_that_refuses_a_turn_costs_that_turn(talk, short_model, tmp_path):
-    folder = shutil.copytree(short_model, tmp_path / "model")
+def test_a_template_that_refuses_a_turn_costs_that_turn(talk, tiny_model, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
     template = folder / "chat_template.jinja"
     refusal = "{% if 'boom' in messages[-1].content %}{{ raise_exception('no boom') }}{% endif %}"
     template.write_text(refusal + template.read_text())

@@ -27,9 +27,9 @@ HI = [{"role": "user", "content": "the quick fox"}]
 
 
 @pytest.fixture(scope="module")
-def offline(short_model):
+def offline(tiny_model):
     small = {"device": "cpu", "device_memory": "512MiB", "dtype": "float32"}
-    with offload_rt.load(short_model, draft="none", **small) as model:
+    with offload_rt.load(tiny_model, draft="none", **small) as model:
         yield model
 
 
@@ -69,9 +69,9 @@ def text_of(result):
     return choice["message"]["content"] if "message" in choice else choice["text"]
 
 
-def test_each_line_is_its_offline_answer(short_model, source, tmp_path, offload_run, offline):
+def test_each_line_is_its_offline_answer(tiny_model, source, tmp_path, offload_run, offline):
     output = tmp_path / "out.jsonl"
-    done = offload_run(*words(short_model, source, output, "--seed", 5))
+    done = offload_run(*words(tiny_model, source, output, "--seed", 5))
     assert done.code == 0 and done.out == "", done.err
     results = [json.loads(text) for text in output.read_text().splitlines()]
     names = ["line 1", "line 2", "line 4", "chat", "plain", "long", "other", "many", "format"]
@@ -95,28 +95,28 @@ def test_each_line_is_its_offline_answer(short_model, source, tmp_path, offload_
     assert not list(tmp_path.glob("*.part")) and oct(output.stat().st_mode)[-3:] == "600"
 
 
-def test_weights_are_rounded_by_request_as_those_of_one_answer(short_model, tmp_path, offload_run):
+def test_weights_are_rounded_by_request_as_those_of_one_answer(tiny_model, tmp_path, offload_run):
     source, output = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("the lazy dog\n")
-    done = offload_run(*words(short_model, source, output, "--wire", "int4"))
+    done = offload_run(*words(tiny_model, source, output, "--wire", "int4"))
     assert done.code == 0, done.err
     (result,) = (json.loads(text) for text in output.read_text().splitlines())
     assert result["response"]["body"]["model"].endswith("rounded to int4")
     texts = []
     for wire in ("int4", "raw"):
         small = {"device": "cpu", "device_memory": "512MiB", "dtype": "float32"}
-        with offload_rt.load(short_model, draft="none", wire=wire, **small) as model:
+        with offload_rt.load(tiny_model, draft="none", wire=wire, **small) as model:
             texts.append(model.generate("the lazy dog", max_tokens=8).text)
     assert texts[0] == text_of(result) != texts[1]
 
 
 @pytest.mark.parametrize("more", [(), ("--dtype", "bf16", "--exact", "on")], ids=["fp32", "bf16"])
 def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
-    short_model, source, tmp_path, offload_run, monkeypatch, more
+    tiny_model, source, tmp_path, offload_run, monkeypatch, more
 ):
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     seed = ("--seed", 5, *more)
-    assert offload_run(*words(short_model, source, whole, *seed)).code == 0
+    assert offload_run(*words(tiny_model, source, whole, *seed)).code == 0
     real, sweeps = Crowd.advance, []
 
     def dies(self):
@@ -130,7 +130,7 @@ def test_killed_anywhere_and_started_again_the_bytes_are_the_same(
     deaths = 0
     while True:
         try:
-            done = offload_run(*words(short_model, source, output, *seed, "--sequences", 2))
+            done = offload_run(*words(tiny_model, source, output, *seed, "--sequences", 2))
         except SystemExit:
             assert part.exists() and not output.exists()
             with part.open("a") as torn:
@@ -168,7 +168,7 @@ def test_a_journal_that_ends_anywhere_is_gone_on_with(tmp_path):
         module.Journal(path, mark)
 
 
-def test_ctrl_c_keeps_what_is_done(short_model, source, tmp_path, offload_run, monkeypatch):
+def test_ctrl_c_keeps_what_is_done(tiny_model, source, tmp_path, offload_run, monkeypatch):
     output, real, sweeps = tmp_path / "out.jsonl", Crowd.advance, []
 
     def interrupted(self):
@@ -178,16 +178,16 @@ def test_ctrl_c_keeps_what_is_done(short_model, source, tmp_path, offload_run, m
         return real(self)
 
     monkeypatch.setattr(Crowd, "advance", interrupted)
-    done = offload_run(*words(short_model, source, output))
+    done = offload_run(*words(tiny_model, source, output))
     assert done.code == 130 and "the same command goes on" in done.err and not output.exists()
-    other = offload_run(*words(short_model, source, output, "--temperature", 1))
+    other = offload_run(*words(tiny_model, source, output, "--temperature", 1))
     assert other.code == 2 and "was begun with another sampling" in other.err
     part = tmp_path / "out.jsonl.part"
     lines = part.read_bytes()
     part.write_bytes(b"{}\n" + lines)
-    assert "is damaged: remove it" in offload_run(*words(short_model, source, output)).err
+    assert "is damaged: remove it" in offload_run(*words(tiny_model, source, output)).err
     part.write_bytes(lines)
-    assert offload_run(*words(short_model, source, output)).code == 0
+    assert offload_run(*words(tiny_model, source, output)).code == 0
 
 
 @pytest.fixture(scope="module")
@@ -241,24 +241,24 @@ SAMPLED = ("--temperature", 0.9, "--seed", 5)
     ],
 )
 def test_what_answers_depend_on_is_not_changed_midway(
-    short_model, source, offload_run, cut_off, first, then, said
+    tiny_model, source, offload_run, cut_off, first, then, said
 ):
-    output = cut_off(short_model, source, *first)
+    output = cut_off(tiny_model, source, *first)
     before = output.with_name("cut.jsonl.part").read_bytes()
-    done = offload_run(*words(short_model, source, output, *first, *then))
+    done = offload_run(*words(tiny_model, source, output, *first, *then))
     assert done.code == 2 and said in done.err and "Traceback" not in done.err, done.err
     assert output.with_name("cut.jsonl.part").read_bytes() == before and not output.exists()
 
 
-def test_what_answers_do_not_depend_on_may_be_changed(short_model, source, offload_run, cut_off):
-    output = cut_off(short_model, source)
+def test_what_answers_do_not_depend_on_may_be_changed(tiny_model, source, offload_run, cut_off):
+    output = cut_off(tiny_model, source)
     more = ("--sequences", 2, "--draft-tokens", 3, "--resident-layers", 0, "--slots", 2)
-    done = offload_run(*words(short_model, source, output, *more))
+    done = offload_run(*words(tiny_model, source, output, *more))
     assert done.code == 0, done.err
 
 
 def test_the_same_command_finds_the_same_room_again(
-    short_model, source, offload_run, cut_off, monkeypatch
+    tiny_model, source, offload_run, cut_off, monkeypatch
 ):
     real, asked = shared.fastest_room, []
 
@@ -267,8 +267,8 @@ def test_the_same_command_finds_the_same_room_again(
         return real(model, settings, device, free, needs, sequences)
 
     monkeypatch.setattr(shared, "fastest_room", noted)
-    output = cut_off(short_model, source, anew=True)
-    done = offload_run(*words(short_model, source, output))
+    output = cut_off(tiny_model, source, anew=True)
+    done = offload_run(*words(tiny_model, source, output))
     assert done.code == 0 and "of 11 lines are done already" in done.err, done.err
     assert "5 of 11 lines are done already" not in done.err  # the refused ones alone
     assert asked[0] == asked[1] and len(asked[0]) == 6
@@ -276,40 +276,40 @@ def test_the_same_command_finds_the_same_room_again(
 
 @pytest.mark.parametrize(("exact", "more"), [("off", ()), ("on", ("--draft", "none"))])
 def test_what_was_open_is_as_the_journal_was_begun(
-    short_model, source, offload_run, cut_off, exact, more
+    tiny_model, source, offload_run, cut_off, exact, more
 ):
     """By itself it would be on with a drafter, and off without."""
     more = ("--dtype", "bfloat16", *more)
-    output = cut_off(short_model, source, *more, "--exact", exact)
-    done = offload_run(*words(short_model, source, output, *more))
+    output = cut_off(tiny_model, source, *more, "--exact", exact)
+    done = offload_run(*words(tiny_model, source, output, *more))
     assert done.code == 0 and f"was begun with --exact {exact}, it goes on so" in done.err, done.err
 
 
 def test_bits_that_no_line_tells_are_not_compared_in_fp32(
-    short_model, tmp_path, offload_run, cut_off
+    tiny_model, tmp_path, offload_run, cut_off
 ):
     source = tmp_path / "texts.jsonl"
     source.write_text("\n".join(line for line in LINES if "logprobs" not in line))
-    output = cut_off(short_model, source, "--exact", "on")
-    done = offload_run(*words(short_model, source, output, "--exact", "off"))
+    output = cut_off(tiny_model, source, "--exact", "on")
+    done = offload_run(*words(tiny_model, source, output, "--exact", "off"))
     assert done.code == 0, done.err
 
 
 def test_another_kind_of_device_is_seen_behind_auto(
-    short_model, source, offload_run, cut_off, monkeypatch
+    tiny_model, source, offload_run, cut_off, monkeypatch
 ):
-    output = cut_off(short_model, source, "--device", "auto")
+    output = cut_off(tiny_model, source, "--device", "auto")
     other = CPU if opening.chosen_kind(RuntimeConfig()) is CUDA else CUDA
     monkeypatch.setattr(opening, "chosen_kind", lambda config: other)
-    done = offload_run(*words(short_model, source, output, "--device", "auto"))
+    done = offload_run(*words(tiny_model, source, output, "--device", "auto"))
     assert done.code == 2 and "was begun with another kind of --device" in done.err, done.err
 
 
 def test_a_journal_that_has_the_kind_in_its_mark_is_gone_on_with(
-    short_model, source, offload_run, cut_off
+    tiny_model, source, offload_run, cut_off
 ):
     """As those of before December 2026; of another kind it is refused."""
-    output = cut_off(short_model, source)
+    output = cut_off(tiny_model, source)
     part = output.with_name("cut.jsonl.part")
     head, *lines = map(json.loads, part.read_text().splitlines())
     for line in lines:
@@ -318,18 +318,18 @@ def test_a_journal_that_has_the_kind_in_its_mark_is_gone_on_with(
     assert head["mark"][KIND] == "cpu"
     old = "".join(json.dumps(line) + "\n" for line in (head, *lines))
     part.write_text(old.replace('"cpu"', '"cuda"', 1))
-    done = offload_run(*words(short_model, source, output))
+    done = offload_run(*words(tiny_model, source, output))
     assert done.code == 2 and "was begun with another kind of --device" in done.err, done.err
     part.write_text(old)
-    done = offload_run(*words(short_model, source, output))
+    done = offload_run(*words(tiny_model, source, output))
     assert done.code == 0, done.err
 
 
 def test_a_model_of_the_same_name_with_other_weights_is_another(
-    short_model, source, tmp_path, offload_run, cut_off
+    tiny_model, source, tmp_path, offload_run, cut_off
 ):
-    folder = shutil.copytree(short_model, tmp_path / "copy" / short_model.name)
-    output = cut_off(short_model, source)
+    folder = shutil.copytree(tiny_model, tmp_path / "copy" / tiny_model.name)
+    output = cut_off(tiny_model, source)
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
     extent = open_checkpoint(folder).tensors["model.layers.1.mlp.up_proj.weight"]
@@ -355,23 +355,23 @@ def test_an_adapter_of_the_same_name_with_other_weights_is_another(tmp_path):
     assert digests[0] != digests[1] and digests[0] == read_adapter(tmp_path / "0").digest
 
 
-def test_files_that_cannot_be_are_sentences(short_model, tmp_path, offload_run):
+def test_files_that_cannot_be_are_sentences(tiny_model, tmp_path, offload_run):
     source, output = tmp_path / "in", tmp_path / "out"
     for content, said in ((None, "cannot read"), (b"\n\n", "has no lines"), (b"\xff\xfe\x00", "")):
         if content is not None:
             source.write_bytes(content)
-        done = offload_run(*words(short_model, source, output))
+        done = offload_run(*words(tiny_model, source, output))
         assert done.code == 2 and said in done.err and len(done.err.splitlines()) == 1
     source.write_text("{]\n[1]\n")
-    assert offload_run(*words(short_model, source, output)).code == 0  # [1] is a prompt as it is
+    assert offload_run(*words(tiny_model, source, output)).code == 0  # [1] is a prompt as it is
     source.write_text("{]\n")
-    done = offload_run(*words(short_model, source, tmp_path / "none"))
+    done = offload_run(*words(tiny_model, source, tmp_path / "none"))
     assert done.code == 2 and "0 of 1 lines answered" in done.err
-    done = offload_run(*words(short_model, source, tmp_path / "no" / "out"))
+    done = offload_run(*words(tiny_model, source, tmp_path / "no" / "out"))
     assert done.code == 2 and "no" in done.err
 
 
-def test_more_run_at_once_where_that_is_predicted_to_be_faster(short_model):
+def test_more_run_at_once_where_that_is_predicted_to_be_faster(tiny_model):
     from offload_rt.cli.plan import device_there
     from offload_rt.session.adapters import open_answering
     from offload_rt.session.options import settings_from
@@ -380,7 +380,7 @@ def test_more_run_at_once_where_that_is_predicted_to_be_faster(short_model):
 
     chosen = {"device": "cpu", "device_memory": "512MiB", "draft": "none", "resident_layers": 0}
     settings = settings_from(chosen)
-    model, settings = open_answering(str(short_model), settings, Logged())
+    model, settings = open_answering(str(tiny_model), settings, Logged())
     there = device_there(settings.runtime)
     rooms = fastest_room(model, settings, *there, [(20, 12)] * 30)
     assert rooms[0].sequences > 4 and {room.context_tokens for room in rooms} == {32}

@@ -88,10 +88,10 @@ def test_windows_line_ends_and_a_byte_order_mark(tmp_path):
         (b'{"prompt": "\\ud800"}\n', "not UTF-8"),
     ],
 )
-def test_bad_prompt_files(content, message, short_model, offload_run, tmp_path):
+def test_bad_prompt_files(content, message, tiny_model, offload_run, tmp_path):
     path = tmp_path / "set"
     path.write_bytes(content)
-    done = offload_run("bench", short_model, "--prompts", path, "-n", 2)
+    done = offload_run("bench", tiny_model, "--prompts", path, "-n", 2)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(rf"offload-run: error: [^\n]*{re.escape(message)}[^\n]*\n", done.err)
 
@@ -125,9 +125,9 @@ def test_bad_prompt_files(content, message, short_model, offload_run, tmp_path):
         (["--prompts", "SET", "--output", "SET"], "cannot make the folder"),
     ],
 )
-def test_bad_usage(arguments, message, short_model, offload_run, questions):
+def test_bad_usage(arguments, message, tiny_model, offload_run, questions):
     arguments = [questions if argument == "SET" else argument for argument in arguments]
-    done = offload_run("bench", short_model, *arguments)
+    done = offload_run("bench", tiny_model, *arguments)
     assert (done.code, done.out) == (2, "")
     assert message in done.err and "Traceback" not in done.err
 
@@ -140,12 +140,12 @@ def test_spread_is_even_and_keeps_the_order():
     assert spread(items, 1) == [0]
 
 
-def test_a_table_without_drafting(short_model, offload_run, questions):
+def test_a_table_without_drafting(tiny_model, offload_run, questions):
     more = ("--resident-layers", 1, "--device-memory", "100MiB", "--draft", "none")
-    done = offload_run("bench", short_model, "--prompts", questions, "-n", 6, *more)
+    done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 6, *more)
     assert (done.code, done.err) == (0, "")
-    assert done.out.startswith(f"# offload-run bench: {short_model.name}\n")
-    assert f"model: {short_model.name}, float32 on cpu" in done.out
+    assert done.out.startswith(f"# offload-run bench: {tiny_model.name}\n")
+    assert f"model: {tiny_model.name}, float32 on cpu" in done.out
     assert "prompts: 3 of 3 in questions.jsonl" in done.out
     assert re.search(
         r"1 of 2 layers resident, 1 streamed .*, device memory limit 100 MiB", done.out
@@ -162,8 +162,8 @@ def test_a_table_without_drafting(short_model, offload_run, questions):
     assert re.fullmatch(r"[\d.]+ ± [\d.]+", table[-1][5])
 
 
-def test_json_rows_make_the_totals(short_model, offload_run, questions, tmp_path):
-    base = ("bench", short_model, "--prompts", questions, "-n", 11, *drafting(short_model))
+def test_json_rows_make_the_totals(tiny_model, offload_run, questions, tmp_path):
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 11, *drafting(tiny_model))
     done = offload_run(*base, "--json", "--rounds", 2, "--output", tmp_path / "new" / "folder")
     record = json.loads(done.out)
     assert json.loads((tmp_path / "new/folder/bench.json").read_text()) == record
@@ -182,14 +182,14 @@ def test_json_rows_make_the_totals(short_model, offload_run, questions, tmp_path
     assert record["totals"]["tokens_per_s"] == pytest.approx(mean(rates))
     each = [run["timings"]["tokens_per_s"] for run in record["rows"][0]["runs"]]
     assert rates[0] == pytest.approx(median(each))
-    assert record["draft"]["draft"] == f"model:{short_model}"
+    assert record["draft"]["draft"] == f"model:{tiny_model}"
     assert record["engines"]["draft"]["drafter_bytes"] > 0
-    alone = offload_run("generate", short_model, "-p", "you are a fox", "-n", 11, "--json")
+    alone = offload_run("generate", tiny_model, "-p", "you are a fox", "-n", 11, "--json")
     assert record["rows"][1]["runs"][0]["token_ids"] == json.loads(alone.out)["token_ids"]
 
 
 def test_against_none_takes_turns_and_finds_equal_texts(
-    short_model, offload_run, questions, monkeypatch
+    tiny_model, offload_run, questions, monkeypatch
 ):
     engines, sweep = [], Engine.sweep
 
@@ -200,7 +200,7 @@ def test_against_none_takes_turns_and_finds_equal_texts(
         return sweep(self, texts, *others, **options)
 
     monkeypatch.setattr(Engine, "sweep", noted)
-    base = ("bench", short_model, "--prompts", questions, "-n", 11, *drafting(short_model))
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 11, *drafting(tiny_model))
     done = offload_run(*base, "--against-none", "--rounds", 2, "--json")
     assert [engine.draft.kind for engine in engines] == ["none", "model", "none", "model"]
     record = json.loads(done.out)
@@ -214,7 +214,7 @@ def test_against_none_takes_turns_and_finds_equal_texts(
     assert record["engines"]["none"]["drafter_bytes"] == 0
 
 
-def test_against_none_shows_where_texts_differ(short_model, offload_run, questions, monkeypatch):
+def test_against_none_shows_where_texts_differ(tiny_model, offload_run, questions, monkeypatch):
     emit = Run._emit
 
     def wrong(self, sequences, tokens):
@@ -223,7 +223,7 @@ def test_against_none_shows_where_texts_differ(short_model, offload_run, questio
         return emit(self, sequences, tokens)
 
     monkeypatch.setattr(Run, "_emit", wrong)
-    base = ("bench", short_model, "--prompts", questions, "-n", 6, "--limit", 1, "--against-none")
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 6, "--limit", 1, "--against-none")
     done = offload_run(*base, "--draft", "ngram")
     table = cells(done.out)
     assert table[0][6:] == ["tokens/s without drafting", "ratio", "same text"]
@@ -233,9 +233,9 @@ def test_against_none_shows_where_texts_differ(short_model, offload_run, questio
     assert re.search(r"draft: ngram, up to \d+ tokens, accept greedy", done.out)
 
 
-def test_a_seed_that_was_drawn_does_not_turn_drafting_off(short_model, offload_run, questions):
-    base = ("bench", short_model, "--prompts", questions, "-n", 4, "--limit", 1)
-    sampled = (*base, "--temperature", 1, "--draft", f"model:{short_model}", "--json")
+def test_a_seed_that_was_drawn_does_not_turn_drafting_off(tiny_model, offload_run, questions):
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 4, "--limit", 1)
+    sampled = (*base, "--temperature", 1, "--draft", f"model:{tiny_model}", "--json")
     record = json.loads(offload_run(*sampled).out)
     assert type(record["sampling"]["seed"]) is int
     free = record["draft"]["draft_tokens"]
@@ -243,28 +243,28 @@ def test_a_seed_that_was_drawn_does_not_turn_drafting_off(short_model, offload_r
     assert fixed == 64 and free != fixed
 
 
-def test_sampled_texts_are_not_compared(short_model, offload_run, questions):
-    base = ("bench", short_model, "--prompts", questions, "-n", 4, "--limit", 1, "--draft", "ngram")
+def test_sampled_texts_are_not_compared(tiny_model, offload_run, questions):
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 4, "--limit", 1, "--draft", "ngram")
     record = json.loads(offload_run(*base, "--against-none", "--temperature", 1, "--json").out)
     assert type(record["sampling"]["seed"]) is int
     assert record["totals"]["same"] is record["rows"][0]["same"] is None
 
 
-def test_one_token_answers_have_no_rate(short_model, offload_run, questions):
-    done = offload_run("bench", short_model, "--prompts", questions, "-n", 1)
+def test_one_token_answers_have_no_rate(tiny_model, offload_run, questions):
+    done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 1)
     assert cells(done.out)[-1] == ["all", "3", "3", "-", "-", "-"]
 
 
-def test_raw_and_names_that_would_break_the_table(short_model, offload_run, tmp_path):
+def test_raw_and_names_that_would_break_the_table(tiny_model, offload_run, tmp_path):
     file = write_lines(tmp_path / "set", [{"prompt": "x", "category": "a|b\nc"}])
-    done = offload_run("bench", short_model, "--prompts", file, "-n", 2, "--raw")
+    done = offload_run("bench", tiny_model, "--prompts", file, "-n", 2, "--raw")
     assert r"| a\|b\nc | 1 | 2 |" in done.out
     assert "up to 1 tokens, raw" in done.out
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_ctrl_c_prints_what_is_done(
-    number, code, short_model, offload_run, questions, monkeypatch, tmp_path
+    number, code, tiny_model, offload_run, questions, monkeypatch, tmp_path
 ):
     step, passes = Run.step, []
 
@@ -275,7 +275,7 @@ def test_ctrl_c_prints_what_is_done(
         return step(self)
 
     monkeypatch.setattr(Run, "step", interrupted_step)
-    base = ("bench", short_model, "--prompts", questions, "-n", 6, "--output", tmp_path / "out")
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 6, "--output", tmp_path / "out")
     done = offload_run(*base)
     assert done.code == code
     assert cells(done.out)[-1][:3] == ["all", "1", "6"]
@@ -284,7 +284,7 @@ def test_ctrl_c_prints_what_is_done(
     assert record["interrupted"] is True and len(record["rows"]) == 1
 
 
-def test_ctrl_c_before_anything_is_done(short_model, offload_run, questions, monkeypatch):
+def test_ctrl_c_before_anything_is_done(tiny_model, offload_run, questions, monkeypatch):
     sweep = Engine.sweep
 
     def interrupted(self, *arguments, **options):
@@ -292,11 +292,11 @@ def test_ctrl_c_before_anything_is_done(short_model, offload_run, questions, mon
         return sweep(self, *arguments, **options)
 
     monkeypatch.setattr(Engine, "sweep", interrupted)
-    done = offload_run("bench", short_model, "--prompts", questions, "-n", 6)
+    done = offload_run("bench", tiny_model, "--prompts", questions, "-n", 6)
     assert (done.code, done.out, done.err) == (130, "", "offload-run: interrupted\n")
 
 
-def test_every_answer_of_every_round_starts_cold(short_model, offload_run, questions, monkeypatch):
+def test_every_answer_of_every_round_starts_cold(tiny_model, offload_run, questions, monkeypatch):
     """The draft model reads the whole prompt again each time; so does the target."""
     feed, forward, drafted, read = DraftModelDrafter.feed, Engine._pass, [], []
 
@@ -312,8 +312,8 @@ def test_every_answer_of_every_round_starts_cold(short_model, offload_run, quest
 
     monkeypatch.setattr(DraftModelDrafter, "feed", noted_feed)
     monkeypatch.setattr(Engine, "_pass", noted_pass)
-    base = ("bench", short_model, "--prompts", questions, "-n", 6, "--limit", 1)
-    done = offload_run(*base, *drafting(short_model), "--rounds", 3, "--json")
+    base = ("bench", tiny_model, "--prompts", questions, "-n", 6, "--limit", 1)
+    done = offload_run(*base, *drafting(tiny_model), "--rounds", 3, "--json")
     (row,) = json.loads(done.out)["rows"]
     assert read == [(0, row["prompt_tokens"])] * 3
     assert drafted == [(0, row["prompt_tokens"] + 1)] * 3

@@ -25,11 +25,11 @@ def chain_of(folder, tokens=4):
 
 
 @pytest.fixture(scope="module")
-def saying_model(short_model, tmp_path_factory):
+def saying_model(tiny_model, tmp_path_factory):
     """Return a model that says `text` after "z": each byte of it leads to the next."""
 
     def make(text):
-        folder = shutil.copytree(short_model, tmp_path_factory.mktemp("saying"), dirs_exist_ok=True)
+        folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("saying"), dirs_exist_ok=True)
         tokenizer = load_tokenizer(folder)
         ids = tokenizer.encode("z" + text, add_special_tokens=False)
         assert len(set(ids)) == len(ids)
@@ -47,10 +47,10 @@ def saying_model(short_model, tmp_path_factory):
     return make
 
 
-def test_auto_with_a_model_answers_as_it_would_alone(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 8, "--json")
+def test_auto_with_a_model_answers_as_it_would_alone(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--json")
     plain = json.loads(offload_run(*base, "--draft", "none").out)
-    both = json.loads(offload_run(*base, "--draft", f"auto:{short_model}").out)
+    both = json.loads(offload_run(*base, "--draft", f"auto:{tiny_model}").out)
     assert both["token_ids"] == plain["token_ids"]
     assert offload_run(*base, "--draft", "auto:nowhere").code == 4
 
@@ -73,43 +73,43 @@ def test_a_stop_string_inside_a_draft_ends_exactly_there(saying_model, offload_r
         assert shown.out == kept + "\n"
 
 
-def test_a_stop_string_of_a_random_model_cuts_as_without_drafting(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 30, "--json")
+def test_a_stop_string_of_a_random_model_cuts_as_without_drafting(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 30, "--json")
     whole = json.loads(offload_run(*base).out)
 
     def kept(stop):
-        stream = load_tokenizer(short_model).stream([stop])
+        stream = load_tokenizer(tiny_model).stream([stop])
         stream.push(whole["token_ids"])
         return stream.kept_tokens
 
     candidates = [c for c in whole["text"] if c.isprintable() and c != "\ufffd"]
     stop = next(c for c in candidates if kept(c) > 6 and kept(c) % 5 in (3, 4))
     wanted = json.loads(offload_run(*base, "--stop", stop).out)
-    drafted = json.loads(offload_run(*base, "--stop", stop, *chain_of(short_model)).out)
+    drafted = json.loads(offload_run(*base, "--stop", stop, *chain_of(tiny_model)).out)
     assert wanted["finish_reason"] == "stop"
     for name in ("text", "token_ids", "finish_reason"):
         assert drafted[name] == wanted[name], name
 
 
-def test_the_block_has_a_line_about_drafting(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 12)
-    done = offload_run(*base, *chain_of(short_model))
+def test_the_block_has_a_line_about_drafting(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 12)
+    done = offload_run(*base, *chain_of(tiny_model))
     plain = offload_run(*base, "--draft", "none")
     assert done.out == plain.out
     assert "drafting" not in plain.err
     # The first token, then 4 + 1, 4 + 1, and 1: the last draft has nothing to propose.
     assert re.search(
-        rf"drafting model {short_model.name}, 8 of 8 drafted accepted \(100%\), 3.67 tokens/pass, "
+        rf"drafting model {tiny_model.name}, 8 of 8 drafted accepted \(100%\), 3.67 tokens/pass, "
         r"by depth 100% 100% 100% 100%, drafting \d+\.\d\d s "
         r"\(\d+% of the time after the first token\)\n",
         done.err,
     )
-    nothing = offload_run("generate", short_model, "--raw", "-p", "x", "-n", 2, "--draft", "ngram")
+    nothing = offload_run("generate", tiny_model, "--raw", "-p", "x", "-n", 2, "--draft", "ngram")
     assert "drafting ngram, nothing was drafted" in nothing.err
 
 
-def test_triforce_says_what_its_passes_read(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 24)
+def test_triforce_says_what_its_passes_read(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 24)
     plain = offload_run(*base)
     some = ("--draft", "triforce", "--retrieval-budget", 20, "--retrieval-chunk", 4)
     done = offload_run(*base, *some, "--retrieval-rebuild", 8)
@@ -121,18 +121,18 @@ def test_triforce_says_what_its_passes_read(short_model, offload_run):
         r"\d+ of \d+ tokens drafted by ngram accepted",
         done.err,
     )
-    whole = offload_run(*base, "--draft", f"triforce:{short_model}", "--inner-gamma", 2)
+    whole = offload_run(*base, "--draft", f"triforce:{tiny_model}", "--inner-gamma", 2)
     assert whole.out == plain.out
     assert re.search(r"the prompt's \d+ tokens are within --retrieval-budget 1024", whole.err)
-    assert "chosen once" in whole.err and f"drafted by model {short_model.name}" in whole.err
+    assert "chosen once" in whole.err and f"drafted by model {tiny_model.name}" in whole.err
     record = json.loads(offload_run(*base, *some, "--json").out)["speculation"]
     assert record["drafter"] == "triforce" and record["retrieval"]["passes"] > 0
-    plan = json.loads(offload_run("plan", short_model, *some, "--json").out)
+    plan = json.loads(offload_run("plan", tiny_model, *some, "--json").out)
     assert plan["drafter_bytes"] > 0
 
 
-def test_typical_says_that_it_changes_the_distribution(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 8, "--temperature", 1, "--draft", "ngram")
+def test_typical_says_that_it_changes_the_distribution(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--temperature", 1, "--draft", "ngram")
     done = offload_run(*base, "--accept", "typical")
     assert "typical (changes the distribution)" in done.err
     assert "changes the distribution" not in offload_run(*base).err
@@ -142,11 +142,11 @@ def test_typical_says_that_it_changes_the_distribution(short_model, offload_run)
 
 @pytest.mark.parametrize("wins", [True, False])
 def test_auto_may_draft_for_typical_acceptance_and_says_where_it_does_not(
-    wins, short_model, offload_run, monkeypatch
+    wins, tiny_model, offload_run, monkeypatch
 ):
     gives = Yield(((8, 7.9 * wins),))
     monkeypatch.setattr(means, "expected_yield", lambda *_: gives)
-    base = ("generate", short_model, "-p", PROMPT, "-n", 8, "--temperature", 1)
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "--temperature", 1)
     done = offload_run(*base, "--accept", "typical")
     assert done.code == 0, done.err
     assert ("typical (changes the distribution)" in done.err) is wins
@@ -154,14 +154,14 @@ def test_auto_may_draft_for_typical_acceptance_and_says_where_it_does_not(
     assert "no effect" not in offload_run(*base).err
 
 
-def test_json_has_the_drafters_numbers(short_model, offload_run):
-    base = ("generate", short_model, "-p", PROMPT, "-n", 12, "--json")
-    record = json.loads(offload_run(*base, *chain_of(short_model)).out)
+def test_json_has_the_drafters_numbers(tiny_model, offload_run):
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 12, "--json")
+    record = json.loads(offload_run(*base, *chain_of(tiny_model)).out)
     speculation = record["speculation"]
     assert (speculation["drafter"], speculation["accept_rule"]) == ("model", "greedy")
     assert speculation["acceptance_per_depth"] == [1.0] * 4
     assert speculation["acceptance_rate"] == 1.0 and speculation["draft_s"] > 0
-    assert record["plan"]["drafter"] == f"model:{short_model}"
+    assert record["plan"]["drafter"] == f"model:{tiny_model}"
     assert record["plan"]["draft_tokens"] == 4 and record["plan"]["drafter_bytes"] > 0
 
 
@@ -199,25 +199,25 @@ def test_json_has_the_drafters_numbers(short_model, offload_run):
         ),
     ],
 )
-def test_bad_usage(arguments, message, short_model, offload_run):
+def test_bad_usage(arguments, message, tiny_model, offload_run):
     for verb in ("generate", "chat"):
         prompt = ("-p", "x") if verb == "generate" else ()
-        done = offload_run(verb, short_model, *prompt, *arguments)
+        done = offload_run(verb, tiny_model, *prompt, *arguments)
         assert (done.code, done.out) == (2, "")
         assert message in done.err and "Traceback" not in done.err
 
 
-def test_a_draft_model_that_is_not_there(short_model, offload_run):
-    for verb in (("generate", short_model, "-p", "x"), ("plan", short_model)):
+def test_a_draft_model_that_is_not_there(tiny_model, offload_run):
+    for verb in (("generate", tiny_model, "-p", "x"), ("plan", tiny_model)):
         done = offload_run(*verb, "--draft", "model:/no/such/folder")
         assert (done.code, done.out) == (4, "")
         assert "'/no/such/folder' does not exist" in done.err
 
 
 @pytest.fixture
-def other_tokenizer(short_model, tmp_path):
+def other_tokenizer(tiny_model, tmp_path):
     """The tiny model with two tokens of its vocabulary swapped."""
-    folder = shutil.copytree(short_model, tmp_path / "other")
+    folder = shutil.copytree(tiny_model, tmp_path / "other")
     path = folder / "tokenizer.json"
     tokenizer = json.loads(path.read_text())
     vocabulary = tokenizer["model"]["vocab"]
@@ -226,8 +226,8 @@ def other_tokenizer(short_model, tmp_path):
     return folder
 
 
-def test_another_tokenizer_is_refused(other_tokenizer, short_model, offload_run):
-    for verb in (("generate", short_model, "-p", "x"), ("chat", short_model)):
+def test_another_tokenizer_is_refused(other_tokenizer, tiny_model, offload_run):
+    for verb in (("generate", tiny_model, "-p", "x"), ("chat", tiny_model)):
         done = offload_run(*verb, "--draft", f"model:{other_tokenizer}")
         assert (done.code, done.out) == (2, "")
         assert re.search(
@@ -237,11 +237,11 @@ def test_another_tokenizer_is_refused(other_tokenizer, short_model, offload_run)
         )
 
 
-def test_the_same_vocabulary_in_another_file_is_fine(short_model, offload_run, tmp_path):
-    folder = shutil.copytree(short_model, tmp_path / "copy")
+def test_the_same_vocabulary_in_another_file_is_fine(tiny_model, offload_run, tmp_path):
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
     path = folder / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=3))
-    base = ("generate", short_model, "-p", PROMPT, "-n", 8, "-q")
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 8, "-q")
     done = offload_run(*base, *chain_of(folder))
     assert (done.code, done.out) == (0, offload_run(*base).out)
 
@@ -263,49 +263,49 @@ def broken_drafter(monkeypatch):
 
 
 @pytest.mark.usefixtures("broken_drafter")
-def test_a_drafter_that_fails_is_announced_once(short_model, offload_run):
+def test_a_drafter_that_fails_is_announced_once(tiny_model, offload_run):
     line = "offload-run: the ngram drafter failed (it broke): decoding goes on without it\n"
-    base = ("generate", short_model, "-p", PROMPT, "-n", 6)
+    base = ("generate", tiny_model, "-p", PROMPT, "-n", 6)
     done = offload_run(*base, "--draft", "ngram")
     assert (done.code, done.out) == (0, offload_run(*base).out)
     assert done.err.count(line) == done.err.count("drafter failed") == 1
     assert offload_run(*base, "--draft", "ngram", "-q").err == ""
     again = offload_run(*base, "--draft", "ngram", "--json")
     assert again.err == line  # each command line announces it
-    talk = offload_run("chat", short_model, "-n", 4, "--draft", "ngram", stdin=b"hello\nhello\n")
+    talk = offload_run("chat", tiny_model, "-n", 4, "--draft", "ngram", stdin=b"hello\nhello\n")
     assert talk.err.count("drafter failed") == 1
 
 
-def test_chat_drafts(short_model, offload_run):
-    base = ("chat", short_model, "-n", 8)
-    done = offload_run(*base, *chain_of(short_model), stdin=b"hello\n/stats\nmore\n/stats\n")
+def test_chat_drafts(tiny_model, offload_run):
+    base = ("chat", tiny_model, "-n", 8)
+    done = offload_run(*base, *chain_of(tiny_model), stdin=b"hello\n/stats\nmore\n/stats\n")
     assert done.out == offload_run(*base, stdin=b"hello\nmore\n").out
     assert len(re.findall(r"drafting model .* \(100%\)", done.err)) == 2
 
 
-def test_plan_counts_the_draft_model(short_model, offload_run):
+def test_plan_counts_the_draft_model(tiny_model, offload_run):
     base = ("--context", 64, "--device-memory", "300MiB", "--json")
-    plain = json.loads(offload_run("plan", short_model, *base, "--draft", "none").out)
-    planned = json.loads(offload_run("plan", short_model, *base, *chain_of(short_model)).out)
+    plain = json.loads(offload_run("plan", tiny_model, *base, "--draft", "none").out)
+    planned = json.loads(offload_run("plan", tiny_model, *base, *chain_of(tiny_model)).out)
     assert (plain["drafter"], plain["drafter_bytes"]) == ("none", 0)
-    assert planned["drafter"] == f"model:{short_model}" and planned["draft_tokens"] == 4
+    assert planned["drafter"] == f"model:{tiny_model}" and planned["draft_tokens"] == 4
     extra = planned["smallest_device_bytes"] - plain["smallest_device_bytes"]
     assert extra >= planned["drafter_bytes"] > 0
     parts = ("base_bytes", "resident_bytes", "kv_bytes", "workspace_bytes", "drafter_bytes")
     assert sum(planned[part] for part in parts) == planned["device_bytes"]
-    ran = offload_run("generate", short_model, "-p", "x", *base, *chain_of(short_model))
+    ran = offload_run("generate", tiny_model, "-p", "x", *base, *chain_of(tiny_model))
     used = json.loads(ran.out)["plan"]["drafter_bytes"]
     assert 0 < used <= planned["drafter_bytes"]  # the prompt is shorter than the context
-    table = offload_run("plan", short_model, *chain_of(short_model)).out
-    assert re.search(rf"draft model +\d.* {short_model.name} and its KV cache", table)
+    table = offload_run("plan", tiny_model, *chain_of(tiny_model)).out
+    assert re.search(rf"draft model +\d.* {tiny_model.name} and its KV cache", table)
 
 
-def test_plan_with_a_draft_model_imports_no_torch(short_model):
+def test_plan_with_a_draft_model_imports_no_torch(tiny_model):
     source = (
         "import sys; from offload_rt.cli import run; code = run(sys.argv[1:])\n"
         "print(code, 'torch' in sys.modules)"
     )
-    arguments = ["plan", short_model, "--draft", f"model:{short_model}"]
+    arguments = ["plan", tiny_model, "--draft", f"model:{tiny_model}"]
     done = subprocess.run(
         [sys.executable, "-c", source, *map(str, arguments)],
         capture_output=True,

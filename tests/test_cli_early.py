@@ -8,6 +8,7 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from tiny import DEEP
 
 from offload_rt.cli import run
 from offload_rt.cli.console import Console
@@ -154,7 +155,7 @@ def test_two_devices_of_one_memory_are_two_emulated_links():
 @pytest.mark.parametrize(("resident", "words"), [(4, 20), (1, 20), (4, 300)])
 def test_the_prompts_bar_counts_tokens(resident, words, make_tiny, offload_run, monkeypatch):
     """Of a resident model too, and of prompts that go through layers in chunks of 512."""
-    model = make_tiny("llama", tokenizer=True, max_position_embeddings=4096)
+    model = make_tiny("llama", tokenizer=True, max_position_embeddings=4096, **DEEP)
     seen: dict[str, list] = {}
     gauges = []
 

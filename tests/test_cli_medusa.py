@@ -20,27 +20,25 @@ def shared(tmp_path):
     return write_shared(tmp_path / "heads")
 
 
-def test_answers_stay_what_they_were_and_the_block_names_the_heads(
-    short_model, offload_run, shared
-):
-    plain = offload_run("generate", short_model, *BASE)
-    done = offload_run("generate", short_model, *BASE, "--draft", f"medusa:{shared}")
+def test_answers_stay_what_they_were_and_the_block_names_the_heads(tiny_model, offload_run, shared):
+    plain = offload_run("generate", tiny_model, *BASE)
+    done = offload_run("generate", tiny_model, *BASE, "--draft", f"medusa:{shared}")
     assert (done.code, done.out) == (0, plain.out)
     assert re.search(r"drafting medusa heads, \d+ of \d+ drafted accepted", done.err)
     fixed = ("--draft", f"medusa:{shared}", "--draft-tokens", 10, "--json")
-    record = offload_run("generate", short_model, *BASE, *fixed)
+    record = offload_run("generate", tiny_model, *BASE, *fixed)
     made = json.loads(record.out)
     assert made["speculation"]["drafter"] == "medusa"
     assert made["plan"]["draft_tokens"] == 10 and made["plan"]["drafter_bytes"] > 49 * 1024
 
 
-def test_plan_counts_the_heads_without_torch(short_model, shared):
+def test_plan_counts_the_heads_without_torch(tiny_model, shared):
     source = (
         "import sys; from offload_rt.cli import run; code = run(sys.argv[1:])\n"
         "print(code, 'torch' in sys.modules)"
     )
     for arguments in (
-        ["plan", short_model, "--draft", f"medusa:{shared}"],
+        ["plan", tiny_model, "--draft", f"medusa:{shared}"],
         ["medusa", "info", shared],
     ):
         done = subprocess.run(
@@ -54,7 +52,7 @@ def test_plan_counts_the_heads_without_torch(short_model, shared):
             assert re.search(r"Medusa heads +[\d.]+ KiB +heads, their logits", done.stdout)
 
 
-def test_the_plan_is_what_the_run_uses(short_model, offload_run, shared):
+def test_the_plan_is_what_the_run_uses(tiny_model, offload_run, shared):
     options = (
         "--context",
         64,
@@ -64,8 +62,8 @@ def test_the_plan_is_what_the_run_uses(short_model, offload_run, shared):
         "--draft",
         f"medusa:{shared}",
     )
-    planned = json.loads(offload_run("plan", short_model, *options).out)
-    ran = json.loads(offload_run("generate", short_model, "-p", "x", *options).out)
+    planned = json.loads(offload_run("plan", tiny_model, *options).out)
+    ran = json.loads(offload_run("generate", tiny_model, "-p", "x", *options).out)
     assert planned["drafter_bytes"] == ran["plan"]["drafter_bytes"] > 0
 
 
@@ -88,15 +86,15 @@ def test_info_shows_what_the_tensors_say(offload_run, tmp_path, shared):
     )
 
 
-def test_converted_heads_draft(short_model, offload_run, convert_medusa, tmp_path):
+def test_converted_heads_draft(tiny_model, offload_run, convert_medusa, tmp_path):
     pickled = write_pickled(tmp_path / "pt", random_heads(own=True))
-    run = ("generate", short_model, *BASE, "-q", "--draft")
+    run = ("generate", tiny_model, *BASE, "-q", "--draft")
     refused = offload_run(*run, f"medusa:{pickled}")
     assert (
         refused.code == 4
         and f"`python tools/convert_medusa.py {pickled} NEW_FOLDER`" in refused.err
     )
-    plain = offload_run("generate", short_model, *BASE).out
+    plain = offload_run("generate", tiny_model, *BASE).out
     for layout in ("tgi", "vllm"):
         new = tmp_path / layout
         done = convert_medusa(pickled, new, "--to", layout)
@@ -107,15 +105,15 @@ def test_converted_heads_draft(short_model, offload_run, convert_medusa, tmp_pat
         assert offload_run(*run, f"medusa:{new}").out == plain
 
 
-def test_the_models_head_goes_to_vllm(short_model, offload_run, convert_medusa, tmp_path, shared):
+def test_the_models_head_goes_to_vllm(tiny_model, offload_run, convert_medusa, tmp_path, shared):
     for arguments, message in (
         (["--to", "vllm"], "add --model"),
-        (["--to", "tgi", "--model", short_model], "--model has no effect"),
+        (["--to", "tgi", "--model", tiny_model], "--model has no effect"),
     ):
         done = convert_medusa(shared, tmp_path / "new", *arguments)
         assert done.code == 2 and message in done.err and not (tmp_path / "new").exists()
     new = tmp_path / "new"
-    done = convert_medusa(shared, new, "--to", "vllm", "--model", short_model)
+    done = convert_medusa(shared, new, "--to", "vllm", "--model", tiny_model)
     assert done.code == 0
     assert "one stored for all, 300 rows" in offload_run("medusa", "info", new).out
 
@@ -127,21 +125,21 @@ def prompts(tmp_path):
     return path
 
 
-def test_calibrating_shapes_later_trees(short_model, offload_run, shared, prompts):
-    command = ("medusa", "calibrate", shared, short_model, "--prompts", prompts, "-n", 12)
+def test_calibrating_shapes_later_trees(tiny_model, offload_run, shared, prompts):
+    command = ("medusa", "calibrate", shared, tiny_model, "--prompts", prompts, "-n", 12)
     done = offload_run(*command, "--json")
     assert done.code == 0, done.err
     record = json.loads(done.out)
     assert record["file"] == str(shared / CALIBRATION_FILE)
     kept = read_calibration(shared)
-    assert kept.accuracy == record["accuracy"] and kept.model == short_model.name
+    assert kept.accuracy == record["accuracy"] and kept.model == tiny_model.name
     assert [len(row) for row in kept.hits] == [32] * 3
     one, two, three = kept.places
     assert one >= two >= three > 0 and one <= 4 * 11
     shown = offload_run("medusa", "info", shared).out
-    assert f"{one} places in answers of {short_model.name}" in shown and "head 3" in shown
-    plain = offload_run("generate", short_model, *BASE).out
-    drafted = offload_run("generate", short_model, *BASE, "--draft", f"medusa:{shared}")
+    assert f"{one} places in answers of {tiny_model.name}" in shown and "head 3" in shown
+    plain = offload_run("generate", tiny_model, *BASE).out
+    drafted = offload_run("generate", tiny_model, *BASE, "--draft", f"medusa:{shared}")
     assert drafted.out == plain
     # Streamed and with one prompt at a time the same is counted.
     some = offload_run(*command, "--resident-layers", 0, "--slots", 2)
@@ -149,8 +147,8 @@ def test_calibrating_shapes_later_trees(short_model, offload_run, shared, prompt
     assert read_calibration(shared) == kept
 
 
-def test_calibration_goes_where_it_is_told(short_model, offload_run, shared, prompts, tmp_path):
-    command = ("medusa", "calibrate", shared, short_model, "--prompts", prompts, "--limit", 2)
+def test_calibration_goes_where_it_is_told(tiny_model, offload_run, shared, prompts, tmp_path):
+    command = ("medusa", "calibrate", shared, tiny_model, "--prompts", prompts, "--limit", 2)
     missing = offload_run(*command, "--output", tmp_path / "missing")
     assert missing.code == 2 and "is no folder" in missing.err
     (tmp_path / "there").mkdir()
@@ -158,26 +156,26 @@ def test_calibration_goes_where_it_is_told(short_model, offload_run, shared, pro
     assert read_calibration(tmp_path / "there") and not (shared / CALIBRATION_FILE).exists()
 
 
-def test_bad_usage(short_model, offload_run, shared, prompts, tmp_path):
-    calibrate = ("medusa", "calibrate", shared, short_model, "--prompts")
+def test_bad_usage(tiny_model, offload_run, shared, prompts, tmp_path):
+    calibrate = ("medusa", "calibrate", shared, tiny_model, "--prompts")
     bare = shutil.copytree(shared, tmp_path / "bare")
     (bare / "medusa_lm_head.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
     write_own(tmp_path / "wide", size=128)
     for arguments, code, message in (
         (("medusa", "info", "/no/such/folder"), 4, "'/no/such/folder' does not exist"),
-        (("medusa", "info", short_model), 4, "holds no Medusa heads"),
+        (("medusa", "info", tiny_model), 4, "holds no Medusa heads"),
         (("medusa", "info", bare), 4, "holds no Medusa heads"),
         (("medusa", "convert", shared, shared), 2, "use `python tools/convert_medusa.py HEADS FOL"),
         ((*calibrate, "/no/such/file"), 2, "cannot read the prompts"),
         ((*calibrate, prompts, "--context", 20), 2, "there is room for 20"),
-        (("generate", short_model, "-p", "x", "--draft", "medusa:"), 2, "is not known"),
+        (("generate", tiny_model, "-p", "x", "--draft", "medusa:"), 2, "is not known"),
         (
-            ("generate", short_model, "-p", "x", "--draft", f"medusa:{tmp_path / 'wide'}"),
+            ("generate", tiny_model, "-p", "x", "--draft", f"medusa:{tmp_path / 'wide'}"),
             2,
             "hidden state of 128 numbers",
         ),
         (
-            ("plan", short_model, "--draft", f"medusa:{tmp_path / 'wide'}"),
+            ("plan", tiny_model, "--draft", f"medusa:{tmp_path / 'wide'}"),
             2,
             "hidden state of 128 numbers",
         ),

@@ -14,11 +14,11 @@ PROMPT = "the quick brown fox jumps over the lazy dog"
 
 
 @pytest.fixture
-def planned(tiny_model, offload_run, tmp_path):
+def planned(deep_model, offload_run, tmp_path):
     """A plan of two resident layers, three slots and drafts of five tokens, as a file."""
     path = tmp_path / "plan.json"
     made = offload_run(
-        *("plan", tiny_model, "--context", 64, "--device-memory", "100MiB"),
+        *("plan", deep_model, "--context", 64, "--device-memory", "100MiB"),
         *("--resident-layers", 1, "--slots", 3, "--draft", "ngram", "--draft-tokens", 5),
         *("--output", path),
     )
@@ -35,36 +35,36 @@ def edited(path, **changes):
     return path
 
 
-def test_a_plan_is_replayed(planned, tiny_model, offload_run):
+def test_a_plan_is_replayed(planned, deep_model, offload_run):
     record = json.loads(planned.read_text())
-    done = offload_run("generate", tiny_model, "-p", PROMPT, "-n", 8, "--plan", planned, "--json")
+    done = offload_run("generate", deep_model, "-p", PROMPT, "-n", 8, "--plan", planned, "--json")
     plan = json.loads(done.out)["plan"]
     assert plan["resident"] == record["resident"] == [2]
     assert (plan["slots"], plan["drafter"], plan["draft_tokens"]) == (3, "ngram", 5)
     assert json.loads(done.out)["memory"]["device_limit_bytes"] == 100 * 2**20
-    again = json.loads(offload_run("plan", tiny_model, "--plan", planned, "--json").out)
+    again = json.loads(offload_run("plan", deep_model, "--plan", planned, "--json").out)
     assert (again["resident"], again["slots"], again["draft_tokens"]) == ([2], 3, 5)
 
 
-def test_a_plan_fixes_what_a_run_would_begin_with(tiny_model, offload_run, tmp_path):
+def test_a_plan_fixes_what_a_run_would_begin_with(deep_model, offload_run, tmp_path):
     path = tmp_path / "plan.json"
-    common = (tiny_model, "--draft", "ngram", "--device-memory", "100MiB")
+    common = (deep_model, "--draft", "ngram", "--device-memory", "100MiB")
     made = json.loads(offload_run("plan", *common, "--context", 64, "--json", "--output", path).out)
     assert made["draft_tokens"] > made["first_draft_tokens"] > 0
     shown = offload_run("plan", *common, "--context", 64).out
     first, most = made["first_draft_tokens"], made["draft_tokens"]
     assert f"ngram, {first} tokens at first, up to {most} a pass" in shown
     assert json.loads(path.read_text())["options"]["draft_tokens"] == first
-    run = ("generate", tiny_model, "-p", PROMPT, "-n", 56, "--json")
+    run = ("generate", deep_model, "-p", PROMPT, "-n", 56, "--json")
     open_run = json.loads(offload_run(*run, *common[1:]).out)["plan"]
     assert open_run["draft_tokens"] > open_run["first_draft_tokens"]
     fixed = json.loads(offload_run(*run, "--plan", path).out)["plan"]
     assert fixed["draft_tokens"] == fixed["first_draft_tokens"] == first
 
 
-def test_an_edited_plan_is_followed(planned, tiny_model, offload_run):
+def test_an_edited_plan_is_followed(planned, deep_model, offload_run):
     edited(planned, resident=[0, 3], slots=2, draft="none", draft_tokens=None)
-    done = offload_run("generate", tiny_model, "-p", PROMPT, "-n", 4, "--plan", planned, "--json")
+    done = offload_run("generate", deep_model, "-p", PROMPT, "-n", 4, "--plan", planned, "--json")
     plan = json.loads(done.out)["plan"]
     assert (plan["resident"], plan["slots"], plan["drafter"]) == ([0, 3], 2, "none")
 
@@ -95,42 +95,42 @@ def test_an_edited_plan_is_followed(planned, tiny_model, offload_run):
         ({"model": 3}, 2, "model must be a name"),
     ],
 )
-def test_plans_that_cannot_be(changes, code, message, planned, tiny_model, offload_run):
+def test_plans_that_cannot_be(changes, code, message, planned, deep_model, offload_run):
     edited(planned, **changes)
-    for verb in (["generate", tiny_model, "-p", "x", "-n", 4], ["plan", tiny_model]):
+    for verb in (["generate", deep_model, "-p", "x", "-n", 4], ["plan", deep_model]):
         done = offload_run(*verb, "--plan", planned)
         assert (done.code, done.out) == (code, ""), done.err
         assert re.fullmatch(rf"offload-run: error: [^\n]*{re.escape(message)}[^\n]*\n", done.err)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", "[" * 10**5, "\xff", " " * (2**20 + 1)])
-def test_files_that_are_no_plans(text, tiny_model, offload_run, tmp_path):
+def test_files_that_are_no_plans(text, deep_model, offload_run, tmp_path):
     path = tmp_path / "plan.json"
     path.write_bytes(text.encode("latin-1"))
-    done = offload_run("plan", tiny_model, "--plan", path)
+    done = offload_run("plan", deep_model, "--plan", path)
     assert (done.code, done.out) == (2, "")
     assert re.fullmatch(r"offload-run: error: --plan .* is not a usable plan: .*\n", done.err)
-    gone = offload_run("plan", tiny_model, "--plan", tmp_path / "gone.json")
+    gone = offload_run("plan", deep_model, "--plan", tmp_path / "gone.json")
     assert gone.code == 2 and "no such file" in gone.err
-    nowhere = offload_run("plan", tiny_model, "--output", tmp_path / "no" / "plan.json")
+    nowhere = offload_run("plan", deep_model, "--output", tmp_path / "no" / "plan.json")
     assert nowhere.code == 2 and "is no folder: make it first" in nowhere.err
 
 
 @pytest.mark.parametrize(
     "flags", [["--slots", 2], ["--draft", "none"], ["--resident-layers", 1], ["--kv", "disk"]]
 )
-def test_a_flag_that_contradicts_the_plan(flags, planned, tiny_model, offload_run):
-    done = offload_run("generate", tiny_model, "-p", "x", "--plan", planned, *flags)
+def test_a_flag_that_contradicts_the_plan(flags, planned, deep_model, offload_run):
+    done = offload_run("generate", deep_model, "-p", "x", "--plan", planned, *flags)
     assert done.code == 2 and flags[0] in done.err and "leave out one" in done.err
-    same = offload_run("generate", tiny_model, "-p", "x", "-n", 2, "--plan", planned, "--slots", 3)
+    same = offload_run("generate", deep_model, "-p", "x", "-n", 2, "--plan", planned, "--slots", 3)
     assert same.code == 0
 
 
-def test_the_plan_says_how_fast_and_why(tiny_model, offload_run):
-    table = offload_run("plan", tiny_model, "--context", 64).out
+def test_the_plan_says_how_fast_and_why(deep_model, offload_run):
+    table = offload_run("plan", deep_model, "--context", 64).out
     for wanted in ("predicted (profile ", "s/token", "bound by", "other ways", "ngram"):
         assert wanted in table
-    record = json.loads(offload_run("plan", tiny_model, "--context", 64, "--json").out)
+    record = json.loads(offload_run("plan", deep_model, "--context", 64, "--json").out)
     assert record["predicted"]["s_per_token"] > 0
     drafters = {way["draft"] for way in record["considered"]}
     assert drafters == {"none", "ngram"}
@@ -140,17 +140,17 @@ def test_the_plan_says_how_fast_and_why(tiny_model, offload_run):
     ("flag", "name"), [("avx512_bf16", "cpu-2core-avx512bf16"), ("", "cpu-2core-avx512")]
 )
 def test_the_shipped_profile_that_stands_in_is_of_a_like_cpu(
-    tiny_model, offload_run, monkeypatch, flag, name
+    deep_model, offload_run, monkeypatch, flag, name
 ):
     """Without instructions for bf16 more rows cost much more, and nothing is reordered."""
     monkeypatch.setattr(means, "machine_name", lambda: "a-machine-without-a-profile")
     monkeypatch.setattr(means, "processor", lambda: ("a CPU", flag))
-    done = offload_run("plan", tiny_model, "--context", 64, "--device", "cpu", "--json")
+    done = offload_run("plan", deep_model, "--context", 64, "--device", "cpu", "--json")
     assert json.loads(done.out)["profile"] == name
 
 
-def test_a_profile_can_be_named(tiny_model, offload_run):
-    base = ("plan", tiny_model, "--context", 64, "--json")
+def test_a_profile_can_be_named(deep_model, offload_run):
+    base = ("plan", deep_model, "--context", 64, "--json")
     record = json.loads(offload_run(*base, "--profile", "cpu-2core-avx512bf16").out)
     assert record["profile"] == "cpu-2core-avx512bf16"
     gpu = ("--device", "cuda", "--device-memory", "8GiB", "--profile", "rtx3090-pcie4x16")
@@ -162,48 +162,48 @@ def test_a_profile_can_be_named(tiny_model, offload_run):
     assert gone.code != 0 and "no profile 'nobodys'" in gone.err
 
 
-def test_auto_writes_what_none_writes(tiny_model, offload_run):
-    base = ("generate", tiny_model, "-p", PROMPT * 3, "-n", 24, "-q")
+def test_auto_writes_what_none_writes(deep_model, offload_run):
+    base = ("generate", deep_model, "-p", PROMPT * 3, "-n", 24, "-q")
     plain = offload_run(*base, "--draft", "none").out
     assert offload_run(*base).out == plain
-    assert offload_run(*base, "--draft", f"model:{tiny_model}").out == plain
+    assert offload_run(*base, "--draft", f"model:{deep_model}").out == plain
 
 
-def test_a_seed_brings_the_same_answer_whatever_was_learned(tiny_model, offload_run):
-    base = ("generate", tiny_model, "-p", PROMPT, "-n", 12, "--temperature", 1, "--seed", 7)
+def test_a_seed_brings_the_same_answer_whatever_was_learned(deep_model, offload_run):
+    base = ("generate", deep_model, "-p", PROMPT, "-n", 12, "--temperature", 1, "--seed", 7)
     first = json.loads(offload_run(*base, "--json").out)
     assert first["exact"] == {"rows": 16, "key_block": 64, "prompt": True, "why": None}
     plain = json.loads(offload_run(*base, "--exact", "off", "--json").out)
     assert plain["speculation"]["drafter"] == "none"
-    offload_run("generate", tiny_model, "-p", PROMPT * 4, "-n", 20, "-q", "--temperature", 1)
+    offload_run("generate", deep_model, "-p", PROMPT * 4, "-n", 20, "-q", "--temperature", 1)
     assert offload_run(*base, "-q").out == first["text"] + "\n"
-    drafted = [*base, "--draft", f"model:{tiny_model}", "--json"]
+    drafted = [*base, "--draft", f"model:{deep_model}", "--json"]
     one, two = (json.loads(offload_run(*drafted).out) for _ in range(2))
     assert one["token_ids"] == two["token_ids"]
     assert one["plan"]["draft_tokens"] == 64
 
 
-def test_what_drafting_gave_is_kept_and_read_again(tiny_model, offload_run):
-    draft = ("--draft", f"model:{tiny_model}")
-    offload_run("generate", tiny_model, "-p", PROMPT, "-n", 60, *draft, "--draft-tokens", 4)
+def test_what_drafting_gave_is_kept_and_read_again(deep_model, offload_run):
+    draft = ("--draft", f"model:{deep_model}")
+    offload_run("generate", deep_model, "-p", PROMPT, "-n", 60, *draft, "--draft-tokens", 4)
     kept = json.loads(experience_path().read_text())["entries"]
     (key,) = kept
     assert "model" in key and "greedy" in key
     assert all(value == int(size) for size, (_, value) in kept[key]["accepted"].items())
-    again = json.loads(offload_run("plan", tiny_model, "--json", *draft).out)
+    again = json.loads(offload_run("plan", deep_model, "--json", *draft).out)
     one = next(way for way in again["considered"] if way["draft_tokens"] == 1)
     assert one["predicted"]["tokens_per_pass"] > 1.8  # 1.75 if nothing had been learned
 
 
-def test_what_auto_chose_beside_a_model_is_read_again(tiny_model, offload_run):
+def test_what_auto_chose_beside_a_model_is_read_again(deep_model, offload_run):
     """A run that chose another drafter than the model keeps what that gave under its own name."""
     base = ("-p", PROMPT * 3, "-n", 40, "--draft", "ngram", "--draft-tokens", 4)
-    offload_run("generate", tiny_model, *base)
+    offload_run("generate", deep_model, *base)
     (key,) = json.loads(experience_path().read_text())["entries"]
     add_seen(experience_path(), key, Seen(accepted={1: (500.0, 0.0)}, hits=(500.0, 1.0)))
     gives = {}
-    for draft in ("auto", f"auto:{tiny_model}"):
-        made = json.loads(offload_run("plan", tiny_model, "--json", "--draft", draft).out)
+    for draft in ("auto", f"auto:{deep_model}"):
+        made = json.loads(offload_run("plan", deep_model, "--json", "--draft", draft).out)
         ways = [way for way in made["considered"] if way["draft"] == "ngram"]
         gives[draft] = [way["predicted"]["tokens_per_pass"] for way in ways]
     first, second = gives.values()
@@ -222,13 +222,13 @@ def test_that_nothing_was_found_is_kept_too(tmp_path):
     assert read_seen(path, "k").hits == (40.0, 0.25)
 
 
-def test_a_plan_keeps_blocks_and_folder_of_kv(tiny_model, offload_run, tmp_path):
+def test_a_plan_keeps_blocks_and_folder_of_kv(deep_model, offload_run, tmp_path):
     kv = ("--kv", "disk", "--kv-block-tokens", 64, "--kv-folder", tmp_path)
     plan = tmp_path / "plan.json"
-    assert offload_run("plan", tiny_model, "--context", 90, *kv, "--output", plan).code == 0
+    assert offload_run("plan", deep_model, "--context", 90, *kv, "--output", plan).code == 0
     kept = json.loads(plan.read_text())["options"]
     assert (kept["kv_block_tokens"], kept["kv_folder"]) == (64, str(tmp_path))
-    done = offload_run("generate", tiny_model, "-p", "x", "-n", 2, "--plan", plan)
+    done = offload_run("generate", deep_model, "-p", "x", "-n", 2, "--plan", plan)
     assert done.code == 0, done.err
 
 

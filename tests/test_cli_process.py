@@ -137,7 +137,7 @@ def test_weights_changed_while_running(change, tiny_model, tmp_path, offload_run
 
     def checked(interrupts):
         checks.append(len(checks))
-        if len(checks) == 14:  # of four layers each, so after some tokens
+        if len(checks) == 14:  # of two layers each, so after some tokens
             change(folder / "model.safetensors")
         check(interrupts)
 

@@ -16,13 +16,13 @@ QWEN = {
 
 
 @pytest.fixture
-def recommending(short_model, tmp_path):
+def recommending(tiny_model, tmp_path):
     """Return the tiny model with settings in its generation_config.json."""
 
     def make(**settings):
         folder = tmp_path / "recommending"
         if not folder.exists():
-            shutil.copytree(short_model, folder)
+            shutil.copytree(tiny_model, folder)
         path = folder / "generation_config.json"
         path.write_text(json.dumps({"eos_token_id": 2} | settings))
         return folder

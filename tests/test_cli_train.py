@@ -68,22 +68,22 @@ def folder_bytes():
 
 
 def test_from_prompts_to_heads_that_draft(
-    short_model, offload_run, prompts, tmp_path, folder_bytes, curves
+    tiny_model, offload_run, prompts, tmp_path, folder_bytes, curves
 ):
-    before, heads = folder_bytes(short_model), tmp_path / "heads"
-    training = command(short_model, heads, prompts, *DISTILL, "--epochs", 6, "--json")
+    before, heads = folder_bytes(tiny_model), tmp_path / "heads"
+    training = command(tiny_model, heads, prompts, *DISTILL, "--epochs", 6, "--json")
     done = offload_run(*training)
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert made["train"]["texts"] == 12 and made["held_out"]["texts"] == 4
     assert len(made["heads"]) == 3 and made["perplexity"] is None
-    assert folder_bytes(short_model) == before  # Medusa-1 does not touch the model
+    assert folder_bytes(tiny_model) == before  # Medusa-1 does not touch the model
     assert not (heads / "cache").exists() and not (heads / "training.state").exists()
-    plain = offload_run("generate", short_model, *ASK)
-    drafted = offload_run("generate", short_model, *ASK, "--draft", f"medusa:{heads}")
+    plain = offload_run("generate", tiny_model, *ASK)
+    drafted = offload_run("generate", tiny_model, *ASK, "--draft", f"medusa:{heads}")
     assert (drafted.code, drafted.out) == (0, plain.out)
     shown = offload_run("medusa", "info", heads).out
-    assert "one stored for each, 300 rows" in shown and f"of {short_model.name}" in shown
+    assert "one stored for each, 300 rows" in shown and f"of {tiny_model.name}" in shown
     lines = (heads / "loss.jsonl").read_text().splitlines()
     losses = [json.loads(line)["loss"] for line in lines]
     assert sum(losses[len(losses) // 2 :]) < sum(losses[: len(losses) // 2])
@@ -93,17 +93,17 @@ def test_from_prompts_to_heads_that_draft(
 
 
 def test_the_calibration_is_what_calibrating_on_held_out_prompts_gives(
-    short_model, offload_run, prompts, tmp_path
+    tiny_model, offload_run, prompts, tmp_path
 ):
     heads = tmp_path / "heads"
     small = ("--vocabulary", 64, "--temperature", 0.8)
-    done = offload_run(*command(short_model, heads, prompts, *DISTILL, *small))
+    done = offload_run(*command(tiny_model, heads, prompts, *DISTILL, *small))
     assert done.code == 0, done.err
     trained = read_calibration(heads)
     _, held_out = split(read_talks(str(prompts)), 0.25, 3)
     test = tmp_path / "test.txt"
     test.write_text("".join(talk.turns[0][1] + "\n" for talk in held_out))
-    listened = offload_run("medusa", "calibrate", heads, short_model, "--prompts", test, "-n", 20)
+    listened = offload_run("medusa", "calibrate", heads, tiny_model, "--prompts", test, "-n", 20)
     assert listened.code == 0, listened.err
     calibrated = read_calibration(heads)
     # Heads were scored in fp32 from a state each, here in the run: a tie may fall another way.
@@ -128,18 +128,18 @@ def write_talks(path, count=12):
     return path
 
 
-def test_given_answers_are_learnt(short_model, offload_run, tmp_path):
+def test_given_answers_are_learnt(tiny_model, offload_run, tmp_path):
     """The same two answers every time: after training, heads know them by heart."""
     data = write_talks(tmp_path / "talks.jsonl")
     heads = tmp_path / "heads"
     options = ("--epochs", 60, "--lr", 0.01, "--json", "--vocabulary", "full")
-    done = offload_run(*command(short_model, heads, data, *options))
+    done = offload_run(*command(tiny_model, heads, data, *options))
     assert done.code == 0, done.err
     made = json.loads(done.out)
     assert made["held_out"]["texts"] == 1 and not made["calibrated"]
     assert made["heads"][0]["top1"] > 0.8 > 10 * (1 / 300)
     assert read_calibration(heads) is None
-    shared = offload_run(*command(short_model, tmp_path / "s", data, "--vocabulary", "shared"))
+    shared = offload_run(*command(tiny_model, tmp_path / "s", data, "--vocabulary", "shared"))
     assert shared.code == 0 and "medusa calibrate" in shared.out
     assert set(load_file(tmp_path / "s" / "medusa_lm_head.safetensors")) == {
         f"{head}.0.linear.{part}" for head in range(3) for part in ("weight", "bias")
@@ -157,18 +157,18 @@ def test_sharegpt_is_read_as_messages(tmp_path):
     assert read_talks(str(sharegpt))[0].prompt == (("user", "the 0"),)
 
 
-def test_a_cache_serves_several_trainings(short_model, offload_run, prompts, tmp_path):
+def test_a_cache_serves_several_trainings(tiny_model, offload_run, prompts, tmp_path):
     cache = ("--cache", tmp_path / "cache")
-    one = offload_run(*command(short_model, tmp_path / "one", prompts, *DISTILL, *cache, "--json"))
+    one = offload_run(*command(tiny_model, tmp_path / "one", prompts, *DISTILL, *cache, "--json"))
     made = json.loads(one.out)
     assert made["seconds"].keys() == {"answers", "states", "heads"}
     other = ("--lr", 0.003, "--layers", 2, "--json")
-    two = offload_run(*command(short_model, tmp_path / "two", prompts, *DISTILL, *cache, *other))
+    two = offload_run(*command(tiny_model, tmp_path / "two", prompts, *DISTILL, *cache, *other))
     assert two.code == 0, two.err
     assert json.loads(two.out)["seconds"].keys() == {"heads"}
     more = ("--heads", 4)
     refused = offload_run(
-        *command(short_model, tmp_path / "three", prompts, *DISTILL, *cache, *more)
+        *command(tiny_model, tmp_path / "three", prompts, *DISTILL, *cache, *more)
     )
     assert refused.code == 2 and "was made with --heads 3, now it is 4" in refused.err
     assert "another --cache" in refused.err
@@ -216,11 +216,11 @@ def saves_often(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def whole(short_model, prompts, tmp_path_factory):
+def whole(tiny_model, prompts, tmp_path_factory):
     """Heads from a training that was never stopped, how often it synced, its arguments."""
     folder, syncs = tmp_path_factory.mktemp("whole"), Syncs()
     options = (*DISTILL, "--epochs", 2, "--temperature", 0.8)
-    arguments = command(short_model, folder / "heads", prompts, *options)
+    arguments = command(tiny_model, folder / "heads", prompts, *options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(FrozenTrainer.run.__kwdefaults__, "save_s", 0.0)
         patch.setattr(os, "fsync", syncs)
@@ -281,15 +281,15 @@ def test_ctrl_c_says_how_to_go_on(whole, saves_often, offload_run, tmp_path, mon
         assert (tmp_path / "heads" / name).read_bytes() == (heads / name).read_bytes()
 
 
-def test_half_a_batch_of_answers_is_written_anew(short_model, offload_run, prompts, tmp_path):
+def test_half_a_batch_of_answers_is_written_anew(tiny_model, offload_run, prompts, tmp_path):
     """The batch is the same one again, and so are its drawn answers."""
     cache = tmp_path / "cache"
     options = (*DISTILL, "--temperature", 0.8, "--cache", cache)
-    assert offload_run(*command(short_model, tmp_path / "one", prompts, *options)).code == 0
+    assert offload_run(*command(tiny_model, tmp_path / "one", prompts, *options)).code == 0
     answers = (cache / "answers.jsonl").read_text()
     lines = answers.splitlines(keepends=True)
     (cache / "answers.jsonl").write_text("".join(lines[:6]) + lines[6][:5])
-    assert offload_run(*command(short_model, tmp_path / "two", prompts, *options)).code == 0
+    assert offload_run(*command(tiny_model, tmp_path / "two", prompts, *options)).code == 0
     assert (cache / "answers.jsonl").read_text() == answers
     assert len(set(lines)) > 12
 
@@ -298,7 +298,7 @@ JOINT = (*DISTILL, "--method", "medusa-2", "--lora-rank", 4)
 
 
 @pytest.fixture(scope="module")
-def joint_heads(short_model, prompts, tmp_path_factory):
+def joint_heads(tiny_model, prompts, tmp_path_factory):
     """Heads and a model that learned together, by the warm-up."""
     made = {}
 
@@ -306,7 +306,7 @@ def joint_heads(short_model, prompts, tmp_path_factory):
         if warm_up not in made:
             folder = tmp_path_factory.mktemp(warm_up)
             options = (*JOINT, "--warm-up", warm_up)
-            train_once(command(short_model, folder / "heads", prompts, *options), folder)
+            train_once(command(tiny_model, folder / "heads", prompts, *options), folder)
             made[warm_up] = folder / "heads"
         return made[warm_up]
 
@@ -316,7 +316,7 @@ def joint_heads(short_model, prompts, tmp_path_factory):
 @needs_peft
 @pytest.mark.parametrize("warm_up", ["two-stage", "sine"])
 def test_medusa_2_makes_a_model_and_heads_that_generate_loads(
-    short_model, joint_heads, offload_run, warm_up
+    tiny_model, joint_heads, offload_run, warm_up
 ):
     heads = joint_heads(warm_up)
     before, after = json.loads((heads / "training.json").read_text())["result"]["perplexity"]
@@ -325,7 +325,7 @@ def test_medusa_2_makes_a_model_and_heads_that_generate_loads(
     plain = offload_run("generate", model, *ASK)
     drafted = offload_run("generate", model, *ASK, "--draft", f"medusa:{heads}")
     assert plain.code == 0 and (drafted.code, drafted.out) == (0, plain.out)
-    merged, original = reference_model(model), reference_model(short_model)
+    merged, original = reference_model(model), reference_model(tiny_model)
     changed = [
         name
         for (name, one), (_, two) in zip(
@@ -338,7 +338,7 @@ def test_medusa_2_makes_a_model_and_heads_that_generate_loads(
 
 @needs_peft
 def test_medusa_2_resumes_to_the_same_weights(
-    short_model, joint_heads, offload_run, prompts, tmp_path, monkeypatch
+    tiny_model, joint_heads, offload_run, prompts, tmp_path, monkeypatch
 ):
     from offload_rt.training import joint
 
@@ -354,16 +354,16 @@ def test_medusa_2_resumes_to_the_same_weights(
         return losses(*arguments)
 
     monkeypatch.setattr(joint.JointTrainer, "_losses", interrupting)
-    assert offload_run(*command(short_model, heads, prompts, *options)).code == 130
+    assert offload_run(*command(tiny_model, heads, prompts, *options)).code == 130
     torch.manual_seed(99)  # dropout must come from the training's own seed
-    assert offload_run(*command(short_model, heads, prompts, *options)).code == 0
+    assert offload_run(*command(tiny_model, heads, prompts, *options)).code == 0
     for name in ("medusa_lm_head.safetensors", "model/model.safetensors"):
         assert (whole / name).read_bytes() == (heads / name).read_bytes()
 
 
-def test_a_folder_is_written_by_one_training_at_a_time(short_model, offload_run, prompts, tmp_path):
+def test_a_folder_is_written_by_one_training_at_a_time(tiny_model, offload_run, prompts, tmp_path):
     folders = {"--output": tmp_path / "heads", "--cache": tmp_path / "cache"}
-    arguments = command(short_model, folders["--output"], prompts, "--cache", folders["--cache"])
+    arguments = command(tiny_model, folders["--output"], prompts, "--cache", folders["--cache"])
     for taken, folder in folders.items():
         folder.mkdir(exist_ok=True)
         with held(folder, taken):
@@ -378,22 +378,20 @@ def test_a_folder_is_written_by_one_training_at_a_time(short_model, offload_run,
 
 
 def test_what_is_missing_is_a_sentence(
-    short_model, offload_run, prompts, tmp_path, monkeypatch, curves
+    tiny_model, offload_run, prompts, tmp_path, monkeypatch, curves
 ):
     find_spec = importlib.util.find_spec
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name)
     )
-    done = offload_run(*command(short_model, tmp_path / "x", prompts, "--method", "medusa-2"))
+    done = offload_run(*command(tiny_model, tmp_path / "x", prompts, "--method", "medusa-2"))
     assert done.code == 2 and "pip install 'offload-rt[train]'" in done.err
     monkeypatch.undo()
     for name in [n for n in sys.modules if n.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    loud = [
-        part for part in command(short_model, tmp_path / "y", prompts, *DISTILL) if part != "-q"
-    ]
+    loud = [part for part in command(tiny_model, tmp_path / "y", prompts, *DISTILL) if part != "-q"]
     done = offload_run(*loud)
     assert done.code == 0 and "no loss curve: matplotlib is not installed" in done.err
     assert not (tmp_path / "y" / "loss.png").exists() and (tmp_path / "y" / "loss.jsonl").exists()
@@ -433,41 +431,41 @@ def test_the_curve_is_drawn(tmp_path):
         (b'{"prompt": "x"}\n{"prompt": "\xff"}\n', "line 2 is not UTF-8"),
     ],
 )
-def test_bad_data_names_its_line(short_model, offload_run, tmp_path, lines, message):
+def test_bad_data_names_its_line(tiny_model, offload_run, tmp_path, lines, message):
     data = tmp_path / "data"
     data.write_bytes(lines if isinstance(lines, bytes) else lines.encode())
-    done = offload_run(*command(short_model, tmp_path / "out", data))
+    done = offload_run(*command(tiny_model, tmp_path / "out", data))
     assert (done.code, done.out) == (2, "") and message in done.err, done.err
     assert done.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_bad_usage(short_model, make_tiny, offload_run, prompts, tmp_path):
+def test_bad_usage(tiny_model, make_tiny, offload_run, prompts, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     out = tmp_path / "out"
     for arguments, code, message in (
-        (command(short_model, out, prompts), 2, "line 1 has a prompt but no answer"),
-        (command(short_model, out, "/no/such/file"), 2, "cannot read"),
-        (command(short_model, tmp_path / "full", prompts, *DISTILL), 2, "no training made it"),
+        (command(tiny_model, out, prompts), 2, "line 1 has a prompt but no answer"),
+        (command(tiny_model, out, "/no/such/file"), 2, "cannot read"),
+        (command(tiny_model, tmp_path / "full", prompts, *DISTILL), 2, "no training made it"),
         (command("/no/such/model", out, prompts, *DISTILL), 4, "does not exist"),
-        (command(short_model, out, prompts, "--temperature", 1), 2, "add --self-distill"),
-        (command(short_model, out, prompts, "--kv", "host"), 2, "--kv is for answers"),
-        (command(short_model, out, prompts, *DISTILL, "--lora-rank", 2), 2, "medusa-2"),
+        (command(tiny_model, out, prompts, "--temperature", 1), 2, "add --self-distill"),
+        (command(tiny_model, out, prompts, "--kv", "host"), 2, "--kv is for answers"),
+        (command(tiny_model, out, prompts, *DISTILL, "--lora-rank", 2), 2, "medusa-2"),
         (
-            command(short_model, out, prompts, *DISTILL, "--vocabulary", "few"),
+            command(tiny_model, out, prompts, *DISTILL, "--vocabulary", "few"),
             2,
             "'few' is neither",
         ),
-        (command(short_model, out, prompts, *DISTILL, "--kv", "none"), 2, "'none' is not one of"),
-        (command(short_model, out, prompts, *DISTILL, "--context", 9999), 2, "made for up to 512"),
-        (command(short_model, out, prompts, *DISTILL, "--heads", 99), 2, "--heads is 99"),
-        (command(short_model, "/proc/no", prompts, *DISTILL), 2, "cannot make the folder /proc/no"),
+        (command(tiny_model, out, prompts, *DISTILL, "--kv", "none"), 2, "'none' is not one of"),
+        (command(tiny_model, out, prompts, *DISTILL, "--context", 9999), 2, "made for up to 512"),
+        (command(tiny_model, out, prompts, *DISTILL, "--heads", 99), 2, "--heads is 99"),
+        (command(tiny_model, "/proc/no", prompts, *DISTILL), 2, "cannot make the folder /proc/no"),
     ):
         done = offload_run(*arguments)
         assert (done.code, done.out) == (code, ""), (arguments, done.err)
         assert message in done.err and "Traceback" not in done.err, done.err
     small = ("--device-memory", "90MiB", "--batch-tokens", 2**20)
-    done = offload_run(*command(short_model, tmp_path / "small", prompts, *DISTILL, *small))
+    done = offload_run(*command(tiny_model, tmp_path / "small", prompts, *DISTILL, *small))
     assert done.code == 3 and re.search(r"training needs [\d.]+ GiB of device", done.err), done.err
 
 
@@ -479,34 +477,34 @@ def test_a_template_that_refuses_names_the_line(make_tiny, offload_run, tmp_path
     assert done.code == 2 and "line 1 of the data:" in done.err and "no system role" in done.err
 
 
-def test_long_prompts_are_said_and_nothing_left_is_refused(short_model, offload_run, tmp_path):
+def test_long_prompts_are_said_and_nothing_left_is_refused(tiny_model, offload_run, tmp_path):
     data = tmp_path / "data.txt"
     data.write_text("fox\n" * 3 + "lazy dog\n" + "x" * 300 + "\n")
     options = (*DISTILL, "--context", 120)
-    loud = [part for part in command(short_model, tmp_path / "a", data, *options) if part != "-q"]
+    loud = [part for part in command(tiny_model, tmp_path / "a", data, *options) if part != "-q"]
     done = offload_run(*loud)
     assert done.code == 0 and "1 left out, the prompt fills the context" in done.err, done.err
-    tight = offload_run(*command(short_model, tmp_path / "b", data, *DISTILL, "--context", 10))
+    tight = offload_run(*command(tiny_model, tmp_path / "b", data, *DISTILL, "--context", 10))
     assert tight.code == 2 and "nothing is left to train on" in tight.err
 
 
 def test_other_models_and_full_disks_are_refused(
-    short_model, make_tiny, offload_run, prompts, tmp_path, monkeypatch
+    tiny_model, make_tiny, offload_run, prompts, tmp_path, monkeypatch
 ):
     Usage = namedtuple("Usage", "total used free")
     out = tmp_path / "out"
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(9, 9, 1000))
-    done = offload_run(*command(short_model, out, prompts, *DISTILL))
+    done = offload_run(*command(tiny_model, out, prompts, *DISTILL))
     assert done.code == 2 and "the hidden states need" in done.err and "another --cache" in done.err
     monkeypatch.undo()
-    copy = shutil.copytree(short_model, tmp_path / short_model.name)
+    copy = shutil.copytree(tiny_model, tmp_path / tiny_model.name)
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
     other = offload_run(*command(copy, out, prompts, *DISTILL))
     assert other.code == 2 and "was made with MODEL" in other.err
-    changed = offload_run(*command(short_model, out, prompts, *DISTILL, "--lr", 0.5))
+    changed = offload_run(*command(tiny_model, out, prompts, *DISTILL, "--lr", 0.5))
     assert changed.code == 2 and "was made with --lr 0.001, now it is 0.5" in changed.err
-    assert offload_run(*command(short_model, out, prompts, *DISTILL)).code == 0
+    assert offload_run(*command(tiny_model, out, prompts, *DISTILL)).code == 0
 
 
 def test_the_help_names_every_default(offload_run):

@@ -10,6 +10,7 @@ from expert_models import make_mixture
 from flash_double import flash_of_a_gpu
 from medusa_heads import write_shared
 from quantised import write_gpt_oss
+from tiny import DEEP
 from value_double import open_as, open_double
 
 from offload_rt.config import (
@@ -105,9 +106,10 @@ def flash_of_cuda(monkeypatch):
         (HomeKind.DISK, {}, "bfloat16"),
     ],
 )
-def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
+def test_same_logits_as_resident(make_tiny, monkeypatch, home, driver, dtype):
+    folder = make_tiny(**DEEP)
     open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
-    with engine_for(tiny_model, dtype=dtype, resident_layers=4, **ROOM) as engine:
+    with engine_for(folder, dtype=dtype, resident_layers=4, **ROOM) as engine:
         resident = all_logits(engine)
     for module in (files_module, home_module):  # many pieces per tensor
         monkeypatch.setattr(module, "PIECE_BYTES", 20_000)
@@ -115,7 +117,7 @@ def test_same_logits_as_resident(tiny_model, monkeypatch, home, driver, dtype):
     monkeypatch.setattr(streams_module, "COPY_BYTES", 30_000)
     monkeypatch.setattr(pinned_module, "UPLOAD_BYTES", 8 * 5)  # in parts, too
     open_double(monkeypatch, **driver)
-    with engine_for(tiny_model, dtype=dtype, **(STREAMED | {"home": home})) as engine:
+    with engine_for(folder, dtype=dtype, **(STREAMED | {"home": home})) as engine:
         assert torch.equal(all_logits(engine), resident)
 
 
@@ -133,7 +135,7 @@ def test_an_embedding_in_host_memory_is_read_where_it_lies(
     make_tiny, monkeypatch, caplog, gpu, options, dtype
 ):
     """Where layers are streamed and the head is another matrix; else it is on the device."""
-    folder = make_tiny(tie_word_embeddings=False, dtype="bfloat16")
+    folder = make_tiny(tie_word_embeddings=False, dtype="bfloat16", **DEEP)
     open_as(monkeypatch, CpuDevice())
     with engine_for(folder, dtype=dtype, resident_layers=4, **ROOM) as engine:
         expected, whole_bytes = all_logits(engine), engine.device.ledger()[BASE]
@@ -191,10 +193,10 @@ def test_rows_that_cannot_be_pinned_are_read_after_they_were_written(monkeypatch
     device.close()
 
 
-def test_memory_is_told_where_pynvml_is_not_installed(tiny_model, monkeypatch):
+def test_memory_is_told_where_pynvml_is_not_installed(make_tiny, monkeypatch):
     monkeypatch.setattr(nvml, "pynvml", None)
     open_double(monkeypatch)
-    with engine_for(tiny_model, **STREAMED) as engine:
+    with engine_for(make_tiny(**DEEP), **STREAMED) as engine:
         memory = engine.memory()
     assert memory.device_driver_bytes is None and memory.device_planned_bytes > 0
 
@@ -204,13 +206,13 @@ def test_memory_is_told_where_pynvml_is_not_installed(tiny_model, monkeypatch):
 
 @pytest.fixture(scope="module")
 def llama(make_tiny):
-    return make_tiny(**IDS)
+    return make_tiny(**DEEP, **IDS)
 
 
 @pytest.fixture(scope="module")
 def folders(make_tiny, tmp_path_factory):
     heads = write_shared(tmp_path_factory.mktemp("heads"))
-    return {"model": f"model:{make_tiny(num_hidden_layers=2, **IDS)}", "medusa": f"medusa:{heads}"}
+    return {"model": f"model:{make_tiny(**IDS)}", "medusa": f"medusa:{heads}"}
 
 
 @pytest.fixture(scope="module")
@@ -260,7 +262,7 @@ def test_same_answers_as_the_cpu(answers, plain, case):
 
 @pytest.mark.parametrize("place", [{}, KV_HOST])
 def test_rounded_copies_draft_the_same(make_tiny, monkeypatch, place):
-    folder = make_tiny(dtype="bfloat16", vocab_size=320, **IDS)
+    folder = make_tiny(dtype="bfloat16", vocab_size=320, **DEEP, **IDS)
     rounded = replace(TRIFORCE.retrieval, retrieval_weights=DraftWeights.INT4)
     config = STREAMED | place | {"draft": replace(TRIFORCE, retrieval=rounded)}
     found = []
@@ -322,10 +324,10 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
     """Home in pinned memory, the files or both, filled by the copy stream; prompt, then tokens."""
     monkeypatch.setattr(ExpertPool, "fill", lambda self, uses: None)  # bytes here are of tokens
     if name == "mxfp4":
-        source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64)
+        source = make_mixture(make_tiny, "gpt_oss", intermediate_size=64, **DEEP)
         folder = write_gpt_oss(source, tmp_path).folder
     else:
-        folder = make_mixture(make_tiny, name)
+        folder = make_mixture(make_tiny, name, **DEEP)
     open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
     with engine_for(folder, resident_layers=4, **ROOM) as engine:
         resident = all_logits(engine)
@@ -355,7 +357,7 @@ def test_experts_in_slots_have_the_bits_of_all_in_memory(
 
 
 def test_a_slot_that_is_not_waited_for_is_seen(make_tiny, monkeypatch):
-    folder = make_mixture(make_tiny)
+    folder = make_mixture(make_tiny, **DEEP)
     open_as(monkeypatch, CpuDevice())
     with engine_for(folder, resident_layers=4, **ROOM) as engine:
         resident = all_logits(engine)

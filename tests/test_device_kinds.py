@@ -97,7 +97,7 @@ def test_what_is_left_free_where_no_limit_is_given(tiny_model, kind, kept):
     ("traits", "more"),
     [
         ({"context_bytes": 2**27}, 2**27),
-        ({"buffer_bytes": 2**20}, (4 + OTHER_BUFFERS) * (2**20 - 1)),
+        ({"buffer_bytes": 2**20}, (2 + OTHER_BUFFERS) * (2**20 - 1)),
     ],
 )
 def test_what_a_kind_takes_besides_buffers_is_planned(tiny_model, traits, more):

@@ -9,6 +9,7 @@ from engines import PROMPT, engine_for, generate
 from hypothesis import given
 from hypothesis import strategies as st
 from test_speculation import likelihood_of_three_tokens
+from tiny import DEEP
 
 from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
@@ -197,7 +198,7 @@ def test_wrong_probabilities_of_a_windowed_draft_fail_the_same_test(near_sighted
 def test_memory_for_the_cache_is_the_windows(make_tiny):
     folder = make_tiny("llama", **IDS)
     full = DraftConfig(draft=f"model:{folder}", draft_tokens=4)
-    capacity, row_bytes = len(LONG) + 200, 4 * 2 * 2 * 16 * 4  # layers, K and V, heads, D, fp32
+    capacity, row_bytes = len(LONG) + 200, 2 * 2 * 2 * 16 * 4  # layers, K and V, heads, D, fp32
     found = {}
     for window in (None, 0, 64, 5000):
         draft = dataclasses.replace(full, draft_window=window)
@@ -232,7 +233,7 @@ def test_memory_for_passes_is_that_of_all_they_draft_for(make_tiny, monkeypatch)
 
 
 def test_memory_with_a_window_stays_within_the_plan(make_tiny):
-    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
+    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **DEEP, **IDS}
     folder = make_tiny("llama", **config)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_window=64)
     room = {"prompts": [LONG], "tokens": 40, "resident_layers": 1, "slots": 2}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from test_mtp import answer, catch_up
 from test_recorded_costs import placed
 from test_speculation import likelihood_of_three_tokens
+from tiny import DEEP
 from tool_runs import TOOLS
 
 from offload_rt.config import (
@@ -46,7 +47,7 @@ HEADS = {
 
 @pytest.fixture(scope="module")
 def target(make_tiny):
-    return make_tiny("llama", **IDS)
+    return make_tiny("llama", **DEEP, **IDS)
 
 
 @pytest.fixture(scope="module")
@@ -267,7 +268,7 @@ def test_its_rows_after_an_answer_are_those_of_a_fresh_one(tmp_path, nodes):
 def test_its_bytes_are_the_planned_ones(make_tiny, tmp_path):
     """Rounded layers are counted as a checkpoint's own module is (tests/test_mtp.py)."""
     size, big = 256, {"hidden_size": 256, "intermediate_size": 512, "dtype": "bfloat16"}
-    target = make_tiny("llama", **big, **IDS)
+    target = make_tiny("llama", **big, **DEEP, **IDS)
     head = write_head(tmp_path, target, tokens=SOME, torch_dtype="bfloat16")
     draft = replace(chain(head, 12), draft_weights=DraftWeights.SAME)
     with engine_for(target, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:
@@ -466,7 +467,7 @@ def test_over_several_machines_it_is_refused(target, make_head):
 
 
 def test_the_command_line_says_it_too(make_tiny, make_head, tmp_path, offload_run):
-    target = make_tiny("llama", tokenizer=True, **IDS)
+    target = make_tiny("llama", tokenizer=True, **DEEP, **IDS)
     write_head(tmp_path, target, tokens=SOME, hidden_size=32)
     for verb in (["generate", target, "hello"], ["plan", target], ["simulate", target]):
         done = offload_run(*verb, "--draft", f"eagle3:{tmp_path}")

@@ -53,7 +53,7 @@ def test_a_family_is_probed_once_for_all_commands(command, make_tiny, monkeypatc
     ran = command()
     second = network_of(folder)
     assert not ran
-    assert second.kv_shapes == first.kv_shapes and len(first.kv_shapes) == 4
+    assert second.kv_shapes == first.kv_shapes and len(first.kv_shapes) == 2
     network_of(folder, "bfloat16")
     network_of(make_tiny("llama", rms_norm_eps=0.25))
     assert len(ran) == 2  # another number format, another configuration

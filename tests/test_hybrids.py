@@ -13,6 +13,7 @@ import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
 from hybrids import HYBRIDS, IDS, JAMBA, make_hybrid, make_short, write_whole
+from tiny import DEEP
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -249,7 +250,7 @@ def test_a_convolution_that_lacks_a_row_is_found(delta, monkeypatch):
     ],
 )
 def test_families_that_cannot_be_rolled_back_are_refused(make_tiny, model_type, config, reason):
-    folder = make_tiny(model_type, **(IDS | {"num_local_experts": 4} | config))
+    folder = make_tiny(model_type, **(IDS | DEEP | {"num_local_experts": 4} | config))
     with pytest.raises(CheckpointError, match=reason) as caught:
         Network(open_checkpoint(folder), "auto", Packing.FILE)
     assert "\n" not in str(caught.value)

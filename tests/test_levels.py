@@ -212,7 +212,7 @@ def test_all_times_of_a_plan_follow_the_level_and_no_choice_does(make_tiny, draf
         assert after.pass_s == pytest.approx(3.0 * before.pass_s)
 
 
-def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, monkeypatch):
+def test_runs_correct_what_plan_says_and_it_says_so(deep_model, offload_run, monkeypatch):
     """A run whose passes computed three times as long as the profile says, and waited twice."""
     from offload_rt.planning import levels
     from offload_rt.planning.planner import Plan
@@ -228,10 +228,10 @@ def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, mon
 
     monkeypatch.setattr(Plan, "foretold", price)
     place = ("--device", "cpu", "--draft", "none", "--resident-layers", 1)
-    asked = ("plan", tiny_model, *place, "--context", 32)
+    asked = ("plan", deep_model, *place, "--context", 32)
     before = json.loads(offload_run(*asked, "--json").out)
     done = offload_run(
-        "generate", tiny_model, "-p", "the", "-n", 4, *place, "--ignore-eos", "--json"
+        "generate", deep_model, "-p", "the", "-n", 4, *place, "--ignore-eos", "--json"
     )
     assert done.code == 0, done.err
     after = json.loads(offload_run(*asked, "--json").out)
@@ -243,16 +243,16 @@ def test_runs_correct_what_plan_says_and_it_says_so(tiny_model, offload_run, mon
     assert "corrected by recent runs: reading x2.00, computing x3.00" in offload_run(*asked).out
     kept = json.loads(levels_path().read_text())["entries"]
     one, many = kept
-    assert f"cpu, {compute_threads()} threads, streamed, {tiny_model.name}" in one
-    assert f"cpu, {compute_threads()} threads, streamed by 16, {tiny_model.name}" in many
+    assert f"cpu, {compute_threads()} threads, streamed, {deep_model.name}" in one
+    assert f"cpu, {compute_threads()} threads, streamed by 16, {deep_model.name}" in many
     assert kept[many].keys() == {"computing"}
-    other = ("plan", tiny_model, *place, "--context", 32, "--profile", PROFILE.name)
+    other = ("plan", deep_model, *place, "--context", 32, "--profile", PROFILE.name)
     levels_path().write_text(levels_path().read_text().replace("streamed", "resident"))
     assert "corrected" not in offload_run(*other).out
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_what_cannot_be_priced_ends_no_run(tiny_model, monkeypatch, fails):
+def test_what_cannot_be_priced_ends_no_run(deep_model, monkeypatch, fails):
     """Neither one that is done nor one that has an error of its own."""
     from offload_rt.errors import CapacityError, PlanError
     from offload_rt.planning.planner import Plan
@@ -262,7 +262,7 @@ def test_what_cannot_be_priced_ends_no_run(tiny_model, monkeypatch, fails):
 
     monkeypatch.setattr(Pace, "kinds", [Took(1, 1, 5.0, 2.0)])
     monkeypatch.setattr(Plan, "foretold", refuse)
-    model = offload_rt.load(tiny_model, device="cpu", draft="none", resident_layers=1)
+    model = offload_rt.load(deep_model, device="cpu", draft="none", resident_layers=1)
     with pytest.raises(CapacityError, match="its own") if fails else nullcontext(), model:
         assert model.generate("the", max_tokens=2).token_ids
         if fails:
@@ -270,9 +270,9 @@ def test_what_cannot_be_priced_ends_no_run(tiny_model, monkeypatch, fails):
     assert not levels_path().exists()
 
 
-def test_an_engine_tells_what_passes_took_and_waited(tiny_model):
+def test_an_engine_tells_what_passes_took_and_waited(deep_model):
     slow = {"home": HomeKind.HOST, "link_bytes_per_s": 2e6}
-    with engine_for(tiny_model, resident_layers=1, **slow) as engine:
+    with engine_for(deep_model, resident_layers=1, **slow) as engine:
         generate(engine, tokens=12)
         (took,) = engine.pace.kinds
         assert (took.running, took.rows) == (1, 1)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
 from safetensors.torch import load_file, save_file
 from test_speculation import IDS, TWO, chi_square, start
+from tiny import DEEP
 
 from offload_rt.config import AcceptRule, DraftConfig, DraftShape, KVPlace, SamplingConfig
 from offload_rt.engine import Run
@@ -487,7 +488,7 @@ def test_heads_that_are_never_right_draft_nothing(llama, plain, tmp_path):
 
 def test_memory_with_heads_stays_within_the_plan(make_tiny, tmp_path):
     config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
-    model = make_tiny("llama", **config, vocab_size=4000)
+    model = make_tiny("llama", **config, **DEEP, vocab_size=4000)
     folder = write_own(tmp_path, heads=5, size=256, rows=4000)
     draft = draft_of(folder)
     with engine_for(model, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:

@@ -44,10 +44,9 @@ from offload_rt.speculative.mtp.checkpoint import find_module, open_module
 
 CHAIN = DraftConfig(draft="mtp", draft_tokens=4)
 TREE = DraftConfig(draft="mtp", draft_tokens=12)
-PLACES = {"resident": {}, "streamed": {"resident_layers": 1, "slots": 2}}
-SMALL = {"num_hidden_layers": 3}
+PLACES = {"resident": {}, "streamed": {"resident_layers": 0, "slots": 1}}
 HYBRID = {"qwen3_5_text", "qwen3_next", "qwen3_5_moe_text"}
-STATES = {"layer_types": ["linear_attention"] * 2 + ["full_attention"]}
+STATES = {"layer_types": ["linear_attention", "full_attention"]}
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +54,7 @@ def make_mtp(tmp_path_factory):
     made = {}
 
     def make(model_type="qwen3", **options):
-        options = SMALL | (STATES if model_type in HYBRID else {}) | options
+        options = (STATES if model_type in HYBRID else {}) | options
         key = json.dumps([model_type, sorted(map(str, options.items()))])
         if key not in made:
             made[key] = write_mtp(tmp_path_factory.mktemp(model_type), model_type, **options)
@@ -298,7 +297,7 @@ def test_its_bytes_are_the_planned_ones(make_mtp, weights):
     big = {"hidden_size": 256, "intermediate_size": 512, "dtype": "bfloat16"}
     folder = make_mtp("qwen3", **big)
     draft = DraftConfig(draft="mtp", draft_tokens=12, draft_weights=weights)
-    with engine_for(folder, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:
+    with engine_for(folder, tokens=20, draft=draft, resident_layers=1, slots=1) as engine:
         generate(engine, tokens=20)
         ledger, one = engine.device.ledger(), find_module(engine.checkpoint)
         memory = engine.memory()
@@ -354,9 +353,7 @@ def launches(gpu, folder, monkeypatch, sampling, steps):  # noqa: F811
 
 def test_on_a_gpu_a_chain_is_launched_at_once_and_waited_for_once(gpu, make_mtp, monkeypatch):  # noqa: F811
     """What is put where the graph reads it is beside it: numbers, and hidden states."""
-    first, *_, last = launches(
-        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, SamplingConfig(), 7
-    )
+    first, *_, last = launches(gpu, make_mtp("qwen3"), monkeypatch, SamplingConfig(), 7)
     kernels, *counts = last
     assert counts == [1, 1, CHAIN.nodes] and kernels == 3
     assert first[1:] == (0, CHAIN.nodes, CHAIN.nodes) and first[0] > 100 * kernels
@@ -366,7 +363,7 @@ def test_on_a_gpu_each_pass_of_a_sampled_chain_is_launched_at_once(gpu, make_mtp
     monkeypatch.setattr(static, "EAGER_FIRST", 0)
     sampling = SamplingConfig(temperature=0.7, seed=1)
     kernels, replays, downloads, drafted = launches(
-        gpu, make_mtp("qwen3", num_hidden_layers=2), monkeypatch, sampling, 3
+        gpu, make_mtp("qwen3"), monkeypatch, sampling, 3
     )[-1]
     assert replays == downloads == drafted == CHAIN.nodes
     assert kernels <= 20 * replays  # of choosing tokens, whatever the layer
@@ -419,8 +416,8 @@ def reshaped(name, shape):
         (without("mlp."), "lacks 3 of 15 tensors, such as mlp.down_proj.weight"),
         (without("eh_proj"), "lacks 1 of 15 tensors, such as mtp.fc.weight"),
         (reshaped("module.eh_proj.weight", (64, 64)), r"shape \[64, 64\].*make it \[64, 128\]"),
-        (reshaped("module.layer.mlp.up_proj.weight", (64, 9)), r"shape \[64, 9\], layer 3 of"),
-        (reshaped("module.layer.mlp.extra.weight", (4, 4)), "has 1 tensors that layer 3"),
+        (reshaped("module.layer.mlp.up_proj.weight", (64, 9)), r"shape \[64, 9\], layer 1 of"),
+        (reshaped("module.layer.mlp.extra.weight", (4, 4)), "has 1 tensors that layer 1"),
     ],
 )
 def test_half_a_module_is_refused_with_a_sentence(tmp_path, change, message):

@@ -24,6 +24,7 @@ from mtp_models import of_the_token, write_mtp
 from nodes_double import LateGroup, nodes_engine, open_roads
 from test_experts import copied
 from test_medusa import knowing_heads
+from tiny import DEEP
 from transformers.models.llama import modeling_llama
 
 from offload_rt.config import (
@@ -164,7 +165,9 @@ def test_numbers_that_are_none_are_traced_over_nodes(folder, tmp_path, broken, s
 
 
 def test_a_family_whose_layers_read_what_tokens_make_is_refused(make_tiny, monkeypatch):
-    folder = make_tiny("llama", rms_norm_eps=0.03125, **IDS)  # of other modules than probed before
+    folder = make_tiny(
+        "llama", rms_norm_eps=0.03125, **DEEP, **IDS
+    )  # of other modules than probed before
     rotary = modeling_llama.LlamaRotaryEmbedding.forward
 
     def by_rows(self, rows, position_ids):
@@ -631,24 +634,24 @@ def two(tmp_path):
     return path
 
 
-def test_a_plan_says_what_each_machine_has_and_what_binds(tiny_model, two, offload_run):
+def test_a_plan_says_what_each_machine_has_and_what_binds(deep_model, two, offload_run):
     options = ["--nodes", two, "--device", "cpu", "--device-memory", "1GiB", "--context", "64"]
-    done = offload_run("plan", tiny_model, *options)
+    done = offload_run("plan", deep_model, *options)
     assert done.code == 0, done.err
     for name in ("desk", "shelf"):
         said = rf"{name} \S+ \w+ 2 layers resident, .* s of kernels in a pass: compute binds"
         assert re.search(said, " ".join(done.out.split())), done.out
-    made = json.loads(offload_run("plan", tiny_model, *options, "--json").out)
+    made = json.loads(offload_run("plan", deep_model, *options, "--json").out)
     assert [own["resident"] for own in made["devices"]] == [[0, 1], [2, 3]]
     assert all(own["busy"]["kernels_s"] > 0 for own in made["devices"])
 
 
 @pytest.mark.slow
-def test_generate_over_two_processes_answers_as_one_does(tiny_model, two, offload_run):
+def test_generate_over_two_processes_answers_as_one_does(deep_model, two, offload_run):
     options = ["-p", "hello there", "-n", "12", "--ignore-eos", "--resident-layers", "1"]
     options += ["--device", "cpu", "--device-memory", "1GiB", "--dtype", "fp32", "--json"]
-    one = offload_run("generate", tiny_model, *options)
-    first, second = map(finish, start(tiny_model, two, 2, "generate", *options))
+    one = offload_run("generate", deep_model, *options)
+    first, second = map(finish, start(deep_model, two, 2, "generate", *options))
     assert (first[0], second[0]) == (0, 0), (first, second)
     assert json.loads(first[1])["text"] == json.loads(one.out)["text"]
     assert second[1] == ""
@@ -657,7 +660,7 @@ def test_generate_over_two_processes_answers_as_one_does(tiny_model, two, offloa
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
-    model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000)
+    model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000, **DEEP)
     options = ["-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
     patient = (sys.executable, "-c", PATIENT)  # for 8 s instead of 30
     first, second = start(
@@ -673,12 +676,12 @@ def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
 
 
 @pytest.mark.slow
-def test_other_files_and_other_counts_are_one_sentence_on_every_node(make_tiny, two, tiny_model):
+def test_other_files_and_other_counts_are_one_sentence_on_every_node(make_tiny, two, deep_model):
     other = make_tiny("llama", tokenizer=True, num_hidden_layers=3)
     options = ["generate", "-p", "hello", "-n", "3", "--device", "cpu"]
-    for process in start([tiny_model, other], two, 2, *options):
+    for process in start([deep_model, other], two, 2, *options):
         code, _, err = finish(process)
         assert code == 2 and "has another model than node 0" in err, err
-    for process in start(tiny_model, two, 3, *options):
+    for process in start(deep_model, two, 3, *options):
         code, _, err = finish(process)
         assert code == 2 and "names 2 machines and torchrun started 3 processes" in err, err

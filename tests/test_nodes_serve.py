@@ -34,11 +34,11 @@ def asked(port, **more):
 
 
 @pytest.mark.slow
-def test_a_server_over_three_processes_answers_as_one_and_names_who_dies(tiny_model, three):
-    with offload_rt.load(tiny_model, device="cpu", dtype="float32", draft="none") as one:
+def test_a_server_over_three_processes_answers_as_one_and_names_who_dies(deep_model, three):
+    with offload_rt.load(deep_model, device="cpu", dtype="float32", draft="none") as one:
         expected = one.generate("the quick fox", max_tokens=6).text
     more = ["--port", "0", *OPTIONS, *STREAMED]
-    first, second, third = started = start(tiny_model, three, 3, "serve", *more)
+    first, second, third = started = start(deep_model, three, 3, "serve", *more)
     try:
         said = b""
         while not (found := re.search(rb"answers at http://127\.0\.0\.1:(\d+)/v1", said)):
@@ -81,9 +81,9 @@ def test_a_server_over_three_processes_answers_as_one_and_names_who_dies(tiny_mo
 
 
 @pytest.mark.slow
-def test_a_server_over_three_processes_ends_them_all_at_sigterm(tiny_model, three):
+def test_a_server_over_three_processes_ends_them_all_at_sigterm(deep_model, three):
     first, *others = started = start(
-        tiny_model, three, 3, "serve", "--port", "0", *OPTIONS, *STREAMED
+        deep_model, three, 3, "serve", "--port", "0", *OPTIONS, *STREAMED
     )
     try:
         while b"answers at" not in (line := first.stderr.readline()):
@@ -98,16 +98,16 @@ def test_a_server_over_three_processes_ends_them_all_at_sigterm(tiny_model, thre
 
 @pytest.mark.slow
 def test_a_batch_over_three_processes_has_the_bytes_of_one(
-    tiny_model, three, tmp_path, offload_run
+    deep_model, three, tmp_path, offload_run
 ):
     lines = [{"prompt": f"the fox {n}", "temperature": 0.7 * (n % 2)} for n in range(5)]
     (source := tmp_path / "in").write_text("".join(json.dumps(one) + "\n" for one in lines))
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     more = ["-n", "5", "--seed", "3", *OPTIONS]
-    done = offload_run("batch", tiny_model, "--input", source, "--output", alone, *more)
+    done = offload_run("batch", deep_model, "--input", source, "--output", alone, *more)
     assert done.code == 0, done.err
     words = ["batch", "--input", source, "--output", spread, *more, *STREAMED]
-    for process in start(tiny_model, three, 3, *words):
+    for process in start(deep_model, three, 3, *words):
         code, _, err = finish(process)
         assert code == 0, err
     assert spread.read_bytes() == alone.read_bytes()

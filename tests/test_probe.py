@@ -3,6 +3,7 @@
 import pytest
 import torch
 from engines import PROMPT, engine_for
+from tiny import DEEP
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from offload_rt.device.kinds import CPU
@@ -21,7 +22,7 @@ ROTARY, LAYER, CALL = (
 @pytest.fixture
 def planted(make_tiny, monkeypatch):
     """The network of a Llama whose rotation, layers or calls of layers are others."""
-    folder = make_tiny("llama")
+    folder = make_tiny("llama", **DEEP)
     monkeypatch.setattr(probe, "_fit", {})
 
     def make(*, rotary=ROTARY, layer=LAYER, call=CALL):

@@ -21,7 +21,7 @@ from eagle3_models import write_head
 from engines import reference_model
 from medusa_heads import write_shared
 from mtp_models import IDS, write_mtp
-from tiny import write_tokenizer
+from tiny import DEEP, write_tokenizer
 from transformers import AutoTokenizer
 
 import offload_rt
@@ -43,10 +43,10 @@ def model(tiny_model):
         yield loaded
 
 
-def test_two_emulated_links_from_python(tiny_model):
+def test_two_emulated_links_from_python(deep_model):
     links = {"device": "cpu,cpu", "link_bandwidth": [1, 2], "home": "host", "resident_layers": 1}
     limits = {"device_memory": ["300MiB", 256 * 2**20]}
-    with offload_rt.load(tiny_model, draft="none", **links, **limits) as two:
+    with offload_rt.load(deep_model, draft="none", **links, **limits) as two:
         answer = two.generate(PROMPTS[0], max_tokens=8)
         plan, memory = two.plan, two.report.memory
     assert plan.device == "cpu,cpu" and plan.device_limit_bytes == 556 * 2**20
@@ -55,7 +55,7 @@ def test_two_emulated_links_from_python(tiny_model):
     assert sum(one.streamed_layers for one in memory.devices) == len(plan.streamed) == 3
     assert all(one.link_bytes for one in memory.devices)
     assert memory.device_peak_bytes <= memory.device_planned_bytes
-    with offload_rt.load(tiny_model, draft="none", **SMALL) as one:
+    with offload_rt.load(deep_model, draft="none", **SMALL) as one:
         assert one.generate(PROMPTS[0], max_tokens=8).text == answer.text
 
 
@@ -144,7 +144,7 @@ def test_a_list_is_answered_in_order_and_as_one_by_one(sampled, tiny_model):
 
 def test_as_many_run_at_once_as_fit(make_tiny):
     """With less memory some run after the others, though KV on disk would leave room for all."""
-    shape = {"max_position_embeddings": 32768, "num_key_value_heads": 4}
+    shape = {"max_position_embeddings": 32768, "num_key_value_heads": 4} | DEEP
     folder = make_tiny("llama", tokenizer=True, **shape)
     prompts = [f"{word} fox " * 9 for word in ("quick", "brown", "lazy", "red")]
     options = {"draft": "none", "dtype": "float32", "resident_layers": 0, "slots": 1}
@@ -186,7 +186,7 @@ def test_random_numbers_of_the_user_are_left_alone(draft, make_tiny, tmp_path, m
     if draft == "mtp":
         write_tokenizer(target := write_mtp(tmp_path / "model"))
     else:
-        target = make_tiny("llama", tokenizer=True, **IDS)
+        target = make_tiny("llama", tokenizer=True, **DEEP, **IDS)
     if draft == "eagle3":
         draft = f"eagle3:{write_head(tmp_path / 'head', target)}"
     if draft == "medusa":
@@ -383,7 +383,7 @@ def test_ctrl_c_ends_a_pass_between_layers(model, monkeypatch):
 
     def checked(stops):
         layers.append(len(layers))
-        if len(layers) == 7:  # in the second pass or the third, of four layers each
+        if len(layers) == 7:  # in the fourth pass, of two layers each
             signal.raise_signal(signal.SIGINT)
         check(stops)
 

@@ -9,6 +9,7 @@ from fake_cuda import build_for_real, fake_gpu
 from test_fake_cuda import gpu  # noqa: F401 - a fixture
 from test_planner import FREE, speeds
 from test_rounded import module_bytes
+from tiny import DEEP
 
 from offload_rt.config import (
     DraftConfig,
@@ -64,10 +65,10 @@ def finished(engine, prompt, tokens, sampling=None):
 )
 def test_answers_do_not_change(make_tiny, family, weights, place):
     """Law 3, and it is the copies that draft. More of it: `test_speculation.py`."""
-    config = {"head_dim": 16, **IDS}
+    config = {"head_dim": 16, **DEEP, **IDS}
     if family == "gemma2":
         config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"] * 2}
-    folder = make_tiny(family, **(config if family != "phi" else IDS))
+    folder = make_tiny(family, **(config if family != "phi" else DEEP | IDS))
     with engine_for(folder, prompts=[LONG], tokens=20) as engine:
         plain = generate(engine, [LONG], tokens=20)
     draft = triforce(weights)
@@ -85,7 +86,7 @@ def test_answers_do_not_change(make_tiny, family, weights, place):
 
 def test_a_draft_that_leaves_nothing_out_is_mostly_right(make_tiny):
     """So the copies read the exact rows of the retrieval cache at the right positions."""
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     with engine_for(
         folder, prompts=[LONG], tokens=40, draft=triforce(INT8, budget_tokens=128)
     ) as engine:
@@ -96,7 +97,7 @@ def test_a_draft_that_leaves_nothing_out_is_mostly_right(make_tiny):
 @pytest.mark.parametrize("place", [{}, {"resident_layers": 1, "slots": 2}])
 def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatch, place):
     """The distribution that goes with a draft is the copies', not the target's: law 4 needs it."""
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     sampling = SamplingConfig(temperature=1.0, seed=3)
     with engine_for(folder, prompts=[LONG], tokens=20, draft=triforce(INT4), **place) as engine:
         laws, real = [], engine._rounded_copy.draft_logits
@@ -117,7 +118,7 @@ def test_sampled_drafts_are_drawn_from_what_the_copies_say(make_tiny, monkeypatc
 
 def test_drafting_streams_no_weights(make_tiny):
     """What crosses the link is what the target's own passes need, drafting has none of it."""
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     place = {"resident_layers": 1, "slots": 2}
     for weights in (SAME, INT8):
         with engine_for(
@@ -236,7 +237,7 @@ def test_auto_drafting_takes_copies_where_weights_are_streamed(wide):
 
 
 def test_without_a_planner_own_weights_draft(make_tiny):
-    folder = make_tiny("llama", dtype="bfloat16", **IDS)
+    folder = make_tiny("llama", dtype="bfloat16", **DEEP, **IDS)
     draft = triforce(DraftWeights.AUTO)
     with engine_for(folder, prompts=[LONG], draft=draft) as engine:
         assert engine.draft.retrieval.retrieval_weights is SAME and engine._rounded_copy is None

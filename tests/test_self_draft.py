@@ -8,6 +8,7 @@ from engines import PROMPT, engine_for, generate
 from quantised import compressed_tensors, write_twins
 from test_planner import FREE, speeds
 from test_rounded import module_bytes
+from tiny import DEEP
 
 from offload_rt.config import (
     DraftConfig,
@@ -47,7 +48,7 @@ def finished(engine, tokens, prompt=PROMPT):
 def test_copies_that_lose_nothing_are_always_right(make_tiny, monkeypatch, shape, home):
     """So rows, places and all that is shared are those of the target's own passes."""
     monkeypatch.setattr(network, "rounded_linear", lambda linear, weights: copy.deepcopy(linear))
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     draft = DraftConfig(draft="self:int4", draft_tokens=6, shape=shape)
     with engine_for(folder, tokens=29, draft=draft, home=home, **STREAMED) as engine:
         report = finished(engine, 29).report().speculation
@@ -58,7 +59,7 @@ def test_copies_that_lose_nothing_are_always_right(make_tiny, monkeypatch, shape
 
 def test_what_is_resident_is_there_once(make_tiny):
     options = {"resident_layers": 2, "slots": 2, "home": HomeKind.HOST}  # the embedding is here
-    with engine_for(make_tiny("llama", **IDS), draft=INT4, **options) as engine:
+    with engine_for(make_tiny("llama", **DEEP, **IDS), draft=INT4, **options) as engine:
         own, copied = engine.network, engine._rounded_copy.network
         for index in range(4):
             is_own = copied._layers[index] is own._layers[index]
@@ -69,7 +70,7 @@ def test_what_is_resident_is_there_once(make_tiny):
 
 
 def test_drafting_streams_nothing(make_tiny):
-    with engine_for(make_tiny("llama", **IDS), tokens=30, draft=INT4, **STREAMED) as engine:
+    with engine_for(make_tiny("llama", **DEEP, **IDS), tokens=30, draft=INT4, **STREAMED) as engine:
         before = engine.link_bytes()
         run = finished(engine, 30)
         moved = run.report().speculation.passes * engine.bytes_per_pass
@@ -100,7 +101,7 @@ def test_what_is_planned_is_what_is_kept(wide, weights):
 
 
 def test_a_draft_pass_that_breaks_off_leaves_no_row(make_tiny):
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     with engine_for(folder, tokens=20, draft=INT4, **STREAMED) as engine:
         run = Run.start(engine, [PROMPT], SamplingConfig(), GenerationConfig(max_tokens=20))
         run.prefill()
@@ -127,7 +128,7 @@ def test_a_draft_pass_that_breaks_off_leaves_no_row(make_tiny):
 
 
 def test_it_needs_rows_on_the_device_and_layers_that_are_streamed(make_tiny):
-    folder = make_tiny("llama", **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     with (
         pytest.raises(ConfigError, match="--draft self reads .* --kv disk .* use --kv device"),
         engine_for(folder, draft=INT4, kv="disk", **STREAMED),
@@ -141,7 +142,7 @@ def test_it_needs_rows_on_the_device_and_layers_that_are_streamed(make_tiny):
 
 
 def test_a_model_of_8_bits_drafts_in_4_and_one_of_4_is_refused(make_tiny, tmp_path):
-    source = make_tiny("llama", hidden_size=256, intermediate_size=512, **IDS)
+    source = make_tiny("llama", hidden_size=256, intermediate_size=512, **DEEP, **IDS)
     eight = write_twins(source, tmp_path / "eight", *compressed_tensors(8, 64)).folder
     with engine_for(eight, tokens=24) as engine:
         plain = generate(engine, tokens=24)

@@ -15,6 +15,7 @@ import torch
 from engines import HOST, PROMPT, engine_for, generate, what_rows_see
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import DEEP
 
 from offload_rt import sampling as sampling_module
 from offload_rt.config import (
@@ -876,7 +877,7 @@ def test_a_vocabulary_padded_otherwise_changes_nothing(make_tiny, alone, ids, sh
 
 @pytest.mark.eager
 def test_memory_with_a_draft_model_stays_within_the_plan(make_tiny):
-    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **IDS}
+    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **DEEP, **IDS}
     folder = make_tiny("llama", **config)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=16)
     with engine_for(folder, tokens=20, draft=draft, resident_layers=1, slots=2) as engine:

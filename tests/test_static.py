@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_kv import CAPACITY, HEADS, SHAPES, contents, histories, plain_attention, rows_for
 from test_speculation import IDS, trees
+from tiny import DEEP
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from offload_rt.attention.rows import attend_rows
@@ -268,7 +269,7 @@ def test_rows_on_several_devices_are_not_recorded_and_go_with_others(
     """As it is planned: each sequence alone where passes are recorded, and else together."""
     draft = DraftConfig(draft="self:int4", draft_tokens=4)
     place = {"resident_layers": 2, "slots": 1, "home": HomeKind.HOST, "device": device}
-    with engine_for(make_tiny("llama", **IDS), draft=draft, **place) as engine:
+    with engine_for(make_tiny("llama", **DEEP, **IDS), draft=draft, **place) as engine:
         drafter = engine.drafter(0, SamplingConfig(), make_generator(0, "cpu"))
         assert (drafter.shared_model(4) is not None) is shares
 

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny import DEEP
 
 from offload_rt.device.base import PAGE_BYTES
 from offload_rt.device.cpu import CpuDevice
@@ -26,7 +27,7 @@ def model(make_tiny, tmp_path):
     """A private copy, since these tests change it."""
     import shutil
 
-    return shutil.copytree(make_tiny("llama", dtype="bfloat16"), tmp_path / "model")
+    return shutil.copytree(make_tiny("llama", dtype="bfloat16", **DEEP), tmp_path / "model")
 
 
 def read_layer(checkpoint, layout, files, device):
@@ -90,7 +91,7 @@ def test_device_packing_starts_tensors_where_kernels_like_them(model):
 @given(cuts=st.lists(st.integers(1, 6000), min_size=1, max_size=8), block=st.integers(1, 9))
 def test_short_reads_are_completed(make_tiny, cuts, block):
     """Any read may return less than asked for; a direct one goes on at a page border."""
-    checkpoint = open_checkpoint(make_tiny("llama", dtype="bfloat16"))
+    checkpoint = open_checkpoint(make_tiny("llama", dtype="bfloat16", **DEEP))
     expected = load_file(checkpoint.folder / "model.safetensors")
     served = []
 

@@ -66,9 +66,9 @@ def test_every_linear_below_a_module_is_widened(no_bf16):
 
 
 def test_streamed_equals_resident(no_bf16, make_tiny):
-    folder = make_tiny("llama", dtype="bfloat16")
+    folder = make_tiny("llama", dtype="bfloat16", num_hidden_layers=3)
     options = {"prefill_chunk_tokens": 512}
-    with engine_for(folder, resident_layers=4, **options) as engine:
+    with engine_for(folder, resident_layers=3, **options) as engine:
         resident = all_logits(engine)
     assert max(no_bf16) >= LEAST_ROWS
     with engine_for(folder, resident_layers=1, slots=2, **options) as engine:

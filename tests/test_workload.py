@@ -143,8 +143,8 @@ def test_what_cannot_be_pinned_crosses_as_fast_as_it_is_copied(readers):
     assert (copied > link) or slow < half < link
 
 
-def test_what_crosses_is_what_the_files_hold(tiny_model):
-    checkpoint = open_checkpoint(tiny_model)
+def test_what_crosses_is_what_the_files_hold(deep_model):
+    checkpoint = open_checkpoint(deep_model)
     load, _ = load_of(checkpoint, CPU, resident_layers=1)
     assert len(load.streamed) == 3
     for index in load.streamed:

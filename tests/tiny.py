@@ -6,11 +6,14 @@ SHAPE = {
     "vocab_size": 300,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
 }
+# What a pass costs is its layers: more of them only where a law is of several in turn, several
+# slots, or patterns of layers.
+DEEP = {"num_hidden_layers": 4}
 
 
 def write_model(folder, model_type="llama", *, dtype="float32", **config):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from engines import PROMPT, engine_for, generate
 from folders import rewritten
-from tiny import SHAPE, write_tokenizer
+from tiny import DEEP, SHAPE, write_tokenizer
 
 from offload_rt.config import DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.sizes import image_bytes
@@ -22,15 +22,14 @@ from offload_rt.model.config import load_model_config
 from offload_rt.model.network import Network
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-TEXT = SHAPE | IDS | {"head_dim": 16}
+TEXT = SHAPE | DEEP | IDS | {"head_dim": 16}
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": SHAPE["num_hidden_layers"],  # as many as the text has
     "num_attention_heads": 2,
     "image_size": 28,
     "patch_size": 14,
-}
+} | DEEP  # as many layers as the text has
 QWEN_VISION = {
     "hidden_size": 32,
     "out_hidden_size": 64,

@@ -10,7 +10,7 @@ from test_cuda_numbers import CASES, PROMPTS, STREAMED, TOKENS, folders, llama, 
 from test_engine_on_gpu import ROOMY, on_gpu
 from test_rounded import by_hand, linear
 from test_triforce import DIM, HEADS, SHAPE, SPEC, best_chunks, numbered, rows_of, sizes_for
-from tiny import write_model
+from tiny import DEEP, write_model
 
 from offload_rt.config import (
     DraftConfig,
@@ -62,9 +62,9 @@ def test_what_reads_hidden_states_drafts_what_nobody_does(tmp_path, kind, nodes,
     """A module of the model's own and a head, whose passes are recorded after the first."""
     target, name = tmp_path / "target", kind
     if kind == "mtp":
-        write_mtp(target)
+        write_mtp(target, **DEEP)
     else:
-        write_model(target, **IDS)
+        write_model(target, **DEEP, **IDS)
         name = f"eagle3:{write_head(tmp_path / 'head', target)}"
     draft = DraftConfig(draft=name, draft_tokens=nodes)
     answers = []
@@ -102,7 +102,7 @@ def test_a_retrieval_cache_keeps_what_the_slow_formula_does(group):
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_streamed_equals_resident_in_16_bits(make_tiny, family, dtype):
-    folder = make_tiny(family, dtype=dtype)
+    folder = make_tiny(family, dtype=dtype, **DEEP)
     with on_gpu(folder, resident_layers=4, home=HomeKind.AUTO) as engine:
         resident = all_logits(engine)
     with on_gpu(folder, **STREAMED) as engine:

@@ -6,6 +6,7 @@ What needs no real driver runs without a GPU, too, over CPU tensors (`test_cuda_
 import pytest
 import torch
 from engines import PROMPT, all_logits, engine_for, generate, reference_model
+from tiny import DEEP
 
 from offload_rt.config import HomeKind, SamplingConfig
 from offload_rt.device.cuda.device import TorchDriver
@@ -47,7 +48,7 @@ def test_many_streamed_steps_repeat_bit_for_bit(wide):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_equal_to_transformers(make_tiny, family):
-    folder = make_tiny(family, pad_token_id=0)
+    folder = make_tiny(family, pad_token_id=0, **DEEP)
     model = reference_model(folder).to(DEVICE)
     with on_gpu(folder, slots=2, resident_layers=1) as engine:
         tokens = generate(engine, tokens=12)[0]

@@ -3,6 +3,7 @@
 import pytest
 from engines import engine_for, generate
 from medusa_heads import random_heads, write_own, write_shared, write_vllm
+from tiny import DEEP
 
 from offload_rt.config import DraftConfig, HomeKind
 
@@ -18,7 +19,7 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("resident", [0, 4])
 def test_greedy_with_heads_equals_greedy_without(make_tiny, tmp_path, kind, resident):
-    folder = make_tiny("llama")
+    folder = make_tiny("llama", **DEEP)
     options = {"device": "cuda:0", "device_limit_bytes": 4 * 2**30, "home": HomeKind.HOST}
     options |= {"resident_layers": resident} | ({"slots": 2} if resident < 4 else {})
     if resident == 4:

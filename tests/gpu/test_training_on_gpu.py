@@ -3,12 +3,13 @@
 import torch
 from engines import PROMPT, engine_for
 from test_training import trainer_for
+from tiny import DEEP
 
 from offload_rt.config import HomeKind, KVPlace
 
 
 def test_states_are_those_of_the_cpu(make_tiny):
-    folder, texts = make_tiny("llama"), [PROMPT, PROMPT[3:9]]
+    folder, texts = make_tiny("llama", **DEEP), [PROMPT, PROMPT[3:9]]
     places = [range(len(text)) for text in texts]
     with engine_for(folder, prompts=texts, tokens=1, kv=KVPlace.NONE) as engine:
         expected = engine.hidden(texts, places)
