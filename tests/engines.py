@@ -1,7 +1,9 @@
 """Small helpers to run the engine in tests."""
 
 import gc
+import os
 from contextlib import contextmanager
+from functools import lru_cache
 from types import SimpleNamespace
 
 import torch
@@ -28,9 +30,9 @@ PROMPT = [7, 41, 3, 99, 120, 5, 5, 63, 18, 230, 77, 12, 150, 9, 201, 44, 31]
 @contextmanager
 def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=False, **config):
     """An engine with room for these prompts and that many tokens after each."""
-    config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 9} | config
+    config = {"device": "cpu", "device_limit_bytes": ROOMY, "prefill_chunk_tokens": 15} | config
     config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
-    checkpoint = wired(open_checkpoint(folder), config.get("wire", Wire.RAW))
+    checkpoint = wired(_headers(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
     with Engine(
         checkpoint,
@@ -41,6 +43,18 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=
         repeats=repeats,
     ) as engine:
         yield engine
+
+
+def _headers(folder):
+    """The checkpoint of a folder: of one that several engines are made of, opened once."""
+    files = sorted((e.name, e.stat().st_mtime_ns, e.stat().st_size) for e in os.scandir(folder))
+    return opened_once(open_checkpoint, folder, tuple(files))
+
+
+@lru_cache(8)
+def opened_once(opens, folder, files):
+    """What `opens` makes of a folder with these files."""
+    return opens(folder)
 
 
 def generate(engine, prompts=(PROMPT,), tokens=16, sampling=None, **generation):

@@ -19,7 +19,6 @@ from unittest.mock import patch
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from offload_rt.device.cuda import streams
@@ -370,7 +369,14 @@ class FakeKernels(TorchDispatchMode):
 
 
 def tensors_in(values):
-    return [t for t in tree_leaves(values) if isinstance(t, torch.Tensor)]
+    """Of what an operator is given or makes, which is in lists, tuples and dicts alone."""
+    if isinstance(values, torch.Tensor):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    elif not isinstance(values, list | tuple):
+        return []
+    return [tensor for value in values for tensor in tensors_in(value)]
 
 
 def key(tensor):

@@ -115,7 +115,7 @@ def nodes_engine(
     roads=None,
     **config,
 ):
-    config = {"device_limit_bytes": ROOMY, "prefill_chunk_tokens": 9, "exact": Exact.OFF} | config
+    config = {"device_limit_bytes": ROOMY, "prefill_chunk_tokens": 15, "exact": Exact.OFF} | config
     names = tuple(f"n{i}" for i in range(count)) if count > 1 else ()
     with one_network_at_a_time(), others(folder, count, roads) as lead:
         runtime = RuntimeConfig(**config, device=",".join(["cpu"] * count), machines=names)

@@ -43,7 +43,8 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
 TOKENS = 12
 PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
-ROOM = {"device_limit_bytes": 2**31}  # with what a GPU takes beside what is allocated
+# With what a GPU takes beside what is allocated; a prompt in three parts.
+ROOM = {"device_limit_bytes": 2**31, "prefill_chunk_tokens": 25}
 STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2} | ROOM
 KV_HOST = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
 TRIFORCE = DraftConfig(
