@@ -119,10 +119,14 @@ SHORT = {
 }
 
 
+def one_of_each(name):
+    """Of a model's configuration what gives it a layer of each kind, where one can choose."""
+    return BOTH if name.startswith(("qwen3", "olmo", "kimi")) else SHORT.get(name, {})
+
+
 def make_short(make_tiny, name, **config):
-    """The same with one layer of each kind, where a family lets one choose."""
-    kinds = BOTH if name.startswith(("qwen3", "olmo", "kimi")) else SHORT.get(name, {})
-    return make_hybrid(make_tiny, name, **(kinds | config))
+    """The same with those layers."""
+    return make_hybrid(make_tiny, name, **(one_of_each(name) | config))
 
 
 JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 2}

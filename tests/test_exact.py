@@ -28,6 +28,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.config import DraftConfig, Exact, KVPlace, SamplingConfig
 from offload_rt.device import system
+from offload_rt.device.compiled import kept_in
 from offload_rt.device.system import processor_flags
 from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
@@ -732,6 +733,7 @@ def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny, tmp_path):
     """
     environment = {n: v for n, v in os.environ.items() if not n.endswith("_MAX_CPU_ISA")}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    environment |= {"NUMBA_CACHE_DIR": str(folder)} if (folder := kept_in()) else {}
     # Of 1,152 by 192 a product of 192 rows has other bits than one of 144 (a Xeon, torch 2.14.1).
     sizes = SIZES | {"hidden_size": 1152, "intermediate_size": 192, "head_dim": 32}
     dense = make_tiny("llama", **sizes, dtype="bfloat16")

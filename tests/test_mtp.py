@@ -137,8 +137,15 @@ def formula(folder):
     return logits
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_its_logits_are_those_of_the_formula(family, place):
+def test_its_logits_are_those_of_the_formula(family):
+    has_logits_of_the_formula(family, "streamed")
+
+
+def test_its_logits_are_those_of_the_formula_where_all_is_resident(make_mtp):
+    has_logits_of_the_formula(make_mtp("qwen3"), "resident")
+
+
+def has_logits_of_the_formula(family, place):
     with engine_for(family, draft=CHAIN, **PLACES[place]) as engine:
         drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
         engine.forward([(0, PROMPT)], reuse=True)

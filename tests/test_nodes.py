@@ -600,7 +600,7 @@ def test_a_frame_for_which_there_is_no_memory_is_a_sentence(monkeypatch):
 PATIENT = """
 from offload_rt.nodes.line import Line
 from offload_rt.cli import main
-Line.__init__.__defaults__ = (8.0,)
+Line.__init__.__defaults__ = (5.0,)
 raise SystemExit(main())
 """
 
@@ -662,7 +662,7 @@ def test_generate_over_two_processes_answers_as_one_does(deep_model, two, offloa
 def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
     model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000, **DEEP)
     options = ["-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
-    patient = (sys.executable, "-c", PATIENT)  # for 8 s instead of 30
+    patient = (sys.executable, "-c", PATIENT)  # for 5 s instead of 30
     first, second = start(
         model, two, 2, "generate", *options, "--device-memory", "1GiB", program=patient
     )
@@ -670,7 +670,7 @@ def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two, number):
     second.send_signal(number)
     code, _, err = finish(first)
     second.kill()
-    said = "its connection is closed" if number is signal.SIGKILL else "silent for 8 s"
+    said = "its connection is closed" if number is signal.SIGKILL else "silent for 5 s"
     assert code == 2
     assert re.search(rf"error: shelf \(node 1, .*\).*{said}", err), err
 

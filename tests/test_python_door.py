@@ -226,8 +226,10 @@ def test_logprobs_are_the_models_own(options, tiny_model):
     assert torch.tensor(answer.logprobs) == pytest.approx(wanted, abs=1e-4)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "granite", "cohere"])
-@pytest.mark.parametrize("resident", [0, 2])
+@pytest.mark.parametrize(
+    ("family", "resident"),
+    [("llama", 0), ("llama", 2), ("gemma2", 0), ("granite", 2), ("cohere", 0)],
+)
 def test_scores_are_those_of_transformers(family, resident, make_tiny):
     """Families that scale or squash their logits too, streamed and resident, many in a pass."""
     folder = make_tiny(family, tokenizer=True, num_hidden_layers=2)

@@ -39,8 +39,16 @@ def test_greedy_with_a_recorded_drafter_equals_greedy_without(make_tiny, drafts,
     assert recording["replayed"] >= recording["recorded"] > 0
 
 
-@pytest.mark.parametrize("sampling", [SamplingConfig(), SamplingConfig(temperature=0.7, seed=3)])
-@pytest.mark.parametrize("name", ["tree", "windowed-chain", "self-tree"])
+DRAWN = SamplingConfig(temperature=0.7, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        *(("tree", SamplingConfig()), ("tree", DRAWN), ("windowed-chain", DRAWN)),
+        ("self-tree", SamplingConfig()),
+    ],
+)
 def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, name, sampling):  # noqa: F811
     """In fp32 the likeliest tokens are the same, and so is what is accepted of them."""
     folder, reports = make_tiny("llama", **TWO), []
@@ -59,8 +67,8 @@ def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, 
     ("kind", "nodes", "sampling"),
     [  # each two of the three
         ("mtp", 4, SamplingConfig()),
-        ("mtp", 12, SamplingConfig(temperature=0.7, seed=3)),
-        ("eagle3", 4, SamplingConfig(temperature=0.7, seed=3)),
+        ("mtp", 12, DRAWN),
+        ("eagle3", 4, DRAWN),
         ("eagle3", 12, SamplingConfig()),
     ],
 )

@@ -208,9 +208,17 @@ def test_what_is_planned_is_what_is_kept(make_tiny):
     assert sizes[INT4] < sizes[INT8] < sizes[DraftWeights.SAME]
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "phi", "gemma2"])
-@pytest.mark.parametrize("weights", ROUNDED)
-@pytest.mark.parametrize("vocabulary", [320, 323], ids=["fits", "odd"])
+FITS, ODD = 320, 323  # of a vocabulary; each with either weights, and in every family
+
+
+@pytest.mark.parametrize(
+    ("family", "weights", "vocabulary"),
+    [
+        *(("llama", INT8, FITS), ("llama", INT4, ODD), ("phi", INT8, FITS), ("phi", INT4, ODD)),
+        *(("gpt_neox", INT8, ODD), ("gpt_neox", INT4, FITS)),
+        *(("gemma2", INT8, ODD), ("gemma2", INT4, FITS)),
+    ],
+)
 def test_ends_take_what_is_planned_in_every_family(make_tiny, family, weights, vocabulary):
     """Untied heads, heads with a bias or another name in the files, embeddings that scale."""
     more = {"llama": {"tie_word_embeddings": False}, "gpt_neox": {"num_key_value_heads": 4}}

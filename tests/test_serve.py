@@ -421,7 +421,7 @@ def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch, takes, whol
                 if takes == 2**17:
                     while part := await loop.sock_recv(client, takes):
                         found += len(part)
-                        await asyncio.sleep(0.01)
+                        await asyncio.sleep(0.002)
                     return found - 2**23
                 start = time.monotonic()
                 while not gone.is_set() or _connections(address):

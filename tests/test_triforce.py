@@ -257,9 +257,22 @@ def undrafted():
     return of
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss", "qwen3"])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_greedy_with_triforce_equals_greedy_without(make_tiny, undrafted, family, streamed):
+KV_ON_DISK = {"kv": "disk", "kv_block_tokens": 18}
+
+
+@pytest.mark.parametrize(
+    ("family", "streamed", "kv"),
+    [
+        ("llama", False, {}),
+        ("llama", False, {"kv": "host"}),
+        ("llama", True, {}),
+        ("llama", True, KV_ON_DISK),
+        ("gemma2", True, KV_ON_DISK),
+        ("gpt_oss", False, KV_ON_DISK),
+        ("qwen3", True, KV_ON_DISK),
+    ],
+)
+def test_greedy_with_triforce_equals_greedy_without(make_tiny, undrafted, family, streamed, kv):
     config = {"head_dim": 16, **TWO}
     if family in ("gemma2", "gpt_oss"):
         config |= {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
@@ -267,13 +280,9 @@ def test_greedy_with_triforce_equals_greedy_without(make_tiny, undrafted, family
     options = {"resident_layers": 0, "slots": 1} if streamed else {}
     retrieval = RetrievalConfig(budget_tokens=32, chunk_tokens=5, rebuild_tokens=11)
     draft = DraftConfig(draft="triforce", draft_tokens=4, retrieval=retrieval)
-    places = [{"kv": "disk", "kv_block_tokens": 18}]
-    if family == "llama":
-        places += [{}, {"kv": "host"}]
-    for kv in places:
-        with engine_for(folder, prompts=GIVEN, tokens=26, draft=draft, **kv, **options) as engine:
-            answers = [generate(engine, GIVEN, tokens=26), generate(engine, AGAIN, tokens=12)]
-            assert answers == undrafted(folder)
+    with engine_for(folder, prompts=GIVEN, tokens=26, draft=draft, **kv, **options) as engine:
+        answers = [generate(engine, GIVEN, tokens=26), generate(engine, AGAIN, tokens=12)]
+        assert answers == undrafted(folder)
 
 
 def finished(engine, prompt, tokens, sampling=None):
@@ -478,8 +487,14 @@ def joint_counts(world, inner, sampling):
     return counts
 
 
-@pytest.mark.parametrize("inner", [SampledInner, ChosenInner])
-@pytest.mark.parametrize("sampling", SAMPLINGS, ids=["plain", "top-k", "top-p"])
+PLAIN, TOP_K, TOP_P = SAMPLINGS
+
+
+@pytest.mark.parametrize(
+    ("inner", "sampling"),
+    [(SampledInner, PLAIN), (ChosenInner, TOP_K), (SampledInner, TOP_P)],
+    ids=["sampled-plain", "chosen-top-k", "sampled-top-p"],
+)
 def test_the_composed_law_is_the_targets(world, inner, sampling):
     counts = joint_counts(world, inner, sampling)
     assert chi_square(counts, expected_counts(world.target, sampling)) > 1e-4

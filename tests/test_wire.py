@@ -68,11 +68,12 @@ def test_rounded_at_load_is_the_folder_of_the_rounded_weights(folders, family, w
     with engine_for(made[Wire.RAW], resident_layers=0) as engine:
         assert not torch.equal(all_logits(engine), expected)
         whole = engine.bytes_per_pass
-    for options in (
-        {},
-        {"resident_layers": 0, "slots": 1, "home": HomeKind.HOST},
+    places = (  # of one family each, of the others one
         {"resident_layers": 1, "home": HomeKind.HOST},
-    ):
+        {"resident_layers": 0, "slots": 1, "home": HomeKind.HOST},
+        {},
+    )
+    for options in places if family == "qwen2" else places[:1]:
         with engine_for(made[Wire.RAW], wire=wire, **options) as engine:
             assert torch.equal(all_logits(engine), expected), options
             assert engine.checkpoint.name.endswith(f"rounded to {wire}")

@@ -62,20 +62,21 @@ class Row:
 def configurations() -> list[tuple[str, dict[str, object]]]:
     """Families of the tests, each once, with a tiny configuration.
 
-    Where layers are alike two of them say what four do.
+    Where layers are alike two of them say what four do, and one of each kind where they are not.
     """
     sys.path.insert(0, str(ROOT / "tests"))
     from expert_models import MIXTURES
-    from hybrids import HYBRIDS, REFUSED
+    from hybrids import HYBRIDS, REFUSED, one_of_each
     from test_families import FAMILIES, IDS
 
     found: dict[str, dict[str, object]] = {}
     alike = {"num_hidden_layers": 2}
     for families in (FAMILIES, HYBRIDS, REFUSED, MIXTURES):
         short = alike if families in (FAMILIES, MIXTURES) else {}
-        for model_type, config in families.values():
+        for name, (model_type, config) in families.items():
             few = {} if "layer_types" in config else short
-            found.setdefault(model_type, IDS | few | config)
+            kinds = one_of_each(name) if families is HYBRIDS else {}
+            found.setdefault(model_type, IDS | few | config | kinds)
     return sorted(found.items())
 
 
