@@ -166,7 +166,7 @@ def test_a_report_counts_what_was_asked_for(folder):
 def test_a_report_says_how_much_came_from_files(offload_run, folder):
     """Where some experts are in host memory, and others in their files."""
     asked = ("generate", folder, "-p", "the dog", "-n", 9, "--ignore-eos", "--draft", "none")
-    asked += ("--temperature", 2, "--seed", 1, "--expert-slots", 12)
+    asked += ("--temperature", 2, "--seed", 1, "--expert-slots", 12, "--look-ahead", "off")
     split = ("--home", "split", "--host-memory", "25MiB")
     done = offload_run(*asked, *split, "--json")
     assert done.code == 0, done.err

@@ -231,6 +231,7 @@ def test_drafters_read_a_prompt_once_and_what_was_written_while_nobody_drafted(t
     with served(tiny, draft=NGRAM) as engine:
         sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
         engine.controller = Controller(sizes, 4, sequences=SEQUENCES)
+        engine.controller.watched_size = lambda nodes: 0  # whoever is watched reads all the time
         engine.controller.nodes_for = lambda running: 4 * (len(took) not in (1, 2, 3))
         engine.controller.observe = lambda asked, _, **times: took.append((asked, times))
         scheduler = Scheduler(engine)
