@@ -71,7 +71,8 @@ class KVPlace(StrEnum):
 class Exact(StrEnum):
     """Whether the bits of a row depend on its past alone, not on the pass it is in.
 
-    `auto` is on where anything streams or anyone drafts, as far as that can be had.
+    `auto` is on where anything streams or anyone drafts, and in bf16 on a processor with AMX, as
+    far as that can be had.
     """
 
     AUTO = "auto"
@@ -863,7 +864,8 @@ class RuntimeConfig:
         Exact.AUTO,
         "--exact",
         "Row-invariant passes: a row's logits are the same bits in any pass, so drafting changes "
-        "no token, in bf16 too. auto is on where layers or KV stream or anyone drafts.",
+        "no token, in bf16 too. auto is on where layers or KV stream or anyone drafts, and "
+        "in bf16 on a processor with AMX.",
     )
     prefill_chunk_tokens: int = 512
     link_bytes_per_s: float | tuple[float, ...] | None = option(

@@ -30,7 +30,7 @@ from offload_rt.device.system import free_memory_bytes, peak_rss_bytes, put_tabl
 from offload_rt.engine.tracing import Tracer
 from offload_rt.errors import CapacityError, CheckpointError, PlanError
 from offload_rt.folders import cache_folder
-from offload_rt.kernels import products
+from offload_rt.kernels import products, registers
 from offload_rt.kernels.rows import ROW_TILE
 from offload_rt.kv.allocate import allocate_caches, kv_bytes_copied, offloaded_parts
 from offload_rt.kv.base import KVCache, KVShape
@@ -791,7 +791,7 @@ class Engine:
         config, kv = self.config, self.placement.demand.kv
         kind, dtype = self.device.kind, str(self.network.dtype).removeprefix("torch.")
         needed = needed or self.placement.streams or kv is not None or self.draft.drafts
-        needed = needed or are_quickest(dtype, kind)
+        needed = needed or (are_quickest(dtype, kind) and not registers.problem())
         found = passes_problem(config, kind, needed=needed, kv_away=kv is not None)
         tiles = kind.tile_rows
         places = dict[torch.device, int]()  # what is planned on each

@@ -602,11 +602,14 @@ class PlacedRun:
 
     def _target(self, *, drafts: bool) -> PlacedModel:
         kv, device = self.placement.demand.kv, self.speeds.device
-        dtype = compute_dtype(self.checkpoint, self.config.dtype)
-        quickest = are_quickest(dtype, device, in_registers=in_registers(self.speeds.profile))
-        needed = self.placement.streams or kv is not None or drafts or quickest
+        needed = self.placement.streams or kv is not None or drafts or self._quickest()
         problem = passes_problem(self.config, device, needed=needed, kv_away=kv is not None)
         return replace(self.model, exact=not problem)
+
+    def _quickest(self) -> bool:
+        dtype = compute_dtype(self.checkpoint, self.config.dtype)
+        there = in_registers(self.speeds.profile)
+        return are_quickest(dtype, self.speeds.device, in_registers=there)
 
 
 def splits_misses(

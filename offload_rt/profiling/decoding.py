@@ -115,7 +115,10 @@ def rows_apart(profile: HardwareProfile) -> int:
 
 def in_registers(profile: HardwareProfile) -> bool:
     """Whether kernels multiply bf16 in matrix registers in row-invariant passes of the CPU."""
-    return profile.machine.matrix_registers and multiplies_plain(profile)
+    there = profile.machine.matrix_registers
+    if _is_here(profile):  # whoever sets `ONEDNN_MAX_CPU_ISA` later does without
+        there = takes_matrix_registers("bfloat16")
+    return there and multiplies_plain(profile)
 
 
 def multiplies_plain(profile: HardwareProfile) -> bool:
