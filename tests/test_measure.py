@@ -552,6 +552,14 @@ def test_memory_is_lent_again_and_what_it_has_no_room_for_is_new(cpu, monkeypatc
     assert memory.take(cpu, 7 * MIB).data_ptr() == starts[0]
 
 
+def test_memory_is_new_where_the_system_maps_no_more_than_is_asked_for(cpu, monkeypatch):
+    """As under `ulimit -v`, or without overcommitment."""
+    monkeypatch.setattr(cpu, "free_bytes", lambda: 2**60)
+    memory = RunMemory()
+    lent = [memory.take(cpu, 3 * MIB).fill_(value) for value in (1, 2)]
+    assert [each.unique().tolist() for each in lent] == [[1], [2]]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("order", [*WeightOrder])
 def test_copies_of_a_timed_layer_compute_the_same_from_weights_of_their_own(cpu, order):
