@@ -713,6 +713,27 @@ def test_it_is_kept_whether_kernels_took_few_rows_of_an_expert(cpu):
         assert (usual.few_rows, exact.few_rows) == (rows, 0)
 
 
+@pytest.mark.parametrize("part", ["layers", "heads", "experts"])
+def test_a_part_that_was_disturbed_leaves_no_doubt_about_the_next(part, cpu, monkeypatch):
+    monkeypatch.setattr(neighbours, "_waited_s", lambda: 0.0)
+    monkeypatch.setattr(neighbours, "_stolen_s", lambda: 0.0)
+    repair, doubted = timing.monotone, []
+
+    def monotone(values, *, by_bytes):
+        doubted.append(by_bytes)
+        return repair(values, by_bytes=by_bytes)
+
+    monkeypatch.setattr(timing, "monotone", monotone)
+    curve = Curve(QUICK, disturbed=True)
+    shapes = QUICK.layer_shapes("float32", 4)
+    {
+        "layers": lambda: measure_layers(shapes, cpu, WeightOrder.PLAIN, curve, nothing),
+        "heads": lambda: measure_heads(cpu, "float32", WeightOrder.PLAIN, curve, nothing),
+        "experts": lambda: experts.measure_experts(cpu, "float32", curve, nothing),
+    }[part]()
+    assert doubted and not any(doubted)
+
+
 @torch.inference_mode()
 def test_a_pass_uses_the_copies_in_turn_and_forgets_its_rows(cpu):
     (shape,) = QUICK.layer_shapes("float32", 4)

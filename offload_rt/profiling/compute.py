@@ -199,7 +199,7 @@ def measure_layers(
         tick: called after each number.
         then: measures more of each, while it is there.
     """
-    curve = replace(curve, by_bytes=True)
+    curve = curve.for_part()
     effort = curve.effort
     counts = effort.tokens if weights is WeightOrder.PLAIN else effort.packed_tokens
     computes = device.kind.host_computes  # else it goes on while its host thread waits
@@ -226,7 +226,7 @@ def measure_layers(
             tick()
         for shape, layer in layers.items():
             then(shape, layer)
-        del layers  # before the next group's
+        del layers, layer  # before the next group's
     numbers = curve.numbers(taken)
     return [
         LayerCurve(
@@ -255,7 +255,7 @@ def measure_recorded(
     Returns:
         None of any size that the device cannot record.
     """
-    curve = replace(curve, by_bytes=True)
+    curve = curve.for_part()
     effort, found = curve.effort, list[RecordedCurve]()
     counts = effort.recorded_tokens
     for shape in shapes:
@@ -311,7 +311,7 @@ def measure_heads(
     device: Device, dtype_name: str, weights: WeightOrder, curve: Curve, tick: Tick
 ) -> tuple[HeadCurve, ...]:
     """Time output heads by rows; weights lie on the device, plain or packed."""
-    curve = replace(curve, by_bytes=True)
+    curve = curve.for_part()
     effort = curve.effort
     dtype: torch.dtype = getattr(torch, dtype_name)
     taken: dict[Place, list[float]] = {}

@@ -7,7 +7,6 @@ So here they are views of one memory that is larger than the caches, taken in no
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -87,7 +86,7 @@ def measure_experts(device: Device, dtype_name: str, curve: Curve, tick: Tick) -
         curve: how much is measured, and what could not be.
         tick: called after each number.
     """
-    curve = replace(curve, by_bytes=True)
+    curve = curve.for_part()
     effort, dtype = curve.effort, getattr(torch, dtype_name)
     largest = max(3 * hidden * intermediate for hidden, intermediate in effort.experts)
     cold_bytes = beyond_caches(device, effort)
