@@ -76,7 +76,7 @@ def test_a_profile_made_too_early_for_a_model_is_said(quick, offload_run, make_t
     mixture, dense = make_mixture(make_tiny, dtype="bfloat16"), make_tiny("llama")
 
     def said(model, few_rows):
-        experts = tuple(replace(c, few_rows=0 if c.exact else few_rows) for c in made.experts)
+        experts = tuple(replace(c, few_rows=None if c.exact else few_rows) for c in made.experts)
         save_profile(replace(made, experts=experts), path)
         (finding,) = [f for f in diagnose(inspect_machine(model)) if f.what == "profile"]
         asked = ("plan", model, "--context", 64, "--draft", "none", "--exact", "off")
@@ -85,8 +85,8 @@ def test_a_profile_made_too_early_for_a_model_is_said(quick, offload_run, make_t
         old = json.loads(offload_run(*asked, "--json").out)["predicted"]["old_profile"]
         return says in finding.detail, says in lines, old
 
-    assert said(mixture, 0) == (True, True, True)
-    assert said(mixture, 32) == said(dense, 0) == (False, False, False)
+    assert said(mixture, None) == (True, True, True)
+    assert said(mixture, 32) == said(mixture, 0) == said(dense, None) == (False, False, False)
 
 
 def test_a_repaired_number_is_named(offload_run, tmp_path):

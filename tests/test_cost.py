@@ -201,7 +201,8 @@ def test_few_rows_of_an_expert_are_guessed_where_the_profile_timed_them_without_
     assert priced(16.0)[0] == pytest.approx(4.0 if twin else 2.4)
     assert priced(64.0) == (pytest.approx(16.0), Obtained.MEASURED, False)
     assert not priced(1.0, tile=16)[2]
-    assert priced(1.0, replace(usual, few_rows=32)) == (1.0, Obtained.MEASURED, False)
+    for few_rows in (32, 0):
+        assert priced(1.0, replace(usual, few_rows=few_rows)) == (1.0, Obtained.MEASURED, False)
     there[0] = False
     assert priced(1.0) == (1.0, Obtained.MEASURED, False)
 

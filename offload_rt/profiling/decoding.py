@@ -132,9 +132,8 @@ def times_old_experts(profile: HardwareProfile) -> bool:
 
     Of passes that need not be row-invariant: profiles of before December 2026 timed them so.
     """
-    usual = [curve for curve in profile.experts if not curve.exact]
-    marked = any(curve.few_rows for curve in usual)
-    return bool(usual) and not marked and multiplies_plain(profile)
+    old = any(not curve.exact and curve.few_rows is None for curve in profile.experts)
+    return old and multiplies_plain(profile)
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:

@@ -111,7 +111,7 @@ def _curves(
     exact: bool,
 ) -> list[ExpertCurve]:
     """Of each size, in turns."""
-    effort, few_rows = curve.effort, 0
+    effort, few_rows = curve.effort, dict[int, int]()
     passes: dict[Place, Sample] = {}
     for hidden, intermediate in effort.experts:
         nbytes = 3 * hidden * intermediate * dtype.itemsize
@@ -121,8 +121,9 @@ def _curves(
         if exact:
             make_exact(module)
             multiply_at_once(module)
-        elif dtype is torch.bfloat16:
-            few_rows = multiply_few_rows_at_once(module)
+        else:
+            kernels = dtype is torch.bfloat16
+            few_rows[nbytes] = multiply_few_rows_at_once(module) if kernels else 0
         for rows in effort.expert_rows:
             run = _call(module, experts, torch.randn(rows, hidden).to(dtype), exact=exact)
             passes[nbytes, rows] = Timed(run, effort.compute_sample_s, computes=True)
@@ -136,7 +137,7 @@ def _curves(
         ExpertCurve(
             processor=device.kind.processor,
             exact=exact,
-            few_rows=few_rows,
+            few_rows=few_rows.get(nbytes),
             weight_bytes=nbytes,
             times=tuple(
                 LayerTime(tokens=rows, layer_s=found[nbytes, rows]) for rows in effort.expert_rows

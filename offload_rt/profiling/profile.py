@@ -293,13 +293,14 @@ class ExpertCurve:
     Attributes:
         exact: that of row-invariant passes (`model/exact.py`).
         few_rows: up to so many rows kernels multiplied, though passes need not be row-invariant; 0:
-            torch did, or the profile is from before they could (`decoding.times_old_experts`).
+            torch did with any number; None: passes are row-invariant, or the profile is from before
+            kernels could (`decoding.times_old_experts`).
         weight_bytes: of its matrices: gate, up and down.
     """
 
     processor: Processor
     exact: bool = False
-    few_rows: int = field(default=0, metadata={"least": 0, "most": _COUNT})
+    few_rows: int | None = field(default=None, metadata={"least": 0, "most": _COUNT})
     weight_bytes: int = _up_to(_BYTES)
     times: tuple[LayerTime, ...]
 
