@@ -74,6 +74,7 @@ def test_a_profile_made_too_early_for_a_model_is_said(quick, offload_run, make_t
     path = quick / f"{machine_name()}.json"
     made, says = load_profile(path), "older than the kernels that multiply few rows of an expert"
     mixture, dense = make_mixture(make_tiny, dtype="bfloat16"), make_tiny("llama")
+    wide = make_mixture(make_tiny, dtype="float32")
 
     def said(model, few_rows):
         experts = tuple(replace(c, few_rows=None if c.exact else few_rows) for c in made.experts)
@@ -86,7 +87,25 @@ def test_a_profile_made_too_early_for_a_model_is_said(quick, offload_run, make_t
         return says in finding.detail, says in lines, old
 
     assert said(mixture, None) == (True, True, True)
-    assert said(mixture, 32) == said(mixture, 0) == said(dense, None) == (False, False, False)
+    assert said(mixture, 32) == said(mixture, 0) == (False, False, False)
+    assert said(dense, None) == said(wide, None) == (False, False, False)
+
+
+def test_a_profile_that_timed_layers_as_torch_multiplies_is_said(
+    quick, offload_run, make_tiny, monkeypatch
+):
+    """By `plan` and `doctor`, where row-invariant passes multiply in matrix registers now."""
+    assert offload_run("profile", "--device", "cpu").code == 0
+    path, model = quick / f"{machine_name()}.json", make_tiny("llama", dtype="bfloat16")
+    machine = replace(load_profile(path).machine, kernels=True, matrix_registers=True)
+    made = replace(load_profile(path), machine=machine)
+    monkeypatch.setattr(decoding, "kernels_multiply_plain", lambda: True)
+    for marked in (False, True):
+        save_profile(replace(made, layers_exact=marked), path)
+        (finding,) = [f for f in diagnose(inspect_machine(None)) if f.what == "profile"]
+        lines = offload_run("plan", model, "--context", 64, "--exact", "on").out
+        for text in (finding.detail, " ".join(lines.split())):
+            assert ("older than the kernels that multiply in matrix" in text) is not marked
 
 
 def test_a_repaired_number_is_named(offload_run, tmp_path):

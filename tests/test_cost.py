@@ -189,10 +189,10 @@ def test_few_rows_of_an_expert_are_guessed_where_the_profile_timed_them_without_
     usual = timed({1: 1.0, 16: 4.0, 64: 16.0})
     exact = (timed({1: 0.5, 16: 5.0, 64: 6.0}, exact=True),) if twin else ()
 
-    def priced(rows, usual=usual, tile=1):
+    def priced(rows, usual=usual, tile=1, dtype="bfloat16"):
         work = ExpertWork(count=1.0, nbytes=100, rows=rows, rest=shape(1).work)
         layer = LayerLoad(work=shape(2).work, home_bytes=5, expert_work=work, expert_part=0.5)
-        load = PassLoad(layers=[layer], streamed=[], slots=0, tile=tile)
+        load = PassLoad(layers=[layer], streamed=[], slots=0, tile=tile, dtype=dtype)
         made = profile(layers=(curve(1, {1: 1.0}),), experts=(usual, *exact))
         times = pass_times(made, load, Processor.CPU, measured(1e9))
         return times.experts_s[0], times.obtained, times.old_profile
@@ -200,11 +200,34 @@ def test_few_rows_of_an_expert_are_guessed_where_the_profile_timed_them_without_
     assert priced(1.0) == (pytest.approx(0.5 if twin else 0.6), Obtained.ASSUMED, True)
     assert priced(16.0)[0] == pytest.approx(4.0 if twin else 2.4)
     assert priced(64.0) == (pytest.approx(16.0), Obtained.MEASURED, False)
-    assert not priced(1.0, tile=16)[2]
+    assert not priced(1.0, tile=16)[2] and not priced(1.0, dtype="float32")[2]
     for few_rows in (32, 0):
         assert priced(1.0, replace(usual, few_rows=few_rows)) == (1.0, Obtained.MEASURED, False)
     there[0] = False
     assert priced(1.0) == (1.0, Obtained.MEASURED, False)
+
+
+def test_layers_that_were_timed_in_other_passes_are_assumed():
+    """Where kernels multiply bf16 in matrix registers in row-invariant passes, torch in others."""
+    made = profile(layers=(curve(1, {1: 1.0, 16: 1.0}),))
+    own = replace(made.machine, cpu="another", kernels=True, matrix_registers=True)
+    as_timed = (Obtained.MEASURED, False)
+
+    def known(tile, marked, machine=own, dtype="bfloat16"):
+        layer = LayerLoad(work=shape(1).work, home_bytes=5)
+        load = PassLoad(layers=[layer], streamed=[], slots=0, tile=tile, dtype=dtype)
+        timed = replace(made, machine=machine, layers_exact=marked)
+        assert decode(encode(timed)) == timed
+        times = pass_times(timed, load, Processor.CPU, measured(1e9))
+        return times.obtained, times.old_profile
+
+    assert known(16, True) == known(1, False) == as_timed
+    assert known(16, False) == (Obtained.ASSUMED, True)
+    assert known(1, True) == (Obtained.ASSUMED, False)
+    for machine in (replace(own, kernels=False), replace(own, matrix_registers=False)):
+        assert known(16, False, machine=machine) == known(1, True, machine=machine) == as_timed
+    assert known(16, False, machine=replace(own, kernels=None)) == as_timed  # it stands in
+    assert known(1, True, dtype="float32") == as_timed
 
 
 @pytest.mark.parametrize("kernel_s", [0.0, 0.4, 1.0])

@@ -27,6 +27,7 @@ from offload_rt.kernels import assembling, products
 from offload_rt.kernels.layers import MANY_ROWS
 from offload_rt.kernels.products import MOST_ROWS
 from offload_rt.kernels.rounded import RoundedProduct
+from offload_rt.model import exactness
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.experts import compute_experts, lend_experts
 from offload_rt.model.formats import on_gpu
@@ -55,7 +56,14 @@ from offload_rt.profiling.disk import (
 from offload_rt.profiling.effort import Effort
 from offload_rt.profiling.measure import measure
 from offload_rt.profiling.memory import measure_memory, thread_counts
-from offload_rt.profiling.profile import Direction, LinkLoad, MemoryUse, Obtained, WeightOrder
+from offload_rt.profiling.profile import (
+    Direction,
+    LayerCurve,
+    LinkLoad,
+    MemoryUse,
+    Obtained,
+    WeightOrder,
+)
 from offload_rt.profiling.run_memory import RunMemory
 from offload_rt.profiling.store import BUSY
 from offload_rt.profiling.timing import (
@@ -711,6 +719,17 @@ def test_it_is_kept_whether_kernels_took_few_rows_of_an_expert(cpu):
     for dtype, rows in (("bfloat16", [AT_ONCE_FEW, 0]), ("float32", [0, 0])):
         found = experts.measure_experts(cpu, dtype, Curve(effort), nothing)
         assert [each.few_rows for each in found] == [*rows, None, None]
+
+
+@pytest.mark.parametrize("kernels", [True, False])
+def test_it_is_kept_whether_layers_were_timed_as_in_row_invariant_passes(kernels, monkeypatch):
+    monkeypatch.setattr(exactness, "takes_matrix_registers", lambda _: True)
+    monkeypatch.setattr(exactness, "kernels_multiply_plain", lambda: kernels)
+    shape = QUICK.layer_shapes("bfloat16", 2)[0]
+    curve = LayerCurve(processor=Processor.CPU, weights=WeightOrder.PLAIN, shape=shape, times=())
+    session = SimpleNamespace(nvml=[None] * 99, notes=[])  # as many GPUs as nowhere
+    made = measure_module._assemble("a machine", session, [curve], "by hand")
+    assert made.layers_exact is kernels
 
 
 @pytest.mark.parametrize("part", ["layers", "heads", "experts"])

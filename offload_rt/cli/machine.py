@@ -32,8 +32,9 @@ from offload_rt.device.system import (
 from offload_rt.errors import OffloadError, ProfileError
 from offload_rt.model.checkpoint import demo_folder, open_checkpoint
 from offload_rt.model.gguf import ENDING
+from offload_rt.model.layout import compute_dtype
 from offload_rt.model.packed_files import SUFFIX
-from offload_rt.profiling.decoding import times_old_experts
+from offload_rt.profiling.decoding import times_old_experts, times_unlike
 from offload_rt.profiling.identity import compare, old_profile, these_versions, this_machine
 from offload_rt.profiling.profile import HardwareProfile
 from offload_rt.profiling.store import BUSY, find_profile, list_profiles, load_profile, machine_name
@@ -258,23 +259,28 @@ def _profile(driver: Driver | None, model: Path | None) -> ProfileFacts:
         name=name,
         found=True,
         changes=tuple(changes),
-        notes=(*busy, *([old_profile(name)] if _is_old(profile, model) else [])),
+        notes=(*busy, *_old(profile, model)),
         pinned_bytes=profile.pinning.most_bytes if profile.pinning else None,
     )
 
 
-def _is_old(profile: HardwareProfile, model: Path | None) -> bool:
-    """Whether a model has what the profile was made too early for."""
-    if model is None or not times_old_experts(profile):
-        return False
+def _old(profile: HardwareProfile, model: Path | None) -> list[str]:
+    """A sentence where the profile was made too early: for any model in bf16, or for this one."""
+    layers = times_unlike(profile, exact=True)
+    if layers or (times_old_experts(profile) and model is not None and _has_experts(model)):
+        return [old_profile(profile.name, layers=layers)]
+    return []
+
+
+def _has_experts(model: Path) -> bool:
+    """Whether a model has plain experts and computes in bf16."""
     try:
         checkpoint = open_checkpoint(model)
+        dtype = compute_dtype(checkpoint, "auto")
     except OffloadError:  # runs say what is wrong with it
         return False
-    return any(
-        ".experts." in name and extent.dtype == "BF16" and name not in checkpoint.stored
-        for name, extent in checkpoint.tensors.items()
-    )
+    plain = (name for name in checkpoint.tensors if name not in checkpoint.stored)
+    return dtype == "bfloat16" and any(".experts." in name for name in plain)
 
 
 def _torch() -> tuple[TorchFacts | None, str]:

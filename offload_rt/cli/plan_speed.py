@@ -7,6 +7,7 @@ from offload_rt.costs.machine import Speeds
 from offload_rt.costs.pass_cost import Limit
 from offload_rt.costs.step import Prediction
 from offload_rt.planning.planner import Considered, Plan, Way
+from offload_rt.profiling.decoding import times_unlike
 from offload_rt.profiling.identity import old_profile
 from offload_rt.profiling.profile import Obtained
 from offload_rt.session.means import profile_source
@@ -35,7 +36,9 @@ def speed_lines(plan: Plan, speeds: Speeds) -> list[str]:
         lines.append(_line("drafting", "", drafts_name(plan)))
     lines.append(_line("bound by", chosen.limit, _advice(chosen)))
     if chosen.old_profile:
-        lines.append(hanging(f"  {old_profile(speeds.profile.name)}", 4))
+        profile = speeds.profile
+        said = old_profile(profile.name, layers=times_unlike(profile, exact=True))
+        lines.append(hanging(f"  {said}", 4))
     if plan.ways:
         lines += ["how experts may come", *map(_way, plan.ways)]
     others = _others(plan)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
 from math import ceil
+from typing import Any
 
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.experts import chances_of
@@ -36,6 +37,7 @@ from offload_rt.profiling.decoding import (
     multiplies,
     rows_apart,
     times_old_experts,
+    times_unlike,
 )
 from offload_rt.profiling.profile import (
     Decoder,
@@ -49,6 +51,8 @@ from offload_rt.profiling.profile import (
 )
 from offload_rt.profiling.rates import (
     OLD_EXPERTS,
+    OLD_LAYERS,
+    OTHER_LAYERS,
     PIECES_S,
     attention_s,
     disk_bytes_per_s,
@@ -216,6 +220,7 @@ class PassLoad:
         tokens: that go through the layers at once.
         tile: rows of a product are filled up to a multiple of it, but where kernels for few rows
             compute.
+        dtype: number format that it computes in.
         sequences: that these belong to, as many to each; a token attends to its own alone.
         branches: paths down the tree that the tokens of each are; 1: they are a chain.
         head: final projection, for as many rows; None to leave it out.
@@ -241,6 +246,7 @@ class PassLoad:
     slots: int
     tokens: int = 1
     tile: int = 1
+    dtype: str = "bfloat16"
     sequences: int = 1
     branches: float = 1.0
     head: LayerWork | None = None
@@ -400,7 +406,7 @@ class PassTimes:
     @property
     def old_profile(self) -> bool:
         """Whether a part is priced by a guess, as the profile was made before it was so."""
-        return any(n.source == OLD_EXPERTS for n in self.numbers)
+        return any(n.source in (OLD_EXPERTS, OLD_LAYERS) for n in self.numbers)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -593,10 +599,16 @@ def pass_times(
     sizes = {n for layer in load.layers for n in (layer.kv_bytes, layer.kv_home_bytes) if n}
     replayed = load.recorded or load.pieced
     exact = load.tile > 1
-    apart_rows = rows_apart(profile) if exact and KINDS[processor].host_computes else 0
+    host_computes, bf16 = KINDS[processor].host_computes, load.dtype == "bfloat16"
+    apart_rows = rows_apart(profile) if exact and host_computes else 0
+    unlike = host_computes and bf16 and times_unlike(profile, exact=exact)
+    label = _assumed(exact=exact) if unlike else {}
 
     def timed(how: Callable[..., Number], work: LayerWork, order: WeightOrder) -> Number:
-        ask = partial(how, profile, work, processor=processor, weights=order, recorded=replayed)
+        def ask(rows: int) -> Number:
+            by = {"processor": processor, "weights": order, "recorded": replayed}
+            return replace(how(profile, work, rows, **by), **label.get(order, {}))
+
         products, rest = divmod(load.rows(order), apart_rows or sys.maxsize)
         if not products:
             return ask(rest)
@@ -612,7 +624,7 @@ def pass_times(
         return None if each is None else replace(each, value=work.count * each.value)
 
     asked = {layer.expert_work for layer in load.layers}
-    old = any(asked) and not exact and times_old_experts(profile)
+    old = any(asked) and not exact and bf16 and times_old_experts(profile)
     experts = {each: apart(each) for each in asked}
 
     products = [
@@ -629,7 +641,6 @@ def pass_times(
     heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
-    host_computes = KINDS[processor].host_computes
     quantised = {
         replace(each, numbers=0)
         for layer in load.layers
@@ -713,6 +724,13 @@ def pass_times(
         piece_s=_piece_s(rates, processor),
         files_bytes_per_s=tuple(number.value for number in rates.files),
     )
+
+
+def _assumed(*, exact: bool) -> dict[WeightOrder, dict[str, Any]]:
+    """How numbers are known of layers that were timed in other passes; rounded ones are not."""
+    source = OLD_LAYERS if exact else OTHER_LAYERS
+    known = {"obtained": Obtained.ASSUMED, "source": source}
+    return dict.fromkeys((WeightOrder.PLAIN, WeightOrder.PACKED), known)
 
 
 def _partly_plain(

@@ -143,6 +143,7 @@ class ModelParts:
         head_decoded: of it, what is dequantised in each pass.
         rounds: forms of rounded weights that the head can have.
         hidden_bytes: of a token's hidden state.
+        dtype: number format it computes in.
     """
 
     layers: tuple[LayerParts, ...]
@@ -151,6 +152,7 @@ class ModelParts:
     head_decoded: tuple[Decoded, ...] = ()
     rounds: frozenset[DraftWeights] = frozenset()
     hidden_bytes: int = 0
+    dtype: str = "bfloat16"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -351,6 +353,7 @@ class PlacedModel:
             tokens=rows,
             pieced=self._pieced(rows),
             tile=self._tile,
+            dtype=parts.dtype,
             sequences=self.sequences,
             branches=branches,
             head=head,
@@ -560,6 +563,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
         head_decoded=_decoded([] if stored is None else [stored], name, device),
         rounds=frozenset(w for w in DraftWeights if stored is None and takes(w, *head.shape)),
         hidden_bytes=config.hidden_size * number_bytes,
+        dtype=name,
     )
 
 

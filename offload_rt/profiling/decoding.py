@@ -136,6 +136,18 @@ def times_old_experts(profile: HardwareProfile) -> bool:
     return old and multiplies_plain(profile)
 
 
+def times_unlike(profile: HardwareProfile, *, exact: bool) -> bool:
+    """Whether layers and heads of the CPU were timed otherwise than passes multiply in bf16.
+
+    Where kernels multiply in matrix registers in row-invariant passes (`exact`), and torch in all
+    others, only the first are timed; profiles of before December 2026 timed the others. Nothing is
+    said of a profile that stands in for this machine.
+    """
+    timed = any(curve.processor is Processor.CPU for curve in profile.layers)
+    own = timed and profile.machine.kernels is not None
+    return own and in_registers(profile) and profile.layers_exact is not exact
+
+
 def standing_in(profile: HardwareProfile) -> HardwareProfile:
     """A profile of another machine that stands in for this one: kernels are those that are here.
 

@@ -72,11 +72,20 @@ def compare(profile: HardwareProfile, machine: Machine, versions: Versions) -> l
     ]
 
 
-def old_profile(name: str) -> str:
-    """What to say where a profile was made before parts of plans were priced by what it lacks."""
+def old_profile(name: str, *, layers: bool) -> str:
+    """What to say where a profile was made before parts of plans were priced by what it lacks.
+
+    Args:
+        name: of the profile.
+        layers: these are what it timed otherwise (`decoding.times_unlike`); else experts.
+    """
+    kernels, these = "multiply in matrix registers", "all layers"
+    if not layers:
+        kernels = "multiply few rows of an expert with --exact off"
+        these = "these"
     return (
-        f"profile {name} is older than the kernels that multiply few rows of an expert, so these "
-        "are guessed: run `offload-run profile` again"
+        f"profile {name} is older than the kernels that {kernels}, so {these} are guessed: run "
+        "`offload-run profile` again"
     )
 
 

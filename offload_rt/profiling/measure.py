@@ -17,8 +17,10 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.device.cuda.device import CudaDevice, TorchDriver
 from offload_rt.device.cuda.driver import Driver
 from offload_rt.device.cuda.nvml import find_driver
+from offload_rt.device.kinds import KINDS
 from offload_rt.device.system import compute_threads
 from offload_rt.errors import DeviceError, ProfileError
+from offload_rt.model.exactness import are_quickest
 from offload_rt.model.formats.packed import can_pack
 from offload_rt.profiling import link
 from offload_rt.profiling.compute import (
@@ -431,6 +433,7 @@ def _assemble(
         )
         machine = replace(machine, gpus=tuple(gpus))
     versions: Versions = these_versions(driver)
+    layers = tuple(r for r in records if isinstance(r, LayerCurve))
     return HardwareProfile(
         schema_version=SCHEMA_VERSION,
         name=name,
@@ -443,7 +446,10 @@ def _assemble(
         disk=_undisturbed(r for r in records if isinstance(r, DiskSpeed)),
         host_memory=tuple(r for r in records if isinstance(r, MemorySpeed)),
         pinning=next((r for r in records if isinstance(r, PinSpeed)), None),
-        layers=tuple(r for r in records if isinstance(r, LayerCurve)),
+        layers=layers,
+        layers_exact=any(
+            are_quickest(layer.shape.dtype, KINDS[layer.processor]) for layer in layers
+        ),
         heads=tuple(r for r in records if isinstance(r, HeadCurve)),
         experts=tuple(r for r in records if isinstance(r, ExpertCurve)),
         recorded=tuple(r for r in records if isinstance(r, RecordedCurve)),

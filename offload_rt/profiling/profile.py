@@ -379,6 +379,7 @@ class HardwareProfile:
         method: a sentence on how the numbers came about.
         notes: what could not be measured, and why.
         pinning: None on a machine without a GPU.
+        layers_exact: of the CPU, layers and heads were timed as in row-invariant passes.
         heads: empty where none was measured: they then count as layers of their size.
         experts: empty where none was measured: they then count as parts of their layers.
         recorded: layers of recorded passes; empty where none was measured: then what is left of
@@ -401,6 +402,7 @@ class HardwareProfile:
     host_memory: tuple[MemorySpeed, ...] = ()
     pinning: PinSpeed | None = None
     layers: tuple[LayerCurve, ...] = ()
+    layers_exact: bool = False
     heads: tuple[HeadCurve, ...] = ()
     experts: tuple[ExpertCurve, ...] = ()
     recorded: tuple[RecordedCurve, ...] = ()

@@ -55,6 +55,9 @@ SCANNED = "assumed: as Gated DeltaNet on one core of another machine; on a GPU 8
 # "Experts at once").
 _KERNELS_SHARE = 0.6
 OLD_EXPERTS = "assumed: kernels multiply few rows of an expert, the profile timed torch"
+# Layers and heads of a CPU with matrix registers (`decoding.times_unlike`).
+OLD_LAYERS = "assumed: kernels multiply in matrix registers in such passes, the profile timed torch"
+OTHER_LAYERS = "assumed: torch multiplies in such passes, the profile timed kernels"
 
 _WORSE = list(Obtained)
 
