@@ -5,7 +5,7 @@ A damaged file is put aside as if there were none: what is kept only makes guess
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,8 +25,8 @@ def read_entries(path: Path, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
 
     Args:
         path: of the file.
-        parse: makes an entry of its JSON value; a ValueError, TypeError or KeyError says that it
-            cannot be one.
+        parse: makes an entry of its JSON value; a ValueError, TypeError, KeyError or OverflowError
+            says that it cannot be one.
     """
     try:
         if not path.is_file() or path.stat().st_size > _LIMIT_BYTES:
@@ -35,18 +35,35 @@ def read_entries(path: Path, parse: Callable[[Any], Entry]) -> dict[str, Entry]:
         if raw["version"] != _VERSION:
             return {}
         return {str(key): parse(entry) for key, entry in raw["entries"].items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        RecursionError,
+        OverflowError,
+    ) as error:
         _log.info("%s is not used: %s", path, error)
         return {}
 
 
 def write_entries(path: Path, entries: Mapping[str, object], most: int) -> None:
-    """Replace the file whole, with the `most` last entries; what goes wrong is only logged."""
-    last = dict(list(entries.items())[-most:])
+    """Replace the file whole, with the `most` last entries; what goes wrong is only logged.
+
+    They are fewer where it would be too large to be read again.
+    """
+    last = list(entries.items())[-most:]
+    while len(text := _text(last)) > _LIMIT_BYTES:
+        last = last[1:]
     try:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"version": _VERSION, "entries": last}, indent=1)
         write_text(path, text, lasting=False)
     except ConfigError as error:
         _log.info("what was learnt was not kept: %s", error)
+
+
+def _text(entries: Sequence[tuple[str, object]]) -> str:
+    """A file's text, ASCII."""
+    return json.dumps({"version": _VERSION, "entries": dict(entries)})

@@ -31,6 +31,7 @@ from offload_rt.costs.timeline import TimedLayer, TimedPass, steady_pass
 from offload_rt.costs.workload import PlacedModel, PooledExperts, Residence, parts_of
 from offload_rt.device.base import STAGING_BYTES
 from offload_rt.device.kinds import CUDA
+from offload_rt.entries import read_entries, write_entries
 from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.methods import Form
 from offload_rt.model.formats.stored import Stored
@@ -297,13 +298,24 @@ def test_how_often_experts_were_asked_for_is_kept_in_a_byte_each_and_fades(tmp_p
     assert kept_uses(path, dict.fromkeys(range(129), [1] * 256)) == {}  # more than are kept
 
 
-@pytest.mark.parametrize("broken", ['"zz"', "7", "[1, 2]", "null"])
-def test_a_damaged_history_of_uses_is_none(tmp_path, broken):
+@pytest.mark.parametrize(
+    ("whole", "broken"),
+    [*(('"0102"', each) for each in ('"zz"', "7", "[1, 2]", "null")), ("[10,", f"[1{'0' * 400},")],
+)
+def test_a_damaged_history_of_uses_is_none(tmp_path, whole, broken):
     path = tmp_path / "experts.json"
     assert kept_uses(path, {0: [1, 2]}) == {0: [1, 2]}
-    path.write_text(path.read_text().replace('"0102"', broken))
+    assert whole in path.read_text()
+    path.write_text(path.read_text().replace(whole, broken))
     assert read_asked(path, "m") == ExpertUse()
     assert kept_uses(path, {0: [0, 2]}) == {0: [0, 2]}  # and is made anew
+
+
+def test_a_history_is_never_too_large_to_be_read(tmp_path):
+    """The models used last stay, as many as fit."""
+    path, names = tmp_path / "experts.json", [f"m{index}" for index in range(8)]
+    write_entries(path, dict.fromkeys(names, "x" * 200_000), most=7)
+    assert [*read_entries(path, str)] == names[3:]
 
 
 def test_an_older_history_has_no_uses(tmp_path):
