@@ -162,16 +162,18 @@ def sweep(folder: Path, least_age_s: float = 0.0) -> None:
 
     Args:
         folder: to be swept.
-        least_age_s: what was written later is left, as another run may be at it; 0: nobody else
-            writes in the folder.
+        least_age_s: what was written later is left, as another run may be at it, and so are
+            folders, whose age says nothing of what is in them; 0: nobody else writes here.
     """
+    left: list[os.DirEntry[str]] = []
     with suppress(OSError):
-        for entry in os.scandir(folder):
-            if not is_temporary(entry.name) or _age_s(entry) < least_age_s:
-                continue
+        left = [entry for entry in os.scandir(folder) if is_temporary(entry.name)]
+    for entry in left:
+        with suppress(OSError):  # another's file; those after it go
             if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            else:
+                if not least_age_s:
+                    shutil.rmtree(entry.path, ignore_errors=True)
+            elif _age_s(entry) >= least_age_s:
                 os.unlink(entry.path)
 
 

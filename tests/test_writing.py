@@ -226,14 +226,33 @@ def test_what_killed_runs_left_is_swept_and_nothing_else(tmp_path):
 
 def test_where_files_can_be_made_again_what_was_left_a_day_ago_goes_with_the_next(tmp_path):
     """Another run may be writing what is younger; beside files that last nothing is removed."""
-    old, young = (tmp_path / f".offload-run-{name}_123.tmp" for name in ("old_", "new_"))
+    names = ("old_", "new_", "fold")
+    old, young, folder = (tmp_path / f".offload-run-{name}_123.tmp" for name in names)
     for path in (old, young):
         path.touch()
-    os.utime(old, (time.time() - A_DAY_S - 60,) * 2)
+    folder.mkdir()  # its time is not that of a file that grows in it
+    for path in (old, folder):
+        os.utime(path, (time.time() - A_DAY_S - 60,) * 2)
     write_text(tmp_path / "lasts", "")
     assert old.exists() and young.exists()
     write_text(tmp_path / "kept", "", lasting=False)
-    assert sorted(os.listdir(tmp_path)) == sorted([young.name, "kept", "lasts"])
+    assert sorted(os.listdir(tmp_path)) == sorted([young.name, folder.name, "kept", "lasts"])
+
+
+def test_one_that_cannot_be_removed_keeps_no_other(tmp_path, monkeypatch):
+    unlink, refused = os.unlink, []
+
+    def foreign(path):
+        if not refused:
+            refused.append(os.path.basename(path))
+            raise PermissionError
+        unlink(path)
+
+    monkeypatch.setattr(os, "unlink", foreign)
+    for index in range(3):
+        (tmp_path / f".offload-run-left_12{index}.tmp").touch()
+    sweep(tmp_path)
+    assert os.listdir(tmp_path) == refused
 
 
 def test_a_temporary_folder_is_private_and_may_be_renamed(tmp_path):
