@@ -393,9 +393,10 @@ class Network:
         if type(head) is not torch.nn.Linear or head.weight.dtype is not torch.bfloat16:
             return False
         made = packed_exactly(head, HEAD_ROWS, exact=self.exact)
+        shape = [(head.out_features, head.in_features)]
+        if not self.exact:
+            note_left_plain(shape if made is None else (), shape)
         if made is None:
-            if not self.exact:
-                note_left_plain([(head.out_features, head.in_features)])
             return False
         self._model.set_output_embeddings(made)  # type: ignore[operator]
         head._parameters.clear()

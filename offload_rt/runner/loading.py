@@ -374,7 +374,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
             for index in sorted(kinds.values(), reverse=True):
                 shapes -= network.unlike_when_packed(index, bring(index))
             if not network.exact:  # else some stay plain that have kernels as they are
-                note_left_plain(whole - shapes)
+                note_left_plain(whole - shapes, shapes)
         copies = bool(shapes) or weights is not DraftWeights.SAME
         for index in layers if copies else ():
             bring(index)

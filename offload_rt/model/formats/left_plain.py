@@ -25,16 +25,21 @@ def left_plain() -> frozenset[Shape]:
     return read_entries(_path(), _shapes).get(_machine(), frozenset())
 
 
-def note_left_plain(shapes: Iterable[Shape]) -> None:
-    """Say which shapes stay plain, and keep that for plans to come."""
+def note_left_plain(shapes: Iterable[Shape], alike: Iterable[Shape] = ()) -> None:
+    """Say which shapes stay plain, and keep that for plans to come.
+
+    Args:
+        shapes: those.
+        alike: shapes that were found to have the same bits reordered, whatever was kept of them.
+    """
     found = frozenset(shapes)
     for outputs, inputs in sorted(found):
         text = "weights of %d by %d stay as they are: reordered, products have other bits"
         _log.info(text, outputs, inputs)
     entries = read_entries(_path(), _shapes)
     known = entries.pop(_machine(), frozenset())
-    if not found <= known:
-        entries[_machine()] = known | found
+    if (now := known - frozenset(alike) | found) != known:
+        entries[_machine()] = now
         write_entries(_path(), {name: sorted(e) for name, e in entries.items()}, _MOST_MACHINES)
 
 
