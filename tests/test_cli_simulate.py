@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 from test_outline import LLAMA_70B
@@ -20,6 +21,7 @@ from offload_rt.planning.scenarios.scenario import (
     PlacementShape,
     Scenario,
 )
+from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session import means
 from offload_rt.speculative.ngram.kind import lookup_s
 from offload_rt.units import parse_size
@@ -247,6 +249,23 @@ def test_the_same_numbers_as_a_plan(answer, offload_run, tiny_model, monkeypatch
     planned = json.loads(done.out)["predicted"]
     assert made["compute_s"] == pytest.approx(planned["compute_s"])
     assert made["s_per_pass"] == pytest.approx(planned["pass_s"], abs=1.1e-3)  # and its bookkeeping
+
+
+def test_what_stays_plain_here_is_priced_plain_as_in_a_plan(
+    answer, offload_run, make_tiny, monkeypatch
+):
+    profile = load_profile(find_profile("cpu-2core-avx512bf16"))
+    folder = make_tiny("llama", tokenizer=True, dtype="bfloat16")
+    place = ("--context", 64, "--device", "cpu", "--exact", "off", "--profile", profile.name)
+    plan = ("plan", folder, *place, "--draft", "none", "--json")
+    monkeypatch.setattr(means, "processor", lambda: (profile.machine.cpu, "avx512_bf16"))
+    found = []
+    for left in ((), [(64, 128)]):
+        monkeypatch.setattr(means, "left_plain", partial(frozenset, left))
+        planned = json.loads(offload_run(*plan).out)["predicted"]
+        found.append(answer(folder, *place)["compute_s"])
+        assert found[-1] == pytest.approx(planned["compute_s"], rel=1e-6)
+    assert found[0] < found[1]
 
 
 def test_sequences_at_once_each_have_their_tokens(answer, offload_run, tiny_model):

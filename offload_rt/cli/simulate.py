@@ -51,7 +51,7 @@ from offload_rt.printable import printable
 from offload_rt.profiling.adjust import NAMES, adjust_profile
 from offload_rt.profiling.store import find_profile, load_profile
 from offload_rt.session.early import check_context
-from offload_rt.session.means import asked_path, profile_for, profile_source
+from offload_rt.session.means import asked_path, profile_for, profile_source, with_left_plain
 from offload_rt.session.summary import bound_by
 from offload_rt.speculative.draft_model.kind import settled
 from offload_rt.speculative.draft_model.pair import open_draft_checkpoint
@@ -267,7 +267,7 @@ def _model(model: str, values: dict[str, Any]) -> None:
         else (),
         tokens_per_pass=values["tokens_per_pass"],
     )
-    speeds = speeds_there(profile, config.device)
+    speeds = with_left_plain(speeds_there(profile, config.device))
     checkpoint, from_files = open_or_outline(resolve_model(model))
     if config.context_tokens is not None:
         check_context(checkpoint, config.context_tokens)

@@ -92,8 +92,13 @@ def speeds_for(profile: str | None, device: DeviceKind, name: str = "auto") -> S
     found, own = profile_for(profile, device)
     there = speeds_of(found, device.processor, sharing(name))
     packs = there.packs and bool(processor()[1])
-    left = left_plain() if packs and found.machine.cpu == processor()[0] else frozenset()
-    return dataclasses.replace(there, packs=packs, left_plain=left, own=own)
+    return with_left_plain(dataclasses.replace(there, packs=packs, own=own))
+
+
+def with_left_plain(speeds: Speeds) -> Speeds:
+    """The speeds; of this machine's processor, with the shapes that runs found to stay plain."""
+    here = speeds.packs and speeds.profile.machine.cpu == processor()[0]
+    return dataclasses.replace(speeds, left_plain=left_plain()) if here else speeds
 
 
 def speeds_of_run(settings: Settings, device: DeviceKind) -> Speeds:
