@@ -188,6 +188,12 @@ def test_what_a_drafter_reads_first_is_not_taken_for_drafting():
     assert controller.expect(8).draft_s == pytest.approx(3 * before, rel=0.1)
 
 
+def test_a_draft_nobody_checks_costs_little_of_a_pass_however_many_write():
+    """Each of them has one looked up, so a pass of many must be as much longer."""
+    controller = Controller(outlooks(pass_s=0.05), 0, sequences=8, alone=outlooks(pass_s=0.05))
+    assert [controller.watched_size(0, running) for running in (1, 2, 8)] == [4, 4, 0]
+
+
 def test_a_pass_that_reads_prompts_tells_of_drafts_and_of_no_pass():
     controller = Controller(outlooks())
     before = controller.expect(8)

@@ -231,7 +231,7 @@ def test_drafters_read_a_prompt_once_and_what_was_written_while_nobody_drafted(t
     with served(tiny, draft=NGRAM) as engine:
         sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
         engine.controller = Controller(sizes, 4, sequences=SEQUENCES)
-        engine.controller.watched_size = lambda nodes: 0  # whoever is watched reads all the time
+        engine.controller.watched_size = lambda *_: 0  # whoever is watched reads all the time
         engine.controller.nodes_for = lambda running: 4 * (len(took) not in (1, 2, 3))
         engine.controller.observe = lambda asked, _, **times: took.append((asked, times))
         scheduler = Scheduler(engine)
@@ -249,6 +249,40 @@ def test_drafters_read_a_prompt_once_and_what_was_written_while_nobody_drafted(t
     assert told[-1] == (4, len(PROMPT), [len(PROMPT)])
     own = [times["pass_s"] is None for _, times in took]
     assert not any(own[:7]) and all(own[7:-1]) and not own[-1]
+
+
+@contextmanager
+def watching(folder, took):
+    """An engine whose drafts nobody checks, and a sequence that joined it."""
+    with served(folder, draft=NGRAM) as engine:
+        sizes = [StepOutlook(nodes=n, tokens=1 + n, draft_s=0.0, pass_s=1.0) for n in (0, 4)]
+        engine.controller = Controller(sizes, 0, sequences=SEQUENCES)
+        engine.controller.nodes_for = lambda running: 0
+        engine.controller.observe = lambda *_, **times: took.append(times)
+        scheduler = Scheduler(engine)
+        yield scheduler, scheduler.join(Request(ids=PROMPT, max_tokens=40))
+
+
+def test_what_is_read_for_a_draft_nobody_checks_is_told_once_and_timed(tiny):
+    took = []
+    with watching(tiny, took) as (scheduler, _):
+        while len(took) < 3:
+            scheduler.sweep()
+        assert scheduler.run.counts.draft_s > 0.0
+    assert [times["came"] for times in took] == [[len(PROMPT)], [], []]
+    assert took[0]["unread"] == 0
+
+
+def test_a_drafter_that_fails_where_nobody_checks_is_left_out_with_a_word(tiny, caplog):
+    took, asked = [], []
+    with watching(tiny, took) as (scheduler, sequence):
+        while not sequence.emitted:
+            scheduler.sweep()
+        sequence.drafter.propose = lambda *given: asked.append(given) or 1 / 0
+        while len(took) < 3:
+            scheduler.sweep()
+        assert sequence.drafter is None
+    assert len(asked) == 1 and caplog.text.count("goes on without it") == 1
 
 
 @pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])

@@ -172,10 +172,10 @@ class Run:
         most = self.engine.draft.nodes
         if controller is not None:
             most = controller.nodes_for(len(writing))
-        unread = [self._unread(s) for s in writing]
-        came = [count for s, count in zip(writing, unread, strict=True) if len(s.emitted) == 1]
+        came = [self._unread(s) for s in writing if len(s.emitted) == 1]
         if controller is not None:
             self._watch(controller, writing, most)
+        unread = sum(self._unread(s) for s in writing)
         start = time.perf_counter()
         drafted = self._proposed(writing, most if self.drafts else 0)
         drafted_at, stalled_s = time.perf_counter(), self.engine.stalled_s
@@ -216,7 +216,7 @@ class Run:
                 pass_s=None if texts else self._last.at_s - drafted_at,
                 rows=rows,
                 running=len(drafted),
-                unread=sum(unread),
+                unread=unread,
                 came=came,
             )
         return self._emit([one.sequence for one in deciding], [one.gained for one in deciding])
@@ -235,7 +235,7 @@ class Run:
         return emitted
 
     def _proposed(self, writing: Sequence[SequenceState], most: int) -> "list[_Step]":
-        """Ask the drafters; one that fails is not asked again, and decoding goes on without it."""
+        """Ask the drafters."""
         steps, asked = [], []
         for sequence in writing:
             own = sequence.request.draft_tokens
@@ -244,10 +244,20 @@ class Run:
             steps.append(step)
             drafter, depth = sequence.drafter, sequence.remaining - 1
             if drafter is not None and depth > 0 and nodes:
-                sequence.drafter_knows = len(sequence.ids)
-                asked.append((step, Asked(drafter, sequence.ids, depth, nodes)))
+                asked.append((sequence, Asked(drafter, sequence.ids, depth, nodes)))
+        made = self._made(asked)
+        for step in steps:
+            step.draft = made.get(step.sequence, step.draft)
+        return steps
+
+    def _made(self, asked: Sequence[tuple[SequenceState, Asked]]) -> dict[SequenceState, Draft]:
+        """Drafts of those asked for, timed and counted.
+
+        A drafter that fails is not asked again, and decoding goes on without it.
+        """
+        found: dict[SequenceState, Draft] = {}
         if not asked:
-            return steps
+            return found
         start, crossed = time.perf_counter(), self.engine.link_bytes()
         try:
             with self.engine.traced(Lane.DRAFTING, asked[0][1].drafter.name):
@@ -255,14 +265,14 @@ class Run:
         finally:
             self.counts.draft_s += time.perf_counter() - start
             self.counts.draft_link_bytes += self.engine.link_bytes() - crossed
-        for (step, one), draft in zip(asked, made, strict=True):
+        for (sequence, one), draft in zip(asked, made, strict=True):
             if isinstance(draft, Draft):
-                step.draft = draft
+                sequence.drafter_knows = len(sequence.ids)
+                found[sequence] = draft
                 continue
-            step.sequence.drafter = None
-            name = one.drafter.name
+            sequence.drafter, name = None, one.drafter.name
             _log.warning("the %s drafter failed (%s): decoding goes on without it", name, draft)
-        return steps
+        return found
 
     def _watch(
         self, controller: Controller, writing: Sequence[SequenceState], checked: int
@@ -274,7 +284,7 @@ class Run:
         """
         if not kind_of(self.engine.draft.kind).looks_up:
             return
-        nodes = controller.watched_size(checked)
+        nodes, asked = controller.watched_size(checked, len(writing)), []
         for sequence in writing:
             if (held := sequence.unchecked) is not None:
                 if (outcome := held.outcome(sequence.ids)) is None:
@@ -285,10 +295,9 @@ class Run:
             drafter, room = sequence.drafter, sequence.remaining - 1
             if drafter is None or sequence.request.draft_tokens == 0 or not 0 < nodes <= room:
                 continue
-            (made,) = propose_all([Asked(drafter, sequence.ids, room, nodes)])
-            if isinstance(made, Draft):
-                sequence.unchecked = Unchecked(nodes, len(sequence.ids), made)
-                sequence.drafter_knows = len(sequence.ids)
+            asked.append((sequence, Asked(drafter, sequence.ids, room, nodes)))
+        for sequence, draft in self._made(asked).items():
+            sequence.unchecked = Unchecked(nodes, len(sequence.ids), draft)
 
     def _unread(self, sequence: SequenceState) -> int:
         """Tokens of a sequence that its drafter would read before it drafts."""

@@ -343,10 +343,14 @@ class Controller:
             if size and seen.accepted.weight
         }
 
-    def watched_size(self, nodes: int) -> int:
-        """Nodes of drafts that nobody checks, where so many are checked; 0: it would not pay."""
+    def watched_size(self, nodes: int, running: int = 1) -> int:
+        """Nodes of drafts that nobody checks, where so many are checked; 0: it would not pay.
+
+        One is made for each sequence that is running, in a pass of them all.
+        """
         size = self._size(_WATCHED)
-        return size if nodes < size and self.expect(nodes).pass_s >= _WATCHED_S else 0
+        pays = nodes < size and self.expect(nodes, running).pass_s >= running * _WATCHED_S
+        return size if pays else 0
 
     def watched(self, size: int, outcome: Outcome) -> None:
         """Take in what would have become of a draft of that size, which nobody checked."""
