@@ -1,4 +1,6 @@
-"""What was drafted and accepted, told once a step: report, history and controller read it here.
+"""What was drafted and accepted: report, history and controller read it here.
+
+A step tells of the drafts it checked; those nobody checks are told where the text decides them.
 
 Other averages of accepted tokens stay where they are, as they count something else:
 
