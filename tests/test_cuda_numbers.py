@@ -43,8 +43,8 @@ IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
 TOKENS = 12
 PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
-# With what a GPU takes beside what is allocated; a prompt in three parts.
-ROOM = {"device_limit_bytes": 2**31, "prefill_chunk_tokens": 25}
+# With what a GPU takes beside what is allocated; `PROMPT` in two parts, of many rows and of few.
+ROOM = {"device_limit_bytes": 2**31, "prefill_chunk_tokens": 9}
 STREAMED = {"home": HomeKind.HOST, "resident_layers": 1, "slots": 2} | ROOM
 KV_HOST = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
 TRIFORCE = DraftConfig(
@@ -61,7 +61,7 @@ CASES = {
     "one slot": {"slots": 1, "resident_layers": 0},
     "batch": {"many": True},
     "n-grams": {"draft": "ngram", "draft_tokens": 8},
-    "tree of a model": {"draft": "model", "draft_tokens": 16},
+    "tree of a model": {"draft": "model", "draft_tokens": 16, "prefill_chunk_tokens": 9},
     "Medusa": {"draft": "medusa", "draft_tokens": 9},
     "KV": KV_HOST,
     "KV, a ring of all layers": {"kv": KVPlace.HOST},
@@ -235,7 +235,10 @@ def options_of(
     return (
         many,
         {"count": gpus} | (driver or {}),
-        STREAMED | config | ({} if draft is None else {"draft": draft}),
+        STREAMED
+        | {"prefill_chunk_tokens": 25}
+        | config
+        | ({} if draft is None else {"draft": draft}),
     )
 
 

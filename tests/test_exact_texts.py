@@ -33,7 +33,8 @@ from offload_rt.model.rounded_files import write_rounded
 from offload_rt.model.wire import wired
 
 VOCAB, ANSWER = 16, 12
-PROMPTS = [[token % VOCAB for token in PROMPT * 3], [token % VOCAB for token in PROMPT[::-1]]]
+PROMPTS = [[t % VOCAB for t in PROMPT * 3 + PROMPT[:6]], [t % VOCAB for t in PROMPT[::-1]]]
+assert len(PROMPTS[0]) < 64 < len(PROMPTS[0]) + ANSWER - 1
 # Odd widths, more inputs than a block of oneDNN's, and heads whose groups fill no tile.
 SIZES = {
     "vocab_size": VOCAB,

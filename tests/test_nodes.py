@@ -221,9 +221,10 @@ def test_drafters_that_read_hidden_states_do_so_over_nodes(folder, tmp_path, kin
             known = generate(engine, [PROMPT])
         heads = knowing_heads(tmp_path / "heads", folder, [PROMPT], known)
         draft = DraftConfig(draft=f"medusa:{heads}", draft_tokens=4)
-    with engine_for(folder, resident_layers=1, draft=draft) as engine:
+    options = {"resident_layers": 1, "draft": draft, "prefill_chunk_tokens": 9}
+    with engine_for(folder, **options) as engine:
         expected = steps_and_answers(engine)
-    with nodes_engine(folder, 3, resident_layers=1, draft=draft) as engine:
+    with nodes_engine(folder, 3, **options) as engine:
         found = steps_and_answers(engine)
     assert found == expected
     assert found[0] <= 6  # they are right: states of the right rows come home

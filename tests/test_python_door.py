@@ -385,7 +385,7 @@ def test_ctrl_c_ends_a_pass_between_layers(model, monkeypatch):
 
     def checked(stops):
         layers.append(len(layers))
-        if len(layers) == 7:  # in the fourth pass, of two layers each
+        if len(layers) == 8:  # between the two layers of the fourth pass
             signal.raise_signal(signal.SIGINT)
         check(stops)
 
@@ -393,7 +393,7 @@ def test_ctrl_c_ends_a_pass_between_layers(model, monkeypatch):
         patched.setattr(type(model._stops), "check", checked)
         with pytest.raises(KeyboardInterrupt) as caught:
             model.generate(HI, max_tokens=400, ignore_eos=True)
-    assert len(layers) == 7
+    assert len(layers) == 8
     assert signal.getsignal(signal.SIGINT) is before
     assert caught.traceback[-1].name == "_raise_interrupt"
     assert model.generate(HI, max_tokens=4).text

@@ -46,7 +46,7 @@ DRAWN = SamplingConfig(temperature=0.7, seed=3)
     ("name", "sampling"),
     [
         *(("tree", SamplingConfig()), ("tree", DRAWN), ("windowed-chain", DRAWN)),
-        ("self-tree", SamplingConfig()),
+        *(("self-tree", SamplingConfig()), ("windowed-chain", SamplingConfig())),
     ],
 )
 def test_recorded_passes_draft_what_eager_ones_do(make_tiny, drafts, recording, name, sampling):  # noqa: F811

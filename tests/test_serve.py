@@ -395,11 +395,16 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch, bef
 def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch, takes, whole):
     """What is sent is kept for nobody for ever; who is slow but takes it gets all of it."""
     monkeypatch.setattr(running, "SEND_S", 0.5)
-    pieces = [b"x" * 2**23] if whole else [b"x" * 2**16] * 2**7
+    looked, look = [], running._Impatient._look
+    monkeypatch.setattr(
+        running._Impatient, "_look", lambda own, before: (looked.append(before), look(own, before))
+    )
+    size = 2**25 if takes == 2**17 and whole else 2**23  # takes longer than that
+    pieces = [b"x" * size] if whole else [b"x" * 2**16] * 2**7
     gone = asyncio.Event()
 
     async def app(scope, receive, send):
-        length = [(b"content-length", b"%d" % 2**23)]
+        length = [(b"content-length", b"%d" % size)]
         await send({"type": "http.response.start", "status": 200, "headers": length})
         await receive()
         for place, piece in enumerate(pieces):
@@ -421,8 +426,8 @@ def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch, takes, whol
                 if takes == 2**17:
                     while part := await loop.sock_recv(client, takes):
                         found += len(part)
-                        await asyncio.sleep(0.002)
-                    return found - 2**23
+                        await asyncio.sleep(0.004 if whole else 0.002)
+                    return found - size
                 start = time.monotonic()
                 while not gone.is_set() or _connections(address):
                     assert time.monotonic() - start < 5
@@ -432,6 +437,7 @@ def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch, takes, whol
 
     found = asyncio.run(asked())
     assert found is None or 0 < found < 200  # headers
+    assert looked or takes == 2**17 and not whole  # who takes all of many is not looked at
 
 
 def _connections(address):

@@ -715,7 +715,9 @@ def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, n
 
 def ends_inside_a_draft(engine, answer):
     """An end token among those that were drafted ends the answer exactly there."""
-    end = answer[8]
+    # Drafts of 4 that are all right end at 5 and at 10: those places are no inner ones.
+    place = next(i for i in (8, 7, 9, 4, 3) if answer.index(answer[i]) == i)
+    end = answer[place]
     options, ends = GenerationConfig(max_tokens=WRITTEN), frozenset([end])
     run = Run.start(engine, [REPEATS], SamplingConfig(), options, ends)
     run.prefill()

@@ -74,7 +74,7 @@ KINDS = {
     "lora": {},
     "rank-stabilised": {"use_rslora": True, "rank_pattern": {"q_proj": 2}},
     "all-linear": {"target_modules": "all-linear", "layers_to_transform": None},
-    "some-layers": {"layers_to_transform": [1, 3]},
+    "some-layers": {"layers_to_transform": [1]},
     "dora": {"use_dora": True},
     "biases": {"bias": "all"},
     "biases-of-lora": {"bias": "lora_only", "target_modules": ["q_proj", "down_proj"]},
