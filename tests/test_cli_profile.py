@@ -100,6 +100,7 @@ def test_a_profile_that_timed_layers_as_torch_multiplies_is_said(
     machine = replace(load_profile(path).machine, kernels=True, matrix_registers=True)
     made = replace(load_profile(path), machine=machine)
     monkeypatch.setattr(decoding, "kernels_multiply_plain", lambda: True)
+    monkeypatch.setattr(decoding, "takes_matrix_registers", lambda _: True)
     for marked in (False, True):
         save_profile(replace(made, layers_exact=marked), path)
         (finding,) = [f for f in diagnose(inspect_machine(None)) if f.what == "profile"]

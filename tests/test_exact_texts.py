@@ -32,8 +32,8 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.rounded_files import write_rounded
 from offload_rt.model.wire import wired
 
-VOCAB, ANSWER = 16, 12
-PROMPTS = [[t % VOCAB for t in PROMPT * 3 + PROMPT[:6]], [t % VOCAB for t in PROMPT[::-1]]]
+VOCAB, ANSWER = 16, 16
+PROMPTS = [[t % VOCAB for t in PROMPT * 3 + PROMPT[:8]], [t % VOCAB for t in PROMPT[::-1]]]
 assert len(PROMPTS[0]) < 64 < len(PROMPTS[0]) + ANSWER - 1
 # Odd widths, more inputs than a block of oneDNN's, and heads whose groups fill no tile.
 SIZES = {
