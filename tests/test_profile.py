@@ -664,6 +664,7 @@ def test_plain_weights_are_multiplied_by_kernels_whether_numba_is_on_or_off(llvm
     made = profile(machine=machine)
     monkeypatch.setattr(decoding, "processor", lambda: (machine.cpu, ""))
     monkeypatch.setattr(stored, "processor_flags", lambda: {"avx512_bf16", "amx_bf16"})
+    monkeypatch.setattr(decoding, "takes_matrix_registers", lambda _: True)
     monkeypatch.setattr(stored.compiled, "problem", lambda: "switched off by NUMBA_DISABLE_JIT")
     monkeypatch.setattr(stored.importlib.util, "find_spec", lambda name: llvm or None)
     assert decoding.rows_apart(made) == (0 if llvm else 32)
