@@ -9,7 +9,6 @@ same bits.
 A register takes 16 rows of 32 inputs, or 16 pairs of inputs of 16 outputs.
 """
 
-import ctypes
 from functools import cache
 
 import torch
@@ -21,7 +20,7 @@ from offload_rt.device.system import (
 )
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.code import LANES, WIDE, Code
-from offload_rt.kernels.products import HEAD, PANEL
+from offload_rt.kernels.products import HEAD, PANEL, Product
 
 STEP = 32  # inputs of a register
 AHEAD = 8192  # bytes of a panel that are fetched ahead
@@ -33,7 +32,7 @@ declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 """
 _PARTS = PANEL // LANES
-_FIELDS = "rows weight bias out n_pairs n_panels n_count"
+_FIELDS = "rows weight bias out n_pairs n_panels n_count"  # of those of `Product`
 
 
 @cache
@@ -66,39 +65,22 @@ def in_panels(weight: torch.Tensor) -> torch.Tensor:
     return numbers.transpose(1, 2).contiguous()
 
 
-class RegisterProduct:
-    """The product of rows with one matrix in panels.
+class RegisterProduct(Product):
+    """The product of rows with one matrix in panels; a sum never starts again.
 
     Args:
         address: of the matrix, in panels.
         inputs: I.
         outputs: O.
         bias: [O] in bf16, or None; it must live as long as this.
-
-    Attributes:
-        address, bias: the same.
-        blocks: a sum never starts again.
     """
-
-    blocks = 0, 0
 
     def __init__(self, address: int, inputs: int, outputs: int, bias: torch.Tensor | None) -> None:
         assert not problem()  # which asks the system for them
-        self._sizes = inputs, outputs
-        self.address, self.bias = address, bias
-        start = 0 if bias is None else bias.data_ptr()
-        sizes = inputs // 2, outputs // PANEL, 0
-        self._record = (ctypes.c_int64 * 7)(0, address, start, 0, *sizes)
+        super().__init__(address, inputs, outputs, bias, (0, 0))
 
-    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """[..., I] in bf16 gives [..., O]; not from two threads at once."""
-        inputs, outputs = self._sizes
-        rows = rows.contiguous()
-        out = rows.new_empty(*rows.shape[:-1], outputs)
-        record = self._record
-        record[0], record[3], record[6] = rows.data_ptr(), out.data_ptr(), rows.numel() // inputs
-        assembling.together(_kernel(), record)
-        return out
+    def _code(self) -> int:
+        return _kernel()
 
 
 @cache

@@ -145,7 +145,7 @@ def times_unlike(profile: HardwareProfile, *, exact: bool) -> bool:
     """
     timed = any(curve.processor is Processor.CPU for curve in profile.layers)
     own = timed and profile.machine.kernels is not None
-    return own and in_registers(profile) and profile.layers_exact is not exact
+    return own and profile.layers_exact is not exact and in_registers(profile)
 
 
 def standing_in(profile: HardwareProfile) -> HardwareProfile:

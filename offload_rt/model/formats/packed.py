@@ -56,7 +56,7 @@ class PackedLinear(torch.nn.Module):
         outputs, inputs = linear.weight.shape
         self.inputs, self.outputs = inputs, outputs
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
-        self.product: Product | RegisterProduct | None = None
+        self.product: Product | None = None
         self._most_numbers = MOST_ROWS * inputs
         self.in_registers = exact and multiplies_in_registers(inputs, outputs)
         if self.in_registers:
