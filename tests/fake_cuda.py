@@ -17,7 +17,11 @@ from dataclasses import dataclass, field
 from unittest.mock import patch
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -329,10 +333,31 @@ class FakeCuda:
             compute.kernel(reads=reads, writes=writes, seconds=KERNEL_S)
 
 
+# Views and products. The mode takes most of them apart in Python, each time: half of a test's time.
+NAMES = """alias detach expand flatten linear matmul mm bmm permute reshape select slice split
+split_with_sizes squeeze t transpose unflatten unsqueeze view"""
+AT_ONCE = {getattr(torch.ops.aten, name) for name in NAMES.split()}
+
+
 class FakeTensors(FakeTensorMode):
     """Of each thread whether it is inside an operator: those that offer copies cut tensors, too."""
 
     _threads = threading.local()
+
+    def dispatch(self, func, types, args=(), kwargs=None):
+        """Have torch compute shapes of a view or a product of one device at once."""
+        given = tensors_in((args, kwargs)) if func.overloadpacket in AT_ONCE else []
+        ours = given and all(self.is_our_fake(t) and t.constant is None for t in given)
+        if not ours or len({t.fake_device for t in given}) > 1:
+            return super().dispatch(func, types, args, kwargs)
+        with in_kernel_invocation_manager(self):
+            made = func(*args, **kwargs or {})
+
+        def known(tensor):
+            is_new = not isinstance(tensor, FakeTensor)
+            return FakeTensor(self, tensor, given[0].fake_device) if is_new else tensor
+
+        return type(made)(map(known, made)) if isinstance(made, list | tuple) else known(made)
 
     @property
     def in_kernel_invocation(self):
@@ -350,7 +375,13 @@ class FakeKernels(TorchDispatchMode):
         super().__init__()
         self.gpu = gpu
 
+    @classmethod
+    def _should_skip_dynamo(cls):
+        return False  # nothing is compiled here: each operator would switch that off and on
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.prim.device.default:
+            return args[0].device  # asked for by torch itself
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         if self.gpu.inside or func.namespace == "prim":

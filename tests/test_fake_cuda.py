@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from expert_models import make_mixture
-from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu
+from fake_cuda import FakeCuda, FakeEvent, HiddenSyncError, build_for_real, fake_gpu, key
 from torch._subclasses.fake_tensor import DataDependentOutputException
 
 from offload_rt.attention import rows as attention
@@ -286,6 +286,54 @@ def test_tokens_on_another_device_are_found(gpu, tiny, monkeypatch, wrong):
     monkeypatch.setattr(FakeCuda, "upload", lambda self, values, _: upload(self, values, wrong))
     with pytest.raises((HiddenSyncError, RuntimeError), match="device"):
         generate(gpu, tiny)
+
+
+def views_and_products():
+    """Of a matrix and several, in all forms that are computed at once, and where they are."""
+    rows = torch.empty(6, 4, device="cuda:0")
+    many = rows.view(2, 3, 4)
+    made = [
+        *(
+            torch.ops.aten.alias(rows),
+            rows.detach(),
+            rows.expand(3, 6, 4),
+            many.flatten(0, 1),
+            many[:, 1:, 2],
+        ),
+        *(many.permute(2, 0, 1), many.permute(2, 0, 1).reshape(4, 6), many.select(1, 2)),
+        *(*many.split([1, 2], 1), *rows.split(4), rows[None].squeeze(0), rows.t(), rows[::2]),
+        *(
+            many.transpose(0, 1),
+            rows.unflatten(0, (2, 3)),
+            rows.unsqueeze(1),
+            rows.view(torch.int16),
+        ),
+        *(many @ rows.t(), rows @ rows[0], torch.mm(rows, rows.t()), torch.bmm(many, many.mT)),
+        torch.nn.functional.linear(many, rows, rows[:, 0]),
+    ]
+    looks = [(m.shape, m.stride(), m.storage_offset(), m.dtype, m.device) for m in made]
+    return looks, [key(m) == key(rows) for m in made]
+
+
+def test_what_is_computed_at_once_is_what_the_mode_says(gpu, monkeypatch):
+    gpu.open(torch.device("cuda:0"))
+    with fake_gpu(gpu), torch.inference_mode():
+        at_once = views_and_products()
+        monkeypatch.setattr("fake_cuda.AT_ONCE", frozenset())
+        assert at_once == views_and_products()
+    assert {kernel.split(".")[1] for _, kernel, *_ in gpu.trace} >= {
+        "linear",
+        "matmul",
+        "mm",
+        "bmm",
+    }
+
+
+def test_a_product_of_two_devices_is_found(gpu):
+    for number in range(2):
+        gpu.open(torch.device("cuda", number))
+    with fake_gpu(gpu), pytest.raises(RuntimeError, match="device"):
+        torch.empty(2, 2, device="cuda:0") @ torch.empty(2, 2, device="cuda:1")
 
 
 def plant(monkeypatch, change):
