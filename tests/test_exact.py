@@ -34,6 +34,7 @@ from offload_rt.errors import PlanError
 from offload_rt.kernels import attending, products, tiles
 from offload_rt.kernels.tiles import evenly
 from offload_rt.kv import offloaded, states
+from offload_rt.kv.together import PackedRows
 from offload_rt.model import exact, fits, network
 from offload_rt.model import tiles as of_tiles
 from offload_rt.model.checkpoint import open_checkpoint
@@ -489,7 +490,7 @@ MEASURES = {
     "bare activations": [(exact, "_UNEVEN", frozenset())],
     "pieces": [(states.MixerStates, "_padded", lambda _, rows: rows)],
     "vectors": [(exact, "evenly", no_tiles)],
-    "attention": [(all_rows, "attend_exact", inexact)],
+    "attention": [(all_rows, "attend_exact", inexact), (PackedRows, "of", always(None))],
     "query rows": [(attention, "TILE", 1), (attending, "takes", always(False)), UNSEEN_ATTENTION],
     "blocks": [
         (packed, "blocks_of", lambda inputs, outputs, tile: products.blocks_of(inputs, outputs)),

@@ -15,8 +15,10 @@ how many came at once. A layer has the one or the other in all its passes.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -98,9 +100,15 @@ def exact_attention(
     """
     if spec.fixed:
         return FixedAttention(query, kv, spec, committed, tree)
+    made = _Assembled if is_assembled(query, kv[1], spec) else _WrittenOut
+    return made(query, kv, spec, committed, tree)
+
+
+def is_assembled(query: torch.Tensor, value_dim: int, spec: AttentionSpec) -> bool:
+    """Whether a kernel of our own attends from query [H, S, D] to values of so many numbers."""
     capped = spec.softcap is not None
-    assembled = attending.takes(query.dtype, query.shape[2], kv[1], capped=capped)
-    return (_Assembled if assembled else _WrittenOut)(query, kv, spec, committed, tree)
+    there = spec.exact and not spec.fixed
+    return there and attending.takes(query.dtype, query.shape[2], value_dim, capped=capped)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,49 +144,162 @@ class _Assembled:
         committed: int,
         tree: PendingTree | None,
     ) -> None:
-        (kv_heads, value_dim), (heads, rows, dim) = kv, query.shape
         self._committed, self.tail = committed, committed // PART * PART
-        self._spec, group = spec, heads // kv_heads
-        self._out = query.new_empty(rows, heads, value_dim)
-        self._groups = _groups(tree, committed, rows, PIECE, query.device)
-        sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
-        way = attending.Way(scaling=spec.scaling, window=spec.window, cap=spec.softcap, sinks=sinks)
-        grouped = query.unflatten(0, (kv_heads, group)).transpose(1, 2)  # [K, S, G, D]
-        self._seen = [
-            attending.Attending(
-                grouped[:, each.rows].contiguous().view(kv_heads, -1, dim), each.at, value_dim, way
-            )
-            for each in self._groups
-        ]
+        self._window = spec.window
+        self._out = query.new_empty(query.shape[1], query.shape[0], kv[1])
+        self._groups = _groups(tree, committed, query.shape[1], PIECE, query.device)
+        at, self._places = (
+            torch.cat([getattr(group, name) for group in self._groups]) for name in ("at", "places")
+        )
+        order = None if tree is None else self._places
+        self._seen = _attending(query, kv, spec, at, order)
+        self._first = [0, *accumulate(len(group.at) for group in self._groups)]
 
     def add(self, start: int, key: torch.Tensor, value: torch.Tensor) -> None:
         """As of `ExactAttention`."""
         key, value = _in_lines(key), _in_lines(value)
-        for group, seen in zip(self._groups, self._seen, strict=True):
-            first = max(start, first_seen(group.own, self._spec.window))
-            if first < start + PART:
-                seen.add(first, key, value, _counted(first - start, PART, PART - 1))
+        reads = []
+        for place, group in zip(self._first, self._groups, strict=False):
+            first = max(start, first_seen(group.own, self._window))
+            if (tiles := (start + PART - first) // PIECE) > 0:
+                index = _columns_from(first - start, PART)
+                read = attending.Read(index, 0, place, len(group.at), tiles, first, PART - 1)
+                reads.append([*attending.lie(key, value), *read])
+        if reads:
+            self._seen.add(torch.tensor(reads))
 
     def result(self, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """As of `ExactAttention`."""
         key, value = _in_lines(key), _in_lines(value)
-        tail, last = self.tail, key.shape[1] - 1
-        for group, seen in zip(self._groups, self._seen, strict=True):
-            into = self._out, group.places
-            first = max(tail, first_seen(group.own, self._spec.window))
-            if group.piece is None:
-                index = _counted(first - tail, group.own + PIECE - tail, last)
-                seen.add(first, key, value, index, into)
-                continue
-            if first < group.own:
-                index = _counted(first - tail, min(group.own, self._committed) - tail, last)
-                if group.path is not None:
-                    path = (group.path + self._committed)[max(0, first - self._committed) :]
-                    index = torch.cat([index, path - tail])
-                seen.add(first, key, value, index)
-            begin = min(group.own, self._committed) - tail
-            seen.add(group.own, key, value, group.piece + begin, into)
+        past = _Past(self._committed, self.tail, key.shape[1] - 1)
+        kept, where = list[torch.Tensor](), attending.lie(key, value)
+        reads = [
+            [*where, *_read(group, place, past, self._window, kept)]
+            for place, group in zip(self._first, self._groups, strict=False)
+        ]
+        self._seen.add(torch.tensor(reads), (self._out, self._places))
         return self._out
+
+
+class PackedAttention:
+    """Attention of several sequences at once, by one call of the kernel in each layer of a pass.
+
+    Args:
+        parts: of each sequence, rows in its cache before those of the pass, how many these are,
+            and which pending rows they see (`attend_exact`).
+    """
+
+    def __init__(self, parts: Sequence[tuple[int, int, PendingTree | None]]) -> None:
+        self._groups: list[tuple[_Group, int, _Past]] = []  # with the number of its first token
+        at, order, sequence = list[int](), list[int](), list[int]()
+        moves, start, host = list[list[int]](), 0, torch.device("cpu")
+        for number, (before, rows, tree) in enumerate(parts):
+            committed = before if tree is None else before + rows - tree.positions.numel()
+            past = _Past(committed, 0, before + rows - 1)
+            for group in _groups(tree, committed, rows, PIECE, host):
+                self._groups.append((group, len(at), past))
+                at += group.at.tolist()
+                order += [start + place for place in group.places.tolist()]
+                sequence.append(number)
+            moves.append([before, start, rows])
+            start += rows
+        self._at, self._order = torch.tensor(at), torch.tensor(order)
+        self._moves, self._sequence = torch.tensor(moves), torch.tensor(sequence)
+        self._in_order = order == list(range(start))
+        self._reads: dict[int | None, torch.Tensor] = {}  # by window
+        self._kept: list[torch.Tensor] = []
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        where: torch.Tensor,
+        spec: AttentionSpec,
+    ) -> torch.Tensor:
+        """Write the new rows of all sequences, and attend from them.
+
+        Args:
+            query: [H, S, D], one sequence after the other.
+            key: [K, S, D], likewise.
+            value: [K, S, D].
+            where: [sequences, 6] int64, where each has its rows of the layer (`attending.lie`).
+            spec: how the layer attends; `is_assembled`.
+
+        Returns:
+            [S, H, D].
+        """
+        assert query.dtype == key.dtype == value.dtype  # as the caches have it
+        if spec.window not in self._reads:
+            made = [_read(*group, spec.window, self._kept) for group in self._groups]
+            self._reads[spec.window] = torch.tensor(made)
+        reads = torch.cat([where[self._sequence], self._reads[spec.window]], dim=1)
+        new = attending.New(
+            _in_lines(key), _in_lines(value), torch.cat([where, self._moves], dim=1)
+        )
+        kv, order = (key.shape[0], value.shape[2]), None if self._in_order else self._order
+        out = query.new_empty(query.shape[1], query.shape[0], value.shape[2])
+        seen = _attending(query, kv, spec, self._at, order)
+        seen.add(reads, (out, self._order), new)
+        return out
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """What a sequence has in memory when it attends.
+
+    Attributes:
+        committed: columns before the pending ones.
+        tail: the first column that is there.
+        last: number of the last row that is there, counted from `tail`.
+    """
+
+    committed: int
+    tail: int
+    last: int
+
+
+def _attending(
+    query: torch.Tensor,
+    kv: tuple[int, int],
+    spec: AttentionSpec,
+    at: torch.Tensor,
+    order: torch.Tensor | None,
+) -> attending.Attending:
+    """Begin to attend from query [H, S, D].
+
+    Args:
+        query: of all tokens.
+        kv: K, and D of values.
+        spec: how the layer attends.
+        at: [S] positions, in the order that tokens are read for.
+        order: [S] which tokens those are; None: one after the other.
+    """
+    sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
+    way = attending.Way(scaling=spec.scaling, window=spec.window, cap=spec.softcap, sinks=sinks)
+    grouped = query.unflatten(0, (kv[0], -1)).transpose(1, 2)  # [K, S, G, D]
+    grouped = grouped if order is None else grouped[:, order]
+    rows = grouped.contiguous().view(kv[0], -1, query.shape[2])
+    return attending.Attending(rows, at, kv[1], way)
+
+
+def _read(
+    group: _Group, first_token: int, past: _Past, window: int | None, kept: list[torch.Tensor]
+) -> attending.Read:
+    """What a group reads behind the whole parts, up to its own piece; what that is in is `kept`."""
+    committed, tail = past.committed, past.tail
+    first = max(tail, first_seen(group.own, window))
+    index, piece, stop = _columns_from(first - tail, group.own + PIECE - tail), 0, group.own + PIECE
+    if group.piece is not None:
+        kept.append(group.piece + (min(group.own, committed) - tail))
+        piece, stop = kept[-1].data_ptr(), max(first, group.own)
+        if group.path is not None:
+            before = torch.arange(first, max(first, committed))
+            path = (group.path + committed)[max(0, first - committed) :]
+            kept.append(torch.cat([before, path]) - tail)
+            index = kept[-1].data_ptr()
+    tiles = (stop - first) // PIECE
+    return attending.Read(index, piece, first_token, len(group.at), tiles, first, past.last)
 
 
 def _in_lines(rows: torch.Tensor) -> torch.Tensor:
@@ -186,10 +307,14 @@ def _in_lines(rows: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-@lru_cache(maxsize=64)
-def _counted(first: int, stop: int, last: int) -> torch.Tensor:
-    """Numbers from `first` to `stop`, none above `last`."""
-    return torch.arange(first, max(first, stop)).clamp_(max=last)
+def _columns_from(first: int, stop: int) -> int:
+    """Address of the numbers from `first` to `stop`."""
+    return _counted(1 << (stop - 1).bit_length()).data_ptr() + first * 8
+
+
+@cache
+def _counted(count: int) -> torch.Tensor:
+    return torch.arange(count)
 
 
 class _WrittenOut:

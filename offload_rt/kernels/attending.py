@@ -8,8 +8,10 @@ instructions in the same order whoever goes beside it, so nothing is filled up. 
 cache a tile's columns are is said by a list: a tree's row is given its path so, in consecutive
 columns.
 
-Threads share KV heads and rows. A thread turns a tile's keys around once, so that columns lie in
-lanes, and takes the tile's values in pairs or in fp32; query heads of one KV head use both
+A call reads for rows of many sequences: each *read* is some rows and the cache they look at, and
+may write new rows to caches first, so that a pass of 64 sequences is one call a layer. Threads take
+KV heads of reads as they get to them. A thread turns a tile's keys around once, so that columns lie
+in lanes, and takes the tile's values in pairs or in fp32; query heads of one KV head use both
 together.
 """
 
@@ -19,6 +21,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 
@@ -44,10 +47,15 @@ declare {WIDE} @llvm.copysign.v16f32({WIDE}, {WIDE})
 declare {WIDE} @llvm.fma.v16f32({WIDE}, {WIDE}, {WIDE})
 declare {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE}, {WIDE}, {WIDE}, i16, i32)
 """
-_FIELDS = (
-    "query keys values index at most seen n_rows n_heads n_key_head n_key_row n_value_head "
-    "n_value_row n_tiles n_start n_window n_scale n_cap n_parts n_step n_group target places sinks"
+_CALL = (
+    "query at most seen target places sinks reads moves new_keys new_values n_reads n_parts "
+    "n_moves n_all n_heads n_group n_window n_scale n_cap n_new_key_head n_new_key_row "
+    "n_new_value_head n_new_value_row n_taken"  # the last counts what was taken
 )
+_LIE = "keys values n_key_head n_key_row n_value_head n_value_row"
+_READ = f"{_LIE} index piece n_first n_tokens n_tiles n_start n_last"
+_MOVE = f"{_LIE} n_at n_first n_tokens"
+_MANY_UNITS = 4  # for each thread, of which none is cut
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,11 +147,56 @@ class Way:
     sinks: torch.Tensor | None = None
 
 
+def lie(key: torch.Tensor, value: torch.Tensor) -> list[int]:
+    """Where rows [K, T, D] are whose numbers lie side by side: the first numbers of a `Read`."""
+    return [key.data_ptr(), value.data_ptr(), *key.stride()[:2], *value.stride()[:2]]
+
+
+class Read(NamedTuple):
+    """What tokens of a call read in one go, behind the six numbers of where that is (`lie`).
+
+    Attributes:
+        columns: address of [columns] int64, the row of T in each.
+        piece: of [tokens, COLUMNS] int64, the row in each column of one more tile, for each token
+            another; 0: there is none.
+        first: number of the first token.
+        tokens: how many.
+        tiles: of those columns.
+        start: column of the first of them, a multiple of `COLUMNS`.
+        last: row of T that is looked at instead of any behind it. Columns that no token sees may
+            be of any row.
+    """
+
+    columns: int
+    piece: int
+    first: int
+    tokens: int
+    tiles: int
+    start: int
+    last: int
+
+
+@dataclass(frozen=True, slots=True)
+class New:
+    """Rows that are written to caches before any are read.
+
+    Attributes:
+        key: [K, S, D].
+        value: [K, S, D].
+        moves: [n, 9] int64, where a cache is (`lie`), the row of it that the first goes to, which
+            of the S that is, and how many.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    moves: torch.Tensor
+
+
 class Attending:
     """What some query rows have seen so far.
 
     Args:
-        query: [K, R, D]: G heads of a KV head for each of R / G rows, row after row.
+        query: [K, R, D]: G heads of a KV head for each of R / G tokens, token after token.
         at: [R / G] int64 position of each.
         value_dim: D of values.
         how: the layer attends.
@@ -159,7 +212,7 @@ class Attending:
         kv_heads, rows, dim = query.shape
         form = _Form(dim, value_dim, _NUMBERS[query.dtype], how.cap is not None)
         self._query, self._at, self._sinks = query if form.pairs else query.float(), at, how.sinks
-        self._sizes = rows // len(at), kv_heads, rows
+        self._sizes = kv_heads, rows
         self._kernel = _kernel(form)
         self._scale, self._cap = _bits(how.scaling), _bits(how.cap or 0.0)
         self._window = _NO_WINDOW if how.window is None else how.window
@@ -169,34 +222,33 @@ class Attending:
 
     def add(
         self,
-        start: int,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        index: torch.Tensor,
+        reads: torch.Tensor,
         into: tuple[torch.Tensor, torch.Tensor] | None = None,
+        new: New | None = None,
     ) -> None:
-        """Attend to tiles of columns from `start`, a multiple of `COLUMNS`, on.
+        """Attend to tiles of columns, of each token those behind what it has seen.
 
         Args:
-            start: column of the first.
-            key: [K, T, D], of which numbers of a row lie side by side.
-            value: the same.
-            index: [columns] int64, the row of T in each, for all rows; or [R / G, COLUMNS], for
-                each the row in each column of one tile. Columns that no row sees need any row.
-            into: where the results go, [S, H, D], and the row there of each [R / G], if these are
+            reads: [n, 13] int64, where a cache is and a `Read`; of other tokens each.
+            into: where the results go, [S, H, D], and the row there of each token, if these are
                 the last tiles.
+            new: what is to be written first.
         """
-        heads, kv_heads, rows = self._sizes
-        by_row, threads = index.dim() > 1, torch.get_num_threads()
-        parts = rows // heads if by_row else 1 if kv_heads % threads == 0 else threads
+        (kv_heads, rows), threads = self._sizes, torch.get_num_threads()
+        units = len(reads) * kv_heads
+        whole = units % threads == 0 or units >= _MANY_UNITS * threads
         target, places = (0, 0) if into is None else (t.data_ptr() for t in into)
+        moves, strides, count = [0] * 3, [0] * 4, 0
+        if new is not None:
+            moves = [t.data_ptr() for t in (new.moves, new.key, new.value)]
+            strides = [*new.key.stride()[:2], *new.value.stride()[:2]]
+            count = len(new.moves)
         numbers = (
-            *(t.data_ptr() for t in (self._query, key, value, index, self._at, self._most)),
-            self._seen.data_ptr(),
-            *(rows, kv_heads, *key.stride()[:2], *value.stride()[:2]),
-            *(index.shape[-1] // COLUMNS, start, self._window, self._scale, self._cap),
-            *(parts, COLUMNS if by_row else 0, heads, target, places),
-            0 if self._sinks is None else self._sinks.data_ptr(),
+            *(t.data_ptr() for t in (self._query, self._at, self._most, self._seen)),
+            *(target, places, 0 if self._sinks is None else self._sinks.data_ptr()),
+            *(reads.data_ptr(), *moves, len(reads), 1 if whole else threads, count),
+            *(rows, kv_heads, rows // len(self._at), self._window, self._scale, self._cap),
+            *(*strides, 0),
         )
         assembling.together(self._kernel, (ctypes.c_int64 * len(numbers))(*numbers))
 
@@ -212,7 +264,7 @@ def _kernel(form: _Form) -> int:
     text = HEAD + _DECLARED + _exponential() + _soften(form) + _turn(form) + _pair(form)
     for count in range(1, _MOST_ROWS + 1):
         text += _scores(form, count) + _weighted(form, count)
-    text += _tile(form) + _finish(form) + _attend(form)
+    text += _tile(form) + _finish(form) + _move(form) + _unit(form) + _attend()
     return assembling.assemble(text, ["attend"])["attend"]
 
 
@@ -333,20 +385,21 @@ def _soften(form: _Form) -> str:
     return code.text().replace("#0 {", "noinline #0 {", 1)
 
 
-def _row_at(code: Code, start: str, index: str, column: str, stride: str, kind: str) -> str:
+_TILE = "ptr noalias %rows, ptr noalias %index, i64 %stride, i64 %last, ptr noalias %out"
+
+
+def _row_at(code: Code, column: str, kind: str) -> str:
     """The address of the row of a cache in a column."""
-    place = code.let(f"load i64, ptr {code.at(index, column, 'i64')}, align 8")
-    return code.at(start, code.times(place, stride), kind)
+    place = code.let(f"load i64, ptr {code.at('%index', column, 'i64')}, align 8")
+    place = code.let(f"call i64 @llvm.umin.i64(i64 {place}, i64 %last)")
+    return code.at("%rows", code.times(place, "%stride"), kind)
 
 
 def _turn(form: _Form) -> str:
     """@turn: keys of a tile, [COLUMNS, D], to [D / 2, COLUMNS, 2], or [D, COLUMNS] in fp32."""
-    code = Code("@turn(ptr noalias %keys, ptr noalias %index, i64 %stride, ptr noalias %out)")
+    code = Code(f"@turn({_TILE})")
     with code.loop(0, COLUMNS, LANES) as column:
-        starts = [
-            _row_at(code, "%keys", "%index", code.plus(column, lane), "%stride", form.stored)
-            for lane in range(LANES)
-        ]
+        starts = [_row_at(code, code.plus(column, lane), form.stored) for lane in range(LANES)]
         unit = "i16" if form.number == "half" else "i32"
         with code.loop(0, form.units, LANES) as pair:
             rows = [form.widened(code, code.at(start, pair, unit)) for start in starts]
@@ -377,13 +430,10 @@ def _turn(form: _Form) -> str:
 
 def _pair(form: _Form) -> str:
     """@pair: values of a tile, [COLUMNS, D], to [COLUMNS / 2, D, 2]; or as they are, in fp32."""
-    code = Code("@pair(ptr noalias %values, ptr noalias %index, i64 %stride, ptr noalias %out)")
+    code = Code(f"@pair({_TILE})")
     kind, dim, each = f"<{LANES} x i16>", form.value_dim, 2 if form.pairs else 1
     with code.loop(0, COLUMNS, each) as column:
-        starts = [
-            _row_at(code, "%values", "%index", code.plus(column, n), "%stride", form.stored)
-            for n in range(each)
-        ]
+        starts = [_row_at(code, code.plus(column, n), form.stored) for n in range(each)]
         line = code.at("%out", code.times(column, dim), form.fed)
         with code.loop(0, dim, LANES) as place:
             to = code.at(line, code.times(place, each), form.fed)
@@ -556,63 +606,122 @@ def _clamped(code: Code, number: str) -> str:
     return code.let(f"select i1 {high}, i64 {COLUMNS}, i64 {number}")
 
 
-def _attend(form: _Form) -> str:
-    """@attend: a thread's share of KV heads and rows, tile after tile."""
+def _move(form: _Form) -> str:
+    """@move: new rows of a sequence to their cache."""
+    code = Code("@move(ptr %call, ptr %move)")
+    call, own = _fields(code, "%call", _CALL), _fields(code, "%move", _MOVE)
+    kind = f"<{LANES} x {form.stored}>"
+    for name, dim in (("key", form.dim), ("value", form.value_dim)):
+        with code.loop(0, call["n_heads"]) as head, code.loop(0, own["n_tokens"]) as token:
+            ends = []
+            for start, strides, first in (
+                (call[f"new_{name}s"], call, "n_first"),
+                (own[f"{name}s"], own, "n_at"),
+            ):
+                word = "n_new_" if strides is call else "n_"
+                place = code.times(head, strides[f"{word}{name}_head"])
+                row = code.times(code.plus(own[first], token), strides[f"{word}{name}_row"])
+                ends.append(code.at(start, code.plus(place, row), form.stored))
+            with code.loop(0, dim, LANES) as place:
+                source, target = (code.at(end, place, form.stored) for end in ends)
+                some = code.let(f"load {kind}, ptr {source}, align 2")
+                code.add(f"store {kind} {some}, ptr {target}, align 2")
+    return code.text()
+
+
+def _fields(code: Code, record: str, names: str) -> dict[str, str]:
+    return dict(zip(names.split(), code.fields(record, names), strict=True))
+
+
+def _unit(form: _Form) -> str:
+    """@unit: a KV head of a read, or some of its rows, tile after tile."""
     dim, value_dim = form.dim, form.value_dim
-    code = Code("@attend(ptr %record)", internal=False)
-    field = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
+    code = Code("@unit(ptr %call, ptr %read, i64 %unit)")
     keys = code.let(f"alloca [{form.units * COLUMNS} x i32], align 64")
     values = code.let(f"alloca [{value_dim * form.lines} x i32], align 64")
+    call, own = _fields(code, "%call", _CALL), _fields(code, "%read", _READ)
     scale, cap = (
-        code.let(f"bitcast i32 {code.let(f'trunc i64 {field[name]} to i32')} to float")
+        code.let(f"bitcast i32 {code.let(f'trunc i64 {call[name]} to i32')} to float")
         for name in ("n_scale", "n_cap")
     )
-    rows, parts = field["n_rows"], field["n_parts"]
-    mine, last_of_mine = code.my_share(code.times(field["n_heads"], parts))
-    with code.loop(mine, last_of_mine) as unit:
-        head = code.let(f"udiv i64 {unit}, {parts}")
-        part = code.let(f"sub i64 {unit}, {code.times(head, parts)}")
-        first = code.let(f"udiv i64 {code.times(part, rows)}, {parts}")
-        last = code.let(f"udiv i64 {code.times(code.plus(part, 1), rows)}, {parts}")
-        before = code.times(head, rows)
-        most = code.at(field["most"], before, "float")
-        seen = code.at(field["seen"], code.times(before, LANES + value_dim), "float")
-        index = code.at(field["index"], code.times(part, field["n_step"]), "i64")
-        key = code.at(field["keys"], code.times(head, field["n_key_head"]), form.stored)
-        value = code.at(field["values"], code.times(head, field["n_value_head"]), form.stored)
-        some = code.let(f"icmp ult i64 {first}, {last}")
-        tiles = code.let(f"select i1 {some}, i64 {field['n_tiles']}, i64 0")
-        with code.loop(0, tiles) as tile:
-            column = code.times(tile, COLUMNS)
-            at = code.at(index, column, "i64")
-            code.add(f"call void @turn(ptr {key}, ptr {at}, i64 {field['n_key_row']}, ptr {keys})")
+    parts, group = call["n_parts"], call["n_group"]
+    head = code.let(f"udiv i64 %unit, {parts}")
+    part = code.let(f"sub i64 %unit, {code.times(head, parts)}")
+    by_token = code.let(f"icmp ne ptr {own['piece']}, null")
+    each = code.let(f"select i1 {by_token}, i64 {group}, i64 1")  # rows that are not parted
+    count = code.let(f"udiv i64 {code.times(own['n_tokens'], group)}, {each}")
+    first, last = (
+        code.times(code.let(f"udiv i64 {code.times(end, count)}, {parts}"), each)
+        for end in (part, code.plus(part, 1))
+    )
+    before = code.plus(code.times(head, call["n_all"]), code.times(own["n_first"], group))
+    query = code.at(call["query"], code.times(before, dim), form.fed)
+    most = code.at(call["most"], before, "float")
+    seen = code.at(call["seen"], code.times(before, LANES + value_dim), "float")
+    positions, places = (code.at(call[name], own["n_first"], "i64") for name in ("at", "places"))
+    key = code.at(own["keys"], code.times(head, own["n_key_head"]), form.stored)
+    value = code.at(own["values"], code.times(head, own["n_value_head"]), form.stored)
+
+    def take(index: str, column: str, rows: tuple[str, str]) -> None:
+        for name, start, out in (("turn", key, keys), ("pair", value, values)):
+            stride = own["n_key_row" if name == "turn" else "n_value_row"]
             code.add(
-                f"call void @pair(ptr {value}, ptr {at}, i64 {field['n_value_row']}, ptr {values})"
+                f"call void @{name}(ptr {start}, ptr {index}, i64 {stride}, i64 {own['n_last']}, "
+                f"ptr {out})"
             )
-            given = code.at(field["query"], code.times(before, dim), form.fed)
-            code.add(
-                f"call void @tile(ptr {given}, ptr {keys}, ptr {values}, ptr {field['at']}, "
-                f"ptr {most}, ptr {seen}, i64 {first}, i64 {last}, "
-                f"i64 {code.plus(field['n_start'], column)}, "
-                f"i64 {field['n_window']}, float {scale}, float {cap}, i64 {field['n_group']})"
-            )
-        ends = code.let(f"icmp ne ptr {field['target']}, null")
-        stop = code.let(f"select i1 {ends}, i64 {last}, i64 {first}")
-        with code.loop(first, stop) as row:
-            token = code.let(f"udiv i64 {row}, {field['n_group']}")
-            query_head = code.let(f"sub i64 {row}, {code.times(token, field['n_group'])}")
-            query_head = code.plus(query_head, code.times(head, field["n_group"]))
-            place = code.let(f"load i64, ptr {code.at(field['places'], token, 'i64')}, align 8")
-            place = code.times(code.times(place, field["n_heads"]), field["n_group"])
-            place = code.times(code.plus(place, query_head), value_dim)
-            given = code.let(f"icmp ne ptr {field['sinks']}, null")
-            sink = code.at(field["sinks"], query_head, "float")
-            code.add(
-                f"call void @finish(ptr {code.at(most, row, 'float')}, "
-                f"ptr {code.at(seen, code.times(row, LANES + value_dim), 'float')}, "
-                f"ptr {code.let(f'select i1 {given}, ptr {sink}, ptr null')}, "
-                f"ptr {code.at(field['target'], place, form.stored)})"
-            )
+        code.add(
+            f"call void @tile(ptr {query}, ptr {keys}, ptr {values}, ptr {positions}, "
+            f"ptr {most}, ptr {seen}, i64 {rows[0]}, i64 {rows[1]}, i64 {column}, "
+            f"i64 {call['n_window']}, float {scale}, float {cap}, i64 {group})"
+        )
+
+    some = code.let(f"icmp ult i64 {first}, {last}")
+    with code.loop(0, code.let(f"select i1 {some}, i64 {own['n_tiles']}, i64 0")) as tile:
+        column = code.times(tile, COLUMNS)
+        at = code.at(own["index"], column, "i64")
+        take(at, code.plus(own["n_start"], column), (first, last))
+    low, high = (code.let(f"udiv i64 {end}, {group}") for end in (first, last))
+    column = code.plus(own["n_start"], code.times(own["n_tiles"], COLUMNS))
+    with code.loop(low, code.let(f"select i1 {by_token}, i64 {high}, i64 {low}")) as token:
+        rows = code.times(token, group), code.times(code.plus(token, 1), group)
+        take(code.at(own["piece"], code.times(token, COLUMNS), "i64"), column, rows)
+    ends = code.let(f"icmp ne ptr {call['target']}, null")
+    stop = code.let(f"select i1 {ends}, i64 {last}, i64 {first}")
+    with code.loop(first, stop) as row:
+        token = code.let(f"udiv i64 {row}, {group}")
+        query_head = code.let(f"sub i64 {row}, {code.times(token, group)}")
+        query_head = code.plus(query_head, code.times(head, group))
+        place = code.let(f"load i64, ptr {code.at(places, token, 'i64')}, align 8")
+        place = code.times(code.times(place, call["n_heads"]), group)
+        place = code.times(code.plus(place, query_head), value_dim)
+        given = code.let(f"icmp ne ptr {call['sinks']}, null")
+        sink = code.at(call["sinks"], query_head, "float")
+        code.add(
+            f"call void @finish(ptr {code.at(most, row, 'float')}, "
+            f"ptr {code.at(seen, code.times(row, LANES + value_dim), 'float')}, "
+            f"ptr {code.let(f'select i1 {given}, ptr {sink}, ptr null')}, "
+            f"ptr {code.at(call['target'], place, form.stored)})"
+        )
+    return code.text()
+
+
+def _attend() -> str:
+    """@attend: a thread's share of new rows, and of what is read when all of those are there."""
+    code = Code("@attend(ptr %call)", internal=False)
+    call = _fields(code, "%call", _CALL)
+    first, last = code.my_share(call["n_moves"])
+    with code.loop(first, last) as number:
+        move = code.at(call["moves"], code.times(number, len(_MOVE.split())), "i64")
+        code.add(f"call void @move(ptr %call, ptr {move})")
+    with code.when(code.let(f"icmp ne i64 {call['n_moves']}, 0")):
+        code.add("call void @GOMP_barrier()")
+    units = code.times(call["n_heads"], call["n_parts"])
+    taken = code.at("%call", len(_CALL.split()) - 1, "i64")
+    with code.taken(taken, code.times(call["n_reads"], units)) as unit:
+        number = code.let(f"udiv i64 {unit}, {units}")
+        read = code.at(call["reads"], code.times(number, len(_READ.split())), "i64")
+        within = code.let(f"sub i64 {unit}, {code.times(number, units)}")
+        code.add(f"call void @unit(ptr %call, ptr {read}, i64 {within})")
     return code.text()
 
 

@@ -11,6 +11,7 @@ from offload_rt.attention.rows import attend_rows
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.device.base import Device
 from offload_rt.errors import CapacityError
+from offload_rt.kernels.attending import lie
 from offload_rt.kv.base import KVShape, RowWatcher
 from offload_rt.kv.static import RowMemory, RowsBefore
 
@@ -79,6 +80,7 @@ class ResidentKV:
     def lie_in(self, store: RowStore) -> None:
         """Be where these rows are; the first of them are the committed ones, brought along."""
         self._keys, self._values, self._alike = store.keys, store.values, store.alike
+        self._where: torch.Tensor | None = None
         self.capacity = store.rows
         self.memory = RowMemory(store.keys, store.values, store.rows)
 
@@ -93,6 +95,22 @@ class ResidentKV:
     def length(self) -> int:
         """Committed tokens."""
         return self._length
+
+    @property
+    def where(self) -> torch.Tensor:
+        """[L, 6] int64, where the rows of each layer lie (`kernels/attending.py`, `lie`)."""
+        if self._where is None:
+            pairs = zip(self._keys, self._values, strict=True)
+            self._where = torch.tensor([lie(*pair) for pair in pairs])
+        return self._where
+
+    def rows_of(self, layer: int) -> int:
+        """Rows of a layer, committed and pending."""
+        return self._length + self._pending[layer]
+
+    def wrote(self, layer: int, rows: int) -> None:
+        """Somebody wrote so many pending rows of a layer."""
+        self._pending[layer] += rows
 
     def begin_pass(self, rows: int, *, keeps_all: bool) -> None:
         """Nothing: every pass is alike to this cache."""

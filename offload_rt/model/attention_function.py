@@ -11,9 +11,11 @@ from functools import partial
 
 import torch
 
+from offload_rt.attention.exact import is_assembled
 from offload_rt.attention.spec import AttentionSpec, PendingTree
 from offload_rt.errors import CheckpointError
 from offload_rt.kv.base import KVCache
+from offload_rt.kv.together import PackedRows
 from offload_rt.model.modelling import AttentionInterface
 
 ATTENTION_NAME = "offload_rt"
@@ -93,6 +95,7 @@ class PassContext:
         self.exact, self.tiles = exact, tiles
         self._brought: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
         self._others: dict[int, PassContext] = {}
+        self._packed: dict[range, PackedRows | None] = {}
 
     def leave(self, gone: Callable[[KVCache], bool], hidden: torch.Tensor) -> torch.Tensor:
         """Take the rows of sequences out of a pass that nobody waits for any more; never all.
@@ -113,7 +116,7 @@ class PassContext:
                 places += range(start, start + segment.tokens)
             start += segment.tokens
         stay = torch.tensor(places, device=hidden.device)
-        self.segments, self.rows = staying, range(len(places))
+        self.segments, self.rows, self._packed = staying, range(len(places)), {}
         self.kept = stay if self.kept is None else self.kept[stay]
         return hidden[:, stay]
 
@@ -163,6 +166,37 @@ class PassContext:
         if missing:
             parts = [*parts, parts[-1][-1:].expand(missing, *parts[-1].shape[1:])]
         return parts[0] if len(parts) == 1 else torch.cat([*parts])
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        spec: AttentionSpec,
+    ) -> list[torch.Tensor]:
+        """Have each sequence append the rows that are being computed now, and attend from them.
+
+        Args:
+            layer: layer index.
+            query: [H, S, D] rotated.
+            key: [K, S, D] rotated.
+            value: [K, S, D].
+            spec: how the layer attends.
+
+        Returns:
+            [n, H, D] of sequences, or of all of them, in their order.
+        """
+        if is_assembled(query, value.shape[2], spec):
+            if self.rows not in self._packed:
+                self._packed[self.rows] = PackedRows.of(layer, self.parts())
+            if (packed := self._packed[self.rows]) is not None:
+                return [packed.attend(layer, query, key, value, spec)]
+        made = []
+        for cache, rows, tree in self.parts():
+            cache.append(layer, key[:, rows], value[:, rows])
+            made.append(cache.attend(layer, query[:, rows], spec, tree))
+        return made
 
     def parts(self) -> Iterator[tuple[KVCache, slice, PendingTree | None]]:
         """Caches and their rows, counted within the rows that are being computed now."""
@@ -233,12 +267,8 @@ def _attended(
     layer: int, spec: AttentionSpec, context: PassContext, given: Sequence[torch.Tensor]
 ) -> torch.Tensor:
     """What `attend_packed` returns for queries, keys and values."""
-    query, key, value = given
-    parts = []
-    for cache, rows, tree in context.parts():
-        cache.append(layer, key[0, :, rows], value[0, :, rows])
-        parts.append(cache.attend(layer, query[0, :, rows], spec, tree))
-    return context.whole_tile(parts).unsqueeze(0)
+    query, key, value = (rows[0] for rows in given)
+    return context.whole_tile(context.attend(layer, query, key, value, spec)).unsqueeze(0)
 
 
 class MaskKind(StrEnum):

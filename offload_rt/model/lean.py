@@ -192,10 +192,7 @@ class LeanLayer:
     ) -> torch.Tensor:
         """Rows [S, heads, D] give [S, H, D], one after the other."""
         query, key, value = (rows.transpose(0, 1) for rows in (queries, keys, values))
-        parts, spec = [], self._specs[context.exact]
-        for cache, rows, tree in context.parts():
-            cache.append(self._index, key[:, rows], value[:, rows])
-            parts.append(cache.attend(self._index, query[:, rows], spec, tree))
+        parts = context.attend(self._index, query, key, value, self._specs[context.exact])
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
