@@ -33,7 +33,7 @@ from offload_rt.errors import ConfigError
 from offload_rt.kv.prefixes import common_prefix
 from offload_rt.runner.tree import ROOT, TokenTree
 from offload_rt.sampling import Dice, make_generator, sample, target_probs
-from offload_rt.speculative import together, verifier
+from offload_rt.speculative import deciding, together, verifier
 from offload_rt.speculative.base import Draft, Verdict
 from offload_rt.speculative.ngram import drafter as ngram_module
 from offload_rt.speculative.ngram.drafter import NgramDrafter, SelectiveNgramDrafter
@@ -1030,3 +1030,32 @@ def test_packed_linears_compute_the_same_and_are_for_cpus_only():
             with torch.inference_mode():
                 got, expected = PackedLinear(plain)(x), plain(x)
             assert torch.allclose(got.float(), expected.float(), atol=0.02, rtol=0.02)
+
+
+def test_greedy_tokens_of_logits_in_a_row_are_found_at_once(monkeypatch):
+    """Whatever lies elsewhere, or is drawn, is found by itself; tokens are those of each alone."""
+    logits = torch.randn(9, 300, generator=make_generator(0, "cpu"))
+    logits[5, 7] = float("nan")
+    parts = [*logits[:8].split([1, 4, 1, 2]), logits[3:5], logits[5:6].clone()]
+    calls, real = [], deciding.likeliest
+    monkeypatch.setattr(deciding, "likeliest", lambda rows: calls.append(len(rows)) or real(rows))
+
+    def decided(rows, seeds):
+        asked = [
+            deciding.Checked(
+                ids=[1],
+                draft=Draft(TokenTree.chain(range(len(own) - 1))),
+                logits=own,
+                dice=Dice(make_generator(place, "cpu")),
+                sampling=SamplingConfig(temperature=0.0 if seed is None else 1.0, seed=seed),
+            )
+            for place, (own, seed) in enumerate(zip(rows, seeds, strict=True))
+        ]
+        return deciding.decide(asked, HOST, AcceptRule.LOSSLESS)
+
+    for seeds, runs in (([None] * 6, [8, 2, 1]), ([None, None, 3, None, None, None], [5, 2, 2, 1])):
+        alone = [decided([own], [seed])[0] for own, seed in zip(parts, seeds, strict=True)]
+        calls.clear()
+        assert decided(parts, seeds) == alone
+        assert calls == runs
+        assert alone[2] is None
