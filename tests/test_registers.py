@@ -12,12 +12,13 @@ from test_exact import SIZES, STREAMED, TEXT, agree, engines
 from test_lean import FAMILIES, WIDE, lean_layers, some_passes
 from test_measure import QUICK
 from test_workload import CPU
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from offload_rt.config import DraftConfig, DraftWeights, Exact
 from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.kernels import registers, stored
-from offload_rt.kernels.layers import MANY_ROWS
+from offload_rt.kernels.layers import MANY_ROWS, REGISTER_ROWS
 from offload_rt.model import exact, exactness, network
 from offload_rt.model.formats import packed
 from offload_rt.model.formats.packed import PackedLinear, unlike_when_packed
@@ -62,15 +63,31 @@ def test_a_row_has_the_same_logits_in_any_pass(make_tiny):
         assert all(lean_layers(engine)) and agree(engine)
 
 
-def test_the_two_kernels_of_a_layer_have_the_bits_of_its_modules(make_tiny, monkeypatch):
-    folder, found = make_tiny("qwen2", **WIDE, **FAMILIES["qwen2"]), []
+@pytest.mark.parametrize("rows", [MANY_ROWS, REGISTER_ROWS])
+def test_the_two_kernels_of_a_layer_have_the_bits_of_its_modules(rows, make_tiny, monkeypatch):
+    folder, found, by_modules = make_tiny("qwen2", **WIDE, **FAMILIES["qwen2"]), [], []
+    real = Qwen2DecoderLayer.forward
+    monkeypatch.setattr(
+        Qwen2DecoderLayer, "forward", lambda *a, **o: by_modules.append(0) or real(*a, **o)
+    )
     for lean in (True, False):
         if not lean:
             monkeypatch.setattr(network, "lean_layer", lambda *_, **__: None)
-        with engines(folder, **({} if lean else {"prefill_chunk_tokens": MANY_ROWS})) as engine:
+        with engines(folder, prefill_chunk_tokens=rows) as engine:
             assert lean_layers(engine) == [lean] * 2
-            found.append(engine.forward([(0, TEXT[:MANY_ROWS])], reuse=True).clone())
+            by_modules.clear()
+            found.append(engine.forward([(0, TEXT[:rows])], reuse=True).clone())
+            assert len(by_modules) == (0 if lean else 2)
     assert torch.equal(*found)
+
+
+def test_what_rows_become_in_a_layer_is_there_once_for_all(make_tiny):
+    with engines(make_tiny("llama", **WIDE, **FAMILIES["llama"])) as engine:
+        one, other = (layer.forward.args[1] for layer in engine.network._layers)
+        assert one._products is other._products and one._summed is other._summed
+        assert one._products.shape[0] == REGISTER_ROWS
+    wide = replace(one._sizes, hidden=2**14)
+    assert wide.suit and wide.most_rows * wide.hidden <= 2**19
 
 
 def test_shapes_that_do_not_fit_are_left_to_the_library(make_tiny):

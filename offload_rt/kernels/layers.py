@@ -27,7 +27,9 @@ from offload_rt.kernels.rows import MOST_ROWS
 _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/SumKernel.cpp
 _LEAST_STEP = 4  # as a power of two
 _EIGHT = f"<{_SUM_LANES} x float>"
-MANY_ROWS = 32  # of rounded matrices and in matrix registers: what a draft model is fed at once
+MANY_ROWS = 32  # of rounded matrices: what a draft model is fed at once
+REGISTER_ROWS = 64  # in matrix registers: one of each sequence of a large batch
+_MOST_NORMED = 2**19  # numbers that each thread has on its stack
 TABLE_NUMBERS = 2**16  # an activation of every bf16 number
 
 BEFORE = (
@@ -67,6 +69,8 @@ class LayerSizes:
     @property
     def most_rows(self) -> int:
         """Rows there is code for; of more torch's kernels are as quick, or the rest is little."""
+        if self.in_registers and REGISTER_ROWS * self.hidden <= _MOST_NORMED:
+            return REGISTER_ROWS
         return MANY_ROWS if self.form or self.in_registers else MOST_ROWS
 
     @property

@@ -2,9 +2,10 @@
 
 transformers' forward of such a layer is some 50 operators for one row, and its products read memory
 at half its rate, as threads fall asleep between them. Where a layer has the parts that
-`kernels/layers.py` computes, and *gives the same bits*, its kernels are used for up to `MOST_ROWS`
-rows; else, and for more rows, transformers' forward is. That is no list of families: a layer is run
-both ways with random rows, and queries, keys, values and what leaves it are compared.
+`kernels/layers.py` computes, and *gives the same bits*, its kernels are used for as many rows as
+they take (`LayerSizes.most_rows`); else, and for more rows, transformers' forward is. That is no
+list of families: a layer is run both ways with random rows, and queries, keys, values and what
+leaves it are compared.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from offload_rt.kernels.layers import (
     AFTER,
     BEFORE,
     MANY_ROWS,
+    REGISTER_ROWS,
     TABLE_NUMBERS,
     LayerSizes,
     Record,
@@ -42,12 +44,13 @@ _PARTS = {  # of a layer, by transformers' names; anything else below one is not
 }
 _BF16 = torch.bfloat16
 _COMPARED = (1, 3)  # rows that each layer is compared with; the first one with more
+_ALL_COMPARED = (*range(1, MOST_ROWS + 2), MANY_ROWS, REGISTER_ROWS)
 
 
 class _Witness:
     """Stands for a cache in a comparison: keeps what it is given, answers with random numbers."""
 
-    length, capacity = 0, MANY_ROWS
+    length, capacity = 0, REGISTER_ROWS
 
     def __init__(self, value_dim: int) -> None:
         self.seen: list[torch.Tensor] = []
@@ -99,6 +102,9 @@ class _Parts:
     sizes: LayerSizes
 
 
+Rooms = dict[LayerSizes, tuple[torch.Tensor, torch.Tensor]]  # what rows of one layer become
+
+
 class LeanLayer:
     """The forward of one decoder layer.
 
@@ -107,23 +113,29 @@ class LeanLayer:
         spec: how it attends.
         index: its number in the caches.
         forward: transformers', for what the kernels do not do.
+        rooms: memory that layers of one network compute in, one after the other.
     """
 
-    def __init__(self, parts: _Parts, spec: AttentionSpec, index: int, forward: Forward) -> None:
-        self._parts, self._index, self._forward = parts, index, forward
+    def __init__(
+        self, parts: _Parts, spec: AttentionSpec, index: int, forward: Forward, rooms: Rooms
+    ) -> None:
+        self._parts, self._index, self._forward, self._rooms = parts, index, forward, rooms
         self._specs = [replace(spec, exact=exact) for exact in (False, True)]
         self._sizes = sizes = parts.sizes
         code = assembled(sizes)
         self._before, self._after = code["before"], code["after"]
-        self._products = torch.empty(sizes.most_rows, sizes.products, dtype=torch.bfloat16)
-        self._summed = torch.empty(sizes.most_rows, sizes.hidden, dtype=torch.bfloat16)
+        if sizes not in rooms:
+            widths = sizes.products, sizes.hidden
+            made = (torch.empty(sizes.most_rows, width, dtype=torch.bfloat16) for width in widths)
+            rooms[sizes] = next(made), next(made)
+        self._products, self._summed = rooms[sizes]
         self._records = [self._record(few) for few in (0, 1)]
 
     def of(self, layer: torch.nn.Module) -> "LeanLayer":
         """The same of a layer that has the same weights in memory of its own."""
         parts = _parts_of(layer)
         assert parts is not None
-        return LeanLayer(parts, self._specs[0], self._index, layer.forward)
+        return LeanLayer(parts, self._specs[0], self._index, layer.forward, self._rooms)
 
     def _record(self, several: int) -> tuple[Record, Record]:
         """What the kernels are given, for one row and for several."""
@@ -196,11 +208,12 @@ class LeanLayer:
         return (parts[0] if len(parts) == 1 else torch.cat(parts)).contiguous()
 
 
-def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
+def lean_layer(layer: torch.nn.Module, rooms: Rooms, *, first: bool) -> LeanLayer | None:
     """A layer's forward in two kernels; None where there is none that gives its bits.
 
     Args:
         layer: transformers', all its matrices reordered, or rounded alike.
+        rooms: of its network.
         first: compare all counts of rows; of its sisters the first tells.
     """
     if {name for name, _ in layer.named_modules() if name} != _PARTS:
@@ -211,12 +224,12 @@ def lean_layer(layer: torch.nn.Module, *, first: bool) -> LeanLayer | None:
     index: int = layer.self_attn.layer_idx  # type: ignore[union-attr, assignment]
     forward, made = layer.forward, None
     with torch.inference_mode():
-        for rows in (*range(1, MOST_ROWS + 2), MANY_ROWS) if first else _COMPARED:
+        for rows in _ALL_COMPARED if first else _COMPARED:
             if rows > parts.sizes.most_rows:
                 continue
             expected, witness = _tried(forward, parts.sizes, rows)
             assert witness.spec is not None
-            made = made or LeanLayer(parts, witness.spec, index, forward)
+            made = made or LeanLayer(parts, witness.spec, index, forward, rooms)
             got, mine = _tried(made, parts.sizes, rows)
             pairs = zip([expected, *witness.seen], [got, *mine.seen], strict=True)
             if not all(torch.equal(one, other) for one, other in pairs):

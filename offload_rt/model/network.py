@@ -93,7 +93,7 @@ from offload_rt.model.formats.wired import (
     wired_linears,
 )
 from offload_rt.model.layout import LayerLayout, Placement, compute_dtype
-from offload_rt.model.lean import lean_layer
+from offload_rt.model.lean import Rooms, lean_layer
 from offload_rt.model.mixing import STATES_KEYWORD, AnchoredMixer, PassStates
 from offload_rt.model.modules import build_modules
 from offload_rt.model.network_names import Place, find_experts, find_places
@@ -570,13 +570,13 @@ class Network:
         self._settle_products(device)  # by their shapes, of experts that are apart too
         self._leave_out_other_parts(device)
         _move_buffers(self._model, device)
-        self._crossing = crossing
+        self._crossing, rooms = crossing, Rooms()
         for index, layer in enumerate(self._layers):
             if crossing is not None and crossing.here is None:
                 _move_buffers(layer, crossing.place(crossing.device[index]))
             lender, forward = (None if index in self.kept else weights), layer.forward
             lean = index in self.kept and not self.mixers and not self.tiles
-            if lean and (made := lean_layer(layer, first=index == min(self.kept))):
+            if lean and (made := lean_layer(layer, rooms, first=index == min(self.kept))):
                 forward = made
             run = partial(
                 self._run_layer,
