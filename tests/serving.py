@@ -6,6 +6,9 @@ import threading
 from contextlib import contextmanager, suppress
 from types import SimpleNamespace
 
+import pytest
+from forks import fork_tokenizers
+
 from offload_rt.config import SamplingConfig
 from offload_rt.serve.app import Service, make_app
 from offload_rt.serve.desk import Desk
@@ -22,8 +25,16 @@ HOST = {"host": "127.0.0.1", "content-type": "application/json"}
 
 
 @contextmanager
-def serving(folder, *, room=None, rules=None, options=(), **offer):
-    """An application over a model, with its service."""
+def serving(folder, **options):
+    """An application over a model, with its service; what reads its texts are forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        fork_tokenizers(patch)
+        with _serving(folder, **options) as found:
+            yield found
+
+
+@contextmanager
+def _serving(folder, *, room=None, rules=None, options=(), **offer):
     chosen = {"device": "cpu", "device_memory": "512MiB", "draft": "ngram", **dict(options)}
     settings = settings_from(chosen)
     model, settings = open_answering(str(folder), settings, Logged())
