@@ -158,12 +158,11 @@ def rows_come_again():
 
 
 @rows_come_again()
-def emitted_first_two(draft_for, target_logits, sampling, rule, seeds):
+def emitted_first_two(drafts, target_logits, sampling, rule):
     """Counts of the first two emitted tokens, when the target's rows are decided by token ids."""
     counts, after = torch.zeros(VOCAB, VOCAB), target_probs(target_logits, sampling)
-    for seed in range(seeds):
-        generator = make_generator(seed, "cpu")
-        draft = draft_for(generator)
+    generator = make_generator(1, "cpu")
+    for draft in drafts:
         logits = target_logits[[VOCAB, *draft.tree.tokens]]
         verdict = walk(
             draft,
@@ -197,56 +196,42 @@ def world():
     return target, draft
 
 
-def sampled_chain(draft_logits, sampling):
-    after = target_probs(draft_logits, sampling)
-
-    def make(generator):
-        tokens, probs, row = [], [], VOCAB
-        for _ in range(2):
-            probs.append(after[row])
-            row = int(torch.multinomial(probs[-1], 1, generator=generator))
-            tokens.append(row)
-        return Draft(TokenTree.chain(tokens), torch.stack(probs))
-
-    return make
-
-
-def sampled_tree(draft_logits, sampling):
-    """Two siblings drawn without replacement, each with two children drawn likewise."""
-    after = target_probs(draft_logits, sampling)
+def sampled_chain(draft_logits, sampling, count):
+    """So many drafts, each token drawn after the one before."""
+    after, generator = target_probs(draft_logits, sampling), make_generator(2, "cpu")
 
     @cache
-    def left_of(row, *drawn):
+    def draft(*tokens):
+        return Draft(TokenTree.chain(tokens), after[[VOCAB, tokens[0]]])
+
+    first = torch.multinomial(after[VOCAB], count, replacement=True, generator=generator)
+    second = torch.multinomial(after[first], 1, generator=generator)
+    return [draft(*tokens) for tokens in torch.cat([first[:, None], second], 1).tolist()]
+
+
+def sampled_tree(draft_logits, sampling, count):
+    """Two siblings drawn without replacement, each with two children drawn likewise."""
+    after, generator = target_probs(draft_logits, sampling), make_generator(2, "cpu")
+
+    @cache
+    def siblings(row, first):
         left = after[row].clone()
-        left[list(drawn)] = 0.0
-        return left / left.sum() if left.sum() > 0 else None
+        left[first] = 0.0
+        return [after[row], left / left.sum()]
 
-    def siblings(row, generator):
-        drawn = []
-        while len(drawn) < 2 and (probs := left_of(row, *drawn)) is not None:
-            drawn.append(int(torch.multinomial(probs, 1, generator=generator)))
-            yield drawn[-1], probs
+    @cache
+    def draft(*tokens):
+        families = zip((VOCAB, *tokens[:2]), tokens[::2], strict=True)
+        probs = [row for family in families for row in siblings(*family)]
+        return Draft(TokenTree(tokens, (ROOT, ROOT, 0, 0, 1, 1)), torch.stack(probs))
 
-    def make(generator):
-        tokens, parents, probs = [], [], []
-        for parent in (ROOT, 0, 1):
-            if parent >= len(tokens):
-                continue
-            row = VOCAB if parent == ROOT else tokens[parent]
-            for token, prob in list(siblings(row, generator)):
-                tokens.append(token)
-                parents.append(parent)
-                probs.append(prob)
-        order = sorted(range(len(tokens)), key=lambda n: parents[n])
-        assert order == list(range(len(tokens)))
-        return Draft(TokenTree(tuple(tokens), tuple(parents)), torch.stack(probs))
-
-    return make
+    two = torch.multinomial(after[VOCAB].expand(count, -1), 2, generator=generator)
+    four = torch.multinomial(after[two.flatten()], 2, generator=generator).view(count, 4)
+    return [draft(*tokens) for tokens in torch.cat([two, four], 1).tolist()]
 
 
-def chosen_tree(draft_logits, sampling):
-    tree = TokenTree((0, 1, 2, 3, 0, 2), (ROOT, ROOT, 0, 0, 1, 1))
-    return lambda generator: Draft(tree)
+def chosen_tree(draft_logits, sampling, count):
+    return [Draft(TokenTree((0, 1, 2, 3, 0, 2), (ROOT, ROOT, 0, 0, 1, 1)))] * count
 
 
 KINDS = {"chain": sampled_chain, "tree": sampled_tree, "chosen": chosen_tree}
@@ -255,13 +240,13 @@ SAMPLINGS = [
     SamplingConfig(temperature=0.7, top_k=4, seed=0),
     SamplingConfig(temperature=1.3, top_p=0.85, min_p=0.05, seed=0),
 ]
-SEEDS = 3000
+SEEDS, FEWER = 3000, 1000  # a rule that is wrong shows in fewer
 
 
-def expected_counts(target, sampling):
+def expected_counts(target, sampling, count=SEEDS):
     first = target_probs(target[VOCAB][None], sampling)[0]
     second = target_probs(target[:VOCAB], sampling)
-    return first[:, None] * second * SEEDS
+    return first[:, None] * second * count
 
 
 # Each kind of draft, each way to narrow what may be drawn, and what is drawn plain as well; so is
@@ -275,8 +260,8 @@ JOINT = {"chain": [PLAIN, TOP_P], "tree": [PLAIN, TOP_K], "chosen": [TOP_P]}
 )
 def test_lossless_keeps_the_joint_distribution_of_the_first_tokens(world, kind, sampling):
     target, draft = world
-    make = KINDS[kind](draft, sampling)
-    counts = emitted_first_two(make, target, sampling, AcceptRule.LOSSLESS, SEEDS)
+    drafts = KINDS[kind](draft, sampling, SEEDS)
+    counts = emitted_first_two(drafts, target, sampling, AcceptRule.LOSSLESS)
     assert chi_square(counts, expected_counts(target, sampling)) > 1e-4
 
 
@@ -285,14 +270,10 @@ def test_wrong_draft_probabilities_fail_the_same_test(world, kind):
     """The negative control: a drafter that lies about what it drew from."""
     target, draft = world
     sampling = SAMPLINGS[0]
-    honest = KINDS[kind](draft, sampling)
-
-    def liar(generator):
-        told = honest(generator)
-        return Draft(told.tree, torch.full_like(told.probs, 1 / VOCAB))
-
-    counts = emitted_first_two(liar, target, sampling, AcceptRule.LOSSLESS, SEEDS)
-    assert chi_square(counts, expected_counts(target, sampling)) < 1e-6
+    honest = KINDS[kind](draft, sampling, FEWER)
+    told = [Draft(one.tree, torch.full_like(one.probs, 1 / VOCAB)) for one in honest]
+    counts = emitted_first_two(told, target, sampling, AcceptRule.LOSSLESS)
+    assert chi_square(counts, expected_counts(target, sampling, FEWER)) < 1e-6
 
 
 def test_sampling_the_target_instead_of_the_residual_fails_the_same_test(world, monkeypatch):
@@ -301,9 +282,9 @@ def test_sampling_the_target_instead_of_the_residual_fails_the_same_test(world, 
     sampling = SAMPLINGS[0]
     monkeypatch.setattr(torch.Tensor, "clamp", lambda self, min=0.0, max=None: self)
     monkeypatch.setattr(torch, "where", lambda mask, one, other: other)
-    make = sampled_chain(draft, sampling)
-    counts = emitted_first_two(make, target, sampling, AcceptRule.LOSSLESS, SEEDS)
-    assert chi_square(counts, expected_counts(target, sampling)) < 1e-6
+    drafts = sampled_chain(draft, sampling, FEWER)
+    counts = emitted_first_two(drafts, target, sampling, AcceptRule.LOSSLESS)
+    assert chi_square(counts, expected_counts(target, sampling, FEWER)) < 1e-6
 
 
 @settings(deadline=None)
@@ -399,8 +380,8 @@ def test_nodes_tried_together_are_decided_as_one_by_one(tree, seed, rows, sampli
 def test_rows_are_drawn_in_blocks_without_changing_the_law(world, monkeypatch):
     monkeypatch.setattr(verifier, "drawn_rows", lambda *_: 2)
     target, draft = world
-    make = chosen_tree(draft, SAMPLINGS[0])
-    counts = emitted_first_two(make, target, SAMPLINGS[0], AcceptRule.LOSSLESS, SEEDS)
+    drafts = chosen_tree(draft, SAMPLINGS[0], SEEDS)
+    counts = emitted_first_two(drafts, target, SAMPLINGS[0], AcceptRule.LOSSLESS)
     assert chi_square(counts, expected_counts(target, SAMPLINGS[0])) > 1e-4
 
 
@@ -680,7 +661,7 @@ PLACES += [(name, *place) for name in ("chain", "tree", "triforce") for place in
 PLACES += [(name, resident, "device") for name in SELF for resident in (0, 1)]
 
 
-THREE, WRITTEN = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2], 16
+THREE, WRITTEN = [REPEATS, PROMPT[:4], PROMPT[::-1] * 2], 12
 
 
 @pytest.fixture(scope="module")
@@ -706,7 +687,7 @@ def test_greedy_with_a_drafter_equals_greedy_without(make_tiny, drafts, plain, n
     prompts = THREE if at_once else THREE[:2]
     options |= {"prompts": prompts, "tokens": WRITTEN}
     with engine_for(folder, draft=drafts[name], **options) as engine:
-        for tokens in (WRITTEN, 7, 1):
+        for tokens in (1, WRITTEN):
             run_tokens = generate(engine, prompts, tokens=tokens)
             assert run_tokens == [answer[:tokens] for answer in plain[: len(prompts)]]
         if at_once:
@@ -767,8 +748,8 @@ def test_a_seeded_answer_is_the_models_whoever_drafts(make_tiny):
     asked = [(name, tokens) for name in ("ngram", f"model:{folder}") for tokens in (12, 9)]
     drafting = [DraftConfig(draft=name, draft_tokens=tokens) for name, tokens in asked]
     for draft in (DraftConfig(), *drafting):
-        with engine_for(folder, prompts=[REPEATS], tokens=60, draft=draft) as engine:
-            runs = [start(engine, 60, sampling, REPEATS) for _ in range(2)]
+        with engine_for(folder, prompts=[REPEATS], tokens=40, draft=draft) as engine:
+            runs = [start(engine, 40, sampling, REPEATS) for _ in range(2)]
             answers[draft] = runs[0].sequences[0].emitted
             assert runs[1].sequences[0].emitted == answers[draft]  # whatever the first one taught
             assert runs[0].counts.accepted > 0 or draft.kind == "none"
@@ -782,13 +763,12 @@ def test_what_one_answer_taught_does_not_change_the_next(make_tiny):
     draft = DraftConfig(draft="triforce", draft_tokens=4, retrieval=retrieval)
     folder, answers, newest = make_tiny("llama", **TWO), [], []
     with engine_for(folder, prompts=[REPEATS], tokens=40, draft=draft) as engine:
-        for _ in range(3):
+        for _ in range(2):
             run = start(engine, 40, sampling, REPEATS)
             answers.append(run.sequences[0].emitted)
             newest.append((run.sequences[0].retrieval.builds, run.sequences[0].retrieval.passes))
             assert 0 < run.sequences[0].retrieval.newest_builds < newest[-1][0]
-    assert answers[0] == answers[1] == answers[2]
-    assert newest[0] == newest[1] == newest[2]
+    assert answers[0] == answers[1] and newest[0] == newest[1]
 
 
 @pytest.mark.parametrize("name", ["chain", "triforce-model", *SELF])
@@ -910,11 +890,11 @@ def test_probabilities_of_a_large_vocabulary_stay_within_the_plan(
     make_tiny, sequences, nodes, shape, sampling
 ):
     """In a process of its own: the heap of one that ran tests has holes of theirs."""
-    folder = make_tiny("llama", vocab_size=120_000, num_hidden_layers=1, dtype="bfloat16")
+    folder = make_tiny("llama", vocab_size=60_000, num_hidden_layers=1, dtype="bfloat16")
     given = json.dumps([str(folder), sequences, nodes, shape, asdict(sampling)])
     done = forks.run([sys.executable, "-c", LARGE_VOCABULARY, given])
     peak_bytes, planned_bytes = map(int, done.stdout.split())
-    assert 2**26 < peak_bytes <= planned_bytes, done.stderr
+    assert 2**25 < peak_bytes <= planned_bytes, done.stderr
 
 
 LARGE_VOCABULARY = """
