@@ -169,3 +169,23 @@ def test_a_layer_is_timed_so():
     kept = [m for one in layer._layers for m in one.modules() if isinstance(m, PackedLinear)]
     assert kept and all(linear.in_registers for linear in kept)
     assert isinstance(next(layer._turns), LeanLayer)
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(96, 128), (1056, 64), (2112, 192)])
+def test_a_matrix_as_it_lies_and_in_panels_give_the_same_bits(inputs, outputs):
+    """Of few rows, which are turned, one, which is not, and many, for which panels are brought."""
+    generator = torch.Generator().manual_seed(0)
+    weight, rows = (
+        torch.randn(n, inputs, generator=generator).to(torch.bfloat16) for n in (outputs, 131)
+    )
+    bias = torch.linspace(-1, 1, outputs).to(torch.bfloat16)
+    panels = registers.in_panels(weight)
+    for added in (None, bias):
+        lying = stored.product_for(stored.How.PLAIN, inputs, outputs, exact=True)
+        whole = registers.RegisterProduct(panels.data_ptr(), inputs, outputs, added)(rows)
+        close = torch.nn.functional.linear(
+            rows.float(), weight.float(), None if added is None else added.float()
+        )
+        torch.testing.assert_close(whole.float(), close, rtol=0.02, atol=0.05)
+        for count in (1, 2, 3, 16, 17, stored.ROWS_LYING, stored.ROWS_LYING + 1, 131):
+            assert torch.equal(lying(rows[:count], weight, added), whole[:count])

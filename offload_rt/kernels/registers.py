@@ -9,6 +9,7 @@ same bits.
 A register takes 16 rows of 32 inputs, or 16 pairs of inputs of 16 outputs.
 """
 
+from collections.abc import Iterable
 from functools import cache
 
 import torch
@@ -24,11 +25,14 @@ from offload_rt.kernels.products import HEAD, PANEL, Product
 
 STEP = 32  # inputs of a register
 AHEAD = 8192  # bytes of a panel that are fetched ahead
+_LONG = 2048  # inputs, of more of which each is fetched ahead within its output
+_AHEAD_WITHIN = 1024  # bytes, then
 RELEASE = "call void @llvm.x86.tilerelease()"
 DECLARED = """declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
 declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
+declare void @llvm.x86.tilezero(i8 immarg)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
 """
 _PARTS = PANEL // LANES
@@ -136,14 +140,8 @@ def tiles(ahead: int = 0) -> str:
     """
     arguments = "ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line, i64 %count"
     code = Code(f"@tiles({arguments})")
-    settings = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
-    shape = code.let("alloca [64 x i8], align 64")
-    whole = ", ".join(f"i8 {byte}" for byte in settings)
-    code.add(f"store <64 x i8> <{whole}>, ptr {shape}, align 64")
     height = code.let("trunc i64 %count to i8")
-    for tile in range(_PARTS + 1):  # totals, and rows
-        code.add(f"store i8 {height}, ptr {code.at(shape, 48 + tile, 'i8')}")
-    code.add(f"call void @llvm.x86.ldtilecfg(ptr {shape})")
+    _configure(code, [(48 + tile, height, "i8") for tile in range(_PARTS + 1)])  # totals, and rows
     totals = [code.at("%totals", part * LANES, "float") for part in range(_PARTS)]
     for part, at in enumerate(totals):
         code.add(f"call void @llvm.x86.tileloadd64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
@@ -162,6 +160,48 @@ def tiles(ahead: int = 0) -> str:
     for part, at in enumerate(totals):
         code.add(f"call void @llvm.x86.tilestored64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
     return code.text()
+
+
+def straight() -> str:
+    """Outputs of a panel for up to 16 rows, from a matrix [O, I] as it lies, in matrix registers.
+
+    The matrix is the first factor, and the rows, input after input, are the second: [I / 2, n, 2].
+    Products are added up in the order in which `tiles` adds them. What is multiplied next, and is
+    in no cache, is fetched ahead: the next 16 outputs, or of long ones the inputs that follow.
+    """
+    code = Code("@straight(ptr %turned, ptr %weight, ptr %totals, i64 %pairs, i64 %count)")
+    across, line = code.times("%count", 4), code.times("%pairs", 4)
+    width = code.let(f"trunc i64 {across} to i16")
+    _configure(code, [(8 + tile, width, "i16") for tile in (0, 1)])  # totals, and rows
+    long = code.let(f"icmp ugt i64 %pairs, {_LONG // 2}")
+    group = code.times(line, LANES)
+    ahead = code.let(f"select i1 {long}, i64 {_AHEAD_WITHIN}, i64 {group}")
+    with code.loop(0, _PARTS) as part:
+        start = code.at("%weight", code.times(group, part), "i8")
+        code.add("call void @llvm.x86.tilezero(i8 0)")
+        with code.loop(0, "%pairs", LANES) as pair:
+            at, given = code.at(start, pair, "i32"), code.times(pair, "%count")
+            for output in range(LANES):
+                there = code.at(at, code.plus(code.times(line, output), ahead), "i8")
+                code.add(f"call void @llvm.prefetch.p0(ptr {there}, i32 0, i32 2, i32 1)")
+            given = code.at("%turned", given, "i32")
+            code.add(f"call void @llvm.x86.tileloadd64(i8 1, ptr {given}, i64 {across})")
+            code.add(f"call void @llvm.x86.tileloadd64(i8 2, ptr {at}, i64 {line})")
+            code.add("call void @llvm.x86.tdpbf16ps(i8 0, i8 2, i8 1)")
+        at = code.at("%totals", code.times(code.times(part, LANES), "%count"), "float")
+        code.add(f"call void @llvm.x86.tilestored64(i8 0, ptr {at}, i64 {across})")
+    return code.text()
+
+
+def _configure(code: Code, parts: Iterable[tuple[int, str, str]]) -> None:
+    """Set what registers hold: 16 lines of 64 bytes, but for what is given, by its place."""
+    shape = code.let("alloca [64 x i8], align 64")
+    settings = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8
+    whole = ", ".join(f"i8 {byte}" for byte in settings)
+    code.add(f"store <64 x i8> <{whole}>, ptr {shape}, align 64")
+    for place, number, kind in parts:
+        code.add(f"store {kind} {number}, ptr {code.at(shape, place, kind)}")
+    code.add(f"call void @llvm.x86.ldtilecfg(ptr {shape})")
 
 
 def finish() -> str:

@@ -35,6 +35,7 @@ from offload_rt.kernels.tiles import in_tiles
 
 _REGISTERS_BLOCK = 1024  # inputs: of a panel 128 KiB, of the second cache
 ROWS_AT_ONCE = 128  # that a block is multiplied with; for more it is brought again
+ROWS_LYING = 2 * LANES  # up to which matrix registers take a matrix in bf16 as it lies
 LONGEST_BLOCK = 4096  # inputs
 _TOGETHER = 6  # rows whose sums are in registers, with 4 vectors of weights
 _PARTS = PANEL // LANES
@@ -202,6 +203,9 @@ class StoredProduct:
             blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
         self._room = room_bytes(max(self._blocks))
+        if how is How.PLAIN and self.kernel[2]:  # rows, inputs after inputs, and sums
+            lying = 4 * PANEL * (LANES + 1) + 2 * inputs * ROWS_LYING
+            self._room = max(self._room, lying)
         self._group = group
 
     def __call__(
@@ -295,9 +299,11 @@ def room_bytes(block: int) -> int:
 
 @cache
 def _kernel(how: How, ordered: bool, tiles: bool) -> int:
-    takes = registers.tiles() if tiles else _takes()
+    takes, lies = registers.tiles() if tiles else _takes(), tiles and how is How.PLAIN
+    if lies:
+        takes += registers.straight() + _lying()
     text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + takes + registers.finish()
-    return assembling.assemble(text + _all(tiles), ["product"])["product"]
+    return assembling.assemble(text + _all(tiles, lies=lies), ["product"])["product"]
 
 
 def _bring(how: How, ordered: bool) -> str:
@@ -464,8 +470,61 @@ def _take(count: int) -> str:
     return code.text()
 
 
-def _all(tiles: bool) -> str:
-    """Products, one after the other: panels of each, one after the other, for all rows."""
+def _lying() -> str:
+    """The product of a few rows with a matrix in bf16, each weight of which is read once."""
+    code = Code("@lying(ptr %record)")
+    found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
+    rows, count, bias = found["rows"], found["n_count"], found["bias"]
+    thread = code.let(f"sext i32 {code.let('call i32 @omp_get_thread_num()')} to i64")
+    totals = code.at(found["scratch"], code.times(thread, found["n_room"]), "i8")
+    sums = code.at(totals, PANEL * LANES, "float")
+    turned = code.at(sums, PANEL, "float")
+    pairs = code.let(f"lshr i64 {found['n_inputs']}, 1")
+    several = code.let(f"icmp ugt i64 {count}, 1")  # one is as it should be
+    with code.when(several), code.loop(0, count, LANES) as begin:
+        some = _some(code, count, begin)
+        into = code.at(turned, code.times(begin, pairs), "i32")
+        with code.loop(0, some) as row, code.loop(0, pairs) as pair:
+            at = code.plus(code.times(code.plus(begin, row), pairs), pair)
+            two = code.let(f"load i32, ptr {code.at(rows, at, 'i32')}, align 4")
+            at = code.at(into, code.plus(code.times(pair, some), row), "i32")
+            code.add(f"store i32 {two}, ptr {at}, align 4")
+    given = code.let(f"select i1 {several}, ptr {turned}, ptr {rows}")
+    biased = code.let(f"icmp ne ptr {bias}, null")
+    panels = code.let(f"udiv i64 {found['n_outputs']}, {PANEL}")
+    with code.taken(code.at("%record", _WORDS - 1, "i64"), panels) as panel:
+        output = code.times(panel, PANEL)
+        weight = code.at(found["codes"], code.times(output, found["n_inputs"]))
+        added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
+        with code.loop(0, count, LANES) as begin:
+            some = _some(code, count, begin)
+            part = code.at(given, code.times(begin, pairs), "i32")
+            code.add(
+                f"call void @straight(ptr {part}, ptr {weight}, ptr {totals}, i64 {pairs}, "
+                f"i64 {some})"
+            )
+            with code.loop(0, some) as row:
+                with code.loop(0, PANEL) as place:
+                    at = code.at(totals, code.plus(code.times(place, some), row), "float")
+                    total = code.let(f"load float, ptr {at}, align 4")
+                    code.add(f"store float {total}, ptr {code.at(sums, place, 'float')}, align 4")
+                spot = code.plus(code.times(code.plus(begin, row), found["n_line"]), output)
+                there = code.at(found["out"], spot)
+                code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {there})")
+    return code.text()
+
+
+def _some(code: Code, count: str, begin: str) -> str:
+    """How many of so many rows are taken at once, from one on."""
+    left = code.let(f"sub i64 {count}, {begin}")
+    return code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {LANES})")
+
+
+def _all(tiles: bool, *, lies: bool) -> str:
+    """Products, one after the other: panels of each, one after the other, for all rows.
+
+    Where a matrix `lies` as matrix registers take it, those of few rows do not bring it.
+    """
     code = Code("@one(ptr %record)")
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
     rows, scratch, out, bias = (found[name] for name in ("rows", "scratch", "out", "bias"))
@@ -508,7 +567,10 @@ def _all(tiles: bool) -> str:
     (count,) = code.fields("%batch", "n_tasks")
     with code.loop(0, count) as task:
         record = code.at("%batch", code.plus(code.times(task, _WORDS), 1), "i64")
-        code.add(f"call void @one(ptr {record})")
+        place = code.at(record, _FIELDS.split().index("n_count"), "i64")
+        few = code.let(f"icmp ule i64 {code.let(f'load i64, ptr {place}')}, {ROWS_LYING}")
+        kernel = code.let(f"select i1 {few}, ptr {'@lying' if lies else '@one'}, ptr @one")
+        code.add(f"call void {kernel}(ptr {record})")
     if tiles:
         code.add(registers.RELEASE)
     return one + code.text()
