@@ -6,7 +6,7 @@ import platform
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -311,17 +311,29 @@ def give_back_code(libraries: re.Pattern[str], *, again: bool = False) -> int:
     if mapped <= _seen_mapped and not again:
         return 0
     _seen_mapped.update(mapped)
-    _read.append(rss_bytes()[1])
-    given = 0
+    there_bytes = rss_bytes()[1]
+    _read.append(there_bytes)
     with suppress(OSError, AttributeError):
         madvise = _libc().madvise
-        for area in _mapped_areas():
-            # What was changed since it was read (by relocation) would be lost.
-            if "w" in area.rights or area.changed_bytes or not libraries.search(area.path):
-                continue
-            start, nbytes = ctypes.c_void_p(area.start), ctypes.c_size_t(area.nbytes)
-            given += 0 if madvise(start, nbytes, _MADV_DONTNEED) else area.resident_bytes
-    return given
+        for start, nbytes in _unchanged(libraries, frozenset(mapped)):
+            madvise(ctypes.c_void_p(start), ctypes.c_size_t(nbytes), _MADV_DONTNEED)
+    return max(0, there_bytes - rss_bytes()[1])
+
+
+@lru_cache(maxsize=8)
+def _unchanged(libraries: re.Pattern[str], mapped: frozenset[str]) -> list[tuple[int, int]]:
+    """Where mapped files lie as they are, and how long: what nobody may write to stays so.
+
+    Args:
+        libraries: found in the paths of such files.
+        mapped: their lines of /proc/self/maps, of which this is.
+    """
+    return [
+        (area.start, area.nbytes)
+        for area in _mapped_areas()
+        # What was changed since it was read (by relocation) would be lost.
+        if "w" not in area.rights and not area.changed_bytes and libraries.search(area.path)
+    ]
 
 
 def put_tables_aside(folder: Path) -> int:

@@ -16,6 +16,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -34,7 +35,7 @@ PACKAGE = "llvmlite"
 CODE = re.compile(r"/libllvmlite[^/]*$")
 _LIBRARY_OF_THREADS = re.compile(r"/lib(g|i)?omp[^/]*\.so[^/]*$")
 _NEEDED = ("GOMP_parallel", "GOMP_barrier", "omp_get_thread_num", "omp_get_num_threads")
-_KEPT, _DIGEST_BYTES, _MOST_KEPT = ".o", 32, 200
+_KEPT, _DIGEST_BYTES, _MOST_KEPT = ".o", 32, 1000  # 17 kB each
 _HELD: list[Any] = []  # what keeps machine code in memory
 _log = logging.getLogger(__name__)
 traced = torch._C._len_torch_dispatch_stack  # whether who calls is recorded: then torch computes
@@ -111,6 +112,7 @@ def _machine_code(text: str, machine: Any) -> bytes:  # noqa: ANN401
         with suppress(OSError):
             digest, code = (data := path.read_bytes())[:_DIGEST_BYTES], data[_DIGEST_BYTES:]
             if hashlib.sha256(code).digest() == digest:
+                os.utime(path)
                 return code
     module = llvm.parse_assembly(text)
     module.verify()
@@ -124,9 +126,9 @@ def _machine_code(text: str, machine: Any) -> bytes:  # noqa: ANN401
 
 
 def _drop_old(folder: Path) -> None:
-    """Keep what was made last: of other versions and models nothing is looked for again."""
-    made = sorted(folder.glob(f"*{_KEPT}"), key=lambda one: one.stat().st_mtime_ns)
-    for old in made[:-_MOST_KEPT]:
+    """Keep what was used last: of other versions and models nothing is looked for again."""
+    used = sorted(folder.glob(f"*{_KEPT}"), key=lambda one: one.stat().st_mtime_ns)
+    for old in used[:-_MOST_KEPT]:
         old.unlink(missing_ok=True)
 
 
