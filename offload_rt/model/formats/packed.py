@@ -169,12 +169,15 @@ def _telling_rows(linear: torch.nn.Linear, counts: Sequence[int]) -> Iterator[to
     square.diagonal().add_(1e-6 * square.diagonal().mean() + torch.finfo(torch.float32).tiny)
     generator = torch.Generator().manual_seed(0)
     for count in counts:
-        for _ in range(min(_MOST_DRAWS, -(-_CANCELLED_SUMS // (count * max(1, few))))):
-            rows = torch.randn(count, inputs, generator=generator)
+        draws = min(_MOST_DRAWS, -(-_CANCELLED_SUMS // (count * max(1, few))))
+        at_once = max(1, max(counts) // count)
+        for drawn in range(0, draws, at_once):
+            rows = torch.randn(min(at_once, draws - drawn) * count, inputs, generator=generator)
             sums = (rows @ weight.T + bias).T
             moved = rows - torch.linalg.solve_ex(square, sums).result.T @ weight
             finite = bool(moved.isfinite().all())  # as of most weights
-            yield (moved if finite else rows).to(linear.weight.dtype)[None]
+            made = (moved if finite else rows).to(linear.weight.dtype)
+            yield from made.view(-1, 1, count, inputs)
 
 
 def pack_linears(
