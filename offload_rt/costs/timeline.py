@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache
+from itertools import accumulate
+from math import floor
 from typing import TypeAlias
 
 from offload_rt.costs.experts import IN_VAIN
@@ -160,6 +162,14 @@ class Span:
 def _mean(chances: tuple[float, ...]) -> float:
     """Of a number, by how likely 0, 1, ... are."""
     return sum(count * chance for count, chance in enumerate(chances))
+
+
+@lru_cache(maxsize=256)
+def _tails(chances: tuple[float, ...]) -> tuple[list[float], list[float]]:
+    """For each number: how likely so many or more are, and the part of the mean that these are."""
+    weighed = [count * chance for count, chance in enumerate(chances)]
+    each, means = ([*accumulate(reversed(c), initial=0.0)] for c in (chances, weighed))
+    return each[::-1], means[::-1]
 
 
 def steady_pass(work: TimedPass) -> SteadyPass:
@@ -410,13 +420,16 @@ class _Device:
         most, here_s = len(layer.misses) - 1, self.compute.time_s
         each_s = (self._copy.time_s - start_s) / _mean(layer.misses)
         expert_s, delay_s = layer.experts_s / most, end_s - self._copy.time_s
-        came_s, mean_s = start_s + delay_s - here_s, 0.0
-        for misses, chance in enumerate(layer.misses[1:], 1):
-            waited_s = came_s + misses * each_s - (most - misses) * expert_s
-            if layer.in_turn:  # all are since the first is there, the last once it is there itself
-                since_last_s = came_s + misses * each_s - (most - 1) * expert_s
-                waited_s = max(came_s + each_s - (most - misses) * expert_s, since_last_s)
-            mean_s += chance * max(0.0, waited_s)
+        came_s = start_s + delay_s - here_s
+        # What is waited for grows with the number of misses, by so much with each of them.
+        none_s, more_s = came_s - most * expert_s, each_s + expert_s
+        if layer.in_turn:  # all are since the first is there, the last once it is there itself
+            more_s = max(each_s, expert_s)
+            none_s += expert_s if each_s >= expert_s else each_s
+        fewest = max(1, floor(-none_s / more_s) + 1)  # that any time is waited for
+        chances, misses = _tails(layer.misses)
+        at = min(fewest, most + 1)
+        mean_s = none_s * chances[at] + more_s * misses[at]
         return here_s + layer.experts_s - layer.missed_s + mean_s
 
     def _brought(self, layer: TimedLayer) -> int:
