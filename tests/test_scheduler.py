@@ -353,7 +353,8 @@ def virtual(engine, monkeypatch, *, base_s, row_s, foreseen=False, **options):
     """A scheduler whose sweeps take a time by their rows, and no other; the plan may know it."""
     if foreseen:
         known = SimpleNamespace(step_s=base_s, pass_s=base_s)
-        engine.plan = replace(engine.plan, prediction=known, row_s=row_s)
+        placed = SimpleNamespace(row_s=lambda tokens: row_s)
+        engine.plan = replace(engine.plan, prediction=known, placed=placed)
     clock, real = Clock(), Run.sweep
 
     def sweep(self, reading, writing):

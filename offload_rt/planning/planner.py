@@ -114,7 +114,7 @@ class Plan:
         level: its seconds of a pass over those of the profile alone.
         sequences: that may run at once.
         running: sequences of the steps that `prediction` is of; None: all.
-        row_s: predicted seconds that a token of a prompt adds to a pass; 0 without a profile.
+        prompt_rows: tokens of a prompt that a pass reads at once.
         misses: what experts cost that no slot of a GPU holds, where the processor may compute them.
         ways: for experts of a mixture to come, the fastest first, which was chosen; empty where
             there was nothing to choose.
@@ -135,7 +135,7 @@ class Plan:
     level: float = 1.0
     sequences: int = 1
     running: int | None = None
-    row_s: float = 0.0
+    prompt_rows: int = 0
     misses: MissRates | None = None
     ways: tuple[Way, ...] = ()
 
@@ -154,6 +154,11 @@ class Plan:
             return 0.0
         pass_s = self.prediction.draft_s / self.prediction.draft_passes
         return pass_s / self.prediction.s_per_token
+
+    @property
+    def row_s(self) -> float:
+        """Predicted seconds that a token of a prompt adds to a pass; 0 without a profile."""
+        return 0.0 if self.placed is None else self.placed.row_s(self.prompt_rows)
 
     def foretold(
         self, nodes: int, running: int, levels: Levels, asked: ExpertUse | None = None
@@ -428,7 +433,7 @@ def plan_run(
         level=search.level(best.drafting, chosen),
         sequences=sequences,
         running=load.running if load.running != sequences else None,
-        row_s=search.row_s(chosen.placement),
+        prompt_rows=min(runtime.prefill_chunk_tokens, load.prompt_tokens),
         misses=placed.misses,
         ways=chosen.ways,
     )
@@ -697,11 +702,6 @@ class _Search:
             return 1.0
         bare = self._costs(replace(run, speeds=self._means.speeds), drafting)
         return self._costs(run, drafting).pass_s / bare.pass_s
-
-    def row_s(self, placement: Placement) -> float:
-        """Seconds that each token of a prompt adds to a pass."""
-        tokens = min(self._runtime.prefill_chunk_tokens, self._load.prompt_tokens)
-        return self.placed(placement).row_s(tokens)
 
     def placed(self, placement: Placement, sequences: int | None = None) -> PlacedRun:
         """The run there, of so many sequences; None: of those that usually run."""
