@@ -30,8 +30,10 @@ def undrafted(tmp_path_factory):
 
 @pytest.mark.parametrize(("nodes", "window"), [(3, "full"), (24, 44)])
 def test_a_replay_takes_the_passes_that_are_made(
-    bench, make_tiny, offload_run, prompt_file, tmp_path, undrafted, nodes, window
+    bench, make_tiny, offload_run, tmp_path, undrafted, nodes, window
 ):
+    prompt_file = undrafted / "prompts.txt"
+    prompt_file.write_text("the quick fox\nthe lazy fox\n")
     model = small = make_tiny("llama", tokenizer=True, **DEEP)  # a window makes it err
     common = ("bench", model, "--prompts", prompt_file, "-n", 40, "--device-memory", "400MiB", "-q")
     drafting = ("--draft", f"model:{small}", "--draft-tokens", nodes, "--draft-window", window)
@@ -44,7 +46,7 @@ def test_a_replay_takes_the_passes_that_are_made(
     (row,) = json.loads(bench(model, small, "--prompts", prompt_file, "--answers", answers, *sizes))
     assert plain["totals"]["tokens_per_pass"] == 1
     assert row["tokens_per_pass"] == pytest.approx(drafted["totals"]["tokens_per_pass"])
-    assert row["answers"] == 4 and row["lowest"] <= row["tokens_per_pass"] <= row["highest"]
+    assert row["answers"] == 2 and row["lowest"] <= row["tokens_per_pass"] <= row["highest"]
     assert row["nodes"] == nodes and row["draft_passes"] >= 1
 
 

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import shutil
 import sysconfig
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,12 @@ def test_heads_without_calibration_are_refused(bench, tiny_model, prompt_file, t
         bench("trees", tiny_model, heads, "--prompts", prompt_file)
 
 
-def test_prompts_are_split_for_good_and_made_of_code(bench, tmp_path):
+def test_prompts_are_split_for_good_and_made_of_code(bench, tmp_path, monkeypatch):
+    stdlib, some = Path(sysconfig.get_path("stdlib")), tmp_path / "some"
+    some.mkdir()
+    for path in stdlib.glob("[a-c]*.py"):
+        shutil.copy(path, some)
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: {"stdlib": some}[name])
     out = bench("code", "--count", 40)
     records = [json.loads(line) for line in out.splitlines()]
     assert len(records) == 40
@@ -62,7 +68,7 @@ def test_prompts_are_split_for_good_and_made_of_code(bench, tmp_path):
         (function,) = ast.parse(record["prompt"]).body
         assert isinstance(function, ast.FunctionDef) and ast.get_docstring(function)
         module = record["task_id"].removeprefix("code/").split(".")[0]
-        assert (Path(sysconfig.get_path("stdlib")) / f"{module}.py").exists()
+        assert (stdlib / f"{module}.py").exists()
     data, train, test = (tmp_path / name for name in ("all", "train", "test"))
     data.write_text(out)
     bench("split", data, "--share", 0.75, "--train", train, "--test", test)

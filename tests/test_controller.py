@@ -1,6 +1,7 @@
 """The controller finds the size that gives most tokens a second, whatever was expected."""
 
 import random
+from functools import cache
 
 import pytest
 from hypothesis import given, settings
@@ -416,6 +417,12 @@ class Server:
         return self.tokens / self.seconds
 
 
+@cache
+def fixed_speeds(steady, **costs):
+    """Tokens a second with each size, all the time."""
+    return {n: Server(steady=steady, **costs).speed(300, size=n) for n in Server.SIZES}
+
+
 @pytest.mark.parametrize("steady", [False, True])
 @pytest.mark.parametrize("drafting", [0.02, 1.0, 10.0])
 @pytest.mark.parametrize(
@@ -430,7 +437,7 @@ class Server:
 )
 def test_under_constant_turnover_it_comes_to_the_fastest_size(best, costs, drafting, steady):
     """One in two steps or more has somebody's first draft, whatever the plan takes drafts for."""
-    speeds = {n: Server(steady=steady, **costs).speed(300, size=n) for n in Server.SIZES}
+    speeds = fixed_speeds(steady, **costs)
     assert max(speeds, key=speeds.get) == best
     server = Server(steady=steady, **costs)
     controller = server.controller(drafting)

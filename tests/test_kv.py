@@ -1,5 +1,6 @@
 """Law 5: after any commit a cache equals a fresh prefill of the same tokens."""
 
+from functools import cache
 from unittest import mock
 
 import pytest
@@ -26,14 +27,16 @@ def device():
     device.close()
 
 
+@cache
+def row_for(seed, heads, dim):
+    return torch.randn(heads, 1, dim, generator=torch.Generator().manual_seed(seed))
+
+
 def rows_for(tokens, shape):
     """Keys [K, S, D] and values that a token alone decides."""
     made = []
     for salt, dim in ((1, shape.key_dim), (2, shape.value_dim)):
-        parts = []
-        for token in tokens:
-            generator = torch.Generator().manual_seed(token * 10 + salt)
-            parts.append(torch.randn(shape.heads, 1, dim, generator=generator))
+        parts = [row_for(token * 10 + salt, shape.heads, dim) for token in tokens]
         made.append(torch.cat(parts, dim=1) if parts else torch.empty(shape.heads, 0, dim))
     return made
 

@@ -287,7 +287,8 @@ DOOR = "model.modelling"  # leaves torch's compiler out, of which importing take
 
 def passes_by_the_door(source, module, is_package=False):
     """Names of transformers that a module imports when it is imported itself; the bare is lazy."""
-    top = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    body = nodes_of(source)[0].body
+    top = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     return [
         ast.unparse(node)
         for node in top
