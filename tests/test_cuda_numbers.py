@@ -41,7 +41,7 @@ from offload_rt.streaming.memory_home import MemoryHome
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LONG = [(7 * i + i * i // 9) % 290 for i in range(24)] * 3
-TOKENS = 12
+TOKENS = 10
 PROMPTS = {False: [LONG], True: [LONG, PROMPT, LONG[:50]]}  # many or one
 # With what a GPU takes beside what is allocated; `PROMPT` in two parts, of many rows and of few.
 ROOM = {"device_limit_bytes": 2**31, "prefill_chunk_tokens": 9}

@@ -150,7 +150,7 @@ def test_kernels_compute_what_torch_does():
     ("cpu", "can", "has", "lacks"),
     [("x86-64-v3", "+ssse3,+f16c,+avx2", "f16c", "avx512f"), ("x86-64", "+sse2", "sse2", "ssse3")],
 )
-def test_so_do_kernels_for_other_processors(cpu, can, has, lacks, tmp_path):
+def test_so_do_kernels_for_other_processors(cpu, can, has, lacks):
     if "x86" not in os.uname().machine:
         pytest.skip("processors of another kind")
     import llvmlite.binding as llvm
@@ -162,11 +162,9 @@ def test_so_do_kernels_for_other_processors(cpu, can, has, lacks, tmp_path):
         f"found = t.features()\nassert {has!r} in found and {lacks!r} not in found, found\n"
         "t.brought.prepare()\nt.check_kernels()\nprint('equal')\n"
     )
-    variables = {
-        "NUMBA_CPU_NAME": cpu,
-        "NUMBA_CPU_FEATURES": can,
-        "OFFLOAD_RT_CACHE": str(tmp_path),
-    }
+    variables = {"NUMBA_CPU_NAME": cpu, "NUMBA_CPU_FEATURES": can}
+    if folder := compiled.kept_in():  # where each kernel is kept by the processor
+        variables["NUMBA_CACHE_DIR"] = str(folder)
     command, environment = [sys.executable, "-c", script], os.environ | variables
     done = forks.run(command, env=environment)
     assert (done.returncode, done.stdout) == (0, "equal\n"), done.stderr

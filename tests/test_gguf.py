@@ -712,9 +712,9 @@ def test_no_list_is_made_of_what_a_file_says_alone(tmp_path):
 
 
 def test_what_nobody_asked_for_takes_no_memory(tmp_path):
-    """200,000 tokens, a text of 900 kB and a thousand lists, in a header of 6.6 MB."""
+    """60,000 tokens, a text of 900 kB and a thousand lists, in a header of 9 MB."""
     lists = {f"list.{number}": [0.5] * 1025 for number in range(1000)}
-    said = {"tokens": ["a"] * 200_000, "template": "a" * 900_000, "kept": [1, 2]}
+    said = {"tokens": ["a" * 60] * 60_000, "template": "a" * 900_000, "kept": [1, 2]}
     (tmp_path / "a.gguf").write_bytes(gguf_bytes(said | lists, []))
     tracemalloc.start()
     found = read_gguf(tmp_path, "a.gguf").metadata
@@ -722,7 +722,7 @@ def test_what_nobody_asked_for_takes_no_memory(tmp_path):
     tracemalloc.stop()
     assert found == {"kept": (1, 2)} and peak < 4 * 2**20
     wanted = read_gguf(tmp_path, "a.gguf", ("tokens", "template")).metadata
-    assert len(wanted["tokens"]) == 200_000 and len(wanted["template"]) == 900_000
+    assert len(wanted["tokens"]) == 60_000 and len(wanted["template"]) == 900_000
 
 
 def test_matrices_of_countless_experts_are_refused(tmp_path, monkeypatch):
@@ -745,9 +745,9 @@ WHOLE = whole()
 
 def test_a_file_that_ends_anywhere_gets_a_sentence(tmp_path):
     for end in range(0, len(WHOLE), 11):
-        (tmp_path / "a.gguf").write_bytes(WHOLE[:end])
+        (tmp_path / f"{end}.gguf").write_bytes(WHOLE[:end])
         with pytest.raises(CheckpointError):
-            read_gguf(tmp_path, "a.gguf", ("tokenizer.ggml.tokens",))
+            read_gguf(tmp_path, f"{end}.gguf", ("tokenizer.ggml.tokens",))
 
 
 @settings(max_examples=200, deadline=None)

@@ -102,19 +102,21 @@ def answered(engine, prompts, expected, seed=0):
 
 def test_logits_and_tokens_equal_transformers(hybrid):
     """Streamed, in chunks, with trees for drafts, and once more behind a prompt that is there."""
-    answer = expected_answer(hybrid, PROMPT, 18)  # behind a prompt of 17: across an anchor
-    with engine_for(hybrid, draft=NGRAMS, resident_layers=1, slots=2, tokens=18) as engine:
+    prompt = PROMPT + PROMPT[:11]
+    answer = expected_answer(hybrid, prompt, 8)  # behind a prompt of 28: across an anchor
+    room = {"prompts": [prompt], "tokens": 8}
+    with engine_for(hybrid, draft=NGRAMS, resident_layers=1, slots=2, **room) as engine:
         assert len(engine.placement.streamed) == 3
         ours = all_logits(engine, steps=3)
         with torch.no_grad():
             theirs = reference(hybrid)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
         difference = (ours - theirs[len(PROMPT) - 1 :]).abs().max()
         assert difference <= 1e-3 * theirs.abs().max()  # its own two forms differ by 1e-4
-        found, passes = answered(engine, [PROMPT], [answer])
+        found, passes = answered(engine, [prompt], [answer])
         assert found == [answer]
-        assert passes < 15
-        turn = PROMPT + answer[:9]
-        assert answered(engine, [turn], [answer[9:]])[0] == [answer[9:]]
+        assert passes < 8
+        turn = prompt + answer[:4]
+        assert answered(engine, [turn], [answer[4:]])[0] == [answer[4:]]
 
 
 def test_planned_bytes_are_the_networks(hybrid):
@@ -156,12 +158,12 @@ def test_several_sequences_in_one_pass_equal_each_alone(delta):
 def test_sequences_that_join_and_leave_between_passes_equal_each_alone(delta):
     """Of one memory for rows; prompts that begin alike do not share a state."""
     asked = [LONG, LONG[:30], [*LONG[:40], 9], PROMPT, LONG[20:]]
-    expected = [expected_answer(delta, prompt, 8) for prompt in asked]
+    expected = [expected_answer(delta, prompt, 5) for prompt in asked]
     checkpoint, config = open_checkpoint(delta), RuntimeConfig(device="cpu", prefill_chunk_tokens=7)
     room = {"capacities": [72] * 2, "kv_tokens": 140, "prompt_tokens": 24, "draft": NGRAMS}
     with Engine(checkpoint, config, **room) as engine:
         scheduler = Scheduler(engine)
-        requests = [Request(ids=ids, sampling=SamplingConfig(), max_tokens=8) for ids in asked]
+        requests = [Request(ids=ids, sampling=SamplingConfig(), max_tokens=5) for ids in asked]
         joined = [scheduler.join(request) for request in [*requests, *requests[::-1]]]
         for sweep in range(200):
             if sweep == 3:
@@ -484,8 +486,9 @@ def test_a_model_whose_layers_all_keep_a_state_can_be_planned(make_tiny, offload
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_in_bf16_too(name, make_tiny, monkeypatch):
-    same = rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16")
-    assert same == [True] * len(ACCEPTED)
+    """Before an anchor and behind it: where it is, is no matter of the format."""
+    same = rollbacks(make_short(make_tiny, name), monkeypatch, "bfloat16", (0, 4))
+    assert same == [True] * 2
 
 
 def test_rejected_rows_that_move_the_anchor_are_found(delta, monkeypatch):
