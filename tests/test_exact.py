@@ -266,9 +266,10 @@ def test_every_number_is_in_a_whole_vector():
 # --- a network -----------------------------------------------------------------------------------
 
 
-# Rows that are computed one by one: the first, those about the ends of tiles of rows, of pieces of
-# keys and of states (16, 32, 48, 64, 80, 96), and the last.
-ALONE = (*map(range, (1, 14, 30, 46, 78, 94), (8, 18, 34, 66, 82, 100)),)
+# Rows that are computed one by one: one of the first, those beside the ends of tiles of rows, of
+# pieces of keys and of states, and the last.
+ENDS = 16, 32, 48, 64, 80, 96
+ALONE = (range(1, 3), *(range(end - 2, end + 2) for end in ENDS), range(99, 100))
 
 
 def logits_of_passes(engine):
