@@ -34,6 +34,7 @@ def engine_for(folder, *, prompts=(PROMPT,), tokens=16, draft=NO_DRAFT, repeats=
     config = {"exact": Exact.OFF} | config  # `auto` is on where layers stream: other bits
     checkpoint = wired(_headers(folder), config.get("wire", Wire.RAW))
     gc.collect()  # memory of an earlier engine must not be counted as there before this one
+    gc.freeze()  # what lives on is not looked through the next time; engines are in no circle
     with Engine(
         checkpoint,
         RuntimeConfig(**config),
