@@ -982,6 +982,7 @@ def test_the_kernel_counts_how_long_threads_run_and_wait():
 
 def test_a_default_folder_that_cannot_be_measured_is_a_note(monkeypatch, on_disk):
     monkeypatch.setattr(disk_module, "_cached", lambda fd, offset: True)
+    monkeypatch.setattr(disk_module, "_FORGETTING_S", 0.0)
     monkeypatch.setattr(measure_module, "folder_to_read", lambda least_bytes: on_disk)
     made = measure("here", device="cpu", effort=QUICK)
     assert (
@@ -998,6 +999,7 @@ def test_links_in_a_whole_measurement(monkeypatch, on_disk):
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {True, False}
     assert made.pinning is not None and not any("pinned" in note for note in made.notes)
+    monkeypatch.setattr(measure_module, "_compute_parts", lambda *_: ())
     monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1, refuse="ulimit"))
     made = measure("here", folder=on_disk, effort=QUICK)
     assert {s.pinned for s in made.links} == {False} and made.pinning is None
@@ -1059,6 +1061,7 @@ def test_the_link_is_identified_while_bytes_cross_it(monkeypatch, on_disk):
     monkeypatch.setattr(nvml, "pynvml", library)
     monkeypatch.setattr(measure_module, "TorchDriver", lambda: Links(gpus=1))
     monkeypatch.setattr(measure_module, "CudaDevice", lambda index: CpuDevice())
+    monkeypatch.setattr(measure_module, "_compute_parts", lambda *_: ())
     while_copying = link.while_copying
 
     def watched(roads, ask):
