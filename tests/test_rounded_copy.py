@@ -137,6 +137,7 @@ def test_drafting_streams_no_weights(make_tiny):
 def test_what_is_planned_is_what_is_kept(make_tiny, resident):
     """Of the streamed layers, or of all where none is, and of the head; all else is shared."""
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
+    shape["large"] = True
     shape |= {"num_hidden_layers": 8, "tie_word_embeddings": True}
     folder = make_tiny("llama", **shape)
     checkpoint, sizes = open_checkpoint(folder), {SAME: 0}
@@ -175,6 +176,7 @@ def test_what_is_planned_is_what_is_kept(make_tiny, resident):
 @pytest.fixture(scope="module")
 def wide(make_tiny):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
+    shape["large"] = True
     folder = make_tiny("llama", num_hidden_layers=12, max_position_embeddings=8192, **shape)
     return open_checkpoint(folder)
 

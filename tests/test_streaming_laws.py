@@ -248,9 +248,12 @@ def test_a_head_is_reordered_where_all_layers_leave_memory_for_it(model, residen
         assert torch.equal(all_logits(engine), resident_logits)
 
 
+LARGE = {"dtype": "bfloat16", "large": True}
+
+
 def test_a_home_in_host_memory_is_not_counted_as_the_devices(make_tiny):
     folder = make_tiny(
-        "llama", hidden_size=512, intermediate_size=4096, dtype="bfloat16", num_hidden_layers=8
+        "llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=8, **LARGE
     )
     with engine_for(folder, resident_layers=0, slots=2, home=HomeKind.HOST) as engine:
         generate(engine, tokens=4)
@@ -261,7 +264,7 @@ def test_a_home_in_host_memory_is_not_counted_as_the_devices(make_tiny):
 
 def test_peak_memory_falls_with_the_number_of_resident_layers(make_tiny):
     folder = make_tiny(
-        "llama", hidden_size=512, intermediate_size=4096, dtype="bfloat16", num_hidden_layers=8
+        "llama", hidden_size=512, intermediate_size=4096, num_hidden_layers=8, **LARGE
     )
     peaks = []
     for resident, slots in ((8, None), (4, 2), (0, 2)):
@@ -291,7 +294,7 @@ def test_a_prompt_longer_than_the_cache_is_refused_with_both_numbers(model):
 
 WIDE = {"head_dim": 128, "num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 256}
 EXPERTS = {"hidden_size": 512, "intermediate_size": 1024, "num_local_experts": 16, "head_dim": 64}
-LONG = {"max_position_embeddings": 20000, "num_hidden_layers": 2, "dtype": "bfloat16"}
+LONG = {"max_position_embeddings": 20000, "num_hidden_layers": 2, **LARGE}
 TYPES = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 512}
 
 

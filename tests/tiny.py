@@ -1,6 +1,7 @@
 """The tiny random models. Not in conftest.py: there are two of those."""
 
 import json
+from contextlib import nullcontext
 
 SHAPE = {
     "vocab_size": 300,
@@ -16,18 +17,25 @@ SHAPE = {
 DEEP = {"num_hidden_layers": 4}
 
 
-def write_model(folder, model_type="llama", *, dtype="float32", **config):
-    """Write a random model of a family transformers knows; sizes it does not take are ignored."""
+def write_model(folder, model_type="llama", *, dtype="float32", large=False, **config):
+    """Write a random model of a family transformers knows; sizes it does not take are ignored.
+
+    A `large` one is drawn once, else torch, transformers and we draw it in turn.
+    """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
 
     torch.manual_seed(0)
     made = AutoConfig.for_model(model_type, **(SHAPE | config))
-    model = AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
+    with no_init_weights() if large else nullcontext():
+        model = AutoModelForCausalLM.from_config(made, dtype=getattr(torch, dtype))
+    if large:
+        model.tie_weights()
     for name, parameter in model.named_parameters():
         if "norm" in name:  # away from one, so that a norm that is left out shows
             torch.nn.init.normal_(parameter, mean=1.0, std=0.2)
-        elif parameter.dim() == 2:  # wide enough that the tokens of an answer differ
+        elif parameter.dim() == 2 or large:  # wide enough that the tokens of an answer differ
             torch.nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5 * 2)
     model.save_pretrained(folder)
     return folder
