@@ -352,14 +352,14 @@ TOGETHER, RUNS = 45, 8
 TOP_3 = SamplingConfig(temperature=1.0, top_k=3, seed=0)
 
 
-def sampled_counts(llama, heads, names):
+def sampled_counts(llama, heads, names, runs=RUNS):
     """How often each three tokens came, with heads that guess the likeliest answer."""
     counts, accepted = torch.zeros(3, 3, 3), 0
     prompts = [PROMPT[:4]] * TOGETHER
     draft = draft_of(heads["knowing"], draft_tokens=6)
     room = {"prompts": prompts, "tokens": 8, "prefill_chunk_tokens": 512}  # in few calls
     with engine_for(llama, draft=draft, **room) as engine:
-        for number in range(RUNS):
+        for number in range(runs):
             seeded = SamplingConfig(temperature=1.0, top_k=3, seed=number * TOGETHER)
             run = Run.start(engine, prompts, seeded, decoding_config(4))
             run.prefill()
@@ -416,8 +416,8 @@ def test_drawing_a_token_for_each_path_fails_the_same_test(llama, heads, expecte
 
     monkeypatch.setattr(deciding, "draw", draw_per_path)
     probs, names = expected
-    counts = sampled_counts(llama, heads, names)
-    assert chi_square(counts, probs * RUNS * TOGETHER) < 1e-6
+    counts = sampled_counts(llama, heads, names, 4)  # it shows in fewer
+    assert chi_square(counts, probs * 4 * TOGETHER) < 1e-6
 
 
 def test_sampled_answers_are_repeatable(llama, heads):

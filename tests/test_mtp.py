@@ -197,18 +197,21 @@ def plain(family):
 @pytest.mark.parametrize(("draft", "place"), [(CHAIN, "resident"), (TREE, "streamed")])
 def test_greedy_with_the_module_equals_greedy_without(family, plain, draft, place):
     """Each way of drafting in one place; the others of both: `test_exact_texts.py`."""
-    with engine_for(family, prompts=THREE, tokens=WRITTEN, draft=draft, **PLACES[place]) as engine:
-        for tokens in (WRITTEN, 1):
-            assert generate(engine, THREE, tokens=tokens) == [a[:tokens] for a in plain]
+    prompts = THREE if place == "resident" else THREE[1:]  # for time
+    options = PLACES[place] | {"prompts": prompts, "tokens": WRITTEN}
+    with engine_for(family, draft=draft, **options) as engine:
+        for tokens in (1, WRITTEN):
+            found = generate(engine, prompts, tokens=tokens)
+            assert found == [answer[:tokens] for answer in plain[-len(prompts) :]]
         assert engine.tally.seen().hits[0] > 0
 
 
 def test_a_rounded_target_has_its_module_as_stored(make_mtp):
     folder = make_mtp("qwen3")
-    with engine_for(folder, tokens=24, wire=Wire.INT8) as engine:
-        plain = generate(engine, tokens=24)
-    with engine_for(folder, tokens=24, draft=CHAIN, wire=Wire.INT8) as engine:
-        assert generate(engine, tokens=24) == plain
+    with engine_for(folder, tokens=12, wire=Wire.INT8) as engine:
+        plain = generate(engine, tokens=12)
+    with engine_for(folder, tokens=12, draft=CHAIN, wire=Wire.INT8) as engine:
+        assert generate(engine, tokens=12) == plain
         assert not engine.module.module.network.dequantises and engine.network.dequantises
 
 
@@ -444,12 +447,12 @@ def test_a_module_that_is_quantised_as_the_layers_drafts_as_the_plain_one(tmp_pa
     pair = quantised.write_twins(source, tmp_path, *quantised.fp8((32, 32)), kept=OUTSIDE)
     found = []
     for folder in (pair.plain, pair.folder):
-        with engine_for(folder, tokens=24, draft=CHAIN, **PLACES["streamed"]) as engine:
+        with engine_for(folder, tokens=12, draft=CHAIN, **PLACES["streamed"]) as engine:
             drafter = engine.drafter(0, SamplingConfig(), torch.Generator())
             engine.forward([(0, PROMPT)], reuse=True)
             logits = catch_up(drafter, [*PROMPT, 5])
             engine.forget()
-            found.append((logits, generate(engine, tokens=24)))
+            found.append((logits, generate(engine, tokens=12)))
             memory = engine.memory()
             assert memory.device_peak_bytes <= memory.device_planned_bytes
     stored = find_module(engine.checkpoint).stored

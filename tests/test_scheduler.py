@@ -770,7 +770,7 @@ def test_measured_times_change_no_answer_of_a_seed(tiny, monkeypatch, exact):
             ]
             engine.controller = Controller(expected, 3, sequences=SEQUENCES)
             scheduler = Scheduler(engine)
-            scheduler.join(Request(ids=ids, sampling=sampling, seed=5, max_tokens=60))
+            scheduler.join(Request(ids=ids, sampling=sampling, seed=5, max_tokens=40))
             answers.append(finished(scheduler)[0].emitted)
             sizes.append(scheduler.totals.drafted_tokens)
     assert answers.count(answers[0]) == len(answers)

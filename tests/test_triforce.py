@@ -321,9 +321,9 @@ def test_memory_with_a_retrieval_cache_stays_within_the_plan(make_tiny):
     retrieval = RetrievalConfig(budget_tokens=512, chunk_tokens=8)
     draft = DraftConfig(draft="triforce", draft_tokens=8, retrieval=retrieval)
     with engine_for(
-        folder, prompts=[prompt], tokens=60, draft=draft, kv="disk", prefill_chunk_tokens=256
+        folder, prompts=[prompt], tokens=30, draft=draft, kv="disk", prefill_chunk_tokens=256
     ) as engine:
-        generate(engine, [prompt], tokens=60)
+        generate(engine, [prompt], tokens=30)
         memory = engine.memory()
         sizes = engine._caches[0].retrieval._sizes
         assert memory.ledger["retrieval cache"] == sizes.device_bytes

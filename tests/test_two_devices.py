@@ -284,6 +284,7 @@ def test_a_pass_that_breaks_off_leaves_no_trace(model, resident_logits):
 
 
 KV = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
+WRITTEN = 14  # retrieval caches are rebuilt after 8
 RETRIEVAL = RetrievalConfig(budget_tokens=32, chunk_tokens=4, rebuild_tokens=8)
 COPIES = dataclasses.replace(RETRIEVAL, retrieval_weights=DraftWeights.INT8)
 
@@ -293,8 +294,8 @@ def whole(make_tiny):
     """A model in fp32, prompts for it, and the answers of one device."""
     folder = make_tiny("llama", num_hidden_layers=LAYERS, **IDS)
     prompts = [PROMPT * 4, PROMPT[::-1]]
-    with engine_for(folder, prompts=prompts, tokens=24) as engine:
-        return folder, prompts, generate(engine, prompts, 24)
+    with engine_for(folder, prompts=prompts, tokens=WRITTEN) as engine:
+        return folder, prompts, generate(engine, prompts, WRITTEN)
 
 
 @pytest.mark.parametrize(
@@ -317,8 +318,8 @@ def test_answers_are_those_of_one_device(whole, draft, more):
     if draft is not None:
         draft = dataclasses.replace(draft, draft=draft.draft.replace(":self", f":{folder}"))
         options["draft"] = draft
-    with engine_for(folder, prompts=prompts, tokens=24, device="cpu,cpu", **options) as engine:
-        assert generate(engine, prompts, 24) == answers
+    with engine_for(folder, prompts=prompts, tokens=WRITTEN, device="cpu,cpu", **options) as engine:
+        assert generate(engine, prompts, WRITTEN) == answers
         counted = engine.counters()
         assert bool(counted.kv_bytes_copied) == bool(more)
         ledger = engine.devices.ledger()
