@@ -216,8 +216,9 @@ SPLIT = {"home": HomeKind.SPLIT, "readers": READERS, "resident_layers": 1}
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize(("held", "slots"), [(1, 1), (2, 2), (4, 3)])
-@pytest.mark.parametrize("link", [None, (2e9,)])
+@pytest.mark.parametrize(
+    ("held", "slots", "link"), [(1, 1, None), (1, 1, (2e9,)), (2, 2, (2e9,)), (4, 3, None)]
+)
 def test_split_streams_the_bits_of_resident_layers(
     small_pieces, model, resident, held, slots, link
 ):
@@ -270,8 +271,7 @@ def test_a_prompt_that_breaks_off_leaves_the_order_right(
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("driver", [{}, {"pin": False}])
-@pytest.mark.parametrize("gpus", [1, 2])
+@pytest.mark.parametrize(("driver", "gpus"), [({}, 1), ({}, 2), ({"pin": False}, 2)])
 def test_a_gpu_takes_what_host_memory_has_room_for(model, monkeypatch, driver, gpus):
     open_as(monkeypatch, CpuDevice())  # images that lie alike are computed alike
     with engine_for(model, resident_layers=LAYERS, device_limit_bytes=2**31) as engine:

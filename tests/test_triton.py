@@ -83,7 +83,8 @@ def test_blocks_of_gguf_are_one_launch(monkeypatch, form):
     monkeypatch.setattr(
         on_gpu, "dequantise", lambda name, *rest: (launched.append(name), run(name, *rest))
     )
-    for heads, rows in ((0, data), (3, paired(data, 3))):
+    ways = (0, data, FORMATS), (3, paired(data, 3), FORMATS[:1])
+    for heads, rows, formats in ways:
         stored = Stored(
             module="m",
             form=form,
@@ -94,11 +95,11 @@ def test_blocks_of_gguf_are_one_launch(monkeypatch, form):
             parts={},
             heads=heads,
         )
-        for dtype in FORMATS:
+        for dtype in formats:
             made, expected = both(stored, {"weight": torch.from_numpy(rows)}, dtype)
             assert torch.equal(made, numbers.to(dtype)), dtype
             assert torch.equal(made, expected)
-    assert len(launched) == 2 * len(FORMATS)
+    assert len(launched) == len(FORMATS) + 1
     wild = np.random.default_rng(3).integers(0, 256, data.shape, dtype=np.uint8)
     made, expected = both(stored, {"weight": torch.from_numpy(wild)}, torch.float32)
     assert torch.equal(made.isnan(), expected.isnan())
@@ -127,10 +128,10 @@ WORDS = {
 
 
 @pytest.mark.parametrize("which", [*WORDS, "any bits"])
-@pytest.mark.parametrize("shape", [(1, 1), (3, 333), (130, 1030)])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 333), (60, 620)])
 def test_twelve_bits_come_back(which, shape, monkeypatch):
     """Pieces that are coded and pieces as they are, escapes in several groups, NaN and infinite."""
-    monkeypatch.setattr("offload_rt.model.packed_files.PIECE_WEIGHTS", 2**16 + 64)
+    monkeypatch.setattr("offload_rt.model.packed_files.PIECE_WEIGHTS", 2**14 + 64)
     monkeypatch.setattr("offload_rt.model.formats.on_gpu.piece_weights", piece_weights)
     dice, count = np.random.default_rng(5), shape[0] * shape[1]
     if which == "any bits":
