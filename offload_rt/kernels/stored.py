@@ -89,6 +89,7 @@ class How(StrEnum):
 
 
 _CODE_BITS = {How.PACKED8: 8, How.COLUMNS8: 8}
+_LINE_BITS = {How.PLAIN: 16, How.PACKED4: 4, How.PACKED8: 8}  # of a number, along its output
 # Inputs that are taken at once; blocks and sums of weights begin at multiples.
 STEP = {
     How.PLAIN: 32,
@@ -319,8 +320,9 @@ def _bring(how: How, ordered: bool) -> str:
 
     def bring(first: int | str) -> None:
         output = code.plus("%output", first)
+        ahead = _ahead(code, _LINE_BITS[how], first) if how in _LINE_BITS else "0"
         with code.loop("%start", "%stop", STEP[how]) as place:
-            put(first, enumerate(_pairs(code, how, ordered, place, output)), place)
+            put(first, enumerate(_pairs(code, how, ordered, place, output, ahead)), place)
 
     if how in blocks.LAYOUTS:  # whose code is long
         with code.loop(0, PANEL, LANES) as first:
@@ -339,10 +341,23 @@ def _bring(how: How, ordered: bool) -> str:
     return code.text()
 
 
-def _pairs(code: Code, how: How, ordered: bool, place: str, output: str) -> Iterator[str]:
+def _ahead(code: Code, bits: int, first: int | str) -> str:
+    """Bytes to what is brought after the same inputs of these 16 outputs.
+
+    That is those of the next 16, and after the last of a panel the next block of its first.
+    """
+    within = code.let("sub i64 %stop, %start") if first == PANEL - LANES else "0"
+    outputs = LANES - PANEL if first == PANEL - LANES else LANES
+    numbers = code.plus(code.times("%inputs", outputs), within)
+    return code.let(f"ashr i64 {code.times(numbers, bits)}, 3")
+
+
+def _pairs(
+    code: Code, how: How, ordered: bool, place: str, output: str, ahead: str
+) -> Iterator[str]:
     """Vectors of pairs of inputs from `place` on, of outputs from `output` on, with their types."""
     if how is How.PLAIN:
-        for vector in turned(code, _lines(code, output, place, "%inputs", 2)):
+        for vector in turned(code, _lines(code, output, place, 16, ahead)):
             yield f"{_BITS} {vector}"
         return
     if how in blocks.LAYOUTS:
@@ -353,8 +368,7 @@ def _pairs(code: Code, how: How, ordered: bool, place: str, output: str) -> Iter
     bits = _CODE_BITS.get(how, 4)
     each = 32 // bits  # inputs of a word
     if how in (How.PACKED4, How.PACKED8):
-        lines = _lines(code, output, place, "%inputs", bits / 8)
-        words = turned(code, lines)
+        words = turned(code, _lines(code, output, place, bits, ahead))
     elif how is How.AWQ:
         each, words = 8, [""]
     else:
@@ -373,14 +387,15 @@ def _pairs(code: Code, how: How, ordered: bool, place: str, output: str) -> Iter
             yield f"{_PAIR} {_rounded(code, numbers[n], numbers[n + 1])}"
 
 
-def _lines(code: Code, output: str, place: str, inputs: str, nbytes: float) -> list[str]:
-    """64 bytes of each of 16 outputs, from an input on, of which each has so many bytes."""
-    eighths = round(8 * nbytes)
+def _lines(code: Code, output: str, place: str, bits: int, ahead: str) -> list[str]:
+    """64 bytes of each of 16 outputs, from an input on, of which each has so many bits."""
     found = []
     for lane in range(LANES):
-        numbers = code.plus(code.times(code.plus(output, lane), inputs), place)
-        at = code.let(f"lshr i64 {code.times(numbers, eighths)}, 3")
-        found.append(code.let(f"load {_BITS}, ptr {code.at('%codes', at, 'i8')}, align 2"))
+        numbers = code.plus(code.times(code.plus(output, lane), "%inputs"), place)
+        at = code.at("%codes", code.let(f"lshr i64 {code.times(numbers, bits)}, 3"), "i8")
+        there = code.at(at, ahead, "i8")
+        code.add(f"call void @llvm.prefetch.p0(ptr {there}, i32 0, i32 2, i32 1)")
+        found.append(code.let(f"load {_BITS}, ptr {at}, align 2"))
     return found
 
 
