@@ -7,7 +7,7 @@ the profile.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import lru_cache, partial
@@ -641,27 +641,9 @@ def pass_times(
     heads = [timed(head_s, head, load.head_weights) for head in ([load.head] if load.head else [])]
     heads += [replay_s(profile, processor)] if replayed else []
     numbers += [*work_s.values(), *kv_s.values(), *heads]
-    quantised = {
-        replace(each, numbers=0)
-        for layer in load.layers
-        for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
-    }
-    # Of quantised weights alone it is asked who multiplies them: who knows that imports numba.
-    direct = bool(quantised) and host_computes and multiplies(profile, exact=exact)
-    # Directly they take no longer than a product with 16 bits.
-    parts = {each for each in quantised if not (direct and each.direct)}
-    compiled = bool(parts) and (not host_computes or compiles(profile))
-    decoding = {
-        each: decoded_per_s(
-            profile,
-            processor,
-            each.decoder if compiled else Decoder.TORCH,
-            each.form,
-            each.bits,
-        )
-        for each in parts
-    }
-    numbers += decoding.values()
+    decoding = _decoding(profile, load, processor, exact=exact)
+    decoded_s = partial(_decoded_s, decoding)
+    numbers += [number for number, _ in decoding.values()]
     seconds = {key: number.value for key, number in work_s.items()}
     lending = dict.fromkeys(load.streamed, _LEND_S if KINDS[processor].host_computes else 0.0)
     attending = {0: 0.0} | {size: number.value for size, number in kv_s.items()}
@@ -678,10 +660,6 @@ def pass_times(
         mixed_s[mixing, order] = max(0.0, count * (piece.value + scan.value) - whole_s)
         numbers += [piece, scan]
 
-    def decoded_s(parts: Sequence[Decoded]) -> float:
-        rates_of = ((d.numbers, decoding.get(replace(d, numbers=0))) for d in parts)
-        return sum(numbers / rate.value for numbers, rate in rates_of if rate is not None)
-
     def experts_s(layer: LayerLoad, whole_s: float) -> float:
         """What experts take of the seconds of a layer's products, and dequantising them."""
         known = experts[layer.expert_work]
@@ -693,19 +671,20 @@ def pass_times(
         for work, layer in zip(works, load.layers, strict=True)
     ]
     one_by_one = any(layer.expert_part for layer in load.layers)
+    head_seconds = sum(head.value for head in heads)
     return PassTimes(
         experts_s=tuple(map(experts_s, load.layers, products_s)) if one_by_one else (),
         layer_s=tuple(
             products_s[index]
             + mixed_s[layer.mixing, layer.weights]
-            + decoded_s((*layer.decoded, *layer.experts_decoded))
+            + decoded_s((*layer.decoded, *layer.experts_decoded), products_s[index])
             + attending[layer.kv_bytes]
             + layer.choosing_s
             + (PIECES_S if load.pieced else 0.0)
             + lending.get(index, 0.0)
             for index, layer in enumerate(load.layers)
         ),
-        head_s=sum(head.value for head in heads) + decoded_s(load.head_decoded),
+        head_s=head_seconds + decoded_s(load.head_decoded, head_seconds),
         home_bytes_per_s=rates.home[0].value,
         numbers=tuple(numbers),
         kv_s=tuple(
@@ -745,6 +724,56 @@ def _partly_plain(
         return made
     plain_s = timed(work, WeightOrder.PLAIN).value
     return replace(made, value=plain_part * plain_s + (1.0 - plain_part) * made.value)
+
+
+def _decoding(
+    profile: HardwareProfile, load: PassLoad, processor: Processor, *, exact: bool
+) -> Mapping[Decoded, tuple[Number, bool]]:
+    """Of each kind of quantised weights how many a second, and whether as they are multiplied.
+
+    Kernels of a CPU that multiply with them as they are stored bring them as compiled kernels
+    dequantise: integers of 4 and 8 bits about as fast as those were timed, others are taken to be
+    like them (docs/RESULTS.md, "Plans of formats against runs").
+    """
+    kinds = {
+        replace(each, numbers=0)
+        for layer in load.layers
+        for each in (*layer.decoded, *layer.experts_decoded, *load.head_decoded)
+    }
+    host_computes = KINDS[processor].host_computes
+    # Of quantised weights alone it is asked who multiplies them: who knows that imports numba.
+    multiplied = bool(kinds) and host_computes and multiplies(profile, exact=exact)
+    direct = {each for each in kinds if multiplied and each.direct}
+    compiled = kinds > direct and (not host_computes or compiles(profile))
+    found = dict[Decoded, tuple[Number, bool]]()
+    for each in kinds:
+        decoder, form, bits = each.decoder if compiled else Decoder.TORCH, each.form, each.bits
+        if each in direct:
+            decoder = Decoder.COMPILED
+            if form != Form.CODED:
+                form, bits = Form.PACKED, 8 if bits > 4 else 4
+        per_s = decoded_per_s(profile, processor, decoder, form, bits)
+        found[each] = per_s, each in direct
+    return found
+
+
+def _decoded_s(
+    decoding: Mapping[Decoded, tuple[Number, bool]],
+    parts: Sequence[Decoded],
+    product_s: float = 0.0,
+) -> float:
+    """What weights take beside a product: before it, or longer, if they are multiplied as stored.
+
+    Args:
+        decoding: as `_decoding` finds it.
+        parts: the weights.
+        product_s: what the product takes with as many weights of 16 bits.
+    """
+    taken_s = {False: 0.0, True: 0.0}
+    for each in parts:
+        per_s, direct = decoding[replace(each, numbers=0)]
+        taken_s[direct] += each.numbers / per_s.value
+    return taken_s[False] + max(0.0, taken_s[True] - product_s)
 
 
 def _enqueued_s(load: PassLoad, nbytes: int) -> float:
