@@ -569,8 +569,7 @@ def _tile(form: _Form) -> str:
     weights = code.let(f"alloca [{_MOST_ROWS * COLUMNS} x {form.fed}], align 64")
     factors = code.let(f"alloca [{_MOST_ROWS} x float], align 64")
     with code.loop("%first", "%last", _MOST_ROWS) as row:
-        left = code.let(f"sub i64 %last, {row}")
-        count = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {_MOST_ROWS})")
+        count = code.some("%last", row, _MOST_ROWS)
         given = code.at("%query", code.times(row, form.dim), form.fed)
         made = code.at("%seen", code.plus(code.times(row, line), LANES), "float")
 

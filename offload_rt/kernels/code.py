@@ -96,6 +96,11 @@ class Code:
         """The product of whole numbers."""
         return self.let(f"mul i64 {one}, {other}")
 
+    def some(self, count: str, begin: str, most: int) -> str:
+        """How many of so many are taken at once, from one of them on."""
+        left = self.let(f"sub i64 {count}, {begin}")
+        return self.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {most})")
+
     def my_share(self, count: int | str) -> tuple[str, str]:
         """Which of so many parts are this thread's: first, and one after the last."""
         thread = self.let(f"sext i32 {self.let('call i32 @omp_get_thread_num()')} to i64")

@@ -357,8 +357,7 @@ def _panel_of(
         form, factors = factor.rounded
         part = code.at(weight, code.times(panel, form.panel_bytes(inputs)), "i8")
         with code.loop(0, factor.count, MOST_ROWS) as row:
-            left = code.let(f"sub i64 {factor.count}, {row}")
-            taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {MOST_ROWS})")
+            taking = code.some(factor.count, row, MOST_ROWS)
             code.add(
                 f"call void @take{inputs}("
                 f"ptr {code.at(factor.rows, code.times(row, inputs), 'i8')}, "

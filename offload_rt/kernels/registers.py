@@ -115,8 +115,7 @@ def take() -> str:
     )
     totals = code.let(f"alloca [{LANES * PANEL} x float], align 64")
     with code.loop(0, "%count", LANES) as row:
-        left = code.let(f"sub i64 %count, {row}")
-        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {LANES})")
+        taking = code.some("%count", row, LANES)
         with code.loop(0, code.times(taking, PANEL), LANES) as place:
             at = code.at(totals, place, "float")
             code.add(f"store {WIDE} zeroinitializer, ptr {at}, align 64")

@@ -304,8 +304,7 @@ def _all(form: Form, inputs: int, outputs: int) -> str:
         output = code.times(panel, PANEL)
         added = code.let(f"select i1 {given}, ptr {code.at(bias, output)}, ptr null")
         with code.loop(0, count, MOST_ROWS) as row:
-            left = code.let(f"sub i64 {count}, {row}")
-            taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {MOST_ROWS})")
+            taking = code.some(count, row, MOST_ROWS)
             spot = code.at(out, code.plus(code.times(row, outputs), output))
             code.add(
                 f"call void @take{inputs}(ptr {code.at(eights, code.times(row, inputs), 'i8')}, "

@@ -497,7 +497,7 @@ def _lying() -> str:
     pairs = code.let(f"lshr i64 {found['n_inputs']}, 1")
     several = code.let(f"icmp ugt i64 {count}, 1")  # one is as it should be
     with code.when(several), code.loop(0, count, LANES) as begin:
-        some = _some(code, count, begin)
+        some = code.some(count, begin, LANES)
         into = code.at(turned, code.times(begin, pairs), "i32")
         with code.loop(0, some) as row, code.loop(0, pairs) as pair:
             at = code.plus(code.times(code.plus(begin, row), pairs), pair)
@@ -512,7 +512,7 @@ def _lying() -> str:
         weight = code.at(found["codes"], code.times(output, found["n_inputs"]))
         added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
         with code.loop(0, count, LANES) as begin:
-            some = _some(code, count, begin)
+            some = code.some(count, begin, LANES)
             part = code.at(given, code.times(begin, pairs), "i32")
             code.add(
                 f"call void @straight(ptr {part}, ptr {weight}, ptr {totals}, i64 {pairs}, "
@@ -527,12 +527,6 @@ def _lying() -> str:
                 there = code.at(found["out"], spot)
                 code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {there})")
     return code.text()
-
-
-def _some(code: Code, count: str, begin: str) -> str:
-    """How many of so many rows are taken at once, from one on."""
-    left = code.let(f"sub i64 {count}, {begin}")
-    return code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {LANES})")
 
 
 def _all(tiles: bool, *, lies: bool) -> str:
@@ -555,8 +549,7 @@ def _all(tiles: bool, *, lies: bool) -> str:
         output = code.times(panel, PANEL)
         added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
         with code.loop(0, count, ROWS_AT_ONCE) as begin:
-            left = code.let(f"sub i64 {count}, {begin}")
-            some = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {ROWS_AT_ONCE})")
+            some = code.some(count, begin, ROWS_AT_ONCE)
             with code.loop(0, code.times(some, PANEL), LANES) as place:
                 at = code.at(totals, place, "float")
                 code.add(f"store {WIDE} zeroinitializer, ptr {at}, align 64")
@@ -602,8 +595,7 @@ def _multiply(
     """All rows of some, so many in a call, times a block that was brought."""
     (begin, count, at_once), (totals, brought), (start, pairs) = some, room, block
     with code.loop(0, count, at_once) as row:
-        left = code.let(f"sub i64 {count}, {row}")
-        taking = code.let(f"call i64 @llvm.umin.i64(i64 {left}, i64 {at_once})")
+        taking = code.some(count, row, at_once)
         skipped = code.times(code.times(code.plus(begin, row), line), 2)
         given = code.at(rows, code.plus(skipped, start))
         sums = code.at(totals, code.times(row, PANEL), "float")
