@@ -827,7 +827,7 @@ class RuntimeConfig:
         Wire.AUTO,
         "--wire",
         "Form in which weights of layers lie in memory and cross the link: raw is as they are, of "
-        "packed folders unpacked; lossless is the 12 bits of packed folders, unpacked when they "
+        "packed folders unpacked; lossless is the code of packed folders, unpacked when they "
         "compute; auto is whichever is predicted to be faster. int8 and int4 round weights while "
         "they are loaded, which makes another model of it, and output says so.",
     )

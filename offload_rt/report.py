@@ -174,8 +174,8 @@ class Dequantising:
 
     Attributes:
         decoder: `llvmlite 0.48.0`, which multiplies with them as they are stored, `numba 0.68.1`,
-            `triton`, `torch` (`numpy` for 12 bits), or several with commas where some weights suit
-            no kernel.
+            `triton`, `torch` (`numpy` for bf16 in codes), or several with commas where some weights
+            suit no kernel.
         warm_s: seconds it took to compile kernels or to load those that were kept.
         compiled: kernels that were compiled then, not loaded.
     """

@@ -46,7 +46,7 @@ WRONG = [
     ({"expert_misses": "host"}, "add --exact off"),
     ({"expert_misses": "host", "exact": "off"}, "the CPU computes all of it"),
     ({"wire": "int3"}, "'int3' is not one of"),
-    ({"wire": "lossless"}, "keeps the 12 bits"),
+    ({"wire": "lossless"}, "keeps the codes"),
     ({"wire": "int8", "resident_layers": 1}, "would be read from the files in each pass"),
     ({"exact": "maybe"}, "'maybe' is not one of"),
     ({"resident_layers": -1}, "--resident-layers is -1"),

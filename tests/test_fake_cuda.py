@@ -20,6 +20,7 @@ from offload_rt.config import (
     RetrievalConfig,
     RuntimeConfig,
     SamplingConfig,
+    Wire,
 )
 from offload_rt.device import opening
 from offload_rt.device.base import STAGING_BYTES
@@ -34,10 +35,12 @@ from offload_rt.kv import resident
 from offload_rt.kv import sizes as kv_sizes
 from offload_rt.kv.base import KVShape
 from offload_rt.kv.home import RamHome
-from offload_rt.model import experts, network
+from offload_rt.model import experts, network, packer
 from offload_rt.model import weight_files as files
 from offload_rt.model.checkpoint import open_checkpoint
+from offload_rt.model.formats import on_gpu
 from offload_rt.model.formats.stored import TOGETHER_ROWS
+from offload_rt.model.packed_files import NAMED
 from offload_rt.model.weight_files import WeightFiles
 from offload_rt.runner import loading
 from offload_rt.runner.tree import TokenTree
@@ -119,6 +122,29 @@ def test_the_engine_runs_on_a_gpu(gpu, make_tiny, family, home, device):
     assert gpu.unpinned_copies == 0
     assert report.transfer.stall_s > 0
     assert report.transfer.bytes_total >= STEPS * report.transfer.bytes_per_pass
+
+
+@pytest.mark.parametrize(("bits", "kernel"), [("12", "coded"), ("10.75", "nested")])
+@pytest.mark.parametrize("home", [HomeKind.HOST, HomeKind.DISK])
+def test_packed_layers_cross_the_link_as_they_are(
+    gpu, make_tiny, tmp_path, monkeypatch, bits, kernel, home
+):
+    """And are decoded by the kernel of their code, wherever they live."""
+    pytest.importorskip("triton")
+    folder = make_tiny(num_hidden_layers=3, dtype="bfloat16")
+    monkeypatch.setattr(packer, "SMALLEST_WEIGHTS", 512)
+    packer.pack(open_checkpoint(folder), tmp_path, lambda nbytes: None, NAMED[bits])
+    launched, run = set(), on_gpu.dequantise
+    monkeypatch.setattr(
+        on_gpu, "dequantise", lambda name, *rest: (launched.add(name), run(name, *rest))
+    )
+    report = generate(gpu, tmp_path, home=home, wire=Wire.LOSSLESS, **KEEPS_ONE)
+    assert launched == {kernel}
+    assert gpu.unpinned_copies == 0
+    plain_bytes = sum(
+        extent.nbytes for layer in open_checkpoint(folder).layers[1:] for extent in layer
+    )
+    assert report.transfer.bytes_per_pass < plain_bytes
 
 
 @pytest.mark.parametrize(

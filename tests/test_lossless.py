@@ -1,4 +1,4 @@
-"""`--wire lossless`: weights of packed folders stay in 12 bits until they compute, bit for bit."""
+"""`--wire lossless`: weights of packed folders stay coded until they compute, bit for bit."""
 
 import json
 import shutil
@@ -23,6 +23,7 @@ from offload_rt.model.checkpoint import open_checkpoint
 from offload_rt.model.formats.rounded import Int4Linear
 from offload_rt.model.layout import plan_layouts
 from offload_rt.model.outline import outline_checkpoint
+from offload_rt.model.packed_files import NAMED
 from offload_rt.model.packer import pack
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.model.wire import as_if_packed, wired, wires_of
@@ -38,20 +39,23 @@ def model(make_tiny):
     return make_tiny("llama", tokenizer=True, num_hidden_layers=4, dtype="bfloat16")
 
 
-@pytest.fixture(scope="module")
-def in_pieces(model, tmp_path_factory):
+@pytest.fixture(scope="module", params=NAMED.values(), ids=NAMED)
+def in_pieces(request, model, tmp_path_factory):
     """The same packed: coded tensors, some of several pieces."""
     folder = tmp_path_factory.mktemp("pieces")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(packer, "SMALLEST_WEIGHTS", 512)
         patch.setattr(packed_files, "PIECE_WEIGHTS", 1000)
-        pack(open_checkpoint(model), folder, lambda nbytes: None)
+        pack(open_checkpoint(model), folder, lambda nbytes: None, request.param)
         yield folder
+
+
+codes = pytest.mark.parametrize("bits", NAMED.values(), ids=NAMED)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
 def test_lossless_is_bit_for_bit_the_plain_model(model, in_pieces, dtype):
-    """`--wire lossless`: 12 bits in memory and on the link, wherever layers are."""
+    """`--wire lossless`: few bits in memory and on the link, wherever layers are."""
     with engine_for(model, dtype=dtype, resident_layers=0) as engine:
         expected, plain_bytes = all_logits(engine), engine.bytes_per_pass
     places = [{"resident_layers": 0, "home": HomeKind.HOST}, {"resident_layers": 2}]
@@ -144,7 +148,7 @@ def test_no_damaged_piece_reaches_a_device(in_pieces, tmp_path, wire, packing, h
     old = {3: 0} | dict.fromkeys(range(12, 16), 0)  # as the first version wrote it
     again = loads(changed(old), wire, packing, how)
     assert wire is Wire.LOSSLESS or torch.equal(again, intact)  # else heads are in the image
-    low = {70: whole[begin + 70] ^ 1}
+    low = {134: whole[begin + 134] ^ 1}
     assert not torch.equal(loads(changed(old | low), wire, packing, how), again)
     for places, said in (
         ({0: 7, 1: 200}, "says kind 7, base 200"),
@@ -178,7 +182,7 @@ def test_lossless_has_no_experts(make_tiny, tmp_path):
 
 
 def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch):
-    """Of a packed folder: raw where decoding is slow, 12 bits where bytes are."""
+    """Of a packed folder: raw where decoding is slow, coded where bytes are."""
     checkpoint = open_checkpoint(in_pieces)
     assert wires_of(checkpoint, Wire.AUTO, CPU) == (Wire.RAW, Wire.LOSSLESS)
     assert wires_of(open_checkpoint(model), Wire.AUTO, CPU) == (Wire.RAW,)
@@ -205,23 +209,25 @@ def test_the_planner_takes_the_form_that_is_faster(model, in_pieces, monkeypatch
         assert any(each.pieces for each in made.stored.values()) is (expected is Wire.LOSSLESS)
 
 
-def test_simulated_sizes_of_packing_are_those_it_has(make_tiny, tmp_path):
-    """12 bits and few escapes: what is expected of a folder that is not packed yet."""
+@codes
+def test_simulated_sizes_of_packing_are_those_it_has(bits, make_tiny, tmp_path):
+    """Of trained weights: what is expected of a folder that is not packed yet."""
     sizes = {"hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2}
     folder = make_tiny("llama", dtype="bfloat16", **sizes)
     with pytest.MonkeyPatch.context() as patch:
         for module in (packer, packed_files):
             patch.setattr(module, "SMALLEST_WEIGHTS", 512)
-        pack(open_checkpoint(folder), tmp_path, lambda nbytes: None)
+        pack(open_checkpoint(folder), tmp_path, lambda nbytes: None, bits)
+        looked_ahead = as_if_packed(open_checkpoint(folder), bits)
         expected, there = (
             wired(checkpoint, Wire.LOSSLESS)
-            for checkpoint in (as_if_packed(open_checkpoint(folder)), open_checkpoint(tmp_path))
+            for checkpoint in (looked_ahead, open_checkpoint(tmp_path))
         )
     mine, theirs = (
         {each.module: each.nbytes for each in one.stored.values()} for one in (expected, there)
     )
     assert mine.keys() == theirs.keys()
-    assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.02)
+    assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.05)
 
 
 def test_simulate_looks_ahead_and_plan_does_not(make_tiny, offload_run):

@@ -389,10 +389,10 @@ def test_dequantising_is_timed_for_each_form_and_whoever_does_it(monkeypatch):
         assert kinds == [*dequantising.MEASURED]
         return
     both = [(f, b) for f, b in dequantising.MEASURED if f is not Form.CODED]
-    assert kinds == both  # of 12 bits numpy is never timed beside numba
+    assert kinds == both  # of codes numpy is never timed beside numba
     twice = [(Form(s.form), s.bits) for s in found if s.decoder == "compiled"]
     integers = [(Form.PACKED, 4), (Form.PACKED, 8), (Form.AWQ, 4), (Form.GPTQ, 4)]
-    assert twice == [*integers, (Form.CODED, 12)]
+    assert twice == [*integers, (Form.CODED, 12), (Form.CODED, 11)]
 
 
 @pytest.mark.parametrize("triton", [True, False])
@@ -417,12 +417,14 @@ def test_dequantising_on_a_gpu_is_timed_for_whoever_does_it(monkeypatch, triton)
     by = {(Form(s.form), s.bits): s.decoder for s in found}
     if not triton:
         assert not launched and set(by.values()) == {"torch"}
-        assert by.keys() == set(dequantising.MEASURED) - {(Form.CODED, 12)}
+        assert by.keys() == set(dequantising.MEASURED) - {(Form.CODED, 12), (Form.CODED, 11)}
         return
     slow = {(Form.BNB4, 4), (Form.BNB8, 8), (Form.PACKED, 3)}
     assert by == {k: "torch" if k in slow else "compiled" for k in dequantising.MEASURED}
     assert all(s.numbers_per_s.value == pytest.approx(8 * 256 * 256 / 0.004) for s in found)
-    assert set(launched) == {*["integers", "grid", "fours", "coded", "blocks", "super_blocks"]}
+    assert set(launched) == {
+        *["integers", "grid", "fours", "coded", "nested", "blocks", "super_blocks"]
+    }
     assert len(launched) * len(by) == 8 * len(waited) * (len(by) - len(slow))
 
 

@@ -26,10 +26,11 @@ from offload_rt.device.kinds import CPU, Packing, Processor
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model import packed_files, packer, weight_files
 from offload_rt.model.checkpoint import open_checkpoint
-from offload_rt.model.formats import planes
+from offload_rt.model.formats import nested, planes
+from offload_rt.model.formats.methods import CODED_BITS, NESTED_BITS
 from offload_rt.model.formats.planes import DamagedError, decode, encode
 from offload_rt.model.layout import plan_layouts
-from offload_rt.model.packed_files import MANIFEST
+from offload_rt.model.packed_files import MANIFEST, NAMED, read_manifest
 from offload_rt.model.packer import pack, unpack
 from offload_rt.model.weight_files import FileSource, WeightFiles
 from offload_rt.profiling.profile import Number, Obtained
@@ -48,62 +49,91 @@ def trained(count, seed=0, zeros=0.0):
     return bits_of(dice.normal(size=count) * 0.02 * (dice.random(count) >= zeros))
 
 
-def again(words):
+def again(words, bits):
     out = np.full_like(words, 0xABCD)
-    decode(encode(words), out)
+    decode(encode(words, bits), out)
     return out
 
 
+@pytest.fixture(params=[False, True], ids=["compiled", "numpy"])
+def without_numba(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr(planes, "_compiled", lambda: None)
+        monkeypatch.setattr(nested, "compile_now", lambda: None)
+
+
+codes = pytest.mark.parametrize("bits", NAMED.values(), ids=NAMED)
+
+
+@codes
 @given(
     st.lists(st.sampled_from(SPECIAL) | st.integers(0, 0xFFFF), min_size=1, max_size=300),
     st.sampled_from([1, 3, 500, 2**16, 2**16 + 1]),
 )
 @settings(max_examples=60, deadline=None)
-def test_every_bit_comes_back(some, count):
+def test_every_bit_comes_back(bits, some, count):
     words = np.resize(np.array(some, np.uint16), count)
-    assert np.array_equal(again(words), words)
+    assert np.array_equal(again(words, bits), words)
     mixed = trained(count)
     mixed[:: max(1, count // 50)] = words[0]
-    assert np.array_equal(again(mixed), mixed)
+    assert np.array_equal(again(mixed, bits), mixed)
 
 
-def test_pieces_longer_than_a_step_and_of_any_end(monkeypatch):
+@codes
+def test_pieces_longer_than_a_step_and_of_any_end(bits, without_numba, monkeypatch):
+    """Numpy has steps, numba only an odd end."""
     monkeypatch.setattr(planes, "_STEP", 64)
-    for made in (planes._compiled, lambda: None):  # numpy has steps, numba only an odd end
-        monkeypatch.setattr(planes, "_compiled", made)
-        for count in (63, 64, 65, 127, 1000, 2**16 + 63):
-            words = trained(count, zeros=0.3)
-            assert np.array_equal(again(words), words)
+    monkeypatch.setattr(nested, "_BLOCKS", 3)
+    for count in (63, 64, 65, 127, 1000, 1024, 2**16 + 63):
+        words = trained(count, zeros=0.3)
+        assert np.array_equal(again(words, bits), words)
 
 
-def test_a_place_right_behind_the_end_is_noticed(monkeypatch):
+def test_a_place_right_behind_the_end_is_noticed(without_numba):
     words = trained(5000)
     words[-1] = 0x7F80
     piece = encode(words)
     escapes = int(piece[8:12].view("<u4")[0])
-    at = planes._HEAD_BYTES + planes._whole(5000) + planes._pairs(5000) + 4 + 2 * (escapes - 1)
+    at = (
+        planes._HEAD_BYTES
+        + packed_files.aligned(5000)
+        + planes._pairs(5000)
+        + 4
+        + 2 * (escapes - 1)
+    )
     place = piece[at : at + 2].view("<u2")
     assert place[0] == 4999
     place[0] = 5000
-    for made in (planes._compiled, lambda: None):
-        monkeypatch.setattr(planes, "_compiled", made)
-        with pytest.raises(DamagedError, match="weight 5000 of 5000"):
-            decode(piece, np.zeros(5000, np.uint16))
+    with pytest.raises(DamagedError, match="weight 5000 of 5000"):
+        decode(piece, np.zeros(5000, np.uint16))
 
 
-def test_trained_weights_have_twelve_bits_and_zeros_cost_no_more():
+@pytest.mark.parametrize("nudged", [0, 1, 4])
+def test_planes_that_end_elsewhere_than_the_next_begin_are_noticed(nudged, without_numba):
+    piece = encode(trained(5000), NESTED_BITS)
+    at = 128 + packed_files.aligned(5000) + 5 * 256 + 4 * nudged
+    piece[at] += 1
+    either = f"planes of block [{max(0, nudged - 1)}{nudged}] of a piece of 5000 weights disagree"
+    with pytest.raises(DamagedError, match=either):
+        decode(piece, np.zeros(5000, np.uint16))
+
+
+@codes
+def test_trained_weights_have_few_bits_and_zeros_cost_no_more(bits):
+    least, most = {CODED_BITS: (12.0, 12.1), NESTED_BITS: (10.6, 11.0)}[bits]
     for zeros in (0.0, 0.2):
-        assert 12.0 < 8 * encode(trained(2**20, zeros=zeros)).size / 2**20 < 12.1
+        assert least < 8 * encode(trained(2**20, zeros=zeros), bits).size / 2**20 < most
     noise = np.random.default_rng(1).integers(0, 2**16, 2**18).astype(np.uint16)
-    assert encode(noise).size <= 2 * noise.size + 128
-    assert np.array_equal(encode(noise), encode(noise.copy()))
+    assert encode(noise, bits).size <= 2 * noise.size + 128
+    assert np.array_equal(encode(noise, bits), encode(noise.copy(), bits))
 
 
+@codes
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_damaged_pieces_end_in_a_sentence_or_in_other_weights(data):
+def test_damaged_pieces_end_in_a_sentence_or_in_other_weights(bits, data):
     """Never in a place outside of the weights, which numpy would not write to."""
-    piece = encode(trained(5000, zeros=0.1))
+    piece = encode(trained(5000, zeros=0.1), bits)
     for _ in range(data.draw(st.integers(1, 4))):
         at = data.draw(st.sampled_from([*range(12), *range(piece.size - 200, piece.size)]))
         piece[at] = data.draw(st.integers(0, 255))
@@ -113,22 +143,24 @@ def test_damaged_pieces_end_in_a_sentence_or_in_other_weights(data):
     assert out[0] == out[-1] == 0
 
 
+@codes
 @pytest.mark.parametrize("zeros", [0.0, 0.2])
 @pytest.mark.parametrize("count", [1, 2, 3, 64, 1001, 2**17 + 5])
-def test_compiled_and_looked_up_are_the_same(zeros, count, monkeypatch):
+def test_compiled_and_looked_up_are_the_same(zeros, count, bits, monkeypatch):
     pytest.importorskip("numba")
     words = trained(count, zeros=zeros)
-    assert planes._compiled() is not None
-    assert np.array_equal(again(words), words)
-    piece, out = encode(words), np.empty_like(words)
+    assert planes._compiled() is not None and nested.compile_now() is not None
+    piece, out = encode(words, bits), np.empty_like(words)
     piece.flags.writeable = False
     decode(piece, out)
     assert np.array_equal(out, words)
-    bad = encode(trained(5000, zeros=0.1))
-    bad[-700:] = 255  # among them places of escapes
+    bad = encode(trained(5000, zeros=0.1), bits)
+    bad[-700:] = 255  # among them places of escapes, or planes
     for made in (planes._compiled, lambda: None):
         monkeypatch.setattr(planes, "_compiled", made)
-        assert np.array_equal(again(words), words)
+        monkeypatch.setattr(nested, "compile_now", made)
+        assert np.array_equal(encode(words, bits), piece)
+        assert np.array_equal(again(words, bits), words)
         with pytest.raises(DamagedError):
             decode(bad, np.zeros(5000, np.uint16))
 
@@ -147,10 +179,10 @@ def model(make_tiny):
     return make_tiny("llama", tokenizer=True, num_hidden_layers=4, dtype="bfloat16")
 
 
-@pytest.fixture(scope="module")
-def packed(model, small_pieces, tmp_path_factory):
+@pytest.fixture(scope="module", params=NAMED.values(), ids=NAMED)
+def packed(request, model, small_pieces, tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
-    pack(open_checkpoint(model), folder, lambda nbytes: None)
+    pack(open_checkpoint(model), folder, lambda nbytes: None, request.param)
     return folder
 
 
@@ -182,13 +214,14 @@ def digests(folder):
     }
 
 
+@codes
 @pytest.mark.parametrize("which", ["model", "sharded"])
-def test_unpacking_gives_the_same_files(which, small_pieces, tmp_path, request):
+def test_unpacking_gives_the_same_files(which, bits, small_pieces, tmp_path, request):
     folder = request.getfixturevalue(which)
     (tmp_path / "p").mkdir()
     (tmp_path / "u").mkdir()
     seen = []
-    done = pack(open_checkpoint(folder), tmp_path / "p", seen.append)
+    done = pack(open_checkpoint(folder), tmp_path / "p", seen.append, bits)
     assert done.packed_bytes < 0.95 * done.original_bytes == 0.95 * sum(seen)
     assert not list((tmp_path / "p").glob("*.safetensors"))
     unpack(tmp_path / "p", tmp_path / "u", lambda nbytes: None)
@@ -235,6 +268,7 @@ def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, m
     [layer, *_] = parts_of(open_checkpoint(packed), "bfloat16", CPU).layers
     plain = parts_of(open_checkpoint(model), "bfloat16", CPU).layers[0]
     assert layer.file_bytes < 0.85 * plain.file_bytes and plain.packed == 0
+    assert layer.packed_bits == read_manifest(packed)[0].bits
     assert layer.flops_per_token == plain.flops_per_token
     speeds = SimpleNamespace(
         devices=[CPU],
@@ -251,13 +285,18 @@ def test_plans_count_packed_bytes_and_what_decoding_takes(model, packed, home, m
     )
     load = placed.load(1)
     for per_s in (1e9, 1e12):
-        made = Number(value=per_s, obtained=Obtained.ASSUMED)
-        monkeypatch.setattr(pass_cost, "decoded_per_s", lambda *_, made=made: made)
+        made, asked = Number(value=per_s, obtained=Obtained.ASSUMED), set()
+        monkeypatch.setattr(
+            pass_cost, "decoded_per_s", lambda *_, m=made, seen=asked: (seen.add(_[-1]), m)[1]
+        )
         [rate] = home_rates(speeds, RuntimeConfig(), load, home, None).home
-        read_s = layer.file_bytes / 2e9
-        pass_s = read_s + (layer.packed / per_s if home is HomeKind.DISK else 0)
-        assert rate.value == pytest.approx(layer.file_bytes / pass_s, rel=1e-9)
+        layers = [placed.parts.layers[index] for index in (1, 3)]
+        file_bytes = sum(each.file_bytes for each in layers)
+        weights = sum(each.packed for each in layers)
+        pass_s = file_bytes / 2e9 + (weights / per_s if home is HomeKind.DISK else 0)
+        assert rate.value == pytest.approx(file_bytes / pass_s, rel=1e-9)
         assumed = home is HomeKind.DISK
+        assert asked == ({layer.packed_bits} if assumed else set())
         assert rate.obtained is (Obtained.ASSUMED if assumed else Obtained.MEASURED)
 
 
@@ -273,11 +312,12 @@ def test_output_is_the_same_bit_for_bit(model, packed, dtype, resident):
     assert moved[1] < moved[0] or resident == 4
 
 
-def test_a_tensor_has_several_pieces(model, tmp_path, small_pieces, monkeypatch):
+@codes
+def test_a_tensor_has_several_pieces(bits, model, tmp_path, small_pieces, monkeypatch):
     monkeypatch.setattr(packed_files, "PIECE_WEIGHTS", 1000)
     for name in ("p", "u"):
         (tmp_path / name).mkdir()
-    pack(open_checkpoint(model), tmp_path / "p", lambda nbytes: None)
+    pack(open_checkpoint(model), tmp_path / "p", lambda nbytes: None, bits)
     checkpoint = open_checkpoint(tmp_path / "p")
     assert max(len(extent.coded) for extent in checkpoint.tensors.values()) > 3
     unpack(tmp_path / "p", tmp_path / "u", lambda nbytes: None)
@@ -406,7 +446,8 @@ def last_coded(file):
 
 
 MANIFESTS = {
-    "version": (lambda m, f: m.update(version=2), "version 2, read is"),
+    "version": (lambda m, f: m.update(version=3), "version 3, read is"),
+    "no version": (lambda m, f: m.update(version=[1]), "version a list of 1, read is"),
     "no files": (lambda m, f: m.update(files=[]), "files of a list of 0"),
     "a way out": (lambda m, f: f.update(stem="../model"), "stem '../model'"),
     "twice": (lambda m, f: m["files"].append(f), "names a file twice"),
@@ -458,6 +499,16 @@ def test_other_ways_to_be_no_packed_folder(packed, model, tmp_path):
         open_checkpoint(folder)
 
 
+def test_a_manifest_of_the_other_code_is_noticed(packed, tmp_path):
+    """A GPU's kernels go by it, so before a piece is sent there."""
+    folder = changed(packed, tmp_path, lambda m, f: m.update(version=3 - m["version"]))
+    with (
+        pytest.raises(CheckpointError, match=r"model\.packed: .* says kind \d, of another code"),
+        engine_for(folder, resident_layers=0) as engine,
+    ):
+        all_logits(engine)
+
+
 def test_damage_is_found_when_it_is_unpacked(packed, tmp_path):
     folder = tmp_path / "damaged"
     shutil.copytree(packed, folder)
@@ -465,7 +516,7 @@ def test_damage_is_found_when_it_is_unpacked(packed, tmp_path):
     starts = json.loads((folder / MANIFEST).read_text())["files"][0]["starts"]
     at = next(found[0] for found in starts.values() if len(found) > 1)
     (tmp_path / "u").mkdir()
-    for place, message in ((at + 100, "gives model.safetensors back with SHA-256"), (at, "kind 9")):
+    for place, message in ((at + 200, "gives model.safetensors back with SHA-256"), (at, "kind 9")):
         data[place] = 9 if place == at else data[place] ^ 1
         (folder / "model.packed").write_bytes(data)
         with pytest.raises(CheckpointError, match=message):
@@ -476,6 +527,19 @@ def test_damage_is_found_when_it_is_unpacked(packed, tmp_path):
         engine_for(folder, resident_layers=0) as engine,
     ):
         all_logits(engine)
+
+
+def test_fewer_bits_are_asked_for(offload_run, model, small_pieces, tmp_path):
+    sizes = []
+    for name in ("12", "10.75"):
+        there = tmp_path / name
+        made = offload_run("pack", model, "--output", there, "--bits", name, "--json")
+        sizes.append(json.loads(made.out)["packed_bytes"])
+        plan = json.loads(offload_run("plan", there, "--wire", "lossless", "--json").out)
+        assert plan["quantised"]["method"] == f"bf16 in {name} bits"
+    assert sizes[1] < sizes[0]
+    refused = offload_run("pack", model, "-o", tmp_path / "r", "--wire", "int8", "--bits", "12")
+    assert refused.code == 2 and "--bits has no effect with --wire int8" in refused.err
 
 
 def test_the_verbs(offload_run, model, small_pieces, tmp_path):

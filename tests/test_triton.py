@@ -17,10 +17,11 @@ from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import CODED_PART
-from offload_rt.model.packed_files import piece_weights
+from offload_rt.model.packed_files import NAMED, piece_weights
 from offload_rt.model.weight_files import WeightFiles
 
-pytest.importorskip("triton")
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
 FORMATS = (torch.bfloat16, torch.float16, torch.float32)
 MEMORY = torch.device("cpu")
 # Numbers that need no kernel of their own: tables of bitsandbytes, and bits that no word holds.
@@ -32,6 +33,8 @@ def interpreted():
     """The kernels as Triton's interpreter runs them, on memory of the host."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(os.environ, "TRITON_INTERPRET", "1")
+        for name in ("sum", "cumsum"):  # made when triton was imported
+            patch.setattr(tl, name, triton.jit(getattr(tl, name).fn))
         from offload_rt.model.formats import triton_kernels
 
         importlib.reload(triton_kernels)
@@ -127,9 +130,13 @@ WORDS = {
 }
 
 
+codes = pytest.mark.parametrize("bits", NAMED.values(), ids=NAMED)
+
+
+@codes
 @pytest.mark.parametrize("which", [*WORDS, "any bits"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 333), (60, 620)])
-def test_twelve_bits_come_back(which, shape, monkeypatch):
+def test_coded_bits_come_back(which, shape, bits, monkeypatch):
     """Pieces that are coded and pieces as they are, escapes in several groups, NaN and infinite."""
     monkeypatch.setattr("offload_rt.model.packed_files.PIECE_WEIGHTS", 2**14 + 64)
     monkeypatch.setattr("offload_rt.model.formats.on_gpu.piece_weights", piece_weights)
@@ -141,14 +148,14 @@ def test_twelve_bits_come_back(which, shape, monkeypatch):
         words = (numbers.view(np.uint32) >> 16).astype(np.uint16)
         words[::97] = dice.integers(0, 2**16, words[::97].size)
     each = piece_weights(count)
-    pieces = [encode(words[at : at + each]) for at in range(0, count, each)]
+    pieces = [encode(words[at : at + each], bits) for at in range(0, count, each)]
     starts = np.concatenate([[0], np.cumsum([piece.size for piece in pieces])])
     stored = Stored(
         module="m",
         form=Form.CODED,
         outputs=shape[0],
         inputs=shape[1],
-        bits=12,
+        bits=bits,
         groups=1,
         parts={},
         pieces=tuple(map(int, starts)),
@@ -167,12 +174,13 @@ def test_twelve_bits_come_back(which, shape, monkeypatch):
             assert torch.equal(near[inside], wide.to(dtype).float()[inside])
 
 
-def test_damaged_pieces_write_nowhere_else():
+@codes
+def test_damaged_pieces_write_nowhere_else(bits):
     """Random bytes behind a head: nothing outside of the weight changes."""
     dice = np.random.default_rng(1)
     words = dice.integers(0x3C00, 0x3F00, 5000).astype(np.uint16)
     words[::50] = 0xFFFF
-    piece = encode(words)
+    piece = encode(words, bits)
     for _ in range(5):
         bad = piece.copy()
         bad[-900:] = dice.integers(0, 256, 900)
@@ -181,7 +189,7 @@ def test_damaged_pieces_write_nowhere_else():
             form=Form.CODED,
             outputs=50,
             inputs=100,
-            bits=12,
+            bits=bits,
             groups=1,
             parts={},
             pieces=(0, bad.size),

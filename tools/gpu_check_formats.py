@@ -18,7 +18,7 @@ from offload_rt.model.formats.planes import encode
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import CODED_PART
-from offload_rt.model.packed_files import piece_weights
+from offload_rt.model.packed_files import NAMED, piece_weights
 
 GROUP, SAMPLES = 128, 12
 Weight = tuple[str, Stored, dict[str, torch.Tensor]]
@@ -131,10 +131,12 @@ def _weights(side: int) -> Iterator[Weight]:
     yield "MXFP4", mxfp4, {"weight_packed": small[:, : side // 2].clone(), "weight_scale": powers}
     numbers = (torch.randn(side * side, generator=dice) * 0.02).to(torch.bfloat16)
     bits, each = numbers.view(torch.int16).numpy().view(np.uint16), piece_weights(side * side)
-    pieces = [encode(bits[at : at + each]) for at in range(0, bits.size, each)]
-    starts = np.concatenate([[0], np.cumsum([piece.size for piece in pieces])]).tolist()
-    coded = Stored(form=Form.CODED, bits=12, groups=1, pieces=tuple(starts), **whole)
-    yield "bf16 in 12 bits", coded, {CODED_PART: torch.from_numpy(np.concatenate(pieces))}
+    for name, code in NAMED.items():
+        pieces = [encode(bits[at : at + each], code) for at in range(0, bits.size, each)]
+        starts = np.concatenate([[0], np.cumsum([piece.size for piece in pieces])]).tolist()
+        coded = Stored(form=Form.CODED, bits=code, groups=1, pieces=tuple(starts), **whole)
+        data = torch.from_numpy(np.concatenate(pieces))
+        yield f"bf16 in {name} bits", coded, {CODED_PART: data}
     sys.path.append(str(ROOT / "tests"))  # which write such files by hand
     from gguf_files import random_blocks
 

@@ -7,7 +7,7 @@ from operator import add
 from offload_rt.cli.columns import hanging
 from offload_rt.config import HomeKind, RuntimeConfig
 from offload_rt.costs.machine import FreeMemory
-from offload_rt.costs.sizes import IN_TWELVE, StoredSizes
+from offload_rt.costs.sizes import PACKED, StoredSizes
 from offload_rt.costs.step import Prediction
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import OffloadError
@@ -188,7 +188,7 @@ def quantised_lines(sizes: StoredSizes | None) -> list[str]:
             "those of the rounded weights"
         )
         return [hanging(text, 4)]
-    what = "packed" if sizes.method == IN_TWELVE else "quantised"
+    what = "packed" if sizes.method.startswith(PACKED) else "quantised"
     return [
         hanging(
             f"  {what}: {sizes.method}, {format_size(sizes.file_bytes)} in the files and on the "

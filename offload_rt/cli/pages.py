@@ -23,7 +23,7 @@ VERBS = {
     "doctor": ("offload_rt.cli.doctor", "doctor", "What this machine offers, what is wrong."),
     "bench": ("offload_rt.cli.bench", "bench", "Measure answers to a set of prompts."),
     "compare": ("offload_rt.cli.compare", "compare", "Measure other runtimes side by side."),
-    "pack": ("offload_rt.cli.pack", "pack_verb", "Write a model's bf16 weights in 12 bits."),
+    "pack": ("offload_rt.cli.pack", "pack_verb", "Write a model's bf16 weights in fewer bits."),
     "unpack": ("offload_rt.cli.pack", "unpack_verb", "Give the files of a packed model back."),
     "medusa": ("offload_rt.cli.medusa", "medusa", "Look at Medusa heads, calibrate their tree."),
     "train-medusa": ("offload_rt.cli.train", "train_medusa", "Train Medusa heads for a model."),

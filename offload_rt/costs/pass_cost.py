@@ -30,7 +30,7 @@ from offload_rt.device.kinds import KINDS, Processor
 from offload_rt.errors import ConfigError
 from offload_rt.kernels.rows import MOST_ROWS
 from offload_rt.model.formats.methods import Form
-from offload_rt.model.packed_files import CODED_BITS
+from offload_rt.model.packed_files import code_name
 from offload_rt.profiling.decoding import (
     compiles,
     decoded_per_s,
@@ -169,6 +169,7 @@ class LayerLoad:
         decoded: which of them are dequantised first.
         experts_decoded: which are, of experts that some token is sent to.
         unpacked: weights that readers decode on their way (`model/packed_files.py`).
+        unpacked_bits: of their code.
         missed_bytes: of experts, that cross the link once the router has chosen them.
         expert_part: of its products, those of experts.
         missed_part: of its experts' kernels, those of experts that cross the link.
@@ -197,6 +198,7 @@ class LayerLoad:
     decoded: tuple[Decoded, ...] = ()
     experts_decoded: tuple[Decoded, ...] = ()
     unpacked: int = 0
+    unpacked_bits: int = 0
     missed_bytes: int = 0
     expert_part: float = 0.0
     missed_part: float = 0.0
@@ -566,10 +568,11 @@ def _with_decoding(
         if unpacked := sum(layer.unpacked for layer in layers):
             nbytes = sum(layer.home_bytes for layer in layers)
             decoder = Decoder.COMPILED if compiles(profile) else Decoder.TORCH
-            per_s = decoded_per_s(profile, Processor.CPU, decoder, Form.CODED, CODED_BITS).value
+            bits = layers[0].unpacked_bits  # one folder has one code
+            per_s = decoded_per_s(profile, Processor.CPU, decoder, Form.CODED, bits).value
             decoding = unpacked / (per_s * nbytes)  # seconds for a byte
             value = 1 / (1 / rate.value + decoding)
-            why = "assumed: readers read and then decode 12 bits"
+            why = f"assumed: readers read and then decode {code_name(bits)} bits"
             found[device] = Number(value=value, obtained=Obtained.ASSUMED, source=why)
     return tuple(found)
 

@@ -23,6 +23,7 @@ from offload_rt.model.formats.base import embedding_bytes, in_panels, matrix_byt
 from offload_rt.model.formats.stored import scratch_bytes
 from offload_rt.model.kept import layers_keep
 from offload_rt.model.layout import CODES, LayerLayout, compute_dtype, plan_layouts
+from offload_rt.model.packed_files import code_name
 from offload_rt.profiling.rates import LAYER_KERNELS, OTHER_KERNELS
 
 # What a run costs besides what is counted below: code pages and buffers of the math libraries that
@@ -136,7 +137,7 @@ def process_bytes() -> int:
     return _PROCESS_BYTES - (0 if for_gpus else BUILD_FOR_GPUS_BYTES)
 
 
-IN_TWELVE = "bf16 in 12 bits"
+PACKED = "bf16 in "  # what packed folders are begins with it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,8 +172,9 @@ def stored_sizes(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> Stor
     forms = sorted({str(each.form) for each in stored})
     several = f" ({', '.join(forms)})" if len(forms) > 1 else ""
     method = checkpoint.config.quantised
+    coded = f"{PACKED}{code_name(next(iter(stored)).bits)} bits" if method is None else ""
     return StoredSizes(
-        method=IN_TWELVE if method is None else f"{method.name}{several}",
+        method=coded if method is None else f"{method.name}{several}",
         weights=weights,
         file_bytes=sum(each.file_bytes for each in stored),
         wire_bytes=sum(each.nbytes for each in stored),

@@ -62,6 +62,7 @@ class LayerParts:
         experts_decoded: which are, of all experts.
         grown_bytes: that these have more as they compute than in the image.
         packed: weights that lie packed in the files.
+        packed_bits: of their code.
         mixing: what it computes piece by piece, with a state; None: nothing.
         matrices: shapes of weights that are neither quantised nor in experts.
         experts: how many it has.
@@ -82,6 +83,7 @@ class LayerParts:
     experts_decoded: tuple[Decoded, ...] = ()
     grown_bytes: int = 0
     packed: int = 0
+    packed_bits: int = 0
     mixing: Mixing | None = None
     expert_flops: int = 0
 
@@ -477,6 +479,7 @@ class PlacedModel:
             decoded=decoded,
             experts_decoded=dequantised,
             unpacked=layer.packed if straight else 0,
+            unpacked_bits=layer.packed_bits,
             missed_bytes=round(link * pooled.home_bytes) if pooled else 0,
             expert_work=expert_work,
             expert_part=active if pooled else 0.0,
@@ -551,6 +554,7 @@ def parts_of(checkpoint: Checkpoint, dtype: str, device: DeviceKind) -> ModelPar
                 experts_decoded=_decoded(inside, name, device),
                 grown_bytes=max(0, numbers * number_bytes - packed_bytes),
                 packed=layout.packed_weights,
+                packed_bits=layout.packed_bits,
                 mixing=_mixing(extents, number_bytes, kept.state_numbers, device),
             )
         )

@@ -87,7 +87,7 @@ class DeviceKind:
             kernels are picked by all of a shape; 0: linears and activations see to it.
         records: launching kernels takes longer than small ones run, so passes of fixed shape are
             recorded and replayed (`runner/static.py`).
-        decodes: weights may lie there in 12 bits and be decoded when they compute.
+        decodes: weights may lie there in codes of bf16 and be decoded when they compute.
         multiplies_few: it has kernels that multiply few rows with experts as they are stored, all
             of a pass at once (`formats/together.py`).
         kernels: to what weights may be rounded, and for which formats of the model.

@@ -147,7 +147,7 @@ class Engine:
             self._kv_tokens = kv_tokens
             self._pools: list[Any] = []  # KVPool, or what other nodes follow
             if config.wire is Wire.AUTO and device.own_memory and not on_gpu.is_there():
-                config = replace(config, wire=Wire.RAW)  # nothing would decode 12 bits there
+                config = replace(config, wire=Wire.RAW)  # nothing would decode codes there
             known = None if means is None else means(device)
             self.checkpoint, self.plan = plan_wires(
                 checkpoint,

@@ -68,6 +68,7 @@ class TensorExtent:
         nbytes: bytes of the tensor, equal to shape times dtype.
         coded: where each coded piece of it begins in the file, and last where they end
             (`formats/planes.py`); empty: it lies there as it is.
+        coded_bits: of the code.
     """
 
     name: str
@@ -77,6 +78,7 @@ class TensorExtent:
     offset: int
     nbytes: int
     coded: tuple[int, ...] = ()
+    coded_bits: int = 0
 
     @property
     def element_bytes(self) -> int:

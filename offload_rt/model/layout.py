@@ -35,7 +35,7 @@ _SMALL = {"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2", "F8_E8M0": "uint
 _NAMES = FLOATS | _WHOLE | _SMALL
 _BYTES = {name: DTYPE_BYTES[code] for code, name in _NAMES.items()}
 
-CODED_PART = "weight_coded"  # of a weight in 12 bits
+CODED_PART = "weight_coded"  # of a weight in 12 or 10.75 bits
 GROUP = 32  # inputs of a scale, of weights that are rounded by request
 # Of compressed-tensors' integers.
 CODES_PART, SCALES_PART = "weight_packed", "weight_scale"
@@ -117,12 +117,14 @@ class Kept:
         end: in the file.
         form: coded, then it is one piece; or whole blocks of GGUF.
         weights: of a piece.
+        bits: of its code.
     """
 
     begin: int
     end: int
     form: Form
     weights: int = 0
+    bits: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +137,7 @@ class FileRun:
         convert: safetensors and torch names of the formats to convert between, or None.
         coded: where each coded piece begins in the file, and last where they end; empty: the bytes
             lie there as they are.
+        coded_bits: of the code.
         rounded: what is made of them; None: they stay what they are.
         kept: parts of quantised weights that are checked when they are read; not all are.
     """
@@ -146,6 +149,7 @@ class FileRun:
     in_place: bool
     convert: tuple[str, str] | None = None
     coded: tuple[int, ...] = ()
+    coded_bits: int = 0
     rounded: RoundedRun | None = None
     kept: tuple[Kept, ...] = ()
 
@@ -185,6 +189,11 @@ class LayerLayout:
         """Weights that are decoded when they are read."""
         coded = (run.nbytes for run in self.runs if run.coded and run.rounded is None)
         return sum(coded) // DTYPE_BYTES[CODED_DTYPE]
+
+    @property
+    def packed_bits(self) -> int:
+        """Of the code of these; 0 where there are none."""
+        return max((run.coded_bits for run in self.runs), default=0)
 
 
 def compute_dtype(checkpoint: Checkpoint, wanted: str) -> str:
@@ -405,6 +414,7 @@ class _Builder:
                 image_offset=offsets[CODES_PART],
                 in_place=False,
                 coded=source.coded,
+                coded_bits=source.coded_bits,
                 rounded=RoundedRun(
                     inputs=stored.inputs,
                     dtype=source.dtype,
@@ -517,6 +527,7 @@ class _Builder:
             in_place=False,
             convert=None if same else (extent.dtype, dtype),
             coded=extent.coded,
+            coded_bits=extent.coded_bits,
         )
 
 
@@ -529,9 +540,11 @@ def checked_parts(stored: Stored, extent: TensorExtent) -> list[Kept]:
             Kept(start + at, start + min(at + step, extent.nbytes), stored.form)
             for at in range(0, extent.nbytes, step)
         ]
-    each = piece_weights(stored.numbers)
+    each, numbers = piece_weights(stored.numbers), stored.numbers
     return [
-        Kept(start + begin, start + end, stored.form, min(each, stored.numbers - number * each))
+        Kept(
+            start + begin, start + end, stored.form, min(each, numbers - number * each), stored.bits
+        )
         for number, (begin, end) in enumerate(pairwise(stored.pieces))
     ]
 

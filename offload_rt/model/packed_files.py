@@ -1,4 +1,4 @@
-"""Packed model folders: bf16 weights in 12 bits instead of 16, with all that unpacking needs.
+"""Packed model folders: bf16 weights in 12 or 10.75 bits, with all that unpacking needs.
 
 Beside the small files of the model there is, for each of its safetensors files, one that ends in
 `.packed`: the original's own header, then its tensors, those of bf16 coded in pieces
@@ -15,24 +15,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 
 from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.files import FileIdentity, open_inside, read_json_object, shown
+from offload_rt.model.formats.methods import CODED_BITS, NESTED_BITS
 from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.header import PREFIX_BYTES, TensorExtent, header_bytes, parse_header
 
 MANIFEST = "offload_rt_packed.json"
 SUFFIX = ".packed"
-FORMAT, VERSION = "offload_rt packed bf16", 1
-CODED_DTYPE, CODED_BITS = "BF16", 12
+FORMAT = "offload_rt packed bf16"
+CODED_DTYPE = "BF16"
+NAMED: Mapping[str, int] = MappingProxyType({"12": CODED_BITS, "10.75": NESTED_BITS})  # codes
+_VERSIONS: Mapping[int, int] = MappingProxyType({1: CODED_BITS, 2: NESTED_BITS})
 PIECE_WEIGHTS = 2**21  # of a piece, at most: 4 MiB of bf16, which is what readers read at once
 PIECE_ALIGN_BYTES = 64
 # Coded are tensors of so many weights; smaller ones of a layer lie side by side and are read in one
 # go. Of a model's bytes they are less than a thousandth.
 SMALLEST_WEIGHTS = 2**16
-# Of a weight that is coded: 12 bits, and three bytes for one in a thousand, as many as there are
-# escapes in trained matrices (docs/RESULTS.md, "bf16 from disk in 12 bits").
-EXPECTED_BYTES = 1.503
+# Of a weight of trained matrices that is coded: 12 bits, and three bytes for one in a thousand, as
+# many as are escapes (docs/RESULTS.md, "bf16 from disk in 12 bits"); in nested planes as measured
+# ("Fewer bytes on a GPU, simulated").
+_EXPECTED_BYTES: Mapping[int, float] = MappingProxyType({CODED_BITS: 1.503, NESTED_BITS: 1.346})
 _LIMIT_BYTES = 64 * 2**20
 _FILES_LIMIT = 2**12
 _STEM = re.compile(r"[A-Za-z0-9._-]+")
@@ -50,6 +55,7 @@ class PackedFile:
         original_bytes: of the original.
         sha256: of the original.
         packed_bytes: of the packed one.
+        bits: of its code, the same in all files of a folder.
         starts: where each tensor begins in that; of a coded one where its pieces begin, and last
             where they end.
     """
@@ -58,6 +64,7 @@ class PackedFile:
     original_bytes: int
     sha256: str
     packed_bytes: int
+    bits: int
     starts: Mapping[str, tuple[int, ...]]
 
     @property
@@ -77,7 +84,12 @@ def piece_weights(weights: int) -> int:
     return -(-weights // (pieces * PIECE_ALIGN_BYTES)) * PIECE_ALIGN_BYTES
 
 
-def expected_pieces(weights: int) -> tuple[int, ...]:
+def code_name(bits: int) -> str:
+    """What a code is called."""
+    return next(name for name, each in NAMED.items() if each == bits)
+
+
+def expected_pieces(weights: int, bits: int) -> tuple[int, ...]:
     """Where the pieces of a trained bf16 tensor would begin if it were packed, and where they end.
 
     Only the beginning where it is too small to be coded.
@@ -86,11 +98,12 @@ def expected_pieces(weights: int) -> tuple[int, ...]:
         return (0,)
     each = piece_weights(weights)
     sizes = (min(each, weights - start) for start in range(0, weights, each))
-    nbytes = [_aligned(int(count * EXPECTED_BYTES) + PIECE_ALIGN_BYTES) for count in sizes]
+    nbytes = [aligned(int(count * _EXPECTED_BYTES[bits]) + PIECE_ALIGN_BYTES) for count in sizes]
     return tuple(sum(nbytes[:number]) for number in range(len(nbytes) + 1))
 
 
-def _aligned(size: int) -> int:
+def aligned(size: int) -> int:
+    """A size filled up to whole multiples of that of pieces and their parts."""
     return -(-size // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
 
 
@@ -102,15 +115,16 @@ def read_manifest(folder: Path) -> tuple[PackedFile, ...]:
     """
     where = folder / MANIFEST
     raw = read_json_object(folder, MANIFEST, _LIMIT_BYTES)
-    if raw.get("format") != FORMAT or raw.get("version") != VERSION:
+    version = raw.get("version")
+    if raw.get("format") != FORMAT or type(version) is not int or version not in _VERSIONS:
         raise CheckpointError(
-            f"{where} is of format {shown(raw.get('format'))}, version {shown(raw.get('version'))},"
-            f" read is {FORMAT!r}, version {VERSION}: {_AGAIN} with this version"
+            f"{where} is of format {shown(raw.get('format'))}, version {shown(version)}, read is "
+            f"{FORMAT!r}, version 1 or 2: {_AGAIN} with this version"
         )
     files = raw.get("files")
     if not isinstance(files, list) or not 0 < len(files) <= _FILES_LIMIT:
         raise CheckpointError(f"{where} has files of {shown(files)} instead of a list: {_AGAIN}")
-    found = tuple(_file(where, entry) for entry in files)
+    found = tuple(_file(where, entry, _VERSIONS[version]) for entry in files)
     if len({each.stem for each in found}) < len(found):
         raise CheckpointError(f"{where} names a file twice: {_AGAIN}")
     return found
@@ -120,7 +134,7 @@ def manifest_object(files: tuple[PackedFile, ...]) -> dict[str, object]:
     """The same as an object of JSON."""
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": next(v for v, bits in _VERSIONS.items() if bits == files[0].bits),
         "files": [
             {
                 "stem": each.stem,
@@ -161,7 +175,7 @@ def read_packed_header(
             f"{path} has a header of {len(original)} tensors, {MANIFEST} has {len(packed.starts)} "
             f"or others: {_AGAIN}"
         )
-    here = tuple(_placed(extent, packed.starts[extent.name], path) for extent in original)
+    here = tuple(_placed(extent, packed, path) for extent in original)
     start = PREFIX_BYTES + len(text)
     for one, following in pairwise(sorted(here, key=lambda extent: extent.offset)):
         if one.offset + one.file_bytes > following.offset:
@@ -194,7 +208,7 @@ def refuse_packed(folder: Path, why: str) -> None:
         raise ConfigError(f"{shown(folder.name)} is packed, {why}: `offload-run unpack` it first")
 
 
-def _file(where: Path, entry: object) -> PackedFile:
+def _file(where: Path, entry: object, bits: int) -> PackedFile:
     if not isinstance(entry, dict):
         raise CheckpointError(f"{where} describes a file by {shown(entry)}: {_AGAIN}")
     stem, sha256, starts = (entry.get(key) for key in ("stem", "sha256", "starts"))
@@ -211,6 +225,7 @@ def _file(where: Path, entry: object) -> PackedFile:
         original_bytes=int(str(sizes[0])),
         sha256=str(sha256),
         packed_bytes=int(str(sizes[1])),
+        bits=bits,
         starts={name: _starts(where, name, found) for name, found in starts.items()},
     )
 
@@ -225,23 +240,24 @@ def _starts(where: Path, name: str, found: object) -> tuple[int, ...]:
     return tuple(found)
 
 
-def _placed(extent: TensorExtent, starts: tuple[int, ...], path: Path) -> TensorExtent:
+def _placed(extent: TensorExtent, packed: PackedFile, path: Path) -> TensorExtent:
     """A tensor where it lies in the packed file."""
+    starts = packed.starts[extent.name]
     if len(starts) == 1:
         return replace(extent, offset=starts[0])
     weights = extent.nbytes // extent.element_bytes
     pieces = -(-weights // piece_weights(weights)) if weights else 0
     sizes = [end - begin for begin, end in pairwise(starts)]
     most = piece_weights(weights) * extent.element_bytes + 2 * PIECE_ALIGN_BYTES
-    aligned = not any(start % PIECE_ALIGN_BYTES for start in starts)
+    even = not any(start % PIECE_ALIGN_BYTES for start in starts)
     if (
         extent.dtype != CODED_DTYPE
         or len(sizes) != pieces
-        or not aligned
+        or not even
         or not all(0 < size <= most for size in sizes)
     ):
         raise CheckpointError(
             f"{path}: {shown(extent.name)}, {extent.dtype} of {weights} weights, is not coded in "
             f"{len(sizes)} pieces from byte {starts[0]} to {starts[-1]}: {_AGAIN}"
         )
-    return replace(extent, offset=starts[0], coded=starts)
+    return replace(extent, offset=starts[0], coded=starts, coded_bits=packed.bits)

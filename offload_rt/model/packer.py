@@ -1,4 +1,4 @@
-"""Pack the bf16 weights of a model folder in 12 bits, and unpack them to the very same files.
+"""Pack the bf16 weights of a model folder without loss, and unpack them to the very same files.
 
 Both go through a file once, in pieces: what is read is hashed in its order, coded or decoded in
 threads, and written in its order, so memory holds a few pieces whatever the model's size. All is
@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,17 +26,18 @@ from offload_rt.errors import CheckpointError, ConfigError
 from offload_rt.model.adapter import WEIGHTS
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import FileIdentity, OpenFile, open_inside
+from offload_rt.model.formats.methods import CODED_BITS
 from offload_rt.model.formats.planes import Bytes, DamagedError, decode, encode
 from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.header import PREFIX_BYTES, header_bytes, parse_header
 from offload_rt.model.packed_files import (
     CODED_DTYPE,
     MANIFEST,
-    PIECE_ALIGN_BYTES,
     PIECE_WEIGHTS,
     SMALLEST_WEIGHTS,
     SUFFIX,
     PackedFile,
+    aligned,
     is_packed,
     manifest_object,
     piece_weights,
@@ -112,13 +114,14 @@ def bytes_to_unpack(folder: Path) -> int:
     return sum(each.original_bytes for each in read_manifest(folder))
 
 
-def pack(checkpoint: Checkpoint, output: Path, poll: Poll) -> Packed:
+def pack(checkpoint: Checkpoint, output: Path, poll: Poll, bits: int = CODED_BITS) -> Packed:
     """Write a packed folder.
 
     Args:
         checkpoint: headers of the model.
         output: an empty folder.
         poll: called with the bytes that were read, file after file.
+        bits: of the code, whole ones.
 
     Raises:
         ConfigError: it could not be written, or there is no room.
@@ -128,7 +131,7 @@ def pack(checkpoint: Checkpoint, output: Path, poll: Poll) -> Packed:
     check_room(output, int(_SHARE * bytes_to_pack(checkpoint)))
     with temporary_folder(output) as made, working() as workers:
         packed = tuple(
-            _Packing(checkpoint.folder, name, made, workers, poll).run() for name in names
+            _Packing(checkpoint.folder, name, made, workers, poll, bits).run() for name in names
         )
         others = copy_others(checkpoint.folder, made)
         give_names(made, output, [*(each.packed_name for each in packed), *others])
@@ -165,10 +168,16 @@ class _Packing:
     """Packs one file."""
 
     def __init__(
-        self, folder: Path, name: str, made: Path, workers: ThreadPoolExecutor, poll: Poll
+        self,
+        folder: Path,
+        name: str,
+        made: Path,
+        workers: ThreadPoolExecutor,
+        poll: Poll,
+        bits: int,
     ) -> None:
         self._folder, self._name, self._made = folder, name, made
-        self._workers, self._poll = workers, poll
+        self._workers, self._poll, self._bits = workers, poll, bits
         self._digest = hashlib.sha256()
 
     def run(self) -> PackedFile:
@@ -199,6 +208,7 @@ class _Packing:
             original_bytes=source.identity.size,
             sha256=self._digest.hexdigest(),
             packed_bytes=end,
+            bits=self._bits,
             starts={extent.name: tuple(starts[extent.name]) for extent in extents},
         )
 
@@ -213,7 +223,7 @@ class _Packing:
         starts = [start]
         nbytes = piece_weights(_weights(extent)) * extent.element_bytes
         pieces = (data for _, data in self._read(source, extent, nbytes))
-        for piece in in_order(self._workers, _encoded, pieces):
+        for piece in in_order(self._workers, partial(_encoded, self._bits), pieces):
             write(handle, piece.data, starts[-1])
             starts.append(starts[-1] + piece.size)
         return tuple(starts)
@@ -311,23 +321,19 @@ def _plain_starts(
 ) -> tuple[dict[str, Sequence[int]], int]:
     """Where tensors begin that stay as they are, behind the header; and where coded ones may."""
     starts: dict[str, Sequence[int]] = {}
-    end = _aligned(head_bytes)
+    end = aligned(head_bytes)
     for extent in extents:
         if not _is_coded(extent):
             end = -(-end // extent.element_bytes) * extent.element_bytes
             starts[extent.name] = [end]
             end += extent.nbytes
-    return starts, _aligned(end)
+    return starts, aligned(end)
 
 
-def _aligned(size: int) -> int:
-    return -(-size // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
-
-
-def _encoded(data: bytes) -> Bytes:
+def _encoded(bits: int, data: bytes) -> Bytes:
     """A piece, decoded once to see that it gives the same back."""
     words = np.frombuffer(data, np.uint16)
-    piece, again = encode(words), np.empty_like(words)
+    piece, again = encode(words, bits), np.empty_like(words)
     decode(piece, again)
     assert np.array_equal(words, again)
     return piece

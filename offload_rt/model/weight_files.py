@@ -246,7 +246,7 @@ class WeightFiles:
         if kept is None:
             return
         if kept.form is Form.CODED:
-            self._check_piece(file, kept.begin, source, kept.weights)
+            self._check_piece(file, kept.begin, source, kept.weights, kept.bits)
             return
         key = (file.identity.path, kept.begin)
         if key not in self._checked and (wrong := broken_scales(source.numpy(), kept.form)):
@@ -258,17 +258,19 @@ class WeightFiles:
         self._checked.add(key)
 
     def _decode(
-        self, file: _WeightFile, begin: int, source: torch.Tensor, words: torch.Tensor
+        self, file: _WeightFile, begin: int, source: torch.Tensor, words: torch.Tensor, bits: int
     ) -> None:
         """A piece of [n] uint8 that was read from `begin` to [2 w] uint8 of weights."""
-        self._check_piece(file, begin, source, words.numel() // 2)
+        self._check_piece(file, begin, source, words.numel() // 2, bits)
         with _damaged(file):
             decode(source.numpy(), words.numpy().view(np.uint16))
 
-    def _check_piece(self, file: _WeightFile, begin: int, source: torch.Tensor, count: int) -> None:
+    def _check_piece(
+        self, file: _WeightFile, begin: int, source: torch.Tensor, count: int, bits: int
+    ) -> None:
         key = (file.identity.path, begin)
         with _damaged(file):
-            check(source.numpy(), count, whole=key not in self._checked)
+            check(source.numpy(), count, bits, whole=key not in self._checked)
         self._checked.add(key)
 
     def _read(self, file: _WeightFile, target: memoryview, offset: int, need: int) -> None:
@@ -348,10 +350,10 @@ class WeightFiles:
         at = run.image_offset + number * piece_weights(_weights(run)) * want.itemsize
         place = image.tensor[at : at + count * want.itemsize]
         if want is torch.bfloat16:
-            self._decode(file, begin, source, place)
+            self._decode(file, begin, source, place, run.coded_bits)
             return
         words = scratch.tensor[: count * torch.bfloat16.itemsize]
-        self._decode(file, begin, source, words)
+        self._decode(file, begin, source, words, run.coded_bits)
         place.view(want).copy_(words.view(torch.bfloat16))
 
     def _stage_coded(
@@ -362,7 +364,7 @@ class WeightFiles:
         begin, end = run.coded[number : number + 2]
         source = self._read_pages(file, begin, end - begin, staging)
         words = self._buffers()[1].tensor[: _weights_of(run, number) * torch.bfloat16.itemsize]
-        self._decode(file, begin, source, words)
+        self._decode(file, begin, source, words, run.coded_bits)
         made = words.view(torch.bfloat16)[part].to(want).view(torch.uint8)
         return staging.tensor[: made.numel()].copy_(made)
 
@@ -431,7 +433,7 @@ class WeightFiles:
             begin, end = run.coded[number : number + 2]
             words = self._buffers()[1].tensor[: 2 * _weights_of(run, number)]
             source = self._read_pages(file, begin, end - begin, buffer)
-            self._decode(file, begin, source, words)
+            self._decode(file, begin, source, words, run.coded_bits)
             first = max(start - number * each, 0)
             found.append(words[first : start + nbytes - number * each].clone())
         return torch.cat(found)
@@ -517,6 +519,7 @@ def _whole(extent: TensorExtent) -> FileRun:
         image_offset=0,
         in_place=False,
         coded=extent.coded,
+        coded_bits=extent.coded_bits,
     )
 
 

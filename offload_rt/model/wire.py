@@ -18,12 +18,12 @@ from offload_rt.device.kinds import DeviceKind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, TensorExtent
 from offload_rt.model.files import shown
-from offload_rt.model.formats.methods import Form, Method
+from offload_rt.model.formats.methods import CODED_BITS, Form, Method
 from offload_rt.model.formats.stored import Stored
 from offload_rt.model.gguf.folder import refuse_gguf
 from offload_rt.model.layout import CODED_PART, CODES_PART, FLOATS, GROUP, SCALES_PART
 from offload_rt.model.names import EXPERT
-from offload_rt.model.packed_files import CODED_BITS, CODED_DTYPE, expected_pieces
+from offload_rt.model.packed_files import CODED_DTYPE, code_name, expected_pieces
 
 BITS: Mapping[Wire, int] = MappingProxyType({Wire.INT8: 8, Wire.INT4: 4})
 _WEIGHT = ".weight"
@@ -43,12 +43,12 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
     if wire is Wire.LOSSLESS and not _is_lossless(checkpoint) and not _has_coded(checkpoint):
         if inside:
             raise ConfigError(
-                f"{ask} keeps the 12 bits of a packed folder, and {shown(inside[0].name)} of "
-                f"{name} is of experts, which share slots of one size and have several in 12 bits: "
+                f"{ask} keeps the codes of a packed folder, and {shown(inside[0].name)} of "
+                f"{name} is of experts, which share slots of one size and have several in codes: "
                 "use raw, packed files are unpacked when they are read"
             )
         raise ConfigError(
-            f"{ask} keeps the 12 bits that linear layers have in a packed folder, and {name} has "
+            f"{ask} keeps the codes that linear layers have in a packed folder, and {name} has "
             "none: make one with `offload-run pack`, or leave it out"
         )
     if wire not in BITS:
@@ -71,15 +71,30 @@ def check_wire(checkpoint: Checkpoint, wire: Wire) -> None:
         )
 
 
-def as_if_packed(checkpoint: Checkpoint) -> Checkpoint:
-    """The model as its packed folder would be, for looking ahead: its sizes are expected ones."""
+def as_if_packed(checkpoint: Checkpoint, bits: int | None = None) -> Checkpoint:
+    """The model as its packed folder would be, for looking ahead: its sizes are expected ones.
+
+    Args:
+        checkpoint: headers; of a packed folder they stay what they are.
+        bits: of the code; None: those of a packed folder, or 12.
+
+    Raises:
+        ConfigError: it is packed in another code.
+    """
+    there = {extent.coded_bits for layer in checkpoint.layers for extent in layer if extent.coded}
+    if there and bits not in {None, *there}:
+        raise ConfigError(
+            f"{checkpoint.name} is packed in {code_name(there.pop())} bits: leave --bits out, or "
+            "`offload-run unpack` it first"
+        )
     if _has_coded(checkpoint):
         return checkpoint
+    chosen = bits or CODED_BITS
 
     def coded(extent: TensorExtent) -> TensorExtent:
-        starts = expected_pieces(extent.nbytes // extent.element_bytes)
+        starts = expected_pieces(extent.nbytes // extent.element_bytes, chosen)
         large = extent.dtype == CODED_DTYPE and len(starts) > 1
-        return dataclasses.replace(extent, coded=starts) if large else extent
+        return dataclasses.replace(extent, coded=starts, coded_bits=chosen) if large else extent
 
     layers = tuple(tuple(map(coded, layer)) for layer in checkpoint.layers)
     return dataclasses.replace(checkpoint, layers=layers)
@@ -168,7 +183,7 @@ def _of_experts(extent: TensorExtent) -> bool:
 
 
 def _is_coded(extent: TensorExtent) -> bool:
-    """Whether it is a matrix in 12 bits."""
+    """Whether it is a matrix in one of the codes."""
     return extent.name.endswith(_WEIGHT) and len(extent.shape) == 2 and bool(extent.coded)
 
 
@@ -189,7 +204,7 @@ def _coded(extent: TensorExtent) -> Stored:
         form=Form.CODED,
         outputs=outputs,
         inputs=inputs,
-        bits=CODED_BITS,
+        bits=extent.coded_bits,
         groups=1,
         parts={CODED_PART: part},
         source=extent,

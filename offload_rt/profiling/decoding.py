@@ -11,7 +11,7 @@ from offload_rt.device import compiled
 from offload_rt.device.kinds import Processor
 from offload_rt.device.system import processor, takes_matrix_registers
 from offload_rt.kernels.rows import ROW_TILE
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.methods import CODED_BITS, NESTED_BITS, Form
 from offload_rt.model.formats.stored import kernels_multiply, kernels_multiply_plain
 from offload_rt.profiling.profile import Decoder, HardwareProfile, Number, Obtained
 
@@ -27,11 +27,16 @@ _PER_S: Mapping[tuple[Processor, Decoder], float] = {
 # bf16 in 12 bits by readers, beside two cores that compute: without numba a pass of 1.3 G weights
 # took 1.33 s, of which reading was 0.75, with it one thread reached what is here (docs/RESULTS.md,
 # "bf16 from disk in 12 bits"). A GPU: 230 GB/s written, a third less than integers, for 1.5 bytes a
-# weight are read, and escapes are written twice.
-_CODED_PER_S: Mapping[tuple[Processor, Decoder], float] = {
-    (Processor.CPU, Decoder.TORCH): 2.3e9,
-    (Processor.CPU, Decoder.COMPILED): 6.5e9,
-    (Processor.CUDA, Decoder.COMPILED): 115e9,
+# weight are read, and escapes are written twice. In 10.75 bits: of two cores (measured, "Fewer
+# bytes on a GPU, simulated"); a GPU 100 GB/s written, half of what 205 instructions a weight leave
+# a 4090 (the same section).
+_CODED_PER_S: Mapping[tuple[Processor, Decoder, int], float] = {
+    (Processor.CPU, Decoder.TORCH, CODED_BITS): 2.3e9,
+    (Processor.CPU, Decoder.COMPILED, CODED_BITS): 6.5e9,
+    (Processor.CUDA, Decoder.COMPILED, CODED_BITS): 115e9,
+    (Processor.CPU, Decoder.TORCH, NESTED_BITS): 0.07e9,
+    (Processor.CPU, Decoder.COMPILED, NESTED_BITS): 0.75e9,
+    (Processor.CUDA, Decoder.COMPILED, NESTED_BITS): 50e9,
 }
 # Of what torch reaches with integers of 4 bits on a CPU, by forms and bits (measured side by side,
 # same section); 0 bits: any other.
@@ -170,7 +175,7 @@ def decoded_per_s(
         return found[0].numbers_per_s
     if form == Form.CODED:
         why = "assumed: as readers decode beside what computes, " + _WHERE
-        return Number(value=_CODED_PER_S[kind], obtained=Obtained.ASSUMED, source=why)
+        return Number(value=_CODED_PER_S[*kind, bits], obtained=Obtained.ASSUMED, source=why)
     if processor is Processor.CUDA and decoder is Decoder.TORCH:
         moved = _MOVED.get(form, _ODD_BITS)
         why = f"assumed: {moved:g} bytes a weight that torch's operators move on a 4090"

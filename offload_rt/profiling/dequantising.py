@@ -1,6 +1,6 @@
 """How many weights are dequantised in a second, form by form, by whoever does it on a device.
 
-On a CPU by torch (12 bits: numpy), and by numba's kernels where there are some; on a GPU by
+On a CPU by torch (codes of bf16: numpy), and by numba's kernels where there are some; on a GPU by
 Triton's, and by torch where there are none.
 """
 
@@ -17,11 +17,11 @@ from offload_rt.device.base import Device
 from offload_rt.model.formats import ggml, on_gpu, planes
 from offload_rt.model.formats.brought import bring_for, prepare
 from offload_rt.model.formats.integers import Bring
-from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
+from offload_rt.model.formats.methods import BLOCKS, CODED_BITS, NESTED_BITS, Form, block_bits
 from offload_rt.model.formats.stored import Flat, Stored, suits_kernels
 from offload_rt.model.formats.wired import BRING
 from offload_rt.model.layout import CODED_PART
-from offload_rt.model.packed_files import CODED_BITS, piece_weights
+from offload_rt.model.packed_files import piece_weights
 from offload_rt.profiling.compute import beyond_caches, laid_bytes, laid_out
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
 from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
@@ -46,6 +46,7 @@ MEASURED = (
     (Form.BNB4, 4),
     (Form.BNB8, 8),
     (Form.CODED, CODED_BITS),
+    (Form.CODED, NESTED_BITS),
     *((form, block_bits(form)) for form in (Form.Q4_0, Form.Q8_0, Form.Q4_K, Form.Q5_K, Form.Q6_K)),
 )
 
@@ -69,14 +70,14 @@ def _scales(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.full(shape, 0.01, dtype=dtype)
 
 
-def _pieces(count: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Weights in 12 bits, as trained ones are, and where their pieces begin."""
+def _pieces(count: int, bits: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Weights in a code, as trained ones are, and where their pieces begin."""
     each = piece_weights(count)
     numbers = np.random.default_rng(1).normal(0, 0.02, each).astype(np.float32)
     words = (numbers.view(np.uint32) >> 16).astype(np.uint16)
-    made = planes.encode(words)
+    made = planes.encode(words, bits)
     pieces = [
-        made if count - at >= each else planes.encode(words[: count - at])
+        made if count - at >= each else planes.encode(words[: count - at], bits)
         for at in range(0, count, each)
     ]
     ends = np.cumsum([0, *(piece.size for piece in pieces)])
@@ -125,7 +126,7 @@ def _example(form: Form, bits: int, side: int, dtype: torch.dtype) -> tuple[Stor
             codes = _bytes(side, side).view(torch.int8)
             return replace(stored, groups=1), {"weight": codes, "SCB": _scales(side)}
         case Form.CODED:
-            data, pieces = _pieces(side * side)
+            data, pieces = _pieces(side * side, bits)
             return replace(stored, groups=1, pieces=pieces), {CODED_PART: data}
     numbers, nbytes = BLOCKS[form]
     return replace(stored, groups=1), {ggml.PART: _bytes(side, side // numbers * nbytes)}

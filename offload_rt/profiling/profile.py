@@ -50,7 +50,7 @@ class MemoryUse(StrEnum):
 class Decoder(StrEnum):
     """What dequantises weights: torch's operations, or kernels compiled for the processor.
 
-    Of a CPU numba compiles them, and without it numpy decodes 12 bits; of a GPU Triton does.
+    Of a CPU numba compiles them, and without it numpy decodes codes of bf16; of a GPU Triton does.
     """
 
     TORCH = "torch"

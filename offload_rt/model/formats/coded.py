@@ -1,4 +1,4 @@
-"""Decoding weights that lie in memory in 12 bits (`planes.py`), just before they compute."""
+"""Decoding weights that lie in memory in codes (`planes.py`), just before they compute."""
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from offload_rt.model.packed_files import piece_weights
 
 
 def bring_coded(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
-    """Pieces of 12 bits into `out` [O, I], each in one thread; on the CPU."""
+    """Coded pieces into `out` [O, I], each in one thread; on the CPU."""
     data, flat = parts[CODED_PART].numpy(), out.view(-1)
     each, whole = piece_weights(stored.numbers), out.dtype is torch.bfloat16
 

@@ -50,6 +50,9 @@ _BY_BITS = {4: (How.PACKED4, How.COLUMNS4), 8: (How.PACKED8, How.COLUMNS8)}
 
 def prepare(stored: Iterable[Stored], dtype: str) -> None:
     """Assemble what multiplies with these weights and with plain ones, before memory is counted."""
+    stored = list(stored)
+    for bits in {each.bits for each in stored if each.form is Form.CODED}:
+        planes.prepare(bits)
     if dtype != "bfloat16":
         return
     kernels.prepare(How.PLAIN)
@@ -57,8 +60,6 @@ def prepare(stored: Iterable[Stored], dtype: str) -> None:
         if multiplies(each, dtype, exact=True):  # as most passes are, where kernels go by that
             how = _how(each)
             kernels.prepare(how, ordered=each.heads > 0)
-            if how is How.CODED:
-                planes.prepare()
             if _has_index(each) and each.form is not Form.PACKED:
                 kernels.prepare(how, ordered=True)
 

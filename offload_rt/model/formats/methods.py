@@ -18,6 +18,8 @@ READ_METHODS = (
     "MXFP4)"
 )
 UNROUNDED = "activations are not rounded, as the method has it"
+# Bits of a bf16 weight in the two codes of packed folders, 12 and 10.75, in whole ones.
+CODED_BITS, NESTED_BITS = 12, 11
 _BITS = range(2, 9)
 _LARGEST_GROUP = 2**20
 _MIXED = "mixed-precision"
@@ -42,7 +44,7 @@ class Form(StrEnum):
     `mxfp4`: pairs of FP4, scales that are powers of two.
     `bnb4`: bitsandbytes' pairs of indices into a table of 16 numbers.
     `bnb8`: bitsandbytes' integers, with the largest number of each output.
-    `coded`: bf16 in 12 bits, of packed folders (`planes.py`); no method of config.json.
+    `coded`: bf16 in 12 or 10.75 bits, of packed folders (`planes.py`); no method of config.json.
     `q4_0` to `block_mxfp4`: blocks of GGUF, each with scales of its own (`ggml.py`).
     `paired`: plain numbers of GGUF in its order of rows.
     """

@@ -15,7 +15,7 @@ from offload_rt.errors import DeviceError
 from offload_rt.kernels.blocks import DOUBLED, UNEVEN
 from offload_rt.model.formats import ggml, integers
 from offload_rt.model.formats.grids import powers
-from offload_rt.model.formats.methods import BLOCKS, Form, block_bits
+from offload_rt.model.formats.methods import BLOCKS, NESTED_BITS, Form, block_bits
 from offload_rt.model.formats.stored import Stored, suits_triton
 from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
@@ -75,10 +75,11 @@ def bring_for(stored: Stored, device: torch.device) -> integers.Bring | None:
     if stored.form in BLOCKS:
         return _blocks
     starts = torch.tensor(stored.pieces, dtype=torch.int64).to(device)
+    kernel = "nested" if stored.bits == NESTED_BITS else "coded"
 
     def bring(stored: Stored, parts: dict[str, torch.Tensor], out: torch.Tensor) -> None:
         each = piece_weights(stored.numbers)
-        dequantise("coded", [parts[CODED_PART], starts], [stored.numbers, each], out)
+        dequantise(kernel, [parts[CODED_PART], starts], [stored.numbers, each], out)
 
     return bring
 
@@ -201,6 +202,12 @@ def _launches() -> dict[str, Launch]:
         groups = -(-most // made.GROUP)
         made.escapes[(pieces, groups)](*tensors, out, *numbers, kind, made.ESCAPES)
 
+    def nested(
+        tensors: Sequence[torch.Tensor], numbers: Sequence[int], out: torch.Tensor, kind: int
+    ) -> None:
+        places = (tensors[1].numel() - 1, -(-min(numbers) // made.WEIGHTS))
+        made.nested[places](*tensors, out, *numbers, kind, made.WEIGHTS)
+
     def blocks_(
         tensors: Sequence[torch.Tensor], numbers: Sequence[int], out: torch.Tensor, kind: int
     ) -> None:
@@ -236,6 +243,7 @@ def _launches() -> dict[str, Launch]:
         "grid": grid,
         "fours": fours,
         "coded": coded,
+        "nested": nested,
         "blocks": blocks_,
         "super_blocks": super_blocks,
     }

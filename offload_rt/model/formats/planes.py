@@ -1,4 +1,7 @@
-"""bf16 weights in 12 bits, and every bit back: the code of packed model folders.
+"""bf16 weights in 12 or 10.75 bits, and every bit back: the codes of packed model folders.
+
+The code of 10.75 bits is described in `nested.py`; here is that of 12, of which a CPU decodes
+several times as many weights a second, and what both share: pieces, heads and checksums.
 
 A bf16 number has a sign, 8 bits of exponent and 7 of mantissa; in its high byte are the sign and
 the upper 7 bits of the exponent. The low byte of a weight is kept as it is. Of a trained layer's
@@ -14,7 +17,8 @@ A tensor is cut into pieces of one size, of up to 2^21 weights, so that reader t
 different ones:
 
     head         64 bytes: kind, base, whether 0 means 0, version; weights and escapes (little
-                 endian); of version 1 the CRC-32 of these and of all behind the head
+                 endian; of nested planes the bytes of their last part); of version 1 the CRC-32 of
+                 these and of all behind the head
     low bytes    one for each weight
     codes        one byte for two weights, the first in the low half
     counts       uint32 for each 65,536 weights: escapes among them
@@ -36,7 +40,9 @@ import numpy as np
 
 from offload_rt.device import compiled
 from offload_rt.kernels import twelve
-from offload_rt.model.packed_files import PIECE_ALIGN_BYTES
+from offload_rt.model.formats import nested
+from offload_rt.model.formats.methods import CODED_BITS, NESTED_BITS
+from offload_rt.model.packed_files import PIECE_ALIGN_BYTES, aligned
 
 _HEAD = np.dtype(
     [
@@ -47,7 +53,8 @@ _HEAD = np.dtype(
 )
 _HEAD_BYTES, _SUMMED_BYTES = 64, 12
 _UNSUMMED, _SUMMED = 0, 1  # versions
-_AS_IS, _CODED = 0, 1
+_AS_IS, _CODED, _NESTED = 0, 1, 2
+_KINDS = {CODED_BITS: _CODED, NESTED_BITS: _NESTED}
 _ESCAPE, _WINDOW = 7, 7  # the code that says so; exponents that have another
 _EXPONENTS = 128  # of a high byte, without its sign
 _GROUP = 2**16
@@ -62,21 +69,39 @@ class DamagedError(Exception):
     """Bytes that are no piece."""
 
 
-def encode(words: Words) -> Bytes:
+def encode(words: Words, bits: int = CODED_BITS) -> Bytes:
     """Code the weights of a piece.
 
     Args:
         words: [n] bits of bf16 numbers.
+        bits: of the code, whole ones.
 
     Returns:
         [m] bytes, at most those of the weights and a head.
     """
-    parts = np.ascontiguousarray(words).view(np.uint8)
+    words = np.ascontiguousarray(words)
+    made = _nested(words) if bits == NESTED_BITS else _twelve(words)
+    if made is None:
+        made = _filled([_head(_AS_IS, 0, 0, words.size, 0), words.view(np.uint8)])
+    return _summed(made)
+
+
+def _nested(words: Words) -> Bytes | None:
+    """The piece in nested planes; None where that would not make it smaller."""
+    parts, more = nested.encode(words)
+    if _nested_size(words.size, more) >= _as_is_size(words.size):
+        return None
+    return _filled([_head(_NESTED, 0, 0, words.size, more), *parts])
+
+
+def _twelve(words: Words) -> Bytes | None:
+    """The piece in 12 bits; None where that would not make it smaller."""
+    parts = words.view(np.uint8)
     high = parts[1::2]
     base, zero, escapes = _window(np.bincount(high & _EXPONENTS - 1, minlength=_EXPONENTS))
     size = _size(words.size, escapes)
     if size >= _as_is_size(words.size):
-        return _summed(_filled([_head(_AS_IS, 0, 0, words.size, 0), parts]))
+        return None
     codes = _codes(base, zero)[high]
     places = np.flatnonzero(codes & _ESCAPE == _ESCAPE)
     pairs = np.zeros(_pairs(words.size), np.uint8)
@@ -95,21 +120,24 @@ def encode(words: Words) -> Bytes:
         ]
     )
     assert made.size == size
-    return _summed(made)
+    return made
 
 
-def check(piece: Bytes, count: int, *, whole: bool) -> None:
+def check(piece: Bytes, count: int, bits: int, *, whole: bool) -> None:
     """See that bytes are a piece, as far as its head says, without decoding it.
 
     Args:
         piece: [m] bytes.
         count: weights it should have.
+        bits: of the code it should have, whole ones.
         whole: compare its checksum too; pieces of the first version have none.
 
     Raises:
         DamagedError: they are none.
     """
     head, _ = _headed(piece, count)
+    if head["kind"] not in {_AS_IS, _KINDS[bits]}:
+        raise DamagedError(f"the head of a piece says kind {int(head['kind'])}, of another code")
     if not whole or head["version"] == _UNSUMMED:
         return
     found = _checksum(piece)
@@ -138,7 +166,12 @@ def decode(piece: Bytes, words: Words) -> None:
     if head["kind"] == _AS_IS:
         words[:] = piece[_HEAD_BYTES : _HEAD_BYTES + 2 * count].view(np.uint16)
         return
-    at = _HEAD_BYTES + _whole(count)
+    if head["kind"] == _NESTED:
+        wrong = nested.decode(piece[_HEAD_BYTES:], escapes, words)
+        if wrong >= 0:
+            raise DamagedError(f"planes of block {wrong} of a piece of {count} weights disagree")
+        return
+    at = _HEAD_BYTES + aligned(count)
     low, pairs = piece[_HEAD_BYTES : _HEAD_BYTES + count], piece[at : at + _pairs(count)]
     _join(low, pairs, words, base, zero)
     _patch(piece[at + pairs.size :], words, escapes)
@@ -155,9 +188,9 @@ def _compiled() -> ModuleType | None:
     return planes_compiled
 
 
-def prepare() -> None:
+def prepare(bits: int) -> None:
     """Compile now what decodes, where it can be: LLVM takes memory for a moment."""
-    _compiled()
+    (nested.compile_now if bits == NESTED_BITS else _compiled)()
 
 
 class Described:
@@ -295,7 +328,11 @@ def _headed(piece: Bytes, count: int) -> tuple[Any, int]:
     head = piece[: _HEAD.itemsize].view(_HEAD)[0]
     kind, base, version = int(head["kind"]), int(head["base"]), int(head["version"])
     stated, escapes = (int(size) for size in head["sizes"])
-    expected = {_AS_IS: _as_is_size(stated), _CODED: _size(stated, escapes)}.get(kind)
+    expected = {
+        _AS_IS: _as_is_size(stated),
+        _CODED: _size(stated, escapes),
+        _NESTED: _nested_size(stated, escapes),
+    }.get(kind)
     known = base + _WINDOW <= _EXPONENTS and head["zero"] <= 1 and version <= _SUMMED
     if stated != count or expected != piece.size or not known:
         raise DamagedError(
@@ -323,12 +360,17 @@ def _head(kind: int, base: int, zero: int, count: int, escapes: int) -> Bytes:
 
 def _size(count: int, escapes: int) -> int:
     """Bytes of a coded piece."""
-    sizes = _whole(count) + _pairs(count) + 4 * _groups(count) + _ESCAPE_BYTES * escapes
-    return _HEAD_BYTES + _whole(sizes)
+    sizes = aligned(count) + _pairs(count) + 4 * _groups(count) + _ESCAPE_BYTES * escapes
+    return _HEAD_BYTES + aligned(sizes)
+
+
+def _nested_size(count: int, more: int) -> int:
+    """Bytes of a piece in nested planes."""
+    return _HEAD_BYTES + aligned(nested.nbytes(count, more))
 
 
 def _as_is_size(count: int) -> int:
-    return _HEAD_BYTES + _whole(2 * count)
+    return _HEAD_BYTES + aligned(2 * count)
 
 
 def _filled(parts: Sequence[Bytes]) -> Bytes:
@@ -337,13 +379,9 @@ def _filled(parts: Sequence[Bytes]) -> Bytes:
     return np.pad(made, (0, -made.size % PIECE_ALIGN_BYTES))
 
 
-def _whole(count: int) -> int:
-    return -(-count // PIECE_ALIGN_BYTES) * PIECE_ALIGN_BYTES
-
-
 def _pairs(count: int) -> int:
     """Bytes of the codes of so many weights."""
-    return _whole(-(-count // 2))
+    return aligned(-(-count // 2))
 
 
 def _groups(count: int) -> int:

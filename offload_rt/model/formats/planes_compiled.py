@@ -1,4 +1,6 @@
-"""The decoding of `planes.py`, for numba: 16 numbers an instruction, where numpy looks them up.
+"""What numba compiles of `planes.py` and `nested.py`.
+
+Twelve bits are decoded 16 numbers an instruction, where numpy looks them up.
 
 No numba here at import (`device/compiled.py`).
 """
@@ -116,3 +118,120 @@ def describe(data, words, begins, each, numbers, address, room, records, starts)
             for part in range(8 + half, 16, 2):
                 records[piece, part] = table
     return True
+
+
+@kernel(
+    "int64(uint16[::1], uint8[::1], uint8[::1], uint8[::1], uint8[::1], uint32[::1], uint8[::1])"
+)
+def nest(words, place, order, low, first, begins, rest):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, PLR0913
+    """Code weights in nested planes (`nested.py`).
+
+    Args:
+        words: [n] bits of bf16 numbers.
+        place: [256] the rank of each exponent.
+        order: [256] the exponent of each rank.
+        low: [n] or more, takes low bytes.
+        first: [256 blocks] takes the first plane.
+        begins: [blocks] takes where each block's part of the rest begins.
+        rest: takes it, and is large enough.
+
+    Returns:
+        Bytes of the rest.
+    """
+    left = np.zeros(1024 + 8, np.uint8)
+    used = 0
+    for block in range(begins.size):
+        start = 1024 * block
+        count = min(1024, words.size - start)
+        begins[block] = used
+        for i in range(count):
+            word = words[start + i]
+            low[start + i] = word & 127 | word >> 8 & 128
+            left[i] = place[word >> 7 & 255]
+        left[count:] = 0
+        there, at, n = first, 256 * block, 1024
+        for level in range(3):
+            bits = 3 if level == 2 else 2
+            most = (1 << bits) - 1
+            for group in range((n + 7) // 8):
+                packed = 0
+                for j in range(8):
+                    packed |= min(np.int64(left[8 * group + j]), most) << bits * j
+                for j in range(bits):
+                    there[at] = packed >> 8 * j
+                    at += 1
+            escapes = 0
+            for i in range(n):
+                each = np.int64(left[i])
+                left[escapes] = each - most
+                escapes += each >= most
+            left[escapes : escapes + 8] = 0
+            n = escapes
+            if level == 0:
+                there, at = rest, used
+        for i in range(n):
+            rest[at + i] = order[left[i] + 13]
+        used = at + n
+    return used
+
+
+@kernel("int64(uint8[::1], uint8[::1], uint8[::1], uint32[::1], uint8[::1], uint16[::1])")
+def unnest(table, low, first, begins, rest, words):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN201, C901
+    """Bring weights back from nested planes (`nested.py`).
+
+    Args:
+        table: exponents of the planes.
+        low: [n] or more low bytes.
+        first: [256 blocks] the first plane.
+        begins: [blocks] where each block's part of the rest begins.
+        rest: it.
+        words: [n] takes the bits of bf16 numbers.
+
+    Returns:
+        The first block whose planes end elsewhere than the next begins, or -1.
+    """
+    wanted = np.empty(1024 + 1, np.uint16)  # whose codes the next plane has
+    made = np.empty(1024, np.uint8)
+    for block in range(begins.size):
+        at = np.int64(begins[block])
+        end = np.int64(begins[block + 1]) if block + 1 < begins.size else rest.size
+        if at > end or end > rest.size:
+            return block
+        n = 0
+        for i in range(256):
+            byte = np.int64(first[256 * block + i])
+            for j in range(4):
+                code = byte >> 2 * j & 3
+                made[4 * i + j] = table[code]
+                wanted[n] = 4 * i + j
+                n += code == 3
+        for level in range(1, 3):
+            bits = level + 1
+            most = (1 << bits) - 1
+            if at + bits * ((n + 7) // 8) > end:
+                return block
+            escapes = 0
+            for group in range(0, n, 8):
+                packed = np.int64(0)
+                for j in range(bits):
+                    packed |= np.int64(rest[at + j]) << 8 * j
+                at += bits
+                for i in range(group, min(group + 8, n)):
+                    code = packed & most
+                    packed >>= bits
+                    place = wanted[i]
+                    made[place] = table[3 * level + code]
+                    wanted[escapes] = place
+                    escapes += code == most
+            n = escapes
+        if at + n != end:
+            return block
+        for i in range(n):
+            made[wanted[i]] = rest[at + i]
+        start = 1024 * block
+        for i in range(min(1024, words.size - start)):
+            mine = np.uint16(low[start + i])
+            high = np.uint16(np.uint16(made[i]) << np.uint16(7))
+            sign = np.uint16(np.uint16(mine & np.uint16(128)) << np.uint16(8))
+            words[start + i] = sign | high | np.uint16(mine & np.uint16(127))
+    return -1

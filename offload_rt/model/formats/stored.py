@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from offload_rt.device import compiled
 from offload_rt.device.system import processor_flags, takes_matrix_registers
 from offload_rt.model.formats.methods import BLOCKS as GGML
-from offload_rt.model.formats.methods import Form
+from offload_rt.model.formats.methods import CODED_BITS, Form
 from offload_rt.model.header import TensorExtent
 
 # Numbers of a weight that are dequantised at once; on a CPU by one thread, so that they stay in its
@@ -67,7 +67,7 @@ class Stored:
         form: how it is stored.
         outputs: O of the weight [O, I].
         inputs: I.
-        bits: of a number.
+        bits: of a number, in whole ones.
         groups: G, scales along the inputs.
         parts: the tensors that are streamed, by what they are: the last word of their names.
         block: outputs and inputs that share a scale, where scales are a grid.
@@ -201,7 +201,7 @@ def kernels_multiply_plain() -> bool:
 
 def could_multiply(stored: Stored, dtype: str) -> bool:
     """Whether such kernels take a weight, where there are any."""
-    coded = stored.form is Form.CODED and stored.inputs < _LONGEST
+    coded = stored.form is Form.CODED and stored.bits == CODED_BITS and stored.inputs < _LONGEST
     step = _CODED_INPUTS if coded else KERNEL_INPUTS
     if stored.form is Form.PACKED:
         step = 512 // stored.bits  # 16 words
@@ -236,7 +236,7 @@ def scratch_bytes(stored: Iterable[Stored], number_bytes: int, processor: str) -
     """
     stored = list(stored)
     largest = max((each.scratch_numbers for each in stored), default=0)
-    # On a GPU one kernel decodes 12 bits, and no torch is there to do it in steps.
+    # On a GPU one kernel decodes these, and no torch is there to do it in steps.
     parts = [s for s in stored if not (processor == "cuda" and s.form is Form.CODED)]
     block = max(BLOCK_NUMBERS[processor], max((each.inputs for each in parts), default=0))
     most = max((each.scratch_numbers for each in parts), default=0)

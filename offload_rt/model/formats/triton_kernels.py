@@ -15,7 +15,7 @@ AWQ, GPTQ, PACKED = 0, 1, 2  # orders of integers
 FP8, INT8 = 0, 1  # numbers of a byte
 ROWS, COLUMNS = 32, 64  # of a block
 LINES, LINE = 8, 256  # outputs and inputs of a block where the weight is in blocks of GGUF
-WEIGHTS = 1024  # in 12 bits, of a block
+WEIGHTS = 1024  # in codes, of a block; in nested planes it is one that counts by itself
 GROUP = 65536  # weights of such a group
 ESCAPES = 256  # that are put in at once
 BF16, FP16, FP32 = 0, 1, 2  # number formats of the computation
@@ -442,3 +442,69 @@ def escapes(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
         byte = tl.load(begin + highs + nth, mask=mask, other=0).to(tl.uint32)
         word = tl.load(begin + 64 + weight, mask=mask, other=0).to(tl.uint32) | (byte << 8)
         _put(out + piece * each + weight, word, mask, kind)
+
+
+@triton.jit
+def _code(data, plane, nth, size, mask, bits: tl.constexpr):  # type: ignore[no-untyped-def] # noqa: ANN001, ANN202
+    """Codes of a plane that begins at a byte of a piece, by their numbers in it."""
+    place = plane + (nth * bits >> 3)
+    code = tl.load(data + place, mask=mask & (place < size), other=0).to(tl.int32)
+    if bits == 3:  # that may lie in two bytes
+        more = tl.load(data + place + 1, mask=mask & (place + 1 < size), other=0)
+        code |= more.to(tl.int32) << 8
+    return (code >> (nth * bits & 7)) & ((1 << bits) - 1)
+
+
+@triton.jit
+def nested(  # type: ignore[no-untyped-def] # noqa: ANN201, PLR0913
+    data,  # noqa: ANN001
+    starts,  # noqa: ANN001
+    out,  # noqa: ANN001
+    numbers,  # noqa: ANN001
+    each,  # noqa: ANN001
+    kind: tl.constexpr,
+    weights: tl.constexpr,
+):
+    """bf16 in nested planes (`nested.py`), a block a program; arguments are those of `coded`.
+
+    What a damaged file says leads to other weights, never outside of the piece or of `out`. Places
+    in a piece have 32 bits, as adding up those of 64 takes several times as many instructions.
+    """
+    piece = tl.program_id(0).to(tl.int64)
+    count = tl.minimum(each, numbers - piece * each).to(tl.int32)
+    start = tl.load(starts + piece)
+    begin, size = data + start, (tl.load(starts + piece + 1) - start).to(tl.int32)
+    mine, lane = tl.program_id(1), tl.arange(0, weights)
+    at = mine * weights + lane
+    mask, blocks = at < count, (count + weights - 1) // weights
+    is_coded = (tl.load(begin) != 0) & (mine < blocks)
+    ours = tl.where(is_coded, 128 + at, 64 + 2 * at)  # the low byte
+    low = tl.load(begin + ours, mask=mask & (ours < size), other=0).to(tl.uint32)
+    plain = tl.load(begin + ours + 1, mask=mask & (ours + 1 < size), other=0).to(tl.uint32)
+    first = 128 + (count + 63) // 64 * 64
+    begins = first + blocks * (weights // 4)
+    place = begins + 4 * mine + tl.arange(0, 4)
+    byte = tl.load(begin + place, mask=is_coded & (place < size), other=0).to(tl.int64)
+    plane = begins + 4 * blocks + tl.sum(byte << (8 * tl.arange(0, 4)), 0)
+    plane = tl.minimum(plane, size).to(tl.int32)
+
+    inside = (lane >= 0) & is_coded
+    code = _code(begin, first + mine * (weights // 4), lane, size, inside, 2)
+    place = 64 + code
+    escaped = inside & (code == 3)
+    nth, total = tl.cumsum(escaped.to(tl.int32), 0) - 1, tl.sum(escaped.to(tl.int32), 0)
+    code = _code(begin, plane, nth, size, escaped, 2)
+    place = tl.where(escaped, 67 + code, place)
+    plane += (total + 7) // 8 * 2
+    escaped = escaped & (code == 3)
+    nth, total = tl.cumsum(escaped.to(tl.int32), 0) - 1, tl.sum(escaped.to(tl.int32), 0)
+    code = _code(begin, plane, nth, size, escaped, 3)
+    place = tl.where(escaped, 70 + code, place)
+    plane += (total + 7) // 8 * 3
+    escaped = escaped & (code == 7)
+    nth = tl.cumsum(escaped.to(tl.int32), 0) - 1
+    place = tl.where(escaped, plane + nth, place)  # of the exponent, at last
+    exponent = tl.load(begin + place, mask=inside & (place < size), other=0).to(tl.uint32)
+    word = ((low & 128) << 8) | (exponent << 7) | (low & 127)
+    word = tl.where(is_coded, word, low | (plain << 8))
+    _put(out + piece * each + at, word, mask, kind)
