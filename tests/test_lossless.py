@@ -230,18 +230,22 @@ def test_simulated_sizes_of_packing_are_those_it_has(bits, make_tiny, tmp_path):
     assert sum(mine.values()) == pytest.approx(sum(theirs.values()), rel=0.05)
 
 
-def test_simulate_looks_ahead_and_plan_does_not(make_tiny, offload_run):
+@pytest.mark.parametrize(("bits", "least", "most"), [("12", 0.74, 0.84), ("10.75", 0.66, 0.78)])
+def test_simulate_looks_ahead_and_plan_does_not(bits, least, most, make_tiny, offload_run):
     """What packing would give is simulated of any model; a plan is of the files there are."""
     shape = {"hidden_size": 512, "intermediate_size": 1024, "vocab_size": 1000}
     folder = make_tiny("llama", dtype="bfloat16", **shape)
     asked = ("simulate", folder, "--profile", "cpu-2core-avx512bf16", "--json")
     asked += ("--resident-layers", 0, "--home", "host", "--link-bandwidth", 1)
     raw, less = (
-        json.loads(offload_run(*asked, "--wire", wire).out) for wire in ("auto", "lossless")
+        json.loads(offload_run(*asked, "--wire", *wire).out)
+        for wire in (("auto",), ("lossless", "--bits", bits))
     )
     assert raw["wire"] == "raw" and less["wire"] == "lossless"
-    assert 0.74 < less["host_bytes"] / raw["host_bytes"] < 0.84  # small ones are not coded
-    assert less["quantised"]["method"] == "bf16 in 12 bits"
+    assert least < less["host_bytes"] / raw["host_bytes"] < most  # small ones are not coded
+    assert less["quantised"]["method"] == f"bf16 in {bits} bits"
+    refused = offload_run(*asked, "--bits", bits)
+    assert refused.code == 2 and "--bits has no effect with --wire auto" in refused.err
     planned = offload_run("plan", folder, "--wire", "lossless")
     assert planned.code == 2 and "make one with `offload-run pack`" in planned.err
 

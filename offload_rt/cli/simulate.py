@@ -38,6 +38,7 @@ from offload_rt.device.kinds import check_links, likely_kind
 from offload_rt.errors import ConfigError
 from offload_rt.model.checkpoint import Checkpoint, resolve_model
 from offload_rt.model.outline import open_or_outline
+from offload_rt.model.packed_files import NAMED
 from offload_rt.model.wire import as_if_packed, wired
 from offload_rt.planning.fit import RunLoad
 from offload_rt.planning.given_rates import Acceptance, expect, parse_ranks
@@ -117,6 +118,13 @@ _MODES = {"scenario": "--scenario", "validate": "--validate", "scenario_help": "
 )
 @options.placement_options
 @options.wire_option
+@click.option(
+    "--bits",
+    type=click.Choice([*NAMED]),
+    default=None,
+    show_default="a packed folder's own, else 12",
+    help="With --wire lossless: as if MODEL were packed with these --bits.",
+)
 @options.stated_draft_options
 @options.together_option
 @options.json_option
@@ -271,8 +279,11 @@ def _model(model: str, values: dict[str, Any]) -> None:
     checkpoint, from_files = open_or_outline(resolve_model(model))
     if config.context_tokens is not None:
         check_context(checkpoint, config.context_tokens)
+    bits = values["bits"]
     if config.wire is Wire.LOSSLESS:
-        checkpoint = as_if_packed(checkpoint)
+        checkpoint = as_if_packed(checkpoint, bits and NAMED[bits])
+    elif bits is not None:
+        raise ConfigError(f"--bits has no effect with --wire {config.wire}: leave it out")
     wired(checkpoint, config.wire)  # refuses what cannot be
     question = Question(
         checkpoint=checkpoint,
