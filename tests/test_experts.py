@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections import Counter, deque
+from functools import cache
 from types import SimpleNamespace
 
 import pytest
@@ -45,9 +46,10 @@ def empty_slots(monkeypatch):
     monkeypatch.setattr(ExpertPool, "fill", lambda self, uses: None)
 
 
-def resident_answers(folder, steps=3, tokens=6, **config):
+@cache
+def resident_answers(folder, steps=3, tokens=6):
     """Logits and an answer with all in memory."""
-    with engine_for(folder, **config) as engine:
+    with engine_for(folder) as engine:
         assert not engine.placement.streams
         logits = all_logits(engine, steps=steps)
         engine.forget()
@@ -60,21 +62,18 @@ def layers_of(name):
     return {"num_hidden_layers": 2} if name in alike else {}
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, "bfloat16") for name in MIXTURES),
-        *((name, "float32") for name in ("mixtral", "every-second", "gpt_oss")),
-    ],
-)
-def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(make_tiny, name, dtype):
-    folder = make_mixture(make_tiny, name, dtype=dtype, **layers_of(name))
+# Forms of files, and of the families one whose routers have numbers in fp32, one with states.
+IN_BF16 = [name for name in MIXTURES if name not in FAMILIES] + ["deepseek_v3", "qwen3_next"]
+
+
+@pytest.mark.parametrize("name", IN_BF16)
+def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(make_tiny, name):
+    folder = make_mixture(make_tiny, name, dtype="bfloat16", **layers_of(name))
     logits, answer = resident_answers(folder, steps=2, tokens=4)
     # Of two forms each size of a pool, of the others two and each home, of families one.
     places = (3, HomeKind.DISK), (9, HomeKind.HOST), (14, HomeKind.DISK)
     most = 1 if name in FAMILIES else 3 if name in ("mixtral", "gpt_oss") else 2
-    own = places[1:2] if dtype == "float32" else places[:most]
-    for slots, home in own:
+    for slots, home in places[:most]:
         with engine_for(folder, expert_slots=slots, home=home) as engine:
             assert engine.placement.expert_slots == slots
             assert generate(engine, tokens=4) == answer
@@ -83,11 +82,15 @@ def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(make_tiny, nam
 
 
 @pytest.mark.parametrize("name", MIXTURES)
-def test_logits_equal_transformers(make_tiny, name):
+def test_logits_have_the_bits_of_all_in_memory_and_are_those_of_transformers(make_tiny, name):
     folder = make_mixture(make_tiny, name, **layers_of(name))
+    with engine_for(folder) as engine:
+        assert not engine.placement.streams
+        resident = all_logits(engine)
     with engine_for(folder, expert_slots=5) as engine, torch.no_grad():
         ours = all_logits(engine)
         theirs = reference_model(folder)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+    assert torch.equal(ours, resident)
     theirs = theirs[len(PROMPT) - 1 :]
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
@@ -100,7 +103,7 @@ def test_the_order_of_arrival_changes_nothing(make_tiny, readers, monkeypatch):
 
     def preadv(fd, buffers, offset):
         with lock:
-            delay = dice.random() * 2e-3
+            delay = dice.random() * 5e-4
         time.sleep(delay)
         return os.preadv(fd, buffers, offset)
 
@@ -165,30 +168,29 @@ def lru_hits(trace, share):
     return hits
 
 
-@pytest.mark.parametrize("slots", [8, 13, 20, 32])
+@pytest.mark.parametrize("slots", [4, 7, 10, 16])
 def test_hits_are_those_of_a_least_recently_used_order(make_tiny, slots):
-    folder = make_mixture(make_tiny)
+    folder = make_mixture(make_tiny, num_hidden_layers=2)
     with engine_for(folder, expert_slots=slots, tokens=40) as engine:
         engine.forward([(0, PROMPT[:1])], reuse=True)
         pool = engine.runner.experts
-        for layer in range(4):
+        for layer in range(2):
             pool._free += pool._held[layer].values()
             pool._held[layer].clear()
         trace, before = traced(engine), (pool.counts.hits, pool.counts.misses)
         for token in PROMPT * 2:
             engine.forward([(0, [token])], reuse=False)
         hits, misses = pool.counts.hits - before[0], pool.counts.misses - before[1]
-    assert hits + misses == sum(len(needed) for _, needed, _ in trace) == 2 * len(PROMPT) * 4 * 2
+    assert hits + misses == sum(len(needed) for _, needed, _ in trace) == 2 * len(PROMPT) * 2 * 2
     assert hits == lru_hits(trace, pool.share) > 0
 
 
 def test_hits_of_every_size_are_in_one_histogram(make_tiny):
     """Stack distances of one run are the hits of runs with other numbers of slots."""
-    folder, tokens = make_mixture(make_tiny), PROMPT * 2
-    counts = {}
-    for slots in (8, 16, 24, 32):
+    folder, counts = make_mixture(make_tiny, num_hidden_layers=2), {}
+    for slots in (4, 8, 12, 16):
         with engine_for(folder, expert_slots=slots, tokens=40) as engine:
-            for token in tokens:
+            for token in PROMPT * 2:
                 engine.forward([(0, [token])], reuse=False)
             counts[engine.runner.experts.share] = engine.runner.experts.counts
     for share, own in counts.items():
@@ -462,19 +464,18 @@ def test_memory_keeps_to_the_plan_and_all_that_is_left_is_slots(make_tiny):
     folder = make_mixture(
         make_tiny,
         "mixtral",
-        hidden_size=512,
-        intermediate_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
         num_local_experts=16,
-        head_dim=64,
         num_hidden_layers=2,
         dtype="bfloat16",
     )
     options = {"prefill_chunk_tokens": 512}
     with pytest.raises(PlanError) as refusal, engine_for(folder, device_limit_bytes=1, **options):
         pass
-    least = -(-refusal.value.needed_bytes // 2**20) * 2**20
+    least = -(-refusal.value.needed_bytes // 2**18) * 2**18
     fewest = None
-    for limit in (least, least + 20 * 2**20):
+    for limit in (least, least + 5 * 2**20):
         with engine_for(folder, device_limit_bytes=limit, **options) as engine:
             generate(engine)
             placement, ledger = engine.placement, engine.device.ledger()
@@ -521,10 +522,11 @@ def test_slots_of_experts_have_no_effect_on_a_dense_model(tiny_model):
 
 
 def test_no_slots_stream_whole_layers(make_tiny):
-    folder = make_mixture(make_tiny, hidden_size=128, moe_intermediate_size=512, num_experts=32)
+    sizes = {"hidden_size": 128, "moe_intermediate_size": 256, "num_hidden_layers": 3}
+    folder = make_mixture(make_tiny, num_experts=32, **sizes)
     with pytest.raises(PlanError) as refusal, engine_for(folder, device_limit_bytes=1):
         pass
-    limit = refusal.value.needed_bytes + 40 * 2**20
+    limit = refusal.value.needed_bytes + 20 * 2**20
     with engine_for(folder, device_limit_bytes=limit, expert_slots=0) as engine:
         assert engine.placement.streamed and not engine.placement.expert_slots
         whole = all_logits(engine)
@@ -640,7 +642,7 @@ def test_a_family_that_passes_the_interface_by_is_streamed_whole(
         return hidden * self.down_proj.mean()  # needs the weights
 
     monkeypatch.setattr(modeling_qwen3_moe.Qwen3MoeExperts, "forward", loop)
-    sizes = {"max_position_embeddings": 99, "moe_intermediate_size": 512, "hidden_size": 128}
+    sizes = {"max_position_embeddings": 99, "moe_intermediate_size": 256, "hidden_size": 128}
     folder = make_mixture(make_tiny, "qwen3_moe", **sizes)
     checkpoint = open_checkpoint(folder)
     found = experts_of(checkpoint, "float32")

@@ -47,7 +47,7 @@ def twins_of(make_tiny, tmp_path_factory):
     def make(name, dtype="float32"):
         if (name, dtype) not in made:
             family, case = TWINS[name]
-            size = {"num_hidden_layers": 3}
+            size = {"num_hidden_layers": 2}
             size |= {"intermediate_size": 64} if family == "gpt_oss" else {}
             source = make_mixture(make_tiny, family, dtype=dtype, **size)
             folder, number = tmp_path_factory.mktemp("twins"), getattr(torch, dtype)
@@ -61,25 +61,19 @@ def twins_of(make_tiny, tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [
-        *((name, "float32") for name in TWINS),
-        ("gpt_oss MXFP4", "bfloat16"),
-        ("qwen3_moe W4", "bfloat16"),
-    ],
-)
-def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(twins_of, name, dtype):
-    folder = twins_of(name, dtype).folder
+# Each size of a pool and each home for two formats; for each other one of them, in turn.
+PLACES = (3, HomeKind.DISK), (5, HomeKind.HOST), (7, HomeKind.DISK)
+
+
+@pytest.mark.parametrize("name", ["gpt_oss MXFP4", "qwen3_moe W4"])
+def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(twins_of, name):
+    folder = twins_of(name, "bfloat16").folder
     with engine_for(folder) as engine:
         assert not engine.placement.streams
         logits = all_logits(engine)
         engine.forget()
         answer = generate(engine, tokens=4)
-    # Of two formats each size of a pool and each home; of the others one of either, in turn.
-    places = (3, HomeKind.DISK), (9, HomeKind.HOST), (11, HomeKind.DISK)
-    own = places if dtype == "bfloat16" else places[list(TWINS).index(name) % 2 :][:1]
-    for slots, home in own:
+    for slots, home in PLACES:
         with engine_for(folder, expert_slots=slots, home=home) as engine:
             assert engine.placement.expert_slots == slots
             assert generate(engine, tokens=4) == answer
@@ -88,11 +82,16 @@ def test_any_number_of_slots_gives_the_same_bits_as_all_in_memory(twins_of, name
 
 
 @pytest.mark.parametrize("name", TWINS)
-def test_logits_equal_transformers_over_the_dequantised_weights(twins_of, name):
-    twins = twins_of(name)
-    with engine_for(twins.folder, expert_slots=5) as engine, torch.no_grad():
+def test_logits_have_the_bits_of_all_in_memory_and_are_those_of_dequantised_weights(twins_of, name):
+    """In fp32; the latter as transformers computes them."""
+    twins, (slots, home) = twins_of(name), PLACES[list(TWINS).index(name) % 2]
+    with engine_for(twins.folder) as engine:
+        assert not engine.placement.streams
+        resident = all_logits(engine)
+    with engine_for(twins.folder, expert_slots=slots, home=home) as engine, torch.no_grad():
         ours = all_logits(engine)
         theirs = reference_model(twins.plain)(torch.tensor([PROMPT + PROMPT[:3]])).logits[0]
+    assert torch.equal(ours, resident)
     theirs = theirs[len(PROMPT) - 1 :]
     assert (ours - theirs).abs().max() <= 1e-4 * theirs.abs().max()
 
@@ -124,7 +123,7 @@ def test_whole_layers_give_the_same_bits(twins_of, name):
     folder = twins_of(name).folder
     with engine_for(folder, expert_slots=5) as engine:
         logits = all_logits(engine)
-    with engine_for(folder, resident_layers=1) as engine:
+    with engine_for(folder, resident_layers=0) as engine:
         assert len(engine.placement.streamed) == 2 and not engine.placement.expert_slots
         assert torch.equal(all_logits(engine), logits)
 
@@ -141,9 +140,9 @@ def test_an_expert_is_a_unit_of_the_bytes_of_the_files(twins_of):
 
 def test_swapped_scales_are_seen(twins_of, monkeypatch):
     folder = twins_of("gpt_oss MXFP4").folder
-    with engine_for(folder, expert_slots=9) as engine:
+    with engine_for(folder, expert_slots=7) as engine:
         logits = all_logits(engine)
-    with engine_for(folder, expert_slots=9) as engine:
+    with engine_for(folder, expert_slots=7) as engine:
         pool = engine.runner.experts
         source = pool._source
         pool._source = lambda layer, expert: source(layer, {0: 1, 1: 0}.get(expert, expert))
@@ -171,7 +170,7 @@ def test_config_json_alone_says_the_sizes(twins_of, tmp_path, name):
 
 BLOCKS = "model.layers.1.mlp.experts.gate_up_proj_blocks"
 SCALES = "model.layers.1.mlp.experts.gate_up_proj_scales"
-EXPERT = "model.layers.2.mlp.experts.1.down_proj"
+EXPERT = "model.layers.1.mlp.experts.1.down_proj"
 
 
 def half(name):
@@ -318,13 +317,13 @@ def test_few_rows_take_experts_at_once_where_passes_need_not_be_row_invariant_to
     fits = registers_fit if registers else lambda *_: False
     monkeypatch.setattr(stored_kernels, "multiplies_in_registers", fits)
     sizes = {"hidden_size": 128, "moe_intermediate_size": 128, "intermediate_size": 128}
-    folder = make_mixture(make_tiny, name, dtype="bfloat16", **sizes)
+    folder = make_mixture(make_tiny, name, dtype="bfloat16", **sizes, num_hidden_layers=2)
     calls, together = [], experts_module.multiply_all
     monkeypatch.setattr(
         experts_module, "multiply_all", lambda tasks: (calls.append(len(tasks)), together(tasks))
     )
     few, many, found = PROMPT[:1], [token % 60 for token in range(200)], []
-    for slots in (None, 5, 14):
+    for slots in (None, 5):
         with engine_for(
             folder, exact=Exact.OFF, expert_slots=slots, prefill_chunk_tokens=256, tokens=210
         ) as engine:
@@ -334,4 +333,4 @@ def test_few_rows_take_experts_at_once_where_passes_need_not_be_row_invariant_to
                 made.append(engine.forward([(0, rows)], reuse=False).clone())
                 assert bool(calls) == (name == "qwen3_moe" and len(rows) < 200)
             found.append(torch.cat(made))
-    assert [torch.equal(one, found[0]) for one in found] == [True] * 3
+    assert [torch.equal(one, found[0]) for one in found] == [True] * 2
