@@ -72,7 +72,6 @@ CASES = {
     },
     "KV staged": KV_HOST | {"driver": {"pin": False}},
     "KV, batch": KV_HOST | {"many": True},
-    "KV, n-grams": KV_HOST | {"draft": "ngram", "draft_tokens": 8},
     "KV, tree of a model": KV_HOST | {"draft": "model", "draft_tokens": 16},
     "KV of resident layers": KV_HOST | {"resident_layers": 4, "slots": None, "home": HomeKind.AUTO},
     "TriForce": {"draft": TRIFORCE},
@@ -82,7 +81,7 @@ CASES = {
 TWO = {"gpus": 2, "device": "cpu,cpu", "resident_layers": 0, "slots": 1}
 CASES |= {
     f"two GPUs, {name}": CASES[name] | TWO
-    for name in ("pinned", "disk", "n-grams", "Medusa", "KV, tree of a model")
+    for name in ("pinned", "disk", "Medusa", "KV, tree of a model")
     + ("TriForce", "KV, TriForce, batch")
 }
 

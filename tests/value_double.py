@@ -14,13 +14,18 @@ from recorded import capture
 
 from offload_rt.attention.flash import flash_of
 from offload_rt.device import kinds
+from offload_rt.device.base import PAGE_BYTES
+from offload_rt.device.cuda import pinned as pinned_module
 from offload_rt.device.cuda.device import CudaDevice
 from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.kinds import CUDA, Processor
 from offload_rt.engine import engine as engine_module
+from offload_rt.model import weight_files as files_module
+from offload_rt.streaming import memory_home as home_module
 
 POISON = 0x7F  # as bf16 and fp32: 3.4e38, which no sum survives
 GIB = 2**30
+PIECES = 2**18  # of tiny models; each page of the buffers that they pass through is written to
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +158,10 @@ def open_double(monkeypatch, *, count=1, **options):
     Returns:
         the first of them.
     """
+    for module in (files_module, home_module):
+        monkeypatch.setattr(module, "PIECE_BYTES", min(module.PIECE_BYTES, PIECES))
+    for name, most in (("STAGING_BYTES", PIECES + 2 * PAGE_BYTES), ("UPLOAD_BYTES", PIECES)):
+        monkeypatch.setattr(pinned_module, name, min(getattr(pinned_module, name), most))
     devices = [CudaDevice(i, readers=2, driver=LateDriver(**options)) for i in range(count)]
     open_as(monkeypatch, *devices)
     return devices[0]
