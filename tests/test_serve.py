@@ -352,13 +352,14 @@ async def listening(app):
 
 
 GET = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
+LAST = b"GET / HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n"
 BODILESS = b"POST / HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
 
 
 BEFORE = {  # what is asked, how long its answer takes, what comes then
-    "first": ([], 0.6, b"GET / HT"),
-    "second": ([GET], 0.6, b"GET / HT"),
-    "third": ([GET, GET], 0.6, b"GET / HT"),
+    "first": ([], 0.4, b"GET / HT"),
+    "second": ([GET], 0.4, b"GET / HT"),
+    "third": ([GET, GET], 0.4, b"GET / HT"),
     "answered before its body": ([BODILESS], 0.0, b"x"),
 }
 
@@ -395,7 +396,7 @@ def test_a_connection_that_does_not_say_what_it_wants_is_closed(monkeypatch):
 
 def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch):
     """What is sent is kept for nobody for ever; who is slow but takes it gets all of it."""
-    monkeypatch.setattr(running, "SEND_S", 0.5)
+    monkeypatch.setattr(running, "SEND_S", 0.3)
     looked, look = [], running._Impatient._look
 
     def looks(own, before):
@@ -406,7 +407,7 @@ def test_a_client_that_takes_next_to_nothing_is_cut_off(monkeypatch):
 
     async def all_of_them():
         next_to_nothing = [(takes, whole) for takes in (0, 1) for whole in (True, False)]
-        slow = [(2**24, 2.0, True), (2**21, 1.0, False)]  # longer than is looked after
+        slow = [(2**23, 1.2, True), (2**21, 0.6, False)]  # longer than is looked after
         cut_off = [_takes_little(*one) for one in next_to_nothing]
         return await asyncio.gather(*cut_off, *(_takes_all(*one) for one in slow))
 
@@ -458,7 +459,7 @@ async def _takes_all(size, takes_s, whole):
         with socket.socket() as client:
             client.setblocking(False)
             await loop.sock_connect(client, address)
-            await loop.sock_sendall(client, GET)
+            await loop.sock_sendall(client, LAST)
             start = time.monotonic()
             while part := await loop.sock_recv(client, 2**17):
                 found += len(part)
