@@ -9,7 +9,6 @@ from engines import PROMPT, engine_for, generate
 from hypothesis import given
 from hypothesis import strategies as st
 from test_speculation import likelihood_of_three_tokens
-from tiny import DEEP
 
 from offload_rt.config import SINK_TOKENS, DraftConfig, GenerationConfig, SamplingConfig
 from offload_rt.costs.drafters import Drafting
@@ -233,12 +232,12 @@ def test_memory_for_passes_is_that_of_all_they_draft_for(make_tiny, monkeypatch)
 
 
 def test_memory_with_a_window_stays_within_the_plan(make_tiny):
-    config = {"hidden_size": 256, "intermediate_size": 1024, "dtype": "bfloat16", **DEEP, **IDS}
-    folder = make_tiny("llama", **config)
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3}
+    folder = make_tiny("llama", **sizes, dtype="bfloat16", **IDS)
     draft = DraftConfig(draft=f"model:{folder}", draft_tokens=4, draft_window=64)
     room = {"prompts": [LONG], "tokens": 40, "resident_layers": 1, "slots": 2}
     with engine_for(folder, draft=draft, **room) as engine:
-        generate(engine, [LONG], tokens=12)
+        generate(engine, [LONG], tokens=8)
         memory = engine.memory()
         assert memory.device_peak_bytes <= memory.device_planned_bytes
 

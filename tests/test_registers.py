@@ -30,9 +30,15 @@ from offload_rt.profiling.profile import WeightOrder
 pytestmark = pytest.mark.skipif(bool(registers.problem()), reason=registers.problem())
 
 
+@pytest.fixture(scope="module")
+def own_cache(tmp_path_factory):
+    """Of what is compared here, which is not known before, and which others must not take over."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture(autouse=True)
-def in_registers(monkeypatch, tmp_path):
-    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(tmp_path / "cache"))  # what is compared is not known
+def in_registers(monkeypatch, own_cache):
+    monkeypatch.setenv("OFFLOAD_RT_CACHE", str(own_cache))
     for module in (exact, packed, stored):
         monkeypatch.setattr(
             module, "multiplies_in_registers", lambda i, o: not (i % registers.STEP or o % 64)

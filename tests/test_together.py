@@ -115,9 +115,11 @@ def test_extreme_scales_are_those_of_the_law():
     assert torch.equal(out[0].nan_to_num(9.0), expected.nan_to_num(9.0))
 
 
-@pytest.mark.parametrize("dtype", FORMATS)
-@pytest.mark.parametrize("form", ["whole", "halves", "transposed"])
-def test_rows_are_multiplied_with_experts_that_are_not_quantised(dtype, form):
+@pytest.mark.parametrize(
+    ("form", "dtype"),
+    [*(("whole", dtype) for dtype in FORMATS), ("halves", FORMATS[0]), ("transposed", FORMATS[0])],
+)
+def test_rows_are_multiplied_with_experts_that_are_not_quantised(form, dtype):
     """Whole numbers, whose sums are exact; sizes that fill no block, weights at odd places."""
     outputs, inputs = 42, 150
     given = torch.randint(-8, 9, (4, inputs)).to(dtype)
