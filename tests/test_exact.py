@@ -4,11 +4,11 @@ Each measure that makes them so is switched off once and must be missed.
 """
 
 import os
-import subprocess
 import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
+import forks
 import pytest
 import quantised
 import torch
@@ -266,10 +266,11 @@ def test_every_number_is_in_a_whole_vector():
 # --- a network -----------------------------------------------------------------------------------
 
 
-# Rows that are computed one by one: one of the first, those beside the ends of tiles of rows, of
-# pieces of keys and of states, and the last.
-ENDS = 16, 32, 48, 64, 80, 96
-ALONE = (range(1, 3), *(range(end - 2, end + 2) for end in ENDS), range(99, 100))
+# Rows of a text that are computed one by one: of the first, those beside the ends of a tile of
+# rows, of a chunk of a prompt, of a piece of keys, and the last. Each end is one of states, too.
+WHOLE = 72
+ENDS = 16, 48, 64
+ALONE = (range(1, 3), *(range(end - 1, end + 1) for end in ENDS), range(WHOLE - 1, WHOLE))
 
 
 def logits_of_passes(engine):
@@ -285,13 +286,13 @@ def logits_of_passes(engine):
 
 def logits_of_larger_passes(engine):
     """The same without those of one row; the whole text was in the cache once."""
-    for start, rows in ((40, 17), (33, 64), (5, 3), (0, 99)):
+    for start, rows in ((40, 17), (7, 64), (5, 3), (0, WHOLE - 1)):
         go_back(engine, start)
         (logits,) = engine.check([(0, TEXT[start], TokenTree.chain(TEXT[start + 1 :][: rows - 1]))])
         engine._caches[0].truncate(start)
         yield start, logits.clone()
     engine.truncate(0, 0)
-    yield 99, engine.forward([(0, TEXT[:100])], reuse=True).clone()
+    yield WHOLE - 1, engine.forward([(0, TEXT[:WHOLE])], reuse=True).clone()
     engine.truncate(0, 0)
     both = engine.forward([(0, TEXT[:60]), (1, TEXT[70:95])], reuse=True).clone()
     yield 59, both[:1]
@@ -318,7 +319,7 @@ def all_agree(passes):
     largest = max((rows for start, rows in found if not start), key=len)
     alone = found[len(ALONE) - 1][1]
     whole = torch.cat([largest, alone[-1:]])
-    assert len(whole) == 100 and whole.unique(dim=0).shape[0] > 50
+    assert len(whole) == WHOLE and whole.unique(dim=0).shape[0] > 50
     return all(torch.equal(rows, whole[start:][: len(rows)]) for start, rows in found)
 
 
@@ -327,7 +328,7 @@ def disagree(engine):
     larger = list(logits_of_larger_passes(engine))
     assert max(rows.unique(dim=0).shape[0] for _, rows in larger) > 50
     engine.truncate(0, 0)
-    for place, token in enumerate(TEXT[:100]):
+    for place, token in enumerate(TEXT[:WHOLE]):
         row = engine.forward([(0, [token])], reuse=not place)[0]
         inside = [rows[place - start] for start, rows in larger if 0 <= place - start < len(rows)]
         if place and not all(torch.equal(row, other) for other in inside):
@@ -339,7 +340,7 @@ def disagree(engine):
 def engines(folder, **config):
     config = {"exact": Exact.ON, "prefill_chunk_tokens": 48} | config
     with ExitStack() as stack:
-        made = engine_for(folder, prompts=(TEXT[:100], TEXT[:50]), tokens=60, **config)
+        made = engine_for(folder, prompts=(TEXT[:WHOLE], TEXT[:50]), tokens=60, **config)
         try:
             engine = stack.enter_context(made)
         except PlanError as refusal:  # as is right: torch's fp32 is MKL's, with several threads
@@ -451,7 +452,7 @@ def test_quantised_weights_beside_states(name, how, make_tiny, tmp_path):
     pair = quantised.write_twins(source, tmp_path, *how, dtype=torch.bfloat16)
 
     def logits(engine):
-        engine.forward([(0, TEXT[:100])], reuse=True)
+        engine.forward([(0, TEXT[:WHOLE])], reuse=True)
         return list(logits_of_larger_passes(engine))
 
     with engines(pair.plain) as engine:
@@ -578,23 +579,24 @@ def test_few_outputs_are_computed_tile_by_tile(monkeypatch):
     assert exact.unlike_product(64, 4, torch.bfloat16, torch.nn.functional.linear)
 
 
-def test_a_product_is_compared_with_all_its_outputs(own_cache, tmp_path):
+def test_a_product_is_compared_with_all_its_outputs(own_cache, tmp_path, monkeypatch):
     """Or with as many as fit, which is kept with what was found."""
+    monkeypatch.setattr(exact, "_COMPARED_NUMBERS", 2**16)
     linear, bf16 = torch.nn.functional.linear, torch.bfloat16
 
     def product(rows, weight, bias):
-        return linear(rows, weight) + (len(weight) > 4096 and len(rows) > 32)
+        return linear(rows, weight) + (len(weight) > 1024 and len(rows) > 32)
 
-    assert not exact.unlike_product(1024, 4096, bf16, product)
-    assert "other bits in passes of" in exact.unlike_product(1024, 4352, bf16, product)
-    assert not exact.unlike_product(1024, 4352, bf16, product, 4096)
-    for limit, count in ((2**20, 2048), (25 * 2**20, 3648), (2**30, 4352)):
-        assert exact._outputs_within(1024, 4352, bf16, limit) == count
-        found = exact._compared([(1024, 4352)], bf16, product, limit)
-        assert bool(found) is (count == 4352)
+    assert not exact.unlike_product(128, 1024, bf16, product)
+    assert "other bits in passes of" in exact.unlike_product(128, 1088, bf16, product)
+    assert not exact.unlike_product(128, 1088, bf16, product, 1024)
+    for limit, count in ((2**20, 512), (3 * 2**20, 832), (2**30, 1088)):
+        assert exact._outputs_within(128, 1088, bf16, limit) == count
+        found = exact._compared([(128, 1088)], bf16, product, limit)
+        assert bool(found) is (count == 1088)
         kept = exact._read(tmp_path / "cache" / "exact.json")
-        assert found or kept[-1].endswith(f"1024 by 4352, {count} compared, 1 tiles at once")
-    assert exact._compared([(64, 64), (1024, 4352)], bf16, product, 2**30)
+        assert found or kept[-1].endswith(f"128 by 1088, {count} compared, 1 tiles at once")
+    assert exact._compared([(64, 64), (128, 1088)], bf16, product, 2**30)
     kept = exact._read(tmp_path / "cache" / "exact.json")
     assert kept[-1].endswith("64 by 64, 64 compared, 1 tiles at once")  # before what differs
 
@@ -692,7 +694,7 @@ WITH_MATRIX_REGISTERS = """
 import json, sys
 from itertools import pairwise
 from engines import engine_for, generate
-from test_exact import NGRAMS, STREAMED, TEXT, agree, engines
+from test_exact import NGRAMS, STREAMED, TEXT, WHOLE, agree, engines
 from offload_rt.config import Exact
 from offload_rt.device.system import takes_matrix_registers
 from offload_rt.model.formats.wired import WiredLinear
@@ -717,7 +719,7 @@ for name, folder, plain in zip(*[iter(stored)] * 3):
     logits, linears = [], []
     for each in (plain, folder):
         with engines(each, dtype="bfloat16", **STREAMED) as made:
-            logits.append(made.forward([(0, TEXT[:100])], reuse=True).clone())
+            logits.append(made.forward([(0, TEXT[:WHOLE])], reuse=True).clone())
             made.truncate(0, 0)
             same = each == plain or agree(made)
             modules = [m for layer in made.network._layers for m in layer.modules()]
@@ -729,7 +731,7 @@ NGRAMS = DraftConfig(draft="ngram", draft_tokens=40)
 
 @pytest.mark.skipif("amx_bf16" not in processor_flags(), reason="no matrix registers of bf16")
 def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny, tmp_path):
-    """In a Python of its own: the others' oneDNN is kept from them (`conftest.py`).
+    """In a process of its own: the others' oneDNN is kept from them (`conftest.py`).
 
     Weights as they are stored have the bits of plain ones of the same numbers.
     """
@@ -748,7 +750,7 @@ def test_a_row_has_the_same_logits_with_matrix_registers(make_tiny, tmp_path):
     file, plain = write_gguf(source, tmp_path / "gguf" / "tiny.gguf", {"proj": "Q4_K"})
     stored = ["gptq", twins.folder, twins.plain, "q4_k", resolve_model(str(file)), plain]
     words = [sys.executable, "-c", WITH_MATRIX_REGISTERS, dense, mixture, *stored]
-    made = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=240)
+    made = forks.run(words, env=environment)
     assert made.returncode == 0, made.stderr
     found = made.stdout.splitlines()
     assert found == [f"{name} True" for name in ("passes", "rows", "drafted", "gptq", "q4_k")]
