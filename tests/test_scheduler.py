@@ -35,7 +35,7 @@ def served(folder, *, sequences=SEQUENCES, kv_tokens=200, draft=NO_DRAFT, rows=6
     config = {
         "device": "cpu",
         "device_limit_bytes": 512 * 2**20,
-        "prefill_chunk_tokens": 7,
+        "prefill_chunk_tokens": 16,
     } | config
     with Engine(
         open_checkpoint(folder),
@@ -97,7 +97,7 @@ def requests(count, seed=0):
     for place, ids in enumerate(prompts(count, seed)):
         sampling = draw.choice([SamplingConfig(), DRAWN, SamplingConfig(temperature=1.5, top_k=9)])
         found.append(
-            Request(ids=ids, sampling=sampling, seed=place, max_tokens=draw.randrange(1, 24))
+            Request(ids=ids, sampling=sampling, seed=place, max_tokens=draw.randrange(1, 16))
         )
     return found
 
@@ -136,7 +136,7 @@ def test_an_answer_does_not_depend_on_who_else_is_there(tiny, alone, draft, stre
     assert sum(s.finish_reason is FinishReason.ABORT for s in joined) <= 1
 
 
-IN_BF16 = {"dtype": DType.BFLOAT16, "prefill_chunk_tokens": 16}
+IN_BF16 = {"dtype": DType.BFLOAT16}
 
 
 def arriving(engine, asked, *, together):
@@ -287,7 +287,7 @@ def test_a_drafter_that_fails_where_nobody_checks_is_left_out_with_a_word(tiny, 
 
 @pytest.mark.parametrize("kv_tokens", [LONGEST, 150, 400])
 def test_all_come_to_an_answer_in_any_memory(tiny, alone, kv_tokens):
-    asked = requests(20, seed=4)
+    asked = requests(12, seed=4)
     with served(tiny, kv_tokens=kv_tokens) as engine:
         scheduler = Scheduler(engine)
         joined = [scheduler.join(request) for request in asked]
@@ -374,8 +374,8 @@ def test_nobody_starves_in_virtual_time(tiny, monkeypatch):
         scheduler, clock = virtual(engine, monkeypatch, **times)
         draw, arrived, ended, last, waits = random.Random(1), {}, {}, {}, []
         due = 0.0
-        while clock.now < 400.0 or scheduler.busy:
-            while due <= clock.now and due < 400.0:
+        while clock.now < 200.0 or scheduler.busy:
+            while due <= clock.now and due < 200.0:
                 length = draw.choice([4, 4, 4, 80])
                 ids = [draw.randrange(300) for _ in range(length)]
                 arrived[scheduler.join(Request(ids=ids, max_tokens=12))] = due
@@ -390,7 +390,7 @@ def test_nobody_starves_in_virtual_time(tiny, monkeypatch):
                 if one.sequence.finish_reason is not None:
                     ended[one.sequence] = clock.now
         plain = base_s + 6 * row_s
-        assert ended.keys() == arrived.keys() and len(arrived) > 40
+        assert ended.keys() == arrived.keys() and len(arrived) > 20
         assert max(waits) <= 2 * plain + 1e-9
         # Alone, one of 80 tokens takes about 20 sweeps; with five beside it, each twice as long.
         assert max(ended[s] - arrived[s] for s in arrived) < 20 * 2 * plain + 6 * 12 * plain
@@ -770,7 +770,7 @@ def test_measured_times_change_no_answer_of_a_seed(tiny, monkeypatch, exact):
             ]
             engine.controller = Controller(expected, 3, sequences=SEQUENCES)
             scheduler = Scheduler(engine)
-            scheduler.join(Request(ids=ids, sampling=sampling, seed=5, max_tokens=40))
+            scheduler.join(Request(ids=ids, sampling=sampling, seed=5, max_tokens=20))
             answers.append(finished(scheduler)[0].emitted)
             sizes.append(scheduler.totals.drafted_tokens)
     assert answers.count(answers[0]) == len(answers)
