@@ -3,7 +3,6 @@
 import json
 
 import pytest
-from tiny import DEEP
 from tool_runs import loaded
 
 
@@ -30,11 +29,11 @@ def undrafted(tmp_path_factory):
 
 @pytest.mark.parametrize(("nodes", "window"), [(3, "full"), (24, 44)])
 def test_a_replay_takes_the_passes_that_are_made(
-    bench, make_tiny, offload_run, tmp_path, undrafted, nodes, window
+    bench, tiny_model, offload_run, tmp_path, undrafted, nodes, window
 ):
     prompt_file = undrafted / "prompts.txt"
     prompt_file.write_text("the quick fox\nthe lazy fox\n")
-    model = small = make_tiny("llama", tokenizer=True, **DEEP)  # a window makes it err
+    model = small = tiny_model  # a window makes it err
     common = ("bench", model, "--prompts", prompt_file, "-n", 40, "--device-memory", "400MiB", "-q")
     drafting = ("--draft", f"model:{small}", "--draft-tokens", nodes, "--draft-window", window)
     answers = undrafted / "bench.json"

@@ -182,7 +182,7 @@ def test_an_engine_that_fails_is_a_row_and_the_others_go_on(
     behaviour, stage, reason, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("FAKE_PIDS", str(tmp_path / "pids"))
-    monkeypatch.setattr("offload_rt.baselines.process._END_S", 1.0)
+    monkeypatch.setattr("offload_rt.baselines.process._END_S", 0.3)
     one = comparison(tmp_path, [fake(OURS), fake("bad", behaviour), fake("c")], timeout_s=2.0)
     one.run(2)
     (failed,) = one.raw.failures()  # not tried again in the second round

@@ -218,8 +218,8 @@ PLACES = {
 
 @pytest.fixture(scope="module")
 def plain(target):
-    with engine_for(target, prompts=THREE, tokens=14) as engine:
-        return generate(engine, THREE, tokens=14)
+    with engine_for(target, prompts=THREE, tokens=10) as engine:
+        return generate(engine, THREE, tokens=10)
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def plain(target):
 def test_greedy_with_a_head_equals_greedy_without(target, make_head, plain, nodes, place):
     """A chain or a tree in each place; both where bits are compared: `test_exact_texts.py`."""
     draft = chain(make_head("some tokens"), nodes)
-    with engine_for(target, prompts=THREE, tokens=14, draft=draft, **PLACES[place]) as engine:
-        for tokens in (14, 1):
+    with engine_for(target, prompts=THREE, tokens=10, draft=draft, **PLACES[place]) as engine:
+        for tokens in (10, 1):
             assert generate(engine, THREE, tokens=tokens) == [a[:tokens] for a in plain]
         assert engine.tally.seen().hits[0] > 0
 

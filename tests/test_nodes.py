@@ -601,7 +601,7 @@ def test_a_frame_for_which_there_is_no_memory_is_a_sentence(monkeypatch):
 PATIENT = """
 from offload_rt.nodes.line import Line
 from offload_rt.cli import main
-Line.__init__.__defaults__ = (3.0,)
+Line.__init__.__defaults__ = (2.0,)
 raise SystemExit(main())
 """
 
@@ -663,8 +663,8 @@ def test_a_node_that_dies_ends_the_run_and_is_named(make_tiny, two):
     model = make_tiny("llama", tokenizer=True, max_position_embeddings=40_000, **DEEP)
     options = ["generate", "-p", "hello", "-n", "30000", "--ignore-eos", "--device", "cpu"]
     options += ["--device-memory", "1GiB"]
-    patient = (sys.executable, "-c", PATIENT)  # for 3 s instead of 30
-    said = {signal.SIGSTOP: "silent for 3 s", signal.SIGKILL: "its connection is closed"}
+    patient = (sys.executable, "-c", PATIENT)  # for 2 s instead of 30
+    said = {signal.SIGSTOP: "silent for 2 s", signal.SIGKILL: "its connection is closed"}
     runs = {number: start(model, two, 2, *options, program=patient) for number in said}
     for number, (first, second) in runs.items():
         first.stdout.read(1)
