@@ -646,8 +646,9 @@ LAYERS = 2
 OF_EXPERT, OF_LAYER, OF_TOGETHER, COME_TOGETHER = 8, 4, 5, 6
 
 
-@pytest.mark.parametrize("count", [8, 32])
-@pytest.mark.parametrize("rows", [1, 8, 64, 512])
+@pytest.mark.parametrize(
+    ("rows", "count"), [(1, 8), (8, 8), (TOGETHER_ROWS, 32), (TOGETHER_ROWS + 1, 32), (512, 8)]
+)
 def test_experts_launch_by_how_many_are_used_and_wait_once_a_layer(of_experts, rows, count):
     used, kernels, uploads, downloads, waits = of_experts(rows, num_experts=count)
     assert used == min(2 * rows, count)

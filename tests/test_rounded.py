@@ -192,7 +192,7 @@ def engine_sampling():
 def test_what_is_planned_is_what_is_kept(make_tiny):
     shape = {"hidden_size": 512, "intermediate_size": 2048, "dtype": "bfloat16", "vocab_size": 3200}
     shape["large"] = True
-    shape["num_hidden_layers"] = 12  # freed memory between what is kept would add up
+    shape["num_hidden_layers"] = 8  # freed memory between what is kept would add up
     folder = make_tiny("llama", tie_word_embeddings=True, **shape)
     checkpoint = open_checkpoint(folder)
     sizes = {}

@@ -200,7 +200,7 @@ from offload_rt.device.system import give_back_holes, give_back_large_blocks, se
 settle_math()
 import psutil, torch
 give_back_large_blocks()
-weights = [torch.ones(rows, 64).bfloat16() for rows in range(64, 448, 64)]
+weights = [torch.ones(rows, 64).bfloat16() for rows in range(64, 256, 64)]
 def multiply(rows):
     for weight in weights:
         torch.nn.functional.linear(torch.ones(rows, 64).bfloat16(), weight)
