@@ -172,7 +172,7 @@ def test_the_same_seed_gives_the_same_answer(model):
 
 def test_a_fixed_number_of_draft_tokens_is_drafted_with_a_seed(tiny_model):
     with offload_rt.load(tiny_model, draft="ngram", draft_tokens=4, **SMALL) as model:
-        sampled = {"temperature": 0.3, "seed": 3, "max_tokens": 60}
+        sampled = {"temperature": 0.3, "seed": 3, "max_tokens": 32}
         first = model.generate(HI, **sampled)
         assert first.report.speculation.drafter == "ngram"
         model.generate(PROMPTS[2], max_tokens=20)

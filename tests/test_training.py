@@ -171,12 +171,12 @@ def test_every_text_begins_at_position_0(tiny_model, monkeypatch):
 
 
 def test_streamed_states_are_resident_states(make_tiny, tmp_path):
-    model, texts = make_tiny("llama", num_hidden_layers=6, dtype="bfloat16"), corpus_of(count=9)
+    model, texts = make_tiny("llama", num_hidden_layers=4, dtype="bfloat16"), corpus_of(count=9)
     resident = cached(tmp_path / "a", model, texts)
     whole = resident.read([range(resident.rows)])
     for name, options in {
         "b": {"resident_layers": 0, "slots": 2},
-        "d": {"resident_layers": 3},
+        "d": {"resident_layers": 2},
     }.items():
         cache = cached(tmp_path / name, model, texts, **options)
         found = cache.read([range(cache.rows)])
@@ -184,7 +184,7 @@ def test_streamed_states_are_resident_states(make_tiny, tmp_path):
 
 
 def test_a_cut_off_cache_goes_on_where_it_was_whole(make_tiny, tmp_path):
-    model, texts = make_tiny("llama", num_hidden_layers=6, dtype="bfloat16"), corpus_of(count=9)
+    model, texts = make_tiny("llama", dtype="bfloat16"), corpus_of(count=9)
     whole = cached(tmp_path / "a", model, texts)
     shape, folder = whole.shape, tmp_path / "b"
     folder.mkdir()

@@ -11,6 +11,7 @@ from engines import PROMPT, all_logits, engine_for, generate
 from hybrids import make_hybrid
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tiny import DEEP
 
 from offload_rt.config import (
     DraftConfig,
@@ -284,7 +285,7 @@ def test_a_pass_that_breaks_off_leaves_no_trace(model, resident_logits):
 
 
 KV = {"kv": KVPlace.HOST, "kv_block_tokens": 16}
-WRITTEN = 14  # retrieval caches are rebuilt after 8
+WRITTEN = 11  # retrieval caches are rebuilt after 8
 RETRIEVAL = RetrievalConfig(budget_tokens=32, chunk_tokens=4, rebuild_tokens=8)
 COPIES = dataclasses.replace(RETRIEVAL, retrieval_weights=DraftWeights.INT8)
 
@@ -292,7 +293,7 @@ COPIES = dataclasses.replace(RETRIEVAL, retrieval_weights=DraftWeights.INT8)
 @pytest.fixture(scope="module")
 def whole(make_tiny):
     """A model in fp32, prompts for it, and the answers of one device."""
-    folder = make_tiny("llama", num_hidden_layers=LAYERS, **IDS)
+    folder = make_tiny("llama", **DEEP, **IDS)
     prompts = [PROMPT * 4, PROMPT[::-1]]
     with engine_for(folder, prompts=prompts, tokens=WRITTEN) as engine:
         return folder, prompts, generate(engine, prompts, WRITTEN)
@@ -347,7 +348,7 @@ def test_a_trace_tells_devices_apart_and_layers_by_their_numbers(whole):
             for event in events
             if event.lane.startswith(lane)
         }
-        there = engine.placement.streamed if lane == "copy of weights" else range(LAYERS)
+        there = engine.placement.streamed if lane == "copy of weights" else range(4)
         assert named == {(device[layer], layer) for layer in there}
 
 
