@@ -164,7 +164,7 @@ def test_coded_bits_come_back(which, shape, bits, monkeypatch):
     made, expected = both(stored, parts, torch.bfloat16)
     assert np.array_equal(made.view(torch.int16).numpy().reshape(-1).view(np.uint16), words)
     assert torch.equal(made.view(torch.int16), expected.view(torch.int16))
-    if which != "any bits":
+    if which == "wide" or (which != "any bits" and count < 1000):
         wide = made.float().nan_to_num(3.0, 1e30, -1e30)
         for dtype in FORMATS[1:]:
             other, _ = both(stored, parts, dtype)
