@@ -59,7 +59,7 @@ def command(model, output, data, *more):
     return ("train-medusa", model, "--output", output, "--data", data, *usual, *place, *more)
 
 
-DISTILL = ("--self-distill", "--answer-tokens", 20, "--sequences", 4, "--holdout", 0.25)
+DISTILL = ("--self-distill", "--answer-tokens", 14, "--sequences", 4, "--holdout", 0.25)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +103,7 @@ def test_the_calibration_is_what_calibrating_on_held_out_prompts_gives(
     _, held_out = split(read_talks(str(prompts)), 0.25, 3)
     test = tmp_path / "test.txt"
     test.write_text("".join(talk.turns[0][1] + "\n" for talk in held_out))
-    listened = offload_run("medusa", "calibrate", heads, tiny_model, "--prompts", test, "-n", 20)
+    listened = offload_run("medusa", "calibrate", heads, tiny_model, "--prompts", test, "-n", 14)
     assert listened.code == 0, listened.err
     calibrated = read_calibration(heads)
     # Heads were scored in fp32 from a state each, here in the run: a tie may fall another way.
