@@ -17,6 +17,7 @@ from test_measure import QUICK
 from offload_rt.cli import profile as verb
 from offload_rt.cli.checks import diagnose
 from offload_rt.cli.machine import inspect_machine
+from offload_rt.cli.options import Output
 from offload_rt.cli.profile_table import profile_table
 from offload_rt.device.system import file_system
 from offload_rt.profiling import decoding, neighbours
@@ -51,6 +52,24 @@ def test_a_measurement_is_written_and_printed(quick, offload_run):
         assert text in done.out
     shown = offload_run("profile", "--show")
     assert (shown.code, shown.out, shown.err) == (0, done.out, "")
+
+
+@pytest.mark.parametrize("idle", [True, False])
+def test_threads_wait_as_in_runs_where_nothing_else_computes(idle, monkeypatch):
+    """Else they sleep at once, and the quickest run counts."""
+    slept, efforts = [], []
+    monkeypatch.setattr(neighbours, "is_idle", lambda: idle)
+    monkeypatch.setattr(verb, "wait_asleep", lambda: slept.append(True))
+    took = lambda name, *, effort, **_: efforts.append(effort)  # noqa: E731
+    monkeypatch.setattr("offload_rt.profiling.measure.measure", took)
+    verb._measure("here", "cpu", None, Output())
+    assert (bool(slept), efforts[0].idle) == (not idle, idle)
+
+
+@pytest.mark.parametrize("percent", [0.0, 9.0, 50.0])
+def test_a_machine_is_idle_where_little_of_it_computes(percent, monkeypatch):
+    monkeypatch.setattr(neighbours.psutil, "cpu_percent", lambda interval: percent)
+    assert neighbours.is_idle() == (percent < 10.0)
 
 
 def test_a_busy_machine_is_said_on_stderr_and_kept(quick, offload_run, monkeypatch):

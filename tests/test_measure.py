@@ -152,6 +152,19 @@ def test_a_sample_of_something_short_is_the_lower_quartile_of_many_runs(monkeypa
     assert Timed(run)() == 9.0
 
 
+@pytest.mark.parametrize("idle, second", [(True, 5.0), (False, 1.03)])
+def test_where_nothing_else_computes_the_typical_run_counts(idle, second, monkeypatch):
+    now, lengths = [0.0], iter([1.0, 2.0, 9.0, 3.0, 5.0, 9.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+
+    def run():
+        now[0] += next(lengths)
+
+    sample = Curve(Effort(idle=idle)).timed(run, 10.0, computes=False)
+    assert sample() == pytest.approx(2.0 if idle else 1.03)
+    assert sample() == pytest.approx(second)  # the quickest of before says nothing of later
+
+
 def test_the_quickest_run_shows_what_is_enough(monkeypatch):
     """However often other work disturbs, and whatever the kernel says of it."""
     now, lengths = [0.0], iter([9.0, 9.0, 1.0, 9.0, 9.0, 9.0])
@@ -367,7 +380,7 @@ def timed_dequantising(monkeypatch, device):
 
         return sample_s
 
-    monkeypatch.setattr(dequantising, "Timed", timed)
+    monkeypatch.setattr(Curve, "timed", lambda curve, *given, **named: timed(*given, **named))
     effort = Curve(replace(QUICK, again_s=0.0))
     found = dequantising.measure_dequantising(
         device, torch.bfloat16, effort, partial(ticked.append, 1)

@@ -1,6 +1,7 @@
 """`offload-run profile`: measure this machine, or show a profile."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import click
@@ -124,15 +125,21 @@ def _show(name: str, printed: Output) -> int:
 
 
 def _measure(name: str, device: str, folder: Path | None, printed: Output) -> HardwareProfile:
+    from offload_rt.profiling.neighbours import is_idle
+
     quiet_libraries(printed)
-    wait_asleep()  # other work may begin at any time
+    idle = is_idle()
+    if not idle:
+        wait_asleep()
     with Console(printed).progress("measuring") as gauge:
         from offload_rt.profiling.measure import measure
 
         def report(done: int, total: int, what: str) -> None:
             gauge.done, gauge.total, gauge.detail = lambda: done, total, lambda: what
 
-        return measure(name, device=device, folder=folder, effort=EFFORT, report=report)
+        return measure(
+            name, device=device, folder=folder, effort=replace(EFFORT, idle=idle), report=report
+        )
 
 
 def _print(shown: HardwareProfile, printed: Output) -> None:

@@ -132,8 +132,8 @@ def settle_math() -> None:
 def wait_asleep() -> None:
     """Have waiting threads sleep at once, where no user says how; call it as `settle_math`, after.
 
-    A thread's processor time is then that of its own work. What is computed takes longer: layers
-    of 7 and 28 MiB 1.3 to 1.5 times as long on an idle machine of 2 cores.
+    A thread's processor time is then that of its own work, and of being woken. What is computed
+    takes longer: on an idle machine of 2 cores layers of 7 and 28 MiB 1.3 to 1.5 times as long.
     """
     os.environ.update({name: "0" for name in _SPIN_LIMITS if name in _settled})
 

@@ -56,7 +56,7 @@ from offload_rt.profiling.profile import (
     WeightOrder,
 )
 from offload_rt.profiling.run_memory import RunMemory
-from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, typical
+from offload_rt.profiling.timing import Curve, Sample, Tick, typical
 
 ModuleT = TypeVar("ModuleT", bound=torch.nn.Module)
 Reading = Callable[[], AbstractContextManager[Callable[[], int]]]  # see `disk.open_for_reading`
@@ -215,7 +215,7 @@ def measure_layers(
         }
         taken |= curve.take(
             {
-                (shape.weight_bytes, tokens): Timed(
+                (shape.weight_bytes, tokens): curve.timed(
                     layer.pass_over(tokens), effort.compute_sample_s, computes=computes
                 )
                 for shape, layer in layers.items()
@@ -265,7 +265,7 @@ def measure_recorded(
             run = layer.recorded_pass(tokens)
             if run is None:
                 return found
-            passes[shape.weight_bytes, tokens] = Timed(
+            passes[shape.weight_bytes, tokens] = curve.timed(
                 run, effort.compute_sample_s, computes=device.kind.host_computes
             )
         taken = {
@@ -300,7 +300,7 @@ def measure_replay(device: Device, curve: Curve, tick: Tick) -> list[ReplayTime]
         numbers.copy_(device.upload([1]))
         device.download(replay())
 
-    sample = Timed(run, curve.effort.compute_sample_s, computes=device.kind.host_computes)
+    sample = curve.timed(run, curve.effort.compute_sample_s, computes=device.kind.host_computes)
     number = curve.numbers(curve.take({(0,): sample}))[(0,)]
     tick()
     return [ReplayTime(processor=device.kind.processor, replay_s=number)]
@@ -336,7 +336,7 @@ def measure_heads(
             widen_linears(copies)
         taken |= curve.take(
             {
-                (nbytes, rows): Timed(
+                (nbytes, rows): curve.timed(
                     _head_pass(cycle(copies), device, hidden, rows, dtype),
                     effort.compute_sample_s,
                     computes=device.kind.host_computes,
@@ -574,7 +574,9 @@ def measure_attention(
             attend_rows(query, key, value, spec)
             device.compute.record().synchronize()
 
-        passes[(rows,)] = Timed(run, effort.compute_sample_s, computes=device.kind.host_computes)
+        passes[(rows,)] = curve.timed(
+            run, effort.compute_sample_s, computes=device.kind.host_computes
+        )
     taken = {
         place: [s / layer_bytes for s in seconds] for place, seconds in curve.take(passes).items()
     }

@@ -24,7 +24,7 @@ from offload_rt.model.layout import CODED_PART
 from offload_rt.model.packed_files import piece_weights
 from offload_rt.profiling.compute import beyond_caches, laid_bytes, laid_out
 from offload_rt.profiling.profile import Decoder, DecodeSpeed
-from offload_rt.profiling.timing import Curve, Tick, Timed, rate_of
+from offload_rt.profiling.timing import Curve, Tick, rate_of
 
 _GROUP = 128  # of most checkpoints
 _AT_ONCE = 8  # weights on a GPU before the host waits
@@ -171,7 +171,7 @@ def _measure(device: Device, dtype: torch.dtype, curve: Curve, tick: Tick) -> It
             at_once = 1 if host else _AT_ONCE
             run = partial(_some, bring, stored, weights, out, 0 if host else at_once, device)
             sample_s = curve.effort.compute_sample_s
-            taken = curve.take({(0,): Timed(run, sample_s, computes=host)})
+            taken = curve.take({(0,): curve.timed(run, sample_s, computes=host)})
             (time_s,) = curve.numbers(taken).values()
             yield DecodeSpeed(
                 processor=device.kind.processor,

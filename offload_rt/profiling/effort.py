@@ -12,6 +12,7 @@ class Effort:
     """What a measurement does; the defaults need one to two minutes on two cores.
 
     Attributes:
+        idle: nothing else computes: threads wait as they do in runs, and the typical run counts.
         least_samples: of each number, however long they are.
         most_samples: of each number.
         scattered_samples: of each number whose samples lie apart beside other work: that comes and
@@ -50,6 +51,7 @@ class Effort:
         dequantised_side: rows and columns of the weights that are dequantised.
     """
 
+    idle: bool = False
     least_samples: int = 3
     most_samples: int = 5
     scattered_samples: int = 40

@@ -19,7 +19,7 @@ from offload_rt.model.formats.stored import Stored
 from offload_rt.profiling.compute import beyond_caches
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import ExpertCurve, LayerTime
-from offload_rt.profiling.timing import Curve, Sample, Tick, Timed
+from offload_rt.profiling.timing import Curve, Sample, Tick
 from offload_rt.streaming.experts import Asked
 
 PER_TOKEN = 4  # experts of a call; those of a token usually are 2 to 8
@@ -126,7 +126,7 @@ def _curves(
             few_rows[nbytes] = multiply_few_rows_at_once(module) if kernels else 0
         for rows in effort.expert_rows:
             run = _call(module, experts, torch.randn(rows, hidden).to(dtype), exact=exact)
-            passes[nbytes, rows] = Timed(run, effort.compute_sample_s, computes=True)
+            passes[nbytes, rows] = curve.timed(run, effort.compute_sample_s, computes=True)
     taken = {
         place: [s / PER_TOKEN for s in seconds] for place, seconds in curve.take(passes).items()
     }

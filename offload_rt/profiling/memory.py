@@ -9,7 +9,7 @@ from offload_rt.device.host_memory import allocate_host
 from offload_rt.device.system import compute_threads
 from offload_rt.profiling.curves import Place
 from offload_rt.profiling.profile import MemorySpeed, MemoryUse
-from offload_rt.profiling.timing import Curve, Sample, Tick, Timed, rate_of
+from offload_rt.profiling.timing import Curve, Sample, Tick, rate_of
 
 
 def thread_counts() -> list[int]:
@@ -44,7 +44,7 @@ def _measure(curve: Curve, tick: Tick) -> Iterator[MemorySpeed]:
             run()
 
         passes: dict[Place, Sample] = {
-            (-threads,): Timed(partial(pass_with, threads), computes=True)
+            (-threads,): curve.timed(partial(pass_with, threads), computes=True)
             for threads in thread_counts()
         }
         for (fewer,), time_s in curve.numbers(curve.take(passes)).items():

@@ -13,6 +13,7 @@ _QUIET = 0.05  # of the time threads could have computed: without a core, or to 
 _LITTLE = 0.15  # of it; threads of this process and of the kernel wait for each other, too
 _BELIEVABLE = 0.5  # between the quartiles of a number, of its value; the median of all numbers
 _QUIET_LOAD = 0.5  # of the cores: the average still holds what ran a minute ago
+_IDLE_PERCENT, _LOOKED_S = 10.0, 0.5  # of all cores' time, where nobody else computes
 
 
 @dataclass(slots=True)
@@ -55,6 +56,11 @@ class Neighbours:
         if scatter > _BELIEVABLE:
             advice = f"the numbers scatter by {scatter:.0%} and are not to be believed: {advice}"
         return f"{BUSY} ({known}load average {load:.1f} on {cores()} cores): {advice}"
+
+
+def is_idle() -> bool:
+    """Whether nothing else computes at present; looks for half a second."""
+    return bool(psutil.cpu_percent(_LOOKED_S) < _IDLE_PERCENT)
 
 
 def _waited_s() -> float | None:

@@ -3,7 +3,9 @@
 Other work makes times longer and hardly ever shorter, so the lower decile of the samples counts.
 Where the CPU computes, what counts of a run is the processor time of the thread that asks for the
 work: it does its share, and where it sleeps while it waits for others (`wait_asleep`) nothing else
-(docs/RESULTS.md, "Five profiles beside other work").
+(docs/RESULTS.md, "Five profiles beside other work"). On an idle machine threads wait as they do in
+runs: being woken takes more there than the work of a small layer (docs/RESULTS.md, "Profiles of
+threads that sleep").
 
 What the kernel tells of the time that threads waited for a core is not subtracted: a wait is told
 when it is over, so a run of less than a millisecond is told of waits from before it.
@@ -140,6 +142,10 @@ class Curve:
         """The same for a part of the machine whose times are by bytes; nothing disturbed it yet."""
         return replace(self, by_bytes=True, disturbed=False)
 
+    def timed(self, run: Callable[[], object], least_s: float = 0.0, *, computes: bool) -> "Timed":
+        """A sample of work; where nothing else computes, of its typical run."""
+        return Timed(run, least_s, computes, typical=self.effort.idle)
+
     def take(self, samples: Mapping[Place, Sample]) -> dict[Place, list[float]]:
         """Seconds of each place; what cannot be is measured again beside what contradicts it."""
         neighbours, begun_s = Neighbours(), time.perf_counter()
@@ -215,12 +221,14 @@ class Timed:
         least_s: how long to go on.
         computes: it computes on this process's threads, which share it evenly: the processor time
             of this thread is enough.
+        typical: nothing else runs, so the median run counts: what a run of a model meets, too.
         runs: seconds of each so far.
     """
 
     run: Callable[[], object]
     least_s: float = 0.0
     computes: bool = False
+    typical: bool = False
     runs: list[float] = field(default_factory=list)
 
     def __call__(self) -> float:
@@ -230,6 +238,8 @@ class Timed:
         while len(self.runs) == first or time.perf_counter() - start < self.least_s:
             self.runs.append(spent_s(self.run))
         own = self.runs[first:]
+        if self.typical:
+            return max(statistics.median(own), _SHORTEST_S)
         return max(min(_quartiles(own)[0], _TYPICAL * min(self.runs)), _SHORTEST_S)
 
     @property
