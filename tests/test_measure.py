@@ -624,7 +624,7 @@ def test_weights_are_cold_that_are_more_than_the_largest_cache(cpu, monkeypatch)
     effort = Effort()
     assert compute.beyond_caches(cpu, effort, 10 * MIB) == effort.cold_bytes == 256 * MIB
     assert compute.beyond_caches(cpu, effort, 300 * MIB) == 300 * MIB
-    assert compute.beyond_caches(cpu, effort) == 800 * MIB
+    assert compute.beyond_caches(cpu, effort) == effort.caches * 400 * MIB
     assert compute.beyond_caches(SimpleNamespace(kind=CUDA), effort) == 256 * MIB
     monkeypatch.setattr(cpu, "free_bytes", lambda: 2000 * MIB)
     assert compute.beyond_caches(cpu, effort) == 500 * MIB

@@ -33,7 +33,9 @@ class Effort:
             holds their weights.
         caches: times the bytes of the largest cache that are cold, where that is more: of experts
             and of weights that are dequantised; of layers that are not rounded, their KV and heads
-            no more than a model has together.
+            no more than a model has together. A cache drops lines in no strict order: at twice its
+            bytes a layer took 0.86 of what it takes in a model
+            (docs/RESULTS.md, "Profiles of threads that sleep").
         compute_sample_s: a sample repeats a pass until that is over.
         tokens: in a pass through a layer.
         packed_tokens: in a step of a draft model.
@@ -75,7 +77,7 @@ class Effort:
         (4096, 14336, 32, 8, 128),
     )
     cold_bytes: int = 256 * MIB
-    caches: int = 2
+    caches: int = 6
     compute_sample_s: float = 0.02
     tokens: tuple[int, ...] = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
     # Above 8 rows, of 8-bit weights above 32, other kernels compute (`kernels/layers.py`).

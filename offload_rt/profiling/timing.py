@@ -4,8 +4,8 @@ Other work makes times longer and hardly ever shorter, so the lower decile of th
 Where the CPU computes, what counts of a run is the processor time of the thread that asks for the
 work: it does its share, and where it sleeps while it waits for others (`wait_asleep`) nothing else
 (docs/RESULTS.md, "Five profiles beside other work"). On an idle machine threads wait as they do in
-runs: being woken takes more there than the work of a small layer (docs/RESULTS.md, "Profiles of
-threads that sleep").
+runs: being woken takes more there than the work of a small layer
+(docs/RESULTS.md, "Profiles of threads that sleep").
 
 What the kernel tells of the time that threads waited for a core is not subtracted: a wait is told
 when it is over, so a run of less than a millisecond is told of waits from before it.
