@@ -8,8 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 from engines import engine_for, generate
+from expert_models import make_mixture
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from quantised import compressed_tensors, write_twins
 from test_planner import FREE, PROFILE, speeds
 
 import offload_rt
@@ -85,6 +87,24 @@ def test_a_model_without_runs_takes_what_others_found_of_the_same_kind(path):
     assert read_level(path, KEY, 0.0) == 2.5
     assert read_level(path, replace(KEY, streams=False), 0.0) == 1.0
     assert read_level(path, replace(KEY, machine="box of 2027"), 0.0) == 1.0
+
+
+def test_what_computes_with_other_weights_says_something_of_the_disk_alone(
+    path, tmp_path, make_tiny
+):
+    """Once a W4A16 folder was planned 1.9 times too slow after `--wire int8` had run."""
+    pair = write_twins(make_tiny("llama"), tmp_path, *compressed_tensors(4, 32))
+    keys = [
+        LevelKey.of(speeds(1e8), 2, open_checkpoint(folder), streams=True, running=1)
+        for folder in (pair.plain, pair.folder, make_mixture(make_tiny))
+    ]
+    assert [key.weights for key in keys] == ["plain", "packed 4 bits", "plain of experts"]
+    for key in keys:
+        add_levels(path, key, SeenLevels(2.0, 3.0), 0.0)
+        other = replace(key, model="another")
+        assert read_levels(path, other, 0.0) == Levels(reading=2.0, computing=3.0)
+        unlike = replace(key, model="another", weights="bnb4 4 bits")
+        assert read_levels(path, unlike, 0.0) == Levels(reading=2.0, computing=1.0)
 
 
 @given(st.lists(st.tuples(st.floats(1e-9, 1e9), st.floats(0.0, 1e6)), min_size=1))
@@ -173,7 +193,7 @@ def test_a_level_is_that_of_about_as_many_sequences(path):
 
 def test_what_was_kept_before_is_that_of_one_sequence(path):
     path.parent.mkdir()
-    name = "box of 2026, cpu, 2 threads, streamed, big of 9 bytes"
+    name = "box of 2026, cpu, 2 threads, streamed, plain weights, big of 9 bytes"
     path.write_text(json.dumps({"version": 1, "entries": {name: [2.0, 0.0]}}))
     assert read_level(path, KEY, 0.0) == 2.0
     add_level(path, replace(KEY, running=16), 3.0, 0.0)
@@ -243,8 +263,11 @@ def test_runs_correct_what_plan_says_and_it_says_so(deep_model, offload_run, mon
     assert "corrected by recent runs: reading x2.00, computing x3.00" in offload_run(*asked).out
     kept = json.loads(levels_path().read_text())["entries"]
     one, many = kept
-    assert f"cpu, {compute_threads()} threads, streamed, {deep_model.name}" in one
-    assert f"cpu, {compute_threads()} threads, streamed by 16, {deep_model.name}" in many
+    assert f"cpu, {compute_threads()} threads, streamed, plain weights, {deep_model.name}" in one
+    assert (
+        f"cpu, {compute_threads()} threads, streamed by 16, plain weights, {deep_model.name}"
+        in many
+    )
     assert kept[many].keys() == {"computing"}
     other = ("plan", deep_model, *place, "--context", 32, "--profile", PROFILE.name)
     levels_path().write_text(levels_path().read_text().replace("streamed", "resident"))

@@ -163,12 +163,14 @@ class LevelKey:
         machine: the profile, who computes with how many threads.
         streams: whether layers are copied in each pass.
         model: its name and size.
+        weights: the kinds that its layers have: other kernels compute with each.
         running: sequences that take part in a pass.
     """
 
     machine: str
     streams: bool
     model: str
+    weights: str = "plain"
     running: int = 1
 
     @classmethod
@@ -182,17 +184,27 @@ class LevelKey:
             f"{threads} threads",
             streams=streams,
             model=model_key(model),
+            weights=_weights(model),
             running=group_of(running),
         )
 
-    @property
-    def others(self) -> str:
-        """How entries of all models begin."""
+    def others(self, term: str) -> str:
+        """How entries of all models begin whose level of that term may be this one's.
+
+        Of reading: the disk is theirs, too. Of computing: those with the same kinds of weights.
+        """
         at_once = f" by {self.running}" if self.running > 1 else ""
-        return f"{self.machine}, {'streamed' if self.streams else 'resident'}{at_once}, "
+        alike = f"{self.machine}, {'streamed' if self.streams else 'resident'}{at_once}, "
+        return alike if term == "reading" else f"{alike}{self.weights} weights, "
 
     def __str__(self) -> str:
-        return self.others + self.model
+        return self.others("computing") + self.model
+
+
+def _weights(model: Checkpoint) -> str:
+    """The kinds of weights in a model's layers: `plain`, `packed 4 bits`, `plain of experts`."""
+    kinds = sorted({f"{each.form} {each.bits} bits" for each in model.stored.values()})
+    return " and ".join(kinds or ["plain"]) + (" of experts" if model.has_experts else "")
 
 
 def group_of(running: int) -> int:
@@ -214,7 +226,7 @@ def _level(known: dict[str, Entry], term: str, key: LevelKey, now_s: float) -> f
         if term in entry and _lasts(entry[term][1], now_s)
     }
     while True:
-        others = [level for name, level in fresh.items() if name.startswith(key.others)]
+        others = [level for name, level in fresh.items() if name.startswith(key.others(term))]
         if others:
             level = fresh.get(str(key)) or statistics.median(others)
             return level if abs(level - 1.0) > _SAME else 1.0
