@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from test_families import FAMILIES, with_three_layers
+from test_families import FAMILIES, with_two_layers
 from tiny import SHAPE
 
 from offload_rt.device.kinds import Packing
@@ -46,7 +46,7 @@ def rows(extents):
 )
 def test_an_outline_has_the_tensors_of_the_files(make_tiny, tmp_path, name, biases):
     family, config = FAMILIES[name]
-    folder = make_tiny(family, **(with_three_layers(config) | biases))
+    folder = make_tiny(family, **(with_two_layers(config) | biases))
     real, made = open_checkpoint(folder), outline_checkpoint(alone(folder, tmp_path / "alone"))
     assert made.config == real.config
     assert rows(made.tensors.values()) == rows(real.tensors.values())
