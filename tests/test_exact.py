@@ -16,7 +16,7 @@ from engines import engine_for
 from expert_models import make_mixture
 from gguf_files import write_gguf
 from hybrids import HYBRIDS, make_short
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers.models.llama import modeling_llama
 
@@ -31,7 +31,7 @@ from offload_rt.device import system
 from offload_rt.device.compiled import kept_in
 from offload_rt.device.system import processor_flags
 from offload_rt.errors import PlanError
-from offload_rt.kernels import attending, products, tiles
+from offload_rt.kernels import attending, products, registers, tiles
 from offload_rt.kernels.tiles import evenly
 from offload_rt.kv import offloaded, states
 from offload_rt.kv.together import PackedRows
@@ -132,6 +132,14 @@ SPECS = [
 ]
 
 
+IN_REGISTERS = [
+    pytest.param(False, id="vectors"),
+    pytest.param(
+        True,
+        id="registers",
+        marks=pytest.mark.skipif(bool(registers.problem()), reason=registers.problem()),
+    ),
+]
 NUMBERS = [
     (torch.bfloat16, 16),
     (torch.bfloat16, 96),
@@ -139,17 +147,35 @@ NUMBERS = [
     (torch.float32, 16),
     (torch.float32, 64),
 ]
+TAKEN = [
+    *((300, spec, *numbers) for spec in range(len(SPECS)) for numbers in NUMBERS),
+    *((70, *each) for each in zip(range(4), *zip(*NUMBERS[1:], strict=True), strict=True)),
+]
+TAKEN_IN_REGISTERS = [
+    *((300, spec, torch.bfloat16, dim) for spec in range(len(SPECS)) for dim in (32, 96, 192)),
+    (70, 0, torch.bfloat16, 128),
+]
+
+
+def attend_in_registers(on, monkeypatch):
+    """Have attention in bf16 be that of matrix registers, or of vectors."""
+    assert not on or not registers.problem()  # which asks the system for them
+    monkeypatch.setattr(attending, "in_registers", lambda dtype: on and dtype is torch.bfloat16)
 
 
 @pytest.mark.parametrize(
-    ("cached", "spec", "dtype", "dim"),
+    ("cached", "spec", "dtype", "dim", "on"),
     [
-        *((300, spec, *numbers) for spec in range(len(SPECS)) for numbers in NUMBERS),
-        *((70, *each) for each in zip(range(4), *zip(*NUMBERS[1:], strict=True), strict=True)),
+        pytest.param(*each, *way.values, marks=way.marks)
+        for taken, way in zip((TAKEN, TAKEN_IN_REGISTERS), IN_REGISTERS, strict=True)
+        for each in taken
     ],
 )
-def test_attention_of_a_row_has_the_same_bits_in_any_pass(cached, spec, dtype, dim, short_parts):
+def test_attention_of_a_row_has_the_same_bits_in_any_pass(
+    cached, spec, dtype, dim, on, short_parts, monkeypatch
+):
     """Of the newest 66; every fifth of them alone, and those beside the ends of a tile."""
+    attend_in_registers(on, monkeypatch)
     spec, (query, key, value) = SPECS[spec], random_rows(cached, dim=dim, dtype=dtype)
     places = [i for i in range(cached - 66, cached) if i % 5 == 0 or i % 16 in (0, 15)]
     at = [i - cached for i in places]
@@ -170,8 +196,32 @@ def test_attention_of_a_row_has_the_same_bits_in_any_pass(cached, spec, dtype, d
     assert torch.allclose(whole[-66:].float(), expected, atol=near, rtol=2**-8 if narrow else 0)
 
 
+@pytest.mark.skipif(bool(registers.problem()), reason=registers.problem())
+def test_matrix_registers_are_as_near_as_vectors(monkeypatch):
+    """Other bits, and no larger errors; of 448 rows, which are taken in two goes, and of one."""
+    query, key, value = random_rows(640, heads=7, kv_heads=1, dim=64)
+    spec, errors, found = AttentionSpec(scaling=0.125, exact=True), [], []
+    wide = (query.double() * 0.125, key.double(), value.double())
+    scores = (wide[0][:, -64:] @ wide[1].mT).masked_fill(
+        torch.ones(64, 640, dtype=torch.bool).triu(640 - 63), float("-inf")
+    )
+    expected = (scores.softmax(-1) @ wide[2]).transpose(0, 1)
+    for on in (False, True):
+        attend_in_registers(on, monkeypatch)
+        with threads(1):
+            rows = attend_exact(query[:, -64:], key, value, spec)
+            alone = one_by_one(query, key, value, spec, range(576, 640, 9))
+        assert torch.equal(rows[::9], alone)
+        found.append(rows)
+        errors.append((rows.double() - expected).square().mean().sqrt())
+    assert not torch.equal(*found)
+    assert errors[1] < 1.01 * errors[0] < 0.01
+
+
+@pytest.mark.parametrize("on", IN_REGISTERS)
 @pytest.mark.parametrize("dim", [16, 64])
-def test_parts_of_usual_size_are_cut_alike(dim):
+def test_parts_of_usual_size_are_cut_alike(dim, on, monkeypatch):
+    attend_in_registers(on, monkeypatch)
     query, key, value = random_rows(PART + 200, dim=dim)
     alone = one_by_one(query, key, value, SPECS[0], range(PART + 195, PART + 200))
     assert torch.equal(attend_exact(query[:, -70:], key, value, SPECS[0])[-5:], alone)
@@ -223,6 +273,24 @@ def test_a_row_of_a_tree_has_the_bits_of_its_path(parents, committed, spec, dim,
     assert torch.equal(together, alone)
 
 
+@pytest.mark.skipif(bool(registers.problem()), reason=registers.problem())
+@settings(deadline=None, max_examples=15)
+@example(  # a path that ends 63 rows behind its first, without two of them
+    parents=[*range(ROOT, 60), 60, 60, 60], committed=0, spec=0, dim=64
+)
+@given(
+    parents=trees(),
+    committed=st.sampled_from([0, 5, 50, 63, 64, 190]),
+    spec=st.integers(0, 3),
+    dim=st.sampled_from([32, 64]),
+)
+def test_in_matrix_registers_too(parents, committed, spec, dim):
+    with pytest.MonkeyPatch.context() as patch:
+        attend_in_registers(True, patch)
+        together, alone = tree_bits(parents, committed, SPECS[spec], dim=dim)
+    assert torch.equal(together, alone)
+
+
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.float32, 16), (torch.bfloat16, 64)])
 def test_scattered_columns_of_a_tree_are_missed(dtype, dim, monkeypatch):
     def scattered(tree, committed, most):
@@ -240,8 +308,10 @@ def test_scattered_columns_of_a_tree_are_missed(dtype, dim, monkeypatch):
 
 
 @pytest.mark.skipif(bool(attending.problem()), reason=f"no kernel: {attending.problem()}")
-def test_numbers_that_are_none_stay_none_and_many_heads_are_shared():
+@pytest.mark.parametrize("on", IN_REGISTERS)
+def test_numbers_that_are_none_stay_none_and_many_heads_are_shared(on, monkeypatch):
     """Of one KV head, of seven query heads each in three threads; a row that is broken shows."""
+    attend_in_registers(on, monkeypatch)
     query, key, value = random_rows(130, heads=7, kv_heads=1, dim=32)
     spec = spec_of()
     with threads(3):

@@ -5,7 +5,7 @@ import torch
 from engines import engine_for
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from test_exact import SPECS, TEXT, pending, threads, trees
+from test_exact import IN_REGISTERS, SPECS, TEXT, attend_in_registers, pending, threads, trees
 from test_kv import device  # noqa: F401 - a fixture
 from test_lean import FAMILIES, WIDE
 
@@ -85,6 +85,7 @@ def stored(cache, layer):
     return cache._keys[layer][:, :rows], cache._values[layer][:, :rows]
 
 
+@pytest.mark.parametrize("on", IN_REGISTERS)
 @settings(deadline=None, max_examples=40)
 @example(  # rows of the first piece and of the second take turns
     given=[(63, 0, 5, [ROOT, 0, ROOT, 1, 2]), (5, 0, 1, None)],
@@ -98,7 +99,20 @@ def stored(cache, layer):
     dtype=st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
     count=st.sampled_from([1, 3]),
 )
-def test_each_sequence_has_the_bits_it_has_alone(device, given, spec, dtype, count):  # noqa: F811
+def test_each_sequence_has_the_bits_it_has_alone(
+    device,  # noqa: F811
+    given,
+    spec,
+    dtype,
+    count,
+    on,
+):
+    with pytest.MonkeyPatch.context() as patch:
+        attend_in_registers(on, patch)
+        each_alone(device, given, spec, torch.bfloat16 if on else dtype, count)
+
+
+def each_alone(device, given, spec, dtype, count):  # noqa: F811
     some = [Sequence(number, *one, dtype) for number, one in enumerate(given)]
     room = [one.there + one.count for one in some]
     pool = KVPool(device, SHAPES, dtype, rows=sum(room), sequences=len(some))

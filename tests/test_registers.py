@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from engines import all_logits, engine_for
-from test_exact import SIZES, STREAMED, TEXT, agree, engines
+from test_exact import SIZES, STREAMED, TEXT, agree, attend_in_registers, engines
 from test_lean import FAMILIES, WIDE, lean_layers, some_passes
 from test_measure import QUICK
 from test_workload import CPU
@@ -45,6 +45,7 @@ def in_registers(monkeypatch, own_cache):
         )
     monkeypatch.setattr(exactness, "takes_matrix_registers", lambda _: True)
     monkeypatch.setattr(exact, "goes_by_count", lambda _: True)
+    attend_in_registers(True, monkeypatch)
 
 
 def linears_of(engine):

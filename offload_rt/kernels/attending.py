@@ -13,121 +13,65 @@ may write new rows to caches first, so that a pass of 64 sequences is one call a
 KV heads of reads as they get to them. A thread turns a tile's keys around once, so that columns lie
 in lanes, and takes the tile's values in pairs or in fp32; query heads of one KV head use both
 together.
+
+Where matrix registers multiply bf16 (AMX) they do here, too, by `kernels/attending_registers.py`:
+other sums, of which one row's do not go by who is beside it either.
 """
 
 import ctypes
-import math
 import struct
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from offload_rt.kernels import assembling
+from offload_rt.device.system import takes_matrix_registers
+from offload_rt.kernels import assembling, attending_registers, registers
+from offload_rt.kernels.attending_form import (
+    CALL,
+    COLUMNS,
+    DECLARED,
+    MOVE,
+    READ,
+    TILE,
+    UNSEEN,
+    Form,
+    Share,
+    capped,
+    exponential,
+    fields,
+    finish,
+    finish_row,
+    greatest,
+    pair,
+    row_at,
+    splat,
+)
 from offload_rt.kernels.code import LANES, WIDE, Code
 from offload_rt.kernels.products import HEAD
 from offload_rt.kernels.products import problem as products_problem
 
-COLUMNS = 64  # of a tile
 _MOST_ROWS = 7  # whose sums of a tile are in registers, beside four of the tile's
 _VECTORS = COLUMNS // LANES
-_PAIRS = COLUMNS // 2
 _MOST_DIM = 256
 _NO_WINDOW = 2**40
-_UNSEEN = -1e30  # the maximum of a row that has seen nothing
-_LEAST = -200.0  # whose exponential is 0
 _NUMBERS = {torch.bfloat16: "bfloat", torch.float16: "half", torch.float32: "float"}
 _WHOLE, _HALVES = f"<{LANES} x i32>", f"<{2 * LANES} x bfloat>"
-_DECLARED = f"""
-declare {WIDE} @llvm.rint.v16f32({WIDE})
-declare {WIDE} @llvm.fabs.v16f32({WIDE})
-declare {WIDE} @llvm.copysign.v16f32({WIDE}, {WIDE})
-declare {WIDE} @llvm.fma.v16f32({WIDE}, {WIDE}, {WIDE})
-declare {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE}, {WIDE}, {WIDE}, i16, i32)
-"""
-_CALL = (
-    "query at most seen target places sinks reads moves new_keys new_values n_reads n_parts "
-    "n_moves n_all n_heads n_group n_window n_scale n_cap n_new_key_head n_new_key_row "
-    "n_new_value_head n_new_value_row n_taken"  # the last counts what was taken
-)
-_LIE = "keys values n_key_head n_key_row n_value_head n_value_row"
-_READ = f"{_LIE} index piece n_first n_tokens n_tiles n_start n_last"
-_MOVE = f"{_LIE} n_at n_first n_tokens"
 _MANY_UNITS = 4  # for each thread, of which none is cut
-
-
-@dataclass(frozen=True, slots=True)
-class _Form:
-    """What a kernel is made for.
-
-    Attributes:
-        dim: numbers of a key.
-        value_dim: of a value.
-        number: LLVM's name of the format of keys, values and results.
-        capped: scores are squashed.
-    """
-
-    dim: int
-    value_dim: int
-    number: str = "bfloat"
-    capped: bool = False
-
-    @property
-    def pairs(self) -> bool:
-        """Whether two numbers are multiplied at once; the query is then in that format too."""
-        return self.number == "bfloat"
-
-    @property
-    def stored(self) -> str:
-        """What a number is in memory."""
-        return "i32" if self.number == "float" else "i16"
-
-    @property
-    def fed(self) -> str:
-        """What a number of the query, and a weight, is in memory."""
-        return "i16" if self.pairs else "i32"
-
-    @property
-    def units(self) -> int:
-        """Of a key, that are multiplied one after another."""
-        return self.dim // 2 if self.pairs else self.dim
-
-    @property
-    def lines(self) -> int:
-        """Of a tile's values, likewise."""
-        return _PAIRS if self.pairs else COLUMNS
-
-    def widened(self, code: Code, address: str) -> str:
-        """`LANES` numbers of 32 bits: of bf16 pairs, else each number in fp32."""
-        if self.number != "half":
-            return code.let(f"load {_WHOLE}, ptr {address}, align 2")
-        half = code.let(f"load <{LANES} x half>, ptr {address}, align 2")
-        wide = code.let(f"fpext <{LANES} x half> {half} to {WIDE}")
-        return code.let(f"bitcast {WIDE} {wide} to {_WHOLE}")
-
-    def write(self, code: Code, value: str, address: str) -> None:
-        """Store a register as results are."""
-        if self.number != "float":
-            kind = f"<{LANES} x {self.number}>"
-            value = code.let(f"fptrunc {WIDE} {value} to {kind}")
-            code.add(f"store {kind} {value}, ptr {address}, align 2")
-        else:
-            code.add(f"store {WIDE} {value}, ptr {address}, align 4")
 
 
 @cache
 def problem() -> str:
     """Why there is no such kernel; empty where there is."""
-    return products_problem() or assembling.trouble(lambda: _kernel(_Form(64, 64)))
+    return products_problem() or assembling.trouble(lambda: _kernel(Form(64, 64)))
 
 
 def takes(dtype: torch.dtype, key_dim: int, value_dim: int, *, capped: bool = False) -> bool:
     """Whether there is a kernel for heads of these sizes; it is assembled when first asked for."""
     dims, unit = (key_dim, value_dim), 2 * LANES  # so many numbers of bf16 are turned at once
     fits = dtype in _NUMBERS and not any(d % unit or d > _MOST_DIM for d in dims)
-    return fits and not problem() and _kernel(_Form(*dims, _NUMBERS[dtype], capped)) != 0
+    return fits and not problem() and _kernel(_form(dtype, *dims, capped=capped)) != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,15 +154,20 @@ class Attending:
         how: Way,
     ) -> None:
         kv_heads, rows, dim = query.shape
-        form = _Form(dim, value_dim, _NUMBERS[query.dtype], how.cap is not None)
+        form = _form(query.dtype, dim, value_dim, capped=how.cap is not None)
         self._query, self._at, self._sinks = query if form.pairs else query.float(), at, how.sinks
         self._sizes = kv_heads, rows
         self._kernel = _kernel(form)
         self._scale, self._cap = _bits(how.scaling), _bits(how.cap or 0.0)
         self._window = _NO_WINDOW if how.window is None else how.window
-        wide = torch.float32
-        self._most = torch.full((kv_heads, rows), _UNSEEN, dtype=wide)
-        self._seen = torch.zeros(kv_heads, rows, LANES + value_dim, dtype=wide)  # sums, values
+        self._line = form.line
+        self._seen: tuple[torch.Tensor, ...] = ()  # maxima [K, R], and lines [K, R, line] of each
+        if not form.registers:  # those keep what they see in one call to themselves
+            self._keep()
+
+    def _keep(self) -> None:
+        most = torch.full(self._sizes, UNSEEN, dtype=torch.float32)
+        self._seen = most, torch.zeros(*self._sizes, self._line, dtype=torch.float32)
 
     def add(
         self,
@@ -243,8 +192,11 @@ class Attending:
             moves = [t.data_ptr() for t in (new.moves, new.key, new.value)]
             strides = [*new.key.stride()[:2], *new.value.stride()[:2]]
             count = len(new.moves)
+        if into is None and not self._seen:
+            self._keep()
+        most, seen = (t.data_ptr() for t in self._seen) if self._seen else (0, 0)
         numbers = (
-            *(t.data_ptr() for t in (self._query, self._at, self._most, self._seen)),
+            *(self._query.data_ptr(), self._at.data_ptr(), most, seen),
             *(target, places, 0 if self._sinks is None else self._sinks.data_ptr()),
             *(reads.data_ptr(), *moves, len(reads), 1 if whole else threads, count),
             *(rows, kv_heads, rows // len(self._at), self._window, self._scale, self._cap),
@@ -260,77 +212,32 @@ def _bits(number: float) -> int:
 
 
 @cache
-def _kernel(form: _Form) -> int:
-    text = HEAD + _DECLARED + _exponential() + _soften(form) + _turn(form) + _pair(form)
-    for count in range(1, _MOST_ROWS + 1):
-        text += _scores(form, count) + _weighted(form, count)
-    text += _tile(form) + _finish(form) + _move(form) + _unit(form) + _attend()
-    return assembling.assemble(text, ["attend"])["attend"]
-
-
-def _float(value: float) -> str:
-    (narrow,) = struct.unpack("<f", struct.pack("<f", value))
-    (bits,) = struct.unpack("<Q", struct.pack("<d", narrow))
-    return f"0x{bits:016X}"
-
-
-def _splat(value: float) -> str:
-    return f"splat (float {_float(value)})"
-
-
-def _exponential() -> str:
-    """@exponential(x) of a register, x at most 0: 2^n times a polynomial of what is left.
-
-    Taylor's of 2^f for |f| up to a half has an error below 2^-24 with seven terms (bound).
-    """
-    code = Code("@exponential(ptr %to)")
-    code.add(f"%x = load {WIDE}, ptr %to, align 64")
-    low = code.let(f"fcmp olt {WIDE} %x, {_splat(_LEAST)}")
-    x = code.let(f"select <{LANES} x i1> {low}, {WIDE} {_splat(_LEAST)}, {WIDE} %x")
-    x = code.fp("fmul", x, _splat(math.log2(math.e)))
-    whole = code.let(f"call {WIDE} @llvm.rint.v16f32({WIDE} {x})")
-    rest = code.fp("fsub", x, whole)
-    terms = [math.log(2) ** n / math.factorial(n) for n in range(8)]
-    value = _splat(terms[-1])
-    for term in reversed(terms[:-1]):
-        value = code.fused(value, rest, _splat(term))
-    scaled = code.let(
-        f"call {WIDE} @llvm.x86.avx512.mask.scalef.ps.512({WIDE} {value}, {WIDE} {whole}, "
-        f"{WIDE} zeroinitializer, i16 -1, i32 4)"
+def in_registers(dtype: torch.dtype) -> bool:
+    """Whether products are those of matrix registers (`attending_registers.py`)."""
+    return (
+        dtype is torch.bfloat16 and takes_matrix_registers("bfloat16") and not registers.problem()
     )
-    code.add(f"store {WIDE} {scaled}, ptr %to, align 64")
-    return code.text().replace("#0 {", "alwaysinline #0 {", 1)
 
 
-def _greatest(code: Code, values: list[str]) -> str:
-    """In all lanes the greatest number of some registers."""
-
-    def greater(one: str, other: str) -> str:
-        more = code.let(f"fcmp ogt {WIDE} {one}, {other}")
-        return code.let(f"select <{LANES} x i1> {more}, {WIDE} {one}, {WIDE} {other}")
-
-    while len(values) > 1:
-        values = [greater(*values[:2]), *values[2:]]
-    (value,) = values
-    step = LANES // 2
-    while step:
-        order = ", ".join(f"i32 {lane ^ step}" for lane in range(LANES))
-        other = code.let(f"shufflevector {WIDE} {value}, {WIDE} poison, {_WHOLE} <{order}>")
-        value, step = greater(value, other), step // 2
-    return value
+def _form(dtype: torch.dtype, dim: int, value_dim: int, *, capped: bool) -> Form:
+    return Form(dim, value_dim, _NUMBERS[dtype], capped, in_registers(dtype))
 
 
-def _capped(code: Code, score: str, cap: str, exponential: Callable[[str], str]) -> str:
-    """Squashed scores, cap * tanh(x / cap): by 1 - e^-2y and 1 + e^-2y of the size y of x / cap."""
-    part = code.fp("fdiv", score, cap)
-    size = code.let(f"call {WIDE} @llvm.fabs.v16f32({WIDE} {part})")
-    power = exponential(code.fp("fmul", size, _splat(-2.0)))
-    less, more = (code.fp(f"f{word}", _splat(1.0), power) for word in ("sub", "add"))
-    made = code.fp("fmul", code.fp("fdiv", less, more), cap)
-    return code.let(f"call {WIDE} @llvm.copysign.v16f32({WIDE} {made}, {WIDE} {part})")
+@cache
+def _kernel(form: Form) -> int:
+    text = HEAD + DECLARED + pair(form) + finish(form) + _move(form)
+    if form.registers:
+        text += registers.DECLARED + attending_registers.DECLARED
+        text += attending_registers.functions(form)
+    else:
+        text += _soften(form) + _turn(form)
+        for count in range(1, _MOST_ROWS + 1):
+            text += _scores(form, count) + _weighted(form, count)
+        text += _tile(form) + _unit(form)
+    return assembling.assemble(text + _attend(form), ["attend"])["attend"]
 
 
-def _soften(form: _Form) -> str:
+def _soften(form: Form) -> str:
     """@soften: a row's scores of a tile to weights, its maximum and sum carried on.
 
     Args: scores [COLUMNS] fp32; weights [COLUMNS], bf16 or fp32; most; sums [LANES]; factor, by
@@ -346,35 +253,28 @@ def _soften(form: _Form) -> str:
     for name in ("%low", "%high"):
         narrow = code.let(f"trunc i64 {name} to i32")
         bounds.append(code.spread(narrow, "i32"))
-    spot = code.let(f"alloca {WIDE}, align 64")
-
-    def exponential(value: str) -> str:
-        code.add(f"store {WIDE} {value}, ptr {spot}, align 64")
-        code.add(f"call void @exponential(ptr {spot})")
-        return code.let(f"load {WIDE}, ptr {spot}, align 64")
-
     seen = []
     for part in range(_VECTORS):
         score = code.let(f"load {WIDE}, ptr {code.at('%scores', part * LANES, 'float')}, align 64")
         score = code.fp("fmul", score, scale)
         if form.capped:
-            score = _capped(code, score, cap, exponential)
+            score = capped(code, score, cap)
         lanes = ", ".join(f"i32 {part * LANES + lane}" for lane in range(LANES))
         late = code.let(f"icmp sle {_WHOLE} <{lanes}>, {bounds[1]}")
         early = code.let(f"icmp sge {_WHOLE} <{lanes}>, {bounds[0]}")
         both = code.let(f"and <{LANES} x i1> {late}, {early}")
-        hidden = _splat(float("-inf"))
+        hidden = splat(float("-inf"))
         seen.append(code.let(f"select <{LANES} x i1> {both}, {WIDE} {score}, {WIDE} {hidden}"))
     before = code.let("load float, ptr %most, align 4")
     old = code.spread(before)
-    most = _greatest(code, [*seen, old])
+    most = greatest(code, [*seen, old])
     code.add(f"store float {code.let(f'extractelement {WIDE} {most}, i32 0')}, ptr %most, align 4")
-    factor = exponential(code.fp("fsub", old, most))
+    factor = exponential(code, code.fp("fsub", old, most))
     first = code.let(f"extractelement {WIDE} {factor}, i32 0")
     code.add(f"store float {first}, ptr %factor, align 4")
     total = code.fp("fmul", code.let(f"load {WIDE}, ptr %sums, align 4"), factor)
     for part, score in enumerate(seen):
-        weight = exponential(code.fp("fsub", score, most))
+        weight = exponential(code, code.fp("fsub", score, most))
         total = code.fp("fadd", total, weight)
         place = code.at("%weights", part * LANES, form.fed)
         if form.pairs:
@@ -385,21 +285,11 @@ def _soften(form: _Form) -> str:
     return code.text().replace("#0 {", "noinline #0 {", 1)
 
 
-_TILE = "ptr noalias %rows, ptr noalias %index, i64 %stride, i64 %last, ptr noalias %out"
-
-
-def _row_at(code: Code, column: str, kind: str) -> str:
-    """The address of the row of a cache in a column."""
-    place = code.let(f"load i64, ptr {code.at('%index', column, 'i64')}, align 8")
-    place = code.let(f"call i64 @llvm.umin.i64(i64 {place}, i64 %last)")
-    return code.at("%rows", code.times(place, "%stride"), kind)
-
-
-def _turn(form: _Form) -> str:
+def _turn(form: Form) -> str:
     """@turn: keys of a tile, [COLUMNS, D], to [D / 2, COLUMNS, 2], or [D, COLUMNS] in fp32."""
-    code = Code(f"@turn({_TILE})")
+    code = Code(f"@turn({TILE})")
     with code.loop(0, COLUMNS, LANES) as column:
-        starts = [_row_at(code, code.plus(column, lane), form.stored) for lane in range(LANES)]
+        starts = [row_at(code, code.plus(column, lane), form.stored) for lane in range(LANES)]
         unit = "i16" if form.number == "half" else "i32"
         with code.loop(0, form.units, LANES) as pair:
             rows = [form.widened(code, code.at(start, pair, unit)) for start in starts]
@@ -425,31 +315,6 @@ def _turn(form: _Form) -> str:
             for number, row in enumerate(rows):
                 spot = code.plus(code.times(code.plus(pair, number), COLUMNS), column)
                 code.add(f"store {_WHOLE} {row}, ptr {code.at('%out', spot, 'i32')}, align 64")
-    return code.text()
-
-
-def _pair(form: _Form) -> str:
-    """@pair: values of a tile, [COLUMNS, D], to [COLUMNS / 2, D, 2]; or as they are, in fp32."""
-    code = Code(f"@pair({_TILE})")
-    kind, dim, each = f"<{LANES} x i16>", form.value_dim, 2 if form.pairs else 1
-    with code.loop(0, COLUMNS, each) as column:
-        starts = [_row_at(code, code.plus(column, n), form.stored) for n in range(each)]
-        line = code.at("%out", code.times(column, dim), form.fed)
-        with code.loop(0, dim, LANES) as place:
-            to = code.at(line, code.times(place, each), form.fed)
-            if form.pairs:
-                one, other = (
-                    code.let(f"load {kind}, ptr {code.at(start, place)}, align 2")
-                    for start in starts
-                )
-                lanes = ", ".join(f"i32 {lane}, i32 {LANES + lane}" for lane in range(LANES))
-                mixed = code.let(
-                    f"shufflevector {kind} {one}, {kind} {other}, <{2 * LANES} x i32> <{lanes}>"
-                )
-                code.add(f"store <{2 * LANES} x i16> {mixed}, ptr {to}, align 64")
-            else:
-                value = form.widened(code, code.at(starts[0], place, form.stored))
-                code.add(f"store {_WHOLE} {value}, ptr {to}, align 64")
     return code.text()
 
 
@@ -508,7 +373,7 @@ def _dots(  # noqa: PLR0913 - the parts of a product
     return [[f"%{name}.new{row}.{part}" for part in parts] for row in range(len(rows))]
 
 
-def _scores(form: _Form, count: int) -> str:
+def _scores(form: Form, count: int) -> str:
     """@scores1 and so on: of so many rows [count, D] with a tile's keys, [count, COLUMNS]."""
     code = Code(f"@scores{count}(ptr noalias %rows, ptr noalias %keys, ptr noalias %out)")
     rows = [code.at("%rows", row * form.dim, form.fed) for row in range(count)]
@@ -521,7 +386,7 @@ def _scores(form: _Form, count: int) -> str:
     return code.text()
 
 
-def _weighted(form: _Form, count: int) -> str:
+def _weighted(form: Form, count: int) -> str:
     """@weighted1 and so on: out [count, D] times factors, plus weights of a tile's values."""
     dim = form.value_dim
     stride = LANES + dim
@@ -558,7 +423,7 @@ def _weighted(form: _Form, count: int) -> str:
     return code.text()
 
 
-def _tile(form: _Form) -> str:
+def _tile(form: Form) -> str:
     """@tile: rows `first` to `last` of a KV head with one tile that is turned around."""
     line = LANES + form.value_dim
     code = Code(
@@ -605,10 +470,10 @@ def _clamped(code: Code, number: str) -> str:
     return code.let(f"select i1 {high}, i64 {COLUMNS}, i64 {number}")
 
 
-def _move(form: _Form) -> str:
+def _move(form: Form) -> str:
     """@move: new rows of a sequence to their cache."""
     code = Code("@move(ptr %call, ptr %move)")
-    call, own = _fields(code, "%call", _CALL), _fields(code, "%move", _MOVE)
+    call, own = fields(code, "%call", CALL), fields(code, "%move", MOVE)
     kind = f"<{LANES} x {form.stored}>"
     for name, dim in (("key", form.dim), ("value", form.value_dim)):
         with code.loop(0, call["n_heads"]) as head, code.loop(0, own["n_tokens"]) as token:
@@ -628,49 +493,29 @@ def _move(form: _Form) -> str:
     return code.text()
 
 
-def _fields(code: Code, record: str, names: str) -> dict[str, str]:
-    return dict(zip(names.split(), code.fields(record, names), strict=True))
-
-
-def _unit(form: _Form) -> str:
+def _unit(form: Form) -> str:
     """@unit: a KV head of a read, or some of its rows, tile after tile."""
-    dim, value_dim = form.dim, form.value_dim
     code = Code("@unit(ptr %call, ptr %read, i64 %unit)")
     keys = code.let(f"alloca [{form.units * COLUMNS} x i32], align 64")
-    values = code.let(f"alloca [{value_dim * form.lines} x i32], align 64")
-    call, own = _fields(code, "%call", _CALL), _fields(code, "%read", _READ)
+    values = code.let(f"alloca [{form.value_dim * form.lines} x i32], align 64")
+    call, own = fields(code, "%call", CALL), fields(code, "%read", READ)
     scale, cap = (
         code.let(f"bitcast i32 {code.let(f'trunc i64 {call[name]} to i32')} to float")
         for name in ("n_scale", "n_cap")
     )
-    parts, group = call["n_parts"], call["n_group"]
-    head = code.let(f"udiv i64 %unit, {parts}")
-    part = code.let(f"sub i64 %unit, {code.times(head, parts)}")
-    by_token = code.let(f"icmp ne ptr {own['piece']}, null")
-    each = code.let(f"select i1 {by_token}, i64 {group}, i64 1")  # rows that are not parted
-    count = code.let(f"udiv i64 {code.times(own['n_tokens'], group)}, {each}")
-    first, last = (
-        code.times(code.let(f"udiv i64 {code.times(end, count)}, {parts}"), each)
-        for end in (part, code.plus(part, 1))
-    )
-    before = code.plus(code.times(head, call["n_all"]), code.times(own["n_first"], group))
-    query = code.at(call["query"], code.times(before, dim), form.fed)
-    most = code.at(call["most"], before, "float")
-    seen = code.at(call["seen"], code.times(before, LANES + value_dim), "float")
-    positions, places = (code.at(call[name], own["n_first"], "i64") for name in ("at", "places"))
-    key = code.at(own["keys"], code.times(head, own["n_key_head"]), form.stored)
-    value = code.at(own["values"], code.times(head, own["n_value_head"]), form.stored)
+    share = Share.of(code, form, call, own)
+    group, first, last = call["n_group"], share.first, share.last
 
     def take(index: str, column: str, rows: tuple[str, str]) -> None:
-        for name, start, out in (("turn", key, keys), ("pair", value, values)):
+        for name, start, out in (("turn", share.key, keys), ("pair", share.value, values)):
             stride = own["n_key_row" if name == "turn" else "n_value_row"]
             code.add(
                 f"call void @{name}(ptr {start}, ptr {index}, i64 {stride}, i64 {own['n_last']}, "
                 f"ptr {out})"
             )
         code.add(
-            f"call void @tile(ptr {query}, ptr {keys}, ptr {values}, ptr {positions}, "
-            f"ptr {most}, ptr {seen}, i64 {rows[0]}, i64 {rows[1]}, i64 {column}, "
+            f"call void @tile(ptr {share.query}, ptr {keys}, ptr {values}, ptr {share.positions}, "
+            f"ptr {share.most}, ptr {share.seen}, i64 {rows[0]}, i64 {rows[1]}, i64 {column}, "
             f"i64 {call['n_window']}, float {scale}, float {cap}, i64 {group})"
         )
 
@@ -681,79 +526,35 @@ def _unit(form: _Form) -> str:
         take(at, code.plus(own["n_start"], column), (first, last))
     low, high = (code.let(f"udiv i64 {end}, {group}") for end in (first, last))
     column = code.plus(own["n_start"], code.times(own["n_tiles"], COLUMNS))
-    with code.loop(low, code.let(f"select i1 {by_token}, i64 {high}, i64 {low}")) as token:
+    with code.loop(low, code.let(f"select i1 {share.by_token}, i64 {high}, i64 {low}")) as token:
         rows = code.times(token, group), code.times(code.plus(token, 1), group)
         take(code.at(own["piece"], code.times(token, COLUMNS), "i64"), column, rows)
-    ends = code.let(f"icmp ne ptr {call['target']}, null")
-    stop = code.let(f"select i1 {ends}, i64 {last}, i64 {first}")
-    with code.loop(first, stop) as row:
-        token = code.let(f"udiv i64 {row}, {group}")
-        query_head = code.let(f"sub i64 {row}, {code.times(token, group)}")
-        query_head = code.plus(query_head, code.times(head, group))
-        place = code.let(f"load i64, ptr {code.at(places, token, 'i64')}, align 8")
-        place = code.times(code.times(place, call["n_heads"]), group)
-        place = code.times(code.plus(place, query_head), value_dim)
-        given = code.let(f"icmp ne ptr {call['sinks']}, null")
-        sink = code.at(call["sinks"], query_head, "float")
-        code.add(
-            f"call void @finish(ptr {code.at(most, row, 'float')}, "
-            f"ptr {code.at(seen, code.times(row, LANES + value_dim), 'float')}, "
-            f"ptr {code.let(f'select i1 {given}, ptr {sink}, ptr null')}, "
-            f"ptr {code.at(call['target'], place, form.stored)})"
-        )
+    with code.loop(first, code.let(f"select i1 {share.ends}, i64 {last}, i64 {first}")) as row:
+        most = code.at(share.most, row, "float")
+        seen = code.at(share.seen, code.times(row, form.line), "float")
+        finish_row(code, form, call, share, row, most, seen)
     return code.text()
 
 
-def _attend() -> str:
+def _attend(form: Form) -> str:
     """@attend: a thread's share of new rows, and of what is read when all of those are there."""
     code = Code("@attend(ptr %call)", internal=False)
-    call = _fields(code, "%call", _CALL)
+    call = fields(code, "%call", CALL)
     first, last = code.my_share(call["n_moves"])
     with code.loop(first, last) as number:
-        move = code.at(call["moves"], code.times(number, len(_MOVE.split())), "i64")
+        move = code.at(call["moves"], code.times(number, len(MOVE.split())), "i64")
         code.add(f"call void @move(ptr %call, ptr {move})")
     with code.when(code.let(f"icmp ne i64 {call['n_moves']}, 0")):
         code.add("call void @GOMP_barrier()")
+    if form.registers:
+        registers.configure(code)
     units = code.times(call["n_heads"], call["n_parts"])
-    taken = code.at("%call", len(_CALL.split()) - 1, "i64")
+    taken = code.at("%call", len(CALL.split()) - 1, "i64")
     with code.taken(taken, code.times(call["n_reads"], units)) as unit:
         number = code.let(f"udiv i64 {unit}, {units}")
-        read = code.at(call["reads"], code.times(number, len(_READ.split())), "i64")
+        read = code.at(call["reads"], code.times(number, len(READ.split())), "i64")
         within = code.let(f"sub i64 {unit}, {code.times(number, units)}")
         code.add(f"call void @unit(ptr %call, ptr {read}, i64 {within})")
-    return code.text()
-
-
-def _finish(form: _Form) -> str:
-    """@finish: a row's result, of its maximum, its sums and values, and maybe a sink."""
-    code = Code("@finish(ptr %most, ptr %seen, ptr %sink, ptr %to)")
-    spot = code.let(f"alloca {WIDE}, align 64")
-    factor, total = (code.let(f"alloca {WIDE}, align 64") for _ in range(2))
-    value = code.let(f"load {WIDE}, ptr %seen, align 4")
-    step = LANES // 2
-    while step:
-        order = ", ".join(f"i32 {lane ^ step}" for lane in range(LANES))
-        other = code.let(f"shufflevector {WIDE} {value}, {WIDE} poison, {_WHOLE} <{order}>")
-        value, step = code.fp("fadd", value, other), step // 2
-    code.add(f"store {WIDE} {_splat(1.0)}, ptr {factor}, align 64")
-    code.add(f"store {WIDE} {value}, ptr {total}, align 64")
-    with code.when(code.let("icmp ne ptr %sink, null")):
-        old, sink = (
-            code.spread(code.let(f"load float, ptr {name}, align 4")) for name in ("%most", "%sink")
-        )
-        most = _greatest(code, [old, sink])
-        made = []
-        for one in (old, sink):
-            code.add(f"store {WIDE} {code.fp('fsub', one, most)}, ptr {spot}, align 64")
-            code.add(f"call void @exponential(ptr {spot})")
-            made.append(code.let(f"load {WIDE}, ptr {spot}, align 64"))
-        code.add(f"store {WIDE} {made[0]}, ptr {factor}, align 64")
-        both = code.fp("fadd", code.fp("fmul", value, made[0]), made[1])
-        code.add(f"store {WIDE} {both}, ptr {total}, align 64")
-    scale = code.fp(
-        "fdiv", *(code.let(f"load {WIDE}, ptr {name}, align 64") for name in (factor, total))
-    )
-    for first in range(0, form.value_dim, LANES):
-        value = code.let(f"load {WIDE}, ptr {code.at('%seen', LANES + first, 'float')}, align 4")
-        form.write(code, code.fp("fmul", value, scale), code.at("%to", first, form.stored))
+    if form.registers:
+        code.add(registers.RELEASE)
     return code.text()

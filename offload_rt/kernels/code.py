@@ -169,6 +169,12 @@ class Code:
         first = self.let(f"insertelement {wide} poison, {kind} {number}, i32 0")
         return self.let(f"shufflevector {wide} {first}, {wide} poison, {_WHOLE} zeroinitializer")
 
+    def spread_long(self, number: str) -> str:
+        """As many places with one number of 64 bits."""
+        wide = f"<{LANES} x i64>"
+        first = self.let(f"insertelement {wide} poison, i64 {number}, i32 0")
+        return self.let(f"shufflevector {wide} {first}, {wide} poison, {_WHOLE} zeroinitializer")
+
 
 def turned(code: Code, rows: Sequence[str]) -> list[str]:
     """The columns of 16 vectors of 16."""

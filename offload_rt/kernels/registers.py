@@ -140,7 +140,7 @@ def tiles(ahead: int = 0) -> str:
     arguments = "ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line, i64 %count"
     code = Code(f"@tiles({arguments})")
     height = code.let("trunc i64 %count to i8")
-    _configure(code, [(48 + tile, height, "i8") for tile in range(_PARTS + 1)])  # totals, and rows
+    configure(code, [(48 + tile, height, "i8") for tile in range(_PARTS + 1)])  # totals, and rows
     totals = [code.at("%totals", part * LANES, "float") for part in range(_PARTS)]
     for part, at in enumerate(totals):
         code.add(f"call void @llvm.x86.tileloadd64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
@@ -171,7 +171,7 @@ def straight() -> str:
     code = Code("@straight(ptr %turned, ptr %weight, ptr %totals, i64 %pairs, i64 %count)")
     across, line = code.times("%count", 4), code.times("%pairs", 4)
     width = code.let(f"trunc i64 {across} to i16")
-    _configure(code, [(8 + tile, width, "i16") for tile in (0, 1)])  # totals, and rows
+    configure(code, [(8 + tile, width, "i16") for tile in (0, 1)])  # totals, and rows
     long = code.let(f"icmp ugt i64 %pairs, {_LONG // 2}")
     group = code.times(line, LANES)
     ahead = code.let(f"select i1 {long}, i64 {_AHEAD_WITHIN}, i64 {group}")
@@ -192,7 +192,7 @@ def straight() -> str:
     return code.text()
 
 
-def _configure(code: Code, parts: Iterable[tuple[int, str, str]]) -> None:
+def configure(code: Code, parts: Iterable[tuple[int, str, str]] = ()) -> None:
     """Set what registers hold: 16 lines of 64 bytes, but for what is given, by its place."""
     shape = code.let("alloca [64 x i8], align 64")
     settings = [1] + [0] * 15 + [64, 0] * 8 + [0] * 16 + [16] * 8 + [0] * 8

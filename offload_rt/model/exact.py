@@ -377,6 +377,8 @@ def attention_problem(
         what = "heads {}, of {}, keys {}, values {}".format(*shape)
         if not attending.takes(dtype, *shape[2:], capped=capped):
             what += ", written out"
+        elif attending.in_registers(dtype):
+            what += ", in matrix registers"
         if what not in known:
             if problem := unlike_attention(shape, spec, dtype, torch.device("cpu"), _ATTENDING):
                 return problem
