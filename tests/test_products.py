@@ -15,7 +15,6 @@ from offload_rt.device.system import _mapped_areas
 from offload_rt.errors import CheckpointError
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.products import BLOCKS, MOST_ROWS, Product, blocks_of, lies_in_panels
-from offload_rt.kernels.registers import RegisterProduct, in_panels
 from offload_rt.kernels.registers import problem as registers_problem
 from offload_rt.kernels.stored import (
     ROWS_AT_ONCE,
@@ -129,13 +128,6 @@ def test_matrix_registers_give_a_row_the_same_bits_in_any_pass(inputs, outputs, 
     )
     alone = torch.eye(inputs, dtype=torch.bfloat16)[: 3 * inputs // 4]  # each weight, by itself
     assert torch.equal(product(alone, linear.weight, None), linear.weight[:, : len(alone)].t())
-    panels = in_panels(linear.weight)
-    for bias in (linear.bias, None):
-        packed, stored = RegisterProduct(panels.data_ptr(), inputs, outputs, bias), whole
-        if bias is None:
-            stored = product(many, linear.weight, None)
-        for count in (1, 2, 15, 16, 17, 33, 64, 200):
-            assert torch.equal(packed(many[None, :count])[0], stored[:count]), count
 
 
 @needs_registers

@@ -19,9 +19,10 @@ from offload_rt.costs.drafters import Drafting, Expected
 from offload_rt.device.cpu import CpuDevice
 from offload_rt.kernels import registers, stored
 from offload_rt.kernels.layers import MANY_ROWS, REGISTER_ROWS
-from offload_rt.model import exact, exactness, network
+from offload_rt.kernels.registers import ROWS_LYING
+from offload_rt.model import exact, exactness, lean, network
 from offload_rt.model.formats import packed
-from offload_rt.model.formats.packed import PackedLinear, unlike_when_packed
+from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.lean import LeanLayer
 from offload_rt.planning.fit import PlacedRun
 from offload_rt.profiling.compute import TimedLayer
@@ -39,7 +40,7 @@ def own_cache(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def in_registers(monkeypatch, own_cache):
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(own_cache))
-    for module in (exact, packed, stored):
+    for module in (exact, lean, packed, stored):
         monkeypatch.setattr(
             module, "multiplies_in_registers", lambda i, o: not (i % registers.STEP or o % 64)
         )
@@ -60,7 +61,7 @@ def test_streamed_equals_resident(family, make_tiny):
     for resident, how in ((2, {}), (1, {"slots": 1}), (0, {"slots": 1})):
         with engine_for(folder, exact=Exact.ON, resident_layers=resident, **how) as engine:
             assert sorted(lean_layers(engine)) == [False] * (2 - resident) + [True] * resident
-            assert all(linear.in_registers for linear in linears_of(engine))
+            assert not linears_of(engine)  # as they lie
             found.append(some_passes(engine))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
@@ -77,14 +78,14 @@ def test_the_two_kernels_of_a_layer_have_the_bits_of_its_modules(rows, make_tiny
     monkeypatch.setattr(
         Qwen2DecoderLayer, "forward", lambda *a, **o: by_modules.append(0) or real(*a, **o)
     )
-    for lean in (True, False):
-        if not lean:
+    for in_two in (True, False):
+        if not in_two:
             monkeypatch.setattr(network, "lean_layer", lambda *_, **__: None)
         with engines(folder, prefill_chunk_tokens=rows) as engine:
-            assert lean_layers(engine) == [lean] * 2
+            assert lean_layers(engine) == [in_two] * 2
             by_modules.clear()
             found.append(engine.forward([(0, TEXT[:rows])], reuse=True).clone())
-            assert len(by_modules) == (0 if lean else 2)
+            assert len(by_modules) == (0 if in_two else 2)
     assert torch.equal(*found)
 
 
@@ -93,30 +94,21 @@ def test_what_rows_become_in_a_layer_is_there_once_for_all(make_tiny):
         one, other = (layer.forward.args[1] for layer in engine.network._layers)
         assert one._products is other._products and one._summed is other._summed
         assert one._products.shape[0] == REGISTER_ROWS
-    wide = replace(one._sizes, hidden=2**14)
-    assert wide.suit and wide.most_rows * wide.hidden <= 2**19
+    for wide in (replace(one._sizes, hidden=2**14), replace(one._sizes, heads=128)):
+        widest = max(wide.hidden, wide.heads * wide.head_dim)
+        assert wide.suit and wide.most_rows * widest <= 2**19
 
 
 def test_shapes_that_do_not_fit_are_left_to_the_library(make_tiny):
-    """1,419 products are no whole panels; the other matrices are in registers."""
+    """1,419 products are no whole panels; the other matrices stay as they lie."""
     sizes = SIZES | {"hidden_size": 384, "head_dim": 64}
     folder, found = make_tiny("llama", **sizes, dtype="bfloat16"), []
     for config in ({}, STREAMED):
         with engines(folder, **config) as engine:
-            assert {linear.in_registers for linear in linears_of(engine)} >= {True}
-            assert {
-                linear.in_registers for linear in linears_of(engine) if linear.outputs % 64
-            } == {False}
+            kept = linears_of(engine)
+            assert kept and all(linear.outputs % 64 or linear.inputs % 32 for linear in kept)
             found.append(all_logits(engine))
     assert torch.equal(*found)
-
-
-def test_other_bits_are_noticed(monkeypatch):
-    layer = torch.nn.Sequential(torch.nn.Linear(128, 192, dtype=torch.bfloat16))
-    assert unlike_when_packed(layer, exact=True) == frozenset()
-    was = packed.in_panels
-    monkeypatch.setattr(packed, "in_panels", lambda weight: was(weight).flip(1))
-    assert unlike_when_packed(layer, exact=True) == {(192, 128)}
 
 
 def test_what_is_traced_are_torch_s_kernels(monkeypatch):
@@ -176,23 +168,37 @@ def test_a_layer_is_timed_so():
     kept = [m for one in layer._layers for m in one.modules() if isinstance(m, PackedLinear)]
     assert kept and all(linear.in_registers for linear in kept)
     assert isinstance(next(layer._turns), LeanLayer)
+    streamed = TimedLayer(shape, CpuDevice(), torch.bfloat16, WeightOrder.PLAIN, effort)
+    assert not isinstance(next(streamed._turns), LeanLayer)
+
+
+def test_no_matrix_is_copied(make_tiny):
+    """Layers that stay have their images for good, and the head is the embedding."""
+    folder = make_tiny("llama", **WIDE, **FAMILIES["llama"], vocab_size=320)
+    for way in (Exact.AUTO, Exact.OFF):
+        with engine_for(folder, exact=way) as engine:
+            weights = [[*layer.parameters()] for layer in engine.network._layers]
+            images = {len({w.untyped_storage().data_ptr() for w in own}) for own in weights}
+            head = engine.network._model.get_output_embeddings()
+            copied = isinstance(head, PackedLinear)
+            assert copied == engine.placement.packs_head == (way is Exact.OFF), way
+            assert (images == {1}) == (way is Exact.AUTO), way
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(96, 128), (1056, 64), (2112, 192)])
-def test_a_matrix_as_it_lies_and_in_panels_give_the_same_bits(inputs, outputs):
-    """Of few rows, which are turned, one, which is not, and many, for which panels are brought."""
+def test_a_matrix_as_it_lies_gives_any_number_of_rows_the_same_bits(inputs, outputs):
+    """Of one, which is not turned, of groups of 16, and of more than are turned at once."""
     generator = torch.Generator().manual_seed(0)
     weight, rows = (
         torch.randn(n, inputs, generator=generator).to(torch.bfloat16) for n in (outputs, 131)
     )
     bias = torch.linspace(-1, 1, outputs).to(torch.bfloat16)
-    panels = registers.in_panels(weight)
+    product = stored.product_for(stored.How.PLAIN, inputs, outputs, exact=True)
     for added in (None, bias):
-        lying = stored.product_for(stored.How.PLAIN, inputs, outputs, exact=True)
-        whole = registers.RegisterProduct(panels.data_ptr(), inputs, outputs, added)(rows)
+        whole = product(rows, weight, added)
         close = torch.nn.functional.linear(
             rows.float(), weight.float(), None if added is None else added.float()
         )
         torch.testing.assert_close(whole.float(), close, rtol=0.02, atol=0.05)
-        for count in (1, 2, 3, 16, 17, stored.ROWS_LYING, stored.ROWS_LYING + 1, 131):
-            assert torch.equal(lying(rows[:count], weight, added), whole[:count])
+        for count in (1, 2, 15, 16, 17, 31, 33, 48, 63, ROWS_LYING, ROWS_LYING + 1):
+            assert torch.equal(product(rows[-count:], weight, added), whole[-count:]), count

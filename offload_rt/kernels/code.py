@@ -127,6 +127,29 @@ class Code:
         self.add(f"br label %{name}")
         self.block(f"{name}.end")
 
+    @contextmanager
+    def taken_ahead(self, counter: str, count: int | str) -> Iterator[tuple[str, str]]:
+        """As `taken`, a part ahead: repeat for a part and the one that this thread takes next.
+
+        The next may be none: a number from `count` on.
+        """
+        self._count += 1
+        before, name = self._block, f"take{self._count}"
+        first = self.let(f"atomicrmw add ptr {counter}, i64 1 monotonic")
+        self.add(f"br label %{name}")
+        self.block(name)
+        part, following = f"%{name}.part", f"%{name}.next"
+        self.add(f"{part} = phi i64 [{first}, %{before}], [{following}, %{name}.done]")
+        left = self.let(f"icmp ult i64 {part}, {count}")
+        self.add(f"br i1 {left}, label %{name}.body, label %{name}.end")
+        self.block(f"{name}.body")
+        self.add(f"{following} = atomicrmw add ptr {counter}, i64 1 monotonic")
+        yield part, following
+        self.add(f"br label %{name}.done")
+        self.block(f"{name}.done")
+        self.add(f"br label %{name}")
+        self.block(f"{name}.end")
+
     def read(self, address: str) -> str:
         """`LANES` bf16 numbers as fp32."""
         narrow = self.let(f"load {NARROW}, ptr {address}, align 2")

@@ -28,7 +28,7 @@ _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/Sum
 _LEAST_STEP = 4  # as a power of two
 _EIGHT = f"<{_SUM_LANES} x float>"
 MANY_ROWS = 32  # of rounded matrices: what a draft model is fed at once
-REGISTER_ROWS = 64  # in matrix registers: one of each sequence of a large batch
+REGISTER_ROWS = registers.ROWS_LYING  # one of each sequence of a large batch
 _MOST_NORMED = 2**19  # numbers that each thread has on its stack
 TABLE_NUMBERS = 2**16  # an activation of every bf16 number
 
@@ -69,7 +69,8 @@ class LayerSizes:
     @property
     def most_rows(self) -> int:
         """Rows there is code for; of more torch's kernels are as quick, or the rest is little."""
-        if self.in_registers and REGISTER_ROWS * self.hidden <= _MOST_NORMED:
+        widest = max(self.hidden, self.heads * self.head_dim)
+        if self.in_registers and REGISTER_ROWS * widest <= _MOST_NORMED:
             return REGISTER_ROWS
         return MANY_ROWS if self.form or self.in_registers else MOST_ROWS
 
@@ -100,8 +101,7 @@ def assembled(sizes: LayerSizes) -> Mapping[str, int]:
     if sizes.form is not None:
         takes = DECLARED + _rounding(sizes, sizes.form)
     elif sizes.in_registers:
-        takes = registers.DECLARED + registers.tiles(registers.AHEAD) + registers.finish()
-        takes += registers.take()
+        takes = registers.DECLARED + registers.lying() + registers.finish()
     else:
         takes = panels() + _take()
     text = HEAD + takes + _norm(sizes) + _rotate(sizes) + _activate() + _add()
@@ -299,14 +299,37 @@ def _add() -> str:
     return code.text()
 
 
-def _normed(code: Code, sizes: LayerSizes, rows: str, weight: str, count: str) -> str:
+def _room(code: Code, sizes: LayerSizes, inputs: int) -> str:
+    """Where a thread has rows of up to so many inputs that were turned, if they are."""
+    if not sizes.in_registers:
+        return ""
+    return code.let(f"alloca [{sizes.most_rows * inputs} x i16], align 64")
+
+
+def _turned(code: Code, rows: str, room: str, inputs: int, count: str) -> str:
+    """All rows as matrix registers take them, by each thread for itself, if there is room."""
+    if room:
+        pairs = inputs // 2
+        code.add(
+            f"call void @turn(ptr {rows}, ptr {room}, i64 0, i64 {pairs}, i64 {pairs}, i64 {count})"
+        )
+    return room or rows
+
+
+def _normed(code: Code, sizes: LayerSizes, rows: str, weight: str, count: str, room: str) -> str:
     """All rows normed, by each thread for itself: that is quicker than to meet."""
-    normed = code.let(f"alloca [{sizes.most_rows * sizes.hidden} x i16], align 64")
-    with code.loop(0, count) as row:
-        start = code.times(row, sizes.hidden)
-        source, target = code.at(rows, start), code.at(normed, start)
-        code.add(f"call void @norm(ptr {source}, ptr {weight}, ptr {target})")
-    return normed
+    at_once = LANES if room else sizes.most_rows
+    normed = code.let(f"alloca [{at_once * sizes.hidden} x i16], align 64")
+    with code.loop(0, count, at_once) as begin:
+        some = code.some(count, begin, at_once)
+        start = code.times(begin, sizes.hidden)
+        with code.loop(0, some) as row:
+            place = code.times(row, sizes.hidden)
+            source, target = code.at(rows, code.plus(start, place)), code.at(normed, place)
+            code.add(f"call void @norm(ptr {source}, ptr {weight}, ptr {target})")
+        if room:
+            _turned(code, normed, code.at(room, start), sizes.hidden, some)
+    return room or normed
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +401,8 @@ def _before(sizes: LayerSizes) -> str:
     field = dict(zip(BEFORE.split(), code.fields("%record", BEFORE), strict=True))
     dim, count = sizes.head_dim, field["n_rows"]
     first, last = code.my_share(sizes.heads + 2 * sizes.kv_heads)
-    normed = _normed(code, sizes, field["hidden"], field["norm"], count)
+    room = _room(code, sizes, sizes.hidden)
+    normed = _normed(code, sizes, field["hidden"], field["norm"], count, room)
     factor = _factor(code, sizes, normed, sizes.hidden, count, field["n_block"])
     start = 0
     with code.loop(first, last) as unit:
@@ -426,10 +450,12 @@ def _after(sizes: LayerSizes) -> str:
                 code.add(f"call void @add(ptr {code.at(to, place)}, ptr {code.at(onto, place)})")
 
     attended = sizes.heads * sizes.head_dim
-    factor = _factor(code, sizes, field["attended"], attended, count, field["n_attended_block"])
+    room = _room(code, sizes, max(sizes.hidden, attended))
+    rows = _turned(code, field["attended"], room, attended, count)
+    factor = _factor(code, sizes, rows, attended, count, field["n_attended_block"])
     project(factor, "output", field["hidden"], summed)
     code.add("call void @GOMP_barrier()")
-    normed = _normed(code, sizes, summed, field["norm"], count)
+    normed = _normed(code, sizes, summed, field["norm"], count, room)
     factor = _factor(code, sizes, normed, sizes.hidden, count, field["n_block"])
     first, last = code.my_share(sizes.products // PANEL)
     with code.loop(first, last) as panel:
@@ -438,9 +464,16 @@ def _after(sizes: LayerSizes) -> str:
         with code.loop(0, count) as row:
             here = code.times(row, PANEL)
             place = code.plus(code.times(row, sizes.products), code.times(panel, PANEL))
+            to = code.at(gates, here) if room else code.at(products, place)
             code.add(
                 f"call void @activate(ptr {code.at(gates, here)}, ptr {code.at(ups, here)}, "
-                f"ptr {field['table']}, ptr {code.at(products, place)})"
+                f"ptr {field['table']}, ptr {to})"
+            )
+        if room:  # all rows, turned, are there for all threads
+            code.add(
+                f"call void @turn(ptr {gates}, ptr {products}, "
+                f"i64 {code.times(panel, PANEL // 2)}, i64 {PANEL // 2}, "
+                f"i64 {sizes.products // 2}, i64 {count})"
             )
     code.add("call void @GOMP_barrier()")
     factor = _factor(code, sizes, products, sizes.products, count, field["n_products_block"])

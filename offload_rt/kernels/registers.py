@@ -2,17 +2,15 @@
 
 A row's inputs are added up two by two, from the first to the last, however many rows there are.
 oneDNN adds up in those registers, too, in an order that goes by the number of rows; so where they
-are, row-invariant passes take kernels of our own: with weights as they are stored
-(`kernels/stored.py`), or that lie in panels as those of `kernels/products.py` do. Both have the
-same bits.
+are, row-invariant passes take kernels of our own.
 
-A register takes 16 rows of 32 inputs, or 16 pairs of inputs of 16 outputs.
+A register takes 16 rows of 32 inputs, or 16 pairs of inputs of 16 outputs. A matrix [O, I] as it
+lies is the first factor, 16 outputs of 32 inputs, if the rows are the second. These are turned for
+it, pairs of inputs one after the other: [I / 2, n, 2] for each 16 rows, and for what is left.
 """
 
 from collections.abc import Iterable
 from functools import cache
-
-import torch
 
 from offload_rt.device.system import (
     may_use_matrix_registers,
@@ -20,23 +18,28 @@ from offload_rt.device.system import (
     takes_matrix_registers,
 )
 from offload_rt.kernels import assembling, products
-from offload_rt.kernels.code import LANES, WIDE, Code
-from offload_rt.kernels.products import HEAD, PANEL, Product
+from offload_rt.kernels.code import LANES, WIDE, Code, turned
+from offload_rt.kernels.products import HEAD, PANEL
 
 STEP = 32  # inputs of a register
-AHEAD = 8192  # bytes of a panel that are fetched ahead
-_LONG = 2048  # inputs, of more of which each is fetched ahead within its output
-_AHEAD_WITHIN = 1024  # bytes, then
+_GROUPS = 4  # of 16 rows, whose totals registers hold at once
+ROWS_LYING = LANES * _GROUPS  # that are multiplied with a matrix as it lies
+# By the number of groups: how many times 16 outputs are taken at once, and registers, after those
+# of totals, of their weights and of whole groups.
+_TAKEN = {1: (2, (4, 5), ()), 2: (2, (4, 5), (6,)), 3: (1, (4,), (5, 6)), 4: (1, (4,), (5, 6))}
+_LAST_ROWS = 7
+_AHEAD = 1024  # bytes of each of 16 outputs that are fetched ahead
+_BITS = f"<{LANES} x i32>"
 RELEASE = "call void @llvm.x86.tilerelease()"
-DECLARED = """declare void @llvm.x86.ldtilecfg(ptr)
+DECLARED = f"""declare void @llvm.x86.ldtilecfg(ptr)
 declare void @llvm.x86.tilerelease()
 declare void @llvm.x86.tileloadd64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilestored64(i8 immarg, ptr, i64)
 declare void @llvm.x86.tilezero(i8 immarg)
 declare void @llvm.x86.tdpbf16ps(i8 immarg, i8 immarg, i8 immarg)
+declare void @llvm.masked.store.v16i32.p0({_BITS}, ptr, i32 immarg, <{LANES} x i1>)
 """
 _PARTS = PANEL // LANES
-_FIELDS = "rows weight bias out n_pairs n_panels n_count"  # of those of `Product`
 
 
 @cache
@@ -58,85 +61,154 @@ def problem() -> str:
         products.problem()
         or ("" if "amx_bf16" in processor_flags() else "the processor has no matrix registers")
         or ("" if may_use_matrix_registers() else "the system does not allow it")
-        or assembling.trouble(_kernel)
+        or assembling.trouble(_try)
     )
 
 
-def in_panels(weight: torch.Tensor) -> torch.Tensor:
-    """A bf16 matrix [O, I] as kernels read it: [O / 64, I / 2, 64, 2]."""
-    outputs, inputs = weight.shape
-    numbers = weight.detach().view(outputs // PANEL, PANEL, inputs // 2, 2)
-    return numbers.transpose(1, 2).contiguous()
-
-
-class RegisterProduct(Product):
-    """The product of rows with one matrix in panels; a sum never starts again.
-
-    Args:
-        address: of the matrix, in panels.
-        inputs: I.
-        outputs: O.
-        bias: [O] in bf16, or None; it must live as long as this.
-    """
-
-    def __init__(self, address: int, inputs: int, outputs: int, bias: torch.Tensor | None) -> None:
-        assert not problem()  # which asks the system for them
-        super().__init__(address, inputs, outputs, bias, (0, 0))
-
-    def _code(self) -> int:
-        return _kernel()
-
-
-@cache
-def _kernel() -> int:
-    code = Code("@product(ptr %record)", internal=False)
-    rows, weight, bias, out, pairs, panels, count = code.fields("%record", _FIELDS)
-    outputs = code.times(panels, PANEL)
-    biased = code.let(f"icmp ne ptr {bias}, null")
-    first, last = code.my_share(panels)
-    with code.loop(first, last) as panel:
-        start = code.times(panel, PANEL)
-        part = code.at(weight, code.times(start, pairs), "i32")
-        added = code.let(f"select i1 {biased}, ptr {code.at(bias, start)}, ptr null")
-        code.add(
-            f"call void @take(ptr {rows}, ptr {part}, ptr {added}, ptr {code.at(out, start)}, "
-            f"i64 {pairs}, i64 {outputs}, i64 0, i64 {count})"
-        )
+def _try() -> None:
+    code = Code("@nothing(ptr %record)", internal=False)
     code.add(RELEASE)
-    text = HEAD + DECLARED + tiles(AHEAD) + finish() + take() + code.text()
-    return assembling.assemble(text, ["product"])["product"]
+    assembling.assemble(HEAD + DECLARED + tiles() + lying() + finish() + code.text(), ["nothing"])
 
 
-def take() -> str:
-    """The product of any number of rows with a panel, for whole layers too (`layers`)."""
+def lying() -> str:
+    """`take`: up to `ROWS_LYING` rows, turned, times a panel of a matrix as it lies; and `turn`.
+
+    Products are added up in the order in which `tiles` adds them. `%skip` is as of `_straight`.
+    """
     code = Code(
-        "@take(ptr %rows, ptr %weight, ptr %bias, ptr %out, i64 %pairs, i64 %outputs, i64 %block, "
+        "@take(ptr %rows, ptr %weight, ptr %bias, ptr %out, i64 %pairs, i64 %outputs, i64 %skip, "
         "i64 %count)"
     )
-    totals = code.let(f"alloca [{LANES * PANEL} x float], align 64")
-    with code.loop(0, "%count", LANES) as row:
-        taking = code.some("%count", row, LANES)
-        with code.loop(0, code.times(taking, PANEL), LANES) as place:
-            at = code.at(totals, place, "float")
-            code.add(f"store {WIDE} zeroinitializer, ptr {at}, align 64")
-        given = code.at("%rows", code.times(row, "%pairs"), "i32")
-        code.add(
-            f"call void @tiles(ptr {given}, ptr %weight, ptr {totals}, i64 %pairs, i64 %pairs, "
-            f"i64 {taking})"
-        )
-        with code.loop(0, taking) as one:
-            sums = code.at(totals, code.times(one, PANEL), "float")
-            there = code.at("%out", code.times(code.plus(row, one), "%outputs"))
-            code.add(f"call void @finish(ptr {sums}, ptr %bias, ptr {there})")
+    totals = code.let(f"alloca [{ROWS_LYING * PANEL + LANES} x float], align 64")
+    sums = code.let(f"alloca [{LANES * PANEL} x float], align 64")
+    before = code.let("sub i64 %count, 1")
+    last = code.plus(code.let(f"and i64 {before}, {LANES - 1}"), 1)
+    for groups in range(1, _GROUPS + 1):
+        with code.when(
+            code.let(f"icmp eq i64 {code.let(f'udiv i64 {before}, {LANES}')}, {groups - 1}")
+        ):
+            code.add(
+                f"call void @straight{groups}(ptr %rows, ptr %weight, ptr {totals}, i64 %pairs, "
+                f"i64 %skip, i64 {last})"
+            )
+    one = code.let("icmp eq i64 %count, 1")
+    with code.when(one):
+        code.add(f"call void @finish(ptr {totals}, ptr %bias, ptr %out)")
+    with code.loop(0, code.let(f"select i1 {one}, i64 0, i64 %count"), LANES) as row:
+        some = code.some("%count", row, LANES)
+        with code.loop(0, PANEL, LANES) as part:
+            start = code.plus(code.times(row, PANEL), code.times(part, some))
+            lines = []
+            for line in range(LANES):
+                at = code.at(totals, code.plus(start, code.times(some, line)), "i32")
+                lines.append(code.let(f"load {_BITS}, ptr {at}, align 4"))
+            for number, vector in enumerate(turned(code, lines)):
+                at = code.at(sums, code.plus(part, number * PANEL), "i32")
+                code.add(f"store {_BITS} {vector}, ptr {at}, align 64")
+        with code.loop(0, some) as each:
+            given = code.at(sums, code.times(each, PANEL), "float")
+            there = code.at("%out", code.times(code.plus(row, each), "%outputs"))
+            code.add(f"call void @finish(ptr {given}, ptr %bias, ptr {there})")
+    return "".join(map(_straight, range(1, _GROUPS + 1))) + code.text() + _turn()
+
+
+def _straight(groups: int) -> str:
+    """Totals of a panel for so many groups of rows; the last has `%last` rows.
+
+    What is multiplied next, and is in no cache, is fetched ahead: further inputs, then those of the
+    next 16 outputs; after the last of a panel `%skip` bytes lie in between.
+    """
+    code = Code(
+        f"@straight{groups}(ptr %turned, ptr %weight, ptr %totals, i64 %pairs, i64 %skip, "
+        "i64 %last)"
+    )
+    across, line = code.times("%last", 4), code.times("%pairs", 4)
+    width = code.let(f"trunc i64 {across} to i16")
+    parts, weights, whole_rows = _TAKEN[groups]
+    lasts = range((groups - 1) * parts, groups * parts)
+    configure(code, [(8 + tile, width, "i16") for tile in (*lasts, _LAST_ROWS)])
+    ahead = code.let(f"call i64 @llvm.umin.i64(i64 {line}, i64 {_AHEAD})")
+    size = code.times(line, LANES)
+    with code.loop(0, _PARTS, parts) as part:
+        starts = [
+            code.at("%weight", code.times(size, code.plus(part, more)), "i8")
+            for more in range(parts)
+        ]
+        final = code.let(f"icmp eq i64 {part}, {_PARTS - parts}")
+        skipped = code.let(f"select i1 {final}, i64 %skip, i64 0")
+        beyond = code.plus(code.let(f"sub i64 {code.times(size, parts)}, {line}"), skipped)
+        further = code.at(starts[0], beyond, "i8")
+        for total in range(parts * groups):
+            code.add(f"call void @llvm.x86.tilezero(i8 {total})")
+        with code.loop(0, "%pairs", LANES) as pair:
+            spot = code.plus(code.times(pair, 4), ahead)
+            within = code.let(f"icmp ult i64 {spot}, {line}")
+            soon = code.let(f"select i1 {within}, ptr {starts[0]}, ptr {further}")
+            soon = code.at(soon, spot, "i8")
+            for output in range(parts * LANES):
+                there = code.at(soon, code.times(line, output), "i8")
+                code.add(f"call void @llvm.prefetch.p0(ptr {there}, i32 0, i32 2, i32 1)")
+            for number in range(groups):
+                whole = number < groups - 1
+                rows = whole_rows[number % len(whole_rows)] if whole else _LAST_ROWS
+                within = code.times(pair, LANES if whole else "%last")
+                place = code.plus(code.times("%pairs", LANES * number), within)
+                given, wide = code.at("%turned", place, "i32"), 4 * LANES if whole else across
+                code.add(f"call void @llvm.x86.tileloadd64(i8 {rows}, ptr {given}, i64 {wide})")
+                for more, start in enumerate(starts):
+                    tile, total = weights[more % len(weights)], number * parts + more
+                    if not number:
+                        at = code.at(start, pair, "i32")
+                        code.add(
+                            f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {at}, i64 {line})"
+                        )
+                    code.add(f"call void @llvm.x86.tdpbf16ps(i8 {total}, i8 {tile}, i8 {rows})")
+        for number in range(groups):
+            for more in range(parts):
+                wide = LANES if number < groups - 1 else "%last"
+                begin = code.times(code.times(code.plus(part, more), LANES), wide)
+                at = code.at("%totals", code.plus(begin, number * LANES * PANEL), "float")
+                stride = code.times(wide, 4)
+                total = number * parts + more
+                code.add(f"call void @llvm.x86.tilestored64(i8 {total}, ptr {at}, i64 {stride})")
     return code.text()
 
 
-def tiles(ahead: int = 0) -> str:
-    """Up to 16 rows times a block, added to their totals, in matrix registers.
+def _turn() -> str:
+    """Turn rows [n, P, 2], which are pairs from `%first` on of longer rows of `%room` pairs."""
+    code = Code("@turn(ptr %rows, ptr %turned, i64 %first, i64 %pairs, i64 %room, i64 %count)")
+    places = ", ".join(f"i32 {lane}" for lane in range(LANES))
+    one = code.let("icmp eq i64 %count, 1")
+    with code.when(one), code.loop(0, "%pairs", LANES) as pair:  # which is as it should be
+        both = code.let(f"load {_BITS}, ptr {code.at('%rows', pair, 'i32')}, align 4")
+        there = code.at("%turned", code.plus("%first", pair), "i32")
+        code.add(f"store {_BITS} {both}, ptr {there}, align 4")
+    with code.loop(0, code.let(f"select i1 {one}, i64 0, i64 %count"), LANES) as begin:
+        some = code.some("%count", begin, LANES)
+        last = code.let(f"sub i64 {some}, 1")
+        number = code.spread(code.let(f"trunc i64 {some} to i32"), "i32")
+        there = code.let(f"icmp ult {_BITS} <{places}>, {number}")
+        into = code.plus(code.times(begin, "%room"), code.times("%first", some))
+        rows = []
+        for lane in range(LANES):
+            row = code.let(f"call i64 @llvm.umin.i64(i64 {lane}, i64 {last})")  # none is beyond
+            rows.append(code.at("%rows", code.times(code.plus(begin, row), "%pairs"), "i32"))
+        with code.loop(0, "%pairs", LANES) as pair:
+            lines = [
+                code.let(f"load {_BITS}, ptr {code.at(row, pair, 'i32')}, align 4") for row in rows
+            ]
+            for lane, vector in enumerate(turned(code, lines)):
+                place = code.plus(into, code.times(code.plus(pair, lane), some))
+                code.add(
+                    f"call void @llvm.masked.store.v16i32.p0({_BITS} {vector}, "
+                    f"ptr {code.at('%turned', place, 'i32')}, i32 4, <{LANES} x i1> {there})"
+                )
+    return code.text()
 
-    Args:
-        ahead: bytes of the block that are fetched ahead; 0: they are in a cache.
-    """
+
+def tiles() -> str:
+    """Up to 16 rows times a block in panels, which is in a cache, added to their totals."""
     arguments = "ptr %rows, ptr %scratch, ptr %totals, i64 %pairs, i64 %line, i64 %count"
     code = Code(f"@tiles({arguments})")
     height = code.let("trunc i64 %count to i8")
@@ -151,44 +223,10 @@ def tiles(ahead: int = 0) -> str:
         start = code.times(pair, PANEL)
         for part in range(_PARTS):
             at, tile = code.at("%scratch", code.plus(start, part * LANES), "i32"), 5 + part % 2
-            for line in range(LANES if ahead else 0):
-                there = code.at(at, ahead + (line * _PARTS) * 64, "i8")
-                code.add(f"call void @llvm.prefetch.p0(ptr {there}, i32 0, i32 3, i32 1)")
             code.add(f"call void @llvm.x86.tileloadd64(i8 {tile}, ptr {at}, i64 {4 * PANEL})")
             code.add(f"call void @llvm.x86.tdpbf16ps(i8 {part}, i8 {_PARTS}, i8 {tile})")
     for part, at in enumerate(totals):
         code.add(f"call void @llvm.x86.tilestored64(i8 {part}, ptr {at}, i64 {4 * PANEL})")
-    return code.text()
-
-
-def straight() -> str:
-    """Outputs of a panel for up to 16 rows, from a matrix [O, I] as it lies, in matrix registers.
-
-    The matrix is the first factor, and the rows, input after input, are the second: [I / 2, n, 2].
-    Products are added up in the order in which `tiles` adds them. What is multiplied next, and is
-    in no cache, is fetched ahead: the next 16 outputs, or of long ones the inputs that follow.
-    """
-    code = Code("@straight(ptr %turned, ptr %weight, ptr %totals, i64 %pairs, i64 %count)")
-    across, line = code.times("%count", 4), code.times("%pairs", 4)
-    width = code.let(f"trunc i64 {across} to i16")
-    configure(code, [(8 + tile, width, "i16") for tile in (0, 1)])  # totals, and rows
-    long = code.let(f"icmp ugt i64 %pairs, {_LONG // 2}")
-    group = code.times(line, LANES)
-    ahead = code.let(f"select i1 {long}, i64 {_AHEAD_WITHIN}, i64 {group}")
-    with code.loop(0, _PARTS) as part:
-        start = code.at("%weight", code.times(group, part), "i8")
-        code.add("call void @llvm.x86.tilezero(i8 0)")
-        with code.loop(0, "%pairs", LANES) as pair:
-            at, given = code.at(start, pair, "i32"), code.times(pair, "%count")
-            for output in range(LANES):
-                there = code.at(at, code.plus(code.times(line, output), ahead), "i8")
-                code.add(f"call void @llvm.prefetch.p0(ptr {there}, i32 0, i32 2, i32 1)")
-            given = code.at("%turned", given, "i32")
-            code.add(f"call void @llvm.x86.tileloadd64(i8 1, ptr {given}, i64 {across})")
-            code.add(f"call void @llvm.x86.tileloadd64(i8 2, ptr {at}, i64 {line})")
-            code.add("call void @llvm.x86.tdpbf16ps(i8 0, i8 2, i8 1)")
-        at = code.at("%totals", code.times(code.times(part, LANES), "%count"), "float")
-        code.add(f"call void @llvm.x86.tilestored64(i8 0, ptr {at}, i64 {across})")
     return code.text()
 
 

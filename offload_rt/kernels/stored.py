@@ -11,7 +11,8 @@ row does not depend on how many there are.
 
 Where oneDNN multiplies with a processor's matrix registers, in an order that goes by the number of
 rows, row-invariant passes take a kernel that does so too, in one order: inputs are added up two by
-two, from the first to the last, of one row as of many (`multiplies_in_registers`).
+two, from the first to the last, of one row as of many (`multiplies_in_registers`). A matrix in bf16
+is a factor there as it lies; nothing of it is brought.
 
 A number is (code - zero) x scale, rounded to fp32 and then to bf16. The instruction that rounds
 makes subnormal numbers of bf16 zero, and so does the one that multiplies.
@@ -20,7 +21,7 @@ makes subnormal numbers of bf16 zero, and so does the one that multiplies.
 import ctypes
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cache
 
@@ -30,12 +31,11 @@ from offload_rt.device.system import takes_matrix_registers
 from offload_rt.kernels import assembling, blocks, registers, twelve
 from offload_rt.kernels.code import LANES, WIDE, Code, mixed, turned
 from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
-from offload_rt.kernels.registers import multiplies_in_registers
+from offload_rt.kernels.registers import ROWS_LYING, multiplies_in_registers
 from offload_rt.kernels.tiles import in_tiles
 
 _REGISTERS_BLOCK = 1024  # inputs: of a panel 128 KiB, of the second cache
 ROWS_AT_ONCE = 128  # that a block is multiplied with; for more it is brought again
-ROWS_LYING = 2 * LANES  # up to which matrix registers take a matrix in bf16 as it lies
 LONGEST_BLOCK = 4096  # inputs
 _TOGETHER = 6  # rows whose sums are in registers, with 4 vectors of weights
 _PARTS = PANEL // LANES
@@ -203,10 +203,6 @@ class StoredProduct:
             step = math.lcm(STEP[how], registers.STEP)
             blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
-        self._room = room_bytes(max(self._blocks))
-        if how is How.PLAIN and self.kernel[2]:  # rows, inputs after inputs, and sums
-            lying = 4 * PANEL * (LANES + 1) + 2 * inputs * ROWS_LYING
-            self._room = max(self._room, lying)
         self._group = group
 
     def __call__(
@@ -233,6 +229,15 @@ class StoredProduct:
         into = out.view(-1, self._outputs)
         multiply_all([Task(self, rows, into, codes, bias, scales, zeros, index)])
         return out
+
+    @property
+    def lies(self) -> bool:
+        """Whether a matrix is multiplied as it lies, with up to `ROWS_LYING` rows at once."""
+        return self.kernel == (How.PLAIN, False, True)
+
+    def room_bytes(self, count: int) -> int:
+        """What a thread needs for so many rows: these, turned, or a block of a panel and sums."""
+        return 2 * self._inputs * count if self.lies else room_bytes(max(self._blocks))
 
     def record(self, task: "Task", scratch: int, room: int) -> list[int]:
         """What the kernel reads of a task."""
@@ -265,6 +270,18 @@ class Task:
     zeros: torch.Tensor | None = None
     index: torch.Tensor | None = None
 
+    def parts(self) -> Iterator["Task"]:
+        """The same for as many rows as the kernel takes at once: a matrix is read again for more.
+
+        That is quicker than to bring panels of it, or to turn more rows than the second cache has.
+        """
+        if not self.product.lies or self.out.shape[0] <= ROWS_LYING:
+            yield self
+            return
+        all_rows = self.rows.view(-1, self.rows.shape[-1])
+        pairs = zip(all_rows.split(ROWS_LYING), self.out.split(ROWS_LYING), strict=True)
+        yield from (replace(self, rows=rows, out=out) for rows, out in pairs)
+
 
 def multiply_all(tasks: Sequence[Task]) -> None:
     """Compute products into their `out`: threads share out the panels of all, waiting once.
@@ -272,7 +289,9 @@ def multiply_all(tasks: Sequence[Task]) -> None:
     Small products are worth it: threads that wait for each other after every one, and take unlike
     shares of few panels, cost as much as a product of a megabyte does.
     """
-    kernel, room = tasks[0].product.kernel, max(task.product._room for task in tasks)
+    tasks = [part for task in tasks for part in task.parts()]
+    kernel = tasks[0].product.kernel
+    room = max(task.product.room_bytes(task.out.shape[0]) for task in tasks)
     assert all(task.product.kernel == kernel and task.rows.is_contiguous() for task in tasks)
     rooms = torch.empty(torch.get_num_threads() * room + _LINE_BYTES, dtype=torch.uint8)
     scratch = rooms.data_ptr() + -rooms.data_ptr() % _LINE_BYTES
@@ -284,6 +303,31 @@ def multiply_all(tasks: Sequence[Task]) -> None:
 
 
 _kept = cache(StoredProduct)
+
+
+class LyingProduct:
+    """The product of rows with one matrix in bf16 in matrix registers; a sum never starts again.
+
+    Args:
+        weight: [O, I], without gaps.
+        bias: [O] in bf16, or None.
+
+    Attributes:
+        bias: the same.
+        address: of the matrix.
+        blocks: none.
+    """
+
+    blocks = 0, 0
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        outputs, inputs = weight.shape
+        self._weight, self.bias, self.address = weight, bias, weight.data_ptr()
+        self._product = _kept(How.PLAIN, inputs, outputs, None)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """[..., I] in bf16 gives [..., O]."""
+        return self._product(rows, self._weight, self.bias)
 
 
 def prepare(how: How, *, ordered: bool = False) -> None:
@@ -300,11 +344,13 @@ def room_bytes(block: int) -> int:
 
 @cache
 def _kernel(how: How, ordered: bool, tiles: bool) -> int:
-    takes, lies = registers.tiles() if tiles else _takes(), tiles and how is How.PLAIN
-    if lies:
-        takes += registers.straight() + _lying()
-    text = HEAD + _DECLARED + blocks.DECLARED + _bring(how, ordered) + takes + registers.finish()
-    return assembling.assemble(text + _all(tiles, lies=lies), ["product"])["product"]
+    if tiles and how is How.PLAIN:
+        text = registers.DECLARED + registers.lying() + _lying()
+    else:
+        text = _DECLARED + blocks.DECLARED + _bring(how, ordered)
+        text += (registers.tiles() if tiles else _takes()) + _one(tiles)
+    text = HEAD + text + registers.finish() + _all(tiles)
+    return assembling.assemble(text, ["product"])["product"]
 
 
 def _bring(how: How, ordered: bool) -> str:
@@ -486,54 +532,37 @@ def _take(count: int) -> str:
 
 
 def _lying() -> str:
-    """The product of a few rows with a matrix in bf16, each weight of which is read once."""
-    code = Code("@lying(ptr %record)")
+    """The product of up to `ROWS_LYING` rows with a matrix in bf16 as it lies."""
+    code = Code("@one(ptr %record)")
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
-    rows, count, bias = found["rows"], found["n_count"], found["bias"]
+    rows, count, bias = (found[name] for name in ("rows", "n_count", "bias"))
     thread = code.let(f"sext i32 {code.let('call i32 @omp_get_thread_num()')} to i64")
-    totals = code.at(found["scratch"], code.times(thread, found["n_room"]), "i8")
-    sums = code.at(totals, PANEL * LANES, "float")
-    turned = code.at(sums, PANEL, "float")
+    room = code.at(found["scratch"], code.times(thread, found["n_room"]), "i8")
     pairs = code.let(f"lshr i64 {found['n_inputs']}, 1")
     several = code.let(f"icmp ugt i64 {count}, 1")  # one is as it should be
-    with code.when(several), code.loop(0, count, LANES) as begin:
-        some = code.some(count, begin, LANES)
-        into = code.at(turned, code.times(begin, pairs), "i32")
-        with code.loop(0, some) as row, code.loop(0, pairs) as pair:
-            at = code.plus(code.times(code.plus(begin, row), pairs), pair)
-            two = code.let(f"load i32, ptr {code.at(rows, at, 'i32')}, align 4")
-            at = code.at(into, code.plus(code.times(pair, some), row), "i32")
-            code.add(f"store i32 {two}, ptr {at}, align 4")
-    given = code.let(f"select i1 {several}, ptr {turned}, ptr {rows}")
+    with code.when(several):
+        code.add(
+            f"call void @turn(ptr {rows}, ptr {room}, i64 0, i64 {pairs}, i64 {pairs}, i64 {count})"
+        )
+    given = code.let(f"select i1 {several}, ptr {room}, ptr {rows}")
     biased = code.let(f"icmp ne ptr {bias}, null")
     panels = code.let(f"udiv i64 {found['n_outputs']}, {PANEL}")
-    with code.taken(code.at("%record", _WORDS - 1, "i64"), panels) as panel:
+    with code.taken_ahead(code.at("%record", _WORDS - 1, "i64"), panels) as (panel, following):
         output = code.times(panel, PANEL)
         weight = code.at(found["codes"], code.times(output, found["n_inputs"]))
+        between = code.let(f"sub i64 {code.let(f'sub i64 {following}, {panel}')}, 1")
+        skip = code.times(code.times(between, found["n_inputs"]), 2 * PANEL)
         added = code.let(f"select i1 {biased}, ptr {code.at(bias, output)}, ptr null")
-        with code.loop(0, count, LANES) as begin:
-            some = code.some(count, begin, LANES)
-            part = code.at(given, code.times(begin, pairs), "i32")
-            code.add(
-                f"call void @straight(ptr {part}, ptr {weight}, ptr {totals}, i64 {pairs}, "
-                f"i64 {some})"
-            )
-            with code.loop(0, some) as row:
-                with code.loop(0, PANEL) as place:
-                    at = code.at(totals, code.plus(code.times(place, some), row), "float")
-                    total = code.let(f"load float, ptr {at}, align 4")
-                    code.add(f"store float {total}, ptr {code.at(sums, place, 'float')}, align 4")
-                spot = code.plus(code.times(code.plus(begin, row), found["n_line"]), output)
-                there = code.at(found["out"], spot)
-                code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {there})")
+        code.add(
+            f"call void @take(ptr {given}, ptr {weight}, ptr {added}, "
+            f"ptr {code.at(found['out'], output)}, i64 {pairs}, i64 {found['n_line']}, i64 {skip}, "
+            f"i64 {count})"
+        )
     return code.text()
 
 
-def _all(tiles: bool, *, lies: bool) -> str:
-    """Products, one after the other: panels of each, one after the other, for all rows.
-
-    Where a matrix `lies` as matrix registers take it, those of few rows do not bring it.
-    """
+def _one(tiles: bool) -> str:
+    """One product: panels, one after the other, for all rows."""
     code = Code("@one(ptr %record)")
     found = dict(zip(_FIELDS.split(), code.fields("%record", _FIELDS), strict=True))
     rows, scratch, out, bias = (found[name] for name in ("rows", "scratch", "out", "bias"))
@@ -570,18 +599,19 @@ def _all(tiles: bool, *, lies: bool) -> str:
                 sums = code.at(totals, code.times(row, PANEL), "float")
                 spot = code.plus(code.times(code.plus(begin, row), found["n_line"]), output)
                 code.add(f"call void @finish(ptr {sums}, ptr {added}, ptr {code.at(out, spot)})")
-    one = code.text()
+    return code.text()
+
+
+def _all(tiles: bool) -> str:
+    """Products, one after the other."""
     code = Code("@product(ptr %batch)", internal=False)
     (count,) = code.fields("%batch", "n_tasks")
     with code.loop(0, count) as task:
         record = code.at("%batch", code.plus(code.times(task, _WORDS), 1), "i64")
-        place = code.at(record, _FIELDS.split().index("n_count"), "i64")
-        few = code.let(f"icmp ule i64 {code.let(f'load i64, ptr {place}')}, {ROWS_LYING}")
-        kernel = code.let(f"select i1 {few}, ptr {'@lying' if lies else '@one'}, ptr @one")
-        code.add(f"call void {kernel}(ptr {record})")
+        code.add(f"call void @one(ptr {record})")
     if tiles:
         code.add(registers.RELEASE)
-    return one + code.text()
+    return code.text()
 
 
 def _multiply(

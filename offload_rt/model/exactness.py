@@ -6,6 +6,7 @@ from offload_rt.device.system import takes_matrix_registers
 from offload_rt.model.formats.stored import kernels_multiply_plain
 
 _BF16 = "bfloat16"
+_OUTPUTS, _INPUTS = 64, 32  # of which a matrix has multiples (`kernels/registers.py`)
 
 
 def headers_problem(runtime: RuntimeConfig, device: DeviceKind) -> str:
@@ -35,6 +36,19 @@ def are_quickest(dtype: str, device: DeviceKind, *, in_registers: bool | None = 
     if in_registers is None:
         return takes_matrix_registers(_BF16) and kernels_multiply_plain()
     return in_registers
+
+
+def stays_as_it_lies(shape: tuple[int, int], exact: Exact, dtype: str, device: DeviceKind) -> bool:
+    """Whether no copy is made of a matrix that stays, as matrix registers take it as it is.
+
+    Args:
+        shape: its outputs and inputs.
+        exact: whether passes are to be row-invariant.
+        dtype: they compute in.
+        device: what computes.
+    """
+    fits = not (shape[0] % _OUTPUTS or shape[1] % _INPUTS)
+    return fits and exact is not Exact.OFF and are_quickest(dtype, device)
 
 
 def passes_problem(

@@ -28,15 +28,16 @@ from offload_rt.kernels.layers import (
     adds_as_torch,
     assembled,
 )
-from offload_rt.kernels.registers import RegisterProduct
+from offload_rt.kernels.products import Product
+from offload_rt.kernels.registers import multiplies_in_registers
 from offload_rt.kernels.rounded import RoundedProduct
 from offload_rt.kernels.rows import MOST_ROWS
+from offload_rt.kernels.stored import LyingProduct
 from offload_rt.model.attention_function import CONTEXT_KEYWORD, PassContext, Segment
 from offload_rt.model.formats.packed import PackedLinear
 from offload_rt.model.formats.rounded import Int4Linear, Int8Linear
 
 Forward = Callable[..., torch.Tensor]
-Multiplier = PackedLinear | Int8Linear | Int4Linear  # with a product of our own
 _PARTS = {  # of a layer, by transformers' names; anything else below one is not known
     *("input_layernorm", "post_attention_layernorm", "self_attn", "mlp", "mlp.act_fn"),
     *("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"),
@@ -87,17 +88,27 @@ class _Witness:
 
 
 @dataclass(frozen=True, slots=True)
+class _Matrix:
+    """A product of our own with a matrix, that of a linear of some class."""
+
+    product: Product | LyingProduct | RoundedProduct
+    inputs: int
+    outputs: int
+    of: type[torch.nn.Module]
+
+
+@dataclass(frozen=True, slots=True)
 class _Parts:
     """What the kernels read of a layer."""
 
     norms: tuple[torch.Tensor, ...]
-    query: Multiplier
-    key: Multiplier
-    value: Multiplier
-    output: Multiplier
-    gate: Multiplier
-    up: Multiplier
-    down: Multiplier
+    query: _Matrix
+    key: _Matrix
+    value: _Matrix
+    output: _Matrix
+    gate: _Matrix
+    up: _Matrix
+    down: _Matrix
     table: torch.Tensor
     sizes: LayerSizes
 
@@ -212,7 +223,7 @@ def lean_layer(layer: torch.nn.Module, rooms: Rooms, *, first: bool) -> LeanLaye
     """A layer's forward in two kernels; None where there is none that gives its bits.
 
     Args:
-        layer: transformers', all its matrices reordered, or rounded alike.
+        layer: transformers', all its matrices packed, as they lie, or rounded alike.
         rooms: of its network.
         first: compare all counts of rows; of its sisters the first tells.
     """
@@ -263,38 +274,54 @@ def _parts_of(layer: Any) -> _Parts | None:  # noqa: ANN401 - a module of transf
         "up": mlp.up_proj,
         "down": mlp.down_proj,
     }
-    kinds = {type(one) for one in linears.values()}
-    if kinds not in ({PackedLinear}, {Int8Linear}, {Int4Linear}):
+    made = {name: _matrix_of(linear) for name, linear in linears.items()}
+    matrices = {name: matrix for name, matrix in made.items() if matrix is not None}
+    kinds = {(matrix.of, type(matrix.product)) for matrix in matrices.values()}
+    if len(matrices) < len(made) or len(kinds) > 1:
         return None
-    product = linears["query"].product
-    if product is None or {type(one.product) for one in linears.values()} != {type(product)}:
-        return None
+    product = matrices["query"].product
     eps: set[Any] = {getattr(norm, "variance_epsilon", None) for norm in norms}
     weights = [norm._parameters.get("weight") for norm in norms]
     if len(eps) != 1 or None in eps or any(getattr(w, "dtype", None) is not _BF16 for w in weights):
         return None
     sizes = LayerSizes(
-        hidden=linears["query"].inputs,
-        heads=linears["query"].outputs // attention.head_dim,
-        kv_heads=linears["key"].outputs // attention.head_dim,
+        hidden=matrices["query"].inputs,
+        heads=matrices["query"].outputs // attention.head_dim,
+        kv_heads=matrices["key"].outputs // attention.head_dim,
         head_dim=attention.head_dim,
-        products=linears["gate"].outputs,
+        products=matrices["gate"].outputs,
         eps=eps.pop(),
         form=product.form if isinstance(product, RoundedProduct) else None,
-        in_registers=isinstance(product, RegisterProduct),
+        in_registers=isinstance(product, LyingProduct),
     )
-    hidden, attended, keys = sizes.hidden, linears["query"].outputs, linears["key"].outputs
+    hidden, attended, keys = sizes.hidden, matrices["query"].outputs, matrices["key"].outputs
     expected = [(hidden, attended), (hidden, keys), (hidden, keys), (attended, hidden)]
     expected += 2 * [(hidden, sizes.products)] + [(sizes.products, hidden)]
-    if not sizes.suit or [(one.inputs, one.outputs) for one in linears.values()] != expected:
+    if not sizes.suit or [(one.inputs, one.outputs) for one in matrices.values()] != expected:
         return None
-    return _Parts(norms=tuple(weights), **linears, table=_table(mlp.act_fn), sizes=sizes)
+    return _Parts(norms=tuple(weights), **matrices, table=_table(mlp.act_fn), sizes=sizes)
 
 
-def _block(linear: Multiplier, several: int) -> int:
+def _matrix_of(linear: Any) -> _Matrix | None:  # noqa: ANN401 - of any class
+    """None where no product of our own has the bits of a linear."""
+    kind = type(linear)
+    if kind in (PackedLinear, Int8Linear, Int4Linear) and linear.product is not None:
+        return _Matrix(linear.product, linear.inputs, linear.outputs, kind)
+    if kind is not torch.nn.Linear or "forward" not in linear.__dict__:  # as `make_exact` has them
+        return None
+    weight, sizes = linear.weight, (linear.in_features, linear.out_features)
+    if (
+        weight.dtype is not _BF16
+        or not weight.is_contiguous()
+        or not multiplies_in_registers(*sizes)
+    ):
+        return None
+    return _Matrix(LyingProduct(weight, linear.bias), *sizes, kind)
+
+
+def _block(matrix: _Matrix, several: int) -> int:
     """Pairs of inputs after which a product's sum starts again."""
-    assert linear.product is not None
-    return linear.product.blocks[several] // 2
+    return matrix.product.blocks[several] // 2
 
 
 _tables: dict[str, torch.Tensor] = {}

@@ -22,10 +22,11 @@ from offload_rt.costs.sizes import (
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.model.checkpoint import Checkpoint
 from offload_rt.model.ends import head_is_stored
+from offload_rt.model.exactness import stays_as_it_lies
 from offload_rt.model.expert_layout import ExpertImages
 from offload_rt.model.formats.stored import AT_ONCE_EXPERTS, AT_ONCE_ROWS
 from offload_rt.model.kept import keeps_states
-from offload_rt.model.layout import set_apart
+from offload_rt.model.layout import compute_dtype, set_apart
 from offload_rt.planning.placement import Demand, ExpertDemand
 from offload_rt.speculative.kind import DraftedRun
 from offload_rt.speculative.kinds import draft_memory, kind_of
@@ -124,9 +125,7 @@ def demand_of(  # noqa: PLR0913 - what a run is made of, most of it by keyword
         wires_experts=wires,
         drafter_bytes=draft.kept_bytes,
         recorded_bytes=draft.recorded_bytes,
-        packed_head_bytes=packed_head_bytes(checkpoint, number_bytes)
-        if packs(checkpoint, dtype, device) and not head_is_stored(checkpoint)
-        else 0,
+        packed_head_bytes=_packed_head_bytes(checkpoint, runtime, device),
         beside_bytes=draft.beside_bytes,
         copy_bytes=draft.streamed_bytes,
         copies_all=draft.copies_all,
@@ -162,6 +161,17 @@ def may_be_apart(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceK
     reads = runtime.home in (HomeKind.AUTO, HomeKind.DISK) and not device.records
     from_file = device.home is HomeKind.DISK and reads and not embedding.coded
     return device.own_memory or from_file
+
+
+def _packed_head_bytes(checkpoint: Checkpoint, runtime: RuntimeConfig, device: DeviceKind) -> int:
+    """A reordered copy of the output head, if one is made."""
+    if not packs(checkpoint, runtime.dtype, device) or head_is_stored(checkpoint):
+        return 0
+    dtype = compute_dtype(checkpoint, runtime.dtype)
+    outputs, inputs = (checkpoint.head or checkpoint.embedding).shape
+    if stays_as_it_lies((outputs, inputs), runtime.exact, dtype, device):
+        return 0
+    return packed_head_bytes(checkpoint, number_bytes_of(checkpoint, runtime.dtype))
 
 
 def _in_pieces(

@@ -119,8 +119,10 @@ class TimedLayer:
                     make_exact(layer)
                 if widens(dtype, device.torch_device):
                     widen_linears(layer)
-        # As a network runs layers that stay on its device (`Network.attach`).
-        lean = lean_layer(self._layers[0], {}, first=True)
+        # As a network runs layers that stay on its device (`Network.attach`); plain ones stand for
+        # those that are streamed.
+        plain = weights is WeightOrder.PLAIN
+        lean = None if plain else lean_layer(self._layers[0], {}, first=True)
         turns: list[Any] = [lean.of(layer) for layer in self._layers] if lean else [*self._layers]
         # In no order, but always the same: some places of memory are read more slowly than others,
         # and passes of all counts of rows are to meet these as often.

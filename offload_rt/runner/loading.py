@@ -27,7 +27,7 @@ from offload_rt.model.formats.base import layer_bytes
 from offload_rt.model.formats.brought import ready
 from offload_rt.model.formats.checked import check_numbers
 from offload_rt.model.formats.left_plain import note_left_plain
-from offload_rt.model.formats.packed import can_pack
+from offload_rt.model.formats.packed import can_pack, worth_packing
 from offload_rt.model.formats.stored import Stored, scratch_bytes
 from offload_rt.model.formats.wired import dequantise
 from offload_rt.model.layout import LayerLayout, set_apart
@@ -354,8 +354,11 @@ def _keep(  # noqa: PLR0913 - the same, and how
         exact: pack only what computes the same numbers then; else it drafts.
     """
     layouts = network.layouts
-    copies = packs or weights is not DraftWeights.SAME
-    if copies and layers:
+    kinds = {network.linear_shapes(index): index for index in reversed(layers)}
+    whole = frozenset[tuple[int, int]]().union(*kinds) if packs else frozenset()
+    shapes = worth_packing(whole, exact=network.exact)
+    copies = bool(layers) and (bool(shapes) or weights is not DraftWeights.SAME)
+    if copies:
         passing = device.allocate(max(layouts[i].nbytes for i in layers), purpose)
         there = -1
 
@@ -367,10 +370,7 @@ def _keep(  # noqa: PLR0913 - the same, and how
             there = index
             return passing
 
-        kinds = {network.linear_shapes(index): index for index in reversed(layers)}
-        shapes = frozenset[tuple[int, int]]().union(*kinds) if packs else frozenset()
         if exact:  # of each kind of layer the first
-            whole = shapes
             for index in sorted(kinds.values(), reverse=True):
                 shapes -= network.unlike_when_packed(index, bring(index))
             if not network.exact:  # else some stay plain that have kernels as they are

@@ -9,12 +9,13 @@ multiplied by kernels of our own that read the same memory faster (`kernels/prod
 On the machine it was tried on (AVX-512 BF16) a product has the same bits reordered and plain,
 so resident layers of the target may be packed too. Shapes of which that is not so on another
 machine are found (`unlike_when_packed`), and stay plain. Where row-invariant passes multiply in
-matrix registers they do with both, so any number of rows (`kernels/registers.py`).
+matrix registers nothing is reordered: there a matrix is multiplied as it lies in its file, streamed
+or not (`kernels/registers.py`). It only gets large pages of its own.
 """
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,9 @@ from torch.nn import Linear
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
 from offload_rt.kernels.products import PANEL, Product, blocks_of, lies_in_panels
-from offload_rt.kernels.registers import RegisterProduct, in_panels, multiplies_in_registers
+from offload_rt.kernels.registers import multiplies_in_registers
 from offload_rt.kernels.rows import MOST_ROWS, ROW_TILE
-from offload_rt.kernels.stored import How, product_for
+from offload_rt.kernels.stored import LyingProduct
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
 from offload_rt.model.formats.wide import widens
@@ -40,14 +41,14 @@ HEAD_ROWS = COMPARED_ROWS[:-1]  # twice 65 rows of 152,000 logits were 40 MB tha
 
 
 class PackedLinear(torch.nn.Module):
-    """Computes what the given linear does from a reordered copy of its weight.
+    """Computes what the given linear does from a copy of its weight, reordered where that helps.
 
     Args:
         linear: weight [O, I] in bf16 on the CPU, bias [O] or None.
         exact: a row has the bits of one in a tile of rows, however many there are.
 
     Attributes:
-        in_registers: matrix registers multiply any number of rows.
+        in_registers: matrix registers multiply any number of rows with the weight as it was.
     """
 
     def __init__(self, linear: torch.nn.Linear, *, exact: bool = False) -> None:
@@ -56,20 +57,21 @@ class PackedLinear(torch.nn.Module):
         outputs, inputs = linear.weight.shape
         self.inputs, self.outputs = inputs, outputs
         self.bias = None if linear.bias is None else linear.bias.detach().clone()
-        self.product: Product | None = None
+        self.product: Product | LyingProduct | None = None
         self._most_numbers = MOST_ROWS * inputs
         self.in_registers = exact and multiplies_in_registers(inputs, outputs)
         if self.in_registers:
-            self.weight = in_panels(linear.weight)
-            start, self._most_numbers = self.weight.data_ptr(), sys.maxsize
-            self.product = RegisterProduct(start, inputs, outputs, self.bias)
-        else:
-            reorder = torch.ops.mkldnn._reorder_linear_weight
-            self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
-            start = torch.ops.mkldnn.data_ptr(self.weight)
-            blocks = blocks_of(inputs, outputs, ROW_TILE if exact else 1)
-            if blocks is not None and lies_in_panels(self.weight, linear.weight):
-                self.product = Product(start, inputs, outputs, self.bias, blocks)
+            self.weight = torch.empty((outputs, inputs), dtype=linear.weight.dtype)
+            ask_for_large_pages(self.weight.data_ptr(), self.weight.nbytes)
+            self.weight.copy_(linear.weight.detach())
+            self.product, self._most_numbers = LyingProduct(self.weight, self.bias), sys.maxsize
+            return
+        reorder = torch.ops.mkldnn._reorder_linear_weight
+        self.weight = reorder(linear.weight.detach(), PACK_FOR_ROWS)
+        start = torch.ops.mkldnn.data_ptr(self.weight)
+        blocks = blocks_of(inputs, outputs, ROW_TILE if exact else 1)
+        if blocks is not None and lies_in_panels(self.weight, linear.weight):
+            self.product = Product(start, inputs, outputs, self.bias, blocks)
         ask_for_large_pages(start, linear.weight.nbytes)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
@@ -82,8 +84,7 @@ class PackedLinear(torch.nn.Module):
         return in_tiles(by_torch, rows, outputs=self.outputs) if self.exact else by_torch(rows)
 
     def _by_torch(self, rows: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.transpose(1, 2).reshape(self.outputs, self.inputs)
-        return torch.nn.functional.linear(rows, weight, self.bias)
+        return torch.nn.functional.linear(rows, self.weight, self.bias)
 
     def _by_onednn(self, rows: torch.Tensor) -> torch.Tensor:
         out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(
@@ -93,17 +94,19 @@ class PackedLinear(torch.nn.Module):
 
 
 class PackedEmbedding(torch.nn.Module):
-    """Looks up rows of a matrix that lies in panels: an output head that is the embedding, too.
+    """Looks up rows of an output head that is the embedding, too, as it lies or in panels.
 
     Args:
         embedding: weight [V, E]; it computes what its class does with a row, but keeps no weight.
-        head: its reordered copy, in panels.
+        head: its copy.
     """
 
     def __init__(self, embedding: torch.nn.Embedding, head: PackedLinear) -> None:
         super().__init__()
         assert head.product is not None  # else it lies otherwise
         self._head, self._embedding = [head], stripped(embedding)  # not a module of this
+        if head.in_registers:
+            return
         numbers = (ctypes.c_int16 * (head.outputs * head.inputs)).from_address(head.product.address)
         self._panels = torch.frombuffer(numbers, dtype=torch.bfloat16).view(
             -1, head.inputs // 2, PANEL, 2
@@ -114,6 +117,9 @@ class PackedEmbedding(torch.nn.Module):
         return looked_up(self._embedding, self._rows, ids)
 
     def _rows(self, ids: torch.Tensor) -> torch.Tensor:
+        (head,) = self._head
+        if head.in_registers:
+            return head.weight[ids]
         return self._panels[ids // PANEL, :, ids % PANEL].flatten(-2)  # [N, E / 2, 2]
 
 
@@ -125,6 +131,15 @@ def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
         and not widens(dtype, device)
         and torch.backends.mkldnn.is_available()
         and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def worth_packing(shapes: Iterable[Shape], *, exact: bool) -> frozenset[Shape]:
+    """Those that matrix registers do not take as they lie, in row-invariant passes (`exact`)."""
+    return frozenset(
+        (outputs, inputs)
+        for outputs, inputs in shapes
+        if not (exact and multiplies_in_registers(inputs, outputs))
     )
 
 
@@ -140,15 +155,16 @@ def unlike_when_packed(module: torch.nn.Module, *, exact: bool = False) -> froze
 def packed_exactly(
     linear: torch.nn.Linear, counts: Sequence[int] = COMPARED_ROWS, *, exact: bool = False
 ) -> PackedLinear | None:
-    """The packed form of a linear, or None where that gives other numbers for so many rows."""
+    """The packed form of a linear, or None where that gives other numbers for so many rows.
+
+    None, too, where a copy gains nothing (`worth_packing`).
+    """
+    if not worth_packing([(linear.out_features, linear.in_features)], exact=exact):
+        return None
     packed = PackedLinear(linear, exact=exact)
     plain: Callable[[torch.Tensor], torch.Tensor] = partial(torch.nn.Linear.forward, linear)
-    if exact and not packed.in_registers:
+    if exact:
         plain = partial(in_tiles, plain, outputs=linear.out_features)
-    elif exact:
-        product = product_for(How.PLAIN, linear.in_features, linear.out_features, exact=True)
-        assert product is not None  # as such products are
-        plain = partial(product, codes=linear.weight.detach(), bias=linear.bias)
     alike = (torch.equal(packed(rows), plain(rows)) for rows in _telling_rows(linear, counts))
     return packed if all(alike) else None
 
