@@ -129,8 +129,12 @@ def test_advice_names_what_there_is():
 
 
 def test_nothing_of_ours_is_called_missing():
-    for verb in OURS:
-        assert not names_of(verb) & OPTIONS.keys(), verb
+    """But for bits: a model is rounded by --wire, whatever others call it; a code has them."""
+    found = {verb: names_of(verb) & OPTIONS.keys() for verb in OURS}
+    assert {verb: names for verb, names in found.items() if names} == {
+        "pack": {"--bits"},
+        "simulate": {"--bits"},
+    }
     assert not OURS.keys() & VERBS.keys()
 
 
