@@ -499,10 +499,6 @@ def _unit(form: Form) -> str:
     keys = code.let(f"alloca [{form.units * COLUMNS} x i32], align 64")
     values = code.let(f"alloca [{form.value_dim * form.lines} x i32], align 64")
     call, own = fields(code, "%call", CALL), fields(code, "%read", READ)
-    scale, cap = (
-        code.let(f"bitcast i32 {code.let(f'trunc i64 {call[name]} to i32')} to float")
-        for name in ("n_scale", "n_cap")
-    )
     share = Share.of(code, form, call, own)
     group, first, last = call["n_group"], share.first, share.last
 
@@ -516,7 +512,7 @@ def _unit(form: Form) -> str:
         code.add(
             f"call void @tile(ptr {share.query}, ptr {keys}, ptr {values}, ptr {share.positions}, "
             f"ptr {share.most}, ptr {share.seen}, i64 {rows[0]}, i64 {rows[1]}, i64 {column}, "
-            f"i64 {call['n_window']}, float {scale}, float {cap}, i64 {group})"
+            f"i64 {call['n_window']}, float {share.scale}, float {share.cap}, i64 {group})"
         )
 
     some = code.let(f"icmp ult i64 {first}, {last}")

@@ -242,6 +242,8 @@ class Share:
         places: of where their results go.
         key: of the head's keys.
         value: of its values.
+        scale: factor on products, in fp32.
+        cap: that scores are squashed to, likewise.
     """
 
     head: str
@@ -256,6 +258,8 @@ class Share:
     places: str
     key: str
     value: str
+    scale: str
+    cap: str
 
     @classmethod
     def of(cls, code: Code, form: Form, call: dict[str, str], own: dict[str, str]) -> "Share":
@@ -284,6 +288,10 @@ class Share:
             code.at(call["places"], own["n_first"], "i64"),
             code.at(own["keys"], code.times(head, own["n_key_head"]), form.stored),
             code.at(own["values"], code.times(head, own["n_value_head"]), form.stored),
+            *(
+                code.let(f"bitcast i32 {code.let(f'trunc i64 {call[name]} to i32')} to float")
+                for name in ("n_scale", "n_cap")
+            ),
         )
 
 

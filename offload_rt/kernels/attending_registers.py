@@ -364,10 +364,6 @@ def _unit(form: Form) -> str:
     }
     own_room = {n: code.let(f"alloca [{c} x {kind}], align 64") for n, (c, kind) in room.items()}
     call, own = fields(code, "%call", CALL), fields(code, "%read", READ)
-    scale, cap = (
-        code.let(f"bitcast i32 {code.let(f'trunc i64 {call[name]} to i32')} to float")
-        for name in ("n_scale", "n_cap")
-    )
     share, group = Share.of(code, form, call, own), call["n_group"]
     stride = own["n_key_row"]
     apart = code.times(stride, 2)
@@ -408,7 +404,7 @@ def _unit(form: Form) -> str:
             f"call void @block(ptr {rows}, ptr {tile[0]}, i64 {tile[1]}, "
             f"ptr {own_room['values']}, ptr {code.at(own_room['at'], block, 'i64')}, "
             f"ptr {most}, ptr {sums}, ptr {seen}, i64 {column}, i64 {call['n_window']}, "
-            f"float {scale}, float {cap})"
+            f"float {share.scale}, float {share.cap})"
         )
 
     def state(row: str) -> list[str]:
