@@ -28,8 +28,8 @@ _PER_S: Mapping[tuple[Processor, Decoder], float] = {
 # took 1.33 s, of which reading was 0.75, with it one thread reached what is here (docs/RESULTS.md,
 # "bf16 from disk in 12 bits"). A GPU: 230 GB/s written, a third less than integers, for 1.5 bytes a
 # weight are read, and escapes are written twice. In 10.75 bits: of two cores (measured, "Fewer
-# bytes on a GPU, simulated"); a GPU 100 GB/s written, half of what 205 instructions a weight leave
-# a 4090 (the same section).
+# bytes on a GPU, simulated"); a GPU 100 GB/s written, half of what the 205 instructions a
+# weight of a prototype leave a 4090 (the same section).
 _CODED_PER_S: Mapping[tuple[Processor, Decoder, int], float] = {
     (Processor.CPU, Decoder.TORCH, CODED_BITS): 2.3e9,
     (Processor.CPU, Decoder.COMPILED, CODED_BITS): 6.5e9,
