@@ -20,6 +20,7 @@ from offload_rt.device.cpu import CpuDevice
 from offload_rt.kernels import registers, stored
 from offload_rt.kernels.layers import MANY_ROWS, REGISTER_ROWS
 from offload_rt.kernels.registers import ROWS_LYING
+from offload_rt.kernels.rows import fits_registers
 from offload_rt.model import exact, exactness, lean, network
 from offload_rt.model.formats import packed
 from offload_rt.model.formats.packed import PackedLinear
@@ -41,9 +42,7 @@ def own_cache(tmp_path_factory):
 def in_registers(monkeypatch, own_cache):
     monkeypatch.setenv("OFFLOAD_RT_CACHE", str(own_cache))
     for module in (exact, lean, packed, stored):
-        monkeypatch.setattr(
-            module, "multiplies_in_registers", lambda i, o: not (i % registers.STEP or o % 64)
-        )
+        monkeypatch.setattr(module, "multiplies_in_registers", fits_registers)
     monkeypatch.setattr(exactness, "takes_matrix_registers", lambda _: True)
     monkeypatch.setattr(exact, "goes_by_count", lambda _: True)
     attend_in_registers(True, monkeypatch)

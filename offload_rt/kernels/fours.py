@@ -12,7 +12,7 @@ offsets.
 import torch
 
 from offload_rt.kernels.code import LANES, WIDE, Code
-from offload_rt.kernels.products import AHEAD, PANEL
+from offload_rt.kernels.products import AHEAD
 from offload_rt.kernels.rounded import (
     ARGUMENTS,
     MULTIPLY,
@@ -23,6 +23,7 @@ from offload_rt.kernels.rounded import (
     suits,
     whole_numbers,
 )
+from offload_rt.kernels.rows import PANEL
 
 INPUTS = 32  # that share a scale and an offset
 _PARTS = PANEL // LANES

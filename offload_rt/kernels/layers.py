@@ -20,9 +20,9 @@ import torch
 
 from offload_rt.kernels import assembling, registers
 from offload_rt.kernels.code import LANES, WIDE, Code
-from offload_rt.kernels.products import HEAD, PANEL, panels
+from offload_rt.kernels.products import HEAD, panels
 from offload_rt.kernels.rounded import DECLARED, Form
-from offload_rt.kernels.rows import MOST_ROWS
+from offload_rt.kernels.rows import MOST_ROWS, PANEL
 
 _SUM_LANES, _TOGETHER, _LEVELS = 8, 4, 4  # of torch's sums: ATen/native/cpu/SumKernel.cpp
 _LEAST_STEP = 4  # as a power of two

@@ -23,9 +23,8 @@ import torch
 
 from offload_rt.device.system import processor_flags
 from offload_rt.kernels import assembling
-from offload_rt.kernels.rows import MOST_ROWS
+from offload_rt.kernels.rows import MOST_ROWS, PANEL
 
-PANEL = 64  # outputs
 _VECTOR = 16  # outputs in a register
 _INPUTS_TILE = 16  # oneDNN fills inputs up to a multiple
 AHEAD = 2048  # bytes that are fetched ahead

@@ -19,9 +19,9 @@ from offload_rt.device.system import (
 )
 from offload_rt.kernels import assembling, products
 from offload_rt.kernels.code import LANES, WIDE, Code, turned
-from offload_rt.kernels.products import HEAD, PANEL
+from offload_rt.kernels.products import HEAD
+from offload_rt.kernels.rows import PANEL, fits_registers
 
-STEP = 32  # inputs of a register
 _GROUPS = 4  # of 16 rows, whose totals registers hold at once
 ROWS_LYING = LANES * _GROUPS  # that are multiplied with a matrix as it lies
 # By the number of groups: how many times 16 outputs are taken at once, and registers, after those
@@ -50,7 +50,7 @@ def multiplies_in_registers(inputs: int, outputs: int) -> bool:
         inputs: I.
         outputs: O.
     """
-    fits = not (outputs % PANEL or inputs % STEP)
+    fits = fits_registers(inputs, outputs)
     return fits and takes_matrix_registers("bfloat16") and not problem()
 
 

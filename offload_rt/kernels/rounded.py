@@ -25,8 +25,8 @@ import torch
 from offload_rt.device.system import ask_for_large_pages, processor_flags
 from offload_rt.kernels import assembling
 from offload_rt.kernels.code import LANES, WIDE, Code
-from offload_rt.kernels.products import AHEAD, HEAD, PANEL
-from offload_rt.kernels.rows import MOST_ROWS
+from offload_rt.kernels.products import AHEAD, HEAD
+from offload_rt.kernels.rows import MOST_ROWS, PANEL
 
 _FOUR = 4  # inputs that one instruction multiplies for an output
 _OFFSET = 128

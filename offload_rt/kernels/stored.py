@@ -30,8 +30,9 @@ import torch
 from offload_rt.device.system import takes_matrix_registers
 from offload_rt.kernels import assembling, blocks, registers, twelve
 from offload_rt.kernels.code import LANES, WIDE, Code, mixed, turned
-from offload_rt.kernels.products import BLOCKS, HEAD, PANEL, cancelling, problem
+from offload_rt.kernels.products import BLOCKS, HEAD, cancelling, problem
 from offload_rt.kernels.registers import ROWS_LYING, multiplies_in_registers
+from offload_rt.kernels.rows import PANEL, REGISTER_STEP
 from offload_rt.kernels.tiles import in_tiles
 
 _REGISTERS_BLOCK = 1024  # inputs: of a panel 128 KiB, of the second cache
@@ -200,7 +201,7 @@ class StoredProduct:
         self._inputs, self._outputs = inputs, outputs
         if blocks is None:
             assert not registers.problem()  # which asks the system for them
-            step = math.lcm(STEP[how], registers.STEP)
+            step = math.lcm(STEP[how], REGISTER_STEP)
             blocks = (-(-_REGISTERS_BLOCK // step) * step,) * 2
         self._blocks = [min(block, inputs) for block in blocks]
         self._group = group

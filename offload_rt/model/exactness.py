@@ -3,10 +3,10 @@
 from offload_rt.config import Exact, KVPlace, RuntimeConfig
 from offload_rt.device.kinds import DeviceKind
 from offload_rt.device.system import takes_matrix_registers
+from offload_rt.kernels.rows import fits_registers
 from offload_rt.model.formats.stored import kernels_multiply_plain
 
 _BF16 = "bfloat16"
-_OUTPUTS, _INPUTS = 64, 32  # of which a matrix has multiples (`kernels/registers.py`)
 
 
 def headers_problem(runtime: RuntimeConfig, device: DeviceKind) -> str:
@@ -47,8 +47,10 @@ def stays_as_it_lies(shape: tuple[int, int], exact: Exact, dtype: str, device: D
         dtype: they compute in.
         device: what computes.
     """
-    fits = not (shape[0] % _OUTPUTS or shape[1] % _INPUTS)
-    return fits and exact is not Exact.OFF and are_quickest(dtype, device)
+    outputs, inputs = shape
+    return (
+        fits_registers(inputs, outputs) and exact is not Exact.OFF and are_quickest(dtype, device)
+    )
 
 
 def passes_problem(

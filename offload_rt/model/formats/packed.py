@@ -24,9 +24,9 @@ from torch.nn import Linear
 
 from offload_rt.device.system import ask_for_large_pages
 from offload_rt.kernels.assembling import traced
-from offload_rt.kernels.products import PANEL, Product, blocks_of, lies_in_panels
+from offload_rt.kernels.products import Product, blocks_of, lies_in_panels
 from offload_rt.kernels.registers import multiplies_in_registers
-from offload_rt.kernels.rows import MOST_ROWS, ROW_TILE
+from offload_rt.kernels.rows import MOST_ROWS, PANEL, ROW_TILE
 from offload_rt.kernels.stored import LyingProduct
 from offload_rt.kernels.tiles import in_tiles
 from offload_rt.model.formats.lookup import looked_up, stripped
